@@ -1,0 +1,1 @@
+"""The mlx-k2 command: options, terminal output, exit codes."""

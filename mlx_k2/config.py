@@ -1,0 +1,209 @@
+"""ModelConfig: what config.json says of the model, checked and frozen. Knows no tensors and no files but its own."""
+
+import enum
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from mlx_k2.errors import ConfigError
+
+ORIGINAL_REPO = "moonshotai/Kimi-K2-Thinking"
+_FETCH_ORIGINAL = f"fetch the original INT4 checkpoint instead, for instance {ORIGINAL_REPO} (594 GB)"
+
+
+class Family(enum.Enum):
+    """Which of the supported checkpoints this is."""
+
+    KIMI_K2 = "kimi_k2"
+    KIMI_K25 = "kimi_k25"
+
+
+class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """YaRN's parameters, named as in config.json."""
+
+    theta: float
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The shape of one Kimi K2 model; field names are those of config.json."""
+
+    family: Family
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    n_shared_experts: int
+    first_k_dense_replace: int
+    moe_layer_freq: int
+    n_group: int
+    topk_group: int
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: RopeConfig
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def tensor_prefix(self) -> str:
+        """What stands before ``model.`` and ``lm_head.`` in every tensor's name."""
+        return "language_model." if self.family is Family.KIMI_K25 else ""
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query or key head: its part without position and its rotated part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Values cached for each token and layer: the compressed keys and values, and the rotated key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """What attention scores are multiplied by; YaRN's temperature enters squared (DeepSeek-V3, modeling code)."""
+        temperature = 1.0
+        if self.rope.factor > 1 and self.rope.mscale_all_dim:
+            temperature = 0.1 * self.rope.mscale_all_dim * math.log(self.rope.factor) + 1.0
+        return float(self.qk_head_dim**-0.5 * temperature * temperature)
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether ``layer`` has routed experts (else it is dense)."""
+        return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+
+    @classmethod
+    def from_json(cls, data: bytes, source: str) -> "ModelConfig":
+        """Read config.json's bytes; ``source`` names them in errors.
+
+        Raises:
+            ConfigError: not JSON, a field is missing or of the wrong type, or something this program does not do.
+        """
+        try:
+            outer = msgspec.json.decode(data, type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"{source} is not a JSON object: {error}") from None
+        family = _family(outer, source)
+        fields = dict(outer["text_config"]) if family is Family.KIMI_K25 else dict(outer)
+        fields.setdefault("quantization_config", outer.get("quantization_config"))
+        _refuse_unsupported(fields, source)
+        fields |= {"family": family.value, "rope": _rope(fields, source), "eos_token_ids": _eos(outer, fields)}
+        fields.setdefault("q_lora_rank", None)
+        try:
+            config = msgspec.convert(fields, cls)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{source}: {error}") from None
+        config._check_shape(source)
+        return config
+
+    def _check_shape(self, source: str) -> None:
+        optional = {"q_lora_rank"} if self.q_lora_rank is None else set()
+        zero_allowed = {"first_k_dense_replace", "n_shared_experts"}
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if type(value) is int and name not in optional and value < (0 if name in zero_allowed else 1):
+                raise ConfigError(f"{source}: {name} is {value}")
+        demands = {
+            f"hidden_size {self.hidden_size} must be a multiple of 32": self.hidden_size % 32 == 0,
+            f"moe_intermediate_size {self.moe_intermediate_size} must be a multiple of 32": (
+                self.moe_intermediate_size % 32 == 0
+            ),
+            f"qk_rope_head_dim {self.qk_rope_head_dim} must be even": self.qk_rope_head_dim % 2 == 0,
+            f"num_experts_per_tok {self.num_experts_per_tok} is more than n_routed_experts {self.n_routed_experts}": (
+                self.num_experts_per_tok <= self.n_routed_experts
+            ),
+            f"n_group {self.n_group} must divide n_routed_experts {self.n_routed_experts}": (
+                self.n_routed_experts % self.n_group == 0
+            ),
+            f"topk_group {self.topk_group} is more than n_group {self.n_group}": self.topk_group <= self.n_group,
+            "num_experts_per_tok is more than the chosen groups hold": (
+                self.num_experts_per_tok * self.n_group <= self.n_routed_experts * self.topk_group
+            ),
+        }
+        for demand, holds in demands.items():
+            if not holds:
+                raise ConfigError(f"{source}: {demand}")
+
+
+def _family(outer: Mapping[str, Any], source: str) -> Family:
+    model_type = outer.get("model_type")
+    if model_type == "kimi_k3":
+        raise ConfigError(f"{source}: Kimi K3 has another architecture, which mlx-k2 does not run; {_FETCH_ORIGINAL}")
+    if model_type not in {family.value for family in Family}:
+        raise ConfigError(f"{source}: model_type {model_type!r} is not one that mlx-k2 runs (kimi_k2, kimi_k25)")
+    family = Family(model_type)
+    if family is Family.KIMI_K25 and not isinstance(outer.get("text_config"), dict):
+        raise ConfigError(f"{source}: a kimi_k25 config needs a text_config object")
+    return family
+
+
+def _refuse_unsupported(fields: Mapping[str, Any], source: str) -> None:
+    """Refuse values that change the computation and that this program does not compute."""
+    if "quantization" in fields:
+        raise ConfigError(f"{source}: this checkpoint was converted for MLX; {_FETCH_ORIGINAL}")
+    _refuse_quantization(fields.get("quantization_config"), source)
+    for name, allowed in {
+        "hidden_act": ("silu",),
+        "scoring_func": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
+        "attention_bias": (False, None),
+        "tie_word_embeddings": (False, None),
+        "num_nextn_predict_layers": (0, None),
+    }.items():
+        if fields.get(name, allowed[-1]) not in allowed:
+            raise ConfigError(f"{source}: {name} {fields[name]!r} is not implemented (only {allowed[0]!r})")
+
+
+def _refuse_quantization(quantization: object, source: str) -> None:
+    expected = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    if not isinstance(quantization, dict):
+        raise ConfigError(f"{source}: quantization_config is missing, so the experts are not INT4; {_FETCH_ORIGINAL}")
+    method, layout = quantization.get("quant_method"), quantization.get("format")
+    if method != "compressed-tensors" or layout != "pack-quantized":
+        found = f"{method} {layout}" if layout else method
+        raise ConfigError(f"{source}: experts quantized as {found!r} cannot be read; {_FETCH_ORIGINAL}")
+    groups = quantization.get("config_groups")
+    if not isinstance(groups, dict) or len(groups) != 1:
+        raise ConfigError(f"{source}: quantization_config.config_groups must hold exactly one group")
+    (group,) = groups.values()
+    weights = group.get("weights") if isinstance(group, dict) else None
+    weights = weights if isinstance(weights, dict) else {}
+    for name, value in expected.items():
+        if weights.get(name) != value:
+            found = weights.get(name)
+            raise ConfigError(f"{source}: quantized weights have {name} {found!r}, not {value!r}; {_FETCH_ORIGINAL}")
+
+
+def _rope(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """YaRN's parameters in either spelling: rope_scaling + rope_theta, or transformers 5's rope_parameters."""
+    scaling = fields.get("rope_scaling") or fields.get("rope_parameters")
+    if not isinstance(scaling, dict):
+        raise ConfigError(f"{source}: rope_scaling is missing")
+    rope_type = scaling.get("type", scaling.get("rope_type"))
+    if rope_type != "yarn":
+        raise ConfigError(f"{source}: unknown rope_scaling type {rope_type!r} (only 'yarn')")
+    names = {name for name in RopeConfig.__struct_fields__ if name != "theta"}
+    rope = {name: value for name, value in scaling.items() if name in names}
+    theta = scaling.get("rope_theta", fields.get("rope_theta"))
+    return rope if theta is None else rope | {"theta": theta}
+
+
+def _eos(outer: Mapping[str, Any], fields: Mapping[str, Any]) -> list[Any]:
+    found = fields.get("eos_token_id", outer.get("eos_token_id"))
+    return found if isinstance(found, list) else [] if found is None else [found]

@@ -1,0 +1,1 @@
+"""Who runs next: requests, sequences, slots, scheduler, microbatches. Pure: no I/O, no arrays."""

@@ -1,0 +1,1 @@
+"""Starts, watches and stops stage processes, locally and over ssh."""

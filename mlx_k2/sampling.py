@@ -1,0 +1,44 @@
+"""What a token is drawn with. Knows neither how logits come about nor who asked."""
+
+import msgspec
+
+from mlx_k2.errors import RequestError
+
+REPETITION_WINDOW = 64
+"""How many of the last tokens a repetition penalty looks at."""
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """The parameters of one sequence's sampler.
+
+    ``temperature`` 0 takes the most likely token. ``top_k`` None keeps all tokens. Filters apply in the order top-p,
+    min-p, top-k, as in mlx-lm; the logits are divided by the temperature after them.
+    """
+
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    num_logprobs: int | None = None
+    """None: no log-probabilities at all; N: the drawn token's and those of the N most likely ones."""
+
+    def __post_init__(self) -> None:
+        """Refuse a value out of range.
+
+        Raises:
+            RequestError: names the value and its range.
+        """
+        _check("seed", self.seed, 0 <= self.seed < 2**63, "from 0 to 2^63 - 1")
+        _check("temperature", self.temperature, 0 <= self.temperature <= 10, "from 0 (greedy) to 10")
+        _check("top-p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1")
+        _check("top-k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1")
+        _check("min-p", self.min_p, 0 <= self.min_p < 1, "at least 0, below 1")
+        _check("repetition-penalty", self.repetition_penalty, 0 < self.repetition_penalty <= 10, "above 0, at most 10")
+        _check("logprobs", self.num_logprobs, self.num_logprobs is None or 0 <= self.num_logprobs <= 100, "0 to 100")
+
+
+def _check(name: str, value: object, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise RequestError(f"{name} {value} is out of range: give a value {allowed}")
