@@ -1,1 +1,1 @@
-"""The operations worth writing by hand: each a Metal kernel and its twin in plain mlx."""
+"""INT4 routed experts and their router: Metal kernels, and the same operations in plain MLX."""

@@ -1,0 +1,168 @@
+"""The plain-MLX experts equal float64 and mlx-lm, and a token's output never depends on its company."""
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+import pytest
+from mlx_lm.models.deepseek_v3 import group_expert_select
+
+from mlx_k2.kernels import reference
+from mlx_k2.kernels.experts import ExpertStack, route, routed_experts
+
+Float64Array = npt.NDArray[np.float64]
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def random_projection(rng: np.random.Generator, experts: int, outputs: int, inputs: int) -> tuple[mx.array, mx.array]:
+    packed = rng.integers(0, 2**32, (experts, outputs, inputs // 8), dtype=np.uint32)
+    scale = 0.002 + 0.01 * rng.random((experts, outputs, inputs // 32), dtype=np.float32)
+    return mx.array(packed), mx.array(scale)
+
+
+def random_stack(rng: np.random.Generator, experts: int, hidden: int, intermediate: int) -> ExpertStack:
+    return ExpertStack(
+        *random_projection(rng, experts, intermediate, hidden),
+        *random_projection(rng, experts, intermediate, hidden),
+        *random_projection(rng, experts, hidden, intermediate),
+    )
+
+
+def random_choice(rng: np.random.Generator, tokens: int, experts: int, top_k: int) -> tuple[mx.array, mx.array]:
+    ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)]).astype(np.uint32)
+    return mx.array(ids), mx.array(rng.random((tokens, top_k), dtype=np.float32))
+
+
+def dense(packed: mx.array, scale: mx.array) -> Float64Array:
+    codes = (np.array(packed)[..., None] >> np.arange(0, 32, 4, dtype=np.uint32)) & 15
+    values = codes.reshape(*packed.shape[:-1], -1).astype(np.float64) - 8
+    return values * np.repeat(np.array(scale).astype(np.float64), 32, axis=-1)
+
+
+def experts_in_float64(x: mx.array, ids: mx.array, weights: mx.array, stack: ExpertStack) -> Float64Array:
+    gate, up, down = (dense(stack[i], stack[i + 1]) for i in (0, 2, 4))
+    rows = np.array(x).astype(np.float64)
+    router = np.array(weights).astype(np.float64)
+    out = np.zeros_like(rows)
+    for token, chosen in enumerate(np.array(ids)):
+        for slot, expert in enumerate(chosen):
+            g, u = gate[expert] @ rows[token], up[expert] @ rows[token]
+            out[token] += router[token, slot] * (down[expert] @ (g / (1 + np.exp(-g)) * u))
+    return out
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (16, 4), (96, 4), (96, 8)])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_routed_experts_equal_float64(experts: int, top_k: int, tokens: int) -> None:
+    rng = np.random.default_rng(tokens)
+    stack = random_stack(rng, experts, hidden=96, intermediate=64)
+    x = mx.array(rng.standard_normal((tokens, 96), dtype=np.float32))
+    ids, weights = random_choice(rng, tokens, experts, top_k)
+    expected = experts_in_float64(x, ids, weights, stack)
+    got = np.array(routed_experts(x, ids, weights, stack))
+    assert np.abs(got - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("experts", "top_k"), [(7, 3), (128, 8)])
+def test_a_tokens_experts_are_bit_identical_in_any_company(experts: int, top_k: int, compiled: bool) -> None:
+    rng = np.random.default_rng(experts)
+    stack = random_stack(rng, experts, hidden=160, intermediate=96)
+    tokens = 80  # every way of computing is met: gathered experts, the whole stack, sorted by expert
+    x = mx.array(rng.standard_normal((tokens, 160), dtype=np.float32))
+    ids, weights = random_choice(rng, tokens, experts, top_k)
+    compute = mx.compile(routed_experts) if compiled else routed_experts
+    together = compute(x, ids, weights, stack)
+    for count in (1, 2, 3, 4, 7, 8, 9, 16, 21, 22, 33, 64, 79):
+        for start in {0, 1, tokens - count}:
+            part = slice(start, start + count)
+            alone = compute(x[part], ids[part], weights[part], stack)
+            assert mx.array_equal(alone, together[part]).item(), (count, start)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("experts", [15, 64])
+def test_a_tokens_route_is_bit_identical_in_any_company(experts: int, compiled: bool) -> None:
+    rng = np.random.default_rng(3)
+    weight = mx.array(rng.standard_normal((experts, 96), dtype=np.float32))
+    bias = mx.array(rng.standard_normal(experts, dtype=np.float32))
+    hidden = mx.array(rng.standard_normal((70, 96), dtype=np.float32))
+
+    def choose(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        return route(hidden, weight, bias, top_k=4, num_groups=1, top_groups=1, normalize=True, scaling_factor=2.827)
+
+    compute = mx.compile(choose) if compiled else choose
+    ids, weights = compute(hidden)
+    for count in (1, 2, 5, 16, 33, 64):
+        for start in {0, 3, 70 - count}:
+            part = slice(start, start + count)
+            alone_ids, alone_weights = compute(hidden[part])
+            assert mx.array_equal(alone_ids, ids[part]).item()
+            assert mx.array_equal(alone_weights, weights[part]).item()
+
+
+@pytest.mark.parametrize(("num_groups", "top_groups"), [(1, 1), (4, 2), (8, 3), (4, 4)])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_route_equals_mlx_lm(num_groups: int, top_groups: int, normalize: bool) -> None:
+    rng = np.random.default_rng(num_groups)
+    hidden = mx.array(rng.standard_normal((33, 64), dtype=np.float32))
+    weight = mx.array(rng.standard_normal((32, 64), dtype=np.float32) * 0.1)
+    bias = mx.array(rng.random(32, dtype=np.float32))
+    ids, weights = route(
+        hidden,
+        weight,
+        bias,
+        top_k=6,
+        num_groups=num_groups,
+        top_groups=top_groups,
+        normalize=normalize,
+        scaling_factor=2.5,
+    )
+    their_groups = (num_groups, top_groups) if top_groups < num_groups else (1, 1)
+    their_ids, their_weights = group_expert_select(hidden @ weight.T, bias, 6, *their_groups, 2.5, normalize)
+    ours, theirs = np.argsort(np.array(ids), axis=1), np.argsort(np.array(their_ids), axis=1)
+    np.testing.assert_array_equal(
+        np.take_along_axis(np.array(ids), ours, 1), np.take_along_axis(np.array(their_ids), theirs, 1)
+    )
+    np.testing.assert_allclose(
+        np.take_along_axis(np.array(weights), ours, 1),
+        np.take_along_axis(np.array(their_weights), theirs, 1),
+        rtol=1e-6,
+    )
+    assert ids.dtype == mx.uint32
+    assert weights.dtype == mx.float32
+
+
+def test_experts_are_listed_best_first_and_ties_by_id() -> None:
+    logits = mx.array([[0.0, 2.0, 2.0, -1.0, 2.0, 5.0]])
+    ids, _ = reference.select_experts(
+        logits, mx.zeros(6), top_k=4, num_groups=1, top_groups=1, normalize=True, scaling_factor=1.0
+    )
+    assert ids.tolist() == [[5, 1, 2, 4]]
+
+
+def test_the_correction_bias_chooses_but_does_not_weigh() -> None:
+    ids, weights = reference.select_experts(
+        mx.array([[0.0, 3.0, -3.0]]),
+        mx.array([0.0, 0.0, 10.0]),
+        top_k=1,
+        num_groups=1,
+        top_groups=1,
+        normalize=True,
+        scaling_factor=1.0,
+    )
+    assert ids.tolist() == [[2]]
+    assert weights.item() == pytest.approx(1 / (1 + np.exp(3.0)), rel=1e-6)
+
+
+def test_nothing_is_computed_before_it_is_asked_for() -> None:
+    rng = np.random.default_rng(0)
+    stack = random_stack(rng, 8, hidden=32, intermediate=32)
+    ids, weights = random_choice(rng, 2, 8, 2)
+    x = mx.array(rng.standard_normal((2, 32), dtype=np.float32))
+
+    def layer(x: mx.array) -> mx.array:
+        return routed_experts(x, ids, weights, stack)
+
+    traced = mx.compile(layer)(x)  # an eval or a host copy inside would raise while tracing
+    assert mx.allclose(traced, layer(x), rtol=1e-6).item()
