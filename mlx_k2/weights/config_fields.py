@@ -1,0 +1,124 @@
+"""config.json's fields: Kimi K2 Thinking's own, the built-in small model's, and how K2.5 wraps them. Writes no file."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+_INT4_GROUP: Mapping[str, Any] = {
+    "targets": ["Linear"],
+    "input_activations": None,
+    "output_activations": None,
+    "weights": {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": 32,
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    },
+}
+
+_KIMI_K2_THINKING: Mapping[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "kimi_k2",
+    "vocab_size": 163840,
+    "hidden_size": 7168,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 384,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.827,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "num_nextn_predict_layers": 0,
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 50000.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 64.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 1.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+    "bos_token_id": 163584,
+    "eos_token_id": 163586,
+    "dtype": "bfloat16",
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "kv_cache_scheme": None,
+        "config_groups": {"group_0": _INT4_GROUP},
+        "ignore": [
+            "lm_head",
+            "re:.*self_attn.*",
+            "re:.*shared_experts.*",
+            "re:.*mlp\\.(gate|up|gate_up|down)_proj.*",
+        ],
+    },
+}
+
+
+def thinking_config_fields(**changes: Any) -> dict[str, Any]:
+    """Kimi K2 Thinking's config with ``changes``; a change of None removes nothing, it is written as null."""
+    unknown = changes.keys() - _KIMI_K2_THINKING.keys()
+    assert not unknown, f"not fields of a Kimi K2 config: {sorted(unknown)}"
+    return copy.deepcopy(dict(_KIMI_K2_THINKING)) | changes
+
+
+def tiny_config_fields(vocab_size: int, **changes: Any) -> dict[str, Any]:
+    """The built-in small model: every part of K2 (low-rank queries, YaRN, dense and expert layers) in 7 layers."""
+    small: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 128,
+        "num_hidden_layers": 7,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 64,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 4,
+        "bos_token_id": None,
+        "eos_token_id": [],
+    }
+    return thinking_config_fields(**(small | changes))
+
+
+def as_kimi_k25(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The same text model as K2.5 writes it: under ``text_config``, beside a vision tower."""
+    return {
+        "architectures": ["KimiK25ForConditionalGeneration"],
+        "model_type": "kimi_k25",
+        "text_config": dict(fields),
+        "vision_config": {"model_type": "kimi_k25_vision"},
+        "eos_token_id": fields["eos_token_id"],
+    }

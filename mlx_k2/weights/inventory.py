@@ -1,0 +1,172 @@
+"""Which tensors a model's checkpoint must hold, and their sizes, from its config alone. Opens no file.
+
+Names, dtypes and shapes are those of the original Kimi K2 checkpoints: routed experts packed INT4 in groups of 32 with
+bfloat16 scales, the router's correction bias float32, all else bfloat16.
+"""
+
+import math
+from collections.abc import Iterable
+
+import msgspec
+
+from mlx_k2.config import ModelConfig
+
+INT4_GROUP_SIZE = 32
+INT4_PER_WORD = 8
+
+_ITEM_BYTES = {"BF16": 2, "F32": 4, "I32": 4, "I64": 8}
+_ROUTED = ".mlp.experts."
+_WEIGHT_SHAPE = ".weight_shape"
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """One tensor as it must stand in the checkpoint; ``dtype`` is spelled as safetensors spells it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+    @property
+    def accepted_dtypes(self) -> tuple[str, ...]:
+        """Dtypes that may stand in the file: compressed-tensors itself writes ``weight_shape`` as int64."""
+        return ("I32", "I64") if self.name.endswith(_WEIGHT_SHAPE) else (self.dtype,)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it stays in memory; ``weight_shape`` only repeats what the config says."""
+        return not self.name.endswith(_WEIGHT_SHAPE)
+
+    @property
+    def is_routed_expert(self) -> bool:
+        """Whether it belongs to a routed expert, of which a token uses only some."""
+        return _ROUTED in self.name
+
+
+def embedding_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    """The embedding table, which the first stage holds."""
+    return (_bf16(f"{config.tensor_prefix}model.embed_tokens.weight", config.vocab_size, config.hidden_size),)
+
+
+def head_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    """The last norm and the output projection, which the last stage holds."""
+    prefix = config.tensor_prefix
+    return (
+        _bf16(f"{prefix}model.norm.weight", config.hidden_size),
+        _bf16(f"{prefix}lm_head.weight", config.vocab_size, config.hidden_size),
+    )
+
+
+def layer_specs(config: ModelConfig, layer: int) -> tuple[TensorSpec, ...]:
+    """Every tensor of one decoder layer."""
+    assert 0 <= layer < config.num_hidden_layers, f"layer {layer} of {config.num_hidden_layers}"
+    prefix = f"{config.tensor_prefix}model.layers.{layer}"
+    norms = tuple(
+        _bf16(f"{prefix}.{name}.weight", config.hidden_size) for name in ("input_layernorm", "post_attention_layernorm")
+    )
+    attention = _attention_specs(config, f"{prefix}.self_attn")
+    if config.is_moe(layer):
+        return norms + attention + _moe_specs(config, f"{prefix}.mlp")
+    return norms + attention + _mlp_specs(f"{prefix}.mlp", config.hidden_size, config.intermediate_size)
+
+
+def shard_specs(config: ModelConfig, first_layer: int, end_layer: int) -> tuple[TensorSpec, ...]:
+    """What the stage of layers ``first_layer`` up to, not including, ``end_layer`` needs.
+
+    The embedding goes with the first layer, norm and output projection with the last.
+    """
+    assert 0 <= first_layer < end_layer <= config.num_hidden_layers, f"layers {first_layer} to {end_layer}"
+    specs = list(embedding_specs(config)) if first_layer == 0 else []
+    for layer in range(first_layer, end_layer):
+        specs += layer_specs(config, layer)
+    if end_layer == config.num_hidden_layers:
+        specs += head_specs(config)
+    return tuple(specs)
+
+
+def model_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    """Every tensor of the model."""
+    return shard_specs(config, 0, config.num_hidden_layers)
+
+
+def held_bytes(specs: Iterable[TensorSpec]) -> int:
+    """Bytes that stay in memory once ``specs`` are loaded."""
+    return sum(spec.num_bytes for spec in specs if spec.is_held)
+
+
+def layer_read_bytes_per_token(config: ModelConfig, layer: int) -> int:
+    """Bytes of weights that one decoded token reads in ``layer``: only the routed experts that it uses."""
+    specs = [spec for spec in layer_specs(config, layer) if spec.is_held]
+    routed = sum(spec.num_bytes for spec in specs if spec.is_routed_expert)
+    always = sum(spec.num_bytes for spec in specs if not spec.is_routed_expert)
+    return always + routed * config.num_experts_per_tok // config.n_routed_experts
+
+
+def embedding_read_bytes_per_token(config: ModelConfig) -> int:
+    """Bytes of the embedding that one token reads: its row."""
+    return held_bytes(embedding_specs(config)) // config.vocab_size
+
+
+def head_read_bytes_per_token(config: ModelConfig) -> int:
+    """Bytes of the head that one token reads: all of them."""
+    return held_bytes(head_specs(config))
+
+
+def _bf16(name: str, *shape: int) -> TensorSpec:
+    return TensorSpec(name, "BF16", shape)
+
+
+def _attention_specs(config: ModelConfig, prefix: str) -> tuple[TensorSpec, ...]:
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    query_dim = heads * config.qk_head_dim
+    if config.q_lora_rank is None:
+        query: tuple[TensorSpec, ...] = (_bf16(f"{prefix}.q_proj.weight", query_dim, hidden),)
+    else:
+        query = (
+            _bf16(f"{prefix}.q_a_proj.weight", config.q_lora_rank, hidden),
+            _bf16(f"{prefix}.q_a_layernorm.weight", config.q_lora_rank),
+            _bf16(f"{prefix}.q_b_proj.weight", query_dim, config.q_lora_rank),
+        )
+    keys_and_values = heads * (config.qk_nope_head_dim + config.v_head_dim)
+    return (
+        *query,
+        _bf16(f"{prefix}.kv_a_proj_with_mqa.weight", config.latent_dim, hidden),
+        _bf16(f"{prefix}.kv_a_layernorm.weight", config.kv_lora_rank),
+        _bf16(f"{prefix}.kv_b_proj.weight", keys_and_values, config.kv_lora_rank),
+        _bf16(f"{prefix}.o_proj.weight", hidden, heads * config.v_head_dim),
+    )
+
+
+def _mlp_specs(prefix: str, hidden: int, intermediate: int) -> tuple[TensorSpec, ...]:
+    return (
+        _bf16(f"{prefix}.gate_proj.weight", intermediate, hidden),
+        _bf16(f"{prefix}.up_proj.weight", intermediate, hidden),
+        _bf16(f"{prefix}.down_proj.weight", hidden, intermediate),
+    )
+
+
+def _moe_specs(config: ModelConfig, prefix: str) -> tuple[TensorSpec, ...]:
+    hidden, intermediate = config.hidden_size, config.moe_intermediate_size
+    specs = [
+        _bf16(f"{prefix}.gate.weight", config.n_routed_experts, hidden),
+        TensorSpec(f"{prefix}.gate.e_score_correction_bias", "F32", (config.n_routed_experts,)),
+    ]
+    if config.n_shared_experts:
+        specs += _mlp_specs(f"{prefix}.shared_experts", hidden, intermediate * config.n_shared_experts)
+    for expert in range(config.n_routed_experts):
+        specs += _packed_specs(f"{prefix}.experts.{expert}.gate_proj", intermediate, hidden)
+        specs += _packed_specs(f"{prefix}.experts.{expert}.up_proj", intermediate, hidden)
+        specs += _packed_specs(f"{prefix}.experts.{expert}.down_proj", hidden, intermediate)
+    return tuple(specs)
+
+
+def _packed_specs(prefix: str, rows: int, columns: int) -> tuple[TensorSpec, ...]:
+    return (
+        TensorSpec(f"{prefix}.weight_packed", "I32", (rows, columns // INT4_PER_WORD)),
+        _bf16(f"{prefix}.weight_scale", rows, columns // INT4_GROUP_SIZE),
+        TensorSpec(f"{prefix}{_WEIGHT_SHAPE}", "I32", (2,)),
+    )

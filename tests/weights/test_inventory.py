@@ -1,0 +1,110 @@
+"""The inventory against the published sizes of Kimi K2 Thinking's checkpoint."""
+
+import itertools
+import json
+import math
+
+import pytest
+
+from mlx_k2.config import ModelConfig
+from mlx_k2.weights.config_fields import as_kimi_k25, thinking_config_fields, tiny_config_fields
+from mlx_k2.weights.inventory import (
+    TensorSpec,
+    embedding_read_bytes_per_token,
+    embedding_specs,
+    head_read_bytes_per_token,
+    head_specs,
+    held_bytes,
+    layer_read_bytes_per_token,
+    layer_specs,
+    model_specs,
+    shard_specs,
+)
+
+
+def config_of(fields: dict[str, object]) -> ModelConfig:
+    return ModelConfig.from_json(json.dumps(fields).encode(), "config.json")
+
+
+@pytest.fixture(scope="module")
+def thinking() -> ModelConfig:
+    return config_of(thinking_config_fields())
+
+
+@pytest.fixture(scope="module")
+def thinking_specs(thinking: ModelConfig) -> tuple[TensorSpec, ...]:
+    return model_specs(thinking)
+
+
+def test_kimi_k2_thinking_has_its_published_size(thinking_specs: tuple[TensorSpec, ...]) -> None:
+    assert held_bytes(thinking_specs) == 594_205_351_936
+    assert sum(spec.num_bytes for spec in thinking_specs if not spec.is_held) == 552_960
+    assert sum(not spec.is_held for spec in thinking_specs) == 69_120
+
+
+def test_kimi_k2_thinking_has_its_published_number_of_parameters(thinking_specs: tuple[TensorSpec, ...]) -> None:
+    per_value = {spec.name: 8 if spec.name.endswith("weight_packed") else 1 for spec in thinking_specs}
+    counted = [spec for spec in thinking_specs if spec.is_held and not spec.name.endswith("weight_scale")]
+    assert sum(math.prod(spec.shape) * per_value[spec.name] for spec in counted) == 1_026_408_232_448
+
+
+def test_kimi_k25_has_its_published_number_of_tensors() -> None:
+    specs = model_specs(config_of(as_kimi_k25(thinking_config_fields())))
+    num_vision_tensors = 208_550 - len(specs)
+    assert num_vision_tensors == 335
+    assert all(spec.name.startswith("language_model.") for spec in specs)
+
+
+def test_the_pieces_have_their_published_sizes(thinking: ModelConfig) -> None:
+    assert held_bytes(layer_specs(thinking, 0)) == 995_000_320
+    assert {held_bytes(layer_specs(thinking, layer)) for layer in range(1, 61)} == {9_808_545_280}
+    assert held_bytes(embedding_specs(thinking)) + held_bytes(head_specs(thinking)) == 4_697_634_816
+
+
+def test_a_token_reads_33_gigabytes(thinking: ModelConfig) -> None:
+    layers = sum(layer_read_bytes_per_token(thinking, layer) for layer in range(61))
+    total = embedding_read_bytes_per_token(thinking) + layers + head_read_bytes_per_token(thinking)
+    assert total == 32_986_519_552
+    assert embedding_read_bytes_per_token(thinking) == 7168 * 2
+
+
+def test_names_and_shapes_are_those_of_the_original_files(thinking_specs: tuple[TensorSpec, ...]) -> None:
+    by_name = {spec.name: spec for spec in thinking_specs}
+    expert = "model.layers.60.mlp.experts.383"
+    for name, dtype, shape in (
+        ("model.layers.0.mlp.down_proj.weight", "BF16", (7168, 18432)),
+        ("model.layers.1.mlp.gate.e_score_correction_bias", "F32", (384,)),
+        ("model.layers.1.mlp.shared_experts.down_proj.weight", "BF16", (7168, 2048)),
+        ("model.layers.30.self_attn.q_b_proj.weight", "BF16", (12288, 1536)),
+        ("model.layers.30.self_attn.kv_a_proj_with_mqa.weight", "BF16", (576, 7168)),
+        ("model.layers.30.self_attn.kv_b_proj.weight", "BF16", (16384, 512)),
+        (f"{expert}.up_proj.weight_packed", "I32", (2048, 896)),
+        (f"{expert}.down_proj.weight_scale", "BF16", (7168, 64)),
+        (f"{expert}.down_proj.weight_shape", "I32", (2,)),
+        ("lm_head.weight", "BF16", (163840, 7168)),
+    ):
+        assert by_name[name] == TensorSpec(name, dtype, shape)
+
+
+def test_weight_shape_may_be_int64() -> None:
+    spec = TensorSpec("model.layers.1.mlp.experts.0.up_proj.weight_shape", "I32", (2,))
+    assert spec.accepted_dtypes == ("I32", "I64")
+    assert TensorSpec("model.norm.weight", "BF16", (8,)).accepted_dtypes == ("BF16",)
+
+
+@pytest.mark.parametrize("num_shards", range(1, 8))
+def test_shards_hold_each_tensor_exactly_once(num_shards: int) -> None:
+    config = config_of(tiny_config_fields(vocab_size=256))
+    cuts = [7 * shard // num_shards for shard in range(num_shards + 1)]
+    shards = [shard_specs(config, first, end) for first, end in itertools.pairwise(cuts)]
+    names = [spec.name for shard in shards for spec in shard]
+    assert sorted(names) == sorted(spec.name for spec in model_specs(config))
+    assert len(set(names)) == len(names)
+    assert [shard for shard in range(num_shards) if embedding_specs(config)[0] in shards[shard]] == [0]
+    assert [shard for shard in range(num_shards) if head_specs(config)[1] in shards[shard]] == [num_shards - 1]
+
+
+def test_without_low_rank_queries_there_is_one_query_projection() -> None:
+    names = [spec.name for spec in layer_specs(config_of(tiny_config_fields(vocab_size=256, q_lora_rank=None)), 1)]
+    assert "model.layers.1.self_attn.q_proj.weight" in names
+    assert not [name for name in names if ".q_a_" in name or ".q_b_" in name]
