@@ -1,0 +1,49 @@
+"""The latent cache: for each layer and slot the rows that attention reads back. Knows no sequences.
+
+A row is one position of one layer: the normed latent (kv_lora_rank) and the rotated key part (qk_rope), 576 values in
+K2, shared by all heads. Writing at an earlier position is the undo: rows at and after a step's end are never read.
+"""
+
+import mlx.core as mx
+
+from mlx_k2.model.batch import Batch
+
+SMALLEST_CAPACITY = 256
+"""Rows of a slot's first allocation; it doubles as the sequence grows, up to the context."""
+
+
+class LatentCache:
+    """Rows of ``num_layers`` layers and ``num_slots`` slots, each up to ``context_tokens`` long."""
+
+    def __init__(self, num_layers: int, num_slots: int, context_tokens: int, row_dim: int, dtype: mx.Dtype) -> None:
+        self._context_tokens = context_tokens
+        self._row_dim = row_dim
+        self._dtype = dtype
+        self._rows: list[list[mx.array | None]] = [[None] * num_slots for _ in range(num_layers)]
+
+    def write(self, layer: int, batch: Batch, index: int, rows: mx.array) -> mx.array:
+        """Put span ``index``'s ``rows`` (count, row_dim) at its position and return all it attends to (keys, row_dim).
+
+        Keys past the span's end are zeros, never what an earlier owner of the slot left there.
+        """
+        span = batch.spans[index]
+        num_keys = batch.num_keys(span)
+        if num_keys > span.end:
+            rows = mx.pad(rows, [(0, num_keys - span.end), (0, 0)])
+        cached = self._at_least(layer, span.slot, num_keys)
+        cached = mx.slice_update(cached, rows, batch.starts[index], (0,))
+        self._rows[layer][span.slot] = cached
+        return cached[:num_keys]
+
+    def _at_least(self, layer: int, slot: int, num_rows: int) -> mx.array:
+        """The slot's array, grown when it is shorter than ``num_rows``."""
+        cached = self._rows[layer][slot]
+        capacity = 0 if cached is None else cached.shape[0]
+        if cached is not None and capacity >= num_rows:
+            return cached
+        grown = max(SMALLEST_CAPACITY, 2 * capacity)
+        while grown < num_rows:
+            grown *= 2
+        grown = max(num_rows, min(grown, self._context_tokens))
+        added = mx.zeros((grown - capacity, self._row_dim), self._dtype)
+        return added if cached is None else mx.concatenate([cached, added])

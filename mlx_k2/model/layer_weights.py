@@ -1,0 +1,114 @@
+"""The weights of one decoder layer as the layer computes with them, made from a checkpoint's tensors by name."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_k2.config import ModelConfig
+from mlx_k2.kernels.stack import ExpertStack
+
+
+class DirectQuery(NamedTuple):
+    """Queries in one projection (q_lora_rank null)."""
+
+    projection: mx.array  # (heads * qk_head, hidden)
+
+
+class LowRankQuery(NamedTuple):
+    """Queries through a bottleneck, normed in between."""
+
+    down: mx.array  # (q_lora_rank, hidden)
+    norm: mx.array  # (q_lora_rank,)
+    up: mx.array  # (heads * qk_head, q_lora_rank)
+
+
+class AttentionWeights(NamedTuple):
+    """Multi-head latent attention; kv_b_proj is held as its two halves, one matrix a head."""
+
+    query: DirectQuery | LowRankQuery
+    latent_down: mx.array  # (kv_lora_rank + qk_rope, hidden): the latent, and the key part that rope rotates
+    latent_norm: mx.array  # (kv_lora_rank,)
+    key_up: mx.array  # (heads, qk_nope, kv_lora_rank)
+    value_up: mx.array  # (heads, v_head, kv_lora_rank)
+    output: mx.array  # (hidden, heads * v_head)
+
+
+class DenseWeights(NamedTuple):
+    """A SwiGLU block: a dense layer's, or a shared expert."""
+
+    gate: mx.array  # (intermediate, hidden)
+    up: mx.array  # (intermediate, hidden)
+    down: mx.array  # (hidden, intermediate)
+
+
+class MoeWeights(NamedTuple):
+    """Router, routed experts, and the shared expert that every token uses."""
+
+    router: mx.array  # (experts, hidden)
+    correction_bias: mx.array  # (experts,) float32
+    experts: ExpertStack
+    shared: DenseWeights | None
+
+
+class LayerWeights(NamedTuple):
+    """One decoder layer."""
+
+    input_norm: mx.array  # (hidden,)
+    attention: AttentionWeights
+    post_attention_norm: mx.array  # (hidden,)
+    feed_forward: DenseWeights | MoeWeights
+
+
+def assemble_layer(config: ModelConfig, layer: int, tensors: Mapping[str, mx.array]) -> LayerWeights:
+    """Put one layer together from tensors named as in the checkpoint, without the layer's own prefix.
+
+    The routed experts come stacked, as ``mlp.experts.gate_proj.weight_packed`` (experts, rows, words) and so on.
+    """
+    return LayerWeights(
+        input_norm=tensors["input_layernorm.weight"],
+        attention=_attention(config, tensors),
+        post_attention_norm=tensors["post_attention_layernorm.weight"],
+        feed_forward=_moe(config, tensors) if config.is_moe(layer) else _dense(tensors, "mlp"),
+    )
+
+
+def _attention(config: ModelConfig, tensors: Mapping[str, mx.array]) -> AttentionWeights:
+    query: DirectQuery | LowRankQuery
+    if config.q_lora_rank is None:
+        query = DirectQuery(tensors["self_attn.q_proj.weight"])
+    else:
+        query = LowRankQuery(
+            tensors["self_attn.q_a_proj.weight"],
+            tensors["self_attn.q_a_layernorm.weight"],
+            tensors["self_attn.q_b_proj.weight"],
+        )
+    per_head = tensors["self_attn.kv_b_proj.weight"].reshape(config.num_attention_heads, -1, config.kv_lora_rank)
+    return AttentionWeights(
+        query=query,
+        latent_down=tensors["self_attn.kv_a_proj_with_mqa.weight"],
+        latent_norm=tensors["self_attn.kv_a_layernorm.weight"],
+        key_up=mx.contiguous(per_head[:, : config.qk_nope_head_dim]),
+        value_up=mx.contiguous(per_head[:, config.qk_nope_head_dim :]),
+        output=tensors["self_attn.o_proj.weight"],
+    )
+
+
+def _dense(tensors: Mapping[str, mx.array], prefix: str) -> DenseWeights:
+    return DenseWeights(*(tensors[f"{prefix}.{name}_proj.weight"] for name in ("gate", "up", "down")))
+
+
+def _moe(config: ModelConfig, tensors: Mapping[str, mx.array]) -> MoeWeights:
+    experts = ExpertStack(
+        *(
+            tensors[f"mlp.experts.{name}_proj.{part}"]
+            for name in ("gate", "up", "down")
+            for part in ("weight_packed", "weight_scale")
+        )
+    )
+    return MoeWeights(
+        router=tensors["mlp.gate.weight"],
+        correction_bias=tensors["mlp.gate.e_score_correction_bias"],
+        experts=experts,
+        shared=_dense(tensors, "mlp.shared_experts") if config.n_shared_experts else None,
+    )

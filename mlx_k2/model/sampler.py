@@ -1,0 +1,82 @@
+"""Draws the next token of each row from its logits. Knows no sequences: all it needs comes with each row.
+
+The filters are mlx-lm's, in mlx-lm's order: repetition penalty on the logits; top-p, min-p and top-k on the
+log-probabilities; then the temperature. The random key is derived from (seed, position) alone, so a token does not
+depend on the company it was computed in.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_repetition_penalty
+
+from mlx_k2.sampling import REPETITION_WINDOW, Sampling
+
+
+@dataclass(frozen=True)
+class DrawRequest:
+    """One row's parameters; ``position`` is that of the token to draw, ``recent_ids`` the tokens before it."""
+
+    sampling: Sampling
+    position: int
+    recent_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A drawn token; the log-probabilities are the model's own, before penalty, filters and temperature."""
+
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+def draw_tokens(logits: mx.array, requests: Sequence[DrawRequest]) -> list[Draw]:
+    """Logits (rows, vocabulary) float32 and one request a row -> one token a row. Evaluates."""
+    tokens = mx.concatenate([_token(logits[row : row + 1], request) for row, request in enumerate(requests)])
+    logprobs = [_logprobs(logits[row], request.sampling) for row, request in enumerate(requests)]
+    mx.eval(tokens, logprobs)
+    return [_draw(token_id, found) for token_id, found in zip(np.asarray(tokens).tolist(), logprobs, strict=True)]
+
+
+def _token(logits: mx.array, request: DrawRequest) -> mx.array:
+    """Logits (1, vocabulary) -> the drawn id, (1,)."""
+    sampling = request.sampling
+    if sampling.repetition_penalty != 1.0 and request.recent_ids:
+        penalize = make_repetition_penalty(sampling.repetition_penalty, REPETITION_WINDOW)
+        logits = penalize(mx.array(request.recent_ids), logits)
+    if sampling.temperature == 0:
+        return mx.argmax(logits, axis=-1)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    if sampling.top_p < 1.0:
+        logprobs = apply_top_p(logprobs, sampling.top_p)
+    if sampling.min_p > 0.0:
+        logprobs = apply_min_p(logprobs, sampling.min_p)
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        logprobs = apply_top_k(logprobs, sampling.top_k)
+    return mx.random.categorical(logprobs / sampling.temperature, key=_key(sampling.seed, request.position))
+
+
+def _key(seed: int, position: int) -> mx.array:
+    """MLX's random key, (2,) uint32, for one position of one sequence."""
+    digest = hashlib.blake2b(seed.to_bytes(8, "little") + position.to_bytes(8, "little"), digest_size=8).digest()
+    return mx.array([int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")], dtype=mx.uint32)
+
+
+def _logprobs(logits: mx.array, sampling: Sampling) -> list[mx.array]:
+    """Nothing when not asked for; else all log-probabilities (vocabulary,) and the ids of the top N, best first."""
+    if sampling.num_logprobs is None:
+        return []
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return [logprobs, mx.argsort(-logprobs, axis=-1)[: sampling.num_logprobs]]
+
+
+def _draw(token_id: int, found: list[mx.array]) -> Draw:
+    if not found:
+        return Draw(token_id, None, ())
+    logprobs, top_ids = found
+    values, ids = np.asarray(logprobs), np.asarray(top_ids)
+    return Draw(token_id, float(values[token_id]), tuple(zip(ids.tolist(), values[ids].tolist(), strict=True)))

@@ -1,0 +1,59 @@
+"""One stage's part of the model: a range of layers over their cache, the embedding before them, the head after.
+
+Everything here is lazy: it builds the graph of a step, and whoever asked for it evaluates it.
+"""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_k2.config import ModelConfig
+from mlx_k2.model.batch import Batch
+from mlx_k2.model.decoder_layer import make_layer
+from mlx_k2.model.latent_cache import LatentCache
+from mlx_k2.model.layer_weights import LayerWeights
+
+
+class Head(NamedTuple):
+    """What turns the last layer's output into logits."""
+
+    norm: mx.array  # (hidden,)
+    projection: mx.array  # (vocabulary, hidden)
+
+
+class StageModel:
+    """The layers of one stage; ``embedding`` on the first stage only, ``head`` on the last only."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: list[LayerWeights],
+        embedding: mx.array | None,
+        head: Head | None,
+        cache: LatentCache,
+        *,
+        fused_attention: bool,
+    ) -> None:
+        self._config = config
+        self._layers = layers
+        self._embedding = embedding
+        self._head = head
+        self._cache = cache
+        self._run_layer = make_layer(config, fused_attention=fused_attention)
+
+    def embed(self, token_ids: mx.array) -> mx.array:
+        """Token ids (tokens,) -> hidden states (tokens, hidden)."""
+        assert self._embedding is not None, "only the first stage embeds"
+        return self._embedding[token_ids]
+
+    def run(self, hidden: mx.array, batch: Batch) -> mx.array:
+        """Hidden states (tokens, hidden) through this stage's layers, which also write the cache."""
+        for index, weights in enumerate(self._layers):
+            hidden = self._run_layer(hidden, index, weights, batch, self._cache)
+        return hidden
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Hidden states (rows, hidden) after the last layer -> logits (rows, vocabulary) float32."""
+        assert self._head is not None, "only the last stage has the head"
+        normed = mx.fast.rms_norm(hidden, self._head.norm, self._config.rms_norm_eps)
+        return (normed @ self._head.projection.T).astype(mx.float32)

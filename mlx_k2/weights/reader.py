@@ -1,0 +1,117 @@
+"""Reads one stage's tensors from the checkpoint's safetensors files into mlx arrays, one layer at a time.
+
+Nothing is converted on disk. Routed experts stay as shipped, stacked: packed INT4 words and bfloat16 scales, 4.5 bits a
+weight. Everything else takes the compute dtype, but the router's correction bias, which stays float32. At most one
+layer's worth of space is taken beyond what stays.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_k2.config import ModelConfig
+from mlx_k2.errors import CheckpointError
+from mlx_k2.weights.inventory import TensorSpec, embedding_specs, head_specs, layer_specs
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class Piece(NamedTuple):
+    """Evaluated tensors by short name, and the checkpoint's names that they were made of."""
+
+    tensors: dict[str, mx.array]
+    tensor_names: tuple[str, ...]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that the tensors take in memory."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+class ShardReader:
+    """Reads pieces of a checkpoint whose tensor ``name`` lies in ``files[name]``; the files were checked before."""
+
+    def __init__(self, config: ModelConfig, files: Mapping[str, Path], dtype: mx.Dtype) -> None:
+        self._config = config
+        self._files = files
+        self._dtype = dtype
+
+    def embedding(self) -> Piece:
+        """``model.embed_tokens.weight`` (vocabulary, hidden)."""
+        return self._plain(embedding_specs(self._config))
+
+    def head(self) -> Piece:
+        """``model.norm.weight`` (hidden,) and ``lm_head.weight`` (vocabulary, hidden)."""
+        return self._plain(head_specs(self._config))
+
+    def layer(self, layer: int) -> Piece:
+        """One layer's tensors, named without ``model.layers.N.``; experts stacked along a first axis.
+
+        Raises:
+            CheckpointError: an expert's ``weight_shape`` is not what the config says.
+        """
+        specs = layer_specs(self._config, layer)
+        prefix = f"{self._config.tensor_prefix}model.layers.{layer}."
+        lazy = self._open(specs)
+        tensors = {spec.name.removeprefix(prefix): self._cast(lazy, spec) for spec in specs if _is_plain(spec)}
+        if self._config.is_moe(layer):
+            self._check_weight_shapes(lazy, specs)
+            tensors |= self._stack_experts(lazy, prefix)
+        mx.eval(tensors)
+        mx.clear_cache()
+        return Piece(tensors, tuple(spec.name for spec in specs))
+
+    def _plain(self, specs: tuple[TensorSpec, ...]) -> Piece:
+        lazy = self._open(specs)
+        tensors = {spec.name.removeprefix(self._config.tensor_prefix): self._cast(lazy, spec) for spec in specs}
+        mx.eval(tensors)
+        mx.clear_cache()
+        return Piece(tensors, tuple(spec.name for spec in specs))
+
+    def _open(self, specs: tuple[TensorSpec, ...]) -> dict[str, mx.array]:
+        """The tensors of ``specs``, not yet read: mx.load reads a tensor when it is first needed."""
+        opened: dict[str, mx.array] = {}
+        for path in sorted({self._files[spec.name] for spec in specs}):
+            opened |= cast("dict[str, mx.array]", mx.load(str(path)))
+        return {spec.name: opened[spec.name] for spec in specs}
+
+    def _cast(self, lazy: dict[str, mx.array], spec: TensorSpec) -> mx.array:
+        tensor = lazy.pop(spec.name)
+        return tensor if spec.dtype == "F32" else tensor.astype(self._dtype)
+
+    def _check_weight_shapes(self, lazy: dict[str, mx.array], specs: tuple[TensorSpec, ...]) -> None:
+        rows_and_columns = {
+            spec.name.removesuffix(".weight_packed"): [spec.shape[0], spec.shape[1] * 8]
+            for spec in specs
+            if spec.name.endswith(".weight_packed")
+        }
+        names = [f"{projection}.weight_shape" for projection in rows_and_columns]
+        found = np.asarray(mx.stack([lazy.pop(name) for name in names])).tolist()
+        for name, expected, actual in zip(names, rows_and_columns.values(), found, strict=True):
+            if actual != expected:
+                raise CheckpointError(
+                    f"{self._files[name]}: {name} says {actual}, the config says {expected}: fetch the file again"
+                )
+
+    def _stack_experts(self, lazy: dict[str, mx.array], prefix: str) -> dict[str, mx.array]:
+        """Stack one projection at a time and let go of what it was made of before the next."""
+        stacked = {}
+        for projection in _PROJECTIONS:
+            for part in ("weight_packed", "weight_scale"):
+                names = [
+                    f"{prefix}mlp.experts.{expert}.{projection}.{part}"
+                    for expert in range(self._config.n_routed_experts)
+                ]
+                whole = mx.stack([lazy.pop(name) for name in names])
+                whole = whole.view(mx.uint32) if part == "weight_packed" else whole
+                mx.eval(whole)
+                mx.clear_cache()
+                stacked[f"mlp.experts.{projection}.{part}"] = whole
+        return stacked
+
+
+def _is_plain(spec: TensorSpec) -> bool:
+    return not spec.is_routed_expert
