@@ -5,8 +5,10 @@ Nobody who computes does I/O here: ``FrameWriter.put`` never waits, and a full q
 
 import queue
 import threading
+import time
 from collections.abc import Callable
-from typing import BinaryIO
+from contextlib import suppress
+from typing import IO
 
 from mlx_k2.control.framing import Frame, Kind, encode_frame, read_frame
 from mlx_k2.errors import ProtocolError
@@ -17,16 +19,17 @@ QUEUE_FRAMES = 4096
 class FrameWriter:
     """Writes frames to ``stream`` from a thread of its own, in the order of ``put``."""
 
-    def __init__(self, stream: BinaryIO, name: str) -> None:
+    def __init__(self, stream: IO[bytes], name: str) -> None:
         self._stream = stream
         self._name = name
         self._queue: queue.Queue[bytes | None] = queue.Queue(QUEUE_FRAMES)
         self._broken = threading.Event()
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"write {name}", daemon=True)
         self._thread.start()
 
     def put(self, kind: Kind, payload: bytes) -> None:
-        """Queue one frame; frames for a peer that is gone are dropped (its reader reports the end).
+        """Queue one frame; after ``close``, or when the peer is gone, it is dropped (the reader reports that end).
 
         Raises:
             ProtocolError: the peer has not read for so long that the queue is full.
@@ -38,15 +41,18 @@ class FrameWriter:
         self._put(data)
 
     def close(self, timeout_s: float) -> None:
-        """Write what is queued, then close the stream; gives up after ``timeout_s``."""
-        try:
-            self._queue.put(None, timeout=timeout_s)
-        except queue.Full:
-            return
-        self._thread.join(timeout_s)
+        """Close the stream once what is queued is written; waits for that for at most ``timeout_s`` in all.
+
+        After that it still happens in the background, as soon as the peer reads or goes.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._closing.set()
+        with suppress(queue.Full):  # then the writer sees _closing once the peer has read enough
+            self._queue.put_nowait(None)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
 
     def _put(self, data: bytes) -> None:
-        if self._broken.is_set():
+        if self._broken.is_set() or self._closing.is_set():
             return
         try:
             self._queue.put_nowait(data)
@@ -55,29 +61,30 @@ class FrameWriter:
 
     def _run(self) -> None:
         try:
-            while (data := self._queue.get()) is not None:
+            while not (self._closing.is_set() and self._queue.empty()) and (data := self._queue.get()) is not None:
                 self._stream.write(data)
                 if self._queue.empty():
                     self._stream.flush()
-            self._stream.close()
         except (OSError, ValueError):  # the peer is gone, or the stream was closed under us
             self._broken.set()
+        with suppress(OSError, ValueError):
+            self._stream.close()  # also where a write failed, so that no descriptor stays open
 
 
 class FrameReader:
-    """Reads frames from ``stream`` on a thread of its own and hands each to ``on_frame``.
+    """Reads frames from ``stream`` on a thread of its own and hands each to ``on_frame``, which may refuse one.
 
-    ``on_end`` is called once, last: with None at a clean end of the stream, else with what was wrong. Both are called
-    on the reading thread and must not block.
+    ``on_end`` is called once, last: with None at a clean end of the stream, else with what was wrong: the stream
+    broke, or ``on_frame`` raised a ProtocolError. Both are called on the reading thread and must not block.
     """
 
     def __init__(
         self,
-        stream: BinaryIO,
+        stream: IO[bytes],
         name: str,
         on_frame: Callable[[Frame], None],
         on_end: Callable[[ProtocolError | None], None],
-        before: Callable[[BinaryIO], None] | None = None,
+        before: Callable[[IO[bytes]], None] | None = None,
     ) -> None:
         self._stream = stream
         self._on_frame = on_frame
@@ -91,14 +98,16 @@ class FrameReader:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
+        end: ProtocolError | None = ProtocolError("the control connection's reader failed")
         try:
             if self._before is not None:
                 self._before(self._stream)
             while (frame := read_frame(self._stream)) is not None:
                 self._on_frame(frame)
+            end = None
         except ProtocolError as error:
-            self._on_end(error)
+            end = error
         except (OSError, ValueError) as error:
-            self._on_end(ProtocolError(f"the control connection broke: {error}"))
-        else:
-            self._on_end(None)
+            end = ProtocolError(f"the control connection broke: {error}")
+        finally:  # also where on_frame has a fault of its own: whoever waits must hear of it
+            self._on_end(end)

@@ -6,7 +6,7 @@ A stream from a stage opens with ``MARK``; what a login shell prints before it i
 
 import enum
 import struct
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 from mlx_k2.errors import ProtocolError
 
@@ -43,7 +43,7 @@ def encode_frame(kind: Kind, payload: bytes) -> bytes:
     return _HEADER.pack(len(payload), kind) + payload
 
 
-def read_frame(stream: BinaryIO) -> Frame | None:
+def read_frame(stream: IO[bytes]) -> Frame | None:
     """The next frame, or None when the stream ends between two frames.
 
     Raises:
@@ -63,7 +63,7 @@ def read_frame(stream: BinaryIO) -> Frame | None:
     return Frame(Kind(code), payload)
 
 
-def skip_to_mark(stream: BinaryIO) -> bytes:
+def skip_to_mark(stream: IO[bytes]) -> bytes:
     """Read up to and including the opening mark; what came before it is returned.
 
     Raises:
@@ -80,7 +80,7 @@ def skip_to_mark(stream: BinaryIO) -> bytes:
     return bytes(seen[: -len(MARK)])
 
 
-def _read_exactly(stream: BinaryIO, count: int) -> bytes:
+def _read_exactly(stream: IO[bytes], count: int) -> bytes:
     """``count`` bytes, fewer only at the end of the stream (an unbuffered pipe may return short reads)."""
     parts = []
     while count:

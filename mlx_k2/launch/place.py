@@ -1,0 +1,51 @@
+"""Where one stage runs and the commands that start it there. Starts nothing itself."""
+
+import shlex
+import sys
+from dataclasses import dataclass
+
+from mlx_k2.errors import HostfileError
+from mlx_k2.launch.ssh import ssh_command
+
+LOGIN_SHELL_COMMAND = """exec "$SHELL" -lc 'exec mlx-k2 stage'"""
+"""For a host whose Python is elsewhere: the script's own first line knows which one it is."""
+
+
+@dataclass(frozen=True)
+class StagePlace:
+    """One stage's machine: this one where ``ssh`` is None, else the one that the system's ssh knows by that name.
+
+    ``python`` None means this program's own path, and after that ``mlx-k2`` on a login shell's PATH.
+    """
+
+    ssh: str | None = None
+    python: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what ssh would take for an option.
+
+        Raises:
+            HostfileError: names the host.
+        """
+        if self.ssh is not None and (not self.ssh or self.ssh.startswith("-")):
+            raise HostfileError(f"{self.ssh!r} is not a host name: it may not be empty or begin with '-'")
+
+    @property
+    def host(self) -> str:
+        """The machine's name for people."""
+        return self.ssh or "this machine"
+
+    def start_commands(self) -> tuple[tuple[str, ...], ...]:
+        """The commands to try, in order, each when the one before found no Python or no mlx_k2."""
+        python = self.python or sys.executable
+        if self.ssh is None:
+            return ((python, "-m", "mlx_k2.stage"),)
+        first = ssh_command(self.ssh, f"exec {_quote_path(python)} -m mlx_k2.stage")
+        if self.python is not None:
+            return (first,)
+        return (first, ssh_command(self.ssh, LOGIN_SHELL_COMMAND))
+
+
+def _quote_path(path: str) -> str:
+    """One word for any shell. ssh starts in the home folder, so a path under ``~`` needs no shell to expand it."""
+    return shlex.quote("./" + path[2:] if path.startswith("~/") else path)

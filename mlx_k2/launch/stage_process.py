@@ -1,0 +1,246 @@
+"""One stage's process, local or behind ssh, as seen from the coordinator: send frames, post what it says and its end.
+
+Knows no step and no deadline for one. Nothing here waits for the coordinator, and nothing raises at it: a connection
+that breaks is the stage's end, and an end is posted once.
+"""
+
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import IO
+
+from mlx_k2.control.ends import FrameWriter
+from mlx_k2.control.framing import Frame, Kind, read_frame, skip_to_mark
+from mlx_k2.control.guarding import GuardSettings, StageExit
+from mlx_k2.control.messages import FromStage, ToStage, decode_from_stage, encode_message
+from mlx_k2.errors import ClusterError, ProtocolError, StageFault, StageStartError
+from mlx_k2.launch.place import StagePlace
+from mlx_k2.launch.start_failure import explain_start_failure
+
+STDERR_LINES = 200
+MAX_LINE_BYTES = 4096
+EXIT_S = 2.0
+"""How long a process that has closed its output may take to exit before it counts as ended regardless."""
+LAST_WORDS_S = 0.5
+
+
+@dataclass(frozen=True)
+class StageMessage:
+    """A stage said something."""
+
+    rank: int
+    message: FromStage
+
+
+@dataclass(frozen=True)
+class StageEnded:
+    """A stage's process or the connection to it has ended; nothing more comes from it.
+
+    ``exit_code`` or ``signal`` is the stage's own where its guard could still report it. ``came_up`` is False when
+    its guard never spoke: then ``reason`` says what to do about it.
+    """
+
+    rank: int
+    host: str
+    came_up: bool
+    reason: str
+    exit_code: int | None = None
+    signal: int | None = None
+    stderr_tail: tuple[str, ...] = ()
+
+    def as_error(self) -> ClusterError:
+        """The end as an error for the user."""
+        if not self.came_up:
+            return StageStartError(f"stage {self.rank} on {self.host} did not start: {self.reason}")
+        how = ""
+        if self.signal is not None:
+            how = f" with signal {self.signal}"
+        elif self.exit_code is not None:
+            how = f" with exit code {self.exit_code}"
+        last_words = f" (it wrote last: {self.stderr_tail[-1]})" if self.stderr_tail else ""
+        return StageFault(f"stage {self.rank} on {self.host} ended{how}: {self.reason}{last_words}")
+
+
+StageEvent = StageMessage | StageEnded
+
+
+class StageProcess:
+    """Starts the process at once, on a thread of its own. ``post`` and ``log`` must not block."""
+
+    def __init__(
+        self,
+        rank: int,
+        place: StagePlace,
+        settings: GuardSettings,
+        post: Callable[[StageEvent], None],
+        log: Callable[[str], None],
+    ) -> None:
+        self.rank = rank
+        self.place = place
+        self.heard_at = time.monotonic()
+        self._settings = settings
+        self._post = post
+        self._log = log
+        self._lock = threading.Lock()  # over the next three
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: FrameWriter | None = None
+        self._closed = False
+        self._fault: str | None = None
+        self._stderr_tail: deque[str] = deque(maxlen=STDERR_LINES)
+        self._thread = threading.Thread(target=self._run, name=f"stage {rank}", daemon=True)
+        self._thread.start()
+
+    @property
+    def held_bytes(self) -> int:
+        """How much memory the stage holds, as far as ``set_held_bytes`` was told."""
+        return self._settings.held_bytes
+
+    def set_held_bytes(self, held_bytes: int) -> None:
+        """Tell the guard, which gives a larger stage more time to end."""
+        self._settings = GuardSettings(self._settings.lease_s, held_bytes)
+        self._put(Kind.GUARD_SETTINGS, self._settings.to_json())
+
+    def send(self, message: ToStage) -> None:
+        """Queue a message; it is dropped when the stage has ended, which is posted."""
+        self._put(Kind.MESSAGE, encode_message(message))
+
+    def beat(self, payload: bytes) -> None:
+        """Queue a heartbeat."""
+        self._put(Kind.HEARTBEAT, payload)
+
+    def close(self) -> None:
+        """Close the stage's input once what is queued is sent: its guard then ends it. Does not wait."""
+        with self._lock:
+            self._closed = True
+            if self._writer is not None:
+                self._writer.close(timeout_s=0)
+
+    def send_signal(self, number: int) -> None:
+        """Signal the local process: the ssh client, or the local guard."""
+        with self._lock:
+            if self._process is not None:
+                self._process.send_signal(number)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether the local process has ended and its end was posted, waiting for that at most ``timeout_s``."""
+        deadline = time.monotonic() + timeout_s
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            return False
+        if self._process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(max(0.0, deadline - time.monotonic()))
+            return self._process.returncode is not None
+        return True
+
+    def _put(self, kind: Kind, payload: bytes) -> None:
+        with self._lock:
+            if self._writer is None:
+                return
+            try:
+                self._writer.put(kind, payload)
+            except ProtocolError as error:
+                self._fault = str(error)
+                self._writer.close(timeout_s=0)
+                if self._process is not None:
+                    self._process.terminate()
+
+    # ---- on the stage's own thread
+
+    def _run(self) -> None:
+        commands = self.place.start_commands()
+        for number, command in enumerate(commands):
+            end, another_may_work = self._run_command(command)
+            if not another_may_work or number == len(commands) - 1 or self._closed:
+                break
+            self._log(
+                f"{self._prefix} {sys.executable} cannot run mlx_k2 there; trying mlx-k2 on its login shell's PATH"
+            )
+            self._stderr_tail.clear()
+        self._post(end)
+
+    def _run_command(self, command: tuple[str, ...]) -> tuple[StageEnded, bool]:
+        """Start one command and follow it to its end; also whether another command may do better."""
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            )
+        except OSError as error:
+            return self._ended(came_up=False, reason=f"{command[0]} cannot be started here: {error.strerror}"), False
+        assert process.stdin and process.stdout and process.stderr
+        drain = threading.Thread(target=self._drain, args=[process.stderr], name=f"log {self.rank}", daemon=True)
+        drain.start()
+        with self._lock:
+            self._process = process
+            self._writer = FrameWriter(process.stdin, f"stage {self.rank} on {self.place.host}")
+            self._writer.put(Kind.GUARD_SETTINGS, self._settings.to_json())
+            if self._closed:
+                self._writer.close(timeout_s=0)
+        came_up, stage_exit, problem = self._follow(process.stdout)
+        with self._lock:
+            self._writer.close(timeout_s=0)
+        exit_code = None
+        with suppress(subprocess.TimeoutExpired):
+            exit_code = process.wait(EXIT_S)
+        drain.join(LAST_WORDS_S)
+        if not came_up:
+            failure = explain_start_failure(self.place, exit_code, "\n".join(self._stderr_tail), problem)
+            return self._ended(came_up=False, reason=failure.reason), failure.another_may_work
+        if stage_exit is not None:
+            end = self._ended(True, stage_exit.reason, stage_exit.exit_code, stage_exit.signal)
+        else:
+            end = self._ended(came_up=True, reason=self._fault or problem)
+        return end, False
+
+    def _follow(self, stream: IO[bytes]) -> tuple[bool, StageExit | None, str]:
+        """Read to the end of the stream: whether the mark came, the guard's last frame, and what was wrong."""
+        came_up = False
+        stage_exit = None
+        problem = "the connection ended without a word from its guard"
+        with stream:
+            try:
+                self._note_chatter(skip_to_mark(stream))
+                came_up = True
+                while (frame := read_frame(stream)) is not None:
+                    self.heard_at = time.monotonic()
+                    stage_exit = self._take(frame)
+            except (ProtocolError, OSError) as error:
+                problem = str(error)
+        return came_up, stage_exit, problem
+
+    def _take(self, frame: Frame) -> StageExit | None:
+        if frame.kind is Kind.MESSAGE:
+            self._post(StageMessage(self.rank, decode_from_stage(frame.payload)))
+        elif frame.kind is Kind.STAGE_EXIT:
+            return StageExit.from_json(frame.payload)
+        elif frame.kind is not Kind.HEARTBEAT:
+            raise ProtocolError(f"its guard sent a {frame.kind.name} frame")
+        return None
+
+    def _note_chatter(self, chatter: bytes) -> None:
+        if chatter:
+            self._log(f"{self._prefix} its login shell prints {len(chatter)} bytes before a command starts; skipped:")
+            for line in chatter.decode(errors="replace").splitlines():
+                self._log(f"{self._prefix} | {line}")
+
+    def _drain(self, stream: IO[bytes]) -> None:
+        with stream:
+            while line := stream.readline(MAX_LINE_BYTES):
+                text = line.decode(errors="replace").rstrip()
+                self._stderr_tail.append(text)
+                self._log(f"{self._prefix} {text}")
+
+    @property
+    def _prefix(self) -> str:
+        return f"[stage {self.rank} {self.place.host}]"
+
+    def _ended(
+        self, came_up: bool, reason: str, exit_code: int | None = None, signal_number: int | None = None
+    ) -> StageEnded:
+        tail = tuple(self._stderr_tail)
+        return StageEnded(self.rank, self.place.host, came_up, reason, exit_code, signal_number, tail)

@@ -1,0 +1,47 @@
+"""Why a stage's process did not come up, in words, with the command that mends it. Pure."""
+
+import re
+import sys
+from dataclasses import dataclass
+
+import mlx_k2
+from mlx_k2.launch.place import StagePlace
+from mlx_k2.launch.ssh import SSH_EXIT_CODE, explain_ssh_failure
+
+_NO_COMMAND_EXIT_CODES = (126, 127)
+_NO_COMMAND = re.compile("not found|no such file|does not exist|cannot execute|permission denied", re.IGNORECASE)
+_NO_PACKAGE = re.compile(r"No module named '?mlx_k2\b")
+
+
+@dataclass(frozen=True)
+class StartFailure:
+    """What went wrong, and whether another command on the same host may do better."""
+
+    reason: str
+    another_may_work: bool = False
+
+
+def explain_start_failure(place: StagePlace, exit_code: int | None, stderr: str, problem: str) -> StartFailure:
+    """Judge a process that ended before its opening mark. ``problem`` says what its output was instead."""
+    if place.ssh is not None and exit_code == SSH_EXIT_CODE:
+        return StartFailure(explain_ssh_failure(place.ssh, stderr))
+    if (
+        _NO_PACKAGE.search(stderr)
+        or exit_code in _NO_COMMAND_EXIT_CODES
+        or (exit_code == 1 and _NO_COMMAND.search(stderr))
+    ):
+        return StartFailure(_what_is_missing(place, bool(_NO_PACKAGE.search(stderr))), another_may_work=True)
+    return StartFailure(": ".join([problem, *stderr.strip().splitlines()[-1:]]))
+
+
+def _what_is_missing(place: StagePlace, package_only: bool) -> str:
+    python = place.python or sys.executable
+    install = f"{python if package_only else 'python3'} -m pip install mlx-k2=={mlx_k2.__version__}"
+    remedy = f"run `ssh {place.ssh} {install}`" if place.ssh is not None else f"run `{install}`"
+    if place.ssh is not None and place.python is None:
+        found = f"neither {python} nor mlx-k2 on its login shell's PATH can be run there"
+    elif package_only:
+        return f"its {python} has no mlx_k2: {remedy}"
+    else:
+        found = f"it has no {python}"
+    return f'{found}: {remedy}, or give the path of a Python that has mlx_k2 as "python" in the hostfile'

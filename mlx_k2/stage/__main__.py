@@ -1,0 +1,17 @@
+"""What a host runs: the guard, which starts the stage proper. Standard library only."""
+
+import os
+import sys
+from typing import NoReturn
+
+from mlx_k2.stage.guard import run_guard
+
+
+def main() -> NoReturn:
+    """Run the guard over this process's stdin and stdout, to the end of the stage."""
+    exit_code = run_guard([sys.executable, "-m", "mlx_k2.stage.program"])
+    os._exit(exit_code)  # a thread may still be blocked on stdin or stdout; nothing is left to clean up
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The guard of one stage: owns the pipe to the coordinator, relays frames, answers heartbeats, ends the stage.
+
+A process of its own, so that it works while the stage holds the GIL for ever (mlx.distributed.init does). Standard
+library only. It knows no message, and it writes nothing to stderr, which may be a full pipe: what it has to say is the
+reason in its last frame.
+"""
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import IO
+
+from mlx_k2.control.ends import FrameReader, FrameWriter
+from mlx_k2.control.framing import MARK, Frame, Kind
+from mlx_k2.control.guarding import POLITE_S, GuardSettings, StageExit, kill_after_s
+from mlx_k2.errors import ProtocolError
+from mlx_k2.stage.watcher import Watch
+
+TICK_S = 0.25
+LAST_FRAMES_S = 1.0
+"""How long the stage's last frames, and then the guard's own, may take to leave."""
+KILLED_S = 60.0
+"""How long a killed process may take to disappear before the guard gives up waiting for it."""
+
+
+def run_guard(child_command: Sequence[str]) -> int:
+    """Run ``child_command`` between this process's stdin and stdout until it has ended; returns an exit code.
+
+    The child reads frames from its fd 0 and writes frames to its fd 1. This process should end with os._exit.
+    """
+    outward = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return _Guard(child_command, inward=os.fdopen(os.dup(0), "rb"), outward=outward).run()
+
+
+class _Guard:
+    def __init__(self, child_command: Sequence[str], inward: IO[bytes], outward: IO[bytes]) -> None:
+        self._settings = GuardSettings()
+        self._heard = True
+        self._reasons: queue.SimpleQueue[str] = queue.SimpleQueue()  # its put may be called in a signal handler
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, _: self._reasons.put(f"{signal.Signals(number).name} on its host"))
+        # Processes before threads, so that every fork is plain.
+        self._watcher = subprocess.Popen(
+            [sys.executable, "-m", "mlx_k2.stage.watcher"], stdin=subprocess.PIPE, process_group=0
+        )
+        self._child = subprocess.Popen(
+            child_command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=self._watcher.pid
+        )
+        if sys.platform == "darwin":
+            caffeinate = ["/usr/bin/caffeinate", "-i", "-w", str(os.getpid())]
+            subprocess.Popen(caffeinate, stdin=subprocess.DEVNULL, process_group=self._watcher.pid)
+        assert self._watcher.stdin and self._child.stdin and self._child.stdout
+        os.set_blocking(self._watcher.stdin.fileno(), False)
+        self._outward = FrameWriter(outward, "the coordinator")
+        self._outward.put_raw(MARK)
+        self._to_child = FrameWriter(self._child.stdin, "the stage")
+        self._from_child = FrameReader(self._child.stdout, "the stage", self._on_child_frame, self._on_child_end)
+        FrameReader(inward, "the coordinator", self._on_frame, self._on_end)
+
+    def run(self) -> int:
+        """Until the stage has ended: by itself, or because it had to."""
+        reason = self._wait_for_reason()
+        if reason is not None:
+            self._end_child()
+        returncode = self._child.poll()
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._watcher.pid, signal.SIGKILL)  # and with it whatever the stage had started
+        self._watcher.wait(KILLED_S)
+        self._from_child.join(LAST_FRAMES_S)
+        if reason is None:
+            with suppress(queue.Empty):
+                reason = self._reasons.get_nowait()  # what it had written was not a frame
+        stage_exit = StageExit.from_returncode(returncode, reason or "it ended by itself")
+        with suppress(ProtocolError):
+            self._outward.put(Kind.STAGE_EXIT, stage_exit.to_json())
+        self._outward.close(LAST_FRAMES_S)
+        return 0 if returncode == 0 else 1
+
+    def _wait_for_reason(self) -> str | None:
+        """Why the stage must end; None: it has ended by itself."""
+        silent_s = 0.0  # counted in our own turns, so that a sleeping machine is not a silent coordinator
+        while self._child.poll() is None:
+            self._reassure_watcher()
+            with suppress(queue.Empty):
+                return self._reasons.get(timeout=TICK_S)
+            silent_s = 0.0 if self._heard else silent_s + TICK_S
+            self._heard = False
+            if silent_s >= self._settings.lease_s:
+                return f"nothing came from the coordinator for {self._settings.lease_s:g} s"
+        return None
+
+    def _end_child(self) -> None:
+        """Close its input; then SIGTERM, which a stopped process sees after SIGCONT; then SIGKILL."""
+        self._to_child.close(timeout_s=0)
+        began = time.monotonic()
+        if self._child_ends_by(began + POLITE_S):
+            return
+        self._child.send_signal(signal.SIGTERM)
+        self._child.send_signal(signal.SIGCONT)
+        if self._child_ends_by(began + kill_after_s(self._settings.held_bytes)):
+            return
+        self._child.kill()
+        self._child_ends_by(time.monotonic() + KILLED_S)
+
+    def _child_ends_by(self, deadline: float) -> bool:
+        while self._child.poll() is None and (left_s := deadline - time.monotonic()) > 0:
+            self._reassure_watcher()
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(min(left_s, TICK_S))
+        return self._child.poll() is not None
+
+    def _reassure_watcher(self) -> None:
+        watch = Watch(self._child.pid, kill_after_s(self._settings.held_bytes), self._settings.lease_s)
+        assert self._watcher.stdin
+        with suppress(OSError):  # it is full (the watcher was stopped) or closed (killed): its loss is not the stage's
+            os.write(self._watcher.stdin.fileno(), watch.to_line())
+
+    # ---- on the reading threads
+
+    def _on_frame(self, frame: Frame) -> None:
+        self._heard = True
+        if frame.kind is Kind.MESSAGE:
+            self._to_child.put(Kind.MESSAGE, frame.payload)
+        elif frame.kind is Kind.HEARTBEAT:
+            self._outward.put(Kind.HEARTBEAT, frame.payload)
+        elif frame.kind is Kind.GUARD_SETTINGS:
+            self._settings = GuardSettings.from_json(frame.payload)
+        else:
+            raise ProtocolError(f"the coordinator sent a {frame.kind.name} frame")
+
+    def _on_end(self, error: ProtocolError | None) -> None:
+        self._reasons.put(str(error) if error else "the coordinator closed the connection")
+
+    def _on_child_frame(self, frame: Frame) -> None:
+        if frame.kind is not Kind.MESSAGE:
+            raise ProtocolError(f"the stage wrote a {frame.kind.name} frame")
+        self._outward.put(Kind.MESSAGE, frame.payload)
+
+    def _on_child_end(self, error: ProtocolError | None) -> None:
+        """Most often its process has ended too; a process that goes on without an output is a reason to end it."""
+        if error is None:
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(POLITE_S)
+                return
+        self._reasons.put(f"in what the stage wrote: {error}" if error else "the stage closed its output and went on")
