@@ -1,7 +1,6 @@
 """The inventory against the published sizes of Kimi K2 Thinking's checkpoint."""
 
 import itertools
-import json
 import math
 
 import pytest
@@ -20,10 +19,7 @@ from mlx_k2.weights.inventory import (
     model_specs,
     shard_specs,
 )
-
-
-def config_of(fields: dict[str, object]) -> ModelConfig:
-    return ModelConfig.from_json(json.dumps(fields).encode(), "config.json")
+from tests.weights.made_up import config_of
 
 
 @pytest.fixture(scope="module")

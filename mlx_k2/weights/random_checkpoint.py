@@ -1,0 +1,152 @@
+"""Writes random checkpoints in the original layout, for the built-in model, tests and benchmarks. Knows no tokenizer.
+
+The values are scaled so that every part of the model matters: each branch adds about as much as it finds, attention is
+sharp enough for positions to count, and tokens disagree about the experts they want.
+"""
+
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_k2.config import Family, ModelConfig
+from mlx_k2.weights.inventory import (
+    INT4_GROUP_SIZE,
+    TensorSpec,
+    embedding_specs,
+    head_specs,
+    layer_specs,
+)
+from mlx_k2.weights.safetensors_file import write_file
+
+_PIECE_VALUES = 1 << 22
+_CODE_DEVIATION = 4.2  # of the codes that _codes draws
+
+# Root mean square of a matrix's output when its input's is 1, by the last words of its name.
+_GAINS: Mapping[str, float] = {
+    "self_attn.q_a_proj.weight": 1.0,
+    "self_attn.q_b_proj.weight": 1.2,
+    "self_attn.q_proj.weight": 1.2,
+    "self_attn.kv_a_proj_with_mqa.weight": 1.2,
+    "self_attn.kv_b_proj.weight": 1.2,
+    "self_attn.o_proj.weight": 1.8,
+    "mlp.gate.weight": 1.5,
+    "gate_proj.weight": 1.2,
+    "up_proj.weight": 1.2,
+    "down_proj.weight": 1.2,
+    "lm_head.weight": 3.0,
+}
+
+
+def write_random_checkpoint(
+    folder: Path, config_fields: Mapping[str, Any], seed: int, tokenizer_files: Mapping[str, bytes]
+) -> None:
+    """Write the checkpoint that ``config_fields`` describes: one file for each layer, one for embedding and head.
+
+    ``tokenizer_files`` are written beside it as they are. The same arguments give the same bytes. ``folder`` appears
+    when it is complete; where another process was faster, its folder stays.
+
+    Raises:
+        ConfigError: the fields are not those of a model that this program runs.
+    """
+    config_json = msgspec.json.format(msgspec.json.encode(config_fields), indent=2)
+    config = ModelConfig.from_json(config_json, "config_fields")
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        _write_tensors(partial, config, seed)
+        for name, data in {"config.json": config_json, **tokenizer_files}.items():
+            (partial / name).write_bytes(data)
+        if not folder.exists():
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_tensors(folder: Path, config: ModelConfig, seed: int) -> None:
+    files = _files(config)
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
+    for number, specs in enumerate(files, start=1):
+        name = f"model-{number:05d}-of-{len(files):06d}.safetensors"
+        total_bytes += write_file(folder / name, specs, lambda spec: _random_bytes(spec, config, seed))
+        weight_map |= {spec.name: name for spec in specs}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    index_json = msgspec.json.format(msgspec.json.encode(index), indent=2)
+    (folder / "model.safetensors.index.json").write_bytes(index_json)
+
+
+def _files(config: ModelConfig) -> list[tuple[TensorSpec, ...]]:
+    """The tensors of each file, with those that the original checkpoints hold and nobody needs."""
+    frequencies = (config.qk_rope_head_dim // 2,)
+    files = []
+    for layer in range(config.num_hidden_layers):
+        specs = layer_specs(config, layer)
+        if config.family is Family.KIMI_K2:
+            specs += (TensorSpec(f"model.layers.{layer}.self_attn.rotary_emb.inv_freq", "F32", frequencies),)
+        files.append(specs)
+    files.append(embedding_specs(config) + head_specs(config))
+    if config.family is Family.KIMI_K25:
+        files.append(
+            (
+                TensorSpec("vision_tower.patch_embed.proj.weight", "BF16", (16, 3, 14, 14)),
+                TensorSpec("mm_projector.proj.0.weight", "BF16", (16, 16)),
+            )
+        )
+    return files
+
+
+def _random_bytes(spec: TensorSpec, config: ModelConfig, seed: int) -> Iterator[bytes]:
+    """The tensor's values in pieces, drawn from (seed, name), so that they depend on no other tensor."""
+    generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(spec.name.encode())]))
+    count = spec.num_bytes // 2
+    if spec.name.endswith("weight_shape"):
+        yield np.array(_unpacked_shape(spec.name, config), np.int32).tobytes()
+    elif spec.name.endswith("weight_packed"):
+        yield _codes(generator, spec.shape).tobytes()
+    elif spec.name.endswith("weight_scale"):
+        projection = spec.name.removesuffix("_scale")
+        scale = _gain(projection) / _CODE_DEVIATION / (spec.shape[1] * INT4_GROUP_SIZE) ** 0.5
+        yield _bf16_bytes(generator.uniform(0.5 * scale, 1.5 * scale, count).astype(np.float32))
+    elif spec.name.endswith("e_score_correction_bias"):
+        yield generator.normal(0.0, 0.2, spec.shape).astype("<f4").tobytes()
+    elif spec.dtype == "F32":
+        yield generator.random(spec.shape, np.float32).tobytes()
+    elif len(spec.shape) == 1:
+        yield _bf16_bytes(generator.uniform(0.5, 1.5, count).astype(np.float32))
+    else:
+        deviation = _gain(spec.name) / spec.shape[-1] ** 0.5 if "embed_tokens" not in spec.name else 1.0
+        for first in range(0, count, _PIECE_VALUES):
+            values = generator.standard_normal(min(_PIECE_VALUES, count - first), np.float32)
+            yield _bf16_bytes(values * np.float32(deviation))
+
+
+def _gain(name: str) -> float:
+    return next((gain for ending, gain in _GAINS.items() if name.endswith(ending)), 1.0)
+
+
+def _codes(generator: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.uint32]:
+    """Eight INT4 codes in each word, with mean 0: -8, which has no opposite, stands in the first word of a row only."""
+    words = generator.integers(0, 1 << 32, shape, np.uint32)
+    rest = words[:, 1:]
+    not_minus_8 = (rest | rest >> 1 | rest >> 2 | rest >> 3) & 0x11111111  # stored as code + 8, so -8 is four zeros
+    rest |= (not_minus_8 ^ 0x11111111) << 3
+    return words
+
+
+def _unpacked_shape(name: str, config: ModelConfig) -> tuple[int, int]:
+    inner, outer = config.moe_intermediate_size, config.hidden_size
+    return (outer, inner) if ".down_proj." in name else (inner, outer)
+
+
+def _bf16_bytes(values: NDArray[np.float32]) -> bytes:
+    """Float32 values rounded to the nearest bfloat16, ties to even."""
+    bits = values.view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return rounded.astype("<u2").tobytes()

@@ -1,0 +1,101 @@
+"""The safetensors container: eight bytes of length, a JSON header, then the tensors' bytes. Knows no model.
+
+https://github.com/huggingface/safetensors describes the format. Only headers are read here, never a tensor.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from mlx_k2.errors import CheckpointError
+from mlx_k2.weights.inventory import TensorSpec
+
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
+
+TensorBytes = Callable[[TensorSpec], Iterable[bytes]]
+
+
+class StoredTensor(msgspec.Struct, frozen=True):
+    """What a header says of one tensor; ``data_offsets`` count from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes between the two offsets."""
+        return self.data_offsets[1] - self.data_offsets[0]
+
+
+class Header(msgspec.Struct, frozen=True):
+    """A file's tensors by name, where their data starts, and how long the whole file must be."""
+
+    tensors: Mapping[str, StoredTensor]
+    data_start: int
+    file_bytes: int
+
+
+def read_header(path: Path) -> Header:
+    """The header of ``path``, checked against the file's length; reads none of the tensors.
+
+    Raises:
+        CheckpointError: the file is missing, is not safetensors, or is truncated.
+    """
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            header_bytes = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or header_bytes > MAX_HEADER_BYTES:
+                raise CheckpointError(f"{path} is not a safetensors file: it does not begin with a header's length")
+            raw = file.read(header_bytes)
+            actual_bytes = file.seek(0, 2)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    if len(raw) < header_bytes:
+        raise CheckpointError(f"{path} is truncated: its header alone has {header_bytes} bytes; fetch the file again")
+    tensors = _decode_tensors(raw, path)
+    data_start = 8 + header_bytes
+    file_bytes = data_start + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
+    if actual_bytes < file_bytes:
+        missing = file_bytes - actual_bytes
+        raise CheckpointError(f"{path} is truncated: {missing} of its {file_bytes} bytes are missing; fetch it again")
+    if actual_bytes > file_bytes:
+        raise CheckpointError(f"{path} has {actual_bytes - file_bytes} bytes after its last tensor; fetch it again")
+    return Header(tensors=tensors, data_start=data_start, file_bytes=file_bytes)
+
+
+def write_file(path: Path, specs: Sequence[TensorSpec], tensor_bytes: TensorBytes) -> int:
+    """Write ``specs`` in their order, each from the pieces that ``tensor_bytes`` gives; returns the tensors' bytes.
+
+    Only one piece is in memory at a time.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for spec in specs:
+        header[spec.name] = StoredTensor(spec.dtype, spec.shape, (end, end + spec.num_bytes))
+        end += spec.num_bytes
+    raw = msgspec.json.encode(header)
+    raw += b" " * (-len(raw) % 8)  # the data begins on a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for spec in specs:
+            written = sum(file.write(piece) for piece in tensor_bytes(spec))
+            assert written == spec.num_bytes, f"{spec.name}: {written} bytes written, {spec.num_bytes} promised"
+    return end
+
+
+def _decode_tensors(raw: bytes, path: Path) -> dict[str, StoredTensor]:
+    try:
+        fields = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+        fields.pop("__metadata__", None)
+        tensors = {name: msgspec.json.decode(field, type=StoredTensor) for name, field in fields.items()}
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"{path} is not a safetensors file: its header cannot be read ({error})") from None
+    for name, tensor in tensors.items():
+        first, end = tensor.data_offsets
+        if first < 0 or end < first or any(length < 0 for length in tensor.shape):
+            raise CheckpointError(f"{path}: tensor {name} has impossible offsets {first} to {end}")
+    return tensors

@@ -1,0 +1,24 @@
+"""Small made-up models for this folder's tests."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_k2.config import ModelConfig
+from mlx_k2.weights.config_fields import tiny_config_fields
+from mlx_k2.weights.random_checkpoint import write_random_checkpoint
+
+VOCAB_SIZE = 512
+
+
+def config_of(fields: Mapping[str, Any]) -> ModelConfig:
+    """The fields as they would be read from config.json."""
+    return ModelConfig.from_json(json.dumps(fields).encode(), "config.json")
+
+
+def write_tiny(folder: Path, seed: int = 0, **changes: Any) -> ModelConfig:
+    """Write a tiny checkpoint into ``folder``; returns its config."""
+    fields = tiny_config_fields(VOCAB_SIZE, **changes)
+    write_random_checkpoint(folder, fields, seed, {"tiktoken.model": b"aGVsbG8= 0\n"})
+    return config_of(fields)

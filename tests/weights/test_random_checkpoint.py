@@ -1,0 +1,111 @@
+"""The random checkpoints hold what the original layout promises, byte for byte."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from mlx_k2.config import ModelConfig
+from mlx_k2.errors import ConfigError
+from mlx_k2.weights.config_fields import as_kimi_k25, tiny_config_fields
+from mlx_k2.weights.inventory import model_specs
+from mlx_k2.weights.random_checkpoint import write_random_checkpoint
+from mlx_k2.weights.safetensors_file import read_header
+from tests.weights.made_up import VOCAB_SIZE, write_tiny
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig]:
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    return folder, write_tiny(folder)
+
+
+def test_files_are_named_and_divided_as_in_the_original(tiny: tuple[Path, ModelConfig]) -> None:
+    folder, _ = tiny
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert files == [f"model-{number:05d}-of-000008.safetensors" for number in range(1, 9)]
+    layer_3 = read_header(folder / files[3]).tensors
+    assert all(name.startswith("model.layers.3.") for name in layer_3)
+    head = read_header(folder / files[-1]).tensors
+    assert set(head) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+
+
+def test_the_index_names_every_tensor_and_their_total_size(tiny: tuple[Path, ModelConfig]) -> None:
+    folder, config = tiny
+    index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+    stored = {path.name: read_header(path).tensors for path in folder.glob("*.safetensors")}
+    assert index["weight_map"] == {name: file for file, tensors in stored.items() for name in tensors}
+    total = sum(tensor.num_bytes for tensors in stored.values() for tensor in tensors.values())
+    assert index["metadata"]["total_size"] == total
+    unneeded = set(index["weight_map"]) - {spec.name for spec in model_specs(config)}
+    assert unneeded == {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(7)}
+
+
+def test_the_safetensors_library_reads_the_same_shapes_and_dtypes(tiny: tuple[Path, ModelConfig]) -> None:
+    folder, config = tiny
+    expected = {spec.name: (spec.dtype, list(spec.shape)) for spec in model_specs(config)}
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "numpy") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dictionary
+                tensor = file.get_slice(name)
+                found[name] = (tensor.get_dtype(), tensor.get_shape())
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_shapes_are_recorded_and_the_correction_bias_is_float32(tiny: tuple[Path, ModelConfig]) -> None:
+    with safe_open(tiny[0] / "model-00002-of-000008.safetensors", "numpy") as file:
+        bias = file.get_tensor("model.layers.1.mlp.gate.e_score_correction_bias")
+        assert bias.dtype == np.float32
+        assert 0.05 < np.abs(bias).max() < 1
+        assert file.get_tensor("model.layers.1.mlp.experts.2.down_proj.weight_shape").tolist() == [128, 64]
+        assert file.get_tensor("model.layers.1.mlp.experts.2.up_proj.weight_shape").tolist() == [64, 128]
+
+
+def test_packed_codes_use_all_sixteen_values_and_have_mean_zero(tiny: tuple[Path, ModelConfig]) -> None:
+    with safe_open(tiny[0] / "model-00002-of-000008.safetensors", "numpy") as file:
+        names = [name for name in file.keys() if name.endswith("weight_packed")]  # noqa: SIM118 - not a dictionary
+        words = np.concatenate([file.get_tensor(name).ravel() for name in names])
+    codes = np.concatenate([(words.view(np.uint32) >> shift & 15).astype(int) - 8 for shift in range(0, 32, 4)])
+    assert set(codes.tolist()) == set(range(-8, 8))
+    assert abs(codes.mean()) < 0.1
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
+    for name, seed in (("first", 7), ("second", 7), ("third", 8)):
+        write_tiny(tmp_path / name, seed)
+    first, second, third = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("first", "second", "third")
+    )
+    assert first == second
+    assert all(first[name] != third[name] for name in first if name.endswith(".safetensors"))
+
+
+def test_tokenizer_files_are_written_as_they_are(tiny: tuple[Path, ModelConfig]) -> None:
+    folder, _ = tiny
+    assert (folder / "tiktoken.model").read_bytes() == b"aGVsbG8= 0\n"
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]  # nothing half-written stays
+
+
+def test_kimi_k25_has_prefixed_names_and_a_vision_tower(tmp_path: Path) -> None:
+    fields = as_kimi_k25(tiny_config_fields(VOCAB_SIZE))
+    write_random_checkpoint(tmp_path / "model", fields, 0, {})
+    names = set(json.loads((tmp_path / "model/model.safetensors.index.json").read_bytes())["weight_map"])
+    assert {name.split(".")[0] for name in names} == {"language_model", "vision_tower", "mm_projector"}
+    config = ModelConfig.from_json((tmp_path / "model/config.json").read_bytes(), "config.json")
+    assert {spec.name for spec in model_specs(config)} <= names
+
+
+def test_an_existing_folder_is_left_as_it_is(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "model", seed=1)
+    before = (tmp_path / "model/model-00001-of-000008.safetensors").read_bytes()
+    write_tiny(tmp_path / "model", seed=2)
+    assert (tmp_path / "model/model-00001-of-000008.safetensors").read_bytes() == before
+
+
+def test_fields_of_another_model_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="scoring_func"):
+        write_random_checkpoint(tmp_path / "model", tiny_config_fields(VOCAB_SIZE, scoring_func="softmax"), 0, {})
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,112 @@
+"""Every part of a random checkpoint moves the logits, and greedy text does not fall into a loop, as mlx-lm runs it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm.models import deepseek_v3
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_k2.weights.config_fields import tiny_config_fields
+from mlx_k2.weights.random_checkpoint import write_random_checkpoint
+from tests.weights.made_up import VOCAB_SIZE
+
+TOLERANCE = 2e-4  # within which this program's logits and mlx-lm's agree
+PROMPT = list(range(10, 74))
+
+Weights = dict[str, mx.array]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("random") / "model"
+    write_random_checkpoint(made, tiny_config_fields(VOCAB_SIZE), 0, {})
+    return made
+
+
+@pytest.fixture(scope="module")
+def logits(folder: Path) -> mx.array:
+    return run(load(folder))
+
+
+def run(model: Any) -> mx.array:
+    return cast(mx.array, model(mx.array([PROMPT])))
+
+
+def largest_difference(left: mx.array, right: mx.array) -> float:
+    return cast(float, mx.abs(left - right).max().item())
+
+
+def load(folder: Path, change: Callable[[Weights], None] = lambda _: None) -> Any:
+    """mlx-lm's DeepseekV3 in float32 with INT4 experts, as its own loader would build it."""
+    model = deepseek_v3.Model(deepseek_v3.ModelArgs.from_dict(json.loads((folder / "config.json").read_text())))
+    weights: Weights = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        weights |= dict(mx.load(str(path)).items())  # type: ignore[union-attr]
+    change(weights)
+    floats = {
+        name: array.astype(mx.float32) if array.dtype == mx.bfloat16 else array for name, array in weights.items()
+    }
+    made = model.sanitize(floats)
+    nn.quantize(model, group_size=32, bits=4, class_predicate=lambda path, _: f"{path}.scales" in made)
+    model.load_weights(list(made.items()), strict=True)
+    return model
+
+
+def without(*endings: str, containing: tuple[str, ...] = ("",)) -> Callable[[Weights], None]:
+    """A change that sets to zero the tensors whose names end and contain so."""
+
+    def change(weights: Weights) -> None:
+        names = [name for name in weights if name.endswith(endings) and any(part in name for part in containing)]
+        assert names
+        for name in names:
+            weights[name] = mx.zeros_like(weights[name])
+
+    return change
+
+
+def moved(folder: Path, logits: mx.array, change: Callable[[Weights], None]) -> float:
+    return largest_difference(run(load(folder, change)), logits)
+
+
+@pytest.mark.parametrize("layer", range(7))
+def test_leaving_out_a_layer_moves_the_logits(folder: Path, logits: mx.array, layer: int) -> None:
+    endings = ("o_proj.weight", "down_proj.weight", "down_proj.weight_scale")
+    assert moved(folder, logits, without(*endings, containing=(f"layers.{layer}.",))) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("layer", range(1, 7))
+@pytest.mark.parametrize("group", range(4))
+def test_leaving_out_a_group_of_experts_moves_the_logits(
+    folder: Path, logits: mx.array, layer: int, group: int
+) -> None:
+    experts = tuple(f"layers.{layer}.mlp.experts.{expert}." for expert in range(4 * group, 4 * group + 4))
+    assert moved(folder, logits, without("down_proj.weight_scale", containing=experts)) > 100 * TOLERANCE
+
+
+def test_leaving_out_the_shared_experts_or_the_correction_bias_moves_the_logits(folder: Path, logits: mx.array) -> None:
+    assert moved(folder, logits, without("shared_experts.down_proj.weight")) > 100 * TOLERANCE
+    assert moved(folder, logits, without("e_score_correction_bias")) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("layer", range(7))
+def test_leaving_out_a_layers_rope_moves_the_logits(folder: Path, logits: mx.array, layer: int) -> None:
+    model = load(folder)
+    model.model.layers[layer].self_attn.rope = lambda values, _offset: values
+    assert largest_difference(run(model), logits) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("prompt", [[3], [1, 2, 3, 4, 5, 6, 7, 8], [5] * 16])
+def test_200_greedy_tokens_hold_at_least_50_different_ones(folder: Path, prompt: list[int]) -> None:
+    model = load(folder)
+    cache = make_prompt_cache(model)
+    tokens: list[int] = []
+    pending = prompt
+    for _ in range(200):
+        tokens.append(cast(int, mx.argmax(model(mx.array([pending]), cache=cache)[0, -1]).item()))
+        pending = [tokens[-1]]
+    assert len(set(tokens)) >= 50
