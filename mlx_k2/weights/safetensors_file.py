@@ -31,11 +31,10 @@ class StoredTensor(msgspec.Struct, frozen=True):
 
 
 class Header(msgspec.Struct, frozen=True):
-    """A file's tensors by name, where their data starts, and how long the whole file must be."""
+    """A file's tensors by name, and the byte at which their data starts."""
 
     tensors: Mapping[str, StoredTensor]
     data_start: int
-    file_bytes: int
 
 
 def read_header(path: Path) -> Header:
@@ -52,6 +51,8 @@ def read_header(path: Path) -> Header:
                 raise CheckpointError(f"{path} is not a safetensors file: it does not begin with a header's length")
             raw = file.read(header_bytes)
             actual_bytes = file.seek(0, 2)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; fetch it again") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     if len(raw) < header_bytes:
@@ -64,7 +65,7 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"{path} is truncated: {missing} of its {file_bytes} bytes are missing; fetch it again")
     if actual_bytes > file_bytes:
         raise CheckpointError(f"{path} has {actual_bytes - file_bytes} bytes after its last tensor; fetch it again")
-    return Header(tensors=tensors, data_start=data_start, file_bytes=file_bytes)
+    return Header(tensors, data_start)
 
 
 def write_file(path: Path, specs: Sequence[TensorSpec], tensor_bytes: TensorBytes) -> int:
@@ -94,8 +95,10 @@ def _decode_tensors(raw: bytes, path: Path) -> dict[str, StoredTensor]:
         tensors = {name: msgspec.json.decode(field, type=StoredTensor) for name, field in fields.items()}
     except msgspec.DecodeError as error:
         raise CheckpointError(f"{path} is not a safetensors file: its header cannot be read ({error})") from None
-    for name, tensor in tensors.items():
+    expected = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
         first, end = tensor.data_offsets
-        if first < 0 or end < first or any(length < 0 for length in tensor.shape):
-            raise CheckpointError(f"{path}: tensor {name} has impossible offsets {first} to {end}")
+        if first != expected or end < first:
+            raise CheckpointError(f"{path}: {name} lies at bytes {first} to {end}, where byte {expected} should follow")
+        expected = end
     return tensors

@@ -1,0 +1,158 @@
+"""Which file holds which tensor, and whether the files hold what the config promises. Reads headers, never a tensor."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from mlx_k2.config import Family, ModelConfig
+from mlx_k2.errors import CheckpointError
+from mlx_k2.weights.inventory import TensorSpec, model_specs
+from mlx_k2.weights.safetensors_file import Header, read_header
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_FILE_NAME = "model.safetensors"
+
+_ORIGINALS: Mapping[Family, str] = {
+    Family.KIMI_K2: "moonshotai/Kimi-K2-Thinking (594 GB)",
+    Family.KIMI_K25: "moonshotai/Kimi-K2.5 (595 GB)",
+}
+_UNNEEDED: Mapping[str, str] = {
+    "vision_tower.": "the vision tower",
+    "vision_model.": "the vision tower",
+    "mm_projector.": "the vision projector",
+    "multi_modal_projector.": "the vision projector",
+    ".rotary_emb.inv_freq": "rotary frequencies",
+}
+
+
+class _IndexFile(msgspec.Struct, frozen=True):
+    weight_map: dict[str, str]
+
+
+class CheckpointIndex(msgspec.Struct, frozen=True):
+    """The file of each tensor; ``source`` names the index in errors."""
+
+    weight_map: Mapping[str, str]
+    source: str
+
+    @classmethod
+    def from_json(cls, data: bytes, source: str) -> "CheckpointIndex":
+        """Read the bytes of model.safetensors.index.json.
+
+        Raises:
+            CheckpointError: not such an index, or it names files outside its own folder.
+        """
+        try:
+            weight_map = msgspec.json.decode(data, type=_IndexFile).weight_map
+        except msgspec.DecodeError as error:
+            raise CheckpointError(f"{source} is not an index of safetensors files: {error}") from None
+        for file in set(weight_map.values()):
+            if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+                raise CheckpointError(f"{source} names {file!r}, which is not a .safetensors file beside it")
+        return cls(weight_map, source)
+
+    def files(self, specs: Iterable[TensorSpec]) -> dict[str, tuple[TensorSpec, ...]]:
+        """The files that hold ``specs``, in the order of their names, each with those that it holds.
+
+        Raises:
+            CheckpointError: the index does not know one of the tensors.
+        """
+        found: defaultdict[str, list[TensorSpec]] = defaultdict(list)
+        for spec in specs:
+            if spec.name not in self.weight_map:
+                raise CheckpointError(f"{self.source} does not name {spec.name}: the checkpoint is incomplete")
+            found[self.weight_map[spec.name]].append(spec)
+        return {file: tuple(found[file]) for file in sorted(found)}
+
+
+def read_index_json(folder: Path) -> bytes:
+    """The folder's index as JSON; made from the header of model.safetensors where there is only that file.
+
+    Raises:
+        CheckpointError: the folder has neither, or they cannot be read.
+    """
+    path, single = folder / INDEX_NAME, folder / SINGLE_FILE_NAME
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    if not single.exists():
+        raise CheckpointError(f"{folder} holds no weights: neither {INDEX_NAME} nor {SINGLE_FILE_NAME} is there")
+    names = sorted(read_header(single).tensors)
+    return msgspec.json.encode({"weight_map": dict.fromkeys(names, SINGLE_FILE_NAME)})
+
+
+def model_digest(config_json: bytes, index_json: bytes) -> str:
+    """A digest that two hosts share when their copies of the model's config and index are the same."""
+    config_digest, index_digest = (hashlib.sha256(data).digest() for data in (config_json, index_json))
+    return hashlib.sha256(config_digest + index_digest).hexdigest()
+
+
+def check_names(config: ModelConfig, index: CheckpointIndex) -> str | None:
+    """Compare the index's names with those that ``config`` calls for.
+
+    Returns one line for the user about tensors that stay unread, if there are any.
+
+    Raises:
+        CheckpointError: another layout, tensors that are missing, or tensors whose part in the model is unknown.
+    """
+    names = index.weight_map.keys()
+    _refuse_other_layouts(names, config, index.source)
+    needed = [spec.name for spec in model_specs(config)]
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise CheckpointError(f"{index.source} lacks {_first_of(missing)} that config.json calls for")
+    others = names - set(needed)
+    kinds = {name: _unneeded_kind(name) for name in others}
+    unknown = sorted(name for name, kind in kinds.items() if kind is None)
+    if unknown:
+        raise CheckpointError(
+            f"{index.source} names {_first_of(unknown)} that config.json does not call for: config.json and the "
+            "weights are not of the same model, or mlx-k2 does not know this variant"
+        )
+    listed = ", ".join(sorted({kind for kind in kinds.values() if kind}))
+    return f"{len(others)} tensors are not needed for text and stay unread: {listed}" if others else None
+
+
+def check_file(path: Path, specs: Sequence[TensorSpec]) -> Header:
+    """Check names, dtypes, shapes and lengths of ``specs`` in ``path`` against its header, which is returned.
+
+    Raises:
+        CheckpointError: names the file and the tensor.
+    """
+    header = read_header(path)
+    for spec in specs:
+        stored = header.tensors.get(spec.name)
+        if stored is None:
+            raise CheckpointError(f"{path} does not hold {spec.name}, which the index says it does; fetch it again")
+        if stored.dtype not in spec.accepted_dtypes:
+            raise CheckpointError(f"{path}: {spec.name} is {stored.dtype}, and the model needs {spec.dtype}")
+        if stored.shape != spec.shape:
+            found, needed = list(stored.shape), list(spec.shape)
+            raise CheckpointError(f"{path}: {spec.name} has shape {found}, and config.json calls for {needed}")
+        expected = TensorSpec(spec.name, stored.dtype, stored.shape).num_bytes
+        if stored.num_bytes != expected:
+            raise CheckpointError(f"{path}: {spec.name} spans {stored.num_bytes} bytes where its shape has {expected}")
+    return header
+
+
+def _refuse_other_layouts(names: Iterable[str], config: ModelConfig, source: str) -> None:
+    fetch = f"fetch the original instead, for instance {_ORIGINALS[config.family]}"
+    for name in names:
+        if ".switch_mlp." in name:
+            raise CheckpointError(f"{source} names {name}: this checkpoint was converted for MLX; {fetch}")
+        if name.endswith(".weight_scale_inv"):
+            raise CheckpointError(f"{source} names {name}: FP8 weights cannot be read; {fetch}")
+
+
+def _unneeded_kind(name: str) -> str | None:
+    return next((kind for part, kind in _UNNEEDED.items() if name.startswith(part) or name.endswith(part)), None)
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more tensors" if len(names) > 1 else f"the tensor {names[0]}"

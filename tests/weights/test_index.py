@@ -1,0 +1,203 @@
+"""The index, and the checks that refuse a checkpoint before anything of it is loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_k2.config import ModelConfig
+from mlx_k2.errors import CheckpointError
+from mlx_k2.weights.config_fields import as_kimi_k25, tiny_config_fields
+from mlx_k2.weights.index import CheckpointIndex, check_file, check_names, model_digest, read_index_json
+from mlx_k2.weights.inventory import TensorSpec, layer_specs, model_specs, shard_specs
+from mlx_k2.weights.random_checkpoint import write_random_checkpoint
+from mlx_k2.weights.safetensors_file import write_file
+from tests.weights.made_up import VOCAB_SIZE, config_of, write_tiny
+
+NORM = TensorSpec("model.norm.weight", "BF16", (8,))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig]:
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    return folder, write_tiny(folder)
+
+
+def index_of(folder: Path) -> CheckpointIndex:
+    return CheckpointIndex.from_json(read_index_json(folder), "the index")
+
+
+def renamed(index: CheckpointIndex, changes: dict[str, str | None]) -> CheckpointIndex:
+    names = {name: changes.get(name, name) for name in index.weight_map}
+    return CheckpointIndex({new: index.weight_map[old] for old, new in names.items() if new}, index.source)
+
+
+def write_one(path: Path, spec: TensorSpec) -> None:
+    write_file(path, [spec], lambda asked: [bytes(asked.num_bytes)])
+
+
+def rewrite_header(path: Path, change: dict[str, Any]) -> None:
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header[NORM.name] |= change
+    raw = json.dumps(header).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + data[end:])
+
+
+def test_a_shard_needs_the_files_of_its_layers_and_no_others(tiny: tuple[Path, ModelConfig]) -> None:
+    folder, config = tiny
+    index = index_of(folder)
+    assert [file[6:11] for file in index.files(shard_specs(config, 0, 3))] == ["00001", "00002", "00003", "00008"]
+    assert [file[6:11] for file in index.files(shard_specs(config, 3, 5))] == ["00004", "00005"]
+    assert [file[6:11] for file in index.files(shard_specs(config, 5, 7))] == ["00006", "00007", "00008"]
+    last = index.files(shard_specs(config, 5, 7))["model-00008-of-000008.safetensors"]
+    assert [spec.name for spec in last] == ["model.norm.weight", "lm_head.weight"]
+
+
+def test_every_file_of_an_intact_checkpoint_passes(tiny: tuple[Path, ModelConfig]) -> None:
+    folder, config = tiny
+    for file, specs in index_of(folder).files(model_specs(config)).items():
+        assert {spec.name for spec in specs} <= set(check_file(folder / file, specs).tensors)
+
+
+def test_a_single_file_without_an_index_works_too(tmp_path: Path) -> None:
+    config = config_of(tiny_config_fields(VOCAB_SIZE))
+    write_file(tmp_path / "model.safetensors", model_specs(config), lambda spec: [bytes(spec.num_bytes)])
+    index = index_of(tmp_path)
+    assert list(index.files(shard_specs(config, 0, 1))) == ["model.safetensors"]
+    assert check_names(config, index) is None
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        read_index_json(tmp_path)
+
+
+def test_unneeded_tensors_are_told_in_one_line(tiny: tuple[Path, ModelConfig], tmp_path: Path) -> None:
+    folder, config = tiny
+    note = "7 tensors are not needed for text and stay unread: rotary frequencies"
+    assert check_names(config, index_of(folder)) == note
+    fields = as_kimi_k25(tiny_config_fields(VOCAB_SIZE))
+    write_random_checkpoint(tmp_path / "k25", fields, 0, {})
+    note = "2 tensors are not needed for text and stay unread: the vision projector, the vision tower"
+    assert check_names(config_of(fields), index_of(tmp_path / "k25")) == note
+
+
+def test_a_missing_tensor_is_named_with_the_number_of_missing_ones(tiny: tuple[Path, ModelConfig]) -> None:
+    folder, config = tiny
+    gone = renamed(index_of(folder), {"lm_head.weight": None, "model.norm.weight": None})
+    with pytest.raises(CheckpointError, match=r"lacks model\.norm\.weight and 1 more tensors"):
+        check_names(config, gone)
+    with pytest.raises(CheckpointError, match=r"lacks the tensor lm_head\.weight that"):
+        check_names(config, renamed(index_of(folder), {"lm_head.weight": None}))
+
+
+def test_an_unknown_tensor_is_refused(tiny: tuple[Path, ModelConfig]) -> None:
+    folder, config = tiny
+    extra = CheckpointIndex({**index_of(folder).weight_map, "model.layers.7.eh_proj.weight": "x"}, "the index")
+    with pytest.raises(CheckpointError, match=r"model\.layers\.7\.eh_proj\.weight that config\.json does not call for"):
+        check_names(config, extra)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("model.layers.1.mlp.switch_mlp.up_proj.weight", "converted for MLX.*moonshotai/Kimi-K2-Thinking \\(594 GB\\)"),
+        ("model.layers.1.mlp.experts.0.up_proj.weight_scale_inv", "FP8.*moonshotai/Kimi-K2-Thinking"),
+    ],
+)
+def test_other_layouts_are_refused_with_the_repository_to_fetch(
+    tiny: tuple[Path, ModelConfig], name: str, reason: str
+) -> None:
+    folder, config = tiny
+    with pytest.raises(CheckpointError, match=reason):
+        check_names(config, renamed(index_of(folder), {"lm_head.weight": name}))
+
+
+@pytest.mark.parametrize("file", ["../x.safetensors", "/etc/x.safetensors", "a\\x.safetensors", "pickle.bin", ".."])
+def test_an_index_cannot_point_outside_its_folder(file: str) -> None:
+    with pytest.raises(CheckpointError, match="which is not a"):
+        CheckpointIndex.from_json(json.dumps({"weight_map": {"lm_head.weight": file}}).encode(), "the index")
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"weight_map": {"a": 1}}', b"\xff"])
+def test_what_is_not_an_index_is_refused(data: bytes) -> None:
+    with pytest.raises(CheckpointError, match="the index is not an index"):
+        CheckpointIndex.from_json(data, "the index")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"model-00003\.safetensors is missing"):
+        check_file(tmp_path / "model-00003.safetensors", [])
+
+
+@given(kept=st.integers(0, 5_000))
+def test_any_truncation_is_refused(tmp_path_factory: pytest.TempPathFactory, kept: int) -> None:
+    path = tmp_path_factory.mktemp("cut") / "cut.safetensors"
+    spec = TensorSpec("model.norm.weight", "BF16", (2_500,))
+    write_one(path, spec)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=r"truncated|does not begin with a header's length"):
+        check_file(path, [spec])
+
+
+def test_a_truncated_file_says_how_much_is_missing(tmp_path: Path) -> None:
+    write_one(tmp_path / "a.safetensors", NORM)
+    data = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(data[:-5])
+    with pytest.raises(CheckpointError, match=rf"truncated: 5 of its {len(data)} bytes are missing"):
+        check_file(tmp_path / "a.safetensors", [NORM])
+    (tmp_path / "a.safetensors").write_bytes(data + b"x")
+    with pytest.raises(CheckpointError, match="1 bytes after its last tensor"):
+        check_file(tmp_path / "a.safetensors", [NORM])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": "F16"}, "model.norm.weight is F16, and the model needs BF16"),
+        ({"shape": [4, 2]}, r"model.norm.weight has shape \[4, 2\], and config.json calls for \[8\]"),
+        ({"data_offsets": [2, 16]}, "model.norm.weight lies at bytes 2 to 16, where byte 0 should follow"),
+        ({"data_offsets": [0, 15]}, "1 bytes after its last tensor"),
+        ({"data_offsets": [0, 17]}, "truncated: 1 of its"),
+        ({"shape": "8"}, "its header cannot be read"),
+    ],
+)
+def test_a_misdescribed_tensor_is_refused(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    path = tmp_path / "a.safetensors"
+    write_one(path, NORM)
+    rewrite_header(path, change)
+    with pytest.raises(CheckpointError, match=reason):
+        check_file(path, [NORM])
+
+
+def test_a_tensor_whose_bytes_disagree_with_its_shape_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    write_one(path, TensorSpec(NORM.name, "BF16", (9,)))
+    rewrite_header(path, {"shape": [8]})
+    with pytest.raises(CheckpointError, match="spans 18 bytes where its shape has 16"):
+        check_file(path, [NORM])
+
+
+def test_a_tensor_that_is_in_another_file_is_refused(tmp_path: Path) -> None:
+    write_one(tmp_path / "a.safetensors", NORM)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors does not hold lm_head\.weight"):
+        check_file(tmp_path / "a.safetensors", [TensorSpec("lm_head.weight", "BF16", (8, 8))])
+
+
+@pytest.mark.parametrize("dtype", ["I32", "I64"])
+def test_weight_shape_passes_in_either_width(tmp_path: Path, dtype: str) -> None:
+    config = config_of(tiny_config_fields(VOCAB_SIZE))
+    (spec, *_) = [spec for spec in layer_specs(config, 1) if spec.name.endswith("weight_shape")]
+    write_one(tmp_path / "a.safetensors", TensorSpec(spec.name, dtype, spec.shape))
+    check_file(tmp_path / "a.safetensors", [spec])
+
+
+def test_the_digest_tells_configs_and_indexes_apart() -> None:
+    digests = {model_digest(*pair) for pair in ((b"a", b"b"), (b"ab", b""), (b"", b"ab"), (b"a", b"c"))}
+    assert len(digests) == 4
+    assert model_digest(b"a", b"b") in digests
