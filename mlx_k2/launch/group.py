@@ -46,6 +46,15 @@ class StageGroup:
     ) -> None:
         self.stop(self._log)
 
+    @property
+    def size(self) -> int:
+        """How many stages there are."""
+        return len(self._places)
+
+    def host(self, rank: int) -> str:
+        """The name of a stage's machine, for people."""
+        return self._places[rank].host
+
     def receive(self, timeout_s: float) -> StageEvent | None:
         """The next thing that a stage said, or its end; None when nothing came for ``timeout_s``."""
         try:

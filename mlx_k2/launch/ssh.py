@@ -21,7 +21,7 @@ _OPTIONS = {
 # What ssh writes, and what that means with the command that mends it; the first that occurs counts.
 _FAILURES = (
     (
-        ("REMOTE HOST IDENTIFICATION HAS CHANGED", "host key for", "differs from the key"),
+        ("REMOTE HOST IDENTIFICATION HAS CHANGED", "has changed and you have requested strict checking"),
         "its host key is not the one that ssh knows: if the machine was set up anew, forget the old key with "
         "`ssh-keygen -R {host}`, then run `ssh {host}` once and compare the new one",
     ),

@@ -35,6 +35,11 @@ class LatentCache:
         self._rows[layer][span.slot] = cached
         return cached[:num_keys]
 
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Every array there is, as the last write left it: evaluating them all completes all writes."""
+        return [cached for slots in self._rows for cached in slots if cached is not None]
+
     def _at_least(self, layer: int, slot: int, num_rows: int) -> mx.array:
         """The slot's array, grown when it is shorter than ``num_rows``."""
         cached = self._rows[layer][slot]

@@ -52,6 +52,10 @@ class StageModel:
             hidden = self._run_layer(hidden, index, weights, batch, self._cache)
         return hidden
 
+    def evaluate_cache(self) -> None:
+        """Compute what the cache needs of the steps so far, and no more."""
+        mx.eval(self._cache.arrays)
+
     def logits(self, hidden: mx.array) -> mx.array:
         """Hidden states (rows, hidden) after the last layer -> logits (rows, vocabulary) float32."""
         assert self._head is not None, "only the last stage has the head"

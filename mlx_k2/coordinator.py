@@ -1,0 +1,122 @@
+"""Feeds the pipeline: asks the scheduler, sends each plan to every stage, hands out tokens as they are drawn.
+
+Knows token ids and stages; no text, and no arrays.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mlx_k2.control.messages import Row, SampledToken, Step, StepDone
+from mlx_k2.engine.microbatch import Microbatch, MicrobatchRow
+from mlx_k2.engine.request import Request
+from mlx_k2.engine.scheduler import Scheduler
+from mlx_k2.engine.sequence import Sequence
+from mlx_k2.errors import StageSilent
+from mlx_k2.launch.bring_up import message_of
+from mlx_k2.launch.group import StageGroup
+
+STEP_S = 60.0
+STEP_S_PER_TOKEN = 5.0
+"""A step may take STEP_S and this for each of its tokens before the stage that owes it counts as silent."""
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """A token of a sequence, as soon as the coordinator has it."""
+
+    sequence: Sequence
+    token: SampledToken
+
+
+@dataclass
+class StageUse:
+    """What one stage has done so far: steps finished, seconds computing, seconds waiting for its neighbours."""
+
+    steps_done: int = 0
+    busy_s: float = 0.0
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A plan on its way, and since when."""
+
+    microbatch: Microbatch
+    sent_at: float
+
+
+class Coordinator:
+    """Runs requests over a group of stages that are ready."""
+
+    def __init__(self, group: StageGroup, scheduler: Scheduler) -> None:
+        self._group = group
+        self._scheduler = scheduler
+        self._sent: dict[int, _Sent] = {}
+        self.use = tuple(StageUse() for _ in range(group.size))
+
+    def run(self, *requests: Request) -> Iterator[TokenEvent]:
+        """Run ``requests``, and whatever was submitted before, to their end; tokens in the order they come.
+
+        Leaving the iterator early cancels what is still running.
+
+        Raises:
+            StageFault: a stage reported an error or ended.
+            StageSilent: a step took longer than it may; names the stage that owes it.
+        """
+        for request in requests:
+            self._scheduler.submit(request)
+        try:
+            while self._scheduler.has_work:
+                self._send_plans()
+                yield from self._receive()
+        finally:
+            self._scheduler.cancel_all()
+
+    def _send_plans(self) -> None:
+        while (microbatch := self._scheduler.next_microbatch()) is not None:
+            self._sent[microbatch.number] = _Sent(microbatch, time.monotonic())
+            self._group.send_all(Step(microbatch.number, tuple(_row(row) for row in microbatch.rows)))
+
+    def _receive(self) -> Iterator[TokenEvent]:
+        event = self._group.receive(max(0.0, self._deadline() - time.monotonic()))
+        if event is None:
+            raise StageSilent(self._describe_silence())
+        rank, message = message_of(self._group, event)
+        assert isinstance(message, StepDone), f"stage {rank} sent a {type(message).__name__} between steps"
+        use = self.use[rank]
+        use.steps_done = message.number + 1
+        use.busy_s += message.busy_s
+        use.wait_s += message.wait_s
+        if rank == self._group.size - 1:
+            del self._sent[message.number]
+            takers = self._scheduler.complete(message.number, [token.token_id for token in message.tokens])
+            for sequence, token in zip(takers, message.tokens, strict=True):
+                if sequence is not None:
+                    yield TokenEvent(sequence, token)
+
+    def _deadline(self) -> float:
+        oldest = next(iter(self._sent.values()))
+        return oldest.sent_at + STEP_S + STEP_S_PER_TOKEN * oldest.microbatch.num_tokens
+
+    def _describe_silence(self) -> str:
+        number, oldest = next(iter(self._sent.items()))
+        waited_s = time.monotonic() - oldest.sent_at
+        behind = next(rank for rank, use in enumerate(self.use) if use.steps_done <= number)
+        return (
+            f"stage {behind} on {self._group.host(behind)} has not finished step {number} "
+            f"({oldest.microbatch.num_tokens} tokens) after {waited_s:.0f} s; "
+            f"its guard was last heard {self._group.silence_s(behind):.0f} s ago"
+        )
+
+
+def _row(row: MicrobatchRow) -> Row:
+    sequence = row.sequence
+    return Row(
+        slot=sequence.slot,
+        position=row.position,
+        token_ids=row.token_ids,
+        is_prompt=row.is_prompt,
+        sampling=sequence.request.sampling if row.draws_token else None,
+        recent_ids=sequence.recent_ids if row.draws_token else (),
+    )

@@ -1,0 +1,135 @@
+"""From started processes to stages that can run a step: greet, prepare, connect, load; each with a deadline.
+
+Knows no model: what each stage is to load comes in as messages.
+"""
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from mlx_k2.control.messages import (
+    Connect,
+    Connected,
+    Fault,
+    FromStage,
+    Hello,
+    JacclLinks,
+    Load,
+    Loaded,
+    Prepare,
+    Prepared,
+    RingLinks,
+)
+from mlx_k2.errors import StageFault, StageSilent, StageStartError
+from mlx_k2.launch.group import StageGroup
+from mlx_k2.launch.stage_process import StageEnded, StageEvent
+
+GREET_S = 60.0
+PREPARE_S = 60.0
+CONNECT_S = 90.0
+"""MLX's ring tries for 31 s to reach a neighbour."""
+LAYER_S = 600.0
+"""Without a word from any stage while they load: a layer is 10 GB, and a disk may be slow."""
+
+Answer = TypeVar("Answer", bound=FromStage)
+
+
+def greet(group: StageGroup, versions: Sequence[str]) -> tuple[Hello, ...]:
+    """Wait for every stage's Hello; ``versions`` are mlx_k2's and mlx's here, which must be theirs too.
+
+    Raises:
+        StageStartError: a stage did not come up, or has another version.
+        StageSilent: no word within GREET_S.
+    """
+    hellos = gather(group, Hello, range(group.size), GREET_S, "start")
+    for rank, hello in enumerate(hellos):
+        for package, here, there in zip(
+            ("mlx-k2", "mlx"), versions, (hello.mlx_k2_version, hello.mlx_version), strict=True
+        ):
+            if here != there:
+                raise StageStartError(
+                    f"stage {rank} on {group.host(rank)} has {package} {there}, this machine has {here}: "
+                    f"install the same on both, for instance pip install {package}=={here}"
+                )
+    return hellos
+
+
+def prepare(group: StageGroup, messages: Sequence[Prepare]) -> tuple[tuple[str, ...], ...]:
+    """Let every stage read the model's config and index and pick its ports; the addresses that each listens on.
+
+    Raises:
+        StageStartError: two hosts have different models.
+    """
+    for rank, message in enumerate(messages):
+        group.send(rank, message)
+    prepared = gather(group, Prepared, range(group.size), PREPARE_S, "prepare")
+    for rank, answer in enumerate(prepared):
+        if answer.model_digest != prepared[0].model_digest:
+            raise StageStartError(
+                f"the model on {group.host(rank)} (stage {rank}) is not the one on {group.host(0)} (stage 0): "
+                "their config.json or model.safetensors.index.json differ; fetch the same revision on both"
+            )
+    return tuple(answer.addresses for answer in prepared)
+
+
+def connect(group: StageGroup, links: RingLinks | JacclLinks | None) -> None:
+    """Join all stages to the data plane; each hop carries 32 random bytes that only its two ends were given."""
+    hops = [secrets.token_bytes(32) for _ in range(group.size - 1)]
+    for rank in range(group.size):
+        to_next = hops[rank] if rank < group.size - 1 else None
+        from_previous = hops[rank - 1] if rank > 0 else None
+        group.send(rank, Connect(links, to_next, from_previous))
+    gather(group, Connected, range(group.size), CONNECT_S, "connect to its neighbours")
+
+
+def load(
+    group: StageGroup, messages: Sequence[Load], on_progress: Callable[[int, FromStage], None]
+) -> tuple[Loaded, ...]:
+    """Load every stage's layers, all stages at once; ``on_progress`` gets (rank, LayerLoaded) as they come."""
+    for rank, message in enumerate(messages):
+        group.send(rank, message)
+    return gather(group, Loaded, range(group.size), LAYER_S, "load its layers", on_progress)
+
+
+def gather(
+    group: StageGroup,
+    wanted: type[Answer],
+    ranks: Sequence[int],
+    silence_s: float,
+    phase: str,
+    on_other: Callable[[int, FromStage], None] | None = None,
+) -> tuple[Answer, ...]:
+    """One ``wanted`` message from each of ``ranks``, in that order; other messages go to ``on_other``.
+
+    Raises:
+        StageStartError, StageFault: a stage reported a fault, or ended.
+        StageSilent: nothing came from any stage for ``silence_s``; names those that still owe an answer.
+    """
+    answers: dict[int, Answer] = {}
+    deadline = time.monotonic() + silence_s
+    while any(rank not in answers for rank in ranks):
+        event = group.receive(max(0.0, deadline - time.monotonic()))
+        if event is None:
+            owing = ", ".join(f"stage {rank} on {group.host(rank)}" for rank in ranks if rank not in answers)
+            raise StageSilent(f"no word for {silence_s:.0f} s from {owing}, which was to {phase}")
+        rank, message = message_of(group, event)
+        deadline = time.monotonic() + silence_s
+        if isinstance(message, wanted):
+            answers[rank] = message
+        elif on_other is not None:
+            on_other(rank, message)
+    return tuple(answers[rank] for rank in ranks)
+
+
+def message_of(group: StageGroup, event: StageEvent) -> tuple[int, FromStage]:
+    """Who said what.
+
+    Raises:
+        ClusterError: the stage ended, or reported a fault.
+    """
+    if isinstance(event, StageEnded):
+        raise event.as_error()
+    if isinstance(event.message, Fault):
+        raise StageFault(f"stage {event.rank} on {group.host(event.rank)}: {event.message.message}")
+    return event.rank, event.message

@@ -1,0 +1,77 @@
+"""Runs one step plan on one stage: receive, run the layers, send on or sample. Knows no pipes."""
+
+import time
+
+import mlx.core as mx
+
+from mlx_k2.control.messages import Row, SampledToken, Step, StepDone
+from mlx_k2.model.batch import Batch, Span
+from mlx_k2.model.sampler import DrawRequest, draw_tokens
+from mlx_k2.model.stage_model import StageModel
+from mlx_k2.stage.transport import Transport
+
+
+class StepRunner:
+    """One stage's share of every step; stateless but for the model's cache."""
+
+    def __init__(
+        self,
+        model: StageModel,
+        transport: Transport,
+        *,
+        is_first: bool,
+        is_last: bool,
+        hidden_size: int,
+        dtype: mx.Dtype,
+        key_alignment: int,
+    ) -> None:
+        self._model = model
+        self._transport = transport
+        self._is_first = is_first
+        self._is_last = is_last
+        self._hidden_size = hidden_size
+        self._dtype = dtype
+        self._key_alignment = key_alignment
+
+    def run(self, step: Step) -> StepDone:
+        """Run the step; the graph is built while the hidden states are still on their way."""
+        began = time.perf_counter()
+        batch = Batch([_span(row) for row in step.rows], self._key_alignment)
+        if self._is_first:
+            hidden = self._model.embed(mx.array([token_id for row in step.rows for token_id in row.token_ids]))
+        else:
+            hidden = self._transport.receive((batch.num_tokens, self._hidden_size), self._dtype)
+        output = self._model.run(hidden, batch)
+        waited_s = 0.0
+        if not self._is_first:
+            waiting = time.perf_counter()
+            mx.eval(hidden)  # alone, and complete before any work that needs it is submitted to a GPU
+            waited_s = time.perf_counter() - waiting
+        tokens: tuple[SampledToken, ...] = ()
+        if self._is_last:
+            tokens = self._sample(step.rows, output)
+        else:
+            mx.eval(output)
+            sending = time.perf_counter()
+            self._transport.send(output)
+            waited_s += time.perf_counter() - sending
+        return StepDone(step.number, time.perf_counter() - began - waited_s, waited_s, tokens)
+
+    def _sample(self, rows: tuple[Row, ...], output: mx.array) -> tuple[SampledToken, ...]:
+        """A token for each row that asks for one, from its last position; else only the cache is filled."""
+        last_tokens, requests = [], []
+        num_tokens = 0
+        for row in rows:
+            num_tokens += len(row.token_ids)
+            if row.sampling is not None:
+                last_tokens.append(num_tokens - 1)
+                requests.append(DrawRequest(row.sampling, row.position + len(row.token_ids), row.recent_ids))
+        if not requests:
+            self._model.evaluate_cache()
+            return ()
+        draws = draw_tokens(self._model.logits(output[mx.array(last_tokens)]), requests)
+        return tuple(SampledToken(draw.token_id, draw.logprob, draw.top) for draw in draws)
+
+
+def _span(row: Row) -> Span:
+    return Span(row.slot, row.position, len(row.token_ids), row.is_prompt)

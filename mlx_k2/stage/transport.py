@@ -1,0 +1,124 @@
+"""Hidden states from one stage to the next. Knows shapes, not layers; no message of the control plane.
+
+MLX's operations are lazy: ``receive`` returns an array that is not there yet, and evaluating it is the wait. Whoever
+evaluates does so one operation at a time, in plan order, which is the only tag on the wire.
+"""
+
+import json
+import os
+import queue
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import mlx.core as mx
+
+from mlx_k2.control.messages import JacclLinks, RingLinks
+from mlx_k2.errors import StageFault
+
+
+class Transport(Protocol):
+    """The two hops of a stage: from the one before it, to the one after it."""
+
+    def receive(self, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
+        """What the stage before sends next, lazily."""
+
+    def send(self, array: mx.array) -> None:
+        """Hand an evaluated array to the stage after; returns when the system has taken all of it."""
+
+
+class DistributedTransport:
+    """Hops over mlx.core.distributed."""
+
+    def __init__(self, group: mx.distributed.Group) -> None:
+        self._group = group
+
+    def receive(self, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
+        """What the stage before sends next, lazily."""
+        return mx.distributed.recv(shape, dtype, self._group.rank() - 1, group=self._group)
+
+    def send(self, array: mx.array) -> None:
+        """Hand an evaluated array to the stage after; returns when the system has taken all of it."""
+        mx.eval(mx.distributed.send(array, self._group.rank() + 1, group=self._group))
+
+
+class QueueTransport:
+    """Hops inside one process, for tests: ``before`` and ``after`` are the queues on either side."""
+
+    def __init__(self, before: "queue.SimpleQueue[mx.array]", after: "queue.SimpleQueue[mx.array]") -> None:
+        self._before = before
+        self._after = after
+
+    def receive(self, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
+        """What the stage before sent, which must be of this shape and dtype."""
+        array = self._before.get()
+        assert array.shape == tuple(shape), f"expected {shape}, got {array.shape}"
+        assert array.dtype == dtype, f"expected {dtype}, got {array.dtype}"
+        return array
+
+    def send(self, array: mx.array) -> None:
+        """Hand an evaluated array to the stage after."""
+        self._after.put(array)
+
+
+class NoNeighbours:
+    """The transport of a single stage, which never uses it."""
+
+    def receive(self, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
+        """Never called."""
+        raise AssertionError(f"a single stage was to receive {dtype} {tuple(shape)}")
+
+    def send(self, array: mx.array) -> None:
+        """Never called."""
+        raise AssertionError(f"a single stage was to send {array.dtype} {array.shape}")
+
+
+def join_group(rank: int, links: RingLinks | JacclLinks) -> mx.distributed.Group:
+    """Start mlx.distributed's backend as ``rank``; it holds the GIL until every neighbour is there.
+
+    Raises:
+        StageFault: a neighbour did not answer, or the backend is not to be had here.
+    """
+    backend = "ring" if isinstance(links, RingLinks) else "jaccl"
+    with tempfile.TemporaryDirectory(prefix="mlx-k2-") as folder:
+        os.environ.update(group_environment(rank, links, Path(folder)))
+        try:
+            group = mx.distributed.init(strict=True, backend=backend)
+        except RuntimeError as error:
+            raise StageFault(f"the {backend} connection to a neighbour failed: {error}") from None
+    assert group.rank() == rank, f"{backend} says rank {group.rank()}, the plan {rank}"
+    return group
+
+
+def group_environment(rank: int, links: RingLinks | JacclLinks, folder: Path) -> dict[str, str]:
+    """What mlx.distributed reads from the environment; the files that it names are written to ``folder``."""
+    if isinstance(links, RingLinks):
+        hostfile = folder / "ring.json"
+        hostfile.write_text(json.dumps(links.addresses))
+        return {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)}
+    devices = folder / "devices.json"
+    devices.write_text(json.dumps(links.devices))
+    environment = {
+        "MLX_RANK": str(rank),
+        "MLX_IBV_DEVICES": str(devices),
+        "MLX_JACCL_COORDINATOR": links.coordinator,
+    }
+    return environment | ({"MLX_JACCL_RING": "1"} if links.ring else {})
+
+
+def prove_hops(transport: Transport, to_next: bytes | None, from_previous: bytes | None) -> None:
+    """Before anything else: pass on the bytes that the coordinator gave both ends of each hop.
+
+    MLX's ring accepts whoever connects to its port; this is how a stage knows that it was its neighbour.
+
+    Raises:
+        StageFault: other bytes arrived.
+    """
+    if from_previous is not None:
+        received = transport.receive((len(from_previous),), mx.uint8)
+        mx.eval(received)
+        if bytes(memoryview(received)) != from_previous:
+            raise StageFault("a stranger is connected in place of the previous stage: its first bytes are not ours")
+    if to_next is not None:
+        transport.send(mx.array(list(to_next), dtype=mx.uint8))
