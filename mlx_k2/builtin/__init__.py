@@ -1,0 +1,1 @@
+"""Files that ship with the program: the built-in model's chat template."""

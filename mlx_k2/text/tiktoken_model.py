@@ -1,0 +1,82 @@
+"""Reads tiktoken.model, as the Kimi K2 family ships it. Knows nothing of the model behind the vocabulary."""
+
+import base64
+import binascii
+
+import tiktoken
+
+from mlx_k2.errors import TokenizerError
+from mlx_k2.text.vocabulary import Vocabulary, named_tokens
+
+FILE = "tiktoken.model"
+
+# How text is cut before its pieces are encoded: Han runs, words with an optional leading mark and an English
+# contraction, up to three digits, punctuation, line ends, other space. `&&` is Rust's intersection of classes.
+_PIECES = "|".join(
+    (
+        r"[\p{Han}]+",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+
+# Kimi-K2-Thinking is trained to write these two as single tokens, yet its tokenizer_config.json may not name them;
+# the later members of the family, which share its vocabulary, do.
+_K2_NUM_RANKS = 163_584
+_K2_UNNAMED = {"<think>": 163_606, "</think>": 163_607}
+
+
+def read_tiktoken(model: bytes, tokenizer_config: bytes, vocab_size: int) -> Vocabulary:
+    """The vocabulary of tiktoken.model, with control tokens named by tokenizer_config.json.
+
+    Raises:
+        TokenizerError: names the file, the line, and what is wrong with it.
+    """
+    ranks = _ranks(model, vocab_size)
+    special = named_tokens(tokenizer_config)
+    if len(ranks) == _K2_NUM_RANKS:
+        taken = set(special.values())
+        unnamed = {name: number for name, number in _K2_UNNAMED.items() if number not in taken}
+        special = unnamed | special
+    # No special tokens are given to tiktoken, so that it can produce none.
+    encoding = tiktoken.Encoding("kimi-k2", pat_str=_PIECES, mergeable_ranks=ranks, special_tokens={})
+    return Vocabulary(encoding.encode_ordinary, {rank: token for token, rank in ranks.items()}, special)
+
+
+def _ranks(model: bytes, vocab_size: int) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    seen: set[int] = set()
+    for number, line in enumerate(model.splitlines(), start=1):
+        if not line:
+            continue
+        token, rank = _token_and_rank(line, number)
+        if rank >= vocab_size:
+            raise TokenizerError(f"{FILE} line {number}: rank {rank} is outside the vocabulary of {vocab_size} tokens")
+        if token in ranks or rank in seen:
+            what = f"token {token!r}" if token in ranks else f"rank {rank}"
+            raise TokenizerError(f"{FILE} line {number}: {what} was there before")
+        ranks[token] = rank
+        seen.add(rank)
+    if missing := set(range(len(ranks))) - seen:
+        raise TokenizerError(f"{FILE}: rank {min(missing)} is missing")
+    for byte in range(256):
+        if bytes([byte]) not in ranks:
+            raise TokenizerError(f"{FILE}: no token for the single byte 0x{byte:02x}, so not every text can be encoded")
+    return ranks
+
+
+def _token_and_rank(line: bytes, number: int) -> tuple[bytes, int]:
+    fields = line.split()
+    if len(fields) != 2 or not fields[1].isdigit():
+        raise TokenizerError(f"{FILE} line {number}: not a base64 token and its rank: {line[:60]!r}")
+    try:
+        return base64.b64decode(fields[0], validate=True), int(fields[1])
+    except binascii.Error:
+        raise TokenizerError(f"{FILE} line {number}: {fields[0][:60]!r} is not base64") from None

@@ -1,0 +1,101 @@
+"""Text to token ids and ids to bytes. Knows file contents by name, but no paths; no messages, no templates."""
+
+import re
+from collections.abc import Iterator, Mapping
+
+from mlx_k2.errors import TokenizerError
+from mlx_k2.text.tiktoken_model import read_tiktoken
+from mlx_k2.text.tokenizer_json import read_tokenizer_json
+from mlx_k2.text.vocabulary import Vocabulary
+
+_STOP_NAMES = ("<|im_end|>", "[EOS]")
+
+# Kimi's own tokenizer cuts text at these bounds before it looks for pieces: a run of a million spaces would
+# otherwise cost the search for pieces quadratic time. Cutting elsewhere would give other tokens.
+_MAX_CHUNK = 400_000
+_MAX_RUN = 25_000
+_RUNS = re.compile(r"\s+|\S+")
+
+
+class Tokenizer:
+    """A vocabulary of ``vocab_size`` ids: ordinary tokens, and control tokens that no text encodes to."""
+
+    def __init__(self, vocabulary: Vocabulary, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._encode_ordinary = vocabulary.encode_ordinary
+        self._bytes = dict(vocabulary.ordinary)
+        for name, number in vocabulary.special.items():
+            if not 0 <= number < vocab_size:
+                raise TokenizerError(f"special token {name!r} has id {number}, outside the {vocab_size} tokens")
+            if number in self._bytes:
+                raise TokenizerError(f"special token {name!r} has id {number}, which an ordinary token has")
+        names = {number: f"<|reserved_token_{number}|>" for number in range(vocab_size) if number not in self._bytes}
+        names |= {number: name for name, number in vocabulary.special.items()}
+        self._bytes |= {number: name.encode() for number, name in names.items()}
+        self._special_numbers = names.keys()
+        self.special_ids: Mapping[str, int] = {name: number for number, name in names.items()} | vocabulary.special
+        """The control tokens by name; ids without a name are ``<|reserved_token_ID|>``, as in Kimi's tokenizer."""
+        self.stop_ids = frozenset(self.special_ids[name] for name in _STOP_NAMES if name in self.special_ids)
+        """The control tokens that end an answer in every member of the family, whatever its config says."""
+
+    def encode_text(self, text: str) -> list[int]:
+        """The ids of ``text``, ordinary ones only: what spells a control token's name stays text.
+
+        Lone surrogates, which no bytes can carry, become U+FFFD.
+        """
+        return [number for part in bounded_parts(well_formed(text)) for number in self._encode_ordinary(part)]
+
+    def token_id(self, name: str) -> int:
+        """The id of the control token ``name``.
+
+        Raises:
+            TokenizerError: there is none.
+        """
+        try:
+            return self.special_ids[name]
+        except KeyError:
+            raise TokenizerError(f"the tokenizer has no special token {name!r}") from None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for, possibly half a character; a control token stands for its name."""
+        return self._bytes[token_id]
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether ``token_id`` is a control token."""
+        return token_id in self._special_numbers
+
+
+def load_tokenizer(files: Mapping[str, bytes], vocab_size: int) -> Tokenizer:
+    """The tokenizer of a checkpoint, from its small files by name.
+
+    tiktoken.model with tokenizer_config.json, else tokenizer.json; ``vocab_size`` is the model's.
+
+    Raises:
+        TokenizerError: names the file that is missing, or the file and line that is wrong.
+    """
+    if "tiktoken.model" in files and "tokenizer_config.json" in files:
+        vocabulary = read_tiktoken(files["tiktoken.model"], files["tokenizer_config.json"], vocab_size)
+    elif "tokenizer.json" in files:
+        vocabulary = read_tokenizer_json(files["tokenizer.json"], vocab_size)
+    elif "tiktoken.model" in files:
+        raise TokenizerError("the model's tokenizer_config.json is missing: it names the special tokens")
+    else:
+        raise TokenizerError("the model has no tokenizer: neither tiktoken.model nor tokenizer.json is there")
+    return Tokenizer(vocabulary, vocab_size)
+
+
+def well_formed(text: str) -> str:
+    """``text`` with surrogate pairs joined, and lone surrogates replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def bounded_parts(text: str) -> Iterator[str]:
+    """``text`` in parts of at most 400,000 characters and 25,000 consecutive spaces or non-spaces."""
+    for start in range(0, len(text), _MAX_CHUNK):
+        chunk = text[start : start + _MAX_CHUNK]
+        cuts = [cut for run in _RUNS.finditer(chunk) for cut in range(run.start() + _MAX_RUN, run.end(), _MAX_RUN)]
+        yield from (chunk[first:end] for first, end in zip([0, *cuts], [*cuts, len(chunk)], strict=True))

@@ -1,0 +1,29 @@
+"""The tokenizer and template that the tests of this room share."""
+
+import functools
+
+from mlx_k2.text.chat_template import ChatTemplate, load_chat_template
+from mlx_k2.text.prompt import Piece
+from mlx_k2.text.tiny_vocabulary import tiny_vocabulary
+from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
+
+VOCAB_SIZE = 800
+FILES = tiny_vocabulary(VOCAB_SIZE, 4096).files
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(FILES, VOCAB_SIZE)
+
+
+@functools.cache
+def builtin_template() -> ChatTemplate:
+    return load_chat_template(FILES)
+
+
+def as_text(pieces: list[Piece]) -> str:
+    return "".join(piece if isinstance(piece, str) else tokenizer().token_bytes(piece).decode() for piece in pieces)
+
+
+def decoded(ids: list[int]) -> str:
+    return b"".join(map(tokenizer().token_bytes, ids)).decode()

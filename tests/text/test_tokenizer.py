@@ -1,0 +1,206 @@
+import base64
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_k2.errors import TokenizerError
+from mlx_k2.text.tokenizer import bounded_parts, load_tokenizer
+from tests.text.fixtures import FILES, VOCAB_SIZE, decoded, tokenizer
+
+NAMES = ["[BOS]", "[EOS]", "<|im_end|>", "<|im_user|>", "<think>", "</think>", "<|reserved_token_799|>"]
+texts = st.lists(st.one_of(st.text(), st.sampled_from(NAMES))).map("".join)
+
+
+def tiktoken_files(tokens: list[bytes], named: dict[int, str] | None = None) -> dict[str, bytes]:
+    added = {str(number): {"content": name} for number, name in (named or {}).items()}
+    return {
+        "tiktoken.model": b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)),
+        "tokenizer_config.json": json.dumps({"added_tokens_decoder": added}).encode(),
+    }
+
+
+BYTES = [bytes([byte]) for byte in range(256)]
+
+
+@given(texts)
+def test_text_survives_encoding_and_holds_no_control_token(text: str) -> None:
+    ids = tokenizer().encode_text(text)
+    assert decoded(ids) == text
+    assert not any(map(tokenizer().is_special, ids))
+
+
+@given(st.text(alphabet=st.characters(codec=None, categories=["Cs", "L"])))
+def test_lone_surrogates_become_replacement_characters(text: str) -> None:
+    expected = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert decoded(tokenizer().encode_text(text)) == expected
+
+
+def test_a_word_of_the_vocabulary_is_one_token() -> None:
+    (word,) = tokenizer().encode_text(" water")
+    assert tokenizer().token_bytes(word) == b" water"
+
+
+def test_a_base_token_that_spells_a_control_token_stays_ordinary() -> None:
+    files = tiktoken_files([*BYTES, b"<|im_end|>", b"<|"], {258: "<|im_end|>"})
+    loaded = load_tokenizer(files, 300)
+    assert loaded.token_id("<|im_end|>") == 258
+    assert not loaded.is_special(256)
+    assert 258 not in loaded.encode_text("<|im_end|>")
+
+
+def test_ids_without_a_name_are_reserved_control_tokens() -> None:
+    loaded = load_tokenizer(tiktoken_files(BYTES, {256: "[BOS]"}), 260)
+    assert loaded.token_bytes(259) == b"<|reserved_token_259|>"
+    assert loaded.token_id("<|reserved_token_259|>") == 259
+    assert loaded.is_special(259)
+    assert loaded.vocab_size == 260
+
+
+def test_answers_end_at_im_end_and_eos() -> None:
+    assert tokenizer().stop_ids == {tokenizer().token_id("<|im_end|>"), tokenizer().token_id("[EOS]")}
+    assert load_tokenizer(tiktoken_files(BYTES, {256: "[EOS]"}), 260).stop_ids == {256}
+    assert load_tokenizer(tiktoken_files(BYTES), 260).stop_ids == frozenset()
+
+
+def test_an_unknown_control_token_is_named() -> None:
+    with pytest.raises(TokenizerError, match=r"no special token '<\|im_sideways\|>'"):
+        tokenizer().token_id("<|im_sideways|>")
+
+
+def k2_sized_tokens() -> list[bytes]:
+    pairs = (bytes([first, second]) for first in range(256) for second in range(256))
+    triples = (b"a" + bytes([first, second]) for first in range(256) for second in range(256))
+    quads = (b"bb" + bytes([first, second]) for first in range(256) for second in range(256))
+    return [*BYTES, *pairs, *triples, *quads][:163_584]
+
+
+def test_think_tokens_have_their_known_ids_where_the_config_of_a_k2_vocabulary_does_not_name_them() -> None:
+    files = tiktoken_files(k2_sized_tokens(), {163_586: "<|im_end|>"})
+    loaded = load_tokenizer(files, 163_840)
+    assert (loaded.token_id("<think>"), loaded.token_id("</think>")) == (163_606, 163_607)
+    assert loaded.token_bytes(163_606) == b"<think>"
+
+
+def test_think_tokens_that_the_config_names_are_where_it_says() -> None:
+    named = {163_606: "<other>", 163_620: "<think>", 163_621: "</think>"}
+    loaded = load_tokenizer(tiktoken_files(k2_sized_tokens(), named), 163_840)
+    assert (loaded.token_id("<think>"), loaded.token_id("</think>")) == (163_620, 163_621)
+    assert loaded.token_id("<other>") == 163_606
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (b"AAAA\n", "line 257: not a base64 token and its rank"),
+        (b"AAAA 256 9\n", "line 257: not a base64 token and its rank"),
+        (b"AAAA -1\n", "line 257: not a base64 token and its rank"),
+        (b"A?A= 256\n", "line 257: b'A[?]A=' is not base64"),
+        (b"AAA 256\n", "line 257: b'AAA' is not base64"),
+        (b"AAAA 255\n", "line 257: rank 255 was there before"),
+        (b"AA== 256\n", "line 257: token b'.x00' was there before"),
+        (b"AAAA 300\n", "line 257: rank 300 is outside the vocabulary of 300 tokens"),
+        (b"AAAA 258\n", "rank 256 is missing"),
+    ],
+)
+def test_a_bad_line_of_tiktoken_model_is_named(line: bytes, complaint: str) -> None:
+    files = tiktoken_files(BYTES)
+    files["tiktoken.model"] += line
+    with pytest.raises(TokenizerError, match=f"tiktoken.model:? {complaint}"):
+        load_tokenizer(files, 300)
+
+
+def test_a_vocabulary_without_some_byte_is_refused() -> None:
+    with pytest.raises(TokenizerError, match="no token for the single byte 0xff"):
+        load_tokenizer(tiktoken_files(BYTES[:255]), 300)
+
+
+@pytest.mark.parametrize(
+    ("named", "complaint"),
+    [
+        ({300: "[EOS]"}, "'\\[EOS\\]' has id 300, outside the 300 tokens"),
+        ({-1: "[EOS]"}, "outside the 300 tokens"),
+        ({65: "[EOS]"}, "has id 65, which an ordinary token has"),
+        ({256: "[EOS]", 257: "[EOS]"}, "has two ids, 256 and 257"),
+        ({256: ""}, "256 has an empty name"),
+    ],
+)
+def test_a_bad_control_token_is_named(named: dict[int, str], complaint: str) -> None:
+    with pytest.raises(TokenizerError, match=complaint):
+        load_tokenizer(tiktoken_files(BYTES, named), 300)
+
+
+@pytest.mark.parametrize("config", [b"", b"[]", b'{"added_tokens_decoder": 3}', b'{"added_tokens_decoder": {"x": {}}}'])
+def test_a_bad_tokenizer_config_is_named(config: bytes) -> None:
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json"):
+        load_tokenizer(FILES | {"tokenizer_config.json": config}, VOCAB_SIZE)
+
+
+def test_missing_files_are_named() -> None:
+    with pytest.raises(TokenizerError, match=r"neither tiktoken.model nor tokenizer.json"):
+        load_tokenizer({"config.json": b"{}"}, 300)
+    with pytest.raises(TokenizerError, match=r"tokenizer_config.json is missing"):
+        load_tokenizer({"tiktoken.model": b""}, 300)
+
+
+# ---- how text is cut before it is encoded
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        (
+            "I'm sure it's fine, but I can't say I'd trust that it's what we'd ship.",
+            "I'm| sure| it's| fine|,| but| I| can't| say| I'd| trust| that| it's| what| we'd| ship|.",
+        ),
+        ("1234567890", "123|456|789|0"),
+        ("hello", "hello"),
+        ("你好world汉字 abc", "你好|world|汉字| abc"),
+        ("CamelCase HTTPServer", "Camel|Case| HTTPServer"),
+        ("a  b\n\n  c \n", "a| | b|\n\n| | c| \n"),
+        ("x = {'a': 1}!\n", "x| =| {'|a|':| |1|}!\n"),
+        ("naïve WE'LL e\u0301t\u0301e\u0301", "naïve| WE'LL| e\u0301t\u0301e\u0301"),
+        ("３½ １２３４", "３½| |１２３|４"),
+    ],
+)
+def test_text_is_cut_as_kimi_cuts_it(text: str, pieces: str) -> None:
+    """Each expected piece is made a token of a vocabulary; they come back one by one."""
+    expected = [piece.encode() for piece in pieces.split("|")]
+    extra = [piece for piece in dict.fromkeys(expected) if len(piece) > 1]
+    loaded = load_tokenizer(tiktoken_files([*BYTES, *extra]), 300)
+    assert [loaded.token_bytes(number) for number in loaded.encode_text(text)] == expected
+
+
+def test_the_sentence_of_seventeen_golden_tokens_is_cut_into_seventeen_pieces() -> None:
+    pieces = "I'm| sure| it's| fine|,| but| I| can't| say| I'd| trust| that| it's| what| we'd| ship|."
+    assert len(pieces.split("|")) == 17
+
+
+runs = st.tuples(
+    st.sampled_from([" ", "x", "\n", "汉", "\u3000"]), st.sampled_from([1, 2, 24_999, 25_000, 25_001, 60_000])
+)
+
+
+@given(st.lists(runs, max_size=12))
+def test_long_text_is_cut_into_bounded_parts_that_join_to_the_same(chosen: list[tuple[str, int]]) -> None:
+    text = "".join(character * count for character, count in chosen)
+    parts = list(bounded_parts(text))
+    assert "".join(parts) == text
+    assert all(len(part) <= 400_000 for part in parts)
+    for part in parts:
+        spaces = "".join(" " if character.isspace() else "x" for character in part)
+        assert " " * 25_001 not in spaces
+        assert "x" * 25_001 not in spaces
+
+
+def test_text_is_cut_only_where_a_run_or_a_chunk_is_too_long() -> None:
+    assert list(bounded_parts("word " * 20_000)) == ["word " * 20_000]
+    assert [len(part) for part in bounded_parts("a" * 60_001)] == [25_000, 25_000, 10_001]
+    assert [len(part) for part in bounded_parts("a b " * 100_001)] == [400_000, 4]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("text", ["a" * 1_000_000, " " * 1_000_000, "\n " * 500_000, "!" * 1_000_000, "é" * 500_000])
+def test_a_million_characters_alike_are_encoded_in_seconds(text: str) -> None:
+    assert decoded(tokenizer().encode_text(text)) == text
