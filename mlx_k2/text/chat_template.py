@@ -1,0 +1,170 @@
+"""Renders a checkpoint's chat template to text, in a sandbox and within bounds. Knows no token ids."""
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import jinja2
+import msgspec
+from jinja2 import nodes
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mlx_k2.errors import RequestError, TokenizerError
+
+FILE = "chat_template.jinja"
+
+_MAX_CPU_S = 5.0
+_MAX_CHARACTERS = 64_000_000
+_ON_TURN = "mlx_k2_on_turn"
+
+
+class ChatTemplate:
+    """One template, compiled. A rendering that takes too long or grows too large is stopped.
+
+    ``tokens`` are the names that some templates read: bos_token, eos_token and the like.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        tokens: Mapping[str, str] | None = None,
+        max_cpu_s: float = _MAX_CPU_S,
+        max_characters: int = _MAX_CHARACTERS,
+    ) -> None:
+        self.source = source
+        self._tokens = dict(tokens or {})
+        self._max_cpu_s = max_cpu_s
+        self._max_characters = max_characters
+        environment = _Environment(max_characters)
+        try:
+            tree = _watched(environment.parse(source))
+            code = environment.compile(tree, filename=FILE)
+        except jinja2.TemplateSyntaxError as error:
+            raise TokenizerError(f"{FILE} line {error.lineno}: {error.message}") from None
+        self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
+
+    def render(self, variables: Mapping[str, object]) -> str:
+        """The text of the template for ``variables``.
+
+        Raises:
+            RequestError: the template itself refuses these messages.
+            TokenizerError: names the line of the template and what went wrong there.
+        """
+        bounds = {_ON_TURN: _deadline(self._max_cpu_s)}
+        parts: list[str] = []
+        room = self._max_characters
+        try:
+            for part in self._template.generate(self._tokens | dict(variables) | bounds):
+                parts.append(part)
+                room -= len(part)
+                if room < 0:
+                    raise _Runaway(f"wrote more than {self._max_characters} characters")
+        except _Refusal as refusal:
+            raise RequestError(f"the chat template refuses these messages: {refusal}") from None
+        except Exception as error:  # noqa: BLE001 - a template can raise whatever Python can
+            raise TokenizerError(f"{FILE} line {_line(error)}: {error or type(error).__name__}") from None
+        return "".join(parts)
+
+
+class _TokenizerConfig(msgspec.Struct, frozen=True):
+    chat_template: Any = None
+    bos_token: Any = None
+    eos_token: Any = None
+    pad_token: Any = None
+    unk_token: Any = None
+
+
+def load_chat_template(files: Mapping[str, bytes]) -> ChatTemplate:
+    """The template of a checkpoint: chat_template.jinja, else "chat_template" in tokenizer_config.json.
+
+    Raises:
+        TokenizerError: there is none, or it cannot be read.
+    """
+    try:
+        config = msgspec.json.decode(files.get("tokenizer_config.json", b"{}"), type=_TokenizerConfig)
+        source = files[FILE].decode() if FILE in files else config.chat_template
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"the chat template cannot be read: {error}") from None
+    if isinstance(source, list):  # several, by name
+        by_name = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = by_name.get("default")
+    if not isinstance(source, str):
+        raise TokenizerError("the model has no chat template: give --raw to send the prompt as it is")
+    tokens = {}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token = getattr(config, name)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            tokens[name] = text
+    return ChatTemplate(source, tokens=tokens)
+
+
+class _Refusal(Exception):
+    """The template called raise_exception."""
+
+
+class _Runaway(Exception):
+    """The template would not come to an end."""
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """What chat templates are written for, without the two operators that make much out of little."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def __init__(self, max_characters: int) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        self._max_characters = max_characters
+        self.filters["tojson"] = _tojson
+        self.globals["raise_exception"] = _refuse
+        del self.globals["lipsum"]
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**":
+            raise _Runaway("computes a power, which chat templates may not")
+        for text, times in ((left, right), (right, left)):
+            repeats = isinstance(text, str | list | tuple) and isinstance(times, int)
+            if repeats and len(text) * times > self._max_characters:
+                raise _Runaway(f"repeats text to more than {self._max_characters} characters")
+        return super().call_binop(context, operator, left, right)
+
+
+def _watched(tree: nodes.Template) -> nodes.Template:
+    """The template with a call to ``_ON_TURN`` at the head of each loop's and each macro's body."""
+    blocks: list[nodes.For | nodes.Macro] = [*tree.find_all(nodes.For), *tree.find_all(nodes.Macro)]
+    for block in blocks:
+        call = nodes.Call(nodes.Name(_ON_TURN, "load"), [], [], None, None)
+        block.body.insert(0, nodes.ExprStmt(call).set_lineno(block.lineno))
+    return tree
+
+
+def _deadline(cpu_s: float) -> Callable[[], None]:
+    """A function that raises once this thread has computed for ``cpu_s``; a busy or sleeping machine costs nothing."""
+    end = time.thread_time() + cpu_s
+
+    def on_turn() -> None:
+        if time.thread_time() > end:
+            raise _Runaway(f"did not end within {cpu_s} s of computing")
+
+    return on_turn
+
+
+def _refuse(message: object) -> NoReturn:
+    raise _Refusal(str(message))
+
+
+def _tojson(
+    value: object, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False
+) -> str:
+    """JSON as chat templates expect it: nothing escaped for HTML, non-ASCII text as it is."""
+    return json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _line(error: Exception) -> int | str:
+    """The template's line that raised ``error``."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == FILE]
+    return lines[-1] if lines and lines[-1] is not None else "?"

@@ -1,0 +1,108 @@
+"""Messages to prompt tokens: text from a message never becomes a control token, the template's own markers do.
+
+Knows templates, tokenizers and messages by what they offer; not where they came from.
+"""
+
+import datetime
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+from mlx_k2.errors import TokenizerError
+from mlx_k2.text.chat_template import ChatTemplate
+from mlx_k2.text.disguise import Disguise
+from mlx_k2.text.messages import checked_messages, checked_tools
+from mlx_k2.text.tokenizer import Tokenizer
+
+Piece: TypeAlias = str | int
+"""Part of a prompt: ordinary text, or the id of a control token."""
+
+
+def render_prompt(
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, object]],
+    tools: Sequence[Mapping[str, object]] | None = None,
+    *,
+    add_generation_prompt: bool = True,
+    **options: object,
+) -> list[int]:
+    """The token ids of a conversation; arguments and errors are those of ``render_pieces``."""
+    pieces = render_pieces(template, tokenizer, messages, tools, add_generation_prompt=add_generation_prompt, **options)
+    return encode_pieces(tokenizer, pieces)
+
+
+def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> list[int]:
+    """The token ids of ``pieces``; the text between two control tokens is encoded as one."""
+    ids: list[int] = []
+    for piece in pieces:
+        ids += [piece] if isinstance(piece, int) else tokenizer.encode_text(piece)
+    return ids
+
+
+def render_pieces(
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, object]],
+    tools: Sequence[Mapping[str, object]] | None = None,
+    *,
+    add_generation_prompt: bool = True,
+    **options: object,
+) -> list[Piece]:
+    """A conversation as the template writes it, text and control tokens apart; no two texts stand side by side.
+
+    ``options`` are handed to the template, as text from outside like the messages.
+
+    The template renders twice: plainly, and with all text from outside in disguise. What spells a control token's
+    name in the second is the template's own, and the second, revealed, must equal the first.
+
+    Raises:
+        RequestError: a message or a tool is malformed, or the template refuses them.
+        TokenizerError: the template fails, or does something with text that a disguise does not come through.
+    """
+    outside: dict[str, object] = {"messages": checked_messages(messages), **options}
+    if tools:
+        outside["tools"] = checked_tools(tools)
+    own = {"add_generation_prompt": add_generation_prompt, "strftime_now": datetime.datetime.now().strftime}
+    disguise = Disguise(tokenizer.special_ids, [template.source, *_texts(outside)])
+    plain = template.render(outside | own)
+    disguised = template.render(_disguised(outside, disguise) | own)
+    if disguise.reveal(disguised) != plain:
+        raise TokenizerError("the chat template alters message text in a way that cannot be told from its own markers")
+    return [piece if isinstance(piece, int) else disguise.reveal(piece) for piece in _split(disguised, tokenizer)]
+
+
+def _disguised(outside: Mapping[str, object], disguise: Disguise) -> dict[str, object]:
+    """All text from outside in disguise, but for the roles: four known words, which templates build markers from."""
+    hidden: dict[str, object] = {name: disguise.hide(value) for name, value in outside.items()}
+    messages = outside["messages"]
+    assert isinstance(messages, list)
+    hidden["messages"] = [disguise.hide(message) | {"role": message["role"]} for message in messages]
+    return hidden
+
+
+def _texts(value: object) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case dict():
+            yield from value.keys()
+            for item in value.values():
+                yield from _texts(item)
+        case list() | tuple():
+            for item in value:
+                yield from _texts(item)
+
+
+def _split(text: str, tokenizer: Tokenizer) -> Iterator[Piece]:
+    """``text`` at the control tokens' names; where two could stand, the longer one does."""
+    names = sorted(tokenizer.special_ids, key=len, reverse=True)
+    markers = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+    end = 0
+    for marker in markers.finditer(text):
+        if marker.start() > end:
+            yield text[end : marker.start()]
+        yield tokenizer.special_ids[marker.group()]
+        end = marker.end()
+    if end < len(text):
+        yield text[end:]

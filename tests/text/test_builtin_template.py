@@ -1,0 +1,200 @@
+"""The built-in template against the prompts that Kimi K2 Thinking's own template renders."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_k2.text.prompt import render_pieces
+from tests.text.fixtures import as_text, builtin_template, tokenizer
+
+DEFAULT_SYSTEM = "<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|>"
+ANSWER = "<|im_assistant|>assistant<|im_middle|>"
+Message = dict[str, Any]
+
+
+def rendered(messages: list[Message], **options: Any) -> str:
+    return as_text(render_pieces(builtin_template(), tokenizer(), messages, **options))
+
+
+def call(arguments: Any, number: int = 0, **message: Any) -> Message:
+    function = {"name": "get_weather", "arguments": arguments}
+    tool_call = {"id": f"functions.get_weather:{number}", "type": "function", "function": function}
+    return {"role": "assistant", "content": None, "tool_calls": [tool_call]} | message
+
+
+def result(number: int = 0, **message: Any) -> Message:
+    return {"role": "tool", "tool_call_id": f"functions.get_weather:{number}", "content": '{"w":1}'} | message
+
+
+HELLO = {"role": "user", "content": "hello"}
+HELLO_TEXT = "<|im_user|>user<|im_middle|>hello<|im_end|>"
+
+
+def call_text(arguments: str, reasoning: str = "", content: str = "", number: int = 0) -> str:
+    return (
+        f"<|im_assistant|>assistant<|im_middle|><think>{reasoning}</think>{content}<|tool_calls_section_begin|>"
+        f"<|tool_call_begin|>functions.get_weather:{number}<|tool_call_argument_begin|>{arguments}<|tool_call_end|>"
+        "<|tool_calls_section_end|><|im_end|>"
+    )
+
+
+def result_text(name: str = "tool", number: int = 0) -> str:
+    return f'<|im_system|>{name}<|im_middle|>## Return of functions.get_weather:{number}\n{{"w":1}}<|im_end|>'
+
+
+def test_a_user_turn_gets_the_default_system_prompt_and_opens_the_answer() -> None:
+    assert rendered([HELLO]) == DEFAULT_SYSTEM + HELLO_TEXT + ANSWER
+
+
+def test_a_system_prompt_replaces_the_default_one() -> None:
+    assert rendered([{"role": "system", "content": "Be brief."}, HELLO]) == (
+        "<|im_system|>system<|im_middle|>Be brief.<|im_end|>" + HELLO_TEXT + ANSWER
+    )
+
+
+def test_a_later_system_message_does_not_replace_the_default_one() -> None:
+    assert rendered([HELLO, {"role": "system", "content": "S"}]) == (
+        DEFAULT_SYSTEM + HELLO_TEXT + "<|im_system|>system<|im_middle|>S<|im_end|>" + ANSWER
+    )
+
+
+def test_no_answer_is_opened_when_none_is_asked_for() -> None:
+    assert rendered([HELLO], add_generation_prompt=False) == DEFAULT_SYSTEM + HELLO_TEXT
+
+
+def test_a_name_stands_in_the_place_of_the_role() -> None:
+    assert "<|im_user|>Ada<|im_middle|>hello" in rendered([HELLO | {"name": "Ada"}])
+
+
+def test_the_golden_tool_turn() -> None:
+    messages = [HELLO, call({"city": "Rome"}, reasoning_content="R"), result(name="get_weather")]
+    assert rendered(messages) == (
+        DEFAULT_SYSTEM
+        + HELLO_TEXT
+        + "<|im_assistant|>assistant<|im_middle|><think>R</think><|tool_calls_section_begin|><|tool_call_begin|>"
+        'functions.get_weather:0<|tool_call_argument_begin|>{"city": "Rome"}<|tool_call_end|>'
+        "<|tool_calls_section_end|><|im_end|><|im_system|>get_weather<|im_middle|>"
+        '## Return of functions.get_weather:0\n{"w":1}<|im_end|><|im_assistant|>assistant<|im_middle|>'
+    )
+
+
+def test_string_arguments_are_kept_as_the_model_wrote_them() -> None:
+    assert call_text('{"city":"Rome",  "n":1}') in rendered([HELLO, call('{"city":"Rome",  "n":1}')])
+
+
+def test_arguments_keep_their_order_and_their_letters() -> None:
+    assert call_text('{"z": "é<&", "a": [1, null]}') in rendered([HELLO, call({"z": "é<&", "a": [1, None]})])
+
+
+def test_several_calls_of_one_turn_share_a_section() -> None:
+    both = call("{}")
+    both["tool_calls"] += call("[]", 1)["tool_calls"]
+    assert (
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{}"
+        "<|tool_call_end|><|tool_call_begin|>functions.get_weather:1<|tool_call_argument_begin|>[]<|tool_call_end|>"
+        "<|tool_calls_section_end|>"
+    ) in rendered([HELLO, both])
+
+
+def test_tools_are_declared_first_with_sorted_keys_and_no_spaces() -> None:
+    parameters = {"type": "object", "properties": {"z": {"type": "string"}, "a": {"enum": [{"y": 1, "x": "é"}]}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    assert rendered([HELLO], tools=[tool]) == (
+        "<|im_system|>tool_declare<|im_middle|>"
+        '[{"function":{"name":"f","parameters":{"properties":{"a":{"enum":[{"x":"é","y":1}]},"z":{"type":"string"}},'
+        '"type":"object"}},"type":"function"}]<|im_end|>' + DEFAULT_SYSTEM + HELLO_TEXT + ANSWER
+    )
+
+
+def test_reasoning_is_kept_through_a_tool_loop() -> None:
+    messages = [HELLO, call("{}", 0, reasoning_content="R0", content="C"), result(0), call("{}", 1), result(1)]
+    assert rendered(messages) == (
+        DEFAULT_SYSTEM
+        + HELLO_TEXT
+        + call_text("{}", "R0", "C", 0)
+        + result_text(number=0)
+        + call_text("{}", "", "", 1)
+        + result_text(number=1)
+        + ANSWER
+    )
+
+
+def test_reasoning_up_to_the_last_answer_is_dropped() -> None:
+    messages = [
+        HELLO,
+        call("{}", 0, reasoning_content="R0"),
+        result(0),
+        {"role": "assistant", "content": "A", "reasoning_content": "RA"},
+        HELLO,
+        call("{}", 1, reasoning_content="R1"),
+        result(1),
+    ]
+    assert rendered(messages) == (
+        DEFAULT_SYSTEM
+        + HELLO_TEXT
+        + call_text("{}", "", "", 0)
+        + result_text(number=0)
+        + "<|im_assistant|>assistant<|im_middle|><think></think>A<|im_end|>"
+        + HELLO_TEXT
+        + call_text("{}", "R1", "", 1)
+        + result_text(number=1)
+        + ANSWER
+    )
+
+
+@pytest.mark.parametrize("empty", [{"reasoning_content": None}, {"reasoning_content": ""}, {}])
+def test_no_reasoning_is_an_empty_thought_never_the_word_none(empty: Message) -> None:
+    assert call_text("{}") in rendered([HELLO, call("{}") | empty])
+
+
+def test_whitespace_of_messages_is_kept() -> None:
+    text = "\n  a \n\n\tb  \n"
+    assert f"<|im_user|>user<|im_middle|>{text}<|im_end|>" in rendered([{"role": "user", "content": text}])
+    assert f"functions.get_weather:0\n{text}<|im_end|>" in rendered([HELLO, call("{}"), result(content=text)])
+
+
+def expected(messages: list[Message]) -> str:
+    """The rules of Kimi K2 Thinking's format, once more and without a template."""
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and not m.get("tool_calls")]
+    text = "" if messages[0]["role"] == "system" else DEFAULT_SYSTEM
+    for i, message in enumerate(messages):
+        role = message["role"]
+        marker = role if role in ("user", "assistant") else "system"
+        text += f"<|im_{marker}|>{message.get('name') or role}<|im_middle|>"
+        if role == "assistant":
+            kept = not answers or i > answers[-1]
+            text += f"<think>{message.get('reasoning_content') or '' if kept else ''}</think>"
+        if role == "tool":
+            text += f"## Return of {message['tool_call_id']}\n"
+        text += message["content"] or ""
+        if message.get("tool_calls"):
+            text += "<|tool_calls_section_begin|>"
+            for tool_call in message["tool_calls"]:
+                text += f"<|tool_call_begin|>{tool_call['id']}<|tool_call_argument_begin|>"
+                text += f"{tool_call['function']['arguments']}<|tool_call_end|>"
+            text += "<|tool_calls_section_end|>"
+        text += "<|im_end|>"
+    return text + ANSWER
+
+
+any_message = st.sampled_from(
+    [
+        HELLO,
+        HELLO | {"name": "Ada"},
+        {"role": "system", "content": "S"},
+        {"role": "assistant", "content": "A"},
+        {"role": "assistant", "content": "A", "reasoning_content": "RA"},
+        {"role": "assistant", "content": None, "reasoning_content": "RA", "tool_calls": []},
+        call("{}"),
+        call("{}", reasoning_content="R", content="C"),
+        result(),
+        result(name="get_weather"),
+    ]
+)
+
+
+@given(st.lists(any_message, min_size=1, max_size=9))
+def test_messages_in_every_order_follow_the_rules(messages: list[Message]) -> None:
+    assert rendered(messages) == expected(messages)
