@@ -13,6 +13,7 @@ from mlx_k2.config import ModelConfig
 
 INT4_GROUP_SIZE = 32
 INT4_PER_WORD = 8
+BFLOAT16_BYTES = 2
 
 _ITEM_BYTES = {"BF16": 2, "F32": 4, "I32": 4, "I64": 8}
 _ROUTED = ".mlp.experts."
@@ -36,10 +37,15 @@ class TensorSpec(msgspec.Struct, frozen=True):
         """Dtypes that may stand in the file: compressed-tensors itself writes ``weight_shape`` as int64."""
         return ("I32", "I64") if self.name.endswith(_WEIGHT_SHAPE) else (self.dtype,)
 
-    @property
-    def is_held(self) -> bool:
-        """Whether it stays in memory; ``weight_shape`` only repeats what the config says."""
-        return not self.name.endswith(_WEIGHT_SHAPE)
+    def held_bytes(self, compute_bytes: int) -> int:
+        """Bytes it takes in memory when the compute dtype has ``compute_bytes`` a value.
+
+        Routed experts and the correction bias stay as stored; ``weight_shape`` only repeats what the config says.
+        """
+        if self.name.endswith(_WEIGHT_SHAPE):
+            return 0
+        as_stored = self.is_routed_expert or self.dtype != "BF16"
+        return self.num_bytes if as_stored else math.prod(self.shape) * compute_bytes
 
     @property
     def is_routed_expert(self) -> bool:
@@ -93,27 +99,27 @@ def model_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
     return shard_specs(config, 0, config.num_hidden_layers)
 
 
-def held_bytes(specs: Iterable[TensorSpec]) -> int:
-    """Bytes that stay in memory once ``specs`` are loaded."""
-    return sum(spec.num_bytes for spec in specs if spec.is_held)
+def held_bytes(specs: Iterable[TensorSpec], compute_bytes: int = BFLOAT16_BYTES) -> int:
+    """Bytes that stay in memory once ``specs`` are loaded for a compute dtype of ``compute_bytes`` a value."""
+    return sum(spec.held_bytes(compute_bytes) for spec in specs)
 
 
-def layer_read_bytes_per_token(config: ModelConfig, layer: int) -> int:
+def layer_read_bytes_per_token(config: ModelConfig, layer: int, compute_bytes: int = BFLOAT16_BYTES) -> int:
     """Bytes of weights that one decoded token reads in ``layer``: only the routed experts that it uses."""
-    specs = [spec for spec in layer_specs(config, layer) if spec.is_held]
-    routed = sum(spec.num_bytes for spec in specs if spec.is_routed_expert)
-    always = sum(spec.num_bytes for spec in specs if not spec.is_routed_expert)
+    specs = layer_specs(config, layer)
+    routed = held_bytes((spec for spec in specs if spec.is_routed_expert), compute_bytes)
+    always = held_bytes((spec for spec in specs if not spec.is_routed_expert), compute_bytes)
     return always + routed * config.num_experts_per_tok // config.n_routed_experts
 
 
-def embedding_read_bytes_per_token(config: ModelConfig) -> int:
+def embedding_read_bytes_per_token(config: ModelConfig, compute_bytes: int = BFLOAT16_BYTES) -> int:
     """Bytes of the embedding that one token reads: its row."""
-    return held_bytes(embedding_specs(config)) // config.vocab_size
+    return held_bytes(embedding_specs(config), compute_bytes) // config.vocab_size
 
 
-def head_read_bytes_per_token(config: ModelConfig) -> int:
+def head_read_bytes_per_token(config: ModelConfig, compute_bytes: int = BFLOAT16_BYTES) -> int:
     """Bytes of the head that one token reads: all of them."""
-    return held_bytes(head_specs(config))
+    return held_bytes(head_specs(config), compute_bytes)
 
 
 def _bf16(name: str, *shape: int) -> TensorSpec:

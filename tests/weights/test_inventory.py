@@ -34,13 +34,14 @@ def thinking_specs(thinking: ModelConfig) -> tuple[TensorSpec, ...]:
 
 def test_kimi_k2_thinking_has_its_published_size(thinking_specs: tuple[TensorSpec, ...]) -> None:
     assert held_bytes(thinking_specs) == 594_205_351_936
-    assert sum(spec.num_bytes for spec in thinking_specs if not spec.is_held) == 552_960
-    assert sum(not spec.is_held for spec in thinking_specs) == 69_120
+    unheld = [spec for spec in thinking_specs if not spec.held_bytes(2)]
+    assert len(unheld) == 69_120
+    assert sum(spec.num_bytes for spec in unheld) == 552_960
 
 
 def test_kimi_k2_thinking_has_its_published_number_of_parameters(thinking_specs: tuple[TensorSpec, ...]) -> None:
     per_value = {spec.name: 8 if spec.name.endswith("weight_packed") else 1 for spec in thinking_specs}
-    counted = [spec for spec in thinking_specs if spec.is_held and not spec.name.endswith("weight_scale")]
+    counted = [spec for spec in thinking_specs if not spec.name.endswith(("weight_scale", "weight_shape"))]
     assert sum(math.prod(spec.shape) * per_value[spec.name] for spec in counted) == 1_026_408_232_448
 
 
@@ -62,6 +63,14 @@ def test_a_token_reads_33_gigabytes(thinking: ModelConfig) -> None:
     total = embedding_read_bytes_per_token(thinking) + layers + head_read_bytes_per_token(thinking)
     assert total == 32_986_519_552
     assert embedding_read_bytes_per_token(thinking) == 7168 * 2
+
+
+def test_in_float32_only_what_is_computed_with_grows(thinking: ModelConfig) -> None:
+    specs = layer_specs(thinking, 1)
+    routed = held_bytes(spec for spec in specs if spec.is_routed_expert)
+    assert routed == 384 * 24_772_608
+    correction_bias = 384 * 4
+    assert held_bytes(specs, 4) - routed - correction_bias == 2 * (held_bytes(specs) - routed - correction_bias)
 
 
 def test_names_and_shapes_are_those_of_the_original_files(thinking_specs: tuple[TensorSpec, ...]) -> None:
