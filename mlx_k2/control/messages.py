@@ -73,14 +73,17 @@ class Connect(msgspec.Struct, frozen=True, tag=True):
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
-    """Load layers ``first_layer`` up to, not including, ``end_layer``. Answered by LayerLoaded..., Loaded."""
+    """Load layers ``first_layer`` up to, not including, ``end_layer``. Answered by LayerLoaded..., Loaded.
+
+    ``needed_bytes`` is what shard, cache and working space take together; a Mac keeps that much wired.
+    """
 
     first_layer: int
     end_layer: int
     dtype: str
     num_slots: int
     context_tokens: int
-    chunk_tokens: int
+    needed_bytes: int
 
 
 class Row(msgspec.Struct, frozen=True):

@@ -3,6 +3,7 @@
 import os
 import queue
 import traceback
+from pathlib import Path
 from typing import NoReturn
 
 import mlx.core as mx
@@ -12,7 +13,6 @@ from mlx_k2.control.framing import Frame, Kind
 from mlx_k2.control.messages import (
     Connect,
     Connected,
-    DownloadShard,
     Fault,
     FetchFiles,
     FromStage,
@@ -29,20 +29,138 @@ from mlx_k2.control.messages import (
     encode_message,
 )
 from mlx_k2.errors import MlxK2Error, ProtocolError
-from mlx_k2.stage.host import hello
+from mlx_k2.model.latent_cache import LatentCache
+from mlx_k2.stage.host import hello, on_gpu, peak_bytes, wire_memory
+from mlx_k2.stage.loading import load_stage_model
+from mlx_k2.stage.ports import HeldPorts
+from mlx_k2.stage.step_runner import StepRunner
+from mlx_k2.stage.transport import DistributedTransport, NoNeighbours, Transport, join_group, prove_hops
+from mlx_k2.weights.checkpoint import describe_model, locate_tensors, read_small_files
+from mlx_k2.weights.inventory import shard_specs
+from mlx_k2.weights.reader import Piece, ShardReader
 
 CLOSE_S = 5.0
 """How long the last frames may take to leave."""
+CPU_KEY_ALIGNMENT = 32
+"""At least as wide as the CPU back end's vectors: a sum over keys then runs in the same order in any chunk."""
 
 
 def serve(inward_fd: int, outward_fd: int) -> NoReturn:
-    """Answer messages until told to stop, or the pipe ends, or something fails; then end this process.
+    """Answer messages until told to stop, or the input ends, or something fails; then end this process.
 
-    The process ends with os._exit: a thread of it may be blocked in mlx.distributed, which nothing can interrupt.
+    It ends with os._exit: a thread may be blocked in mlx.distributed, which nothing can interrupt.
     """
+    if not on_gpu():
+        mx.disable_compile()  # its CPU compiler is g++, if there is one, on files that all processes share
     writer = FrameWriter(os.fdopen(outward_fd, "wb"), "the guard")
     service = StageService(writer)
-    FrameReader(os.fdopen(inward_fd, "rb", buffering=0), "the guard", service.take, service.input_ended)
+    FrameReader(os.fdopen(inward_fd, "rb"), "the guard", service.take, service.input_ended)
     exit_code = service.run()
     writer.close(CLOSE_S)
     os._exit(exit_code)
+
+
+class StageService:
+    """What a stage has become so far: prepared, connected, loaded."""
+
+    def __init__(self, writer: FrameWriter) -> None:
+        self._writer = writer
+        self._inbox: queue.SimpleQueue[ToStage | ProtocolError] = queue.SimpleQueue()
+        self._prepare: Prepare | None = None
+        self._ports = HeldPorts(())
+        self._transport: Transport = NoNeighbours()
+        self._runner: StepRunner | None = None
+
+    # ---- on the reading thread
+
+    def take(self, frame: Frame) -> None:
+        """Queue a message for the computing thread."""
+        if frame.kind is not Kind.MESSAGE:
+            raise ProtocolError(f"the guard sent a {frame.kind.name} frame")
+        self._inbox.put(decode_to_stage(frame.payload))
+
+    def input_ended(self, error: ProtocolError | None) -> None:
+        """Without its guard a stage ends at once, whatever it is doing; a broken frame is reported first."""
+        if error is None:
+            os._exit(0)
+        self._inbox.put(error)
+
+    # ---- on the computing thread
+
+    def run(self) -> int:
+        """Answer messages to the end; the process's exit code."""
+        try:
+            self._send(hello())
+            while not isinstance(message := self._inbox.get(), Stop):
+                if isinstance(message, ProtocolError):
+                    raise message
+                self._send(self._answer(message))
+        except MlxK2Error as error:
+            self._send(Fault(type(error).__name__, str(error)))
+            return 1
+        except Exception as error:  # noqa: BLE001  # the border: whatever it is, the coordinator must hear of it
+            self._send(Fault(type(error).__name__, f"{type(error).__name__}: {error}", traceback.format_exc()))
+            return 1
+        return 0
+
+    def _send(self, message: FromStage) -> None:
+        self._writer.put(Kind.MESSAGE, encode_message(message))
+
+    def _answer(self, message: ToStage) -> FromStage:
+        match message:
+            case Step():
+                assert self._runner is not None, "a step before Load"
+                return self._runner.run(message)
+            case FetchFiles():
+                return ModelFiles(read_small_files(Path(message.model.path_or_repo)))
+            case Prepare():
+                return self._answer_prepare(message)
+            case Connect():
+                return self._answer_connect(message)
+            case Load():
+                return self._answer_load(message)
+            case _:
+                raise AssertionError(f"a {type(message).__name__} has no answer")
+
+    def _answer_prepare(self, message: Prepare) -> Prepared:
+        source = message.model.path_or_repo
+        self._description = describe_model(read_small_files(Path(source)), source)
+        self._prepare = message
+        self._ports = HeldPorts(message.listen)
+        return Prepared(self._ports.addresses, self._description.digest)
+
+    def _answer_connect(self, message: Connect) -> Connected:
+        assert self._prepare is not None, "Connect before Prepare"
+        if message.links is not None:
+            self._ports.release()
+            self._transport = DistributedTransport(join_group(self._prepare.rank, message.links))
+            prove_hops(self._transport, message.to_next, message.from_previous)
+        return Connected()
+
+    def _answer_load(self, message: Load) -> Loaded:
+        assert self._prepare is not None, "Load before Prepare"
+        wire_memory(message.needed_bytes)
+        config = self._description.config
+        layers = range(message.first_layer, message.end_layer)
+        specs = shard_specs(config, layers.start, layers.stop)
+        files = locate_tensors(Path(self._prepare.model.path_or_repo), self._description.index, specs)
+        dtype = getattr(mx, message.dtype)
+        cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.latent_dim, dtype)
+        held_bytes = 0
+
+        def tell(piece: Piece) -> None:
+            nonlocal held_bytes
+            held_bytes += piece.held_bytes
+            self._send(LayerLoaded(piece.tensor_names, piece.held_bytes))
+
+        model = load_stage_model(config, ShardReader(config, files, dtype), layers, cache, tell)
+        self._runner = StepRunner(
+            model,
+            self._transport,
+            is_first=layers.start == 0,
+            is_last=layers.stop == config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            dtype=dtype,
+            key_alignment=1 if on_gpu() else CPU_KEY_ALIGNMENT,
+        )
+        return Loaded(held_bytes, peak_bytes(), len(layers) * config.latent_dim * dtype.size)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_k2.control.messages import JacclLinks, RingLinks
 from mlx_k2.errors import StageFault
@@ -118,7 +119,7 @@ def prove_hops(transport: Transport, to_next: bytes | None, from_previous: bytes
     if from_previous is not None:
         received = transport.receive((len(from_previous),), mx.uint8)
         mx.eval(received)
-        if bytes(memoryview(received)) != from_previous:
+        if np.asarray(received).tobytes() != from_previous:
             raise StageFault("a stranger is connected in place of the previous stage: its first bytes are not ours")
     if to_next is not None:
         transport.send(mx.array(list(to_next), dtype=mx.uint8))

@@ -1,0 +1,67 @@
+"""Where text and tokens meet: a prompt becomes a request, drawn tokens become text. Knows no terminal."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mlx_k2.coordinator import Coordinator
+from mlx_k2.engine.request import FinishReason, Request
+from mlx_k2.text.detokenizer import Detokenizer
+from mlx_k2.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One more token of an answer, and the text that it completes; a stop token completes none."""
+
+    token_id: int
+    text: str
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class AnswerSummary:
+    """What an answer took; rates are None where too few tokens were there to measure them."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    finish_reason: FinishReason
+    seed: int
+    time_to_first_token_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float | None
+
+
+def stream_answer(coordinator: Coordinator, tokenizer: Tokenizer, request: Request) -> Iterator[Delta | AnswerSummary]:
+    """Run ``request`` to its end: a Delta for each token as it is drawn, then one AnswerSummary.
+
+    Raises:
+        ClusterError: a stage failed; the tokens so far were yielded.
+    """
+    detokenizer = Detokenizer(tokenizer)
+    began = time.perf_counter()
+    arrivals: list[float] = []
+    for event in coordinator.run(request):
+        arrivals.append(time.perf_counter())
+        token_id, finished = event.token.token_id, event.sequence.finish_reason
+        text = "" if token_id in request.stop_ids else detokenizer.add(token_id)
+        if finished is not None:
+            text += detokenizer.finish()
+        yield Delta(token_id, text, event.token.logprob, event.token.top)
+        if finished is not None:
+            yield _summary(request, finished, began, arrivals)
+
+
+def _summary(request: Request, reason: FinishReason, began: float, arrivals: Sequence[float]) -> AnswerSummary:
+    first_s = arrivals[0] - began
+    decode_s = arrivals[-1] - arrivals[0]
+    return AnswerSummary(
+        prompt_tokens=len(request.prompt_ids),
+        generated_tokens=len(arrivals),
+        finish_reason=reason,
+        seed=request.sampling.seed,
+        time_to_first_token_s=first_s,
+        prefill_tokens_per_s=len(request.prompt_ids) / first_s,
+        decode_tokens_per_s=(len(arrivals) - 1) / decode_s if decode_s > 0 else None,
+    )

@@ -1,0 +1,71 @@
+"""What a stage knows of its own machine and installation."""
+
+import platform
+import resource
+import socket
+import sys
+from importlib.metadata import version
+
+import mlx.core as mx
+import psutil
+
+from mlx_k2 import __version__
+from mlx_k2.control.messages import Hello
+from mlx_k2.errors import StageStartError
+
+WIRED_LIMIT_SETTING = "iogpu.wired_limit_mb"
+
+
+def hello() -> Hello:
+    """The first message of a stage."""
+    return Hello(
+        mlx_k2_version=__version__,
+        mlx_version=version("mlx"),
+        mlx_lm_version=version("mlx-lm"),
+        python_version=platform.python_version(),
+        system=f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform(terse=True),
+        hostname=socket.gethostname(),
+        memory_bytes=psutil.virtual_memory().total,
+        working_set_bytes=working_set_bytes(),
+    )
+
+
+def on_gpu() -> bool:
+    """Whether MLX computes on a GPU here."""
+    return bool(mx.default_device() == mx.Device(mx.gpu))
+
+
+def working_set_bytes() -> int | None:
+    """How much memory macOS lets a GPU hold; None without a Metal GPU."""
+    if not (on_gpu() and mx.metal.is_available()):
+        return None
+    return int(mx.device_info()["max_recommended_working_set_size"])
+
+
+def wire_memory(needed_bytes: int) -> None:
+    """On a Mac: keep ``needed_bytes`` of weights, cache and working space wired; weights that are not decode slowly.
+
+    Raises:
+        StageStartError: macOS does not let a GPU hold that much; names the setting that changes it.
+    """
+    limit_bytes = working_set_bytes()
+    if limit_bytes is None:
+        return
+    if needed_bytes > limit_bytes:
+        needed_mb = -(-needed_bytes // 2**20)
+        raise StageStartError(
+            f"{socket.gethostname()} needs {needed_bytes / 1e9:.1f} GB of GPU memory and macOS allows "
+            f"{limit_bytes / 1e9:.1f} GB: run sudo sysctl {WIRED_LIMIT_SETTING}={needed_mb} there, "
+            "or give --split or a smaller --context"
+        )
+    mx.set_wired_limit(needed_bytes)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far: MLX's own count, or the resident set's peak if larger."""
+    return max(mx.get_peak_memory(), _peak_resident_bytes())
+
+
+def _peak_resident_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,79 @@
+"""A checkpoint as one host sees it: its small files read and checked, its tensors' files found. Loads no tensor."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_k2.config import ModelConfig
+from mlx_k2.errors import CheckpointError
+from mlx_k2.weights.index import INDEX_NAME, CheckpointIndex, check_file, check_names, model_digest, read_index_json
+from mlx_k2.weights.inventory import TensorSpec
+
+CONFIG_NAME = "config.json"
+TOKENIZER_NAMES = (
+    "tiktoken.model",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What the small files say, however they were come by; ``note`` is a line for the user about unread tensors."""
+
+    files: Mapping[str, bytes]
+    config: ModelConfig
+    index: CheckpointIndex
+    digest: str
+    note: str | None
+
+
+def describe_model(files: Mapping[str, bytes], source: str) -> ModelDescription:
+    """Read and check a model's small files by name; ``source`` names the model in errors.
+
+    Raises:
+        ConfigError, CheckpointError: a file is missing, or says what this program does not do.
+    """
+    for name in (CONFIG_NAME, INDEX_NAME):
+        if name not in files:
+            raise CheckpointError(f"{source} has no {name}: it is not a Kimi K2 checkpoint in its original layout")
+    config = ModelConfig.from_json(files[CONFIG_NAME], f"{source}/{CONFIG_NAME}")
+    index = CheckpointIndex.from_json(files[INDEX_NAME], f"{source}/{INDEX_NAME}")
+    note = check_names(config, index)
+    return ModelDescription(files, config, index, model_digest(files[CONFIG_NAME], files[INDEX_NAME]), note)
+
+
+def read_small_files(folder: Path) -> dict[str, bytes]:
+    """The small files of the checkpoint in ``folder``, by name; those that are not there are left out.
+
+    Raises:
+        CheckpointError: there is no such folder, or it holds no config or no weights.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder: give the folder of a checkpoint, or a repository on the Hub")
+    names = [name for name in (CONFIG_NAME, *TOKENIZER_NAMES) if (folder / name).exists()]
+    if CONFIG_NAME not in names:
+        raise CheckpointError(f"{folder} holds no {CONFIG_NAME}: it is not a checkpoint")
+    try:
+        files = {name: (folder / name).read_bytes() for name in names}
+    except OSError as error:
+        raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from None
+    return files | {INDEX_NAME: read_index_json(folder)}
+
+
+def locate_tensors(folder: Path, index: CheckpointIndex, specs: Iterable[TensorSpec]) -> dict[str, Path]:
+    """The file of each tensor of ``specs``; each file's header is checked against them.
+
+    Raises:
+        CheckpointError: a file is missing or truncated, or a tensor is not as it should be.
+    """
+    located: dict[str, Path] = {}
+    for name, in_file in index.files(specs).items():
+        path = folder / name
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing: fetch it, for instance with mlx-k2 download")
+        check_file(path, in_file)
+        located |= dict.fromkeys((spec.name for spec in in_file), path)
+    return located
