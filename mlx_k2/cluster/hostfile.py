@@ -1,0 +1,213 @@
+"""The hostfile: which hosts there are and how they are linked, in MLX's own format. Contacts no host.
+
+Both forms that ``mlx.distributed_config`` writes are read: a list of hosts, or an object with ``backend``, ``envs`` and
+``hosts``. mlx-k2's own keys for a host are ``python``, ``model``, ``memory_gb`` and ``gb_per_s``.
+"""
+
+import enum
+import ipaddress
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import msgspec
+
+from mlx_k2.errors import HostfileError
+
+RdmaCell: TypeAlias = str | tuple[str, ...] | None
+"""How one host reaches another over RDMA: a device, several, or not at all."""
+
+_LOCAL_NAMES = ("127.0.0.1", "localhost")
+_FILE_KEYS = ("backend", "envs", "hosts")
+_EXAMPLE = 'for instance [{"ssh": "mac-1", "ips": ["192.168.0.1"]}, {"ssh": "mac-2", "ips": ["192.168.0.2"]}]'
+
+
+class Backend(enum.Enum):
+    """How hidden states travel: TCP between neighbours, or RDMA over Thunderbolt 5 as a full mesh or as a ring."""
+
+    RING = "ring"
+    JACCL = "jaccl"
+    JACCL_RING = "jaccl-ring"
+
+
+class Host(msgspec.Struct, frozen=True, kw_only=True):
+    """One host; its rank is its place in the list.
+
+    ``ips`` are addresses to listen on, each ``ip`` (a free port is picked) or ``ip:port``. ``memory_gb`` (10^9 bytes)
+    bounds what mlx-k2 may take, ``gb_per_s`` is the memory's bandwidth; ``python`` and ``model`` are paths there.
+    """
+
+    ssh: str
+    ips: tuple[str, ...] = ()
+    rdma: tuple[RdmaCell, ...] = ()
+    python: str | None = None
+    model: str | None = None
+    memory_gb: float | None = None
+    gb_per_s: float | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its stage is started on this machine, without ssh."""
+        return self.ssh in _LOCAL_NAMES
+
+
+class Hostfile(msgspec.Struct, frozen=True, kw_only=True):
+    """A checked hostfile; ``envs`` are ``NAME=value`` lines, ``notes`` what the user should be told of it."""
+
+    hosts: tuple[Host, ...]
+    backend: Backend
+    envs: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read_hostfile(path: Path) -> Hostfile:
+    """Read and check the hostfile at ``path``.
+
+    Raises:
+        HostfileError: it is missing, or not a usable hostfile; names the host and the way out.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise HostfileError(f"cannot read the hostfile {path}: {error.strerror}") from None
+    return parse_hostfile(data, str(path))
+
+
+def parse_hostfile(data: bytes, source: str) -> Hostfile:
+    """Check a hostfile's bytes; ``source`` names them in errors.
+
+    Raises:
+        HostfileError: as read_hostfile.
+    """
+    try:
+        decoded = msgspec.json.decode(data)
+    except msgspec.DecodeError as error:
+        raise HostfileError(f"{source} is not JSON: {error}") from None
+    fields: dict[str, Any] = {"hosts": decoded} if isinstance(decoded, list) else decoded
+    if not isinstance(fields, dict) or not isinstance(fields.get("hosts"), list) or not fields["hosts"]:
+        raise HostfileError(f"{source} lists no hosts: write {_EXAMPLE}")
+    notes = _unknown_keys(fields, _FILE_KEYS, source)
+    hosts = []
+    for rank, entry in enumerate(fields["hosts"]):
+        hosts.append(_host(entry, f"{source}: host {rank}"))
+        notes += _unknown_keys(entry, Host.__struct_fields__, f"{source}: host {rank} ({hosts[-1].ssh})")
+    backend = _backend(fields.get("backend") or Backend.RING.value, source)
+    _check_links(hosts, backend, source)
+    return Hostfile(hosts=tuple(hosts), backend=backend, envs=_envs(fields.get("envs"), source), notes=tuple(notes))
+
+
+def local_hostfile(num_stages: int) -> Hostfile:
+    """``num_stages`` stages on this machine over loopback, for runs without a hostfile."""
+    assert num_stages >= 1
+    return Hostfile(hosts=(Host(ssh="127.0.0.1", ips=("127.0.0.1",)),) * num_stages, backend=Backend.RING)
+
+
+def _host(entry: object, where: str) -> Host:
+    name = entry.get("ssh") if isinstance(entry, dict) else None
+    where = f"{where} ({name})" if isinstance(name, str) else where
+    try:
+        host = msgspec.convert(entry, Host)
+    except msgspec.ValidationError as error:
+        raise HostfileError(f"{where}: {error}") from None
+    if not host.ssh or host.ssh.startswith("-") or not host.ssh.isprintable() or " " in host.ssh:
+        raise HostfileError(f"{where}: {host.ssh!r} is not a host name that ssh takes")
+    for ip in host.ips:
+        _check_address(ip, where)
+    for key, path in (("python", host.python), ("model", host.model)):
+        if path is not None and (not path or not path.isprintable()):
+            raise HostfileError(f"{where}: {key} {path!r} is not a path: leave the key out, or give one")
+    for key, number in (("memory_gb", host.memory_gb), ("gb_per_s", host.gb_per_s)):
+        if number is not None and not 0 < number < 1e9:
+            raise HostfileError(f"{where}: {key} is {number:g}: leave the key out, or give a number above 0")
+    return host
+
+
+def _check_address(address: str, where: str) -> None:
+    ip, colon, port = address.partition(":")
+    try:
+        ipaddress.IPv4Address(ip)
+    except ValueError:
+        raise HostfileError(f"{where}: ips holds {address!r}: give an IPv4 address in numbers, or ip:port") from None
+    if colon and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise HostfileError(f"{where}: ips holds {address!r}: a port is a number from 1 to 65535")
+
+
+def _backend(name: object, source: str) -> Backend:
+    names = [backend.value for backend in Backend]
+    if name not in names:
+        raise HostfileError(f"{source}: mlx-k2 does not run over backend {name!r}: write one of {', '.join(names)}")
+    return Backend(name)
+
+
+def _envs(envs: object, source: str) -> tuple[str, ...]:
+    try:
+        lines = msgspec.convert(envs or (), tuple[str, ...])
+    except msgspec.ValidationError:
+        lines = ("",)
+    if not all(line.partition("=")[0].isidentifier() and "=" in line for line in lines):
+        raise HostfileError(f'{source}: envs must be a list of lines like "NAME=value"')
+    return lines
+
+
+def _unknown_keys(fields: Mapping[str, Any], known: Sequence[str], where: str) -> list[str]:
+    unknown = sorted(fields.keys() - set(known))
+    return [f"{where}: ignored what mlx-k2 does not know: {', '.join(unknown)}"] if unknown else []
+
+
+def _check_links(hosts: Sequence[Host], backend: Backend, source: str) -> None:
+    """What several hosts need to find each other; one host alone needs nothing."""
+    _check_taken_ports(hosts, source)
+    if len(hosts) == 1:
+        return
+    if backend is Backend.RING:
+        _check_ring(hosts, source)
+    else:
+        _check_rdma(hosts, backend, source)
+
+
+def _check_taken_ports(hosts: Sequence[Host], source: str) -> None:
+    owners: dict[str, str] = {}
+    for rank, host in enumerate(hosts):
+        for address in host.ips:
+            if ":" in address and address in owners:
+                raise HostfileError(
+                    f"{source}: host {rank} ({host.ssh}) lists {address}, which {owners[address]} has already: "
+                    "give each its own port, or leave the port out and one is picked"
+                )
+            owners[address] = f"host {rank} ({host.ssh})"
+
+
+def _check_ring(hosts: Sequence[Host], source: str) -> None:
+    for rank, host in enumerate(hosts):
+        if not host.ips:
+            raise HostfileError(
+                f"{source}: host {rank} ({host.ssh}) has no ips, which backend ring needs: "
+                'add "ips": ["its address"], or let mlx.distributed_config write the hostfile'
+            )
+        if len(host.ips) != len(hosts[0].ips):
+            raise HostfileError(
+                f"{source}: host {rank} ({host.ssh}) has {len(host.ips)} ips and host 0 ({hosts[0].ssh}) has "
+                f"{len(hosts[0].ips)}: a ring takes the same number for each, one for each cable"
+            )
+
+
+def _check_rdma(hosts: Sequence[Host], backend: Backend, source: str) -> None:
+    if not hosts[0].ips:
+        raise HostfileError(f"{source}: host 0 ({hosts[0].ssh}) has no ips: backend {backend.value} meets at its first")
+    size = len(hosts)
+    for rank, host in enumerate(hosts):
+        where = f"{source}: host {rank} ({host.ssh})"
+        if len(host.rdma) != size:
+            raise HostfileError(
+                f"{where}: rdma has {len(host.rdma)} entries for {size} hosts: backend {backend.value} needs one for "
+                "each host, null for itself; mlx.distributed_config writes them"
+            )
+        if host.rdma[rank] is not None:
+            raise HostfileError(f"{where}: rdma[{rank}] is the host itself and must be null")
+        neighbours = {(rank - 1) % size, (rank + 1) % size}
+        for peer in neighbours if backend is Backend.JACCL_RING else set(range(size)) - {rank}:
+            if not host.rdma[peer]:
+                raise HostfileError(
+                    f"{where}: rdma[{peer}] names no device towards host {peer} ({hosts[peer].ssh}), which backend "
+                    f"{backend.value} needs: mlx.distributed_config finds it"
+                )
