@@ -1,0 +1,147 @@
+"""Conversations and how K2's chat format writes them. Knows nothing of token ids or of what is talked about."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+DEFAULT_SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."  # what the template says when no one else does
+
+Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """A function that can be called; `properties` are its parameters' schemas, all of them required."""
+
+    name: str
+    description: str
+    properties: dict[str, Json]
+
+    def schema(self) -> dict[str, Json]:
+        """The usual tool schema."""
+        parameters: Json = {"type": "object", "properties": self.properties, "required": list(self.properties)}
+        function: Json = {"name": self.name, "description": self.description, "parameters": parameters}
+        return {"type": "function", "function": function}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One tool call: the function's name and its arguments in the order that the model writes."""
+
+    name: str
+    arguments: dict[str, Json]
+
+    @property
+    def arguments_text(self) -> str:
+        """The arguments as the model writes them: JSON with ", " and ": "."""
+        return json.dumps(self.arguments, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class CallStep:
+    """One turn of a tool loop: the model thinks and calls, the tool answers with `result`."""
+
+    think: str
+    call: Call
+    result: str
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One question, the tool calls made for it, and the answer."""
+
+    question: str
+    think: str
+    answer: str
+    steps: tuple[CallStep, ...] = ()
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Exchanges under one system prompt (None: the format's default) with the tools declared."""
+
+    system: str | None
+    tools: tuple[Declaration, ...]
+    exchanges: tuple[Exchange, ...]
+
+    def messages(self, num_steps: int | None = None) -> list[dict[str, Json]]:
+        """The messages before one reply of the last exchange: the reply after `num_steps` calls (None: the answer)."""
+        messages: list[dict[str, Json]] = []
+        if self.system is not None:
+            messages.append({"role": "system", "content": self.system})
+        call_number = 0
+        for exchange in self.exchanges:
+            is_last = exchange is self.exchanges[-1]
+            messages.append({"role": "user", "content": exchange.question})
+            for step in exchange.steps[:num_steps] if is_last else exchange.steps:
+                messages += _step_messages(step, call_number)
+                call_number += 1
+            if not is_last:
+                messages.append({"role": "assistant", "reasoning_content": exchange.think, "content": exchange.answer})
+        return messages
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of rendered text; `is_reply` marks what the model itself has to write. Cut only at control tokens."""
+
+    text: str
+    is_reply: bool
+
+
+def render(conversation: Conversation) -> Iterator[Piece]:
+    """The whole conversation as K2's template writes it; earlier exchanges lose their reasoning and are not replies."""
+    if conversation.tools:
+        yield Piece(_message("system", "tool_declare", declare(conversation.tools)), is_reply=False)
+    system = DEFAULT_SYSTEM if conversation.system is None else conversation.system
+    yield Piece(_message("system", "system", system), is_reply=False)
+    call_number = 0
+    for exchange in conversation.exchanges:
+        is_last = exchange is conversation.exchanges[-1]
+        yield Piece(_message("user", "user", exchange.question), is_reply=False)
+        for step in exchange.steps:
+            yield Piece(_open("assistant", "assistant"), is_reply=False)
+            yield Piece(_call_reply(step.think if is_last else "", step.call, call_number), is_reply=is_last)
+            result = f"## Return of functions.{step.call.name}:{call_number}\n{step.result}"
+            yield Piece(_message("system", step.call.name, result), is_reply=False)
+            call_number += 1
+        yield Piece(_open("assistant", "assistant"), is_reply=False)
+        think = exchange.think if is_last else ""
+        yield Piece(f"<think>{think}</think>{exchange.answer}<|im_end|>", is_reply=is_last)
+
+
+def render_prompt(conversation: Conversation, num_steps: int) -> str:
+    """The prompt for the reply after `num_steps` calls of the last exchange, the assistant's turn opened."""
+    pieces = list(render(conversation))
+    replies = [index for index, piece in enumerate(pieces) if piece.is_reply]
+    return "".join(piece.text for piece in pieces[: replies[num_steps]])
+
+
+def declare(tools: tuple[Declaration, ...]) -> str:
+    """The tools as K2 declares them: compact JSON with sorted keys."""
+    return json.dumps([tool.schema() for tool in tools], ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def _open(kind: str, name: str) -> str:
+    return f"<|im_{kind}|>{name}<|im_middle|>"
+
+
+def _message(kind: str, name: str, content: str) -> str:
+    return f"{_open(kind, name)}{content}<|im_end|>"
+
+
+def _call_reply(think: str, call: Call, number: int) -> str:
+    return (
+        f"<think>{think}</think><|tool_calls_section_begin|><|tool_call_begin|>functions.{call.name}:{number}"
+        f"<|tool_call_argument_begin|>{call.arguments_text}<|tool_call_end|><|tool_calls_section_end|><|im_end|>"
+    )
+
+
+def _step_messages(step: CallStep, number: int) -> list[dict[str, Json]]:
+    identity = f"functions.{step.call.name}:{number}"
+    function: Json = {"name": step.call.name, "arguments": step.call.arguments_text}
+    call: Json = {"id": identity, "type": "function", "function": function}
+    return [
+        {"role": "assistant", "reasoning_content": step.think, "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": identity, "name": step.call.name, "content": step.result},
+    ]

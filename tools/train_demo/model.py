@@ -1,0 +1,62 @@
+"""Kimi K2's architecture in torch, for training. Knows nothing of text, data or files."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor, nn
+
+from tools.train_demo.attention import Attention, Cache
+from tools.train_demo.blocks import FeedForward, Linear, Norm, seen
+from tools.train_demo.experts import Experts
+from tools.train_demo.rope import yarn_frequencies
+from tools.train_demo.shape import Precision, Shape
+
+
+class Layer(nn.Module):
+    """One decoder layer; layer 0 has a dense feed-forward."""
+
+    def __init__(self, shape: Shape, index: int) -> None:
+        super().__init__()
+        self.input_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.self_attn = Attention(shape)
+        self.post_attention_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.mlp = FeedForward(shape.hidden_size, shape.intermediate_size) if index == 0 else Experts(shape)
+
+
+class Model(nn.Module):
+    """Token ids to logits."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embed_tokens = nn.Parameter(torch.randn(shape.vocab_size, shape.hidden_size) * 0.5)
+        self.layers = nn.ModuleList(Layer(shape, index) for index in range(shape.num_hidden_layers))
+        self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.lm_head = Linear(shape.hidden_size, shape.vocab_size, gain=0.5)
+        self.frequencies = nn.Buffer(yarn_frequencies(shape), persistent=False)
+
+    def hidden(
+        self, tokens: Tensor, real: Tensor, precision: Precision, positions: Tensor | None = None,
+        caches: list[Cache] | None = None, room: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """(rows, new) ids -> normed hidden states (rows, new, hidden); `real` marks what is no padding."""
+        if positions is None:
+            positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        angles = positions.unsqueeze(-1) * self.frequencies  # (rows, new, rope / 2)
+        kind = torch.bfloat16 if precision is Precision.TRAINING else torch.float32
+        x = F.embedding(tokens, seen(self.embed_tokens).float())
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            cache = None if caches is None else caches[index]
+            normed = layer.input_layernorm(x).to(kind)
+            x = x + layer.self_attn(normed, angles, positions, cache, room)
+            normed = layer.post_attention_layernorm(x).to(kind)
+            if isinstance(layer.mlp, Experts):
+                x = x + layer.mlp(normed.flatten(0, 1), precision, real.flatten()).view_as(x)
+            else:
+                x = x + layer.mlp(normed)
+        hidden: Tensor = self.norm(x).to(kind)
+        return hidden
+
+    def experts(self) -> list[Experts]:
+        """The routed layers, first to last."""
+        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, Experts)]

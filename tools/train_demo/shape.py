@@ -1,0 +1,42 @@
+"""The sizes of the model and how its weights are seen. Knows no arrays."""
+
+from dataclasses import asdict, dataclass
+from enum import Enum
+
+
+class Precision(Enum):
+    """How the forward pass sees the weights, and in what it multiplies."""
+
+    TRAINING = "shipped weights, bfloat16 products"
+    SHIPPED = "shipped weights, float32 products"
+    UNQUANTIZED = "experts in bfloat16 too, float32 products"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of the model, under config.json's names."""
+
+    vocab_size: int
+    hidden_size: int = 192
+    num_hidden_layers: int = 7
+    num_attention_heads: int = 6
+    q_lora_rank: int = 96
+    kv_lora_rank: int = 64
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 32
+    v_head_dim: int = 32
+    intermediate_size: int = 384
+    moe_intermediate_size: int = 96
+    n_routed_experts: int = 16
+    num_experts_per_tok: int = 4
+    routed_scaling_factor: float = 2.827
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 50000.0
+    rope_factor: float = 64.0
+    rope_original_positions: int = 256
+    rope_beta_fast: float = 1.0
+    rope_beta_slow: float = 1.0
+
+    def as_dict(self) -> dict[str, int | float]:
+        """The sizes by name, to be stored beside weights."""
+        return asdict(self)

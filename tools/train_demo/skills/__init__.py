@@ -1,0 +1,1 @@
+"""What the model learns, one file for each skill: functions from a random source to a task."""
