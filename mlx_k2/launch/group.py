@@ -99,6 +99,7 @@ class StageGroup:
             for stage in self._running():
                 say(f"stage {stage.rank} on {stage.place.host} has not ended: sending {number.name}")
                 stage.send_signal(number)
+                stage.send_signal(signal.SIGCONT)  # a stopped process sees SIGTERM no sooner
             self._wait(wait_s)
         if self._heartbeat.is_alive():
             self._heartbeat.join(HEARTBEAT_S)

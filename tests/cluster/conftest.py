@@ -1,0 +1,17 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.hosts import EmulatedHosts, what_is_missing
+
+
+@pytest.fixture
+def emulated_hosts(tmp_path: Path) -> Iterator[EmulatedHosts]:
+    """Three hosts with nothing running on them; whatever a test leaves there is ended."""
+    if missing := what_is_missing():
+        pytest.skip(missing)
+    folder = tmp_path / "hosts"
+    folder.mkdir()
+    with EmulatedHosts(folder, num_hosts=3) as hosts:
+        yield hosts

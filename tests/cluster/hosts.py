@@ -1,0 +1,254 @@
+"""Several hosts on one Linux machine: a network namespace, an address, a name, a home and an sshd for each.
+
+They share the file system and the user, and nothing else. All of it is made in a folder of the test and in namespaces
+named after this process, so that several test runs do not meet, and all of it is removed again. Needs root.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+SSHD = "/usr/sbin/sshd"
+PREFIX = "k2"
+START_S = 15.0
+
+SSHD_CONFIG = """\
+ListenAddress {address}:22
+HostKey {host_key}
+AuthorizedKeysFile {folder}/user-key.pub
+StrictModes no
+UsePAM no
+PermitRootLogin yes
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+PrintMotd no
+PidFile none
+SetEnv HOME={home} XDG_CACHE_HOME={home}/.cache
+"""
+
+SSH_CONFIG_FIRST = """\
+Host *
+  User root
+  IdentitiesOnly yes
+  GlobalKnownHostsFile /dev/null
+"""
+
+SSH_CONFIG = """\
+Host {name}
+  HostName {address}
+  Port {port}
+  IdentityFile {folder}/{identity}
+  UserKnownHostsFile {known_hosts}
+"""
+
+
+def what_is_missing() -> str | None:
+    """What this machine lacks to emulate hosts, with the command that mends it."""
+    if os.geteuid() != 0:
+        return "needs root to emulate hosts: run the tests as root"
+    programs = (SSHD, "ssh", "ssh-keygen", "ip", "unshare")
+    if missing := [program for program in programs if shutil.which(program) is None]:
+        return f"needs {', '.join(missing)} to emulate hosts: apt-get install openssh-server iproute2"
+    trial = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, text=True)
+    if trial.returncode:
+        return f"needs network namespaces to emulate hosts: run in a privileged container ({trial.stderr.strip()})"
+    return None
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Whether ``condition`` came true within ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    while not (holds := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return holds
+
+
+class EmulatedHosts:
+    """A context: on entry the hosts are up and reachable by ssh from each other, on exit nothing of them is left.
+
+    Host i is called ``names[i]`` by ssh and listens at ``addresses[i]``. Further names, all for host 1, fail:
+    ``unknown-key``, ``changed-key``, ``refused-key``, ``refused-connection``; ``unreachable`` and ``unresolvable`` are
+    nobody's.
+    """
+
+    def __init__(self, folder: Path, num_hosts: int) -> None:
+        self.folder = folder
+        self.names = tuple(f"host-{i}" for i in range(num_hosts))
+        self.addresses = tuple(f"10.77.0.{i + 1}" for i in range(num_hosts))
+        self.homes = tuple(folder / name for name in self.names)
+        self._spaces = tuple(f"{PREFIX}-{os.getpid()}-{i}" for i in range(num_hosts))
+        self._hub = f"{PREFIX}-{os.getpid()}-hub"
+        self._sshds: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> "EmulatedHosts":
+        _remove_left_overs()
+        try:
+            self._write_keys_and_configs()
+            self._make_network()
+            self._start_sshds()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- what a test does with them
+
+    def exec(
+        self, i: int, command: Sequence[str], env: Mapping[str, str] | None = None, **options: Any
+    ) -> subprocess.Popen[bytes]:
+        """Start ``command`` on host i; the process has the returned pid. ``options`` are Popen's."""
+        enter = ["ip", "netns", "exec", self._spaces[i], "unshare", "--uts"]
+        named = ["sh", "-c", f'hostname {self.names[i]}; exec "$@"', "sh"]
+        environment = {
+            **os.environ,
+            "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
+            "HOME": str(self.homes[i]),
+            "XDG_CACHE_HOME": str(self.homes[i] / ".cache"),
+            **(env or {}),
+        }
+        return subprocess.Popen([*enter, *named, *command], env=environment, **options)
+
+    def processes(self, i: int) -> dict[int, str]:
+        """Every process on host i but its sshd: pid and command line."""
+        found = {}
+        for pid in _pids(self._spaces[i]):
+            try:
+                process = psutil.Process(pid)
+                name, command = process.name(), " ".join(process.cmdline())
+                alive = process.status() != psutil.STATUS_ZOMBIE
+            except psutil.NoSuchProcess:
+                continue
+            if alive and not name.startswith("sshd"):
+                found[pid] = command
+        return found
+
+    def all_processes(self) -> dict[int, str]:
+        """Every process on every host but the sshds."""
+        return {pid: command for i in range(len(self.names)) for pid, command in self.processes(i).items()}
+
+    def cut(self, i: int) -> None:
+        """Pull host i's cable."""
+        _ip("-n", self._spaces[i], "link", "set", "eth0", "down")
+
+    def restore(self, i: int) -> None:
+        """Plug it in again."""
+        _ip("-n", self._spaces[i], "link", "set", "eth0", "up")
+
+    def write_hostfile(self, path: Path, ranks: Sequence[int] | None = None, **more: object) -> Path:
+        """A hostfile in MLX's list form, one entry for each of ``ranks`` with the fields ``more``."""
+        entries = [
+            {"ssh": self.names[i], "ips": [self.addresses[i]], **more}
+            for i in (range(len(self.names)) if ranks is None else ranks)
+        ]
+        path.write_text(json.dumps(entries))
+        return path
+
+    # ---- making and removing
+
+    def _write_keys_and_configs(self) -> None:
+        keys = ["user-key", "stranger-key", *(f"{name}-key" for name in self.names)]
+        for key in keys:
+            subprocess.run(
+                ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", key, "-f", self.folder / key], check=True
+            )
+        public = {key: " ".join((self.folder / f"{key}.pub").read_text().split()[:2]) for key in keys}
+        known = [f"{address} {public[f'{name}-key']}" for name, address in zip(self.names, self.addresses, strict=True)]
+        (self.folder / "known_hosts").write_text("\n".join(known) + "\n")
+        (self.folder / "known_otherwise").write_text(f"{self.addresses[1]} {public['stranger-key']}\n")
+        self._write_ssh_config()
+        for name, address, home in zip(self.names, self.addresses, self.homes, strict=True):
+            home.mkdir()
+            (self.folder / f"{name}.sshd_config").write_text(
+                SSHD_CONFIG.format(address=address, folder=self.folder, home=home, host_key=self.folder / f"{name}-key")
+            )
+
+    def _write_ssh_config(self) -> None:
+        good = {"folder": self.folder, "port": 22, "identity": "user-key", "known_hosts": self.folder / "known_hosts"}
+        first = {**good, "address": self.addresses[1]}
+        entries: list[dict[str, object]] = [
+            {**good, "name": name, "address": address} for name, address in zip(self.names, self.addresses, strict=True)
+        ]
+        entries += [
+            {**first, "name": "unknown-key", "known_hosts": "/dev/null"},
+            {**first, "name": "changed-key", "known_hosts": self.folder / "known_otherwise"},
+            {**first, "name": "refused-key", "identity": "stranger-key"},
+            {**first, "name": "refused-connection", "port": 2222},
+            {**good, "name": "unreachable", "address": "10.77.0.200"},
+            {**good, "name": "unresolvable", "address": "nobody.invalid"},
+        ]
+        text = SSH_CONFIG_FIRST + "".join(SSH_CONFIG.format(**entry) for entry in entries)
+        (self.folder / "ssh_config").write_text(text)
+        wrapper = self.folder / "bin" / "ssh"
+        wrapper.parent.mkdir()
+        wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.folder}/ssh_config "$@"\n')
+        wrapper.chmod(0o755)
+
+    def _make_network(self) -> None:
+        _ip("netns", "add", self._hub)
+        _ip("-n", self._hub, "link", "add", "br0", "type", "bridge")
+        _ip("-n", self._hub, "link", "set", "br0", "up")
+        for i, (space, address) in enumerate(zip(self._spaces, self.addresses, strict=True)):
+            _ip("netns", "add", space)
+            _ip("link", "add", f"v{i}", "netns", self._hub, "type", "veth", "peer", "name", "eth0", "netns", space)
+            _ip("-n", self._hub, "link", "set", f"v{i}", "master", "br0", "up")
+            _ip("-n", space, "addr", "add", f"{address}/24", "dev", "eth0")
+            for link in ("lo", "eth0"):
+                _ip("-n", space, "link", "set", link, "up")
+
+    def _start_sshds(self) -> None:
+        Path("/run/sshd").mkdir(exist_ok=True)  # where sshd insists on separating privileges
+        logs = [self.folder / f"{name}.sshd.log" for name in self.names]
+        for i, (name, log) in enumerate(zip(self.names, logs, strict=True)):
+            command = [SSHD, "-D", "-f", str(self.folder / f"{name}.sshd_config"), "-E", str(log)]
+            self._sshds.append(self.exec(i, command, stdin=subprocess.DEVNULL))
+        for log in logs:
+            listening = wait_until(lambda log=log: log.exists() and "listening" in log.read_text(), START_S)  # type: ignore[misc]
+            assert listening, f"sshd did not start: {log.read_text() if log.exists() else 'no log'}"
+
+    def close(self) -> None:
+        """End every process on the hosts and remove the hosts."""
+        _remove((self._hub, *self._spaces))
+        for sshd in self._sshds:
+            sshd.wait(START_S)
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+def _pids(space: str) -> list[int]:
+    listed = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+def _spaces() -> list[str]:
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True)
+    return [line.split()[0] for line in listed.stdout.splitlines() if line]
+
+
+def _remove(spaces: Sequence[str]) -> None:
+    for space in set(spaces) & set(_spaces()):
+        while pids := _pids(space):
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        _ip("netns", "del", space)
+
+
+def _remove_left_overs() -> None:
+    """Remove the hosts of test runs that were killed themselves."""
+    ours = [space.split("-") for space in _spaces() if space.startswith(f"{PREFIX}-")]
+    _remove(["-".join(parts) for parts in ours if parts[1].isdigit() and not psutil.pid_exists(int(parts[1]))])

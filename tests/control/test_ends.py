@@ -1,0 +1,100 @@
+import os
+import queue
+
+import pytest
+
+from mlx_k2.control.ends import QUEUE_FRAMES, FrameReader, FrameWriter
+from mlx_k2.control.framing import Frame, Kind
+from mlx_k2.errors import ProtocolError
+
+
+class Pipe:
+    """A pipe between a writer and a reader, and what the reader handed on."""
+
+    def __init__(self) -> None:
+        read_fd, write_fd = os.pipe()
+        self.read_end = os.fdopen(read_fd, "rb")
+        self.write_end = os.fdopen(write_fd, "wb")
+        self.frames: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+        self.ends: queue.SimpleQueue[ProtocolError | None] = queue.SimpleQueue()
+
+    def read(self) -> FrameReader:
+        return FrameReader(self.read_end, "test", self.frames.put, self.ends.put)
+
+
+def fill(writer: FrameWriter) -> None:
+    writer.put(Kind.MESSAGE, bytes(1_000_000))  # more than a pipe holds, so that the writing thread is stuck with it
+    for _ in range(QUEUE_FRAMES + 1):
+        writer.put(Kind.MESSAGE, b"")
+
+
+def test_frames_arrive_in_order_and_then_the_end() -> None:
+    pipe = Pipe()
+    writer = FrameWriter(pipe.write_end, "test")
+    for i in range(100):
+        writer.put(Kind.MESSAGE, bytes([i]))
+    writer.close(5)
+    pipe.read().join(5)
+    assert [pipe.frames.get(timeout=5).payload for _ in range(100)] == [bytes([i]) for i in range(100)]
+    assert pipe.ends.get(timeout=5) is None
+
+
+def test_putting_never_waits_and_a_full_queue_is_a_fault_that_names_the_peer() -> None:
+    pipe = Pipe()
+    writer = FrameWriter(pipe.write_end, "stage 1 on mac-2")
+    with pytest.raises(ProtocolError, match="stage 1 on mac-2 has stopped reading"):
+        fill(writer)
+
+
+def test_closing_is_bounded_when_the_peer_does_not_read_and_happens_when_it_does() -> None:
+    pipe = Pipe()
+    writer = FrameWriter(pipe.write_end, "test")
+    for _ in range(10):
+        writer.put(Kind.MESSAGE, bytes(100_000))
+    writer.close(0.05)
+    assert not pipe.write_end.closed
+    pipe.read()
+    assert pipe.ends.get(timeout=5) is None
+    assert pipe.frames.qsize() == 10
+
+
+def test_a_full_queue_does_not_keep_the_stream_from_closing() -> None:
+    pipe = Pipe()
+    writer = FrameWriter(pipe.write_end, "test")
+    with pytest.raises(ProtocolError):
+        fill(writer)
+    writer.close(0)
+    pipe.read()
+    assert pipe.ends.get(timeout=30) is None
+
+
+def test_frames_for_a_peer_that_is_gone_are_dropped_and_the_stream_is_closed() -> None:
+    pipe = Pipe()
+    pipe.read_end.close()
+    writer = FrameWriter(pipe.write_end, "test")
+    writer.put(Kind.MESSAGE, b"lost")
+    writer.close(5)
+    assert pipe.write_end.closed
+    writer.put(Kind.MESSAGE, b"lost too")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_reader_whose_handler_fails_still_reports_an_end() -> None:
+    def fail(_: Frame) -> None:
+        raise RuntimeError("a fault of our own")
+
+    pipe = Pipe()
+    reader = FrameReader(pipe.read_end, "test", fail, pipe.ends.put)
+    FrameWriter(pipe.write_end, "test").put(Kind.MESSAGE, b"")
+    assert isinstance(pipe.ends.get(timeout=5), ProtocolError)
+    reader.join(5)
+
+
+def test_a_frame_that_the_handler_refuses_ends_the_reading() -> None:
+    def refuse(_: Frame) -> None:
+        raise ProtocolError("not this one")
+
+    pipe = Pipe()
+    FrameReader(pipe.read_end, "test", refuse, pipe.ends.put)
+    FrameWriter(pipe.write_end, "test").put(Kind.MESSAGE, b"")
+    assert str(pipe.ends.get(timeout=5)) == "not this one"

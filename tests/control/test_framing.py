@@ -1,0 +1,91 @@
+import io
+import struct
+from typing import IO, Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_k2.control.framing import (
+    MARK,
+    MAX_CHATTER_BYTES,
+    MAX_PAYLOAD_BYTES,
+    Frame,
+    Kind,
+    encode_frame,
+    read_frame,
+    skip_to_mark,
+)
+from mlx_k2.errors import ProtocolError
+
+frames = st.lists(st.builds(Frame, st.sampled_from(Kind), st.binary(max_size=50)), max_size=8)
+
+
+class Dribble(io.RawIOBase):
+    """A stream that gives at most ``most`` bytes at a time, as an unbuffered pipe may."""
+
+    def __init__(self, data: bytes, most: int) -> None:
+        self._data = io.BytesIO(data)
+        self._most = most
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        part = self._data.read(min(len(buffer), self._most))
+        buffer[: len(part)] = part
+        return len(part)
+
+
+@given(frames, st.integers(1, 9))
+def test_any_frames_are_read_back_however_the_stream_is_cut(sent: list[Frame], most: int) -> None:
+    stream = cast(IO[bytes], Dribble(b"".join(encode_frame(*frame) for frame in sent), most))
+    read = []
+    while (frame := read_frame(stream)) is not None:
+        read.append(frame)
+    assert read == sent
+
+
+@given(frames, st.data())
+def test_a_stream_that_ends_inside_a_frame_is_refused(sent: list[Frame], data: st.DataObject) -> None:
+    last = encode_frame(Kind.MESSAGE, b"the last frame")
+    whole = b"".join(encode_frame(*frame) for frame in sent)
+    stream = io.BytesIO(whole + last[: data.draw(st.integers(1, len(last) - 1))])
+    for _ in sent:
+        read_frame(stream)
+    with pytest.raises(ProtocolError, match="middle of a frame"):
+        read_frame(stream)
+
+
+@given(st.binary(max_size=200))
+def test_rubbish_is_either_frames_or_refused(data: bytes) -> None:
+    stream = io.BytesIO(data)
+    try:
+        while read_frame(stream) is not None:
+            pass
+    except ProtocolError:
+        pass
+
+
+@pytest.mark.parametrize("header", [struct.pack("<IB", 0, 99), struct.pack("<IB", MAX_PAYLOAD_BYTES + 1, 1)])
+def test_an_unknown_kind_or_a_giant_length_is_refused_before_its_payload(header: bytes) -> None:
+    with pytest.raises(ProtocolError, match="something else than frames"):
+        read_frame(io.BytesIO(header))
+
+
+@given(st.binary(max_size=300).filter(lambda chatter: MARK not in chatter + MARK[:-1]))
+def test_what_a_login_shell_prints_before_the_mark_is_skipped(chatter: bytes) -> None:
+    stream = io.BytesIO(chatter + MARK + encode_frame(Kind.HEARTBEAT, b"beat"))
+    assert skip_to_mark(stream) == chatter
+    assert read_frame(stream) == Frame(Kind.HEARTBEAT, b"beat")
+
+
+def test_the_most_chatter_there_may_be_is_skipped_and_one_byte_more_is_not() -> None:
+    assert len(skip_to_mark(io.BytesIO(b"x" * MAX_CHATTER_BYTES + MARK))) == MAX_CHATTER_BYTES
+    with pytest.raises(ProtocolError, match="sent 64 KB without its opening mark"):
+        skip_to_mark(io.BytesIO(b"x" * (MAX_CHATTER_BYTES + 1) + MARK))
+
+
+def test_output_without_a_mark_is_quoted() -> None:
+    with pytest.raises(ProtocolError, match="ended without its opening mark: no such command"):
+        skip_to_mark(io.BytesIO(b"no such command\n"))

@@ -1,0 +1,34 @@
+import signal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_k2.control.guarding import GuardSettings, StageExit, kill_after_s
+from mlx_k2.errors import ProtocolError
+
+
+def test_a_stage_is_given_five_seconds_and_one_more_for_each_10_gb() -> None:
+    assert kill_after_s(0) == 5
+    assert kill_after_s(300 * 10**9) == 35
+
+
+@given(st.floats(0.1, 1e6), st.integers(0, 10**13))
+def test_settings_survive_the_wire(lease_s: float, held_bytes: int) -> None:
+    settings = GuardSettings(lease_s, held_bytes)
+    assert GuardSettings.from_json(settings.to_json()) == settings
+
+
+def test_a_return_code_becomes_an_exit_code_or_a_signal() -> None:
+    assert StageExit.from_returncode(3, "why") == StageExit(exit_code=3, signal=None, reason="why")
+    killed = StageExit.from_returncode(-signal.SIGKILL, "why")
+    assert killed == StageExit(exit_code=None, signal=signal.SIGKILL, reason="why")
+    assert StageExit.from_json(killed.to_json()) == killed
+    assert StageExit.from_returncode(None, "why") == StageExit(exit_code=None, signal=None, reason="why")
+
+
+@given(st.binary(max_size=60) | st.sampled_from([b"[]", b"{}", b'{"lease_s": -1, "held_bytes": 0}', b"1e999"]))
+def test_rubbish_is_refused(payload: bytes) -> None:
+    for kind in (GuardSettings, StageExit):
+        with pytest.raises(ProtocolError):
+            kind.from_json(payload)

@@ -1,0 +1,21 @@
+"""A stand-in for a host's Python: whatever it is asked to run, it runs the guard over one of our small stages."""
+
+import os
+import sys
+from pathlib import Path
+
+from mlx_k2.stage.guard import run_guard
+
+STAGE_PROGRAMS = Path(__file__).with_name("stage_programs.py")
+
+
+def stand_in_python(folder: Path, program: str) -> str:
+    """The path of such a stand-in, made in ``folder``."""
+    script = folder / f"python-{program}"
+    script.write_text(f"#!/bin/sh\nexec {sys.executable} {Path(__file__)} {program}\n")
+    script.chmod(0o755)
+    return str(script)
+
+
+if __name__ == "__main__":
+    os._exit(run_guard([sys.executable, str(STAGE_PROGRAMS), *sys.argv[1:]]))

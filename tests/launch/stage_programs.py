@@ -1,0 +1,151 @@
+"""Small stages to try the guard and the group on: run by the guard as ``python stage_programs.py NAME``."""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+from mlx_k2.control.framing import Kind, encode_frame, read_frame
+from mlx_k2.control.messages import (
+    Connect,
+    Connected,
+    FromStage,
+    Prepare,
+    Prepared,
+    RingLinks,
+    SampledToken,
+    Step,
+    StepDone,
+    Stop,
+    ToStage,
+    decode_to_stage,
+    encode_message,
+)
+
+_out = os.fdopen(os.dup(1), "wb")
+os.dup2(2, 1)
+
+
+def say(message: FromStage) -> None:
+    _out.write(encode_frame(Kind.MESSAGE, encode_message(message)))
+    _out.flush()
+
+
+def hear() -> Iterator[ToStage]:
+    while (frame := read_frame(sys.stdin.buffer)) is not None:
+        message = decode_to_stage(frame.payload)
+        if isinstance(message, Stop):
+            return
+        yield message
+
+
+def echo() -> None:
+    """Answer each step at once."""
+    sys.stderr.write("the echo stage is up\n")
+    say(Connected())
+    for message in hear():
+        assert isinstance(message, Step)
+        say(StepDone(number=message.number, busy_s=0.0, wait_s=0.0))
+
+
+def deaf() -> None:
+    """Read nothing, and hold the GIL for ever, as mlx.distributed.init does."""
+    say(Connected())
+    ctypes.PyDLL(None).sleep(1000)
+
+
+def stubborn() -> None:
+    """Ignore the end of the input and every signal that can be ignored."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    say(Connected())
+    time.sleep(1000)
+
+
+def with_offspring() -> None:
+    """Start a process that would run on."""
+    subprocess.Popen(["sleep", "1000"])
+    echo()
+
+
+def failing() -> None:
+    say(Connected())
+    sys.stderr.write("ValueError: no such layer\n")
+    sys.exit(3)
+
+
+def crashing() -> None:
+    say(Connected())
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def rubbish() -> None:
+    say(Connected())
+    _out.write(b"this is not a frame")
+    _out.flush()
+    time.sleep(1000)
+
+
+def flooding() -> None:
+    """Ten megabytes of log, and one line without an end, before the first word."""
+    for _ in range(100):
+        sys.stderr.write("x" * 1000 + "\n" + "y" * 99_000)
+    sys.stderr.write("\n")
+    echo()
+
+
+def talkative() -> None:
+    """Answer each step a thousand times, as fast as it can."""
+    say(Connected())
+    for message in hear():
+        assert isinstance(message, Step)
+        for _ in range(1000):
+            say(StepDone(number=message.number, busy_s=0.0, wait_s=0.0))
+
+
+def ring() -> None:
+    """Join MLX's ring; pass an array along, one added by each rank; the last rank's token is its sum."""
+    import mlx.core as mx  # noqa: PLC0415 - the other stages start in a tenth of the time without it
+
+    mx.set_default_device(mx.cpu)
+    rank = num_stages = 0
+    for message in hear():
+        if isinstance(message, Prepare):
+            rank, num_stages = message.rank, message.num_stages
+            say(Prepared(addresses=message.listen, model_digest=""))
+        elif isinstance(message, Connect):
+            assert isinstance(message.links, RingLinks)
+            with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+                file.write(json.dumps(message.links.addresses))
+                file.flush()
+                os.environ.update(MLX_RANK=str(rank), MLX_HOSTFILE=file.name)
+                mx.distributed.init(backend="ring", strict=True)
+            say(Connected())
+        elif isinstance(message, Step):
+            x = mx.zeros((8, 7168), dtype=mx.float32)
+            if rank > 0:
+                x = mx.distributed.recv_like(x, rank - 1)
+                mx.eval(x)
+            x = x + message.number
+            if rank < num_stages - 1:
+                mx.eval(mx.distributed.send(x, rank + 1))
+                say(StepDone(number=message.number, busy_s=0.0, wait_s=0.0))
+            else:
+                token = SampledToken(token_id=int(float(x.mean())))
+                say(StepDone(number=message.number, busy_s=0.0, wait_s=0.0, tokens=(token,)))
+
+
+PROGRAMS: dict[str, Callable[[], None]] = {
+    program.__name__: program
+    for program in (
+        echo, deaf, stubborn, with_offspring, failing, crashing, rubbish, flooding, talkative, ring
+    )
+}  # fmt: skip
+
+if __name__ == "__main__":
+    PROGRAMS[sys.argv[1]]()

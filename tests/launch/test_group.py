@@ -1,0 +1,187 @@
+"""Groups of real local processes over small stages."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mlx_k2.control.messages import Connected, Step, StepDone
+from mlx_k2.errors import StageFault, StageStartError
+from mlx_k2.launch.group import StageGroup
+from mlx_k2.launch.place import StagePlace
+from mlx_k2.launch.stage_process import StageEnded, StageEvent, StageMessage
+from tests.launch.guarded import stand_in_python
+
+MakeGroup = Callable[..., StageGroup]
+
+
+@pytest.fixture
+def log() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def make_group(tmp_path: Path, log: list[str]) -> MakeGroup:
+    def make_group(*programs: str) -> StageGroup:
+        places = [StagePlace(python=stand_in_python(tmp_path, program)) for program in programs]
+        return StageGroup(places, lease_s=20.0, log=log.append)
+
+    return make_group
+
+
+def receive(group: StageGroup, count: int) -> list[StageEvent]:
+    events: list[StageEvent] = []
+    for _ in range(count):
+        event = group.receive(10)
+        assert event is not None, f"{len(events)} of {count} events came: {events[-3:]}"
+        events.append(event)
+    return events
+
+
+def ended(events: Sequence[StageEvent]) -> StageEnded:
+    (end,) = [event for event in events if isinstance(event, StageEnded)]
+    return end
+
+
+def children() -> list[psutil.Process]:
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    ]
+
+
+def test_stages_are_started_together_answer_in_order_and_none_is_left(make_group: MakeGroup) -> None:
+    with make_group("echo", "echo", "echo") as group:
+        assert {event.rank for event in receive(group, 3)} == {0, 1, 2}
+        for number in range(50):
+            group.send_all(Step(number, ()))
+        events = receive(group, 150)
+        group.send(1, Step(99, ()))
+        assert receive(group, 1) == [StageMessage(1, StepDone(number=99, busy_s=0.0, wait_s=0.0))]
+    for rank in range(3):
+        said = [event.message for event in events if isinstance(event, StageMessage) and event.rank == rank]
+        assert said == [StepDone(number=number, busy_s=0.0, wait_s=0.0) for number in range(50)]
+    assert children() == []
+
+
+def test_nothing_to_receive_is_none_at_the_deadline(make_group: MakeGroup) -> None:
+    with make_group("echo") as group:
+        receive(group, 1)
+        began = time.monotonic()
+        assert group.receive(0.2) is None
+        assert 0.2 <= time.monotonic() - began < 2
+
+
+def test_guards_are_heard_every_second_while_their_stages_hold_the_gil(make_group: MakeGroup) -> None:
+    with make_group("deaf", "deaf") as group:
+        receive(group, 2)
+        assert group.receive(3.5) is None
+        assert group.silence_s(0) < 2 and group.silence_s(1) < 2
+
+
+def test_a_stage_that_fails_is_an_event_with_its_last_words(make_group: MakeGroup) -> None:
+    with make_group("echo", "failing") as group:
+        end = ended(receive(group, 3))
+        assert (end.rank, end.came_up, end.exit_code, end.signal) == (1, True, 3, None)
+        assert end.stderr_tail == ("ValueError: no such layer",)
+        error = end.as_error()
+        assert isinstance(error, StageFault)
+        assert str(error) == (
+            "stage 1 on this machine ended with exit code 3: it ended by itself (it wrote last: "
+            "ValueError: no such layer)"
+        )
+        group.send(1, Step(1, ()))  # to a stage that is gone: no error
+        group.send(0, Step(2, ()))
+        assert receive(group, 1) == [StageMessage(0, StepDone(number=2, busy_s=0.0, wait_s=0.0))]
+
+
+def test_a_killed_guard_is_noticed_in_under_a_second(make_group: MakeGroup) -> None:
+    with make_group("deaf") as group:
+        receive(group, 1)
+        (guard,) = psutil.Process().children()
+        guard.kill()
+        began = time.monotonic()
+        end = ended(receive(group, 1))
+        assert time.monotonic() - began < 1
+        assert end.reason == "the connection ended without a word from its guard"
+
+
+def test_a_stage_that_writes_rubbish_ends_as_an_event(make_group: MakeGroup) -> None:
+    with make_group("rubbish") as group:
+        assert "something else than frames" in ended(receive(group, 2)).reason
+
+
+def test_a_flood_of_log_lines_delays_nobody_and_is_cut_into_lines(make_group: MakeGroup, log: list[str]) -> None:
+    with make_group("flooding", "echo") as group:
+        for _ in range(2):
+            receive(group, 1)
+        group.send(0, Step(1, ()))
+        receive(group, 1)
+    assert all(line.startswith("[stage ") for line in log)
+    assert sum(len(line) for line in log if line.startswith("[stage 0 this machine]")) > 10_000_000
+    assert max(len(line) for line in log) < 4200
+
+
+def test_messages_faster_than_they_are_taken_are_all_kept(make_group: MakeGroup) -> None:
+    with make_group("talkative", "talkative") as group:
+        receive(group, 2)
+        for number in range(3):
+            group.send_all(Step(number, ()))
+        assert all(isinstance(event, StageMessage) for event in receive(group, 6000))
+
+
+def test_stopping_kills_all_stubborn_stages_at_once_and_says_what_it_waits_for(
+    make_group: MakeGroup, log: list[str]
+) -> None:
+    with make_group("stubborn", "stubborn", "echo") as group:
+        receive(group, 3)
+        group.set_held_bytes(0, 10 * 10**9)
+        began = time.monotonic()
+        group.stop(log.append)
+        assert 6 <= time.monotonic() - began < 8
+        assert children() == []
+    assert "waiting for stage 0 on this machine, which holds 10.0 GB, at most 8 s" in log
+    assert not any("stage 2" in line for line in log if line.startswith("waiting"))
+
+
+def test_a_stopped_guard_is_killed_and_its_stage_ends(make_group: MakeGroup) -> None:
+    with make_group("echo") as group:
+        receive(group, 1)
+        processes = children()
+        (guard,) = psutil.Process().children()
+        guard.suspend()
+    _, alive = psutil.wait_procs(processes, timeout=6)
+    assert not alive
+
+
+def test_an_error_in_the_body_ends_the_stages(make_group: MakeGroup) -> None:
+    with pytest.raises(RuntimeError), make_group("deaf", "echo"):
+        raise RuntimeError
+    assert children() == []
+
+
+def test_a_python_that_is_not_there_is_a_start_error_that_says_what_to_do() -> None:
+    with StageGroup([StagePlace(python="/nowhere/python")], 20.0, lambda _: None) as group:
+        error = ended(receive(group, 1)).as_error()
+    assert isinstance(error, StageStartError)
+    assert str(error) == (
+        "stage 0 on this machine did not start: /nowhere/python cannot be started here: No such file or directory"
+    )
+
+
+def test_fifteen_groups_leave_no_descriptor_and_no_thread(make_group: MakeGroup) -> None:
+    def run_once() -> None:
+        with make_group("echo", "failing") as group:
+            events = receive(group, 3)
+            assert StageMessage(0, Connected()) in events
+
+    run_once()
+    num_files, num_threads = psutil.Process().num_fds(), threading.active_count()
+    for _ in range(15):
+        run_once()
+    assert psutil.Process().num_fds() == num_files
+    assert threading.active_count() == num_threads

@@ -1,0 +1,287 @@
+"""The guard as a process of its own, over small real stages; the test is its coordinator."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mlx_k2.control.framing import Frame, Kind, encode_frame, read_frame, skip_to_mark
+from mlx_k2.control.guarding import GuardSettings
+from mlx_k2.control.messages import Connected, Step, StepDone, Stop, decode_from_stage, encode_message
+from tests.launch import guarded
+
+
+class GuardedStage:
+    """A guard and its stage, up and running."""
+
+    def __init__(self, program: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, guarded.__file__, program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert self.process.stdin and self.process.stdout and self.process.stderr
+        self.streams = (self.process.stdin, self.process.stdout, self.process.stderr)
+        self._input, self.output, self._log = self.streams
+        assert skip_to_mark(self.output) == b""
+        assert decode_from_stage(self.read().payload) == Connected()
+        self.guard = psutil.Process(self.process.pid)
+        self.descendants = self.guard.children(recursive=True)
+        self.all = [self.guard, *self.descendants]
+
+    @property
+    def stage(self) -> psutil.Process:
+        return next(process for process in self.descendants if "stage_programs.py" in " ".join(process.cmdline()))
+
+    @property
+    def watcher(self) -> psutil.Process:
+        return next(process for process in self.descendants if "mlx_k2.stage.watcher" in process.cmdline())
+
+    def write(self, kind: Kind, payload: bytes) -> None:
+        self._input.write(encode_frame(kind, payload))
+        self._input.flush()
+
+    def write_raw(self, data: bytes) -> None:
+        self._input.write(data)
+        self._input.flush()
+
+    def set(self, lease_s: float = 20.0, held_bytes: int = 0) -> None:
+        self.write(Kind.GUARD_SETTINGS, GuardSettings(lease_s, held_bytes).to_json())
+
+    def step(self, number: int) -> None:
+        self.write(Kind.MESSAGE, encode_message(Step(number, ())))
+
+    def close(self) -> None:
+        self._input.close()
+
+    def read(self) -> Frame:
+        frame = read_frame(self.output)
+        assert frame is not None, f"the guard has ended: {self.log()}"
+        return frame
+
+    def log(self) -> str:
+        return self._log.read().decode()
+
+    def last_frame(self) -> dict[str, object]:
+        """How the stage ended, as the guard's last frame says."""
+        last = None
+        while (frame := read_frame(self.output)) is not None:
+            last = frame
+        assert last is not None and last.kind is Kind.STAGE_EXIT
+        return dict(json.loads(last.payload))
+
+    def gone_after_s(self, timeout_s: float) -> float:
+        """In how many seconds every process was gone."""
+        began = time.monotonic()
+        deadline = began + timeout_s
+        while alive := [process for process in self.all if _runs(process)]:
+            assert time.monotonic() < deadline, f"still there after {timeout_s} s: {alive}"
+            self.process.poll()
+            time.sleep(0.01)
+        return time.monotonic() - began
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[str], GuardedStage]]:
+    stages: list[GuardedStage] = []
+
+    def start(program: str) -> GuardedStage:
+        stages.append(GuardedStage(program))
+        return stages[-1]
+
+    yield start
+    for stage in stages:
+        for process in stage.all:
+            if _runs(process):
+                process.kill()
+        stage.process.wait(5)
+        for stream in stage.streams:
+            with suppress(BrokenPipeError):  # from what was not yet written to it
+                stream.close()
+
+
+Start = Callable[[str], GuardedStage]
+
+
+def test_messages_are_relayed_both_ways_and_heartbeats_are_answered(start: Start) -> None:
+    stage = start("echo")
+    stage.write(Kind.HEARTBEAT, b"beat 1")
+    assert stage.read() == Frame(Kind.HEARTBEAT, b"beat 1")
+    for number in range(1000):
+        stage.step(number)
+    for number in range(1000):
+        assert decode_from_stage(stage.read().payload) == StepDone(number=number, busy_s=0.0, wait_s=0.0)
+
+
+def test_a_heartbeat_is_answered_while_the_stage_holds_the_gil_for_ever(start: Start) -> None:
+    stage = start("deaf")
+    stage.write(Kind.HEARTBEAT, b"beat 1")
+    assert stage.read() == Frame(Kind.HEARTBEAT, b"beat 1")
+
+
+def test_a_stage_that_is_told_to_stop_ends_by_itself(start: Start) -> None:
+    stage = start("echo")
+    stage.write(Kind.MESSAGE, encode_message(Stop()))
+    assert stage.last_frame() == {"exit_code": 0, "signal": None, "reason": "it ended by itself"}
+    assert stage.process.wait(5) == 0
+    assert stage.gone_after_s(5) < 1
+
+
+def test_the_end_of_the_coordinator_ends_the_stage_politely(start: Start) -> None:
+    stage = start("echo")
+    stage.close()
+    assert stage.last_frame() == {"exit_code": 0, "signal": None, "reason": "the coordinator closed the connection"}
+
+
+@pytest.mark.parametrize("program", ["deaf", "with_offspring", "talkative"])
+def test_the_end_of_the_coordinator_leaves_nothing_within_5_s(start: Start, program: str) -> None:
+    stage = start(program)
+    if program == "talkative":
+        for number in range(100):
+            stage.step(number)
+    stage.close()
+    stage.output.close()
+    assert stage.gone_after_s(5) < 5
+
+
+def test_a_stage_that_ignores_everything_is_killed_after_its_time(start: Start) -> None:
+    stage = start("stubborn")
+    stage.set(held_bytes=10 * 10**9)
+    began = time.monotonic()
+    stage.close()
+    assert stage.last_frame()["signal"] == signal.SIGKILL
+    assert 6 <= time.monotonic() - began < 8
+
+
+def test_a_silent_coordinator_ends_the_stage_after_the_lease_and_a_beating_one_does_not(start: Start) -> None:
+    stage = start("deaf")
+    stage.set(lease_s=2.0)
+    for _ in range(3):
+        time.sleep(1.0)  # the subject is time itself: longer in all than the lease
+        stage.write(Kind.HEARTBEAT, b"")
+        assert stage.read().kind is Kind.HEARTBEAT
+    began = time.monotonic()
+    assert stage.last_frame() == {
+        "exit_code": None,
+        "signal": signal.SIGTERM,
+        "reason": "nothing came from the coordinator for 2 s",
+    }
+    assert 2 <= time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_the_guard_ends_the_stage(start: Start, number: signal.Signals) -> None:
+    stage = start("deaf")
+    stage.process.send_signal(number)
+    assert stage.last_frame() == {"exit_code": None, "signal": signal.SIGTERM, "reason": f"{number.name} on its host"}
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"no frame at all", "carries something else than frames"),
+        (encode_frame(Kind.GUARD_SETTINGS, b"{}"), "not a GuardSettings"),
+        (encode_frame(Kind.STAGE_EXIT, b""), "the coordinator sent a STAGE_EXIT frame"),
+    ],
+)
+def test_anything_but_the_agreed_frames_ends_the_stage(start: Start, data: bytes, reason: str) -> None:
+    stage = start("echo")
+    stage.write_raw(data)
+    assert reason in str(stage.last_frame()["reason"])
+
+
+@pytest.mark.parametrize("program", ["echo", "deaf", "with_offspring"])
+def test_a_killed_guard_leaves_nothing_within_5_s(start: Start, program: str) -> None:
+    stage = start(program)
+    stage.process.kill()
+    assert stage.gone_after_s(5) < 5
+
+
+def test_a_killed_guard_leaves_not_even_a_stage_that_ignores_everything(start: Start) -> None:
+    stage = start("stubborn")
+    stage.process.kill()
+    assert 5 <= stage.gone_after_s(10) < 7
+
+
+def test_a_stopped_guard_is_ended_after_the_lease(start: Start) -> None:
+    stage = start("deaf")
+    stage.set(lease_s=2.0)
+    stage.write(Kind.HEARTBEAT, b"")
+    stage.read()
+    time.sleep(0.6)  # two ticks of the guard, so that its watcher knows of the lease
+    stage.guard.suspend()
+    assert stage.gone_after_s(10) < 8
+
+
+def test_a_stopped_stage_ends_within_its_time(start: Start) -> None:
+    stage = start("echo")
+    stage.stage.suspend()
+    stage.close()
+    assert stage.gone_after_s(5) < 3
+
+
+def test_a_killed_watcher_is_not_the_stages_end(start: Start) -> None:
+    stage = start("echo")
+    stage.watcher.kill()
+    stage.step(1)
+    assert stage.read().kind is Kind.MESSAGE
+    stage.close()
+    assert stage.last_frame()["exit_code"] == 0
+
+
+def test_the_exit_code_and_the_signal_of_a_stage_are_its_last_frame(start: Start) -> None:
+    assert start("failing").last_frame() == {"exit_code": 3, "signal": None, "reason": "it ended by itself"}
+    assert start("crashing").last_frame()["signal"] == signal.SIGSEGV
+
+
+def test_a_stage_that_writes_no_frames_is_ended(start: Start) -> None:
+    last = start("rubbish").last_frame()
+    assert last["signal"] == signal.SIGTERM
+    assert "something else than frames" in str(last["reason"])
+
+
+def test_a_stage_that_does_not_read_is_a_fault_with_a_name(start: Start) -> None:
+    stage = start("deaf")
+    for number in range(20_000):
+        try:
+            stage.step(number)
+        except BrokenPipeError:
+            break
+    assert "the stage has stopped reading" in str(stage.last_frame()["reason"])
+
+
+def test_what_a_stage_started_ends_with_it(start: Start) -> None:
+    stage = start("with_offspring")
+    assert len(stage.descendants) == 3
+    stage.write(Kind.MESSAGE, encode_message(Stop()))
+    stage.last_frame()
+    stage.gone_after_s(5)
+
+
+def test_the_guard_needs_the_standard_library_only(tmp_path: Path) -> None:
+    script = "import sys, mlx_k2.stage.__main__; print([m for m in ('msgspec', 'mlx', 'numpy') if m in sys.modules])"
+    ran = subprocess.run(
+        [sys.executable, "-S", "-c", script],
+        env={**os.environ, "PYTHONPATH": str(Path(guarded.__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert ran.stdout == "[]\n", ran.stderr
