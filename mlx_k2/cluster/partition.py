@@ -1,0 +1,208 @@
+"""Which host runs which layers. Pure: knows sizes, memory and bandwidth, neither tensors nor machines.
+
+Layers are never cut. The embedding goes with the first layer, the head with the last. Of the splits that fit, the one
+is taken whose slowest stage is fastest: decoding reads every held byte that a token uses, and a pipeline that is kept
+full goes as fast as its slowest stage.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from mlx_k2.errors import PartitionError
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """A layer, the embedding or the head: the bytes it holds, its cache among them, and those a token reads."""
+
+    held_bytes: int
+    read_bytes: int
+
+    def __add__(self, other: "Piece") -> "Piece":
+        return Piece(self.held_bytes + other.held_bytes, self.read_bytes + other.read_bytes)
+
+
+class ModelPieces(msgspec.Struct, frozen=True, kw_only=True):
+    """A model as the partition sees it."""
+
+    embedding: Piece
+    layers: tuple[Piece, ...]
+    head: Piece
+
+    def shard(self, first_layer: int, end_layer: int) -> Piece:
+        """All that the stage of these layers holds and reads."""
+        total = sum(self.layers[first_layer:end_layer], Piece(0, 0))
+        if first_layer == 0:
+            total += self.embedding
+        return total + self.head if end_layer == len(self.layers) else total
+
+
+class HostCapacity(msgspec.Struct, frozen=True, kw_only=True):
+    """A host as the partition sees it.
+
+    ``memory_bytes`` is what its shard and cache may take, None when that is not known yet: then anything fits.
+    ``gb_per_s`` is its memory's bandwidth, None for the slowest that is known.
+    """
+
+    name: str
+    memory_bytes: int | None
+    gb_per_s: float | None = None
+
+
+class StageShare(msgspec.Struct, frozen=True, kw_only=True):
+    """The layers of one stage, ``first_layer`` up to, not including, ``end_layer``, and their bytes."""
+
+    first_layer: int
+    end_layer: int
+    held_bytes: int
+    read_bytes: int
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers the stage runs."""
+        return self.end_layer - self.first_layer
+
+
+def divide_layers(model: ModelPieces, hosts: Sequence[HostCapacity]) -> tuple[StageShare, ...]:
+    """The best split of ``model`` over ``hosts``, a stage for each; among equally good ones the most even.
+
+    Raises:
+        PartitionError: there are more hosts than layers, or no split fits; gives the numbers.
+    """
+    num_layers = len(model.layers)
+    _check_num_hosts(num_layers, len(hosts))
+    seconds = _read_seconds(model, hosts)
+    bottleneck, _ = _best_cuts(num_layers, len(hosts), seconds, max)
+    if math.isinf(bottleneck):
+        raise PartitionError(_why_nothing_fits(model, hosts))
+
+    def squared(host: int, first_layer: int, end_layer: int) -> float:
+        needed = seconds(host, first_layer, end_layer)
+        return needed * needed if needed <= bottleneck else math.inf
+
+    _, cuts = _best_cuts(num_layers, len(hosts), squared, lambda left, right: left + right)
+    return _shares(model, cuts)
+
+
+def divide_as_asked(
+    model: ModelPieces, hosts: Sequence[HostCapacity], layer_counts: Sequence[int]
+) -> tuple[StageShare, ...]:
+    """The split with the given number of layers for each stage.
+
+    Raises:
+        PartitionError: it is no split of this model over these hosts, or a stage does not fit; gives the numbers.
+    """
+    num_layers = len(model.layers)
+    _check_num_hosts(num_layers, len(hosts))
+    asked = ",".join(map(str, layer_counts))
+    if len(layer_counts) != len(hosts):
+        raise PartitionError(f"--split {asked} names {len(layer_counts)} stages, and there are {len(hosts)} hosts")
+    if sum(layer_counts) != num_layers or min(layer_counts) < 1:
+        raise PartitionError(
+            f"--split {asked} gives out {sum(layer_counts)} layers: it must give out {num_layers}, at least 1 a stage"
+        )
+    shares = _shares(model, (0, *itertools.accumulate(layer_counts)))
+    for stage, (share, host) in enumerate(zip(shares, hosts, strict=True)):
+        if host.memory_bytes is not None and share.held_bytes > host.memory_bytes:
+            raise PartitionError(
+                f"--split {asked} does not fit: stage {stage} needs {_gb(share.held_bytes)} and {host.name} can hold "
+                f"{_gb(host.memory_bytes)}: leave --split out, or give it fewer layers or a smaller --context"
+            )
+    return shares
+
+
+def parse_split(text: str) -> tuple[int, ...]:
+    """The layer counts of ``--split 31,30``.
+
+    Raises:
+        PartitionError: not positive numbers with commas between them.
+    """
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise PartitionError(f"--split {text!r} is not a list of layer counts: write one for each host, as in 31,30")
+    return tuple(map(int, parts))
+
+
+def _check_num_hosts(num_layers: int, num_hosts: int) -> None:
+    assert num_hosts >= 1
+    if num_hosts > num_layers:
+        raise PartitionError(
+            f"there are {num_hosts} hosts and the model has {num_layers} layers: name at most {num_layers} hosts"
+        )
+
+
+_Cost = Callable[[int, int, int], float]  # of a host that runs the layers from the first up to the end
+
+
+def _read_seconds(model: ModelPieces, hosts: Sequence[HostCapacity]) -> _Cost:
+    """The cost of a share: how long its host reads for one token, infinite where it does not fit."""
+    known = [host.gb_per_s for host in hosts if host.gb_per_s is not None]
+    bytes_per_s = [1e9 * (host.gb_per_s or min(known, default=1.0)) for host in hosts]
+    held = list(itertools.accumulate((layer.held_bytes for layer in model.layers), initial=0))
+    read = list(itertools.accumulate((layer.read_bytes for layer in model.layers), initial=0))
+
+    def seconds(host: int, first_layer: int, end_layer: int) -> float:
+        is_first, is_last = first_layer == 0, end_layer == len(model.layers)
+        ends = [model.embedding] * is_first + [model.head] * is_last
+        bound = hosts[host].memory_bytes
+        needed = held[end_layer] - held[first_layer] + sum(end.held_bytes for end in ends)
+        if bound is not None and needed > bound:
+            return math.inf
+        return (read[end_layer] - read[first_layer] + sum(end.read_bytes for end in ends)) / bytes_per_s[host]
+
+    return seconds
+
+
+def _best_cuts(
+    num_layers: int, num_hosts: int, cost: _Cost, join: Callable[[float, float], float]
+) -> tuple[float, tuple[int, ...]]:
+    """The least joined cost over all splits, and that split's cuts, 0 and ``num_layers`` among them.
+
+    ``best[end]`` holds the answer for the first hosts and the layers before ``end``; each host extends it.
+    """
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, (0,))] + [(math.inf, ())] * num_layers
+    for host in range(num_hosts):
+        extended: list[tuple[float, tuple[int, ...]]] = [(math.inf, ())] * (num_layers + 1)
+        for end in range(host + 1, num_layers - (num_hosts - host - 1) + 1):
+            for first in range(host, end):
+                before, cuts = best[first]
+                joined = join(before, cost(host, first, end)) if before < math.inf else math.inf
+                if joined < extended[end][0]:
+                    extended[end] = (joined, (*cuts, end))
+        best = extended
+    return best[num_layers]
+
+
+def _shares(model: ModelPieces, cuts: Sequence[int]) -> tuple[StageShare, ...]:
+    shares = []
+    for first_layer, end_layer in itertools.pairwise(cuts):
+        shard = model.shard(first_layer, end_layer)
+        shares.append(
+            StageShare(
+                first_layer=first_layer,
+                end_layer=end_layer,
+                held_bytes=shard.held_bytes,
+                read_bytes=shard.read_bytes,
+            )
+        )
+    return tuple(shares)
+
+
+def _why_nothing_fits(model: ModelPieces, hosts: Sequence[HostCapacity]) -> str:
+    needed = model.shard(0, len(model.layers)).held_bytes
+    bounds = [f"{host.name} {_gb(host.memory_bytes)}" for host in hosts if host.memory_bytes is not None]
+    known = sum(host.memory_bytes for host in hosts if host.memory_bytes is not None)
+    numbers = f"weights and cache need {_gb(needed)}, and the hosts can hold {_gb(known)} ({', '.join(bounds)})"
+    largest = max(layer.held_bytes for layer in model.layers)
+    if needed > known:
+        return f"the model does not fit: {numbers}: add a host or memory, or give a smaller --context"
+    return (
+        f"the model does not fit in whole layers of up to {_gb(largest)}: {numbers}: "
+        "add a host or memory, or give a smaller --context"
+    )
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"

@@ -1,0 +1,222 @@
+"""The partition against brute force, and on Kimi K2 Thinking's own sizes."""
+
+import functools
+import itertools
+import json
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_k2.cluster.memory import GB, layer_cache_bytes, memory_bound_bytes, working_bytes
+from mlx_k2.cluster.partition import (
+    HostCapacity,
+    ModelPieces,
+    Piece,
+    StageShare,
+    divide_as_asked,
+    divide_layers,
+    parse_split,
+)
+from mlx_k2.config import ModelConfig
+from mlx_k2.errors import PartitionError
+from mlx_k2.weights.config_fields import thinking_config_fields
+from mlx_k2.weights.inventory import (
+    embedding_read_bytes_per_token,
+    embedding_specs,
+    head_read_bytes_per_token,
+    head_specs,
+    held_bytes,
+    layer_read_bytes_per_token,
+    layer_specs,
+)
+
+THINKING = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "config.json")
+
+pieces = st.builds(Piece, st.integers(0, 20), st.integers(0, 20))
+models = st.builds(
+    ModelPieces, embedding=pieces, layers=st.lists(pieces, min_size=1, max_size=8).map(tuple), head=pieces
+)
+hosts_of_a_cluster = st.lists(
+    st.builds(
+        HostCapacity,
+        name=st.just("mac"),
+        memory_bytes=st.none() | st.integers(0, 100),
+        gb_per_s=st.none() | st.sampled_from([1.0, 2.0, 3.5]),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@functools.cache
+def thinking_pieces(context_tokens: int = 0) -> ModelPieces:
+    cache = layer_cache_bytes(THINKING, 1, context_tokens, 2)
+    layers = tuple(
+        Piece(held_bytes(layer_specs(THINKING, layer)) + cache, layer_read_bytes_per_token(THINKING, layer))
+        for layer in range(61)
+    )
+    return ModelPieces(
+        embedding=Piece(held_bytes(embedding_specs(THINKING)), embedding_read_bytes_per_token(THINKING)),
+        layers=layers,
+        head=Piece(held_bytes(head_specs(THINKING)), head_read_bytes_per_token(THINKING)),
+    )
+
+
+def macs(*memory_gb: float, gb_per_s: Iterable[float | None] = itertools.repeat(None)) -> list[HostCapacity]:
+    return [
+        HostCapacity(name=f"mac-{rank}", memory_bytes=int(gb * GB), gb_per_s=speed)
+        for rank, (gb, speed) in enumerate(zip(memory_gb, gb_per_s, strict=False))
+    ]
+
+
+def layer_counts(shares: tuple[StageShare, ...]) -> list[int]:
+    return [share.num_layers for share in shares]
+
+
+def every_split(num_layers: int, num_hosts: int) -> list[tuple[int, ...]]:
+    inner = itertools.combinations(range(1, num_layers), num_hosts - 1)
+    return [tuple(b - a for a, b in itertools.pairwise((0, *cuts, num_layers))) for cuts in inner]
+
+
+def slowest_stage(shares: tuple[StageShare, ...], hosts: list[HostCapacity]) -> float:
+    slowest_known = min((host.gb_per_s for host in hosts if host.gb_per_s), default=1.0)
+    return max(
+        share.read_bytes / (1e9 * (host.gb_per_s or slowest_known)) for share, host in zip(shares, hosts, strict=True)
+    )
+
+
+@given(model=models, hosts=hosts_of_a_cluster)
+def test_no_split_that_fits_has_a_faster_slowest_stage(model: ModelPieces, hosts: list[HostCapacity]) -> None:
+    fitting = []
+    for counts in every_split(len(model.layers), len(hosts)):
+        try:
+            fitting.append(divide_as_asked(model, hosts, counts))
+        except PartitionError:
+            continue
+    if not fitting:
+        with pytest.raises(PartitionError):
+            divide_layers(model, hosts)
+        return
+    shares = divide_layers(model, hosts)
+    assert shares in fitting
+    assert slowest_stage(shares, hosts) == min(slowest_stage(other, hosts) for other in fitting)
+
+
+@given(model=models, hosts=hosts_of_a_cluster)
+def test_each_layer_is_given_out_exactly_once_and_fits(model: ModelPieces, hosts: list[HostCapacity]) -> None:
+    try:
+        shares = divide_layers(model, hosts)
+    except PartitionError:
+        return
+    owned = [layer for share in shares for layer in range(share.first_layer, share.end_layer)]
+    assert owned == list(range(len(model.layers)))
+    for share, host in zip(shares, hosts, strict=True):
+        assert share.num_layers >= 1
+        assert host.memory_bytes is None or share.held_bytes <= host.memory_bytes
+    whole = model.shard(0, len(model.layers))
+    assert sum(share.held_bytes for share in shares) == whole.held_bytes
+    assert sum(share.read_bytes for share in shares) == whole.read_bytes
+
+
+def test_kimi_k2_thinking_on_two_equal_hosts_is_32_and_29_layers() -> None:
+    shares = divide_layers(thinking_pieces(), macs(480, 480))
+    assert layer_counts(shares) == [32, 29]
+    assert sum(share.held_bytes for share in shares) == 594_205_351_936
+
+
+@pytest.mark.parametrize("num_hosts", range(1, 17))
+def test_61_layers_are_given_out_exactly_once_over_any_number_of_hosts(num_hosts: int) -> None:
+    shares = divide_layers(thinking_pieces(), macs(*[600] * num_hosts))
+    assert [layer for share in shares for layer in range(share.first_layer, share.end_layer)] == list(range(61))
+    assert len(shares) == num_hosts
+
+
+def test_stages_that_are_not_the_slowest_are_even() -> None:
+    counts = layer_counts(divide_layers(thinking_pieces(), macs(*[600] * 16)))
+    assert counts[-1] == 1  # the head is read in full
+    assert max(counts[1:-1]) - min(counts[1:-1]) <= 1
+
+
+def test_a_host_with_less_memory_gets_fewer_layers() -> None:
+    assert layer_counts(divide_layers(thinking_pieces(), macs(480, 200))) == [41, 20]
+
+
+def test_a_host_with_twice_the_bandwidth_reads_about_twice_as_much() -> None:
+    fast, slow = divide_layers(thinking_pieces(), macs(600, 600, gb_per_s=(800.0, 400.0)))
+    assert fast.read_bytes / slow.read_bytes == pytest.approx(2, rel=0.1)
+
+
+def test_the_cache_counts_as_held() -> None:
+    without, with_cache = (
+        sum(share.held_bytes for share in divide_layers(thinking_pieces(n), macs(480, 480))) for n in (0, 32_768)
+    )
+    assert with_cache - without == 32_768 * 70_272
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
+    reason = r"weights and cache need 594\.2 GB, and the hosts can hold 400\.0 GB \(mac-0 200\.0 GB, mac-1 200\.0 GB\)"
+    with pytest.raises(PartitionError, match=reason):
+        divide_layers(thinking_pieces(), macs(200, 200))
+
+
+def test_what_fits_only_by_cutting_layers_says_so() -> None:
+    with pytest.raises(PartitionError, match=r"does not fit in whole layers of up to 9\.8 GB"):
+        divide_layers(thinking_pieces(), macs(3, 600))
+
+
+def test_more_hosts_than_layers_are_refused() -> None:
+    with pytest.raises(PartitionError, match="62 hosts and the model has 61 layers: name at most 61 hosts"):
+        divide_layers(thinking_pieces(), macs(*[600] * 62))
+
+
+def test_unknown_memory_is_no_bound() -> None:
+    hosts = [HostCapacity(name=name, memory_bytes=None) for name in ("mac-1", "mac-2")]
+    assert layer_counts(divide_layers(thinking_pieces(), hosts)) == [32, 29]
+
+
+def test_a_split_that_was_asked_for_is_taken() -> None:
+    shares = divide_as_asked(thinking_pieces(), macs(480, 480), parse_split("31,30"))
+    assert layer_counts(shares) == [31, 30]
+
+
+@pytest.mark.parametrize(
+    ("split", "reason"),
+    [
+        ("31,30,1", "--split 31,30,1 names 3 stages, and there are 2 hosts"),
+        ("61", "--split 61 names 1 stages, and there are 2 hosts"),
+        ("31,31", "--split 31,31 gives out 62 layers: it must give out 61"),
+        ("50,11", r"stage 0 needs 484\.0 GB and mac-0 can hold 480\.0 GB: leave --split out"),
+    ],
+)
+def test_a_split_that_cannot_be_is_refused(split: str, reason: str) -> None:
+    with pytest.raises(PartitionError, match=reason):
+        divide_as_asked(thinking_pieces(), macs(480, 480), parse_split(split))
+
+
+@pytest.mark.parametrize("text", ["", "31,", "31;30", "-1,62", "0,61", "thirty", "31, 30", "１,2"])
+def test_a_split_that_is_not_a_list_of_counts_is_refused(text: str) -> None:
+    with pytest.raises(PartitionError, match="is not a list of layer counts"):
+        parse_split(text)
+
+
+def test_the_drivers_bound_stands_above_the_hostfiles() -> None:
+    assert memory_bound_bytes(500, 400 * GB, 512 * GB) == 400 * GB
+    assert memory_bound_bytes(300, 400 * GB, 512 * GB) == 300 * GB
+    assert memory_bound_bytes(None, 400 * GB, 512 * GB) == 400 * GB
+    assert memory_bound_bytes(None, None, 10 * GB) == 8 * GB
+    assert memory_bound_bytes(16, None, None) == 16 * GB
+    assert memory_bound_bytes(None, None, None) is None
+
+
+def test_the_cache_of_a_token_is_its_published_size() -> None:
+    assert 61 * layer_cache_bytes(THINKING, 1, 1, 2) == 70_272
+    assert 61 * layer_cache_bytes(THINKING, 2, 32_768, 2) == 2 * 32_768 * 70_272
+
+
+def test_working_space_is_that_of_loading_or_that_of_computing() -> None:
+    layer = held_bytes(layer_specs(THINKING, 1))
+    assert working_bytes(THINKING, 2048, 2, layer) == layer
+    assert 2**29 < working_bytes(THINKING, 2048, 2, 0) < 2 * GB
+    assert working_bytes(THINKING, 4096, 2, 0) > working_bytes(THINKING, 2048, 2, 0)
