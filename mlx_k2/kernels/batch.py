@@ -1,0 +1,79 @@
+"""Launches for 2 to 16 tokens at once: an expert that several tokens chose is read once. Computes nothing itself."""
+
+import mlx.core as mx
+
+from mlx_k2.kernels.decode import SIMD_WIDTH, check_down, check_gate_up, check_ids
+from mlx_k2.kernels.launch import Launch, kernel_text
+from mlx_k2.kernels.stack import ExpertStack
+
+MAX_TOKENS = 16
+
+
+def capacity(tokens: int) -> int:
+    """Tokens that the compiled kernel has registers for: 2, 4, 8 or 16, so that few kernels are compiled."""
+    assert 1 <= tokens <= MAX_TOKENS, f"{tokens} tokens"
+    return max(2, 1 << (tokens - 1).bit_length())
+
+
+def gate_up(x: mx.array, expert_ids: mx.array, stack: ExpertStack, *, rows: int, simdgroups: int) -> Launch:
+    """silu(gate) * up of each token's chosen experts: x (tokens, hidden) -> (tokens, top_k, intermediate)."""
+    check_gate_up(x, expert_ids, stack)
+    tokens, top_k = expert_ids.shape
+    outputs = stack.intermediate_size
+    assert outputs % (rows * simdgroups) == 0, f"{outputs} rows in threadgroups of {simdgroups} x {rows}"
+    return Launch(
+        kernel_text(
+            "batch_gate_up",
+            ("x", "gate_packed", "gate_scale", "up_packed", "up_scale", "expert_ids"),
+            ("hidden",),
+            "int4.metal",
+        ),
+        (x, stack.gate_packed, stack.gate_scale, stack.up_packed, stack.up_scale, expert_ids),
+        (
+            ("T", x.dtype),
+            ("K", x.shape[1]),
+            ("N", outputs),
+            ("TOPK", top_k),
+            ("R", rows),
+            ("CAP", capacity(tokens)),
+        ),
+        grid=(SIMD_WIDTH, outputs // rows, tokens * top_k),
+        threadgroup=(SIMD_WIDTH, simdgroups, 1),
+        output_shapes=((tokens, top_k, outputs),),
+        output_dtypes=(x.dtype,),
+    )
+
+
+def down(
+    hidden: mx.array,
+    expert_ids: mx.array,
+    expert_weights: mx.array,
+    stack: ExpertStack,
+    *,
+    rows: int,
+    simdgroups: int,
+) -> Launch:
+    """The experts' weighted outputs: hidden (tokens, top_k, intermediate) -> (tokens, hidden)."""
+    check_ids(expert_ids)
+    check_down(hidden, expert_weights, stack)
+    tokens, top_k = expert_ids.shape
+    outputs = stack.hidden_size
+    assert outputs % rows == 0, f"{outputs} rows in steps of {rows}"
+    return Launch(
+        kernel_text(
+            "batch_down", ("hidden", "down_packed", "down_scale", "expert_ids", "expert_weights"), ("y",), "int4.metal"
+        ),
+        (hidden, stack.down_packed, stack.down_scale, expert_ids, expert_weights),
+        (
+            ("T", hidden.dtype),
+            ("K", hidden.shape[2]),
+            ("N", outputs),
+            ("TOPK", top_k),
+            ("R", rows),
+            ("CAP", capacity(tokens)),
+        ),
+        grid=(SIMD_WIDTH, simdgroups, outputs // rows),
+        threadgroup=(SIMD_WIDTH, simdgroups, 1),
+        output_shapes=((tokens, outputs),),
+        output_dtypes=(hidden.dtype,),
+    )

@@ -1,0 +1,91 @@
+"""Launches of the decode kernels: one token's routed experts, in two launches. Computes nothing itself."""
+
+import mlx.core as mx
+
+from mlx_k2.kernels.launch import Launch, kernel_text
+from mlx_k2.kernels.stack import CODES_PER_WORD, GROUP_SIZE, ExpertStack
+
+SIMD_WIDTH = 32
+MAX_TOP_K = 32  # one simdgroup an expert, and at most 1024 threads
+
+
+def gate_up(x: mx.array, expert_ids: mx.array, stack: ExpertStack, *, rows: int, simdgroups: int) -> Launch:
+    """silu(gate) * up of each token's chosen experts: x (tokens, hidden) -> (tokens, top_k, intermediate).
+
+    `rows` rows of gate and of up for a simdgroup, `simdgroups` for a threadgroup.
+    """
+    check_gate_up(x, expert_ids, stack)
+    tokens, top_k = expert_ids.shape
+    outputs = stack.intermediate_size
+    assert outputs % (rows * simdgroups) == 0, f"{outputs} rows in threadgroups of {simdgroups} x {rows}"
+    return Launch(
+        kernel_text(
+            "decode_gate_up",
+            ("x", "gate_packed", "gate_scale", "up_packed", "up_scale", "expert_ids"),
+            ("hidden",),
+            "int4.metal",
+        ),
+        (x, stack.gate_packed, stack.gate_scale, stack.up_packed, stack.up_scale, expert_ids),
+        (("T", x.dtype), ("K", x.shape[1]), ("N", outputs), ("TOPK", top_k), ("R", rows)),
+        grid=(SIMD_WIDTH, outputs // rows, tokens * top_k),
+        threadgroup=(SIMD_WIDTH, simdgroups, 1),
+        output_shapes=((tokens, top_k, outputs),),
+        output_dtypes=(x.dtype,),
+    )
+
+
+def down(hidden: mx.array, expert_ids: mx.array, expert_weights: mx.array, stack: ExpertStack, *, rows: int) -> Launch:
+    """The experts' weighted outputs: hidden (tokens, top_k, intermediate) -> (tokens, hidden)."""
+    check_ids(expert_ids)
+    check_down(hidden, expert_weights, stack)
+    tokens, top_k = expert_ids.shape
+    outputs = stack.hidden_size
+    assert outputs % rows == 0, f"{outputs} rows in steps of {rows}"
+    return Launch(
+        kernel_text(
+            "decode_down", ("hidden", "down_packed", "down_scale", "expert_ids", "expert_weights"), ("y",), "int4.metal"
+        ),
+        (hidden, stack.down_packed, stack.down_scale, expert_ids, expert_weights),
+        (("T", hidden.dtype), ("K", hidden.shape[2]), ("N", outputs), ("TOPK", top_k), ("R", rows)),
+        grid=(SIMD_WIDTH, top_k, tokens * (outputs // rows)),
+        threadgroup=(SIMD_WIDTH, top_k, 1),
+        output_shapes=((tokens, outputs),),
+        output_dtypes=(hidden.dtype,),
+    )
+
+
+def check_gate_up(x: mx.array, expert_ids: mx.array, stack: ExpertStack) -> None:
+    """Asserts what the gate and up kernels take for granted: nothing in them looks at a shape."""
+    experts, outputs, words = stack.gate_packed.shape
+    inputs = words * CODES_PER_WORD
+    assert x.ndim == 2, f"x is {x.shape}, not (tokens, hidden)"
+    assert x.shape == (expert_ids.shape[0], inputs), f"x is {x.shape} for {expert_ids.shape} ids and {inputs} inputs"
+    check_ids(expert_ids)
+    _check_projection(stack.gate_packed, stack.gate_scale, (experts, outputs, inputs), x.dtype)
+    _check_projection(stack.up_packed, stack.up_scale, (experts, outputs, inputs), x.dtype)
+
+
+def check_down(hidden: mx.array, expert_weights: mx.array, stack: ExpertStack) -> None:
+    """Asserts what the down kernels take for granted; hidden is (tokens, top_k, intermediate)."""
+    experts, outputs, words = stack.down_packed.shape
+    inputs = words * CODES_PER_WORD
+    assert hidden.shape == (*expert_weights.shape, inputs), f"hidden is {hidden.shape}, weights {expert_weights.shape}"
+    assert expert_weights.dtype == mx.float32, f"expert weights are {expert_weights.dtype}"
+    _check_projection(stack.down_packed, stack.down_scale, (experts, outputs, inputs), hidden.dtype)
+
+
+def check_ids(expert_ids: mx.array) -> None:
+    """Asserts that expert ids are (tokens, top_k) uint32."""
+    assert expert_ids.ndim == 2, f"expert ids are {expert_ids.shape}, not (tokens, top_k)"
+    assert expert_ids.dtype == mx.uint32, f"expert ids are {expert_ids.dtype}"
+    assert expert_ids.shape[1] <= MAX_TOP_K, f"{expert_ids.shape[1]} experts for a token"
+
+
+def _check_projection(packed: mx.array, scale: mx.array, shape: tuple[int, int, int], dtype: mx.Dtype) -> None:
+    experts, outputs, inputs = shape
+    assert inputs % GROUP_SIZE == 0, f"{inputs} inputs"
+    assert outputs % GROUP_SIZE == 0, f"{outputs} outputs"
+    assert packed.shape == (experts, outputs, inputs // CODES_PER_WORD), f"packed weights are {packed.shape}"
+    assert scale.shape == (experts, outputs, inputs // GROUP_SIZE), f"scales are {scale.shape}"
+    assert packed.dtype == mx.uint32, f"packed weights are {packed.dtype}"
+    assert scale.dtype == dtype, f"scales are {scale.dtype}, activations {dtype}"

@@ -1,0 +1,92 @@
+"""One kernel call as a value: its text, inputs, template and grid. Knows no formula.
+
+A wrapper decides a `Launch`; `run` performs it. So a test can take the very launch that a Mac would perform and run
+its text elsewhere.
+"""
+
+import functools
+import importlib.resources
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import mlx.core as mx
+
+TemplateValue = bool | int | mx.Dtype
+
+
+class KernelText(NamedTuple):
+    """A kernel before MLX has given it a signature. Inputs and outputs are named in the order of its arguments."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    source: str
+    header: str
+
+
+class Launch(NamedTuple):
+    """Everything that `mx.fast.metal_kernel` is told for one call. grid and threadgroup count threads."""
+
+    text: KernelText
+    inputs: tuple[mx.array, ...]
+    template: tuple[tuple[str, TemplateValue], ...]
+    grid: tuple[int, int, int]
+    threadgroup: tuple[int, int, int]
+    output_shapes: tuple[tuple[int, ...], ...]
+    output_dtypes: tuple[mx.Dtype, ...]
+
+
+class CompiledKernel(NamedTuple):
+    """What mlx returns for a text; called with keywords it gives the outputs, lazily."""
+
+    call: Callable[..., list[mx.array]]
+
+
+def read_metal(name: str) -> str:
+    """The text of one .metal (or .h) file of this package."""
+    return importlib.resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def kernel_text(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], header: str | None) -> KernelText:
+    """The kernel in NAME.metal, with the file `header` before it."""
+    return KernelText(name, inputs, outputs, read_metal(f"{name}.metal"), read_metal(header) if header else "")
+
+
+@functools.cache
+def metal_kernel(text: KernelText) -> CompiledKernel:
+    """MLX's kernel object for a text. Building it works everywhere; calling it needs Metal."""
+    kernel = mx.fast.metal_kernel(
+        name=f"k2_{text.name}",
+        input_names=list(text.inputs),
+        output_names=list(text.outputs),
+        source=text.source,
+        header=text.header,
+    )
+    return CompiledKernel(cast(Callable[..., list[mx.array]], kernel))
+
+
+@functools.cache
+def cuda_kernel(text: KernelText) -> CompiledKernel:
+    """The same body for an NVIDIA GPU: cuda.h gives it Metal's words. Only kernels without simdgroup matrices."""
+    kernel = mx.fast.cuda_kernel(
+        name=f"k2_{text.name}",
+        input_names=list(text.inputs),
+        output_names=list(text.outputs),
+        source=text.source,
+        header=read_metal("cuda.h") + text.header,
+    )
+    return CompiledKernel(cast(Callable[..., list[mx.array]], kernel))
+
+
+def run(launch: Launch) -> list[mx.array]:
+    """The launch's outputs, lazily. Raises RuntimeError where MLX has neither Metal nor CUDA."""
+    build = cuda_kernel if mx.cuda.is_available() else metal_kernel
+    return build(launch.text).call(
+        inputs=list(launch.inputs),
+        template=list(launch.template) or None,
+        grid=launch.grid,
+        threadgroup=launch.threadgroup,
+        output_shapes=list(launch.output_shapes),
+        output_dtypes=list(launch.output_dtypes),
+    )

@@ -1,0 +1,49 @@
+"""Launches of the router: float32 logits of a few tokens, and the choice of experts. Computes nothing itself."""
+
+import mlx.core as mx
+
+from mlx_k2.kernels.batch import MAX_TOKENS, capacity
+from mlx_k2.kernels.decode import MAX_TOP_K, SIMD_WIDTH
+from mlx_k2.kernels.launch import Launch, kernel_text
+
+
+def logits(hidden: mx.array, router_weight: mx.array) -> Launch:
+    """hidden (tokens, hidden) . router_weight (experts, hidden) -> (tokens, experts) float32, never rounded between."""
+    tokens, inputs = hidden.shape
+    experts = router_weight.shape[0]
+    assert tokens <= MAX_TOKENS, f"{tokens} tokens"
+    assert router_weight.shape == (experts, inputs), f"router is {router_weight.shape}, hidden {hidden.shape}"
+    assert router_weight.dtype == hidden.dtype, f"router is {router_weight.dtype}, hidden {hidden.dtype}"
+    assert inputs % 32 == 0, f"{inputs} inputs"
+    return Launch(
+        kernel_text("router_logits", ("hidden", "router_weight"), ("logits",), "int4.metal"),
+        (hidden, router_weight),
+        (("T", hidden.dtype), ("K", inputs), ("E", experts), ("CAP", 1 if tokens == 1 else capacity(tokens))),
+        grid=(SIMD_WIDTH, experts, 1),
+        threadgroup=(SIMD_WIDTH, 2 if experts % 2 == 0 else 1, 1),
+        output_shapes=((tokens, experts),),
+        output_dtypes=(mx.float32,),
+    )
+
+
+def select(
+    logits: mx.array, correction_bias: mx.array, *, top_k: int, normalize: bool, scaling_factor: float
+) -> Launch:
+    """Logits (tokens, experts) float32 -> ids (tokens, top_k) uint32, best first, and weights (tokens, top_k) float32.
+
+    One group of experts only; `reference.select_experts` states the rule.
+    """
+    tokens, experts = logits.shape
+    assert logits.dtype == mx.float32, f"logits are {logits.dtype}"
+    assert correction_bias.shape == (experts,), f"bias is {correction_bias.shape} for {experts} experts"
+    assert correction_bias.dtype == mx.float32, f"bias is {correction_bias.dtype}"
+    assert top_k <= min(experts, MAX_TOP_K), f"{top_k} of {experts} experts"
+    return Launch(
+        kernel_text("router_select", ("logits", "correction_bias", "scaling"), ("ids", "weights"), "int4.metal"),
+        (logits, correction_bias, mx.array([scaling_factor], dtype=mx.float32)),
+        (("E", experts), ("TOPK", top_k), ("NORMALIZE", normalize and top_k > 1)),
+        grid=(SIMD_WIDTH, tokens, 1),
+        threadgroup=(SIMD_WIDTH, 1, 1),
+        output_shapes=((tokens, top_k), (tokens, top_k)),
+        output_dtypes=(mx.uint32, mx.float32),
+    )

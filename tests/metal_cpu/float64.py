@@ -1,0 +1,110 @@
+"""Random INT4 experts, and what they compute, in float64: the truth that every kernel is measured against."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from mlx_k2.kernels.stack import ExpertStack
+
+Float64Array = npt.NDArray[np.float64]
+
+TOLERANCE = {mx.bfloat16: 4e-3, mx.float32: 1e-6}  # of the largest output
+
+
+class Case(NamedTuple):
+    """Some tokens, the experts they chose, and the experts."""
+
+    x: mx.array
+    expert_ids: mx.array
+    expert_weights: mx.array
+    stack: ExpertStack
+
+
+def random_codes(rng: np.random.Generator, experts: int, outputs: int, inputs: int) -> npt.NDArray[np.uint32]:
+    return rng.integers(0, 2**32, (experts, outputs, inputs // 8), dtype=np.uint32)
+
+
+def random_scales(rng: np.random.Generator, experts: int, outputs: int, groups: int) -> npt.NDArray[np.float32]:
+    return 0.002 + 0.01 * rng.random((experts, outputs, groups), dtype=np.float32)
+
+
+def random_case(
+    *,
+    experts: int,
+    tokens: int,
+    top_k: int,
+    hidden: int,
+    intermediate: int,
+    dtype: mx.Dtype = mx.bfloat16,
+    seed: int = 0,
+    codes: Callable[..., npt.NDArray[np.uint32]] = random_codes,
+    scales: Callable[..., npt.NDArray[np.float32]] = random_scales,
+) -> Case:
+    rng = np.random.default_rng(seed)
+
+    def projection(outputs: int, inputs: int) -> tuple[mx.array, mx.array]:
+        packed = mx.array(codes(rng, experts, outputs, inputs))
+        return packed, mx.array(scales(rng, experts, outputs, inputs // 32)).astype(dtype)
+
+    stack = ExpertStack(
+        *projection(intermediate, hidden), *projection(intermediate, hidden), *projection(hidden, intermediate)
+    )
+    ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)]).astype(np.uint32)
+    return Case(
+        mx.array(rng.standard_normal((tokens, hidden), dtype=np.float32)).astype(dtype),
+        mx.array(ids),
+        mx.array(rng.random((tokens, top_k), dtype=np.float32) + 0.1),
+        stack,
+    )
+
+
+def float64(array: mx.array) -> Float64Array:
+    return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def dense(packed: mx.array, scale: mx.array, expert: int) -> Float64Array:
+    """One expert's weights: scale * (q - 8)."""
+    words = np.array(packed[expert])
+    codes = (words[..., None] >> np.arange(0, 32, 4, dtype=np.uint32)) & 15
+    values = codes.reshape(words.shape[0], -1).astype(np.float64) - 8
+    return values * np.repeat(float64(scale[expert]), 32, axis=-1)
+
+
+def swiglu(gate: Float64Array, up: Float64Array) -> Float64Array:
+    with np.errstate(over="ignore"):
+        return gate / (1 + np.exp(-gate)) * up
+
+
+def gate_up(case: Case) -> Float64Array:
+    """(tokens, top_k, intermediate)."""
+    x, ids, stack = float64(case.x), np.array(case.expert_ids), case.stack
+    out = np.empty((*ids.shape, stack.intermediate_size))
+    for expert in np.unique(ids):
+        tokens, slots = np.where(ids == expert)
+        gate = x[tokens] @ dense(stack.gate_packed, stack.gate_scale, int(expert)).T
+        up = x[tokens] @ dense(stack.up_packed, stack.up_scale, int(expert)).T
+        out[tokens, slots] = swiglu(gate, up)
+    return out
+
+
+def down(case: Case, hidden: mx.array | Float64Array) -> Float64Array:
+    """(tokens, hidden) from hidden (tokens, top_k, intermediate)."""
+    rows = float64(hidden) if isinstance(hidden, mx.array) else hidden
+    ids, weights, stack = np.array(case.expert_ids), float64(case.expert_weights), case.stack
+    out = np.zeros((ids.shape[0], stack.hidden_size))
+    for expert in np.unique(ids):
+        tokens, slots = np.where(ids == expert)
+        parts = rows[tokens, slots] @ dense(stack.down_packed, stack.down_scale, int(expert)).T
+        np.add.at(out, tokens, weights[tokens, slots][:, None] * parts)
+    return out
+
+
+def relative_error(got: mx.array, expected: npt.NDArray[Any]) -> float:
+    """max|error| / max|expected|; infinite where an output is not finite."""
+    values = float64(got).reshape(expected.shape)
+    if not np.isfinite(values).all():
+        return float("inf")
+    return float(np.abs(values - expected).max() / np.abs(expected).max())

@@ -1,0 +1,64 @@
+"""The source that MLX would hand to Apple's compiler for a launch, taken on a machine without Metal."""
+
+import os
+import re
+import tempfile
+import threading
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_k2.kernels.launch import Launch, metal_kernel
+
+
+def generated_source(launch: Launch) -> str:
+    """MLX's own text: while a function is exported a Metal kernel may be called, and `verbose` prints its source."""
+    call = metal_kernel(launch.text).call
+
+    def traced(*inputs: mx.array) -> tuple[mx.array, ...]:
+        outputs = call(
+            inputs=list(inputs),
+            template=list(launch.template) or None,
+            grid=launch.grid,
+            threadgroup=launch.threadgroup,
+            output_shapes=list(launch.output_shapes),
+            output_dtypes=list(launch.output_dtypes),
+            stream=mx.gpu,
+            verbose=True,
+        )
+        return tuple(outputs)
+
+    with tempfile.TemporaryDirectory() as folder, _CapturedStdout() as printed:
+        mx.export_function(str(Path(folder) / "kernel.mlxfn"), traced, *launch.inputs)
+    match = re.search(r"```\n(.*)\n```", printed.text(), re.DOTALL)
+    assert match, "MLX printed no source"
+    return match[1]
+
+
+class _CapturedStdout:
+    """What is written to file descriptor 1, by C++ as well."""
+
+    def __init__(self) -> None:
+        self._chunks: list[bytes] = []
+
+    def text(self) -> str:
+        return b"".join(self._chunks).decode()
+
+    def __enter__(self) -> "_CapturedStdout":
+        self._read_end, self._write_end = os.pipe()
+        self._saved = os.dup(1)
+        self._reader = threading.Thread(target=self._drain)
+        self._reader.start()
+        os.dup2(self._write_end, 1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.dup2(self._saved, 1)
+        os.close(self._write_end)
+        os.close(self._saved)
+        self._reader.join()
+        os.close(self._read_end)
+
+    def _drain(self) -> None:
+        while chunk := os.read(self._read_end, 65536):
+            self._chunks.append(chunk)

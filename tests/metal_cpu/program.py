@@ -1,0 +1,230 @@
+"""Compiles a translated kernel with a host compiler and runs it over numpy buffers."""
+
+import enum
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from metal_cpu.translate import RUNTIME, whole_program
+
+Array = npt.NDArray[Any]
+Grid = tuple[int, int, int]
+
+BUILD = Path(__file__).parent / "build"
+COMPILE_TIMEOUT_S = 120
+RUN_TIMEOUT_S = 120
+
+
+class Mode(enum.Enum):
+    """What watches the run."""
+
+    FAST = "fast"
+    ADDRESSES = "addresses"  # address and undefined-behaviour sanitizers: bounds, alignment
+    RACES = "races"  # thread sanitizer, every Metal thread a fiber of its own
+    BYTES = "bytes"  # counts what each buffer's loads and stores move
+
+
+class Schedule(NamedTuple):
+    """In which order the threads of a threadgroup, and threadgroups, run."""
+
+    kind: int = 0  # 0 forward, 1 backward, 2 shuffled by the seed
+    seed: int = 1
+
+
+FORWARD, BACKWARD, SHUFFLED = Schedule(0), Schedule(1), Schedule(2, 7)
+
+_COMMON = ("-std=c++20", "-w", "-ftrivial-auto-var-init=pattern", "-fno-strict-aliasing", "-ffp-contract=off")
+_FLAGS = {
+    Mode.FAST: ("-O2", "-march=native", "-fno-math-errno"),
+    Mode.ADDRESSES: (
+        "-O1",
+        "-g",
+        "-march=native",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=undefined",
+        "-fno-sanitize=shift,signed-integer-overflow",
+        "-fno-omit-frame-pointer",
+    ),
+    Mode.RACES: ("-O1", "-g", "-march=native", "-fsanitize=thread"),
+    Mode.BYTES: ("-O2", "-march=native", "-fsanitize=thread"),
+}
+# The runtime is not instrumented where instrumentation stands for the kernel's own accesses.
+_RUNTIME_FLAGS = {
+    Mode.FAST: _FLAGS[Mode.FAST],
+    Mode.ADDRESSES: _FLAGS[Mode.ADDRESSES],
+    Mode.RACES: ("-O1", "-g", "-DWITH_TSAN=1"),
+    Mode.BYTES: ("-O2", "-DWITH_COUNT=1"),
+}
+_LINK_FLAGS = {
+    Mode.FAST: (),
+    Mode.ADDRESSES: ("-fsanitize=address,undefined",),
+    Mode.RACES: ("-fsanitize=thread",),
+    Mode.BYTES: (),
+}
+
+
+class KernelFault(Exception):
+    """The executor or a sanitizer stopped the kernel; the message is its report."""
+
+
+class Traffic(NamedTuple):
+    """Bytes that loads and stores of one buffer moved."""
+
+    loaded: int
+    stored: int
+
+
+class RunReport(NamedTuple):
+    """What a run told about itself."""
+
+    seconds: float
+    simd_operations: int
+    barriers: int
+    traffic: tuple[Traffic, ...]  # by buffer, in Mode.BYTES
+
+
+@functools.cache
+def compiler() -> str:
+    """g++, or clang++ where there is no g++; without either the test says what it needs."""
+    for name in ("g++", "clang++"):
+        if path := shutil.which(name):
+            return path
+    pytest.skip("needs g++: apt-get install g++")
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:20]
+
+
+def _compile(command: Sequence[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
+    if result.returncode:
+        raise KernelFault(f"does not compile:\n{result.stderr[:6000]}")
+
+
+@functools.cache
+def _runtime_text() -> str:
+    return "".join(path.read_text() for path in sorted(RUNTIME.rglob("*")) if path.is_file())
+
+
+@functools.cache
+def _runtime_objects(mode: Mode) -> tuple[str, ...]:
+    objects = []
+    for name in ("executor", "main", "count"):
+        flags = (compiler(), *_COMMON, *_RUNTIME_FLAGS[mode])
+        target = BUILD / f"{name}_{_digest(flags, _runtime_text())}.o"
+        if not target.exists():
+            scratch = target.with_suffix(f".{os.getpid()}")
+            _compile([*flags, "-c", str(RUNTIME / f"{name}.cpp"), "-o", str(scratch)])
+            scratch.replace(target)
+        objects.append(str(target))
+    return tuple(objects)
+
+
+def _executable(cpp: str, mode: Mode) -> Path:
+    BUILD.mkdir(exist_ok=True)
+    flags = (compiler(), *_COMMON, *_FLAGS[mode], f"-I{RUNTIME}")
+    target = BUILD / f"kernel_{_digest(flags, _runtime_text(), cpp)}"
+    if not target.exists():
+        source = target.with_suffix(f".{os.getpid()}.cpp")
+        source.write_text(cpp)
+        kernel = source.with_suffix(".o")
+        try:
+            _compile([*flags, "-c", str(source), "-o", str(kernel)])
+            scratch = source.with_suffix("")
+            link = (compiler(), *_LINK_FLAGS[mode], str(kernel), *_runtime_objects(mode), "-lpthread")
+            _compile([*link, "-o", str(scratch)])
+            scratch.replace(target)
+        finally:
+            kernel.unlink(missing_ok=True)
+            source.unlink(missing_ok=True)
+    return target
+
+
+class Program:
+    """One instantiation of one Metal kernel, ready to run."""
+
+    def __init__(
+        self,
+        source: str,
+        kernel: str,
+        template: dict[str, str],
+        *,
+        headers: Sequence[str] = (),
+        constants: str = "",
+        mode: Mode = Mode.FAST,
+    ) -> None:
+        self.mode = mode
+        self._executable = _executable(whole_program(source, kernel, template, headers, constants), mode)
+
+    def __call__(
+        self,
+        buffers: Sequence[Array | Path],
+        outputs: frozenset[int],
+        grid: Grid,
+        threadgroup: Grid,
+        schedule: Schedule = FORWARD,
+    ) -> tuple[list[Array], RunReport]:
+        """Runs the grid. `buffers` are in the order of the kernel's arguments; a Path is an input already in a file.
+
+        Outputs, the buffers with a number in `outputs`, are filled with 0xFF before, and returned.
+
+        Raises:
+            KernelFault: the executor or a sanitizer has something to say.
+        """
+        os_threads = 1 if self.mode is Mode.RACES else os.cpu_count()
+        lines = [
+            "grid {} {} {}".format(*grid),
+            "threadgroup {} {} {}".format(*threadgroup),
+            f"os_threads {os_threads}",
+            f"schedule {schedule.kind} {schedule.seed}",
+        ]
+        scratch = "/dev/shm" if Path("/dev/shm").is_dir() else None
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            for number, buffer in enumerate(buffers):
+                path = Path(folder) / str(number)
+                if isinstance(buffer, Path):
+                    lines.append(f"in {buffer} {buffer.stat().st_size}")
+                elif number in outputs:
+                    lines.append(f"out {path} {buffer.nbytes}")
+                else:
+                    np.ascontiguousarray(buffer).tofile(path)
+                    lines.append(f"in {path} {buffer.nbytes}")
+            job = Path(folder) / "job"
+            job.write_text("\n".join(lines) + "\n")
+            report = self._run(job)
+            results = []
+            for number, buffer in enumerate(buffers):
+                if number in outputs:
+                    assert isinstance(buffer, np.ndarray)
+                    results.append(np.fromfile(Path(folder) / str(number), dtype=buffer.dtype).reshape(buffer.shape))
+        return results, report
+
+    def _run(self, job: Path) -> RunReport:
+        environment = os.environ | {
+            "ASAN_OPTIONS": "detect_leaks=0:redzone=2048:max_redzone=2048:detect_stack_use_after_return=0",
+            "TSAN_OPTIONS": "halt_on_error=1 exitcode=87 report_signal_unsafe=0",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+        }
+        result = subprocess.run(
+            [str(self._executable), str(job)], capture_output=True, text=True, env=environment, timeout=RUN_TIMEOUT_S
+        )
+        if result.returncode:
+            raise KernelFault(f"exit status {result.returncode}\n{result.stdout}{result.stderr[:4000]}")
+        match = re.search(r"seconds ([\d.]+) simd_operations (\d+) barriers (\d+)", result.stdout)
+        assert match, result.stdout
+        traffic = re.findall(r"buffer \d+ loaded (\d+) stored (\d+)", result.stdout)
+        return RunReport(
+            float(match[1]), int(match[2]), int(match[3]), tuple(Traffic(int(a), int(b)) for a, b in traffic)
+        )

@@ -1,0 +1,74 @@
+// What the Metal library in include/ needs of the executor: who runs, rendezvous, threadgroup memory, failure.
+//
+// A Metal thread is a fiber. A simd operation or barrier is a rendezvous of exactly the lanes or threads it concerns;
+// misuse ends the program with the kernel's file and line. Threadgroups are shared out over OS threads.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+namespace executor {
+
+constexpr int SIMD_WIDTH = 32;
+constexpr int MAX_THREADS = 1024;
+constexpr int EXIT_MISUSE = 86;
+
+struct Uint3 {
+  uint32_t x, y, z;
+};
+
+struct Attributes {  // the [[...]] attributes of a kernel's arguments, Metal Shading Language table 5.8
+  Uint3 thread_position_in_grid, thread_position_in_threadgroup, threadgroup_position_in_grid;
+  Uint3 threads_per_grid, threads_per_threadgroup, threadgroups_per_grid, dispatch_threads_per_threadgroup;
+  Uint3 grid_size, grid_origin;
+  uint32_t thread_index_in_threadgroup, thread_index_in_simdgroup, simdgroup_index_in_threadgroup;
+  uint32_t simdgroups_per_threadgroup, dispatch_simdgroups_per_threadgroup;
+  uint32_t threads_per_simdgroup, thread_execution_width;
+  uint32_t quadgroup_index_in_threadgroup, thread_index_in_quadgroup;
+  uint32_t quadgroups_per_threadgroup, dispatch_quadgroups_per_threadgroup;
+};
+
+struct Site {  // where in the kernel, and in which operation
+  const char* file;
+  int line;
+  const char* operation;
+};
+
+enum class State : uint8_t { ready, waits_for_simdgroup, waits_for_threadgroup, done };
+
+struct Fiber {
+  void* stack_pointer = nullptr;
+  char* stack = nullptr;
+  State state = State::done;
+  uint16_t lane = 0, simdgroup = 0;
+  void* slot = nullptr;  // what this lane brings to the operation it waits in
+  Site site{};
+  Attributes attributes{};
+  void* asan_stack = nullptr;
+  void* tsan_fiber = nullptr;
+};
+
+struct SimdGroup {
+  int size = 0, alive = 0, arrived = 0;
+  void (*combine)(SimdGroup&) = nullptr;
+  Fiber* lanes = nullptr;
+  __attribute__((no_sanitize("thread"))) void* slot(int lane) const {
+    return lanes[lane].state == State::waits_for_simdgroup ? lanes[lane].slot : nullptr;
+  }
+};
+
+Fiber& current_fiber();
+[[noreturn]] void fail(const char* format, ...);
+void simd_rendezvous(void* slot, Site site, void (*combine)(SimdGroup&));
+void threadgroup_rendezvous(int memory_flags, Site site);
+void simdgroup_rendezvous(int memory_flags, Site site);
+char* threadgroup_memory(const void* key, size_t bytes, size_t align);
+void run(void (*entry)(const Attributes&, void**), void** buffers, Uint3 grid, Uint3 threadgroup, int os_threads);
+
+extern int schedule;  // 0 threads run in order, 1 in reverse, 2 shuffled
+extern uint64_t schedule_seed;
+extern uint64_t num_simd_operations, num_barriers;
+
+}  // namespace executor
