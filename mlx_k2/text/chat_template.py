@@ -1,5 +1,6 @@
 """Renders a checkpoint's chat template to text, in a sandbox and within bounds. Knows no token ids."""
 
+import functools
 import json
 import time
 import traceback
@@ -11,6 +12,7 @@ import msgspec
 from jinja2 import nodes
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
 from mlx_k2.errors import RequestError, TokenizerError
 
@@ -66,7 +68,7 @@ class ChatTemplate:
         except _Refusal as refusal:
             raise RequestError(f"the chat template refuses these messages: {refusal}") from None
         except Exception as error:  # noqa: BLE001 - a template can raise whatever Python can
-            raise TokenizerError(f"{FILE} line {_line(error)}: {error or type(error).__name__}") from None
+            raise TokenizerError(f"{_place(error)}: {error or type(error).__name__}") from None
         return "".join(parts)
 
 
@@ -112,9 +114,9 @@ class _Runaway(Exception):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """What chat templates are written for, without the two operators that make much out of little."""
+    """What chat templates are written for, without operations that make very much out of little."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"+", "*", "**"})
 
     def __init__(self, max_characters: int) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
@@ -126,20 +128,33 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
             raise _Runaway("computes a power, which chat templates may not")
-        for text, times in ((left, right), (right, left)):
-            repeats = isinstance(text, str | list | tuple) and isinstance(times, int)
-            if repeats and len(text) * times > self._max_characters:
-                raise _Runaway(f"repeats text to more than {self._max_characters} characters")
+        lengths = [len(side) if isinstance(side, str | list | tuple) else side for side in (left, right)]
+        if lengths != [left, right] and all(isinstance(length, int) for length in lengths):
+            size = sum(lengths) if operator == "+" else lengths[0] * lengths[1]
+            if size > self._max_characters:
+                raise _Runaway(f"makes a text of more than {self._max_characters} characters")
         return super().call_binop(context, operator, left, right)
 
 
 def _watched(tree: nodes.Template) -> nodes.Template:
     """The template with a call to ``_ON_TURN`` at the head of each loop's and each macro's body."""
+    _AddForConcat().visit(tree)
     blocks: list[nodes.For | nodes.Macro] = [*tree.find_all(nodes.For), *tree.find_all(nodes.Macro)]
     for block in blocks:
         call = nodes.Call(nodes.Name(_ON_TURN, "load"), [], [], None, None)
         block.body.insert(0, nodes.ExprStmt(call).set_lineno(block.lineno))
     return tree
+
+
+class _AddForConcat(NodeTransformer):
+    """Turns ``a ~ b`` into ``a|string + b|string``, which the environment sees and which keeps a disguise whole."""
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:  # noqa: N802 - the name jinja2 calls
+        self.generic_visit(node)
+        texts: list[nodes.Expr] = [nodes.Filter(part, "string", [], [], None, None) for part in node.nodes]
+        joined = functools.reduce(nodes.Add, texts)
+        joined.set_lineno(node.lineno, override=True)
+        return joined
 
 
 def _deadline(cpu_s: float) -> Callable[[], None]:
@@ -164,7 +179,7 @@ def _tojson(
     return json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _line(error: Exception) -> int | str:
-    """The template's line that raised ``error``."""
+def _place(error: Exception) -> str:
+    """The template, and its line that raised ``error`` where one did."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == FILE]
-    return lines[-1] if lines and lines[-1] is not None else "?"
+    return f"{FILE} line {lines[-1]}" if lines else FILE

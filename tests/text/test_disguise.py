@@ -1,0 +1,135 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_k2.errors import RequestError
+from mlx_k2.text.disguise import Disguise
+
+NAMES = ["<|im_end|>", "<think>", "[EOS]"]
+LETTERS = set("".join(NAMES))
+# Short texts over few letters, so that searches find something; some characters are in no name.
+texts = st.text(alphabet=st.sampled_from("<|im_end|>XÉ \n"), max_size=12)
+parts = st.text(alphabet=st.sampled_from("<|im_end|>XÉ \n"), min_size=1, max_size=2)
+
+WITH_A_PART: dict[str, Callable[[str, str], Any]] = {
+    "==": lambda text, part: text == part,
+    "== the other way": lambda text, part: part == text,
+    "!=": lambda text, part: text != part,
+    "<": lambda text, part: text < part,
+    "< the other way": lambda text, part: part < text,
+    "in": lambda text, part: part in text,
+    "in a list": lambda text, part: text in [part, "x"],
+    "key of a dict": lambda text, part: {part: 1}.get(text),
+    "startswith": lambda text, part: text.startswith(part),
+    "startswith one of": lambda text, part: text.startswith((part, "X")),
+    "endswith": lambda text, part: text.endswith(part),
+    "find": lambda text, part: text.find(part),
+    "rfind": lambda text, part: text.rfind(part),
+    "count": lambda text, part: text.count(part),
+    "split": lambda text, part: text.split(part),
+    "rsplit once": lambda text, part: text.rsplit(part, 1),
+    "partition": lambda text, part: text.partition(part),
+    "rpartition": lambda text, part: text.rpartition(part),
+    "strip": lambda text, part: text.strip(part),
+    "lstrip": lambda text, part: text.lstrip(part),
+    "rstrip": lambda text, part: text.rstrip(part),
+    "removeprefix": lambda text, part: text.removeprefix(part),
+    "removesuffix": lambda text, part: text.removesuffix(part),
+    "replace": lambda text, part: text.replace(part, "Y"),
+    "replace once": lambda text, part: text.replace(part, "Y", 1),
+    "+": lambda text, part: text + part,
+    "+ the other way": lambda text, part: part + text,
+    "startswith after +": lambda text, part: (part + text).startswith(part),
+    "== after +": lambda text, part: (part + text) == part,
+}
+ALONE: dict[str, Callable[[str], Any]] = {
+    "hash": hash,
+    "repr": repr,
+    "len": len,
+    "str": str,
+    "list": list,
+    "a letter": lambda text: text[:1],
+    "backwards": lambda text: text[::-1],
+    "strip": lambda text: text.strip(),
+    "split": lambda text: text.split(),
+    "splitlines": lambda text: text.splitlines(),
+    "upper": lambda text: text.upper(),
+    "lower": lambda text: text.lower(),
+    "title": lambda text: text.title(),
+    "capitalize": lambda text: text.capitalize(),
+    "isalpha": lambda text: text.isalpha(),
+    "isupper": lambda text: text.isupper(),
+    "isspace": lambda text: text.isspace(),
+    "sorted": lambda text: sorted([text, "m", "XX"]),
+    "starts like its own start": lambda text: text.startswith(text[:1]),
+}
+
+
+YIELD_TEXT = ["repr", "str", "list", "a letter", "backwards", "strip", "split", "splitlines", "upper", "lower", "title"]
+
+
+def revealed(value: Any, disguise: Disguise) -> Any:
+    return [disguise.reveal(item) for item in value] if isinstance(value, list) else disguise.reveal(value)
+
+
+@pytest.mark.parametrize("name", WITH_A_PART)
+@given(text=texts, part=parts)
+def test_text_in_disguise_works_with_a_templates_text_as_it_reads(name: str, text: str, part: str) -> None:
+    operation = WITH_A_PART[name]
+    disguise = Disguise(NAMES, [text, part])
+    assert revealed(operation(disguise.hide(text), part), disguise) == operation(text, part)
+
+
+@pytest.mark.parametrize("name", ALONE)
+@given(text=texts)
+def test_text_in_disguise_behaves_as_it_reads(name: str, text: str) -> None:
+    operation = ALONE[name]
+    disguise = Disguise(NAMES, [text])
+    assert revealed(operation(disguise.hide(text)), disguise) == operation(text)
+
+
+@pytest.mark.parametrize("name", YIELD_TEXT)
+@given(text=texts)
+def test_no_operation_brings_a_letter_of_a_name_out_of_disguise(name: str, text: str) -> None:
+    result = ALONE[name](Disguise(NAMES, [text]).hide(text))
+    assert LETTERS.isdisjoint("".join(result))
+
+
+@given(st.text())
+def test_a_disguise_is_one_for_one_and_uses_no_character_of_the_texts(text: str) -> None:
+    disguise = Disguise(NAMES, [text])
+    hidden = "".join(disguise.hide(text))
+    assert len(hidden) == len(text)
+    assert LETTERS.isdisjoint(hidden)
+    assert disguise.reveal(hidden) == text
+    changed = {after for before, after in zip(text, hidden, strict=True) if before != after}
+    assert changed.isdisjoint(text)
+
+
+def test_characters_of_the_private_use_planes_in_a_text_are_not_taken_for_disguised_ones() -> None:
+    text = "<think>" + "".join(map(chr, range(0xF0000, 0x110000)))
+    disguise = Disguise(NAMES, [text])
+    assert disguise.reveal("".join(disguise.hide(text))) == text
+
+
+def test_what_the_template_puts_in_keeps_its_own_letters() -> None:
+    hidden = Disguise(NAMES, ["a[b"]).hide("a[b")
+    assert "".join(hidden.replace("[", "<think>"))[1:8] == "<think>"
+    assert "".join(hidden + "<think>")[3:] == "<think>"
+    assert "".join("<think>" + hidden)[:7] == "<think>"
+
+
+def test_text_is_hidden_at_every_depth_keys_too() -> None:
+    disguise = Disguise(NAMES, [])
+    hidden = disguise.hide({"dim": [{"end": ("m", 3, None, True)}]})
+    assert hidden["dim"][0]["end"] == ("m", 3, None, True)
+    (key,) = hidden
+    assert LETTERS.isdisjoint("".join(key))
+
+
+def test_text_that_uses_every_character_is_refused() -> None:
+    with pytest.raises(RequestError, match="so many different characters"):
+        Disguise(NAMES, ["".join(map(chr, range(0x40000, 0x110000)))])
