@@ -60,9 +60,8 @@ def render_pieces(
         RequestError: a message or a tool is malformed, or the template refuses them.
         TokenizerError: the template fails, or does something with text that a disguise does not come through.
     """
-    outside: dict[str, object] = {"messages": checked_messages(messages), **options}
-    if tools:
-        outside["tools"] = checked_tools(tools)
+    declared = checked_tools(tools) if tools else None  # None, not absent: some templates ask `tools is not none`
+    outside: dict[str, object] = {"messages": checked_messages(messages), "tools": declared, **options}
     own = {"add_generation_prompt": add_generation_prompt, "strftime_now": datetime.datetime.now().strftime}
     disguise = Disguise(tokenizer.special_ids, [template.source, *_texts(outside)])
     plain = template.render(outside | own)

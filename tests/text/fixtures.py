@@ -1,6 +1,8 @@
 """The tokenizer and template that the tests of this room share."""
 
+import base64
 import functools
+import json
 
 from mlx_k2.text.chat_template import ChatTemplate, load_chat_template
 from mlx_k2.text.prompt import Piece
@@ -27,3 +29,14 @@ def as_text(pieces: list[Piece]) -> str:
 
 def decoded(ids: list[int]) -> str:
     return b"".join(map(tokenizer().token_bytes, ids)).decode()
+
+
+BYTES = [bytes([byte]) for byte in range(256)]
+
+
+def tiktoken_files(tokens: list[bytes], named: dict[int, str] | None = None) -> dict[str, bytes]:
+    added = {str(number): {"content": name} for number, name in (named or {}).items()}
+    return {
+        "tiktoken.model": b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)),
+        "tokenizer_config.json": json.dumps({"added_tokens_decoder": added}).encode(),
+    }

@@ -203,6 +203,12 @@ def test_options_reach_the_template_as_text_from_outside() -> None:
     assert pieces == [tokenizer().token_id("<think>"), "</think>"]
 
 
+def test_a_template_can_ask_whether_there_are_tools() -> None:
+    template = ChatTemplate("{{ tools is none }} {{ tools is defined }}")
+    assert render_pieces(template, tokenizer(), [{"role": "user"}]) == ["True True"]
+    assert render_pieces(template, tokenizer(), [{"role": "user"}], [{"type": "function"}]) == ["False True"]
+
+
 def test_a_clock_in_a_template_shows_one_time_in_a_rendering() -> None:
     template = ChatTemplate("{{ strftime_now('%Y %f') }}")
     (piece,) = render_pieces(template, tokenizer(), [{"role": "user"}])

@@ -1,27 +1,13 @@
-import base64
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_k2.errors import TokenizerError
 from mlx_k2.text.tokenizer import bounded_parts, load_tokenizer
-from tests.text.fixtures import FILES, VOCAB_SIZE, decoded, tokenizer
+from tests.text.fixtures import BYTES, FILES, VOCAB_SIZE, decoded, tiktoken_files, tokenizer
 
 NAMES = ["[BOS]", "[EOS]", "<|im_end|>", "<|im_user|>", "<think>", "</think>", "<|reserved_token_799|>"]
 texts = st.lists(st.one_of(st.text(), st.sampled_from(NAMES))).map("".join)
-
-
-def tiktoken_files(tokens: list[bytes], named: dict[int, str] | None = None) -> dict[str, bytes]:
-    added = {str(number): {"content": name} for number, name in (named or {}).items()}
-    return {
-        "tiktoken.model": b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)),
-        "tokenizer_config.json": json.dumps({"added_tokens_decoder": added}).encode(),
-    }
-
-
-BYTES = [bytes([byte]) for byte in range(256)]
 
 
 @given(texts)
@@ -67,27 +53,6 @@ def test_answers_end_at_im_end_and_eos() -> None:
 def test_an_unknown_control_token_is_named() -> None:
     with pytest.raises(TokenizerError, match=r"no special token '<\|im_sideways\|>'"):
         tokenizer().token_id("<|im_sideways|>")
-
-
-def k2_sized_tokens() -> list[bytes]:
-    pairs = (bytes([first, second]) for first in range(256) for second in range(256))
-    triples = (b"a" + bytes([first, second]) for first in range(256) for second in range(256))
-    quads = (b"bb" + bytes([first, second]) for first in range(256) for second in range(256))
-    return [*BYTES, *pairs, *triples, *quads][:163_584]
-
-
-def test_think_tokens_have_their_known_ids_where_the_config_of_a_k2_vocabulary_does_not_name_them() -> None:
-    files = tiktoken_files(k2_sized_tokens(), {163_586: "<|im_end|>"})
-    loaded = load_tokenizer(files, 163_840)
-    assert (loaded.token_id("<think>"), loaded.token_id("</think>")) == (163_606, 163_607)
-    assert loaded.token_bytes(163_606) == b"<think>"
-
-
-def test_think_tokens_that_the_config_names_are_where_it_says() -> None:
-    named = {163_606: "<other>", 163_620: "<think>", 163_621: "</think>"}
-    loaded = load_tokenizer(tiktoken_files(k2_sized_tokens(), named), 163_840)
-    assert (loaded.token_id("<think>"), loaded.token_id("</think>")) == (163_620, 163_621)
-    assert loaded.token_id("<other>") == 163_606
 
 
 @pytest.mark.parametrize(
@@ -170,11 +135,6 @@ def test_text_is_cut_as_kimi_cuts_it(text: str, pieces: str) -> None:
     extra = [piece for piece in dict.fromkeys(expected) if len(piece) > 1]
     loaded = load_tokenizer(tiktoken_files([*BYTES, *extra]), 300)
     assert [loaded.token_bytes(number) for number in loaded.encode_text(text)] == expected
-
-
-def test_the_sentence_of_seventeen_golden_tokens_is_cut_into_seventeen_pieces() -> None:
-    pieces = "I'm| sure| it's| fine|,| but| I| can't| say| I'd| trust| that| it's| what| we'd| ship|."
-    assert len(pieces.split("|")) == 17
 
 
 runs = st.tuples(

@@ -1,0 +1,76 @@
+"""Kimi K2's published token ids, on a vocabulary of K2's size that holds the tokens in question at their ids."""
+
+import functools
+import itertools
+
+import pytest
+
+from mlx_k2.text.prompt import render_prompt
+from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
+from tests.text.fixtures import BYTES, builtin_template, tiktoken_files
+
+SENTENCE = "I'm| sure| it's| fine|,| but| I| can't| say| I'd| trust| that| it's| what| we'd| ship|."
+SENTENCE_IDS = [17172, 3287, 4643, 8201, 11, 996, 374, 8971, 3637, 20020, 8173, 473, 4643, 1573, 56229, 13922, 13]
+NUMBER_IDS = {"123": 6694, "456": 12972, "789": 16242, "0": 15}
+WORD_IDS = {"hello": 22931, "user": 2482, "assistant": 69702}
+KNOWN = dict(zip(SENTENCE.split("|"), SENTENCE_IDS, strict=True)) | NUMBER_IDS | WORD_IDS
+MARKERS = {163_586: "<|im_end|>", 163_587: "<|im_user|>", 163_588: "<|im_assistant|>", 163_594: "<|im_system|>"}
+MARKERS[163_601] = "<|im_middle|>"
+
+
+def k2_tokens() -> list[bytes]:
+    """163,584 tokens: the known ones at their ranks, all single bytes, and anything else between them."""
+    known = {number: text.encode() for text, number in KNOWN.items()}
+    taken = set(known.values())
+    letters = [bytes(pair) for pair in itertools.product(range(256), range(256))]
+    others = itertools.chain(BYTES, letters, (b"\x00" + pair for pair in letters), (b"\x01" + pair for pair in letters))
+    free = (token for token in others if token not in taken)
+    return [known.get(rank) or next(free) for rank in range(163_584)]
+
+
+@functools.cache
+def k2_tokenizer() -> Tokenizer:
+    return load_tokenizer(tiktoken_files(k2_tokens(), MARKERS), 163_840)
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        (SENTENCE.replace("|", ""), SENTENCE_IDS),
+        ("1234567890", [6694, 12972, 16242, 15]),
+        ("hello", [22931]),
+        ("user", [2482]),
+        ("assistant", [69702]),
+    ],
+)
+def test_text_is_encoded_to_the_published_ids(text: str, ids: list[int]) -> None:
+    assert k2_tokenizer().encode_text(text) == ids
+
+
+def test_a_user_turn_is_rendered_to_the_published_ids() -> None:
+    ids = render_prompt(builtin_template(), k2_tokenizer(), [{"role": "user", "content": "hello"}])
+    assert ids[-8:] == [163_587, 2482, 163_601, 22931, 163_586, 163_588, 69702, 163_601]
+    assert ids[0] == 163_594
+
+
+def test_think_tokens_have_their_known_ids_where_the_config_does_not_name_them() -> None:
+    assert (k2_tokenizer().token_id("<think>"), k2_tokenizer().token_id("</think>")) == (163_606, 163_607)
+    assert k2_tokenizer().token_bytes(163_606) == b"<think>"
+    assert k2_tokenizer().is_special(163_607)
+
+
+def test_think_tokens_that_the_config_names_are_where_it_says() -> None:
+    named = {163_606: "<other>", 163_620: "<think>", 163_621: "</think>"}
+    loaded = load_tokenizer(tiktoken_files(k2_tokens(), named), 163_840)
+    assert (loaded.token_id("<think>"), loaded.token_id("</think>")) == (163_620, 163_621)
+    assert loaded.token_id("<other>") == 163_606
+
+
+def test_a_vocabulary_of_another_size_has_no_think_tokens_unless_named() -> None:
+    loaded = load_tokenizer(tiktoken_files(k2_tokens()[:-1], MARKERS), 163_840)
+    assert "<think>" not in loaded.special_ids
+
+
+def test_ids_that_the_config_does_not_name_are_reserved() -> None:
+    for number in (163_589, 163_592, 163_600, 163_839):
+        assert k2_tokenizer().token_bytes(number) == f"<|reserved_token_{number}|>".encode()
