@@ -42,3 +42,33 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
 def _check(name: str, value: object, holds: bool, allowed: str) -> None:
     if not holds:
         raise RequestError(f"{name} {value} is out of range: give a value {allowed}")
+
+
+class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What a checkpoint's generation_config.json recommends; None where it says nothing."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    eos_token_id: int | list[int] | None = None
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The stop tokens that it names."""
+        if self.eos_token_id is None:
+            return ()
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "GenerationConfig":
+        """Read generation_config.json's bytes.
+
+        Raises:
+            RequestError: it is not JSON of that form.
+        """
+        try:
+            return msgspec.json.decode(data, type=cls)
+        except msgspec.DecodeError as error:
+            raise RequestError(f"generation_config.json cannot be read: {error}") from None

@@ -40,13 +40,15 @@ class DownloadShard(msgspec.Struct, frozen=True, tag=True):
 class Prepare(msgspec.Struct, frozen=True, tag=True):
     """Take rank ``rank`` of ``num_stages``, read the model's config and index, hold a port on each listen address.
 
-    A listen address is ``ip`` (the stage picks a free port) or ``ip:port``. Answered by Prepared.
+    A listen address is ``ip`` (the stage picks a free port) or ``ip:port``; ``environment`` is the hostfile's.
+    Answered by Prepared.
     """
 
     rank: int
     num_stages: int
     model: ModelSource
     listen: tuple[str, ...]
+    environment: dict[str, str]
 
 
 class RingLinks(msgspec.Struct, frozen=True, tag=True):

@@ -55,8 +55,8 @@ def greet(group: StageGroup, versions: Sequence[str]) -> tuple[Hello, ...]:
     return hellos
 
 
-def prepare(group: StageGroup, messages: Sequence[Prepare]) -> tuple[tuple[str, ...], ...]:
-    """Let every stage read the model's config and index and pick its ports; the addresses that each listens on.
+def prepare(group: StageGroup, messages: Sequence[Prepare]) -> tuple[Prepared, ...]:
+    """Let every stage read the model's config and index and pick its ports.
 
     Raises:
         StageStartError: two hosts have different models.
@@ -70,7 +70,7 @@ def prepare(group: StageGroup, messages: Sequence[Prepare]) -> tuple[tuple[str, 
                 f"the model on {group.host(rank)} (stage {rank}) is not the one on {group.host(0)} (stage 0): "
                 "their config.json or model.safetensors.index.json differ; fetch the same revision on both"
             )
-    return tuple(answer.addresses for answer in prepared)
+    return prepared
 
 
 def connect(group: StageGroup, links: RingLinks | JacclLinks | None) -> None:

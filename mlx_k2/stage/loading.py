@@ -37,6 +37,6 @@ def load_stage_model(
         mx.clear_cache()
     if layers.stop == config.num_hidden_layers:
         tensors = tell(reader.head()).tensors
-        head = Head(tensors["model.norm.weight"], tensors["lm_head.weight"])
+        head = Head(tensors["model.norm.weight"], tensors["lm_head.weight"].T)
     on_gpu = mx.default_device() == mx.Device(mx.gpu)
     return StageModel(config, weights, embedding, head, cache, fused_attention=on_gpu)

@@ -3,7 +3,7 @@
 import os
 import queue
 import traceback
-from pathlib import Path
+from dataclasses import dataclass
 from typing import NoReturn
 
 import mlx.core as mx
@@ -30,12 +30,13 @@ from mlx_k2.control.messages import (
 )
 from mlx_k2.errors import MlxK2Error, ProtocolError
 from mlx_k2.model.latent_cache import LatentCache
+from mlx_k2.model_source import locate_shard, read_model_files
 from mlx_k2.stage.host import hello, on_gpu, peak_bytes, wire_memory
 from mlx_k2.stage.loading import load_stage_model
 from mlx_k2.stage.ports import HeldPorts
 from mlx_k2.stage.step_runner import StepRunner
 from mlx_k2.stage.transport import DistributedTransport, NoNeighbours, Transport, join_group, prove_hops
-from mlx_k2.weights.checkpoint import describe_model, locate_tensors, read_small_files
+from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.inventory import shard_specs
 from mlx_k2.weights.reader import Piece, ShardReader
 
@@ -60,14 +61,22 @@ def serve(inward_fd: int, outward_fd: int) -> NoReturn:
     os._exit(exit_code)
 
 
+@dataclass(frozen=True)
+class _PreparedStage:
+    """What Prepare asked for, and what this host has for it."""
+
+    request: Prepare
+    description: ModelDescription
+    ports: HeldPorts
+
+
 class StageService:
     """What a stage has become so far: prepared, connected, loaded."""
 
     def __init__(self, writer: FrameWriter) -> None:
         self._writer = writer
         self._inbox: queue.SimpleQueue[ToStage | ProtocolError] = queue.SimpleQueue()
-        self._prepare: Prepare | None = None
-        self._ports = HeldPorts(())
+        self._prepared: _PreparedStage | None = None
         self._transport: Transport = NoNeighbours()
         self._runner: StepRunner | None = None
 
@@ -112,7 +121,7 @@ class StageService:
                 assert self._runner is not None, "a step before Load"
                 return self._runner.run(message)
             case FetchFiles():
-                return ModelFiles(read_small_files(Path(message.model.path_or_repo)))
+                return ModelFiles(read_model_files(message.model))
             case Prepare():
                 return self._answer_prepare(message)
             case Connect():
@@ -123,27 +132,28 @@ class StageService:
                 raise AssertionError(f"a {type(message).__name__} has no answer")
 
     def _answer_prepare(self, message: Prepare) -> Prepared:
-        source = message.model.path_or_repo
-        self._description = describe_model(read_small_files(Path(source)), source)
-        self._prepare = message
-        self._ports = HeldPorts(message.listen)
-        return Prepared(self._ports.addresses, self._description.digest)
+        os.environ.update(message.environment)
+        description = describe_model(read_model_files(message.model), message.model.path_or_repo)
+        ports = HeldPorts(message.listen)
+        self._prepared = _PreparedStage(message, description, ports)
+        return Prepared(ports.addresses, description.digest)
 
     def _answer_connect(self, message: Connect) -> Connected:
-        assert self._prepare is not None, "Connect before Prepare"
+        assert self._prepared is not None, "Connect before Prepare"
         if message.links is not None:
-            self._ports.release()
-            self._transport = DistributedTransport(join_group(self._prepare.rank, message.links))
+            self._prepared.ports.release()
+            self._transport = DistributedTransport(join_group(self._prepared.request.rank, message.links))
             prove_hops(self._transport, message.to_next, message.from_previous)
         return Connected()
 
     def _answer_load(self, message: Load) -> Loaded:
-        assert self._prepare is not None, "Load before Prepare"
+        assert self._prepared is not None, "Load before Prepare"
         wire_memory(message.needed_bytes)
-        config = self._description.config
+        description = self._prepared.description
+        config = description.config
         layers = range(message.first_layer, message.end_layer)
         specs = shard_specs(config, layers.start, layers.stop)
-        files = locate_tensors(Path(self._prepare.model.path_or_repo), self._description.index, specs)
+        files = locate_shard(self._prepared.request.model, description.index, specs)
         dtype = getattr(mx, message.dtype)
         cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.latent_dim, dtype)
         held_bytes = 0

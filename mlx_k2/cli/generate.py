@@ -1,0 +1,87 @@
+"""`mlx-k2 generate`: one prompt in, its answer streamed to stdout."""
+
+import sys
+from typing import Any
+
+import click
+
+from mlx_k2.cli.console import ConsoleWatcher, console, show_dry_run
+from mlx_k2.cli.options import cluster_options, sampling_options
+from mlx_k2.cli.output import JsonOutput, Output, TextOutput
+from mlx_k2.cli.requests import Prompt, deployment_request, describe_source, read_prompt
+from mlx_k2.coordinator import Coordinator
+from mlx_k2.deployment import Deployment, deploy, foresee
+from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
+from mlx_k2.errors import CheckpointError
+from mlx_k2.session import Delta, stream_answer
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@cluster_options
+@click.option("--system", metavar="TEXT", help="The system prompt.  [default: the model's own]")
+@click.option("--raw", is_flag=True, help="Send PROMPT as it is, without the chat template.")
+@click.option("--token-ids", metavar="N,N,...", help="The prompt as token ids, as they are.")
+@sampling_options
+@click.option(
+    "--logprobs", "num_logprobs", type=int, metavar="N", help="With --json: log-probabilities, and of the top N tokens."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line: each token, then a summary.")
+@click.option("--dry-run", is_flag=True, help="Show hosts, layers, bytes and files; start nothing.")
+def command(**options: Any) -> None:
+    """Answer PROMPT, or what stands on standard input.
+
+    \b
+    On this machine, with the small built-in model on two stages:
+        mlx-k2 generate "Hello"
+
+    \b
+    On two Macs, each of which loads its share of the layers:
+        mlx-k2 generate --hostfile two-macs.json --model ~/Kimi-K2-Thinking "Hello"
+
+    \b
+    What would run where, without starting anything:
+        mlx-k2 generate --hostfile two-macs.json --model ~/Kimi-K2-Thinking --dry-run
+
+    The answer goes to stdout as it is sampled, everything else to stderr. The exit code is 2 when something was wrong
+    before anything was started, 1 when it went wrong later, 130 after Ctrl-C.
+    """  # noqa: D301  # click reads the escape
+    request = deployment_request(options)
+    for note in request.hostfile.notes:
+        console.print(note, style="dim", markup=False, soft_wrap=True)
+    model = describe_source(request)
+    if options["dry_run"]:
+        if model is None:
+            raise CheckpointError(
+                f"{options['model']} is not on this machine: give --model a folder here, or a repository"
+            )
+        show_dry_run(model, *foresee(request, model))
+        return
+    if options["prompt"] is None and options["token_ids"] is None:
+        if sys.stdin.isatty():
+            raise click.UsageError("give a PROMPT, or write one to standard input")
+        options["prompt"] = sys.stdin.read()
+    prompt = None
+    if model is not None:  # refuse what can be refused before anything is started
+        shape, _ = foresee(request, model)
+        prompt = read_prompt(options, model, shape.context_tokens)
+    with ConsoleWatcher(options["verbose"]) as watcher, deploy(request, model, watcher) as deployment:
+        watcher.done()
+        prompt = prompt or read_prompt(options, deployment.model, deployment.shape.context_tokens)
+        _answer(deployment, prompt, JsonOutput(prompt.tokenizer) if options["as_json"] else TextOutput())
+
+
+def _answer(deployment: Deployment, prompt: Prompt, output: Output) -> None:
+    shape = deployment.shape
+    limits = SchedulerLimits(
+        num_slots=shape.num_slots,
+        context_tokens=shape.context_tokens,
+        chunk_tokens=shape.chunk_tokens,
+        max_in_flight=deployment.group.size + 1,
+    )
+    coordinator = Coordinator(deployment.group, Scheduler(limits))
+    for part in stream_answer(coordinator, prompt.tokenizer, prompt.request):
+        if isinstance(part, Delta):
+            output.token(part)
+        else:
+            output.summary(part, deployment, coordinator.use)

@@ -1,0 +1,113 @@
+"""The mlx-k2 command: which subcommands there are, and the border where errors become one line and an exit code.
+
+Subcommands are imported when they are called, so that --help answers at once.
+"""
+
+import importlib
+import os
+import signal
+import sys
+from importlib.metadata import version
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from mlx_k2 import __version__
+from mlx_k2.errors import MlxK2Error
+
+_COMMANDS = {
+    "generate": "Answer one prompt, streamed from the last stage as it is sampled.",
+    "download": "Fetch each stage's files from the Hub on its own host.",
+}
+_HIDDEN_COMMANDS = ("stage",)
+
+
+class Interrupted(BaseException):
+    """A signal asked this program to end; ``number`` is its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class LazyGroup(click.Group):
+    """Commands whose module is imported when they are called; the list of them needs none."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names that help shows."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import ``mlx_k2.cli.NAME`` and take its ``command``."""
+        if cmd_name not in (*_COMMANDS, *_HIDDEN_COMMANDS):
+            return None
+        command: click.Command = importlib.import_module(f"mlx_k2.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The commands and their summaries, from the table above."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        click.echo(f"mlx-k2 {__version__} (mlx {version('mlx')})")
+        ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the versions of mlx-k2 and mlx.",
+)
+def cli() -> None:
+    """Run Kimi K2 across two or more Apple-silicon Macs.
+
+    \b
+    Without a hostfile everything runs on this machine, with a small built-in model:
+        mlx-k2 generate "Hello"
+
+    \b
+    With two Macs that hold the checkpoint, listed in a hostfile:
+        mlx-k2 generate --hostfile two-macs.json --model ~/Kimi-K2-Thinking "Hello"
+    """  # noqa: D301  # click reads the escape
+
+
+def main() -> NoReturn:
+    """Run the command line and end the process with its exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        cli(standalone_mode=False)
+    except MlxK2Error as error:
+        _say(f"error: {error}")
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except Interrupted as interrupted:
+        return 128 + interrupted.number
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more when it flushes stdout
+        return 128 + signal.SIGPIPE
+    except click.exceptions.Exit as exit_request:
+        return exit_request.exit_code
+    return 0
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)

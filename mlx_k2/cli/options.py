@@ -1,0 +1,76 @@
+"""The options that several commands share, each declared once."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_CLUSTER = (
+    click.option(
+        "--hostfile",
+        type=click.Path(),
+        help="The hosts, one stage on each: MLX's own format, as mlx.distributed_config writes it.",
+    ),
+    click.option(
+        "--stages",
+        "num_stages",
+        type=click.IntRange(1, 64),
+        help="Without a hostfile: how many stages to run on this machine.  [default: 2 for the built-in model, else 1]",
+    ),
+    click.option(
+        "--model",
+        metavar="PATH_OR_REPO",
+        help="A folder with an original checkpoint, or a repository on the Hub.  [default: a small built-in model]",
+    ),
+    click.option("--revision", help="The repository's branch, tag or commit."),
+    click.option("--split", metavar="N,N,...", help="Layers for each stage, in the hostfile's order."),
+    click.option(
+        "--context",
+        "context_tokens",
+        type=click.IntRange(min=2),
+        help="Tokens that a conversation can hold; the cache for them is set aside.  [default: 32768, or the model's]",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["bfloat16", "float32"]),
+        help="What to compute in.  [default: bfloat16 on GPUs, float32 where a stage has none]",
+    ),
+    click.option(
+        "--lease",
+        "lease_s",
+        type=click.FloatRange(2, 3600),
+        default=20.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long a stage lives without a word from this command.",
+    ),
+    click.option("-v", "--verbose", is_flag=True, help="Show what the stages write to their logs."),
+)
+
+_SAMPLING = (
+    click.option("--max-tokens", type=click.IntRange(min=1), help="Stop after so many.  [default: what fits]"),
+    click.option("--temperature", type=float, help="0 takes the most likely token.  [default: the model's, else 1]"),
+    click.option("--top-p", type=float, help="Keep the most likely tokens that add up to this probability."),
+    click.option("--top-k", type=int, help="Keep this many of the most likely tokens."),
+    click.option("--min-p", type=float, help="Keep tokens at least this probable, relative to the most likely one."),
+    click.option("--repetition-penalty", type=float, help="Above 1: avoid what stands in the last 64 tokens."),
+    click.option("--seed", type=int, help="The same seed draws the same tokens.  [default: a random one]"),
+)
+
+
+def cluster_options(command: Command) -> Command:
+    """Where to run what."""
+    return _with(_CLUSTER, command)
+
+
+def sampling_options(command: Command) -> Command:
+    """How tokens are drawn."""
+    return _with(_SAMPLING, command)
+
+
+def _with(options: tuple[Callable[[Command], Command], ...], command: Command) -> Command:
+    for option in reversed(options):
+        command = option(command)
+    return command

@@ -1,0 +1,130 @@
+"""Turns options into requests: where to run which model, and what to generate. Shows nothing."""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_k2.cluster.hostfile import Hostfile, local_hostfile, read_hostfile
+from mlx_k2.cluster.partition import parse_split
+from mlx_k2.control.messages import ModelSource
+from mlx_k2.deployment import DeploymentRequest
+from mlx_k2.engine.request import Request, check_request
+from mlx_k2.errors import DownloadError, HostfileError, RequestError
+from mlx_k2.model_source import BUILTIN, is_repo, model_folder, read_model_files
+from mlx_k2.sampling import GenerationConfig, Sampling
+from mlx_k2.text.chat_template import load_chat_template
+from mlx_k2.text.prompt import render_prompt
+from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
+from mlx_k2.weights.checkpoint import ModelDescription, describe_model
+
+
+def deployment_request(options: Mapping[str, Any]) -> DeploymentRequest:
+    """Where to run which model.
+
+    Raises:
+        HostfileError, PartitionError: an option cannot be used.
+    """
+    return DeploymentRequest(
+        hostfile=_hostfile(options),
+        source=_source(options["model"], options["revision"]),
+        split=None if options["split"] is None else parse_split(options["split"]),
+        context_tokens=options["context_tokens"],
+        dtype=options["dtype"],
+        lease_s=options["lease_s"],
+    )
+
+
+def _hostfile(options: Mapping[str, Any]) -> Hostfile:
+    if options["hostfile"] is not None:
+        if options["num_stages"] is not None:
+            raise HostfileError("--stages is for runs on this machine alone: leave it out, or leave out --hostfile")
+        return read_hostfile(Path(options["hostfile"]))
+    default = 2 if options["model"] is None else 1
+    return local_hostfile(options["num_stages"] or default)
+
+
+def _source(model: str | None, revision: str | None) -> ModelSource:
+    """A folder that is here is named by its whole path, since a stage starts in another folder."""
+    if model is None:
+        return ModelSource(path_or_repo=BUILTIN)
+    folder = Path(model).expanduser()
+    return ModelSource(path_or_repo=str(folder.resolve()) if folder.is_dir() else model, revision=revision)
+
+
+def describe_source(request: DeploymentRequest) -> ModelDescription | None:
+    """The model as this machine knows it, from its folder or the Hub; None: only the first host may have it.
+
+    Raises:
+        SetupError: the model is nowhere, or it is not one that mlx-k2 runs.
+    """
+    source, first_host = request.source, request.hostfile.hosts[0]
+    elsewhere = not first_host.is_local
+    if not is_repo(source) and not model_folder(source).is_dir() and elsewhere:
+        return None
+    try:
+        return describe_model(read_model_files(source), source.path_or_repo)
+    except DownloadError:
+        if elsewhere:
+            return None
+        raise
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request that was checked, and the tokenizer that its answer is read with."""
+
+    request: Request
+    tokenizer: Tokenizer
+
+
+def read_prompt(options: Mapping[str, Any], model: ModelDescription, context_tokens: int) -> Prompt:
+    """The prompt as token ids, and how to sample from it: as asked, else as the checkpoint recommends.
+
+    Raises:
+        RequestError, TokenizerError: it cannot be served; says why.
+    """
+    tokenizer = load_tokenizer(model.files, model.config.vocab_size)
+    recommended = GenerationConfig.from_json(model.files.get("generation_config.json", b"{}"))
+    request = Request(
+        prompt_ids=tuple(_prompt_ids(options, model, tokenizer)),
+        max_tokens=options["max_tokens"] or context_tokens,
+        sampling=_sampling(options, recommended),
+        stop_ids=tokenizer.stop_ids | {*model.config.eos_token_ids, *recommended.eos_token_ids},
+    )
+    check_request(request, model.config.vocab_size, context_tokens)
+    return Prompt(request, tokenizer)
+
+
+def _sampling(options: Mapping[str, Any], recommended: GenerationConfig) -> Sampling:
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    values = {name: getattr(recommended, name) if options[name] is None else options[name] for name in names}
+    given = {name: value for name, value in values.items() if value is not None}
+    seed = secrets.randbits(32) if options["seed"] is None else options["seed"]
+    return Sampling(seed=seed, num_logprobs=options["num_logprobs"], **given)
+
+
+def _prompt_ids(options: Mapping[str, Any], model: ModelDescription, tokenizer: Tokenizer) -> list[int]:
+    if options["token_ids"] is not None:
+        if options["prompt"] or options["system"]:
+            raise RequestError("--token-ids is the whole prompt: leave out PROMPT and --system")
+        return _parse_ids(options["token_ids"])
+    prompt = options["prompt"]
+    if not prompt.strip():
+        raise RequestError("the prompt is empty: give some text")
+    if options["raw"]:
+        if options["system"]:
+            raise RequestError("--raw sends PROMPT alone: leave out --system")
+        return tokenizer.encode_text(prompt)
+    messages = [{"role": "user", "content": prompt}]
+    if options["system"]:
+        messages.insert(0, {"role": "system", "content": options["system"]})
+    return render_prompt(load_chat_template(model.files), tokenizer, messages)
+
+
+def _parse_ids(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise RequestError(f"--token-ids {text!r} is not a list of token ids: write numbers with commas, as in 3,4,5")
+    return [int(part) for part in parts]

@@ -1,0 +1,204 @@
+"""Brings a cluster up: hosts and a model become stages that are ready to run steps. Knows no prompt and no terminal."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import psutil
+
+from mlx_k2 import __version__
+from mlx_k2.cluster.hostfile import Backend, Host, Hostfile
+from mlx_k2.control.messages import (
+    FetchFiles,
+    FromStage,
+    Hello,
+    JacclLinks,
+    LayerLoaded,
+    Load,
+    Loaded,
+    ModelFiles,
+    ModelSource,
+    Prepare,
+    RingLinks,
+)
+from mlx_k2.errors import StageStartError
+from mlx_k2.launch import bring_up
+from mlx_k2.launch.group import StageGroup
+from mlx_k2.launch.place import StagePlace
+from mlx_k2.plan import HostMemory, RunShape, StagePlan, choose_shape, plan_stages
+from mlx_k2.weights.checkpoint import ModelDescription, describe_model
+from mlx_k2.weights.inventory import model_specs
+
+JACCL_PORT = 32323
+"""Where rank 0 meets the others before RDMA takes over; the port that mlx.launch uses."""
+
+
+@dataclass(frozen=True)
+class DeploymentRequest:
+    """What the user asked for; None leaves the choice to the program."""
+
+    hostfile: Hostfile
+    source: ModelSource
+    split: tuple[int, ...] | None
+    context_tokens: int | None
+    dtype: str | None
+    lease_s: float
+
+
+class Watcher:
+    """Is told how a deployment comes along; this one says nothing."""
+
+    def log(self, line: str) -> None:
+        """A line of a stage's stderr, on the stage's own thread."""
+
+    def phase(self, what: str) -> None:
+        """The next thing that all stages do."""
+
+    def planned(self, model: ModelDescription, plans: Sequence[StagePlan]) -> None:
+        """Which stage gets which layers."""
+
+    def progress(self, rank: int, message: FromStage) -> None:
+        """A stage's LayerLoaded."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Stages that are ready, and what is known of them."""
+
+    group: StageGroup
+    model: ModelDescription
+    shape: RunShape
+    plans: tuple[StagePlan, ...]
+    hellos: tuple[Hello, ...]
+    loaded: tuple[Loaded, ...]
+    load_s: float
+
+
+@contextmanager
+def deploy(request: DeploymentRequest, model: ModelDescription | None, watcher: Watcher) -> Iterator[Deployment]:
+    """Start, connect and load every stage; on exit none is left.
+
+    ``model`` None: it is not to be had on this machine, and stage 0 is asked for its small files.
+
+    Raises:
+        SetupError, ClusterError: says which stage could not do what.
+    """
+    began = time.monotonic()
+    hosts = request.hostfile.hosts
+    with StageGroup([_place(host) for host in hosts], request.lease_s, watcher.log) as group:
+        watcher.phase("starting")
+        hellos = bring_up.greet(group, (__version__, version("mlx")))
+        if model is None:
+            watcher.phase("asking stage 0 for the model's config and tokenizer")
+            model = _fetch_description(group, _source_on(hosts[0], request.source))
+        gpus = [hello.working_set_bytes is not None for hello in hellos]
+        shape = choose_shape(model.config, request.dtype, request.context_tokens, all(gpus))
+        memories = [HostMemory(hello.working_set_bytes, hello.memory_bytes) for hello in hellos]
+        plans = plan_stages(model, request.hostfile, memories, request.split, shape)
+        watcher.planned(model, plans)
+        watcher.phase("connecting")
+        _connect(group, request, model)
+        watcher.phase("loading")
+        loaded = _load(group, model, plans, shape, watcher.progress)
+        yield Deployment(group, model, shape, plans, hellos, loaded, time.monotonic() - began)
+
+
+def foresee(request: DeploymentRequest, model: ModelDescription) -> tuple[RunShape, tuple[StagePlan, ...]]:
+    """What ``deploy`` would plan, as far as it can be known before any host is asked.
+
+    Raises:
+        SetupError: what would be refused.
+    """
+    here = HostMemory(None, psutil.virtual_memory().total)
+    unknown = HostMemory(None, None)
+    all_local = all(host.is_local for host in request.hostfile.hosts)
+    shape = choose_shape(model.config, request.dtype, request.context_tokens, all_on_gpu=not all_local)
+    memories = [here if host.is_local else unknown for host in request.hostfile.hosts]
+    return shape, plan_stages(model, request.hostfile, memories, request.split, shape)
+
+
+def _place(host: Host) -> StagePlace:
+    return StagePlace(ssh=None if host.is_local else host.ssh, python=host.python)
+
+
+def _source_on(host: Host, source: ModelSource) -> ModelSource:
+    """Where ``host`` has the model: a host may keep it in another folder."""
+    return source if host.model is None else ModelSource(path_or_repo=host.model, revision=None)
+
+
+def _fetch_description(group: StageGroup, source: ModelSource) -> ModelDescription:
+    group.send(0, FetchFiles(source))
+    (answer,) = bring_up.gather(group, ModelFiles, [0], bring_up.PREPARE_S, "send the model's small files")
+    return describe_model(answer.files, f"{source.path_or_repo} on {group.host(0)}")
+
+
+def _connect(group: StageGroup, request: DeploymentRequest, model: ModelDescription) -> None:
+    hostfile = request.hostfile
+    size = group.size
+    needs_ports = hostfile.backend is Backend.RING and size > 1
+    environment = dict(line.split("=", 1) for line in hostfile.envs)
+    answers = bring_up.prepare(
+        group,
+        [
+            Prepare(rank, size, _source_on(host, request.source), host.ips if needs_ports else (), environment)
+            for rank, host in enumerate(hostfile.hosts)
+        ],
+    )
+    if answers[0].model_digest != model.digest:
+        raise StageStartError(
+            f"the model on {group.host(0)} (stage 0) is not the one that this command read: their config.json or "
+            "model.safetensors.index.json differ; give the same --model and --revision for both"
+        )
+    bring_up.connect(group, _links(hostfile, [answer.addresses for answer in answers]))
+
+
+def _links(hostfile: Hostfile, addresses: Sequence[tuple[str, ...]]) -> RingLinks | JacclLinks | None:
+    if len(hostfile.hosts) == 1:
+        return None
+    if hostfile.backend is Backend.RING:
+        return RingLinks(tuple(addresses))
+    ip, _, port = hostfile.hosts[0].ips[0].partition(":")
+    return JacclLinks(
+        devices=tuple(host.rdma for host in hostfile.hosts),
+        coordinator=f"{ip}:{port or JACCL_PORT}",
+        ring=hostfile.backend is Backend.JACCL_RING,
+    )
+
+
+def _load(
+    group: StageGroup,
+    model: ModelDescription,
+    plans: Sequence[StagePlan],
+    shape: RunShape,
+    on_progress: Callable[[int, FromStage], None],
+) -> tuple[Loaded, ...]:
+    """Load all stages, and see that together they loaded every tensor of the model exactly once."""
+    names: Counter[str] = Counter()
+
+    def tell(rank: int, message: FromStage) -> None:
+        if isinstance(message, LayerLoaded):
+            names.update(message.tensor_names)
+        on_progress(rank, message)
+
+    messages = []
+    for plan in plans:
+        group.set_held_bytes(plan.rank, plan.share.held_bytes)
+        messages.append(
+            Load(
+                first_layer=plan.share.first_layer,
+                end_layer=plan.share.end_layer,
+                dtype=shape.dtype,
+                num_slots=shape.num_slots,
+                context_tokens=shape.context_tokens,
+                needed_bytes=plan.needed_bytes,
+            )
+        )
+    loaded = bring_up.load(group, messages, tell)
+    needed = Counter(spec.name for spec in model_specs(model.config))
+    if names != needed:
+        wrong = sorted((names - needed) + (needed - names))
+        raise StageStartError(f"the stages did not load each tensor once: {wrong[0]} and {len(wrong) - 1} more")
+    return loaded

@@ -1,0 +1,142 @@
+"""What would run where: hosts and a model become a share of layers for each stage. Pure; starts nothing."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlx_k2.cluster.hostfile import Host, Hostfile
+from mlx_k2.cluster.memory import layer_cache_bytes, memory_bound_bytes, working_bytes
+from mlx_k2.cluster.partition import HostCapacity, ModelPieces, Piece, StageShare, divide_as_asked, divide_layers
+from mlx_k2.config import ModelConfig
+from mlx_k2.errors import RequestError
+from mlx_k2.weights.checkpoint import ModelDescription
+from mlx_k2.weights.inventory import (
+    embedding_read_bytes_per_token,
+    embedding_specs,
+    head_read_bytes_per_token,
+    head_specs,
+    held_bytes,
+    layer_read_bytes_per_token,
+    layer_specs,
+    shard_specs,
+)
+
+DEFAULT_CONTEXT_TOKENS = 32768
+GPU_CHUNK_TOKENS = 2048
+"""Large enough to be bound by computing: a chunk reads nearly all experts, whatever its size (bytes computed)."""
+CPU_CHUNK_TOKENS = 128
+
+_DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """What is known of one host's memory; None where nothing is yet."""
+
+    working_set_bytes: int | None
+    ram_bytes: int | None
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """How a model is to be run, apart from where."""
+
+    dtype: str
+    context_tokens: int
+    num_slots: int
+    chunk_tokens: int
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: its host, its layers, and its bytes. ``needed_bytes``: shard, cache and working space together."""
+
+    rank: int
+    host: Host
+    share: StageShare
+    shard_bytes: int
+    needed_bytes: int
+    files: tuple[str, ...]
+
+
+def choose_shape(config: ModelConfig, dtype: str | None, context_tokens: int | None, all_on_gpu: bool) -> RunShape:
+    """Fill in what the user left open: bfloat16 on GPUs, float32 where a stage has none.
+
+    Raises:
+        RequestError: the context is larger than the model's.
+    """
+    longest = config.max_position_embeddings
+    if context_tokens is not None and context_tokens > longest:
+        raise RequestError(f"--context {context_tokens} is more than the {longest} positions that the model knows")
+    return RunShape(
+        dtype=dtype or ("bfloat16" if all_on_gpu else "float32"),
+        context_tokens=context_tokens or min(DEFAULT_CONTEXT_TOKENS, longest),
+        num_slots=1,
+        chunk_tokens=GPU_CHUNK_TOKENS if all_on_gpu else CPU_CHUNK_TOKENS,
+    )
+
+
+def plan_stages(
+    model: ModelDescription,
+    hostfile: Hostfile,
+    memories: Sequence[HostMemory],
+    split: Sequence[int] | None,
+    shape: RunShape,
+) -> tuple[StagePlan, ...]:
+    """Divide the model's layers over the hosts, as asked (``split``) or as fast as they can decode.
+
+    Raises:
+        PartitionError: there is no such split, or it does not fit.
+    """
+    config, compute_bytes = model.config, _DTYPE_BYTES[shape.dtype]
+    largest_bytes = max(held_bytes(layer_specs(config, layer), compute_bytes) for layer in _distinct_layers(config))
+    beside_bytes = working_bytes(config, shape.chunk_tokens, compute_bytes, largest_bytes)
+    pieces = _pieces(config, shape, compute_bytes)
+    capacities = _capacities(hostfile.hosts, memories, beside_bytes)
+    shares = divide_layers(pieces, capacities) if split is None else divide_as_asked(pieces, capacities, split)
+    cache_bytes = layer_cache_bytes(config, shape.num_slots, shape.context_tokens, compute_bytes)
+    return tuple(
+        StagePlan(
+            rank=rank,
+            host=host,
+            share=share,
+            shard_bytes=share.held_bytes - share.num_layers * cache_bytes,
+            needed_bytes=share.held_bytes + beside_bytes,
+            files=tuple(model.index.files(shard_specs(config, share.first_layer, share.end_layer))),
+        )
+        for rank, (host, share) in enumerate(zip(hostfile.hosts, shares, strict=True))
+    )
+
+
+def _pieces(config: ModelConfig, shape: RunShape, compute_bytes: int) -> ModelPieces:
+    cache_bytes = layer_cache_bytes(config, shape.num_slots, shape.context_tokens, compute_bytes)
+    of_kind = {
+        config.is_moe(layer): Piece(
+            held_bytes(layer_specs(config, layer), compute_bytes) + cache_bytes,
+            layer_read_bytes_per_token(config, layer, compute_bytes),
+        )
+        for layer in _distinct_layers(config)
+    }
+    return ModelPieces(
+        embedding=Piece(
+            held_bytes(embedding_specs(config), compute_bytes), embedding_read_bytes_per_token(config, compute_bytes)
+        ),
+        layers=tuple(of_kind[config.is_moe(layer)] for layer in range(config.num_hidden_layers)),
+        head=Piece(held_bytes(head_specs(config), compute_bytes), head_read_bytes_per_token(config, compute_bytes)),
+    )
+
+
+def _distinct_layers(config: ModelConfig) -> tuple[int, ...]:
+    """One layer of each kind: all others are as large as one of them."""
+    return tuple({config.is_moe(layer): layer for layer in range(config.num_hidden_layers)}.values())
+
+
+def _capacities(hosts: Sequence[Host], memories: Sequence[HostMemory], beside_bytes: int) -> tuple[HostCapacity, ...]:
+    """What each stage may hold; stages on one machine share its memory evenly."""
+    stages_on = Counter(host.ssh for host in hosts)
+    capacities = []
+    for host, memory in zip(hosts, memories, strict=True):
+        bound = memory_bound_bytes(host.memory_gb, memory.working_set_bytes, memory.ram_bytes)
+        room = None if bound is None else max(0, bound // stages_on[host.ssh] - beside_bytes)
+        capacities.append(HostCapacity(name=host.ssh, memory_bytes=room, gb_per_s=host.gb_per_s))
+    return tuple(capacities)

@@ -1,0 +1,33 @@
+"""mlx-lm's DeepseekV3 on the same checkpoint: the other opinion that the model's tests compare with."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import msgspec
+from mlx_lm.models import deepseek_v3
+
+
+def load_oracle(folder: Path) -> Any:
+    """The checkpoint in ``folder`` as mlx-lm computes it, in float32, experts in INT4 as shipped."""
+    config = msgspec.json.decode((folder / "config.json").read_bytes(), type=dict[str, Any])
+    config = config.get("text_config", config)
+    model = deepseek_v3.Model(deepseek_v3.ModelArgs.from_dict(config))
+    tensors: dict[str, mx.array] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= mx.load(str(path))  # type: ignore[arg-type]  # a file of tensors is a dict
+    wanted = {name.removeprefix("language_model."): tensor for name, tensor in tensors.items()}
+    wanted = {name: tensor for name, tensor in wanted.items() if name.startswith(("model.", "lm_head."))}
+    weights = model.sanitize(wanted)
+    nn.quantize(
+        model, group_size=32, bits=4, class_predicate=lambda path, module: f"{path}.scales" in weights
+    )
+    model.load_weights([(name, _in_float32(tensor)) for name, tensor in weights.items()])
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def _in_float32(tensor: mx.array) -> mx.array:
+    return tensor.astype(mx.float32) if tensor.dtype == mx.bfloat16 else tensor
