@@ -1,0 +1,246 @@
+"""Fetches files of a repository on the Hub into huggingface_hub's cache: those asked for, no others. Knows no layers.
+
+huggingface_hub reads its own settings (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE, HF_TOKEN) when it is imported. It goes on
+where a connection broke, and checks sizes; checksums of what came over plain HTTP are checked here.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # documented there, not in its __all__
+
+from mlx_k2.errors import DownloadError
+from mlx_k2.weights.checkpoint import CONFIG_NAME, TOKENIZER_NAMES
+from mlx_k2.weights.index import INDEX_NAME, SINGLE_FILE_NAME
+
+OnProgress = Callable[[int, int], None]
+"""Told of the bytes that are there, and of all that were asked for."""
+
+
+class HubRepo(msgspec.Struct, frozen=True):
+    """A repository on the Hub; ``revision`` None is its main branch.
+
+    ``cache_folder`` and ``endpoint`` are huggingface_hub's own where None.
+    """
+
+    name: str
+    revision: str | None = None
+    cache_folder: Path | None = None
+    endpoint: str | None = None
+
+
+class FetchedFiles(msgspec.Struct, frozen=True):
+    """Files that are all in ``folder`` now; ``fetched`` names those that were not there before.
+
+    ``commit`` is what the revision stands for: given as another host's revision it yields the same files there.
+    """
+
+    folder: Path
+    commit: str
+    fetched: tuple[str, ...]
+
+
+class _RemoteFile(msgspec.Struct, frozen=True):
+    size: int
+    sha256: str | None
+
+
+class _Snapshot(msgspec.Struct, frozen=True):
+    """A repository at one commit; ``remote`` is what the Hub lists, None when it cannot be asked: see ``offline``."""
+
+    repo: HubRepo
+    folder: Path
+    remote: Mapping[str, _RemoteFile] | None
+    offline: str = ""
+
+    @property
+    def commit(self) -> str:
+        return self.folder.name
+
+
+def fetch_small_files(repo: HubRepo) -> FetchedFiles:
+    """Fetch config, index, tokenizer and template, as far as the repository has them.
+
+    A repository without an index has its weights in one file, which is then fetched too: its header is the index.
+
+    Raises:
+        DownloadError: there is no such repository or revision, or it cannot be had.
+    """
+    snapshot = _open(repo)
+    available = snapshot.remote.keys() if snapshot.remote is not None else _names_in(snapshot.folder)
+    names = [name for name in (CONFIG_NAME, INDEX_NAME, *TOKENIZER_NAMES) if name in available]
+    if INDEX_NAME not in names and SINGLE_FILE_NAME in available:
+        names.append(SINGLE_FILE_NAME)
+    return _fetch(snapshot, names, lambda _done, _total: None)
+
+
+def fetch_files(repo: HubRepo, names: Iterable[str], on_progress: OnProgress) -> FetchedFiles:
+    """Fetch the files ``names``, one after the other; those that are in the cache stay as they are.
+
+    Raises:
+        DownloadError: names the file, and says what to do.
+    """
+    return _fetch(_open(repo), list(names), on_progress)
+
+
+def bytes_to_fetch(repo: HubRepo, names: Iterable[str]) -> dict[str, int]:
+    """The files of ``names`` that are not in the cache yet, with their sizes; fetches none of them.
+
+    Raises:
+        DownloadError: the repository does not have one of them, or the Hub cannot be asked.
+    """
+    snapshot = _open(repo)
+    return {name: _remote_file(snapshot, name).size for name in names if not _is_there(snapshot, name)}
+
+
+def _open(repo: HubRepo) -> _Snapshot:
+    """Find out the commit by fetching config.json, then ask what else there is."""
+    folder = _download(repo, CONFIG_NAME, repo.revision).parent
+    try:
+        info = HfApi(endpoint=repo.endpoint).model_info(repo.name, revision=folder.name, files_metadata=True)
+    except Exception as error:  # noqa: BLE001  # the border to huggingface_hub: without it the cache may still do
+        return _Snapshot(repo, folder, None, _first_line(error))
+    remote = {
+        file.rfilename: _RemoteFile(file.size or 0, file.lfs.sha256 if file.lfs else None)
+        for file in info.siblings or ()
+    }
+    return _Snapshot(repo, folder, remote)
+
+
+def _fetch(snapshot: _Snapshot, names: list[str], on_progress: OnProgress) -> FetchedFiles:
+    missing = {name: _remote_file(snapshot, name) for name in names if not _is_there(snapshot, name)}
+    done = sum((snapshot.folder / name).stat().st_size for name in names if name not in missing)
+    total = done + sum(remote.size for remote in missing.values())
+    on_progress(done, total)
+    for name, remote in missing.items():
+        before = done
+
+        def tell(num_bytes: int, before: int = before, size: int = remote.size) -> None:
+            on_progress(before + min(num_bytes, size), total)
+
+        _discard(snapshot, name)  # a file of the wrong size would be taken for the right one
+        _download(snapshot.repo, name, snapshot.commit, _bar_that_tells(tell))
+        _check(snapshot, name, remote)
+        done += remote.size
+        on_progress(done, total)
+    return FetchedFiles(snapshot.folder, snapshot.commit, tuple(missing))
+
+
+def _download(repo: HubRepo, name: str, revision: str | None, bar: type[tqdm] | None = None) -> Path:
+    """One file into the cache; config.json, which comes first, has no bar of its own."""
+    try:
+        path = hf_hub_download(
+            repo.name,
+            name,
+            revision=revision,
+            cache_dir=repo.cache_folder,
+            endpoint=repo.endpoint,
+            tqdm_class=bar or _bar_that_tells(lambda _done: None),
+        )
+    except Exception as error:  # the border to huggingface_hub, whose errors vary with its version
+        raise DownloadError(_in_plain_words(error, repo, name)) from error
+    return Path(path)
+
+
+def _bar_that_tells(on_bytes: Callable[[int], None]) -> type[tqdm]:
+    """A progress bar for huggingface_hub that shows nothing and tells ``on_bytes`` how far it is.
+
+    Over Xet one file has two bars, of received and of written bytes: whoever listens takes the larger.
+    """
+    furthest = 0
+
+    class TellingBar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **(options | {"disable": True}))
+            self.done_bytes = int(options.get("initial") or 0)
+
+        def update(self, n: float | None = 1) -> None:
+            nonlocal furthest
+            self.done_bytes += int(n or 0)
+            furthest = max(furthest, self.done_bytes)
+            on_bytes(furthest)
+
+    return TellingBar
+
+
+def _names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def _remote_file(snapshot: _Snapshot, name: str) -> _RemoteFile:
+    repo = snapshot.repo
+    if snapshot.remote is None:
+        raise DownloadError(
+            f"{name} of {repo.name} is not in this host's cache, and the Hub cannot be asked ({snapshot.offline}): "
+            "connect this host, or fetch it with mlx-k2 download while it is connected"
+        )
+    if name not in snapshot.remote:
+        raise DownloadError(
+            f"{repo.name} at {snapshot.commit} has no file {name}: its index promises what is not there"
+        )
+    return snapshot.remote[name]
+
+
+def _is_there(snapshot: _Snapshot, name: str) -> bool:
+    path = snapshot.folder / name
+    if not path.exists():
+        return False
+    return snapshot.remote is None or path.stat().st_size == _remote_file(snapshot, name).size
+
+
+def _check(snapshot: _Snapshot, name: str, remote: _RemoteFile) -> None:
+    """Refuse, and remove, a file that did not arrive as the Hub has it."""
+    path = snapshot.folder / name
+    found, expected = f"{path.stat().st_size} bytes", f"{remote.size} bytes"
+    if found == expected and remote.sha256 is not None:
+        with path.open("rb") as file:
+            found, expected = f"checksum {hashlib.file_digest(file, 'sha256').hexdigest()}", f"checksum {remote.sha256}"
+    if found != expected:
+        _discard(snapshot, name)
+        raise DownloadError(
+            f"{name} of {snapshot.repo.name} came with {found} instead of {expected} and was removed: fetch it again; "
+            "if that does not help, something between here and the Hub changes files"
+        )
+
+
+def _discard(snapshot: _Snapshot, name: str) -> None:
+    """Remove a file from the cache, if it is there: the link in its snapshot and what the link points to."""
+    path = snapshot.folder / name
+    path.resolve().unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def _in_plain_words(error: Exception, repo: HubRepo, name: str) -> str:
+    revision = repo.revision or "main"
+    match error:
+        case GatedRepoError():
+            return f"{repo.name} asks for consent first: give it on the repository's page, then run hf auth login"
+        case RepositoryNotFoundError():
+            return f"the Hub has no repository {repo.name}, or it is private: check the name, or run hf auth login"
+        case RevisionNotFoundError():
+            return f"{repo.name} has no revision {revision}"
+        case LocalEntryNotFoundError() | OfflineModeIsEnabled():
+            reason = _first_line(error.__cause__ or error)
+            return (
+                f"{name} of {repo.name} at {revision} is not in this host's cache, and the Hub cannot be reached "
+                f"({reason}): connect this host, or copy the checkpoint here and give --model its folder"
+            )
+        case EntryNotFoundError():
+            return f"{repo.name} at {revision} has no {name}: it is not a checkpoint that mlx-k2 runs"
+    return f"cannot fetch {name} of {repo.name}: {_first_line(error)}; what is complete stays in the cache: try again"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,148 @@
+"""A local server that answers as the Hub does, and can be told to misbehave. Loopback only."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for; ``start`` is where a range began."""
+
+    method: str
+    path: str
+    start: int = 0
+
+
+@dataclass
+class Hub:
+    """One repository, the requests that came, and what goes wrong."""
+
+    repo: str
+    files: dict[str, bytes]
+    requests: list[Request] = field(default_factory=list)
+    breaks_at: dict[str, list[int]] = field(default_factory=dict)
+    """File -> bytes after which its next answers break off, one entry an answer."""
+    sent_instead: dict[str, bytes] = field(default_factory=dict)
+    """File -> what is sent in its place, under its own checksum."""
+    port: int = 0
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def storage(self) -> str:
+        """Where large files are redirected to: another host, as the Hub's own storage is."""
+        return f"http://localhost:{self.port}"
+
+    @property
+    def fetched(self) -> set[str]:
+        """The files whose contents were asked for."""
+        return {request.path.split("/")[-1] for request in self.requests if request.method == "GET"} & set(self.files)
+
+    def ranges(self, name: str) -> list[int]:
+        """Where each request for the file's contents began."""
+        return [r.start for r in self.requests if r.method == "GET" and r.path.endswith(f"/{name}")]
+
+
+@contextmanager
+def serve_hub(repo: str, folder: Path) -> Iterator[Hub]:
+    """Serve the files of ``folder`` as ``repo`` until the context ends."""
+    hub = Hub(repo, {path.name: path.read_bytes() for path in folder.iterdir()})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    hub.port = server.server_port
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def _answer(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        self.hub.requests.append(Request(self.command, path, start))
+        parts = path.strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            self._list(parts)
+        elif parts[0] == "storage":
+            self._send_file(parts[-1], start)
+        elif "/".join(parts[:2]) != self.hub.repo:
+            self._refuse(401 if "gated" not in path else 403, "GatedRepo" if "gated" in path else "RepoNotFound")
+        elif parts[3] not in ("main", COMMIT):
+            self._refuse(404, "RevisionNotFound")
+        elif parts[4] not in self.hub.files:
+            self._refuse(404, "EntryNotFound")
+        elif parts[4].endswith((".safetensors", ".model")):
+            self._redirect_to_storage(parts[4])
+        else:
+            self._send_file(parts[4], start)
+
+    def _refuse(self, status: int, code: str) -> None:
+        self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": code, "X-Repo-Commit": COMMIT})
+
+    def _list(self, parts: list[str]) -> None:
+        siblings = []
+        for name, data in self.hub.files.items():
+            entry: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": "0" * 40}
+            if name.endswith((".safetensors", ".model")):
+                sha256 = hashlib.sha256(data).hexdigest()
+                entry["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 134}
+            siblings.append(entry)
+        listing = {"id": self.hub.repo, "modelId": self.hub.repo, "sha": COMMIT, "siblings": siblings, "tags": []}
+        self._send(200, json.dumps(listing).encode(), {"Content-Type": "application/json"})
+
+    def _redirect_to_storage(self, name: str) -> None:
+        data = self.hub.files[name]
+        headers = {
+            "Location": f"{self.hub.storage}/storage/{name}",
+            "X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "X-Linked-Size": str(len(data)),
+            "X-Repo-Commit": COMMIT,
+            "ETag": '"pointer"',
+        }
+        self._send(302, b"", headers)
+
+    def _send_file(self, name: str, start: int) -> None:
+        data = self.hub.sent_instead.get(name, self.hub.files[name])
+        headers = {"ETag": f'"{hashlib.sha1(self.hub.files[name]).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        status = 200
+        if start:
+            status = 206
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        breaks = self.hub.breaks_at.get(name, [])
+        self._send(status, data[start:], headers, breaks.pop(0) if breaks and self.command == "GET" else None)
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str], breaks_at: int | None = None) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body if breaks_at is None else body[:breaks_at])

@@ -1,0 +1,217 @@
+"""Downloads from a local server that answers as the Hub does."""
+
+import itertools
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mlx_k2.config import ModelConfig
+from mlx_k2.errors import DownloadError
+from mlx_k2.weights.checkpoint import describe_model, locate_tensors, read_small_files
+from mlx_k2.weights.download import HubRepo, bytes_to_fetch, fetch_files, fetch_small_files
+from mlx_k2.weights.index import CheckpointIndex, read_index_json
+from mlx_k2.weights.inventory import model_specs, shard_specs
+from mlx_k2.weights.safetensors_file import write_file
+from tests.weights.hub_server import COMMIT, Hub, serve_hub
+from tests.weights.made_up import write_tiny
+
+REPO = "moonshotai/Kimi-K2-Tiny"
+LAYER_2 = "model-00003-of-000008.safetensors"
+SMALL = {"config.json", "model.safetensors.index.json", "tiktoken.model"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig]:
+    folder = tmp_path_factory.mktemp("made") / "model"
+    config = write_tiny(folder)
+    (folder / "modeling_deepseek.py").write_text("raise SystemExit('never fetched, never run')")
+    return folder, config
+
+
+@pytest.fixture
+def hub(made: tuple[Path, ModelConfig]) -> Iterator[Hub]:
+    with serve_hub(REPO, made[0]) as hub:
+        yield hub
+
+
+@pytest.fixture
+def repo(hub: Hub, tmp_path: Path) -> HubRepo:
+    return HubRepo(REPO, cache_folder=tmp_path / "cache", endpoint=hub.endpoint)
+
+
+def quietly(_done: int, _total: int) -> None:
+    pass
+
+
+def test_the_coordinator_fetches_the_small_files_and_no_others(hub: Hub, repo: HubRepo) -> None:
+    fetched = fetch_small_files(repo)
+    assert hub.fetched == SMALL
+    assert fetched.commit == COMMIT
+    assert {path.name for path in fetched.folder.iterdir()} == SMALL
+    assert read_small_files(fetched.folder) == {name: hub.files[name] for name in SMALL}
+
+
+@pytest.mark.parametrize("cuts", [(0, 7), (0, 4, 7), (0, 1, 3, 7)])
+def test_each_stage_fetches_only_its_files(
+    hub: Hub, made: tuple[Path, ModelConfig], tmp_path: Path, cuts: tuple[int, ...]
+) -> None:
+    folder, config = made
+    index = CheckpointIndex.from_json(read_index_json(folder), "the index")
+    for stage, (first, end) in enumerate(itertools.pairwise(cuts)):
+        specs = shard_specs(config, first, end)
+        names = index.files(specs)
+        hub.requests.clear()
+        own_cache = HubRepo(REPO, COMMIT, tmp_path / f"host-{stage}", hub.endpoint)
+        fetched = fetch_files(own_cache, names, quietly)
+        assert hub.fetched == {*names, "config.json"}
+        assert fetched.fetched == tuple(names)
+        assert len(locate_tensors(fetched.folder, index, specs)) == len(specs)
+
+
+def test_a_second_fetch_asks_for_no_contents(hub: Hub, repo: HubRepo) -> None:
+    fetch_files(repo, [LAYER_2], quietly)
+    hub.requests.clear()
+    assert fetch_files(repo, [LAYER_2], quietly).fetched == ()
+    assert hub.fetched == set()
+
+
+def test_progress_counts_the_bytes_of_all_files_and_ends_complete(hub: Hub, repo: HubRepo) -> None:
+    names = [LAYER_2, "model-00004-of-000008.safetensors"]
+    total = sum(len(hub.files[name]) for name in names)
+    told: list[tuple[int, int]] = []
+    fetch_files(repo, names, lambda done, of: told.append((done, of)))
+    assert told[0] == (0, total)
+    assert told[-1] == (total, total)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert {of for _, of in told} == {total}
+
+
+def test_a_broken_connection_goes_on_where_it_broke(hub: Hub, repo: HubRepo) -> None:
+    mib = 2**20  # huggingface_hub keeps what came in whole pieces of 10 MiB
+    hub.files[LAYER_2] = random.Random(0).randbytes(24 * mib)
+    hub.breaks_at[LAYER_2] = [11 * mib, 12 * mib]
+    fetched = fetch_files(repo, [LAYER_2], quietly)
+    assert hub.ranges(LAYER_2) == [0, 10 * mib, 20 * mib]
+    assert (fetched.folder / LAYER_2).read_bytes() == hub.files[LAYER_2]
+
+
+def test_after_an_interruption_only_what_is_missing_is_fetched(hub: Hub, repo: HubRepo) -> None:
+    names = ["model-00002-of-000008.safetensors", LAYER_2, "model-00004-of-000008.safetensors"]
+
+    def interrupt(done: int, _total: int) -> None:
+        if done >= len(hub.files[names[0]]) + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch_files(repo, names, interrupt)
+    hub.requests.clear()
+    assert fetch_files(repo, names, quietly).fetched == tuple(names[1:])
+    assert hub.fetched == set(names[1:])
+
+
+def test_a_file_of_the_wrong_size_is_refused_and_not_kept(hub: Hub, repo: HubRepo) -> None:
+    hub.sent_instead[LAYER_2] = hub.files[LAYER_2] + b"more"
+    with pytest.raises(DownloadError, match=f"cannot fetch {LAYER_2} of {REPO}: .*should be of size"):
+        fetch_files(repo, [LAYER_2], quietly)
+    assert bytes_to_fetch(repo, [LAYER_2]) == {LAYER_2: len(hub.files[LAYER_2])}
+
+
+def test_a_file_with_the_wrong_checksum_is_refused_and_not_kept(hub: Hub, repo: HubRepo) -> None:
+    data = bytearray(hub.files[LAYER_2])
+    data[-1] ^= 1
+    hub.sent_instead[LAYER_2] = bytes(data)
+    with pytest.raises(DownloadError, match=f"{LAYER_2} of {REPO} came with checksum .* instead of checksum"):
+        fetch_files(repo, [LAYER_2], quietly)
+    del hub.sent_instead[LAYER_2]
+    fetched = fetch_files(repo, [LAYER_2], quietly)
+    assert (fetched.folder / LAYER_2).read_bytes() == hub.files[LAYER_2]
+
+
+def test_a_truncated_file_in_the_cache_is_fetched_again(hub: Hub, repo: HubRepo) -> None:
+    path = fetch_files(repo, [LAYER_2], quietly).folder / LAYER_2
+    path.resolve().write_bytes(hub.files[LAYER_2][:1000])
+    assert fetch_files(repo, [LAYER_2], quietly).fetched == (LAYER_2,)
+    assert path.read_bytes() == hub.files[LAYER_2]
+
+
+def test_what_is_to_be_fetched_is_told_without_fetching_it(hub: Hub, repo: HubRepo) -> None:
+    fetch_small_files(repo)
+    hub.requests.clear()
+    assert bytes_to_fetch(repo, ["config.json", LAYER_2]) == {LAYER_2: len(hub.files[LAYER_2])}
+    assert hub.fetched == set()
+
+
+def test_without_the_hub_the_cache_does(made: tuple[Path, ModelConfig], tmp_path: Path) -> None:
+    with serve_hub(REPO, made[0]) as hub:
+        repo = HubRepo(REPO, None, tmp_path / "cache", hub.endpoint)
+        fetch_small_files(repo)
+        fetch_files(repo, [LAYER_2], quietly)
+    assert describe_model(read_small_files(fetch_small_files(repo).folder), REPO).config == made[1]
+    assert fetch_files(repo, [LAYER_2], quietly).fetched == ()
+    with pytest.raises(DownloadError, match=r"model-00005-of-000008\.safetensors of .* is not in this host's cache"):
+        fetch_files(repo, ["model-00005-of-000008.safetensors"], quietly)
+
+
+def test_in_offline_mode_the_cache_does_and_the_server_hears_nothing(hub: Hub, repo: HubRepo, tmp_path: Path) -> None:
+    fetch_files(repo, [LAYER_2], quietly)
+    hub.requests.clear()
+    program = f"""
+from mlx_k2.errors import DownloadError
+from mlx_k2.weights.download import *
+print(fetch_files(HubRepo({REPO!r}), [{LAYER_2!r}], lambda done, total: None).fetched)
+try:
+    fetch_files(HubRepo({REPO!r}), ["model-00005-of-000008.safetensors"], lambda done, total: None)
+except DownloadError as error:
+    print(error)
+"""
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    nothing_fetched, refusal = done.stdout.splitlines()
+    assert nothing_fetched == "()"
+    assert "is not in this host's cache" in refusal
+    assert hub.requests == []
+
+
+def test_a_checkpoint_in_one_file_is_fetched_to_read_its_names(tmp_path: Path, made: tuple[Path, ModelConfig]) -> None:
+    folder, config = made
+    single = tmp_path / "single"
+    single.mkdir()
+    write_file(single / "model.safetensors", model_specs(config), lambda spec: [bytes(spec.num_bytes)])
+    (single / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with serve_hub(REPO, single) as hub:
+        fetched = fetch_small_files(HubRepo(REPO, None, tmp_path / "cache", hub.endpoint))
+    assert set(fetched.fetched) == {"model.safetensors"}
+    describe_model(read_small_files(fetched.folder), REPO)
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "reason"),
+    [
+        ("moonshotai/none", None, "the Hub has no repository moonshotai/none, or it is private"),
+        ("moonshotai/gated", None, "moonshotai/gated asks for consent first"),
+        (REPO, "v9", f"{REPO} has no revision v9"),
+    ],
+)
+def test_what_cannot_be_had_is_told_in_plain_words(
+    hub: Hub, tmp_path: Path, name: str, revision: str | None, reason: str
+) -> None:
+    with pytest.raises(DownloadError, match=reason):
+        fetch_small_files(HubRepo(name, revision, tmp_path, hub.endpoint))
+
+
+def test_a_repository_without_a_config_is_no_checkpoint(hub: Hub, repo: HubRepo) -> None:
+    del hub.files["config.json"]
+    with pytest.raises(DownloadError, match=r"has no config\.json: it is not a checkpoint"):
+        fetch_small_files(repo)
+
+
+def test_a_file_that_the_index_promises_and_the_repository_lacks_is_named(hub: Hub, repo: HubRepo) -> None:
+    del hub.files[LAYER_2]
+    with pytest.raises(DownloadError, match=f"{REPO} at {COMMIT} has no file {LAYER_2}"):
+        fetch_files(repo, [LAYER_2], quietly)
