@@ -1,0 +1,28 @@
+"""What holds for every test: a skip says what it needs and how to get it, and on CI nothing may be missing."""
+
+import os
+from collections import Counter
+
+import pytest
+
+_NEEDS = "needs "
+_not_run: Counter[str] = Counter()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Count what was skipped, by reason."""
+    if report.skipped and isinstance(report.longrepr, tuple):
+        _not_run[report.longrepr[2].removeprefix("Skipped: ")] += 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail where a test was skipped without saying what it needs, or at all on CI."""
+    unexplained = [reason for reason in _not_run if not reason.startswith(_NEEDS)]
+    if session.exitstatus == pytest.ExitCode.OK and (unexplained or (_not_run and os.environ.get("CI"))):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A line for each kind of test that this machine could not run."""
+    for reason, count in sorted(_not_run.items()):
+        terminalreporter.write_line(f"not run here: {count} tests: {reason}", yellow=True)

@@ -1,0 +1,99 @@
+"""The shape of the program, held by reading its source: who may import whom, and who may import mlx."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mlx_k2
+
+ROOT = Path(mlx_k2.__file__).parent
+
+# Low to high: a module imports from lower levels, and from its own room. Rooms on one level never import each other.
+LEVELS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("config", "sampling"),
+    ("text", "engine", "cluster", "control", "weights", "kernels"),
+    ("builtin", "model"),
+    ("model_source", "plan"),
+    ("stage", "launch"),
+    ("coordinator", "deployment"),
+    ("session",),
+    ("cli",),
+)
+LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+MAY_IMPORT_MLX = ("kernels", "model", "stage", "weights/reader.py")
+LAZY_IMPORTS = "cli"
+GUARD = ("stage/__init__.py", "stage/__main__.py", "stage/guard.py", "stage/watcher.py")
+
+MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def room_of(module: Path) -> str:
+    return module.parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            yield node, node.module or ""
+
+
+def parse(module: Path) -> ast.Module:
+    return ast.parse((ROOT / module).read_text())
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_a_module_imports_only_from_lower_levels_and_its_own_room(module: Path) -> None:
+    room = room_of(module)
+    assert room in LEVEL_OF, f"{room} has no level: give it one here and in docs/architecture.md"
+    for _, name in imports(parse(module)):
+        parts = name.split(".")
+        if parts[0] == "mlx_k2" and len(parts) > 1 and parts[1] != room:
+            assert LEVEL_OF[parts[1]] < LEVEL_OF[room], f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_only_the_rooms_of_a_stage_import_mlx(module: Path) -> None:
+    allowed = str(module) in MAY_IMPORT_MLX or room_of(module) in MAY_IMPORT_MLX
+    heavy = [name for _, name in imports(parse(module)) if name.split(".")[0] in ("mlx", "mlx_lm", "transformers")]
+    assert allowed or not heavy
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) != LAZY_IMPORTS], ids=str)
+def test_no_import_hides_in_a_function(module: Path) -> None:
+    tree = parse(module)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert not [name for function in functions for _, name in imports(function)]
+    assert "TYPE_CHECKING" not in (ROOT / module).read_text()
+
+
+def test_the_modules_import_each_other_without_circles() -> None:
+    graph = {
+        str(module): {name for _, name in imports(parse(module)) if name.startswith("mlx_k2.")} for module in MODULES
+    }
+    by_name = {"mlx_k2." + str(module).removesuffix(".py").replace("/", "."): str(module) for module in MODULES}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module not in done:
+            for name in graph[module]:
+                if name in by_name:
+                    visit(by_name[name], (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("module", GUARD)
+def test_the_guard_needs_nothing_but_the_standard_library(module: str) -> None:
+    own = {"mlx_k2.control.ends", "mlx_k2.control.framing", "mlx_k2.control.guarding", "mlx_k2.errors"}
+    own |= {f"mlx_k2.{name.removesuffix('.py').replace('/', '.')}" for name in GUARD}
+    for _, name in imports(parse(Path(module))):
+        assert name in own or not name.startswith(("mlx", "msgspec", "numpy", "psutil")), name
