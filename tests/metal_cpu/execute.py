@@ -10,9 +10,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from metal_cpu.generated import generated_source
-from metal_cpu.program import FORWARD, Mode, Program, RunReport, Schedule
-from metal_cpu.translate import Argument, kernel_arguments
+from tests.metal_cpu.generated import generated_source
+from tests.metal_cpu.program import FORWARD, Mode, Program, RunReport, Schedule
+from tests.metal_cpu.translate import Argument, kernel_arguments
 from mlx_k2.kernels.launch import KernelText, Launch, TemplateValue
 
 Array = npt.NDArray[Any]
@@ -148,4 +148,13 @@ def with_text(launch: Launch, source: str, header: str | None = None) -> Launch:
     return launch._replace(text=changed)
 
 
-__all__ = ["Executed", "TemplateValue", "execute", "kernel_name", "template_arguments", "to_mlx", "to_numpy", "with_text"]
+__all__ = [
+    "Executed",
+    "TemplateValue",
+    "execute",
+    "kernel_name",
+    "template_arguments",
+    "to_mlx",
+    "to_numpy",
+    "with_text",
+]

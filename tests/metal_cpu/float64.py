@@ -11,6 +11,9 @@ from mlx_k2.kernels.stack import ExpertStack
 
 Float64Array = npt.NDArray[np.float64]
 
+Codes = Callable[[np.random.Generator, int, int, int], npt.NDArray[np.uint32]]  # (experts, outputs, inputs)
+Scales = Callable[[np.random.Generator, int, int, int], npt.NDArray[np.float32]]  # (experts, outputs, groups)
+
 TOLERANCE = {mx.bfloat16: 4e-3, mx.float32: 1e-6}  # of the largest output
 
 
@@ -40,8 +43,8 @@ def random_case(
     intermediate: int,
     dtype: mx.Dtype = mx.bfloat16,
     seed: int = 0,
-    codes: Callable[..., npt.NDArray[np.uint32]] = random_codes,
-    scales: Callable[..., npt.NDArray[np.float32]] = random_scales,
+    codes: Codes = random_codes,
+    scales: Scales = random_scales,
 ) -> Case:
     rng = np.random.default_rng(seed)
 
@@ -65,12 +68,15 @@ def float64(array: mx.array) -> Float64Array:
     return np.array(array.astype(mx.float32)).astype(np.float64)
 
 
-def dense(packed: mx.array, scale: mx.array, expert: int) -> Float64Array:
-    """One expert's weights: scale * (q - 8)."""
-    words = np.array(packed[expert])
+ALL_ROWS = slice(None)
+
+
+def dense(packed: mx.array, scale: mx.array, expert: int, rows: slice = ALL_ROWS) -> Float64Array:
+    """One expert's weights, or some of its rows: scale * (q - 8)."""
+    words = np.array(packed[expert, rows])
     codes = (words[..., None] >> np.arange(0, 32, 4, dtype=np.uint32)) & 15
     values = codes.reshape(words.shape[0], -1).astype(np.float64) - 8
-    return values * np.repeat(float64(scale[expert]), 32, axis=-1)
+    return values * np.repeat(float64(scale[expert, rows]), 32, axis=-1)
 
 
 def swiglu(gate: Float64Array, up: Float64Array) -> Float64Array:
@@ -78,26 +84,26 @@ def swiglu(gate: Float64Array, up: Float64Array) -> Float64Array:
         return gate / (1 + np.exp(-gate)) * up
 
 
-def gate_up(case: Case) -> Float64Array:
-    """(tokens, top_k, intermediate)."""
+def gate_up(case: Case, rows: slice = ALL_ROWS) -> Float64Array:
+    """(tokens, top_k, intermediate), or some rows of it."""
     x, ids, stack = float64(case.x), np.array(case.expert_ids), case.stack
-    out = np.empty((*ids.shape, stack.intermediate_size))
+    out = np.empty((*ids.shape, len(range(*rows.indices(stack.intermediate_size)))))
     for expert in np.unique(ids):
         tokens, slots = np.where(ids == expert)
-        gate = x[tokens] @ dense(stack.gate_packed, stack.gate_scale, int(expert)).T
-        up = x[tokens] @ dense(stack.up_packed, stack.up_scale, int(expert)).T
+        gate = x[tokens] @ dense(stack.gate_packed, stack.gate_scale, int(expert), rows).T
+        up = x[tokens] @ dense(stack.up_packed, stack.up_scale, int(expert), rows).T
         out[tokens, slots] = swiglu(gate, up)
     return out
 
 
-def down(case: Case, hidden: mx.array | Float64Array) -> Float64Array:
-    """(tokens, hidden) from hidden (tokens, top_k, intermediate)."""
-    rows = float64(hidden) if isinstance(hidden, mx.array) else hidden
-    ids, weights, stack = np.array(case.expert_ids), float64(case.expert_weights), case.stack
-    out = np.zeros((ids.shape[0], stack.hidden_size))
+def down(case: Case, hidden: mx.array, rows: slice = ALL_ROWS) -> Float64Array:
+    """(tokens, hidden), or some rows of it, from hidden (tokens, top_k, intermediate)."""
+    inputs, ids, weights = float64(hidden), np.array(case.expert_ids), float64(case.expert_weights)
+    stack = case.stack
+    out = np.zeros((ids.shape[0], len(range(*rows.indices(stack.hidden_size)))))
     for expert in np.unique(ids):
         tokens, slots = np.where(ids == expert)
-        parts = rows[tokens, slots] @ dense(stack.down_packed, stack.down_scale, int(expert)).T
+        parts = inputs[tokens, slots] @ dense(stack.down_packed, stack.down_scale, int(expert), rows).T
         np.add.at(out, tokens, weights[tokens, slots][:, None] * parts)
     return out
 

@@ -23,7 +23,6 @@ def generated_source(launch: Launch) -> str:
             threadgroup=launch.threadgroup,
             output_shapes=list(launch.output_shapes),
             output_dtypes=list(launch.output_dtypes),
-            stream=mx.gpu,
             verbose=True,
         )
         return tuple(outputs)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from metal_cpu.translate import RUNTIME, whole_program
+from tests.metal_cpu.translate import RUNTIME, whole_program
 
 Array = npt.NDArray[Any]
 Grid = tuple[int, int, int]

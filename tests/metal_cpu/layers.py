@@ -1,0 +1,98 @@
+"""Performs a layer's routed experts in the executor and measures both halves against float64."""
+
+import enum
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_k2.kernels import prefill
+from mlx_k2.kernels.launch import KernelText, Launch
+from mlx_k2.kernels.tuning import DEFAULT, Tuning
+from mlx_k2.kernels.variants import Experts, batch_experts, decode_experts, prefill_experts
+from tests.metal_cpu import float64
+from tests.metal_cpu.execute import Executed, execute
+from tests.metal_cpu.float64 import ALL_ROWS, Case
+from tests.metal_cpu.program import FORWARD, Mode, Schedule
+
+SMALL = DEFAULT._replace(batch_simdgroups=4)  # fewer Metal threads for small cases
+
+
+class Variant(enum.Enum):
+    """The regimes of routed experts."""
+
+    DECODE = "decode"
+    BATCH = "batch"
+    PREFILL = "prefill"
+
+    @property
+    def compute(self) -> Experts:
+        return {
+            Variant.DECODE: decode_experts,
+            Variant.BATCH: batch_experts,
+            Variant.PREFILL: prefill_experts,
+        }[self]
+
+
+class Errors(NamedTuple):
+    """Largest error by largest output, of gate+up and of down (given the gate+up that it was given)."""
+
+    gate_up: float
+    down: float
+
+
+class Recorder:
+    """Performs launches in the executor and keeps what they did, by kernel name.
+
+    `replaced` texts stand in for the kernels of the same name.
+    """
+
+    def __init__(
+        self, mode: Mode = Mode.FAST, schedule: Schedule = FORWARD, replaced: KernelText | None = None
+    ) -> None:
+        self.mode = mode
+        self.schedule = schedule
+        self.replaced = replaced
+        self.launches: dict[str, Launch] = {}
+        self.executed: dict[str, Executed] = {}
+
+    def __call__(self, launch: Launch) -> list[mx.array]:
+        name = launch.text.name
+        if self.replaced is not None and self.replaced.name == name:
+            launch = launch._replace(text=self.replaced)
+        self.launches[name] = launch
+        self.executed[name] = execute(launch, mode=self.mode, schedule=self.schedule)
+        return self.executed[name].outputs
+
+
+def hidden_by_pair(recorder: Recorder, variant: Variant, case: Case) -> mx.array:
+    """What gate+up computed, (tokens, top_k, intermediate), unsorted where the kernel sorts."""
+    (hidden,) = recorder.executed[f"{variant.value}_gate_up"].outputs
+    if variant is not Variant.PREFILL:
+        return hidden
+    order = prefill.sort_pairs(case.expert_ids, case.stack.num_experts).order
+    return hidden[mx.argsort(order)].reshape(*case.expert_ids.shape, -1)
+
+
+def measure(
+    case: Case,
+    variant: Variant,
+    *,
+    mode: Mode = Mode.FAST,
+    schedule: Schedule = FORWARD,
+    tuning: Tuning = SMALL,
+    rows: slice = ALL_ROWS,
+    replaced: KernelText | None = None,
+) -> Errors:
+    recorder = Recorder(mode, schedule, replaced)
+    y = variant.compute(case.x, case.expert_ids, case.expert_weights, case.stack, tuning, recorder)
+    hidden = hidden_by_pair(recorder, variant, case)
+    return Errors(
+        float64.relative_error(hidden[:, :, rows], float64.gate_up(case, rows)),
+        float64.relative_error(y[:, rows], float64.down(case, hidden, rows)),
+    )
+
+
+def assert_right(case: Case, errors: Errors) -> None:
+    tolerance = float64.TOLERANCE[case.x.dtype]
+    assert np.max(errors) <= tolerance, errors

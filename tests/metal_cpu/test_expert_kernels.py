@@ -1,0 +1,183 @@
+"""Routed experts on Metal equal float64 in every regime, size, value range and schedule, with nothing to report."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from mlx_k2.kernels import decode
+from mlx_k2.kernels.stack import ExpertStack
+from mlx_k2.kernels.tuning import DEFAULT
+from tests.metal_cpu import float64
+from tests.metal_cpu.execute import execute, to_numpy
+from tests.metal_cpu.float64 import Case, random_case, relative_error
+from tests.metal_cpu.layers import Recorder, Variant, assert_right, measure
+from tests.metal_cpu.program import BACKWARD, SHUFFLED, Mode, Schedule
+
+pytestmark = pytest.mark.timeout(100)
+
+few_tokens = pytest.mark.parametrize("variant", [Variant.DECODE, Variant.BATCH])
+every_variant = pytest.mark.parametrize("variant", list(Variant))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 16])
+def test_batches_of_every_size(tokens: int) -> None:
+    case = random_case(experts=6, tokens=tokens, top_k=4, hidden=192, intermediate=64, seed=tokens)
+    assert_right(case, measure(case, Variant.BATCH))
+
+
+@every_variant
+@pytest.mark.parametrize("top_k", [4, 7, 8], ids=lambda k: f"{k} ids in an input")
+def test_inputs_of_fewer_than_eight_elements_live_in_another_address_space(variant: Variant, top_k: int) -> None:
+    case = random_case(experts=9, tokens=1, top_k=top_k, hidden=64, intermediate=64, seed=top_k)
+    assert_right(case, measure(case, variant))
+
+
+@every_variant
+@pytest.mark.parametrize(("hidden", "intermediate"), [(32, 32), (1056, 96), (96, 160)])
+def test_odd_sizes(variant: Variant, hidden: int, intermediate: int) -> None:
+    case = random_case(experts=5, tokens=3, top_k=3, hidden=hidden, intermediate=intermediate, seed=hidden)
+    assert_right(case, measure(case, variant))
+
+
+@every_variant
+def test_float32_is_right_to_float32(variant: Variant) -> None:
+    case = random_case(experts=6, tokens=3, top_k=4, hidden=416, intermediate=96, dtype=mx.float32)
+    assert_right(case, measure(case, variant))
+
+
+def constant_codes(word: int) -> float64.Codes:
+    def codes(_: np.random.Generator, *shape: int) -> npt.NDArray[np.uint32]:
+        experts, outputs, inputs = shape
+        return np.full((experts, outputs, inputs // 8), word, np.uint32)
+
+    return codes
+
+
+@every_variant
+@pytest.mark.parametrize("word", [0x00000000, 0xFFFFFFFF], ids=["all -8", "all +7"])
+def test_extreme_codes(variant: Variant, word: int) -> None:
+    case = random_case(experts=4, tokens=2, top_k=2, hidden=64, intermediate=64, codes=constant_codes(word))
+    assert_right(case, measure(case, variant))
+
+
+def wild_scales(rng: np.random.Generator, experts: int, outputs: int, groups: int) -> npt.NDArray[np.float32]:
+    signs = rng.choice(np.array([-1, 1], np.float32), (experts, outputs, groups))
+    return (signs * 10 ** rng.uniform(-9, 3, (experts, outputs, groups))).astype(np.float32)
+
+
+@every_variant
+def test_extreme_scales(variant: Variant) -> None:
+    case = random_case(experts=4, tokens=2, top_k=2, hidden=128, intermediate=64, scales=wild_scales)
+    assert_right(case, measure(case, variant))
+
+
+@every_variant
+def test_tokens_that_all_choose_the_same_experts(variant: Variant) -> None:
+    case = random_case(experts=4, tokens=8, top_k=3, hidden=96, intermediate=64)
+    case = case._replace(expert_ids=mx.broadcast_to(case.expert_ids[:1], case.expert_ids.shape))
+    assert_right(case, measure(case, variant))
+
+
+@every_variant
+def test_a_token_that_names_an_expert_twice(variant: Variant) -> None:
+    case = random_case(experts=5, tokens=3, top_k=3, hidden=64, intermediate=32)
+    case = case._replace(expert_ids=mx.array([[4, 2, 4], [2, 2, 2], [0, 4, 1]], mx.uint32))
+    assert_right(case, measure(case, variant))
+
+
+@pytest.mark.parametrize("experts", [3, 40])
+def test_prefill_with_ragged_experts(experts: int) -> None:
+    case = random_case(experts=experts, tokens=45, top_k=2, hidden=64, intermediate=64)
+    ids = np.array(case.expert_ids)
+    ids[:, 0] = np.where(np.arange(45) < 33, 1, ids[:, 0])  # one expert has a full tile and one pair more
+    case = case._replace(expert_ids=mx.array(ids))
+    assert_right(case, measure(case, Variant.PREFILL))
+
+
+@few_tokens
+@pytest.mark.parametrize(("rows", "simdgroups"), [(1, 1), (2, 4), (8, 4)])
+def test_every_tuning_computes_the_same(variant: Variant, rows: int, simdgroups: int) -> None:
+    tuning = DEFAULT._replace(
+        gate_up_rows=rows,
+        down_rows=rows,
+        batch_rows=min(rows, 4),
+        gate_up_simdgroups=simdgroups,
+        batch_simdgroups=simdgroups,
+    )
+    case = random_case(experts=6, tokens=2, top_k=3, hidden=96, intermediate=64)
+    assert_right(case, measure(case, variant, tuning=tuning))
+
+
+@every_variant
+@pytest.mark.parametrize("schedule", [BACKWARD, SHUFFLED])
+def test_results_do_not_depend_on_the_schedule(variant: Variant, schedule: Schedule) -> None:
+    case = random_case(experts=6, tokens=3, top_k=4, hidden=192, intermediate=64)
+    assert measure(case, variant, schedule=schedule) == measure(case, variant)
+
+
+@every_variant
+def test_no_access_is_out_of_bounds_or_misaligned(variant: Variant) -> None:
+    case = random_case(experts=4, tokens=3, top_k=2, hidden=96, intermediate=32)
+    assert_right(case, measure(case, variant, mode=Mode.ADDRESSES))
+
+
+@every_variant
+def test_no_two_threads_race(variant: Variant) -> None:
+    case = random_case(experts=3, tokens=2, top_k=2, hidden=64, intermediate=32)
+    assert_right(case, measure(case, variant, mode=Mode.RACES))
+
+
+@pytest.mark.parametrize(("variant", "tokens"), [(Variant.DECODE, 1), (Variant.BATCH, 2)])
+def test_the_true_size_of_k2(variant: Variant, tokens: int) -> None:
+    case = random_case(experts=9, tokens=tokens, top_k=8, hidden=7168, intermediate=2048)
+    assert_right(case, measure(case, variant, tuning=DEFAULT, rows=slice(1900, 1964)))
+
+
+def test_a_stack_beyond_32_bits_of_bytes(tmp_path: Path) -> None:
+    experts, outputs, inputs = 384, 2048, 7168  # 2.8 GB a projection; the files are sparse
+    chosen = np.array([[383, 0, 382, 200, 7, 291, 293, 100]], np.uint32)
+    small = random_case(experts=8, tokens=1, top_k=8, hidden=inputs, intermediate=outputs)
+    small = small._replace(expert_ids=mx.arange(8, dtype=mx.uint32)[None])
+    files = {}
+    for name in ("gate_packed", "gate_scale", "up_packed", "up_scale"):
+        values = to_numpy(getattr(small.stack, name))
+        file = np.memmap(tmp_path / name, values.dtype, "w+", shape=(experts, *values.shape[1:]))
+        file[chosen[0]] = values
+        file.flush()
+        files[name] = tmp_path / name
+    packed, scale = mx.zeros((experts, outputs, inputs // 8), mx.uint32), mx.zeros((experts, outputs, inputs // 32))
+    scale = scale.astype(mx.bfloat16)  # shapes only: never evaluated
+    stack = ExpertStack(packed, scale, packed, scale, small.stack.down_packed, small.stack.down_scale)
+    launch = decode.gate_up(small.x, mx.array(chosen), stack, rows=4, simdgroups=2)
+    (hidden,) = execute(launch, files=files).outputs
+    rows = slice(2040, 2048)
+    assert relative_error(hidden[:, :, rows], float64.gate_up(small, rows)) <= float64.TOLERANCE[mx.bfloat16]
+
+
+def needed_bytes(case: Case, *names: str) -> int:
+    """Every byte of the distinct chosen experts, once."""
+    distinct = np.unique(np.array(case.expert_ids)).size
+    arrays = [getattr(case.stack, name) for name in names]
+    return sum(distinct * a.nbytes // a.shape[0] for a in arrays)
+
+
+@pytest.mark.parametrize(("variant", "tokens"), [(Variant.DECODE, 1), (Variant.BATCH, 1), (Variant.BATCH, 8)])
+def test_each_weight_is_loaded_once(variant: Variant, tokens: int) -> None:
+    case = random_case(experts=12, tokens=tokens, top_k=8, hidden=1024, intermediate=128)  # 8 tokens share experts
+    recorder = variant_recorder(case, variant)
+    for kernel, names in (
+        (f"{variant.value}_gate_up", ("gate_packed", "gate_scale", "up_packed", "up_scale")),
+        (f"{variant.value}_down", ("down_packed", "down_scale")),
+    ):
+        loaded = recorder.executed[kernel].bytes_loaded(*names)
+        needed = needed_bytes(case, *names)
+        assert needed <= loaded <= 1.02 * needed, kernel
+
+
+def variant_recorder(case: Case, variant: Variant) -> Recorder:
+    recorder = Recorder(Mode.BYTES)
+    variant.compute(case.x, case.expert_ids, case.expert_weights, case.stack, DEFAULT, recorder)
+    return recorder

@@ -1,0 +1,189 @@
+"""MLX's own Metal kernels, from the installed wheel's headers, give right answers in the executor.
+
+They are known to work on Apple's GPUs, so this is evidence about the executor: its simd operations, barriers, matrices
+and promotions mean what Metal means. The answers are those of MLX's CPU back end in float32 (in bfloat16 that back end
+accumulates in bfloat16 and is 5% off).
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tests.metal_cpu.execute import Array, to_mlx, to_numpy
+from tests.metal_cpu.float64 import float64, relative_error
+from tests.metal_cpu.program import KernelFault, Mode, Program
+
+pytestmark = pytest.mark.timeout(60)
+
+HEADERS = ("steel/gemm/gemm.h", "quantized_utils.h", "quantized.h")
+TOLERANCE = 6e-3
+UNBATCHED = (
+    1,
+    1,
+    np.int64(0),
+    1,
+    1,
+    np.int64(0),
+    np.int64(0),
+    np.int64(0),
+)  # shapes and strides that are not looked at
+
+modes = pytest.mark.parametrize("mode", [Mode.FAST, Mode.ADDRESSES, Mode.RACES])
+
+
+def quantized(*shape: int) -> tuple[mx.array, mx.array, mx.array]:
+    packed, scales, *biases = mx.quantize(mx.random.normal(shape).astype(mx.bfloat16) * 0.05, group_size=32, bits=4)
+    return packed, scales, biases[0]
+
+
+def scalars(values: Sequence[int | np.int64]) -> list[Array]:
+    return [np.array([v], np.int64 if isinstance(v, np.int64) else np.int32) for v in values]
+
+
+def run_kernel(
+    name: str,
+    template: dict[str, str],
+    buffers: Sequence[Array],
+    output: int,
+    grid: tuple[int, int, int],
+    threadgroup: tuple[int, int, int],
+    mode: Mode,
+    constants: str = "",
+) -> mx.array:
+    arguments = {"T": "bfloat16_t", "group_size": "32", "bits": "4"} | template
+    program = Program("", name, arguments, headers=HEADERS, constants=constants, mode=mode)
+    (out,), _ = program(buffers, frozenset({output}), grid, threadgroup)
+    return to_mlx(out, mx.bfloat16)
+
+
+def quantized_product(x: mx.array, packed: mx.array, scales: mx.array, biases: mx.array) -> npt.NDArray[np.float64]:
+    f32 = mx.float32
+    return float64(
+        mx.quantized_matmul(
+            x.astype(f32), packed, scales.astype(f32), biases.astype(f32), transpose=True, group_size=32, bits=4
+        )
+    )
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    mx.random.seed(0)
+
+
+def empty(*shape: int) -> npt.NDArray[np.uint16]:
+    return np.zeros(shape, np.uint16)
+
+
+@modes
+def test_qmv_fast(mode: Mode) -> None:
+    inputs, outputs, tokens = 1024, 64, 3
+    weights = quantized(outputs, inputs)
+    x = mx.random.normal((tokens, inputs)).astype(mx.bfloat16)
+    buffers = [*map(to_numpy, (*weights, x)), empty(tokens, outputs), *scalars((inputs, outputs, *UNBATCHED))]
+    y = run_kernel(
+        "affine_qmv_fast", {"batched": "false"}, buffers, 4, (tokens * 32, outputs // 8 * 2, 1), (32, 2, 1), mode
+    )
+    assert relative_error(y, quantized_product(x, *weights)) <= TOLERANCE
+
+
+@modes
+def test_qmv_with_ragged_sizes(mode: Mode) -> None:
+    inputs, outputs, tokens = 352, 43, 2
+    weights = quantized(outputs, inputs)
+    x = mx.random.normal((tokens, inputs)).astype(mx.bfloat16)
+    buffers = [*map(to_numpy, (*weights, x)), empty(tokens, outputs), *scalars((inputs, outputs, *UNBATCHED))]
+    grid = (tokens * 32, (outputs + 7) // 8 * 2, 1)
+    if mode is Mode.RACES:
+        # the last tile is moved back and repeats rows of its neighbour: harmless, and a race all the same
+        with pytest.raises(KernelFault, match="data race"):
+            run_kernel("affine_qmv", {"batched": "false"}, buffers, 4, grid, (32, 2, 1), mode)
+        return
+    y = run_kernel("affine_qmv", {"batched": "false"}, buffers, 4, grid, (32, 2, 1), mode)
+    assert relative_error(y, quantized_product(x, *weights)) <= TOLERANCE
+
+
+@modes
+def test_qmv_wide(mode: Mode) -> None:
+    inputs, outputs, tokens = 512, 24, 4
+    weights = quantized(outputs, inputs)
+    x = mx.random.normal((tokens, inputs)).astype(mx.bfloat16)
+    buffers = [*map(to_numpy, (*weights, x)), empty(tokens, outputs), *scalars((inputs, outputs, tokens, *UNBATCHED))]
+    template = {"vecs_per_tg": "4", "k_lanes": "8", "batched": "false"}
+    y = run_kernel("affine_qmv_wide", template, buffers, 4, (32, (outputs + 7) // 8 * 2, 1), (32, 2, 1), mode)
+    assert relative_error(y, quantized_product(x, *weights)) <= TOLERANCE
+
+
+@modes
+def test_gather_qmv_fast(mode: Mode) -> None:
+    experts, pairs, inputs, outputs = 6, 8, 512, 32
+    packed, scales, biases = quantized(experts, outputs, inputs)
+    x = mx.random.normal((2, 1, inputs)).astype(mx.bfloat16)
+    rows, ids = np.repeat([0, 1], 4).astype(np.uint32), np.array([5, 0, 3, 2, 1, 1, 4, 5], np.uint32)
+    words, groups = inputs // 8, inputs // 32
+    shapes: list[Array] = [
+        *scalars((inputs, outputs, 1)),
+        np.array((2, 1, inputs), np.int32),
+        np.array((inputs, inputs, 1), np.int64),
+        *scalars((1,)),
+        np.array((experts, outputs, words), np.int32),
+        np.array((outputs * words, words, 1), np.int64),
+        np.array((outputs * groups, groups, 1), np.int64),
+        np.array((outputs * groups, groups, 1), np.int64),
+        *scalars((1, pairs, np.int64(1), np.int64(1))),
+    ]
+    buffers = [*map(to_numpy, (packed, scales, biases, x)), rows, ids, empty(pairs, 1, outputs), *shapes]
+    y = run_kernel("affine_gather_qmv_fast", {}, buffers, 6, (32, outputs // 8 * 2, pairs), (32, 2, 1), mode)
+    expected = np.stack(
+        [
+            quantized_product(x[int(r)], packed[int(e)], scales[int(e)], biases[int(e)])
+            for r, e in zip(rows, ids, strict=True)
+        ]
+    )
+    assert relative_error(y, expected) <= TOLERANCE
+
+
+@modes
+def test_qmm_t_with_simdgroup_matrices(mode: Mode) -> None:
+    inputs, outputs, tokens = 128, 40, 37
+    weights = quantized(outputs, inputs)
+    x = mx.random.normal((tokens, inputs)).astype(mx.bfloat16)
+    buffers = [
+        *map(to_numpy, (*weights, x)),
+        empty(tokens, outputs),
+        *scalars((inputs, outputs, tokens, *UNBATCHED)),
+    ]
+    grid = ((outputs + 31) // 32 * 32, (tokens + 31) // 32 * 2, 2)
+    y = run_kernel("affine_qmm_t", {"aligned_N": "false", "batched": "false"}, buffers, 4, grid, (32, 2, 2), mode)
+    assert relative_error(y, quantized_product(x, *weights)) <= TOLERANCE
+
+
+@modes
+def test_gather_qmm_rhs_the_grouped_product_of_prefill(mode: Mode) -> None:
+    experts, inputs, outputs, tile_rows = 5, 96, 48, 16
+    counts = np.array([7, 0, 33, 12, 1])
+    rows = int(counts.sum())
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    packed, scales, biases = quantized(experts, outputs, inputs)
+    x = mx.random.normal((rows, 1, inputs)).astype(mx.bfloat16)
+    tiles = int(np.ceil(counts / tile_rows).sum()) + 2
+    template = {"BM": str(tile_rows), "BN": "32", "BK": "32", "WM": "1", "WN": "2", "transpose": "true"}
+    constants = "align_M = false; align_N = false; align_K = true;"
+    buffers = [
+        *map(to_numpy, (x, packed, scales, biases)),
+        offsets,
+        empty(rows, outputs),
+        *scalars((rows, outputs, inputs, experts)),
+    ]
+    grid = ((outputs + 31) // 32 * 32, tiles * 2, 1)
+    y = run_kernel("affine_gather_qmm_rhs", template, buffers, 5, grid, (32, 2, 1), mode, constants)
+    expected = np.concatenate(
+        [
+            quantized_product(x[int(offsets[e]) : int(offsets[e + 1]), 0], packed[e], scales[e], biases[e])
+            for e in range(experts)
+            if counts[e]
+        ]
+    )
+    assert relative_error(y, expected) <= TOLERANCE
