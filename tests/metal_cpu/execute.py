@@ -10,10 +10,10 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from mlx_k2.kernels.launch import KernelText, Launch, TemplateValue
 from tests.metal_cpu.generated import generated_source
 from tests.metal_cpu.program import FORWARD, Mode, Program, RunReport, Schedule
 from tests.metal_cpu.translate import Argument, kernel_arguments
-from mlx_k2.kernels.launch import KernelText, Launch, TemplateValue
 
 Array = npt.NDArray[Any]
 
@@ -90,7 +90,7 @@ def _cached_instance(key: _Key, mode: Mode) -> _Instance:
     name = kernel_name(source)
     program = Program(source, name, template_arguments(source, name), mode=mode)
     buffers = [a for a in kernel_arguments(source, name) if a.attribute == "buffer"]
-    buffers.sort(key=lambda a: a.index or 0)
+    buffers.sort(key=lambda a: a.number or 0)
     return _Instance(program, tuple(buffers))
 
 

@@ -76,7 +76,8 @@ def dense(packed: mx.array, scale: mx.array, expert: int, rows: slice = ALL_ROWS
     words = np.array(packed[expert, rows])
     codes = (words[..., None] >> np.arange(0, 32, 4, dtype=np.uint32)) & 15
     values = codes.reshape(words.shape[0], -1).astype(np.float64) - 8
-    return values * np.repeat(float64(scale[expert, rows]), 32, axis=-1)
+    weights: Float64Array = values * np.repeat(float64(scale[expert, rows]), 32, axis=-1)
+    return weights
 
 
 def swiglu(gate: Float64Array, up: Float64Array) -> Float64Array:

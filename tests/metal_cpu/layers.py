@@ -1,13 +1,14 @@
 """Performs a layer's routed experts in the executor and measures both halves against float64."""
 
 import enum
+from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_k2.kernels import prefill
-from mlx_k2.kernels.launch import KernelText, Launch
+from mlx_k2.kernels.launch import Launch
 from mlx_k2.kernels.tuning import DEFAULT, Tuning
 from mlx_k2.kernels.variants import Experts, batch_experts, decode_experts, prefill_experts
 from tests.metal_cpu import float64
@@ -34,6 +35,10 @@ class Variant(enum.Enum):
         }[self]
 
 
+def unchanged(launch: Launch) -> Launch:
+    return launch
+
+
 class Errors(NamedTuple):
     """Largest error by largest output, of gate+up and of down (given the gate+up that it was given)."""
 
@@ -42,26 +47,19 @@ class Errors(NamedTuple):
 
 
 class Recorder:
-    """Performs launches in the executor and keeps what they did, by kernel name.
-
-    `replaced` texts stand in for the kernels of the same name.
-    """
+    """Performs launches in the executor, each changed by `change` first, and keeps what they did, by kernel name."""
 
     def __init__(
-        self, mode: Mode = Mode.FAST, schedule: Schedule = FORWARD, replaced: KernelText | None = None
+        self, mode: Mode = Mode.FAST, schedule: Schedule = FORWARD, change: Callable[[Launch], Launch] = unchanged
     ) -> None:
         self.mode = mode
         self.schedule = schedule
-        self.replaced = replaced
-        self.launches: dict[str, Launch] = {}
+        self.change = change
         self.executed: dict[str, Executed] = {}
 
     def __call__(self, launch: Launch) -> list[mx.array]:
         name = launch.text.name
-        if self.replaced is not None and self.replaced.name == name:
-            launch = launch._replace(text=self.replaced)
-        self.launches[name] = launch
-        self.executed[name] = execute(launch, mode=self.mode, schedule=self.schedule)
+        self.executed[name] = execute(self.change(launch), mode=self.mode, schedule=self.schedule)
         return self.executed[name].outputs
 
 
@@ -82,9 +80,9 @@ def measure(
     schedule: Schedule = FORWARD,
     tuning: Tuning = SMALL,
     rows: slice = ALL_ROWS,
-    replaced: KernelText | None = None,
+    change: Callable[[Launch], Launch] = unchanged,
 ) -> Errors:
-    recorder = Recorder(mode, schedule, replaced)
+    recorder = Recorder(mode, schedule, change)
     y = variant.compute(case.x, case.expert_ids, case.expert_weights, case.stack, tuning, recorder)
     hidden = hidden_by_pair(recorder, variant, case)
     return Errors(

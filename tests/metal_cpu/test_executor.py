@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from mlx_k2.kernels.launch import KernelText, Launch
 from tests.metal_cpu.execute import execute
 from tests.metal_cpu.program import BACKWARD, FORWARD, SHUFFLED, KernelFault, Mode, Schedule
-from mlx_k2.kernels.launch import KernelText, Launch
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -55,7 +55,8 @@ MISTAKES = {
         f"uint i = thread_position_in_grid.x; if (i < 40) {BARRIER} out[i] = a[i];", Mode.FAST, "reached by 40 of 64"
     ),
     "two different barriers": Mistake(
-        f"uint i = thread_position_in_grid.x; if (i < 40) {{\n {BARRIER}\n }} else {{\n {BARRIER}\n }}\n out[i] = a[i];",
+        f"uint i = thread_position_in_grid.x; if (i < 40) {{\n {BARRIER}\n }} else {{\n {BARRIER}\n }}\n"
+        " out[i] = a[i];",
         Mode.FAST,
         "different threadgroup barriers",
     ),
@@ -88,7 +89,8 @@ MISTAKES = {
         "uint i = thread_position_in_grid.x; out[i + 1] = a[i];", Mode.ADDRESSES, "heap-buffer-overflow"
     ),
     "threadgroup memory out of bounds": Mistake(
-        "threadgroup float b[64];\n uint i = thread_position_in_threadgroup.x; threadgroup float* q = b; q[i + 1] = a[i];"
+        "threadgroup float b[64];\n uint i = thread_position_in_threadgroup.x; threadgroup float* q = b;"
+        " q[i + 1] = a[i];"
         f" {BARRIER} out[i] = b[i];",
         Mode.ADDRESSES,
         "heap-buffer-overflow",
@@ -100,7 +102,8 @@ MISTAKES = {
         "out of bounds|stack-buffer-overflow",
     ),
     "misaligned vector load": Mistake(
-        "uint i = thread_position_in_grid.x; const device float4* p = (const device float4*)(a + 1); out[i] = p[i % 8].x;",
+        "uint i = thread_position_in_grid.x; const device float4* p = (const device float4*)(a + 1);"
+        " out[i] = p[i % 8].x;",
         Mode.ADDRESSES,
         "misaligned",
     ),

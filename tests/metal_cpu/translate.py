@@ -30,7 +30,7 @@ class Argument(NamedTuple):
     type: str
     name: str
     attribute: str
-    index: int | None  # of a buffer
+    number: int | None  # of a buffer
 
 
 def expand_includes(text: str) -> str:
@@ -108,7 +108,7 @@ def entry_point(source: str, kernel: str, template: dict[str, str]) -> str:
             kind = re.sub(rf"\b{name}\b", value, kind)
         base = kind.rstrip("&* ").strip()
         if argument.attribute == "buffer":
-            pointer = f"({base}*)buffers[{argument.index}]"
+            pointer = f"({base}*)buffers[{argument.number}]"
             values.append(f"*{pointer}" if kind.endswith("&") else pointer)
         elif argument.attribute in _UINT3_ATTRIBUTES:
             part = {"uint3": "", "uint": ".x"}[base]

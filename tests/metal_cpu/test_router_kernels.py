@@ -1,0 +1,106 @@
+"""The router on Metal: float32 logits, and the choice of experts that the reference makes."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_k2.kernels import reference, router, variants
+from mlx_k2.kernels.launch import Launch
+from tests.metal_cpu import float64
+from tests.metal_cpu.execute import execute
+from tests.metal_cpu.layers import unchanged
+from tests.metal_cpu.program import BACKWARD, FORWARD, SHUFFLED, Mode, Schedule
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def route_errors(
+    *,
+    experts: int = 48,
+    top_k: int = 6,
+    tokens: int = 3,
+    mode: Mode = Mode.FAST,
+    schedule: Schedule = FORWARD,
+    dtype: mx.Dtype = mx.bfloat16,
+    change: Callable[[Launch], Launch] = unchanged,
+) -> float:
+    """Largest error of logits or weights; infinite when other experts are chosen than the reference does."""
+    rng = np.random.default_rng(experts)
+    hidden = mx.array(rng.standard_normal((tokens, 352), dtype=np.float32)).astype(dtype)
+    weight = mx.array(rng.standard_normal((experts, 352), dtype=np.float32) * 0.1).astype(dtype)
+    weight[5] = weight[3]  # two experts that always tie
+    bias = mx.array(rng.random(experts, dtype=np.float32))
+    bias[5] = bias[3] = 2.0
+    computed: list[mx.array] = []
+
+    def perform(launch: Launch) -> list[mx.array]:
+        outputs = execute(change(launch), mode=mode, schedule=schedule).outputs
+        computed.extend(outputs)
+        return outputs
+
+    variants.route(hidden, weight, bias, top_k=top_k, normalize=True, scaling_factor=2.827, perform=perform)
+    logits, ids, weights = computed
+    exact = float64.float64(hidden) @ float64.float64(weight).T
+    expected_ids, expected_weights = reference.select_experts(
+        logits, bias, top_k=top_k, num_groups=1, top_groups=1, normalize=True, scaling_factor=2.827
+    )
+    if not mx.array_equal(ids, expected_ids).item():
+        return float("inf")
+    return max(
+        float64.relative_error(logits, exact), float64.relative_error(weights, float64.float64(expected_weights))
+    )
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(384, 8), (48, 6), (33, 32), (7, 3), (8, 8)])
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_the_router_chooses_and_weighs_as_the_reference_does(experts: int, top_k: int, tokens: int) -> None:
+    assert route_errors(experts=experts, top_k=top_k, tokens=tokens) <= 1e-6
+
+
+@pytest.mark.parametrize("schedule", [BACKWARD, SHUFFLED])
+def test_the_router_does_not_depend_on_the_schedule(schedule: Schedule) -> None:
+    assert route_errors(schedule=schedule) <= 1e-6
+
+
+@pytest.mark.parametrize("mode", [Mode.ADDRESSES, Mode.RACES])
+def test_the_router_has_nothing_to_report(mode: Mode) -> None:
+    assert route_errors(experts=34, top_k=4, tokens=2, mode=mode) <= 1e-6
+
+
+def test_the_router_in_float32() -> None:
+    assert route_errors(dtype=mx.float32) <= 1e-6
+
+
+def select(logits: mx.array, *, top_k: int, normalize: bool = True) -> tuple[mx.array, mx.array]:
+    launch = router.select(logits, mx.zeros(logits.shape[1]), top_k=top_k, normalize=normalize, scaling_factor=1.0)
+    ids, weights = execute(launch).outputs
+    return ids, weights
+
+
+def test_equal_scores_go_to_the_lower_id_across_lanes() -> None:
+    logits = np.full((1, 96), -3.0, np.float32)
+    logits[0, [70, 5, 38, 6]] = 1.0  # 70 and 38 are on lane 6, with 6; 5 is alone
+    ids, _ = select(mx.array(logits), top_k=5)
+    assert ids.tolist() == [[5, 6, 38, 70, 0]]
+
+
+def test_saturated_scores_tie_as_in_the_reference() -> None:
+    logits = mx.array([[40.0, 90.0, 30.0, -90.0, -200.0, 60.0]])
+    ids, weights = select(logits, top_k=5)
+    expected_ids, expected = reference.select_experts(
+        logits, mx.zeros(6), top_k=5, num_groups=1, top_groups=1, normalize=True, scaling_factor=1.0
+    )
+    assert ids.tolist() == expected_ids.tolist()
+    np.testing.assert_allclose(np.array(weights), np.array(expected), rtol=1e-6)
+
+
+def test_weights_stay_as_they_are_when_not_normalized() -> None:
+    _, weights = select(mx.array([[0.0, 2.0, -1.0]]), top_k=2, normalize=False)
+    np.testing.assert_allclose(np.array(weights), [[1 / (1 + np.exp(-2.0)), 0.5]], rtol=1e-6)
+
+
+def test_ids_are_experts_even_when_every_logit_is_nan() -> None:
+    ids, _ = select(mx.full((2, 40), float("nan")), top_k=8)
+    assert np.array(ids).max() < 40
