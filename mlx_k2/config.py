@@ -3,7 +3,7 @@
 import enum
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
@@ -20,12 +20,15 @@ class Family(enum.Enum):
     KIMI_K25 = "kimi_k25"
 
 
+_Positive: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
+
+
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """YaRN's parameters, named as in config.json."""
 
-    theta: float
-    factor: float
-    original_max_position_embeddings: int
+    theta: _Positive
+    factor: _Positive
+    original_max_position_embeddings: Annotated[int, msgspec.Meta(gt=0)]
     beta_fast: float
     beta_slow: float
     mscale: float
@@ -101,7 +104,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"{source} is not a JSON object: {error}") from None
         family = _family(outer, source)
         fields = dict(outer["text_config"]) if family is Family.KIMI_K25 else dict(outer)
-        fields.setdefault("quantization_config", outer.get("quantization_config"))
+        for name in ("quantization", "quantization_config"):
+            if name in outer:
+                fields.setdefault(name, outer[name])
         _refuse_unsupported(fields, source)
         fields |= {"family": family.value, "rope": _rope(fields, source), "eos_token_ids": _eos(outer, fields)}
         fields.setdefault("q_lora_rank", None)
@@ -145,7 +150,7 @@ def _family(outer: Mapping[str, Any], source: str) -> Family:
     model_type = outer.get("model_type")
     if model_type == "kimi_k3":
         raise ConfigError(f"{source}: Kimi K3 has another architecture, which mlx-k2 does not run; {_FETCH_ORIGINAL}")
-    if model_type not in {family.value for family in Family}:
+    if model_type not in [family.value for family in Family]:
         raise ConfigError(f"{source}: model_type {model_type!r} is not one that mlx-k2 runs (kimi_k2, kimi_k25)")
     family = Family(model_type)
     if family is Family.KIMI_K25 and not isinstance(outer.get("text_config"), dict):

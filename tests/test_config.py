@@ -1,0 +1,176 @@
+"""config.json is read as it is meant, or refused with the field's name; never half understood."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_k2.config import Family, ModelConfig
+from mlx_k2.errors import ConfigError
+from mlx_k2.weights.config_fields import as_kimi_k25, thinking_config_fields, tiny_config_fields
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def read(fields: Any) -> ModelConfig:
+    return ModelConfig.from_json(json.dumps(fields).encode(), "config.json")
+
+
+def weights_of(**changes: Any) -> dict[str, Any]:
+    """Kimi K2 Thinking's quantization_config with changes to how weights are stored."""
+    quantization: dict[str, Any] = thinking_config_fields()["quantization_config"]
+    quantization["config_groups"]["group_0"]["weights"] |= changes
+    return quantization
+
+
+def test_kimi_k2_thinking_is_read() -> None:
+    config = read(thinking_config_fields())
+    assert config.family is Family.KIMI_K2
+    assert config.tensor_prefix == ""
+    assert (config.num_hidden_layers, config.n_routed_experts, config.q_lora_rank) == (61, 384, 1536)
+    assert (config.qk_head_dim, config.latent_dim) == (192, 576)
+    assert (config.rope.theta, config.rope.factor, config.rope.beta_fast) == (50000.0, 64.0, 1.0)
+    assert config.eos_token_ids == (163586,)
+    assert [layer for layer in range(61) if not config.is_moe(layer)] == [0]
+
+
+def test_the_softmax_scale_holds_yarns_temperature_squared() -> None:
+    assert read(thinking_config_fields()).softmax_scale == pytest.approx(0.14467963, abs=1e-8)
+    rope = thinking_config_fields()["rope_scaling"]
+    assert read(thinking_config_fields(rope_scaling=rope | {"factor": 32.0})).softmax_scale == pytest.approx(
+        0.13086080, abs=1e-8
+    )
+    assert read(thinking_config_fields(rope_scaling=rope | {"factor": 1.0})).softmax_scale == pytest.approx(192**-0.5)
+
+
+def test_kimi_k25_is_the_same_text_model_under_another_prefix() -> None:
+    text = read(thinking_config_fields())
+    wrapped = read(as_kimi_k25(thinking_config_fields()))
+    assert wrapped.family is Family.KIMI_K25
+    assert wrapped.tensor_prefix == "language_model."
+    for name in set(ModelConfig.__struct_fields__) - {"family"}:
+        assert getattr(wrapped, name) == getattr(text, name)
+
+
+def test_kimi_k25_may_keep_its_quantization_beside_the_text_config() -> None:
+    outer = as_kimi_k25(thinking_config_fields())
+    outer["quantization_config"] = outer["text_config"].pop("quantization_config")
+    assert read(outer) == read(as_kimi_k25(thinking_config_fields()))
+
+
+def test_rope_is_read_in_either_spelling() -> None:
+    fields = thinking_config_fields()
+    scaling = fields.pop("rope_scaling")
+    scaling["rope_type"] = scaling.pop("type")
+    fields["rope_parameters"] = scaling | {"rope_theta": fields.pop("rope_theta")}
+    assert read(fields) == read(thinking_config_fields())
+
+
+@pytest.mark.parametrize(("eos", "read_as"), [(None, ()), (3, (3,)), ([3, 4], (3, 4)), ([], ())])
+def test_the_end_of_text_may_be_none_one_or_several_tokens(eos: Any, read_as: tuple[int, ...]) -> None:
+    assert read(thinking_config_fields(eos_token_id=eos)).eos_token_ids == read_as
+
+
+def test_queries_without_a_low_rank_are_read() -> None:
+    fields = tiny_config_fields(256)
+    del fields["q_lora_rank"]
+    assert read(fields).q_lora_rank is None
+    assert read(tiny_config_fields(256, q_lora_rank=None)).q_lora_rank is None
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"3", b"\xff", b"null"])
+def test_what_is_not_a_json_object_is_refused(data: bytes) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json is not a JSON object"):
+        ModelConfig.from_json(data, "config.json")
+
+
+@pytest.mark.parametrize("name", sorted(set(ModelConfig.__struct_fields__) & set(thinking_config_fields())))
+def test_a_missing_field_is_named(name: str) -> None:
+    fields = thinking_config_fields()
+    del fields[name]
+    if name == "q_lora_rank":  # the one that may be missing: queries are then projected directly
+        assert read(fields).q_lora_rank is None
+        return
+    with pytest.raises(ConfigError, match=f"missing required field `{name}`"):
+        read(fields)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "llama"}, "model_type 'llama' is not one that mlx-k2 runs"),
+        ({"model_type": None}, "model_type None is not one"),
+        ({"model_type": ["kimi_k2"]}, r"model_type \['kimi_k2'\] is not one"),
+        ({"model_type": "kimi_k3"}, "Kimi K3 has another architecture.*fetch the original INT4 checkpoint"),
+        ({"model_type": "kimi_k25"}, "needs a text_config object"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not implemented"),
+        ({"scoring_func": "softmax"}, "scoring_func 'softmax' is not implemented"),
+        ({"topk_method": "greedy"}, "topk_method 'greedy' is not implemented"),
+        ({"attention_bias": True}, "attention_bias True is not implemented"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings True is not implemented"),
+        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers 1 is not implemented"),
+        ({"hidden_size": "7168"}, r"Expected `int`, got `str` - at `\$\.hidden_size`"),
+        ({"hidden_size": 100}, "hidden_size 100 must be a multiple of 32"),
+        ({"moe_intermediate_size": 100}, "moe_intermediate_size 100 must be a multiple of 32"),
+        ({"qk_rope_head_dim": 15}, "qk_rope_head_dim 15 must be even"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"num_experts_per_tok": 385}, "num_experts_per_tok 385 is more than n_routed_experts 384"),
+        ({"n_group": 7}, "n_group 7 must divide n_routed_experts 384"),
+        ({"n_group": 2, "topk_group": 3}, "topk_group 3 is more than n_group 2"),
+        ({"n_group": 96}, "num_experts_per_tok is more than the chosen groups hold"),
+        ({"rope_scaling": None}, "rope_scaling is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "unknown rope_scaling type 'linear'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, r"missing required field.*`\$\.rope`"),
+        (
+            {"rope_scaling": thinking_config_fields()["rope_scaling"] | {"factor": 0}},
+            r"Expected `float` > 0\.0 - at `\$\.rope\.factor`",
+        ),
+        ({"rope_theta": -1.0}, r"Expected `float` > 0\.0 - at `\$\.rope\.theta`"),
+        ({"quantization_config": None}, "quantization_config is missing"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "experts quantized as 'fp8' cannot be read"),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"}},
+            "experts quantized as 'compressed-tensors mxfp4-pack-quantized' cannot be read",
+        ),
+        ({"quantization_config": weights_of(num_bits=8)}, "quantized weights have num_bits 8, not 4"),
+        ({"quantization_config": weights_of(group_size=128)}, "quantized weights have group_size 128, not 32"),
+        ({"quantization_config": weights_of(symmetric=False)}, "quantized weights have symmetric False, not True"),
+        ({"quantization_config": weights_of(type="float")}, "quantized weights have type 'float', not 'int'"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason) as refused:
+        read(thinking_config_fields(**changes))
+    assert str(refused.value).startswith("config.json")
+
+
+@pytest.mark.parametrize("wrap", [dict, as_kimi_k25])
+def test_a_checkpoint_converted_for_mlx_is_refused_with_the_one_to_fetch(wrap: Any) -> None:
+    converted = wrap(thinking_config_fields()) | {"quantization": {"group_size": 32, "bits": 4}}
+    with pytest.raises(ConfigError, match=r"converted for MLX; fetch the original .*Kimi-K2-Thinking \(594 GB\)"):
+        read(converted)
+
+
+@given(name=st.sampled_from(sorted(thinking_config_fields())), value=JSON_VALUES)
+def test_whatever_stands_in_a_field_it_is_read_or_refused(name: str, value: Any) -> None:
+    try:
+        read(thinking_config_fields(**{name: value}))
+    except ConfigError as error:
+        assert str(error).startswith("config.json")
+
+
+@given(name=st.sampled_from(sorted(thinking_config_fields()["rope_scaling"])), value=JSON_VALUES)
+def test_whatever_stands_in_the_rope_it_is_read_or_refused(name: str, value: Any) -> None:
+    rope = thinking_config_fields()["rope_scaling"] | {name: value}
+    try:
+        config = read(thinking_config_fields(rope_scaling=rope))
+        assert config.softmax_scale > 0
+    except ConfigError as error:
+        assert str(error).startswith("config.json")
