@@ -12,6 +12,7 @@ import psutil
 from mlx_k2 import __version__
 from mlx_k2.cluster.hostfile import Backend, Host, Hostfile
 from mlx_k2.control.messages import (
+    DownloadShard,
     FetchFiles,
     FromStage,
     Hello,
@@ -23,6 +24,7 @@ from mlx_k2.control.messages import (
     ModelSource,
     Prepare,
     RingLinks,
+    ShardDownloaded,
 )
 from mlx_k2.errors import StageStartError
 from mlx_k2.launch import bring_up
@@ -65,14 +67,20 @@ class Watcher:
 
 
 @dataclass(frozen=True)
-class Deployment:
-    """Stages that are ready, and what is known of them."""
+class StartedStages:
+    """Stages that answer, and what each of them is to run."""
 
     group: StageGroup
     model: ModelDescription
     shape: RunShape
     plans: tuple[StagePlan, ...]
     hellos: tuple[Hello, ...]
+
+
+@dataclass(frozen=True)
+class Deployment(StartedStages):
+    """Stages that are ready to run steps."""
+
     loaded: tuple[Loaded, ...]
     load_s: float
 
@@ -87,6 +95,34 @@ def deploy(request: DeploymentRequest, model: ModelDescription | None, watcher: 
         SetupError, ClusterError: says which stage could not do what.
     """
     began = time.monotonic()
+    with _start(request, model, watcher) as started:
+        watcher.phase("connecting")
+        _connect(started, request)
+        watcher.phase("loading")
+        loaded = _load(started, watcher.progress)
+        yield Deployment(**vars(started), loaded=loaded, load_s=time.monotonic() - began)
+
+
+def download(
+    request: DeploymentRequest, model: ModelDescription | None, watcher: Watcher
+) -> tuple[tuple[StagePlan, ShardDownloaded], ...]:
+    """Fetch each stage's files on its own host, all hosts at once; no stage loads anything.
+
+    Raises:
+        SetupError, ClusterError: says which stage could not do what.
+    """
+    with _start(request, model, watcher) as started:
+        watcher.phase("downloading")
+        messages = [
+            DownloadShard(_source_on(plan.host, request.source), plan.share.first_layer, plan.share.end_layer)
+            for plan in started.plans
+        ]
+        return tuple(zip(started.plans, bring_up.download(started.group, messages, watcher.progress), strict=True))
+
+
+@contextmanager
+def _start(request: DeploymentRequest, model: ModelDescription | None, watcher: Watcher) -> Iterator[StartedStages]:
+    """Start a stage on every host, and divide the layers by what the hosts say of themselves."""
     hosts = request.hostfile.hosts
     with StageGroup([_place(host) for host in hosts], request.lease_s, watcher.log) as group:
         watcher.phase("starting")
@@ -99,11 +135,7 @@ def deploy(request: DeploymentRequest, model: ModelDescription | None, watcher: 
         memories = [HostMemory(hello.working_set_bytes, hello.memory_bytes) for hello in hellos]
         plans = plan_stages(model, request.hostfile, memories, request.split, shape)
         watcher.planned(model, plans)
-        watcher.phase("connecting")
-        _connect(group, request, model)
-        watcher.phase("loading")
-        loaded = _load(group, model, plans, shape, watcher.progress)
-        yield Deployment(group, model, shape, plans, hellos, loaded, time.monotonic() - began)
+        yield StartedStages(group, model, shape, plans, hellos)
 
 
 def foresee(request: DeploymentRequest, model: ModelDescription) -> tuple[RunShape, tuple[StagePlan, ...]]:
@@ -135,8 +167,8 @@ def _fetch_description(group: StageGroup, source: ModelSource) -> ModelDescripti
     return describe_model(answer.files, f"{source.path_or_repo} on {group.host(0)}")
 
 
-def _connect(group: StageGroup, request: DeploymentRequest, model: ModelDescription) -> None:
-    hostfile = request.hostfile
+def _connect(started: StartedStages, request: DeploymentRequest) -> None:
+    group, hostfile = started.group, request.hostfile
     size = group.size
     needs_ports = hostfile.backend is Backend.RING and size > 1
     environment = dict(line.split("=", 1) for line in hostfile.envs)
@@ -147,7 +179,7 @@ def _connect(group: StageGroup, request: DeploymentRequest, model: ModelDescript
             for rank, host in enumerate(hostfile.hosts)
         ],
     )
-    if answers[0].model_digest != model.digest:
+    if answers[0].model_digest != started.model.digest:
         raise StageStartError(
             f"the model on {group.host(0)} (stage 0) is not the one that this command read: their config.json or "
             "model.safetensors.index.json differ; give the same --model and --revision for both"
@@ -168,13 +200,7 @@ def _links(hostfile: Hostfile, addresses: Sequence[tuple[str, ...]]) -> RingLink
     )
 
 
-def _load(
-    group: StageGroup,
-    model: ModelDescription,
-    plans: Sequence[StagePlan],
-    shape: RunShape,
-    on_progress: Callable[[int, FromStage], None],
-) -> tuple[Loaded, ...]:
+def _load(started: StartedStages, on_progress: Callable[[int, FromStage], None]) -> tuple[Loaded, ...]:
     """Load all stages, and see that together they loaded every tensor of the model exactly once."""
     names: Counter[str] = Counter()
 
@@ -183,22 +209,23 @@ def _load(
             names.update(message.tensor_names)
         on_progress(rank, message)
 
-    messages = []
-    for plan in plans:
-        group.set_held_bytes(plan.rank, plan.share.held_bytes)
-        messages.append(
-            Load(
-                first_layer=plan.share.first_layer,
-                end_layer=plan.share.end_layer,
-                dtype=shape.dtype,
-                num_slots=shape.num_slots,
-                context_tokens=shape.context_tokens,
-                needed_bytes=plan.needed_bytes,
-            )
-        )
-    loaded = bring_up.load(group, messages, tell)
-    needed = Counter(spec.name for spec in model_specs(model.config))
+    for plan in started.plans:
+        started.group.set_held_bytes(plan.rank, plan.share.held_bytes)
+    messages = [_load_message(plan, started.shape) for plan in started.plans]
+    loaded = bring_up.load(started.group, messages, tell)
+    needed = Counter(spec.name for spec in model_specs(started.model.config))
     if names != needed:
         wrong = sorted((names - needed) + (needed - names))
         raise StageStartError(f"the stages did not load each tensor once: {wrong[0]} and {len(wrong) - 1} more")
     return loaded
+
+
+def _load_message(plan: StagePlan, shape: RunShape) -> Load:
+    return Load(
+        first_layer=plan.share.first_layer,
+        end_layer=plan.share.end_layer,
+        dtype=shape.dtype,
+        num_slots=shape.num_slots,
+        context_tokens=shape.context_tokens,
+        needed_bytes=plan.needed_bytes,
+    )

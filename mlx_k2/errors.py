@@ -12,6 +12,7 @@ MlxK2Error
 └── ClusterError          something was already running; exit code 1
     ├── StageStartError   a stage did not come up: ssh, Python, versions, its own loading
     ├── StageFault        a stage that was running reported an error or ended
+    │   └── NeighbourLost     it lost the hop to a neighbour, whose own end is then the cause
     ├── StageSilent       a deadline passed: names the stage, the host and the step
     └── ProtocolError     bytes on a control connection are not what was agreed
 """
@@ -67,6 +68,10 @@ class StageStartError(ClusterError):
 
 class StageFault(ClusterError):
     """A running stage reported an error, or its process ended."""
+
+
+class NeighbourLost(StageFault):
+    """A stage lost the connection to a neighbour."""
 
 
 class StageSilent(ClusterError):

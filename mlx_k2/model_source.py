@@ -3,15 +3,24 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from mlx_k2.builtin.checkpoint import builtin_folder
 from mlx_k2.control.messages import ModelSource
 from mlx_k2.weights.checkpoint import locate_tensors, read_small_files
+from mlx_k2.weights.download import FetchedFiles, HubRepo, OnProgress, fetch_files, fetch_small_files
 from mlx_k2.weights.index import CheckpointIndex
 from mlx_k2.weights.inventory import TensorSpec
 
 BUILTIN = "built-in"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class ModelFilesHere(NamedTuple):
+    """A model's small files by name, and the source with its revision pinned: the same on every host."""
+
+    files: dict[str, bytes]
+    source: ModelSource
 
 
 def is_repo(source: ModelSource) -> bool:
@@ -24,19 +33,42 @@ def model_folder(source: ModelSource) -> Path:
     return builtin_folder() if source.path_or_repo == BUILTIN else Path(source.path_or_repo).expanduser()
 
 
-def read_model_files(source: ModelSource) -> dict[str, bytes]:
-    """The model's config, index, tokenizer and template by name; of a repository only these are fetched.
+def read_model_files(source: ModelSource) -> ModelFilesHere:
+    """The model's config, index, tokenizer and template; of a repository only these are fetched.
 
     Raises:
         CheckpointError, DownloadError: they cannot be had here.
     """
-    return read_small_files(model_folder(source))
+    if not is_repo(source):
+        return ModelFilesHere(read_small_files(model_folder(source)), source)
+    fetched = fetch_small_files(_hub_repo(source))
+    pinned = ModelSource(path_or_repo=source.path_or_repo, revision=fetched.commit)
+    return ModelFilesHere(read_small_files(fetched.folder), pinned)
 
 
-def locate_shard(source: ModelSource, index: CheckpointIndex, specs: Iterable[TensorSpec]) -> dict[str, Path]:
-    """The file of each tensor of ``specs``, its header checked; files of a repository that are missing are fetched.
+def locate_shard(
+    source: ModelSource, index: CheckpointIndex, specs: Iterable[TensorSpec], on_progress: OnProgress
+) -> dict[str, Path]:
+    """The file of each tensor of ``specs``, its header checked; a repository's files that are missing are fetched.
 
     Raises:
         CheckpointError, DownloadError: a file is missing, cannot be fetched, or does not hold what it should.
     """
-    return locate_tensors(model_folder(source), index, specs)
+    specs = tuple(specs)
+    folder = fetch_shard(source, index, specs, on_progress).folder if is_repo(source) else model_folder(source)
+    return locate_tensors(folder, index, specs)
+
+
+def fetch_shard(
+    source: ModelSource, index: CheckpointIndex, specs: Iterable[TensorSpec], on_progress: OnProgress
+) -> FetchedFiles:
+    """Fetch the files of a repository that hold ``specs``, as far as they are not here yet.
+
+    Raises:
+        CheckpointError, DownloadError: the index does not know a tensor, or a file cannot be fetched.
+    """
+    return fetch_files(_hub_repo(source), index.files(specs), on_progress)
+
+
+def _hub_repo(source: ModelSource) -> HubRepo:
+    return HubRepo(source.path_or_repo, source.revision)

@@ -8,7 +8,7 @@ import click
 from mlx_k2.cli.console import ConsoleWatcher, console, show_dry_run
 from mlx_k2.cli.options import cluster_options, sampling_options
 from mlx_k2.cli.output import JsonOutput, Output, TextOutput
-from mlx_k2.cli.requests import Prompt, deployment_request, describe_source, read_prompt
+from mlx_k2.cli.requests import Prompt, deployment_request, open_source, read_prompt
 from mlx_k2.coordinator import Coordinator
 from mlx_k2.deployment import Deployment, deploy, foresee
 from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
@@ -49,7 +49,7 @@ def command(**options: Any) -> None:
     request = deployment_request(options)
     for note in request.hostfile.notes:
         console.print(note, style="dim", markup=False, soft_wrap=True)
-    model = describe_source(request)
+    request, model = open_source(request)
     if options["dry_run"]:
         if model is None:
             raise CheckpointError(

@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,22 +53,25 @@ def _source(model: str | None, revision: str | None) -> ModelSource:
     return ModelSource(path_or_repo=str(folder.resolve()) if folder.is_dir() else model, revision=revision)
 
 
-def describe_source(request: DeploymentRequest) -> ModelDescription | None:
+def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDescription | None]:
     """The model as this machine knows it, from its folder or the Hub; None: only the first host may have it.
+
+    The request comes back with the repository's revision pinned, so that every host takes the same.
 
     Raises:
         SetupError: the model is nowhere, or it is not one that mlx-k2 runs.
     """
-    source, first_host = request.source, request.hostfile.hosts[0]
-    elsewhere = not first_host.is_local
-    if not is_repo(source) and not model_folder(source).is_dir() and elsewhere:
-        return None
+    source = request.source
+    elsewhere = not request.hostfile.hosts[0].is_local
+    if elsewhere and not is_repo(source) and not model_folder(source).is_dir():
+        return request, None
     try:
-        return describe_model(read_model_files(source), source.path_or_repo)
+        files, pinned = read_model_files(source)
     except DownloadError:
         if elsewhere:
-            return None
+            return request, None
         raise
+    return replace(request, source=pinned), describe_model(files, source.path_or_repo)
 
 
 @dataclass(frozen=True)

@@ -194,11 +194,10 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
 
 
 class Fault(msgspec.Struct, frozen=True, tag=True):
-    """The stage cannot go on. ``kind`` is the error's class name, ``detail`` what belongs in a log."""
+    """The stage cannot go on. ``kind`` is the error's class name."""
 
     kind: str
     message: str
-    detail: str = ""
 
 
 ToStage: TypeAlias = FetchFiles | DownloadShard | Prepare | Connect | Load | Step | Stop

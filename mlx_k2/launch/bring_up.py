@@ -11,6 +11,7 @@ from typing import TypeVar
 from mlx_k2.control.messages import (
     Connect,
     Connected,
+    DownloadShard,
     Fault,
     FromStage,
     Hello,
@@ -20,8 +21,9 @@ from mlx_k2.control.messages import (
     Prepare,
     Prepared,
     RingLinks,
+    ShardDownloaded,
 )
-from mlx_k2.errors import StageFault, StageSilent, StageStartError
+from mlx_k2.errors import ClusterError, NeighbourLost, StageFault, StageSilent, StageStartError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.stage_process import StageEnded, StageEvent
 
@@ -29,6 +31,8 @@ GREET_S = 60.0
 PREPARE_S = 60.0
 CONNECT_S = 90.0
 """MLX's ring tries for 31 s to reach a neighbour."""
+CULPRIT_S = 2.0
+"""How long to wait for the end of a stage whose neighbours have already complained."""
 LAYER_S = 600.0
 """Without a word from any stage while they load: a layer is 10 GB, and a disk may be slow."""
 
@@ -92,6 +96,15 @@ def load(
     return gather(group, Loaded, range(group.size), LAYER_S, "load its layers", on_progress)
 
 
+def download(
+    group: StageGroup, messages: Sequence[DownloadShard], on_progress: Callable[[int, FromStage], None]
+) -> tuple[ShardDownloaded, ...]:
+    """Fetch every stage's files, all stages at once; ``on_progress`` gets (rank, DownloadProgress) as they come."""
+    for rank, message in enumerate(messages):
+        group.send(rank, message)
+    return gather(group, ShardDownloaded, range(group.size), LAYER_S, "download its files", on_progress)
+
+
 def gather(
     group: StageGroup,
     wanted: type[Answer],
@@ -131,5 +144,17 @@ def message_of(group: StageGroup, event: StageEvent) -> tuple[int, FromStage]:
     if isinstance(event, StageEnded):
         raise event.as_error()
     if isinstance(event.message, Fault):
-        raise StageFault(f"stage {event.rank} on {group.host(event.rank)}: {event.message.message}")
+        raise _cause(group, event.rank, event.message)
     return event.rank, event.message
+
+
+def _cause(group: StageGroup, rank: int, fault: Fault) -> ClusterError:
+    """The error of a fault; a stage that lost its neighbour is not the culprit if the neighbour can be heard of."""
+    deadline = time.monotonic() + CULPRIT_S
+    while fault.kind == NeighbourLost.__name__ and (event := group.receive(max(0.0, deadline - time.monotonic()))):
+        if isinstance(event, StageEnded):
+            if event.rank != rank:
+                return event.as_error()
+        elif isinstance(event.message, Fault):
+            rank, fault = event.rank, event.message
+    return StageFault(f"stage {rank} on {group.host(rank)}: {fault.message}")

@@ -13,6 +13,8 @@ from mlx_k2.control.framing import Frame, Kind
 from mlx_k2.control.messages import (
     Connect,
     Connected,
+    DownloadProgress,
+    DownloadShard,
     Fault,
     FetchFiles,
     FromStage,
@@ -22,15 +24,16 @@ from mlx_k2.control.messages import (
     ModelFiles,
     Prepare,
     Prepared,
+    ShardDownloaded,
     Step,
     Stop,
     ToStage,
     decode_to_stage,
     encode_message,
 )
-from mlx_k2.errors import MlxK2Error, ProtocolError
+from mlx_k2.errors import MlxK2Error, NeighbourLost, ProtocolError
 from mlx_k2.model.latent_cache import LatentCache
-from mlx_k2.model_source import locate_shard, read_model_files
+from mlx_k2.model_source import fetch_shard, locate_shard, read_model_files
 from mlx_k2.stage.host import hello, on_gpu, peak_bytes, wire_memory
 from mlx_k2.stage.loading import load_stage_model
 from mlx_k2.stage.ports import HeldPorts
@@ -42,6 +45,8 @@ from mlx_k2.weights.reader import Piece, ShardReader
 
 CLOSE_S = 5.0
 """How long the last frames may take to leave."""
+_LOST_NEIGHBOUR = ("[ring]", "[jaccl]")
+"""How the errors of mlx.distributed's backends begin; MLX raises all of its errors as RuntimeError."""
 CPU_KEY_ALIGNMENT = 32
 """At least as wide as the CPU back end's vectors: a sum over keys then runs in the same order in any chunk."""
 
@@ -108,7 +113,9 @@ class StageService:
             self._send(Fault(type(error).__name__, str(error)))
             return 1
         except Exception as error:  # noqa: BLE001  # the border: whatever it is, the coordinator must hear of it
-            self._send(Fault(type(error).__name__, f"{type(error).__name__}: {error}", traceback.format_exc()))
+            traceback.print_exc()
+            kind = NeighbourLost if str(error).startswith(_LOST_NEIGHBOUR) else type(error)
+            self._send(Fault(kind.__name__, f"{type(error).__name__}: {error}"))
             return 1
         return 0
 
@@ -121,19 +128,30 @@ class StageService:
                 assert self._runner is not None, "a step before Load"
                 return self._runner.run(message)
             case FetchFiles():
-                return ModelFiles(read_model_files(message.model))
+                return ModelFiles(read_model_files(message.model).files)
+            case DownloadShard():
+                return self._answer_download(message)
             case Prepare():
                 return self._answer_prepare(message)
             case Connect():
                 return self._answer_connect(message)
             case Load():
                 return self._answer_load(message)
-            case _:
-                raise AssertionError(f"a {type(message).__name__} has no answer")
+            case Stop():
+                raise AssertionError("Stop has no answer")
+
+    def _answer_download(self, message: DownloadShard) -> ShardDownloaded:
+        description = describe_model(read_model_files(message.model).files, message.model.path_or_repo)
+        specs = shard_specs(description.config, message.first_layer, message.end_layer)
+        fetched = fetch_shard(message.model, description.index, specs, self._tell_download)
+        return ShardDownloaded(str(fetched.folder), fetched.fetched)
+
+    def _tell_download(self, done_bytes: int, total_bytes: int) -> None:
+        self._send(DownloadProgress(done_bytes, total_bytes))
 
     def _answer_prepare(self, message: Prepare) -> Prepared:
         os.environ.update(message.environment)
-        description = describe_model(read_model_files(message.model), message.model.path_or_repo)
+        description = describe_model(read_model_files(message.model).files, message.model.path_or_repo)
         ports = HeldPorts(message.listen)
         self._prepared = _PreparedStage(message, description, ports)
         return Prepared(ports.addresses, description.digest)
@@ -153,7 +171,7 @@ class StageService:
         config = description.config
         layers = range(message.first_layer, message.end_layer)
         specs = shard_specs(config, layers.start, layers.stop)
-        files = locate_shard(self._prepared.request.model, description.index, specs)
+        files = locate_shard(self._prepared.request.model, description.index, specs, self._tell_download)
         dtype = getattr(mx, message.dtype)
         cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.latent_dim, dtype)
         held_bytes = 0

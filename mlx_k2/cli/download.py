@@ -1,0 +1,35 @@
+"""`mlx-k2 download`: each host fetches the files of its own stage."""
+
+from typing import Any
+
+import click
+
+from mlx_k2.cli.console import ConsoleWatcher, console, show_plan
+from mlx_k2.cli.options import cluster_options
+from mlx_k2.cli.requests import deployment_request, open_source
+from mlx_k2.deployment import download
+from mlx_k2.errors import DownloadError
+from mlx_k2.model_source import is_repo
+
+
+@click.command()
+@cluster_options
+def command(**options: Any) -> None:
+    """Fetch each stage's files from the Hub, on its own host, and end.
+
+    \b
+    On two Macs, about half of the files on each:
+        mlx-k2 download --hostfile two-macs.json --model moonshotai/Kimi-K2-Thinking
+
+    What is complete stays: run it again to go on after an interruption. With the same hostfile, split and context,
+    mlx-k2 generate then finds everything in place.
+    """  # noqa: D301  # click reads the escape
+    request = deployment_request(options)
+    if not is_repo(request.source):
+        raise DownloadError("give --model a repository on the Hub, for instance --model moonshotai/Kimi-K2-Thinking")
+    request, model = open_source(request)
+    with ConsoleWatcher(options["verbose"]) as watcher:
+        downloads = download(request, model, watcher)
+    rows = [[str(len(plan.files)), str(len(done.fetched)), done.folder] for plan, done in downloads]
+    show_plan([plan for plan, _ in downloads], rows, ("files", "fetched now", "folder"))
+    console.print("every stage has its files", markup=False)
