@@ -13,7 +13,7 @@ from torch import Tensor
 from tools.train_demo.conversation import Conversation, render
 
 MAX_TOKENS = 400
-_BATCH_TOKENS = 4096
+_BATCH_TOKENS = 1536
 _POOL = 2048
 _LENGTHS, _TARGETS = 16, 256  # what lengths and numbers of targets are rounded up to
 IGNORED = -100

@@ -44,8 +44,7 @@ class Model(nn.Module):
         angles = positions.unsqueeze(-1) * self.frequencies  # (rows, new, rope / 2)
         kind = torch.bfloat16 if precision is Precision.TRAINING else torch.float32
         x = F.embedding(tokens, seen(self.embed_tokens).float())
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, Layer)
+        for index, layer in enumerate(self.decoder_layers()):
             cache = None if caches is None else caches[index]
             normed = layer.input_layernorm(x).to(kind)
             x = x + layer.self_attn(normed, angles, positions, cache, room)
@@ -57,6 +56,10 @@ class Model(nn.Module):
         hidden: Tensor = self.norm(x).to(kind)
         return hidden
 
+    def decoder_layers(self) -> list[Layer]:
+        """The layers, first to last."""
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
+
     def experts(self) -> list[Experts]:
-        """The routed layers, first to last."""
-        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, Experts)]
+        """The routed layers' experts, first to last."""
+        return [layer.mlp for layer in self.decoder_layers() if isinstance(layer.mlp, Experts)]

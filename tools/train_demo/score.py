@@ -1,26 +1,23 @@
-"""Asks the held-out questions and counts exact answers. Knows nothing of how a reply source works.
+"""Asks the held-out questions and counts exact answers. Knows nothing of how replies come about.
 
-python -m tools.train_demo.score --run DIR [--unquantized] [--show-wrong]
+python -m tools.train_demo.score --run DIR [--unquantized] [--save-replies FILE] [--show-wrong]
 """
 
 import argparse
+import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from tools.train_demo.checkpoint import load
-from tools.train_demo.conversation import render_prompt
 from tools.train_demo.data import Question, held_out
-from tools.train_demo.decode import greedy
 from tools.train_demo.model import Model
 from tools.train_demo.reply import Reply, expected, parse
 from tools.train_demo.shape import Precision
-from tools.train_demo.vocabulary import load_encoding
-
-ReplySource = Callable[[Sequence[Question]], list[Reply]]
+from tools.train_demo.torch_source import Transcript, transcripts
 
 NEEDED = {
     "arithmetic": 0.95,
@@ -31,26 +28,14 @@ NEEDED = {
     "system name": 0.90,
     "tool result": 0.90,
 }
-_MAX_NEW_TOKENS = 160
+_SAVE_EVERY = 12  # of the replies saved for verify.py
 
 
-def torch_replies(run: Path, model: Model, precision: Precision) -> ReplySource:
-    """Replies of the torch model, decoded greedily."""
-    encoding = load_encoding(run / "tiktoken.model")
-    stop = encoding.encode_single_token("<|im_end|>")
-
-    def replies(questions: Sequence[Question]) -> list[Reply]:
-        texts = [render_prompt(question.conversation, question.num_steps) for question in questions]
-        prompts = [encoding.encode(text, allowed_special="all") for text in texts]
-        return [parse(encoding.decode(ids)) for ids in greedy(model, prompts, stop, _MAX_NEW_TOKENS, precision)]
-
-    return replies
-
-
-def table(questions: Sequence[Question], is_right: Sequence[bool]) -> str:
+def table(questions: Sequence[Question], replies: Sequence[Reply]) -> str:
     """A Markdown table of the share of right replies for each skill."""
     asked = Counter(question.skill for question in questions)
-    right = Counter(question.skill for question, right in zip(questions, is_right, strict=True) if right)
+    pairs = zip(questions, replies, strict=True)
+    right = Counter(question.skill for question, reply in pairs if reply == expected(question))
     rows = ["| skill | questions | right | share | needed |", "|---|---|---|---|---|"]
     for skill, count in asked.items():
         needed = f"{NEEDED[skill]:.0%}" if skill in NEEDED else "-"
@@ -64,25 +49,40 @@ def expert_use(model: Model) -> str:
     return "least used expert / mean, layer by layer: " + ", ".join(f"{share:.2f}" for share in shares)
 
 
+def wrong(questions: Sequence[Question], replies: Sequence[Reply]) -> Iterator[str]:
+    """A paragraph about each wrong reply."""
+    for question, reply in zip(questions, replies, strict=True):
+        right = expected(question)
+        if reply != right:
+            asked = question.conversation.exchanges[-1].question
+            yield f"{question.skill}: {asked!r}\n  wrote {reply}\n  not {right}"
+
+
+def save_replies(path: Path, written: Sequence[Transcript]) -> None:
+    """Some prompts and replies as token ids, one JSON object a line."""
+    lines = (json.dumps({"prompt": each.prompt, "reply": each.reply}) for each in written[::_SAVE_EVERY])
+    path.write_text("\n".join(lines) + "\n")
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the training run")
     parser.add_argument("--unquantized", action="store_true", help="leave the routed experts in bfloat16")
+    parser.add_argument("--save-replies", type=Path, help="write some prompts and replies as token ids, for verify.py")
     parser.add_argument("--show-wrong", action="store_true", help="print every wrong reply to stderr")
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = load(options.run)
     precision = Precision.UNQUANTIZED if options.unquantized else Precision.SHIPPED
     questions = held_out().questions
-    replies = torch_replies(options.run, model, precision)(questions)
-    rights = [expected(question) for question in questions]
+    written = transcripts(options.run, model, precision, questions)
+    if options.save_replies:
+        save_replies(options.save_replies, written)
+    replies = [parse(each.text) for each in written]
     if options.show_wrong:
-        for question, reply, right in zip(questions, replies, rights, strict=True):
-            if reply != right:
-                asked = question.conversation.exchanges[-1].question
-                print(f"{question.skill}: {asked!r}\n  wrote {reply}\n  not {right}", file=sys.stderr)
-    print(table(questions, [reply == right for reply, right in zip(replies, rights, strict=True)]))
+        print("\n".join(wrong(questions, replies)), file=sys.stderr)
+    print(table(questions, replies))
     print(expert_use(model))
 
 

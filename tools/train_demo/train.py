@@ -25,7 +25,7 @@ from tools.train_demo.vocabulary import NUM_RESERVED, load_encoding, train_ranks
 
 NUM_RANKS = 1792
 _VOCABULARY_CONVERSATIONS = 40_000
-_MATRIX_LR, _OTHER_LR = 0.02, 0.004
+_MATRIX_LR, _OTHER_LR = 0.008, 0.002
 _WARMUP_STEPS = 100
 _BIAS_STEP = 0.002
 _REPORT_STEPS, _SAVE_STEPS = 25, 200

@@ -39,9 +39,7 @@ def no_tool(rng: random.Random) -> Task:
     others = _others(rng, {family}, rng.choice((0, 1, 1, 2)))
     answer = "I cannot do that: I have no tool for it."
     declared = tuple(tool.declaration for tool in others)
-    return Task(
-        f"no tool: {text_key(question)}", Exchange(question, "No tool here fits the question.", answer), tools=declared
-    )
+    return Task(text_key(question), Exchange(question, "No tool here fits the question.", answer), tools=declared)
 
 
 def spare_tools(rng: random.Random) -> tuple[Declaration, ...]:
