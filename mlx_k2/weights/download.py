@@ -1,7 +1,8 @@
 """Fetches files of a repository on the Hub into huggingface_hub's cache: those asked for, no others. Knows no layers.
 
 huggingface_hub reads its own settings (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE, HF_TOKEN) when it is imported. It goes on
-where a connection broke, and checks sizes; checksums of what came over plain HTTP are checked here.
+where a connection broke, and checks sizes; checksums are checked here. A process that ends loses the file that it was
+fetching and no other.
 """
 
 import hashlib

@@ -4,8 +4,8 @@ The values are scaled so that every part of the model matters: each branch adds 
 sharp enough for positions to count, and tokens disagree about the experts they want.
 """
 
-import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -57,16 +57,25 @@ def write_random_checkpoint(
     """
     config_json = msgspec.json.format(msgspec.json.encode(config_fields), indent=2)
     config = ModelConfig.from_json(config_json, "config_fields")
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
     try:
         _write_tensors(partial, config, seed)
         for name, data in {"config.json": config_json, **tokenizer_files}.items():
             (partial / name).write_bytes(data)
-        if not folder.exists():
-            partial.rename(folder)
+        _rename_unless_there(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _rename_unless_there(partial: Path, folder: Path) -> None:
+    if folder.exists():
+        return
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.exists():  # else another process was faster by a moment
+            raise
 
 
 def _write_tensors(folder: Path, config: ModelConfig, seed: int) -> None:

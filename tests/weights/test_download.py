@@ -32,6 +32,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig]:
     return folder, config
 
 
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests to loopback stay there, whatever proxy this machine uses."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+
+
 @pytest.fixture
 def hub(made: tuple[Path, ModelConfig]) -> Iterator[Hub]:
     with serve_hub(REPO, made[0]) as hub:
@@ -41,6 +47,21 @@ def hub(made: tuple[Path, ModelConfig]) -> Iterator[Hub]:
 @pytest.fixture
 def repo(hub: Hub, tmp_path: Path) -> HubRepo:
     return HubRepo(REPO, cache_folder=tmp_path / "cache", endpoint=hub.endpoint)
+
+
+def fetch_in_another_process(name: str, environment: dict[str, str]) -> str:
+    """huggingface_hub reads its environment when it is imported, so another one needs another process."""
+    program = f"""
+from mlx_k2.errors import DownloadError
+from mlx_k2.weights.download import HubRepo, fetch_files
+try:
+    print("fetched", fetch_files(HubRepo({REPO!r}), [{name!r}], lambda done, total: None).fetched)
+except DownloadError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout.strip()
 
 
 def quietly(_done: int, _total: int) -> None:
@@ -156,25 +177,14 @@ def test_without_the_hub_the_cache_does(made: tuple[Path, ModelConfig], tmp_path
         fetch_files(repo, ["model-00005-of-000008.safetensors"], quietly)
 
 
-def test_in_offline_mode_the_cache_does_and_the_server_hears_nothing(hub: Hub, repo: HubRepo, tmp_path: Path) -> None:
-    fetch_files(repo, [LAYER_2], quietly)
+def test_settings_come_from_the_environment_and_offline_mode_asks_nobody(hub: Hub, tmp_path: Path) -> None:
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    assert fetch_in_another_process(LAYER_2, environment) == f"fetched ('{LAYER_2}',)"
+    assert hub.fetched == {"config.json", LAYER_2}
     hub.requests.clear()
-    program = f"""
-from mlx_k2.errors import DownloadError
-from mlx_k2.weights.download import *
-print(fetch_files(HubRepo({REPO!r}), [{LAYER_2!r}], lambda done, total: None).fetched)
-try:
-    fetch_files(HubRepo({REPO!r}), ["model-00005-of-000008.safetensors"], lambda done, total: None)
-except DownloadError as error:
-    print(error)
-"""
-    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=True
-    )
-    nothing_fetched, refusal = done.stdout.splitlines()
-    assert nothing_fetched == "()"
-    assert "is not in this host's cache" in refusal
+    offline = environment | {"HF_HUB_OFFLINE": "1"}
+    assert fetch_in_another_process(LAYER_2, offline) == "fetched ()"
+    assert "is not in this host's cache" in fetch_in_another_process("model-00005-of-000008.safetensors", offline)
     assert hub.requests == []
 
 

@@ -17,6 +17,14 @@ from mlx_k2.weights.random_checkpoint import write_random_checkpoint
 from mlx_k2.weights.safetensors_file import write_file
 from tests.weights.made_up import VOCAB_SIZE, config_of, write_tiny
 
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
 NORM = TensorSpec("model.norm.weight", "BF16", (8,))
 
 
@@ -172,6 +180,23 @@ def test_a_misdescribed_tensor_is_refused(tmp_path: Path, change: dict[str, Any]
     write_one(path, NORM)
     rewrite_header(path, change)
     with pytest.raises(CheckpointError, match=reason):
+        check_file(path, [NORM])
+
+
+@given(entry=JSON_VALUES)
+def test_whatever_a_header_says_it_is_passed_or_refused(tmp_path_factory: pytest.TempPathFactory, entry: Any) -> None:
+    path = tmp_path_factory.mktemp("odd") / "a.safetensors"
+    raw = json.dumps({NORM.name: entry}).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(16))
+    with pytest.raises(CheckpointError, match=r"a\.safetensors"):
+        check_file(path, [NORM])
+
+
+@given(data=st.binary(max_size=64))
+def test_a_file_of_any_bytes_is_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.mktemp("odd") / "a.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors"):
         check_file(path, [NORM])
 
 

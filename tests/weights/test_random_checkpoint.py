@@ -1,6 +1,7 @@
 """The random checkpoints hold what the original layout promises, byte for byte."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,13 @@ def test_an_existing_folder_is_left_as_it_is(tmp_path: Path) -> None:
     before = (tmp_path / "model/model-00001-of-000008.safetensors").read_bytes()
     write_tiny(tmp_path / "model", seed=2)
     assert (tmp_path / "model/model-00001-of-000008.safetensors").read_bytes() == before
+
+
+def test_of_two_writers_at_once_one_folder_stays(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: write_tiny(tmp_path / "model", seed=3), range(2)))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) == 8
 
 
 def test_fields_of_another_model_are_refused_before_anything_is_written(tmp_path: Path) -> None:
