@@ -17,15 +17,18 @@ from mlx_k2.model.rope import Rotate
 BOTTLENECK_NORM_EPS = 1e-6
 """Of q_a_layernorm and kv_a_layernorm: the published code's default, not the config's rms_norm_eps."""
 
-SCORE_BYTES = 256 * 2**20
-"""Scores, with the keys and values rebuilt for them, are held for as many heads or queries at once as fit here."""
+BLOCK_BYTES = 128 * 2**20
+"""As many heads or queries are taken at once as fit here with their scores and the keys and values rebuilt for them.
+
+Two such blocks are in memory at a time. One head is the least: its keys and values alone may be larger at 100k keys.
+"""
 
 
 class Projections(NamedTuple):
-    """What attention makes of a batch's hidden states before it looks at the cache."""
+    """What attention makes of a batch's hidden states before it looks at the cache. The queries are scaled."""
 
-    absorbed_queries: mx.array  # (generated tokens, heads, kv_lora_rank + qk_rope), scaled
-    naive_queries: mx.array  # (prompt tokens, heads, qk_nope + qk_rope), scaled
+    absorbed_queries: mx.array | None  # (heads, generated tokens, kv_lora_rank + qk_rope)
+    naive_queries: mx.array | None  # (heads, prompt tokens, qk_nope + qk_rope)
     rows: mx.array  # (tokens, kv_lora_rank + qk_rope): what goes into the cache
 
 
@@ -39,16 +42,18 @@ def make_projections(config: ModelConfig, rotate: Rotate) -> Project:
 
     def project(hidden: mx.array, positions: mx.array, num_generated: int, weights: AttentionWeights) -> Projections:
         queries = _query(hidden, weights).reshape(-1, heads, config.qk_head_dim) * scale
-        without_position, rotated = queries[..., :nope], rotate(queries[..., nope:], positions)
-        compressed = hidden @ weights.latent_down.T
+        without_position = queries[..., :nope].swapaxes(0, 1)  # (heads, tokens, qk_nope)
+        rotated = rotate(queries[..., nope:], positions).swapaxes(0, 1)
+        compressed = hidden @ weights.latent_down
         latent = mx.fast.rms_norm(compressed[:, :latent_dim], weights.latent_norm, BOTTLENECK_NORM_EPS)
         rotated_key = rotate(compressed[:, None, latent_dim:], positions).squeeze(1)
-        absorbed = without_position[:num_generated].swapaxes(0, 1) @ weights.key_up  # (heads, generated, latent)
-        return Projections(
-            mx.concatenate([absorbed.swapaxes(0, 1), rotated[:num_generated]], axis=-1),
-            mx.concatenate([without_position[num_generated:], rotated[num_generated:]], axis=-1),
-            mx.concatenate([latent, rotated_key], axis=-1),
-        )
+        absorbed = naive = None
+        if num_generated > 0:
+            in_latent_space = without_position[:, :num_generated] @ weights.key_up
+            absorbed = mx.concatenate([in_latent_space, rotated[:, :num_generated]], axis=-1)
+        if num_generated < hidden.shape[0]:
+            naive = mx.concatenate([without_position[:, num_generated:], rotated[:, num_generated:]], axis=-1)
+        return Projections(absorbed, naive, mx.concatenate([latent, rotated_key], axis=-1))
 
     return project
 
@@ -56,52 +61,53 @@ def make_projections(config: ModelConfig, rotate: Rotate) -> Project:
 def _query(hidden: mx.array, weights: AttentionWeights) -> mx.array:
     query = weights.query
     if isinstance(query, LowRankQuery):
-        return mx.fast.rms_norm(hidden @ query.down.T, query.norm, BOTTLENECK_NORM_EPS) @ query.up.T
-    return hidden @ query.projection.T
+        return mx.fast.rms_norm(hidden @ query.down, query.norm, BOTTLENECK_NORM_EPS) @ query.up
+    return hidden @ query.projection
 
 
-def attend_absorbed(queries: mx.array, keys: mx.array, mask: mx.array | None, latent_dim: int) -> mx.array:
-    """Queries (count, heads, row) over cached ``keys`` (keys, row) -> latents (count, heads, latent_dim)."""
-    count, heads, row_dim = queries.shape
-    at_once = max(1, SCORE_BYTES // (heads * keys.shape[0] * 4))
-    blocks = []
-    for start in range(0, count, at_once):
-        end = min(start + at_once, count)
-        scores = queries[start:end].reshape(-1, row_dim) @ keys.T
-        if mask is not None:
-            scores = _masked(scores.reshape(end - start, heads, -1), mask[start:end, None]).reshape(scores.shape)
-        weights = mx.softmax(scores, axis=-1, precise=True)
-        blocks.append((weights @ keys[:, :latent_dim]).reshape(end - start, heads, latent_dim))
-    return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks)
+def attend_absorbed(queries: mx.array, keys: mx.array, position: int, latent_dim: int) -> mx.array:
+    """Queries (heads, count, row) from ``position`` on, over cached ``keys`` (keys, row) -> (heads, count, latent_dim).
+
+    What comes back is in the latent space: ``value_up`` makes it each head's values.
+    """
+    heads, count, _ = queries.shape
+
+    def attend(block: slice) -> mx.array:
+        scores = _hide_later_keys(queries[:, block] @ keys.T, position + block.start)
+        return mx.softmax(scores, axis=-1, precise=True) @ keys[:, :latent_dim]
+
+    return _in_blocks(attend, count, BLOCK_BYTES // (heads * _scores_bytes(keys.shape[0], queries.itemsize)), axis=1)
+
+
+def fits_absorbed(heads: int, count: int, num_keys: int, item_bytes: int) -> bool:
+    """Whether `attend_absorbed` takes such queries in one block, and so evaluates nothing."""
+    return heads * count * _scores_bytes(num_keys, item_bytes) <= BLOCK_BYTES
 
 
 def attend_naive(
-    queries: mx.array, keys: mx.array, mask: mx.array | None, weights: AttentionWeights, *, fused: bool
+    queries: mx.array, keys: mx.array, position: int, weights: AttentionWeights, *, fused: bool
 ) -> mx.array:
-    """Queries (count, heads, qk_head) over cached ``keys`` (keys, row) -> values (count, heads, v_head).
+    """Queries (heads, count, qk_head) from ``position`` on, over cached ``keys`` (keys, row) -> (heads, count, v_head).
 
-    Heads, then queries, are taken in blocks, so that no more than SCORE_BYTES is held at a time. ``fused`` lets a GPU
-    kernel that keeps no scores take over where scores would be larger than that; it needs unpadded keys.
+    Heads, and then queries, are taken in blocks. ``fused`` lets a GPU kernel that keeps no scores take over where
+    scores would not fit in one block; it needs unpadded keys.
     """
-    count, heads, head_dim = queries.shape
-    num_keys, item_bytes = keys.shape[0], queries.itemsize
-    rebuilt_bytes = num_keys * (2 * head_dim) * item_bytes  # one head's keys and values, these padded when fused
-    scores_bytes = count * num_keys * 4
-    fused = fused and heads * scores_bytes > SCORE_BYTES
-    head_block = max(1, SCORE_BYTES // (rebuilt_bytes + (0 if fused else scores_bytes)))
-    query_block = count if fused else max(1, SCORE_BYTES // (num_keys * 4))
-    outputs = []
-    for start in range(0, heads, head_block):
-        block = slice(start, min(start + head_block, heads))
+    heads, count, head_dim = queries.shape
+    num_keys = keys.shape[0]
+    query_scores_bytes = _scores_bytes(num_keys, queries.itemsize)
+    scores_bytes = count * query_scores_bytes
+    fused = fused and heads * scores_bytes > BLOCK_BYTES
+    rebuilt_bytes = num_keys * 3 * head_dim * queries.itemsize  # of one head: its keys, made of two parts, and values
+
+    query_block = max(BLOCK_BYTES - rebuilt_bytes, BLOCK_BYTES // 4) // query_scores_bytes
+
+    def attend(block: slice) -> mx.array:
         head_keys, head_values = _rebuild(keys, weights.key_up[block], weights.value_up[block])
-        block_queries = queries[:, block].swapaxes(0, 1)
         if fused:
-            attended = _attend_fused(block_queries, head_keys, head_values)
-        else:
-            attended = _attend_unfused(block_queries, head_keys, head_values, mask, query_block)
-        outputs.append(attended)
-    joined = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
-    return joined.swapaxes(0, 1)
+            return attend_fused(queries[block], head_keys, head_values, force=True)
+        return attend_unfused(queries[block], head_keys, head_values, position, query_block)
+
+    return _in_blocks(attend, heads, BLOCK_BYTES // (rebuilt_bytes + (0 if fused else scores_bytes)), axis=0)
 
 
 def _rebuild(rows: mx.array, key_up: mx.array, value_up: mx.array) -> tuple[mx.array, mx.array]:
@@ -110,32 +116,58 @@ def _rebuild(rows: mx.array, key_up: mx.array, value_up: mx.array) -> tuple[mx.a
     latents, rotated = rows[:, :latent_dim], rows[:, latent_dim:]
     without_position = latents @ key_up.swapaxes(-1, -2)
     shared = mx.broadcast_to(rotated, (key_up.shape[0], *rotated.shape))
-    return mx.concatenate([without_position, shared], axis=-1), latents @ value_up.swapaxes(-1, -2)
+    return mx.concatenate([without_position, shared], axis=-1), latents @ value_up
 
 
-def _attend_unfused(
-    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None, query_block: int
-) -> mx.array:
-    """(heads, count, qk_head) -> (heads, count, v_head), ``query_block`` queries at a time."""
-    blocks = []
-    for start in range(0, queries.shape[1], query_block):
-        block = slice(start, start + query_block)
-        scores = queries[:, block] @ keys.swapaxes(-1, -2)
-        if mask is not None:
-            scores = _masked(scores, mask[block])
-        blocks.append(mx.softmax(scores, axis=-1, precise=True) @ values)
-    return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=1)
+def attend_unfused(queries: mx.array, keys: mx.array, values: mx.array, position: int, query_block: int) -> mx.array:
+    """(heads, count, qk_head) over (heads, keys, ...) -> (heads, count, v_head), ``query_block`` queries at a time."""
+
+    def attend(block: slice) -> mx.array:
+        scores = _hide_later_keys(queries[:, block] @ keys.swapaxes(-1, -2), position + block.start)
+        return mx.softmax(scores, axis=-1, precise=True) @ values
+
+    return _in_blocks(attend, queries.shape[1], query_block, axis=1)
 
 
-def _attend_fused(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-    """The same through MLX's fused kernel, which wants values as wide as keys and masks the future itself."""
+def attend_fused(queries: mx.array, keys: mx.array, values: mx.array, *, force: bool) -> mx.array:
+    """The same through MLX's fused kernel, which wants values as wide as keys and hides later keys itself.
+
+    The queries are the last ones of the keys. Without ``force`` MLX chooses whether to use the kernel, which only a
+    GPU has.
+    """
     value_dim = values.shape[-1]
     padded = mx.pad(values, [(0, 0), (0, 0), (0, keys.shape[-1] - value_dim)])
     attended = mx.fast.scaled_dot_product_attention(
-        queries[None], keys[None], padded[None], scale=1.0, mask="causal", force_fused=True
+        queries[None], keys[None], padded[None], scale=1.0, mask="causal", force_fused=force
     )
     return attended[0, ..., :value_dim]
 
 
-def _masked(scores: mx.array, mask: mx.array) -> mx.array:
-    return scores + mask.astype(scores.dtype)
+def _hide_later_keys(scores: mx.array, position: int) -> mx.array:
+    """Scores (heads, count, keys): the query at ``position`` + i keeps those of keys 0 to ``position`` + i."""
+    _, count, num_keys = scores.shape
+    if position + 1 == num_keys:
+        return scores
+    queries = mx.arange(position, position + count)[:, None]
+    return mx.where(mx.arange(num_keys) <= queries, scores, -mx.inf)
+
+
+def _scores_bytes(num_keys: int, item_bytes: int) -> int:
+    """What one query's scores of one head take while they are computed: once before and once after an operation."""
+    return 2 * num_keys * item_bytes
+
+
+def _in_blocks(compute: Callable[[slice], mx.array], total: int, block: int, axis: int) -> mx.array:
+    """``compute`` for all of ``total``, at most ``block`` (at least 1) at a time, joined along ``axis``.
+
+    Several blocks are evaluated on the way, each while the next one is built: left to itself, MLX takes memory for
+    many of them at once.
+    """
+    if total <= block:
+        return compute(slice(0, total))
+    parts: list[mx.array] = []
+    for start in range(0, total, max(1, block)):
+        parts.append(compute(slice(start, min(start + max(1, block), total))))
+        mx.async_eval(parts[-1])
+        mx.eval(parts[-2:-1])
+    return mx.concatenate(parts, axis)

@@ -37,6 +37,7 @@ class Batch:
         assert spans, "a step without tokens"
         kinds = [span.is_prompt for span in spans]
         assert kinds == sorted(kinds), "generated tokens come before prompt tokens"
+        assert len({span.slot for span in spans}) == len(spans), "two spans in one slot"
         self.spans = tuple(spans)
         self.num_tokens = sum(span.count for span in spans)
         self.num_generated = sum(span.count for span in spans if not span.is_prompt)
@@ -45,28 +46,8 @@ class Batch:
     @cached_property
     def positions(self) -> mx.array:
         """The position of each token: (tokens,) int32."""
-        return mx.concatenate([mx.arange(span.position, span.end, dtype=mx.int32) for span in self.spans])
+        return mx.array([position for span in self.spans for position in range(span.position, span.end)], mx.int32)
 
     def num_keys(self, span: Span) -> int:
         """How many cached rows ``span`` attends to, padding included."""
         return -(-span.end // self._key_alignment) * self._key_alignment
-
-    @cached_property
-    def starts(self) -> tuple[mx.array, ...]:
-        """Where each span's rows go in its cache: (1,) int32 each; made once for all layers."""
-        return tuple(mx.array([span.position], dtype=mx.int32) for span in self.spans)
-
-    @cached_property
-    def masks(self) -> tuple[mx.array | None, ...]:
-        """What is added to each span's scores: (count, keys) float32, 0 where a key may be seen, else -inf.
-
-        None where every key may be seen: one token, no padding.
-        """
-        return tuple(self._mask(span) for span in self.spans)
-
-    def _mask(self, span: Span) -> mx.array | None:
-        num_keys = self.num_keys(span)
-        if span.count == 1 and num_keys == span.end:
-            return None
-        queries = mx.arange(span.position, span.end)[:, None]
-        return mx.where(mx.arange(num_keys) <= queries, 0.0, -mx.inf)

@@ -35,5 +35,5 @@ def make_feed_forward(config: ModelConfig) -> FeedForward:
 
 def swiglu(hidden: mx.array, weights: DenseWeights) -> mx.array:
     """down(silu(gate(x)) * up(x)): (tokens, hidden) -> (tokens, hidden)."""
-    gate = hidden @ weights.gate.T
-    return (gate * mx.sigmoid(gate) * (hidden @ weights.up.T)) @ weights.down.T
+    gate = hidden @ weights.gate
+    return (gate * mx.sigmoid(gate) * (hidden @ weights.up)) @ weights.down

@@ -6,7 +6,7 @@ K2, shared by all heads. Writing at an earlier position is the undo: rows at and
 
 import mlx.core as mx
 
-from mlx_k2.model.batch import Batch
+from mlx_k2.model.batch import Span
 
 SMALLEST_CAPACITY = 256
 """Rows of a slot's first allocation; it doubles as the sequence grows, up to the context."""
@@ -18,20 +18,18 @@ class LatentCache:
     def __init__(self, num_layers: int, num_slots: int, context_tokens: int, row_dim: int, dtype: mx.Dtype) -> None:
         self._context_tokens = context_tokens
         self._row_dim = row_dim
-        self._dtype = dtype
+        self.dtype = dtype
         self._rows: list[list[mx.array | None]] = [[None] * num_slots for _ in range(num_layers)]
 
-    def write(self, layer: int, batch: Batch, index: int, rows: mx.array) -> mx.array:
-        """Put span ``index``'s ``rows`` (count, row_dim) at its position and return all it attends to (keys, row_dim).
+    def write(self, layer: int, span: Span, num_keys: int, rows: mx.array) -> mx.array:
+        """Put the span's ``rows`` (count, row_dim) at its position; returns what it attends to, (num_keys, row_dim).
 
         Keys past the span's end are zeros, never what an earlier owner of the slot left there.
         """
-        span = batch.spans[index]
-        num_keys = batch.num_keys(span)
         if num_keys > span.end:
             rows = mx.pad(rows, [(0, num_keys - span.end), (0, 0)])
         cached = self._at_least(layer, span.slot, num_keys)
-        cached = mx.slice_update(cached, rows, batch.starts[index], (0,))
+        cached[span.position : num_keys] = rows  # in place once evaluated: nobody else holds the array
         self._rows[layer][span.slot] = cached
         return cached[:num_keys]
 
@@ -50,5 +48,5 @@ class LatentCache:
         while grown < num_rows:
             grown *= 2
         grown = max(num_rows, min(grown, self._context_tokens))
-        added = mx.zeros((grown - capacity, self._row_dim), self._dtype)
+        added = mx.zeros((grown - capacity, self._row_dim), self.dtype)
         return added if cached is None else mx.concatenate([cached, added])

@@ -1,4 +1,9 @@
-"""The weights of one decoder layer as the layer computes with them, made from a checkpoint's tensors by name."""
+"""The weights of one decoder layer as the layer computes with them, made from a checkpoint's tensors by name.
+
+Matrices are (in, out), to be multiplied from the right: transposed views of the checkpoint's, made once, since a view
+that every step makes again costs each step its time. Only the router and the routed experts, which kernels read, stay
+(out, in).
+"""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -12,34 +17,34 @@ from mlx_k2.kernels.stack import ExpertStack
 class DirectQuery(NamedTuple):
     """Queries in one projection (q_lora_rank null)."""
 
-    projection: mx.array  # (heads * qk_head, hidden)
+    projection: mx.array  # (hidden, heads * qk_head)
 
 
 class LowRankQuery(NamedTuple):
     """Queries through a bottleneck, normed in between."""
 
-    down: mx.array  # (q_lora_rank, hidden)
+    down: mx.array  # (hidden, q_lora_rank)
     norm: mx.array  # (q_lora_rank,)
-    up: mx.array  # (heads * qk_head, q_lora_rank)
+    up: mx.array  # (q_lora_rank, heads * qk_head)
 
 
 class AttentionWeights(NamedTuple):
     """Multi-head latent attention; kv_b_proj is held as its two halves, one matrix a head."""
 
     query: DirectQuery | LowRankQuery
-    latent_down: mx.array  # (kv_lora_rank + qk_rope, hidden): the latent, and the key part that rope rotates
+    latent_down: mx.array  # (hidden, kv_lora_rank + qk_rope): the latent, and the key part that rope rotates
     latent_norm: mx.array  # (kv_lora_rank,)
     key_up: mx.array  # (heads, qk_nope, kv_lora_rank)
-    value_up: mx.array  # (heads, v_head, kv_lora_rank)
-    output: mx.array  # (hidden, heads * v_head)
+    value_up: mx.array  # (heads, kv_lora_rank, v_head)
+    output: mx.array  # (heads * v_head, hidden)
 
 
 class DenseWeights(NamedTuple):
     """A SwiGLU block: a dense layer's, or a shared expert."""
 
-    gate: mx.array  # (intermediate, hidden)
-    up: mx.array  # (intermediate, hidden)
-    down: mx.array  # (hidden, intermediate)
+    gate: mx.array  # (hidden, intermediate)
+    up: mx.array  # (hidden, intermediate)
+    down: mx.array  # (intermediate, hidden)
 
 
 class MoeWeights(NamedTuple):
@@ -76,26 +81,26 @@ def assemble_layer(config: ModelConfig, layer: int, tensors: Mapping[str, mx.arr
 def _attention(config: ModelConfig, tensors: Mapping[str, mx.array]) -> AttentionWeights:
     query: DirectQuery | LowRankQuery
     if config.q_lora_rank is None:
-        query = DirectQuery(tensors["self_attn.q_proj.weight"])
+        query = DirectQuery(tensors["self_attn.q_proj.weight"].T)
     else:
         query = LowRankQuery(
-            tensors["self_attn.q_a_proj.weight"],
+            tensors["self_attn.q_a_proj.weight"].T,
             tensors["self_attn.q_a_layernorm.weight"],
-            tensors["self_attn.q_b_proj.weight"],
+            tensors["self_attn.q_b_proj.weight"].T,
         )
     per_head = tensors["self_attn.kv_b_proj.weight"].reshape(config.num_attention_heads, -1, config.kv_lora_rank)
     return AttentionWeights(
         query=query,
-        latent_down=tensors["self_attn.kv_a_proj_with_mqa.weight"],
+        latent_down=tensors["self_attn.kv_a_proj_with_mqa.weight"].T,
         latent_norm=tensors["self_attn.kv_a_layernorm.weight"],
         key_up=mx.contiguous(per_head[:, : config.qk_nope_head_dim]),
-        value_up=mx.contiguous(per_head[:, config.qk_nope_head_dim :]),
-        output=tensors["self_attn.o_proj.weight"],
+        value_up=mx.contiguous(per_head[:, config.qk_nope_head_dim :]).swapaxes(-1, -2),
+        output=tensors["self_attn.o_proj.weight"].T,
     )
 
 
 def _dense(tensors: Mapping[str, mx.array], prefix: str) -> DenseWeights:
-    return DenseWeights(*(tensors[f"{prefix}.{name}_proj.weight"] for name in ("gate", "up", "down")))
+    return DenseWeights(*(tensors[f"{prefix}.{name}_proj.weight"].T for name in ("gate", "up", "down")))
 
 
 def _moe(config: ModelConfig, tensors: Mapping[str, mx.array]) -> MoeWeights:

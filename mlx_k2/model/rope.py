@@ -28,6 +28,7 @@ def make_rope(config: ModelConfig) -> Rotate:
         mscale=rope.mscale,
         mscale_all_dim=rope.mscale_all_dim,
     )
+    mx.eval(yarn._freqs)  # lazy until now: every layer of every step would compute them again
 
     def rotate(x: mx.array, positions: mx.array) -> mx.array:
         rotated: mx.array = yarn(x[:, :, None], offset=positions)  # each token is a batch of length 1

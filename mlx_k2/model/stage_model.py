@@ -1,6 +1,7 @@
 """One stage's part of the model: a range of layers over their cache, the embedding before them, the head after.
 
-Everything here is lazy: it builds the graph of a step, and whoever asked for it evaluates it.
+It builds the graph of a step, and whoever asked for it evaluates it; only attention over much context is evaluated on
+the way, block by block (`StageModel.builds_lazily`).
 """
 
 from typing import NamedTuple
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_k2.config import ModelConfig
+from mlx_k2.model.attention import fits_absorbed
 from mlx_k2.model.batch import Batch
 from mlx_k2.model.decoder_layer import make_layer
 from mlx_k2.model.latent_cache import LatentCache
@@ -18,7 +20,7 @@ class Head(NamedTuple):
     """What turns the last layer's output into logits."""
 
     norm: mx.array  # (hidden,)
-    projection: mx.array  # (vocabulary, hidden)
+    projection: mx.array  # (hidden, vocabulary)
 
 
 class StageModel:
@@ -46,6 +48,13 @@ class StageModel:
         assert self._embedding is not None, "only the first stage embeds"
         return self._embedding[token_ids]
 
+    def builds_lazily(self, batch: Batch) -> bool:
+        """Whether `run` evaluates nothing, so that it can be called before the hidden states have arrived."""
+        heads, item_bytes = self._config.num_attention_heads, self._cache.dtype.size
+        return batch.num_generated == batch.num_tokens and all(
+            fits_absorbed(heads, span.count, batch.num_keys(span), item_bytes) for span in batch.spans
+        )
+
     def run(self, hidden: mx.array, batch: Batch) -> mx.array:
         """Hidden states (tokens, hidden) through this stage's layers, which also write the cache."""
         for index, weights in enumerate(self._layers):
@@ -60,4 +69,4 @@ class StageModel:
         """Hidden states (rows, hidden) after the last layer -> logits (rows, vocabulary) float32."""
         assert self._head is not None, "only the last stage has the head"
         normed = mx.fast.rms_norm(hidden, self._head.norm, self._config.rms_norm_eps)
-        return (normed @ self._head.projection.T).astype(mx.float32)
+        return (normed @ self._head.projection).astype(mx.float32)

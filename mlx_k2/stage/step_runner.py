@@ -34,19 +34,19 @@ class StepRunner:
         self._key_alignment = key_alignment
 
     def run(self, step: Step) -> StepDone:
-        """Run the step; the graph is built while the hidden states are still on their way."""
+        """Run the step; where it can be, its graph is built while the hidden states are still on their way."""
         began = time.perf_counter()
         batch = Batch([_span(row) for row in step.rows], self._key_alignment)
         if self._is_first:
             hidden = self._model.embed(mx.array([token_id for row in step.rows for token_id in row.token_ids]))
         else:
             hidden = self._transport.receive((batch.num_tokens, self._hidden_size), self._dtype)
-        output = self._model.run(hidden, batch)
         waited_s = 0.0
+        if not self._model.builds_lazily(batch):
+            waited_s += _evaluate(hidden)
+        output = self._model.run(hidden, batch)
         if not self._is_first:
-            waiting = time.perf_counter()
-            mx.eval(hidden)  # alone, and complete before any work that needs it is submitted to a GPU
-            waited_s = time.perf_counter() - waiting
+            waited_s += _evaluate(hidden)  # alone, and complete before work that needs it is submitted to a GPU
         tokens: tuple[SampledToken, ...] = ()
         if self._is_last:
             tokens = self._sample(step.rows, output)
@@ -71,6 +71,13 @@ class StepRunner:
             return ()
         draws = draw_tokens(self._model.logits(output[mx.array(last_tokens)]), requests)
         return tuple(SampledToken(draw.token_id, draw.logprob, draw.top) for draw in draws)
+
+
+def _evaluate(hidden: mx.array) -> float:
+    """Wait until the array is there; returns for how many seconds."""
+    began = time.perf_counter()
+    mx.eval(hidden)
+    return time.perf_counter() - began
 
 
 def _span(row: Row) -> Span:

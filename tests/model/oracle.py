@@ -13,6 +13,7 @@ def load_oracle(folder: Path) -> Any:
     """The checkpoint in ``folder`` as mlx-lm computes it, in float32, experts in INT4 as shipped."""
     config = msgspec.json.decode((folder / "config.json").read_bytes(), type=dict[str, Any])
     config = config.get("text_config", config)
+    config["n_shared_experts"] = config["n_shared_experts"] or None  # which is how mlx-lm wants to hear of none
     model = deepseek_v3.Model(deepseek_v3.ModelArgs.from_dict(config))
     tensors: dict[str, mx.array] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -20,9 +21,7 @@ def load_oracle(folder: Path) -> Any:
     wanted = {name.removeprefix("language_model."): tensor for name, tensor in tensors.items()}
     wanted = {name: tensor for name, tensor in wanted.items() if name.startswith(("model.", "lm_head."))}
     weights = model.sanitize(wanted)
-    nn.quantize(
-        model, group_size=32, bits=4, class_predicate=lambda path, module: f"{path}.scales" in weights
-    )
+    nn.quantize(model, group_size=32, bits=4, class_predicate=lambda path, module: f"{path}.scales" in weights)
     model.load_weights([(name, _in_float32(tensor)) for name, tensor in weights.items()])
     model.eval()
     mx.eval(model.parameters())

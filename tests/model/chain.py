@@ -1,0 +1,99 @@
+"""The stages of a model one after the other in this process, without transport or plans: logits for spans."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_k2.config import ModelConfig
+from mlx_k2.model.batch import Batch, Span
+from mlx_k2.model.latent_cache import LatentCache
+from mlx_k2.model.stage_model import StageModel
+from mlx_k2.stage.loading import load_stage_model
+from mlx_k2.weights.index import CheckpointIndex, read_index_json
+from mlx_k2.weights.reader import ShardReader
+from tests.model.checkpoints import read_config
+
+KEY_ALIGNMENT = 32  # as the stage program sets it on a CPU
+Part = tuple[Span, Sequence[int]]
+
+
+class Chain:
+    """A whole model in float32, in ``num_stages`` stages with a cache each."""
+
+    def __init__(self, folder: Path, num_stages: int, num_slots: int = 4) -> None:
+        self.config = read_config(folder)
+        self.caches: list[LatentCache] = []
+        self.stages: list[StageModel] = []
+        for layers in split_layers(self.config.num_hidden_layers, num_stages):
+            self.caches.append(LatentCache(len(layers), num_slots, 1024, self.config.latent_dim, mx.float32))
+            self.stages.append(load_stage(folder, self.config, layers, self.caches[-1]))
+
+    def run(self, *parts: Part) -> mx.array:
+        """The logits (tokens, vocabulary) of spans that travel together, with the tokens of each; evaluated."""
+        batch = Batch([span for span, _ in parts], KEY_ALIGNMENT)
+        hidden = self.stages[0].embed(mx.array([token_id for _, token_ids in parts for token_id in token_ids]))
+        for stage in self.stages:
+            hidden = stage.run(hidden, batch)
+        logits = self.stages[-1].logits(hidden)
+        mx.eval(logits)
+        return logits
+
+    def prefill(self, token_ids: Sequence[int], slot: int = 0, chunk_tokens: int | None = None) -> mx.array:
+        """A prompt's logits (tokens, vocabulary), computed naive, ``chunk_tokens`` at a time."""
+        return self._in_chunks(token_ids, slot, 0, chunk_tokens, is_prompt=True)
+
+    def decode(
+        self, token_ids: Sequence[int], position: int, slot: int = 0, chunk_tokens: int | None = None
+    ) -> mx.array:
+        """Generated tokens' logits (tokens, vocabulary), computed absorbed, ``chunk_tokens`` at a time."""
+        return self._in_chunks(token_ids, slot, position, chunk_tokens, is_prompt=False)
+
+    def _in_chunks(
+        self, token_ids: Sequence[int], slot: int, position: int, chunk_tokens: int | None, *, is_prompt: bool
+    ) -> mx.array:
+        size = chunk_tokens or len(token_ids)
+        chunks = [token_ids[start : start + size] for start in range(0, len(token_ids), size)]
+        logits = []
+        for chunk in chunks:
+            logits.append(self.run((Span(slot, position, len(chunk), is_prompt), chunk)))
+            position += len(chunk)
+        return mx.concatenate(logits)
+
+    def greedy(self, prompt: Sequence[int], num_tokens: int, slot: int = 0) -> list[int]:
+        """The most likely tokens after ``prompt``, one by one."""
+        token_ids = [likeliest(self.prefill(prompt, slot)[-1])]
+        while len(token_ids) < num_tokens:
+            position = len(prompt) + len(token_ids) - 1
+            token_ids.append(likeliest(self.decode(token_ids[-1:], position, slot)[-1]))
+        return token_ids
+
+
+def load_stage(folder: Path, config: ModelConfig, layers: range, cache: LatentCache) -> StageModel:
+    """One stage of the checkpoint in ``folder``, in float32."""
+    return load_stage_model(config, open_shards(folder, config), layers, cache, lambda _: None)
+
+
+def open_shards(folder: Path, config: ModelConfig) -> ShardReader:
+    """A reader of the checkpoint in ``folder``, in float32."""
+    index = CheckpointIndex.from_json(read_index_json(folder), str(folder))
+    return ShardReader(config, {name: folder / file for name, file in index.weight_map.items()}, mx.float32)
+
+
+def split_layers(num_layers: int, num_stages: int) -> list[range]:
+    """Layers to stages, as evenly as whole layers allow."""
+    bounds = [num_layers * stage // num_stages for stage in range(num_stages + 1)]
+    return [range(first, end) for first, end in itertools.pairwise(bounds)]
+
+
+def likeliest(logits: mx.array) -> int:
+    """The token of the largest logit of one row."""
+    return int(np.argmax(np.asarray(logits)))
+
+
+def largest_difference(left: mx.array, right: mx.array) -> float:
+    """Between two arrays of one shape."""
+    assert left.shape == right.shape
+    return float(np.abs(np.asarray(left) - np.asarray(right)).max())

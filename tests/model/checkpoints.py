@@ -1,0 +1,42 @@
+"""Random checkpoints of every kind that the family knows, written once and shared. Knows nothing of computing."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_k2.config import ModelConfig
+from mlx_k2.weights.config_fields import as_kimi_k25, tiny_config_fields
+from mlx_k2.weights.random_checkpoint import write_random_checkpoint
+
+VOCAB_SIZE = 512
+
+YARN: Mapping[str, Any] = tiny_config_fields(VOCAB_SIZE)["rope_scaling"]
+
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "thinking": tiny_config_fields(VOCAB_SIZE),
+    "k25": as_kimi_k25(tiny_config_fields(VOCAB_SIZE, rope_scaling={**YARN, "beta_fast": 32.0})),
+    "direct query, groups": tiny_config_fields(VOCAB_SIZE, q_lora_rank=None, n_group=4, topk_group=2),
+    "direct query, beta_fast 32": tiny_config_fields(
+        VOCAB_SIZE, q_lora_rank=None, rope_scaling={**YARN, "beta_fast": 32.0}
+    ),
+    "groups, no shared expert": tiny_config_fields(VOCAB_SIZE, n_group=4, topk_group=3, n_shared_experts=0),
+}
+
+Checkpoint = Callable[[str], Path]
+
+
+def make_checkpoints(folder: Path) -> Checkpoint:
+    """The function variant's name -> its folder, written when it is first asked for."""
+
+    def checkpoint(variant: str) -> Path:
+        made = folder / variant.replace(" ", "-")
+        if not made.exists():
+            write_random_checkpoint(made, VARIANTS[variant], 0, {})
+        return made
+
+    return checkpoint
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The config of the checkpoint in ``folder``."""
+    return ModelConfig.from_json((folder / "config.json").read_bytes(), str(folder / "config.json"))

@@ -1,0 +1,50 @@
+"""The model computes what mlx-lm's DeepseekV3 computes, for every variant and any number of stages."""
+
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+
+from tests.model.chain import Chain, largest_difference, likeliest
+from tests.model.checkpoints import VARIANTS, Checkpoint
+from tests.model.oracle import load_oracle
+
+TOLERANCE = 2e-4
+PROMPT = [(37 * i + 11) % 509 for i in range(48)]
+NUM_GENERATED = 16
+
+
+class Opinion:
+    """What mlx-lm says: logits of the prompt, then the greedy tokens and the logits of each."""
+
+    def __init__(self, model: Any) -> None:
+        cache = make_prompt_cache(model)
+        self.prompt_logits: mx.array = model(mx.array([PROMPT]), cache=cache)[0]
+        self.token_ids = [likeliest(self.prompt_logits[-1])]
+        decoded = []
+        for _ in range(NUM_GENERATED):
+            decoded.append(model(mx.array([self.token_ids[-1:]]), cache=cache)[0])
+            self.token_ids.append(likeliest(decoded[-1][-1]))
+        self.decoded_logits = mx.concatenate(decoded)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def opinion(checkpoint: Checkpoint, variant: str) -> Opinion:
+    return Opinion(load_oracle(checkpoint(variant)))
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+def test_logits_and_greedy_tokens_are_mlx_lms(
+    checkpoint: Checkpoint, variant: str, opinion: Opinion, num_stages: int
+) -> None:
+    chain = Chain(checkpoint(variant), num_stages)
+    assert largest_difference(chain.prefill(PROMPT), opinion.prompt_logits) < TOLERANCE
+    decoded = chain.decode(opinion.token_ids[:-1], len(PROMPT), chunk_tokens=1)
+    assert largest_difference(decoded, opinion.decoded_logits) < TOLERANCE
+    assert chain.greedy(PROMPT, NUM_GENERATED + 1, slot=1) == opinion.token_ids
