@@ -1,4 +1,4 @@
-"""Why a stage's process did not come up, in words, with the command that mends it. Pure."""
+"""Why a stage's process did not come up, or was lost, in words and with the command that mends it. Pure."""
 
 import re
 import sys
@@ -32,6 +32,15 @@ def explain_start_failure(place: StagePlace, exit_code: int | None, stderr: str,
     ):
         return StartFailure(_what_is_missing(place, bool(_NO_PACKAGE.search(stderr))), another_may_work=True)
     return StartFailure(": ".join([problem, *stderr.strip().splitlines()[-1:]]))
+
+
+def explain_lost_connection(place: StagePlace, exit_code: int | None) -> str:
+    """Judge a connection that ended without its guard's last frame; ``exit_code`` is the local process's."""
+    if place.ssh is not None and exit_code == SSH_EXIT_CODE:
+        return "the ssh connection was lost (cable, power, sleep, its sshd), or its guard was killed"
+    if exit_code is not None and exit_code < 0:
+        return f"its guard was ended by signal {-exit_code}"
+    return "the connection ended without a word from its guard"
 
 
 def _what_is_missing(place: StagePlace, package_only: bool) -> str:

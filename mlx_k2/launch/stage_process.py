@@ -19,8 +19,8 @@ from mlx_k2.control.framing import Frame, Kind, read_frame, skip_to_mark
 from mlx_k2.control.guarding import GuardSettings, StageExit
 from mlx_k2.control.messages import FromStage, ToStage, decode_from_stage, encode_message
 from mlx_k2.errors import ClusterError, ProtocolError, StageFault, StageStartError
+from mlx_k2.launch.diagnosis import explain_lost_connection, explain_start_failure
 from mlx_k2.launch.place import StagePlace
-from mlx_k2.launch.start_failure import explain_start_failure
 
 STDERR_LINES = 200
 MAX_LINE_BYTES = 4096
@@ -86,7 +86,8 @@ class StageProcess:
         self._settings = settings
         self._post = post
         self._log = log
-        self._lock = threading.Lock()  # over the next three
+        self._lock = threading.Lock()  # over the next four
+        self._early: deque[bytes] | None = deque()  # messages to a stage that is not up yet, so to its final command
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: FrameWriter | None = None
         self._closed = False
@@ -107,7 +108,12 @@ class StageProcess:
 
     def send(self, message: ToStage) -> None:
         """Queue a message; it is dropped when the stage has ended, which is posted."""
-        self._put(Kind.MESSAGE, encode_message(message))
+        payload = encode_message(message)
+        with self._lock:
+            if self._early is not None:
+                self._early.append(payload)
+                return
+        self._put(Kind.MESSAGE, payload)
 
     def beat(self, payload: bytes) -> None:
         """Queue a heartbeat."""
@@ -181,7 +187,7 @@ class StageProcess:
             self._writer.put(Kind.GUARD_SETTINGS, self._settings.to_json())
             if self._closed:
                 self._writer.close(timeout_s=0)
-        came_up, stage_exit, problem = self._follow(process.stdout)
+        came_up, stage_exit, fault = self._follow(process.stdout)
         with self._lock:
             self._writer.close(timeout_s=0)
         exit_code = None
@@ -189,29 +195,38 @@ class StageProcess:
             exit_code = process.wait(EXIT_S)
         drain.join(LAST_WORDS_S)
         if not came_up:
-            failure = explain_start_failure(self.place, exit_code, "\n".join(self._stderr_tail), problem)
+            failure = explain_start_failure(self.place, exit_code, "\n".join(self._stderr_tail), fault)
             return self._ended(came_up=False, reason=failure.reason), failure.another_may_work
         if stage_exit is not None:
             end = self._ended(True, stage_exit.reason, stage_exit.exit_code, stage_exit.signal)
         else:
-            end = self._ended(came_up=True, reason=self._fault or problem)
+            reason = self._fault or fault or explain_lost_connection(self.place, exit_code)
+            end = self._ended(came_up=True, reason=reason)
         return end, False
 
     def _follow(self, stream: IO[bytes]) -> tuple[bool, StageExit | None, str]:
-        """Read to the end of the stream: whether the mark came, the guard's last frame, and what was wrong."""
+        """Read to the end of the stream: whether the mark came, the guard's last frame, and what was not agreed."""
         came_up = False
         stage_exit = None
-        problem = "the connection ended without a word from its guard"
+        fault = ""
         with stream:
             try:
                 self._note_chatter(skip_to_mark(stream))
                 came_up = True
+                self._send_early()
                 while (frame := read_frame(stream)) is not None:
                     self.heard_at = time.monotonic()
                     stage_exit = self._take(frame)
             except (ProtocolError, OSError) as error:
-                problem = str(error)
-        return came_up, stage_exit, problem
+                fault = str(error)
+        return came_up, stage_exit, fault
+
+    def _send_early(self) -> None:
+        with self._lock:
+            assert self._writer is not None and self._early is not None
+            for payload in self._early:
+                self._writer.put(Kind.MESSAGE, payload)
+            self._early = None
 
     def _take(self, frame: Frame) -> StageExit | None:
         if frame.kind is Kind.MESSAGE:

@@ -120,6 +120,10 @@ class EmulatedHosts:
         }
         return subprocess.Popen([*enter, *named, *command], env=environment, **options)
 
+    def ssh_folder(self, i: int) -> Path:
+        """A folder whose ``ssh``, first in the PATH of a process outside, connects from host i."""
+        return self.folder / f"bin-{i}"
+
     def processes(self, i: int) -> dict[int, str]:
         """Every process on host i but its sshd: pid and command line."""
         found = {}
@@ -190,10 +194,10 @@ class EmulatedHosts:
         ]
         text = SSH_CONFIG_FIRST + "".join(SSH_CONFIG.format(**entry) for entry in entries)
         (self.folder / "ssh_config").write_text(text)
-        wrapper = self.folder / "bin" / "ssh"
-        wrapper.parent.mkdir()
-        wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.folder}/ssh_config "$@"\n')
-        wrapper.chmod(0o755)
+        ssh = f"{shutil.which('ssh')} -F {self.folder}/ssh_config"
+        _write_script(self.folder / "bin" / "ssh", f'exec {ssh} "$@"')
+        for i, space in enumerate(self._spaces):
+            _write_script(self.ssh_folder(i) / "ssh", f'exec ip netns exec {space} {ssh} "$@"')
 
     def _make_network(self) -> None:
         _ip("netns", "add", self._hub)
@@ -222,6 +226,12 @@ class EmulatedHosts:
         _remove((self._hub, *self._spaces))
         for sshd in self._sshds:
             sshd.wait(START_S)
+
+
+def _write_script(path: Path, text: str) -> None:
+    path.parent.mkdir()
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
 
 
 def _ip(*words: str) -> None:

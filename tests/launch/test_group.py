@@ -107,7 +107,7 @@ def test_a_killed_guard_is_noticed_in_under_a_second(make_group: MakeGroup) -> N
         began = time.monotonic()
         end = ended(receive(group, 1))
         assert time.monotonic() - began < 1
-        assert end.reason == "the connection ended without a word from its guard"
+        assert end.reason == "its guard was ended by signal 9"
 
 
 def test_a_stage_that_writes_rubbish_ends_as_an_event(make_group: MakeGroup) -> None:
@@ -185,3 +185,14 @@ def test_fifteen_groups_leave_no_descriptor_and_no_thread(make_group: MakeGroup)
         run_once()
     assert psutil.Process().num_fds() == num_files
     assert threading.active_count() == num_threads
+
+
+def test_what_is_sent_before_a_stage_is_up_waits_for_it(make_group: MakeGroup) -> None:
+    with make_group("echo") as group:
+        group.send(0, Step(1, ()))
+        group.send(0, Step(2, ()))
+        assert receive(group, 3) == [
+            StageMessage(0, Connected()),
+            StageMessage(0, StepDone(number=1, busy_s=0.0, wait_s=0.0)),
+            StageMessage(0, StepDone(number=2, busy_s=0.0, wait_s=0.0)),
+        ]

@@ -2,7 +2,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_k2.errors import HostfileError
@@ -49,6 +49,7 @@ def test_a_host_name_that_ssh_would_take_for_an_option_is_refused(host: str) -> 
         StagePlace(ssh=host)
 
 
+@settings(deadline=None)  # a shell is started for each
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1))
 def test_any_path_is_one_word_for_the_shell(path: str) -> None:
     remote_command = StagePlace(ssh="mac-2", python="/" + path).start_commands()[0][-1]

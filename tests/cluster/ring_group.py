@@ -1,0 +1,73 @@
+"""Three stages over ssh that pass arrays along MLX's ring; as a program, a coordinator that is there to be killed.
+
+As a program: ring_group.py SITUATION PYTHON LEASE_S HOST=ADDRESS... brings the stages into the situation, writes
+"ready" to stdout, and goes on until it is ended.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+
+from mlx_k2.control.messages import Connect, Connected, FromStage, ModelSource, Prepare, Prepared, RingLinks, Step
+from mlx_k2.launch.group import StageGroup
+from mlx_k2.launch.place import StagePlace
+from mlx_k2.launch.stage_process import StageMessage
+
+RING_PORT = 34567
+
+
+def start_ring_group(hosts: Sequence[str], python: str, lease_s: float) -> StageGroup:
+    """A group of one stage on each host; its log goes to stderr."""
+    places = [StagePlace(ssh=host, python=python) for host in hosts]
+    return StageGroup(places, lease_s, _log)
+
+
+def _log(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+def prepare(group: StageGroup) -> None:
+    """Tell each stage its rank and wait until all have answered."""
+    for rank in range(group.size):
+        group.send(rank, Prepare(rank, group.size, ModelSource(path_or_repo=""), listen=(), environment={}))
+    for _ in range(group.size):
+        receive(group, Prepared)
+
+
+def connect(group: StageGroup, addresses: Sequence[str], ranks: Sequence[int]) -> None:
+    """Let ``ranks`` join the ring over all addresses; does not wait."""
+    links = RingLinks(tuple((f"{address}:{RING_PORT}",) for address in addresses))
+    for rank in ranks:
+        group.send(rank, Connect(links, to_next=None, from_previous=None))
+
+
+def receive(group: StageGroup, kind: type[FromStage]) -> FromStage:
+    """The next event, which is a message of that kind."""
+    event = group.receive(30)
+    assert isinstance(event, StageMessage) and isinstance(event.message, kind), event
+    return event.message
+
+
+def bring_about(situation: str, group: StageGroup, addresses: Sequence[str]) -> None:
+    """``idle``: all connected; ``init``: ranks 0 and 1 wait for others in init; ``recv``: rank 1 waits for rank 0."""
+    prepare(group)
+    if situation == "init":
+        connect(group, addresses, ranks=[0, 1])
+        return
+    connect(group, addresses, ranks=range(group.size))
+    for _ in range(group.size):
+        receive(group, Connected)
+    if situation == "recv":
+        group.send(1, Step(1, ()))
+
+
+def main(situation: str, python: str, lease_s: float, hosts: Mapping[str, str]) -> None:
+    with start_ring_group(tuple(hosts), python, lease_s) as group:
+        bring_about(situation, group, tuple(hosts.values()))
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
+        while True:
+            group.receive(60)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], float(sys.argv[3]), dict(word.split("=") for word in sys.argv[4:]))

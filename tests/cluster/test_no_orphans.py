@@ -1,0 +1,78 @@
+"""Whatever happens to the coordinator or to the cable, no process is left on any host."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cluster import ring_group
+from tests.cluster.hosts import EmulatedHosts, wait_until
+from tests.launch.guarded import stand_in_python
+
+LEASE_S = 4.0
+SITUATIONS = ("idle", "init", "recv")
+
+
+def launch(hosts: EmulatedHosts, folder: Path, situation: str) -> subprocess.Popen[bytes]:
+    """A coordinator on host 0 whose stages are in that situation."""
+    where = [f"{name}={address}" for name, address in zip(hosts.names, hosts.addresses, strict=True)]
+    python = stand_in_python(folder, "ring")
+    process = hosts.exec(
+        0,
+        [sys.executable, ring_group.__file__, situation, python, str(LEASE_S), *where],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout
+    with process.stdout:
+        assert process.stdout.readline() == b"ready\n"
+    if situation == "init":
+        assert wait_until(lambda: listens(stage_on(hosts, 1), ring_group.RING_PORT), 10)
+    if situation == "recv":  # a pending receive spins
+        stage = stage_on(hosts, 1)
+        before = stage.cpu_times().user
+        assert wait_until(lambda: bool(stage.cpu_times().user > before + 0.3), 20)
+    return process
+
+
+def stage_on(hosts: EmulatedHosts, i: int) -> psutil.Process:
+    (pid,) = [pid for pid, command in hosts.processes(i).items() if "stage_programs.py" in command]
+    return psutil.Process(pid)
+
+
+def listens(process: psutil.Process, port: int) -> bool:
+    """Whether anything on the process's host listens on ``port``."""
+    sockets = Path(f"/proc/{process.pid}/net/tcp").read_text()
+    return re.search(rf":{port:04X} \S+ 0A ", sockets) is not None
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_killing_the_coordinator_leaves_no_process_on_any_host_within_5_s(
+    emulated_hosts: EmulatedHosts, tmp_path: Path, situation: str
+) -> None:
+    coordinator = launch(emulated_hosts, tmp_path, situation)
+    assert all(emulated_hosts.processes(i) for i in range(3))
+    began = time.monotonic()
+    coordinator.kill()
+    coordinator.wait()
+    assert wait_until(lambda: not emulated_hosts.all_processes(), 5), emulated_hosts.all_processes()
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_a_pulled_cable_leaves_no_process_on_that_host_after_the_lease(
+    emulated_hosts: EmulatedHosts, tmp_path: Path, situation: str
+) -> None:
+    coordinator = launch(emulated_hosts, tmp_path, situation)
+    assert emulated_hosts.processes(1)
+    emulated_hosts.cut(1)
+    began = time.monotonic()
+    assert wait_until(lambda: not emulated_hosts.processes(1), LEASE_S + 5), emulated_hosts.processes(1)
+    assert time.monotonic() - began > LEASE_S - 1.5  # by the lease, not by chance
+    coordinator.terminate()
+    coordinator.wait()
+    assert wait_until(lambda: not emulated_hosts.all_processes(), 10), emulated_hosts.all_processes()

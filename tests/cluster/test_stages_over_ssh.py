@@ -1,0 +1,157 @@
+"""Stages started over real ssh: what works, and what each failure says."""
+
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mlx_k2.control.messages import Connected, Step, StepDone
+from mlx_k2.errors import StageStartError
+from mlx_k2.launch.group import StageGroup
+from mlx_k2.launch.place import StagePlace
+from mlx_k2.launch.stage_process import StageEnded, StageMessage
+from tests.cluster.hosts import EmulatedHosts, wait_until
+from tests.cluster.ring_group import bring_about, receive, start_ring_group
+from tests.launch.guarded import stand_in_python
+
+
+@pytest.fixture
+def hosts(emulated_hosts: EmulatedHosts, monkeypatch: pytest.MonkeyPatch) -> EmulatedHosts:
+    """The hosts, with this process's ssh on host 0."""
+    monkeypatch.setenv("PATH", str(emulated_hosts.ssh_folder(0)), prepend=":")
+    return emulated_hosts
+
+
+def first_end(place: StagePlace, log: list[str] | None = None) -> StageEnded:
+    with StageGroup([place], 20.0, (log if log is not None else []).append) as group:
+        event = group.receive(20)
+    assert isinstance(event, StageEnded)
+    return event
+
+
+def test_three_ranks_on_three_hosts_pass_arrays_along(hosts: EmulatedHosts, tmp_path: Path) -> None:
+    with start_ring_group(hosts.names, stand_in_python(tmp_path, "ring"), 20.0) as group:
+        bring_about("idle", group, hosts.addresses)
+        for number in range(1, 21):
+            group.send_all(Step(number, ()))
+        done = [receive(group, StepDone) for _ in range(60)]
+    sums = [message.tokens[0].token_id for message in done if isinstance(message, StepDone) and message.tokens]
+    assert sums == [3 * number for number in range(1, 21)]
+    assert hosts.all_processes() == {}
+
+
+def test_a_stopped_stage_on_another_host_is_ended_in_time(hosts: EmulatedHosts, tmp_path: Path) -> None:
+    with StageGroup([StagePlace("host-1", stand_in_python(tmp_path, "echo"))], 20.0, lambda _: None) as group:
+        assert group.receive(20) == StageMessage(0, Connected())
+        (stage,) = [pid for pid, command in hosts.processes(1).items() if "stage_programs.py" in command]
+        psutil.Process(stage).suspend()
+    assert wait_until(lambda: not hosts.all_processes(), 1), hosts.all_processes()
+
+
+def test_a_pulled_cable_ends_that_stage_alone_in_under_10_s(hosts: EmulatedHosts, tmp_path: Path) -> None:
+    places = [StagePlace(name, stand_in_python(tmp_path, "echo")) for name in hosts.names]
+    with StageGroup(places, 4.0, lambda _: None) as group:
+        for _ in hosts.names:
+            receive(group, Connected)
+        hosts.cut(1)
+        began = time.monotonic()
+        end = group.receive(10)
+        assert time.monotonic() - began < 10
+        assert isinstance(end, StageEnded) and end.rank == 1
+        assert str(end.as_error()).startswith("stage 1 on host-1 ended: the ssh connection was lost")
+        group.send(2, Step(1, ()))
+        assert group.receive(10) == StageMessage(2, StepDone(number=1, busy_s=0.0, wait_s=0.0))
+    assert wait_until(lambda: not hosts.all_processes(), 10), hosts.all_processes()
+
+
+def test_a_cable_that_is_pulled_for_two_seconds_ends_nothing(hosts: EmulatedHosts, tmp_path: Path) -> None:
+    with StageGroup([StagePlace("host-1", stand_in_python(tmp_path, "echo"))], 20.0, lambda _: None) as group:
+        receive(group, Connected)
+        hosts.cut(1)
+        assert wait_until(lambda: group.silence_s(0) > 2, 10)
+        hosts.restore(1)
+        group.send(0, Step(1, ()))
+        assert group.receive(20) == StageMessage(0, StepDone(number=1, busy_s=0.0, wait_s=0.0))
+
+
+def test_a_killed_ssh_server_is_noticed_in_under_a_second_and_leaves_nothing(
+    hosts: EmulatedHosts, tmp_path: Path
+) -> None:
+    with StageGroup([StagePlace("host-1", stand_in_python(tmp_path, "deaf"))], 20.0, lambda _: None) as group:
+        receive(group, Connected)
+        (guard,) = [pid for pid, command in hosts.processes(1).items() if "guarded.py" in command]
+        session = psutil.Process(guard).parent()
+        assert session is not None and session.name().startswith("sshd")
+        session.kill()
+        began = time.monotonic()
+        assert isinstance(group.receive(10), StageEnded)
+        assert time.monotonic() - began < 1
+        assert wait_until(lambda: not hosts.processes(1), 5), hosts.processes(1)
+
+
+def test_a_login_shell_that_prints_first_is_noted_and_skipped(hosts: EmulatedHosts, tmp_path: Path) -> None:
+    (hosts.homes[1] / ".bashrc").write_text("echo welcome to host-1; echo have fun\n")
+    log: list[str] = []
+    with StageGroup([StagePlace("host-1", stand_in_python(tmp_path, "echo"))], 20.0, log.append) as group:
+        assert group.receive(20) == StageMessage(0, Connected())
+    assert "[stage 0 host-1] its login shell prints 27 bytes before a command starts; skipped:" in log
+    assert "[stage 0 host-1] | welcome to host-1" in log
+
+
+def test_without_our_python_a_host_is_tried_with_its_login_shells_path(
+    hosts: EmulatedHosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = hosts.homes[1] / "bin" / "mlx-k2"
+    script.parent.mkdir()
+    script.symlink_to(stand_in_python(tmp_path, "echo"))
+    (hosts.homes[1] / ".profile").write_text('PATH="$HOME/bin:$PATH"\n')
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    log: list[str] = []
+    with StageGroup([StagePlace("host-1")], 20.0, log.append) as group:
+        assert group.receive(20) == StageMessage(0, Connected())
+    assert any("/nowhere/python cannot run mlx_k2 there; trying mlx-k2" in line for line in log)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("unknown-key", "ssh does not know its host key: run `ssh unknown-key` once and accept it, or `ssh-keyscan"),
+        ("changed-key", "its host key is not the one that ssh knows: .* `ssh-keygen -R changed-key`"),
+        ("refused-key", "it refused this user's key: run `ssh-copy-id refused-key`"),
+        ("refused-connection", "it accepts no ssh connections: switch on Remote Login"),
+        ("unreachable", "it cannot be reached: .* `ping unreachable`"),
+        ("unresolvable", "its name cannot be resolved: check its spelling"),
+    ],
+)
+def test_each_failure_of_ssh_has_its_own_message(hosts: EmulatedHosts, name: str, reason: str) -> None:
+    error = first_end(StagePlace(name)).as_error()
+    assert isinstance(error, StageStartError)
+    assert error.args[0].startswith(f"stage 0 on {name} did not start: ")
+    with pytest.raises(StageStartError, match=reason):
+        raise error
+
+
+def test_a_python_that_is_not_on_the_host_is_named(hosts: EmulatedHosts) -> None:
+    assert first_end(StagePlace("host-1", "/nowhere/python")).reason == (
+        "it has no /nowhere/python: run `ssh host-1 python3 -m pip install mlx-k2==0.1.0`, "
+        'or give the path of a Python that has mlx_k2 as "python" in the hostfile'
+    )
+
+
+def test_a_python_without_the_package_is_told_how_to_install_it(hosts: EmulatedHosts, tmp_path: Path) -> None:
+    bare = tmp_path / "bare-python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    assert first_end(StagePlace("host-1", str(bare))).reason == (
+        f"its {bare} has no mlx_k2: run `ssh host-1 {bare} -m pip install mlx-k2==0.1.0`"
+    )
+
+
+def test_a_host_where_nothing_can_be_run_says_what_was_tried(
+    hosts: EmulatedHosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    reason = first_end(StagePlace("host-1")).reason
+    assert reason.startswith("neither /nowhere/python nor mlx-k2 on its login shell's PATH can be run there: run `ssh")

@@ -1,0 +1,69 @@
+import signal
+
+import pytest
+
+from mlx_k2.launch.diagnosis import explain_lost_connection, explain_start_failure
+from mlx_k2.launch.place import StagePlace
+
+PLACE = StagePlace(ssh="mac-2", python="/opt/k2/bin/python")
+NO_MARK = "the stage's output ended without its opening mark"
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "stderr"),
+    [
+        (127, "zsh:1: no such file or directory: /opt/k2/bin/python"),
+        (127, "bash: line 1: /opt/k2/bin/python: No such file or directory"),
+        (126, "bash: line 1: exec: /opt/k2/bin/python: cannot execute: Is a directory"),
+        (127, "sh: 1: exec: /opt/k2/bin/python: not found"),
+        (127, "fish: Unknown command: /opt/k2/bin/python"),
+        (1, "/opt/k2/bin/python: Command not found."),
+    ],
+)
+def test_every_shells_words_for_a_missing_python_are_understood(exit_code: int, stderr: str) -> None:
+    failure = explain_start_failure(PLACE, exit_code, stderr, NO_MARK)
+    assert failure.reason.startswith("it has no /opt/k2/bin/python: run `ssh mac-2 python3 -m pip install mlx-k2==")
+    assert failure.another_may_work
+
+
+@pytest.mark.parametrize(
+    "stderr",
+    [
+        "/opt/k2/bin/python: Error while finding module specification for 'mlx_k2.stage' "
+        "(ModuleNotFoundError: No module named 'mlx_k2')",
+        "/opt/k2/bin/python: No module named mlx_k2",
+    ],
+)
+def test_a_missing_package_is_told_from_a_missing_python(stderr: str) -> None:
+    failure = explain_start_failure(PLACE, 1, stderr, NO_MARK)
+    assert failure.reason.startswith("its /opt/k2/bin/python has no mlx_k2: run `ssh mac-2 /opt/k2/bin/python -m pip")
+    assert failure.another_may_work
+
+
+@pytest.mark.parametrize(
+    ("stderr", "meaning"),
+    [
+        ("ssh: connect to host mac-2 port 22: Operation timed out", "cannot be reached"),
+        ("Connection timed out during banner exchange", "cannot be reached"),
+        ("ssh: Could not resolve hostname mac-2: nodename nor servname provided", "cannot be resolved"),
+        ("user@mac-2: Permission denied (publickey,password,keyboard-interactive).", "`ssh-copy-id mac-2`"),
+        ("something new", "ssh failed: something new; try `ssh mac-2 true`"),
+        ("", "ssh failed: it did not say why; try `ssh mac-2 true`"),
+    ],
+)
+def test_ssh_on_a_mac_is_understood_and_what_is_not_is_quoted(stderr: str, meaning: str) -> None:
+    failure = explain_start_failure(PLACE, 255, stderr, NO_MARK)
+    assert meaning in failure.reason
+    assert not failure.another_may_work
+
+
+def test_any_other_start_failure_quotes_the_last_line() -> None:
+    failure = explain_start_failure(PLACE, 1, "Traceback\nMemoryError", NO_MARK)
+    assert failure.reason == f"{NO_MARK}: MemoryError"
+    assert not failure.another_may_work
+
+
+def test_a_lost_connection_says_which_end_it_was() -> None:
+    assert "ssh connection was lost" in explain_lost_connection(PLACE, 255)
+    assert explain_lost_connection(StagePlace(), -signal.SIGKILL) == "its guard was ended by signal 9"
+    assert explain_lost_connection(StagePlace(), None) == "the connection ended without a word from its guard"
