@@ -6,6 +6,7 @@ its text elsewhere.
 
 import functools
 import importlib.resources
+import re
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -66,15 +67,25 @@ def metal_kernel(text: KernelText) -> CompiledKernel:
     return CompiledKernel(cast(Callable[..., list[mx.array]], kernel))
 
 
+def cuda_body(source: str) -> str:
+    """Metal source without the address spaces of its pointers and constants, which CUDA does not write."""
+    return re.sub(r"\b(?:device|constant|thread)\s+", "", source)
+
+
+def cuda_header(text: KernelText) -> str:
+    """What goes before a body for CUDA: Metal's words, and the kernel's own header."""
+    return read_metal("cuda.h") + cuda_body(text.header)
+
+
 @functools.cache
 def cuda_kernel(text: KernelText) -> CompiledKernel:
-    """The same body for an NVIDIA GPU: cuda.h gives it Metal's words. Only kernels without simdgroup matrices."""
+    """The same body for an NVIDIA GPU. Only kernels without simdgroup matrices."""
     kernel = mx.fast.cuda_kernel(
         name=f"k2_{text.name}",
         input_names=list(text.inputs),
         output_names=list(text.outputs),
-        source=text.source,
-        header=read_metal("cuda.h") + text.header,
+        source=cuda_body(text.source),
+        header=cuda_header(text),
     )
     return CompiledKernel(cast(Callable[..., list[mx.array]], kernel))
 

@@ -8,7 +8,7 @@ from mlx_k2.kernels.launch import Launch, kernel_text
 
 
 def logits(hidden: mx.array, router_weight: mx.array) -> Launch:
-    """hidden (tokens, hidden) . router_weight (experts, hidden) -> (tokens, experts) float32, never rounded between."""
+    """Products of hidden (tokens, hidden) and router_weight (experts, hidden): (tokens, experts), in float32."""
     tokens, inputs = hidden.shape
     experts = router_weight.shape[0]
     assert tokens <= MAX_TOKENS, f"{tokens} tokens"

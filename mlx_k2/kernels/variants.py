@@ -41,7 +41,8 @@ def batch_experts(
     perform: Perform = run,
 ) -> mx.array:
     """Up to `batch.MAX_TOKENS` tokens, two launches, every chosen expert read once."""
-    rows, simdgroups = tuning.batch_rows, tuning.batch_simdgroups
+    rows = tuning.batch_rows if x.shape[0] <= batch.MAX_TOKENS // 2 else max(1, tuning.batch_rows // 2)  # registers
+    simdgroups = tuning.batch_simdgroups
     (hidden,) = perform(batch.gate_up(x, expert_ids, stack, rows=rows, simdgroups=tuning.gate_up_simdgroups))
     (y,) = perform(batch.down(hidden, expert_ids, expert_weights, stack, rows=rows, simdgroups=simdgroups))
     return y

@@ -82,7 +82,8 @@ def dense(packed: mx.array, scale: mx.array, expert: int, rows: slice = ALL_ROWS
 
 def swiglu(gate: Float64Array, up: Float64Array) -> Float64Array:
     with np.errstate(over="ignore"):
-        return gate / (1 + np.exp(-gate)) * up
+        product: Float64Array = gate / (1 + np.exp(-gate)) * up
+    return product
 
 
 def gate_up(case: Case, rows: slice = ALL_ROWS) -> Float64Array:

@@ -1,0 +1,92 @@
+"""Compiles a kernel body for CUDA with NVRTC from PyPI: no GPU and no toolkit. Runs nothing."""
+
+import ctypes
+import importlib.util
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import pytest
+
+from mlx_k2.kernels.launch import Launch, cuda_body, cuda_header
+
+ARCHITECTURE = "sm_90"
+
+
+class CudaCost(NamedTuple):
+    """What the assembler and the code say of one kernel."""
+
+    registers: int
+    spilled_bytes: int
+    loads_of_16_bytes: int
+    converts: int  # integer to float
+    fmas: int
+
+
+def _package(name: str, install: str) -> Path:
+    spec = importlib.util.find_spec(f"nvidia.{name}") if importlib.util.find_spec("nvidia") else None
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip(f"needs {install}: pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def cuda_source(launch: Launch) -> str:
+    """As MLX's cuda_kernel writes it: header, arguments, constants, body."""
+    types = {mx.float32: "float", mx.bfloat16: "__nv_bfloat16", mx.uint32: "uint32_t", mx.int32: "int32_t"}
+    arguments = []
+    for name, array in zip(launch.text.inputs, launch.inputs, strict=True):
+        arguments.append(f"const {types[array.dtype]}* {name}")
+        if f"{name}_shape" in launch.text.source:
+            arguments.append(f"const __grid_constant__ Shape {name}_shape")
+    arguments += [f"{types[d]}* {n}" for n, d in zip(launch.text.outputs, launch.output_dtypes, strict=True)]
+    constants = [
+        f"using {name} = {types[value]};" if isinstance(value, mx.Dtype) else f"constexpr int {name} = {int(value)};"
+        for name, value in launch.template
+    ]
+    return "\n".join(
+        [
+            "#include <cuda_bf16.h>",
+            "typedef unsigned int uint32_t; typedef int int32_t;",
+            "struct Shape { int values[8]; __device__ int operator[](int i) const { return values[i]; } };",
+            cuda_header(launch.text),
+            "namespace mlx::core::cu {",
+            f'extern "C" __global__ void {launch.text.name}({", ".join(arguments)}) {{',
+            *constants,
+            cuda_body(launch.text.source),
+            "}",
+            "}",
+        ]
+    )
+
+
+def compile_cuda(source: str) -> CudaCost:
+    """Raises AssertionError with the compiler's log when the source is not valid CUDA."""
+    library = ctypes.CDLL(str(next((_package("cuda_nvrtc", "NVRTC") / "lib").glob("libnvrtc.so*"))))
+    include = _package("cuda_runtime", "CUDA's headers") / "include"
+    program = ctypes.c_void_p()
+    library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
+    options = [f"--gpu-architecture={ARCHITECTURE}", f"-I{include}", "-std=c++17", "--ptxas-options=-v"]
+    encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    failed = library.nvrtcCompileProgram(program, len(options), encoded)
+
+    def text(what: str) -> str:
+        size = ctypes.c_size_t()
+        getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        getattr(library, f"nvrtcGet{what}")(program, buffer)
+        return buffer.value.decode()
+
+    log = text("ProgramLog")
+    assert not failed, log
+    ptx = text("PTX")
+    registers = re.search(r"Used (\d+) registers", log)
+    spilled = re.search(r"(\d+) bytes spill stores", log)
+    assert registers and spilled, log
+    return CudaCost(
+        int(registers[1]),
+        int(spilled[1]),
+        len(re.findall(r"ld\.global(?:\.nc)?\.v4\.u32", ptx)),
+        len(re.findall(r"cvt\.rn\.f32\.[us]\d+", ptx)),
+        len(re.findall(r"fma\.rn\.f32", ptx)),
+    )

@@ -1,0 +1,65 @@
+"""The decode and batch kernels are valid CUDA too, and what they cost there does not creep up.
+
+The compiler is not Apple's: registers, load widths and instructions are a proxy that sees a loop that is no longer
+unrolled, an array that went to memory, or a load that fell apart.
+"""
+
+import mlx.core as mx
+import pytest
+
+from mlx_k2.kernels import batch, decode
+from mlx_k2.kernels.launch import Launch
+from mlx_k2.kernels.stack import ExpertStack
+from tests.metal_cpu.nvrtc import compile_cuda, cuda_source
+
+pytestmark = pytest.mark.timeout(60)
+
+HIDDEN, INTERMEDIATE, TOP_K = 7168, 2048, 8
+
+
+def k2_launches(tokens: int, rows: int) -> dict[str, Launch]:
+    """Launches at K2's true size; the arrays are never evaluated."""
+
+    def projection(outputs: int, inputs: int) -> tuple[mx.array, mx.array]:
+        return mx.zeros((2, outputs, inputs // 8), mx.uint32), mx.zeros((2, outputs, inputs // 32), mx.bfloat16)
+
+    stack = ExpertStack(
+        *projection(INTERMEDIATE, HIDDEN), *projection(INTERMEDIATE, HIDDEN), *projection(HIDDEN, INTERMEDIATE)
+    )
+    x, hidden = mx.zeros((tokens, HIDDEN), mx.bfloat16), mx.zeros((tokens, TOP_K, INTERMEDIATE), mx.bfloat16)
+    ids, weights = mx.zeros((tokens, TOP_K), mx.uint32), mx.zeros((tokens, TOP_K))
+    if tokens == 1:
+        return {
+            "gate_up": decode.gate_up(x, ids, stack, rows=rows, simdgroups=2),
+            "down": decode.down(hidden, ids, weights, stack, rows=rows),
+        }
+    return {
+        "gate_up": batch.gate_up(x, ids, stack, rows=rows, simdgroups=2),
+        "down": batch.down(hidden, ids, weights, stack, rows=rows, simdgroups=8),
+    }
+
+
+@pytest.mark.parametrize("rows", [2, 4, 8])
+@pytest.mark.parametrize(("half", "projections"), [("gate_up", 2), ("down", 1)])
+def test_decode_kernels_unroll_and_load_16_bytes_at_a_time(half: str, projections: int, rows: int) -> None:
+    cost = compile_cuda(cuda_source(k2_launches(1, rows)[half]))
+    assert cost.spilled_bytes == 0
+    assert cost.registers <= 64 + 4 * rows
+    weight_loads = projections * rows
+    assert cost.loads_of_16_bytes % weight_loads == 0
+    assert cost.loads_of_16_bytes >= weight_loads
+    unrolled = cost.loads_of_16_bytes // weight_loads  # times that the compiler repeats the loop over groups
+    weights = 32 * weight_loads * unrolled
+    assert cost.converts == weights, "one conversion a weight"
+    assert cost.fmas <= 1.1 * weights + 40, "one multiply-add a weight"
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(2, 2), (4, 2), (8, 2), (16, 1)])
+@pytest.mark.parametrize("half", ["gate_up", "down"])
+def test_batch_kernels_convert_a_weight_once_for_all_tokens(half: str, tokens: int, rows: int) -> None:
+    cost = compile_cuda(cuda_source(k2_launches(tokens, rows)[half]))
+    assert cost.spilled_bytes == 0
+    assert cost.registers <= 128
+    weight_loads = (2 if half == "gate_up" else 1) * rows
+    unrolled = cost.loads_of_16_bytes // weight_loads
+    assert cost.converts == 32 * weight_loads * unrolled

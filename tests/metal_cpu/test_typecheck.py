@@ -1,0 +1,78 @@
+"""The text that MLX generates for our kernels passes a Metal-like type check, and the check sees each kind of error."""
+
+import mlx.core as mx
+import pytest
+
+from mlx_k2.kernels import variants
+from mlx_k2.kernels.launch import KernelText, Launch
+from mlx_k2.kernels.tuning import DEFAULT
+from tests.metal_cpu.float64 import random_case
+from tests.metal_cpu.generated import generated_source
+from tests.metal_cpu.typecheck import complaints
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def sources(*, tokens: int, top_k: int, experts: int, dtype: mx.Dtype) -> dict[str, str]:
+    """The generated source of every kernel, by name."""
+    found: dict[str, str] = {}
+
+    def perform(launch: Launch) -> list[mx.array]:
+        found[launch.text.name] = generated_source(launch)
+        return [mx.zeros(s, d) for s, d in zip(launch.output_shapes, launch.output_dtypes, strict=True)]
+
+    case = random_case(experts=experts, tokens=tokens, top_k=top_k, hidden=64, intermediate=64, dtype=dtype)
+    for compute in (variants.decode_experts, variants.batch_experts, variants.prefill_experts):
+        compute(case.x, case.expert_ids, case.expert_weights, case.stack, DEFAULT, perform)
+    weight, bias = mx.zeros((experts, 64), dtype), mx.zeros(experts)
+    variants.route(case.x, weight, bias, top_k=top_k, normalize=True, scaling_factor=2.0, perform=perform)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 4, 6), (1, 8, 40), (3, 4, 6), (16, 8, 384)])
+def test_every_kernel_passes(tokens: int, top_k: int, experts: int, dtype: mx.Dtype) -> None:
+    found = sources(tokens=tokens, top_k=top_k, experts=experts, dtype=dtype)
+    assert len(found) == 9
+    assert {name: complaints(source) for name, source in found.items()} == dict.fromkeys(found, [])
+
+
+ERRORS = {
+    "a thread array as a device pointer": ("decode_gate_up", "float sum = load_group(", "const device float* z = scaled; float sum = load_group("),
+    "a dropped address space": ("decode_gate_up", "const device uint4* gate_codes", "const uint4* gate_codes"),
+    "a write through an input": ("decode_gate_up", "float scaled[GROUP];", "x[0] = T(0); float scaled[GROUP];"),
+    "a double literal": ("decode_gate_up", "1.0f / 16.0f", "1.0 / 16.0"),
+    "an undeclared name": ("decode_gate_up", "simd_sum(gate[r])", "simd_sums(gate[r])"),
+    "a dropped const": ("decode_gate_up", "const device T* gate_scales", "device T* gate_scales"),
+    "threadgroup memory as a device pointer": ("decode_down", "float acc[R];", "const device float* z = parts; float acc[R];"),
+    "device memory as a threadgroup pointer": ("prefill_gate_up", "unpack_half_group(codes", "multiply_group(scales, up_tile, r0, c0, up); unpack_half_group(codes"),
+    "a shadowed name": ("decode_down", "float scaled[GROUP];", "float scaled[GROUP]; { float acc = 0.0f; }"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bfloat16_sources() -> dict[str, str]:
+    return sources(tokens=1, top_k=8, experts=40, dtype=mx.bfloat16)
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_is_found(name: str, bfloat16_sources: dict[str, str]) -> None:
+    kernel, old, new = ERRORS[name]
+    source = bfloat16_sources[kernel]
+    assert old in source
+    assert complaints(source.replace(old, new))
+
+
+@pytest.mark.parametrize(("elements", "valid"), [(7, False), (8, True)])
+def test_a_device_pointer_to_an_input_is_valid_from_eight_elements_on(elements: int, valid: bool) -> None:
+    body = "const device float* p = a; out[thread_position_in_grid.x] = p[0];"
+    launch = Launch(
+        KernelText("small", ("a",), ("out",), body, ""),
+        (mx.zeros(elements),),
+        (),
+        grid=(1, 1, 1),
+        threadgroup=(1, 1, 1),
+        output_shapes=((1,),),
+        output_dtypes=(mx.float32,),
+    )
+    assert (complaints(generated_source(launch)) == []) is valid

@@ -1,0 +1,62 @@
+"""Checks generated Metal source with clang's C++14 front end (pip's libclang) and for what Metal has not. Runs nothing."""
+
+import re
+
+import pytest
+
+from tests.metal_cpu.translate import RUNTIME
+
+FLAGS = (
+    "-std=c++14",
+    "-xc++",
+    "-ffreestanding",
+    "-nostdinc",
+    "-nostdinc++",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-Wall",
+    "-Wshadow",
+    "-Wconditional-uninitialized",
+    "-Wno-unknown-attributes",
+    "-Wno-ignored-attributes",
+    "-Wno-unused",
+    "-Werror",
+    f"-I{RUNTIME}",
+)
+_TYPES = "uint4|uint2|uint|float4|float|half|bfloat|T|int|ushort|uint32_t|int32_t|bfloat16_t"
+
+
+def complaints(source: str) -> list[str]:
+    """What clang and the lints say of a kernel's generated source; empty when it is very likely valid Metal."""
+    return [*_clang(source), *_lints(source)]
+
+
+def _clang(source: str) -> list[str]:
+    try:
+        from clang import cindex
+    except ImportError:
+        pytest.skip("needs libclang: pip install libclang")
+    text = re.sub(r"^template \[\[host_name\(.*?\)\]\] \[\[kernel\]\]", "template", source, flags=re.MULTILINE)
+    text = re.sub(r"\[\[(?:kernel|buffer\(\d+\)|\w+)\]\]", "", text)
+    text = re.sub(
+        r"^([ \t]*)threadgroup\s+([\w:<>, ]+?\s+\w+\s*\[)", r"\1static threadgroup \2", text, flags=re.MULTILINE
+    )
+    text = '#include "typecheck.h"\n#line 1 "kernel"\n' + text
+    unit = cindex.Index.create().parse("kernel.cpp", args=list(FLAGS), unsaved_files=[("kernel.cpp", text)])
+    return [f"line {d.location.line}: {d.spelling}" for d in unit.diagnostics if d.severity >= cindex.Diagnostic.Error]
+
+
+def _lints(source: str) -> list[str]:
+    code = re.sub(r"//[^\n]*|/\*.*?\*/", "", source, flags=re.DOTALL)
+    found = []
+    for number, line in enumerate(code.split("\n"), 1):
+        if re.search(r"\bdouble\b", line):
+            found.append(f"line {number}: Metal has no double")
+        if re.search(r"(?<![\w.])\d+\.\d*(?:[eE][-+]?\d+)?(?![\w.])", line):
+            found.append(f"line {number}: a double literal (no f)")
+        for match in re.finditer(rf"\b(?:{_TYPES})\s*\*\s*\w", line):
+            if re.search(r"(?:^|[=(,;{])\s*(?:const)?$", line[: match.start()].rstrip()):
+                found.append(f"line {number}: a pointer without address space")
+        if re.search(r"\b(?:new|delete|virtual|try|catch|goto|dynamic_cast|std::)\b", line):
+            found.append(f"line {number}: not in Metal")
+    return found
