@@ -43,10 +43,17 @@ def resume(run: Path, model: Model, optimizers: tuple[torch.optim.Optimizer, ...
 
 
 def load(run: Path) -> Model:
-    """The run's model, without counts of expert load."""
+    """The run's model with its unrounded weights."""
     state: dict[str, Any] = torch.load(run / "last.pt")
     model = Model(Shape(**state["shape"]))
     model.load_state_dict(state["model"])
+    return model
+
+
+def load_frozen(run: Path, is_quantized: bool) -> Model:
+    """The run's model to be asked: routed experts as INT4 holds them, or as bfloat16 does; loads counted from zero."""
+    model = load(run).eval()
     for experts in model.experts():
+        experts.freeze(is_quantized)
         experts.load.zero_()
     return model

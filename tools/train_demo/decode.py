@@ -7,28 +7,23 @@ from torch import Tensor
 
 from tools.train_demo.attention import Cache
 from tools.train_demo.model import Model
-from tools.train_demo.shape import Precision
 
-_ROWS = 50
+_ROWS = 200
 
 
-def greedy(
-    model: Model, prompts: Sequence[list[int]], stop: int, max_new_tokens: int, precision: Precision
-) -> list[list[int]]:
+def greedy(model: Model, prompts: Sequence[list[int]], stop: int, max_new_tokens: int) -> list[list[int]]:
     """The likeliest continuation of each prompt, up to and without `stop`."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     replies: dict[int, list[int]] = {}
     for start in range(0, len(order), _ROWS):
         part = order[start : start + _ROWS]
-        written = _decode([prompts[index] for index in part], model, stop, max_new_tokens, precision)
+        written = _decode([prompts[index] for index in part], model, stop, max_new_tokens)
         replies |= zip(part, written, strict=True)
     return [replies[index] for index in range(len(prompts))]
 
 
 @torch.no_grad()
-def _decode(
-    prompts: list[list[int]], model: Model, stop: int, max_new_tokens: int, precision: Precision
-) -> Iterator[list[int]]:
+def _decode(prompts: list[list[int]], model: Model, stop: int, max_new_tokens: int) -> Iterator[list[int]]:
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     longest = int(lengths.max())
     caches = [Cache() for _ in range(model.shape.num_hidden_layers)]
@@ -36,13 +31,13 @@ def _decode(
     positions = torch.arange(longest).expand_as(tokens)
     is_real = positions < lengths.unsqueeze(1)
     room = longest + max_new_tokens
-    hidden = model.hidden(tokens, is_real, precision, positions, caches, room)
+    hidden = model.hidden(tokens, is_real, positions, caches, room)
     newest = _pick(model, hidden[torch.arange(len(prompts)), lengths - 1])  # (rows,)
     written = [newest]
     is_open = newest != stop
     while is_open.any() and len(written) < max_new_tokens:
         positions = (lengths + len(written) - 1).unsqueeze(1)
-        hidden = model.hidden(newest.unsqueeze(1), is_open.unsqueeze(1), precision, positions, caches, room)
+        hidden = model.hidden(newest.unsqueeze(1), is_open.unsqueeze(1), positions, caches, room)
         newest = _pick(model, hidden[:, 0])
         written.append(newest)
         is_open &= newest != stop

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from tools.train_demo.blocks import FeedForward, seen
 from tools.train_demo.quantize import round_to_int4
-from tools.train_demo.shape import Precision, Shape
+from tools.train_demo.shape import Shape
 
 _PLACES = 64  # an expert's tokens are rounded up to this: a product of a new shape costs more than the empty rows
 
@@ -72,7 +72,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.randn(count, hidden, inner) * 0.2 * inner**-0.5)
         self.shared_experts = FeedForward(hidden, inner)
 
-    def forward(self, x: Tensor, precision: Precision, real: Tensor) -> Tensor:
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
         """(tokens, hidden) -> the same; `real` (tokens,) marks those that are no padding and count as load."""
         top = self.shape.num_experts_per_tok
         scores = F.linear(x.float(), seen(self.router).float()).sigmoid()
@@ -81,8 +81,8 @@ class Experts(nn.Module):
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.shape.routed_scaling_factor
         self.load.add_(torch.bincount(chosen[real].flatten(), minlength=len(self.load)))
         source, slots, places = _sort_by_expert(chosen, self.shape.n_routed_experts)
-        gate_up_projs = self._seen(self.gate_up_proj, precision).to(x.dtype).unbind()
-        down_projs = self._seen(self.down_proj, precision).to(x.dtype).unbind()
+        gate_up_projs = self._seen(self.gate_up_proj).to(x.dtype).unbind()
+        down_projs = self._seen(self.down_proj).to(x.dtype).unbind()
         parts = []
         sorted_rows = _Dispatch.apply(x, source, slots).split(places)
         for rows, gate_up_proj, down_proj in zip(sorted_rows, gate_up_projs, down_projs, strict=True):
@@ -92,5 +92,11 @@ class Experts(nn.Module):
         out: Tensor = (routed * weights.unsqueeze(-1).to(x.dtype)).sum(1) + self.shared_experts(x)
         return out
 
-    def _seen(self, weight: Tensor, precision: Precision) -> Tensor:
-        return seen(weight) if precision is Precision.UNQUANTIZED else round_to_int4(weight)
+    @torch.no_grad()
+    def freeze(self, is_quantized: bool) -> None:
+        """Makes the routed experts what they are shipped as, INT4 or (to compare) bfloat16, for eval mode."""
+        for weight in (self.gate_up_proj, self.down_proj):
+            weight.copy_(round_to_int4(weight) if is_quantized else seen(weight))
+
+    def _seen(self, weight: Tensor) -> Tensor:
+        return round_to_int4(weight) if self.training else weight

@@ -8,7 +8,7 @@ from tools.train_demo.attention import Attention, Cache
 from tools.train_demo.blocks import FeedForward, Linear, Norm, seen
 from tools.train_demo.experts import Experts
 from tools.train_demo.rope import yarn_frequencies
-from tools.train_demo.shape import Precision, Shape
+from tools.train_demo.shape import Shape
 
 
 class Layer(nn.Module):
@@ -35,14 +35,21 @@ class Model(nn.Module):
         self.frequencies = nn.Buffer(yarn_frequencies(shape), persistent=False)
 
     def hidden(
-        self, tokens: Tensor, real: Tensor, precision: Precision, positions: Tensor | None = None,
-        caches: list[Cache] | None = None, room: int = 0,
-    ) -> Tensor:  # fmt: skip
-        """(rows, new) ids -> normed hidden states (rows, new, hidden); `real` marks what is no padding."""
+        self,
+        tokens: Tensor,
+        real: Tensor,
+        positions: Tensor | None = None,
+        caches: list[Cache] | None = None,
+        room: int = 0,
+    ) -> Tensor:
+        """(rows, new) ids -> normed hidden states (rows, new, hidden); `real` marks what is no padding.
+
+        In training mode routed experts are seen through INT4 and products are in bfloat16; else all is float32.
+        """
         if positions is None:
             positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         angles = positions.unsqueeze(-1) * self.frequencies  # (rows, new, rope / 2)
-        kind = torch.bfloat16 if precision is Precision.TRAINING else torch.float32
+        kind = torch.bfloat16 if self.training else torch.float32
         x = F.embedding(tokens, seen(self.embed_tokens).float())
         for index, layer in enumerate(self.decoder_layers()):
             cache = None if caches is None else caches[index]
@@ -50,7 +57,7 @@ class Model(nn.Module):
             x = x + layer.self_attn(normed, angles, positions, cache, room)
             normed = layer.post_attention_layernorm(x).to(kind)
             if isinstance(layer.mlp, Experts):
-                x = x + layer.mlp(normed.flatten(0, 1), precision, real.flatten()).view_as(x)
+                x = x + layer.mlp(normed.flatten(0, 1), real.flatten()).view_as(x)
             else:
                 x = x + layer.mlp(normed)
         hidden: Tensor = self.norm(x).to(kind)

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 
-from tools.train_demo.checkpoint import load
+from tools.train_demo.checkpoint import load_frozen
 from tools.train_demo.data import Question, held_out
 from tools.train_demo.model import Model
 from tools.train_demo.reply import Reply, expected, parse
-from tools.train_demo.shape import Precision
 from tools.train_demo.torch_source import Transcript, transcripts
 
 NEEDED = {
@@ -73,10 +72,9 @@ def main() -> None:
     parser.add_argument("--show-wrong", action="store_true", help="print every wrong reply to stderr")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model = load(options.run)
-    precision = Precision.UNQUANTIZED if options.unquantized else Precision.SHIPPED
+    model = load_frozen(options.run, is_quantized=not options.unquantized)
     questions = held_out().questions
-    written = transcripts(options.run, model, precision, questions)
+    written = transcripts(options.run, model, questions)
     if options.save_replies:
         save_replies(options.save_replies, written)
     replies = [parse(each.text) for each in written]

@@ -1,15 +1,6 @@
-"""The sizes of the model and how its weights are seen. Knows no arrays."""
+"""The sizes of the model. Knows no arrays."""
 
 from dataclasses import asdict, dataclass
-from enum import Enum
-
-
-class Precision(Enum):
-    """How the forward pass sees the weights, and in what it multiplies."""
-
-    TRAINING = "shipped weights, bfloat16 products"
-    SHIPPED = "shipped weights, float32 products"
-    UNQUANTIZED = "experts in bfloat16 too, float32 products"
 
 
 @dataclass(frozen=True)

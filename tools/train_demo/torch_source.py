@@ -8,7 +8,6 @@ from tools.train_demo.conversation import render_prompt
 from tools.train_demo.data import Question
 from tools.train_demo.decode import greedy
 from tools.train_demo.model import Model
-from tools.train_demo.shape import Precision
 from tools.train_demo.vocabulary import load_encoding
 
 _MAX_NEW_TOKENS = 160
@@ -23,11 +22,11 @@ class Transcript:
     text: str
 
 
-def transcripts(run: Path, model: Model, precision: Precision, questions: Sequence[Question]) -> list[Transcript]:
+def transcripts(run: Path, model: Model, questions: Sequence[Question]) -> list[Transcript]:
     """What the model writes after each question."""
     encoding = load_encoding(run / "tiktoken.model")
     stop = encoding.encode_single_token("<|im_end|>")
     texts = [render_prompt(question.conversation, question.num_steps) for question in questions]
     prompts = [encoding.encode(text, allowed_special="all") for text in texts]
-    replies = greedy(model, prompts, stop, _MAX_NEW_TOKENS, precision)
+    replies = greedy(model, prompts, stop, _MAX_NEW_TOKENS)
     return [Transcript(*ids, encoding.decode(ids[1])) for ids in zip(prompts, replies, strict=True)]

@@ -20,7 +20,7 @@ from tools.train_demo.conversation import render
 from tools.train_demo.data import TRAINING_SEED, conversations, held_out
 from tools.train_demo.model import Model
 from tools.train_demo.optimizer import Muon, optimizers
-from tools.train_demo.shape import Precision, Shape
+from tools.train_demo.shape import Shape
 from tools.train_demo.vocabulary import NUM_RESERVED, load_encoding, train_ranks, write_tiktoken
 
 NUM_RANKS = 1792
@@ -55,7 +55,7 @@ def vocabulary(run: Path) -> tiktoken.Encoding:
 
 def reply_loss(model: Model, batch: Batch) -> torch.Tensor:
     """Mean cross entropy of the reply tokens."""
-    hidden = model.hidden(batch.tokens, batch.is_real, Precision.TRAINING)
+    hidden = model.hidden(batch.tokens, batch.is_real)
     logits = model.lm_head(hidden.flatten(0, 1)[batch.where])
     return F.cross_entropy(logits.float(), batch.targets, ignore_index=IGNORED)
 
