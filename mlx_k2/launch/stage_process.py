@@ -120,11 +120,16 @@ class StageProcess:
         self._put(Kind.HEARTBEAT, payload)
 
     def close(self) -> None:
-        """Close the stage's input once what is queued is sent: its guard then ends it. Does not wait."""
+        """Close the stage's input once what is queued is sent: its guard then ends it. Does not wait.
+
+        A stage that is not up yet holds nothing, and ssh may be waiting for its host: that process is ended now.
+        """
         with self._lock:
             self._closed = True
             if self._writer is not None:
                 self._writer.close(timeout_s=0)
+            if self._process is not None and self._early is not None:
+                self._process.terminate()
 
     def send_signal(self, number: int) -> None:
         """Signal the local process: the ssh client, or the local guard."""
@@ -187,6 +192,7 @@ class StageProcess:
             self._writer.put(Kind.GUARD_SETTINGS, self._settings.to_json())
             if self._closed:
                 self._writer.close(timeout_s=0)
+                process.terminate()
         came_up, stage_exit, fault = self._follow(process.stdout)
         with self._lock:
             self._writer.close(timeout_s=0)

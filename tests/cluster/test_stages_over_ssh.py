@@ -133,6 +133,15 @@ def test_each_failure_of_ssh_has_its_own_message(hosts: EmulatedHosts, name: str
         raise error
 
 
+def test_stopping_does_not_wait_for_a_host_that_does_not_answer(hosts: EmulatedHosts) -> None:
+    with StageGroup([StagePlace("unreachable")], 20.0, lambda _: None) as group:
+        assert wait_until(lambda: bool(hosts.processes(0)), 5)
+        began = time.monotonic()
+        group.stop(lambda _: None)
+        assert time.monotonic() - began < 1
+    assert hosts.all_processes() == {}
+
+
 def test_a_python_that_is_not_on_the_host_is_named(hosts: EmulatedHosts) -> None:
     assert first_end(StagePlace("host-1", "/nowhere/python")).reason == (
         "it has no /nowhere/python: run `ssh host-1 python3 -m pip install mlx-k2==0.1.0`, "
