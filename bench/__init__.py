@@ -1,0 +1,1 @@
+"""Benchmarks: one script for each question; METHODOLOGY.md says how they measure."""

@@ -1,0 +1,45 @@
+"""The checkpoints that benchmarks run on: random, seeded, written once under the system's temporary folder."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mlx_k2.text.tiny_vocabulary import tiny_vocabulary
+from mlx_k2.weights.config_fields import tiny_config_fields
+from mlx_k2.weights.random_checkpoint import write_random_checkpoint
+
+VOCAB_SIZE = 2048
+CONTEXT_TOKENS = 8192
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # Eight equal halves of work: an even number of layers, all with experts, so that two stages weigh the same.
+    "even": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "q_lora_rank": 256,
+        "kv_lora_rank": 256,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "intermediate_size": 2048,
+        "moe_intermediate_size": 512,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 4,
+        "first_k_dense_replace": 0,
+    },
+    # As many layers as Kimi K2, each as small as can be: what is left is the cost of running layers at all.
+    "deep": {"num_hidden_layers": 61},
+}
+
+
+def bench_checkpoint(shape: str) -> Path:
+    """The folder of the checkpoint of that shape, written now if it is not there."""
+    folder = Path(tempfile.gettempdir()) / "mlx-k2-bench" / shape
+    if not folder.exists():
+        vocabulary = tiny_vocabulary(VOCAB_SIZE, CONTEXT_TOKENS)
+        ids = {"bos_token_id": vocabulary.bos_token_id, "eos_token_id": vocabulary.eos_token_id}
+        fields = tiny_config_fields(VOCAB_SIZE, max_position_embeddings=CONTEXT_TOKENS, **ids, **SHAPES[shape])
+        write_random_checkpoint(folder, fields, seed=1, tokenizer_files=vocabulary.files)
+    return folder

@@ -1,0 +1,57 @@
+"""What the benchmarks share: prompts, pairs that alternate, and how figures are summed up."""
+
+import csv
+import os
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+NUM_PAIRS = 7
+
+
+def prompt_ids(count: int) -> list[int]:
+    """``count`` ordinary token ids, always the same ones."""
+    return [int(token_id) for token_id in np.random.default_rng(0).integers(0, 256, count)]
+
+
+def alternate(
+    first: Callable[[], float], second: Callable[[], float], num_pairs: int = NUM_PAIRS
+) -> list[tuple[float, float]]:
+    """Pairs of figures, the two taken right after each other, so that a machine's moods meet both alike."""
+    return [(first(), second()) for _ in range(num_pairs)]
+
+
+def summarize(values: Sequence[float]) -> str:
+    """Median and interquartile range."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
+
+
+def ratios(pairs: Sequence[tuple[float, float]]) -> list[float]:
+    """First over second, pair by pair."""
+    return [first / second for first, second in pairs]
+
+
+def save_rows(name: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> Path:
+    """Append rows to results/NAME.csv, each with the date, the machine and the versions that it was measured with."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.csv"
+    is_new = not path.exists()
+    made = (date.today().isoformat(), machine(), version("mlx-k2"), version("mlx"), version("mlx-lm"))
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if is_new:
+            writer.writerow(("date", "machine", "mlx_k2", "mlx", "mlx_lm", *header))
+        writer.writerows((*made, *row) for row in rows)
+    return path
+
+
+def machine() -> str:
+    """System, processor and number of cores."""
+    return f"{platform.system()} {platform.machine()} {os.cpu_count()} cores"
