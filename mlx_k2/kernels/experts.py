@@ -1,11 +1,34 @@
-"""The one place that chooses how routing and routed experts are computed. Today: always the reference."""
+"""The one place that chooses how routing and routed experts are computed: by device, by verdict and by shape."""
+
+import functools
+import logging
+from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_k2.kernels import reference
+from mlx_k2.kernels import reference, variants, verdict_cache
+from mlx_k2.kernels.batch import MAX_TOKENS
+from mlx_k2.kernels.decode import MAX_TOP_K
+from mlx_k2.kernels.launch import run
+from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, ROUTER, LayerShape, Verdict, check_kernel
 from mlx_k2.kernels.stack import ExpertStack
+from mlx_k2.kernels.tuning import Tuning, tuning_for
+from mlx_k2.kernels.variants import Experts
 
-__all__ = ["ExpertStack", "route", "routed_experts"]
+__all__ = ["ExpertStack", "prepare", "route", "routed_experts"]
+
+logger = logging.getLogger(__name__)
+
+METAL_KERNELS = (DECODE, BATCH, PREFILL, ROUTER)
+CUDA_KERNELS = (DECODE, BATCH)  # the others use simdgroup matrices, or words that cuda.h lacks
+
+
+class Trusted(NamedTuple):
+    """The kernels that may run here, and their sizes."""
+
+    kernels: frozenset[str]
+    tuning: Tuning
 
 
 def route(
@@ -23,6 +46,18 @@ def route(
 
     `reference.route` states the rule.
     """
+    one_group = top_groups >= num_groups and top_k <= MAX_TOP_K and router_weight.dtype == hidden.dtype
+    if one_group and _backend_kernels():
+        shape = LayerShape(hidden.shape[1], 0, top_k, hidden.dtype)
+        if ROUTER in trusted(shape).kernels:
+            return variants.route(
+                hidden,
+                router_weight,
+                correction_bias,
+                top_k=top_k,
+                normalize=normalize,
+                scaling_factor=scaling_factor,
+            )
     return reference.route(
         hidden,
         router_weight,
@@ -37,4 +72,75 @@ def route(
 
 def routed_experts(x: mx.array, expert_ids: mx.array, expert_weights: mx.array, stack: ExpertStack) -> mx.array:
     """(tokens, hidden) -> (tokens, hidden): SwiGLU of the chosen experts, weighted, summed in the order of the ids."""
+    top_k = expert_ids.shape[1]
+    if _backend_kernels() and top_k <= MAX_TOP_K and stack.gate_scale.dtype == x.dtype:
+        kernels, tuning = trusted(LayerShape(stack.hidden_size, stack.intermediate_size, top_k, x.dtype))
+        name, compute = regime(x.shape[0])
+        if name in kernels:
+            return compute(x, expert_ids, expert_weights, stack, tuning, run)
     return reference.routed_experts(x, expert_ids, expert_weights, stack)
+
+
+def regime(tokens: int) -> tuple[str, Experts]:
+    """The kernel for so many tokens. One expert's weights are read once in each regime."""
+    if tokens == 1:
+        return DECODE, variants.decode_experts
+    if tokens <= MAX_TOKENS:
+        return BATCH, variants.batch_experts
+    return PREFILL, variants.prefill_experts
+
+
+def prepare(stack: ExpertStack, top_k: int) -> list[Verdict]:
+    """Checks the kernels for such a layer, now rather than at the first token. Without a GPU: nothing to check."""
+    if not _backend_kernels():
+        return []
+    dtype = stack.gate_scale.dtype
+    shapes = (
+        LayerShape(stack.hidden_size, stack.intermediate_size, top_k, dtype),
+        LayerShape(stack.hidden_size, 0, top_k, dtype),
+    )
+    return [verdict for shape in shapes for verdict in verdicts(shape, verdict_cache.DEFAULT_DIRECTORY).verdicts]
+
+
+@functools.cache
+def trusted(shape: LayerShape) -> Trusted:
+    """The kernels that agreed with the reference for this shape, checked once on a machine and then remembered."""
+    remembered = verdicts(shape, verdict_cache.DEFAULT_DIRECTORY)
+    names = frozenset(verdict.kernel for verdict in remembered.verdicts if verdict.trusted)
+    return Trusted(names, remembered.tuning or tuning_for(chip()))
+
+
+def verdicts(shape: LayerShape, directory: Path) -> verdict_cache.Remembered:
+    """What is known for this shape; what is not yet known is found out, said in the log, and remembered.
+
+    A layer of intermediate size 0 stands for the router alone.
+    """
+    path = verdict_cache.cache_path(directory, shape, chip())
+    remembered = verdict_cache.load(path) or verdict_cache.Remembered([], None)
+    names = [name for name in _backend_kernels() if (name == ROUTER) == (shape.intermediate_size == 0)]
+    known = {verdict.kernel for verdict in remembered.verdicts}
+    for name in names:
+        if name in known:
+            continue
+        # should the check take the process down, the next one finds this and leaves the kernel alone
+        started = Verdict(name, False, None, "an earlier check did not come back")
+        verdict_cache.store(path, remembered.with_verdict(started), chip())
+        verdict = check_kernel(name, shape, tuning_for(chip()))
+        if not verdict.trusted:
+            logger.warning("the %s kernel is not used here (%s); plain MLX runs instead", name, verdict.reason)
+        remembered = remembered.with_verdict(verdict)
+        verdict_cache.store(path, remembered, chip())
+    return remembered
+
+
+@functools.cache
+def chip() -> str:
+    """The GPU as MLX names it, for instance "Apple M3 Ultra"."""
+    return str(mx.device_info().get("device_name", "unknown"))
+
+
+def _backend_kernels() -> tuple[str, ...]:
+    """The kernels that this machine's GPU could run; none where MLX computes on the CPU."""
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return ()
+    return METAL_KERNELS if mx.metal.is_available() else CUDA_KERNELS if mx.cuda.is_available() else ()

@@ -48,6 +48,12 @@ def read_metal(name: str) -> str:
     return importlib.resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
+def metal_texts() -> list[str]:
+    """Every kernel text of this package, in the order of file names."""
+    files = importlib.resources.files(__package__).iterdir()
+    return [read_metal(name) for name in sorted(file.name for file in files) if name.endswith((".metal", ".h"))]
+
+
 @functools.cache
 def kernel_text(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], header: str | None) -> KernelText:
     """The kernel in NAME.metal, with the file `header` before it."""

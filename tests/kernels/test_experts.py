@@ -1,0 +1,110 @@
+"""The choice of a kernel: by device, by verdict, by number of tokens; and what is remembered of a machine."""
+
+import logging
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_k2.kernels import experts, reference, verdict_cache
+from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, LayerShape, Verdict
+from mlx_k2.kernels.tuning import DEFAULT
+from tests.metal_cpu.float64 import random_case
+
+pytestmark = pytest.mark.timeout(30)
+
+SHAPE = LayerShape(hidden_size=64, intermediate_size=32, top_k=4, dtype=mx.bfloat16)
+
+
+def test_without_a_gpu_the_reference_runs_and_nothing_is_checked() -> None:
+    case = random_case(experts=4, tokens=3, top_k=2, hidden=64, intermediate=32, dtype=mx.float32)
+    with mx.stream(mx.cpu):
+        got = experts.routed_experts(case.x, case.expert_ids, case.expert_weights, case.stack)
+        expected = reference.routed_experts(case.x, case.expert_ids, case.expert_weights, case.stack)
+        assert experts.prepare(case.stack, 2) == []
+    assert mx.array_equal(got, expected).item()
+
+
+@pytest.mark.parametrize(("tokens", "kernel"), [(1, DECODE), (2, BATCH), (16, BATCH), (17, PREFILL), (4096, PREFILL)])
+def test_the_number_of_tokens_chooses_the_kernel(tokens: int, kernel: str) -> None:
+    assert experts.regime(tokens)[0] == kernel
+
+
+def test_verdicts_are_remembered(tmp_path: Path) -> None:
+    path = verdict_cache.cache_path(tmp_path / "new", SHAPE, "Apple M9")
+    remembered = verdict_cache.Remembered([Verdict(DECODE, True, 1e-3, ""), Verdict(BATCH, False, None, "no")], DEFAULT)
+    assert verdict_cache.load(path) is None
+    verdict_cache.store(path, remembered, "Apple M9")
+    assert verdict_cache.load(path) == remembered
+
+
+def test_another_chip_shape_or_kernel_text_has_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [
+        verdict_cache.cache_path(tmp_path, SHAPE, "Apple M9"),
+        verdict_cache.cache_path(tmp_path, SHAPE, "Apple M8"),
+        verdict_cache.cache_path(tmp_path, SHAPE._replace(top_k=8), "Apple M9"),
+        verdict_cache.cache_path(tmp_path, SHAPE._replace(dtype=mx.float32), "Apple M9"),
+    ]
+    monkeypatch.setattr(verdict_cache, "metal_texts", lambda: ["another text"])
+    paths.append(verdict_cache.cache_path(tmp_path, SHAPE, "Apple M9"))
+    assert len(set(paths)) == len(paths)
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"verdicts": [{"kernel": 1}], "tuning": null}', "[]"])
+def test_a_file_that_cannot_be_read_means_that_nothing_is_known(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "verdicts.json"
+    path.write_text(content)
+    assert verdict_cache.load(path) is None
+
+
+def test_a_directory_that_cannot_be_written_is_not_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    verdict_cache.store(tmp_path / "file" / "verdicts.json", verdict_cache.Remembered([], None), "Apple M9")
+
+
+@pytest.fixture
+def _metal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Mac, except that no kernel can run: calling one raises."""
+    monkeypatch.setattr(experts, "_backend_kernels", lambda: experts.METAL_KERNELS)
+
+
+@pytest.mark.usefixtures("_metal")
+def test_a_kernel_that_fails_is_named_once_and_then_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        first = experts.verdicts(SHAPE, tmp_path)
+        again = experts.verdicts(SHAPE, tmp_path)
+    assert [v.trusted for v in first.verdicts] == [False, False, False]
+    assert again == first
+    assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
+        f"the {name} kernel is not used here" for name in (DECODE, BATCH, PREFILL)
+    ]
+
+
+@pytest.mark.usefixtures("_metal")
+def test_a_check_that_took_the_process_down_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class ProcessGone(BaseException):
+        pass
+
+    def crash(*_: object) -> Verdict:
+        raise ProcessGone
+
+    monkeypatch.setattr(experts, "check_kernel", crash)
+    with pytest.raises(ProcessGone):
+        experts.verdicts(SHAPE, tmp_path)
+    monkeypatch.setattr(experts, "check_kernel", lambda name, *_: Verdict(name, True, 0.0, ""))
+    verdicts = {v.kernel: v for v in experts.verdicts(SHAPE, tmp_path).verdicts}
+    assert not verdicts[DECODE].trusted
+    assert verdicts[DECODE].reason == "an earlier check did not come back"
+    assert verdicts[BATCH].trusted
+
+
+@pytest.mark.usefixtures("_metal")
+def test_the_reference_runs_where_no_kernel_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdict_cache, "DEFAULT_DIRECTORY", tmp_path)
+    case = random_case(experts=4, tokens=3, top_k=2, hidden=64, intermediate=32, dtype=mx.float32)
+    got = experts.routed_experts(case.x, case.expert_ids, case.expert_weights, case.stack)
+    expected = reference.routed_experts(case.x, case.expert_ids, case.expert_weights, case.stack)
+    assert np.array_equal(np.array(got), np.array(expected))

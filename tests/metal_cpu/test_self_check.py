@@ -1,0 +1,49 @@
+"""The check that a Mac makes of itself passes our kernels and stops a wrong or uncompilable one."""
+
+import mlx.core as mx
+import pytest
+
+from mlx_k2.kernels.launch import Launch
+from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, ROUTER, LayerShape, Verdict, check_kernel, check_kernels
+from mlx_k2.kernels.tuning import DEFAULT
+from tests.metal_cpu.execute import execute, with_text
+
+pytestmark = pytest.mark.timeout(60)
+
+SHAPE = LayerShape(hidden_size=64, intermediate_size=32, top_k=4, dtype=mx.bfloat16)
+
+
+def perform(launch: Launch) -> list[mx.array]:
+    return execute(launch).outputs
+
+
+def perform_wrong(launch: Launch) -> list[mx.array]:
+    source = launch.text.source.replace("N + row", "N").replace("== winner ? -INFINITY", "== winner ? 2.0f")
+    source = source.replace("column0 + w_row", "w_row / 2")
+    return execute(with_text(launch, source)).outputs
+
+
+def perform_uncompilable(launch: Launch) -> list[mx.array]:
+    raise RuntimeError(f"[metal::Device] Unable to build metal library from source\n{launch.text.name}.metal:3: error")
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32], ids=["bfloat16", "float32"])
+def test_our_kernels_are_trusted(dtype: mx.Dtype) -> None:
+    verdicts = check_kernels(SHAPE._replace(dtype=dtype), DEFAULT, perform)
+    assert [(v.kernel, v.trusted, v.reason) for v in verdicts] == [
+        (name, True, "") for name in (DECODE, BATCH, PREFILL, ROUTER)
+    ]
+
+
+@pytest.mark.parametrize("kernel", [DECODE, BATCH, PREFILL, ROUTER])
+def test_a_wrong_kernel_is_not_trusted_and_says_by_how_much(kernel: str) -> None:
+    verdict = check_kernel(kernel, SHAPE, DEFAULT, perform_wrong)
+    assert not verdict.trusted
+    assert verdict.error is not None
+    assert verdict.reason.startswith("off by ")
+
+
+@pytest.mark.parametrize("kernel", [DECODE, BATCH, PREFILL, ROUTER])
+def test_a_kernel_that_does_not_compile_is_not_trusted_and_says_why_in_one_line(kernel: str) -> None:
+    reason = "[metal::Device] Unable to build metal library from source"
+    assert check_kernel(kernel, SHAPE, DEFAULT, perform_uncompilable) == Verdict(kernel, False, None, reason)
