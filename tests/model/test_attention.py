@@ -132,10 +132,11 @@ def peak_beyond_inputs(case: Case, attend: str) -> int:
 def test_at_32k_of_context_memory_stays_within_the_budget(
     monkeypatch: pytest.MonkeyPatch, attend: str, count: int, heads: int
 ) -> None:
-    budget = 24 * 2**20
+    budget = 32 * 2**20
     monkeypatch.setattr(attention, "BLOCK_BYTES", budget // 2)
     case = make_case(count, 32768 - count, heads)
     outputs = heads * count * (LATENT + VALUE) * 4 * 2  # the blocks and what they are joined to
     all_scores = heads * count * 32768 * 4
-    assert all_scores > 5 * budget
-    assert peak_beyond_inputs(case, attend) < budget + outputs + 4 * 2**20
+    copied_latents = 2 * 32768 * LATENT * 4  # MLX's product on a CPU copies a matrix that is part of a wider one
+    assert all_scores > 3 * budget
+    assert peak_beyond_inputs(case, attend) < budget + copied_latents + outputs + 2**20
