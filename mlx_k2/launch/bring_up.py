@@ -24,8 +24,8 @@ from mlx_k2.control.messages import (
     ShardDownloaded,
 )
 from mlx_k2.errors import ClusterError, NeighbourLost, StageFault, StageSilent, StageStartError
+from mlx_k2.launch.events import StageEnded, StageEvent
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.launch.stage_process import StageEnded, StageEvent
 
 GREET_S = 60.0
 PREPARE_S = 60.0

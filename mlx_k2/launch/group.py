@@ -9,8 +9,9 @@ from types import TracebackType
 
 from mlx_k2.control.guarding import GuardSettings, kill_after_s
 from mlx_k2.control.messages import Stop, ToStage
+from mlx_k2.launch.events import StageEvent
 from mlx_k2.launch.place import StagePlace
-from mlx_k2.launch.stage_process import StageEvent, StageProcess
+from mlx_k2.launch.stage_process import StageProcess
 
 HEARTBEAT_S = 1.0
 SAY_AFTER_S = 1.0
@@ -23,13 +24,21 @@ KILL_S = 2.0
 class StageGroup:
     """A context: on entry all stages are started, on exit none is left, on any host.
 
-    ``log`` gets every line of every stage's stderr, prefixed, on the stage's own threads; it must not block.
+    ``log`` gets every line of every stage's stderr, prefixed, on the stage's own threads; it must not block. ``say``
+    (else ``log``) is told what the exit waits for.
     """
 
-    def __init__(self, places: Sequence[StagePlace], lease_s: float, log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        places: Sequence[StagePlace],
+        lease_s: float,
+        log: Callable[[str], None],
+        say: Callable[[str], None] | None = None,
+    ) -> None:
         self._places = tuple(places)
         self._settings = GuardSettings(lease_s=lease_s)
         self._log = log
+        self._say = say or log
         self._events: queue.SimpleQueue[StageEvent] = queue.SimpleQueue()  # as many as there are plans in flight
         self._stages: list[StageProcess] = []
         self._stopping = threading.Event()
@@ -44,7 +53,7 @@ class StageGroup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop(self._log)
+        self.stop(self._say)
 
     @property
     def size(self) -> int:

@@ -11,15 +11,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import IO
 
 from mlx_k2.control.ends import FrameWriter
 from mlx_k2.control.framing import Frame, Kind, read_frame, skip_to_mark
 from mlx_k2.control.guarding import GuardSettings, StageExit
-from mlx_k2.control.messages import FromStage, ToStage, decode_from_stage, encode_message
-from mlx_k2.errors import ClusterError, ProtocolError, StageFault, StageStartError
+from mlx_k2.control.messages import ToStage, decode_from_stage, encode_message
+from mlx_k2.errors import ProtocolError
 from mlx_k2.launch.diagnosis import explain_lost_connection, explain_start_failure
+from mlx_k2.launch.events import StageEnded, StageEvent, StageMessage
 from mlx_k2.launch.place import StagePlace
 
 STDERR_LINES = 200
@@ -27,46 +27,6 @@ MAX_LINE_BYTES = 4096
 EXIT_S = 2.0
 """How long a process that has closed its output may take to exit before it counts as ended regardless."""
 LAST_WORDS_S = 0.5
-
-
-@dataclass(frozen=True)
-class StageMessage:
-    """A stage said something."""
-
-    rank: int
-    message: FromStage
-
-
-@dataclass(frozen=True)
-class StageEnded:
-    """A stage's process or the connection to it has ended; nothing more comes from it.
-
-    ``exit_code`` or ``signal`` is the stage's own where its guard could still report it. ``came_up`` is False when
-    its guard never spoke: then ``reason`` says what to do about it.
-    """
-
-    rank: int
-    host: str
-    came_up: bool
-    reason: str
-    exit_code: int | None = None
-    signal: int | None = None
-    stderr_tail: tuple[str, ...] = ()
-
-    def as_error(self) -> ClusterError:
-        """The end as an error for the user."""
-        if not self.came_up:
-            return StageStartError(f"stage {self.rank} on {self.host} did not start: {self.reason}")
-        how = ""
-        if self.signal is not None:
-            how = f" with signal {self.signal}"
-        elif self.exit_code is not None:
-            how = f" with exit code {self.exit_code}"
-        last_words = f" (it wrote last: {self.stderr_tail[-1]})" if self.stderr_tail else ""
-        return StageFault(f"stage {self.rank} on {self.host} ended{how}: {self.reason}{last_words}")
-
-
-StageEvent = StageMessage | StageEnded
 
 
 class StageProcess:

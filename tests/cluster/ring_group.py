@@ -8,9 +8,9 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from mlx_k2.control.messages import Connect, Connected, FromStage, ModelSource, Prepare, Prepared, RingLinks, Step
+from mlx_k2.launch.events import StageMessage
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.place import StagePlace
-from mlx_k2.launch.stage_process import StageMessage
 
 RING_PORT = 34567
 
