@@ -1,0 +1,82 @@
+"""The rotation is YaRN's, from a plain formula, for both values of beta_fast in the family."""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mlx_k2.config import ModelConfig
+from mlx_k2.model.rope import make_rope
+from mlx_k2.weights.config_fields import thinking_config_fields
+from tests.weights.made_up import config_of
+
+THETA, FACTOR, ORIGINAL_POSITIONS, DIMS = 50000.0, 64.0, 4096, 64
+POSITIONS = (0, 1, 5, 63, 4095, 4096, 100_000, 200_000)
+
+
+def config_with(beta_fast: float, **scaling: float) -> ModelConfig:
+    fields = thinking_config_fields()
+    fields["rope_scaling"] |= {"beta_fast": beta_fast, **scaling}
+    return config_of(fields)
+
+
+def yarn_frequencies(beta_fast: float) -> NDArray[np.float64]:
+    """Radians a position, for each pair: those that turn often enough stay, slow ones are divided by the factor.
+
+    Peng et al., arXiv 2309.00071, section 3.2: the ramp runs over the pairs that make beta_fast down to beta_slow (1)
+    turns in the positions of the original training.
+    """
+    frequencies = THETA ** (-2 * np.arange(DIMS // 2) / DIMS)
+
+    def pair_of(turns: float) -> float:
+        return DIMS * math.log(ORIGINAL_POSITIONS / (turns * 2 * math.pi)) / (2 * math.log(THETA))
+
+    low, high = math.floor(pair_of(beta_fast)), math.ceil(pair_of(1.0))
+    slowed = np.clip((np.arange(DIMS // 2) - low) / (high - low), 0, 1)
+    return np.asarray(frequencies * (1 - slowed) + frequencies / FACTOR * slowed)
+
+
+def measured_angles(config: ModelConfig, positions: tuple[int, ...]) -> NDArray[np.float64]:
+    """By how much each pair is turned at each position, in radians from -pi to pi: (positions, pairs)."""
+    ones = mx.broadcast_to(mx.array([1.0, 0.0] * (DIMS // 2)), (len(positions), 1, DIMS))
+    turned = np.asarray(make_rope(config)(ones, mx.array(positions, mx.int32)), np.float64)[:, 0]
+    return np.arctan2(turned[:, 1::2], turned[:, 0::2])
+
+
+def test_beta_fast_1_is_a_step_and_32_a_ramp() -> None:
+    unscaled = THETA ** (-2 * np.arange(DIMS // 2) / DIMS)
+    step, ramp = yarn_frequencies(1.0) / unscaled, yarn_frequencies(32.0) / unscaled
+    assert np.allclose(step[:20], 1)
+    assert np.allclose(step[20:], 1 / FACTOR)
+    assert np.allclose(ramp[:9], 1)
+    assert np.allclose(ramp[20:], 1 / FACTOR)
+    assert np.all(np.diff(ramp[8:21]) < 0)
+
+
+@pytest.mark.parametrize("beta_fast", [1.0, 32.0])
+def test_consecutive_pairs_turn_by_position_times_frequency(beta_fast: float) -> None:
+    expected = np.outer(POSITIONS, yarn_frequencies(beta_fast))
+    difference = measured_angles(config_with(beta_fast), POSITIONS) - expected
+    difference -= np.round(difference / (2 * math.pi)) * 2 * math.pi
+    assert np.all(np.abs(difference) < 1e-6 + 4e-7 * expected)  # positions times float32 frequencies
+
+
+def test_a_rotation_keeps_lengths_where_both_mscales_are_equal_and_scales_them_where_not() -> None:
+    x = mx.random.normal((3, 2, DIMS), key=mx.random.key(0))
+    positions = mx.array([0, 7, 200_000], mx.int32)
+    for mscale, length in ((1.0, 1.0), (0.5, (0.05 * math.log(FACTOR) + 1) / (0.1 * math.log(FACTOR) + 1))):
+        rotated = make_rope(config_with(1.0, mscale=mscale))(x, positions)
+        ratio = np.linalg.norm(np.asarray(rotated), axis=-1) / np.linalg.norm(np.asarray(x), axis=-1)
+        assert np.allclose(ratio, length, rtol=1e-5)
+
+
+def test_a_token_turns_by_its_own_position_only() -> None:
+    rotate = make_rope(config_with(1.0))
+    x = mx.random.normal((4, 3, DIMS), key=mx.random.key(1))
+    positions = mx.array([9, 2, 4000, 9], mx.int32)
+    together = rotate(x, positions)
+    for index in range(4):
+        alone = rotate(x[index : index + 1], positions[index : index + 1])
+        assert mx.array_equal(together[index : index + 1], alone)

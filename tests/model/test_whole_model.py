@@ -1,0 +1,154 @@
+"""Every part of the model matters, absorbed and naive agree through all layers, greedy text does not loop."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_k2.config import ModelConfig
+from mlx_k2.kernels.experts import route
+from mlx_k2.model import decoder_layer, feed_forward
+from mlx_k2.model.batch import Batch, Span
+from mlx_k2.model.latent_cache import LatentCache
+from mlx_k2.model.layer_weights import LayerWeights, MoeWeights, assemble_layer
+from mlx_k2.model.stage_model import Head, StageModel
+from tests.model.chain import KEY_ALIGNMENT, Chain, largest_difference, open_shards
+from tests.model.checkpoints import Checkpoint, read_config
+
+TOLERANCE = 2e-4
+PROMPT = list(range(10, 58))
+
+
+class Parts(NamedTuple):
+    """A model taken apart, to be put together with a part changed or left out."""
+
+    config: ModelConfig
+    embedding: mx.array
+    layers: tuple[LayerWeights, ...]
+    head: Head
+
+    def logits(self) -> mx.array:
+        """The prompt's."""
+        cache = LatentCache(len(self.layers), 1, 256, self.config.latent_dim, mx.float32)
+        model = StageModel(self.config, list(self.layers), self.embedding, self.head, cache, fused_attention=False)
+        batch = Batch([Span(0, 0, len(PROMPT), is_prompt=True)], KEY_ALIGNMENT)
+        return model.logits(model.run(model.embed(mx.array(PROMPT)), batch))
+
+    def with_moe(self, layer: int, change: Callable[[MoeWeights], MoeWeights]) -> "Parts":
+        """One layer's experts changed."""
+        weights = self.layers[layer]
+        assert isinstance(weights.feed_forward, MoeWeights)
+        changed = weights._replace(feed_forward=change(weights.feed_forward))
+        return self._replace(layers=(*self.layers[:layer], changed, *self.layers[layer + 1 :]))
+
+
+@pytest.fixture(scope="module")
+def parts(checkpoint: Checkpoint) -> Parts:
+    folder = checkpoint("thinking")
+    config = read_config(folder)
+    reader = open_shards(folder, config)
+    layers = tuple(
+        assemble_layer(config, layer, reader.layer(layer).tensors) for layer in range(config.num_hidden_layers)
+    )
+    head = reader.head().tensors
+    return Parts(
+        config,
+        reader.embedding().tensors["model.embed_tokens.weight"],
+        layers,
+        Head(head["model.norm.weight"], head["lm_head.weight"].T),
+    )
+
+
+@pytest.fixture(scope="module")
+def logits(parts: Parts) -> mx.array:
+    return parts.logits()
+
+
+@pytest.mark.parametrize("layer", range(7))
+def test_leaving_out_a_layer_moves_the_logits(parts: Parts, logits: mx.array, layer: int) -> None:
+    without = parts._replace(layers=parts.layers[:layer] + parts.layers[layer + 1 :])
+    assert largest_difference(without.logits(), logits) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("layer", range(1, 7))
+def test_leaving_out_any_group_of_experts_moves_the_logits(parts: Parts, logits: mx.array, layer: int) -> None:
+    for group in range(4):
+        members = (mx.arange(16) // 4 == group)[:, None, None]
+
+        def leave_out(moe: MoeWeights, members: mx.array = members) -> MoeWeights:
+            scale = mx.where(members, 0.0, moe.experts.down_scale)
+            return moe._replace(experts=moe.experts._replace(down_scale=scale))
+
+        assert largest_difference(parts.with_moe(layer, leave_out).logits(), logits) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("layer", range(1, 7))
+def test_leaving_out_a_shared_expert_moves_the_logits(parts: Parts, logits: mx.array, layer: int) -> None:
+    without = parts.with_moe(layer, lambda moe: moe._replace(shared=None))
+    assert largest_difference(without.logits(), logits) > 100 * TOLERANCE
+
+
+def test_leaving_out_the_rope_moves_the_logits(parts: Parts, logits: mx.array, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_layer, "make_rope", lambda _config: lambda x, _positions: x)
+    assert largest_difference(parts.logits(), logits) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("prompt", [[3], [1, 2, 3, 4, 5, 6, 7, 8]])
+def test_200_greedy_tokens_hold_at_least_50_different_ones(chain: Chain, prompt: Sequence[int]) -> None:
+    assert len(set(chain.greedy(prompt, 200))) >= 50
+
+
+class RecordedRouter:
+    """Routes as the model does, and remembers which experts were chosen; replays them in the same order."""
+
+    def __init__(self) -> None:
+        self.chosen: list[mx.array] = []
+        self._replayed = 0
+
+    def record(self, hidden: mx.array, router: mx.array, bias: mx.array, **rule: object) -> tuple[mx.array, mx.array]:
+        expert_ids, weights = route(hidden, router, bias, **rule)  # type: ignore[arg-type]  # passed on as it came
+        self.chosen.append(expert_ids)
+        return expert_ids, weights
+
+    def replay(
+        self, hidden: mx.array, router: mx.array, bias: mx.array, *, scaling_factor: float, **_rule: object
+    ) -> tuple[mx.array, mx.array]:
+        """The recorded experts, with weights from these hidden states."""
+        expert_ids = self.chosen[self._replayed]
+        self._replayed += 1
+        scores = mx.take_along_axis(mx.sigmoid(hidden @ router.T), expert_ids, axis=-1)
+        return expert_ids, scores / scores.sum(axis=-1, keepdims=True) * scaling_factor
+
+
+@pytest.mark.parametrize("variant", ["thinking", "direct query, groups"])
+def test_absorbed_and_naive_agree_through_the_whole_model_when_routers_choose_alike(
+    checkpoint: Checkpoint, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = RecordedRouter()
+    monkeypatch.setattr(feed_forward, "route", router.record)
+    naive = Chain(checkpoint(variant), 1).prefill(PROMPT)
+    monkeypatch.setattr(feed_forward, "route", router.replay)
+    absorbed = Chain(checkpoint(variant), 1).decode(PROMPT, 0)
+    assert len(router.chosen) == 6
+    assert not mx.array_equal(absorbed, naive)
+    assert largest_difference(absorbed, naive) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["thinking", "direct query, groups"])
+def test_absorbed_and_naive_agree_in_one_layer(checkpoint: Checkpoint, variant: str) -> None:
+    folder = checkpoint(variant)
+    config = read_config(folder)
+    weights = assemble_layer(config, 0, open_shards(folder, config).layer(0).tensors)  # dense: nothing is chosen
+    run_layer = decoder_layer.make_layer(config, fused_attention=False)
+    hidden = mx.random.normal((len(PROMPT), config.hidden_size), key=mx.random.key(0))
+
+    def run(*, is_prompt: bool) -> mx.array:
+        cache = LatentCache(1, 1, 256, config.latent_dim, mx.float32)
+        batch = Batch([Span(0, 0, len(PROMPT), is_prompt)], KEY_ALIGNMENT)
+        return run_layer(hidden, 0, weights, batch, cache)
+
+    naive, absorbed = run(is_prompt=True), run(is_prompt=False)
+    assert not mx.array_equal(absorbed, naive)
+    assert largest_difference(absorbed, naive) < 1e-5 * float(np.abs(np.asarray(naive)).max())
