@@ -16,9 +16,17 @@ from mlx_k2.errors import StageSilent
 from mlx_k2.launch.bring_up import message_of
 from mlx_k2.launch.group import StageGroup
 
-STEP_S = 60.0
-STEP_S_PER_TOKEN = 5.0
-"""A step may take STEP_S and this for each of its tokens before the stage that owes it counts as silent."""
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a step may be under way before the stage that owes it counts as silent."""
+
+    step_s: float = 60.0
+    token_s: float = 5.0
+    """Allowed on top for each token of the step."""
+
+
+_PATIENCE = Patience()
 
 
 @dataclass(frozen=True)
@@ -49,9 +57,10 @@ class _Sent:
 class Coordinator:
     """Runs requests over a group of stages that are ready."""
 
-    def __init__(self, group: StageGroup, scheduler: Scheduler) -> None:
+    def __init__(self, group: StageGroup, scheduler: Scheduler, patience: Patience = _PATIENCE) -> None:
         self._group = group
         self._scheduler = scheduler
+        self._patience = patience
         self._sent: dict[int, _Sent] = {}
         self.use = tuple(StageUse() for _ in range(group.size))
 
@@ -97,7 +106,7 @@ class Coordinator:
 
     def _deadline(self) -> float:
         oldest = next(iter(self._sent.values()))
-        return oldest.sent_at + STEP_S + STEP_S_PER_TOKEN * oldest.microbatch.num_tokens
+        return oldest.sent_at + self._patience.step_s + self._patience.token_s * oldest.microbatch.num_tokens
 
     def _describe_silence(self) -> str:
         number, oldest = next(iter(self._sent.items()))

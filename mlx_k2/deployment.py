@@ -1,5 +1,6 @@
 """Brings a cluster up: hosts and a model become stages that are ready to run steps. Knows no prompt and no terminal."""
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,12 +31,15 @@ from mlx_k2.errors import StageStartError
 from mlx_k2.launch import bring_up
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.place import StagePlace
+from mlx_k2.model_source import is_repo, model_folder
 from mlx_k2.plan import HostMemory, RunShape, StagePlan, choose_shape, plan_stages
-from mlx_k2.weights.checkpoint import ModelDescription, describe_model
-from mlx_k2.weights.inventory import model_specs
+from mlx_k2.weights.checkpoint import ModelDescription, describe_model, locate_tensors
+from mlx_k2.weights.inventory import model_specs, shard_specs
 
 JACCL_PORT = 32323
 """Where rank 0 meets the others before RDMA takes over; the port that mlx.launch uses."""
+
+_IS_MAC = sys.platform == "darwin"
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,9 @@ class Watcher:
 
     def log(self, line: str) -> None:
         """A line of a stage's stderr, on the stage's own thread."""
+
+    def notice(self, line: str) -> None:
+        """What takes long, or goes wrong, while the stages end."""
 
     def phase(self, what: str) -> None:
         """The next thing that all stages do."""
@@ -124,11 +131,11 @@ def download(
 def _start(request: DeploymentRequest, model: ModelDescription | None, watcher: Watcher) -> Iterator[StartedStages]:
     """Start a stage on every host, and divide the layers by what the hosts say of themselves."""
     hosts = request.hostfile.hosts
-    with StageGroup([_place(host) for host in hosts], request.lease_s, watcher.log) as group:
-        watcher.phase("starting")
+    with StageGroup([_place(host) for host in hosts], request.lease_s, watcher.log, watcher.notice) as group:
+        watcher.phase(f"starting {group.size} stages" if group.size > 1 else "starting the stage")
         hellos = bring_up.greet(group, (__version__, version("mlx")))
         if model is None:
-            watcher.phase("asking stage 0 for the model's config and tokenizer")
+            watcher.phase(f"asking {group.host(0)} for the model's config and tokenizer")
             model = _fetch_description(group, _source_on(hosts[0], request.source))
         gpus = [hello.working_set_bytes is not None for hello in hellos]
         shape = choose_shape(model.config, request.dtype, request.context_tokens, all(gpus))
@@ -142,14 +149,22 @@ def foresee(request: DeploymentRequest, model: ModelDescription) -> tuple[RunSha
     """What ``deploy`` would plan, as far as it can be known before any host is asked.
 
     Raises:
-        SetupError: what would be refused.
+        SetupError: what would be refused; of stages on this machine the files are looked at too.
     """
+    hosts = request.hostfile.hosts
     here = HostMemory(None, psutil.virtual_memory().total)
     unknown = HostMemory(None, None)
-    all_local = all(host.is_local for host in request.hostfile.hosts)
-    shape = choose_shape(model.config, request.dtype, request.context_tokens, all_on_gpu=not all_local)
-    memories = [here if host.is_local else unknown for host in request.hostfile.hosts]
-    return shape, plan_stages(model, request.hostfile, memories, request.split, shape)
+    all_on_gpu = _IS_MAC or not any(host.is_local for host in hosts)  # other hosts are taken for Macs
+    shape = choose_shape(model.config, request.dtype, request.context_tokens, all_on_gpu)
+    plans = plan_stages(
+        model, request.hostfile, [here if host.is_local else unknown for host in hosts], request.split, shape
+    )
+    for plan in plans:
+        source = _source_on(plan.host, request.source)
+        if plan.host.is_local and not is_repo(source):
+            specs = shard_specs(model.config, plan.share.first_layer, plan.share.end_layer)
+            locate_tensors(model_folder(source), model.index, specs)
+    return shape, plans
 
 
 def _place(host: Host) -> StagePlace:

@@ -1,5 +1,6 @@
 """Where this host finds a model: the built-in one, a folder, or a repository on the Hub. Loads no tensor."""
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,7 +31,9 @@ def is_repo(source: ModelSource) -> bool:
 
 def model_folder(source: ModelSource) -> Path:
     """The folder of a model that is not a repository."""
-    return builtin_folder() if source.path_or_repo == BUILTIN else Path(source.path_or_repo).expanduser()
+    if source.path_or_repo == BUILTIN:
+        return builtin_folder()
+    return Path(os.path.expanduser(source.path_or_repo))  # noqa: PTH111  # Path's own raises for a user unknown here
 
 
 def read_model_files(source: ModelSource) -> ModelFilesHere:

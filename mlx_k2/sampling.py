@@ -69,6 +69,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
             RequestError: it is not JSON of that form.
         """
         try:
-            return msgspec.json.decode(data, type=cls)
+            found = msgspec.json.decode(data, type=cls)
         except msgspec.DecodeError as error:
             raise RequestError(f"generation_config.json cannot be read: {error}") from None
+        return msgspec.structs.replace(found, top_k=None) if found.top_k == 0 else found  # there 0 keeps all tokens

@@ -1,10 +1,13 @@
 """What the commands show on stderr while a cluster comes up and after it ran. stdout is left to the answer."""
 
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.status import Status
 from rich.table import Table
 
 from mlx_k2.control.messages import DownloadProgress, FromStage, LayerLoaded
@@ -13,7 +16,18 @@ from mlx_k2.deployment import Deployment, Watcher
 from mlx_k2.plan import RunShape, StagePlan
 from mlx_k2.weights.checkpoint import ModelDescription
 
-console = Console(stderr=True, highlight=False)
+console = Console(
+    stderr=True,
+    highlight=False,
+    markup=False,
+    emoji=False,
+    color_system=None if os.environ.get("NO_COLOR") else "auto",
+)
+
+
+def note(line: str) -> None:
+    """One line beside the matter; never cut at the terminal's width, so that it can be copied."""
+    console.print(line, style="dim", soft_wrap=True)
 
 
 def gigabytes(num_bytes: int) -> str:
@@ -26,24 +40,32 @@ def layer_range(plan: StagePlan) -> str:
     return f"{plan.share.first_layer}-{plan.share.end_layer - 1}"
 
 
+@dataclass
+class _Load:
+    """How far one stage's loading is."""
+
+    shard_bytes: int
+    held_bytes: int = 0
+
+
 class ConsoleWatcher(Watcher):
-    """Shows a deployment: a line for each phase, and a bar for each stage that loads. A context, to end the bars."""
+    """Shows a deployment: a spinner for each phase, and a bar for each stage that loads. A context, to end both."""
 
     def __init__(self, verbose: bool) -> None:
         self._verbose = verbose
-        self._progress = Progress(
-            TextColumn("{task.description}"),
+        self._status = Status("", console=console)
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(),
             TimeElapsedColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
         )
-        self._tasks: dict[int, TaskID] = {}
+        self._tasks: list[TaskID] = []
+        self._loads: list[_Load] = []
 
     def __enter__(self) -> "ConsoleWatcher":
-        self._progress.start()
         return self
 
     def __exit__(
@@ -52,40 +74,56 @@ class ConsoleWatcher(Watcher):
         self.done()
 
     def done(self) -> None:
-        """Take the bars away: what follows is the answer."""
-        self._progress.stop()
+        """Take spinner and bars away: what follows is the answer."""
+        self._status.stop()
+        if self._bars.live.is_started:
+            self._bars.stop()
 
     def log(self, line: str) -> None:
         """A line of a stage's stderr; shown with --verbose, kept by the group for errors otherwise."""
         if self._verbose:
-            console.print(line, style="dim", markup=False, soft_wrap=True)
+            note(line)
+
+    def notice(self, line: str) -> None:
+        """What the user waits for."""
+        note(line)
 
     def phase(self, what: str) -> None:
         """The next thing that all stages do."""
         if self._verbose:
-            console.print(f"{what} ...", style="dim", markup=False)
+            note(f"{what} ...")
+        elif console.is_terminal:
+            self.done()
+            self._status.update(f"{what} ...")
+            self._status.start()
 
     def planned(self, model: ModelDescription, plans: Sequence[StagePlan]) -> None:
-        """A bar for each stage, as long as its shard is large."""
+        """A bar for each stage; they are shown from the first progress on."""
         if model.note:
-            console.print(model.note, style="dim", markup=False, soft_wrap=True)
+            note(model.note)
         for plan in plans:
             description = f"stage {plan.rank}  {plan.host.ssh}  layers {layer_range(plan)}"
-            self._tasks[plan.rank] = self._progress.add_task(description, total=plan.shard_bytes)
+            self._tasks.append(self._bars.add_task(description, total=None))
+        self._loads = [_Load(plan.shard_bytes) for plan in plans]
 
     def progress(self, rank: int, message: FromStage) -> None:
-        """Advance a stage's bar."""
+        """Advance a stage's bar: the bytes that it fetches, after that those that it loads."""
         if isinstance(message, LayerLoaded):
-            self._progress.advance(self._tasks[rank], message.held_bytes)
+            load = self._loads[rank]
+            load.held_bytes += message.held_bytes
+            self._bars.update(self._tasks[rank], total=load.shard_bytes, completed=load.held_bytes)
         elif isinstance(message, DownloadProgress):
-            self._progress.update(self._tasks[rank], total=message.total_bytes, completed=message.done_bytes)
+            self._bars.update(self._tasks[rank], total=message.total_bytes, completed=message.done_bytes)
+        if console.is_terminal and not self._bars.live.is_started:
+            self._status.stop()
+            self._bars.start()
 
 
 def show_plan(plans: Sequence[StagePlan], rows: Sequence[Sequence[str]], headings: Sequence[str]) -> None:
-    """A table with a line for each stage: rank, host, layers, bytes, and ``rows`` beside them under ``headings``."""
+    """A table with a line for each stage: rank, host, layers, weights, and ``rows`` beside them under ``headings``."""
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for heading in ("stage", "host", "layers", "bytes", *headings):
-        table.add_column(heading, justify="left" if heading in ("host", "layers") else "right")
+    for heading in ("stage", "host", "layers", "weights", *headings):
+        table.add_column(heading, justify="left" if heading in ("host", "layers") else "right", no_wrap=True)
     for plan, row in zip(plans, rows, strict=True):
         table.add_row(str(plan.rank), plan.host.ssh, layer_range(plan), gigabytes(plan.shard_bytes), *row)
     console.print(table)
@@ -94,12 +132,13 @@ def show_plan(plans: Sequence[StagePlan], rows: Sequence[Sequence[str]], heading
 def show_dry_run(model: ModelDescription, shape: RunShape, plans: Sequence[StagePlan]) -> None:
     """What would run where, what each stage would hold and read, and the files that it would open."""
     if model.note:
-        console.print(model.note, style="dim", markup=False, soft_wrap=True)
+        note(model.note)
     cells = [(gigabytes(plan.needed_bytes), gigabytes(plan.share.read_bytes), str(len(plan.files))) for plan in plans]
     show_plan(plans, cells, ("memory", "read a token", "files"))
-    console.print(f"{shape.dtype}, context {shape.context_tokens} tokens; nothing was started", markup=False)
     for plan in plans:
-        console.print(f"stage {plan.rank} files: {', '.join(plan.files)}", style="dim", markup=False, soft_wrap=True)
+        note(f"stage {plan.rank} opens {', '.join(plan.files)}")
+    note(f"memory is weights, cache and working space for {shape.context_tokens} tokens of context in {shape.dtype}")
+    note("nothing was started")
 
 
 def show_stage_use(deployment: Deployment, use: Sequence[StageUse]) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from mlx_k2.cli.console import ConsoleWatcher, console, show_plan
+from mlx_k2.cli.console import ConsoleWatcher, note, show_plan
 from mlx_k2.cli.options import cluster_options
 from mlx_k2.cli.requests import deployment_request, open_source
 from mlx_k2.deployment import download
@@ -32,4 +32,4 @@ def command(**options: Any) -> None:
         downloads = download(request, model, watcher)
     rows = [[str(len(plan.files)), str(len(done.fetched)), done.folder] for plan, done in downloads]
     show_plan([plan for plan, _ in downloads], rows, ("files", "fetched now", "folder"))
-    console.print("every stage has its files", markup=False)
+    note("every stage has its files")

@@ -1,19 +1,19 @@
 """`mlx-k2 generate`: one prompt in, its answer streamed to stdout."""
 
-import sys
 from typing import Any
 
 import click
 
-from mlx_k2.cli.console import ConsoleWatcher, console, show_dry_run
+from mlx_k2.cli.console import ConsoleWatcher, note, show_dry_run
 from mlx_k2.cli.options import cluster_options, sampling_options
-from mlx_k2.cli.output import JsonOutput, Output, TextOutput
-from mlx_k2.cli.requests import Prompt, deployment_request, open_source, read_prompt
+from mlx_k2.cli.output import JsonOutput, TextOutput
+from mlx_k2.cli.requests import Prompt, deployment_request, open_source, prompt_text, read_prompt
 from mlx_k2.coordinator import Coordinator
-from mlx_k2.deployment import Deployment, deploy, foresee
+from mlx_k2.deployment import Deployment, DeploymentRequest, deploy, foresee
 from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.errors import CheckpointError
 from mlx_k2.session import Delta, stream_answer
+from mlx_k2.weights.checkpoint import ModelDescription
 
 
 @click.command()
@@ -46,32 +46,38 @@ def command(**options: Any) -> None:
     The answer goes to stdout as it is sampled, everything else to stderr. The exit code is 2 when something was wrong
     before anything was started, 1 when it went wrong later, 130 after Ctrl-C.
     """  # noqa: D301  # click reads the escape
+    if options["num_logprobs"] is not None and not options["as_json"]:
+        raise click.UsageError("--logprobs shows in the JSON lines only: add --json")
     request = deployment_request(options)
-    for note in request.hostfile.notes:
-        console.print(note, style="dim", markup=False, soft_wrap=True)
+    for line in request.hostfile.notes:
+        note(line)
     request, model = open_source(request)
     if options["dry_run"]:
-        if model is None:
-            raise CheckpointError(
-                f"{options['model']} is not on this machine: give --model a folder here, or a repository"
-            )
-        show_dry_run(model, *foresee(request, model))
-        return
-    if options["prompt"] is None and options["token_ids"] is None:
-        if sys.stdin.isatty():
-            raise click.UsageError("give a PROMPT, or write one to standard input")
-        options["prompt"] = sys.stdin.read()
+        _dry_run(request, model)
+    else:
+        _generate(options, request, model)
+
+
+def _dry_run(request: DeploymentRequest, model: ModelDescription | None) -> None:
+    if model is None:
+        name = request.source.path_or_repo
+        raise CheckpointError(f"{name} is not on this machine: give --model a folder here, or a repository on the Hub")
+    show_dry_run(model, *foresee(request, model))
+
+
+def _generate(options: dict[str, Any], request: DeploymentRequest, model: ModelDescription | None) -> None:
+    text = prompt_text(options)
     prompt = None
     if model is not None:  # refuse what can be refused before anything is started
         shape, _ = foresee(request, model)
-        prompt = read_prompt(options, model, shape.context_tokens)
+        prompt = read_prompt(options, text, model, shape.context_tokens)
     with ConsoleWatcher(options["verbose"]) as watcher, deploy(request, model, watcher) as deployment:
-        watcher.done()
-        prompt = prompt or read_prompt(options, deployment.model, deployment.shape.context_tokens)
-        _answer(deployment, prompt, JsonOutput(prompt.tokenizer) if options["as_json"] else TextOutput())
+        prompt = prompt or read_prompt(options, text, deployment.model, deployment.shape.context_tokens)
+        watcher.phase(f"reading the prompt of {len(prompt.request.prompt_ids)} tokens")
+        _answer(deployment, prompt, watcher, as_json=options["as_json"])
 
 
-def _answer(deployment: Deployment, prompt: Prompt, output: Output) -> None:
+def _answer(deployment: Deployment, prompt: Prompt, watcher: ConsoleWatcher, *, as_json: bool) -> None:
     shape = deployment.shape
     limits = SchedulerLimits(
         num_slots=shape.num_slots,
@@ -80,8 +86,10 @@ def _answer(deployment: Deployment, prompt: Prompt, output: Output) -> None:
         max_in_flight=deployment.group.size + 1,
     )
     coordinator = Coordinator(deployment.group, Scheduler(limits))
-    for part in stream_answer(coordinator, prompt.tokenizer, prompt.request):
-        if isinstance(part, Delta):
-            output.token(part)
-        else:
-            output.summary(part, deployment, coordinator.use)
+    with JsonOutput(prompt.tokenizer) if as_json else TextOutput() as output:
+        for part in stream_answer(coordinator, prompt.tokenizer, prompt.request):
+            watcher.done()
+            if isinstance(part, Delta):
+                output.token(part)
+            else:
+                output.summary(part, deployment, coordinator.use)

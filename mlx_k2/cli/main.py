@@ -7,6 +7,7 @@ import importlib
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from types import FrameType
 from typing import NoReturn
@@ -21,6 +22,7 @@ _COMMANDS = {
     "download": "Fetch each stage's files from the Hub on its own host.",
 }
 _HIDDEN_COMMANDS = ("stage",)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
@@ -81,14 +83,20 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Run the command line and end the process with its exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's wish stands
+    for number in heeded:
         signal.signal(number, _interrupt)
-    sys.exit(_run())
+    exit_code = run(sys.argv[1:])
+    for number in heeded:
+        signal.signal(number, signal.SIG_DFL)  # nothing is left to clean up: one more ends Python's own way out too
+    sys.exit(exit_code)
 
 
-def _run() -> int:
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; what went wrong is said in one line on stderr. Returns the exit code."""
     try:
-        cli(standalone_mode=False)
+        with cli.make_context("mlx-k2", list(arguments)) as context:  # cli.main would hide a broken pipe
+            cli.invoke(context)
     except MlxK2Error as error:
         _say(f"error: {error}")
         return error.exit_code
@@ -100,6 +108,9 @@ def _run() -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more when it flushes stdout
         return 128 + signal.SIGPIPE
+    except OSError as error:  # this machine's disk or memory: a cache folder that cannot be written, a path too long
+        _say(f"error: {error.strerror or error}: {error.filename or 'this machine'}")
+        return 1
     except click.exceptions.Exit as exit_request:
         return exit_request.exit_code
     return 0

@@ -40,11 +40,10 @@ _CLUSTER = (
     click.option(
         "--lease",
         "lease_s",
-        type=click.FloatRange(2, 3600),
+        type=float,
         default=20.0,
-        show_default=True,
         metavar="SECONDS",
-        help="How long a stage lives without a word from this command.",
+        help="How long a stage lives without a word from this command, 2 to 3600.  [default: 20]",
     ),
     click.option("-v", "--verbose", is_flag=True, help="Show what the stages write to their logs."),
 )

@@ -1,49 +1,70 @@
 """Writes an answer as it comes: plain text, or one JSON object a line. The only writer of stdout."""
 
 import sys
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any
 
 import msgspec
 
-from mlx_k2.cli.console import console, show_stage_use
+from mlx_k2.cli.console import note, show_stage_use
 from mlx_k2.coordinator import StageUse
 from mlx_k2.deployment import Deployment
+from mlx_k2.engine.request import FinishReason
 from mlx_k2.session import AnswerSummary, Delta
 from mlx_k2.text.tokenizer import Tokenizer
 
-
-class Output(Protocol):
-    """Takes an answer's parts in order."""
-
-    def token(self, delta: Delta) -> None:
-        """One more token."""
-
-    def summary(self, summary: AnswerSummary, deployment: Deployment, use: tuple[StageUse, ...]) -> None:
-        """The answer is complete."""
+_ENDS = {
+    FinishReason.STOP: "complete",
+    FinishReason.LENGTH: "cut off at the limit of tokens",
+    FinishReason.CANCELLED: "cancelled",
+}
 
 
 class TextOutput:
-    """The answer to stdout; a closing line and a table of the stages to stderr."""
+    """The answer to stdout; a closing line and a table of the stages to stderr. A context, which ends the last line."""
+
+    def __init__(self) -> None:
+        self._line_is_open = False
+
+    def __enter__(self) -> "TextOutput":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end_line()
 
     def token(self, delta: Delta) -> None:
         """Write the token's text at once."""
-        sys.stdout.write(delta.text)
-        sys.stdout.flush()
+        if delta.text:
+            self._line_is_open = True
+            sys.stdout.write(delta.text)
+            sys.stdout.flush()
 
     def summary(self, summary: AnswerSummary, deployment: Deployment, use: tuple[StageUse, ...]) -> None:
         """End the line, then say on stderr what it took."""
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        self._end_line()
         decode = summary.decode_tokens_per_s
         parts = (
-            f"{summary.prompt_tokens} + {summary.generated_tokens} tokens ({summary.finish_reason.value})",
-            f"loaded in {deployment.load_s:.1f} s",
-            f"first token after {summary.time_to_first_token_s:.2f} s ({summary.prefill_tokens_per_s:.1f} tok/s)",
-            f"then {decode:.1f} tok/s" if decode is not None else None,
+            f"{summary.generated_tokens} tokens ({_ENDS[summary.finish_reason]})",
+            f"prompt {summary.prompt_tokens} tokens",
             f"seed {summary.seed}",
         )
-        console.print(" · ".join(part for part in parts if part), style="dim", markup=False, soft_wrap=True)
+        times = (
+            f"loaded in {deployment.load_s:.1f} s",
+            f"first token after {summary.time_to_first_token_s:.2f} s",
+            f"prefill {summary.prefill_tokens_per_s:.1f} tok/s",
+            f"decode {decode:.1f} tok/s" if decode is not None else None,
+        )
+        note(" · ".join(parts))
+        note(" · ".join(part for part in times if part))
         show_stage_use(deployment, use)
+
+    def _end_line(self) -> None:
+        if self._line_is_open:
+            self._line_is_open = False
+            sys.stdout.write("\n")
+            sys.stdout.flush()
 
 
 class JsonOutput:
@@ -51,6 +72,14 @@ class JsonOutput:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+
+    def __enter__(self) -> "JsonOutput":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Every line is complete already."""
 
     def token(self, delta: Delta) -> None:
         """``{"token": id, "text": ...}``, with log-probabilities where they were asked for."""

@@ -1,6 +1,7 @@
 """Turns options into requests: where to run which model, and what to generate. Shows nothing."""
 
 import secrets
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +20,18 @@ from mlx_k2.text.prompt import render_prompt
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 
+_MIN_LEASE_S, _MAX_LEASE_S = 2, 3600
+_MAX_DIGITS = 10
+
 
 def deployment_request(options: Mapping[str, Any]) -> DeploymentRequest:
     """Where to run which model.
 
     Raises:
-        HostfileError, PartitionError: an option cannot be used.
+        HostfileError, PartitionError, RequestError: an option cannot be used.
     """
+    if not _MIN_LEASE_S <= options["lease_s"] <= _MAX_LEASE_S:  # false for nan, too
+        raise RequestError(f"--lease {options['lease_s']:g} is out of range: give {_MIN_LEASE_S} to {_MAX_LEASE_S} s")
     return DeploymentRequest(
         hostfile=_hostfile(options),
         source=_source(options["model"], options["revision"]),
@@ -47,10 +53,11 @@ def _hostfile(options: Mapping[str, Any]) -> Hostfile:
 
 def _source(model: str | None, revision: str | None) -> ModelSource:
     """A folder that is here is named by its whole path, since a stage starts in another folder."""
-    if model is None:
-        return ModelSource(path_or_repo=BUILTIN)
-    folder = Path(model).expanduser()
-    return ModelSource(path_or_repo=str(folder.resolve()) if folder.is_dir() else model, revision=revision)
+    source = ModelSource(path_or_repo=BUILTIN if model is None else model, revision=revision)
+    if revision is not None and not is_repo(source):
+        raise RequestError("--revision is for a repository on the Hub: leave it out, or give one as --model owner/name")
+    folder = model_folder(source)
+    return ModelSource(path_or_repo=str(folder.resolve())) if model is not None and folder.is_dir() else source
 
 
 def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDescription | None]:
@@ -82,7 +89,32 @@ class Prompt:
     tokenizer: Tokenizer
 
 
-def read_prompt(options: Mapping[str, Any], model: ModelDescription, context_tokens: int) -> Prompt:
+def prompt_text(options: Mapping[str, Any]) -> str:
+    """PROMPT, else what stands on standard input; nothing when the prompt is given as token ids.
+
+    Raises:
+        RequestError: there is no text, or options contradict each other.
+    """
+    if options["token_ids"] is not None:
+        if options["prompt"] or options["system"]:
+            raise RequestError("--token-ids is the whole prompt: leave out PROMPT and --system")
+        return ""
+    if options["raw"] and options["system"]:
+        raise RequestError("--raw sends PROMPT alone: leave out --system")
+    text: str | None = options["prompt"]
+    if text is None:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise RequestError("there is no prompt: give PROMPT, or write one to standard input")
+        try:
+            text = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise RequestError(f"standard input is not UTF-8 text: its byte {error.start} is not") from None
+    if not text.strip():
+        raise RequestError("the prompt is empty: give some text")
+    return text
+
+
+def read_prompt(options: Mapping[str, Any], text: str, model: ModelDescription, context_tokens: int) -> Prompt:
     """The prompt as token ids, and how to sample from it: as asked, else as the checkpoint recommends.
 
     Raises:
@@ -91,7 +123,7 @@ def read_prompt(options: Mapping[str, Any], model: ModelDescription, context_tok
     tokenizer = load_tokenizer(model.files, model.config.vocab_size)
     recommended = GenerationConfig.from_json(model.files.get("generation_config.json", b"{}"))
     request = Request(
-        prompt_ids=tuple(_prompt_ids(options, model, tokenizer)),
+        prompt_ids=tuple(_prompt_ids(options, text, model, tokenizer)),
         max_tokens=options["max_tokens"] or context_tokens,
         sampling=_sampling(options, recommended),
         stop_ids=tokenizer.stop_ids | {*model.config.eos_token_ids, *recommended.eos_token_ids},
@@ -108,26 +140,19 @@ def _sampling(options: Mapping[str, Any], recommended: GenerationConfig) -> Samp
     return Sampling(seed=seed, num_logprobs=options["num_logprobs"], **given)
 
 
-def _prompt_ids(options: Mapping[str, Any], model: ModelDescription, tokenizer: Tokenizer) -> list[int]:
+def _prompt_ids(options: Mapping[str, Any], text: str, model: ModelDescription, tokenizer: Tokenizer) -> list[int]:
     if options["token_ids"] is not None:
-        if options["prompt"] or options["system"]:
-            raise RequestError("--token-ids is the whole prompt: leave out PROMPT and --system")
         return _parse_ids(options["token_ids"])
-    prompt = options["prompt"]
-    if not prompt.strip():
-        raise RequestError("the prompt is empty: give some text")
     if options["raw"]:
-        if options["system"]:
-            raise RequestError("--raw sends PROMPT alone: leave out --system")
-        return tokenizer.encode_text(prompt)
-    messages = [{"role": "user", "content": prompt}]
+        return tokenizer.encode_text(text)
+    messages = [{"role": "user", "content": text}]
     if options["system"]:
         messages.insert(0, {"role": "system", "content": options["system"]})
     return render_prompt(load_chat_template(model.files), tokenizer, messages)
 
 
 def _parse_ids(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isascii() and part.isdigit() for part in parts):
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < _MAX_DIGITS for part in parts):
         raise RequestError(f"--token-ids {text!r} is not a list of token ids: write numbers with commas, as in 3,4,5")
     return [int(part) for part in parts]

@@ -115,8 +115,9 @@ def check_names(config: ModelConfig, index: CheckpointIndex) -> str | None:
             f"{index.source} names {_first_of(unknown)} that config.json does not call for: config.json and the "
             "weights are not of the same model, or mlx-k2 does not know this variant"
         )
-    listed = ", ".join(sorted({kind for kind in kinds.values() if kind}))
-    return f"{len(others)} tensors are not needed for text and stay unread: {listed}" if others else None
+    vision = {name: kind for name, kind in kinds.items() if kind and "vision" in kind}
+    listed = ", ".join(sorted(set(vision.values())))
+    return f"{len(vision)} tensors are not needed for text and stay unread: {listed}" if vision else None
 
 
 def check_file(path: Path, specs: Sequence[TensorSpec]) -> Header:
