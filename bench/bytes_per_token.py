@@ -1,0 +1,158 @@
+"""Bytes that one decoded token of Kimi K2 Thinking reads, and the tokens a second that memory bandwidth then allows.
+
+python -m bench.bytes_per_token [--save]
+
+Everything follows from the tensors' shapes: nothing is measured, and a ceiling is not a speed. Stages in a row have the
+same ceiling as one machine. Launches are those of the feed-forward blocks with experts, counted from MLX's graphs.
+--save appends the rows to results/bytes_per_token.csv.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import NamedTuple
+
+import mlx.core as mx
+from mlx import nn
+from mlx_lm.models.deepseek_v3 import DeepseekV3MoE, ModelArgs
+
+from bench.graph_launches import count_launches, kernel_in_graph
+from bench.measure import save_rows
+from mlx_k2.config import ModelConfig
+from mlx_k2.kernels import variants
+from mlx_k2.kernels.self_check import LayerShape, random_stack
+from mlx_k2.kernels.tuning import DEFAULT
+from mlx_k2.model.feed_forward import swiglu
+from mlx_k2.model.layer_weights import DenseWeights
+from mlx_k2.weights.config_fields import thinking_config_fields
+from mlx_k2.weights.inventory import TensorSpec, model_specs
+
+BANDWIDTHS_GB_S = {"819 (M3 Ultra, nominal)": 819, "692 (M3 Ultra, best read published)": 692}
+QUANTIZED_GROUP = 64
+HEADER = (
+    "program",
+    "dense bits",
+    "GB a token",
+    "tokens/s at 819 GB/s",
+    "tokens/s at 692 GB/s",
+    "launches in MoE blocks",
+)
+
+
+class Row(NamedTuple):
+    """One way of storing the model."""
+
+    program: str
+    dense_bits: int
+    bytes_per_token: int
+    launches: int
+
+    def cells(self) -> tuple[object, ...]:
+        """As printed."""
+        ceilings = (f"{speed * 1e9 / self.bytes_per_token:.2f}" for speed in BANDWIDTHS_GB_S.values())
+        return self.program, self.dense_bits, f"{self.bytes_per_token / 1e9:.2f}", *ceilings, self.launches
+
+
+def main() -> None:
+    """Print the table, and with --save keep the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", action="store_true", help="append the rows to results/bytes_per_token.csv")
+    save = parser.parse_args().save
+    rows = [row.cells() for row in table()]
+    for cells in (HEADER, *rows):
+        print(" | ".join(str(cell) for cell in cells))
+    if save:
+        print(f"saved to {save_rows('bytes_per_token', HEADER, rows)}")
+
+
+def table() -> list[Row]:
+    """mlx-k2 and mlx-lm, as shipped and with the dense weights in 8 bits."""
+    config = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "Kimi K2 Thinking")
+    moe_layers = sum(config.is_moe(layer) for layer in range(config.num_hidden_layers))
+    ours, theirs = moe_layers * our_launches(config), moe_layers * mlx_lm_launches(config)
+    return [
+        Row(program, bits, bytes_per_token(config, bits, stored_biases=biases), launches)
+        for bits in (16, 8)
+        for program, biases, launches in (("mlx-k2", False, ours), ("mlx-lm", True, theirs))
+    ]
+
+
+def bytes_per_token(config: ModelConfig, dense_bits: int, *, stored_biases: bool) -> int:
+    """Weights that one token reads: of routed experts the chosen ones, of the embedding a row, of all else everything.
+
+    Quantized weights have a bfloat16 scale and bias for each group of 64. `stored_biases` adds to each scale of a
+    routed expert a bias of the same size, as MLX's own layers keep it.
+    """
+    total = 0
+    for spec in model_specs(config):
+        if spec.name.endswith("embed_tokens.weight"):
+            total += spec.num_bytes // config.vocab_size
+        elif spec.is_routed_expert:
+            held = spec.held_bytes(2) * (2 if stored_biases and spec.name.endswith("weight_scale") else 1)
+            total += held * config.num_experts_per_tok // config.n_routed_experts
+        elif dense_bits != 16 and is_quantized(spec):
+            values = spec.num_bytes // 2
+            total += values * dense_bits // 8 + values // QUANTIZED_GROUP * 4
+        else:
+            total += spec.held_bytes(2)
+    return total
+
+
+def is_quantized(spec: TensorSpec) -> bool:
+    """Attention, shared experts, dense layer and head are; router, norms and correction bias stay as they are."""
+    return len(spec.shape) == 2 and spec.dtype == "BF16" and not spec.name.endswith("mlp.gate.weight")
+
+
+def our_launches(config: ModelConfig) -> int:
+    """Router, routed experts, shared expert and their sum, for one token."""
+    shape = LayerShape(64, 32, config.num_experts_per_tok, mx.bfloat16)  # the count depends on no size
+    stack = random_stack(shape, 16)
+    router, bias = mx.zeros((16, 64), mx.bfloat16), mx.zeros(16)
+    shared = DenseWeights(*(mx.full(s, i, mx.bfloat16) for i, s in enumerate(((64, 32), (64, 32), (32, 64)))))
+    x = mx.zeros((1, 64), mx.bfloat16)
+    mx.eval(stack, router, bias, shared.gate, shared.up, shared.down, x)
+
+    def block(x: mx.array) -> mx.array:
+        ids, weights = variants.route(
+            x,
+            router,
+            bias,
+            top_k=config.num_experts_per_tok,
+            normalize=config.norm_topk_prob,
+            scaling_factor=config.routed_scaling_factor,
+            perform=kernel_in_graph,
+        )
+        return variants.decode_experts(x, ids, weights, stack, DEFAULT, kernel_in_graph) + swiglu(x, shared)
+
+    return sum(count_launches(mx.compile(block), x).values())
+
+
+def mlx_lm_launches(config: ModelConfig) -> int:
+    """The same block of mlx-lm, which compiles parts of it."""
+    arguments = ModelArgs(
+        hidden_size=64,
+        moe_intermediate_size=32,
+        n_routed_experts=16,
+        n_shared_experts=config.n_shared_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        n_group=config.n_group,
+        topk_group=config.topk_group,
+        norm_topk_prob=config.norm_topk_prob,
+        routed_scaling_factor=config.routed_scaling_factor,
+    )
+    block = DeepseekV3MoE(arguments)
+    nn.quantize(block, group_size=32, bits=4, class_predicate=is_switch_linear)
+    block.set_dtype(mx.bfloat16)
+    x = mx.zeros((1, 1, 64), mx.bfloat16)
+    mx.eval(block.parameters(), x)
+    call: Callable[[mx.array], mx.array] = block
+    return sum(count_launches(call, x).values())
+
+
+def is_switch_linear(path: str, module: nn.Module) -> bool:
+    """What mlx-lm keeps quantized when it loads a K2 checkpoint."""
+    return path.startswith("switch_mlp.") and hasattr(module, "to_quantized")
+
+
+if __name__ == "__main__":
+    main()

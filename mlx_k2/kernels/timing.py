@@ -1,0 +1,137 @@
+"""How fast the kernels run here, and which sizes are best: what `mlx-k2 kernels` shows. Trusts no published figure."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_k2.kernels import experts, reference, verdict_cache
+from mlx_k2.kernels.launch import run
+from mlx_k2.kernels.self_check import LayerShape, Verdict, random_expert_ids, random_stack
+from mlx_k2.kernels.stack import ExpertStack
+from mlx_k2.kernels.tuning import Tuning
+
+Layer = Callable[[mx.array, mx.array, mx.array, ExpertStack], mx.array]
+
+NUM_EXPERTS = 64  # at K2's size 1.6 GB: no cache holds them
+CHAIN = 8  # layers between two waits, each fed by the one before, as in a model
+REPEATS = 5
+TOKENS = {"decode": 1, "batch": 8, "prefill": 512}
+
+
+class Timing(NamedTuple):
+    """One way of computing routed experts, measured."""
+
+    seconds: float  # a layer, best of REPEATS
+    bytes_needed: int  # of the distinct chosen experts, at 4.5 bits a weight
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Needed bytes by time."""
+        return self.bytes_needed / self.seconds / 1e9
+
+
+class KernelRow(NamedTuple):
+    """One line of the table."""
+
+    verdict: Verdict
+    tokens: int
+    kernel: Timing | None  # None where the kernel may not run
+    reference: Timing
+    plain_read_gigabytes_per_second: float
+
+
+def kernel_table(shape: LayerShape, tuning: Tuning) -> list[KernelRow]:
+    """Every kernel of routed experts on this GPU: its verdict, and its speed beside plain MLX and a plain read."""
+    stack = random_stack(shape, NUM_EXPERTS)
+    mx.eval(stack)
+    read = plain_read_gigabytes_per_second(stack)
+    rows = []
+    for verdict in experts.verdicts(shape, verdict_cache.DEFAULT_DIRECTORY).verdicts:
+        tokens = TOKENS[verdict.kernel]
+        timing = time_layer(_kernel(tokens, tuning), stack, tokens, shape.top_k) if verdict.trusted else None
+        rows.append(
+            KernelRow(verdict, tokens, timing, time_layer(reference.routed_experts, stack, tokens, shape.top_k), read)
+        )
+    return rows
+
+
+def best_tuning(shape: LayerShape, start: Tuning) -> Tuning:
+    """The fastest sizes for decode and batch, one size after the other; remembered for the next start."""
+    stack = random_stack(shape, NUM_EXPERTS)
+    mx.eval(stack)
+
+    def seconds(tuning: Tuning) -> float:
+        return sum(
+            time_layer(_kernel(tokens, tuning), stack, tokens, shape.top_k).seconds
+            for tokens in (TOKENS["decode"], TOKENS["batch"])
+        )
+
+    best, best_seconds = start, seconds(start)
+    for candidate in _neighbours(start):
+        if (candidate_seconds := seconds(candidate)) < best_seconds:
+            best, best_seconds = candidate, candidate_seconds
+    path = verdict_cache.cache_path(verdict_cache.DEFAULT_DIRECTORY, shape, experts.chip())
+    verdicts = experts.verdicts(shape, verdict_cache.DEFAULT_DIRECTORY).verdicts
+    verdict_cache.store(path, verdict_cache.Remembered(verdicts, best), experts.chip())
+    return best
+
+
+def time_layer(layer: Layer, stack: ExpertStack, tokens: int, top_k: int) -> Timing:
+    """The best time of one layer in a chain of CHAIN, each reading other experts."""
+    dtype = stack.gate_scale.dtype
+    weights = mx.full((tokens, top_k), 1.0 / top_k)
+    base = random_expert_ids(tokens, stack.num_experts, top_k)
+    ids = [(base + top_k * step) % stack.num_experts for step in range(CHAIN)]
+    x = mx.random.normal((tokens, stack.hidden_size), key=mx.random.key(0)).astype(dtype)
+    mx.eval(ids, weights, x)
+
+    def chain() -> None:
+        y = x
+        for chosen in ids:
+            y = layer(y, chosen, weights, stack)
+        mx.eval(y)
+
+    distinct = [np.unique(np.array(chosen)).size for chosen in ids]
+    per_expert = sum(array.nbytes for array in stack) // stack.num_experts
+    return Timing(_best_seconds(chain) / CHAIN, per_expert * sum(distinct) // CHAIN)
+
+
+def plain_read_gigabytes_per_second(stack: ExpertStack) -> float:
+    """How fast this device reads the same weights and does nothing else with them."""
+    arrays = (stack.gate_packed, stack.up_packed, stack.down_packed)
+    seconds = _best_seconds(lambda: mx.eval([mx.max(array) for array in arrays]))
+    return sum(array.nbytes for array in arrays) / seconds / 1e9
+
+
+def _best_seconds(work: Callable[[], None]) -> float:
+    work()  # compiles
+    best = float("inf")
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _kernel(tokens: int, tuning: Tuning) -> Layer:
+    _, compute = experts.regime(tokens)
+
+    def layer(x: mx.array, ids: mx.array, weights: mx.array, stack: ExpertStack) -> mx.array:
+        return compute(x, ids, weights, stack, tuning, run)
+
+    return layer
+
+
+def _neighbours(tuning: Tuning) -> Iterator[Tuning]:
+    for field, choices in {
+        "gate_up_rows": (2, 8),
+        "gate_up_simdgroups": (1, 4),
+        "down_rows": (2, 8),
+        "batch_rows": (1, 4),
+        "batch_simdgroups": (4, 16),
+    }.items():
+        for choice in choices:
+            yield tuning._replace(**{field: choice})
