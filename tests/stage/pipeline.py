@@ -1,0 +1,70 @@
+"""All stages of a model in this process: a StepRunner each, with queues for hops, run in turn."""
+
+import queue
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_k2.control.messages import Row, SampledToken, Step, StepDone
+from mlx_k2.model.latent_cache import LatentCache
+from mlx_k2.sampling import REPETITION_WINDOW, Sampling
+from mlx_k2.stage.step_runner import StepRunner
+from mlx_k2.stage.transport import QueueTransport
+from tests.model.chain import KEY_ALIGNMENT, load_stage, split_layers
+from tests.model.checkpoints import read_config
+
+
+class Pipeline:
+    """The stages of one checkpoint in float32 on this thread."""
+
+    def __init__(self, folder: Path, num_stages: int, num_slots: int = 4) -> None:
+        config = read_config(folder)
+        hops: list[queue.SimpleQueue[mx.array]] = [queue.SimpleQueue() for _ in range(num_stages + 1)]
+        self.runners = []
+        for rank, layers in enumerate(split_layers(config.num_hidden_layers, num_stages)):
+            cache = LatentCache(len(layers), num_slots, 1024, config.latent_dim, mx.float32)
+            self.runners.append(
+                StepRunner(
+                    load_stage(folder, config, layers, cache),
+                    QueueTransport(hops[rank], hops[rank + 1]),
+                    is_first=rank == 0,
+                    is_last=rank == num_stages - 1,
+                    hidden_size=config.hidden_size,
+                    dtype=mx.float32,
+                    key_alignment=KEY_ALIGNMENT,
+                )
+            )
+        self._num_steps = 0
+
+    def step(self, *rows: Row) -> list[StepDone]:
+        """What each stage answers to one plan."""
+        self._num_steps += 1
+        return [runner.run(Step(self._num_steps, rows)) for runner in self.runners]
+
+    def tokens(self, *rows: Row) -> tuple[SampledToken, ...]:
+        """What the last stage sampled; the others sample nothing."""
+        *others, last = self.step(*rows)
+        assert all(done.tokens == () for done in others)
+        return last.tokens
+
+    def generate(
+        self, prompt: Sequence[int], sampling: Sampling, num_tokens: int, slot: int = 0, chunk_tokens: int = 64
+    ) -> list[SampledToken]:
+        """The tokens after ``prompt``, which is cut into chunks."""
+        token_ids = list(prompt)
+        sampled: list[SampledToken] = []
+        for start in range(0, len(prompt), chunk_tokens):
+            chunk = tuple(prompt[start : start + chunk_tokens])
+            wanted = sampling if start + len(chunk) == len(prompt) else None
+            sampled += self.tokens(Row(slot, start, chunk, True, wanted, recent(token_ids)))
+        while len(sampled) < num_tokens:
+            token_ids.append(sampled[-1].token_id)
+            row = Row(slot, len(token_ids) - 1, tuple(token_ids[-1:]), False, sampling, recent(token_ids))
+            sampled += self.tokens(row)
+        return sampled
+
+
+def recent(token_ids: Sequence[int]) -> tuple[int, ...]:
+    """What a repetition penalty looks at."""
+    return tuple(token_ids[-REPETITION_WINDOW:])

@@ -1,0 +1,113 @@
+"""Steps through the stages of a model give the same tokens however many stages there are, and however they travel."""
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_k2.control.messages import Row, SampledToken
+from mlx_k2.sampling import Sampling
+from tests.model.checkpoints import Checkpoint, make_checkpoints
+from tests.model.oracle import load_oracle
+from tests.stage.pipeline import Pipeline, recent
+
+PROMPT = [(41 * i + 9) % 509 for i in range(70)]
+NUM_TOKENS = 24
+GREEDY = Sampling(seed=0, temperature=0)
+SAMPLINGS = (
+    Sampling(seed=1),
+    Sampling(seed=2, temperature=0.7, top_p=0.9, repetition_penalty=1.2, num_logprobs=5),
+    Sampling(seed=2**63 - 1, top_k=40, min_p=0.01),
+    GREEDY,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_compiling() -> Iterator[None]:
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return make_checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Checkpoint) -> list[list[SampledToken]]:
+    """What one stage samples, one sequence after the other."""
+    pipeline = Pipeline(checkpoint("thinking"), 1)
+    return [pipeline.generate(PROMPT, sampling, NUM_TOKENS) for sampling in SAMPLINGS]
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+def test_logprobs_and_greedy_tokens_are_mlx_lms(checkpoint: Checkpoint, num_stages: int) -> None:
+    oracle = load_oracle(checkpoint("k25"))
+    cache = make_prompt_cache(oracle)
+    sampling = Sampling(seed=0, temperature=0, num_logprobs=100)
+    pending = PROMPT
+    for token in Pipeline(checkpoint("k25"), num_stages).generate(PROMPT, sampling, 12, chunk_tokens=len(PROMPT)):
+        logits = oracle(mx.array([pending]), cache=cache)[0, -1]
+        logprobs = np.asarray(logits - mx.logsumexp(logits))
+        assert token.token_id == int(np.argmax(logprobs))
+        assert token.logprob == pytest.approx(logprobs[token.token_id], abs=2e-4)
+        assert [value for _, value in token.top] == pytest.approx(np.sort(logprobs)[::-1][:100], abs=2e-4)
+        pending = [token.token_id]
+
+
+@pytest.mark.parametrize(("num_stages", "chunk_tokens"), [(1, 7), (2, 64), (3, 70), (7, 33)])
+def test_the_same_seed_gives_the_same_tokens_over_any_stages_and_chunks(
+    checkpoint: Checkpoint, expected: list[list[SampledToken]], num_stages: int, chunk_tokens: int
+) -> None:
+    pipeline = Pipeline(checkpoint("thinking"), num_stages)
+    for sampling, tokens in zip(SAMPLINGS, expected, strict=True):
+        assert pipeline.generate(PROMPT, sampling, NUM_TOKENS, chunk_tokens=chunk_tokens) == tokens
+
+
+def test_sequences_in_one_microbatch_get_the_tokens_that_they_get_alone(
+    checkpoint: Checkpoint, expected: list[list[SampledToken]]
+) -> None:
+    pipeline = Pipeline(checkpoint("thinking"), 2)
+    prompts = [Row(slot, 0, tuple(PROMPT), True, sampling, recent(PROMPT)) for slot, sampling in enumerate(SAMPLINGS)]
+    together = [[token] for token in pipeline.tokens(*prompts)]
+    for _ in range(NUM_TOKENS - 1):
+        rows = []
+        for slot, sampling in enumerate(SAMPLINGS):
+            token_ids = [*PROMPT, *(token.token_id for token in together[slot])]
+            rows.append(Row(slot, len(token_ids) - 1, (token_ids[-1],), False, sampling, recent(token_ids)))
+        for sequence, token in zip(together, pipeline.tokens(*rows), strict=True):
+            sequence.append(token)
+    assert together == expected
+
+
+def test_fresh_stages_that_are_fed_the_same_tokens_go_on_with_the_same_tokens(
+    checkpoint: Checkpoint, expected: list[list[SampledToken]]
+) -> None:
+    sampling, tokens = SAMPLINGS[0], [token.token_id for token in expected[0]]
+    known = tokens[:15]
+    pipeline = Pipeline(checkpoint("thinking"), 3)
+    assert pipeline.tokens(Row(0, 0, tuple(PROMPT), True, None)) == ()
+    token_ids = [*PROMPT, *known]
+    again = pipeline.tokens(Row(0, len(PROMPT), tuple(known), False, sampling, recent(token_ids)))
+    assert list(again) == expected[0][15:16]
+
+
+def test_a_row_that_asks_for_no_token_gets_none_and_still_fills_the_cache(
+    checkpoint: Checkpoint, expected: list[list[SampledToken]]
+) -> None:
+    pipeline = Pipeline(checkpoint("thinking"), 2)
+    silent = Row(0, 0, tuple(PROMPT[:-1]), True, None)
+    other = Row(1, 0, tuple(PROMPT), True, GREEDY)
+    assert pipeline.tokens(silent, other) == (expected[3][0],)
+    assert pipeline.tokens(Row(0, len(PROMPT) - 1, (PROMPT[-1],), True, GREEDY)) == (expected[3][0],)
+
+
+def test_every_stage_answers_each_step_with_its_number_and_its_time(checkpoint: Checkpoint) -> None:
+    pipeline = Pipeline(checkpoint("thinking"), 3)
+    for number in (1, 2):
+        answers = pipeline.step(Row(0, 0, tuple(PROMPT), True, GREEDY))
+        assert [done.number for done in answers] == [number] * 3
+        assert all(done.busy_s > 0 and done.wait_s >= 0 for done in answers)
