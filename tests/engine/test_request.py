@@ -1,0 +1,40 @@
+"""What can never run is refused, with the numbers and the way out."""
+
+import pytest
+
+from mlx_k2.engine.request import Request, check_request
+from mlx_k2.errors import RequestError
+from mlx_k2.sampling import Sampling
+
+
+def check(prompt_ids: tuple[int, ...], max_tokens: int = 5) -> None:
+    request = Request(prompt_ids, max_tokens, Sampling(seed=0), frozenset())
+    check_request(request, vocab_size=100, context_tokens=8)
+
+
+@pytest.mark.parametrize("prompt_ids", [(0,), (99,), tuple(range(7))])
+def test_a_prompt_within_vocabulary_and_context_passes(prompt_ids: tuple[int, ...]) -> None:
+    check(prompt_ids)
+
+
+def test_more_tokens_than_the_context_holds_may_be_asked_for() -> None:
+    check((1, 2), max_tokens=1000)
+
+
+@pytest.mark.parametrize(
+    ("prompt_ids", "words"),
+    [
+        ((), "the prompt is empty"),
+        ((5, 100), "token id 100 is outside the vocabulary of 100"),
+        ((-1,), "token id -1 is outside"),
+        (tuple(range(8)), "8 tokens and the context holds 8.*larger --context"),
+    ],
+)
+def test_a_prompt_that_cannot_run_is_refused(prompt_ids: tuple[int, ...], words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        check(prompt_ids)
+
+
+def test_no_token_to_generate_is_refused() -> None:
+    with pytest.raises(RequestError, match="max-tokens is 0: give at least 1"):
+        check((1,), max_tokens=0)

@@ -1,0 +1,130 @@
+"""What holds for every scheduler, whatever is asked and in whatever order plans leave and come back."""
+
+import itertools
+from collections.abc import Sequence as Items
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_k2.engine.request import FinishReason, Request
+from mlx_k2.engine.scheduler import SchedulerLimits
+from tests.engine.made_up_stages import STOP_ID, Run, actions, limits, requests
+
+
+@st.composite
+def finished_runs(draw: st.DrawFn) -> tuple[Run, Items[Request]]:
+    """A run to its end, and what was asked, in the order of submission."""
+    asked = draw(st.lists(requests, min_size=1, max_size=6))
+    tokens = draw(st.lists(st.integers(0, STOP_ID), min_size=1, max_size=20))
+    run = Run(draw(limits), itertools.cycle(tokens))
+    run.play(asked, draw(actions))
+    return run, asked
+
+
+@given(finished_runs())
+def test_a_slot_has_one_owner_at_a_time_and_no_other_before_it_is_done(played: tuple[Run, Items[Request]]) -> None:
+    run, _ = played
+    for slot in range(run.limits.num_slots):
+        owners = [id(row.row.sequence) for row in run.rows if row.slot == slot]
+        in_turn = [owner for owner, _ in itertools.groupby(owners)]
+        assert len(in_turn) == len(set(in_turn))
+    for microbatch in run.sent:
+        assert len({row.slot for row in microbatch}) == len(microbatch)
+
+
+@given(finished_runs())
+def test_every_position_is_planned_once_and_in_order(played: tuple[Run, Items[Request]]) -> None:
+    run, _ = played
+    for sequence in run.sequences:
+        rows = [sent.row for sent in run.rows_of(sequence)]
+        planned = [position for row in rows for position in range(row.position, row.position + row.count)]
+        assert planned == list(range(len(planned)))
+        prompt = sum(row.count for row in rows if row.is_prompt)
+        assert prompt == sequence.num_prompt
+        assert len(planned) == len(sequence.token_ids) - 1  # nobody asks what follows the last token
+
+
+@given(finished_runs())
+def test_no_row_is_longer_than_a_chunk_and_only_a_prompts_last_may_be_shorter(
+    played: tuple[Run, Items[Request]],
+) -> None:
+    run, _ = played
+    for sequence in run.sequences:
+        counts = [sent.row.count for sent in run.rows_of(sequence) if sent.row.is_prompt]
+        chunk = run.limits.chunk_tokens
+        assert counts[:-1] == [chunk] * (len(counts) - 1)
+        assert 1 <= counts[-1] <= chunk
+
+
+@given(finished_runs())
+def test_a_row_carries_only_tokens_that_are_known_and_draws_after_the_last_of_them(
+    played: tuple[Run, Items[Request]],
+) -> None:
+    run, _ = played
+    for sent in run.rows:
+        row = sent.row
+        assert sent.token_ids == sent.known_ids[row.position : row.position + row.count]
+        assert len(sent.token_ids) == row.count
+        assert row.draws_token == (row.position + row.count == len(sent.known_ids))
+
+
+@given(finished_runs())
+def test_who_comes_first_is_served_first(played: tuple[Run, Items[Request]]) -> None:
+    run, asked = played
+    assert [id(sequence.request) for sequence in run.sequences] == [id(request) for request in asked]
+    prompts = [id(sent.row.sequence) for sent in run.rows if sent.row.is_prompt]
+    assert len([owner for owner, _ in itertools.groupby(prompts)]) == len(asked)  # each prompt in one go
+
+
+@given(finished_runs())
+def test_never_more_is_in_flight_than_allowed_and_a_microbatch_holds_one_chunk_of_one_prompt(
+    played: tuple[Run, Items[Request]],
+) -> None:
+    run, _ = played
+    assert run.most_in_flight <= run.limits.max_in_flight
+    for microbatch in run.sent:
+        assert sum(sent.row.is_prompt for sent in microbatch) <= 1
+        assert all(sent.row.count == 1 for sent in microbatch if not sent.row.is_prompt)
+
+
+@given(finished_runs())
+def test_every_sequence_ends_for_a_reason_that_its_tokens_show(played: tuple[Run, Items[Request]]) -> None:
+    run, asked = played
+    assert len(run.sequences) == len(asked)
+    for sequence in run.sequences:
+        generated = sequence.generated_ids
+        full = len(sequence.token_ids) == run.limits.context_tokens
+        assert STOP_ID not in generated[:-1]
+        assert len(sequence.token_ids) <= run.limits.context_tokens
+        assert len(generated) <= sequence.request.max_tokens
+        if generated[-1] == STOP_ID:
+            assert sequence.finish_reason is FinishReason.STOP
+        else:
+            assert sequence.finish_reason is FinishReason.LENGTH
+            assert full or len(generated) == sequence.request.max_tokens
+
+
+@given(limits, st.lists(requests, min_size=1, max_size=6), actions, st.lists(requests, max_size=3))
+def test_what_is_cancelled_gets_no_token_and_no_plan_and_what_comes_later_is_served(
+    bounds: SchedulerLimits, asked: Items[Request], before: Items[str], later: Items[Request]
+) -> None:
+    run = Run(replace(bounds, num_slots=2), itertools.repeat(1))
+    for request in asked:
+        run.scheduler.submit(request)
+    for action in before:
+        if action == "send":
+            run.send()
+        elif action == "complete":
+            run.complete()
+    cancelled = [sequence for sequence in run.sequences if sequence.finish_reason is None]
+    lengths = [len(sequence.token_ids) for sequence in cancelled]
+    num_sent = len(run.sent)
+    run.scheduler.cancel_all()
+    for request in later:
+        run.scheduler.submit(request)
+    run.finish()
+    assert all(sequence.finish_reason is FinishReason.CANCELLED for sequence in cancelled)
+    assert [len(sequence.token_ids) for sequence in cancelled] == lengths
+    served = {id(sent.row.sequence.request) for microbatch in run.sent[num_sent:] for sent in microbatch}
+    assert served == {id(request) for request in later}

@@ -1,0 +1,63 @@
+"""Sampling parameters: every value is in its range or refused, and what a checkpoint recommends is read."""
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_k2.errors import RequestError
+from mlx_k2.sampling import GenerationConfig, Sampling
+
+RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    # what is taken, what is refused
+    "seed": ((0, 2**63 - 1), (-1, 2**63)),
+    "temperature": ((0, 0.7, 10), (-0.1, 10.1, math.nan, math.inf)),
+    "top_p": ((0.001, 1), (0, -0.1, 1.1, math.nan)),
+    "top_k": ((1, 200_000), (0, -1)),
+    "min_p": ((0, 0.99), (-0.1, 1, math.nan)),
+    "repetition_penalty": ((0.5, 1, 10), (0, -1, 10.1, math.nan)),
+    "num_logprobs": ((0, 100), (-1, 101)),
+}
+TAKEN = [(name, value) for name, (taken, _) in RANGES.items() for value in taken]
+REFUSED = [(name, value) for name, (_, refused) in RANGES.items() for value in refused]
+
+
+def sampling(**values: Any) -> Sampling:
+    return Sampling(**({"seed": 1} | values))
+
+
+@pytest.mark.parametrize(("name", "value"), TAKEN)
+def test_a_value_within_its_range_is_taken(name: str, value: float) -> None:
+    assert getattr(sampling(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED)
+def test_a_value_out_of_its_range_is_refused_by_name_and_with_the_range(name: str, value: float) -> None:
+    option = name.removeprefix("num_").replace("_", "-")
+    with pytest.raises(RequestError, match=rf"^{option} {value} is out of range: give a value \S"):
+        sampling(**{name: value})
+
+
+@given(st.binary(max_size=40))
+def test_a_damaged_generation_config_is_refused_or_read_but_never_a_crash(data: bytes) -> None:
+    try:
+        GenerationConfig.from_json(data)
+    except RequestError as error:
+        assert "generation_config.json cannot be read" in str(error)
+
+
+def test_what_a_checkpoint_recommends_is_read_and_unknown_keys_are_nobodys_business() -> None:
+    found = GenerationConfig.from_json(b'{"max_length": 262144, "temperature": 0.6, "eos_token_id": 163586}')
+    assert (found.temperature, found.top_p, found.eos_token_ids) == (0.6, None, (163586,))
+
+
+@pytest.mark.parametrize(("written", "read"), [("null", ()), ("7", (7,)), ("[7, 8]", (7, 8))])
+def test_stop_tokens_come_alone_or_as_a_list(written: str, read: tuple[int, ...]) -> None:
+    assert GenerationConfig.from_json(b'{"eos_token_id": %s}' % written.encode()).eos_token_ids == read
+
+
+def test_a_top_k_of_0_in_a_checkpoint_keeps_all_tokens() -> None:
+    assert GenerationConfig.from_json(b'{"top_k": 0}').top_k is None
+    assert GenerationConfig.from_json(b'{"top_k": 40}').top_k == 40
