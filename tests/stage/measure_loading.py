@@ -1,0 +1,40 @@
+"""Loads one stage in float32 in this process and prints, as JSON, what it holds and the most memory that it took.
+
+python tests/stage/measure_loading.py MODEL_FOLDER FIRST_LAYER END_LAYER
+"""
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_k2.model.latent_cache import LatentCache
+from mlx_k2.stage.loading import load_stage_model
+from tests.model.chain import open_shards
+from tests.model.checkpoints import read_config
+
+
+def main() -> None:
+    """Load and print."""
+    folder, layers = Path(sys.argv[1]), range(int(sys.argv[2]), int(sys.argv[3]))
+    config = read_config(folder)
+    cache = LatentCache(len(layers), 1, 256, config.latent_dim, mx.float32)
+    pieces: list[int] = []
+    model = load_stage_model(
+        config, open_shards(folder, config), layers, cache, lambda piece: pieces.append(piece.held_bytes)
+    )
+    rss_unit = 1 if sys.platform == "darwin" else 1024
+    measured = {
+        "pieces": pieces,
+        "held": mx.get_active_memory(),
+        "peak": mx.get_peak_memory(),
+        "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * rss_unit,
+    }
+    del model  # until here, so that what it holds was counted
+    sys.stdout.write(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Loading takes little more than what stays: the stage's share, one layer's worth of room, and 200 MB."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TypedDict
+
+import pytest
+
+from mlx_k2.weights.config_fields import tiny_config_fields
+from mlx_k2.weights.random_checkpoint import write_random_checkpoint
+
+ALLOWANCE_BYTES = 200 * 10**6
+ROOT = Path(__file__).parents[2]
+
+
+class Measured(TypedDict):
+    """What measure_loading prints: bytes."""
+
+    pieces: list[int]
+    held: int
+    peak: int
+    rss: int
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("large") / "model"
+    shape = {"hidden_size": 1024, "moe_intermediate_size": 512, "n_routed_experts": 64, "num_hidden_layers": 12}
+    write_random_checkpoint(made, tiny_config_fields(512, **shape), 0, {})
+    return made
+
+
+def measure(folder: Path, first_layer: int, end_layer: int) -> Measured:
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.stage.measure_loading", str(folder), str(first_layer), str(end_layer)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert ran.returncode == 0, ran.stderr
+    measured: Measured = json.loads(ran.stdout)
+    return measured
+
+
+@pytest.mark.parametrize(("first_layer", "end_layer"), [(0, 12), (6, 12)])
+def test_loading_never_holds_more_than_the_shard_its_largest_layer_and_200_mb(
+    folder: Path, first_layer: int, end_layer: int
+) -> None:
+    measured = measure(folder, first_layer, end_layer)
+    held = sum(measured["pieces"])
+    assert measured["held"] == pytest.approx(held, rel=0.01)
+    bound = held + max(measured["pieces"]) + ALLOWANCE_BYTES
+    assert 2 * held > bound  # so that a second copy of everything would not pass
+    assert measured["peak"] <= bound
+    assert measured["rss"] <= bound
