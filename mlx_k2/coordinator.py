@@ -4,7 +4,7 @@ Knows token ids and stages; no text, and no arrays.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 from mlx_k2.control.messages import Row, SampledToken, Step, StepDone
@@ -64,10 +64,10 @@ class Coordinator:
         self._sent: dict[int, _Sent] = {}
         self.use = tuple(StageUse() for _ in range(group.size))
 
-    def run(self, *requests: Request) -> Iterator[TokenEvent]:
+    def run(self, *requests: Request) -> Generator[TokenEvent, None, None]:
         """Run ``requests``, and whatever was submitted before, to their end; tokens in the order they come.
 
-        Leaving the iterator early cancels what is still running.
+        Closing the generator early cancels what is still running.
 
         Raises:
             StageFault: a stage reported an error or ended.

@@ -52,6 +52,8 @@ class DeploymentRequest:
     context_tokens: int | None
     dtype: str | None
     lease_s: float
+    num_slots: int = 1
+    """How many sequences may run at once."""
 
 
 class Watcher:
@@ -138,7 +140,7 @@ def _start(request: DeploymentRequest, model: ModelDescription | None, watcher: 
             watcher.phase(f"asking {group.host(0)} for the model's config and tokenizer")
             model = _fetch_description(group, _source_on(hosts[0], request.source))
         gpus = [hello.working_set_bytes is not None for hello in hellos]
-        shape = choose_shape(model.config, request.dtype, request.context_tokens, all(gpus))
+        shape = choose_shape(model.config, request.dtype, request.context_tokens, request.num_slots, all(gpus))
         memories = [HostMemory(hello.working_set_bytes, hello.memory_bytes) for hello in hellos]
         plans = plan_stages(model, request.hostfile, memories, request.split, shape)
         watcher.planned(model, plans)
@@ -155,7 +157,7 @@ def foresee(request: DeploymentRequest, model: ModelDescription) -> tuple[RunSha
     here = HostMemory(None, psutil.virtual_memory().total)
     unknown = HostMemory(None, None)
     all_on_gpu = _IS_MAC or not any(host.is_local for host in hosts)  # other hosts are taken for Macs
-    shape = choose_shape(model.config, request.dtype, request.context_tokens, all_on_gpu)
+    shape = choose_shape(model.config, request.dtype, request.context_tokens, request.num_slots, all_on_gpu)
     plans = plan_stages(
         model, request.hostfile, [here if host.is_local else unknown for host in hosts], request.split, shape
     )

@@ -59,7 +59,9 @@ class StagePlan:
     files: tuple[str, ...]
 
 
-def choose_shape(config: ModelConfig, dtype: str | None, context_tokens: int | None, all_on_gpu: bool) -> RunShape:
+def choose_shape(
+    config: ModelConfig, dtype: str | None, context_tokens: int | None, num_slots: int, all_on_gpu: bool
+) -> RunShape:
     """Fill in what the user left open: bfloat16 on GPUs, float32 where a stage has none.
 
     Raises:
@@ -71,7 +73,7 @@ def choose_shape(config: ModelConfig, dtype: str | None, context_tokens: int | N
     return RunShape(
         dtype=dtype or ("bfloat16" if all_on_gpu else "float32"),
         context_tokens=context_tokens or min(DEFAULT_CONTEXT_TOKENS, longest),
-        num_slots=1,
+        num_slots=num_slots,
         chunk_tokens=GPU_CHUNK_TOKENS if all_on_gpu else CPU_CHUNK_TOKENS,
     )
 

@@ -1,7 +1,8 @@
 """Where text and tokens meet: a prompt becomes a request, drawn tokens become text. Knows no terminal."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from mlx_k2.coordinator import Coordinator
@@ -33,8 +34,12 @@ class AnswerSummary:
     decode_tokens_per_s: float | None
 
 
-def stream_answer(coordinator: Coordinator, tokenizer: Tokenizer, request: Request) -> Iterator[Delta | AnswerSummary]:
+def stream_answer(
+    coordinator: Coordinator, tokenizer: Tokenizer, request: Request
+) -> Generator[Delta | AnswerSummary, None, None]:
     """Run ``request`` to its end: a Delta for each token as it is drawn, then one AnswerSummary.
+
+    Closing the generator early cancels the request.
 
     Raises:
         ClusterError: a stage failed; the tokens so far were yielded.
@@ -42,15 +47,16 @@ def stream_answer(coordinator: Coordinator, tokenizer: Tokenizer, request: Reque
     detokenizer = Detokenizer(tokenizer)
     began = time.perf_counter()
     arrivals: list[float] = []
-    for event in coordinator.run(request):
-        arrivals.append(time.perf_counter())
-        token_id, finished = event.token.token_id, event.sequence.finish_reason
-        text = "" if token_id in request.stop_ids else detokenizer.add(token_id)
-        if finished is not None:
-            text += detokenizer.finish()
-        yield Delta(token_id, text, event.token.logprob, event.token.top)
-        if finished is not None:
-            yield _summary(request, finished, began, arrivals)
+    with closing(coordinator.run(request)) as events:
+        for event in events:
+            arrivals.append(time.perf_counter())
+            token_id, finished = event.token.token_id, event.sequence.finish_reason
+            text = "" if token_id in request.stop_ids else detokenizer.add(token_id)
+            if finished is not None:
+                text += detokenizer.finish()
+            yield Delta(token_id, text, event.token.logprob, event.token.top)
+            if finished is not None:
+                yield _summary(request, finished, began, arrivals)
 
 
 def _summary(request: Request, reason: FinishReason, began: float, arrivals: Sequence[float]) -> AnswerSummary:

@@ -14,22 +14,23 @@ from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.index import CheckpointIndex
 from mlx_k2.weights.inventory import embedding_specs, held_bytes, layer_specs, model_specs
 
-THINKING = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "config.json")
 SHAPE = RunShape(dtype="bfloat16", context_tokens=32768, num_slots=1, chunk_tokens=2048)
 GB = 10**9
 STUDIO = HostMemory(working_set_bytes=460 * GB, ram_bytes=512 * GB)
 UNKNOWN = HostMemory(None, None)
 
 
-def thinking() -> ModelDescription:
-    """Kimi K2 Thinking with a file for each layer, and one for the embedding and the head."""
-    files = {spec.name: f"layer-{layer}.safetensors" for layer in range(61) for spec in layer_specs(THINKING, layer)}
-    weight_map = {spec.name: files.get(spec.name, "ends.safetensors") for spec in model_specs(THINKING)}
-    return ModelDescription({}, THINKING, CheckpointIndex(weight_map, "the index"), "digest", None)
+def thinking(num_experts: int) -> ModelDescription:
+    """Kimi K2 Thinking with so many experts, a file for each layer, and one for the embedding and the head."""
+    fields = thinking_config_fields(n_routed_experts=num_experts)
+    config = ModelConfig.from_json(json.dumps(fields).encode(), "config.json")
+    files = {spec.name: f"layer-{layer}.safetensors" for layer in range(61) for spec in layer_specs(config, layer)}
+    weight_map = {spec.name: files.get(spec.name, "ends.safetensors") for spec in model_specs(config)}
+    return ModelDescription({}, config, CheckpointIndex(weight_map, "the index"), "digest", None)
 
 
-MODEL = thinking()
-MODEL_BYTES = held_bytes(model_specs(THINKING), 2)
+THINKING = thinking(384)
+SMALLER = thinking(8)
 
 
 def studios(count: int) -> Hostfile:
@@ -38,27 +39,29 @@ def studios(count: int) -> Hostfile:
     )
 
 
-def plan(hostfile: Hostfile, memory: HostMemory, split: Sequence[int] | None = None) -> tuple[StagePlan, ...]:
-    return plan_stages(MODEL, hostfile, [memory] * len(hostfile.hosts), split, SHAPE)
+def plan(
+    model: ModelDescription, hostfile: Hostfile, memory: HostMemory, split: Sequence[int] | None = None
+) -> tuple[StagePlan, ...]:
+    return plan_stages(model, hostfile, [memory] * len(hostfile.hosts), split, SHAPE)
 
 
 def test_two_equal_macs_run_32_and_29_layers_of_k2_thinking() -> None:
-    first, last = plan(studios(2), STUDIO)
+    first, last = plan(THINKING, studios(2), STUDIO)
     assert (first.share.num_layers, last.share.num_layers) == (32, 29)
     assert (first.host.ssh, last.host.ssh) == ("mac-0", "mac-1")
 
 
 @pytest.mark.parametrize("num_hosts", [1, 2, 5, 16])
 def test_each_layer_is_on_one_stage_and_the_shards_together_are_the_model(num_hosts: int) -> None:
-    plans = plan(studios(num_hosts), UNKNOWN)
+    plans = plan(SMALLER, studios(num_hosts), UNKNOWN)
     assert [stage.rank for stage in plans] == list(range(num_hosts))
     layers = [layer for stage in plans for layer in range(stage.share.first_layer, stage.share.end_layer)]
     assert layers == list(range(61))
-    assert sum(stage.shard_bytes for stage in plans) == MODEL_BYTES
+    assert sum(stage.shard_bytes for stage in plans) == held_bytes(model_specs(SMALLER.config), 2)
 
 
 def test_a_stage_opens_the_files_of_its_layers_and_only_the_ends_open_the_embeddings_and_the_heads() -> None:
-    first, middle, last = plan(studios(3), UNKNOWN)
+    first, middle, last = plan(SMALLER, studios(3), UNKNOWN)
     for stage in (first, middle, last):
         layers = {f"layer-{layer}.safetensors" for layer in range(stage.share.first_layer, stage.share.end_layer)}
         assert set(stage.files) - {"ends.safetensors"} == layers
@@ -66,28 +69,28 @@ def test_a_stage_opens_the_files_of_its_layers_and_only_the_ends_open_the_embedd
 
 
 def test_a_split_that_is_asked_for_is_taken() -> None:
-    assert [stage.share.num_layers for stage in plan(studios(2), STUDIO, [31, 30])] == [31, 30]
+    assert [stage.share.num_layers for stage in plan(SMALLER, studios(2), STUDIO, [31, 30])] == [31, 30]
 
 
 def test_the_numbers_are_given_where_the_model_does_not_fit() -> None:
     with pytest.raises(
         PartitionError, match=r"need 59\d\.\d GB, and the hosts can hold 45\d\.\d GB \(mac-0 45\d\.\d GB\)"
     ):
-        plan(studios(1), STUDIO)
+        plan(THINKING, studios(1), STUDIO)
     with pytest.raises(PartitionError, match=r"--split 50,11 does not fit: stage 0 needs 4\d\d\.\d GB and mac-0"):
-        plan(studios(2), STUDIO, [50, 11])
+        plan(THINKING, studios(2), STUDIO, [50, 11])
 
 
 def test_stages_on_one_machine_share_its_memory() -> None:
     roomy = HostMemory(None, ram_bytes=900 * GB)
-    plan(studios(2), roomy)
+    plan(THINKING, studios(2), roomy)
     with pytest.raises(PartitionError, match="does not fit"):
-        plan(local_hostfile(2), HostMemory(None, ram_bytes=600 * GB))
+        plan(THINKING, local_hostfile(2), HostMemory(None, ram_bytes=600 * GB))
 
 
 def test_a_context_takes_its_cache_from_the_room_for_weights() -> None:
     short, long = (
-        plan_stages(MODEL, studios(2), [UNKNOWN] * 2, [32, 29], RunShape("bfloat16", context_tokens, 1, 2048))[0]
+        plan_stages(SMALLER, studios(2), [UNKNOWN] * 2, [32, 29], RunShape("bfloat16", context_tokens, 1, 2048))[0]
         for context_tokens in (32768, 65536)
     )
     assert short.shard_bytes == long.shard_bytes
@@ -96,10 +99,10 @@ def test_a_context_takes_its_cache_from_the_room_for_weights() -> None:
 
 def test_float32_doubles_what_is_not_int4() -> None:
     half, whole = (
-        plan_stages(MODEL, studios(1), [UNKNOWN], None, RunShape(dtype, 2048, 1, 128))[0].shard_bytes
+        plan_stages(THINKING, studios(1), [UNKNOWN], None, RunShape(dtype, 2048, 1, 128))[0].shard_bytes
         for dtype in ("bfloat16", "float32")
     )
-    assert half + held_bytes(embedding_specs(THINKING), 2) < whole < 1.2 * half
+    assert half + held_bytes(embedding_specs(THINKING.config), 2) < whole < 1.2 * half
 
 
 @pytest.mark.parametrize(
@@ -112,12 +115,12 @@ def test_float32_doubles_what_is_not_int4() -> None:
     ],
 )
 def test_bfloat16_is_for_gpus_unless_told_otherwise(dtype: str | None, on_gpu: bool, chosen: tuple[str, int]) -> None:
-    shape = choose_shape(THINKING, dtype, None, on_gpu)
+    shape = choose_shape(SMALLER.config, dtype, None, 1, on_gpu)
     assert (shape.dtype, shape.chunk_tokens) == chosen
 
 
 def test_the_context_is_32768_tokens_unless_asked_and_never_more_than_the_models() -> None:
-    assert choose_shape(THINKING, None, None, True).context_tokens == 32768
-    assert choose_shape(THINKING, None, 262144, True).context_tokens == 262144
+    assert choose_shape(SMALLER.config, None, None, 1, True).context_tokens == 32768
+    assert choose_shape(SMALLER.config, None, 262144, 1, True).context_tokens == 262144
     with pytest.raises(RequestError, match="--context 262145 is more than the 262144 positions"):
-        choose_shape(THINKING, None, 262145, True)
+        choose_shape(SMALLER.config, None, 262145, 1, True)

@@ -1,0 +1,132 @@
+"""A small random model with a tokenizer, and real stages that run it on this machine."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from mlx_k2.cluster.hostfile import Backend, Host, Hostfile
+from mlx_k2.control.messages import FromStage, LayerLoaded, ModelSource
+from mlx_k2.coordinator import Coordinator, Patience, TokenEvent
+from mlx_k2.deployment import Deployment, DeploymentRequest, Watcher, deploy
+from mlx_k2.engine.request import Request
+from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
+from mlx_k2.model_source import read_model_files
+from mlx_k2.sampling import Sampling
+from mlx_k2.text.tiny_vocabulary import tiny_vocabulary
+from mlx_k2.weights.checkpoint import describe_model
+from mlx_k2.weights.config_fields import tiny_config_fields
+from mlx_k2.weights.random_checkpoint import write_random_checkpoint
+
+VOCAB_SIZE = 768
+NUM_LAYERS = 7
+CONTEXT_TOKENS = 2048
+CHUNK_TOKENS = 32
+RANK_MARK = "MLX_K2_TEST_RANK"
+
+
+def write_model(folder: Path) -> Path:
+    """Write the model, whose config names no stop token: an answer is as long as it is asked to be."""
+    files = tiny_vocabulary(VOCAB_SIZE, CONTEXT_TOKENS).files | {"generation_config.json": b"{}"}
+    fields = tiny_config_fields(VOCAB_SIZE, max_position_embeddings=CONTEXT_TOKENS)
+    write_random_checkpoint(folder, fields, 20, files)
+    return folder
+
+
+def request(num_prompt: int, max_tokens: int, seed: int = 1, temperature: float = 1.0) -> Request:
+    """Some prompt, another one for each length."""
+    prompt_ids = tuple((num_prompt + 31 * position) % VOCAB_SIZE for position in range(num_prompt))
+    return Request(prompt_ids, max_tokens, Sampling(seed=seed, temperature=temperature), frozenset())
+
+
+@dataclass
+class LoadedNames(Watcher):
+    """Keeps the names that each stage reports as loaded."""
+
+    by_rank: dict[int, list[str]] = field(default_factory=dict)
+
+    def progress(self, rank: int, message: FromStage) -> None:
+        if isinstance(message, LayerLoaded):
+            self.by_rank.setdefault(rank, []).extend(message.tensor_names)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Stages that are ready, and the coordinator that runs requests over them."""
+
+    deployment: Deployment
+    coordinator: Coordinator
+    loaded: LoadedNames
+
+    def tokens(self, *requests: Request) -> dict[Request, list[int]]:
+        """The tokens that each request gets."""
+        return by_request(self.coordinator.run(*requests))
+
+
+def by_request(events: Iterator[TokenEvent]) -> dict[Request, list[int]]:
+    """Tokens sorted by the request that they belong to."""
+    tokens: dict[Request, list[int]] = {}
+    for event in events:
+        tokens.setdefault(event.sequence.request, []).append(event.token.token_id)
+    return tokens
+
+
+def local_request(folder: Path, hosts: Sequence[Host]) -> DeploymentRequest:
+    """Stages of that model, one for each host."""
+    hostfile = Hostfile(hosts=tuple(hosts), backend=Backend.RING)
+    source = ModelSource(path_or_repo=str(folder))
+    return DeploymentRequest(hostfile, source, None, CONTEXT_TOKENS, None, lease_s=20.0, num_slots=3)
+
+
+def local_host() -> Host:
+    """This machine over loopback."""
+    return Host(ssh="127.0.0.1", ips=("127.0.0.1",))
+
+
+@contextmanager
+def local_cluster(folder: Path, hosts: Sequence[Host], patience: Patience | None = None) -> Iterator[Cluster]:
+    """Real stages on this machine, ready for requests; ``hosts`` as in a hostfile."""
+    asked = local_request(folder, hosts)
+    model = describe_model(read_model_files(asked.source).files, str(folder))
+    names = LoadedNames()
+    with deploy(asked, model, names) as deployment:
+        limits = SchedulerLimits(deployment.shape.num_slots, CONTEXT_TOKENS, CHUNK_TOKENS, len(hosts) + 1)
+        yield Cluster(deployment, Coordinator(deployment.group, Scheduler(limits), patience or Patience()), names)
+
+
+def marked_host(folder: Path, rank: int, python: str) -> Host:
+    """This machine, with a Python that tells every process it starts which rank it serves."""
+    script = folder / f"python-{rank}"
+    script.write_text(f'#!/bin/sh\n{RANK_MARK}={rank} exec {python} "$@"\n')
+    script.chmod(0o755)
+    return msgspec.structs.replace(local_host(), python=str(script))
+
+
+def stage_process(rank: int) -> psutil.Process:
+    """The stage proper (not its guard) of a marked host, somewhere below this process."""
+    (found,) = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "mlx_k2.stage.program" in process.cmdline() and process.environ().get(RANK_MARK) == str(rank)
+    ]
+    return found
+
+
+def wait_until_gone(processes: Sequence[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Those that still run after that time; not this process's children alone, so by looking again and again."""
+    deadline = time.monotonic() + timeout_s
+    while (left := [process for process in processes if is_running(process)]) and time.monotonic() < deadline:
+        psutil.wait_procs(left, timeout=0.05)
+    return left
+
+
+def is_running(process: psutil.Process) -> bool:
+    """Whether it runs: a zombie does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

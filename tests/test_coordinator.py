@@ -1,0 +1,125 @@
+"""Requests over real stages on this machine: tokens, cancelling, and what a lost or silent stage is called."""
+
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from mlx_k2.coordinator import Patience
+from mlx_k2.engine.request import FinishReason
+from mlx_k2.errors import ClusterError, StageFault, StageSilent
+from tests.local_cluster import (
+    NUM_LAYERS,
+    Cluster,
+    local_cluster,
+    local_host,
+    marked_host,
+    request,
+    stage_process,
+    write_model,
+)
+
+LONG = request(150, 30, seed=5)
+GREEDY = request(70, 30, temperature=0)
+SHORT = request(3, 60, seed=7)
+ClusterOf = Callable[[int], Cluster]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def cluster_of(model: Path) -> Iterator[ClusterOf]:
+    """Clusters by their number of stages, each started when it is first asked for."""
+    with ExitStack() as stack:
+        yield cache(lambda num_stages: stack.enter_context(local_cluster(model, [local_host()] * num_stages)))
+
+
+def test_sampled_and_greedy_tokens_are_the_same_through_1_2_and_3_stages(cluster_of: ClusterOf) -> None:
+    one, two, three = (cluster_of(num_stages).tokens(LONG, GREEDY) for num_stages in (1, 2, 3))
+    assert one == two == three
+
+
+def test_several_requests_at_once_each_get_the_tokens_they_would_get_alone(cluster_of: ClusterOf) -> None:
+    cluster = cluster_of(2)
+    alone = {asked: cluster.tokens(asked)[asked] for asked in (LONG, GREEDY, SHORT)}
+    assert cluster.tokens(LONG, SHORT, GREEDY) == alone
+    assert cluster.tokens(GREEDY, LONG, SHORT) == alone
+
+
+def test_more_requests_than_slots_all_come_to_their_end(cluster_of: ClusterOf) -> None:
+    asked = [request(length, 5) for length in (4, 40, 8, 90, 2, 16)]
+    assert [len(tokens) for tokens in cluster_of(3).tokens(*asked).values()] == [5] * 6
+
+
+def test_another_seed_draws_other_tokens(cluster_of: ClusterOf) -> None:
+    first, second, again = (request(20, 20, seed=seed) for seed in (1, 2, 1))
+    tokens = [cluster_of(1).tokens(asked)[asked] for asked in (first, second, again)]
+    assert tokens[0] == tokens[2] != tokens[1]
+
+
+def test_leaving_early_cancels_and_the_next_request_gets_its_own_tokens(cluster_of: ClusterOf) -> None:
+    cluster = cluster_of(2)
+    undisturbed = cluster.tokens(SHORT)
+    run = cluster.coordinator.run(request(40, 1000), LONG)
+    first = next(run)
+    run.close()
+    assert first.sequence.finish_reason is FinishReason.CANCELLED
+    assert cluster.tokens(SHORT) == undisturbed
+
+
+def test_every_stage_reports_its_share_of_the_time(cluster_of: ClusterOf) -> None:
+    use = cluster_of(3).coordinator.use
+    before = [stage.steps_done for stage in use]
+    cluster_of(3).tokens(request(4, 10))
+    assert [stage.steps_done - done for stage, done in zip(use, before, strict=True)] == [10, 10, 10]
+    assert all(stage.busy_s > 0 for stage in use)
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 7])
+def test_the_stages_load_every_tensor_of_the_index_once_and_each_end_its_own(
+    cluster_of: ClusterOf, num_stages: int
+) -> None:
+    cluster = cluster_of(num_stages)
+    names = cluster.loaded.by_rank
+    assert sorted(names) == list(range(num_stages))
+    nobody_needs = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(NUM_LAYERS)}
+    assert Counter(itertools.chain(*names.values())) == Counter(
+        cluster.deployment.model.index.weight_map.keys() - nobody_needs
+    )
+    for rank, loaded in names.items():
+        assert ("model.embed_tokens.weight" in loaded) == (rank == 0)
+        assert ("model.norm.weight" in loaded) == ("lm_head.weight" in loaded) == (rank == num_stages - 1)
+    assert [loaded.held_bytes for loaded in cluster.deployment.loaded] == [
+        plan.shard_bytes for plan in cluster.deployment.plans
+    ]
+
+
+def error_after(model: Path, folder: Path, do: Callable[[], None], patience: Patience | None = None) -> ClusterError:
+    """The error of a run over two marked stages when ``do`` is done between two of its tokens."""
+    hosts = [marked_host(folder, rank, sys.executable) for rank in range(2)]
+    with local_cluster(model, hosts, patience) as cluster, pytest.raises(ClusterError) as caught:
+        for count, _ in enumerate(cluster.coordinator.run(request(8, 2000))):
+            if count == 5:
+                do()
+    return caught.value
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_stage_is_a_fault_that_names_it_and_its_host(model: Path, tmp_path: Path, rank: int) -> None:
+    error = error_after(model, tmp_path, lambda: stage_process(rank).kill())
+    assert isinstance(error, StageFault)
+    assert str(error).startswith(f"stage {rank} on this machine ended with signal 9: it ended by itself")
+
+
+def test_a_stopped_stage_is_silent_by_name_host_and_step_once_the_patience_is_over(model: Path, tmp_path: Path) -> None:
+    error = error_after(model, tmp_path, lambda: stage_process(1).suspend(), Patience(step_s=1.0, token_s=0.0))
+    assert isinstance(error, StageSilent)
+    assert str(error).startswith("stage 1 on this machine has not finished step 6 (1 tokens) after 1 s; its guard was")

@@ -1,0 +1,88 @@
+"""Where tokens become text, over a real stage."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from mlx_k2.engine.request import FinishReason, Request
+from mlx_k2.sampling import Sampling
+from mlx_k2.session import AnswerSummary, Delta, stream_answer
+from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
+from tests.local_cluster import VOCAB_SIZE, Cluster, local_cluster, local_host, request, write_model
+
+ASKED = request(12, 40, seed=3)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = write_model(tmp_path_factory.mktemp("model") / "tiny")
+    with local_cluster(folder, [local_host()]) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def tokenizer(cluster: Cluster) -> Tokenizer:
+    return load_tokenizer(cluster.deployment.model.files, VOCAB_SIZE)
+
+
+def answer(cluster: Cluster, tokenizer: Tokenizer, asked: Request) -> tuple[list[Delta], AnswerSummary]:
+    """An answer's deltas, and the summary that ends it."""
+    *deltas, summary = stream_answer(cluster.coordinator, tokenizer, asked)
+    assert isinstance(summary, AnswerSummary)
+    assert all(isinstance(delta, Delta) for delta in deltas)
+    return [delta for delta in deltas if isinstance(delta, Delta)], summary
+
+
+def test_the_texts_of_an_answer_put_together_are_its_tokens_decoded_at_once(
+    cluster: Cluster, tokenizer: Tokenizer
+) -> None:
+    deltas, _ = answer(cluster, tokenizer, ASKED)
+    data = b"".join(tokenizer.token_bytes(delta.token_id) for delta in deltas)
+    assert "".join(delta.text for delta in deltas) == data.decode(errors="replace")
+    assert len(deltas) == 40
+
+
+def test_a_summary_counts_what_was_there(cluster: Cluster, tokenizer: Tokenizer) -> None:
+    deltas, summary = answer(cluster, tokenizer, ASKED)
+    assert (summary.prompt_tokens, summary.generated_tokens, summary.seed) == (12, len(deltas), 3)
+    assert summary.finish_reason is FinishReason.LENGTH
+    assert summary.prefill_tokens_per_s == pytest.approx(12 / summary.time_to_first_token_s)
+    assert summary.decode_tokens_per_s is not None
+
+
+def test_one_token_alone_gives_no_rate_of_decoding(cluster: Cluster, tokenizer: Tokenizer) -> None:
+    _, summary = answer(cluster, tokenizer, request(12, 1))
+    assert summary.decode_tokens_per_s is None
+
+
+def test_a_stop_token_ends_the_answer_and_has_no_text(cluster: Cluster, tokenizer: Tokenizer) -> None:
+    undisturbed, _ = answer(cluster, tokenizer, ASKED)
+    stop_id = undisturbed[-1].token_id
+    first = [delta.token_id for delta in undisturbed].index(stop_id)
+    deltas, summary = answer(cluster, tokenizer, replace(ASKED, stop_ids=frozenset({stop_id})))
+    assert [delta.token_id for delta in deltas] == [delta.token_id for delta in undisturbed[: first + 1]]
+    assert tokenizer.token_bytes(stop_id).decode(errors="replace") not in deltas[-1].text
+    assert summary.finish_reason is FinishReason.STOP
+
+
+def test_log_probabilities_come_when_asked_for_and_change_no_token(cluster: Cluster, tokenizer: Tokenizer) -> None:
+    plain, _ = answer(cluster, tokenizer, ASKED)
+    asked = replace(ASKED, sampling=Sampling(seed=3, num_logprobs=4))
+    deltas, _ = answer(cluster, tokenizer, asked)
+    assert [delta.token_id for delta in deltas] == [delta.token_id for delta in plain]
+    assert all(delta.logprob is None and delta.top == () for delta in plain)
+    for delta in deltas:
+        values = [logprob for _, logprob in delta.top]
+        assert len(values) == 4
+        assert values == sorted(values, reverse=True)
+        assert delta.logprob is not None and delta.logprob <= values[0] <= 0
+
+
+def test_closing_an_answer_early_cancels_it_and_the_next_is_undisturbed(cluster: Cluster, tokenizer: Tokenizer) -> None:
+    undisturbed, _ = answer(cluster, tokenizer, ASKED)
+    stream = stream_answer(cluster.coordinator, tokenizer, request(30, 1000))
+    next(stream)
+    stream.close()
+    again, _ = answer(cluster, tokenizer, ASKED)
+    assert again == undisturbed
