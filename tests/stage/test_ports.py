@@ -1,0 +1,57 @@
+"""Ports that are held: free ones are picked, taken ones refused, and all are let go of."""
+
+import socket
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_k2.errors import StageStartError
+from mlx_k2.stage.ports import HeldPorts
+
+
+def can_bind(address: str) -> bool:
+    ip, _, port = address.partition(":")
+    with socket.socket() as other:
+        try:
+            other.bind((ip, int(port)))
+        except OSError:
+            return False
+    return True
+
+
+@given(st.integers(0, 5))
+@settings(max_examples=6)
+def test_free_ports_are_picked_held_and_let_go_of(count: int) -> None:
+    held = HeldPorts(["127.0.0.1"] * count)
+    assert len(set(held.addresses)) == count
+    assert not any(can_bind(address) for address in held.addresses)
+    held.release()
+    assert all(can_bind(address) for address in held.addresses)
+
+
+def test_a_port_that_is_named_is_the_one_that_is_held() -> None:
+    free = HeldPorts(["127.0.0.1"])
+    free.release()
+    held = HeldPorts(free.addresses)
+    assert held.addresses == free.addresses
+    held.release()
+
+
+def test_a_port_in_use_is_refused_by_address_and_nothing_stays_held() -> None:
+    first = HeldPorts(["127.0.0.1"])
+    second = HeldPorts(["127.0.0.1"])
+    second.release()
+    with pytest.raises(StageStartError, match=rf"cannot listen on {first.addresses[0]}: .* port \d+ free"):
+        HeldPorts([*second.addresses, *first.addresses])
+    assert can_bind(second.addresses[0])
+    first.release()
+
+
+def test_an_address_of_another_host_is_refused() -> None:
+    with pytest.raises(StageStartError, match=r"cannot listen on 192\.0\.2\.1: .*must be addresses of this host$"):
+        HeldPorts(["192.0.2.1"])
+
+
+def test_nothing_is_held_where_nothing_is_asked_for() -> None:
+    assert HeldPorts([]).addresses == ()

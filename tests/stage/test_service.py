@@ -1,0 +1,156 @@
+"""One stage's answers to the coordinator's messages, in this process and over a file in place of the pipe."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlx_k2 import __version__
+from mlx_k2.control.ends import FrameWriter
+from mlx_k2.control.framing import Frame, Kind, read_frame
+from mlx_k2.control.messages import (
+    Connect,
+    Connected,
+    Fault,
+    FetchFiles,
+    FromStage,
+    Hello,
+    LayerLoaded,
+    Load,
+    Loaded,
+    ModelFiles,
+    ModelSource,
+    Prepare,
+    Prepared,
+    Row,
+    Step,
+    StepDone,
+    Stop,
+    ToStage,
+    decode_from_stage,
+    encode_message,
+)
+from mlx_k2.errors import ProtocolError
+from mlx_k2.sampling import Sampling
+from mlx_k2.stage.service import StageService
+from tests.local_cluster import NUM_LAYERS, write_model
+
+Converse = Callable[..., tuple[int, list[FromStage]]]
+LOAD = Load(0, NUM_LAYERS, "float32", num_slots=1, context_tokens=64, needed_bytes=0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def converse(tmp_path: Path) -> Converse:
+    """Say all this to a new stage: its exit code, and what it said."""
+
+    def converse(*messages: ToStage) -> tuple[int, list[FromStage]]:
+        output = tmp_path / "frames"
+        writer = FrameWriter(output.open("wb"), "the guard")
+        service = StageService(writer)
+        for message in messages:
+            service.take(Frame(Kind.MESSAGE, encode_message(message)))
+        exit_code = service.run()
+        writer.close(5)
+        with output.open("rb") as stream:
+            frames = list(iter(lambda: read_frame(stream), None))
+        return exit_code, [decode_from_stage(frame.payload) for frame in frames]
+
+    return converse
+
+
+def prepare(folder: Path) -> Prepare:
+    return Prepare(0, 1, ModelSource(path_or_repo=str(folder)), listen=(), environment={})
+
+
+def step(number: int) -> Step:
+    return Step(number, (Row(0, number, (5,), True, Sampling(seed=1)),))
+
+
+def test_a_stage_greets_first_and_ends_when_told(converse: Converse) -> None:
+    exit_code, (hello,) = converse(Stop())
+    assert exit_code == 0
+    assert isinstance(hello, Hello)
+    assert hello.mlx_k2_version == __version__
+    assert hello.memory_bytes > (hello.working_set_bytes or 0) >= 0
+
+
+def test_every_message_is_answered_in_its_turn(converse: Converse, model: Path) -> None:
+    messages = (prepare(model), Connect(None, None, None), LOAD, step(0), step(1), Stop())
+    exit_code, said = converse(*messages)
+    assert exit_code == 0
+    kinds = [type(message) for message in said]
+    assert kinds == [Hello, Prepared, Connected, *[LayerLoaded] * (NUM_LAYERS + 2), Loaded, StepDone, StepDone]
+    assert [message.number for message in said if isinstance(message, StepDone)] == [0, 1]
+    assert all(len(message.tokens) == 1 for message in said if isinstance(message, StepDone))
+
+
+def test_a_loaded_stage_says_how_much_it_holds_and_took(converse: Converse, model: Path) -> None:
+    _, said = converse(prepare(model), Connect(None, None, None), LOAD, Stop())
+    pieces = [message.held_bytes for message in said if isinstance(message, LayerLoaded)]
+    (loaded,) = [message for message in said if isinstance(message, Loaded)]
+    assert loaded.held_bytes == sum(pieces) <= loaded.peak_bytes
+    assert loaded.cache_bytes_per_token == NUM_LAYERS * (64 + 16) * 4
+
+
+def test_the_small_files_are_sent_as_they_are(converse: Converse, model: Path) -> None:
+    _, (_, files) = converse(FetchFiles(ModelSource(path_or_repo=str(model))), Stop())
+    assert isinstance(files, ModelFiles)
+    assert files.files["config.json"] == (model / "config.json").read_bytes()
+    assert "tiktoken.model" in files.files
+
+
+def test_two_copies_have_one_digest_and_another_config_has_another(
+    converse: Converse, model: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in model.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    digests = []
+    for folder in (model, other):
+        _, said = converse(prepare(folder), Stop())
+        digests += [message.model_digest for message in said if isinstance(message, Prepared)]
+    (other / "config.json").write_bytes((model / "config.json").read_bytes() + b"\n")
+    _, said = converse(prepare(other), Stop())
+    digests += [message.model_digest for message in said if isinstance(message, Prepared)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_what_a_user_can_mend_is_a_fault_in_words(converse: Converse, tmp_path: Path) -> None:
+    exit_code, (_, fault) = converse(prepare(tmp_path / "nowhere"), step(0), Stop())
+    assert exit_code == 1
+    assert isinstance(fault, Fault)
+    assert (fault.kind, fault.message.startswith(f"{tmp_path}/nowhere is not a folder")) == ("CheckpointError", True)
+
+
+def test_a_shard_that_is_damaged_is_named_before_a_tensor_of_it_is_loaded(converse: Converse, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "damaged")
+    shard = folder / "model-00003-of-000008.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    exit_code, said = converse(prepare(folder), Connect(None, None, None), LOAD, Stop())
+    fault = said[-1]
+    assert isinstance(fault, Fault)
+    assert (exit_code, len(said)) == (1, 4)
+    assert "model-00003-of-000008.safetensors is truncated: 100 of its" in fault.message
+
+
+def test_our_own_mistake_is_a_fault_too_and_its_trace_goes_to_the_log(
+    converse: Converse, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exit_code, (_, fault) = converse(step(0), Stop())
+    assert exit_code == 1
+    assert isinstance(fault, Fault)
+    assert (fault.kind, fault.message) == ("AssertionError", "AssertionError: a step before Load")
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_frame_that_is_no_message_is_refused(tmp_path: Path) -> None:
+    writer = FrameWriter((tmp_path / "frames").open("wb"), "the guard")
+    with pytest.raises(ProtocolError, match="HEARTBEAT"):
+        StageService(writer).take(Frame(Kind.HEARTBEAT, b""))
+    writer.close(5)

@@ -1,0 +1,76 @@
+"""Hops inside one process, what mlx.distributed is told, and how a stranger is found out."""
+
+import json
+import queue
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_k2.control.messages import JacclLinks, RingLinks
+from mlx_k2.errors import StageFault
+from mlx_k2.stage.transport import NoNeighbours, QueueTransport, group_environment, prove_hops
+
+SECRET = bytes(range(32))
+
+
+def hop() -> tuple[QueueTransport, QueueTransport]:
+    """Two neighbours: what the first sends, the second receives."""
+    between: queue.SimpleQueue[mx.array] = queue.SimpleQueue()
+    return QueueTransport(queue.SimpleQueue(), between), QueueTransport(between, queue.SimpleQueue())
+
+
+def test_what_is_sent_is_received_in_order() -> None:
+    first, second = hop()
+    for number in range(3):
+        first.send(mx.full((2, 4), number))
+    received = [second.receive((2, 4), mx.int32) for _ in range(3)]
+    assert [array[0, 0].item() for array in received] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((4, 2), mx.float32), ((2, 4), mx.bfloat16)])
+def test_another_shape_or_dtype_than_was_sent_is_our_own_mistake(shape: tuple[int, int], dtype: mx.Dtype) -> None:
+    first, second = hop()
+    first.send(mx.zeros((2, 4)))
+    with pytest.raises(AssertionError, match="expected"):
+        second.receive(shape, dtype)
+
+
+def test_a_single_stage_neither_sends_nor_receives() -> None:
+    with pytest.raises(AssertionError):
+        NoNeighbours().send(mx.zeros(1))
+    with pytest.raises(AssertionError):
+        NoNeighbours().receive((1,), mx.float32)
+    prove_hops(NoNeighbours(), to_next=None, from_previous=None)
+
+
+def test_a_hop_that_carries_the_agreed_bytes_is_proven_from_both_ends() -> None:
+    first, second = hop()
+    prove_hops(first, to_next=SECRET, from_previous=None)
+    prove_hops(second, to_next=None, from_previous=SECRET)
+
+
+def test_a_neighbour_with_other_bytes_is_a_stranger() -> None:
+    first, second = hop()
+    prove_hops(first, to_next=bytes(32), from_previous=None)
+    with pytest.raises(StageFault, match="a stranger is connected in place of the previous stage"):
+        prove_hops(second, to_next=None, from_previous=SECRET)
+
+
+def test_the_ring_is_told_its_rank_and_everyones_addresses(tmp_path: Path) -> None:
+    links = RingLinks((("10.0.0.1:5000", "10.0.1.1:5001"), ("10.0.0.2:5000", "10.0.1.2:5001")))
+    environment = group_environment(1, links, tmp_path)
+    assert environment.keys() == {"MLX_RANK", "MLX_HOSTFILE"}
+    assert environment["MLX_RANK"] == "1"
+    assert json.loads(Path(environment["MLX_HOSTFILE"]).read_text()) == [list(host) for host in links.addresses]
+
+
+@pytest.mark.parametrize("ring", [False, True])
+def test_jaccl_is_told_its_devices_and_where_rank_0_is(tmp_path: Path, ring: bool) -> None:
+    links = JacclLinks(((None, "rdma_en5"), (("rdma_en3", "rdma_en4"), None)), "10.0.0.1:32323", ring)
+    environment = group_environment(0, links, tmp_path)
+    assert environment["MLX_RANK"] == "0"
+    assert environment["MLX_JACCL_COORDINATOR"] == "10.0.0.1:32323"
+    assert ("MLX_JACCL_RING" in environment) == ring
+    devices = json.loads(Path(environment["MLX_IBV_DEVICES"]).read_text())
+    assert devices == [[None, "rdma_en5"], [["rdma_en3", "rdma_en4"], None]]
