@@ -1,7 +1,7 @@
 """How fast the kernels run here, and which sizes are best: what `mlx-k2 kernels` shows. Trusts no published figure."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -19,6 +19,19 @@ NUM_EXPERTS = 64  # at K2's size 1.6 GB: no cache holds them
 CHAIN = 8  # layers between two waits, each fed by the one before, as in a model
 REPEATS = 5
 TOKENS = {"decode": 1, "batch": 8, "prefill": 512}
+
+CANDIDATES = (  # sizes to try, one after the other, each beside the best so far
+    ("gate_up_rows", 2),
+    ("gate_up_rows", 8),
+    ("gate_up_simdgroups", 1),
+    ("gate_up_simdgroups", 4),
+    ("down_rows", 2),
+    ("down_rows", 8),
+    ("batch_rows", 1),
+    ("batch_rows", 4),
+    ("batch_simdgroups", 4),
+    ("batch_simdgroups", 16),
+)
 
 
 class Timing(NamedTuple):
@@ -70,7 +83,8 @@ def best_tuning(shape: LayerShape, start: Tuning) -> Tuning:
         )
 
     best, best_seconds = start, seconds(start)
-    for candidate in _neighbours(start):
+    for field, size in CANDIDATES:
+        candidate = best._replace(**{field: size})
         if (candidate_seconds := seconds(candidate)) < best_seconds:
             best, best_seconds = candidate, candidate_seconds
     path = verdict_cache.cache_path(verdict_cache.DEFAULT_DIRECTORY, shape, experts.chip())
@@ -79,16 +93,18 @@ def best_tuning(shape: LayerShape, start: Tuning) -> Tuning:
     return best
 
 
-def time_layer(layer: Layer, stack: ExpertStack, tokens: int, top_k: int) -> Timing:
-    """The best time of one layer in a chain of CHAIN, each reading other experts."""
+def time_layer(
+    layer: Layer, stack: ExpertStack, tokens: int, top_k: int, *, chain: int = CHAIN, repeats: int = REPEATS
+) -> Timing:
+    """The best time of one layer in a chain of them, each reading other experts."""
     dtype = stack.gate_scale.dtype
     weights = mx.full((tokens, top_k), 1.0 / top_k)
     base = random_expert_ids(tokens, stack.num_experts, top_k)
-    ids = [(base + top_k * step) % stack.num_experts for step in range(CHAIN)]
+    ids = [(base + top_k * step) % stack.num_experts for step in range(chain)]
     x = mx.random.normal((tokens, stack.hidden_size), key=mx.random.key(0)).astype(dtype)
     mx.eval(ids, weights, x)
 
-    def chain() -> None:
+    def run_chain() -> None:
         y = x
         for chosen in ids:
             y = layer(y, chosen, weights, stack)
@@ -96,7 +112,7 @@ def time_layer(layer: Layer, stack: ExpertStack, tokens: int, top_k: int) -> Tim
 
     distinct = [np.unique(np.array(chosen)).size for chosen in ids]
     per_expert = sum(array.nbytes for array in stack) // stack.num_experts
-    return Timing(_best_seconds(chain) / CHAIN, per_expert * sum(distinct) // CHAIN)
+    return Timing(_best_seconds(run_chain, repeats) / chain, per_expert * sum(distinct) // chain)
 
 
 def plain_read_gigabytes_per_second(stack: ExpertStack) -> float:
@@ -106,10 +122,10 @@ def plain_read_gigabytes_per_second(stack: ExpertStack) -> float:
     return sum(array.nbytes for array in arrays) / seconds / 1e9
 
 
-def _best_seconds(work: Callable[[], None]) -> float:
+def _best_seconds(work: Callable[[], None], repeats: int = REPEATS) -> float:
     work()  # compiles
     best = float("inf")
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         start = time.perf_counter()
         work()
         best = min(best, time.perf_counter() - start)
@@ -123,15 +139,3 @@ def _kernel(tokens: int, tuning: Tuning) -> Layer:
         return compute(x, ids, weights, stack, tuning, run)
 
     return layer
-
-
-def _neighbours(tuning: Tuning) -> Iterator[Tuning]:
-    for field, choices in {
-        "gate_up_rows": (2, 8),
-        "gate_up_simdgroups": (1, 4),
-        "down_rows": (2, 8),
-        "batch_rows": (1, 4),
-        "batch_simdgroups": (4, 16),
-    }.items():
-        for choice in choices:
-            yield tuning._replace(**{field: choice})

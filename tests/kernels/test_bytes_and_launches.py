@@ -1,0 +1,64 @@
+"""What a decoded token reads and launches, counted from shapes and graphs."""
+
+import json
+
+import mlx.core as mx
+import pytest
+
+from bench.bytes_per_token import bytes_per_token, mlx_lm_launches, our_launches, table
+from bench.graph_launches import KERNEL, count_launches, kernel_in_graph
+from mlx_k2.config import ModelConfig
+from mlx_k2.kernels import variants
+from mlx_k2.kernels.self_check import LayerShape, random_expert_ids, random_stack
+from mlx_k2.kernels.stack import CODES_PER_WORD, ExpertStack
+from mlx_k2.kernels.tuning import DEFAULT
+from mlx_k2.kernels.variants import Experts
+from mlx_k2.weights.config_fields import thinking_config_fields
+
+pytestmark = pytest.mark.timeout(60)
+
+SHAPE = LayerShape(64, 32, 8, mx.bfloat16)
+
+
+def k2_thinking() -> ModelConfig:
+    return ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "test")
+
+
+def test_routed_experts_take_four_and_a_half_bits_a_weight() -> None:
+    stack = random_stack(SHAPE, 4)
+    weights = sum(stack[i].size * CODES_PER_WORD for i in (0, 2, 4))
+    assert sum(array.nbytes for array in stack) * 8 == 4.5 * weights
+
+
+@pytest.mark.parametrize(("compute", "tokens"), [(variants.decode_experts, 1), (variants.batch_experts, 8)])
+def test_routed_experts_take_two_launches(compute: Experts, tokens: int) -> None:
+    stack, ids = random_stack(SHAPE, 16), random_expert_ids(tokens, 16, SHAPE.top_k)
+    x, weights = mx.zeros((tokens, 64), mx.bfloat16), mx.zeros((tokens, SHAPE.top_k))
+    mx.eval(stack, ids, x, weights)
+
+    def layer(x: mx.array) -> mx.array:
+        return compute(x, ids, weights, ExpertStack(*stack), DEFAULT, kernel_in_graph)
+
+    assert count_launches(layer, x) == {KERNEL: 2}
+
+
+def test_a_moe_block_takes_at_most_ten_launches_at_decode() -> None:
+    assert our_launches(k2_thinking()) <= 10 < 18 <= mlx_lm_launches(k2_thinking())
+
+
+@pytest.mark.parametrize(
+    ("dense_bits", "stored_biases", "gigabytes"),
+    [(16, False, 32.99), (16, True, 34.31), (8, False, 23.25), (4, False, 18.06)],
+)
+def test_bytes_of_a_token_follow_from_the_shapes(dense_bits: int, stored_biases: bool, gigabytes: float) -> None:
+    read = bytes_per_token(k2_thinking(), dense_bits, stored_biases=stored_biases)
+    assert round(read / 1e9, 2) == gigabytes
+
+
+def test_the_table_has_both_programs_as_shipped_and_in_eight_bits() -> None:
+    assert [(row.program, row.dense_bits) for row in table()] == [
+        ("mlx-k2", 16),
+        ("mlx-lm", 16),
+        ("mlx-k2", 8),
+        ("mlx-lm", 8),
+    ]

@@ -1,0 +1,106 @@
+"""A wrapper refuses what its kernel takes for granted, since nothing in a kernel looks at a shape."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_k2.kernels import batch, decode, prefill, router
+from mlx_k2.kernels.launch import Launch, cuda_body, metal_texts, read_metal, run
+from mlx_k2.kernels.stack import ExpertStack
+from tests.metal_cpu.float64 import Case, random_case
+
+pytestmark = pytest.mark.timeout(30)
+
+
+@pytest.fixture
+def case() -> Case:
+    return random_case(experts=4, tokens=3, top_k=2, hidden=64, intermediate=32)
+
+
+def gate_up(case: Case) -> Launch:
+    return decode.gate_up(case.x, case.expert_ids, case.stack, rows=4, simdgroups=2)
+
+
+def changed(stack: ExpertStack, name: str, array: mx.array) -> ExpertStack:
+    return stack._replace(**{name: array})
+
+
+WRONG: dict[str, Callable[[Case], Case]] = {
+    "x of another width": lambda c: c._replace(x=c.x[:, :32]),
+    "x of more tokens than ids": lambda c: c._replace(x=mx.concatenate([c.x, c.x])),
+    "x with a batch dimension": lambda c: c._replace(x=c.x[None]),
+    "ids of another type": lambda c: c._replace(expert_ids=c.expert_ids.astype(mx.int32)),
+    "packed weights of another type": lambda c: c._replace(
+        stack=changed(c.stack, "gate_packed", c.stack.gate_packed.astype(mx.int32))
+    ),
+    "scales of another type": lambda c: c._replace(
+        stack=changed(c.stack, "up_scale", c.stack.up_scale.astype(mx.float32))
+    ),
+    "scales of another group size": lambda c: c._replace(
+        stack=changed(c.stack, "gate_scale", c.stack.gate_scale[:, :, :1])
+    ),
+    "experts missing in up": lambda c: c._replace(stack=changed(c.stack, "up_packed", c.stack.up_packed[:2])),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_gate_up_refuses(name: str, case: Case) -> None:
+    gate_up(case)
+    with pytest.raises(AssertionError):
+        gate_up(WRONG[name](case))
+
+
+def test_rows_must_divide_the_outputs(case: Case) -> None:
+    with pytest.raises(AssertionError, match="32 rows in threadgroups of 4 x 16"):
+        decode.gate_up(case.x, case.expert_ids, case.stack, rows=16, simdgroups=4)
+
+
+def test_down_refuses_activations_of_other_tokens(case: Case) -> None:
+    hidden = mx.zeros((2, 2, 32), mx.bfloat16)
+    with pytest.raises(AssertionError, match="hidden is"):
+        decode.down(hidden, case.expert_ids, case.expert_weights, case.stack, rows=4)
+
+
+def test_batches_end_at_sixteen_tokens() -> None:
+    assert [batch.capacity(n) for n in (1, 2, 3, 4, 5, 8, 9, 16)] == [2, 2, 4, 4, 8, 8, 16, 16]
+    with pytest.raises(AssertionError, match="17 tokens"):
+        batch.capacity(17)
+
+
+def test_the_router_refuses_more_experts_than_there_are() -> None:
+    with pytest.raises(AssertionError, match="9 of 8 experts"):
+        router.select(mx.zeros((1, 8)), mx.zeros(8), top_k=9, normalize=True, scaling_factor=1.0)
+
+
+@pytest.mark.parametrize("num_experts", [1, 5, 40])
+def test_pairs_are_sorted_by_expert_and_then_by_token(num_experts: int) -> None:
+    case = random_case(experts=num_experts, tokens=37, top_k=1, hidden=32, intermediate=32)
+    order, offsets = (np.array(a) for a in prefill.sort_pairs(case.expert_ids, num_experts))
+    ids = np.array(case.expert_ids)[:, 0]
+    np.testing.assert_array_equal(order, np.argsort(ids, kind="stable"))
+    np.testing.assert_array_equal(offsets, [(ids < expert).sum() for expert in range(num_experts + 1)])
+
+
+def test_there_are_never_more_tiles_than_threadgroups() -> None:
+    for counts in ([1] * 40, [33, 33, 33], [64, 0, 31, 1], [0, 0, 5]):
+        tiles = sum(-(-count // prefill.TILE) for count in counts)
+        assert tiles <= prefill.max_tiles(sum(counts), len(counts))
+
+
+def test_cuda_bodies_have_no_address_spaces_and_keep_threadgroup_arrays() -> None:
+    body = cuda_body("const device uint4* p = (const device uint4*)w; threadgroup float parts[8]; thread float* q;")
+    assert body == "const uint4* p = (const uint4*)w; threadgroup float parts[8]; float* q;"
+
+
+def test_every_kernel_text_is_in_the_package() -> None:
+    assert len(metal_texts()) == 12
+    assert read_metal("int4.metal") in metal_texts()
+
+
+def test_a_kernel_without_a_gpu_is_an_error_and_not_a_wrong_result(case: Case) -> None:
+    if mx.default_device().type == mx.DeviceType.gpu:
+        return
+    with pytest.raises((RuntimeError, ValueError)):
+        mx.eval(run(gate_up(case)))

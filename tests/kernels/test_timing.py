@@ -1,0 +1,76 @@
+"""The table of `mlx-k2 kernels`: times are of real work, and the fastest sizes are found and remembered."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_k2.kernels import experts, reference, timing, verdict_cache
+from mlx_k2.kernels.self_check import DECODE, LayerShape, Verdict, random_stack
+from mlx_k2.kernels.stack import ExpertStack
+from mlx_k2.kernels.timing import Layer, Timing
+from mlx_k2.kernels.tuning import BY_CHIP, DEFAULT, Tuning, tuning_for
+
+pytestmark = pytest.mark.timeout(30)
+
+SHAPE = LayerShape(hidden_size=64, intermediate_size=32, top_k=4, dtype=mx.float32)
+
+
+def test_a_layer_is_timed_against_the_bytes_of_its_distinct_experts() -> None:
+    stack = random_stack(SHAPE, 8)
+    timed = timing.time_layer(reference.routed_experts, stack, tokens=1, top_k=4, chain=2, repeats=1)
+    assert timed.seconds > 0
+    assert timed.bytes_needed == 4 * sum(array.nbytes for array in stack) // 8
+    assert timed.gigabytes_per_second == pytest.approx(timed.bytes_needed / timed.seconds / 1e9)
+
+
+def test_a_plain_read_is_timed() -> None:
+    assert timing.plain_read_gigabytes_per_second(random_stack(SHAPE, 8)) > 0
+
+
+def test_without_a_gpu_the_table_is_empty() -> None:
+    if mx.default_device().type == mx.DeviceType.gpu:
+        return
+    assert timing.kernel_table(SHAPE, DEFAULT) == []
+
+
+def test_a_kernel_that_is_not_trusted_has_no_time_and_the_reference_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verdict_cache, "DEFAULT_DIRECTORY", tmp_path)
+    untrusted = Verdict(DECODE, False, 0.5, "off by 5e-01 of the largest output, more than 1e-05")
+    path = verdict_cache.cache_path(tmp_path, SHAPE, experts.chip())
+    verdict_cache.store(path, verdict_cache.Remembered([untrusted], None), experts.chip())
+    (row,) = timing.kernel_table(SHAPE, DEFAULT)
+    assert row.verdict == untrusted
+    assert row.kernel is None
+    assert row.reference.seconds > 0
+
+
+def test_the_fastest_sizes_are_found_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdict_cache, "DEFAULT_DIRECTORY", tmp_path)
+    tried: list[Tuning] = []
+
+    def kernel(_tokens: int, tuning: Tuning) -> Layer:
+        tried.append(tuning)
+        return reference.routed_experts
+
+    def time_layer(_layer: Layer, _stack: ExpertStack, _tokens: int, _top_k: int) -> Timing:
+        tuning = tried[-1]
+        return Timing(1.0 if (tuning.gate_up_rows, tuning.down_rows) == (8, 2) else 2.0 - tuning.gate_up_rows / 100, 1)
+
+    monkeypatch.setattr(timing, "_kernel", kernel)
+    monkeypatch.setattr(timing, "time_layer", time_layer)
+    best = timing.best_tuning(SHAPE, DEFAULT)
+    assert (best.gate_up_rows, best.down_rows) == (8, 2)
+    remembered = verdict_cache.load(verdict_cache.cache_path(tmp_path, SHAPE, experts.chip()))
+    assert remembered is not None
+    assert remembered.tuning == best
+
+
+def test_every_size_in_the_table_divides_thirty_two() -> None:
+    for tuning in (DEFAULT, *BY_CHIP.values(), tuning_for("a chip nobody has")):
+        assert 32 % (tuning.gate_up_rows * tuning.gate_up_simdgroups) == 0
+        assert 32 % (tuning.batch_rows * tuning.gate_up_simdgroups) == 0
+        assert 32 % tuning.down_rows == 0
+        assert tuning.batch_simdgroups <= 32
