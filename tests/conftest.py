@@ -3,7 +3,12 @@
 import os
 from collections import Counter
 
+import hypothesis
 import pytest
+
+# Each test has pytest's deadline; hypothesis's own, for each example, would fail on a busy machine.
+hypothesis.settings.register_profile("no deadline for an example", deadline=None)
+hypothesis.settings.load_profile("no deadline for an example")
 
 _NEEDS = "needs "
 _not_run: Counter[str] = Counter()
