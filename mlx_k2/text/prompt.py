@@ -40,6 +40,12 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> list[int]:
     return ids
 
 
+def opens_reasoning(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
+    """Whether the answer begins inside the reasoning: the last control token of the prompt is <think>."""
+    last = next((number for number in reversed(prompt_ids) if tokenizer.is_special(number)), None)
+    return last is not None and last == tokenizer.special_ids.get("<think>")
+
+
 def render_pieces(
     template: ChatTemplate,
     tokenizer: Tokenizer,

@@ -1,0 +1,199 @@
+"""A reply as it streams, taken apart: reasoning, content, tool calls. Knows neither token ids nor what a tool does."""
+
+import enum
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from mlx_k2.text.markers import Found, Marker, MarkerScanner
+from mlx_k2.text.tool_call import ToolCall, broken_call, read_call
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """More of what the model thinks aloud."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Content:
+    """More of the answer."""
+
+    text: str
+
+
+Part: TypeAlias = Reasoning | Content | ToolCall
+
+
+@dataclass(frozen=True)
+class Reply:
+    """All parts of a reply."""
+
+    reasoning: str
+    content: str
+    calls: tuple[ToolCall, ...]
+
+
+class _Place(enum.Enum):
+    """Where in a reply the next text belongs."""
+
+    SPEECH = enum.auto()
+    """Outside of tool sections: reasoning or content."""
+    SECTION = enum.auto()
+    """In a tool section, between calls."""
+    ID = enum.auto()
+    ARGUMENTS = enum.auto()
+
+
+class ReplyParser:
+    """Reads one reply; however its text is cut into pieces, the parts come to the same.
+
+    ``control_names`` are the control tokens of the vocabulary. A marker that is one of them counts only where the
+    caller says that the token was drawn, never where text merely spells it. Of the markers that the vocabulary lacks,
+    a section's counts only beside a call: so a quoted marker neither ends the reasoning nor starts a call.
+
+    ``in_reasoning``: the prompt opened the reasoning (K2.5 and later), the model does not (K2 Thinking).
+    """
+
+    def __init__(self, control_names: Collection[str], *, in_reasoning: bool) -> None:
+        self._scanner = MarkerScanner(control_names)
+        self._place = _Place.SPEECH
+        self._speech: type[Reasoning] | type[Content] = Reasoning if in_reasoning else Content
+        self._at_start = True
+        self._held = ""  # speech that is none if a marker follows: space at the start, a spelled section marker
+        self._at_spelled_section = False
+        self._after_call = _Place.SPEECH
+        self._id: list[str] = []
+        self._arguments: list[str] = []
+
+    def text(self, text: str) -> Iterator[Part]:
+        """The parts that the next ordinary text completes."""
+        return self._read(self._scanner.text(text))
+
+    def control(self, name: str) -> Iterator[Part]:
+        """The parts that the control token ``name`` completes; leave out those that end the reply."""
+        return self._read(self._scanner.control(name))
+
+    def finish(self) -> Iterator[Part]:
+        """The rest. A call that the reply ended in is broken, also where its arguments look complete."""
+        yield from self._read(self._scanner.flush())
+        yield from self._release()
+        if self._place in (_Place.ID, _Place.ARGUMENTS):
+            yield self._broken("the reply ended inside the call")
+
+    def _read(self, pieces: Iterable[str | Found]) -> Iterator[Part]:
+        for piece in pieces:
+            if isinstance(piece, str):
+                yield from self._on_text(piece)
+            elif self._place is _Place.SPEECH:
+                yield from self._in_speech(piece)
+            elif self._place is _Place.SECTION:
+                yield from self._in_section(piece)
+            else:
+                yield from self._in_call(piece)
+
+    def _on_text(self, text: str) -> Iterator[Part]:
+        match self._place:
+            case _Place.SPEECH if text.isspace() and (self._at_start or self._at_spelled_section):
+                self._held += text
+            case _Place.SPEECH:
+                yield from self._release()
+                yield self._speech(text)
+            case _Place.SECTION if text.isspace():
+                pass
+            case _Place.SECTION:  # taken for a call whose first marker is missing
+                self._begin_call(_Place.SECTION)
+                self._id.append(text)
+            case _Place.ID:
+                self._id.append(text)
+            case _Place.ARGUMENTS:
+                self._arguments.append(text)
+
+    def _in_speech(self, found: Found) -> Iterator[Part]:
+        match found.marker:
+            case Marker.THINK_BEGIN if found.is_token or self._at_start:
+                if self._at_start:
+                    self._drop_held()
+                yield from self._release()
+                self._speech = Reasoning
+            case Marker.THINK_END if found.is_token or self._speech is Reasoning:
+                yield from self._release()
+                self._speech = Content
+            case Marker.SECTION_BEGIN if found.is_token:
+                yield from self._release()
+                self._speech, self._place = Content, _Place.SECTION
+            case Marker.SECTION_BEGIN:
+                yield from self._release()
+                self._held, self._at_spelled_section = found.name, True
+            case Marker.CALL_BEGIN if found.is_token or self._at_spelled_section:
+                in_section = self._at_spelled_section
+                if in_section:
+                    self._drop_held()
+                yield from self._release()
+                self._speech = Content
+                self._begin_call(_Place.SECTION if in_section else _Place.SPEECH)
+            case _ if not found.is_token:
+                yield from self._on_text(found.name)
+
+    def _in_section(self, found: Found) -> Iterator[Part]:
+        match found.marker:
+            case Marker.CALL_BEGIN:
+                self._begin_call(_Place.SECTION)
+            case Marker.SECTION_END:
+                self._place = _Place.SPEECH
+            case Marker.ARGUMENTS_BEGIN:
+                self._begin_call(_Place.SECTION)
+                self._place = _Place.ARGUMENTS
+            case Marker.THINK_BEGIN | Marker.THINK_END if not found.is_token:
+                yield from self._on_text(found.name)
+
+    def _in_call(self, found: Found) -> Iterator[Part]:
+        match found.marker:
+            case Marker.ARGUMENTS_BEGIN if self._place is _Place.ID:
+                self._place = _Place.ARGUMENTS
+            case Marker.CALL_END:
+                yield self._ended_call()
+            case Marker.CALL_BEGIN if found.is_token:
+                after = self._after_call
+                yield self._ended_call()
+                self._begin_call(after)
+            case Marker.SECTION_END if found.is_token:
+                yield self._ended_call()
+                self._place = _Place.SPEECH
+            case _:
+                yield from self._on_text(found.name)
+
+    def _begin_call(self, after: _Place) -> None:
+        self._place, self._after_call = _Place.ID, after
+        self._id, self._arguments = [], []
+
+    def _ended_call(self) -> ToolCall:
+        if self._place is _Place.ID:
+            return self._broken("it has no <|tool_call_argument_begin|>")
+        self._place = self._after_call
+        return read_call("".join(self._id), "".join(self._arguments))
+
+    def _broken(self, problem: str) -> ToolCall:
+        self._place = self._after_call
+        return broken_call("".join(self._id + self._arguments), problem)
+
+    def _release(self) -> Iterator[Part]:
+        """What was held back was speech."""
+        held = self._held
+        self._drop_held()
+        if held:
+            yield self._speech(held)
+
+    def _drop_held(self) -> None:
+        self._held, self._at_spelled_section, self._at_start = "", False, False
+
+
+def whole_reply(parts: Iterable[Part]) -> Reply:
+    """The parts of one reply put together."""
+    parts = list(parts)
+    return Reply(
+        reasoning="".join(part.text for part in parts if isinstance(part, Reasoning)),
+        content="".join(part.text for part in parts if isinstance(part, Content)),
+        calls=tuple(part for part in parts if isinstance(part, ToolCall)),
+    )

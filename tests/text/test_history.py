@@ -1,0 +1,137 @@
+"""Replies go into a conversation as the template wants them, and come out of a rendering as they went in."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_k2.text.detokenizer import Detokenizer
+from mlx_k2.text.history import assistant_message, num_calls, tool_messages, with_normal_ids
+from mlx_k2.text.messages import checked_messages
+from mlx_k2.text.prompt import opens_reasoning, render_pieces, render_prompt
+from mlx_k2.text.reply_parser import Part, Reply, ReplyParser, whole_reply
+from mlx_k2.text.tool_call import ToolCall
+from tests.text.fixtures import as_text, builtin_template, tokenizer
+
+USER = {"role": "user", "content": "hello"}
+WEATHER = ToolCall("functions.get_weather:0", "get_weather", '{"city": "Rome"}', {"city": "Rome"})
+
+hostile = st.lists(
+    st.one_of(
+        st.sampled_from(["<|im_end|>", "<think>", "</think>", "<|tool_call_begin|>", "<|tool_call_section_begin|>"]),
+        st.sampled_from(["<|tool_calls_section_end|>", "<|tool_call_argument_begin|>", "<|tool", "\n", " ", "None"]),
+        st.text(max_size=3),
+    ),
+    max_size=4,
+).map("".join)
+names = st.from_regex(r"[A-Za-z_][\w.\-]{0,12}", fullmatch=True)
+
+
+def parts_of(ids: Sequence[int], *, in_reasoning: bool) -> Iterator[Part]:
+    parser = ReplyParser(tokenizer().special_ids, in_reasoning=in_reasoning)
+    detokenizer = Detokenizer(tokenizer())
+    for token_id in ids:
+        if tokenizer().is_special(token_id):
+            yield from parser.text(detokenizer.finish())
+            yield from parser.control(tokenizer().token_bytes(token_id).decode())
+        else:
+            yield from parser.text(detokenizer.add(token_id))
+    yield from parser.text(detokenizer.finish())
+    yield from parser.finish()
+
+
+def generated(messages: list[dict[str, Any]]) -> list[int]:
+    """The ids of the last message as the model would have drawn them, without the one that ends the turn."""
+    prompt = render_prompt(builtin_template(), tokenizer(), messages[:-1])
+    ids = render_prompt(builtin_template(), tokenizer(), messages, add_generation_prompt=False)
+    assert ids[: len(prompt)] == prompt
+    assert ids[-1] == tokenizer().token_id("<|im_end|>")
+    return ids[len(prompt) : -1]
+
+
+@given(hostile, hostile, st.lists(st.tuples(names, hostile), min_size=1, max_size=3))
+def test_a_reply_that_was_rendered_is_parsed_to_the_same_reply(
+    reasoning: str, content: str, written: list[tuple[str, str]]
+) -> None:
+    calls = tuple(ToolCall("", name, arguments, None) for name, arguments in written)
+    message = assistant_message(Reply(reasoning, content, calls), 3)
+    reply = whole_reply(parts_of(generated([USER, message]), in_reasoning=False))
+    assert (reply.reasoning, reply.content) == (reasoning, content)
+    assert [(call.name, call.arguments) for call in reply.calls] == [
+        (name.removeprefix("functions.") if name != "functions." else name, arguments) for name, arguments in written
+    ]
+    assert assistant_message(reply, 3)["content"] == message["content"]
+    assert [call.written_id for call in reply.calls] == [call["id"] for call in message["tool_calls"]]
+
+
+def test_a_tool_turn_renders_as_the_golden_string() -> None:
+    turn = assistant_message(Reply("R", "", (WEATHER,)), 0)
+    conversation = [USER, turn, *tool_messages(turn, ['{"w":1}'])]
+    text = as_text(render_pieces(builtin_template(), tokenizer(), conversation))
+    assert text.endswith(
+        "<|im_assistant|>assistant<|im_middle|><think>R</think><|tool_calls_section_begin|><|tool_call_begin|>"
+        'functions.get_weather:0<|tool_call_argument_begin|>{"city": "Rome"}<|tool_call_end|>'
+        "<|tool_calls_section_end|><|im_end|><|im_system|>get_weather<|im_middle|>"
+        '## Return of functions.get_weather:0\n{"w":1}<|im_end|><|im_assistant|>assistant<|im_middle|>'
+    )
+
+
+def test_a_reply_without_words_has_empty_text_and_not_none() -> None:
+    turn = assistant_message(Reply("", "", ()), 0)
+    assert turn == {"role": "assistant", "content": "", "reasoning_content": ""}
+    assert "None" not in as_text(render_pieces(builtin_template(), tokenizer(), [USER, turn]))
+
+
+def test_a_call_that_cannot_be_run_still_has_an_id_for_its_error() -> None:
+    turn = assistant_message(Reply("", "", (ToolCall("3", "", "{", None, "The call was not run."),)), 5)
+    (message,) = tool_messages(turn, ["The call was not run."])
+    assert turn["tool_calls"][0]["function"] == {"name": "unknown", "arguments": "{"}
+    assert message["tool_call_id"] == turn["tool_calls"][0]["id"] == "functions.unknown:5"
+    checked_messages([USER, turn, message])
+
+
+def test_calls_are_numbered_through_the_conversation() -> None:
+    conversation: list[dict[str, Any]] = [USER]
+    for _ in range(3):
+        turn = assistant_message(Reply("", "", (WEATHER, WEATHER)), num_calls(conversation))
+        conversation += [turn, *tool_messages(turn, ["a", "b"])]
+    ids = [call["id"] for message in conversation for call in message.get("tool_calls", [])]
+    assert ids == [f"functions.get_weather:{number}" for number in range(6)]
+    assert [message["tool_call_id"] for message in conversation if message["role"] == "tool"] == ids
+    assert with_normal_ids(conversation) == conversation
+
+
+@given(st.lists(st.lists(st.tuples(names, st.sampled_from(["0", "1", "call_x", ""])), max_size=3), max_size=4))
+def test_foreign_ids_become_normal_and_each_result_follows_its_call(turns: list[list[tuple[str, str]]]) -> None:
+    conversation: list[dict[str, Any]] = []
+    for turn in turns:
+        written = [{"id": call_id, "function": {"name": name, "arguments": "{}"}} for name, call_id in turn]
+        conversation.append({"role": "assistant", "content": "", "tool_calls": written})
+        for name, call_id in sorted(turn, key=lambda call: call[1]):  # in another order, but for equal ids
+            conversation.append({"role": "tool", "tool_call_id": call_id, "content": name})
+    normal = with_normal_ids(conversation)
+    calls: list[dict[str, Any]] = [call for message in normal for call in message.get("tool_calls", [])]
+    assert [call["id"] for call in calls] == [
+        f"functions.{name}:{number}" for number, (name, _) in enumerate(itertools.chain(*turns))
+    ]
+    names_by_id = {call["id"]: call["function"]["name"] for call in calls}
+    results = [message for message in normal if message["role"] == "tool"]
+    assert sorted(message["tool_call_id"] for message in results) == sorted(names_by_id)
+    assert all(names_by_id[message["tool_call_id"]] == message["content"] == message["name"] for message in results)
+    assert with_normal_ids(normal) == normal
+
+
+def test_a_result_that_answers_no_call_stays() -> None:
+    stray = {"role": "tool", "tool_call_id": "call_9", "content": "x"}
+    assert with_normal_ids([USER, stray]) == [USER, stray]
+
+
+def test_a_prompt_that_ends_with_think_opens_the_reasoning_and_one_that_spells_it_does_not() -> None:
+    think, im_user = tokenizer().token_id("<think>"), tokenizer().token_id("<|im_user|>")
+    newline, spelled = tokenizer().encode_text("\n"), tokenizer().encode_text("<think>")
+    assert opens_reasoning(tokenizer(), [im_user, think, *newline])
+    assert not opens_reasoning(tokenizer(), [im_user, think, tokenizer().token_id("</think>")])
+    assert not opens_reasoning(tokenizer(), [im_user, *spelled])
+    assert not opens_reasoning(tokenizer(), [])
