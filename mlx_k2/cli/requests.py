@@ -153,6 +153,8 @@ def _prompt_ids(options: Mapping[str, Any], text: str, model: ModelDescription, 
 
 def _parse_ids(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and len(part) < _MAX_DIGITS for part in parts):
-        raise RequestError(f"--token-ids {text!r} is not a list of token ids: write numbers with commas, as in 3,4,5")
+    for part in parts:
+        if not (part.isascii() and part.isdigit() and len(part) < _MAX_DIGITS):
+            found = part[:_MAX_DIGITS]
+            raise RequestError(f"--token-ids: {found!r} is not a token id: write numbers with commas, as in 3,4,5")
     return [int(part) for part in parts]

@@ -1,0 +1,159 @@
+"""What `mlx-k2 generate` writes where: the answer to stdout, the talk to stderr, JSON lines when asked for."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+from typing import Any
+
+import pytest
+
+from tests.cli.command import MLX_K2, CommandLine
+
+ASKED = ("--seed", "5", "--max-tokens", "12")
+ESCAPE = "\x1b"
+
+
+@pytest.fixture(scope="module")
+def text_run(command_line: CommandLine) -> subprocess.CompletedProcess[str]:
+    """The command as the README has it: the built-in model on two stages."""
+    return command_line.run("generate", "Hello", *ASKED)
+
+
+@pytest.fixture(scope="module")
+def json_run(command_line: CommandLine) -> subprocess.CompletedProcess[str]:
+    return command_line.run("generate", "Hello", *ASKED, "--json", "--logprobs", "2", "--stages", "3")
+
+
+@pytest.fixture(scope="module")
+def lines(json_run: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in json_run.stdout.splitlines()]
+
+
+def text_of(lines: list[dict[str, Any]]) -> str:
+    return "".join(line["text"] for line in lines if "token" in line)
+
+
+def test_the_answer_goes_to_stdout_and_everything_else_to_stderr(
+    text_run: subprocess.CompletedProcess[str],
+) -> None:
+    assert text_run.returncode == 0, text_run.stderr
+    assert text_run.stdout.endswith("\n")
+    summary, times, headings, *stages = text_run.stderr.splitlines()
+    assert re.fullmatch(r"\d+ tokens \(.*\) · prompt \d+ tokens · seed 5", summary)
+    assert re.fullmatch(
+        r"loaded in [\d.]+ s · first token after [\d.]+ s · prefill [\d.]+ tok/s · decode [\d.]+ tok/s", times
+    )
+    assert headings.split() == ["stage", "host", "layers", "weights", "computing", "share"]
+    assert [re.split(r"\s{2,}", line.strip())[:3] for line in stages] == [
+        ["0", "127.0.0.1", "0-3"],
+        ["1", "127.0.0.1", "4-6"],
+    ]
+
+
+def test_the_built_in_model_is_made_once_under_the_users_cache(
+    command_line: CommandLine, text_run: subprocess.CompletedProcess[str], json_run: subprocess.CompletedProcess[str]
+) -> None:
+    (config,) = command_line.home.rglob("config.json")
+    assert config.parent.parent.name == "mlx-k2"
+    made = config.stat().st_mtime_ns
+    command_line.run("generate", "--dry-run")
+    assert config.stat().st_mtime_ns == made
+
+
+def test_json_is_a_line_for_each_token_and_a_summary(lines: list[dict[str, Any]]) -> None:
+    *tokens, last = lines
+    assert all(line.keys() == {"token", "text", "logprob", "top"} for line in tokens)
+    for line in tokens:
+        assert [entry.keys() for entry in line["top"]] == [{"token", "text", "logprob"}] * 2
+        assert line["logprob"] <= line["top"][0]["logprob"] <= 0
+    summary = last["summary"]
+    assert summary.keys() == {
+        "prompt_tokens",
+        "generated_tokens",
+        "finish_reason",
+        "seed",
+        "load_s",
+        "time_to_first_token_s",
+        "prefill_tokens_per_s",
+        "decode_tokens_per_s",
+        "stages",
+    }
+    assert (summary["generated_tokens"], summary["seed"]) == (len(tokens), 5)
+    assert summary["finish_reason"] in ("length", "stop")
+
+
+def test_the_summary_says_what_each_stage_did(lines: list[dict[str, Any]]) -> None:
+    stages = lines[-1]["summary"]["stages"]
+    layers = [layer for stage in stages for layer in range(stage["first_layer"], stage["last_layer"] + 1)]
+    assert (len(stages), layers) == (3, list(range(7)))
+    assert sum(stage["share"] for stage in stages) == pytest.approx(1)
+    assert all(0 < stage["held_bytes"] <= stage["peak_bytes"] for stage in stages)
+    assert {stage["host"] for stage in stages} == {"127.0.0.1"}
+
+
+def test_two_and_three_stages_give_the_same_answer(
+    text_run: subprocess.CompletedProcess[str], lines: list[dict[str, Any]]
+) -> None:
+    assert text_of(lines) + "\n" == text_run.stdout
+
+
+def test_one_stage_and_a_prompt_from_standard_input_give_that_answer_too_and_verbose_tells_more(
+    command_line: CommandLine, text_run: subprocess.CompletedProcess[str]
+) -> None:
+    run = command_line.run("generate", *ASKED, "--stages", "1", "--split", "7", "--verbose", stdin="Hello")
+    assert (run.returncode, run.stdout) == (0, text_run.stdout), run.stderr
+    phases = [line for line in run.stderr.splitlines() if line.endswith(" ...")]
+    assert phases[:3] == ["starting the stage ...", "connecting ...", "loading ..."]
+
+
+def test_what_is_piped_carries_no_escape_codes(
+    text_run: subprocess.CompletedProcess[str], json_run: subprocess.CompletedProcess[str]
+) -> None:
+    assert ESCAPE not in text_run.stderr + json_run.stdout + json_run.stderr
+
+
+def on_a_terminal(command_line: CommandLine, *arguments: str, **environment: str) -> tuple[bytes, str]:
+    """What the command writes to stdout, and to a stderr that is a terminal."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [MLX_K2, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=command_line.environment(**environment),
+    )
+    os.close(theirs)
+    written = b""
+    while piece := _read(ours):
+        written += piece
+    os.close(ours)
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, written
+    return stdout, written.decode()
+
+
+def _read(terminal: int) -> bytes:
+    """The next output; nothing once the other side is closed, which Linux reports as an error."""
+    try:
+        return os.read(terminal, 65536)
+    except OSError:
+        return b""
+
+
+def test_a_terminal_shows_what_is_going_on_and_the_answer_stays_clean(
+    command_line: CommandLine, text_run: subprocess.CompletedProcess[str]
+) -> None:
+    stdout, stderr = on_a_terminal(command_line, "generate", "Hello", *ASKED)
+    assert stdout.decode() == text_run.stdout
+    for shown in ("starting 2 stages ...", "stage 0  127.0.0.1  layers 0-3", "stage 1  127.0.0.1  layers 4-6"):
+        assert shown in stderr
+    assert "seed 5" in stderr
+
+
+@pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_no_color_is_heeded(command_line: CommandLine, environment: dict[str, str], coloured: bool) -> None:
+    _, stderr = on_a_terminal(command_line, "generate", "--dry-run", **environment)
+    assert (re.search(rf"{ESCAPE}\[[\d;]*m", stderr) is not None) == coloured
+    assert "nothing was started" in stderr

@@ -1,0 +1,125 @@
+"""However the command is ended, it ends soon, says how in its exit code, and leaves no process."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cli.command import CommandLine, processes_below
+from tests.local_cluster import wait_until_gone
+
+pytestmark = pytest.mark.usefixtures("signals_as_usual")
+Start = Callable[..., subprocess.Popen[bytes]]
+
+STAGES = 2
+PROCESSES = 3 * STAGES
+"""Each stage is a guard, its watcher and the stage proper."""
+
+
+@pytest.fixture
+def start(command_line: CommandLine, endless: Path) -> Iterator[Start]:
+    """Starts a long answer; whatever the test does, it is gone afterwards."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*options: str) -> subprocess.Popen[bytes]:
+        model = ("--model", str(endless), "--stages", str(STAGES), "--token-ids", "1,2,3", "--temperature", "0")
+        started.append(command_line.start("generate", *model, *options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def answering(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Wait for the first words of the answer, which come while it goes on; returns all of its processes."""
+    assert process.stdout
+    assert process.stdout.read(20)
+    assert process.poll() is None
+    below = processes_below(process)
+    assert len(below) == PROCESSES
+    return below
+
+
+def wait_for(process: subprocess.Popen[bytes], line: bytes) -> None:
+    """Read its stderr up to that line."""
+    assert process.stderr
+    for found in process.stderr:
+        if line in found:
+            return
+    raise AssertionError(f"it ended without {line!r}")
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_in_the_middle_of_an_answer_ends_it_in_two_seconds_and_leaves_nothing(
+    start: Start, number: int, exit_code: int
+) -> None:
+    process = start()
+    below = answering(process)
+    began = time.monotonic()
+    os.killpg(process.pid, number)
+    rest, said = process.communicate(timeout=10)
+    assert time.monotonic() - began < 2
+    assert process.returncode == exit_code
+    assert wait_until_gone(below, 0) == []
+    assert said == b""
+    assert rest.endswith(b"\n")
+
+
+def test_ctrl_c_while_the_stages_come_up_leaves_nothing(start: Start) -> None:
+    process = start("--verbose")
+    wait_for(process, b"connecting ...")
+    below = processes_below(process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert wait_until_gone(below, 0) == []
+    assert b"Traceback" not in said
+
+
+def test_a_reader_that_has_enough_ends_the_command(start: Start) -> None:
+    process = start()
+    below = answering(process)
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert process.wait(timeout=10) == 128 + signal.SIGPIPE
+    assert wait_until_gone(below, 0) == []
+    assert process.stderr.read() == b""
+
+
+def test_killing_the_command_leaves_no_process_after_five_seconds(start: Start) -> None:
+    process = start()
+    below = answering(process)
+    process.kill()
+    process.wait()
+    assert wait_until_gone(below, 5) == []
+
+
+def test_the_command_says_what_its_end_waits_for_and_a_second_ctrl_c_does_not_wait(start: Start) -> None:
+    process = start("--lease", "2")
+    below = answering(process)
+    guards = psutil.Process(process.pid).children()
+    for guard in guards:
+        guard.suspend()
+    os.killpg(process.pid, signal.SIGINT)
+    wait_for(process, b"waiting for stage 0 on this machine")
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=5) == 130
+    assert time.monotonic() - began < 1
+    assert wait_until_gone(below, 8) == []
+
+
+def test_a_signal_that_whoever_started_the_command_ignores_stays_ignored(start: Start) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    process = start("--max-tokens", "100")
+    answering(process)
+    os.killpg(process.pid, signal.SIGHUP)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
