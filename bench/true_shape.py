@@ -20,7 +20,7 @@ from mlx_k2.weights.random_checkpoint import write_random_checkpoint
 NUM_LAYERS = 5
 NUM_EXPERTS = 16
 VOCAB_SIZE = 20480
-PROMPT = "Tell me what you are, in one sentence."
+PROMPT = "Hello Kimi"  # ten tokens of this vocabulary, sent --raw
 TOKENS = 8
 
 
@@ -33,8 +33,8 @@ def main() -> None:
         began = time.monotonic()
         write(folder)
         print(f"written in {time.monotonic() - began:.0f} s")
-    command = [str(Path(sys.executable).with_name("mlx-k2")), "generate", PROMPT, "--model", str(folder), "--json"]
-    command += ["--stages", "2", "--max-tokens", str(TOKENS), "--seed", "1", "--context", "4096"]
+    command = [str(Path(sys.executable).with_name("mlx-k2")), "generate", PROMPT, "--raw", "--model", str(folder)]
+    command += ["--json", "--stages", "2", "--max-tokens", str(TOKENS), "--seed", "1", "--context", "4096"]
     lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     summary = json.loads(lines[-1])["summary"]
     print(f"{summary['prompt_tokens']} + {summary['generated_tokens']} tokens, loaded in {summary['load_s']:.1f} s")

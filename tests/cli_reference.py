@@ -1,0 +1,31 @@
+"""Writes docs/cli.md from the commands' own --help: python -m tests.cli_reference > docs/cli.md."""
+
+import sys
+
+import click
+
+from mlx_k2.cli.main import cli
+
+WIDTH = 100
+HEADER = "# Commands\n\nMade from `--help` by `python -m tests.cli_reference`; a test holds the two together.\n"
+
+
+def reference() -> str:
+    """The page: the program's help, then that of each command it lists."""
+    width = {"terminal_width": WIDTH, "max_content_width": WIDTH}
+    program = click.Context(cli, info_name="mlx-k2", **cli.context_settings, **width)
+    parts = [HEADER, _section("mlx-k2", cli.get_help(program))]
+    for name in cli.list_commands(program):
+        command = cli.get_command(program, name)
+        assert command is not None
+        context = click.Context(command, info_name=name, parent=program, **width)
+        parts.append(_section(f"mlx-k2 {name}", command.get_help(context)))
+    return "\n".join(parts)
+
+
+def _section(title: str, text: str) -> str:
+    return f"## {title}\n\n```\n{text}\n```\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())

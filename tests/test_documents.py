@@ -1,0 +1,31 @@
+"""What the documents say is what the program does."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.cli_reference import reference
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bench/*.md")]
+)
+
+
+def test_the_command_reference_is_what_help_prints() -> None:
+    written = (ROOT / "docs" / "cli.md").read_text()
+    assert written == reference(), "run python -m tests.cli_reference > docs/cli.md"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_between_documents_lead_somewhere(page: Path) -> None:
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", text):
+        assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_every_design_page_has_a_number_of_its_own() -> None:
+    numbers = [path.name[:4] for path in (ROOT / "docs" / "design").glob("*.md")]
+    assert all(re.fullmatch(r"\d{4}", number) for number in numbers)
+    assert len(set(numbers)) == len(numbers)
