@@ -1,4 +1,4 @@
-"""One decoder layer over a batch. Its two halves around attention are compiled once and shared by all layers.
+"""One decoder layer over a batch. Its two halves around attention are shared by all layers, and compiled if small.
 
 Between them lies what depends on how long each sequence is: writing the cache and attending to it.
 """

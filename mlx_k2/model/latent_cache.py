@@ -33,6 +33,15 @@ class LatentCache:
         self._rows[layer][span.slot] = cached
         return cached[:num_keys]
 
+    def copy(self, source: int, target: int, num_rows: int) -> None:
+        """Put the first ``num_rows`` rows of slot ``source`` into slot ``target``, in every layer."""
+        for layer, slots in enumerate(self._rows):
+            rows = slots[source]
+            assert rows is not None, f"slot {source} holds nothing to copy"
+            copied = self._at_least(layer, target, num_rows)
+            copied[:num_rows] = rows[:num_rows]
+            slots[target] = copied
+
     @property
     def arrays(self) -> list[mx.array]:
         """Every array there is, as the last write left it: evaluating them all completes all writes."""

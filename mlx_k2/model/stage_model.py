@@ -43,6 +43,10 @@ class StageModel:
         self._cache = cache
         self._run_layer = make_layer(config, fused_attention=fused_attention)
 
+    def copy_positions(self, source: int, target: int, count: int) -> None:
+        """Let slot ``target`` begin with the first ``count`` positions that are cached in slot ``source``."""
+        self._cache.copy(source, target, count)
+
     def embed(self, token_ids: mx.array) -> mx.array:
         """Token ids (tokens,) -> hidden states (tokens, hidden)."""
         assert self._embedding is not None, "only the first stage embeds"

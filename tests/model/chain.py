@@ -1,7 +1,8 @@
 """The stages of a model one after the other in this process, without transport or plans: logits for spans."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -69,6 +70,17 @@ class Chain:
             position = len(prompt) + len(token_ids) - 1
             token_ids.append(likeliest(self.decode(token_ids[-1:], position, slot)[-1]))
         return token_ids
+
+
+@contextmanager
+def like_a_stage_on_a_cpu() -> Iterator[None]:
+    """MLX as the stage program sets it up on a CPU, also on a machine with a GPU: nothing is compiled."""
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+    mx.set_default_device(device)
 
 
 def load_stage(folder: Path, config: ModelConfig, layers: range, cache: LatentCache) -> StageModel:

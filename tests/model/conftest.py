@@ -2,19 +2,16 @@
 
 from collections.abc import Iterator
 
-import mlx.core as mx
 import pytest
 
-from tests.model.chain import Chain
+from tests.model.chain import Chain, like_a_stage_on_a_cpu
 from tests.model.checkpoints import Checkpoint, make_checkpoints
 
 
 @pytest.fixture(scope="package", autouse=True)
-def without_compiling() -> Iterator[None]:
-    """MLX's compiler for CPUs calls a C++ compiler; no stage uses it there."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+def as_a_stage_on_a_cpu() -> Iterator[None]:
+    with like_a_stage_on_a_cpu():
+        yield
 
 
 @pytest.fixture(scope="session")

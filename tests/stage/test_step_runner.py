@@ -9,6 +9,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_k2.control.messages import Row, SampledToken
 from mlx_k2.sampling import Sampling
+from tests.model.chain import like_a_stage_on_a_cpu
 from tests.model.checkpoints import Checkpoint, make_checkpoints
 from tests.model.oracle import load_oracle
 from tests.stage.pipeline import Pipeline, recent
@@ -25,10 +26,9 @@ SAMPLINGS = (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def without_compiling() -> Iterator[None]:
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+def as_a_stage_on_a_cpu() -> Iterator[None]:
+    with like_a_stage_on_a_cpu():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -110,4 +110,4 @@ def test_every_stage_answers_each_step_with_its_number_and_its_time(checkpoint: 
     for number in (1, 2):
         answers = pipeline.step(Row(0, 0, tuple(PROMPT), True, GREEDY))
         assert [done.number for done in answers] == [number] * 3
-        assert all(done.busy_s > 0 and done.wait_s >= 0 for done in answers)
+        assert all(done.busy_s > 0 and done.receive_s >= 0 and done.send_s >= 0 for done in answers)
