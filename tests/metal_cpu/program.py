@@ -49,14 +49,14 @@ _FLAGS = {
     Mode.FAST: ("-O2", "-march=native", "-fno-math-errno"),
     Mode.ADDRESSES: (
         "-O1",
-        "-g",
+        "-g1",
         "-march=native",
         "-fsanitize=address,undefined",
         "-fno-sanitize-recover=undefined",
         "-fno-sanitize=shift,signed-integer-overflow",
         "-fno-omit-frame-pointer",
     ),
-    Mode.RACES: ("-O1", "-g", "-march=native", "-fsanitize=thread"),
+    Mode.RACES: ("-O1", "-g1", "-march=native", "-fsanitize=thread"),
     Mode.BYTES: ("-O2", "-march=native", "-fsanitize=thread"),
 }
 # The runtime is not instrumented where instrumentation stands for the kernel's own accesses.

@@ -79,7 +79,7 @@ def empty(*shape: int) -> npt.NDArray[np.uint16]:
 
 @modes
 def test_qmv_fast(mode: Mode) -> None:
-    inputs, outputs, tokens = 1024, 64, 3
+    inputs, outputs, tokens = 1024, 24, 2
     weights = quantized(outputs, inputs)
     x = mx.random.normal((tokens, inputs)).astype(mx.bfloat16)
     buffers = [*map(to_numpy, (*weights, x)), empty(tokens, outputs), *scalars((inputs, outputs, *UNBATCHED))]
@@ -118,7 +118,7 @@ def test_qmv_wide(mode: Mode) -> None:
 
 @modes
 def test_gather_qmv_fast(mode: Mode) -> None:
-    experts, pairs, inputs, outputs = 6, 8, 512, 32
+    experts, pairs, inputs, outputs = 6, 8, 512, 16
     packed, scales, biases = quantized(experts, outputs, inputs)
     x = mx.random.normal((2, 1, inputs)).astype(mx.bfloat16)
     rows, ids = np.repeat([0, 1], 4).astype(np.uint32), np.array([5, 0, 3, 2, 1, 1, 4, 5], np.uint32)

@@ -18,9 +18,9 @@ typedef _Float16 half;
 typedef _Float16 float16_t;
 typedef __bf16 bfloat;
 typedef __bf16 bfloat16_t;
-#define VECTORS(T)                                        \
-  typedef T T##2 __attribute__((ext_vector_type(2)));     \
-  typedef T T##3 __attribute__((ext_vector_type(3)));     \
+#define VECTORS(T)                                    \
+  typedef T T##2 __attribute__((ext_vector_type(2))); \
+  typedef T T##3 __attribute__((ext_vector_type(3))); \
   typedef T T##4 __attribute__((ext_vector_type(4)));
 VECTORS(uint)
 VECTORS(int)

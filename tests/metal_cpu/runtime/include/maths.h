@@ -8,11 +8,30 @@ namespace metal {
   inline half NAME(half x) { return half(__builtin_##NAME##f(float(x))); } \
   inline bfloat NAME(bfloat x) { return bfloat(__builtin_##NAME##f(float(x))); }
 CPU_M1(exp)
-CPU_M1(exp2) CPU_M1(log) CPU_M1(log2) CPU_M1(log10) CPU_M1(sqrt) CPU_M1(sin) CPU_M1(cos) CPU_M1(tan) CPU_M1(tanh)
-    CPU_M1(sinh) CPU_M1(cosh) CPU_M1(asin) CPU_M1(acos) CPU_M1(atan) CPU_M1(asinh) CPU_M1(acosh) CPU_M1(atanh)
-        CPU_M1(floor) CPU_M1(ceil) CPU_M1(trunc) CPU_M1(rint) CPU_M1(round) CPU_M1(fabs) inline float rsqrt(float x) {
-  return 1.0f / __builtin_sqrtf(x);
-}
+CPU_M1(exp2)
+CPU_M1(log)
+CPU_M1(log2)
+CPU_M1(log10)
+CPU_M1(sqrt)
+CPU_M1(sin)
+CPU_M1(cos)
+CPU_M1(tan)
+CPU_M1(tanh)
+CPU_M1(sinh)
+CPU_M1(cosh)
+CPU_M1(asin)
+CPU_M1(acos)
+CPU_M1(atan)
+CPU_M1(asinh)
+CPU_M1(acosh)
+CPU_M1(atanh)
+CPU_M1(floor)
+CPU_M1(ceil)
+CPU_M1(trunc)
+CPU_M1(rint)
+CPU_M1(round)
+CPU_M1(fabs)
+inline float rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
 inline float atan2(float y, float x) { return __builtin_atan2f(y, x); }
 inline float pow(float a, float b) { return __builtin_powf(a, b); }
 inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }

@@ -42,8 +42,12 @@ template <class T> struct cpu_slot {
     return s.out;                                                                             \
   }
 CPU_REDUCE(simd_sum, T(a + b))
-CPU_REDUCE(simd_product, T(a* b)) CPU_REDUCE(simd_max, (a > b ? a : b)) CPU_REDUCE(simd_min, (a < b ? a : b))
-    CPU_REDUCE(simd_and, T(a& b)) CPU_REDUCE(simd_or, T(a | b)) CPU_REDUCE(simd_xor, T(a ^ b))
+CPU_REDUCE(simd_product, T(a* b))
+CPU_REDUCE(simd_max, (a > b ? a : b))
+CPU_REDUCE(simd_min, (a < b ? a : b))
+CPU_REDUCE(simd_and, T(a& b))
+CPU_REDUCE(simd_or, T(a | b))
+CPU_REDUCE(simd_xor, T(a ^ b))
 #define CPU_QREDUCE(NAME, EXPR)                                                               \
   template <class T> inline T NAME(T v, CPU_SITE_ARGUMENTS) {                                 \
     cpu_slot<T> s{v, v, v, 0};                                                                \
@@ -59,10 +63,11 @@ CPU_REDUCE(simd_product, T(a* b)) CPU_REDUCE(simd_max, (a > b ? a : b)) CPU_REDU
     });                                                                                       \
     return s.out;                                                                             \
   }
-        CPU_QREDUCE(quad_sum, T(a + b)) CPU_QREDUCE(quad_max, (a > b ? a : b)) CPU_QREDUCE(quad_min, (a < b ? a : b))
-    // Shuffles: a source lane outside the simd-group is undefined in Metal; here it gives a NaN pattern.
-    template <class T>
-    inline T cpu_poison() {
+CPU_QREDUCE(quad_sum, T(a + b))
+CPU_QREDUCE(quad_max, (a > b ? a : b))
+CPU_QREDUCE(quad_min, (a < b ? a : b))
+// Shuffles: a source lane outside the simd-group is undefined in Metal; here it gives a NaN pattern.
+template <class T> inline T cpu_poison() {
   T t;
   __builtin_memset((void*)&t, 0xFF, sizeof t);
   return t;
@@ -80,12 +85,16 @@ CPU_REDUCE(simd_product, T(a* b)) CPU_REDUCE(simd_max, (a > b ? a : b)) CPU_REDU
     return s.out;                                                                             \
   }
 CPU_SHUF(simd_shuffle, a)
-CPU_SHUF(simd_broadcast, a) CPU_SHUF(simd_shuffle_xor, (i ^ a)) CPU_SHUF(simd_shuffle_down, i + a)
-    CPU_SHUF(simd_shuffle_up, i - a) CPU_SHUF(simd_shuffle_rotate_down, (i + a) % g.size)
-        CPU_SHUF(simd_shuffle_rotate_up, (i - a + g.size) % g.size) CPU_SHUF(quad_shuffle, (i & ~3) + a)
-            CPU_SHUF(quad_broadcast, (i & ~3) + a)
-                CPU_SHUF(quad_shuffle_xor, (i & ~3) + ((i ^ a) & 3)) template <class T>
-                inline T simd_shuffle_and_fill_up(T v, T fill, ushort arg, CPU_SITE_ARGUMENTS) {
+CPU_SHUF(simd_broadcast, a)
+CPU_SHUF(simd_shuffle_xor, (i ^ a))
+CPU_SHUF(simd_shuffle_down, i + a)
+CPU_SHUF(simd_shuffle_up, i - a)
+CPU_SHUF(simd_shuffle_rotate_down, (i + a) % g.size)
+CPU_SHUF(simd_shuffle_rotate_up, (i - a + g.size) % g.size)
+CPU_SHUF(quad_shuffle, (i & ~3) + a)
+CPU_SHUF(quad_broadcast, (i & ~3) + a)
+CPU_SHUF(quad_shuffle_xor, (i & ~3) + ((i ^ a) & 3))
+template <class T> inline T simd_shuffle_and_fill_up(T v, T fill, ushort arg, CPU_SITE_ARGUMENTS) {
   cpu_slot<T> s{v, v, fill, arg};
   executor::simd_rendezvous(&s, CPU_SITE("simd_shuffle_and_fill_up"), [](executor::SimdGroup& g) CPU_UNWATCHED {
     for (int i = 0; i < g.size; i++) {

@@ -93,7 +93,9 @@ typedef small_float<cpu_bf_tag> bfloat;
       return small_float<Tag>(float(a) OP float(b));                                                    \
   }
 CPU_BIN(+)
-CPU_BIN(-) CPU_BIN(*) CPU_BIN(/)
+CPU_BIN(-)
+CPU_BIN(*)
+CPU_BIN(/)
 #define CPU_CMP(OP)                                                                         \
   template <class Tag> constexpr bool operator OP(small_float<Tag> a, small_float<Tag> b) { \
     return float(a) OP float(b);                                                            \
@@ -102,38 +104,43 @@ CPU_BIN(-) CPU_BIN(*) CPU_BIN(/)
     return float(a) OP float(b);                                                            \
   }                                                                                         \
   template <class Tag, cpu_arith A> constexpr bool operator OP(A a, small_float<Tag> b) { return float(a) OP float(b); }
-    CPU_CMP(<) CPU_CMP(>) CPU_CMP(<=) CPU_CMP(>=) CPU_CMP(==) CPU_CMP(!=)
+CPU_CMP(<)
+CPU_CMP(>)
+CPU_CMP(<=)
+CPU_CMP(>=)
+CPU_CMP(==)
+CPU_CMP(!=)
 
-        namespace metal {
-  template <class T, int N> struct vec;
-  template <class T> struct alignas(2 * sizeof(T)) vec<T, 2> {
-    T x, y;
-    vec() = default;
-    constexpr vec(T s) : x(s), y(s) {}
-    constexpr vec(T a, T b) : x(a), y(b) {}
-    template <class U> constexpr explicit vec(vec<U, 2> o) : x(T(o.x)), y(T(o.y)) {}
-    constexpr T& operator[](int i) { return (&x)[i]; }
-    constexpr const T& operator[](int i) const { return (&x)[i]; }
-  };
-  template <class T> struct alignas(4 * sizeof(T)) vec<T, 3> {
-    T x, y, z;
-    vec() = default;
-    constexpr vec(T s) : x(s), y(s), z(s) {}
-    constexpr vec(T a, T b, T c) : x(a), y(b), z(c) {}
-    template <class U> constexpr explicit vec(vec<U, 3> o) : x(T(o.x)), y(T(o.y)), z(T(o.z)) {}
-    constexpr T& operator[](int i) { return (&x)[i]; }
-    constexpr const T& operator[](int i) const { return (&x)[i]; }
-  };
-  template <class T> struct alignas(4 * sizeof(T)) vec<T, 4> {
-    T x, y, z, w;
-    vec() = default;
-    constexpr vec(T s) : x(s), y(s), z(s), w(s) {}
-    constexpr vec(T a, T b, T c, T d) : x(a), y(b), z(c), w(d) {}
-    constexpr vec(vec<T, 2> a, vec<T, 2> b) : x(a.x), y(a.y), z(b.x), w(b.y) {}
-    template <class U> constexpr explicit vec(vec<U, 4> o) : x(T(o.x)), y(T(o.y)), z(T(o.z)), w(T(o.w)) {}
-    constexpr T& operator[](int i) { return (&x)[i]; }
-    constexpr const T& operator[](int i) const { return (&x)[i]; }
-  };
+namespace metal {
+template <class T, int N> struct vec;
+template <class T> struct alignas(2 * sizeof(T)) vec<T, 2> {
+  T x, y;
+  vec() = default;
+  constexpr vec(T s) : x(s), y(s) {}
+  constexpr vec(T a, T b) : x(a), y(b) {}
+  template <class U> constexpr explicit vec(vec<U, 2> o) : x(T(o.x)), y(T(o.y)) {}
+  constexpr T& operator[](int i) { return (&x)[i]; }
+  constexpr const T& operator[](int i) const { return (&x)[i]; }
+};
+template <class T> struct alignas(4 * sizeof(T)) vec<T, 3> {
+  T x, y, z;
+  vec() = default;
+  constexpr vec(T s) : x(s), y(s), z(s) {}
+  constexpr vec(T a, T b, T c) : x(a), y(b), z(c) {}
+  template <class U> constexpr explicit vec(vec<U, 3> o) : x(T(o.x)), y(T(o.y)), z(T(o.z)) {}
+  constexpr T& operator[](int i) { return (&x)[i]; }
+  constexpr const T& operator[](int i) const { return (&x)[i]; }
+};
+template <class T> struct alignas(4 * sizeof(T)) vec<T, 4> {
+  T x, y, z, w;
+  vec() = default;
+  constexpr vec(T s) : x(s), y(s), z(s), w(s) {}
+  constexpr vec(T a, T b, T c, T d) : x(a), y(b), z(c), w(d) {}
+  constexpr vec(vec<T, 2> a, vec<T, 2> b) : x(a.x), y(a.y), z(b.x), w(b.y) {}
+  template <class U> constexpr explicit vec(vec<U, 4> o) : x(T(o.x)), y(T(o.y)), z(T(o.z)), w(T(o.w)) {}
+  constexpr T& operator[](int i) { return (&x)[i]; }
+  constexpr const T& operator[](int i) const { return (&x)[i]; }
+};
 #define CPU_VBIN(OP)                                                                               \
   template <class T, int N> inline vec<T, N> operator OP(vec<T, N> a, vec<T, N> b) {               \
     vec<T, N> r;                                                                                   \
@@ -151,23 +158,38 @@ CPU_BIN(-) CPU_BIN(*) CPU_BIN(/)
     return r;                                                                                      \
   }                                                                                                \
   template <class T, int N, class R> inline vec<T, N>& operator OP## = (vec<T, N> & a, R b) { return a = a OP b; }
-  CPU_VBIN(+)
-  CPU_VBIN(-) CPU_VBIN(*) CPU_VBIN(/) CPU_VBIN(&) CPU_VBIN(|) CPU_VBIN(^) CPU_VBIN(>>)
-      CPU_VBIN(<<) template <class T, int N>
-      inline T dot(vec<T, N> a, vec<T, N> b) {
-    T r = a[0] * b[0];
-    for (int i = 1; i < N; i++) r = r + a[i] * b[i];
-    return r;
-  }
+CPU_VBIN(+)
+CPU_VBIN(-)
+CPU_VBIN(*)
+CPU_VBIN(/)
+CPU_VBIN(&)
+CPU_VBIN(|)
+CPU_VBIN(^)
+CPU_VBIN(>>)
+CPU_VBIN(<<)
+template <class T, int N> inline T dot(vec<T, N> a, vec<T, N> b) {
+  T r = a[0] * b[0];
+  for (int i = 1; i < N; i++) r = r + a[i] * b[i];
+  return r;
+}
 }  // namespace metal
 #define CPU_VT(T, NAME)             \
   typedef metal::vec<T, 2> NAME##2; \
   typedef metal::vec<T, 3> NAME##3; \
   typedef metal::vec<T, 4> NAME##4;
 CPU_VT(float, float)
-CPU_VT(half, half) CPU_VT(bfloat, bfloat) CPU_VT(int, int) CPU_VT(uint, uint) CPU_VT(short, short)
-    CPU_VT(ushort, ushort) CPU_VT(char, char) CPU_VT(uchar, uchar) CPU_VT(long, long) CPU_VT(ulong, ulong)
-        CPU_VT(bool, bool) using metal::vec;
+CPU_VT(half, half)
+CPU_VT(bfloat, bfloat)
+CPU_VT(int, int)
+CPU_VT(uint, uint)
+CPU_VT(short, short)
+CPU_VT(ushort, ushort)
+CPU_VT(char, char)
+CPU_VT(uchar, uchar)
+CPU_VT(long, long)
+CPU_VT(ulong, ulong)
+CPU_VT(bool, bool)
+using metal::vec;
 template <class T, class U> constexpr T as_type(const U& u) {
   static_assert(sizeof(T) == sizeof(U));
   return __builtin_bit_cast(T, u);
@@ -227,8 +249,13 @@ template <class T> struct numeric_limits;
     static constexpr T lowest() { return min(); }                                                            \
   };
 CPU_INT_LIM(uint8_t)
-CPU_INT_LIM(uint16_t) CPU_INT_LIM(uint32_t) CPU_INT_LIM(uint64_t) CPU_INT_LIM(int8_t) CPU_INT_LIM(int16_t)
-    CPU_INT_LIM(int32_t) CPU_INT_LIM(int64_t)
+CPU_INT_LIM(uint16_t)
+CPU_INT_LIM(uint32_t)
+CPU_INT_LIM(uint64_t)
+CPU_INT_LIM(int8_t)
+CPU_INT_LIM(int16_t)
+CPU_INT_LIM(int32_t)
+CPU_INT_LIM(int64_t)
 #define CPU_FLT_LIM(T, MAX, MIN, EPS)                                \
   template <> struct numeric_limits<T> {                             \
     static constexpr T max() { return T(MAX); }                      \
@@ -238,8 +265,8 @@ CPU_INT_LIM(uint16_t) CPU_INT_LIM(uint32_t) CPU_INT_LIM(uint64_t) CPU_INT_LIM(in
     static constexpr T quiet_NaN() { return T(__builtin_nanf("")); } \
     static constexpr T epsilon() { return T(EPS); }                  \
   };
-        CPU_FLT_LIM(float, 3.402823466e+38f, 1.17549435e-38f, 1.1920929e-7f)
-            CPU_FLT_LIM(half, 65504.0f, 6.1035e-5f, 9.765625e-4f)
-                CPU_FLT_LIM(bfloat, 3.3895314e38f, 1.17549435e-38f, 0.0078125f)
+CPU_FLT_LIM(float, 3.402823466e+38f, 1.17549435e-38f, 1.1920929e-7f)
+CPU_FLT_LIM(half, 65504.0f, 6.1035e-5f, 9.765625e-4f)
+CPU_FLT_LIM(bfloat, 3.3895314e38f, 1.17549435e-38f, 0.0078125f)
 }  // namespace metal
 inline uint3 cpu_uint3(executor::Uint3 a) { return uint3(a.x, a.y, a.z); }
