@@ -121,7 +121,7 @@ def plan_us() -> float:
     sampling = Sampling(seed=1, temperature=0.6, repetition_penalty=1.1)
     row = Row(0, 4000, (17,), False, sampling, tuple(prompt_ids(REPETITION_WINDOW)))
     plan = encode_frame(Kind.MESSAGE, encode_message(Step(1, (row,))))
-    answer = StepDone(1, 0.02, 0.001, (SampledToken(17),))
+    answer = StepDone(1, 0.02, 0.001, tokens=(SampledToken(17),))
     pipe = io.BytesIO(plan * PLANS_AT_ONCE)
     began = time.thread_time()
     for _ in range(PLANS_AT_ONCE):
