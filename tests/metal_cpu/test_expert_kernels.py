@@ -1,5 +1,6 @@
 """Routed experts on Metal equal float64 in every regime, size, value range and schedule, with nothing to report."""
 
+import functools
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,7 +20,8 @@ from tests.metal_cpu.program import BACKWARD, SHUFFLED, Mode, Schedule
 pytestmark = pytest.mark.timeout(100)
 
 few_tokens = pytest.mark.parametrize("variant", [Variant.DECODE, Variant.BATCH])
-SHAPE = {"experts": 5, "top_k": 3, "hidden": 96, "intermediate": 64}  # most tests share it, and so the compiled kernels
+# most tests share a shape, and so the compiled kernels
+common_case = functools.partial(random_case, experts=5, top_k=3, hidden=96, intermediate=64)
 every_variant = pytest.mark.parametrize("variant", list(Variant))
 
 
@@ -60,7 +62,7 @@ def constant_codes(word: int) -> float64.Codes:
 @every_variant
 @pytest.mark.parametrize("word", [0x00000000, 0xFFFFFFFF], ids=["all -8", "all +7"])
 def test_extreme_codes(variant: Variant, word: int) -> None:
-    case = random_case(**SHAPE, tokens=3, codes=constant_codes(word))
+    case = common_case(tokens=3, codes=constant_codes(word))
     assert_right(case, measure(case, variant))
 
 
@@ -71,20 +73,20 @@ def wild_scales(rng: np.random.Generator, experts: int, outputs: int, groups: in
 
 @every_variant
 def test_extreme_scales(variant: Variant) -> None:
-    case = random_case(**SHAPE, tokens=3, scales=wild_scales)
+    case = common_case(tokens=3, scales=wild_scales)
     assert_right(case, measure(case, variant))
 
 
 @every_variant
 def test_tokens_that_all_choose_the_same_experts(variant: Variant) -> None:
-    case = random_case(**SHAPE, tokens=4)
+    case = common_case(tokens=4)
     case = case._replace(expert_ids=mx.broadcast_to(case.expert_ids[:1], case.expert_ids.shape))
     assert_right(case, measure(case, variant))
 
 
 @every_variant
 def test_a_token_that_names_an_expert_twice(variant: Variant) -> None:
-    case = random_case(**SHAPE, tokens=3)
+    case = common_case(tokens=3)
     case = case._replace(expert_ids=mx.array([[4, 2, 4], [2, 2, 2], [0, 4, 1]], mx.uint32))
     assert_right(case, measure(case, variant))
 
@@ -108,14 +110,14 @@ def test_every_tuning_computes_the_same(variant: Variant, rows: int, simdgroups:
         gate_up_simdgroups=simdgroups,
         batch_simdgroups=simdgroups,
     )
-    case = random_case(**SHAPE, tokens=3)
+    case = common_case(tokens=3)
     assert_right(case, measure(case, variant, tuning=tuning))
 
 
 @every_variant
 @pytest.mark.parametrize("schedule", [BACKWARD, SHUFFLED])
 def test_results_do_not_depend_on_the_schedule(variant: Variant, schedule: Schedule) -> None:
-    case = random_case(**SHAPE, tokens=3)
+    case = common_case(tokens=3)
     assert measure(case, variant, schedule=schedule) == measure(case, variant)
 
 
