@@ -46,7 +46,7 @@ FORWARD, BACKWARD, SHUFFLED = Schedule(0), Schedule(1), Schedule(2, 7)
 
 _COMMON = ("-std=c++20", "-w", "-ftrivial-auto-var-init=pattern", "-fno-strict-aliasing", "-ffp-contract=off")
 _FLAGS = {
-    Mode.FAST: ("-O2", "-march=native", "-fno-math-errno"),
+    Mode.FAST: ("-O1", "-march=native", "-fno-math-errno"),
     Mode.ADDRESSES: (
         "-O1",
         "-g1",
