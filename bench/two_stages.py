@@ -23,11 +23,10 @@ from bench.checkpoints import CONTEXT_TOKENS, bench_checkpoint
 from bench.measure import alternate, prompt_ids, ratios, save_rows, summarize
 from mlx_k2.cluster.hostfile import local_hostfile
 from mlx_k2.control.messages import ModelSource
-from mlx_k2.coordinator import Coordinator
 from mlx_k2.deployment import Deployment, DeploymentRequest, Watcher, deploy
 from mlx_k2.engine.request import Request
-from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.sampling import Sampling
+from mlx_k2.session import coordinate
 from mlx_k2.weights.checkpoint import describe_model, read_small_files
 
 PROMPT_TOKENS = 32
@@ -54,8 +53,7 @@ class Stages:
     """A deployment that decodes the same prompt again and again."""
 
     def __init__(self, deployment: Deployment) -> None:
-        limits = SchedulerLimits(1, CONTEXT_TOKENS, deployment.shape.chunk_tokens, deployment.group.size + 1)
-        self._coordinator = Coordinator(deployment.group, Scheduler(limits))
+        self._coordinator = coordinate(deployment, guesses=False)
 
     def decode_rate(self) -> float:
         """Tokens per second after the first one."""

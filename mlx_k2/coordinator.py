@@ -4,11 +4,12 @@ Knows token ids and stages; no text, and no arrays.
 """
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from mlx_k2.control.messages import Row, SampledToken, Step, StepDone
 from mlx_k2.engine.microbatch import Microbatch, MicrobatchRow
+from mlx_k2.engine.pace import Pace
 from mlx_k2.engine.request import Request
 from mlx_k2.engine.scheduler import Scheduler
 from mlx_k2.engine.sequence import Sequence
@@ -39,28 +40,51 @@ class TokenEvent:
 
 @dataclass
 class StageUse:
-    """What one stage has done so far: steps finished, seconds computing, seconds waiting for its neighbours."""
+    """What one stage has done so far: steps and tokens, seconds computing and at its hops, and its most memory."""
 
     steps_done: int = 0
+    num_tokens: int = 0
     busy_s: float = 0.0
-    wait_s: float = 0.0
+    receive_s: float = 0.0
+    send_s: float = 0.0
+    peak_bytes: int = 0
 
 
 @dataclass(frozen=True)
+class StageReport:
+    """A stage has finished a step: what it said of it, and when that was heard (time.monotonic)."""
+
+    rank: int
+    microbatch: Microbatch
+    done: StepDone
+    heard_at: float
+
+
+@dataclass
 class _Sent:
-    """A plan on its way, and since when."""
+    """A plan on its way, since when, and how many stages have finished it."""
 
     microbatch: Microbatch
     sent_at: float
+    num_reports: int = 0
 
 
 class Coordinator:
     """Runs requests over a group of stages that are ready."""
 
-    def __init__(self, group: StageGroup, scheduler: Scheduler, patience: Patience = _PATIENCE) -> None:
+    def __init__(
+        self,
+        group: StageGroup,
+        scheduler: Scheduler,
+        pace: Pace,
+        patience: Patience = _PATIENCE,
+        on_report: Callable[[StageReport], None] | None = None,
+    ) -> None:
         self._group = group
         self._scheduler = scheduler
+        self._pace = pace
         self._patience = patience
+        self._on_report = on_report
         self._sent: dict[int, _Sent] = {}
         self.use = tuple(StageUse() for _ in range(group.size))
 
@@ -76,9 +100,11 @@ class Coordinator:
         for request in requests:
             self._scheduler.submit(request)
         try:
-            while self._scheduler.has_work:
+            while self._scheduler.has_work or self._sent:
                 self._send_plans()
-                yield from self._receive()
+                events = self._receive()
+                self._send_plans()  # before whoever takes the tokens has a chance to be slow
+                yield from events
         finally:
             self._scheduler.cancel_all()
 
@@ -87,22 +113,40 @@ class Coordinator:
             self._sent[microbatch.number] = _Sent(microbatch, time.monotonic())
             self._group.send_all(Step(microbatch.number, tuple(_row(row) for row in microbatch.rows)))
 
-    def _receive(self) -> Iterator[TokenEvent]:
+    def _receive(self) -> list[TokenEvent]:
+        """Wait until a stage has finished a step; the tokens that came with it."""
         event = self._group.receive(max(0.0, self._deadline() - time.monotonic()))
         if event is None:
             raise StageSilent(self._describe_silence())
         rank, message = message_of(self._group, event)
         assert isinstance(message, StepDone), f"stage {rank} sent a {type(message).__name__} between steps"
+        self._note(rank, message)
+        if rank < self._group.size - 1:
+            return []
+        takers = self._scheduler.complete(message.number, [token.token_id for token in message.tokens])
+        return [
+            TokenEvent(sequence, token)
+            for sequence, token in zip(takers, message.tokens, strict=True)
+            if sequence is not None
+        ]
+
+    def _note(self, rank: int, done: StepDone) -> None:
+        """Keep what a step took, and let the pace learn from it."""
+        sent = self._sent[done.number]
+        sent.num_reports += 1
+        if sent.num_reports == self._group.size:
+            del self._sent[done.number]
         use = self.use[rank]
-        use.steps_done = message.number + 1
-        use.busy_s += message.busy_s
-        use.wait_s += message.wait_s
-        if rank == self._group.size - 1:
-            del self._sent[message.number]
-            takers = self._scheduler.complete(message.number, [token.token_id for token in message.tokens])
-            for sequence, token in zip(takers, message.tokens, strict=True):
-                if sequence is not None:
-                    yield TokenEvent(sequence, token)
+        use.steps_done = done.number + 1
+        use.num_tokens += sent.microbatch.num_tokens
+        use.busy_s += done.busy_s
+        use.receive_s += done.receive_s
+        use.send_s += done.send_s
+        use.peak_bytes = done.peak_bytes
+        if done.busy_s > 0:
+            self._pace.observe(rank, sent.microbatch.load, done.busy_s)
+        if self._on_report is not None:
+            self._on_report(StageReport(rank, sent.microbatch, done, time.monotonic()))
 
     def _deadline(self) -> float:
         oldest = next(iter(self._sent.values()))
@@ -127,5 +171,6 @@ def _row(row: MicrobatchRow) -> Row:
         token_ids=row.token_ids,
         is_prompt=row.is_prompt,
         sampling=sequence.request.sampling if row.draws_token else None,
-        recent_ids=sequence.recent_ids if row.draws_token else (),
+        recent_ids=row.recent_ids if row.draws_token else (),
+        copy_from=row.copy_from,
     )

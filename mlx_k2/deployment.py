@@ -27,12 +27,14 @@ from mlx_k2.control.messages import (
     RingLinks,
     ShardDownloaded,
 )
+from mlx_k2.engine.cost_model import StageCost
 from mlx_k2.errors import StageStartError
 from mlx_k2.launch import bring_up
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.place import StagePlace
 from mlx_k2.model_source import is_repo, model_folder
-from mlx_k2.plan import HostMemory, RunShape, StagePlan, choose_shape, plan_stages
+from mlx_k2.plan import DTYPE_BYTES, HostMemory, RunShape, StagePlan, choose_shape, plan_stages
+from mlx_k2.stage_costs import stage_cost
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model, locate_tensors
 from mlx_k2.weights.inventory import model_specs, shard_specs
 
@@ -92,6 +94,21 @@ class Deployment(StartedStages):
 
     loaded: tuple[Loaded, ...]
     load_s: float
+
+    @property
+    def costs(self) -> tuple[StageCost, ...]:
+        """What a step takes on each stage, as far as shapes and machines tell."""
+        compute_bytes = DTYPE_BYTES[self.shape.dtype]
+        return tuple(
+            stage_cost(
+                self.model.config,
+                plan.share,
+                compute_bytes,
+                on_gpu=hello.working_set_bytes is not None,
+                gb_per_s=plan.host.gb_per_s,
+            )
+            for plan, hello in zip(self.plans, self.hellos, strict=True)
+        )
 
 
 @contextmanager

@@ -26,7 +26,7 @@ GPU_CHUNK_TOKENS = 2048
 """Large enough to be bound by computing: a chunk reads nearly all experts, whatever its size (bytes computed)."""
 CPU_CHUNK_TOKENS = 128
 
-_DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def plan_stages(
     Raises:
         PartitionError: there is no such split, or it does not fit.
     """
-    config, compute_bytes = model.config, _DTYPE_BYTES[shape.dtype]
+    config, compute_bytes = model.config, DTYPE_BYTES[shape.dtype]
     largest_bytes = max(held_bytes(layer_specs(config, layer), compute_bytes) for layer in _distinct_layers(config))
     beside_bytes = working_bytes(config, shape.chunk_tokens, compute_bytes, largest_bytes)
     pieces = _pieces(config, shape, compute_bytes)

@@ -1,12 +1,15 @@
 """Where text and tokens meet: a prompt becomes a request, drawn tokens become text. Knows no terminal."""
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from mlx_k2.coordinator import Coordinator
+from mlx_k2.coordinator import Coordinator, Patience, StageReport
+from mlx_k2.deployment import Deployment
+from mlx_k2.engine.pace import MeasuredPace
 from mlx_k2.engine.request import FinishReason, Request
+from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.text.detokenizer import Detokenizer
 from mlx_k2.text.tokenizer import Tokenizer
 
@@ -32,6 +35,21 @@ class AnswerSummary:
     time_to_first_token_s: float
     prefill_tokens_per_s: float
     decode_tokens_per_s: float | None
+
+
+def coordinate(
+    deployment: Deployment,
+    *,
+    guesses: bool,
+    patience: Patience | None = None,
+    on_report: Callable[[StageReport], None] | None = None,
+) -> Coordinator:
+    """A coordinator for stages that are ready; ``guesses`` lets a lone sequence's idle stages run guesses."""
+    shape = deployment.shape
+    limits = SchedulerLimits(shape.num_slots, shape.context_tokens, shape.chunk_tokens, deployment.group.size)
+    pace = MeasuredPace(deployment.costs)
+    scheduler = Scheduler(limits, pace, guesses=guesses)
+    return Coordinator(deployment.group, scheduler, pace, patience or Patience(), on_report)
 
 
 def stream_answer(

@@ -13,6 +13,7 @@ from mlx_k2.cluster.hostfile import Backend, Host, Hostfile
 from mlx_k2.control.messages import FromStage, LayerLoaded, ModelSource
 from mlx_k2.coordinator import Coordinator, Patience, TokenEvent
 from mlx_k2.deployment import Deployment, DeploymentRequest, Watcher, deploy
+from mlx_k2.engine.pace import MeasuredPace
 from mlx_k2.engine.request import Request
 from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.model_source import read_model_files
@@ -94,8 +95,10 @@ def local_cluster(folder: Path, hosts: Sequence[Host], patience: Patience | None
     model = describe_model(read_model_files(asked.source).files, str(folder))
     names = LoadedNames()
     with deploy(asked, model, names) as deployment:
-        limits = SchedulerLimits(deployment.shape.num_slots, CONTEXT_TOKENS, CHUNK_TOKENS, len(hosts) + 1)
-        yield Cluster(deployment, Coordinator(deployment.group, Scheduler(limits), patience or Patience()), names)
+        limits = SchedulerLimits(deployment.shape.num_slots, CONTEXT_TOKENS, CHUNK_TOKENS, len(hosts))
+        pace = MeasuredPace(deployment.costs)
+        scheduler = Scheduler(limits, pace)
+        yield Cluster(deployment, Coordinator(deployment.group, scheduler, pace, patience or Patience()), names)
 
 
 def marked_host(folder: Path, rank: int, python: str) -> Host:

@@ -16,7 +16,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("config", "sampling"),
     ("text", "engine", "cluster", "control", "weights", "kernels"),
     ("builtin", "model"),
-    ("model_source", "plan"),
+    ("model_source", "plan", "stage_costs"),
     ("stage", "launch"),
     ("coordinator", "deployment"),
     ("session",),

@@ -8,11 +8,9 @@ from mlx_k2.cli.console import ConsoleWatcher, note, show_dry_run
 from mlx_k2.cli.options import cluster_options, sampling_options
 from mlx_k2.cli.output import JsonOutput, TextOutput
 from mlx_k2.cli.requests import Prompt, deployment_request, open_source, prompt_text, read_prompt
-from mlx_k2.coordinator import Coordinator
 from mlx_k2.deployment import Deployment, DeploymentRequest, deploy, foresee
-from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.errors import CheckpointError
-from mlx_k2.session import Delta, stream_answer
+from mlx_k2.session import Delta, coordinate, stream_answer
 from mlx_k2.weights.checkpoint import ModelDescription
 
 
@@ -78,14 +76,7 @@ def _generate(options: dict[str, Any], request: DeploymentRequest, model: ModelD
 
 
 def _answer(deployment: Deployment, prompt: Prompt, watcher: ConsoleWatcher, *, as_json: bool) -> None:
-    shape = deployment.shape
-    limits = SchedulerLimits(
-        num_slots=shape.num_slots,
-        context_tokens=shape.context_tokens,
-        chunk_tokens=shape.chunk_tokens,
-        max_in_flight=deployment.group.size + 1,
-    )
-    coordinator = Coordinator(deployment.group, Scheduler(limits))
+    coordinator = coordinate(deployment, guesses=False)
     with JsonOutput(prompt.tokenizer) if as_json else TextOutput() as output:
         for part in stream_answer(coordinator, prompt.tokenizer, prompt.request):
             watcher.done()

@@ -92,7 +92,8 @@ class Row(msgspec.Struct, frozen=True):
     """One sequence's part of a step: ``token_ids`` at ``position`` and after, in the cache ``slot``.
 
     ``is_prompt`` tells how the positions are computed (prompt tokens naive, generated ones absorbed). ``sampling``
-    asks for a token after the last of them; ``recent_ids`` is what its repetition penalty looks at.
+    asks for a token after the last of them; ``recent_ids`` is what its repetition penalty looks at. ``copy_from`` is
+    the slot from which all positions before ``position`` are copied first, as all plans before this one left them.
     """
 
     slot: int
@@ -101,6 +102,7 @@ class Row(msgspec.Struct, frozen=True):
     is_prompt: bool
     sampling: Sampling | None
     recent_ids: tuple[int, ...] = ()
+    copy_from: int | None = None
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
@@ -185,12 +187,18 @@ class SampledToken(msgspec.Struct, frozen=True):
 
 
 class StepDone(msgspec.Struct, frozen=True, tag=True):
-    """A stage finished a step. The last stage adds a token for each row that asked for one, in the rows' order."""
+    """A stage finished a step. The last stage adds a token for each row that asked for one, in the rows' order.
+
+    ``busy_s``: computing. ``receive_s``: until the hidden states were there, waiting for the stage before included.
+    ``send_s``: until the system had taken them. ``peak_bytes`` is the most memory that the stage has held so far.
+    """
 
     number: int
     busy_s: float
-    wait_s: float
+    receive_s: float = 0.0
+    send_s: float = 0.0
     tokens: tuple[SampledToken, ...] = ()
+    peak_bytes: int = 0
 
 
 class Fault(msgspec.Struct, frozen=True, tag=True):

@@ -1,25 +1,39 @@
 """The tokens that travel together in one step: a value, decided by the scheduler."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
+from mlx_k2.engine.cost_model import StepLoad, row_load
 from mlx_k2.engine.sequence import Sequence
 
 
 @dataclass(frozen=True)
 class MicrobatchRow:
-    """``count`` tokens of a sequence from ``position`` on, all of the prompt or all generated."""
+    """Tokens of a sequence from ``position`` on, all of the prompt or all generated (or guessed)."""
 
     sequence: Sequence
     position: int
-    count: int
+    token_ids: tuple[int, ...]
     is_prompt: bool
     draws_token: bool
-    """Whether the token after the last of these is drawn: they are all that is known so far."""
+    """Whether the token after the last of these is drawn: they are all that is known, or guessed, so far."""
+    copy_from: int | None = None
+    """The slot from which all positions before these are copied first."""
 
     @property
-    def token_ids(self) -> tuple[int, ...]:
-        """The tokens themselves."""
-        return tuple(self.sequence.token_ids[self.position : self.position + self.count])
+    def end(self) -> int:
+        """The position after the last."""
+        return self.position + len(self.token_ids)
+
+    @property
+    def recent_ids(self) -> tuple[int, ...]:
+        """The last tokens before the one to be drawn, which a repetition penalty looks at."""
+        return self.sequence.recent_ids(self.end)
+
+    @property
+    def load(self) -> StepLoad:
+        """What it asks of every stage."""
+        return row_load(self.position, len(self.token_ids), is_prompt=self.is_prompt, draws_token=self.draws_token)
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,16 @@ class Microbatch:
     rows: tuple[MicrobatchRow, ...]
 
     @property
+    def decodes(self) -> bool:
+        """Whether sequences that decode wait for it."""
+        return not self.rows[0].is_prompt
+
+    @property
     def num_tokens(self) -> int:
         """Tokens in all rows."""
-        return sum(row.count for row in self.rows)
+        return self.load.num_tokens
+
+    @cached_property
+    def load(self) -> StepLoad:
+        """What it asks of every stage."""
+        return sum((row.load for row in self.rows), StepLoad())

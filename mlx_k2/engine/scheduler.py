@@ -1,35 +1,50 @@
-"""Picks the next microbatch. Knows nothing of arrays, machines or time.
+"""Picks the next microbatch. Knows nothing of arrays or machines; of time only what its pace says.
 
-A microbatch holds one token of each sequence that is decoding and not in flight, and one chunk of the prompt that came
-first. A prompt's chunks follow each other without waiting, so they overlap across stages.
+Sequences that decode take turns in as many microbatches as are fastest. Prompts follow each other in the order of
+their arrival, in chunks that do not wait for each other, so they overlap across stages; while others decode, chunks are
+short enough not to hold them up for long. A lone sequence's idle stages run guesses.
 """
 
 from collections import deque
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
+from itertools import islice
 
+from mlx_k2.engine.cost_model import StepLoad
 from mlx_k2.engine.microbatch import Microbatch, MicrobatchRow
+from mlx_k2.engine.pace import CHUNK_DELAY_STEPS, DecodeRound, Pace
 from mlx_k2.engine.request import FinishReason, Request
 from mlx_k2.engine.sequence import Sequence
+from mlx_k2.engine.slots import SlotPool, common_prefix
+
+_WORTH_WAITING = 32
+"""So many tokens of a prompt must be about to be cached for a later prompt to wait for them."""
 
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """What the scheduler must never exceed."""
+    """What the scheduler must never exceed. ``chunk_tokens``: prompt tokens in one microbatch."""
 
     num_slots: int
     context_tokens: int
     chunk_tokens: int
-    max_in_flight: int
+    num_stages: int
+
+    @property
+    def max_in_flight(self) -> int:
+        """Microbatches under way at once."""
+        return 2 * self.num_stages
 
 
 class Scheduler:
     """Sequences waiting, running and in flight."""
 
-    def __init__(self, limits: SchedulerLimits) -> None:
+    def __init__(self, limits: SchedulerLimits, pace: Pace, *, guesses: bool = False) -> None:
         self._limits = limits
+        self._pace = pace
+        self._guesses = guesses
         self._waiting: deque[Request] = deque()
-        self._free_slots = deque(range(limits.num_slots))
+        self._slots = SlotPool(limits.num_slots)
         self._running: list[Sequence] = []
         self._in_flight: deque[Microbatch] = deque()
         self._next_number = 0
@@ -50,33 +65,31 @@ class Scheduler:
 
     def next_microbatch(self) -> Microbatch | None:
         """What to send to the stages now; None when nothing can go, or enough is in flight."""
-        self._admit()
-        if len(self._in_flight) >= self._limits.max_in_flight:
+        decoding = [sequence for sequence in self._running if sequence.num_prompt_left == 0]
+        prompts_left = len(decoding) < len(self._running) or bool(self._waiting and self._slots.num_free)
+        turn = self._decode_round(decoding) if decoding else None
+        if len(self._in_flight) >= self._most_in_flight(turn, prompts_left):
             return None
-        rows = [row for sequence in self._running if (row := self._decode_row(sequence)) is not None]
-        rows += self._prompt_rows()
-        if not rows:
-            return None
-        microbatch = Microbatch(self._next_number, tuple(rows))
-        self._next_number += 1
-        for row in rows:
-            row.sequence.num_planned = row.position + row.count
-        self._in_flight.append(microbatch)
-        return microbatch
+        rows = [] if turn is None else self._decode_rows(decoding, turn)
+        if prompts_left:
+            self._add_prompt_rows(rows, turn)
+        if not rows and len(decoding) == 1 and not prompts_left:
+            rows = self._guess_rows(decoding[0])
+        return self._send(rows) if rows else None
 
     def complete(self, number: int, token_ids: Tokens[int]) -> tuple[Sequence | None, ...]:
         """Take the tokens that a step drew, one for each row that draws; returns the sequence that took each.
 
-        None where the token is thrown away: its sequence was cancelled meanwhile.
+        None where the token is thrown away: its sequence was cancelled meanwhile, or a guess before it was wrong.
         """
         microbatch = self._in_flight.popleft()
         drawing = [row.sequence for row in microbatch.rows if row.draws_token]
         assert microbatch.number == number, f"step {number} came back before step {microbatch.number}"
         assert len(drawing) == len(token_ids), f"step {number} drew {len(token_ids)} tokens, not {len(drawing)}"
-        takers = tuple(sequence if sequence.finish_reason is None else None for sequence in drawing)
-        for sequence, token_id in zip(takers, token_ids, strict=True):
-            if sequence is not None:
-                sequence.append(token_id)
+        takers = tuple(
+            sequence if sequence.take(number, token_id, self._next_number) else None
+            for sequence, token_id in zip(drawing, token_ids, strict=True)
+        )
         self._retire()
         return takers
 
@@ -87,28 +100,111 @@ class Scheduler:
             sequence.finish_reason = sequence.finish_reason or FinishReason.CANCELLED
         self._retire()
 
-    def _admit(self) -> None:
-        while self._waiting and self._free_slots:
-            sequence = Sequence(self._waiting.popleft(), self._free_slots.popleft(), self._limits.context_tokens)
-            self._running.append(sequence)
+    def _most_in_flight(self, turn: DecodeRound | None, prompts_left: bool) -> int:
+        """As many as the round has; while prompts run at least one for each stage, and one more to follow at once."""
+        num_stages = self._limits.num_stages
+        if turn is None:
+            most = num_stages + 1
+        elif prompts_left or self._guesses:
+            most = max(turn.num_microbatches, num_stages)
+        else:
+            most = turn.num_microbatches
+        return min(most, self._limits.max_in_flight)
+
+    def _decode_round(self, decoding: list[Sequence]) -> DecodeRound:
+        mean_context = sum(len(sequence.token_ids) for sequence in decoding) // len(decoding)
+        return self._pace.decode_round(len(decoding), mean_context)
+
+    def _decode_rows(self, decoding: list[Sequence], turn: DecodeRound) -> list[MicrobatchRow]:
+        """One microbatch's share of the sequences that have a token to plan, those that waited longest first."""
+        num_under_way = sum(microbatch.decodes for microbatch in self._in_flight)
+        if len(decoding) > 1 and num_under_way >= turn.num_microbatches:
+            return []
+        ready = sorted(
+            (sequence for sequence in decoding if sequence.num_unplanned), key=lambda sequence: sequence.last_plan
+        )
+        share = -(-len(decoding) // turn.num_microbatches)
+        return [self._decode_row(sequence) for sequence in ready[:share]]
+
+    def _decode_row(self, sequence: Sequence) -> MicrobatchRow:
+        position = sequence.num_planned
+        token_ids = tuple(sequence.token_ids[position : position + self._limits.chunk_tokens])
+        return MicrobatchRow(sequence, position, token_ids, False, len(token_ids) == sequence.num_unplanned)
+
+    def _guess_rows(self, sequence: Sequence) -> list[MicrobatchRow]:
+        if not self._guesses or sequence.num_unplanned:
+            return []
+        position = sequence.num_planned
+        token_id = sequence.guess()
+        return [] if token_id is None else [MicrobatchRow(sequence, position, (token_id,), False, True)]
+
+    def _add_prompt_rows(self, rows: list[MicrobatchRow], turn: DecodeRound | None) -> None:
+        """Fill the microbatch with prompt tokens: of the prompt that is under way, then of those that wait."""
+        sequence = self._next_prompt(rows)
+        if sequence is None:
+            return
+        if turn is not None:
+            rows.append(_prompt_row(sequence, self._beside_decoding(rows, sequence, turn)))
+            return
+        room = self._chunk_tokens(sequence)
+        while sequence is not None and room > 0:
+            rows.append(_prompt_row(sequence, room))
+            room -= len(rows[-1].token_ids)
+            sequence = self._next_prompt(rows) if room > 0 else None
+
+    def _next_prompt(self, rows: list[MicrobatchRow]) -> Sequence | None:
+        """The prompt that comes next after ``rows``, in a slot of its own."""
+        planned = [row.sequence for row in rows if row.is_prompt]
+        for sequence in self._running:
+            if sequence.num_prompt_left and sequence not in planned:
+                return sequence
+        if not self._waiting or not self._slots.num_free:
+            return None
+        prompt_ids = self._waiting[0].prompt_ids
+        choice = self._slots.choose(prompt_ids)
+        about_to_be_cached = max((common_prefix(other.token_ids, prompt_ids) for other in planned), default=0)
+        if about_to_be_cached >= choice.shared.num_tokens + _WORTH_WAITING:
+            return None
+        sequence = Sequence(self._waiting.popleft(), choice.slot, self._limits.context_tokens, choice.shared)
+        self._slots.take(choice.slot, sequence)
+        self._running.append(sequence)
+        return sequence
+
+    def _chunk_tokens(self, sequence: Sequence) -> int:
+        """Chosen once for a prompt, with those in mind that can follow it at once."""
+        if sequence.chunk_tokens is None:
+            following = islice(self._waiting, self._slots.num_free)
+            num_tokens = sequence.num_prompt_left + sum(len(request.prompt_ids) for request in following)
+            sequence.chunk_tokens = self._pace.chunk_tokens(sequence.num_planned, num_tokens, self._limits.chunk_tokens)
+        return sequence.chunk_tokens
+
+    def _beside_decoding(self, rows: list[MicrobatchRow], sequence: Sequence, turn: DecodeRound) -> int:
+        """As many prompt tokens as leave a round of all microbatches within the time that it may take."""
+        per_round = max(turn.num_microbatches, self._limits.num_stages)
+        limit_s = (1 + CHUNK_DELAY_STEPS) * turn.round_s / per_round
+        load = sum((row.load for row in rows), StepLoad())
+        return self._pace.chunk_beside(load, sequence.num_planned, self._limits.chunk_tokens, limit_s)
+
+    def _send(self, rows: list[MicrobatchRow]) -> Microbatch:
+        microbatch = Microbatch(self._next_number, tuple(rows))
+        self._next_number += 1
+        for row in rows:
+            row.sequence.num_planned = row.end
+            row.sequence.last_plan = microbatch.number
+        self._in_flight.append(microbatch)
+        return microbatch
 
     def _retire(self) -> None:
         """Free the slots of finished sequences at once: plans that use them again come later."""
         for sequence in [sequence for sequence in self._running if sequence.finish_reason is not None]:
             self._running.remove(sequence)
-            self._free_slots.append(sequence.slot)
+            self._slots.give_back(sequence.slot)
 
-    def _decode_row(self, sequence: Sequence) -> MicrobatchRow | None:
-        if sequence.num_planned < sequence.num_prompt or sequence.num_unplanned == 0:
-            return None
-        count = min(sequence.num_unplanned, self._limits.chunk_tokens)
-        return MicrobatchRow(sequence, sequence.num_planned, count, False, count == sequence.num_unplanned)
 
-    def _prompt_rows(self) -> list[MicrobatchRow]:
-        for sequence in self._running:
-            left = sequence.num_prompt - sequence.num_planned
-            if left > 0:
-                count = min(left, self._limits.chunk_tokens)
-                draws = sequence.num_planned + count == len(sequence.token_ids)
-                return [MicrobatchRow(sequence, sequence.num_planned, count, True, draws)]
-        return []
+def _prompt_row(sequence: Sequence, most_tokens: int) -> MicrobatchRow:
+    """The next tokens of a prompt; what it shares with another slot is copied with its first ones."""
+    position = sequence.num_planned
+    token_ids = sequence.request.prompt_ids[position : position + most_tokens]
+    draws = position + len(token_ids) == len(sequence.token_ids)
+    copy_from = sequence.shared.copy_from if position == sequence.shared.num_tokens else None
+    return MicrobatchRow(sequence, position, token_ids, True, draws, copy_from)

@@ -1,27 +1,61 @@
 """One request's tokens and how far they are computed. Knows no other sequence."""
 
 from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
 
+from mlx_k2.engine.ngrams import NgramIndex
 from mlx_k2.engine.request import FinishReason, Request
 from mlx_k2.sampling import REPETITION_WINDOW
 
 
-class Sequence:
-    """A running request in its cache slot."""
+@dataclass(frozen=True)
+class SharedPrefix:
+    """The beginning of a prompt that was in the cache already: in the sequence's own slot, or copied from another."""
 
-    def __init__(self, request: Request, slot: int, context_tokens: int) -> None:
+    num_tokens: int = 0
+    copy_from: int | None = None
+
+
+_NOTHING_SHARED = SharedPrefix()
+
+
+class Sequence:
+    """A running request in its cache slot. Guesses are tokens that plans carry before anyone knows that they are right.
+
+    A wrong guess is undone by planning its position again; what was computed from it comes back with the number of a
+    plan that no longer counts.
+    """
+
+    def __init__(
+        self, request: Request, slot: int, context_tokens: int, shared: SharedPrefix = _NOTHING_SHARED
+    ) -> None:
         self.request = request
         self.slot = slot
         self.token_ids = list(request.prompt_ids)
-        self.num_planned = 0
-        """Positions that are in the cache, or on their way there in a plan that was sent."""
+        self.shared = shared
+        self.num_planned = shared.num_tokens
+        """Positions that are in the cache, or on their way there in a plan that was sent; guesses included."""
+        self.last_plan = -1
+        """The number of the last plan that carried tokens of this sequence."""
+        self.chunk_tokens: int | None = None
+        """How long this prompt's chunks are, once that is chosen."""
+        self.num_guesses = 0
+        self.num_hits = 0
         self.finish_reason: FinishReason | None = None
+        self._guesses: list[int] = []
+        self._first_counting_plan = 0
+        self._ngrams = NgramIndex()
         self._end = min(len(request.prompt_ids) + request.max_tokens, context_tokens)
 
     @property
     def num_prompt(self) -> int:
         """Tokens of the prompt."""
         return len(self.request.prompt_ids)
+
+    @property
+    def num_prompt_left(self) -> int:
+        """Tokens of the prompt that no plan has carried yet."""
+        return max(0, self.num_prompt - self.num_planned)
 
     @property
     def generated_ids(self) -> Tokens[int]:
@@ -31,18 +65,51 @@ class Sequence:
     @property
     def num_unplanned(self) -> int:
         """Known tokens that no plan has carried yet."""
-        return len(self.token_ids) - self.num_planned
+        return max(0, len(self.token_ids) - self.num_planned)
 
     @property
-    def recent_ids(self) -> tuple[int, ...]:
-        """The last tokens, which a repetition penalty looks at."""
-        return tuple(self.token_ids[-REPETITION_WINDOW:])
+    def cached_ids(self) -> Tokens[int]:
+        """The known tokens whose positions are in the cache, or on their way there."""
+        return self.token_ids[: self.num_planned]
 
-    def append(self, token_id: int) -> None:
-        """Take a drawn token, and finish if it is the last."""
-        assert self.finish_reason is None, "a finished sequence got a token"
+    def recent_ids(self, end: int) -> tuple[int, ...]:
+        """The last tokens before position ``end``, guesses included, which a repetition penalty looks at."""
+        known = self.token_ids[max(0, end - REPETITION_WINDOW) : end]
+        guessed = self._guesses[: max(0, end - len(self.token_ids))]
+        return tuple([*known, *guessed][-REPETITION_WINDOW:])
+
+    def guess(self) -> int | None:
+        """Guess the token after all that is planned, if the text has a precedent and there is room; it counts at once.
+
+        None also where the guess would end the sequence: nothing would follow it.
+        """
+        assert self.num_unplanned == 0, "known tokens go before guesses"
+        if self.num_planned + 1 >= self._end:
+            return None
+        self._ngrams.update(self.token_ids)
+        token_id = self._ngrams.guess(self.token_ids, self._guesses)
+        if token_id is None or token_id in self.request.stop_ids:
+            return None
+        self._guesses.append(token_id)
+        self.num_guesses += 1
+        return token_id
+
+    def take(self, plan: int, token_id: int, next_plan: int) -> bool:
+        """Take the token that plan ``plan`` drew; ``next_plan`` is the number of the next one to be sent.
+
+        False where the plan no longer counts: the sequence is finished, or what was drawn follows a wrong guess.
+        """
+        if self.finish_reason is not None or plan < self._first_counting_plan:
+            return False
         self.token_ids.append(token_id)
         if token_id in self.request.stop_ids:
             self.finish_reason = FinishReason.STOP
         elif len(self.token_ids) >= self._end:
             self.finish_reason = FinishReason.LENGTH
+        if self._guesses and self._guesses.pop(0) == token_id:
+            self.num_hits += 1
+        else:
+            self._guesses.clear()
+            self.num_planned = min(self.num_planned, len(self.token_ids) - 1)
+            self._first_counting_plan = next_plan
+        return True

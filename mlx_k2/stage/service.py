@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import mlx.core as mx
+import msgspec
 
 from mlx_k2.control.ends import FrameReader, FrameWriter
 from mlx_k2.control.framing import Frame, Kind
@@ -126,7 +127,7 @@ class StageService:
         match message:
             case Step():
                 assert self._runner is not None, "a step before Load"
-                return self._runner.run(message)
+                return msgspec.structs.replace(self._runner.run(message), peak_bytes=peak_bytes())
             case FetchFiles():
                 return ModelFiles(read_model_files(message.model).files)
             case DownloadShard():

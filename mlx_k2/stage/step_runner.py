@@ -37,16 +37,19 @@ class StepRunner:
         """Run the step; where it can be, its graph is built while the hidden states are still on their way."""
         began = time.perf_counter()
         batch = Batch([_span(row) for row in step.rows], self._key_alignment)
+        for row in step.rows:
+            if row.copy_from is not None:
+                self._model.copy_positions(row.copy_from, row.slot, row.position)
         if self._is_first:
             hidden = self._model.embed(mx.array([token_id for row in step.rows for token_id in row.token_ids]))
         else:
             hidden = self._transport.receive((batch.num_tokens, self._hidden_size), self._dtype)
-        waited_s = 0.0
+        receive_s = send_s = 0.0
         if not self._model.builds_lazily(batch):
-            waited_s += _evaluate(hidden)
+            receive_s += _evaluate(hidden)
         output = self._model.run(hidden, batch)
         if not self._is_first:
-            waited_s += _evaluate(hidden)  # alone, and complete before work that needs it is submitted to a GPU
+            receive_s += _evaluate(hidden)  # alone, and complete before work that needs it is submitted to a GPU
         tokens: tuple[SampledToken, ...] = ()
         if self._is_last:
             tokens = self._sample(step.rows, output)
@@ -54,8 +57,9 @@ class StepRunner:
             mx.eval(output)
             sending = time.perf_counter()
             self._transport.send(output)
-            waited_s += time.perf_counter() - sending
-        return StepDone(step.number, time.perf_counter() - began - waited_s, waited_s, tokens)
+            send_s = time.perf_counter() - sending
+        busy_s = time.perf_counter() - began - receive_s - send_s
+        return StepDone(step.number, busy_s, receive_s, send_s, tokens)
 
     def _sample(self, rows: tuple[Row, ...], output: mx.array) -> tuple[SampledToken, ...]:
         """A token for each row that asks for one, from its last position; else only the cache is filled."""

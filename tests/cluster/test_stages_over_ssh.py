@@ -62,7 +62,7 @@ def test_a_pulled_cable_ends_that_stage_alone_in_under_10_s(hosts: EmulatedHosts
         assert isinstance(end, StageEnded) and end.rank == 1
         assert str(end.as_error()).startswith("stage 1 on host-1 ended: the ssh connection was lost")
         group.send(2, Step(1, ()))
-        assert group.receive(10) == StageMessage(2, StepDone(number=1, busy_s=0.0, wait_s=0.0))
+        assert group.receive(10) == StageMessage(2, StepDone(number=1, busy_s=0.0, receive_s=0.0))
     assert wait_until(lambda: not hosts.all_processes(), 10), hosts.all_processes()
 
 
@@ -73,7 +73,7 @@ def test_a_cable_that_is_pulled_for_two_seconds_ends_nothing(hosts: EmulatedHost
         assert wait_until(lambda: group.silence_s(0) > 2, 10)
         hosts.restore(1)
         group.send(0, Step(1, ()))
-        assert group.receive(20) == StageMessage(0, StepDone(number=1, busy_s=0.0, wait_s=0.0))
+        assert group.receive(20) == StageMessage(0, StepDone(number=1, busy_s=0.0, receive_s=0.0))
 
 
 def test_a_killed_ssh_server_is_noticed_in_under_a_second_and_leaves_nothing(

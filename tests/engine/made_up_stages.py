@@ -1,12 +1,19 @@
-"""Stages that are only a queue: a scheduler is driven over them, and all that it sends is noted."""
+"""Stages that are only a queue and, for each slot, the tokens in its cache; all that a scheduler sends is noted.
 
+A token that they draw is a function of the tokens in the cache before it, as a real model's is: a plan that leaves out
+a position, or trusts a wrong one, shows in the answer.
+"""
+
+import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
+from mlx_k2.engine.cost_model import StepLoad
 from mlx_k2.engine.microbatch import Microbatch, MicrobatchRow
+from mlx_k2.engine.pace import DecodeRound
 from mlx_k2.engine.request import Request
 from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.engine.sequence import Sequence
@@ -14,22 +21,50 @@ from mlx_k2.sampling import Sampling
 
 STOP_ID = 9
 """Drawn like any other id by the made-up stages, so that some sequences stop early."""
+FIRST_PROMPT_ID = 100
 
 
-def request(num_prompt: int, max_tokens: int = 1000) -> Request:
-    return Request(tuple(100 + i for i in range(num_prompt)), max_tokens, Sampling(seed=0), frozenset({STOP_ID}))
+def request(num_prompt: int, max_tokens: int = 1000, first: int = 0) -> Request:
+    """Prompts with the same ``first`` begin alike."""
+    prompt_ids = tuple(FIRST_PROMPT_ID + first + i for i in range(num_prompt))
+    return Request(prompt_ids, max_tokens, Sampling(seed=0), frozenset({STOP_ID}))
 
 
-requests = st.builds(request, st.integers(1, 30), st.integers(1, 12))
+requests = st.builds(request, st.integers(1, 30), st.integers(1, 12), st.sampled_from([0, 0, 1, 200]))
 limits = st.builds(
     SchedulerLimits,
-    num_slots=st.integers(1, 3),
+    num_slots=st.integers(1, 4),
     context_tokens=st.integers(31, 40),
     chunk_tokens=st.integers(1, 12),
-    max_in_flight=st.integers(1, 4),
+    num_stages=st.integers(1, 3),
 )
 actions = st.lists(st.sampled_from(["submit", "send", "complete", "complete"]), max_size=60)
 """What happens in which order; when it is all done, the run goes on to its end."""
+
+
+@dataclass(frozen=True)
+class FixedPace:
+    """Always the same choices."""
+
+    num_microbatches: int
+    chunk: int
+    beside: int
+
+    def decode_round(self, num_sequences: int, mean_context: int) -> DecodeRound:
+        return DecodeRound(min(num_sequences, self.num_microbatches), 1.0)
+
+    def chunk_tokens(self, position: int, num_tokens: int, longest: int) -> int:
+        return min(self.chunk, longest)
+
+    def chunk_beside(self, load: StepLoad, position: int, longest: int, limit_s: float) -> int:
+        return min(self.beside, longest)
+
+    def observe(self, rank: int, load: StepLoad, busy_s: float) -> None:
+        """Nothing changes its mind."""
+
+
+paces = st.builds(FixedPace, st.integers(1, 4), st.integers(1, 12), st.integers(1, 12))
+WHOLE_CHUNKS = FixedPace(1, 1000, 1000)
 
 
 @dataclass(frozen=True)
@@ -38,7 +73,6 @@ class SentRow:
 
     row: MicrobatchRow
     slot: int
-    token_ids: tuple[int, ...]
     known_ids: tuple[int, ...]
 
 
@@ -47,14 +81,18 @@ class Run:
     """A scheduler at work. ``sent`` holds every row of every microbatch, ``most_in_flight`` the most at any time."""
 
     limits: SchedulerLimits
-    drawn: Iterator[int]
+    pace: FixedPace = WHOLE_CHUNKS
+    guesses: bool = False
+    vocabulary: int = STOP_ID + 1
+    """Ids that can be drawn: 1 draws 0 only."""
     scheduler: Scheduler = field(init=False)
     sent: list[list[SentRow]] = field(default_factory=list)
     most_in_flight: int = 0
     _in_flight: deque[Microbatch] = field(default_factory=deque)
+    _caches: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.limits)
+        self.scheduler = Scheduler(self.limits, self.pace, guesses=self.guesses)
 
     def send(self) -> bool:
         """Send one microbatch, if there is one to send."""
@@ -63,9 +101,7 @@ class Run:
             return False
         self._in_flight.append(microbatch)
         self.most_in_flight = max(self.most_in_flight, len(self._in_flight))
-        self.sent.append(
-            [SentRow(row, row.sequence.slot, row.token_ids, tuple(row.sequence.token_ids)) for row in microbatch.rows]
-        )
+        self.sent.append([SentRow(row, row.sequence.slot, tuple(row.sequence.token_ids)) for row in microbatch.rows])
         return True
 
     def complete(self) -> tuple[Sequence | None, ...]:
@@ -73,8 +109,20 @@ class Run:
         if not self._in_flight:
             return ()
         microbatch = self._in_flight.popleft()
-        num_drawn = sum(row.draws_token for row in microbatch.rows)
-        return self.scheduler.complete(microbatch.number, [next(self.drawn) for _ in range(num_drawn)])
+        drawn = [token_id for row in microbatch.rows if (token_id := self._run(row)) is not None]
+        return self.scheduler.complete(microbatch.number, drawn)
+
+    def _run(self, row: MicrobatchRow) -> int | None:
+        cache = self._caches.setdefault(row.sequence.slot, [])
+        if row.copy_from is not None:
+            cache[: row.position] = self._caches[row.copy_from][: row.position]
+        assert len(cache) >= row.position, "a row attends to positions that were never computed"
+        cache[row.position : row.end] = row.token_ids
+        if not row.draws_token:
+            return None
+        digest = hashlib.blake2b(bytes(token_id % 251 for token_id in cache[max(0, row.end - 3) : row.end]))
+        digest.update(bytes([sum(cache[: row.end]) % 7]))
+        return digest.digest()[0] % self.vocabulary
 
     def play(self, asked: Iterable[Request], actions: Iterable[str]) -> None:
         """Act as told; then submit what is left and go on to the end."""
@@ -95,6 +143,7 @@ class Run:
         while self.scheduler.has_work:
             while self.send():
                 pass
+            assert self._in_flight, "there is work, and none of it is sent"
             self.complete()
 
     @property

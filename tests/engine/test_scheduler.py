@@ -1,26 +1,25 @@
 """Single decisions of the scheduler, and what it is for."""
 
-import itertools
-
 from mlx_k2.engine.request import FinishReason
 from mlx_k2.engine.scheduler import SchedulerLimits
-from tests.engine.made_up_stages import STOP_ID, Run, request
+from tests.engine.made_up_stages import STOP_ID, FixedPace, Run, request
 
-LIMITS = SchedulerLimits(num_slots=2, context_tokens=64, chunk_tokens=8, max_in_flight=3)
+LIMITS = SchedulerLimits(num_slots=2, context_tokens=64, chunk_tokens=8, num_stages=2)
+PACE = FixedPace(num_microbatches=2, chunk=8, beside=6)
 
 
-def run_of(*asked: tuple[int, int], token_id: int = 1) -> Run:
-    """A run with these (prompt, max_tokens) requests submitted."""
-    run = Run(LIMITS, itertools.repeat(token_id))
-    for num_prompt, max_tokens in asked:
-        run.scheduler.submit(request(num_prompt, max_tokens))
+def run_of(*asked: tuple[int, int], limits: SchedulerLimits = LIMITS, vocabulary: int = 1) -> Run:
+    """A run with these (prompt, max_tokens) requests submitted, no two of which begin alike."""
+    run = Run(limits, PACE, vocabulary=vocabulary)
+    for index, (num_prompt, max_tokens) in enumerate(asked):
+        run.scheduler.submit(request(num_prompt, max_tokens, first=1000 * index))
     return run
 
 
 def test_a_prompts_chunks_follow_each_other_without_waiting() -> None:
     run = run_of((20, 5))
     assert [run.send() for _ in range(4)] == [True, True, True, False]
-    assert [len(sent.token_ids) for sent in run.rows] == [8, 8, 4]
+    assert [len(sent.row.token_ids) for sent in run.rows] == [8, 8, 4]
     assert [sent.row.draws_token for sent in run.rows] == [False, False, True]
 
 
@@ -28,11 +27,39 @@ def test_a_long_prompt_does_not_delay_running_sequences() -> None:
     run = run_of((4, 50))
     run.send()
     run.complete()
-    run.scheduler.submit(request(40))
+    run.scheduler.submit(request(40, first=1000))
     for _ in range(5):
-        run.send()
+        assert run.send()
         assert [sent.row.is_prompt for sent in run.sent[-1]] == [False, True]
+        assert len(run.sent[-1][1].row.token_ids) == PACE.beside
         run.complete()
+
+
+def test_the_other_stages_run_a_prompt_while_one_sequence_decodes() -> None:
+    run = run_of((4, 50))
+    run.send()
+    run.complete()
+    run.scheduler.submit(request(40, first=1000))
+    assert [run.send() for _ in range(3)] == [True, True, False]
+    assert [[sent.row.is_prompt for sent in microbatch] for microbatch in run.sent[1:]] == [[False, True], [True]]
+
+
+def test_short_prompts_travel_together() -> None:
+    run = run_of((3, 5), (4, 5))
+    run.send()
+    assert [len(sent.row.token_ids) for sent in run.sent[0]] == [3, 4]
+
+
+def test_sequences_that_decode_take_turns_in_as_many_microbatches_as_are_fastest() -> None:
+    run = run_of((1, 50), (1, 50), (1, 50), (1, 50), limits=SchedulerLimits(4, 64, 8, 2))
+    run.send()
+    run.complete()
+    assert [run.send() for _ in range(3)] == [True, True, False]
+    assert [len(microbatch) for microbatch in run.sent[1:]] == [2, 2]
+    first = {sent.slot for sent in run.sent[1]}
+    run.complete()
+    run.send()
+    assert {sent.slot for sent in run.sent[3]} == first
 
 
 def test_a_sequence_waits_for_its_token_before_the_next_is_asked_for() -> None:
@@ -45,19 +72,19 @@ def test_a_sequence_waits_for_its_token_before_the_next_is_asked_for() -> None:
 
 
 def test_a_slot_is_given_on_as_soon_as_its_sequence_is_done() -> None:
-    run = run_of((2, 1), (2, 50), (2, 50))
-    run.send()  # the first prompt
-    run.send()  # the second
+    run = run_of((2, 1), (2, 50), (2, 40))
+    run.send()  # the first two prompts
     run.complete()
     run.send()
-    assert [(sent.slot, sent.row.sequence.request.max_tokens) for sent in run.sent[-1]] == [(0, 50)]
+    assert [(sent.slot, sent.row.sequence.request.max_tokens) for sent in run.sent[-1]] == [(1, 50), (0, 40)]
 
 
 def test_a_stop_token_ends_a_sequence_and_counts_as_generated() -> None:
-    run = run_of((4, 50), token_id=STOP_ID)
+    run = run_of((4, 50), vocabulary=STOP_ID + 1)
     run.finish()
     (sequence,) = run.sequences
-    assert (sequence.finish_reason, list(sequence.generated_ids)) == (FinishReason.STOP, [STOP_ID])
+    assert sequence.finish_reason is FinishReason.STOP
+    assert sequence.generated_ids[-1] == STOP_ID
 
 
 def test_a_sequence_ends_where_the_context_does() -> None:
@@ -77,9 +104,7 @@ def test_cancelling_before_anything_was_sent_leaves_no_work() -> None:
 def test_a_repetition_penalty_looks_at_the_last_64_tokens() -> None:
     run = run_of((3, 50))
     run.finish()
-    (sequence,) = run.sequences
-    assert sequence.recent_ids == (100, 101, 102, *[1] * 50)
-    run = Run(SchedulerLimits(1, 200, 128, 1), iter(range(200, 400)))
-    run.scheduler.submit(request(100, 3))
+    assert run.rows[-1].row.recent_ids == (100, 101, 102, *[0] * 49)
+    run = run_of((100, 3), limits=SchedulerLimits(1, 200, 128, 1))
     run.finish()
-    assert run.sequences[0].recent_ids == (*range(139, 200), 200, 201, 202)
+    assert run.rows[-1].row.recent_ids == (*range(138, 200), 0, 0)

@@ -9,15 +9,14 @@ from hypothesis import strategies as st
 
 from mlx_k2.engine.request import FinishReason, Request
 from mlx_k2.engine.scheduler import SchedulerLimits
-from tests.engine.made_up_stages import STOP_ID, Run, actions, limits, requests
+from tests.engine.made_up_stages import STOP_ID, FixedPace, Run, actions, limits, paces, requests
 
 
 @st.composite
 def finished_runs(draw: st.DrawFn) -> tuple[Run, Items[Request]]:
     """A run to its end, and what was asked, in the order of submission."""
     asked = draw(st.lists(requests, min_size=1, max_size=6))
-    tokens = draw(st.lists(st.integers(0, STOP_ID), min_size=1, max_size=20))
-    run = Run(draw(limits), itertools.cycle(tokens))
+    run = Run(draw(limits), draw(paces), vocabulary=draw(st.integers(1, STOP_ID + 1)))
     run.play(asked, draw(actions))
     return run, asked
 
@@ -34,27 +33,24 @@ def test_a_slot_has_one_owner_at_a_time_and_no_other_before_it_is_done(played: t
 
 
 @given(finished_runs())
-def test_every_position_is_planned_once_and_in_order(played: tuple[Run, Items[Request]]) -> None:
+def test_every_position_that_is_not_shared_is_planned_once_and_in_order(played: tuple[Run, Items[Request]]) -> None:
     run, _ = played
     for sequence in run.sequences:
         rows = [sent.row for sent in run.rows_of(sequence)]
-        planned = [position for row in rows for position in range(row.position, row.position + row.count)]
-        assert planned == list(range(len(planned)))
-        prompt = sum(row.count for row in rows if row.is_prompt)
-        assert prompt == sequence.num_prompt
-        assert len(planned) == len(sequence.token_ids) - 1  # nobody asks what follows the last token
+        planned = [position for row in rows for position in range(row.position, row.end)]
+        shared = sequence.shared.num_tokens
+        assert shared < sequence.num_prompt
+        assert planned == list(range(shared, len(sequence.token_ids) - 1))  # nobody asks what follows the last token
+        assert sum(len(row.token_ids) for row in rows if row.is_prompt) == sequence.num_prompt - shared
 
 
 @given(finished_runs())
-def test_no_row_is_longer_than_a_chunk_and_only_a_prompts_last_may_be_shorter(
-    played: tuple[Run, Items[Request]],
-) -> None:
+def test_a_microbatch_holds_no_more_prompt_tokens_than_a_chunk(played: tuple[Run, Items[Request]]) -> None:
     run, _ = played
-    for sequence in run.sequences:
-        counts = [sent.row.count for sent in run.rows_of(sequence) if sent.row.is_prompt]
-        chunk = run.limits.chunk_tokens
-        assert counts[:-1] == [chunk] * (len(counts) - 1)
-        assert 1 <= counts[-1] <= chunk
+    for microbatch in run.sent:
+        chunk = [len(sent.row.token_ids) for sent in microbatch if sent.row.is_prompt]
+        assert sum(chunk) <= run.limits.chunk_tokens
+        assert all(length > 0 for length in chunk)
 
 
 @given(finished_runs())
@@ -64,9 +60,8 @@ def test_a_row_carries_only_tokens_that_are_known_and_draws_after_the_last_of_th
     run, _ = played
     for sent in run.rows:
         row = sent.row
-        assert sent.token_ids == sent.known_ids[row.position : row.position + row.count]
-        assert len(sent.token_ids) == row.count
-        assert row.draws_token == (row.position + row.count == len(sent.known_ids))
+        assert row.token_ids == sent.known_ids[row.position : row.end]
+        assert row.draws_token == (row.end == len(sent.known_ids))
 
 
 @given(finished_runs())
@@ -78,14 +73,42 @@ def test_who_comes_first_is_served_first(played: tuple[Run, Items[Request]]) -> 
 
 
 @given(finished_runs())
-def test_never_more_is_in_flight_than_allowed_and_a_microbatch_holds_one_chunk_of_one_prompt(
+def test_never_more_is_in_flight_than_allowed_and_generated_tokens_come_first(
     played: tuple[Run, Items[Request]],
 ) -> None:
     run, _ = played
     assert run.most_in_flight <= run.limits.max_in_flight
     for microbatch in run.sent:
-        assert sum(sent.row.is_prompt for sent in microbatch) <= 1
-        assert all(sent.row.count == 1 for sent in microbatch if not sent.row.is_prompt)
+        kinds = [sent.row.is_prompt for sent in microbatch]
+        assert kinds == sorted(kinds)
+        assert all(len(sent.row.token_ids) == 1 for sent in microbatch if not sent.row.is_prompt)
+
+
+@given(finished_runs(), limits, paces, st.booleans())
+def test_tokens_depend_on_their_sequence_alone_whatever_the_company_the_chunks_and_the_guesses(
+    played: tuple[Run, Items[Request]], bounds: SchedulerLimits, pace: FixedPace, guesses: bool
+) -> None:
+    run, asked = played
+    bounds = replace(bounds, context_tokens=run.limits.context_tokens)
+    for request in asked:
+        alone = Run(bounds, pace, guesses, run.vocabulary)
+        alone.play([request], [])
+        (expected,) = alone.sequences
+        (found,) = [sequence for sequence in run.sequences if sequence.request is request]
+        assert (found.token_ids, found.finish_reason) == (expected.token_ids, expected.finish_reason)
+
+
+@given(st.lists(requests, min_size=1, max_size=4), limits, paces, actions, st.integers(1, 4))
+def test_guesses_change_nothing_but_the_plans(
+    asked: Items[Request], bounds: SchedulerLimits, pace: FixedPace, order: Items[str], vocabulary: int
+) -> None:
+    answers = []
+    for guesses in (False, True):
+        run = Run(bounds, pace, guesses, vocabulary)
+        run.play(asked, order)
+        assert run.most_in_flight <= bounds.max_in_flight
+        answers.append({id(sequence.request): sequence.token_ids for sequence in run.sequences})
+    assert answers[0] == answers[1]
 
 
 @given(finished_runs())
@@ -109,7 +132,7 @@ def test_every_sequence_ends_for_a_reason_that_its_tokens_show(played: tuple[Run
 def test_what_is_cancelled_gets_no_token_and_no_plan_and_what_comes_later_is_served(
     bounds: SchedulerLimits, asked: Items[Request], before: Items[str], later: Items[Request]
 ) -> None:
-    run = Run(replace(bounds, num_slots=2), itertools.repeat(1))
+    run = Run(replace(bounds, num_slots=2), vocabulary=1)
     for request in asked:
         run.scheduler.submit(request)
     for action in before:

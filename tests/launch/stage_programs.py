@@ -50,7 +50,7 @@ def echo() -> None:
     say(Connected())
     for message in hear():
         assert isinstance(message, Step)
-        say(StepDone(number=message.number, busy_s=0.0, wait_s=0.0))
+        say(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
 
 
 def deaf() -> None:
@@ -105,7 +105,7 @@ def talkative() -> None:
     for message in hear():
         assert isinstance(message, Step)
         for _ in range(1000):
-            say(StepDone(number=message.number, busy_s=0.0, wait_s=0.0))
+            say(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
 
 
 def ring() -> None:
@@ -134,10 +134,10 @@ def ring() -> None:
             x = x + message.number
             if rank < num_stages - 1:
                 mx.eval(mx.distributed.send(x, rank + 1))
-                say(StepDone(number=message.number, busy_s=0.0, wait_s=0.0))
+                say(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
             else:
                 token = SampledToken(token_id=int(float(x.mean())))
-                say(StepDone(number=message.number, busy_s=0.0, wait_s=0.0, tokens=(token,)))
+                say(StepDone(number=message.number, busy_s=0.0, receive_s=0.0, tokens=(token,)))
 
 
 PROGRAMS: dict[str, Callable[[], None]] = {

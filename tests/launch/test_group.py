@@ -61,10 +61,10 @@ def test_stages_are_started_together_answer_in_order_and_none_is_left(make_group
             group.send_all(Step(number, ()))
         events = receive(group, 150)
         group.send(1, Step(99, ()))
-        assert receive(group, 1) == [StageMessage(1, StepDone(number=99, busy_s=0.0, wait_s=0.0))]
+        assert receive(group, 1) == [StageMessage(1, StepDone(number=99, busy_s=0.0, receive_s=0.0))]
     for rank in range(3):
         said = [event.message for event in events if isinstance(event, StageMessage) and event.rank == rank]
-        assert said == [StepDone(number=number, busy_s=0.0, wait_s=0.0) for number in range(50)]
+        assert said == [StepDone(number=number, busy_s=0.0, receive_s=0.0) for number in range(50)]
     assert children() == []
 
 
@@ -96,7 +96,7 @@ def test_a_stage_that_fails_is_an_event_with_its_last_words(make_group: MakeGrou
         )
         group.send(1, Step(1, ()))  # to a stage that is gone: no error
         group.send(0, Step(2, ()))
-        assert receive(group, 1) == [StageMessage(0, StepDone(number=2, busy_s=0.0, wait_s=0.0))]
+        assert receive(group, 1) == [StageMessage(0, StepDone(number=2, busy_s=0.0, receive_s=0.0))]
 
 
 def test_a_killed_guard_is_noticed_in_under_a_second(make_group: MakeGroup) -> None:
@@ -193,6 +193,6 @@ def test_what_is_sent_before_a_stage_is_up_waits_for_it(make_group: MakeGroup) -
         group.send(0, Step(2, ()))
         assert receive(group, 3) == [
             StageMessage(0, Connected()),
-            StageMessage(0, StepDone(number=1, busy_s=0.0, wait_s=0.0)),
-            StageMessage(0, StepDone(number=2, busy_s=0.0, wait_s=0.0)),
+            StageMessage(0, StepDone(number=1, busy_s=0.0, receive_s=0.0)),
+            StageMessage(0, StepDone(number=2, busy_s=0.0, receive_s=0.0)),
         ]

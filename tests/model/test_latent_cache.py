@@ -37,6 +37,16 @@ def test_writing_at_an_earlier_position_is_the_undo() -> None:
     assert write(cache, Span(0, 3, 1, is_prompt=False), 4, rows(91, 1)) == [0, 1, 90, 91]
 
 
+def test_a_slot_begins_with_what_was_copied_and_the_source_goes_its_own_way() -> None:
+    cache = LatentCache(2, 2, 1024, ROW_DIM, mx.float32)
+    for layer in (0, 1):
+        cache.write(layer, Span(0, 0, 4, is_prompt=True), 4, rows(10 * layer, 4))
+    cache.copy(0, 1, 3)
+    write(cache, Span(0, 1, 1, is_prompt=False), 2, rows(90, 1))
+    assert write(cache, Span(1, 3, 1, is_prompt=True), 4, rows(7, 1)) == [0, 1, 2, 7]
+    assert np.asarray(cache.write(1, Span(1, 3, 1, is_prompt=True), 4, rows(7, 1)))[:, 0].tolist() == [10, 11, 12, 7]
+
+
 def test_slots_and_layers_keep_to_themselves() -> None:
     cache = LatentCache(2, 2, 1024, ROW_DIM, mx.float32)
     write(cache, Span(0, 0, 2, is_prompt=True), 2, rows(0, 2))

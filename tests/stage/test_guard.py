@@ -127,7 +127,7 @@ def test_messages_are_relayed_both_ways_and_heartbeats_are_answered(start: Start
     for number in range(1000):
         stage.step(number)
     for number in range(1000):
-        assert decode_from_stage(stage.read().payload) == StepDone(number=number, busy_s=0.0, wait_s=0.0)
+        assert decode_from_stage(stage.read().payload) == StepDone(number=number, busy_s=0.0, receive_s=0.0)
 
 
 def test_a_heartbeat_is_answered_while_the_stage_holds_the_gil_for_ever(start: Start) -> None:

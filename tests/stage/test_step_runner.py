@@ -105,6 +105,15 @@ def test_a_row_that_asks_for_no_token_gets_none_and_still_fills_the_cache(
     assert pipeline.tokens(Row(0, len(PROMPT) - 1, (PROMPT[-1],), True, GREEDY)) == (expected[3][0],)
 
 
+def test_a_beginning_copied_from_another_slot_is_as_good_as_computed(
+    checkpoint: Checkpoint, expected: list[list[SampledToken]]
+) -> None:
+    pipeline = Pipeline(checkpoint("thinking"), 2)
+    pipeline.tokens(Row(2, 0, tuple([*PROMPT[:40], 1, 2, 3]), True, None))
+    row = Row(1, 40, tuple(PROMPT[40:]), True, SAMPLINGS[0], recent(PROMPT), copy_from=2)
+    assert pipeline.tokens(row) == (expected[0][0],)
+
+
 def test_every_stage_answers_each_step_with_its_number_and_its_time(checkpoint: Checkpoint) -> None:
     pipeline = Pipeline(checkpoint("thinking"), 3)
     for number in (1, 2):

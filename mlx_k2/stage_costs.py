@@ -1,0 +1,60 @@
+"""What each stage of a model reads and computes for a step, from shapes alone, and how fast it is expected to be."""
+
+import math
+
+from mlx_k2.cluster.partition import StageShare
+from mlx_k2.config import ModelConfig
+from mlx_k2.engine.cost_model import StageCost, StageSizes, StageSpeed
+from mlx_k2.weights.inventory import TensorSpec, head_specs, held_bytes, layer_specs
+
+GPU_SPEED = StageSpeed(fixed_s=0.003, bytes_per_s=600e9, operations_per_s=15e12)
+"""An M3 Ultra, roughly: its memory by published measurements, its matrix speed by half of what it should reach."""
+CPU_SPEED = StageSpeed(fixed_s=0.002, bytes_per_s=10e9, operations_per_s=3.6e9)
+"""MLX on Linux: its reference BLAS does 3.6 GFLOP/s in float32, whatever the number of rows (measured)."""
+
+
+def stage_cost(
+    config: ModelConfig, share: StageShare, compute_bytes: int, *, on_gpu: bool, gb_per_s: float | None
+) -> StageCost:
+    """One stage's sizes, and the speed to expect of it until its steps have shown another.
+
+    ``gb_per_s`` is the host's memory bandwidth, where the hostfile gives it.
+    """
+    speed = GPU_SPEED if on_gpu else CPU_SPEED
+    if gb_per_s is not None:
+        speed = StageSpeed(speed.fixed_s, gb_per_s * 1e9, speed.operations_per_s)
+    return StageCost(stage_sizes(config, share.first_layer, share.end_layer, compute_bytes), speed)
+
+
+def stage_sizes(config: ModelConfig, first_layer: int, end_layer: int, compute_bytes: int) -> StageSizes:
+    """Layers ``first_layer`` up to, not including, ``end_layer``; the head goes with the last."""
+    specs = [spec for layer in range(first_layer, end_layer) for spec in layer_specs(config, layer)]
+    routed = [spec for spec in specs if spec.is_routed_expert]
+    dense = [spec for spec in specs if not spec.is_routed_expert]
+    head = head_specs(config) if end_layer == config.num_hidden_layers else ()
+    num_experts = config.n_routed_experts if routed else 0
+    num_layers = end_layer - first_layer
+    heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+    used_share = config.num_experts_per_tok / num_experts if num_experts else 0.0
+    return StageSizes(
+        dense_bytes=held_bytes(dense, compute_bytes),
+        head_bytes=held_bytes(head, compute_bytes),
+        expert_bytes=held_bytes(routed, compute_bytes) // num_experts if num_experts else 0,
+        num_experts=num_experts,
+        experts_per_token=config.num_experts_per_tok,
+        key_bytes=num_layers * config.latent_dim * compute_bytes,
+        operations_per_token=2 * (_num_weights(dense) + round(_num_packed_weights(routed) * used_share)),
+        operations_per_draw=2 * _num_weights(head),
+        absorbed_operations=2 * num_layers * heads * (config.latent_dim + config.kv_lora_rank),
+        naive_operations=2 * num_layers * heads * (config.qk_head_dim + value),
+        rebuild_operations=2 * num_layers * heads * (nope + value) * config.kv_lora_rank,
+    )
+
+
+def _num_weights(specs: tuple[TensorSpec, ...] | list[TensorSpec]) -> int:
+    return sum(math.prod(spec.shape) for spec in specs)
+
+
+def _num_packed_weights(specs: list[TensorSpec]) -> int:
+    """Eight weights of four bits stand in each packed word."""
+    return sum(8 * math.prod(spec.shape) for spec in specs if spec.name.endswith(".weight_packed"))
