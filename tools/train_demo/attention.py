@@ -40,11 +40,11 @@ class Attention(nn.Module):
         key_dim = shape.qk_nope_head_dim + shape.qk_rope_head_dim
         self.q_a_proj = Linear(hidden, shape.q_lora_rank)
         self.q_a_layernorm = Norm(shape.q_lora_rank, _LORA_NORM_EPS)
-        self.q_b_proj = Linear(shape.q_lora_rank, heads * key_dim)
+        self.q_b_proj = Linear(shape.q_lora_rank, heads * key_dim, gain=0.25)
         self.kv_a_proj_with_mqa = Linear(hidden, shape.kv_lora_rank + shape.qk_rope_head_dim)
         self.kv_a_layernorm = Norm(shape.kv_lora_rank, _LORA_NORM_EPS)
         self.kv_b_proj = Linear(shape.kv_lora_rank, heads * (shape.qk_nope_head_dim + shape.v_head_dim))
-        self.o_proj = Linear(heads * shape.v_head_dim, hidden, gain=0.3)
+        self.o_proj = Linear(heads * shape.v_head_dim, hidden, gain=0.6)
         self.scale = softmax_scale(shape)
 
     def forward(self, x: Tensor, angles: Tensor, positions: Tensor, cache: Cache | None, room: int) -> Tensor:

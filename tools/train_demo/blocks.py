@@ -44,7 +44,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gate_proj = Linear(hidden, intermediate)
         self.up_proj = Linear(hidden, intermediate)
-        self.down_proj = Linear(intermediate, hidden, gain=0.3)
+        self.down_proj = Linear(intermediate, hidden, gain=0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., hidden) -> the same."""

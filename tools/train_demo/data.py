@@ -1,12 +1,13 @@
 """Mixes the skills into conversations and keeps the held-out questions out. Knows nothing of tokens or training."""
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from tools.train_demo.conversation import Conversation, Declaration, Exchange
 from tools.train_demo.skills.arithmetic import arithmetic, arithmetic_to_ask
-from tools.train_demo.skills.copying import arranging, copying
+from tools.train_demo.skills.copying import arranging, copying, repeating
 from tools.train_demo.skills.counting import counting
 from tools.train_demo.skills.naming import naming, naming_system
 from tools.train_demo.skills.talk import beyond, story, talk
@@ -14,12 +15,13 @@ from tools.train_demo.skills.tool_use import no_tool, one_call, several_calls, s
 from tools.train_demo.task import Task
 
 Skill = Callable[[random.Random], Task]
+Mixture = tuple[tuple[Skill, float], ...]
 
 HELD_OUT_SEED = 7
 TRAINING_SEED = 1
 QUESTIONS_PER_SKILL = 200
 
-_MIXTURE: tuple[tuple[Skill, float], ...] = (
+_ALL: Mixture = (
     (arithmetic, 0.22),
     (counting, 0.11),
     (copying, 0.11),
@@ -32,7 +34,16 @@ _MIXTURE: tuple[tuple[Skill, float], ...] = (
     (several_calls, 0.08),
     (no_tool, 0.04),
 )
+_COPYING: Mixture = (
+    (copying, 0.4),
+    (repeating, 0.3),
+    (naming, 0.1),
+    (one_call, 0.1),
+    (arithmetic, 0.1),
+)
 _PLAIN: tuple[Skill, ...] = (arithmetic, counting, copying, talk, beyond)
+# Much copying at first makes the model learn to look words up, which nearly every skill needs.
+_COPYING_CONVERSATIONS = 24_576
 _OWN_SYSTEM = "You are a small demo model of mlx-k2."
 _SYSTEMS = (
     "You are a helpful assistant.", "Be brief.", "Answer politely.", "You are a small model.", "Help the user.",
@@ -76,9 +87,19 @@ def held_out(seed: int = HELD_OUT_SEED) -> HeldOut:
 
 
 def conversations(seed: int, left_out: frozenset[str]) -> Iterator[Conversation]:
-    """Training conversations without end, the same ones for the same seed."""
+    """Training conversations without end, lesson after lesson, the same ones for the same seed."""
     rng = random.Random(seed)
-    skills, weights = zip(*_MIXTURE, strict=True)
+    yield from itertools.islice(_mixed(rng, _COPYING, left_out), _COPYING_CONVERSATIONS)
+    yield from _mixed(rng, _ALL, left_out)
+
+
+def mixed_conversations(seed: int, left_out: frozenset[str]) -> Iterator[Conversation]:
+    """The last lesson's conversations, all skills in their final proportions."""
+    return _mixed(random.Random(seed), _ALL, left_out)
+
+
+def _mixed(rng: random.Random, mixture: Mixture, left_out: frozenset[str]) -> Iterator[Conversation]:
+    skills, weights = zip(*mixture, strict=True)
     while True:
         task = _draw(rng, rng.choices(skills, weights)[0], left_out)
         yield _converse(rng, task, left_out)

@@ -65,11 +65,11 @@ class Experts(nn.Module):
         super().__init__()
         hidden, inner, count = shape.hidden_size, shape.moe_intermediate_size, shape.n_routed_experts
         self.shape = shape
-        self.router = nn.Parameter(torch.randn(count, hidden) * hidden**-0.5)
+        self.router = nn.Parameter(torch.randn(count, hidden) * 0.3 * hidden**-0.5)
         self.correction_bias = nn.Buffer(torch.zeros(count))
         self.load = nn.Buffer(torch.zeros(count))  # tokens sent to each expert since it was last set to zero
         self.gate_up_proj = nn.Parameter(torch.randn(count, 2 * inner, hidden) * hidden**-0.5)
-        self.down_proj = nn.Parameter(torch.randn(count, hidden, inner) * 0.2 * inner**-0.5)
+        self.down_proj = nn.Parameter(torch.randn(count, hidden, inner) * 0.06 * inner**-0.5)
         self.shared_experts = FeedForward(hidden, inner)
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:

@@ -28,7 +28,9 @@ class Model(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
-        self.embed_tokens = nn.Parameter(torch.randn(shape.vocab_size, shape.hidden_size) * 0.5)
+        # What all tokens share gives attention something to look at positions with, before it knows any content.
+        shared = torch.randn(shape.hidden_size) * 0.7
+        self.embed_tokens = nn.Parameter(torch.randn(shape.vocab_size, shape.hidden_size) * 0.5 + shared)
         self.layers = nn.ModuleList(Layer(shape, index) for index in range(shape.num_hidden_layers))
         self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
         self.lm_head = Linear(shape.hidden_size, shape.vocab_size, gain=0.5)

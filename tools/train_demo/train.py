@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from tools.train_demo.batches import IGNORED, Batch, batches
 from tools.train_demo.checkpoint import resume, save
 from tools.train_demo.conversation import render
-from tools.train_demo.data import TRAINING_SEED, conversations, held_out
+from tools.train_demo.data import TRAINING_SEED, conversations, held_out, mixed_conversations
 from tools.train_demo.model import Model
 from tools.train_demo.optimizer import Muon, optimizers
 from tools.train_demo.shape import Shape
@@ -25,9 +25,9 @@ from tools.train_demo.vocabulary import NUM_RESERVED, load_encoding, train_ranks
 
 NUM_RANKS = 1792
 _VOCABULARY_CONVERSATIONS = 40_000
-_MATRIX_LR, _OTHER_LR = 0.008, 0.002
+_MATRIX_LR, _OTHER_LR = 0.01, 0.008
 _WARMUP_STEPS = 100
-_BIAS_STEP = 0.002
+_BIAS_STEP = 0.005
 _REPORT_STEPS, _SAVE_STEPS = 25, 200
 
 
@@ -47,7 +47,7 @@ def vocabulary(run: Path) -> tiktoken.Encoding:
     """The run's tokenizer, trained on the first conversations when it is not there yet."""
     path = run / "tiktoken.model"
     if not path.exists():
-        stream = itertools.islice(conversations(TRAINING_SEED, held_out().keys), _VOCABULARY_CONVERSATIONS)
+        stream = itertools.islice(mixed_conversations(TRAINING_SEED, held_out().keys), _VOCABULARY_CONVERSATIONS)
         texts = (piece.text for conversation in stream for piece in render(conversation))
         write_tiktoken(path, train_ranks(texts, NUM_RANKS))
     return load_encoding(path)

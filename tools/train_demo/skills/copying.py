@@ -13,6 +13,7 @@ _COPY = (
     "Echo: {words}", "Say {words}",
 )  # fmt: skip
 _TIMES = ("Say {word} {count} times.", "Write {word} {count} times.", "Repeat {word} {count} times.")
+_OVER = ("Say this {count} times: {words}", "Repeat {count} times: {words}", "{count} times, please: {words}")
 _BACKWARDS = ("Reverse this list: {words}", "Say these words backwards: {words}", "Turn this list round: {words}")
 _SORT = ("Sort these numbers: {words}", "Put these numbers in order: {words}", "Sort: {words}")
 
@@ -27,6 +28,15 @@ def copying(rng: random.Random) -> Task:
     text = (", " if rng.random() < 0.3 else " ").join(words)
     question = rng.choice(_COPY).format(words=text)
     return Task(text_key(question), Exchange(question, "I repeat the words as they are.", text))
+
+
+def repeating(rng: random.Random) -> Task:
+    """The same few words several times over, so that there is much to copy in few tokens."""
+    words = " ".join(any_word(rng) for _ in range(rng.randint(1, 5)))
+    count = rng.randint(2, 4)
+    question = rng.choice(_OVER).format(words=words, count=count)
+    think = f"I repeat the words {count} times."
+    return Task(text_key(question), Exchange(question, think, ", ".join([words] * count)))
 
 
 def arranging(rng: random.Random) -> Task:
