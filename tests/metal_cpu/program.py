@@ -78,6 +78,10 @@ class KernelFault(Exception):
     """The executor or a sanitizer stopped the kernel; the message is its report."""
 
 
+class CompileFault(Exception):
+    """The host compiler does not take the kernel; never what a planted fault should lead to."""
+
+
 class Traffic(NamedTuple):
     """Bytes that loads and stores of one buffer moved."""
 
@@ -110,7 +114,7 @@ def _digest(*parts: object) -> str:
 def _compile(command: Sequence[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
     if result.returncode:
-        raise KernelFault(f"does not compile:\n{result.stderr[:6000]}")
+        raise CompileFault(f"does not compile:\n{result.stderr[:6000]}")
 
 
 @functools.cache
