@@ -2,7 +2,7 @@
 
     python -m bench.host_overhead [--pairs N] [--save LABEL]
 
-The same 61-layer checkpoint in mlx-k2 (one stage, compiled, keys unpadded, as on a GPU) and in mlx-lm, in turn, in
+The same 61-layer checkpoint in mlx-k2 (one stage, compiled, as on a GPU) and in mlx-lm, in turn, in
 float32. What counts is the building thread's own CPU time, so other programs on the machine do not; the graph is
 evaluated after the clock has stopped.
 """
@@ -95,7 +95,7 @@ def mlx_k2_steps() -> tuple[int, Build]:
 
     def run(token_ids: list[int], *, is_prompt: bool) -> mx.array:
         nonlocal position
-        batch = Batch([Span(0, position, len(token_ids), is_prompt)], key_alignment=1)
+        batch = Batch([Span(0, position, len(token_ids), is_prompt)])
         position += len(token_ids)
         return model.logits(model.run(model.embed(mx.array(token_ids)), batch))
 

@@ -90,7 +90,7 @@ def attend_naive(
     """Queries (heads, count, qk_head) from ``position`` on, over cached ``keys`` (keys, row) -> (heads, count, v_head).
 
     Heads, and then queries, are taken in blocks. ``fused`` lets a GPU kernel that keeps no scores take over where
-    scores would not fit in one block; it needs unpadded keys.
+    scores would not fit in one block.
     """
     heads, count, head_dim = queries.shape
     num_keys = keys.shape[0]

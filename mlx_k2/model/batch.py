@@ -27,13 +27,9 @@ class Span:
 
 
 class Batch:
-    """Spans laid one after the other, those of generated tokens first.
+    """Spans laid one after the other, those of generated tokens first."""
 
-    ``key_alignment``: attention sees keys padded with zeros to a multiple of this. On a CPU it makes every sum over
-    keys run in the same order whatever chunk a position travels in; a GPU needs none (1).
-    """
-
-    def __init__(self, spans: Sequence[Span], key_alignment: int) -> None:
+    def __init__(self, spans: Sequence[Span]) -> None:
         assert spans, "a step without tokens"
         kinds = [span.is_prompt for span in spans]
         assert kinds == sorted(kinds), "generated tokens come before prompt tokens"
@@ -41,13 +37,8 @@ class Batch:
         self.spans = tuple(spans)
         self.num_tokens = sum(span.count for span in spans)
         self.num_generated = sum(span.count for span in spans if not span.is_prompt)
-        self._key_alignment = key_alignment
 
     @cached_property
     def positions(self) -> mx.array:
         """The position of each token: (tokens,) int32."""
         return mx.array([position for span in self.spans for position in range(span.position, span.end)], mx.int32)
-
-    def num_keys(self, span: Span) -> int:
-        """How many cached rows ``span`` attends to, padding included."""
-        return -(-span.end // self._key_alignment) * self._key_alignment

@@ -54,7 +54,7 @@ def make_layer(config: ModelConfig, *, fused_attention: bool) -> RunLayer:
         start = 0
         for span in batch.spans:
             end = start + span.count
-            keys = cache.write(index, span, batch.num_keys(span), projections.rows[start:end])
+            keys = cache.write(index, span, projections.rows[start:end])
             if span.is_prompt:
                 assert projections.naive_queries is not None
                 queries = projections.naive_queries[:, start - batch.num_generated : end - batch.num_generated]

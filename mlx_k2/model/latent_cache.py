@@ -21,17 +21,12 @@ class LatentCache:
         self.dtype = dtype
         self._rows: list[list[mx.array | None]] = [[None] * num_slots for _ in range(num_layers)]
 
-    def write(self, layer: int, span: Span, num_keys: int, rows: mx.array) -> mx.array:
-        """Put the span's ``rows`` (count, row_dim) at its position; returns what it attends to, (num_keys, row_dim).
-
-        Keys past the span's end are zeros, never what an earlier owner of the slot left there.
-        """
-        if num_keys > span.end:
-            rows = mx.pad(rows, [(0, num_keys - span.end), (0, 0)])
-        cached = self._at_least(layer, span.slot, num_keys)
-        cached[span.position : num_keys] = rows  # in place once evaluated: nobody else holds the array
+    def write(self, layer: int, span: Span, rows: mx.array) -> mx.array:
+        """Put the span's ``rows`` (count, row_dim) at its position; returns what it attends to, (span.end, row_dim)."""
+        cached = self._at_least(layer, span.slot, span.end)
+        cached[span.position : span.end] = rows  # in place once evaluated: nobody else holds the array
         self._rows[layer][span.slot] = cached
-        return cached[:num_keys]
+        return cached[: span.end]
 
     def copy(self, source: int, target: int, num_rows: int) -> None:
         """Put the first ``num_rows`` rows of slot ``source`` into slot ``target``, in every layer."""

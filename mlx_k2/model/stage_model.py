@@ -56,7 +56,7 @@ class StageModel:
         """Whether `run` evaluates nothing, so that it can be called before the hidden states have arrived."""
         heads, item_bytes = self._config.num_attention_heads, self._cache.dtype.size
         return batch.num_generated == batch.num_tokens and all(
-            fits_absorbed(heads, span.count, batch.num_keys(span), item_bytes) for span in batch.spans
+            fits_absorbed(heads, span.count, span.end, item_bytes) for span in batch.spans
         )
 
     def run(self, hidden: mx.array, batch: Batch) -> mx.array:

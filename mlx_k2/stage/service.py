@@ -48,8 +48,6 @@ CLOSE_S = 5.0
 """How long the last frames may take to leave."""
 _LOST_NEIGHBOUR = ("[ring]", "[jaccl]")
 """How the errors of mlx.distributed's backends begin; MLX raises all of its errors as RuntimeError."""
-CPU_KEY_ALIGNMENT = 32
-"""At least as wide as the CPU back end's vectors: a sum over keys then runs in the same order in any chunk."""
 
 
 def serve(inward_fd: int, outward_fd: int) -> NoReturn:
@@ -190,6 +188,5 @@ class StageService:
             is_last=layers.stop == config.num_hidden_layers,
             hidden_size=config.hidden_size,
             dtype=dtype,
-            key_alignment=1 if on_gpu() else CPU_KEY_ALIGNMENT,
         )
         return Loaded(held_bytes, peak_bytes(), len(layers) * config.latent_dim * dtype.size)

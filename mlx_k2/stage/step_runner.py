@@ -23,7 +23,6 @@ class StepRunner:
         is_last: bool,
         hidden_size: int,
         dtype: mx.Dtype,
-        key_alignment: int,
     ) -> None:
         self._model = model
         self._transport = transport
@@ -31,12 +30,11 @@ class StepRunner:
         self._is_last = is_last
         self._hidden_size = hidden_size
         self._dtype = dtype
-        self._key_alignment = key_alignment
 
     def run(self, step: Step) -> StepDone:
         """Run the step; where it can be, its graph is built while the hidden states are still on their way."""
         began = time.perf_counter()
-        batch = Batch([_span(row) for row in step.rows], self._key_alignment)
+        batch = Batch([_span(row) for row in step.rows])
         for row in step.rows:
             if row.copy_from is not None:
                 self._model.copy_positions(row.copy_from, row.slot, row.position)

@@ -17,7 +17,6 @@ from mlx_k2.weights.index import CheckpointIndex, read_index_json
 from mlx_k2.weights.reader import ShardReader
 from tests.model.checkpoints import read_config
 
-KEY_ALIGNMENT = 32  # as the stage program sets it on a CPU
 Part = tuple[Span, Sequence[int]]
 
 
@@ -34,7 +33,7 @@ class Chain:
 
     def run(self, *parts: Part) -> mx.array:
         """The logits (tokens, vocabulary) of spans that travel together, with the tokens of each; evaluated."""
-        batch = Batch([span for span, _ in parts], KEY_ALIGNMENT)
+        batch = Batch([span for span, _ in parts])
         hidden = self.stages[0].embed(mx.array([token_id for _, token_ids in parts for token_id in token_ids]))
         for stage in self.stages:
             hidden = stage.run(hidden, batch)

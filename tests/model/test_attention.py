@@ -1,4 +1,4 @@
-"""The two ways of attention agree; blocks, padding and the fused path change nothing; memory stays within bounds."""
+"""The two ways of attention agree; blocks and the fused path change nothing; memory stays within bounds."""
 
 from typing import NamedTuple
 

@@ -14,7 +14,7 @@ from mlx_k2.model.batch import Batch, Span
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.layer_weights import LayerWeights, MoeWeights, assemble_layer
 from mlx_k2.model.stage_model import Head, StageModel
-from tests.model.chain import KEY_ALIGNMENT, Chain, largest_difference, open_shards
+from tests.model.chain import Chain, largest_difference, open_shards
 from tests.model.checkpoints import Checkpoint, read_config
 
 TOLERANCE = 2e-4
@@ -33,7 +33,7 @@ class Parts(NamedTuple):
         """The prompt's."""
         cache = LatentCache(len(self.layers), 1, 256, self.config.latent_dim, mx.float32)
         model = StageModel(self.config, list(self.layers), self.embedding, self.head, cache, fused_attention=False)
-        batch = Batch([Span(0, 0, len(PROMPT), is_prompt=True)], KEY_ALIGNMENT)
+        batch = Batch([Span(0, 0, len(PROMPT), is_prompt=True)])
         return model.logits(model.run(model.embed(mx.array(PROMPT)), batch))
 
     def with_moe(self, layer: int, change: Callable[[MoeWeights], MoeWeights]) -> "Parts":
@@ -146,7 +146,7 @@ def test_absorbed_and_naive_agree_in_one_layer(checkpoint: Checkpoint, variant: 
 
     def run(*, is_prompt: bool) -> mx.array:
         cache = LatentCache(1, 1, 256, config.latent_dim, mx.float32)
-        batch = Batch([Span(0, 0, len(PROMPT), is_prompt)], KEY_ALIGNMENT)
+        batch = Batch([Span(0, 0, len(PROMPT), is_prompt)])
         return run_layer(hidden, 0, weights, batch, cache)
 
     naive, absorbed = run(is_prompt=True), run(is_prompt=False)

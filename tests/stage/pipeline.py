@@ -11,7 +11,7 @@ from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.sampling import REPETITION_WINDOW, Sampling
 from mlx_k2.stage.step_runner import StepRunner
 from mlx_k2.stage.transport import QueueTransport
-from tests.model.chain import KEY_ALIGNMENT, load_stage, split_layers
+from tests.model.chain import load_stage, split_layers
 from tests.model.checkpoints import read_config
 
 
@@ -32,7 +32,6 @@ class Pipeline:
                     is_last=rank == num_stages - 1,
                     hidden_size=config.hidden_size,
                     dtype=mx.float32,
-                    key_alignment=KEY_ALIGNMENT,
                 )
             )
         self._num_steps = 0

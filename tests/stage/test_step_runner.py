@@ -109,7 +109,7 @@ def test_a_beginning_copied_from_another_slot_is_as_good_as_computed(
     checkpoint: Checkpoint, expected: list[list[SampledToken]]
 ) -> None:
     pipeline = Pipeline(checkpoint("thinking"), 2)
-    pipeline.tokens(Row(2, 0, tuple([*PROMPT[:40], 1, 2, 3]), True, None))
+    pipeline.tokens(Row(2, 0, (*PROMPT[:40], 1, 2, 3), True, None))
     row = Row(1, 40, tuple(PROMPT[40:]), True, SAMPLINGS[0], recent(PROMPT), copy_from=2)
     assert pipeline.tokens(row) == (expected[0][0],)
 
