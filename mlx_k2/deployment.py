@@ -28,7 +28,7 @@ from mlx_k2.control.messages import (
     ShardDownloaded,
 )
 from mlx_k2.engine.cost_model import StageCost
-from mlx_k2.errors import StageStartError
+from mlx_k2.errors import PartitionError, StageStartError
 from mlx_k2.launch import bring_up
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.place import StagePlace
@@ -55,7 +55,7 @@ class DeploymentRequest:
     dtype: str | None
     lease_s: float
     num_slots: int = 1
-    """How many sequences may run at once."""
+    """How many sequences may run at once; fewer do where the caches of so many do not fit."""
 
 
 class Watcher:
@@ -157,9 +157,8 @@ def _start(request: DeploymentRequest, model: ModelDescription | None, watcher: 
             watcher.phase(f"asking {group.host(0)} for the model's config and tokenizer")
             model = _fetch_description(group, _source_on(hosts[0], request.source))
         gpus = [hello.working_set_bytes is not None for hello in hellos]
-        shape = choose_shape(model.config, request.dtype, request.context_tokens, request.num_slots, all(gpus))
         memories = [HostMemory(hello.working_set_bytes, hello.memory_bytes) for hello in hellos]
-        plans = plan_stages(model, request.hostfile, memories, request.split, shape)
+        shape, plans = _plan(request, model, memories, all_on_gpu=all(gpus))
         watcher.planned(model, plans)
         yield StartedStages(group, model, shape, plans, hellos)
 
@@ -174,16 +173,29 @@ def foresee(request: DeploymentRequest, model: ModelDescription) -> tuple[RunSha
     here = HostMemory(None, psutil.virtual_memory().total)
     unknown = HostMemory(None, None)
     all_on_gpu = _IS_MAC or not any(host.is_local for host in hosts)  # other hosts are taken for Macs
-    shape = choose_shape(model.config, request.dtype, request.context_tokens, request.num_slots, all_on_gpu)
-    plans = plan_stages(
-        model, request.hostfile, [here if host.is_local else unknown for host in hosts], request.split, shape
-    )
+    memories = [here if host.is_local else unknown for host in hosts]
+    shape, plans = _plan(request, model, memories, all_on_gpu=all_on_gpu)
     for plan in plans:
         source = _source_on(plan.host, request.source)
         if plan.host.is_local and not is_repo(source):
             specs = shard_specs(model.config, plan.share.first_layer, plan.share.end_layer)
             locate_tensors(model_folder(source), model.index, specs)
     return shape, plans
+
+
+def _plan(
+    request: DeploymentRequest, model: ModelDescription, memories: Sequence[HostMemory], *, all_on_gpu: bool
+) -> tuple[RunShape, tuple[StagePlan, ...]]:
+    """The shape that was asked for, and the stages; with half the slots, and half again, where they do not fit."""
+    num_slots = request.num_slots
+    while True:
+        shape = choose_shape(model.config, request.dtype, request.context_tokens, num_slots, all_on_gpu)
+        try:
+            return shape, plan_stages(model, request.hostfile, memories, request.split, shape)
+        except PartitionError:
+            if num_slots == 1:
+                raise
+            num_slots //= 2
 
 
 def _place(host: Host) -> StagePlace:

@@ -1,7 +1,7 @@
 """Where text and tokens meet: a prompt becomes a request, drawn tokens become text. Knows no terminal."""
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ from mlx_k2.deployment import Deployment
 from mlx_k2.engine.pace import MeasuredPace
 from mlx_k2.engine.request import FinishReason, Request
 from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
+from mlx_k2.engine.sequence import Sequence
 from mlx_k2.text.detokenizer import Detokenizer
 from mlx_k2.text.tokenizer import Tokenizer
 
@@ -35,6 +36,8 @@ class AnswerSummary:
     time_to_first_token_s: float
     prefill_tokens_per_s: float
     decode_tokens_per_s: float | None
+    num_guesses: int
+    num_hits: int
 
 
 def coordinate(
@@ -74,10 +77,11 @@ def stream_answer(
                 text += detokenizer.finish()
             yield Delta(token_id, text, event.token.logprob, event.token.top)
             if finished is not None:
-                yield _summary(request, finished, began, arrivals)
+                yield _summary(event.sequence, finished, began, arrivals)
 
 
-def _summary(request: Request, reason: FinishReason, began: float, arrivals: Sequence[float]) -> AnswerSummary:
+def _summary(sequence: Sequence, reason: FinishReason, began: float, arrivals: list[float]) -> AnswerSummary:
+    request = sequence.request
     first_s = arrivals[0] - began
     decode_s = arrivals[-1] - arrivals[0]
     return AnswerSummary(
@@ -88,4 +92,6 @@ def _summary(request: Request, reason: FinishReason, began: float, arrivals: Seq
         time_to_first_token_s=first_s,
         prefill_tokens_per_s=len(request.prompt_ids) / first_s,
         decode_tokens_per_s=(len(arrivals) - 1) / decode_s if decode_s > 0 else None,
+        num_guesses=sequence.num_guesses,
+        num_hits=sequence.num_hits,
     )

@@ -19,7 +19,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("model_source", "plan", "stage_costs"),
     ("stage", "launch"),
     ("coordinator", "deployment"),
-    ("session",),
+    ("session", "answers"),
     ("cli",),
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -1,11 +1,13 @@
 """`mlx-k2 generate`: one prompt in, its answer streamed to stdout."""
 
+from dataclasses import replace
 from typing import Any
 
 import click
 
 from mlx_k2.cli.console import ConsoleWatcher, note, show_dry_run
-from mlx_k2.cli.options import cluster_options, sampling_options
+from mlx_k2.cli.many import WANTED_SLOTS, check_options, generate_many
+from mlx_k2.cli.options import cluster_options, guess_option, sampling_options
 from mlx_k2.cli.output import JsonOutput, TextOutput
 from mlx_k2.cli.requests import Prompt, deployment_request, open_source, prompt_text, read_prompt
 from mlx_k2.deployment import Deployment, DeploymentRequest, deploy, foresee
@@ -21,6 +23,9 @@ from mlx_k2.weights.checkpoint import ModelDescription
 @click.option("--raw", is_flag=True, help="Send PROMPT as it is, without the chat template.")
 @click.option("--token-ids", metavar="N,N,...", help="The prompt as token ids, as they are.")
 @sampling_options
+@click.option("--prompts", "prompts_path", metavar="FILE", help="Many prompts: a JSON object a line; see the manual.")
+@click.option("--out", "out_path", metavar="FILE", help="With --prompts: where the results go, in the same order.")
+@guess_option
 @click.option(
     "--logprobs", "num_logprobs", type=int, metavar="N", help="With --json: log-probabilities, and of the top N tokens."
 )
@@ -46,12 +51,17 @@ def command(**options: Any) -> None:
     """  # noqa: D301  # click reads the escape
     if options["num_logprobs"] is not None and not options["as_json"]:
         raise click.UsageError("--logprobs shows in the JSON lines only: add --json")
+    check_options(options)
     request = deployment_request(options)
+    if options["prompts_path"] is not None:
+        request = replace(request, num_slots=WANTED_SLOTS)
     for line in request.hostfile.notes:
         note(line)
     request, model = open_source(request)
     if options["dry_run"]:
         _dry_run(request, model)
+    elif options["prompts_path"] is not None:
+        generate_many(options, request, model)
     else:
         _generate(options, request, model)
 
@@ -72,12 +82,12 @@ def _generate(options: dict[str, Any], request: DeploymentRequest, model: ModelD
     with ConsoleWatcher(options["verbose"]) as watcher, deploy(request, model, watcher) as deployment:
         prompt = prompt or read_prompt(options, text, deployment.model, deployment.shape.context_tokens)
         watcher.phase(f"reading the prompt of {len(prompt.request.prompt_ids)} tokens")
-        _answer(deployment, prompt, watcher, as_json=options["as_json"])
+        _answer(deployment, prompt, watcher, options)
 
 
-def _answer(deployment: Deployment, prompt: Prompt, watcher: ConsoleWatcher, *, as_json: bool) -> None:
-    coordinator = coordinate(deployment, guesses=False)
-    with JsonOutput(prompt.tokenizer) if as_json else TextOutput() as output:
+def _answer(deployment: Deployment, prompt: Prompt, watcher: ConsoleWatcher, options: dict[str, Any]) -> None:
+    coordinator = coordinate(deployment, guesses=options["guess"] == "ngram")
+    with JsonOutput(prompt.tokenizer) if options["as_json"] else TextOutput() as output:
         for part in stream_answer(coordinator, prompt.tokenizer, prompt.request):
             watcher.done()
             if isinstance(part, Delta):

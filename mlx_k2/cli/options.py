@@ -59,6 +59,16 @@ _SAMPLING = (
 )
 
 
+guess_option = click.option(
+    "--guess",
+    type=click.Choice(["off", "ngram"]),
+    default="ngram",
+    show_default=True,
+    help="What idle stages do while a lone answer's token is under way: nothing, or the next one as the text so far "
+    "suggests. The answer is the same.",
+)
+
+
 def cluster_options(command: Command) -> Command:
     """Where to run what."""
     return _with(_CLUSTER, command)

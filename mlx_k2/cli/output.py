@@ -55,6 +55,7 @@ class TextOutput:
             f"first token after {summary.time_to_first_token_s:.2f} s",
             f"prefill {summary.prefill_tokens_per_s:.1f} tok/s",
             f"decode {decode:.1f} tok/s" if decode is not None else None,
+            f"{summary.num_hits} of {summary.num_guesses} guesses right" if summary.num_guesses else None,
         )
         note(" · ".join(parts))
         note(" · ".join(part for part in times if part))
@@ -120,6 +121,8 @@ class JsonOutput:
             "time_to_first_token_s": summary.time_to_first_token_s,
             "prefill_tokens_per_s": summary.prefill_tokens_per_s,
             "decode_tokens_per_s": summary.decode_tokens_per_s,
+            "guesses": summary.num_guesses,
+            "hits": summary.num_hits,
             "stages": stages,
         }
         _write_line({"summary": fields})

@@ -2,11 +2,12 @@
 
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_k2.cli.prompt_files import PromptLine
 from mlx_k2.cluster.hostfile import Hostfile, local_hostfile, read_hostfile
 from mlx_k2.cluster.partition import parse_split
 from mlx_k2.control.messages import ModelSource
@@ -20,6 +21,7 @@ from mlx_k2.text.prompt import render_prompt
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 
+SAMPLING_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _MIN_LEASE_S, _MAX_LEASE_S = 2, 3600
 _MAX_DIGITS = 10
 
@@ -121,10 +123,43 @@ def read_prompt(options: Mapping[str, Any], text: str, model: ModelDescription, 
         RequestError, TokenizerError: it cannot be served; says why.
     """
     tokenizer = load_tokenizer(model.files, model.config.vocab_size)
+    return _prompt(options, _prompt_ids(options, text, model, tokenizer), tokenizer, model, context_tokens)
+
+
+def line_prompt(
+    options: Mapping[str, Any],
+    line: PromptLine,
+    seed: int,
+    model: ModelDescription,
+    tokenizer: Tokenizer,
+    context_tokens: int,
+) -> Prompt:
+    """One line of a file of prompts; what it says of sampling stands above the options. ``seed`` is its own.
+
+    Raises:
+        RequestError, TokenizerError: it cannot be served; says why.
+    """
+    given = {name: value for name in (*SAMPLING_NAMES, "max_tokens") if (value := getattr(line, name)) is not None}
+    merged = {**options, **given, "seed": seed if line.seed is None else line.seed}
+    if line.messages is not None:
+        prompt_ids = render_prompt(load_chat_template(model.files), tokenizer, line.messages)
+    else:
+        assert line.prompt is not None, "a line without a prompt"
+        prompt_ids = _prompt_ids(merged, line.prompt, model, tokenizer)
+    return _prompt(merged, prompt_ids, tokenizer, model, context_tokens)
+
+
+def _prompt(
+    options: Mapping[str, Any],
+    prompt_ids: Sequence[int],
+    tokenizer: Tokenizer,
+    model: ModelDescription,
+    context_tokens: int,
+) -> Prompt:
     recommended = GenerationConfig.from_json(model.files.get("generation_config.json", b"{}"))
     request = Request(
-        prompt_ids=tuple(_prompt_ids(options, text, model, tokenizer)),
-        max_tokens=options["max_tokens"] or context_tokens,
+        prompt_ids=tuple(prompt_ids),
+        max_tokens=context_tokens if options["max_tokens"] is None else options["max_tokens"],
         sampling=_sampling(options, recommended),
         stop_ids=tokenizer.stop_ids | {*model.config.eos_token_ids, *recommended.eos_token_ids},
     )
@@ -132,12 +167,16 @@ def read_prompt(options: Mapping[str, Any], text: str, model: ModelDescription, 
     return Prompt(request, tokenizer)
 
 
+def base_seed(options: Mapping[str, Any]) -> int:
+    """--seed, else a random one."""
+    seed: int | None = options["seed"]
+    return secrets.randbits(32) if seed is None else seed
+
+
 def _sampling(options: Mapping[str, Any], recommended: GenerationConfig) -> Sampling:
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    values = {name: getattr(recommended, name) if options[name] is None else options[name] for name in names}
+    values = {name: getattr(recommended, name) if options[name] is None else options[name] for name in SAMPLING_NAMES}
     given = {name: value for name, value in values.items() if value is not None}
-    seed = secrets.randbits(32) if options["seed"] is None else options["seed"]
-    return Sampling(seed=seed, num_logprobs=options["num_logprobs"], **given)
+    return Sampling(seed=base_seed(options), num_logprobs=options["num_logprobs"], **given)
 
 
 def _prompt_ids(options: Mapping[str, Any], text: str, model: ModelDescription, tokenizer: Tokenizer) -> list[int]:

@@ -1,0 +1,74 @@
+"""Many requests at once: each becomes a whole answer. Knows neither files nor a terminal."""
+
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from mlx_k2.coordinator import Coordinator
+from mlx_k2.engine.request import FinishReason, Request
+from mlx_k2.text.detokenizer import Detokenizer
+from mlx_k2.text.prompt import opens_reasoning
+from mlx_k2.text.reply_parser import Part, Reply, ReplyParser, whole_reply
+from mlx_k2.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one request. Times are seconds since all of them were submitted."""
+
+    request: Request
+    token_ids: tuple[int, ...]
+    reply: Reply
+    finish_reason: FinishReason
+    first_token_s: float
+    finished_s: float
+
+
+@dataclass
+class _Arrived:
+    """An answer's tokens so far, and when the first one came."""
+
+    first_token_s: float
+    token_ids: list[int] = field(default_factory=list)
+
+
+def answer_all(
+    coordinator: Coordinator, tokenizer: Tokenizer, requests: Sequence[Request]
+) -> Generator[Answer, None, None]:
+    """Run all ``requests``; their answers as they are finished. Closing the generator early cancels the rest.
+
+    Raises:
+        ClusterError: a stage failed.
+    """
+    began = time.perf_counter()
+    arrived: dict[int, _Arrived] = {}
+    with closing(coordinator.run(*requests)) as events:
+        for event in events:
+            now_s = time.perf_counter() - began
+            request, reason = event.sequence.request, event.sequence.finish_reason
+            tokens = arrived.setdefault(id(request), _Arrived(now_s))
+            tokens.token_ids.append(event.token.token_id)
+            if reason is not None:
+                del arrived[id(request)]
+                reply = read_reply(tokenizer, request, tokens.token_ids)
+                yield Answer(request, tuple(tokens.token_ids), reply, reason, tokens.first_token_s, now_s)
+
+
+def read_reply(tokenizer: Tokenizer, request: Request, token_ids: Sequence[int]) -> Reply:
+    """Drawn tokens as reasoning, content and calls; a stop token at the end says nothing."""
+    names: Mapping[int, str] = {token_id: name for name, token_id in tokenizer.special_ids.items()}
+    parser = ReplyParser(tokenizer.special_ids, in_reasoning=opens_reasoning(tokenizer, request.prompt_ids))
+    detokenizer = Detokenizer(tokenizer)
+    parts: list[Part] = []
+    for token_id in token_ids:
+        if token_id in request.stop_ids:
+            continue
+        if token_id in names:
+            parts += parser.text(detokenizer.finish())
+            parts += parser.control(names[token_id])
+        else:
+            parts += parser.text(detokenizer.add(token_id))
+    parts += parser.text(detokenizer.finish())
+    parts += parser.finish()
+    return whole_reply(parts)

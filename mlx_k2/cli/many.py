@@ -1,0 +1,114 @@
+"""`mlx-k2 generate --prompts`: a file of prompts in, a file of results out."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mlx_k2.answers import Answer, answer_all
+from mlx_k2.cli.console import ConsoleWatcher, console, note
+from mlx_k2.cli.prompt_files import PromptLine, ResultFile, line_seed, read_prompt_lines, run_digest
+from mlx_k2.cli.requests import SAMPLING_NAMES, base_seed, line_prompt
+from mlx_k2.deployment import Deployment, DeploymentRequest, deploy
+from mlx_k2.engine.request import Request
+from mlx_k2.errors import SetupError
+from mlx_k2.session import coordinate
+from mlx_k2.text.tokenizer import load_tokenizer
+from mlx_k2.weights.checkpoint import ModelDescription
+
+WANTED_SLOTS = 16
+"""Sequences at once, memory permitting: with K2's bytes, more gain little and wait longer (computed)."""
+_SINGLE = ("prompt", "token_ids", "as_json", "num_logprobs")
+_COUNTED = ("system", "raw", "max_tokens", "seed", *SAMPLING_NAMES)
+"""The options that make a result another one."""
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse what does not go with a file of prompts."""
+    if (options["prompts_path"] is None) != (options["out_path"] is None):
+        raise click.UsageError("--prompts and --out go together: give both")
+    if options["prompts_path"] is not None and any(options[name] not in (None, False) for name in _SINGLE):
+        raise click.UsageError("--prompts goes without PROMPT, --token-ids, --json and --logprobs")
+
+
+def generate_many(options: dict[str, Any], asked: DeploymentRequest, model: ModelDescription | None) -> None:
+    """Answer every line that has no result yet.
+
+    Raises:
+        RequestError: a file is not what it should be; nothing was started and nothing changed.
+    """
+    lines = read_prompt_lines(Path(options["prompts_path"]))
+    if model is not None:
+        _results(options, lines, model)
+    with (
+        ConsoleWatcher(options["verbose"]) as watcher,
+        deploy(asked, model, watcher) as deployment,
+        _results(options, lines, deployment.model) as results,
+    ):
+        watcher.done()
+        num_failed = _answer_lines(options, deployment, lines, results)
+    failed = f", {num_failed} of them failed" if num_failed else ""
+    note(f"{len(lines)} results are in {options['out_path']}{failed}")
+
+
+def _results(options: Mapping[str, Any], lines: Sequence[PromptLine], model: ModelDescription) -> ResultFile:
+    counted = {name: options[name] for name in _COUNTED}
+    return ResultFile(Path(options["out_path"]), [run_digest(model.digest, counted, line) for line in lines])
+
+
+def _answer_lines(
+    options: Mapping[str, Any], deployment: Deployment, lines: Sequence[PromptLine], results: ResultFile
+) -> int:
+    """Run what is left; how many prompts failed now."""
+    prompts: dict[int, Request] = {}
+    num_done, seed = results.num_done, base_seed(options)
+    model, context_tokens = deployment.model, deployment.shape.context_tokens
+    tokenizer = load_tokenizer(model.files, model.config.vocab_size)
+    with _progress(len(lines), num_done) as progress:
+        (task,) = progress.task_ids
+        for index, line in enumerate(lines[num_done:], start=num_done):
+            try:
+                prompt = line_prompt(options, line, line_seed(seed, index), model, tokenizer, context_tokens)
+            except SetupError as error:
+                results.write(index, {"id": _id(line, index), "error": str(error)})
+                progress.advance(task)
+            else:
+                prompts[index] = prompt.request
+        index_of = {id(request): index for index, request in prompts.items()}
+        coordinator = coordinate(deployment, guesses=options["guess"] == "ngram")
+        for answer in answer_all(coordinator, tokenizer, list(prompts.values())):
+            index = index_of[id(answer.request)]
+            results.write(index, {"id": _id(lines[index], index), **_result(answer.request, answer)})
+            progress.advance(task)
+    return len(lines) - num_done - len(prompts)
+
+
+def _progress(total: int, completed: int) -> Progress:
+    """A bar on stderr; nothing where that is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    progress.add_task("prompts", total=total, completed=completed)
+    return progress
+
+
+def _id(line: PromptLine, index: int) -> str | int:
+    """The line's own id, else its number."""
+    return index + 1 if line.id is None else line.id
+
+
+def _result(request: Request, answer: Answer) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "text": answer.reply.content,
+        "reasoning": answer.reply.reasoning,
+        "tokens": len(answer.token_ids),
+        "finish_reason": answer.finish_reason.value,
+        "prompt_tokens": len(request.prompt_ids),
+        "seed": request.sampling.seed,
+        "first_token_s": round(answer.first_token_s, 3),
+        "finished_s": round(answer.finished_s, 3),
+    }
+    if answer.reply.calls:
+        result["tool_calls"] = [{"name": call.name, "arguments": call.arguments} for call in answer.reply.calls]
+    return result

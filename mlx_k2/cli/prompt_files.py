@@ -1,0 +1,128 @@
+"""A file of prompts and the file of their results, both one JSON object a line. Runs nothing."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from mlx_k2.errors import RequestError
+
+
+class PromptLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One prompt: text or a conversation, with any sampling parameter beside it; None where the options decide."""
+
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    id: str | int | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+
+def read_prompt_lines(path: Path) -> list[PromptLine]:
+    """Every line of a file of prompts.
+
+    Raises:
+        RequestError: names the line that is broken, has an unknown key, or has not exactly one prompt.
+    """
+    lines = []
+    for number, text in enumerate(_read(path).splitlines(), start=1):
+        try:
+            line = msgspec.json.decode(text, type=PromptLine)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise RequestError(f"{path}, line {number}: {error}") from None
+        if (line.prompt is None) == (line.messages is None):
+            raise RequestError(f'{path}, line {number}: give either "prompt" or "messages"')
+        lines.append(line)
+    if not lines:
+        raise RequestError(f"{path} has no line: write one JSON object a line")
+    return lines
+
+
+def line_seed(seed: int, index: int) -> int:
+    """The seed of line ``index`` (from 0), 0 to 2^63 - 1."""
+    digest = hashlib.blake2b(seed.to_bytes(8, "little") + index.to_bytes(8, "little"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def run_digest(model_digest: str, options: Mapping[str, Any], line: PromptLine) -> str:
+    """Tells a result apart from one of another model, other options or another prompt."""
+    content = [model_digest, options, line]
+    return hashlib.blake2b(msgspec.json.encode(content, order="sorted"), digest_size=8).hexdigest()
+
+
+class ResultFile:
+    """Results in the order of their prompts, each written at once. A context.
+
+    ``digests`` holds one for each prompt. What the file holds already of the same run is kept, and ``num_done`` says
+    how many prompts that is; the beginning of a line that was cut off is dropped.
+
+    Raises:
+        RequestError: it holds something else, which stays as it is.
+    """
+
+    def __init__(self, path: Path, digests: Sequence[str]) -> None:
+        self._path = path
+        self._digests = digests
+        found = _read(path) if path.exists() else b""
+        whole = found[: found.rfind(b"\n") + 1]
+        if len(whole) < len(found) and not found[len(whole) :].startswith(b"{"):
+            raise self._foreign(whole.count(b"\n") + 1)
+        lines = whole.splitlines()
+        if len(lines) > len(digests):
+            raise self._foreign(len(digests) + 1)
+        for number, (line, digest) in enumerate(zip(lines, digests, strict=False), start=1):
+            if _digest_of(line) != digest:
+                raise self._foreign(number)
+        self.num_done = len(lines)
+        self._kept_bytes = len(whole)
+        self._waiting: dict[int, dict[str, Any]] = {}
+
+    def __enter__(self) -> "ResultFile":
+        try:
+            self._file = self._path.open("r+b" if self._path.exists() else "w+b")
+        except OSError as error:
+            raise RequestError(f"{self._path} cannot be written: {error.strerror}") from None
+        self._file.truncate(self._kept_bytes)
+        self._file.seek(self._kept_bytes)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def write(self, index: int, result: Mapping[str, Any]) -> None:
+        """Take the result of prompt ``index``; it is written when all before it are."""
+        self._waiting[index] = {**result, "run": self._digests[index]}
+        while self.num_done in self._waiting:
+            self._file.write(msgspec.json.encode(self._waiting.pop(self.num_done)) + b"\n")
+            self._file.flush()
+            self.num_done += 1
+
+    def _foreign(self, number: int) -> RequestError:
+        return RequestError(
+            f"{self._path} belongs to another run (see its line {number}): give another --out, or move the file away"
+        )
+
+
+def _digest_of(line: bytes) -> object:
+    try:
+        result = msgspec.json.decode(line)
+    except msgspec.DecodeError:
+        return None
+    return result.get("run") if isinstance(result, dict) else None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None

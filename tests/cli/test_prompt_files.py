@@ -1,0 +1,102 @@
+"""Files of prompts and results: what is wrong is named with its line, what is done stays done."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlx_k2.cli.prompt_files import PromptLine, ResultFile, line_seed, read_prompt_lines, run_digest
+from mlx_k2.errors import RequestError
+
+DIGESTS = ["a", "b", "c"]
+
+
+def prompts(folder: Path, *lines: str) -> Path:
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def write_all(path: Path, *indexes: int) -> list[object]:
+    with ResultFile(path, DIGESTS) as results:
+        for index in indexes:
+            results.write(index, {"text": str(index)})
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+def test_a_line_is_a_prompt_or_messages_with_sampling_beside_it(tmp_path: Path) -> None:
+    path = prompts(tmp_path, '{"prompt": "x", "top_k": 3, "id": "one"}', '{"messages": [{"role": "user"}], "seed": 4}')
+    first, second = read_prompt_lines(path)
+    assert (first.prompt, first.top_k, first.id, first.temperature) == ("x", 3, "one", None)
+    assert (second.messages, second.seed) == ([{"role": "user"}], 4)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"prompt": "x"', "line 2: Input data was truncated"),
+        ("", "line 2: Input data was truncated"),
+        ('{"prompt": "x", "tempereture": 1}', "line 2: Object contains unknown field `tempereture`"),
+        ('{"id": 1}', 'line 2: give either "prompt" or "messages"'),
+        ('{"prompt": "x", "messages": []}', 'line 2: give either "prompt" or "messages"'),
+        ('{"prompt": "x", "top_k": "many"}', "line 2: Expected `int"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path: Path, line: str, words: str) -> None:
+    path = prompts(tmp_path, '{"prompt": "fine"}', line, '{"prompt": "fine"}')
+    with pytest.raises(RequestError, match=words):
+        read_prompt_lines(path)
+
+
+def test_a_file_without_lines_and_no_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="has no line"):
+        read_prompt_lines(prompts(tmp_path))
+    with pytest.raises(RequestError, match="cannot be read: No such file"):
+        read_prompt_lines(tmp_path / "none.jsonl")
+
+
+def test_results_stand_in_the_order_of_their_prompts_whatever_comes_first(tmp_path: Path) -> None:
+    assert write_all(tmp_path / "out", 2, 0, 1) == ["0", "1", "2"]
+
+
+def test_what_waits_for_an_earlier_result_is_not_written(tmp_path: Path) -> None:
+    assert write_all(tmp_path / "out", 0, 2) == ["0"]
+
+
+def test_a_second_run_goes_on_where_the_first_stopped(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_all(out, 0)
+    out.write_bytes(out.read_bytes() + b'{"text": "cut o')
+    assert ResultFile(out, DIGESTS).num_done == 1
+    assert write_all(out, 1, 2) == ["0", "1", "2"]
+    assert ResultFile(out, DIGESTS).num_done == 3
+
+
+@pytest.mark.parametrize(
+    "content", ["notes of mine\n", "notes of mine", '{"run": "z"}\n', '{"run": "a"}\n[]\n', '{"run": "a"}\n' * 4]
+)
+def test_a_file_of_another_run_is_refused_and_stays_as_it_is(tmp_path: Path, content: str) -> None:
+    out = tmp_path / "out"
+    out.write_text(content)
+    with pytest.raises(RequestError, match="belongs to another run"):
+        ResultFile(out, DIGESTS)
+    assert out.read_text() == content
+
+
+def test_each_line_has_a_seed_of_its_own_that_follows_from_the_options() -> None:
+    seeds = [line_seed(5, index) for index in range(100)]
+    assert len(set(seeds)) == 100
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seeds == [line_seed(5, index) for index in range(100)]
+    assert line_seed(6, 0) != seeds[0]
+
+
+def test_a_digest_changes_with_model_options_and_prompt() -> None:
+    line = PromptLine(prompt="x")
+    digests = {
+        run_digest("m", {"seed": 1}, line),
+        run_digest("n", {"seed": 1}, line),
+        run_digest("m", {"seed": 2}, line),
+        run_digest("m", {"seed": 1}, PromptLine(prompt="y")),
+    }
+    assert len(digests) == 4
