@@ -8,6 +8,7 @@ MlxK2Error
 │   ├── DownloadError     a file cannot be had from the Hub
 │   ├── HostfileError     the hostfile is not one
 │   ├── PartitionError    the layers cannot be divided, or do not fit
+│   ├── ToolsError        an MCP file or a tools module cannot be used, or a tool server does not start
 │   └── RequestError      the prompt or a sampling value cannot be served
 └── ClusterError          something was already running; exit code 1
     ├── StageStartError   a stage did not come up: ssh, Python, versions, its own loading
@@ -52,6 +53,10 @@ class HostfileError(SetupError):
 
 class PartitionError(SetupError):
     """The layers cannot be divided among the hosts as asked."""
+
+
+class ToolsError(SetupError):
+    """An MCP file or a tools module cannot be used, or a tool server does not start."""
 
 
 class RequestError(SetupError):

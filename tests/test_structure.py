@@ -14,7 +14,7 @@ ROOT = Path(mlx_k2.__file__).parent
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("config", "sampling"),
-    ("text", "engine", "cluster", "control", "weights", "kernels"),
+    ("text", "tools", "engine", "cluster", "control", "weights", "kernels"),
     ("builtin", "model"),
     ("model_source", "plan", "stage_costs"),
     ("stage", "launch"),

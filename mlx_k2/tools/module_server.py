@@ -1,0 +1,110 @@
+"""Serves the functions of one Python file as MCP tools on stdin and stdout; a process of its own.
+
+Public functions that the file defines are tools, or those that its ``__all__`` names. Name, types and defaults come
+from the signature, the description is the docstring; a result that is no text is returned as JSON. What the functions
+print goes to stderr.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import inspect
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+import anyio.to_thread
+import msgspec
+from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
+
+_MODULE = "mlx_k2_tools_module"
+_LOOK_EVERY_S = 1.0
+
+
+def main(path: Path) -> None:
+    """Serve until stdin ends, then end at once, also where a function still runs."""
+    server = MCPServer(path.name, log_level="ERROR")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            functions = _tools(_load(path))
+        for function in functions:
+            server.add_tool(_as_tool(function), description=inspect.getdoc(function) or "", structured_output=False)
+    except BaseException as error:  # noqa: BLE001 - a module can raise whatever Python can, SystemExit too
+        _give_up(path, error)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    server.run()
+    os._exit(0)
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(_MODULE, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path.name} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[_MODULE] = module
+    sys.path.insert(0, str(path.parent))
+    spec.loader.exec_module(module)
+    return module
+
+
+def _tools(module: ModuleType) -> list[Callable[..., Any]]:
+    public = getattr(module, "__all__", None)
+    names = vars(module) if public is None else public
+    found = [getattr(module, name) for name in names if public is not None or not name.startswith("_")]
+    functions: list[Callable[..., Any]] = [
+        item for item in found if inspect.isfunction(item) and (public is not None or item.__module__ == _MODULE)
+    ]
+    if not functions:
+        raise ImportError("it defines no public function")
+    return functions
+
+
+def _as_tool(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as mcp is to call it: one that blocks can be given up, and the model reads what it raises."""
+
+    def blocking(**arguments: Any) -> Any:
+        try:
+            return function(**arguments)
+        except SystemExit as error:  # would end this thread, and the call would never be answered
+            raise RuntimeError(f"SystemExit: {error}") from error
+
+    @functools.wraps(function)
+    async def tool(**arguments: Any) -> str:
+        try:
+            if inspect.iscoroutinefunction(function):
+                result = await function(**arguments)
+            else:
+                call = functools.partial(blocking, **arguments)
+                result = await anyio.to_thread.run_sync(call, abandon_on_cancel=True)
+            return result if isinstance(result, str) else msgspec.json.encode(result, enc_hook=str).decode()
+        except Exception as error:
+            raise ToolError(f"{type(error).__name__}: {error}") from error
+
+    return tool
+
+
+def _give_up(path: Path, error: BaseException) -> NoReturn:
+    """End with one line that says where the module failed."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    where = f"line {lines[-1]}: " if lines else ""
+    sys.stderr.write(f"{where}{type(error).__name__}: {error}\n")
+    sys.stderr.flush()
+    os._exit(2)
+
+
+def _end_with(parent: int) -> None:
+    """End when ``parent`` has: a function that hangs would keep the server from noticing that its stdin is closed."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_EVERY_S)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

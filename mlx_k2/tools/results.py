@@ -1,0 +1,55 @@
+"""What a tool call came to, as plain text of bounded size. Knows neither servers nor models."""
+
+import enum
+from dataclasses import dataclass
+
+import msgspec
+from mcp import types
+
+
+class Outcome(enum.Enum):
+    """How a tool call ended."""
+
+    DONE = "done"
+    CUT = "cut"
+    """Done, but it returned more than the bound; the text is its beginning."""
+    FAILED = "failed"
+    """The tool says that it failed, or its server does not take the call."""
+    TIMED_OUT = "timed out"
+    LOST = "lost"
+    """The server ended or cannot be reached; its next call starts it anew."""
+    REFUSED = "refused"
+    """No such tool."""
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """The answer to one call; ``text`` is what the model reads, whatever the outcome."""
+
+    outcome: Outcome
+    text: str
+
+
+def read_result(result: types.CallToolResult, max_chars: int) -> ToolResult:
+    """The text of what a server returned: its text parts, a note in place of others, at most ``max_chars``."""
+    text = "\n".join(map(_part_text, result.content))
+    if not result.content and result.structured_content is not None:
+        text = msgspec.json.encode(result.structured_content).decode()
+    outcome = Outcome.FAILED if result.is_error else Outcome.DONE
+    if len(text) <= max_chars:
+        return ToolResult(outcome, text)
+    note = f"\n[cut here: these are the first {max_chars} of {len(text)} characters]"
+    return ToolResult(Outcome.FAILED if result.is_error else Outcome.CUT, text[:max_chars] + note)
+
+
+def _part_text(part: types.ContentBlock) -> str:
+    match part:
+        case types.TextContent():
+            return part.text
+        case types.EmbeddedResource(resource=types.TextResourceContents() as resource):
+            return resource.text
+        case types.EmbeddedResource(resource=resource):
+            return f"[not shown: {resource.uri}, {resource.mime_type or 'binary'}]"
+        case types.ResourceLink():
+            return f"[{part.name}: {part.uri}]"
+    return f"[not shown: {part.mime_type}, {len(part.data)} characters of base64]"

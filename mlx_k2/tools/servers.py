@@ -1,0 +1,117 @@
+"""Which tool servers there are: read from an MCP file, or made for a module of Python functions. Starts none."""
+
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import msgspec
+
+from mlx_k2.errors import ToolsError
+
+_VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}")
+_EXAMPLE = 'for instance {"mcpServers": {"files": {"command": "npx", "args": ["some-server"]}}}'
+
+
+class StdioServer(msgspec.Struct, frozen=True, kw_only=True):
+    """A server to start as a process of its own; of our environment it gets PATH, HOME and the like, and ``env``."""
+
+    name: str
+    command: str
+    args: tuple[str, ...] = ()
+    env: dict[str, str] = {}
+    cwd: str | None = None
+
+
+class HttpServer(msgspec.Struct, frozen=True, kw_only=True):
+    """A server that is running already, at the address of its streamable HTTP."""
+
+    name: str
+    url: str
+    headers: dict[str, str] = {}
+
+
+Server: TypeAlias = StdioServer | HttpServer
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    """A server in an MCP file. Keys of other programs are left to them."""
+
+    command: str | None = None
+    args: tuple[str, ...] = ()
+    env: dict[str, str] = {}
+    cwd: str | None = None
+    url: str | None = None
+    headers: dict[str, str] = {}
+    type: str | None = None
+    disabled: bool = False
+
+
+class _McpFile(msgspec.Struct, frozen=True):
+    mcp_servers: dict[str, _Entry] = msgspec.field(name="mcpServers")
+
+
+def read_mcp_file(path: Path, environment: Mapping[str, str]) -> tuple[Server, ...]:
+    """The servers of an MCP file, without those that it disables; ``${NAME}`` is looked up in ``environment``.
+
+    Raises:
+        ToolsError: the file cannot be read, or a server in it is not described; names the server.
+    """
+    try:
+        entries = msgspec.json.decode(path.read_bytes(), type=_McpFile).mcp_servers
+    except OSError as error:
+        raise ToolsError(f"{path} cannot be read: {error.strerror}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ToolsError(f"{path} is no MCP file: {error}; {_EXAMPLE}") from None
+    return tuple(
+        _server(name, entry, f"{path}: the server {name!r}", environment)
+        for name, entry in entries.items()
+        if not entry.disabled
+    )
+
+
+def python_module(path: Path, environment: Mapping[str, str]) -> StdioServer:
+    """A server for the functions of a Python file, which runs it in a process of its own with ``environment``.
+
+    Raises:
+        ToolsError: there is no such file.
+    """
+    if not path.is_file():
+        raise ToolsError(f"there is no Python file {path}")
+    arguments = ("-m", "mlx_k2.tools.module_server", str(path.resolve()))
+    return StdioServer(name=path.name, command=sys.executable, args=arguments, env=dict(environment))
+
+
+def _server(name: str, entry: _Entry, where: str, environment: Mapping[str, str]) -> Server:
+    if (entry.command is None) == (entry.url is None):
+        raise ToolsError(f"{where} needs either a command or a url")
+    if entry.type == "sse":
+        raise ToolsError(f"{where} speaks MCP's old HTTP+SSE: give the address of its streamable HTTP")
+    fields = _expanded(msgspec.to_builtins(entry), where, environment)
+    if entry.command is not None:
+        return StdioServer(
+            name=name, command=fields["command"], args=fields["args"], env=fields["env"], cwd=fields["cwd"]
+        )
+    if not fields["url"].startswith(("http://", "https://")):
+        raise ToolsError(f"{where} has the url {entry.url!r}, which is not one of http:// or https://")
+    return HttpServer(name=name, url=fields["url"], headers=fields["headers"])
+
+
+def _expanded(value: object, where: str, environment: Mapping[str, str]) -> Any:
+    """``value`` with ``${NAME}`` and ``${NAME:-default}`` in its texts replaced."""
+
+    def found(match: re.Match[str]) -> str:
+        text = environment.get(match["name"], match["default"])
+        if text is None:
+            raise ToolsError(f"{where} needs the environment variable {match['name']}, which is not set")
+        return text
+
+    match value:
+        case str():
+            return _VARIABLE.sub(found, value)
+        case dict():
+            return {key: _expanded(item, where, environment) for key, item in value.items()}
+        case list() | tuple():
+            return tuple(_expanded(item, where, environment) for item in value)
+    return value

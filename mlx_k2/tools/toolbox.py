@@ -1,0 +1,175 @@
+"""The tools of all servers under one roof, for a program without an event loop: declared, called, closed at the end."""
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+from anyio.abc import TaskStatus
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from mcp import types
+
+from mlx_k2.errors import ToolsError
+from mlx_k2.tools.connection import Connection, ServerLost
+from mlx_k2.tools.results import Outcome, ToolResult, read_result
+from mlx_k2.tools.servers import Server
+
+_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_.-]")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a tool server may take."""
+
+    start_timeout_s: float = 60.0
+    call_timeout_s: float = 120.0
+    max_result_chars: int = 50_000
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool as the model sees it."""
+
+    name: str
+    server: str
+    description: str
+    parameters: Mapping[str, Any]
+    """JSON schema of its arguments."""
+
+    @property
+    def declaration(self) -> dict[str, Any]:
+        """The tool in OpenAI's format."""
+        function = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return {"type": "function", "function": function}
+
+
+class ToolBox:
+    """Tools to call, several at once and from any thread. A call has a result whatever happens to its server."""
+
+    def __init__(
+        self, portal: BlockingPortal, tools: Mapping[str, Tool], lines: Mapping[str, "_Line"], limits: Limits
+    ) -> None:
+        self.tools = tools
+        """The tools by name."""
+        self._portal = portal
+        self._lines = lines
+        self._limits = limits
+
+    @property
+    def declarations(self) -> list[dict[str, Any]]:
+        """All tools in OpenAI's format."""
+        return [tool.declaration for tool in self.tools.values()]
+
+    def call(self, name: str, arguments: Mapping[str, Any]) -> ToolResult:
+        """Run one call to its end."""
+        return self.start(name, arguments).result()
+
+    def start(self, name: str, arguments: Mapping[str, Any]) -> Future[ToolResult]:
+        """Begin a call; cancelling it tells the server to stop."""
+        return self._portal.start_task_soon(self._call, name, dict(arguments))
+
+    async def _call(self, name: str, arguments: dict[str, Any]) -> ToolResult:
+        if name not in self._lines:
+            known = ", ".join(self.tools) or "none"
+            return ToolResult(Outcome.REFUSED, f"There is no tool {name!r}. The tools are: {known}.")
+        line = self._lines[name]
+        server = line.connection.server.name
+        timeout_s = self._limits.call_timeout_s
+        try:
+            with anyio.fail_after(timeout_s):
+                result = await line.connection.call(line.tool, arguments)
+        except TimeoutError:
+            return ToolResult(
+                Outcome.TIMED_OUT,
+                f"The tool server {server} did not answer within {timeout_s:g} s; the call was ended.",
+            )
+        except ServerLost as lost:
+            return ToolResult(Outcome.LOST, f"The tool server {server} was lost in this call: {lost}.")
+        except Exception as error:  # noqa: BLE001 - a server's fault, whatever it is, is the model's to read
+            return ToolResult(Outcome.FAILED, f"The tool server {server} did not take the call: {error}")
+        return read_result(result, self._limits.max_result_chars)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Where a call of a tool goes: its server, and the tool's name there."""
+
+    connection: Connection
+    tool: str
+
+
+@contextlib.contextmanager
+def open_toolbox(servers: Sequence[Server], limits: Limits) -> Iterator[ToolBox]:
+    """The tools of ``servers``, all started; at the end they are all closed, and calls that still run are ended.
+
+    Raises:
+        ToolsError: names each server that does not start, or two that cannot be told apart.
+    """
+    twice = [name for name, count in Counter(server.name for server in servers).items() if count > 1]
+    if twice:
+        raise ToolsError(f"two tool servers have the name {twice[0]!r}: rename one")
+    with start_blocking_portal(name="tools") as portal:
+        try:
+            _, connections = portal.start_task(_hold, servers, limits.start_timeout_s)
+            offers = portal.call(_offers, connections)
+            tools, lines = _named(offers)
+            yield ToolBox(portal, tools, lines, limits)
+        finally:
+            portal.call(portal.stop, True)
+
+
+async def _hold(
+    servers: Sequence[Server], start_timeout_s: float, *, task_status: TaskStatus[list[Connection]]
+) -> None:
+    """Hold the connections' tasks until cancelled."""
+    async with anyio.create_task_group() as tasks:
+        task_status.started([Connection(server, tasks, start_timeout_s) for server in servers])
+        await anyio.sleep_forever()
+
+
+async def _offers(connections: Sequence[Connection]) -> list[tuple[Connection, types.Tool]]:
+    """All tools of all servers, in the order of the servers; they start side by side."""
+    offers: dict[str, list[types.Tool]] = {}
+    faults: dict[str, str] = {}
+
+    async def ask(connection: Connection) -> None:
+        try:
+            offers[connection.server.name] = await connection.tools()
+        except ServerLost as lost:
+            faults[connection.server.name] = str(lost)
+
+    async with anyio.create_task_group() as asking:
+        for connection in connections:
+            asking.start_soon(ask, connection)
+    if faults:
+        named = "; ".join(
+            f"{connection.server.name}: {faults[connection.server.name]}"
+            for connection in connections
+            if connection.server.name in faults
+        )
+        raise ToolsError(f"not every tool server starts: {named}")
+    return [(connection, tool) for connection in connections for tool in offers[connection.server.name]]
+
+
+def _named(offers: Sequence[tuple[Connection, types.Tool]]) -> tuple[dict[str, Tool], dict[str, _Line]]:
+    """The tools by names that a call's id can carry; one that two servers have gets its server's name in front."""
+    counts = Counter(_plain(tool.name) for _, tool in offers)
+    tools: dict[str, Tool] = {}
+    lines: dict[str, _Line] = {}
+    for connection, tool in offers:
+        name = _plain(tool.name)
+        if counts[name] > 1:
+            name = f"{_plain(connection.server.name)}_{name}"
+        if name in tools:
+            raise ToolsError(f"the tool server {connection.server.name} has two tools that read {name!r}")
+        tools[name] = Tool(name, connection.server.name, tool.description or "", tool.input_schema)
+        lines[name] = _Line(connection, tool.name)
+    return tools, lines
+
+
+def _plain(name: str) -> str:
+    return _NOT_IN_A_NAME.sub("_", name)

@@ -1,0 +1,82 @@
+"""An MCP server for the tests, over stdio, or over HTTP on a free port that it prints: some of its tools misbehave."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+
+import anyio
+import uvicorn
+from mcp.server.mcpserver import MCPServer
+
+server = MCPServer("misbehaving", log_level="CRITICAL")
+arrived: list[anyio.Event] = []
+
+
+@server.tool()
+def add(a: int, b: int = 2) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+@server.tool()
+async def meet() -> str:
+    """Answer once two calls are here."""
+    event = anyio.Event()
+    arrived.append(event)
+    if len(arrived) == 2:
+        for waiting in arrived:
+            waiting.set()
+    await event.wait()
+    return "met"
+
+
+@server.tool()
+def die() -> str:
+    os.write(2, b"a last word\n")
+    os._exit(3)
+
+
+@server.tool()
+async def hang() -> str:
+    await anyio.sleep_forever()
+    return ""
+
+
+@server.tool()
+def stay() -> str:
+    """Hang, and end on no signal that can be ignored."""
+    threading.Event().wait()
+    return ""
+
+
+@server.tool()
+def much(length: int) -> str:
+    return "x" * length
+
+
+@server.tool()
+def fail() -> str:
+    raise ValueError("never mind")
+
+
+@server.tool(name="odd name: <|im_end|>")
+def odd() -> str:
+    return "<|im_end|>"
+
+
+def serve_http() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    os.write(1, f"{listener.getsockname()[1]}\n".encode())
+    config = uvicorn.Config(server.streamable_http_app(), log_level="critical")
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    if "stubborn" in sys.argv:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if "http" in sys.argv:
+        serve_http()
+    else:
+        server.run()

@@ -1,0 +1,149 @@
+"""The functions of a Python file become tools in a process of their own: what they do wrong stays there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mlx_k2.errors import ToolsError
+from mlx_k2.tools.results import Outcome, ToolResult
+from mlx_k2.tools.servers import python_module
+from mlx_k2.tools.toolbox import Limits, open_toolbox
+
+pytestmark = pytest.mark.timeout(60)
+
+LIMITS = Limits(start_timeout_s=40.0, call_timeout_s=20.0, max_result_chars=1000)
+
+FUNCTIONS = '''
+import os, threading
+from dataclasses import dataclass
+from os.path import join
+from typing import Annotated, Literal
+from pydantic import Field
+import neighbour
+
+print("printed while it is loaded")
+
+@dataclass
+class Point:
+    x: int
+
+Days = Annotated[int, Field(description="how many", ge=1)]
+
+def weather(city: str, unit: Literal["C", "F"] = "C", days: Days = 1) -> str:
+    """The weather of a city.
+
+    Args:
+        city: its name
+    """
+    print("printed in a call")
+    return f"{city} {unit} {days}"
+
+async def later() -> list[dict[str, int]]:
+    return [{"a": 1}, {"b": 2}]
+
+def point() -> Point:
+    return Point(neighbour.X)
+
+def key() -> str:
+    return os.environ["MY_KEY"]
+
+def broken() -> None:
+    raise KeyError("cupboard")
+
+def leave() -> None:
+    raise SystemExit(3)
+
+def hang() -> None:
+    threading.Event().wait()
+
+def _private() -> None: ...
+'''
+
+
+@pytest.fixture
+def module(tmp_path: Path) -> Path:
+    (tmp_path / "neighbour.py").write_text("X = 7")
+    (tmp_path / "mine.py").write_text(FUNCTIONS)
+    return tmp_path / "mine.py"
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, **more}
+
+
+def test_signatures_and_docstrings_become_declarations(module: Path) -> None:
+    with open_toolbox([python_module(module, environment())], LIMITS) as box:
+        assert list(box.tools) == ["weather", "later", "point", "key", "broken", "leave", "hang"]
+        weather = box.tools["weather"]
+    assert weather.description == "The weather of a city.\n\nArgs:\n    city: its name"
+    assert weather.parameters["required"] == ["city"]
+    properties = weather.parameters["properties"]
+    assert properties["unit"]["enum"] == ["C", "F"]
+    assert (properties["days"]["description"], properties["days"]["minimum"]) == ("how many", 1)
+
+
+def test_functions_return_text_or_json_and_may_print(module: Path) -> None:
+    with open_toolbox([python_module(module, environment(MY_KEY="secret"))], LIMITS) as box:
+        assert box.call("weather", {"city": "Rome", "unit": "F"}) == ToolResult(Outcome.DONE, "Rome F 1")
+        assert box.call("later", {}).text == '[{"a":1},{"b":2}]'
+        assert box.call("point", {}).text == '{"x":7}'
+        assert box.call("key", {}).text == "secret"
+
+
+def test_what_a_function_raises_is_for_the_model_to_read(module: Path) -> None:
+    with open_toolbox([python_module(module, environment())], LIMITS) as box:
+        result = box.call("broken", {})
+        assert result.outcome is Outcome.FAILED
+        assert "KeyError: 'cupboard'" in result.text
+        assert "days" in box.call("weather", {"city": "Rome", "days": 0}).text
+        assert "SystemExit: 3" in box.call("leave", {}).text
+        assert box.call("weather", {"city": "Rome"}).text == "Rome C 1"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("x = 1\nraise ValueError('no licence')", "mine.py: it ended; it said last: line 2: ValueError: no licence"),
+        ("def f(:", "SyntaxError: "),
+        ("import no_such_package", "line 1: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("raise SystemExit('not today')", "line 1: SystemExit: not today"),
+        ("x = 1", "ImportError: it defines no public function"),
+        ("__all__ = ['f']", "AttributeError: "),
+        ("def f(_hidden: int): ...", "_hidden"),
+    ],
+)
+def test_a_module_that_cannot_be_used_is_refused_with_its_line(tmp_path: Path, source: str, message: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(source)
+    with pytest.raises(ToolsError) as raised, open_toolbox([python_module(path, environment())], LIMITS):
+        pass
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+CHAT = """
+import os, sys, pathlib
+from mlx_k2.tools.servers import python_module
+from mlx_k2.tools.toolbox import Limits, open_toolbox
+with open_toolbox([python_module(pathlib.Path(sys.argv[1]), os.environ)], Limits()) as box:
+    box.start("hang", {})
+    box.call("weather", {"city": "Rome"})
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_process_goes_when_the_program_is_killed_also_with_a_function_that_hangs(module: Path) -> None:
+    command = [sys.executable, "-c", CHAT, str(module)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"ready\n"
+        servers = psutil.Process(program.pid).children(recursive=True)
+        program.kill()
+        assert servers
+        _, left = psutil.wait_procs(servers, timeout=10)
+    assert left == []

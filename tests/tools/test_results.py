@@ -1,0 +1,51 @@
+"""What a tool returns becomes plain text of bounded size, and the model is told what it does not see."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+from mcp import types
+
+from mlx_k2.tools.results import Outcome, read_result
+
+
+def text(content: str) -> types.TextContent:
+    return types.TextContent(type="text", text=content)
+
+
+@given(st.lists(st.text(max_size=20), max_size=4), st.integers(0, 60), st.booleans())
+def test_a_result_is_whole_or_a_beginning_that_says_so(texts: list[str], max_chars: int, is_error: bool) -> None:
+    whole = "\n".join(texts)
+    result = read_result(types.CallToolResult(content=[text(part) for part in texts], is_error=is_error), max_chars)
+    if len(whole) <= max_chars:
+        assert result.text == whole
+        assert result.outcome is (Outcome.FAILED if is_error else Outcome.DONE)
+    else:
+        beginning, _, note = result.text.rpartition("\n")
+        assert beginning == whole[:max_chars]
+        assert note == f"[cut here: these are the first {max_chars} of {len(whole)} characters]"
+        assert result.outcome is (Outcome.FAILED if is_error else Outcome.CUT)
+
+
+def test_what_is_no_text_is_named_in_its_place() -> None:
+    parts: list[types.ContentBlock] = [
+        text("a"),
+        types.ImageContent(type="image", data="aGk=", mime_type="image/png"),
+        types.EmbeddedResource(type="resource", resource=types.TextResourceContents(uri="file:///b", text="b")),
+        types.EmbeddedResource(type="resource", resource=types.BlobResourceContents(uri="file:///c", blob="aGk=")),
+        types.ResourceLink(type="resource_link", uri="file:///d", name="d"),
+    ]
+    assert read_result(types.CallToolResult(content=parts), 1000).text.splitlines() == [
+        "a",
+        "[not shown: image/png, 4 characters of base64]",
+        "b",
+        "[not shown: file:///c, binary]",
+        "[d: file:///d]",
+    ]
+
+
+def test_a_result_of_data_alone_is_its_json() -> None:
+    result = types.CallToolResult(content=[], structured_content={"a": [1, "é"]})
+    assert read_result(result, 1000).text == '{"a":[1,"é"]}'
+
+
+def test_no_result_is_empty_text() -> None:
+    assert read_result(types.CallToolResult(content=[]), 1000).text == ""

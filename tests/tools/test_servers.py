@@ -1,0 +1,96 @@
+"""An MCP file is read as other programs write it, and what is wrong with one is said with its server's name."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlx_k2.errors import ToolsError
+from mlx_k2.tools.servers import HttpServer, StdioServer, python_module, read_mcp_file
+
+
+def written(folder: Path, servers: object) -> Path:
+    path = folder / "mcp.json"
+    path.write_text(json.dumps({"mcpServers": servers}))
+    return path
+
+
+def test_servers_of_both_kinds_are_read_and_other_programs_keys_left_alone(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        {
+            "files": {
+                "command": "npx",
+                "args": ["-y", "server"],
+                "env": {"A": "b"},
+                "cwd": "/",
+                "autoApprove": ["read"],
+            },
+            "web": {"type": "http", "url": "https://example.org/mcp", "headers": {"X-Key": "k"}},
+            "off": {"command": "no", "disabled": True},
+        },
+    )
+    assert read_mcp_file(path, {}) == (
+        StdioServer(name="files", command="npx", args=("-y", "server"), env={"A": "b"}, cwd="/"),
+        HttpServer(name="web", url="https://example.org/mcp", headers={"X-Key": "k"}),
+    )
+
+
+def test_variables_are_looked_up_in_the_environment(tmp_path: Path) -> None:
+    path = written(tmp_path, {"s": {"command": "${BIN:-run}", "args": ["${KEY}x${KEY}"], "env": {"K": "${KEY:-no}"}}})
+    (server,) = read_mcp_file(path, {"KEY": "k$1"})
+    assert server == StdioServer(name="s", command="run", args=("k$1xk$1",), env={"K": "k$1"})
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({}, "'s' needs either a command or a url"),
+        ({"command": "a", "url": "http://b"}, "'s' needs either a command or a url"),
+        ({"url": "example.org"}, "'s' has the url 'example.org'"),
+        ({"url": "http://b", "type": "sse"}, "'s' speaks MCP's old HTTP"),
+        ({"command": "${NO_SUCH}"}, "'s' needs the environment variable NO_SUCH"),
+        ({"command": 1}, "is no MCP file: Expected `str | null`, got `int`"),
+    ],
+)
+def test_a_server_that_is_not_described_is_named(tmp_path: Path, entry: object, message: str) -> None:
+    with pytest.raises(ToolsError) as raised:
+        read_mcp_file(written(tmp_path, {"s": entry}), {})
+    assert message in str(raised.value)
+    assert "mcp.json" in str(raised.value)
+
+
+def test_a_file_that_is_not_there_or_not_one_is_refused_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(ToolsError, match=r"none\.json cannot be read: No such file"):
+        read_mcp_file(tmp_path / "none.json", {})
+    (tmp_path / "other.json").write_text('{"servers": {}}')
+    with pytest.raises(ToolsError, match=r"other\.json is no MCP file: .*mcpServers.*for instance"):
+        read_mcp_file(tmp_path / "other.json", {})
+    with pytest.raises(ToolsError, match=r"there is no Python file .*none\.py"):
+        python_module(tmp_path / "none.py", {})
+
+
+json_values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=4)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=2),
+        st.dictionaries(
+            st.sampled_from(["mcpServers", "command", "args", "env", "url", "type", "x"]), inner, max_size=3
+        ),
+    ),
+)
+
+
+@given(st.one_of(st.binary(), json_values.map(lambda value: json.dumps(value).encode())))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_whatever_a_file_holds_it_is_read_or_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "mcp.json"
+    path.write_bytes(data)
+    try:
+        servers = read_mcp_file(path, {})
+    except ToolsError as error:
+        assert "mcp.json" in str(error)
+    else:
+        assert all(isinstance(server, StdioServer | HttpServer) for server in servers)

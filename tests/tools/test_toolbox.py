@@ -1,0 +1,207 @@
+"""Real MCP servers, over stdio and over HTTP: a call has a result whatever its server does, and no process is left."""
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mlx_k2.errors import ToolsError
+from mlx_k2.tools.results import Outcome, ToolResult
+from mlx_k2.tools.servers import HttpServer, Server, StdioServer
+from mlx_k2.tools.toolbox import Limits, open_toolbox
+
+pytestmark = pytest.mark.timeout(60)
+
+SCRIPT = Path(__file__).with_name("mcp_server.py")
+# Ample for a start on a busy machine; a call that hangs is given up soon.
+LIMITS = Limits(start_timeout_s=40.0, call_timeout_s=20.0, max_result_chars=100)
+IMPATIENT = Limits(start_timeout_s=40.0, call_timeout_s=0.5, max_result_chars=100)
+
+Serve = Callable[[str], Server]
+
+
+def stdio_server(name: str, *arguments: str) -> StdioServer:
+    return StdioServer(name=name, command=sys.executable, args=(str(SCRIPT), *arguments))
+
+
+@contextlib.contextmanager
+def http_server(name: str) -> Iterator[HttpServer]:
+    command = [sys.executable, str(SCRIPT), "http"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        yield HttpServer(name=name, url=f"http://127.0.0.1:{int(process.stdout.readline())}/mcp")
+        process.kill()
+
+
+@pytest.fixture(params=["stdio", "http"])
+def serve(request: pytest.FixtureRequest) -> Iterator[Serve]:
+    """Makes a server of either kind; those over HTTP run until the test ends."""
+    with contextlib.ExitStack() as running:
+        yield (lambda name: running.enter_context(http_server(name))) if request.param == "http" else stdio_server
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+def test_a_tool_is_declared_as_its_server_describes_it(serve: Serve) -> None:
+    with open_toolbox([serve("s")], LIMITS) as box:
+        (declared,) = [item for item in box.declarations if item["function"]["name"] == "add"]
+    assert declared["type"] == "function"
+    assert declared["function"]["description"] == "Add two numbers."
+    parameters = declared["function"]["parameters"]
+    assert parameters["required"] == ["a"]
+    assert {name: field["type"] for name, field in parameters["properties"].items()} == {"a": "integer", "b": "integer"}
+
+
+def test_a_call_has_the_tools_result(serve: Serve) -> None:
+    with open_toolbox([serve("s")], LIMITS) as box:
+        assert box.call("add", {"a": 40}) == ToolResult(Outcome.DONE, "42")
+
+
+def test_calls_run_side_by_side(serve: Serve) -> None:
+    with open_toolbox([serve("s")], LIMITS) as box:
+        both = [box.start("meet", {}), box.start("meet", {})]  # neither answers before both have arrived
+        assert [call.result() for call in both] == [ToolResult(Outcome.DONE, "met")] * 2
+
+
+def test_a_tool_that_fails_and_arguments_that_do_not_fit_are_results_to_read(serve: Serve) -> None:
+    with open_toolbox([serve("s")], LIMITS) as box:
+        assert box.call("fail", {}).outcome is Outcome.FAILED
+        misfit = box.call("add", {"a": "many"})
+        assert misfit.outcome is Outcome.FAILED
+        assert "a" in misfit.text
+        assert "integer" in misfit.text
+
+
+def test_a_tool_that_there_is_not_is_answered_with_those_that_there_are(serve: Serve) -> None:
+    with open_toolbox([serve("s")], LIMITS) as box:
+        result = box.call("subtract", {})
+    assert result.outcome is Outcome.REFUSED
+    assert result.text.startswith("There is no tool 'subtract'. The tools are: add, ")
+
+
+def test_a_hanging_call_is_given_up_and_the_server_goes_on(serve: Serve) -> None:
+    with open_toolbox([serve("slow one")], IMPATIENT) as box:
+        result = box.call("hang", {})
+    assert result.outcome is Outcome.TIMED_OUT
+    assert result.text == "The tool server slow one did not answer within 0.5 s; the call was ended."
+
+
+def test_after_a_hanging_call_the_server_answers_others(serve: Serve) -> None:
+    with open_toolbox([serve("s")], LIMITS) as box:
+        hanging = box.start("hang", {})
+        assert box.call("add", {"a": 1}).text == "3"
+        assert not hanging.done()
+        assert hanging.cancel()
+        assert box.call("add", {"a": 2}).text == "4"
+
+
+def test_a_long_result_is_cut(serve: Serve) -> None:
+    with open_toolbox([serve("s")], LIMITS) as box:
+        result = box.call("much", {"length": 3_000_000})
+    assert result.outcome is Outcome.CUT
+    assert result.text == "x" * 100 + "\n[cut here: these are the first 100 of 3000000 characters]"
+
+
+def test_a_server_that_dies_in_mid_call_is_named_with_its_last_words_and_started_again() -> None:
+    with open_toolbox([stdio_server("frail")], LIMITS) as box:
+        others = [box.start("hang", {}), box.start("hang", {})]
+        dead = box.call("die", {})
+        assert dead.outcome is Outcome.LOST
+        assert dead.text == "The tool server frail was lost in this call: it ended; it said last: a last word."
+        assert [call.result().outcome for call in others] == [Outcome.LOST] * 2
+        assert box.call("add", {"a": 1}) == ToolResult(Outcome.DONE, "3")
+
+
+def test_an_http_server_that_dies_in_mid_call_is_named_and_so_are_later_calls() -> None:
+    with http_server("frail") as server, open_toolbox([server], LIMITS) as box:
+        results = [box.call("die", {}), box.call("add", {"a": 1}), box.call("add", {"a": 1})]
+    for result in results:
+        assert result.outcome in (Outcome.LOST, Outcome.FAILED)
+        assert result.text.startswith("The tool server frail ")
+
+
+def test_the_death_of_one_server_does_not_touch_another() -> None:
+    with open_toolbox([stdio_server("a"), stdio_server("b")], LIMITS) as box:
+        going_on = box.start("b_hang", {})
+        assert box.call("a_die", {}).outcome is Outcome.LOST
+        assert not going_on.done()
+        assert box.call("b_add", {"a": 1}).text == "3"
+
+
+def test_tools_of_one_name_are_told_apart_by_their_servers_and_odd_names_made_plain() -> None:
+    with open_toolbox([stdio_server("a b"), stdio_server("c")], LIMITS) as box:
+        assert {"a_b_add", "c_add"} < box.tools.keys()
+        assert box.tools["c_add"].server == "c"
+        assert box.call("c_odd_name____im_end__", {}).text == "<|im_end|>"
+    with open_toolbox([stdio_server("a")], LIMITS) as box:
+        assert "odd_name____im_end__" in box.tools
+
+
+def test_servers_that_do_not_start_are_all_named_and_the_others_closed() -> None:
+    before = children()
+    servers: list[Server] = [
+        stdio_server("good"),
+        StdioServer(name="absent", command="/no/such/program"),
+        StdioServer(name="ends", command=sys.executable, args=("-c", "raise SystemExit('no key given')")),
+        HttpServer(name="deaf", url="http://127.0.0.1:9/mcp"),
+    ]
+    with pytest.raises(ToolsError) as raised, open_toolbox(servers, LIMITS):
+        pass
+    message = str(raised.value)
+    assert "absent: [Errno 2] No such file or directory" in message
+    assert "ends: it ended; it said last: no key given" in message
+    assert "deaf: All connection attempts failed" in message
+    assert "good" not in message
+    assert children() == before
+
+
+def test_a_server_that_does_not_answer_when_started_is_given_up() -> None:
+    silent = StdioServer(name="silent", command=sys.executable, args=("-c", "import sys; sys.stdin.read()"))
+    before = children()
+    with (
+        pytest.raises(ToolsError, match=r"silent: it did not answer within 0\.5 s"),
+        open_toolbox([silent], Limits(start_timeout_s=0.5)),
+    ):
+        pass
+    assert children() == before
+
+
+def test_two_servers_of_one_name_are_refused_before_any_starts() -> None:
+    with (
+        pytest.raises(ToolsError, match="two tool servers have the name 'a'"),
+        open_toolbox(
+            [HttpServer(name="a", url="http://127.0.0.1:9/"), HttpServer(name="a", url="http://127.0.0.1:9/")], LIMITS
+        ),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("arguments", [(), ("stubborn",)], ids=["a willing server", "one that ignores SIGTERM"])
+def test_at_the_end_no_process_is_left_also_when_calls_still_run(arguments: tuple[str, ...]) -> None:
+    before = children()
+    with open_toolbox([stdio_server("s", *arguments)], LIMITS) as box:
+        assert box.call("add", {"a": 1}).text == "3"
+        assert children() > before
+        calls = [box.start("hang", {}), box.start("stay", {})]
+    assert children() == before
+    assert all(call.done() for call in calls)
+
+
+def test_no_process_is_left_when_the_program_fails_in_between() -> None:
+    before = children()
+    with pytest.raises(KeyboardInterrupt), open_toolbox([stdio_server("s")], LIMITS) as box:
+        box.start("hang", {})
+        raise KeyboardInterrupt
+    assert children() == before
+
+
+def test_no_servers_make_an_empty_toolbox() -> None:
+    with open_toolbox([], LIMITS) as box:
+        assert box.declarations == []
+        assert box.call("f", {}).text == "There is no tool 'f'. The tools are: none."
