@@ -1,0 +1,41 @@
+"""Replies as a vocabulary draws them, and what a parser makes of them; shared by the tests of this room."""
+
+import re
+from collections.abc import Sequence
+
+from mlx_k2.text.markers import NAMES
+from mlx_k2.text.reply_parser import Part, Reply, ReplyParser, whole_reply
+from tests.text.fixtures import tokenizer
+
+IN_VOCABULARY = frozenset(name for name in NAMES if name in tokenizer().special_ids)
+MARKERS = "(" + "|".join(map(re.escape, sorted(IN_VOCABULARY))) + ")"
+SINGULAR = sorted(NAMES.keys() - IN_VOCABULARY)
+
+Token = tuple[str, bool]
+"""A piece of a reply, and whether it is a control token."""
+
+
+def parts(tokens: Sequence[Token], *, in_reasoning: bool = False, names: frozenset[str] = IN_VOCABULARY) -> list[Part]:
+    parser = ReplyParser(names, in_reasoning=in_reasoning)
+    pieces = [part for piece, control in tokens for part in (parser.control(piece) if control else parser.text(piece))]
+    return [*pieces, *parser.finish()]
+
+
+def tokens_of(text: str) -> list[Token]:
+    """A reply as its vocabulary draws it: each marker of the vocabulary one control token."""
+    return [(piece, piece in IN_VOCABULARY) for piece in re.split(MARKERS, text) if piece]
+
+
+def parsed(text: str, *, in_reasoning: bool = False) -> Reply:
+    return whole_reply(parts(tokens_of(text), in_reasoning=in_reasoning))
+
+
+def section(*calls: str) -> str:
+    return f"<|tool_calls_section_begin|>{''.join(calls)}<|tool_calls_section_end|>"
+
+
+def call(written_id: str, arguments: str) -> str:
+    return f"<|tool_call_begin|>{written_id}<|tool_call_argument_begin|>{arguments}<|tool_call_end|>"
+
+
+CALL = section(call("functions.f:0", '{"a": 1}'))

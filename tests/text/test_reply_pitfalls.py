@@ -1,0 +1,121 @@
+"""What broke other engines, each with the public issue it came from where there is one."""
+
+import pytest
+
+from tests.text.replies import CALL, call, parsed, section
+
+# The reply, whether the prompt opened the reasoning, and what is to come out of it.
+PITFALLS = {
+    "K2 Thinking writes <think> itself": ("<think>R</think>C", False, "R", "C", []),
+    "K2.5's prompt opened it": ("R</think>C", True, "R", "C", []),
+    "K2.5 writes it again (vLLM #32216: a leading <think> is optional)": ("\n<think>R</think>C", True, "R", "C", []),
+    "instant mode: the prompt closed it": ("C", False, "", "C", []),
+    "space before <think>": (" \n<think>R</think>C", False, "R", "C", []),
+    "space before an answer stays": (" C", False, "", " C", []),
+    "nothing but space": (" \n", False, "", " \n", []),
+    "a section ends the reasoning (vLLM #32216, #34955)": (f"<think>R{CALL}", False, "R", "", ["f"]),
+    "and in K2.5 too": (f"R{CALL}", True, "R", "", ["f"]),
+    "a call in thinking, then </think> (Kimi-K2 #89, ik_llama.cpp #955, exo #1256)": (
+        f"<think>R{CALL}</think>C",
+        False,
+        "R",
+        "C",
+        ["f"],
+    ),
+    "a second thought": ("<think>R</think>C<think>S</think>D", False, "RS", "CD", []),
+    "</think> without <think>": ("C</think>D", False, "", "CD", []),
+    "the reply ends in thinking": ("<think>R", False, "R", "", []),
+    "content before calls": (f"<think></think>C\n{CALL}", False, "", "C\n", ["f"]),
+    "singular section markers (tinker-cookbook)": (
+        "<think>R</think><|tool_call_section_begin|>\n" + call("functions.f:0", "{}") + "<|tool_call_section_end|>",
+        False,
+        "R",
+        "",
+        ["f"],
+    ),
+    "no section around a call": ("C" + call("functions.f:0", "{}") + "D", False, "", "CD", ["f"]),
+    "space everywhere": (
+        section("\n", call(" functions.f:0 ", ' {"a": 1}\n'), "\n ", call("functions.g:1", "{}"), "\n"),
+        False,
+        "",
+        "",
+        ["f", "g"],
+    ),
+    "hyphens and dots in names (SGLang)": (section(call("functions.a-b.c_d:12", "{}")), False, "", "", ["a-b.c_d"]),
+    "a name with a colon": (section(call("functions.a:1:2", "{}")), False, "", "", ["a:1"]),
+    "no functions. (SGLang)": (section(call("f:0", "{}")), False, "", "", ["f"]),
+    "no number": (section(call("functions.f", "{}")), False, "", "", ["f"]),
+    "no arguments": (section(call("functions.f:0", "")), False, "", "", ["f"]),
+    "a call's first marker is missing": (
+        section("functions.f:0<|tool_call_argument_begin|>{}<|tool_call_end|>"),
+        False,
+        "",
+        "",
+        ["f"],
+    ),
+    "a call's last marker is missing": (
+        section("<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{}", call("functions.g:1", "{}")),
+        False,
+        "",
+        "",
+        ["f", "g"],
+    ),
+    "the section's last marker is missing": (CALL.removesuffix("<|tool_calls_section_end|>"), False, "", "", ["f"]),
+    "two sections": (CALL + CALL, False, "", "", ["f", "f"]),
+    "an empty section": (f"C{section()}", False, "", "C", []),
+}
+
+
+@pytest.mark.parametrize(("text", "in_reasoning", "reasoning", "content", "calls"), PITFALLS.values(), ids=PITFALLS)
+def test_what_broke_other_engines_is_read(
+    text: str, in_reasoning: bool, reasoning: str, content: str, calls: list[str]
+) -> None:
+    reply = parsed(text, in_reasoning=in_reasoning)
+    assert (reply.reasoning, reply.content) == (reasoning, content)
+    assert [found.name for found in reply.calls] == calls
+    assert [found.error for found in reply.calls] == [None] * len(calls)
+
+
+MALFORMED = {
+    "arguments cut short": (section(call("functions.f:0", '{"a": ')), "f", "the arguments are no JSON: "),
+    "arguments that are a list": (section(call("functions.f:0", "[1]")), "f", "the arguments are no JSON object"),
+    "arguments in Python's spelling": (
+        section(call("functions.f:0", "{'a': None}")),
+        "f",
+        "the arguments are no JSON: ",
+    ),
+    "NaN": (section(call("functions.f:0", '{"a": NaN}')), "f", "the arguments are no JSON: "),
+    "half a surrogate pair": (section(call("functions.f:0", '{"a": "\\ud800"}')), "f", "the arguments are no JSON: "),
+    "deep arguments": (section(call("functions.f:0", '{"a":' + "[" * 100_000)), "f", "nested too deep"),
+    "no marker before the arguments": (
+        section('<|tool_call_begin|>functions.f:0 {"a": 1}<|tool_call_end|>'),
+        "f",
+        "it has no <|tool_call_argument_begin|>",
+    ),
+    "a number for an id (Kimi-K2 #89)": (section(call("3", "{}")), "", "its id, '3', names no tool"),
+    "a UUID for an id (Kimi-K2 #89)": (
+        section(call("0cb1e8a4-7a0e-4a0b-9d3b-6f1f0d8b6f11", "{}")),
+        "",
+        "names no tool",
+    ),
+    "no id": (section(call(" ", "{}")), "", "its id, '', names no tool"),
+    "text in a section": (section('{"name": "f"}'), "", "it has no <|tool_call_argument_begin|>"),
+    "the reply ends in the id": ("<|tool_call_begin|>functions.f", "", "the reply ended inside the call"),
+    "the reply ends in the arguments": (
+        '<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"a": 1}',
+        "f",
+        "the reply ended inside the call",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "name", "error"), MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_call_becomes_an_error_that_says_what_to_write(text: str, name: str, error: str) -> None:
+    (found,) = parsed(text).calls
+    assert found.name == name
+    assert found.values is None
+    assert found.error is not None
+    assert found.error.startswith("The call was not run: ")
+    assert error in found.error
+    assert "functions.NAME:NUMBER" in found.error
+    assert len(found.error) < 400
