@@ -83,12 +83,14 @@ def mlx_lm_rate(folder: Path, num_ranks: int) -> float:
             subprocess.Popen(
                 list(map(str, command)),
                 stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,  # the ring complains there whenever its ranks end
                 env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": hostfile.name},
             )
             for rank in range(num_ranks)
         ]
-        outputs = [rank.communicate()[0] for rank in ranks]
-    return float(json.loads(outputs[0])["decode"])
+        outputs = [rank.communicate() for rank in ranks]
+    assert not any(rank.returncode for rank in ranks), b"".join(err for _, err in outputs).decode()
+    return float(json.loads(outputs[0][0])["decode"])
 
 
 def free_ports(count: int) -> list[int]:
