@@ -9,22 +9,25 @@ from dataclasses import dataclass
 
 from mlx_k2.control.messages import Row, SampledToken, Step, StepDone
 from mlx_k2.engine.microbatch import Microbatch, MicrobatchRow
-from mlx_k2.engine.pace import Pace
+from mlx_k2.engine.pace import MeasuredPace
 from mlx_k2.engine.request import Request
 from mlx_k2.engine.scheduler import Scheduler
 from mlx_k2.engine.sequence import Sequence
 from mlx_k2.errors import StageSilent
 from mlx_k2.launch.bring_up import message_of
 from mlx_k2.launch.group import StageGroup
+from mlx_k2.launch.vigil import Vigil
+
+LIMIT_MARGIN_S = 10.0
+"""What a stage's guard waits beyond the coordinator, which can say more of the cause."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a step may be under way before the stage that owes it counts as silent."""
+    """How long the stages may take to finish a step, or to get on with it: ``step_s``, and so often what it should."""
 
     step_s: float = 60.0
-    token_s: float = 5.0
-    """Allowed on top for each token of the step."""
+    times_expected: float = 20.0
 
 
 _PATIENCE = Patience()
@@ -76,7 +79,7 @@ class Coordinator:
         self,
         group: StageGroup,
         scheduler: Scheduler,
-        pace: Pace,
+        pace: MeasuredPace,
         patience: Patience = _PATIENCE,
         on_report: Callable[[StageReport], None] | None = None,
     ) -> None:
@@ -85,7 +88,9 @@ class Coordinator:
         self._pace = pace
         self._patience = patience
         self._on_report = on_report
+        self._vigil = Vigil(group)
         self._sent: dict[int, _Sent] = {}
+        self._heard_at = time.monotonic()
         self.use = tuple(StageUse() for _ in range(group.size))
 
     def run(self, *requests: Request) -> Generator[TokenEvent, None, None]:
@@ -95,7 +100,7 @@ class Coordinator:
 
         Raises:
             StageFault: a stage reported an error or ended.
-            StageSilent: a step took longer than it may; names the stage that owes it.
+            StageSilent: a step took longer than it may, or a stage has stopped; names the stage, its host and step.
         """
         for request in requests:
             self._scheduler.submit(request)
@@ -111,11 +116,12 @@ class Coordinator:
     def _send_plans(self) -> None:
         while (microbatch := self._scheduler.next_microbatch()) is not None:
             self._sent[microbatch.number] = _Sent(microbatch, time.monotonic())
-            self._group.send_all(Step(microbatch.number, tuple(_row(row) for row in microbatch.rows)))
+            limit_s = self._allowed_s(microbatch) + LIMIT_MARGIN_S
+            self._group.send_all(Step(microbatch.number, tuple(_row(row) for row in microbatch.rows), limit_s))
 
     def _receive(self) -> list[TokenEvent]:
         """Wait until a stage has finished a step; the tokens that came with it."""
-        event = self._group.receive(max(0.0, self._deadline() - time.monotonic()))
+        event = self._vigil.receive(self._deadline())
         if event is None:
             raise StageSilent(self._describe_silence())
         rank, message = message_of(self._group, event)
@@ -132,6 +138,7 @@ class Coordinator:
 
     def _note(self, rank: int, done: StepDone) -> None:
         """Keep what a step took, and let the pace learn from it."""
+        self._heard_at = time.monotonic()
         sent = self._sent[done.number]
         sent.num_reports += 1
         if sent.num_reports == self._group.size:
@@ -146,20 +153,23 @@ class Coordinator:
         if done.busy_s > 0:
             self._pace.observe(rank, sent.microbatch.load, done.busy_s)
         if self._on_report is not None:
-            self._on_report(StageReport(rank, sent.microbatch, done, time.monotonic()))
+            self._on_report(StageReport(rank, sent.microbatch, done, self._heard_at))
 
     def _deadline(self) -> float:
+        """For the next word from any stage: steps that went before delay the oldest one."""
         oldest = next(iter(self._sent.values()))
-        return oldest.sent_at + self._patience.step_s + self._patience.token_s * oldest.microbatch.num_tokens
+        return max(oldest.sent_at, self._heard_at) + self._allowed_s(oldest.microbatch)
+
+    def _allowed_s(self, microbatch: Microbatch) -> float:
+        return self._patience.step_s + self._patience.times_expected * self._pace.through_s(microbatch.load)
 
     def _describe_silence(self) -> str:
         number, oldest = next(iter(self._sent.items()))
         waited_s = time.monotonic() - oldest.sent_at
         behind = next(rank for rank, use in enumerate(self.use) if use.steps_done <= number)
         return (
-            f"stage {behind} on {self._group.host(behind)} has not finished step {number} "
-            f"({oldest.microbatch.num_tokens} tokens) after {waited_s:.0f} s; "
-            f"its guard was last heard {self._group.silence_s(behind):.0f} s ago"
+            f"{self._vigil.describe(behind)} has not finished step {number} ({oldest.microbatch.num_tokens} tokens) "
+            f"after {waited_s:.0f} s; the stages: {self._vigil.describe_all()}"
         )
 
 

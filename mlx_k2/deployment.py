@@ -30,7 +30,7 @@ from mlx_k2.control.messages import (
 from mlx_k2.engine.cost_model import StageCost
 from mlx_k2.errors import PartitionError, StageStartError
 from mlx_k2.launch import bring_up
-from mlx_k2.launch.group import StageGroup
+from mlx_k2.launch.group import PATIENCE_S, StageGroup
 from mlx_k2.launch.place import StagePlace
 from mlx_k2.model_source import is_repo, model_folder
 from mlx_k2.plan import DTYPE_BYTES, HostMemory, RunShape, StagePlan, choose_shape, plan_stages
@@ -54,6 +54,8 @@ class DeploymentRequest:
     context_tokens: int | None
     dtype: str | None
     lease_s: float
+    patience_s: float = PATIENCE_S
+    """How long a stopped stage, a silent host or a stuck hop is waited for."""
     num_slots: int = 1
     """How many sequences may run at once; fewer do where the caches of so many do not fit."""
 
@@ -150,7 +152,8 @@ def download(
 def _start(request: DeploymentRequest, model: ModelDescription | None, watcher: Watcher) -> Iterator[StartedStages]:
     """Start a stage on every host, and divide the layers by what the hosts say of themselves."""
     hosts = request.hostfile.hosts
-    with StageGroup([_place(host) for host in hosts], request.lease_s, watcher.log, watcher.notice) as group:
+    places = [_place(host) for host in hosts]
+    with StageGroup(places, request.lease_s, watcher.log, watcher.notice, request.patience_s) as group:
         watcher.phase(f"starting {group.size} stages" if group.size > 1 else "starting the stage")
         hellos = bring_up.greet(group, (__version__, version("mlx")))
         if model is None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -89,9 +89,11 @@ def local_host() -> Host:
 
 
 @contextmanager
-def local_cluster(folder: Path, hosts: Sequence[Host], patience: Patience | None = None) -> Iterator[Cluster]:
+def local_cluster(
+    folder: Path, hosts: Sequence[Host], patience: Patience | None = None, patience_s: float = 8.0
+) -> Iterator[Cluster]:
     """Real stages on this machine, ready for requests; ``hosts`` as in a hostfile."""
-    asked = local_request(folder, hosts)
+    asked = replace(local_request(folder, hosts), patience_s=patience_s)
     model = describe_model(read_model_files(asked.source).files, str(folder))
     names = LoadedNames()
     with deploy(asked, model, names) as deployment:

@@ -1,6 +1,7 @@
 """Requests over real stages on this machine: tokens, cancelling, and what a lost or silent stage is called."""
 
 import itertools
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -102,10 +103,12 @@ def test_the_stages_load_every_tensor_of_the_index_once_and_each_end_its_own(
     ]
 
 
-def error_after(model: Path, folder: Path, do: Callable[[], None], patience: Patience | None = None) -> ClusterError:
+def error_after(
+    model: Path, folder: Path, do: Callable[[], None], patience: Patience | None = None, patience_s: float = 8.0
+) -> ClusterError:
     """The error of a run over two marked stages when ``do`` is done between two of its tokens."""
     hosts = [marked_host(folder, rank, sys.executable) for rank in range(2)]
-    with local_cluster(model, hosts, patience) as cluster, pytest.raises(ClusterError) as caught:
+    with local_cluster(model, hosts, patience, patience_s) as cluster, pytest.raises(ClusterError) as caught:
         for count, _ in enumerate(cluster.coordinator.run(request(8, 2000))):
             if count == 5:
                 do()
@@ -119,7 +122,20 @@ def test_a_killed_stage_is_a_fault_that_names_it_and_its_host(model: Path, tmp_p
     assert str(error).startswith(f"stage {rank} on this machine ended with signal 9: it ended by itself")
 
 
-def test_a_stopped_stage_is_silent_by_name_host_and_step_once_the_patience_is_over(model: Path, tmp_path: Path) -> None:
-    error = error_after(model, tmp_path, lambda: stage_process(1).suspend(), Patience(step_s=1.0, token_s=0.0))
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_stage_is_said_to_be_stopped_with_host_step_and_phase(model: Path, tmp_path: Path, rank: int) -> None:
+    error = error_after(model, tmp_path, lambda: stage_process(rank).suspend(), patience_s=1.0)
     assert isinstance(error, StageSilent)
-    assert str(error).startswith("stage 1 on this machine has not finished step 6 (1 tokens) after 1 s; its guard was")
+    assert re.match(rf"stage {rank} on this machine \(.*\) is stopped: its process was suspended \d s ago", str(error))
+
+
+def test_a_step_that_takes_too_long_names_the_stage_that_owes_it_and_where_all_stand(
+    model: Path, tmp_path: Path
+) -> None:
+    error = error_after(model, tmp_path, lambda: stage_process(1).suspend(), Patience(1.0, 0.0))
+    assert isinstance(error, StageSilent)
+    assert re.match(
+        r"stage 1 on this machine \(.+ for \d s\) has not finished step \d+ \(1 tokens\) after \d s; "
+        r"the stages: stage 0 on this machine \(waiting for a plan for \d s\), stage 1 on this machine \(.+\)",
+        str(error),
+    )

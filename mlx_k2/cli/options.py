@@ -45,6 +45,14 @@ _CLUSTER = (
         metavar="SECONDS",
         help="How long a stage lives without a word from this command, 2 to 3600.  [default: 20]",
     ),
+    click.option(
+        "--patience",
+        "patience_s",
+        type=click.FloatRange(1, 3600),
+        default=8.0,
+        metavar="SECONDS",
+        help="How long a stopped stage, a silent host or a stuck hop is waited for, 1 to 3600.  [default: 8]",
+    ),
     click.option("-v", "--verbose", is_flag=True, help="Show what the stages write to their logs."),
 )
 

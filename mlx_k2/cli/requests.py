@@ -41,6 +41,7 @@ def deployment_request(options: Mapping[str, Any]) -> DeploymentRequest:
         context_tokens=options["context_tokens"],
         dtype=options["dtype"],
         lease_s=options["lease_s"],
+        patience_s=options["patience_s"],
     )
 
 

@@ -106,10 +106,14 @@ class Row(msgspec.Struct, frozen=True):
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
-    """One step plan: complete, and the same for every stage. Answered by StepDone."""
+    """One step plan: complete, and the same for every stage. Answered by StepDone.
+
+    A stage that receives, computes or sends for longer than ``limit_s`` is ended by its guard.
+    """
 
     number: int
     rows: tuple[Row, ...]
+    limit_s: float | None = None
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):

@@ -75,6 +75,10 @@ class MeasuredPace:
         """How many prompt tokens may join ``load`` so that no stage takes longer than ``limit_s``; at least 1."""
         return largest_chunk_within(self.stages, load, position, longest, limit_s)
 
+    def through_s(self, load: StepLoad) -> float:
+        """Seconds that a step should take through all stages."""
+        return sum(stage.step_s(load) for stage in self.stages)
+
     def observe(self, rank: int, load: StepLoad, busy_s: float) -> None:
         """A stage computed a step in so many seconds."""
         if self._meters[rank].observe(load, busy_s):

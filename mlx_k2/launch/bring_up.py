@@ -26,6 +26,7 @@ from mlx_k2.control.messages import (
 from mlx_k2.errors import ClusterError, NeighbourLost, StageFault, StageSilent, StageStartError
 from mlx_k2.launch.events import StageEnded, StageEvent
 from mlx_k2.launch.group import StageGroup
+from mlx_k2.launch.vigil import Vigil
 
 GREET_S = 60.0
 PREPARE_S = 60.0
@@ -117,14 +118,15 @@ def gather(
 
     Raises:
         StageStartError, StageFault: a stage reported a fault, or ended.
-        StageSilent: nothing came from any stage for ``silence_s``; names those that still owe an answer.
+        StageSilent: nothing came from any stage for ``silence_s``, or a host is silent or a stage stopped; names it.
     """
     answers: dict[int, Answer] = {}
+    vigil = Vigil(group)
     deadline = time.monotonic() + silence_s
     while any(rank not in answers for rank in ranks):
-        event = group.receive(max(0.0, deadline - time.monotonic()))
+        event = vigil.receive(deadline)
         if event is None:
-            owing = ", ".join(f"stage {rank} on {group.host(rank)}" for rank in ranks if rank not in answers)
+            owing = ", ".join(vigil.describe(rank) for rank in ranks if rank not in answers)
             raise StageSilent(f"no word for {silence_s:.0f} s from {owing}, which was to {phase}")
         rank, message = message_of(group, event)
         deadline = time.monotonic() + silence_s

@@ -9,6 +9,7 @@ from types import TracebackType
 
 from mlx_k2.control.guarding import GuardSettings, kill_after_s
 from mlx_k2.control.messages import Stop, ToStage
+from mlx_k2.control.standing import Standing
 from mlx_k2.launch.events import StageEvent
 from mlx_k2.launch.place import StagePlace
 from mlx_k2.launch.stage_process import StageProcess
@@ -17,6 +18,8 @@ HEARTBEAT_S = 1.0
 SAY_AFTER_S = 1.0
 GUARD_MARGIN_S = 2.0
 """What the guard and ssh may take beyond the time that the guard gives the stage."""
+PATIENCE_S = 8.0
+"""Above ssh's own 6 s: it says more of a lost connection. A hop's last 6 MB arrive in it at 6 Mbit/s."""
 TERM_S = 2.0
 KILL_S = 2.0
 
@@ -34,7 +37,10 @@ class StageGroup:
         lease_s: float,
         log: Callable[[str], None],
         say: Callable[[str], None] | None = None,
+        patience_s: float = PATIENCE_S,
     ) -> None:
+        self.patience_s = patience_s
+        """How long a stopped stage, a silent host or a stuck hop is waited for."""
         self._places = tuple(places)
         self._settings = GuardSettings(lease_s=lease_s)
         self._log = log
@@ -85,8 +91,16 @@ class StageGroup:
         self._stages[rank].set_held_bytes(held_bytes)
 
     def silence_s(self, rank: int) -> float:
-        """How long ago the stage's guard was last heard: it answers a heartbeat every second."""
+        """How long ago the stage's guard was last heard: once it is up, it answers a heartbeat every second."""
         return time.monotonic() - self._stages[rank].heard_at
+
+    def has_come_up(self, rank: int) -> bool:
+        """Whether the stage's guard has spoken."""
+        return self._stages[rank].came_up
+
+    def standing(self, rank: int) -> Standing:
+        """Where the stage stood when its guard was last heard."""
+        return self._stages[rank].standing
 
     def stop(self, say: Callable[[str], None]) -> None:
         """End all stages at once: a message and the end of their input, then SIGTERM, then SIGKILL to what runs here.

@@ -17,6 +17,7 @@ from mlx_k2.control.ends import FrameWriter
 from mlx_k2.control.framing import Frame, Kind, read_frame, skip_to_mark
 from mlx_k2.control.guarding import GuardSettings, StageExit
 from mlx_k2.control.messages import ToStage, decode_from_stage, encode_message
+from mlx_k2.control.standing import Announcement, Phase, Standing
 from mlx_k2.errors import ProtocolError
 from mlx_k2.launch.diagnosis import explain_lost_connection, explain_start_failure
 from mlx_k2.launch.events import StageEnded, StageEvent, StageMessage
@@ -43,6 +44,8 @@ class StageProcess:
         self.rank = rank
         self.place = place
         self.heard_at = time.monotonic()
+        self.standing = Standing(Announcement(Phase.STARTING), 0.0)
+        """What its guard last said, once a second."""
         self._settings = settings
         self._post = post
         self._log = log
@@ -55,6 +58,11 @@ class StageProcess:
         self._stderr_tail: deque[str] = deque(maxlen=STDERR_LINES)
         self._thread = threading.Thread(target=self._run, name=f"stage {rank}", daemon=True)
         self._thread.start()
+
+    @property
+    def came_up(self) -> bool:
+        """Whether its guard has spoken."""
+        return self._early is None
 
     @property
     def held_bytes(self) -> int:
@@ -192,11 +200,14 @@ class StageProcess:
             assert self._writer is not None and self._early is not None
             for payload in self._early:
                 self._writer.put(Kind.MESSAGE, payload)
+            self.heard_at = time.monotonic()
             self._early = None
 
     def _take(self, frame: Frame) -> StageExit | None:
         if frame.kind is Kind.MESSAGE:
             self._post(StageMessage(self.rank, decode_from_stage(frame.payload)))
+        elif frame.kind is Kind.STANDING:
+            self.standing = Standing.from_json(frame.payload)
         elif frame.kind is Kind.STAGE_EXIT:
             return StageExit.from_json(frame.payload)
         elif frame.kind is not Kind.HEARTBEAT:

@@ -18,7 +18,9 @@ from typing import IO
 from mlx_k2.control.ends import FrameReader, FrameWriter
 from mlx_k2.control.framing import MARK, Frame, Kind
 from mlx_k2.control.guarding import POLITE_S, GuardSettings, StageExit, kill_after_s
+from mlx_k2.control.standing import Announcement
 from mlx_k2.errors import ProtocolError
+from mlx_k2.stage.stage_clock import StageClock
 from mlx_k2.stage.watcher import Watch
 
 TICK_S = 0.25
@@ -42,6 +44,7 @@ class _Guard:
     def __init__(self, child_command: Sequence[str], inward: IO[bytes], outward: IO[bytes]) -> None:
         self._settings = GuardSettings()
         self._heard = True
+        self._clock = StageClock()
         self._reasons: queue.SimpleQueue[str] = queue.SimpleQueue()  # its put may be called in a signal handler
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, _: self._reasons.put(f"{signal.Signals(number).name} on its host"))
@@ -91,6 +94,9 @@ class _Guard:
                 return self._reasons.get(timeout=TICK_S)
             silent_s = 0.0 if self._heard else silent_s + TICK_S
             self._heard = False
+            self._clock.tick(TICK_S, self._child.pid)
+            if (overdue := self._clock.overdue()) is not None:
+                return overdue
             if silent_s >= self._settings.lease_s:
                 return f"nothing came from the coordinator for {self._settings.lease_s:g} s"
         return None
@@ -128,6 +134,7 @@ class _Guard:
         if frame.kind is Kind.MESSAGE:
             self._to_child.put(Kind.MESSAGE, frame.payload)
         elif frame.kind is Kind.HEARTBEAT:
+            self._outward.put(Kind.STANDING, self._clock.standing().to_json())
             self._outward.put(Kind.HEARTBEAT, frame.payload)
         elif frame.kind is Kind.GUARD_SETTINGS:
             self._settings = GuardSettings.from_json(frame.payload)
@@ -138,9 +145,12 @@ class _Guard:
         self._reasons.put(str(error) if error else "the coordinator closed the connection")
 
     def _on_child_frame(self, frame: Frame) -> None:
-        if frame.kind is not Kind.MESSAGE:
+        if frame.kind is Kind.MESSAGE:
+            self._outward.put(Kind.MESSAGE, frame.payload)
+        elif frame.kind is Kind.STANDING:
+            self._clock.announced(Announcement.from_json(frame.payload))
+        else:
             raise ProtocolError(f"the stage wrote a {frame.kind.name} frame")
-        self._outward.put(Kind.MESSAGE, frame.payload)
 
     def _on_child_end(self, error: ProtocolError | None) -> None:
         """Most often its process has ended too; a process that goes on without an output is a reason to end it."""

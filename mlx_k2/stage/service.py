@@ -32,6 +32,7 @@ from mlx_k2.control.messages import (
     decode_to_stage,
     encode_message,
 )
+from mlx_k2.control.standing import Announcement, Phase
 from mlx_k2.errors import MlxK2Error, NeighbourLost, ProtocolError
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model_source import fetch_shard, locate_shard, read_model_files
@@ -44,8 +45,19 @@ from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.inventory import shard_specs
 from mlx_k2.weights.reader import Piece, ShardReader
 
+READING_S = 120.0
+CONNECTING_S = 120.0
+PIECE_S = 900.0
+"""For the next piece of a shard to be loaded or fetched: 10 GB from a slow disk."""
 CLOSE_S = 5.0
 """How long the last frames may take to leave."""
+_PHASES = {
+    FetchFiles: (Phase.READING, None, READING_S),
+    DownloadShard: (Phase.DOWNLOADING, None, PIECE_S),
+    Prepare: (Phase.READING, None, READING_S),
+    Connect: (Phase.CONNECTING, None, CONNECTING_S),
+    Load: (Phase.LOADING, None, PIECE_S),
+}
 _LOST_NEIGHBOUR = ("[ring]", "[jaccl]")
 """How the errors of mlx.distributed's backends begin; MLX raises all of its errors as RuntimeError."""
 
@@ -107,7 +119,10 @@ class StageService:
             while not isinstance(message := self._inbox.get(), Stop):
                 if isinstance(message, ProtocolError):
                     raise message
+                if not isinstance(message, Step):
+                    self._announce(*_PHASES[type(message)])
                 self._send(self._answer(message))
+                self._announce(Phase.IDLE, message.number if isinstance(message, Step) else None)
         except MlxK2Error as error:
             self._send(Fault(type(error).__name__, str(error)))
             return 1
@@ -121,11 +136,15 @@ class StageService:
     def _send(self, message: FromStage) -> None:
         self._writer.put(Kind.MESSAGE, encode_message(message))
 
+    def _announce(self, phase: Phase, step: int | None = None, limit_s: float | None = None) -> None:
+        self._writer.put(Kind.STANDING, Announcement(phase, step, limit_s).to_json())
+
     def _answer(self, message: ToStage) -> FromStage:
         match message:
             case Step():
                 assert self._runner is not None, "a step before Load"
-                return msgspec.structs.replace(self._runner.run(message), peak_bytes=peak_bytes())
+                done = self._runner.run(message, lambda phase: self._announce(phase, message.number, message.limit_s))
+                return msgspec.structs.replace(done, peak_bytes=peak_bytes())
             case FetchFiles():
                 return ModelFiles(read_model_files(message.model).files)
             case DownloadShard():
@@ -146,6 +165,7 @@ class StageService:
         return ShardDownloaded(str(fetched.folder), fetched.fetched)
 
     def _tell_download(self, done_bytes: int, total_bytes: int) -> None:
+        self._announce(Phase.DOWNLOADING, limit_s=PIECE_S)
         self._send(DownloadProgress(done_bytes, total_bytes))
 
     def _answer_prepare(self, message: Prepare) -> Prepared:
@@ -178,6 +198,7 @@ class StageService:
         def tell(piece: Piece) -> None:
             nonlocal held_bytes
             held_bytes += piece.held_bytes
+            self._announce(Phase.LOADING, limit_s=PIECE_S)
             self._send(LayerLoaded(piece.tensor_names, piece.held_bytes))
 
         model = load_stage_model(config, ShardReader(config, files, dtype), layers, cache, tell)

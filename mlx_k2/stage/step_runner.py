@@ -1,10 +1,12 @@
 """Runs one step plan on one stage: receive, run the layers, send on or sample. Knows no pipes."""
 
 import time
+from collections.abc import Callable
 
 import mlx.core as mx
 
 from mlx_k2.control.messages import Row, SampledToken, Step, StepDone
+from mlx_k2.control.standing import Phase
 from mlx_k2.model.batch import Batch, Span
 from mlx_k2.model.sampler import DrawRequest, draw_tokens
 from mlx_k2.model.stage_model import StageModel
@@ -31,9 +33,13 @@ class StepRunner:
         self._hidden_size = hidden_size
         self._dtype = dtype
 
-    def run(self, step: Step) -> StepDone:
-        """Run the step; where it can be, its graph is built while the hidden states are still on their way."""
+    def run(self, step: Step, announce: Callable[[Phase], None] = lambda _: None) -> StepDone:
+        """Run the step; where it can be, its graph is built while the hidden states are still on their way.
+
+        ``announce`` is told of each phase as it begins.
+        """
         began = time.perf_counter()
+        announce(Phase.COMPUTING if self._is_first else Phase.RECEIVING)
         batch = Batch([_span(row) for row in step.rows])
         for row in step.rows:
             if row.copy_from is not None:
@@ -43,16 +49,20 @@ class StepRunner:
         else:
             hidden = self._transport.receive((batch.num_tokens, self._hidden_size), self._dtype)
         receive_s = send_s = 0.0
-        if not self._model.builds_lazily(batch):
+        builds_lazily = self._model.builds_lazily(batch)
+        if not builds_lazily:
             receive_s += _evaluate(hidden)
+            announce(Phase.COMPUTING)
         output = self._model.run(hidden, batch)
-        if not self._is_first:
+        if builds_lazily and not self._is_first:
             receive_s += _evaluate(hidden)  # alone, and complete before work that needs it is submitted to a GPU
+            announce(Phase.COMPUTING)
         tokens: tuple[SampledToken, ...] = ()
         if self._is_last:
             tokens = self._sample(step.rows, output)
         else:
             mx.eval(output)
+            announce(Phase.SENDING)
             sending = time.perf_counter()
             self._transport.send(output)
             send_s = time.perf_counter() - sending

@@ -26,6 +26,7 @@ from mlx_k2.control.messages import (
     decode_to_stage,
     encode_message,
 )
+from mlx_k2.control.standing import Announcement, Phase
 
 _out = os.fdopen(os.dup(1), "wb")
 os.dup2(2, 1)
@@ -51,6 +52,29 @@ def echo() -> None:
     for message in hear():
         assert isinstance(message, Step)
         say(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
+
+
+def announce(announcement: Announcement) -> None:
+    _out.write(encode_frame(Kind.STANDING, announcement.to_json()))
+    _out.flush()
+
+
+def has_sent() -> None:
+    """Say that step 5 is done."""
+    announce(Announcement(Phase.IDLE, 5))
+    echo()
+
+
+def receives() -> None:
+    """Say that it waits for the hidden states of step 5."""
+    announce(Announcement(Phase.RECEIVING, 5, limit_s=600.0))
+    echo()
+
+
+def late() -> None:
+    """Enter a phase for half a second, and stay in it, holding the GIL."""
+    announce(Announcement(Phase.CONNECTING, limit_s=0.5))
+    deaf()
 
 
 def deaf() -> None:
@@ -143,7 +167,8 @@ def ring() -> None:
 PROGRAMS: dict[str, Callable[[], None]] = {
     program.__name__: program
     for program in (
-        echo, deaf, stubborn, with_offspring, failing, crashing, rubbish, flooding, talkative, ring
+        echo, has_sent, receives, late, deaf,
+        stubborn, with_offspring, failing, crashing, rubbish, flooding, talkative, ring
     )
 }  # fmt: skip
 

@@ -16,6 +16,8 @@ import pytest
 from mlx_k2.control.framing import Frame, Kind, encode_frame, read_frame, skip_to_mark
 from mlx_k2.control.guarding import GuardSettings
 from mlx_k2.control.messages import Connected, Step, StepDone, Stop, decode_from_stage, encode_message
+from mlx_k2.control.standing import Announcement, Phase, Standing
+from mlx_k2.errors import ProtocolError
 from tests.launch import guarded
 
 
@@ -64,10 +66,13 @@ class GuardedStage:
     def close(self) -> None:
         self._input.close()
 
-    def read(self) -> Frame:
-        frame = read_frame(self.output)
-        assert frame is not None, f"the guard has ended: {self.log()}"
-        return frame
+    def read(self, kind: Kind | None = None) -> Frame:
+        """The next frame of that kind; else the next one that does not only say where the stage stands."""
+        while True:
+            frame = read_frame(self.output)
+            assert frame is not None, f"the guard has ended: {self.log()}"
+            if frame.kind is kind or (kind is None and frame.kind is not Kind.STANDING):
+                return frame
 
     def log(self) -> str:
         return self._log.read().decode()
@@ -285,3 +290,29 @@ def test_the_guard_needs_the_standard_library_only(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert ran.stdout == "[]\n", ran.stderr
+
+
+def test_a_heartbeat_brings_where_the_stage_stands_since_when_and_that_it_is_stopped(start: Start) -> None:
+    stage = start("receives")
+    stage.stage.suspend()
+    said = [standing(stage)]
+    while not said[-1].stopped_s:
+        said.append(standing(stage))
+    assert {each.announced for each in said} == {Announcement(Phase.RECEIVING, 5, 600.0)}
+    assert said[-1].for_s > 0
+    stage.stage.resume()
+    while standing(stage).stopped_s:
+        pass
+
+
+def standing(stage: GuardedStage) -> Standing:
+    stage.write(Kind.HEARTBEAT, b"")
+    return Standing.from_json(stage.read(Kind.STANDING).payload)
+
+
+def test_what_a_stage_says_of_its_standing_is_checked() -> None:
+    for payload in (b"", b"[]", b'{"phase": "dancing"}', b'{"phase": "starting", "step": -1, "limit_s": null}'):
+        with pytest.raises(ProtocolError, match="not an Announcement"):
+            Announcement.from_json(payload)
+        with pytest.raises(ProtocolError, match="not a Standing"):
+            Standing.from_json(payload)

@@ -1,0 +1,43 @@
+"""Stages that come up with another version, or not at all."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from mlx_k2 import __version__
+from mlx_k2.control.messages import Hello
+from mlx_k2.errors import StageSilent, StageStartError
+from mlx_k2.launch.bring_up import gather, greet
+from mlx_k2.launch.group import StageGroup
+from mlx_k2.launch.place import StagePlace
+from tests.launch.guarded import stand_in_python
+
+
+def ignore(line: str) -> None:
+    """A log that nobody reads."""
+
+
+@pytest.mark.parametrize(
+    ("versions", "words"),
+    [
+        (("9.9.9", version("mlx")), f"has mlx-k2 {__version__}, this machine has 9.9.9: install .*mlx-k2==9.9.9"),
+        ((__version__, "9.9.9"), f"has mlx {version('mlx')}, this machine has 9.9.9: install .*pip install mlx==9.9.9"),
+    ],
+    ids=["mlx-k2", "mlx"],
+)
+def test_a_stage_with_another_version_is_refused_by_name(versions: tuple[str, str], words: str) -> None:
+    with (
+        StageGroup([StagePlace()], 20.0, ignore) as group,
+        pytest.raises(StageStartError, match=f"stage 0 on this machine {words}"),
+    ):
+        greet(group, versions)
+
+
+def test_a_stage_that_says_nothing_in_time_is_silent_by_name_and_by_what_it_was_to_do(tmp_path: Path) -> None:
+    places = [StagePlace(python=stand_in_python(tmp_path, "deaf")) for _ in range(2)]
+    with StageGroup(places, 20.0, ignore) as group:
+        gathered = [group.receive(20), group.receive(20)]
+        assert None not in gathered
+        with pytest.raises(StageSilent, match=r"no word for 0 s from stage 1 on this machine .starting for . s., which was to"):
+            gather(group, Hello, [1], 0.2, "start")

@@ -1,0 +1,135 @@
+"""What a vigil over real processes calls stopped, silent or stuck, and what it waits for."""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mlx_k2.control.messages import Connected, Step, StepDone
+from mlx_k2.errors import StageSilent
+from mlx_k2.launch.events import StageEnded, StageMessage
+from mlx_k2.launch.group import StageGroup
+from mlx_k2.launch.place import StagePlace
+from mlx_k2.launch.vigil import Vigil
+from tests.launch.guarded import stand_in_python
+
+PATIENCE_S = 1.0
+WATCHED_S = 15.0
+MakeGroup = Callable[..., StageGroup]
+
+
+@pytest.fixture
+def make_group(tmp_path: Path) -> MakeGroup:
+    def make_group(*programs: str, patience_s: float = PATIENCE_S) -> StageGroup:
+        places = [StagePlace(python=stand_in_python(tmp_path, program)) for program in programs]
+        return StageGroup(places, lease_s=20.0, log=lambda _: None, patience_s=patience_s)
+
+    return make_group
+
+
+def come_up(group: StageGroup) -> Vigil:
+    for _ in range(group.size):
+        event = group.receive(10)
+        assert isinstance(event, StageMessage) and event.message == Connected()
+    return Vigil(group)
+
+
+def trouble(vigil: Vigil) -> str:
+    with pytest.raises(StageSilent) as caught:
+        vigil.receive(time.monotonic() + WATCHED_S)
+    return str(caught.value)
+
+
+def process_of(program: str) -> psutil.Process:
+    """The stage proper that runs this program."""
+    (found,) = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if process.cmdline()[1:2]
+        and process.cmdline()[1].endswith("stage_programs.py")
+        and process.cmdline()[2] == program
+    ]
+    return found
+
+
+def test_a_stopped_stage_is_named_alone(make_group: MakeGroup) -> None:
+    with make_group("echo", "has_sent") as group:
+        vigil = come_up(group)
+        process_of("echo").suspend()
+        began = time.monotonic()
+        said = trouble(vigil)
+        assert time.monotonic() - began < 5
+    assert re.match(r"stage 0 on this machine \(starting for \d s\) is stopped: its process was suspended", said)
+    assert "stage 1" not in said
+
+
+def test_a_stage_that_is_stopped_for_less_than_the_patience_goes_on(make_group: MakeGroup) -> None:
+    with make_group("echo", patience_s=4.0) as group:
+        vigil = come_up(group)
+        stage = process_of("echo")
+        stage.suspend()
+        assert vigil.receive(time.monotonic() + 2.5) is None
+        stage.resume()
+        assert vigil.receive(time.monotonic() + 3.0) is None
+        group.send(0, Step(1, ()))
+        assert vigil.receive(time.monotonic() + 5) == StageMessage(0, StepDone(1, 0.0, 0.0))
+
+
+def test_a_silent_guard_is_named_alone(make_group: MakeGroup) -> None:
+    with make_group("has_sent", "echo", patience_s=2.0) as group:
+        vigil = come_up(group)
+        guard = process_of("echo").parent()
+        assert guard is not None
+        guard.suspend()
+        said = trouble(vigil)
+        guard.resume()
+    assert re.match(r"stage 1 on this machine \(.*\) cannot be heard: its host is off, asleep or unreachable", said)
+    assert "stage 0" not in said
+
+
+def test_a_stage_that_waits_for_what_was_sent_names_the_hop(make_group: MakeGroup) -> None:
+    with make_group("has_sent", "receives") as group:
+        said = trouble(come_up(group))
+    assert re.match(
+        r"stage 1 on this machine \(receiving hidden states of step 5 for \d s\) does not get what "
+        r"stage 0 on this machine \(waiting for a plan for \d s\) has sent: the hop between them is stuck",
+        said,
+    )
+
+
+def test_a_stage_that_waits_for_one_that_has_not_sent_is_left_in_peace(make_group: MakeGroup) -> None:
+    with make_group("echo", "receives") as group:
+        assert come_up(group).receive(time.monotonic() + 3.5) is None
+
+
+def test_after_a_gap_in_its_own_time_a_vigil_reads_before_it_judges(make_group: MakeGroup) -> None:
+    """This process is stopped for longer than its patience while a stage answers."""
+    with make_group("echo") as group:
+        vigil = come_up(group)
+        group.send(0, Step(1, ()))
+        waker = os.fork()
+        if waker == 0:
+            time.sleep(4.0)
+            os.kill(os.getppid(), signal.SIGCONT)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        os.waitpid(waker, 0)
+        assert vigil.receive(time.monotonic()) == StageMessage(0, StepDone(1, 0.0, 0.0))
+        assert vigil.receive(time.monotonic() - 1) is None
+
+
+def test_a_stage_whose_phase_outlives_its_limit_is_ended_by_its_guard_though_it_holds_the_gil(
+    make_group: MakeGroup,
+) -> None:
+    with make_group("late") as group:
+        vigil = come_up(group)
+        began = time.monotonic()
+        end = vigil.receive(began + WATCHED_S)
+        assert time.monotonic() - began < 5
+    assert isinstance(end, StageEnded)
+    assert re.match(r"it was connecting to its neighbours for \d s, and was given 0 s", end.reason)
