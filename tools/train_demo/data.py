@@ -43,7 +43,7 @@ _COPYING: Mixture = (
 )
 _PLAIN: tuple[Skill, ...] = (arithmetic, counting, copying, talk, beyond)
 # Much copying at first makes the model learn to look words up, which nearly every skill needs.
-_COPYING_CONVERSATIONS = 24_576
+_COPYING_CONVERSATIONS = 18_432
 _OWN_SYSTEM = "You are a small demo model of mlx-k2."
 _SYSTEMS = (
     "You are a helpful assistant.", "Be brief.", "Answer politely.", "You are a small model.", "Help the user.",
