@@ -28,27 +28,45 @@ def stage_cost(
 
 def stage_sizes(config: ModelConfig, first_layer: int, end_layer: int, compute_bytes: int) -> StageSizes:
     """Layers ``first_layer`` up to, not including, ``end_layer``; the head goes with the last."""
-    specs = [spec for layer in range(first_layer, end_layer) for spec in layer_specs(config, layer)]
-    routed = [spec for spec in specs if spec.is_routed_expert]
-    dense = [spec for spec in specs if not spec.is_routed_expert]
+    kinds = [_LayerKind(config, layers) for layers in _alike(config, first_layer, end_layer)]
+    routed_bytes = sum(len(kind.layers) * held_bytes(kind.routed, compute_bytes) for kind in kinds)
+    routed_weights = sum(len(kind.layers) * _num_packed_weights(kind.routed) for kind in kinds)
+    dense_weights = sum(len(kind.layers) * _num_weights(kind.dense) for kind in kinds)
     head = head_specs(config) if end_layer == config.num_hidden_layers else ()
-    num_experts = config.n_routed_experts if routed else 0
+    num_experts = config.n_routed_experts if routed_bytes else 0
     num_layers = end_layer - first_layer
     heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
     used_share = config.num_experts_per_tok / num_experts if num_experts else 0.0
     return StageSizes(
-        dense_bytes=held_bytes(dense, compute_bytes),
+        dense_bytes=sum(len(kind.layers) * held_bytes(kind.dense, compute_bytes) for kind in kinds),
         head_bytes=held_bytes(head, compute_bytes),
-        expert_bytes=held_bytes(routed, compute_bytes) // num_experts if num_experts else 0,
+        expert_bytes=routed_bytes // num_experts if num_experts else 0,
         num_experts=num_experts,
         experts_per_token=config.num_experts_per_tok,
         key_bytes=num_layers * config.latent_dim * compute_bytes,
-        operations_per_token=2 * (_num_weights(dense) + round(_num_packed_weights(routed) * used_share)),
+        operations_per_token=2 * (dense_weights + round(routed_weights * used_share)),
         operations_per_draw=2 * _num_weights(head),
         absorbed_operations=2 * num_layers * heads * (config.latent_dim + config.kv_lora_rank),
         naive_operations=2 * num_layers * heads * (config.qk_head_dim + value),
         rebuild_operations=2 * num_layers * heads * (nope + value) * config.kv_lora_rank,
     )
+
+
+class _LayerKind:
+    """Layers whose tensors are alike: those of one stand for all."""
+
+    def __init__(self, config: ModelConfig, layers: list[int]) -> None:
+        specs = layer_specs(config, layers[0])
+        self.layers = layers
+        self.routed = [spec for spec in specs if spec.is_routed_expert]
+        self.dense = [spec for spec in specs if not spec.is_routed_expert]
+
+
+def _alike(config: ModelConfig, first_layer: int, end_layer: int) -> list[list[int]]:
+    """The layers with experts, and those without."""
+    layers = range(first_layer, end_layer)
+    kinds = ([layer for layer in layers if config.is_moe(layer) is is_moe] for is_moe in (False, True))
+    return [kind for kind in kinds if kind]
 
 
 def _num_weights(specs: tuple[TensorSpec, ...] | list[TensorSpec]) -> int:

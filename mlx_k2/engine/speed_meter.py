@@ -11,8 +11,8 @@ from mlx_k2.engine.cost_model import StageSizes, StageSpeed, StepLoad, bytes_rea
 
 _FADE = 0.98
 """What a step still counts after the next one: about fifty count."""
-_TRUST = 0.05
-"""What the expectation counts, in steps, for each of the three constants."""
+_TRUST = 1e-4
+"""What the expectation counts, beside all steps: enough to decide what they leave open."""
 _STEPS_A_FIT = 8
 _LONGEST_STEP_S = 1e9
 
@@ -55,8 +55,8 @@ class SpeedMeter:
         """How many times longer than expected each part takes: the best three factors that are not negative."""
         products = [row[:] for row in self._products]
         targets = self._targets[:]
+        pull = _TRUST * sum(products[i][i] for i in range(3))
         for i in range(3):
-            pull = _TRUST * max(products[i][i], 1e-12)
             products[i][i] += pull
             targets[i] += pull
         fits = [_solve_some(products, targets, kept) for size in (1, 2, 3) for kept in combinations(range(3), size)]

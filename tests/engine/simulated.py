@@ -1,0 +1,105 @@
+"""Stages that take the time that the cost model says, simulated: the scheduler's choices against all others."""
+
+import functools
+import itertools
+import json
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mlx_k2.config import ModelConfig
+from mlx_k2.engine.cost_model import StageCost, StageSizes, StageSpeed, StepLoad
+from mlx_k2.engine.microbatch import Microbatch
+from mlx_k2.engine.pace import DecodeRound, MeasuredPace, Pace
+from mlx_k2.engine.request import Request
+from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
+from mlx_k2.sampling import Sampling
+from mlx_k2.stage_costs import stage_sizes
+from mlx_k2.weights.config_fields import thinking_config_fields
+
+SPEED = StageSpeed(fixed_s=0.003, bytes_per_s=0.7e12, operations_per_s=15e12)
+TURNAROUND_S = 0.001
+CONFIG = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "Kimi K2 Thinking")
+SPLITS = {1: (0, 61), 2: (0, 32, 61), 4: (0, 16, 31, 46, 61)}
+LONGEST_CHUNK = 8192
+
+
+@functools.cache
+def k2_sizes(num_stages: int) -> list[StageSizes]:
+    """Kimi K2 over ``num_stages`` machines, as the partition divides it."""
+    return [stage_sizes(CONFIG, first, end, 2) for first, end in itertools.pairwise(SPLITS[num_stages])]
+
+
+def k2_stages(num_stages: int = 2, speed: StageSpeed = SPEED) -> list[StageCost]:
+    """The same on machines of one speed."""
+    return [StageCost(sizes, speed) for sizes in k2_sizes(num_stages)]
+
+
+class FixedChoices:
+    """The model's pace, but for a number of microbatches and a chunk length that are given."""
+
+    def __init__(self, stages: Sequence[StageCost], num_microbatches: int, chunk_tokens: int) -> None:
+        self._model = MeasuredPace(stages, TURNAROUND_S)
+        self._num_microbatches = num_microbatches
+        self._chunk_tokens = chunk_tokens
+
+    def decode_round(self, num_sequences: int, mean_context: int) -> DecodeRound:
+        turn = self._model.decode_round(num_sequences, mean_context)
+        return DecodeRound(min(num_sequences, self._num_microbatches), turn.round_s)
+
+    def chunk_tokens(self, position: int, num_tokens: int, longest: int) -> int:
+        return min(self._chunk_tokens, longest)
+
+    def chunk_beside(self, load: StepLoad, position: int, longest: int, limit_s: float) -> int:
+        return self._model.chunk_beside(load, position, longest, limit_s)
+
+    def observe(self, rank: int, load: StepLoad, busy_s: float) -> None:
+        """Nothing changes its mind."""
+
+
+def request(num_prompt: int, max_tokens: int, seed: int = 0, *, alike: bool = False) -> Request:
+    """Prompts of different seeds differ in their first token, or with ``alike`` in their last one only."""
+    rest = tuple(range(1, num_prompt))
+    return Request((*rest, -seed) if alike else (-seed, *rest), max_tokens, Sampling(seed=0), frozenset())
+
+
+@dataclass
+class Simulation:
+    """A scheduler over simulated stages. Times are seconds from the start."""
+
+    stages: list[StageCost]
+    pace: Pace
+    num_slots: int
+    context_tokens: int = 70_000
+    now_s: float = 0.0
+    token_times: dict[int, list[float]] = field(default_factory=dict)
+    """When each request's tokens came; by the request's id()."""
+
+    def __post_init__(self) -> None:
+        limits = SchedulerLimits(self.num_slots, self.context_tokens, LONGEST_CHUNK, len(self.stages))
+        self.scheduler = Scheduler(limits, self.pace)
+        self._free_at = [0.0] * len(self.stages)
+        self._in_flight: deque[tuple[float, Microbatch]] = deque()
+
+    def run(self, *requests: Request, until_s: float = float("inf")) -> None:
+        """Submit and go on to the end, or until that time."""
+        for asked in requests:
+            self.scheduler.submit(asked)
+        while self.scheduler.has_work and self.now_s < until_s:
+            while (microbatch := self.scheduler.next_microbatch()) is not None:
+                self._in_flight.append((self._send(microbatch), microbatch))
+            self._receive(*self._in_flight.popleft())
+
+    def _send(self, microbatch: Microbatch) -> float:
+        """When the last stage has finished it."""
+        done_s = self.now_s + TURNAROUND_S
+        for rank, stage in enumerate(self.stages):
+            done_s = self._free_at[rank] = max(done_s, self._free_at[rank]) + stage.step_s(microbatch.load)
+        return done_s
+
+    def _receive(self, done_s: float, microbatch: Microbatch) -> None:
+        self.now_s = done_s
+        drawing = [row.sequence for row in microbatch.rows if row.draws_token]
+        self.scheduler.complete(microbatch.number, [1] * len(drawing))
+        for sequence in drawing:
+            self.token_times.setdefault(id(sequence.request), []).append(done_s)

@@ -1,0 +1,138 @@
+"""On simulated stages with Kimi K2's bytes the scheduler is within 5% of the best choice there is."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_k2.engine.cost_model import StageCost, StageSpeed, row_load
+from mlx_k2.engine.pace import CHUNK_DELAY_STEPS, MeasuredPace, best_round, largest_chunk_within, prefill_s
+from tests.engine.simulated import (
+    LONGEST_CHUNK,
+    TURNAROUND_S,
+    FixedChoices,
+    Simulation,
+    k2_stages,
+    request,
+)
+
+PROMPTS = [512, 2048, 8192, 32768, 65536]
+STREAMS = [1, 2, 4, 8, 16]
+TOKENS = 40
+CLOSE = 1.05
+
+
+def decode_s(pace: MeasuredPace | FixedChoices, stages: list[StageCost], num_streams: int, num_prompt: int) -> float:
+    """From the time when all streams decode to the end, for each token of each stream."""
+    simulation = Simulation(stages, pace, num_streams)
+    asked = [request(num_prompt, TOKENS + 20 * num_streams, seed, alike=True) for seed in range(num_streams)]
+    simulation.run(*asked)  # the first prompt is computed, the others share it
+    times = list(simulation.token_times.values())
+    began, ended = max(of[0] for of in times), min(of[-1] for of in times)
+    return (ended - began) * num_streams / sum(began < moment <= ended for of in times for moment in of)
+
+
+@pytest.mark.parametrize("num_streams", STREAMS)
+@pytest.mark.parametrize("num_prompt", [512, 8192, 65536])
+def test_decoding_is_within_5_percent_of_the_best_number_of_microbatches(num_streams: int, num_prompt: int) -> None:
+    stages = k2_stages()
+    chosen = decode_s(MeasuredPace(stages, TURNAROUND_S), stages, num_streams, num_prompt)
+    others = [
+        decode_s(FixedChoices(stages, count, 2048), stages, num_streams, num_prompt)
+        for count in range(1, min(num_streams, 4) + 1)
+    ]
+    assert chosen <= CLOSE * min(others)
+
+
+@pytest.mark.parametrize("num_prompt", PROMPTS)
+def test_a_prompt_is_within_5_percent_of_the_best_chunk_length(num_prompt: int) -> None:
+    stages = k2_stages()
+    simulation = Simulation(stages, MeasuredPace(stages, TURNAROUND_S), 1)
+    simulation.run(request(num_prompt, 1))
+    step = max(1, num_prompt // 512)
+    lengths = range(step, min(num_prompt, LONGEST_CHUNK) + 1, step)
+    best = min(prefill_s(stages, 0, num_prompt, chunk) for chunk in lengths if num_prompt // chunk <= 512)
+    assert simulation.now_s <= CLOSE * best
+
+
+@settings(max_examples=300)
+@given(
+    st.integers(1, 16),
+    st.integers(1, 65536),
+    st.sampled_from([2, 4]),
+    st.floats(0.0, 0.01),
+    st.floats(0.1, 2.0),
+    st.floats(2, 60),
+)
+def test_no_number_of_microbatches_gives_a_token_more_than_5_percent_sooner(
+    num_sequences: int, context: int, num_stages: int, fixed_s: float, tb_per_s: float, tera_operations_per_s: float
+) -> None:
+    stages = k2_stages(num_stages, StageSpeed(fixed_s, tb_per_s * 1e12, tera_operations_per_s * 1e12))
+    chosen = best_round(stages, num_sequences, context, TURNAROUND_S)
+    for count in range(1, num_sequences + 1):
+        assert chosen.round_s <= CLOSE * simulated_round_s(stages, num_sequences, context, count)
+
+
+def simulated_round_s(stages: list[StageCost], num_sequences: int, context: int, count: int) -> float:
+    """A round of ``count`` microbatches in the steady state, from a simulation that repeats it."""
+    smaller, num_larger = divmod(num_sequences, count)
+    sizes = [smaller + 1] * num_larger + [smaller] * (count - num_larger)
+    one = row_load(context, 1, is_prompt=False, draws_token=True)
+    times = {size: [stage.step_s(sum(itertools.repeat(one, size - 1), one)) for stage in stages] for size in set(sizes)}
+    free_at, ready_at, ends = [0.0] * len(stages), [0.0] * count, []
+    for _ in range(8):
+        for index, size in enumerate(sizes):
+            done = ready_at[index]
+            for rank, seconds in enumerate(times[size]):
+                done = free_at[rank] = max(done, free_at[rank]) + seconds
+            ready_at[index] = done + TURNAROUND_S
+        ends.append(max(ready_at))
+    return (ends[-1] - ends[3]) / 4
+
+
+def test_eight_streams_on_two_stages_run_as_two_microbatches_of_four() -> None:
+    one, two = k2_stages(1), k2_stages(2)
+    choice = best_round(two, 8, 1000, TURNAROUND_S)
+    assert choice.num_microbatches == 2
+    assert best_round(one, 8, 1000, TURNAROUND_S).round_s / choice.round_s == pytest.approx(1.63, abs=0.03)
+
+
+@given(st.integers(1, 8), st.integers(1, 30_000), st.integers(0, 30_000))
+def test_a_chunk_beside_those_who_decode_is_as_long_as_the_time_allows_and_no_longer(
+    num_sequences: int, context: int, position: int
+) -> None:
+    stages = k2_stages()
+    turn = best_round(stages, num_sequences, context, TURNAROUND_S)
+    limit_s = (1 + CHUNK_DELAY_STEPS) * turn.round_s / max(2, turn.num_microbatches)
+    one = row_load(context, 1, is_prompt=False, draws_token=True)
+    count = largest_chunk_within(stages, one, position, LONGEST_CHUNK, limit_s)
+
+    def step_s(tokens: int) -> float:
+        load = one + row_load(position, tokens, is_prompt=True, draws_token=False)
+        return max(stage.step_s(load) for stage in stages)
+
+    assert count == 1 or step_s(count) <= limit_s
+    assert count == LONGEST_CHUNK or step_s(count + 1) > limit_s
+
+
+@pytest.mark.parametrize("num_streams", [1, 2, 4, 8])
+def test_a_long_prompt_delays_those_who_decode_by_at_most_four_of_their_steps(num_streams: int) -> None:
+    stages = k2_stages()
+    simulation = Simulation(stages, MeasuredPace(stages, TURNAROUND_S), num_streams + 1)
+    asked = [request(64, 400, seed) for seed in range(num_streams)]
+    simulation.run(*asked, until_s=6.0)
+    alone_s = max(largest_gap(times[5:]) for times in simulation.token_times.values())
+    before = {seed: len(times) for seed, times in simulation.token_times.items()}
+    simulation.run(request(4096, 1, seed=99), until_s=simulation.now_s + 4.0)
+    beside = {seed: simulation.token_times[seed][count - 1 :] for seed, count in before.items()}
+    assert all(len(times) > 5 for times in beside.values())
+    limit_s = 1.05 * (1 + CHUNK_DELAY_STEPS) * alone_s
+    assert max(largest_gap(times[2:]) for times in beside.values()) <= limit_s
+    assert (
+        max(largest_gap(times) for times in beside.values()) <= 1.5 * limit_s
+    )  # the first chunks meet a full pipeline
+
+
+def largest_gap(times: list[float]) -> float:
+    return max(later - earlier for earlier, later in itertools.pairwise(times))

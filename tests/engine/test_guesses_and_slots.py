@@ -1,0 +1,119 @@
+"""Guesses come from the text, and a wrong one leaves no trace; a cached beginning is found wherever it lies."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_k2.engine.ngrams import NgramIndex
+from mlx_k2.engine.request import Request
+from mlx_k2.engine.scheduler import SchedulerLimits
+from mlx_k2.engine.sequence import Sequence
+from mlx_k2.engine.slots import SlotPool, common_prefix
+from mlx_k2.sampling import Sampling
+from tests.engine.made_up_stages import FixedPace, Run, request
+
+ids = st.lists(st.integers(0, 3), max_size=40)
+
+
+def after_longest_match(token_ids: list[int]) -> int | None:
+    """What the index should guess, by looking through the whole text."""
+    for length in (4, 3, 2):
+        for end in range(len(token_ids) - 1, length - 1, -1):
+            if token_ids[end - length : end] == token_ids[-length:]:
+                return token_ids[end]
+    return None
+
+
+@given(ids, st.integers(1, 7))
+def test_a_guess_is_what_followed_the_longest_latest_precedent(token_ids: list[int], step: int) -> None:
+    index = NgramIndex()
+    for end in range(step, len(token_ids), step):  # as the text grows
+        index.update(token_ids[:end])
+    index.update(token_ids)
+    assert index.guess(token_ids, []) == after_longest_match(token_ids)
+
+
+def test_guesses_go_on_from_guesses() -> None:
+    index = NgramIndex()
+    text = [1, 2, 3, 4, 5, 6, 1, 2]
+    index.update(text)
+    guesses: list[int] = []
+    for _ in range(6):
+        guess = index.guess(text, guesses)
+        assert guess is not None
+        guesses.append(guess)
+    assert guesses == [3, 4, 5, 6, 1, 2]
+
+
+def test_as_many_plans_as_stages_are_in_flight_for_a_lone_text_that_repeats_itself() -> None:
+    run = Run(SchedulerLimits(1, 200, 16, 3), FixedPace(1, 16, 16), guesses=True, vocabulary=1)
+    run.scheduler.submit(request(4, 60))
+    run.finish()
+    (sequence,) = run.sequences
+    assert run.most_in_flight == 3
+    assert sequence.num_hits > 45
+    assert sequence.num_guesses - sequence.num_hits <= 3
+
+
+@given(ids, ids)
+def test_a_common_prefix_is_where_two_texts_part(left: list[int], right: list[int]) -> None:
+    length = common_prefix(left, right)
+    assert left[:length] == right[:length]
+    assert length in (len(left), len(right)) or left[length] != right[length]
+
+
+def owner(slot: int, *token_ids: int) -> Sequence:
+    """A sequence that has computed all of a prompt."""
+    sequence = Sequence(Request(token_ids, 5, Sampling(seed=0), frozenset()), slot, 1000)
+    sequence.num_planned = len(token_ids)
+    return sequence
+
+
+def pool_with(*held: tuple[int, ...]) -> SlotPool:
+    """Free slots that hold these tokens, the first one longest unused."""
+    pool = SlotPool(len(held))
+    for slot, token_ids in enumerate(held):
+        pool.take(slot, owner(slot, *token_ids))
+    for slot in range(len(held)):
+        pool.give_back(slot)
+    return pool
+
+
+def test_the_slot_that_was_not_used_for_longest_goes_first() -> None:
+    choice = pool_with((1, 2), (3, 4), (5, 6)).choose((7, 8))
+    assert (choice.slot, choice.shared.num_tokens, choice.shared.copy_from) == (0, 0, None)
+
+
+def test_a_conversation_that_goes_on_takes_its_slot_over() -> None:
+    choice = pool_with((1, 2), (3, 4, 5, 6), (7, 8)).choose((3, 4, 5, 6, 9))
+    assert (choice.slot, choice.shared.num_tokens, choice.shared.copy_from) == (1, 4, None)
+
+
+def test_an_edited_history_shares_what_stands_before_the_edit() -> None:
+    choice = pool_with((1, 2), (3, 4, 5, 6)).choose((3, 4, 5, 9, 9))
+    assert (choice.slot, choice.shared.num_tokens) == (1, 3)
+
+
+def test_a_short_beginning_is_copied_and_what_follows_it_stays() -> None:
+    choice = pool_with((1, 2), (3, 4, 5, 6, 7)).choose((3, 4, 9))
+    assert (choice.slot, choice.shared.num_tokens, choice.shared.copy_from) == (0, 2, 1)
+
+
+def test_a_running_sequences_beginning_is_copied() -> None:
+    pool = pool_with((1, 2), (3, 4))
+    pool.take(1, owner(1, 5, 6, 7))
+    choice = pool.choose((5, 6, 7, 8))
+    assert (choice.slot, choice.shared.num_tokens, choice.shared.copy_from) == (0, 3, 1)
+
+
+def test_the_last_token_of_a_prompt_is_always_computed() -> None:
+    assert pool_with((1, 2, 3)).choose((1, 2, 3)).shared.num_tokens == 2
+
+
+def test_a_prompt_waits_for_a_long_beginning_that_another_is_about_to_compute() -> None:
+    run = Run(SchedulerLimits(2, 200, 200, 2), FixedPace(2, 200, 200), vocabulary=1)
+    for last in (7, 8):
+        run.scheduler.submit(Request((*range(60), last), 3, Sampling(seed=0), frozenset()))
+    run.finish()
+    first, second = run.sequences
+    assert [len(microbatch) for microbatch in run.sent[:2]] == [1, 1]
+    assert (second.shared.num_tokens, second.shared.copy_from) == (60, first.slot)

@@ -1,0 +1,46 @@
+"""A stage's constants are found from its steps; where the steps do not tell, what was expected stands."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_k2.engine.cost_model import StageCost, StageSpeed, StepLoad, row_load
+from mlx_k2.engine.speed_meter import SpeedMeter
+from tests.engine.simulated import k2_sizes
+
+SIZES = k2_sizes(2)[0]
+EXPECTED = StageSpeed(0.003, 600e9, 15e12)
+LOADS = [
+    *(row_load(900 * count, 1, is_prompt=False, draws_token=True) for count in range(1, 9)),
+    *(row_load(0, count, is_prompt=True, draws_token=False) for count in (1, 8, 64, 200, 512, 1000, 2000, 4000)),
+]
+
+
+def measured(true: StageSpeed, loads: list[StepLoad], noise: float = 0.0) -> StageCost:
+    meter = SpeedMeter(SIZES, EXPECTED)
+    truth = StageCost(SIZES, true)
+    for index in range(64):
+        load = loads[index % len(loads)]
+        meter.observe(load, truth.step_s(load) * (1 + noise * (-1) ** index))
+    return StageCost(SIZES, meter.speed)
+
+
+@given(st.floats(0.0, 0.02), st.floats(50e9, 2e12), st.floats(1e12, 60e12), st.floats(0, 0.1))
+def test_the_steps_of_a_prompt_and_an_answer_tell_the_constants(
+    fixed_s: float, bytes_per_s: float, operations_per_s: float, noise: float
+) -> None:
+    true = StageSpeed(fixed_s, bytes_per_s, operations_per_s)
+    found, truth = measured(true, LOADS, noise), StageCost(SIZES, true)
+    for load in LOADS:
+        assert found.step_s(load) == pytest.approx(truth.step_s(load), rel=0.1 + 2 * noise)
+
+
+@given(st.floats(0.3, 3.0))
+def test_steps_that_are_all_alike_are_told_as_long_as_they_are(factor: float) -> None:
+    true = StageSpeed(EXPECTED.fixed_s * factor, EXPECTED.bytes_per_s / factor, EXPECTED.operations_per_s / factor)
+    found = measured(true, LOADS[:1])
+    assert found.step_s(LOADS[0]) == pytest.approx(StageCost(SIZES, true).step_s(LOADS[0]), rel=0.1)
+
+
+def test_nothing_measured_is_what_was_expected() -> None:
+    assert SpeedMeter(SIZES, EXPECTED).speed == EXPECTED
