@@ -68,24 +68,11 @@ class Connection:
             MCPError: the server refuses the call.
         """
         link = await self._linked()
-        results: list[types.CallToolResult] = []
-        errors: list[Exception] = []
-
-        async def run() -> None:
-            try:
-                results.append(await link.client.call_tool(tool, arguments))
-            except Exception as error:  # noqa: BLE001 - whatever a server makes the package raise, the caller gets it
-                errors.append(error)
-            racing.cancel_scope.cancel()
-
-        async with anyio.create_task_group() as racing:
-            racing.start_soon(run)
-            await link.over.wait()
-            racing.cancel_scope.cancel()
-        if results:
-            return results[0]
-        if errors and not (isinstance(errors[0], MCPError) and errors[0].message in _OVER):
-            raise errors[0]
+        try:
+            return await link.client.call_tool(tool, arguments)
+        except Exception as error:
+            if not (link.over.is_set() or _is_over(error)):
+                raise
         link.closing.set()
         await link.over.wait()
         raise ServerLost(link.reason)
@@ -176,6 +163,10 @@ def _reason(error: BaseException | None, words: deque[str]) -> str:
     """Why a connection is over: the innermost error, and what the server said last."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    closed = error is None or (isinstance(error, MCPError) and error.message in _OVER)
-    why = "it ended" if closed else str(error) or type(error).__name__
+    why = "it ended" if error is None or _is_over(error) else str(error) or type(error).__name__
     return f"{why}; it said last: {' | '.join(words)}" if words else why
+
+
+def _is_over(error: BaseException) -> bool:
+    closed = isinstance(error, anyio.ClosedResourceError | anyio.BrokenResourceError)
+    return closed or (isinstance(error, MCPError) and error.message in _OVER)

@@ -67,7 +67,7 @@ def _tools(module: ModuleType) -> list[Callable[..., Any]]:
 
 
 def _as_tool(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` as mcp is to call it: one that blocks can be given up, and the model reads what it raises."""
+    """``function`` as mcp is to call it: in a thread where it blocks, and the model reads what it raises."""
 
     def blocking(**arguments: Any) -> Any:
         try:
@@ -81,8 +81,7 @@ def _as_tool(function: Callable[..., Any]) -> Callable[..., Any]:
             if inspect.iscoroutinefunction(function):
                 result = await function(**arguments)
             else:
-                call = functools.partial(blocking, **arguments)
-                result = await anyio.to_thread.run_sync(call, abandon_on_cancel=True)
+                result = await anyio.to_thread.run_sync(functools.partial(blocking, **arguments))
             return result if isinstance(result, str) else msgspec.json.encode(result, enc_hook=str).decode()
         except Exception as error:
             raise ToolError(f"{type(error).__name__}: {error}") from error

@@ -150,6 +150,26 @@ def test_a_singular_marker_inside_arguments_is_part_of_them() -> None:
     assert found.values == {"text": "".join(SINGULAR)}
 
 
+@pytest.mark.parametrize(
+    ("text", "reply"),
+    [
+        ("<think>R</think>C", Reply("R", "C", ())),
+        ("C<think>D</think>", Reply("", "C<think>D</think>", ())),
+        (call("functions.f:0", "{}"), Reply("", call("functions.f:0", "{}"), ())),
+        ("C<|tool_calls_section_begin|> D", Reply("", "C<|tool_calls_section_begin|> D", ())),
+    ],
+)
+def test_a_marker_that_can_only_be_spelled_counts_where_it_is_expected(text: str, reply: Reply) -> None:
+    assert whole_reply(parts([(text, False)], names=frozenset())) == reply
+
+
+def test_arguments_may_quote_the_beginning_of_a_call_where_markers_are_spelled() -> None:
+    arguments = '{"a": "<|tool_call_begin|>"}'
+    (found,) = whole_reply(parts([(section(call("functions.f:0", arguments)), False)], names=frozenset())).calls
+    assert found.arguments == arguments
+    assert found.values == {"a": "<|tool_call_begin|>"}
+
+
 def test_other_control_tokens_read_as_their_names() -> None:
     found = parts([("<think>", True), ("a", False), ("<|im_middle|>", True), ("b", False)])
     assert whole_reply(found) == Reply("a<|im_middle|>b", "", ())

@@ -1,5 +1,6 @@
 """The functions of a Python file become tools in a process of their own: what they do wrong stays there."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -86,12 +87,13 @@ def test_signatures_and_docstrings_become_declarations(module: Path) -> None:
     assert (properties["days"]["description"], properties["days"]["minimum"]) == ("how many", 1)
 
 
-def test_functions_return_text_or_json_and_may_print(module: Path) -> None:
+def test_functions_return_text_or_json_and_may_print(module: Path, caplog: pytest.LogCaptureFixture) -> None:
     with open_toolbox([python_module(module, environment(MY_KEY="secret"))], LIMITS) as box:
         assert box.call("weather", {"city": "Rome", "unit": "F"}) == ToolResult(Outcome.DONE, "Rome F 1")
         assert box.call("later", {}).text == '[{"a":1},{"b":2}]'
         assert box.call("point", {}).text == '{"x":7}'
         assert box.call("key", {}).text == "secret"
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]  # no print read as a message
 
 
 def test_what_a_function_raises_is_for_the_model_to_read(module: Path) -> None:
