@@ -43,7 +43,8 @@ def test_the_answer_goes_to_stdout_and_everything_else_to_stderr(
     summary, times, headings, *stages = text_run.stderr.splitlines()
     assert re.fullmatch(r"\d+ tokens \(.*\) · prompt \d+ tokens · seed 5", summary)
     assert re.fullmatch(
-        r"loaded in [\d.]+ s · first token after [\d.]+ s · prefill [\d.]+ tok/s · decode [\d.]+ tok/s( · .* guesses right)?",
+        r"loaded in [\d.]+ s · first token after [\d.]+ s · prefill [\d.]+ tok/s · decode [\d.]+ tok/s"
+        r"( · .* guesses right)?",
         times,
     )
     assert headings.split() == ["stage", "host", "layers", "weights", "computing", "share"]

@@ -16,9 +16,8 @@ from tests.local_cluster import wait_until_gone
 pytestmark = pytest.mark.usefixtures("signals_as_usual")
 Start = Callable[..., subprocess.Popen[bytes]]
 
-STAGES = 2
-PROCESSES = 3 * STAGES
-"""Each stage is a guard, its watcher and the stage proper."""
+PROCESSES_OF_A_STAGE = 3
+"""Its guard, the guard's watcher and the stage proper."""
 
 
 @pytest.fixture
@@ -26,8 +25,8 @@ def start(command_line: CommandLine, endless: Path) -> Iterator[Start]:
     """Starts a long answer; whatever the test does, it is gone afterwards."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def start(*options: str) -> subprocess.Popen[bytes]:
-        model = ("--model", str(endless), "--stages", str(STAGES), "--token-ids", "1,2,3", "--temperature", "0")
+    def start(*options: str, num_stages: int = 1) -> subprocess.Popen[bytes]:
+        model = ("--model", str(endless), "--stages", str(num_stages), "--token-ids", "1,2,3", "--temperature", "0")
         started.append(command_line.start("generate", *model, *options))
         return started[-1]
 
@@ -37,13 +36,13 @@ def start(command_line: CommandLine, endless: Path) -> Iterator[Start]:
         process.communicate()
 
 
-def answering(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def answering(process: subprocess.Popen[bytes], num_stages: int = 1) -> list[psutil.Process]:
     """Wait for the first words of the answer, which come while it goes on; returns all of its processes."""
     assert process.stdout
     assert process.stdout.read(20)
     assert process.poll() is None
     below = processes_below(process)
-    assert len(below) == PROCESSES
+    assert len(below) == num_stages * PROCESSES_OF_A_STAGE
     return below
 
 
@@ -56,12 +55,14 @@ def wait_for(process: subprocess.Popen[bytes], line: bytes) -> None:
     raise AssertionError(f"it ended without {line!r}")
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "exit_code", "num_stages"), [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1), (signal.SIGHUP, 129, 1)]
+)
 def test_a_signal_in_the_middle_of_an_answer_ends_it_in_two_seconds_and_leaves_nothing(
-    start: Start, number: int, exit_code: int
+    start: Start, number: int, exit_code: int, num_stages: int
 ) -> None:
-    process = start()
-    below = answering(process)
+    process = start(num_stages=num_stages)
+    below = answering(process, num_stages)
     began = time.monotonic()
     os.killpg(process.pid, number)
     rest, said = process.communicate(timeout=10)
@@ -73,7 +74,7 @@ def test_a_signal_in_the_middle_of_an_answer_ends_it_in_two_seconds_and_leaves_n
 
 
 def test_ctrl_c_while_the_stages_come_up_leaves_nothing(start: Start) -> None:
-    process = start("--verbose")
+    process = start("--verbose", num_stages=2)
     wait_for(process, b"connecting ...")
     below = processes_below(process)
     os.killpg(process.pid, signal.SIGINT)
@@ -94,8 +95,8 @@ def test_a_reader_that_has_enough_ends_the_command(start: Start) -> None:
 
 
 def test_killing_the_command_leaves_no_process_after_five_seconds(start: Start) -> None:
-    process = start()
-    below = answering(process)
+    process = start(num_stages=2)
+    below = answering(process, num_stages=2)
     process.kill()
     process.wait()
     assert wait_until_gone(below, 5) == []

@@ -39,5 +39,7 @@ def test_a_stage_that_says_nothing_in_time_is_silent_by_name_and_by_what_it_was_
     with StageGroup(places, 20.0, ignore) as group:
         gathered = [group.receive(20), group.receive(20)]
         assert None not in gathered
-        with pytest.raises(StageSilent, match=r"no word for 0 s from stage 1 on this machine .starting for . s., which was to"):
+        with pytest.raises(
+            StageSilent, match=r"no word for 0 s from stage 1 on this machine .starting for . s., which was to"
+        ):
             gather(group, Hello, [1], 0.2, "start")

@@ -46,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def converse(tmp_path: Path) -> Converse:
-    """Say all this to a new stage: its exit code, and what it said."""
+    """Say all this to a new stage: its exit code, and what it said to the coordinator (its guard hears more)."""
 
     def converse(*messages: ToStage) -> tuple[int, list[FromStage]]:
         output = tmp_path / "frames"
@@ -58,7 +58,7 @@ def converse(tmp_path: Path) -> Converse:
         writer.close(5)
         with output.open("rb") as stream:
             frames = list(iter(lambda: read_frame(stream), None))
-        return exit_code, [decode_from_stage(frame.payload) for frame in frames]
+        return exit_code, [decode_from_stage(frame.payload) for frame in frames if frame.kind is Kind.MESSAGE]
 
     return converse
 

@@ -1,0 +1,60 @@
+"""What is found only once stages are running: one line that names the stage and its host, exit code 1, nothing left."""
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mlx_k2.cli.main import run
+from tests.local_cluster import wait_until_gone
+
+
+@pytest.fixture
+def failure(endless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator["Failure"]:
+    yield Failure(endless, tmp_path / "hosts.json", capsys)
+    assert wait_until_gone(psutil.Process().children(recursive=True), 0) == []
+
+
+class Failure:
+    """What the command says when it fails over these hosts."""
+
+    def __init__(self, model: Path, hostfile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self._model = model
+        self._hostfile = hostfile
+        self._capsys = capsys
+
+    def over(self, *hosts: dict[str, object]) -> str:
+        entries = [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"], **host} for host in hosts]
+        self._hostfile.write_text(json.dumps(entries))
+        assert run(["generate", "--hostfile", str(self._hostfile), "--model", str(self._model), "Hello"]) == 1
+        said = self._capsys.readouterr()
+        assert said.out == ""
+        (line,) = said.err.splitlines()
+        return line
+
+
+def test_a_host_without_that_python_is_named_with_the_way_out(failure: Failure) -> None:
+    line = failure.over({"python": "/nowhere/python"})
+    assert line.startswith("error: stage 0 on this machine did not start: /nowhere/python cannot be started here")
+
+
+def test_a_host_with_another_model_in_its_folder_is_named(failure: Failure, endless: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in endless.iterdir():
+        (other / file.name).symlink_to(file)
+    (other / "config.json").unlink()
+    fields = json.loads((endless / "config.json").read_bytes()) | {"rms_norm_eps": 1e-6}
+    (other / "config.json").write_text(json.dumps(fields))
+    line = failure.over({}, {"model": str(other)})
+    assert line.startswith("error: the model on this machine (stage 1) is not the one on this machine (stage 0): their")
+
+
+def test_a_port_that_is_taken_is_named(failure: Failure) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        line = failure.over({"ips": [address]}, {})
+    assert line.startswith(f"error: stage 0 on this machine: cannot listen on {address}: Address already in use")

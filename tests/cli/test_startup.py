@@ -1,0 +1,72 @@
+"""What answers at once, and what starts nothing."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from mlx_k2 import __version__
+from mlx_k2.cli.main import run
+
+HEAVY = ("mlx", "mlx_lm", "transformers", "numpy", "rich", "tiktoken", "tokenizers", "jinja2", "huggingface_hub")
+IMPORTED_AFTER = """
+import sys
+from mlx_k2.cli.main import run
+assert run(sys.argv[2:]) == 0
+sys.exit(", ".join(name for name in sys.argv[1].split(",") if name in sys.modules))
+"""
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_import_nothing_heavy(option: str) -> None:
+    command = [sys.executable, "-c", IMPORTED_AFTER, ",".join(HEAVY), option]
+    answer = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert answer.stderr.strip() == ""
+    assert answer.stdout
+
+
+def test_the_coordinator_never_imports_mlx() -> None:
+    code = "import sys, mlx_k2.cli.generate; sys.exit('mlx' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_version_names_mlx_k2s_and_mlxs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"mlx-k2 {__version__} (mlx {version('mlx')})\n"
+
+
+def test_help_lists_the_commands_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    assert "generate" in capsys.readouterr().out
+    assert run(["generate", "--help"]) == 0
+    assert "130 after Ctrl-C" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_dry_run_shows_hosts_layers_bytes_and_files_and_starts_no_process(
+    endless: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("a process was to be started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    assert run(["generate", "--dry-run", "--model", str(endless), "--stages", "2", "--split", "5,2"]) == 0
+    said = capsys.readouterr()
+    assert said.out == ""
+    headings, first, second, *_ = said.err.splitlines()
+    assert headings.split("  ")[0] == "stage"
+    assert first.split()[:3] == ["0", "127.0.0.1", "0-4"]
+    assert second.split()[:3] == ["1", "127.0.0.1", "5-6"]
+    assert "stage 1 opens model-00006-of-000008.safetensors, model-00007-of-000008.safetensors, model-0000" in said.err
+    assert "nothing was started" in said.err
+
+
+def test_a_dry_run_for_a_model_on_another_host_says_what_it_would_need(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostfile = tmp_path / "hosts.json"
+    hostfile.write_text('[{"ssh": "mac-1", "ips": ["10.0.0.1"]}]')
+    assert run(["generate", "--dry-run", "--hostfile", str(hostfile), "--model", "/models/k2"]) == 2
+    assert "/models/k2 is not on this machine: give --model a folder here" in capsys.readouterr().err
