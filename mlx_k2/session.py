@@ -44,12 +44,18 @@ def coordinate(
     deployment: Deployment,
     *,
     guesses: bool,
+    prompts_first: bool = False,
     patience: Patience | None = None,
     on_report: Callable[[StageReport], None] | None = None,
 ) -> Coordinator:
-    """A coordinator for stages that are ready; ``guesses`` lets a lone sequence's idle stages run guesses."""
+    """A coordinator for stages that are ready; ``guesses`` lets a lone sequence's idle stages run guesses.
+
+    ``prompts_first`` lets those who decode wait for prompts: more tokens a second in all.
+    """
     shape = deployment.shape
-    limits = SchedulerLimits(shape.num_slots, shape.context_tokens, shape.chunk_tokens, deployment.group.size)
+    limits = SchedulerLimits(
+        shape.num_slots, shape.context_tokens, shape.chunk_tokens, deployment.group.size, prompts_first
+    )
     pace = MeasuredPace(deployment.costs)
     scheduler = Scheduler(limits, pace, guesses=guesses)
     return Coordinator(deployment.group, scheduler, pace, patience or Patience(), on_report)

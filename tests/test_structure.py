@@ -20,6 +20,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("stage", "launch"),
     ("coordinator", "deployment"),
     ("session", "answers"),
+    ("benchmark",),
     ("cli",),
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -77,7 +77,7 @@ def _answer_lines(
             else:
                 prompts[index] = prompt.request
         index_of = {id(request): index for index, request in prompts.items()}
-        coordinator = coordinate(deployment, guesses=options["guess"] == "ngram")
+        coordinator = coordinate(deployment, guesses=options["guess"] == "ngram", prompts_first=True)
         for answer in answer_all(coordinator, tokenizer, list(prompts.values())):
             index = index_of[id(answer.request)]
             results.write(index, {"id": _id(lines[index], index), **_result(answer.request, answer)})

@@ -23,12 +23,14 @@ _WORTH_WAITING = 32
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """What the scheduler must never exceed. ``chunk_tokens``: prompt tokens in one microbatch."""
+    """What the scheduler keeps to. ``chunk_tokens``: prompt tokens in one microbatch, at most."""
 
     num_slots: int
     context_tokens: int
     chunk_tokens: int
     num_stages: int
+    prompts_first: bool = False
+    """Nobody decodes while a prompt can run: more tokens a second in all, and nobody is watching any of them."""
 
     @property
     def max_in_flight(self) -> int:
@@ -67,7 +69,8 @@ class Scheduler:
         """What to send to the stages now; None when nothing can go, or enough is in flight."""
         decoding = [sequence for sequence in self._running if sequence.num_prompt_left == 0]
         prompts_left = len(decoding) < len(self._running) or bool(self._waiting and self._slots.num_free)
-        turn = self._decode_round(decoding) if decoding else None
+        waits = prompts_left and self._limits.prompts_first
+        turn = self._decode_round(decoding) if decoding and not waits else None
         if len(self._in_flight) >= self._most_in_flight(turn, prompts_left):
             return None
         rows = [] if turn is None else self._decode_rows(decoding, turn)

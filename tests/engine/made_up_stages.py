@@ -37,6 +37,7 @@ limits = st.builds(
     context_tokens=st.integers(31, 40),
     chunk_tokens=st.integers(1, 12),
     num_stages=st.integers(1, 3),
+    prompts_first=st.booleans(),
 )
 actions = st.lists(st.sampled_from(["submit", "send", "complete", "complete"]), max_size=60)
 """What happens in which order; when it is all done, the run goes on to its end."""

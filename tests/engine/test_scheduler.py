@@ -44,6 +44,13 @@ def test_the_other_stages_run_a_prompt_while_one_sequence_decodes() -> None:
     assert [[sent.row.is_prompt for sent in microbatch] for microbatch in run.sent[1:]] == [[False, True], [True]]
 
 
+def test_nobody_decodes_before_the_prompts_are_done_where_prompts_go_first() -> None:
+    run = run_of((4, 50), (30, 50), limits=SchedulerLimits(2, 64, 8, 2, prompts_first=True))
+    run.finish()
+    kinds = [sent.row.is_prompt for sent in run.rows]
+    assert kinds == sorted(kinds, reverse=True)
+
+
 def test_short_prompts_travel_together() -> None:
     run = run_of((3, 5), (4, 5))
     run.send()

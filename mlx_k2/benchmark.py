@@ -1,0 +1,205 @@
+"""Measures a deployment: prompts of a length, some streams at once, so many tokens each. Knows no terminal."""
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from mlx_k2.coordinator import Coordinator, StageReport, StageUse
+from mlx_k2.deployment import Deployment
+from mlx_k2.engine.request import Request
+from mlx_k2.errors import RequestError
+from mlx_k2.plan import DTYPE_BYTES
+from mlx_k2.sampling import Sampling
+from mlx_k2.session import coordinate
+
+WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Workload:
+    """``streams`` sequences at once, each a prompt of ``prompt_tokens`` and ``generate_tokens`` after it."""
+
+    prompt_tokens: int
+    generate_tokens: int
+    streams: int
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """What one stage did during a run. ``waiting_s`` is the rest of the time: it had no plan."""
+
+    compute_s: float
+    receive_s: float
+    send_s: float
+    waiting_s: float
+    hop_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run of a workload. Rates are of all streams together, inter-token times of each stream's tokens."""
+
+    workload: Workload
+    repeat: int
+    time_to_first_token_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float | None
+    inter_token_p50_s: float | None
+    inter_token_p95_s: float | None
+    num_guesses: int
+    num_hits: int
+    wall_s: float
+    stages: tuple[StageTimes, ...]
+
+    @property
+    def decode_tokens_per_s_per_stream(self) -> float | None:
+        """Of one stream, on average."""
+        return None if self.decode_tokens_per_s is None else self.decode_tokens_per_s / self.workload.streams
+
+    @property
+    def stage_busy(self) -> list[float]:
+        """The share of the time that each stage computed."""
+        return [stage.compute_s / self.wall_s for stage in self.stages]
+
+
+@dataclass
+class _Stream:
+    """When one stream's tokens came, and its guesses."""
+
+    arrivals: list[float] = field(default_factory=list)
+    num_guesses: int = 0
+    num_hits: int = 0
+
+
+class Benchmark:
+    """Runs workloads on stages that are ready. ``on_report`` hears of every step of a stage, warm-up left out."""
+
+    def __init__(
+        self, deployment: Deployment, *, guesses: bool, on_report: Callable[[StageReport], None] | None = None
+    ) -> None:
+        self._deployment = deployment
+        self._on_report = on_report
+        self._is_warm = False
+        self._num_prompts = 0
+        self._coordinator: Coordinator = coordinate(
+            deployment, guesses=guesses, prompts_first=True, on_report=self._report
+        )
+
+    def warm_up(self, workload: Workload) -> None:
+        """Run something like ``workload``, so that kernels are compiled and speeds are known."""
+        self._is_warm = False
+        self._run(Workload(workload.prompt_tokens, WARM_UP_TOKENS, workload.streams))
+        self._is_warm = True
+
+    def measure(self, workload: Workload, repeat: int = 0) -> Measured:
+        """Run it once, on prompts that nothing is cached of; a stop token ends nothing."""
+        before = [_copy(use) for use in self._coordinator.use]
+        began = time.perf_counter()
+        streams = self._run(workload)
+        wall_s = time.perf_counter() - began
+        stages = self._stage_times(before, wall_s)
+        return _measured(workload, repeat, began, wall_s, streams, stages)
+
+    def _run(self, workload: Workload) -> list[_Stream]:
+        requests = [self._request(workload) for _ in range(workload.streams)]
+        streams = {id(request): _Stream() for request in requests}
+        with closing(self._coordinator.run(*requests)) as events:
+            for event in events:
+                stream = streams[id(event.sequence.request)]
+                stream.arrivals.append(time.perf_counter())
+                stream.num_guesses, stream.num_hits = event.sequence.num_guesses, event.sequence.num_hits
+        return list(streams.values())
+
+    def _request(self, workload: Workload) -> Request:
+        """A prompt of random tokens: none begins like another."""
+        self._num_prompts += 1
+        draw = random.Random(self._num_prompts)  # noqa: S311  # nothing secret
+        vocab_size = self._deployment.model.config.vocab_size
+        prompt_ids = tuple(draw.randrange(vocab_size) for _ in range(workload.prompt_tokens))
+        return Request(prompt_ids, workload.generate_tokens, Sampling(seed=0, temperature=0), frozenset())
+
+    def _report(self, report: StageReport) -> None:
+        if self._is_warm and self._on_report is not None:
+            self._on_report(report)
+
+    def _stage_times(self, before: Sequence[StageUse], wall_s: float) -> tuple[StageTimes, ...]:
+        deployment = self._deployment
+        token_bytes = deployment.model.config.hidden_size * DTYPE_BYTES[deployment.shape.dtype]
+        times = []
+        for rank, (old, new) in enumerate(zip(before, self._coordinator.use, strict=True)):
+            compute_s = new.busy_s - old.busy_s
+            receive_s, send_s = new.receive_s - old.receive_s, new.send_s - old.send_s
+            sends = rank < len(before) - 1
+            times.append(
+                StageTimes(
+                    compute_s=compute_s,
+                    receive_s=receive_s,
+                    send_s=send_s,
+                    waiting_s=max(0.0, wall_s - compute_s - receive_s - send_s),
+                    hop_bytes=(new.num_tokens - old.num_tokens) * token_bytes if sends else 0,
+                    peak_bytes=max(new.peak_bytes, deployment.loaded[rank].peak_bytes),
+                )
+            )
+        return tuple(times)
+
+
+def check_workloads(workloads: Sequence[Workload], context_tokens: int) -> None:
+    """Refuse what does not fit.
+
+    Raises:
+        RequestError: a prompt and its answer are longer than the context.
+    """
+    for workload in workloads:
+        needed = workload.prompt_tokens + workload.generate_tokens
+        if needed > context_tokens:
+            raise RequestError(
+                f"a prompt of {workload.prompt_tokens} tokens and {workload.generate_tokens} after it do not fit a "
+                f"context of {context_tokens}: give --context {needed}"
+            )
+
+
+def _measured(
+    workload: Workload,
+    repeat: int,
+    began: float,
+    wall_s: float,
+    streams: Sequence[_Stream],
+    stages: tuple[StageTimes, ...],
+) -> Measured:
+    """Decoding is measured while all streams decode: from the last first token to the first last one."""
+    firsts = [stream.arrivals[0] for stream in streams]
+    gaps = sorted(
+        later - earlier
+        for stream in streams
+        for earlier, later in zip(stream.arrivals, stream.arrivals[1:], strict=False)
+    )
+    all_began, first_ended = max(firsts), min(stream.arrivals[-1] for stream in streams)
+    num_decoded = sum(all_began < moment <= first_ended for stream in streams for moment in stream.arrivals)
+    decode_s = first_ended - all_began
+    return Measured(
+        workload=workload,
+        repeat=repeat,
+        time_to_first_token_s=statistics.median(firsts) - began,
+        prefill_tokens_per_s=workload.prompt_tokens * workload.streams / (max(firsts) - began),
+        decode_tokens_per_s=num_decoded / decode_s if decode_s > 0 else None,
+        inter_token_p50_s=_percentile(gaps, 0.5),
+        inter_token_p95_s=_percentile(gaps, 0.95),
+        num_guesses=sum(stream.num_guesses for stream in streams),
+        num_hits=sum(stream.num_hits for stream in streams),
+        wall_s=wall_s,
+        stages=stages,
+    )
+
+
+def _percentile(ordered: Sequence[float], share: float) -> float | None:
+    """The value that ``share`` of all do not pass; None of nothing."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
+
+
+def _copy(use: StageUse) -> StageUse:
+    return StageUse(**vars(use))

@@ -1,0 +1,216 @@
+"""`mlx-k2 bench`: how fast the stages are, for prompts and streams of several sizes."""
+
+import csv
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from rich.table import Table
+
+from mlx_k2 import __version__
+from mlx_k2.benchmark import Benchmark, Measured, Workload, check_workloads
+from mlx_k2.cli.console import ConsoleWatcher, console, note
+from mlx_k2.cli.options import cluster_options, guess_option
+from mlx_k2.cli.requests import deployment_request, open_source
+from mlx_k2.cli.trace import Trace
+from mlx_k2.deployment import Deployment, deploy, foresee
+from mlx_k2.errors import RequestError
+
+_MOST_STREAMS = 64
+
+
+class Counts(click.ParamType):  # type: ignore[type-arg]  # generic in click's stubs alone
+    """Numbers of at least 1 with commas between them."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """The numbers as a tuple."""
+        parts = str(value).split(",")
+        if not all(part.isascii() and part.isdigit() and len(part) < 8 and int(part) > 0 for part in parts):
+            self.fail(f"{value!r} is not a list of numbers above 0: write them with commas, as in 1,2,4", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
+@click.command()
+@cluster_options
+@click.option("--prompt-lengths", type=Counts(), default="512,4096", show_default=True, help="Tokens of a prompt.")
+@click.option(
+    "--generate",
+    "generate_tokens",
+    type=click.IntRange(min=2),
+    default=128,
+    show_default=True,
+    help="Tokens that each stream generates.",
+)
+@click.option("--streams", type=Counts(), default="1,2,4,8", show_default=True, help="Sequences at once.")
+@click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each combination.")
+@guess_option
+@click.option("--json", "as_json", is_flag=True, help="Print the whole result to stdout as one JSON document.")
+@click.option("--csv", "csv_path", metavar="FILE", help="Append the rows to a CSV file.")
+@click.option("--plot", "plot_path", metavar="FILE.png", help="Draw throughput; needs matplotlib.")
+@click.option("--trace", "trace_path", metavar="FILE", help="Every step of every stage, for ui.perfetto.dev.")
+def command(**options: Any) -> None:
+    """Measure throughput: all combinations of prompt lengths and streams.
+
+    \b
+    On this machine, with the built-in model on two stages:
+        mlx-k2 bench --prompt-lengths 128 --generate 32
+
+    \b
+    On two Macs:
+        mlx-k2 bench --hostfile two-macs.json --model ~/Kimi-K2-Thinking --json > result.json
+
+    Prompts are random tokens that nothing is cached of; a stop token ends nothing; a run to warm up is not counted.
+    bench/METHODOLOGY.md says how each figure is taken.
+    """  # noqa: D301  # click reads the escape
+    workloads = [
+        Workload(length, options["generate_tokens"], streams)
+        for length in options["prompt_lengths"]
+        for streams in options["streams"]
+    ]
+    if max(options["streams"]) > _MOST_STREAMS:
+        raise click.UsageError(f"--streams: at most {_MOST_STREAMS} sequences at once")
+    if options["plot_path"] is not None:
+        _check_plotting()
+    asked = replace(deployment_request(options), num_slots=max(options["streams"]))
+    asked, model = open_source(asked)
+    if model is not None:
+        check_workloads(workloads, foresee(asked, model)[0].context_tokens)
+    with ConsoleWatcher(options["verbose"]) as watcher, deploy(asked, model, watcher) as deployment:
+        check_workloads(workloads, deployment.shape.context_tokens)
+        watcher.done()
+        if deployment.shape.num_slots < max(options["streams"]):
+            note(f"memory holds {deployment.shape.num_slots} sequences at once; more streams take turns")
+        trace = Trace([plan.host.ssh for plan in deployment.plans])
+        benchmark = Benchmark(deployment, guesses=options["guess"] == "ngram", on_report=trace.add)
+        rows = list(_run(benchmark, workloads, options["repeat"]))
+        document = _document(deployment, rows, options)
+    _write(document, rows, trace, options)
+
+
+def _run(benchmark: Benchmark, workloads: Sequence[Workload], repeat: int) -> Iterator[Measured]:
+    with console.status("") as status:
+        for workload in workloads:
+            status.update(f"prompts of {workload.prompt_tokens} tokens, {workload.streams} streams ...")
+            benchmark.warm_up(workload)
+            for number in range(repeat):
+                yield benchmark.measure(workload, number)
+
+
+def _document(deployment: Deployment, rows: Sequence[Measured], options: dict[str, Any]) -> dict[str, Any]:
+    """Everything that was measured, and on what."""
+    return {
+        "rows": [_row(row, deployment.group.size) for row in rows],
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": options["model"] or "built-in",
+        "model_digest": deployment.model.digest,
+        "dtype": deployment.shape.dtype,
+        "guess": options["guess"],
+        "hosts": [
+            {
+                "host": plan.host.ssh,
+                "system": hello.system,
+                "first_layer": plan.share.first_layer,
+                "last_layer": plan.share.end_layer - 1,
+            }
+            for plan, hello in zip(deployment.plans, deployment.hellos, strict=True)
+        ],
+        "versions": {
+            "mlx_k2": __version__,
+            "commit": _commit(),
+            "mlx": version("mlx"),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _row(row: Measured, num_stages: int) -> dict[str, Any]:
+    fields = asdict(row)
+    workload = fields.pop("workload")
+    extra = {
+        "decode_tokens_per_s_per_stream": row.decode_tokens_per_s_per_stream,
+        "stage_busy": row.stage_busy,
+    }
+    return {"stages": num_stages, **workload, **extra, "stage_times": fields.pop("stages"), **fields}
+
+
+def _commit() -> str | None:
+    """The commit of a checkout; None of an installed package."""
+    folder = Path(__file__).parent
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+def _write(document: dict[str, Any], rows: Sequence[Measured], trace: Trace, options: dict[str, Any]) -> None:
+    if options["as_json"]:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n")
+    else:
+        _show(rows)
+    try:
+        if options["csv_path"] is not None:
+            _append_csv(Path(options["csv_path"]), document)
+        if options["trace_path"] is not None:
+            trace.write(Path(options["trace_path"]))
+    except OSError as error:
+        raise RequestError(f"{error.filename} cannot be written: {error.strerror}") from None
+    if options["plot_path"] is not None:
+        from mlx_k2.cli.plot import draw
+
+        draw(rows, Path(options["plot_path"]))
+
+
+def _show(rows: Sequence[Measured]) -> None:
+    note("prefill and decode in tokens/s, of all streams and of each; times between a stream's tokens")
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for heading in ("prompt", "streams", "first s", "prefill", "decode", "each", "p50 ms", "p95 ms", "busy %"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            str(row.workload.prompt_tokens),
+            str(row.workload.streams),
+            f"{row.time_to_first_token_s:.2f}",
+            f"{row.prefill_tokens_per_s:.1f}",
+            _number(row.decode_tokens_per_s, 1),
+            _number(row.decode_tokens_per_s_per_stream, 1),
+            _number(row.inter_token_p50_s, 1000),
+            _number(row.inter_token_p95_s, 1000),
+            " ".join(f"{100 * share:.0f}" for share in row.stage_busy),
+        )
+    console.print(table)
+
+
+def _number(value: float | None, scale: float) -> str:
+    return "-" if value is None else f"{value * scale:.1f}"
+
+
+def _append_csv(path: Path, document: dict[str, Any]) -> None:
+    """A line for each row, under a heading where the file is new."""
+    beside = {name: document[name] for name in ("made", "model", "dtype", "guess")} | document["versions"]
+    lines = [{**beside, **row} for row in document["rows"]]
+    for line in lines:
+        line["stage_busy"] = " ".join(f"{share:.4f}" for share in line["stage_busy"])
+        for name in line["stage_times"][0]:
+            line[f"stage_{name}"] = " ".join(f"{times[name]:.6g}" for times in line["stage_times"])
+        del line["stage_times"]
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(lines)
+
+
+def _check_plotting() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise click.UsageError("--plot needs matplotlib: pip install matplotlib") from None
