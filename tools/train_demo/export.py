@@ -98,6 +98,12 @@ def config(shape: Shape, num_ranks: int) -> dict[str, Json]:
     }
 
 
+def generation_config(shape: Shape, num_ranks: int) -> dict[str, Json]:
+    """generation_config.json; unlike K2's it asks for the likeliest token, since so small a model strays."""
+    eos = num_ranks + SPECIAL_OFFSETS["<|im_end|>"]
+    return {"eos_token_id": eos, "max_length": max_positions(shape), "temperature": 0.0}
+
+
 def max_positions(shape: Shape) -> int:
     """As many positions as YaRN stretches to."""
     return int(shape.rope_factor * shape.rope_original_positions)
@@ -111,8 +117,7 @@ def export(run: Path, out: Path) -> None:
     _write_weights([*files, outer_tensors(model)], out)
     num_ranks = model.shape.vocab_size - NUM_RESERVED
     _write_json(out / "config.json", config(model.shape, num_ranks))
-    eos: Json = num_ranks + SPECIAL_OFFSETS["<|im_end|>"]
-    _write_json(out / "generation_config.json", {"eos_token_id": eos, "max_length": max_positions(model.shape)})
+    _write_json(out / "generation_config.json", generation_config(model.shape, num_ranks))
     write_tokenizer_config(out / "tokenizer_config.json", num_ranks, max_positions(model.shape))
     shutil.copyfile(run / "tiktoken.model", out / "tiktoken.model")
     shutil.copyfile(_TEMPLATE, out / "chat_template.jinja")

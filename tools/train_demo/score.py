@@ -1,87 +1,72 @@
-"""Asks the held-out questions and counts exact answers. Knows nothing of how replies come about.
+"""Scores a shipped checkpoint through `mlx-k2 generate --prompts`. Knows nothing of torch or training.
 
-python -m tools.train_demo.score --run DIR [--unquantized] [--save-replies FILE] [--show-wrong]
+python -m tools.train_demo.score [--model DIR] [--stages N] [--show-wrong]
 """
 
 import argparse
 import json
+import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from tools.train_demo.checkpoint import load_frozen
+from tools.train_demo.conversation import DEFAULT_SYSTEM, Conversation, Json, declare
 from tools.train_demo.data import Question, held_out
-from tools.train_demo.model import Model
-from tools.train_demo.reply import Reply, expected, parse
-from tools.train_demo.torch_source import Transcript, transcripts
+from tools.train_demo.reply import Reply
+from tools.train_demo.table import table, wrong
 
-NEEDED = {
-    "arithmetic": 0.95,
-    "counting": 0.95,
-    "copying": 0.95,
-    "tool call": 0.95,
-    "talk": 0.90,
-    "system name": 0.90,
-    "tool result": 0.90,
-}
-_SAVE_EVERY = 12  # of the replies saved for verify.py
+_MAX_TOKENS = 160
 
 
-def table(questions: Sequence[Question], replies: Sequence[Reply]) -> str:
-    """A Markdown table of the share of right replies for each skill."""
-    asked = Counter(question.skill for question in questions)
-    pairs = zip(questions, replies, strict=True)
-    right = Counter(question.skill for question, reply in pairs if reply == expected(question))
-    rows = ["| skill | questions | right | share | needed |", "|---|---|---|---|---|"]
-    for skill, count in asked.items():
-        needed = f"{NEEDED[skill]:.0%}" if skill in NEEDED else "-"
-        rows.append(f"| {skill} | {count} | {right[skill]} | {right[skill] / count:.1%} | {needed} |")
-    return "\n".join(rows)
+def messages(conversation: Conversation, num_steps: int) -> list[dict[str, Json]]:
+    """The messages of a prompt; tools stand in them as the message that the chat template would make of them."""
+    plain = conversation.messages(num_steps)
+    if not conversation.tools:
+        return plain
+    declaration: dict[str, Json] = {"role": "system", "name": "tool_declare", "content": declare(conversation.tools)}
+    if conversation.system is None:
+        return [declaration, {"role": "system", "content": DEFAULT_SYSTEM}, *plain]
+    return [declaration, *plain]
 
 
-def expert_use(model: Model) -> str:
-    """For each routed layer, the load of its least used expert as a share of the mean, since the model was loaded."""
-    shares = [(experts.load.min() / experts.load.mean()).item() for experts in model.experts()]
-    return "least used expert / mean, layer by layer: " + ", ".join(f"{share:.2f}" for share in shares)
+def command_replies(options: list[str], questions: Sequence[Question]) -> list[Reply]:
+    """What the command writes for each question."""
+    with tempfile.TemporaryDirectory() as folder:
+        prompts, results = Path(folder, "prompts.jsonl"), Path(folder, "results.jsonl")
+        lines = ({"messages": messages(question.conversation, question.num_steps)} for question in questions)
+        prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        files = ["--prompts", str(prompts), "--out", str(results)]
+        limits = ["--temperature", "0", "--max-tokens", str(_MAX_TOKENS)]
+        subprocess.run([sys.executable, "-m", "mlx_k2.cli.main", "generate", *files, *limits, *options], check=True)
+        return [_reply(json.loads(line)) for line in results.read_text().splitlines()]
 
 
-def wrong(questions: Sequence[Question], replies: Sequence[Reply]) -> Iterator[str]:
-    """A paragraph about each wrong reply."""
-    for question, reply in zip(questions, replies, strict=True):
-        right = expected(question)
-        if reply != right:
-            asked = question.conversation.exchanges[-1].question
-            yield f"{question.skill}: {asked!r}\n  wrote {reply}\n  not {right}"
+def _reply(result: dict[str, Json]) -> Reply:
+    calls = result.get("tool_calls") or []
+    assert isinstance(calls, list)
+    return Reply(str(result.get("text")), tuple(_call(call) for call in calls))
 
 
-def save_replies(path: Path, written: Sequence[Transcript]) -> None:
-    """Some prompts and replies as token ids, one JSON object a line."""
-    lines = (json.dumps({"prompt": each.prompt, "reply": each.reply}) for each in written[::_SAVE_EVERY])
-    path.write_text("\n".join(lines) + "\n")
+def _call(call: Json) -> tuple[str, Json]:
+    assert isinstance(call, dict)
+    arguments = call["arguments"]
+    return str(call["name"]), json.loads(arguments) if isinstance(arguments, str) else arguments
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="folder of the training run")
-    parser.add_argument("--unquantized", action="store_true", help="leave the routed experts in bfloat16")
-    parser.add_argument("--save-replies", type=Path, help="write some prompts and replies as token ids, for verify.py")
+    parser.add_argument("--model", type=Path, help="folder of a checkpoint  [default: the command's own]")
+    parser.add_argument("--stages", type=int, default=2, help="local stages  [default: 2]")
     parser.add_argument("--show-wrong", action="store_true", help="print every wrong reply to stderr")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    model = load_frozen(options.run, is_quantized=not options.unquantized)
     questions = held_out().questions
-    written = transcripts(options.run, model, questions)
-    if options.save_replies:
-        save_replies(options.save_replies, written)
-    replies = [parse(each.text) for each in written]
+    model = ["--model", str(options.model)] if options.model else []
+    replies = command_replies(["--stages", str(options.stages), *model], questions)
     if options.show_wrong:
         print("\n".join(wrong(questions, replies)), file=sys.stderr)
     print(table(questions, replies))
-    print(expert_use(model))
 
 
 if __name__ == "__main__":

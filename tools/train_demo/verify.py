@@ -1,7 +1,7 @@
 """Loads an exported checkpoint into mlx-lm's DeepSeek-V3 and compares greedy replies. Knows nothing of the torch model.
 
 Needs mlx-lm instead of torch: python -m tools.train_demo.verify --model DIR --replies FILE
-FILE holds one {"prompt": [ids], "reply": [ids]} a line, as tools.train_demo.score --save-replies writes it.
+FILE holds one {"prompt": [ids], "reply": [ids]} a line, as tools.train_demo.score_run --save-replies writes it.
 """
 
 import argparse
