@@ -13,7 +13,7 @@ from mlx_k2.engine.pace import MeasuredPace
 from mlx_k2.engine.request import Request
 from mlx_k2.engine.scheduler import Scheduler
 from mlx_k2.engine.sequence import Sequence
-from mlx_k2.errors import StageSilent
+from mlx_k2.errors import ClusterError, StageSilent
 from mlx_k2.launch.bring_up import message_of
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.vigil import Vigil
@@ -31,6 +31,10 @@ class Patience:
 
 
 _PATIENCE = Patience()
+
+
+Renew = Callable[[ClusterError], StageGroup]
+"""Ends the stages that failed so and starts new ones, or raises what keeps it from that."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +86,15 @@ class Coordinator:
         pace: MeasuredPace,
         patience: Patience = _PATIENCE,
         on_report: Callable[[StageReport], None] | None = None,
+        renew: Renew | None = None,
     ) -> None:
         self._group = group
         self._scheduler = scheduler
         self._pace = pace
         self._patience = patience
         self._on_report = on_report
+        self._renew = renew
+        self._fault: ClusterError | None = None
         self._vigil = Vigil(group)
         self._sent: dict[int, _Sent] = {}
         self._heard_at = time.monotonic()
@@ -96,7 +103,8 @@ class Coordinator:
     def run(self, *requests: Request) -> Generator[TokenEvent, None, None]:
         """Run ``requests``, and whatever was submitted before, to their end; tokens in the order they come.
 
-        Closing the generator early cancels what is still running.
+        After a fault it goes on over new stages, where ``renew`` has some: every running sequence is computed again
+        from its tokens, and no token comes twice. Closing the generator early cancels what is still running.
 
         Raises:
             StageFault: a stage reported an error or ended.
@@ -106,12 +114,34 @@ class Coordinator:
             self._scheduler.submit(request)
         try:
             while self._scheduler.has_work or self._sent:
-                self._send_plans()
-                events = self._receive()
-                self._send_plans()  # before whoever takes the tokens has a chance to be slow
-                yield from events
+                yield from self._turn()
         finally:
             self._scheduler.cancel_all()
+
+    def _turn(self) -> list[TokenEvent]:
+        """Send what can go, and wait until a stage has finished a step; the tokens that came with it."""
+        if self._fault is not None:
+            self._go_on()
+        try:
+            self._send_plans()
+            events = self._receive()
+        except ClusterError as error:
+            if self._renew is None:
+                raise
+            self._fault = error
+            self._sent.clear()
+            self._scheduler.start_over()
+            return []
+        self._send_plans()  # before whoever takes the tokens has a chance to be slow
+        return events
+
+    def _go_on(self) -> None:
+        """Take new stages in place of those that failed."""
+        assert self._renew is not None and self._fault is not None
+        self._group = self._renew(self._fault)
+        self._vigil = Vigil(self._group)
+        self._heard_at = time.monotonic()
+        self._fault = None
 
     def _send_plans(self) -> None:
         while (microbatch := self._scheduler.next_microbatch()) is not None:

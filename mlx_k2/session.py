@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 
-from mlx_k2.coordinator import Coordinator, Patience, StageReport
+from mlx_k2.coordinator import Coordinator, Patience, Renew, StageReport
 from mlx_k2.deployment import Deployment
 from mlx_k2.engine.pace import MeasuredPace
 from mlx_k2.engine.request import FinishReason, Request
@@ -47,10 +47,13 @@ def coordinate(
     prompts_first: bool = False,
     patience: Patience | None = None,
     on_report: Callable[[StageReport], None] | None = None,
+    renew: Renew | None = None,
 ) -> Coordinator:
     """A coordinator for stages that are ready; ``guesses`` lets a lone sequence's idle stages run guesses.
 
     ``prompts_first`` lets those who decode wait for prompts: more tokens a second in all.
+
+    After a fault it goes on over the stages that ``renew`` starts.
     """
     shape = deployment.shape
     limits = SchedulerLimits(
@@ -58,7 +61,7 @@ def coordinate(
     )
     pace = MeasuredPace(deployment.costs)
     scheduler = Scheduler(limits, pace, guesses=guesses)
-    return Coordinator(deployment.group, scheduler, pace, patience or Patience(), on_report)
+    return Coordinator(deployment.group, scheduler, pace, patience or Patience(), on_report, renew)
 
 
 def stream_answer(

@@ -14,6 +14,7 @@ from mlx_k2.control.messages import DownloadProgress, FromStage, LayerLoaded
 from mlx_k2.coordinator import StageUse
 from mlx_k2.deployment import Deployment, Watcher
 from mlx_k2.plan import RunShape, StagePlan
+from mlx_k2.recovery import Restart
 from mlx_k2.weights.checkpoint import ModelDescription
 
 console = Console(
@@ -28,6 +29,14 @@ console = Console(
 def note(line: str) -> None:
     """One line beside the matter; never cut at the terminal's width, so that it can be copied."""
     console.print(line, style="dim", soft_wrap=True)
+
+
+def note_restart(restart: Restart) -> None:
+    """What went wrong, and what happens next."""
+    note(
+        f"{restart.reason}\nall stages start again in {restart.wait_s:g} s ({restart.number} of at most "
+        f"{restart.limit} times in a row); the answer then goes on where it is"
+    )
 
 
 def gigabytes(num_bytes: int) -> str:

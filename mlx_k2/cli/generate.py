@@ -7,11 +7,12 @@ import click
 
 from mlx_k2.cli.console import ConsoleWatcher, note, show_dry_run
 from mlx_k2.cli.many import WANTED_SLOTS, check_options, generate_many
-from mlx_k2.cli.options import cluster_options, guess_option, sampling_options
+from mlx_k2.cli.options import cluster_options, guess_option, restarts_option, sampling_options
 from mlx_k2.cli.output import JsonOutput, TextOutput
 from mlx_k2.cli.requests import Prompt, deployment_request, open_source, prompt_text, read_prompt
-from mlx_k2.deployment import Deployment, DeploymentRequest, deploy, foresee
+from mlx_k2.deployment import DeploymentRequest, foresee
 from mlx_k2.errors import CheckpointError
+from mlx_k2.recovery import LastingDeployment
 from mlx_k2.session import Delta, coordinate, stream_answer
 from mlx_k2.weights.checkpoint import ModelDescription
 
@@ -26,6 +27,7 @@ from mlx_k2.weights.checkpoint import ModelDescription
 @click.option("--prompts", "prompts_path", metavar="FILE", help="Many prompts: a JSON object a line; see the manual.")
 @click.option("--out", "out_path", metavar="FILE", help="With --prompts: where the results go, in the same order.")
 @guess_option
+@restarts_option
 @click.option(
     "--logprobs", "num_logprobs", type=int, metavar="N", help="With --json: log-probabilities, and of the top N tokens."
 )
@@ -79,18 +81,26 @@ def _generate(options: dict[str, Any], request: DeploymentRequest, model: ModelD
     if model is not None:  # refuse what can be refused before anything is started
         shape, _ = foresee(request, model)
         prompt = read_prompt(options, text, model, shape.context_tokens)
-    with ConsoleWatcher(options["verbose"]) as watcher, deploy(request, model, watcher) as deployment:
+    with (
+        ConsoleWatcher(options["verbose"]) as watcher,
+        LastingDeployment(request, model, watcher, options["restarts"]) as lasting,
+    ):
+        deployment = lasting.deployment
         prompt = prompt or read_prompt(options, text, deployment.model, deployment.shape.context_tokens)
         watcher.phase(f"reading the prompt of {len(prompt.request.prompt_ids)} tokens")
-        _answer(deployment, prompt, watcher, options)
+        _answer(lasting, prompt, watcher, options)
 
 
-def _answer(deployment: Deployment, prompt: Prompt, watcher: ConsoleWatcher, options: dict[str, Any]) -> None:
-    coordinator = coordinate(deployment, guesses=options["guess"] == "ngram")
+def _answer(lasting: LastingDeployment, prompt: Prompt, watcher: ConsoleWatcher, options: dict[str, Any]) -> None:
     with JsonOutput(prompt.tokenizer) if options["as_json"] else TextOutput() as output:
+        coordinator = coordinate(
+            lasting.deployment,
+            guesses=options["guess"] == "ngram",
+            renew=lambda error: lasting.renew(error, output.restart),
+        )
         for part in stream_answer(coordinator, prompt.tokenizer, prompt.request):
             watcher.done()
             if isinstance(part, Delta):
                 output.token(part)
             else:
-                output.summary(part, deployment, coordinator.use)
+                output.summary(part, lasting.deployment, coordinator.use)

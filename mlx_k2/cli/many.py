@@ -8,12 +8,13 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mlx_k2.answers import Answer, answer_all
-from mlx_k2.cli.console import ConsoleWatcher, console, note
+from mlx_k2.cli.console import ConsoleWatcher, console, note, note_restart
 from mlx_k2.cli.prompt_files import PromptLine, ResultFile, line_seed, read_prompt_lines, run_digest
 from mlx_k2.cli.requests import SAMPLING_NAMES, base_seed, line_prompt
-from mlx_k2.deployment import Deployment, DeploymentRequest, deploy
+from mlx_k2.deployment import DeploymentRequest
 from mlx_k2.engine.request import Request
 from mlx_k2.errors import SetupError
+from mlx_k2.recovery import LastingDeployment
 from mlx_k2.session import coordinate
 from mlx_k2.text.tokenizer import load_tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription
@@ -44,11 +45,11 @@ def generate_many(options: dict[str, Any], asked: DeploymentRequest, model: Mode
         _results(options, lines, model)
     with (
         ConsoleWatcher(options["verbose"]) as watcher,
-        deploy(asked, model, watcher) as deployment,
-        _results(options, lines, deployment.model) as results,
+        LastingDeployment(asked, model, watcher, options["restarts"]) as lasting,
+        _results(options, lines, lasting.deployment.model) as results,
     ):
         watcher.done()
-        num_failed = _answer_lines(options, deployment, lines, results)
+        num_failed = _answer_lines(options, lasting, lines, results)
     failed = f", {num_failed} of them failed" if num_failed else ""
     note(f"{len(lines)} results are in {options['out_path']}{failed}")
 
@@ -59,12 +60,12 @@ def _results(options: Mapping[str, Any], lines: Sequence[PromptLine], model: Mod
 
 
 def _answer_lines(
-    options: Mapping[str, Any], deployment: Deployment, lines: Sequence[PromptLine], results: ResultFile
+    options: Mapping[str, Any], lasting: LastingDeployment, lines: Sequence[PromptLine], results: ResultFile
 ) -> int:
     """Run what is left; how many prompts failed now."""
     prompts: dict[int, Request] = {}
     num_done, seed = results.num_done, base_seed(options)
-    model, context_tokens = deployment.model, deployment.shape.context_tokens
+    model, context_tokens = lasting.deployment.model, lasting.deployment.shape.context_tokens
     tokenizer = load_tokenizer(model.files, model.config.vocab_size)
     with _progress(len(lines), num_done) as progress:
         (task,) = progress.task_ids
@@ -77,7 +78,12 @@ def _answer_lines(
             else:
                 prompts[index] = prompt.request
         index_of = {id(request): index for index, request in prompts.items()}
-        coordinator = coordinate(deployment, guesses=options["guess"] == "ngram", prompts_first=True)
+        coordinator = coordinate(
+            lasting.deployment,
+            guesses=options["guess"] == "ngram",
+            prompts_first=True,
+            renew=lambda error: lasting.renew(error, note_restart),
+        )
         for answer in answer_all(coordinator, tokenizer, list(prompts.values())):
             index = index_of[id(answer.request)]
             results.write(index, {"id": _id(lines[index], index), **_result(answer.request, answer)})

@@ -67,6 +67,27 @@ _SAMPLING = (
 )
 
 
+class _Limit(click.ParamType[int]):
+    """A number of times, or ``off`` for none."""
+
+    name = "limit"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number."""
+        if value == "off":
+            return 0
+        return int(click.IntRange(0, 1000).convert(value, param, ctx))
+
+
+restarts_option = click.option(
+    "--restarts",
+    type=_Limit(),
+    default=3,
+    metavar="N",
+    help="After a fault, start all stages again and go on with the answer: so many times in a row, or off.  "
+    "[default: 3]",
+)
+
 guess_option = click.option(
     "--guess",
     type=click.Choice(["off", "ngram"]),

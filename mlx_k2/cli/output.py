@@ -1,15 +1,17 @@
 """Writes an answer as it comes: plain text, or one JSON object a line. The only writer of stdout."""
 
+import dataclasses
 import sys
 from types import TracebackType
 from typing import Any
 
 import msgspec
 
-from mlx_k2.cli.console import note, show_stage_use
+from mlx_k2.cli.console import console, note, note_restart, show_stage_use
 from mlx_k2.coordinator import StageUse
 from mlx_k2.deployment import Deployment
 from mlx_k2.engine.request import FinishReason
+from mlx_k2.recovery import Restart
 from mlx_k2.session import AnswerSummary, Delta
 from mlx_k2.text.tokenizer import Tokenizer
 
@@ -40,6 +42,12 @@ class TextOutput:
             self._line_is_open = True
             sys.stdout.write(delta.text)
             sys.stdout.flush()
+
+    def restart(self, restart: Restart) -> None:
+        """Say it on stderr; on a terminal below the words so far, which are no complete line."""
+        if self._line_is_open and console.is_terminal:
+            console.print()
+        note_restart(restart)
 
     def summary(self, summary: AnswerSummary, deployment: Deployment, use: tuple[StageUse, ...]) -> None:
         """End the line, then say on stderr what it took."""
@@ -96,6 +104,11 @@ class JsonOutput:
                 for token_id, p in delta.top
             ]
         _write_line(line)
+
+    def restart(self, restart: Restart) -> None:
+        """``{"restart": {...}}``, between the tokens."""
+        note_restart(restart)
+        _write_line({"restart": dataclasses.asdict(restart)})
 
     def summary(self, summary: AnswerSummary, deployment: Deployment, use: tuple[StageUse, ...]) -> None:
         """What it took, and each stage's part."""

@@ -96,6 +96,13 @@ class Scheduler:
         self._retire()
         return takers
 
+    def start_over(self) -> None:
+        """The stages are new and know nothing: plan every running sequence again, from its first token."""
+        self._in_flight.clear()
+        self._slots.forget()
+        for sequence in self._running:
+            sequence.start_over(self._next_number)
+
     def cancel_all(self) -> None:
         """Stop every sequence; what is in flight comes back and is thrown away."""
         self._waiting.clear()

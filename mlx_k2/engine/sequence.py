@@ -78,6 +78,14 @@ class Sequence:
         guessed = self._guesses[: max(0, end - len(self.token_ids))]
         return tuple([*known, *guessed][-REPETITION_WINDOW:])
 
+    def start_over(self, next_plan: int) -> None:
+        """Nothing of it is cached any more; ``next_plan`` is the number of the first plan that counts again."""
+        self.shared = _NOTHING_SHARED
+        self.num_planned = 0
+        self.chunk_tokens = None
+        self._guesses.clear()
+        self._first_counting_plan = next_plan
+
     def guess(self) -> int | None:
         """Guess the token after all that is planned, if the text has a precedent and there is room; it counts at once.
 

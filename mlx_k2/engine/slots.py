@@ -58,6 +58,10 @@ class SlotPool:
         owner = self._owners.pop(slot)
         self._free[slot] = tuple(owner.cached_ids)
 
+    def forget(self) -> None:
+        """No cache holds anything any more."""
+        self._free = dict.fromkeys(self._free, ())
+
 
 def common_prefix(left: Tokens[int], right: Tokens[int]) -> int:
     """How many tokens two sequences begin with alike."""

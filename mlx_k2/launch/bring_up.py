@@ -151,12 +151,14 @@ def message_of(group: StageGroup, event: StageEvent) -> tuple[int, FromStage]:
 
 
 def _cause(group: StageGroup, rank: int, fault: Fault) -> ClusterError:
-    """The error of a fault; a stage that lost its neighbour is not the culprit if the neighbour can be heard of."""
+    """The error of a fault; a stage that lost its neighbour is not the culprit if another one can be heard of."""
     deadline = time.monotonic() + CULPRIT_S
+    victims = {rank}
     while fault.kind == NeighbourLost.__name__ and (event := group.receive(max(0.0, deadline - time.monotonic()))):
         if isinstance(event, StageEnded):
-            if event.rank != rank:
+            if event.rank not in victims:
                 return event.as_error()
         elif isinstance(event.message, Fault):
             rank, fault = event.rank, event.message
+            victims.add(rank)
     return StageFault(f"stage {rank} on {group.host(rank)}: {fault.message}")

@@ -1,0 +1,104 @@
+"""Keeps a deployment going: after a fault all stages are ended and started again. Knows no sequences and no tokens."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+
+from mlx_k2.deployment import Deployment, DeploymentRequest, Watcher, deploy
+from mlx_k2.errors import ClusterError
+from mlx_k2.launch.group import StageGroup
+from mlx_k2.weights.checkpoint import ModelDescription
+
+FIRST_WAIT_S = 1.0
+LONGEST_WAIT_S = 30.0
+HEALTHY_S = 600.0
+"""Stages that ran for so long without a fault are trusted again: restarts are counted from one."""
+
+
+@dataclass(frozen=True)
+class Restart:
+    """What went wrong, and that all stages start again in ``wait_s``: the ``number``-th time of at most ``limit``."""
+
+    reason: str
+    number: int
+    limit: int
+    wait_s: float
+
+
+class LastingDeployment:
+    """A context: on entry the stages are ready as after ``deploy``, on exit none is left.
+
+    ``limit`` is how many restarts in a row there may be, failed ones included; with 0 a fault is final. The wait
+    before each is twice the one before it.
+    """
+
+    def __init__(
+        self,
+        request: DeploymentRequest,
+        model: ModelDescription | None,
+        watcher: Watcher,
+        limit: int,
+        first_wait_s: float = FIRST_WAIT_S,
+    ) -> None:
+        self._request = request
+        self._model = model
+        self._watcher = watcher
+        self._limit = limit
+        self._first_wait_s = first_wait_s
+        self._stack = ExitStack()
+        self._num_restarts = 0
+
+    def __enter__(self) -> "LastingDeployment":
+        self._start(self._model, self._watcher)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def renew(self, error: ClusterError, tell: Callable[[Restart], None]) -> StageGroup:
+        """End the stages, one of which failed with ``error``, and start all of them again; ``tell`` hears of each try.
+
+        Raises:
+            ClusterError: the limit is reached; the last error, with the number of restarts.
+        """
+        if time.monotonic() - self._ready_at > HEALTHY_S:
+            self._num_restarts = 0
+        while self._num_restarts < self._limit:
+            wait_s = min(LONGEST_WAIT_S, self._first_wait_s * 2**self._num_restarts)
+            self._num_restarts += 1
+            tell(Restart(str(error), self._num_restarts, self._limit, wait_s))
+            self._stack.close()
+            time.sleep(wait_s)
+            try:
+                self._start(self.deployment.model, _Again(self._watcher))
+            except ClusterError as next_error:
+                error = next_error
+            else:
+                return self.deployment.group
+        if self._limit:
+            raise type(error)(f"{error} (given up after {self._num_restarts} restarts)")
+        raise error
+
+    def _start(self, model: ModelDescription | None, watcher: Watcher) -> None:
+        self.deployment: Deployment = self._stack.enter_context(deploy(self._request, model, watcher))
+        self._ready_at = time.monotonic()
+
+
+class _Again(Watcher):
+    """Passes on what a restart has in common with the first start; the plan and the model are known by then."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+
+    def log(self, line: str) -> None:
+        self._watcher.log(line)
+
+    def notice(self, line: str) -> None:
+        self._watcher.notice(line)
+
+    def phase(self, what: str) -> None:
+        self._watcher.phase(what)

@@ -1,0 +1,148 @@
+"""Streams that go on over new stages after a fault: the same tokens, none lost and none twice."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mlx_k2.coordinator import Coordinator, TokenEvent
+from mlx_k2.deployment import Watcher
+from mlx_k2.errors import StageFault, StageStartError
+from mlx_k2.model_source import read_model_files
+from mlx_k2.recovery import LastingDeployment, Restart
+from mlx_k2.session import coordinate
+from mlx_k2.weights.checkpoint import describe_model
+from tests.local_cluster import by_request, local_request, marked_host, request, stage_process, write_model
+
+ASKED = (request(90, 60, seed=5), request(7, 80, temperature=0))
+Tokens = list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokens:
+    with lasting(model, tmp_path_factory.mktemp("undisturbed"), 1) as run:
+        return tokens_of(run)
+
+
+@dataclass
+class Run:
+    """Stages that are started again after a fault, and what was said of each restart."""
+
+    deployment: LastingDeployment
+    coordinator: Coordinator
+    restarts: list[Restart]
+
+
+@contextmanager
+def lasting(
+    model: Path, folder: Path, num_stages: int, limit: int = 5, watcher: Watcher | None = None
+) -> Iterator[Run]:
+    hosts = [marked_host(folder, rank, sys.executable) for rank in range(num_stages)]
+    asked = replace(local_request(model, hosts), patience_s=1.5)
+    description = describe_model(read_model_files(asked.source).files, str(model))
+    restarts: list[Restart] = []
+    with LastingDeployment(asked, description, watcher or Watcher(), limit, first_wait_s=0.05) as deployment:
+        coordinator = coordinate(
+            deployment.deployment, guesses=True, renew=lambda error: deployment.renew(error, restarts.append)
+        )
+        yield Run(deployment, coordinator, restarts)
+
+
+def tokens_of(run: Run, breaking: dict[int, Callable[[], None]] | None = None) -> Tokens:
+    """The tokens of ASKED; after so many of them ``breaking`` does what it says."""
+
+    def events() -> Iterator[TokenEvent]:
+        for count, event in enumerate(run.coordinator.run(*ASKED)):
+            yield event
+            if breaking and count in breaking:
+                breaking[count]()
+
+    tokens = by_request(events())
+    return [tokens[asked] for asked in ASKED]
+
+
+def test_two_streams_go_on_with_the_same_tokens_whichever_stage_is_killed_or_stopped(
+    model: Path, tmp_path: Path, undisturbed: Tokens
+) -> None:
+    breaking = {
+        10: lambda: stage_process(0).kill(),
+        40: lambda: stage_process(1).kill(),
+        70: lambda: stage_process(2).kill(),
+        100: lambda: stage_process(1).suspend(),
+    }
+    with lasting(model, tmp_path, 3) as run:
+        assert tokens_of(run, breaking) == undisturbed
+    for rank, restart in enumerate(run.restarts[:3]):
+        assert restart.reason.startswith(f"stage {rank} on this machine ended with signal 9"), restart.reason
+    stopped = run.restarts[3]
+    assert re.match(r"stage 1 on this machine \(.* of step \d+ for \d s\) is stopped", stopped.reason), stopped.reason
+    assert [(restart.number, restart.wait_s) for restart in run.restarts] == [(1, 0.05), (2, 0.1), (3, 0.2), (4, 0.4)]
+
+
+def test_without_restarts_a_fault_is_final(model: Path, tmp_path: Path) -> None:
+    with (
+        lasting(model, tmp_path, 2, limit=0) as run,
+        pytest.raises(StageFault, match="stage 1 on this machine ended with signal 9"),
+    ):
+        tokens_of(run, {5: lambda: stage_process(1).kill()})
+    assert run.restarts == []
+
+
+def test_a_host_that_stays_away_ends_the_run_by_name_after_the_limit(model: Path, tmp_path: Path) -> None:
+    with lasting(model, tmp_path, 2, limit=2) as run:
+        events = run.coordinator.run(*ASKED)
+        next(events)
+        (tmp_path / "python-1").unlink()
+        stage_process(1).kill()
+        with pytest.raises(StageStartError, match=r"stage 1 on this machine did not start: .*\(given up after 2 rest"):
+            list(events)
+    assert [restart.number for restart in run.restarts] == [1, 2]
+    assert "did not start" in run.restarts[1].reason
+
+
+@dataclass
+class Breaker(Watcher):
+    """Kills stage 1 in the next of these phases, once it is armed."""
+
+    phases: list[str]
+    is_armed: bool = False
+
+    def phase(self, what: str) -> None:
+        if self.is_armed and self.phases and what == self.phases[0]:
+            self.phases.pop(0)
+            stage_process(1).kill()
+
+
+def test_a_stage_killed_while_all_start_again_costs_one_more_restart_each_time(
+    model: Path, tmp_path: Path, undisturbed: Tokens
+) -> None:
+    breaker = Breaker(["connecting", "loading"])
+    with lasting(model, tmp_path, 2, watcher=breaker) as run:
+        breaker.is_armed = True
+        assert tokens_of(run, {10: lambda: stage_process(0).kill()}) == undisturbed
+    assert [restart.number for restart in run.restarts] == [1, 2, 3]
+    for restart in run.restarts[1:]:
+        assert restart.reason.startswith("stage 1 on this machine ended with signal 9"), restart.reason
+
+
+def test_a_fault_after_the_last_token_is_mended_for_the_next_request_and_leaves_no_process(
+    model: Path, tmp_path: Path, undisturbed: Tokens
+) -> None:
+    with lasting(model, tmp_path, 2) as run:
+        assert tokens_of(run) == undisturbed
+        before = psutil.Process().children(recursive=True)
+        stage_process(1).kill()
+        assert tokens_of(run) == undisturbed
+        assert not [process for process in before if process.is_running()]
+        assert len(psutil.Process().children(recursive=True)) == len(before)
+    assert len(run.restarts) == 1
