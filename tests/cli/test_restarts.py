@@ -1,0 +1,46 @@
+"""The command when a stage dies in the middle of its answer: it goes on, says so, and the answer is the same."""
+
+import json
+import subprocess
+from typing import Any
+
+import psutil
+
+from tests.cli.command import CommandLine, processes_below
+from tests.local_cluster import wait_until_gone
+
+ASKED = ("generate", "Hello", "--seed", "1", "--max-tokens", "120", "--stages", "2")
+
+
+def kill_a_stage(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Kill one once the answer has begun; returns all processes as they were before."""
+    assert process.stdout
+    process.stdout.read(1)
+    below = processes_below(process)
+    next(stage for stage in below if "mlx_k2.stage.program" in stage.cmdline()).kill()
+    return below
+
+
+def test_json_lines_go_on_after_a_restart_which_has_a_line_of_its_own(command_line: CommandLine) -> None:
+    alone = [json.loads(line) for line in command_line.run(*ASKED, "--json").stdout.splitlines()]
+    process = command_line.start(*ASKED, "--json")
+    below = kill_a_stage(process)
+    rest, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    lines: list[dict[str, Any]] = [json.loads(line) for line in (b"{" + rest).splitlines()]
+    (restart,) = [line["restart"] for line in lines if "restart" in line]
+    assert restart["number"] == 1 and restart["reason"].endswith("ended with signal 9: it ended by itself")
+    assert [line for line in lines if "token" in line] == [line for line in alone if "token" in line]
+    assert b"all stages start again in 1 s (1 of at most 3 times in a row)" in said
+    assert wait_until_gone(below, 0) == []
+
+
+def test_with_restarts_off_the_text_so_far_is_kept_and_the_fault_is_one_line(command_line: CommandLine) -> None:
+    whole = command_line.run(*ASKED).stdout
+    process = command_line.start(*ASKED, "--restarts", "off")
+    kill_a_stage(process)
+    rest, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert whole[1:].startswith(rest.decode().rstrip("\n"))
+    (line,) = [line for line in said.decode().splitlines() if line.startswith("error: ")]
+    assert line.endswith("on this machine ended with signal 9: it ended by itself")
