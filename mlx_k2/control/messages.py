@@ -77,7 +77,8 @@ class Connect(msgspec.Struct, frozen=True, tag=True):
 class Load(msgspec.Struct, frozen=True, tag=True):
     """Load layers ``first_layer`` up to, not including, ``end_layer``. Answered by LayerLoaded..., Loaded.
 
-    ``needed_bytes`` is what shard, cache and working space take together; a Mac keeps that much wired.
+    ``needed_bytes`` is what shard, cache and working space take together; a Mac keeps that much wired. With
+    ``dense_bits``, attention, shared experts, dense layers and the head are quantized to so many bits a weight.
     """
 
     first_layer: int
@@ -86,6 +87,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     num_slots: int
     context_tokens: int
     needed_bytes: int
+    dense_bits: int | None = None
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -175,11 +177,15 @@ class LayerLoaded(msgspec.Struct, frozen=True, tag=True):
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
-    """The whole shard is in memory and its cache can be. ``peak_bytes`` is the most that loading took."""
+    """The whole shard is in memory and its cache can be. ``peak_bytes`` is the most that loading took.
+
+    ``notes`` are lines for the user: what is slower on that host than it could be.
+    """
 
     held_bytes: int
     peak_bytes: int
     cache_bytes_per_token: int
+    notes: tuple[str, ...] = ()
 
 
 class SampledToken(msgspec.Struct, frozen=True):

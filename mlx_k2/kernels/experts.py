@@ -25,10 +25,11 @@ CUDA_KERNELS = (DECODE, BATCH)  # the others use simdgroup matrices, or words th
 
 
 class Trusted(NamedTuple):
-    """The kernels that may run here, and their sizes."""
+    """The kernels that may run here, their sizes, and a line about each that may not."""
 
     kernels: frozenset[str]
     tuning: Tuning
+    warnings: tuple[str, ...]
 
 
 def route(
@@ -74,10 +75,10 @@ def routed_experts(x: mx.array, expert_ids: mx.array, expert_weights: mx.array, 
     """(tokens, hidden) -> (tokens, hidden): SwiGLU of the chosen experts, weighted, summed in the order of the ids."""
     top_k = expert_ids.shape[1]
     if _backend_kernels() and top_k <= MAX_TOP_K and stack.gate_scale.dtype == x.dtype:
-        kernels, tuning = trusted(LayerShape(stack.hidden_size, stack.intermediate_size, top_k, x.dtype))
+        here = trusted(LayerShape(stack.hidden_size, stack.intermediate_size, top_k, x.dtype))
         name, compute = regime(x.shape[0])
-        if name in kernels:
-            return compute(x, expert_ids, expert_weights, stack, tuning, run)
+        if name in here.kernels:
+            return compute(x, expert_ids, expert_weights, stack, here.tuning, run)
     return reference.routed_experts(x, expert_ids, expert_weights, stack)
 
 
@@ -90,16 +91,17 @@ def regime(tokens: int) -> tuple[str, Experts]:
     return PREFILL, variants.prefill_experts
 
 
-def prepare(stack: ExpertStack, top_k: int) -> list[Verdict]:
-    """Checks the kernels for such a layer, now rather than at the first token. Without a GPU: nothing to check."""
+def prepare(stack: ExpertStack, top_k: int, dtype: mx.Dtype) -> tuple[str, ...]:
+    """Checks the kernels for such a layer and activations of ``dtype``, now rather than at the first token.
+
+    Returns a line for each kernel that plain MLX stands in for. Without a GPU there is nothing to check.
+    """
     if not _backend_kernels():
-        return []
-    dtype = stack.gate_scale.dtype
-    shapes = (
-        LayerShape(stack.hidden_size, stack.intermediate_size, top_k, dtype),
-        LayerShape(stack.hidden_size, 0, top_k, dtype),
-    )
-    return [verdict for shape in shapes for verdict in verdicts(shape, verdict_cache.DEFAULT_DIRECTORY).verdicts]
+        return ()
+    warnings = trusted(LayerShape(stack.hidden_size, 0, top_k, dtype)).warnings
+    if stack.gate_scale.dtype != dtype:
+        return (*warnings, f"the experts' kernels compute in {stack.gate_scale.dtype} only; plain MLX runs instead")
+    return (*trusted(LayerShape(stack.hidden_size, stack.intermediate_size, top_k, dtype)).warnings, *warnings)
 
 
 @functools.cache
@@ -107,7 +109,8 @@ def trusted(shape: LayerShape) -> Trusted:
     """The kernels that agreed with the reference for this shape, checked once on a machine and then remembered."""
     remembered = verdicts(shape, verdict_cache.DEFAULT_DIRECTORY)
     names = frozenset(verdict.kernel for verdict in remembered.verdicts if verdict.trusted)
-    return Trusted(names, remembered.tuning or tuning_for(chip()))
+    warnings = tuple(verdict.warning for verdict in remembered.verdicts if not verdict.trusted)
+    return Trusted(names, remembered.tuning or tuning_for(chip()), warnings)
 
 
 def verdicts(shape: LayerShape, directory: Path) -> verdict_cache.Remembered:
@@ -127,7 +130,7 @@ def verdicts(shape: LayerShape, directory: Path) -> verdict_cache.Remembered:
         verdict_cache.store(path, remembered.with_verdict(started), chip())
         verdict = check_kernel(name, shape, tuning_for(chip()))
         if not verdict.trusted:
-            logger.warning("the %s kernel is not used here (%s); plain MLX runs instead", name, verdict.reason)
+            logger.warning(verdict.warning)
         remembered = remembered.with_verdict(verdict)
         verdict_cache.store(path, remembered, chip())
     return remembered

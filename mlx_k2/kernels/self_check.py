@@ -41,6 +41,11 @@ class Verdict(NamedTuple):
     error: float | None  # largest error by largest output; None when it did not run
     reason: str  # why it is not trusted
 
+    @property
+    def warning(self) -> str:
+        """One line for the user of a kernel that is not trusted."""
+        return f"the {self.kernel} kernel is not used here ({self.reason}); plain MLX runs instead"
+
 
 def check_kernels(shape: LayerShape, tuning: Tuning, perform: Perform = run) -> list[Verdict]:
     """Runs each kernel of a backend once and compares it with the reference in float32."""

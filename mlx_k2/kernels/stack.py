@@ -14,7 +14,7 @@ class ExpertStack(NamedTuple):
     """One layer's routed experts: 4.5 bits a weight, scales without biases."""
 
     gate_packed: mx.array  # (experts, intermediate, hidden // 8) uint32
-    gate_scale: mx.array  # (experts, intermediate, hidden // 32) bfloat16; float32 on a CPU
+    gate_scale: mx.array  # (experts, intermediate, hidden // 32) bfloat16
     up_packed: mx.array  # (experts, intermediate, hidden // 8) uint32
     up_scale: mx.array  # (experts, intermediate, hidden // 32)
     down_packed: mx.array  # (experts, hidden, intermediate // 8) uint32

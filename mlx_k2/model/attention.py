@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.model.layer_weights import AttentionWeights, LowRankQuery
+from mlx_k2.model.linear import Matrix, multiply, multiply_transposed, some_heads
 from mlx_k2.model.rope import Rotate
 
 BOTTLENECK_NORM_EPS = 1e-6
@@ -44,12 +45,12 @@ def make_projections(config: ModelConfig, rotate: Rotate) -> Project:
         queries = _query(hidden, weights).reshape(-1, heads, config.qk_head_dim) * scale
         without_position = queries[..., :nope].swapaxes(0, 1)  # (heads, tokens, qk_nope)
         rotated = rotate(queries[..., nope:], positions).swapaxes(0, 1)
-        compressed = hidden @ weights.latent_down
+        compressed = multiply(hidden, weights.latent_down)
         latent = mx.fast.rms_norm(compressed[:, :latent_dim], weights.latent_norm, BOTTLENECK_NORM_EPS)
         rotated_key = rotate(compressed[:, None, latent_dim:], positions).squeeze(1)
         absorbed = naive = None
         if num_generated > 0:
-            in_latent_space = without_position[:, :num_generated] @ weights.key_up
+            in_latent_space = multiply(without_position[:, :num_generated], weights.key_up)
             absorbed = mx.concatenate([in_latent_space, rotated[:, :num_generated]], axis=-1)
         if num_generated < hidden.shape[0]:
             naive = mx.concatenate([without_position[:, num_generated:], rotated[:, num_generated:]], axis=-1)
@@ -61,8 +62,9 @@ def make_projections(config: ModelConfig, rotate: Rotate) -> Project:
 def _query(hidden: mx.array, weights: AttentionWeights) -> mx.array:
     query = weights.query
     if isinstance(query, LowRankQuery):
-        return mx.fast.rms_norm(hidden @ query.down, query.norm, BOTTLENECK_NORM_EPS) @ query.up
-    return hidden @ query.projection
+        bottleneck = mx.fast.rms_norm(multiply(hidden, query.down), query.norm, BOTTLENECK_NORM_EPS)
+        return multiply(bottleneck, query.up)
+    return multiply(hidden, query.projection)
 
 
 def attend_absorbed(queries: mx.array, keys: mx.array, position: int, latent_dim: int) -> mx.array:
@@ -102,7 +104,9 @@ def attend_naive(
     query_block = max(BLOCK_BYTES - rebuilt_bytes, BLOCK_BYTES // 4) // query_scores_bytes
 
     def attend(block: slice) -> mx.array:
-        head_keys, head_values = _rebuild(keys, weights.key_up[block], weights.value_up[block])
+        head_keys, head_values = _rebuild(
+            keys, some_heads(weights.key_up, block), some_heads(weights.value_up, block), weights.latent_norm.size
+        )
         if fused:
             return attend_fused(queries[block], head_keys, head_values, force=True)
         return attend_unfused(queries[block], head_keys, head_values, position, query_block)
@@ -110,13 +114,12 @@ def attend_naive(
     return _in_blocks(attend, heads, BLOCK_BYTES // (rebuilt_bytes + (0 if fused else scores_bytes)), axis=0)
 
 
-def _rebuild(rows: mx.array, key_up: mx.array, value_up: mx.array) -> tuple[mx.array, mx.array]:
+def _rebuild(rows: mx.array, key_up: Matrix, value_up: Matrix, latent_dim: int) -> tuple[mx.array, mx.array]:
     """Cached rows (keys, row) -> keys (heads, keys, qk_head) and values (heads, keys, v_head)."""
-    latent_dim = key_up.shape[-1]
     latents, rotated = rows[:, :latent_dim], rows[:, latent_dim:]
-    without_position = latents @ key_up.swapaxes(-1, -2)
-    shared = mx.broadcast_to(rotated, (key_up.shape[0], *rotated.shape))
-    return mx.concatenate([without_position, shared], axis=-1), latents @ value_up
+    without_position = multiply_transposed(latents, key_up)
+    shared = mx.broadcast_to(rotated, (without_position.shape[0], *rotated.shape))
+    return mx.concatenate([without_position, shared], axis=-1), multiply(latents, value_up)
 
 
 def attend_unfused(queries: mx.array, keys: mx.array, values: mx.array, position: int, query_block: int) -> mx.array:

@@ -13,6 +13,7 @@ from mlx_k2.model.batch import Batch
 from mlx_k2.model.feed_forward import make_feed_forward
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.layer_weights import AttentionWeights, LayerWeights
+from mlx_k2.model.linear import multiply
 from mlx_k2.model.rope import make_rope
 
 RunLayer = Callable[[mx.array, int, LayerWeights, Batch, LatentCache], mx.array]
@@ -35,7 +36,7 @@ def make_layer(config: ModelConfig, *, fused_attention: bool) -> RunLayer:
 
     def after(hidden: mx.array, latents: mx.array | None, values: mx.array | None, weights: LayerWeights) -> mx.array:
         attended = _join_heads(latents, values, weights.attention)
-        hidden = hidden + attended @ weights.attention.output
+        hidden = hidden + multiply(attended, weights.attention.output)
         return hidden + feed_forward(mx.fast.rms_norm(hidden, weights.post_attention_norm, eps), weights.feed_forward)
 
     compiled_before, compiled_after = mx.compile(before), mx.compile(after)
@@ -78,7 +79,7 @@ def _join_spans(parts: list[mx.array]) -> mx.array | None:
 
 def _join_heads(latents: mx.array | None, values: mx.array | None, weights: AttentionWeights) -> mx.array:
     """Latents of generated tokens, then values of prompt tokens, as values: (tokens, heads * v_head)."""
-    parts = [] if latents is None else [latents @ weights.value_up]
+    parts = [] if latents is None else [multiply(latents, weights.value_up)]
     if values is not None:
         parts.append(values)
     joined = _join_spans(parts)

@@ -7,6 +7,7 @@ import mlx.core as mx
 from mlx_k2.config import ModelConfig
 from mlx_k2.kernels.experts import route, routed_experts
 from mlx_k2.model.layer_weights import DenseWeights, MoeWeights
+from mlx_k2.model.linear import multiply
 
 FeedForward = Callable[[mx.array, DenseWeights | MoeWeights], mx.array]
 
@@ -35,5 +36,5 @@ def make_feed_forward(config: ModelConfig) -> FeedForward:
 
 def swiglu(hidden: mx.array, weights: DenseWeights) -> mx.array:
     """down(silu(gate(x)) * up(x)): (tokens, hidden) -> (tokens, hidden)."""
-    gate = hidden @ weights.gate
-    return (gate * mx.sigmoid(gate) * (hidden @ weights.up)) @ weights.down
+    gate = multiply(hidden, weights.gate)
+    return multiply(gate * mx.sigmoid(gate) * multiply(hidden, weights.up), weights.down)

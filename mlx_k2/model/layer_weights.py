@@ -1,8 +1,8 @@
 """The weights of one decoder layer as the layer computes with them, made from a checkpoint's tensors by name.
 
-Matrices are (in, out), to be multiplied from the right: transposed views of the checkpoint's, made once, since a view
-that every step makes again costs each step its time. Only the router and the routed experts, which kernels read, stay
-(out, in).
+Matrices are (in, out), to be multiplied from the right, and quantized where dense bits are asked for (linear.py): views
+made once, since a view that every step makes again costs each step its time. Only the router and the routed experts,
+which kernels read, stay (out, in) and as they are.
 """
 
 from collections.abc import Mapping
@@ -12,39 +12,40 @@ import mlx.core as mx
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.kernels.stack import ExpertStack
+from mlx_k2.model.linear import Matrix, make_matrix
 
 
 class DirectQuery(NamedTuple):
     """Queries in one projection (q_lora_rank null)."""
 
-    projection: mx.array  # (hidden, heads * qk_head)
+    projection: Matrix  # (hidden, heads * qk_head)
 
 
 class LowRankQuery(NamedTuple):
     """Queries through a bottleneck, normed in between."""
 
-    down: mx.array  # (hidden, q_lora_rank)
+    down: Matrix  # (hidden, q_lora_rank)
     norm: mx.array  # (q_lora_rank,)
-    up: mx.array  # (q_lora_rank, heads * qk_head)
+    up: Matrix  # (q_lora_rank, heads * qk_head)
 
 
 class AttentionWeights(NamedTuple):
     """Multi-head latent attention; kv_b_proj is held as its two halves, one matrix a head."""
 
     query: DirectQuery | LowRankQuery
-    latent_down: mx.array  # (hidden, kv_lora_rank + qk_rope): the latent, and the key part that rope rotates
+    latent_down: Matrix  # (hidden, kv_lora_rank + qk_rope): the latent, and the key part that rope rotates
     latent_norm: mx.array  # (kv_lora_rank,)
-    key_up: mx.array  # (heads, qk_nope, kv_lora_rank)
-    value_up: mx.array  # (heads, kv_lora_rank, v_head)
-    output: mx.array  # (heads * v_head, hidden)
+    key_up: Matrix  # (heads, qk_nope, kv_lora_rank)
+    value_up: Matrix  # (heads, kv_lora_rank, v_head)
+    output: Matrix  # (heads * v_head, hidden)
 
 
 class DenseWeights(NamedTuple):
     """A SwiGLU block: a dense layer's, or a shared expert."""
 
-    gate: mx.array  # (hidden, intermediate)
-    up: mx.array  # (hidden, intermediate)
-    down: mx.array  # (intermediate, hidden)
+    gate: Matrix  # (hidden, intermediate)
+    up: Matrix  # (hidden, intermediate)
+    down: Matrix  # (intermediate, hidden)
 
 
 class MoeWeights(NamedTuple):
@@ -65,45 +66,48 @@ class LayerWeights(NamedTuple):
     feed_forward: DenseWeights | MoeWeights
 
 
-def assemble_layer(config: ModelConfig, layer: int, tensors: Mapping[str, mx.array]) -> LayerWeights:
+def assemble_layer(
+    config: ModelConfig, layer: int, tensors: Mapping[str, mx.array], dense_bits: int | None = None
+) -> LayerWeights:
     """Put one layer together from tensors named as in the checkpoint, without the layer's own prefix.
 
     The routed experts come stacked, as ``mlp.experts.gate_proj.weight_packed`` (experts, rows, words) and so on.
     """
     return LayerWeights(
         input_norm=tensors["input_layernorm.weight"],
-        attention=_attention(config, tensors),
+        attention=_attention(config, tensors, dense_bits),
         post_attention_norm=tensors["post_attention_layernorm.weight"],
-        feed_forward=_moe(config, tensors) if config.is_moe(layer) else _dense(tensors, "mlp"),
+        feed_forward=_moe(config, tensors, dense_bits) if config.is_moe(layer) else _dense(tensors, "mlp", dense_bits),
     )
 
 
-def _attention(config: ModelConfig, tensors: Mapping[str, mx.array]) -> AttentionWeights:
+def _attention(config: ModelConfig, tensors: Mapping[str, mx.array], bits: int | None) -> AttentionWeights:
+    def matrix(name: str) -> Matrix:
+        return make_matrix(tensors[f"self_attn.{name}.weight"], bits)
+
     query: DirectQuery | LowRankQuery
     if config.q_lora_rank is None:
-        query = DirectQuery(tensors["self_attn.q_proj.weight"].T)
+        query = DirectQuery(matrix("q_proj"))
     else:
-        query = LowRankQuery(
-            tensors["self_attn.q_a_proj.weight"].T,
-            tensors["self_attn.q_a_layernorm.weight"],
-            tensors["self_attn.q_b_proj.weight"].T,
-        )
+        query = LowRankQuery(matrix("q_a_proj"), tensors["self_attn.q_a_layernorm.weight"], matrix("q_b_proj"))
     per_head = tensors["self_attn.kv_b_proj.weight"].reshape(config.num_attention_heads, -1, config.kv_lora_rank)
+    keys, values = per_head[:, : config.qk_nope_head_dim], per_head[:, config.qk_nope_head_dim :]
     return AttentionWeights(
         query=query,
-        latent_down=tensors["self_attn.kv_a_proj_with_mqa.weight"].T,
+        latent_down=matrix("kv_a_proj_with_mqa"),
         latent_norm=tensors["self_attn.kv_a_layernorm.weight"],
-        key_up=mx.contiguous(per_head[:, : config.qk_nope_head_dim]),
-        value_up=mx.contiguous(per_head[:, config.qk_nope_head_dim :]).swapaxes(-1, -2),
-        output=tensors["self_attn.o_proj.weight"].T,
+        key_up=make_matrix(mx.contiguous(keys).swapaxes(-1, -2), bits),
+        value_up=make_matrix(mx.contiguous(values), bits),
+        output=matrix("o_proj"),
     )
 
 
-def _dense(tensors: Mapping[str, mx.array], prefix: str) -> DenseWeights:
-    return DenseWeights(*(tensors[f"{prefix}.{name}_proj.weight"].T for name in ("gate", "up", "down")))
+def _dense(tensors: Mapping[str, mx.array], prefix: str, bits: int | None) -> DenseWeights:
+    names = (f"{prefix}.{name}_proj.weight" for name in ("gate", "up", "down"))
+    return DenseWeights(*(make_matrix(tensors[name], bits) for name in names))
 
 
-def _moe(config: ModelConfig, tensors: Mapping[str, mx.array]) -> MoeWeights:
+def _moe(config: ModelConfig, tensors: Mapping[str, mx.array], bits: int | None) -> MoeWeights:
     experts = ExpertStack(
         *(
             tensors[f"mlp.experts.{name}_proj.{part}"]
@@ -115,5 +119,5 @@ def _moe(config: ModelConfig, tensors: Mapping[str, mx.array]) -> MoeWeights:
         router=tensors["mlp.gate.weight"],
         correction_bias=tensors["mlp.gate.e_score_correction_bias"],
         experts=experts,
-        shared=_dense(tensors, "mlp.shared_experts") if config.n_shared_experts else None,
+        shared=_dense(tensors, "mlp.shared_experts", bits) if config.n_shared_experts else None,
     )

@@ -14,13 +14,14 @@ from mlx_k2.model.batch import Batch
 from mlx_k2.model.decoder_layer import make_layer
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.layer_weights import LayerWeights
+from mlx_k2.model.linear import Matrix, multiply
 
 
 class Head(NamedTuple):
     """What turns the last layer's output into logits."""
 
     norm: mx.array  # (hidden,)
-    projection: mx.array  # (hidden, vocabulary)
+    projection: Matrix  # (hidden, vocabulary)
 
 
 class StageModel:
@@ -73,4 +74,4 @@ class StageModel:
         """Hidden states (rows, hidden) after the last layer -> logits (rows, vocabulary) float32."""
         assert self._head is not None, "only the last stage has the head"
         normed = mx.fast.rms_norm(hidden, self._head.norm, self._config.rms_norm_eps)
-        return (normed @ self._head.projection).astype(mx.float32)
+        return multiply(normed, self._head.projection).astype(mx.float32)

@@ -37,13 +37,13 @@ from mlx_k2.errors import MlxK2Error, NeighbourLost, ProtocolError
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model_source import fetch_shard, locate_shard, read_model_files
 from mlx_k2.stage.host import hello, on_gpu, peak_bytes, wire_memory
-from mlx_k2.stage.loading import load_stage_model
+from mlx_k2.stage.loading import LoadedPiece, load_stage_model
 from mlx_k2.stage.ports import HeldPorts
 from mlx_k2.stage.step_runner import StepRunner
 from mlx_k2.stage.transport import DistributedTransport, NoNeighbours, Transport, join_group, prove_hops
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.inventory import shard_specs
-from mlx_k2.weights.reader import Piece, ShardReader
+from mlx_k2.weights.reader import ShardReader
 
 READING_S = 120.0
 CONNECTING_S = 120.0
@@ -195,13 +195,14 @@ class StageService:
         cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.latent_dim, dtype)
         held_bytes = 0
 
-        def tell(piece: Piece) -> None:
+        def tell(piece: LoadedPiece) -> None:
             nonlocal held_bytes
             held_bytes += piece.held_bytes
             self._announce(Phase.LOADING, limit_s=PIECE_S)
             self._send(LayerLoaded(piece.tensor_names, piece.held_bytes))
 
-        model = load_stage_model(config, ShardReader(config, files, dtype), layers, cache, tell)
+        reader = ShardReader(config, files, dtype)
+        model, notes = load_stage_model(config, reader, layers, cache, tell, message.dense_bits)
         self._runner = StepRunner(
             model,
             self._transport,
@@ -210,4 +211,4 @@ class StageService:
             hidden_size=config.hidden_size,
             dtype=dtype,
         )
-        return Loaded(held_bytes, peak_bytes(), len(layers) * config.latent_dim * dtype.size)
+        return Loaded(held_bytes, peak_bytes(), len(layers) * config.latent_dim * dtype.size, notes)

@@ -1,7 +1,8 @@
 """Which tensors a model's checkpoint must hold, and their sizes, from its config alone. Opens no file.
 
 Names, dtypes and shapes are those of the original Kimi K2 checkpoints: routed experts packed INT4 in groups of 32 with
-bfloat16 scales, the router's correction bias float32, all else bfloat16.
+bfloat16 scales, the router's correction bias float32, all else bfloat16. In memory, attention, shared experts, dense
+layers and the head may be quantized ("dense bits"; None: they are as they are in the checkpoint).
 """
 
 import math
@@ -10,6 +11,7 @@ from collections.abc import Iterable
 import msgspec
 
 from mlx_k2.config import ModelConfig
+from mlx_k2.weights.dense_matrices import DenseMatrix
 
 INT4_GROUP_SIZE = 32
 INT4_PER_WORD = 8
@@ -21,11 +23,15 @@ _WEIGHT_SHAPE = ".weight_shape"
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
-    """One tensor as it must stand in the checkpoint; ``dtype`` is spelled as safetensors spells it."""
+    """One tensor as it must stand in the checkpoint; ``dtype`` is spelled as safetensors spells it.
+
+    ``matrices`` are what tokens are multiplied with where it may be quantized: itself, or the two halves of kv_b_proj.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    matrices: tuple[DenseMatrix, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -37,13 +43,15 @@ class TensorSpec(msgspec.Struct, frozen=True):
         """Dtypes that may stand in the file: compressed-tensors itself writes ``weight_shape`` as int64."""
         return ("I32", "I64") if self.name.endswith(_WEIGHT_SHAPE) else (self.dtype,)
 
-    def held_bytes(self, compute_bytes: int) -> int:
+    def held_bytes(self, compute_bytes: int, dense_bits: int | None = None) -> int:
         """Bytes it takes in memory when the compute dtype has ``compute_bytes`` a value.
 
         Routed experts and the correction bias stay as stored; ``weight_shape`` only repeats what the config says.
         """
         if self.name.endswith(_WEIGHT_SHAPE):
             return 0
+        if self.matrices:
+            return sum(matrix.held_bytes(compute_bytes, dense_bits) for matrix in self.matrices)
         as_stored = self.is_routed_expert or self.dtype != "BF16"
         return self.num_bytes if as_stored else math.prod(self.shape) * compute_bytes
 
@@ -63,7 +71,7 @@ def head_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
     prefix = config.tensor_prefix
     return (
         _bf16(f"{prefix}model.norm.weight", config.hidden_size),
-        _bf16(f"{prefix}lm_head.weight", config.vocab_size, config.hidden_size),
+        _linear(f"{prefix}lm_head.weight", config.vocab_size, config.hidden_size),
     )
 
 
@@ -99,16 +107,18 @@ def model_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
     return shard_specs(config, 0, config.num_hidden_layers)
 
 
-def held_bytes(specs: Iterable[TensorSpec], compute_bytes: int = BFLOAT16_BYTES) -> int:
+def held_bytes(specs: Iterable[TensorSpec], compute_bytes: int = BFLOAT16_BYTES, dense_bits: int | None = None) -> int:
     """Bytes that stay in memory once ``specs`` are loaded for a compute dtype of ``compute_bytes`` a value."""
-    return sum(spec.held_bytes(compute_bytes) for spec in specs)
+    return sum(spec.held_bytes(compute_bytes, dense_bits) for spec in specs)
 
 
-def layer_read_bytes_per_token(config: ModelConfig, layer: int, compute_bytes: int = BFLOAT16_BYTES) -> int:
+def layer_read_bytes_per_token(
+    config: ModelConfig, layer: int, compute_bytes: int = BFLOAT16_BYTES, dense_bits: int | None = None
+) -> int:
     """Bytes of weights that one decoded token reads in ``layer``: only the routed experts that it uses."""
     specs = layer_specs(config, layer)
     routed = held_bytes((spec for spec in specs if spec.is_routed_expert), compute_bytes)
-    always = held_bytes((spec for spec in specs if not spec.is_routed_expert), compute_bytes)
+    always = held_bytes((spec for spec in specs if not spec.is_routed_expert), compute_bytes, dense_bits)
     return always + routed * config.num_experts_per_tok // config.n_routed_experts
 
 
@@ -117,41 +127,56 @@ def embedding_read_bytes_per_token(config: ModelConfig, compute_bytes: int = BFL
     return held_bytes(embedding_specs(config), compute_bytes) // config.vocab_size
 
 
-def head_read_bytes_per_token(config: ModelConfig, compute_bytes: int = BFLOAT16_BYTES) -> int:
+def head_read_bytes_per_token(
+    config: ModelConfig, compute_bytes: int = BFLOAT16_BYTES, dense_bits: int | None = None
+) -> int:
     """Bytes of the head that one token reads: all of them."""
-    return held_bytes(head_specs(config), compute_bytes)
+    return held_bytes(head_specs(config), compute_bytes, dense_bits)
 
 
 def _bf16(name: str, *shape: int) -> TensorSpec:
     return TensorSpec(name, "BF16", shape)
 
 
+def _linear(name: str, outputs: int, inputs: int) -> TensorSpec:
+    return TensorSpec(name, "BF16", (outputs, inputs), (DenseMatrix(outputs, inputs),))
+
+
+def _keys_and_values(config: ModelConfig, name: str) -> TensorSpec:
+    """kv_b_proj: for each head, latents to keys, which queries are multiplied with, and latents to values."""
+    heads, latent = config.num_attention_heads, config.kv_lora_rank
+    halves = (
+        DenseMatrix(heads * latent, config.qk_nope_head_dim),
+        DenseMatrix(heads * config.v_head_dim, latent),
+    )
+    return TensorSpec(name, "BF16", (heads * (config.qk_nope_head_dim + config.v_head_dim), latent), halves)
+
+
 def _attention_specs(config: ModelConfig, prefix: str) -> tuple[TensorSpec, ...]:
     hidden, heads = config.hidden_size, config.num_attention_heads
     query_dim = heads * config.qk_head_dim
     if config.q_lora_rank is None:
-        query: tuple[TensorSpec, ...] = (_bf16(f"{prefix}.q_proj.weight", query_dim, hidden),)
+        query: tuple[TensorSpec, ...] = (_linear(f"{prefix}.q_proj.weight", query_dim, hidden),)
     else:
         query = (
-            _bf16(f"{prefix}.q_a_proj.weight", config.q_lora_rank, hidden),
+            _linear(f"{prefix}.q_a_proj.weight", config.q_lora_rank, hidden),
             _bf16(f"{prefix}.q_a_layernorm.weight", config.q_lora_rank),
-            _bf16(f"{prefix}.q_b_proj.weight", query_dim, config.q_lora_rank),
+            _linear(f"{prefix}.q_b_proj.weight", query_dim, config.q_lora_rank),
         )
-    keys_and_values = heads * (config.qk_nope_head_dim + config.v_head_dim)
     return (
         *query,
-        _bf16(f"{prefix}.kv_a_proj_with_mqa.weight", config.latent_dim, hidden),
+        _linear(f"{prefix}.kv_a_proj_with_mqa.weight", config.latent_dim, hidden),
         _bf16(f"{prefix}.kv_a_layernorm.weight", config.kv_lora_rank),
-        _bf16(f"{prefix}.kv_b_proj.weight", keys_and_values, config.kv_lora_rank),
-        _bf16(f"{prefix}.o_proj.weight", hidden, heads * config.v_head_dim),
+        _keys_and_values(config, f"{prefix}.kv_b_proj.weight"),
+        _linear(f"{prefix}.o_proj.weight", hidden, heads * config.v_head_dim),
     )
 
 
 def _mlp_specs(prefix: str, hidden: int, intermediate: int) -> tuple[TensorSpec, ...]:
     return (
-        _bf16(f"{prefix}.gate_proj.weight", intermediate, hidden),
-        _bf16(f"{prefix}.up_proj.weight", intermediate, hidden),
-        _bf16(f"{prefix}.down_proj.weight", hidden, intermediate),
+        _linear(f"{prefix}.gate_proj.weight", intermediate, hidden),
+        _linear(f"{prefix}.up_proj.weight", intermediate, hidden),
+        _linear(f"{prefix}.down_proj.weight", hidden, intermediate),
     )
 
 

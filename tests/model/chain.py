@@ -23,13 +23,13 @@ Part = tuple[Span, Sequence[int]]
 class Chain:
     """A whole model in float32, in ``num_stages`` stages with a cache each."""
 
-    def __init__(self, folder: Path, num_stages: int, num_slots: int = 4) -> None:
+    def __init__(self, folder: Path, num_stages: int, num_slots: int = 4, dense_bits: int | None = None) -> None:
         self.config = read_config(folder)
         self.caches: list[LatentCache] = []
         self.stages: list[StageModel] = []
         for layers in split_layers(self.config.num_hidden_layers, num_stages):
             self.caches.append(LatentCache(len(layers), num_slots, 1024, self.config.latent_dim, mx.float32))
-            self.stages.append(load_stage(folder, self.config, layers, self.caches[-1]))
+            self.stages.append(load_stage(folder, self.config, layers, self.caches[-1], dense_bits))
 
     def run(self, *parts: Part) -> mx.array:
         """The logits (tokens, vocabulary) of spans that travel together, with the tokens of each; evaluated."""
@@ -82,9 +82,27 @@ def like_a_stage_on_a_cpu() -> Iterator[None]:
     mx.set_default_device(device)
 
 
-def load_stage(folder: Path, config: ModelConfig, layers: range, cache: LatentCache) -> StageModel:
+def load_stage(
+    folder: Path, config: ModelConfig, layers: range, cache: LatentCache, dense_bits: int | None = None
+) -> StageModel:
     """One stage of the checkpoint in ``folder``, in float32."""
-    return load_stage_model(config, open_shards(folder, config), layers, cache, lambda _: None)
+    return load_stage_model(config, open_shards(folder, config), layers, cache, lambda _: None, dense_bits).model
+
+
+def loaded_bytes(folder: Path, dense_bits: int | None) -> list[int]:
+    """What each piece of the whole model takes in float32, in the order of loading."""
+    config = read_config(folder)
+    cache = LatentCache(config.num_hidden_layers, 1, 256, config.latent_dim, mx.float32)
+    pieces: list[int] = []
+    load_stage_model(
+        config,
+        open_shards(folder, config),
+        range(config.num_hidden_layers),
+        cache,
+        lambda piece: pieces.append(piece.held_bytes),
+        dense_bits,
+    )
+    return pieces
 
 
 def open_shards(folder: Path, config: ModelConfig) -> ShardReader:

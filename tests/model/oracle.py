@@ -1,5 +1,6 @@
 """mlx-lm's DeepseekV3 on the same checkpoint: the other opinion that the model's tests compare with."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import msgspec
 from mlx_lm.models import deepseek_v3
+from mlx_lm.models.mla import MultiLinear
 
 
-def load_oracle(folder: Path) -> Any:
-    """The checkpoint in ``folder`` as mlx-lm computes it, in float32, experts in INT4 as shipped."""
+def load_oracle(folder: Path, dense_bits: int | None = None) -> Any:
+    """The checkpoint in ``folder`` as mlx-lm computes it, in float32, experts in INT4 as shipped.
+
+    With ``dense_bits`` it quantizes attention, shared experts, dense layers and the head itself.
+    """
     config = msgspec.json.decode((folder / "config.json").read_bytes(), type=dict[str, Any])
     config = config.get("text_config", config)
     config["n_shared_experts"] = config["n_shared_experts"] or None  # which is how mlx-lm wants to hear of none
@@ -23,9 +28,25 @@ def load_oracle(folder: Path) -> Any:
     weights = model.sanitize(wanted)
     nn.quantize(model, group_size=32, bits=4, class_predicate=lambda path, module: f"{path}.scales" in weights)
     model.load_weights([(name, _in_float32(tensor)) for name, tensor in weights.items()])
+    if dense_bits is not None:
+        _quantize_dense(model, dense_bits)
     model.eval()
     mx.eval(model.parameters())
     return model
+
+
+def _quantize_dense(model: nn.Module, bits: int) -> None:
+    def dense_with_group(group: int) -> Callable[[str, nn.Module], bool]:
+        def is_chosen(path: str, module: nn.Module) -> bool:
+            if isinstance(module, nn.Embedding) or not isinstance(module, nn.Linear | MultiLinear):
+                return False
+            inputs = module.weight.shape[-1]
+            return group == (64 if inputs % 64 == 0 else 32)
+
+        return is_chosen
+
+    for group in (64, 32):
+        nn.quantize(model, group_size=group, bits=bits, class_predicate=dense_with_group(group))
 
 
 def _in_float32(tensor: mx.array) -> mx.array:

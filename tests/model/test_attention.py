@@ -8,6 +8,7 @@ import pytest
 from mlx_k2.model import attention
 from mlx_k2.model.attention import attend_absorbed, attend_fused, attend_naive, attend_unfused
 from mlx_k2.model.layer_weights import AttentionWeights, DirectQuery
+from mlx_k2.model.linear import multiply, multiply_transposed
 from tests.model.chain import largest_difference
 
 HEADS, NOPE, ROPE, LATENT, VALUE = 4, 32, 16, 64, 32
@@ -24,7 +25,7 @@ class Case(NamedTuple):
     @property
     def absorbed_queries(self) -> mx.array:
         """The same queries carried into the latent space."""
-        carried = self.queries[..., :NOPE] @ self.weights.key_up
+        carried = multiply(self.queries[..., :NOPE], self.weights.key_up)
         return mx.concatenate([carried, self.queries[..., NOPE:]], axis=-1)
 
     def naive(self, *, fused: bool = False) -> mx.array:
@@ -32,7 +33,7 @@ class Case(NamedTuple):
 
     def absorbed(self) -> mx.array:
         latents = attend_absorbed(self.absorbed_queries, self.rows, self.position, LATENT)
-        return latents @ self.weights.value_up
+        return multiply(latents, self.weights.value_up)
 
 
 def make_case(count: int, position: int, heads: int = HEADS) -> Case:
@@ -41,7 +42,7 @@ def make_case(count: int, position: int, heads: int = HEADS) -> Case:
     weights = AttentionWeights(
         query=DirectQuery(unused),
         latent_down=unused,
-        latent_norm=unused,
+        latent_norm=mx.ones(LATENT),
         key_up=mx.random.normal((heads, NOPE, LATENT), key=keys[0]) / LATENT**0.5,
         value_up=mx.random.normal((heads, LATENT, VALUE), key=keys[1]) / LATENT**0.5,
         output=unused,
@@ -62,8 +63,8 @@ def one_query_at_a_time(case: Case) -> mx.array:
     latents, rotated = case.rows[:, :LATENT], case.rows[:, LATENT:]
     outputs = []
     for head in range(case.queries.shape[0]):
-        keys = mx.concatenate([latents @ case.weights.key_up[head].T, rotated], axis=-1)
-        values = latents @ case.weights.value_up[head]
+        keys = mx.concatenate([multiply_transposed(latents, case.weights.key_up)[head], rotated], axis=-1)
+        values = multiply(latents, case.weights.value_up)[head]
         rows = []
         for index in range(case.queries.shape[1]):
             end = case.position + index + 1

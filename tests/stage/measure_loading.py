@@ -1,6 +1,6 @@
 """Loads one stage in float32 in this process and prints, as JSON, what it holds and the most memory that it took.
 
-python tests/stage/measure_loading.py MODEL_FOLDER FIRST_LAYER END_LAYER
+python -m tests.stage.measure_loading MODEL_FOLDER FIRST_LAYER END_LAYER [DENSE_BITS]
 """
 
 import json
@@ -19,11 +19,12 @@ from tests.model.checkpoints import read_config
 def main() -> None:
     """Load and print."""
     folder, layers = Path(sys.argv[1]), range(int(sys.argv[2]), int(sys.argv[3]))
+    dense_bits = int(sys.argv[4]) if len(sys.argv) > 4 else None
     config = read_config(folder)
     cache = LatentCache(len(layers), 1, 256, config.latent_dim, mx.float32)
     pieces: list[int] = []
-    model = load_stage_model(
-        config, open_shards(folder, config), layers, cache, lambda piece: pieces.append(piece.held_bytes)
+    model, _ = load_stage_model(
+        config, open_shards(folder, config), layers, cache, lambda piece: pieces.append(piece.held_bytes), dense_bits
     )
     rss_unit = 1 if sys.platform == "darwin" else 1024
     measured = {

@@ -65,6 +65,34 @@ def test_a_token_reads_33_gigabytes(thinking: ModelConfig) -> None:
     assert embedding_read_bytes_per_token(thinking) == 7168 * 2
 
 
+@pytest.mark.parametrize(
+    ("dense_bits", "gigabytes_read", "gigabytes_held"), [(None, 32.99, 594.21), (8, 23.25, 584.47), (4, 18.06, 579.28)]
+)
+def test_dense_bits_leave_routed_experts_router_norms_and_embedding_as_they_are(
+    thinking: ModelConfig, dense_bits: int | None, gigabytes_read: float, gigabytes_held: float
+) -> None:
+    layers = sum(layer_read_bytes_per_token(thinking, layer, dense_bits=dense_bits) for layer in range(61))
+    ends = embedding_read_bytes_per_token(thinking) + head_read_bytes_per_token(thinking, dense_bits=dense_bits)
+    assert round((layers + ends) / 1e9, 2) == gigabytes_read
+    specs = model_specs(thinking)
+    assert round(held_bytes(specs, dense_bits=dense_bits) / 1e9, 2) == gigabytes_held
+    changed = [spec for spec in specs if spec.held_bytes(2, dense_bits) != spec.held_bytes(2)]
+    quantized = {spec.name.split(".")[-2] for spec in changed}
+    linear = {
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "q_a_proj",
+        "q_b_proj",
+        "kv_a_proj_with_mqa",
+        "kv_b_proj",
+        "o_proj",
+        "lm_head",
+    }
+    assert quantized == (linear if dense_bits else set())
+    assert not any(spec.is_routed_expert for spec in changed)
+
+
 def test_in_float32_only_what_is_computed_with_grows(thinking: ModelConfig) -> None:
     specs = layer_specs(thinking, 1)
     routed = held_bytes(spec for spec in specs if spec.is_routed_expert)
@@ -88,7 +116,7 @@ def test_names_and_shapes_are_those_of_the_original_files(thinking_specs: tuple[
         (f"{expert}.down_proj.weight_shape", "I32", (2,)),
         ("lm_head.weight", "BF16", (163840, 7168)),
     ):
-        assert by_name[name] == TensorSpec(name, dtype, shape)
+        assert (by_name[name].dtype, by_name[name].shape) == (dtype, shape)
 
 
 def test_weight_shape_may_be_int64() -> None:

@@ -1,0 +1,86 @@
+"""With dense bits the weights are as mx.quantize defines them, and logits those of mlx-lm with the same weights."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_k2.model.linear import QuantizedMatrix, make_matrix, multiply, multiply_transposed, some_heads
+from mlx_k2.weights.inventory import embedding_specs, head_specs, held_bytes, layer_specs
+from tests.model.chain import Chain, largest_difference, loaded_bytes
+from tests.model.checkpoints import VARIANTS, Checkpoint, read_config
+from tests.model.oracle import load_oracle
+from tests.model.test_against_mlx_lm import NUM_GENERATED, PROMPT, TOLERANCE, Opinion
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.mark.parametrize(("variant", "dense_bits"), [*((variant, 8) for variant in VARIANTS), ("thinking", 4)])
+def test_logits_and_greedy_tokens_are_mlx_lms_on_the_same_quantized_weights(
+    checkpoint: Checkpoint, variant: str, dense_bits: int
+) -> None:
+    opinion = Opinion(load_oracle(checkpoint(variant), dense_bits))
+    chain = Chain(checkpoint(variant), 2, dense_bits=dense_bits)
+    assert largest_difference(chain.prefill(PROMPT), opinion.prompt_logits) < TOLERANCE
+    decoded = chain.decode(opinion.token_ids[:-1], len(PROMPT), chunk_tokens=1)
+    assert largest_difference(decoded, opinion.decoded_logits) < TOLERANCE
+    assert chain.greedy(PROMPT, NUM_GENERATED + 1, slot=1) == opinion.token_ids
+
+
+def test_eight_bits_stay_closer_to_the_checkpoint_than_four(checkpoint: Checkpoint) -> None:
+    exact, eight, four = (Chain(checkpoint("thinking"), 1, dense_bits=bits).prefill(PROMPT) for bits in (None, 8, 4))
+    far, further = (float(np.abs(np.asarray(logits) - np.asarray(exact)).mean()) for logits in (eight, four))
+    assert 0 < far < further
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7])
+def test_a_prompts_logits_are_bit_identical_in_any_chunks(chain_of_8_bits: Chain, chunk_tokens: int) -> None:
+    whole = chain_of_8_bits.prefill(PROMPT)
+    assert mx.array_equal(chain_of_8_bits.prefill(PROMPT, 1, chunk_tokens), whole).item()
+
+
+@pytest.fixture(scope="module")
+def chain_of_8_bits(checkpoint: Checkpoint) -> Chain:
+    return Chain(checkpoint("thinking"), 1, dense_bits=8)
+
+
+@pytest.mark.parametrize("dense_bits", [None, 8, 4])
+@pytest.mark.parametrize("variant", ["thinking", "direct query, groups"])
+def test_each_loaded_piece_takes_what_the_inventory_says(
+    checkpoint: Checkpoint, variant: str, dense_bits: int | None
+) -> None:
+    folder = checkpoint(variant)
+    config = read_config(folder)
+    layers = [layer_specs(config, layer) for layer in range(config.num_hidden_layers)]
+    pieces = (embedding_specs(config), *layers, head_specs(config))
+    assert loaded_bytes(folder, dense_bits) == [held_bytes(specs, 4, dense_bits) for specs in pieces]
+
+
+@pytest.mark.parametrize(("inputs", "group"), [(128, 64), (96, 32), (80, None)])
+def test_groups_of_64_then_of_32_and_a_matrix_that_neither_divides_stays(inputs: int, group: int | None) -> None:
+    weight = random(48, inputs)
+    matrix = make_matrix(weight, 8)
+    assert (matrix.group_size if isinstance(matrix, QuantizedMatrix) else None) == group
+    x = random(3, inputs)
+    assert largest_difference(multiply(x, matrix), x @ dequantized(weight, group).T) < 1e-5
+
+
+@pytest.mark.parametrize("heads", [slice(0, 4), slice(1, 3)])
+def test_each_head_is_multiplied_with_its_own_matrix(heads: slice) -> None:
+    weight = random(4, 48, 64)
+    matrix = some_heads(make_matrix(weight, 8), heads)
+    held = dequantized(weight, 64)[heads]
+    x, rows = random(5, 64), random(5, 48)
+    assert largest_difference(multiply(x, matrix), x @ held.swapaxes(-1, -2)) < 1e-5
+    assert largest_difference(multiply_transposed(rows, matrix), rows @ held) < 1e-5
+
+
+def random(*shape: int) -> mx.array:
+    made: mx.array = mx.random.normal(shape, key=mx.random.key(sum(shape))) / shape[-1] ** 0.5
+    return made
+
+
+def dequantized(weight: mx.array, group: int | None) -> mx.array:
+    if group is None:
+        return weight
+    packed, scales, biases = mx.quantize(weight, group_size=group, bits=8)
+    return mx.dequantize(packed, scales, biases, group_size=group, bits=8)
