@@ -43,6 +43,14 @@ def test_the_texts_of_an_answer_put_together_are_its_tokens_decoded_at_once(
     assert len(deltas) == 40
 
 
+def test_an_answer_that_ends_within_a_character_shows_that_it_does(cluster: Cluster, tokenizer: Tokenizer) -> None:
+    whole, _ = answer(cluster, tokenizer, request(12, 400, seed=3))
+    pending = next(count for count, delta in enumerate(whole, 1) if not delta.text)
+    deltas, _ = answer(cluster, tokenizer, request(12, pending, seed=3))
+    assert deltas[-1].token_id == whole[pending - 1].token_id
+    assert deltas[-1].text == "\N{REPLACEMENT CHARACTER}"
+
+
 def test_a_summary_counts_what_was_there(cluster: Cluster, tokenizer: Tokenizer) -> None:
     deltas, summary = answer(cluster, tokenizer, ASKED)
     assert (summary.prompt_tokens, summary.generated_tokens, summary.seed) == (12, len(deltas), 3)
