@@ -100,7 +100,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """
         try:
             outer = msgspec.json.decode(data, type=dict[str, Any])
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{source} is not a JSON object: {error}") from None
         family = _family(outer, source)
         fields = dict(outer["text_config"]) if family is Family.KIMI_K25 else dict(outer)

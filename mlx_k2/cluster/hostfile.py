@@ -81,7 +81,7 @@ def parse_hostfile(data: bytes, source: str) -> Hostfile:
     """
     try:
         decoded = msgspec.json.decode(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise HostfileError(f"{source} is not JSON: {error}") from None
     fields: dict[str, Any] = {"hosts": decoded} if isinstance(decoded, list) else decoded
     if not isinstance(fields, dict) or not isinstance(fields.get("hosts"), list) or not fields["hosts"]:

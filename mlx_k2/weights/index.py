@@ -47,7 +47,7 @@ class CheckpointIndex(msgspec.Struct, frozen=True):
         """
         try:
             weight_map = msgspec.json.decode(data, type=_IndexFile).weight_map
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{source} is not an index of safetensors files: {error}") from None
         for file in set(weight_map.values()):
             if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):

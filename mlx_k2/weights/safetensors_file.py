@@ -93,7 +93,7 @@ def _decode_tensors(raw: bytes, path: Path) -> dict[str, StoredTensor]:
         fields = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
         fields.pop("__metadata__", None)
         tensors = {name: msgspec.json.decode(field, type=StoredTensor) for name, field in fields.items()}
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not a safetensors file: its header cannot be read ({error})") from None
     expected = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):

@@ -1,0 +1,124 @@
+"""Whatever bytes come from a pipe, a hostfile or a checkpoint: an error of our own, or a value; never anything else."""
+
+import io
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_k2.cluster.hostfile import parse_hostfile
+from mlx_k2.control.framing import MARK, Kind, encode_frame, read_frame, skip_to_mark
+from mlx_k2.control.guarding import GuardSettings, StageExit
+from mlx_k2.control.messages import Row, Step, StepDone, decode_from_stage, decode_to_stage, encode_message
+from mlx_k2.control.standing import Announcement, Phase, Standing
+from mlx_k2.errors import CheckpointError, HostfileError, MlxK2Error, ProtocolError
+from mlx_k2.sampling import Sampling
+from mlx_k2.weights.safetensors_file import read_header
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+VALUES = (
+    Announcement(Phase.RECEIVING, 7, 60.0).to_json(),
+    Standing(Announcement(Phase.IDLE), 1.5).to_json(),
+    GuardSettings(20.0, 10).to_json(),
+    StageExit(None, 9, "why").to_json(),
+    encode_message(Step(3, (Row(0, 5, (1, 2, 3), True, Sampling(seed=1)),))),
+    encode_message(StepDone(3, 0.1)),
+)
+DECODERS: tuple[Callable[[bytes], object], ...] = (
+    Announcement.from_json,
+    Standing.from_json,
+    GuardSettings.from_json,
+    StageExit.from_json,
+    decode_to_stage,
+    decode_from_stage,
+)
+
+
+@st.composite
+def damaged(draw: st.DrawFn, whole: st.SearchStrategy[bytes]) -> bytes:
+    """Bytes of the right kind, cut short, with a few of them changed."""
+    data = bytearray(draw(whole))
+    for _ in range(draw(st.integers(0, 3))):
+        if data:
+            data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
+    return bytes(data[: draw(st.integers(0, len(data)))])
+
+
+def only_raises(kind: type[MlxK2Error], read: Callable[[bytes], object], data: bytes) -> None:
+    try:
+        read(data)
+    except kind:
+        return
+
+
+@pytest.mark.parametrize("decode", DECODERS, ids=lambda decode: decode.__qualname__)
+@given(data=st.binary(max_size=200) | JSON.map(msgspec.msgpack.encode) | damaged(st.sampled_from(VALUES)))
+@settings(max_examples=300)
+def test_a_payload_is_decoded_or_a_protocol_error(decode: Callable[[bytes], object], data: bytes) -> None:
+    only_raises(ProtocolError, decode, data)
+
+
+@given(JSON)
+def test_json_of_another_shape_is_a_protocol_error(value: object) -> None:
+    for decode in DECODERS:
+        only_raises(ProtocolError, decode, json.dumps(value).encode())
+
+
+FRAMES = st.lists(st.tuples(st.sampled_from(Kind), st.binary(max_size=30)).map(lambda frame: encode_frame(*frame)))
+
+
+@given(st.binary(max_size=200) | damaged(FRAMES.map(b"".join)))
+def test_a_stream_is_frames_to_its_end_or_a_protocol_error(data: bytes) -> None:
+    stream = io.BytesIO(data)
+
+    def read_all(_: bytes) -> None:
+        while read_frame(stream) is not None:
+            pass
+
+    only_raises(ProtocolError, read_all, data)
+
+
+@given(st.binary(max_size=100), st.binary(max_size=40))
+def test_what_comes_before_the_mark_is_skipped_whatever_it_is(chatter: bytes, rest: bytes) -> None:
+    stream = io.BytesIO(chatter + MARK + rest)
+    if MARK not in chatter + MARK[:-1]:
+        assert skip_to_mark(stream) == chatter
+        assert stream.read() == rest
+
+
+ENTRY = st.fixed_dictionaries(
+    {"ssh": st.text(max_size=10) | JSON, "ips": st.lists(st.text(max_size=16) | st.just("10.0.0.1")) | JSON},
+    optional={"rdma": JSON, "python": JSON, "model": JSON, "envs": JSON, "memory": JSON},
+)
+HOSTFILES = JSON | st.lists(ENTRY, max_size=3) | st.fixed_dictionaries({"hosts": st.lists(ENTRY), "backend": JSON})
+
+
+@given(st.binary(max_size=200) | damaged(HOSTFILES.map(lambda value: json.dumps(value).encode())))
+@settings(max_examples=200)
+def test_a_hostfile_is_read_or_refused_as_one(data: bytes) -> None:
+    only_raises(HostfileError, lambda data: parse_hostfile(data, "hosts.json"), data)
+
+
+NUMBERS = st.integers(-10, 100) | st.integers()
+TENSOR = st.fixed_dictionaries(
+    {"dtype": st.sampled_from(["BF16", "I32"]), "shape": st.lists(NUMBERS), "data_offsets": st.tuples(NUMBERS, NUMBERS)}
+)
+HEADERS = st.dictionaries(st.text(max_size=5), TENSOR | JSON, max_size=3) | JSON
+
+
+@given(st.binary(max_size=100), damaged(HEADERS.map(lambda value: json.dumps(value).encode())), st.booleans())
+@settings(max_examples=300)
+def test_a_safetensors_header_is_read_or_a_checkpoint_error(data: bytes, header: bytes, framed: bool) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        file.write(len(header).to_bytes(8, "little") + header + data if framed else data)
+        file.flush()
+        only_raises(CheckpointError, lambda _: read_header(Path(file.name)), data)
