@@ -100,11 +100,9 @@ class ReplyParser:
             case _Place.SPEECH:
                 yield from self._release()
                 yield self._speech(text)
-            case _Place.SECTION if text.isspace():
-                pass
-            case _Place.SECTION:  # taken for a call whose first marker is missing
+            case _Place.SECTION if not text.isspace():  # taken for a call whose first marker is missing
                 self._begin_call(_Place.SECTION)
-                self._id.append(text)
+                self._id.append(text.lstrip())
             case _Place.ID:
                 self._id.append(text)
             case _Place.ARGUMENTS:

@@ -163,7 +163,7 @@ def _reason(error: BaseException | None, words: deque[str]) -> str:
     """Why a connection is over: the innermost error, and what the server said last."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    why = "it ended" if error is None or _is_over(error) else str(error) or type(error).__name__
+    why = "it ended" if error is None or _is_over(error) else str(error).rstrip(".") or type(error).__name__
     return f"{why}; it said last: {' | '.join(words)}" if words else why
 
 

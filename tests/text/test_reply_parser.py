@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mlx_lm.tool_parsers.kimi_k2 import parse_tool_call
 
@@ -60,6 +60,7 @@ def joined(found: Sequence[Part]) -> list[Part]:
 
 
 @given(replies, st.lists(st.integers(1, 9), min_size=1, max_size=4), st.booleans(), vocabularies)
+@settings(max_examples=1000)
 def test_any_cut_of_the_text_gives_the_same_parts(
     tokens: list[Token], cuts: list[int], in_reasoning: bool, names: frozenset[str]
 ) -> None:

@@ -73,7 +73,7 @@ def module(tmp_path: Path) -> Path:
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, **more}
+    return {**os.environ, "PYTHONUNBUFFERED": "1", **more}
 
 
 def test_signatures_and_docstrings_become_declarations(module: Path) -> None:

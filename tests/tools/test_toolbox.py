@@ -121,9 +121,10 @@ def test_a_server_that_dies_in_mid_call_is_named_with_its_last_words_and_started
 def test_an_http_server_that_dies_in_mid_call_is_named_and_so_are_later_calls() -> None:
     with http_server("frail") as server, open_toolbox([server], LIMITS) as box:
         results = [box.call("die", {}), box.call("add", {"a": 1}), box.call("add", {"a": 1})]
-    for result in results:
-        assert result.outcome in (Outcome.LOST, Outcome.FAILED)
-        assert result.text.startswith("The tool server frail ")
+    assert [result.outcome for result in results] == [Outcome.LOST] * 3
+    assert all(result.text.startswith("The tool server frail was lost in this call: ") for result in results)
+    assert "disconnected" in results[0].text
+    assert "All connection attempts failed" in results[1].text
 
 
 def test_the_death_of_one_server_does_not_touch_another() -> None:
