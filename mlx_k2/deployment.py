@@ -33,7 +33,7 @@ from mlx_k2.launch import bring_up
 from mlx_k2.launch.group import PATIENCE_S, StageGroup
 from mlx_k2.launch.place import StagePlace
 from mlx_k2.model_source import is_repo, model_folder
-from mlx_k2.plan import DTYPE_BYTES, HostMemory, RunShape, StagePlan, choose_shape, plan_stages
+from mlx_k2.plan import DTYPE_BYTES, HostMemory, RunShape, StagePlan, choose_shape, plan_stages, quantization_notes
 from mlx_k2.stage_costs import stage_cost
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model, locate_tensors
 from mlx_k2.weights.inventory import model_specs, shard_specs
@@ -58,6 +58,8 @@ class DeploymentRequest:
     """How long a stopped stage, a silent host or a stuck hop is waited for."""
     num_slots: int = 1
     """How many sequences may run at once; fewer do where the caches of so many do not fit."""
+    dense_bits: int | None = None
+    """Of attention, shared experts, dense layers and head; None leaves them as the checkpoint has them."""
 
 
 class Watcher:
@@ -67,7 +69,7 @@ class Watcher:
         """A line of a stage's stderr, on the stage's own thread."""
 
     def notice(self, line: str) -> None:
-        """What takes long, or goes wrong, while the stages end."""
+        """What the user should know: what may show in the answer, what is slow, what goes wrong at the end."""
 
     def phase(self, what: str) -> None:
         """The next thing that all stages do."""
@@ -106,6 +108,7 @@ class Deployment(StartedStages):
                 self.model.config,
                 plan.share,
                 compute_bytes,
+                dense_bits=self.shape.dense_bits,
                 on_gpu=hello.working_set_bytes is not None,
                 gb_per_s=plan.host.gb_per_s,
             )
@@ -128,6 +131,9 @@ def deploy(request: DeploymentRequest, model: ModelDescription | None, watcher: 
         _connect(started, request)
         watcher.phase("loading")
         loaded = _load(started, watcher.progress)
+        for plan, answer in zip(started.plans, loaded, strict=True):
+            for line in answer.notes:
+                watcher.notice(f"stage {plan.rank} on {started.group.host(plan.rank)}: {line}")
         yield Deployment(**vars(started), loaded=loaded, load_s=time.monotonic() - began)
 
 
@@ -163,6 +169,8 @@ def _start(request: DeploymentRequest, model: ModelDescription | None, watcher: 
         memories = [HostMemory(hello.working_set_bytes, hello.memory_bytes) for hello in hellos]
         shape, plans = _plan(request, model, memories, all_on_gpu=all(gpus))
         watcher.planned(model, plans)
+        for line in quantization_notes(model.config, shape.dense_bits):
+            watcher.notice(line)
         yield StartedStages(group, model, shape, plans, hellos)
 
 
@@ -192,7 +200,9 @@ def _plan(
     """The shape that was asked for, and the stages; with half the slots, and half again, where they do not fit."""
     num_slots = request.num_slots
     while True:
-        shape = choose_shape(model.config, request.dtype, request.context_tokens, num_slots, all_on_gpu)
+        shape = choose_shape(
+            model.config, request.dtype, request.context_tokens, num_slots, all_on_gpu, request.dense_bits
+        )
         try:
             return shape, plan_stages(model, request.hostfile, memories, request.split, shape)
         except PartitionError:
@@ -277,4 +287,5 @@ def _load_message(plan: StagePlan, shape: RunShape) -> Load:
         num_slots=shape.num_slots,
         context_tokens=shape.context_tokens,
         needed_bytes=plan.needed_bytes,
+        dense_bits=shape.dense_bits,
     )

@@ -10,7 +10,9 @@ from mlx_k2.cluster.partition import HostCapacity, ModelPieces, Piece, StageShar
 from mlx_k2.config import ModelConfig
 from mlx_k2.errors import RequestError
 from mlx_k2.weights.checkpoint import ModelDescription
+from mlx_k2.weights.dense_matrices import group_size
 from mlx_k2.weights.inventory import (
+    TensorSpec,
     embedding_read_bytes_per_token,
     embedding_specs,
     head_read_bytes_per_token,
@@ -25,6 +27,9 @@ DEFAULT_CONTEXT_TOKENS = 32768
 GPU_CHUNK_TOKENS = 2048
 """Large enough to be bound by computing: a chunk reads nearly all experts, whatever its size (bytes computed)."""
 CPU_CHUNK_TOKENS = 128
+
+CAREFUL_BITS = 8
+"""Fewer bits of dense matrices than these come with a warning."""
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -45,6 +50,8 @@ class RunShape:
     context_tokens: int
     num_slots: int
     chunk_tokens: int
+    dense_bits: int | None = None
+    """Of attention, shared experts, dense layers and head; None leaves them as the checkpoint has them."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,12 @@ class StagePlan:
 
 
 def choose_shape(
-    config: ModelConfig, dtype: str | None, context_tokens: int | None, num_slots: int, all_on_gpu: bool
+    config: ModelConfig,
+    dtype: str | None,
+    context_tokens: int | None,
+    num_slots: int,
+    all_on_gpu: bool,
+    dense_bits: int | None = None,
 ) -> RunShape:
     """Fill in what the user left open: bfloat16 on GPUs, float32 where a stage has none.
 
@@ -75,7 +87,23 @@ def choose_shape(
         context_tokens=context_tokens or min(DEFAULT_CONTEXT_TOKENS, longest),
         num_slots=num_slots,
         chunk_tokens=GPU_CHUNK_TOKENS if all_on_gpu else CPU_CHUNK_TOKENS,
+        dense_bits=dense_bits,
     )
+
+
+def quantization_notes(config: ModelConfig, dense_bits: int | None) -> tuple[str, ...]:
+    """What the user should know of dense bits before anything runs with them."""
+    if dense_bits is None:
+        return ()
+    careful = f"--dense-bits {dense_bits} may show in the answers: {CAREFUL_BITS} stays closer to the checkpoint"
+    lines = [careful] if dense_bits < CAREFUL_BITS else []
+    specs = [spec for piece in _distinct_pieces(config) for spec in piece]
+    for group, how in ((32, "in groups of 32"), (None, "as they are")):
+        matrices = {(spec.name.split(".")[-2], matrix.inputs) for spec in specs for matrix in spec.matrices}
+        names = sorted(f"{name} ({inputs} inputs)" for name, inputs in matrices if group_size(inputs) == group)
+        if names:
+            lines.append(f"not quantized in groups of 64 but held {how}: {', '.join(names)}")
+    return tuple(lines)
 
 
 def plan_stages(
@@ -91,7 +119,7 @@ def plan_stages(
         PartitionError: there is no such split, or it does not fit.
     """
     config, compute_bytes = model.config, DTYPE_BYTES[shape.dtype]
-    largest_bytes = max(held_bytes(layer_specs(config, layer), compute_bytes) for layer in _distinct_layers(config))
+    largest_bytes = max(held_bytes(piece, compute_bytes) for piece in _distinct_pieces(config))  # as it is read
     beside_bytes = working_bytes(config, shape.chunk_tokens, compute_bytes, largest_bytes)
     pieces = _pieces(config, shape, compute_bytes)
     capacities = _capacities(hostfile.hosts, memories, beside_bytes)
@@ -112,10 +140,11 @@ def plan_stages(
 
 def _pieces(config: ModelConfig, shape: RunShape, compute_bytes: int) -> ModelPieces:
     cache_bytes = layer_cache_bytes(config, shape.num_slots, shape.context_tokens, compute_bytes)
+    bits = shape.dense_bits
     of_kind = {
         config.is_moe(layer): Piece(
-            held_bytes(layer_specs(config, layer), compute_bytes) + cache_bytes,
-            layer_read_bytes_per_token(config, layer, compute_bytes),
+            held_bytes(layer_specs(config, layer), compute_bytes, bits) + cache_bytes,
+            layer_read_bytes_per_token(config, layer, compute_bytes, bits),
         )
         for layer in _distinct_layers(config)
     }
@@ -124,8 +153,15 @@ def _pieces(config: ModelConfig, shape: RunShape, compute_bytes: int) -> ModelPi
             held_bytes(embedding_specs(config), compute_bytes), embedding_read_bytes_per_token(config, compute_bytes)
         ),
         layers=tuple(of_kind[config.is_moe(layer)] for layer in range(config.num_hidden_layers)),
-        head=Piece(held_bytes(head_specs(config), compute_bytes), head_read_bytes_per_token(config, compute_bytes)),
+        head=Piece(
+            held_bytes(head_specs(config), compute_bytes, bits), head_read_bytes_per_token(config, compute_bytes, bits)
+        ),
     )
+
+
+def _distinct_pieces(config: ModelConfig) -> list[tuple[TensorSpec, ...]]:
+    """The head, and a layer of each kind."""
+    return [head_specs(config), *(layer_specs(config, layer) for layer in _distinct_layers(config))]
 
 
 def _distinct_layers(config: ModelConfig) -> tuple[int, ...]:

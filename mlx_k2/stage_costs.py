@@ -14,7 +14,13 @@ CPU_SPEED = StageSpeed(fixed_s=0.002, bytes_per_s=10e9, operations_per_s=3.6e9)
 
 
 def stage_cost(
-    config: ModelConfig, share: StageShare, compute_bytes: int, *, on_gpu: bool, gb_per_s: float | None
+    config: ModelConfig,
+    share: StageShare,
+    compute_bytes: int,
+    *,
+    dense_bits: int | None,
+    on_gpu: bool,
+    gb_per_s: float | None,
 ) -> StageCost:
     """One stage's sizes, and the speed to expect of it until its steps have shown another.
 
@@ -23,10 +29,12 @@ def stage_cost(
     speed = GPU_SPEED if on_gpu else CPU_SPEED
     if gb_per_s is not None:
         speed = StageSpeed(speed.fixed_s, gb_per_s * 1e9, speed.operations_per_s)
-    return StageCost(stage_sizes(config, share.first_layer, share.end_layer, compute_bytes), speed)
+    return StageCost(stage_sizes(config, share.first_layer, share.end_layer, compute_bytes, dense_bits), speed)
 
 
-def stage_sizes(config: ModelConfig, first_layer: int, end_layer: int, compute_bytes: int) -> StageSizes:
+def stage_sizes(
+    config: ModelConfig, first_layer: int, end_layer: int, compute_bytes: int, dense_bits: int | None = None
+) -> StageSizes:
     """Layers ``first_layer`` up to, not including, ``end_layer``; the head goes with the last."""
     kinds = [_LayerKind(config, layers) for layers in _alike(config, first_layer, end_layer)]
     routed_bytes = sum(len(kind.layers) * held_bytes(kind.routed, compute_bytes) for kind in kinds)
@@ -38,8 +46,8 @@ def stage_sizes(config: ModelConfig, first_layer: int, end_layer: int, compute_b
     heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
     used_share = config.num_experts_per_tok / num_experts if num_experts else 0.0
     return StageSizes(
-        dense_bytes=sum(len(kind.layers) * held_bytes(kind.dense, compute_bytes) for kind in kinds),
-        head_bytes=held_bytes(head, compute_bytes),
+        dense_bytes=sum(len(kind.layers) * held_bytes(kind.dense, compute_bytes, dense_bits) for kind in kinds),
+        head_bytes=held_bytes(head, compute_bytes, dense_bits),
         expert_bytes=routed_bytes // num_experts if num_experts else 0,
         num_experts=num_experts,
         experts_per_token=config.num_experts_per_tok,

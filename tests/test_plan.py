@@ -3,12 +3,13 @@
 import json
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 
 from mlx_k2.cluster.hostfile import Backend, Host, Hostfile, local_hostfile
 from mlx_k2.config import ModelConfig
 from mlx_k2.errors import PartitionError, RequestError
-from mlx_k2.plan import HostMemory, RunShape, StagePlan, choose_shape, plan_stages
+from mlx_k2.plan import HostMemory, RunShape, StagePlan, choose_shape, plan_stages, quantization_notes
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.index import CheckpointIndex
@@ -124,3 +125,27 @@ def test_the_context_is_32768_tokens_unless_asked_and_never_more_than_the_models
     assert choose_shape(SMALLER.config, None, 262144, 1, True).context_tokens == 262144
     with pytest.raises(RequestError, match="--context 262145 is more than the 262144 positions"):
         choose_shape(SMALLER.config, None, 262145, 1, True)
+
+
+def test_dense_bits_shrink_what_is_held_and_read_but_not_the_room_for_loading() -> None:
+    as_shipped, eight, four = (
+        plan_stages(THINKING, studios(1), [UNKNOWN], None, RunShape("bfloat16", 2048, 1, 2048, bits))[0]
+        for bits in (None, 8, 4)
+    )
+    held = [round(plan.shard_bytes / 1e9, 1) for plan in (as_shipped, eight, four)]
+    assert held == [594.2, 584.5, 579.3]
+    read = [round(plan.share.read_bytes / 1e9, 2) for plan in (as_shipped, eight, four)]
+    assert read == [32.99, 23.25, 18.06]
+    assert len({plan.needed_bytes - plan.shard_bytes for plan in (as_shipped, eight, four)}) == 1
+
+
+def test_only_few_bits_and_odd_matrices_are_worth_a_note() -> None:
+    assert quantization_notes(THINKING.config, None) == quantization_notes(THINKING.config, 8) == ()
+    assert quantization_notes(THINKING.config, 4) == (
+        "--dense-bits 4 may show in the answers: 8 stays closer to the checkpoint",
+    )
+    odd = msgspec.structs.replace(THINKING.config, qk_nope_head_dim=96, q_lora_rank=1520)
+    assert quantization_notes(odd, 8) == (
+        "not quantized in groups of 64 but held in groups of 32: kv_b_proj (96 inputs)",
+        "not quantized in groups of 64 but held as they are: q_b_proj (1520 inputs)",
+    )

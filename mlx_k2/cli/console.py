@@ -13,7 +13,7 @@ from rich.table import Table
 from mlx_k2.control.messages import DownloadProgress, FromStage, LayerLoaded
 from mlx_k2.coordinator import StageUse
 from mlx_k2.deployment import Deployment, Watcher
-from mlx_k2.plan import RunShape, StagePlan
+from mlx_k2.plan import RunShape, StagePlan, quantization_notes
 from mlx_k2.recovery import Restart
 from mlx_k2.weights.checkpoint import ModelDescription
 
@@ -146,6 +146,8 @@ def show_dry_run(model: ModelDescription, shape: RunShape, plans: Sequence[Stage
     show_plan(plans, cells, ("memory", "read a token", "files"))
     for plan in plans:
         note(f"stage {plan.rank} opens {', '.join(plan.files)}")
+    for line in quantization_notes(model.config, shape.dense_bits):
+        note(line)
     note(f"memory is weights, cache and working space for {shape.context_tokens} tokens of context in {shape.dtype}")
     note("nothing was started")
 

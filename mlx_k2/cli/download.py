@@ -21,8 +21,8 @@ def command(**options: Any) -> None:
     On two Macs, about half of the files on each:
         mlx-k2 download --hostfile two-macs.json --model moonshotai/Kimi-K2-Thinking
 
-    What is complete stays: run it again to go on after an interruption. With the same hostfile, split and context,
-    mlx-k2 generate then finds everything in place.
+    What is complete stays: run it again to go on after an interruption. With the same hostfile, split, context and
+    bits, mlx-k2 generate then finds everything in place.
     """  # noqa: D301  # click reads the escape
     request = deployment_request(options)
     if not is_repo(request.source):

@@ -22,7 +22,7 @@ from mlx_k2.weights.checkpoint import ModelDescription
 WANTED_SLOTS = 16
 """Sequences at once, memory permitting: with K2's bytes, more gain little and wait longer (computed)."""
 _SINGLE = ("prompt", "token_ids", "as_json", "num_logprobs")
-_COUNTED = ("system", "raw", "max_tokens", "seed", *SAMPLING_NAMES)
+_COUNTED = ("system", "raw", "max_tokens", "seed", "dense_bits", *SAMPLING_NAMES)
 """The options that make a result another one."""
 
 

@@ -38,6 +38,12 @@ _CLUSTER = (
         help="What to compute in.  [default: bfloat16 on GPUs, float32 where a stage has none]",
     ),
     click.option(
+        "--dense-bits",
+        type=click.Choice([8, 4]),
+        help="Quantize attention, shared experts, dense layers and the head to so many bits while loading: a token "
+        "reads less and comes sooner.  [default: as the checkpoint has them]",
+    ),
+    click.option(
         "--lease",
         "lease_s",
         type=float,

@@ -42,6 +42,7 @@ def deployment_request(options: Mapping[str, Any]) -> DeploymentRequest:
         dtype=options["dtype"],
         lease_s=options["lease_s"],
         patience_s=options["patience_s"],
+        dense_bits=options["dense_bits"],
     )
 
 

@@ -1,0 +1,45 @@
+"""`--dense-bits`: the answer is that of the quantized weights, on any number of stages, and memory is as computed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_k2.weights.inventory import held_bytes, model_specs
+from tests.cli.command import CommandLine
+from tests.model.chain import Chain, like_a_stage_on_a_cpu
+from tests.model.checkpoints import read_config
+
+pytestmark = pytest.mark.timeout(120)
+
+PROMPT = list(range(20, 40))
+NUM_TOKENS = 12
+GREEDY = ("--token-ids", ",".join(map(str, PROMPT)), "--temperature", "0", "--max-tokens", str(NUM_TOKENS), "--json")
+
+
+def generate(command_line: CommandLine, model: Path, *arguments: str) -> list[dict[str, Any]]:
+    ran = command_line.run("generate", "--model", str(model), *GREEDY, *arguments)
+    assert ran.returncode == 0, ran.stderr
+    return [json.loads(line) for line in ran.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_the_tokens_come_from_the_quantized_weights_and_memory_is_as_computed(
+    command_line: CommandLine, endless: Path, num_stages: int
+) -> None:
+    *tokens, summary = generate(command_line, endless, "--dense-bits", "8", "--stages", str(num_stages))
+    with like_a_stage_on_a_cpu():
+        expected = Chain(endless, 1, dense_bits=8).greedy(PROMPT, NUM_TOKENS)
+        assert expected != Chain(endless, 1).greedy(PROMPT, NUM_TOKENS)
+    assert [line["token"] for line in tokens] == expected
+    held = sum(stage["held_bytes"] for stage in summary["summary"]["stages"])
+    assert held == held_bytes(model_specs(read_config(endless)), 4, 8)
+
+
+def test_four_bits_come_with_a_warning_and_three_are_refused(command_line: CommandLine, endless: Path) -> None:
+    arguments = ("generate", "--model", str(endless), "--dry-run", "--dense-bits")
+    assert "--dense-bits 4 may show in the answers" in command_line.run(*arguments, "4").stderr
+    refused = command_line.run(*arguments, "3")
+    assert refused.returncode == 2
+    assert "'3' is not one of" in refused.stderr
