@@ -9,8 +9,7 @@ import os
 import queue
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -82,8 +81,8 @@ def join_group(rank: int, links: RingLinks | JacclLinks) -> mx.distributed.Group
         StageFault: a neighbour did not answer, or the backend is not to be had here.
     """
     backend = "ring" if isinstance(links, RingLinks) else "jaccl"
-    with tempfile.TemporaryDirectory(prefix="mlx-k2-") as folder:
-        os.environ.update(group_environment(rank, links, Path(folder)))
+    with tempfile.TemporaryFile() as file:  # without a name: a stage that is killed in here leaves nothing
+        os.environ.update(group_environment(rank, links, file))
         try:
             group = mx.distributed.init(strict=True, backend=backend)
         except RuntimeError as error:
@@ -92,17 +91,16 @@ def join_group(rank: int, links: RingLinks | JacclLinks) -> mx.distributed.Group
     return group
 
 
-def group_environment(rank: int, links: RingLinks | JacclLinks, folder: Path) -> dict[str, str]:
-    """What mlx.distributed reads from the environment; the files that it names are written to ``folder``."""
+def group_environment(rank: int, links: RingLinks | JacclLinks, file: IO[bytes]) -> dict[str, str]:
+    """What mlx.distributed reads from the environment; the file that it names is ``file``, which is written here."""
+    file.write(json.dumps(links.addresses if isinstance(links, RingLinks) else links.devices).encode())
+    file.seek(0)  # which also writes it; on macOS whoever opens /dev/fd/N goes on where we are
+    path = f"/dev/fd/{file.fileno()}"
     if isinstance(links, RingLinks):
-        hostfile = folder / "ring.json"
-        hostfile.write_text(json.dumps(links.addresses))
-        return {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)}
-    devices = folder / "devices.json"
-    devices.write_text(json.dumps(links.devices))
+        return {"MLX_RANK": str(rank), "MLX_HOSTFILE": path}
     environment = {
         "MLX_RANK": str(rank),
-        "MLX_IBV_DEVICES": str(devices),
+        "MLX_IBV_DEVICES": path,
         "MLX_JACCL_COORDINATOR": links.coordinator,
     }
     return environment | ({"MLX_JACCL_RING": "1"} if links.ring else {})

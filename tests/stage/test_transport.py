@@ -2,7 +2,10 @@
 
 import json
 import queue
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import mlx.core as mx
 import pytest
@@ -57,18 +60,24 @@ def test_a_neighbour_with_other_bytes_is_a_stranger() -> None:
         prove_hops(second, to_next=None, from_previous=SECRET)
 
 
-def test_the_ring_is_told_its_rank_and_everyones_addresses(tmp_path: Path) -> None:
+@pytest.fixture
+def file() -> Iterator[IO[bytes]]:
+    with tempfile.TemporaryFile() as file:
+        yield file
+
+
+def test_the_ring_is_told_its_rank_and_everyones_addresses(file: IO[bytes]) -> None:
     links = RingLinks((("10.0.0.1:5000", "10.0.1.1:5001"), ("10.0.0.2:5000", "10.0.1.2:5001")))
-    environment = group_environment(1, links, tmp_path)
+    environment = group_environment(1, links, file)
     assert environment.keys() == {"MLX_RANK", "MLX_HOSTFILE"}
     assert environment["MLX_RANK"] == "1"
     assert json.loads(Path(environment["MLX_HOSTFILE"]).read_text()) == [list(host) for host in links.addresses]
 
 
 @pytest.mark.parametrize("ring", [False, True])
-def test_jaccl_is_told_its_devices_and_where_rank_0_is(tmp_path: Path, ring: bool) -> None:
+def test_jaccl_is_told_its_devices_and_where_rank_0_is(file: IO[bytes], ring: bool) -> None:
     links = JacclLinks(((None, "rdma_en5"), (("rdma_en3", "rdma_en4"), None)), "10.0.0.1:32323", ring)
-    environment = group_environment(0, links, tmp_path)
+    environment = group_environment(0, links, file)
     assert environment["MLX_RANK"] == "0"
     assert environment["MLX_JACCL_COORDINATOR"] == "10.0.0.1:32323"
     assert ("MLX_JACCL_RING" in environment) == ring
