@@ -1,0 +1,19 @@
+"""Stages on this machine for a benchmark's checkpoint."""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from bench.checkpoints import CONTEXT_TOKENS
+from mlx_k2.cluster.hostfile import local_hostfile
+from mlx_k2.control.messages import ModelSource
+from mlx_k2.deployment import Deployment, DeploymentRequest, Watcher, deploy
+from mlx_k2.weights.checkpoint import describe_model, read_small_files
+
+
+def local_deployment(folder: Path, num_stages: int, num_slots: int = 1) -> AbstractContextManager[Deployment]:
+    """``num_stages`` stages on this machine, in float32."""
+    source = ModelSource(path_or_repo=str(folder))
+    request = DeploymentRequest(
+        local_hostfile(num_stages), source, None, CONTEXT_TOKENS, "float32", lease_s=20.0, num_slots=num_slots
+    )
+    return deploy(request, describe_model(read_small_files(folder), str(folder)), Watcher())
