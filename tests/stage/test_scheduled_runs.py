@@ -1,0 +1,102 @@
+"""The scheduler's plans on real layers, in float32 on a CPU: whatever the plans, a sequence gets the same bits.
+
+Log-probabilities are compared exactly: they hold every bit of a row's logits that matters to a draw.
+"""
+
+import random
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+import pytest
+
+from mlx_k2.control.messages import Row, SampledToken
+from mlx_k2.engine.microbatch import MicrobatchRow
+from mlx_k2.engine.request import Request
+from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
+from mlx_k2.sampling import Sampling
+from tests.engine.made_up_stages import FixedPace
+from tests.model.checkpoints import Checkpoint, make_checkpoints
+from tests.stage.pipeline import Pipeline
+
+NUM_SEQUENCES = 80
+CONTEXT_TOKENS = 128
+Tokens = list[SampledToken]
+
+
+def requests() -> list[Request]:
+    """Sampled and greedy, long and short, some of which begin alike or repeat themselves."""
+    draw = random.Random(4)
+    beginning = tuple(draw.randrange(500) for _ in range(40))
+    asked = []
+    for index in range(NUM_SEQUENCES):
+        words = tuple(draw.randrange(500) for _ in range(draw.randint(1, 12)))
+        prompt_ids = (beginning[: draw.choice([0, 0, 17, 40])] + words * draw.choice([1, 1, 4]))[:80]
+        sampling = Sampling(
+            seed=index,
+            temperature=draw.choice([0.0, 1.0]),
+            repetition_penalty=draw.choice([1.0, 1.3]),
+            num_logprobs=3,
+        )
+        asked.append(Request(prompt_ids, draw.randint(1, 14), sampling, frozenset({7})))
+    return asked
+
+
+def run(pipeline: Pipeline, scheduler: Scheduler, asked: Sequence[Request]) -> list[Tokens]:
+    """What each request gets when all are submitted at once."""
+    for request in asked:
+        scheduler.submit(request)
+    tokens: dict[int, Tokens] = {id(request): [] for request in asked}
+    waiting: deque[tuple[int, tuple[SampledToken, ...]]] = deque()
+    while scheduler.has_work:
+        while (microbatch := scheduler.next_microbatch()) is not None:
+            drawn = pipeline.tokens(*(row_of(row) for row in microbatch.rows))
+            waiting.append((microbatch.number, drawn))
+        number, drawn = waiting.popleft()
+        takers = scheduler.complete(number, [token.token_id for token in drawn])
+        for sequence, token in zip(takers, drawn, strict=True):
+            if sequence is not None:
+                tokens[id(sequence.request)].append(token)
+    return [tokens[id(request)] for request in asked]
+
+
+def row_of(row: MicrobatchRow) -> Row:
+    sampling = row.sequence.request.sampling if row.draws_token else None
+    recent_ids = row.recent_ids if row.draws_token else ()
+    return Row(
+        row.sequence.slot, row.position, row.token_ids, row.is_prompt, sampling, recent_ids, copy_from=row.copy_from
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_compiling() -> Iterator[None]:
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return make_checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint: Checkpoint) -> list[Tokens]:
+    """One stage, one sequence after the other, whole prompts, nothing shared, no guesses."""
+    pipeline = Pipeline(checkpoint("thinking"), 1)
+    limits = SchedulerLimits(1, CONTEXT_TOKENS, CONTEXT_TOKENS, 1)
+    pace = FixedPace(1, CONTEXT_TOKENS, CONTEXT_TOKENS)
+    return [run(pipeline, Scheduler(limits, pace), [request])[0] for request in requests()]
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "chunk_tokens", "num_slots", "guesses"),
+    [(1, 1, 4, False), (2, 7, 3, False), (2, 64, 1, True), (3, 64, 4, True), (3, 128, 2, False)],
+)
+def test_every_sequence_gets_the_same_bits_in_any_company_chunks_stages_and_with_guesses(
+    checkpoint: Checkpoint, alone: list[Tokens], num_stages: int, chunk_tokens: int, num_slots: int, guesses: bool
+) -> None:
+    pipeline = Pipeline(checkpoint("thinking"), num_stages)
+    limits = SchedulerLimits(num_slots, CONTEXT_TOKENS, chunk_tokens, num_stages)
+    scheduler = Scheduler(limits, FixedPace(2, chunk_tokens, max(1, chunk_tokens // 4)), guesses=guesses)
+    assert run(pipeline, scheduler, requests()) == alone
