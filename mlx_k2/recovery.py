@@ -4,11 +4,14 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
+from mlx_k2.coordinator import StageReport
 from mlx_k2.deployment import Deployment, DeploymentRequest, Watcher, deploy
 from mlx_k2.errors import ClusterError
 from mlx_k2.launch.group import StageGroup
+from mlx_k2.run_log import RunLog
 from mlx_k2.weights.checkpoint import ModelDescription
 
 FIRST_WAIT_S = 1.0
@@ -31,7 +34,7 @@ class LastingDeployment:
     """A context: on entry the stages are ready as after ``deploy``, on exit none is left.
 
     ``limit`` is how many restarts in a row there may be, failed ones included; with 0 a fault is final. The wait
-    before each is twice the one before it.
+    before each is twice the one before it. Logs and reports of faults go to ``log_dir``.
     """
 
     def __init__(
@@ -40,19 +43,30 @@ class LastingDeployment:
         model: ModelDescription | None,
         watcher: Watcher,
         limit: int,
+        log_dir: Path | None = None,
         first_wait_s: float = FIRST_WAIT_S,
     ) -> None:
         self._request = request
         self._model = model
-        self._watcher = watcher
+        self._log = None if log_dir is None else RunLog(log_dir, watcher)
+        self._watcher = self._log or watcher
         self._limit = limit
         self._first_wait_s = first_wait_s
         self._stack = ExitStack()
         self._num_restarts = 0
 
     def __enter__(self) -> "LastingDeployment":
-        self._start(self._model, self._watcher)
+        try:
+            self._start(self._model, self._watcher)
+        except ClusterError as error:
+            self._report(error)
+            raise
         return self
+
+    @property
+    def on_report(self) -> Callable[[StageReport], None] | None:
+        """What is to be told of each step that a stage has finished."""
+        return None if self._log is None else self._log.step_done
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -67,6 +81,7 @@ class LastingDeployment:
         """
         if time.monotonic() - self._ready_at > HEALTHY_S:
             self._num_restarts = 0
+        self._report(error)
         while self._num_restarts < self._limit:
             wait_s = min(LONGEST_WAIT_S, self._first_wait_s * 2**self._num_restarts)
             self._num_restarts += 1
@@ -77,11 +92,16 @@ class LastingDeployment:
                 self._start(self.deployment.model, _Again(self._watcher))
             except ClusterError as next_error:
                 error = next_error
+                self._report(error)
             else:
                 return self.deployment.group
         if self._limit:
             raise type(error)(f"{error} (given up after {self._num_restarts} restarts)")
         raise error
+
+    def _report(self, error: ClusterError) -> None:
+        if self._log is not None and (path := self._log.write_report(str(error))) is not None:
+            self._watcher.notice(f"a report without prompt or answer is in {path}")
 
     def _start(self, model: ModelDescription | None, watcher: Watcher) -> None:
         self.deployment: Deployment = self._stack.enter_context(deploy(self._request, model, watcher))

@@ -19,6 +19,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("model_source", "plan", "stage_costs"),
     ("stage", "launch"),
     ("coordinator", "deployment"),
+    ("run_log",),
     ("recovery",),
     ("session", "answers"),
     ("benchmark",),

@@ -7,9 +7,9 @@ import click
 
 from mlx_k2.cli.console import ConsoleWatcher, note, show_dry_run
 from mlx_k2.cli.many import WANTED_SLOTS, check_options, generate_many
-from mlx_k2.cli.options import cluster_options, guess_option, restarts_option, sampling_options
+from mlx_k2.cli.options import cluster_options, guess_option, log_dir_option, restarts_option, sampling_options
 from mlx_k2.cli.output import JsonOutput, TextOutput
-from mlx_k2.cli.requests import Prompt, deployment_request, open_source, prompt_text, read_prompt
+from mlx_k2.cli.requests import Prompt, deployment_request, log_dir, open_source, prompt_text, read_prompt
 from mlx_k2.deployment import DeploymentRequest, foresee
 from mlx_k2.errors import CheckpointError
 from mlx_k2.recovery import LastingDeployment
@@ -28,6 +28,7 @@ from mlx_k2.weights.checkpoint import ModelDescription
 @click.option("--out", "out_path", metavar="FILE", help="With --prompts: where the results go, in the same order.")
 @guess_option
 @restarts_option
+@log_dir_option
 @click.option(
     "--logprobs", "num_logprobs", type=int, metavar="N", help="With --json: log-probabilities, and of the top N tokens."
 )
@@ -83,7 +84,7 @@ def _generate(options: dict[str, Any], request: DeploymentRequest, model: ModelD
         prompt = read_prompt(options, text, model, shape.context_tokens)
     with (
         ConsoleWatcher(options["verbose"]) as watcher,
-        LastingDeployment(request, model, watcher, options["restarts"]) as lasting,
+        LastingDeployment(request, model, watcher, options["restarts"], log_dir(options)) as lasting,
     ):
         deployment = lasting.deployment
         prompt = prompt or read_prompt(options, text, deployment.model, deployment.shape.context_tokens)
@@ -96,6 +97,7 @@ def _answer(lasting: LastingDeployment, prompt: Prompt, watcher: ConsoleWatcher,
         coordinator = coordinate(
             lasting.deployment,
             guesses=options["guess"] == "ngram",
+            on_report=lasting.on_report,
             renew=lambda error: lasting.renew(error, output.restart),
         )
         for part in stream_answer(coordinator, prompt.tokenizer, prompt.request):

@@ -94,6 +94,13 @@ restarts_option = click.option(
     "[default: 3]",
 )
 
+log_dir_option = click.option(
+    "--log-dir",
+    metavar="DIR",
+    help="Keep the stages' logs and the last steps there, at most 16 MB; after a fault a report to attach to an issue. "
+    "No prompt and no answer is in it.",
+)
+
 guess_option = click.option(
     "--guess",
     type=click.Choice(["off", "ngram"]),

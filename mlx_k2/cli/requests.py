@@ -46,6 +46,11 @@ def deployment_request(options: Mapping[str, Any]) -> DeploymentRequest:
     )
 
 
+def log_dir(options: Mapping[str, Any]) -> Path | None:
+    """Where to keep logs, if that was asked for."""
+    return None if options["log_dir"] is None else Path(options["log_dir"])
+
+
 def _hostfile(options: Mapping[str, Any]) -> Hostfile:
     if options["hostfile"] is not None:
         if options["num_stages"] is not None:

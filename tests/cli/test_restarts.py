@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -35,12 +36,21 @@ def test_json_lines_go_on_after_a_restart_which_has_a_line_of_its_own(command_li
     assert wait_until_gone(below, 0) == []
 
 
-def test_with_restarts_off_the_text_so_far_is_kept_and_the_fault_is_one_line(command_line: CommandLine) -> None:
+def test_with_restarts_off_the_text_so_far_is_kept_the_fault_is_one_line_and_a_report_is_written(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
     whole = command_line.run(*ASKED).stdout
-    process = command_line.start(*ASKED, "--restarts", "off")
+    process = command_line.start(*ASKED, "--restarts", "off", "--log-dir", str(tmp_path / "logs"))
     kill_a_stage(process)
     rest, said = process.communicate(timeout=60)
     assert process.returncode == 1
     assert whole[1:].startswith(rest.decode().rstrip("\n"))
     (line,) = [line for line in said.decode().splitlines() if line.startswith("error: ")]
     assert line.endswith("on this machine ended with signal 9: it ended by itself")
+    (report,) = (tmp_path / "logs").glob("report-*.txt")
+    text = report.read_text()
+    assert line.removeprefix("error: ") in text
+    assert all(
+        title in text for title in ("== versions\nmlx-k2 ", "stage 1 on 127.0.0.1: layers", '"step": 0, "stage": ')
+    )
+    assert "Hello" not in text and "token_ids" not in text

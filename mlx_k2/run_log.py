@@ -1,0 +1,117 @@
+"""Keeps what happened lately: the stages' logs and the last steps, in bounded files; a report for each fault.
+
+Knows no prompt and no token: of a step it keeps how many tokens each row had, and where.
+"""
+
+import json
+import platform
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+from mlx_k2.control.messages import FromStage
+from mlx_k2.coordinator import StageReport
+from mlx_k2.deployment import Watcher
+from mlx_k2.plan import StagePlan
+from mlx_k2.weights.checkpoint import ModelDescription
+
+MAX_FILE_BYTES = 4_000_000
+LAST_STEPS = 300
+LAST_LINES = 200
+
+
+class RunLog(Watcher):
+    """Passes everything on to ``watcher``, and keeps it in ``folder``; a disk that is full ends the keeping alone.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path, watcher: Watcher) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._watcher = watcher
+        self._lock = threading.Lock()  # the stages' lines come on threads of their own
+        self._lines: deque[str] = deque(maxlen=LAST_LINES)
+        self._steps: deque[str] = deque(maxlen=LAST_STEPS)
+        self._hosts: list[str] = []
+        self._model = ""
+
+    def log(self, line: str) -> None:
+        """A line of a stage's stderr."""
+        self._watcher.log(line)
+        with self._lock:
+            self._lines.append(f"{_now()} {line}")
+            self._append("stages.log", self._lines[-1])
+
+    def notice(self, line: str) -> None:
+        """What takes long, or goes wrong, while the stages end."""
+        self.log(f"[coordinator] {line}")
+        self._watcher.notice(line)
+
+    def phase(self, what: str) -> None:
+        """The next thing that all stages do."""
+        self.log(f"[coordinator] {what}")
+        self._watcher.phase(what)
+
+    def planned(self, model: ModelDescription, plans: Sequence[StagePlan]) -> None:
+        """Which stage gets which layers."""
+        self._model = f"{model.config.num_hidden_layers} layers, digest {model.digest}"
+        self._hosts = [
+            f"stage {plan.rank} on {plan.host.ssh}: layers {plan.share.first_layer} to {plan.share.end_layer - 1}, "
+            f"{plan.needed_bytes / 1e9:.1f} GB"
+            for plan in plans
+        ]
+        self._watcher.planned(model, plans)
+
+    def progress(self, rank: int, message: FromStage) -> None:
+        """A stage's LayerLoaded."""
+        self._watcher.progress(rank, message)
+
+    def step_done(self, report: StageReport) -> None:
+        """A stage has finished a step."""
+        rows = [
+            {"slot": row.sequence.slot, "position": row.position, "tokens": len(row.token_ids), "prompt": row.is_prompt}
+            for row in report.microbatch.rows
+        ]
+        done = report.done
+        times = {"busy_s": done.busy_s, "receive_s": done.receive_s, "send_s": done.send_s}
+        line = {"at": _now(), "step": done.number, "stage": report.rank, "rows": rows, **times}
+        with self._lock:
+            self._steps.append(json.dumps(line))
+            self._append("steps.jsonl", self._steps[-1])
+
+    def write_report(self, reason: str) -> Path | None:
+        """One file to attach to an issue; None where it cannot be written."""
+        path = self._folder / f"report-{time.strftime('%Y%m%d-%H%M%S')}.txt"
+        python = f"Python {platform.python_version()} on {platform.platform(terse=True)}"
+        with self._lock:
+            parts = (
+                ("what happened", [f"{_now()} {reason}"]),
+                ("versions", [f"mlx-k2 {version('mlx-k2')}, mlx {version('mlx')}, {python}"]),
+                ("model and stages", [self._model, *self._hosts]),
+                ("last steps, without tokens", self._steps),
+                ("last lines of the stages", self._lines),
+            )
+        text = "\n".join("\n".join((f"== {title}", *lines, "")) for title, lines in parts)
+        try:
+            path.write_text(text)
+        except OSError:
+            return None
+        return path
+
+    def _append(self, name: str, line: str) -> None:
+        path = self._folder / name
+        with suppress(OSError):
+            if path.exists() and path.stat().st_size > MAX_FILE_BYTES:
+                path.replace(path.with_suffix(path.suffix + ".before"))
+            with path.open("a") as file:
+                file.write(line + "\n")
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S")
