@@ -1,8 +1,11 @@
 """The checkpoints that benchmarks run on: random, seeded, written once under the system's temporary folder."""
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import mlx.core as mx
 
 from mlx_k2.text.tiny_vocabulary import tiny_vocabulary
 from mlx_k2.weights.config_fields import tiny_config_fields
@@ -32,6 +35,32 @@ SHAPES: dict[str, dict[str, Any]] = {
     # As many layers as Kimi K2, each as small as can be: what is left is the cost of running layers at all.
     "deep": {"num_hidden_layers": 61},
 }
+
+
+CYCLE = "cycle"
+"""The shape "even" with branches that add next to nothing: a token then decides the next one, and greedy text soon goes
+round in a circle."""
+_BRANCH_ENDS = ("o_proj.weight", "down_proj.weight", "down_proj.weight_scale")
+_LITTLE = 2.0**-8
+
+
+def cycle_checkpoint() -> Path:
+    """The folder of the checkpoint whose greedy text repeats itself, written now if it is not there."""
+    folder = Path(tempfile.gettempdir()) / "mlx-k2-bench" / CYCLE
+    if not folder.exists():
+        partial = folder.with_suffix(".partial")
+        shutil.copytree(bench_checkpoint("even"), partial, dirs_exist_ok=True)
+        for file in partial.glob("*.safetensors"):
+            tensors = mx.load(str(file))
+            assert isinstance(tensors, dict)
+            quieter = {
+                name: tensor * mx.array(_LITTLE, tensor.dtype) if name.endswith(_BRANCH_ENDS) else tensor
+                for name, tensor in tensors.items()
+            }
+            mx.eval(quieter)
+            mx.save_safetensors(str(file), quieter)
+        partial.rename(folder)
+    return folder
 
 
 def bench_checkpoint(shape: str) -> Path:

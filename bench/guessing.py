@@ -2,8 +2,9 @@
 
 python -m bench.guessing [--save] [--pairs N]
 
-The same requests with guesses and without, one right after the other, on deployments of their own. Greedy decoding of
-a random model soon repeats itself; at temperature 1 it never does. --save appends the rows to results/guessing.csv.
+The same requests with guesses and without, one right after the other, on deployments of their own. The checkpoint's
+greedy text goes round in a circle (bench/checkpoints.py); at temperature 1 it never does. --save appends the rows to
+results/guessing.csv.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import contextlib
 import time
 from typing import NamedTuple
 
-from bench.checkpoints import bench_checkpoint
+from bench.checkpoints import cycle_checkpoint
 from bench.deployments import local_deployment
 from bench.measure import NUM_PAIRS, alternate, prompt_ids, ratios, save_rows, summarize
 from mlx_k2.deployment import Deployment
@@ -20,8 +21,8 @@ from mlx_k2.sampling import Sampling
 from mlx_k2.session import coordinate
 
 PROMPT_TOKENS = 32
-TOKENS = 160
-SKIPPED = 64
+TOKENS = 240
+SKIPPED = 140
 """Tokens before the measured ones: the text must first repeat itself."""
 
 
@@ -33,7 +34,7 @@ class Text(NamedTuple):
     wanted: float
 
 
-TEXTS = (Text("repeats itself", 0.0, 1.5), Text("random", 1.0, 0.95))
+TEXTS = (Text("text that repeats itself", 0.0, 1.5), Text("random text", 1.0, 0.95))
 
 
 class Stream:
@@ -50,7 +51,9 @@ class Stream:
         arrivals = []
         for event in self._coordinator.run(request):
             arrivals.append(time.perf_counter())
-            self.hit_rate = event.sequence.num_hits / max(1, event.sequence.num_guesses)
+            if len(arrivals) == SKIPPED:
+                guesses, hits = event.sequence.num_guesses, event.sequence.num_hits
+        self.hit_rate = (event.sequence.num_hits - hits) / max(1, event.sequence.num_guesses - guesses)
         return (len(arrivals) - 1 - SKIPPED) / (arrivals[-1] - arrivals[SKIPPED])
 
 
@@ -60,7 +63,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="append the rows to results/guessing.csv")
     parser.add_argument("--pairs", type=int, default=NUM_PAIRS)
     arguments = parser.parse_args()
-    folder = bench_checkpoint("even")
+    folder = cycle_checkpoint()
     with contextlib.ExitStack() as stack:
         guessing, plain = (
             Stream(stack.enter_context(local_deployment(folder, 2)), guesses=guesses) for guesses in (True, False)
@@ -76,7 +79,7 @@ def measure(text: Text, guessing: Stream, plain: Stream, num_pairs: int, save: b
     pairs = alternate(lambda: guessing.rate(text.temperature), lambda: plain.rate(text.temperature), num_pairs)
     ours, theirs = zip(*pairs, strict=True)
     print(
-        f"text that is {text.name}, hit rate {guessing.hit_rate:.2f}: {summarize(ours)} with guesses, "
+        f"{text.name}, hit rate {guessing.hit_rate:.2f}: {summarize(ours)} with guesses, "
         f"{summarize(theirs)} tok/s without, ratio {summarize(ratios(pairs))}, wanted {text.wanted}",
         flush=True,
     )
