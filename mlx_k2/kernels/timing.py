@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_k2.kernels import experts, reference, verdict_cache
 from mlx_k2.kernels.launch import run
-from mlx_k2.kernels.self_check import LayerShape, Verdict, random_expert_ids, random_stack
+from mlx_k2.kernels.self_check import BATCH, DECODE, LayerShape, Verdict, check_kernel, random_expert_ids, random_stack
 from mlx_k2.kernels.stack import ExpertStack
 from mlx_k2.kernels.tuning import Tuning
 
@@ -85,7 +85,7 @@ def best_tuning(shape: LayerShape, start: Tuning) -> Tuning:
     best, best_seconds = start, seconds(start)
     for field, size in CANDIDATES:
         candidate = best._replace(**{field: size})
-        if (candidate_seconds := seconds(candidate)) < best_seconds:
+        if _agrees(shape, candidate) and (candidate_seconds := seconds(candidate)) < best_seconds:
             best, best_seconds = candidate, candidate_seconds
     path = verdict_cache.cache_path(verdict_cache.DEFAULT_DIRECTORY, shape, experts.chip())
     verdicts = experts.verdicts(shape, verdict_cache.DEFAULT_DIRECTORY).verdicts
@@ -130,6 +130,11 @@ def _best_seconds(work: Callable[[], None], repeats: int = REPEATS) -> float:
         work()
         best = min(best, time.perf_counter() - start)
     return best
+
+
+def _agrees(shape: LayerShape, tuning: Tuning) -> bool:
+    """Whether the kernels of these sizes, which are other kernels, compute what the reference does."""
+    return all(check_kernel(name, shape, tuning).trusted for name in (DECODE, BATCH))
 
 
 def _kernel(tokens: int, tuning: Tuning) -> Layer:

@@ -60,9 +60,11 @@ def test_the_fastest_sizes_are_found_and_remembered(tmp_path: Path, monkeypatch:
         return Timing(1.0 if (tuning.gate_up_rows, tuning.down_rows) == (8, 2) else 2.0 - tuning.gate_up_rows / 100, 1)
 
     monkeypatch.setattr(timing, "_kernel", kernel)
+    monkeypatch.setattr(timing, "_agrees", lambda _shape, tuning: tuning.batch_rows != 1)
     monkeypatch.setattr(timing, "time_layer", time_layer)
     best = timing.best_tuning(SHAPE, DEFAULT)
     assert (best.gate_up_rows, best.down_rows) == (8, 2)
+    assert not [tuning for tuning in tried if tuning.batch_rows == 1]  # sizes that compute something else
     remembered = verdict_cache.load(verdict_cache.cache_path(tmp_path, SHAPE, experts.chip()))
     assert remembered is not None
     assert remembered.tuning == best

@@ -1,0 +1,127 @@
+"""`mlx-k2 kernels`: what this machine's GPU makes of the kernels, and the settings that suit it best."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import TypeVar
+
+import click
+import msgspec
+from rich.table import Table
+
+from mlx_k2.cli.console import console, note
+from mlx_k2.control.kernel_report import DecodeTime, KernelLine, KernelReport
+from mlx_k2.errors import StageStartError
+from mlx_k2.stage.buffer_limits import BufferLimits, remember
+
+MEASURING_S = 900.0
+CANDIDATES = tuple(BufferLimits(*pair) for pair in ((100, 100), (200, 200), (200, 1000), (1000, 1000), (1000, 4000)))
+"""Beside MLX's own, which differ between chips (50 operations and 50 MB on the largest)."""
+WORTH = 0.99
+"""A time must be below this share of the one with MLX's own limits, or it is taken for noise."""
+
+Answer = TypeVar("Answer", KernelReport, DecodeTime)
+
+
+@click.command()
+def command() -> None:
+    """Check and time the kernels for Kimi K2's layers on this machine's GPU.
+
+    Each kernel is compared with plain MLX in float32 and timed beside it and beside a plain read of the same weights.
+    The best sizes, and the best limits for MLX's command buffers, are remembered: every stage that starts on this
+    machine uses them. Takes a few minutes and 4 GB of memory.
+
+    \b
+    The table goes to stderr. What to send back, also when all is well, is one JSON object on stdout:
+        mlx-k2 kernels > kernels.json
+    """  # noqa: D301  # click reads the escape
+    note("checking and timing kernels ...")
+    report = _measure("report", KernelReport)
+    if report.chip is None:
+        note(f"this machine has no GPU that MLX can use ({report.system}, mlx {report.mlx_version}): no kernel runs")
+        note(f"plain MLX runs in their place: one token's experts at {report.plain_mlx_gb_per_s:.2f} GB/s")
+        return
+    show_report(report)
+    times = _time_limits()
+    best = best_limits(times)
+    remember(best)
+    note(f"remembered for this machine's stages: {_named(best)}")
+    note("please send back what follows, with the Mac's model and memory: it fills the table for this chip")
+    sent = {
+        "report": report,
+        "seconds_by_limits": {_named(limits): seconds for limits, seconds in times.items()},
+    }
+    click.echo(msgspec.json.encode(sent).decode())
+
+
+def show_report(report: KernelReport) -> None:
+    """The table, and why a kernel is not used."""
+    note(f"{report.chip}, {report.system}, mlx {report.mlx_version}, mlx-k2 {report.mlx_k2_version}")
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for heading in ("kernel", "verdict", "largest error", "tokens", "GB/s", "plain MLX", "of a plain read"):
+        table.add_column(heading, justify="left" if heading in ("kernel", "verdict") else "right", no_wrap=True)
+    for line in report.kernels:
+        table.add_row(*_cells(line, report.read_gb_per_s))
+    console.print(table)
+    for line in report.kernels:
+        if not line.trusted:
+            note(f"the {line.kernel} kernel is not used: {line.reason}")
+    if report.read_gb_per_s is not None:
+        note(f"a plain read of the same weights: {report.read_gb_per_s:.0f} GB/s")
+    if report.sizes:
+        note("best sizes: " + ", ".join(f"{name} {size}" for name, size in report.sizes.items()))
+
+
+def _cells(line: KernelLine, read_gb_per_s: float | None) -> tuple[str, ...]:
+    share = line.gb_per_s / read_gb_per_s if line.gb_per_s and read_gb_per_s else None
+    return (
+        line.kernel,
+        "used" if line.trusted else "not used",
+        "-" if line.error is None else f"{line.error:.1e}",
+        "-" if line.tokens is None else str(line.tokens),
+        "-" if line.gb_per_s is None else f"{line.gb_per_s:.0f}",
+        "-" if line.plain_mlx_gb_per_s is None else f"{line.plain_mlx_gb_per_s:.0f}",
+        "-" if share is None else f"{100 * share:.0f}%",
+    )
+
+
+def best_limits(seconds: Mapping[BufferLimits | None, float]) -> BufferLimits | None:
+    """The fastest limits; None, MLX's own, unless others are faster by more than noise."""
+    fastest = min(seconds, key=lambda limits: seconds[limits])
+    return fastest if seconds[fastest] < WORTH * seconds[None] else None
+
+
+def _time_limits() -> dict[BufferLimits | None, float]:
+    """Seconds for a token's feed-forward blocks under each limit, each in a fresh process."""
+    times: dict[BufferLimits | None, float] = {}
+    for limits in (None, *CANDIDATES):
+        times[limits] = _measure("decode", DecodeTime, limits).seconds
+        note(f"{_named(limits)}: {1000 * times[limits]:.2f} ms for the experts of one token")
+    return times
+
+
+def _named(limits: BufferLimits | None) -> str:
+    if limits is None:
+        return "MLX's own limits"
+    return f"{limits.operations} operations or {limits.megabytes} MB in a command buffer"
+
+
+def _measure(what: str, wanted: type[Answer], limits: BufferLimits | None = None) -> Answer:
+    """Measure in a process of its own, whose environment and memory end with it.
+
+    Raises:
+        StageStartError: it failed, or took too long.
+    """
+    kept = {name: value for name, value in os.environ.items() if name not in CANDIDATES[0].environment()}
+    environment = kept if limits is None else kept | limits.environment()
+    program = [sys.executable, "-m", "mlx_k2.stage.measure_kernels", what]
+    try:
+        ran = subprocess.run(program, stdout=subprocess.PIPE, env=environment, timeout=MEASURING_S, check=True)
+        return msgspec.json.decode(ran.stdout.splitlines()[-1], type=wanted)
+    except subprocess.TimeoutExpired:
+        raise StageStartError(f"measuring took longer than {MEASURING_S:.0f} s: is the GPU busy?") from None
+    except subprocess.CalledProcessError as error:
+        raise StageStartError(
+            f"measuring ended with exit code {error.returncode}; what it wrote stands above"
+        ) from None

@@ -1,0 +1,64 @@
+"""What was best for this machine's command buffers is set for its stages, before mlx is imported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_k2.stage.buffer_limits import BufferLimits, remember, remembered, set_remembered
+
+pytestmark = pytest.mark.timeout(60)
+
+LIMITS = BufferLimits(operations=200, megabytes=1000)
+NAMES = ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")
+
+
+def test_what_was_best_is_set(tmp_path: Path) -> None:
+    environment: dict[str, str] = {}
+    remember(LIMITS, tmp_path / "cache" / "limits.json")
+    set_remembered(environment, tmp_path / "cache" / "limits.json")
+    assert environment == dict(zip(NAMES, ("200", "1000"), strict=True))
+
+
+def test_what_the_user_set_stands(tmp_path: Path) -> None:
+    environment = {NAMES[0]: "7"}
+    remember(LIMITS, tmp_path / "limits.json")
+    set_remembered(environment, tmp_path / "limits.json")
+    assert environment == {NAMES[0]: "7", NAMES[1]: "1000"}
+
+
+@pytest.mark.parametrize("change", [{"host": "another"}, {"mlx": "0.1"}, {"operations": None}])
+def test_another_machine_or_mlx_or_a_broken_file_sets_nothing(tmp_path: Path, change: dict[str, str | None]) -> None:
+    file = tmp_path / "limits.json"
+    remember(LIMITS, file)
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert remembered(file) is None
+    file.write_text("[")
+    assert remembered(file) is None
+
+
+def test_where_mlx_itself_was_best_nothing_is_kept(tmp_path: Path) -> None:
+    remember(LIMITS, tmp_path / "limits.json")
+    remember(None, tmp_path / "limits.json")
+    assert remembered(tmp_path / "limits.json") is None
+
+
+def test_a_stage_has_the_limits_when_it_imports_mlx(tmp_path: Path) -> None:
+    remember(LIMITS, tmp_path / ".cache" / "mlx-k2" / "kernels" / "buffer_limits.json")
+    probe = (
+        "import builtins, os\n"
+        "real = builtins.__import__\n"
+        "def spy(name, *rest, **more):\n"
+        "    if name.split('.')[0] == 'mlx':\n"
+        f"        os.write(2, ' '.join(os.environ.get(n, '-') for n in {NAMES!r}).encode())\n"
+        "        os._exit(0)\n"
+        "    return real(name, *rest, **more)\n"
+        "builtins.__import__ = spy\n"
+        "import mlx_k2.stage.program\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, env={"HOME": str(tmp_path), "PATH": "/usr/bin"}
+    )
+    assert ran.stderr == "200 1000"

@@ -1,0 +1,55 @@
+"""What `mlx-k2 kernels` measures, on small shapes: with a GPU whose kernels fail, and without one."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_k2.config import ModelConfig
+from mlx_k2.kernels import experts, timing, verdict_cache
+from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, ROUTER, LayerShape
+from mlx_k2.stage import measure_kernels
+from mlx_k2.weights.config_fields import tiny_config_fields
+from tests.model.chain import like_a_stage_on_a_cpu
+
+pytestmark = pytest.mark.timeout(60)
+
+SMALL = LayerShape(hidden_size=64, intermediate_size=32, top_k=4, dtype=mx.float32)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = ModelConfig.from_json(json.dumps(tiny_config_fields(256)).encode(), "tiny")
+    monkeypatch.setattr(measure_kernels, "_k2", lambda: config)
+    monkeypatch.setattr(measure_kernels, "SMALL_LAYER", SMALL)
+    monkeypatch.setattr(measure_kernels, "on_gpu", lambda: False)
+    monkeypatch.setattr(timing, "NUM_EXPERTS", 16)
+    monkeypatch.setattr(timing, "TOKENS", {DECODE: 1, BATCH: 2, PREFILL: 20})
+    monkeypatch.setattr(verdict_cache, "DEFAULT_DIRECTORY", tmp_path)
+
+
+def test_without_a_gpu_only_the_reference_is_timed() -> None:
+    with like_a_stage_on_a_cpu():
+        report = measure_kernels.measure_report()
+    assert (report.chip, report.kernels, report.sizes, report.read_gb_per_s) == (None, (), {}, None)
+    assert report.plain_mlx_gb_per_s > 0
+
+
+def test_kernels_that_fail_are_listed_and_have_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure_kernels, "on_gpu", lambda: True)
+    monkeypatch.setattr(experts, "_backend_kernels", lambda: experts.METAL_KERNELS)
+    with like_a_stage_on_a_cpu():
+        report = measure_kernels.measure_report()
+    assert report.chip is not None
+    assert [(line.kernel, line.trusted, line.gb_per_s) for line in report.kernels] == [
+        (name, False, None) for name in (DECODE, BATCH, PREFILL, ROUTER)
+    ]
+    assert all("No Metal back-end" in line.reason for line in report.kernels)
+    assert all(line.plain_mlx_gb_per_s for line in report.kernels if line.kernel != ROUTER)
+    assert report.sizes == {}
+
+
+def test_a_tokens_feed_forward_blocks_are_timed() -> None:
+    with like_a_stage_on_a_cpu():
+        assert measure_kernels.measure_decode().seconds > 0
