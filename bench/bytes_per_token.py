@@ -25,13 +25,19 @@ from mlx_k2.kernels.tuning import DEFAULT
 from mlx_k2.model.feed_forward import swiglu
 from mlx_k2.model.layer_weights import DenseWeights
 from mlx_k2.weights.config_fields import thinking_config_fields
-from mlx_k2.weights.inventory import TensorSpec, model_specs
+from mlx_k2.weights.inventory import (
+    embedding_read_bytes_per_token,
+    head_read_bytes_per_token,
+    held_bytes,
+    layer_read_bytes_per_token,
+    model_specs,
+)
 
 BANDWIDTHS_GB_S = {"819 (M3 Ultra, nominal)": 819, "692 (M3 Ultra, best read published)": 692}
-QUANTIZED_GROUP = 64
 HEADER = (
     "program",
     "dense bits",
+    "GB held",
     "GB a token",
     "tokens/s at 819 GB/s",
     "tokens/s at 692 GB/s",
@@ -43,14 +49,16 @@ class Row(NamedTuple):
     """One way of storing the model."""
 
     program: str
-    dense_bits: int
+    dense_bits: int | None
+    bytes_held: int
     bytes_per_token: int
     launches: int
 
     def cells(self) -> tuple[object, ...]:
         """As printed."""
         ceilings = (f"{speed * 1e9 / self.bytes_per_token:.2f}" for speed in BANDWIDTHS_GB_S.values())
-        return self.program, self.dense_bits, f"{self.bytes_per_token / 1e9:.2f}", *ceilings, self.launches
+        gigabytes = (f"{count / 1e9:.2f}" for count in (self.bytes_held, self.bytes_per_token))
+        return self.program, self.dense_bits or 16, *gigabytes, *ceilings, self.launches
 
 
 def main() -> None:
@@ -71,36 +79,25 @@ def table() -> list[Row]:
     moe_layers = sum(config.is_moe(layer) for layer in range(config.num_hidden_layers))
     ours, theirs = moe_layers * our_launches(config), moe_layers * mlx_lm_launches(config)
     return [
-        Row(program, bits, bytes_per_token(config, bits, stored_biases=biases), launches)
-        for bits in (16, 8)
+        Row(program, bits, *bytes_held_and_read(config, bits, stored_biases=biases), launches)
+        for bits in (None, 8)
         for program, biases, launches in (("mlx-k2", False, ours), ("mlx-lm", True, theirs))
     ]
 
 
-def bytes_per_token(config: ModelConfig, dense_bits: int, *, stored_biases: bool) -> int:
-    """Weights that one token reads: of routed experts the chosen ones, of the embedding a row, of all else everything.
+def bytes_held_and_read(config: ModelConfig, dense_bits: int | None, *, stored_biases: bool) -> tuple[int, int]:
+    """Weights in memory, and those that one token reads: of routed experts the chosen ones, of the embedding a row.
 
-    Quantized weights have a bfloat16 scale and bias for each group of 64. `stored_biases` adds to each scale of a
-    routed expert a bias of the same size, as MLX's own layers keep it.
+    `stored_biases` adds to each scale of a routed expert a bias of the same size, as MLX's own layers keep it.
     """
-    total = 0
-    for spec in model_specs(config):
-        if spec.name.endswith("embed_tokens.weight"):
-            total += spec.num_bytes // config.vocab_size
-        elif spec.is_routed_expert:
-            held = spec.held_bytes(2) * (2 if stored_biases and spec.name.endswith("weight_scale") else 1)
-            total += held * config.num_experts_per_tok // config.n_routed_experts
-        elif dense_bits != 16 and is_quantized(spec):
-            values = spec.num_bytes // 2
-            total += values * dense_bits // 8 + values // QUANTIZED_GROUP * 4
-        else:
-            total += spec.held_bytes(2)
-    return total
-
-
-def is_quantized(spec: TensorSpec) -> bool:
-    """Attention, shared experts, dense layer and head are; router, norms and correction bias stay as they are."""
-    return len(spec.shape) == 2 and spec.dtype == "BF16" and not spec.name.endswith("mlp.gate.weight")
+    specs = model_specs(config)
+    biases = sum(spec.num_bytes for spec in specs if spec.name.endswith("weight_scale")) if stored_biases else 0
+    held = held_bytes(specs, dense_bits=dense_bits) + biases
+    layers = sum(
+        layer_read_bytes_per_token(config, layer, dense_bits=dense_bits) for layer in range(config.num_hidden_layers)
+    )
+    ends = embedding_read_bytes_per_token(config) + head_read_bytes_per_token(config, dense_bits=dense_bits)
+    return held, layers + ends + biases * config.num_experts_per_tok // config.n_routed_experts
 
 
 def our_launches(config: ModelConfig) -> int:

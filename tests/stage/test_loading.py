@@ -9,7 +9,9 @@ from typing import TypedDict
 import pytest
 
 from mlx_k2.weights.config_fields import tiny_config_fields
+from mlx_k2.weights.inventory import held_bytes, layer_specs
 from mlx_k2.weights.random_checkpoint import write_random_checkpoint
+from tests.model.checkpoints import read_config
 
 ALLOWANCE_BYTES = 200 * 10**6
 ROOT = Path(__file__).parents[2]
@@ -32,9 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def measure(folder: Path, first_layer: int, end_layer: int) -> Measured:
+def measure(folder: Path, *arguments: int) -> Measured:
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.stage.measure_loading", str(folder), str(first_layer), str(end_layer)],
+        [sys.executable, "-m", "tests.stage.measure_loading", str(folder), *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -55,3 +57,12 @@ def test_loading_never_holds_more_than_the_shard_its_largest_layer_and_200_mb(
     assert 2 * held > bound  # so that a second copy of everything would not pass
     assert measured["peak"] <= bound
     assert measured["rss"] <= bound
+
+
+def test_quantizing_dense_matrices_needs_no_more_room_than_a_layer_as_it_is_read(folder: Path) -> None:
+    config = read_config(folder)
+    measured = measure(folder, 0, 12, 8)
+    assert measured["held"] == pytest.approx(sum(measured["pieces"]), rel=0.01)
+    largest_as_read = max(held_bytes(layer_specs(config, layer), 4) for layer in range(12))
+    assert measured["peak"] <= sum(measured["pieces"]) + largest_as_read
+    assert measured["rss"] <= sum(measured["pieces"]) + largest_as_read + ALLOWANCE_BYTES
