@@ -55,9 +55,9 @@ _CLUSTER = (
         "--patience",
         "patience_s",
         type=click.FloatRange(1, 3600),
-        default=8.0,
+        default=7.0,
         metavar="SECONDS",
-        help="How long a stopped stage, a silent host or a stuck hop is waited for, 1 to 3600.  [default: 8]",
+        help="How long a stopped stage, a silent host or a stuck hop is waited for, 1 to 3600.  [default: 7]",
     ),
     click.option("-v", "--verbose", is_flag=True, help="Show what the stages write to their logs."),
 )

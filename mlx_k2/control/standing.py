@@ -41,7 +41,7 @@ class Announcement:
 
     def to_json(self) -> bytes:
         """The payload of a stage's STANDING frame."""
-        return json.dumps(asdict(self)).encode()
+        return json.dumps({"phase": self.phase, "step": self.step, "limit_s": self.limit_s}).encode()
 
     @classmethod
     def from_json(cls, payload: bytes) -> "Announcement":

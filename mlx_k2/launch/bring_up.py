@@ -5,7 +5,7 @@ Knows no model: what each stage is to load comes in as messages.
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 from mlx_k2.control.messages import (
@@ -34,6 +34,8 @@ CONNECT_S = 90.0
 """MLX's ring tries for 31 s to reach a neighbour."""
 CULPRIT_S = 2.0
 """How long to wait for the end of a stage whose neighbours have already complained."""
+SILENT_S = 3.0
+"""A guard that was not heard for so long, when a neighbour of its stage complains, is the reason."""
 LAYER_S = 600.0
 """Without a word from any stage while they load: a layer is 10 GB, and a disk may be slow."""
 
@@ -161,4 +163,15 @@ def _cause(group: StageGroup, rank: int, fault: Fault) -> ClusterError:
         elif isinstance(event.message, Fault):
             rank, fault = event.rank, event.message
             victims.add(rank)
+    if fault.kind == NeighbourLost.__name__ and (silent := _silent(group, victims)) is not None:
+        return StageSilent(f"{silent}, and stage {rank} on {group.host(rank)} lost a neighbour: {fault.message}")
     return StageFault(f"stage {rank} on {group.host(rank)}: {fault.message}")
+
+
+def _silent(group: StageGroup, victims: Collection[int]) -> str | None:
+    """The stage, none of ``victims``, whose guard has missed its heartbeats for longest, and that it has."""
+    others = [rank for rank in range(group.size) if rank not in victims]
+    rank = max(others, key=group.silence_s, default=None)
+    if rank is None or group.silence_s(rank) < SILENT_S:
+        return None
+    return f"stage {rank} on {group.host(rank)} has not been heard for {group.silence_s(rank):.0f} s"

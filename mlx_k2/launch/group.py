@@ -18,7 +18,7 @@ HEARTBEAT_S = 1.0
 SAY_AFTER_S = 1.0
 GUARD_MARGIN_S = 2.0
 """What the guard and ssh may take beyond the time that the guard gives the stage."""
-PATIENCE_S = 8.0
+PATIENCE_S = 7.0
 """Above ssh's own 6 s: it says more of a lost connection. A hop's last 6 MB arrive in it at 6 Mbit/s."""
 TERM_S = 2.0
 KILL_S = 2.0

@@ -1,0 +1,172 @@
+"""Mixed load with a random fault every so often, on tiny stages of this machine; shows what is lost or left over.
+
+    python -m bench.soak --minutes 60 --fault-every 60
+    python -m bench.soak --restarts 200
+
+Every stream's tokens are compared with those of a run without faults. Needs Linux, for /proc.
+"""
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import psutil
+
+from bench.measure import save_rows
+from mlx_k2.coordinator import TokenEvent
+from mlx_k2.deployment import Watcher
+from mlx_k2.engine.request import Request
+from mlx_k2.model_source import read_model_files
+from mlx_k2.recovery import LastingDeployment, Restart
+from mlx_k2.session import coordinate
+from mlx_k2.weights.checkpoint import describe_model
+from tests.local_cluster import is_running, local_request, marked_host, request, stage_process, write_model
+
+NUM_STAGES = 3
+PATIENCE_S = 2.0
+NO_LIMIT = 10**9
+ROUND = tuple(request(length, 40, seed=length) for length in (3, 150, 40, 8, 90))
+
+
+@dataclass
+class Tally:
+    """What happened. ``lost`` and ``wrong`` must stay 0."""
+
+    streams: int = 0
+    tokens: int = 0
+    wrong: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    restarts: list[Restart] = field(default_factory=list)
+    longest_pause_s: float = 0.0
+
+
+def break_something(rng: random.Random) -> str:
+    """Do one thing to one stage; returns what."""
+    rank = rng.randrange(NUM_STAGES)
+    stage = stage_process(rank)
+    guard = stage.parent()
+    faults: dict[str, Callable[[], None]] = {"stage killed": stage.kill, "stage stopped": stage.suspend}
+    if guard is not None:
+        faults |= {"guard killed": guard.kill, "stage terminated": stage.terminate}
+    name = rng.choice(sorted(faults))
+    faults[name]()
+    return name
+
+
+class Breaker:
+    """Breaks something every ``every_s``, on a thread of its own, until it is closed."""
+
+    def __init__(self, every_s: float, seed: int, tally: Tally) -> None:
+        self._every_s = every_s
+        self._rng = random.Random(seed)
+        self._tally = tally
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Break nothing more."""
+        self._closing.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        tokens = self._tally.tokens
+        while not self._closing.wait(self._every_s):
+            if self._tally.tokens == tokens:  # the streams have not gone on since the last fault
+                continue
+            tokens = self._tally.tokens
+            try:
+                self._tally.faults[break_something(self._rng)] += 1
+            except (ValueError, psutil.NoSuchProcess):  # a restart is under way, and the stage is not there
+                self._tally.faults["came during a restart"] += 1
+
+
+def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, seed: int) -> Tally:
+    """Run rounds of streams until the time is over, or so many restarts were seen."""
+    model = write_model(folder / "model")
+    hosts = [marked_host(folder, rank, sys.executable) for rank in range(NUM_STAGES)]
+    asked = replace(local_request(model, hosts), patience_s=PATIENCE_S)
+    description = describe_model(read_model_files(asked.source).files, str(model))
+    tally = Tally()
+    with LastingDeployment(asked, description, Watcher(), NO_LIMIT, first_wait_s=0.0) as lasting:
+        coordinator = coordinate(
+            lasting.deployment, guesses=True, renew=lambda error: lasting.renew(error, tally.restarts.append)
+        )
+        expected = _tokens(coordinator.run, tally)
+        before = _resources()
+        ends_at = time.monotonic() + 60 * minutes
+        with closing(Breaker(fault_every_s, seed, tally)):
+            while time.monotonic() < ends_at and len(tally.restarts) < num_restarts:
+                for asked_for, tokens in _tokens(coordinator.run, tally).items():
+                    tally.streams += 1
+                    tally.wrong += tokens != expected[asked_for]
+                _say(tally, _resources())
+        _tokens(coordinator.run, tally)  # whatever was broken last is mended
+        after = _resources()
+    left = [process for process in psutil.Process().children(recursive=True) if is_running(process)]
+    print(f"before {before}\nafter  {after}\nprocesses left {len(left)}")
+    return tally
+
+
+def _tokens(run: Callable[..., Iterator[TokenEvent]], tally: Tally) -> dict[Request, list[int]]:
+    tokens: dict[Request, list[int]] = {asked: [] for asked in ROUND}
+    last = time.monotonic()
+    for event in run(*ROUND):
+        tally.longest_pause_s = max(tally.longest_pause_s, time.monotonic() - last)
+        last = time.monotonic()
+        tally.tokens += 1
+        tokens[event.sequence.request].append(event.token.token_id)
+    return tokens
+
+
+def _resources() -> dict[str, int]:
+    """What must not grow: this process's descriptors, threads and memory, its descendants, and temporary files."""
+    process = psutil.Process()
+    return {
+        "descriptors": process.num_fds(),
+        "threads": process.num_threads(),
+        "resident_kb": process.memory_info().rss // 1024,
+        "descendants": len(process.children(recursive=True)),
+        "temporary": len([name for name in os.listdir(tempfile.gettempdir()) if name.startswith("mlx-k2-")]),  # noqa: PTH208
+    }
+
+
+def _say(tally: Tally, resources: dict[str, int]) -> None:
+    print(
+        f"streams {tally.streams} wrong {tally.wrong} restarts {len(tally.restarts)} "
+        f"longest pause {tally.longest_pause_s:.1f} s {resources}",
+        flush=True,
+    )
+
+
+def main() -> int:
+    """Run, print, and append the result to results/soak.csv; 1 when a stream was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--restarts", type=int, default=NO_LIMIT, help="end after so many restarts")
+    parser.add_argument("--fault-every", type=float, default=60.0, metavar="SECONDS")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        tally = soak(Path(folder), options.minutes, options.restarts, options.fault_every, options.seed)
+    minutes = (time.monotonic() - began) / 60
+    for name, count in sorted(tally.faults.items()):
+        print(f"{count:5} {name}")
+    row = (f"{minutes:.1f}", sum(tally.faults.values()), len(tally.restarts), tally.streams, tally.tokens, tally.wrong)
+    header = ("minutes", "faults", "restarts", "streams", "tokens", "wrong", "longest_pause_s")
+    save_rows("soak", header, [(*row, f"{tally.longest_pause_s:.1f}")])
+    return int(tally.wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
