@@ -36,7 +36,9 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
         _check("top-k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1")
         _check("min-p", self.min_p, 0 <= self.min_p < 1, "at least 0, below 1")
         _check("repetition-penalty", self.repetition_penalty, 0 < self.repetition_penalty <= 10, "above 0, at most 10")
-        _check("logprobs", self.num_logprobs, self.num_logprobs is None or 0 <= self.num_logprobs <= 100, "from 0 to 100")
+        _check(
+            "logprobs", self.num_logprobs, self.num_logprobs is None or 0 <= self.num_logprobs <= 100, "from 0 to 100"
+        )
 
 
 def _check(name: str, value: object, holds: bool, allowed: str) -> None:
