@@ -100,7 +100,7 @@ def prepare(stack: ExpertStack, top_k: int, dtype: mx.Dtype) -> tuple[str, ...]:
         return ()
     warnings = trusted(LayerShape(stack.hidden_size, 0, top_k, dtype)).warnings
     if stack.gate_scale.dtype != dtype:
-        return (*warnings, f"the experts' kernels compute in {stack.gate_scale.dtype} only; plain MLX runs instead")
+        return (*warnings, "the experts' kernels compute in the checkpoint's dtype only; plain MLX runs instead")
     return (*trusted(LayerShape(stack.hidden_size, stack.intermediate_size, top_k, dtype)).warnings, *warnings)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_k2.kernels import experts, reference, verdict_cache
-from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, LayerShape, Verdict
+from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, LayerShape, Verdict, random_stack
 from mlx_k2.kernels.tuning import DEFAULT
 from tests.metal_cpu.float64 import random_case
 
@@ -108,3 +108,20 @@ def test_the_reference_runs_where_no_kernel_is_trusted(tmp_path: Path, monkeypat
     got = experts.routed_experts(case.x, case.expert_ids, case.expert_weights, case.stack)
     expected = reference.routed_experts(case.x, case.expert_ids, case.expert_weights, case.stack)
     assert np.array_equal(np.array(got), np.array(expected))
+
+
+@pytest.mark.usefixtures("_metal")
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32], ids=["bfloat16", "float32"])
+def test_what_is_prepared_is_not_checked_again_and_the_user_hears_of_each_kernel_that_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype
+) -> None:
+    monkeypatch.setattr(verdict_cache, "DEFAULT_DIRECTORY", tmp_path)
+    experts.trusted.cache_clear()
+    stack = random_stack(SHAPE, 4)
+    lines = experts.prepare(stack, SHAPE.top_k, dtype)
+    unused = [line for line in lines if line.endswith("plain MLX runs instead")]
+    assert len(unused) == len(lines) == (4 if dtype == mx.bfloat16 else 2)
+    monkeypatch.setattr(experts, "check_kernel", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr(verdict_cache, "DEFAULT_DIRECTORY", tmp_path / "as if it could not be written")
+    assert experts.prepare(stack, SHAPE.top_k, dtype) == lines
+    experts.trusted.cache_clear()

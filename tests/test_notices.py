@@ -1,0 +1,37 @@
+"""What a stage finds while it loads reaches the user by the name of its stage and host."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlx_k2 import deployment
+from mlx_k2.control.messages import FromStage, Load, Loaded
+from mlx_k2.launch import bring_up
+from mlx_k2.launch.group import StageGroup
+from tests.local_cluster import local_host, local_request, write_model
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class Notices(deployment.Watcher):
+    """Keeps them."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def notice(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def test_a_stages_notes_are_shown_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = bring_up.load
+
+    def load_with_note(group: StageGroup, messages: list[Load], tell: Callable[[int, FromStage], None]) -> object:
+        (loaded,) = load(group, messages, tell)
+        return (Loaded(loaded.held_bytes, loaded.peak_bytes, loaded.cache_bytes_per_token, ("a kernel is not used",)),)
+
+    monkeypatch.setattr(bring_up, "load", load_with_note)
+    watcher = Notices()
+    with deployment.deploy(local_request(write_model(tmp_path / "model"), [local_host()]), None, watcher):
+        assert watcher.lines == ["stage 0 on this machine: a kernel is not used"]
