@@ -136,6 +136,7 @@ def test_a_step_that_takes_too_long_names_the_stage_that_owes_it_and_where_all_s
     assert isinstance(error, StageSilent)
     assert re.match(
         r"stage 1 on this machine \(.+ for \d s\) has not finished step \d+ \(1 tokens\) after \d s; "
-        r"the stages: stage 0 on this machine \(waiting for a plan for \d s\), stage 1 on this machine \(.+\)",
+        r"the stages: stage 0 on this machine \(waiting for a plan after step \d+ for \d s\), "
+        r"stage 1 on this machine \(.+\)",
         str(error),
     )

@@ -36,8 +36,9 @@ class Announcement:
     limit_s: float | None = None
 
     def __str__(self) -> str:
-        working = self.step is not None and self.phase is not Phase.IDLE
-        return f"{self.phase} of step {self.step}" if working else str(self.phase)
+        if self.step is None:
+            return str(self.phase)
+        return f"{self.phase} {'after' if self.phase is Phase.IDLE else 'of'} step {self.step}"
 
     def to_json(self) -> bytes:
         """The payload of a stage's STANDING frame."""

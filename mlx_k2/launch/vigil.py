@@ -82,6 +82,8 @@ class Vigil:
             if standing.stopped_s > self._patience_s:
                 return f"{self.describe(rank)} is stopped: its process was suspended {standing.stopped_s:.0f} s ago"
         for rank in range(1, len(standings)):
+            if standings[rank].stopped_s:
+                continue  # that is why it waits; its own patience is not over yet
             if self._hop_waits_s(rank, standings[rank - 1], standings[rank], now) > self._patience_s:
                 return (
                     f"{self.describe(rank)} does not get what {self.describe(rank - 1)} has sent: "

@@ -97,7 +97,7 @@ def test_a_stage_that_waits_for_what_was_sent_names_the_hop(make_group: MakeGrou
         said = trouble(come_up(group))
     assert re.match(
         r"stage 1 on this machine \(receiving hidden states of step 5 for \d s\) does not get what "
-        r"stage 0 on this machine \(waiting for a plan for \d s\) has sent: the hop between them is stuck",
+        r"stage 0 on this machine \(waiting for a plan after step 5 for \d s\) has sent: the hop between them is stuck",
         said,
     )
 
