@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tools.train_demo.conversation import Conversation, render
 
-MAX_TOKENS = 400
-_BATCH_TOKENS = 1536
+MAX_TOKENS = 512
+_BATCH_TOKENS = 4096
 _POOL = 2048
 _LENGTHS, _TARGETS = 16, 256  # what lengths and numbers of targets are rounded up to
 IGNORED = -100

@@ -8,7 +8,7 @@ from tools.train_demo.blocks import FeedForward, seen
 from tools.train_demo.quantize import round_to_int4
 from tools.train_demo.shape import Shape
 
-_PLACES = 64  # an expert's tokens are rounded up to this: a product of a new shape costs more than the empty rows
+_PLACES = 128  # an expert's tokens are rounded up to this: a product of a new shape costs more than the empty rows
 
 
 class _Dispatch(torch.autograd.Function):

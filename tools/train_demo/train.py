@@ -107,7 +107,7 @@ def update(model: Model, both: tuple[Muon, torch.optim.AdamW], loss: torch.Tenso
         for group in optimizer.param_groups:
             group["lr"] = rate * factor
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()
 
 
 def main() -> None:
