@@ -5,6 +5,7 @@ import resource
 import socket
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import mlx.core as mx
 import psutil
@@ -63,9 +64,13 @@ def wire_memory(needed_bytes: int) -> None:
 
 def peak_bytes() -> int:
     """The most memory that this process has held so far: MLX's own count, or the resident set's peak if larger."""
-    return max(mx.get_peak_memory(), _peak_resident_bytes())
+    return max(mx.get_peak_memory(), peak_resident_bytes())
 
 
-def _peak_resident_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def peak_resident_bytes() -> int:
+    """The resident set's peak. Linux carries getrusage's over from the process that started this one, so not that."""
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status").read_text()
+    (kilobytes,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(kilobytes) * 1024

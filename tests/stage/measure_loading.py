@@ -4,13 +4,13 @@ python -m tests.stage.measure_loading MODEL_FOLDER FIRST_LAYER END_LAYER [DENSE_
 """
 
 import json
-import resource
 import sys
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_k2.model.latent_cache import LatentCache
+from mlx_k2.stage.host import peak_resident_bytes
 from mlx_k2.stage.loading import load_stage_model
 from tests.model.chain import open_shards
 from tests.model.checkpoints import read_config
@@ -26,12 +26,11 @@ def main() -> None:
     model, _ = load_stage_model(
         config, open_shards(folder, config), layers, cache, lambda piece: pieces.append(piece.held_bytes), dense_bits
     )
-    rss_unit = 1 if sys.platform == "darwin" else 1024
     measured = {
         "pieces": pieces,
         "held": mx.get_active_memory(),
         "peak": mx.get_peak_memory(),
-        "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * rss_unit,
+        "rss": peak_resident_bytes(),
     }
     del model  # until here, so that what it holds was counted
     sys.stdout.write(json.dumps(measured))
