@@ -124,6 +124,7 @@ def _tokens(run: Callable[..., Iterator[TokenEvent]], tally: Tally) -> dict[Requ
         tally.longest_pause_s = max(tally.longest_pause_s, time.monotonic() - last)
         last = time.monotonic()
         tally.tokens += 1
+        assert event.token is not None, "a stream without a deadline ended without a token"
         tokens[event.sequence.request].append(event.token.token_id)
     return tokens
 

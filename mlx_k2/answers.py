@@ -21,7 +21,7 @@ class Answer:
     token_ids: tuple[int, ...]
     reply: Reply
     finish_reason: FinishReason
-    first_token_s: float
+    first_token_s: float | None
     finished_s: float
 
 
@@ -29,7 +29,7 @@ class Answer:
 class _Arrived:
     """An answer's tokens so far, and when the first one came."""
 
-    first_token_s: float
+    first_token_s: float | None
     token_ids: list[int] = field(default_factory=list)
 
 
@@ -47,8 +47,9 @@ def answer_all(
         for event in events:
             now_s = time.perf_counter() - began
             request, reason = event.sequence.request, event.sequence.finish_reason
-            tokens = arrived.setdefault(id(request), _Arrived(now_s))
-            tokens.token_ids.append(event.token.token_id)
+            tokens = arrived.setdefault(id(request), _Arrived(now_s if event.token else None))
+            if event.token is not None:
+                tokens.token_ids.append(event.token.token_id)
             if reason is not None:
                 del arrived[id(request)]
                 reply = read_reply(tokenizer, request, tokens.token_ids)

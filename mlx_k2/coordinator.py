@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from mlx_k2.control.messages import Row, SampledToken, Step, StepDone
 from mlx_k2.engine.microbatch import Microbatch, MicrobatchRow
 from mlx_k2.engine.pace import MeasuredPace
-from mlx_k2.engine.request import Request
+from mlx_k2.engine.request import FinishReason, Request
 from mlx_k2.engine.scheduler import Scheduler
 from mlx_k2.engine.sequence import Sequence
 from mlx_k2.errors import ClusterError, StageSilent
@@ -39,10 +39,10 @@ Renew = Callable[[ClusterError], StageGroup]
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A token of a sequence, as soon as the coordinator has it."""
+    """A token of a sequence, as soon as the coordinator has it; None: it ended without one more, out of time."""
 
     sequence: Sequence
-    token: SampledToken
+    token: SampledToken | None
 
 
 @dataclass
@@ -97,6 +97,7 @@ class Coordinator:
         self._fault: ClusterError | None = None
         self._vigil = Vigil(group)
         self._sent: dict[int, _Sent] = {}
+        self._ends_at: dict[Sequence, float] = {}
         self._heard_at = time.monotonic()
         self.use = tuple(StageUse() for _ in range(group.size))
 
@@ -115,6 +116,7 @@ class Coordinator:
         try:
             while self._scheduler.has_work or self._sent:
                 yield from self._turn()
+                yield from self._stop_late()
         finally:
             self._scheduler.cancel_all()
 
@@ -143,9 +145,25 @@ class Coordinator:
         self._heard_at = time.monotonic()
         self._fault = None
 
+    def _stop_late(self) -> list[TokenEvent]:
+        """Stop the sequences whose time is over; what waits for their slots goes out with the next turn."""
+        now = time.monotonic()
+        late = [sequence for sequence, ends_at in self._ends_at.items() if sequence.finish_reason or now > ends_at]
+        events = []
+        for sequence in late:
+            del self._ends_at[sequence]
+            if sequence.finish_reason is None:
+                self._scheduler.stop(sequence, FinishReason.TIMEOUT)
+                events.append(TokenEvent(sequence, None))
+        return events
+
     def _send_plans(self) -> None:
         while (microbatch := self._scheduler.next_microbatch()) is not None:
-            self._sent[microbatch.number] = _Sent(microbatch, time.monotonic())
+            now = time.monotonic()
+            self._sent[microbatch.number] = _Sent(microbatch, now)
+            for sequence in (row.sequence for row in microbatch.rows):
+                if sequence.request.timeout_s is not None:
+                    self._ends_at.setdefault(sequence, now + sequence.request.timeout_s)
             limit_s = self._allowed_s(microbatch) + LIMIT_MARGIN_S
             self._group.send_all(Step(microbatch.number, tuple(_row(row) for row in microbatch.rows), limit_s))
 

@@ -33,8 +33,8 @@ class AnswerSummary:
     generated_tokens: int
     finish_reason: FinishReason
     seed: int
-    time_to_first_token_s: float
-    prefill_tokens_per_s: float
+    time_to_first_token_s: float | None
+    prefill_tokens_per_s: float | None
     decode_tokens_per_s: float | None
     num_guesses: int
     num_hits: int
@@ -79,27 +79,28 @@ def stream_answer(
     arrivals: list[float] = []
     with closing(coordinator.run(request)) as events:
         for event in events:
-            arrivals.append(time.perf_counter())
-            token_id, finished = event.token.token_id, event.sequence.finish_reason
-            text = "" if token_id in request.stop_ids else detokenizer.add(token_id)
-            if finished is not None:
-                text += detokenizer.finish()
-            yield Delta(token_id, text, event.token.logprob, event.token.top)
+            token, finished = event.token, event.sequence.finish_reason
+            if token is not None:
+                arrivals.append(time.perf_counter())
+                text = "" if token.token_id in request.stop_ids else detokenizer.add(token.token_id)
+                if finished is not None:
+                    text += detokenizer.finish()
+                yield Delta(token.token_id, text, token.logprob, token.top)
             if finished is not None:
                 yield _summary(event.sequence, finished, began, arrivals)
 
 
 def _summary(sequence: Sequence, reason: FinishReason, began: float, arrivals: list[float]) -> AnswerSummary:
     request = sequence.request
-    first_s = arrivals[0] - began
-    decode_s = arrivals[-1] - arrivals[0]
+    first_s = arrivals[0] - began if arrivals else None
+    decode_s = arrivals[-1] - arrivals[0] if arrivals else 0.0
     return AnswerSummary(
         prompt_tokens=len(request.prompt_ids),
         generated_tokens=len(arrivals),
         finish_reason=reason,
         seed=request.sampling.seed,
         time_to_first_token_s=first_s,
-        prefill_tokens_per_s=len(request.prompt_ids) / first_s,
+        prefill_tokens_per_s=len(request.prompt_ids) / first_s if first_s else None,
         decode_tokens_per_s=(len(arrivals) - 1) / decode_s if decode_s > 0 else None,
         num_guesses=sequence.num_guesses,
         num_hits=sequence.num_hits,

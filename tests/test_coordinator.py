@@ -6,13 +6,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from mlx_k2.coordinator import Patience
-from mlx_k2.engine.request import FinishReason
+from mlx_k2.engine.request import FinishReason, Request
 from mlx_k2.errors import ClusterError, StageFault, StageSilent
 from tests.local_cluster import (
     NUM_LAYERS,
@@ -74,6 +75,20 @@ def test_leaving_early_cancels_and_the_next_request_gets_its_own_tokens(cluster_
     run.close()
     assert first.sequence.finish_reason is FinishReason.CANCELLED
     assert cluster.tokens(SHORT) == undisturbed
+
+
+def test_a_request_past_its_time_ends_with_what_it_has_and_the_others_go_on_untouched(cluster_of: ClusterOf) -> None:
+    cluster = cluster_of(2)
+    alone = cluster.tokens(SHORT)[SHORT]
+    in_time, before_it_began = (replace(request(40, 2000), timeout_s=timeout_s) for timeout_s in (0.3, 1e-6))
+    ends: dict[Request, FinishReason | None] = {}
+    tokens: dict[Request, list[int]] = {SHORT: [], in_time: [], before_it_began: []}
+    for event in cluster.coordinator.run(in_time, SHORT, before_it_began):
+        ends[event.sequence.request] = event.sequence.finish_reason
+        tokens[event.sequence.request] += [] if event.token is None else [event.token.token_id]
+    assert tokens[SHORT] == alone
+    assert 0 < len(tokens[in_time]) < 2000 and tokens[before_it_began] == []
+    assert (ends[in_time], ends[before_it_began]) == (FinishReason.TIMEOUT, FinishReason.TIMEOUT)
 
 
 def test_every_stage_reports_its_share_of_the_time(cluster_of: ClusterOf) -> None:

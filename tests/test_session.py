@@ -55,8 +55,15 @@ def test_a_summary_counts_what_was_there(cluster: Cluster, tokenizer: Tokenizer)
     deltas, summary = answer(cluster, tokenizer, ASKED)
     assert (summary.prompt_tokens, summary.generated_tokens, summary.seed) == (12, len(deltas), 3)
     assert summary.finish_reason is FinishReason.LENGTH
+    assert summary.time_to_first_token_s
     assert summary.prefill_tokens_per_s == pytest.approx(12 / summary.time_to_first_token_s)
     assert summary.decode_tokens_per_s is not None
+
+
+def test_an_answer_out_of_time_is_summed_up_also_without_a_token(cluster: Cluster, tokenizer: Tokenizer) -> None:
+    deltas, summary = answer(cluster, tokenizer, replace(request(150, 40), timeout_s=1e-6))
+    assert (deltas, summary.generated_tokens, summary.finish_reason) == ([], 0, FinishReason.TIMEOUT)
+    assert summary.time_to_first_token_s is None and summary.prefill_tokens_per_s is None
 
 
 def test_one_token_alone_gives_no_rate_of_decoding(cluster: Cluster, tokenizer: Tokenizer) -> None:

@@ -7,7 +7,14 @@ import click
 
 from mlx_k2.cli.console import ConsoleWatcher, note, show_dry_run
 from mlx_k2.cli.many import WANTED_SLOTS, check_options, generate_many
-from mlx_k2.cli.options import cluster_options, guess_option, log_dir_option, restarts_option, sampling_options
+from mlx_k2.cli.options import (
+    cluster_options,
+    guess_option,
+    log_dir_option,
+    restarts_option,
+    sampling_options,
+    timeout_option,
+)
 from mlx_k2.cli.output import JsonOutput, TextOutput
 from mlx_k2.cli.requests import Prompt, deployment_request, log_dir, open_source, prompt_text, read_prompt
 from mlx_k2.deployment import DeploymentRequest, foresee
@@ -24,6 +31,7 @@ from mlx_k2.weights.checkpoint import ModelDescription
 @click.option("--raw", is_flag=True, help="Send PROMPT as it is, without the chat template.")
 @click.option("--token-ids", metavar="N,N,...", help="The prompt as token ids, as they are.")
 @sampling_options
+@timeout_option
 @click.option("--prompts", "prompts_path", metavar="FILE", help="Many prompts: a JSON object a line; see the manual.")
 @click.option("--out", "out_path", metavar="FILE", help="With --prompts: where the results go, in the same order.")
 @guess_option

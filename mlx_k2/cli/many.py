@@ -113,7 +113,7 @@ def _result(request: Request, answer: Answer) -> dict[str, Any]:
         "finish_reason": answer.finish_reason.value,
         "prompt_tokens": len(request.prompt_ids),
         "seed": request.sampling.seed,
-        "first_token_s": round(answer.first_token_s, 3),
+        "first_token_s": None if answer.first_token_s is None else round(answer.first_token_s, 3),
         "finished_s": round(answer.finished_s, 3),
     }
     if answer.reply.calls:

@@ -85,6 +85,13 @@ class _Limit(click.ParamType[int]):
         return int(click.IntRange(0, 1000).convert(value, param, ctx))
 
 
+timeout_option = click.option(
+    "--timeout",
+    type=float,
+    metavar="SECONDS",
+    help="End an answer that has run for so long, from when its prompt begins, with what it has; others go on.",
+)
+
 restarts_option = click.option(
     "--restarts",
     type=_Limit(),

@@ -18,6 +18,7 @@ from mlx_k2.text.tokenizer import Tokenizer
 _ENDS = {
     FinishReason.STOP: "complete",
     FinishReason.LENGTH: "cut off at the limit of tokens",
+    FinishReason.TIMEOUT: "cut off by --timeout",
     FinishReason.CANCELLED: "cancelled",
 }
 
@@ -52,7 +53,11 @@ class TextOutput:
     def summary(self, summary: AnswerSummary, deployment: Deployment, use: tuple[StageUse, ...]) -> None:
         """End the line, then say on stderr what it took."""
         self._end_line()
-        decode = summary.decode_tokens_per_s
+        first_s, prefill, decode = (
+            summary.time_to_first_token_s,
+            summary.prefill_tokens_per_s,
+            summary.decode_tokens_per_s,
+        )
         parts = (
             f"{summary.generated_tokens} tokens ({_ENDS[summary.finish_reason]})",
             f"prompt {summary.prompt_tokens} tokens",
@@ -60,8 +65,8 @@ class TextOutput:
         )
         times = (
             f"loaded in {deployment.load_s:.1f} s",
-            f"first token after {summary.time_to_first_token_s:.2f} s",
-            f"prefill {summary.prefill_tokens_per_s:.1f} tok/s",
+            f"first token after {first_s:.2f} s" if first_s is not None else None,
+            f"prefill {prefill:.1f} tok/s" if prefill is not None else None,
             f"decode {decode:.1f} tok/s" if decode is not None else None,
             f"{summary.num_hits} of {summary.num_guesses} guesses right" if summary.num_guesses else None,
         )

@@ -24,6 +24,7 @@ class PromptLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     min_p: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
+    timeout: float | None = None
 
 
 def read_prompt_lines(path: Path) -> list[PromptLine]:

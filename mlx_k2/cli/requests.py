@@ -146,7 +146,8 @@ def line_prompt(
     Raises:
         RequestError, TokenizerError: it cannot be served; says why.
     """
-    given = {name: value for name in (*SAMPLING_NAMES, "max_tokens") if (value := getattr(line, name)) is not None}
+    names = (*SAMPLING_NAMES, "max_tokens", "timeout")
+    given = {name: value for name in names if (value := getattr(line, name)) is not None}
     merged = {**options, **given, "seed": seed if line.seed is None else line.seed}
     if line.messages is not None:
         prompt_ids = render_prompt(load_chat_template(model.files), tokenizer, line.messages)
@@ -169,6 +170,7 @@ def _prompt(
         max_tokens=context_tokens if options["max_tokens"] is None else options["max_tokens"],
         sampling=_sampling(options, recommended),
         stop_ids=tokenizer.stop_ids | {*model.config.eos_token_ids, *recommended.eos_token_ids},
+        timeout_s=options["timeout"],
     )
     check_request(request, model.config.vocab_size, context_tokens)
     return Prompt(request, tokenizer)

@@ -14,6 +14,8 @@ class FinishReason(enum.Enum):
     """The model drew a stop token."""
     LENGTH = "length"
     """max_tokens were generated, or the context is full."""
+    TIMEOUT = "timeout"
+    """It ran for longer than it may."""
     CANCELLED = "cancelled"
     """Whoever asked no longer wants it."""
 
@@ -26,6 +28,8 @@ class Request:
     max_tokens: int
     sampling: Sampling
     stop_ids: frozenset[int]
+    timeout_s: float | None = None
+    """How long it may run, from when its prompt begins; it then ends with the tokens that it has."""
 
 
 def check_request(request: Request, vocab_size: int, context_tokens: int) -> None:
@@ -45,5 +49,7 @@ def check_request(request: Request, vocab_size: int, context_tokens: int) -> Non
             f"the prompt has {length} tokens and the context holds {context_tokens}, "
             "so there is no room for an answer: shorten it, or give a larger --context"
         )
+    if request.timeout_s is not None and not request.timeout_s > 0:  # false for nan, too
+        raise RequestError(f"timeout is {request.timeout_s:g} s: give more than 0")
     if request.max_tokens < 1:
         raise RequestError(f"max-tokens is {request.max_tokens}: give at least 1")

@@ -103,6 +103,11 @@ class Scheduler:
         for sequence in self._running:
             sequence.start_over(self._next_number)
 
+    def stop(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Stop a sequence that runs; what it has in flight comes back and is thrown away."""
+        sequence.finish_reason = reason
+        self._retire()
+
     def cancel_all(self) -> None:
         """Stop every sequence; what is in flight comes back and is thrown away."""
         self._waiting.clear()

@@ -248,6 +248,8 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
     "lease nan": (["--lease", "nan", "Hello"], "--lease nan is out of range: give 2 to 3600 s"),
     "short lease": (["--lease", "1.9", "Hello"], "--lease 1.9 is out of range"),
     "long lease": (["--lease", "3601", "Hello"], "--lease 3601 is out of range"),
+    "timeout": (["--timeout", "0", "Hello"], "timeout is 0 s: give more than 0"),
+    "timeout nan": (["--timeout", "nan", "Hello"], "timeout is nan s"),
     "revision of a folder": (["--revision", "main", "Hello"], "--revision is for a repository on the Hub"),
     "split with a word": (["--split", "3,x", "Hello"], "--split '3,x' is not a list of layer counts"),
     "split of other stages": (["--split", "7", "--stages", "2", "Hello"], "--split 7 names 1 stages, and there are 2"),

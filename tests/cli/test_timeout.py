@@ -1,0 +1,30 @@
+"""--timeout through the command: an answer past its time ends with what it has, and its neighbours do not notice."""
+
+import json
+from pathlib import Path
+
+from tests.cli.command import CommandLine
+
+ENDLESS = {"prompt": "Hello", "max_tokens": 2000}
+SHORT = {"prompt": "Hello", "max_tokens": 30, "seed": 3}
+
+
+def test_a_line_of_a_file_of_prompts_may_have_a_time_of_its_own(
+    command_line: CommandLine, endless: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+
+    def results(*lines: object, options: tuple[str, ...] = ()) -> list[dict[str, object]]:
+        prompts = tmp_path / "prompts.jsonl"
+        prompts.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        out.unlink(missing_ok=True)
+        asked = ("--model", str(endless), "--raw", "--prompts", str(prompts), "--out", str(out))
+        run = command_line.run("generate", *asked, *options)
+        assert run.returncode == 0, run.stderr
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    (alone,) = results(SHORT)
+    cut, beside = results({**ENDLESS, "timeout": 0.5}, SHORT, options=("--timeout", "3600"))
+    assert (cut["finish_reason"], beside["finish_reason"]) == ("timeout", "length")
+    assert 0 < int(str(cut["tokens"])) < 2000 and cut["text"]
+    assert beside["text"] == alone["text"]
