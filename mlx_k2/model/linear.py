@@ -26,13 +26,19 @@ Matrix = mx.array | QuantizedMatrix
 def make_matrix(weight: mx.array, bits: int | None) -> Matrix:
     """A weight (..., out, in), as checkpoints have it, made ready to multiply with.
 
-    With ``bits`` it is quantized, unless its inputs cannot be grouped. Without, it is a transposed view, made once.
+    With ``bits`` it is quantized, unless its inputs cannot be grouped. Without, it is a transposed view, which GPUs
+    multiply best; float32 on a CPU is laid out anew, for BLAS multiplies rows 1.4 times as fast (docs/log.md).
     """
     group = group_size(weight.shape[-1])
     if bits is None or group is None:
-        return weight.swapaxes(-1, -2)
+        view = weight.swapaxes(-1, -2)
+        return mx.contiguous(view) if weight.dtype == mx.float32 and _on_cpu() else view
     packed, scales, biases = mx.quantize(weight, group_size=group, bits=bits)
     return QuantizedMatrix(packed, scales, biases, group, bits)
+
+
+def _on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu
 
 
 def multiply(x: mx.array, matrix: Matrix) -> mx.array:
