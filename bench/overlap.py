@@ -1,4 +1,4 @@
-"""How well two stages overlap: eight streams and a long prompt against one stage, two streams against one stream.
+"""How well two stages overlap: one stream, eight streams and a long prompt against one stage, two streams against one.
 
 python -m bench.overlap [--save] [--pairs N]
 
@@ -45,6 +45,7 @@ def main() -> None:
         one, two = (benchmark_on(stack, folder, stages) for stages in (1, 2))
         claims = (
             Claim("eight streams, two stages over one", rate(two, EIGHT), rate(one, EIGHT), 1.8),
+            Claim("one stream, two stages over one", rate(two, ONE), rate(one, ONE), 0.9),
             Claim("two streams over one, on two stages", rate(two, TWO), rate(two, ONE), 1.6),
             Claim("prompt of 16 chunks, two stages over one", prefill(two), prefill(one), 1.7),
         )

@@ -1,31 +1,37 @@
-"""mlx-lm on two ranks of MLX's ring against two stages: one stream, eight streams, a prompt of 16 chunks.
+"""mlx-lm's pipeline on two ranks against two stages: one stream, eight streams, a prompt of 16 chunks.
 
 python -m bench.vs_mlx_lm [--save] [--pairs N]
 
-The same checkpoint and prompts, float32 on both sides, the two sides of a pair right after each other. mlx-lm's ranks
-are started anew for each figure, without mlx.launch, which would take a core for itself, and warm up on the same run.
-Eight streams of mlx-lm are eight runs in turn, so its rate for one stream; its batch_generate is not compared yet.
-Its prefill step is the best of several. --save appends the rows to results/vs_mlx_lm.csv.
+The same checkpoint and prompts, float32 on both sides, both kept loaded, the two sides of a pair right after each
+other. For eight streams mlx-lm runs its batch_generate, or one after the other if that is faster; for the prompt it
+takes the best of several step sizes. One rank, and mlx-lm in the checkpoint's own dtype, are reported with nothing
+asked of them: on a CPU bfloat16 is emulated. --save appends the rows to results/vs_mlx_lm.csv.
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+import contextlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 from bench.checkpoints import bench_checkpoint
 from bench.deployments import local_deployment
 from bench.measure import NUM_PAIRS, alternate, ratios, save_rows, summarize
-from bench.overlap import EIGHT, ONE, PROMPT, SLOTS, decoded
-from bench.two_stages import free_ports
-from mlx_k2.benchmark import Benchmark
+from bench.mlx_lm_ranks import MlxLmRanks, mlx_lm_ranks
+from bench.overlap import EIGHT, ONE, PROMPT, SLOTS, prefill, rate
+from mlx_k2.benchmark import Benchmark, Workload
 
 PREFILL_STEPS = (128, 256, 512, 2048)
-MLX_LM_STEP = 2048
-LONGEST_S = 600
+FEW = Workload(ONE.prompt_tokens, 8, 1)
+"""For a side that takes ten times as long."""
+
+
+class Comparison(NamedTuple):
+    """mlx-k2's side and mlx-lm's, in tokens per second, and the ratio that is asked for."""
+
+    name: str
+    ours: Callable[[], float]
+    theirs: Callable[[], float]
+    wanted: float | None = None
 
 
 def main() -> None:
@@ -35,59 +41,52 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=NUM_PAIRS)
     arguments = parser.parse_args()
     folder = bench_checkpoint("even")
-    with local_deployment(folder, 2, SLOTS) as deployment:
-        ours = Benchmark(deployment, guesses=False)
-        for workload in (ONE, EIGHT, PROMPT):
-            ours.warm_up(workload)
-        step = max(PREFILL_STEPS, key=lambda step: mlx_lm_rates(folder, PROMPT.prompt_tokens, 2, step)["prefill"])
+    with contextlib.ExitStack() as stack:
+        stages = Benchmark(stack.enter_context(local_deployment(folder, 2, SLOTS)), guesses=False)
+        alone, pair = (stack.enter_context(mlx_lm_ranks(folder, count)) for count in (1, 2))
+        own_dtype = stack.enter_context(mlx_lm_ranks(folder, 2, own_dtype=True))
         comparisons = (
-            ("one stream", lambda: decoded(ours.measure(ONE)), lambda: mlx_lm_decode(folder), 1.0),
-            ("eight streams", lambda: decoded(ours.measure(EIGHT)), lambda: mlx_lm_decode(folder), 1.8),
-            (
-                f"prompt of {PROMPT.prompt_tokens}, mlx-lm's step {step}",
-                lambda: ours.measure(PROMPT).prefill_tokens_per_s,
-                lambda: mlx_lm_rates(folder, PROMPT.prompt_tokens, 2, step)["prefill"],
-                1.1,
-            ),
+            Comparison("one stream", rate(stages, ONE), decode(pair, ONE), 1.0),
+            Comparison("eight streams", rate(stages, EIGHT), eight_streams(pair), 1.8),
+            Comparison("prompt of 16 chunks", prefill(stages), longest_prompt(pair), 1.1),
+            Comparison("one stream, mlx-lm on one rank", rate(stages, ONE), decode(alone, ONE)),
+            Comparison("one stream, mlx-lm in its own dtype", rate(stages, FEW), decode(own_dtype, FEW)),
         )
-        for name, first, second, wanted in comparisons:
-            report(name, alternate(first, second, arguments.pairs), wanted, arguments.save)
+        for comparison in comparisons:
+            comparison.ours()  # both warm up
+            comparison.theirs()
+            report(comparison, alternate(comparison.ours, comparison.theirs, arguments.pairs), arguments.save)
 
 
-def mlx_lm_decode(folder: Path) -> float:
-    """mlx-lm's rate for one stream."""
-    return mlx_lm_rates(folder, ONE.prompt_tokens, ONE.generate_tokens, MLX_LM_STEP)["decode"]
+def decode(ranks: MlxLmRanks, workload: Workload) -> Callable[[], float]:
+    """mlx-lm's decoded tokens per second, of all streams."""
+    return lambda: ranks.rates(workload, max(PREFILL_STEPS))["decode"]
 
 
-def mlx_lm_rates(folder: Path, prompt_tokens: int, generate_tokens: int, step: int) -> dict[str, float]:
-    """Prefill and decode tokens per second of mlx-lm's pipeline over two ranks of MLX's ring."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as hostfile:
-        json.dump([[f"127.0.0.1:{port}"] for port in free_ports(2)], hostfile)
-        hostfile.flush()
-        command = [sys.executable, "-m", "bench.mlx_lm_rank", folder, prompt_tokens, generate_tokens, step]
-        ranks = [
-            subprocess.Popen(
-                list(map(str, command)),
-                stdout=subprocess.PIPE,
-                env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": hostfile.name},
-            )
-            for rank in range(2)
-        ]
-        outputs = [rank.communicate(timeout=LONGEST_S)[0] for rank in ranks]
-    rates: dict[str, float] = json.loads(outputs[0])
-    return rates
+def eight_streams(ranks: MlxLmRanks) -> Callable[[], float]:
+    """Those of eight streams, together or in turn: each time the faster of the two."""
+    return lambda: max(decode(ranks, EIGHT)(), decode(ranks, ONE)())
 
 
-def report(name: str, pairs: list[tuple[float, float]], wanted: float, save: bool) -> None:
+def longest_prompt(ranks: MlxLmRanks) -> Callable[[], float]:
+    """Its prompt tokens per second at the step size that is best, which is found now."""
+    rates = {step: ranks.rates(PROMPT, step)["prefill"] for step in PREFILL_STEPS}
+    print("mlx-lm's prefill by step size:", ", ".join(f"{step}: {rate:.1f}" for step, rate in rates.items()), "tok/s")
+    best = max(rates, key=lambda step: rates[step])
+    return lambda: ranks.rates(PROMPT, best)["prefill"]
+
+
+def report(comparison: Comparison, pairs: list[tuple[float, float]], save: bool) -> None:
     """Print the ratio, and keep the pairs."""
     ours, theirs = zip(*pairs, strict=True)
+    wanted = f", wanted {comparison.wanted}" if comparison.wanted else ""
     print(
-        f"{name}: mlx-k2 {summarize(ours)}, mlx-lm {summarize(theirs)} tok/s, ratio {summarize(ratios(pairs))}, "
-        f"wanted {wanted}",
+        f"{comparison.name}: mlx-k2 {summarize(ours)}, mlx-lm {summarize(theirs)} tok/s, "
+        f"ratio {summarize(ratios(pairs))}{wanted}",
         flush=True,
     )
     if save:
-        rows = [(name, f"{first:.3f}", f"{second:.3f}", f"{first / second:.4f}") for first, second in pairs]
+        rows = [(comparison.name, f"{first:.3f}", f"{second:.3f}", f"{first / second:.4f}") for first, second in pairs]
         print("saved to", save_rows("vs_mlx_lm", ("what", "mlx_k2_tok_s", "mlx_lm_tok_s", "ratio"), rows))
 
 
