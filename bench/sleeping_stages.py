@@ -1,19 +1,19 @@
 """How close the scheduler comes to the ideal when stages sleep instead of computing: no processor is short.
 
-python -m bench.sleeping_stages [--save]
+python -m bench.sleeping_stages [--save] [--pairs N]
 
 Threads stand for the stages: each takes a plan from its inbox, waits for the hop before it, sleeps for the step's time
 and passes it on. The coordinator's part is the real one: the scheduler, its pace, and the messages as bytes. The ideal
-is that of stages that never wait. --save appends the rows to results/sleeping_stages.csv.
+is that of stages that never wait.
 """
 
-import argparse
 import queue
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
-from bench.measure import NUM_PAIRS, save_rows, summarize
+from bench.claims import Claim, measure, read_options
 from mlx_k2.control.messages import SampledToken, StepDone, decode_from_stage, encode_message
 from mlx_k2.engine.cost_model import StageCost, StageSizes, StageSpeed
 from mlx_k2.engine.microbatch import Microbatch
@@ -24,7 +24,6 @@ from mlx_k2.sampling import Sampling
 
 STEP_S = 0.02
 TOKENS = 100
-WANTED = 0.95
 SIZES = StageSizes(
     dense_bytes=1_000_000,
     head_bytes=0,
@@ -81,21 +80,20 @@ class SleepingStages:
 
 def main() -> None:
     """Measure, print, and with --save keep the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save", action="store_true", help="append the rows to results/sleeping_stages.csv")
-    save = parser.parse_args().save
-    rows = []
+    options = read_options(__doc__)
     for num_stages in (2, 3):
         for num_streams in (num_stages, 8):
-            shares = [share_of_ideal(num_stages, num_streams) for _ in range(NUM_PAIRS)]
-            print(f"{num_stages} stages, {num_streams} streams: {summarize(shares)} of the ideal, wanted {WANTED}")
-            rows += [(num_stages, num_streams, f"{share:.4f}") for share in shares]
-    if save:
-        print("saved to", save_rows("sleeping_stages", ("stages", "streams", "share_of_ideal"), rows))
+            name = f"{num_streams} streams on {num_stages} sleeping stages, over stages that never wait"
+            measure("sleeping_stages", Claim(name, partial(steps_per_s, num_stages, num_streams), ideal, 0.95), options)
 
 
-def share_of_ideal(num_stages: int, num_streams: int) -> float:
-    """Steps a second over those of a last stage that never waits."""
+def ideal() -> float:
+    """Steps a second of a last stage that never waits."""
+    return 1 / STEP_S
+
+
+def steps_per_s(num_stages: int, num_streams: int) -> float:
+    """Steps a second, from when the pipeline is full until it begins to empty."""
     stages = SleepingStages(num_stages)
     pace = MeasuredPace([StageCost(SIZES, SPEED)] * num_stages)
     limits = SchedulerLimits(num_streams, TOKENS + 8, 8, num_stages)
@@ -112,7 +110,7 @@ def share_of_ideal(num_stages: int, num_streams: int) -> float:
         arrivals.append(time.perf_counter())
     stages.stop()
     filled = arrivals[2 * num_stages : -2 * num_stages]
-    return (len(filled) - 1) * STEP_S / (filled[-1] - filled[0])
+    return (len(filled) - 1) / (filled[-1] - filled[0])
 
 
 if __name__ == "__main__":

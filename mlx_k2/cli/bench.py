@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,7 @@ def command(**options: Any) -> None:
     ]
     if max(options["streams"]) > _MOST_STREAMS:
         raise click.UsageError(f"--streams: at most {_MOST_STREAMS} sequences at once")
-    if options["plot_path"] is not None:
-        _check_plotting()
+    _check_files(options)
     asked = replace(deployment_request(options), num_slots=max(options["streams"]))
     asked, model = open_source(asked)
     if model is not None:
@@ -160,12 +160,12 @@ def _write(document: dict[str, Any], rows: Sequence[Measured], trace: Trace, opt
             _append_csv(Path(options["csv_path"]), document)
         if options["trace_path"] is not None:
             trace.write(Path(options["trace_path"]))
+        if options["plot_path"] is not None:
+            from mlx_k2.cli.plot import draw
+
+            draw(rows, Path(options["plot_path"]))
     except OSError as error:
         raise RequestError(f"{error.filename} cannot be written: {error.strerror}") from None
-    if options["plot_path"] is not None:
-        from mlx_k2.cli.plot import draw
-
-        draw(rows, Path(options["plot_path"]))
 
 
 def _show(rows: Sequence[Measured]) -> None:
@@ -209,8 +209,11 @@ def _append_csv(path: Path, document: dict[str, Any]) -> None:
         writer.writerows(lines)
 
 
-def _check_plotting() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise click.UsageError("--plot needs matplotlib: pip install matplotlib") from None
+def _check_files(options: dict[str, Any]) -> None:
+    """What would keep a result from being written is said before hours are spent on it."""
+    for name in ("csv", "trace", "plot"):
+        path = options[f"{name}_path"]
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise click.UsageError(f"--{name} {path}: there is no folder {Path(path).absolute().parent}")
+    if options["plot_path"] is not None and find_spec("matplotlib") is None:
+        raise click.UsageError("--plot needs matplotlib: pip install 'mlx-k2[plot]'")

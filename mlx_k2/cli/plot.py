@@ -3,25 +3,45 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mlx_k2.benchmark import Measured
 
 
 def draw(rows: Sequence[Measured], path: Path) -> None:
-    """Two charts side by side in one PNG."""
-    figure, (decode, prefill) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    """Two charts side by side in one PNG. A line goes through the means of repeated runs, each of which is a dot."""
+    figure = Figure(figsize=(10, 4), layout="constrained")  # not pyplot's: no window system is asked for
+    decode, prefill = figure.subplots(1, 2)
     for length in sorted({row.workload.prompt_tokens for row in rows}):
-        of_length = [row for row in rows if row.workload.prompt_tokens == length]
-        points = [(row.workload.streams, row.decode_tokens_per_s) for row in of_length]
-        decode.plot(*zip(*points, strict=True), marker="o", label=f"prompts of {length}")
+        points = [
+            (row.workload.streams, row.decode_tokens_per_s)
+            for row in rows
+            if row.workload.prompt_tokens == length and row.decode_tokens_per_s is not None
+        ]
+        _line(decode, points, f"prompts of {length} tokens")
     for streams in sorted({row.workload.streams for row in rows}):
-        of_streams = [row for row in rows if row.workload.streams == streams]
-        points = [(row.workload.prompt_tokens, row.prefill_tokens_per_s) for row in of_streams]
-        prefill.plot(*zip(*points, strict=True), marker="o", label=f"{streams} streams")
-    decode.set(xlabel="streams", ylabel="decoded tokens/s, all streams", ylim=(0, None))
-    prefill.set(xlabel="prompt tokens", ylabel="prefill tokens/s", ylim=(0, None))
+        points = [
+            (row.workload.prompt_tokens, row.prefill_tokens_per_s) for row in rows if row.workload.streams == streams
+        ]
+        _line(prefill, points, "1 stream" if streams == 1 else f"{streams} streams")
+    decode.set(xlabel="streams", ylabel="decoded tokens/s, all streams")
+    prefill.set(xlabel="prompt tokens", ylabel="prefill tokens/s, all streams")
     for chart in (decode, prefill):
-        chart.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+        chart.set_ylim(bottom=0)
+        chart.xaxis.set_major_locator(MaxNLocator(integer=True))
+        chart.grid(alpha=0.3)
+        chart.legend(frameon=False)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def _line(chart: Axes, points: Sequence[tuple[int, float]], label: str) -> None:
+    places = sorted({place for place, _ in points})
+    means = [_mean([value for at, value in points if at == place]) for place in places]
+    (line,) = chart.plot(places, means, label=label)
+    chart.scatter([place for place, _ in points], [value for _, value in points], color=line.get_color())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from tests.cli.command import CommandLine
 
@@ -19,8 +21,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def document(command_line: CommandLine, files: Path) -> dict[str, Any]:
+    names = {"--csv": "rows.csv", "--trace": "trace.json", "--plot": "plot.png"}
     run = command_line.run(
-        "bench", *SHORT, "--json", "--csv", str(files / "rows.csv"), "--trace", str(files / "trace.json")
+        "bench", *SHORT, "--json", *(word for name in names for word in (name, str(files / names[name])))
     )
     assert run.returncode == 0, run.stderr
     found: dict[str, Any] = json.loads(run.stdout)
@@ -67,9 +70,18 @@ def test_the_trace_has_a_track_for_each_stage_whose_spans_do_not_overlap(documen
         assert {event["cat"] for event in computed} == {"prefill", "decode"}
 
 
+def test_the_plot_is_a_picture_with_lines_in_it(document: dict[str, Any], files: Path) -> None:
+    assert document
+    picture = imread(files / "plot.png")
+    assert picture.shape[:2] == (600, 1500)
+    assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 100  # colours of two lines, smoothed
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--csv", "nowhere/rows.csv"], "there is no folder"),
+        (["--plot", "nowhere/plot.png"], "there is no folder"),
         (["--streams", "0"], "not a list of numbers above 0"),
         (["--streams", "1,x"], "not a list of numbers above 0"),
         (["--streams", "100"], "at most 64 sequences"),

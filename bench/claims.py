@@ -1,0 +1,106 @@
+"""Claims: two sides measured in turn, and the ratio that is asked of them. The README's table is made of their rows.
+
+python -m bench.claims    rewrites the table in README.md from results/claims.csv
+"""
+
+import argparse
+import csv
+import statistics
+import subprocess
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.measure import NUM_PAIRS, RESULTS, alternate, save_rows, summarize
+
+NAME = "claims"
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- made by python -m bench.claims -->\n", "<!-- end -->\n"
+HEADER = ("commit", "script", "claim", "first", "second", "ratio", "asked")
+
+
+class Claim(NamedTuple):
+    """Two sides, each a rate in tokens or steps per second, and the least ratio of first over second, if any."""
+
+    name: str
+    first: Callable[[], float]
+    second: Callable[[], float]
+    asked: float | None = None
+
+
+class Options(NamedTuple):
+    """What every script of claims takes."""
+
+    num_pairs: int
+    save: bool
+
+
+def read_options(description: str | None) -> Options:
+    """The command line of a script of claims."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", action="store_true", help="append the rows to results/claims.csv")
+    parser.add_argument("--pairs", type=int, default=NUM_PAIRS, help=f"pairs of runs a claim  [default: {NUM_PAIRS}]")
+    arguments = parser.parse_args()
+    return Options(arguments.pairs, arguments.save)
+
+
+def measure(script: str, claim: Claim, options: Options) -> None:
+    """Run both sides to warm up, then in turn; print the ratio, and keep the pairs."""
+    claim.first()
+    claim.second()
+    pairs = alternate(claim.first, claim.second, options.num_pairs)
+    firsts, seconds = zip(*pairs, strict=True)
+    ratios = [first / second for first, second in pairs]
+    asked = "" if claim.asked is None else f", asked {claim.asked}"
+    print(
+        f"{claim.name}: {summarize(firsts)} against {summarize(seconds)} a second, ratio {summarize(ratios)}{asked}",
+        flush=True,
+    )
+    if options.save:
+        rows = [
+            (commit(), script, claim.name, f"{first:.3f}", f"{second:.3f}", f"{first / second:.4f}", claim.asked)
+            for first, second in pairs
+        ]
+        save_rows(NAME, HEADER, rows)
+
+
+def commit() -> str:
+    """The working tree's commit, marked when files differ from it."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=7"]
+    return subprocess.run(command, cwd=README.parent, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+def table() -> str:
+    """Each claim's newest rows, as Markdown."""
+    with (RESULTS / f"{NAME}.csv").open(newline="") as file:
+        by_claim: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+        for row in csv.DictReader(file):
+            by_claim[row["script"], row["claim"]].append(row)
+    lines = ["| measured by | what | ratio: median (quartiles) | asked | pairs, commit |", "|---|---|---|---|---|"]
+    for (script, claim), rows in sorted(by_claim.items()):
+        newest = [row for row in rows if (row["date"], row["commit"]) == (rows[-1]["date"], rows[-1]["commit"])]
+        lines.append(
+            f"| `bench.{script}` | {claim} | {_ratio(newest)} | {rows[-1]['asked'] or '-'} "
+            f"| {len(newest)}, {rows[-1]['commit']} |"
+        )
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _ratio(rows: Sequence[dict[str, str]]) -> str:
+    values = [float(row["ratio"]) for row in rows]
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"**{middle:.2f}** ({low:.2f} to {high:.2f})"
+
+
+def with_table(readme: str) -> str:
+    """The README with its table made anew."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    README.write_text(with_table(README.read_text()))
