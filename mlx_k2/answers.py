@@ -1,15 +1,14 @@
 """Many requests at once: each becomes a whole answer. Knows neither files nor a terminal."""
 
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
 from mlx_k2.coordinator import Coordinator
 from mlx_k2.engine.request import FinishReason, Request
-from mlx_k2.text.detokenizer import Detokenizer
-from mlx_k2.text.prompt import opens_reasoning
-from mlx_k2.text.reply_parser import Part, Reply, ReplyParser, whole_reply
+from mlx_k2.text.reply_parser import Reply, whole_reply
+from mlx_k2.text.reply_reader import ReplyReader
 from mlx_k2.text.tokenizer import Tokenizer
 
 
@@ -58,18 +57,6 @@ def answer_all(
 
 def read_reply(tokenizer: Tokenizer, request: Request, token_ids: Sequence[int]) -> Reply:
     """Drawn tokens as reasoning, content and calls; a stop token at the end says nothing."""
-    names: Mapping[int, str] = {token_id: name for name, token_id in tokenizer.special_ids.items()}
-    parser = ReplyParser(tokenizer.special_ids, in_reasoning=opens_reasoning(tokenizer, request.prompt_ids))
-    detokenizer = Detokenizer(tokenizer)
-    parts: list[Part] = []
-    for token_id in token_ids:
-        if token_id in request.stop_ids:
-            continue
-        if token_id in names:
-            parts += parser.text(detokenizer.finish())
-            parts += parser.control(names[token_id])
-        else:
-            parts += parser.text(detokenizer.add(token_id))
-    parts += parser.text(detokenizer.finish())
-    parts += parser.finish()
-    return whole_reply(parts)
+    reader = ReplyReader(tokenizer, request.prompt_ids, request.stop_ids)
+    parts = [part for token_id in token_ids for part in reader.add(token_id)]
+    return whole_reply([*parts, *reader.finish()])

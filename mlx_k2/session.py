@@ -1,11 +1,14 @@
 """Where text and tokens meet: a prompt becomes a request, drawn tokens become text. Knows no terminal."""
 
+import threading
 import time
 from collections.abc import Callable, Generator
+from collections.abc import Sequence as Tokens
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mlx_k2.coordinator import Coordinator, Patience, Renew, StageReport
+from mlx_k2.control.messages import SampledToken
+from mlx_k2.coordinator import Coordinator, Patience, Renew, StageReport, TokenEvent
 from mlx_k2.deployment import Deployment
 from mlx_k2.engine.pace import MeasuredPace
 from mlx_k2.engine.request import FinishReason, Request
@@ -30,6 +33,8 @@ class AnswerSummary:
     """What an answer took; rates are None where too few tokens were there to measure them."""
 
     prompt_tokens: int
+    cached_tokens: int
+    """Of the prompt: those that were in the cache, and were not computed again."""
     generated_tokens: int
     finish_reason: FinishReason
     seed: int
@@ -64,44 +69,98 @@ def coordinate(
     return Coordinator(deployment.group, scheduler, pace, patience or Patience(), on_report, renew)
 
 
+def _nothing() -> tuple[int, ...]:
+    return ()
+
+
 def stream_answer(
-    coordinator: Coordinator, tokenizer: Tokenizer, request: Request
+    coordinator: Coordinator,
+    tokenizer: Tokenizer,
+    request: Request,
+    *,
+    interject: Callable[[], Tokens[int]] = _nothing,
+    stop: threading.Event | None = None,
 ) -> Generator[Delta | AnswerSummary, None, None]:
     """Run ``request`` to its end: a Delta for each token as it is drawn, then one AnswerSummary.
 
-    Closing the generator early cancels the request.
+    ``interject`` is asked before each token, perhaps twice; the tokens that it gives stand in the answer as if they
+    had been drawn, and the answer goes on behind them. Closing the generator early cancels the request. So does
+    ``stop``, set from anywhere, and the summary says so.
 
     Raises:
         ClusterError: a stage failed; the tokens so far were yielded.
     """
     detokenizer = Detokenizer(tokenizer)
-    began = time.perf_counter()
-    arrivals: list[float] = []
-    with closing(coordinator.run(request)) as events:
-        for event in events:
-            token, finished = event.token, event.sequence.finish_reason
-            if token is not None:
-                arrivals.append(time.perf_counter())
-                text = "" if token.token_id in request.stop_ids else detokenizer.add(token.token_id)
-                if finished is not None:
-                    text += detokenizer.finish()
-                yield Delta(token.token_id, text, token.logprob, token.top)
-            if finished is not None:
-                yield _summary(event.sequence, finished, began, arrivals)
+    answer = _Answer(request)
+    while answer.finish_reason is None and not (stop is not None and stop.is_set()):
+        for token_id in interject():
+            answer.give(token_id)
+            yield Delta(token_id, detokenizer.add(token_id), None, ())
+        with closing(coordinator.run(answer.rest, stop=stop)) as events:
+            for event in events:
+                token = answer.take(event)
+                if token is not None:
+                    text = "" if token.token_id in request.stop_ids else detokenizer.add(token.token_id)
+                    if answer.finish_reason is not None:
+                        text += detokenizer.finish()
+                    yield Delta(token.token_id, text, token.logprob, token.top)
+                if answer.finish_reason is None and interject():
+                    break
+    yield answer.summary()
 
 
-def _summary(sequence: Sequence, reason: FinishReason, began: float, arrivals: list[float]) -> AnswerSummary:
-    request = sequence.request
-    first_s = arrivals[0] - began if arrivals else None
-    decode_s = arrivals[-1] - arrivals[0] if arrivals else 0.0
-    return AnswerSummary(
-        prompt_tokens=len(request.prompt_ids),
-        generated_tokens=len(arrivals),
-        finish_reason=reason,
-        seed=request.sampling.seed,
-        time_to_first_token_s=first_s,
-        prefill_tokens_per_s=len(request.prompt_ids) / first_s if first_s else None,
-        decode_tokens_per_s=(len(arrivals) - 1) / decode_s if decode_s > 0 else None,
-        num_guesses=sequence.num_guesses,
-        num_hits=sequence.num_hits,
-    )
+class _Answer:
+    """An answer so far: drawn by one sequence, and by one more after each interjection."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._began = time.perf_counter()
+        self._arrivals: list[float] = []
+        self._token_ids = list(request.prompt_ids)
+        self._sequences: list[Sequence] = []
+        self._cached_tokens = 0
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def rest(self) -> Request:
+        """What is still to be drawn, after all that is there."""
+        timeout_s = self._request.timeout_s
+        if timeout_s is not None and self._sequences:
+            timeout_s = max(0.0, timeout_s - (time.perf_counter() - self._began))
+        max_tokens = self._request.max_tokens - len(self._arrivals)
+        return replace(self._request, prompt_ids=tuple(self._token_ids), max_tokens=max_tokens, timeout_s=timeout_s)
+
+    def give(self, token_id: int) -> None:
+        """Put a token into the answer that was not drawn."""
+        self._token_ids.append(token_id)
+
+    def take(self, event: TokenEvent) -> SampledToken | None:
+        """Take what comes next; the token that was drawn, if one was."""
+        if not self._sequences:
+            self._cached_tokens = event.sequence.shared.num_tokens
+        if event.sequence not in self._sequences:
+            self._sequences.append(event.sequence)
+        if event.token is not None:
+            self._arrivals.append(time.perf_counter())
+            self._token_ids.append(event.token.token_id)
+        self.finish_reason = event.sequence.finish_reason
+        return event.token
+
+    def summary(self) -> AnswerSummary:
+        """What it took; of an answer that has not ended, that it was cancelled."""
+        prompt_tokens = len(self._request.prompt_ids)
+        arrivals = self._arrivals
+        first_s = arrivals[0] - self._began if arrivals else None
+        decode_s = arrivals[-1] - arrivals[0] if arrivals else 0.0
+        return AnswerSummary(
+            prompt_tokens=prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            generated_tokens=len(arrivals),
+            finish_reason=self.finish_reason or FinishReason.CANCELLED,
+            seed=self._request.sampling.seed,
+            time_to_first_token_s=first_s,
+            prefill_tokens_per_s=(prompt_tokens - self._cached_tokens) / first_s if first_s else None,
+            decode_tokens_per_s=(len(arrivals) - 1) / decode_s if decode_s > 0 else None,
+            num_guesses=sum(sequence.num_guesses for sequence in self._sequences),
+            num_hits=sum(sequence.num_hits for sequence in self._sequences),
+        )

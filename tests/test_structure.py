@@ -22,6 +22,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("run_log",),
     ("recovery",),
     ("session", "answers"),
+    ("chat",),
     ("benchmark",),
     ("cli",),
 )

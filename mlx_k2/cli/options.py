@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 import click
 
+from mlx_k2.chat.session import MAX_TOOL_CALLS
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _CLUSTER = (
@@ -72,6 +74,30 @@ _SAMPLING = (
     click.option("--seed", type=int, help="The same seed draws the same tokens.  [default: a random one]"),
 )
 
+_TOOLS = (
+    click.option("--tools", "tools_path", metavar="FILE.py", help="Python functions that the model may call."),
+    click.option("--mcp", "mcp_path", metavar="FILE.json", help="MCP servers whose tools the model may call."),
+    click.option("--yes", is_flag=True, help="Run every tool call without asking."),
+    click.option("--allow-tool", "allowed_tools", multiple=True, metavar="NAME", help="Run this tool without asking."),
+    click.option(
+        "--max-tool-calls",
+        type=click.IntRange(min=0),
+        default=MAX_TOOL_CALLS,
+        show_default=True,
+        help="So many tool calls for one message, then the model has to answer.",
+    ),
+    click.option(
+        "--tool-timeout",
+        "tool_timeout_s",
+        type=click.FloatRange(0.1, 86400),
+        default=120.0,
+        metavar="SECONDS",
+        help="How long one tool call may take.  [default: 120]",
+    ),
+    click.option("--thinking-budget", type=click.IntRange(min=0), metavar="N", help="End thinking after N tokens."),
+    click.option("--hide-thinking", is_flag=True, help="Do not show what the model thinks."),
+)
+
 
 class _Limit(click.ParamType[int]):
     """A number of times, or ``off`` for none."""
@@ -126,6 +152,11 @@ def cluster_options(command: Command) -> Command:
 def sampling_options(command: Command) -> Command:
     """How tokens are drawn."""
     return _with(_SAMPLING, command)
+
+
+def tool_options(command: Command) -> Command:
+    """What the model may call, and how much of its thinking is wanted."""
+    return _with(_TOOLS, command)
 
 
 def _with(options: tuple[Callable[[Command], Command], ...], command: Command) -> Command:

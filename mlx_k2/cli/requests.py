@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_k2.chat.conversation import Conversation
+from mlx_k2.chat.session import MAX_TOOL_CALLS, ReplySettings
 from mlx_k2.cli.prompt_files import PromptLine
 from mlx_k2.cluster.hostfile import Hostfile, local_hostfile, read_hostfile
 from mlx_k2.cluster.partition import parse_split
 from mlx_k2.control.messages import ModelSource
 from mlx_k2.deployment import DeploymentRequest
-from mlx_k2.engine.request import Request, check_request
+from mlx_k2.engine.request import Request
 from mlx_k2.errors import DownloadError, HostfileError, RequestError
 from mlx_k2.model_source import BUILTIN, is_repo, model_folder, read_model_files
 from mlx_k2.sampling import GenerationConfig, Sampling
@@ -164,16 +166,41 @@ def _prompt(
     model: ModelDescription,
     context_tokens: int,
 ) -> Prompt:
+    return Prompt(reply_settings(options, model, tokenizer, context_tokens).request(tokenizer, prompt_ids), tokenizer)
+
+
+def reply_settings(
+    options: Mapping[str, Any], model: ModelDescription, tokenizer: Tokenizer, context_tokens: int
+) -> ReplySettings:
+    """How replies are drawn: as asked, else as the checkpoint recommends.
+
+    Raises:
+        RequestError: a value is out of range.
+    """
     recommended = GenerationConfig.from_json(model.files.get("generation_config.json", b"{}"))
-    request = Request(
-        prompt_ids=tuple(prompt_ids),
-        max_tokens=context_tokens if options["max_tokens"] is None else options["max_tokens"],
+    return ReplySettings(
         sampling=_sampling(options, recommended),
+        max_tokens=context_tokens if options["max_tokens"] is None else options["max_tokens"],
         stop_ids=tokenizer.stop_ids | {*model.config.eos_token_ids, *recommended.eos_token_ids},
         timeout_s=options["timeout"],
+        context_tokens=context_tokens,
+        thinking_budget=options.get("thinking_budget"),
+        max_tool_calls=options.get("max_tool_calls", MAX_TOOL_CALLS),
     )
-    check_request(request, model.config.vocab_size, context_tokens)
-    return Prompt(request, tokenizer)
+
+
+def new_conversation(
+    options: Mapping[str, Any],
+    model: ModelDescription,
+    tokenizer: Tokenizer,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> Conversation:
+    """A conversation in which nobody said anything yet.
+
+    Raises:
+        TokenizerError: the model's chat template cannot be read.
+    """
+    return Conversation(load_chat_template(model.files), tokenizer, tools, options["system"] or None)
 
 
 def base_seed(options: Mapping[str, Any]) -> int:
@@ -185,7 +212,7 @@ def base_seed(options: Mapping[str, Any]) -> int:
 def _sampling(options: Mapping[str, Any], recommended: GenerationConfig) -> Sampling:
     values = {name: getattr(recommended, name) if options[name] is None else options[name] for name in SAMPLING_NAMES}
     given = {name: value for name, value in values.items() if value is not None}
-    return Sampling(seed=base_seed(options), num_logprobs=options["num_logprobs"], **given)
+    return Sampling(seed=base_seed(options), num_logprobs=options.get("num_logprobs"), **given)
 
 
 def _prompt_ids(options: Mapping[str, Any], text: str, model: ModelDescription, tokenizer: Tokenizer) -> list[int]:

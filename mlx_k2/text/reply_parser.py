@@ -67,6 +67,11 @@ class ReplyParser:
         self._id: list[str] = []
         self._arguments: list[str] = []
 
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether text that came now would be reasoning."""
+        return self._place is _Place.SPEECH and self._speech is Reasoning
+
     def text(self, text: str) -> Iterator[Part]:
         """The parts that the next ordinary text completes."""
         return self._read(self._scanner.text(text))

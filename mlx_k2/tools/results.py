@@ -1,33 +1,9 @@
-"""What a tool call came to, as plain text of bounded size. Knows neither servers nor models."""
-
-import enum
-from dataclasses import dataclass
+"""What a server returned, as plain text of bounded size. Knows neither servers nor models."""
 
 import msgspec
 from mcp import types
 
-
-class Outcome(enum.Enum):
-    """How a tool call ended."""
-
-    DONE = "done"
-    CUT = "cut"
-    """Done, but it returned more than the bound; the text is its beginning."""
-    FAILED = "failed"
-    """The tool says that it failed, or its server does not take the call."""
-    TIMED_OUT = "timed out"
-    LOST = "lost"
-    """The server ended or cannot be reached; its next call starts it anew."""
-    REFUSED = "refused"
-    """No such tool."""
-
-
-@dataclass(frozen=True)
-class ToolResult:
-    """The answer to one call; ``text`` is what the model reads, whatever the outcome."""
-
-    outcome: Outcome
-    text: str
+from mlx_k2.tools.outcome import Outcome, ToolResult
 
 
 def read_result(result: types.CallToolResult, max_chars: int) -> ToolResult:

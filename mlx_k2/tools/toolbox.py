@@ -15,7 +15,8 @@ from mcp import types
 
 from mlx_k2.errors import ToolsError
 from mlx_k2.tools.connection import Connection, ServerLost
-from mlx_k2.tools.results import Outcome, ToolResult, read_result
+from mlx_k2.tools.outcome import Outcome, ToolResult
+from mlx_k2.tools.results import read_result
 from mlx_k2.tools.servers import Server
 
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_.-]")

@@ -29,6 +29,7 @@ NOTHING: dict[str, Any] = {
     "repetition_penalty": None,
     "seed": None,
     "num_logprobs": None,
+    "timeout": None,
 }
 
 

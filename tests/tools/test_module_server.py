@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from mlx_k2.errors import ToolsError
-from mlx_k2.tools.results import Outcome, ToolResult
+from mlx_k2.tools.outcome import Outcome, ToolResult
 from mlx_k2.tools.servers import python_module
 from mlx_k2.tools.toolbox import Limits, open_toolbox
 

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mcp import types
 
-from mlx_k2.tools.results import Outcome, read_result
+from mlx_k2.tools.outcome import Outcome
+from mlx_k2.tools.results import read_result
 
 
 def text(content: str) -> types.TextContent:

@@ -1,0 +1,149 @@
+"""The messages of a conversation, and its prompts as token ids. Knows no stages and runs nothing."""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mlx_k2.errors import RequestError
+from mlx_k2.text.chat_template import ChatTemplate
+from mlx_k2.text.drawn_turns import DrawnTurns
+from mlx_k2.text.history import assistant_message, num_calls, tool_messages, with_normal_ids
+from mlx_k2.text.messages import checked_messages
+from mlx_k2.text.prompt import Piece, encode_pieces, render_pieces
+from mlx_k2.text.reply_parser import Reply
+from mlx_k2.text.tokenizer import Tokenizer
+
+Message = dict[str, Any]
+"""In OpenAI's format, with ``reasoning_content``."""
+
+
+class Conversation:
+    """Messages, and what the model drew for those that are its own.
+
+    ``tools`` are declarations in OpenAI's format. What the template does with a message is its own affair: reasoning
+    is in every message of the model, and Kimi's template leaves it out once an answer follows.
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        tokenizer: Tokenizer,
+        tools: Sequence[Mapping[str, Any]] = (),
+        system: str | None = None,
+    ) -> None:
+        self._template = template
+        self._tokenizer = tokenizer
+        self._tools = list(tools)
+        self._drawn = DrawnTurns(tokenizer)
+        self._messages: list[Message] = []
+        self.set_system(system)
+
+    @property
+    def messages(self) -> list[Message]:
+        """A copy of all messages, the system prompt included."""
+        return copy.deepcopy(self._messages)
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt; None: the template's own."""
+        return self._messages[0]["content"] if self._has_system else None
+
+    @property
+    def ends_with_user(self) -> bool:
+        """Whether a message of the user waits for its answer."""
+        return bool(self._messages) and self._messages[-1]["role"] == "user"
+
+    def set_system(self, text: str | None) -> None:
+        """Give another system prompt; None for the template's own."""
+        rest = self._messages[self._has_system :]
+        self._messages = rest if text is None else [{"role": "system", "content": text}, *rest]
+
+    def add_user(self, text: str) -> Message:
+        """The user says something."""
+        return self._add({"role": "user", "content": text})
+
+    def add_reply(self, reply: Reply, token_ids: Iterable[int]) -> Message:
+        """The model replies, with these tokens; the one that ends the turn may be among them."""
+        self._drawn.keep(self._num_turns(self._messages), token_ids)
+        return self._add(assistant_message(reply, num_calls(self._messages)))
+
+    def add_results(self, texts: Sequence[str]) -> list[Message]:
+        """The tools return; one text for each call of the last reply, in their order."""
+        return [self._add(message) for message in tool_messages(self._messages[-1], texts)]
+
+    def undo(self) -> str | None:
+        """Take back the last message of the user and all that follows it; its text, or None where there is none."""
+        if (asked := self._last_user) is None:
+            return None
+        text: str = self._messages[asked]["content"]
+        self._cut(asked)
+        return text
+
+    def take_back_reply(self) -> bool:
+        """Take back all that follows the last message of the user; whether there is such a message."""
+        if (asked := self._last_user) is None:
+            return False
+        self._cut(asked + 1)
+        return True
+
+    def reset(self) -> None:
+        """Take back everything but the system prompt."""
+        self._cut(int(self._has_system))
+
+    def load(self, messages: Sequence[Mapping[str, object]], context_tokens: int) -> None:
+        """Go on from ``messages`` instead.
+
+        Raises:
+            RequestError, TokenizerError: they are malformed, cannot be rendered, or are more than ``context_tokens``;
+                the conversation is as it was.
+        """
+        loaded = with_normal_ids(checked_messages(messages))
+        num_tokens = len(encode_pieces(self._tokenizer, self._rendered(loaded)))
+        if num_tokens >= context_tokens:
+            raise RequestError(
+                f"these messages are {num_tokens} tokens, and the context holds {context_tokens}: "
+                "give a larger --context"
+            )
+        self._drawn.forget_from(0)
+        self._messages = loaded
+
+    def prompt_ids(self) -> list[int]:
+        """The prompt for the next reply.
+
+        Raises:
+            RequestError, TokenizerError: the template refuses the messages, or fails.
+        """
+        return self._encode(self._rendered(self._messages))
+
+    def known_ids(self) -> list[int]:
+        """The beginning of the prompt for the reply to the user's next message, whatever that says."""
+        one, other = (self._rendered([*self._messages, {"role": "user", "content": content}]) for content in ("a", "b"))
+        num_alike = next(index for index, (left, right) in enumerate(zip(one, other, strict=True)) if left != right)
+        return self._encode(one[:num_alike])
+
+    @property
+    def _has_system(self) -> bool:
+        return bool(self._messages) and self._messages[0]["role"] == "system"
+
+    @property
+    def _last_user(self) -> int | None:
+        indices = [index for index, message in enumerate(self._messages) if message["role"] == "user"]
+        return indices[-1] if indices else None
+
+    def _add(self, message: Message) -> Message:
+        self._messages.append(message)
+        return copy.deepcopy(message)
+
+    def _cut(self, length: int) -> None:
+        del self._messages[length:]
+        self._drawn.forget_from(self._num_turns(self._messages))
+
+    def _rendered(self, messages: Sequence[Message]) -> list[Piece]:
+        return render_pieces(self._template, self._tokenizer, messages, self._tools)
+
+    def _encode(self, pieces: Sequence[Piece]) -> list[int]:
+        return self._drawn.encode(pieces)
+
+    @staticmethod
+    def _num_turns(messages: Iterable[Mapping[str, Any]]) -> int:
+        return sum(message["role"] == "assistant" for message in messages)

@@ -1,0 +1,103 @@
+"""Where replies come from: the stages, which also compute ahead while nobody asks. Knows tokens, and no messages."""
+
+import threading
+from collections.abc import Callable, Generator, Sequence
+from types import TracebackType
+from typing import Protocol
+
+from mlx_k2.coordinator import Coordinator
+from mlx_k2.engine.request import Request
+from mlx_k2.errors import ClusterError, SetupError
+from mlx_k2.sampling import Sampling
+from mlx_k2.session import AnswerSummary, Delta, stream_answer
+from mlx_k2.text.tokenizer import Tokenizer
+
+_CLOSE_S = 2.0
+
+
+class ReplySource(Protocol):
+    """Draws replies, one after the other."""
+
+    def stream(
+        self, request: Request, interject: Callable[[], Sequence[int]], stop: threading.Event
+    ) -> Generator[Delta | AnswerSummary, None, None]:
+        """The reply to a prompt, as ``stream_answer`` gives it."""
+
+    def compute_ahead(self, prompt_ids: Callable[[], Sequence[int]]) -> None:
+        """Until the next reply is asked for, compute the beginning of its prompt."""
+
+    def settle(self) -> None:
+        """End what is computed ahead; what it has come to stays cached."""
+
+
+class StageReplies:
+    """Replies from stages that are ready. A context: at its end nothing is computed ahead any more."""
+
+    def __init__(self, coordinator: Coordinator, tokenizer: Tokenizer) -> None:
+        self._coordinator = coordinator
+        self._tokenizer = tokenizer
+        self._ahead: _Ahead | None = None
+
+    def __enter__(self) -> "StageReplies":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._ahead is not None:
+            self._ahead.stop.set()
+            self._ahead.join(_CLOSE_S)  # a step that takes longer ends with the stages
+
+    def stream(
+        self, request: Request, interject: Callable[[], Sequence[int]], stop: threading.Event
+    ) -> Generator[Delta | AnswerSummary, None, None]:
+        """The reply to a prompt.
+
+        Raises:
+            ClusterError: a stage failed, now or while something was computed ahead.
+        """
+        self.settle()
+        return stream_answer(self._coordinator, self._tokenizer, request, interject=interject, stop=stop)
+
+    def compute_ahead(self, prompt_ids: Callable[[], Sequence[int]]) -> None:
+        """Until the next reply is asked for, compute ``prompt_ids`` on a thread of its own."""
+        self.settle()
+        self._ahead = _Ahead(self._coordinator, prompt_ids)
+        self._ahead.start()
+
+    def settle(self) -> None:
+        """End what is computed ahead, after the steps that are under way.
+
+        Raises:
+            ClusterError: a stage had failed.
+        """
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.stop.set()
+            ahead.join()
+            if ahead.fault is not None:
+                raise ahead.fault
+
+
+class _Ahead(threading.Thread):
+    """Computes one prompt; the token that is drawn behind it is thrown away."""
+
+    def __init__(self, coordinator: Coordinator, prompt_ids: Callable[[], Sequence[int]]) -> None:
+        super().__init__(name="computing ahead", daemon=True)
+        self._coordinator = coordinator
+        self._prompt_ids = prompt_ids
+        self.stop = threading.Event()
+        self.fault: ClusterError | None = None
+
+    def run(self) -> None:
+        """Until the prompt is cached, or ``stop`` is set."""
+        try:
+            token_ids = tuple(self._prompt_ids())
+        except SetupError:  # what cannot be rendered is refused when it is asked
+            return
+        request = Request(token_ids, 1, Sampling(seed=0, temperature=0), frozenset())
+        try:
+            for _ in self._coordinator.run(request, stop=self.stop):
+                pass
+        except ClusterError as fault:
+            self.fault = fault

@@ -1,0 +1,206 @@
+"""A conversation that runs: what the user says in, what happens out. Knows neither stages nor a terminal."""
+
+import threading
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from mlx_k2.chat.conversation import Conversation
+from mlx_k2.chat.events import Event, Said
+from mlx_k2.chat.reply_source import ReplySource
+from mlx_k2.chat.tool_round import Approve, Tools, run_calls
+from mlx_k2.engine.request import FinishReason, Request, check_request
+from mlx_k2.errors import ClusterError, RequestError
+from mlx_k2.sampling import Sampling
+from mlx_k2.session import Delta
+from mlx_k2.text.reply_parser import Part, whole_reply
+from mlx_k2.text.reply_reader import ReplyReader
+from mlx_k2.text.tokenizer import Tokenizer
+
+MAX_TOOL_CALLS = 300
+"""Kimi K2 Thinking is made for two to three hundred calls in a row."""
+_NUM_SEEDS = 2**63
+
+
+@dataclass(frozen=True)
+class ReplySettings:
+    """How replies are drawn. ``max_tokens`` is for each reply, ``max_tool_calls`` for each message of the user."""
+
+    sampling: Sampling
+    max_tokens: int
+    stop_ids: frozenset[int]
+    context_tokens: int
+    timeout_s: float | None = None
+    """For each reply, from when its prompt begins."""
+    thinking_budget: int | None = None
+    """So many tokens of reasoning, then it is closed; None lets the model think as long as it likes."""
+    max_tool_calls: int = MAX_TOOL_CALLS
+
+    def request(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> Request:
+        """A reply to a prompt.
+
+        Raises:
+            RequestError: it can never run.
+        """
+        request = Request(tuple(prompt_ids), self.max_tokens, self.sampling, self.stop_ids, self.timeout_s)
+        check_request(request, tokenizer.vocab_size, self.context_tokens)
+        return request
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """The tools that a model may call, and whom to ask before each call."""
+
+    tools: Tools
+    approve: Approve
+
+
+@dataclass
+class _Drawn:
+    """A reply: its tokens and its parts so far, and how it ended."""
+
+    token_ids: list[int]
+    parts: list[Part]
+    finish_reason: FinishReason = FinishReason.CANCELLED
+
+
+class ChatSession:
+    """One conversation with one model.
+
+    The methods that answer are generators: the conversation goes on as they are iterated, and each message is part
+    of it when its ``Said`` comes. ``stop`` ends an answer from anywhere; everything else is for one thread.
+    """
+
+    def __init__(
+        self,
+        source: ReplySource,
+        tokenizer: Tokenizer,
+        conversation: Conversation,
+        settings: ReplySettings,
+        toolkit: Toolkit | None = None,
+    ) -> None:
+        self._source = source
+        self._tokenizer = tokenizer
+        self._conversation = conversation
+        self._settings = settings
+        self._toolkit = toolkit
+        self._stop = threading.Event()
+        self._close_ids = () if settings.thinking_budget is None else (tokenizer.token_id("</think>"),)
+
+    def say(self, text: str) -> Generator[Event, None, None]:
+        """The user says ``text``, and the model answers.
+
+        Raises:
+            RequestError: the conversation is too long for the context. Where that is so at once, the message is not
+                taken; after tool calls, their results are part of the conversation.
+            ClusterError: a stage failed; what was said so far is part of the conversation.
+        """
+        self._stop.clear()
+        conversation = self.settled()
+        message = conversation.add_user(text)
+        try:
+            request = self._request()
+        except RequestError:
+            conversation.undo()
+            raise
+        yield Said(message)
+        yield from self._answer(request)
+
+    def retry(self) -> Generator[Event, None, None]:
+        """The model answers the user's last message anew, with another seed; errors as of ``say``."""
+        self._stop.clear()
+        if not self.settled().take_back_reply():
+            raise RequestError("there is nothing to answer yet")
+        sampling = self._settings.sampling
+        seed = (sampling.seed + 1) % _NUM_SEEDS
+        self._settings = replace(self._settings, sampling=msgspec.structs.replace(sampling, seed=seed))
+        yield from self._answer(self._request())
+
+    def stop(self) -> None:
+        """End the answer that is under way, soon; safe in a signal handler and from any thread."""
+        self._stop.set()
+
+    @property
+    def conversation(self) -> Conversation:
+        """The conversation, to look at."""
+        return self._conversation
+
+    def load(self, messages: Sequence[Mapping[str, object]]) -> None:
+        """Go on from these messages instead.
+
+        Raises:
+            RequestError, TokenizerError: they cannot be used; the conversation is as it was.
+        """
+        self.settled().load(messages, self._settings.context_tokens)
+
+    def settled(self) -> Conversation:
+        """The conversation, to look at or to change, while nothing is computed ahead from it."""
+        self._source.settle()
+        return self._conversation
+
+    def compute_ahead(self) -> None:
+        """While the user thinks, compute what is known of the next prompt."""
+        limit = self._settings.context_tokens - 1
+        self._source.compute_ahead(lambda: self._conversation.known_ids()[:limit])
+
+    def _request(self) -> Request:
+        return self._settings.request(self._tokenizer, self._conversation.prompt_ids())
+
+    def _answer(self, request: Request) -> Generator[Event, None, None]:
+        """Replies and rounds of tool calls, until a reply calls no tool."""
+        calls_left = self._settings.max_tool_calls
+        while True:
+            drawn = yield from self._draw(request)
+            if drawn.finish_reason in (FinishReason.CANCELLED, FinishReason.TIMEOUT):
+                yield from self._keep_beginning(drawn)
+                return
+            reply = whole_reply(drawn.parts)
+            if self._toolkit is None or calls_left < 0:
+                reply = replace(reply, calls=())
+            yield Said(self._conversation.add_reply(reply, drawn.token_ids))
+            if self._toolkit is None or not reply.calls:
+                return
+            texts = yield from run_calls(
+                reply.calls, self._toolkit.tools, self._toolkit.approve, self._stop, calls_left
+            )
+            for message in self._conversation.add_results(texts):
+                yield Said(message)
+            calls_left = -1 if len(reply.calls) > calls_left else calls_left - len(reply.calls)
+            if self._stop.is_set():
+                return
+            request = self._request()
+
+    def _draw(self, request: Request) -> Generator[Event, None, _Drawn]:
+        """One reply; of one that a fault ends, the beginning is kept."""
+        reader = ReplyReader(self._tokenizer, request.prompt_ids, request.stop_ids)
+        budget = self._settings.thinking_budget
+        drawn = _Drawn([], [])
+        num_thought = 0
+
+        def interject() -> Sequence[int]:
+            return self._close_ids if budget is not None and reader.in_reasoning and num_thought >= budget else ()
+
+        try:
+            for event in self._source.stream(request, interject, self._stop):
+                yield event
+                if isinstance(event, Delta):
+                    was_thinking = reader.in_reasoning
+                    drawn.token_ids.append(event.token_id)
+                    parts = reader.add(event.token_id)
+                    num_thought += was_thinking and reader.in_reasoning
+                else:
+                    drawn.finish_reason = event.finish_reason
+                    parts = reader.finish()
+                drawn.parts += parts
+                yield from parts
+        except ClusterError:
+            yield from self._keep_beginning(drawn)
+            raise
+        return drawn
+
+    def _keep_beginning(self, drawn: _Drawn) -> Generator[Event, None, None]:
+        """Of an answer that was stopped, keep what is said; with nothing but thoughts it never was."""
+        reply = replace(whole_reply(drawn.parts), calls=())
+        if reply.content.strip():
+            yield Said(self._conversation.add_reply(reply, drawn.token_ids))

@@ -1,0 +1,164 @@
+"""`mlx-k2 chat`: a conversation in the terminal, with thinking and tools."""
+
+import os
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import platformdirs
+
+from mlx_k2 import __version__
+from mlx_k2.chat.reply_source import StageReplies
+from mlx_k2.chat.session import ChatSession, Toolkit
+from mlx_k2.chat.tool_round import Tools
+from mlx_k2.cli.console import ConsoleWatcher, note, show_stage_use
+from mlx_k2.cli.options import (
+    cluster_options,
+    guess_option,
+    log_dir_option,
+    restarts_option,
+    sampling_options,
+    timeout_option,
+    tool_options,
+)
+from mlx_k2.cli.repl.commands import HELP, Commands, Model
+from mlx_k2.cli.repl.consent import Consent
+from mlx_k2.cli.repl.keyboard import Keyboard, LineKeyboard, TerminalKeyboard, usable_history
+from mlx_k2.cli.repl.loop import Repl
+from mlx_k2.cli.repl.screen import PlainScreen, RichScreen, Screen
+from mlx_k2.cli.repl.tally import Tally
+from mlx_k2.cli.repl.transcript import Transcript
+from mlx_k2.cli.requests import deployment_request, log_dir, new_conversation, open_source, reply_settings
+from mlx_k2.cli.toolkit import opened_tools
+from mlx_k2.deployment import DeploymentRequest, foresee
+from mlx_k2.errors import ClusterError, RequestError
+from mlx_k2.recovery import LastingDeployment
+from mlx_k2.session import coordinate
+from mlx_k2.text.tokenizer import load_tokenizer
+from mlx_k2.weights.checkpoint import ModelDescription
+
+WANTED_SLOTS = 2
+"""One for the answer, and one for what is computed ahead of the next: so /retry finds its prompt cached, too."""
+
+
+@click.command()
+@cluster_options
+@click.option("--system", metavar="TEXT", help="The system prompt.  [default: the model's own]")
+@sampling_options
+@timeout_option
+@tool_options
+@guess_option
+@restarts_option
+@log_dir_option
+@click.option("--transcript", "transcript_path", metavar="FILE", help="Append all that is said, as JSON lines.")
+def command(**options: Any) -> None:
+    """Chat in the terminal.
+
+    \b
+    With the small built-in model:
+        mlx-k2 chat
+
+    \b
+    With Kimi K2 Thinking on two Macs, and tools:
+        mlx-k2 chat --hostfile two-macs.json --model ~/Kimi-K2-Thinking --mcp mcp.json
+
+    /help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves. Where standard input or output is no terminal,
+    each line read is a message; answers go to stdout, everything else to stderr.
+    """  # noqa: D301  # click reads the escape
+    request = replace(deployment_request(options), num_slots=WANTED_SLOTS)
+    for line in request.hostfile.notes:
+        note(line)
+    request, model = open_source(request)
+    if model is not None:  # refuse what can be refused before anything is started
+        shape, _ = foresee(request, model)
+        _check(options, model, shape.context_tokens)
+    with ExitStack() as stack:
+        screen = _screen(options)
+        transcript = None
+        if options["transcript_path"] is not None:
+            transcript = stack.enter_context(Transcript(Path(options["transcript_path"]), screen.note))
+        tools = stack.enter_context(opened_tools(options))
+        watcher = stack.enter_context(ConsoleWatcher(options["verbose"]))
+        lasting = stack.enter_context(LastingDeployment(request, model, watcher, options["restarts"], log_dir(options)))
+        watcher.done()
+        _chat(options, request, lasting, screen, tools, transcript)
+
+
+def _check(options: dict[str, Any], model: ModelDescription, context_tokens: int) -> None:
+    tokenizer = load_tokenizer(model.files, model.config.vocab_size)
+    settings = reply_settings(options, model, tokenizer, context_tokens)
+    settings.request(tokenizer, new_conversation(options, model, tokenizer).known_ids())
+
+
+def _chat(
+    options: dict[str, Any],
+    request: DeploymentRequest,
+    lasting: LastingDeployment,
+    screen: Screen,
+    tools: Tools | None,
+    transcript: Transcript | None,
+) -> None:
+    deployment = lasting.deployment
+    model, context_tokens = deployment.model, deployment.shape.context_tokens
+    tokenizer = load_tokenizer(model.files, model.config.vocab_size)
+    conversation = new_conversation(options, model, tokenizer, () if tools is None else tools.declarations)
+    tally = Tally(context_tokens, len(deployment.plans), len(conversation.known_ids()))
+    coordinator = coordinate(
+        deployment,
+        guesses=options["guess"] == "ngram",
+        on_report=lasting.on_report,
+        renew=lambda error: lasting.renew(error, screen.restart),
+    )
+    name = Model(request.source.path_or_repo, model.digest)
+    keyboard = _keyboard(tally)
+    consent = Consent(screen, keyboard, options["allowed_tools"], everything=options["yes"])
+    with StageReplies(coordinator, tokenizer) as replies:
+        settings = reply_settings(options, model, tokenizer, context_tokens)
+        toolkit = None if tools is None else Toolkit(tools, consent)
+        session = ChatSession(replies, tokenizer, conversation, settings, toolkit)
+        consent.answer = session
+        commands = Commands(
+            session, name, screen, tally, tools, consent, lambda: show_stage_use(lasting.deployment, coordinator.use)
+        )
+        if transcript is not None:
+            transcript.write({"started": {"mlx-k2": __version__, "model": name.name, "digest": name.digest}})
+        screen.note(f"{name.name} · /help lists the commands, Ctrl-D leaves")
+        try:
+            Repl(session, commands, keyboard, screen, tally, transcript).run()
+        except ClusterError:
+            _rescue(commands, screen)
+            raise
+
+
+def _screen(options: dict[str, Any]) -> Screen:
+    """Plain where stdout is no terminal, with NO_COLOR, and in a dumb terminal."""
+    plain = not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR")) or _is_dumb()
+    return (PlainScreen if plain else RichScreen)(show_thinking=not options["hide_thinking"])
+
+
+def _keyboard(tally: Tally) -> Keyboard:
+    """With editing where both ends are a terminal that can do it."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()) or _is_dumb():
+        return LineKeyboard()
+    history = usable_history(platformdirs.user_state_path("mlx-k2") / "chat-history")
+    return TerminalKeyboard(history, list(HELP), tally.status, colours=not os.environ.get("NO_COLOR"))
+
+
+def _is_dumb() -> bool:
+    return os.environ.get("TERM", "dumb") in ("dumb", "unknown", "")
+
+
+def _rescue(commands: Commands, screen: Screen) -> None:
+    """The stages cannot go on: keep what was said where /load finds it."""
+    path = platformdirs.user_state_path("mlx-k2") / f"chat-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        commands.save_to(path)
+    except (OSError, RequestError) as error:
+        screen.note(f"the conversation could not be kept: {error}")
+    else:
+        screen.note(f"the conversation so far is in {path}: /load it when the stages run again")

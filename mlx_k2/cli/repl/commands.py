@@ -1,0 +1,160 @@
+"""The commands of a chat: lines that begin with a slash. Knows no keyboard and starts nothing."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_k2.chat.events import Event
+from mlx_k2.chat.session import ChatSession
+from mlx_k2.chat.tool_round import Tools
+from mlx_k2.cli.repl.consent import Consent
+from mlx_k2.cli.repl.saved_chat import SavedChat, load_chat, save_chat
+from mlx_k2.cli.repl.screen import Screen
+from mlx_k2.cli.repl.tally import Tally
+from mlx_k2.cli.repl.wording import one_line
+from mlx_k2.errors import MlxK2Error, RequestError
+
+_MAX_SHOWN = 100
+
+HELP = {
+    "/help": ("", "this list"),
+    "/system": ("[TEXT | off]", "show or set the system prompt; off: the model's own"),
+    "/reset": ("", "begin anew; the system prompt stays"),
+    "/undo": ("", "take back your last message and what followed"),
+    "/retry": ("", "answer your last message again"),
+    "/save": ("FILE", "write the conversation to a file"),
+    "/load": ("FILE", "go on from a file"),
+    "/think": ("show | hide", "whether to show what the model thinks"),
+    "/tools": ("", "the tools that the model may call"),
+    "/stats": ("", "what the conversation took so far, and each stage's part"),
+    "/quit": ("", "leave; so does Ctrl-D"),
+}
+_KEYS = (
+    "Enter sends; Alt-Enter, Ctrl-J or a backslash at the end of the line begins a new one. Ctrl-C stops an answer. "
+    "A message that begins with a slash is written with a space before it."
+)
+
+
+class Leave(Exception):
+    """The user has had enough."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model this is, for files."""
+
+    name: str
+    digest: str
+
+
+@dataclass
+class Commands:
+    """Runs commands on one session. ``show_stats`` shows each stage's part."""
+
+    session: ChatSession
+    model: Model
+    screen: Screen
+    tally: Tally
+    tools: Tools | None
+    consent: Consent
+    show_stats: Callable[[], None]
+
+    def run(self, line: str) -> Iterator[Event]:
+        """Run one; what an answer brings comes as events.
+
+        Raises:
+            RequestError: there is no such command, or it cannot be done; says why.
+            Leave: after /quit.
+        """
+        name, _, argument = line.partition(" ")
+        if name not in HELP:
+            raise RequestError(f"there is no command {one_line(name, _MAX_SHOWN)}: /help lists them")
+        argument = argument.strip()
+        if argument and not HELP[name][0]:
+            raise RequestError(f"{name} stands alone")
+        yield from getattr(self, f"_{name[1:]}")(argument) or ()
+
+    def save_to(self, path: Path) -> None:
+        """Write the conversation.
+
+        Raises:
+            RequestError: the file cannot be written.
+        """
+        messages = self.session.conversation.messages
+        save_chat(path, SavedChat(self.model.name, self.model.digest, messages))
+
+    def _help(self, argument: str) -> None:
+        width = max(len(f"{name} {hint}") for name, (hint, _) in HELP.items())
+        for name, (hint, text) in HELP.items():
+            self.screen.note(f"{f'{name} {hint}':{width}}  {text}")
+        self.screen.note(_KEYS)
+
+    def _system(self, argument: str) -> None:
+        if argument:
+            self.session.settled().set_system(None if argument == "off" else argument)
+            self._recount()
+        system = self.session.settled().system
+        self.screen.note("the system prompt is the model's own" if system is None else f"the system prompt: {system}")
+
+    def _reset(self, argument: str) -> None:
+        self.session.settled().reset()
+        self._recount()
+        self.screen.note("a new conversation")
+
+    def _undo(self, argument: str) -> None:
+        text = self.session.settled().undo()
+        if text is None:
+            raise RequestError("there is nothing to take back")
+        self._recount()
+        self.screen.note(f"taken back: {one_line(text, _MAX_SHOWN)}")
+
+    def _retry(self, argument: str) -> Iterator[Event]:
+        return self.session.retry()
+
+    def _save(self, argument: str) -> None:
+        path = _path(argument, "/save")
+        self.save_to(path)
+        self.screen.note(f"the conversation is in {path}")
+
+    def _load(self, argument: str) -> None:
+        path = _path(argument, "/load")
+        messages = load_chat(path, self.model.digest)
+        try:
+            self.session.load(messages)
+        except MlxK2Error as error:
+            raise RequestError(f"{path}: {error}") from None
+        self._recount()
+        self.screen.note(f"{len(messages)} messages from {path}")
+
+    def _think(self, argument: str) -> None:
+        if argument not in ("show", "hide"):
+            raise RequestError("give /think show or /think hide")
+        self.screen.show_thinking = argument == "show"
+        self.screen.note("thinking is shown" if self.screen.show_thinking else "thinking is hidden")
+
+    def _tools(self, argument: str) -> None:
+        declared = [] if self.tools is None else self.tools.declarations
+        for declaration in declared:
+            function = declaration["function"]
+            asked = "" if self.consent.covers(function["name"]) else "  [asks first]"
+            self.screen.note(f"{function['name']}{asked}  {one_line(function['description'], _MAX_SHOWN)}".rstrip())
+        if not declared:
+            self.screen.note("there are no tools: start with --tools or --mcp")
+
+    def _stats(self, argument: str) -> None:
+        self.screen.note(self.tally.totals())
+        self.screen.note(self.tally.status())
+        self.show_stats()
+
+    def _quit(self, argument: str) -> None:
+        raise Leave
+
+    def _recount(self) -> None:
+        """The conversation is another one."""
+        self.tally.context_used = len(self.session.settled().known_ids())
+
+
+def _path(argument: str, command: str) -> Path:
+    if not argument:
+        raise RequestError(f"give a file: {command} FILE")
+    return Path(argument).expanduser()

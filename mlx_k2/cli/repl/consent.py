@@ -1,0 +1,64 @@
+"""Which tool calls the user agrees to. Knows no tools."""
+
+from collections.abc import Collection
+from typing import Protocol
+
+from mlx_k2.cli.repl.keyboard import Keyboard
+from mlx_k2.cli.repl.screen import Screen
+from mlx_k2.cli.repl.wording import call_line
+from mlx_k2.text.tool_call import ToolCall
+
+_QUESTION = "run it? [y]es, [n]o, [a]lways this tool: "
+
+
+class Stoppable(Protocol):
+    """An answer that can be stopped."""
+
+    def stop(self) -> None:
+        """Soon."""
+
+
+class Consent:
+    """Asks before a call, unless its tool is allowed. ``everything``: all tools are."""
+
+    def __init__(
+        self, screen: Screen, keyboard: Keyboard | None, allowed: Collection[str], *, everything: bool
+    ) -> None:
+        self._screen = screen
+        self._keyboard = keyboard
+        self._everything = everything
+        self._has_explained = False
+        self.allowed = set(allowed)
+        self.answer: Stoppable | None = None
+        """What Ctrl-C at a question stops."""
+
+    def covers(self, name: str) -> bool:
+        """Whether nobody need be asked for this tool."""
+        return self._everything or name in self.allowed
+
+    def __call__(self, call: ToolCall) -> bool:
+        """Whether this call may be run."""
+        if self.covers(call.name):
+            return True
+        if self._keyboard is None or not self._keyboard.can_ask:
+            if not self._has_explained:
+                self._has_explained = True
+                self._screen.note("nobody can be asked here: allow tools with --yes or --allow-tool NAME")
+            return False
+        self._screen.note(f"the model wants to call {call_line(call)}")
+        return self._ask(self._keyboard, call.name)
+
+    def _ask(self, keyboard: Keyboard, name: str) -> bool:
+        while True:
+            try:
+                answer = keyboard.ask(_QUESTION).strip().lower()
+            except (EOFError, KeyboardInterrupt):
+                if self.answer is not None:
+                    self.answer.stop()
+                return False
+            if answer in ("a", "always"):
+                self.allowed.add(name)
+            if answer in ("y", "yes", "a", "always"):
+                return True
+            if answer in ("n", "no"):
+                return False

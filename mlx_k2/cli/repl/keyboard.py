@@ -1,0 +1,155 @@
+"""Where the user's lines come from: a terminal with editing, or plain lines. Knows neither commands nor a model."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import ColorDepth
+from prompt_toolkit.patch_stdout import patch_stdout
+from prompt_toolkit.styles import Style
+
+PROMPT = "> "
+_STYLE = Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack"})
+
+
+class Keyboard(Protocol):
+    """Reads what the user writes."""
+
+    @property
+    def can_ask(self) -> bool:
+        """Whether somebody is there to answer a question."""
+
+    def read(self) -> str:
+        """The next message or command.
+
+        Raises:
+            EOFError: there is none any more.
+            KeyboardInterrupt: the user takes back what was begun.
+        """
+
+    def ask(self, question: str) -> str:
+        """The answer to a question; errors as of ``read``."""
+
+
+class LineKeyboard:
+    """Lines of standard input; a backslash at the end of one goes on in the next."""
+
+    @property
+    def can_ask(self) -> bool:
+        """On a terminal."""
+        return sys.stdin.isatty()
+
+    def read(self) -> str:
+        """As of ``Keyboard``."""
+        lines = [self._line(PROMPT)]
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1][:-1]
+            lines.append(self._line(". "))
+        return "\n".join(lines)
+
+    def ask(self, question: str) -> str:
+        """As of ``Keyboard``."""
+        return self._line(question)
+
+    def _line(self, prompt: str) -> str:
+        if sys.stdin.isatty():
+            sys.stderr.write(prompt)
+            sys.stderr.flush()
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.rstrip("\n")
+
+
+class TerminalKeyboard:
+    """A terminal with editing, with a history across runs, and a status line that ``status`` writes."""
+
+    def __init__(
+        self, history: Path | None, commands: Sequence[str], status: Callable[[], str], *, colours: bool
+    ) -> None:
+        self._session: PromptSession[str] = PromptSession(
+            history=InMemoryHistory() if history is None else FileHistory(str(history)),
+            completer=_CommandCompleter(commands),
+            complete_while_typing=True,
+            bottom_toolbar=status,
+            key_bindings=_bindings(),
+            multiline=True,
+            prompt_continuation=". ",
+            color_depth=None if colours else ColorDepth.DEPTH_1_BIT,
+            style=_STYLE,
+        )
+        self._questions: PromptSession[str] = PromptSession(history=InMemoryHistory())
+
+    @property
+    def can_ask(self) -> bool:
+        """Always."""
+        return True
+
+    def read(self) -> str:
+        """As of ``Keyboard``; what other threads write meanwhile appears above the prompt."""
+        with patch_stdout(raw=True):
+            return self._session.prompt(PROMPT)
+
+    def ask(self, question: str) -> str:
+        """As of ``Keyboard``."""
+        return self._questions.prompt(question)
+
+
+def usable_history(path: Path) -> Path | None:
+    """``path`` if a history can be kept there, else None."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        with path.open("ab"):
+            return path
+    return None
+
+
+def _bindings() -> KeyBindings:
+    """Enter sends, and goes on in a new line after a backslash; Escape Enter and Ctrl-J begin a new line."""
+    bindings = KeyBindings()
+
+    @bindings.add("enter")
+    def send(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.document.char_before_cursor == "\\":
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @bindings.add("escape", "enter")
+    @bindings.add("c-j")
+    def new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return bindings
+
+
+class _CommandCompleter(Completer):
+    """Names of commands at the start of a message, and files behind /save and /load."""
+
+    def __init__(self, commands: Sequence[str]) -> None:
+        self._commands = commands
+        self._paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        """What the words before the cursor may become."""
+        text = document.text_before_cursor
+        if not text.startswith("/"):
+            return
+        name, space, argument = text.partition(" ")
+        if not space:
+            yield from (Completion(command, -len(name)) for command in self._commands if command.startswith(name))
+        elif name in ("/save", "/load"):
+            yield from self._files(argument, complete_event)
+
+    def _files(self, argument: str, complete_event: CompleteEvent) -> Iterator[Completion]:
+        yield from self._paths.get_completions(Document(argument, len(argument)), complete_event)

@@ -1,0 +1,116 @@
+"""Reads, answers, shows, and reads again. Knows neither options nor how anything was started."""
+
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from mlx_k2.chat.events import Event
+from mlx_k2.chat.session import ChatSession
+from mlx_k2.cli.repl.commands import Commands, Leave
+from mlx_k2.cli.repl.keyboard import Keyboard
+from mlx_k2.cli.repl.screen import Screen
+from mlx_k2.cli.repl.tally import Tally
+from mlx_k2.cli.repl.transcript import Transcript
+from mlx_k2.engine.request import FinishReason
+from mlx_k2.errors import SetupError
+from mlx_k2.session import AnswerSummary
+from mlx_k2.text.tool_call import ToolCall
+
+_CUT = {
+    FinishReason.LENGTH: "cut off at the limit of tokens",
+    FinishReason.TIMEOUT: "cut off by --timeout",
+    FinishReason.CANCELLED: "stopped; /retry answers again, /undo takes your message back",
+}
+_LEAVE_AFTER = 3
+"""So many times Ctrl-C during one answer end the program: whatever the answer waits for does not end."""
+
+
+class Repl:
+    """One chat on one terminal, or over a pipe."""
+
+    def __init__(
+        self,
+        session: ChatSession,
+        commands: Commands,
+        keyboard: Keyboard,
+        screen: Screen,
+        tally: Tally,
+        transcript: Transcript | None,
+    ) -> None:
+        self._session = session
+        self._commands = commands
+        self._keyboard = keyboard
+        self._screen = screen
+        self._tally = tally
+        self._transcript = transcript
+
+    def run(self) -> None:
+        """Until the user leaves, or nothing more can be read.
+
+        Raises:
+            ClusterError: the stages cannot go on; the conversation so far is in the session.
+        """
+        while True:
+            self._session.compute_ahead()
+            try:
+                line = self._keyboard.read()
+            except KeyboardInterrupt:
+                continue
+            except EOFError:
+                return
+            try:
+                self._take(line)
+            except Leave:
+                return
+            except SetupError as error:
+                self._screen.note(f"error: {error}")
+
+    def _take(self, line: str) -> None:
+        """One line of the user."""
+        if line.startswith("/"):
+            if self._transcript is not None:
+                self._transcript.write({"command": line})
+            self._follow(self._commands.run(line.strip()))
+        elif line.strip():
+            self._follow(self._session.say(line.strip()))
+
+    def _follow(self, events: Iterable[Event]) -> None:
+        """Show what happens, to its end."""
+        last: AnswerSummary | None = None
+        calls_nothing = False
+        with self._ctrl_c_stops():
+            try:
+                for event in events:
+                    self._tally.event(event)
+                    if self._transcript is not None:
+                        self._transcript.event(event)
+                    self._screen.event(event)
+                    if isinstance(event, AnswerSummary):
+                        last = event
+                    calls_nothing |= isinstance(event, ToolCall) and self._commands.tools is None
+            finally:
+                self._screen.pause()
+        if calls_nothing:
+            self._screen.note("the model called a tool, and there are none: start with --tools or --mcp")
+        if last is not None and last.finish_reason in _CUT:
+            self._screen.note(f"the answer was {_CUT[last.finish_reason]}")
+
+    @contextmanager
+    def _ctrl_c_stops(self) -> Iterator[None]:
+        """Meanwhile Ctrl-C ends the answer instead of the program; pressed again and again, it ends the program."""
+        before = signal.getsignal(signal.SIGINT)
+        times = 0
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            nonlocal times
+            times += 1
+            self._session.stop()
+            if times >= _LEAVE_AFTER and callable(before):
+                before(number, frame)
+
+        signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)

@@ -1,0 +1,55 @@
+"""A conversation as a file: its messages, and which model said them. Knows no session."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mlx_k2.errors import RequestError
+
+Messages = list[dict[str, Any]]
+
+
+class SavedChat(msgspec.Struct, frozen=True):
+    """What /save writes. ``digest`` tells models apart, ``model`` names them for people."""
+
+    model: str
+    digest: str
+    messages: Messages
+
+
+def save_chat(path: Path, chat: SavedChat) -> None:
+    """Write the file, or leave the one that is there as it is.
+
+    Raises:
+        RequestError: it cannot be written.
+    """
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        beside.write_bytes(msgspec.json.format(msgspec.json.encode(chat), indent=2) + b"\n")
+        beside.replace(path)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def load_chat(path: Path, digest: str) -> Sequence[Mapping[str, object]]:
+    """The messages of a file that /save wrote for the same model, or of a bare list of messages.
+
+    Raises:
+        RequestError: it cannot be read, is no such file, or is of another model.
+    """
+    try:
+        saved = msgspec.json.decode(path.read_bytes(), type=SavedChat | Messages)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} is no saved chat: {error}") from None
+    if isinstance(saved, list):
+        return saved
+    if saved.digest != digest:
+        raise RequestError(
+            f"{path} is a chat with another model: start with --model {saved.model}, or keep only the list under "
+            '"messages" to go on with this one'
+        )
+    return saved.messages

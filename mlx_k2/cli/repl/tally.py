@@ -1,0 +1,52 @@
+"""What a chat took so far. Knows no terminal."""
+
+from dataclasses import dataclass
+
+from mlx_k2.chat.events import CallEnded, Event
+from mlx_k2.session import AnswerSummary
+
+
+@dataclass
+class Tally:
+    """Counts over all replies; ``context_used`` is where the conversation stands now."""
+
+    context_tokens: int
+    num_stages: int
+    context_used: int = 0
+    num_replies: int = 0
+    num_calls: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    last: AnswerSummary | None = None
+
+    def event(self, event: Event) -> None:
+        """Something happened."""
+        match event:
+            case AnswerSummary():
+                self.last = event
+                self.num_replies += 1
+                self.prompt_tokens += event.prompt_tokens
+                self.cached_tokens += event.cached_tokens
+                self.generated_tokens += event.generated_tokens
+                self.context_used = event.prompt_tokens + event.generated_tokens
+            case CallEnded():
+                self.num_calls += 1
+
+    def status(self) -> str:
+        """One line: how full the context is, and what the last reply took."""
+        parts = [f"context {self.context_used} of {self.context_tokens}"]
+        if self.last is not None:
+            if self.last.decode_tokens_per_s is not None:
+                parts.append(f"{self.last.decode_tokens_per_s:.1f} tok/s")
+            parts.append(f"{self.last.cached_tokens} of {self.last.prompt_tokens} prompt tokens cached")
+        parts.append(f"{self.num_stages} stages" if self.num_stages > 1 else "1 stage")
+        return " · ".join(parts)
+
+    def totals(self) -> str:
+        """One line for the whole chat."""
+        share = 100 * self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+        return (
+            f"{self.num_replies} replies · {self.num_calls} tool calls · {self.generated_tokens} tokens generated · "
+            f"{self.prompt_tokens} prompt tokens, {share:.1f}% of them cached"
+        )

@@ -1,0 +1,61 @@
+"""Everything that is said, appended to a file as JSON lines while it is said. Knows no terminal."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from mlx_k2.chat.events import CallEnded, Event, Said
+from mlx_k2.errors import RequestError
+from mlx_k2.text.reply_parser import Content, Reasoning
+
+
+class Transcript:
+    """A line for each piece of a reply as it comes, and for each message when it is complete. A context.
+
+    A disk that is full ends the writing, with a word to ``tell``, and nothing else.
+
+    Raises:
+        RequestError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
+        self._path = path
+        self._tell = tell
+        try:
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise RequestError(f"the transcript {path} cannot be written: {error.strerror}") from None
+
+    def __enter__(self) -> "Transcript":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def event(self, event: Event) -> None:
+        """Write what was said: ``reasoning`` and ``content`` in pieces, then the whole ``message``."""
+        match event:
+            case Reasoning(text):
+                self.write({"reasoning": text})
+            case Content(text):
+                self.write({"content": text})
+            case CallEnded(call, result):
+                self.write({"call": {"name": call.name, "arguments": call.arguments, "ended": result.outcome.value}})
+            case Said(message):
+                self.write({"message": message})
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one line."""
+        if self._file.closed:
+            return
+        try:
+            self._file.write(msgspec.json.encode({"at": time.strftime("%Y-%m-%dT%H:%M:%S"), **line}) + b"\n")
+        except OSError as error:
+            self._file.close()
+            self._tell(f"the transcript {self._path} cannot be written any more: {error.strerror}; the chat goes on")

@@ -1,0 +1,43 @@
+"""Turns options into tools that a model may call. Shows nothing."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_k2.chat.tool_round import Tools
+
+_CHATTY = ("mcp", "httpx", "httpx2", "asyncio", "client")
+
+
+@contextmanager
+def opened_tools(options: Mapping[str, Any]) -> Iterator[Tools | None]:
+    """The tools of --tools and --mcp, started; None where none were asked for.
+
+    Raises:
+        ToolsError: says which file cannot be used, or which server does not start.
+    """
+    if options["tools_path"] is None and options["mcp_path"] is None:
+        if options["allowed_tools"] or options["yes"]:
+            raise click.UsageError("--yes and --allow-tool are for tools: give --tools or --mcp")
+        yield None
+        return
+    from mlx_k2.errors import ToolsError
+    from mlx_k2.tools.servers import python_module, read_mcp_file
+    from mlx_k2.tools.toolbox import Limits, open_toolbox
+
+    for name in _CHATTY:  # what they have to say of a lost server is in the call's result
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    servers = () if options["mcp_path"] is None else read_mcp_file(Path(options["mcp_path"]), os.environ)
+    if options["tools_path"] is not None:
+        servers = (*servers, python_module(Path(options["tools_path"]), os.environ))
+    with open_toolbox(servers, Limits(call_timeout_s=options["tool_timeout_s"])) as tools:
+        unknown = sorted(set(options["allowed_tools"]) - tools.tools.keys())
+        if unknown:
+            known = ", ".join(tools.tools) or "none"
+            raise ToolsError(f"--allow-tool {unknown[0]}: there is no such tool; the tools are {known}")
+        yield tools
