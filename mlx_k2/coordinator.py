@@ -219,7 +219,7 @@ class Coordinator:
         behind = next(rank for rank, use in enumerate(self.use) if use.steps_done <= number)
         return (
             f"{self._vigil.describe(behind)} has not finished step {number} ({oldest.microbatch.num_tokens} tokens) "
-            f"after {waited_s:.0f} s; the stages: {self._vigil.describe_all()}"
+            f"after {waited_s:.0f} s; the stages: {', '.join(self._vigil.describe_all())}"
         )
 
 

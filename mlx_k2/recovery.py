@@ -1,7 +1,7 @@
 """Keeps a deployment going: after a fault all stages are ended and started again. Knows no sequences and no tokens."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from mlx_k2.coordinator import StageReport
 from mlx_k2.deployment import Deployment, DeploymentRequest, Watcher, deploy
 from mlx_k2.errors import ClusterError
 from mlx_k2.launch.group import StageGroup
+from mlx_k2.launch.vigil import Vigil
 from mlx_k2.run_log import RunLog
 from mlx_k2.weights.checkpoint import ModelDescription
 
@@ -34,7 +35,7 @@ class LastingDeployment:
     """A context: on entry the stages are ready as after ``deploy``, on exit none is left.
 
     ``limit`` is how many restarts in a row there may be, failed ones included; with 0 a fault is final. The wait
-    before each is twice the one before it. Logs and reports of faults go to ``log_dir``.
+    before each is twice the one before it. Logs and reports of faults go to ``log_dir``, token ids with ``log_tokens``.
     """
 
     def __init__(
@@ -44,11 +45,12 @@ class LastingDeployment:
         watcher: Watcher,
         limit: int,
         log_dir: Path | None = None,
+        log_tokens: bool = False,
         first_wait_s: float = FIRST_WAIT_S,
     ) -> None:
         self._request = request
         self._model = model
-        self._log = None if log_dir is None else RunLog(log_dir, watcher)
+        self._log = None if log_dir is None else RunLog(log_dir, watcher, log_tokens)
         self._watcher = self._log or watcher
         self._limit = limit
         self._first_wait_s = first_wait_s
@@ -59,7 +61,7 @@ class LastingDeployment:
         try:
             self._start(self._model, self._watcher)
         except ClusterError as error:
-            self._report(error)
+            self._report(error, ())
             raise
         return self
 
@@ -81,27 +83,33 @@ class LastingDeployment:
         """
         if time.monotonic() - self._ready_at > HEALTHY_S:
             self._num_restarts = 0
-        self._report(error)
+        stood = Vigil(self.deployment.group).describe_all()
         while self._num_restarts < self._limit:
             wait_s = min(LONGEST_WAIT_S, self._first_wait_s * 2**self._num_restarts)
             self._num_restarts += 1
             tell(Restart(str(error), self._num_restarts, self._limit, wait_s))
-            self._stack.close()
+            self._end(error, stood)
+            stood = ()
             time.sleep(wait_s)
             try:
                 self._start(self.deployment.model, _Again(self._watcher))
             except ClusterError as next_error:
                 error = next_error
-                self._report(error)
             else:
                 return self.deployment.group
+        self._end(error, stood)
         if self._limit:
             raise type(error)(f"{error} (given up after {self._num_restarts} restarts)")
         raise error
 
-    def _report(self, error: ClusterError) -> None:
-        if self._log is not None and (path := self._log.write_report(str(error))) is not None:
-            self._watcher.notice(f"a report without prompt or answer is in {path}")
+    def _end(self, error: ClusterError, stood: Sequence[str]) -> None:
+        """End the stages; how each of them ended is in the log by then, and so in the report."""
+        self._stack.close()
+        self._report(error, stood)
+
+    def _report(self, error: ClusterError, stood: Sequence[str]) -> None:
+        if self._log is not None and (path := self._log.write_report(str(error), stood)) is not None:
+            self._watcher.notice(f"a report is in {path}")
 
     def _start(self, model: ModelDescription | None, watcher: Watcher) -> None:
         self.deployment: Deployment = self._stack.enter_context(deploy(self._request, model, watcher))

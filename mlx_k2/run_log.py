@@ -1,13 +1,13 @@
 """Keeps what happened lately: the stages' logs and the last steps, in bounded files; a report for each fault.
 
-Knows no prompt and no token: of a step it keeps how many tokens each row had, and where.
+Of a step it keeps how many tokens each row had, and where; the tokens themselves only where that was asked for.
 """
 
 import json
 import platform
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -22,21 +22,27 @@ from mlx_k2.weights.checkpoint import ModelDescription
 MAX_FILE_BYTES = 4_000_000
 LAST_STEPS = 300
 LAST_LINES = 200
+"""Of each stage."""
 
 
 class RunLog(Watcher):
-    """Passes everything on to ``watcher``, and keeps it in ``folder``; a disk that is full ends the keeping alone.
+    """Passes everything on to ``watcher``, and keeps it in ``folder``; a disk that is full stops nothing else.
+
+    ``log_tokens`` keeps the token ids of prompts and answers, too.
 
     Raises:
         OSError: the folder cannot be made.
     """
 
-    def __init__(self, folder: Path, watcher: Watcher) -> None:
+    def __init__(self, folder: Path, watcher: Watcher, log_tokens: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._watcher = watcher
+        self._log_tokens = log_tokens
+        self._is_refused = False
+        self._num_reports = 0
         self._lock = threading.Lock()  # the stages' lines come on threads of their own
-        self._lines: deque[str] = deque(maxlen=LAST_LINES)
+        self._lines: defaultdict[str, deque[str]] = defaultdict(lambda: deque(maxlen=LAST_LINES))
         self._steps: deque[str] = deque(maxlen=LAST_STEPS)
         self._hosts: list[str] = []
         self._model = ""
@@ -44,9 +50,10 @@ class RunLog(Watcher):
     def log(self, line: str) -> None:
         """A line of a stage's stderr."""
         self._watcher.log(line)
+        stamped = f"{_now()} {line}"
         with self._lock:
-            self._lines.append(f"{_now()} {line}")
-            self._append("stages.log", self._lines[-1])
+            self._lines[line.partition("]")[0].strip("[")].append(stamped)
+            self._append("stages.log", stamped)
 
     def notice(self, line: str) -> None:
         """What takes long, or goes wrong, while the stages end."""
@@ -75,7 +82,12 @@ class RunLog(Watcher):
     def step_done(self, report: StageReport) -> None:
         """A stage has finished a step."""
         rows = [
-            {"slot": row.sequence.slot, "position": row.position, "tokens": len(row.token_ids), "prompt": row.is_prompt}
+            {
+                "slot": row.sequence.slot,
+                "position": row.position,
+                "tokens": row.token_ids if self._log_tokens else len(row.token_ids),
+                "prompt": row.is_prompt,
+            }
             for row in report.microbatch.rows
         ]
         done = report.done
@@ -85,32 +97,45 @@ class RunLog(Watcher):
             self._steps.append(json.dumps(line))
             self._append("steps.jsonl", self._steps[-1])
 
-    def write_report(self, reason: str) -> Path | None:
-        """One file to attach to an issue; None where it cannot be written."""
-        path = self._folder / f"report-{time.strftime('%Y%m%d-%H%M%S')}.txt"
+    def write_report(self, reason: str, stood: Sequence[str]) -> Path | None:
+        """One file to attach to an issue; None where it cannot be written.
+
+        ``stood`` says where each stage stood when it happened; how each ended stands in its log.
+        """
+        self._num_reports += 1
+        path = self._folder / f"report-{time.strftime('%Y%m%d-%H%M%S')}-{self._num_reports}.txt"
         python = f"Python {platform.python_version()} on {platform.platform(terse=True)}"
         with self._lock:
             parts = (
                 ("what happened", [f"{_now()} {reason}"]),
+                ("where the stages stood then", stood),
                 ("versions", [f"mlx-k2 {version('mlx-k2')}, mlx {version('mlx')}, {python}"]),
                 ("model and stages", [self._model, *self._hosts]),
-                ("last steps, without tokens", self._steps),
-                ("last lines of the stages", self._lines),
+                ("last steps" if self._log_tokens else "last steps, without tokens", list(self._steps)),
+                *((f"last lines of {name}", list(lines)) for name, lines in sorted(self._lines.items())),
             )
         text = "\n".join("\n".join((f"== {title}", *lines, "")) for title, lines in parts)
         try:
             path.write_text(text)
-        except OSError:
+        except OSError as error:
+            self._watcher.notice(f"no report could be written: {path}: {error.strerror}")
+            with suppress(OSError):
+                path.unlink()
             return None
         return path
 
     def _append(self, name: str, line: str) -> None:
         path = self._folder / name
-        with suppress(OSError):
+        try:
             if path.exists() and path.stat().st_size > MAX_FILE_BYTES:
                 path.replace(path.with_suffix(path.suffix + ".before"))
             with path.open("a") as file:
                 file.write(line + "\n")
+            self._is_refused = False
+        except OSError as error:
+            if not self._is_refused:
+                self._watcher.notice(f"the log cannot be kept: {path}: {error.strerror}; nothing else stops for that")
+            self._is_refused = True
 
 
 def _now() -> str:

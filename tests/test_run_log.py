@@ -1,5 +1,6 @@
 """A run's log stays small, and a disk that refuses it stops nothing."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,16 @@ import pytest
 from mlx_k2 import run_log
 from mlx_k2.deployment import Watcher
 from mlx_k2.run_log import RunLog
+
+
+@dataclass
+class Told(Watcher):
+    """Keeps what the user is told."""
+
+    notices: list[str] = field(default_factory=list)
+
+    def notice(self, line: str) -> None:
+        self.notices.append(line)
 
 
 def test_the_files_of_a_log_stay_within_twice_their_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,7 +30,30 @@ def test_the_files_of_a_log_stay_within_twice_their_limit(tmp_path: Path, monkey
 
 
 def test_a_folder_that_is_gone_stops_nothing(tmp_path: Path) -> None:
-    log = RunLog(tmp_path / "logs", Watcher())
+    told = Told()
+    log = RunLog(tmp_path / "logs", told)
     (tmp_path / "logs").rmdir()
     log.log("a line")
-    assert log.write_report("a fault") is None
+    log.log("another line")
+    assert log.write_report("a fault", ()) is None
+    assert [line.partition(": ")[0] for line in told.notices] == [
+        "the log cannot be kept",
+        "no report could be written",
+    ]
+
+
+def test_a_report_has_the_tail_of_each_stages_log_and_no_other_report_replaces_it(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, Watcher())
+    for rank, count in ((0, 3), (1, run_log.LAST_LINES + 50)):
+        for number in range(count):
+            log.log(f"[stage {rank} mac-{rank}] line {number}")
+    reports = [log.write_report(reason, ["stage 0 on mac-0 (loading for 2 s)"]) for reason in ("a fault", "another")]
+    first, second = (report.read_text() for report in reports if report)
+    assert "a fault" in first and "another" in second
+    for part in (
+        "== where the stages stood then\nstage 0 on mac-0",
+        "[stage 0 mac-0] line 0\n",
+        "[stage 1 mac-1] line 50\n",
+    ):
+        assert part in first
+    assert "[stage 1 mac-1] line 49\n" not in first

@@ -19,7 +19,7 @@ from mlx_k2.cli.console import ConsoleWatcher, note, show_stage_use
 from mlx_k2.cli.options import (
     cluster_options,
     guess_option,
-    log_dir_option,
+    log_options,
     restarts_option,
     sampling_options,
     timeout_option,
@@ -32,7 +32,7 @@ from mlx_k2.cli.repl.loop import Repl
 from mlx_k2.cli.repl.screen import PlainScreen, RichScreen, Screen
 from mlx_k2.cli.repl.tally import Tally
 from mlx_k2.cli.repl.transcript import Transcript
-from mlx_k2.cli.requests import deployment_request, log_dir, new_conversation, open_source, reply_settings
+from mlx_k2.cli.requests import deployment_request, log_settings, new_conversation, open_source, reply_settings
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.deployment import DeploymentRequest, foresee
 from mlx_k2.errors import ClusterError, RequestError
@@ -53,7 +53,7 @@ WANTED_SLOTS = 2
 @tool_options
 @guess_option
 @restarts_option
-@log_dir_option
+@log_options
 @click.option("--transcript", "transcript_path", metavar="FILE", help="Append all that is said, as JSON lines.")
 def command(**options: Any) -> None:
     """Chat in the terminal.
@@ -83,7 +83,8 @@ def command(**options: Any) -> None:
             transcript = stack.enter_context(Transcript(Path(options["transcript_path"]), screen.note))
         tools = stack.enter_context(opened_tools(options))
         watcher = stack.enter_context(ConsoleWatcher(options["verbose"]))
-        lasting = stack.enter_context(LastingDeployment(request, model, watcher, options["restarts"], log_dir(options)))
+        kept = log_settings(options)
+        lasting = stack.enter_context(LastingDeployment(request, model, watcher, options["restarts"], *kept))
         watcher.done()
         _chat(options, request, lasting, screen, tools, transcript)
 

@@ -10,13 +10,13 @@ from mlx_k2.cli.many import WANTED_SLOTS, check_options, generate_many
 from mlx_k2.cli.options import (
     cluster_options,
     guess_option,
-    log_dir_option,
+    log_options,
     restarts_option,
     sampling_options,
     timeout_option,
 )
 from mlx_k2.cli.output import JsonOutput, TextOutput
-from mlx_k2.cli.requests import Prompt, deployment_request, log_dir, open_source, prompt_text, read_prompt
+from mlx_k2.cli.requests import Prompt, deployment_request, log_settings, open_source, prompt_text, read_prompt
 from mlx_k2.deployment import DeploymentRequest, foresee
 from mlx_k2.errors import CheckpointError
 from mlx_k2.recovery import LastingDeployment
@@ -36,7 +36,7 @@ from mlx_k2.weights.checkpoint import ModelDescription
 @click.option("--out", "out_path", metavar="FILE", help="With --prompts: where the results go, in the same order.")
 @guess_option
 @restarts_option
-@log_dir_option
+@log_options
 @click.option(
     "--logprobs", "num_logprobs", type=int, metavar="N", help="With --json: log-probabilities, and of the top N tokens."
 )
@@ -92,7 +92,7 @@ def _generate(options: dict[str, Any], request: DeploymentRequest, model: ModelD
         prompt = read_prompt(options, text, model, shape.context_tokens)
     with (
         ConsoleWatcher(options["verbose"]) as watcher,
-        LastingDeployment(request, model, watcher, options["restarts"], log_dir(options)) as lasting,
+        LastingDeployment(request, model, watcher, options["restarts"], *log_settings(options)) as lasting,
     ):
         deployment = lasting.deployment
         prompt = prompt or read_prompt(options, text, deployment.model, deployment.shape.context_tokens)

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mlx_k2.answers import Answer, answer_all
 from mlx_k2.cli.console import ConsoleWatcher, console, note, note_restart
 from mlx_k2.cli.prompt_files import PromptLine, ResultFile, line_seed, read_prompt_lines, run_digest
-from mlx_k2.cli.requests import SAMPLING_NAMES, base_seed, line_prompt, log_dir
+from mlx_k2.cli.requests import SAMPLING_NAMES, base_seed, line_prompt, log_settings
 from mlx_k2.deployment import DeploymentRequest
 from mlx_k2.engine.request import Request
 from mlx_k2.errors import SetupError
@@ -45,7 +45,7 @@ def generate_many(options: dict[str, Any], asked: DeploymentRequest, model: Mode
         _results(options, lines, model)
     with (
         ConsoleWatcher(options["verbose"]) as watcher,
-        LastingDeployment(asked, model, watcher, options["restarts"], log_dir(options)) as lasting,
+        LastingDeployment(asked, model, watcher, options["restarts"], *log_settings(options)) as lasting,
         _results(options, lines, lasting.deployment.model) as results,
     ):
         watcher.done()

@@ -127,11 +127,14 @@ restarts_option = click.option(
     "[default: 3]",
 )
 
-log_dir_option = click.option(
-    "--log-dir",
-    metavar="DIR",
-    help="Keep the stages' logs and the last steps there, at most 16 MB; after a fault a report to attach to an issue. "
-    "No prompt and no answer is in it.",
+_LOGGING = (
+    click.option(
+        "--log-dir",
+        metavar="DIR",
+        help="Keep the stages' logs and the last steps there, at most 16 MB; after a fault a report to attach to an "
+        "issue. No prompt and no answer is in it.",
+    ),
+    click.option("--log-tokens", is_flag=True, help="With --log-dir: the token ids of prompts and answers, too."),
 )
 
 guess_option = click.option(
@@ -157,6 +160,11 @@ def sampling_options(command: Command) -> Command:
 def tool_options(command: Command) -> Command:
     """What the model may call, and how much of its thinking is wanted."""
     return _with(_TOOLS, command)
+
+
+def log_options(command: Command) -> Command:
+    """What is kept of a run."""
+    return _with(_LOGGING, command)
 
 
 def _with(options: tuple[Callable[[Command], Command], ...], command: Command) -> Command:

@@ -48,9 +48,9 @@ def deployment_request(options: Mapping[str, Any]) -> DeploymentRequest:
     )
 
 
-def log_dir(options: Mapping[str, Any]) -> Path | None:
-    """Where to keep logs, if that was asked for."""
-    return None if options["log_dir"] is None else Path(options["log_dir"])
+def log_settings(options: Mapping[str, Any]) -> tuple[Path | None, bool]:
+    """Where to keep logs, if that was asked for, and whether with token ids."""
+    return None if options["log_dir"] is None else Path(options["log_dir"]), options["log_tokens"]
 
 
 def _hostfile(options: Mapping[str, Any]) -> Hostfile:

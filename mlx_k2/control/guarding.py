@@ -12,6 +12,9 @@ from mlx_k2.errors import ProtocolError
 POLITE_S = 1.0
 """From the end of its input to SIGTERM."""
 
+ENDED_BY_ITSELF = "it ended by itself"
+"""A StageExit's reason where the guard had none to end the stage."""
+
 _KILL_AFTER_S = 5.0
 _HELD_BYTES_PER_SECOND = 10e9
 

@@ -1,7 +1,9 @@
 """What a coordinator hears of a stage: what it said, and its end. Starts and reads nothing."""
 
 from dataclasses import dataclass
+from signal import SIGKILL
 
+from mlx_k2.control.guarding import ENDED_BY_ITSELF
 from mlx_k2.control.messages import FromStage
 from mlx_k2.errors import ClusterError, StageFault, StageStartError
 
@@ -19,7 +21,7 @@ class StageEnded:
     """A stage's process or the connection to it has ended; nothing more comes from it.
 
     ``exit_code`` or ``signal`` is the stage's own where its guard could still report it. ``came_up`` is False when
-    its guard never spoke: then ``reason`` says what to do about it.
+    its guard never spoke: then ``reason`` says what to do about it. ``stood`` is what it was doing, at which step.
     """
 
     rank: int
@@ -28,19 +30,27 @@ class StageEnded:
     reason: str
     exit_code: int | None = None
     signal: int | None = None
+    stood: str | None = None
     stderr_tail: tuple[str, ...] = ()
 
     def as_error(self) -> ClusterError:
         """The end as an error for the user."""
         if not self.came_up:
             return StageStartError(f"stage {self.rank} on {self.host} did not start: {self.reason}")
-        how = ""
-        if self.signal is not None:
-            how = f" with signal {self.signal}"
-        elif self.exit_code is not None:
-            how = f" with exit code {self.exit_code}"
+        stood = f" ({self.stood})" if self.stood else ""
         last_words = f" (it wrote last: {self.stderr_tail[-1]})" if self.stderr_tail else ""
-        return StageFault(f"stage {self.rank} on {self.host} ended{how}: {self.reason}{last_words}")
+        return StageFault(f"stage {self.rank} on {self.host}{stood} {self.how}{last_words}")
+
+    @property
+    def how(self) -> str:
+        """How it ended, and why."""
+        if self.signal == SIGKILL and self.reason == ENDED_BY_ITSELF:
+            return f"ended with signal {SIGKILL}: somebody killed it, or its system did for want of memory"
+        if self.signal is not None:
+            return f"ended with signal {self.signal}: {self.reason}"
+        if self.exit_code is not None:
+            return f"ended with exit code {self.exit_code}: {self.reason}"
+        return f"ended: {self.reason}"
 
 
 StageEvent = StageMessage | StageEnded

@@ -234,5 +234,8 @@ class StageProcess:
     def _ended(
         self, came_up: bool, reason: str, exit_code: int | None = None, signal_number: int | None = None
     ) -> StageEnded:
+        stood = str(self.standing.announced) if came_up else None
         tail = tuple(self._stderr_tail)
-        return StageEnded(self.rank, self.place.host, came_up, reason, exit_code, signal_number, tail)
+        end = StageEnded(self.rank, self.place.host, came_up, reason, exit_code, signal_number, stood, tail)
+        self._log(f"{self._prefix} {end.how}")
+        return end

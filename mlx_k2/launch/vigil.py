@@ -70,9 +70,9 @@ class Vigil:
         since_s = standing.for_s + self._group.silence_s(rank)
         return f"stage {rank} on {self._group.host(rank)} ({standing.announced} for {since_s:.0f} s)"
 
-    def describe_all(self) -> str:
+    def describe_all(self) -> tuple[str, ...]:
         """Every stage, as ``describe`` says it."""
-        return ", ".join(self.describe(rank) for rank in range(self._group.size))
+        return tuple(self.describe(rank) for rank in range(self._group.size))
 
     def _trouble(self, now: float) -> str | None:
         standings = [self._group.standing(rank) for rank in range(self._group.size)]

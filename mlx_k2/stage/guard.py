@@ -17,7 +17,7 @@ from typing import IO
 
 from mlx_k2.control.ends import FrameReader, FrameWriter
 from mlx_k2.control.framing import MARK, Frame, Kind
-from mlx_k2.control.guarding import POLITE_S, GuardSettings, StageExit, kill_after_s
+from mlx_k2.control.guarding import ENDED_BY_ITSELF, POLITE_S, GuardSettings, StageExit, kill_after_s
 from mlx_k2.control.standing import Announcement
 from mlx_k2.errors import ProtocolError
 from mlx_k2.stage.stage_clock import StageClock
@@ -45,7 +45,7 @@ class _Guard:
         self._settings = GuardSettings()
         self._heard = True
         self._clock = StageClock()
-        self._reasons: queue.SimpleQueue[str] = queue.SimpleQueue()  # its put may be called in a signal handler
+        self._reasons: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # its put may be called in a signal handler
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, _: self._reasons.put(f"{signal.Signals(number).name} on its host"))
         # Processes before threads, so that every fork is plain.
@@ -77,10 +77,10 @@ class _Guard:
         self._watcher.wait(KILLED_S)
         self._from_child.join(LAST_FRAMES_S)
         if reason is None:
-            with suppress(queue.Empty):
-                reason = self._reasons.get_nowait()  # what it had written was not a frame
-        stage_exit = StageExit.from_returncode(returncode, reason or "it ended by itself")
+            reason = self._pending_reason()  # what it had written was not a frame
+        stage_exit = StageExit.from_returncode(returncode, reason or ENDED_BY_ITSELF)
         with suppress(ProtocolError):
+            self._outward.put(Kind.STANDING, self._clock.standing().to_json())
             self._outward.put(Kind.STAGE_EXIT, stage_exit.to_json())
         self._outward.close(LAST_FRAMES_S)
         return 0 if returncode == 0 else 1
@@ -91,7 +91,9 @@ class _Guard:
         while self._child.poll() is None:
             self._reassure_watcher()
             with suppress(queue.Empty):
-                return self._reasons.get(timeout=TICK_S)
+                if (reason := self._reasons.get(timeout=TICK_S)) is not None:
+                    return reason
+                continue  # it has ended: see that at once
             silent_s = 0.0 if self._heard else silent_s + TICK_S
             self._heard = False
             self._clock.tick(TICK_S, self._child.pid)
@@ -99,6 +101,13 @@ class _Guard:
                 return overdue
             if silent_s >= self._settings.lease_s:
                 return f"nothing came from the coordinator for {self._settings.lease_s:g} s"
+        return None
+
+    def _pending_reason(self) -> str | None:
+        with suppress(queue.Empty):
+            while (reason := self._reasons.get_nowait()) is None:
+                pass
+            return reason
         return None
 
     def _end_child(self) -> None:
@@ -157,5 +166,6 @@ class _Guard:
         if error is None:
             with suppress(subprocess.TimeoutExpired):
                 self._child.wait(POLITE_S)
+                self._reasons.put(None)
                 return
         self._reasons.put(f"in what the stage wrote: {error}" if error else "the stage closed its output and went on")

@@ -91,7 +91,7 @@ def test_a_stage_that_fails_is_an_event_with_its_last_words(make_group: MakeGrou
         error = end.as_error()
         assert isinstance(error, StageFault)
         assert str(error) == (
-            "stage 1 on this machine ended with exit code 3: it ended by itself (it wrote last: "
+            "stage 1 on this machine (starting) ended with exit code 3: it ended by itself (it wrote last: "
             "ValueError: no such layer)"
         )
         group.send(1, Step(1, ()))  # to a stage that is gone: no error
