@@ -148,7 +148,7 @@ def download(
     with _start(request, model, watcher) as started:
         watcher.phase("downloading")
         messages = [
-            DownloadShard(_source_on(plan.host, request.source), plan.share.first_layer, plan.share.end_layer)
+            DownloadShard(source_on(plan.host, request.source), plan.share.first_layer, plan.share.end_layer)
             for plan in started.plans
         ]
         return tuple(zip(started.plans, bring_up.download(started.group, messages, watcher.progress), strict=True))
@@ -158,16 +158,16 @@ def download(
 def _start(request: DeploymentRequest, model: ModelDescription | None, watcher: Watcher) -> Iterator[StartedStages]:
     """Start a stage on every host, and divide the layers by what the hosts say of themselves."""
     hosts = request.hostfile.hosts
-    places = [_place(host) for host in hosts]
+    places = [stage_place(host) for host in hosts]
     with StageGroup(places, request.lease_s, watcher.log, watcher.notice, request.patience_s) as group:
         watcher.phase(f"starting {group.size} stages" if group.size > 1 else "starting the stage")
         hellos = bring_up.greet(group, (__version__, version("mlx")))
         if model is None:
             watcher.phase(f"asking {group.host(0)} for the model's config and tokenizer")
-            model = _fetch_description(group, _source_on(hosts[0], request.source))
+            model = _fetch_description(group, source_on(hosts[0], request.source))
         gpus = [hello.working_set_bytes is not None for hello in hellos]
         memories = [HostMemory(hello.working_set_bytes, hello.memory_bytes) for hello in hellos]
-        shape, plans = _plan(request, model, memories, all_on_gpu=all(gpus))
+        shape, plans = plan_for(request, model, memories, all_on_gpu=all(gpus))
         watcher.planned(model, plans)
         for line in quantization_notes(model.config, shape.dense_bits):
             watcher.notice(line)
@@ -185,16 +185,16 @@ def foresee(request: DeploymentRequest, model: ModelDescription) -> tuple[RunSha
     unknown = HostMemory(None, None)
     all_on_gpu = _IS_MAC or not any(host.is_local for host in hosts)  # other hosts are taken for Macs
     memories = [here if host.is_local else unknown for host in hosts]
-    shape, plans = _plan(request, model, memories, all_on_gpu=all_on_gpu)
+    shape, plans = plan_for(request, model, memories, all_on_gpu=all_on_gpu)
     for plan in plans:
-        source = _source_on(plan.host, request.source)
+        source = source_on(plan.host, request.source)
         if plan.host.is_local and not is_repo(source):
             specs = shard_specs(model.config, plan.share.first_layer, plan.share.end_layer)
             locate_tensors(model_folder(source), model.index, specs)
     return shape, plans
 
 
-def _plan(
+def plan_for(
     request: DeploymentRequest, model: ModelDescription, memories: Sequence[HostMemory], *, all_on_gpu: bool
 ) -> tuple[RunShape, tuple[StagePlan, ...]]:
     """The shape that was asked for, and the stages; with half the slots, and half again, where they do not fit."""
@@ -211,11 +211,12 @@ def _plan(
             num_slots //= 2
 
 
-def _place(host: Host) -> StagePlace:
+def stage_place(host: Host) -> StagePlace:
+    """Where a host's stage is started, and with which Python."""
     return StagePlace(ssh=None if host.is_local else host.ssh, python=host.python)
 
 
-def _source_on(host: Host, source: ModelSource) -> ModelSource:
+def source_on(host: Host, source: ModelSource) -> ModelSource:
     """Where ``host`` has the model: a host may keep it in another folder."""
     return source if host.model is None else ModelSource(path_or_repo=host.model, revision=None)
 
@@ -234,7 +235,7 @@ def _connect(started: StartedStages, request: DeploymentRequest) -> None:
     answers = bring_up.prepare(
         group,
         [
-            Prepare(rank, size, _source_on(host, request.source), host.ips if needs_ports else (), environment)
+            Prepare(rank, size, source_on(host, request.source), host.ips if needs_ports else (), environment)
             for rank, host in enumerate(hostfile.hosts)
         ],
     )
@@ -243,10 +244,11 @@ def _connect(started: StartedStages, request: DeploymentRequest) -> None:
             f"the model on {group.host(0)} (stage 0) is not the one that this command read: their config.json or "
             "model.safetensors.index.json differ; give the same --model and --revision for both"
         )
-    bring_up.connect(group, _links(hostfile, [answer.addresses for answer in answers]))
+    bring_up.connect(group, links(hostfile, [answer.addresses for answer in answers]))
 
 
-def _links(hostfile: Hostfile, addresses: Sequence[tuple[str, ...]]) -> RingLinks | JacclLinks | None:
+def links(hostfile: Hostfile, addresses: Sequence[tuple[str, ...]]) -> RingLinks | JacclLinks | None:
+    """How the stages meet, when stage i listens on ``addresses[i]``; None for a single one."""
     if len(hostfile.hosts) == 1:
         return None
     if hostfile.backend is Backend.RING:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from mlx_k2.builtin.checkpoint import builtin_folder
 from mlx_k2.control.messages import ModelSource
 from mlx_k2.weights.checkpoint import locate_tensors, read_small_files
-from mlx_k2.weights.download import FetchedFiles, HubRepo, OnProgress, fetch_files, fetch_small_files
+from mlx_k2.weights.download import FetchedFiles, HubRepo, OnProgress, bytes_to_fetch, fetch_files, fetch_small_files
 from mlx_k2.weights.index import CheckpointIndex
 from mlx_k2.weights.inventory import TensorSpec
 
@@ -60,6 +60,15 @@ def locate_shard(
     specs = tuple(specs)
     folder = fetch_shard(source, index, specs, on_progress).folder if is_repo(source) else model_folder(source)
     return locate_tensors(folder, index, specs)
+
+
+def files_to_fetch(source: ModelSource, index: CheckpointIndex, specs: Iterable[TensorSpec]) -> dict[str, int]:
+    """The files of ``specs`` that are still to be fetched from the Hub, with their sizes; fetches none of them.
+
+    Raises:
+        CheckpointError, DownloadError: the index does not know a tensor, or the Hub cannot be asked.
+    """
+    return bytes_to_fetch(_hub_repo(source), index.files(specs)) if is_repo(source) else {}
 
 
 def fetch_shard(

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import msgspec
 
 from mlx_k2.control.framing import MAX_PAYLOAD_BYTES
+from mlx_k2.control.host_facts import HopSpeed, HostFacts
 from mlx_k2.errors import ProtocolError
 from mlx_k2.sampling import Sampling
 
@@ -63,6 +64,25 @@ class JacclLinks(msgspec.Struct, frozen=True, tag=True):
     devices: tuple[tuple[str | tuple[str, ...] | None, ...], ...]
     coordinator: str
     ring: bool
+
+
+class ReadClock(msgspec.Struct, frozen=True, tag=True):
+    """Answered at once, by ClockRead."""
+
+
+class Examine(msgspec.Struct, frozen=True, tag=True):
+    """Look at the host, and at the files of ``layers`` (first, end) of the model; None: not at files.
+
+    ``deep`` computes the files' checksums. Answered by DownloadProgress..., Examined.
+    """
+
+    model: ModelSource
+    layers: tuple[int, int] | None
+    deep: bool
+
+
+class MeasureHops(msgspec.Struct, frozen=True, tag=True):
+    """Measure the hop to the next stage; to all stages, once they are connected. Answered by HopsMeasured."""
 
 
 class Connect(msgspec.Struct, frozen=True, tag=True):
@@ -145,7 +165,7 @@ class ModelFiles(msgspec.Struct, frozen=True, tag=True):
 
 
 class DownloadProgress(msgspec.Struct, frozen=True, tag=True):
-    """How far DownloadShard is."""
+    """How far DownloadShard, or Examine with its checksums, is."""
 
     done_bytes: int
     total_bytes: int
@@ -156,6 +176,24 @@ class ShardDownloaded(msgspec.Struct, frozen=True, tag=True):
 
     folder: str
     fetched: tuple[str, ...]
+
+
+class ClockRead(msgspec.Struct, frozen=True, tag=True):
+    """Seconds since 1970, by the host's own clock."""
+
+    unix_s: float
+
+
+class Examined(msgspec.Struct, frozen=True, tag=True):
+    """What Examine found."""
+
+    facts: HostFacts
+
+
+class HopsMeasured(msgspec.Struct, frozen=True, tag=True):
+    """How fast the hop to the next stage is; None from the last stage."""
+
+    to_next: HopSpeed | None
 
 
 class Prepared(msgspec.Struct, frozen=True, tag=True):
@@ -218,14 +256,19 @@ class Fault(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-ToStage: TypeAlias = FetchFiles | DownloadShard | Prepare | Connect | Load | Step | Stop
+ToStage: TypeAlias = (
+    FetchFiles | DownloadShard | ReadClock | Examine | Prepare | Connect | MeasureHops | Load | Step | Stop
+)
 FromStage: TypeAlias = (
     Hello
     | ModelFiles
     | DownloadProgress
     | ShardDownloaded
+    | ClockRead
+    | Examined
     | Prepared
     | Connected
+    | HopsMeasured
     | LayerLoaded
     | Loaded
     | StepDone

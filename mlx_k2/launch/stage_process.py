@@ -175,7 +175,7 @@ class StageProcess:
             end = self._ended(True, stage_exit.reason, stage_exit.exit_code, stage_exit.signal)
         else:
             reason = self._fault or fault or explain_lost_connection(self.place, exit_code)
-            end = self._ended(came_up=True, reason=reason)
+            end = self._ended(came_up=True, reason=reason, heard="last heard ")
         return end, False
 
     def _follow(self, stream: IO[bytes]) -> tuple[bool, StageExit | None, str]:
@@ -232,9 +232,15 @@ class StageProcess:
         return f"[stage {self.rank} {self.place.host}]"
 
     def _ended(
-        self, came_up: bool, reason: str, exit_code: int | None = None, signal_number: int | None = None
+        self,
+        came_up: bool,
+        reason: str,
+        exit_code: int | None = None,
+        signal_number: int | None = None,
+        heard: str = "",
     ) -> StageEnded:
-        stood = str(self.standing.announced) if came_up else None
+        """``heard`` stands before what it was doing, where that may have changed since."""
+        stood = f"{heard}{self.standing.announced}" if came_up else None
         tail = tuple(self._stderr_tail)
         end = StageEnded(self.rank, self.place.host, came_up, reason, exit_code, signal_number, stood, tail)
         self._log(f"{self._prefix} {end.how}")

@@ -2,6 +2,7 @@
 
 import os
 import queue
+import time
 import traceback
 from dataclasses import dataclass
 from typing import NoReturn
@@ -12,19 +13,25 @@ import msgspec
 from mlx_k2.control.ends import FrameReader, FrameWriter
 from mlx_k2.control.framing import Frame, Kind
 from mlx_k2.control.messages import (
+    ClockRead,
     Connect,
     Connected,
     DownloadProgress,
     DownloadShard,
+    Examine,
+    Examined,
     Fault,
     FetchFiles,
     FromStage,
+    HopsMeasured,
     LayerLoaded,
     Load,
     Loaded,
+    MeasureHops,
     ModelFiles,
     Prepare,
     Prepared,
+    ReadClock,
     ShardDownloaded,
     Step,
     Stop,
@@ -33,10 +40,12 @@ from mlx_k2.control.messages import (
     encode_message,
 )
 from mlx_k2.control.standing import Announcement, Phase
-from mlx_k2.errors import MlxK2Error, NeighbourLost, ProtocolError
+from mlx_k2.errors import MlxK2Error, NeighbourLost, ProtocolError, StageFault
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model_source import fetch_shard, locate_shard, read_model_files
-from mlx_k2.stage.host import hello, on_gpu, peak_bytes, wire_memory
+from mlx_k2.stage.examination import examine
+from mlx_k2.stage.hop_probe import measure_hops
+from mlx_k2.stage.host import hello, on_gpu, out_of_memory, peak_bytes, wire_memory
 from mlx_k2.stage.loading import LoadedPiece, load_stage_model
 from mlx_k2.stage.ports import HeldPorts
 from mlx_k2.stage.step_runner import StepRunner
@@ -47,6 +56,7 @@ from mlx_k2.weights.reader import ShardReader
 
 READING_S = 120.0
 CONNECTING_S = 120.0
+MEASURING_S = 120.0
 PIECE_S = 900.0
 """For the next piece of a shard to be loaded or fetched: 10 GB from a slow disk."""
 CLOSE_S = 5.0
@@ -55,11 +65,24 @@ _PHASES = {
     FetchFiles: (Phase.READING, None, READING_S),
     DownloadShard: (Phase.DOWNLOADING, None, PIECE_S),
     Prepare: (Phase.READING, None, READING_S),
+    ReadClock: (Phase.EXAMINING, None, READING_S),
+    Examine: (Phase.EXAMINING, None, PIECE_S),
+    MeasureHops: (Phase.MEASURING, None, MEASURING_S),
     Connect: (Phase.CONNECTING, None, CONNECTING_S),
     Load: (Phase.LOADING, None, PIECE_S),
 }
 _LOST_NEIGHBOUR = ("[ring]", "[jaccl]")
 """How the errors of mlx.distributed's backends begin; MLX raises all of its errors as RuntimeError."""
+
+
+_OUT_OF_MEMORY = (
+    "bad_alloc",
+    "Unable to allocate",
+    "Insufficient Memory",
+    "Cannot allocate memory",
+    "Resource temporarily unavailable",  # no room for a new thread's stack
+)
+"""In errors of MLX, of C++ and of the system."""
 
 
 def serve(inward_fd: int, outward_fd: int) -> NoReturn:
@@ -93,6 +116,7 @@ class StageService:
         self._writer = writer
         self._inbox: queue.SimpleQueue[ToStage | ProtocolError] = queue.SimpleQueue()
         self._prepared: _PreparedStage | None = None
+        self._group: mx.distributed.Group | None = None
         self._transport: Transport = NoNeighbours()
         self._runner: StepRunner | None = None
 
@@ -126,7 +150,13 @@ class StageService:
         except MlxK2Error as error:
             self._send(Fault(type(error).__name__, str(error)))
             return 1
+        except MemoryError:
+            self._send(Fault(StageFault.__name__, out_of_memory()))
+            return 1
         except Exception as error:  # noqa: BLE001  # the border: whatever it is, the coordinator must hear of it
+            if any(sign in str(error) for sign in _OUT_OF_MEMORY):
+                self._send(Fault(StageFault.__name__, out_of_memory()))
+                return 1
             traceback.print_exc()
             kind = NeighbourLost if str(error).startswith(_LOST_NEIGHBOUR) else type(error)
             self._send(Fault(kind.__name__, f"{type(error).__name__}: {error}"))
@@ -149,6 +179,13 @@ class StageService:
                 return ModelFiles(read_model_files(message.model).files)
             case DownloadShard():
                 return self._answer_download(message)
+            case ReadClock():
+                return ClockRead(time.time())
+            case Examine():
+                return Examined(examine(message, self._tell_examining))
+            case MeasureHops():
+                assert self._group is not None, "MeasureHops before Connect"
+                return HopsMeasured(measure_hops(self._group))
             case Prepare():
                 return self._answer_prepare(message)
             case Connect():
@@ -168,6 +205,10 @@ class StageService:
         self._announce(Phase.DOWNLOADING, limit_s=PIECE_S)
         self._send(DownloadProgress(done_bytes, total_bytes))
 
+    def _tell_examining(self, done_bytes: int, total_bytes: int) -> None:
+        self._announce(Phase.EXAMINING, limit_s=PIECE_S)
+        self._send(DownloadProgress(done_bytes, total_bytes))
+
     def _answer_prepare(self, message: Prepare) -> Prepared:
         os.environ.update(message.environment)
         description = describe_model(read_model_files(message.model).files, message.model.path_or_repo)
@@ -179,7 +220,8 @@ class StageService:
         assert self._prepared is not None, "Connect before Prepare"
         if message.links is not None:
             self._prepared.ports.release()
-            self._transport = DistributedTransport(join_group(self._prepared.request.rank, message.links))
+            self._group = join_group(self._prepared.request.rank, message.links)
+            self._transport = DistributedTransport(self._group)
             prove_hops(self._transport, message.to_next, message.from_previous)
         return Connected()
 

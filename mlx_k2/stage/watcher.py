@@ -82,8 +82,17 @@ def _wait_until(condition: Callable[[], bool], deadline: float) -> bool:
 def _is_alive(pid: int) -> bool:
     with suppress(ProcessLookupError):
         os.kill(pid, 0)
-        return True
+        return not _is_zombie(pid)
     return False
+
+
+def _is_zombie(pid: int) -> bool:
+    """Whether an orphan has ended and init has not noticed, which on Linux may take it seconds; macOS's is quick."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123  # as light as this process
+            return file.read().rpartition(b")")[2].split()[0] == b"Z"
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Several hosts on one Linux machine: a network namespace, an address, a name, a home and an sshd for each.
+"""Several hosts on one Linux machine: a network namespace, two addresses, a name, a home and an sshd for each.
 
 They share the file system and the user, and nothing else. All of it is made in a folder of the test and in namespaces
 named after this process, so that several test runs do not meet, and all of it is removed again. Needs root.
@@ -75,7 +75,8 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
 class EmulatedHosts:
     """A context: on entry the hosts are up and reachable by ssh from each other, on exit nothing of them is left.
 
-    Host i is called ``names[i]`` by ssh and listens at ``addresses[i]``. Further names, all for host 1, fail:
+    Host i is called ``names[i]`` by ssh and listens at ``addresses[i]``, on its cable eth0; ``data_addresses[i]`` is
+    on a cable of its own, eth1. Further names, all for host 1, fail:
     ``unknown-key``, ``changed-key``, ``refused-key``, ``refused-connection``; ``unreachable`` and ``unresolvable`` are
     nobody's.
     """
@@ -84,17 +85,22 @@ class EmulatedHosts:
         self.folder = folder
         self.names = tuple(f"host-{i}" for i in range(num_hosts))
         self.addresses = tuple(f"10.77.0.{i + 1}" for i in range(num_hosts))
+        self.data_addresses = tuple(f"10.78.0.{i + 1}" for i in range(num_hosts))
         self.homes = tuple(folder / name for name in self.names)
         self._spaces = tuple(f"{PREFIX}-{os.getpid()}-{i}" for i in range(num_hosts))
         self._hub = f"{PREFIX}-{os.getpid()}-hub"
-        self._sshds: list[subprocess.Popen[bytes]] = []
+        self._sshds: dict[int, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> "EmulatedHosts":
         _remove_left_overs()
         try:
             self._write_keys_and_configs()
             self._make_network()
-            self._start_sshds()
+            Path("/run/sshd").mkdir(exist_ok=True)  # where sshd insists on separating privileges
+            for i in range(len(self.names)):
+                self._start_sshd(i)
+            for i in range(len(self.names)):
+                self._await_sshd(i)
         except BaseException:
             self.close()
             raise
@@ -142,13 +148,39 @@ class EmulatedHosts:
         """Every process on every host but the sshds."""
         return {pid: command for i in range(len(self.names)) for pid, command in self.processes(i).items()}
 
-    def cut(self, i: int) -> None:
-        """Pull host i's cable."""
-        _ip("-n", self._spaces[i], "link", "set", "eth0", "down")
+    def cut(self, i: int, link: str = "eth0") -> None:
+        """Pull one of host i's cables."""
+        _ip("-n", self._spaces[i], "link", "set", link, "down")
 
-    def restore(self, i: int) -> None:
+    def restore(self, i: int, link: str = "eth0") -> None:
         """Plug it in again."""
-        _ip("-n", self._spaces[i], "link", "set", "eth0", "up")
+        _ip("-n", self._spaces[i], "link", "set", link, "up")
+
+    def slow(self, i: int, kilobits: int) -> None:
+        """Let host i's first cable carry no more than this, in kilobits a second, in each direction."""
+        for space, link in ((self._spaces[i], "eth0"), (self._hub, f"a{i}")):
+            shape = ["tbf", "rate", f"{kilobits}kbit", "burst", "3kb", "latency", "2s"]
+            subprocess.run(["tc", "-n", space, "qdisc", "add", "dev", link, "root", *shape], check=True)
+
+    def times_held_back(self, i: int) -> int:
+        """How many packets had to wait since ``slow``."""
+        shown = subprocess.run(["tc", "-s", "-n", self._spaces[i], "qdisc", "show", "dev", "eth0"], capture_output=True)
+        (count,) = [words[words.index(b"overlimits") + 1] for words in [shown.stdout.split()]]
+        return int(count)
+
+    def end_sshd(self, i: int) -> None:
+        """Kill host i's sshd, and the servers of its sessions."""
+        for pid in _pids(self._spaces[i]):
+            with suppress(psutil.NoSuchProcess):
+                if (process := psutil.Process(pid)).name().startswith("sshd"):
+                    process.kill()
+        self._sshds.pop(i).wait(START_S)
+
+    def start_sshd(self, i: int) -> None:
+        """Start it again."""
+        self._log_of(i).unlink()
+        self._start_sshd(i)
+        self._await_sshd(i)
 
     def write_hostfile(self, path: Path, ranks: Sequence[int] | None = None, **more: object) -> Path:
         """A hostfile in MLX's list form, one entry for each of ``ranks`` with the fields ``more``."""
@@ -201,30 +233,38 @@ class EmulatedHosts:
 
     def _make_network(self) -> None:
         _ip("netns", "add", self._hub)
-        _ip("-n", self._hub, "link", "add", "br0", "type", "bridge")
-        _ip("-n", self._hub, "link", "set", "br0", "up")
-        for i, (space, address) in enumerate(zip(self._spaces, self.addresses, strict=True)):
+        for space in self._spaces:
             _ip("netns", "add", space)
-            _ip("link", "add", f"v{i}", "netns", self._hub, "type", "veth", "peer", "name", "eth0", "netns", space)
-            _ip("-n", self._hub, "link", "set", f"v{i}", "master", "br0", "up")
-            _ip("-n", space, "addr", "add", f"{address}/24", "dev", "eth0")
-            for link in ("lo", "eth0"):
+            _ip("-n", space, "link", "set", "lo", "up")
+        for bridge, link, ends, addresses in (
+            ("br0", "eth0", "a", self.addresses),
+            ("br1", "eth1", "b", self.data_addresses),
+        ):
+            _ip("-n", self._hub, "link", "add", bridge, "type", "bridge")
+            _ip("-n", self._hub, "link", "set", bridge, "up")
+            for i, (space, address) in enumerate(zip(self._spaces, addresses, strict=True)):
+                end = f"{ends}{i}"
+                _ip("link", "add", end, "netns", self._hub, "type", "veth", "peer", "name", link, "netns", space)
+                _ip("-n", self._hub, "link", "set", end, "master", bridge, "up")
+                _ip("-n", space, "addr", "add", f"{address}/24", "dev", link)
                 _ip("-n", space, "link", "set", link, "up")
 
-    def _start_sshds(self) -> None:
-        Path("/run/sshd").mkdir(exist_ok=True)  # where sshd insists on separating privileges
-        logs = [self.folder / f"{name}.sshd.log" for name in self.names]
-        for i, (name, log) in enumerate(zip(self.names, logs, strict=True)):
-            command = [SSHD, "-D", "-f", str(self.folder / f"{name}.sshd_config"), "-E", str(log)]
-            self._sshds.append(self.exec(i, command, stdin=subprocess.DEVNULL))
-        for log in logs:
-            listening = wait_until(lambda log=log: log.exists() and "listening" in log.read_text(), START_S)  # type: ignore[misc]
-            assert listening, f"sshd did not start: {log.read_text() if log.exists() else 'no log'}"
+    def _log_of(self, i: int) -> Path:
+        return self.folder / f"{self.names[i]}.sshd.log"
+
+    def _start_sshd(self, i: int) -> None:
+        command = [SSHD, "-D", "-f", str(self.folder / f"{self.names[i]}.sshd_config"), "-E", str(self._log_of(i))]
+        self._sshds[i] = self.exec(i, command, stdin=subprocess.DEVNULL)
+
+    def _await_sshd(self, i: int) -> None:
+        log = self._log_of(i)
+        listening = wait_until(lambda: log.exists() and "listening" in log.read_text(), START_S)
+        assert listening, f"sshd did not start: {log.read_text() if log.exists() else 'no log'}"
 
     def close(self) -> None:
         """End every process on the hosts and remove the hosts."""
         _remove((self._hub, *self._spaces))
-        for sshd in self._sshds:
+        for sshd in self._sshds.values():
             sshd.wait(START_S)
 
 

@@ -1,0 +1,103 @@
+"""Does everything in the fault matrix to three stages over ssh on emulated hosts, while two streams run.
+
+    python -m bench.faults
+    python -m bench.faults --only "cable pulled"
+
+Rows go to results/faults.csv; the table in docs/reliability.md is made of them. Needs root, on Linux.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+from bench.measure import save_rows
+from tests.cluster.fault_run import NUM_HOSTS, Scene
+from tests.cluster.faults import FAULTS, Finding, Tokens, try_fault
+from tests.cluster.hosts import EmulatedHosts, what_is_missing
+from tests.local_cluster import write_model
+
+PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
+BEGIN, END = "<!-- the table of bench/faults.py -->\n", "<!-- end of the table -->\n"
+
+
+def undisturbed(folder: Path, model: Path) -> Tokens:
+    """The tokens of both streams without a fault, over the same three hosts."""
+    with EmulatedHosts(_made(folder / "hosts"), NUM_HOSTS) as hosts:
+        scene = Scene(hosts, model, folder / "scene")
+        run = scene.start()
+        run.finish()
+        assert run.lines[-1] == {"ended": True}, run.lines[-1]
+        return run.tokens
+
+
+def commit() -> str:
+    """The commit that is tried, with a plus where files differ from it."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], cwd=PAGE.parent, capture_output=True, text=True, check=True
+    )
+    return described.stdout.strip()
+
+
+def main() -> int:
+    """Try them, print what came of each, and keep the rows where all were tried; 1 when one failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="faults whose name holds this")
+    options = parser.parse_args()
+    if missing := what_is_missing():
+        sys.exit(missing)
+    chosen = [fault for fault in FAULTS if options.only in fault.name]
+    findings: list[Finding] = []
+    with tempfile.TemporaryDirectory(prefix="faults-") as name:
+        folder = Path(name)
+        model = write_model(folder / "model")
+        expected = undisturbed(_made(folder / "undisturbed"), model)
+        for number, fault in enumerate(chosen):
+            where = _made(folder / f"{number}")
+            try:
+                with EmulatedHosts(_made(where / "hosts"), NUM_HOSTS) as hosts:
+                    findings.append(try_fault(fault, Scene(hosts, model, where / "scene"), expected))
+                print(_line(findings[-1]), flush=True)
+            except Exception:  # noqa: BLE001  # the next row is tried whatever became of this one
+                print(f"FAILED: {fault.name}\n{traceback.format_exc()}", flush=True)
+    if chosen == list(FAULTS):
+        save_rows("faults", ("commit", "fault", "noticed_s", "outcome", "reason"), [_row(each) for each in findings])
+        if len(findings) == len(FAULTS):
+            write_table(findings)
+    print(f"{len(findings)} of {len(chosen)} hold")
+    return int(len(findings) < len(chosen))
+
+
+def write_table(findings: list[Finding]) -> None:
+    """Put the table into docs/reliability.md."""
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    rows = [f"| {each.fault.name} | {_seconds(each)} | {each.fault.outcome} |" for each in findings]
+    table = "\n".join(["| fault | noticed after | then |", "|---|---|---|", *rows, ""])
+    PAGE.write_text(before + BEGIN + table + END + after)
+
+
+def _row(finding: Finding) -> tuple[object, ...]:
+    noticed_s = "" if finding.noticed_s is None else f"{finding.noticed_s:.2f}"
+    return commit(), finding.fault.name, noticed_s, finding.fault.outcome, finding.reason
+
+
+def _line(finding: Finding) -> str:
+    return (
+        f"{finding.wall_s:5.1f} s  {finding.fault.name}: {_seconds(finding)}, {finding.fault.outcome}: {finding.reason}"
+    )
+
+
+def _seconds(finding: Finding) -> str:
+    return "" if finding.noticed_s is None else f"{finding.noticed_s:.1f} s"
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())

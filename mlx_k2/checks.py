@@ -1,0 +1,251 @@
+"""Judges what hosts say of themselves: each check is fine, a warning or a failure, with what mends it. Pure."""
+
+import enum
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from mlx_k2.cluster.hostfile import Backend, Host
+from mlx_k2.cluster.mac_settings import (
+    bridge_is_active,
+    macos_version,
+    rdma_devices,
+    rdma_is_enabled,
+    sleeps_after_minutes,
+)
+from mlx_k2.control.host_facts import HopSpeed, HostFacts, ModelFacts
+from mlx_k2.control.messages import Hello
+
+SLOW_ANSWER_S = 0.02
+"""A plan goes through this for every token."""
+CLOCK_SKEW_S = 5.0
+SLOW_HOP_S = 0.005
+SLOW_HOP_BYTES_PER_S = 100e6
+"""Gigabit Ethernet: a prompt's chunk of 29 MB then takes 0.3 s a hop."""
+RDMA_MACOS = (26, 2)
+LARGE_RDMA_MACOS = (26, 3)
+_FAST_SYNCH = "MLX_METAL_FAST_SYNCH"
+
+
+class Verdict(enum.Enum):
+    """What a check came to."""
+
+    OK = "ok"
+    WARNING = "warning"
+    FAILURE = "failure"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at on one host. What mends it stands in ``found``, commands between backticks."""
+
+    host: str
+    what: str
+    verdict: Verdict
+    found: str
+
+    @property
+    def commands(self) -> list[str]:
+        """What to run."""
+        return re.findall(r"`([^`]+)`", self.found) if self.verdict is not Verdict.OK else []
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How fast a host answered over its control connection, and how far its clock is ahead of ours."""
+
+    round_trip_s: float
+    clock_ahead_s: float
+
+
+def check_answer(host: str, answer: Answer) -> Iterator[Check]:
+    """Whether it is fast enough to be asked for every token, and its clock is right."""
+    trip = f"answers in {1000 * answer.round_trip_s:.1f} ms"
+    if answer.round_trip_s > SLOW_ANSWER_S:
+        yield Check(host, "ssh", Verdict.WARNING, f"{trip}: each token waits for that; use a cable, not Wi-Fi")
+    else:
+        yield Check(host, "ssh", Verdict.OK, trip)
+    ahead_s = answer.clock_ahead_s
+    if abs(ahead_s) > CLOCK_SKEW_S:
+        set_clock = "set it: `sudo sntp -sS time.apple.com` there; logs will not match, nothing else depends on it"
+        way = "ahead of" if ahead_s > 0 else "behind"
+        yield Check(host, "clock", Verdict.WARNING, f"{abs(ahead_s):.0f} s {way} this machine's: {set_clock}")
+    else:
+        yield Check(host, "clock", Verdict.OK, f"within {CLOCK_SKEW_S:g} s of this machine's")
+
+
+def check_versions(
+    host: Host, hello: Hello, here: Mapping[str, str], backend: Backend, systems: set[str]
+) -> Iterator[Check]:
+    """Whether its packages are those of this machine (``here``), and all hosts' ``systems`` alike."""
+    there = {"mlx-k2": hello.mlx_k2_version, "mlx": hello.mlx_version, "mlx-lm": hello.mlx_lm_version}
+    wrong = [f"{name}=={here[name]}" for name in here if there[name] != here[name]]
+    python = host.python or "python3"
+    on_it = "" if host.is_local else f"ssh {host.ssh} "
+    listed = ", ".join(f"{name} {there[name]}" for name in there)
+    if wrong:
+        install = f"install what this machine has: `{on_it}{python} -m pip install {' '.join(wrong)}`"
+        yield Check(host.ssh, "versions", Verdict.FAILURE, f"{listed}: {install}")
+    else:
+        yield Check(host.ssh, "versions", Verdict.OK, f"{listed}, Python {hello.python_version}")
+    rdma = backend is not Backend.RING
+    if len(systems) > 1:
+        verdict = Verdict.FAILURE if rdma else Verdict.WARNING
+        yield Check(host.ssh, "system", verdict, f"{hello.system}, and other hosts run another: update all to the same")
+    else:
+        yield Check(host.ssh, "system", Verdict.OK, hello.system)
+
+
+def check_memory(host: str, hello: Hello, free_bytes: int, needed_bytes: int | None) -> Iterator[Check]:
+    """Whether it can hold its stage. ``needed_bytes`` None: nobody knows what that is."""
+    limit_bytes = hello.working_set_bytes
+    bound = limit_bytes if limit_bytes is not None else hello.memory_bytes
+    kind = "GPU memory" if limit_bytes is not None else "memory"
+    if needed_bytes is None:
+        yield Check(host, "memory", Verdict.OK, f"{_gb(bound)} of {kind}, {_gb(free_bytes)} not in use")
+    elif needed_bytes > bound:
+        raise_it = "give --split, a smaller --context or another host"
+        if limit_bytes is not None and needed_bytes < hello.memory_bytes:
+            raise_it = f"run `sudo sysctl iogpu.wired_limit_mb={-(-needed_bytes // 2**20)}` there, or {raise_it}"
+        found = f"its stage needs {_gb(needed_bytes)} and {_gb(bound)} of {kind} may be held: {raise_it}"
+        yield Check(host, "memory", Verdict.FAILURE, found)
+    elif needed_bytes > free_bytes:
+        found = f"its stage needs {_gb(needed_bytes)} and {_gb(free_bytes)} are not in use: end other programs there"
+        yield Check(host, "memory", Verdict.WARNING, found)
+    else:
+        yield Check(host, "memory", Verdict.OK, f"its stage needs {_gb(needed_bytes)} of {_gb(bound)} of {kind}")
+
+
+def check_model(host: str, facts: ModelFacts, download: str) -> Iterator[Check]:
+    """Whether its files are there and right. ``download`` is the command that fetches them."""
+    if facts.problem is not None:
+        yield Check(host, "model", Verdict.FAILURE, facts.problem)
+        return
+    if facts.missing_bytes:
+        found = f"{_gb(facts.missing_bytes)} of {facts.num_files} files are still to be fetched"
+        if facts.missing_bytes > facts.disk_free_bytes:
+            found += f", and its disk has {_gb(facts.disk_free_bytes)} free: make room, then"
+            yield Check(host, "model", Verdict.FAILURE, f"{found} run `{download}`")
+        else:
+            yield Check(host, "model", Verdict.WARNING, f"{found}: run `{download}`")
+        return
+    differing = sorted(name for name, digest in facts.expected.items() if facts.found.get(name, digest) != digest)
+    if differing:
+        found = f"{', '.join(differing)} in {facts.folder} is not what the Hub has: remove it and run `{download}`"
+        yield Check(host, "model", Verdict.FAILURE, found)
+        return
+    checked = f", {len(facts.found)} checksums computed" if facts.found else ""
+    right = sum(name in facts.found for name in facts.expected)
+    checked += f", {right} of them right by the Hub's" if facts.found and right else ""
+    yield Check(host, "model", Verdict.OK, f"{facts.num_files} files in {facts.folder}{checked}")
+
+
+def check_copies(facts: Mapping[str, ModelFacts]) -> Iterator[Check]:
+    """Whether hosts that hold the same file hold the same bytes. ``facts`` by host, with checksums."""
+    by_name: dict[str, dict[str, str]] = {}
+    for host, model in facts.items():
+        for name, digest in model.found.items():
+            by_name.setdefault(name, {})[host] = digest
+    for name, digests in sorted(by_name.items()):
+        if len(set(digests.values())) > 1:
+            usual = Counter(digests.values()).most_common(1)[0][0]
+            for host, digest in digests.items():
+                if digest != usual or len(digests) == 2:
+                    others = ", ".join(other for other in digests if other != host)
+                    yield Check(
+                        host, "model", Verdict.FAILURE, f"{name} is not the same as on {others}: fetch it again"
+                    )
+
+
+def check_addresses(host: Host, facts: HostFacts) -> Iterator[Check]:
+    """Whether it has the addresses that the hostfile gives it."""
+    ips = [address.partition(":")[0] for address in host.ips]
+    missing = [ip for ip in ips if ip not in facts.interfaces]
+    if missing:
+        has = ", ".join(f"{ip} on {name}" for ip, name in sorted(facts.interfaces.items()) if not ip.startswith("127."))
+        found = (
+            f"{', '.join(missing)} is on none of its interfaces that are up ({has or 'it has none'}): correct the "
+            "hostfile, or let `mlx.distributed_config --over thunderbolt --auto-setup` set the addresses, which a "
+            "restart undoes"
+        )
+        yield Check(host.ssh, "addresses", Verdict.FAILURE, found)
+    elif ips:
+        listed = ", ".join(f"{ip} on {facts.interfaces[ip]}" for ip in ips)
+        yield Check(host.ssh, "addresses", Verdict.OK, listed)
+
+
+def check_backend(host: Host, backend: Backend, hello: Hello, facts: HostFacts) -> Iterator[Check]:
+    """Whether it can use the hostfile's backend."""
+    name = "ring" if backend is Backend.RING else "jaccl"
+    if backend is Backend.RING or name not in facts.backends:
+        if name in facts.backends:
+            yield Check(host.ssh, "backend", Verdict.OK, f"{name} can be used")
+            return
+        way_out = 'write "backend": "ring" in the hostfile'
+        if (macos := macos_version(hello.system)) is not None and macos < RDMA_MACOS:
+            way_out = f"update {hello.system} to macOS 26.2 or newer, or {way_out}"
+        yield Check(host.ssh, "backend", Verdict.FAILURE, f"its mlx has no {name}: {way_out}")
+        return
+    yield from _check_rdma(host, hello, facts)
+
+
+def _check_rdma(host: Host, hello: Hello, facts: HostFacts) -> Iterator[Check]:
+    devices = rdma_devices(facts.settings.get("ibv_devices", ""))
+    wanted = [device for cell in host.rdma for device in ([cell] if isinstance(cell, str) else cell or ())]
+    if not rdma_is_enabled(facts.settings.get("rdma_ctl", "")):
+        found = "RDMA is off: start this Mac in Recovery and run `rdma_ctl enable` in its Terminal (not over ssh)"
+        yield Check(host.ssh, "backend", Verdict.FAILURE, found)
+    elif missing := [device for device in wanted if device not in devices]:
+        found = (
+            f"{', '.join(missing)} is not among its RDMA devices ({', '.join(devices) or 'it has none'}): names change "
+            "with a restart or a replugged cable, so let `mlx.distributed_config` write the hostfile again; "
+            "Thunderbolt 4 has none"
+        )
+        yield Check(host.ssh, "backend", Verdict.FAILURE, found)
+    elif bridge_is_active(facts.settings.get("bridge0", "")):
+        turn_off = "`sudo networksetup -setnetworkserviceenabled 'Thunderbolt Bridge' off` there"
+        found = f"the Thunderbolt bridge holds the cables: {turn_off}"
+        yield Check(host.ssh, "backend", Verdict.FAILURE, found)
+    elif (macos := macos_version(hello.system)) is not None and macos < LARGE_RDMA_MACOS:
+        yield Check(host.ssh, "backend", Verdict.WARNING, f"{hello.system} sends 4 kB at a time: update to macOS 26.3")
+    else:
+        yield Check(host.ssh, "backend", Verdict.OK, f"jaccl over {', '.join(wanted)}")
+
+
+def check_environment(host: str, facts: HostFacts, envs: Sequence[str]) -> Iterator[Check]:
+    """Whether what can wedge a GPU is unset, there and in the hostfile's ``envs``."""
+    given = [line for line in envs if line.startswith(f"{_FAST_SYNCH}=")]
+    if given:
+        found = f"the hostfile sets {_FAST_SYNCH}, which can wedge a GPU until it is restarted: take it out of envs"
+        yield Check(host, "environment", Verdict.WARNING, found)
+    elif _FAST_SYNCH in facts.environment:
+        found = f"{_FAST_SYNCH} is set there, which can wedge a GPU until it is restarted: `unset {_FAST_SYNCH}`"
+        yield Check(host, "environment", Verdict.WARNING, f"{found} in its shell's start-up file")
+    else:
+        yield Check(host, "environment", Verdict.OK, f"{_FAST_SYNCH} is not set")
+
+
+def check_sleep(host: str, facts: HostFacts) -> Iterator[Check]:
+    """Whether it stays awake; nothing is said where its system does not say."""
+    minutes = sleeps_after_minutes(facts.settings.get("pmset", ""))
+    if minutes is None:
+        return
+    if minutes:
+        found = f"it sleeps after {minutes} idle minutes (mlx-k2 keeps it awake only while it runs)"
+        yield Check(host, "sleep", Verdict.WARNING, f"{found}: `sudo pmset -a sleep 0 disksleep 0` there")
+    else:
+        yield Check(host, "sleep", Verdict.OK, "never")
+
+
+def check_hop(hosts: Sequence[Host], rank: int, speed: HopSpeed) -> Check:
+    """Whether the hop from stage ``rank`` to the next one is fast enough."""
+    name = f"{hosts[rank].ssh} to {hosts[rank + 1].ssh}"
+    found = f"{1e6 * speed.latency_s:.0f} us for a token, {speed.bytes_per_s / 1e9:.2f} GB/s"
+    if speed.bytes_per_s < SLOW_HOP_BYTES_PER_S or speed.latency_s > SLOW_HOP_S:
+        return Check(name, "hop", Verdict.WARNING, f"{found}: slow; see that the hostfile's ips are those of the cable")
+    return Check(name, "hop", Verdict.OK, found)
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"

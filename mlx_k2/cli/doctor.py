@@ -1,0 +1,82 @@
+"""`mlx-k2 doctor`: what keeps a cluster from running, before hundreds of GB are loaded."""
+
+import sys
+from typing import Any
+
+import click
+import msgspec
+from rich.table import Table
+from rich.text import Text
+
+from mlx_k2.checks import Check, Verdict
+from mlx_k2.cli.console import ConsoleWatcher, console, note
+from mlx_k2.cli.options import cluster_options
+from mlx_k2.cli.requests import deployment_request, open_source
+from mlx_k2.doctor import examine_cluster
+
+_STYLES = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.FAILURE: "bold red"}
+
+
+@click.command()
+@cluster_options
+@click.option("--deep", is_flag=True, help="Read every file whole, and compare checksums.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout: each check, then a summary.")
+def command(**options: Any) -> None:
+    """Look at every host and every hop, and say what to mend.
+
+    \b
+    Before the model is there, and after it was fetched:
+        mlx-k2 doctor --hostfile two-macs.json
+        mlx-k2 doctor --hostfile two-macs.json --model moonshotai/Kimi-K2-Thinking
+
+    The exit code is 1 when something failed; warnings alone leave it 0. Nothing is loaded, and nothing is changed.
+    """  # noqa: D301  # click reads the escape
+    request = deployment_request(options)
+    for line in request.hostfile.notes:
+        note(line)
+    request, model = open_source(request)
+    with ConsoleWatcher(options["verbose"]) as watcher:
+        checks = examine_cluster(request, model, watcher, deep=options["deep"])
+    if options["as_json"]:
+        _print_json(checks)
+    else:
+        _show_table(checks)
+    if any(check.verdict is Verdict.FAILURE for check in checks):
+        raise click.exceptions.Exit(1)
+
+
+def _show_table(checks: tuple[Check, ...]) -> None:
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for heading in ("host", "check", ""):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("found", overflow="fold")
+    checks = tuple(sorted(checks, key=lambda check: check.host))
+    for check in checks:
+        found, _, _ = check.found.partition(": ")
+        table.add_row(check.host, check.what, Text(check.verdict.value, _STYLES[check.verdict]), found)
+    console.print(table)
+    for check in checks:
+        if check.verdict is not Verdict.OK:  # whole and in one line, so that its commands can be copied
+            console.print(f"{check.host}, {check.what}: {check.found}", soft_wrap=True)
+    note(", ".join(f"{_count(checks, verdict)} {verdict.value}" for verdict in Verdict))
+
+
+def _print_json(checks: tuple[Check, ...]) -> None:
+    for check in checks:
+        line = {
+            "host": check.host,
+            "check": check.what,
+            "verdict": check.verdict.value,
+            "found": check.found,
+            "commands": check.commands,
+        }
+        _write_line(line)
+    _write_line({"summary": {verdict.value: _count(checks, verdict) for verdict in Verdict}})
+
+
+def _count(checks: tuple[Check, ...], verdict: Verdict) -> int:
+    return sum(check.verdict is verdict for check in checks)
+
+
+def _write_line(value: object) -> None:
+    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")

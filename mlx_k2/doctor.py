@@ -1,0 +1,217 @@
+"""Examines a cluster before anything is loaded: every host, even where others fail, then every hop. Shows nothing."""
+
+import statistics
+import time
+from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import version
+from typing import TypeVar
+
+from mlx_k2 import __version__
+from mlx_k2.checks import (
+    Answer,
+    Check,
+    Verdict,
+    check_addresses,
+    check_answer,
+    check_backend,
+    check_copies,
+    check_environment,
+    check_hop,
+    check_memory,
+    check_model,
+    check_sleep,
+    check_versions,
+)
+from mlx_k2.cluster.hostfile import Backend
+from mlx_k2.control.host_facts import HostFacts
+from mlx_k2.control.messages import (
+    ClockRead,
+    DownloadProgress,
+    Examine,
+    Examined,
+    Fault,
+    FromStage,
+    Hello,
+    HopsMeasured,
+    MeasureHops,
+    ModelSource,
+    Prepare,
+    ReadClock,
+)
+from mlx_k2.deployment import DeploymentRequest, Watcher, links, plan_for, source_on, stage_place
+from mlx_k2.errors import ClusterError, PartitionError, SetupError
+from mlx_k2.launch import bring_up
+from mlx_k2.launch.events import StageEnded
+from mlx_k2.launch.group import StageGroup
+from mlx_k2.model_source import BUILTIN, is_repo
+from mlx_k2.plan import HostMemory, StagePlan
+from mlx_k2.weights.checkpoint import ModelDescription
+
+NUM_CLOCK_READINGS = 7
+EXAMINE_S = 90.0
+DEEP_S = 900.0
+"""Without a word: for the checksum of one file."""
+HOPS_S = 60.0
+
+Wanted = TypeVar("Wanted", bound=FromStage)
+
+
+def examine_cluster(
+    request: DeploymentRequest, model: ModelDescription | None, watcher: Watcher, *, deep: bool
+) -> tuple[Check, ...]:
+    """Every check of every host and hop; a host that fails one is asked for the others as far as it can answer.
+
+    ``model`` None: nothing is said of memory and files. ``deep`` has the files' checksums computed.
+    """
+    hosts = request.hostfile.hosts
+    places = [stage_place(host) for host in hosts]
+    with StageGroup(places, request.lease_s, watcher.log, watcher.notice, request.patience_s) as group:
+        round_ = _Round(request, group, watcher)
+        watcher.phase("asking the hosts")
+        hellos = round_.collect(Hello, range(len(hosts)), bring_up.GREET_S, "ssh")
+        plans = round_.plan(model, hellos)
+        for rank in list(hellos):
+            round_.ask_clock(rank)
+        watcher.phase("computing checksums" if deep else "looking at the hosts")
+        facts = round_.examine(hellos, plans, deep=deep)
+        for rank in facts:
+            round_.judge(rank, hellos, facts[rank], plans)
+        models = {hosts[rank].ssh: one.model for rank, one in facts.items() if one.model is not None}
+        round_.checks += check_copies(models)
+        if 1 < len(facts) == len(hosts):
+            watcher.phase("measuring the hops")
+            round_.measure_hops()
+    return tuple(round_.checks)
+
+
+class _Round:
+    """The checks so far, and the stages that they are asked of."""
+
+    def __init__(self, request: DeploymentRequest, group: StageGroup, watcher: Watcher) -> None:
+        self._request = request
+        self._hosts = request.hostfile.hosts
+        self._group = group
+        self._watcher = watcher
+        self.checks: list[Check] = []
+
+    def collect(self, wanted: type[Wanted], ranks: Collection[int], silence_s: float, what: str) -> dict[int, Wanted]:
+        """The answers of those that give one; for the others a failure of ``what``."""
+        answers: dict[int, Wanted] = {}
+        owing = set(ranks)
+        while owing:
+            event = self._group.receive(silence_s)
+            if event is None:
+                for rank in sorted(owing):
+                    self._fail(rank, what, f"no answer for {silence_s:.0f} s: see that it is awake and on this network")
+                return answers
+            if isinstance(event, StageEnded):
+                if event.rank in owing:
+                    self._fail(event.rank, what, event.reason)
+                    owing.discard(event.rank)
+            elif isinstance(event.message, Fault):
+                self._fail(event.rank, what, event.message.message)
+                owing.discard(event.rank)
+            elif isinstance(event.message, wanted):
+                answers[event.rank] = event.message
+                owing.discard(event.rank)
+            elif isinstance(event.message, DownloadProgress):
+                self._watcher.progress(event.rank, event.message)
+        return answers
+
+    def plan(self, model: ModelDescription | None, hellos: Mapping[int, Hello]) -> Sequence[StagePlan]:
+        """Who would get what, by the memory of the hosts that answered; none where that does not work out."""
+        if model is None:
+            return ()
+        unknown = HostMemory(None, None)
+        memories = [
+            HostMemory(hello.working_set_bytes, hello.memory_bytes) if (hello := hellos.get(rank)) else unknown
+            for rank in range(len(self._hosts))
+        ]
+        gpus = [hello.working_set_bytes is not None for hello in hellos.values()]
+        try:
+            _, plans = plan_for(self._request, model, memories, all_on_gpu=all(gpus))
+        except PartitionError as error:
+            self.checks.append(Check("all hosts", "memory", Verdict.FAILURE, str(error)))
+            return ()
+        self._watcher.planned(model, plans)
+        return plans
+
+    def ask_clock(self, rank: int) -> None:
+        """How fast it answers, and what time it has: the quickest of a few answers tells both best."""
+        answers = []
+        for _ in range(NUM_CLOCK_READINGS):
+            asked, asked_at = time.monotonic(), time.time()
+            self._group.send(rank, ReadClock())
+            if (read := self.collect(ClockRead, [rank], EXAMINE_S, "ssh").get(rank)) is None:
+                return
+            took_s = time.monotonic() - asked
+            answers.append(Answer(took_s, read.unix_s - asked_at - took_s / 2))
+        quickest = min(answers, key=lambda answer: answer.round_trip_s)
+        typical_s = statistics.median(answer.round_trip_s for answer in answers)
+        self.checks += check_answer(self._hosts[rank].ssh, Answer(typical_s, quickest.clock_ahead_s))
+
+    def examine(self, hellos: Mapping[int, Hello], plans: Sequence[StagePlan], *, deep: bool) -> dict[int, HostFacts]:
+        """What the hosts that answered find out about themselves."""
+        for rank in hellos:
+            share = plans[rank].share if plans else None
+            layers = None if share is None else (share.first_layer, share.end_layer)
+            self._group.send(rank, Examine(source_on(self._hosts[rank], self._request.source), layers, deep))
+        answers = self.collect(Examined, list(hellos), DEEP_S if deep else EXAMINE_S, "examination")
+        return {rank: answer.facts for rank, answer in answers.items()}
+
+    def judge(self, rank: int, hellos: Mapping[int, Hello], facts: HostFacts, plans: Sequence[StagePlan]) -> None:
+        """All that one host's facts say."""
+        host, hello, hostfile = self._hosts[rank], hellos[rank], self._request.hostfile
+        here = {"mlx-k2": __version__, "mlx": version("mlx"), "mlx-lm": version("mlx-lm")}
+        self.checks += check_versions(host, hello, here, hostfile.backend, {each.system for each in hellos.values()})
+        needed_bytes = plans[rank].needed_bytes if plans else None
+        self.checks += check_memory(host.ssh, hello, facts.memory_free_bytes, needed_bytes)
+        if facts.model is not None:
+            self.checks += check_model(host.ssh, facts.model, self._download())
+        if len(self._hosts) > 1:
+            self.checks += check_addresses(host, facts)
+            self.checks += check_backend(host, hostfile.backend, hello, facts)
+        self.checks += check_environment(host.ssh, facts, hostfile.envs)
+        self.checks += check_sleep(host.ssh, facts)
+
+    def measure_hops(self) -> None:
+        """Connect all stages as a run does, over the built-in model, which every host has, and time each hop."""
+        if any(check.verdict is Verdict.FAILURE and check.what in ("addresses", "backend") for check in self.checks):
+            self._fail_hops("not tried: see the failures above")
+            return
+        hostfile, size = self._request.hostfile, self._group.size
+        try:
+            prepared = bring_up.prepare(
+                self._group,
+                [
+                    Prepare(
+                        rank,
+                        size,
+                        ModelSource(path_or_repo=BUILTIN),
+                        host.ips if hostfile.backend is Backend.RING else (),
+                        dict(line.split("=", 1) for line in hostfile.envs),
+                    )
+                    for rank, host in enumerate(hostfile.hosts)
+                ],
+            )
+            bring_up.connect(self._group, links(hostfile, [answer.addresses for answer in prepared]))
+            self._group.send_all(MeasureHops())
+            speeds = bring_up.gather(self._group, HopsMeasured, range(size), HOPS_S, "measure its hops")
+        except (ClusterError, SetupError) as error:
+            self._fail_hops(f"{error}: see to the cable and the addresses")
+            return
+        self.checks += [
+            check_hop(self._hosts, rank, speed.to_next)
+            for rank, speed in enumerate(speeds)
+            if speed.to_next is not None
+        ]
+
+    def _download(self) -> str:
+        source = self._request.source
+        return f"mlx-k2 download --hostfile HOSTFILE --model {source.path_or_repo if is_repo(source) else 'OWNER/NAME'}"
+
+    def _fail(self, rank: int, what: str, found: str) -> None:
+        self.checks.append(Check(self._hosts[rank].ssh, what, Verdict.FAILURE, found))
+
+    def _fail_hops(self, found: str) -> None:
+        self.checks.append(Check("all hosts", "hop", Verdict.FAILURE, found))

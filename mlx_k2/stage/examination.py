@@ -1,0 +1,118 @@
+"""Looks at its own host for `mlx-k2 doctor`: memory, addresses, backends, settings, a stage's files. Judges nothing."""
+
+import hashlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import psutil
+
+from mlx_k2.control.host_facts import HostFacts, ModelFacts
+from mlx_k2.control.messages import Examine
+from mlx_k2.errors import MlxK2Error
+from mlx_k2.model_source import files_to_fetch, is_repo, locate_shard, model_folder, read_model_files
+from mlx_k2.weights.checkpoint import describe_model
+from mlx_k2.weights.inventory import shard_specs
+
+BACKENDS = ("ring", "jaccl")
+SETTINGS: Mapping[str, tuple[str, ...]] = {
+    "pmset": ("/usr/bin/pmset", "-g"),
+    "rdma_ctl": ("/usr/bin/rdma_ctl", "status"),
+    "ibv_devices": ("/usr/bin/ibv_devices",),
+    "bridge0": ("/sbin/ifconfig", "bridge0"),
+}
+"""macOS's own tools; what one of them cannot say is left out."""
+SETTING_S = 10.0
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def examine(message: Examine, on_progress: Callable[[int, int], None]) -> HostFacts:
+    """All that can be found out here; ``on_progress`` hears how many bytes of checksums are done, of how many."""
+    return HostFacts(
+        memory_free_bytes=psutil.virtual_memory().available,
+        interfaces=_interfaces(),
+        backends=tuple(name for name in BACKENDS if mx.distributed.is_available(name)),
+        environment={name: value for name, value in os.environ.items() if name.startswith("MLX_")},
+        settings=_settings() if sys.platform == "darwin" else {},
+        model=_model_facts(message, on_progress),
+    )
+
+
+def _interfaces() -> dict[str, str]:
+    stats = psutil.net_if_stats()
+    return {
+        address.address: name
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if address.family is socket.AF_INET and name in stats and stats[name].isup
+    }
+
+
+def _settings() -> dict[str, str]:
+    said = {}
+    for name, command in SETTINGS.items():
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SETTING_S, check=True)
+        except (OSError, subprocess.SubprocessError):
+            continue
+        said[name] = done.stdout
+    return said
+
+
+def _model_facts(message: Examine, on_progress: Callable[[int, int], None]) -> ModelFacts | None:
+    """The files of the layers that are asked about; their absence and their faults are facts, not errors."""
+    if message.layers is None:
+        return None
+    first_layer, end_layer = message.layers
+    try:
+        files, source = read_model_files(message.model)
+        description = describe_model(files, source.path_or_repo)
+        specs = shard_specs(description.config, first_layer, end_layer)
+        missing = files_to_fetch(source, description.index, specs)
+        if missing:
+            num_files = len(description.index.files(specs))
+            free_bytes = shutil.disk_usage(_existing(Path.home())).free
+            return ModelFacts(
+                folder="", num_files=num_files, disk_free_bytes=free_bytes, missing_bytes=sum(missing.values())
+            )
+        paths = sorted(set(locate_shard(source, description.index, specs, on_progress).values()))
+    except MlxK2Error as error:
+        folder = _existing(model_folder(message.model) if not is_repo(message.model) else Path.home())
+        free_bytes = shutil.disk_usage(folder).free
+        return ModelFacts(folder="", num_files=0, disk_free_bytes=free_bytes, problem=str(error))
+    return ModelFacts(
+        folder=str(paths[0].parent),
+        num_files=len(paths),
+        disk_free_bytes=shutil.disk_usage(paths[0].parent).free,
+        found=_checksums(paths, on_progress) if message.deep else {},
+        expected={path.name: digest for path in paths if (digest := _expected(path)) is not None},
+    )
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _checksums(paths: list[Path], on_progress: Callable[[int, int], None]) -> dict[str, str]:
+    total, done = sum(path.stat().st_size for path in paths), 0
+    digests = {}
+    for path in paths:
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        done += path.stat().st_size
+        on_progress(done, total)
+    return digests
+
+
+def _expected(path: Path) -> str | None:
+    """The checksum that the Hub gave with the file: its name in the Hub's cache, or a note beside a plain download."""
+    note = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
+    words = note.read_text().split() if note.is_file() else []
+    names = (path.resolve().name, *words[1:2])
+    return next((name for name in names if _SHA256.fullmatch(name)), None)

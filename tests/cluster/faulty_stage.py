@@ -1,0 +1,73 @@
+"""A real stage with a fault inside: it happens at the next step once a file with the fault's name lies in its folder.
+
+As a program: faulty_stage.py FOLDER is the stage proper, to be started by a guard.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from mlx_k2.control.framing import Kind, encode_frame
+from mlx_k2.model.stage_model import StageModel
+from mlx_k2.stage.service import serve
+
+NAMES = ("exception", "print", "rubbish", "half-frame", "flood", "clock")
+FLOOD_BYTES = 10_000_000
+GUARD = (
+    "import os, sys; from mlx_k2.stage.guard import run_guard; "
+    "os._exit(run_guard([sys.executable, '-m', 'tests.cluster.faulty_stage', sys.argv[1]]))"
+)
+
+
+def faulty_python(folder: Path) -> str:
+    """The path of a stand-in for a host's Python that runs a guard over such a stage; ``folder`` is made for it."""
+    folder.mkdir()
+    script = folder / "python"
+    script.write_text(f'#!/bin/sh\ncd {Path(__file__).parents[2]}\nexec {sys.executable} -c "{GUARD}" {folder}\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+def do(folder: Path, name: str) -> None:
+    """Let the stage of that folder do it at its next step."""
+    assert name in NAMES
+    (folder / name).touch()
+
+
+def happen(name: str, folder: Path, protocol_fd: int) -> None:
+    match name:
+        case "exception":
+            raise ValueError("a fault inside a layer")
+        case "print":
+            sys.stdout.write("rubbish on stdout\n" * 1000)
+            sys.stdout.flush()
+        case "rubbish":
+            os.write(protocol_fd, b"\xff" * 64)
+        case "half-frame":
+            os.write(protocol_fd, encode_frame(Kind.MESSAGE, b"x" * 100)[:50])
+            os._exit(1)
+        case "flood":
+            sys.stderr.write(("x" * 99 + "\n") * (FLOOD_BYTES // 100))
+        case "clock":
+            (folder / "clock-says").write_text(str(time.time()))
+
+
+def main(folder: Path) -> None:
+    protocol_fd = os.dup(1)
+    os.dup2(2, 1)
+    run = StageModel.run
+
+    def run_with_faults(*arguments: object) -> object:
+        for name in NAMES:
+            if (folder / name).exists():
+                (folder / name).unlink()
+                happen(name, folder, protocol_fd)
+        return run(*arguments)  # type: ignore[arg-type]
+
+    StageModel.run = run_with_faults  # type: ignore[assignment,method-assign]
+    serve(inward_fd=0, outward_fd=protocol_fd)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

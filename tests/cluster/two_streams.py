@@ -1,0 +1,122 @@
+"""A coordinator with two streams over a hostfile's stages, which faults are done to; it tells what happens as it does.
+
+As a program: two_streams.py OPTIONS, where OPTIONS is a JSON object. On stdout, one JSON object a line: {"phase"},
+{"stream", "token"}, {"restart"}, {"notice"}, and last {"error"} or {"ended"}. At the N-th begin of a phase that
+``halts`` names it waits for a line on stdin.
+"""
+
+import dataclasses
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+
+from mlx_k2.cluster.hostfile import read_hostfile
+from mlx_k2.control.messages import ModelSource
+from mlx_k2.coordinator import StageReport
+from mlx_k2.deployment import DeploymentRequest, Watcher
+from mlx_k2.errors import ClusterError
+from mlx_k2.model_source import read_model_files
+from mlx_k2.recovery import LastingDeployment, Restart
+from mlx_k2.session import coordinate
+from mlx_k2.weights.checkpoint import describe_model
+from tests.local_cluster import CONTEXT_TOKENS, request
+
+STREAMS = (request(600, 200, seed=5), request(7, 220, temperature=0))
+DECODING_TOKEN = 10
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What to run, and where to halt."""
+
+    model: str
+    hostfile: str
+    log_dir: str
+    lease_s: float = 20.0
+    patience_s: float = 7.0
+    restarts: int = 3
+    halts: dict[str, int] = {}
+
+
+class Teller(Watcher):
+    """Tells of phases, and halts."""
+
+    def __init__(self, halts: dict[str, int]) -> None:
+        self._halts = halts
+        self._begun: Counter[str] = Counter()
+
+    def phase(self, what: str) -> None:
+        name = what.split(maxsplit=1)[0]
+        self._begun[name] += 1
+        tell(phase=name, time=self._begun[name])
+        if self._halts.get(name) == self._begun[name]:
+            sys.stdin.readline()
+
+    def notice(self, line: str) -> None:
+        tell(notice=line)
+
+    def step(self, report: StageReport) -> None:
+        """The first step of a prompt is under way, or over."""
+        if not self._begun["prefill"]:
+            self.phase("prefill")
+
+
+def tell(**values: object) -> None:
+    sys.stdout.write(json.dumps(values) + "\n")
+    sys.stdout.flush()
+
+
+def told_restart(restart: Restart) -> None:
+    tell(restart=dataclasses.asdict(restart))
+
+
+def main(options: Options) -> int:
+    source = ModelSource(path_or_repo=options.model)
+    asked = DeploymentRequest(
+        read_hostfile(Path(options.hostfile)),
+        source,
+        None,
+        CONTEXT_TOKENS,
+        None,
+        options.lease_s,
+        options.patience_s,
+        num_slots=len(STREAMS),
+    )
+    model = describe_model(read_model_files(source).files, options.model)
+    teller = Teller(options.halts)
+    try:
+        with LastingDeployment(asked, model, teller, options.restarts, Path(options.log_dir)) as lasting:
+            run(lasting, teller)
+            teller.phase("stopping")
+    except ClusterError as error:
+        tell(error=str(error))
+        return 1
+    tell(ended=True)
+    return 0
+
+
+def run(lasting: LastingDeployment, teller: Teller) -> None:
+    keep = lasting.on_report
+    assert keep is not None
+
+    def on_report(report: StageReport) -> None:
+        keep(report)
+        teller.step(report)
+
+    coordinator = coordinate(
+        lasting.deployment,
+        guesses=True,
+        on_report=on_report,
+        renew=lambda error: lasting.renew(error, told_restart),
+    )
+    for count, event in enumerate(coordinator.run(*STREAMS)):
+        assert event.token is not None
+        tell(stream=STREAMS.index(event.sequence.request), token=event.token.token_id)
+        if count == DECODING_TOKEN:
+            teller.phase("decode")
+
+
+if __name__ == "__main__":
+    sys.exit(main(msgspec.json.decode(sys.argv[1], type=Options)))

@@ -1,0 +1,171 @@
+"""What a host says of itself becomes ok, a warning or a failure, and what is not ok says what mends it."""
+
+import re
+from dataclasses import replace
+
+import msgspec
+import pytest
+
+from mlx_k2.checks import (
+    Answer,
+    Check,
+    Verdict,
+    check_addresses,
+    check_answer,
+    check_backend,
+    check_copies,
+    check_environment,
+    check_hop,
+    check_memory,
+    check_model,
+    check_sleep,
+    check_versions,
+)
+from mlx_k2.cluster.hostfile import Backend, Host
+from mlx_k2.control.host_facts import HopSpeed, HostFacts, ModelFacts
+from mlx_k2.control.messages import Hello
+from tests.cluster_room.test_mac_settings import BRIDGE, DEVICES, NO_DEVICES, PMSET
+
+HERE = {"mlx-k2": "0.1.0", "mlx": "0.32.4", "mlx-lm": "0.32.2"}
+GB = 10**9
+HOST = Host(ssh="mac-2", ips=("192.168.0.2",), rdma=("rdma_en5", None))
+HELLO = Hello(
+    mlx_k2_version="0.1.0",
+    mlx_version="0.32.4",
+    mlx_lm_version="0.32.2",
+    python_version="3.12.1",
+    system="macOS 26.4",
+    hostname="mac-2",
+    memory_bytes=512 * GB,
+    working_set_bytes=400 * GB,
+)
+FACTS = HostFacts(
+    memory_free_bytes=480 * GB,
+    interfaces={"127.0.0.1": "lo0", "192.168.0.2": "en5"},
+    backends=("ring", "jaccl"),
+    environment={},
+    settings={"pmset": PMSET, "rdma_ctl": "enabled\n", "ibv_devices": DEVICES, "bridge0": ""},
+)
+MODEL = ModelFacts(folder="/models/k2", num_files=30, disk_free_bytes=900 * GB)
+DOWNLOAD = "mlx-k2 download --hostfile two-macs.json --model moonshotai/Kimi-K2-Thinking"
+
+OK, WARNING, FAILURE = Verdict.OK, Verdict.WARNING, Verdict.FAILURE
+
+
+def facts(**changes: object) -> HostFacts:
+    return msgspec.structs.replace(FACTS, **changes)
+
+
+def settings(**changes: str) -> HostFacts:
+    return facts(settings=FACTS.settings | changes)
+
+
+def model(**changes: object) -> ModelFacts:
+    return msgspec.structs.replace(MODEL, **changes)
+
+
+def hello(**changes: object) -> Hello:
+    return msgspec.structs.replace(HELLO, **changes)
+
+
+def backend(seen: HostFacts, system: str = "macOS 26.4") -> list[Check]:
+    return list(check_backend(HOST, Backend.JACCL, hello(system=system), seen))
+
+
+JUDGED: dict[str, tuple[list[Check], Verdict, str]] = {
+    "an old package": (
+        list(check_versions(HOST, hello(mlx_version="0.31.0"), HERE, Backend.RING, {"macOS 26.4"}))[:1],
+        FAILURE,
+        "`ssh mac-2 python3 -m pip install mlx==0.32.4`",
+    ),
+    "another macOS": (
+        list(check_versions(HOST, HELLO, HERE, Backend.RING, {"macOS 26.4", "macOS 26.2"}))[1:],
+        WARNING,
+        "update all to the same",
+    ),
+    "another macOS under RDMA": (
+        list(check_versions(HOST, HELLO, HERE, Backend.JACCL, {"macOS 26.4", "macOS 26.2"}))[1:],
+        FAILURE,
+        "update all to the same",
+    ),
+    "a wired limit that is too low": (
+        list(check_memory("mac-2", HELLO, 480 * GB, 420 * GB)),
+        FAILURE,
+        "`sudo sysctl iogpu.wired_limit_mb=400544`",
+    ),
+    "too little memory at all": (list(check_memory("mac-2", HELLO, 480 * GB, 600 * GB)), FAILURE, "give --split"),
+    "memory in use": (list(check_memory("mac-2", HELLO, 100 * GB, 300 * GB)), WARNING, "end other programs"),
+    "enough memory": (list(check_memory("mac-2", HELLO, 480 * GB, 300 * GB)), OK, "300.0 GB of 400.0 GB of GPU"),
+    "files to fetch": (list(check_model("mac-2", model(missing_bytes=300 * GB), DOWNLOAD)), WARNING, f"`{DOWNLOAD}`"),
+    "a full disk": (list(check_model("mac-2", model(missing_bytes=1000 * GB), DOWNLOAD)), FAILURE, "900.0 GB free"),
+    "a truncated file": (list(check_model("mac-2", model(problem="x is truncated"), DOWNLOAD)), FAILURE, "x is trunc"),
+    "a wrong checksum": (
+        list(check_model("mac-2", model(found={"a": "1", "b": "2"}, expected={"a": "1", "b": "3"}), DOWNLOAD)),
+        FAILURE,
+        "b in /models/k2 is not what the Hub has",
+    ),
+    "right checksums": (
+        list(check_model("mac-2", model(found={"a": "1"}, expected={"a": "1"}), DOWNLOAD)),
+        OK,
+        "1 of them right",
+    ),
+    "an address that is gone": (
+        list(check_addresses(HOST, facts(interfaces={"127.0.0.1": "lo0", "169.254.1.2": "en5"}))),
+        FAILURE,
+        r"192.168.0.2 is on none of its interfaces that are up \(169.254.1.2 on en5\)",
+    ),
+    "its addresses": (list(check_addresses(HOST, FACTS)), OK, "192.168.0.2 on en5"),
+    "jaccl on an old macOS": (
+        backend(facts(backends=("ring",)), "macOS 15.5"),
+        FAILURE,
+        "update macOS 15.5 to macOS 26.2",
+    ),
+    "RDMA off": (backend(settings(rdma_ctl="disabled\n")), FAILURE, "Recovery and run `rdma_ctl enable`"),
+    "no RDMA device": (backend(settings(ibv_devices=NO_DEVICES)), FAILURE, "it has none"),
+    "the bridge": (backend(settings(bridge0=BRIDGE.format(status="active"))), FAILURE, "`sudo networksetup"),
+    "small RDMA": (backend(FACTS, "macOS 26.2"), WARNING, "update to macOS 26.3"),
+    "RDMA": (backend(FACTS), OK, "jaccl over rdma_en5"),
+    "fast synch there": (
+        list(check_environment("mac-2", facts(environment={"MLX_METAL_FAST_SYNCH": "1"}), ())),
+        WARNING,
+        "`unset MLX_METAL_FAST_SYNCH`",
+    ),
+    "fast synch in the hostfile": (
+        list(check_environment("mac-2", FACTS, ("MLX_METAL_FAST_SYNCH=1",))),
+        WARNING,
+        "take it out of envs",
+    ),
+    "idle sleep": (list(check_sleep("mac-2", FACTS)), WARNING, "`sudo pmset -a sleep 0 disksleep 0`"),
+    "a slow answer": (list(check_answer("mac-2", Answer(0.05, 0.0)))[:1], WARNING, "answers in 50.0 ms"),
+    "a wrong clock": (list(check_answer("mac-2", Answer(0.001, -90.0)))[1:], WARNING, "90 s behind .* `sudo sntp"),
+    "a slow hop": ([check_hop((HOST, HOST), 0, HopSpeed(0.0002, 60e6))], WARNING, "ips are those of the cable"),
+    "a hop": ([check_hop((HOST, HOST), 0, HopSpeed(0.0003, 4e9))], OK, "300 us for a token, 4.00 GB/s"),
+}
+
+
+@pytest.mark.parametrize(("checks", "verdict", "words"), JUDGED.values(), ids=JUDGED.keys())
+def test_each_state_of_a_host_has_its_verdict_and_its_way_out(
+    checks: list[Check], verdict: Verdict, words: str
+) -> None:
+    (check,) = checks
+    assert check.verdict is verdict
+    assert re.search(words, check.found), check.found
+    if "`" in words and verdict is not OK:
+        assert check.commands
+
+
+def test_a_host_that_says_nothing_of_sleep_has_no_such_check() -> None:
+    assert list(check_sleep("linux", facts(settings={}))) == []
+
+
+def test_hosts_with_different_bytes_in_one_file_are_both_named() -> None:
+    copies = {"mac-1": model(found={"a": "1", "b": "2"}), "mac-2": model(found={"b": "3", "c": "4"})}
+    assert [(check.host, check.verdict) for check in check_copies(copies)] == [("mac-1", FAILURE), ("mac-2", FAILURE)]
+    third = copies | {"mac-3": model(found={"b": "2"})}
+    assert [check.host for check in check_copies(third)] == ["mac-2"]
+
+
+def test_commands_are_what_stands_between_backticks() -> None:
+    check = Check("mac-2", "ssh", FAILURE, "it is so: run `ssh mac-2` once, then `ssh-copy-id mac-2`")
+    assert check.commands == ["ssh mac-2", "ssh-copy-id mac-2"]
+    assert replace(check, verdict=OK).commands == []
