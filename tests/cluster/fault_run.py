@@ -50,13 +50,13 @@ class StreamsRun:
     def finish(self, timeout_s: float = LINE_S) -> None:
         """Take all lines to the end of the process."""
         deadline = time.monotonic() + timeout_s
-        while True:
+        while self.process.returncode is None:
             came_at, data = self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
             if not data:
+                self.process.wait(timeout=10)
                 break
             self.lines.append(json.loads(data))
             self.times.append(came_at)
-        self.process.wait(timeout=10)
 
     def go_on(self) -> None:
         """Let it go on where it halts."""
