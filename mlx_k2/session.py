@@ -45,6 +45,32 @@ class AnswerSummary:
     num_hits: int
 
 
+def total(summaries: Tokens[AnswerSummary]) -> AnswerSummary:
+    """What several answers of one conversation took together; seed and ending are the last one's."""
+    prefill_s = sum(
+        (one.prompt_tokens - one.cached_tokens) / one.prefill_tokens_per_s
+        for one in summaries
+        if one.prefill_tokens_per_s
+    )
+    timed = [one for one in summaries if one.decode_tokens_per_s]
+    num_decoded = sum(one.generated_tokens - 1 for one in timed)
+    decode_s = sum((one.generated_tokens - 1) / one.decode_tokens_per_s for one in timed if one.decode_tokens_per_s)
+    prompt_tokens = sum(one.prompt_tokens for one in summaries)
+    cached_tokens = sum(one.cached_tokens for one in summaries)
+    return AnswerSummary(
+        prompt_tokens=prompt_tokens,
+        cached_tokens=cached_tokens,
+        generated_tokens=sum(one.generated_tokens for one in summaries),
+        finish_reason=summaries[-1].finish_reason,
+        seed=summaries[-1].seed,
+        time_to_first_token_s=summaries[0].time_to_first_token_s,
+        prefill_tokens_per_s=(prompt_tokens - cached_tokens) / prefill_s if prefill_s else None,
+        decode_tokens_per_s=num_decoded / decode_s if decode_s else None,
+        num_guesses=sum(one.num_guesses for one in summaries),
+        num_hits=sum(one.num_hits for one in summaries),
+    )
+
+
 def coordinate(
     deployment: Deployment,
     *,

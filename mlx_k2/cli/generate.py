@@ -1,10 +1,15 @@
 """`mlx-k2 generate`: one prompt in, its answer streamed to stdout."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import click
 
+from mlx_k2.chat.events import Event
+from mlx_k2.chat.reply_source import StageReplies
+from mlx_k2.chat.session import ChatSession, Toolkit
+from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.console import ConsoleWatcher, note, show_dry_run
 from mlx_k2.cli.many import WANTED_SLOTS, check_options, generate_many
 from mlx_k2.cli.options import (
@@ -14,13 +19,28 @@ from mlx_k2.cli.options import (
     restarts_option,
     sampling_options,
     timeout_option,
+    tool_options,
 )
 from mlx_k2.cli.output import JsonOutput, TextOutput
-from mlx_k2.cli.requests import Prompt, deployment_request, log_settings, open_source, prompt_text, read_prompt
-from mlx_k2.deployment import DeploymentRequest, foresee
+from mlx_k2.cli.repl.consent import Consent
+from mlx_k2.cli.repl.keyboard import LineKeyboard
+from mlx_k2.cli.requests import (
+    deployment_request,
+    is_as_it_is,
+    log_settings,
+    new_conversation,
+    open_source,
+    prompt_text,
+    read_prompt,
+    reply_settings,
+)
+from mlx_k2.cli.toolkit import opened_tools
+from mlx_k2.coordinator import Coordinator
+from mlx_k2.deployment import Deployment, DeploymentRequest, foresee
 from mlx_k2.errors import CheckpointError
 from mlx_k2.recovery import LastingDeployment
-from mlx_k2.session import Delta, coordinate, stream_answer
+from mlx_k2.session import AnswerSummary, coordinate, stream_answer, total
+from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription
 
 
@@ -37,6 +57,7 @@ from mlx_k2.weights.checkpoint import ModelDescription
 @guess_option
 @restarts_option
 @log_options
+@tool_options
 @click.option(
     "--logprobs", "num_logprobs", type=int, metavar="N", help="With --json: log-probabilities, and of the top N tokens."
 )
@@ -57,8 +78,8 @@ def command(**options: Any) -> None:
     What would run where, without starting anything:
         mlx-k2 generate --hostfile two-macs.json --model ~/Kimi-K2-Thinking --dry-run
 
-    The answer goes to stdout as it is sampled, everything else to stderr. The exit code is 2 when something was wrong
-    before anything was started, 1 when it went wrong later, 130 after Ctrl-C.
+    The answer goes to stdout as it is sampled, everything else to stderr: thinking, tool calls, what it took. The exit
+    code is 2 when something was wrong before anything was started, 1 when it went wrong later, 130 after Ctrl-C.
     """  # noqa: D301  # click reads the escape
     if options["num_logprobs"] is not None and not options["as_json"]:
         raise click.UsageError("--logprobs shows in the JSON lines only: add --json")
@@ -86,31 +107,63 @@ def _dry_run(request: DeploymentRequest, model: ModelDescription | None) -> None
 
 def _generate(options: dict[str, Any], request: DeploymentRequest, model: ModelDescription | None) -> None:
     text = prompt_text(options)
-    prompt = None
     if model is not None:  # refuse what can be refused before anything is started
         shape, _ = foresee(request, model)
-        prompt = read_prompt(options, text, model, shape.context_tokens)
+        read_prompt(options, text, model, shape.context_tokens)
     with (
+        opened_tools(options) as tools,
         ConsoleWatcher(options["verbose"]) as watcher,
         LastingDeployment(request, model, watcher, options["restarts"], *log_settings(options)) as lasting,
     ):
-        deployment = lasting.deployment
-        prompt = prompt or read_prompt(options, text, deployment.model, deployment.shape.context_tokens)
-        watcher.phase(f"reading the prompt of {len(prompt.request.prompt_ids)} tokens")
-        _answer(lasting, prompt, watcher, options)
+        watcher.phase("reading the prompt")
+        _answer(lasting, text, tools, watcher, options)
 
 
-def _answer(lasting: LastingDeployment, prompt: Prompt, watcher: ConsoleWatcher, options: dict[str, Any]) -> None:
-    with JsonOutput(prompt.tokenizer) if options["as_json"] else TextOutput() as output:
+def _answer(
+    lasting: LastingDeployment, text: str, tools: Tools | None, watcher: ConsoleWatcher, options: dict[str, Any]
+) -> None:
+    deployment = lasting.deployment
+    tokenizer = load_tokenizer(deployment.model.files, deployment.model.config.vocab_size)
+    summaries: list[AnswerSummary] = []
+    with _output(options, tokenizer) as output:
         coordinator = coordinate(
-            lasting.deployment,
+            deployment,
             guesses=options["guess"] == "ngram",
             on_report=lasting.on_report,
             renew=lambda error: lasting.renew(error, output.restart),
         )
-        for part in stream_answer(coordinator, prompt.tokenizer, prompt.request):
+        for event in _events(coordinator, deployment, text, tools, output, options):
             watcher.done()
-            if isinstance(part, Delta):
-                output.token(part)
-            else:
-                output.summary(part, lasting.deployment, coordinator.use)
+            output.event(event)
+            if isinstance(event, AnswerSummary):
+                summaries.append(event)
+        output.summary(total(summaries), lasting.deployment, coordinator.use)
+
+
+def _output(options: dict[str, Any], tokenizer: Tokenizer) -> TextOutput | JsonOutput:
+    if options["as_json"]:
+        return JsonOutput(tokenizer)
+    return TextOutput(as_it_is=is_as_it_is(options), show_thinking=not options["hide_thinking"])
+
+
+def _events(
+    coordinator: Coordinator,
+    deployment: Deployment,
+    text: str,
+    tools: Tools | None,
+    output: TextOutput | JsonOutput,
+    options: dict[str, Any],
+) -> Iterator[Event]:
+    """The answer to a prompt as it is, or to the first message of a conversation."""
+    model, context_tokens = deployment.model, deployment.shape.context_tokens
+    if is_as_it_is(options):
+        prompt = read_prompt(options, text, model, context_tokens)
+        return stream_answer(coordinator, prompt.tokenizer, prompt.request)
+    tokenizer = load_tokenizer(model.files, model.config.vocab_size)
+    settings = reply_settings(options, model, tokenizer, context_tokens)
+    conversation = new_conversation(options, model, tokenizer, () if tools is None else tools.declarations)
+    toolkit = None
+    if tools is not None:
+        consent = Consent(output.screen, LineKeyboard(), options["allowed_tools"], everything=options["yes"])
+        toolkit = Toolkit(tools, consent)
+    return ChatSession(StageReplies(coordinator, tokenizer), tokenizer, conversation, settings, toolkit).say(text)

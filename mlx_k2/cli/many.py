@@ -21,7 +21,7 @@ from mlx_k2.weights.checkpoint import ModelDescription
 
 WANTED_SLOTS = 16
 """Sequences at once, memory permitting: with K2's bytes, more gain little and wait longer (computed)."""
-_SINGLE = ("prompt", "token_ids", "as_json", "num_logprobs")
+_SINGLE = ("prompt", "token_ids", "as_json", "num_logprobs", "tools_path", "mcp_path", "thinking_budget")
 _COUNTED = ("system", "raw", "max_tokens", "seed", "dense_bits", *SAMPLING_NAMES)
 """The options that make a result another one."""
 
@@ -31,7 +31,9 @@ def check_options(options: Mapping[str, Any]) -> None:
     if (options["prompts_path"] is None) != (options["out_path"] is None):
         raise click.UsageError("--prompts and --out go together: give both")
     if options["prompts_path"] is not None and any(options[name] not in (None, False) for name in _SINGLE):
-        raise click.UsageError("--prompts goes without PROMPT, --token-ids, --json and --logprobs")
+        raise click.UsageError(
+            "--prompts goes without PROMPT, --token-ids, --json, --logprobs, --tools, --mcp and --thinking-budget"
+        )
 
 
 def generate_many(options: dict[str, Any], asked: DeploymentRequest, model: ModelDescription | None) -> None:

@@ -7,12 +7,15 @@ from typing import Any
 
 import msgspec
 
-from mlx_k2.cli.console import console, note, note_restart, show_stage_use
+from mlx_k2.chat.events import CallEnded, Event
+from mlx_k2.cli.console import note, note_restart, show_stage_use
+from mlx_k2.cli.repl.screen import PlainScreen, Screen
 from mlx_k2.coordinator import StageUse
 from mlx_k2.deployment import Deployment
 from mlx_k2.engine.request import FinishReason
 from mlx_k2.recovery import Restart
 from mlx_k2.session import AnswerSummary, Delta
+from mlx_k2.text.reply_parser import Content
 from mlx_k2.text.tokenizer import Tokenizer
 
 _ENDS = {
@@ -24,10 +27,14 @@ _ENDS = {
 
 
 class TextOutput:
-    """The answer to stdout; a closing line and a table of the stages to stderr. A context, which ends the last line."""
+    """The answer to stdout; thinking, calls, a closing line and a table of the stages to stderr.
 
-    def __init__(self) -> None:
-        self._line_is_open = False
+    A context, which ends the last line. ``as_it_is``: all that is drawn is the answer.
+    """
+
+    def __init__(self, *, as_it_is: bool, show_thinking: bool) -> None:
+        self._as_it_is = as_it_is
+        self.screen: Screen = PlainScreen(show_thinking=show_thinking)
 
     def __enter__(self) -> "TextOutput":
         return self
@@ -35,24 +42,23 @@ class TextOutput:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end_line()
+        self.screen.pause()
 
-    def token(self, delta: Delta) -> None:
-        """Write the token's text at once."""
-        if delta.text:
-            self._line_is_open = True
-            sys.stdout.write(delta.text)
-            sys.stdout.flush()
+    def event(self, event: Event) -> None:
+        """Write what comes at once."""
+        if not isinstance(event, Delta):
+            self.screen.event(event)
+        elif self._as_it_is:
+            self.screen.event(Content(event.text))
 
     def restart(self, restart: Restart) -> None:
-        """Say it on stderr; on a terminal below the words so far, which are no complete line."""
-        if self._line_is_open and console.is_terminal:
-            console.print()
-        note_restart(restart)
+        """Say it on stderr."""
+        self.screen.restart(restart)
 
     def summary(self, summary: AnswerSummary, deployment: Deployment, use: tuple[StageUse, ...]) -> None:
         """End the line, then say on stderr what it took."""
-        self._end_line()
+        self.screen.pause()
+        cached = summary.cached_tokens
         first_s, prefill, decode = (
             summary.time_to_first_token_s,
             summary.prefill_tokens_per_s,
@@ -60,7 +66,7 @@ class TextOutput:
         )
         parts = (
             f"{summary.generated_tokens} tokens ({_ENDS[summary.finish_reason]})",
-            f"prompt {summary.prompt_tokens} tokens",
+            f"prompt {summary.prompt_tokens} tokens" + (f" ({cached} cached)" if cached else ""),
             f"seed {summary.seed}",
         )
         times = (
@@ -74,18 +80,13 @@ class TextOutput:
         note(" · ".join(part for part in times if part))
         show_stage_use(deployment, use)
 
-    def _end_line(self) -> None:
-        if self._line_is_open:
-            self._line_is_open = False
-            sys.stdout.write("\n")
-            sys.stdout.flush()
-
 
 class JsonOutput:
-    """One JSON object a line on stdout: each token, then ``{"summary": ...}``."""
+    """One JSON object a line on stdout: each token, each call with its result, then ``{"summary": ...}``."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self.screen: Screen = PlainScreen(show_thinking=False)
 
     def __enter__(self) -> "JsonOutput":
         return self
@@ -95,7 +96,16 @@ class JsonOutput:
     ) -> None:
         """Every line is complete already."""
 
-    def token(self, delta: Delta) -> None:
+    def event(self, event: Event) -> None:
+        """A line for a token or a call; the parts of a reply are in its tokens."""
+        match event:
+            case Delta():
+                self._token(event)
+            case CallEnded(call, result):
+                ended = {"outcome": result.outcome.value, "result": result.text}
+                _write_line({"call": {"name": call.name, "arguments": call.arguments, **ended}})
+
+    def _token(self, delta: Delta) -> None:
         """``{"token": id, "text": ...}``, with log-probabilities where they were asked for."""
         line: dict[str, Any] = {"token": delta.token_id, "text": delta.text}
         if delta.logprob is not None:
@@ -132,6 +142,7 @@ class JsonOutput:
         ]
         fields = {
             "prompt_tokens": summary.prompt_tokens,
+            "cached_tokens": summary.cached_tokens,
             "generated_tokens": summary.generated_tokens,
             "finish_reason": summary.finish_reason.value,
             "seed": summary.seed,

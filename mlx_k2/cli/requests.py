@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_k2.chat.conversation import Conversation
-from mlx_k2.chat.session import MAX_TOOL_CALLS, ReplySettings
+from mlx_k2.chat.session import ReplySettings
 from mlx_k2.cli.prompt_files import PromptLine
 from mlx_k2.cluster.hostfile import Hostfile, local_hostfile, read_hostfile
 from mlx_k2.cluster.partition import parse_split
@@ -24,6 +24,7 @@ from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 
 SAMPLING_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_FOR_REPLIES = ("tools_path", "mcp_path", "thinking_budget")
 _MIN_LEASE_S, _MAX_LEASE_S = 2, 3600
 _MAX_DIGITS = 10
 
@@ -100,12 +101,19 @@ class Prompt:
     tokenizer: Tokenizer
 
 
+def is_as_it_is(options: Mapping[str, Any]) -> bool:
+    """Whether the prompt goes to the model without a chat template, so that its answer is no reply with parts."""
+    return bool(options["raw"]) or options["token_ids"] is not None
+
+
 def prompt_text(options: Mapping[str, Any]) -> str:
     """PROMPT, else what stands on standard input; nothing when the prompt is given as token ids.
 
     Raises:
         RequestError: there is no text, or options contradict each other.
     """
+    if is_as_it_is(options) and any(options[name] is not None for name in _FOR_REPLIES):
+        raise RequestError("--raw and --token-ids go without --tools, --mcp and --thinking-budget")
     if options["token_ids"] is not None:
         if options["prompt"] or options["system"]:
             raise RequestError("--token-ids is the whole prompt: leave out PROMPT and --system")
@@ -184,8 +192,8 @@ def reply_settings(
         stop_ids=tokenizer.stop_ids | {*model.config.eos_token_ids, *recommended.eos_token_ids},
         timeout_s=options["timeout"],
         context_tokens=context_tokens,
-        thinking_budget=options.get("thinking_budget"),
-        max_tool_calls=options.get("max_tool_calls", MAX_TOOL_CALLS),
+        thinking_budget=options["thinking_budget"],
+        max_tool_calls=options["max_tool_calls"],
     )
 
 

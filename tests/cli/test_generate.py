@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 
+from mlx_k2.text.reply_parser import whole_reply
+from mlx_k2.text.reply_reader import ReplyReader
+from mlx_k2.text.tiny_vocabulary import tiny_vocabulary
+from mlx_k2.text.tokenizer import load_tokenizer
 from tests.cli.command import MLX_K2, CommandLine
+from tests.local_cluster import CONTEXT_TOKENS, VOCAB_SIZE
 
 ASKED = ("--seed", "5", "--max-tokens", "12")
 ESCAPE = "\x1b"
@@ -31,8 +36,13 @@ def lines(json_run: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in json_run.stdout.splitlines()]
 
 
-def text_of(lines: list[dict[str, Any]]) -> str:
-    return "".join(line["text"] for line in lines if "token" in line)
+def answer_of(lines: list[dict[str, Any]]) -> str:
+    """What of the tokens is the answer, and not thought or a call."""
+    files = tiny_vocabulary(VOCAB_SIZE, CONTEXT_TOKENS).files
+    tokenizer = load_tokenizer(files, VOCAB_SIZE)
+    reader = ReplyReader(tokenizer, (), tokenizer.stop_ids)
+    parts = [part for line in lines if "token" in line for part in reader.add(line["token"])]
+    return whole_reply([*parts, *reader.finish()]).content
 
 
 def test_the_answer_goes_to_stdout_and_everything_else_to_stderr(
@@ -73,6 +83,7 @@ def test_json_is_a_line_for_each_token_and_a_summary(lines: list[dict[str, Any]]
     summary = last["summary"]
     assert summary.keys() == {
         "prompt_tokens",
+        "cached_tokens",
         "generated_tokens",
         "finish_reason",
         "seed",
@@ -100,7 +111,7 @@ def test_the_summary_says_what_each_stage_did(lines: list[dict[str, Any]]) -> No
 def test_two_and_three_stages_give_the_same_answer(
     text_run: subprocess.CompletedProcess[str], lines: list[dict[str, Any]]
 ) -> None:
-    assert text_of(lines) + "\n" == text_run.stdout
+    assert answer_of(lines) + "\n" == text_run.stdout
 
 
 def test_one_stage_and_a_prompt_from_standard_input_give_that_answer_too_and_verbose_tells_more(

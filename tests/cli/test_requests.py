@@ -30,6 +30,10 @@ NOTHING: dict[str, Any] = {
     "seed": None,
     "num_logprobs": None,
     "timeout": None,
+    "tools_path": None,
+    "mcp_path": None,
+    "thinking_budget": None,
+    "max_tool_calls": 300,
 }
 
 

@@ -8,6 +8,7 @@ from rich.status import Status
 from rich.text import Text
 
 from mlx_k2.chat.events import CallEnded, CallStarted, Event
+from mlx_k2.cli.console import console as talk
 from mlx_k2.cli.console import note, note_restart
 from mlx_k2.cli.repl.markdown_stream import MarkdownStream
 from mlx_k2.cli.repl.wording import call_line, ended_line, printable
@@ -38,7 +39,7 @@ class Screen(Protocol):
 
 
 class PlainScreen:
-    """The answer to stdout, everything else to stderr, both without colour; nothing is written twice."""
+    """The answer to stdout, everything else to stderr, dim where that is a terminal with colours."""
 
     def __init__(self, *, show_thinking: bool) -> None:
         self.show_thinking = show_thinking
@@ -57,13 +58,13 @@ class PlainScreen:
                 self.note(ended_line(event))
 
     def note(self, line: str) -> None:
-        """A line on stderr."""
-        self.pause()
+        """A line on stderr; on a terminal below the words so far, which are no complete line."""
+        self._begin_line()
         note(printable(line))
 
     def restart(self, restart: Restart) -> None:
-        """Two lines on stderr."""
-        self.pause()
+        """Two lines on stderr, in the same way."""
+        self._begin_line()
         note_restart(restart)
 
     def wait(self, what: str) -> None:
@@ -75,13 +76,21 @@ class PlainScreen:
             self._write(self._open, "\n")
             self._open = None
 
+    def _begin_line(self) -> None:
+        if self._open is Reasoning:
+            self.pause()
+        elif self._open is Content and talk.is_terminal:
+            talk.print()
+
     def _write(self, kind: type[Reasoning] | type[Content], text: str) -> None:
         if self._open not in (None, kind):
             self.pause()
         self._open = kind
-        stream = sys.stdout if kind is Content else sys.stderr
-        stream.write(printable(text) if stream.isatty() else text)
-        stream.flush()
+        if kind is Reasoning:
+            talk.print(Text(printable(text), style="dim"), end="", soft_wrap=True)
+        else:
+            sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+            sys.stdout.flush()
 
 
 class RichScreen:

@@ -1,0 +1,150 @@
+"""A turn that the model drew stands in the next prompt as the very tokens that it drew, where its text is the same."""
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_k2.text.drawn_turns import DrawnTurns
+from mlx_k2.text.history import assistant_message, tool_messages
+from mlx_k2.text.prompt import encode_pieces, render_pieces
+from mlx_k2.text.reply_parser import whole_reply
+from mlx_k2.text.reply_reader import ReplyReader
+from tests.text.fixtures import builtin_template, decoded, tokenizer
+
+USER = {"role": "user", "content": "hello"}
+Message = dict[str, Any]
+
+
+def control(name: str) -> int:
+    return tokenizer().token_id(name)
+
+
+THINK, THOUGHT, END = control("<think>"), control("</think>"), control("<|im_end|>")
+SECTION, SECTION_END = control("<|tool_calls_section_begin|>"), control("<|tool_calls_section_end|>")
+CALL, ARGUMENTS, CALL_END = (control(f"<|tool_call_{name}|>") for name in ("begin", "argument_begin", "end"))
+
+
+@st.composite
+def spelled(draw: st.DrawFn, texts: st.SearchStrategy[str]) -> list[int]:
+    """A text in tokens as a model may draw it: the tokenizer's own, or pieces of them, down to single bytes."""
+    ids: list[int] = []
+    for token_id in tokenizer().encode_text(draw(texts)):
+        ids += list(tokenizer().token_bytes(token_id)) if draw(st.booleans()) else [token_id]
+    return ids
+
+
+words = st.text(max_size=12) | st.sampled_from([" about above after", "é", "<think>", "<|im_end|>", "functions.f:0"])
+arguments = st.sampled_from(['{"city": "Rome"}', "{}", '{"a":  1}', "no JSON"])
+
+
+@st.composite
+def replies(draw: st.DrawFn, number: int = 0) -> list[int]:
+    """What the model draws for one turn, calls numbered from ``number``."""
+    ids = [THINK, *draw(spelled(words)), THOUGHT, *draw(spelled(words))]
+    if draw(st.booleans()):
+        header = draw(spelled(st.just(f"functions.about:{number}")))
+        ids += [SECTION, CALL, *header, ARGUMENTS, *draw(spelled(arguments)), CALL_END, SECTION_END]
+    return [*ids, END]
+
+
+def message_of(prompt_ids: list[int], drawn: list[int], number: int) -> Message:
+    reader = ReplyReader(tokenizer(), prompt_ids, {END})
+    parts = [part for token_id in drawn for part in reader.add(token_id)]
+    return assistant_message(whole_reply([*parts, *reader.finish()]), number)
+
+
+def prompt(turns: DrawnTurns, messages: list[Message]) -> list[int]:
+    return turns.encode(render_pieces(builtin_template(), tokenizer(), messages))
+
+
+def after(message: Message) -> list[Message]:
+    """What follows a reply: results of its calls, or the user's next message."""
+    calls = message.get("tool_calls", [])
+    return tool_messages(message, ["7"] * len(calls)) if calls else [USER]
+
+
+@given(st.data())
+def test_a_tool_loop_only_ever_appends_to_what_is_cached(data: st.DataObject) -> None:
+    turns, messages = DrawnTurns(tokenizer()), [USER]
+    cached: list[int] = []
+    for number in range(3):
+        ids = prompt(turns, messages)
+        assert ids[: len(cached)] == cached
+        drawn = data.draw(replies(number).filter(lambda ids: CALL in ids))
+        message = message_of(ids, drawn, number)
+        if "\N{REPLACEMENT CHARACTER}" in str(message):
+            return  # a character that was never finished: its text is another one
+        turns.keep(number, drawn)
+        messages += [message, *after(message)]
+        cached = ids + drawn
+
+
+@given(replies())
+def test_after_an_answer_all_but_its_reasoning_is_kept_as_it_was_drawn(drawn: list[int]) -> None:
+    turns = DrawnTurns(tokenizer())
+    first = prompt(turns, [USER])
+    message = message_of(first, drawn, 0)
+    answer = {**message, "tool_calls": []}
+    turns.keep(0, drawn)
+    said = drawn[drawn.index(THOUGHT) + 1 :]
+    said = said[: said.index(SECTION) if SECTION in said else said.index(END)]
+    if decoded_text(said) != answer["content"]:
+        return
+    following = prompt(turns, [USER, answer, USER])
+    assert following[: len(first) + 2] == [*first, THINK, THOUGHT]
+    assert following[len(first) + 2 :][: len(said) + 1] == [*said, END]
+
+
+def decoded_text(ids: list[int]) -> str:
+    return b"".join(map(tokenizer().token_bytes, ids)).decode(errors="replace")
+
+
+@given(st.lists(replies(), max_size=3))
+def test_whatever_was_drawn_a_prompt_reads_as_the_template_wrote_it(drawn: list[list[int]]) -> None:
+    turns = DrawnTurns(tokenizer())
+    messages = [USER]
+    for number, ids in enumerate(drawn):
+        message = message_of(prompt(turns, messages), ids, number)
+        turns.keep(number, ids)
+        messages += [message, *after(message)]
+    pieces = render_pieces(builtin_template(), tokenizer(), messages)
+    assert decoded(turns.encode(pieces)) == decoded(encode_pieces(tokenizer(), pieces))
+    specials = [token_id for token_id in turns.encode(pieces) if tokenizer().is_special(token_id)]
+    assert specials == [piece for piece in pieces if isinstance(piece, int)]
+
+
+def test_text_that_the_template_changed_keeps_its_tokens_up_to_the_change() -> None:
+    turns = DrawnTurns(tokenizer())
+    turns.keep(0, [THINK, THOUGHT, *b" about", *b" after", END])
+    ids = prompt(turns, [USER, {"role": "assistant", "content": " about above"}, USER])
+    start = ids.index(THOUGHT) + 1
+    assert ids[start:][:7] == [*b" about", *b" a"[:1]] or ids[start : start + 8] == [*b" about a"]
+    assert decoded(ids[start : ids.index(END, start)]) == " about above"
+
+
+def test_a_character_that_was_cut_is_encoded_anew_as_a_whole() -> None:
+    turns = DrawnTurns(tokenizer())
+    turns.keep(0, [THINK, THOUGHT, *"xé".encode(), END])
+    ids = prompt(turns, [USER, {"role": "assistant", "content": "xè"}, USER])
+    start = ids.index(THOUGHT) + 1
+    assert bytes(ids[start : ids.index(END, start)]).decode() == "xè"
+
+
+def test_words_of_the_user_are_spelled_as_ever_even_where_the_model_spelled_them_otherwise() -> None:
+    turns = DrawnTurns(tokenizer())
+    turns.keep(0, [THINK, THOUGHT, *b" about", END])
+    ids = prompt(turns, [USER, {"role": "assistant", "content": " about"}, {"role": "user", "content": " about"}])
+    (word,) = tokenizer().encode_text(" about")
+    assert ids.count(word) == 1
+    assert [*b" about"] == ids[ids.index(THOUGHT) + 1 :][:6]
+
+
+def test_a_turn_that_was_taken_back_is_forgotten() -> None:
+    turns = DrawnTurns(tokenizer())
+    turns.keep(0, [THINK, THOUGHT, *b" about", END])
+    turns.forget_from(0)
+    messages = [USER, {"role": "assistant", "content": " about"}, USER]
+    assert prompt(turns, messages) == encode_pieces(
+        tokenizer(), render_pieces(builtin_template(), tokenizer(), messages)
+    )
