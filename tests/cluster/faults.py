@@ -90,7 +90,7 @@ def try_fault(fault: Fault, scene: Scene, expected: Tokens) -> Finding:
 def _check_outcome(fault: Fault, run: StreamsRun, expected: Tokens) -> None:
     whole = fault.outcome in (Outcome.UNNOTICED, Outcome.RESTARTED)
     for tokens, right in zip(run.tokens, expected, strict=True):
-        assert tokens == (right if whole else right[: len(tokens)]), "the tokens are not the same"
+        assert tokens == (right if whole else right[: len(tokens)]), f"the tokens are not the same; {run.reasons}"
     if whole:
         assert run.process.returncode == 0 and run.lines[-1] == {"ended": True}, (run.reasons, run.lines[-1])
     if fault.outcome == Outcome.ENDED:
@@ -103,7 +103,7 @@ def _check_reasons(fault: Fault, run: StreamsRun, noticed_s: float | None) -> No
         assert re.match(pattern, reason), f"{reason!r} is not {pattern!r}"
         named = re.findall(r"stage (\d) on host-(\d)", reason)
         meant = re.findall(r"stage (\d) on host-(\d)", pattern)
-        assert meant[:1] == named[:1] and set(named) <= set(meant), f"others are blamed in {reason!r}"
+        assert named[0] in meant and set(named) <= set(meant), f"others are blamed in {reason!r}"
     if fault.within_s is not None:
         assert noticed_s is not None and noticed_s < fault.within_s, f"noticed after {noticed_s} s"
 
@@ -517,7 +517,11 @@ FAULTS: tuple[Fault, ...] = (
         "coordinator stopped for 30 s",
         stop_coordinator,
         RESTARTED,
-        (r"stage \d on host-\d \(.*\) ended .*nothing came from the coordinator for 20 s",),
+        (
+            "|".join(
+                rf"stage {i} on host-{i} \(.*\) ended .*nothing came from the coordinator for 20 s" for i in range(3)
+            ),
+        ),
         5.0,
     ),
 )

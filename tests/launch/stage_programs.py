@@ -133,7 +133,10 @@ def talkative() -> None:
 
 
 def ring() -> None:
-    """Join MLX's ring; pass an array along, one added by each rank; the last rank's token is its sum."""
+    """Join MLX's ring; pass an array along, to which each rank adds; the last rank's tokens are its mean.
+
+    For a step without rows it is a small one; else as large as the hidden states of Kimi K2.
+    """
     import mlx.core as mx  # noqa: PLC0415 - the other stages start in a tenth of the time without it
 
     mx.set_default_device(mx.cpu)
@@ -151,7 +154,9 @@ def ring() -> None:
                 mx.distributed.init(backend="ring", strict=True)
             say(Connected())
         elif isinstance(message, Step):
-            x = mx.zeros((8, 7168), dtype=mx.float32)
+            num_tokens = sum(len(row.token_ids) for row in message.rows)
+            num_drawn = sum(row.sampling is not None for row in message.rows) if message.rows else 1
+            x = mx.zeros((num_tokens or 8, 7168), dtype=mx.bfloat16 if message.rows else mx.float32)
             if rank > 0:
                 x = mx.distributed.recv_like(x, rank - 1)
                 mx.eval(x)
@@ -160,8 +165,8 @@ def ring() -> None:
                 mx.eval(mx.distributed.send(x, rank + 1))
                 say(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
             else:
-                token = SampledToken(token_id=int(float(x.mean())))
-                say(StepDone(number=message.number, busy_s=0.0, receive_s=0.0, tokens=(token,)))
+                tokens = (SampledToken(token_id=int(float(x[:8].mean()))),) * num_drawn
+                say(StepDone(number=message.number, busy_s=0.0, receive_s=0.0, tokens=tokens))
 
 
 PROGRAMS: dict[str, Callable[[], None]] = {

@@ -55,3 +55,19 @@ def test_an_address_of_another_host_is_refused() -> None:
 
 def test_nothing_is_held_where_nothing_is_asked_for() -> None:
     assert HeldPorts([]).addresses == ()
+
+
+def test_a_port_of_a_connection_that_has_just_ended_is_free_and_that_of_a_listener_is_not() -> None:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as MLX's ring does
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        ip, port = listener.getsockname()
+        with socket.create_connection((ip, port)):
+            listener.accept()[0].close()  # the first to close keeps the remains
+        with pytest.raises(StageStartError, match="Address already in use"):
+            HeldPorts([f"{ip}:{port}"])
+    assert not can_bind(f"{ip}:{port}")
+    held = HeldPorts([f"{ip}:{port}"])
+    assert held.addresses == (f"{ip}:{port}",)
+    held.release()

@@ -1,0 +1,95 @@
+"""A prompt of 200,000 tokens while the coordinator's readers are held back: nothing deadlocks, nothing is lost."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from mlx_k2.control.messages import Connect, Connected, FromStage, ModelSource, Prepare, Prepared, RingLinks, Step
+from mlx_k2.control.messages import decode_from_stage as decode
+from mlx_k2.coordinator import Coordinator
+from mlx_k2.engine.pace import MeasuredPace
+from mlx_k2.engine.request import Request
+from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
+from mlx_k2.launch import stage_process
+from mlx_k2.launch.bring_up import gather
+from mlx_k2.launch.group import StageGroup
+from mlx_k2.launch.place import StagePlace
+from mlx_k2.sampling import Sampling
+from tests.engine.simulated import k2_stages
+from tests.launch.guarded import stand_in_python
+
+PROMPT_TOKENS = 200_000
+CHUNK_TOKENS = 2048
+HELD_S = 3.0
+NUM_STAGES = 2
+
+
+class HeldReaders:
+    """Once ``hold`` was called, every reader stops at its next message for HELD_S."""
+
+    def __init__(self) -> None:
+        self._may_read = threading.Event()
+        self._may_read.set()
+        self.num_held = 0
+
+    def hold(self) -> None:
+        self._may_read.clear()
+        threading.Timer(HELD_S, self._may_read.set).start()
+
+    def decode(self, payload: bytes) -> FromStage:
+        self.num_held += not self._may_read.is_set()
+        self._may_read.wait()
+        return decode(payload)
+
+
+@pytest.fixture
+def readers(monkeypatch: pytest.MonkeyPatch) -> HeldReaders:
+    readers = HeldReaders()
+    monkeypatch.setattr(stage_process, "decode_from_stage", readers.decode)
+    return readers
+
+
+@contextmanager
+def connected_stages(folder: Path) -> Iterator[StageGroup]:
+    """Stages that pass arrays of Kimi K2's width along a real ring."""
+    places = [StagePlace(python=stand_in_python(folder, "ring"))] * NUM_STAGES
+    with StageGroup(places, lease_s=20.0, log=lambda _: None) as group:
+        for rank in range(NUM_STAGES):
+            group.send(
+                rank, Prepare(rank, NUM_STAGES, ModelSource(path_or_repo=""), (f"127.0.0.1:{41510 + rank}",), {})
+            )
+        prepared = gather(group, Prepared, range(NUM_STAGES), 30, "prepare")
+        links = RingLinks(tuple(answer.addresses for answer in prepared))
+        group.send_all(Connect(links, None, None))
+        gather(group, Connected, range(NUM_STAGES), 30, "connect")
+        yield group
+
+
+def test_a_prompt_of_200_000_tokens_is_read_although_nobody_reads_for_a_while(
+    readers: HeldReaders, tmp_path: Path
+) -> None:
+    limits = SchedulerLimits(1, 262_144, CHUNK_TOKENS, NUM_STAGES)
+    pace = MeasuredPace(k2_stages(NUM_STAGES))
+    prompt = Request(tuple(range(PROMPT_TOKENS)), 3, Sampling(seed=0), frozenset())
+    with connected_stages(tmp_path) as group:
+        coordinator = Coordinator(group, Scheduler(limits, pace), pace, on_report=lambda _: None)
+        readers.hold()
+        events = list(coordinator.run(prompt))
+        assert [event.sequence.request for event in events] == [prompt] * 3
+        assert coordinator.use[-1].num_tokens == PROMPT_TOKENS + 2
+    assert readers.num_held >= NUM_STAGES
+
+
+def test_two_thousand_plans_and_their_reports_wait_for_a_reader_that_is_held_back(
+    readers: HeldReaders, tmp_path: Path
+) -> None:
+    with connected_stages(tmp_path) as group:
+        readers.hold()
+        for number in range(2000):
+            group.send_all(Step(number, ()))
+        done = [group.receive(30) for _ in range(2000 * NUM_STAGES)]
+    assert None not in done
+    assert readers.num_held == NUM_STAGES
