@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,11 +113,11 @@ class Scene:
         """Further fields of host i in the hostfile."""
         self._more[i] |= more
 
-    def start(self, **options: object) -> StreamsRun:
-        """Start the streams; ``options`` are two_streams.Options."""
+    def start(self, options: Mapping[str, object], num_hosts: int = NUM_HOSTS) -> StreamsRun:
+        """Start the streams over the first hosts; ``options`` are two_streams.Options."""
         hostfile = self.folder / "hosts.json"
         entries = [
-            {"ssh": self.hosts.names[i], "ips": [self.hosts.addresses[i]], **self._more[i]} for i in range(NUM_HOSTS)
+            {"ssh": self.hosts.names[i], "ips": [self.hosts.addresses[i]], **self._more[i]} for i in range(num_hosts)
         ]
         hostfile.write_text(json.dumps(entries))
         words = {"model": str(self.model), "hostfile": str(hostfile), "log_dir": str(self.log_dir), **options}
@@ -167,3 +167,12 @@ class Scene:
         reports = sorted(self.log_dir.glob("report-*.txt"), key=lambda path: path.stat().st_mtime_ns)
         assert reports, f"no report in {self.log_dir}"
         return reports[-1].read_text()
+
+
+def undisturbed(hosts: EmulatedHosts, model: Path, folder: Path) -> tuple[list[int], ...]:
+    """The tokens of both streams without a fault, in one process on one host."""
+    scene = Scene(hosts, model, folder)
+    run = scene.start({}, num_hosts=1)
+    run.finish()
+    assert run.lines[-1] == {"ended": True}, run.lines[-1]
+    return run.tokens

@@ -24,7 +24,7 @@ from mlx_k2.session import coordinate
 from mlx_k2.weights.checkpoint import describe_model
 from tests.local_cluster import CONTEXT_TOKENS, request
 
-STREAMS = (request(600, 200, seed=5), request(7, 220, temperature=0))
+STREAMS = (request(400, 100, seed=5), request(7, 130, temperature=0))
 DECODING_TOKEN = 10
 
 

@@ -23,7 +23,7 @@ from tests.launch.guarded import stand_in_python
 
 PROMPT_TOKENS = 200_000
 CHUNK_TOKENS = 2048
-HELD_S = 3.0
+HELD_S = 1.0
 NUM_STAGES = 2
 
 

@@ -1,0 +1,273 @@
+"""What is done to the stages, and how it is undone: each takes a scene and its running streams.
+
+It returns when the fault began (time.monotonic), or None for now.
+"""
+
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from tests.cluster import faulty_stage
+from tests.cluster.fault_run import NUM_HOSTS, Scene, StreamsRun
+from tests.cluster.hosts import wait_until
+
+MIDDLE = 1
+SLOW_KILOBITS = 1000
+STOPPED_S = 30.0
+RING_PORT = 41001
+CLOCK_SOURCE = Path(__file__).with_name("jumping_clock.cc")
+
+
+def kill(rank: int) -> Callable[[Scene, StreamsRun], float]:
+    def break_it(scene: Scene, run: StreamsRun) -> float:
+        stage = scene.stage(rank)
+        began = time.monotonic()
+        stage.kill()
+        return began
+
+    return break_it
+
+
+def kill_and_go_on(rank: int) -> Callable[[Scene, StreamsRun], float]:
+    """For a run that halts: kill the stage once it is there."""
+
+    def break_it(scene: Scene, run: StreamsRun) -> float:
+        scene.stage(rank).kill()
+        run.go_on()
+        return time.monotonic()
+
+    return break_it
+
+
+def kill_twice(rank: int, halted_in: str) -> Callable[[Scene, StreamsRun], float]:
+    """Kill stage 0, and when all start again stage ``rank`` in that phase."""
+
+    def break_it(scene: Scene, run: StreamsRun) -> float:
+        scene.stage(0).kill()
+        run.until(phase=halted_in, time=2)
+        return kill_and_go_on(rank)(scene, run)
+
+    return break_it
+
+
+def stop(scene: Scene, run: StreamsRun) -> None:
+    scene.stage(MIDDLE).suspend()
+
+
+def kill_guard(scene: Scene, run: StreamsRun) -> float:
+    guard = scene.guard(MIDDLE)
+    began = time.monotonic()
+    guard.kill()
+    return began
+
+
+def cut(scene: Scene, run: StreamsRun) -> None:
+    scene.hosts.cut(MIDDLE)
+
+
+def cut_until_noticed(scene: Scene, run: StreamsRun) -> float:
+    """Pull the cable, and plug it in again once the stage behind it has ended by its lease."""
+    scene.hosts.cut(MIDDLE)
+    began = time.monotonic()
+    run.until(restart=...)
+    assert wait_until(lambda: not scene.hosts.processes(MIDDLE), 30)
+    scene.hosts.restore(MIDDLE)
+    return began
+
+
+def cut_for_two_seconds(scene: Scene, run: StreamsRun) -> None:
+    scene.hosts.cut(MIDDLE)
+    time.sleep(2)
+    scene.hosts.restore(MIDDLE)
+
+
+def cut_data(scene: Scene, run: StreamsRun) -> float:
+    """Pull the cable that hidden states take, while ssh goes another way."""
+    scene.hosts.cut(MIDDLE, "eth1")
+    began = time.monotonic()
+    run.until(restart=...)
+    scene.hosts.restore(MIDDLE, "eth1")
+    return began
+
+
+def restore(scene: Scene, run: StreamsRun) -> None:
+    scene.hosts.restore(MIDDLE)
+
+
+def data_cables(scene: Scene) -> None:
+    for i in range(NUM_HOSTS):
+        scene.on_host(i, ips=[scene.hosts.data_addresses[i]])
+
+
+def slow(scene: Scene, run: StreamsRun) -> None:
+    scene.hosts.slow(MIDDLE, SLOW_KILOBITS)
+
+
+def was_slow(scene: Scene, run: StreamsRun) -> None:
+    assert scene.hosts.times_held_back(MIDDLE) > 100
+
+
+def end_sshd(scene: Scene, run: StreamsRun) -> float:
+    began = time.monotonic()
+    scene.hosts.end_sshd(MIDDLE)
+    run.until(restart=...)
+    scene.hosts.start_sshd(MIDDLE)
+    return began
+
+
+def no_memory(scene: Scene, run: StreamsRun) -> float:
+    """Leave the middle stage no room for another byte, just before it loads."""
+    stage = scene.stage(MIDDLE)
+    room = stage.memory_info().vms
+    resource.prlimit(stage.pid, resource.RLIMIT_AS, (room, room))
+    run.go_on()
+    return time.monotonic()
+
+
+def no_memory_in_restart(scene: Scene, run: StreamsRun) -> float:
+    scene.stage(0).kill()
+    run.until(phase="loading", time=2)
+    return no_memory(scene, run)
+
+
+def fault_inside(name: str) -> Callable[[Scene, StreamsRun], None]:
+    return lambda scene, _: faulty_stage.do(scene.folder / "faulty", name)
+
+
+def faulty_middle(scene: Scene) -> None:
+    scene.on_host(MIDDLE, python=faulty_stage.faulty_python(scene.folder / "faulty"))
+
+
+def talkative_shell(scene: Scene) -> None:
+    (scene.hosts.homes[MIDDLE] / ".bashrc").write_text("echo welcome; echo have fun\n")
+
+
+def silent_shell(scene: Scene, run: StreamsRun) -> None:
+    (scene.hosts.homes[MIDDLE] / ".bashrc").unlink()
+    assert "its login shell prints" in (scene.log_dir / "stages.log").read_text()
+
+
+def nothing(scene: Scene, run: StreamsRun) -> None:
+    pass
+
+
+def kill_coordinator(scene: Scene, run: StreamsRun) -> None:
+    run.process.kill()
+
+
+def stop_coordinator(scene: Scene, run: StreamsRun) -> float:
+    """Longer than the lease: the stages end, and on waking all start again."""
+    coordinator = psutil.Process(run.process.pid)
+    coordinator.suspend()
+    time.sleep(STOPPED_S)
+    assert not any(
+        "mlx_k2.stage" in command for command in scene.hosts.all_processes().values() if "ssh" not in command
+    )
+    coordinator.resume()
+    return time.monotonic()
+
+
+def small_disk(scene: Scene) -> None:
+    scene.log_dir.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", scene.log_dir], check=True)
+
+
+def whole_disk(scene: Scene, run: StreamsRun) -> None:
+    subprocess.run(["umount", scene.log_dir], check=True)
+    assert any("No space left on device" in line.get("notice", "") for line in run.lines)
+
+
+def own_model(scene: Scene) -> None:
+    scene.own_model(MIDDLE)
+
+
+def truncated(scene: Scene) -> None:
+    """Cut off the second half of a file that the middle stage loads."""
+    _truncate(scene.own_model(MIDDLE))
+
+
+def _truncate(model: Path) -> None:
+    shard = sorted(model.glob("*.safetensors"))[len(list(model.glob("*.safetensors"))) // 2]
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size // 2)
+
+
+def truncate_and_kill(scene: Scene, run: StreamsRun) -> float:
+    _truncate(scene.folder / f"model-{MIDDLE}")
+    return kill(MIDDLE)(scene, run)
+
+
+def fixed_ports(scene: Scene) -> None:
+    for i in range(NUM_HOSTS):
+        scene.on_host(i, ips=[f"{scene.hosts.addresses[i]}:{RING_PORT + i}"])
+
+
+STRANGER = """
+import os, socket, sys, time
+while True:
+    try:
+        peer = socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=1)
+        break
+    except OSError:
+        pass
+peer.sendall(os.urandom(100))
+time.sleep(5)
+"""
+
+
+def stranger(scene: Scene, run: StreamsRun) -> float:
+    """When all connect anew, another process is at the middle stage's ring port before its neighbour."""
+    scene.stage(0).kill()
+    run.until(phase="connecting", time=2)
+    command = [sys.executable, "-c", STRANGER, scene.hosts.addresses[MIDDLE], str(RING_PORT + MIDDLE)]
+    peer = scene.hosts.exec(2, command)
+    time.sleep(0.3)
+    began = time.monotonic()
+    run.go_on()
+    run.until(restart=...)
+    peer.kill()
+    peer.wait()
+    return began
+
+
+def jumping_clock(scene: Scene) -> None:
+    """The middle stage's wall clock goes by what stands in a file."""
+    library = scene.folder / "clock.so"
+    subprocess.run(["g++", "-shared", "-fPIC", str(CLOCK_SOURCE), "-o", str(library), "-ldl"], check=True)
+    (scene.folder / "clock").write_text("0\n")
+    python = scene.folder / "python-of-another-time"
+    faulty = faulty_stage.faulty_python(scene.folder / "faulty")
+    python.write_text(f"#!/bin/sh\nLD_PRELOAD={library} CLOCK_OFFSET={scene.folder / 'clock'} exec {faulty}\n")
+    python.chmod(0o755)
+    scene.on_host(MIDDLE, python=str(python))
+
+
+def jump(scene: Scene, run: StreamsRun) -> None:
+    """A day ahead, then a year back."""
+    says = scene.folder / "faulty" / "clock-says"
+    for offset_s in (86_400, -31_536_000):
+        (scene.folder / "clock").write_text(f"{offset_s}\n")
+        faulty_stage.do(scene.folder / "faulty", "clock")
+        assert wait_until(lambda: says.exists() and bool(says.read_text()), 20), "no step since the clock jumped"
+        assert abs(float(says.read_text()) - time.time() - offset_s) < 60, "the clock did not jump"
+        says.unlink()
+
+
+def second_run(scene: Scene, run: StreamsRun) -> None:
+    """The same streams once more, on the same hosts at the same time."""
+    other = scene.start({"log_dir": str(scene.folder / "other-logs")})
+    other.until(phase="decode")
+    run.finish()
+    other.finish()
+    assert other.lines[-1] == {"ended": True} and other.tokens == run.tokens and not other.reasons
+
+
+def stop_and_kill_at_the_end(scene: Scene, run: StreamsRun) -> None:
+    scene.stage(0).kill()
+    scene.stage(MIDDLE).suspend()
+    run.go_on()
