@@ -47,6 +47,7 @@ from mlx_k2.stage.examination import examine
 from mlx_k2.stage.hop_probe import measure_hops
 from mlx_k2.stage.host import hello, on_gpu, out_of_memory, peak_bytes, wire_memory
 from mlx_k2.stage.loading import LoadedPiece, load_stage_model
+from mlx_k2.stage.plan_limits import PlanLimits
 from mlx_k2.stage.ports import HeldPorts
 from mlx_k2.stage.step_runner import StepRunner
 from mlx_k2.stage.transport import DistributedTransport, NoNeighbours, Transport, join_group, prove_hops
@@ -119,6 +120,8 @@ class StageService:
         self._group: mx.distributed.Group | None = None
         self._transport: Transport = NoNeighbours()
         self._runner: StepRunner | None = None
+        self._limits: PlanLimits | None = None
+        self._last_step: int | None = None
 
     # ---- on the reading thread
 
@@ -172,7 +175,9 @@ class StageService:
     def _answer(self, message: ToStage) -> FromStage:
         match message:
             case Step():
-                assert self._runner is not None, "a step before Load"
+                assert self._runner is not None and self._limits is not None, "a step before Load"
+                self._limits.check(message, self._last_step)
+                self._last_step = message.number
                 done = self._runner.run(message, lambda phase: self._announce(phase, message.number, message.limit_s))
                 return msgspec.structs.replace(done, peak_bytes=peak_bytes())
             case FetchFiles():
@@ -245,6 +250,7 @@ class StageService:
 
         reader = ShardReader(config, files, dtype)
         model, notes = load_stage_model(config, reader, layers, cache, tell, message.dense_bits)
+        self._limits = PlanLimits(message.num_slots, message.context_tokens, config.vocab_size)
         self._runner = StepRunner(
             model,
             self._transport,

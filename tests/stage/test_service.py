@@ -139,6 +139,14 @@ def test_a_shard_that_is_damaged_is_named_before_a_tensor_of_it_is_loaded(conver
     assert "model-00003-of-000008.safetensors is truncated: 100 of its" in fault.message
 
 
+def test_a_plan_that_does_not_fit_the_stage_is_refused_by_name(converse: Converse, model: Path) -> None:
+    plan = Step(1, (Row(1, 0, (5,), True, None),))
+    exit_code, said = converse(prepare(model), Connect(None, None, None), LOAD, step(0), plan, Stop())
+    fault = said[-1]
+    assert exit_code == 1
+    assert fault == Fault("ProtocolError", "step 1 does not fit this stage: slot 1 of 1")
+
+
 def test_our_own_mistake_is_a_fault_too_and_its_trace_goes_to_the_log(
     converse: Converse, capsys: pytest.CaptureFixture[str]
 ) -> None:
