@@ -81,6 +81,8 @@ def examine_cluster(
         if 1 < len(facts) == len(hosts):
             watcher.phase("measuring the hops")
             round_.measure_hops()
+        elif len(hosts) > 1:
+            round_.checks.append(Check("all hosts", "hop", Verdict.WARNING, "not measured: not every host answered"))
     return tuple(round_.checks)
 
 
@@ -92,6 +94,7 @@ class _Round:
         self._hosts = request.hostfile.hosts
         self._group = group
         self._watcher = watcher
+        self._ended: dict[int, str] = {}
         self.checks: list[Check] = []
 
     def collect(self, wanted: type[Wanted], ranks: Collection[int], silence_s: float, what: str) -> dict[int, Wanted]:
@@ -99,18 +102,20 @@ class _Round:
         answers: dict[int, Wanted] = {}
         owing = set(ranks)
         while owing:
+            for rank in sorted(owing & self._ended.keys()):
+                self._fail(rank, what, self._ended[rank])
+                owing.discard(rank)
+            if not owing:
+                break
             event = self._group.receive(silence_s)
             if event is None:
                 for rank in sorted(owing):
                     self._fail(rank, what, f"no answer for {silence_s:.0f} s: see that it is awake and on this network")
                 return answers
             if isinstance(event, StageEnded):
-                if event.rank in owing:
-                    self._fail(event.rank, what, event.reason)
-                    owing.discard(event.rank)
+                self._ended.setdefault(event.rank, event.reason)
             elif isinstance(event.message, Fault):
-                self._fail(event.rank, what, event.message.message)
-                owing.discard(event.rank)
+                self._ended[event.rank] = event.message.message
             elif isinstance(event.message, wanted):
                 answers[event.rank] = event.message
                 owing.discard(event.rank)

@@ -60,6 +60,7 @@ def test_everything_is_looked_at_and_what_is_wrong_is_found_on_each_host(
     assert found(lines, "host-1", "ssh")["commands"] == ["ssh host-1 python3 -m pip install mlx-k2==0.1.0"]
     assert "is truncated: 1000 of its" in found(lines, "host-2", "model")["found"]
     assert found(lines, "host-2", "environment")["verdict"] == "warning"
+    assert found(lines, "all hosts", "hop")["found"] == "not measured: not every host answered"
     failed = {(line["host"], line["check"]) for line in lines[:-1] if line["verdict"] == "failure"}
     assert failed == {("host-0", "addresses"), ("host-1", "ssh"), ("host-2", "model")}
     assert lines[-1]["summary"]["failure"] == 3
