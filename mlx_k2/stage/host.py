@@ -62,14 +62,6 @@ def wire_memory(needed_bytes: int) -> None:
     mx.set_wired_limit(needed_bytes)
 
 
-def out_of_memory() -> str:
-    """What to say when memory was refused, which must need little itself."""
-    return (
-        f"out of memory: the system refused it more than the {peak_resident_bytes() / 1e9:.1f} GB that it had: "
-        "end other programs there, or give --split, a smaller --context or --dense-bits"
-    )
-
-
 def peak_bytes() -> int:
     """The most memory that this process has held so far: MLX's own count, or the resident set's peak if larger."""
     return max(mx.get_peak_memory(), peak_resident_bytes())

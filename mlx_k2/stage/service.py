@@ -20,7 +20,6 @@ from mlx_k2.control.messages import (
     DownloadShard,
     Examine,
     Examined,
-    Fault,
     FetchFiles,
     FromStage,
     HopsMeasured,
@@ -40,12 +39,13 @@ from mlx_k2.control.messages import (
     encode_message,
 )
 from mlx_k2.control.standing import Announcement, Phase
-from mlx_k2.errors import MlxK2Error, NeighbourLost, ProtocolError, StageFault
+from mlx_k2.errors import MlxK2Error, ProtocolError
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model_source import fetch_shard, locate_shard, read_model_files
 from mlx_k2.stage.examination import examine
+from mlx_k2.stage.faults import fault_of
 from mlx_k2.stage.hop_probe import measure_hops
-from mlx_k2.stage.host import hello, on_gpu, out_of_memory, peak_bytes, wire_memory
+from mlx_k2.stage.host import hello, on_gpu, peak_bytes, wire_memory
 from mlx_k2.stage.loading import LoadedPiece, load_stage_model
 from mlx_k2.stage.plan_limits import PlanLimits
 from mlx_k2.stage.ports import HeldPorts
@@ -72,18 +72,6 @@ _PHASES = {
     Connect: (Phase.CONNECTING, None, CONNECTING_S),
     Load: (Phase.LOADING, None, PIECE_S),
 }
-_LOST_NEIGHBOUR = ("[ring]", "[jaccl]")
-"""How the errors of mlx.distributed's backends begin; MLX raises all of its errors as RuntimeError."""
-
-
-_OUT_OF_MEMORY = (
-    "bad_alloc",
-    "Unable to allocate",
-    "Insufficient Memory",
-    "Cannot allocate memory",
-    "Resource temporarily unavailable",  # no room for a new thread's stack
-)
-"""In errors of MLX, of C++ and of the system."""
 
 
 def serve(inward_fd: int, outward_fd: int) -> NoReturn:
@@ -150,19 +138,10 @@ class StageService:
                     self._announce(*_PHASES[type(message)])
                 self._send(self._answer(message))
                 self._announce(Phase.IDLE, message.number if isinstance(message, Step) else None)
-        except MlxK2Error as error:
-            self._send(Fault(type(error).__name__, str(error)))
-            return 1
-        except MemoryError:
-            self._send(Fault(StageFault.__name__, out_of_memory()))
-            return 1
         except Exception as error:  # noqa: BLE001  # the border: whatever it is, the coordinator must hear of it
-            if any(sign in str(error) for sign in _OUT_OF_MEMORY):
-                self._send(Fault(StageFault.__name__, out_of_memory()))
-                return 1
-            traceback.print_exc()
-            kind = NeighbourLost if str(error).startswith(_LOST_NEIGHBOUR) else type(error)
-            self._send(Fault(kind.__name__, f"{type(error).__name__}: {error}"))
+            if not isinstance(error, MlxK2Error | MemoryError):
+                traceback.print_exc()
+            self._send(fault_of(error))
             return 1
         return 0
 

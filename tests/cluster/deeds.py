@@ -37,9 +37,11 @@ def kill_and_go_on(rank: int) -> Callable[[Scene, StreamsRun], float]:
     """For a run that halts: kill the stage once it is there."""
 
     def break_it(scene: Scene, run: StreamsRun) -> float:
-        scene.stage(rank).kill()
+        stage = scene.stage(rank)
+        began = time.monotonic()
+        stage.kill()
         run.go_on()
-        return time.monotonic()
+        return began
 
     return break_it
 

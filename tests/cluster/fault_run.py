@@ -73,15 +73,18 @@ class StreamsRun:
         )
 
     @property
-    def reasons(self) -> list[str]:
-        """Why there were restarts, and why the run ended, if it did with an error."""
-        return [line["restart"]["reason"] for line in self.lines if "restart" in line] + [
-            line["error"] for line in self.lines if "error" in line
+    def told(self) -> list[tuple[float, str]]:
+        """When there were restarts and why, and when and why the run ended, if it did with an error."""
+        return [
+            (at, line["error"] if "error" in line else line["restart"]["reason"])
+            for at, line in zip(self.times, self.lines, strict=True)
+            if line.keys() & {"restart", "error"}
         ]
 
-    def noticed_at(self) -> float:
-        """When the last of them was told."""
-        return max(at for at, line in zip(self.times, self.lines, strict=True) if line.keys() & {"restart", "error"})
+    @property
+    def reasons(self) -> list[str]:
+        """The same without times."""
+        return [reason for _, reason in self.told]
 
     def _read(self) -> None:
         assert self.process.stdout

@@ -43,7 +43,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of one row; ``reason`` is what the user was told."""
+    """What came of one row; ``reason`` is what the user was told last, ``noticed_s`` after it began."""
 
     fault: Fault
     noticed_s: float | None
@@ -63,7 +63,7 @@ def try_fault(fault: Fault, scene: Scene, expected: Tokens) -> Finding:
             run.finish()
         fault.after(scene, run)
         _check_outcome(fault, run, expected)
-        noticed_s = run.noticed_at() - broken_at if run.reasons else None
+        noticed_s, reason = (run.told[-1][0] - broken_at, run.told[-1][1]) if run.told else (None, "")
         _check_reasons(fault, run, noticed_s)
         if run.reasons:
             _check_report(scene, run)
@@ -71,7 +71,7 @@ def try_fault(fault: Fault, scene: Scene, expected: Tokens) -> Finding:
         assert wait_until(lambda: not left(), fault.left_s), f"left over: {left()}"
     finally:
         scene.close()
-    return Finding(fault, noticed_s, run.reasons[-1] if run.reasons else "", time.monotonic() - began)
+    return Finding(fault, noticed_s, reason, time.monotonic() - began)
 
 
 def _check_outcome(fault: Fault, run: StreamsRun, expected: Tokens) -> None:
@@ -100,7 +100,7 @@ def _check_report(scene: Scene, run: StreamsRun) -> None:
     reason = run.reasons[-1].partition(" (given up after")[0]
     assert reason in report, f"{reason!r} is not in the report"
     assert "\n== versions\nmlx-k2 " in report and "== last lines of stage" in report
-    if len(run.reasons) == 1 and "restart" in run.lines[run.times.index(run.noticed_at())]:
+    if len(run.reasons) == 1 and "error" not in run.lines[-1]:
         stood = report.partition("== where the stages stood then\n")[2].splitlines()[:3]
         assert [line.partition(" (")[0] for line in stood] == [f"stage {i} on host-{i}" for i in range(3)], stood
         assert '"step": ' in report and '"tokens": ' in report

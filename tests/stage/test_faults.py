@@ -1,0 +1,24 @@
+"""Errors as the coordinator hears of them."""
+
+import pytest
+
+from mlx_k2.errors import CheckpointError
+from mlx_k2.stage.faults import fault_of
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (CheckpointError("x.safetensors is truncated"), "CheckpointError", "x.safetensors is truncated"),
+        (RuntimeError("[ring] connection to a peer was lost"), "NeighbourLost", "RuntimeError: [ring] connection"),
+        (ValueError("a shape"), "ValueError", "ValueError: a shape"),
+        (MemoryError(), "StageFault", "out of memory: the system refused it more than the "),
+        (RuntimeError("[malloc] Unable to allocate 7 bytes."), "StageFault", "out of memory"),
+        (RuntimeError("std::bad_alloc"), "StageFault", "out of memory"),
+        (RuntimeError("Resource temporarily unavailable"), "StageFault", "out of memory"),
+    ],
+)
+def test_an_error_is_told_by_what_it_is(error: Exception, kind: str, words: str) -> None:
+    fault = fault_of(error)
+    assert fault.kind == kind
+    assert fault.message.startswith(words)
