@@ -22,10 +22,10 @@ from mlx_k2.weights.inventory import shard_specs
 
 BACKENDS = ("ring", "jaccl")
 SETTINGS: Mapping[str, tuple[str, ...]] = {
-    "pmset": ("/usr/bin/pmset", "-g"),
-    "rdma_ctl": ("/usr/bin/rdma_ctl", "status"),
-    "ibv_devices": ("/usr/bin/ibv_devices",),
-    "bridge0": ("/sbin/ifconfig", "bridge0"),
+    "pmset": ("pmset", "-g"),
+    "rdma_ctl": ("rdma_ctl", "status"),
+    "ibv_devices": ("ibv_devices",),
+    "bridge0": ("ifconfig", "bridge0"),
 }
 """macOS's own tools; what one of them cannot say is left out."""
 SETTING_S = 10.0
