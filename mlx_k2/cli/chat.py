@@ -1,7 +1,5 @@
 """`mlx-k2 chat`: a conversation in the terminal, with thinking and tools."""
 
-import os
-import sys
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -27,10 +25,10 @@ from mlx_k2.cli.options import (
 )
 from mlx_k2.cli.repl.commands import HELP, Commands, Model
 from mlx_k2.cli.repl.consent import Consent
-from mlx_k2.cli.repl.keyboard import Keyboard, LineKeyboard, TerminalKeyboard, usable_history
 from mlx_k2.cli.repl.loop import Repl
-from mlx_k2.cli.repl.screen import PlainScreen, RichScreen, Screen
+from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.tally import Tally
+from mlx_k2.cli.repl.terminal import choose_keyboard, choose_screen
 from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.requests import deployment_request, log_settings, new_conversation, open_source, reply_settings
 from mlx_k2.cli.toolkit import opened_tools
@@ -77,7 +75,7 @@ def command(**options: Any) -> None:
         shape, _ = foresee(request, model)
         _check(options, model, shape.context_tokens)
     with ExitStack() as stack:
-        screen = _screen(options)
+        screen = choose_screen(show_thinking=not options["hide_thinking"])
         transcript = None
         if options["transcript_path"] is not None:
             transcript = stack.enter_context(Transcript(Path(options["transcript_path"]), screen.note))
@@ -115,7 +113,7 @@ def _chat(
         renew=lambda error: lasting.renew(error, screen.restart),
     )
     name = Model(request.source.path_or_repo, model.digest)
-    keyboard = _keyboard(tally)
+    keyboard = choose_keyboard(list(HELP), tally.status)
     consent = Consent(screen, keyboard, options["allowed_tools"], everything=options["yes"])
     with StageReplies(coordinator, tokenizer) as replies:
         settings = reply_settings(options, model, tokenizer, context_tokens)
@@ -133,24 +131,6 @@ def _chat(
         except ClusterError:
             _rescue(commands, screen)
             raise
-
-
-def _screen(options: dict[str, Any]) -> Screen:
-    """Plain where stdout is no terminal, with NO_COLOR, and in a dumb terminal."""
-    plain = not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR")) or _is_dumb()
-    return (PlainScreen if plain else RichScreen)(show_thinking=not options["hide_thinking"])
-
-
-def _keyboard(tally: Tally) -> Keyboard:
-    """With editing where both ends are a terminal that can do it."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()) or _is_dumb():
-        return LineKeyboard()
-    history = usable_history(platformdirs.user_state_path("mlx-k2") / "chat-history")
-    return TerminalKeyboard(history, list(HELP), tally.status, colours=not os.environ.get("NO_COLOR"))
-
-
-def _is_dumb() -> bool:
-    return os.environ.get("TERM", "dumb") in ("dumb", "unknown", "")
 
 
 def _rescue(commands: Commands, screen: Screen) -> None:

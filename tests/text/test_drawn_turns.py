@@ -119,8 +119,7 @@ def test_text_that_the_template_changed_keeps_its_tokens_up_to_the_change() -> N
     turns.keep(0, [THINK, THOUGHT, *b" about", *b" after", END])
     ids = prompt(turns, [USER, {"role": "assistant", "content": " about above"}, USER])
     start = ids.index(THOUGHT) + 1
-    assert ids[start:][:7] == [*b" about", *b" a"[:1]] or ids[start : start + 8] == [*b" about a"]
-    assert decoded(ids[start : ids.index(END, start)]) == " about above"
+    assert ids[start : ids.index(END, start)] == [*b" about a", *tokenizer().encode_text("bove")]
 
 
 def test_a_character_that_was_cut_is_encoded_anew_as_a_whole() -> None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import sys
+import termios
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -37,6 +39,9 @@ class Keyboard(Protocol):
     def ask(self, question: str) -> str:
         """The answer to a question; errors as of ``read``."""
 
+    def attended(self) -> AbstractContextManager[None]:
+        """All the while that lines are read; what is typed between two of them is kept for the next."""
+
 
 class LineKeyboard:
     """Lines of standard input; a backslash at the end of one goes on in the next."""
@@ -57,6 +62,10 @@ class LineKeyboard:
     def ask(self, question: str) -> str:
         """As of ``Keyboard``."""
         return self._line(question)
+
+    def attended(self) -> AbstractContextManager[None]:
+        """As of ``Keyboard``."""
+        return contextlib.nullcontext()
 
     def _line(self, prompt: str) -> str:
         if sys.stdin.isatty():
@@ -100,6 +109,20 @@ class TerminalKeyboard:
     def ask(self, question: str) -> str:
         """As of ``Keyboard``."""
         return self._questions.prompt(question)
+
+    @contextlib.contextmanager
+    def attended(self) -> Iterator[None]:
+        """As of ``Keyboard``. The terminal shows nothing of it by itself, which would stand in the answer."""
+        terminal = sys.stdin.fileno()
+        before = termios.tcgetattr(terminal)
+        quiet = list(before)
+        quiet[0] &= ~termios.ICRNL  # Enter stays what it is, and is not taken for Ctrl-J later
+        quiet[3] &= ~(termios.ECHO | termios.ICANON)
+        termios.tcsetattr(terminal, termios.TCSANOW, quiet)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(terminal, termios.TCSANOW, before)
 
 
 def usable_history(path: Path) -> Path | None:

@@ -51,20 +51,17 @@ class Repl:
         Raises:
             ClusterError: the stages cannot go on; the conversation so far is in the session.
         """
-        while True:
-            self._session.compute_ahead()
-            try:
-                line = self._keyboard.read()
-            except KeyboardInterrupt:
-                continue
-            except EOFError:
-                return
-            try:
-                self._take(line)
-            except Leave:
-                return
-            except SetupError as error:
-                self._screen.note(f"error: {error}")
+        with self._keyboard.attended():
+            while True:
+                self._session.compute_ahead()
+                try:
+                    self._take(self._keyboard.read())
+                except KeyboardInterrupt:
+                    continue
+                except (EOFError, Leave):
+                    return
+                except SetupError as error:
+                    self._screen.note(f"error: {error}")
 
     def _take(self, line: str) -> None:
         """One line of the user."""

@@ -1,0 +1,32 @@
+"""Which screen and which keyboard a terminal gets. Knows no session."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import platformdirs
+
+from mlx_k2.cli.repl.keyboard import Keyboard, LineKeyboard, TerminalKeyboard, usable_history
+from mlx_k2.cli.repl.screen import PlainScreen, RichScreen, Screen
+
+
+def choose_screen(*, show_thinking: bool) -> Screen:
+    """Plain where stdout is no terminal, with NO_COLOR, and in a dumb terminal."""
+    plain = not sys.stdout.isatty() or _no_colour() or _is_dumb()
+    return (PlainScreen if plain else RichScreen)(show_thinking=show_thinking)
+
+
+def choose_keyboard(commands: Sequence[str], status: Callable[[], str]) -> Keyboard:
+    """With editing where both ends are a terminal that can do it; what is written there is kept for the next run."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()) or _is_dumb():
+        return LineKeyboard()
+    history = usable_history(platformdirs.user_state_path("mlx-k2") / "chat-history")
+    return TerminalKeyboard(history, commands, status, colours=not _no_colour())
+
+
+def _no_colour() -> bool:
+    return bool(os.environ.get("NO_COLOR"))
+
+
+def _is_dumb() -> bool:
+    return os.environ.get("TERM", "dumb") in ("dumb", "unknown", "")

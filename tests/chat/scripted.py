@@ -1,0 +1,105 @@
+"""Reply sources that say what a script says: alone, or over stages that compute every token of it."""
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from mlx_k2.coordinator import Coordinator
+from mlx_k2.engine.request import FinishReason, Request
+from mlx_k2.session import AnswerSummary, Delta, stream_answer
+from mlx_k2.text.detokenizer import Detokenizer
+from mlx_k2.text.tokenizer import Tokenizer
+
+Interject = Callable[[], Sequence[int]]
+
+
+def drawn(tokenizer: Tokenizer, text: str) -> list[int]:
+    """``text`` as tokens, the names of control tokens as these."""
+    ids: list[int] = []
+    while text:
+        starts = {text.find(name): name for name in tokenizer.special_ids if name in text}
+        at = min(starts, default=len(text))
+        ids += tokenizer.encode_text(text[:at])
+        if at < len(text):
+            ids.append(tokenizer.special_ids[starts[at]])
+        text = text[at + len(starts.get(at, "")) :]
+    return ids
+
+
+class Script:
+    """One reply after the other, without stages. ``on_token`` is called before each token."""
+
+    def __init__(self, tokenizer: Tokenizer, *replies: str, on_token: Callable[[int], None] | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._replies: Iterator[str] = iter(replies)
+        self._on_token = on_token
+        self.requests: list[Request] = []
+
+    def stream(
+        self, request: Request, interject: Interject, stop: threading.Event
+    ) -> Generator[Delta | AnswerSummary, None, None]:
+        self.requests.append(request)
+        detokenizer = Detokenizer(self._tokenizer)
+        ids = drawn(self._tokenizer, next(self._replies))
+        for number, token_id in enumerate(ids):
+            if self._on_token is not None:
+                self._on_token(number)
+            if stop.is_set():
+                yield summary_of(request, number, FinishReason.CANCELLED)
+                return
+            yield Delta(token_id, detokenizer.add(token_id), None, ())
+        stopped = bool(ids) and ids[-1] in request.stop_ids
+        yield summary_of(request, len(ids), FinishReason.STOP if stopped else FinishReason.LENGTH)
+
+    def compute_ahead(self, prompt_ids: Callable[[], Sequence[int]]) -> None:
+        """Nothing computes here."""
+
+    def settle(self) -> None:
+        """Nothing computes here."""
+
+
+class ScriptOnStages:
+    """One reply after the other, each computed by the stages behind its prompt as if they had drawn it."""
+
+    def __init__(self, coordinator: Coordinator, tokenizer: Tokenizer, replies: Iterable[Sequence[int]]) -> None:
+        self._coordinator = coordinator
+        self._tokenizer = tokenizer
+        self._replies = iter(replies)
+        self.summaries: list[AnswerSummary] = []
+
+    def stream(
+        self, request: Request, interject: Interject, stop: threading.Event
+    ) -> Generator[Delta | AnswerSummary, None, None]:
+        reply = next(self._replies)
+        given = [reply]
+        asked = replace(request, max_tokens=1)
+        deltas = stream_answer(
+            self._coordinator, self._tokenizer, asked, interject=lambda: given.pop() if given else ()
+        )
+        yield from (next(deltas) for _ in reply)
+        _, summary = deltas
+        assert isinstance(summary, AnswerSummary)
+        self.summaries.append(replace(summary, generated_tokens=len(reply), finish_reason=FinishReason.STOP))
+        yield self.summaries[-1]
+
+    def compute_ahead(self, prompt_ids: Callable[[], Sequence[int]]) -> None:
+        """Never asked for."""
+        raise AssertionError
+
+    def settle(self) -> None:
+        """Nothing is computed ahead."""
+
+
+def summary_of(request: Request, num_tokens: int, reason: FinishReason) -> AnswerSummary:
+    return AnswerSummary(
+        prompt_tokens=len(request.prompt_ids),
+        cached_tokens=0,
+        generated_tokens=num_tokens,
+        finish_reason=reason,
+        seed=request.sampling.seed,
+        time_to_first_token_s=None,
+        prefill_tokens_per_s=None,
+        decode_tokens_per_s=None,
+        num_guesses=0,
+        num_hits=0,
+    )

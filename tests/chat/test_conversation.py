@@ -1,0 +1,135 @@
+"""A conversation's prompts are the golden ones, and what its messages say stays text."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_k2.chat.conversation import Conversation
+from mlx_k2.errors import RequestError
+from mlx_k2.text.reply_parser import Reply
+from mlx_k2.text.tool_call import ToolCall
+from tests.text.fixtures import builtin_template, decoded, tokenizer
+
+SYSTEM = "<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|>"
+HELLO = "<|im_user|>user<|im_middle|>hello<|im_end|>"
+ANSWER = "<|im_assistant|>assistant<|im_middle|>"
+WEATHER = ToolCall("functions.get_weather:0", "get_weather", '{"city": "Rome"}', {"city": "Rome"})
+CALL_TURN = (
+    "<think>R</think><|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
+    '{"city": "Rome"}<|tool_call_end|><|tool_calls_section_end|><|im_end|>'
+)
+RESULT_TURN = '<|im_system|>get_weather<|im_middle|>## Return of functions.get_weather:0\n{"w":1}<|im_end|>'
+
+
+def conversation(system: str | None = None) -> Conversation:
+    return Conversation(builtin_template(), tokenizer(), system=system)
+
+
+def said(*texts: str) -> Conversation:
+    """The user and the model in turn."""
+    talk = conversation()
+    for number, text in enumerate(texts):
+        if number % 2:
+            talk.add_reply(Reply("R", text, ()), tokenizer().encode_text(text))
+        else:
+            talk.add_user(text)
+    return talk
+
+
+def test_the_golden_prompts_of_a_tool_turn() -> None:
+    talk = said("hello")
+    assert decoded(talk.prompt_ids()) == SYSTEM + HELLO + ANSWER
+    talk.add_reply(Reply("R", "", (WEATHER,)), ())
+    talk.add_results(['{"w":1}'])
+    assert decoded(talk.prompt_ids()) == SYSTEM + HELLO + ANSWER + CALL_TURN + RESULT_TURN + ANSWER
+
+
+def test_an_answer_ends_the_reasoning_of_all_turns_up_to_it() -> None:
+    talk = said("hello")
+    talk.add_reply(Reply("R", "", (WEATHER,)), ())
+    talk.add_results(['{"w":1}'])
+    talk.add_reply(Reply("S", "Sunny.", ()), ())
+    talk.add_user("hello")
+    turns = ANSWER + CALL_TURN.replace("R</", "</", 1) + RESULT_TURN + ANSWER + "<think></think>Sunny.<|im_end|>"
+    assert decoded(talk.prompt_ids()) == SYSTEM + HELLO + turns + HELLO + ANSWER
+
+
+hostile = st.text(max_size=5) | st.sampled_from(list(tokenizer().special_ids)[:20])
+
+
+@given(hostile, hostile, hostile, hostile)
+def test_text_of_the_user_and_of_tools_never_becomes_a_control_token(
+    user: str, name: str, result: str, content: str
+) -> None:
+    plain, odd = conversation(), conversation()
+    for talk, texts in ((plain, ("u", "n", "r", "c")), (odd, (user, name, result, content))):
+        talk.add_user(texts[0])
+        talk.add_reply(Reply("", texts[3], (ToolCall("", texts[1], "{}", {}),)), ())
+        talk.add_results([texts[2]])
+    controls = [
+        [token_id for token_id in talk.prompt_ids() if tokenizer().is_special(token_id)] for talk in (plain, odd)
+    ]
+    assert controls[0] == controls[1]
+
+
+@given(st.text(max_size=20), st.integers(0, 2))
+def test_what_is_known_of_the_next_prompt_is_its_beginning_whatever_the_user_says(text: str, num_turns: int) -> None:
+    talk = said(*["hello", "Hi."] * num_turns)
+    known = talk.known_ids()
+    talk.add_user(text)
+    prompt = talk.prompt_ids()
+    assert prompt[: len(known)] == known
+    own = tokenizer().encode_text(text)
+    assert len(prompt) <= len(known) + len(own) + len("user") + len("assistant") + 5
+    assert "R" not in decoded(known).replace("Return", "")
+
+
+def test_undo_takes_back_the_last_question_with_all_that_followed() -> None:
+    talk = said("hello", "Hi.", "weather?")
+    talk.add_reply(Reply("R", "", (WEATHER,)), ())
+    talk.add_results(["sun"])
+    assert talk.undo() == "weather?"
+    assert [message["content"] for message in talk.messages] == ["hello", "Hi."]
+    assert talk.undo() == "hello"
+    assert talk.undo() is None
+
+
+def test_a_system_prompt_is_set_kept_by_a_reset_and_removed() -> None:
+    talk = conversation(system="Be brief.")
+    talk.add_user("hello")
+    talk.set_system("Be long.")
+    talk.reset()
+    assert talk.messages == [{"role": "system", "content": "Be long."}]
+    talk.set_system(None)
+    assert (talk.system, talk.messages) == (None, [])
+
+
+def test_a_loaded_conversation_gets_normal_ids_and_replaces_the_old_one() -> None:
+    talk = said("hello", "Hi.")
+    call = {"id": "call_abc", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    loaded: list[dict[str, object]] = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_abc", "content": "7"},
+    ]
+    talk.load(loaded, 4096)
+    assert talk.messages[2]["tool_call_id"] == "functions.f:0"
+    assert talk.messages[1]["content"] == ""
+
+
+@pytest.mark.parametrize(
+    ("messages", "context_tokens", "words"),
+    [
+        ([], 4096, "no message"),
+        ([{"role": "robot", "content": "x"}], 4096, "message 1 has the role 'robot'"),
+        ([{"role": "user", "content": "x" * 200}], 100, "these messages are .* tokens, and the context holds 100"),
+    ],
+)
+def test_what_cannot_be_loaded_leaves_the_conversation_as_it_was(
+    messages: list[dict[str, object]], context_tokens: int, words: str
+) -> None:
+    talk = said("hello", "Hi.")
+    before = talk.messages
+    with pytest.raises(RequestError, match=words):
+        talk.load(messages, context_tokens)
+    assert talk.messages == before

@@ -1,0 +1,222 @@
+"""What a session makes of replies: tool calls with real tools, limits, consent, stops; the replies are a script's."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_k2.chat.conversation import Conversation
+from mlx_k2.chat.events import CallEnded, CallStarted, Event, Said
+from mlx_k2.chat.session import ChatSession, ReplySettings, Toolkit
+from mlx_k2.errors import RequestError
+from mlx_k2.sampling import Sampling
+from mlx_k2.session import AnswerSummary
+from mlx_k2.text.reply_parser import Content, Reasoning
+from mlx_k2.text.tool_call import ToolCall
+from mlx_k2.tools.outcome import Outcome
+from mlx_k2.tools.servers import StdioServer
+from mlx_k2.tools.toolbox import Limits, ToolBox, open_toolbox
+from tests.chat.scripted import Script
+from tests.text.fixtures import builtin_template, tokenizer
+
+SERVER = Path(__file__).parent.parent / "tools" / "mcp_server.py"
+HI = "<think>R</think>Hi.<|im_end|>"
+
+
+@contextmanager
+def opened(call_timeout_s: float) -> Iterator[ToolBox]:
+    server = StdioServer(name="s", command=sys.executable, args=(str(SERVER),))
+    limits = Limits(start_timeout_s=40, call_timeout_s=call_timeout_s, max_result_chars=40)
+    with open_toolbox([server], limits) as box:
+        yield box
+
+
+@pytest.fixture(scope="module")
+def tools() -> Iterator[ToolBox]:
+    with opened(call_timeout_s=40) as box:
+        yield box
+
+
+def calls(*written: tuple[str, str]) -> str:
+    """A reply that calls tools: names and arguments."""
+    each = (
+        f"<|tool_call_begin|>functions.{name}:{number}<|tool_call_argument_begin|>{arguments}<|tool_call_end|>"
+        for number, (name, arguments) in enumerate(written)
+    )
+    return f"<think>R</think><|tool_calls_section_begin|>{''.join(each)}<|tool_calls_section_end|><|im_end|>"
+
+
+def session(
+    *replies: str,
+    tools: ToolBox | None = None,
+    approve: Callable[[ToolCall], bool] = lambda call: True,
+    on_token: Callable[[int], None] | None = None,
+    **settings: Any,
+) -> tuple[ChatSession, Script]:
+    script = Script(tokenizer(), *replies, on_token=on_token)
+    fields: dict[str, Any] = {"max_tokens": 1000, "context_tokens": 4096} | settings
+    declared = [] if tools is None else tools.declarations
+    return ChatSession(
+        script,
+        tokenizer(),
+        Conversation(builtin_template(), tokenizer(), declared),
+        ReplySettings(Sampling(seed=1), stop_ids=tokenizer().stop_ids, **fields),
+        None if tools is None else Toolkit(tools, approve),
+    ), script
+
+
+def roles(chat: ChatSession) -> list[str]:
+    return [message["role"] for message in chat.conversation.messages]
+
+
+def ended(events: list[Event]) -> list[tuple[str, Outcome]]:
+    return [(event.call.name, event.result.outcome) for event in events if isinstance(event, CallEnded)]
+
+
+def test_an_answer_comes_in_parts_and_every_message_is_told_when_it_is_part_of_the_conversation() -> None:
+    chat, _ = session(HI)
+    events = list(chat.say("hello"))
+    assert "".join(event.text for event in events if isinstance(event, Reasoning)) == "R"
+    assert "".join(event.text for event in events if isinstance(event, Content)) == "Hi."
+    assert [event.message for event in events if isinstance(event, Said)] == chat.conversation.messages
+    assert sum(isinstance(event, AnswerSummary) for event in events) == 1
+
+
+def test_tools_are_called_until_the_model_answers(tools: ToolBox) -> None:
+    chat, script = session(calls(("add", '{"a": 1}')), calls(("add", '{"a": 40}')), HI, tools=tools)
+    events = list(chat.say("hello"))
+    assert ended(events) == [("add", Outcome.DONE)] * 2
+    assert roles(chat) == ["user", "assistant", "tool", "assistant", "tool", "assistant"]
+    results = [message["content"] for message in chat.conversation.messages if message["role"] == "tool"]
+    assert results == ["3", "42"]
+    ids = [message["tool_call_id"] for message in chat.conversation.messages if message["role"] == "tool"]
+    assert ids == ["functions.add:0", "functions.add:1"]
+    lengths = [len(request.prompt_ids) for request in script.requests]
+    assert lengths == sorted(lengths)
+
+
+def test_calls_of_one_turn_run_side_by_side_and_their_results_keep_their_order(tools: ToolBox) -> None:
+    chat, _ = session(calls(("meet", "{}"), ("add", '{"a": 1}'), ("meet", "{}")), HI, tools=tools)
+    events = list(chat.say("hello"))
+    started = [index for index, event in enumerate(events) if isinstance(event, CallStarted)]
+    first_end = next(index for index, event in enumerate(events) if isinstance(event, CallEnded))
+    assert max(started) < first_end
+    contents = [message["content"] for message in chat.conversation.messages if message["role"] == "tool"]
+    assert contents == ["met", "3", "met"]
+
+
+@pytest.mark.parametrize(
+    ("written", "outcome", "words"),
+    [
+        (("fail", "{}"), Outcome.FAILED, "Error executing tool fail"),
+        (("die", "{}"), Outcome.LOST, "a last word"),
+        (("much", '{"length": 100}'), Outcome.CUT, "cut here"),
+        (("absent", "{}"), Outcome.REFUSED, "There is no tool"),
+        (("add", "{no JSON"), Outcome.REFUSED, "the arguments are no JSON"),
+        (("add", '{"a": "x"}'), Outcome.FAILED, "a"),
+    ],
+)
+def test_a_call_that_goes_wrong_is_told_to_the_model_and_the_user_and_the_chat_goes_on(
+    tools: ToolBox, written: tuple[str, str], outcome: Outcome, words: str
+) -> None:
+    chat, _ = session(calls(written), HI, tools=tools)
+    assert ended(list(chat.say("hello"))) == [(written[0], outcome)]
+    assert words in chat.conversation.messages[2]["content"]
+    assert chat.conversation.messages[-1]["content"] == "Hi."
+
+
+def test_a_call_that_takes_too_long_is_given_up() -> None:
+    with opened(call_timeout_s=0.5) as tools:
+        chat, _ = session(calls(("hang", "{}")), HI, tools=tools)
+        assert ended(list(chat.say("hello"))) == [("hang", Outcome.TIMED_OUT)]
+    assert "did not answer within 0.5 s" in chat.conversation.messages[2]["content"]
+
+
+def test_only_calls_that_the_user_agrees_to_are_run_and_only_of_tools_that_exist_is_that_asked(tools: ToolBox) -> None:
+    asked: list[str] = []
+
+    def approve(call: ToolCall) -> bool:
+        asked.append(call.arguments)
+        return call.arguments == '{"a": 1}'
+
+    chat, _ = session(
+        calls(("add", '{"a": 1}'), ("add", '{"a": 2}'), ("absent", "{}")), HI, tools=tools, approve=approve
+    )
+    outcomes = [outcome for _, outcome in ended(list(chat.say("hello")))]
+    assert set(outcomes) == {Outcome.DECLINED, Outcome.REFUSED, Outcome.DONE}
+    assert asked == ['{"a": 1}', '{"a": 2}']
+
+
+def test_past_the_limit_of_calls_the_model_gets_one_more_reply_to_answer_without_tools(tools: ToolBox) -> None:
+    add = ("add", '{"a": 1}')
+    chat, script = session(calls(add), calls(add, add), calls(add), tools=tools, max_tool_calls=2)
+    outcomes = [outcome for _, outcome in ended(list(chat.say("hello")))]
+    assert sorted(outcome.value for outcome in outcomes) == ["done", "done", "refused"]
+    assert len(script.requests) == 3
+    assert "tool_calls" not in chat.conversation.messages[-1]
+
+
+def test_without_tools_a_call_ends_the_answer_and_is_no_part_of_it() -> None:
+    chat, _ = session(calls(("add", "{}")))
+    events = list(chat.say("hello"))
+    assert [event.name for event in events if isinstance(event, ToolCall)] == ["add"]
+    assert chat.conversation.messages[-1] == {"role": "assistant", "content": "", "reasoning_content": "R"}
+
+
+def test_a_stopped_answer_keeps_what_was_said_and_one_that_only_thought_was_never_there() -> None:
+    def stop_at(number: int) -> Callable[[int], None]:
+        return lambda at: chat.stop() if at == number else None
+
+    chat, _ = session(HI, on_token=stop_at(4))
+    list(chat.say("hello"))
+    assert chat.conversation.messages[-1]["content"] == "H"
+    chat, _ = session(HI, on_token=stop_at(2))
+    list(chat.say("hello"))
+    assert roles(chat) == ["user"]
+
+
+def test_a_stop_while_tools_run_ends_them_and_gives_every_call_a_result(tools: ToolBox) -> None:
+    chat, script = session(calls(("hang", "{}"), ("add", '{"a": 1}')), HI, tools=tools)
+    events: list[Event] = []
+    for event in chat.say("hello"):
+        events.append(event)
+        if isinstance(event, CallEnded):
+            chat.stop()
+    assert dict(ended(events)) == {"add": Outcome.DONE, "hang": Outcome.STOPPED}
+    assert roles(chat) == ["user", "assistant", "tool", "tool"]
+    assert len(script.requests) == 1
+
+
+def test_a_retry_asks_again_with_another_seed(tools: ToolBox) -> None:
+    chat, script = session(calls(("add", '{"a": 1}')), HI, HI, tools=tools)
+    list(chat.say("hello"))
+    list(chat.retry())
+    first, _, again = script.requests
+    assert again.prompt_ids == first.prompt_ids
+    assert again.sampling.seed != first.sampling.seed
+    assert roles(chat) == ["user", "assistant"]
+
+
+def test_there_is_nothing_to_retry_before_the_first_question() -> None:
+    chat, _ = session()
+    with pytest.raises(RequestError, match="nothing to answer"):
+        list(chat.retry())
+
+
+def test_a_message_that_does_not_fit_is_refused_and_the_conversation_is_as_it_was() -> None:
+    chat, _ = session(HI, context_tokens=120)
+    list(chat.say("hello"))
+    with pytest.raises(RequestError, match="the context holds 120"):
+        list(chat.say("x" * 200))
+    assert roles(chat) == ["user", "assistant"]
+
+
+def test_a_result_that_does_not_fit_ends_the_answer_and_is_part_of_the_conversation(tools: ToolBox) -> None:
+    declared = len(Conversation(builtin_template(), tokenizer(), tools.declarations).known_ids())
+    chat, _ = session(calls(("much", '{"length": 38}')), HI, tools=tools, context_tokens=declared + 100)
+    with pytest.raises(RequestError, match="there is no room"):
+        list(chat.say("hello"))
+    assert roles(chat) == ["user", "assistant", "tool"]

@@ -1,0 +1,76 @@
+"""The chat's REPL with replies from a script in place of stages, for a terminal: what it says is known beforehand."""
+
+import sys
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+from mlx_k2.chat.conversation import Conversation
+from mlx_k2.chat.session import ChatSession, ReplySettings, Toolkit
+from mlx_k2.cli.repl.commands import HELP, Commands, Model
+from mlx_k2.cli.repl.consent import Consent
+from mlx_k2.cli.repl.loop import Repl
+from mlx_k2.cli.repl.tally import Tally
+from mlx_k2.cli.repl.terminal import choose_keyboard, choose_screen
+from mlx_k2.cli.repl.transcript import Transcript
+from mlx_k2.sampling import Sampling
+from mlx_k2.tools.servers import StdioServer
+from mlx_k2.tools.toolbox import Limits, open_toolbox
+from tests.chat.scripted import Script
+from tests.text.fixtures import builtin_template, tokenizer
+
+SERVER = Path(__file__).parent.parent / "tools" / "mcp_server.py"
+TOKEN_S = 0.002
+CALL = (
+    "<think>A sum.</think><|tool_calls_section_begin|><|tool_call_begin|>functions.add:0<|tool_call_argument_begin|>"
+    '{"a": 40}<|tool_call_end|><|tool_calls_section_end|><|im_end|>'
+)
+REPLIES = {
+    "talk": (
+        "<think>Somebody greets.</think>Hello **there**.\n\n```python\nprint(1)\n```\n\nBye.<|im_end|>",
+        "<think></think>You wrote two lines.<|im_end|>",
+        "<think>Long.</think>" + "word " * 2000 + "<|im_end|>",
+        "<think></think>Once more.<|im_end|>",
+    ),
+    "tools": (
+        CALL,
+        "<think></think>It is 42.<|im_end|>",
+        CALL,
+        "<think></think>No sum.<|im_end|>",
+        CALL,
+        CALL,
+        "<think></think>Allowed.<|im_end|>",
+    ),
+}
+
+
+def main(script: str, transcript_path: str) -> None:
+    screen = choose_screen(show_thinking=True)
+    tally = Tally(4096 * 4, 2)
+    with ExitStack() as stack:
+        transcript = stack.enter_context(Transcript(Path(transcript_path), screen.note))
+        tools = None
+        if script == "tools":
+            server = StdioServer(name="s", command=sys.executable, args=(str(SERVER),))
+            tools = stack.enter_context(open_toolbox([server], Limits(call_timeout_s=40)))
+        keyboard = choose_keyboard(list(HELP), tally.status)
+        consent = Consent(screen, keyboard, (), everything=False)
+        conversation = Conversation(builtin_template(), tokenizer(), [] if tools is None else tools.declarations)
+        source = Script(tokenizer(), *REPLIES[script], on_token=lambda _: pause())
+        settings = ReplySettings(Sampling(seed=1), 9000, tokenizer().stop_ids, 4096 * 4)
+        toolkit = None if tools is None else Toolkit(tools, consent)
+        session = ChatSession(source, tokenizer(), conversation, settings, toolkit)
+        consent.answer = session
+        model = Model("a script", "0")
+        commands = Commands(session, model, screen, tally, tools, consent, lambda: screen.note("no stages"))
+        Repl(session, commands, keyboard, screen, tally, transcript).run()
+    sys.stderr.write("left\n")
+
+
+def pause() -> None:
+    """A model takes its time for each token."""
+    threading.Event().wait(TOKEN_S)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,173 @@
+"""The chat in a real terminal, driven by keys, and over pipes. What a script says is known; stages only once."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.cli.command import MLX_K2, CommandLine
+from tests.cli.tmux import Terminal, needs_tmux, terminal
+
+ROOT = Path(__file__).parent.parent.parent
+A_COLOUR = "\x1b[3"
+"""How every SGR code of a foreground colour begins."""
+
+
+@contextmanager
+def scripted(command_line: CommandLine, folder: Path, script: str, **environment: str) -> Iterator[Terminal]:
+    command = [sys.executable, "-m", "tests.cli.scripted_chat", script, str(folder / "transcript.jsonl")]
+    full = {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT), **environment}
+    with terminal(folder, command, command_line.environment(**full)) as pane:
+        yield pane
+
+
+def transcript(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "transcript.jsonl").read_text().splitlines()]
+
+
+@needs_tmux
+def test_a_conversation_with_several_lines_a_stop_an_undo_and_files(command_line: CommandLine, tmp_path: Path) -> None:
+    with scripted(command_line, tmp_path, "talk") as pane:
+        pane.wait_for("2 stages")
+        pane.say("hello")
+        shown = pane.wait_for("Bye.")
+        assert "Hello there." in shown and "**" not in shown and "```" not in shown
+        coloured = pane.shown(with_colours=True)
+        thought = next(line for line in coloured.splitlines() if "Somebody greets." in line)
+        assert "\x1b[2" in thought or ";2" in thought
+        assert "\x1b[1m" in next(line for line in coloured.splitlines() if "there" in line)
+
+        pane.type("one", "\\", "Enter", "two")
+        pane.wait_for(". two")
+        pane.type("Enter")
+        pane.wait_for("You wrote two lines.")
+        pane.say("long")
+        pane.wait_for("word word")
+        pane.type("C-c")
+        pane.wait_for("the answer was stopped")
+        pane.type("/und")
+        pane.wait_for("/undo")
+        pane.type("o", "Enter")
+        pane.wait_for("taken back: long")
+        saved = tmp_path / "saved chat.json"
+        pane.say(f"/save {saved}")
+        pane.wait_for("the conversation is in")
+        pane.say("/reset")
+        pane.wait_for("a new conversation")
+        pane.say(f"/load {tmp_path / 'nothing'}")
+        pane.wait_for("cannot be read")
+        pane.say(f"/load {saved}")
+        pane.wait_for("4 messages from")
+        pane.say("again")
+        pane.wait_for("Once more.")
+        pane.type("C-d")
+        shown = pane.wait_for("exit code 0")
+        assert "left" in shown
+    messages = json.loads(saved.read_text())["messages"]
+    assert [message["content"] for message in messages] == [
+        "hello",
+        "Hello **there**.\n\n```python\nprint(1)\n```\n\nBye.",
+        "one\ntwo",
+        "You wrote two lines.",
+    ]
+    lines = transcript(tmp_path)
+    assert "".join(str(line["reasoning"]) for line in lines if "reasoning" in line) == "Somebody greets.Long."
+    said = [line["message"] for line in lines if "message" in line]
+    assert [message["role"] for message in said if isinstance(message, dict)] == ["user", "assistant"] * 4
+    with scripted(command_line, tmp_path, "talk") as pane:
+        pane.wait_for("2 stages")
+        pane.type("Up")
+        pane.wait_for("> again")
+        pane.type("C-c", "C-d")
+        pane.wait_for("exit code 0")
+
+
+@needs_tmux
+def test_tools_are_asked_about_declined_and_allowed_for_good(command_line: CommandLine, tmp_path: Path) -> None:
+    with scripted(command_line, tmp_path, "tools") as pane:
+        pane.wait_for("2 stages")
+        pane.say("/tools")
+        pane.wait_for("add  [asks first]  Add two numbers.")
+        pane.say("a sum")
+        pane.wait_for('the model wants to call add({"a": 40})')
+        pane.wait_for("run it?")
+        pane.say("y")
+        pane.wait_for('add({"a": 40}) → 42')
+        pane.wait_for("It is 42.")
+        pane.say("another")
+        pane.wait_for("run it?", times=2)
+        pane.say("n")
+        pane.wait_for("[declined]")
+        pane.wait_for("No sum.")
+        pane.say("and two more")
+        pane.wait_for("run it?", times=3)
+        pane.say("a")
+        shown = pane.wait_for("Allowed.")
+        assert shown.count("run it?") == 3
+        assert shown.count("→ 42") == 3
+        pane.say("/quit")
+        pane.wait_for("exit code 0")
+
+
+@needs_tmux
+def test_a_narrower_terminal_gets_narrower_lines_and_the_answer_goes_on(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    with scripted(command_line, tmp_path, "talk") as pane:
+        pane.wait_for("2 stages")
+        for text, reply in (("one", "Bye."), ("two", "You wrote two lines.")):
+            pane.say(text)
+            pane.wait_for(reply)
+        pane.say("three")
+        pane.wait_for("word word")
+        pane.resize(50, 20)
+        pane.wait_for("> three")
+        pane.type("C-c")
+        pane.wait_for("the answer was stopped")
+        pane.say("four")
+        shown = pane.wait_for("Once more.")
+        assert max(len(line.rstrip()) for line in shown.splitlines()) <= 50
+        pane.type("C-d")
+        pane.wait_for("exit code 0")
+
+
+@needs_tmux
+def test_without_colour_and_in_a_dumb_terminal_it_is_plain(command_line: CommandLine, tmp_path: Path) -> None:
+    for name, environment in (("none", {"NO_COLOR": "1"}), ("dumb", {"TERM": "dumb"})):
+        (folder := tmp_path / name).mkdir()
+        with scripted(command_line, folder, "talk", **environment) as pane:
+            pane.wait_for(">")
+            pane.say("hello")
+            pane.wait_for("Bye.")
+            assert "Hello **there**." in pane.shown()
+            assert A_COLOUR not in pane.shown(with_colours=True)
+            pane.type("C-d")
+            pane.wait_for("exit code 0")
+
+
+@needs_tmux
+def test_on_stages_a_message_is_answered_an_answer_stopped_and_nothing_is_left_behind(
+    command_line: CommandLine, endless: Path, tmp_path: Path
+) -> None:
+    command = [MLX_K2, "chat", "--model", str(endless), "--stages", "2", "--seed", "1"]
+    with terminal(tmp_path, command, command_line.environment(TERM="xterm-256color")) as pane:
+        pane.wait_for("/help lists the commands")
+        pane.wait_for("2 stages")
+        pane.say("Hello")
+        pane.wait_for("Hello")
+        pane.type("C-c")
+        pane.wait_for("the answer was")
+        pane.say("/stats")
+        pane.wait_for("computing")
+        pane.type("C-d")
+        pane.wait_for("exit code 0")
+
+
+def test_lines_on_standard_input_are_messages_and_stdout_has_nothing_but_answers(command_line: CommandLine) -> None:
+    run = command_line.run("chat", "--max-tokens", "12", "--seed", "5", stdin="Hello\n/nonsense\n/stats\n")
+    assert run.returncode == 0, run.stderr
+    assert "error: there is no command /nonsense" in run.stderr
+    assert "1 replies" in run.stderr
+    assert "\x1b" not in run.stdout + run.stderr
+    assert "replies" not in run.stdout

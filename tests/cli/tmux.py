@@ -1,0 +1,72 @@
+"""A real terminal without a screen: tmux runs a command in it, types, and tells what is to be seen."""
+
+import shlex
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+needs_tmux = pytest.mark.skipif(
+    shutil.which("tmux") is None, reason="needs tmux: apt install tmux, or brew install tmux"
+)
+
+_LOOK_EVERY_S = 0.05
+_PATIENCE_S = 40.0
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """One pane of a tmux server of its own."""
+
+    socket: Path
+
+    def type(self, *keys: str) -> None:
+        """Press keys, by tmux's names: text as it is, Enter, C-c."""
+        self._tmux("send-keys", "-t", "pane", *keys)
+
+    def say(self, text: str) -> None:
+        """Type a line and send it."""
+        self._tmux("send-keys", "-t", "pane", "-l", text)
+        self.type("Enter")
+
+    def resize(self, columns: int, rows: int) -> None:
+        self._tmux("resize-window", "-t", "pane", "-x", str(columns), "-y", str(rows))
+
+    def shown(self, *, with_colours: bool = False) -> str:
+        """What is to be seen, and all that scrolled away."""
+        return self._tmux("capture-pane", "-p", "-S", "-", "-t", "pane", *(["-e"] if with_colours else []))
+
+    def wait_for(self, text: str, times: int = 1) -> str:
+        """Wait until ``text`` is to be seen so many times; all that is."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while (shown := self.shown()).count(text) < times:
+            assert time.monotonic() < deadline, f"never saw {text!r} {times} times:\n{shown}"
+            threading.Event().wait(_LOOK_EVERY_S)
+        return shown
+
+    def _tmux(self, *arguments: str) -> str:
+        command = ["tmux", "-S", str(self.socket), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, encoding="utf-8", timeout=20).stdout
+
+
+@contextmanager
+def terminal(
+    folder: Path, command: Sequence[str], environment: Mapping[str, str], columns: int = 160, rows: int = 24
+) -> Iterator[Terminal]:
+    """``command`` in a terminal, which stays after its end and then shows ``exit code N``."""
+    socket = folder / "tmux"
+    line = f"env -i {shlex.join(f'{name}={value}' for name, value in environment.items())} {shlex.join(command)}"
+    pane = Terminal(socket)
+    start = ["tmux", "-f", "/dev/null", "-S", str(socket), "new-session", "-d", "-s", "pane", "-x", str(columns)]
+    keep = f"{line}; echo exit code $?; read _"
+    subprocess.run([*start, "-y", str(rows), keep], check=True, timeout=20)
+    try:
+        yield pane
+    finally:
+        subprocess.run(["tmux", "-S", str(socket), "kill-server"], capture_output=True, timeout=20)
