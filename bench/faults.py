@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from datetime import date
 from pathlib import Path
 
 from bench.measure import save_rows
@@ -67,7 +68,8 @@ def write_table(findings: list[Finding]) -> None:
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     rows = [f"| {each.fault.name} | {_seconds(each)} | {each.fault.outcome} |" for each in findings]
-    table = "\n".join(["| fault | noticed after | then |", "|---|---|---|", *rows, ""])
+    tried = f"Tried on {date.today().isoformat()} at commit {commit()}; a plus means that files differed from it."
+    table = "\n".join([tried, "", "| fault | noticed after | then |", "|---|---|---|", *rows, ""])
     PAGE.write_text(before + BEGIN + table + END + after)
 
 
