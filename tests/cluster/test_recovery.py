@@ -13,7 +13,6 @@ from tests.local_cluster import write_model
 
 BY_NAME = {fault.name: fault for fault in FAULTS}
 TELLING = (
-    "cable pulled, and plugged in later",
     "data cable pulled, ssh goes another way",
     "stranger at a ring port",
 )
