@@ -83,7 +83,7 @@ def command(**options: Any) -> None:
         watcher = stack.enter_context(ConsoleWatcher(options["verbose"]))
         kept = log_settings(options)
         lasting = stack.enter_context(LastingDeployment(request, model, watcher, options["restarts"], *kept))
-        watcher.done()
+        watcher.hush()
         _chat(options, request, lasting, screen, tools, transcript)
 
 

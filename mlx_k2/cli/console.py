@@ -62,6 +62,7 @@ class ConsoleWatcher(Watcher):
 
     def __init__(self, verbose: bool) -> None:
         self._verbose = verbose
+        self._is_hushed = False
         self._status = Status("", console=console)
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
@@ -97,11 +98,16 @@ class ConsoleWatcher(Watcher):
         """What the user waits for."""
         note(line)
 
+    def hush(self) -> None:
+        """Phases are shown no more: a conversation stands there now."""
+        self.done()
+        self._is_hushed = True
+
     def phase(self, what: str) -> None:
         """The next thing that all stages do."""
         if self._verbose:
             note(f"{what} ...")
-        elif console.is_terminal:
+        elif console.is_terminal and not self._is_hushed:
             self.done()
             self._status.update(f"{what} ...")
             self._status.start()

@@ -1,5 +1,6 @@
 """A conversation as a file: its messages, and which model said them. Knows no session."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def save_chat(path: Path, chat: SavedChat) -> None:
         beside.write_bytes(msgspec.json.format(msgspec.json.encode(chat), indent=2) + b"\n")
         beside.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise RequestError(f"{path} cannot be written: {error.strerror}") from None
 
 

@@ -1,0 +1,266 @@
+"""Conversations over two real stages: what is computed again, what is not, and what is computed ahead."""
+
+import contextlib
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mlx_k2.chat.conversation import Conversation
+from mlx_k2.chat.events import CallEnded
+from mlx_k2.chat.reply_source import StageReplies
+from mlx_k2.chat.session import ChatSession, ReplySettings, Toolkit
+from mlx_k2.cluster.hostfile import local_hostfile
+from mlx_k2.control.messages import ModelSource
+from mlx_k2.coordinator import Coordinator, StageReport
+from mlx_k2.deployment import DeploymentRequest, Watcher, deploy
+from mlx_k2.engine.request import FinishReason
+from mlx_k2.model_source import read_model_files
+from mlx_k2.sampling import Sampling
+from mlx_k2.session import AnswerSummary, Delta, coordinate
+from mlx_k2.text.chat_template import ChatTemplate, load_chat_template
+from mlx_k2.text.reply_parser import Content, Reasoning
+from mlx_k2.text.tiny_vocabulary import tiny_vocabulary
+from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
+from mlx_k2.tools.outcome import Outcome, ToolResult
+from mlx_k2.tools.servers import HttpServer, StdioServer
+from mlx_k2.tools.toolbox import Limits, open_toolbox
+from mlx_k2.weights.checkpoint import describe_model
+from mlx_k2.weights.config_fields import tiny_config_fields
+from mlx_k2.weights.random_checkpoint import write_random_checkpoint
+from tests.chat.scripted import ScriptOnStages, drawn
+from tests.local_cluster import VOCAB_SIZE, write_model
+
+MOST_GROWTH_BYTES = 60_000_000
+"""Of all processes over two hundred calls: caches of some tens of thousands of tokens, and no more."""
+SERVER = Path(__file__).parent.parent / "tools" / "mcp_server.py"
+
+
+class Computed:
+    """Counts the prompt tokens that the first stage computes."""
+
+    def __init__(self) -> None:
+        self._num_tokens = 0
+        self._more = threading.Condition()
+
+    def note(self, report: StageReport) -> None:
+        if report.rank == 0:
+            with self._more:
+                self._num_tokens += sum(len(row.token_ids) for row in report.microbatch.rows if row.is_prompt)
+                self._more.notify_all()
+
+    def take(self, *, at_least: int = 0) -> int:
+        """How many since this was last asked, once there are so many."""
+        with self._more:
+            assert self._more.wait_for(lambda: self._num_tokens >= at_least, timeout=60)
+            count, self._num_tokens = self._num_tokens, 0
+        return count
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Two stages, and what they compute."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    coordinator: Coordinator
+    context_tokens: int
+    computed: Computed
+
+    def settings(self, **fields: int) -> ReplySettings:
+        asked = {"max_tokens": 60, "context_tokens": self.context_tokens} | fields
+        return ReplySettings(Sampling(seed=3), stop_ids=frozenset(), **asked)
+
+
+@contextlib.contextmanager
+def two_stages(path_or_repo: str) -> Iterator[Stages]:
+    source = ModelSource(path_or_repo=path_or_repo)
+    asked = DeploymentRequest(local_hostfile(2), source, None, None, None, lease_s=20.0, num_slots=2)
+    model = describe_model(read_model_files(source).files, path_or_repo)
+    computed = Computed()
+    with deploy(asked, model, Watcher()) as deployment:
+        coordinator = coordinate(deployment, guesses=True, on_report=computed.note)
+        tokenizer = load_tokenizer(model.files, model.config.vocab_size)
+        template = load_chat_template(model.files)
+        yield Stages(tokenizer, template, coordinator, deployment.shape.context_tokens, computed)
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
+    """Of random weights, which never come to an end by themselves."""
+    with two_stages(str(write_model(tmp_path_factory.mktemp("model") / "tiny"))) as stages:
+        yield stages
+
+
+def summary(events: Iterable[object]) -> AnswerSummary:
+    (found,) = [event for event in events if isinstance(event, AnswerSummary)]
+    return found
+
+
+def test_a_second_turn_computes_the_new_message_alone_and_the_answer_was_computed_in_the_idle_time(
+    stages: Stages,
+) -> None:
+    conversation = Conversation(stages.template, stages.tokenizer)
+    with StageReplies(stages.coordinator, stages.tokenizer) as replies:
+        chat = ChatSession(replies, stages.tokenizer, conversation, stages.settings())
+        first = list(chat.say("Tell me about the water and the world."))
+        first_prompt = summary(first).prompt_tokens
+        assert stages.computed.take() == first_prompt - summary(first).cached_tokens
+        known = len(conversation.known_ids())
+        kept = known - first_prompt
+
+        chat.compute_ahead()
+        assert stages.computed.take(at_least=kept - 1) <= kept + 1
+
+        message = "And the sun?"
+        second = list(chat.say(message))
+        asked = summary(second)
+        assert asked.cached_tokens >= known - 1
+        assert stages.computed.take() == asked.prompt_tokens - asked.cached_tokens
+        own = len(stages.tokenizer.encode_text(message + "assistant"))
+        assert asked.prompt_tokens - asked.cached_tokens <= own + 4
+
+
+def test_an_answer_is_the_same_whether_anything_was_computed_ahead_or_not(stages: Stages) -> None:
+    def tokens(ahead: bool) -> list[int]:
+        with StageReplies(stages.coordinator, stages.tokenizer) as replies:
+            conversation = Conversation(stages.template, stages.tokenizer)
+            chat = ChatSession(replies, stages.tokenizer, conversation, stages.settings(max_tokens=20))
+            list(chat.say("One."))
+            if ahead:
+                chat.compute_ahead()
+            return [event.token_id for event in chat.say("Two.") if isinstance(event, Delta)]
+
+    assert tokens(ahead=True) == tokens(ahead=False)
+
+
+def test_a_stopped_answer_ends_at_once_and_the_next_one_is_undisturbed(stages: Stages) -> None:
+    with StageReplies(stages.coordinator, stages.tokenizer) as replies:
+        chat = ChatSession(
+            replies, stages.tokenizer, Conversation(stages.template, stages.tokenizer), stages.settings(max_tokens=900)
+        )
+        num_tokens = 0
+        for event in chat.say("Go on for ever."):
+            num_tokens += isinstance(event, Delta)
+            if num_tokens == 10:
+                chat.stop()
+            if isinstance(event, AnswerSummary):
+                assert (event.finish_reason, event.generated_tokens) == (FinishReason.CANCELLED, num_tokens)
+        assert num_tokens <= 12
+        again: list[object] = []
+        for event in chat.retry():
+            chat.stop()
+            again.append(event)
+        assert summary(again).cached_tokens == summary(again).prompt_tokens - 1
+
+
+def test_the_thinking_budget_closes_the_reasoning_and_the_answer_goes_on_from_the_cache(stages: Stages) -> None:
+    opening = ChatTemplate(
+        stages.template.source.replace(
+            "<|im_assistant|>assistant<|im_middle|>", "<|im_assistant|>assistant<|im_middle|><think>"
+        )
+    )
+    with StageReplies(stages.coordinator, stages.tokenizer) as replies:
+        conversation = Conversation(opening, stages.tokenizer)
+        chat = ChatSession(replies, stages.tokenizer, conversation, stages.settings(thinking_budget=7, max_tokens=30))
+        stages.computed.take()
+        events = list(chat.say("Think."))
+        ids = [event.token_id for event in events if isinstance(event, Delta)]
+        close = stages.tokenizer.token_id("</think>")
+        assert ids.index(close) == 7
+        assert any(isinstance(event, Reasoning) for event in events)
+        assert any(isinstance(event, Content) for event in events)
+        assert summary(events).generated_tokens == 30 == len(ids) - 1
+        computed = stages.computed.take()
+        assert computed <= summary(events).prompt_tokens - summary(events).cached_tokens + 2
+
+
+@contextlib.contextmanager
+def http_server() -> Iterator[HttpServer]:
+    command = [sys.executable, str(SERVER), "http"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        yield HttpServer(name="f", url=f"http://127.0.0.1:{int(process.stdout.readline())}/mcp")
+        process.kill()
+
+
+NUM_CALLS = 300
+CONTEXT_TOKENS = 32768
+
+
+@pytest.mark.timeout(400)
+def test_three_hundred_tool_calls_in_a_row_come_almost_wholly_from_the_cached_prefix(tmp_path: Path) -> None:
+    near = StdioServer(name="n", command=sys.executable, args=(str(SERVER),))
+    memory: list[int] = []
+    results: list[ToolResult] = []
+    with (
+        two_stages(str(write_smallest(tmp_path / "smallest"))) as stages,
+        http_server() as far,
+        open_toolbox([near, far], Limits(start_timeout_s=40, call_timeout_s=40)) as tools,
+    ):
+        declared = [item for item in tools.declarations if item["function"]["name"].endswith("_add")]
+        conversation = Conversation(stages.template, stages.tokenizer, declared)
+        source = ScriptOnStages(stages.coordinator, stages.tokenizer, calls_and_an_answer(stages.tokenizer))
+        toolkit = Toolkit(tools, lambda call: True)
+        chat = ChatSession(source, stages.tokenizer, conversation, stages.settings(), toolkit)
+        for event in chat.say("Add."):
+            if isinstance(event, CallEnded):
+                results.append(event.result)
+                memory.append(resident_bytes())
+    assert [result.outcome for result in results] == [Outcome.DONE] * NUM_CALLS
+    returned = [message["content"] for message in conversation.messages if message["role"] == "tool"]
+    assert returned == [str(number % 10 + 2) for number in range(NUM_CALLS)]
+    assert conversation.messages[-1]["content"] == "Done."
+    prompt_tokens = sum(one.prompt_tokens for one in source.summaries)
+    cached_tokens = sum(one.cached_tokens for one in source.summaries)
+    assert len(source.summaries) == NUM_CALLS // 2 + 1
+    assert cached_tokens > 0.95 * prompt_tokens
+    assert memory[-1] - memory[NUM_CALLS // 3] < MOST_GROWTH_BYTES
+
+
+def write_smallest(folder: Path) -> Path:
+    """A model that takes next to no time for a token: one dense layer and one of experts."""
+    fields = tiny_config_fields(
+        VOCAB_SIZE,
+        num_hidden_layers=2,
+        hidden_size=64,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=4,
+        max_position_embeddings=CONTEXT_TOKENS,
+    )
+    write_random_checkpoint(folder, fields, 20, tiny_vocabulary(VOCAB_SIZE, CONTEXT_TOKENS).files)
+    return folder
+
+
+def calls_and_an_answer(tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """What a model writes that calls a tool of each server side by side, again and again, and at last answers."""
+    for number in range(0, NUM_CALLS, 2):
+        calls = (
+            f"<|tool_call_begin|>functions.{name}:{number}<|tool_call_argument_begin|>"
+            f'{{"a": {number % 10}}}<|tool_call_end|>'
+            for name, number in (("n_add", number), ("f_add", number + 1))
+        )
+        section = f"<|tool_calls_section_begin|>{''.join(calls)}<|tool_calls_section_end|>"
+        yield drawn(tokenizer, f"<think></think>{section}<|im_end|>")
+    yield drawn(tokenizer, "<think></think>Done.<|im_end|>")
+
+
+def resident_bytes() -> int:
+    """Of this process and all that it started."""
+    me = psutil.Process()
+    total = 0
+    for process in (me, *me.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += process.memory_info().rss
+    return total

@@ -1,0 +1,121 @@
+"""What can be wrong with a chat's files and tools: a message that names it, and the conversation stays."""
+
+import json
+import re
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mlx_k2.chat.events import Said
+from mlx_k2.cli.main import run
+from mlx_k2.cli.repl.saved_chat import SavedChat, load_chat, save_chat
+from mlx_k2.cli.repl.transcript import Transcript
+from mlx_k2.errors import RequestError
+from mlx_k2.text.reply_parser import Content
+
+USER = {"role": "user", "content": "hello"}
+FILES = {
+    "broken.json": "{",
+    "list.json": "[]",
+    "gone.json": json.dumps({"mcpServers": {"gone": {"command": "/nowhere/server"}}}),
+    "both.json": json.dumps({"mcpServers": {"s": {"command": "x", "url": "http://x"}}}),
+    "raises.py": "raise ValueError('no luck')\n",
+    "syntax.py": "def f(:\n",
+    "empty.py": "",
+    "fine.py": "def f() -> int:\n    return 1\n",
+}
+FULL = Path("/dev/full")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--mcp", "broken.json"], r"broken.json is no MCP file: .*for instance"),
+        (["--mcp", "list.json"], r"list.json is no MCP file"),
+        (["--mcp", "none.json"], r"none.json cannot be read: No such file"),
+        (["--mcp", "gone.json"], r"not every tool server starts: gone: .*No such file"),
+        (["--mcp", "both.json"], r"the server 's' needs either a command or a url"),
+        (["--tools", "none.py"], r"there is no Python file none.py"),
+        (["--tools", "raises.py"], r"raises.py: .*line 1: ValueError: no luck"),
+        (["--tools", "syntax.py"], r"syntax.py: .*SyntaxError"),
+        (["--tools", "empty.py"], r"empty.py: .*it defines no public function"),
+        (["--tools", "fine.py", "--allow-tool", "g"], r"--allow-tool g: there is no such tool; the tools are f"),
+    ],
+)
+def test_tools_that_cannot_be_used_are_refused_before_any_stage_starts(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert run(["chat", *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.search(words, said.err), said.err
+    assert said.err.startswith("error: ") and "Traceback" not in said.err
+    assert psutil.Process().children() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["chat", "--transcript", "/nowhere/t"], "the transcript /nowhere/t cannot be written: No such file"),
+        (["chat", "--context", "20"], "the context holds 20"),
+        (["generate", "--raw", "--thinking-budget", "3", "Hello"], "--raw and --token-ids go without"),
+        (["generate", "--mcp", "/nowhere/mcp.json", "Hello"], "/nowhere/mcp.json cannot be read: No such file"),
+        (["generate", "--yes", "Hello"], "--yes and --allow-tool are for tools: give --tools or --mcp"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_any_stage_starts(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == 2
+    assert words in capsys.readouterr().err
+    assert psutil.Process().children() == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is no saved chat: "),
+        ('{"messages": []}', "is no saved chat: .*`model`"),
+        (json.dumps({"model": "K9", "digest": "other", "messages": []}), "a chat with another model: .*--model K9"),
+    ],
+)
+def test_a_file_that_is_no_chat_of_this_model_is_refused(content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "chat.json").write_text(content)
+    with pytest.raises(RequestError, match=words):
+        load_chat(tmp_path / "chat.json", "ours")
+
+
+def test_a_saved_chat_is_loaded_again_and_so_is_a_bare_list_of_messages(tmp_path: Path) -> None:
+    path = tmp_path / "chat.json"
+    save_chat(path, SavedChat("K2", "ours", [USER]))
+    assert load_chat(path, "ours") == [USER]
+    path.write_text(json.dumps([USER]))
+    assert load_chat(path, "another") == [USER]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_chat_that_cannot_be_saved_leaves_the_file_that_was_there(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(RequestError, match="folder cannot be written"):
+        save_chat(tmp_path / "folder", SavedChat("K2", "ours", [USER]))
+    with pytest.raises(RequestError, match=r"chat\.json cannot be written"):
+        save_chat(tmp_path / "none" / "chat.json", SavedChat("K2", "ours", [USER]))
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full, which Linux has")
+def test_a_transcript_on_a_full_disk_is_told_once_and_the_chat_goes_on() -> None:
+    told: list[str] = []
+    with Transcript(FULL, told.append) as transcript:
+        transcript.event(Content("a"))
+        transcript.event(Said(USER))
+    (line,) = told
+    assert "cannot be written any more: No space left on device; the chat goes on" in line
