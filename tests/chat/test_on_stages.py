@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -207,7 +207,8 @@ def test_three_hundred_tool_calls_in_a_row_come_almost_wholly_from_the_cached_pr
         conversation = Conversation(stages.template, stages.tokenizer, declared)
         source = ScriptOnStages(stages.coordinator, stages.tokenizer, calls_and_an_answer(stages.tokenizer))
         toolkit = Toolkit(tools, lambda call: True)
-        chat = ChatSession(source, stages.tokenizer, conversation, stages.settings(), toolkit)
+        settings = replace(stages.settings(), stop_ids=stages.tokenizer.stop_ids)
+        chat = ChatSession(source, stages.tokenizer, conversation, settings, toolkit)
         for event in chat.say("Add."):
             if isinstance(event, CallEnded):
                 results.append(event.result)
