@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from mlx_k2.control.messages import SampledToken
 from mlx_k2.coordinator import Coordinator, Patience, Renew, StageReport, TokenEvent
-from mlx_k2.deployment import Deployment
+from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.engine.pace import MeasuredPace
 from mlx_k2.engine.request import FinishReason, Request
 from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits

@@ -12,7 +12,9 @@ import psutil
 from mlx_k2.cluster.hostfile import Backend, Host, Hostfile
 from mlx_k2.control.messages import FromStage, LayerLoaded, ModelSource
 from mlx_k2.coordinator import Coordinator, Patience, TokenEvent
-from mlx_k2.deployment import Deployment, DeploymentRequest, Watcher, deploy
+from mlx_k2.deployment.deploy import Deployment, deploy
+from mlx_k2.deployment.request import DeploymentRequest
+from mlx_k2.deployment.watcher import Watcher
 from mlx_k2.engine.pace import MeasuredPace
 from mlx_k2.engine.request import Request
 from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits

@@ -32,9 +32,10 @@ from mlx_k2.cli.repl.terminal import choose_keyboard, choose_screen
 from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.requests import deployment_request, log_settings, new_conversation, open_source, reply_settings
 from mlx_k2.cli.toolkit import opened_tools
-from mlx_k2.deployment import DeploymentRequest, foresee
+from mlx_k2.deployment.foresight import foresee
+from mlx_k2.deployment.recovery import LastingDeployment
+from mlx_k2.deployment.request import DeploymentRequest
 from mlx_k2.errors import ClusterError, RequestError
-from mlx_k2.recovery import LastingDeployment
 from mlx_k2.session import coordinate
 from mlx_k2.text.tokenizer import load_tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription

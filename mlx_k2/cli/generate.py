@@ -36,9 +36,11 @@ from mlx_k2.cli.requests import (
 )
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator import Coordinator
-from mlx_k2.deployment import Deployment, DeploymentRequest, foresee
+from mlx_k2.deployment.deploy import Deployment
+from mlx_k2.deployment.foresight import foresee
+from mlx_k2.deployment.recovery import LastingDeployment
+from mlx_k2.deployment.request import DeploymentRequest
 from mlx_k2.errors import CheckpointError
-from mlx_k2.recovery import LastingDeployment
 from mlx_k2.session import AnswerSummary, coordinate, stream_answer, total
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription

@@ -11,10 +11,10 @@ from mlx_k2.answers import Answer, answer_all
 from mlx_k2.cli.console import ConsoleWatcher, console, note, note_restart
 from mlx_k2.cli.prompt_files import PromptLine, ResultFile, line_seed, read_prompt_lines, run_digest
 from mlx_k2.cli.requests import SAMPLING_NAMES, base_seed, line_prompt, log_settings
-from mlx_k2.deployment import DeploymentRequest
+from mlx_k2.deployment.recovery import LastingDeployment
+from mlx_k2.deployment.request import DeploymentRequest
 from mlx_k2.engine.request import Request
 from mlx_k2.errors import SetupError
-from mlx_k2.recovery import LastingDeployment
 from mlx_k2.session import coordinate
 from mlx_k2.text.tokenizer import load_tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription

@@ -13,7 +13,7 @@ from mlx_k2.cli.prompt_files import PromptLine
 from mlx_k2.cluster.hostfile import Hostfile, local_hostfile, read_hostfile
 from mlx_k2.cluster.partition import parse_split
 from mlx_k2.control.messages import ModelSource
-from mlx_k2.deployment import DeploymentRequest
+from mlx_k2.deployment.request import DeploymentRequest
 from mlx_k2.engine.request import Request
 from mlx_k2.errors import DownloadError, HostfileError, RequestError
 from mlx_k2.model_source import BUILTIN, is_repo, model_folder, read_model_files

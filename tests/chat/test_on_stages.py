@@ -18,7 +18,9 @@ from mlx_k2.chat.session import ChatSession, ReplySettings, Toolkit
 from mlx_k2.cluster.hostfile import local_hostfile
 from mlx_k2.control.messages import ModelSource
 from mlx_k2.coordinator import Coordinator, StageReport
-from mlx_k2.deployment import DeploymentRequest, Watcher, deploy
+from mlx_k2.deployment.deploy import deploy
+from mlx_k2.deployment.request import DeploymentRequest
+from mlx_k2.deployment.watcher import Watcher
 from mlx_k2.engine.request import FinishReason
 from mlx_k2.model_source import read_model_files
 from mlx_k2.sampling import Sampling

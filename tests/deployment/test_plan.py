@@ -8,8 +8,8 @@ import pytest
 
 from mlx_k2.cluster.hostfile import Backend, Host, Hostfile, local_hostfile
 from mlx_k2.config import ModelConfig
+from mlx_k2.deployment.plan import HostMemory, RunShape, StagePlan, choose_shape, plan_stages, quantization_notes
 from mlx_k2.errors import PartitionError, RequestError
-from mlx_k2.plan import HostMemory, RunShape, StagePlan, choose_shape, plan_stages, quantization_notes
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.index import CheckpointIndex

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_k2 import deployment
 from mlx_k2.control.messages import FromStage, Load, Loaded
+from mlx_k2.deployment.deploy import deploy
+from mlx_k2.deployment.watcher import Watcher
 from mlx_k2.launch import bring_up
 from mlx_k2.launch.group import StageGroup
 from tests.local_cluster import local_host, local_request, write_model
@@ -14,7 +15,7 @@ from tests.local_cluster import local_host, local_request, write_model
 pytestmark = pytest.mark.timeout(60)
 
 
-class Notices(deployment.Watcher):
+class Notices(Watcher):
     """Keeps them."""
 
     def __init__(self) -> None:
@@ -33,5 +34,5 @@ def test_a_stages_notes_are_shown_with_its_name(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(bring_up, "load", load_with_note)
     watcher = Notices()
-    with deployment.deploy(local_request(write_model(tmp_path / "model"), [local_host()]), None, watcher):
+    with deploy(local_request(write_model(tmp_path / "model"), [local_host()]), None, watcher):
         assert watcher.lines == ["stage 0 on this machine: a kernel is not used"]

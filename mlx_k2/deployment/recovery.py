@@ -8,11 +8,13 @@ from pathlib import Path
 from types import TracebackType
 
 from mlx_k2.coordinator import StageReport
-from mlx_k2.deployment import Deployment, DeploymentRequest, Watcher, deploy
+from mlx_k2.deployment.deploy import Deployment, deploy
+from mlx_k2.deployment.request import DeploymentRequest
+from mlx_k2.deployment.run_log import RunLog
+from mlx_k2.deployment.watcher import Watcher
 from mlx_k2.errors import ClusterError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.vigil import Vigil
-from mlx_k2.run_log import RunLog
 from mlx_k2.weights.checkpoint import ModelDescription
 
 FIRST_WAIT_S = 1.0

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_k2 import run_log
-from mlx_k2.deployment import Watcher
-from mlx_k2.run_log import RunLog
+from mlx_k2.deployment import run_log
+from mlx_k2.deployment.run_log import RunLog
+from mlx_k2.deployment.watcher import Watcher
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """Brings a cluster up: hosts and a model become stages that are ready to run steps. Knows no prompt and no terminal."""
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -8,10 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
-import psutil
-
 from mlx_k2 import __version__
-from mlx_k2.cluster.hostfile import Backend, Host, Hostfile
+from mlx_k2.cluster.hostfile import Backend, Hostfile
 from mlx_k2.control.messages import (
     DownloadShard,
     FetchFiles,
@@ -27,58 +24,20 @@ from mlx_k2.control.messages import (
     RingLinks,
     ShardDownloaded,
 )
+from mlx_k2.deployment.foresight import plan_for
+from mlx_k2.deployment.plan import DTYPE_BYTES, HostMemory, RunShape, StagePlan, quantization_notes
+from mlx_k2.deployment.request import DeploymentRequest, source_on, stage_place
+from mlx_k2.deployment.stage_costs import stage_cost
+from mlx_k2.deployment.watcher import Watcher
 from mlx_k2.engine.cost_model import StageCost
-from mlx_k2.errors import PartitionError, StageStartError
+from mlx_k2.errors import StageStartError
 from mlx_k2.launch import bring_up
-from mlx_k2.launch.group import PATIENCE_S, StageGroup
-from mlx_k2.launch.place import StagePlace
-from mlx_k2.model_source import is_repo, model_folder
-from mlx_k2.plan import DTYPE_BYTES, HostMemory, RunShape, StagePlan, choose_shape, plan_stages, quantization_notes
-from mlx_k2.stage_costs import stage_cost
-from mlx_k2.weights.checkpoint import ModelDescription, describe_model, locate_tensors
-from mlx_k2.weights.inventory import model_specs, shard_specs
+from mlx_k2.launch.group import StageGroup
+from mlx_k2.weights.checkpoint import ModelDescription, describe_model
+from mlx_k2.weights.inventory import model_specs
 
 JACCL_PORT = 32323
 """Where rank 0 meets the others before RDMA takes over; the port that mlx.launch uses."""
-
-_IS_MAC = sys.platform == "darwin"
-
-
-@dataclass(frozen=True)
-class DeploymentRequest:
-    """What the user asked for; None leaves the choice to the program."""
-
-    hostfile: Hostfile
-    source: ModelSource
-    split: tuple[int, ...] | None
-    context_tokens: int | None
-    dtype: str | None
-    lease_s: float
-    patience_s: float = PATIENCE_S
-    """How long a stopped stage, a silent host or a stuck hop is waited for."""
-    num_slots: int = 1
-    """How many sequences may run at once; fewer do where the caches of so many do not fit."""
-    dense_bits: int | None = None
-    """Of attention, shared experts, dense layers and head; None leaves them as the checkpoint has them."""
-
-
-class Watcher:
-    """Is told how a deployment comes along; this one says nothing."""
-
-    def log(self, line: str) -> None:
-        """A line of a stage's stderr, on the stage's own thread."""
-
-    def notice(self, line: str) -> None:
-        """What the user should know: what may show in the answer, what is slow, what goes wrong at the end."""
-
-    def phase(self, what: str) -> None:
-        """The next thing that all stages do."""
-
-    def planned(self, model: ModelDescription, plans: Sequence[StagePlan]) -> None:
-        """Which stage gets which layers."""
-
-    def progress(self, rank: int, message: FromStage) -> None:
-        """A stage's LayerLoaded."""
 
 
 @dataclass(frozen=True)
@@ -172,53 +131,6 @@ def _start(request: DeploymentRequest, model: ModelDescription | None, watcher: 
         for line in quantization_notes(model.config, shape.dense_bits):
             watcher.notice(line)
         yield StartedStages(group, model, shape, plans, hellos)
-
-
-def foresee(request: DeploymentRequest, model: ModelDescription) -> tuple[RunShape, tuple[StagePlan, ...]]:
-    """What ``deploy`` would plan, as far as it can be known before any host is asked.
-
-    Raises:
-        SetupError: what would be refused; of stages on this machine the files are looked at too.
-    """
-    hosts = request.hostfile.hosts
-    here = HostMemory(None, psutil.virtual_memory().total)
-    unknown = HostMemory(None, None)
-    all_on_gpu = _IS_MAC or not any(host.is_local for host in hosts)  # other hosts are taken for Macs
-    memories = [here if host.is_local else unknown for host in hosts]
-    shape, plans = plan_for(request, model, memories, all_on_gpu=all_on_gpu)
-    for plan in plans:
-        source = source_on(plan.host, request.source)
-        if plan.host.is_local and not is_repo(source):
-            specs = shard_specs(model.config, plan.share.first_layer, plan.share.end_layer)
-            locate_tensors(model_folder(source), model.index, specs)
-    return shape, plans
-
-
-def plan_for(
-    request: DeploymentRequest, model: ModelDescription, memories: Sequence[HostMemory], *, all_on_gpu: bool
-) -> tuple[RunShape, tuple[StagePlan, ...]]:
-    """The shape that was asked for, and the stages; with half the slots, and half again, where they do not fit."""
-    num_slots = request.num_slots
-    while True:
-        shape = choose_shape(
-            model.config, request.dtype, request.context_tokens, num_slots, all_on_gpu, request.dense_bits
-        )
-        try:
-            return shape, plan_stages(model, request.hostfile, memories, request.split, shape)
-        except PartitionError:
-            if num_slots == 1:
-                raise
-            num_slots //= 2
-
-
-def stage_place(host: Host) -> StagePlace:
-    """Where a host's stage is started, and with which Python."""
-    return StagePlace(ssh=None if host.is_local else host.ssh, python=host.python)
-
-
-def source_on(host: Host, source: ModelSource) -> ModelSource:
-    """Where ``host`` has the model: a host may keep it in another folder."""
-    return source if host.model is None else ModelSource(path_or_repo=host.model, revision=None)
 
 
 def _fetch_description(group: StageGroup, source: ModelSource) -> ModelDescription:

@@ -7,21 +7,6 @@ from importlib.metadata import version
 from typing import TypeVar
 
 from mlx_k2 import __version__
-from mlx_k2.checks import (
-    Answer,
-    Check,
-    Verdict,
-    check_addresses,
-    check_answer,
-    check_backend,
-    check_copies,
-    check_environment,
-    check_hop,
-    check_memory,
-    check_model,
-    check_sleep,
-    check_versions,
-)
 from mlx_k2.cluster.hostfile import Backend
 from mlx_k2.control.host_facts import HostFacts
 from mlx_k2.control.messages import (
@@ -38,13 +23,31 @@ from mlx_k2.control.messages import (
     Prepare,
     ReadClock,
 )
-from mlx_k2.deployment import DeploymentRequest, Watcher, links, plan_for, source_on, stage_place
+from mlx_k2.deployment.deploy import links
+from mlx_k2.deployment.foresight import plan_for
+from mlx_k2.deployment.plan import HostMemory, StagePlan
+from mlx_k2.deployment.request import DeploymentRequest, source_on, stage_place
+from mlx_k2.deployment.watcher import Watcher
+from mlx_k2.doctor.checks import (
+    Answer,
+    Check,
+    Verdict,
+    check_addresses,
+    check_answer,
+    check_backend,
+    check_copies,
+    check_environment,
+    check_hop,
+    check_memory,
+    check_model,
+    check_sleep,
+    check_versions,
+)
 from mlx_k2.errors import ClusterError, PartitionError, SetupError
 from mlx_k2.launch import bring_up
 from mlx_k2.launch.events import StageEnded
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.model_source import BUILTIN, is_repo
-from mlx_k2.plan import HostMemory, StagePlan
 from mlx_k2.weights.checkpoint import ModelDescription
 
 NUM_CLOCK_READINGS = 7

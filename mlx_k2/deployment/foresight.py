@@ -1,0 +1,58 @@
+"""What would run where: before any host is asked, and once all have said what they have."""
+
+import sys
+from collections.abc import Sequence
+
+import psutil
+
+from mlx_k2.deployment.plan import (
+    HostMemory,
+    RunShape,
+    StagePlan,
+    choose_shape,
+    plan_stages,
+)
+from mlx_k2.deployment.request import DeploymentRequest, source_on
+from mlx_k2.errors import PartitionError
+from mlx_k2.model_source import is_repo, model_folder
+from mlx_k2.weights.checkpoint import ModelDescription, locate_tensors
+from mlx_k2.weights.inventory import shard_specs
+
+_IS_MAC = sys.platform == "darwin"
+
+
+def foresee(request: DeploymentRequest, model: ModelDescription) -> tuple[RunShape, tuple[StagePlan, ...]]:
+    """What ``deploy`` would plan, as far as it can be known before any host is asked.
+
+    Raises:
+        SetupError: what would be refused; of stages on this machine the files are looked at too.
+    """
+    hosts = request.hostfile.hosts
+    here = HostMemory(None, psutil.virtual_memory().total)
+    unknown = HostMemory(None, None)
+    all_on_gpu = _IS_MAC or not any(host.is_local for host in hosts)  # other hosts are taken for Macs
+    memories = [here if host.is_local else unknown for host in hosts]
+    shape, plans = plan_for(request, model, memories, all_on_gpu=all_on_gpu)
+    for plan in plans:
+        source = source_on(plan.host, request.source)
+        if plan.host.is_local and not is_repo(source):
+            specs = shard_specs(model.config, plan.share.first_layer, plan.share.end_layer)
+            locate_tensors(model_folder(source), model.index, specs)
+    return shape, plans
+
+
+def plan_for(
+    request: DeploymentRequest, model: ModelDescription, memories: Sequence[HostMemory], *, all_on_gpu: bool
+) -> tuple[RunShape, tuple[StagePlan, ...]]:
+    """The shape that was asked for, and the stages; with half the slots, and half again, where they do not fit."""
+    num_slots = request.num_slots
+    while True:
+        shape = choose_shape(
+            model.config, request.dtype, request.context_tokens, num_slots, all_on_gpu, request.dense_bits
+        )
+        try:
+            return shape, plan_stages(model, request.hostfile, memories, request.split, shape)
+        except PartitionError:
+            if num_slots == 1:
+                raise
+            num_slots //= 2

@@ -1,0 +1,1 @@
+"""What is wrong with a cluster, before anything is loaded on it."""
