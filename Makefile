@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 demo: $(INSTALLED)  ## Stream an answer from two stages on this machine
-	$(BIN)/mlx-k2 generate --max-tokens 80 "Hello! Who are you?"
+	$(BIN)/mlx-k2 generate "What is mlx-k2?"
 
 test: $(INSTALLED)  ## Run every test that this machine can run
 	$(BIN)/python -m pytest

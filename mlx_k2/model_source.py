@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from mlx_k2.builtin.checkpoint import builtin_folder
+from mlx_k2.builtin import BUILTIN_FOLDER
 from mlx_k2.control.messages import ModelSource
 from mlx_k2.weights.checkpoint import locate_tensors, read_small_files
 from mlx_k2.weights.download import FetchedFiles, HubRepo, OnProgress, bytes_to_fetch, fetch_files, fetch_small_files
@@ -32,7 +32,7 @@ def is_repo(source: ModelSource) -> bool:
 def model_folder(source: ModelSource) -> Path:
     """The folder of a model that is not a repository."""
     if source.path_or_repo == BUILTIN:
-        return builtin_folder()
+        return BUILTIN_FOLDER
     return Path(os.path.expanduser(source.path_or_repo))  # noqa: PTH111  # Path's own raises for a user unknown here
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.claims import README, with_table
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bench/*.md")]
@@ -24,6 +26,12 @@ def test_links_between_documents_lead_somewhere(page: Path) -> None:
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\((?!https?://)([^)#]+)", text):
         assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_the_readmes_table_is_made_of_the_measured_rows() -> None:
+    readme = README.read_text()
+    assert "| `bench.vs_mlx_lm` | one stream |" in readme
+    assert with_table(readme) == readme, "run python -m bench.claims"
 
 
 def test_every_design_page_has_a_number_of_its_own() -> None:

@@ -12,10 +12,10 @@ ROOT = Path(mlx_k2.__file__).parent
 
 # Low to high: a module imports from lower levels, and from its own room. Rooms on one level never import each other.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "builtin"),
     ("config", "sampling"),
     ("text", "tools", "engine", "cluster", "control", "weights", "kernels"),
-    ("builtin", "model"),
+    ("model",),
     ("model_source",),
     ("stage", "launch"),
     ("coordinator",),

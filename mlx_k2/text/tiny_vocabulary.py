@@ -4,9 +4,10 @@ Knows nothing of the weights beside them.
 """
 
 import base64
-import importlib.resources
 
 import msgspec
+
+from mlx_k2.builtin import BUILTIN_FOLDER
 
 _NUM_BYTES = 256
 _NUM_RESERVED = 256
@@ -76,7 +77,7 @@ def tiny_vocabulary(vocab_size: int, max_position_embeddings: int) -> TinyVocabu
     files = {
         "tiktoken.model": b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)),
         "tokenizer_config.json": msgspec.json.encode({"added_tokens_decoder": added} | named),
-        "chat_template.jinja": importlib.resources.files("mlx_k2.builtin").joinpath("chat_template.jinja").read_bytes(),
+        "chat_template.jinja": (BUILTIN_FOLDER / "chat_template.jinja").read_bytes(),
         "generation_config.json": msgspec.json.encode(generation),
     }
     return TinyVocabulary(files, ids["[BOS]"], ids["<|im_end|>"], ids["[PAD]"])

@@ -1,4 +1,4 @@
-"""One user for all tests of this folder, so that the built-in model is made once."""
+"""One user for all tests of this folder, and a model that never stops of itself."""
 
 import signal
 from collections.abc import Iterator

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
+from mlx_k2.builtin import BUILTIN_FOLDER
 from mlx_k2.text.reply_parser import whole_reply
 from mlx_k2.text.reply_reader import ReplyReader
-from mlx_k2.text.tiny_vocabulary import tiny_vocabulary
 from mlx_k2.text.tokenizer import load_tokenizer
+from mlx_k2.weights.checkpoint import describe_model, read_small_files
 from tests.cli.command import MLX_K2, CommandLine
-from tests.local_cluster import CONTEXT_TOKENS, VOCAB_SIZE
 
-ASKED = ("--seed", "5", "--max-tokens", "12")
+ASKED = ("--seed", "5", "--max-tokens", "40")
 ESCAPE = "\x1b"
 
 
@@ -38,8 +38,8 @@ def lines(json_run: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
 
 def answer_of(lines: list[dict[str, Any]]) -> str:
     """What of the tokens is the answer, and not thought or a call."""
-    files = tiny_vocabulary(VOCAB_SIZE, CONTEXT_TOKENS).files
-    tokenizer = load_tokenizer(files, VOCAB_SIZE)
+    files = read_small_files(BUILTIN_FOLDER)
+    tokenizer = load_tokenizer(files, describe_model(files, "built-in").config.vocab_size)
     reader = ReplyReader(tokenizer, (), tokenizer.stop_ids)
     parts = [part for line in lines if "token" in line for part in reader.add(line["token"])]
     return whole_reply([*parts, *reader.finish()]).content
@@ -50,7 +50,8 @@ def test_the_answer_goes_to_stdout_and_everything_else_to_stderr(
 ) -> None:
     assert text_run.returncode == 0, text_run.stderr
     assert text_run.stdout.endswith("\n")
-    summary, times, headings, *stages = text_run.stderr.splitlines()
+    thinking, summary, times, headings, *stages = text_run.stderr.splitlines()
+    assert thinking == "The user is polite. I answer kindly."
     assert re.fullmatch(r"\d+ tokens \(.*\) · prompt \d+ tokens · seed 5", summary)
     assert re.fullmatch(
         r"loaded in [\d.]+ s · first token after [\d.]+ s · prefill [\d.]+ tok/s · decode [\d.]+ tok/s"
@@ -64,14 +65,11 @@ def test_the_answer_goes_to_stdout_and_everything_else_to_stderr(
     ]
 
 
-def test_the_built_in_model_is_made_once_under_the_users_cache(
-    command_line: CommandLine, text_run: subprocess.CompletedProcess[str], json_run: subprocess.CompletedProcess[str]
-) -> None:
-    (config,) = command_line.home.rglob("config.json")
-    assert config.parent.parent.name == "mlx-k2"
-    made = config.stat().st_mtime_ns
-    command_line.run("generate", "--dry-run")
-    assert config.stat().st_mtime_ns == made
+def test_the_built_in_model_thinks_and_answers(command_line: CommandLine) -> None:
+    run = command_line.run("generate", "What is 17 plus 25?")
+    assert run.returncode == 0, run.stderr
+    assert "7 + 5" in run.stderr
+    assert run.stdout.strip() == "17 + 25 = 42"
 
 
 def test_json_is_a_line_for_each_token_and_a_summary(lines: list[dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ from tools.train_demo.quantize import GROUP, pack, quantize
 from tools.train_demo.shape import Shape
 from tools.train_demo.vocabulary import NUM_RESERVED, SPECIAL_OFFSETS, write_tokenizer_config
 
-_TEMPLATE = Path("mlx_k2/builtin/chat_template.jinja")
+_TEMPLATE = Path("mlx_k2/builtin/kimi-k2-tiny/chat_template.jinja")
 
 Tensors = dict[str, Tensor]
 
@@ -120,7 +120,7 @@ def export(run: Path, out: Path) -> None:
     _write_json(out / "generation_config.json", generation_config(model.shape, num_ranks))
     write_tokenizer_config(out / "tokenizer_config.json", num_ranks, max_positions(model.shape))
     shutil.copyfile(run / "tiktoken.model", out / "tiktoken.model")
-    shutil.copyfile(_TEMPLATE, out / "chat_template.jinja")
+    (out / "chat_template.jinja").write_bytes(_TEMPLATE.read_bytes())  # which may be the file itself
 
 
 def _feed_forward_tensors(feed_forward: FeedForward, prefix: str) -> Tensors:
@@ -180,6 +180,7 @@ def _write_weights(files: list[Tensors], out: Path) -> None:
     for number, tensors in enumerate(files, start=1):
         name = f"model-{number:05}-of-{len(files):06}.safetensors"
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, out / name, metadata={"format": "pt"})
+        (out / name).chmod(0o644)  # it is written for its owner alone
         where |= dict.fromkeys(tensors, name)
     total = sum(tensor.nbytes for tensors in files for tensor in tensors.values())
     _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})

@@ -1,6 +1,6 @@
 """Scores a shipped checkpoint through `mlx-k2 generate --prompts`. Knows nothing of torch or training.
 
-python -m tools.train_demo.score [--model DIR] [--stages N] [--show-wrong]
+python -m tools.train_demo.score [--model DIR] [--stages N] [--show-wrong] [--save]
 """
 
 import argparse
@@ -17,6 +17,8 @@ from tools.train_demo.reply import Reply
 from tools.train_demo.table import table, wrong
 
 _MAX_TOKENS = 160
+_CARD = Path("docs/model-card.md")
+_BEGIN, _END = "<!-- made by python -m tools.train_demo.score --save -->\n", "<!-- end -->\n"
 
 
 def messages(conversation: Conversation, num_steps: int) -> list[dict[str, Json]]:
@@ -38,7 +40,8 @@ def command_replies(options: list[str], questions: Sequence[Question]) -> list[R
         prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
         files = ["--prompts", str(prompts), "--out", str(results)]
         limits = ["--temperature", "0", "--max-tokens", str(_MAX_TOKENS)]
-        subprocess.run([sys.executable, "-m", "mlx_k2.cli.main", "generate", *files, *limits, *options], check=True)
+        program = Path(sys.executable).with_name("mlx-k2")
+        subprocess.run([program, "generate", *files, *limits, *options], check=True)
         return [_reply(json.loads(line)) for line in results.read_text().splitlines()]
 
 
@@ -54,19 +57,30 @@ def _call(call: Json) -> tuple[str, Json]:
     return str(call["name"]), json.loads(arguments) if isinstance(arguments, str) else arguments
 
 
+def save(scores: str) -> None:
+    """Puts the table into the model card."""
+    before, _, rest = _CARD.read_text().partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    _CARD.write_text(f"{before}{_BEGIN}\n{scores}\n\n{_END}{after}")
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="folder of a checkpoint  [default: the command's own]")
     parser.add_argument("--stages", type=int, default=2, help="local stages  [default: 2]")
     parser.add_argument("--show-wrong", action="store_true", help="print every wrong reply to stderr")
+    parser.add_argument("--save", action="store_true", help="put the table into docs/model-card.md")
     options = parser.parse_args()
     questions = held_out().questions
     model = ["--model", str(options.model)] if options.model else []
     replies = command_replies(["--stages", str(options.stages), *model], questions)
     if options.show_wrong:
         print("\n".join(wrong(questions, replies)), file=sys.stderr)
-    print(table(questions, replies))
+    scores = table(questions, replies)
+    print(scores)
+    if options.save:
+        save(scores)
 
 
 if __name__ == "__main__":

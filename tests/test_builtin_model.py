@@ -1,0 +1,142 @@
+"""The built-in model makes sense, and stops making sense as soon as something in the program is wrong.
+
+The held-out questions and their right replies come from tools/train_demo. A whole conversation is read in one pass, and
+what counts is how unlikely the model finds each token of the replies.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_k2.builtin import BUILTIN_FOLDER
+from mlx_k2.model.batch import Batch, Span
+from mlx_k2.model.latent_cache import LatentCache
+from mlx_k2.model.stage_model import StageModel
+from mlx_k2.stage.loading import load_stage_model
+from mlx_k2.weights.checkpoint import ModelDescription, describe_model, locate_tensors, read_small_files
+from mlx_k2.weights.inventory import shard_specs
+from mlx_k2.weights.reader import ShardReader
+from tools.train_demo.conversation import render
+from tools.train_demo.data import QUESTIONS_PER_SKILL, held_out
+from tools.train_demo.vocabulary import load_encoding
+
+EVERY = 150
+"""One question in so many is asked: one or two a skill."""
+WHOLE = ([0, 1, 2, 3, 4, 5, 6],)
+LONGEST = 512
+
+
+class Reply:
+    """A conversation's token ids, and which of them are the model's to write."""
+
+    def __init__(self, pieces: Sequence[tuple[list[int], bool]]) -> None:
+        self.ids = [token_id for ids, _ in pieces for token_id in ids]
+        self.is_reply = np.array([is_reply for ids, is_reply in pieces for _ in ids])
+
+
+@pytest.fixture(scope="module")
+def replies() -> list[Reply]:
+    encoding = load_encoding(BUILTIN_FOLDER / "tiktoken.model")
+    questions = held_out().questions
+    assert len(questions) % QUESTIONS_PER_SKILL == 0
+    return [
+        Reply(
+            [
+                (encoding.encode(piece.text, allowed_special="all"), piece.is_reply)
+                for piece in render(question.conversation)
+            ]
+        )
+        for question in questions[::EVERY]
+    ]
+
+
+def describe(folder: Path) -> ModelDescription:
+    return describe_model(read_small_files(folder), str(folder))
+
+
+def load(folder: Path, layers: range) -> StageModel:
+    description = describe(folder)
+    config = description.config
+    files = locate_tensors(folder, description.index, shard_specs(config, layers.start, layers.stop))
+    cache = LatentCache(len(layers), 1, LONGEST, config.latent_dim, mx.float32)
+    return load_stage_model(config, ShardReader(config, files, mx.float32), layers, cache, lambda _: None).model
+
+
+def surprise(folder: Path, replies: Sequence[Reply], order: Sequence[Sequence[int]] = WHOLE) -> float:
+    """The mean of -log(probability) over all reply tokens, through the layers in that order."""
+    stages = [load(folder, range(part[0], part[-1] + 1)) for part in order]
+    surprises: list[np.ndarray] = []
+    for reply in replies:
+        hidden = stages[0].embed(mx.array(reply.ids))
+        batch = Batch([Span(0, 0, len(reply.ids), is_prompt=True)])
+        for stage in stages:
+            hidden = stage.run(hidden, batch)
+        logits = stages[-1].logits(hidden)[:-1]
+        logprobs = np.asarray(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        of_written = logprobs[np.arange(len(reply.ids) - 1), reply.ids[1:]]
+        surprises.append(-of_written[reply.is_reply[1:]])
+    return float(np.concatenate(surprises).mean())
+
+
+@pytest.fixture(scope="module")
+def sound(replies: list[Reply]) -> float:
+    return surprise(BUILTIN_FOLDER, replies)
+
+
+def test_it_knows_the_right_replies(sound: float) -> None:
+    assert sound < 0.05
+
+
+@pytest.mark.parametrize(
+    "order",
+    [([0, 1, 2], [4, 5, 6]), ([0, 1], [4], [3], [2], [5, 6]), ([0, 1, 2, 3], [5], [4], [6])],
+    ids=["a layer left out", "two layers swapped", "two neighbours swapped"],
+)
+def test_layers_that_are_not_in_their_place_show(
+    replies: list[Reply], sound: float, order: Sequence[Sequence[int]]
+) -> None:
+    assert surprise(BUILTIN_FOLDER, replies, order) > 3 * sound
+
+
+def reverse_nibbles(folder: Path) -> None:
+    """Every packed word's eight codes, read from the other end."""
+    for file in folder.glob("*.safetensors"):
+        tensors = mx.load(str(file))
+        assert isinstance(tensors, dict)
+        for name, tensor in tensors.items():
+            if name.endswith("weight_packed"):
+                words = np.asarray(tensor.view(mx.uint32))
+                turned = sum(((words >> 4 * place) & 15) << (28 - 4 * place) for place in range(8))
+                tensors[name] = mx.array(np.asarray(turned, np.uint32)).view(mx.int32)
+        mx.eval(tensors)
+        mx.save_safetensors(str(file), tensors, {"format": "pt"})
+
+
+def mistake_beta_fast(folder: Path) -> None:
+    """YaRN's usual value in place of Kimi-K2-Thinking's."""
+    config = json.loads((folder / "config.json").read_bytes())
+    assert config["rope_scaling"]["beta_fast"] == 1.0
+    config["rope_scaling"]["beta_fast"] = 32.0
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("damage", [reverse_nibbles, mistake_beta_fast])
+def test_weights_and_positions_that_are_read_wrongly_show(
+    replies: list[Reply], sound: float, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(BUILTIN_FOLDER, folder)
+    damage(folder)
+    assert surprise(folder, replies) > 3 * sound
+
+
+def test_it_is_small_and_shaped_like_the_original() -> None:
+    assert sum(file.stat().st_size for file in BUILTIN_FOLDER.iterdir()) <= 8_000_000
+    config = describe(BUILTIN_FOLDER).config
+    assert config.num_hidden_layers % 2 == 1
+    assert len(list(BUILTIN_FOLDER.glob("*.safetensors"))) >= 2
