@@ -30,7 +30,7 @@ def test_links_between_documents_lead_somewhere(page: Path) -> None:
 
 def test_the_readmes_table_is_made_of_the_measured_rows() -> None:
     readme = README.read_text()
-    assert "| `bench.vs_mlx_lm` | one stream |" in readme
+    assert "| `bench." in readme, "a table without rows"
     assert with_table(readme) == readme, "run python -m bench.claims"
 
 
