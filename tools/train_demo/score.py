@@ -54,7 +54,10 @@ def _reply(result: dict[str, Json]) -> Reply:
 def _call(call: Json) -> tuple[str, Json]:
     assert isinstance(call, dict)
     arguments = call["arguments"]
-    return str(call["name"]), json.loads(arguments) if isinstance(arguments, str) else arguments
+    try:
+        return str(call["name"]), json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        return str(call["name"]), arguments  # not JSON, and so not the right ones
 
 
 def save(scores: str) -> None:
