@@ -65,7 +65,7 @@ def test_tools_that_cannot_be_used_are_refused_before_any_stage_starts(
     ("arguments", "words"),
     [
         (["chat", "--transcript", "/nowhere/t"], "the transcript /nowhere/t cannot be written: No such file"),
-        (["chat", "--context", "20"], "the context holds 20"),
+        (["chat", "--context", "5"], "the context holds 5"),
         (["generate", "--raw", "--thinking-budget", "3", "Hello"], "--raw and --token-ids go without"),
         (["generate", "--mcp", "/nowhere/mcp.json", "Hello"], "/nowhere/mcp.json cannot be read: No such file"),
         (["generate", "--yes", "Hello"], "--yes and --allow-tool are for tools: give --tools or --mcp"),

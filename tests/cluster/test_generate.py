@@ -1,4 +1,4 @@
-"""The whole program over real ssh on three hosts, with the built-in model."""
+"""The whole program over real ssh on three hosts."""
 
 import signal
 import subprocess
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import EmulatedHosts, wait_until
+from tests.local_cluster import write_model
 
 MLX_K2 = str(Path(sys.executable).with_name("mlx-k2"))
 
@@ -34,9 +35,10 @@ def test_three_hosts_say_what_one_stage_says(emulated_hosts: EmulatedHosts, host
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGHUP])
 def test_no_process_is_left_when_the_command_is_ended_in_the_middle_of_an_answer(
-    emulated_hosts: EmulatedHosts, hostfile: str, number: signal.Signals
+    emulated_hosts: EmulatedHosts, hostfile: str, tmp_path: Path, number: signal.Signals
 ) -> None:
-    command = generate(emulated_hosts, "--max-tokens", "3000", "--hostfile", hostfile)
+    endless = str(write_model(tmp_path / "model"))
+    command = generate(emulated_hosts, "--max-tokens", "1500", "--hostfile", hostfile, "--model", endless)
     assert command.stdout
     assert command.stdout.read(20)
     assert all(emulated_hosts.processes(i) for i in range(3))

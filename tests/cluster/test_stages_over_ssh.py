@@ -60,7 +60,9 @@ def test_a_pulled_cable_ends_that_stage_alone_in_under_10_s(hosts: EmulatedHosts
         end = group.receive(10)
         assert time.monotonic() - began < 10
         assert isinstance(end, StageEnded) and end.rank == 1
-        assert str(end.as_error()).startswith("stage 1 on host-1 (starting) ended: the ssh connection was lost")
+        assert str(end.as_error()).startswith(
+            "stage 1 on host-1 (last heard starting) ended: the ssh connection was lost"
+        )
         group.send(2, Step(1, ()))
         assert group.receive(10) == StageMessage(2, StepDone(number=1, busy_s=0.0, receive_s=0.0))
     assert wait_until(lambda: not hosts.all_processes(), 10), hosts.all_processes()
