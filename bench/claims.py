@@ -34,6 +34,8 @@ class Options(NamedTuple):
 
     num_pairs: int
     save: bool
+    only: str
+    """Claims whose names hold this."""
 
 
 def read_options(description: str | None) -> Options:
@@ -41,12 +43,15 @@ def read_options(description: str | None) -> Options:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help="append the rows to results/claims.csv")
     parser.add_argument("--pairs", type=int, default=NUM_PAIRS, help=f"pairs of runs a claim  [default: {NUM_PAIRS}]")
+    parser.add_argument("--only", default="", metavar="WORDS", help="measure the claims whose names hold these words")
     arguments = parser.parse_args()
-    return Options(arguments.pairs, arguments.save)
+    return Options(arguments.pairs, arguments.save, arguments.only)
 
 
 def measure(script: str, claim: Claim, options: Options) -> None:
     """Run both sides to warm up, then in turn; print the ratio, and keep the pairs."""
+    if options.only not in claim.name:
+        return
     claim.first()
     claim.second()
     pairs = alternate(claim.first, claim.second, options.num_pairs)

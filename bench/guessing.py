@@ -1,6 +1,6 @@
 """What guesses bring a lone stream on two stages: on text that repeats itself, and on random text.
 
-python -m bench.guessing [--save] [--pairs N]
+python -m bench.guessing [--save] [--pairs N] [--only WORDS]
 
 The same requests with guesses and without, one right after the other, on deployments of their own. The checkpoint's
 greedy text goes round in a circle (bench/checkpoints.py); at temperature 1 it never does.

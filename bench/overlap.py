@@ -1,6 +1,6 @@
 """How well two stages overlap: one stream, eight and a long prompt against one stage, two streams against one stream.
 
-python -m bench.overlap [--save] [--pairs N]
+python -m bench.overlap [--save] [--pairs N] [--only WORDS]
 
 Each deployment stays up; the two sides of a pair run right after each other. Float32 on one checkpoint, chunks and
 microbatches as the program chooses them.

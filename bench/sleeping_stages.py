@@ -1,6 +1,6 @@
 """How close the scheduler comes to the ideal when stages sleep instead of computing: no processor is short.
 
-python -m bench.sleeping_stages [--save] [--pairs N]
+python -m bench.sleeping_stages [--save] [--pairs N] [--only WORDS]
 
 Threads stand for the stages: each takes a plan from its inbox, waits for the hop before it, sleeps for the step's time
 and passes it on. The coordinator's part is the real one: the scheduler, its pace, and the messages as bytes. The ideal
