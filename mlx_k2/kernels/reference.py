@@ -12,6 +12,10 @@ SORT_FROM_PAIRS = 64
 """From this many (token, expert) pairs on they are sorted by expert, so that a GPU reads an expert's weights once."""
 
 
+FEW_OF_STACK = 8
+"""Up to one in so many of a stack's experts are copied out of it to get their biases; for more, all get theirs."""
+
+
 def route(
     hidden: mx.array,
     router_weight: mx.array,
@@ -99,15 +103,16 @@ def _swiglu_experts(
     rows: mx.array, expert_ids: mx.array, stack: ExpertStack, *, sorted_indices: bool = False
 ) -> mx.array:
     """(..., 1, hidden) rows for (...) expert ids -> (..., 1, hidden)."""
-    gather_experts = expert_ids.size <= stack.num_experts  # else the stack is smaller than what would be copied
+    gather_experts = expert_ids.size * FEW_OF_STACK <= stack.num_experts
 
     def project(rows: mx.array, packed: mx.array, scale: mx.array) -> mx.array:
         # MLX's affine product asks for biases; they are made here, and gone after the call
         if gather_experts:
-            scale = scale[expert_ids]
+            scale = scale[expert_ids].astype(rows.dtype)
             return mx.quantized_matmul(
                 rows, packed[expert_ids], scale, scale * -ZERO_POINT, group_size=GROUP_SIZE, bits=BITS
             )
+        scale = scale.astype(rows.dtype)
         return mx.gather_qmm(
             rows,
             packed,
