@@ -71,8 +71,13 @@ def measure(script: str, claim: Claim, options: Options) -> None:
 
 
 def commit() -> str:
-    """The working tree's commit, marked when files differ from it."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=7"]
+    """The working tree's commit, with a plus when files other than results differ from it."""
+    changed = _git("status", "--porcelain", "--", ".", ":!bench/results")
+    return _git("rev-parse", "--short=7", "HEAD") + ("+" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
     return subprocess.run(command, cwd=README.parent, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
