@@ -6,17 +6,15 @@ python -m bench.claims    rewrites the table in README.md from results/claims.cs
 import argparse
 import csv
 import statistics
-import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-from bench.measure import NUM_PAIRS, RESULTS, alternate, save_rows, summarize
+from bench.measure import NUM_PAIRS, RESULTS, ROOT, alternate, commit, save_rows, summarize, with_part
 
 NAME = "claims"
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- made by python -m bench.claims -->\n", "<!-- end -->\n"
+README = ROOT / "README.md"
+MADE_BY = "python -m bench.claims"
 HEADER = ("commit", "script", "claim", "first", "second", "ratio", "asked")
 
 
@@ -70,17 +68,6 @@ def measure(script: str, claim: Claim, options: Options) -> None:
         save_rows(NAME, HEADER, rows)
 
 
-def commit() -> str:
-    """The working tree's commit, with a plus when files other than results differ from it."""
-    changed = _git("status", "--porcelain", "--", ".", ":!bench/results")
-    return _git("rev-parse", "--short=7", "HEAD") + ("+" if changed else "")
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", *arguments]
-    return subprocess.run(command, cwd=README.parent, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
-
-
 def table() -> str:
     """Each claim's newest rows, as Markdown."""
     with (RESULTS / f"{NAME}.csv").open(newline="") as file:
@@ -94,7 +81,7 @@ def table() -> str:
             f"| `bench.{script}` | {claim} | {_ratio(newest)} | {rows[-1]['asked'] or '-'} "
             f"| {len(newest)}, {rows[-1]['commit']} |"
         )
-    return "".join(f"{line}\n" for line in lines)
+    return "\n".join(lines)
 
 
 def _ratio(rows: Sequence[dict[str, str]]) -> str:
@@ -107,9 +94,7 @@ def _ratio(rows: Sequence[dict[str, str]]) -> str:
 
 def with_table(readme: str) -> str:
     """The README with its table made anew."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    return with_part(readme, MADE_BY, table())
 
 
 if __name__ == "__main__":

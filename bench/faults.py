@@ -7,31 +7,21 @@ Rows go to results/faults.csv; the table in docs/reliability.md is made of them.
 """
 
 import argparse
-import subprocess
 import sys
 import tempfile
 import traceback
 from datetime import date
 from pathlib import Path
 
-from bench.measure import save_rows
+from bench.measure import ROOT, commit, save_rows, with_part
 from tests.cluster.fault_matrix import FAULTS
 from tests.cluster.fault_run import NUM_HOSTS, Scene, undisturbed
 from tests.cluster.faults import Finding, try_fault
 from tests.cluster.hosts import EmulatedHosts, what_is_missing
 from tests.local_cluster import write_model
 
-PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
+PAGE = ROOT / "docs" / "reliability.md"
 SHORTEST_S = 0.1
-BEGIN, END = "<!-- the table of bench/faults.py -->\n", "<!-- end of the table -->\n"
-
-
-def commit() -> str:
-    """The commit that is tried, with a plus where files differ from it."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"], cwd=PAGE.parent, capture_output=True, text=True, check=True
-    )
-    return described.stdout.strip()
 
 
 def main() -> int:
@@ -65,12 +55,10 @@ def main() -> int:
 
 def write_table(findings: list[Finding]) -> None:
     """Put the table into docs/reliability.md."""
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
     rows = [f"| {each.fault.name} | {_seconds(each)} | {each.fault.outcome} |" for each in findings]
     tried = f"Tried on {date.today().isoformat()} at commit {commit()}; a plus means that files differed from it."
-    table = "\n".join([tried, "", "| fault | noticed after | then |", "|---|---|---|", *rows, ""])
-    PAGE.write_text(before + BEGIN + table + END + after)
+    table = "\n".join([tried, "", "| fault | noticed after | then |", "|---|---|---|", *rows])
+    PAGE.write_text(with_part(PAGE.read_text(), "python -m bench.faults", table))
 
 
 def _row(finding: Finding) -> tuple[object, ...]:

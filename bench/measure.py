@@ -4,6 +4,7 @@ import csv
 import os
 import platform
 import statistics
+import subprocess
 from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.metadata import version
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
 NUM_PAIRS = 7
 
 
@@ -50,6 +52,25 @@ def save_rows(name: str, header: Sequence[str], rows: Sequence[Sequence[object]]
             writer.writerow(("date", "machine", "mlx_k2", "mlx", "mlx_lm", *header))
         writer.writerows((*made, *row) for row in rows)
     return path
+
+
+def commit() -> str:
+    """The working tree's commit, with a plus when files other than results differ from it."""
+    changed = _git("status", "--porcelain", "--", ".", ":!bench/results")
+    return _git("rev-parse", "--short=7", "HEAD") + ("+" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+def with_part(page: str, made_by: str, part: str) -> str:
+    """``page`` with ``part`` in place of what stands between the comment ``made_by`` and the next end."""
+    begin, end = f"<!-- made by {made_by} -->\n", "<!-- end -->\n"
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{part}\n\n{end}{after}"
 
 
 def machine() -> str:

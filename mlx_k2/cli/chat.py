@@ -30,14 +30,20 @@ from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.tally import Tally
 from mlx_k2.cli.repl.terminal import choose_keyboard, choose_screen
 from mlx_k2.cli.repl.transcript import Transcript
-from mlx_k2.cli.requests import deployment_request, log_settings, new_conversation, open_source, reply_settings
+from mlx_k2.cli.requests import (
+    deployment_request,
+    log_settings,
+    new_conversation,
+    open_source,
+    open_tokenizer,
+    reply_settings,
+)
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.deployment.foresight import foresee
 from mlx_k2.deployment.recovery import LastingDeployment
 from mlx_k2.deployment.request import DeploymentRequest
 from mlx_k2.errors import ClusterError, RequestError
 from mlx_k2.session import coordinate
-from mlx_k2.text.tokenizer import load_tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription
 
 WANTED_SLOTS = 2
@@ -89,7 +95,7 @@ def command(**options: Any) -> None:
 
 
 def _check(options: dict[str, Any], model: ModelDescription, context_tokens: int) -> None:
-    tokenizer = load_tokenizer(model.files, model.config.vocab_size)
+    tokenizer = open_tokenizer(model)
     settings = reply_settings(options, model, tokenizer, context_tokens)
     settings.request(tokenizer, new_conversation(options, model, tokenizer).known_ids())
 
@@ -104,7 +110,7 @@ def _chat(
 ) -> None:
     deployment = lasting.deployment
     model, context_tokens = deployment.model, deployment.shape.context_tokens
-    tokenizer = load_tokenizer(model.files, model.config.vocab_size)
+    tokenizer = open_tokenizer(model)
     conversation = new_conversation(options, model, tokenizer, () if tools is None else tools.declarations)
     tally = Tally(context_tokens, len(deployment.plans), len(conversation.known_ids()))
     coordinator = coordinate(

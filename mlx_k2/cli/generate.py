@@ -30,6 +30,7 @@ from mlx_k2.cli.requests import (
     log_settings,
     new_conversation,
     open_source,
+    open_tokenizer,
     prompt_text,
     read_prompt,
     reply_settings,
@@ -42,7 +43,7 @@ from mlx_k2.deployment.recovery import LastingDeployment
 from mlx_k2.deployment.request import DeploymentRequest
 from mlx_k2.errors import CheckpointError
 from mlx_k2.session import AnswerSummary, coordinate, stream_answer, total
-from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
+from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription
 
 
@@ -111,7 +112,7 @@ def _generate(options: dict[str, Any], request: DeploymentRequest, model: ModelD
     text = prompt_text(options)
     if model is not None:  # refuse what can be refused before anything is started
         shape, _ = foresee(request, model)
-        read_prompt(options, text, model, shape.context_tokens)
+        read_prompt(options, text, model, open_tokenizer(model), shape.context_tokens)
     with (
         opened_tools(options) as tools,
         ConsoleWatcher(options["verbose"]) as watcher,
@@ -125,7 +126,7 @@ def _answer(
     lasting: LastingDeployment, text: str, tools: Tools | None, watcher: ConsoleWatcher, options: dict[str, Any]
 ) -> None:
     deployment = lasting.deployment
-    tokenizer = load_tokenizer(deployment.model.files, deployment.model.config.vocab_size)
+    tokenizer = open_tokenizer(deployment.model)
     summaries: list[AnswerSummary] = []
     with _output(options, tokenizer) as output:
         coordinator = coordinate(
@@ -134,7 +135,7 @@ def _answer(
             on_report=lasting.on_report,
             renew=lambda error: lasting.renew(error, output.restart),
         )
-        for event in _events(coordinator, deployment, text, tools, output, options):
+        for event in _events(coordinator, deployment, tokenizer, text, tools, output, options):
             watcher.done()
             output.event(event)
             if isinstance(event, AnswerSummary):
@@ -151,6 +152,7 @@ def _output(options: dict[str, Any], tokenizer: Tokenizer) -> TextOutput | JsonO
 def _events(
     coordinator: Coordinator,
     deployment: Deployment,
+    tokenizer: Tokenizer,
     text: str,
     tools: Tools | None,
     output: TextOutput | JsonOutput,
@@ -159,9 +161,7 @@ def _events(
     """The answer to a prompt as it is, or to the first message of a conversation."""
     model, context_tokens = deployment.model, deployment.shape.context_tokens
     if is_as_it_is(options):
-        prompt = read_prompt(options, text, model, context_tokens)
-        return stream_answer(coordinator, prompt.tokenizer, prompt.request)
-    tokenizer = load_tokenizer(model.files, model.config.vocab_size)
+        return stream_answer(coordinator, tokenizer, read_prompt(options, text, model, tokenizer, context_tokens))
     settings = reply_settings(options, model, tokenizer, context_tokens)
     conversation = new_conversation(options, model, tokenizer, () if tools is None else tools.declarations)
     toolkit = None

@@ -10,13 +10,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mlx_k2.answers import Answer, answer_all
 from mlx_k2.cli.console import ConsoleWatcher, console, note, note_restart
 from mlx_k2.cli.prompt_files import PromptLine, ResultFile, line_seed, read_prompt_lines, run_digest
-from mlx_k2.cli.requests import SAMPLING_NAMES, base_seed, line_prompt, log_settings
+from mlx_k2.cli.requests import SAMPLING_NAMES, base_seed, line_prompt, log_settings, open_tokenizer
 from mlx_k2.deployment.recovery import LastingDeployment
 from mlx_k2.deployment.request import DeploymentRequest
 from mlx_k2.engine.request import Request
 from mlx_k2.errors import SetupError
 from mlx_k2.session import coordinate
-from mlx_k2.text.tokenizer import load_tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription
 
 WANTED_SLOTS = 16
@@ -68,17 +67,17 @@ def _answer_lines(
     prompts: dict[int, Request] = {}
     num_done, seed = results.num_done, base_seed(options)
     model, context_tokens = lasting.deployment.model, lasting.deployment.shape.context_tokens
-    tokenizer = load_tokenizer(model.files, model.config.vocab_size)
+    tokenizer = open_tokenizer(model)
     with _progress(len(lines), num_done) as progress:
         (task,) = progress.task_ids
         for index, line in enumerate(lines[num_done:], start=num_done):
             try:
-                prompt = line_prompt(options, line, line_seed(seed, index), model, tokenizer, context_tokens)
+                request = line_prompt(options, line, line_seed(seed, index), model, tokenizer, context_tokens)
             except SetupError as error:
                 results.write(index, {"id": _id(line, index), "error": str(error)})
                 progress.advance(task)
             else:
-                prompts[index] = prompt.request
+                prompts[index] = request
         index_of = {id(request): index for index, request in prompts.items()}
         coordinator = coordinate(
             lasting.deployment,

@@ -10,6 +10,7 @@ import msgspec
 from mlx_k2.chat.events import CallEnded, Event
 from mlx_k2.cli.console import note, note_restart, show_stage_use
 from mlx_k2.cli.repl.screen import PlainScreen, Screen
+from mlx_k2.cli.repl.wording import CUT
 from mlx_k2.coordinator import StageUse
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.recovery import Restart
@@ -18,12 +19,7 @@ from mlx_k2.session import AnswerSummary, Delta
 from mlx_k2.text.reply_parser import Content
 from mlx_k2.text.tokenizer import Tokenizer
 
-_ENDS = {
-    FinishReason.STOP: "complete",
-    FinishReason.LENGTH: "cut off at the limit of tokens",
-    FinishReason.TIMEOUT: "cut off by --timeout",
-    FinishReason.CANCELLED: "cancelled",
-}
+_ENDS = {FinishReason.STOP: "complete", **CUT, FinishReason.CANCELLED: "cancelled"}
 
 
 class TextOutput:

@@ -3,7 +3,7 @@
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +93,13 @@ def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDes
     return replace(request, source=pinned), describe_model(files, source.path_or_repo)
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A request that was checked, and the tokenizer that its answer is read with."""
+def open_tokenizer(model: ModelDescription) -> Tokenizer:
+    """The model's tokenizer; of Kimi K2's size it takes a moment.
 
-    request: Request
-    tokenizer: Tokenizer
+    Raises:
+        TokenizerError: it cannot be read.
+    """
+    return load_tokenizer(model.files, model.config.vocab_size)
 
 
 def is_as_it_is(options: Mapping[str, Any]) -> bool:
@@ -133,14 +134,16 @@ def prompt_text(options: Mapping[str, Any]) -> str:
     return text
 
 
-def read_prompt(options: Mapping[str, Any], text: str, model: ModelDescription, context_tokens: int) -> Prompt:
+def read_prompt(
+    options: Mapping[str, Any], text: str, model: ModelDescription, tokenizer: Tokenizer, context_tokens: int
+) -> Request:
     """The prompt as token ids, and how to sample from it: as asked, else as the checkpoint recommends.
 
     Raises:
         RequestError, TokenizerError: it cannot be served; says why.
     """
-    tokenizer = load_tokenizer(model.files, model.config.vocab_size)
-    return _prompt(options, _prompt_ids(options, text, model, tokenizer), tokenizer, model, context_tokens)
+    prompt_ids = _prompt_ids(options, text, model, tokenizer)
+    return reply_settings(options, model, tokenizer, context_tokens).request(tokenizer, prompt_ids)
 
 
 def line_prompt(
@@ -150,7 +153,7 @@ def line_prompt(
     model: ModelDescription,
     tokenizer: Tokenizer,
     context_tokens: int,
-) -> Prompt:
+) -> Request:
     """One line of a file of prompts; what it says of sampling stands above the options. ``seed`` is its own.
 
     Raises:
@@ -164,17 +167,7 @@ def line_prompt(
     else:
         assert line.prompt is not None, "a line without a prompt"
         prompt_ids = _prompt_ids(merged, line.prompt, model, tokenizer)
-    return _prompt(merged, prompt_ids, tokenizer, model, context_tokens)
-
-
-def _prompt(
-    options: Mapping[str, Any],
-    prompt_ids: Sequence[int],
-    tokenizer: Tokenizer,
-    model: ModelDescription,
-    context_tokens: int,
-) -> Prompt:
-    return Prompt(reply_settings(options, model, tokenizer, context_tokens).request(tokenizer, prompt_ids), tokenizer)
+    return reply_settings(merged, model, tokenizer, context_tokens).request(tokenizer, prompt_ids)
 
 
 def reply_settings(

@@ -21,6 +21,7 @@ from mlx_k2.control.messages import (
     ModelFiles,
     ModelSource,
     Prepare,
+    Prepared,
     RingLinks,
     ShardDownloaded,
 )
@@ -141,22 +142,26 @@ def _fetch_description(group: StageGroup, source: ModelSource) -> ModelDescripti
 
 def _connect(started: StartedStages, request: DeploymentRequest) -> None:
     group, hostfile = started.group, request.hostfile
-    size = group.size
-    needs_ports = hostfile.backend is Backend.RING and size > 1
-    environment = dict(line.split("=", 1) for line in hostfile.envs)
-    answers = bring_up.prepare(
-        group,
-        [
-            Prepare(rank, size, source_on(host, request.source), host.ips if needs_ports else (), environment)
-            for rank, host in enumerate(hostfile.hosts)
-        ],
-    )
+    answers = prepare(group, hostfile, [source_on(host, request.source) for host in hostfile.hosts])
     if answers[0].model_digest != started.model.digest:
         raise StageStartError(
             f"the model on {group.host(0)} (stage 0) is not the one that this command read: their config.json or "
             "model.safetensors.index.json differ; give the same --model and --revision for both"
         )
     bring_up.connect(group, links(hostfile, [answer.addresses for answer in answers]))
+
+
+def prepare(group: StageGroup, hostfile: Hostfile, sources: Sequence[ModelSource]) -> tuple[Prepared, ...]:
+    """Have every stage hold its ports and read its small files; ``sources`` are the hosts' own."""
+    needs_ports = hostfile.backend is Backend.RING and group.size > 1
+    environment = dict(line.split("=", 1) for line in hostfile.envs)
+    return bring_up.prepare(
+        group,
+        [
+            Prepare(rank, group.size, source, host.ips if needs_ports else (), environment)
+            for rank, (host, source) in enumerate(zip(hostfile.hosts, sources, strict=True))
+        ],
+    )
 
 
 def links(hostfile: Hostfile, addresses: Sequence[tuple[str, ...]]) -> RingLinks | JacclLinks | None:

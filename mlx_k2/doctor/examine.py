@@ -7,7 +7,6 @@ from importlib.metadata import version
 from typing import TypeVar
 
 from mlx_k2 import __version__
-from mlx_k2.cluster.hostfile import Backend
 from mlx_k2.control.host_facts import HostFacts
 from mlx_k2.control.messages import (
     ClockRead,
@@ -20,10 +19,9 @@ from mlx_k2.control.messages import (
     HopsMeasured,
     MeasureHops,
     ModelSource,
-    Prepare,
     ReadClock,
 )
-from mlx_k2.deployment.deploy import links
+from mlx_k2.deployment.deploy import links, prepare
 from mlx_k2.deployment.foresight import plan_for
 from mlx_k2.deployment.plan import HostMemory, StagePlan
 from mlx_k2.deployment.request import DeploymentRequest, source_on, stage_place
@@ -189,19 +187,7 @@ class _Round:
             return
         hostfile, size = self._request.hostfile, self._group.size
         try:
-            prepared = bring_up.prepare(
-                self._group,
-                [
-                    Prepare(
-                        rank,
-                        size,
-                        ModelSource(path_or_repo=BUILTIN),
-                        host.ips if hostfile.backend is Backend.RING else (),
-                        dict(line.split("=", 1) for line in hostfile.envs),
-                    )
-                    for rank, host in enumerate(hostfile.hosts)
-                ],
-            )
+            prepared = prepare(self._group, hostfile, [ModelSource(path_or_repo=BUILTIN)] * size)
             bring_up.connect(self._group, links(hostfile, [answer.addresses for answer in prepared]))
             self._group.send_all(MeasureHops())
             speeds = bring_up.gather(self._group, HopsMeasured, range(size), HOPS_S, "measure its hops")

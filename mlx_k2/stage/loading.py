@@ -12,6 +12,7 @@ from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.layer_weights import LayerWeights, MoeWeights, assemble_layer
 from mlx_k2.model.linear import make_matrix
 from mlx_k2.model.stage_model import Head, StageModel
+from mlx_k2.stage.host import on_gpu
 from mlx_k2.weights.reader import Piece, ShardReader
 
 
@@ -55,8 +56,7 @@ def load_stage_model(
     if layers.stop == config.num_hidden_layers:
         head, loaded = _load_head(reader, dense_bits)
         on_piece(loaded)
-    on_gpu = mx.default_device() == mx.Device(mx.gpu)
-    model = StageModel(config, weights, embedding, head, cache, fused_attention=on_gpu)
+    model = StageModel(config, weights, embedding, head, cache, fused_attention=on_gpu())
     return LoadedStage(model, _check_kernels(config, weights, cache.dtype))
 
 

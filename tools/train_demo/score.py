@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.measure import with_part
 from tools.train_demo.conversation import DEFAULT_SYSTEM, Conversation, Json, declare
 from tools.train_demo.data import Question, held_out
 from tools.train_demo.reply import Reply
@@ -18,7 +19,6 @@ from tools.train_demo.table import table, wrong
 
 _MAX_TOKENS = 160
 _CARD = Path("docs/model-card.md")
-_BEGIN, _END = "<!-- made by python -m tools.train_demo.score --save -->\n", "<!-- end -->\n"
 
 
 def messages(conversation: Conversation, num_steps: int) -> list[dict[str, Json]]:
@@ -62,9 +62,7 @@ def _call(call: Json) -> tuple[str, Json]:
 
 def save(scores: str) -> None:
     """Puts the table into the model card."""
-    before, _, rest = _CARD.read_text().partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    _CARD.write_text(f"{before}{_BEGIN}\n{scores}\n\n{_END}{after}")
+    _CARD.write_text(with_part(_CARD.read_text(), "python -m tools.train_demo.score --save", scores))
 
 
 def main() -> None:

@@ -12,16 +12,13 @@ from mlx_k2.cli.repl.keyboard import Keyboard
 from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.tally import Tally
 from mlx_k2.cli.repl.transcript import Transcript
+from mlx_k2.cli.repl.wording import CUT
 from mlx_k2.engine.request import FinishReason
 from mlx_k2.errors import SetupError
 from mlx_k2.session import AnswerSummary
 from mlx_k2.text.tool_call import ToolCall
 
-_CUT = {
-    FinishReason.LENGTH: "cut off at the limit of tokens",
-    FinishReason.TIMEOUT: "cut off by --timeout",
-    FinishReason.CANCELLED: "stopped; /retry answers again, /undo takes your message back",
-}
+_ENDS = {**CUT, FinishReason.CANCELLED: "stopped; /retry answers again, /undo takes your message back"}
 _LEAVE_AFTER = 3
 """So many times Ctrl-C during one answer end the program: whatever the answer waits for does not end."""
 
@@ -90,8 +87,8 @@ class Repl:
                 self._screen.pause()
         if calls_nothing:
             self._screen.note("the model called a tool, and there are none: start with --tools or --mcp")
-        if last is not None and last.finish_reason in _CUT:
-            self._screen.note(f"the answer was {_CUT[last.finish_reason]}")
+        if last is not None and last.finish_reason in _ENDS:
+            self._screen.note(f"the answer was {_ENDS[last.finish_reason]}")
 
     @contextmanager
     def _ctrl_c_stops(self) -> Iterator[None]:

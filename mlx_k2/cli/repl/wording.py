@@ -3,9 +3,15 @@
 import unicodedata
 
 from mlx_k2.chat.events import CallEnded
+from mlx_k2.engine.request import FinishReason
 from mlx_k2.text.tool_call import ToolCall
 from mlx_k2.tools.outcome import Outcome
 
+CUT = {
+    FinishReason.LENGTH: "cut off at the limit of tokens",
+    FinishReason.TIMEOUT: "cut off by --timeout",
+}
+"""How an answer ended that the model would have gone on with."""
 _MAX_ARGUMENTS = 200
 _MAX_RESULT = 200
 
