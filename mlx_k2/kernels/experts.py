@@ -12,11 +12,11 @@ from mlx_k2.kernels.batch import MAX_TOKENS
 from mlx_k2.kernels.decode import MAX_TOP_K
 from mlx_k2.kernels.launch import run
 from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, ROUTER, LayerShape, Verdict, check_kernel
-from mlx_k2.kernels.stack import ExpertStack
+from mlx_k2.kernels.stack import AffineStack, ExpertStack
 from mlx_k2.kernels.tuning import Tuning, tuning_for
 from mlx_k2.kernels.variants import Experts
 
-__all__ = ["ExpertStack", "prepare", "route", "routed_experts"]
+__all__ = ["AffineStack", "ExpertStack", "prepare", "route", "routed_experts"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +71,13 @@ def route(
     )
 
 
-def routed_experts(x: mx.array, expert_ids: mx.array, expert_weights: mx.array, stack: ExpertStack) -> mx.array:
+def routed_experts(
+    x: mx.array, expert_ids: mx.array, expert_weights: mx.array, stack: ExpertStack | AffineStack
+) -> mx.array:
     """(tokens, hidden) -> (tokens, hidden): SwiGLU of the chosen experts, weighted, summed in the order of the ids."""
     top_k = expert_ids.shape[1]
+    if isinstance(stack, AffineStack):
+        return reference.routed_experts(x, expert_ids, expert_weights, stack)
     if _backend_kernels() and top_k <= MAX_TOP_K and stack.gate_scale.dtype == x.dtype:
         here = trusted(LayerShape(stack.hidden_size, stack.intermediate_size, top_k, x.dtype))
         name, compute = regime(x.shape[0])
@@ -91,17 +95,19 @@ def regime(tokens: int) -> tuple[str, Experts]:
     return PREFILL, variants.prefill_experts
 
 
-def prepare(stack: ExpertStack, top_k: int, dtype: mx.Dtype) -> tuple[str, ...]:
+def prepare(stack: ExpertStack | AffineStack, top_k: int, dtype: mx.Dtype) -> tuple[str, ...]:
     """Checks the kernels for such a layer and activations of ``dtype``, now rather than at the first token.
 
     Returns a line for each kernel that plain MLX stands in for. Without a GPU there is nothing to check.
     """
     if not _backend_kernels():
         return ()
-    warnings = trusted(LayerShape(stack.hidden_size, 0, top_k, dtype)).warnings
-    if stack.gate_scale.dtype != dtype:
-        return (*warnings, "the experts' kernels compute in the checkpoint's dtype only; plain MLX runs instead")
-    return (*trusted(LayerShape(stack.hidden_size, stack.intermediate_size, top_k, dtype)).warnings, *warnings)
+    if isinstance(stack, AffineStack):
+        router = trusted(LayerShape(stack.experts.hidden_size, 0, top_k, dtype))
+        return (*router.warnings, "the experts' kernels compute in the checkpoint's dtype only; plain MLX runs instead")
+    router = trusted(LayerShape(stack.hidden_size, 0, top_k, dtype))
+    experts = trusted(LayerShape(stack.hidden_size, stack.intermediate_size, top_k, dtype))
+    return (*experts.warnings, *router.warnings)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ output element is one dot product that MLX computes in the same order for one ro
 
 import mlx.core as mx
 
-from mlx_k2.kernels.stack import BITS, GROUP_SIZE, ZERO_POINT, ExpertStack
+from mlx_k2.kernels.stack import BITS, GROUP_SIZE, ZERO_POINT, AffineStack, ExpertStack
 
 SORT_FROM_PAIRS = 64
 """From this many (token, expert) pairs on they are sorted by expert, so that a GPU reads an expert's weights once."""
@@ -77,7 +77,9 @@ def _keep_best_groups(biased: mx.array, num_groups: int, top_groups: int) -> mx.
     return mx.put_along_axis(grouped, dropped, mx.array(0.0), axis=1).reshape(biased.shape)
 
 
-def routed_experts(x: mx.array, expert_ids: mx.array, expert_weights: mx.array, stack: ExpertStack) -> mx.array:
+def routed_experts(
+    x: mx.array, expert_ids: mx.array, expert_weights: mx.array, stack: ExpertStack | AffineStack
+) -> mx.array:
     """The chosen experts' SwiGLU outputs, weighted and summed in the order of expert_ids.
 
     x (tokens, hidden), expert_ids (tokens, top_k) uint32, expert_weights (tokens, top_k) float32 -> (tokens, hidden).
@@ -91,7 +93,7 @@ def routed_experts(x: mx.array, expert_ids: mx.array, expert_weights: mx.array, 
     return (expert_weights[:, None, :] @ outputs).squeeze(1).astype(x.dtype)
 
 
-def _sorted_outputs(x: mx.array, expert_ids: mx.array, stack: ExpertStack) -> mx.array:
+def _sorted_outputs(x: mx.array, expert_ids: mx.array, stack: ExpertStack | AffineStack) -> mx.array:
     flat_ids = expert_ids.flatten()
     order = mx.argsort(flat_ids)
     rows = x[order // expert_ids.shape[1]][:, None, :]  # (pairs, 1, hidden)
@@ -100,30 +102,37 @@ def _sorted_outputs(x: mx.array, expert_ids: mx.array, stack: ExpertStack) -> mx
 
 
 def _swiglu_experts(
-    rows: mx.array, expert_ids: mx.array, stack: ExpertStack, *, sorted_indices: bool = False
+    rows: mx.array, expert_ids: mx.array, stack: ExpertStack | AffineStack, *, sorted_indices: bool = False
 ) -> mx.array:
     """(..., 1, hidden) rows for (...) expert ids -> (..., 1, hidden)."""
-    gather_experts = expert_ids.size * FEW_OF_STACK <= stack.num_experts
 
-    def project(rows: mx.array, packed: mx.array, scale: mx.array) -> mx.array:
-        # MLX's affine product asks for biases; they are made here, and gone after the call
-        if gather_experts:
-            scale = scale[expert_ids].astype(rows.dtype)
-            return mx.quantized_matmul(
-                rows, packed[expert_ids], scale, scale * -ZERO_POINT, group_size=GROUP_SIZE, bits=BITS
-            )
-        scale = scale.astype(rows.dtype)
+    def project(rows: mx.array, packed: mx.array, scale: mx.array, bias: mx.array) -> mx.array:
         return mx.gather_qmm(
             rows,
             packed,
             scale,
-            scale * -ZERO_POINT,
+            bias,
             rhs_indices=expert_ids,
             group_size=GROUP_SIZE,
             bits=BITS,
             sorted_indices=sorted_indices,
         )
 
-    gate = project(rows, stack.gate_packed, stack.gate_scale)
-    up = project(rows, stack.up_packed, stack.up_scale)
-    return project(gate * mx.sigmoid(gate) * up, stack.down_packed, stack.down_scale)
+    def project_shipped(rows: mx.array, packed: mx.array, scale: mx.array) -> mx.array:
+        # MLX's affine product asks for biases; they are made here, and gone after the call
+        if expert_ids.size * FEW_OF_STACK <= packed.shape[0]:
+            scale = scale[expert_ids].astype(rows.dtype)
+            return mx.quantized_matmul(
+                rows, packed[expert_ids], scale, scale * -ZERO_POINT, group_size=GROUP_SIZE, bits=BITS
+            )
+        scale = scale.astype(rows.dtype)
+        return project(rows, packed, scale, scale * -ZERO_POINT)
+
+    if isinstance(stack, AffineStack):
+        experts = stack.experts
+        gate = project(rows, experts.gate_packed, experts.gate_scale, stack.gate_bias)
+        up = project(rows, experts.up_packed, experts.up_scale, stack.up_bias)
+        return project(gate * mx.sigmoid(gate) * up, experts.down_packed, experts.down_scale, stack.down_bias)
+    gate = project_shipped(rows, stack.gate_packed, stack.gate_scale)
+    up = project_shipped(rows, stack.up_packed, stack.up_scale)
+    return project_shipped(gate * mx.sigmoid(gate) * up, stack.down_packed, stack.down_scale)

@@ -34,3 +34,22 @@ class ExpertStack(NamedTuple):
     def hidden_size(self) -> int:
         """Rows of down."""
         return self.down_packed.shape[1]
+
+
+class AffineStack(NamedTuple):
+    """The same experts as MLX's affine product wants them, for dtypes that no kernel computes in.
+
+    Scales are in the activations' dtype, and beside each stands its bias, -ZERO_POINT times as large.
+    """
+
+    experts: ExpertStack
+    gate_bias: mx.array
+    up_bias: mx.array
+    down_bias: mx.array
+
+
+def make_affine(stack: ExpertStack, dtype: mx.Dtype) -> AffineStack:
+    """What multiplies activations of ``dtype``; the scales are exact in it if it is float32."""
+    gate, up, down = (scale.astype(dtype) for scale in (stack.gate_scale, stack.up_scale, stack.down_scale))
+    biases = (scale * -ZERO_POINT for scale in (gate, up, down))
+    return AffineStack(stack._replace(gate_scale=gate, up_scale=up, down_scale=down), *biases)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_k2.config import ModelConfig
-from mlx_k2.kernels.stack import ExpertStack
+from mlx_k2.kernels.stack import AffineStack, ExpertStack, make_affine
 from mlx_k2.model.linear import Matrix, make_matrix
 
 
@@ -53,7 +53,7 @@ class MoeWeights(NamedTuple):
 
     router: mx.array  # (experts, hidden)
     correction_bias: mx.array  # (experts,) float32
-    experts: ExpertStack
+    experts: ExpertStack | AffineStack  # affine in float32
     shared: DenseWeights | None
 
 
@@ -115,9 +115,10 @@ def _moe(config: ModelConfig, tensors: Mapping[str, mx.array], bits: int | None)
             for part in ("weight_packed", "weight_scale")
         )
     )
+    router = tensors["mlp.gate.weight"]
     return MoeWeights(
-        router=tensors["mlp.gate.weight"],
+        router=router,
         correction_bias=tensors["mlp.gate.e_score_correction_bias"],
-        experts=experts,
+        experts=experts if experts.gate_scale.dtype == router.dtype else make_affine(experts, router.dtype),
         shared=_dense(tensors, "mlp.shared_experts", bits) if config.n_shared_experts else None,
     )

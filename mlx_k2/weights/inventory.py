@@ -20,6 +20,7 @@ BFLOAT16_BYTES = 2
 _ITEM_BYTES = {"BF16": 2, "F32": 4, "I32": 4, "I64": 8}
 _ROUTED = ".mlp.experts."
 _WEIGHT_SHAPE = ".weight_shape"
+_WEIGHT_SCALE = ".weight_scale"
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -46,10 +47,13 @@ class TensorSpec(msgspec.Struct, frozen=True):
     def held_bytes(self, compute_bytes: int, dense_bits: int | None = None) -> int:
         """Bytes it takes in memory when the compute dtype has ``compute_bytes`` a value.
 
-        Routed experts and the correction bias stay as stored; ``weight_shape`` only repeats what the config says.
+        Routed experts and the correction bias stay as stored, but that scales which are not in the compute dtype are
+        held in it, a bias beside each; ``weight_shape`` only repeats what the config says.
         """
         if self.name.endswith(_WEIGHT_SHAPE):
             return 0
+        if self.name.endswith(_WEIGHT_SCALE) and compute_bytes != BFLOAT16_BYTES:
+            return 2 * math.prod(self.shape) * compute_bytes
         if self.matrices:
             return sum(matrix.held_bytes(compute_bytes, dense_bits) for matrix in self.matrices)
         as_stored = self.is_routed_expert or self.dtype != "BF16"

@@ -9,6 +9,7 @@ import pytest
 
 from mlx_k2.kernels import experts, reference, verdict_cache
 from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, LayerShape, Verdict, random_stack
+from mlx_k2.kernels.stack import make_affine
 from mlx_k2.kernels.tuning import DEFAULT
 from tests.metal_cpu.float64 import random_case
 
@@ -117,7 +118,8 @@ def test_what_is_prepared_is_not_checked_again_and_the_user_hears_of_each_kernel
 ) -> None:
     monkeypatch.setattr(verdict_cache, "DEFAULT_DIRECTORY", tmp_path)
     experts.trusted.cache_clear()
-    stack = random_stack(SHAPE, 4)
+    shipped = random_stack(SHAPE, 4)
+    stack = shipped if dtype == mx.bfloat16 else make_affine(shipped, dtype)
     lines = experts.prepare(stack, SHAPE.top_k, dtype)
     unused = [line for line in lines if line.endswith("plain MLX runs instead")]
     assert len(unused) == len(lines) == (4 if dtype == mx.bfloat16 else 2)

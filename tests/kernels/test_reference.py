@@ -8,8 +8,11 @@ from mlx_lm.models.deepseek_v3 import group_expert_select
 
 from mlx_k2.kernels import reference
 from mlx_k2.kernels.experts import ExpertStack, route, routed_experts
+from mlx_k2.kernels.stack import make_affine
 
 Float64Array = npt.NDArray[np.float64]
+
+SCALES = ("gate_scale", "up_scale", "down_scale")
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -61,6 +64,18 @@ def test_routed_experts_equal_float64(experts: int, top_k: int, tokens: int) -> 
     expected = experts_in_float64(x, ids, weights, stack)
     got = np.array(routed_experts(x, ids, weights, stack))
     assert np.abs(got - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("experts", [16, 96])
+def test_biases_that_are_held_give_the_bits_of_those_made_in_the_call(experts: int, tokens: int) -> None:
+    rng = np.random.default_rng(experts + tokens)
+    stack = random_stack(rng, experts, hidden=96, intermediate=64)
+    shipped = stack._replace(**{name: getattr(stack, name).astype(mx.bfloat16) for name in SCALES})
+    x = mx.array(rng.standard_normal((tokens, 96), dtype=np.float32))
+    ids, weights = random_choice(rng, tokens, experts, top_k=4)
+    held = routed_experts(x, ids, weights, make_affine(shipped, mx.float32))
+    assert mx.array_equal(held, routed_experts(x, ids, weights, shipped)).item()
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -9,6 +9,7 @@ import pytest
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.kernels.experts import route
+from mlx_k2.kernels.stack import AffineStack
 from mlx_k2.model import decoder_layer, feed_forward
 from mlx_k2.model.batch import Batch, Span
 from mlx_k2.model.latent_cache import LatentCache
@@ -78,8 +79,11 @@ def test_leaving_out_any_group_of_experts_moves_the_logits(parts: Parts, logits:
         members = (mx.arange(16) // 4 == group)[:, None, None]
 
         def leave_out(moe: MoeWeights, members: mx.array = members) -> MoeWeights:
-            scale = mx.where(members, 0.0, moe.experts.down_scale)
-            return moe._replace(experts=moe.experts._replace(down_scale=scale))
+            stack = moe.experts
+            assert isinstance(stack, AffineStack)
+            experts = stack.experts._replace(down_scale=mx.where(members, 0.0, stack.experts.down_scale))
+            bias = mx.where(members, 0.0, stack.down_bias)
+            return moe._replace(experts=stack._replace(experts=experts, down_bias=bias))
 
         assert largest_difference(parts.with_moe(layer, leave_out).logits(), logits) > 100 * TOLERANCE
 
