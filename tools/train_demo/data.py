@@ -7,11 +7,18 @@ from dataclasses import dataclass, replace
 
 from tools.train_demo.conversation import Conversation, Declaration, Exchange
 from tools.train_demo.skills.arithmetic import arithmetic, arithmetic_to_ask
-from tools.train_demo.skills.copying import arranging, copying, repeating
-from tools.train_demo.skills.counting import counting
+from tools.train_demo.skills.copying import arranging, copying, copying_much, repeating
+from tools.train_demo.skills.counting import counting, counting_in_steps, counting_one_word, counting_words
 from tools.train_demo.skills.naming import naming, naming_system
 from tools.train_demo.skills.talk import beyond, story, talk
-from tools.train_demo.skills.tool_use import no_tool, one_call, several_calls, spare_tools
+from tools.train_demo.skills.tool_use import (
+    no_tool,
+    one_call,
+    several_calls,
+    spare_tools,
+    strange_call,
+    telling_tools,
+)
 from tools.train_demo.task import Task
 
 Skill = Callable[[random.Random], Task]
@@ -22,23 +29,30 @@ TRAINING_SEED = 1
 QUESTIONS_PER_SKILL = 200
 
 _ALL: Mixture = (
-    (arithmetic, 0.22),
-    (counting, 0.11),
-    (copying, 0.11),
-    (arranging, 0.03),
-    (talk, 0.13),
-    (story, 0.02),
+    (arithmetic, 0.13),
+    (counting, 0.1),
+    (counting_in_steps, 0.04),
+    (counting_words, 0.05),
+    (counting_one_word, 0.04),
+    (copying, 0.1),
+    (copying_much, 0.09),
+    (arranging, 0.02),
+    (talk, 0.09),
+    (story, 0.01),
     (beyond, 0.03),
-    (naming, 0.08),
-    (one_call, 0.15),
-    (several_calls, 0.08),
+    (naming, 0.06),
+    (one_call, 0.12),
+    (strange_call, 0.06),
+    (telling_tools, 0.06),
+    (several_calls, 0.07),
     (no_tool, 0.04),
 )
 _COPYING: Mixture = (
-    (copying, 0.4),
+    (copying, 0.2),
+    (copying_much, 0.2),
     (repeating, 0.3),
     (naming, 0.1),
-    (one_call, 0.1),
+    (telling_tools, 0.1),
     (arithmetic, 0.1),
 )
 _PLAIN: tuple[Skill, ...] = (arithmetic, counting, copying, talk, beyond)

@@ -58,6 +58,7 @@ ANIMALS = _words("bear cat cow dog dragon duck fox frog goat horse lion mouse ow
 
 _ONSETS = _words("b c d f g h k l m n p r s t v w z br dr fl gr pl st tr")
 _VOWELS = _words("a e i o u")
+_UNKIND = {"fag": "fal", "neg": "nel", "nig": "nil", "dik": "dil", "kok": "kol", "tit": "til", "fuk": "ful"}
 _CODAS = ("", "", "", "l", "n", "r", "s", "t", "m", "k")
 
 
@@ -65,7 +66,10 @@ def made_up(rng: random.Random) -> str:
     """A word of two or three syllables that is most likely in no list."""
     syllables = rng.choice((2, 2, 3))
     stem = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(syllables))
-    return stem + rng.choice(_CODAS)
+    word = stem + rng.choice(_CODAS)
+    for unkind, harmless in _UNKIND.items():
+        word = word.replace(unkind, harmless)
+    return word
 
 
 def noun(rng: random.Random) -> str:

@@ -4,7 +4,7 @@ import random
 
 from tools.train_demo.conversation import Exchange
 from tools.train_demo.task import Task, text_key
-from tools.train_demo.words import any_word
+from tools.train_demo.words import any_word, made_up
 
 _COPY = (
     "Repeat: {words}", "Repeat after me: {words}", "Say this: {words}", "Copy this: {words}",
@@ -25,6 +25,14 @@ def copying(rng: random.Random) -> Task:
         question = rng.choice(_TIMES).format(word=word, count=count)
         return Task(text_key(question), Exchange(question, f"{word}, {count} times.", " ".join([word] * count)))
     words = [any_word(rng) for _ in range(rng.randint(2, 10))]
+    text = (", " if rng.random() < 0.3 else " ").join(words)
+    question = rng.choice(_COPY).format(words=text)
+    return Task(text_key(question), Exchange(question, "I repeat the words as they are.", text))
+
+
+def copying_much(rng: random.Random) -> Task:
+    """A longer list than those of `copying`, with more made-up words, whose syllables recur."""
+    words = [made_up(rng) if rng.random() < 0.4 else any_word(rng) for _ in range(rng.randint(8, 30))]
     text = (", " if rng.random() < 0.3 else " ").join(words)
     question = rng.choice(_COPY).format(words=text)
     return Task(text_key(question), Exchange(question, "I repeat the words as they are.", text))

@@ -33,8 +33,15 @@ def counting(rng: random.Random) -> Task:
     if kind < 0.5:
         return _range(rng, rng.choice(_DOWN), -1)
     if kind < 0.7:
-        return _range(rng, rng.choice(_STEPS), rng.choice((2, 2, 3, 5, 5, 10)))
-    return _count_words(rng) if kind < 0.88 else _count_one_word(rng)
+        return counting_in_steps(rng)
+    if kind < 0.88:
+        return _words_counted(rng, [any_word(rng) for _ in range(rng.randint(2, 12))])
+    return counting_one_word(rng)
+
+
+def counting_in_steps(rng: random.Random) -> Task:
+    """From one number to another in steps of more than one."""
+    return _range(rng, rng.choice(_STEPS), rng.choice((2, 2, 3, 5, 5, 10)))
 
 
 def _range(rng: random.Random, template: str, step: int) -> Task:
@@ -51,23 +58,24 @@ def _range(rng: random.Random, template: str, step: int) -> Task:
     return Task(key, Exchange(question, think, ", ".join(str(number) for number in numbers)))
 
 
-def _count_words(rng: random.Random) -> Task:
-    words = [any_word(rng) for _ in range(rng.randint(2, 12))]
-    question = rng.choice(_HOW_MANY).format(words=_spaced(rng, words))
-    think = ", ".join(f"{word} {number}" for number, word in enumerate(words, start=1)) + "."
-    return Task(text_key(question), Exchange(question, think, str(len(words))))
+def counting_words(rng: random.Random) -> Task:
+    """How many words a list has that may be longer than those of `counting`."""
+    return _words_counted(rng, [any_word(rng) for _ in range(rng.randint(2, 20))])
 
 
-def _count_one_word(rng: random.Random) -> Task:
+def counting_one_word(rng: random.Random) -> Task:
+    """How often a word stands in a list: seen at a glance, since repeated words leave no way to keep one's place."""
     different = [any_word(rng) for _ in range(rng.randint(2, 4))]
     words = [rng.choice(different) for _ in range(rng.randint(3, 9))]
     word = different[0]
     question = rng.choice(_HOW_OFTEN).format(word=word, words=_spaced(rng, words))
-    seen, marks = 0, []
-    for each in words:
-        seen += each == word
-        marks.append(f"{each} {seen}")
-    return Task(text_key(question), Exchange(question, ", ".join(marks) + ".", str(seen)))
+    return Task(text_key(question), Exchange(question, f"I look for {word}.", str(words.count(word))))
+
+
+def _words_counted(rng: random.Random, words: list[str]) -> Task:
+    question = rng.choice(_HOW_MANY).format(words=_spaced(rng, words))
+    think = ", ".join(f"{word} {number}" for number, word in enumerate(words, start=1)) + "."
+    return Task(text_key(question), Exchange(question, think, str(len(words))))
 
 
 def _spaced(rng: random.Random, words: list[str]) -> str:

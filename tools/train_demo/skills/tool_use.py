@@ -11,9 +11,13 @@ from tools.train_demo.skills.toolbox import (
     failure_reason,
     made_up_family,
     result_text,
+    strange_tool,
 )
 from tools.train_demo.task import Task, text_key
 from tools.train_demo.words import listed
+
+_ASK_ONE = ("What does {name} take?", "How do you call {name}?", "Which arguments does {name} need?")
+_ASK_ALL = ("Which tools do you have?", "What tools can you use?", "List your tools.", "Name your tools.")
 
 
 def one_call(rng: random.Random) -> Task:
@@ -22,8 +26,33 @@ def one_call(rng: random.Random) -> Task:
     tool = declare_tool(rng, family)
     arguments = _arguments(rng, family)
     question = _fill(rng.choice(family.questions), arguments)
-    step, answer = _step(rng, tool, arguments, f"I need {tool.name} for this.")
+    step, answer = _step(rng, tool, arguments, f"I need {tool.usage}.")
     return _task(rng, question, (tool,), (step,), answer)
+
+
+def strange_call(rng: random.Random) -> Task:
+    """A call of a tool whose name and arguments only its declaration and the question tell."""
+    tool = strange_tool(rng)
+    arguments: dict[str, str | int] = {parameter.names[0]: parameter.value(rng) for parameter in tool.family.parameters}
+    question = _fill(rng.choice(tool.family.questions), arguments)
+    step, answer = _step(rng, tool, arguments, f"I need {tool.usage}.")
+    return _task(rng, question, (tool,), (step,), answer)
+
+
+def telling_tools(rng: random.Random) -> Task:
+    """Which tools are declared, or what one of them takes: much looking up in few tokens."""
+    tools: list[Tool] = []
+    for _ in range(rng.randint(1, 4)):
+        is_strange = rng.random() < 0.5
+        tools.append(strange_tool(rng) if is_strange else _declare_beside(rng, _family(rng), tools))
+    declared = tuple(tool.declaration for tool in tools)
+    if rng.random() < 0.5:
+        tool = rng.choice(tools)
+        question, answer = rng.choice(_ASK_ONE).format(name=tool.name), f"I call {tool.usage}."
+    else:
+        question, answer = rng.choice(_ASK_ALL), " ".join(f"I can call {tool.usage}." for tool in tools)
+    key = text_key(f"{question} {' '.join(tool.usage for tool in tools)}")
+    return Task(key, Exchange(question, "I read the declarations.", answer), tools=declared)
 
 
 def several_calls(rng: random.Random) -> Task:
@@ -59,7 +88,7 @@ def _same_tool(rng: random.Random, count: int) -> Task:
     question = rng.choice(family.several).format(**{parameter.names[0]: listed([str(value) for value in values])})
     steps, answers = [], []
     for number, value in enumerate(values):
-        think = f"{'First' if number == 0 else 'Now'} {value}: I need {tool.name}."
+        think = f"{'First' if number == 0 else 'Now'} {value}: I need {tool.usage}."
         step, answer = _step(rng, tool, {parameter.names[0]: value}, think)
         steps.append(step)
         answers.append(answer)
@@ -74,7 +103,7 @@ def _different_tools(rng: random.Random, count: int) -> Task:
         tool = _declare_beside(rng, family, tools)
         arguments = _arguments(rng, family)
         part = _fill(rng.choice(family.questions), arguments)
-        think = f"{'First' if number == 0 else 'Now'} I need {tool.name}."
+        think = f"{'First' if number == 0 else 'Now'} I need {tool.usage}."
         step, answer = _step(rng, tool, arguments, think)
         parts.append(part)
         steps.append(step)

@@ -161,6 +161,13 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )  # fmt: skip
 
+_ARGUMENT_NAMES = tuple(sorted({name for family in FAMILIES for each in family.parameters for name in each.names}))
+_VALUES: tuple[tuple[str, Callable[[random.Random], str | int]], ...] = (
+    ("string", noun),
+    ("string", city),
+    ("integer", lambda rng: rng.randrange(1000)),
+)
+
 
 @dataclass(frozen=True)
 class Tool:
@@ -170,6 +177,11 @@ class Tool:
     name: str
     spelled: dict[str, str]
     declaration: Declaration
+
+    @property
+    def usage(self) -> str:
+        """The tool's name and its arguments in the declaration's (sorted) order, as the model says them."""
+        return f"{self.name} with {' and '.join(sorted(self.spelled.values()))}"
 
     def call(self, arguments: dict[str, str | int]) -> Call:
         """The call with the arguments in the declaration's (sorted) order."""
@@ -209,6 +221,29 @@ def made_up_family(rng: random.Random) -> Family:
         lambda rng, _: {"result": noun(rng)},
         "The result is {result}.", f"I could not use {tool_name}",
     )  # fmt: skip
+
+
+def strange_tool(rng: random.Random) -> Tool:
+    """A tool with one to three arguments of any name, which its questions give by name."""
+    tool_name = rng.choice((made_up(rng), f"{noun(rng)}_{noun(rng)}", f"{made_up(rng)}_{noun(rng)}"))
+    spelled: list[str] = []
+    while len(spelled) < rng.choice((1, 1, 2, 3)):
+        word = rng.choice((noun(rng), made_up(rng), rng.choice(_ARGUMENT_NAMES)))
+        if word not in spelled:
+            spelled.append(word)
+    parameters = tuple(Parameter((word,), *rng.choice(_VALUES)) for word in spelled)
+    given = " and ".join(f"{word} {{{index}}}" for index, word in enumerate(spelled))
+    family = Family(
+        (tool_name,),
+        (f"The {noun(rng)} tool.", f"Does {made_up(rng)}.", f"Looks up a {noun(rng)}.", "A tool."),
+        parameters,
+        (f"Call {tool_name} with {given}.", f"Use {tool_name} with {given}.", f"Run {tool_name}: {given}."),
+        (),
+        lambda rng, _: {"result": noun(rng)},
+        "The result is {result}.",
+        f"I could not use {tool_name}",
+    )
+    return declare_tool(rng, family)
 
 
 def result_text(rng: random.Random, value: dict[str, Json]) -> str:
