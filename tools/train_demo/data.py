@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from tools.train_demo.conversation import Conversation, Declaration, Exchange
 from tools.train_demo.skills.arithmetic import arithmetic, arithmetic_to_ask
-from tools.train_demo.skills.copying import arranging, copying, copying_much, repeating
+from tools.train_demo.skills.copying import arranging, copying, copying_much, copying_one_word, repeating
 from tools.train_demo.skills.counting import counting, counting_in_steps, counting_one_word, counting_words
 from tools.train_demo.skills.naming import naming, naming_system
 from tools.train_demo.skills.talk import beyond, story, talk
@@ -29,13 +29,14 @@ TRAINING_SEED = 1
 QUESTIONS_PER_SKILL = 200
 
 _ALL: Mixture = (
-    (arithmetic, 0.13),
-    (counting, 0.1),
-    (counting_in_steps, 0.04),
-    (counting_words, 0.05),
-    (counting_one_word, 0.04),
+    (arithmetic, 0.1),
+    (counting, 0.12),
+    (counting_in_steps, 0.06),
+    (counting_words, 0.08),
+    (counting_one_word, 0.06),
     (copying, 0.1),
-    (copying_much, 0.09),
+    (copying_one_word, 0.05),
+    (copying_much, 0.08),
     (arranging, 0.02),
     (talk, 0.09),
     (story, 0.01),

@@ -21,13 +21,18 @@ _SORT = ("Sort these numbers: {words}", "Put these numbers in order: {words}", "
 def copying(rng: random.Random) -> Task:
     """Repeat some words, or one word some times."""
     if rng.random() < 0.12:
-        word, count = any_word(rng), rng.randint(2, 6)
-        question = rng.choice(_TIMES).format(word=word, count=count)
-        return Task(text_key(question), Exchange(question, f"{word}, {count} times.", " ".join([word] * count)))
+        return copying_one_word(rng)
     words = [any_word(rng) for _ in range(rng.randint(2, 10))]
     text = (", " if rng.random() < 0.3 else " ").join(words)
     question = rng.choice(_COPY).format(words=text)
     return Task(text_key(question), Exchange(question, "I repeat the words as they are.", text))
+
+
+def copying_one_word(rng: random.Random) -> Task:
+    """The same word so many times."""
+    word, count = any_word(rng), rng.randint(2, 6)
+    question = rng.choice(_TIMES).format(word=word, count=count)
+    return Task(text_key(question), Exchange(question, f"{word}, {count} times.", " ".join([word] * count)))
 
 
 def copying_much(rng: random.Random) -> Task:
