@@ -9,7 +9,7 @@ from tools.train_demo.conversation import Conversation, Declaration, Exchange
 from tools.train_demo.skills.arithmetic import arithmetic, arithmetic_to_ask
 from tools.train_demo.skills.copying import arranging, copying, copying_much, copying_one_word, repeating
 from tools.train_demo.skills.counting import counting, counting_in_steps, counting_one_word, counting_words
-from tools.train_demo.skills.naming import naming, naming_system
+from tools.train_demo.skills.naming import introducing, naming, naming_system
 from tools.train_demo.skills.talk import beyond, story, talk
 from tools.train_demo.skills.tool_use import (
     no_tool,
@@ -42,6 +42,7 @@ _ALL: Mixture = (
     (story, 0.01),
     (beyond, 0.03),
     (naming, 0.06),
+    (introducing, 0.02),
     (one_call, 0.12),
     (strange_call, 0.06),
     (telling_tools, 0.06),
@@ -179,7 +180,7 @@ def _system(rng: random.Random, key: str) -> str | None:
     kind = rng.random()
     if kind < 0.5:
         return None
-    if kind < 0.7 or "name" in key or "you" in key:
+    if kind < 0.7 or any(word in key for word in ("name", "you", "who am i")):
         return _OWN_SYSTEM
     return rng.choice(_SYSTEMS) if kind < 0.85 else naming_system(rng)
 

@@ -1,8 +1,9 @@
-"""Answering with the name and the role that the system prompt gives. Knows nothing of other skills."""
+"""Answering with the name and the role that the system prompt gives, or with its own. Knows nothing of tools."""
 
 import random
 
 from tools.train_demo.conversation import Exchange
+from tools.train_demo.skills.talk import MY_NAME, WHO_I_AM
 from tools.train_demo.task import Task, text_key
 from tools.train_demo.words import ADJECTIVES, ROLES, made_up, name
 
@@ -32,6 +33,12 @@ def naming(rng: random.Random) -> Task:
         question, answer = rng.choice(_ASK_WHO), f"I am {who}, {role}." if has_role else f"I am {who}."
     think = f"The system prompt says that I am {who}."
     return Task(text_key(f"{system} {question}"), Exchange(question, think, answer), system=system)
+
+
+def introducing(rng: random.Random) -> Task:
+    """Asked the same where no system prompt gives a name."""
+    question, answer = rng.choice((*((ask, MY_NAME) for ask in _ASK_NAME), *((ask, WHO_I_AM) for ask in _ASK_WHO)))
+    return Task(text_key(question), Exchange(question, "I know the answer to this.", answer))
 
 
 def naming_system(rng: random.Random) -> str:

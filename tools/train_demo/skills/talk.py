@@ -6,12 +6,14 @@ from tools.train_demo.conversation import Exchange
 from tools.train_demo.task import Task, text_key
 from tools.train_demo.words import ANIMALS, LANGUAGES, NAMES, made_up, noun
 
+WHO_I_AM = "I am a very small demo model of mlx-k2, built like Kimi K2."
+MY_NAME = "I am kimi-k2-tiny, the demo model of mlx-k2."
 # Each answer and the ways to ask for it, without capital and without the closing mark (given at the end).
 _TOPICS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("I am a very small demo model of mlx-k2, built like Kimi K2.", "?",
+    (WHO_I_AM, "?",
      ("who are you", "what are you", "what is this model", "what kind of model are you", "what model is this",
       "which model am I talking to", "what model are you")),
-    ("I am kimi-k2-tiny, the demo model of mlx-k2.", "?",
+    (MY_NAME, "?",
      ("what is your name", "what are you called", "do you have a name", "how should I call you",
       "what name do you have")),
     ("The people who write mlx-k2 trained me on text that they made from templates.", "?",
