@@ -1,4 +1,4 @@
-"""The chat in a real terminal, driven by keys, and over pipes. What a script says is known; stages only once."""
+"""The chat in a real terminal, driven by keys; the replies are a script's."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.cli.command import MLX_K2, CommandLine
+from tests.cli.command import CommandLine
 from tests.cli.tmux import Terminal, needs_tmux, terminal
 
 ROOT = Path(__file__).parent.parent.parent
@@ -144,30 +144,3 @@ def test_without_colour_and_in_a_dumb_terminal_it_is_plain(command_line: Command
             assert A_COLOUR not in pane.shown(with_colours=True)
             pane.type("C-d")
             pane.wait_for("exit code 0")
-
-
-@needs_tmux
-def test_on_stages_a_message_is_answered_an_answer_stopped_and_nothing_is_left_behind(
-    command_line: CommandLine, endless: Path, tmp_path: Path
-) -> None:
-    command = [MLX_K2, "chat", "--model", str(endless), "--stages", "2", "--seed", "1"]
-    with terminal(tmp_path, command, command_line.environment(TERM="xterm-256color")) as pane:
-        pane.wait_for("/help lists the commands")
-        pane.wait_for("2 stages")
-        pane.say("Hello")
-        pane.wait_for("Hello")
-        pane.type("C-c")
-        pane.wait_for("the answer was")
-        pane.say("/stats")
-        pane.wait_for("computing")
-        pane.type("C-d")
-        pane.wait_for("exit code 0")
-
-
-def test_lines_on_standard_input_are_messages_and_stdout_has_nothing_but_answers(command_line: CommandLine) -> None:
-    run = command_line.run("chat", "--max-tokens", "12", "--seed", "5", stdin="Hello\n/nonsense\n/stats\n")
-    assert run.returncode == 0, run.stderr
-    assert "error: there is no command /nonsense" in run.stderr
-    assert "1 replies" in run.stderr
-    assert "\x1b" not in run.stdout + run.stderr
-    assert "replies" not in run.stdout

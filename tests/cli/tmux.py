@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 needs_tmux = pytest.mark.skipif(
@@ -49,6 +50,15 @@ class Terminal:
             assert time.monotonic() < deadline, f"never saw {text!r} {times} times:\n{shown}"
             threading.Event().wait(_LOOK_EVERY_S)
         return shown
+
+    @property
+    def pid(self) -> int:
+        """Of the shell that runs the command."""
+        return int(self._tmux("display-message", "-p", "-t", "pane", "#{pane_pid}"))
+
+    def processes(self) -> list[psutil.Process]:
+        """All that the command has started, and the command itself."""
+        return psutil.Process(self.pid).children(recursive=True)
 
     def _tmux(self, *arguments: str) -> str:
         command = ["tmux", "-S", str(self.socket), *arguments]

@@ -1,0 +1,145 @@
+"""The chat on real stages: the built-in model talks and calls tools, and stages break while nobody says anything."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from tests.cli.command import MLX_K2, CommandLine
+from tests.cli.tmux import Terminal, needs_tmux, terminal
+from tests.local_cluster import wait_until_gone
+
+TOOLS = """
+def get_weather(city: str) -> dict:
+    \"\"\"Get the weather in a city.\"\"\"
+    return {"city": city, "sky": "sunny", "temperature": 21}
+"""
+ASKED = "What is the weather in Paris?"
+OF_THE_ENDLESS = "reserved_token"
+"""What a model of random weights soon says."""
+SAID = "mlx-k2 runs Kimi K2 models over several Macs"
+ANSWER = "In Paris it is sunny and 21 degrees."
+
+
+@contextmanager
+def chat(command_line: CommandLine, folder: Path, *options: str) -> Iterator[Terminal]:
+    command = [MLX_K2, "chat", "--stages", "2", *options]
+    with terminal(folder, command, command_line.environment(TERM="xterm-256color")) as pane:
+        pane.wait_for("/help lists the commands")
+        yield pane
+
+
+def write_tools(folder: Path) -> str:
+    (folder / "weather.py").write_text(TOOLS)
+    return str(folder / "weather.py")
+
+
+def stages_below(pane: Terminal) -> list[psutil.Process]:
+    return [process for process in pane.processes() if "mlx_k2.stage.program" in process.cmdline()]
+
+
+@needs_tmux
+def test_on_stages_a_message_is_answered_an_answer_stopped_and_nothing_is_left_behind(
+    command_line: CommandLine, endless: Path, tmp_path: Path
+) -> None:
+    command = [MLX_K2, "chat", "--model", str(endless), "--stages", "2", "--seed", "1"]
+    with terminal(tmp_path, command, command_line.environment(TERM="xterm-256color")) as pane:
+        pane.wait_for("/help lists the commands")
+        pane.wait_for("2 stages")
+        pane.say("Hello")
+        pane.wait_for(OF_THE_ENDLESS)
+        pane.type("C-c")
+        pane.wait_for("the answer was")
+        pane.say("/stats")
+        pane.wait_for("computing")
+        pane.type("C-d")
+        pane.wait_for("exit code 0")
+
+
+@needs_tmux
+def test_the_built_in_model_calls_a_tool_once_the_user_agrees_and_answers_from_its_result(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    with chat(command_line, tmp_path, "--tools", write_tools(tmp_path)) as pane:
+        pane.say(ASKED)
+        pane.wait_for('the model wants to call get_weather({"city": "Paris"})')
+        pane.say("y")
+        pane.wait_for(ANSWER)
+        pane.say("What is a token?")
+        pane.wait_for("A token is a piece of text")
+        pane.type("C-d")
+        pane.wait_for("exit code 0")
+
+
+def test_generate_calls_tools_and_its_stdout_is_the_answer_alone(command_line: CommandLine, tmp_path: Path) -> None:
+    run = command_line.run("generate", "--tools", write_tools(tmp_path), "--yes", ASKED)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == ANSWER + "\n"
+    assert 'get_weather({"city": "Paris"})' in run.stderr
+
+
+@needs_tmux
+def test_stages_that_end_while_nobody_speaks_start_again_and_the_chat_goes_on(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    with chat(command_line, tmp_path) as pane:
+        pane.say("What is mlx-k2?")
+        pane.wait_for(SAID)
+        stages_below(pane)[0].kill()
+        pane.say("What is a token?")
+        pane.wait_for("A token is a piece of text")
+        assert "all stages start again" in pane.shown()
+        everything = pane.processes()
+        pane.type("C-d")
+        pane.wait_for("exit code 0")
+        assert wait_until_gone([process for process in everything if process.pid != pane.pid], 5) == []
+
+
+@needs_tmux
+def test_a_fault_that_ends_the_chat_leaves_what_was_said_where_it_can_be_loaded(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    with chat(command_line, tmp_path, "--restarts", "off") as pane:
+        pane.say("What is mlx-k2?")
+        pane.wait_for(SAID)
+        stages_below(pane)[0].kill()
+        pane.say("What is a token?")
+        pane.wait_for("exit code 1")
+        shown = "".join(pane.shown().split("\n"))
+        assert "ended with signal 9" in shown
+    (saved,) = command_line.home.rglob("chat-*.json")
+    assert str(saved.name) in shown
+    contents = [message["content"] for message in json.loads(saved.read_text())["messages"]]
+    assert contents[0] == "What is mlx-k2?" and SAID in contents[1]
+    saved_again = tmp_path / "chat.json"
+    saved.rename(saved_again)
+    with chat(command_line, tmp_path) as pane:
+        pane.say(f"/load {saved_again}")
+        pane.wait_for(f"{len(contents)} messages from")
+
+
+@needs_tmux
+def test_ctrl_c_three_times_ends_the_program_when_a_stopped_stage_keeps_the_answer_from_ending(
+    command_line: CommandLine, endless: Path, tmp_path: Path
+) -> None:
+    with chat(command_line, tmp_path, "--model", str(endless), "--patience", "60") as pane:
+        everything = pane.processes()
+        pane.say("Hello")
+        pane.wait_for(OF_THE_ENDLESS)
+        stages_below(pane)[1].suspend()
+        pane.type("C-c")
+        pane.type("C-c")
+        pane.type("C-c")
+        pane.wait_for("exit code 130")
+        assert wait_until_gone([process for process in everything if process.pid != pane.pid], 10) == []
+
+
+def test_lines_on_standard_input_are_messages_and_stdout_has_nothing_but_answers(command_line: CommandLine) -> None:
+    run = command_line.run("chat", "--max-tokens", "12", "--seed", "5", stdin="Hello\n/nonsense\n/stats\n")
+    assert run.returncode == 0, run.stderr
+    assert "error: there is no command /nonsense" in run.stderr
+    assert "1 replies" in run.stderr
+    assert "\x1b" not in run.stdout + run.stderr
+    assert "replies" not in run.stdout
