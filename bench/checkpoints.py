@@ -1,5 +1,7 @@
 """The checkpoints that benchmarks run on: random, seeded, written once under the system's temporary folder."""
 
+import hashlib
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,7 +17,7 @@ VOCAB_SIZE = 2048
 CONTEXT_TOKENS = 8192
 
 SHAPES: dict[str, dict[str, Any]] = {
-    # Eight equal halves of work: an even number of layers, all with experts, so that two stages weigh the same.
+    # An even number of layers, all with experts, so that two stages weigh the same; as many experts a token as K2 has.
     "even": {
         "hidden_size": 1024,
         "num_hidden_layers": 8,
@@ -28,8 +30,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "v_head_dim": 64,
         "intermediate_size": 2048,
         "moe_intermediate_size": 512,
-        "n_routed_experts": 16,
-        "num_experts_per_tok": 4,
+        "n_routed_experts": 32,
+        "num_experts_per_tok": 8,
         "first_k_dense_replace": 0,
     },
     # As many layers as Kimi K2, each as small as can be: what is left is the cost of running layers at all.
@@ -46,10 +48,11 @@ _LITTLE = 2.0**-8
 
 def cycle_checkpoint() -> Path:
     """The folder of the checkpoint whose greedy text repeats itself, written now if it is not there."""
-    folder = Path(tempfile.gettempdir()) / "mlx-k2-bench" / CYCLE
+    quiet_of = bench_checkpoint("even")
+    folder = quiet_of.with_name(quiet_of.name.replace("even", CYCLE))
     if not folder.exists():
         partial = folder.with_suffix(".partial")
-        shutil.copytree(bench_checkpoint("even"), partial, dirs_exist_ok=True)
+        shutil.copytree(quiet_of, partial, dirs_exist_ok=True)
         for file in partial.glob("*.safetensors"):
             tensors = mx.load(str(file))
             assert isinstance(tensors, dict)
@@ -65,10 +68,11 @@ def cycle_checkpoint() -> Path:
 
 def bench_checkpoint(shape: str) -> Path:
     """The folder of the checkpoint of that shape, written now if it is not there."""
-    folder = Path(tempfile.gettempdir()) / "mlx-k2-bench" / shape
+    vocabulary = tiny_vocabulary(VOCAB_SIZE, CONTEXT_TOKENS)
+    ids = {"bos_token_id": vocabulary.bos_token_id, "eos_token_id": vocabulary.eos_token_id}
+    fields = tiny_config_fields(VOCAB_SIZE, max_position_embeddings=CONTEXT_TOKENS, **ids, **SHAPES[shape])
+    digest = hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=4).hexdigest()
+    folder = Path(tempfile.gettempdir()) / "mlx-k2-bench" / f"{shape}-{digest}"
     if not folder.exists():
-        vocabulary = tiny_vocabulary(VOCAB_SIZE, CONTEXT_TOKENS)
-        ids = {"bos_token_id": vocabulary.bos_token_id, "eos_token_id": vocabulary.eos_token_id}
-        fields = tiny_config_fields(VOCAB_SIZE, max_position_embeddings=CONTEXT_TOKENS, **ids, **SHAPES[shape])
         write_random_checkpoint(folder, fields, seed=1, tokenizer_files=vocabulary.files)
     return folder
