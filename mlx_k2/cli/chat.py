@@ -31,11 +31,11 @@ from mlx_k2.cli.repl.tally import Tally
 from mlx_k2.cli.repl.terminal import choose_keyboard, choose_screen
 from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.requests import (
+    Served,
     deployment_request,
     log_settings,
     new_conversation,
     open_source,
-    open_tokenizer,
     reply_settings,
 )
 from mlx_k2.cli.toolkit import opened_tools
@@ -95,9 +95,8 @@ def command(**options: Any) -> None:
 
 
 def _check(options: dict[str, Any], model: ModelDescription, context_tokens: int) -> None:
-    tokenizer = open_tokenizer(model)
-    settings = reply_settings(options, model, tokenizer, context_tokens)
-    settings.request(tokenizer, new_conversation(options, model, tokenizer).known_ids())
+    served = Served(model, context_tokens)
+    reply_settings(options, served).request(served.tokenizer, new_conversation(options, served).known_ids())
 
 
 def _chat(
@@ -110,8 +109,9 @@ def _chat(
 ) -> None:
     deployment = lasting.deployment
     model, context_tokens = deployment.model, deployment.shape.context_tokens
-    tokenizer = open_tokenizer(model)
-    conversation = new_conversation(options, model, tokenizer, () if tools is None else tools.declarations)
+    served = Served(model, context_tokens)
+    tokenizer = served.tokenizer
+    conversation = new_conversation(options, served, () if tools is None else tools.declarations)
     tally = Tally(context_tokens, len(deployment.plans), len(conversation.known_ids()))
     coordinator = coordinate(
         deployment,
@@ -123,7 +123,7 @@ def _chat(
     keyboard = choose_keyboard(list(HELP), tally.status)
     consent = Consent(screen, keyboard, options["allowed_tools"], everything=options["yes"])
     with StageReplies(coordinator, tokenizer) as replies:
-        settings = reply_settings(options, model, tokenizer, context_tokens)
+        settings = reply_settings(options, served)
         toolkit = None if tools is None else Toolkit(tools, consent)
         session = ChatSession(replies, tokenizer, conversation, settings, toolkit)
         consent.answer = session

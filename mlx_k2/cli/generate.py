@@ -25,19 +25,18 @@ from mlx_k2.cli.output import JsonOutput, TextOutput
 from mlx_k2.cli.repl.consent import Consent
 from mlx_k2.cli.repl.keyboard import LineKeyboard
 from mlx_k2.cli.requests import (
+    Served,
     deployment_request,
     is_as_it_is,
     log_settings,
     new_conversation,
     open_source,
-    open_tokenizer,
     prompt_text,
     read_prompt,
     reply_settings,
 )
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator import Coordinator
-from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.foresight import foresee
 from mlx_k2.deployment.recovery import LastingDeployment
 from mlx_k2.deployment.request import DeploymentRequest
@@ -112,7 +111,7 @@ def _generate(options: dict[str, Any], request: DeploymentRequest, model: ModelD
     text = prompt_text(options)
     if model is not None:  # refuse what can be refused before anything is started
         shape, _ = foresee(request, model)
-        read_prompt(options, text, model, open_tokenizer(model), shape.context_tokens)
+        read_prompt(options, text, Served(model, shape.context_tokens))
     with (
         opened_tools(options) as tools,
         ConsoleWatcher(options["verbose"]) as watcher,
@@ -126,16 +125,16 @@ def _answer(
     lasting: LastingDeployment, text: str, tools: Tools | None, watcher: ConsoleWatcher, options: dict[str, Any]
 ) -> None:
     deployment = lasting.deployment
-    tokenizer = open_tokenizer(deployment.model)
+    served = Served(deployment.model, deployment.shape.context_tokens)
     summaries: list[AnswerSummary] = []
-    with _output(options, tokenizer) as output:
+    with _output(options, served.tokenizer) as output:
         coordinator = coordinate(
             deployment,
             guesses=options["guess"] == "ngram",
             on_report=lasting.on_report,
             renew=lambda error: lasting.renew(error, output.restart),
         )
-        for event in _events(coordinator, deployment, tokenizer, text, tools, output, options):
+        for event in _events(coordinator, served, text, tools, output, options):
             watcher.done()
             output.event(event)
             if isinstance(event, AnswerSummary):
@@ -151,19 +150,18 @@ def _output(options: dict[str, Any], tokenizer: Tokenizer) -> TextOutput | JsonO
 
 def _events(
     coordinator: Coordinator,
-    deployment: Deployment,
-    tokenizer: Tokenizer,
+    served: Served,
     text: str,
     tools: Tools | None,
     output: TextOutput | JsonOutput,
     options: dict[str, Any],
 ) -> Iterator[Event]:
     """The answer to a prompt as it is, or to the first message of a conversation."""
-    model, context_tokens = deployment.model, deployment.shape.context_tokens
+    tokenizer = served.tokenizer
     if is_as_it_is(options):
-        return stream_answer(coordinator, tokenizer, read_prompt(options, text, model, tokenizer, context_tokens))
-    settings = reply_settings(options, model, tokenizer, context_tokens)
-    conversation = new_conversation(options, model, tokenizer, () if tools is None else tools.declarations)
+        return stream_answer(coordinator, tokenizer, read_prompt(options, text, served))
+    settings = reply_settings(options, served)
+    conversation = new_conversation(options, served, () if tools is None else tools.declarations)
     toolkit = None
     if tools is not None:
         consent = Consent(output.screen, LineKeyboard(), options["allowed_tools"], everything=options["yes"])

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mlx_k2.answers import Answer, answer_all
 from mlx_k2.cli.console import ConsoleWatcher, console, note, note_restart
 from mlx_k2.cli.prompt_files import PromptLine, ResultFile, line_seed, read_prompt_lines, run_digest
-from mlx_k2.cli.requests import SAMPLING_NAMES, base_seed, line_prompt, log_settings, open_tokenizer
+from mlx_k2.cli.requests import SAMPLING_NAMES, Served, base_seed, line_prompt, log_settings
 from mlx_k2.deployment.recovery import LastingDeployment
 from mlx_k2.deployment.request import DeploymentRequest
 from mlx_k2.engine.request import Request
@@ -66,13 +66,12 @@ def _answer_lines(
     """Run what is left; how many prompts failed now."""
     prompts: dict[int, Request] = {}
     num_done, seed = results.num_done, base_seed(options)
-    model, context_tokens = lasting.deployment.model, lasting.deployment.shape.context_tokens
-    tokenizer = open_tokenizer(model)
+    served = Served(lasting.deployment.model, lasting.deployment.shape.context_tokens)
     with _progress(len(lines), num_done) as progress:
         (task,) = progress.task_ids
         for index, line in enumerate(lines[num_done:], start=num_done):
             try:
-                request = line_prompt(options, line, line_seed(seed, index), model, tokenizer, context_tokens)
+                request = line_prompt(options, line, line_seed(seed, index), served)
             except SetupError as error:
                 results.write(index, {"id": _id(line, index), "error": str(error)})
                 progress.advance(task)
@@ -86,7 +85,7 @@ def _answer_lines(
             on_report=lasting.on_report,
             renew=lambda error: lasting.renew(error, note_restart),
         )
-        for answer in answer_all(coordinator, tokenizer, list(prompts.values())):
+        for answer in answer_all(coordinator, served.tokenizer, list(prompts.values())):
             index = index_of[id(answer.request)]
             results.write(index, {"id": _id(lines[index], index), **_result(answer.request, answer)})
             progress.advance(task)

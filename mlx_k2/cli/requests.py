@@ -3,7 +3,8 @@
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mlx_k2.engine.request import Request
 from mlx_k2.errors import DownloadError, HostfileError, RequestError
 from mlx_k2.model_source import BUILTIN, is_repo, model_folder, read_model_files
 from mlx_k2.sampling import GenerationConfig, Sampling
-from mlx_k2.text.chat_template import load_chat_template
+from mlx_k2.text.chat_template import ChatTemplate, load_chat_template
 from mlx_k2.text.prompt import render_prompt
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
@@ -93,13 +94,30 @@ def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDes
     return replace(request, source=pinned), describe_model(files, source.path_or_repo)
 
 
-def open_tokenizer(model: ModelDescription) -> Tokenizer:
-    """The model's tokenizer; of Kimi K2's size it takes a moment.
+@dataclass(frozen=True)
+class Served:
+    """How to speak to a model, from its files, each read once and when it is needed.
 
-    Raises:
-        TokenizerError: it cannot be read.
+    ``context_tokens`` is what its stages keep of a sequence. What cannot be read raises TokenizerError or RequestError.
     """
-    return load_tokenizer(model.files, model.config.vocab_size)
+
+    model: ModelDescription
+    context_tokens: int
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Of Kimi K2's size it takes a moment."""
+        return load_tokenizer(self.model.files, self.model.config.vocab_size)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """What puts messages into a prompt."""
+        return load_chat_template(self.model.files)
+
+    @cached_property
+    def recommended(self) -> GenerationConfig:
+        """How the checkpoint wants to be sampled."""
+        return GenerationConfig.from_json(self.model.files.get("generation_config.json", b"{}"))
 
 
 def is_as_it_is(options: Mapping[str, Any]) -> bool:
@@ -134,26 +152,17 @@ def prompt_text(options: Mapping[str, Any]) -> str:
     return text
 
 
-def read_prompt(
-    options: Mapping[str, Any], text: str, model: ModelDescription, tokenizer: Tokenizer, context_tokens: int
-) -> Request:
+def read_prompt(options: Mapping[str, Any], text: str, served: Served) -> Request:
     """The prompt as token ids, and how to sample from it: as asked, else as the checkpoint recommends.
 
     Raises:
         RequestError, TokenizerError: it cannot be served; says why.
     """
-    prompt_ids = _prompt_ids(options, text, model, tokenizer)
-    return reply_settings(options, model, tokenizer, context_tokens).request(tokenizer, prompt_ids)
+    prompt_ids = _prompt_ids(options, text, served)
+    return reply_settings(options, served).request(served.tokenizer, prompt_ids)
 
 
-def line_prompt(
-    options: Mapping[str, Any],
-    line: PromptLine,
-    seed: int,
-    model: ModelDescription,
-    tokenizer: Tokenizer,
-    context_tokens: int,
-) -> Request:
+def line_prompt(options: Mapping[str, Any], line: PromptLine, seed: int, served: Served) -> Request:
     """One line of a file of prompts; what it says of sampling stands above the options. ``seed`` is its own.
 
     Raises:
@@ -163,45 +172,40 @@ def line_prompt(
     given = {name: value for name in names if (value := getattr(line, name)) is not None}
     merged = {**options, **given, "seed": seed if line.seed is None else line.seed}
     if line.messages is not None:
-        prompt_ids = render_prompt(load_chat_template(model.files), tokenizer, line.messages)
+        prompt_ids = render_prompt(served.template, served.tokenizer, line.messages)
     else:
         assert line.prompt is not None, "a line without a prompt"
-        prompt_ids = _prompt_ids(merged, line.prompt, model, tokenizer)
-    return reply_settings(merged, model, tokenizer, context_tokens).request(tokenizer, prompt_ids)
+        prompt_ids = _prompt_ids(merged, line.prompt, served)
+    return reply_settings(merged, served).request(served.tokenizer, prompt_ids)
 
 
-def reply_settings(
-    options: Mapping[str, Any], model: ModelDescription, tokenizer: Tokenizer, context_tokens: int
-) -> ReplySettings:
+def reply_settings(options: Mapping[str, Any], served: Served) -> ReplySettings:
     """How replies are drawn: as asked, else as the checkpoint recommends.
 
     Raises:
         RequestError: a value is out of range.
     """
-    recommended = GenerationConfig.from_json(model.files.get("generation_config.json", b"{}"))
+    recommended = served.recommended
     return ReplySettings(
         sampling=_sampling(options, recommended),
-        max_tokens=context_tokens if options["max_tokens"] is None else options["max_tokens"],
-        stop_ids=tokenizer.stop_ids | {*model.config.eos_token_ids, *recommended.eos_token_ids},
+        max_tokens=served.context_tokens if options["max_tokens"] is None else options["max_tokens"],
+        stop_ids=served.tokenizer.stop_ids | {*served.model.config.eos_token_ids, *recommended.eos_token_ids},
         timeout_s=options["timeout"],
-        context_tokens=context_tokens,
+        context_tokens=served.context_tokens,
         thinking_budget=options["thinking_budget"],
         max_tool_calls=options["max_tool_calls"],
     )
 
 
 def new_conversation(
-    options: Mapping[str, Any],
-    model: ModelDescription,
-    tokenizer: Tokenizer,
-    tools: Sequence[Mapping[str, Any]] = (),
+    options: Mapping[str, Any], served: Served, tools: Sequence[Mapping[str, Any]] = ()
 ) -> Conversation:
     """A conversation in which nobody said anything yet.
 
     Raises:
         TokenizerError: the model's chat template cannot be read.
     """
-    return Conversation(load_chat_template(model.files), tokenizer, tools, options["system"] or None)
+    return Conversation(served.template, served.tokenizer, tools, options["system"] or None)
 
 
 def base_seed(options: Mapping[str, Any]) -> int:
@@ -216,15 +220,15 @@ def _sampling(options: Mapping[str, Any], recommended: GenerationConfig) -> Samp
     return Sampling(seed=base_seed(options), num_logprobs=options.get("num_logprobs"), **given)
 
 
-def _prompt_ids(options: Mapping[str, Any], text: str, model: ModelDescription, tokenizer: Tokenizer) -> list[int]:
+def _prompt_ids(options: Mapping[str, Any], text: str, served: Served) -> list[int]:
     if options["token_ids"] is not None:
         return _parse_ids(options["token_ids"])
     if options["raw"]:
-        return tokenizer.encode_text(text)
+        return served.tokenizer.encode_text(text)
     messages = [{"role": "user", "content": text}]
     if options["system"]:
         messages.insert(0, {"role": "system", "content": options["system"]})
-    return render_prompt(load_chat_template(model.files), tokenizer, messages)
+    return render_prompt(served.template, served.tokenizer, messages)
 
 
 def _parse_ids(text: str) -> list[int]:
