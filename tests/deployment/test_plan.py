@@ -13,7 +13,7 @@ from mlx_k2.errors import PartitionError, RequestError
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.index import CheckpointIndex
-from mlx_k2.weights.inventory import embedding_specs, held_bytes, layer_specs, model_specs
+from mlx_k2.weights.inventory import held_bytes, layer_specs, model_specs
 
 SHAPE = RunShape(dtype="bfloat16", context_tokens=32768, num_slots=1, chunk_tokens=2048)
 GB = 10**9
@@ -98,12 +98,14 @@ def test_a_context_takes_its_cache_from_the_room_for_weights() -> None:
     assert long.needed_bytes - short.needed_bytes == 32 * 32768 * 576 * 2
 
 
-def test_float32_doubles_what_is_not_int4() -> None:
+def test_float32_doubles_what_is_not_int4_and_holds_scales_and_biases_of_what_is() -> None:
     half, whole = (
         plan_stages(THINKING, studios(1), [UNKNOWN], None, RunShape(dtype, 2048, 1, 128))[0].shard_bytes
         for dtype in ("bfloat16", "float32")
     )
-    assert half + held_bytes(embedding_specs(THINKING.config), 2) < whole < 1.2 * half
+    experts = sum(spec.num_bytes for spec in model_specs(THINKING.config) if spec.name.endswith("weight_packed"))
+    as_shipped, in_float32 = experts * 4.5 / 4, experts * 6 / 4
+    assert whole - in_float32 == pytest.approx(2 * (half - as_shipped), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -38,11 +38,11 @@ _ALL: Mixture = (
     (copying_one_word, 0.05),
     (copying_much, 0.08),
     (arranging, 0.02),
-    (talk, 0.09),
+    (talk, 0.14),
     (story, 0.01),
     (beyond, 0.03),
     (naming, 0.06),
-    (introducing, 0.04),
+    (introducing, 0.06),
     (one_call, 0.12),
     (strange_call, 0.06),
     (telling_tools, 0.06),
@@ -161,7 +161,7 @@ def _converse(rng: random.Random, task: Task, left_out: frozenset[str]) -> Conve
     earlier: list[Task] = []
     if rng.random() < 0.15:
         earlier += [_draw(rng, rng.choice(_PLAIN), left_out) for _ in range(rng.choice((1, 1, 2)))]
-    elif task.exchange.steps and rng.random() < 0.12:
+    elif rng.random() < 0.12:
         earlier.append(_draw(rng, one_call, left_out))
     tools = _declared([*earlier, task])
     if not tools and rng.random() < 0.07:
