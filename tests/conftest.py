@@ -1,7 +1,9 @@
 """What holds for every test: a skip says what it needs and how to get it, and on CI nothing may be missing."""
 
 import os
+import signal
 from collections import Counter
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -12,6 +14,18 @@ hypothesis.settings.load_profile("no deadline for an example")
 
 _NEEDS = "needs "
 _not_run: Counter[str] = Counter()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals_as_usual() -> Iterator[None]:
+    """A process started here heeds SIGINT and SIGHUP, also where these tests run in the background or under nohup."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

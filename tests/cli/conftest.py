@@ -1,7 +1,5 @@
 """One user for all tests of this folder, and a model that never stops of itself."""
 
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,15 +17,3 @@ def command_line(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose config names no stop token, for answers that go on."""
     return write_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture
-def signals_as_usual() -> Iterator[None]:
-    """A process started here heeds SIGINT and SIGHUP, also where these tests run in the background or under nohup."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler is signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)

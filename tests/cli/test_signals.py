@@ -13,7 +13,6 @@ import pytest
 from tests.cli.command import CommandLine, processes_below
 from tests.local_cluster import wait_until_gone
 
-pytestmark = pytest.mark.usefixtures("signals_as_usual")
 Start = Callable[..., subprocess.Popen[bytes]]
 
 PROCESSES_OF_A_STAGE = 3
