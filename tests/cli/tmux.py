@@ -75,8 +75,14 @@ def terminal(
     pane = Terminal(socket)
     start = ["tmux", "-f", "/dev/null", "-S", str(socket), "new-session", "-d", "-s", "pane", "-x", str(columns)]
     keep = f"{line}; echo exit code $?; read _"
-    subprocess.run([*start, "-y", str(rows), keep], check=True, timeout=20)
+    _start([*start, "-y", str(rows), keep])
     try:
         yield pane
     finally:
         subprocess.run(["tmux", "-S", str(socket), "kill-server"], capture_output=True, timeout=20)
+
+
+def _start(command: Sequence[str]) -> None:
+    """Once in a while a tmux server "exited unexpectedly" as it starts; then once more."""
+    if subprocess.run(command, timeout=20).returncode != 0:
+        subprocess.run(command, check=True, timeout=20)

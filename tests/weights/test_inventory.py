@@ -93,12 +93,14 @@ def test_dense_bits_leave_routed_experts_router_norms_and_embedding_as_they_are(
     assert not any(spec.is_routed_expert for spec in changed)
 
 
-def test_in_float32_only_what_is_computed_with_grows(thinking: ModelConfig) -> None:
+def test_in_float32_what_is_computed_with_doubles_and_experts_take_six_bits_a_weight(thinking: ModelConfig) -> None:
     specs = layer_specs(thinking, 1)
-    routed = held_bytes(spec for spec in specs if spec.is_routed_expert)
-    assert routed == 384 * 24_772_608
+    routed = [spec for spec in specs if spec.is_routed_expert]
+    others = [spec for spec in specs if not spec.is_routed_expert]
+    assert held_bytes(routed) == 384 * 24_772_608
+    assert held_bytes(routed, 4) * 4.5 == held_bytes(routed) * 6
     correction_bias = 384 * 4
-    assert held_bytes(specs, 4) - routed - correction_bias == 2 * (held_bytes(specs) - routed - correction_bias)
+    assert held_bytes(others, 4) - correction_bias == 2 * (held_bytes(others) - correction_bias)
 
 
 def test_names_and_shapes_are_those_of_the_original_files(thinking_specs: tuple[TensorSpec, ...]) -> None:
