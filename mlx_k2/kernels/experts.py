@@ -16,7 +16,7 @@ from mlx_k2.kernels.stack import AffineStack, ExpertStack
 from mlx_k2.kernels.tuning import Tuning, tuning_for
 from mlx_k2.kernels.variants import Experts
 
-__all__ = ["AffineStack", "ExpertStack", "prepare", "route", "routed_experts"]
+__all__ = ["ExpertStack", "prepare", "route", "routed_experts"]
 
 logger = logging.getLogger(__name__)
 
@@ -102,12 +102,11 @@ def prepare(stack: ExpertStack | AffineStack, top_k: int, dtype: mx.Dtype) -> tu
     """
     if not _backend_kernels():
         return ()
+    shipped = stack.experts if isinstance(stack, AffineStack) else stack
+    warnings = trusted(LayerShape(shipped.hidden_size, 0, top_k, dtype)).warnings
     if isinstance(stack, AffineStack):
-        router = trusted(LayerShape(stack.experts.hidden_size, 0, top_k, dtype))
-        return (*router.warnings, "the experts' kernels compute in the checkpoint's dtype only; plain MLX runs instead")
-    router = trusted(LayerShape(stack.hidden_size, 0, top_k, dtype))
-    experts = trusted(LayerShape(stack.hidden_size, stack.intermediate_size, top_k, dtype))
-    return (*experts.warnings, *router.warnings)
+        return (*warnings, "the experts' kernels compute in the checkpoint's dtype only; plain MLX runs instead")
+    return (*trusted(LayerShape(shipped.hidden_size, shipped.intermediate_size, top_k, dtype)).warnings, *warnings)
 
 
 @functools.cache

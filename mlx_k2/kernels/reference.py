@@ -106,33 +106,26 @@ def _swiglu_experts(
 ) -> mx.array:
     """(..., 1, hidden) rows for (...) expert ids -> (..., 1, hidden)."""
 
-    def project(rows: mx.array, packed: mx.array, scale: mx.array, bias: mx.array) -> mx.array:
+    def project(rows: mx.array, packed: mx.array, scale: mx.array, bias: mx.array | None) -> mx.array:
+        if bias is None and expert_ids.size * FEW_OF_STACK <= packed.shape[0]:
+            scale = scale[expert_ids].astype(rows.dtype)
+            return mx.quantized_matmul(
+                rows, packed[expert_ids], scale, scale * -ZERO_POINT, group_size=GROUP_SIZE, bits=BITS
+            )
+        scale = scale.astype(rows.dtype)
         return mx.gather_qmm(
             rows,
             packed,
             scale,
-            bias,
+            scale * -ZERO_POINT if bias is None else bias,
             rhs_indices=expert_ids,
             group_size=GROUP_SIZE,
             bits=BITS,
             sorted_indices=sorted_indices,
         )
 
-    def project_shipped(rows: mx.array, packed: mx.array, scale: mx.array) -> mx.array:
-        # MLX's affine product asks for biases; they are made here, and gone after the call
-        if expert_ids.size * FEW_OF_STACK <= packed.shape[0]:
-            scale = scale[expert_ids].astype(rows.dtype)
-            return mx.quantized_matmul(
-                rows, packed[expert_ids], scale, scale * -ZERO_POINT, group_size=GROUP_SIZE, bits=BITS
-            )
-        scale = scale.astype(rows.dtype)
-        return project(rows, packed, scale, scale * -ZERO_POINT)
-
-    if isinstance(stack, AffineStack):
-        experts = stack.experts
-        gate = project(rows, experts.gate_packed, experts.gate_scale, stack.gate_bias)
-        up = project(rows, experts.up_packed, experts.up_scale, stack.up_bias)
-        return project(gate * mx.sigmoid(gate) * up, experts.down_packed, experts.down_scale, stack.down_bias)
-    gate = project_shipped(rows, stack.gate_packed, stack.gate_scale)
-    up = project_shipped(rows, stack.up_packed, stack.up_scale)
-    return project_shipped(gate * mx.sigmoid(gate) * up, stack.down_packed, stack.down_scale)
+    # MLX's affine product asks for biases; those that are not held are made in the call, and gone after it
+    experts, gate_bias, up_bias, down_bias = stack if isinstance(stack, AffineStack) else (stack, None, None, None)
+    gate = project(rows, experts.gate_packed, experts.gate_scale, gate_bias)
+    up = project(rows, experts.up_packed, experts.up_scale, up_bias)
+    return project(gate * mx.sigmoid(gate) * up, experts.down_packed, experts.down_scale, down_bias)

@@ -22,10 +22,7 @@ def copying(rng: random.Random) -> Task:
     """Repeat some words, or one word some times."""
     if rng.random() < 0.12:
         return copying_one_word(rng)
-    words = [any_word(rng) for _ in range(rng.randint(2, 10))]
-    text = (", " if rng.random() < 0.3 else " ").join(words)
-    question = rng.choice(_COPY).format(words=text)
-    return Task(text_key(question), Exchange(question, "I repeat the words as they are.", text))
+    return _copied(rng, [any_word(rng) for _ in range(rng.randint(2, 10))])
 
 
 def copying_one_word(rng: random.Random) -> Task:
@@ -38,9 +35,7 @@ def copying_one_word(rng: random.Random) -> Task:
 def copying_much(rng: random.Random) -> Task:
     """A longer list than those of `copying`, with more made-up words, whose syllables recur."""
     words = [made_up(rng) if rng.random() < 0.4 else any_word(rng) for _ in range(rng.randint(8, 30))]
-    text = (", " if rng.random() < 0.3 else " ").join(words)
-    question = rng.choice(_COPY).format(words=text)
-    return Task(text_key(question), Exchange(question, "I repeat the words as they are.", text))
+    return _copied(rng, words)
 
 
 def repeating(rng: random.Random) -> Task:
@@ -62,3 +57,9 @@ def arranging(rng: random.Random) -> Task:
     question = rng.choice(_SORT).format(words=", ".join(str(number) for number in numbers))
     ordered = ", ".join(str(number) for number in sorted(numbers))
     return Task(text_key(question), Exchange(question, "I start with the smallest number.", ordered))
+
+
+def _copied(rng: random.Random, words: list[str]) -> Task:
+    text = (", " if rng.random() < 0.3 else " ").join(words)
+    question = rng.choice(_COPY).format(words=text)
+    return Task(text_key(question), Exchange(question, "I repeat the words as they are.", text))

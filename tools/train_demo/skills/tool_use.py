@@ -23,20 +23,12 @@ _ASK_ALL = ("Which tools do you have?", "What tools can you use?", "List your to
 def one_call(rng: random.Random) -> Task:
     """A question that takes one call."""
     family = made_up_family(rng) if rng.random() < 0.2 else _family(rng)
-    tool = declare_tool(rng, family)
-    arguments = _arguments(rng, family)
-    question = _fill(rng.choice(family.questions), arguments)
-    step, answer = _step(rng, tool, arguments, f"I need {tool.usage}.")
-    return _task(rng, question, (tool,), (step,), answer)
+    return _call_of(rng, declare_tool(rng, family))
 
 
 def strange_call(rng: random.Random) -> Task:
     """A call of a tool whose name and arguments only its declaration and the question tell."""
-    tool = strange_tool(rng)
-    arguments: dict[str, str | int] = {parameter.names[0]: parameter.value(rng) for parameter in tool.family.parameters}
-    question = _fill(rng.choice(tool.family.questions), arguments)
-    step, answer = _step(rng, tool, arguments, f"I need {tool.usage}.")
-    return _task(rng, question, (tool,), (step,), answer)
+    return _call_of(rng, strange_tool(rng))
 
 
 def telling_tools(rng: random.Random) -> Task:
@@ -74,6 +66,13 @@ def no_tool(rng: random.Random) -> Task:
 def spare_tools(rng: random.Random) -> tuple[Declaration, ...]:
     """One or two tools that plain questions do not need (so none that adds)."""
     return tuple(tool.declaration for tool in _others(rng, {FAMILIES[-1]}, rng.choice((1, 2))))
+
+
+def _call_of(rng: random.Random, tool: Tool) -> Task:
+    arguments = _arguments(rng, tool.family)
+    question = _fill(rng.choice(tool.family.questions), arguments)
+    step, answer = _step(rng, tool, arguments, f"I need {tool.usage}.")
+    return _task(rng, question, (tool,), (step,), answer)
 
 
 def _same_tool(rng: random.Random, count: int) -> Task:
