@@ -3,7 +3,6 @@
 Knows token ids and stages; no text, and no arrays.
 """
 
-import threading
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -102,12 +101,12 @@ class Coordinator:
         self._heard_at = time.monotonic()
         self.use = tuple(StageUse() for _ in range(group.size))
 
-    def run(self, *requests: Request, stop: threading.Event | None = None) -> Generator[TokenEvent, None, None]:
+    def run(self, *requests: Request, stopped: Callable[[], bool] = lambda: False) -> Generator[TokenEvent, None, None]:
         """Run ``requests``, and whatever was submitted before, to their end; tokens in the order they come.
 
         After a fault it goes on over new stages, where ``renew`` has some: every running sequence is computed again
         from its tokens, and no token comes twice. Closing the generator early cancels what is still running; so does
-        ``stop``, which another thread or a signal handler may set, when a stage has finished its next step.
+        ``stopped``, asked whenever a stage has finished a step.
 
         Raises:
             StageFault: a stage reported an error or ended.
@@ -116,7 +115,7 @@ class Coordinator:
         for request in requests:
             self._scheduler.submit(request)
         try:
-            while (self._scheduler.has_work or self._sent) and not (stop is not None and stop.is_set()):
+            while (self._scheduler.has_work or self._sent) and not stopped():
                 yield from self._turn()
                 yield from self._stop_late()
         finally:

@@ -1,6 +1,5 @@
 """Where text and tokens meet: a prompt becomes a request, drawn tokens become text. Knows no terminal."""
 
-import threading
 import time
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as Tokens
@@ -105,24 +104,24 @@ def stream_answer(
     request: Request,
     *,
     interject: Callable[[], Tokens[int]] = _nothing,
-    stop: threading.Event | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Generator[Delta | AnswerSummary, None, None]:
     """Run ``request`` to its end: a Delta for each token as it is drawn, then one AnswerSummary.
 
     ``interject`` is asked before each token, perhaps twice; the tokens that it gives stand in the answer as if they
     had been drawn, and the answer goes on behind them. Closing the generator early cancels the request. So does
-    ``stop``, set from anywhere, and the summary says so.
+    ``stopped``, asked after each step, and the summary says so.
 
     Raises:
         ClusterError: a stage failed; the tokens so far were yielded.
     """
     detokenizer = Detokenizer(tokenizer)
     answer = _Answer(request)
-    while answer.finish_reason is None and not (stop is not None and stop.is_set()):
+    while answer.finish_reason is None and not stopped():
         for token_id in interject():
             answer.give(token_id)
             yield Delta(token_id, detokenizer.add(token_id), None, ())
-        with closing(coordinator.run(answer.rest, stop=stop)) as events:
+        with closing(coordinator.run(answer.rest, stopped=stopped)) as events:
             for event in events:
                 token = answer.take(event)
                 if token is not None:

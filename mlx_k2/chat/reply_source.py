@@ -19,7 +19,7 @@ class ReplySource(Protocol):
     """Draws replies, one after the other."""
 
     def stream(
-        self, request: Request, interject: Callable[[], Sequence[int]], stop: threading.Event
+        self, request: Request, interject: Callable[[], Sequence[int]], stopped: Callable[[], bool]
     ) -> Generator[Delta | AnswerSummary, None, None]:
         """The reply to a prompt, as ``stream_answer`` gives it."""
 
@@ -45,11 +45,11 @@ class StageReplies:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._ahead is not None:
-            self._ahead.stop.set()
+            self._ahead.stop()
             self._ahead.join(_CLOSE_S)  # a step that takes longer ends with the stages
 
     def stream(
-        self, request: Request, interject: Callable[[], Sequence[int]], stop: threading.Event
+        self, request: Request, interject: Callable[[], Sequence[int]], stopped: Callable[[], bool]
     ) -> Generator[Delta | AnswerSummary, None, None]:
         """The reply to a prompt.
 
@@ -57,7 +57,7 @@ class StageReplies:
             ClusterError: a stage failed, now or while something was computed ahead.
         """
         self.settle()
-        return stream_answer(self._coordinator, self._tokenizer, request, interject=interject, stop=stop)
+        return stream_answer(self._coordinator, self._tokenizer, request, interject=interject, stopped=stopped)
 
     def compute_ahead(self, prompt_ids: Callable[[], Sequence[int]]) -> None:
         """Until the next reply is asked for, compute ``prompt_ids`` on a thread of its own."""
@@ -73,7 +73,7 @@ class StageReplies:
         """
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
-            ahead.stop.set()
+            ahead.stop()
             ahead.join()
             if ahead.fault is not None:
                 raise ahead.fault
@@ -86,18 +86,22 @@ class _Ahead(threading.Thread):
         super().__init__(name="computing ahead", daemon=True)
         self._coordinator = coordinator
         self._prompt_ids = prompt_ids
-        self.stop = threading.Event()
+        self._stopped = False
         self.fault: ClusterError | None = None
 
     def run(self) -> None:
-        """Until the prompt is cached, or ``stop`` is set."""
+        """Until the prompt is cached, or ``stop`` is called."""
         try:
             token_ids = tuple(self._prompt_ids())
         except SetupError:  # what cannot be rendered is refused when it is asked
             return
         request = Request(token_ids, 1, Sampling(seed=0, temperature=0), frozenset())
         try:
-            for _ in self._coordinator.run(request, stop=self.stop):
+            for _ in self._coordinator.run(request, stopped=lambda: self._stopped):
                 pass
         except ClusterError as fault:
             self.fault = fault
+
+    def stop(self) -> None:
+        """End it when a stage has finished its next step. Does not wait."""
+        self._stopped = True

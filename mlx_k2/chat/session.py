@@ -1,6 +1,5 @@
 """A conversation that runs: what the user says in, what happens out. Knows neither stages nor a terminal."""
 
-import threading
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -85,7 +84,7 @@ class ChatSession:
         self._conversation = conversation
         self._settings = settings
         self._toolkit = toolkit
-        self._stop = threading.Event()
+        self._stopped = False
         self._close_ids = () if settings.thinking_budget is None else (tokenizer.token_id("</think>"),)
 
     def say(self, text: str) -> Generator[Event, None, None]:
@@ -96,7 +95,7 @@ class ChatSession:
                 taken; after tool calls, their results are part of the conversation.
             ClusterError: a stage failed; what was said so far is part of the conversation.
         """
-        self._stop.clear()
+        self._stopped = False
         conversation = self.settled()
         message = conversation.add_user(text)
         try:
@@ -109,7 +108,7 @@ class ChatSession:
 
     def retry(self) -> Generator[Event, None, None]:
         """The model answers the user's last message anew, with another seed; errors as of ``say``."""
-        self._stop.clear()
+        self._stopped = False
         if not self.settled().take_back_reply():
             raise RequestError("there is nothing to answer yet")
         sampling = self._settings.sampling
@@ -119,7 +118,7 @@ class ChatSession:
 
     def stop(self) -> None:
         """End the answer that is under way, soon; safe in a signal handler and from any thread."""
-        self._stop.set()
+        self._stopped = True
 
     @property
     def conversation(self) -> Conversation:
@@ -144,6 +143,9 @@ class ChatSession:
         limit = self._settings.context_tokens - 1
         self._source.compute_ahead(lambda: self._conversation.known_ids()[:limit])
 
+    def _is_stopped(self) -> bool:
+        return self._stopped
+
     def _request(self) -> Request:
         return self._settings.request(self._tokenizer, self._conversation.prompt_ids())
 
@@ -162,12 +164,12 @@ class ChatSession:
             if self._toolkit is None or not reply.calls:
                 return
             texts = yield from run_calls(
-                reply.calls, self._toolkit.tools, self._toolkit.approve, self._stop, calls_left
+                reply.calls, self._toolkit.tools, self._toolkit.approve, self._is_stopped, calls_left
             )
             for message in self._conversation.add_results(texts):
                 yield Said(message)
             calls_left = -1 if len(reply.calls) > calls_left else calls_left - len(reply.calls)
-            if self._stop.is_set():
+            if self._stopped:
                 return
             request = self._request()
 
@@ -182,7 +184,7 @@ class ChatSession:
             return self._close_ids if budget is not None and reader.in_reasoning and num_thought >= budget else ()
 
         try:
-            for event in self._source.stream(request, interject, self._stop):
+            for event in self._source.stream(request, interject, self._is_stopped):
                 yield event
                 if isinstance(event, Delta):
                     was_thinking = reader.in_reasoning

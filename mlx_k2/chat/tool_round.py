@@ -1,6 +1,5 @@
 """Runs the tool calls of one reply, side by side. Knows neither the model nor what the tools do."""
 
-import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -37,16 +36,16 @@ class Tools(Protocol):
 
 
 def run_calls(
-    calls: Sequence[ToolCall], tools: Tools, approve: Approve, stop: threading.Event, max_calls: int
+    calls: Sequence[ToolCall], tools: Tools, approve: Approve, stopped: Callable[[], bool], max_calls: int
 ) -> Generator[CallStarted | CallEnded, None, list[str]]:
     """Run ``calls``, at most ``max_calls`` of them; returns a text for each, in their order.
 
-    Each is put to ``approve`` first, then all that may run do so at once. ``stop``, set from anywhere, ends those
-    that still run.
+    Each is put to ``approve`` first, then all that may run do so at once. Once ``stopped``, those
+    that still run are ended.
     """
     results: dict[int, ToolResult] = {}
     for index, call in enumerate(calls):
-        early = _early_result(call, tools, approve, stop, has_room=index < max_calls)
+        early = _early_result(call, tools, approve, stopped, has_room=index < max_calls)
         if early is not None:
             results[index] = early
             yield CallEnded(call, early, None)
@@ -59,7 +58,7 @@ def run_calls(
             yield CallStarted(call)
     while running:
         done, _ = wait(running, timeout=_LOOK_EVERY_S, return_when=FIRST_COMPLETED)
-        if stop.is_set():
+        if stopped():
             done = set(running)
         for future in sorted(done, key=lambda future: running[future]):
             index = running.pop(future)
@@ -70,15 +69,15 @@ def run_calls(
 
 
 def _early_result(
-    call: ToolCall, tools: Tools, approve: Approve, stop: threading.Event, *, has_room: bool
+    call: ToolCall, tools: Tools, approve: Approve, stopped: Callable[[], bool], *, has_room: bool
 ) -> ToolResult | None:
     """What a call comes to that is not run; None: it is to be run. A tool that is not there needs nobody's consent."""
     if call.error is not None:
         return ToolResult(Outcome.REFUSED, call.error)
     if not has_room:
         return _TOO_MANY
-    if stop.is_set():
+    if stopped():
         return _NOT_RUN
     if call.name in tools.tools and not approve(call):
-        return _NOT_RUN if stop.is_set() else _DECLINED
+        return _NOT_RUN if stopped() else _DECLINED
     return None

@@ -5,7 +5,6 @@ Nobody who computes does I/O here: ``FrameWriter.put`` never waits, and a full q
 
 import queue
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import IO
@@ -22,9 +21,9 @@ class FrameWriter:
     def __init__(self, stream: IO[bytes], name: str) -> None:
         self._stream = stream
         self._name = name
-        self._queue: queue.Queue[bytes | None] = queue.Queue(QUEUE_FRAMES)
-        self._broken = threading.Event()
-        self._closing = threading.Event()
+        # A SimpleQueue, and no lock of Python's: a signal handler that raises in the midst of those leaves them held.
+        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._takes_more = True
         self._thread = threading.Thread(target=self._run, name=f"write {name}", daemon=True)
         self._thread.start()
 
@@ -41,32 +40,29 @@ class FrameWriter:
         self._put(data)
 
     def close(self, timeout_s: float) -> None:
-        """Close the stream once what is queued is written; waits for that for at most ``timeout_s`` in all.
+        """Close the stream once what is queued is written; waits for that for at most ``timeout_s``.
 
         After that it still happens in the background, as soon as the peer reads or goes.
         """
-        deadline = time.monotonic() + timeout_s
-        self._closing.set()
-        with suppress(queue.Full):  # then the writer sees _closing once the peer has read enough
-            self._queue.put_nowait(None)
-        self._thread.join(max(0.0, deadline - time.monotonic()))
+        self._takes_more = False
+        self._queue.put(None)
+        self._thread.join(timeout_s)
 
     def _put(self, data: bytes) -> None:
-        if self._broken.is_set() or self._closing.is_set():
+        if not self._takes_more:
             return
-        try:
-            self._queue.put_nowait(data)
-        except queue.Full:
-            raise ProtocolError(f"{self._name} has stopped reading: {QUEUE_FRAMES} frames are waiting for it") from None
+        if self._queue.qsize() >= QUEUE_FRAMES:
+            raise ProtocolError(f"{self._name} has stopped reading: {QUEUE_FRAMES} frames are waiting for it")
+        self._queue.put(data)
 
     def _run(self) -> None:
         try:
-            while not (self._closing.is_set() and self._queue.empty()) and (data := self._queue.get()) is not None:
+            while (data := self._queue.get()) is not None:
                 self._stream.write(data)
                 if self._queue.empty():
                     self._stream.flush()
         except (OSError, ValueError):  # the peer is gone, or the stream was closed under us
-            self._broken.set()
+            self._takes_more = False
         with suppress(OSError, ValueError):
             self._stream.close()  # also where a write failed, so that no descriptor stays open
 

@@ -1,6 +1,5 @@
 """Reply sources that say what a script says: alone, or over stages that compute every token of it."""
 
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -36,7 +35,7 @@ class Script:
         self.requests: list[Request] = []
 
     def stream(
-        self, request: Request, interject: Interject, stop: threading.Event
+        self, request: Request, interject: Interject, stopped: Callable[[], bool]
     ) -> Generator[Delta | AnswerSummary, None, None]:
         self.requests.append(request)
         detokenizer = Detokenizer(self._tokenizer)
@@ -44,12 +43,12 @@ class Script:
         for number, token_id in enumerate(ids):
             if self._on_token is not None:
                 self._on_token(number)
-            if stop.is_set():
+            if stopped():
                 yield summary_of(request, number, FinishReason.CANCELLED)
                 return
             yield Delta(token_id, detokenizer.add(token_id), None, ())
-        stopped = bool(ids) and ids[-1] in request.stop_ids
-        yield summary_of(request, len(ids), FinishReason.STOP if stopped else FinishReason.LENGTH)
+        ended = bool(ids) and ids[-1] in request.stop_ids
+        yield summary_of(request, len(ids), FinishReason.STOP if ended else FinishReason.LENGTH)
 
     def compute_ahead(self, prompt_ids: Callable[[], Sequence[int]]) -> None:
         """Nothing computes here."""
@@ -68,7 +67,7 @@ class ScriptOnStages:
         self.summaries: list[AnswerSummary] = []
 
     def stream(
-        self, request: Request, interject: Interject, stop: threading.Event
+        self, request: Request, interject: Interject, stopped: Callable[[], bool]
     ) -> Generator[Delta | AnswerSummary, None, None]:
         reply = next(self._replies)
         given = [reply]

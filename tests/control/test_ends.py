@@ -1,11 +1,20 @@
 import os
 import queue
+import random
+import signal
+import threading
+import time
+from contextlib import suppress
+from types import FrameType
+from typing import NoReturn
 
 import pytest
 
 from mlx_k2.control.ends import QUEUE_FRAMES, FrameReader, FrameWriter
 from mlx_k2.control.framing import Frame, Kind
 from mlx_k2.errors import ProtocolError
+
+NUM_INTERRUPTS = 200
 
 
 class Pipe:
@@ -76,6 +85,43 @@ def test_frames_for_a_peer_that_is_gone_are_dropped_and_the_stream_is_closed() -
     writer.close(5)
     assert pipe.write_end.closed
     writer.put(Kind.MESSAGE, b"lost too")
+
+
+class _Interrupted(BaseException):
+    """What the handler of the test below raises."""
+
+
+def test_a_signal_handler_that_raises_in_the_midst_of_putting_leaves_a_writer_that_works() -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise _Interrupted
+
+    def send_signals() -> None:
+        main = threading.main_thread().ident or 0
+        for _ in range(NUM_INTERRUPTS):
+            putting.get()
+            time.sleep(random.uniform(0, 2e-4))
+            signal.pthread_kill(main, signal.SIGUSR1)
+
+    def put_for_ever() -> NoReturn:
+        while True:
+            with suppress(ProtocolError):  # the reader is slower
+                writer.put(Kind.MESSAGE, b"")
+
+    putting: queue.SimpleQueue[None] = queue.SimpleQueue()
+    pipe = Pipe()
+    pipe.read()
+    writer = FrameWriter(pipe.write_end, "test")
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    sender = threading.Thread(target=send_signals)
+    sender.start()
+    for _ in range(NUM_INTERRUPTS):
+        with suppress(_Interrupted):
+            putting.put(None)
+            put_for_ever()
+    sender.join()
+    signal.signal(signal.SIGUSR1, before)
+    writer.close(5)
+    assert pipe.ends.get(timeout=5) is None
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
