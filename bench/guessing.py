@@ -26,11 +26,11 @@ SKIPPED = 140
 
 
 class Stream:
-    """One stream after the other on the same stages; ``hit_rate`` is that of the last one."""
+    """One stream after the other on the same stages; ``hit_share`` says what share of the last one's tokens was guessed."""
 
     def __init__(self, deployment: Deployment, *, guesses: bool) -> None:
         self._coordinator = coordinate(deployment, guesses=guesses)
-        self.hit_rate = 0.0
+        self.hit_share = 0.0
 
     def rate(self, temperature: float) -> float:
         """Tokens per second after the skipped ones."""
@@ -40,8 +40,8 @@ class Stream:
         for event in self._coordinator.run(request):
             arrivals.append(time.perf_counter())
             if len(arrivals) == SKIPPED:
-                guesses, hits = event.sequence.num_guesses, event.sequence.num_hits
-        self.hit_rate = (event.sequence.num_hits - hits) / max(1, event.sequence.num_guesses - guesses)
+                hits = event.sequence.num_hits
+        self.hit_share = (event.sequence.num_hits - hits) / (len(arrivals) - SKIPPED)
         return (len(arrivals) - 1 - SKIPPED) / (arrivals[-1] - arrivals[SKIPPED])
 
 
@@ -57,7 +57,7 @@ def main() -> None:
             name = f"guesses over none, {text}"
             claim = Claim(name, partial(guessing.rate, temperature), partial(plain.rate, temperature), asked)
             measure("guessing", claim, options)
-            print(f"hit rate {guessing.hit_rate:.2f}", flush=True)
+            print(f"guessed right: {guessing.hit_share:.2f} of the tokens", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Counting up, down, in steps, and counting words. Knows nothing of other skills."""
 
+import itertools
 import random
 
 from tools.train_demo.conversation import Exchange
@@ -64,12 +65,15 @@ def counting_words(rng: random.Random) -> Task:
 
 
 def counting_one_word(rng: random.Random) -> Task:
-    """How often a word stands in a list: seen at a glance, since repeated words leave no way to keep one's place."""
+    """How often a word stands in a list: each word by its number, since repeated words leave no other way to go on."""
     different = [any_word(rng) for _ in range(rng.randint(2, 4))]
     words = [rng.choice(different) for _ in range(rng.randint(3, 9))]
     word = different[0]
     question = rng.choice(_HOW_OFTEN).format(word=word, words=_spaced(rng, words))
-    return Task(text_key(question), Exchange(question, f"I look for {word}.", str(words.count(word))))
+    seen = itertools.count(1)
+    steps = (f"{at} {each}{f': {next(seen)}' if each == word else ''}" for at, each in enumerate(words, start=1))
+    think = f"I look for {word}. {', '.join(steps)}."
+    return Task(text_key(question), Exchange(question, think, str(words.count(word))))
 
 
 def _words_counted(rng: random.Random, words: list[str]) -> Task:
