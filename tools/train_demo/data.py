@@ -8,12 +8,19 @@ from dataclasses import dataclass, replace
 from tools.train_demo.conversation import Conversation, Declaration, Exchange
 from tools.train_demo.skills.arithmetic import arithmetic, arithmetic_to_ask
 from tools.train_demo.skills.copying import arranging, copying, copying_much, copying_one_word, repeating
-from tools.train_demo.skills.counting import counting, counting_in_steps, counting_one_word, counting_words
+from tools.train_demo.skills.counting import (
+    counting,
+    counting_far,
+    counting_in_steps,
+    counting_one_word,
+    counting_words,
+)
 from tools.train_demo.skills.naming import introducing, naming, naming_system
 from tools.train_demo.skills.talk import beyond, story, talk
 from tools.train_demo.skills.tool_use import (
     no_tool,
     one_call,
+    renamed_call,
     several_calls,
     spare_tools,
     strange_call,
@@ -29,25 +36,28 @@ TRAINING_SEED = 1
 QUESTIONS_PER_SKILL = 200
 
 _ALL: Mixture = (
-    (arithmetic, 0.08),
+    (arithmetic, 0.1),
     (counting, 0.08),
     (counting_in_steps, 0.03),
+    (counting_far, 0.06),
     (counting_words, 0.05),
-    (counting_one_word, 0.2),
-    (copying, 0.12),
-    (copying_one_word, 0.05),
-    (copying_much, 0.06),
-    (arranging, 0.02),
-    (talk, 0.12),
+    (counting_one_word, 0.14),
+    (copying, 0.1),
+    (copying_one_word, 0.08),
+    (copying_much, 0.05),
+    (repeating, 0.04),
+    (arranging, 0.01),
+    (talk, 0.1),
     (story, 0.01),
-    (beyond, 0.04),
-    (naming, 0.09),
+    (beyond, 0.03),
+    (naming, 0.08),
     (introducing, 0.03),
-    (one_call, 0.12),
-    (strange_call, 0.05),
+    (one_call, 0.1),
+    (renamed_call, 0.07),
+    (strange_call, 0.04),
     (telling_tools, 0.05),
     (several_calls, 0.07),
-    (no_tool, 0.05),
+    (no_tool, 0.04),
 )
 _COPYING: Mixture = (
     (copying, 0.2),

@@ -45,8 +45,14 @@ def counting_in_steps(rng: random.Random) -> Task:
     return _range(rng, rng.choice(_STEPS), rng.choice((2, 2, 3, 5, 5, 10)))
 
 
-def _range(rng: random.Random, template: str, step: int) -> Task:
-    count = rng.randint(3, 15)
+def counting_far(rng: random.Random) -> Task:
+    """So far that the end's last digit comes more than once, which tempts to stop too early."""
+    templates, steps = rng.choice(((_UP, (1,)), (_DOWN, (-1,)), (_STEPS, (2, 5, 10))))
+    return _range(rng, rng.choice(templates), rng.choice(steps), least=9)
+
+
+def _range(rng: random.Random, template: str, step: int, least: int = 3) -> Task:
+    count = rng.randint(least, 15)
     low = rng.randint(0, 20) if rng.random() < 0.4 else rng.randint(0, 90)
     low = min(low, 120 - abs(step) * (count - 1))
     low = max(low, 0)

@@ -10,6 +10,7 @@ from tools.train_demo.skills.toolbox import (
     declare_tool,
     failure_reason,
     made_up_family,
+    renamed_tool,
     result_text,
     strange_tool,
 )
@@ -24,6 +25,11 @@ def one_call(rng: random.Random) -> Task:
     """A question that takes one call."""
     family = made_up_family(rng) if rng.random() < 0.2 else _family(rng)
     return _call_of(rng, declare_tool(rng, family))
+
+
+def renamed_call(rng: random.Random) -> Task:
+    """A known question, for which the tool takes an argument of an unheard-of name."""
+    return _call_of(rng, renamed_tool(rng, _family(rng)))
 
 
 def strange_call(rng: random.Random) -> Task:

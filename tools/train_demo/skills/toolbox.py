@@ -189,11 +189,15 @@ class Tool:
         return Call(self.name, {key: spelled[key] for key in sorted(spelled)})
 
 
-def declare_tool(rng: random.Random, family: Family) -> Tool:
-    """A tool of this family under one of its names, with one of its spellings."""
+def declare_tool(
+    rng: random.Random,
+    family: Family,
+    names: Callable[[Parameter], tuple[str, ...]] = lambda parameter: parameter.names,
+) -> Tool:
+    """A tool of this family under one of its names, with each argument under one of its `names`."""
     taken: dict[str, str] = {}
     for parameter in family.parameters:
-        taken[parameter.names[0]] = rng.choice([each for each in parameter.names if each not in taken.values()])
+        taken[parameter.names[0]] = rng.choice([each for each in names(parameter) if each not in taken.values()])
     style = rng.random()
     properties: dict[str, Json] = {}
     for parameter in family.parameters:
@@ -223,12 +227,19 @@ def made_up_family(rng: random.Random) -> Family:
     )  # fmt: skip
 
 
+def renamed_tool(rng: random.Random, family: Family) -> Tool:
+    """A tool of this family, one of whose arguments has a name that only its declaration tells."""
+    renamed = rng.choice(family.parameters)
+    return declare_tool(rng, family, lambda each: _any_names(rng) if each is renamed else each.names)
+
+
 def strange_tool(rng: random.Random) -> Tool:
     """A tool with one to three arguments of any name, which its questions give by name."""
     tool_name = rng.choice((made_up(rng), f"{noun(rng)}_{noun(rng)}", f"{made_up(rng)}_{noun(rng)}"))
+    count = rng.choice((1, 1, 2, 3))
     spelled: list[str] = []
-    while len(spelled) < rng.choice((1, 1, 2, 3)):
-        word = rng.choice((noun(rng), made_up(rng), rng.choice(_ARGUMENT_NAMES)))
+    while len(spelled) < count:
+        word = rng.choice(_any_names(rng))
         if word not in spelled:
             spelled.append(word)
     parameters = tuple(Parameter((word,), *rng.choice(_VALUES)) for word in spelled)
@@ -244,6 +255,10 @@ def strange_tool(rng: random.Random) -> Tool:
         f"I could not use {tool_name}",
     )
     return declare_tool(rng, family)
+
+
+def _any_names(rng: random.Random) -> tuple[str, ...]:
+    return noun(rng), made_up(rng), rng.choice(_ARGUMENT_NAMES)
 
 
 def result_text(rng: random.Random, value: dict[str, Json]) -> str:
