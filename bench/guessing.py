@@ -26,7 +26,7 @@ SKIPPED = 140
 
 
 class Stream:
-    """One stream after the other on the same stages; ``hit_share`` says what share of the last one's tokens was guessed."""
+    """One stream after the other on the same stages; ``hit_share`` is the guessed share of the last one's tokens."""
 
     def __init__(self, deployment: Deployment, *, guesses: bool) -> None:
         self._coordinator = coordinate(deployment, guesses=guesses)
