@@ -30,6 +30,12 @@ def pack(codes: Tensor) -> Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
 
+def unpack(words: Tensor) -> Tensor:
+    """The codes (outputs, inputs), as floats, of int32 words (outputs, inputs / 8)."""
+    nibbles = (words.long().unsqueeze(-1) >> torch.arange(0, 32, 4)) & 15
+    return (nibbles + LOWEST).flatten(-2).float()
+
+
 class _RoundToInt4(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, weight: Tensor) -> Tensor:  # noqa: ARG004 - torch hands it in

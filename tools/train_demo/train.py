@@ -1,6 +1,6 @@
-"""Trains the demo model on one CPU core, with checkpoints to go on from. Knows nothing of scores or shipped files.
+"""Trains the demo model on a CPU, with checkpoints to go on from. Knows nothing of scores or shipped files.
 
-python -m tools.train_demo.train --run DIR --steps N [--decay-steps N]
+python -m tools.train_demo.train --run DIR --steps N --decay-steps N [--threads N]
 """
 
 import argparse
@@ -116,8 +116,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder for the vocabulary and the checkpoints")
     parser.add_argument("--steps", type=int, required=True, help="steps in all, those done before included")
     parser.add_argument("--decay-steps", type=int, required=True, help="last steps, over which learning rates fall")
+    parser.add_argument("--threads", type=int, default=1, help="two do a step in three quarters of the time")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     options.run.mkdir(parents=True, exist_ok=True)
     train(options.run, Schedule(options.steps, options.decay_steps))
 
