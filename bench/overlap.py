@@ -2,12 +2,13 @@
 
 python -m bench.overlap [--save] [--pairs N] [--only WORDS]
 
-Each deployment stays up; the two sides of a pair run right after each other. Float32 on one checkpoint, chunks and
-microbatches as the program chooses them.
+Each deployment stays up; the two sides of a pair run right after each other. Float32 on one checkpoint; microbatches as
+the program chooses them.
 """
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from bench.checkpoints import bench_checkpoint
@@ -19,8 +20,9 @@ SLOTS = 8
 EIGHT = Workload(32, 40, 8)
 TWO = Workload(32, 40, 2)
 ONE = Workload(32, 40, 1)
-PROMPT = Workload(2048, 2, 1)
-"""Sixteen chunks of the length that a CPU's stages take."""
+CHUNK_TOKENS = 64
+"""At most; on a CPU, whose products cost the same for each row, half as many as it would take measure as much."""
+PROMPT = Workload(16 * CHUNK_TOKENS, 2, 1)
 
 
 def main() -> None:
@@ -40,7 +42,9 @@ def main() -> None:
 
 def benchmark_on(stack: contextlib.ExitStack, folder: Path, num_stages: int) -> Benchmark:
     """Stages that stay up; no guesses, so that a lone stream is the plain pipeline."""
-    return Benchmark(stack.enter_context(local_deployment(folder, num_stages, SLOTS)), guesses=False)
+    deployment = stack.enter_context(local_deployment(folder, num_stages, SLOTS))
+    shape = replace(deployment.shape, chunk_tokens=CHUNK_TOKENS)
+    return Benchmark(replace(deployment, shape=shape), guesses=False)
 
 
 def rate(benchmark: Benchmark, workload: Workload) -> Callable[[], float]:
