@@ -1,4 +1,4 @@
-"""Half a minute of the soak; the two minutes of continuous integration and the hour are bench/soak.py."""
+"""Half a minute of the soak; .ci/run adds two minutes of it, and the hour is bench/soak.py's."""
 
 import tempfile
 from pathlib import Path
