@@ -131,16 +131,17 @@ def _fetch(snapshot: _Snapshot, names: list[str], on_progress: OnProgress) -> Fe
         def tell(num_bytes: int, before: int = before, size: int = remote.size) -> None:
             on_progress(before + min(num_bytes, size), total)
 
-        _discard(snapshot, name)  # a file of the wrong size would be taken for the right one
-        _download(snapshot.repo, name, snapshot.commit, _bar_that_tells(tell))
+        _download(snapshot.repo, name, snapshot.commit, _bar_that_tells(tell), replace=_is_wrong(snapshot, name))
         _check(snapshot, name, remote)
         done += remote.size
         on_progress(done, total)
     return FetchedFiles(snapshot.folder, snapshot.commit, tuple(missing))
 
 
-def _download(repo: HubRepo, name: str, revision: str | None, bar: type[tqdm] | None = None) -> Path:
-    """One file into the cache; config.json, which comes first, has no bar of its own."""
+def _download(
+    repo: HubRepo, name: str, revision: str | None, bar: type[tqdm] | None = None, *, replace: bool = False
+) -> Path:
+    """One file into the cache, in place of what is there only with ``replace``; config.json, the first, has no bar."""
     try:
         path = hf_hub_download(
             repo.name,
@@ -148,6 +149,7 @@ def _download(repo: HubRepo, name: str, revision: str | None, bar: type[tqdm] | 
             revision=revision,
             cache_dir=repo.cache_folder,
             endpoint=repo.endpoint,
+            force_download=replace,
             tqdm_class=bar or _bar_that_tells(lambda _done: None),
         )
     except Exception as error:  # the border to huggingface_hub, whose errors vary with its version
@@ -195,10 +197,13 @@ def _remote_file(snapshot: _Snapshot, name: str) -> _RemoteFile:
 
 
 def _is_there(snapshot: _Snapshot, name: str) -> bool:
+    return (snapshot.folder / name).exists() and not _is_wrong(snapshot, name)
+
+
+def _is_wrong(snapshot: _Snapshot, name: str) -> bool:
+    """Whether a file is there whose size is not the Hub's. Another stage of this host may be fetching it meanwhile."""
     path = snapshot.folder / name
-    if not path.exists():
-        return False
-    return snapshot.remote is None or path.stat().st_size == _remote_file(snapshot, name).size
+    return snapshot.remote is not None and path.exists() and path.stat().st_size != _remote_file(snapshot, name).size
 
 
 def _check(snapshot: _Snapshot, name: str, remote: _RemoteFile) -> None:

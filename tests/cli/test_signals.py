@@ -116,8 +116,16 @@ def test_the_command_says_what_its_end_waits_for_and_a_second_ctrl_c_does_not_wa
     assert wait_until_gone(below, 8) == []
 
 
+@pytest.fixture
+def hangup_ignored() -> Iterator[None]:
+    """As under nohup; what a process ignores, those that it starts ignore too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangup_ignored")
 def test_a_signal_that_whoever_started_the_command_ignores_stays_ignored(start: Start) -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     process = start("--max-tokens", "100")
     answering(process)
     os.killpg(process.pid, signal.SIGHUP)

@@ -159,6 +159,16 @@ def test_a_truncated_file_in_the_cache_is_fetched_again(hub: Hub, repo: HubRepo)
     assert path.read_bytes() == hub.files[LAYER_2]
 
 
+def test_a_file_that_another_stage_of_this_host_fetched_meanwhile_is_left_alone(hub: Hub, repo: HubRepo) -> None:
+    def fetch_the_other(done: int, total: int) -> None:
+        if done == 0:
+            fetch_files(repo, [LAYER_2], lambda _done, _total: None)
+
+    folder = fetch_files(repo, [LAYER_2, "model-00004-of-000008.safetensors"], fetch_the_other).folder
+    assert (folder / LAYER_2).stat().st_size == len(hub.files[LAYER_2])
+    assert hub.ranges(LAYER_2) == [0]
+
+
 def test_what_is_to_be_fetched_is_told_without_fetching_it(hub: Hub, repo: HubRepo) -> None:
     fetch_small_files(repo)
     hub.requests.clear()

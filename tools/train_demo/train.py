@@ -1,6 +1,6 @@
 """Trains the demo model on a CPU, with checkpoints to go on from. Knows nothing of scores or shipped files.
 
-python -m tools.train_demo.train --run DIR --steps N --decay-steps N [--threads N]
+python -m tools.train_demo.train --run DIR --steps N --decay-steps N [--workers N]
 """
 
 import argparse
@@ -22,6 +22,7 @@ from tools.train_demo.model import Model
 from tools.train_demo.optimizer import Muon, optimizers
 from tools.train_demo.shape import Shape
 from tools.train_demo.vocabulary import NUM_RESERVED, load_encoding, train_ranks, write_tiktoken
+from tools.train_demo.workers import Worker, work_together
 
 NUM_RANKS = 1792
 _VOCABULARY_CONVERSATIONS = 40_000
@@ -71,26 +72,31 @@ def balance(model: Model, step_size: float) -> float:
     return least
 
 
-def train(run: Path, schedule: Schedule) -> None:
-    """Goes on from the run's last checkpoint until the schedule's end."""
+def train(worker: Worker, run: Path, schedule: Schedule) -> None:
+    """Goes on from the run's last checkpoint until the schedule's end; a step is a batch of each worker."""
     encoding = vocabulary(run)
     torch.manual_seed(TRAINING_SEED)
     model = Model(Shape(vocab_size=NUM_RANKS + NUM_RESERVED))
     both = optimizers(model, _MATRIX_LR, _OTHER_LR)
     progress = resume(run, model, both)
-    stream = batches(conversations(TRAINING_SEED, held_out().keys), encoding, progress.consumed)
+    stream = worker.share(batches(conversations(TRAINING_SEED, held_out().keys), encoding, progress.consumed))
     losses: list[float] = []
     while progress.step < schedule.steps:
         began = time.monotonic()
         batch = next(stream)
         factor = schedule.factor(progress.step)
         loss = reply_loss(model, batch)
-        update(model, both, loss, factor)
+        loss.backward()
+        worker.average([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+        update(model, both, factor)
+        worker.average([experts.load for experts in model.experts()])
         least = balance(model, _BIAS_STEP * factor)
         losses.append(loss.item())
         progress.step += 1
         progress.consumed = batch.consumed
         progress.seconds += time.monotonic() - began
+        if not worker.is_first:
+            continue
         if progress.step % _REPORT_STEPS == 0:
             mean = sum(losses) / len(losses)
             print(f"step {progress.step} loss {mean:.4f} least {least:.2f} {progress.seconds:.0f} s", file=sys.stderr)
@@ -99,9 +105,8 @@ def train(run: Path, schedule: Schedule) -> None:
             save(run, model, both, progress)
 
 
-def update(model: Model, both: tuple[Muon, torch.optim.AdamW], loss: torch.Tensor, factor: float) -> None:
+def update(model: Model, both: tuple[Muon, torch.optim.AdamW], factor: float) -> None:
     """One step of both optimizers at `factor` of their learning rates."""
-    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer, rate in zip(both, (_MATRIX_LR, _OTHER_LR), strict=True):
         for group in optimizer.param_groups:
@@ -116,11 +121,11 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder for the vocabulary and the checkpoints")
     parser.add_argument("--steps", type=int, required=True, help="steps in all, those done before included")
     parser.add_argument("--decay-steps", type=int, required=True, help="last steps, over which learning rates fall")
-    parser.add_argument("--threads", type=int, default=1, help="two do a step in three quarters of the time")
+    parser.add_argument("--workers", type=int, default=1, help="processes of one core each; a step is a batch of each")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     options.run.mkdir(parents=True, exist_ok=True)
-    train(options.run, Schedule(options.steps, options.decay_steps))
+    vocabulary(options.run)  # made once, before there is more than one worker
+    work_together(options.workers, train, options.run, Schedule(options.steps, options.decay_steps))
 
 
 if __name__ == "__main__":
