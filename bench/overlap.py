@@ -20,8 +20,8 @@ SLOTS = 8
 EIGHT = Workload(32, 40, 8)
 TWO = Workload(32, 40, 2)
 ONE = Workload(32, 40, 1)
-CHUNK_TOKENS = 64
-"""At most; on a CPU, whose products cost the same for each row, half as many as it would take measure as much."""
+CHUNK_TOKENS = 32
+"""Of a prompt, at most; on a CPU every row of a product costs the same, so short chunks measure as much as long ones."""
 PROMPT = Workload(16 * CHUNK_TOKENS, 2, 1)
 
 

@@ -18,7 +18,7 @@ from bench.mlx_lm_ranks import MlxLmRanks, mlx_lm_ranks
 from bench.overlap import EIGHT, ONE, PROMPT, benchmark_on, prefill, rate
 from mlx_k2.benchmark import Workload
 
-PREFILL_STEPS = (32, 64, 128, 256)
+PREFILL_STEPS = (16, 32, 64, 128)
 FEW = Workload(ONE.prompt_tokens, 8, 1)
 """For a side that takes ten times as long."""
 
