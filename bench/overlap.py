@@ -21,7 +21,7 @@ EIGHT = Workload(32, 40, 8)
 TWO = Workload(32, 40, 2)
 ONE = Workload(32, 40, 1)
 CHUNK_TOKENS = 32
-"""Of a prompt, at most; on a CPU every row of a product costs the same, so short chunks measure as much as long ones."""
+"""Of a prompt, at most; on a CPU every row of a product costs the same, so short chunks measure as much as long."""
 PROMPT = Workload(16 * CHUNK_TOKENS, 2, 1)
 
 
