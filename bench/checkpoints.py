@@ -34,6 +34,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 8,
         "first_k_dense_replace": 0,
     },
+    # Until a prompt's last token only the cache of the last layer is needed, so the last of two stages has one layer
+    # less to compute: one of twenty is little.
+    "tall": {
+        "hidden_size": 512,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "intermediate_size": 512,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 32,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 0,
+    },
     # As many layers as Kimi K2, each as small as can be: what is left is the cost of running layers at all.
     "deep": {"num_hidden_layers": 61},
 }

@@ -13,9 +13,12 @@ from mlx_k2.weights.checkpoint import describe_model, read_small_files
 
 
 def local_deployment(folder: Path, num_stages: int, num_slots: int = 1) -> AbstractContextManager[Deployment]:
-    """``num_stages`` stages on this machine, in float32."""
-    source = ModelSource(path_or_repo=str(folder))
+    """``num_stages`` stages with as many layers each on this machine, in float32."""
+    model = describe_model(read_small_files(folder), str(folder))
+    each, left = divmod(model.config.num_hidden_layers, num_stages)
+    assert left == 0, f"{model.config.num_hidden_layers} layers are not as many on each of {num_stages} stages"
+    source, split = ModelSource(path_or_repo=str(folder)), (each,) * num_stages
     request = DeploymentRequest(
-        local_hostfile(num_stages), source, None, CONTEXT_TOKENS, "float32", lease_s=20.0, num_slots=num_slots
+        local_hostfile(num_stages), source, split, CONTEXT_TOKENS, "float32", lease_s=20.0, num_slots=num_slots
     )
-    return deploy(request, describe_model(read_small_files(folder), str(folder)), Watcher())
+    return deploy(request, model, Watcher())

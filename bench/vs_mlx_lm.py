@@ -18,7 +18,7 @@ from bench.mlx_lm_ranks import MlxLmRanks, mlx_lm_ranks
 from bench.overlap import EIGHT, ONE, PROMPT, benchmark_on, prefill, rate
 from mlx_k2.benchmark import Workload
 
-PREFILL_STEPS = (16, 32, 64, 128)
+PREFILL_STEPS = (8, 16, 32, 64)
 FEW = Workload(ONE.prompt_tokens, 8, 1)
 """For a side that takes ten times as long."""
 
@@ -26,15 +26,16 @@ FEW = Workload(ONE.prompt_tokens, 8, 1)
 def main() -> None:
     """Measure, print, and with --save keep the rows."""
     options = read_options(__doc__)
-    folder = bench_checkpoint("even")
+    even, tall = bench_checkpoint("even"), bench_checkpoint("tall")
     with contextlib.ExitStack() as stack:
-        stages = benchmark_on(stack, folder, 2)
-        alone, pair = (stack.enter_context(mlx_lm_ranks(folder, count)) for count in (1, 2))
-        own_dtype = stack.enter_context(mlx_lm_ranks(folder, 2, own_dtype=True))
+        stages, tall_stages = (benchmark_on(stack, folder, 2) for folder in (even, tall))
+        alone, pair = (stack.enter_context(mlx_lm_ranks(even, count)) for count in (1, 2))
+        tall_pair = stack.enter_context(mlx_lm_ranks(tall, 2))
+        own_dtype = stack.enter_context(mlx_lm_ranks(even, 2, own_dtype=True))
         for claim in (
             Claim("one stream", rate(stages, ONE), decode(pair, ONE), 1.0),
             Claim("eight streams", rate(stages, EIGHT), eight_streams(pair), 1.8),
-            Claim("prompt of 16 chunks", prefill(stages), longest_prompt(pair), 1.1),
+            Claim("prompt of 16 chunks", prefill(tall_stages), longest_prompt(tall_pair), 1.1),
             Claim("one stream, mlx-lm on one rank", rate(stages, ONE), decode(alone, ONE)),
             Claim("one stream, mlx-lm in its own dtype", rate(stages, FEW), decode(own_dtype, FEW)),
         ):
