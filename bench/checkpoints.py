@@ -35,12 +35,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 0,
     },
     # Until a prompt's last token only the cache of the last layer is needed, so the last of two stages has one layer
-    # less to compute: one of twenty is little.
+    # less to compute: one of twenty is little. Keys and values of earlier chunks, which each chunk makes anew from the
+    # cache, are as small a part of the work as in K2 (1.6% of a layer's products for each earlier token; K2: 1.7%).
     "tall": {
         "hidden_size": 512,
         "num_hidden_layers": 40,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
         "q_lora_rank": 128,
         "kv_lora_rank": 128,
         "qk_nope_head_dim": 64,
