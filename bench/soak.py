@@ -155,12 +155,13 @@ def _say(tally: Tally, resources: dict[str, int]) -> None:
 
 
 def main() -> int:
-    """Run, print, and append the result to results/soak.csv; 1 when a stream was wrong or something is left."""
+    """Run, print, and with --save keep the result; 1 when a stream was wrong or something is left."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--restarts", type=int, default=NO_LIMIT, help="end after so many restarts")
     parser.add_argument("--fault-every", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", action="store_true", help="append the result to results/soak.csv")
     options = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder, tempfile.TemporaryDirectory(prefix="soak-") as own:
@@ -169,9 +170,10 @@ def main() -> int:
     minutes = (time.monotonic() - began) / 60
     for name, count in sorted(tally.faults.items()):
         print(f"{count:5} {name}")
-    row = (f"{minutes:.1f}", sum(tally.faults.values()), len(tally.restarts), tally.streams, tally.tokens, tally.wrong)
-    header = ("minutes", "faults", "restarts", "streams", "tokens", "wrong", "longest_pause_s")
-    save_rows("soak", header, [(*row, f"{tally.longest_pause_s:.1f}")])
+    if options.save:
+        counts = (sum(tally.faults.values()), len(tally.restarts), tally.streams, tally.tokens, tally.wrong)
+        header = ("minutes", "faults", "restarts", "streams", "tokens", "wrong", "longest_pause_s")
+        save_rows("soak", header, [(f"{minutes:.1f}", *counts, f"{tally.longest_pause_s:.1f}")])
     return int(tally.wrong > 0 or tally.left.total() > 0)
 
 
