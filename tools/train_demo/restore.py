@@ -27,9 +27,11 @@ def read(folder: Path) -> Model:
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(path)
     model = Model(_shape(json.loads((folder / "config.json").read_text())))
-    state = {name: tensors[f"model.{name}"] for name in ("embed_tokens.weight", "norm.weight")}
-    state["embed_tokens"] = state.pop("embed_tokens.weight")
-    state["lm_head.weight"] = tensors["lm_head.weight"]
+    state = {
+        "embed_tokens": tensors["model.embed_tokens.weight"],
+        "norm.weight": tensors["model.norm.weight"],
+        "lm_head.weight": tensors["lm_head.weight"],
+    }
     for index, layer in enumerate(model.decoder_layers()):
         state |= _layer_state(layer, f"layers.{index}", tensors)
     model.load_state_dict(state, strict=True)
