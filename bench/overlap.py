@@ -1,5 +1,7 @@
 """How well two stages overlap: one stream, eight and a long prompt against one stage, two streams against one stream.
 
+Before that, whether the two stages weigh the same: each one's computing alone, while the other waits.
+
 python -m bench.overlap [--save] [--pairs N] [--only WORDS]
 
 Each deployment stays up; the two sides of a pair run right after each other. Float32 on one checkpoint; microbatches as
@@ -23,6 +25,8 @@ ONE = Workload(32, 40, 1)
 CHUNK_TOKENS = 16
 """Of a prompt, at most; on a CPU every row of a product costs the same, so short chunks measure as much as long."""
 PROMPT = Workload(16 * CHUNK_TOKENS, 2, 1)
+ONE_CHUNK = Workload(CHUNK_TOKENS, 1, 1)
+TOKENS = Workload(1, 40, 1)
 
 
 def main() -> None:
@@ -33,6 +37,8 @@ def main() -> None:
         one, two = (benchmark_on(stack, even, stages) for stages in (1, 2))
         tall_one, tall_two = (benchmark_on(stack, tall, stages) for stages in (1, 2))
         for claim in (
+            Claim("token of even alone, first stage over second", *alone(two, TOKENS)),
+            Claim("chunk of tall alone, first stage over second", *alone(tall_two, ONE_CHUNK)),
             Claim("one stream, two stages over one", rate(two, ONE), rate(one, ONE), 0.9),
             Claim("eight streams, two stages over one", rate(two, EIGHT), rate(one, EIGHT), 1.8),
             Claim("two streams over one, on two stages", rate(two, TWO), rate(two, ONE), 1.6),
@@ -57,6 +63,16 @@ def rate(benchmark: Benchmark, workload: Workload) -> Callable[[], float]:
         return per_second
 
     return decoded
+
+
+def alone(benchmark: Benchmark, workload: Workload) -> tuple[Callable[[], float], Callable[[], float]]:
+    """Tokens per second of each stage's computing, in a workload that keeps only one of the two busy at a time."""
+
+    def computed(stage: int) -> float:
+        tokens = workload.prompt_tokens + workload.generate_tokens - 1
+        return tokens / benchmark.measure(workload).stages[stage].compute_s
+
+    return lambda: computed(0), lambda: computed(1)
 
 
 def prefill(benchmark: Benchmark) -> Callable[[], float]:
