@@ -51,7 +51,8 @@ def test_the_answer_goes_to_stdout_and_everything_else_to_stderr(
     assert text_run.returncode == 0, text_run.stderr
     assert text_run.stdout.endswith("\n")
     thinking, summary, times, headings, *stages = text_run.stderr.splitlines()
-    assert thinking == "The user is polite. I answer kindly."
+    assert re.fullmatch(r"[A-Z][\w ,.]+\.", thinking)
+    assert thinking not in text_run.stdout
     assert re.fullmatch(r"\d+ tokens \(.*\) · prompt \d+ tokens · seed 5", summary)
     assert re.fullmatch(
         r"loaded in [\d.]+ s · first token after [\d.]+ s · prefill [\d.]+ tok/s · decode [\d.]+ tok/s"
