@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+# Tests that start no stages.
+COMPUTING := $(addprefix tests/,engine kernels metal_cpu model text)
 
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test check types computing others format clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -26,8 +28,17 @@ test: $(INSTALLED)  ## Run every test that this machine can run
 check: $(INSTALLED)  ## The gate: format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(MAKE) --jobs=2 others computing
+
+# Two halves of the tests, side by side: those with stages wait a good deal.
+computing: types
+	$(BIN)/python -m pytest --quiet $(COMPUTING)
+
+others: $(INSTALLED)
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(COMPUTING))
+
+types: $(INSTALLED)
 	$(BIN)/mypy
-	$(MAKE) test
 
 format: $(INSTALLED)  ## Format the code
 	$(BIN)/ruff format .
