@@ -4,8 +4,8 @@ Before that, whether the two stages weigh the same: each one's computing alone, 
 
 python -m bench.overlap [--save] [--pairs N] [--only WORDS]
 
-Each deployment stays up; the two sides of a pair run right after each other. Float32 on one checkpoint; microbatches as
-the program chooses them.
+Each deployment stays up; the two sides of a pair run right after each other. Float32, prompts on "tall", all else on
+"even"; microbatches as the program chooses them.
 """
 
 import contextlib
