@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-# Tests that start no stages.
-COMPUTING := $(addprefix tests/,engine kernels metal_cpu model text)
+# Test processes that run side by side. A worker takes the tests of its own part in order, which keeps the tests that
+# share a fixture together, and then takes over tests of the other workers.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest
+SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: help demo test check types computing others format clean
+.PHONY: help demo test check long fuzz types tests format clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -22,27 +25,33 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)  ## Stream an answer from two stages on this machine
 	$(BIN)/mlx-k2 generate "What is mlx-k2?"
 
-test: $(INSTALLED)  ## Run every test that this machine can run
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## Run all but the slow tests, in less than 5 minutes
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not slow"
 
-check: $(INSTALLED)  ## The gate: format, lint, types, tests
+check: $(INSTALLED)  ## The gate: format, lint, types, all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(MAKE) --jobs=2 others computing
-
-# Two halves of the tests, side by side: those with stages wait a good deal.
-computing: types
-	$(BIN)/python -m pytest --quiet $(COMPUTING)
-
-others: $(INSTALLED)
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(COMPUTING))
+	$(MAKE) --jobs=2 types tests
 
 types: $(INSTALLED)
 	$(BIN)/mypy
+
+tests: $(INSTALLED)
+	$(PYTEST) $(SIDE_BY_SIDE)
+
+long: $(INSTALLED)  ## Full counts, by hand: the soak for hours, the whole fault matrix, many examples of each property
+	failed=0; \
+	for part in "bench.soak --minutes 60" "bench.soak --restarts 200" "bench.faults" \
+	    "pytest $(SIDE_BY_SIDE) --hypothesis-profile=long --timeout=3600"; do \
+	    $(BIN)/python -m $$part || failed=1; \
+	done; exit $$failed
+
+fuzz: $(INSTALLED)  ## Run the property tests with random seeds and many examples
+	$(PYTEST) $(SIDE_BY_SIDE) -m hypothesis --hypothesis-profile=fuzz --timeout=3600
 
 format: $(INSTALLED)  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:  ## Remove what make made
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis tests/metal_cpu/build

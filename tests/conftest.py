@@ -7,10 +7,35 @@ from collections.abc import Iterator
 
 import hypothesis
 import pytest
+from hypothesis.database import DirectoryBasedExampleDatabase
 
-# Each test has pytest's deadline; hypothesis's own, for each example, would fail on a busy machine.
-hypothesis.settings.register_profile("no deadline for an example", deadline=None)
-hypothesis.settings.load_profile("no deadline for an example")
+# Set before a test module imports numpy or mlx, and inherited by every process that a test starts. Tests run side by
+# side, one for each core; more BLAS threads than cores make some of them ten times slower.
+os.environ |= dict.fromkeys(
+    ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
+)
+
+FIXED, LONG, FUZZ = "fixed", "long", "fuzz"
+MANY_EXAMPLES = 2000
+SLOW_SHARE = 0.1
+KEEP_FAILURES = (
+    'To keep a failure: copy the arguments after "Falsifying example" into a decorator @example(...) of that test.',
+    "It then runs in `make test`. Until then .hypothesis/examples keeps it, and the next `make fuzz` tries it first.",
+)
+
+# pytest-timeout limits each test. A limit for each example would fail on a busy machine.
+hypothesis.settings.register_profile(FIXED, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile(LONG, hypothesis.settings.get_profile(FIXED), max_examples=MANY_EXAMPLES)
+hypothesis.settings.register_profile(
+    FUZZ,
+    deadline=None,
+    derandomize=False,
+    database=DirectoryBasedExampleDatabase(".hypothesis/examples"),
+    max_examples=MANY_EXAMPLES,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile(FIXED)  # --hypothesis-profile, read after this file, selects another
 
 _NEEDS = "needs "
 _not_run: Counter[str] = Counter()
@@ -26,6 +51,13 @@ def _signals_as_usual() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuse a whole suite with more slow tests than its share, so that `make test` keeps running nearly all of it."""
+    num_slow = sum(item.get_closest_marker("slow") is not None for item in items)
+    if config.args == config.getini("testpaths") and num_slow > SLOW_SHARE * len(items):
+        raise pytest.UsageError(f"{num_slow} of {len(items)} tests are marked slow: at most {SLOW_SHARE:.0%} may be")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -45,3 +77,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """A line for each kind of test that this machine could not run."""
     for reason, count in sorted(_not_run.items()):
         terminalreporter.write_line(f"not run here: {count} tests: {reason}", yellow=True)
+    if hypothesis.settings.get_current_profile_name() == FUZZ and terminalreporter.stats.get("failed"):
+        for line in KEEP_FAILURES:
+            terminalreporter.write_line(line, yellow=True)

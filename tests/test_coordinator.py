@@ -80,7 +80,7 @@ def test_leaving_early_cancels_and_the_next_request_gets_its_own_tokens(cluster_
 def test_a_request_past_its_time_ends_with_what_it_has_and_the_others_go_on_untouched(cluster_of: ClusterOf) -> None:
     cluster = cluster_of(2)
     alone = cluster.tokens(SHORT)[SHORT]
-    in_time, before_it_began = (replace(request(40, 2000), timeout_s=timeout_s) for timeout_s in (0.3, 1e-6))
+    in_time, before_it_began = (replace(request(40, 2000), timeout_s=timeout_s) for timeout_s in (1.0, 1e-6))
     ends: dict[Request, FinishReason | None] = {}
     tokens: dict[Request, list[int]] = {SHORT: [], in_time: [], before_it_began: []}
     for event in cluster.coordinator.run(in_time, SHORT, before_it_began):
@@ -144,7 +144,7 @@ def test_a_killed_stage_is_a_fault_that_names_it_and_its_host(model: Path, tmp_p
 def test_a_stopped_stage_is_said_to_be_stopped_with_host_step_and_phase(model: Path, tmp_path: Path, rank: int) -> None:
     error = error_after(model, tmp_path, lambda: stage_process(rank).suspend(), patience_s=1.0)
     assert isinstance(error, StageSilent)
-    assert re.match(rf"stage {rank} on this machine \(.*\) is stopped: its process was suspended \d s ago", str(error))
+    assert re.match(rf"stage {rank} on this machine \(.*\) is stopped: its process was suspended \d+ s ago", str(error))
 
 
 def test_a_step_that_takes_too_long_names_the_stage_that_owes_it_and_where_all_stand(
@@ -153,8 +153,8 @@ def test_a_step_that_takes_too_long_names_the_stage_that_owes_it_and_where_all_s
     error = error_after(model, tmp_path, lambda: stage_process(1).suspend(), Patience(1.0, 0.0))
     assert isinstance(error, StageSilent)
     assert re.match(
-        r"stage 1 on this machine \(.+ for \d s\) has not finished step \d+ \(1 tokens\) after \d s; "
-        r"the stages: stage 0 on this machine \(waiting for a plan after step \d+ for \d s\), "
+        r"stage 1 on this machine \(.+ for \d+ s\) has not finished step \d+ \(1 tokens\) after \d+ s; "
+        r"the stages: stage 0 on this machine \(waiting for a plan after step \d+ for \d+ s\), "
         r"stage 1 on this machine \(.+\)",
         str(error),
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlx_k2.cluster.hostfile import parse_hostfile
@@ -19,6 +19,7 @@ from mlx_k2.control.standing import Announcement, Phase, Standing
 from mlx_k2.errors import CheckpointError, HostfileError, MlxK2Error, ProtocolError
 from mlx_k2.sampling import Sampling
 from mlx_k2.weights.safetensors_file import read_header
+from tests.examples import at_least
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=20),
@@ -43,6 +44,13 @@ DECODERS: tuple[Callable[[bytes], object], ...] = (
 )
 
 
+def step_with_top_p_0() -> bytes:
+    """A step whose Sampling, encoded before its check, has a top_p that Sampling refuses."""
+    fields = msgspec.msgpack.decode(encode_message(Step(3, (Row(0, 5, (1,), True, Sampling(seed=1)),))))
+    fields["rows"][0]["sampling"]["top_p"] = 0.0
+    return msgspec.msgpack.encode(fields)
+
+
 @st.composite
 def damaged(draw: st.DrawFn, whole: st.SearchStrategy[bytes]) -> bytes:
     """Bytes of the right kind, cut short, with a few of them changed."""
@@ -61,10 +69,16 @@ def only_raises(kind: type[MlxK2Error], read: Callable[[bytes], object], data: b
 
 
 @pytest.mark.parametrize("decode", DECODERS, ids=lambda decode: decode.__qualname__)
+@example(data=step_with_top_p_0())
 @given(data=st.binary(max_size=200) | JSON.map(msgspec.msgpack.encode) | damaged(st.sampled_from(VALUES)))
-@settings(max_examples=300)
+@settings(max_examples=at_least(300))
 def test_a_payload_is_decoded_or_a_protocol_error(decode: Callable[[bytes], object], data: bytes) -> None:
     only_raises(ProtocolError, decode, data)
+
+
+def test_a_step_with_a_sampling_value_out_of_range_is_a_protocol_error_that_names_it() -> None:
+    with pytest.raises(ProtocolError, match=r"not a message to a stage: top-p 0\.0 is out of range"):
+        decode_to_stage(step_with_top_p_0())
 
 
 @given(JSON)
@@ -103,7 +117,7 @@ HOSTFILES = JSON | st.lists(ENTRY, max_size=3) | st.fixed_dictionaries({"hosts":
 
 
 @given(st.binary(max_size=200) | damaged(HOSTFILES.map(lambda value: json.dumps(value).encode())))
-@settings(max_examples=200)
+@settings(max_examples=at_least(200))
 def test_a_hostfile_is_read_or_refused_as_one(data: bytes) -> None:
     only_raises(HostfileError, lambda data: parse_hostfile(data, "hosts.json"), data)
 
@@ -116,7 +130,7 @@ HEADERS = st.dictionaries(st.text(max_size=5), TENSOR | JSON, max_size=3) | JSON
 
 
 @given(st.binary(max_size=100), damaged(HEADERS.map(lambda value: json.dumps(value).encode())), st.booleans())
-@settings(max_examples=300)
+@settings(max_examples=at_least(300))
 def test_a_safetensors_header_is_read_or_a_checkpoint_error(data: bytes, header: bytes, framed: bool) -> None:
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
         file.write(len(header).to_bytes(8, "little") + header + data if framed else data)

@@ -10,7 +10,7 @@ import msgspec
 
 from mlx_k2.control.framing import MAX_PAYLOAD_BYTES
 from mlx_k2.control.host_facts import HopSpeed, HostFacts
-from mlx_k2.errors import ProtocolError
+from mlx_k2.errors import ProtocolError, RequestError
 from mlx_k2.sampling import Sampling
 
 
@@ -295,7 +295,7 @@ def decode_to_stage(payload: bytes) -> ToStage:
     """
     try:
         return _to_stage.decode(payload)
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, RequestError) as error:  # RequestError: a Sampling value is out of range
         raise ProtocolError(f"not a message to a stage: {error}") from None
 
 

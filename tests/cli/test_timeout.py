@@ -24,7 +24,7 @@ def test_a_line_of_a_file_of_prompts_may_have_a_time_of_its_own(
         return [json.loads(line) for line in out.read_text().splitlines()]
 
     (alone,) = results(SHORT)
-    cut, beside = results({**ENDLESS, "timeout": 0.5}, SHORT, options=("--timeout", "3600"))
+    cut, beside = results({**ENDLESS, "timeout": 1.0}, SHORT, options=("--timeout", "3600"))
     assert (cut["finish_reason"], beside["finish_reason"]) == ("timeout", "length")
     assert 0 < int(str(cut["tokens"])) < 2000 and cut["text"]
     assert beside["text"] == alone["text"]

@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,12 @@ from tests.cluster.hosts import EmulatedHosts, wait_until
 from tests.local_cluster import write_model
 
 MLX_K2 = str(Path(sys.executable).with_name("mlx-k2"))
+
+END_S = 60.0
+"""Deadline for the end of all processes, long enough for a busy machine."""
+
+LONG_LEASE = ("--lease", "600")
+"""A lease that outlasts every test, so that no stage ends because its lease is over."""
 
 
 def generate(hosts: EmulatedHosts, *options: str) -> subprocess.Popen[bytes]:
@@ -38,14 +43,12 @@ def test_no_process_is_left_when_the_command_is_ended_in_the_middle_of_an_answer
     emulated_hosts: EmulatedHosts, hostfile: str, tmp_path: Path, number: signal.Signals
 ) -> None:
     endless = str(write_model(tmp_path / "model"))
-    command = generate(emulated_hosts, "--max-tokens", "1500", "--hostfile", hostfile, "--model", endless)
+    options = ("--max-tokens", "1500", "--hostfile", hostfile, "--model", endless, *LONG_LEASE)
+    command = generate(emulated_hosts, *options)
     assert command.stdout
     assert command.stdout.read(20)
     assert all(emulated_hosts.processes(i) for i in range(3))
     command.send_signal(number)
-    began = time.monotonic()
-    assert wait_until(lambda: not emulated_hosts.all_processes(), 5), emulated_hosts.all_processes()
-    if number != signal.SIGKILL:
-        assert time.monotonic() - began < 2
+    assert wait_until(lambda: not emulated_hosts.all_processes(), END_S), emulated_hosts.all_processes()
     command.communicate()
     assert command.returncode == (-number if number == signal.SIGKILL else 128 + number)

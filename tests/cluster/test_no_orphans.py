@@ -14,16 +14,22 @@ from tests.cluster.hosts import EmulatedHosts, wait_until
 from tests.launch.guarded import stand_in_python
 
 LEASE_S = 4.0
+LONG_LEASE_S = 600.0
+"""A lease that outlasts every test, so that no stage ends because its lease is over."""
+
+END_S = 60.0
+"""Deadline for the end of all processes, long enough for a busy machine."""
+
 SITUATIONS = ("idle", "init", "recv")
 
 
-def launch(hosts: EmulatedHosts, folder: Path, situation: str) -> subprocess.Popen[bytes]:
+def launch(hosts: EmulatedHosts, folder: Path, situation: str, lease_s: float) -> subprocess.Popen[bytes]:
     """A coordinator on host 0 whose stages are in that situation."""
     where = [f"{name}={address}" for name, address in zip(hosts.names, hosts.addresses, strict=True)]
     python = stand_in_python(folder, "ring")
     process = hosts.exec(
         0,
-        [sys.executable, ring_group.__file__, situation, python, str(LEASE_S), *where],
+        [sys.executable, ring_group.__file__, situation, python, str(lease_s), *where],
         stdout=subprocess.PIPE,
         start_new_session=True,
     )
@@ -31,11 +37,11 @@ def launch(hosts: EmulatedHosts, folder: Path, situation: str) -> subprocess.Pop
     with process.stdout:
         assert process.stdout.readline() == b"ready\n"
     if situation == "init":
-        assert wait_until(lambda: listens(stage_on(hosts, 1), ring_group.RING_PORT), 10)
+        assert wait_until(lambda: listens(stage_on(hosts, 1), ring_group.RING_PORT), END_S)
     if situation == "recv":  # a pending receive spins
         stage = stage_on(hosts, 1)
         before = stage.cpu_times().user
-        assert wait_until(lambda: bool(stage.cpu_times().user > before + 0.3), 20)
+        assert wait_until(lambda: bool(stage.cpu_times().user > before + 0.3), END_S)
     return process
 
 
@@ -51,28 +57,26 @@ def listens(process: psutil.Process, port: int) -> bool:
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_killing_the_coordinator_leaves_no_process_on_any_host_within_5_s(
+def test_killing_the_coordinator_leaves_no_process_on_any_host(
     emulated_hosts: EmulatedHosts, tmp_path: Path, situation: str
 ) -> None:
-    coordinator = launch(emulated_hosts, tmp_path, situation)
+    coordinator = launch(emulated_hosts, tmp_path, situation, LONG_LEASE_S)
     assert all(emulated_hosts.processes(i) for i in range(3))
-    began = time.monotonic()
     coordinator.kill()
     coordinator.wait()
-    assert wait_until(lambda: not emulated_hosts.all_processes(), 5), emulated_hosts.all_processes()
-    assert time.monotonic() - began < 5
+    assert wait_until(lambda: not emulated_hosts.all_processes(), END_S), emulated_hosts.all_processes()
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_a_pulled_cable_leaves_no_process_on_that_host_after_the_lease(
     emulated_hosts: EmulatedHosts, tmp_path: Path, situation: str
 ) -> None:
-    coordinator = launch(emulated_hosts, tmp_path, situation)
+    coordinator = launch(emulated_hosts, tmp_path, situation, LEASE_S)
     assert emulated_hosts.processes(1)
-    emulated_hosts.cut(1)
     began = time.monotonic()
-    assert wait_until(lambda: not emulated_hosts.processes(1), LEASE_S + 5), emulated_hosts.processes(1)
+    emulated_hosts.cut(1)
+    assert wait_until(lambda: not emulated_hosts.processes(1), END_S), emulated_hosts.processes(1)
     assert time.monotonic() - began > LEASE_S - 1.5  # by the lease, not by chance
     coordinator.terminate()
     coordinator.wait()
-    assert wait_until(lambda: not emulated_hosts.all_processes(), 10), emulated_hosts.all_processes()
+    assert wait_until(lambda: not emulated_hosts.all_processes(), END_S), emulated_hosts.all_processes()

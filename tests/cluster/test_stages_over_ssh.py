@@ -1,7 +1,6 @@
 """Stages started over real ssh: what works, and what each failure says."""
 
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -16,6 +15,15 @@ from tests.cluster.hosts import EmulatedHosts, wait_until
 from tests.cluster.ring_group import bring_about, receive, start_ring_group
 from tests.launch.guarded import stand_in_python
 
+EVENT_S = 60.0
+"""Deadline for an event, long enough for a busy machine."""
+
+LONG_LEASE_S = 600.0
+"""A lease that outlasts every test, so that no stage ends because its lease is over."""
+
+KILLED_BY_THE_GROUP = "has not ended: sending"
+"""What the group says before it signals a process that did not end in the time it was given."""
+
 
 @pytest.fixture
 def hosts(emulated_hosts: EmulatedHosts, monkeypatch: pytest.MonkeyPatch) -> EmulatedHosts:
@@ -26,7 +34,7 @@ def hosts(emulated_hosts: EmulatedHosts, monkeypatch: pytest.MonkeyPatch) -> Emu
 
 def first_end(place: StagePlace, log: list[str] | None = None) -> StageEnded:
     with StageGroup([place], 20.0, (log if log is not None else []).append) as group:
-        event = group.receive(20)
+        event = group.receive(EVENT_S)
     assert isinstance(event, StageEnded)
     return event
 
@@ -43,61 +51,57 @@ def test_three_ranks_on_three_hosts_pass_arrays_along(hosts: EmulatedHosts, tmp_
 
 
 def test_a_stopped_stage_on_another_host_is_ended_in_time(hosts: EmulatedHosts, tmp_path: Path) -> None:
-    with StageGroup([StagePlace("host-1", stand_in_python(tmp_path, "echo"))], 20.0, lambda _: None) as group:
-        assert group.receive(20) == StageMessage(0, Connected())
+    log: list[str] = []
+    with StageGroup([StagePlace("host-1", stand_in_python(tmp_path, "echo"))], LONG_LEASE_S, log.append) as group:
+        assert group.receive(EVENT_S) == StageMessage(0, Connected())
         (stage,) = [pid for pid, command in hosts.processes(1).items() if "stage_programs.py" in command]
         psutil.Process(stage).suspend()
-    assert wait_until(lambda: not hosts.all_processes(), 1), hosts.all_processes()
+    assert not any(KILLED_BY_THE_GROUP in line for line in log)
+    assert wait_until(lambda: not hosts.all_processes(), EVENT_S), hosts.all_processes()
 
 
-def test_a_pulled_cable_ends_that_stage_alone_in_under_10_s(hosts: EmulatedHosts, tmp_path: Path) -> None:
+def test_a_pulled_cable_ends_that_stage_alone(hosts: EmulatedHosts, tmp_path: Path) -> None:
     places = [StagePlace(name, stand_in_python(tmp_path, "echo")) for name in hosts.names]
     with StageGroup(places, 4.0, lambda _: None) as group:
         for _ in hosts.names:
             receive(group, Connected)
         hosts.cut(1)
-        began = time.monotonic()
-        end = group.receive(10)
-        assert time.monotonic() - began < 10
+        end = group.receive(EVENT_S)
         assert isinstance(end, StageEnded) and end.rank == 1
         assert str(end.as_error()).startswith(
             "stage 1 on host-1 (last heard starting) ended: the ssh connection was lost"
         )
         group.send(2, Step(1, ()))
-        assert group.receive(10) == StageMessage(2, StepDone(number=1, busy_s=0.0, receive_s=0.0))
-    assert wait_until(lambda: not hosts.all_processes(), 10), hosts.all_processes()
+        assert group.receive(EVENT_S) == StageMessage(2, StepDone(number=1, busy_s=0.0, receive_s=0.0))
+    assert wait_until(lambda: not hosts.all_processes(), EVENT_S), hosts.all_processes()
 
 
 def test_a_cable_that_is_pulled_for_two_seconds_ends_nothing(hosts: EmulatedHosts, tmp_path: Path) -> None:
     with StageGroup([StagePlace("host-1", stand_in_python(tmp_path, "echo"))], 20.0, lambda _: None) as group:
         receive(group, Connected)
         hosts.cut(1)
-        assert wait_until(lambda: group.silence_s(0) > 2, 10)
+        assert wait_until(lambda: group.silence_s(0) > 2, EVENT_S)
         hosts.restore(1)
         group.send(0, Step(1, ()))
-        assert group.receive(20) == StageMessage(0, StepDone(number=1, busy_s=0.0, receive_s=0.0))
+        assert group.receive(EVENT_S) == StageMessage(0, StepDone(number=1, busy_s=0.0, receive_s=0.0))
 
 
-def test_a_killed_ssh_server_is_noticed_in_under_a_second_and_leaves_nothing(
-    hosts: EmulatedHosts, tmp_path: Path
-) -> None:
-    with StageGroup([StagePlace("host-1", stand_in_python(tmp_path, "deaf"))], 20.0, lambda _: None) as group:
+def test_a_killed_ssh_server_is_noticed_and_leaves_nothing(hosts: EmulatedHosts, tmp_path: Path) -> None:
+    with StageGroup([StagePlace("host-1", stand_in_python(tmp_path, "deaf"))], LONG_LEASE_S, lambda _: None) as group:
         receive(group, Connected)
         (guard,) = [pid for pid, command in hosts.processes(1).items() if "guarded.py" in command]
         session = psutil.Process(guard).parent()
         assert session is not None and session.name().startswith("sshd")
         session.kill()
-        began = time.monotonic()
-        assert isinstance(group.receive(10), StageEnded)
-        assert time.monotonic() - began < 1
-        assert wait_until(lambda: not hosts.processes(1), 5), hosts.processes(1)
+        assert isinstance(group.receive(EVENT_S), StageEnded)
+        assert wait_until(lambda: not hosts.processes(1), EVENT_S), hosts.processes(1)
 
 
 def test_a_login_shell_that_prints_first_is_noted_and_skipped(hosts: EmulatedHosts, tmp_path: Path) -> None:
     (hosts.homes[1] / ".bashrc").write_text("echo welcome to host-1; echo have fun\n")
     log: list[str] = []
     with StageGroup([StagePlace("host-1", stand_in_python(tmp_path, "echo"))], 20.0, log.append) as group:
-        assert group.receive(20) == StageMessage(0, Connected())
+        assert group.receive(EVENT_S) == StageMessage(0, Connected())
     assert "[stage 0 host-1] its login shell prints 27 bytes before a command starts; skipped:" in log
     assert "[stage 0 host-1] | welcome to host-1" in log
 
@@ -112,7 +116,7 @@ def test_without_our_python_a_host_is_tried_with_its_login_shells_path(
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     log: list[str] = []
     with StageGroup([StagePlace("host-1")], 20.0, log.append) as group:
-        assert group.receive(20) == StageMessage(0, Connected())
+        assert group.receive(EVENT_S) == StageMessage(0, Connected())
     assert any("/nowhere/python cannot run mlx_k2 there; trying mlx-k2" in line for line in log)
 
 
@@ -137,10 +141,10 @@ def test_each_failure_of_ssh_has_its_own_message(hosts: EmulatedHosts, name: str
 
 def test_stopping_does_not_wait_for_a_host_that_does_not_answer(hosts: EmulatedHosts) -> None:
     with StageGroup([StagePlace("unreachable")], 20.0, lambda _: None) as group:
-        assert wait_until(lambda: bool(hosts.processes(0)), 5)
-        began = time.monotonic()
-        group.stop(lambda _: None)
-        assert time.monotonic() - began < 1
+        assert wait_until(lambda: bool(hosts.processes(0)), EVENT_S)
+        said: list[str] = []
+        group.stop(said.append)
+        assert not any(KILLED_BY_THE_GROUP in line for line in said)  # ssh itself waits for longer
     assert hosts.all_processes() == {}
 
 

@@ -44,9 +44,9 @@ def test_frames_arrive_in_order_and_then_the_end() -> None:
     for i in range(100):
         writer.put(Kind.MESSAGE, bytes([i]))
     writer.close(5)
-    pipe.read().join(5)
-    assert [pipe.frames.get(timeout=5).payload for _ in range(100)] == [bytes([i]) for i in range(100)]
-    assert pipe.ends.get(timeout=5) is None
+    pipe.read().join(30)
+    assert [pipe.frames.get(timeout=30).payload for _ in range(100)] == [bytes([i]) for i in range(100)]
+    assert pipe.ends.get(timeout=30) is None
 
 
 def test_putting_never_waits_and_a_full_queue_is_a_fault_that_names_the_peer() -> None:
@@ -64,7 +64,7 @@ def test_closing_is_bounded_when_the_peer_does_not_read_and_happens_when_it_does
     writer.close(0.05)
     assert not pipe.write_end.closed
     pipe.read()
-    assert pipe.ends.get(timeout=5) is None
+    assert pipe.ends.get(timeout=30) is None
     assert pipe.frames.qsize() == 10
 
 
@@ -100,7 +100,7 @@ def test_a_signal_handler_that_raises_in_the_midst_of_putting_leaves_a_writer_th
         main = threading.main_thread().ident or 0
         for _ in range(NUM_INTERRUPTS):
             putting.get()
-            time.sleep(random.uniform(0, 2e-4))
+            time.sleep(moments.uniform(0, 2e-4))
             signal.pthread_kill(main, signal.SIGUSR1)
 
     def put_for_ever() -> NoReturn:
@@ -108,6 +108,7 @@ def test_a_signal_handler_that_raises_in_the_midst_of_putting_leaves_a_writer_th
             with suppress(ProtocolError):  # the reader is slower
                 writer.put(Kind.MESSAGE, b"")
 
+    moments = random.Random(0)
     putting: queue.SimpleQueue[None] = queue.SimpleQueue()
     pipe = Pipe()
     pipe.read()
@@ -124,7 +125,7 @@ def test_a_signal_handler_that_raises_in_the_midst_of_putting_leaves_a_writer_th
     sender.join()
     signal.signal(signal.SIGUSR1, before)
     writer.close(5)
-    assert pipe.ends.get(timeout=5) is None
+    assert pipe.ends.get(timeout=30) is None
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -135,8 +136,8 @@ def test_a_reader_whose_handler_fails_still_reports_an_end() -> None:
     pipe = Pipe()
     reader = FrameReader(pipe.read_end, "test", fail, pipe.ends.put)
     FrameWriter(pipe.write_end, "test").put(Kind.MESSAGE, b"")
-    assert isinstance(pipe.ends.get(timeout=5), ProtocolError)
-    reader.join(5)
+    assert isinstance(pipe.ends.get(timeout=30), ProtocolError)
+    reader.join(30)
 
 
 def test_a_frame_that_the_handler_refuses_ends_the_reading() -> None:
@@ -146,4 +147,4 @@ def test_a_frame_that_the_handler_refuses_ends_the_reading() -> None:
     pipe = Pipe()
     FrameReader(pipe.read_end, "test", refuse, pipe.ends.put)
     FrameWriter(pipe.write_end, "test").put(Kind.MESSAGE, b"")
-    assert str(pipe.ends.get(timeout=5)) == "not this one"
+    assert str(pipe.ends.get(timeout=30)) == "not this one"

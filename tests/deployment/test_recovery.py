@@ -85,7 +85,7 @@ def test_two_streams_go_on_with_the_same_tokens_whichever_stage_is_killed_or_sto
     for rank, restart in enumerate(run.restarts[:3]):
         assert re.match(rf"stage {rank} on this machine \(.+\) ended with signal 9", restart.reason), restart.reason
     stopped = run.restarts[3]
-    assert re.match(r"stage 1 on this machine \(.* (of|after) step \d+ for \d s\) is stopped", stopped.reason), (
+    assert re.match(r"stage 1 on this machine \(.* (of|after) step \d+ for \d+ s\) is stopped", stopped.reason), (
         stopped.reason
     )
     assert [(restart.number, restart.wait_s) for restart in run.restarts] == [(1, 0.05), (2, 0.1), (3, 0.2), (4, 0.4)]

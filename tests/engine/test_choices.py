@@ -16,6 +16,7 @@ from tests.engine.simulated import (
     k2_stages,
     request,
 )
+from tests.examples import at_least
 
 PROMPTS = [512, 2048, 8192, 32768, 65536]
 STREAMS = [1, 2, 4, 8, 16]
@@ -56,7 +57,7 @@ def test_a_prompt_is_within_5_percent_of_the_best_chunk_length(num_prompt: int) 
     assert simulation.now_s <= CLOSE * best
 
 
-@settings(max_examples=300)
+@settings(max_examples=at_least(300))
 @given(
     st.integers(1, 16),
     st.integers(1, 65536),

@@ -27,6 +27,7 @@ from mlx_k2.control.messages import (
     encode_message,
 )
 from mlx_k2.control.standing import Announcement, Phase
+from mlx_k2.stage.ports import HeldPorts
 
 _out = os.fdopen(os.dup(1), "wb")
 os.dup2(2, 1)
@@ -141,12 +142,15 @@ def ring() -> None:
 
     mx.set_default_device(mx.cpu)
     rank = num_stages = 0
+    ports = HeldPorts([])
     for message in hear():
         if isinstance(message, Prepare):
             rank, num_stages = message.rank, message.num_stages
-            say(Prepared(addresses=message.listen, model_digest=""))
+            ports = HeldPorts(message.listen)
+            say(Prepared(addresses=ports.addresses, model_digest=""))
         elif isinstance(message, Connect):
             assert isinstance(message.links, RingLinks)
+            ports.release()
             with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
                 file.write(json.dumps(message.links.addresses))
                 file.flush()

@@ -17,6 +17,12 @@ from tests.launch.guarded import stand_in_python
 
 MakeGroup = Callable[..., StageGroup]
 
+RECEIVE_S = 60.0
+"""Deadline for an event, long enough for a busy machine."""
+
+KILLED_BY_THE_GROUP = "has not ended: sending"
+"""What the group says before it signals a process that did not end in the time it was given."""
+
 
 @pytest.fixture
 def log() -> list[str]:
@@ -35,7 +41,7 @@ def make_group(tmp_path: Path, log: list[str]) -> MakeGroup:
 def receive(group: StageGroup, count: int) -> list[StageEvent]:
     events: list[StageEvent] = []
     for _ in range(count):
-        event = group.receive(10)
+        event = group.receive(RECEIVE_S)
         assert event is not None, f"{len(events)} of {count} events came: {events[-3:]}"
         events.append(event)
     return events
@@ -73,14 +79,20 @@ def test_nothing_to_receive_is_none_at_the_deadline(make_group: MakeGroup) -> No
         receive(group, 1)
         began = time.monotonic()
         assert group.receive(0.2) is None
-        assert 0.2 <= time.monotonic() - began < 2
+        assert time.monotonic() - began >= 0.2
 
 
-def test_guards_are_heard_every_second_while_their_stages_hold_the_gil(make_group: MakeGroup) -> None:
+def test_guards_are_heard_again_and_again_while_their_stages_hold_the_gil(make_group: MakeGroup) -> None:
     with make_group("deaf", "deaf") as group:
         receive(group, 2)
-        assert group.receive(3.5) is None
-        assert group.silence_s(0) < 2 and group.silence_s(1) < 2
+        for rank in (0, 1):
+            for _ in range(3):
+                silent_s = group.silence_s(rank)
+                deadline = time.monotonic() + RECEIVE_S
+                while group.silence_s(rank) >= silent_s:  # it falls when the guard is heard
+                    silent_s = group.silence_s(rank)
+                    assert time.monotonic() < deadline, f"the guard of stage {rank} is silent for {silent_s} s"
+                    assert group.receive(0.05) is None
 
 
 def test_a_stage_that_fails_is_an_event_with_its_last_words(make_group: MakeGroup) -> None:
@@ -99,14 +111,12 @@ def test_a_stage_that_fails_is_an_event_with_its_last_words(make_group: MakeGrou
         assert receive(group, 1) == [StageMessage(0, StepDone(number=2, busy_s=0.0, receive_s=0.0))]
 
 
-def test_a_killed_guard_is_noticed_in_under_a_second(make_group: MakeGroup) -> None:
+def test_a_killed_guard_is_noticed(make_group: MakeGroup) -> None:
     with make_group("deaf") as group:
         receive(group, 1)
         (guard,) = psutil.Process().children()
         guard.kill()
-        began = time.monotonic()
         end = ended(receive(group, 1))
-        assert time.monotonic() - began < 1
         assert end.reason == "its guard was ended by signal 9"
 
 
@@ -142,8 +152,9 @@ def test_stopping_kills_all_stubborn_stages_at_once_and_says_what_it_waits_for(
         group.set_held_bytes(0, 10 * 10**9)
         began = time.monotonic()
         group.stop(log.append)
-        assert 6 <= time.monotonic() - began < 8
+        assert time.monotonic() - began >= 6  # 5 s, and 1 s for each 10 GB
         assert children() == []
+    assert not any(KILLED_BY_THE_GROUP in line for line in log)  # their guards killed them in the time of one
     assert "waiting for stage 0 on this machine, which holds 10.0 GB, at most 8 s" in log
     assert not any("stage 2" in line for line in log if line.startswith("waiting"))
 
@@ -154,7 +165,7 @@ def test_a_stopped_guard_is_killed_and_its_stage_ends(make_group: MakeGroup) -> 
         processes = children()
         (guard,) = psutil.Process().children()
         guard.suspend()
-    _, alive = psutil.wait_procs(processes, timeout=6)
+    _, alive = psutil.wait_procs(processes, timeout=RECEIVE_S)
     assert not alive
 
 

@@ -12,6 +12,7 @@ from mlx_lm.tool_parsers.kimi_k2 import parse_tool_call
 
 from mlx_k2.text.markers import NAMES
 from mlx_k2.text.reply_parser import Content, Part, Reasoning, Reply, ReplyParser, whole_reply
+from tests.examples import at_least
 from tests.text.replies import CALL, IN_VOCABULARY, SINGULAR, Token, call, parsed, parts, section, tokens_of
 
 # Markers as tokens and as text, beginnings of markers, space, and what stands between.
@@ -60,7 +61,7 @@ def joined(found: Sequence[Part]) -> list[Part]:
 
 
 @given(replies, st.lists(st.integers(1, 9), min_size=1, max_size=4), st.booleans(), vocabularies)
-@settings(max_examples=1000)
+@settings(max_examples=at_least(1000))
 def test_any_cut_of_the_text_gives_the_same_parts(
     tokens: list[Token], cuts: list[int], in_reasoning: bool, names: frozenset[str]
 ) -> None:

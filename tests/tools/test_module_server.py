@@ -147,5 +147,5 @@ def test_the_process_goes_when_the_program_is_killed_also_with_a_function_that_h
         servers = psutil.Process(program.pid).children(recursive=True)
         program.kill()
         assert servers
-        _, left = psutil.wait_procs(servers, timeout=10)
+        _, left = psutil.wait_procs(servers, timeout=60)
     assert left == []

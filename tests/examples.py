@@ -1,0 +1,8 @@
+"""Number of Hypothesis examples of a test that needs more than the default of 100."""
+
+from hypothesis import settings
+
+
+def at_least(count: int) -> int:
+    """Return ``count``, or the number of the selected profile where that is larger, as with `make fuzz`."""
+    return max(count, settings().max_examples)
