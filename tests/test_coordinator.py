@@ -99,7 +99,7 @@ def test_every_stage_reports_its_share_of_the_time(cluster_of: ClusterOf) -> Non
     assert all(stage.busy_s > 0 for stage in use)
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 3, 7])
+@pytest.mark.parametrize("num_stages", [1, 2, 3, pytest.param(7, marks=pytest.mark.slow)])
 def test_the_stages_load_every_tensor_of_the_index_once_and_each_end_its_own(
     cluster_of: ClusterOf, num_stages: int
 ) -> None:
@@ -130,7 +130,7 @@ def error_after(
     return caught.value
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_stage_is_a_fault_that_names_it_and_its_host(model: Path, tmp_path: Path, rank: int) -> None:
     error = error_after(model, tmp_path, lambda: stage_process(rank).kill())
     assert isinstance(error, StageFault)
@@ -140,13 +140,14 @@ def test_a_killed_stage_is_a_fault_that_names_it_and_its_host(model: Path, tmp_p
     )
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_stopped_stage_is_said_to_be_stopped_with_host_step_and_phase(model: Path, tmp_path: Path, rank: int) -> None:
     error = error_after(model, tmp_path, lambda: stage_process(rank).suspend(), patience_s=1.0)
     assert isinstance(error, StageSilent)
     assert re.match(rf"stage {rank} on this machine \(.*\) is stopped: its process was suspended \d+ s ago", str(error))
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_too_long_names_the_stage_that_owes_it_and_where_all_stand(
     model: Path, tmp_path: Path
 ) -> None:

@@ -38,6 +38,7 @@ def run(hub: Hub, home: Path, *arguments: str, **environment: str) -> subprocess
     return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=100)
 
 
+@pytest.mark.slow
 def test_what_download_fetched_is_all_that_generate_needs_offline(hub: Hub, folder: Path, tmp_path: Path) -> None:
     downloaded = run(hub, tmp_path, "download", "--stages", "2", "--model", REPO)
     assert downloaded.returncode == 0, downloaded.stderr

@@ -195,6 +195,7 @@ NUM_CALLS = 300
 CONTEXT_TOKENS = 32768
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_three_hundred_tool_calls_in_a_row_come_almost_wholly_from_the_cached_prefix(tmp_path: Path) -> None:
     near = StdioServer(name="n", command=sys.executable, args=(str(SERVER),))

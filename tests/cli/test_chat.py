@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from tests.cli.command import CommandLine
 from tests.cli.tmux import Terminal, needs_tmux, terminal
 
@@ -26,6 +28,7 @@ def transcript(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "transcript.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @needs_tmux
 def test_a_conversation_with_several_lines_a_stop_an_undo_and_files(command_line: CommandLine, tmp_path: Path) -> None:
     with scripted(command_line, tmp_path, "talk") as pane:
@@ -132,6 +135,7 @@ def test_a_narrower_terminal_gets_narrower_lines_and_the_answer_goes_on(
         pane.wait_for("exit code 0")
 
 
+@pytest.mark.slow
 @needs_tmux
 def test_without_colour_and_in_a_dumb_terminal_it_is_plain(command_line: CommandLine, tmp_path: Path) -> None:
     for name, environment in (("none", {"NO_COLOR": "1"}), ("dumb", {"TERM": "dumb"})):

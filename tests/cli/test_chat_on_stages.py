@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.cli.command import MLX_K2, CommandLine
 from tests.cli.tmux import Terminal, needs_tmux, terminal
@@ -41,6 +42,7 @@ def stages_below(pane: Terminal) -> list[psutil.Process]:
     return [process for process in pane.processes() if "mlx_k2.stage.program" in process.cmdline()]
 
 
+@pytest.mark.slow
 @needs_tmux
 def test_on_stages_a_message_is_answered_an_answer_stopped_and_nothing_is_left_behind(
     command_line: CommandLine, endless: Path, tmp_path: Path
@@ -59,6 +61,7 @@ def test_on_stages_a_message_is_answered_an_answer_stopped_and_nothing_is_left_b
         pane.wait_for("exit code 0")
 
 
+@pytest.mark.slow
 @needs_tmux
 def test_the_built_in_model_calls_a_tool_once_the_user_agrees_and_answers_from_its_result(
     command_line: CommandLine, tmp_path: Path
@@ -81,6 +84,7 @@ def test_generate_calls_tools_and_its_stdout_is_the_answer_alone(command_line: C
     assert 'get_weather({"city": "Paris"})' in run.stderr
 
 
+@pytest.mark.slow
 @needs_tmux
 def test_stages_that_end_while_nobody_speaks_start_again_and_the_chat_goes_on(
     command_line: CommandLine, tmp_path: Path
@@ -98,6 +102,7 @@ def test_stages_that_end_while_nobody_speaks_start_again_and_the_chat_goes_on(
         assert wait_until_gone([process for process in everything if process.pid != pane.pid], 60) == []
 
 
+@pytest.mark.slow
 @needs_tmux
 def test_a_fault_that_ends_the_chat_leaves_what_was_said_where_it_can_be_loaded(
     command_line: CommandLine, tmp_path: Path
@@ -121,6 +126,7 @@ def test_a_fault_that_ends_the_chat_leaves_what_was_said_where_it_can_be_loaded(
         pane.wait_for(f"{len(contents)} messages from")
 
 
+@pytest.mark.slow
 @needs_tmux
 def test_ctrl_c_three_times_ends_the_program_when_a_stopped_stage_keeps_the_answer_from_ending(
     command_line: CommandLine, endless: Path, tmp_path: Path

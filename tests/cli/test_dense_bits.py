@@ -24,7 +24,7 @@ def generate(command_line: CommandLine, model: Path, *arguments: str) -> list[di
     return [json.loads(line) for line in ran.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize("num_stages", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_tokens_come_from_the_quantized_weights_and_memory_is_as_computed(
     command_line: CommandLine, endless: Path, num_stages: int
 ) -> None:

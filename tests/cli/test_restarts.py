@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.cli.command import CommandLine, processes_below
 from tests.local_cluster import wait_until_gone
@@ -36,6 +37,7 @@ def test_json_lines_go_on_after_a_restart_which_has_a_line_of_its_own(command_li
     assert wait_until_gone(below, 0) == []
 
 
+@pytest.mark.slow
 def test_with_restarts_off_the_text_so_far_is_kept_the_fault_is_one_line_and_a_report_is_written(
     command_line: CommandLine, tmp_path: Path
 ) -> None:

@@ -6,9 +6,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.cluster.hosts import EmulatedHosts
 from tests.cluster.test_generate import MLX_K2
 from tests.local_cluster import write_model
+
+pytestmark = pytest.mark.slow
 
 Line = dict[str, Any]
 

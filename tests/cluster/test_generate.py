@@ -10,6 +10,8 @@ import pytest
 from tests.cluster.hosts import EmulatedHosts, wait_until
 from tests.local_cluster import write_model
 
+pytestmark = pytest.mark.slow
+
 MLX_K2 = str(Path(sys.executable).with_name("mlx-k2"))
 
 END_S = 60.0

@@ -13,6 +13,8 @@ from tests.cluster import ring_group
 from tests.cluster.hosts import EmulatedHosts, wait_until
 from tests.launch.guarded import stand_in_python
 
+pytestmark = pytest.mark.slow
+
 LEASE_S = 4.0
 LONG_LEASE_S = 600.0
 """A lease that outlasts every test, so that no stage ends because its lease is over."""

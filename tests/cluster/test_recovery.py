@@ -11,6 +11,8 @@ from tests.cluster.faults import Tokens, try_fault
 from tests.cluster.hosts import EmulatedHosts, what_is_missing
 from tests.local_cluster import write_model
 
+pytestmark = pytest.mark.slow
+
 BY_NAME = {fault.name: fault for fault in FAULTS}
 BUSY = 6.0
 """How much longer than in bench/faults.py a fault may take to be noticed here, beside other tests."""

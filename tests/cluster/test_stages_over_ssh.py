@@ -15,6 +15,8 @@ from tests.cluster.hosts import EmulatedHosts, wait_until
 from tests.cluster.ring_group import bring_about, receive, start_ring_group
 from tests.launch.guarded import stand_in_python
 
+pytestmark = pytest.mark.slow
+
 EVENT_S = 60.0
 """Deadline for an event, long enough for a busy machine."""
 

@@ -71,6 +71,7 @@ def tokens_of(run: Run, breaking: dict[int, Callable[[], None]] | None = None) -
     return [tokens[asked] for asked in ASKED]
 
 
+@pytest.mark.slow
 def test_two_streams_go_on_with_the_same_tokens_whichever_stage_is_killed_or_stopped(
     model: Path, tmp_path: Path, undisturbed: Tokens
 ) -> None:
@@ -125,6 +126,7 @@ class Breaker(Watcher):
             stage_process(1).kill()
 
 
+@pytest.mark.slow
 def test_a_stage_killed_while_all_start_again_costs_one_more_restart_each_time(
     model: Path, tmp_path: Path, undisturbed: Tokens
 ) -> None:
@@ -137,6 +139,7 @@ def test_a_stage_killed_while_all_start_again_costs_one_more_restart_each_time(
         assert re.match(r"stage 1 on this machine \(.+\) ended with signal 9", restart.reason), restart.reason
 
 
+@pytest.mark.slow
 def test_a_fault_after_the_last_token_is_mended_for_the_next_request_and_leaves_no_process(
     model: Path, tmp_path: Path, undisturbed: Tokens
 ) -> None:

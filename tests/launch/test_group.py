@@ -144,6 +144,7 @@ def test_messages_faster_than_they_are_taken_are_all_kept(make_group: MakeGroup)
         assert all(isinstance(event, StageMessage) for event in receive(group, 6000))
 
 
+@pytest.mark.slow
 def test_stopping_kills_all_stubborn_stages_at_once_and_says_what_it_waits_for(
     make_group: MakeGroup, log: list[str]
 ) -> None:
@@ -159,6 +160,7 @@ def test_stopping_kills_all_stubborn_stages_at_once_and_says_what_it_waits_for(
     assert not any("stage 2" in line for line in log if line.startswith("waiting"))
 
 
+@pytest.mark.slow
 def test_a_stopped_guard_is_killed_and_its_stage_ends(make_group: MakeGroup) -> None:
     with make_group("echo") as group:
         receive(group, 1)
@@ -184,6 +186,7 @@ def test_a_python_that_is_not_there_is_a_start_error_that_says_what_to_do() -> N
     )
 
 
+@pytest.mark.slow
 def test_fifteen_groups_leave_no_descriptor_and_no_thread(make_group: MakeGroup) -> None:
     def run_once() -> None:
         with make_group("echo", "failing") as group:

@@ -70,6 +70,7 @@ def connected_stages(folder: Path) -> Iterator[StageGroup]:
         yield group
 
 
+@pytest.mark.slow
 def test_a_prompt_of_200_000_tokens_is_read_although_nobody_reads_for_a_while(
     readers: HeldReaders, tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def test_a_stopped_stage_is_named_alone(make_group: MakeGroup) -> None:
     assert "stage 1" not in said
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_stopped_for_less_than_the_patience_goes_on(make_group: MakeGroup) -> None:
     with make_group("echo", patience_s=6.0) as group:
         vigil = come_up(group)
@@ -104,11 +105,13 @@ def test_a_stage_that_waits_for_what_was_sent_names_the_hop(make_group: MakeGrou
     )
 
 
+@pytest.mark.slow
 def test_a_stage_that_waits_for_one_that_has_not_sent_is_left_in_peace(make_group: MakeGroup) -> None:
     with make_group("echo", "receives") as group:
         assert come_up(group).receive(time.monotonic() + 3.5) is None
 
 
+@pytest.mark.slow
 def test_after_a_gap_in_its_own_time_a_vigil_reads_before_it_judges(make_group: MakeGroup) -> None:
     """This process is stopped for longer than its patience while a stage answers."""
     with make_group("echo") as group:

@@ -32,14 +32,18 @@ def test_batches_of_every_size(tokens: int) -> None:
 
 
 @every_variant
-@pytest.mark.parametrize("top_k", [4, 7, 8], ids=lambda k: f"{k} ids in an input")
+@pytest.mark.parametrize(
+    "top_k",
+    [pytest.param(4, marks=pytest.mark.slow), 7, pytest.param(8, marks=pytest.mark.slow)],
+    ids=lambda k: f"{k} ids in an input",
+)
 def test_inputs_of_fewer_than_eight_elements_live_in_another_address_space(variant: Variant, top_k: int) -> None:
     case = random_case(experts=9, tokens=1, top_k=top_k, hidden=64, intermediate=64, seed=top_k)
     assert_right(case, measure(case, variant))
 
 
 @every_variant
-@pytest.mark.parametrize(("hidden", "intermediate"), [(32, 32), (1056, 160)])
+@pytest.mark.parametrize(("hidden", "intermediate"), [pytest.param(32, 32, marks=pytest.mark.slow), (1056, 160)])
 def test_odd_sizes(variant: Variant, hidden: int, intermediate: int) -> None:
     case = random_case(experts=5, tokens=3, top_k=3, hidden=hidden, intermediate=intermediate, seed=hidden)
     assert_right(case, measure(case, variant))
@@ -121,24 +125,28 @@ def test_results_do_not_depend_on_the_schedule(variant: Variant, schedule: Sched
     assert measure(case, variant, schedule=schedule) == measure(case, variant)
 
 
+@pytest.mark.slow
 @every_variant
 def test_no_access_is_out_of_bounds_or_misaligned(variant: Variant) -> None:
     case = random_case(experts=4, tokens=3, top_k=2, hidden=96, intermediate=32)
     assert_right(case, measure(case, variant, mode=Mode.ADDRESSES))
 
 
+@pytest.mark.slow
 @every_variant
 def test_no_two_threads_race(variant: Variant) -> None:
     case = random_case(experts=3, tokens=2, top_k=2, hidden=64, intermediate=32)
     assert_right(case, measure(case, variant, mode=Mode.RACES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "tokens"), [(Variant.DECODE, 1), (Variant.BATCH, 2)])
 def test_the_true_size_of_k2(variant: Variant, tokens: int) -> None:
     case = random_case(experts=9, tokens=tokens, top_k=8, hidden=7168, intermediate=2048)
     assert_right(case, measure(case, variant, tuning=DEFAULT, rows=slice(1900, 1964)))
 
 
+@pytest.mark.slow
 def test_a_stack_beyond_32_bits_of_bytes(tmp_path: Path) -> None:
     experts, outputs, inputs = 384, 2048, 7168  # 2.8 GB a projection; the files are sparse
     chosen = np.array([[383, 0, 382, 200, 7, 291, 293, 100]], np.uint32)
@@ -167,6 +175,7 @@ def needed_bytes(case: Case, *names: str) -> int:
     return sum(distinct * a.nbytes // a.shape[0] for a in arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "tokens"), [(Variant.DECODE, 1), (Variant.BATCH, 1), (Variant.BATCH, 8)])
 def test_each_weight_is_loaded_once(variant: Variant, tokens: int) -> None:
     case = random_case(experts=12, tokens=tokens, top_k=8, hidden=1024, intermediate=128)  # 8 tokens share experts

@@ -31,7 +31,10 @@ UNBATCHED = (
     np.int64(0),
 )  # shapes and strides that are not looked at
 
-modes = pytest.mark.parametrize("mode", [Mode.FAST, Mode.ADDRESSES, Mode.RACES])
+modes = pytest.mark.parametrize(
+    "mode",
+    [Mode.FAST, pytest.param(Mode.ADDRESSES, marks=pytest.mark.slow), pytest.param(Mode.RACES, marks=pytest.mark.slow)],
+)
 
 
 def quantized(*shape: int) -> tuple[mx.array, mx.array, mx.array]:

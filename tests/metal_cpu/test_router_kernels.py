@@ -64,6 +64,7 @@ def test_the_router_does_not_depend_on_the_schedule(schedule: Schedule) -> None:
     assert route_errors(schedule=schedule) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [Mode.ADDRESSES, Mode.RACES])
 def test_the_router_has_nothing_to_report(mode: Mode) -> None:
     assert route_errors(experts=34, top_k=4, tokens=2, mode=mode) <= 1e-6

@@ -27,6 +27,7 @@ def perform_uncompilable(launch: Launch) -> list[mx.array]:
     raise RuntimeError(f"[metal::Device] Unable to build metal library from source\n{launch.text.name}.metal:3: error")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32], ids=["bfloat16", "float32"])
 def test_our_kernels_are_trusted(dtype: mx.Dtype) -> None:
     verdicts = check_kernels(SHAPE._replace(dtype=dtype), DEFAULT, perform)

@@ -173,6 +173,7 @@ def test_the_end_of_the_coordinator_leaves_nothing(start: Start, program: str) -
     stage.wait_until_gone()
 
 
+@pytest.mark.slow
 def test_a_stage_that_ignores_everything_is_killed_after_its_time(start: Start) -> None:
     stage = start("stubborn")
     stage.set(held_bytes=10 * 10**9)
@@ -182,6 +183,7 @@ def test_a_stage_that_ignores_everything_is_killed_after_its_time(start: Start) 
     assert time.monotonic() - began >= 6  # 5 s, and 1 s for each 10 GB
 
 
+@pytest.mark.slow
 def test_a_silent_coordinator_ends_the_stage_after_the_lease_and_a_beating_one_does_not(start: Start) -> None:
     stage = start("deaf")
     stage.set(lease_s=2.0)
@@ -225,6 +227,7 @@ def test_a_killed_guard_leaves_nothing(start: Start, program: str) -> None:
     stage.wait_until_gone()
 
 
+@pytest.mark.slow
 def test_a_killed_guard_leaves_not_even_a_stage_that_ignores_everything(start: Start) -> None:
     stage = start("stubborn")
     began = time.monotonic()

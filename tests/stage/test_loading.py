@@ -46,7 +46,7 @@ def measure(folder: Path, *arguments: int) -> Measured:
     return measured
 
 
-@pytest.mark.parametrize(("first_layer", "end_layer"), [(0, 12), (6, 12)])
+@pytest.mark.parametrize(("first_layer", "end_layer"), [pytest.param(0, 12, marks=pytest.mark.slow), (6, 12)])
 def test_loading_never_holds_more_than_the_shard_its_largest_layer_and_200_mb(
     folder: Path, first_layer: int, end_layer: int
 ) -> None:

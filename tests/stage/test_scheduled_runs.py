@@ -91,7 +91,13 @@ def alone(checkpoint: Checkpoint) -> list[Tokens]:
 
 @pytest.mark.parametrize(
     ("num_stages", "chunk_tokens", "num_slots", "guesses"),
-    [(1, 1, 4, False), (2, 7, 3, False), (2, 64, 1, True), (3, 64, 4, True), (3, 128, 2, False)],
+    [
+        pytest.param(1, 1, 4, False, marks=pytest.mark.slow),
+        pytest.param(2, 7, 3, False, marks=pytest.mark.slow),
+        pytest.param(2, 64, 1, True, marks=pytest.mark.slow),
+        (3, 64, 4, True),
+        pytest.param(3, 128, 2, False, marks=pytest.mark.slow),
+    ],
 )
 def test_every_sequence_gets_the_same_bits_in_any_company_chunks_stages_and_with_guesses(
     checkpoint: Checkpoint, alone: list[Tokens], num_stages: int, chunk_tokens: int, num_slots: int, guesses: bool

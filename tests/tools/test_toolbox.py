@@ -183,7 +183,11 @@ def test_two_servers_of_one_name_are_refused_before_any_starts() -> None:
         pass
 
 
-@pytest.mark.parametrize("arguments", [(), ("stubborn",)], ids=["a willing server", "one that ignores SIGTERM"])
+@pytest.mark.parametrize(
+    "arguments",
+    [(), pytest.param(("stubborn",), marks=pytest.mark.slow)],
+    ids=["a willing server", "one that ignores SIGTERM"],
+)
 def test_at_the_end_no_process_is_left_also_when_calls_still_run(arguments: tuple[str, ...]) -> None:
     before = children()
     with open_toolbox([stdio_server("s", *arguments)], LIMITS) as box:
