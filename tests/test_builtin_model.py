@@ -92,12 +92,13 @@ def test_it_knows_the_right_replies(sound: float) -> None:
     assert sound < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "order",
     [
         ([0, 1, 2], [4, 5, 6]),
-        pytest.param(([0, 1], [4], [3], [2], [5, 6]), marks=pytest.mark.slow),
-        pytest.param(([0, 1, 2, 3], [5], [4], [6]), marks=pytest.mark.slow),
+        ([0, 1], [4], [3], [2], [5, 6]),
+        ([0, 1, 2, 3], [5], [4], [6]),
     ],
     ids=["a layer left out", "two layers swapped", "two neighbours swapped"],
 )
@@ -129,7 +130,8 @@ def mistake_beta_fast(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("damage", [reverse_nibbles, pytest.param(mistake_beta_fast, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [reverse_nibbles, mistake_beta_fast])
 def test_weights_and_positions_that_are_read_wrongly_show(
     replies: list[Reply], sound: float, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:

@@ -140,7 +140,8 @@ def test_a_killed_stage_is_a_fault_that_names_it_and_its_host(model: Path, tmp_p
     )
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_stage_is_said_to_be_stopped_with_host_step_and_phase(model: Path, tmp_path: Path, rank: int) -> None:
     error = error_after(model, tmp_path, lambda: stage_process(rank).suspend(), patience_s=1.0)
     assert isinstance(error, StageSilent)

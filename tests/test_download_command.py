@@ -56,6 +56,7 @@ def test_what_download_fetched_is_all_that_generate_needs_offline(hub: Hub, fold
     assert len(tokens) == 12
 
 
+@pytest.mark.slow
 def test_a_second_download_fetches_nothing(hub: Hub, tmp_path: Path) -> None:
     assert run(hub, tmp_path, "download", "--model", REPO).returncode == 0
     hub.requests.clear()
@@ -71,6 +72,7 @@ def test_a_dry_run_fetches_the_small_files_only(hub: Hub, tmp_path: Path) -> Non
     assert not any(name.endswith(".safetensors") for name in hub.fetched)
 
 
+@pytest.mark.slow
 def test_a_file_that_arrives_altered_is_refused_by_name(hub: Hub, folder: Path, tmp_path: Path) -> None:
     name = "model-00003-of-000008.safetensors"
     hub.sent_instead[name] = bytes(len(hub.files[name]))

@@ -104,6 +104,7 @@ def summary(events: Iterable[object]) -> AnswerSummary:
     return found
 
 
+@pytest.mark.slow
 def test_a_second_turn_computes_the_new_message_alone_and_the_answer_was_computed_in_the_idle_time(
     stages: Stages,
 ) -> None:

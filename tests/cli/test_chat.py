@@ -113,6 +113,7 @@ def test_tools_are_asked_about_declined_and_allowed_for_good(command_line: Comma
         pane.wait_for("exit code 0")
 
 
+@pytest.mark.slow
 @needs_tmux
 def test_a_narrower_terminal_gets_narrower_lines_and_the_answer_goes_on(
     command_line: CommandLine, tmp_path: Path

@@ -77,6 +77,7 @@ def test_the_built_in_model_calls_a_tool_once_the_user_agrees_and_answers_from_i
         pane.wait_for("exit code 0")
 
 
+@pytest.mark.slow
 def test_generate_calls_tools_and_its_stdout_is_the_answer_alone(command_line: CommandLine, tmp_path: Path) -> None:
     run = command_line.run("generate", "--tools", write_tools(tmp_path), "--yes", ASKED)
     assert run.returncode == 0, run.stderr

@@ -23,6 +23,7 @@ def kill_a_stage(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return below
 
 
+@pytest.mark.slow
 def test_json_lines_go_on_after_a_restart_which_has_a_line_of_its_own(command_line: CommandLine) -> None:
     alone = [json.loads(line) for line in command_line.run(*ASKED, "--json").stdout.splitlines()]
     process = command_line.start(*ASKED, "--json")

@@ -102,6 +102,7 @@ def test_a_reader_that_has_enough_ends_the_command(start: Start) -> None:
     assert [line for line in process.stderr.read().splitlines() if not line.startswith(WAITING)] == []
 
 
+@pytest.mark.slow
 def test_killing_the_command_leaves_no_process(start: Start) -> None:
     process = start(*LONG_LEASE, num_stages=2)
     below = answering(process, num_stages=2)
@@ -132,6 +133,7 @@ def hangup_ignored() -> Iterator[None]:
     signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hangup_ignored")
 def test_a_signal_that_whoever_started_the_command_ignores_stays_ignored(start: Start) -> None:
     process = start("--max-tokens", "100")

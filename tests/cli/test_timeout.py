@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.cli.command import CommandLine
 
 ENDLESS = {"prompt": "Hello", "max_tokens": 2000}
 SHORT = {"prompt": "Hello", "max_tokens": 30, "seed": 3}
 
 
+@pytest.mark.slow
 def test_a_line_of_a_file_of_prompts_may_have_a_time_of_its_own(
     command_line: CommandLine, endless: Path, tmp_path: Path
 ) -> None:

@@ -92,6 +92,7 @@ class _Interrupted(BaseException):
     """What the handler of the test below raises."""
 
 
+@pytest.mark.slow
 def test_a_signal_handler_that_raises_in_the_midst_of_putting_leaves_a_writer_that_works() -> None:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise _Interrupted

@@ -57,6 +57,7 @@ def test_bytes_held_and_read_follow_from_the_shapes(
     assert [round(num_bytes / 1e9, 2) for num_bytes in counted] == [held, read]
 
 
+@pytest.mark.slow
 def test_the_table_has_both_programs_as_shipped_and_in_eight_bits() -> None:
     assert [(row.program, row.dense_bits) for row in table()] == [
         ("mlx-k2", None),

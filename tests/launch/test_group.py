@@ -82,6 +82,7 @@ def test_nothing_to_receive_is_none_at_the_deadline(make_group: MakeGroup) -> No
         assert time.monotonic() - began >= 0.2
 
 
+@pytest.mark.slow
 def test_guards_are_heard_again_and_again_while_their_stages_hold_the_gil(make_group: MakeGroup) -> None:
     with make_group("deaf", "deaf") as group:
         receive(group, 2)

@@ -129,9 +129,8 @@ def peak_beyond_inputs(case: Case, attend: str) -> int:
     return mx.get_peak_memory() - held
 
 
-@pytest.mark.parametrize(
-    ("attend", "count", "heads"), [("naive", 256, 4), pytest.param("absorbed", 64, 16, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("attend", "count", "heads"), [("naive", 256, 4), ("absorbed", 64, 16)])
 def test_at_32k_of_context_memory_stays_within_the_budget(
     monkeypatch: pytest.MonkeyPatch, attend: str, count: int, heads: int
 ) -> None:

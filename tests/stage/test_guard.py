@@ -236,6 +236,7 @@ def test_a_killed_guard_leaves_not_even_a_stage_that_ignores_everything(start: S
     assert time.monotonic() - began >= 5
 
 
+@pytest.mark.slow
 def test_a_stopped_guard_is_ended_after_the_lease(start: Start) -> None:
     stage = start("deaf")
     stage.set(lease_s=2.0)

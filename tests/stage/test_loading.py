@@ -59,6 +59,7 @@ def test_loading_never_holds_more_than_the_shard_its_largest_layer_and_200_mb(
     assert measured["rss"] <= bound
 
 
+@pytest.mark.slow
 def test_quantizing_dense_matrices_needs_no_more_room_than_a_layer_as_it_is_read(folder: Path) -> None:
     config = read_config(folder)
     measured = measure(folder, 0, 12, 8)

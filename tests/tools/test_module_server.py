@@ -139,6 +139,7 @@ with open_toolbox([python_module(pathlib.Path(sys.argv[1]), os.environ)], Limits
 """
 
 
+@pytest.mark.slow
 def test_the_process_goes_when_the_program_is_killed_also_with_a_function_that_hangs(module: Path) -> None:
     command = [sys.executable, "-c", CHAT, str(module)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as program:

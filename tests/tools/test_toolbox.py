@@ -37,11 +37,20 @@ def http_server(name: str) -> Iterator[HttpServer]:
         process.kill()
 
 
+@pytest.fixture(scope="module")
+def shared_url() -> Iterator[str]:
+    """The address of one HTTP server for all tests that do not end it."""
+    with http_server("shared") as server:
+        yield server.url
+
+
 @pytest.fixture(params=["stdio", "http"])
-def serve(request: pytest.FixtureRequest) -> Iterator[Serve]:
-    """Makes a server of either kind; those over HTTP run until the test ends."""
-    with contextlib.ExitStack() as running:
-        yield (lambda name: running.enter_context(http_server(name))) if request.param == "http" else stdio_server
+def serve(request: pytest.FixtureRequest) -> Serve:
+    """Makes a server of either kind."""
+    if request.param == "stdio":
+        return stdio_server
+    url: str = request.getfixturevalue("shared_url")
+    return lambda name: HttpServer(name=name, url=url)
 
 
 def children() -> set[int]:
