@@ -30,14 +30,7 @@ from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.tally import Tally
 from mlx_k2.cli.repl.terminal import choose_keyboard, choose_screen
 from mlx_k2.cli.repl.transcript import Transcript
-from mlx_k2.cli.requests import (
-    Served,
-    deployment_request,
-    log_settings,
-    new_conversation,
-    open_source,
-    reply_settings,
-)
+from mlx_k2.cli.requests import Served, deployment_request, log_settings, new_conversation, open_source, reply_settings
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.deployment.foresight import foresee
 from mlx_k2.deployment.recovery import LastingDeployment

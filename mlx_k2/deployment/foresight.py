@@ -5,13 +5,7 @@ from collections.abc import Sequence
 
 import psutil
 
-from mlx_k2.deployment.plan import (
-    HostMemory,
-    RunShape,
-    StagePlan,
-    choose_shape,
-    plan_stages,
-)
+from mlx_k2.deployment.plan import HostMemory, RunShape, StagePlan, choose_shape, plan_stages
 from mlx_k2.deployment.request import DeploymentRequest, source_on
 from mlx_k2.errors import PartitionError
 from mlx_k2.model_source import is_repo, model_folder

@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 
-from mlx_k2.control.messages import (
-    FromStage,
-)
+from mlx_k2.control.messages import FromStage
 from mlx_k2.deployment.plan import StagePlan
 from mlx_k2.weights.checkpoint import ModelDescription
 

@@ -16,13 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_k2.config import Family, ModelConfig
-from mlx_k2.weights.inventory import (
-    INT4_GROUP_SIZE,
-    TensorSpec,
-    embedding_specs,
-    head_specs,
-    layer_specs,
-)
+from mlx_k2.weights.inventory import INT4_GROUP_SIZE, TensorSpec, embedding_specs, head_specs, layer_specs
 from mlx_k2.weights.safetensors_file import write_file
 
 _PIECE_VALUES = 1 << 22

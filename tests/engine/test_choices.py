@@ -8,14 +8,7 @@ from hypothesis import strategies as st
 
 from mlx_k2.engine.cost_model import StageCost, StageSpeed, row_load
 from mlx_k2.engine.pace import CHUNK_DELAY_STEPS, MeasuredPace, best_round, largest_chunk_within, prefill_s
-from tests.engine.simulated import (
-    LONGEST_CHUNK,
-    TURNAROUND_S,
-    FixedChoices,
-    Simulation,
-    k2_stages,
-    request,
-)
+from tests.engine.simulated import LONGEST_CHUNK, TURNAROUND_S, FixedChoices, Simulation, k2_stages, request
 from tests.examples import at_least
 
 PROMPTS = [512, 2048, 8192, 32768, 65536]
