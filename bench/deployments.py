@@ -5,11 +5,11 @@ from pathlib import Path
 
 from bench.checkpoints import CONTEXT_TOKENS
 from mlx_k2.cluster.hostfile import local_hostfile
-from mlx_k2.control.messages import ModelSource
 from mlx_k2.deployment.deploy import Deployment, deploy
 from mlx_k2.deployment.request import DeploymentRequest
 from mlx_k2.deployment.watcher import Watcher
 from mlx_k2.weights.checkpoint import describe_model, read_small_files
+from mlx_k2.weights.model_source import ModelSource
 
 
 def local_deployment(folder: Path, num_stages: int, num_slots: int = 1) -> AbstractContextManager[Deployment]:

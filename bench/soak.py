@@ -27,9 +27,9 @@ from mlx_k2.coordinator import TokenEvent
 from mlx_k2.deployment.recovery import LastingDeployment, Restart
 from mlx_k2.deployment.watcher import Watcher
 from mlx_k2.engine.request import Request
-from mlx_k2.model_source import read_model_files
 from mlx_k2.session import coordinate
 from mlx_k2.weights.checkpoint import describe_model
+from mlx_k2.weights.model_files import read_model_files
 from tests.local_cluster import is_running, local_request, marked_host, request, stage_process, write_model
 
 NUM_STAGES = 3

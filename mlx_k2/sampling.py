@@ -46,6 +46,14 @@ def _check(name: str, value: object, holds: bool, allowed: str) -> None:
         raise RequestError(f"{name} {value} is out of range: give a value {allowed}")
 
 
+class SampledToken(msgspec.Struct, frozen=True):
+    """A token drawn for one row; ``top`` holds (token id, log-probability) of the most likely ones."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
 class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What a checkpoint's generation_config.json recommends; None where it says nothing."""
 

@@ -10,7 +10,6 @@ import msgspec
 import psutil
 
 from mlx_k2.cluster.hostfile import Backend, Host, Hostfile
-from mlx_k2.control.messages import FromStage, LayerLoaded, ModelSource
 from mlx_k2.coordinator import Coordinator, Patience, TokenEvent
 from mlx_k2.deployment.deploy import Deployment, deploy
 from mlx_k2.deployment.request import DeploymentRequest
@@ -18,11 +17,16 @@ from mlx_k2.deployment.watcher import Watcher
 from mlx_k2.engine.pace import MeasuredPace
 from mlx_k2.engine.request import Request
 from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.model_source import read_model_files
+from mlx_k2.protocol.messages import (
+    FromStage,
+    LayerLoaded,
+)
 from mlx_k2.sampling import Sampling
 from mlx_k2.text.tiny_vocabulary import tiny_vocabulary
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.config_fields import tiny_config_fields
+from mlx_k2.weights.model_files import read_model_files
+from mlx_k2.weights.model_source import ModelSource
 from mlx_k2.weights.random_checkpoint import write_random_checkpoint
 
 VOCAB_SIZE = 768

@@ -98,7 +98,10 @@ def test_the_modules_import_each_other_without_circles() -> None:
 
 @pytest.mark.parametrize("module", GUARD)
 def test_the_guard_needs_nothing_but_the_standard_library(module: str) -> None:
-    own = {"mlx_k2.errors", *(f"mlx_k2.control.{name}" for name in ("ends", "framing", "guarding", "standing"))}
+    own = {
+        "mlx_k2.errors",
+        *(f"mlx_k2.protocol.{name}" for name in ("ends", "framing", "guard_messages", "stage_status")),
+    }
     own |= {f"mlx_k2.{name.removesuffix('.py').replace('/', '.')}" for name in GUARD}
     for _, name in imports(parse(Path(module))):
         assert name in own or not name.startswith(("mlx", "msgspec", "numpy", "psutil")), name

@@ -10,12 +10,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.status import Status
 from rich.table import Table
 
-from mlx_k2.control.messages import DownloadProgress, FromStage, LayerLoaded
 from mlx_k2.coordinator import StageUse
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.plan import RunShape, StagePlan, quantization_notes
 from mlx_k2.deployment.recovery import Restart
 from mlx_k2.deployment.watcher import Watcher
+from mlx_k2.protocol.messages import DownloadProgress, FromStage, LayerLoaded
 from mlx_k2.weights.checkpoint import ModelDescription
 
 console = Console(

@@ -9,7 +9,7 @@ from mlx_k2.cli.options import cluster_options
 from mlx_k2.cli.requests import deployment_request, open_source
 from mlx_k2.deployment.deploy import download
 from mlx_k2.errors import DownloadError
-from mlx_k2.model_source import is_repo
+from mlx_k2.weights.model_source import is_repo
 
 
 @click.command()

@@ -11,8 +11,8 @@ import msgspec
 from rich.table import Table
 
 from mlx_k2.cli.console import console, note
-from mlx_k2.control.kernel_report import DecodeTime, KernelLine, KernelReport
 from mlx_k2.errors import StageStartError
+from mlx_k2.kernels.report import DecodeTime, KernelLine, KernelReport
 from mlx_k2.stage.buffer_limits import BufferLimits, remember
 
 MEASURING_S = 900.0

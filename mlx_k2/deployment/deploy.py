@@ -9,22 +9,6 @@ from importlib.metadata import version
 
 from mlx_k2 import __version__
 from mlx_k2.cluster.hostfile import Backend, Hostfile
-from mlx_k2.control.messages import (
-    DownloadShard,
-    FetchFiles,
-    FromStage,
-    Hello,
-    JacclLinks,
-    LayerLoaded,
-    Load,
-    Loaded,
-    ModelFiles,
-    ModelSource,
-    Prepare,
-    Prepared,
-    RingLinks,
-    ShardDownloaded,
-)
 from mlx_k2.deployment.foresight import plan_for
 from mlx_k2.deployment.plan import DTYPE_BYTES, HostMemory, RunShape, StagePlan, quantization_notes
 from mlx_k2.deployment.request import DeploymentRequest, source_on, stage_place
@@ -34,8 +18,24 @@ from mlx_k2.engine.cost_model import StageCost
 from mlx_k2.errors import StageStartError
 from mlx_k2.launch import bring_up
 from mlx_k2.launch.group import StageGroup
+from mlx_k2.protocol.messages import (
+    DownloadShard,
+    FetchFiles,
+    FromStage,
+    Hello,
+    JacclLinks,
+    LayerLoaded,
+    Load,
+    Loaded,
+    ModelFiles,
+    Prepare,
+    Prepared,
+    RingLinks,
+    ShardDownloaded,
+)
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.inventory import model_specs
+from mlx_k2.weights.model_source import ModelSource
 
 JACCL_PORT = 32323
 """Where rank 0 meets the others before RDMA takes over; the port that mlx.launch uses."""

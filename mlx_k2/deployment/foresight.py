@@ -8,9 +8,9 @@ import psutil
 from mlx_k2.deployment.plan import HostMemory, RunShape, StagePlan, choose_shape, plan_stages
 from mlx_k2.deployment.request import DeploymentRequest, source_on
 from mlx_k2.errors import PartitionError
-from mlx_k2.model_source import is_repo, model_folder
 from mlx_k2.weights.checkpoint import ModelDescription, locate_tensors
 from mlx_k2.weights.inventory import shard_specs
+from mlx_k2.weights.model_source import is_repo, model_folder
 
 _IS_MAC = sys.platform == "darwin"
 

@@ -13,10 +13,10 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from mlx_k2.control.messages import FromStage
 from mlx_k2.coordinator import StageReport
 from mlx_k2.deployment.plan import StagePlan
 from mlx_k2.deployment.watcher import Watcher
+from mlx_k2.protocol.messages import FromStage
 from mlx_k2.weights.checkpoint import ModelDescription
 
 MAX_FILE_BYTES = 4_000_000

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from mlx_k2.control.messages import FromStage
 from mlx_k2.deployment.plan import StagePlan
+from mlx_k2.protocol.messages import FromStage
 from mlx_k2.weights.checkpoint import ModelDescription
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from mlx_k2.cluster.host_facts import HopSpeed, HostFacts, ModelFacts
 from mlx_k2.cluster.hostfile import Backend, Host
 from mlx_k2.cluster.mac_settings import (
     bridge_is_active,
@@ -14,8 +15,7 @@ from mlx_k2.cluster.mac_settings import (
     rdma_is_enabled,
     sleeps_after_minutes,
 )
-from mlx_k2.control.host_facts import HopSpeed, HostFacts, ModelFacts
-from mlx_k2.control.messages import Hello
+from mlx_k2.protocol.messages import Hello
 
 SLOW_ANSWER_S = 0.02
 """A plan goes through this for every token."""

@@ -7,20 +7,7 @@ from importlib.metadata import version
 from typing import TypeVar
 
 from mlx_k2 import __version__
-from mlx_k2.control.host_facts import HostFacts
-from mlx_k2.control.messages import (
-    ClockRead,
-    DownloadProgress,
-    Examine,
-    Examined,
-    Fault,
-    FromStage,
-    Hello,
-    HopsMeasured,
-    MeasureHops,
-    ModelSource,
-    ReadClock,
-)
+from mlx_k2.cluster.host_facts import HostFacts
 from mlx_k2.deployment.deploy import links, prepare
 from mlx_k2.deployment.foresight import plan_for
 from mlx_k2.deployment.plan import HostMemory, StagePlan
@@ -45,8 +32,20 @@ from mlx_k2.errors import ClusterError, PartitionError, SetupError
 from mlx_k2.launch import bring_up
 from mlx_k2.launch.events import StageEnded
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.model_source import BUILTIN, is_repo
+from mlx_k2.protocol.messages import (
+    ClockRead,
+    DownloadProgress,
+    Examine,
+    Examined,
+    Fault,
+    FromStage,
+    Hello,
+    HopsMeasured,
+    MeasureHops,
+    ReadClock,
+)
 from mlx_k2.weights.checkpoint import ModelDescription
+from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo
 
 NUM_CLOCK_READINGS = 7
 EXAMINE_S = 90.0

@@ -8,7 +8,11 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
-from mlx_k2.control.messages import (
+from mlx_k2.errors import ClusterError, NeighbourLost, StageFault, StageSilent, StageStartError
+from mlx_k2.launch.events import StageEnded, StageEvent
+from mlx_k2.launch.group import StageGroup
+from mlx_k2.launch.vigil import Vigil
+from mlx_k2.protocol.messages import (
     Connect,
     Connected,
     DownloadShard,
@@ -23,10 +27,6 @@ from mlx_k2.control.messages import (
     RingLinks,
     ShardDownloaded,
 )
-from mlx_k2.errors import ClusterError, NeighbourLost, StageFault, StageSilent, StageStartError
-from mlx_k2.launch.events import StageEnded, StageEvent
-from mlx_k2.launch.group import StageGroup
-from mlx_k2.launch.vigil import Vigil
 
 GREET_S = 60.0
 PREPARE_S = 60.0

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from signal import SIGKILL
 
-from mlx_k2.control.guarding import ENDED_BY_ITSELF
-from mlx_k2.control.messages import FromStage
 from mlx_k2.errors import ClusterError, StageFault, StageStartError
+from mlx_k2.protocol.guard_messages import ENDED_BY_ITSELF
+from mlx_k2.protocol.messages import FromStage
 
 
 @dataclass(frozen=True)

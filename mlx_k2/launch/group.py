@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from mlx_k2.control.guarding import GuardSettings, kill_after_s
-from mlx_k2.control.messages import Stop, ToStage
-from mlx_k2.control.standing import Standing
 from mlx_k2.launch.events import StageEvent
 from mlx_k2.launch.place import StagePlace
 from mlx_k2.launch.stage_process import StageProcess
+from mlx_k2.protocol.guard_messages import GuardSettings, kill_after_s
+from mlx_k2.protocol.messages import Stop, ToStage
+from mlx_k2.protocol.stage_status import Standing
 
 HEARTBEAT_S = 1.0
 SAY_AFTER_S = 1.0

@@ -13,15 +13,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import IO
 
-from mlx_k2.control.ends import FrameWriter
-from mlx_k2.control.framing import Frame, Kind, read_frame, skip_to_mark
-from mlx_k2.control.guarding import GuardSettings, StageExit
-from mlx_k2.control.messages import ToStage, decode_from_stage, encode_message
-from mlx_k2.control.standing import Announcement, Phase, Standing
 from mlx_k2.errors import ProtocolError
 from mlx_k2.launch.diagnosis import explain_lost_connection, explain_start_failure
 from mlx_k2.launch.events import StageEnded, StageEvent, StageMessage
 from mlx_k2.launch.place import StagePlace
+from mlx_k2.protocol.ends import FrameWriter
+from mlx_k2.protocol.framing import Frame, Kind, read_frame, skip_to_mark
+from mlx_k2.protocol.guard_messages import GuardSettings, StageExit
+from mlx_k2.protocol.messages import ToStage, decode_from_stage, encode_message
+from mlx_k2.protocol.stage_status import Announcement, Phase, Standing
 
 STDERR_LINES = 200
 MAX_LINE_BYTES = 4096

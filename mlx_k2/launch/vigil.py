@@ -6,10 +6,10 @@ Knows where stages stand; no plan, and no deadline but its caller's.
 import time
 from dataclasses import dataclass
 
-from mlx_k2.control.standing import Phase, Standing
 from mlx_k2.errors import StageSilent
 from mlx_k2.launch.events import StageEvent
 from mlx_k2.launch.group import HEARTBEAT_S, StageGroup
+from mlx_k2.protocol.stage_status import Phase, Standing
 
 LOOK_S = 0.5
 GAP_S = 2.0

@@ -13,12 +13,17 @@ from pathlib import Path
 import mlx.core as mx
 import psutil
 
-from mlx_k2.control.host_facts import HostFacts, ModelFacts
-from mlx_k2.control.messages import Examine
+from mlx_k2.cluster.host_facts import HostFacts, ModelFacts
 from mlx_k2.errors import MlxK2Error
-from mlx_k2.model_source import files_to_fetch, is_repo, locate_shard, model_folder, read_model_files
+from mlx_k2.protocol.messages import Examine
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.inventory import shard_specs
+from mlx_k2.weights.model_files import (
+    files_to_fetch,
+    locate_shard,
+    read_model_files,
+)
+from mlx_k2.weights.model_source import is_repo, model_folder
 
 BACKENDS = ("ring", "jaccl")
 SETTINGS: Mapping[str, tuple[str, ...]] = {

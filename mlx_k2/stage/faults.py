@@ -1,7 +1,7 @@
 """What the coordinator is told of an error that ends a stage, whatever it is."""
 
-from mlx_k2.control.messages import Fault
 from mlx_k2.errors import MlxK2Error, NeighbourLost, StageFault
+from mlx_k2.protocol.messages import Fault
 from mlx_k2.stage.host import peak_resident_bytes
 
 _LOST_NEIGHBOUR = ("[ring]", "[jaccl]")

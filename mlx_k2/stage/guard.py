@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import IO
 
-from mlx_k2.control.ends import FrameReader, FrameWriter
-from mlx_k2.control.framing import MARK, Frame, Kind
-from mlx_k2.control.guarding import ENDED_BY_ITSELF, POLITE_S, GuardSettings, StageExit, kill_after_s
-from mlx_k2.control.standing import Announcement
 from mlx_k2.errors import ProtocolError
+from mlx_k2.protocol.ends import FrameReader, FrameWriter
+from mlx_k2.protocol.framing import MARK, Frame, Kind
+from mlx_k2.protocol.guard_messages import ENDED_BY_ITSELF, POLITE_S, GuardSettings, StageExit, kill_after_s
+from mlx_k2.protocol.stage_status import Announcement
 from mlx_k2.stage.stage_clock import StageClock
 from mlx_k2.stage.watcher import Watch
 

@@ -4,7 +4,7 @@ import time
 
 import mlx.core as mx
 
-from mlx_k2.control.host_facts import HopSpeed
+from mlx_k2.cluster.host_facts import HopSpeed
 
 TOKEN_VALUES = 7168
 """The hidden states of one token of Kimi K2, as bfloat16: 14 kB."""

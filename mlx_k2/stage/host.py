@@ -11,8 +11,8 @@ import mlx.core as mx
 import psutil
 
 from mlx_k2 import __version__
-from mlx_k2.control.messages import Hello
 from mlx_k2.errors import StageStartError
+from mlx_k2.protocol.messages import Hello
 
 WIRED_LIMIT_SETTING = "iogpu.wired_limit_mb"
 

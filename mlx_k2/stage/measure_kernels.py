@@ -14,8 +14,8 @@ import msgspec
 
 from mlx_k2 import __version__
 from mlx_k2.config import ModelConfig
-from mlx_k2.control.kernel_report import DecodeTime, KernelLine, KernelReport
 from mlx_k2.kernels import experts, reference, timing, verdict_cache
+from mlx_k2.kernels.report import DecodeTime, KernelLine, KernelReport
 from mlx_k2.kernels.self_check import BATCH, DECODE, LayerShape, Verdict, random_stack
 from mlx_k2.kernels.tuning import Tuning, tuning_for
 from mlx_k2.model.feed_forward import make_feed_forward

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from mlx_k2.control.messages import Row, Step
 from mlx_k2.errors import ProtocolError
+from mlx_k2.protocol.messages import Row, Step
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ from typing import NoReturn
 import mlx.core as mx
 import msgspec
 
-from mlx_k2.control.ends import FrameReader, FrameWriter
-from mlx_k2.control.framing import Frame, Kind
-from mlx_k2.control.messages import (
+from mlx_k2.errors import MlxK2Error, ProtocolError
+from mlx_k2.model.latent_cache import LatentCache
+from mlx_k2.protocol.ends import FrameReader, FrameWriter
+from mlx_k2.protocol.framing import Frame, Kind
+from mlx_k2.protocol.messages import (
     ClockRead,
     Connect,
     Connected,
@@ -38,10 +40,7 @@ from mlx_k2.control.messages import (
     decode_to_stage,
     encode_message,
 )
-from mlx_k2.control.standing import Announcement, Phase
-from mlx_k2.errors import MlxK2Error, ProtocolError
-from mlx_k2.model.latent_cache import LatentCache
-from mlx_k2.model_source import fetch_shard, locate_shard, read_model_files
+from mlx_k2.protocol.stage_status import Announcement, Phase
 from mlx_k2.stage.examination import examine
 from mlx_k2.stage.faults import fault_of
 from mlx_k2.stage.hop_probe import measure_hops
@@ -53,6 +52,7 @@ from mlx_k2.stage.step_runner import StepRunner
 from mlx_k2.stage.transport import DistributedTransport, NoNeighbours, Transport, join_group, prove_hops
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.inventory import shard_specs
+from mlx_k2.weights.model_files import fetch_shard, locate_shard, read_model_files
 from mlx_k2.weights.reader import ShardReader
 
 READING_S = 120.0

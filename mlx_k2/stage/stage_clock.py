@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import suppress
 
-from mlx_k2.control.standing import Announcement, Phase, Standing
+from mlx_k2.protocol.stage_status import Announcement, Phase, Standing
 
 
 class StageClock:

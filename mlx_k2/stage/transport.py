@@ -14,8 +14,8 @@ from typing import IO, Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_k2.control.messages import JacclLinks, RingLinks
 from mlx_k2.errors import StageFault
+from mlx_k2.protocol.messages import JacclLinks, RingLinks
 
 
 class Transport(Protocol):

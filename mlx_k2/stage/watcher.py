@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
-from mlx_k2.control.guarding import POLITE_S
+from mlx_k2.protocol.guard_messages import POLITE_S
 
 POLL_S = 0.05
 

@@ -16,13 +16,11 @@ from mlx_k2.chat.events import CallEnded
 from mlx_k2.chat.reply_source import StageReplies
 from mlx_k2.chat.session import ChatSession, ReplySettings, Toolkit
 from mlx_k2.cluster.hostfile import local_hostfile
-from mlx_k2.control.messages import ModelSource
 from mlx_k2.coordinator import Coordinator, StageReport
 from mlx_k2.deployment.deploy import deploy
 from mlx_k2.deployment.request import DeploymentRequest
 from mlx_k2.deployment.watcher import Watcher
 from mlx_k2.engine.request import FinishReason
-from mlx_k2.model_source import read_model_files
 from mlx_k2.sampling import Sampling
 from mlx_k2.session import AnswerSummary, Delta, coordinate
 from mlx_k2.text.chat_template import ChatTemplate, load_chat_template
@@ -34,6 +32,8 @@ from mlx_k2.tools.servers import HttpServer, StdioServer
 from mlx_k2.tools.toolbox import Limits, open_toolbox
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.config_fields import tiny_config_fields
+from mlx_k2.weights.model_files import read_model_files
+from mlx_k2.weights.model_source import ModelSource
 from mlx_k2.weights.random_checkpoint import write_random_checkpoint
 from tests.chat.scripted import ScriptOnStages, drawn
 from tests.local_cluster import VOCAB_SIZE, write_model

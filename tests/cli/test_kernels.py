@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_k2.cli import kernels
-from mlx_k2.control.kernel_report import DecodeTime, KernelLine, KernelReport
+from mlx_k2.kernels.report import DecodeTime, KernelLine, KernelReport
 from mlx_k2.stage.buffer_limits import BufferLimits
 from tests.cli.command import CommandLine
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from mlx_k2.cli.requests import Served, prompt_text, read_prompt
-from mlx_k2.control.messages import ModelSource
 from mlx_k2.engine.request import Request
 from mlx_k2.errors import RequestError
-from mlx_k2.model_source import read_model_files
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
+from mlx_k2.weights.model_files import read_model_files
+from mlx_k2.weights.model_source import ModelSource
 from tests.local_cluster import CONTEXT_TOKENS, VOCAB_SIZE
 
 NOTHING: dict[str, Any] = {

@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from mlx_k2.control.framing import Kind, encode_frame
 from mlx_k2.model.stage_model import StageModel
+from mlx_k2.protocol.framing import Kind, encode_frame
 from mlx_k2.stage.service import serve
 
 NAMES = ("exception", "print", "rubbish", "half-frame", "flood", "clock")

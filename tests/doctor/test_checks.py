@@ -6,9 +6,8 @@ from dataclasses import replace
 import msgspec
 import pytest
 
+from mlx_k2.cluster.host_facts import HopSpeed, HostFacts, ModelFacts
 from mlx_k2.cluster.hostfile import Backend, Host
-from mlx_k2.control.host_facts import HopSpeed, HostFacts, ModelFacts
-from mlx_k2.control.messages import Hello
 from mlx_k2.doctor.checks import (
     Answer,
     Check,
@@ -24,6 +23,7 @@ from mlx_k2.doctor.checks import (
     check_sleep,
     check_versions,
 )
+from mlx_k2.protocol.messages import Hello
 from tests.cluster_room.test_mac_settings import BRIDGE, DEVICES, NO_DEVICES, PMSET
 
 HERE = {"mlx-k2": "0.1.0", "mlx": "0.32.4", "mlx-lm": "0.32.2"}

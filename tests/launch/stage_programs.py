@@ -10,15 +10,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 
-from mlx_k2.control.framing import Kind, encode_frame, read_frame
-from mlx_k2.control.messages import (
+from mlx_k2.protocol.framing import Kind, encode_frame, read_frame
+from mlx_k2.protocol.messages import (
     Connect,
     Connected,
     FromStage,
     Prepare,
     Prepared,
     RingLinks,
-    SampledToken,
     Step,
     StepDone,
     Stop,
@@ -26,7 +25,8 @@ from mlx_k2.control.messages import (
     decode_to_stage,
     encode_message,
 )
-from mlx_k2.control.standing import Announcement, Phase
+from mlx_k2.protocol.stage_status import Announcement, Phase
+from mlx_k2.sampling import SampledToken
 from mlx_k2.stage.ports import HeldPorts
 
 _out = os.fdopen(os.dup(1), "wb")

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from mlx_k2.control.messages import Connect, Connected, FromStage, ModelSource, Prepare, Prepared, RingLinks, Step
-from mlx_k2.control.messages import decode_from_stage as decode
 from mlx_k2.coordinator import Coordinator
 from mlx_k2.engine.pace import MeasuredPace
 from mlx_k2.engine.request import Request
@@ -17,7 +15,18 @@ from mlx_k2.launch import stage_process
 from mlx_k2.launch.bring_up import gather
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.place import StagePlace
+from mlx_k2.protocol.messages import (
+    Connect,
+    Connected,
+    FromStage,
+    Prepare,
+    Prepared,
+    RingLinks,
+    Step,
+)
+from mlx_k2.protocol.messages import decode_from_stage as decode
 from mlx_k2.sampling import Sampling
+from mlx_k2.weights.model_source import ModelSource
 from tests.engine.simulated import k2_stages
 from tests.launch.guarded import stand_in_python
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlx_k2.control.framing import Frame, Kind, encode_frame, read_frame, skip_to_mark
-from mlx_k2.control.guarding import GuardSettings
-from mlx_k2.control.messages import Connected, Step, StepDone, Stop, decode_from_stage, encode_message
-from mlx_k2.control.standing import Announcement, Phase, Standing
 from mlx_k2.errors import ProtocolError
+from mlx_k2.protocol.framing import Frame, Kind, encode_frame, read_frame, skip_to_mark
+from mlx_k2.protocol.guard_messages import GuardSettings
+from mlx_k2.protocol.messages import Connected, Step, StepDone, Stop, decode_from_stage, encode_message
+from mlx_k2.protocol.stage_status import Announcement, Phase, Standing
 from mlx_k2.stage.guard import TICK_S
 from tests.launch import guarded
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from mlx_k2 import __version__
-from mlx_k2.control.ends import FrameWriter
-from mlx_k2.control.framing import Frame, Kind, read_frame
-from mlx_k2.control.messages import (
+from mlx_k2.errors import ProtocolError
+from mlx_k2.protocol.ends import FrameWriter
+from mlx_k2.protocol.framing import Frame, Kind, read_frame
+from mlx_k2.protocol.messages import (
     Connect,
     Connected,
     Fault,
@@ -19,7 +20,6 @@ from mlx_k2.control.messages import (
     Load,
     Loaded,
     ModelFiles,
-    ModelSource,
     Prepare,
     Prepared,
     Row,
@@ -30,9 +30,9 @@ from mlx_k2.control.messages import (
     decode_from_stage,
     encode_message,
 )
-from mlx_k2.errors import ProtocolError
 from mlx_k2.sampling import Sampling
 from mlx_k2.stage.service import StageService
+from mlx_k2.weights.model_source import ModelSource
 from tests.local_cluster import NUM_LAYERS, write_model
 
 Converse = Callable[..., tuple[int, list[FromStage]]]

@@ -10,8 +10,8 @@ from typing import IO
 import mlx.core as mx
 import pytest
 
-from mlx_k2.control.messages import JacclLinks, RingLinks
 from mlx_k2.errors import StageFault
+from mlx_k2.protocol.messages import JacclLinks, RingLinks
 from mlx_k2.stage.transport import NoNeighbours, QueueTransport, group_environment, prove_hops
 
 SECRET = bytes(range(32))

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import IO
 
-from mlx_k2.control.framing import Frame, Kind, encode_frame, read_frame
 from mlx_k2.errors import ProtocolError
+from mlx_k2.protocol.framing import Frame, Kind, encode_frame, read_frame
 
 QUEUE_FRAMES = 4096
 

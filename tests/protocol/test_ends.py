@@ -11,9 +11,9 @@ from typing import NoReturn
 
 import pytest
 
-from mlx_k2.control.ends import QUEUE_FRAMES, FrameReader, FrameWriter
-from mlx_k2.control.framing import Frame, Kind
 from mlx_k2.errors import ProtocolError
+from mlx_k2.protocol.ends import QUEUE_FRAMES, FrameReader, FrameWriter
+from mlx_k2.protocol.framing import Frame, Kind
 
 NUM_INTERRUPTS = 200
 

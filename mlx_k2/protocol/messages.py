@@ -8,18 +8,11 @@ from typing import TypeAlias
 
 import msgspec
 
-from mlx_k2.control.framing import MAX_PAYLOAD_BYTES
-from mlx_k2.control.host_facts import HopSpeed, HostFacts
+from mlx_k2.cluster.host_facts import HopSpeed, HostFacts
 from mlx_k2.errors import ProtocolError, RequestError
-from mlx_k2.sampling import Sampling
-
-
-class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a host finds the checkpoint: a folder on that host, or a repository on the Hub."""
-
-    path_or_repo: str
-    revision: str | None = None
-
+from mlx_k2.protocol.framing import MAX_PAYLOAD_BYTES
+from mlx_k2.sampling import SampledToken, Sampling
+from mlx_k2.weights.model_source import ModelSource
 
 # ---- coordinator to stage
 
@@ -224,14 +217,6 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
     peak_bytes: int
     cache_bytes_per_token: int
     notes: tuple[str, ...] = ()
-
-
-class SampledToken(msgspec.Struct, frozen=True):
-    """A token drawn for one row; ``top`` holds (token id, log-probability) of the most likely ones."""
-
-    token_id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
 
 
 class StepDone(msgspec.Struct, frozen=True, tag=True):

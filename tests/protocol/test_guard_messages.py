@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_k2.control.guarding import GuardSettings, StageExit, kill_after_s
 from mlx_k2.errors import ProtocolError
+from mlx_k2.protocol.guard_messages import GuardSettings, StageExit, kill_after_s
 
 
 def test_a_stage_is_given_five_seconds_and_one_more_for_each_10_gb() -> None:

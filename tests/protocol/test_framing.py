@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_k2.control.framing import (
+from mlx_k2.errors import ProtocolError
+from mlx_k2.protocol.framing import (
     MARK,
     MAX_CHATTER_BYTES,
     MAX_PAYLOAD_BYTES,
@@ -16,7 +17,6 @@ from mlx_k2.control.framing import (
     read_frame,
     skip_to_mark,
 )
-from mlx_k2.errors import ProtocolError
 
 frames = st.lists(st.builds(Frame, st.sampled_from(Kind), st.binary(max_size=50)), max_size=8)
 

@@ -21,7 +21,7 @@ class Kind(enum.IntEnum):
     """Who a frame is for, so that the guard can relay what it does not understand."""
 
     MESSAGE = 1
-    """Between coordinator and stage; msgpack (control/messages.py). The guard passes it on unread."""
+    """Between coordinator and stage; msgpack (protocol/messages.py). The guard passes it on unread."""
     GUARD_SETTINGS = 2
     """Coordinator to guard: JSON, GuardSettings."""
     HEARTBEAT = 3

@@ -1,20 +1,14 @@
-"""Where this host finds a model: the built-in one, a folder, or a repository on the Hub. Loads no tensor."""
+"""The files of a model on this host, fetched from the Hub where they are missing. Loads no tensor."""
 
-import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from mlx_k2.builtin import BUILTIN_FOLDER
-from mlx_k2.control.messages import ModelSource
 from mlx_k2.weights.checkpoint import locate_tensors, read_small_files
 from mlx_k2.weights.download import FetchedFiles, HubRepo, OnProgress, bytes_to_fetch, fetch_files, fetch_small_files
 from mlx_k2.weights.index import CheckpointIndex
 from mlx_k2.weights.inventory import TensorSpec
-
-BUILTIN = "built-in"
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+from mlx_k2.weights.model_source import ModelSource, is_repo, model_folder
 
 
 class ModelFilesHere(NamedTuple):
@@ -22,18 +16,6 @@ class ModelFilesHere(NamedTuple):
 
     files: dict[str, bytes]
     source: ModelSource
-
-
-def is_repo(source: ModelSource) -> bool:
-    """Whether ``source`` names a repository on the Hub: ``owner/name``, and no folder of that name is here."""
-    return bool(_REPO.fullmatch(source.path_or_repo)) and not Path(source.path_or_repo).is_dir()
-
-
-def model_folder(source: ModelSource) -> Path:
-    """The folder of a model that is not a repository."""
-    if source.path_or_repo == BUILTIN:
-        return BUILTIN_FOLDER
-    return Path(os.path.expanduser(source.path_or_repo))  # noqa: PTH111  # Path's own raises for a user unknown here
 
 
 def read_model_files(source: ModelSource) -> ModelFilesHere:

@@ -1,1 +1,0 @@
-"""The messages between coordinator and stage, their framing, and the two ends of the pipe."""

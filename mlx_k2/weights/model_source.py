@@ -1,0 +1,31 @@
+"""The name of a model: the built-in one, a folder, or a repository on the Hub. Reads and fetches no file."""
+
+import os
+import re
+from pathlib import Path
+
+import msgspec
+
+from mlx_k2.builtin import BUILTIN_FOLDER
+
+BUILTIN = "built-in"
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a host finds the checkpoint: a folder on that host, or a repository on the Hub."""
+
+    path_or_repo: str
+    revision: str | None = None
+
+
+def is_repo(source: ModelSource) -> bool:
+    """Whether ``source`` names a repository on the Hub: ``owner/name``, and no folder of that name is here."""
+    return bool(_REPO.fullmatch(source.path_or_repo)) and not Path(source.path_or_repo).is_dir()
+
+
+def model_folder(source: ModelSource) -> Path:
+    """The folder of a model that is not a repository."""
+    if source.path_or_repo == BUILTIN:
+        return BUILTIN_FOLDER
+    return Path(os.path.expanduser(source.path_or_repo))  # noqa: PTH111  # Path's own raises for a user unknown here
