@@ -15,8 +15,8 @@ from bench.claims import Claim, measure, read_options
 from bench.deployments import local_deployment
 from bench.measure import prompt_ids
 from mlx_k2.deployment.deploy import Deployment
-from mlx_k2.engine.request import Request
 from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.request import Request
 from mlx_k2.session import coordinate
 
 PROMPT_TOKENS = 32

@@ -14,13 +14,13 @@ import time
 from bench.measure import save_rows
 from mlx_k2.config import ModelConfig
 from mlx_k2.deployment.stage_costs import GPU_SPEED, stage_sizes
-from mlx_k2.engine.cost_model import StageCost
-from mlx_k2.engine.microbatch import Microbatch
-from mlx_k2.engine.pace import MeasuredPace
-from mlx_k2.engine.request import Request
-from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.protocol.messages import Row, Step, encode_message
 from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.cost_model import StageCost
+from mlx_k2.scheduling.microbatch import Microbatch
+from mlx_k2.scheduling.request import Request
+from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
+from mlx_k2.scheduling.step_policy import MeasuredPace
 from mlx_k2.weights.config_fields import thinking_config_fields
 
 STEPS = 300

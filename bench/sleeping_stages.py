@@ -14,17 +14,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from bench.claims import Claim, measure, read_options
-from mlx_k2.engine.cost_model import StageCost, StageSizes, StageSpeed
-from mlx_k2.engine.microbatch import Microbatch
-from mlx_k2.engine.pace import MeasuredPace
-from mlx_k2.engine.request import Request
-from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.protocol.messages import (
-    StepDone,
-    decode_from_stage,
-    encode_message,
-)
+from mlx_k2.protocol.messages import StepDone, decode_from_stage, encode_message
 from mlx_k2.sampling import SampledToken, Sampling
+from mlx_k2.scheduling.cost_model import StageCost, StageSizes, StageSpeed
+from mlx_k2.scheduling.microbatch import Microbatch
+from mlx_k2.scheduling.request import Request
+from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
+from mlx_k2.scheduling.step_policy import MeasuredPace
 
 STEP_S = 0.02
 TOKENS = 100

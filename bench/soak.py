@@ -26,7 +26,7 @@ from bench.measure import save_rows
 from mlx_k2.coordinator import TokenEvent
 from mlx_k2.deployment.recovery import LastingDeployment, Restart
 from mlx_k2.deployment.watcher import Watcher
-from mlx_k2.engine.request import Request
+from mlx_k2.scheduling.request import Request
 from mlx_k2.session import coordinate
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files

@@ -7,21 +7,17 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
-from mlx_k2.engine.microbatch import Microbatch, MicrobatchRow
-from mlx_k2.engine.pace import MeasuredPace
-from mlx_k2.engine.request import FinishReason, Request
-from mlx_k2.engine.scheduler import Scheduler
-from mlx_k2.engine.sequence import Sequence
 from mlx_k2.errors import ClusterError, StageSilent
 from mlx_k2.launch.bring_up import message_of
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.vigil import Vigil
-from mlx_k2.protocol.messages import (
-    Row,
-    Step,
-    StepDone,
-)
+from mlx_k2.protocol.messages import Row, Step, StepDone
 from mlx_k2.sampling import SampledToken
+from mlx_k2.scheduling.microbatch import Microbatch, MicrobatchRow
+from mlx_k2.scheduling.request import FinishReason, Request
+from mlx_k2.scheduling.scheduler import Scheduler
+from mlx_k2.scheduling.sequence import Sequence
+from mlx_k2.scheduling.step_policy import MeasuredPace
 
 LIMIT_MARGIN_S = 10.0
 """What a stage's guard waits beyond the coordinator, which can say more of the cause."""

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 from mlx_k2.coordinator import Coordinator, Patience, Renew, StageReport, TokenEvent
 from mlx_k2.deployment.deploy import Deployment
-from mlx_k2.engine.pace import MeasuredPace
-from mlx_k2.engine.request import FinishReason, Request
-from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.engine.sequence import Sequence
 from mlx_k2.sampling import SampledToken
+from mlx_k2.scheduling.request import FinishReason, Request
+from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
+from mlx_k2.scheduling.sequence import Sequence
+from mlx_k2.scheduling.step_policy import MeasuredPace
 from mlx_k2.text.detokenizer import Detokenizer
 from mlx_k2.text.tokenizer import Tokenizer
 

@@ -14,14 +14,11 @@ from mlx_k2.coordinator import Coordinator, Patience, TokenEvent
 from mlx_k2.deployment.deploy import Deployment, deploy
 from mlx_k2.deployment.request import DeploymentRequest
 from mlx_k2.deployment.watcher import Watcher
-from mlx_k2.engine.pace import MeasuredPace
-from mlx_k2.engine.request import Request
-from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.protocol.messages import (
-    FromStage,
-    LayerLoaded,
-)
+from mlx_k2.protocol.messages import FromStage, LayerLoaded
 from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.request import Request
+from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
+from mlx_k2.scheduling.step_policy import MeasuredPace
 from mlx_k2.text.tiny_vocabulary import tiny_vocabulary
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.config_fields import tiny_config_fields

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from mlx_k2.coordinator import Patience
-from mlx_k2.engine.request import FinishReason, Request
 from mlx_k2.errors import ClusterError, StageFault, StageSilent
+from mlx_k2.scheduling.request import FinishReason, Request
 from tests.local_cluster import (
     NUM_LAYERS,
     Cluster,

@@ -6,9 +6,9 @@ from types import TracebackType
 from typing import Protocol
 
 from mlx_k2.coordinator import Coordinator
-from mlx_k2.engine.request import Request
 from mlx_k2.errors import ClusterError, SetupError
 from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.request import Request
 from mlx_k2.session import AnswerSummary, Delta, stream_answer
 from mlx_k2.text.tokenizer import Tokenizer
 

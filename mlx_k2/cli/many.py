@@ -13,8 +13,8 @@ from mlx_k2.cli.prompt_files import PromptLine, ResultFile, line_seed, read_prom
 from mlx_k2.cli.requests import SAMPLING_NAMES, Served, base_seed, line_prompt, log_settings
 from mlx_k2.deployment.recovery import LastingDeployment
 from mlx_k2.deployment.request import DeploymentRequest
-from mlx_k2.engine.request import Request
 from mlx_k2.errors import SetupError
+from mlx_k2.scheduling.request import Request
 from mlx_k2.session import coordinate
 from mlx_k2.weights.checkpoint import ModelDescription
 

@@ -14,16 +14,14 @@ from mlx_k2.cli.prompt_files import PromptLine
 from mlx_k2.cluster.hostfile import Hostfile, local_hostfile, read_hostfile
 from mlx_k2.cluster.partition import parse_split
 from mlx_k2.deployment.request import DeploymentRequest
-from mlx_k2.engine.request import Request
 from mlx_k2.errors import DownloadError, HostfileError, RequestError
 from mlx_k2.sampling import GenerationConfig, Sampling
+from mlx_k2.scheduling.request import Request
 from mlx_k2.text.chat_template import ChatTemplate, load_chat_template
 from mlx_k2.text.prompt import render_prompt
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
-from mlx_k2.weights.model_files import (
-    read_model_files,
-)
+from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo, model_folder
 
 SAMPLING_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

@@ -14,7 +14,6 @@ from mlx_k2.deployment.plan import DTYPE_BYTES, HostMemory, RunShape, StagePlan,
 from mlx_k2.deployment.request import DeploymentRequest, source_on, stage_place
 from mlx_k2.deployment.stage_costs import stage_cost
 from mlx_k2.deployment.watcher import Watcher
-from mlx_k2.engine.cost_model import StageCost
 from mlx_k2.errors import StageStartError
 from mlx_k2.launch import bring_up
 from mlx_k2.launch.group import StageGroup
@@ -33,6 +32,7 @@ from mlx_k2.protocol.messages import (
     RingLinks,
     ShardDownloaded,
 )
+from mlx_k2.scheduling.cost_model import StageCost
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.inventory import model_specs
 from mlx_k2.weights.model_source import ModelSource

@@ -4,7 +4,7 @@ import math
 
 from mlx_k2.cluster.partition import StageShare
 from mlx_k2.config import ModelConfig
-from mlx_k2.engine.cost_model import StageCost, StageSizes, StageSpeed
+from mlx_k2.scheduling.cost_model import StageCost, StageSizes, StageSpeed
 from mlx_k2.weights.inventory import TensorSpec, head_specs, held_bytes, layer_specs
 
 GPU_SPEED = StageSpeed(fixed_s=0.003, bytes_per_s=600e9, operations_per_s=15e12)

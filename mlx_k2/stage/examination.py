@@ -18,11 +18,7 @@ from mlx_k2.errors import MlxK2Error
 from mlx_k2.protocol.messages import Examine
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.inventory import shard_specs
-from mlx_k2.weights.model_files import (
-    files_to_fetch,
-    locate_shard,
-    read_model_files,
-)
+from mlx_k2.weights.model_files import files_to_fetch, locate_shard, read_model_files
 from mlx_k2.weights.model_source import is_repo, model_folder
 
 BACKENDS = ("ring", "jaccl")

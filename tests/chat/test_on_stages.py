@@ -20,8 +20,8 @@ from mlx_k2.coordinator import Coordinator, StageReport
 from mlx_k2.deployment.deploy import deploy
 from mlx_k2.deployment.request import DeploymentRequest
 from mlx_k2.deployment.watcher import Watcher
-from mlx_k2.engine.request import FinishReason
 from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.session import AnswerSummary, Delta, coordinate
 from mlx_k2.text.chat_template import ChatTemplate, load_chat_template
 from mlx_k2.text.reply_parser import Content, Reasoning

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from mlx_k2.cli.requests import Served, prompt_text, read_prompt
-from mlx_k2.engine.request import Request
 from mlx_k2.errors import RequestError
+from mlx_k2.scheduling.request import Request
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.model_files import read_model_files

@@ -10,15 +10,7 @@ from collections.abc import Mapping, Sequence
 from mlx_k2.launch.events import StageMessage
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.place import StagePlace
-from mlx_k2.protocol.messages import (
-    Connect,
-    Connected,
-    FromStage,
-    Prepare,
-    Prepared,
-    RingLinks,
-    Step,
-)
+from mlx_k2.protocol.messages import Connect, Connected, FromStage, Prepare, Prepared, RingLinks, Step
 from mlx_k2.weights.model_source import ModelSource
 
 RING_PORT = 34567

@@ -8,27 +8,19 @@ from pathlib import Path
 import pytest
 
 from mlx_k2.coordinator import Coordinator
-from mlx_k2.engine.pace import MeasuredPace
-from mlx_k2.engine.request import Request
-from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.launch import stage_process
 from mlx_k2.launch.bring_up import gather
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.place import StagePlace
-from mlx_k2.protocol.messages import (
-    Connect,
-    Connected,
-    FromStage,
-    Prepare,
-    Prepared,
-    RingLinks,
-    Step,
-)
+from mlx_k2.protocol.messages import Connect, Connected, FromStage, Prepare, Prepared, RingLinks, Step
 from mlx_k2.protocol.messages import decode_from_stage as decode
 from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.request import Request
+from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
+from mlx_k2.scheduling.step_policy import MeasuredPace
 from mlx_k2.weights.model_source import ModelSource
-from tests.engine.simulated import k2_stages
 from tests.launch.guarded import stand_in_python
+from tests.scheduling.simulation import k2_stages
 
 PROMPT_TOKENS = 200_000
 CHUNK_TOKENS = 2048

@@ -10,15 +10,13 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 import pytest
 
-from mlx_k2.engine.microbatch import MicrobatchRow
-from mlx_k2.engine.request import Request
-from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.protocol.messages import (
-    Row,
-)
+from mlx_k2.protocol.messages import Row
 from mlx_k2.sampling import SampledToken, Sampling
-from tests.engine.made_up_stages import FixedPace
+from mlx_k2.scheduling.microbatch import MicrobatchRow
+from mlx_k2.scheduling.request import Request
+from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from tests.model.checkpoints import Checkpoint, make_checkpoints
+from tests.scheduling.fake_stages import FixedPace
 from tests.stage.pipeline import Pipeline
 
 NUM_SEQUENCES = 80

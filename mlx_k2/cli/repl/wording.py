@@ -3,7 +3,7 @@
 import unicodedata
 
 from mlx_k2.chat.events import CallEnded
-from mlx_k2.engine.request import FinishReason
+from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.text.tool_call import ToolCall
 from mlx_k2.tools.outcome import Outcome
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from mlx_k2.engine.cost_model import StepLoad, row_load
-from mlx_k2.engine.sequence import Sequence
+from mlx_k2.scheduling.cost_model import StepLoad, row_load
+from mlx_k2.scheduling.sequence import Sequence
 
 
 @dataclass(frozen=True)

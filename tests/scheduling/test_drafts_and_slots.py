@@ -3,13 +3,13 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_k2.engine.ngrams import NgramIndex
-from mlx_k2.engine.request import Request
-from mlx_k2.engine.scheduler import SchedulerLimits
-from mlx_k2.engine.sequence import Sequence
-from mlx_k2.engine.slots import SlotPool, common_prefix
 from mlx_k2.sampling import Sampling
-from tests.engine.made_up_stages import FixedPace, Run, request
+from mlx_k2.scheduling.ngrams import NgramIndex
+from mlx_k2.scheduling.request import Request
+from mlx_k2.scheduling.scheduler import SchedulerLimits
+from mlx_k2.scheduling.sequence import Sequence
+from mlx_k2.scheduling.slots import SlotPool, common_prefix
+from tests.scheduling.fake_stages import FixedPace, Run, request
 
 ids = st.lists(st.integers(0, 3), max_size=40)
 

@@ -10,12 +10,12 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from itertools import islice
 
-from mlx_k2.engine.cost_model import StepLoad
-from mlx_k2.engine.microbatch import Microbatch, MicrobatchRow
-from mlx_k2.engine.pace import CHUNK_DELAY_STEPS, DecodeRound, Pace
-from mlx_k2.engine.request import FinishReason, Request
-from mlx_k2.engine.sequence import Sequence
-from mlx_k2.engine.slots import SlotPool, common_prefix
+from mlx_k2.scheduling.cost_model import StepLoad
+from mlx_k2.scheduling.microbatch import Microbatch, MicrobatchRow
+from mlx_k2.scheduling.request import FinishReason, Request
+from mlx_k2.scheduling.sequence import Sequence
+from mlx_k2.scheduling.slots import SlotPool, common_prefix
+from mlx_k2.scheduling.step_policy import CHUNK_DELAY_STEPS, DecodeRound, Pace
 
 _WORTH_WAITING = 32
 """So many tokens of a prompt must be about to be cached for a later prompt to wait for them."""

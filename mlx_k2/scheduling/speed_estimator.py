@@ -7,7 +7,7 @@ sequence's are all alike), what was expected decides.
 
 from itertools import combinations
 
-from mlx_k2.engine.cost_model import StageSizes, StageSpeed, StepLoad, bytes_read, operations
+from mlx_k2.scheduling.cost_model import StageSizes, StageSpeed, StepLoad, bytes_read, operations
 
 _FADE = 0.98
 """What a step still counts after the next one: about fifty count."""

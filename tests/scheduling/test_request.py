@@ -2,9 +2,9 @@
 
 import pytest
 
-from mlx_k2.engine.request import Request, check_request
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.request import Request, check_request
 
 
 def check(prompt_ids: tuple[int, ...], max_tokens: int = 5) -> None:

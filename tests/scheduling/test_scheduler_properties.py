@@ -7,9 +7,9 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_k2.engine.request import FinishReason, Request
-from mlx_k2.engine.scheduler import SchedulerLimits
-from tests.engine.made_up_stages import STOP_ID, FixedPace, Run, actions, limits, paces, requests
+from mlx_k2.scheduling.request import FinishReason, Request
+from mlx_k2.scheduling.scheduler import SchedulerLimits
+from tests.scheduling.fake_stages import STOP_ID, FixedPace, Run, actions, limits, paces, requests
 
 
 @st.composite

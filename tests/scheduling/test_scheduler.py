@@ -1,8 +1,8 @@
 """Single decisions of the scheduler, and what it is for."""
 
-from mlx_k2.engine.request import FinishReason
-from mlx_k2.engine.scheduler import SchedulerLimits
-from tests.engine.made_up_stages import STOP_ID, FixedPace, Run, request
+from mlx_k2.scheduling.request import FinishReason
+from mlx_k2.scheduling.scheduler import SchedulerLimits
+from tests.scheduling.fake_stages import STOP_ID, FixedPace, Run, request
 
 LIMITS = SchedulerLimits(num_slots=2, context_tokens=64, chunk_tokens=8, num_stages=2)
 PACE = FixedPace(num_microbatches=2, chunk=8, beside=6)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
-from mlx_k2.engine.sequence import Sequence, SharedPrefix
+from mlx_k2.scheduling.sequence import Sequence, SharedPrefix
 
 _BLOCK = 256
 """Tokens compared at a time."""

@@ -3,9 +3,9 @@
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
-from mlx_k2.engine.ngrams import NgramIndex
-from mlx_k2.engine.request import FinishReason, Request
 from mlx_k2.sampling import REPETITION_WINDOW
+from mlx_k2.scheduling.ngrams import NgramIndex
+from mlx_k2.scheduling.request import FinishReason, Request
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from mlx_k2.engine.cost_model import StageCost, StepLoad, pipeline_s, row_load
-from mlx_k2.engine.speed_meter import SpeedMeter
+from mlx_k2.scheduling.cost_model import StageCost, StepLoad, pipeline_s, row_load
+from mlx_k2.scheduling.speed_estimator import SpeedMeter
 
 TURNAROUND_S = 0.001
 """From the last stage's token to the next plan on the first stage, hops included: measured 0.25 ms on one machine,

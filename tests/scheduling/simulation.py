@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.deployment.stage_costs import stage_sizes
-from mlx_k2.engine.cost_model import StageCost, StageSizes, StageSpeed, StepLoad
-from mlx_k2.engine.microbatch import Microbatch
-from mlx_k2.engine.pace import DecodeRound, MeasuredPace, Pace
-from mlx_k2.engine.request import Request
-from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.cost_model import StageCost, StageSizes, StageSpeed, StepLoad
+from mlx_k2.scheduling.microbatch import Microbatch
+from mlx_k2.scheduling.request import Request
+from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
+from mlx_k2.scheduling.step_policy import DecodeRound, MeasuredPace, Pace
 from mlx_k2.weights.config_fields import thinking_config_fields
 
 SPEED = StageSpeed(fixed_s=0.003, bytes_per_s=0.7e12, operations_per_s=15e12)

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
-from mlx_k2.engine.cost_model import StepLoad
-from mlx_k2.engine.microbatch import Microbatch, MicrobatchRow
-from mlx_k2.engine.pace import DecodeRound
-from mlx_k2.engine.request import Request
-from mlx_k2.engine.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.engine.sequence import Sequence
 from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.cost_model import StepLoad
+from mlx_k2.scheduling.microbatch import Microbatch, MicrobatchRow
+from mlx_k2.scheduling.request import Request
+from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
+from mlx_k2.scheduling.sequence import Sequence
+from mlx_k2.scheduling.step_policy import DecodeRound
 
 STOP_ID = 9
 """Drawn like any other id by the made-up stages, so that some sequences stop early."""

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_k2.engine.cost_model import StageCost, StageSpeed, row_load
-from mlx_k2.engine.pace import CHUNK_DELAY_STEPS, MeasuredPace, best_round, largest_chunk_within, prefill_s
-from tests.engine.simulated import LONGEST_CHUNK, TURNAROUND_S, FixedChoices, Simulation, k2_stages, request
+from mlx_k2.scheduling.cost_model import StageCost, StageSpeed, row_load
+from mlx_k2.scheduling.step_policy import CHUNK_DELAY_STEPS, MeasuredPace, best_round, largest_chunk_within, prefill_s
 from tests.examples import at_least
+from tests.scheduling.simulation import LONGEST_CHUNK, TURNAROUND_S, FixedChoices, Simulation, k2_stages, request
 
 PROMPTS = [512, 2048, 8192, 32768, 65536]
 STREAMS = [1, 2, 4, 8, 16]

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_k2.engine.cost_model import StageCost, StageSpeed, StepLoad, row_load
-from mlx_k2.engine.speed_meter import SpeedMeter
-from tests.engine.simulated import k2_sizes
+from mlx_k2.scheduling.cost_model import StageCost, StageSpeed, StepLoad, row_load
+from mlx_k2.scheduling.speed_estimator import SpeedMeter
+from tests.scheduling.simulation import k2_sizes
 
 SIZES = k2_sizes(2)[0]
 EXPECTED = StageSpeed(0.003, 600e9, 15e12)

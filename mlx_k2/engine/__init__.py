@@ -1,1 +1,0 @@
-"""Who runs next: requests, sequences, slots, scheduler, microbatches. Pure: no I/O, no arrays."""
