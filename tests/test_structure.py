@@ -30,7 +30,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 MAY_IMPORT_MLX = ("kernels", "model", "stage", "testing", "weights/reader.py")
 LAZY_IMPORTS = "cli"
-GUARD = ("stage/__init__.py", "stage/__main__.py", "stage/guard.py", "stage/stage_clock.py", "stage/watcher.py")
+GUARD = ("stage/__init__.py", "stage/__main__.py", "guard/guard.py", "guard/stage_clock.py", "guard/watchdog.py")
 
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

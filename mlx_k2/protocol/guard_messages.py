@@ -1,6 +1,6 @@
 """What the coordinator and a guard tell each other, and how long a stage may take to end. Standard library only.
 
-The guard itself is stage/guard.py; the two JSON payloads here are its whole language.
+The guard itself is guard/guard.py; the two JSON payloads here are its whole language.
 """
 
 import json

@@ -4,7 +4,7 @@ import os
 import sys
 from typing import NoReturn
 
-from mlx_k2.stage.guard import run_guard
+from mlx_k2.guard.guard import run_guard
 
 
 def main() -> NoReturn:

@@ -15,7 +15,7 @@ from mlx_k2.stage.service import serve
 NAMES = ("exception", "print", "rubbish", "half-frame", "flood", "clock")
 FLOOD_BYTES = 10_000_000
 GUARD = (
-    "import os, sys; from mlx_k2.stage.guard import run_guard; "
+    "import os, sys; from mlx_k2.guard.guard import run_guard; "
     "os._exit(run_guard([sys.executable, '-m', 'tests.cluster.faulty_stage', sys.argv[1]]))"
 )
 

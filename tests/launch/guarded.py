@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from mlx_k2.stage.guard import run_guard
+from mlx_k2.guard.guard import run_guard
 
 STAGE_PROGRAMS = Path(__file__).with_name("stage_programs.py")
 

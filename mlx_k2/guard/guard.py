@@ -16,12 +16,12 @@ from contextlib import suppress
 from typing import IO
 
 from mlx_k2.errors import ProtocolError
+from mlx_k2.guard.stage_clock import StageClock
+from mlx_k2.guard.watchdog import Watch
 from mlx_k2.protocol.ends import FrameReader, FrameWriter
 from mlx_k2.protocol.framing import MARK, Frame, Kind
 from mlx_k2.protocol.guard_messages import ENDED_BY_ITSELF, POLITE_S, GuardSettings, StageExit, kill_after_s
 from mlx_k2.protocol.stage_status import Announcement
-from mlx_k2.stage.stage_clock import StageClock
-from mlx_k2.stage.watcher import Watch
 
 TICK_S = 0.25
 LAST_FRAMES_S = 1.0
@@ -50,7 +50,7 @@ class _Guard:
             signal.signal(number, lambda number, _: self._reasons.put(f"{signal.Signals(number).name} on its host"))
         # Processes before threads, so that every fork is plain.
         self._watcher = subprocess.Popen(
-            [sys.executable, "-m", "mlx_k2.stage.watcher"], stdin=subprocess.PIPE, process_group=0
+            [sys.executable, "-m", "mlx_k2.guard.watchdog"], stdin=subprocess.PIPE, process_group=0
         )
         self._child = subprocess.Popen(
             child_command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=self._watcher.pid

@@ -14,11 +14,11 @@ import psutil
 import pytest
 
 from mlx_k2.errors import ProtocolError
+from mlx_k2.guard.guard import TICK_S
 from mlx_k2.protocol.framing import Frame, Kind, encode_frame, read_frame, skip_to_mark
 from mlx_k2.protocol.guard_messages import GuardSettings
 from mlx_k2.protocol.messages import Connected, Step, StepDone, Stop, decode_from_stage, encode_message
 from mlx_k2.protocol.stage_status import Announcement, Phase, Standing
-from mlx_k2.stage.guard import TICK_S
 from tests.launch import guarded
 
 END_S = 60.0
@@ -55,7 +55,7 @@ class GuardedStage:
 
     @property
     def watcher(self) -> psutil.Process:
-        return next(process for process in self.descendants if "mlx_k2.stage.watcher" in process.cmdline())
+        return next(process for process in self.descendants if "mlx_k2.guard.watchdog" in process.cmdline())
 
     def write(self, kind: Kind, payload: bytes) -> None:
         self._input.write(encode_frame(kind, payload))

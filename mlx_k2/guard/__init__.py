@@ -1,0 +1,1 @@
+"""The guard program, which starts one stage, watches it and ends it. Standard library only."""
