@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
+from mlx_k2.deployment.bring_up import message_of
 from mlx_k2.errors import ClusterError, StageSilent
-from mlx_k2.launch.bring_up import message_of
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.launch.vigil import Vigil
+from mlx_k2.launch.health_monitor import Vigil
 from mlx_k2.protocol.messages import Row, Step, StepDone
 from mlx_k2.sampling import SampledToken
 from mlx_k2.scheduling.microbatch import Microbatch, MicrobatchRow

@@ -14,7 +14,7 @@ from mlx_k2.deployment.run_log import RunLog
 from mlx_k2.deployment.watcher import Watcher
 from mlx_k2.errors import ClusterError
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.launch.vigil import Vigil
+from mlx_k2.launch.health_monitor import Vigil
 from mlx_k2.weights.checkpoint import ModelDescription
 
 FIRST_WAIT_S = 1.0

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mlx_k2.cluster.hostfile import Host, Hostfile
 from mlx_k2.launch.group import PATIENCE_S
-from mlx_k2.launch.place import StagePlace
+from mlx_k2.launch.stage_location import StagePlace
 from mlx_k2.weights.model_source import ModelSource
 
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from mlx_k2 import __version__
 from mlx_k2.cluster.host_facts import HostFacts
+from mlx_k2.deployment import bring_up
 from mlx_k2.deployment.deploy import links, prepare
 from mlx_k2.deployment.foresight import plan_for
 from mlx_k2.deployment.plan import HostMemory, StagePlan
@@ -29,9 +30,8 @@ from mlx_k2.doctor.checks import (
     check_versions,
 )
 from mlx_k2.errors import ClusterError, PartitionError, SetupError
-from mlx_k2.launch import bring_up
-from mlx_k2.launch.events import StageEnded
 from mlx_k2.launch.group import StageGroup
+from mlx_k2.launch.stage_events import StageEnded
 from mlx_k2.protocol.messages import (
     ClockRead,
     DownloadProgress,

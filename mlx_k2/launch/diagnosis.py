@@ -5,8 +5,8 @@ import sys
 from dataclasses import dataclass
 
 import mlx_k2
-from mlx_k2.launch.place import StagePlace
 from mlx_k2.launch.ssh import SSH_EXIT_CODE, explain_ssh_failure
+from mlx_k2.launch.stage_location import StagePlace
 
 _NO_COMMAND_EXIT_CODES = (126, 127)
 _NO_COMMAND = re.compile("not found|no such file|does not exist|cannot execute|permission denied", re.IGNORECASE)

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from mlx_k2.launch.events import StageEvent
-from mlx_k2.launch.place import StagePlace
+from mlx_k2.launch.stage_events import StageEvent
+from mlx_k2.launch.stage_location import StagePlace
 from mlx_k2.launch.stage_process import StageProcess
 from mlx_k2.protocol.guard_messages import GuardSettings, kill_after_s
 from mlx_k2.protocol.messages import Stop, ToStage

@@ -15,8 +15,8 @@ from typing import IO
 
 from mlx_k2.errors import ProtocolError
 from mlx_k2.launch.diagnosis import explain_lost_connection, explain_start_failure
-from mlx_k2.launch.events import StageEnded, StageEvent, StageMessage
-from mlx_k2.launch.place import StagePlace
+from mlx_k2.launch.stage_events import StageEnded, StageEvent, StageMessage
+from mlx_k2.launch.stage_location import StagePlace
 from mlx_k2.protocol.ends import FrameWriter
 from mlx_k2.protocol.framing import Frame, Kind, read_frame, skip_to_mark
 from mlx_k2.protocol.guard_messages import GuardSettings, StageExit

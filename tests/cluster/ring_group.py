@@ -7,9 +7,9 @@ As a program: ring_group.py SITUATION PYTHON LEASE_S HOST=ADDRESS... brings the 
 import sys
 from collections.abc import Mapping, Sequence
 
-from mlx_k2.launch.events import StageMessage
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.launch.place import StagePlace
+from mlx_k2.launch.stage_events import StageMessage
+from mlx_k2.launch.stage_location import StagePlace
 from mlx_k2.protocol.messages import Connect, Connected, FromStage, Prepare, Prepared, RingLinks, Step
 from mlx_k2.weights.model_source import ModelSource
 

@@ -7,9 +7,9 @@ import psutil
 import pytest
 
 from mlx_k2.errors import StageStartError
-from mlx_k2.launch.events import StageEnded, StageMessage
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.launch.place import StagePlace
+from mlx_k2.launch.stage_events import StageEnded, StageMessage
+from mlx_k2.launch.stage_location import StagePlace
 from mlx_k2.protocol.messages import Connected, Step, StepDone
 from tests.cluster.hosts import EmulatedHosts, wait_until
 from tests.cluster.ring_group import bring_about, receive, start_ring_group

@@ -3,7 +3,7 @@ import signal
 import pytest
 
 from mlx_k2.launch.diagnosis import explain_lost_connection, explain_start_failure
-from mlx_k2.launch.place import StagePlace
+from mlx_k2.launch.stage_location import StagePlace
 
 PLACE = StagePlace(ssh="mac-2", python="/opt/k2/bin/python")
 NO_MARK = "the stage's output ended without its opening mark"

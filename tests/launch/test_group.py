@@ -9,9 +9,9 @@ import psutil
 import pytest
 
 from mlx_k2.errors import StageFault, StageStartError
-from mlx_k2.launch.events import StageEnded, StageEvent, StageMessage
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.launch.place import StagePlace
+from mlx_k2.launch.stage_events import StageEnded, StageEvent, StageMessage
+from mlx_k2.launch.stage_location import StagePlace
 from mlx_k2.protocol.messages import Connected, Step, StepDone
 from tests.launch.guarded import stand_in_python
 

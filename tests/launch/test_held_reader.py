@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from mlx_k2.coordinator import Coordinator
+from mlx_k2.deployment.bring_up import gather
 from mlx_k2.launch import stage_process
-from mlx_k2.launch.bring_up import gather
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.launch.place import StagePlace
+from mlx_k2.launch.stage_location import StagePlace
 from mlx_k2.protocol.messages import Connect, Connected, FromStage, Prepare, Prepared, RingLinks, Step
 from mlx_k2.protocol.messages import decode_from_stage as decode
 from mlx_k2.sampling import Sampling

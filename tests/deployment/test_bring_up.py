@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from mlx_k2 import __version__
+from mlx_k2.deployment.bring_up import gather, greet
 from mlx_k2.errors import StageSilent, StageStartError
-from mlx_k2.launch.bring_up import gather, greet
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.launch.place import StagePlace
+from mlx_k2.launch.stage_location import StagePlace
 from mlx_k2.protocol.messages import Hello
 from tests.launch.guarded import stand_in_python
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 from mlx_k2.errors import ClusterError, NeighbourLost, StageFault, StageSilent, StageStartError
-from mlx_k2.launch.events import StageEnded, StageEvent
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.launch.vigil import Vigil
+from mlx_k2.launch.health_monitor import Vigil
+from mlx_k2.launch.stage_events import StageEnded, StageEvent
 from mlx_k2.protocol.messages import (
     Connect,
     Connected,

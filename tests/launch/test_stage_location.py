@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_k2.errors import HostfileError
-from mlx_k2.launch.place import StagePlace
+from mlx_k2.launch.stage_location import StagePlace
 
 
 def test_a_local_stage_is_this_python_and_no_shell() -> None:

@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass
 
 from mlx_k2.errors import StageSilent
-from mlx_k2.launch.events import StageEvent
 from mlx_k2.launch.group import HEARTBEAT_S, StageGroup
+from mlx_k2.launch.stage_events import StageEvent
 from mlx_k2.protocol.stage_status import Phase, Standing
 
 LOOK_S = 0.5

@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 from mlx_k2.errors import StageSilent
-from mlx_k2.launch.events import StageEnded, StageMessage
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.launch.place import StagePlace
-from mlx_k2.launch.vigil import Vigil
+from mlx_k2.launch.health_monitor import Vigil
+from mlx_k2.launch.stage_events import StageEnded, StageMessage
+from mlx_k2.launch.stage_location import StagePlace
 from mlx_k2.protocol.messages import Connected, Step, StepDone
 from tests.launch.guarded import stand_in_python
 
