@@ -23,11 +23,11 @@ from pathlib import Path
 import psutil
 
 from bench.measure import save_rows
-from mlx_k2.coordinator import TokenEvent
+from mlx_k2.coordinator.pipeline import TokenEvent
+from mlx_k2.coordinator.text_stream import coordinate
 from mlx_k2.deployment.recovery import LastingDeployment, Restart
 from mlx_k2.deployment.watcher import Watcher
 from mlx_k2.scheduling.request import Request
-from mlx_k2.session import coordinate
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files
 from tests.local_cluster import is_running, local_request, marked_host, request, stage_process, write_model

@@ -8,13 +8,17 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from mlx_k2.coordinator import Coordinator, StageReport, StageUse
+from mlx_k2.coordinator.pipeline import (
+    Coordinator,
+    StageUse,
+)
+from mlx_k2.coordinator.text_stream import coordinate
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.plan import DTYPE_BYTES
+from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import Request
-from mlx_k2.session import coordinate
 
 WARM_UP_TOKENS = 8
 

@@ -10,7 +10,7 @@ import msgspec
 import psutil
 
 from mlx_k2.cluster.hostfile import Backend, Host, Hostfile
-from mlx_k2.coordinator import Coordinator, Patience, TokenEvent
+from mlx_k2.coordinator.pipeline import Coordinator, Patience, TokenEvent
 from mlx_k2.deployment.deploy import Deployment, deploy
 from mlx_k2.deployment.request import DeploymentRequest
 from mlx_k2.deployment.watcher import Watcher

@@ -5,11 +5,11 @@ from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 from typing import Protocol
 
-from mlx_k2.coordinator import Coordinator
+from mlx_k2.coordinator.pipeline import Coordinator
+from mlx_k2.coordinator.text_stream import AnswerSummary, Delta, stream_answer
 from mlx_k2.errors import ClusterError, SetupError
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import Request
-from mlx_k2.session import AnswerSummary, Delta, stream_answer
 from mlx_k2.text.tokenizer import Tokenizer
 
 _CLOSE_S = 2.0

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.status import Status
 from rich.table import Table
 
-from mlx_k2.coordinator import StageUse
+from mlx_k2.coordinator.pipeline import StageUse
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.plan import RunShape, StagePlan, quantization_notes
 from mlx_k2.deployment.recovery import Restart

@@ -36,12 +36,12 @@ from mlx_k2.cli.requests import (
     reply_settings,
 )
 from mlx_k2.cli.toolkit import opened_tools
-from mlx_k2.coordinator import Coordinator
+from mlx_k2.coordinator.pipeline import Coordinator
+from mlx_k2.coordinator.text_stream import AnswerSummary, coordinate, stream_answer, total
 from mlx_k2.deployment.foresight import foresee
 from mlx_k2.deployment.recovery import LastingDeployment
 from mlx_k2.deployment.request import DeploymentRequest
 from mlx_k2.errors import CheckpointError
-from mlx_k2.session import AnswerSummary, coordinate, stream_answer, total
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription
 

@@ -11,11 +11,11 @@ from mlx_k2.chat.events import CallEnded, Event
 from mlx_k2.cli.console import note, note_restart, show_stage_use
 from mlx_k2.cli.repl.screen import PlainScreen, Screen
 from mlx_k2.cli.repl.wording import CUT
-from mlx_k2.coordinator import StageUse
+from mlx_k2.coordinator.pipeline import StageUse
+from mlx_k2.coordinator.text_stream import AnswerSummary, Delta
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.recovery import Restart
 from mlx_k2.scheduling.request import FinishReason
-from mlx_k2.session import AnswerSummary, Delta
 from mlx_k2.text.reply_parser import Content
 from mlx_k2.text.tokenizer import Tokenizer
 

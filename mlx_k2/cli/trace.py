@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from mlx_k2.coordinator import StageReport
+from mlx_k2.deployment.stage_report import StageReport
 
 
 class Trace:

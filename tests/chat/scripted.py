@@ -3,9 +3,9 @@
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from mlx_k2.coordinator import Coordinator
+from mlx_k2.coordinator.pipeline import Coordinator
+from mlx_k2.coordinator.text_stream import AnswerSummary, Delta, stream_answer
 from mlx_k2.scheduling.request import FinishReason, Request
-from mlx_k2.session import AnswerSummary, Delta, stream_answer
 from mlx_k2.text.detokenizer import Detokenizer
 from mlx_k2.text.tokenizer import Tokenizer
 

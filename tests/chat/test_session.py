@@ -11,9 +11,9 @@ import pytest
 from mlx_k2.chat.conversation import Conversation
 from mlx_k2.chat.events import CallEnded, CallStarted, Event, Said
 from mlx_k2.chat.session import ChatSession, ReplySettings, Toolkit
+from mlx_k2.coordinator.text_stream import AnswerSummary
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import Sampling
-from mlx_k2.session import AnswerSummary
 from mlx_k2.text.reply_parser import Content, Reasoning
 from mlx_k2.text.tool_call import ToolCall
 from mlx_k2.tools.outcome import Outcome

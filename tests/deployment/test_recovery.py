@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlx_k2.coordinator import Coordinator, TokenEvent
+from mlx_k2.coordinator.pipeline import Coordinator, TokenEvent
+from mlx_k2.coordinator.text_stream import coordinate
 from mlx_k2.deployment.recovery import LastingDeployment, Restart
 from mlx_k2.deployment.watcher import Watcher
 from mlx_k2.errors import StageFault, StageStartError
-from mlx_k2.session import coordinate
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files
 from tests.local_cluster import by_request, local_request, marked_host, request, stage_process, write_model

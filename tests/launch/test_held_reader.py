@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_k2.coordinator import Coordinator
+from mlx_k2.coordinator.pipeline import Coordinator
 from mlx_k2.deployment.bring_up import gather
 from mlx_k2.launch import stage_process
 from mlx_k2.launch.group import StageGroup

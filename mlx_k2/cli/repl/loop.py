@@ -13,9 +13,9 @@ from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.tally import Tally
 from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.repl.wording import CUT
+from mlx_k2.coordinator.text_stream import AnswerSummary
 from mlx_k2.errors import SetupError
 from mlx_k2.scheduling.request import FinishReason
-from mlx_k2.session import AnswerSummary
 from mlx_k2.text.tool_call import ToolCall
 
 _ENDS = {**CUT, FinishReason.CANCELLED: "stopped; /retry answers again, /undo takes your message back"}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mlx_k2.chat.events import CallEnded, Event
-from mlx_k2.session import AnswerSummary
+from mlx_k2.coordinator.text_stream import AnswerSummary
 
 
 @dataclass

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from mlx_k2.coordinator.text_stream import AnswerSummary, Delta, stream_answer
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Request
-from mlx_k2.session import AnswerSummary, Delta, stream_answer
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 from tests.local_cluster import VOCAB_SIZE, Cluster, local_cluster, local_host, request, write_model
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from mlx_k2.deployment.bring_up import message_of
+from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import ClusterError, StageSilent
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import Vigil
@@ -56,16 +57,6 @@ class StageUse:
     receive_s: float = 0.0
     send_s: float = 0.0
     peak_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class StageReport:
-    """A stage has finished a step: what it said of it, and when that was heard (time.monotonic)."""
-
-    rank: int
-    microbatch: Microbatch
-    done: StepDone
-    heard_at: float
 
 
 @dataclass

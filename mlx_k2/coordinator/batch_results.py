@@ -5,7 +5,7 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from mlx_k2.coordinator import Coordinator
+from mlx_k2.coordinator.pipeline import Coordinator
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.text.reply_parser import Reply, whole_reply
 from mlx_k2.text.reply_reader import ReplyReader

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_k2.coordinator import Patience
+from mlx_k2.coordinator.pipeline import Patience
 from mlx_k2.errors import ClusterError, StageFault, StageSilent
 from mlx_k2.scheduling.request import FinishReason, Request
 from tests.local_cluster import (

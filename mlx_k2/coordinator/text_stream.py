@@ -6,8 +6,14 @@ from collections.abc import Sequence as Tokens
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-from mlx_k2.coordinator import Coordinator, Patience, Renew, StageReport, TokenEvent
+from mlx_k2.coordinator.pipeline import (
+    Coordinator,
+    Patience,
+    Renew,
+    TokenEvent,
+)
 from mlx_k2.deployment.deploy import Deployment
+from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.sampling import SampledToken
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits

@@ -1,0 +1,1 @@
+"""The loop that feeds the pipeline, and the text of its answers. Knows no terminal."""
