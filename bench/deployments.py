@@ -6,8 +6,8 @@ from pathlib import Path
 from bench.checkpoints import CONTEXT_TOKENS
 from mlx_k2.cluster.hostfile import local_hostfile
 from mlx_k2.deployment.deploy import Deployment, deploy
-from mlx_k2.deployment.request import DeploymentRequest
-from mlx_k2.deployment.watcher import Watcher
+from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.listener import Watcher
 from mlx_k2.weights.checkpoint import describe_model, read_small_files
 from mlx_k2.weights.model_source import ModelSource
 

@@ -25,8 +25,8 @@ import psutil
 from bench.measure import save_rows
 from mlx_k2.coordinator.pipeline import TokenEvent
 from mlx_k2.coordinator.text_stream import coordinate
-from mlx_k2.deployment.recovery import LastingDeployment, Restart
-from mlx_k2.deployment.watcher import Watcher
+from mlx_k2.deployment.listener import Watcher
+from mlx_k2.deployment.restarting import LastingDeployment, Restart
 from mlx_k2.scheduling.request import Request
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files

@@ -12,8 +12,8 @@ import psutil
 from mlx_k2.cluster.hostfile import Backend, Host, Hostfile
 from mlx_k2.coordinator.pipeline import Coordinator, Patience, TokenEvent
 from mlx_k2.deployment.deploy import Deployment, deploy
-from mlx_k2.deployment.request import DeploymentRequest
-from mlx_k2.deployment.watcher import Watcher
+from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.listener import Watcher
 from mlx_k2.protocol.messages import FromStage, LayerLoaded
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import Request

@@ -23,7 +23,7 @@ from mlx_k2.cli.options import cluster_options, guess_option
 from mlx_k2.cli.requests import deployment_request, open_source
 from mlx_k2.cli.trace import Trace
 from mlx_k2.deployment.deploy import Deployment, deploy
-from mlx_k2.deployment.foresight import foresee
+from mlx_k2.deployment.dry_run import foresee
 from mlx_k2.errors import RequestError
 
 _MOST_STREAMS = 64

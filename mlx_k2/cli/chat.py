@@ -33,9 +33,9 @@ from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.requests import Served, deployment_request, log_settings, new_conversation, open_source, reply_settings
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.text_stream import coordinate
-from mlx_k2.deployment.foresight import foresee
-from mlx_k2.deployment.recovery import LastingDeployment
-from mlx_k2.deployment.request import DeploymentRequest
+from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.dry_run import foresee
+from mlx_k2.deployment.restarting import LastingDeployment
 from mlx_k2.errors import ClusterError, RequestError
 from mlx_k2.weights.checkpoint import ModelDescription
 

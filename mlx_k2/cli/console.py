@@ -12,9 +12,9 @@ from rich.table import Table
 
 from mlx_k2.coordinator.pipeline import StageUse
 from mlx_k2.deployment.deploy import Deployment
+from mlx_k2.deployment.listener import Watcher
 from mlx_k2.deployment.plan import RunShape, StagePlan, quantization_notes
-from mlx_k2.deployment.recovery import Restart
-from mlx_k2.deployment.watcher import Watcher
+from mlx_k2.deployment.restarting import Restart
 from mlx_k2.protocol.messages import DownloadProgress, FromStage, LayerLoaded
 from mlx_k2.weights.checkpoint import ModelDescription
 

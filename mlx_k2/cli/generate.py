@@ -38,9 +38,9 @@ from mlx_k2.cli.requests import (
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.pipeline import Coordinator
 from mlx_k2.coordinator.text_stream import AnswerSummary, coordinate, stream_answer, total
-from mlx_k2.deployment.foresight import foresee
-from mlx_k2.deployment.recovery import LastingDeployment
-from mlx_k2.deployment.request import DeploymentRequest
+from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.dry_run import foresee
+from mlx_k2.deployment.restarting import LastingDeployment
 from mlx_k2.errors import CheckpointError
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription

@@ -12,8 +12,8 @@ from mlx_k2.cli.prompt_files import PromptLine, ResultFile, line_seed, read_prom
 from mlx_k2.cli.requests import SAMPLING_NAMES, Served, base_seed, line_prompt, log_settings
 from mlx_k2.coordinator.batch_results import Answer, answer_all
 from mlx_k2.coordinator.text_stream import coordinate
-from mlx_k2.deployment.recovery import LastingDeployment
-from mlx_k2.deployment.request import DeploymentRequest
+from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.restarting import LastingDeployment
 from mlx_k2.errors import SetupError
 from mlx_k2.scheduling.request import Request
 from mlx_k2.weights.checkpoint import ModelDescription

@@ -14,7 +14,7 @@ from mlx_k2.cli.repl.wording import CUT
 from mlx_k2.coordinator.pipeline import StageUse
 from mlx_k2.coordinator.text_stream import AnswerSummary, Delta
 from mlx_k2.deployment.deploy import Deployment
-from mlx_k2.deployment.recovery import Restart
+from mlx_k2.deployment.restarting import Restart
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.text.reply_parser import Content
 from mlx_k2.text.tokenizer import Tokenizer

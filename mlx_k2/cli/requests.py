@@ -13,7 +13,7 @@ from mlx_k2.chat.session import ReplySettings
 from mlx_k2.cli.prompt_files import PromptLine
 from mlx_k2.cluster.hostfile import Hostfile, local_hostfile, read_hostfile
 from mlx_k2.cluster.partition import parse_split
-from mlx_k2.deployment.request import DeploymentRequest
+from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.errors import DownloadError, HostfileError, RequestError
 from mlx_k2.sampling import GenerationConfig, Sampling
 from mlx_k2.scheduling.request import Request

@@ -6,12 +6,7 @@ from collections.abc import Sequence as Tokens
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-from mlx_k2.coordinator.pipeline import (
-    Coordinator,
-    Patience,
-    Renew,
-    TokenEvent,
-)
+from mlx_k2.coordinator.pipeline import Coordinator, Patience, Renew, TokenEvent
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.sampling import SampledToken

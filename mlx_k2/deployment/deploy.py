@@ -10,11 +10,11 @@ from importlib.metadata import version
 from mlx_k2 import __version__
 from mlx_k2.cluster.hostfile import Backend, Hostfile
 from mlx_k2.deployment import bring_up
-from mlx_k2.deployment.foresight import plan_for
+from mlx_k2.deployment.deployment_request import DeploymentRequest, source_on, stage_place
+from mlx_k2.deployment.dry_run import plan_for
+from mlx_k2.deployment.listener import Watcher
 from mlx_k2.deployment.plan import DTYPE_BYTES, HostMemory, RunShape, StagePlan, quantization_notes
-from mlx_k2.deployment.request import DeploymentRequest, source_on, stage_place
 from mlx_k2.deployment.stage_costs import stage_cost
-from mlx_k2.deployment.watcher import Watcher
 from mlx_k2.errors import StageStartError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.protocol.messages import (

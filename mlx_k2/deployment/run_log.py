@@ -13,9 +13,9 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
+from mlx_k2.deployment.listener import Watcher
 from mlx_k2.deployment.plan import StagePlan
 from mlx_k2.deployment.stage_report import StageReport
-from mlx_k2.deployment.watcher import Watcher
 from mlx_k2.protocol.messages import FromStage
 from mlx_k2.weights.checkpoint import ModelDescription
 

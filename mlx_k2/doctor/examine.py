@@ -10,10 +10,10 @@ from mlx_k2 import __version__
 from mlx_k2.cluster.host_facts import HostFacts
 from mlx_k2.deployment import bring_up
 from mlx_k2.deployment.deploy import links, prepare
-from mlx_k2.deployment.foresight import plan_for
+from mlx_k2.deployment.deployment_request import DeploymentRequest, source_on, stage_place
+from mlx_k2.deployment.dry_run import plan_for
+from mlx_k2.deployment.listener import Watcher
 from mlx_k2.deployment.plan import HostMemory, StagePlan
-from mlx_k2.deployment.request import DeploymentRequest, source_on, stage_place
-from mlx_k2.deployment.watcher import Watcher
 from mlx_k2.doctor.checks import (
     Answer,
     Check,

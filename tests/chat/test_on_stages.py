@@ -16,14 +16,12 @@ from mlx_k2.chat.events import CallEnded
 from mlx_k2.chat.reply_source import StageReplies
 from mlx_k2.chat.session import ChatSession, ReplySettings, Toolkit
 from mlx_k2.cluster.hostfile import local_hostfile
-from mlx_k2.coordinator.pipeline import (
-    Coordinator,
-)
+from mlx_k2.coordinator.pipeline import Coordinator
 from mlx_k2.coordinator.text_stream import AnswerSummary, Delta, coordinate
 from mlx_k2.deployment.deploy import deploy
-from mlx_k2.deployment.request import DeploymentRequest
+from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.listener import Watcher
 from mlx_k2.deployment.stage_report import StageReport
-from mlx_k2.deployment.watcher import Watcher
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.text.chat_template import ChatTemplate, load_chat_template

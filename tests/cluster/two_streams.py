@@ -15,10 +15,10 @@ import msgspec
 
 from mlx_k2.cluster.hostfile import read_hostfile
 from mlx_k2.coordinator.text_stream import coordinate
-from mlx_k2.deployment.recovery import LastingDeployment, Restart
-from mlx_k2.deployment.request import DeploymentRequest
+from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.listener import Watcher
+from mlx_k2.deployment.restarting import LastingDeployment, Restart
 from mlx_k2.deployment.stage_report import StageReport
-from mlx_k2.deployment.watcher import Watcher
 from mlx_k2.errors import ClusterError
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mlx_k2.deployment import run_log
+from mlx_k2.deployment.listener import Watcher
 from mlx_k2.deployment.run_log import RunLog
-from mlx_k2.deployment.watcher import Watcher
 
 
 @dataclass

@@ -13,7 +13,7 @@ from mlx_k2.cli.console import note, note_restart
 from mlx_k2.cli.repl.markdown_stream import MarkdownStream
 from mlx_k2.cli.repl.wording import call_line, ended_line, printable
 from mlx_k2.coordinator.text_stream import AnswerSummary
-from mlx_k2.deployment.recovery import Restart
+from mlx_k2.deployment.restarting import Restart
 from mlx_k2.text.reply_parser import Content, Reasoning
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from types import TracebackType
 
 from mlx_k2.deployment.deploy import Deployment, deploy
-from mlx_k2.deployment.request import DeploymentRequest
+from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.listener import Watcher
 from mlx_k2.deployment.run_log import RunLog
 from mlx_k2.deployment.stage_report import StageReport
-from mlx_k2.deployment.watcher import Watcher
 from mlx_k2.errors import ClusterError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import Vigil

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import psutil
 
+from mlx_k2.deployment.deployment_request import DeploymentRequest, source_on
 from mlx_k2.deployment.plan import HostMemory, RunShape, StagePlan, choose_shape, plan_stages
-from mlx_k2.deployment.request import DeploymentRequest, source_on
 from mlx_k2.errors import PartitionError
 from mlx_k2.weights.checkpoint import ModelDescription, locate_tensors
 from mlx_k2.weights.inventory import shard_specs

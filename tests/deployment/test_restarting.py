@@ -12,8 +12,8 @@ import pytest
 
 from mlx_k2.coordinator.pipeline import Coordinator, TokenEvent
 from mlx_k2.coordinator.text_stream import coordinate
-from mlx_k2.deployment.recovery import LastingDeployment, Restart
-from mlx_k2.deployment.watcher import Watcher
+from mlx_k2.deployment.listener import Watcher
+from mlx_k2.deployment.restarting import LastingDeployment, Restart
 from mlx_k2.errors import StageFault, StageStartError
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_k2.deployment import bring_up
 from mlx_k2.deployment.deploy import deploy
-from mlx_k2.deployment.watcher import Watcher
+from mlx_k2.deployment.listener import Watcher
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.protocol.messages import FromStage, Load, Loaded
 from tests.local_cluster import local_host, local_request, write_model
