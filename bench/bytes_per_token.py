@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx_lm.models.deepseek_v3 import DeepseekV3MoE, ModelArgs
 
-from bench.graph_launches import count_launches, kernel_in_graph
+from bench.graph_dispatches import count_launches, kernel_in_graph
 from bench.measure import save_rows
 from mlx_k2.config import ModelConfig
 from mlx_k2.kernels import variants

@@ -17,10 +17,10 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from bench.graph_launches import count_launches, kernel_in_graph
+from bench.graph_dispatches import count_launches, kernel_in_graph
 from bench.measure import save_rows, summarize
 from mlx_k2.kernels import experts, reference
-from mlx_k2.kernels.launch import Launch, run
+from mlx_k2.kernels.dispatch import Launch, run
 from mlx_k2.kernels.self_check import LayerShape, random_expert_ids, random_stack
 from mlx_k2.kernels.stack import BITS, GROUP_SIZE, ZERO_POINT, ExpertStack
 from mlx_k2.kernels.timing import Layer, time_layer

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from mlx_k2.kernels.launch import Launch, kernel_text
+from mlx_k2.kernels.dispatch import Launch, kernel_text
 from mlx_k2.kernels.stack import CODES_PER_WORD, GROUP_SIZE, ExpertStack
 
 SIMD_WIDTH = 32

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_k2.kernels import reference, variants, verdict_cache
-from mlx_k2.kernels.batch import MAX_TOKENS
+from mlx_k2.kernels import check_cache, reference, variants
+from mlx_k2.kernels.batched_decode import MAX_TOKENS
 from mlx_k2.kernels.decode import MAX_TOP_K
-from mlx_k2.kernels.launch import run
+from mlx_k2.kernels.dispatch import run
 from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, ROUTER, LayerShape, Verdict, check_kernel
 from mlx_k2.kernels.stack import AffineStack, ExpertStack
 from mlx_k2.kernels.tuning import Tuning, tuning_for
@@ -112,19 +112,19 @@ def prepare(stack: ExpertStack | AffineStack, top_k: int, dtype: mx.Dtype) -> tu
 @functools.cache
 def trusted(shape: LayerShape) -> Trusted:
     """The kernels that agreed with the reference for this shape, checked once on a machine and then remembered."""
-    remembered = verdicts(shape, verdict_cache.DEFAULT_DIRECTORY)
+    remembered = verdicts(shape, check_cache.DEFAULT_DIRECTORY)
     names = frozenset(verdict.kernel for verdict in remembered.verdicts if verdict.trusted)
     warnings = tuple(verdict.warning for verdict in remembered.verdicts if not verdict.trusted)
     return Trusted(names, remembered.tuning or tuning_for(chip()), warnings)
 
 
-def verdicts(shape: LayerShape, directory: Path) -> verdict_cache.Remembered:
+def verdicts(shape: LayerShape, directory: Path) -> check_cache.Remembered:
     """What is known for this shape; what is not yet known is found out, said in the log, and remembered.
 
     A layer of intermediate size 0 stands for the router alone.
     """
-    path = verdict_cache.cache_path(directory, shape, chip())
-    remembered = verdict_cache.load(path) or verdict_cache.Remembered([], None)
+    path = check_cache.cache_path(directory, shape, chip())
+    remembered = check_cache.load(path) or check_cache.Remembered([], None)
     names = [name for name in _backend_kernels() if (name == ROUTER) == (shape.intermediate_size == 0)]
     known = {verdict.kernel for verdict in remembered.verdicts}
     for name in names:
@@ -132,12 +132,12 @@ def verdicts(shape: LayerShape, directory: Path) -> verdict_cache.Remembered:
             continue
         # should the check take the process down, the next one finds this and leaves the kernel alone
         started = Verdict(name, False, None, "an earlier check did not come back")
-        verdict_cache.store(path, remembered.with_verdict(started), chip())
+        check_cache.store(path, remembered.with_verdict(started), chip())
         verdict = check_kernel(name, shape, tuning_for(chip()))
         if not verdict.trusted:
             logger.warning(verdict.warning)
         remembered = remembered.with_verdict(verdict)
-        verdict_cache.store(path, remembered, chip())
+        check_cache.store(path, remembered, chip())
     return remembered
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_k2.kernels.decode import check_down, check_gate_up
-from mlx_k2.kernels.launch import Launch, kernel_text
+from mlx_k2.kernels.dispatch import Launch, kernel_text
 from mlx_k2.kernels.stack import ExpertStack
 
 TILE = 32  # pairs a threadgroup owns, and columns of one half of its outputs

@@ -2,9 +2,9 @@
 
 import mlx.core as mx
 
-from mlx_k2.kernels.batch import MAX_TOKENS, capacity
+from mlx_k2.kernels.batched_decode import MAX_TOKENS, capacity
 from mlx_k2.kernels.decode import MAX_TOP_K, SIMD_WIDTH
-from mlx_k2.kernels.launch import Launch, kernel_text
+from mlx_k2.kernels.dispatch import Launch, kernel_text
 
 
 def logits(hidden: mx.array, router_weight: mx.array) -> Launch:

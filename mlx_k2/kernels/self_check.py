@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_k2.kernels import reference, variants
-from mlx_k2.kernels.batch import MAX_TOKENS
-from mlx_k2.kernels.launch import run
+from mlx_k2.kernels.batched_decode import MAX_TOKENS
+from mlx_k2.kernels.dispatch import run
 from mlx_k2.kernels.stack import CODES_PER_WORD, GROUP_SIZE, ExpertStack
 from mlx_k2.kernels.tuning import Tuning
 from mlx_k2.kernels.variants import Experts, Perform

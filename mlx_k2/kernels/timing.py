@@ -7,8 +7,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_k2.kernels import experts, reference, verdict_cache
-from mlx_k2.kernels.launch import run
+from mlx_k2.kernels import check_cache, experts, reference
+from mlx_k2.kernels.dispatch import run
 from mlx_k2.kernels.self_check import BATCH, DECODE, LayerShape, Verdict, check_kernel, random_expert_ids, random_stack
 from mlx_k2.kernels.stack import ExpertStack
 from mlx_k2.kernels.tuning import Tuning
@@ -62,7 +62,7 @@ def kernel_table(shape: LayerShape, tuning: Tuning) -> list[KernelRow]:
     mx.eval(stack)
     read = plain_read_gigabytes_per_second(stack)
     rows = []
-    for verdict in experts.verdicts(shape, verdict_cache.DEFAULT_DIRECTORY).verdicts:
+    for verdict in experts.verdicts(shape, check_cache.DEFAULT_DIRECTORY).verdicts:
         tokens = TOKENS[verdict.kernel]
         timing = time_layer(_kernel(tokens, tuning), stack, tokens, shape.top_k) if verdict.trusted else None
         rows.append(
@@ -87,9 +87,9 @@ def best_tuning(shape: LayerShape, start: Tuning) -> Tuning:
         candidate = best._replace(**{field: size})
         if _agrees(shape, candidate) and (candidate_seconds := seconds(candidate)) < best_seconds:
             best, best_seconds = candidate, candidate_seconds
-    path = verdict_cache.cache_path(verdict_cache.DEFAULT_DIRECTORY, shape, experts.chip())
-    verdicts = experts.verdicts(shape, verdict_cache.DEFAULT_DIRECTORY).verdicts
-    verdict_cache.store(path, verdict_cache.Remembered(verdicts, best), experts.chip())
+    path = check_cache.cache_path(check_cache.DEFAULT_DIRECTORY, shape, experts.chip())
+    verdicts = experts.verdicts(shape, check_cache.DEFAULT_DIRECTORY).verdicts
+    check_cache.store(path, check_cache.Remembered(verdicts, best), experts.chip())
     return best
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlx_k2.kernels import batch, decode, prefill, router
-from mlx_k2.kernels.launch import Launch, run
+from mlx_k2.kernels import batched_decode, decode, prefill, router
+from mlx_k2.kernels.dispatch import Launch, run
 from mlx_k2.kernels.stack import ExpertStack
 from mlx_k2.kernels.tuning import Tuning
 
@@ -40,11 +40,13 @@ def batch_experts(
     tuning: Tuning,
     perform: Perform = run,
 ) -> mx.array:
-    """Up to `batch.MAX_TOKENS` tokens, two launches, every chosen expert read once."""
-    rows = tuning.batch_rows if x.shape[0] <= batch.MAX_TOKENS // 2 else max(1, tuning.batch_rows // 2)  # registers
+    """Up to `batched_decode.MAX_TOKENS` tokens, two launches, every chosen expert read once."""
+    rows = (
+        tuning.batch_rows if x.shape[0] <= batched_decode.MAX_TOKENS // 2 else max(1, tuning.batch_rows // 2)
+    )  # registers
     simdgroups = tuning.batch_simdgroups
-    (hidden,) = perform(batch.gate_up(x, expert_ids, stack, rows=rows, simdgroups=tuning.gate_up_simdgroups))
-    (y,) = perform(batch.down(hidden, expert_ids, expert_weights, stack, rows=rows, simdgroups=simdgroups))
+    (hidden,) = perform(batched_decode.gate_up(x, expert_ids, stack, rows=rows, simdgroups=tuning.gate_up_simdgroups))
+    (y,) = perform(batched_decode.down(hidden, expert_ids, expert_weights, stack, rows=rows, simdgroups=simdgroups))
     return y
 
 
@@ -75,7 +77,7 @@ def route(
     perform: Perform = run,
 ) -> tuple[mx.array, mx.array]:
     """`reference.route` for one group of experts: two launches for few tokens; for many, a product and one launch."""
-    if hidden.shape[0] <= batch.MAX_TOKENS:
+    if hidden.shape[0] <= batched_decode.MAX_TOKENS:
         (logits,) = perform(router.logits(hidden, router_weight))
     else:
         logits = hidden.astype(mx.float32) @ router_weight.astype(mx.float32).T

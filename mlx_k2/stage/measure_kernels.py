@@ -14,7 +14,7 @@ import msgspec
 
 from mlx_k2 import __version__
 from mlx_k2.config import ModelConfig
-from mlx_k2.kernels import experts, reference, timing, verdict_cache
+from mlx_k2.kernels import check_cache, experts, reference, timing
 from mlx_k2.kernels.report import DecodeTime, KernelLine, KernelReport
 from mlx_k2.kernels.self_check import BATCH, DECODE, LayerShape, Verdict, random_stack
 from mlx_k2.kernels.tuning import Tuning, tuning_for
@@ -37,7 +37,7 @@ def measure_report() -> KernelReport:
     """The kernels that this machine may use, their best sizes and their speed."""
     report = KernelReport(
         mlx_k2_version=__version__,
-        mlx_version=verdict_cache.mlx_version(),
+        mlx_version=check_cache.mlx_version(),
         system=platform.platform(terse=True),
         chip=None,
         read_gb_per_s=None,
@@ -109,7 +109,7 @@ def _layer_shape(config: ModelConfig) -> LayerShape:
 
 
 def _verdicts(shape: LayerShape) -> list[Verdict]:
-    return experts.verdicts(shape, verdict_cache.DEFAULT_DIRECTORY).verdicts
+    return experts.verdicts(shape, check_cache.DEFAULT_DIRECTORY).verdicts
 
 
 def _best_tuning(shape: LayerShape) -> Tuning | None:

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_k2.kernels import experts, reference, verdict_cache
+from mlx_k2.kernels import check_cache, experts, reference
 from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, LayerShape, Verdict, random_stack
 from mlx_k2.kernels.stack import make_affine
 from mlx_k2.kernels.tuning import DEFAULT
@@ -33,22 +33,22 @@ def test_the_number_of_tokens_chooses_the_kernel(tokens: int, kernel: str) -> No
 
 
 def test_verdicts_are_remembered(tmp_path: Path) -> None:
-    path = verdict_cache.cache_path(tmp_path / "new", SHAPE, "Apple M9")
-    remembered = verdict_cache.Remembered([Verdict(DECODE, True, 1e-3, ""), Verdict(BATCH, False, None, "no")], DEFAULT)
-    assert verdict_cache.load(path) is None
-    verdict_cache.store(path, remembered, "Apple M9")
-    assert verdict_cache.load(path) == remembered
+    path = check_cache.cache_path(tmp_path / "new", SHAPE, "Apple M9")
+    remembered = check_cache.Remembered([Verdict(DECODE, True, 1e-3, ""), Verdict(BATCH, False, None, "no")], DEFAULT)
+    assert check_cache.load(path) is None
+    check_cache.store(path, remembered, "Apple M9")
+    assert check_cache.load(path) == remembered
 
 
 def test_another_chip_shape_or_kernel_text_has_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [
-        verdict_cache.cache_path(tmp_path, SHAPE, "Apple M9"),
-        verdict_cache.cache_path(tmp_path, SHAPE, "Apple M8"),
-        verdict_cache.cache_path(tmp_path, SHAPE._replace(top_k=8), "Apple M9"),
-        verdict_cache.cache_path(tmp_path, SHAPE._replace(dtype=mx.float32), "Apple M9"),
+        check_cache.cache_path(tmp_path, SHAPE, "Apple M9"),
+        check_cache.cache_path(tmp_path, SHAPE, "Apple M8"),
+        check_cache.cache_path(tmp_path, SHAPE._replace(top_k=8), "Apple M9"),
+        check_cache.cache_path(tmp_path, SHAPE._replace(dtype=mx.float32), "Apple M9"),
     ]
-    monkeypatch.setattr(verdict_cache, "metal_texts", lambda: ["another text"])
-    paths.append(verdict_cache.cache_path(tmp_path, SHAPE, "Apple M9"))
+    monkeypatch.setattr(check_cache, "metal_texts", lambda: ["another text"])
+    paths.append(check_cache.cache_path(tmp_path, SHAPE, "Apple M9"))
     assert len(set(paths)) == len(paths)
 
 
@@ -56,12 +56,12 @@ def test_another_chip_shape_or_kernel_text_has_another_file(tmp_path: Path, monk
 def test_a_file_that_cannot_be_read_means_that_nothing_is_known(tmp_path: Path, content: str) -> None:
     path = tmp_path / "verdicts.json"
     path.write_text(content)
-    assert verdict_cache.load(path) is None
+    assert check_cache.load(path) is None
 
 
 def test_a_directory_that_cannot_be_written_is_not_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    verdict_cache.store(tmp_path / "file" / "verdicts.json", verdict_cache.Remembered([], None), "Apple M9")
+    check_cache.store(tmp_path / "file" / "verdicts.json", check_cache.Remembered([], None), "Apple M9")
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_check_that_took_the_process_down_is_not_made_again(tmp_path: Path, mo
 
 @pytest.mark.usefixtures("_metal")
 def test_the_reference_runs_where_no_kernel_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdict_cache, "DEFAULT_DIRECTORY", tmp_path)
+    monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", tmp_path)
     case = random_case(experts=4, tokens=3, top_k=2, hidden=64, intermediate=32, dtype=mx.float32)
     got = experts.routed_experts(case.x, case.expert_ids, case.expert_weights, case.stack)
     expected = reference.routed_experts(case.x, case.expert_ids, case.expert_weights, case.stack)
@@ -116,7 +116,7 @@ def test_the_reference_runs_where_no_kernel_is_trusted(tmp_path: Path, monkeypat
 def test_what_is_prepared_is_not_checked_again_and_the_user_hears_of_each_kernel_that_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype
 ) -> None:
-    monkeypatch.setattr(verdict_cache, "DEFAULT_DIRECTORY", tmp_path)
+    monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", tmp_path)
     experts.trusted.cache_clear()
     shipped = random_stack(SHAPE, 4)
     stack = shipped if dtype == mx.bfloat16 else make_affine(shipped, dtype)
@@ -124,6 +124,6 @@ def test_what_is_prepared_is_not_checked_again_and_the_user_hears_of_each_kernel
     unused = [line for line in lines if line.endswith("plain MLX runs instead")]
     assert len(unused) == len(lines) == (4 if dtype == mx.bfloat16 else 2)
     monkeypatch.setattr(experts, "check_kernel", lambda *_: pytest.fail("checked again"))
-    monkeypatch.setattr(verdict_cache, "DEFAULT_DIRECTORY", tmp_path / "as if it could not be written")
+    monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", tmp_path / "as if it could not be written")
     assert experts.prepare(stack, SHAPE.top_k, dtype) == lines
     experts.trusted.cache_clear()

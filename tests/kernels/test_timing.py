@@ -5,7 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_k2.kernels import experts, reference, timing, verdict_cache
+from mlx_k2.kernels import check_cache, experts, reference, timing
 from mlx_k2.kernels.self_check import DECODE, LayerShape, Verdict, random_stack
 from mlx_k2.kernels.stack import ExpertStack
 from mlx_k2.kernels.timing import Layer, Timing
@@ -37,10 +37,10 @@ def test_without_a_gpu_the_table_is_empty() -> None:
 def test_a_kernel_that_is_not_trusted_has_no_time_and_the_reference_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verdict_cache, "DEFAULT_DIRECTORY", tmp_path)
+    monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", tmp_path)
     untrusted = Verdict(DECODE, False, 0.5, "off by 5e-01 of the largest output, more than 1e-05")
-    path = verdict_cache.cache_path(tmp_path, SHAPE, experts.chip())
-    verdict_cache.store(path, verdict_cache.Remembered([untrusted], None), experts.chip())
+    path = check_cache.cache_path(tmp_path, SHAPE, experts.chip())
+    check_cache.store(path, check_cache.Remembered([untrusted], None), experts.chip())
     (row,) = timing.kernel_table(SHAPE, DEFAULT)
     assert row.verdict == untrusted
     assert row.kernel is None
@@ -48,7 +48,7 @@ def test_a_kernel_that_is_not_trusted_has_no_time_and_the_reference_has(
 
 
 def test_the_fastest_sizes_are_found_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdict_cache, "DEFAULT_DIRECTORY", tmp_path)
+    monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", tmp_path)
     tried: list[Tuning] = []
 
     def kernel(_tokens: int, tuning: Tuning) -> Layer:
@@ -65,7 +65,7 @@ def test_the_fastest_sizes_are_found_and_remembered(tmp_path: Path, monkeypatch:
     best = timing.best_tuning(SHAPE, DEFAULT)
     assert (best.gate_up_rows, best.down_rows) == (8, 2)
     assert not [tuning for tuning in tried if tuning.batch_rows == 1]  # sizes that compute something else
-    remembered = verdict_cache.load(verdict_cache.cache_path(tmp_path, SHAPE, experts.chip()))
+    remembered = check_cache.load(check_cache.cache_path(tmp_path, SHAPE, experts.chip()))
     assert remembered is not None
     assert remembered.tuning == best
 

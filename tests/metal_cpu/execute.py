@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_k2.kernels.launch import KernelText, Launch, TemplateValue
+from mlx_k2.kernels.dispatch import KernelText, Launch, TemplateValue
 from tests.metal_cpu.generated import generated_source
 from tests.metal_cpu.program import FORWARD, Mode, Program, RunReport, Schedule
 from tests.metal_cpu.translate import Argument, kernel_arguments

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_k2.kernels.launch import Launch, metal_kernel
+from mlx_k2.kernels.dispatch import Launch, metal_kernel
 
 
 def generated_source(launch: Launch) -> str:

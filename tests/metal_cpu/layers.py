@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_k2.kernels import prefill
-from mlx_k2.kernels.launch import Launch
+from mlx_k2.kernels.dispatch import Launch
 from mlx_k2.kernels.tuning import DEFAULT, Tuning
 from mlx_k2.kernels.variants import Experts, batch_experts, decode_experts, prefill_experts
 from tests.metal_cpu import float64

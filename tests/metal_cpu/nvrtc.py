@@ -9,7 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import pytest
 
-from mlx_k2.kernels.launch import Launch, cuda_body, cuda_header
+from mlx_k2.kernels.dispatch import Launch, cuda_body, cuda_header
 
 ARCHITECTURE = "sm_90"
 

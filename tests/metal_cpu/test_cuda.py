@@ -7,8 +7,8 @@ unrolled, an array that went to memory, or a load that fell apart.
 import mlx.core as mx
 import pytest
 
-from mlx_k2.kernels import batch, decode
-from mlx_k2.kernels.launch import Launch
+from mlx_k2.kernels import batched_decode, decode
+from mlx_k2.kernels.dispatch import Launch
 from mlx_k2.kernels.stack import ExpertStack
 from tests.metal_cpu.nvrtc import compile_cuda, cuda_source
 
@@ -34,8 +34,8 @@ def k2_launches(tokens: int, rows: int) -> dict[str, Launch]:
             "down": decode.down(hidden, ids, weights, stack, rows=rows),
         }
     return {
-        "gate_up": batch.gate_up(x, ids, stack, rows=rows, simdgroups=2),
-        "down": batch.down(hidden, ids, weights, stack, rows=rows, simdgroups=8),
+        "gate_up": batched_decode.gate_up(x, ids, stack, rows=rows, simdgroups=2),
+        "down": batched_decode.down(hidden, ids, weights, stack, rows=rows, simdgroups=8),
     }
 
 

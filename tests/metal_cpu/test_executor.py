@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mlx_k2.kernels.launch import KernelText, Launch
+from mlx_k2.kernels.dispatch import KernelText, Launch
 from tests.metal_cpu.execute import execute
 from tests.metal_cpu.program import BACKWARD, FORWARD, SHUFFLED, KernelFault, Mode, Schedule
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_k2.kernels.launch import KernelText, Launch, read_metal
+from mlx_k2.kernels.dispatch import KernelText, Launch, read_metal
 from tests.metal_cpu import float64
 from tests.metal_cpu.float64 import Case, random_case
 from tests.metal_cpu.layers import Variant, measure

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_k2.kernels import reference, router, variants
-from mlx_k2.kernels.launch import Launch
+from mlx_k2.kernels.dispatch import Launch
 from tests.metal_cpu import float64
 from tests.metal_cpu.execute import execute
 from tests.metal_cpu.layers import unchanged

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from mlx_k2.kernels.launch import Launch
+from mlx_k2.kernels.dispatch import Launch
 from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, ROUTER, LayerShape, Verdict, check_kernel, check_kernels
 from mlx_k2.kernels.tuning import DEFAULT
 from tests.metal_cpu.execute import execute, with_text

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_k2.kernels import variants
-from mlx_k2.kernels.launch import KernelText, Launch
+from mlx_k2.kernels.dispatch import KernelText, Launch
 from mlx_k2.kernels.tuning import DEFAULT
 from tests.metal_cpu.float64 import random_case
 from tests.metal_cpu.generated import generated_source

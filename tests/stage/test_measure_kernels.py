@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_k2.config import ModelConfig
-from mlx_k2.kernels import experts, timing, verdict_cache
+from mlx_k2.kernels import check_cache, experts, timing
 from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, ROUTER, LayerShape
 from mlx_k2.stage import measure_kernels
 from mlx_k2.weights.config_fields import tiny_config_fields
@@ -26,7 +26,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(measure_kernels, "on_gpu", lambda: False)
     monkeypatch.setattr(timing, "NUM_EXPERTS", 16)
     monkeypatch.setattr(timing, "TOKENS", {DECODE: 1, BATCH: 2, PREFILL: 20})
-    monkeypatch.setattr(verdict_cache, "DEFAULT_DIRECTORY", tmp_path)
+    monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", tmp_path)
 
 
 def test_without_a_gpu_only_the_reference_is_timed() -> None:

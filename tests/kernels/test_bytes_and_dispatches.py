@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from bench.bytes_per_token import bytes_held_and_read, mlx_lm_launches, our_launches, table
-from bench.graph_launches import KERNEL, count_launches, kernel_in_graph
+from bench.graph_dispatches import KERNEL, count_launches, kernel_in_graph
 from mlx_k2.config import ModelConfig
 from mlx_k2.kernels import variants
 from mlx_k2.kernels.self_check import LayerShape, random_expert_ids, random_stack

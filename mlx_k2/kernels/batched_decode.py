@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from mlx_k2.kernels.decode import SIMD_WIDTH, check_down, check_gate_up, check_ids
-from mlx_k2.kernels.launch import Launch, kernel_text
+from mlx_k2.kernels.dispatch import Launch, kernel_text
 from mlx_k2.kernels.stack import ExpertStack
 
 MAX_TOKENS = 16

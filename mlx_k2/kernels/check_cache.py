@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlx_k2.kernels.launch import metal_texts
+from mlx_k2.kernels.dispatch import metal_texts
 from mlx_k2.kernels.self_check import LayerShape, Verdict
 from mlx_k2.kernels.tuning import Tuning
 

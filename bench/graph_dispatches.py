@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_k2.kernels.launch import Launch
+from mlx_k2.kernels.dispatch import Launch
 
 # Primitives that only describe the same bytes anew when their input is row-contiguous, as it is wherever these counts
 # are taken. Everything else is one launch.
