@@ -6,11 +6,11 @@ from typing import Any
 
 from mlx_k2.errors import RequestError
 from mlx_k2.text.chat_template import ChatTemplate
-from mlx_k2.text.drawn_turns import DrawnTurns
 from mlx_k2.text.history import assistant_message, num_calls, tool_messages, with_normal_ids
-from mlx_k2.text.messages import checked_messages
+from mlx_k2.text.message_checks import checked_messages
 from mlx_k2.text.prompt import Piece, encode_pieces, render_pieces
 from mlx_k2.text.reply_parser import Reply
+from mlx_k2.text.sampled_turns import DrawnTurns
 from mlx_k2.text.tokenizer import Tokenizer
 
 Message = dict[str, Any]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, Protocol
 
-from mlx_k2.chat.events import CallEnded, CallStarted
+from mlx_k2.chat.chat_events import CallEnded, CallStarted
 from mlx_k2.text.tool_call import ToolCall
 from mlx_k2.tools.outcome import Outcome, ToolResult
 

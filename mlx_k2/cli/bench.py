@@ -19,8 +19,8 @@ from rich.table import Table
 from mlx_k2 import __version__
 from mlx_k2.benchmark import Benchmark, Measured, Workload, check_workloads
 from mlx_k2.cli.console import ConsoleWatcher, console, note
+from mlx_k2.cli.option_values import deployment_request, open_source
 from mlx_k2.cli.options import cluster_options, guess_option
-from mlx_k2.cli.requests import deployment_request, open_source
 from mlx_k2.cli.trace import Trace
 from mlx_k2.deployment.deploy import Deployment, deploy
 from mlx_k2.deployment.dry_run import foresee

@@ -10,10 +10,18 @@ import click
 import platformdirs
 
 from mlx_k2 import __version__
+from mlx_k2.chat.chat_session import ChatSession, Toolkit
 from mlx_k2.chat.reply_source import StageReplies
-from mlx_k2.chat.session import ChatSession, Toolkit
 from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.console import ConsoleWatcher, note, show_stage_use
+from mlx_k2.cli.option_values import (
+    Served,
+    deployment_request,
+    log_settings,
+    new_conversation,
+    open_source,
+    reply_settings,
+)
 from mlx_k2.cli.options import (
     cluster_options,
     guess_option,
@@ -24,13 +32,12 @@ from mlx_k2.cli.options import (
     tool_options,
 )
 from mlx_k2.cli.repl.commands import HELP, Commands, Model
-from mlx_k2.cli.repl.consent import Consent
 from mlx_k2.cli.repl.loop import Repl
 from mlx_k2.cli.repl.screen import Screen
-from mlx_k2.cli.repl.tally import Tally
 from mlx_k2.cli.repl.terminal import choose_keyboard, choose_screen
+from mlx_k2.cli.repl.tool_approval import Consent
 from mlx_k2.cli.repl.transcript import Transcript
-from mlx_k2.cli.requests import Served, deployment_request, log_settings, new_conversation, open_source, reply_settings
+from mlx_k2.cli.repl.usage_totals import Tally
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.text_stream import coordinate
 from mlx_k2.deployment.deployment_request import DeploymentRequest

@@ -9,10 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_k2.cli.console import ConsoleWatcher, console, note
+from mlx_k2.cli.option_values import deployment_request, open_source
 from mlx_k2.cli.options import cluster_options
-from mlx_k2.cli.requests import deployment_request, open_source
 from mlx_k2.doctor.checks import Check, Verdict
-from mlx_k2.doctor.examine import examine_cluster
+from mlx_k2.doctor.cluster_probe import examine_cluster
 
 _STYLES = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.FAILURE: "bold red"}
 

@@ -5,8 +5,8 @@ from typing import Any
 import click
 
 from mlx_k2.cli.console import ConsoleWatcher, note, show_plan
+from mlx_k2.cli.option_values import deployment_request, open_source
 from mlx_k2.cli.options import cluster_options
-from mlx_k2.cli.requests import deployment_request, open_source
 from mlx_k2.deployment.deploy import download
 from mlx_k2.errors import DownloadError
 from mlx_k2.weights.model_source import is_repo

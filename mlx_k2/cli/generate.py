@@ -6,25 +6,13 @@ from typing import Any
 
 import click
 
-from mlx_k2.chat.events import Event
+from mlx_k2.chat.chat_events import Event
+from mlx_k2.chat.chat_session import ChatSession, Toolkit
 from mlx_k2.chat.reply_source import StageReplies
-from mlx_k2.chat.session import ChatSession, Toolkit
 from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.console import ConsoleWatcher, note, show_dry_run
-from mlx_k2.cli.many import WANTED_SLOTS, check_options, generate_many
-from mlx_k2.cli.options import (
-    cluster_options,
-    guess_option,
-    log_options,
-    restarts_option,
-    sampling_options,
-    timeout_option,
-    tool_options,
-)
-from mlx_k2.cli.output import JsonOutput, TextOutput
-from mlx_k2.cli.repl.consent import Consent
-from mlx_k2.cli.repl.keyboard import LineKeyboard
-from mlx_k2.cli.requests import (
+from mlx_k2.cli.generate_file import WANTED_SLOTS, check_options, generate_many
+from mlx_k2.cli.option_values import (
     Served,
     deployment_request,
     is_as_it_is,
@@ -35,6 +23,18 @@ from mlx_k2.cli.requests import (
     read_prompt,
     reply_settings,
 )
+from mlx_k2.cli.options import (
+    cluster_options,
+    guess_option,
+    log_options,
+    restarts_option,
+    sampling_options,
+    timeout_option,
+    tool_options,
+)
+from mlx_k2.cli.output import JsonOutput, TextOutput
+from mlx_k2.cli.repl.keyboard import LineKeyboard
+from mlx_k2.cli.repl.tool_approval import Consent
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.pipeline import Coordinator
 from mlx_k2.coordinator.text_stream import AnswerSummary, coordinate, stream_answer, total

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mlx_k2.chat.session import MAX_TOOL_CALLS
+from mlx_k2.chat.chat_session import MAX_TOOL_CALLS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from mlx_k2.chat.events import CallEnded, Event
+from mlx_k2.chat.chat_events import CallEnded, Event
 from mlx_k2.cli.console import note, note_restart, show_stage_use
 from mlx_k2.cli.repl.screen import PlainScreen, Screen
 from mlx_k2.cli.repl.wording import CUT

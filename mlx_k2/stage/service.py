@@ -41,10 +41,10 @@ from mlx_k2.protocol.messages import (
     encode_message,
 )
 from mlx_k2.protocol.stage_status import Announcement, Phase
-from mlx_k2.stage.examination import examine
 from mlx_k2.stage.faults import fault_of
 from mlx_k2.stage.hop_probe import measure_hops
 from mlx_k2.stage.host import hello, on_gpu, peak_bytes, wire_memory
+from mlx_k2.stage.host_probe import examine
 from mlx_k2.stage.loading import LoadedPiece, load_stage_model
 from mlx_k2.stage.plan_limits import PlanLimits
 from mlx_k2.stage.ports import HeldPorts

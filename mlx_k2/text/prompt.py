@@ -10,8 +10,8 @@ from typing import TypeAlias
 
 from mlx_k2.errors import TokenizerError
 from mlx_k2.text.chat_template import ChatTemplate
-from mlx_k2.text.disguise import Disguise
-from mlx_k2.text.messages import checked_messages, checked_tools
+from mlx_k2.text.escaping import Disguise
+from mlx_k2.text.message_checks import checked_messages, checked_tools
 from mlx_k2.text.tokenizer import Tokenizer
 
 Piece: TypeAlias = str | int

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mlx_k2.chat.chat_events import CallEnded
+from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit
 from mlx_k2.chat.conversation import Conversation
-from mlx_k2.chat.events import CallEnded
 from mlx_k2.chat.reply_source import StageReplies
-from mlx_k2.chat.session import ChatSession, ReplySettings, Toolkit
 from mlx_k2.cluster.hostfile import local_hostfile
 from mlx_k2.coordinator.pipeline import Coordinator
 from mlx_k2.coordinator.text_stream import AnswerSummary, Delta, coordinate

@@ -5,14 +5,14 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
+from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit
 from mlx_k2.chat.conversation import Conversation
-from mlx_k2.chat.session import ChatSession, ReplySettings, Toolkit
 from mlx_k2.cli.repl.commands import HELP, Commands, Model
-from mlx_k2.cli.repl.consent import Consent
 from mlx_k2.cli.repl.loop import Repl
-from mlx_k2.cli.repl.tally import Tally
 from mlx_k2.cli.repl.terminal import choose_keyboard, choose_screen
+from mlx_k2.cli.repl.tool_approval import Consent
 from mlx_k2.cli.repl.transcript import Transcript
+from mlx_k2.cli.repl.usage_totals import Tally
 from mlx_k2.sampling import Sampling
 from mlx_k2.tools.servers import StdioServer
 from mlx_k2.tools.toolbox import Limits, open_toolbox

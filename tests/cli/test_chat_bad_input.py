@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlx_k2.chat.events import Said
+from mlx_k2.chat.chat_events import Said
 from mlx_k2.cli.main import run
 from mlx_k2.cli.repl.saved_chat import SavedChat, load_chat, save_chat
 from mlx_k2.cli.repl.transcript import Transcript

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_k2.chat.events import Event
-from mlx_k2.chat.session import ChatSession
+from mlx_k2.chat.chat_events import Event
+from mlx_k2.chat.chat_session import ChatSession
 from mlx_k2.chat.tool_round import Tools
-from mlx_k2.cli.repl.consent import Consent
 from mlx_k2.cli.repl.saved_chat import SavedChat, load_chat, save_chat
 from mlx_k2.cli.repl.screen import Screen
-from mlx_k2.cli.repl.tally import Tally
+from mlx_k2.cli.repl.tool_approval import Consent
+from mlx_k2.cli.repl.usage_totals import Tally
 from mlx_k2.cli.repl.wording import one_line
 from mlx_k2.errors import MlxK2Error, RequestError
 

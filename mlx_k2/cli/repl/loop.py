@@ -5,13 +5,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from mlx_k2.chat.events import Event
-from mlx_k2.chat.session import ChatSession
+from mlx_k2.chat.chat_events import Event
+from mlx_k2.chat.chat_session import ChatSession
 from mlx_k2.cli.repl.commands import Commands, Leave
 from mlx_k2.cli.repl.keyboard import Keyboard
 from mlx_k2.cli.repl.screen import Screen
-from mlx_k2.cli.repl.tally import Tally
 from mlx_k2.cli.repl.transcript import Transcript
+from mlx_k2.cli.repl.usage_totals import Tally
 from mlx_k2.cli.repl.wording import CUT
 from mlx_k2.coordinator.text_stream import AnswerSummary
 from mlx_k2.errors import SetupError

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from mlx_k2.chat.events import CallEnded, CallStarted, Event
+from mlx_k2.chat.chat_events import CallEnded, CallStarted, Event
 from mlx_k2.cli.console import console as talk
 from mlx_k2.cli.console import note, note_restart
 from mlx_k2.cli.repl.markdown_stream import MarkdownStream

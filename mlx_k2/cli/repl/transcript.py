@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from mlx_k2.chat.events import CallEnded, Event, Said
+from mlx_k2.chat.chat_events import CallEnded, Event, Said
 from mlx_k2.errors import RequestError
 from mlx_k2.text.reply_parser import Content, Reasoning
 

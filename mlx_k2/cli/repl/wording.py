@@ -2,7 +2,7 @@
 
 import unicodedata
 
-from mlx_k2.chat.events import CallEnded
+from mlx_k2.chat.chat_events import CallEnded
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.text.tool_call import ToolCall
 from mlx_k2.tools.outcome import Outcome

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from mlx_k2.chat.chat_events import Event, Said
 from mlx_k2.chat.conversation import Conversation
-from mlx_k2.chat.events import Event, Said
 from mlx_k2.chat.reply_source import ReplySource
 from mlx_k2.chat.tool_round import Approve, Tools, run_calls
 from mlx_k2.coordinator.text_stream import Delta

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from mlx_k2.chat.chat_events import CallEnded, CallStarted, Event, Said
+from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit
 from mlx_k2.chat.conversation import Conversation
-from mlx_k2.chat.events import CallEnded, CallStarted, Event, Said
-from mlx_k2.chat.session import ChatSession, ReplySettings, Toolkit
 from mlx_k2.coordinator.text_stream import AnswerSummary
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import Sampling

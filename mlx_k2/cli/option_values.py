@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mlx_k2.chat.chat_session import ReplySettings
 from mlx_k2.chat.conversation import Conversation
-from mlx_k2.chat.session import ReplySettings
 from mlx_k2.cli.prompt_files import PromptLine
 from mlx_k2.cluster.hostfile import Hostfile, local_hostfile, read_hostfile
 from mlx_k2.cluster.partition import parse_split

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mlx_k2.cli.requests import Served, prompt_text, read_prompt
+from mlx_k2.cli.option_values import Served, prompt_text, read_prompt
 from mlx_k2.errors import RequestError
 from mlx_k2.scheduling.request import Request
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from mlx_k2.errors import RequestError
-from mlx_k2.text.messages import checked_messages, checked_tools
+from mlx_k2.text.message_checks import checked_messages, checked_tools
 
 CALL = {"id": "functions.f:0", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 

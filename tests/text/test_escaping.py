@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_k2.errors import RequestError
-from mlx_k2.text.disguise import Disguise
+from mlx_k2.text.escaping import Disguise
 
 NAMES = ["<|im_end|>", "<think>", "[EOS]"]
 LETTERS = set("".join(NAMES))

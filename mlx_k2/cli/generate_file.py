@@ -8,8 +8,8 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mlx_k2.cli.console import ConsoleWatcher, console, note, note_restart
+from mlx_k2.cli.option_values import SAMPLING_NAMES, Served, base_seed, line_prompt, log_settings
 from mlx_k2.cli.prompt_files import PromptLine, ResultFile, line_seed, read_prompt_lines, run_digest
-from mlx_k2.cli.requests import SAMPLING_NAMES, Served, base_seed, line_prompt, log_settings
 from mlx_k2.coordinator.batch_results import Answer, answer_all
 from mlx_k2.coordinator.text_stream import coordinate
 from mlx_k2.deployment.deployment_request import DeploymentRequest
