@@ -9,9 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_k2.text.tiny_vocabulary import tiny_vocabulary
-from mlx_k2.weights.config_fields import tiny_config_fields
-from mlx_k2.weights.random_checkpoint import write_random_checkpoint
+from mlx_k2.testing.random_checkpoint import write_random_checkpoint
+from mlx_k2.testing.tiny_config import tiny_config_fields
+from mlx_k2.testing.tiny_vocabulary import tiny_vocabulary
 
 VOCAB_SIZE = 2048
 CONTEXT_TOKENS = 8192

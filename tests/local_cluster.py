@@ -19,12 +19,12 @@ from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.step_policy import MeasuredPace
-from mlx_k2.text.tiny_vocabulary import tiny_vocabulary
+from mlx_k2.testing.random_checkpoint import write_random_checkpoint
+from mlx_k2.testing.tiny_config import tiny_config_fields
+from mlx_k2.testing.tiny_vocabulary import tiny_vocabulary
 from mlx_k2.weights.checkpoint import describe_model
-from mlx_k2.weights.config_fields import tiny_config_fields
 from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_source import ModelSource
-from mlx_k2.weights.random_checkpoint import write_random_checkpoint
 
 VOCAB_SIZE = 768
 NUM_LAYERS = 7

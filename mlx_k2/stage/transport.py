@@ -6,7 +6,6 @@ evaluates does so one operation at a time, in plan order, which is the only tag 
 
 import json
 import os
-import queue
 import tempfile
 from collections.abc import Sequence
 from typing import IO, Protocol
@@ -41,25 +40,6 @@ class DistributedTransport:
     def send(self, array: mx.array) -> None:
         """Hand an evaluated array to the stage after; returns when the system has taken all of it."""
         mx.eval(mx.distributed.send(array, self._group.rank() + 1, group=self._group))
-
-
-class QueueTransport:
-    """Hops inside one process, for tests: ``before`` and ``after`` are the queues on either side."""
-
-    def __init__(self, before: "queue.SimpleQueue[mx.array]", after: "queue.SimpleQueue[mx.array]") -> None:
-        self._before = before
-        self._after = after
-
-    def receive(self, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
-        """What the stage before sent, which must be of this shape and dtype."""
-        array = self._before.get()
-        assert array.shape == tuple(shape), f"expected {shape}, got {array.shape}"
-        assert array.dtype == dtype, f"expected {dtype}, got {array.dtype}"
-        return array
-
-    def send(self, array: mx.array) -> None:
-        """Hand an evaluated array to the stage after."""
-        self._after.put(array)
 
 
 class NoNeighbours:

@@ -1,4 +1,4 @@
-"""config.json's fields: Kimi K2 Thinking's own, the built-in small model's, and how K2.5 wraps them. Writes no file."""
+"""config.json's fields as Kimi K2 Thinking has them. Writes no file."""
 
 import copy
 from collections.abc import Mapping
@@ -88,37 +88,3 @@ def thinking_config_fields(**changes: Any) -> dict[str, Any]:
     unknown = changes.keys() - _KIMI_K2_THINKING.keys()
     assert not unknown, f"not fields of a Kimi K2 config: {sorted(unknown)}"
     return copy.deepcopy(dict(_KIMI_K2_THINKING)) | changes
-
-
-def tiny_config_fields(vocab_size: int, **changes: Any) -> dict[str, Any]:
-    """The built-in small model: every part of K2 (low-rank queries, YaRN, dense and expert layers) in 7 layers."""
-    small: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "hidden_size": 128,
-        "num_hidden_layers": 7,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "q_lora_rank": 64,
-        "kv_lora_rank": 64,
-        "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 32,
-        "intermediate_size": 256,
-        "moe_intermediate_size": 64,
-        "n_routed_experts": 16,
-        "num_experts_per_tok": 4,
-        "bos_token_id": None,
-        "eos_token_id": [],
-    }
-    return thinking_config_fields(**(small | changes))
-
-
-def as_kimi_k25(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The same text model as K2.5 writes it: under ``text_config``, beside a vision tower."""
-    return {
-        "architectures": ["KimiK25ForConditionalGeneration"],
-        "model_type": "kimi_k25",
-        "text_config": dict(fields),
-        "vision_config": {"model_type": "kimi_k25_vision"},
-        "eos_token_id": fields["eos_token_id"],
-    }

@@ -24,18 +24,18 @@ from mlx_k2.deployment.listener import Watcher
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason
+from mlx_k2.testing.random_checkpoint import write_random_checkpoint
+from mlx_k2.testing.tiny_config import tiny_config_fields
+from mlx_k2.testing.tiny_vocabulary import tiny_vocabulary
 from mlx_k2.text.chat_template import ChatTemplate, load_chat_template
 from mlx_k2.text.reply_parser import Content, Reasoning
-from mlx_k2.text.tiny_vocabulary import tiny_vocabulary
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 from mlx_k2.tools.outcome import Outcome, ToolResult
 from mlx_k2.tools.servers import HttpServer, StdioServer
 from mlx_k2.tools.toolbox import Limits, open_toolbox
 from mlx_k2.weights.checkpoint import describe_model
-from mlx_k2.weights.config_fields import tiny_config_fields
 from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_source import ModelSource
-from mlx_k2.weights.random_checkpoint import write_random_checkpoint
 from tests.chat.scripted import ScriptOnStages, drawn
 from tests.local_cluster import VOCAB_SIZE, write_model
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from mlx_k2.cli.main import run
-from mlx_k2.weights.config_fields import as_kimi_k25
+from mlx_k2.testing.tiny_config import as_kimi_k25
 from tests.local_cluster import CONTEXT_TOKENS, VOCAB_SIZE, write_model
 
 Damage = Callable[[Path], None]

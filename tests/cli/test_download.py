@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_k2.text.tiny_vocabulary import tiny_vocabulary
-from mlx_k2.weights.config_fields import tiny_config_fields
-from mlx_k2.weights.random_checkpoint import write_random_checkpoint
+from mlx_k2.testing.random_checkpoint import write_random_checkpoint
+from mlx_k2.testing.tiny_config import tiny_config_fields
+from mlx_k2.testing.tiny_vocabulary import tiny_vocabulary
 from tests.weights.hub_server import Hub, serve_hub
 
 REPO = "moonshotai/Kimi-K2-Tiny"

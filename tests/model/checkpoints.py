@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_k2.config import ModelConfig
-from mlx_k2.weights.config_fields import as_kimi_k25, tiny_config_fields
-from mlx_k2.weights.random_checkpoint import write_random_checkpoint
+from mlx_k2.testing.random_checkpoint import write_random_checkpoint
+from mlx_k2.testing.tiny_config import as_kimi_k25, tiny_config_fields
 
 VOCAB_SIZE = 512
 

@@ -10,7 +10,7 @@ from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.protocol.messages import Row, Step, StepDone
 from mlx_k2.sampling import REPETITION_WINDOW, SampledToken, Sampling
 from mlx_k2.stage.step_runner import StepRunner
-from mlx_k2.stage.transport import QueueTransport
+from mlx_k2.testing.queue_transport import QueueTransport
 from tests.model.chain import load_stage, split_layers
 from tests.model.checkpoints import read_config
 

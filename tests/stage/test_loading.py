@@ -8,9 +8,9 @@ from typing import TypedDict
 
 import pytest
 
-from mlx_k2.weights.config_fields import tiny_config_fields
+from mlx_k2.testing.random_checkpoint import write_random_checkpoint
+from mlx_k2.testing.tiny_config import tiny_config_fields
 from mlx_k2.weights.inventory import held_bytes, layer_specs
-from mlx_k2.weights.random_checkpoint import write_random_checkpoint
 from tests.model.checkpoints import read_config
 
 ALLOWANCE_BYTES = 200 * 10**6

@@ -10,7 +10,7 @@ from mlx_k2.config import ModelConfig
 from mlx_k2.kernels import check_cache, experts, timing
 from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, ROUTER, LayerShape
 from mlx_k2.stage import measure_kernels
-from mlx_k2.weights.config_fields import tiny_config_fields
+from mlx_k2.testing.tiny_config import tiny_config_fields
 from tests.model.chain import like_a_stage_on_a_cpu
 
 pytestmark = pytest.mark.timeout(60)

@@ -12,7 +12,8 @@ import pytest
 
 from mlx_k2.errors import StageFault
 from mlx_k2.protocol.messages import JacclLinks, RingLinks
-from mlx_k2.stage.transport import NoNeighbours, QueueTransport, group_environment, prove_hops
+from mlx_k2.stage.transport import NoNeighbours, group_environment, prove_hops
+from mlx_k2.testing.queue_transport import QueueTransport
 
 SECRET = bytes(range(32))
 

@@ -4,9 +4,9 @@ import base64
 import functools
 import json
 
+from mlx_k2.testing.tiny_vocabulary import tiny_vocabulary
 from mlx_k2.text.chat_template import ChatTemplate, load_chat_template
 from mlx_k2.text.prompt import Piece
-from mlx_k2.text.tiny_vocabulary import tiny_vocabulary
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 
 VOCAB_SIZE = 800

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.errors import CheckpointError
-from mlx_k2.weights.config_fields import as_kimi_k25, tiny_config_fields
+from mlx_k2.testing.random_checkpoint import write_random_checkpoint
+from mlx_k2.testing.tiny_config import as_kimi_k25, tiny_config_fields
 from mlx_k2.weights.index import CheckpointIndex, check_file, check_names, model_digest, read_index_json
 from mlx_k2.weights.inventory import TensorSpec, layer_specs, model_specs, shard_specs
-from mlx_k2.weights.random_checkpoint import write_random_checkpoint
 from mlx_k2.weights.safetensors_file import write_file
 from tests.weights.made_up import VOCAB_SIZE, config_of, write_tiny
 

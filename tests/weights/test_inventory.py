@@ -6,7 +6,8 @@ import math
 import pytest
 
 from mlx_k2.config import ModelConfig
-from mlx_k2.weights.config_fields import as_kimi_k25, thinking_config_fields, tiny_config_fields
+from mlx_k2.testing.tiny_config import as_kimi_k25, tiny_config_fields
+from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.inventory import (
     TensorSpec,
     embedding_read_bytes_per_token,

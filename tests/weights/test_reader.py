@@ -9,10 +9,10 @@ import pytest
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.errors import CheckpointError
-from mlx_k2.weights.config_fields import as_kimi_k25, tiny_config_fields
+from mlx_k2.testing.random_checkpoint import write_random_checkpoint
+from mlx_k2.testing.tiny_config import as_kimi_k25, tiny_config_fields
 from mlx_k2.weights.index import CheckpointIndex, read_index_json
 from mlx_k2.weights.inventory import held_bytes, layer_specs, model_specs
-from mlx_k2.weights.random_checkpoint import write_random_checkpoint
 from mlx_k2.weights.reader import Piece, ShardReader
 from tests.weights.made_up import VOCAB_SIZE, write_tiny
 

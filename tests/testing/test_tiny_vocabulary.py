@@ -3,8 +3,8 @@ import json
 
 import pytest
 
+from mlx_k2.testing.tiny_vocabulary import MIN_VOCAB_SIZE, tiny_vocabulary
 from mlx_k2.text.chat_template import load_chat_template
-from mlx_k2.text.tiny_vocabulary import MIN_VOCAB_SIZE, tiny_vocabulary
 from mlx_k2.text.tokenizer import load_tokenizer
 
 K2_IDS = {

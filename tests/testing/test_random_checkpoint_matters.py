@@ -11,8 +11,8 @@ import pytest
 from mlx_lm.models import deepseek_v3
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_k2.weights.config_fields import tiny_config_fields
-from mlx_k2.weights.random_checkpoint import write_random_checkpoint
+from mlx_k2.testing.random_checkpoint import write_random_checkpoint
+from mlx_k2.testing.tiny_config import tiny_config_fields
 from tests.weights.made_up import VOCAB_SIZE
 
 TOLERANCE = 2e-4  # within which this program's logits and mlx-lm's agree
