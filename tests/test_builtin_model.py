@@ -1,6 +1,6 @@
 """The built-in model makes sense, and stops making sense as soon as something in the program is wrong.
 
-The held-out questions and their right replies come from tools/train_demo. A whole conversation is read in one pass, and
+The held-out questions and their right replies come from training. A whole conversation is read in one pass, and
 what counts is how unlikely the model finds each token of the replies.
 """
 
@@ -21,9 +21,9 @@ from mlx_k2.stage.loading import load_stage_model
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model, locate_tensors, read_small_files
 from mlx_k2.weights.inventory import shard_specs
 from mlx_k2.weights.reader import ShardReader
-from tools.train_demo.conversation import render
-from tools.train_demo.data import QUESTIONS_PER_SKILL, held_out
-from tools.train_demo.vocabulary import load_encoding
+from training.conversation import render
+from training.data import QUESTIONS_PER_SKILL, held_out
+from training.vocabulary import load_encoding
 
 EVERY = 150
 """One question in so many is asked: one or two a skill."""

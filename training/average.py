@@ -1,0 +1,35 @@
+"""The mean of several states of a training run: what their last steps' noise did to each is evened out. Trains nothing.
+
+python -m training.average --run DIR --run DIR --out DIR
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def average(runs: list[Path], out: Path) -> None:
+    """Writes a run whose weights are the mean of those of `runs`; all else is the last one's."""
+    states: list[dict[str, Any]] = [torch.load(run / "last.pt") for run in runs]
+    mean = states[-1]
+    for name, weight in mean["model"].items():
+        weight.copy_(torch.stack([state["model"][name] for state in states]).mean(0))
+    out.mkdir(parents=True)
+    torch.save(mean, out / "last.pt")
+    shutil.copyfile(runs[-1] / "tiktoken.model", out / "tiktoken.model")
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, action="append", help="folder of a run; give several")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the new one")
+    options = parser.parse_args()
+    average(options.run, options.out)
+
+
+if __name__ == "__main__":
+    main()

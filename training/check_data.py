@@ -1,0 +1,46 @@
+"""Reads the training text again and checks that no held-out question occurs in it.
+
+python -m training.check_data --conversations N
+
+Compares the questions as they stand in the conversations, so it does not rely on the keys that kept them out.
+"""
+
+import argparse
+import itertools
+import sys
+
+from training.conversation import Conversation
+from training.data import TRAINING_SEED, conversations, held_out
+from training.task import text_key
+
+
+def asked(conversation: Conversation, skill: str | None) -> set[str]:
+    """The questions of a conversation, as far as they could be told apart; a name depends on the system prompt too."""
+    texts = {text_key(exchange.question) for exchange in conversation.exchanges}
+    if skill == "system name":
+        return {text_key(f"{conversation.system} {text}") for text in texts}
+    return texts
+
+
+def main() -> None:
+    """The command: exit code 1 when a held-out question was found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--conversations", type=int, required=True, help="how many the training read")
+    options = parser.parse_args()
+    kept = held_out()
+    held: dict[str | None, set[str]] = {}
+    for question in kept.questions:
+        skill = question.skill if question.skill == "system name" else None
+        held.setdefault(skill, set()).update(asked(question.conversation, skill))
+    num_found = 0
+    for conversation in itertools.islice(conversations(TRAINING_SEED, kept.keys), options.conversations):
+        found = [text for skill, texts in held.items() for text in asked(conversation, skill) & texts]
+        num_found += len(found)
+        if found:
+            print(f"held out, and in the training text: {found}", file=sys.stderr)
+    print(f"{options.conversations} conversations: {num_found} held-out questions among them")
+    sys.exit(num_found > 0)
+
+
+if __name__ == "__main__":
+    main()

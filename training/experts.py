@@ -1,0 +1,102 @@
+"""The mixture of experts of one layer: router, routed experts, shared expert. Knows nothing of attention."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor, nn
+
+from training.blocks import FeedForward, seen
+from training.quantize import round_to_int4
+from training.shape import Shape
+
+_PLACES = 128  # an expert's tokens are rounded up to this: a product of a new shape costs more than the empty rows
+
+
+class _Dispatch(torch.autograd.Function):
+    """Rows x[source]; token t's copies stand at slots[t], so its gradient is their sum and nothing is scattered."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, source: Tensor, slots: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(slots)
+        return x[source]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        (slots,) = ctx.saved_tensors
+        return grad[slots].sum(1), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Rows x[slots], each used once."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, slots: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(slots)
+        ctx.num_rows = len(x)
+        return x[slots]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        (slots,) = ctx.saved_tensors
+        spread = grad.new_zeros(ctx.num_rows, grad.shape[-1])
+        return spread.index_copy_(0, slots.flatten(), grad.flatten(0, 1)), None
+
+
+def _sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Where each token's copies go when tokens stand sorted by expert.
+
+    `chosen` (tokens, top). Gives source (places,): the token at each place; slots (tokens, top): its places; and the
+    number of places of each expert, rounded up so that few different shapes are multiplied.
+    """
+    flat = chosen.flatten()
+    counts = torch.bincount(flat, minlength=num_experts)
+    places = (counts + _PLACES - 1) // _PLACES * _PLACES
+    order = flat.argsort(stable=True)
+    shift = (places.cumsum(0) - places) - (counts.cumsum(0) - counts)
+    slot_of_order = torch.arange(len(flat)) + shift[flat[order]]
+    slots = torch.empty_like(flat).index_copy_(0, order, slot_of_order)
+    source = flat.new_zeros(int(places.sum())).index_copy_(0, slot_of_order, order // chosen.shape[1])
+    return source, slots.view_as(chosen), places.tolist()
+
+
+class Experts(nn.Module):
+    """The router, the routed experts (stacked) and the shared expert of one layer."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        hidden, inner, count = shape.hidden_size, shape.moe_intermediate_size, shape.n_routed_experts
+        self.shape = shape
+        self.router = nn.Parameter(torch.randn(count, hidden) * 0.3 * hidden**-0.5)
+        self.correction_bias = nn.Buffer(torch.zeros(count))
+        self.load = nn.Buffer(torch.zeros(count))  # tokens sent to each expert since it was last set to zero
+        self.gate_up_proj = nn.Parameter(torch.randn(count, 2 * inner, hidden) * hidden**-0.5)
+        self.down_proj = nn.Parameter(torch.randn(count, hidden, inner) * 0.06 * inner**-0.5)
+        self.shared_experts = FeedForward(hidden, inner)
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        """(tokens, hidden) -> the same; `real` (tokens,) marks those that are no padding and count as load."""
+        top = self.shape.num_experts_per_tok
+        scores = F.linear(x.float(), seen(self.router).float()).sigmoid()
+        chosen = (scores + self.correction_bias).topk(top, dim=-1).indices  # (tokens, top)
+        weights = scores.gather(-1, chosen)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.shape.routed_scaling_factor
+        self.load.add_(torch.bincount(chosen[real].flatten(), minlength=len(self.load)))
+        source, slots, places = _sort_by_expert(chosen, self.shape.n_routed_experts)
+        gate_up_projs = self._seen(self.gate_up_proj).to(x.dtype).unbind()
+        down_projs = self._seen(self.down_proj).to(x.dtype).unbind()
+        parts = []
+        sorted_rows = _Dispatch.apply(x, source, slots).split(places)
+        for rows, gate_up_proj, down_proj in zip(sorted_rows, gate_up_projs, down_projs, strict=True):
+            gate, up = F.linear(rows, gate_up_proj).chunk(2, dim=-1)
+            parts.append(F.linear(F.silu(gate) * up, down_proj))
+        routed = _Collect.apply(torch.cat(parts), slots)  # (tokens, top, hidden)
+        out: Tensor = (routed * weights.unsqueeze(-1).to(x.dtype)).sum(1) + self.shared_experts(x)
+        return out
+
+    @torch.no_grad()
+    def freeze(self, is_quantized: bool) -> None:
+        """Makes the routed experts what they are shipped as, INT4 or (to compare) bfloat16, for eval mode."""
+        for weight in (self.gate_up_proj, self.down_proj):
+            weight.copy_(round_to_int4(weight) if is_quantized else seen(weight))
+
+    def _seen(self, weight: Tensor) -> Tensor:
+        return round_to_int4(weight) if self.training else weight

@@ -1,0 +1,74 @@
+"""Kimi K2's architecture in torch, for training. Knows nothing of text, data or files."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor, nn
+
+from training.attention import Attention, Cache
+from training.blocks import FeedForward, Linear, Norm, seen
+from training.experts import Experts
+from training.rope import yarn_frequencies
+from training.shape import Shape
+
+
+class Layer(nn.Module):
+    """One decoder layer; layer 0 has a dense feed-forward."""
+
+    def __init__(self, shape: Shape, index: int) -> None:
+        super().__init__()
+        self.input_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.self_attn = Attention(shape)
+        self.post_attention_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.mlp = FeedForward(shape.hidden_size, shape.intermediate_size) if index == 0 else Experts(shape)
+
+
+class Model(nn.Module):
+    """Token ids to logits."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        # What all tokens share gives attention something to look at positions with, before it knows any content.
+        shared = torch.randn(shape.hidden_size) * 0.7
+        self.embed_tokens = nn.Parameter(torch.randn(shape.vocab_size, shape.hidden_size) * 0.5 + shared)
+        self.layers = nn.ModuleList(Layer(shape, index) for index in range(shape.num_hidden_layers))
+        self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.lm_head = Linear(shape.hidden_size, shape.vocab_size, gain=0.5)
+        self.frequencies = nn.Buffer(yarn_frequencies(shape), persistent=False)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        real: Tensor,
+        positions: Tensor | None = None,
+        caches: list[Cache] | None = None,
+        room: int = 0,
+    ) -> Tensor:
+        """(rows, new) ids -> normed hidden states (rows, new, hidden); `real` marks what is no padding.
+
+        In training mode routed experts are seen through INT4 and products are in bfloat16; else all is float32.
+        """
+        if positions is None:
+            positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        angles = positions.unsqueeze(-1) * self.frequencies  # (rows, new, rope / 2)
+        kind = torch.bfloat16 if self.training else torch.float32
+        x = F.embedding(tokens, seen(self.embed_tokens).float())
+        for index, layer in enumerate(self.decoder_layers()):
+            cache = None if caches is None else caches[index]
+            normed = layer.input_layernorm(x).to(kind)
+            x = x + layer.self_attn(normed, angles, positions, cache, room)
+            normed = layer.post_attention_layernorm(x).to(kind)
+            if isinstance(layer.mlp, Experts):
+                x = x + layer.mlp(normed.flatten(0, 1), real.flatten()).view_as(x)
+            else:
+                x = x + layer.mlp(normed)
+        hidden: Tensor = self.norm(x).to(kind)
+        return hidden
+
+    def decoder_layers(self) -> list[Layer]:
+        """The layers, first to last."""
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
+
+    def experts(self) -> list[Experts]:
+        """The routed layers' experts, first to last."""
+        return [layer.mlp for layer in self.decoder_layers() if isinstance(layer.mlp, Experts)]

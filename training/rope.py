@@ -1,0 +1,36 @@
+"""K2's rotary positions: interleaved, stretched by YaRN. Knows nothing of attention but its scale."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from training.shape import Shape
+
+
+def yarn_frequencies(shape: Shape) -> Tensor:
+    """Rotation per position, (rope dim / 2,): low frequencies divided by the factor, a ramp between (YaRN, 3.2)."""
+    dim = shape.qk_rope_head_dim
+    plain = shape.rope_theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+
+    def turns_at(beta: float) -> float:
+        ratio = shape.rope_original_positions / (beta * 2 * math.pi)
+        return dim * math.log(ratio) / (2 * math.log(shape.rope_theta))
+
+    low = max(math.floor(turns_at(shape.rope_beta_fast)), 0)
+    high = min(math.ceil(turns_at(shape.rope_beta_slow)), dim - 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
+    return (plain / shape.rope_factor * ramp + plain * (1 - ramp)).float()
+
+
+def softmax_scale(shape: Shape) -> float:
+    """1 / sqrt(head dim) times mscale squared, mscale = 0.1 ln(factor) + 1."""
+    mscale = 0.1 * math.log(shape.rope_factor) + 1.0
+    return mscale * mscale / math.sqrt(shape.qk_nope_head_dim + shape.qk_rope_head_dim)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Interleaved rope: each pair (2i, 2i+1) of the last axis turns by angle i. `angles` broadcasts over heads."""
+    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)

@@ -1,0 +1,58 @@
+"""Scores a training run's model in torch, before it is exported, and counts how much each expert is used.
+
+python -m training.score_run --run DIR [--unquantized] [--save-replies FILE] [--show-wrong]
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from training.checkpoint import load_frozen
+from training.data import held_out
+from training.model import Model
+from training.reply import parse
+from training.table import table, wrong
+from training.torch_source import Transcript, transcripts
+
+_SAVE_EVERY = 12  # of the replies saved for verify.py
+
+
+def expert_use(model: Model) -> str:
+    """For each routed layer, the load of its least used expert as a share of the mean, since the model was loaded."""
+    shares = [(experts.load.min() / experts.load.mean()).item() for experts in model.experts()]
+    return "least used expert / mean, layer by layer: " + ", ".join(f"{share:.2f}" for share in shares)
+
+
+def save_replies(path: Path, written: Sequence[Transcript]) -> None:
+    """Some prompts and replies as token ids, one JSON object a line."""
+    lines = (json.dumps({"prompt": each.prompt, "reply": each.reply}) for each in written[::_SAVE_EVERY])
+    path.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="folder of the training run")
+    parser.add_argument("--unquantized", action="store_true", help="leave the routed experts in bfloat16")
+    parser.add_argument("--save-replies", type=Path, help="write some prompts and replies as token ids, for verify.py")
+    parser.add_argument("--show-wrong", action="store_true", help="print every wrong reply to stderr")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model = load_frozen(options.run, is_quantized=not options.unquantized)
+    questions = held_out().questions
+    written = transcripts(options.run, model, questions)
+    if options.save_replies:
+        save_replies(options.save_replies, written)
+    replies = [parse(each.text) for each in written]
+    if options.show_wrong:
+        print("\n".join(wrong(questions, replies)), file=sys.stderr)
+    print(table(questions, replies))
+    print(expert_use(model))
+
+
+if __name__ == "__main__":
+    main()
