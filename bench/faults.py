@@ -14,10 +14,10 @@ from datetime import date
 from pathlib import Path
 
 from bench.measure import ROOT, commit, save_rows, with_part
-from tests.cluster.fault_matrix import FAULTS
-from tests.cluster.fault_run import NUM_HOSTS, Scene, undisturbed
-from tests.cluster.faults import Finding, try_fault
-from tests.cluster.hosts import EmulatedHosts, what_is_missing
+from tests.emulated_hosts.fault_matrix import FAULTS
+from tests.emulated_hosts.fault_run import NUM_HOSTS, Scene, undisturbed
+from tests.emulated_hosts.faults import Finding, try_fault
+from tests.emulated_hosts.hosts import EmulatedHosts, what_is_missing
 from tests.local_cluster import write_model
 
 PAGE = ROOT / "docs" / "reliability.md"

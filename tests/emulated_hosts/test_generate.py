@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import EmulatedHosts, wait_until
+from tests.emulated_hosts.hosts import EmulatedHosts, wait_until
 from tests.local_cluster import write_model
 
 pytestmark = pytest.mark.slow

@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster import ring_group
-from tests.cluster.hosts import EmulatedHosts, wait_until
+from tests.emulated_hosts import ring_group
+from tests.emulated_hosts.hosts import EmulatedHosts, wait_until
 from tests.launch.guarded import stand_in_python
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.hosts import EmulatedHosts
-from tests.cluster.test_generate import MLX_K2
+from tests.emulated_hosts.hosts import EmulatedHosts
+from tests.emulated_hosts.test_generate import MLX_K2
 from tests.local_cluster import write_model
 
 pytestmark = pytest.mark.slow

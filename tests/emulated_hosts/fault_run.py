@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 
-from tests.cluster import two_streams
-from tests.cluster.hosts import EmulatedHosts, wait_until
+from tests.emulated_hosts import two_streams
+from tests.emulated_hosts.hosts import EmulatedHosts, wait_until
 
 ROOT = Path(__file__).parents[2]
 NUM_HOSTS = 3
@@ -126,7 +126,7 @@ class Scene:
         words = {"model": str(self.model), "hostfile": str(hostfile), "log_dir": str(self.log_dir), **options}
         process = self.hosts.exec(
             0,
-            [sys.executable, "-m", "tests.cluster.two_streams", json.dumps(words)],
+            [sys.executable, "-m", "tests.emulated_hosts.two_streams", json.dumps(words)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=(self.folder / "stderr").open("wb"),
@@ -144,7 +144,7 @@ class Scene:
 
     def stage(self, i: int) -> psutil.Process:
         """The stage proper on host i, once it is there."""
-        return self._await(i, ("mlx_k2.stage.program",), ("tests.cluster.faulty_stage", " stage"))
+        return self._await(i, ("mlx_k2.stage.program",), ("tests.emulated_hosts.faulty_stage", " stage"))
 
     def guard(self, i: int) -> psutil.Process:
         """Its guard."""

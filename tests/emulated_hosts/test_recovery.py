@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.fault_matrix import FAULTS
-from tests.cluster.fault_run import NUM_HOSTS, Scene, undisturbed
-from tests.cluster.faults import Tokens, try_fault
-from tests.cluster.hosts import EmulatedHosts, what_is_missing
+from tests.emulated_hosts.fault_matrix import FAULTS
+from tests.emulated_hosts.fault_run import NUM_HOSTS, Scene, undisturbed
+from tests.emulated_hosts.faults import Tokens, try_fault
+from tests.emulated_hosts.hosts import EmulatedHosts, what_is_missing
 from tests.local_cluster import write_model
 
 pytestmark = pytest.mark.slow

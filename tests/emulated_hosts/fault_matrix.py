@@ -1,6 +1,6 @@
 """The fault matrix: every row is a fault, what must come of it, and how soon it must be noticed."""
 
-from tests.cluster.deeds import (
+from tests.emulated_hosts.deeds import (
     cut,
     cut_data,
     cut_for_two_seconds,
@@ -35,7 +35,7 @@ from tests.cluster.deeds import (
     was_slow,
     whole_disk,
 )
-from tests.cluster.faults import Fault, Outcome
+from tests.emulated_hosts.faults import Fault, Outcome
 
 STANDS = r"\(.*step \d+( for \d+ s)?\)"
 KILLED = r"ended with signal 9: somebody killed it"

@@ -11,8 +11,8 @@ from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.stage_events import StageEnded, StageMessage
 from mlx_k2.launch.stage_location import StagePlace
 from mlx_k2.protocol.messages import Connected, Step, StepDone
-from tests.cluster.hosts import EmulatedHosts, wait_until
-from tests.cluster.ring_group import bring_about, receive, start_ring_group
+from tests.emulated_hosts.hosts import EmulatedHosts, wait_until
+from tests.emulated_hosts.ring_group import bring_about, receive, start_ring_group
 from tests.launch.guarded import stand_in_python
 
 pytestmark = pytest.mark.slow

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 
-from tests.cluster import faulty_stage
-from tests.cluster.fault_run import NUM_HOSTS, Scene, StreamsRun
-from tests.cluster.hosts import wait_until
+from tests.emulated_hosts import faulty_stage
+from tests.emulated_hosts.fault_run import NUM_HOSTS, Scene, StreamsRun
+from tests.emulated_hosts.hosts import wait_until
 
 MIDDLE = 1
 SLOW_KILOBITS = 1000

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import EmulatedHosts, what_is_missing
+from tests.emulated_hosts.hosts import EmulatedHosts, what_is_missing
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ NAMES = ("exception", "print", "rubbish", "half-frame", "flood", "clock")
 FLOOD_BYTES = 10_000_000
 GUARD = (
     "import os, sys; from mlx_k2.guard.guard import run_guard; "
-    "os._exit(run_guard([sys.executable, '-m', 'tests.cluster.faulty_stage', sys.argv[1]]))"
+    "os._exit(run_guard([sys.executable, '-m', 'tests.emulated_hosts.faulty_stage', sys.argv[1]]))"
 )
 
 

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tests.cluster.fault_run import Scene, StreamsRun
-from tests.cluster.hosts import wait_until
+from tests.emulated_hosts.fault_run import Scene, StreamsRun
+from tests.emulated_hosts.hosts import wait_until
 
 Tokens = tuple[list[int], ...]
 
