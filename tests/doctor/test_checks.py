@@ -24,7 +24,7 @@ from mlx_k2.doctor.checks import (
     check_versions,
 )
 from mlx_k2.protocol.messages import Hello
-from tests.cluster_room.test_mac_settings import BRIDGE, DEVICES, NO_DEVICES, PMSET
+from tests.cluster.test_mac_settings import BRIDGE, DEVICES, NO_DEVICES, PMSET
 
 HERE = {"mlx-k2": "0.1.0", "mlx": "0.32.4", "mlx-lm": "0.32.2"}
 GB = 10**9
