@@ -14,23 +14,27 @@ ROOT = Path(mlx_k2.__file__).parent
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "builtin", "kernels"),
     ("config", "sampling", "text", "tools"),
-    ("scheduling", "engine", "cluster", "weights"),
-    ("control", "protocol", "model"),
-    ("model_source",),
+    ("scheduling", "cluster", "weights"),
+    ("protocol", "model"),
     ("guard", "launch"),
-    ("stage",),
-    ("coordinator",),
-    ("deployment",),
-    ("doctor", "session", "answers"),
-    ("chat",),
-    ("benchmark",),
+    ("stage", "deployment"),
+    ("coordinator", "doctor"),
+    ("chat", "benchmark"),
+    ("api", "server", "client"),
     ("cli",),
     ("testing",),
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 MAY_IMPORT_MLX = ("kernels", "model", "stage", "testing", "weights/reader.py")
 LAZY_IMPORTS = "cli"
-GUARD = ("stage/__init__.py", "stage/__main__.py", "guard/guard.py", "guard/stage_clock.py", "guard/watchdog.py")
+GUARD = (
+    "stage/__init__.py",
+    "stage/__main__.py",
+    "guard/__init__.py",
+    "guard/guard.py",
+    "guard/stage_clock.py",
+    "guard/watchdog.py",
+)
 
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
