@@ -61,7 +61,7 @@ def step_cost_s(num_sequences: int, context: int) -> float:
         done = in_flight.pop(0)
         for rank in (0, 1):
             pace.observe(rank, done.load, 0.05)
-        scheduler.complete(done.number, [1 for row in done.rows if row.draws_token])
+        scheduler.complete(done.number, [1 for row in done.rows if row.needs_logits])
         if done.decodes:
             times.append(time.perf_counter() - began)
     return statistics.median(times)
@@ -75,8 +75,8 @@ def message_row(microbatch: Microbatch) -> list[Row]:
             row.position,
             row.token_ids,
             row.is_prompt,
-            row.sequence.request.sampling if row.draws_token else None,
-            row.recent_ids if row.draws_token else (),
+            row.sequence.request.sampling if row.needs_logits else None,
+            row.recent_ids if row.needs_logits else (),
             row.copy_from,
         )
         for row in microbatch.rows

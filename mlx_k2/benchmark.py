@@ -119,9 +119,9 @@ class Benchmark:
     def _request(self, workload: Workload) -> Request:
         """A prompt of random tokens: none begins like another."""
         self._num_prompts += 1
-        draw = random.Random(self._num_prompts)  # noqa: S311  # nothing secret
+        generator = random.Random(self._num_prompts)  # noqa: S311  # nothing secret
         vocab_size = self._deployment.model.config.vocab_size
-        prompt_ids = tuple(draw.randrange(vocab_size) for _ in range(workload.prompt_tokens))
+        prompt_ids = tuple(generator.randrange(vocab_size) for _ in range(workload.prompt_tokens))
         return Request(prompt_ids, workload.generate_tokens, Sampling(seed=0, temperature=0), frozenset())
 
     def _report(self, report: StageReport) -> None:

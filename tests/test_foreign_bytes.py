@@ -52,13 +52,13 @@ def step_with_top_p_0() -> bytes:
 
 
 @st.composite
-def damaged(draw: st.DrawFn, whole: st.SearchStrategy[bytes]) -> bytes:
+def damaged(sample: st.DrawFn, whole: st.SearchStrategy[bytes]) -> bytes:
     """Bytes of the right kind, cut short, with a few of them changed."""
-    data = bytearray(draw(whole))
-    for _ in range(draw(st.integers(0, 3))):
+    data = bytearray(sample(whole))
+    for _ in range(sample(st.integers(0, 3))):
         if data:
-            data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
-    return bytes(data[: draw(st.integers(0, len(data)))])
+            data[sample(st.integers(0, len(data) - 1))] = sample(st.integers(0, 255))
+    return bytes(data[: sample(st.integers(0, len(data)))])
 
 
 def only_raises(kind: type[MlxK2Error], read: Callable[[bytes], object], data: bytes) -> None:

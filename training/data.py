@@ -121,7 +121,7 @@ def mixed_conversations(seed: int, left_out: frozenset[str]) -> Iterator[Convers
 def _mixed(rng: random.Random, mixture: Mixture, left_out: frozenset[str]) -> Iterator[Conversation]:
     skills, weights = zip(*mixture, strict=True)
     while True:
-        task = _draw(rng, rng.choices(skills, weights)[0], left_out)
+        task = _sample(rng, rng.choices(skills, weights)[0], left_out)
         yield _converse(rng, task, left_out)
 
 
@@ -154,7 +154,7 @@ _SCORED: tuple[tuple[str, Skill, Callable[[int], list[int]]], ...] = (
 )
 
 
-def _draw(rng: random.Random, skill: Skill, left_out: frozenset[str]) -> Task:
+def _sample(rng: random.Random, skill: Skill, left_out: frozenset[str]) -> Task:
     while True:
         task = skill(rng)
         if task.key not in left_out:
@@ -164,9 +164,9 @@ def _draw(rng: random.Random, skill: Skill, left_out: frozenset[str]) -> Task:
 def _converse(rng: random.Random, task: Task, left_out: frozenset[str]) -> Conversation:
     earlier: list[Task] = []
     if rng.random() < 0.15:
-        earlier += [_draw(rng, rng.choice(_PLAIN), left_out) for _ in range(rng.choice((1, 1, 2)))]
+        earlier += [_sample(rng, rng.choice(_PLAIN), left_out) for _ in range(rng.choice((1, 1, 2)))]
     elif rng.random() < 0.12:
-        earlier.append(_draw(rng, one_call, left_out))
+        earlier.append(_sample(rng, one_call, left_out))
     tools = _declared([*earlier, task])
     if not tools and rng.random() < 0.07:
         tools = spare_tools(rng)

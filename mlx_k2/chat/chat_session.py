@@ -56,7 +56,7 @@ class Toolkit:
 
 
 @dataclass
-class _Drawn:
+class _SampledReply:
     """A reply: its tokens and its parts so far, and how it ended."""
 
     token_ids: list[int]
@@ -153,14 +153,14 @@ class ChatSession:
         """Replies and rounds of tool calls, until a reply calls no tool."""
         calls_left = self._settings.max_tool_calls
         while True:
-            drawn = yield from self._draw(request)
-            if drawn.finish_reason in (FinishReason.CANCELLED, FinishReason.TIMEOUT):
-                yield from self._keep_beginning(drawn)
+            sampled = yield from self._sample(request)
+            if sampled.finish_reason in (FinishReason.CANCELLED, FinishReason.TIMEOUT):
+                yield from self._keep_beginning(sampled)
                 return
-            reply = whole_reply(drawn.parts)
+            reply = whole_reply(sampled.parts)
             if self._toolkit is None or calls_left < 0:
                 reply = replace(reply, calls=())
-            yield Said(self._conversation.add_reply(reply, drawn.token_ids))
+            yield Said(self._conversation.add_reply(reply, sampled.token_ids))
             if self._toolkit is None or not reply.calls:
                 return
             texts = yield from run_calls(
@@ -173,11 +173,11 @@ class ChatSession:
                 return
             request = self._request()
 
-    def _draw(self, request: Request) -> Generator[Event, None, _Drawn]:
+    def _sample(self, request: Request) -> Generator[Event, None, _SampledReply]:
         """One reply; of one that a fault ends, the beginning is kept."""
         reader = ReplyReader(self._tokenizer, request.prompt_ids, request.stop_ids)
         budget = self._settings.thinking_budget
-        drawn = _Drawn([], [])
+        sampled = _SampledReply([], [])
         num_thought = 0
 
         def interject() -> Sequence[int]:
@@ -188,21 +188,21 @@ class ChatSession:
                 yield event
                 if isinstance(event, Delta):
                     was_thinking = reader.in_reasoning
-                    drawn.token_ids.append(event.token_id)
+                    sampled.token_ids.append(event.token_id)
                     parts = reader.add(event.token_id)
                     num_thought += was_thinking and reader.in_reasoning
                 else:
-                    drawn.finish_reason = event.finish_reason
+                    sampled.finish_reason = event.finish_reason
                     parts = reader.finish()
-                drawn.parts += parts
+                sampled.parts += parts
                 yield from parts
         except ClusterError:
-            yield from self._keep_beginning(drawn)
+            yield from self._keep_beginning(sampled)
             raise
-        return drawn
+        return sampled
 
-    def _keep_beginning(self, drawn: _Drawn) -> Generator[Event, None, None]:
+    def _keep_beginning(self, sampled: _SampledReply) -> Generator[Event, None, None]:
         """Of an answer that was stopped, keep what is said; with nothing but thoughts it never was."""
-        reply = replace(whole_reply(drawn.parts), calls=())
+        reply = replace(whole_reply(sampled.parts), calls=())
         if reply.content.strip():
-            yield Said(self._conversation.add_reply(reply, drawn.token_ids))
+            yield Said(self._conversation.add_reply(reply, sampled.token_ids))

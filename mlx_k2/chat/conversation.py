@@ -10,7 +10,7 @@ from mlx_k2.text.history import assistant_message, num_calls, tool_messages, wit
 from mlx_k2.text.message_checks import checked_messages
 from mlx_k2.text.prompt import Piece, encode_pieces, render_pieces
 from mlx_k2.text.reply_parser import Reply
-from mlx_k2.text.sampled_turns import DrawnTurns
+from mlx_k2.text.sampled_turns import SampledTurns
 from mlx_k2.text.tokenizer import Tokenizer
 
 Message = dict[str, Any]
@@ -34,7 +34,7 @@ class Conversation:
         self._template = template
         self._tokenizer = tokenizer
         self._tools = list(tools)
-        self._drawn = DrawnTurns(tokenizer)
+        self._sampled = SampledTurns(tokenizer)
         self._messages: list[Message] = []
         self.set_system(system)
 
@@ -64,7 +64,7 @@ class Conversation:
 
     def add_reply(self, reply: Reply, token_ids: Iterable[int]) -> Message:
         """The model replies, with these tokens; the one that ends the turn may be among them."""
-        self._drawn.keep(self._num_turns(self._messages), token_ids)
+        self._sampled.keep(self._num_turns(self._messages), token_ids)
         return self._add(assistant_message(reply, num_calls(self._messages)))
 
     def add_results(self, texts: Sequence[str]) -> list[Message]:
@@ -104,7 +104,7 @@ class Conversation:
                 f"these messages are {num_tokens} tokens, and the context holds {context_tokens}: "
                 "give a larger --context"
             )
-        self._drawn.forget_from(0)
+        self._sampled.forget_from(0)
         self._messages = loaded
 
     def prompt_ids(self) -> list[int]:
@@ -136,13 +136,13 @@ class Conversation:
 
     def _cut(self, length: int) -> None:
         del self._messages[length:]
-        self._drawn.forget_from(self._num_turns(self._messages))
+        self._sampled.forget_from(self._num_turns(self._messages))
 
     def _rendered(self, messages: Sequence[Message]) -> list[Piece]:
         return render_pieces(self._template, self._tokenizer, messages, self._tools)
 
     def _encode(self, pieces: Sequence[Piece]) -> list[int]:
-        return self._drawn.encode(pieces)
+        return self._sampled.encode(pieces)
 
     @staticmethod
     def _num_turns(messages: Iterable[Mapping[str, Any]]) -> int:

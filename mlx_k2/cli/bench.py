@@ -162,9 +162,9 @@ def _write(document: dict[str, Any], rows: Sequence[Measured], trace: Trace, opt
         if options["trace_path"] is not None:
             trace.write(Path(options["trace_path"]))
         if options["plot_path"] is not None:
-            from mlx_k2.cli.plot import draw
+            from mlx_k2.cli.plot import plot_results
 
-            draw(rows, Path(options["plot_path"]))
+            plot_results(rows, Path(options["plot_path"]))
     except OSError as error:
         raise RequestError(f"{error.filename} cannot be written: {error.strerror}") from None
 

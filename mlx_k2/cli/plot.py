@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from mlx_k2.benchmark import Measured
 
 
-def draw(rows: Sequence[Measured], path: Path) -> None:
+def plot_results(rows: Sequence[Measured], path: Path) -> None:
     """Two charts side by side in one PNG. A line goes through the means of repeated runs, each of which is a dot."""
     figure = Figure(figsize=(10, 4), layout="constrained")  # not pyplot's: no window system is asked for
     decode, prefill = figure.subplots(1, 2)

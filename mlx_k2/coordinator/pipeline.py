@@ -221,7 +221,7 @@ def _row(row: MicrobatchRow) -> Row:
         position=row.position,
         token_ids=row.token_ids,
         is_prompt=row.is_prompt,
-        sampling=sequence.request.sampling if row.draws_token else None,
-        recent_ids=row.recent_ids if row.draws_token else (),
+        sampling=sequence.request.sampling if row.needs_logits else None,
+        recent_ids=row.recent_ids if row.needs_logits else (),
         copy_from=row.copy_from,
     )

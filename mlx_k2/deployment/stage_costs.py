@@ -53,7 +53,7 @@ def stage_sizes(
         experts_per_token=config.num_experts_per_tok,
         key_bytes=num_layers * config.latent_dim * compute_bytes,
         operations_per_token=2 * (dense_weights + round(routed_weights * used_share)),
-        operations_per_draw=2 * _num_weights(head),
+        operations_per_sampled_token=2 * _num_weights(head),
         absorbed_operations=2 * num_layers * heads * (config.latent_dim + config.kv_lora_rank),
         naive_operations=2 * num_layers * heads * (config.qk_head_dim + value),
         rebuild_operations=2 * num_layers * heads * (nope + value) * config.kv_lora_rank,

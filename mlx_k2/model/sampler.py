@@ -13,11 +13,11 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_repetition_penalty
 
-from mlx_k2.sampling import REPETITION_WINDOW, Sampling
+from mlx_k2.sampling import REPETITION_WINDOW, SampledToken, Sampling
 
 
 @dataclass(frozen=True)
-class DrawRequest:
+class SamplingRequest:
     """One row's parameters; ``position`` is that of the token to draw, ``recent_ids`` the tokens before it."""
 
     sampling: Sampling
@@ -25,24 +25,17 @@ class DrawRequest:
     recent_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Draw:
-    """A drawn token; the log-probabilities are the model's own, before penalty, filters and temperature."""
-
-    token_id: int
-    logprob: float | None
-    top: tuple[tuple[int, float], ...]
-
-
-def draw_tokens(logits: mx.array, requests: Sequence[DrawRequest]) -> list[Draw]:
+def sample_tokens(logits: mx.array, requests: Sequence[SamplingRequest]) -> list[SampledToken]:
     """Logits (rows, vocabulary) float32 and one request a row -> one token a row. Evaluates."""
     tokens = mx.concatenate([_token(logits[row : row + 1], request) for row, request in enumerate(requests)])
     logprobs = [_logprobs(logits[row], request.sampling) for row, request in enumerate(requests)]
     mx.eval(tokens, logprobs)
-    return [_draw(token_id, found) for token_id, found in zip(np.asarray(tokens).tolist(), logprobs, strict=True)]
+    return [
+        _sampled_token(token_id, found) for token_id, found in zip(np.asarray(tokens).tolist(), logprobs, strict=True)
+    ]
 
 
-def _token(logits: mx.array, request: DrawRequest) -> mx.array:
+def _token(logits: mx.array, request: SamplingRequest) -> mx.array:
     """Logits (1, vocabulary) -> the drawn id, (1,)."""
     sampling = request.sampling
     if sampling.repetition_penalty != 1.0 and request.recent_ids:
@@ -74,9 +67,9 @@ def _logprobs(logits: mx.array, sampling: Sampling) -> list[mx.array]:
     return [logprobs, mx.argsort(-logprobs, axis=-1)[: sampling.num_logprobs]]
 
 
-def _draw(token_id: int, found: list[mx.array]) -> Draw:
+def _sampled_token(token_id: int, found: list[mx.array]) -> SampledToken:
     if not found:
-        return Draw(token_id, None, ())
+        return SampledToken(token_id, None, ())
     logprobs, top_ids = found
     values, ids = np.asarray(logprobs), np.asarray(top_ids)
-    return Draw(token_id, float(values[token_id]), tuple(zip(ids.tolist(), values[ids].tolist(), strict=True)))
+    return SampledToken(token_id, float(values[token_id]), tuple(zip(ids.tolist(), values[ids].tolist(), strict=True)))

@@ -23,7 +23,7 @@ class StageSizes:
     key_bytes: int
     """One position of the cache."""
     operations_per_token: int
-    operations_per_draw: int
+    operations_per_sampled_token: int
     absorbed_operations: int
     """Attention of one generated token to one position."""
     naive_operations: int
@@ -46,7 +46,7 @@ class StepLoad:
     """What a step asks of every stage."""
 
     num_tokens: int = 0
-    num_draws: int = 0
+    num_sampled: int = 0
     absorbed_pairs: int = 0
     """Pairs of a generated token and a position that it attends to."""
     naive_pairs: int = 0
@@ -57,7 +57,7 @@ class StepLoad:
     def __add__(self, other: "StepLoad") -> "StepLoad":
         return StepLoad(
             self.num_tokens + other.num_tokens,
-            self.num_draws + other.num_draws,
+            self.num_sampled + other.num_sampled,
             self.absorbed_pairs + other.absorbed_pairs,
             self.naive_pairs + other.naive_pairs,
             self.absorbed_keys + other.absorbed_keys,
@@ -65,19 +65,19 @@ class StepLoad:
         )
 
 
-def row_load(position: int, count: int, *, is_prompt: bool, draws_token: bool) -> StepLoad:
+def row_load(position: int, count: int, *, is_prompt: bool, needs_logits: bool) -> StepLoad:
     """``count`` tokens of one sequence from ``position`` on."""
     pairs = count * position + count * (count + 1) // 2
     end = position + count
     if is_prompt:
-        return StepLoad(count, int(draws_token), naive_pairs=pairs, naive_keys=end)
-    return StepLoad(count, int(draws_token), absorbed_pairs=pairs, absorbed_keys=end)
+        return StepLoad(count, int(needs_logits), naive_pairs=pairs, naive_keys=end)
+    return StepLoad(count, int(needs_logits), absorbed_pairs=pairs, absorbed_keys=end)
 
 
 def bytes_read(sizes: StageSizes, load: StepLoad) -> float:
     """Bytes that a stage reads for a step."""
     experts = expected_experts(sizes.num_experts, sizes.experts_per_token, load.num_tokens)
-    weights = sizes.dense_bytes + (sizes.head_bytes if load.num_draws else 0) + sizes.expert_bytes * experts
+    weights = sizes.dense_bytes + (sizes.head_bytes if load.num_sampled else 0) + sizes.expert_bytes * experts
     return weights + sizes.key_bytes * (load.absorbed_keys + load.naive_keys)
 
 
@@ -85,7 +85,7 @@ def operations(sizes: StageSizes, load: StepLoad) -> int:
     """Operations that a stage computes for a step."""
     return (
         sizes.operations_per_token * load.num_tokens
-        + sizes.operations_per_draw * load.num_draws
+        + sizes.operations_per_sampled_token * load.num_sampled
         + sizes.absorbed_operations * load.absorbed_pairs
         + sizes.naive_operations * load.naive_pairs
         + sizes.rebuild_operations * load.naive_keys

@@ -15,7 +15,7 @@ class MicrobatchRow:
     position: int
     token_ids: tuple[int, ...]
     is_prompt: bool
-    draws_token: bool
+    needs_logits: bool
     """Whether the token after the last of these is drawn: they are all that is known, or guessed, so far."""
     copy_from: int | None = None
     """The slot from which all positions before these are copied first."""
@@ -33,7 +33,7 @@ class MicrobatchRow:
     @property
     def load(self) -> StepLoad:
         """What it asks of every stage."""
-        return row_load(self.position, len(self.token_ids), is_prompt=self.is_prompt, draws_token=self.draws_token)
+        return row_load(self.position, len(self.token_ids), is_prompt=self.is_prompt, needs_logits=self.needs_logits)
 
 
 @dataclass(frozen=True)

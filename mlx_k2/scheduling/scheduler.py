@@ -86,12 +86,14 @@ class Scheduler:
         None where the token is thrown away: its sequence was cancelled meanwhile, or a guess before it was wrong.
         """
         microbatch = self._in_flight.popleft()
-        drawing = [row.sequence for row in microbatch.rows if row.draws_token]
+        sampled_sequences = [row.sequence for row in microbatch.rows if row.needs_logits]
         assert microbatch.number == number, f"step {number} came back before step {microbatch.number}"
-        assert len(drawing) == len(token_ids), f"step {number} drew {len(token_ids)} tokens, not {len(drawing)}"
+        assert len(sampled_sequences) == len(token_ids), (
+            f"step {number} drew {len(token_ids)} tokens, not {len(sampled_sequences)}"
+        )
         takers = tuple(
             sequence if sequence.take(number, token_id, self._next_number) else None
-            for sequence, token_id in zip(drawing, token_ids, strict=True)
+            for sequence, token_id in zip(sampled_sequences, token_ids, strict=True)
         )
         self._retire()
         return takers
@@ -220,6 +222,6 @@ def _prompt_row(sequence: Sequence, most_tokens: int) -> MicrobatchRow:
     """The next tokens of a prompt; what it shares with another slot is copied with its first ones."""
     position = sequence.num_planned
     token_ids = sequence.request.prompt_ids[position : position + most_tokens]
-    draws = position + len(token_ids) == len(sequence.token_ids)
+    needs_logits = position + len(token_ids) == len(sequence.token_ids)
     copy_from = sequence.shared.copy_from if position == sequence.shared.num_tokens else None
-    return MicrobatchRow(sequence, position, token_ids, True, draws, copy_from)
+    return MicrobatchRow(sequence, position, token_ids, True, needs_logits, copy_from)

@@ -105,7 +105,7 @@ def round_s(
     """
     smaller, num_larger = divmod(num_sequences, num_microbatches)
     larger = smaller + 1 if num_larger else smaller
-    one = row_load(mean_context, 1, is_prompt=False, draws_token=True)
+    one = row_load(mean_context, 1, is_prompt=False, needs_logits=True)
     times = {size: [stage.step_s(_times(one, size)) for stage in stages] for size in {smaller, larger}}
     busy_s = [
         times[larger][rank] * num_larger + times[smaller][rank] * (num_microbatches - num_larger)
@@ -134,7 +134,7 @@ def prefill_s(stages: Sequence[StageCost], position: int, num_tokens: int, chunk
     def loads() -> Iterator[StepLoad]:
         for start in range(position, end, chunk):
             count = min(chunk, end - start)
-            yield row_load(start, count, is_prompt=True, draws_token=start + count == end)
+            yield row_load(start, count, is_prompt=True, needs_logits=start + count == end)
 
     return pipeline_s([stage.step_s(load) for stage in stages] for load in loads())
 
@@ -146,7 +146,7 @@ def largest_chunk_within(
     fitting, too_long = 1, longest + 1
     while too_long - fitting > 1:
         count = (fitting + too_long) // 2
-        joined = load + row_load(position, count, is_prompt=True, draws_token=False)
+        joined = load + row_load(position, count, is_prompt=True, needs_logits=False)
         if max(stage.step_s(joined) for stage in stages) <= limit_s:
             fitting = count
         else:
@@ -170,7 +170,7 @@ def _chunk_lengths(num_tokens: int, longest: int) -> Iterator[int]:
 def _times(load: StepLoad, count: int) -> StepLoad:
     return StepLoad(
         load.num_tokens * count,
-        load.num_draws * count,
+        load.num_sampled * count,
         load.absorbed_pairs * count,
         load.naive_pairs * count,
         load.absorbed_keys * count,

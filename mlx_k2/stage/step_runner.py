@@ -6,7 +6,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from mlx_k2.model.batch import Batch, Span
-from mlx_k2.model.sampler import DrawRequest, draw_tokens
+from mlx_k2.model.sampler import SamplingRequest, sample_tokens
 from mlx_k2.model.stage_model import StageModel
 from mlx_k2.protocol.messages import Row, Step, StepDone
 from mlx_k2.protocol.stage_status import Phase
@@ -78,12 +78,11 @@ class StepRunner:
             num_tokens += len(row.token_ids)
             if row.sampling is not None:
                 last_tokens.append(num_tokens - 1)
-                requests.append(DrawRequest(row.sampling, row.position + len(row.token_ids), row.recent_ids))
+                requests.append(SamplingRequest(row.sampling, row.position + len(row.token_ids), row.recent_ids))
         if not requests:
             self._model.evaluate_cache()
             return ()
-        draws = draw_tokens(self._model.logits(output[mx.array(last_tokens)]), requests)
-        return tuple(SampledToken(draw.token_id, draw.logprob, draw.top) for draw in draws)
+        return tuple(sample_tokens(self._model.logits(output[mx.array(last_tokens)]), requests))
 
 
 def _evaluate(hidden: mx.array) -> float:

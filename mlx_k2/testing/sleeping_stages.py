@@ -19,7 +19,7 @@ SIZES = StageSizes(
     experts_per_token=0,
     key_bytes=0,
     operations_per_token=0,
-    operations_per_draw=0,
+    operations_per_sampled_token=0,
     absorbed_operations=0,
     naive_operations=0,
     rebuild_operations=0,
@@ -58,7 +58,7 @@ class SleepingStages:
         while (microbatch := before.get()) is not None:
             time.sleep(STEP_S)
             if last:
-                tokens = tuple(SampledToken(1) for row in microbatch.rows if row.draws_token)
+                tokens = tuple(SampledToken(1) for row in microbatch.rows if row.needs_logits)
                 self.done.put(encode_message(StepDone(microbatch.number, STEP_S, tokens=tokens)))
             else:
                 after.put(microbatch)

@@ -13,30 +13,30 @@ from mlx_k2.text.tokenizer import Tokenizer
 
 _TURN, _BODY, _END = "<|im_assistant|>", "<|im_middle|>", "<|im_end|>"
 
-_Drawn: TypeAlias = tuple[tuple[int, ...] | int, ...]
+_SampledTurn: TypeAlias = tuple[tuple[int, ...] | int, ...]
 """A turn's tokens: control tokens, and the stretches of ordinary ones between them."""
 
 
-class DrawnTurns:
+class SampledTurns:
     """What the model drew for assistant turns, by their number in the conversation, counted from 0."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._turn_id, self._body_id, self._end_id = map(tokenizer.special_ids.get, (_TURN, _BODY, _END))
-        self._drawn: dict[int, _Drawn] = {}
+        self._sampled: dict[int, _SampledTurn] = {}
         self._encoded: dict[str, list[int]] = {}
 
     def keep(self, turn: int, token_ids: Iterable[int]) -> None:
         """The model drew ``token_ids`` for this turn."""
-        drawn: list[tuple[int, ...] | int] = []
+        sampled: list[tuple[int, ...] | int] = []
         for is_special, run in groupby(token_ids, self._tokenizer.is_special):
             tokens = tuple(run)
-            drawn += tokens if is_special else (tokens,)
-        self._drawn[turn] = tuple(drawn)
+            sampled += tokens if is_special else (tokens,)
+        self._sampled[turn] = tuple(sampled)
 
     def forget_from(self, turn: int) -> None:
         """The conversation ends before this turn now."""
-        self._drawn = {number: drawn for number, drawn in self._drawn.items() if number < turn}
+        self._sampled = {number: sampled for number, sampled in self._sampled.items() if number < turn}
 
     def encode(self, pieces: Sequence[Piece]) -> list[int]:
         """The token ids of a rendered conversation, whose assistant turns are counted as they stand there.
@@ -55,7 +55,7 @@ class DrawnTurns:
             if piece == self._turn_id:
                 turn, in_head = turn + 1, True
             elif piece == self._body_id and in_head:
-                body, in_head = _Body(self._drawn.get(turn, ())), False
+                body, in_head = _Body(self._sampled.get(turn, ())), False
             elif piece == self._end_id:
                 body = _Body(())
             else:
@@ -63,12 +63,12 @@ class DrawnTurns:
         self._encoded = encoded
         return ids
 
-    def _kept(self, drawn: tuple[int, ...], text: str) -> list[int]:
+    def _kept(self, sampled: tuple[int, ...], text: str) -> list[int]:
         """``text`` as it was drawn, and from a change on encoded; nothing where its beginning is another one."""
         data = text.encode()
         kept: list[int] = []
         end = 0
-        for token_id in drawn:
+        for token_id in sampled:
             token = self._tokenizer.token_bytes(token_id)
             if not data.startswith(token, end):
                 break
@@ -88,18 +88,18 @@ class DrawnTurns:
 class _Body:
     """How far a rendered turn has come in what was drawn for it."""
 
-    def __init__(self, drawn: _Drawn) -> None:
-        self._drawn = drawn
+    def __init__(self, sampled: _SampledTurn) -> None:
+        self._sampled = sampled
         self._next = 0
 
     def pass_control(self, token_id: int) -> None:
         """Go behind this token, if it was drawn; what was drawn before it is not in the rendering."""
-        if token_id in self._drawn[self._next :]:
-            self._next = self._drawn.index(token_id, self._next) + 1
+        if token_id in self._sampled[self._next :]:
+            self._next = self._sampled.index(token_id, self._next) + 1
 
     def pass_text(self) -> tuple[int, ...]:
         """The stretch that was drawn here; none where no text was."""
-        stretch = self._drawn[self._next] if self._next < len(self._drawn) else None
+        stretch = self._sampled[self._next] if self._next < len(self._sampled) else None
         if not isinstance(stretch, tuple):
             return ()
         self._next += 1

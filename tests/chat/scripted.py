@@ -12,7 +12,7 @@ from mlx_k2.text.tokenizer import Tokenizer
 Interject = Callable[[], Sequence[int]]
 
 
-def drawn(tokenizer: Tokenizer, text: str) -> list[int]:
+def sampled(tokenizer: Tokenizer, text: str) -> list[int]:
     """``text`` as tokens, the names of control tokens as these."""
     ids: list[int] = []
     while text:
@@ -39,7 +39,7 @@ class Script:
     ) -> Generator[Delta | AnswerSummary, None, None]:
         self.requests.append(request)
         detokenizer = Detokenizer(self._tokenizer)
-        ids = drawn(self._tokenizer, next(self._replies))
+        ids = sampled(self._tokenizer, next(self._replies))
         for number, token_id in enumerate(ids):
             if self._on_token is not None:
                 self._on_token(number)

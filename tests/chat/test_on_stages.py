@@ -36,7 +36,7 @@ from mlx_k2.tools.toolbox import Limits, open_toolbox
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_source import ModelSource
-from tests.chat.scripted import ScriptOnStages, drawn
+from tests.chat.scripted import ScriptOnStages, sampled
 from tests.local_cluster import VOCAB_SIZE, write_model
 
 MOST_GROWTH_BYTES = 60_000_000
@@ -258,8 +258,8 @@ def calls_and_an_answer(tokenizer: Tokenizer) -> Iterator[list[int]]:
             for name, number in (("n_add", number), ("f_add", number + 1))
         )
         section = f"<|tool_calls_section_begin|>{''.join(calls)}<|tool_calls_section_end|>"
-        yield drawn(tokenizer, f"<think></think>{section}<|im_end|>")
-    yield drawn(tokenizer, "<think></think>Done.<|im_end|>")
+        yield sampled(tokenizer, f"<think></think>{section}<|im_end|>")
+    yield sampled(tokenizer, "<think></think>Done.<|im_end|>")
 
 
 def resident_bytes() -> int:

@@ -159,7 +159,7 @@ def ring() -> None:
             say(Connected())
         elif isinstance(message, Step):
             num_tokens = sum(len(row.token_ids) for row in message.rows)
-            num_drawn = sum(row.sampling is not None for row in message.rows) if message.rows else 1
+            num_sampled = sum(row.sampling is not None for row in message.rows) if message.rows else 1
             x = mx.zeros((num_tokens or 8, 7168), dtype=mx.bfloat16 if message.rows else mx.float32)
             if rank > 0:
                 x = mx.distributed.recv_like(x, rank - 1)
@@ -169,7 +169,7 @@ def ring() -> None:
                 mx.eval(mx.distributed.send(x, rank + 1))
                 say(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
             else:
-                tokens = (SampledToken(token_id=int(float(x[:8].mean()))),) * num_drawn
+                tokens = (SampledToken(token_id=int(float(x[:8].mean()))),) * num_sampled
                 say(StepDone(number=message.number, busy_s=0.0, receive_s=0.0, tokens=tokens))
 
 

@@ -5,23 +5,25 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mlx_k2.model.sampler import Draw, DrawRequest, draw_tokens
-from mlx_k2.sampling import REPETITION_WINDOW, Sampling
+from mlx_k2.model.sampler import SamplingRequest, sample_tokens
+from mlx_k2.sampling import REPETITION_WINDOW, SampledToken, Sampling
 
-NUM_DRAWS = 2000
+NUM_SAMPLES = 2000
 LOGITS = [2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -20.0]
 
 
-def draw(logits: list[float], sampling: Sampling, position: int = 0, recent_ids: tuple[int, ...] = ()) -> Draw:
-    (drawn,) = draw_tokens(mx.array([logits]), [DrawRequest(sampling, position, recent_ids)])
-    return drawn
+def sample(
+    logits: list[float], sampling: Sampling, position: int = 0, recent_ids: tuple[int, ...] = ()
+) -> SampledToken:
+    (sampled,) = sample_tokens(mx.array([logits]), [SamplingRequest(sampling, position, recent_ids)])
+    return sampled
 
 
 def counts(sampling: Sampling, recent_ids: tuple[int, ...] = ()) -> NDArray[np.int64]:
-    """How often each token is drawn at NUM_DRAWS positions."""
-    requests = [DrawRequest(sampling, position, recent_ids) for position in range(NUM_DRAWS)]
-    draws = draw_tokens(mx.array([LOGITS] * NUM_DRAWS), requests)
-    return np.bincount([drawn.token_id for drawn in draws], minlength=len(LOGITS))
+    """How often each token is drawn at NUM_SAMPLES positions."""
+    requests = [SamplingRequest(sampling, position, recent_ids) for position in range(NUM_SAMPLES)]
+    samples = sample_tokens(mx.array([LOGITS] * NUM_SAMPLES), requests)
+    return np.bincount([sampled.token_id for sampled in samples], minlength=len(LOGITS))
 
 
 def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -29,13 +31,13 @@ def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(exponentials / exponentials.sum())
 
 
-def follows(drawn: NDArray[np.int64], probabilities: NDArray[np.float64]) -> bool:
+def follows(sampled: NDArray[np.int64], probabilities: NDArray[np.float64]) -> bool:
     """Pearson's test: the tokens of probability 0 never come, the others as often as they should (p > 0.001)."""
     possible = probabilities > 1e-6
-    expected = probabilities[possible] * NUM_DRAWS
-    chi_square = float(((drawn[possible] - expected) ** 2 / expected).sum())
+    expected = probabilities[possible] * NUM_SAMPLES
+    chi_square = float(((sampled[possible] - expected) ** 2 / expected).sum())
     bound_by_degrees_of_freedom = {1: 10.8, 2: 13.8, 3: 16.3, 4: 18.5, 5: 20.5, 6: 22.5}
-    return drawn[~possible].sum() == 0 and chi_square < bound_by_degrees_of_freedom[int(possible.sum()) - 1]
+    return sampled[~possible].sum() == 0 and chi_square < bound_by_degrees_of_freedom[int(possible.sum()) - 1]
 
 
 def only(keep: list[int], temperature: float = 1.0) -> NDArray[np.float64]:
@@ -77,33 +79,33 @@ def test_a_repetition_penalty_divides_positive_logits_and_multiplies_negative_on
     penalized = np.array(LOGITS)
     penalized[[0, 1]] /= 3.0
     penalized[6] *= 3.0
-    drawn = counts(Sampling(seed=11, repetition_penalty=3.0), recent_ids=(0, 1, 6, 0))
-    assert follows(drawn, softmax(penalized))
+    sampled = counts(Sampling(seed=11, repetition_penalty=3.0), recent_ids=(0, 1, 6, 0))
+    assert follows(sampled, softmax(penalized))
 
 
 def test_a_repetition_penalty_looks_at_the_last_tokens_only() -> None:
     sampling = Sampling(seed=0, temperature=0, repetition_penalty=10.0)
     long_ago, recently = (0,) + (5,) * REPETITION_WINDOW, (0,) + (5,) * (REPETITION_WINDOW - 1)
-    assert draw(LOGITS, sampling, recent_ids=long_ago).token_id == 0
-    assert draw(LOGITS, sampling, recent_ids=recently).token_id == 1
+    assert sample(LOGITS, sampling, recent_ids=long_ago).token_id == 0
+    assert sample(LOGITS, sampling, recent_ids=recently).token_id == 1
 
 
 def test_temperature_0_takes_the_likeliest_token_whatever_the_seed_and_filters() -> None:
     for seed in range(20):
-        assert draw(LOGITS[::-1], Sampling(seed=seed, temperature=0, top_k=5, min_p=0.1)).token_id == 7
+        assert sample(LOGITS[::-1], Sampling(seed=seed, temperature=0, top_k=5, min_p=0.1)).token_id == 7
 
 
 def test_a_tiny_temperature_or_a_filter_that_keeps_one_token_is_greedy() -> None:
     for position in range(50):
         for one in (Sampling(seed=1, temperature=1e-6), Sampling(seed=1, top_k=1), Sampling(seed=1, top_p=1e-6)):
-            assert draw(LOGITS, one, position).token_id == 0
+            assert sample(LOGITS, one, position).token_id == 0
 
 
 def test_a_draw_depends_on_seed_and_position_and_not_on_company() -> None:
     generator = np.random.default_rng(0)
     logits = mx.array(generator.normal(size=(6, 300)).astype(np.float32))
     requests = [
-        DrawRequest(Sampling(seed=seed, top_p=top_p, repetition_penalty=penalty), position, (1, 2, 3))
+        SamplingRequest(Sampling(seed=seed, top_p=top_p, repetition_penalty=penalty), position, (1, 2, 3))
         for seed, top_p, penalty, position in zip(
             (1, 1, 2, 2**63 - 1, 0, 7),
             (1.0, 0.9, 0.5, 1.0, 0.9, 0.3),
@@ -112,32 +114,32 @@ def test_a_draw_depends_on_seed_and_position_and_not_on_company() -> None:
             strict=True,
         )
     ]
-    together = draw_tokens(logits, requests)
-    alone = [draw_tokens(logits[row : row + 1], [request])[0] for row, request in enumerate(requests)]
+    together = sample_tokens(logits, requests)
+    alone = [sample_tokens(logits[row : row + 1], [request])[0] for row, request in enumerate(requests)]
     assert together == alone
 
 
 def test_seeds_and_positions_give_independent_draws() -> None:
     flat = [0.0] * 1000
-    by_seed = [draw(flat, Sampling(seed=seed), 5).token_id for seed in range(200)]
-    by_position = [draw(flat, Sampling(seed=5), position).token_id for position in range(200)]
-    for drawn in (by_seed, by_position):
-        assert 160 < len(set(drawn)) < 200  # 181 expected of 200 draws out of 1000
+    by_seed = [sample(flat, Sampling(seed=seed), 5).token_id for seed in range(200)]
+    by_position = [sample(flat, Sampling(seed=5), position).token_id for position in range(200)]
+    for sampled in (by_seed, by_position):
+        assert 160 < len(set(sampled)) < 200  # 181 expected of 200 draws out of 1000
     assert by_seed != by_position
-    assert by_position == [draw(flat, Sampling(seed=5), position).token_id for position in range(200)]
+    assert by_position == [sample(flat, Sampling(seed=5), position).token_id for position in range(200)]
 
 
 def test_logprobs_are_the_models_own_before_penalty_filters_and_temperature() -> None:
     sampling = Sampling(seed=3, temperature=0.1, top_k=2, repetition_penalty=5.0, num_logprobs=3)
-    drawn = draw(LOGITS, sampling, recent_ids=(0, 1, 2))
+    sampled = sample(LOGITS, sampling, recent_ids=(0, 1, 2))
     expected = np.log(softmax(np.array(LOGITS)))
-    assert drawn.logprob == pytest.approx(expected[drawn.token_id], abs=1e-5)
-    assert [token_id for token_id, _ in drawn.top] == [0, 1, 2]
-    assert [value for _, value in drawn.top] == pytest.approx(expected[:3], abs=1e-5)
+    assert sampled.logprob == pytest.approx(expected[sampled.token_id], abs=1e-5)
+    assert [token_id for token_id, _ in sampled.top] == [0, 1, 2]
+    assert [value for _, value in sampled.top] == pytest.approx(expected[:3], abs=1e-5)
 
 
 def test_logprobs_come_only_when_asked_for() -> None:
-    none, chosen, more = (draw(LOGITS, Sampling(seed=0, num_logprobs=number)) for number in (None, 0, 50))
+    none, chosen, more = (sample(LOGITS, Sampling(seed=0, num_logprobs=number)) for number in (None, 0, 50))
     assert (none.logprob, none.top) == (None, ())
     assert chosen.logprob is not None
     assert chosen.top == ()

@@ -110,8 +110,8 @@ class Run:
         if not self._in_flight:
             return ()
         microbatch = self._in_flight.popleft()
-        drawn = [token_id for row in microbatch.rows if (token_id := self._run(row)) is not None]
-        return self.scheduler.complete(microbatch.number, drawn)
+        sampled = [token_id for row in microbatch.rows if (token_id := self._run(row)) is not None]
+        return self.scheduler.complete(microbatch.number, sampled)
 
     def _run(self, row: MicrobatchRow) -> int | None:
         cache = self._caches.setdefault(row.sequence.slot, [])
@@ -119,7 +119,7 @@ class Run:
             cache[: row.position] = self._caches[row.copy_from][: row.position]
         assert len(cache) >= row.position, "a row attends to positions that were never computed"
         cache[row.position : row.end] = row.token_ids
-        if not row.draws_token:
+        if not row.needs_logits:
             return None
         digest = hashlib.blake2b(bytes(token_id % 251 for token_id in cache[max(0, row.end - 3) : row.end]))
         digest.update(bytes([sum(cache[: row.end]) % 7]))

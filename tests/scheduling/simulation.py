@@ -99,7 +99,7 @@ class Simulation:
 
     def _receive(self, done_s: float, microbatch: Microbatch) -> None:
         self.now_s = done_s
-        drawing = [row.sequence for row in microbatch.rows if row.draws_token]
-        self.scheduler.complete(microbatch.number, [1] * len(drawing))
-        for sequence in drawing:
+        sampling_rows = [row.sequence for row in microbatch.rows if row.needs_logits]
+        self.scheduler.complete(microbatch.number, [1] * len(sampling_rows))
+        for sequence in sampling_rows:
             self.token_times.setdefault(id(sequence.request), []).append(done_s)

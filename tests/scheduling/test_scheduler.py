@@ -20,7 +20,7 @@ def test_a_prompts_chunks_follow_each_other_without_waiting() -> None:
     run = run_of((20, 5))
     assert [run.send() for _ in range(4)] == [True, True, True, False]
     assert [len(sent.row.token_ids) for sent in run.rows] == [8, 8, 4]
-    assert [sent.row.draws_token for sent in run.rows] == [False, False, True]
+    assert [sent.row.needs_logits for sent in run.rows] == [False, False, True]
 
 
 def test_a_long_prompt_does_not_delay_running_sequences() -> None:

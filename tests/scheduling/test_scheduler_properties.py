@@ -13,11 +13,11 @@ from tests.scheduling.fake_stages import STOP_ID, FixedPace, Run, actions, limit
 
 
 @st.composite
-def finished_runs(draw: st.DrawFn) -> tuple[Run, Items[Request]]:
+def finished_runs(sample: st.DrawFn) -> tuple[Run, Items[Request]]:
     """A run to its end, and what was asked, in the order of submission."""
-    asked = draw(st.lists(requests, min_size=1, max_size=6))
-    run = Run(draw(limits), draw(paces), vocabulary=draw(st.integers(1, STOP_ID + 1)))
-    run.play(asked, draw(actions))
+    asked = sample(st.lists(requests, min_size=1, max_size=6))
+    run = Run(sample(limits), sample(paces), vocabulary=sample(st.integers(1, STOP_ID + 1)))
+    run.play(asked, sample(actions))
     return run, asked
 
 
@@ -61,7 +61,7 @@ def test_a_row_carries_only_tokens_that_are_known_and_draws_after_the_last_of_th
     for sent in run.rows:
         row = sent.row
         assert row.token_ids == sent.known_ids[row.position : row.end]
-        assert row.draws_token == (row.end == len(sent.known_ids))
+        assert row.needs_logits == (row.end == len(sent.known_ids))
 
 
 @given(finished_runs())

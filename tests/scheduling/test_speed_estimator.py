@@ -11,8 +11,8 @@ from tests.scheduling.simulation import k2_sizes
 SIZES = k2_sizes(2)[0]
 EXPECTED = StageSpeed(0.003, 600e9, 15e12)
 LOADS = [
-    *(row_load(900 * count, 1, is_prompt=False, draws_token=True) for count in range(1, 9)),
-    *(row_load(0, count, is_prompt=True, draws_token=False) for count in (1, 8, 64, 200, 512, 1000, 2000, 4000)),
+    *(row_load(900 * count, 1, is_prompt=False, needs_logits=True) for count in range(1, 9)),
+    *(row_load(0, count, is_prompt=True, needs_logits=False) for count in (1, 8, 64, 200, 512, 1000, 2000, 4000)),
 ]
 
 

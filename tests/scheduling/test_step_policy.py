@@ -72,7 +72,7 @@ def simulated_round_s(stages: list[StageCost], num_sequences: int, context: int,
     """A round of ``count`` microbatches in the steady state, from a simulation that repeats it."""
     smaller, num_larger = divmod(num_sequences, count)
     sizes = [smaller + 1] * num_larger + [smaller] * (count - num_larger)
-    one = row_load(context, 1, is_prompt=False, draws_token=True)
+    one = row_load(context, 1, is_prompt=False, needs_logits=True)
     times = {size: [stage.step_s(sum(itertools.repeat(one, size - 1), one)) for stage in stages] for size in set(sizes)}
     free_at, ready_at, ends = [0.0] * len(stages), [0.0] * count, []
     for _ in range(8):
@@ -99,11 +99,11 @@ def test_a_chunk_beside_those_who_decode_is_as_long_as_the_time_allows_and_no_lo
     stages = k2_stages()
     turn = best_round(stages, num_sequences, context, TURNAROUND_S)
     limit_s = (1 + CHUNK_DELAY_STEPS) * turn.round_s / max(2, turn.num_microbatches)
-    one = row_load(context, 1, is_prompt=False, draws_token=True)
+    one = row_load(context, 1, is_prompt=False, needs_logits=True)
     count = largest_chunk_within(stages, one, position, LONGEST_CHUNK, limit_s)
 
     def step_s(tokens: int) -> float:
-        load = one + row_load(position, tokens, is_prompt=True, draws_token=False)
+        load = one + row_load(position, tokens, is_prompt=True, needs_logits=False)
         return max(stage.step_s(load) for stage in stages)
 
     assert count == 1 or step_s(count) <= limit_s

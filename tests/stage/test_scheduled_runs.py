@@ -26,19 +26,19 @@ Tokens = list[SampledToken]
 
 def requests() -> list[Request]:
     """Sampled and greedy, long and short, some of which begin alike or repeat themselves."""
-    draw = random.Random(4)
-    beginning = tuple(draw.randrange(500) for _ in range(40))
+    sample = random.Random(4)
+    beginning = tuple(sample.randrange(500) for _ in range(40))
     asked = []
     for index in range(NUM_SEQUENCES):
-        words = tuple(draw.randrange(500) for _ in range(draw.randint(1, 12)))
-        prompt_ids = (beginning[: draw.choice([0, 0, 17, 40])] + words * draw.choice([1, 1, 4]))[:80]
+        words = tuple(sample.randrange(500) for _ in range(sample.randint(1, 12)))
+        prompt_ids = (beginning[: sample.choice([0, 0, 17, 40])] + words * sample.choice([1, 1, 4]))[:80]
         sampling = Sampling(
             seed=index,
-            temperature=draw.choice([0.0, 1.0]),
-            repetition_penalty=draw.choice([1.0, 1.3]),
+            temperature=sample.choice([0.0, 1.0]),
+            repetition_penalty=sample.choice([1.0, 1.3]),
             num_logprobs=3,
         )
-        asked.append(Request(prompt_ids, draw.randint(1, 14), sampling, frozenset({7})))
+        asked.append(Request(prompt_ids, sample.randint(1, 14), sampling, frozenset({7})))
     return asked
 
 
@@ -50,19 +50,19 @@ def run(pipeline: Pipeline, scheduler: Scheduler, asked: Sequence[Request]) -> l
     waiting: deque[tuple[int, tuple[SampledToken, ...]]] = deque()
     while scheduler.has_work:
         while (microbatch := scheduler.next_microbatch()) is not None:
-            drawn = pipeline.tokens(*(row_of(row) for row in microbatch.rows))
-            waiting.append((microbatch.number, drawn))
-        number, drawn = waiting.popleft()
-        takers = scheduler.complete(number, [token.token_id for token in drawn])
-        for sequence, token in zip(takers, drawn, strict=True):
+            sampled = pipeline.tokens(*(row_of(row) for row in microbatch.rows))
+            waiting.append((microbatch.number, sampled))
+        number, sampled = waiting.popleft()
+        takers = scheduler.complete(number, [token.token_id for token in sampled])
+        for sequence, token in zip(takers, sampled, strict=True):
             if sequence is not None:
                 tokens[id(sequence.request)].append(token)
     return [tokens[id(request)] for request in asked]
 
 
 def row_of(row: MicrobatchRow) -> Row:
-    sampling = row.sequence.request.sampling if row.draws_token else None
-    recent_ids = row.recent_ids if row.draws_token else ()
+    sampling = row.sequence.request.sampling if row.needs_logits else None
+    recent_ids = row.recent_ids if row.needs_logits else ()
     return Row(
         row.sequence.slot, row.position, row.token_ids, row.is_prompt, sampling, recent_ids, copy_from=row.copy_from
     )

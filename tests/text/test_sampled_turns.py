@@ -9,7 +9,7 @@ from mlx_k2.text.history import assistant_message, tool_messages
 from mlx_k2.text.prompt import encode_pieces, render_pieces
 from mlx_k2.text.reply_parser import whole_reply
 from mlx_k2.text.reply_reader import ReplyReader
-from mlx_k2.text.sampled_turns import DrawnTurns
+from mlx_k2.text.sampled_turns import SampledTurns
 from tests.text.fixtures import builtin_template, decoded, tokenizer
 
 USER = {"role": "user", "content": "hello"}
@@ -26,11 +26,11 @@ CALL, ARGUMENTS, CALL_END = (control(f"<|tool_call_{name}|>") for name in ("begi
 
 
 @st.composite
-def spelled(draw: st.DrawFn, texts: st.SearchStrategy[str]) -> list[int]:
+def spelled(sample: st.DrawFn, texts: st.SearchStrategy[str]) -> list[int]:
     """A text in tokens as a model may draw it: the tokenizer's own, or pieces of them, down to single bytes."""
     ids: list[int] = []
-    for token_id in tokenizer().encode_text(draw(texts)):
-        ids += list(tokenizer().token_bytes(token_id)) if draw(st.booleans()) else [token_id]
+    for token_id in tokenizer().encode_text(sample(texts)):
+        ids += list(tokenizer().token_bytes(token_id)) if sample(st.booleans()) else [token_id]
     return ids
 
 
@@ -39,22 +39,22 @@ arguments = st.sampled_from(['{"city": "Rome"}', "{}", '{"a":  1}', "no JSON"])
 
 
 @st.composite
-def replies(draw: st.DrawFn, number: int = 0) -> list[int]:
+def replies(sample: st.DrawFn, number: int = 0) -> list[int]:
     """What the model draws for one turn, calls numbered from ``number``."""
-    ids = [THINK, *draw(spelled(words)), THOUGHT, *draw(spelled(words))]
-    if draw(st.booleans()):
-        header = draw(spelled(st.just(f"functions.about:{number}")))
-        ids += [SECTION, CALL, *header, ARGUMENTS, *draw(spelled(arguments)), CALL_END, SECTION_END]
+    ids = [THINK, *sample(spelled(words)), THOUGHT, *sample(spelled(words))]
+    if sample(st.booleans()):
+        header = sample(spelled(st.just(f"functions.about:{number}")))
+        ids += [SECTION, CALL, *header, ARGUMENTS, *sample(spelled(arguments)), CALL_END, SECTION_END]
     return [*ids, END]
 
 
-def message_of(prompt_ids: list[int], drawn: list[int], number: int) -> Message:
+def message_of(prompt_ids: list[int], sampled: list[int], number: int) -> Message:
     reader = ReplyReader(tokenizer(), prompt_ids, {END})
-    parts = [part for token_id in drawn for part in reader.add(token_id)]
+    parts = [part for token_id in sampled for part in reader.add(token_id)]
     return assistant_message(whole_reply([*parts, *reader.finish()]), number)
 
 
-def prompt(turns: DrawnTurns, messages: list[Message]) -> list[int]:
+def prompt(turns: SampledTurns, messages: list[Message]) -> list[int]:
     return turns.encode(render_pieces(builtin_template(), tokenizer(), messages))
 
 
@@ -66,28 +66,28 @@ def after(message: Message) -> list[Message]:
 
 @given(st.data())
 def test_a_tool_loop_only_ever_appends_to_what_is_cached(data: st.DataObject) -> None:
-    turns, messages = DrawnTurns(tokenizer()), [USER]
+    turns, messages = SampledTurns(tokenizer()), [USER]
     cached: list[int] = []
     for number in range(3):
         ids = prompt(turns, messages)
         assert ids[: len(cached)] == cached
-        drawn = data.draw(replies(number).filter(lambda ids: CALL in ids))
-        message = message_of(ids, drawn, number)
+        sampled = data.draw(replies(number).filter(lambda ids: CALL in ids))
+        message = message_of(ids, sampled, number)
         if "\N{REPLACEMENT CHARACTER}" in str(message):
             return  # a character that was never finished: its text is another one
-        turns.keep(number, drawn)
+        turns.keep(number, sampled)
         messages += [message, *after(message)]
-        cached = ids + drawn
+        cached = ids + sampled
 
 
 @given(replies())
-def test_after_an_answer_all_but_its_reasoning_is_kept_as_it_was_drawn(drawn: list[int]) -> None:
-    turns = DrawnTurns(tokenizer())
+def test_after_an_answer_all_but_its_reasoning_is_kept_as_it_was_drawn(sampled: list[int]) -> None:
+    turns = SampledTurns(tokenizer())
     first = prompt(turns, [USER])
-    message = message_of(first, drawn, 0)
+    message = message_of(first, sampled, 0)
     answer = {**message, "tool_calls": []}
-    turns.keep(0, drawn)
-    said = drawn[drawn.index(THOUGHT) + 1 :]
+    turns.keep(0, sampled)
+    said = sampled[sampled.index(THOUGHT) + 1 :]
     said = said[: said.index(SECTION) if SECTION in said else said.index(END)]
     if decoded_text(said) != answer["content"]:
         return
@@ -101,10 +101,10 @@ def decoded_text(ids: list[int]) -> str:
 
 
 @given(st.lists(replies(), max_size=3))
-def test_whatever_was_drawn_a_prompt_reads_as_the_template_wrote_it(drawn: list[list[int]]) -> None:
-    turns = DrawnTurns(tokenizer())
+def test_whatever_was_drawn_a_prompt_reads_as_the_template_wrote_it(sampled: list[list[int]]) -> None:
+    turns = SampledTurns(tokenizer())
     messages = [USER]
-    for number, ids in enumerate(drawn):
+    for number, ids in enumerate(sampled):
         message = message_of(prompt(turns, messages), ids, number)
         turns.keep(number, ids)
         messages += [message, *after(message)]
@@ -115,7 +115,7 @@ def test_whatever_was_drawn_a_prompt_reads_as_the_template_wrote_it(drawn: list[
 
 
 def test_text_that_the_template_changed_keeps_its_tokens_up_to_the_change() -> None:
-    turns = DrawnTurns(tokenizer())
+    turns = SampledTurns(tokenizer())
     turns.keep(0, [THINK, THOUGHT, *b" about", *b" after", END])
     ids = prompt(turns, [USER, {"role": "assistant", "content": " about above"}, USER])
     start = ids.index(THOUGHT) + 1
@@ -123,7 +123,7 @@ def test_text_that_the_template_changed_keeps_its_tokens_up_to_the_change() -> N
 
 
 def test_a_character_that_was_cut_is_encoded_anew_as_a_whole() -> None:
-    turns = DrawnTurns(tokenizer())
+    turns = SampledTurns(tokenizer())
     turns.keep(0, [THINK, THOUGHT, *"xé".encode(), END])
     ids = prompt(turns, [USER, {"role": "assistant", "content": "xè"}, USER])
     start = ids.index(THOUGHT) + 1
@@ -131,7 +131,7 @@ def test_a_character_that_was_cut_is_encoded_anew_as_a_whole() -> None:
 
 
 def test_words_of_the_user_are_spelled_as_ever_even_where_the_model_spelled_them_otherwise() -> None:
-    turns = DrawnTurns(tokenizer())
+    turns = SampledTurns(tokenizer())
     turns.keep(0, [THINK, THOUGHT, *b" about", END])
     ids = prompt(turns, [USER, {"role": "assistant", "content": " about"}, {"role": "user", "content": " about"}])
     (word,) = tokenizer().encode_text(" about")
@@ -140,7 +140,7 @@ def test_words_of_the_user_are_spelled_as_ever_even_where_the_model_spelled_them
 
 
 def test_a_turn_that_was_taken_back_is_forgotten() -> None:
-    turns = DrawnTurns(tokenizer())
+    turns = SampledTurns(tokenizer())
     turns.keep(0, [THINK, THOUGHT, *b" about", END])
     turns.forget_from(0)
     messages = [USER, {"role": "assistant", "content": " about"}, USER]
