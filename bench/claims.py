@@ -15,6 +15,8 @@ from bench.measure import NUM_PAIRS, RESULTS, ROOT, alternate, commit, save_rows
 NAME = "claims"
 README = ROOT / "README.md"
 MADE_BY = "python -m bench.claims"
+SCRIPTS = {"guessing": "drafting"}
+"""Today's name of a script, by its name in older rows."""
 HEADER = ("commit", "script", "claim", "first", "second", "ratio", "asked")
 
 
@@ -73,7 +75,7 @@ def table() -> str:
     with (RESULTS / f"{NAME}.csv").open(newline="") as file:
         by_claim: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
         for row in csv.DictReader(file):
-            by_claim[row["script"], row["claim"]].append(row)
+            by_claim[SCRIPTS.get(row["script"], row["script"]), row["claim"]].append(row)
     lines = ["| measured by | what | ratio: median (quartiles) | asked | pairs, commit |", "|---|---|---|---|---|"]
     for (script, claim), rows in sorted(by_claim.items()):
         newest = [row for row in rows if (row["date"], row["commit"]) == (rows[-1]["date"], rows[-1]["commit"])]

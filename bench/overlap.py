@@ -51,7 +51,7 @@ def benchmark_on(stack: contextlib.ExitStack, folder: Path, num_stages: int) -> 
     """Stages that stay up; no guesses, so that a lone stream is the plain pipeline."""
     deployment = stack.enter_context(local_deployment(folder, num_stages, SLOTS))
     shape = replace(deployment.shape, chunk_tokens=CHUNK_TOKENS)
-    return Benchmark(replace(deployment, shape=shape), guesses=False)
+    return Benchmark(replace(deployment, shape=shape), drafts=False)
 
 
 def rate(benchmark: Benchmark, workload: Workload) -> Callable[[], float]:

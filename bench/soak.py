@@ -102,7 +102,7 @@ def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, 
     tally = Tally()
     with LastingDeployment(asked, description, Watcher(), NO_LIMIT, first_wait_s=0.0) as lasting:
         coordinator = coordinate(
-            lasting.deployment, guesses=True, renew=lambda error: lasting.renew(error, tally.restarts.append)
+            lasting.deployment, drafts=True, renew=lambda error: lasting.renew(error, tally.restarts.append)
         )
         expected = _tokens(coordinator.run, tally)
         before = _resources()

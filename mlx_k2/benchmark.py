@@ -52,8 +52,8 @@ class Measured:
     decode_tokens_per_s: float | None
     inter_token_p50_s: float | None
     inter_token_p95_s: float | None
-    num_guesses: int
-    num_hits: int
+    num_drafted: int
+    num_accepted: int
     wall_s: float
     stages: tuple[StageTimes, ...]
 
@@ -73,22 +73,22 @@ class _Stream:
     """When one stream's tokens came, and its guesses."""
 
     arrivals: list[float] = field(default_factory=list)
-    num_guesses: int = 0
-    num_hits: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
 
 
 class Benchmark:
     """Runs workloads on stages that are ready. ``on_report`` hears of every step of a stage, warm-up left out."""
 
     def __init__(
-        self, deployment: Deployment, *, guesses: bool, on_report: Callable[[StageReport], None] | None = None
+        self, deployment: Deployment, *, drafts: bool, on_report: Callable[[StageReport], None] | None = None
     ) -> None:
         self._deployment = deployment
         self._on_report = on_report
         self._is_warm = False
         self._num_prompts = 0
         self._coordinator: Coordinator = coordinate(
-            deployment, guesses=guesses, prompts_first=True, on_report=self._report
+            deployment, drafts=drafts, prompts_first=True, on_report=self._report
         )
 
     def warm_up(self, workload: Workload) -> None:
@@ -113,7 +113,7 @@ class Benchmark:
             for event in events:
                 stream = streams[id(event.sequence.request)]
                 stream.arrivals.append(time.perf_counter())
-                stream.num_guesses, stream.num_hits = event.sequence.num_guesses, event.sequence.num_hits
+                stream.num_drafted, stream.num_accepted = event.sequence.num_drafted, event.sequence.num_accepted
         return list(streams.values())
 
     def _request(self, workload: Workload) -> Request:
@@ -190,8 +190,8 @@ def _measured(
         decode_tokens_per_s=num_decoded / decode_s if decode_s > 0 else None,
         inter_token_p50_s=_percentile(gaps, 0.5),
         inter_token_p95_s=_percentile(gaps, 0.95),
-        num_guesses=sum(stream.num_guesses for stream in streams),
-        num_hits=sum(stream.num_hits for stream in streams),
+        num_drafted=sum(stream.num_drafted for stream in streams),
+        num_accepted=sum(stream.num_accepted for stream in streams),
         wall_s=wall_s,
         stages=stages,
     )

@@ -20,7 +20,7 @@ from mlx_k2 import __version__
 from mlx_k2.benchmark import Benchmark, Measured, Workload, check_workloads
 from mlx_k2.cli.console import ConsoleWatcher, console, note
 from mlx_k2.cli.option_values import deployment_request, open_source
-from mlx_k2.cli.options import cluster_options, guess_option
+from mlx_k2.cli.options import cluster_options, draft_option
 from mlx_k2.cli.trace import Trace
 from mlx_k2.deployment.deploy import Deployment, deploy
 from mlx_k2.deployment.dry_run import foresee
@@ -55,7 +55,7 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # generic in click's s
 )
 @click.option("--streams", type=Counts(), default="1,2,4,8", show_default=True, help="Sequences at once.")
 @click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each combination.")
-@guess_option
+@draft_option
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result to stdout as one JSON document.")
 @click.option("--csv", "csv_path", metavar="FILE", help="Append the rows to a CSV file.")
 @click.option("--plot", "plot_path", metavar="FILE.png", help="Draw throughput; needs matplotlib.")
@@ -92,7 +92,7 @@ def command(**options: Any) -> None:
         if deployment.shape.num_slots < max(options["streams"]):
             note(f"memory holds {deployment.shape.num_slots} sequences at once; more streams take turns")
         trace = Trace([plan.host.ssh for plan in deployment.plans])
-        benchmark = Benchmark(deployment, guesses=options["guess"] == "ngram", on_report=trace.add)
+        benchmark = Benchmark(deployment, drafts=options["draft"] == "ngram", on_report=trace.add)
         rows = list(_run(benchmark, workloads, options["repeat"]))
         document = _document(deployment, rows, options)
     _write(document, rows, trace, options)
@@ -115,7 +115,7 @@ def _document(deployment: Deployment, rows: Sequence[Measured], options: dict[st
         "model": options["model"] or "built-in",
         "model_digest": deployment.model.digest,
         "dtype": deployment.shape.dtype,
-        "guess": options["guess"],
+        "draft": options["draft"],
         "hosts": [
             {
                 "host": plan.host.ssh,
@@ -195,7 +195,7 @@ def _number(value: float | None, scale: float) -> str:
 
 def _append_csv(path: Path, document: dict[str, Any]) -> None:
     """A line for each row, under a heading where the file is new."""
-    beside = {name: document[name] for name in ("made", "model", "dtype", "guess")} | document["versions"]
+    beside = {name: document[name] for name in ("made", "model", "dtype", "draft")} | document["versions"]
     lines = [{**beside, **row} for row in document["rows"]]
     for line in lines:
         line["stage_busy"] = " ".join(f"{share:.4f}" for share in line["stage_busy"])

@@ -24,7 +24,7 @@ from mlx_k2.cli.option_values import (
 )
 from mlx_k2.cli.options import (
     cluster_options,
-    guess_option,
+    draft_option,
     log_options,
     restarts_option,
     sampling_options,
@@ -56,7 +56,7 @@ WANTED_SLOTS = 2
 @sampling_options
 @timeout_option
 @tool_options
-@guess_option
+@draft_option
 @restarts_option
 @log_options
 @click.option("--transcript", "transcript_path", metavar="FILE", help="Append all that is said, as JSON lines.")
@@ -115,7 +115,7 @@ def _chat(
     tally = Tally(context_tokens, len(deployment.plans), len(conversation.known_ids()))
     coordinator = coordinate(
         deployment,
-        guesses=options["guess"] == "ngram",
+        drafts=options["draft"] == "ngram",
         on_report=lasting.on_report,
         renew=lambda error: lasting.renew(error, screen.restart),
     )

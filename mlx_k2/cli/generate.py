@@ -25,7 +25,7 @@ from mlx_k2.cli.option_values import (
 )
 from mlx_k2.cli.options import (
     cluster_options,
-    guess_option,
+    draft_option,
     log_options,
     restarts_option,
     sampling_options,
@@ -56,7 +56,7 @@ from mlx_k2.weights.checkpoint import ModelDescription
 @timeout_option
 @click.option("--prompts", "prompts_path", metavar="FILE", help="Many prompts: a JSON object a line; see the manual.")
 @click.option("--out", "out_path", metavar="FILE", help="With --prompts: where the results go, in the same order.")
-@guess_option
+@draft_option
 @restarts_option
 @log_options
 @tool_options
@@ -130,7 +130,7 @@ def _answer(
     with _output(options, served.tokenizer) as output:
         coordinator = coordinate(
             deployment,
-            guesses=options["guess"] == "ngram",
+            drafts=options["draft"] == "ngram",
             on_report=lasting.on_report,
             renew=lambda error: lasting.renew(error, output.restart),
         )

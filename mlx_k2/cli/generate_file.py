@@ -80,7 +80,7 @@ def _answer_lines(
         index_of = {id(request): index for index, request in prompts.items()}
         coordinator = coordinate(
             lasting.deployment,
-            guesses=options["guess"] == "ngram",
+            drafts=options["draft"] == "ngram",
             prompts_first=True,
             on_report=lasting.on_report,
             renew=lambda error: lasting.renew(error, note_restart),

@@ -137,8 +137,8 @@ _LOGGING = (
     click.option("--log-tokens", is_flag=True, help="With --log-dir: the token ids of prompts and answers, too."),
 )
 
-guess_option = click.option(
-    "--guess",
+draft_option = click.option(
+    "--draft",
     type=click.Choice(["off", "ngram"]),
     default="ngram",
     show_default=True,

@@ -70,7 +70,7 @@ class TextOutput:
             f"first token after {first_s:.2f} s" if first_s is not None else None,
             f"prefill {prefill:.1f} tok/s" if prefill is not None else None,
             f"decode {decode:.1f} tok/s" if decode is not None else None,
-            f"{summary.num_hits} of {summary.num_guesses} guesses right" if summary.num_guesses else None,
+            f"{summary.num_accepted} of {summary.num_drafted} guesses right" if summary.num_drafted else None,
         )
         note(" · ".join(parts))
         note(" · ".join(part for part in times if part))
@@ -146,8 +146,8 @@ class JsonOutput:
             "time_to_first_token_s": summary.time_to_first_token_s,
             "prefill_tokens_per_s": summary.prefill_tokens_per_s,
             "decode_tokens_per_s": summary.decode_tokens_per_s,
-            "guesses": summary.num_guesses,
-            "hits": summary.num_hits,
+            "drafted": summary.num_drafted,
+            "accepted": summary.num_accepted,
             "stages": stages,
         }
         _write_line({"summary": fields})

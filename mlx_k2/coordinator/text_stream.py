@@ -41,8 +41,8 @@ class AnswerSummary:
     time_to_first_token_s: float | None
     prefill_tokens_per_s: float | None
     decode_tokens_per_s: float | None
-    num_guesses: int
-    num_hits: int
+    num_drafted: int
+    num_accepted: int
 
 
 def total(summaries: Tokens[AnswerSummary]) -> AnswerSummary:
@@ -66,21 +66,21 @@ def total(summaries: Tokens[AnswerSummary]) -> AnswerSummary:
         time_to_first_token_s=summaries[0].time_to_first_token_s,
         prefill_tokens_per_s=(prompt_tokens - cached_tokens) / prefill_s if prefill_s else None,
         decode_tokens_per_s=num_decoded / decode_s if decode_s else None,
-        num_guesses=sum(one.num_guesses for one in summaries),
-        num_hits=sum(one.num_hits for one in summaries),
+        num_drafted=sum(one.num_drafted for one in summaries),
+        num_accepted=sum(one.num_accepted for one in summaries),
     )
 
 
 def coordinate(
     deployment: Deployment,
     *,
-    guesses: bool,
+    drafts: bool,
     prompts_first: bool = False,
     patience: Patience | None = None,
     on_report: Callable[[StageReport], None] | None = None,
     renew: Renew | None = None,
 ) -> Coordinator:
-    """A coordinator for stages that are ready; ``guesses`` lets a lone sequence's idle stages run guesses.
+    """A coordinator for stages that are ready; ``drafts`` lets a lone sequence's idle stages run guesses.
 
     ``prompts_first`` lets those who decode wait for prompts: more tokens a second in all.
 
@@ -91,7 +91,7 @@ def coordinate(
         shape.num_slots, shape.context_tokens, shape.chunk_tokens, deployment.group.size, prompts_first
     )
     pace = MeasuredPace(deployment.costs)
-    scheduler = Scheduler(limits, pace, guesses=guesses)
+    scheduler = Scheduler(limits, pace, drafts=drafts)
     return Coordinator(deployment.group, scheduler, pace, patience or Patience(), on_report, renew)
 
 
@@ -187,6 +187,6 @@ class _Answer:
             time_to_first_token_s=first_s,
             prefill_tokens_per_s=(prompt_tokens - self._cached_tokens) / first_s if first_s else None,
             decode_tokens_per_s=(len(arrivals) - 1) / decode_s if decode_s > 0 else None,
-            num_guesses=sum(sequence.num_guesses for sequence in self._sequences),
-            num_hits=sum(sequence.num_hits for sequence in self._sequences),
+            num_drafted=sum(sequence.num_drafted for sequence in self._sequences),
+            num_accepted=sum(sequence.num_accepted for sequence in self._sequences),
         )

@@ -21,10 +21,10 @@ class NgramIndex:
                     self._ends[tuple(token_ids[end - length : end])] = end
         self._num_indexed = max(self._num_indexed, len(token_ids))
 
-    def guess(self, token_ids: Tokens[int], guesses: Tokens[int]) -> int | None:
-        """The token after ``token_ids`` and ``guesses``, by its last precedent in ``token_ids``; None without one."""
+    def draft(self, token_ids: Tokens[int], drafts: Tokens[int]) -> int | None:
+        """The token after ``token_ids`` and ``drafts``, by its last precedent in ``token_ids``; None without one."""
         longest = max(_LENGTHS)
-        tail = tuple([*token_ids[-longest:], *guesses][-longest:])
+        tail = tuple([*token_ids[-longest:], *drafts][-longest:])
         for length in _LENGTHS:
             end = self._ends.get(tail[-length:]) if len(tail) >= length else None
             if end is not None:

@@ -41,10 +41,10 @@ class SchedulerLimits:
 class Scheduler:
     """Sequences waiting, running and in flight."""
 
-    def __init__(self, limits: SchedulerLimits, pace: Pace, *, guesses: bool = False) -> None:
+    def __init__(self, limits: SchedulerLimits, pace: Pace, *, drafts: bool = False) -> None:
         self._limits = limits
         self._pace = pace
-        self._guesses = guesses
+        self._drafts = drafts
         self._waiting: deque[Request] = deque()
         self._slots = SlotPool(limits.num_slots)
         self._running: list[Sequence] = []
@@ -77,7 +77,7 @@ class Scheduler:
         if prompts_left:
             self._add_prompt_rows(rows, turn)
         if not rows and len(decoding) == 1 and not prompts_left:
-            rows = self._guess_rows(decoding[0])
+            rows = self._draft_rows(decoding[0])
         return self._send(rows) if rows else None
 
     def complete(self, number: int, token_ids: Tokens[int]) -> tuple[Sequence | None, ...]:
@@ -122,7 +122,7 @@ class Scheduler:
         num_stages = self._limits.num_stages
         if turn is None:
             most = num_stages + 1
-        elif prompts_left or self._guesses:
+        elif prompts_left or self._drafts:
             most = max(turn.num_microbatches, num_stages)
         else:
             most = turn.num_microbatches
@@ -148,11 +148,11 @@ class Scheduler:
         token_ids = tuple(sequence.token_ids[position : position + self._limits.chunk_tokens])
         return MicrobatchRow(sequence, position, token_ids, False, len(token_ids) == sequence.num_unplanned)
 
-    def _guess_rows(self, sequence: Sequence) -> list[MicrobatchRow]:
-        if not self._guesses or sequence.num_unplanned:
+    def _draft_rows(self, sequence: Sequence) -> list[MicrobatchRow]:
+        if not self._drafts or sequence.num_unplanned:
             return []
         position = sequence.num_planned
-        token_id = sequence.guess()
+        token_id = sequence.draft()
         return [] if token_id is None else [MicrobatchRow(sequence, position, (token_id,), False, True)]
 
     def _add_prompt_rows(self, rows: list[MicrobatchRow], turn: DecodeRound | None) -> None:

@@ -39,10 +39,10 @@ class Sequence:
         """The number of the last plan that carried tokens of this sequence."""
         self.chunk_tokens: int | None = None
         """How long this prompt's chunks are, once that is chosen."""
-        self.num_guesses = 0
-        self.num_hits = 0
+        self.num_drafted = 0
+        self.num_accepted = 0
         self.finish_reason: FinishReason | None = None
-        self._guesses: list[int] = []
+        self._drafts: list[int] = []
         self._first_counting_plan = 0
         self._ngrams = NgramIndex()
         self._end = min(len(request.prompt_ids) + request.max_tokens, context_tokens)
@@ -75,18 +75,18 @@ class Sequence:
     def recent_ids(self, end: int) -> tuple[int, ...]:
         """The last tokens before position ``end``, guesses included, which a repetition penalty looks at."""
         known = self.token_ids[max(0, end - REPETITION_WINDOW) : end]
-        guessed = self._guesses[: max(0, end - len(self.token_ids))]
-        return tuple([*known, *guessed][-REPETITION_WINDOW:])
+        drafted = self._drafts[: max(0, end - len(self.token_ids))]
+        return tuple([*known, *drafted][-REPETITION_WINDOW:])
 
     def start_over(self, next_plan: int) -> None:
         """Nothing of it is cached any more; ``next_plan`` is the number of the first plan that counts again."""
         self.shared = _NOTHING_SHARED
         self.num_planned = 0
         self.chunk_tokens = None
-        self._guesses.clear()
+        self._drafts.clear()
         self._first_counting_plan = next_plan
 
-    def guess(self) -> int | None:
+    def draft(self) -> int | None:
         """Guess the token after all that is planned, if the text has a precedent and there is room; it counts at once.
 
         None also where the guess would end the sequence: nothing would follow it.
@@ -95,11 +95,11 @@ class Sequence:
         if self.num_planned + 1 >= self._end:
             return None
         self._ngrams.update(self.token_ids)
-        token_id = self._ngrams.guess(self.token_ids, self._guesses)
+        token_id = self._ngrams.draft(self.token_ids, self._drafts)
         if token_id is None or token_id in self.request.stop_ids:
             return None
-        self._guesses.append(token_id)
-        self.num_guesses += 1
+        self._drafts.append(token_id)
+        self.num_drafted += 1
         return token_id
 
     def take(self, plan: int, token_id: int, next_plan: int) -> bool:
@@ -114,10 +114,10 @@ class Sequence:
             self.finish_reason = FinishReason.STOP
         elif len(self.token_ids) >= self._end:
             self.finish_reason = FinishReason.LENGTH
-        if self._guesses and self._guesses.pop(0) == token_id:
-            self.num_hits += 1
+        if self._drafts and self._drafts.pop(0) == token_id:
+            self.num_accepted += 1
         else:
-            self._guesses.clear()
+            self._drafts.clear()
             self.num_planned = min(self.num_planned, len(self.token_ids) - 1)
             self._first_counting_plan = next_plan
         return True

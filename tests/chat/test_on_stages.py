@@ -87,7 +87,7 @@ def two_stages(path_or_repo: str) -> Iterator[Stages]:
     model = describe_model(read_model_files(source).files, path_or_repo)
     computed = Computed()
     with deploy(asked, model, Watcher()) as deployment:
-        coordinator = coordinate(deployment, guesses=True, on_report=computed.note)
+        coordinator = coordinate(deployment, drafts=True, on_report=computed.note)
         tokenizer = load_tokenizer(model.files, model.config.vocab_size)
         template = load_chat_template(model.files)
         yield Stages(tokenizer, template, coordinator, deployment.shape.context_tokens, computed)

@@ -90,8 +90,8 @@ def test_json_is_a_line_for_each_token_and_a_summary(lines: list[dict[str, Any]]
         "time_to_first_token_s",
         "prefill_tokens_per_s",
         "decode_tokens_per_s",
-        "guesses",
-        "hits",
+        "drafted",
+        "accepted",
         "stages",
     }
     assert (summary["generated_tokens"], summary["seed"]) == (len(tokens), 5)

@@ -53,7 +53,7 @@ def lasting(
     restarts: list[Restart] = []
     with LastingDeployment(asked, description, watcher or Watcher(), limit, first_wait_s=0.05) as deployment:
         coordinator = coordinate(
-            deployment.deployment, guesses=True, renew=lambda error: deployment.renew(error, restarts.append)
+            deployment.deployment, drafts=True, renew=lambda error: deployment.renew(error, restarts.append)
         )
         yield Run(deployment, coordinator, restarts)
 

@@ -108,7 +108,7 @@ def run(lasting: LastingDeployment, teller: Teller) -> None:
 
     coordinator = coordinate(
         lasting.deployment,
-        guesses=True,
+        drafts=True,
         on_report=on_report,
         renew=lambda error: lasting.renew(error, told_restart),
     )

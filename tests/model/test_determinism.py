@@ -66,6 +66,6 @@ def test_company_changes_nothing(
     assert mx.array_equal(mx.concatenate(together), prompt_logits)
     for index, token_id in enumerate(GENERATED):
         alone = Span(0, len(PROMPT) + index, 1, is_prompt=False)
-        guessing = Span(2, len(COMPANY) + 3 + index, 4, is_prompt=False)
-        logits = chain.run((guessing, [1, 2, 3, index]), (alone, [token_id]))[4:]
+        drafting = Span(2, len(COMPANY) + 3 + index, 4, is_prompt=False)
+        logits = chain.run((drafting, [1, 2, 3, index]), (alone, [token_id]))[4:]
         assert mx.array_equal(logits, generated_logits[index : index + 1])

@@ -83,7 +83,7 @@ class Run:
 
     limits: SchedulerLimits
     pace: FixedPace = WHOLE_CHUNKS
-    guesses: bool = False
+    drafts: bool = False
     vocabulary: int = STOP_ID + 1
     """Ids that can be drawn: 1 draws 0 only."""
     scheduler: Scheduler = field(init=False)
@@ -93,7 +93,7 @@ class Run:
     _caches: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.limits, self.pace, guesses=self.guesses)
+        self.scheduler = Scheduler(self.limits, self.pace, drafts=self.drafts)
 
     def send(self) -> bool:
         """Send one microbatch, if there is one to send."""

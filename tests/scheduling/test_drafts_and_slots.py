@@ -29,29 +29,29 @@ def test_a_guess_is_what_followed_the_longest_latest_precedent(token_ids: list[i
     for end in range(step, len(token_ids), step):  # as the text grows
         index.update(token_ids[:end])
     index.update(token_ids)
-    assert index.guess(token_ids, []) == after_longest_match(token_ids)
+    assert index.draft(token_ids, []) == after_longest_match(token_ids)
 
 
 def test_guesses_go_on_from_guesses() -> None:
     index = NgramIndex()
     text = [1, 2, 3, 4, 5, 6, 1, 2]
     index.update(text)
-    guesses: list[int] = []
+    drafts: list[int] = []
     for _ in range(6):
-        guess = index.guess(text, guesses)
-        assert guess is not None
-        guesses.append(guess)
-    assert guesses == [3, 4, 5, 6, 1, 2]
+        draft = index.draft(text, drafts)
+        assert draft is not None
+        drafts.append(draft)
+    assert drafts == [3, 4, 5, 6, 1, 2]
 
 
 def test_as_many_plans_as_stages_are_in_flight_for_a_lone_text_that_repeats_itself() -> None:
-    run = Run(SchedulerLimits(1, 200, 16, 3), FixedPace(1, 16, 16), guesses=True, vocabulary=1)
+    run = Run(SchedulerLimits(1, 200, 16, 3), FixedPace(1, 16, 16), drafts=True, vocabulary=1)
     run.scheduler.submit(request(4, 60))
     run.finish()
     (sequence,) = run.sequences
     assert run.most_in_flight == 3
-    assert sequence.num_hits > 45
-    assert sequence.num_guesses - sequence.num_hits <= 3
+    assert sequence.num_accepted > 45
+    assert sequence.num_drafted - sequence.num_accepted <= 3
 
 
 @given(ids, ids)

@@ -86,12 +86,12 @@ def test_never_more_is_in_flight_than_allowed_and_generated_tokens_come_first(
 
 @given(finished_runs(), limits, paces, st.booleans())
 def test_tokens_depend_on_their_sequence_alone_whatever_the_company_the_chunks_and_the_guesses(
-    played: tuple[Run, Items[Request]], bounds: SchedulerLimits, pace: FixedPace, guesses: bool
+    played: tuple[Run, Items[Request]], bounds: SchedulerLimits, pace: FixedPace, drafts: bool
 ) -> None:
     run, asked = played
     bounds = replace(bounds, context_tokens=run.limits.context_tokens)
     for request in asked:
-        alone = Run(bounds, pace, guesses, run.vocabulary)
+        alone = Run(bounds, pace, drafts, run.vocabulary)
         alone.play([request], [])
         (expected,) = alone.sequences
         (found,) = [sequence for sequence in run.sequences if sequence.request is request]
@@ -103,8 +103,8 @@ def test_guesses_change_nothing_but_the_plans(
     asked: Items[Request], bounds: SchedulerLimits, pace: FixedPace, order: Items[str], vocabulary: int
 ) -> None:
     answers = []
-    for guesses in (False, True):
-        run = Run(bounds, pace, guesses, vocabulary)
+    for drafts in (False, True):
+        run = Run(bounds, pace, drafts, vocabulary)
         run.play(asked, order)
         assert run.most_in_flight <= bounds.max_in_flight
         answers.append({id(sequence.request): sequence.token_ids for sequence in run.sequences})

@@ -90,7 +90,7 @@ def alone(checkpoint: Checkpoint) -> list[Tokens]:
 
 
 @pytest.mark.parametrize(
-    ("num_stages", "chunk_tokens", "num_slots", "guesses"),
+    ("num_stages", "chunk_tokens", "num_slots", "drafts"),
     [
         pytest.param(1, 1, 4, False, marks=pytest.mark.slow),
         pytest.param(2, 7, 3, False, marks=pytest.mark.slow),
@@ -100,9 +100,9 @@ def alone(checkpoint: Checkpoint) -> list[Tokens]:
     ],
 )
 def test_every_sequence_gets_the_same_bits_in_any_company_chunks_stages_and_with_guesses(
-    checkpoint: Checkpoint, alone: list[Tokens], num_stages: int, chunk_tokens: int, num_slots: int, guesses: bool
+    checkpoint: Checkpoint, alone: list[Tokens], num_stages: int, chunk_tokens: int, num_slots: int, drafts: bool
 ) -> None:
     pipeline = Pipeline(checkpoint("thinking"), num_stages)
     limits = SchedulerLimits(num_slots, CONTEXT_TOKENS, chunk_tokens, num_stages)
-    scheduler = Scheduler(limits, FixedPace(2, chunk_tokens, max(1, chunk_tokens // 4)), guesses=guesses)
+    scheduler = Scheduler(limits, FixedPace(2, chunk_tokens, max(1, chunk_tokens // 4)), drafts=drafts)
     assert run(pipeline, scheduler, requests()) == alone

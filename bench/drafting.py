@@ -1,6 +1,6 @@
 """What guesses bring a lone stream on two stages: on text that repeats itself, and on random text.
 
-python -m bench.guessing [--save] [--pairs N] [--only WORDS]
+python -m bench.drafting [--save] [--pairs N] [--only WORDS]
 
 The same requests with guesses and without, one right after the other, on deployments of their own. The checkpoint's
 greedy text goes round in a circle (bench/checkpoints.py); at temperature 1 it never does.
@@ -26,11 +26,11 @@ SKIPPED = 140
 
 
 class Stream:
-    """One stream after the other on the same stages; ``hit_share`` is the guessed share of the last one's tokens."""
+    """One stream after the other on the same stages. ``accepted_fraction``: the last stream's tokens from drafts."""
 
-    def __init__(self, deployment: Deployment, *, guesses: bool) -> None:
-        self._coordinator = coordinate(deployment, guesses=guesses)
-        self.hit_share = 0.0
+    def __init__(self, deployment: Deployment, *, drafts: bool) -> None:
+        self._coordinator = coordinate(deployment, drafts=drafts)
+        self.accepted_fraction = 0.0
 
     def rate(self, temperature: float) -> float:
         """Tokens per second after the skipped ones."""
@@ -40,8 +40,8 @@ class Stream:
         for event in self._coordinator.run(request):
             arrivals.append(time.perf_counter())
             if len(arrivals) == SKIPPED:
-                hits = event.sequence.num_hits
-        self.hit_share = (event.sequence.num_hits - hits) / (len(arrivals) - SKIPPED)
+                accepted = event.sequence.num_accepted
+        self.accepted_fraction = (event.sequence.num_accepted - accepted) / (len(arrivals) - SKIPPED)
         return (len(arrivals) - 1 - SKIPPED) / (arrivals[-1] - arrivals[SKIPPED])
 
 
@@ -50,14 +50,14 @@ def main() -> None:
     options = read_options(__doc__)
     folder = cycle_checkpoint()
     with contextlib.ExitStack() as stack:
-        guessing, plain = (
-            Stream(stack.enter_context(local_deployment(folder, 2)), guesses=guesses) for guesses in (True, False)
+        drafting, plain = (
+            Stream(stack.enter_context(local_deployment(folder, 2)), drafts=drafts) for drafts in (True, False)
         )
         for text, temperature, asked in (("text that repeats itself", 0.0, 1.5), ("random text", 1.0, 0.95)):
             name = f"guesses over none, {text}"
-            claim = Claim(name, partial(guessing.rate, temperature), partial(plain.rate, temperature), asked)
-            measure("guessing", claim, options)
-            print(f"guessed right: {guessing.hit_share:.2f} of the tokens", flush=True)
+            claim = Claim(name, partial(drafting.rate, temperature), partial(plain.rate, temperature), asked)
+            measure("drafting", claim, options)
+            print(f"guessed right: {drafting.accepted_fraction:.2f} of the tokens", flush=True)
 
 
 if __name__ == "__main__":
