@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from mlx_k2.errors import TokenizerError
 from mlx_k2.text.chat_template import ChatTemplate
-from mlx_k2.text.escaping import Disguise
+from mlx_k2.text.escaping import Escaping
 from mlx_k2.text.message_checks import checked_messages, checked_tools
 from mlx_k2.text.tokenizer import Tokenizer
 
@@ -69,21 +69,21 @@ def render_pieces(
     declared = checked_tools(tools) if tools else None  # None, not absent: some templates ask `tools is not none`
     outside: dict[str, object] = {"messages": checked_messages(messages), "tools": declared, **options}
     own = {"add_generation_prompt": add_generation_prompt, "strftime_now": datetime.datetime.now().strftime}
-    disguise = Disguise(tokenizer.special_ids, [template.source, *_texts(outside)])
+    escaping = Escaping(tokenizer.special_ids, [template.source, *_texts(outside)])
     plain = template.render(outside | own)
-    disguised = template.render(_disguised(outside, disguise) | own)
-    if disguise.reveal(disguised) != plain:
+    escaped = template.render(_escaped(outside, escaping) | own)
+    if escaping.unescape(escaped) != plain:
         raise TokenizerError("the chat template alters message text in a way that cannot be told from its own markers")
-    return [piece if isinstance(piece, int) else disguise.reveal(piece) for piece in _split(disguised, tokenizer)]
+    return [piece if isinstance(piece, int) else escaping.unescape(piece) for piece in _split(escaped, tokenizer)]
 
 
-def _disguised(outside: Mapping[str, object], disguise: Disguise) -> dict[str, object]:
+def _escaped(outside: Mapping[str, object], escaping: Escaping) -> dict[str, object]:
     """All text from outside in disguise, but for the roles: four known words, which templates build markers from."""
-    hidden: dict[str, object] = {name: disguise.hide(value) for name, value in outside.items()}
+    escaped: dict[str, object] = {name: escaping.escape(value) for name, value in outside.items()}
     messages = outside["messages"]
     assert isinstance(messages, list)
-    hidden["messages"] = [disguise.hide(message) | {"role": message["role"]} for message in messages]
-    return hidden
+    escaped["messages"] = [escaping.escape(message) | {"role": message["role"]} for message in messages]
+    return escaped
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_k2.errors import RequestError
-from mlx_k2.text.escaping import Disguise
+from mlx_k2.text.escaping import Escaping
 
 NAMES = ["<|im_end|>", "<think>", "[EOS]"]
 LETTERS = set("".join(NAMES))
@@ -71,65 +71,65 @@ ALONE: dict[str, Callable[[str], Any]] = {
 YIELD_TEXT = ["repr", "str", "list", "a letter", "backwards", "strip", "split", "splitlines", "upper", "lower", "title"]
 
 
-def revealed(value: Any, disguise: Disguise) -> Any:
-    return [disguise.reveal(item) for item in value] if isinstance(value, list) else disguise.reveal(value)
+def unescaped(value: Any, escaping: Escaping) -> Any:
+    return [escaping.unescape(item) for item in value] if isinstance(value, list) else escaping.unescape(value)
 
 
 @pytest.mark.parametrize("name", WITH_A_PART)
 @given(text=texts, part=parts)
 def test_text_in_disguise_works_with_a_templates_text_as_it_reads(name: str, text: str, part: str) -> None:
     operation = WITH_A_PART[name]
-    disguise = Disguise(NAMES, [text, part])
-    assert revealed(operation(disguise.hide(text), part), disguise) == operation(text, part)
+    escaping = Escaping(NAMES, [text, part])
+    assert unescaped(operation(escaping.escape(text), part), escaping) == operation(text, part)
 
 
 @pytest.mark.parametrize("name", ALONE)
 @given(text=texts)
 def test_text_in_disguise_behaves_as_it_reads(name: str, text: str) -> None:
     operation = ALONE[name]
-    disguise = Disguise(NAMES, [text])
-    assert revealed(operation(disguise.hide(text)), disguise) == operation(text)
+    escaping = Escaping(NAMES, [text])
+    assert unescaped(operation(escaping.escape(text)), escaping) == operation(text)
 
 
 @pytest.mark.parametrize("name", YIELD_TEXT)
 @given(text=texts)
 def test_no_operation_brings_a_letter_of_a_name_out_of_disguise(name: str, text: str) -> None:
-    result = ALONE[name](Disguise(NAMES, [text]).hide(text))
+    result = ALONE[name](Escaping(NAMES, [text]).escape(text))
     assert LETTERS.isdisjoint("".join(result))
 
 
 @given(st.text())
 def test_a_disguise_is_one_for_one_and_uses_no_character_of_the_texts(text: str) -> None:
-    disguise = Disguise(NAMES, [text])
-    hidden = "".join(disguise.hide(text))
-    assert len(hidden) == len(text)
-    assert LETTERS.isdisjoint(hidden)
-    assert disguise.reveal(hidden) == text
-    changed = {after for before, after in zip(text, hidden, strict=True) if before != after}
+    escaping = Escaping(NAMES, [text])
+    escaped = "".join(escaping.escape(text))
+    assert len(escaped) == len(text)
+    assert LETTERS.isdisjoint(escaped)
+    assert escaping.unescape(escaped) == text
+    changed = {after for before, after in zip(text, escaped, strict=True) if before != after}
     assert changed.isdisjoint(text)
 
 
 def test_characters_of_the_private_use_planes_in_a_text_are_not_taken_for_disguised_ones() -> None:
     text = "<think>" + "".join(map(chr, range(0xF0000, 0x110000)))
-    disguise = Disguise(NAMES, [text])
-    assert disguise.reveal("".join(disguise.hide(text))) == text
+    escaping = Escaping(NAMES, [text])
+    assert escaping.unescape("".join(escaping.escape(text))) == text
 
 
 def test_what_the_template_puts_in_keeps_its_own_letters() -> None:
-    hidden = Disguise(NAMES, ["a[b"]).hide("a[b")
-    assert "".join(hidden.replace("[", "<think>"))[1:8] == "<think>"
-    assert "".join(hidden + "<think>")[3:] == "<think>"
-    assert "".join("<think>" + hidden)[:7] == "<think>"
+    escaped = Escaping(NAMES, ["a[b"]).escape("a[b")
+    assert "".join(escaped.replace("[", "<think>"))[1:8] == "<think>"
+    assert "".join(escaped + "<think>")[3:] == "<think>"
+    assert "".join("<think>" + escaped)[:7] == "<think>"
 
 
 def test_text_is_hidden_at_every_depth_keys_too() -> None:
-    disguise = Disguise(NAMES, [])
-    hidden = disguise.hide({"dim": [{"end": ("m", 3, None, True)}]})
-    assert hidden["dim"][0]["end"] == ("m", 3, None, True)
-    (key,) = hidden
+    escaping = Escaping(NAMES, [])
+    escaped = escaping.escape({"dim": [{"end": ("m", 3, None, True)}]})
+    assert escaped["dim"][0]["end"] == ("m", 3, None, True)
+    (key,) = escaped
     assert LETTERS.isdisjoint("".join(key))
 
 
 def test_text_that_uses_every_character_is_refused() -> None:
     with pytest.raises(RequestError, match="so many different characters"):
-        Disguise(NAMES, ["".join(map(chr, range(0x40000, 0x110000)))])
+        Escaping(NAMES, ["".join(map(chr, range(0x40000, 0x110000)))])
