@@ -180,11 +180,11 @@ class ChatSession:
         sampled = _SampledReply([], [])
         num_thought = 0
 
-        def interject() -> Sequence[int]:
+        def forced_tokens() -> Sequence[int]:
             return self._close_ids if budget is not None and reader.in_reasoning and num_thought >= budget else ()
 
         try:
-            for event in self._source.stream(request, interject, self._is_stopped):
+            for event in self._source.stream(request, forced_tokens, self._is_stopped):
                 yield event
                 if isinstance(event, Delta):
                     was_thinking = reader.in_reasoning

@@ -19,7 +19,7 @@ class ReplySource(Protocol):
     """Draws replies, one after the other."""
 
     def stream(
-        self, request: Request, interject: Callable[[], Sequence[int]], stopped: Callable[[], bool]
+        self, request: Request, forced_tokens: Callable[[], Sequence[int]], stopped: Callable[[], bool]
     ) -> Generator[Delta | AnswerSummary, None, None]:
         """The reply to a prompt, as ``stream_answer`` gives it."""
 
@@ -49,7 +49,7 @@ class StageReplies:
             self._ahead.join(_CLOSE_S)  # a step that takes longer ends with the stages
 
     def stream(
-        self, request: Request, interject: Callable[[], Sequence[int]], stopped: Callable[[], bool]
+        self, request: Request, forced_tokens: Callable[[], Sequence[int]], stopped: Callable[[], bool]
     ) -> Generator[Delta | AnswerSummary, None, None]:
         """The reply to a prompt.
 
@@ -57,7 +57,7 @@ class StageReplies:
             ClusterError: a stage failed, now or while something was computed ahead.
         """
         self.settle()
-        return stream_answer(self._coordinator, self._tokenizer, request, interject=interject, stopped=stopped)
+        return stream_answer(self._coordinator, self._tokenizer, request, forced_tokens=forced_tokens, stopped=stopped)
 
     def compute_ahead(self, prompt_ids: Callable[[], Sequence[int]]) -> None:
         """Until the next reply is asked for, compute ``prompt_ids`` on a thread of its own."""

@@ -104,12 +104,12 @@ def stream_answer(
     tokenizer: Tokenizer,
     request: Request,
     *,
-    interject: Callable[[], Tokens[int]] = _nothing,
+    forced_tokens: Callable[[], Tokens[int]] = _nothing,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Generator[Delta | AnswerSummary, None, None]:
     """Run ``request`` to its end: a Delta for each token as it is drawn, then one AnswerSummary.
 
-    ``interject`` is asked before each token, perhaps twice; the tokens that it gives stand in the answer as if they
+    ``forced_tokens`` is asked before each token, perhaps twice; the tokens that it gives stand in the answer as if they
     had been drawn, and the answer goes on behind them. Closing the generator early cancels the request. So does
     ``stopped``, asked after each step, and the summary says so.
 
@@ -119,7 +119,7 @@ def stream_answer(
     detokenizer = Detokenizer(tokenizer)
     answer = _Answer(request)
     while answer.finish_reason is None and not stopped():
-        for token_id in interject():
+        for token_id in forced_tokens():
             answer.give(token_id)
             yield Delta(token_id, detokenizer.add(token_id), None, ())
         with closing(coordinator.run(answer.rest, stopped=stopped)) as events:
@@ -130,7 +130,7 @@ def stream_answer(
                     if answer.finish_reason is not None:
                         text += detokenizer.finish()
                     yield Delta(token.token_id, text, token.logprob, token.top)
-                if answer.finish_reason is None and interject():
+                if answer.finish_reason is None and forced_tokens():
                     break
     yield answer.summary()
 

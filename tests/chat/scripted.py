@@ -9,7 +9,7 @@ from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.text.detokenizer import Detokenizer
 from mlx_k2.text.tokenizer import Tokenizer
 
-Interject = Callable[[], Sequence[int]]
+ForcedTokens = Callable[[], Sequence[int]]
 
 
 def sampled(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -35,7 +35,7 @@ class Script:
         self.requests: list[Request] = []
 
     def stream(
-        self, request: Request, interject: Interject, stopped: Callable[[], bool]
+        self, request: Request, forced_tokens: ForcedTokens, stopped: Callable[[], bool]
     ) -> Generator[Delta | AnswerSummary, None, None]:
         self.requests.append(request)
         detokenizer = Detokenizer(self._tokenizer)
@@ -67,13 +67,13 @@ class ScriptOnStages:
         self.summaries: list[AnswerSummary] = []
 
     def stream(
-        self, request: Request, interject: Interject, stopped: Callable[[], bool]
+        self, request: Request, forced_tokens: ForcedTokens, stopped: Callable[[], bool]
     ) -> Generator[Delta | AnswerSummary, None, None]:
         reply = next(self._replies)
         given = [reply]
         asked = replace(request, max_tokens=1)
         deltas = stream_answer(
-            self._coordinator, self._tokenizer, asked, interject=lambda: given.pop() if given else ()
+            self._coordinator, self._tokenizer, asked, forced_tokens=lambda: given.pop() if given else ()
         )
         yield from (next(deltas) for _ in reply)
         _, summary = deltas
