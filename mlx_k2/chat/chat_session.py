@@ -96,7 +96,7 @@ class ChatSession:
             ClusterError: a stage failed; what was said so far is part of the conversation.
         """
         self._stopped = False
-        conversation = self.settled()
+        conversation = self.cancel_prefill()
         message = conversation.add_user(text)
         try:
             request = self._request()
@@ -109,7 +109,7 @@ class ChatSession:
     def retry(self) -> Generator[Event, None, None]:
         """The model answers the user's last message anew, with another seed; errors as of ``say``."""
         self._stopped = False
-        if not self.settled().take_back_reply():
+        if not self.cancel_prefill().take_back_reply():
             raise RequestError("there is nothing to answer yet")
         sampling = self._settings.sampling
         seed = (sampling.seed + 1) % _NUM_SEEDS
@@ -131,17 +131,17 @@ class ChatSession:
         Raises:
             RequestError, TokenizerError: they cannot be used; the conversation is as it was.
         """
-        self.settled().load(messages, self._settings.context_tokens)
+        self.cancel_prefill().load(messages, self._settings.context_tokens)
 
-    def settled(self) -> Conversation:
+    def cancel_prefill(self) -> Conversation:
         """The conversation, to look at or to change, while nothing is computed ahead from it."""
-        self._source.settle()
+        self._source.cancel_prefill()
         return self._conversation
 
-    def compute_ahead(self) -> None:
+    def prefill_next_prompt(self) -> None:
         """While the user thinks, compute what is known of the next prompt."""
         limit = self._settings.context_tokens - 1
-        self._source.compute_ahead(lambda: self._conversation.known_ids()[:limit])
+        self._source.prefill_next_prompt(lambda: self._conversation.known_ids()[:limit])
 
     def _is_stopped(self) -> bool:
         return self._stopped

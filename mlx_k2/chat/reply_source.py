@@ -23,10 +23,10 @@ class ReplySource(Protocol):
     ) -> Generator[Delta | AnswerSummary, None, None]:
         """The reply to a prompt, as ``stream_answer`` gives it."""
 
-    def compute_ahead(self, prompt_ids: Callable[[], Sequence[int]]) -> None:
+    def prefill_next_prompt(self, prompt_ids: Callable[[], Sequence[int]]) -> None:
         """Until the next reply is asked for, compute the beginning of its prompt."""
 
-    def settle(self) -> None:
+    def cancel_prefill(self) -> None:
         """End what is computed ahead; what it has come to stays cached."""
 
 
@@ -36,7 +36,7 @@ class StageReplies:
     def __init__(self, coordinator: Coordinator, tokenizer: Tokenizer) -> None:
         self._coordinator = coordinator
         self._tokenizer = tokenizer
-        self._ahead: _Ahead | None = None
+        self._prefill: _Prefill | None = None
 
     def __enter__(self) -> "StageReplies":
         return self
@@ -44,9 +44,9 @@ class StageReplies:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._ahead is not None:
-            self._ahead.stop()
-            self._ahead.join(_CLOSE_S)  # a step that takes longer ends with the stages
+        if self._prefill is not None:
+            self._prefill.stop()
+            self._prefill.join(_CLOSE_S)  # a step that takes longer ends with the stages
 
     def stream(
         self, request: Request, forced_tokens: Callable[[], Sequence[int]], stopped: Callable[[], bool]
@@ -56,34 +56,34 @@ class StageReplies:
         Raises:
             ClusterError: a stage failed, now or while something was computed ahead.
         """
-        self.settle()
+        self.cancel_prefill()
         return stream_answer(self._coordinator, self._tokenizer, request, forced_tokens=forced_tokens, stopped=stopped)
 
-    def compute_ahead(self, prompt_ids: Callable[[], Sequence[int]]) -> None:
+    def prefill_next_prompt(self, prompt_ids: Callable[[], Sequence[int]]) -> None:
         """Until the next reply is asked for, compute ``prompt_ids`` on a thread of its own."""
-        self.settle()
-        self._ahead = _Ahead(self._coordinator, prompt_ids)
-        self._ahead.start()
+        self.cancel_prefill()
+        self._prefill = _Prefill(self._coordinator, prompt_ids)
+        self._prefill.start()
 
-    def settle(self) -> None:
+    def cancel_prefill(self) -> None:
         """End what is computed ahead, after the steps that are under way.
 
         Raises:
             ClusterError: a stage had failed.
         """
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            ahead.stop()
-            ahead.join()
-            if ahead.fault is not None:
-                raise ahead.fault
+        prefill, self._prefill = self._prefill, None
+        if prefill is not None:
+            prefill.stop()
+            prefill.join()
+            if prefill.fault is not None:
+                raise prefill.fault
 
 
-class _Ahead(threading.Thread):
+class _Prefill(threading.Thread):
     """Computes one prompt; the token that is drawn behind it is thrown away."""
 
     def __init__(self, coordinator: Coordinator, prompt_ids: Callable[[], Sequence[int]]) -> None:
-        super().__init__(name="computing ahead", daemon=True)
+        super().__init__(name="prefill", daemon=True)
         self._coordinator = coordinator
         self._prompt_ids = prompt_ids
         self._stopped = False

@@ -50,10 +50,10 @@ class Script:
         ended = bool(ids) and ids[-1] in request.stop_ids
         yield summary_of(request, len(ids), FinishReason.STOP if ended else FinishReason.LENGTH)
 
-    def compute_ahead(self, prompt_ids: Callable[[], Sequence[int]]) -> None:
+    def prefill_next_prompt(self, prompt_ids: Callable[[], Sequence[int]]) -> None:
         """Nothing computes here."""
 
-    def settle(self) -> None:
+    def cancel_prefill(self) -> None:
         """Nothing computes here."""
 
 
@@ -81,11 +81,11 @@ class ScriptOnStages:
         self.summaries.append(replace(summary, generated_tokens=len(reply), finish_reason=FinishReason.STOP))
         yield self.summaries[-1]
 
-    def compute_ahead(self, prompt_ids: Callable[[], Sequence[int]]) -> None:
+    def prefill_next_prompt(self, prompt_ids: Callable[[], Sequence[int]]) -> None:
         """Never asked for."""
         raise AssertionError
 
-    def settle(self) -> None:
+    def cancel_prefill(self) -> None:
         """Nothing is computed ahead."""
 
 

@@ -118,7 +118,7 @@ def test_a_second_turn_computes_the_new_message_alone_and_the_answer_was_compute
         known = len(conversation.known_ids())
         kept = known - first_prompt
 
-        chat.compute_ahead()
+        chat.prefill_next_prompt()
         assert stages.computed.take(at_least=kept - 1) <= kept + 1
 
         message = "And the sun?"
@@ -131,16 +131,16 @@ def test_a_second_turn_computes_the_new_message_alone_and_the_answer_was_compute
 
 
 def test_an_answer_is_the_same_whether_anything_was_computed_ahead_or_not(stages: Stages) -> None:
-    def tokens(ahead: bool) -> list[int]:
+    def tokens(prefill: bool) -> list[int]:
         with StageReplies(stages.coordinator, stages.tokenizer) as replies:
             conversation = Conversation(stages.template, stages.tokenizer)
             chat = ChatSession(replies, stages.tokenizer, conversation, stages.settings(max_tokens=20))
             list(chat.say("One."))
-            if ahead:
-                chat.compute_ahead()
+            if prefill:
+                chat.prefill_next_prompt()
             return [event.token_id for event in chat.say("Two.") if isinstance(event, Delta)]
 
-    assert tokens(ahead=True) == tokens(ahead=False)
+    assert tokens(prefill=True) == tokens(prefill=False)
 
 
 def test_a_stopped_answer_ends_at_once_and_the_next_one_is_undisturbed(stages: Stages) -> None:

@@ -91,18 +91,18 @@ class Commands:
 
     def _system(self, argument: str) -> None:
         if argument:
-            self.session.settled().set_system(None if argument == "off" else argument)
+            self.session.cancel_prefill().set_system(None if argument == "off" else argument)
             self._recount()
-        system = self.session.settled().system
+        system = self.session.cancel_prefill().system
         self.screen.note("the system prompt is the model's own" if system is None else f"the system prompt: {system}")
 
     def _reset(self, argument: str) -> None:
-        self.session.settled().reset()
+        self.session.cancel_prefill().reset()
         self._recount()
         self.screen.note("a new conversation")
 
     def _undo(self, argument: str) -> None:
-        text = self.session.settled().undo()
+        text = self.session.cancel_prefill().undo()
         if text is None:
             raise RequestError("there is nothing to take back")
         self._recount()
@@ -151,7 +151,7 @@ class Commands:
 
     def _recount(self) -> None:
         """The conversation is another one."""
-        self.tally.context_used = len(self.session.settled().known_ids())
+        self.tally.context_used = len(self.session.cancel_prefill().known_ids())
 
 
 def _path(argument: str, command: str) -> Path:

@@ -50,7 +50,7 @@ class Repl:
         """
         with self._keyboard.attended():
             while True:
-                self._session.compute_ahead()
+                self._session.prefill_next_prompt()
                 try:
                     self._take(self._keyboard.read())
                 except KeyboardInterrupt:
