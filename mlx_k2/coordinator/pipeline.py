@@ -11,7 +11,7 @@ from mlx_k2.deployment.bring_up import message_of
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import ClusterError, StageSilent
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.launch.health_monitor import Vigil
+from mlx_k2.launch.health_monitor import HealthMonitor
 from mlx_k2.protocol.messages import Row, Step, StepDone
 from mlx_k2.sampling import SampledToken
 from mlx_k2.scheduling.microbatch import Microbatch, MicrobatchRow
@@ -87,7 +87,7 @@ class Coordinator:
         self._on_report = on_report
         self._renew = renew
         self._fault: ClusterError | None = None
-        self._vigil = Vigil(group)
+        self._monitor = HealthMonitor(group)
         self._sent: dict[int, _Sent] = {}
         self._ends_at: dict[Sequence, float] = {}
         self._heard_at = time.monotonic()
@@ -134,7 +134,7 @@ class Coordinator:
         """Take new stages in place of those that failed."""
         assert self._renew is not None and self._fault is not None
         self._group = self._renew(self._fault)
-        self._vigil = Vigil(self._group)
+        self._monitor = HealthMonitor(self._group)
         self._heard_at = time.monotonic()
         self._fault = None
 
@@ -162,7 +162,7 @@ class Coordinator:
 
     def _receive(self) -> list[TokenEvent]:
         """Wait until a stage has finished a step; the tokens that came with it."""
-        event = self._vigil.receive(self._deadline())
+        event = self._monitor.receive(self._deadline())
         if event is None:
             raise StageSilent(self._describe_silence())
         rank, message = message_of(self._group, event)
@@ -209,8 +209,8 @@ class Coordinator:
         waited_s = time.monotonic() - oldest.sent_at
         behind = next(rank for rank, use in enumerate(self.use) if use.steps_done <= number)
         return (
-            f"{self._vigil.describe(behind)} has not finished step {number} ({oldest.microbatch.num_tokens} tokens) "
-            f"after {waited_s:.0f} s; the stages: {', '.join(self._vigil.describe_all())}"
+            f"{self._monitor.describe(behind)} has not finished step {number} ({oldest.microbatch.num_tokens} tokens) "
+            f"after {waited_s:.0f} s; the stages: {', '.join(self._monitor.describe_all())}"
         )
 
 

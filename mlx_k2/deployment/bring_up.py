@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from mlx_k2.errors import ClusterError, NeighbourLost, StageFault, StageSilent, StageStartError
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.launch.health_monitor import Vigil
+from mlx_k2.launch.health_monitor import HealthMonitor
 from mlx_k2.launch.stage_events import StageEnded, StageEvent
 from mlx_k2.protocol.messages import (
     Connect,
@@ -123,12 +123,12 @@ def gather(
         StageSilent: nothing came from any stage for ``silence_s``, or a host is silent or a stage stopped; names it.
     """
     answers: dict[int, Answer] = {}
-    vigil = Vigil(group)
+    monitor = HealthMonitor(group)
     deadline = time.monotonic() + silence_s
     while any(rank not in answers for rank in ranks):
-        event = vigil.receive(deadline)
+        event = monitor.receive(deadline)
         if event is None:
-            owing = ", ".join(vigil.describe(rank) for rank in ranks if rank not in answers)
+            owing = ", ".join(monitor.describe(rank) for rank in ranks if rank not in answers)
             raise StageSilent(f"no word for {silence_s:.0f} s from {owing}, which was to {phase}")
         rank, message = message_of(group, event)
         deadline = time.monotonic() + silence_s

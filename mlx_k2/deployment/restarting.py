@@ -14,7 +14,7 @@ from mlx_k2.deployment.run_log import RunLog
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import ClusterError
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.launch.health_monitor import Vigil
+from mlx_k2.launch.health_monitor import HealthMonitor
 from mlx_k2.weights.checkpoint import ModelDescription
 
 FIRST_WAIT_S = 1.0
@@ -85,7 +85,7 @@ class LastingDeployment:
         """
         if time.monotonic() - self._ready_at > HEALTHY_S:
             self._num_restarts = 0
-        stood = Vigil(self.deployment.group).describe_all()
+        stood = HealthMonitor(self.deployment.group).describe_all()
         while self._num_restarts < self._limit:
             wait_s = min(LONGEST_WAIT_S, self._first_wait_s * 2**self._num_restarts)
             self._num_restarts += 1

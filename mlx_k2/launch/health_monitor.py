@@ -25,7 +25,7 @@ class _WaitingHop:
     since: float
 
 
-class Vigil:
+class HealthMonitor:
     """Over one group, whose ``patience_s`` is how long a stop, a silence or a waiting hop may last."""
 
     def __init__(self, group: StageGroup) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from mlx_k2.errors import StageSilent
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.launch.health_monitor import Vigil
+from mlx_k2.launch.health_monitor import HealthMonitor
 from mlx_k2.launch.stage_events import StageEnded, StageMessage
 from mlx_k2.launch.stage_location import StagePlace
 from mlx_k2.protocol.messages import Connected, Step, StepDone
@@ -35,16 +35,16 @@ def make_group(tmp_path: Path) -> MakeGroup:
     return make_group
 
 
-def come_up(group: StageGroup) -> Vigil:
+def come_up(group: StageGroup) -> HealthMonitor:
     for _ in range(group.size):
         event = group.receive(WATCHED_S)
         assert isinstance(event, StageMessage) and event.message == Connected()
-    return Vigil(group)
+    return HealthMonitor(group)
 
 
-def trouble(vigil: Vigil) -> str:
+def trouble(monitor: HealthMonitor) -> str:
     with pytest.raises(StageSilent) as caught:
-        vigil.receive(time.monotonic() + WATCHED_S)
+        monitor.receive(time.monotonic() + WATCHED_S)
     return str(caught.value)
 
 
@@ -62,9 +62,9 @@ def process_of(program: str) -> psutil.Process:
 
 def test_a_stopped_stage_is_named_alone(make_group: MakeGroup) -> None:
     with make_group("echo", "has_sent") as group:
-        vigil = come_up(group)
+        monitor = come_up(group)
         process_of("echo").suspend()
-        said = trouble(vigil)
+        said = trouble(monitor)
     assert re.match(r"stage 0 on this machine \(starting for \d+ s\) is stopped: its process was suspended", said)
     assert "stage 1" not in said
 
@@ -72,23 +72,23 @@ def test_a_stopped_stage_is_named_alone(make_group: MakeGroup) -> None:
 @pytest.mark.slow
 def test_a_stage_that_is_stopped_for_less_than_the_patience_goes_on(make_group: MakeGroup) -> None:
     with make_group("echo", patience_s=6.0) as group:
-        vigil = come_up(group)
+        monitor = come_up(group)
         stage = process_of("echo")
         stage.suspend()
-        assert vigil.receive(time.monotonic() + 2.5) is None
+        assert monitor.receive(time.monotonic() + 2.5) is None
         stage.resume()
-        assert vigil.receive(time.monotonic() + 3.0) is None
+        assert monitor.receive(time.monotonic() + 3.0) is None
         group.send(0, Step(1, ()))
-        assert vigil.receive(time.monotonic() + WATCHED_S) == StageMessage(0, StepDone(1, 0.0, 0.0))
+        assert monitor.receive(time.monotonic() + WATCHED_S) == StageMessage(0, StepDone(1, 0.0, 0.0))
 
 
 def test_a_silent_guard_is_named_alone(make_group: MakeGroup) -> None:
     with make_group("has_sent", "echo", patience_s=2.0) as group:
-        vigil = come_up(group)
+        monitor = come_up(group)
         guard = process_of("echo").parent()
         assert guard is not None
         guard.suspend()
-        said = trouble(vigil)
+        said = trouble(monitor)
         guard.resume()
     assert re.match(r"stage 1 on this machine \(.*\) cannot be heard: its host is off, asleep or unreachable", said)
     assert "stage 0" not in said
@@ -115,20 +115,20 @@ def test_a_stage_that_waits_for_one_that_has_not_sent_is_left_in_peace(make_grou
 def test_after_a_gap_in_its_own_time_a_vigil_reads_before_it_judges(make_group: MakeGroup) -> None:
     """This process is stopped for longer than its patience while a stage answers."""
     with make_group("echo") as group:
-        vigil = come_up(group)
+        monitor = come_up(group)
         group.send(0, Step(1, ()))
         waker = subprocess.Popen(["sh", "-c", f"sleep 4; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
         waker.wait()
-        assert vigil.receive(time.monotonic()) == StageMessage(0, StepDone(1, 0.0, 0.0))
-        assert vigil.receive(time.monotonic() - 1) is None
+        assert monitor.receive(time.monotonic()) == StageMessage(0, StepDone(1, 0.0, 0.0))
+        assert monitor.receive(time.monotonic() - 1) is None
 
 
 def test_a_stage_whose_phase_outlives_its_limit_is_ended_by_its_guard_though_it_holds_the_gil(
     make_group: MakeGroup,
 ) -> None:
     with make_group("late") as group:
-        vigil = come_up(group)
-        end = vigil.receive(time.monotonic() + WATCHED_S)
+        monitor = come_up(group)
+        end = monitor.receive(time.monotonic() + WATCHED_S)
     assert isinstance(end, StageEnded)
     assert re.match(r"it was connecting to its neighbours for \d+ s, and was given 0 s", end.reason)
