@@ -16,7 +16,7 @@ from mlx_k2.errors import CheckpointError, HostfileError, MlxK2Error, ProtocolEr
 from mlx_k2.protocol.framing import MARK, Kind, encode_frame, read_frame, skip_to_mark
 from mlx_k2.protocol.guard_messages import GuardSettings, StageExit
 from mlx_k2.protocol.messages import Row, Step, StepDone, decode_from_stage, decode_to_stage, encode_message
-from mlx_k2.protocol.stage_status import Announcement, Phase, Standing
+from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
 from mlx_k2.sampling import Sampling
 from mlx_k2.weights.safetensors_file import read_header
 from tests.examples import at_least
@@ -27,16 +27,16 @@ JSON = st.recursive(
     max_leaves=12,
 )
 VALUES = (
-    Announcement(Phase.RECEIVING, 7, 60.0).to_json(),
-    Standing(Announcement(Phase.IDLE), 1.5).to_json(),
+    PhaseUpdate(Phase.RECEIVING, 7, 60.0).to_json(),
+    StageStatus(PhaseUpdate(Phase.IDLE), 1.5).to_json(),
     GuardSettings(20.0, 10).to_json(),
     StageExit(None, 9, "why").to_json(),
     encode_message(Step(3, (Row(0, 5, (1, 2, 3), True, Sampling(seed=1)),))),
     encode_message(StepDone(3, 0.1)),
 )
 DECODERS: tuple[Callable[[bytes], object], ...] = (
-    Announcement.from_json,
-    Standing.from_json,
+    PhaseUpdate.from_json,
+    StageStatus.from_json,
     GuardSettings.from_json,
     StageExit.from_json,
     decode_to_stage,

@@ -85,13 +85,13 @@ class LastingDeployment:
         """
         if time.monotonic() - self._ready_at > HEALTHY_S:
             self._num_restarts = 0
-        stood = HealthMonitor(self.deployment.group).describe_all()
+        status = HealthMonitor(self.deployment.group).describe_all()
         while self._num_restarts < self._limit:
             wait_s = min(LONGEST_WAIT_S, self._first_wait_s * 2**self._num_restarts)
             self._num_restarts += 1
             tell(Restart(str(error), self._num_restarts, self._limit, wait_s))
-            self._end(error, stood)
-            stood = ()
+            self._end(error, status)
+            status = ()
             time.sleep(wait_s)
             try:
                 self._start(self.deployment.model, _Again(self._watcher))
@@ -99,18 +99,18 @@ class LastingDeployment:
                 error = next_error
             else:
                 return self.deployment.group
-        self._end(error, stood)
+        self._end(error, status)
         if self._limit:
             raise type(error)(f"{error} (given up after {self._num_restarts} restarts)")
         raise error
 
-    def _end(self, error: ClusterError, stood: Sequence[str]) -> None:
+    def _end(self, error: ClusterError, status: Sequence[str]) -> None:
         """End the stages; how each of them ended is in the log by then, and so in the report."""
         self._stack.close()
-        self._report(error, stood)
+        self._report(error, status)
 
-    def _report(self, error: ClusterError, stood: Sequence[str]) -> None:
-        if self._log is not None and (path := self._log.write_report(str(error), stood)) is not None:
+    def _report(self, error: ClusterError, status: Sequence[str]) -> None:
+        if self._log is not None and (path := self._log.write_report(str(error), status)) is not None:
             self._watcher.notice(f"a report is in {path}")
 
     def _start(self, model: ModelDescription | None, watcher: Watcher) -> None:

@@ -97,10 +97,10 @@ class RunLog(Watcher):
             self._steps.append(json.dumps(line))
             self._append("steps.jsonl", self._steps[-1])
 
-    def write_report(self, reason: str, stood: Sequence[str]) -> Path | None:
+    def write_report(self, reason: str, status: Sequence[str]) -> Path | None:
         """One file to attach to an issue; None where it cannot be written.
 
-        ``stood`` says where each stage stood when it happened; how each ended stands in its log.
+        ``status`` says where each stage stood when it happened; how each ended stands in its log.
         """
         self._num_reports += 1
         path = self._folder / f"report-{time.strftime('%Y%m%d-%H%M%S')}-{self._num_reports}.txt"
@@ -108,7 +108,7 @@ class RunLog(Watcher):
         with self._lock:
             parts = (
                 ("what happened", [f"{_now()} {reason}"]),
-                ("where the stages stood then", stood),
+                ("where the stages stood then", status),
                 ("versions", [f"mlx-k2 {version('mlx-k2')}, mlx {version('mlx')}, {python}"]),
                 ("model and stages", [self._model, *self._hosts]),
                 ("last steps" if self._log_tokens else "last steps, without tokens", list(self._steps)),

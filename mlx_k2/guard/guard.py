@@ -21,7 +21,7 @@ from mlx_k2.guard.watchdog import Watch
 from mlx_k2.protocol.ends import FrameReader, FrameWriter
 from mlx_k2.protocol.framing import MARK, Frame, Kind
 from mlx_k2.protocol.guard_messages import ENDED_BY_ITSELF, POLITE_S, GuardSettings, StageExit, kill_after_s
-from mlx_k2.protocol.stage_status import Announcement
+from mlx_k2.protocol.stage_status import PhaseUpdate
 
 TICK_S = 0.25
 LAST_FRAMES_S = 1.0
@@ -80,7 +80,7 @@ class _Guard:
             reason = self._pending_reason()  # what it had written was not a frame
         stage_exit = StageExit.from_returncode(returncode, reason or ENDED_BY_ITSELF)
         with suppress(ProtocolError):
-            self._outward.put(Kind.STANDING, self._clock.standing().to_json())
+            self._outward.put(Kind.STAGE_STATUS, self._clock.status().to_json())
             self._outward.put(Kind.STAGE_EXIT, stage_exit.to_json())
         self._outward.close(LAST_FRAMES_S)
         return 0 if returncode == 0 else 1
@@ -143,7 +143,7 @@ class _Guard:
         if frame.kind is Kind.MESSAGE:
             self._to_child.put(Kind.MESSAGE, frame.payload)
         elif frame.kind is Kind.HEARTBEAT:
-            self._outward.put(Kind.STANDING, self._clock.standing().to_json())
+            self._outward.put(Kind.STAGE_STATUS, self._clock.status().to_json())
             self._outward.put(Kind.HEARTBEAT, frame.payload)
         elif frame.kind is Kind.GUARD_SETTINGS:
             self._settings = GuardSettings.from_json(frame.payload)
@@ -156,8 +156,8 @@ class _Guard:
     def _on_child_frame(self, frame: Frame) -> None:
         if frame.kind is Kind.MESSAGE:
             self._outward.put(Kind.MESSAGE, frame.payload)
-        elif frame.kind is Kind.STANDING:
-            self._clock.announced(Announcement.from_json(frame.payload))
+        elif frame.kind is Kind.STAGE_STATUS:
+            self._clock.on_phase(PhaseUpdate.from_json(frame.payload))
         else:
             raise ProtocolError(f"the stage wrote a {frame.kind.name} frame")
 

@@ -7,40 +7,40 @@ import os
 import sys
 from contextlib import suppress
 
-from mlx_k2.protocol.stage_status import Announcement, Phase, Standing
+from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
 
 
 class StageClock:
     """The stage's last announcement, and for how long it has held."""
 
     def __init__(self) -> None:
-        self._standing = Standing(Announcement(Phase.STARTING), 0.0)  # replaced whole: two threads set it
+        self._status = StageStatus(PhaseUpdate(Phase.STARTING), 0.0)  # replaced whole: two threads set it
         self._is_stopped = False
 
-    def announced(self, announcement: Announcement) -> None:
+    def on_phase(self, update: PhaseUpdate) -> None:
         """The stage says where it stands."""
-        self._standing = Standing(announcement, 0.0)
+        self._status = StageStatus(update, 0.0)
 
     def tick(self, tick_s: float, pid: int) -> None:
         """So much time has passed; look whether process ``pid``, a child, is stopped."""
-        before = self._standing
+        before = self._status
         self._is_stopped = _is_stopped(pid, self._is_stopped)
         stopped_s = before.stopped_s + tick_s if self._is_stopped else 0.0
-        aged = Standing(before.announced, before.for_s + tick_s, stopped_s)
-        if self._standing is before:  # else a new announcement came meanwhile
-            self._standing = aged
+        aged = StageStatus(before.update, before.for_s + tick_s, stopped_s)
+        if self._status is before:  # else a new announcement came meanwhile
+            self._status = aged
 
-    def standing(self) -> Standing:
+    def status(self) -> StageStatus:
         """What the coordinator is told."""
-        return self._standing
+        return self._status
 
     def overdue(self) -> str | None:
         """Why the stage has to end: its phase has outlived its limit."""
-        now = self._standing
-        limit_s = now.announced.limit_s
+        now = self._status
+        limit_s = now.update.limit_s
         if limit_s is None or now.for_s <= limit_s:
             return None
-        return f"it was {now.announced} for {now.for_s:.0f} s, and was given {limit_s:.0f} s"
+        return f"it was {now.update} for {now.for_s:.0f} s, and was given {limit_s:.0f} s"
 
 
 def _is_stopped(pid: int, before: bool) -> bool:

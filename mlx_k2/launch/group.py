@@ -12,7 +12,7 @@ from mlx_k2.launch.stage_location import StagePlace
 from mlx_k2.launch.stage_process import StageProcess
 from mlx_k2.protocol.guard_messages import GuardSettings, kill_after_s
 from mlx_k2.protocol.messages import Stop, ToStage
-from mlx_k2.protocol.stage_status import Standing
+from mlx_k2.protocol.stage_status import StageStatus
 
 HEARTBEAT_S = 1.0
 SAY_AFTER_S = 1.0
@@ -98,9 +98,9 @@ class StageGroup:
         """Whether the stage's guard has spoken."""
         return self._stages[rank].came_up
 
-    def standing(self, rank: int) -> Standing:
+    def status(self, rank: int) -> StageStatus:
         """Where the stage stood when its guard was last heard."""
-        return self._stages[rank].standing
+        return self._stages[rank].status
 
     def stop(self, say: Callable[[str], None]) -> None:
         """End all stages at once: a message and the end of their input, then SIGTERM, then SIGKILL to what runs here.

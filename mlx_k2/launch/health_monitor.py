@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mlx_k2.errors import StageSilent
 from mlx_k2.launch.group import HEARTBEAT_S, StageGroup
 from mlx_k2.launch.stage_events import StageEvent
-from mlx_k2.protocol.stage_status import Phase, Standing
+from mlx_k2.protocol.stage_status import Phase, StageStatus
 
 LOOK_S = 0.5
 GAP_S = 2.0
@@ -66,35 +66,35 @@ class HealthMonitor:
 
     def describe(self, rank: int) -> str:
         """A stage, its host, and where it stands since when."""
-        standing = self._group.standing(rank)
-        since_s = standing.for_s + self._group.silence_s(rank)
-        return f"stage {rank} on {self._group.host(rank)} ({standing.announced} for {since_s:.0f} s)"
+        status = self._group.status(rank)
+        since_s = status.for_s + self._group.silence_s(rank)
+        return f"stage {rank} on {self._group.host(rank)} ({status.update} for {since_s:.0f} s)"
 
     def describe_all(self) -> tuple[str, ...]:
         """Every stage, as ``describe`` says it."""
         return tuple(self.describe(rank) for rank in range(self._group.size))
 
     def _trouble(self, now: float) -> str | None:
-        standings = [self._group.standing(rank) for rank in range(self._group.size)]
-        for rank, standing in enumerate(standings):
+        statuses = [self._group.status(rank) for rank in range(self._group.size)]
+        for rank, status in enumerate(statuses):
             if self._group.has_come_up(rank) and self._group.silence_s(rank) > self._patience_s + HEARTBEAT_S:
                 return f"{self.describe(rank)} cannot be heard: its host is off, asleep or unreachable"
-            if standing.stopped_s > self._patience_s:
-                return f"{self.describe(rank)} is stopped: its process was suspended {standing.stopped_s:.0f} s ago"
-        for rank in range(1, len(standings)):
-            if standings[rank].stopped_s:
+            if status.stopped_s > self._patience_s:
+                return f"{self.describe(rank)} is stopped: its process was suspended {status.stopped_s:.0f} s ago"
+        for rank in range(1, len(statuses)):
+            if statuses[rank].stopped_s:
                 continue  # that is why it waits; its own patience is not over yet
-            if self._hop_waits_s(rank, standings[rank - 1], standings[rank], now) > self._patience_s:
+            if self._hop_waits_s(rank, statuses[rank - 1], statuses[rank], now) > self._patience_s:
                 return (
                     f"{self.describe(rank)} does not get what {self.describe(rank - 1)} has sent: "
                     "the hop between them is stuck, see to the cable and the addresses in the hostfile"
                 )
         return None
 
-    def _hop_waits_s(self, rank: int, before: Standing, standing: Standing, now: float) -> float:
+    def _hop_waits_s(self, rank: int, before: StageStatus, status: StageStatus, now: float) -> float:
         """Since when a stage waits for what the stage before it has sent already."""
-        step = standing.announced.step
-        waits = standing.announced.phase is Phase.RECEIVING and step is not None and _has_sent(before, step)
+        step = status.update.step
+        waits = status.update.phase is Phase.RECEIVING and step is not None and _has_sent(before, step)
         if not waits or step is None:
             self._hops.pop(rank, None)
             return 0.0
@@ -103,8 +103,8 @@ class HealthMonitor:
         return now - self._hops[rank].since
 
 
-def _has_sent(standing: Standing, step: int) -> bool:
-    announced = standing.announced
-    if announced.step is None:
+def _has_sent(status: StageStatus, step: int) -> bool:
+    update = status.update
+    if update.step is None:
         return False
-    return announced.step > step or (announced.step == step and announced.phase is Phase.IDLE)
+    return update.step > step or (update.step == step and update.phase is Phase.IDLE)

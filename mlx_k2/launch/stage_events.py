@@ -21,7 +21,7 @@ class StageEnded:
     """A stage's process or the connection to it has ended; nothing more comes from it.
 
     ``exit_code`` or ``signal`` is the stage's own where its guard could still report it. ``came_up`` is False when
-    its guard never spoke: then ``reason`` says what to do about it. ``stood`` is what it was doing, at which step.
+    its guard never spoke: then ``reason`` says what to do about it. ``status`` is what it was doing, at which step.
     """
 
     rank: int
@@ -30,16 +30,16 @@ class StageEnded:
     reason: str
     exit_code: int | None = None
     signal: int | None = None
-    stood: str | None = None
+    status: str | None = None
     stderr_tail: tuple[str, ...] = ()
 
     def as_error(self) -> ClusterError:
         """The end as an error for the user."""
         if not self.came_up:
             return StageStartError(f"stage {self.rank} on {self.host} did not start: {self.reason}")
-        stood = f" ({self.stood})" if self.stood else ""
+        status = f" ({self.status})" if self.status else ""
         last_words = f" (it wrote last: {self.stderr_tail[-1]})" if self.stderr_tail else ""
-        return StageFault(f"stage {self.rank} on {self.host}{stood} {self.how}{last_words}")
+        return StageFault(f"stage {self.rank} on {self.host}{status} {self.how}{last_words}")
 
     @property
     def how(self) -> str:

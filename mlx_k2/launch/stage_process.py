@@ -21,7 +21,7 @@ from mlx_k2.protocol.ends import FrameWriter
 from mlx_k2.protocol.framing import Frame, Kind, read_frame, skip_to_mark
 from mlx_k2.protocol.guard_messages import GuardSettings, StageExit
 from mlx_k2.protocol.messages import ToStage, decode_from_stage, encode_message
-from mlx_k2.protocol.stage_status import Announcement, Phase, Standing
+from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
 
 STDERR_LINES = 200
 MAX_LINE_BYTES = 4096
@@ -44,7 +44,7 @@ class StageProcess:
         self.rank = rank
         self.place = place
         self.heard_at = time.monotonic()
-        self.standing = Standing(Announcement(Phase.STARTING), 0.0)
+        self.status = StageStatus(PhaseUpdate(Phase.STARTING), 0.0)
         """What its guard last said, once a second."""
         self._settings = settings
         self._post = post
@@ -206,8 +206,8 @@ class StageProcess:
     def _take(self, frame: Frame) -> StageExit | None:
         if frame.kind is Kind.MESSAGE:
             self._post(StageMessage(self.rank, decode_from_stage(frame.payload)))
-        elif frame.kind is Kind.STANDING:
-            self.standing = Standing.from_json(frame.payload)
+        elif frame.kind is Kind.STAGE_STATUS:
+            self.status = StageStatus.from_json(frame.payload)
         elif frame.kind is Kind.STAGE_EXIT:
             return StageExit.from_json(frame.payload)
         elif frame.kind is not Kind.HEARTBEAT:
@@ -240,8 +240,8 @@ class StageProcess:
         heard: str = "",
     ) -> StageEnded:
         """``heard`` stands before what it was doing, where that may have changed since."""
-        stood = f"{heard}{self.standing.announced}" if came_up else None
+        status = f"{heard}{self.status.update}" if came_up else None
         tail = tuple(self._stderr_tail)
-        end = StageEnded(self.rank, self.place.host, came_up, reason, exit_code, signal_number, stood, tail)
+        end = StageEnded(self.rank, self.place.host, came_up, reason, exit_code, signal_number, status, tail)
         self._log(f"{self._prefix} {end.how}")
         return end

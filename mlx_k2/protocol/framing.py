@@ -28,8 +28,8 @@ class Kind(enum.IntEnum):
     """Coordinator to guard, answered by the same payload."""
     STAGE_EXIT = 4
     """Guard to coordinator, its last frame: JSON {"exit_code": int | null, "signal": int | null, "reason": str}."""
-    STANDING = 5
-    """Where the stage stands: JSON. Stage to guard: Announcement; guard to coordinator, each heartbeat: Standing."""
+    STAGE_STATUS = 5
+    """Where the stage stands: JSON. Stage to guard: PhaseUpdate; guard to coordinator, each heartbeat: Standing."""
 
 
 class Frame(NamedTuple):

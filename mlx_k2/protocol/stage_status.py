@@ -27,7 +27,7 @@ class Phase(enum.StrEnum):
 
 
 @dataclass(frozen=True)
-class Announcement:
+class PhaseUpdate:
     """A stage enters ``phase``; its guard ends it when that lasts longer than ``limit_s`` (None: it may).
 
     ``step`` is the step that it works on; while it is idle, the last one that it finished.
@@ -47,7 +47,7 @@ class Announcement:
         return json.dumps({"phase": self.phase, "step": self.step, "limit_s": self.limit_s}).encode()
 
     @classmethod
-    def from_json(cls, payload: bytes) -> "Announcement":
+    def from_json(cls, payload: bytes) -> "PhaseUpdate":
         """What a stage wrote.
 
         Raises:
@@ -57,14 +57,14 @@ class Announcement:
             values = json.loads(payload)
             return cls(Phase(values["phase"]), _count(values["step"]), _seconds(values["limit_s"]))
         except (ValueError, KeyError, TypeError):
-            raise ProtocolError(f"not an Announcement: {payload[:200]!r}") from None
+            raise ProtocolError(f"not an PhaseUpdate: {payload[:200]!r}") from None
 
 
 @dataclass(frozen=True)
-class Standing:
+class StageStatus:
     """Where a stage stands, and since how many seconds by its guard's count; ``stopped_s``: its process is stopped."""
 
-    announced: Announcement
+    update: PhaseUpdate
     for_s: float
     stopped_s: float = 0.0
 
@@ -73,7 +73,7 @@ class Standing:
         return json.dumps(asdict(self)).encode()
 
     @classmethod
-    def from_json(cls, payload: bytes) -> "Standing":
+    def from_json(cls, payload: bytes) -> "StageStatus":
         """What a guard wrote.
 
         Raises:
@@ -81,8 +81,8 @@ class Standing:
         """
         try:
             values = json.loads(payload)
-            announced = Announcement.from_json(json.dumps(values["announced"]).encode())
-            return cls(announced, float(values["for_s"]), float(values["stopped_s"]))
+            update = PhaseUpdate.from_json(json.dumps(values["update"]).encode())
+            return cls(update, float(values["for_s"]), float(values["stopped_s"]))
         except (ValueError, KeyError, TypeError, OverflowError):
             raise ProtocolError(f"not a Standing: {payload[:200]!r}") from None
 

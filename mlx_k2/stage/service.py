@@ -40,7 +40,7 @@ from mlx_k2.protocol.messages import (
     decode_to_stage,
     encode_message,
 )
-from mlx_k2.protocol.stage_status import Announcement, Phase
+from mlx_k2.protocol.stage_status import Phase, PhaseUpdate
 from mlx_k2.stage.faults import fault_of
 from mlx_k2.stage.hop_probe import measure_hops
 from mlx_k2.stage.host import hello, on_gpu, peak_bytes, wire_memory
@@ -135,9 +135,9 @@ class StageService:
                 if isinstance(message, ProtocolError):
                     raise message
                 if not isinstance(message, Step):
-                    self._announce(*_PHASES[type(message)])
+                    self._report_phase(*_PHASES[type(message)])
                 self._send(self._answer(message))
-                self._announce(Phase.IDLE, message.number if isinstance(message, Step) else None)
+                self._report_phase(Phase.IDLE, message.number if isinstance(message, Step) else None)
         except Exception as error:  # noqa: BLE001  # the border: whatever it is, the coordinator must hear of it
             if not isinstance(error, MlxK2Error | MemoryError):
                 traceback.print_exc()
@@ -148,8 +148,8 @@ class StageService:
     def _send(self, message: FromStage) -> None:
         self._writer.put(Kind.MESSAGE, encode_message(message))
 
-    def _announce(self, phase: Phase, step: int | None = None, limit_s: float | None = None) -> None:
-        self._writer.put(Kind.STANDING, Announcement(phase, step, limit_s).to_json())
+    def _report_phase(self, phase: Phase, step: int | None = None, limit_s: float | None = None) -> None:
+        self._writer.put(Kind.STAGE_STATUS, PhaseUpdate(phase, step, limit_s).to_json())
 
     def _answer(self, message: ToStage) -> FromStage:
         match message:
@@ -157,7 +157,9 @@ class StageService:
                 assert self._runner is not None and self._limits is not None, "a step before Load"
                 self._limits.check(message, self._last_step)
                 self._last_step = message.number
-                done = self._runner.run(message, lambda phase: self._announce(phase, message.number, message.limit_s))
+                done = self._runner.run(
+                    message, lambda phase: self._report_phase(phase, message.number, message.limit_s)
+                )
                 return msgspec.structs.replace(done, peak_bytes=peak_bytes())
             case FetchFiles():
                 return ModelFiles(read_model_files(message.model).files)
@@ -186,11 +188,11 @@ class StageService:
         return ShardDownloaded(str(fetched.folder), fetched.fetched)
 
     def _tell_download(self, done_bytes: int, total_bytes: int) -> None:
-        self._announce(Phase.DOWNLOADING, limit_s=PIECE_S)
+        self._report_phase(Phase.DOWNLOADING, limit_s=PIECE_S)
         self._send(DownloadProgress(done_bytes, total_bytes))
 
     def _tell_examining(self, done_bytes: int, total_bytes: int) -> None:
-        self._announce(Phase.EXAMINING, limit_s=PIECE_S)
+        self._report_phase(Phase.EXAMINING, limit_s=PIECE_S)
         self._send(DownloadProgress(done_bytes, total_bytes))
 
     def _answer_prepare(self, message: Prepare) -> Prepared:
@@ -224,7 +226,7 @@ class StageService:
         def tell(piece: LoadedPiece) -> None:
             nonlocal held_bytes
             held_bytes += piece.held_bytes
-            self._announce(Phase.LOADING, limit_s=PIECE_S)
+            self._report_phase(Phase.LOADING, limit_s=PIECE_S)
             self._send(LayerLoaded(piece.tensor_names, piece.held_bytes))
 
         reader = ShardReader(config, files, dtype)

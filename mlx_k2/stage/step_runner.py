@@ -34,13 +34,13 @@ class StepRunner:
         self._hidden_size = hidden_size
         self._dtype = dtype
 
-    def run(self, step: Step, announce: Callable[[Phase], None] = lambda _: None) -> StepDone:
+    def run(self, step: Step, report_phase: Callable[[Phase], None] = lambda _: None) -> StepDone:
         """Run the step; where it can be, its graph is built while the hidden states are still on their way.
 
-        ``announce`` is told of each phase as it begins.
+        ``report_phase`` is told of each phase as it begins.
         """
         began = time.perf_counter()
-        announce(Phase.COMPUTING if self._is_first else Phase.RECEIVING)
+        report_phase(Phase.COMPUTING if self._is_first else Phase.RECEIVING)
         batch = Batch([_span(row) for row in step.rows])
         for row in step.rows:
             if row.copy_from is not None:
@@ -53,17 +53,17 @@ class StepRunner:
         builds_lazily = self._model.builds_lazily(batch)
         if not builds_lazily:
             receive_s += _evaluate(hidden)
-            announce(Phase.COMPUTING)
+            report_phase(Phase.COMPUTING)
         output = self._model.run(hidden, batch)
         if builds_lazily and not self._is_first:
             receive_s += _evaluate(hidden)  # alone, and complete before work that needs it is submitted to a GPU
-            announce(Phase.COMPUTING)
+            report_phase(Phase.COMPUTING)
         tokens: tuple[SampledToken, ...] = ()
         if self._is_last:
             tokens = self._sample(step.rows, output)
         else:
             mx.eval(output)
-            announce(Phase.SENDING)
+            report_phase(Phase.SENDING)
             sending = time.perf_counter()
             self._transport.send(output)
             send_s = time.perf_counter() - sending

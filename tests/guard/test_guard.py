@@ -18,7 +18,7 @@ from mlx_k2.guard.guard import TICK_S
 from mlx_k2.protocol.framing import Frame, Kind, encode_frame, read_frame, skip_to_mark
 from mlx_k2.protocol.guard_messages import GuardSettings
 from mlx_k2.protocol.messages import Connected, Step, StepDone, Stop, decode_from_stage, encode_message
-from mlx_k2.protocol.stage_status import Announcement, Phase, Standing
+from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
 from tests.launch import guarded
 
 END_S = 60.0
@@ -79,7 +79,7 @@ class GuardedStage:
         while True:
             frame = read_frame(self.output)
             assert frame is not None, f"the guard has ended: {self.log()}"
-            if frame.kind is kind or (kind is None and frame.kind is not Kind.STANDING):
+            if frame.kind is kind or (kind is None and frame.kind is not Kind.STAGE_STATUS):
                 return frame
 
     def log(self) -> str:
@@ -240,8 +240,8 @@ def test_a_killed_guard_leaves_not_even_a_stage_that_ignores_everything(start: S
 def test_a_stopped_guard_is_ended_after_the_lease(start: Start) -> None:
     stage = start("deaf")
     stage.set(lease_s=2.0)
-    since_s = standing(stage).for_s
-    while standing(stage).for_s < since_s + 2 * TICK_S:
+    since_s = status(stage).for_s
+    while status(stage).for_s < since_s + 2 * TICK_S:
         pass  # after two ticks of the guard its watcher knows the lease
     stage.guard.suspend()
     stage.wait_until_gone(DEFAULT_LEASE_S - 2)
@@ -308,24 +308,24 @@ def test_the_guard_needs_the_standard_library_only(tmp_path: Path) -> None:
 def test_a_heartbeat_brings_where_the_stage_stands_since_when_and_that_it_is_stopped(start: Start) -> None:
     stage = start("receives")
     stage.stage.suspend()
-    said = [standing(stage)]
+    said = [status(stage)]
     while not said[-1].stopped_s:
-        said.append(standing(stage))
-    assert {each.announced for each in said} == {Announcement(Phase.RECEIVING, 5, 600.0)}
+        said.append(status(stage))
+    assert {each.update for each in said} == {PhaseUpdate(Phase.RECEIVING, 5, 600.0)}
     assert said[-1].for_s > 0
     stage.stage.resume()
-    while standing(stage).stopped_s:
+    while status(stage).stopped_s:
         pass
 
 
-def standing(stage: GuardedStage) -> Standing:
+def status(stage: GuardedStage) -> StageStatus:
     stage.write(Kind.HEARTBEAT, b"")
-    return Standing.from_json(stage.read(Kind.STANDING).payload)
+    return StageStatus.from_json(stage.read(Kind.STAGE_STATUS).payload)
 
 
 def test_what_a_stage_says_of_its_standing_is_checked() -> None:
     for payload in (b"", b"[]", b'{"phase": "dancing"}', b'{"phase": "starting", "step": -1, "limit_s": null}'):
-        with pytest.raises(ProtocolError, match="not an Announcement"):
-            Announcement.from_json(payload)
+        with pytest.raises(ProtocolError, match="not an PhaseUpdate"):
+            PhaseUpdate.from_json(payload)
         with pytest.raises(ProtocolError, match="not a Standing"):
-            Standing.from_json(payload)
+            StageStatus.from_json(payload)

@@ -25,7 +25,7 @@ from mlx_k2.protocol.messages import (
     decode_to_stage,
     encode_message,
 )
-from mlx_k2.protocol.stage_status import Announcement, Phase
+from mlx_k2.protocol.stage_status import Phase, PhaseUpdate
 from mlx_k2.sampling import SampledToken
 from mlx_k2.stage.ports import HeldPorts
 
@@ -55,26 +55,26 @@ def echo() -> None:
         say(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
 
 
-def announce(announcement: Announcement) -> None:
-    _out.write(encode_frame(Kind.STANDING, announcement.to_json()))
+def report_phase(update: PhaseUpdate) -> None:
+    _out.write(encode_frame(Kind.STAGE_STATUS, update.to_json()))
     _out.flush()
 
 
 def has_sent() -> None:
     """Say that step 5 is done."""
-    announce(Announcement(Phase.IDLE, 5))
+    report_phase(PhaseUpdate(Phase.IDLE, 5))
     echo()
 
 
 def receives() -> None:
     """Say that it waits for the hidden states of step 5."""
-    announce(Announcement(Phase.RECEIVING, 5, limit_s=600.0))
+    report_phase(PhaseUpdate(Phase.RECEIVING, 5, limit_s=600.0))
     echo()
 
 
 def late() -> None:
     """Enter a phase for half a second, and stay in it, holding the GIL."""
-    announce(Announcement(Phase.CONNECTING, limit_s=0.5))
+    report_phase(PhaseUpdate(Phase.CONNECTING, limit_s=0.5))
     deaf()
 
 
