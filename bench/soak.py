@@ -26,7 +26,7 @@ from bench.measure import save_rows
 from mlx_k2.coordinator.pipeline import TokenEvent
 from mlx_k2.coordinator.text_stream import coordinate
 from mlx_k2.deployment.listener import Watcher
-from mlx_k2.deployment.restarting import LastingDeployment, Restart
+from mlx_k2.deployment.restarting import Restart, RestartingDeployment
 from mlx_k2.scheduling.request import Request
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files
@@ -100,9 +100,9 @@ def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, 
     asked = replace(local_request(model, hosts), patience_s=PATIENCE_S)
     description = describe_model(read_model_files(asked.source).files, str(model))
     tally = Tally()
-    with LastingDeployment(asked, description, Watcher(), NO_LIMIT, first_wait_s=0.0) as lasting:
+    with RestartingDeployment(asked, description, Watcher(), NO_LIMIT, first_wait_s=0.0) as restarting:
         coordinator = coordinate(
-            lasting.deployment, drafts=True, renew=lambda error: lasting.renew(error, tally.restarts.append)
+            restarting.deployment, drafts=True, restart=lambda error: restarting.restart(error, tally.restarts.append)
         )
         expected = _tokens(coordinator.run, tally)
         before = _resources()

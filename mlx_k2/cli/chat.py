@@ -42,7 +42,7 @@ from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.text_stream import coordinate
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.dry_run import foresee
-from mlx_k2.deployment.restarting import LastingDeployment
+from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import ClusterError, RequestError
 from mlx_k2.weights.checkpoint import ModelDescription
 
@@ -89,9 +89,9 @@ def command(**options: Any) -> None:
         tools = stack.enter_context(opened_tools(options))
         watcher = stack.enter_context(ConsoleWatcher(options["verbose"]))
         kept = log_settings(options)
-        lasting = stack.enter_context(LastingDeployment(request, model, watcher, options["restarts"], *kept))
+        restarting = stack.enter_context(RestartingDeployment(request, model, watcher, options["restarts"], *kept))
         watcher.hush()
-        _chat(options, request, lasting, screen, tools, transcript)
+        _chat(options, request, restarting, screen, tools, transcript)
 
 
 def _check(options: dict[str, Any], model: ModelDescription, context_tokens: int) -> None:
@@ -102,12 +102,12 @@ def _check(options: dict[str, Any], model: ModelDescription, context_tokens: int
 def _chat(
     options: dict[str, Any],
     request: DeploymentRequest,
-    lasting: LastingDeployment,
+    restarting: RestartingDeployment,
     screen: Screen,
     tools: Tools | None,
     transcript: Transcript | None,
 ) -> None:
-    deployment = lasting.deployment
+    deployment = restarting.deployment
     model, context_tokens = deployment.model, deployment.shape.context_tokens
     served = Served(model, context_tokens)
     tokenizer = served.tokenizer
@@ -116,8 +116,8 @@ def _chat(
     coordinator = coordinate(
         deployment,
         drafts=options["draft"] == "ngram",
-        on_report=lasting.on_report,
-        renew=lambda error: lasting.renew(error, screen.restart),
+        on_report=restarting.on_report,
+        restart=lambda error: restarting.restart(error, screen.restart),
     )
     name = Model(request.source.path_or_repo, model.digest)
     keyboard = choose_keyboard(list(HELP), tally.status)
@@ -128,7 +128,7 @@ def _chat(
         session = ChatSession(replies, tokenizer, conversation, settings, toolkit)
         consent.answer = session
         commands = Commands(
-            session, name, screen, tally, tools, consent, lambda: show_stage_use(lasting.deployment, coordinator.use)
+            session, name, screen, tally, tools, consent, lambda: show_stage_use(restarting.deployment, coordinator.use)
         )
         if transcript is not None:
             transcript.write({"started": {"mlx-k2": __version__, "model": name.name, "digest": name.digest}})

@@ -40,7 +40,7 @@ from mlx_k2.coordinator.pipeline import Coordinator
 from mlx_k2.coordinator.text_stream import AnswerSummary, coordinate, stream_answer, total
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.dry_run import foresee
-from mlx_k2.deployment.restarting import LastingDeployment
+from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import CheckpointError
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription
@@ -115,31 +115,31 @@ def _generate(options: dict[str, Any], request: DeploymentRequest, model: ModelD
     with (
         opened_tools(options) as tools,
         ConsoleWatcher(options["verbose"]) as watcher,
-        LastingDeployment(request, model, watcher, options["restarts"], *log_settings(options)) as lasting,
+        RestartingDeployment(request, model, watcher, options["restarts"], *log_settings(options)) as restarting,
     ):
         watcher.phase("reading the prompt")
-        _answer(lasting, text, tools, watcher, options)
+        _answer(restarting, text, tools, watcher, options)
 
 
 def _answer(
-    lasting: LastingDeployment, text: str, tools: Tools | None, watcher: ConsoleWatcher, options: dict[str, Any]
+    restarting: RestartingDeployment, text: str, tools: Tools | None, watcher: ConsoleWatcher, options: dict[str, Any]
 ) -> None:
-    deployment = lasting.deployment
+    deployment = restarting.deployment
     served = Served(deployment.model, deployment.shape.context_tokens)
     summaries: list[AnswerSummary] = []
     with _output(options, served.tokenizer) as output:
         coordinator = coordinate(
             deployment,
             drafts=options["draft"] == "ngram",
-            on_report=lasting.on_report,
-            renew=lambda error: lasting.renew(error, output.restart),
+            on_report=restarting.on_report,
+            restart=lambda error: restarting.restart(error, output.restart),
         )
         for event in _events(coordinator, served, text, tools, output, options):
             watcher.done()
             output.event(event)
             if isinstance(event, AnswerSummary):
                 summaries.append(event)
-        output.summary(total(summaries), lasting.deployment, coordinator.use)
+        output.summary(total(summaries), restarting.deployment, coordinator.use)
 
 
 def _output(options: dict[str, Any], tokenizer: Tokenizer) -> TextOutput | JsonOutput:

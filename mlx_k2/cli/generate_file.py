@@ -13,7 +13,7 @@ from mlx_k2.cli.prompt_files import PromptLine, ResultFile, line_seed, read_prom
 from mlx_k2.coordinator.batch_results import Answer, answer_all
 from mlx_k2.coordinator.text_stream import coordinate
 from mlx_k2.deployment.deployment_request import DeploymentRequest
-from mlx_k2.deployment.restarting import LastingDeployment
+from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import SetupError
 from mlx_k2.scheduling.request import Request
 from mlx_k2.weights.checkpoint import ModelDescription
@@ -46,11 +46,11 @@ def generate_many(options: dict[str, Any], asked: DeploymentRequest, model: Mode
         _results(options, lines, model)
     with (
         ConsoleWatcher(options["verbose"]) as watcher,
-        LastingDeployment(asked, model, watcher, options["restarts"], *log_settings(options)) as lasting,
-        _results(options, lines, lasting.deployment.model) as results,
+        RestartingDeployment(asked, model, watcher, options["restarts"], *log_settings(options)) as restarting,
+        _results(options, lines, restarting.deployment.model) as results,
     ):
         watcher.done()
-        num_failed = _answer_lines(options, lasting, lines, results)
+        num_failed = _answer_lines(options, restarting, lines, results)
     failed = f", {num_failed} of them failed" if num_failed else ""
     note(f"{len(lines)} results are in {options['out_path']}{failed}")
 
@@ -61,12 +61,12 @@ def _results(options: Mapping[str, Any], lines: Sequence[PromptLine], model: Mod
 
 
 def _answer_lines(
-    options: Mapping[str, Any], lasting: LastingDeployment, lines: Sequence[PromptLine], results: ResultFile
+    options: Mapping[str, Any], restarting: RestartingDeployment, lines: Sequence[PromptLine], results: ResultFile
 ) -> int:
     """Run what is left; how many prompts failed now."""
     prompts: dict[int, Request] = {}
     num_done, seed = results.num_done, base_seed(options)
-    served = Served(lasting.deployment.model, lasting.deployment.shape.context_tokens)
+    served = Served(restarting.deployment.model, restarting.deployment.shape.context_tokens)
     with _progress(len(lines), num_done) as progress:
         (task,) = progress.task_ids
         for index, line in enumerate(lines[num_done:], start=num_done):
@@ -79,11 +79,11 @@ def _answer_lines(
                 prompts[index] = request
         index_of = {id(request): index for index, request in prompts.items()}
         coordinator = coordinate(
-            lasting.deployment,
+            restarting.deployment,
             drafts=options["draft"] == "ngram",
             prompts_first=True,
-            on_report=lasting.on_report,
-            renew=lambda error: lasting.renew(error, note_restart),
+            on_report=restarting.on_report,
+            restart=lambda error: restarting.restart(error, note_restart),
         )
         for answer in answer_all(coordinator, served.tokenizer, list(prompts.values())):
             index = index_of[id(answer.request)]

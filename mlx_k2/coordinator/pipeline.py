@@ -35,7 +35,7 @@ class Patience:
 _PATIENCE = Patience()
 
 
-Renew = Callable[[ClusterError], StageGroup]
+RestartStages = Callable[[ClusterError], StageGroup]
 """Ends the stages that failed so and starts new ones, or raises what keeps it from that."""
 
 
@@ -78,14 +78,14 @@ class Coordinator:
         pace: MeasuredPace,
         patience: Patience = _PATIENCE,
         on_report: Callable[[StageReport], None] | None = None,
-        renew: Renew | None = None,
+        restart: RestartStages | None = None,
     ) -> None:
         self._group = group
         self._scheduler = scheduler
         self._pace = pace
         self._patience = patience
         self._on_report = on_report
-        self._renew = renew
+        self._restart = restart
         self._fault: ClusterError | None = None
         self._monitor = HealthMonitor(group)
         self._sent: dict[int, _Sent] = {}
@@ -96,7 +96,7 @@ class Coordinator:
     def run(self, *requests: Request, stopped: Callable[[], bool] = lambda: False) -> Generator[TokenEvent, None, None]:
         """Run ``requests``, and whatever was submitted before, to their end; tokens in the order they come.
 
-        After a fault it goes on over new stages, where ``renew`` has some: every running sequence is computed again
+        After a fault it goes on over new stages, where ``restart`` has some: every running sequence is computed again
         from its tokens, and no token comes twice. Closing the generator early cancels what is still running; so does
         ``stopped``, asked whenever a stage has finished a step.
 
@@ -116,24 +116,24 @@ class Coordinator:
     def _turn(self) -> list[TokenEvent]:
         """Send what can go, and wait until a stage has finished a step; the tokens that came with it."""
         if self._fault is not None:
-            self._go_on()
+            self._resume()
         try:
             self._send_plans()
             events = self._receive()
         except ClusterError as error:
-            if self._renew is None:
+            if self._restart is None:
                 raise
             self._fault = error
             self._sent.clear()
-            self._scheduler.start_over()
+            self._scheduler.reset()
             return []
         self._send_plans()  # before whoever takes the tokens has a chance to be slow
         return events
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
         """Take new stages in place of those that failed."""
-        assert self._renew is not None and self._fault is not None
-        self._group = self._renew(self._fault)
+        assert self._restart is not None and self._fault is not None
+        self._group = self._restart(self._fault)
         self._monitor = HealthMonitor(self._group)
         self._heard_at = time.monotonic()
         self._fault = None

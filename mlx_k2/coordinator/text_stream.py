@@ -6,7 +6,7 @@ from collections.abc import Sequence as Tokens
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-from mlx_k2.coordinator.pipeline import Coordinator, Patience, Renew, TokenEvent
+from mlx_k2.coordinator.pipeline import Coordinator, Patience, RestartStages, TokenEvent
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.sampling import SampledToken
@@ -78,13 +78,13 @@ def coordinate(
     prompts_first: bool = False,
     patience: Patience | None = None,
     on_report: Callable[[StageReport], None] | None = None,
-    renew: Renew | None = None,
+    restart: RestartStages | None = None,
 ) -> Coordinator:
     """A coordinator for stages that are ready; ``drafts`` lets a lone sequence's idle stages run guesses.
 
     ``prompts_first`` lets those who decode wait for prompts: more tokens a second in all.
 
-    After a fault it goes on over the stages that ``renew`` starts.
+    After a fault it goes on over the stages that ``restart`` starts.
     """
     shape = deployment.shape
     limits = SchedulerLimits(
@@ -92,7 +92,7 @@ def coordinate(
     )
     pace = MeasuredPace(deployment.costs)
     scheduler = Scheduler(limits, pace, drafts=drafts)
-    return Coordinator(deployment.group, scheduler, pace, patience or Patience(), on_report, renew)
+    return Coordinator(deployment.group, scheduler, pace, patience or Patience(), on_report, restart)
 
 
 def _nothing() -> tuple[int, ...]:

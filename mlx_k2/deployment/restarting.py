@@ -33,7 +33,7 @@ class Restart:
     wait_s: float
 
 
-class LastingDeployment:
+class RestartingDeployment:
     """A context: on entry the stages are ready as after ``deploy``, on exit none is left.
 
     ``limit`` is how many restarts in a row there may be, failed ones included; with 0 a fault is final. The wait
@@ -59,7 +59,7 @@ class LastingDeployment:
         self._stack = ExitStack()
         self._num_restarts = 0
 
-    def __enter__(self) -> "LastingDeployment":
+    def __enter__(self) -> "RestartingDeployment":
         try:
             self._start(self._model, self._watcher)
         except ClusterError as error:
@@ -77,7 +77,7 @@ class LastingDeployment:
     ) -> None:
         self._stack.close()
 
-    def renew(self, error: ClusterError, tell: Callable[[Restart], None]) -> StageGroup:
+    def restart(self, error: ClusterError, tell: Callable[[Restart], None]) -> StageGroup:
         """End the stages, one of which failed with ``error``, and start all of them again; ``tell`` hears of each try.
 
         Raises:

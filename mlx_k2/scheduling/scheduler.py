@@ -98,12 +98,12 @@ class Scheduler:
         self._retire()
         return takers
 
-    def start_over(self) -> None:
+    def reset(self) -> None:
         """The stages are new and know nothing: plan every running sequence again, from its first token."""
         self._in_flight.clear()
         self._slots.forget()
         for sequence in self._running:
-            sequence.start_over(self._next_number)
+            sequence.reset(self._next_number)
 
     def stop(self, sequence: Sequence, reason: FinishReason) -> None:
         """Stop a sequence that runs; what it has in flight comes back and is thrown away."""

@@ -78,7 +78,7 @@ class Sequence:
         drafted = self._drafts[: max(0, end - len(self.token_ids))]
         return tuple([*known, *drafted][-REPETITION_WINDOW:])
 
-    def start_over(self, next_plan: int) -> None:
+    def reset(self, next_plan: int) -> None:
         """Nothing of it is cached any more; ``next_plan`` is the number of the first plan that counts again."""
         self.shared = _NOTHING_SHARED
         self.num_planned = 0

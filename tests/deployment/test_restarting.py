@@ -13,7 +13,7 @@ import pytest
 from mlx_k2.coordinator.pipeline import Coordinator, TokenEvent
 from mlx_k2.coordinator.text_stream import coordinate
 from mlx_k2.deployment.listener import Watcher
-from mlx_k2.deployment.restarting import LastingDeployment, Restart
+from mlx_k2.deployment.restarting import Restart, RestartingDeployment
 from mlx_k2.errors import StageFault, StageStartError
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files
@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokens:
-    with lasting(model, tmp_path_factory.mktemp("undisturbed"), 1) as run:
+    with restarting(model, tmp_path_factory.mktemp("undisturbed"), 1) as run:
         return tokens_of(run)
 
 
@@ -38,22 +38,22 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokens
 class Run:
     """Stages that are started again after a fault, and what was said of each restart."""
 
-    deployment: LastingDeployment
+    deployment: RestartingDeployment
     coordinator: Coordinator
     restarts: list[Restart]
 
 
 @contextmanager
-def lasting(
+def restarting(
     model: Path, folder: Path, num_stages: int, limit: int = 5, watcher: Watcher | None = None
 ) -> Iterator[Run]:
     hosts = [marked_host(folder, rank, sys.executable) for rank in range(num_stages)]
     asked = replace(local_request(model, hosts), patience_s=1.5)
     description = describe_model(read_model_files(asked.source).files, str(model))
     restarts: list[Restart] = []
-    with LastingDeployment(asked, description, watcher or Watcher(), limit, first_wait_s=0.05) as deployment:
+    with RestartingDeployment(asked, description, watcher or Watcher(), limit, first_wait_s=0.05) as deployment:
         coordinator = coordinate(
-            deployment.deployment, drafts=True, renew=lambda error: deployment.renew(error, restarts.append)
+            deployment.deployment, drafts=True, restart=lambda error: deployment.restart(error, restarts.append)
         )
         yield Run(deployment, coordinator, restarts)
 
@@ -81,7 +81,7 @@ def test_two_streams_go_on_with_the_same_tokens_whichever_stage_is_killed_or_sto
         70: lambda: stage_process(2).kill(),
         100: lambda: stage_process(1).suspend(),
     }
-    with lasting(model, tmp_path, 3) as run:
+    with restarting(model, tmp_path, 3) as run:
         assert tokens_of(run, breaking) == undisturbed
     for rank, restart in enumerate(run.restarts[:3]):
         assert re.match(rf"stage {rank} on this machine \(.+\) ended with signal 9", restart.reason), restart.reason
@@ -94,7 +94,7 @@ def test_two_streams_go_on_with_the_same_tokens_whichever_stage_is_killed_or_sto
 
 def test_without_restarts_a_fault_is_final(model: Path, tmp_path: Path) -> None:
     with (
-        lasting(model, tmp_path, 2, limit=0) as run,
+        restarting(model, tmp_path, 2, limit=0) as run,
         pytest.raises(StageFault, match=r"stage 1 on this machine \(.+\) ended with signal 9"),
     ):
         tokens_of(run, {5: lambda: stage_process(1).kill()})
@@ -102,7 +102,7 @@ def test_without_restarts_a_fault_is_final(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_host_that_stays_away_ends_the_run_by_name_after_the_limit(model: Path, tmp_path: Path) -> None:
-    with lasting(model, tmp_path, 2, limit=2) as run:
+    with restarting(model, tmp_path, 2, limit=2) as run:
         events = run.coordinator.run(*ASKED)
         next(events)
         (tmp_path / "python-1").unlink()
@@ -131,7 +131,7 @@ def test_a_stage_killed_while_all_start_again_costs_one_more_restart_each_time(
     model: Path, tmp_path: Path, undisturbed: Tokens
 ) -> None:
     breaker = Breaker(["connecting", "loading"])
-    with lasting(model, tmp_path, 2, watcher=breaker) as run:
+    with restarting(model, tmp_path, 2, watcher=breaker) as run:
         breaker.is_armed = True
         assert tokens_of(run, {10: lambda: stage_process(0).kill()}) == undisturbed
     assert [restart.number for restart in run.restarts] == [1, 2, 3]
@@ -143,7 +143,7 @@ def test_a_stage_killed_while_all_start_again_costs_one_more_restart_each_time(
 def test_a_fault_after_the_last_token_is_mended_for_the_next_request_and_leaves_no_process(
     model: Path, tmp_path: Path, undisturbed: Tokens
 ) -> None:
-    with lasting(model, tmp_path, 2) as run:
+    with restarting(model, tmp_path, 2) as run:
         assert tokens_of(run) == undisturbed
         before = psutil.Process().children(recursive=True)
         stage_process(1).kill()

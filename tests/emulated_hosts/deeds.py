@@ -33,14 +33,14 @@ def kill(rank: int) -> Callable[[Scene, StreamsRun], float]:
     return break_it
 
 
-def kill_and_go_on(rank: int) -> Callable[[Scene, StreamsRun], float]:
+def kill_and_resume(rank: int) -> Callable[[Scene, StreamsRun], float]:
     """For a run that halts: kill the stage once it is there."""
 
     def break_it(scene: Scene, run: StreamsRun) -> float:
         stage = scene.stage(rank)
         began = time.monotonic()
         stage.kill()
-        run.go_on()
+        run.resume()
         return began
 
     return break_it
@@ -52,7 +52,7 @@ def kill_twice(rank: int, halted_in: str) -> Callable[[Scene, StreamsRun], float
     def break_it(scene: Scene, run: StreamsRun) -> float:
         scene.stage(0).kill()
         run.until(phase=halted_in, time=2)
-        return kill_and_go_on(rank)(scene, run)
+        return kill_and_resume(rank)(scene, run)
 
     return break_it
 
@@ -127,7 +127,7 @@ def no_memory(scene: Scene, run: StreamsRun) -> float:
     stage = scene.stage(MIDDLE)
     room = stage.memory_info().vms
     resource.prlimit(stage.pid, resource.RLIMIT_AS, (room, room))
-    run.go_on()
+    run.resume()
     return time.monotonic()
 
 
@@ -230,7 +230,7 @@ def stranger(scene: Scene, run: StreamsRun) -> float:
     peer = scene.hosts.exec(2, command)
     time.sleep(0.3)
     began = time.monotonic()
-    run.go_on()
+    run.resume()
     run.until(restart=...)
     peer.kill()
     peer.wait()
@@ -272,4 +272,4 @@ def second_run(scene: Scene, run: StreamsRun) -> None:
 def stop_and_kill_at_the_end(scene: Scene, run: StreamsRun) -> None:
     scene.stage(0).kill()
     scene.stage(MIDDLE).suspend()
-    run.go_on()
+    run.resume()

@@ -13,7 +13,7 @@ from tests.emulated_hosts.deeds import (
     jump,
     jumping_clock,
     kill,
-    kill_and_go_on,
+    kill_and_resume,
     kill_coordinator,
     kill_guard,
     kill_twice,
@@ -89,7 +89,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "stage killed at the very first start",
-        kill_and_go_on(1),
+        kill_and_resume(1),
         ENDED,
         (killed_in("starting"),),
         phase="starting",

@@ -58,7 +58,7 @@ class StreamsRun:
             self.lines.append(json.loads(data))
             self.times.append(came_at)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Let it go on where it halts."""
         assert self.process.stdin
         self.process.stdin.write(b"\n")

@@ -17,7 +17,7 @@ from mlx_k2.cluster.hostfile import read_hostfile
 from mlx_k2.coordinator.text_stream import coordinate
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import Watcher
-from mlx_k2.deployment.restarting import LastingDeployment, Restart
+from mlx_k2.deployment.restarting import Restart, RestartingDeployment
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import ClusterError
 from mlx_k2.weights.checkpoint import describe_model
@@ -88,8 +88,8 @@ def main(options: Options) -> int:
     model = describe_model(read_model_files(source).files, options.model)
     teller = Teller(options.halts)
     try:
-        with LastingDeployment(asked, model, teller, options.restarts, Path(options.log_dir)) as lasting:
-            run(lasting, teller)
+        with RestartingDeployment(asked, model, teller, options.restarts, Path(options.log_dir)) as restarting:
+            run(restarting, teller)
             teller.phase("stopping")
     except ClusterError as error:
         tell(error=str(error))
@@ -98,8 +98,8 @@ def main(options: Options) -> int:
     return 0
 
 
-def run(lasting: LastingDeployment, teller: Teller) -> None:
-    keep = lasting.on_report
+def run(restarting: RestartingDeployment, teller: Teller) -> None:
+    keep = restarting.on_report
     assert keep is not None
 
     def on_report(report: StageReport) -> None:
@@ -107,10 +107,10 @@ def run(lasting: LastingDeployment, teller: Teller) -> None:
         teller.step(report)
 
     coordinator = coordinate(
-        lasting.deployment,
+        restarting.deployment,
         drafts=True,
         on_report=on_report,
-        renew=lambda error: lasting.renew(error, told_restart),
+        restart=lambda error: restarting.restart(error, told_restart),
     )
     for count, event in enumerate(coordinator.run(*STREAMS)):
         assert event.token is not None

@@ -9,7 +9,7 @@ from rich.segment import Segment
 
 _FENCE = re.compile(r" {0,3}(```|~~~)")
 # A line that may belong to what is above the blank line before it: a list goes on, or a paragraph of its item.
-_MAY_GO_ON = re.compile(r"[\s\d*+-]")
+_MAY_CONTINUE = re.compile(r"[\s\d*+-]")
 _MARGIN_LINES = 2
 
 
@@ -57,7 +57,7 @@ def end_of_whole_blocks(text: str) -> int:
     for line in text.splitlines(keepends=True):
         if _FENCE.match(line):
             in_fence = not in_fence
-        elif not in_fence and after_blank and line.strip() and not _MAY_GO_ON.match(line):
+        elif not in_fence and after_blank and line.strip() and not _MAY_CONTINUE.match(line):
             end = position
         if _FENCE.match(line) and in_fence and after_blank:
             end = position
