@@ -23,7 +23,7 @@ from mlx_k2.cli.option_values import deployment_request, open_source
 from mlx_k2.cli.options import cluster_options, draft_option
 from mlx_k2.cli.trace import Trace
 from mlx_k2.deployment.deploy import Deployment, deploy
-from mlx_k2.deployment.dry_run import foresee
+from mlx_k2.deployment.dry_run import preview
 from mlx_k2.errors import RequestError
 
 _MOST_STREAMS = 64
@@ -85,7 +85,7 @@ def command(**options: Any) -> None:
     asked = replace(deployment_request(options), num_slots=max(options["streams"]))
     asked, model = open_source(asked)
     if model is not None:
-        check_workloads(workloads, foresee(asked, model)[0].context_tokens)
+        check_workloads(workloads, preview(asked, model)[0].context_tokens)
     with ConsoleWatcher(options["verbose"]) as watcher, deploy(asked, model, watcher) as deployment:
         check_workloads(workloads, deployment.shape.context_tokens)
         watcher.done()

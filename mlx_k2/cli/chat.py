@@ -41,7 +41,7 @@ from mlx_k2.cli.repl.usage_totals import Tally
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.text_stream import coordinate
 from mlx_k2.deployment.deployment_request import DeploymentRequest
-from mlx_k2.deployment.dry_run import foresee
+from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import ClusterError, RequestError
 from mlx_k2.weights.checkpoint import ModelDescription
@@ -79,7 +79,7 @@ def command(**options: Any) -> None:
         note(line)
     request, model = open_source(request)
     if model is not None:  # refuse what can be refused before anything is started
-        shape, _ = foresee(request, model)
+        shape, _ = preview(request, model)
         _check(options, model, shape.context_tokens)
     with ExitStack() as stack:
         screen = choose_screen(show_thinking=not options["hide_thinking"])

@@ -39,7 +39,7 @@ from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.pipeline import Coordinator
 from mlx_k2.coordinator.text_stream import AnswerSummary, coordinate, stream_answer, total
 from mlx_k2.deployment.deployment_request import DeploymentRequest
-from mlx_k2.deployment.dry_run import foresee
+from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import CheckpointError
 from mlx_k2.text.tokenizer import Tokenizer
@@ -104,13 +104,13 @@ def _dry_run(request: DeploymentRequest, model: ModelDescription | None) -> None
     if model is None:
         name = request.source.path_or_repo
         raise CheckpointError(f"{name} is not on this machine: give --model a folder here, or a repository on the Hub")
-    show_dry_run(model, *foresee(request, model))
+    show_dry_run(model, *preview(request, model))
 
 
 def _generate(options: dict[str, Any], request: DeploymentRequest, model: ModelDescription | None) -> None:
     text = prompt_text(options)
     if model is not None:  # refuse what can be refused before anything is started
-        shape, _ = foresee(request, model)
+        shape, _ = preview(request, model)
         read_prompt(options, text, Served(model, shape.context_tokens))
     with (
         opened_tools(options) as tools,

@@ -15,7 +15,7 @@ from mlx_k2.weights.model_source import is_repo, model_folder
 _IS_MAC = sys.platform == "darwin"
 
 
-def foresee(request: DeploymentRequest, model: ModelDescription) -> tuple[RunShape, tuple[StagePlan, ...]]:
+def preview(request: DeploymentRequest, model: ModelDescription) -> tuple[RunShape, tuple[StagePlan, ...]]:
     """What ``deploy`` would plan, as far as it can be known before any host is asked.
 
     Raises:
