@@ -7,7 +7,7 @@ from bench.checkpoints import CONTEXT_TOKENS
 from mlx_k2.cluster.hostfile import local_hostfile
 from mlx_k2.deployment.deploy import Deployment, deploy
 from mlx_k2.deployment.deployment_request import DeploymentRequest
-from mlx_k2.deployment.listener import Watcher
+from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.weights.checkpoint import describe_model, read_small_files
 from mlx_k2.weights.model_source import ModelSource
 
@@ -21,4 +21,4 @@ def local_deployment(folder: Path, num_stages: int, num_slots: int = 1) -> Abstr
     request = DeploymentRequest(
         local_hostfile(num_stages), source, split, CONTEXT_TOKENS, "float32", lease_s=20.0, num_slots=num_slots
     )
-    return deploy(request, model, Watcher())
+    return deploy(request, model, DeploymentListener())

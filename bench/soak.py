@@ -25,7 +25,7 @@ import psutil
 from bench.measure import save_rows
 from mlx_k2.coordinator.pipeline import TokenEvent
 from mlx_k2.coordinator.text_stream import coordinate
-from mlx_k2.deployment.listener import Watcher
+from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.restarting import Restart, RestartingDeployment
 from mlx_k2.scheduling.request import Request
 from mlx_k2.weights.checkpoint import describe_model
@@ -100,7 +100,7 @@ def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, 
     asked = replace(local_request(model, hosts), patience_s=PATIENCE_S)
     description = describe_model(read_model_files(asked.source).files, str(model))
     tally = Tally()
-    with RestartingDeployment(asked, description, Watcher(), NO_LIMIT, first_wait_s=0.0) as restarting:
+    with RestartingDeployment(asked, description, DeploymentListener(), NO_LIMIT, first_wait_s=0.0) as restarting:
         coordinator = coordinate(
             restarting.deployment, drafts=True, restart=lambda error: restarting.restart(error, tally.restarts.append)
         )

@@ -13,7 +13,7 @@ from mlx_k2.cluster.hostfile import Backend, Host, Hostfile
 from mlx_k2.coordinator.pipeline import Coordinator, Patience, TokenEvent
 from mlx_k2.deployment.deploy import Deployment, deploy
 from mlx_k2.deployment.deployment_request import DeploymentRequest
-from mlx_k2.deployment.listener import Watcher
+from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.protocol.messages import FromStage, LayerLoaded
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import Request
@@ -48,7 +48,7 @@ def request(num_prompt: int, max_tokens: int, seed: int = 1, temperature: float 
 
 
 @dataclass
-class LoadedNames(Watcher):
+class LoadedNames(DeploymentListener):
     """Keeps the names that each stage reports as loaded."""
 
     by_rank: dict[int, list[str]] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from mlx_k2 import __version__
 from mlx_k2.benchmark import Benchmark, Measured, Workload, check_workloads
-from mlx_k2.cli.console import ConsoleWatcher, console, note
+from mlx_k2.cli.console import ConsoleListener, console, note
 from mlx_k2.cli.option_values import deployment_request, open_source
 from mlx_k2.cli.options import cluster_options, draft_option
 from mlx_k2.cli.trace import Trace
@@ -86,9 +86,9 @@ def command(**options: Any) -> None:
     asked, model = open_source(asked)
     if model is not None:
         check_workloads(workloads, preview(asked, model)[0].context_tokens)
-    with ConsoleWatcher(options["verbose"]) as watcher, deploy(asked, model, watcher) as deployment:
+    with ConsoleListener(options["verbose"]) as listener, deploy(asked, model, listener) as deployment:
         check_workloads(workloads, deployment.shape.context_tokens)
-        watcher.done()
+        listener.done()
         if deployment.shape.num_slots < max(options["streams"]):
             note(f"memory holds {deployment.shape.num_slots} sequences at once; more streams take turns")
         trace = Trace([plan.host.ssh for plan in deployment.plans])

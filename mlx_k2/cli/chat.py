@@ -13,7 +13,7 @@ from mlx_k2 import __version__
 from mlx_k2.chat.chat_session import ChatSession, Toolkit
 from mlx_k2.chat.reply_source import StageReplies
 from mlx_k2.chat.tool_round import Tools
-from mlx_k2.cli.console import ConsoleWatcher, note, show_stage_use
+from mlx_k2.cli.console import ConsoleListener, note, show_stage_use
 from mlx_k2.cli.option_values import (
     Served,
     deployment_request,
@@ -87,10 +87,10 @@ def command(**options: Any) -> None:
         if options["transcript_path"] is not None:
             transcript = stack.enter_context(Transcript(Path(options["transcript_path"]), screen.note))
         tools = stack.enter_context(opened_tools(options))
-        watcher = stack.enter_context(ConsoleWatcher(options["verbose"]))
+        listener = stack.enter_context(ConsoleListener(options["verbose"]))
         kept = log_settings(options)
-        restarting = stack.enter_context(RestartingDeployment(request, model, watcher, options["restarts"], *kept))
-        watcher.hush()
+        restarting = stack.enter_context(RestartingDeployment(request, model, listener, options["restarts"], *kept))
+        listener.hush()
         _chat(options, request, restarting, screen, tools, transcript)
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mlx_k2.coordinator.pipeline import StageUse
 from mlx_k2.deployment.deploy import Deployment
-from mlx_k2.deployment.listener import Watcher
+from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import RunShape, StagePlan, quantization_notes
 from mlx_k2.deployment.restarting import Restart
 from mlx_k2.protocol.messages import DownloadProgress, FromStage, LayerLoaded
@@ -58,7 +58,7 @@ class _Load:
     held_bytes: int = 0
 
 
-class ConsoleWatcher(Watcher):
+class ConsoleListener(DeploymentListener):
     """Shows a deployment: a spinner for each phase, and a bar for each stage that loads. A context, to end both."""
 
     def __init__(self, verbose: bool) -> None:
@@ -76,7 +76,7 @@ class ConsoleWatcher(Watcher):
         self._tasks: list[TaskID] = []
         self._loads: list[_Load] = []
 
-    def __enter__(self) -> "ConsoleWatcher":
+    def __enter__(self) -> "ConsoleListener":
         return self
 
     def __exit__(

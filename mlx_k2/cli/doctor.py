@@ -8,7 +8,7 @@ import msgspec
 from rich.table import Table
 from rich.text import Text
 
-from mlx_k2.cli.console import ConsoleWatcher, console, note
+from mlx_k2.cli.console import ConsoleListener, console, note
 from mlx_k2.cli.option_values import deployment_request, open_source
 from mlx_k2.cli.options import cluster_options
 from mlx_k2.doctor.checks import Check, Verdict
@@ -35,8 +35,8 @@ def command(**options: Any) -> None:
     for line in request.hostfile.notes:
         note(line)
     request, model = open_source(request)
-    with ConsoleWatcher(options["verbose"]) as watcher:
-        checks = examine_cluster(request, model, watcher, deep=options["deep"])
+    with ConsoleListener(options["verbose"]) as listener:
+        checks = examine_cluster(request, model, listener, deep=options["deep"])
     if options["as_json"]:
         _print_json(checks)
     else:

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from mlx_k2.cli.console import ConsoleWatcher, note, show_plan
+from mlx_k2.cli.console import ConsoleListener, note, show_plan
 from mlx_k2.cli.option_values import deployment_request, open_source
 from mlx_k2.cli.options import cluster_options
 from mlx_k2.deployment.deploy import download
@@ -28,8 +28,8 @@ def command(**options: Any) -> None:
     if not is_repo(request.source):
         raise DownloadError("give --model a repository on the Hub, for instance --model moonshotai/Kimi-K2-Thinking")
     request, model = open_source(request)
-    with ConsoleWatcher(options["verbose"]) as watcher:
-        downloads = download(request, model, watcher)
+    with ConsoleListener(options["verbose"]) as listener:
+        downloads = download(request, model, listener)
     rows = [[str(len(plan.files)), str(len(done.fetched)), done.folder] for plan, done in downloads]
     show_plan([plan for plan, _ in downloads], rows, ("files", "fetched now", "folder"))
     note("every stage has its files")

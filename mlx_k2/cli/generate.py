@@ -10,7 +10,7 @@ from mlx_k2.chat.chat_events import Event
 from mlx_k2.chat.chat_session import ChatSession, Toolkit
 from mlx_k2.chat.reply_source import StageReplies
 from mlx_k2.chat.tool_round import Tools
-from mlx_k2.cli.console import ConsoleWatcher, note, show_dry_run
+from mlx_k2.cli.console import ConsoleListener, note, show_dry_run
 from mlx_k2.cli.generate_file import WANTED_SLOTS, check_options, generate_many
 from mlx_k2.cli.option_values import (
     Served,
@@ -114,15 +114,15 @@ def _generate(options: dict[str, Any], request: DeploymentRequest, model: ModelD
         read_prompt(options, text, Served(model, shape.context_tokens))
     with (
         opened_tools(options) as tools,
-        ConsoleWatcher(options["verbose"]) as watcher,
-        RestartingDeployment(request, model, watcher, options["restarts"], *log_settings(options)) as restarting,
+        ConsoleListener(options["verbose"]) as listener,
+        RestartingDeployment(request, model, listener, options["restarts"], *log_settings(options)) as restarting,
     ):
-        watcher.phase("reading the prompt")
-        _answer(restarting, text, tools, watcher, options)
+        listener.phase("reading the prompt")
+        _answer(restarting, text, tools, listener, options)
 
 
 def _answer(
-    restarting: RestartingDeployment, text: str, tools: Tools | None, watcher: ConsoleWatcher, options: dict[str, Any]
+    restarting: RestartingDeployment, text: str, tools: Tools | None, listener: ConsoleListener, options: dict[str, Any]
 ) -> None:
     deployment = restarting.deployment
     served = Served(deployment.model, deployment.shape.context_tokens)
@@ -135,7 +135,7 @@ def _answer(
             restart=lambda error: restarting.restart(error, output.restart),
         )
         for event in _events(coordinator, served, text, tools, output, options):
-            watcher.done()
+            listener.done()
             output.event(event)
             if isinstance(event, AnswerSummary):
                 summaries.append(event)

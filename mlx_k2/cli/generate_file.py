@@ -7,7 +7,7 @@ from typing import Any
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mlx_k2.cli.console import ConsoleWatcher, console, note, note_restart
+from mlx_k2.cli.console import ConsoleListener, console, note, note_restart
 from mlx_k2.cli.option_values import SAMPLING_NAMES, Served, base_seed, line_prompt, log_settings
 from mlx_k2.cli.prompt_files import PromptLine, ResultFile, line_seed, read_prompt_lines, run_digest
 from mlx_k2.coordinator.batch_results import Answer, answer_all
@@ -45,11 +45,11 @@ def generate_many(options: dict[str, Any], asked: DeploymentRequest, model: Mode
     if model is not None:
         _results(options, lines, model)
     with (
-        ConsoleWatcher(options["verbose"]) as watcher,
-        RestartingDeployment(asked, model, watcher, options["restarts"], *log_settings(options)) as restarting,
+        ConsoleListener(options["verbose"]) as listener,
+        RestartingDeployment(asked, model, listener, options["restarts"], *log_settings(options)) as restarting,
         _results(options, lines, restarting.deployment.model) as results,
     ):
-        watcher.done()
+        listener.done()
         num_failed = _answer_lines(options, restarting, lines, results)
     failed = f", {num_failed} of them failed" if num_failed else ""
     note(f"{len(lines)} results are in {options['out_path']}{failed}")

@@ -12,7 +12,7 @@ from mlx_k2.cluster.hostfile import Backend, Hostfile
 from mlx_k2.deployment import bring_up
 from mlx_k2.deployment.deployment_request import DeploymentRequest, source_on, stage_place
 from mlx_k2.deployment.dry_run import plan_for
-from mlx_k2.deployment.listener import Watcher
+from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import DTYPE_BYTES, HostMemory, RunShape, StagePlan, quantization_notes
 from mlx_k2.deployment.stage_costs import stage_cost
 from mlx_k2.errors import StageStartError
@@ -77,7 +77,9 @@ class Deployment(StartedStages):
 
 
 @contextmanager
-def deploy(request: DeploymentRequest, model: ModelDescription | None, watcher: Watcher) -> Iterator[Deployment]:
+def deploy(
+    request: DeploymentRequest, model: ModelDescription | None, listener: DeploymentListener
+) -> Iterator[Deployment]:
     """Start, connect and load every stage; on exit none is left.
 
     ``model`` None: it is not to be had on this machine, and stage 0 is asked for its small files.
@@ -86,51 +88,53 @@ def deploy(request: DeploymentRequest, model: ModelDescription | None, watcher: 
         SetupError, ClusterError: says which stage could not do what.
     """
     began = time.monotonic()
-    with _start(request, model, watcher) as started:
-        watcher.phase("connecting")
+    with _start(request, model, listener) as started:
+        listener.phase("connecting")
         _connect(started, request)
-        watcher.phase("loading")
-        loaded = _load(started, watcher.progress)
+        listener.phase("loading")
+        loaded = _load(started, listener.progress)
         for plan, answer in zip(started.plans, loaded, strict=True):
             for line in answer.notes:
-                watcher.notice(f"stage {plan.rank} on {started.group.host(plan.rank)}: {line}")
+                listener.notice(f"stage {plan.rank} on {started.group.host(plan.rank)}: {line}")
         yield Deployment(**vars(started), loaded=loaded, load_s=time.monotonic() - began)
 
 
 def download(
-    request: DeploymentRequest, model: ModelDescription | None, watcher: Watcher
+    request: DeploymentRequest, model: ModelDescription | None, listener: DeploymentListener
 ) -> tuple[tuple[StagePlan, ShardDownloaded], ...]:
     """Fetch each stage's files on its own host, all hosts at once; no stage loads anything.
 
     Raises:
         SetupError, ClusterError: says which stage could not do what.
     """
-    with _start(request, model, watcher) as started:
-        watcher.phase("downloading")
+    with _start(request, model, listener) as started:
+        listener.phase("downloading")
         messages = [
             DownloadShard(source_on(plan.host, request.source), plan.share.first_layer, plan.share.end_layer)
             for plan in started.plans
         ]
-        return tuple(zip(started.plans, bring_up.download(started.group, messages, watcher.progress), strict=True))
+        return tuple(zip(started.plans, bring_up.download(started.group, messages, listener.progress), strict=True))
 
 
 @contextmanager
-def _start(request: DeploymentRequest, model: ModelDescription | None, watcher: Watcher) -> Iterator[StartedStages]:
+def _start(
+    request: DeploymentRequest, model: ModelDescription | None, listener: DeploymentListener
+) -> Iterator[StartedStages]:
     """Start a stage on every host, and divide the layers by what the hosts say of themselves."""
     hosts = request.hostfile.hosts
     places = [stage_place(host) for host in hosts]
-    with StageGroup(places, request.lease_s, watcher.log, watcher.notice, request.patience_s) as group:
-        watcher.phase(f"starting {group.size} stages" if group.size > 1 else "starting the stage")
+    with StageGroup(places, request.lease_s, listener.log, listener.notice, request.patience_s) as group:
+        listener.phase(f"starting {group.size} stages" if group.size > 1 else "starting the stage")
         hellos = bring_up.greet(group, (__version__, version("mlx")))
         if model is None:
-            watcher.phase(f"asking {group.host(0)} for the model's config and tokenizer")
+            listener.phase(f"asking {group.host(0)} for the model's config and tokenizer")
             model = _fetch_description(group, source_on(hosts[0], request.source))
         gpus = [hello.working_set_bytes is not None for hello in hellos]
         memories = [HostMemory(hello.working_set_bytes, hello.memory_bytes) for hello in hellos]
         shape, plans = plan_for(request, model, memories, all_on_gpu=all(gpus))
-        watcher.planned(model, plans)
+        listener.planned(model, plans)
         for line in quantization_notes(model.config, shape.dense_bits):
-            watcher.notice(line)
+            listener.notice(line)
         yield StartedStages(group, model, shape, plans, hellos)
 
 

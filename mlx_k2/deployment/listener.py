@@ -7,7 +7,7 @@ from mlx_k2.protocol.messages import FromStage
 from mlx_k2.weights.checkpoint import ModelDescription
 
 
-class Watcher:
+class DeploymentListener:
     """Is told how a deployment comes along; this one says nothing."""
 
     def log(self, line: str) -> None:

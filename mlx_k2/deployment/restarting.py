@@ -9,7 +9,7 @@ from types import TracebackType
 
 from mlx_k2.deployment.deploy import Deployment, deploy
 from mlx_k2.deployment.deployment_request import DeploymentRequest
-from mlx_k2.deployment.listener import Watcher
+from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.run_log import RunLog
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import ClusterError
@@ -44,7 +44,7 @@ class RestartingDeployment:
         self,
         request: DeploymentRequest,
         model: ModelDescription | None,
-        watcher: Watcher,
+        listener: DeploymentListener,
         limit: int,
         log_dir: Path | None = None,
         log_tokens: bool = False,
@@ -52,8 +52,8 @@ class RestartingDeployment:
     ) -> None:
         self._request = request
         self._model = model
-        self._log = None if log_dir is None else RunLog(log_dir, watcher, log_tokens)
-        self._watcher = self._log or watcher
+        self._log = None if log_dir is None else RunLog(log_dir, listener, log_tokens)
+        self._listener = self._log or listener
         self._limit = limit
         self._first_wait_s = first_wait_s
         self._stack = ExitStack()
@@ -61,7 +61,7 @@ class RestartingDeployment:
 
     def __enter__(self) -> "RestartingDeployment":
         try:
-            self._start(self._model, self._watcher)
+            self._start(self._model, self._listener)
         except ClusterError as error:
             self._report(error, ())
             raise
@@ -94,7 +94,7 @@ class RestartingDeployment:
             status = ()
             time.sleep(wait_s)
             try:
-                self._start(self.deployment.model, _Again(self._watcher))
+                self._start(self.deployment.model, _Again(self._listener))
             except ClusterError as next_error:
                 error = next_error
             else:
@@ -111,24 +111,24 @@ class RestartingDeployment:
 
     def _report(self, error: ClusterError, status: Sequence[str]) -> None:
         if self._log is not None and (path := self._log.write_report(str(error), status)) is not None:
-            self._watcher.notice(f"a report is in {path}")
+            self._listener.notice(f"a report is in {path}")
 
-    def _start(self, model: ModelDescription | None, watcher: Watcher) -> None:
-        self.deployment: Deployment = self._stack.enter_context(deploy(self._request, model, watcher))
+    def _start(self, model: ModelDescription | None, listener: DeploymentListener) -> None:
+        self.deployment: Deployment = self._stack.enter_context(deploy(self._request, model, listener))
         self._ready_at = time.monotonic()
 
 
-class _Again(Watcher):
+class _Again(DeploymentListener):
     """Passes on what a restart has in common with the first start; the plan and the model are known by then."""
 
-    def __init__(self, watcher: Watcher) -> None:
-        self._watcher = watcher
+    def __init__(self, listener: DeploymentListener) -> None:
+        self._listener = listener
 
     def log(self, line: str) -> None:
-        self._watcher.log(line)
+        self._listener.log(line)
 
     def notice(self, line: str) -> None:
-        self._watcher.notice(line)
+        self._listener.notice(line)
 
     def phase(self, what: str) -> None:
-        self._watcher.phase(what)
+        self._listener.phase(what)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from mlx_k2.deployment.listener import Watcher
+from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import StagePlan
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.protocol.messages import FromStage
@@ -25,8 +25,8 @@ LAST_LINES = 200
 """Of each stage."""
 
 
-class RunLog(Watcher):
-    """Passes everything on to ``watcher``, and keeps it in ``folder``; a disk that is full stops nothing else.
+class RunLog(DeploymentListener):
+    """Passes everything on to ``listener``, and keeps it in ``folder``; a disk that is full stops nothing else.
 
     ``log_tokens`` keeps the token ids of prompts and answers, too.
 
@@ -34,10 +34,10 @@ class RunLog(Watcher):
         OSError: the folder cannot be made.
     """
 
-    def __init__(self, folder: Path, watcher: Watcher, log_tokens: bool = False) -> None:
+    def __init__(self, folder: Path, listener: DeploymentListener, log_tokens: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._watcher = watcher
+        self._listener = listener
         self._log_tokens = log_tokens
         self._is_refused = False
         self._num_reports = 0
@@ -49,7 +49,7 @@ class RunLog(Watcher):
 
     def log(self, line: str) -> None:
         """A line of a stage's stderr."""
-        self._watcher.log(line)
+        self._listener.log(line)
         stamped = f"{_now()} {line}"
         with self._lock:
             self._lines[line.partition("]")[0].strip("[")].append(stamped)
@@ -58,12 +58,12 @@ class RunLog(Watcher):
     def notice(self, line: str) -> None:
         """What takes long, or goes wrong, while the stages end."""
         self.log(f"[coordinator] {line}")
-        self._watcher.notice(line)
+        self._listener.notice(line)
 
     def phase(self, what: str) -> None:
         """The next thing that all stages do."""
         self.log(f"[coordinator] {what}")
-        self._watcher.phase(what)
+        self._listener.phase(what)
 
     def planned(self, model: ModelDescription, plans: Sequence[StagePlan]) -> None:
         """Which stage gets which layers."""
@@ -73,11 +73,11 @@ class RunLog(Watcher):
             f"{plan.needed_bytes / 1e9:.1f} GB"
             for plan in plans
         ]
-        self._watcher.planned(model, plans)
+        self._listener.planned(model, plans)
 
     def progress(self, rank: int, message: FromStage) -> None:
         """A stage's LayerLoaded."""
-        self._watcher.progress(rank, message)
+        self._listener.progress(rank, message)
 
     def step_done(self, report: StageReport) -> None:
         """A stage has finished a step."""
@@ -118,7 +118,7 @@ class RunLog(Watcher):
         try:
             path.write_text(text)
         except OSError as error:
-            self._watcher.notice(f"no report could be written: {path}: {error.strerror}")
+            self._listener.notice(f"no report could be written: {path}: {error.strerror}")
             with suppress(OSError):
                 path.unlink()
             return None
@@ -134,7 +134,7 @@ class RunLog(Watcher):
             self._is_refused = False
         except OSError as error:
             if not self._is_refused:
-                self._watcher.notice(f"the log cannot be kept: {path}: {error.strerror}; nothing else stops for that")
+                self._listener.notice(f"the log cannot be kept: {path}: {error.strerror}; nothing else stops for that")
             self._is_refused = True
 
 

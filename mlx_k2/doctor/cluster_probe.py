@@ -12,7 +12,7 @@ from mlx_k2.deployment import bring_up
 from mlx_k2.deployment.deploy import links, prepare
 from mlx_k2.deployment.deployment_request import DeploymentRequest, source_on, stage_place
 from mlx_k2.deployment.dry_run import plan_for
-from mlx_k2.deployment.listener import Watcher
+from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import HostMemory, StagePlan
 from mlx_k2.doctor.checks import (
     Answer,
@@ -57,7 +57,7 @@ Wanted = TypeVar("Wanted", bound=FromStage)
 
 
 def examine_cluster(
-    request: DeploymentRequest, model: ModelDescription | None, watcher: Watcher, *, deep: bool
+    request: DeploymentRequest, model: ModelDescription | None, listener: DeploymentListener, *, deep: bool
 ) -> tuple[Check, ...]:
     """Every check of every host and hop; a host that fails one is asked for the others as far as it can answer.
 
@@ -65,21 +65,21 @@ def examine_cluster(
     """
     hosts = request.hostfile.hosts
     places = [stage_place(host) for host in hosts]
-    with StageGroup(places, request.lease_s, watcher.log, watcher.notice, request.patience_s) as group:
-        round_ = _Round(request, group, watcher)
-        watcher.phase("asking the hosts")
+    with StageGroup(places, request.lease_s, listener.log, listener.notice, request.patience_s) as group:
+        round_ = _Round(request, group, listener)
+        listener.phase("asking the hosts")
         hellos = round_.collect(Hello, range(len(hosts)), bring_up.GREET_S, "ssh")
         plans = round_.plan(model, hellos)
         for rank in list(hellos):
             round_.ask_clock(rank)
-        watcher.phase("computing checksums" if deep else "looking at the hosts")
+        listener.phase("computing checksums" if deep else "looking at the hosts")
         facts = round_.examine(hellos, plans, deep=deep)
         for rank in facts:
             round_.judge(rank, hellos, facts[rank], plans)
         models = {hosts[rank].ssh: one.model for rank, one in facts.items() if one.model is not None}
         round_.checks += check_copies(models)
         if 1 < len(facts) == len(hosts):
-            watcher.phase("measuring the hops")
+            listener.phase("measuring the hops")
             round_.measure_hops()
         elif len(hosts) > 1:
             round_.checks.append(Check("all hosts", "hop", Verdict.WARNING, "not measured: not every host answered"))
@@ -89,11 +89,11 @@ def examine_cluster(
 class _Round:
     """The checks so far, and the stages that they are asked of."""
 
-    def __init__(self, request: DeploymentRequest, group: StageGroup, watcher: Watcher) -> None:
+    def __init__(self, request: DeploymentRequest, group: StageGroup, listener: DeploymentListener) -> None:
         self._request = request
         self._hosts = request.hostfile.hosts
         self._group = group
-        self._watcher = watcher
+        self._listener = listener
         self._ended: dict[int, str] = {}
         self.checks: list[Check] = []
 
@@ -120,7 +120,7 @@ class _Round:
                 answers[event.rank] = event.message
                 owing.discard(event.rank)
             elif isinstance(event.message, DownloadProgress):
-                self._watcher.progress(event.rank, event.message)
+                self._listener.progress(event.rank, event.message)
         return answers
 
     def plan(self, model: ModelDescription | None, hellos: Mapping[int, Hello]) -> Sequence[StagePlan]:
@@ -138,7 +138,7 @@ class _Round:
         except PartitionError as error:
             self.checks.append(Check("all hosts", "memory", Verdict.FAILURE, str(error)))
             return ()
-        self._watcher.planned(model, plans)
+        self._listener.planned(model, plans)
         return plans
 
     def ask_clock(self, rank: int) -> None:

@@ -49,17 +49,17 @@ class _Guard:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, _: self._reasons.put(f"{signal.Signals(number).name} on its host"))
         # Processes before threads, so that every fork is plain.
-        self._watcher = subprocess.Popen(
+        self._watchdog = subprocess.Popen(
             [sys.executable, "-m", "mlx_k2.guard.watchdog"], stdin=subprocess.PIPE, process_group=0
         )
         self._child = subprocess.Popen(
-            child_command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=self._watcher.pid
+            child_command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=self._watchdog.pid
         )
         if sys.platform == "darwin":
             caffeinate = ["/usr/bin/caffeinate", "-i", "-w", str(os.getpid())]
-            subprocess.Popen(caffeinate, stdin=subprocess.DEVNULL, process_group=self._watcher.pid)
-        assert self._watcher.stdin and self._child.stdin and self._child.stdout
-        os.set_blocking(self._watcher.stdin.fileno(), False)
+            subprocess.Popen(caffeinate, stdin=subprocess.DEVNULL, process_group=self._watchdog.pid)
+        assert self._watchdog.stdin and self._child.stdin and self._child.stdout
+        os.set_blocking(self._watchdog.stdin.fileno(), False)
         self._outward = FrameWriter(outward, "the coordinator")
         self._outward.put_raw(MARK)
         self._to_child = FrameWriter(self._child.stdin, "the stage")
@@ -73,8 +73,8 @@ class _Guard:
             self._end_child()
         returncode = self._child.poll()
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._watcher.pid, signal.SIGKILL)  # and with it whatever the stage had started
-        self._watcher.wait(KILLED_S)
+            os.killpg(self._watchdog.pid, signal.SIGKILL)  # and with it whatever the stage had started
+        self._watchdog.wait(KILLED_S)
         self._from_child.join(LAST_FRAMES_S)
         if reason is None:
             reason = self._pending_reason()  # what it had written was not a frame
@@ -89,7 +89,7 @@ class _Guard:
         """Why the stage must end; None: it has ended by itself."""
         silent_s = 0.0  # counted in our own turns, so that a sleeping machine is not a silent coordinator
         while self._child.poll() is None:
-            self._reassure_watcher()
+            self._feed_watchdog()
             with suppress(queue.Empty):
                 if (reason := self._reasons.get(timeout=TICK_S)) is not None:
                     return reason
@@ -125,16 +125,16 @@ class _Guard:
 
     def _child_ends_by(self, deadline: float) -> bool:
         while self._child.poll() is None and (left_s := deadline - time.monotonic()) > 0:
-            self._reassure_watcher()
+            self._feed_watchdog()
             with suppress(subprocess.TimeoutExpired):
                 self._child.wait(min(left_s, TICK_S))
         return self._child.poll() is not None
 
-    def _reassure_watcher(self) -> None:
+    def _feed_watchdog(self) -> None:
         watch = Watch(self._child.pid, kill_after_s(self._settings.held_bytes), self._settings.lease_s)
-        assert self._watcher.stdin
+        assert self._watchdog.stdin
         with suppress(OSError):  # it is full (the watcher was stopped) or closed (killed): its loss is not the stage's
-            os.write(self._watcher.stdin.fileno(), watch.to_line())
+            os.write(self._watchdog.stdin.fileno(), watch.to_line())
 
     # ---- on the reading threads
 

@@ -20,7 +20,7 @@ from mlx_k2.coordinator.pipeline import Coordinator
 from mlx_k2.coordinator.text_stream import AnswerSummary, Delta, coordinate
 from mlx_k2.deployment.deploy import deploy
 from mlx_k2.deployment.deployment_request import DeploymentRequest
-from mlx_k2.deployment.listener import Watcher
+from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason
@@ -86,7 +86,7 @@ def two_stages(path_or_repo: str) -> Iterator[Stages]:
     asked = DeploymentRequest(local_hostfile(2), source, None, None, None, lease_s=20.0, num_slots=2)
     model = describe_model(read_model_files(source).files, path_or_repo)
     computed = Computed()
-    with deploy(asked, model, Watcher()) as deployment:
+    with deploy(asked, model, DeploymentListener()) as deployment:
         coordinator = coordinate(deployment, drafts=True, on_report=computed.note)
         tokenizer = load_tokenizer(model.files, model.config.vocab_size)
         template = load_chat_template(model.files)

@@ -12,7 +12,7 @@ import pytest
 
 from mlx_k2.coordinator.pipeline import Coordinator, TokenEvent
 from mlx_k2.coordinator.text_stream import coordinate
-from mlx_k2.deployment.listener import Watcher
+from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.restarting import Restart, RestartingDeployment
 from mlx_k2.errors import StageFault, StageStartError
 from mlx_k2.weights.checkpoint import describe_model
@@ -45,13 +45,15 @@ class Run:
 
 @contextmanager
 def restarting(
-    model: Path, folder: Path, num_stages: int, limit: int = 5, watcher: Watcher | None = None
+    model: Path, folder: Path, num_stages: int, limit: int = 5, listener: DeploymentListener | None = None
 ) -> Iterator[Run]:
     hosts = [marked_host(folder, rank, sys.executable) for rank in range(num_stages)]
     asked = replace(local_request(model, hosts), patience_s=1.5)
     description = describe_model(read_model_files(asked.source).files, str(model))
     restarts: list[Restart] = []
-    with RestartingDeployment(asked, description, watcher or Watcher(), limit, first_wait_s=0.05) as deployment:
+    with RestartingDeployment(
+        asked, description, listener or DeploymentListener(), limit, first_wait_s=0.05
+    ) as deployment:
         coordinator = coordinate(
             deployment.deployment, drafts=True, restart=lambda error: deployment.restart(error, restarts.append)
         )
@@ -114,7 +116,7 @@ def test_a_host_that_stays_away_ends_the_run_by_name_after_the_limit(model: Path
 
 
 @dataclass
-class Breaker(Watcher):
+class Breaker(DeploymentListener):
     """Kills stage 1 in the next of these phases, once it is armed."""
 
     phases: list[str]
@@ -131,7 +133,7 @@ def test_a_stage_killed_while_all_start_again_costs_one_more_restart_each_time(
     model: Path, tmp_path: Path, undisturbed: Tokens
 ) -> None:
     breaker = Breaker(["connecting", "loading"])
-    with restarting(model, tmp_path, 2, watcher=breaker) as run:
+    with restarting(model, tmp_path, 2, listener=breaker) as run:
         breaker.is_armed = True
         assert tokens_of(run, {10: lambda: stage_process(0).kill()}) == undisturbed
     assert [restart.number for restart in run.restarts] == [1, 2, 3]

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from mlx_k2.deployment import run_log
-from mlx_k2.deployment.listener import Watcher
+from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.run_log import RunLog
 
 
 @dataclass
-class Told(Watcher):
+class Told(DeploymentListener):
     """Keeps what the user is told."""
 
     notices: list[str] = field(default_factory=list)
@@ -22,7 +22,7 @@ class Told(Watcher):
 
 def test_the_files_of_a_log_stay_within_twice_their_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_log, "MAX_FILE_BYTES", 1000)
-    log = RunLog(tmp_path, Watcher())
+    log = RunLog(tmp_path, DeploymentListener())
     for number in range(200):
         log.log(f"line {number}")
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 2 * 1100
@@ -43,7 +43,7 @@ def test_a_folder_that_is_gone_stops_nothing(tmp_path: Path) -> None:
 
 
 def test_a_report_has_the_tail_of_each_stages_log_and_no_other_report_replaces_it(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, Watcher())
+    log = RunLog(tmp_path, DeploymentListener())
     for rank, count in ((0, 3), (1, run_log.LAST_LINES + 50)):
         for number in range(count):
             log.log(f"[stage {rank} mac-{rank}] line {number}")

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_k2.deployment import bring_up
 from mlx_k2.deployment.deploy import deploy
-from mlx_k2.deployment.listener import Watcher
+from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.protocol.messages import FromStage, Load, Loaded
 from tests.local_cluster import local_host, local_request, write_model
@@ -15,7 +15,7 @@ from tests.local_cluster import local_host, local_request, write_model
 pytestmark = pytest.mark.timeout(60)
 
 
-class Notices(Watcher):
+class Notices(DeploymentListener):
     """Keeps them."""
 
     def __init__(self) -> None:
@@ -33,6 +33,6 @@ def test_a_stages_notes_are_shown_with_its_name(tmp_path: Path, monkeypatch: pyt
         return (Loaded(loaded.held_bytes, loaded.peak_bytes, loaded.cache_bytes_per_token, ("a kernel is not used",)),)
 
     monkeypatch.setattr(bring_up, "load", load_with_note)
-    watcher = Notices()
-    with deploy(local_request(write_model(tmp_path / "model"), [local_host()]), None, watcher):
-        assert watcher.lines == ["stage 0 on this machine: a kernel is not used"]
+    listener = Notices()
+    with deploy(local_request(write_model(tmp_path / "model"), [local_host()]), None, listener):
+        assert listener.lines == ["stage 0 on this machine: a kernel is not used"]

@@ -16,7 +16,7 @@ import msgspec
 from mlx_k2.cluster.hostfile import read_hostfile
 from mlx_k2.coordinator.text_stream import coordinate
 from mlx_k2.deployment.deployment_request import DeploymentRequest
-from mlx_k2.deployment.listener import Watcher
+from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.restarting import Restart, RestartingDeployment
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import ClusterError
@@ -41,7 +41,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     halts: dict[str, int] = {}
 
 
-class Teller(Watcher):
+class Teller(DeploymentListener):
     """Tells of phases, and halts."""
 
     def __init__(self, halts: dict[str, int]) -> None:

@@ -54,7 +54,7 @@ class GuardedStage:
         return next(process for process in self.descendants if "stage_programs.py" in " ".join(process.cmdline()))
 
     @property
-    def watcher(self) -> psutil.Process:
+    def watchdog(self) -> psutil.Process:
         return next(process for process in self.descendants if "mlx_k2.guard.watchdog" in process.cmdline())
 
     def write(self, kind: Kind, payload: bytes) -> None:
@@ -257,7 +257,7 @@ def test_a_stopped_stage_ends_within_its_time(start: Start) -> None:
 
 def test_a_killed_watcher_is_not_the_stages_end(start: Start) -> None:
     stage = start("echo")
-    stage.watcher.kill()
+    stage.watchdog.kill()
     stage.step(1)
     assert stage.read().kind is Kind.MESSAGE
     stage.close()
