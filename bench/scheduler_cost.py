@@ -20,7 +20,7 @@ from mlx_k2.scheduling.cost_model import StageCost
 from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.scheduling.step_policy import MeasuredPace
+from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
 from mlx_k2.weights.config_fields import thinking_config_fields
 
 STEPS = 300
@@ -47,8 +47,10 @@ def main() -> None:
 def step_cost_s(num_sequences: int, context: int) -> float:
     """The median over many steps of the decoding state."""
     config = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "Kimi K2 Thinking")
-    pace = MeasuredPace([StageCost(stage_sizes(config, *layers, 2), GPU_SPEED) for layers in ((0, 32), (32, 61))])
-    scheduler = Scheduler(SchedulerLimits(num_sequences, CONTEXT_TOKENS, 2048, 2, prompts_first=True), pace)
+    policy = AdaptiveStepPolicy(
+        [StageCost(stage_sizes(config, *layers, 2), GPU_SPEED) for layers in ((0, 32), (32, 61))]
+    )
+    scheduler = Scheduler(SchedulerLimits(num_sequences, CONTEXT_TOKENS, 2048, 2, prompts_first=True), policy)
     for index in range(num_sequences):
         scheduler.submit(Request((index, *range(context)), 2 * STEPS, Sampling(seed=0), frozenset()))
     times: list[float] = []
@@ -60,7 +62,7 @@ def step_cost_s(num_sequences: int, context: int) -> float:
             in_flight.append(microbatch)
         done = in_flight.pop(0)
         for rank in (0, 1):
-            pace.observe(rank, done.load, 0.05)
+            policy.observe(rank, done.load, 0.05)
         scheduler.complete(done.number, [1 for row in done.rows if row.needs_logits])
         if done.decodes:
             times.append(time.perf_counter() - began)

@@ -16,7 +16,7 @@ from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.cost_model import StageCost
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.scheduling.step_policy import MeasuredPace
+from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
 from mlx_k2.testing.sleeping_stages import SIZES, SPEED, STEP_S, SleepingStages
 
 TOKENS = 100
@@ -39,9 +39,9 @@ def ideal() -> float:
 def steps_per_s(num_stages: int, num_streams: int) -> float:
     """Steps a second, from when the pipeline is full until it begins to empty."""
     stages = SleepingStages(num_stages)
-    pace = MeasuredPace([StageCost(SIZES, SPEED)] * num_stages)
+    policy = AdaptiveStepPolicy([StageCost(SIZES, SPEED)] * num_stages)
     limits = SchedulerLimits(num_streams, TOKENS + 8, 8, num_stages)
-    scheduler = Scheduler(limits, pace)
+    scheduler = Scheduler(limits, policy)
     for index in range(num_streams):
         scheduler.submit(Request((index,), TOKENS, Sampling(seed=0), frozenset()))
     arrivals = []

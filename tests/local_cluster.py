@@ -18,7 +18,7 @@ from mlx_k2.protocol.messages import FromStage, LayerLoaded
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.scheduling.step_policy import MeasuredPace
+from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
 from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.tiny_config import tiny_config_fields
 from mlx_k2.testing.tiny_vocabulary import tiny_vocabulary
@@ -103,9 +103,9 @@ def local_cluster(
     names = LoadedNames()
     with deploy(asked, model, names) as deployment:
         limits = SchedulerLimits(deployment.shape.num_slots, CONTEXT_TOKENS, CHUNK_TOKENS, len(hosts))
-        pace = MeasuredPace(deployment.costs)
-        scheduler = Scheduler(limits, pace)
-        yield Cluster(deployment, Coordinator(deployment.group, scheduler, pace, patience or Patience()), names)
+        policy = AdaptiveStepPolicy(deployment.costs)
+        scheduler = Scheduler(limits, policy)
+        yield Cluster(deployment, Coordinator(deployment.group, scheduler, policy, patience or Patience()), names)
 
 
 def marked_host(folder: Path, rank: int, python: str) -> Host:

@@ -18,7 +18,7 @@ from mlx_k2.scheduling.microbatch import Microbatch, MicrobatchRow
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.scheduling.scheduler import Scheduler
 from mlx_k2.scheduling.sequence import Sequence
-from mlx_k2.scheduling.step_policy import MeasuredPace
+from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
 
 LIMIT_MARGIN_S = 10.0
 """What a stage's guard waits beyond the coordinator, which can say more of the cause."""
@@ -75,14 +75,14 @@ class Coordinator:
         self,
         group: StageGroup,
         scheduler: Scheduler,
-        pace: MeasuredPace,
+        policy: AdaptiveStepPolicy,
         patience: Patience = _PATIENCE,
         on_report: Callable[[StageReport], None] | None = None,
         restart: RestartStages | None = None,
     ) -> None:
         self._group = group
         self._scheduler = scheduler
-        self._pace = pace
+        self._policy = policy
         self._patience = patience
         self._on_report = on_report
         self._restart = restart
@@ -192,7 +192,7 @@ class Coordinator:
         use.send_s += done.send_s
         use.peak_bytes = done.peak_bytes
         if done.busy_s > 0:
-            self._pace.observe(rank, sent.microbatch.load, done.busy_s)
+            self._policy.observe(rank, sent.microbatch.load, done.busy_s)
         if self._on_report is not None:
             self._on_report(StageReport(rank, sent.microbatch, done, self._heard_at))
 
@@ -202,7 +202,7 @@ class Coordinator:
         return max(oldest.sent_at, self._heard_at) + self._allowed_s(oldest.microbatch)
 
     def _allowed_s(self, microbatch: Microbatch) -> float:
-        return self._patience.step_s + self._patience.times_expected * self._pace.through_s(microbatch.load)
+        return self._patience.step_s + self._patience.times_expected * self._policy.through_s(microbatch.load)
 
     def _describe_silence(self) -> str:
         number, oldest = next(iter(self._sent.items()))

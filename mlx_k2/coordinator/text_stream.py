@@ -13,7 +13,7 @@ from mlx_k2.sampling import SampledToken
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.sequence import Sequence
-from mlx_k2.scheduling.step_policy import MeasuredPace
+from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
 from mlx_k2.text.detokenizer import Detokenizer
 from mlx_k2.text.tokenizer import Tokenizer
 
@@ -90,9 +90,9 @@ def coordinate(
     limits = SchedulerLimits(
         shape.num_slots, shape.context_tokens, shape.chunk_tokens, deployment.group.size, prompts_first
     )
-    pace = MeasuredPace(deployment.costs)
-    scheduler = Scheduler(limits, pace, drafts=drafts)
-    return Coordinator(deployment.group, scheduler, pace, patience or Patience(), on_report, restart)
+    policy = AdaptiveStepPolicy(deployment.costs)
+    scheduler = Scheduler(limits, policy, drafts=drafts)
+    return Coordinator(deployment.group, scheduler, policy, patience or Patience(), on_report, restart)
 
 
 def _nothing() -> tuple[int, ...]:

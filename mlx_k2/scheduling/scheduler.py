@@ -15,7 +15,7 @@ from mlx_k2.scheduling.microbatch import Microbatch, MicrobatchRow
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.scheduling.sequence import Sequence
 from mlx_k2.scheduling.slots import SlotPool, common_prefix
-from mlx_k2.scheduling.step_policy import CHUNK_DELAY_STEPS, DecodeRound, Pace
+from mlx_k2.scheduling.step_policy import CHUNK_DELAY_STEPS, DecodeRound, StepPolicy
 
 _WORTH_WAITING = 32
 """So many tokens of a prompt must be about to be cached for a later prompt to wait for them."""
@@ -41,9 +41,9 @@ class SchedulerLimits:
 class Scheduler:
     """Sequences waiting, running and in flight."""
 
-    def __init__(self, limits: SchedulerLimits, pace: Pace, *, drafts: bool = False) -> None:
+    def __init__(self, limits: SchedulerLimits, policy: StepPolicy, *, drafts: bool = False) -> None:
         self._limits = limits
-        self._pace = pace
+        self._policy = policy
         self._drafts = drafts
         self._waiting: deque[Request] = deque()
         self._slots = SlotPool(limits.num_slots)
@@ -130,7 +130,7 @@ class Scheduler:
 
     def _decode_round(self, decoding: list[Sequence]) -> DecodeRound:
         mean_context = sum(len(sequence.token_ids) for sequence in decoding) // len(decoding)
-        return self._pace.decode_round(len(decoding), mean_context)
+        return self._policy.decode_round(len(decoding), mean_context)
 
     def _decode_rows(self, decoding: list[Sequence], turn: DecodeRound) -> list[MicrobatchRow]:
         """One microbatch's share of the sequences that have a token to plan, those that waited longest first."""
@@ -192,7 +192,9 @@ class Scheduler:
         if sequence.chunk_tokens is None:
             following = islice(self._waiting, self._slots.num_free)
             num_tokens = sequence.num_prompt_left + sum(len(request.prompt_ids) for request in following)
-            sequence.chunk_tokens = self._pace.chunk_tokens(sequence.num_planned, num_tokens, self._limits.chunk_tokens)
+            sequence.chunk_tokens = self._policy.chunk_tokens(
+                sequence.num_planned, num_tokens, self._limits.chunk_tokens
+            )
         return sequence.chunk_tokens
 
     def _beside_decoding(self, rows: list[MicrobatchRow], sequence: Sequence, turn: DecodeRound) -> int:
@@ -200,7 +202,7 @@ class Scheduler:
         per_round = max(turn.num_microbatches, self._limits.num_stages)
         limit_s = (1 + CHUNK_DELAY_STEPS) * turn.round_s / per_round
         load = sum((row.load for row in rows), StepLoad())
-        return self._pace.chunk_beside(load, sequence.num_planned, self._limits.chunk_tokens, limit_s)
+        return self._policy.chunk_beside(load, sequence.num_planned, self._limits.chunk_tokens, limit_s)
 
     def _send(self, rows: list[MicrobatchRow]) -> Microbatch:
         microbatch = Microbatch(self._next_number, tuple(rows))

@@ -17,7 +17,7 @@ _STEPS_A_FIT = 8
 _LONGEST_STEP_S = 1e9
 
 
-class SpeedMeter:
+class SpeedEstimator:
     """One stage's constants: ``expected`` at first, then more and more what its steps show."""
 
     def __init__(self, sizes: StageSizes, expected: StageSpeed) -> None:

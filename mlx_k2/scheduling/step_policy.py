@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mlx_k2.scheduling.cost_model import StageCost, StepLoad, pipeline_s, row_load
-from mlx_k2.scheduling.speed_estimator import SpeedMeter
+from mlx_k2.scheduling.speed_estimator import SpeedEstimator
 
 TURNAROUND_S = 0.001
 """From the last stage's token to the next plan on the first stage, hops included: measured 0.25 ms on one machine,
@@ -30,7 +30,7 @@ class DecodeRound:
     round_s: float
 
 
-class Pace(Protocol):
+class StepPolicy(Protocol):
     """What a scheduler asks about time."""
 
     def decode_round(self, num_sequences: int, mean_context: int) -> DecodeRound:
@@ -46,19 +46,21 @@ class Pace(Protocol):
         """A stage computed a step in so many seconds."""
 
 
-class MeasuredPace:
+class AdaptiveStepPolicy:
     """The choices for stages whose speeds are measured while they run."""
 
     def __init__(self, stages: Sequence[StageCost], turnaround_s: float = TURNAROUND_S) -> None:
         self._sizes = [stage.sizes for stage in stages]
-        self._meters = [SpeedMeter(stage.sizes, stage.speed) for stage in stages]
+        self._estimators = [SpeedEstimator(stage.sizes, stage.speed) for stage in stages]
         self._turnaround_s = turnaround_s
         self._rounds: dict[tuple[int, int], DecodeRound] = {}
 
     @property
     def stages(self) -> list[StageCost]:
         """The stages with their speeds as known now."""
-        return [StageCost(sizes, meter.speed) for sizes, meter in zip(self._sizes, self._meters, strict=True)]
+        return [
+            StageCost(sizes, estimator.speed) for sizes, estimator in zip(self._sizes, self._estimators, strict=True)
+        ]
 
     def decode_round(self, num_sequences: int, mean_context: int) -> DecodeRound:
         """How to divide sequences that decode."""
@@ -81,7 +83,7 @@ class MeasuredPace:
 
     def observe(self, rank: int, load: StepLoad, busy_s: float) -> None:
         """A stage computed a step in so many seconds."""
-        if self._meters[rank].observe(load, busy_s):
+        if self._estimators[rank].observe(load, busy_s):
             self._rounds.clear()
 
 

@@ -17,7 +17,7 @@ from mlx_k2.protocol.messages import decode_from_stage as decode
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.scheduling.step_policy import MeasuredPace
+from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
 from mlx_k2.weights.model_source import ModelSource
 from tests.launch.guarded import stand_in_python
 from tests.scheduling.simulation import k2_stages
@@ -76,10 +76,10 @@ def test_a_prompt_of_200_000_tokens_is_read_although_nobody_reads_for_a_while(
     readers: HeldReaders, tmp_path: Path
 ) -> None:
     limits = SchedulerLimits(1, 262_144, CHUNK_TOKENS, NUM_STAGES)
-    pace = MeasuredPace(k2_stages(NUM_STAGES))
+    policy = AdaptiveStepPolicy(k2_stages(NUM_STAGES))
     prompt = Request(tuple(range(PROMPT_TOKENS)), 3, Sampling(seed=0), frozenset())
     with connected_stages(tmp_path) as group:
-        coordinator = Coordinator(group, Scheduler(limits, pace), pace, on_report=lambda _: None)
+        coordinator = Coordinator(group, Scheduler(limits, policy), policy, on_report=lambda _: None)
         readers.hold()
         events = list(coordinator.run(prompt))
         assert [event.sequence.request for event in events] == [prompt] * 3

@@ -44,7 +44,7 @@ actions = st.lists(st.sampled_from(["submit", "send", "complete", "complete"]), 
 
 
 @dataclass(frozen=True)
-class FixedPace:
+class FixedStepPolicy:
     """Always the same choices."""
 
     num_microbatches: int
@@ -64,8 +64,8 @@ class FixedPace:
         """Nothing changes its mind."""
 
 
-paces = st.builds(FixedPace, st.integers(1, 4), st.integers(1, 12), st.integers(1, 12))
-WHOLE_CHUNKS = FixedPace(1, 1000, 1000)
+policies = st.builds(FixedStepPolicy, st.integers(1, 4), st.integers(1, 12), st.integers(1, 12))
+WHOLE_CHUNKS = FixedStepPolicy(1, 1000, 1000)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Run:
     """A scheduler at work. ``sent`` holds every row of every microbatch, ``most_in_flight`` the most at any time."""
 
     limits: SchedulerLimits
-    pace: FixedPace = WHOLE_CHUNKS
+    policy: FixedStepPolicy = WHOLE_CHUNKS
     drafts: bool = False
     vocabulary: int = STOP_ID + 1
     """Ids that can be drawn: 1 draws 0 only."""
@@ -93,7 +93,7 @@ class Run:
     _caches: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.limits, self.pace, drafts=self.drafts)
+        self.scheduler = Scheduler(self.limits, self.policy, drafts=self.drafts)
 
     def send(self) -> bool:
         """Send one microbatch, if there is one to send."""

@@ -14,7 +14,7 @@ from mlx_k2.scheduling.cost_model import StageCost, StageSizes, StageSpeed, Step
 from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.scheduling.step_policy import DecodeRound, MeasuredPace, Pace
+from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy, DecodeRound, StepPolicy
 from mlx_k2.weights.config_fields import thinking_config_fields
 
 SPEED = StageSpeed(fixed_s=0.003, bytes_per_s=0.7e12, operations_per_s=15e12)
@@ -39,7 +39,7 @@ class FixedChoices:
     """The model's pace, but for a number of microbatches and a chunk length that are given."""
 
     def __init__(self, stages: Sequence[StageCost], num_microbatches: int, chunk_tokens: int) -> None:
-        self._model = MeasuredPace(stages, TURNAROUND_S)
+        self._model = AdaptiveStepPolicy(stages, TURNAROUND_S)
         self._num_microbatches = num_microbatches
         self._chunk_tokens = chunk_tokens
 
@@ -68,7 +68,7 @@ class Simulation:
     """A scheduler over simulated stages. Times are seconds from the start."""
 
     stages: list[StageCost]
-    pace: Pace
+    policy: StepPolicy
     num_slots: int
     context_tokens: int = 70_000
     now_s: float = 0.0
@@ -77,7 +77,7 @@ class Simulation:
 
     def __post_init__(self) -> None:
         limits = SchedulerLimits(self.num_slots, self.context_tokens, LONGEST_CHUNK, len(self.stages))
-        self.scheduler = Scheduler(limits, self.pace)
+        self.scheduler = Scheduler(limits, self.policy)
         self._free_at = [0.0] * len(self.stages)
         self._in_flight: deque[tuple[float, Microbatch]] = deque()
 

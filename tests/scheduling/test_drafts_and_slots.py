@@ -9,7 +9,7 @@ from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import SchedulerLimits
 from mlx_k2.scheduling.sequence import Sequence
 from mlx_k2.scheduling.slots import SlotPool, common_prefix
-from tests.scheduling.fake_stages import FixedPace, Run, request
+from tests.scheduling.fake_stages import FixedStepPolicy, Run, request
 
 ids = st.lists(st.integers(0, 3), max_size=40)
 
@@ -45,7 +45,7 @@ def test_guesses_go_on_from_guesses() -> None:
 
 
 def test_as_many_plans_as_stages_are_in_flight_for_a_lone_text_that_repeats_itself() -> None:
-    run = Run(SchedulerLimits(1, 200, 16, 3), FixedPace(1, 16, 16), drafts=True, vocabulary=1)
+    run = Run(SchedulerLimits(1, 200, 16, 3), FixedStepPolicy(1, 16, 16), drafts=True, vocabulary=1)
     run.scheduler.submit(request(4, 60))
     run.finish()
     (sequence,) = run.sequences
@@ -110,7 +110,7 @@ def test_the_last_token_of_a_prompt_is_always_computed() -> None:
 
 
 def test_a_prompt_waits_for_a_long_beginning_that_another_is_about_to_compute() -> None:
-    run = Run(SchedulerLimits(2, 200, 200, 2), FixedPace(2, 200, 200), vocabulary=1)
+    run = Run(SchedulerLimits(2, 200, 200, 2), FixedStepPolicy(2, 200, 200), vocabulary=1)
     for last in (7, 8):
         run.scheduler.submit(Request((*range(60), last), 3, Sampling(seed=0), frozenset()))
     run.finish()

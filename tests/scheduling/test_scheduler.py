@@ -2,15 +2,15 @@
 
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.scheduling.scheduler import SchedulerLimits
-from tests.scheduling.fake_stages import STOP_ID, FixedPace, Run, request
+from tests.scheduling.fake_stages import STOP_ID, FixedStepPolicy, Run, request
 
 LIMITS = SchedulerLimits(num_slots=2, context_tokens=64, chunk_tokens=8, num_stages=2)
-PACE = FixedPace(num_microbatches=2, chunk=8, beside=6)
+POLICY = FixedStepPolicy(num_microbatches=2, chunk=8, beside=6)
 
 
 def run_of(*asked: tuple[int, int], limits: SchedulerLimits = LIMITS, vocabulary: int = 1) -> Run:
     """A run with these (prompt, max_tokens) requests submitted, no two of which begin alike."""
-    run = Run(limits, PACE, vocabulary=vocabulary)
+    run = Run(limits, POLICY, vocabulary=vocabulary)
     for index, (num_prompt, max_tokens) in enumerate(asked):
         run.scheduler.submit(request(num_prompt, max_tokens, first=1000 * index))
     return run
@@ -31,7 +31,7 @@ def test_a_long_prompt_does_not_delay_running_sequences() -> None:
     for _ in range(5):
         assert run.send()
         assert [sent.row.is_prompt for sent in run.sent[-1]] == [False, True]
-        assert len(run.sent[-1][1].row.token_ids) == PACE.beside
+        assert len(run.sent[-1][1].row.token_ids) == POLICY.beside
         run.complete()
 
 

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.scheduling.scheduler import SchedulerLimits
-from tests.scheduling.fake_stages import STOP_ID, FixedPace, Run, actions, limits, paces, requests
+from tests.scheduling.fake_stages import STOP_ID, FixedStepPolicy, Run, actions, limits, policies, requests
 
 
 @st.composite
 def finished_runs(sample: st.DrawFn) -> tuple[Run, Items[Request]]:
     """A run to its end, and what was asked, in the order of submission."""
     asked = sample(st.lists(requests, min_size=1, max_size=6))
-    run = Run(sample(limits), sample(paces), vocabulary=sample(st.integers(1, STOP_ID + 1)))
+    run = Run(sample(limits), sample(policies), vocabulary=sample(st.integers(1, STOP_ID + 1)))
     run.play(asked, sample(actions))
     return run, asked
 
@@ -84,27 +84,27 @@ def test_never_more_is_in_flight_than_allowed_and_generated_tokens_come_first(
         assert all(len(sent.row.token_ids) == 1 for sent in microbatch if not sent.row.is_prompt)
 
 
-@given(finished_runs(), limits, paces, st.booleans())
+@given(finished_runs(), limits, policies, st.booleans())
 def test_tokens_depend_on_their_sequence_alone_whatever_the_company_the_chunks_and_the_guesses(
-    played: tuple[Run, Items[Request]], bounds: SchedulerLimits, pace: FixedPace, drafts: bool
+    played: tuple[Run, Items[Request]], bounds: SchedulerLimits, policy: FixedStepPolicy, drafts: bool
 ) -> None:
     run, asked = played
     bounds = replace(bounds, context_tokens=run.limits.context_tokens)
     for request in asked:
-        alone = Run(bounds, pace, drafts, run.vocabulary)
+        alone = Run(bounds, policy, drafts, run.vocabulary)
         alone.play([request], [])
         (expected,) = alone.sequences
         (found,) = [sequence for sequence in run.sequences if sequence.request is request]
         assert (found.token_ids, found.finish_reason) == (expected.token_ids, expected.finish_reason)
 
 
-@given(st.lists(requests, min_size=1, max_size=4), limits, paces, actions, st.integers(1, 4))
+@given(st.lists(requests, min_size=1, max_size=4), limits, policies, actions, st.integers(1, 4))
 def test_guesses_change_nothing_but_the_plans(
-    asked: Items[Request], bounds: SchedulerLimits, pace: FixedPace, order: Items[str], vocabulary: int
+    asked: Items[Request], bounds: SchedulerLimits, policy: FixedStepPolicy, order: Items[str], vocabulary: int
 ) -> None:
     answers = []
     for drafts in (False, True):
-        run = Run(bounds, pace, drafts, vocabulary)
+        run = Run(bounds, policy, drafts, vocabulary)
         run.play(asked, order)
         assert run.most_in_flight <= bounds.max_in_flight
         answers.append({id(sequence.request): sequence.token_ids for sequence in run.sequences})

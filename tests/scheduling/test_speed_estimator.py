@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_k2.scheduling.cost_model import StageCost, StageSpeed, StepLoad, row_load
-from mlx_k2.scheduling.speed_estimator import SpeedMeter
+from mlx_k2.scheduling.speed_estimator import SpeedEstimator
 from tests.scheduling.simulation import k2_sizes
 
 SIZES = k2_sizes(2)[0]
@@ -17,12 +17,12 @@ LOADS = [
 
 
 def measured(true: StageSpeed, loads: list[StepLoad], noise: float = 0.0) -> StageCost:
-    meter = SpeedMeter(SIZES, EXPECTED)
+    estimator = SpeedEstimator(SIZES, EXPECTED)
     truth = StageCost(SIZES, true)
     for index in range(64):
         load = loads[index % len(loads)]
-        meter.observe(load, truth.step_s(load) * (1 + noise * (-1) ** index))
-    return StageCost(SIZES, meter.speed)
+        estimator.observe(load, truth.step_s(load) * (1 + noise * (-1) ** index))
+    return StageCost(SIZES, estimator.speed)
 
 
 @given(st.floats(0.0, 0.02), st.floats(50e9, 2e12), st.floats(1e12, 60e12), st.floats(0, 0.1))
@@ -43,4 +43,4 @@ def test_steps_that_are_all_alike_are_told_as_long_as_they_are(factor: float) ->
 
 
 def test_nothing_measured_is_what_was_expected() -> None:
-    assert SpeedMeter(SIZES, EXPECTED).speed == EXPECTED
+    assert SpeedEstimator(SIZES, EXPECTED).speed == EXPECTED

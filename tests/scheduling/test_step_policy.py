@@ -7,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_k2.scheduling.cost_model import StageCost, StageSpeed, row_load
-from mlx_k2.scheduling.step_policy import CHUNK_DELAY_STEPS, MeasuredPace, best_round, largest_chunk_within, prefill_s
+from mlx_k2.scheduling.step_policy import (
+    CHUNK_DELAY_STEPS,
+    AdaptiveStepPolicy,
+    best_round,
+    largest_chunk_within,
+    prefill_s,
+)
 from tests.examples import at_least
 from tests.scheduling.simulation import LONGEST_CHUNK, TURNAROUND_S, FixedChoices, Simulation, k2_stages, request
 
@@ -17,9 +23,11 @@ TOKENS = 40
 CLOSE = 1.05
 
 
-def decode_s(pace: MeasuredPace | FixedChoices, stages: list[StageCost], num_streams: int, num_prompt: int) -> float:
+def decode_s(
+    policy: AdaptiveStepPolicy | FixedChoices, stages: list[StageCost], num_streams: int, num_prompt: int
+) -> float:
     """From the time when all streams decode to the end, for each token of each stream."""
-    simulation = Simulation(stages, pace, num_streams)
+    simulation = Simulation(stages, policy, num_streams)
     asked = [request(num_prompt, TOKENS + 20 * num_streams, seed, alike=True) for seed in range(num_streams)]
     simulation.run(*asked)  # the first prompt is computed, the others share it
     times = list(simulation.token_times.values())
@@ -31,7 +39,7 @@ def decode_s(pace: MeasuredPace | FixedChoices, stages: list[StageCost], num_str
 @pytest.mark.parametrize("num_prompt", [512, 8192, 65536])
 def test_decoding_is_within_5_percent_of_the_best_number_of_microbatches(num_streams: int, num_prompt: int) -> None:
     stages = k2_stages()
-    chosen = decode_s(MeasuredPace(stages, TURNAROUND_S), stages, num_streams, num_prompt)
+    chosen = decode_s(AdaptiveStepPolicy(stages, TURNAROUND_S), stages, num_streams, num_prompt)
     others = [
         decode_s(FixedChoices(stages, count, 2048), stages, num_streams, num_prompt)
         for count in range(1, min(num_streams, 4) + 1)
@@ -42,7 +50,7 @@ def test_decoding_is_within_5_percent_of_the_best_number_of_microbatches(num_str
 @pytest.mark.parametrize("num_prompt", PROMPTS)
 def test_a_prompt_is_within_5_percent_of_the_best_chunk_length(num_prompt: int) -> None:
     stages = k2_stages()
-    simulation = Simulation(stages, MeasuredPace(stages, TURNAROUND_S), 1)
+    simulation = Simulation(stages, AdaptiveStepPolicy(stages, TURNAROUND_S), 1)
     simulation.run(request(num_prompt, 1))
     step = max(1, num_prompt // 512)
     lengths = range(step, min(num_prompt, LONGEST_CHUNK) + 1, step)
@@ -113,7 +121,7 @@ def test_a_chunk_beside_those_who_decode_is_as_long_as_the_time_allows_and_no_lo
 @pytest.mark.parametrize("num_streams", [1, 2, 4, 8])
 def test_a_long_prompt_delays_those_who_decode_by_at_most_four_of_their_steps(num_streams: int) -> None:
     stages = k2_stages()
-    simulation = Simulation(stages, MeasuredPace(stages, TURNAROUND_S), num_streams + 1)
+    simulation = Simulation(stages, AdaptiveStepPolicy(stages, TURNAROUND_S), num_streams + 1)
     asked = [request(64, 400, seed) for seed in range(num_streams)]
     simulation.run(*asked, until_s=6.0)
     alone_s = max(largest_gap(times[5:]) for times in simulation.token_times.values())

@@ -16,7 +16,7 @@ from mlx_k2.scheduling.microbatch import MicrobatchRow
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from tests.model.checkpoints import Checkpoint, make_checkpoints
-from tests.scheduling.fake_stages import FixedPace
+from tests.scheduling.fake_stages import FixedStepPolicy
 from tests.stage.pipeline import Pipeline
 
 NUM_SEQUENCES = 80
@@ -85,8 +85,8 @@ def alone(checkpoint: Checkpoint) -> list[Tokens]:
     """One stage, one sequence after the other, whole prompts, nothing shared, no guesses."""
     pipeline = Pipeline(checkpoint("thinking"), 1)
     limits = SchedulerLimits(1, CONTEXT_TOKENS, CONTEXT_TOKENS, 1)
-    pace = FixedPace(1, CONTEXT_TOKENS, CONTEXT_TOKENS)
-    return [run(pipeline, Scheduler(limits, pace), [request])[0] for request in requests()]
+    policy = FixedStepPolicy(1, CONTEXT_TOKENS, CONTEXT_TOKENS)
+    return [run(pipeline, Scheduler(limits, policy), [request])[0] for request in requests()]
 
 
 @pytest.mark.parametrize(
@@ -104,5 +104,5 @@ def test_every_sequence_gets_the_same_bits_in_any_company_chunks_stages_and_with
 ) -> None:
     pipeline = Pipeline(checkpoint("thinking"), num_stages)
     limits = SchedulerLimits(num_slots, CONTEXT_TOKENS, chunk_tokens, num_stages)
-    scheduler = Scheduler(limits, FixedPace(2, chunk_tokens, max(1, chunk_tokens // 4)), drafts=drafts)
+    scheduler = Scheduler(limits, FixedStepPolicy(2, chunk_tokens, max(1, chunk_tokens // 4)), drafts=drafts)
     assert run(pipeline, scheduler, requests()) == alone
