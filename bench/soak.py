@@ -33,7 +33,7 @@ from mlx_k2.weights.model_files import read_model_files
 from tests.local_cluster import is_running, local_request, marked_host, request, stage_process, write_model
 
 NUM_STAGES = 3
-PATIENCE_S = 2.0
+STALL_TIMEOUT_S = 2.0
 NO_LIMIT = 10**9
 MUST_NOT_GROW = ("descriptors", "threads", "temporary")
 ROUND = tuple(request(length, 40, seed=length) for length in (3, 150, 40, 8, 90))
@@ -97,7 +97,7 @@ def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, 
     """Run rounds of streams until the time is over, or so many restarts were seen."""
     model = write_model(folder / "model")
     hosts = [marked_host(folder, rank, sys.executable) for rank in range(NUM_STAGES)]
-    asked = replace(local_request(model, hosts), patience_s=PATIENCE_S)
+    asked = replace(local_request(model, hosts), stall_timeout_s=STALL_TIMEOUT_S)
     description = describe_model(read_model_files(asked.source).files, str(model))
     tally = Tally()
     with RestartingDeployment(asked, description, DeploymentListener(), NO_LIMIT, first_wait_s=0.0) as restarting:

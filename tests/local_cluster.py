@@ -10,7 +10,7 @@ import msgspec
 import psutil
 
 from mlx_k2.cluster.hostfile import Backend, Host, Hostfile
-from mlx_k2.coordinator.pipeline import Coordinator, Patience, TokenEvent
+from mlx_k2.coordinator.pipeline import Coordinator, StepTimeout, TokenEvent
 from mlx_k2.deployment.deploy import Deployment, deploy
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener
@@ -95,17 +95,19 @@ def local_host() -> Host:
 
 @contextmanager
 def local_cluster(
-    folder: Path, hosts: Sequence[Host], patience: Patience | None = None, patience_s: float = 8.0
+    folder: Path, hosts: Sequence[Host], step_timeout: StepTimeout | None = None, stall_timeout_s: float = 8.0
 ) -> Iterator[Cluster]:
     """Real stages on this machine, ready for requests; ``hosts`` as in a hostfile."""
-    asked = replace(local_request(folder, hosts), patience_s=patience_s)
+    asked = replace(local_request(folder, hosts), stall_timeout_s=stall_timeout_s)
     model = describe_model(read_model_files(asked.source).files, str(folder))
     names = LoadedNames()
     with deploy(asked, model, names) as deployment:
         limits = SchedulerLimits(deployment.shape.num_slots, CONTEXT_TOKENS, CHUNK_TOKENS, len(hosts))
         policy = AdaptiveStepPolicy(deployment.costs)
         scheduler = Scheduler(limits, policy)
-        yield Cluster(deployment, Coordinator(deployment.group, scheduler, policy, patience or Patience()), names)
+        yield Cluster(
+            deployment, Coordinator(deployment.group, scheduler, policy, step_timeout or StepTimeout()), names
+        )
 
 
 def marked_host(folder: Path, rank: int, python: str) -> Host:

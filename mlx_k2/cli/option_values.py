@@ -45,7 +45,7 @@ def deployment_request(options: Mapping[str, Any]) -> DeploymentRequest:
         context_tokens=options["context_tokens"],
         dtype=options["dtype"],
         lease_s=options["lease_s"],
-        patience_s=options["patience_s"],
+        stall_timeout_s=options["stall_timeout_s"],
         dense_bits=options["dense_bits"],
     )
 

@@ -54,8 +54,8 @@ _CLUSTER = (
         help="How long a stage lives without a word from this command, 2 to 3600.  [default: 20]",
     ),
     click.option(
-        "--patience",
-        "patience_s",
+        "--stall-timeout",
+        "stall_timeout_s",
         type=click.FloatRange(1, 3600),
         default=7.0,
         metavar="SECONDS",

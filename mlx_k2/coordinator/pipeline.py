@@ -25,14 +25,14 @@ LIMIT_MARGIN_S = 10.0
 
 
 @dataclass(frozen=True)
-class Patience:
+class StepTimeout:
     """How long the stages may take to finish a step, or to get on with it: ``step_s``, and so often what it should."""
 
     step_s: float = 60.0
     times_expected: float = 20.0
 
 
-_PATIENCE = Patience()
+_STEP_TIMEOUT = StepTimeout()
 
 
 RestartStages = Callable[[ClusterError], StageGroup]
@@ -76,14 +76,14 @@ class Coordinator:
         group: StageGroup,
         scheduler: Scheduler,
         policy: AdaptiveStepPolicy,
-        patience: Patience = _PATIENCE,
+        step_timeout: StepTimeout = _STEP_TIMEOUT,
         on_report: Callable[[StageReport], None] | None = None,
         restart: RestartStages | None = None,
     ) -> None:
         self._group = group
         self._scheduler = scheduler
         self._policy = policy
-        self._patience = patience
+        self._step_timeout = step_timeout
         self._on_report = on_report
         self._restart = restart
         self._fault: ClusterError | None = None
@@ -202,7 +202,7 @@ class Coordinator:
         return max(oldest.sent_at, self._heard_at) + self._allowed_s(oldest.microbatch)
 
     def _allowed_s(self, microbatch: Microbatch) -> float:
-        return self._patience.step_s + self._patience.times_expected * self._policy.through_s(microbatch.load)
+        return self._step_timeout.step_s + self._step_timeout.times_expected * self._policy.through_s(microbatch.load)
 
     def _describe_silence(self) -> str:
         number, oldest = next(iter(self._sent.items()))

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Tokens
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-from mlx_k2.coordinator.pipeline import Coordinator, Patience, RestartStages, TokenEvent
+from mlx_k2.coordinator.pipeline import Coordinator, RestartStages, StepTimeout, TokenEvent
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.sampling import SampledToken
@@ -76,7 +76,7 @@ def coordinate(
     *,
     drafts: bool,
     prompts_first: bool = False,
-    patience: Patience | None = None,
+    step_timeout: StepTimeout | None = None,
     on_report: Callable[[StageReport], None] | None = None,
     restart: RestartStages | None = None,
 ) -> Coordinator:
@@ -92,7 +92,7 @@ def coordinate(
     )
     policy = AdaptiveStepPolicy(deployment.costs)
     scheduler = Scheduler(limits, policy, drafts=drafts)
-    return Coordinator(deployment.group, scheduler, policy, patience or Patience(), on_report, restart)
+    return Coordinator(deployment.group, scheduler, policy, step_timeout or StepTimeout(), on_report, restart)
 
 
 def _nothing() -> tuple[int, ...]:

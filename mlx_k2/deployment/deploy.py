@@ -123,7 +123,7 @@ def _start(
     """Start a stage on every host, and divide the layers by what the hosts say of themselves."""
     hosts = request.hostfile.hosts
     places = [stage_place(host) for host in hosts]
-    with StageGroup(places, request.lease_s, listener.log, listener.notice, request.patience_s) as group:
+    with StageGroup(places, request.lease_s, listener.log, listener.notice, request.stall_timeout_s) as group:
         listener.phase(f"starting {group.size} stages" if group.size > 1 else "starting the stage")
         hellos = bring_up.greet(group, (__version__, version("mlx")))
         if model is None:

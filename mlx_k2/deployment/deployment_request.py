@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mlx_k2.cluster.hostfile import Host, Hostfile
-from mlx_k2.launch.group import PATIENCE_S
+from mlx_k2.launch.group import STALL_TIMEOUT_S
 from mlx_k2.launch.stage_location import StagePlace
 from mlx_k2.weights.model_source import ModelSource
 
@@ -18,7 +18,7 @@ class DeploymentRequest:
     context_tokens: int | None
     dtype: str | None
     lease_s: float
-    patience_s: float = PATIENCE_S
+    stall_timeout_s: float = STALL_TIMEOUT_S
     """How long a stopped stage, a silent host or a stuck hop is waited for."""
     num_slots: int = 1
     """How many sequences may run at once; fewer do where the caches of so many do not fit."""

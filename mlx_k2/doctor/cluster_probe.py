@@ -65,7 +65,7 @@ def examine_cluster(
     """
     hosts = request.hostfile.hosts
     places = [stage_place(host) for host in hosts]
-    with StageGroup(places, request.lease_s, listener.log, listener.notice, request.patience_s) as group:
+    with StageGroup(places, request.lease_s, listener.log, listener.notice, request.stall_timeout_s) as group:
         round_ = _Round(request, group, listener)
         listener.phase("asking the hosts")
         hellos = round_.collect(Hello, range(len(hosts)), bring_up.GREET_S, "ssh")

@@ -18,7 +18,7 @@ HEARTBEAT_S = 1.0
 SAY_AFTER_S = 1.0
 GUARD_MARGIN_S = 2.0
 """What the guard and ssh may take beyond the time that the guard gives the stage."""
-PATIENCE_S = 7.0
+STALL_TIMEOUT_S = 7.0
 """Above ssh's own 6 s: it says more of a lost connection. A hop's last 6 MB arrive in it at 6 Mbit/s."""
 TERM_S = 2.0
 KILL_S = 2.0
@@ -37,9 +37,9 @@ class StageGroup:
         lease_s: float,
         log: Callable[[str], None],
         say: Callable[[str], None] | None = None,
-        patience_s: float = PATIENCE_S,
+        stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
-        self.patience_s = patience_s
+        self.stall_timeout_s = stall_timeout_s
         """How long a stopped stage, a silent host or a stuck hop is waited for."""
         self._places = tuple(places)
         self._settings = GuardSettings(lease_s=lease_s)
@@ -113,11 +113,11 @@ class StageGroup:
         for stage in self._stages:
             stage.close()
         if not self._wait(SAY_AFTER_S):
-            patience_s = max(kill_after_s(stage.held_bytes) for stage in self._stages) + GUARD_MARGIN_S
+            timeout_s = max(kill_after_s(stage.held_bytes) for stage in self._stages) + GUARD_MARGIN_S
             for stage in self._running():
                 held = f", which holds {stage.held_bytes / 1e9:.1f} GB" if stage.held_bytes else ""
-                say(f"waiting for stage {stage.rank} on {stage.place.host}{held}, at most {patience_s:.0f} s")
-            self._wait(patience_s - SAY_AFTER_S)
+                say(f"waiting for stage {stage.rank} on {stage.place.host}{held}, at most {timeout_s:.0f} s")
+            self._wait(timeout_s - SAY_AFTER_S)
         for number, wait_s in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, KILL_S)):
             for stage in self._running():
                 say(f"stage {stage.rank} on {stage.place.host} has not ended: sending {number.name}")

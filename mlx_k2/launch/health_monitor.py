@@ -26,11 +26,11 @@ class _WaitingHop:
 
 
 class HealthMonitor:
-    """Over one group, whose ``patience_s`` is how long a stop, a silence or a waiting hop may last."""
+    """Over one group, whose ``stall_timeout_s`` is how long a stop, a silence or a waiting hop may last."""
 
     def __init__(self, group: StageGroup) -> None:
         self._group = group
-        self._patience_s = group.patience_s
+        self._stall_timeout_s = group.stall_timeout_s
         self._hops: dict[int, _WaitingHop] = {}
         self._looked_at = self._judge_from = time.monotonic()
 
@@ -77,14 +77,14 @@ class HealthMonitor:
     def _trouble(self, now: float) -> str | None:
         statuses = [self._group.status(rank) for rank in range(self._group.size)]
         for rank, status in enumerate(statuses):
-            if self._group.has_come_up(rank) and self._group.silence_s(rank) > self._patience_s + HEARTBEAT_S:
+            if self._group.has_come_up(rank) and self._group.silence_s(rank) > self._stall_timeout_s + HEARTBEAT_S:
                 return f"{self.describe(rank)} cannot be heard: its host is off, asleep or unreachable"
-            if status.stopped_s > self._patience_s:
+            if status.stopped_s > self._stall_timeout_s:
                 return f"{self.describe(rank)} is stopped: its process was suspended {status.stopped_s:.0f} s ago"
         for rank in range(1, len(statuses)):
             if statuses[rank].stopped_s:
                 continue  # that is why it waits; its own patience is not over yet
-            if self._hop_waits_s(rank, statuses[rank - 1], statuses[rank], now) > self._patience_s:
+            if self._hop_waits_s(rank, statuses[rank - 1], statuses[rank], now) > self._stall_timeout_s:
                 return (
                     f"{self.describe(rank)} does not get what {self.describe(rank - 1)} has sent: "
                     "the hop between them is stuck, see to the cable and the addresses in the hostfile"

@@ -132,7 +132,7 @@ def test_a_fault_that_ends_the_chat_leaves_what_was_said_where_it_can_be_loaded(
 def test_ctrl_c_three_times_ends_the_program_when_a_stopped_stage_keeps_the_answer_from_ending(
     command_line: CommandLine, endless: Path, tmp_path: Path
 ) -> None:
-    with chat(command_line, tmp_path, "--model", str(endless), "--patience", "60") as pane:
+    with chat(command_line, tmp_path, "--model", str(endless), "--stall-timeout", "60") as pane:
         everything = pane.processes()
         pane.say("Hello")
         pane.wait_for(OF_THE_ENDLESS)

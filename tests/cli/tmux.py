@@ -18,7 +18,7 @@ needs_tmux = pytest.mark.skipif(
 )
 
 _LOOK_EVERY_S = 0.05
-_PATIENCE_S = 40.0
+_TIMEOUT_S = 40.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Terminal:
 
     def wait_for(self, text: str, times: int = 1) -> str:
         """Wait until ``text`` is to be seen so many times; all that is."""
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + _TIMEOUT_S
         while (shown := self.shown()).count(text) < times:
             assert time.monotonic() < deadline, f"never saw {text!r} {times} times:\n{shown}"
             threading.Event().wait(_LOOK_EVERY_S)

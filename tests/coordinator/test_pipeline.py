@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_k2.coordinator.pipeline import Patience
+from mlx_k2.coordinator.pipeline import StepTimeout
 from mlx_k2.errors import ClusterError, StageFault, StageSilent
 from mlx_k2.scheduling.request import FinishReason, Request
 from tests.local_cluster import (
@@ -119,11 +119,15 @@ def test_the_stages_load_every_tensor_of_the_index_once_and_each_end_its_own(
 
 
 def error_after(
-    model: Path, folder: Path, do: Callable[[], None], patience: Patience | None = None, patience_s: float = 8.0
+    model: Path,
+    folder: Path,
+    do: Callable[[], None],
+    step_timeout: StepTimeout | None = None,
+    stall_timeout_s: float = 8.0,
 ) -> ClusterError:
     """The error of a run over two marked stages when ``do`` is done between two of its tokens."""
     hosts = [marked_host(folder, rank, sys.executable) for rank in range(2)]
-    with local_cluster(model, hosts, patience, patience_s) as cluster, pytest.raises(ClusterError) as caught:
+    with local_cluster(model, hosts, step_timeout, stall_timeout_s) as cluster, pytest.raises(ClusterError) as caught:
         for count, _ in enumerate(cluster.coordinator.run(request(8, 2000))):
             if count == 5:
                 do()
@@ -143,7 +147,7 @@ def test_a_killed_stage_is_a_fault_that_names_it_and_its_host(model: Path, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_stage_is_said_to_be_stopped_with_host_step_and_phase(model: Path, tmp_path: Path, rank: int) -> None:
-    error = error_after(model, tmp_path, lambda: stage_process(rank).suspend(), patience_s=1.0)
+    error = error_after(model, tmp_path, lambda: stage_process(rank).suspend(), stall_timeout_s=1.0)
     assert isinstance(error, StageSilent)
     assert re.match(rf"stage {rank} on this machine \(.*\) is stopped: its process was suspended \d+ s ago", str(error))
 
@@ -152,7 +156,7 @@ def test_a_stopped_stage_is_said_to_be_stopped_with_host_step_and_phase(model: P
 def test_a_step_that_takes_too_long_names_the_stage_that_owes_it_and_where_all_stand(
     model: Path, tmp_path: Path
 ) -> None:
-    error = error_after(model, tmp_path, lambda: stage_process(1).suspend(), Patience(1.0, 0.0))
+    error = error_after(model, tmp_path, lambda: stage_process(1).suspend(), StepTimeout(1.0, 0.0))
     assert isinstance(error, StageSilent)
     assert re.match(
         r"stage 1 on this machine \(.+ for \d+ s\) has not finished step \d+ \(1 tokens\) after \d+ s; "

@@ -48,7 +48,7 @@ def restarting(
     model: Path, folder: Path, num_stages: int, limit: int = 5, listener: DeploymentListener | None = None
 ) -> Iterator[Run]:
     hosts = [marked_host(folder, rank, sys.executable) for rank in range(num_stages)]
-    asked = replace(local_request(model, hosts), patience_s=1.5)
+    asked = replace(local_request(model, hosts), stall_timeout_s=1.5)
     description = describe_model(read_model_files(asked.source).files, str(model))
     restarts: list[Restart] = []
     with RestartingDeployment(

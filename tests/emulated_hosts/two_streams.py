@@ -36,7 +36,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     hostfile: str
     log_dir: str
     lease_s: float = 20.0
-    patience_s: float = 7.0
+    stall_timeout_s: float = 7.0
     restarts: int = 3
     halts: dict[str, int] = {}
 
@@ -82,7 +82,7 @@ def main(options: Options) -> int:
         CONTEXT_TOKENS,
         None,
         options.lease_s,
-        options.patience_s,
+        options.stall_timeout_s,
         num_slots=len(STREAMS),
     )
     model = describe_model(read_model_files(source).files, options.model)

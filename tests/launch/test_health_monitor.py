@@ -19,7 +19,7 @@ from mlx_k2.launch.stage_location import StagePlace
 from mlx_k2.protocol.messages import Connected, Step, StepDone
 from tests.launch.guarded import stand_in_python
 
-PATIENCE_S = 1.0
+STALL_TIMEOUT_S = 1.0
 WATCHED_S = 60.0
 """Deadline for what a vigil is to notice, long enough for a busy machine."""
 
@@ -28,9 +28,9 @@ MakeGroup = Callable[..., StageGroup]
 
 @pytest.fixture
 def make_group(tmp_path: Path) -> MakeGroup:
-    def make_group(*programs: str, patience_s: float = PATIENCE_S) -> StageGroup:
+    def make_group(*programs: str, stall_timeout_s: float = STALL_TIMEOUT_S) -> StageGroup:
         places = [StagePlace(python=stand_in_python(tmp_path, program)) for program in programs]
-        return StageGroup(places, lease_s=20.0, log=lambda _: None, patience_s=patience_s)
+        return StageGroup(places, lease_s=20.0, log=lambda _: None, stall_timeout_s=stall_timeout_s)
 
     return make_group
 
@@ -71,7 +71,7 @@ def test_a_stopped_stage_is_named_alone(make_group: MakeGroup) -> None:
 
 @pytest.mark.slow
 def test_a_stage_that_is_stopped_for_less_than_the_patience_goes_on(make_group: MakeGroup) -> None:
-    with make_group("echo", patience_s=6.0) as group:
+    with make_group("echo", stall_timeout_s=6.0) as group:
         monitor = come_up(group)
         stage = process_of("echo")
         stage.suspend()
@@ -83,7 +83,7 @@ def test_a_stage_that_is_stopped_for_less_than_the_patience_goes_on(make_group: 
 
 
 def test_a_silent_guard_is_named_alone(make_group: MakeGroup) -> None:
-    with make_group("has_sent", "echo", patience_s=2.0) as group:
+    with make_group("has_sent", "echo", stall_timeout_s=2.0) as group:
         monitor = come_up(group)
         guard = process_of("echo").parent()
         assert guard is not None
