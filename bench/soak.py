@@ -40,7 +40,7 @@ ROUND = tuple(request(length, 40, seed=length) for length in (3, 150, 40, 8, 90)
 
 
 @dataclass
-class Tally:
+class UsageTotals:
     """What happened. ``wrong``, and all that is ``left``, must stay 0."""
 
     streams: int = 0
@@ -68,10 +68,10 @@ def break_something(rng: random.Random) -> str:
 class Breaker:
     """Breaks something every ``every_s``, on a thread of its own, until it is closed."""
 
-    def __init__(self, every_s: float, seed: int, tally: Tally) -> None:
+    def __init__(self, every_s: float, seed: int, usage: UsageTotals) -> None:
         self._every_s = every_s
         self._rng = random.Random(seed)
-        self._tally = tally
+        self._usage = usage
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -82,53 +82,53 @@ class Breaker:
         self._thread.join()
 
     def _run(self) -> None:
-        tokens = self._tally.tokens
+        tokens = self._usage.tokens
         while not self._closing.wait(self._every_s):
-            if self._tally.tokens == tokens:  # the streams have not gone on since the last fault
+            if self._usage.tokens == tokens:  # the streams have not gone on since the last fault
                 continue
-            tokens = self._tally.tokens
+            tokens = self._usage.tokens
             try:
-                self._tally.faults[break_something(self._rng)] += 1
+                self._usage.faults[break_something(self._rng)] += 1
             except (ValueError, psutil.NoSuchProcess):  # a restart is under way, and the stage is not there
-                self._tally.faults["came during a restart"] += 1
+                self._usage.faults["came during a restart"] += 1
 
 
-def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, seed: int) -> Tally:
+def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, seed: int) -> UsageTotals:
     """Run rounds of streams until the time is over, or so many restarts were seen."""
     model = write_model(folder / "model")
     hosts = [marked_host(folder, rank, sys.executable) for rank in range(NUM_STAGES)]
     asked = replace(local_request(model, hosts), stall_timeout_s=STALL_TIMEOUT_S)
     description = describe_model(read_model_files(asked.source).files, str(model))
-    tally = Tally()
+    usage = UsageTotals()
     with RestartingDeployment(asked, description, DeploymentListener(), NO_LIMIT, first_wait_s=0.0) as restarting:
         coordinator = coordinate(
-            restarting.deployment, drafts=True, restart=lambda error: restarting.restart(error, tally.restarts.append)
+            restarting.deployment, drafts=True, restart=lambda error: restarting.restart(error, usage.restarts.append)
         )
-        expected = _tokens(coordinator.run, tally)
+        expected = _tokens(coordinator.run, usage)
         before = _resources()
         ends_at = time.monotonic() + 60 * minutes
-        with closing(Breaker(fault_every_s, seed, tally)):
-            while time.monotonic() < ends_at and len(tally.restarts) < num_restarts:
-                for asked_for, tokens in _tokens(coordinator.run, tally).items():
-                    tally.streams += 1
-                    tally.wrong += tokens != expected[asked_for]
-                _say(tally, _resources())
-        _tokens(coordinator.run, tally)  # whatever was broken last is mended
+        with closing(Breaker(fault_every_s, seed, usage)):
+            while time.monotonic() < ends_at and len(usage.restarts) < num_restarts:
+                for asked_for, tokens in _tokens(coordinator.run, usage).items():
+                    usage.streams += 1
+                    usage.wrong += tokens != expected[asked_for]
+                _say(usage, _resources())
+        _tokens(coordinator.run, usage)  # whatever was broken last is mended
         after = _resources()
     processes = [process for process in psutil.Process().children(recursive=True) if is_running(process)]
-    tally.left = Counter({name: max(0, after[name] - before[name]) for name in MUST_NOT_GROW})
-    tally.left["processes"] = len(processes)
-    print(f"before {before}\nafter  {after}\nleft   {dict(tally.left)}")
-    return tally
+    usage.left = Counter({name: max(0, after[name] - before[name]) for name in MUST_NOT_GROW})
+    usage.left["processes"] = len(processes)
+    print(f"before {before}\nafter  {after}\nleft   {dict(usage.left)}")
+    return usage
 
 
-def _tokens(run: Callable[..., Iterator[TokenEvent]], tally: Tally) -> dict[Request, list[int]]:
+def _tokens(run: Callable[..., Iterator[TokenEvent]], usage: UsageTotals) -> dict[Request, list[int]]:
     tokens: dict[Request, list[int]] = {asked: [] for asked in ROUND}
     last = time.monotonic()
     for event in run(*ROUND):
-        tally.longest_pause_s = max(tally.longest_pause_s, time.monotonic() - last)
+        usage.longest_pause_s = max(usage.longest_pause_s, time.monotonic() - last)
         last = time.monotonic()
-        tally.tokens += 1
+        usage.tokens += 1
         assert event.token is not None, "a stream without a deadline ended without a token"
         tokens[event.sequence.request].append(event.token.token_id)
     return tokens
@@ -146,10 +146,10 @@ def _resources() -> dict[str, int]:
     }
 
 
-def _say(tally: Tally, resources: dict[str, int]) -> None:
+def _say(usage: UsageTotals, resources: dict[str, int]) -> None:
     print(
-        f"streams {tally.streams} wrong {tally.wrong} restarts {len(tally.restarts)} "
-        f"longest pause {tally.longest_pause_s:.1f} s {resources}",
+        f"streams {usage.streams} wrong {usage.wrong} restarts {len(usage.restarts)} "
+        f"longest pause {usage.longest_pause_s:.1f} s {resources}",
         flush=True,
     )
 
@@ -166,15 +166,15 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder, tempfile.TemporaryDirectory(prefix="soak-") as own:
         os.environ["TMPDIR"] = tempfile.tempdir = own  # of this process and of the stages, and nobody else's
-        tally = soak(Path(folder), options.minutes, options.restarts, options.fault_every, options.seed)
+        usage = soak(Path(folder), options.minutes, options.restarts, options.fault_every, options.seed)
     minutes = (time.monotonic() - began) / 60
-    for name, count in sorted(tally.faults.items()):
+    for name, count in sorted(usage.faults.items()):
         print(f"{count:5} {name}")
     if options.save:
-        counts = (sum(tally.faults.values()), len(tally.restarts), tally.streams, tally.tokens, tally.wrong)
+        counts = (sum(usage.faults.values()), len(usage.restarts), usage.streams, usage.tokens, usage.wrong)
         header = ("minutes", "faults", "restarts", "streams", "tokens", "wrong", "longest_pause_s")
-        save_rows("soak", header, [(f"{minutes:.1f}", *counts, f"{tally.longest_pause_s:.1f}")])
-    return int(tally.wrong > 0 or tally.left.total() > 0)
+        save_rows("soak", header, [(f"{minutes:.1f}", *counts, f"{usage.longest_pause_s:.1f}")])
+    return int(usage.wrong > 0 or usage.left.total() > 0)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def test_streams_go_on_through_random_faults_and_nothing_is_left_over(
     own.mkdir()
     monkeypatch.setenv("TMPDIR", str(own))
     monkeypatch.setattr(tempfile, "tempdir", str(own))
-    tally = soak(tmp_path, minutes=5, num_restarts=NUM_RESTARTS, fault_every_s=4.0, seed=1)
-    assert len(tally.restarts) >= NUM_RESTARTS and tally.streams
-    assert tally.wrong == 0
-    assert tally.left.total() == 0, tally.left
+    usage = soak(tmp_path, minutes=5, num_restarts=NUM_RESTARTS, fault_every_s=4.0, seed=1)
+    assert len(usage.restarts) >= NUM_RESTARTS and usage.streams
+    assert usage.wrong == 0
+    assert usage.left.total() == 0, usage.left

@@ -11,7 +11,7 @@ from mlx_k2.tools.outcome import ToolResult
 
 
 @dataclass(frozen=True)
-class Said:
+class MessageAdded:
     """A message is complete and part of the conversation: of the user, the model or a tool."""
 
     message: Mapping[str, Any]
@@ -33,5 +33,5 @@ class CallEnded:
     seconds: float | None
 
 
-Event: TypeAlias = Delta | Part | AnswerSummary | Said | CallStarted | CallEnded
+Event: TypeAlias = Delta | Part | AnswerSummary | MessageAdded | CallStarted | CallEnded
 """A token, the parts of a reply that it completes, what the reply took; messages; calls."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from mlx_k2.chat.chat_events import Event, Said
+from mlx_k2.chat.chat_events import Event, MessageAdded
 from mlx_k2.chat.conversation import Conversation
 from mlx_k2.chat.reply_source import ReplySource
 from mlx_k2.chat.tool_round import Approve, Tools, run_calls
@@ -68,7 +68,7 @@ class ChatSession:
     """One conversation with one model.
 
     The methods that answer are generators: the conversation goes on as they are iterated, and each message is part
-    of it when its ``Said`` comes. ``stop`` ends an answer from anywhere; everything else is for one thread.
+    of it when its ``MessageAdded`` comes. ``stop`` ends an answer from anywhere; everything else is for one thread.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class ChatSession:
         except RequestError:
             conversation.undo()
             raise
-        yield Said(message)
+        yield MessageAdded(message)
         yield from self._answer(request)
 
     def retry(self) -> Generator[Event, None, None]:
@@ -160,14 +160,14 @@ class ChatSession:
             reply = whole_reply(sampled.parts)
             if self._toolkit is None or calls_left < 0:
                 reply = replace(reply, calls=())
-            yield Said(self._conversation.add_reply(reply, sampled.token_ids))
+            yield MessageAdded(self._conversation.add_reply(reply, sampled.token_ids))
             if self._toolkit is None or not reply.calls:
                 return
             texts = yield from run_calls(
                 reply.calls, self._toolkit.tools, self._toolkit.approve, self._is_stopped, calls_left
             )
             for message in self._conversation.add_results(texts):
-                yield Said(message)
+                yield MessageAdded(message)
             calls_left = -1 if len(reply.calls) > calls_left else calls_left - len(reply.calls)
             if self._stopped:
                 return
@@ -205,4 +205,4 @@ class ChatSession:
         """Of an answer that was stopped, keep what is said; with nothing but thoughts it never was."""
         reply = replace(whole_reply(sampled.parts), calls=())
         if reply.content.strip():
-            yield Said(self._conversation.add_reply(reply, sampled.token_ids))
+            yield MessageAdded(self._conversation.add_reply(reply, sampled.token_ids))

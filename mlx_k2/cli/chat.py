@@ -15,7 +15,7 @@ from mlx_k2.chat.reply_source import StageReplies
 from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.console import ConsoleListener, note, show_stage_use
 from mlx_k2.cli.option_values import (
-    Served,
+    ModelFrontend,
     deployment_request,
     log_settings,
     new_conversation,
@@ -35,9 +35,9 @@ from mlx_k2.cli.repl.commands import HELP, Commands, Model
 from mlx_k2.cli.repl.loop import Repl
 from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.terminal import choose_keyboard, choose_screen
-from mlx_k2.cli.repl.tool_approval import Consent
+from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.repl.transcript import Transcript
-from mlx_k2.cli.repl.usage_totals import Tally
+from mlx_k2.cli.repl.usage_totals import UsageTotals
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.text_stream import coordinate
 from mlx_k2.deployment.deployment_request import DeploymentRequest
@@ -90,13 +90,13 @@ def command(**options: Any) -> None:
         listener = stack.enter_context(ConsoleListener(options["verbose"]))
         kept = log_settings(options)
         restarting = stack.enter_context(RestartingDeployment(request, model, listener, options["restarts"], *kept))
-        listener.hush()
+        listener.hide_progress()
         _chat(options, request, restarting, screen, tools, transcript)
 
 
 def _check(options: dict[str, Any], model: ModelDescription, context_tokens: int) -> None:
-    served = Served(model, context_tokens)
-    reply_settings(options, served).request(served.tokenizer, new_conversation(options, served).known_ids())
+    frontend = ModelFrontend(model, context_tokens)
+    reply_settings(options, frontend).request(frontend.tokenizer, new_conversation(options, frontend).known_ids())
 
 
 def _chat(
@@ -109,10 +109,10 @@ def _chat(
 ) -> None:
     deployment = restarting.deployment
     model, context_tokens = deployment.model, deployment.shape.context_tokens
-    served = Served(model, context_tokens)
-    tokenizer = served.tokenizer
-    conversation = new_conversation(options, served, () if tools is None else tools.declarations)
-    tally = Tally(context_tokens, len(deployment.plans), len(conversation.known_ids()))
+    frontend = ModelFrontend(model, context_tokens)
+    tokenizer = frontend.tokenizer
+    conversation = new_conversation(options, frontend, () if tools is None else tools.declarations)
+    usage = UsageTotals(context_tokens, len(deployment.plans), len(conversation.known_ids()))
     coordinator = coordinate(
         deployment,
         drafts=options["draft"] == "ngram",
@@ -120,21 +120,27 @@ def _chat(
         restart=lambda error: restarting.restart(error, screen.restart),
     )
     name = Model(request.source.path_or_repo, model.digest)
-    keyboard = choose_keyboard(list(HELP), tally.status)
-    consent = Consent(screen, keyboard, options["allowed_tools"], everything=options["yes"])
+    keyboard = choose_keyboard(list(HELP), usage.status)
+    approval = ToolApproval(screen, keyboard, options["allowed_tools"], everything=options["yes"])
     with StageReplies(coordinator, tokenizer) as replies:
-        settings = reply_settings(options, served)
-        toolkit = None if tools is None else Toolkit(tools, consent)
+        settings = reply_settings(options, frontend)
+        toolkit = None if tools is None else Toolkit(tools, approval)
         session = ChatSession(replies, tokenizer, conversation, settings, toolkit)
-        consent.answer = session
+        approval.answer = session
         commands = Commands(
-            session, name, screen, tally, tools, consent, lambda: show_stage_use(restarting.deployment, coordinator.use)
+            session,
+            name,
+            screen,
+            usage,
+            tools,
+            approval,
+            lambda: show_stage_use(restarting.deployment, coordinator.use),
         )
         if transcript is not None:
             transcript.write({"started": {"mlx-k2": __version__, "model": name.name, "digest": name.digest}})
         screen.note(f"{name.name} · /help lists the commands, Ctrl-D leaves")
         try:
-            Repl(session, commands, keyboard, screen, tally, transcript).run()
+            Repl(session, commands, keyboard, screen, usage, transcript).run()
         except ClusterError:
             _rescue(commands, screen)
             raise

@@ -63,7 +63,7 @@ class ConsoleListener(DeploymentListener):
 
     def __init__(self, verbose: bool) -> None:
         self._verbose = verbose
-        self._is_hushed = False
+        self._hides_progress = False
         self._status = Status("", console=console)
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
@@ -99,16 +99,16 @@ class ConsoleListener(DeploymentListener):
         """What the user waits for."""
         note(line)
 
-    def hush(self) -> None:
+    def hide_progress(self) -> None:
         """Phases are shown no more: a conversation stands there now."""
         self.done()
-        self._is_hushed = True
+        self._hides_progress = True
 
     def phase(self, what: str) -> None:
         """The next thing that all stages do."""
         if self._verbose:
             note(f"{what} ...")
-        elif console.is_terminal and not self._is_hushed:
+        elif console.is_terminal and not self._hides_progress:
             self.done()
             self._status.update(f"{what} ...")
             self._status.start()

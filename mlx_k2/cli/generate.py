@@ -13,7 +13,7 @@ from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.console import ConsoleListener, note, show_dry_run
 from mlx_k2.cli.generate_file import WANTED_SLOTS, check_options, generate_many
 from mlx_k2.cli.option_values import (
-    Served,
+    ModelFrontend,
     deployment_request,
     is_as_it_is,
     log_settings,
@@ -34,7 +34,7 @@ from mlx_k2.cli.options import (
 )
 from mlx_k2.cli.output import JsonOutput, TextOutput
 from mlx_k2.cli.repl.keyboard import LineKeyboard
-from mlx_k2.cli.repl.tool_approval import Consent
+from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.pipeline import Coordinator
 from mlx_k2.coordinator.text_stream import AnswerSummary, coordinate, stream_answer, total
@@ -111,7 +111,7 @@ def _generate(options: dict[str, Any], request: DeploymentRequest, model: ModelD
     text = prompt_text(options)
     if model is not None:  # refuse what can be refused before anything is started
         shape, _ = preview(request, model)
-        read_prompt(options, text, Served(model, shape.context_tokens))
+        read_prompt(options, text, ModelFrontend(model, shape.context_tokens))
     with (
         opened_tools(options) as tools,
         ConsoleListener(options["verbose"]) as listener,
@@ -125,16 +125,16 @@ def _answer(
     restarting: RestartingDeployment, text: str, tools: Tools | None, listener: ConsoleListener, options: dict[str, Any]
 ) -> None:
     deployment = restarting.deployment
-    served = Served(deployment.model, deployment.shape.context_tokens)
+    frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
     summaries: list[AnswerSummary] = []
-    with _output(options, served.tokenizer) as output:
+    with _output(options, frontend.tokenizer) as output:
         coordinator = coordinate(
             deployment,
             drafts=options["draft"] == "ngram",
             on_report=restarting.on_report,
             restart=lambda error: restarting.restart(error, output.restart),
         )
-        for event in _events(coordinator, served, text, tools, output, options):
+        for event in _events(coordinator, frontend, text, tools, output, options):
             listener.done()
             output.event(event)
             if isinstance(event, AnswerSummary):
@@ -150,20 +150,20 @@ def _output(options: dict[str, Any], tokenizer: Tokenizer) -> TextOutput | JsonO
 
 def _events(
     coordinator: Coordinator,
-    served: Served,
+    frontend: ModelFrontend,
     text: str,
     tools: Tools | None,
     output: TextOutput | JsonOutput,
     options: dict[str, Any],
 ) -> Iterator[Event]:
     """The answer to a prompt as it is, or to the first message of a conversation."""
-    tokenizer = served.tokenizer
+    tokenizer = frontend.tokenizer
     if is_as_it_is(options):
-        return stream_answer(coordinator, tokenizer, read_prompt(options, text, served))
-    settings = reply_settings(options, served)
-    conversation = new_conversation(options, served, () if tools is None else tools.declarations)
+        return stream_answer(coordinator, tokenizer, read_prompt(options, text, frontend))
+    settings = reply_settings(options, frontend)
+    conversation = new_conversation(options, frontend, () if tools is None else tools.declarations)
     toolkit = None
     if tools is not None:
-        consent = Consent(output.screen, LineKeyboard(), options["allowed_tools"], everything=options["yes"])
-        toolkit = Toolkit(tools, consent)
+        approval = ToolApproval(output.screen, LineKeyboard(), options["allowed_tools"], everything=options["yes"])
+        toolkit = Toolkit(tools, approval)
     return ChatSession(StageReplies(coordinator, tokenizer), tokenizer, conversation, settings, toolkit).say(text)

@@ -8,7 +8,7 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mlx_k2.cli.console import ConsoleListener, console, note, note_restart
-from mlx_k2.cli.option_values import SAMPLING_NAMES, Served, base_seed, line_prompt, log_settings
+from mlx_k2.cli.option_values import SAMPLING_NAMES, ModelFrontend, base_seed, line_prompt, log_settings
 from mlx_k2.cli.prompt_files import PromptLine, ResultFile, line_seed, read_prompt_lines, run_digest
 from mlx_k2.coordinator.batch_results import Answer, answer_all
 from mlx_k2.coordinator.text_stream import coordinate
@@ -66,12 +66,12 @@ def _answer_lines(
     """Run what is left; how many prompts failed now."""
     prompts: dict[int, Request] = {}
     num_done, seed = results.num_done, base_seed(options)
-    served = Served(restarting.deployment.model, restarting.deployment.shape.context_tokens)
+    frontend = ModelFrontend(restarting.deployment.model, restarting.deployment.shape.context_tokens)
     with _progress(len(lines), num_done) as progress:
         (task,) = progress.task_ids
         for index, line in enumerate(lines[num_done:], start=num_done):
             try:
-                request = line_prompt(options, line, line_seed(seed, index), served)
+                request = line_prompt(options, line, line_seed(seed, index), frontend)
             except SetupError as error:
                 results.write(index, {"id": _id(line, index), "error": str(error)})
                 progress.advance(task)
@@ -85,7 +85,7 @@ def _answer_lines(
             on_report=restarting.on_report,
             restart=lambda error: restarting.restart(error, note_restart),
         )
-        for answer in answer_all(coordinator, served.tokenizer, list(prompts.values())):
+        for answer in answer_all(coordinator, frontend.tokenizer, list(prompts.values())):
             index = index_of[id(answer.request)]
             results.write(index, {"id": _id(lines[index], index), **_result(answer.request, answer)})
             progress.advance(task)

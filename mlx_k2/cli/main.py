@@ -87,11 +87,11 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Run the command line and end the process with its exit code."""
-    heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's wish stands
-    for number in heeded:
+    handled = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's wish stands
+    for number in handled:
         signal.signal(number, _interrupt)
     exit_code = run(sys.argv[1:])
-    for number in heeded:
+    for number in handled:
         signal.signal(number, signal.SIG_DFL)  # nothing is left to clean up: one more ends Python's own way out too
     sys.exit(exit_code)
 

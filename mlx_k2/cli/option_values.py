@@ -95,7 +95,7 @@ def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDes
 
 
 @dataclass(frozen=True)
-class Served:
+class ModelFrontend:
     """How to speak to a model, from its files, each read once and when it is needed.
 
     ``context_tokens`` is what its stages keep of a sequence. What cannot be read raises TokenizerError or RequestError.
@@ -152,17 +152,17 @@ def prompt_text(options: Mapping[str, Any]) -> str:
     return text
 
 
-def read_prompt(options: Mapping[str, Any], text: str, served: Served) -> Request:
+def read_prompt(options: Mapping[str, Any], text: str, frontend: ModelFrontend) -> Request:
     """The prompt as token ids, and how to sample from it: as asked, else as the checkpoint recommends.
 
     Raises:
         RequestError, TokenizerError: it cannot be served; says why.
     """
-    prompt_ids = _prompt_ids(options, text, served)
-    return reply_settings(options, served).request(served.tokenizer, prompt_ids)
+    prompt_ids = _prompt_ids(options, text, frontend)
+    return reply_settings(options, frontend).request(frontend.tokenizer, prompt_ids)
 
 
-def line_prompt(options: Mapping[str, Any], line: PromptLine, seed: int, served: Served) -> Request:
+def line_prompt(options: Mapping[str, Any], line: PromptLine, seed: int, frontend: ModelFrontend) -> Request:
     """One line of a file of prompts; what it says of sampling stands above the options. ``seed`` is its own.
 
     Raises:
@@ -172,40 +172,40 @@ def line_prompt(options: Mapping[str, Any], line: PromptLine, seed: int, served:
     given = {name: value for name in names if (value := getattr(line, name)) is not None}
     merged = {**options, **given, "seed": seed if line.seed is None else line.seed}
     if line.messages is not None:
-        prompt_ids = render_prompt(served.template, served.tokenizer, line.messages)
+        prompt_ids = render_prompt(frontend.template, frontend.tokenizer, line.messages)
     else:
         assert line.prompt is not None, "a line without a prompt"
-        prompt_ids = _prompt_ids(merged, line.prompt, served)
-    return reply_settings(merged, served).request(served.tokenizer, prompt_ids)
+        prompt_ids = _prompt_ids(merged, line.prompt, frontend)
+    return reply_settings(merged, frontend).request(frontend.tokenizer, prompt_ids)
 
 
-def reply_settings(options: Mapping[str, Any], served: Served) -> ReplySettings:
+def reply_settings(options: Mapping[str, Any], frontend: ModelFrontend) -> ReplySettings:
     """How replies are drawn: as asked, else as the checkpoint recommends.
 
     Raises:
         RequestError: a value is out of range.
     """
-    recommended = served.recommended
+    recommended = frontend.recommended
     return ReplySettings(
         sampling=_sampling(options, recommended),
-        max_tokens=served.context_tokens if options["max_tokens"] is None else options["max_tokens"],
-        stop_ids=served.tokenizer.stop_ids | {*served.model.config.eos_token_ids, *recommended.eos_token_ids},
+        max_tokens=frontend.context_tokens if options["max_tokens"] is None else options["max_tokens"],
+        stop_ids=frontend.tokenizer.stop_ids | {*frontend.model.config.eos_token_ids, *recommended.eos_token_ids},
         timeout_s=options["timeout"],
-        context_tokens=served.context_tokens,
+        context_tokens=frontend.context_tokens,
         thinking_budget=options["thinking_budget"],
         max_tool_calls=options["max_tool_calls"],
     )
 
 
 def new_conversation(
-    options: Mapping[str, Any], served: Served, tools: Sequence[Mapping[str, Any]] = ()
+    options: Mapping[str, Any], frontend: ModelFrontend, tools: Sequence[Mapping[str, Any]] = ()
 ) -> Conversation:
     """A conversation in which nobody said anything yet.
 
     Raises:
         TokenizerError: the model's chat template cannot be read.
     """
-    return Conversation(served.template, served.tokenizer, tools, options["system"] or None)
+    return Conversation(frontend.template, frontend.tokenizer, tools, options["system"] or None)
 
 
 def base_seed(options: Mapping[str, Any]) -> int:
@@ -220,15 +220,15 @@ def _sampling(options: Mapping[str, Any], recommended: GenerationConfig) -> Samp
     return Sampling(seed=base_seed(options), num_logprobs=options.get("num_logprobs"), **given)
 
 
-def _prompt_ids(options: Mapping[str, Any], text: str, served: Served) -> list[int]:
+def _prompt_ids(options: Mapping[str, Any], text: str, frontend: ModelFrontend) -> list[int]:
     if options["token_ids"] is not None:
         return _parse_ids(options["token_ids"])
     if options["raw"]:
-        return served.tokenizer.encode_text(text)
+        return frontend.tokenizer.encode_text(text)
     messages = [{"role": "user", "content": text}]
     if options["system"]:
         messages.insert(0, {"role": "system", "content": options["system"]})
-    return render_prompt(served.template, served.tokenizer, messages)
+    return render_prompt(frontend.template, frontend.tokenizer, messages)
 
 
 def _parse_ids(text: str) -> list[int]:

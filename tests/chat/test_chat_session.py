@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlx_k2.chat.chat_events import CallEnded, CallStarted, Event, Said
+from mlx_k2.chat.chat_events import CallEnded, CallStarted, Event, MessageAdded
 from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit
 from mlx_k2.chat.conversation import Conversation
 from mlx_k2.coordinator.text_stream import AnswerSummary
@@ -81,7 +81,7 @@ def test_an_answer_comes_in_parts_and_every_message_is_told_when_it_is_part_of_t
     events = list(chat.say("hello"))
     assert "".join(event.text for event in events if isinstance(event, Reasoning)) == "R"
     assert "".join(event.text for event in events if isinstance(event, Content)) == "Hi."
-    assert [event.message for event in events if isinstance(event, Said)] == chat.conversation.messages
+    assert [event.message for event in events if isinstance(event, MessageAdded)] == chat.conversation.messages
     assert sum(isinstance(event, AnswerSummary) for event in events) == 1
 
 

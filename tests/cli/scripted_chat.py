@@ -10,9 +10,9 @@ from mlx_k2.chat.conversation import Conversation
 from mlx_k2.cli.repl.commands import HELP, Commands, Model
 from mlx_k2.cli.repl.loop import Repl
 from mlx_k2.cli.repl.terminal import choose_keyboard, choose_screen
-from mlx_k2.cli.repl.tool_approval import Consent
+from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.repl.transcript import Transcript
-from mlx_k2.cli.repl.usage_totals import Tally
+from mlx_k2.cli.repl.usage_totals import UsageTotals
 from mlx_k2.sampling import Sampling
 from mlx_k2.tools.servers import StdioServer
 from mlx_k2.tools.toolbox import Limits, open_toolbox
@@ -46,24 +46,24 @@ REPLIES = {
 
 def main(script: str, transcript_path: str) -> None:
     screen = choose_screen(show_thinking=True)
-    tally = Tally(4096 * 4, 2)
+    usage = UsageTotals(4096 * 4, 2)
     with ExitStack() as stack:
         transcript = stack.enter_context(Transcript(Path(transcript_path), screen.note))
         tools = None
         if script == "tools":
             server = StdioServer(name="s", command=sys.executable, args=(str(SERVER),))
             tools = stack.enter_context(open_toolbox([server], Limits(call_timeout_s=40)))
-        keyboard = choose_keyboard(list(HELP), tally.status)
-        consent = Consent(screen, keyboard, (), everything=False)
+        keyboard = choose_keyboard(list(HELP), usage.status)
+        approval = ToolApproval(screen, keyboard, (), everything=False)
         conversation = Conversation(builtin_template(), tokenizer(), [] if tools is None else tools.declarations)
         source = Script(tokenizer(), *REPLIES[script], on_token=lambda _: pause())
         settings = ReplySettings(Sampling(seed=1), 9000, tokenizer().stop_ids, 4096 * 4)
-        toolkit = None if tools is None else Toolkit(tools, consent)
+        toolkit = None if tools is None else Toolkit(tools, approval)
         session = ChatSession(source, tokenizer(), conversation, settings, toolkit)
-        consent.answer = session
+        approval.answer = session
         model = Model("a script", "0")
-        commands = Commands(session, model, screen, tally, tools, consent, lambda: screen.note("no stages"))
-        Repl(session, commands, keyboard, screen, tally, transcript).run()
+        commands = Commands(session, model, screen, usage, tools, approval, lambda: screen.note("no stages"))
+        Repl(session, commands, keyboard, screen, usage, transcript).run()
     sys.stderr.write("left\n")
 
 

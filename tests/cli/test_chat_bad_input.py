@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlx_k2.chat.chat_events import Said
+from mlx_k2.chat.chat_events import MessageAdded
 from mlx_k2.cli.main import run
 from mlx_k2.cli.repl.saved_chat import SavedChat, load_chat, save_chat
 from mlx_k2.cli.repl.transcript import Transcript
@@ -116,6 +116,6 @@ def test_a_transcript_on_a_full_disk_is_told_once_and_the_chat_goes_on() -> None
     told: list[str] = []
     with Transcript(FULL, told.append) as transcript:
         transcript.event(Content("a"))
-        transcript.event(Said(USER))
+        transcript.event(MessageAdded(USER))
     (line,) = told
     assert "cannot be written any more: No space left on device; the chat goes on" in line

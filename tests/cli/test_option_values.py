@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mlx_k2.cli.option_values import Served, prompt_text, read_prompt
+from mlx_k2.cli.option_values import ModelFrontend, prompt_text, read_prompt
 from mlx_k2.errors import RequestError
 from mlx_k2.scheduling.request import Request
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
@@ -49,7 +49,7 @@ def tokenizer(model: ModelDescription) -> Tokenizer:
 
 def request_of(model: ModelDescription, **options: Any) -> Request:
     asked = NOTHING | options
-    return read_prompt(asked, prompt_text(asked), Served(model, CONTEXT_TOKENS))
+    return read_prompt(asked, prompt_text(asked), ModelFrontend(model, CONTEXT_TOKENS))
 
 
 def text_of(tokenizer: Tokenizer, request: Request) -> str:

@@ -149,5 +149,5 @@ def test_what_is_cancelled_gets_no_token_and_no_plan_and_what_comes_later_is_ser
     run.finish()
     assert all(sequence.finish_reason is FinishReason.CANCELLED for sequence in cancelled)
     assert [len(sequence.token_ids) for sequence in cancelled] == lengths
-    served = {id(sent.row.sequence.request) for microbatch in run.sent[num_sent:] for sent in microbatch}
-    assert served == {id(request) for request in later}
+    frontend = {id(sent.row.sequence.request) for microbatch in run.sent[num_sent:] for sent in microbatch}
+    assert frontend == {id(request) for request in later}

@@ -9,8 +9,8 @@ from mlx_k2.chat.chat_session import ChatSession
 from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.repl.saved_chat import SavedChat, load_chat, save_chat
 from mlx_k2.cli.repl.screen import Screen
-from mlx_k2.cli.repl.tool_approval import Consent
-from mlx_k2.cli.repl.usage_totals import Tally
+from mlx_k2.cli.repl.tool_approval import ToolApproval
+from mlx_k2.cli.repl.usage_totals import UsageTotals
 from mlx_k2.cli.repl.wording import one_line
 from mlx_k2.errors import MlxK2Error, RequestError
 
@@ -35,7 +35,7 @@ _KEYS = (
 )
 
 
-class Leave(Exception):
+class Quit(Exception):
     """The user has had enough."""
 
 
@@ -54,9 +54,9 @@ class Commands:
     session: ChatSession
     model: Model
     screen: Screen
-    tally: Tally
+    usage: UsageTotals
     tools: Tools | None
-    consent: Consent
+    approval: ToolApproval
     show_stats: Callable[[], None]
 
     def run(self, line: str) -> Iterator[Event]:
@@ -136,22 +136,22 @@ class Commands:
         declared = [] if self.tools is None else self.tools.declarations
         for declaration in declared:
             function = declaration["function"]
-            asked = "" if self.consent.covers(function["name"]) else "  [asks first]"
+            asked = "" if self.approval.covers(function["name"]) else "  [asks first]"
             self.screen.note(f"{function['name']}{asked}  {one_line(function['description'], _MAX_SHOWN)}".rstrip())
         if not declared:
             self.screen.note("there are no tools: start with --tools or --mcp")
 
     def _stats(self, argument: str) -> None:
-        self.screen.note(self.tally.totals())
-        self.screen.note(self.tally.status())
+        self.screen.note(self.usage.totals())
+        self.screen.note(self.usage.status())
         self.show_stats()
 
     def _quit(self, argument: str) -> None:
-        raise Leave
+        raise Quit
 
     def _recount(self) -> None:
         """The conversation is another one."""
-        self.tally.context_used = len(self.session.cancel_prefill().known_ids())
+        self.usage.context_used = len(self.session.cancel_prefill().known_ids())
 
 
 def _path(argument: str, command: str) -> Path:

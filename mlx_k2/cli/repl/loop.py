@@ -7,11 +7,11 @@ from types import FrameType
 
 from mlx_k2.chat.chat_events import Event
 from mlx_k2.chat.chat_session import ChatSession
-from mlx_k2.cli.repl.commands import Commands, Leave
+from mlx_k2.cli.repl.commands import Commands, Quit
 from mlx_k2.cli.repl.keyboard import Keyboard
 from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.transcript import Transcript
-from mlx_k2.cli.repl.usage_totals import Tally
+from mlx_k2.cli.repl.usage_totals import UsageTotals
 from mlx_k2.cli.repl.wording import CUT
 from mlx_k2.coordinator.text_stream import AnswerSummary
 from mlx_k2.errors import SetupError
@@ -19,7 +19,7 @@ from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.text.tool_call import ToolCall
 
 _ENDS = {**CUT, FinishReason.CANCELLED: "stopped; /retry answers again, /undo takes your message back"}
-_LEAVE_AFTER = 3
+_QUIT_AFTER = 3
 """So many times Ctrl-C during one answer end the program: whatever the answer waits for does not end."""
 
 
@@ -32,14 +32,14 @@ class Repl:
         commands: Commands,
         keyboard: Keyboard,
         screen: Screen,
-        tally: Tally,
+        usage: UsageTotals,
         transcript: Transcript | None,
     ) -> None:
         self._session = session
         self._commands = commands
         self._keyboard = keyboard
         self._screen = screen
-        self._tally = tally
+        self._usage = usage
         self._transcript = transcript
 
     def run(self) -> None:
@@ -55,7 +55,7 @@ class Repl:
                     self._take(self._keyboard.read())
                 except KeyboardInterrupt:
                     continue
-                except (EOFError, Leave):
+                except (EOFError, Quit):
                     return
                 except SetupError as error:
                     self._screen.note(f"error: {error}")
@@ -76,7 +76,7 @@ class Repl:
         with self._ctrl_c_stops():
             try:
                 for event in events:
-                    self._tally.event(event)
+                    self._usage.event(event)
                     if self._transcript is not None:
                         self._transcript.event(event)
                     self._screen.event(event)
@@ -100,7 +100,7 @@ class Repl:
             nonlocal times
             times += 1
             self._session.stop()
-            if times >= _LEAVE_AFTER and callable(before):
+            if times >= _QUIT_AFTER and callable(before):
                 before(number, frame)
 
         signal.signal(signal.SIGINT, stop)

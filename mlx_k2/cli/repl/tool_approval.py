@@ -18,7 +18,7 @@ class Stoppable(Protocol):
         """Soon."""
 
 
-class Consent:
+class ToolApproval:
     """Asks before a call, unless its tool is allowed. ``everything``: all tools are."""
 
     def __init__(

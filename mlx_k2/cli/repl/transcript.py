@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from mlx_k2.chat.chat_events import CallEnded, Event, Said
+from mlx_k2.chat.chat_events import CallEnded, Event, MessageAdded
 from mlx_k2.errors import RequestError
 from mlx_k2.text.reply_parser import Content, Reasoning
 
@@ -47,7 +47,7 @@ class Transcript:
                 self.write({"content": text})
             case CallEnded(call, result):
                 self.write({"call": {"name": call.name, "arguments": call.arguments, "ended": result.outcome.value}})
-            case Said(message):
+            case MessageAdded(message):
                 self.write({"message": message})
 
     def write(self, line: Mapping[str, Any]) -> None:

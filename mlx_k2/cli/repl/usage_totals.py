@@ -7,7 +7,7 @@ from mlx_k2.coordinator.text_stream import AnswerSummary
 
 
 @dataclass
-class Tally:
+class UsageTotals:
     """Counts over all replies; ``context_used`` is where the conversation stands now."""
 
     context_tokens: int
