@@ -111,7 +111,7 @@ def needed_bytes(stack: ExpertStack, ids: mx.array, *, bits_a_weight: float) -> 
 def kernel_way(stack: ExpertStack, ids: mx.array, *, on_gpu: bool) -> Way:
     """Our kernels. Their loads are counted in bfloat16, as a Mac would compute."""
     tokens = ids.shape[0]
-    name, compute = experts.regime(tokens)
+    name, compute = experts.kernel_for(tokens)
 
     def perform(how: Perform) -> Layer:
         def layer(x: mx.array, ids: mx.array, weights: mx.array, stack: ExpertStack) -> mx.array:

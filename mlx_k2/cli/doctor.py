@@ -11,10 +11,10 @@ from rich.text import Text
 from mlx_k2.cli.console import ConsoleListener, console, note
 from mlx_k2.cli.option_values import deployment_request, open_source
 from mlx_k2.cli.options import cluster_options
-from mlx_k2.doctor.checks import Check, Verdict
+from mlx_k2.doctor.checks import Check, CheckResult
 from mlx_k2.doctor.cluster_probe import examine_cluster
 
-_STYLES = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.FAILURE: "bold red"}
+_STYLES = {CheckResult.OK: "green", CheckResult.WARNING: "yellow", CheckResult.FAILURE: "bold red"}
 
 
 @click.command()
@@ -41,7 +41,7 @@ def command(**options: Any) -> None:
         _print_json(checks)
     else:
         _show_table(checks)
-    if any(check.verdict is Verdict.FAILURE for check in checks):
+    if any(check.result is CheckResult.FAILURE for check in checks):
         raise click.exceptions.Exit(1)
 
 
@@ -53,12 +53,12 @@ def _show_table(checks: tuple[Check, ...]) -> None:
     checks = tuple(sorted(checks, key=lambda check: check.host))
     for check in checks:
         found, _, _ = check.found.partition(": ")
-        table.add_row(check.host, check.what, Text(check.verdict.value, _STYLES[check.verdict]), found)
+        table.add_row(check.host, check.what, Text(check.result.value, _STYLES[check.result]), found)
     console.print(table)
     for check in checks:
-        if check.verdict is not Verdict.OK:  # whole and in one line, so that its commands can be copied
+        if check.result is not CheckResult.OK:  # whole and in one line, so that its commands can be copied
             console.print(f"{check.host}, {check.what}: {check.found}", soft_wrap=True)
-    note(", ".join(f"{_count(checks, verdict)} {verdict.value}" for verdict in Verdict))
+    note(", ".join(f"{_count(checks, result)} {result.value}" for result in CheckResult))
 
 
 def _print_json(checks: tuple[Check, ...]) -> None:
@@ -66,16 +66,16 @@ def _print_json(checks: tuple[Check, ...]) -> None:
         line = {
             "host": check.host,
             "check": check.what,
-            "verdict": check.verdict.value,
+            "result": check.result.value,
             "found": check.found,
             "commands": check.commands,
         }
         _write_line(line)
-    _write_line({"summary": {verdict.value: _count(checks, verdict) for verdict in Verdict}})
+    _write_line({"summary": {result.value: _count(checks, result) for result in CheckResult}})
 
 
-def _count(checks: tuple[Check, ...], verdict: Verdict) -> int:
-    return sum(check.verdict is verdict for check in checks)
+def _count(checks: tuple[Check, ...], result: CheckResult) -> int:
+    return sum(check.result is result for check in checks)
 
 
 def _write_line(value: object) -> None:

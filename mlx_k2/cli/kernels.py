@@ -13,7 +13,7 @@ from rich.table import Table
 from mlx_k2.cli.console import console, note
 from mlx_k2.errors import StageStartError
 from mlx_k2.kernels.report import DecodeTime, KernelLine, KernelReport
-from mlx_k2.stage.buffer_limits import BufferLimits, remember
+from mlx_k2.stage.buffer_limits import BufferLimits, save_limits
 
 MEASURING_S = 900.0
 CANDIDATES = tuple(BufferLimits(*pair) for pair in ((100, 100), (200, 200), (200, 1000), (1000, 1000), (1000, 4000)))
@@ -45,7 +45,7 @@ def command() -> None:
     show_report(report)
     times = _time_limits()
     best = best_limits(times)
-    remember(best)
+    save_limits(best)
     note(f"remembered for this machine's stages: {_named(best)}")
     note("please send back what follows, with the Mac's model and memory: it fills the table for this chip")
     sent = {
@@ -59,13 +59,13 @@ def show_report(report: KernelReport) -> None:
     """The table, and why a kernel is not used."""
     note(f"{report.chip}, {report.system}, mlx {report.mlx_version}, mlx-k2 {report.mlx_k2_version}")
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for heading in ("kernel", "verdict", "largest error", "tokens", "GB/s", "plain MLX", "of a plain read"):
-        table.add_column(heading, justify="left" if heading in ("kernel", "verdict") else "right", no_wrap=True)
+    for heading in ("kernel", "check", "largest error", "tokens", "GB/s", "plain MLX", "of a plain read"):
+        table.add_column(heading, justify="left" if heading in ("kernel", "check") else "right", no_wrap=True)
     for line in report.kernels:
         table.add_row(*_cells(line, report.read_gb_per_s))
     console.print(table)
     for line in report.kernels:
-        if not line.trusted:
+        if not line.usable:
             note(f"the {line.kernel} kernel is not used: {line.reason}")
     if report.read_gb_per_s is not None:
         note(f"a plain read of the same weights: {report.read_gb_per_s:.0f} GB/s")
@@ -77,7 +77,7 @@ def _cells(line: KernelLine, read_gb_per_s: float | None) -> tuple[str, ...]:
     share = line.gb_per_s / read_gb_per_s if line.gb_per_s and read_gb_per_s else None
     return (
         line.kernel,
-        "used" if line.trusted else "not used",
+        "used" if line.usable else "not used",
         "-" if line.error is None else f"{line.error:.1e}",
         "-" if line.tokens is None else str(line.tokens),
         "-" if line.gb_per_s is None else f"{line.gb_per_s:.0f}",

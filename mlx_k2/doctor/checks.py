@@ -28,7 +28,7 @@ LARGE_RDMA_MACOS = (26, 3)
 _FAST_SYNCH = "MLX_METAL_FAST_SYNCH"
 
 
-class Verdict(enum.Enum):
+class CheckResult(enum.Enum):
     """What a check came to."""
 
     OK = "ok"
@@ -42,13 +42,13 @@ class Check:
 
     host: str
     what: str
-    verdict: Verdict
+    result: CheckResult
     found: str
 
     @property
     def commands(self) -> list[str]:
         """What to run."""
-        return re.findall(r"`([^`]+)`", self.found) if self.verdict is not Verdict.OK else []
+        return re.findall(r"`([^`]+)`", self.found) if self.result is not CheckResult.OK else []
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,16 @@ def check_answer(host: str, answer: Answer) -> Iterator[Check]:
     """Whether it is fast enough to be asked for every token, and its clock is right."""
     trip = f"answers in {1000 * answer.round_trip_s:.1f} ms"
     if answer.round_trip_s > SLOW_ANSWER_S:
-        yield Check(host, "ssh", Verdict.WARNING, f"{trip}: each token waits for that; use a cable, not Wi-Fi")
+        yield Check(host, "ssh", CheckResult.WARNING, f"{trip}: each token waits for that; use a cable, not Wi-Fi")
     else:
-        yield Check(host, "ssh", Verdict.OK, trip)
+        yield Check(host, "ssh", CheckResult.OK, trip)
     ahead_s = answer.clock_ahead_s
     if abs(ahead_s) > CLOCK_SKEW_S:
         set_clock = "set it: `sudo sntp -sS time.apple.com` there; logs will not match, nothing else depends on it"
         way = "ahead of" if ahead_s > 0 else "behind"
-        yield Check(host, "clock", Verdict.WARNING, f"{abs(ahead_s):.0f} s {way} this machine's: {set_clock}")
+        yield Check(host, "clock", CheckResult.WARNING, f"{abs(ahead_s):.0f} s {way} this machine's: {set_clock}")
     else:
-        yield Check(host, "clock", Verdict.OK, f"within {CLOCK_SKEW_S:g} s of this machine's")
+        yield Check(host, "clock", CheckResult.OK, f"within {CLOCK_SKEW_S:g} s of this machine's")
 
 
 def check_versions(
@@ -86,15 +86,15 @@ def check_versions(
     listed = ", ".join(f"{name} {there[name]}" for name in there)
     if wrong:
         install = f"install what this machine has: `{on_it}{python} -m pip install {' '.join(wrong)}`"
-        yield Check(host.ssh, "versions", Verdict.FAILURE, f"{listed}: {install}")
+        yield Check(host.ssh, "versions", CheckResult.FAILURE, f"{listed}: {install}")
     else:
-        yield Check(host.ssh, "versions", Verdict.OK, f"{listed}, Python {hello.python_version}")
+        yield Check(host.ssh, "versions", CheckResult.OK, f"{listed}, Python {hello.python_version}")
     rdma = backend is not Backend.RING
     if len(systems) > 1:
-        verdict = Verdict.FAILURE if rdma else Verdict.WARNING
-        yield Check(host.ssh, "system", verdict, f"{hello.system}, and other hosts run another: update all to the same")
+        result = CheckResult.FAILURE if rdma else CheckResult.WARNING
+        yield Check(host.ssh, "system", result, f"{hello.system}, and other hosts run another: update all to the same")
     else:
-        yield Check(host.ssh, "system", Verdict.OK, hello.system)
+        yield Check(host.ssh, "system", CheckResult.OK, hello.system)
 
 
 def check_memory(host: str, hello: Hello, free_bytes: int, needed_bytes: int | None) -> Iterator[Check]:
@@ -103,42 +103,42 @@ def check_memory(host: str, hello: Hello, free_bytes: int, needed_bytes: int | N
     bound = limit_bytes if limit_bytes is not None else hello.memory_bytes
     kind = "GPU memory" if limit_bytes is not None else "memory"
     if needed_bytes is None:
-        yield Check(host, "memory", Verdict.OK, f"{_gb(bound)} of {kind}, {_gb(free_bytes)} not in use")
+        yield Check(host, "memory", CheckResult.OK, f"{_gb(bound)} of {kind}, {_gb(free_bytes)} not in use")
     elif needed_bytes > bound:
         raise_it = "give --split, a smaller --context or another host"
         if limit_bytes is not None and needed_bytes < hello.memory_bytes:
             raise_it = f"run `sudo sysctl iogpu.wired_limit_mb={-(-needed_bytes // 2**20)}` there, or {raise_it}"
         found = f"its stage needs {_gb(needed_bytes)} and {_gb(bound)} of {kind} may be held: {raise_it}"
-        yield Check(host, "memory", Verdict.FAILURE, found)
+        yield Check(host, "memory", CheckResult.FAILURE, found)
     elif needed_bytes > free_bytes:
         found = f"its stage needs {_gb(needed_bytes)} and {_gb(free_bytes)} are not in use: end other programs there"
-        yield Check(host, "memory", Verdict.WARNING, found)
+        yield Check(host, "memory", CheckResult.WARNING, found)
     else:
-        yield Check(host, "memory", Verdict.OK, f"its stage needs {_gb(needed_bytes)} of {_gb(bound)} of {kind}")
+        yield Check(host, "memory", CheckResult.OK, f"its stage needs {_gb(needed_bytes)} of {_gb(bound)} of {kind}")
 
 
 def check_model(host: str, facts: ModelFacts, download: str) -> Iterator[Check]:
     """Whether its files are there and right. ``download`` is the command that fetches them."""
     if facts.problem is not None:
-        yield Check(host, "model", Verdict.FAILURE, facts.problem)
+        yield Check(host, "model", CheckResult.FAILURE, facts.problem)
         return
     if facts.missing_bytes:
         found = f"{_gb(facts.missing_bytes)} of {facts.num_files} files are still to be fetched"
         if facts.missing_bytes > facts.disk_free_bytes:
             found += f", and its disk has {_gb(facts.disk_free_bytes)} free: make room, then"
-            yield Check(host, "model", Verdict.FAILURE, f"{found} run `{download}`")
+            yield Check(host, "model", CheckResult.FAILURE, f"{found} run `{download}`")
         else:
-            yield Check(host, "model", Verdict.WARNING, f"{found}: run `{download}`")
+            yield Check(host, "model", CheckResult.WARNING, f"{found}: run `{download}`")
         return
     differing = sorted(name for name, digest in facts.expected.items() if facts.found.get(name, digest) != digest)
     if differing:
         found = f"{', '.join(differing)} in {facts.folder} is not what the Hub has: remove it and run `{download}`"
-        yield Check(host, "model", Verdict.FAILURE, found)
+        yield Check(host, "model", CheckResult.FAILURE, found)
         return
     checked = f", {len(facts.found)} checksums computed" if facts.found else ""
     right = sum(name in facts.found for name in facts.expected)
     checked += f", {right} of them right by the Hub's" if facts.found and right else ""
-    yield Check(host, "model", Verdict.OK, f"{facts.num_files} files in {facts.folder}{checked}")
+    yield Check(host, "model", CheckResult.OK, f"{facts.num_files} files in {facts.folder}{checked}")
 
 
 def check_copies(facts: Mapping[str, ModelFacts]) -> Iterator[Check]:
@@ -154,7 +154,7 @@ def check_copies(facts: Mapping[str, ModelFacts]) -> Iterator[Check]:
                 if digest != usual or len(digests) == 2:
                     others = ", ".join(other for other in digests if other != host)
                     yield Check(
-                        host, "model", Verdict.FAILURE, f"{name} is not the same as on {others}: fetch it again"
+                        host, "model", CheckResult.FAILURE, f"{name} is not the same as on {others}: fetch it again"
                     )
 
 
@@ -169,10 +169,10 @@ def check_addresses(host: Host, facts: HostFacts) -> Iterator[Check]:
             "hostfile, or let `mlx.distributed_config --over thunderbolt --auto-setup` set the addresses, which a "
             "restart undoes"
         )
-        yield Check(host.ssh, "addresses", Verdict.FAILURE, found)
+        yield Check(host.ssh, "addresses", CheckResult.FAILURE, found)
     elif ips:
         listed = ", ".join(f"{ip} on {facts.interfaces[ip]}" for ip in ips)
-        yield Check(host.ssh, "addresses", Verdict.OK, listed)
+        yield Check(host.ssh, "addresses", CheckResult.OK, listed)
 
 
 def check_backend(host: Host, backend: Backend, hello: Hello, facts: HostFacts) -> Iterator[Check]:
@@ -180,12 +180,12 @@ def check_backend(host: Host, backend: Backend, hello: Hello, facts: HostFacts) 
     name = "ring" if backend is Backend.RING else "jaccl"
     if backend is Backend.RING or name not in facts.backends:
         if name in facts.backends:
-            yield Check(host.ssh, "backend", Verdict.OK, f"{name} can be used")
+            yield Check(host.ssh, "backend", CheckResult.OK, f"{name} can be used")
             return
         way_out = 'write "backend": "ring" in the hostfile'
         if (macos := macos_version(hello.system)) is not None and macos < RDMA_MACOS:
             way_out = f"update {hello.system} to macOS 26.2 or newer, or {way_out}"
-        yield Check(host.ssh, "backend", Verdict.FAILURE, f"its mlx has no {name}: {way_out}")
+        yield Check(host.ssh, "backend", CheckResult.FAILURE, f"its mlx has no {name}: {way_out}")
         return
     yield from _check_rdma(host, hello, facts)
 
@@ -195,22 +195,24 @@ def _check_rdma(host: Host, hello: Hello, facts: HostFacts) -> Iterator[Check]:
     wanted = [device for cell in host.rdma for device in ([cell] if isinstance(cell, str) else cell or ())]
     if not rdma_is_enabled(facts.settings.get("rdma_ctl", "")):
         found = "RDMA is off: start this Mac in Recovery and run `rdma_ctl enable` in its Terminal (not over ssh)"
-        yield Check(host.ssh, "backend", Verdict.FAILURE, found)
+        yield Check(host.ssh, "backend", CheckResult.FAILURE, found)
     elif missing := [device for device in wanted if device not in devices]:
         found = (
             f"{', '.join(missing)} is not among its RDMA devices ({', '.join(devices) or 'it has none'}): names change "
             "with a restart or a replugged cable, so let `mlx.distributed_config` write the hostfile again; "
             "Thunderbolt 4 has none"
         )
-        yield Check(host.ssh, "backend", Verdict.FAILURE, found)
+        yield Check(host.ssh, "backend", CheckResult.FAILURE, found)
     elif bridge_is_active(facts.settings.get("bridge0", "")):
         turn_off = "`sudo networksetup -setnetworkserviceenabled 'Thunderbolt Bridge' off` there"
         found = f"the Thunderbolt bridge holds the cables: {turn_off}"
-        yield Check(host.ssh, "backend", Verdict.FAILURE, found)
+        yield Check(host.ssh, "backend", CheckResult.FAILURE, found)
     elif (macos := macos_version(hello.system)) is not None and macos < LARGE_RDMA_MACOS:
-        yield Check(host.ssh, "backend", Verdict.WARNING, f"{hello.system} sends 4 kB at a time: update to macOS 26.3")
+        yield Check(
+            host.ssh, "backend", CheckResult.WARNING, f"{hello.system} sends 4 kB at a time: update to macOS 26.3"
+        )
     else:
-        yield Check(host.ssh, "backend", Verdict.OK, f"jaccl over {', '.join(wanted)}")
+        yield Check(host.ssh, "backend", CheckResult.OK, f"jaccl over {', '.join(wanted)}")
 
 
 def check_environment(host: str, facts: HostFacts, envs: Sequence[str]) -> Iterator[Check]:
@@ -218,12 +220,12 @@ def check_environment(host: str, facts: HostFacts, envs: Sequence[str]) -> Itera
     given = [line for line in envs if line.startswith(f"{_FAST_SYNCH}=")]
     if given:
         found = f"the hostfile sets {_FAST_SYNCH}, which can wedge a GPU until it is restarted: take it out of envs"
-        yield Check(host, "environment", Verdict.WARNING, found)
+        yield Check(host, "environment", CheckResult.WARNING, found)
     elif _FAST_SYNCH in facts.environment:
         found = f"{_FAST_SYNCH} is set there, which can wedge a GPU until it is restarted: `unset {_FAST_SYNCH}`"
-        yield Check(host, "environment", Verdict.WARNING, f"{found} in its shell's start-up file")
+        yield Check(host, "environment", CheckResult.WARNING, f"{found} in its shell's start-up file")
     else:
-        yield Check(host, "environment", Verdict.OK, f"{_FAST_SYNCH} is not set")
+        yield Check(host, "environment", CheckResult.OK, f"{_FAST_SYNCH} is not set")
 
 
 def check_sleep(host: str, facts: HostFacts) -> Iterator[Check]:
@@ -233,9 +235,9 @@ def check_sleep(host: str, facts: HostFacts) -> Iterator[Check]:
         return
     if minutes:
         found = f"it sleeps after {minutes} idle minutes (mlx-k2 keeps it awake only while it runs)"
-        yield Check(host, "sleep", Verdict.WARNING, f"{found}: `sudo pmset -a sleep 0 disksleep 0` there")
+        yield Check(host, "sleep", CheckResult.WARNING, f"{found}: `sudo pmset -a sleep 0 disksleep 0` there")
     else:
-        yield Check(host, "sleep", Verdict.OK, "never")
+        yield Check(host, "sleep", CheckResult.OK, "never")
 
 
 def check_hop(hosts: Sequence[Host], rank: int, speed: HopSpeed) -> Check:
@@ -243,8 +245,10 @@ def check_hop(hosts: Sequence[Host], rank: int, speed: HopSpeed) -> Check:
     name = f"{hosts[rank].ssh} to {hosts[rank + 1].ssh}"
     found = f"{1e6 * speed.latency_s:.0f} us for a token, {speed.bytes_per_s / 1e9:.2f} GB/s"
     if speed.bytes_per_s < SLOW_HOP_BYTES_PER_S or speed.latency_s > SLOW_HOP_S:
-        return Check(name, "hop", Verdict.WARNING, f"{found}: slow; see that the hostfile's ips are those of the cable")
-    return Check(name, "hop", Verdict.OK, found)
+        return Check(
+            name, "hop", CheckResult.WARNING, f"{found}: slow; see that the hostfile's ips are those of the cable"
+        )
+    return Check(name, "hop", CheckResult.OK, found)
 
 
 def _gb(num_bytes: float) -> str:

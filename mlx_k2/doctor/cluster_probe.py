@@ -17,7 +17,7 @@ from mlx_k2.deployment.plan import HostMemory, StagePlan
 from mlx_k2.doctor.checks import (
     Answer,
     Check,
-    Verdict,
+    CheckResult,
     check_addresses,
     check_answer,
     check_backend,
@@ -82,7 +82,9 @@ def examine_cluster(
             listener.phase("measuring the hops")
             round_.measure_hops()
         elif len(hosts) > 1:
-            round_.checks.append(Check("all hosts", "hop", Verdict.WARNING, "not measured: not every host answered"))
+            round_.checks.append(
+                Check("all hosts", "hop", CheckResult.WARNING, "not measured: not every host answered")
+            )
     return tuple(round_.checks)
 
 
@@ -136,7 +138,7 @@ class _Round:
         try:
             _, plans = plan_for(self._request, model, memories, all_on_gpu=all(gpus))
         except PartitionError as error:
-            self.checks.append(Check("all hosts", "memory", Verdict.FAILURE, str(error)))
+            self.checks.append(Check("all hosts", "memory", CheckResult.FAILURE, str(error)))
             return ()
         self._listener.planned(model, plans)
         return plans
@@ -181,7 +183,7 @@ class _Round:
 
     def measure_hops(self) -> None:
         """Connect all stages as a run does, over the built-in model, which every host has, and time each hop."""
-        if any(check.verdict is Verdict.FAILURE and check.what in ("addresses", "backend") for check in self.checks):
+        if any(check.result is CheckResult.FAILURE and check.what in ("addresses", "backend") for check in self.checks):
             self._fail_hops("not tried: see the failures above")
             return
         hostfile, size = self._request.hostfile, self._group.size
@@ -204,7 +206,7 @@ class _Round:
         return f"mlx-k2 download --hostfile HOSTFILE --model {source.path_or_repo if is_repo(source) else 'OWNER/NAME'}"
 
     def _fail(self, rank: int, what: str, found: str) -> None:
-        self.checks.append(Check(self._hosts[rank].ssh, what, Verdict.FAILURE, found))
+        self.checks.append(Check(self._hosts[rank].ssh, what, CheckResult.FAILURE, found))
 
     def _fail_hops(self, found: str) -> None:
-        self.checks.append(Check("all hosts", "hop", Verdict.FAILURE, found))
+        self.checks.append(Check("all hosts", "hop", CheckResult.FAILURE, found))

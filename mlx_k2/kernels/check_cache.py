@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_k2.kernels.dispatch import metal_texts
-from mlx_k2.kernels.self_check import LayerShape, Verdict
+from mlx_k2.kernels.self_check import KernelCheck, LayerShape
 from mlx_k2.kernels.tuning import Tuning
 
 DEFAULT_DIRECTORY = Path.home() / ".cache" / "mlx-k2" / "kernels"
@@ -24,15 +24,15 @@ def mlx_version() -> str:
     return importlib.metadata.version("mlx")
 
 
-class Remembered(NamedTuple):
+class CachedChecks(NamedTuple):
     """What is known of this machine's kernels."""
 
-    verdicts: list[Verdict]
+    checks: list[KernelCheck]
     tuning: Tuning | None  # None until it was measured here
 
-    def with_verdict(self, verdict: Verdict) -> "Remembered":
+    def with_check(self, check: KernelCheck) -> "CachedChecks":
         """One kernel more."""
-        return self._replace(verdicts=[*self.verdicts, verdict])
+        return self._replace(checks=[*self.checks, check])
 
 
 def cache_path(directory: Path, shape: LayerShape, chip: str) -> Path:
@@ -42,24 +42,24 @@ def cache_path(directory: Path, shape: LayerShape, chip: str) -> Path:
     return directory / f"{digest}.json"
 
 
-def load(path: Path) -> Remembered | None:
+def load(path: Path) -> CachedChecks | None:
     """What was remembered, or None: no file, or one that cannot be read."""
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        verdicts = [Verdict(**verdict) for verdict in content["verdicts"]]
+        checks = [KernelCheck(**check) for check in content["checks"]]
         tuning = None if content["tuning"] is None else Tuning(**content["tuning"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Remembered(verdicts, tuning)
+    return CachedChecks(checks, tuning)
 
 
-def store(path: Path, remembered: Remembered, chip: str) -> None:
+def store(path: Path, cached: CachedChecks, chip: str) -> None:
     """Writes the file whole or not at all. A directory that cannot be written only costs the next start a check."""
     content = {
         "mlx": mlx_version(),
         "chip": chip,
-        "verdicts": [verdict._asdict() for verdict in remembered.verdicts],
-        "tuning": remembered.tuning._asdict() if remembered.tuning else None,
+        "checks": [check._asdict() for check in cached.checks],
+        "tuning": cached.tuning._asdict() if cached.tuning else None,
     }
     scratch = path.with_suffix(f".{os.getpid()}")
     try:

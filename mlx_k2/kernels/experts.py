@@ -11,7 +11,7 @@ from mlx_k2.kernels import check_cache, reference, variants
 from mlx_k2.kernels.batched_decode import MAX_TOKENS
 from mlx_k2.kernels.decode import MAX_TOP_K
 from mlx_k2.kernels.dispatch import run
-from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, ROUTER, LayerShape, Verdict, check_kernel
+from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, ROUTER, KernelCheck, LayerShape, check_kernel
 from mlx_k2.kernels.stack import AffineStack, ExpertStack
 from mlx_k2.kernels.tuning import Tuning, tuning_for
 from mlx_k2.kernels.variants import Experts
@@ -24,7 +24,7 @@ METAL_KERNELS = (DECODE, BATCH, PREFILL, ROUTER)
 CUDA_KERNELS = (DECODE, BATCH)  # the others use simdgroup matrices, or words that cuda.h lacks
 
 
-class Trusted(NamedTuple):
+class UsableKernels(NamedTuple):
     """The kernels that may run here, their sizes, and a line about each that may not."""
 
     kernels: frozenset[str]
@@ -50,7 +50,7 @@ def route(
     one_group = top_groups >= num_groups and top_k <= MAX_TOP_K and router_weight.dtype == hidden.dtype
     if one_group and _backend_kernels():
         shape = LayerShape(hidden.shape[1], 0, top_k, hidden.dtype)
-        if ROUTER in trusted(shape).kernels:
+        if ROUTER in usable(shape).kernels:
             return variants.route(
                 hidden,
                 router_weight,
@@ -79,14 +79,14 @@ def routed_experts(
     if isinstance(stack, AffineStack):
         return reference.routed_experts(x, expert_ids, expert_weights, stack)
     if _backend_kernels() and top_k <= MAX_TOP_K and stack.gate_scale.dtype == x.dtype:
-        here = trusted(LayerShape(stack.hidden_size, stack.intermediate_size, top_k, x.dtype))
-        name, compute = regime(x.shape[0])
+        here = usable(LayerShape(stack.hidden_size, stack.intermediate_size, top_k, x.dtype))
+        name, compute = kernel_for(x.shape[0])
         if name in here.kernels:
             return compute(x, expert_ids, expert_weights, stack, here.tuning, run)
     return reference.routed_experts(x, expert_ids, expert_weights, stack)
 
 
-def regime(tokens: int) -> tuple[str, Experts]:
+def kernel_for(tokens: int) -> tuple[str, Experts]:
     """The kernel for so many tokens. One expert's weights are read once in each regime."""
     if tokens == 1:
         return DECODE, variants.decode_experts
@@ -103,42 +103,42 @@ def prepare(stack: ExpertStack | AffineStack, top_k: int, dtype: mx.Dtype) -> tu
     if not _backend_kernels():
         return ()
     shipped = stack.experts if isinstance(stack, AffineStack) else stack
-    warnings = trusted(LayerShape(shipped.hidden_size, 0, top_k, dtype)).warnings
+    warnings = usable(LayerShape(shipped.hidden_size, 0, top_k, dtype)).warnings
     if isinstance(stack, AffineStack):
         return (*warnings, "the experts' kernels compute in the checkpoint's dtype only; plain MLX runs instead")
-    return (*trusted(LayerShape(shipped.hidden_size, shipped.intermediate_size, top_k, dtype)).warnings, *warnings)
+    return (*usable(LayerShape(shipped.hidden_size, shipped.intermediate_size, top_k, dtype)).warnings, *warnings)
 
 
 @functools.cache
-def trusted(shape: LayerShape) -> Trusted:
+def usable(shape: LayerShape) -> UsableKernels:
     """The kernels that agreed with the reference for this shape, checked once on a machine and then remembered."""
-    remembered = verdicts(shape, check_cache.DEFAULT_DIRECTORY)
-    names = frozenset(verdict.kernel for verdict in remembered.verdicts if verdict.trusted)
-    warnings = tuple(verdict.warning for verdict in remembered.verdicts if not verdict.trusted)
-    return Trusted(names, remembered.tuning or tuning_for(chip()), warnings)
+    cached = checks(shape, check_cache.DEFAULT_DIRECTORY)
+    names = frozenset(check.kernel for check in cached.checks if check.usable)
+    warnings = tuple(check.warning for check in cached.checks if not check.usable)
+    return UsableKernels(names, cached.tuning or tuning_for(chip()), warnings)
 
 
-def verdicts(shape: LayerShape, directory: Path) -> check_cache.Remembered:
+def checks(shape: LayerShape, directory: Path) -> check_cache.CachedChecks:
     """What is known for this shape; what is not yet known is found out, said in the log, and remembered.
 
     A layer of intermediate size 0 stands for the router alone.
     """
     path = check_cache.cache_path(directory, shape, chip())
-    remembered = check_cache.load(path) or check_cache.Remembered([], None)
+    cached = check_cache.load(path) or check_cache.CachedChecks([], None)
     names = [name for name in _backend_kernels() if (name == ROUTER) == (shape.intermediate_size == 0)]
-    known = {verdict.kernel for verdict in remembered.verdicts}
+    known = {check.kernel for check in cached.checks}
     for name in names:
         if name in known:
             continue
         # should the check take the process down, the next one finds this and leaves the kernel alone
-        started = Verdict(name, False, None, "an earlier check did not come back")
-        check_cache.store(path, remembered.with_verdict(started), chip())
-        verdict = check_kernel(name, shape, tuning_for(chip()))
-        if not verdict.trusted:
-            logger.warning(verdict.warning)
-        remembered = remembered.with_verdict(verdict)
-        check_cache.store(path, remembered, chip())
-    return remembered
+        started = KernelCheck(name, False, None, "an earlier check did not come back")
+        check_cache.store(path, cached.with_check(started), chip())
+        check = check_kernel(name, shape, tuning_for(chip()))
+        if not check.usable:
+            logger.warning(check.warning)
+        cached = cached.with_check(check)
+        check_cache.store(path, cached, chip())
+    return cached
 
 
 @functools.cache

@@ -7,7 +7,7 @@ class KernelLine(msgspec.Struct, frozen=True, kw_only=True):
     """One kernel. GB/s are of the weights that ``tokens`` tokens need; None: it did not run, or is not timed."""
 
     kernel: str
-    trusted: bool
+    usable: bool
     error: float | None
     """Largest error by largest output, against plain MLX in float32."""
     reason: str

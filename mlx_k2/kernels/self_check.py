@@ -33,11 +33,11 @@ class LayerShape(NamedTuple):
     dtype: mx.Dtype
 
 
-class Verdict(NamedTuple):
+class KernelCheck(NamedTuple):
     """What became of one kernel's check."""
 
     kernel: str
-    trusted: bool
+    usable: bool
     error: float | None  # largest error by largest output; None when it did not run
     reason: str  # why it is not trusted
 
@@ -47,21 +47,21 @@ class Verdict(NamedTuple):
         return f"the {self.kernel} kernel is not used here ({self.reason}); plain MLX runs instead"
 
 
-def check_kernels(shape: LayerShape, tuning: Tuning, perform: Perform = run) -> list[Verdict]:
+def check_kernels(shape: LayerShape, tuning: Tuning, perform: Perform = run) -> list[KernelCheck]:
     """Runs each kernel of a backend once and compares it with the reference in float32."""
     return [check_kernel(name, shape, tuning, perform) for name in (DECODE, BATCH, PREFILL, ROUTER)]
 
 
-def check_kernel(name: str, shape: LayerShape, tuning: Tuning, perform: Perform = run) -> Verdict:
+def check_kernel(name: str, shape: LayerShape, tuning: Tuning, perform: Perform = run) -> KernelCheck:
     """Runs one kernel, DECODE, BATCH, PREFILL or ROUTER, and compares it with the reference in float32."""
     try:
         error = _router_error(shape, perform) if name == ROUTER else _experts_error(name, shape, tuning, perform)
     except Exception as failure:  # noqa: BLE001  a border: whatever MLX or a compiler raises means 'do not use it'
-        return Verdict(name, False, None, str(failure).strip().split("\n", maxsplit=1)[0] or type(failure).__name__)
+        return KernelCheck(name, False, None, str(failure).strip().split("\n", maxsplit=1)[0] or type(failure).__name__)
     tolerance = TOLERANCE[shape.dtype]
     if not error <= tolerance:
-        return Verdict(name, False, error, f"off by {error:.1e} of the largest output, more than {tolerance:.0e}")
-    return Verdict(name, True, error, "")
+        return KernelCheck(name, False, error, f"off by {error:.1e} of the largest output, more than {tolerance:.0e}")
+    return KernelCheck(name, True, error, "")
 
 
 _EXPERTS: dict[str, tuple[Experts, int]] = {

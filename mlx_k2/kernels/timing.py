@@ -9,7 +9,15 @@ import numpy as np
 
 from mlx_k2.kernels import check_cache, experts, reference
 from mlx_k2.kernels.dispatch import run
-from mlx_k2.kernels.self_check import BATCH, DECODE, LayerShape, Verdict, check_kernel, random_expert_ids, random_stack
+from mlx_k2.kernels.self_check import (
+    BATCH,
+    DECODE,
+    KernelCheck,
+    LayerShape,
+    check_kernel,
+    random_expert_ids,
+    random_stack,
+)
 from mlx_k2.kernels.stack import ExpertStack
 from mlx_k2.kernels.tuning import Tuning
 
@@ -49,7 +57,7 @@ class Timing(NamedTuple):
 class KernelRow(NamedTuple):
     """One line of the table."""
 
-    verdict: Verdict
+    check: KernelCheck
     tokens: int
     kernel: Timing | None  # None where the kernel may not run
     reference: Timing
@@ -62,11 +70,11 @@ def kernel_table(shape: LayerShape, tuning: Tuning) -> list[KernelRow]:
     mx.eval(stack)
     read = plain_read_gigabytes_per_second(stack)
     rows = []
-    for verdict in experts.verdicts(shape, check_cache.DEFAULT_DIRECTORY).verdicts:
-        tokens = TOKENS[verdict.kernel]
-        timing = time_layer(_kernel(tokens, tuning), stack, tokens, shape.top_k) if verdict.trusted else None
+    for check in experts.checks(shape, check_cache.DEFAULT_DIRECTORY).checks:
+        tokens = TOKENS[check.kernel]
+        timing = time_layer(_kernel(tokens, tuning), stack, tokens, shape.top_k) if check.usable else None
         rows.append(
-            KernelRow(verdict, tokens, timing, time_layer(reference.routed_experts, stack, tokens, shape.top_k), read)
+            KernelRow(check, tokens, timing, time_layer(reference.routed_experts, stack, tokens, shape.top_k), read)
         )
     return rows
 
@@ -88,8 +96,8 @@ def best_tuning(shape: LayerShape, start: Tuning) -> Tuning:
         if _agrees(shape, candidate) and (candidate_seconds := seconds(candidate)) < best_seconds:
             best, best_seconds = candidate, candidate_seconds
     path = check_cache.cache_path(check_cache.DEFAULT_DIRECTORY, shape, experts.chip())
-    verdicts = experts.verdicts(shape, check_cache.DEFAULT_DIRECTORY).verdicts
-    check_cache.store(path, check_cache.Remembered(verdicts, best), experts.chip())
+    checks = experts.checks(shape, check_cache.DEFAULT_DIRECTORY).checks
+    check_cache.store(path, check_cache.CachedChecks(checks, best), experts.chip())
     return best
 
 
@@ -134,11 +142,11 @@ def _best_seconds(work: Callable[[], None], repeats: int = REPEATS) -> float:
 
 def _agrees(shape: LayerShape, tuning: Tuning) -> bool:
     """Whether the kernels of these sizes, which are other kernels, compute what the reference does."""
-    return all(check_kernel(name, shape, tuning).trusted for name in (DECODE, BATCH))
+    return all(check_kernel(name, shape, tuning).usable for name in (DECODE, BATCH))
 
 
 def _kernel(tokens: int, tuning: Tuning) -> Layer:
-    _, compute = experts.regime(tokens)
+    _, compute = experts.kernel_for(tokens)
 
     def layer(x: mx.array, ids: mx.array, weights: mx.array, stack: ExpertStack) -> mx.array:
         return compute(x, ids, weights, stack, tuning, run)

@@ -25,7 +25,7 @@ class BufferLimits(NamedTuple):
         return {"MLX_MAX_OPS_PER_BUFFER": str(self.operations), "MLX_MAX_MB_PER_BUFFER": str(self.megabytes)}
 
 
-def remember(limits: BufferLimits | None, file: Path = FILE) -> None:
+def save_limits(limits: BufferLimits | None, file: Path = FILE) -> None:
     """Keep what was best for this machine and this mlx; None: MLX's own."""
     if limits is None:
         file.unlink(missing_ok=True)
@@ -34,7 +34,7 @@ def remember(limits: BufferLimits | None, file: Path = FILE) -> None:
     file.write_text(json.dumps(_measured_with() | limits._asdict()) + "\n", encoding="utf-8")
 
 
-def remembered(file: Path = FILE) -> BufferLimits | None:
+def load_limits(file: Path = FILE) -> BufferLimits | None:
     """What was best; None where nothing was measured on this machine with this mlx."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -43,9 +43,9 @@ def remembered(file: Path = FILE) -> BufferLimits | None:
     return None
 
 
-def set_remembered(environment: MutableMapping[str, str], file: Path = FILE) -> None:
+def apply_saved_limits(environment: MutableMapping[str, str], file: Path = FILE) -> None:
     """Put what was best into ``environment``; what already stands there is somebody's wish."""
-    limits = remembered(file)
+    limits = load_limits(file)
     for name, value in ({} if limits is None else limits.environment()).items():
         environment.setdefault(name, value)
 

@@ -16,7 +16,7 @@ from mlx_k2 import __version__
 from mlx_k2.config import ModelConfig
 from mlx_k2.kernels import check_cache, experts, reference, timing
 from mlx_k2.kernels.report import DecodeTime, KernelLine, KernelReport
-from mlx_k2.kernels.self_check import BATCH, DECODE, LayerShape, Verdict, random_stack
+from mlx_k2.kernels.self_check import BATCH, DECODE, KernelCheck, LayerShape, random_stack
 from mlx_k2.kernels.tuning import Tuning, tuning_for
 from mlx_k2.model.feed_forward import make_feed_forward
 from mlx_k2.model.layer_weights import DenseWeights, MoeWeights
@@ -48,19 +48,19 @@ def measure_report() -> KernelReport:
     shape = _layer_shape(_k2())
     tuning = _best_tuning(shape)
     rows = timing.kernel_table(shape, tuning or tuning_for(experts.chip()))
-    router = _verdicts(shape._replace(intermediate_size=0))
+    router = _checks(shape._replace(intermediate_size=0))
     return msgspec.structs.replace(
         report,
         chip=experts.chip(),
         read_gb_per_s=rows[0].plain_read_gigabytes_per_second,
-        kernels=(*map(_line, rows), *(KernelLine(**verdict._asdict()) for verdict in router)),
+        kernels=(*map(_line, rows), *(KernelLine(**check._asdict()) for check in router)),
         sizes=tuning._asdict() if tuning else {},
     )
 
 
 def _line(row: timing.KernelRow) -> KernelLine:
     return KernelLine(
-        **row.verdict._asdict(),
+        **row.check._asdict(),
         tokens=row.tokens,
         gb_per_s=row.kernel.gigabytes_per_second if row.kernel else None,
         plain_mlx_gb_per_s=row.reference.gigabytes_per_second,
@@ -108,14 +108,14 @@ def _layer_shape(config: ModelConfig) -> LayerShape:
     return LayerShape(config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok, mx.bfloat16)
 
 
-def _verdicts(shape: LayerShape) -> list[Verdict]:
-    return experts.verdicts(shape, check_cache.DEFAULT_DIRECTORY).verdicts
+def _checks(shape: LayerShape) -> list[KernelCheck]:
+    return experts.checks(shape, check_cache.DEFAULT_DIRECTORY).checks
 
 
 def _best_tuning(shape: LayerShape) -> Tuning | None:
     """The fastest sizes, remembered; None where a kernel that has sizes may not run."""
-    trusted = {verdict.kernel for verdict in _verdicts(shape) if verdict.trusted}
-    return timing.best_tuning(shape, tuning_for(experts.chip())) if trusted >= {DECODE, BATCH} else None
+    usable = {check.kernel for check in _checks(shape) if check.usable}
+    return timing.best_tuning(shape, tuning_for(experts.chip())) if usable >= {DECODE, BATCH} else None
 
 
 def _random_block(config: ModelConfig, shape: LayerShape) -> MoeWeights:

@@ -5,9 +5,9 @@ import os
 _PROTOCOL_FD = os.dup(1)
 os.dup2(2, 1)  # from here on, whatever prints while it is imported prints to the log
 
-from mlx_k2.stage.buffer_limits import set_remembered  # noqa: E402
+from mlx_k2.stage.buffer_limits import apply_saved_limits  # noqa: E402
 
-set_remembered(os.environ)  # before mlx is imported, which reads it
+apply_saved_limits(os.environ)  # before mlx is imported, which reads it
 
 from mlx_k2.stage.service import serve  # noqa: E402
 

@@ -26,14 +26,14 @@ REPORT = KernelReport(
     kernels=(
         KernelLine(
             kernel="decode",
-            trusted=True,
+            usable=True,
             error=2e-3,
             reason="",
             tokens=1,
             gb_per_s=600.0,
             plain_mlx_gb_per_s=400.0,
         ),
-        KernelLine(kernel="router", trusted=False, error=None, reason="it did not compile"),
+        KernelLine(kernel="router", usable=False, error=None, reason="it did not compile"),
     ),
     sizes={"gate_up_rows": 8},
 )
@@ -61,7 +61,7 @@ def test_with_a_gpu_the_best_limits_are_remembered_and_everything_is_there_to_se
 
     shown: list[str] = []
     monkeypatch.setattr(kernels, "_measure", measure)
-    monkeypatch.setattr(kernels, "remember", kept.append)
+    monkeypatch.setattr(kernels, "save_limits", kept.append)
     monkeypatch.setattr(kernels, "note", shown.append)
     ran = CliRunner().invoke(kernels.command)
     assert ran.exit_code == 0, ran.output

@@ -11,7 +11,7 @@ from mlx_k2.cluster.hostfile import Backend, Host
 from mlx_k2.doctor.checks import (
     Answer,
     Check,
-    Verdict,
+    CheckResult,
     check_addresses,
     check_answer,
     check_backend,
@@ -49,7 +49,7 @@ FACTS = HostFacts(
 MODEL = ModelFacts(folder="/models/k2", num_files=30, disk_free_bytes=900 * GB)
 DOWNLOAD = "mlx-k2 download --hostfile two-macs.json --model moonshotai/Kimi-K2-Thinking"
 
-OK, WARNING, FAILURE = Verdict.OK, Verdict.WARNING, Verdict.FAILURE
+OK, WARNING, FAILURE = CheckResult.OK, CheckResult.WARNING, CheckResult.FAILURE
 
 
 def facts(**changes: object) -> HostFacts:
@@ -72,7 +72,7 @@ def backend(seen: HostFacts, system: str = "macOS 26.4") -> list[Check]:
     return list(check_backend(HOST, Backend.JACCL, hello(system=system), seen))
 
 
-JUDGED: dict[str, tuple[list[Check], Verdict, str]] = {
+JUDGED: dict[str, tuple[list[Check], CheckResult, str]] = {
     "an old package": (
         list(check_versions(HOST, hello(mlx_version="0.31.0"), HERE, Backend.RING, {"macOS 26.4"}))[:1],
         FAILURE,
@@ -143,14 +143,14 @@ JUDGED: dict[str, tuple[list[Check], Verdict, str]] = {
 }
 
 
-@pytest.mark.parametrize(("checks", "verdict", "words"), JUDGED.values(), ids=JUDGED.keys())
+@pytest.mark.parametrize(("checks", "result", "words"), JUDGED.values(), ids=JUDGED.keys())
 def test_each_state_of_a_host_has_its_verdict_and_its_way_out(
-    checks: list[Check], verdict: Verdict, words: str
+    checks: list[Check], result: CheckResult, words: str
 ) -> None:
     (check,) = checks
-    assert check.verdict is verdict
+    assert check.result is result
     assert re.search(words, check.found), check.found
-    if "`" in words and verdict is not OK:
+    if "`" in words and result is not OK:
         assert check.commands
 
 
@@ -160,7 +160,7 @@ def test_a_host_that_says_nothing_of_sleep_has_no_such_check() -> None:
 
 def test_hosts_with_different_bytes_in_one_file_are_both_named() -> None:
     copies = {"mac-1": model(found={"a": "1", "b": "2"}), "mac-2": model(found={"b": "3", "c": "4"})}
-    assert [(check.host, check.verdict) for check in check_copies(copies)] == [("mac-1", FAILURE), ("mac-2", FAILURE)]
+    assert [(check.host, check.result) for check in check_copies(copies)] == [("mac-1", FAILURE), ("mac-2", FAILURE)]
     third = copies | {"mac-3": model(found={"b": "2"})}
     assert [check.host for check in check_copies(third)] == ["mac-2"]
 
@@ -168,4 +168,4 @@ def test_hosts_with_different_bytes_in_one_file_are_both_named() -> None:
 def test_commands_are_what_stands_between_backticks() -> None:
     check = Check("mac-2", "ssh", FAILURE, "it is so: run `ssh mac-2` once, then `ssh-copy-id mac-2`")
     assert check.commands == ["ssh mac-2", "ssh-copy-id mac-2"]
-    assert replace(check, verdict=OK).commands == []
+    assert replace(check, result=OK).commands == []

@@ -41,7 +41,7 @@ def test_everything_is_looked_at_and_what_is_wrong_is_found_on_each_host(
     hostfile.write_text(json.dumps(good))
     code, lines, err = doctor(hosts, "--hostfile", str(hostfile), "--model", str(model), "--deep")
     assert code == 0, (lines, err)
-    assert {line["verdict"] for line in lines[:-1]} <= {"ok", "warning"}
+    assert {line["result"] for line in lines[:-1]} <= {"ok", "warning"}
     for name in hosts.names:
         for check in ("ssh", "clock", "versions", "system", "memory", "model", "addresses", "backend", "environment"):
             found(lines, name, check)
@@ -63,9 +63,9 @@ def test_everything_is_looked_at_and_what_is_wrong_is_found_on_each_host(
     assert "10.77.0.99 is on none of its interfaces" in found(lines, "host-0", "addresses")["found"]
     assert found(lines, "host-1", "ssh")["commands"] == ["ssh host-1 python3 -m pip install mlx-k2==0.1.0"]
     assert "is truncated: 1000 of its" in found(lines, "host-2", "model")["found"]
-    assert found(lines, "host-2", "environment")["verdict"] == "warning"
+    assert found(lines, "host-2", "environment")["result"] == "warning"
     assert found(lines, "all hosts", "hop")["found"] == "not measured: not every host answered"
-    failed = {(line["host"], line["check"]) for line in lines[:-1] if line["verdict"] == "failure"}
+    failed = {(line["host"], line["check"]) for line in lines[:-1] if line["result"] == "failure"}
     assert failed == {("host-0", "addresses"), ("host-1", "ssh"), ("host-2", "model")}
     assert lines[-1]["summary"]["failure"] == 3
     assert hosts.all_processes() == {}

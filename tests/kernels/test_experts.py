@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_k2.kernels import check_cache, experts, reference
-from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, LayerShape, Verdict, random_stack
+from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, KernelCheck, LayerShape, random_stack
 from mlx_k2.kernels.stack import make_affine
 from mlx_k2.kernels.tuning import DEFAULT
 from tests.metal_cpu.float64 import random_case
@@ -29,15 +29,17 @@ def test_without_a_gpu_the_reference_runs_and_nothing_is_checked() -> None:
 
 @pytest.mark.parametrize(("tokens", "kernel"), [(1, DECODE), (2, BATCH), (16, BATCH), (17, PREFILL), (4096, PREFILL)])
 def test_the_number_of_tokens_chooses_the_kernel(tokens: int, kernel: str) -> None:
-    assert experts.regime(tokens)[0] == kernel
+    assert experts.kernel_for(tokens)[0] == kernel
 
 
 def test_verdicts_are_remembered(tmp_path: Path) -> None:
     path = check_cache.cache_path(tmp_path / "new", SHAPE, "Apple M9")
-    remembered = check_cache.Remembered([Verdict(DECODE, True, 1e-3, ""), Verdict(BATCH, False, None, "no")], DEFAULT)
+    cached = check_cache.CachedChecks(
+        [KernelCheck(DECODE, True, 1e-3, ""), KernelCheck(BATCH, False, None, "no")], DEFAULT
+    )
     assert check_cache.load(path) is None
-    check_cache.store(path, remembered, "Apple M9")
-    assert check_cache.load(path) == remembered
+    check_cache.store(path, cached, "Apple M9")
+    assert check_cache.load(path) == cached
 
 
 def test_another_chip_shape_or_kernel_text_has_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +54,7 @@ def test_another_chip_shape_or_kernel_text_has_another_file(tmp_path: Path, monk
     assert len(set(paths)) == len(paths)
 
 
-@pytest.mark.parametrize("content", ["", "{", "{}", '{"verdicts": [{"kernel": 1}], "tuning": null}', "[]"])
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"checks": [{"kernel": 1}], "tuning": null}', "[]"])
 def test_a_file_that_cannot_be_read_means_that_nothing_is_known(tmp_path: Path, content: str) -> None:
     path = tmp_path / "verdicts.json"
     path.write_text(content)
@@ -61,7 +63,7 @@ def test_a_file_that_cannot_be_read_means_that_nothing_is_known(tmp_path: Path, 
 
 def test_a_directory_that_cannot_be_written_is_not_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    check_cache.store(tmp_path / "file" / "verdicts.json", check_cache.Remembered([], None), "Apple M9")
+    check_cache.store(tmp_path / "file" / "verdicts.json", check_cache.CachedChecks([], None), "Apple M9")
 
 
 @pytest.fixture
@@ -75,9 +77,9 @@ def test_a_kernel_that_fails_is_named_once_and_then_left_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        first = experts.verdicts(SHAPE, tmp_path)
-        again = experts.verdicts(SHAPE, tmp_path)
-    assert [v.trusted for v in first.verdicts] == [False, False, False]
+        first = experts.checks(SHAPE, tmp_path)
+        again = experts.checks(SHAPE, tmp_path)
+    assert [v.usable for v in first.checks] == [False, False, False]
     assert again == first
     assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
         f"the {name} kernel is not used here" for name in (DECODE, BATCH, PREFILL)
@@ -89,17 +91,17 @@ def test_a_check_that_took_the_process_down_is_not_made_again(tmp_path: Path, mo
     class ProcessGone(BaseException):
         pass
 
-    def crash(*_: object) -> Verdict:
+    def crash(*_: object) -> KernelCheck:
         raise ProcessGone
 
     monkeypatch.setattr(experts, "check_kernel", crash)
     with pytest.raises(ProcessGone):
-        experts.verdicts(SHAPE, tmp_path)
-    monkeypatch.setattr(experts, "check_kernel", lambda name, *_: Verdict(name, True, 0.0, ""))
-    verdicts = {v.kernel: v for v in experts.verdicts(SHAPE, tmp_path).verdicts}
-    assert not verdicts[DECODE].trusted
-    assert verdicts[DECODE].reason == "an earlier check did not come back"
-    assert verdicts[BATCH].trusted
+        experts.checks(SHAPE, tmp_path)
+    monkeypatch.setattr(experts, "check_kernel", lambda name, *_: KernelCheck(name, True, 0.0, ""))
+    checks = {v.kernel: v for v in experts.checks(SHAPE, tmp_path).checks}
+    assert not checks[DECODE].usable
+    assert checks[DECODE].reason == "an earlier check did not come back"
+    assert checks[BATCH].usable
 
 
 @pytest.mark.usefixtures("_metal")
@@ -117,7 +119,7 @@ def test_what_is_prepared_is_not_checked_again_and_the_user_hears_of_each_kernel
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype
 ) -> None:
     monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", tmp_path)
-    experts.trusted.cache_clear()
+    experts.usable.cache_clear()
     shipped = random_stack(SHAPE, 4)
     stack = shipped if dtype == mx.bfloat16 else make_affine(shipped, dtype)
     lines = experts.prepare(stack, SHAPE.top_k, dtype)
@@ -126,4 +128,4 @@ def test_what_is_prepared_is_not_checked_again_and_the_user_hears_of_each_kernel
     monkeypatch.setattr(experts, "check_kernel", lambda *_: pytest.fail("checked again"))
     monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", tmp_path / "as if it could not be written")
     assert experts.prepare(stack, SHAPE.top_k, dtype) == lines
-    experts.trusted.cache_clear()
+    experts.usable.cache_clear()

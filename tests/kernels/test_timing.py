@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_k2.kernels import check_cache, experts, reference, timing
-from mlx_k2.kernels.self_check import DECODE, LayerShape, Verdict, random_stack
+from mlx_k2.kernels.self_check import DECODE, KernelCheck, LayerShape, random_stack
 from mlx_k2.kernels.stack import ExpertStack
 from mlx_k2.kernels.timing import Layer, Timing
 from mlx_k2.kernels.tuning import BY_CHIP, DEFAULT, Tuning, tuning_for
@@ -38,11 +38,11 @@ def test_a_kernel_that_is_not_trusted_has_no_time_and_the_reference_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", tmp_path)
-    untrusted = Verdict(DECODE, False, 0.5, "off by 5e-01 of the largest output, more than 1e-05")
+    unusable = KernelCheck(DECODE, False, 0.5, "off by 5e-01 of the largest output, more than 1e-05")
     path = check_cache.cache_path(tmp_path, SHAPE, experts.chip())
-    check_cache.store(path, check_cache.Remembered([untrusted], None), experts.chip())
+    check_cache.store(path, check_cache.CachedChecks([unusable], None), experts.chip())
     (row,) = timing.kernel_table(SHAPE, DEFAULT)
-    assert row.verdict == untrusted
+    assert row.check == unusable
     assert row.kernel is None
     assert row.reference.seconds > 0
 
@@ -65,9 +65,9 @@ def test_the_fastest_sizes_are_found_and_remembered(tmp_path: Path, monkeypatch:
     best = timing.best_tuning(SHAPE, DEFAULT)
     assert (best.gate_up_rows, best.down_rows) == (8, 2)
     assert not [tuning for tuning in tried if tuning.batch_rows == 1]  # sizes that compute something else
-    remembered = check_cache.load(check_cache.cache_path(tmp_path, SHAPE, experts.chip()))
-    assert remembered is not None
-    assert remembered.tuning == best
+    cached = check_cache.load(check_cache.cache_path(tmp_path, SHAPE, experts.chip()))
+    assert cached is not None
+    assert cached.tuning == best
 
 
 def test_every_size_in_the_table_divides_thirty_two() -> None:

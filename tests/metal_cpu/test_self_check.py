@@ -4,7 +4,16 @@ import mlx.core as mx
 import pytest
 
 from mlx_k2.kernels.dispatch import Launch
-from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, ROUTER, LayerShape, Verdict, check_kernel, check_kernels
+from mlx_k2.kernels.self_check import (
+    BATCH,
+    DECODE,
+    PREFILL,
+    ROUTER,
+    KernelCheck,
+    LayerShape,
+    check_kernel,
+    check_kernels,
+)
 from mlx_k2.kernels.tuning import DEFAULT
 from tests.metal_cpu.execute import execute, with_text
 
@@ -30,21 +39,21 @@ def perform_uncompilable(launch: Launch) -> list[mx.array]:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32], ids=["bfloat16", "float32"])
 def test_our_kernels_are_trusted(dtype: mx.Dtype) -> None:
-    verdicts = check_kernels(SHAPE._replace(dtype=dtype), DEFAULT, perform)
-    assert [(v.kernel, v.trusted, v.reason) for v in verdicts] == [
+    checks = check_kernels(SHAPE._replace(dtype=dtype), DEFAULT, perform)
+    assert [(v.kernel, v.usable, v.reason) for v in checks] == [
         (name, True, "") for name in (DECODE, BATCH, PREFILL, ROUTER)
     ]
 
 
 @pytest.mark.parametrize("kernel", [DECODE, BATCH, PREFILL, ROUTER])
 def test_a_wrong_kernel_is_not_trusted_and_says_by_how_much(kernel: str) -> None:
-    verdict = check_kernel(kernel, SHAPE, DEFAULT, perform_wrong)
-    assert not verdict.trusted
-    assert verdict.error is not None
-    assert verdict.reason.startswith("off by ")
+    check = check_kernel(kernel, SHAPE, DEFAULT, perform_wrong)
+    assert not check.usable
+    assert check.error is not None
+    assert check.reason.startswith("off by ")
 
 
 @pytest.mark.parametrize("kernel", [DECODE, BATCH, PREFILL, ROUTER])
 def test_a_kernel_that_does_not_compile_is_not_trusted_and_says_why_in_one_line(kernel: str) -> None:
     reason = "[metal::Device] Unable to build metal library from source"
-    assert check_kernel(kernel, SHAPE, DEFAULT, perform_uncompilable) == Verdict(kernel, False, None, reason)
+    assert check_kernel(kernel, SHAPE, DEFAULT, perform_uncompilable) == KernelCheck(kernel, False, None, reason)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_k2.stage.buffer_limits import BufferLimits, remember, remembered, set_remembered
+from mlx_k2.stage.buffer_limits import BufferLimits, apply_saved_limits, load_limits, save_limits
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -17,36 +17,36 @@ NAMES = ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")
 
 def test_what_was_best_is_set(tmp_path: Path) -> None:
     environment: dict[str, str] = {}
-    remember(LIMITS, tmp_path / "cache" / "limits.json")
-    set_remembered(environment, tmp_path / "cache" / "limits.json")
+    save_limits(LIMITS, tmp_path / "cache" / "limits.json")
+    apply_saved_limits(environment, tmp_path / "cache" / "limits.json")
     assert environment == dict(zip(NAMES, ("200", "1000"), strict=True))
 
 
 def test_what_the_user_set_stands(tmp_path: Path) -> None:
     environment = {NAMES[0]: "7"}
-    remember(LIMITS, tmp_path / "limits.json")
-    set_remembered(environment, tmp_path / "limits.json")
+    save_limits(LIMITS, tmp_path / "limits.json")
+    apply_saved_limits(environment, tmp_path / "limits.json")
     assert environment == {NAMES[0]: "7", NAMES[1]: "1000"}
 
 
 @pytest.mark.parametrize("change", [{"host": "another"}, {"mlx": "0.1"}, {"operations": None}])
 def test_another_machine_or_mlx_or_a_broken_file_sets_nothing(tmp_path: Path, change: dict[str, str | None]) -> None:
     file = tmp_path / "limits.json"
-    remember(LIMITS, file)
+    save_limits(LIMITS, file)
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    assert remembered(file) is None
+    assert load_limits(file) is None
     file.write_text("[")
-    assert remembered(file) is None
+    assert load_limits(file) is None
 
 
 def test_where_mlx_itself_was_best_nothing_is_kept(tmp_path: Path) -> None:
-    remember(LIMITS, tmp_path / "limits.json")
-    remember(None, tmp_path / "limits.json")
-    assert remembered(tmp_path / "limits.json") is None
+    save_limits(LIMITS, tmp_path / "limits.json")
+    save_limits(None, tmp_path / "limits.json")
+    assert load_limits(tmp_path / "limits.json") is None
 
 
 def test_a_stage_has_the_limits_when_it_imports_mlx(tmp_path: Path) -> None:
-    remember(LIMITS, tmp_path / ".cache" / "mlx-k2" / "kernels" / "buffer_limits.json")
+    save_limits(LIMITS, tmp_path / ".cache" / "mlx-k2" / "kernels" / "buffer_limits.json")
     probe = (
         "import builtins, os\n"
         "real = builtins.__import__\n"

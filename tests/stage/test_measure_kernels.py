@@ -42,7 +42,7 @@ def test_kernels_that_fail_are_listed_and_have_no_speed(monkeypatch: pytest.Monk
     with like_a_stage_on_a_cpu():
         report = measure_kernels.measure_report()
     assert report.chip is not None
-    assert [(line.kernel, line.trusted, line.gb_per_s) for line in report.kernels] == [
+    assert [(line.kernel, line.usable, line.gb_per_s) for line in report.kernels] == [
         (name, False, None) for name in (DECODE, BATCH, PREFILL, ROUTER)
     ]
     assert all("No Metal back-end" in line.reason for line in report.kernels)
