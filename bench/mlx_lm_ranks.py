@@ -62,9 +62,9 @@ def mlx_lm_ranks(folder: Path, num_ranks: int, *, own_dtype: bool = False) -> It
         hostfile.flush()
         ranks = []
         for rank in range(num_ranks):
-            place = {"MLX_RANK": str(rank), "MLX_HOSTFILE": hostfile.name} if num_ranks > 1 else {}
+            location = {"MLX_RANK": str(rank), "MLX_HOSTFILE": hostfile.name} if num_ranks > 1 else {}
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | place
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | location
             )
             stack.enter_context(process)  # which closes its stdin and waits
             stack.callback(end_if_stuck, process)

@@ -197,9 +197,9 @@ def _measured(
     )
 
 
-def _percentile(ordered: Sequence[float], share: float) -> float | None:
-    """The value that ``share`` of all do not pass; None of nothing."""
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
+def _percentile(ordered: Sequence[float], fraction: float) -> float | None:
+    """The value that ``fraction`` of all do not pass; None of nothing."""
+    return ordered[max(0, math.ceil(fraction * len(ordered)) - 1)] if ordered else None
 
 
 def _copy(use: StageUse) -> StageUse:

@@ -116,7 +116,7 @@ def reverse_nibbles(folder: Path) -> None:
         for name, tensor in tensors.items():
             if name.endswith("weight_packed"):
                 words = np.asarray(tensor.view(mx.uint32))
-                turned = sum(((words >> 4 * place) & 15) << (28 - 4 * place) for place in range(8))
+                turned = sum(((words >> 4 * position) & 15) << (28 - 4 * position) for position in range(8))
                 tensors[name] = mx.array(np.asarray(turned, np.uint32)).view(mx.int32)
         mx.eval(tensors)
         mx.save_safetensors(str(file), tensors, {"format": "pt"})

@@ -22,11 +22,11 @@ from training.torch_source import transcripts
 _WRONG_BETA_FAST = 32.0
 
 
-def leave_as_it_is(model: Model) -> None:
+def unchanged(model: Model) -> None:
     """No damage, to compare with."""
 
 
-def leave_out_a_layer(model: Model) -> None:
+def omit_a_layer(model: Model) -> None:
     """The middle layer is missing."""
     layers = model.decoder_layers()
     del layers[len(layers) // 2]
@@ -54,15 +54,15 @@ def mistake_beta_fast(model: Model) -> None:
 
 
 _DAMAGES: tuple[Callable[[Model], None], ...] = (
-    leave_as_it_is,
-    leave_out_a_layer,
+    unchanged,
+    omit_a_layer,
     swap_two_layers,
     reverse_nibbles,
     mistake_beta_fast,
 )
 
 
-def share_right(run: Path, damage: Callable[[Model], None], questions: list[Question]) -> float:
+def fraction_right(run: Path, damage: Callable[[Model], None], questions: list[Question]) -> float:
     """The share of right replies of the damaged model."""
     model = load_frozen(run, is_quantized=True)
     damage(model)
@@ -93,7 +93,7 @@ def main() -> None:
     ]
     print("| damage | right |\n|---|---|")
     for damage in _DAMAGES:
-        print(f"| {damage.__name__.replace('_', ' ')} | {share_right(options.run, damage, questions):.1%} |")
+        print(f"| {damage.__name__.replace('_', ' ')} | {fraction_right(options.run, damage, questions):.1%} |")
 
 
 if __name__ == "__main__":

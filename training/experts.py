@@ -8,7 +8,7 @@ from training.blocks import FeedForward, seen
 from training.quantize import round_to_int4
 from training.shape import Shape
 
-_PLACES = 128  # an expert's tokens are rounded up to this: a product of a new shape costs more than the empty rows
+_POSITIONS = 128  # an expert's tokens are rounded up to this: a product of a new shape costs more than the empty rows
 
 
 class _Dispatch(torch.autograd.Function):
@@ -49,13 +49,13 @@ def _sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, l
     """
     flat = chosen.flatten()
     counts = torch.bincount(flat, minlength=num_experts)
-    places = (counts + _PLACES - 1) // _PLACES * _PLACES
+    positions = (counts + _POSITIONS - 1) // _POSITIONS * _POSITIONS
     order = flat.argsort(stable=True)
-    shift = (places.cumsum(0) - places) - (counts.cumsum(0) - counts)
+    shift = (positions.cumsum(0) - positions) - (counts.cumsum(0) - counts)
     slot_of_order = torch.arange(len(flat)) + shift[flat[order]]
     slots = torch.empty_like(flat).index_copy_(0, order, slot_of_order)
-    source = flat.new_zeros(int(places.sum())).index_copy_(0, slot_of_order, order // chosen.shape[1])
-    return source, slots.view_as(chosen), places.tolist()
+    source = flat.new_zeros(int(positions.sum())).index_copy_(0, slot_of_order, order // chosen.shape[1])
+    return source, slots.view_as(chosen), positions.tolist()
 
 
 class Experts(nn.Module):
@@ -80,11 +80,11 @@ class Experts(nn.Module):
         weights = scores.gather(-1, chosen)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.shape.routed_scaling_factor
         self.load.add_(torch.bincount(chosen[real].flatten(), minlength=len(self.load)))
-        source, slots, places = _sort_by_expert(chosen, self.shape.n_routed_experts)
+        source, slots, positions = _sort_by_expert(chosen, self.shape.n_routed_experts)
         gate_up_projs = self._seen(self.gate_up_proj).to(x.dtype).unbind()
         down_projs = self._seen(self.down_proj).to(x.dtype).unbind()
         parts = []
-        sorted_rows = _Dispatch.apply(x, source, slots).split(places)
+        sorted_rows = _Dispatch.apply(x, source, slots).split(positions)
         for rows, gate_up_proj, down_proj in zip(sorted_rows, gate_up_projs, down_projs, strict=True):
             gate, up = F.linear(rows, gate_up_proj).chunk(2, dim=-1)
             parts.append(F.linear(F.silu(gate) * up, down_proj))

@@ -23,8 +23,8 @@ _SAVE_EVERY = 12  # of the replies saved for verify.py
 
 def expert_use(model: Model) -> str:
     """For each routed layer, the load of its least used expert as a share of the mean, since the model was loaded."""
-    shares = [(experts.load.min() / experts.load.mean()).item() for experts in model.experts()]
-    return "least used expert / mean, layer by layer: " + ", ".join(f"{share:.2f}" for share in shares)
+    fractions = [(experts.load.min() / experts.load.mean()).item() for experts in model.experts()]
+    return "least used expert / mean, layer by layer: " + ", ".join(f"{fraction:.2f}" for fraction in fractions)
 
 
 def save_replies(path: Path, written: Sequence[Transcript]) -> None:

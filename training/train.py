@@ -79,7 +79,7 @@ def train(worker: Worker, run: Path, schedule: Schedule) -> None:
     model = Model(Shape(vocab_size=NUM_RANKS + NUM_RESERVED))
     both = optimizers(model, _MATRIX_LR, _OTHER_LR)
     progress = resume(run, model, both)
-    stream = worker.share(batches(conversations(TRAINING_SEED, held_out().keys), encoding, progress.consumed))
+    stream = worker.fraction(batches(conversations(TRAINING_SEED, held_out().keys), encoding, progress.consumed))
     losses: list[float] = []
     while progress.step < schedule.steps:
         began = time.monotonic()

@@ -29,7 +29,7 @@ class Worker:
         """Whether this one speaks and writes for all."""
         return self.number == 0
 
-    def share(self, stream: Iterator[Item]) -> Iterator[Item]:
+    def fraction(self, stream: Iterator[Item]) -> Iterator[Item]:
         """Every `count`-th item: its own part of what all workers read."""
         return itertools.islice(stream, self.number, None, self.count)
 

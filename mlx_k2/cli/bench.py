@@ -120,8 +120,8 @@ def _document(deployment: Deployment, rows: Sequence[Measured], options: dict[st
             {
                 "host": plan.host.ssh,
                 "system": hello.system,
-                "first_layer": plan.share.first_layer,
-                "last_layer": plan.share.end_layer - 1,
+                "first_layer": plan.assignment.first_layer,
+                "last_layer": plan.assignment.end_layer - 1,
             }
             for plan, hello in zip(deployment.plans, deployment.hellos, strict=True)
         ],
@@ -184,7 +184,7 @@ def _show(rows: Sequence[Measured]) -> None:
             _number(row.decode_tokens_per_s_per_stream, 1),
             _number(row.inter_token_p50_s, 1000),
             _number(row.inter_token_p95_s, 1000),
-            " ".join(f"{100 * share:.0f}" for share in row.stage_busy),
+            " ".join(f"{100 * fraction:.0f}" for fraction in row.stage_busy),
         )
     console.print(table)
 
@@ -198,7 +198,7 @@ def _append_csv(path: Path, document: dict[str, Any]) -> None:
     beside = {name: document[name] for name in ("made", "model", "dtype", "draft")} | document["versions"]
     lines = [{**beside, **row} for row in document["rows"]]
     for line in lines:
-        line["stage_busy"] = " ".join(f"{share:.4f}" for share in line["stage_busy"])
+        line["stage_busy"] = " ".join(f"{fraction:.4f}" for fraction in line["stage_busy"])
         for name in line["stage_times"][0]:
             line[f"stage_{name}"] = " ".join(f"{times[name]:.6g}" for times in line["stage_times"])
         del line["stage_times"]

@@ -47,7 +47,7 @@ def gigabytes(num_bytes: int) -> str:
 
 def layer_range(plan: StagePlan) -> str:
     """A stage's layers, first and last."""
-    return f"{plan.share.first_layer}-{plan.share.end_layer - 1}"
+    return f"{plan.assignment.first_layer}-{plan.assignment.end_layer - 1}"
 
 
 @dataclass
@@ -149,7 +149,9 @@ def show_dry_run(model: ModelDescription, shape: RunShape, plans: Sequence[Stage
     """What would run where, what each stage would hold and read, and the files that it would open."""
     if model.note:
         note(model.note)
-    cells = [(gigabytes(plan.needed_bytes), gigabytes(plan.share.read_bytes), str(len(plan.files))) for plan in plans]
+    cells = [
+        (gigabytes(plan.needed_bytes), gigabytes(plan.assignment.read_bytes), str(len(plan.files))) for plan in plans
+    ]
     show_plan(plans, cells, ("memory", "read a token", "files"))
     for plan in plans:
         note(f"stage {plan.rank} opens {', '.join(plan.files)}")

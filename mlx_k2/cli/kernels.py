@@ -74,7 +74,7 @@ def show_report(report: KernelReport) -> None:
 
 
 def _cells(line: KernelLine, read_gb_per_s: float | None) -> tuple[str, ...]:
-    share = line.gb_per_s / read_gb_per_s if line.gb_per_s and read_gb_per_s else None
+    fraction = line.gb_per_s / read_gb_per_s if line.gb_per_s and read_gb_per_s else None
     return (
         line.kernel,
         "used" if line.usable else "not used",
@@ -82,7 +82,7 @@ def _cells(line: KernelLine, read_gb_per_s: float | None) -> tuple[str, ...]:
         "-" if line.tokens is None else str(line.tokens),
         "-" if line.gb_per_s is None else f"{line.gb_per_s:.0f}",
         "-" if line.plain_mlx_gb_per_s is None else f"{line.plain_mlx_gb_per_s:.0f}",
-        "-" if share is None else f"{100 * share:.0f}%",
+        "-" if fraction is None else f"{100 * fraction:.0f}%",
     )
 
 

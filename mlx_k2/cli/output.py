@@ -127,12 +127,12 @@ class JsonOutput:
         stages = [
             {
                 "host": plan.host.ssh,
-                "first_layer": plan.share.first_layer,
-                "last_layer": plan.share.end_layer - 1,
+                "first_layer": plan.assignment.first_layer,
+                "last_layer": plan.assignment.end_layer - 1,
                 "held_bytes": loaded.held_bytes,
                 "peak_bytes": loaded.peak_bytes,
                 "busy_s": stage.busy_s,
-                "share": stage.busy_s / total_s,
+                "busy_fraction": stage.busy_s / total_s,
             }
             for plan, loaded, stage in zip(deployment.plans, deployment.loaded, use, strict=True)
         ]

@@ -37,10 +37,10 @@ def plot_results(rows: Sequence[Measured], path: Path) -> None:
 
 
 def _line(chart: Axes, points: Sequence[tuple[int, float]], label: str) -> None:
-    places = sorted({place for place, _ in points})
-    means = [_mean([value for at, value in points if at == place]) for place in places]
-    (line,) = chart.plot(places, means, label=label)
-    chart.scatter([place for place, _ in points], [value for _, value in points], color=line.get_color())
+    xs = sorted({x for x, _ in points})
+    means = [_mean([value for at, value in points if at == x]) for x in xs]
+    (line,) = chart.plot(xs, means, label=label)
+    chart.scatter([x for x, _ in points], [value for _, value in points], color=line.get_color())
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -7,7 +7,7 @@ GB = 10**9
 ATTENTION_BYTES = 512 * 2**20
 """Allowance for what attention holds at once: its blocks of scores, and the keys and values rebuilt for them."""
 
-_SHARE_WITHOUT_GPU = 0.8  # of the RAM, where no GPU driver says how much may be held
+_FRACTION_WITHOUT_GPU = 0.8  # of the RAM, where no GPU driver says how much may be held
 
 
 def memory_bound_bytes(memory_gb: float | None, working_set_bytes: int | None, ram_bytes: int | None) -> int | None:
@@ -17,7 +17,7 @@ def memory_bound_bytes(memory_gb: float | None, working_set_bytes: int | None, r
     ``ram_bytes`` all of the memory. The driver's word stands above the hostfile's.
     """
     if working_set_bytes is None and ram_bytes is not None:
-        working_set_bytes = int(ram_bytes * _SHARE_WITHOUT_GPU)
+        working_set_bytes = int(ram_bytes * _FRACTION_WITHOUT_GPU)
     bounds = [] if working_set_bytes is None else [working_set_bytes]
     if memory_gb is not None:
         bounds.append(int(memory_gb * GB))

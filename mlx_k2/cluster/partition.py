@@ -51,7 +51,7 @@ class HostCapacity(msgspec.Struct, frozen=True, kw_only=True):
     gb_per_s: float | None = None
 
 
-class StageShare(msgspec.Struct, frozen=True, kw_only=True):
+class StageAssignment(msgspec.Struct, frozen=True, kw_only=True):
     """The layers of one stage, ``first_layer`` up to, not including, ``end_layer``, and their bytes."""
 
     first_layer: int
@@ -65,7 +65,7 @@ class StageShare(msgspec.Struct, frozen=True, kw_only=True):
         return self.end_layer - self.first_layer
 
 
-def divide_layers(model: ModelPieces, hosts: Sequence[HostCapacity]) -> tuple[StageShare, ...]:
+def divide_layers(model: ModelPieces, hosts: Sequence[HostCapacity]) -> tuple[StageAssignment, ...]:
     """The best split of ``model`` over ``hosts``, a stage for each; among equally good ones the most even.
 
     Raises:
@@ -83,12 +83,12 @@ def divide_layers(model: ModelPieces, hosts: Sequence[HostCapacity]) -> tuple[St
         return needed * needed if needed <= bottleneck else math.inf
 
     _, cuts = _best_cuts(num_layers, len(hosts), squared, lambda left, right: left + right)
-    return _shares(model, cuts)
+    return _assignments(model, cuts)
 
 
 def divide_as_asked(
     model: ModelPieces, hosts: Sequence[HostCapacity], layer_counts: Sequence[int]
-) -> tuple[StageShare, ...]:
+) -> tuple[StageAssignment, ...]:
     """The split with the given number of layers for each stage.
 
     Raises:
@@ -103,14 +103,14 @@ def divide_as_asked(
         raise PartitionError(
             f"--split {asked} gives out {sum(layer_counts)} layers: it must give out {num_layers}, at least 1 a stage"
         )
-    shares = _shares(model, (0, *itertools.accumulate(layer_counts)))
-    for stage, (share, host) in enumerate(zip(shares, hosts, strict=True)):
-        if host.memory_bytes is not None and share.held_bytes > host.memory_bytes:
+    assignments = _assignments(model, (0, *itertools.accumulate(layer_counts)))
+    for stage, (assignment, host) in enumerate(zip(assignments, hosts, strict=True)):
+        if host.memory_bytes is not None and assignment.held_bytes > host.memory_bytes:
             raise PartitionError(
-                f"--split {asked} does not fit: stage {stage} needs {_gb(share.held_bytes)} and {host.name} can hold "
-                f"{_gb(host.memory_bytes)}: leave --split out, or give it fewer layers or a smaller --context"
+                f"--split {asked} does not fit: stage {stage} needs {_gb(assignment.held_bytes)} and {host.name} can "
+                f"hold {_gb(host.memory_bytes)}: leave --split out, or give it fewer layers or a smaller --context"
             )
-    return shares
+    return assignments
 
 
 def parse_split(text: str) -> tuple[int, ...]:
@@ -175,19 +175,19 @@ def _best_cuts(
     return best[num_layers]
 
 
-def _shares(model: ModelPieces, cuts: Sequence[int]) -> tuple[StageShare, ...]:
-    shares = []
+def _assignments(model: ModelPieces, cuts: Sequence[int]) -> tuple[StageAssignment, ...]:
+    assignments = []
     for first_layer, end_layer in itertools.pairwise(cuts):
         shard = model.shard(first_layer, end_layer)
-        shares.append(
-            StageShare(
+        assignments.append(
+            StageAssignment(
                 first_layer=first_layer,
                 end_layer=end_layer,
                 held_bytes=shard.held_bytes,
                 read_bytes=shard.read_bytes,
             )
         )
-    return tuple(shares)
+    return tuple(assignments)
 
 
 def _why_nothing_fits(model: ModelPieces, hosts: Sequence[HostCapacity]) -> str:

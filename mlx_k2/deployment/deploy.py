@@ -10,7 +10,7 @@ from importlib.metadata import version
 from mlx_k2 import __version__
 from mlx_k2.cluster.hostfile import Backend, Hostfile
 from mlx_k2.deployment import bring_up
-from mlx_k2.deployment.deployment_request import DeploymentRequest, source_on, stage_place
+from mlx_k2.deployment.deployment_request import DeploymentRequest, source_on, stage_location
 from mlx_k2.deployment.dry_run import plan_for
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import DTYPE_BYTES, HostMemory, RunShape, StagePlan, quantization_notes
@@ -66,7 +66,7 @@ class Deployment(StartedStages):
         return tuple(
             stage_cost(
                 self.model.config,
-                plan.share,
+                plan.assignment,
                 compute_bytes,
                 dense_bits=self.shape.dense_bits,
                 on_gpu=hello.working_set_bytes is not None,
@@ -110,7 +110,7 @@ def download(
     with _start(request, model, listener) as started:
         listener.phase("downloading")
         messages = [
-            DownloadShard(source_on(plan.host, request.source), plan.share.first_layer, plan.share.end_layer)
+            DownloadShard(source_on(plan.host, request.source), plan.assignment.first_layer, plan.assignment.end_layer)
             for plan in started.plans
         ]
         return tuple(zip(started.plans, bring_up.download(started.group, messages, listener.progress), strict=True))
@@ -122,8 +122,8 @@ def _start(
 ) -> Iterator[StartedStages]:
     """Start a stage on every host, and divide the layers by what the hosts say of themselves."""
     hosts = request.hostfile.hosts
-    places = [stage_place(host) for host in hosts]
-    with StageGroup(places, request.lease_s, listener.log, listener.notice, request.stall_timeout_s) as group:
+    locations = [stage_location(host) for host in hosts]
+    with StageGroup(locations, request.lease_s, listener.log, listener.notice, request.stall_timeout_s) as group:
         listener.phase(f"starting {group.size} stages" if group.size > 1 else "starting the stage")
         hellos = bring_up.greet(group, (__version__, version("mlx")))
         if model is None:
@@ -192,7 +192,7 @@ def _load(started: StartedStages, on_progress: Callable[[int, FromStage], None])
         on_progress(rank, message)
 
     for plan in started.plans:
-        started.group.set_held_bytes(plan.rank, plan.share.held_bytes)
+        started.group.set_held_bytes(plan.rank, plan.assignment.held_bytes)
     messages = [_load_message(plan, started.shape) for plan in started.plans]
     loaded = bring_up.load(started.group, messages, tell)
     needed = Counter(spec.name for spec in model_specs(started.model.config))
@@ -204,8 +204,8 @@ def _load(started: StartedStages, on_progress: Callable[[int, FromStage], None])
 
 def _load_message(plan: StagePlan, shape: RunShape) -> Load:
     return Load(
-        first_layer=plan.share.first_layer,
-        end_layer=plan.share.end_layer,
+        first_layer=plan.assignment.first_layer,
+        end_layer=plan.assignment.end_layer,
         dtype=shape.dtype,
         num_slots=shape.num_slots,
         context_tokens=shape.context_tokens,

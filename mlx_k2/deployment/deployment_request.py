@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mlx_k2.cluster.hostfile import Host, Hostfile
 from mlx_k2.launch.group import STALL_TIMEOUT_S
-from mlx_k2.launch.stage_location import StagePlace
+from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.weights.model_source import ModelSource
 
 
@@ -26,9 +26,9 @@ class DeploymentRequest:
     """Of attention, shared experts, dense layers and head; None leaves them as the checkpoint has them."""
 
 
-def stage_place(host: Host) -> StagePlace:
+def stage_location(host: Host) -> StageLocation:
     """Where a host's stage is started, and with which Python."""
-    return StagePlace(ssh=None if host.is_local else host.ssh, python=host.python)
+    return StageLocation(ssh=None if host.is_local else host.ssh, python=host.python)
 
 
 def source_on(host: Host, source: ModelSource) -> ModelSource:

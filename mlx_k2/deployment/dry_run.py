@@ -30,7 +30,7 @@ def preview(request: DeploymentRequest, model: ModelDescription) -> tuple[RunSha
     for plan in plans:
         source = source_on(plan.host, request.source)
         if plan.host.is_local and not is_repo(source):
-            specs = shard_specs(model.config, plan.share.first_layer, plan.share.end_layer)
+            specs = shard_specs(model.config, plan.assignment.first_layer, plan.assignment.end_layer)
             locate_tensors(model_folder(source), model.index, specs)
     return shape, plans
 

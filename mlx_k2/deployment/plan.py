@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mlx_k2.cluster.hostfile import Host, Hostfile
 from mlx_k2.cluster.memory import layer_cache_bytes, memory_bound_bytes, working_bytes
-from mlx_k2.cluster.partition import HostCapacity, ModelPieces, Piece, StageShare, divide_as_asked, divide_layers
+from mlx_k2.cluster.partition import HostCapacity, ModelPieces, Piece, StageAssignment, divide_as_asked, divide_layers
 from mlx_k2.config import ModelConfig
 from mlx_k2.errors import RequestError
 from mlx_k2.weights.checkpoint import ModelDescription
@@ -60,7 +60,7 @@ class StagePlan:
 
     rank: int
     host: Host
-    share: StageShare
+    assignment: StageAssignment
     shard_bytes: int
     needed_bytes: int
     files: tuple[str, ...]
@@ -123,18 +123,18 @@ def plan_stages(
     beside_bytes = working_bytes(config, shape.chunk_tokens, compute_bytes, largest_bytes)
     pieces = _pieces(config, shape, compute_bytes)
     capacities = _capacities(hostfile.hosts, memories, beside_bytes)
-    shares = divide_layers(pieces, capacities) if split is None else divide_as_asked(pieces, capacities, split)
+    assignments = divide_layers(pieces, capacities) if split is None else divide_as_asked(pieces, capacities, split)
     cache_bytes = layer_cache_bytes(config, shape.num_slots, shape.context_tokens, compute_bytes)
     return tuple(
         StagePlan(
             rank=rank,
             host=host,
-            share=share,
-            shard_bytes=share.held_bytes - share.num_layers * cache_bytes,
-            needed_bytes=share.held_bytes + beside_bytes,
-            files=tuple(model.index.files(shard_specs(config, share.first_layer, share.end_layer))),
+            assignment=assignment,
+            shard_bytes=assignment.held_bytes - assignment.num_layers * cache_bytes,
+            needed_bytes=assignment.held_bytes + beside_bytes,
+            files=tuple(model.index.files(shard_specs(config, assignment.first_layer, assignment.end_layer))),
         )
-        for rank, (host, share) in enumerate(zip(hostfile.hosts, shares, strict=True))
+        for rank, (host, assignment) in enumerate(zip(hostfile.hosts, assignments, strict=True))
     )
 
 

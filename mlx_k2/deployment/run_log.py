@@ -69,8 +69,8 @@ class RunLog(DeploymentListener):
         """Which stage gets which layers."""
         self._model = f"{model.config.num_hidden_layers} layers, digest {model.digest}"
         self._hosts = [
-            f"stage {plan.rank} on {plan.host.ssh}: layers {plan.share.first_layer} to {plan.share.end_layer - 1}, "
-            f"{plan.needed_bytes / 1e9:.1f} GB"
+            f"stage {plan.rank} on {plan.host.ssh}: layers {plan.assignment.first_layer} to "
+            f"{plan.assignment.end_layer - 1}, {plan.needed_bytes / 1e9:.1f} GB"
             for plan in plans
         ]
         self._listener.planned(model, plans)

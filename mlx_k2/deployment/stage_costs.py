@@ -2,7 +2,7 @@
 
 import math
 
-from mlx_k2.cluster.partition import StageShare
+from mlx_k2.cluster.partition import StageAssignment
 from mlx_k2.config import ModelConfig
 from mlx_k2.scheduling.cost_model import StageCost, StageSizes, StageSpeed
 from mlx_k2.weights.inventory import TensorSpec, head_specs, held_bytes, layer_specs
@@ -15,7 +15,7 @@ CPU_SPEED = StageSpeed(fixed_s=0.002, bytes_per_s=10e9, operations_per_s=3.6e9)
 
 def stage_cost(
     config: ModelConfig,
-    share: StageShare,
+    assignment: StageAssignment,
     compute_bytes: int,
     *,
     dense_bits: int | None,
@@ -29,7 +29,9 @@ def stage_cost(
     speed = GPU_SPEED if on_gpu else CPU_SPEED
     if gb_per_s is not None:
         speed = StageSpeed(speed.fixed_s, gb_per_s * 1e9, speed.operations_per_s)
-    return StageCost(stage_sizes(config, share.first_layer, share.end_layer, compute_bytes, dense_bits), speed)
+    return StageCost(
+        stage_sizes(config, assignment.first_layer, assignment.end_layer, compute_bytes, dense_bits), speed
+    )
 
 
 def stage_sizes(
@@ -44,7 +46,7 @@ def stage_sizes(
     num_experts = config.n_routed_experts if routed_bytes else 0
     num_layers = end_layer - first_layer
     heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
-    used_share = config.num_experts_per_tok / num_experts if num_experts else 0.0
+    used_fraction = config.num_experts_per_tok / num_experts if num_experts else 0.0
     return StageSizes(
         dense_bytes=sum(len(kind.layers) * held_bytes(kind.dense, compute_bytes, dense_bits) for kind in kinds),
         head_bytes=held_bytes(head, compute_bytes, dense_bits),
@@ -52,7 +54,7 @@ def stage_sizes(
         num_experts=num_experts,
         experts_per_token=config.num_experts_per_tok,
         key_bytes=num_layers * config.latent_dim * compute_bytes,
-        operations_per_token=2 * (dense_weights + round(routed_weights * used_share)),
+        operations_per_token=2 * (dense_weights + round(routed_weights * used_fraction)),
         operations_per_sampled_token=2 * _num_weights(head),
         absorbed_operations=2 * num_layers * heads * (config.latent_dim + config.kv_lora_rank),
         naive_operations=2 * num_layers * heads * (config.qk_head_dim + value),

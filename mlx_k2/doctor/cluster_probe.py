@@ -10,7 +10,7 @@ from mlx_k2 import __version__
 from mlx_k2.cluster.host_facts import HostFacts
 from mlx_k2.deployment import bring_up
 from mlx_k2.deployment.deploy import links, prepare
-from mlx_k2.deployment.deployment_request import DeploymentRequest, source_on, stage_place
+from mlx_k2.deployment.deployment_request import DeploymentRequest, source_on, stage_location
 from mlx_k2.deployment.dry_run import plan_for
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import HostMemory, StagePlan
@@ -64,8 +64,8 @@ def examine_cluster(
     ``model`` None: nothing is said of memory and files. ``deep`` has the files' checksums computed.
     """
     hosts = request.hostfile.hosts
-    places = [stage_place(host) for host in hosts]
-    with StageGroup(places, request.lease_s, listener.log, listener.notice, request.stall_timeout_s) as group:
+    locations = [stage_location(host) for host in hosts]
+    with StageGroup(locations, request.lease_s, listener.log, listener.notice, request.stall_timeout_s) as group:
         round_ = _Round(request, group, listener)
         listener.phase("asking the hosts")
         hellos = round_.collect(Hello, range(len(hosts)), bring_up.GREET_S, "ssh")
@@ -160,8 +160,8 @@ class _Round:
     def examine(self, hellos: Mapping[int, Hello], plans: Sequence[StagePlan], *, deep: bool) -> dict[int, HostFacts]:
         """What the hosts that answered find out about themselves."""
         for rank in hellos:
-            share = plans[rank].share if plans else None
-            layers = None if share is None else (share.first_layer, share.end_layer)
+            assignment = plans[rank].assignment if plans else None
+            layers = None if assignment is None else (assignment.first_layer, assignment.end_layer)
             self._group.send(rank, Examine(source_on(self._hosts[rank], self._request.source), layers, deep))
         answers = self.collect(Examined, list(hellos), DEEP_S if deep else EXAMINE_S, "examination")
         return {rank: answer.facts for rank, answer in answers.items()}

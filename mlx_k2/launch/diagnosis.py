@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import mlx_k2
 from mlx_k2.launch.ssh import SSH_EXIT_CODE, explain_ssh_failure
-from mlx_k2.launch.stage_location import StagePlace
+from mlx_k2.launch.stage_location import StageLocation
 
 _NO_COMMAND_EXIT_CODES = (126, 127)
 _NO_COMMAND = re.compile("not found|no such file|does not exist|cannot execute|permission denied", re.IGNORECASE)
@@ -21,33 +21,33 @@ class StartFailure:
     another_may_work: bool = False
 
 
-def explain_start_failure(place: StagePlace, exit_code: int | None, stderr: str, problem: str) -> StartFailure:
+def explain_start_failure(location: StageLocation, exit_code: int | None, stderr: str, problem: str) -> StartFailure:
     """Judge a process that ended before its opening mark. ``problem`` says what its output was instead."""
-    if place.ssh is not None and exit_code == SSH_EXIT_CODE:
-        return StartFailure(explain_ssh_failure(place.ssh, stderr))
+    if location.ssh is not None and exit_code == SSH_EXIT_CODE:
+        return StartFailure(explain_ssh_failure(location.ssh, stderr))
     if (
         _NO_PACKAGE.search(stderr)
         or exit_code in _NO_COMMAND_EXIT_CODES
         or (exit_code == 1 and _NO_COMMAND.search(stderr))
     ):
-        return StartFailure(_what_is_missing(place, bool(_NO_PACKAGE.search(stderr))), another_may_work=True)
+        return StartFailure(_what_is_missing(location, bool(_NO_PACKAGE.search(stderr))), another_may_work=True)
     return StartFailure(": ".join([problem, *stderr.strip().splitlines()[-1:]]))
 
 
-def explain_lost_connection(place: StagePlace, exit_code: int | None) -> str:
+def explain_lost_connection(location: StageLocation, exit_code: int | None) -> str:
     """Judge a connection that ended without its guard's last frame; ``exit_code`` is the local process's."""
-    if place.ssh is not None and exit_code == SSH_EXIT_CODE:
+    if location.ssh is not None and exit_code == SSH_EXIT_CODE:
         return "the ssh connection was lost (cable, power, sleep, its sshd), or its guard was killed"
     if exit_code is not None and exit_code < 0:
         return f"its guard was ended by signal {-exit_code}"
     return "the connection ended without a word from its guard"
 
 
-def _what_is_missing(place: StagePlace, package_only: bool) -> str:
-    python = place.python or sys.executable
+def _what_is_missing(location: StageLocation, package_only: bool) -> str:
+    python = location.python or sys.executable
     install = f"{python if package_only else 'python3'} -m pip install mlx-k2=={mlx_k2.__version__}"
-    remedy = f"run `ssh {place.ssh} {install}`" if place.ssh is not None else f"run `{install}`"
-    if place.ssh is not None and place.python is None:
+    remedy = f"run `ssh {location.ssh} {install}`" if location.ssh is not None else f"run `{install}`"
+    if location.ssh is not None and location.python is None:
         found = f"neither {python} nor mlx-k2 on its login shell's PATH can be run there"
     elif package_only:
         return f"its {python} has no mlx_k2: {remedy}"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from mlx_k2.launch.stage_events import StageEvent
-from mlx_k2.launch.stage_location import StagePlace
+from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.launch.stage_process import StageProcess
 from mlx_k2.protocol.guard_messages import GuardSettings, kill_after_s
 from mlx_k2.protocol.messages import Stop, ToStage
@@ -33,7 +33,7 @@ class StageGroup:
 
     def __init__(
         self,
-        places: Sequence[StagePlace],
+        locations: Sequence[StageLocation],
         lease_s: float,
         log: Callable[[str], None],
         say: Callable[[str], None] | None = None,
@@ -41,7 +41,7 @@ class StageGroup:
     ) -> None:
         self.stall_timeout_s = stall_timeout_s
         """How long a stopped stage, a silent host or a stuck hop is waited for."""
-        self._places = tuple(places)
+        self._locations = tuple(locations)
         self._settings = GuardSettings(lease_s=lease_s)
         self._log = log
         self._say = say or log
@@ -51,8 +51,8 @@ class StageGroup:
         self._heartbeat = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> "StageGroup":
-        for rank, place in enumerate(self._places):
-            self._stages.append(StageProcess(rank, place, self._settings, self._events.put, self._log))
+        for rank, location in enumerate(self._locations):
+            self._stages.append(StageProcess(rank, location, self._settings, self._events.put, self._log))
         self._heartbeat.start()
         return self
 
@@ -64,11 +64,11 @@ class StageGroup:
     @property
     def size(self) -> int:
         """How many stages there are."""
-        return len(self._places)
+        return len(self._locations)
 
     def host(self, rank: int) -> str:
         """The name of a stage's machine, for people."""
-        return self._places[rank].host
+        return self._locations[rank].host
 
     def receive(self, timeout_s: float) -> StageEvent | None:
         """The next thing that a stage said, or its end; None when nothing came for ``timeout_s``."""
@@ -116,11 +116,11 @@ class StageGroup:
             timeout_s = max(kill_after_s(stage.held_bytes) for stage in self._stages) + GUARD_MARGIN_S
             for stage in self._running():
                 held = f", which holds {stage.held_bytes / 1e9:.1f} GB" if stage.held_bytes else ""
-                say(f"waiting for stage {stage.rank} on {stage.place.host}{held}, at most {timeout_s:.0f} s")
+                say(f"waiting for stage {stage.rank} on {stage.location.host}{held}, at most {timeout_s:.0f} s")
             self._wait(timeout_s - SAY_AFTER_S)
         for number, wait_s in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, KILL_S)):
             for stage in self._running():
-                say(f"stage {stage.rank} on {stage.place.host} has not ended: sending {number.name}")
+                say(f"stage {stage.rank} on {stage.location.host} has not ended: sending {number.name}")
                 stage.send_signal(number)
                 stage.send_signal(signal.SIGCONT)  # a stopped process sees SIGTERM no sooner
             self._wait(wait_s)

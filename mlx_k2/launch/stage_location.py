@@ -12,7 +12,7 @@ LOGIN_SHELL_COMMAND = """exec "$SHELL" -lc 'exec mlx-k2 stage'"""
 
 
 @dataclass(frozen=True)
-class StagePlace:
+class StageLocation:
     """One stage's machine: this one where ``ssh`` is None, else the one that the system's ssh knows by that name.
 
     ``python`` None means this program's own path, and after that ``mlx-k2`` on a login shell's PATH.

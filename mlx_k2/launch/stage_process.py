@@ -16,7 +16,7 @@ from typing import IO
 from mlx_k2.errors import ProtocolError
 from mlx_k2.launch.diagnosis import explain_lost_connection, explain_start_failure
 from mlx_k2.launch.stage_events import StageEnded, StageEvent, StageMessage
-from mlx_k2.launch.stage_location import StagePlace
+from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.protocol.ends import FrameWriter
 from mlx_k2.protocol.framing import Frame, Kind, read_frame, skip_to_mark
 from mlx_k2.protocol.guard_messages import GuardSettings, StageExit
@@ -36,13 +36,13 @@ class StageProcess:
     def __init__(
         self,
         rank: int,
-        place: StagePlace,
+        location: StageLocation,
         settings: GuardSettings,
         post: Callable[[StageEvent], None],
         log: Callable[[str], None],
     ) -> None:
         self.rank = rank
-        self.place = place
+        self.location = location
         self.heard_at = time.monotonic()
         self.status = StageStatus(PhaseUpdate(Phase.STARTING), 0.0)
         """What its guard last said, once a second."""
@@ -132,7 +132,7 @@ class StageProcess:
     # ---- on the stage's own thread
 
     def _run(self) -> None:
-        commands = self.place.start_commands()
+        commands = self.location.start_commands()
         for number, command in enumerate(commands):
             end, another_may_work = self._run_command(command)
             if not another_may_work or number == len(commands) - 1 or self._closed:
@@ -156,7 +156,7 @@ class StageProcess:
         drain.start()
         with self._lock:
             self._process = process
-            self._writer = FrameWriter(process.stdin, f"stage {self.rank} on {self.place.host}")
+            self._writer = FrameWriter(process.stdin, f"stage {self.rank} on {self.location.host}")
             self._writer.put(Kind.GUARD_SETTINGS, self._settings.to_json())
             if self._closed:
                 self._writer.close(timeout_s=0)
@@ -169,12 +169,12 @@ class StageProcess:
             exit_code = process.wait(EXIT_S)
         drain.join(LAST_WORDS_S)
         if not came_up:
-            failure = explain_start_failure(self.place, exit_code, "\n".join(self._stderr_tail), fault)
+            failure = explain_start_failure(self.location, exit_code, "\n".join(self._stderr_tail), fault)
             return self._ended(came_up=False, reason=failure.reason), failure.another_may_work
         if stage_exit is not None:
             end = self._ended(True, stage_exit.reason, stage_exit.exit_code, stage_exit.signal)
         else:
-            reason = self._fault or fault or explain_lost_connection(self.place, exit_code)
+            reason = self._fault or fault or explain_lost_connection(self.location, exit_code)
             end = self._ended(came_up=True, reason=reason, heard="last heard ")
         return end, False
 
@@ -229,7 +229,7 @@ class StageProcess:
 
     @property
     def _prefix(self) -> str:
-        return f"[stage {self.rank} {self.place.host}]"
+        return f"[stage {self.rank} {self.location.host}]"
 
     def _ended(
         self,
@@ -242,6 +242,6 @@ class StageProcess:
         """``heard`` stands before what it was doing, where that may have changed since."""
         status = f"{heard}{self.status.update}" if came_up else None
         tail = tuple(self._stderr_tail)
-        end = StageEnded(self.rank, self.place.host, came_up, reason, exit_code, signal_number, status, tail)
+        end = StageEnded(self.rank, self.location.host, came_up, reason, exit_code, signal_number, status, tail)
         self._log(f"{self._prefix} {end.how}")
         return end

@@ -140,8 +140,8 @@ class Scheduler:
         ready = sorted(
             (sequence for sequence in decoding if sequence.num_unplanned), key=lambda sequence: sequence.last_plan
         )
-        share = -(-len(decoding) // turn.num_microbatches)
-        return [self._decode_row(sequence) for sequence in ready[:share]]
+        fraction = -(-len(decoding) // turn.num_microbatches)
+        return [self._decode_row(sequence) for sequence in ready[:fraction]]
 
     def _decode_row(self, sequence: Sequence) -> MicrobatchRow:
         position = sequence.num_planned

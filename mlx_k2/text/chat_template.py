@@ -68,7 +68,7 @@ class ChatTemplate:
         except _Refusal as refusal:
             raise RequestError(f"the chat template refuses these messages: {refusal}") from None
         except Exception as error:  # noqa: BLE001 - a template can raise whatever Python can
-            raise TokenizerError(f"{_place(error)}: {error or type(error).__name__}") from None
+            raise TokenizerError(f"{_location(error)}: {error or type(error).__name__}") from None
         return "".join(parts)
 
 
@@ -179,7 +179,7 @@ def _tojson(
     return json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _place(error: Exception) -> str:
+def _location(error: Exception) -> str:
     """The template, and its line that raised ``error`` where one did."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == FILE]
     return f"{FILE} line {lines[-1]}" if lines else FILE

@@ -35,7 +35,7 @@ class Reply:
     calls: tuple[ToolCall, ...]
 
 
-class _Place(enum.Enum):
+class _State(enum.Enum):
     """Where in a reply the next text belongs."""
 
     SPEECH = enum.auto()
@@ -58,19 +58,19 @@ class ReplyParser:
 
     def __init__(self, control_names: Collection[str], *, in_reasoning: bool) -> None:
         self._scanner = MarkerScanner(control_names)
-        self._place = _Place.SPEECH
+        self._state = _State.SPEECH
         self._speech: type[Reasoning] | type[Content] = Reasoning if in_reasoning else Content
         self._at_start = True
         self._held = ""  # speech that is none if a marker follows: space at the start, a spelled section marker
         self._at_spelled_section = False
-        self._after_call = _Place.SPEECH
+        self._after_call = _State.SPEECH
         self._id: list[str] = []
         self._arguments: list[str] = []
 
     @property
     def in_reasoning(self) -> bool:
         """Whether text that came now would be reasoning."""
-        return self._place is _Place.SPEECH and self._speech is Reasoning
+        return self._state is _State.SPEECH and self._speech is Reasoning
 
     def text(self, text: str) -> Iterator[Part]:
         """The parts that the next ordinary text completes."""
@@ -84,33 +84,33 @@ class ReplyParser:
         """The rest. A call that the reply ended in is broken, also where its arguments look complete."""
         yield from self._read(self._scanner.flush())
         yield from self._release()
-        if self._place in (_Place.ID, _Place.ARGUMENTS):
+        if self._state in (_State.ID, _State.ARGUMENTS):
             yield self._broken("the reply ended inside the call")
 
     def _read(self, pieces: Iterable[str | Found]) -> Iterator[Part]:
         for piece in pieces:
             if isinstance(piece, str):
                 yield from self._on_text(piece)
-            elif self._place is _Place.SPEECH:
+            elif self._state is _State.SPEECH:
                 yield from self._in_speech(piece)
-            elif self._place is _Place.SECTION:
+            elif self._state is _State.SECTION:
                 yield from self._in_section(piece)
             else:
                 yield from self._in_call(piece)
 
     def _on_text(self, text: str) -> Iterator[Part]:
-        match self._place:
-            case _Place.SPEECH if text.isspace() and (self._at_start or self._at_spelled_section):
+        match self._state:
+            case _State.SPEECH if text.isspace() and (self._at_start or self._at_spelled_section):
                 self._held += text
-            case _Place.SPEECH:
+            case _State.SPEECH:
                 yield from self._release()
                 yield self._speech(text)
-            case _Place.SECTION if not text.isspace():  # taken for a call whose first marker is missing
-                self._begin_call(_Place.SECTION)
+            case _State.SECTION if not text.isspace():  # taken for a call whose first marker is missing
+                self._begin_call(_State.SECTION)
                 self._id.append(text.lstrip())
-            case _Place.ID:
+            case _State.ID:
                 self._id.append(text)
-            case _Place.ARGUMENTS:
+            case _State.ARGUMENTS:
                 self._arguments.append(text)
 
     def _in_speech(self, found: Found) -> Iterator[Part]:
@@ -125,7 +125,7 @@ class ReplyParser:
                 self._speech = Content
             case Marker.SECTION_BEGIN if found.is_token:
                 yield from self._release()
-                self._speech, self._place = Content, _Place.SECTION
+                self._speech, self._state = Content, _State.SECTION
             case Marker.SECTION_BEGIN:
                 yield from self._release()
                 self._held, self._at_spelled_section = found.name, True
@@ -135,26 +135,26 @@ class ReplyParser:
                     self._drop_held()
                 yield from self._release()
                 self._speech = Content
-                self._begin_call(_Place.SECTION if in_section else _Place.SPEECH)
+                self._begin_call(_State.SECTION if in_section else _State.SPEECH)
             case _ if not found.is_token:
                 yield from self._on_text(found.name)
 
     def _in_section(self, found: Found) -> Iterator[Part]:
         match found.marker:
             case Marker.CALL_BEGIN:
-                self._begin_call(_Place.SECTION)
+                self._begin_call(_State.SECTION)
             case Marker.SECTION_END:
-                self._place = _Place.SPEECH
+                self._state = _State.SPEECH
             case Marker.ARGUMENTS_BEGIN:
-                self._begin_call(_Place.SECTION)
-                self._place = _Place.ARGUMENTS
+                self._begin_call(_State.SECTION)
+                self._state = _State.ARGUMENTS
             case Marker.THINK_BEGIN | Marker.THINK_END if not found.is_token:
                 yield from self._on_text(found.name)
 
     def _in_call(self, found: Found) -> Iterator[Part]:
         match found.marker:
-            case Marker.ARGUMENTS_BEGIN if self._place is _Place.ID:
-                self._place = _Place.ARGUMENTS
+            case Marker.ARGUMENTS_BEGIN if self._state is _State.ID:
+                self._state = _State.ARGUMENTS
             case Marker.CALL_END:
                 yield self._ended_call()
             case Marker.CALL_BEGIN if found.is_token:
@@ -163,22 +163,22 @@ class ReplyParser:
                 self._begin_call(after)
             case Marker.SECTION_END if found.is_token:
                 yield self._ended_call()
-                self._place = _Place.SPEECH
+                self._state = _State.SPEECH
             case _:
                 yield from self._on_text(found.name)
 
-    def _begin_call(self, after: _Place) -> None:
-        self._place, self._after_call = _Place.ID, after
+    def _begin_call(self, after: _State) -> None:
+        self._state, self._after_call = _State.ID, after
         self._id, self._arguments = [], []
 
     def _ended_call(self) -> ToolCall:
-        if self._place is _Place.ID:
+        if self._state is _State.ID:
             return self._broken("it has no <|tool_call_argument_begin|>")
-        self._place = self._after_call
+        self._state = self._after_call
         return read_call("".join(self._id), "".join(self._arguments))
 
     def _broken(self, problem: str) -> ToolCall:
-        self._place = self._after_call
+        self._state = self._after_call
         return broken_call("".join(self._id + self._arguments), problem)
 
     def _release(self) -> Iterator[Part]:

@@ -42,7 +42,7 @@ def test_a_row_says_how_fast_and_what_each_stage_did(document: dict[str, Any]) -
         assert row["decode_tokens_per_s_per_stream"] == pytest.approx(row["decode_tokens_per_s"] / row["streams"])
         assert 0 < row["time_to_first_token_s"] < row["wall_s"]
         assert row["inter_token_p50_s"] <= row["inter_token_p95_s"]
-        assert all(0 < share <= 1 for share in row["stage_busy"])
+        assert all(0 < assignment <= 1 for assignment in row["stage_busy"])
         first, last = row["stage_times"]
         assert first["hop_bytes"] > last["hop_bytes"] == 0
         assert all(times["peak_bytes"] > 0 for times in row["stage_times"])

@@ -102,7 +102,7 @@ def test_the_summary_says_what_each_stage_did(lines: list[dict[str, Any]]) -> No
     stages = lines[-1]["summary"]["stages"]
     layers = [layer for stage in stages for layer in range(stage["first_layer"], stage["last_layer"] + 1)]
     assert (len(stages), layers) == (3, list(range(7)))
-    assert sum(stage["share"] for stage in stages) == pytest.approx(1)
+    assert sum(stage["busy_fraction"] for stage in stages) == pytest.approx(1)
     assert all(0 < stage["held_bytes"] <= stage["peak_bytes"] for stage in stages)
     assert {stage["host"] for stage in stages} == {"127.0.0.1"}
 

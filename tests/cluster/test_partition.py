@@ -14,7 +14,7 @@ from mlx_k2.cluster.partition import (
     HostCapacity,
     ModelPieces,
     Piece,
-    StageShare,
+    StageAssignment,
     divide_as_asked,
     divide_layers,
     parse_split,
@@ -71,8 +71,8 @@ def macs(*memory_gb: float, gb_per_s: Iterable[float | None] = itertools.repeat(
     ]
 
 
-def layer_counts(shares: tuple[StageShare, ...]) -> list[int]:
-    return [share.num_layers for share in shares]
+def layer_counts(assignments: tuple[StageAssignment, ...]) -> list[int]:
+    return [assignment.num_layers for assignment in assignments]
 
 
 def every_split(num_layers: int, num_hosts: int) -> list[tuple[int, ...]]:
@@ -80,10 +80,11 @@ def every_split(num_layers: int, num_hosts: int) -> list[tuple[int, ...]]:
     return [tuple(b - a for a, b in itertools.pairwise((0, *cuts, num_layers))) for cuts in inner]
 
 
-def slowest_stage(shares: tuple[StageShare, ...], hosts: list[HostCapacity]) -> float:
+def slowest_stage(assignments: tuple[StageAssignment, ...], hosts: list[HostCapacity]) -> float:
     slowest_known = min((host.gb_per_s for host in hosts if host.gb_per_s), default=1.0)
     return max(
-        share.read_bytes / (1e9 * (host.gb_per_s or slowest_known)) for share, host in zip(shares, hosts, strict=True)
+        assignment.read_bytes / (1e9 * (host.gb_per_s or slowest_known))
+        for assignment, host in zip(assignments, hosts, strict=True)
     )
 
 
@@ -99,38 +100,40 @@ def test_no_split_that_fits_has_a_faster_slowest_stage(model: ModelPieces, hosts
         with pytest.raises(PartitionError):
             divide_layers(model, hosts)
         return
-    shares = divide_layers(model, hosts)
-    assert shares in fitting
-    assert slowest_stage(shares, hosts) == min(slowest_stage(other, hosts) for other in fitting)
+    assignments = divide_layers(model, hosts)
+    assert assignments in fitting
+    assert slowest_stage(assignments, hosts) == min(slowest_stage(other, hosts) for other in fitting)
 
 
 @given(model=models, hosts=hosts_of_a_cluster)
 def test_each_layer_is_given_out_exactly_once_and_fits(model: ModelPieces, hosts: list[HostCapacity]) -> None:
     try:
-        shares = divide_layers(model, hosts)
+        assignments = divide_layers(model, hosts)
     except PartitionError:
         return
-    owned = [layer for share in shares for layer in range(share.first_layer, share.end_layer)]
+    owned = [layer for assignment in assignments for layer in range(assignment.first_layer, assignment.end_layer)]
     assert owned == list(range(len(model.layers)))
-    for share, host in zip(shares, hosts, strict=True):
-        assert share.num_layers >= 1
-        assert host.memory_bytes is None or share.held_bytes <= host.memory_bytes
+    for assignment, host in zip(assignments, hosts, strict=True):
+        assert assignment.num_layers >= 1
+        assert host.memory_bytes is None or assignment.held_bytes <= host.memory_bytes
     whole = model.shard(0, len(model.layers))
-    assert sum(share.held_bytes for share in shares) == whole.held_bytes
-    assert sum(share.read_bytes for share in shares) == whole.read_bytes
+    assert sum(assignment.held_bytes for assignment in assignments) == whole.held_bytes
+    assert sum(assignment.read_bytes for assignment in assignments) == whole.read_bytes
 
 
 def test_kimi_k2_thinking_on_two_equal_hosts_is_32_and_29_layers() -> None:
-    shares = divide_layers(thinking_pieces(), macs(480, 480))
-    assert layer_counts(shares) == [32, 29]
-    assert sum(share.held_bytes for share in shares) == 594_205_351_936
+    assignments = divide_layers(thinking_pieces(), macs(480, 480))
+    assert layer_counts(assignments) == [32, 29]
+    assert sum(assignment.held_bytes for assignment in assignments) == 594_205_351_936
 
 
 @pytest.mark.parametrize("num_hosts", range(1, 17))
 def test_61_layers_are_given_out_exactly_once_over_any_number_of_hosts(num_hosts: int) -> None:
-    shares = divide_layers(thinking_pieces(), macs(*[600] * num_hosts))
-    assert [layer for share in shares for layer in range(share.first_layer, share.end_layer)] == list(range(61))
-    assert len(shares) == num_hosts
+    assignments = divide_layers(thinking_pieces(), macs(*[600] * num_hosts))
+    assert [
+        layer for assignment in assignments for layer in range(assignment.first_layer, assignment.end_layer)
+    ] == list(range(61))
+    assert len(assignments) == num_hosts
 
 
 def test_stages_that_are_not_the_slowest_are_even() -> None:
@@ -150,7 +153,8 @@ def test_a_host_with_twice_the_bandwidth_reads_about_twice_as_much() -> None:
 
 def test_the_cache_counts_as_held() -> None:
     without, with_cache = (
-        sum(share.held_bytes for share in divide_layers(thinking_pieces(n), macs(480, 480))) for n in (0, 32_768)
+        sum(assignment.held_bytes for assignment in divide_layers(thinking_pieces(n), macs(480, 480)))
+        for n in (0, 32_768)
     )
     assert with_cache - without == 32_768 * 70_272
 
@@ -177,8 +181,8 @@ def test_unknown_memory_is_no_bound() -> None:
 
 
 def test_a_split_that_was_asked_for_is_taken() -> None:
-    shares = divide_as_asked(thinking_pieces(), macs(480, 480), parse_split("31,30"))
-    assert layer_counts(shares) == [31, 30]
+    assignments = divide_as_asked(thinking_pieces(), macs(480, 480), parse_split("31,30"))
+    assert layer_counts(assignments) == [31, 30]
 
 
 @pytest.mark.parametrize(

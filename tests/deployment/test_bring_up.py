@@ -9,7 +9,7 @@ from mlx_k2 import __version__
 from mlx_k2.deployment.bring_up import gather, greet
 from mlx_k2.errors import StageSilent, StageStartError
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.launch.stage_location import StagePlace
+from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.protocol.messages import Hello
 from tests.launch.guarded import stand_in_python
 
@@ -28,15 +28,15 @@ def ignore(line: str) -> None:
 )
 def test_a_stage_with_another_version_is_refused_by_name(versions: tuple[str, str], words: str) -> None:
     with (
-        StageGroup([StagePlace()], 20.0, ignore) as group,
+        StageGroup([StageLocation()], 20.0, ignore) as group,
         pytest.raises(StageStartError, match=f"stage 0 on this machine {words}"),
     ):
         greet(group, versions)
 
 
 def test_a_stage_that_says_nothing_in_time_is_silent_by_name_and_by_what_it_was_to_do(tmp_path: Path) -> None:
-    places = [StagePlace(python=stand_in_python(tmp_path, "deaf")) for _ in range(2)]
-    with StageGroup(places, 20.0, ignore) as group:
+    locations = [StageLocation(python=stand_in_python(tmp_path, "deaf")) for _ in range(2)]
+    with StageGroup(locations, 20.0, ignore) as group:
         gathered = [group.receive(20), group.receive(20)]
         assert None not in gathered
         with pytest.raises(

@@ -48,7 +48,7 @@ def plan(
 
 def test_two_equal_macs_run_32_and_29_layers_of_k2_thinking() -> None:
     first, last = plan(THINKING, studios(2), STUDIO)
-    assert (first.share.num_layers, last.share.num_layers) == (32, 29)
+    assert (first.assignment.num_layers, last.assignment.num_layers) == (32, 29)
     assert (first.host.ssh, last.host.ssh) == ("mac-0", "mac-1")
 
 
@@ -56,7 +56,7 @@ def test_two_equal_macs_run_32_and_29_layers_of_k2_thinking() -> None:
 def test_each_layer_is_on_one_stage_and_the_shards_together_are_the_model(num_hosts: int) -> None:
     plans = plan(SMALLER, studios(num_hosts), UNKNOWN)
     assert [stage.rank for stage in plans] == list(range(num_hosts))
-    layers = [layer for stage in plans for layer in range(stage.share.first_layer, stage.share.end_layer)]
+    layers = [layer for stage in plans for layer in range(stage.assignment.first_layer, stage.assignment.end_layer)]
     assert layers == list(range(61))
     assert sum(stage.shard_bytes for stage in plans) == held_bytes(model_specs(SMALLER.config), 2)
 
@@ -64,13 +64,15 @@ def test_each_layer_is_on_one_stage_and_the_shards_together_are_the_model(num_ho
 def test_a_stage_opens_the_files_of_its_layers_and_only_the_ends_open_the_embeddings_and_the_heads() -> None:
     first, middle, last = plan(SMALLER, studios(3), UNKNOWN)
     for stage in (first, middle, last):
-        layers = {f"layer-{layer}.safetensors" for layer in range(stage.share.first_layer, stage.share.end_layer)}
+        layers = {
+            f"layer-{layer}.safetensors" for layer in range(stage.assignment.first_layer, stage.assignment.end_layer)
+        }
         assert set(stage.files) - {"ends.safetensors"} == layers
         assert ("ends.safetensors" in stage.files) == (stage is not middle)
 
 
 def test_a_split_that_is_asked_for_is_taken() -> None:
-    assert [stage.share.num_layers for stage in plan(SMALLER, studios(2), STUDIO, [31, 30])] == [31, 30]
+    assert [stage.assignment.num_layers for stage in plan(SMALLER, studios(2), STUDIO, [31, 30])] == [31, 30]
 
 
 def test_the_numbers_are_given_where_the_model_does_not_fit() -> None:
@@ -136,7 +138,7 @@ def test_dense_bits_shrink_what_is_held_and_read_but_not_the_room_for_loading() 
     )
     held = [round(plan.shard_bytes / 1e9, 1) for plan in (as_shipped, eight, four)]
     assert held == [594.2, 584.5, 579.3]
-    read = [round(plan.share.read_bytes / 1e9, 2) for plan in (as_shipped, eight, four)]
+    read = [round(plan.assignment.read_bytes / 1e9, 2) for plan in (as_shipped, eight, four)]
     assert read == [32.99, 23.25, 18.06]
     assert len({plan.needed_bytes - plan.shard_bytes for plan in (as_shipped, eight, four)}) == 1
 

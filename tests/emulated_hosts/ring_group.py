@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.stage_events import StageMessage
-from mlx_k2.launch.stage_location import StagePlace
+from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.protocol.messages import Connect, Connected, FromStage, Prepare, Prepared, RingLinks, Step
 from mlx_k2.weights.model_source import ModelSource
 
@@ -18,8 +18,8 @@ RING_PORT = 34567
 
 def start_ring_group(hosts: Sequence[str], python: str, lease_s: float) -> StageGroup:
     """A group of one stage on each host; its log goes to stderr."""
-    places = [StagePlace(ssh=host, python=python) for host in hosts]
-    return StageGroup(places, lease_s, _log)
+    locations = [StageLocation(ssh=host, python=python) for host in hosts]
+    return StageGroup(locations, lease_s, _log)
 
 
 def _log(line: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from mlx_k2.errors import StageStartError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.stage_events import StageEnded, StageMessage
-from mlx_k2.launch.stage_location import StagePlace
+from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.protocol.messages import Connected, Step, StepDone
 from tests.emulated_hosts.hosts import EmulatedHosts, wait_until
 from tests.emulated_hosts.ring_group import bring_about, receive, start_ring_group
@@ -34,8 +34,8 @@ def hosts(emulated_hosts: EmulatedHosts, monkeypatch: pytest.MonkeyPatch) -> Emu
     return emulated_hosts
 
 
-def first_end(place: StagePlace, log: list[str] | None = None) -> StageEnded:
-    with StageGroup([place], 20.0, (log if log is not None else []).append) as group:
+def first_end(location: StageLocation, log: list[str] | None = None) -> StageEnded:
+    with StageGroup([location], 20.0, (log if log is not None else []).append) as group:
         event = group.receive(EVENT_S)
     assert isinstance(event, StageEnded)
     return event
@@ -54,7 +54,7 @@ def test_three_ranks_on_three_hosts_pass_arrays_along(hosts: EmulatedHosts, tmp_
 
 def test_a_stopped_stage_on_another_host_is_ended_in_time(hosts: EmulatedHosts, tmp_path: Path) -> None:
     log: list[str] = []
-    with StageGroup([StagePlace("host-1", stand_in_python(tmp_path, "echo"))], LONG_LEASE_S, log.append) as group:
+    with StageGroup([StageLocation("host-1", stand_in_python(tmp_path, "echo"))], LONG_LEASE_S, log.append) as group:
         assert group.receive(EVENT_S) == StageMessage(0, Connected())
         (stage,) = [pid for pid, command in hosts.processes(1).items() if "stage_programs.py" in command]
         psutil.Process(stage).suspend()
@@ -63,8 +63,8 @@ def test_a_stopped_stage_on_another_host_is_ended_in_time(hosts: EmulatedHosts, 
 
 
 def test_a_pulled_cable_ends_that_stage_alone(hosts: EmulatedHosts, tmp_path: Path) -> None:
-    places = [StagePlace(name, stand_in_python(tmp_path, "echo")) for name in hosts.names]
-    with StageGroup(places, 4.0, lambda _: None) as group:
+    locations = [StageLocation(name, stand_in_python(tmp_path, "echo")) for name in hosts.names]
+    with StageGroup(locations, 4.0, lambda _: None) as group:
         for _ in hosts.names:
             receive(group, Connected)
         hosts.cut(1)
@@ -79,7 +79,7 @@ def test_a_pulled_cable_ends_that_stage_alone(hosts: EmulatedHosts, tmp_path: Pa
 
 
 def test_a_cable_that_is_pulled_for_two_seconds_ends_nothing(hosts: EmulatedHosts, tmp_path: Path) -> None:
-    with StageGroup([StagePlace("host-1", stand_in_python(tmp_path, "echo"))], 20.0, lambda _: None) as group:
+    with StageGroup([StageLocation("host-1", stand_in_python(tmp_path, "echo"))], 20.0, lambda _: None) as group:
         receive(group, Connected)
         hosts.cut(1)
         assert wait_until(lambda: group.silence_s(0) > 2, EVENT_S)
@@ -89,7 +89,9 @@ def test_a_cable_that_is_pulled_for_two_seconds_ends_nothing(hosts: EmulatedHost
 
 
 def test_a_killed_ssh_server_is_noticed_and_leaves_nothing(hosts: EmulatedHosts, tmp_path: Path) -> None:
-    with StageGroup([StagePlace("host-1", stand_in_python(tmp_path, "deaf"))], LONG_LEASE_S, lambda _: None) as group:
+    with StageGroup(
+        [StageLocation("host-1", stand_in_python(tmp_path, "deaf"))], LONG_LEASE_S, lambda _: None
+    ) as group:
         receive(group, Connected)
         (guard,) = [pid for pid, command in hosts.processes(1).items() if "guarded.py" in command]
         session = psutil.Process(guard).parent()
@@ -102,7 +104,7 @@ def test_a_killed_ssh_server_is_noticed_and_leaves_nothing(hosts: EmulatedHosts,
 def test_a_login_shell_that_prints_first_is_noted_and_skipped(hosts: EmulatedHosts, tmp_path: Path) -> None:
     (hosts.homes[1] / ".bashrc").write_text("echo welcome to host-1; echo have fun\n")
     log: list[str] = []
-    with StageGroup([StagePlace("host-1", stand_in_python(tmp_path, "echo"))], 20.0, log.append) as group:
+    with StageGroup([StageLocation("host-1", stand_in_python(tmp_path, "echo"))], 20.0, log.append) as group:
         assert group.receive(EVENT_S) == StageMessage(0, Connected())
     assert "[stage 0 host-1] its login shell prints 27 bytes before a command starts; skipped:" in log
     assert "[stage 0 host-1] | welcome to host-1" in log
@@ -117,7 +119,7 @@ def test_without_our_python_a_host_is_tried_with_its_login_shells_path(
     (hosts.homes[1] / ".profile").write_text('PATH="$HOME/bin:$PATH"\n')
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     log: list[str] = []
-    with StageGroup([StagePlace("host-1")], 20.0, log.append) as group:
+    with StageGroup([StageLocation("host-1")], 20.0, log.append) as group:
         assert group.receive(EVENT_S) == StageMessage(0, Connected())
     assert any("/nowhere/python cannot run mlx_k2 there; trying mlx-k2" in line for line in log)
 
@@ -134,7 +136,7 @@ def test_without_our_python_a_host_is_tried_with_its_login_shells_path(
     ],
 )
 def test_each_failure_of_ssh_has_its_own_message(hosts: EmulatedHosts, name: str, reason: str) -> None:
-    error = first_end(StagePlace(name)).as_error()
+    error = first_end(StageLocation(name)).as_error()
     assert isinstance(error, StageStartError)
     assert error.args[0].startswith(f"stage 0 on {name} did not start: ")
     with pytest.raises(StageStartError, match=reason):
@@ -142,7 +144,7 @@ def test_each_failure_of_ssh_has_its_own_message(hosts: EmulatedHosts, name: str
 
 
 def test_stopping_does_not_wait_for_a_host_that_does_not_answer(hosts: EmulatedHosts) -> None:
-    with StageGroup([StagePlace("unreachable")], 20.0, lambda _: None) as group:
+    with StageGroup([StageLocation("unreachable")], 20.0, lambda _: None) as group:
         assert wait_until(lambda: bool(hosts.processes(0)), EVENT_S)
         said: list[str] = []
         group.stop(said.append)
@@ -151,7 +153,7 @@ def test_stopping_does_not_wait_for_a_host_that_does_not_answer(hosts: EmulatedH
 
 
 def test_a_python_that_is_not_on_the_host_is_named(hosts: EmulatedHosts) -> None:
-    assert first_end(StagePlace("host-1", "/nowhere/python")).reason == (
+    assert first_end(StageLocation("host-1", "/nowhere/python")).reason == (
         "it has no /nowhere/python: run `ssh host-1 python3 -m pip install mlx-k2==0.1.0`, "
         'or give the path of a Python that has mlx_k2 as "python" in the hostfile'
     )
@@ -161,7 +163,7 @@ def test_a_python_without_the_package_is_told_how_to_install_it(hosts: EmulatedH
     bare = tmp_path / "bare-python"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     bare.chmod(0o755)
-    assert first_end(StagePlace("host-1", str(bare))).reason == (
+    assert first_end(StageLocation("host-1", str(bare))).reason == (
         f"its {bare} has no mlx_k2: run `ssh host-1 {bare} -m pip install mlx-k2==0.1.0`"
     )
 
@@ -170,5 +172,5 @@ def test_a_host_where_nothing_can_be_run_says_what_was_tried(
     hosts: EmulatedHosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    reason = first_end(StagePlace("host-1")).reason
+    reason = first_end(StageLocation("host-1")).reason
     assert reason.startswith("neither /nowhere/python nor mlx-k2 on its login shell's PATH can be run there: run `ssh")

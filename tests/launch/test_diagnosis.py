@@ -3,9 +3,9 @@ import signal
 import pytest
 
 from mlx_k2.launch.diagnosis import explain_lost_connection, explain_start_failure
-from mlx_k2.launch.stage_location import StagePlace
+from mlx_k2.launch.stage_location import StageLocation
 
-PLACE = StagePlace(ssh="mac-2", python="/opt/k2/bin/python")
+LOCATION = StageLocation(ssh="mac-2", python="/opt/k2/bin/python")
 NO_MARK = "the stage's output ended without its opening mark"
 
 
@@ -21,7 +21,7 @@ NO_MARK = "the stage's output ended without its opening mark"
     ],
 )
 def test_every_shells_words_for_a_missing_python_are_understood(exit_code: int, stderr: str) -> None:
-    failure = explain_start_failure(PLACE, exit_code, stderr, NO_MARK)
+    failure = explain_start_failure(LOCATION, exit_code, stderr, NO_MARK)
     assert failure.reason.startswith("it has no /opt/k2/bin/python: run `ssh mac-2 python3 -m pip install mlx-k2==")
     assert failure.another_may_work
 
@@ -35,7 +35,7 @@ def test_every_shells_words_for_a_missing_python_are_understood(exit_code: int, 
     ],
 )
 def test_a_missing_package_is_told_from_a_missing_python(stderr: str) -> None:
-    failure = explain_start_failure(PLACE, 1, stderr, NO_MARK)
+    failure = explain_start_failure(LOCATION, 1, stderr, NO_MARK)
     assert failure.reason.startswith("its /opt/k2/bin/python has no mlx_k2: run `ssh mac-2 /opt/k2/bin/python -m pip")
     assert failure.another_may_work
 
@@ -52,18 +52,18 @@ def test_a_missing_package_is_told_from_a_missing_python(stderr: str) -> None:
     ],
 )
 def test_ssh_on_a_mac_is_understood_and_what_is_not_is_quoted(stderr: str, meaning: str) -> None:
-    failure = explain_start_failure(PLACE, 255, stderr, NO_MARK)
+    failure = explain_start_failure(LOCATION, 255, stderr, NO_MARK)
     assert meaning in failure.reason
     assert not failure.another_may_work
 
 
 def test_any_other_start_failure_quotes_the_last_line() -> None:
-    failure = explain_start_failure(PLACE, 1, "Traceback\nMemoryError", NO_MARK)
+    failure = explain_start_failure(LOCATION, 1, "Traceback\nMemoryError", NO_MARK)
     assert failure.reason == f"{NO_MARK}: MemoryError"
     assert not failure.another_may_work
 
 
 def test_a_lost_connection_says_which_end_it_was() -> None:
-    assert "ssh connection was lost" in explain_lost_connection(PLACE, 255)
-    assert explain_lost_connection(StagePlace(), -signal.SIGKILL) == "its guard was ended by signal 9"
-    assert explain_lost_connection(StagePlace(), None) == "the connection ended without a word from its guard"
+    assert "ssh connection was lost" in explain_lost_connection(LOCATION, 255)
+    assert explain_lost_connection(StageLocation(), -signal.SIGKILL) == "its guard was ended by signal 9"
+    assert explain_lost_connection(StageLocation(), None) == "the connection ended without a word from its guard"

@@ -11,7 +11,7 @@ import pytest
 from mlx_k2.errors import StageFault, StageStartError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.stage_events import StageEnded, StageEvent, StageMessage
-from mlx_k2.launch.stage_location import StagePlace
+from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.protocol.messages import Connected, Step, StepDone
 from tests.launch.guarded import stand_in_python
 
@@ -32,8 +32,8 @@ def log() -> list[str]:
 @pytest.fixture
 def make_group(tmp_path: Path, log: list[str]) -> MakeGroup:
     def make_group(*programs: str) -> StageGroup:
-        places = [StagePlace(python=stand_in_python(tmp_path, program)) for program in programs]
-        return StageGroup(places, lease_s=20.0, log=log.append)
+        locations = [StageLocation(python=stand_in_python(tmp_path, program)) for program in programs]
+        return StageGroup(locations, lease_s=20.0, log=log.append)
 
     return make_group
 
@@ -179,7 +179,7 @@ def test_an_error_in_the_body_ends_the_stages(make_group: MakeGroup) -> None:
 
 
 def test_a_python_that_is_not_there_is_a_start_error_that_says_what_to_do() -> None:
-    with StageGroup([StagePlace(python="/nowhere/python")], 20.0, lambda _: None) as group:
+    with StageGroup([StageLocation(python="/nowhere/python")], 20.0, lambda _: None) as group:
         error = ended(receive(group, 1)).as_error()
     assert isinstance(error, StageStartError)
     assert str(error) == (

@@ -15,7 +15,7 @@ from mlx_k2.errors import StageSilent
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor
 from mlx_k2.launch.stage_events import StageEnded, StageMessage
-from mlx_k2.launch.stage_location import StagePlace
+from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.protocol.messages import Connected, Step, StepDone
 from tests.launch.guarded import stand_in_python
 
@@ -29,8 +29,8 @@ MakeGroup = Callable[..., StageGroup]
 @pytest.fixture
 def make_group(tmp_path: Path) -> MakeGroup:
     def make_group(*programs: str, stall_timeout_s: float = STALL_TIMEOUT_S) -> StageGroup:
-        places = [StagePlace(python=stand_in_python(tmp_path, program)) for program in programs]
-        return StageGroup(places, lease_s=20.0, log=lambda _: None, stall_timeout_s=stall_timeout_s)
+        locations = [StageLocation(python=stand_in_python(tmp_path, program)) for program in programs]
+        return StageGroup(locations, lease_s=20.0, log=lambda _: None, stall_timeout_s=stall_timeout_s)
 
     return make_group
 

@@ -11,7 +11,7 @@ from mlx_k2.coordinator.pipeline import Coordinator
 from mlx_k2.deployment.bring_up import gather
 from mlx_k2.launch import stage_process
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.launch.stage_location import StagePlace
+from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.protocol.messages import Connect, Connected, FromStage, Prepare, Prepared, RingLinks, Step
 from mlx_k2.protocol.messages import decode_from_stage as decode
 from mlx_k2.sampling import Sampling
@@ -60,8 +60,8 @@ def readers(monkeypatch: pytest.MonkeyPatch) -> HeldReaders:
 @contextmanager
 def connected_stages(folder: Path) -> Iterator[StageGroup]:
     """Stages that pass arrays of Kimi K2's width along a real ring."""
-    places = [StagePlace(python=stand_in_python(folder, "ring"))] * NUM_STAGES
-    with StageGroup(places, lease_s=20.0, log=lambda _: None) as group:
+    locations = [StageLocation(python=stand_in_python(folder, "ring"))] * NUM_STAGES
+    with StageGroup(locations, lease_s=20.0, log=lambda _: None) as group:
         for rank in range(NUM_STAGES):
             group.send(rank, Prepare(rank, NUM_STAGES, ModelSource(path_or_repo=""), ("127.0.0.1",), {}))
         prepared = gather(group, Prepared, range(NUM_STAGES), 30, "prepare")

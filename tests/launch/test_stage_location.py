@@ -6,27 +6,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_k2.errors import HostfileError
-from mlx_k2.launch.stage_location import StagePlace
+from mlx_k2.launch.stage_location import StageLocation
 
 
 def test_a_local_stage_is_this_python_and_no_shell() -> None:
-    assert StagePlace().start_commands() == ((sys.executable, "-m", "mlx_k2.stage"),)
+    assert StageLocation().start_commands() == ((sys.executable, "-m", "mlx_k2.stage"),)
 
 
 def test_a_host_with_a_python_is_tried_with_that_alone() -> None:
-    (command,) = StagePlace(ssh="mac-2", python="/opt/my python/bin/python3").start_commands()
+    (command,) = StageLocation(ssh="mac-2", python="/opt/my python/bin/python3").start_commands()
     assert command[:2] == ("ssh", "-T")
     assert command[-3:] == ("--", "mac-2", "exec '/opt/my python/bin/python3' -m mlx_k2.stage")
 
 
 def test_a_host_without_one_is_tried_with_our_own_path_and_then_a_login_shell() -> None:
-    first, second = StagePlace(ssh="mac-2").start_commands()
+    first, second = StageLocation(ssh="mac-2").start_commands()
     assert first[-1] == f"exec {sys.executable} -m mlx_k2.stage"
     assert second[-1] == """exec "$SHELL" -lc 'exec mlx-k2 stage'"""
 
 
 def test_ssh_never_asks_shares_forwards_or_hangs() -> None:
-    command = " ".join(StagePlace(ssh="mac-2").start_commands()[0])
+    command = " ".join(StageLocation(ssh="mac-2").start_commands()[0])
     for option in (
         "BatchMode=yes",
         "ServerAliveInterval=2",
@@ -46,17 +46,17 @@ def test_ssh_never_asks_shares_forwards_or_hangs() -> None:
 @pytest.mark.parametrize("host", ["-oProxyCommand=touch /tmp/x", "-", ""])
 def test_a_host_name_that_ssh_would_take_for_an_option_is_refused(host: str) -> None:
     with pytest.raises(HostfileError, match="not a host name"):
-        StagePlace(ssh=host)
+        StageLocation(ssh=host)
 
 
 @settings(deadline=None)  # a shell is started for each
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1))
 def test_any_path_is_one_word_for_the_shell(path: str) -> None:
-    remote_command = StagePlace(ssh="mac-2", python="/" + path).start_commands()[0][-1]
+    remote_command = StageLocation(ssh="mac-2", python="/" + path).start_commands()[0][-1]
     said = subprocess.run(["sh", "-c", remote_command.replace("exec ", "printf '%s\\n' ", 1)], capture_output=True)
     assert said.stdout.decode() == f"/{path}\n-m\nmlx_k2.stage\n"
 
 
 def test_a_path_in_the_home_folder_is_relative_to_where_ssh_starts() -> None:
-    (command,) = StagePlace(ssh="mac-2", python="~/venv/bin/python").start_commands()
+    (command,) = StageLocation(ssh="mac-2", python="~/venv/bin/python").start_commands()
     assert command[-1] == "exec ./venv/bin/python -m mlx_k2.stage"

@@ -78,14 +78,14 @@ def test_leaving_out_any_group_of_experts_moves_the_logits(parts: Parts, logits:
     for group in range(4):
         members = (mx.arange(16) // 4 == group)[:, None, None]
 
-        def leave_out(moe: MoeWeights, members: mx.array = members) -> MoeWeights:
+        def omit(moe: MoeWeights, members: mx.array = members) -> MoeWeights:
             stack = moe.experts
             assert isinstance(stack, AffineStack)
             experts = stack.experts._replace(down_scale=mx.where(members, 0.0, stack.experts.down_scale))
             bias = mx.where(members, 0.0, stack.down_bias)
             return moe._replace(experts=stack._replace(experts=experts, down_bias=bias))
 
-        assert largest_difference(parts.with_moe(layer, leave_out).logits(), logits) > 100 * TOLERANCE
+        assert largest_difference(parts.with_moe(layer, omit).logits(), logits) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("layer", range(1, 7))

@@ -115,7 +115,7 @@ def test_a_checkpoint_in_one_file_reads_the_same(tmp_path: Path, folder: Path, c
         assert isinstance(stored, dict)
         joined |= stored
     mx.save_safetensors(str(tmp_path / "model.safetensors"), joined)
-    expected, found = (open_reader(place, config).layer(3).tensors for place in (folder, tmp_path))
+    expected, found = (open_reader(position, config).layer(3).tensors for position in (folder, tmp_path))
     assert expected.keys() == found.keys()
     assert all(mx.array_equal(expected[name], found[name]) for name in expected)
 
@@ -133,5 +133,5 @@ def test_a_weight_shape_that_contradicts_the_config_is_refused_by_name(tmp_path:
 def test_weight_shapes_may_be_int64(tmp_path: Path, folder: Path) -> None:
     config = write_tiny(tmp_path / "model")
     rewrite(tmp_path / "model", SHAPE_NAME, mx.array([128, 64], mx.int64))
-    found, expected = (open_reader(place, config).layer(4).tensors for place in (tmp_path / "model", folder))
+    found, expected = (open_reader(position, config).layer(4).tensors for position in (tmp_path / "model", folder))
     assert all(mx.array_equal(found[name], expected[name]) for name in expected)

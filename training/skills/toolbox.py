@@ -195,13 +195,13 @@ def declare_tool(
     names: Callable[[Parameter], tuple[str, ...]] = lambda parameter: parameter.names,
 ) -> Tool:
     """A tool of this family under one of its names, with each argument under one of its `names`."""
-    taken: dict[str, str] = {}
+    used: dict[str, str] = {}
     for parameter in family.parameters:
-        taken[parameter.names[0]] = rng.choice([each for each in names(parameter) if each not in taken.values()])
+        used[parameter.names[0]] = rng.choice([each for each in names(parameter) if each not in used.values()])
     style = rng.random()
     properties: dict[str, Json] = {}
     for parameter in family.parameters:
-        spelled = taken[parameter.names[0]]
+        spelled = used[parameter.names[0]]
         schema: dict[str, Json] = {"type": parameter.kind}
         if style < 0.15:
             schema["description"] = f"The {spelled}."
@@ -209,7 +209,7 @@ def declare_tool(
             schema["title"] = spelled.capitalize()
         properties[spelled] = schema
     tool_name = rng.choice(family.names)
-    return Tool(family, tool_name, taken, Declaration(tool_name, rng.choice(family.descriptions), properties))
+    return Tool(family, tool_name, used, Declaration(tool_name, rng.choice(family.descriptions), properties))
 
 
 def made_up_family(rng: random.Random) -> Family:

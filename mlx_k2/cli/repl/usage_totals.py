@@ -45,8 +45,8 @@ class UsageTotals:
 
     def totals(self) -> str:
         """One line for the whole chat."""
-        share = 100 * self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+        fraction = 100 * self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
         return (
             f"{self.num_replies} replies · {self.num_calls} tool calls · {self.generated_tokens} tokens generated · "
-            f"{self.prompt_tokens} prompt tokens, {share:.1f}% of them cached"
+            f"{self.prompt_tokens} prompt tokens, {fraction:.1f}% of them cached"
         )
