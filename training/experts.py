@@ -77,7 +77,7 @@ class Experts(nn.Module):
         top = self.shape.num_experts_per_tok
         scores = F.linear(x.float(), seen(self.router).float()).sigmoid()
         chosen = (scores + self.correction_bias).topk(top, dim=-1).indices  # (tokens, top)
-        weights = scores.gather(-1, chosen)
+        weights = scores.collect(-1, chosen)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.shape.routed_scaling_factor
         self.load.add_(torch.bincount(chosen[real].flatten(), minlength=len(self.load)))
         source, slots, positions = _sort_by_expert(chosen, self.shape.n_routed_experts)

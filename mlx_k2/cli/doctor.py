@@ -12,7 +12,7 @@ from mlx_k2.cli.console import ConsoleListener, console, note
 from mlx_k2.cli.option_values import deployment_request, open_source
 from mlx_k2.cli.options import cluster_options
 from mlx_k2.doctor.checks import Check, CheckResult
-from mlx_k2.doctor.cluster_probe import examine_cluster
+from mlx_k2.doctor.cluster_probe import probe_cluster
 
 _STYLES = {CheckResult.OK: "green", CheckResult.WARNING: "yellow", CheckResult.FAILURE: "bold red"}
 
@@ -36,7 +36,7 @@ def command(**options: Any) -> None:
         note(line)
     request, model = open_source(request)
     with ConsoleListener(options["verbose"]) as listener:
-        checks = examine_cluster(request, model, listener, deep=options["deep"])
+        checks = probe_cluster(request, model, listener, deep=options["deep"])
     if options["as_json"]:
         _print_json(checks)
     else:

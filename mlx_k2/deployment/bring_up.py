@@ -28,7 +28,7 @@ from mlx_k2.protocol.messages import (
     ShardDownloaded,
 )
 
-GREET_S = 60.0
+HANDSHAKE_S = 60.0
 PREPARE_S = 60.0
 CONNECT_S = 90.0
 """MLX's ring tries for 31 s to reach a neighbour."""
@@ -42,14 +42,14 @@ LAYER_S = 600.0
 Answer = TypeVar("Answer", bound=FromStage)
 
 
-def greet(group: StageGroup, versions: Sequence[str]) -> tuple[Hello, ...]:
+def handshake(group: StageGroup, versions: Sequence[str]) -> tuple[Hello, ...]:
     """Wait for every stage's Hello; ``versions`` are mlx_k2's and mlx's here, which must be theirs too.
 
     Raises:
         StageStartError: a stage did not come up, or has another version.
         StageSilent: no word within GREET_S.
     """
-    hellos = gather(group, Hello, range(group.size), GREET_S, "start")
+    hellos = collect(group, Hello, range(group.size), HANDSHAKE_S, "start")
     for rank, hello in enumerate(hellos):
         for package, here, there in zip(
             ("mlx-k2", "mlx"), versions, (hello.mlx_k2_version, hello.mlx_version), strict=True
@@ -70,7 +70,7 @@ def prepare(group: StageGroup, messages: Sequence[Prepare]) -> tuple[Prepared, .
     """
     for rank, message in enumerate(messages):
         group.send(rank, message)
-    prepared = gather(group, Prepared, range(group.size), PREPARE_S, "prepare")
+    prepared = collect(group, Prepared, range(group.size), PREPARE_S, "prepare")
     for rank, answer in enumerate(prepared):
         if answer.model_digest != prepared[0].model_digest:
             raise StageStartError(
@@ -87,7 +87,7 @@ def connect(group: StageGroup, links: RingLinks | JacclLinks | None) -> None:
         to_next = hops[rank] if rank < group.size - 1 else None
         from_previous = hops[rank - 1] if rank > 0 else None
         group.send(rank, Connect(links, to_next, from_previous))
-    gather(group, Connected, range(group.size), CONNECT_S, "connect to its neighbours")
+    collect(group, Connected, range(group.size), CONNECT_S, "connect to its neighbours")
 
 
 def load(
@@ -96,7 +96,7 @@ def load(
     """Load every stage's layers, all stages at once; ``on_progress`` gets (rank, LayerLoaded) as they come."""
     for rank, message in enumerate(messages):
         group.send(rank, message)
-    return gather(group, Loaded, range(group.size), LAYER_S, "load its layers", on_progress)
+    return collect(group, Loaded, range(group.size), LAYER_S, "load its layers", on_progress)
 
 
 def download(
@@ -105,10 +105,10 @@ def download(
     """Fetch every stage's files, all stages at once; ``on_progress`` gets (rank, DownloadProgress) as they come."""
     for rank, message in enumerate(messages):
         group.send(rank, message)
-    return gather(group, ShardDownloaded, range(group.size), LAYER_S, "download its files", on_progress)
+    return collect(group, ShardDownloaded, range(group.size), LAYER_S, "download its files", on_progress)
 
 
-def gather(
+def collect(
     group: StageGroup,
     wanted: type[Answer],
     ranks: Sequence[int],

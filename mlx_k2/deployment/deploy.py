@@ -125,7 +125,7 @@ def _start(
     locations = [stage_location(host) for host in hosts]
     with StageGroup(locations, request.lease_s, listener.log, listener.notice, request.stall_timeout_s) as group:
         listener.phase(f"starting {group.size} stages" if group.size > 1 else "starting the stage")
-        hellos = bring_up.greet(group, (__version__, version("mlx")))
+        hellos = bring_up.handshake(group, (__version__, version("mlx")))
         if model is None:
             listener.phase(f"asking {group.host(0)} for the model's config and tokenizer")
             model = _fetch_description(group, source_on(hosts[0], request.source))
@@ -140,7 +140,7 @@ def _start(
 
 def _fetch_description(group: StageGroup, source: ModelSource) -> ModelDescription:
     group.send(0, FetchFiles(source))
-    (answer,) = bring_up.gather(group, ModelFiles, [0], bring_up.PREPARE_S, "send the model's small files")
+    (answer,) = bring_up.collect(group, ModelFiles, [0], bring_up.PREPARE_S, "send the model's small files")
     return describe_model(answer.files, f"{source.path_or_repo} on {group.host(0)}")
 
 

@@ -35,20 +35,20 @@ from mlx_k2.launch.stage_events import StageEnded
 from mlx_k2.protocol.messages import (
     ClockRead,
     DownloadProgress,
-    Examine,
-    Examined,
     Fault,
     FromStage,
     Hello,
     HopsMeasured,
     MeasureHops,
+    Probe,
+    ProbeResult,
     ReadClock,
 )
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo
 
 NUM_CLOCK_READINGS = 7
-EXAMINE_S = 90.0
+PROBE_S = 90.0
 DEEP_S = 900.0
 """Without a word: for the checksum of one file."""
 HOPS_S = 60.0
@@ -56,7 +56,7 @@ HOPS_S = 60.0
 Wanted = TypeVar("Wanted", bound=FromStage)
 
 
-def examine_cluster(
+def probe_cluster(
     request: DeploymentRequest, model: ModelDescription | None, listener: DeploymentListener, *, deep: bool
 ) -> tuple[Check, ...]:
     """Every check of every host and hop; a host that fails one is asked for the others as far as it can answer.
@@ -68,12 +68,12 @@ def examine_cluster(
     with StageGroup(locations, request.lease_s, listener.log, listener.notice, request.stall_timeout_s) as group:
         round_ = _Round(request, group, listener)
         listener.phase("asking the hosts")
-        hellos = round_.collect(Hello, range(len(hosts)), bring_up.GREET_S, "ssh")
+        hellos = round_.collect(Hello, range(len(hosts)), bring_up.HANDSHAKE_S, "ssh")
         plans = round_.plan(model, hellos)
         for rank in list(hellos):
             round_.ask_clock(rank)
         listener.phase("computing checksums" if deep else "looking at the hosts")
-        facts = round_.examine(hellos, plans, deep=deep)
+        facts = round_.probe(hellos, plans, deep=deep)
         for rank in facts:
             round_.judge(rank, hellos, facts[rank], plans)
         models = {hosts[rank].ssh: one.model for rank, one in facts.items() if one.model is not None}
@@ -149,7 +149,7 @@ class _Round:
         for _ in range(NUM_CLOCK_READINGS):
             asked, asked_at = time.monotonic(), time.time()
             self._group.send(rank, ReadClock())
-            if (read := self.collect(ClockRead, [rank], EXAMINE_S, "ssh").get(rank)) is None:
+            if (read := self.collect(ClockRead, [rank], PROBE_S, "ssh").get(rank)) is None:
                 return
             took_s = time.monotonic() - asked
             answers.append(Answer(took_s, read.unix_s - asked_at - took_s / 2))
@@ -157,13 +157,13 @@ class _Round:
         typical_s = statistics.median(answer.round_trip_s for answer in answers)
         self.checks += check_answer(self._hosts[rank].ssh, Answer(typical_s, quickest.clock_ahead_s))
 
-    def examine(self, hellos: Mapping[int, Hello], plans: Sequence[StagePlan], *, deep: bool) -> dict[int, HostFacts]:
+    def probe(self, hellos: Mapping[int, Hello], plans: Sequence[StagePlan], *, deep: bool) -> dict[int, HostFacts]:
         """What the hosts that answered find out about themselves."""
         for rank in hellos:
             assignment = plans[rank].assignment if plans else None
             layers = None if assignment is None else (assignment.first_layer, assignment.end_layer)
-            self._group.send(rank, Examine(source_on(self._hosts[rank], self._request.source), layers, deep))
-        answers = self.collect(Examined, list(hellos), DEEP_S if deep else EXAMINE_S, "examination")
+            self._group.send(rank, Probe(source_on(self._hosts[rank], self._request.source), layers, deep))
+        answers = self.collect(ProbeResult, list(hellos), DEEP_S if deep else PROBE_S, "examination")
         return {rank: answer.facts for rank, answer in answers.items()}
 
     def judge(self, rank: int, hellos: Mapping[int, Hello], facts: HostFacts, plans: Sequence[StagePlan]) -> None:
@@ -191,7 +191,7 @@ class _Round:
             prepared = prepare(self._group, hostfile, [ModelSource(path_or_repo=BUILTIN)] * size)
             bring_up.connect(self._group, links(hostfile, [answer.addresses for answer in prepared]))
             self._group.send_all(MeasureHops())
-            speeds = bring_up.gather(self._group, HopsMeasured, range(size), HOPS_S, "measure its hops")
+            speeds = bring_up.collect(self._group, HopsMeasured, range(size), HOPS_S, "measure its hops")
         except (ClusterError, SetupError) as error:
             self._fail_hops(f"{error}: see to the cable and the addresses")
             return

@@ -63,7 +63,7 @@ class ReadClock(msgspec.Struct, frozen=True, tag=True):
     """Answered at once, by ClockRead."""
 
 
-class Examine(msgspec.Struct, frozen=True, tag=True):
+class Probe(msgspec.Struct, frozen=True, tag=True):
     """Look at the host, and at the files of ``layers`` (first, end) of the model; None: not at files.
 
     ``deep`` computes the files' checksums. Answered by DownloadProgress..., Examined.
@@ -177,7 +177,7 @@ class ClockRead(msgspec.Struct, frozen=True, tag=True):
     unix_s: float
 
 
-class Examined(msgspec.Struct, frozen=True, tag=True):
+class ProbeResult(msgspec.Struct, frozen=True, tag=True):
     """What Examine found."""
 
     facts: HostFacts
@@ -242,7 +242,7 @@ class Fault(msgspec.Struct, frozen=True, tag=True):
 
 
 ToStage: TypeAlias = (
-    FetchFiles | DownloadShard | ReadClock | Examine | Prepare | Connect | MeasureHops | Load | Step | Stop
+    FetchFiles | DownloadShard | ReadClock | Probe | Prepare | Connect | MeasureHops | Load | Step | Stop
 )
 FromStage: TypeAlias = (
     Hello
@@ -250,7 +250,7 @@ FromStage: TypeAlias = (
     | DownloadProgress
     | ShardDownloaded
     | ClockRead
-    | Examined
+    | ProbeResult
     | Prepared
     | Connected
     | HopsMeasured

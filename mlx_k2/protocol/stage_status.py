@@ -17,7 +17,7 @@ class Phase(enum.StrEnum):
     IDLE = "waiting for a plan"
     READING = "reading the model's small files"
     DOWNLOADING = "downloading"
-    EXAMINING = "looking at its host"
+    PROBING = "looking at its host"
     MEASURING = "measuring its hops"
     CONNECTING = "connecting to its neighbours"
     LOADING = "loading"

@@ -15,7 +15,7 @@ import psutil
 
 from mlx_k2.cluster.host_facts import HostFacts, ModelFacts
 from mlx_k2.errors import MlxK2Error
-from mlx_k2.protocol.messages import Examine
+from mlx_k2.protocol.messages import Probe
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.inventory import shard_specs
 from mlx_k2.weights.model_files import files_to_fetch, locate_shard, read_model_files
@@ -33,7 +33,7 @@ SETTING_S = 10.0
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def examine(message: Examine, on_progress: Callable[[int, int], None]) -> HostFacts:
+def probe(message: Probe, on_progress: Callable[[int, int], None]) -> HostFacts:
     """All that can be found out here; ``on_progress`` hears how many bytes of checksums are done, of how many."""
     return HostFacts(
         memory_free_bytes=psutil.virtual_memory().available,
@@ -66,7 +66,7 @@ def _settings() -> dict[str, str]:
     return said
 
 
-def _model_facts(message: Examine, on_progress: Callable[[int, int], None]) -> ModelFacts | None:
+def _model_facts(message: Probe, on_progress: Callable[[int, int], None]) -> ModelFacts | None:
     """The files of the layers that are asked about; their absence and their faults are facts, not errors."""
     if message.layers is None:
         return None

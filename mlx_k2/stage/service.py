@@ -20,8 +20,6 @@ from mlx_k2.protocol.messages import (
     Connected,
     DownloadProgress,
     DownloadShard,
-    Examine,
-    Examined,
     FetchFiles,
     FromStage,
     HopsMeasured,
@@ -32,6 +30,8 @@ from mlx_k2.protocol.messages import (
     ModelFiles,
     Prepare,
     Prepared,
+    Probe,
+    ProbeResult,
     ReadClock,
     ShardDownloaded,
     Step,
@@ -44,7 +44,7 @@ from mlx_k2.protocol.stage_status import Phase, PhaseUpdate
 from mlx_k2.stage.faults import fault_of
 from mlx_k2.stage.hop_probe import measure_hops
 from mlx_k2.stage.host import hello, on_gpu, peak_bytes, wire_memory
-from mlx_k2.stage.host_probe import examine
+from mlx_k2.stage.host_probe import probe
 from mlx_k2.stage.loading import LoadedPiece, load_stage_model
 from mlx_k2.stage.plan_limits import PlanLimits
 from mlx_k2.stage.ports import HeldPorts
@@ -66,8 +66,8 @@ _PHASES = {
     FetchFiles: (Phase.READING, None, READING_S),
     DownloadShard: (Phase.DOWNLOADING, None, PIECE_S),
     Prepare: (Phase.READING, None, READING_S),
-    ReadClock: (Phase.EXAMINING, None, READING_S),
-    Examine: (Phase.EXAMINING, None, PIECE_S),
+    ReadClock: (Phase.PROBING, None, READING_S),
+    Probe: (Phase.PROBING, None, PIECE_S),
     MeasureHops: (Phase.MEASURING, None, MEASURING_S),
     Connect: (Phase.CONNECTING, None, CONNECTING_S),
     Load: (Phase.LOADING, None, PIECE_S),
@@ -167,8 +167,8 @@ class StageService:
                 return self._answer_download(message)
             case ReadClock():
                 return ClockRead(time.time())
-            case Examine():
-                return Examined(examine(message, self._tell_examining))
+            case Probe():
+                return ProbeResult(probe(message, self._report_probe_progress))
             case MeasureHops():
                 assert self._group is not None, "MeasureHops before Connect"
                 return HopsMeasured(measure_hops(self._group))
@@ -191,8 +191,8 @@ class StageService:
         self._report_phase(Phase.DOWNLOADING, limit_s=PIECE_S)
         self._send(DownloadProgress(done_bytes, total_bytes))
 
-    def _tell_examining(self, done_bytes: int, total_bytes: int) -> None:
-        self._report_phase(Phase.EXAMINING, limit_s=PIECE_S)
+    def _report_probe_progress(self, done_bytes: int, total_bytes: int) -> None:
+        self._report_phase(Phase.PROBING, limit_s=PIECE_S)
         self._send(DownloadProgress(done_bytes, total_bytes))
 
     def _answer_prepare(self, message: Prepare) -> Prepared:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlx_k2 import __version__
-from mlx_k2.deployment.bring_up import gather, greet
+from mlx_k2.deployment.bring_up import collect, handshake
 from mlx_k2.errors import StageSilent, StageStartError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.stage_location import StageLocation
@@ -31,15 +31,15 @@ def test_a_stage_with_another_version_is_refused_by_name(versions: tuple[str, st
         StageGroup([StageLocation()], 20.0, ignore) as group,
         pytest.raises(StageStartError, match=f"stage 0 on this machine {words}"),
     ):
-        greet(group, versions)
+        handshake(group, versions)
 
 
 def test_a_stage_that_says_nothing_in_time_is_silent_by_name_and_by_what_it_was_to_do(tmp_path: Path) -> None:
     locations = [StageLocation(python=stand_in_python(tmp_path, "deaf")) for _ in range(2)]
     with StageGroup(locations, 20.0, ignore) as group:
-        gathered = [group.receive(20), group.receive(20)]
-        assert None not in gathered
+        collected = [group.receive(20), group.receive(20)]
+        assert None not in collected
         with pytest.raises(
             StageSilent, match=r"no word for 0 s from stage 1 on this machine .starting for . s., which was to"
         ):
-            gather(group, Hello, [1], 0.2, "start")
+            collect(group, Hello, [1], 0.2, "start")

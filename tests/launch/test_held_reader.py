@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_k2.coordinator.pipeline import Coordinator
-from mlx_k2.deployment.bring_up import gather
+from mlx_k2.deployment.bring_up import collect
 from mlx_k2.launch import stage_process
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.stage_location import StageLocation
@@ -64,10 +64,10 @@ def connected_stages(folder: Path) -> Iterator[StageGroup]:
     with StageGroup(locations, lease_s=20.0, log=lambda _: None) as group:
         for rank in range(NUM_STAGES):
             group.send(rank, Prepare(rank, NUM_STAGES, ModelSource(path_or_repo=""), ("127.0.0.1",), {}))
-        prepared = gather(group, Prepared, range(NUM_STAGES), 30, "prepare")
+        prepared = collect(group, Prepared, range(NUM_STAGES), 30, "prepare")
         links = RingLinks(tuple(answer.addresses for answer in prepared))
         group.send_all(Connect(links, None, None))
-        gather(group, Connected, range(NUM_STAGES), 30, "connect")
+        collect(group, Connected, range(NUM_STAGES), 30, "connect")
         yield group
 
 
