@@ -77,9 +77,9 @@ def building_us(build: Build) -> float:
     """What the next step's graph takes to build."""
     began = time.thread_time()
     logits = build()
-    took = time.thread_time() - began
+    elapsed = time.thread_time() - began
     mx.eval(logits)
-    return took * 1e6
+    return elapsed * 1e6
 
 
 def mlx_k2_steps() -> tuple[int, Build]:

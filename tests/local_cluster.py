@@ -75,9 +75,9 @@ def by_request(events: Iterator[TokenEvent]) -> dict[Request, list[int]]:
     """Tokens sorted by the request that they belong to."""
     tokens: dict[Request, list[int]] = {}
     for event in events:
-        taken = tokens.setdefault(event.sequence.request, [])
+        received = tokens.setdefault(event.sequence.request, [])
         if event.token is not None:
-            taken.append(event.token.token_id)
+            received.append(event.token.token_id)
     return tokens
 
 

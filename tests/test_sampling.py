@@ -20,7 +20,7 @@ RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "repetition_penalty": ((0.5, 1, 10), (0, -1, 10.1, math.nan)),
     "num_logprobs": ((0, 100), (-1, 101)),
 }
-TAKEN = [(name, value) for name, (taken, _) in RANGES.items() for value in taken]
+ACCEPTED = [(name, value) for name, (received, _) in RANGES.items() for value in received]
 REFUSED = [(name, value) for name, (_, refused) in RANGES.items() for value in refused]
 
 
@@ -28,7 +28,7 @@ def sampling(**values: Any) -> Sampling:
     return Sampling(**({"seed": 1} | values))
 
 
-@pytest.mark.parametrize(("name", "value"), TAKEN)
+@pytest.mark.parametrize(("name", "value"), ACCEPTED)
 def test_a_value_within_its_range_is_taken(name: str, value: float) -> None:
     assert getattr(sampling(**{name: value}), name) == value
 

@@ -109,7 +109,7 @@ class ChatSession:
     def retry(self) -> Generator[Event, None, None]:
         """The model answers the user's last message anew, with another seed; errors as of ``say``."""
         self._stopped = False
-        if not self.cancel_prefill().take_back_reply():
+        if not self.cancel_prefill().remove_reply():
             raise RequestError("there is nothing to answer yet")
         sampling = self._settings.sampling
         seed = (sampling.seed + 1) % _NUM_SEEDS

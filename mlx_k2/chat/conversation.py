@@ -79,7 +79,7 @@ class Conversation:
         self._cut(asked)
         return text
 
-    def take_back_reply(self) -> bool:
+    def remove_reply(self) -> bool:
         """Take back all that follows the last message of the user; whether there is such a message."""
         if (asked := self._last_user) is None:
             return False

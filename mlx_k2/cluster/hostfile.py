@@ -156,7 +156,7 @@ def _unknown_keys(fields: Mapping[str, Any], known: Sequence[str], where: str) -
 
 def _check_links(hosts: Sequence[Host], backend: Backend, source: str) -> None:
     """What several hosts need to find each other; one host alone needs nothing."""
-    _check_taken_ports(hosts, source)
+    _check_duplicate_ports(hosts, source)
     if len(hosts) == 1:
         return
     if backend is Backend.RING:
@@ -165,7 +165,7 @@ def _check_links(hosts: Sequence[Host], backend: Backend, source: str) -> None:
         _check_rdma(hosts, backend, source)
 
 
-def _check_taken_ports(hosts: Sequence[Host], source: str) -> None:
+def _check_duplicate_ports(hosts: Sequence[Host], source: str) -> None:
     owners: dict[str, str] = {}
     for rank, host in enumerate(hosts):
         for address in host.ips:

@@ -170,10 +170,10 @@ class Coordinator:
         self._note(rank, message)
         if rank < self._group.size - 1:
             return []
-        takers = self._scheduler.complete(message.number, [token.token_id for token in message.tokens])
+        recipients = self._scheduler.complete(message.number, [token.token_id for token in message.tokens])
         return [
             TokenEvent(sequence, token)
-            for sequence, token in zip(takers, message.tokens, strict=True)
+            for sequence, token in zip(recipients, message.tokens, strict=True)
             if sequence is not None
         ]
 

@@ -120,11 +120,11 @@ def stream_answer(
     answer = _Answer(request)
     while answer.finish_reason is None and not stopped():
         for token_id in forced_tokens():
-            answer.give(token_id)
+            answer.append_forced(token_id)
             yield Delta(token_id, detokenizer.add(token_id), None, ())
         with closing(coordinator.run(answer.rest, stopped=stopped)) as events:
             for event in events:
-                token = answer.take(event)
+                token = answer.on_event(event)
                 if token is not None:
                     text = "" if token.token_id in request.stop_ids else detokenizer.add(token.token_id)
                     if answer.finish_reason is not None:
@@ -156,11 +156,11 @@ class _Answer:
         max_tokens = self._request.max_tokens - len(self._arrivals)
         return replace(self._request, prompt_ids=tuple(self._token_ids), max_tokens=max_tokens, timeout_s=timeout_s)
 
-    def give(self, token_id: int) -> None:
+    def append_forced(self, token_id: int) -> None:
         """Put a token into the answer that was not drawn."""
         self._token_ids.append(token_id)
 
-    def take(self, event: TokenEvent) -> SampledToken | None:
+    def on_event(self, event: TokenEvent) -> SampledToken | None:
         """Take what comes next; the token that was drawn, if one was."""
         if not self._sequences:
             self._cached_tokens = event.sequence.shared.num_tokens

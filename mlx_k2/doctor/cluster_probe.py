@@ -151,8 +151,8 @@ class _Round:
             self._group.send(rank, ReadClock())
             if (read := self.collect(ClockRead, [rank], PROBE_S, "ssh").get(rank)) is None:
                 return
-            took_s = time.monotonic() - asked
-            answers.append(Answer(took_s, read.unix_s - asked_at - took_s / 2))
+            elapsed_s = time.monotonic() - asked
+            answers.append(Answer(elapsed_s, read.unix_s - asked_at - elapsed_s / 2))
         quickest = min(answers, key=lambda answer: answer.round_trip_s)
         typical_s = statistics.median(answer.round_trip_s for answer in answers)
         self.checks += check_answer(self._hosts[rank].ssh, Answer(typical_s, quickest.clock_ahead_s))

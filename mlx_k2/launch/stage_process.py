@@ -190,7 +190,7 @@ class StageProcess:
                 self._send_early()
                 while (frame := read_frame(stream)) is not None:
                     self.heard_at = time.monotonic()
-                    stage_exit = self._take(frame)
+                    stage_exit = self._on_frame(frame)
             except (ProtocolError, OSError) as error:
                 fault = str(error)
         return came_up, stage_exit, fault
@@ -203,7 +203,7 @@ class StageProcess:
             self.heard_at = time.monotonic()
             self._early = None
 
-    def _take(self, frame: Frame) -> StageExit | None:
+    def _on_frame(self, frame: Frame) -> StageExit | None:
         if frame.kind is Kind.MESSAGE:
             self._post(StageMessage(self.rank, decode_from_stage(frame.payload)))
         elif frame.kind is Kind.STAGE_STATUS:

@@ -23,7 +23,7 @@ class FrameWriter:
         self._name = name
         # A SimpleQueue, and no lock of Python's: a signal handler that raises in the midst of those leaves them held.
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._takes_more = True
+        self._is_open = True
         self._thread = threading.Thread(target=self._run, name=f"write {name}", daemon=True)
         self._thread.start()
 
@@ -44,12 +44,12 @@ class FrameWriter:
 
         After that it still happens in the background, as soon as the peer reads or goes.
         """
-        self._takes_more = False
+        self._is_open = False
         self._queue.put(None)
         self._thread.join(timeout_s)
 
     def _put(self, data: bytes) -> None:
-        if not self._takes_more:
+        if not self._is_open:
             return
         if self._queue.qsize() >= QUEUE_FRAMES:
             raise ProtocolError(f"{self._name} has stopped reading: {QUEUE_FRAMES} frames are waiting for it")
@@ -62,7 +62,7 @@ class FrameWriter:
                 if self._queue.empty():
                     self._stream.flush()
         except (OSError, ValueError):  # the peer is gone, or the stream was closed under us
-            self._takes_more = False
+            self._is_open = False
         with suppress(OSError, ValueError):
             self._stream.close()  # also where a write failed, so that no descriptor stays open
 

@@ -91,12 +91,12 @@ class Scheduler:
         assert len(sampled_sequences) == len(token_ids), (
             f"step {number} drew {len(token_ids)} tokens, not {len(sampled_sequences)}"
         )
-        takers = tuple(
-            sequence if sequence.take(number, token_id, self._next_number) else None
+        recipients = tuple(
+            sequence if sequence.append_sampled(number, token_id, self._next_number) else None
             for sequence, token_id in zip(sampled_sequences, token_ids, strict=True)
         )
         self._retire()
-        return takers
+        return recipients
 
     def reset(self) -> None:
         """The stages are new and know nothing: plan every running sequence again, from its first token."""
@@ -183,7 +183,7 @@ class Scheduler:
         if about_to_be_cached >= choice.shared.num_tokens + _WORTH_WAITING:
             return None
         sequence = Sequence(self._waiting.popleft(), choice.slot, self._limits.context_tokens, choice.shared)
-        self._slots.take(choice.slot, sequence)
+        self._slots.acquire(choice.slot, sequence)
         self._running.append(sequence)
         return sequence
 
@@ -217,7 +217,7 @@ class Scheduler:
         """Free the slots of finished sequences at once: plans that use them again come later."""
         for sequence in [sequence for sequence in self._running if sequence.finish_reason is not None]:
             self._running.remove(sequence)
-            self._slots.give_back(sequence.slot)
+            self._slots.release(sequence.slot)
 
 
 def _prompt_row(sequence: Sequence, most_tokens: int) -> MicrobatchRow:

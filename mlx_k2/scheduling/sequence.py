@@ -102,7 +102,7 @@ class Sequence:
         self.num_drafted += 1
         return token_id
 
-    def take(self, plan: int, token_id: int, next_plan: int) -> bool:
+    def append_sampled(self, plan: int, token_id: int, next_plan: int) -> bool:
         """Take the token that plan ``plan`` drew; ``next_plan`` is the number of the next one to be sent.
 
         False where the plan no longer counts: the sequence is finished, or what was drawn follows a wrong guess.

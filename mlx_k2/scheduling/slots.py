@@ -48,12 +48,12 @@ class SlotPool:
             return SlotChoice(source, SharedPrefix(shared[source]))
         return SlotChoice(oldest, SharedPrefix(shared[source], source))
 
-    def take(self, slot: int, owner: Sequence) -> None:
+    def acquire(self, slot: int, owner: Sequence) -> None:
         """Give a free slot to a sequence."""
         del self._free[slot]
         self._owners[slot] = owner
 
-    def give_back(self, slot: int) -> None:
+    def release(self, slot: int) -> None:
         """Free a slot; it keeps what its owner left in the cache until somebody needs it."""
         owner = self._owners.pop(slot)
         self._free[slot] = tuple(owner.cached_ids)

@@ -41,8 +41,8 @@ def _measure(group: mx.distributed.Group, other: int) -> HopSpeed:
     for _ in range(NUM_LARGE):
         mx.eval(mx.distributed.send(large, other, group=group))
     mx.eval(mx.distributed.recv((TOKEN_VALUES,), mx.bfloat16, other, group=group))
-    took_s = time.perf_counter() - began
-    return HopSpeed(sorted(trips)[len(trips) // 2] / 2, NUM_LARGE * large.nbytes / took_s)
+    elapsed_s = time.perf_counter() - began
+    return HopSpeed(sorted(trips)[len(trips) // 2] / 2, NUM_LARGE * large.nbytes / elapsed_s)
 
 
 def _answer(group: mx.distributed.Group, other: int) -> None:

@@ -83,7 +83,7 @@ def serve(inward_fd: int, outward_fd: int) -> NoReturn:
         mx.disable_compile()  # its CPU compiler is g++, if there is one, on files that all processes share
     writer = FrameWriter(os.fdopen(outward_fd, "wb"), "the guard")
     service = StageService(writer)
-    FrameReader(os.fdopen(inward_fd, "rb"), "the guard", service.take, service.input_ended)
+    FrameReader(os.fdopen(inward_fd, "rb"), "the guard", service.on_frame, service.on_input_end)
     exit_code = service.run()
     writer.close(CLOSE_S)
     os._exit(exit_code)
@@ -113,13 +113,13 @@ class StageService:
 
     # ---- on the reading thread
 
-    def take(self, frame: Frame) -> None:
+    def on_frame(self, frame: Frame) -> None:
         """Queue a message for the computing thread."""
         if frame.kind is not Kind.MESSAGE:
             raise ProtocolError(f"the guard sent a {frame.kind.name} frame")
         self._inbox.put(decode_to_stage(frame.payload))
 
-    def input_ended(self, error: ProtocolError | None) -> None:
+    def on_input_end(self, error: ProtocolError | None) -> None:
         """Without its guard a stage ends at once, whatever it is doing; a broken frame is reported first."""
         if error is None:
             os._exit(0)

@@ -18,9 +18,9 @@ class Escaping:
     """A one-for-one exchange of the characters of ``names``, for characters that are in none of ``texts``."""
 
     def __init__(self, names: Iterable[str], texts: Iterable[str]) -> None:
-        taken = {ord(character) for text in texts for character in set(text)}
+        used = {ord(character) for text in texts for character in set(text)}
         letters = sorted({ord(letter) for name in names for letter in name})
-        free = (candidate for candidate in _CANDIDATES if candidate not in taken)
+        free = (candidate for candidate in _CANDIDATES if candidate not in used)
         self._escaped = dict(zip(letters, free, strict=False))
         if len(self._escaped) < len(letters):
             raise RequestError("the messages use so many different characters that none is left to mark them with")

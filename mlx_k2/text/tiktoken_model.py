@@ -42,8 +42,8 @@ def read_tiktoken(model: bytes, tokenizer_config: bytes, vocab_size: int) -> Voc
     ranks = _ranks(model, vocab_size)
     special = named_tokens(tokenizer_config)
     if len(ranks) == _K2_NUM_RANKS:
-        taken = set(special.values())
-        unnamed = {name: number for name, number in _K2_UNNAMED.items() if number not in taken}
+        used = set(special.values())
+        unnamed = {name: number for name, number in _K2_UNNAMED.items() if number not in used}
         special = unnamed | special
     # No special tokens are given to tiktoken, so that it can produce none.
     encoding = tiktoken.Encoding("kimi-k2", pat_str=_PIECES, mergeable_ranks=ranks, special_tokens={})

@@ -57,7 +57,7 @@ class Computed:
                 self._num_tokens += sum(len(row.token_ids) for row in report.microbatch.rows if row.is_prompt)
                 self._more.notify_all()
 
-    def take(self, *, at_least: int = 0) -> int:
+    def next_tokens(self, *, at_least: int = 0) -> int:
         """How many since this was last asked, once there are so many."""
         with self._more:
             assert self._more.wait_for(lambda: self._num_tokens >= at_least, timeout=60)
@@ -114,18 +114,18 @@ def test_a_second_turn_computes_the_new_message_alone_and_the_answer_was_compute
         chat = ChatSession(replies, stages.tokenizer, conversation, stages.settings())
         first = list(chat.say("Tell me about the water and the world."))
         first_prompt = summary(first).prompt_tokens
-        assert stages.computed.take() == first_prompt - summary(first).cached_tokens
+        assert stages.computed.next_tokens() == first_prompt - summary(first).cached_tokens
         known = len(conversation.known_ids())
         kept = known - first_prompt
 
         chat.prefill_next_prompt()
-        assert stages.computed.take(at_least=kept - 1) <= kept + 1
+        assert stages.computed.next_tokens(at_least=kept - 1) <= kept + 1
 
         message = "And the sun?"
         second = list(chat.say(message))
         asked = summary(second)
         assert asked.cached_tokens >= known - 1
-        assert stages.computed.take() == asked.prompt_tokens - asked.cached_tokens
+        assert stages.computed.next_tokens() == asked.prompt_tokens - asked.cached_tokens
         own = len(stages.tokenizer.encode_text(message + "assistant"))
         assert asked.prompt_tokens - asked.cached_tokens <= own + 4
 
@@ -172,7 +172,7 @@ def test_the_thinking_budget_closes_the_reasoning_and_the_answer_goes_on_from_th
     with StageReplies(stages.coordinator, stages.tokenizer) as replies:
         conversation = Conversation(opening, stages.tokenizer)
         chat = ChatSession(replies, stages.tokenizer, conversation, stages.settings(thinking_budget=7, max_tokens=30))
-        stages.computed.take()
+        stages.computed.next_tokens()
         events = list(chat.say("Think."))
         ids = [event.token_id for event in events if isinstance(event, Delta)]
         close = stages.tokenizer.token_id("</think>")
@@ -180,7 +180,7 @@ def test_the_thinking_budget_closes_the_reasoning_and_the_answer_goes_on_from_th
         assert any(isinstance(event, Reasoning) for event in events)
         assert any(isinstance(event, Content) for event in events)
         assert summary(events).generated_tokens == 30 == len(ids) - 1
-        computed = stages.computed.take()
+        computed = stages.computed.next_tokens()
         assert computed <= summary(events).prompt_tokens - summary(events).cached_tokens + 2
 
 

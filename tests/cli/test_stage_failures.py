@@ -54,7 +54,7 @@ def test_a_host_with_another_model_in_its_folder_is_named(failure: Failure, endl
 
 
 def test_a_port_that_is_taken_is_named(failure: Failure) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    with socket.create_server(("127.0.0.1", 0)) as received:
+        address = f"127.0.0.1:{received.getsockname()[1]}"
         line = failure.over({"ips": [address]}, {})
     assert line.startswith(f"error: stage 0 on this machine: cannot listen on {address}: Address already in use")

@@ -72,9 +72,9 @@ def pool_with(*held: tuple[int, ...]) -> SlotPool:
     """Free slots that hold these tokens, the first one longest unused."""
     pool = SlotPool(len(held))
     for slot, token_ids in enumerate(held):
-        pool.take(slot, owner(slot, *token_ids))
+        pool.acquire(slot, owner(slot, *token_ids))
     for slot in range(len(held)):
-        pool.give_back(slot)
+        pool.release(slot)
     return pool
 
 
@@ -100,7 +100,7 @@ def test_a_short_beginning_is_copied_and_what_follows_it_stays() -> None:
 
 def test_a_running_sequences_beginning_is_copied() -> None:
     pool = pool_with((1, 2), (3, 4))
-    pool.take(1, owner(1, 5, 6, 7))
+    pool.acquire(1, owner(1, 5, 6, 7))
     choice = pool.choose((5, 6, 7, 8))
     assert (choice.slot, choice.shared.num_tokens, choice.shared.copy_from) == (0, 3, 1)
 

@@ -53,8 +53,8 @@ def run(pipeline: Pipeline, scheduler: Scheduler, asked: Sequence[Request]) -> l
             sampled = pipeline.tokens(*(row_of(row) for row in microbatch.rows))
             waiting.append((microbatch.number, sampled))
         number, sampled = waiting.popleft()
-        takers = scheduler.complete(number, [token.token_id for token in sampled])
-        for sequence, token in zip(takers, sampled, strict=True):
+        recipients = scheduler.complete(number, [token.token_id for token in sampled])
+        for sequence, token in zip(recipients, sampled, strict=True):
             if sequence is not None:
                 tokens[id(sequence.request)].append(token)
     return [tokens[id(request)] for request in asked]

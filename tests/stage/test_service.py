@@ -53,7 +53,7 @@ def converse(tmp_path: Path) -> Converse:
         writer = FrameWriter(output.open("wb"), "the guard")
         service = StageService(writer)
         for message in messages:
-            service.take(Frame(Kind.MESSAGE, encode_message(message)))
+            service.on_frame(Frame(Kind.MESSAGE, encode_message(message)))
         exit_code = service.run()
         writer.close(5)
         with output.open("rb") as stream:
@@ -160,5 +160,5 @@ def test_our_own_mistake_is_a_fault_too_and_its_trace_goes_to_the_log(
 def test_a_frame_that_is_no_message_is_refused(tmp_path: Path) -> None:
     writer = FrameWriter((tmp_path / "frames").open("wb"), "the guard")
     with pytest.raises(ProtocolError, match="HEARTBEAT"):
-        StageService(writer).take(Frame(Kind.HEARTBEAT, b""))
+        StageService(writer).on_frame(Frame(Kind.HEARTBEAT, b""))
     writer.close(5)

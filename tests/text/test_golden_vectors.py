@@ -21,10 +21,10 @@ MARKERS[163_601] = "<|im_middle|>"
 def k2_tokens() -> list[bytes]:
     """163,584 tokens: the known ones at their ranks, all single bytes, and anything else between them."""
     known = {number: text.encode() for text, number in KNOWN.items()}
-    taken = set(known.values())
+    received = set(known.values())
     letters = [bytes(pair) for pair in itertools.product(range(256), range(256))]
     others = itertools.chain(BYTES, letters, (b"\x00" + pair for pair in letters), (b"\x01" + pair for pair in letters))
-    free = (token for token in others if token not in taken)
+    free = (token for token in others if token not in received)
     return [known.get(rank) or next(free) for rank in range(163_584)]
 
 

@@ -52,7 +52,7 @@ class Repl:
             while True:
                 self._session.prefill_next_prompt()
                 try:
-                    self._take(self._keyboard.read())
+                    self._handle_line(self._keyboard.read())
                 except KeyboardInterrupt:
                     continue
                 except (EOFError, Quit):
@@ -60,7 +60,7 @@ class Repl:
                 except SetupError as error:
                     self._screen.note(f"error: {error}")
 
-    def _take(self, line: str) -> None:
+    def _handle_line(self, line: str) -> None:
         """One line of the user."""
         if line.startswith("/"):
             if self._transcript is not None:
