@@ -47,7 +47,7 @@ def main() -> int:
             except Exception:  # noqa: BLE001  # the next row is tried whatever became of this one
                 print(f"FAILED: {fault.name}\n{traceback.format_exc()}", flush=True)
     if len(findings) == len(FAULTS):
-        save_rows("faults", ("commit", "fault", "noticed_s", "outcome", "reason"), [_row(each) for each in findings])
+        save_rows("faults", ("commit", "fault", "detected_s", "outcome", "reason"), [_row(each) for each in findings])
         write_table(findings)
     print(f"{len(findings)} of {len(chosen)} hold")
     return int(len(findings) < len(chosen))
@@ -62,8 +62,8 @@ def write_table(findings: list[Finding]) -> None:
 
 
 def _row(finding: Finding) -> tuple[object, ...]:
-    noticed_s = "" if finding.noticed_s is None else f"{finding.noticed_s:.2f}"
-    return commit(), finding.fault.name, noticed_s, finding.fault.outcome, finding.reason
+    detected_s = "" if finding.detected_s is None else f"{finding.detected_s:.2f}"
+    return commit(), finding.fault.name, detected_s, finding.fault.outcome, finding.reason
 
 
 def _line(finding: Finding) -> str:
@@ -73,9 +73,9 @@ def _line(finding: Finding) -> str:
 
 
 def _seconds(finding: Finding) -> str:
-    if finding.noticed_s is None:
+    if finding.detected_s is None:
         return ""
-    return "under 0.1 s" if finding.noticed_s < SHORTEST_S else f"{finding.noticed_s:.1f} s"
+    return "under 0.1 s" if finding.detected_s < SHORTEST_S else f"{finding.detected_s:.1f} s"
 
 
 def _made(folder: Path) -> Path:

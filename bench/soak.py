@@ -112,7 +112,7 @@ def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, 
                 for asked_for, tokens in _tokens(coordinator.run, usage).items():
                     usage.streams += 1
                     usage.wrong += tokens != expected[asked_for]
-                _say(usage, _resources())
+                _notify(usage, _resources())
         _tokens(coordinator.run, usage)  # whatever was broken last is mended
         after = _resources()
     processes = [process for process in psutil.Process().children(recursive=True) if is_running(process)]
@@ -146,7 +146,7 @@ def _resources() -> dict[str, int]:
     }
 
 
-def _say(usage: UsageTotals, resources: dict[str, int]) -> None:
+def _notify(usage: UsageTotals, resources: dict[str, int]) -> None:
     print(
         f"streams {usage.streams} wrong {usage.wrong} restarts {len(usage.restarts)} "
         f"longest pause {usage.longest_pause_s:.1f} s {resources}",

@@ -62,14 +62,14 @@ def train_ranks(texts: Iterable[str], num_ranks: int) -> list[bytes]:
     pairs: Counter[Pair] = Counter()
     holders: dict[Pair, set[int]] = {}
     for index, word in enumerate(words):
-        _note_pairs(word, index, counts[index], pairs, holders)
+        _count_pairs(word, index, counts[index], pairs, holders)
     while len(ranks) < num_ranks:
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         ranks.append(best[0] + best[1])
         for index in sorted(holders[best]):
-            _note_pairs(words[index], index, -counts[index], pairs, holders)
+            _count_pairs(words[index], index, -counts[index], pairs, holders)
             words[index] = _merged(words[index], best)
-            _note_pairs(words[index], index, counts[index], pairs, holders)
+            _count_pairs(words[index], index, counts[index], pairs, holders)
     return ranks
 
 
@@ -123,7 +123,9 @@ def write_tokenizer_config(path: Path, num_ranks: int, max_tokens: int) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _note_pairs(word: list[bytes], index: int, count: int, pairs: Counter[Pair], holders: dict[Pair, set[int]]) -> None:
+def _count_pairs(
+    word: list[bytes], index: int, count: int, pairs: Counter[Pair], holders: dict[Pair, set[int]]
+) -> None:
     for pair in itertools.pairwise(word):
         pairs[pair] += count
         holders.setdefault(pair, set()).add(index)

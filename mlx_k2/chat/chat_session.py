@@ -87,7 +87,7 @@ class ChatSession:
         self._stopped = False
         self._close_ids = () if settings.thinking_budget is None else (tokenizer.token_id("</think>"),)
 
-    def say(self, text: str) -> Generator[Event, None, None]:
+    def send_message(self, text: str) -> Generator[Event, None, None]:
         """The user says ``text``, and the model answers.
 
         Raises:
@@ -107,7 +107,7 @@ class ChatSession:
         yield from self._answer(request)
 
     def retry(self) -> Generator[Event, None, None]:
-        """The model answers the user's last message anew, with another seed; errors as of ``say``."""
+        """The model answers the user's last message anew, with another seed; errors as of ``send_message``."""
         self._stopped = False
         if not self.cancel_prefill().remove_reply():
             raise RequestError("there is nothing to answer yet")

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from mlx_k2 import __version__
 from mlx_k2.benchmark import Benchmark, Measured, Workload, check_workloads
-from mlx_k2.cli.console import ConsoleListener, console, note
+from mlx_k2.cli.console import ConsoleListener, console, log
 from mlx_k2.cli.option_values import deployment_request, open_source
 from mlx_k2.cli.options import cluster_options, draft_option
 from mlx_k2.cli.trace import Trace
@@ -90,7 +90,7 @@ def command(**options: Any) -> None:
         check_workloads(workloads, deployment.shape.context_tokens)
         listener.done()
         if deployment.shape.num_slots < max(options["streams"]):
-            note(f"memory holds {deployment.shape.num_slots} sequences at once; more streams take turns")
+            log(f"memory holds {deployment.shape.num_slots} sequences at once; more streams take turns")
         trace = Trace([plan.host.ssh for plan in deployment.plans])
         benchmark = Benchmark(deployment, drafts=options["draft"] == "ngram", on_report=trace.add)
         rows = list(_run(benchmark, workloads, options["repeat"]))
@@ -170,7 +170,7 @@ def _write(document: dict[str, Any], rows: Sequence[Measured], trace: Trace, opt
 
 
 def _show(rows: Sequence[Measured]) -> None:
-    note("prefill and decode in tokens/s, of all streams and of each; times between a stream's tokens")
+    log("prefill and decode in tokens/s, of all streams and of each; times between a stream's tokens")
     table = Table(box=None, header_style="dim", pad_edge=False)
     for heading in ("prompt", "streams", "first s", "prefill", "decode", "each", "p50 ms", "p95 ms", "busy %"):
         table.add_column(heading, justify="right", no_wrap=True)

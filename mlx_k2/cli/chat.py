@@ -13,7 +13,7 @@ from mlx_k2 import __version__
 from mlx_k2.chat.chat_session import ChatSession, Toolkit
 from mlx_k2.chat.reply_source import StageReplies
 from mlx_k2.chat.tool_round import Tools
-from mlx_k2.cli.console import ConsoleListener, note, show_stage_use
+from mlx_k2.cli.console import ConsoleListener, log, show_stage_use
 from mlx_k2.cli.option_values import (
     ModelFrontend,
     deployment_request,
@@ -75,8 +75,8 @@ def command(**options: Any) -> None:
     each line read is a message; answers go to stdout, everything else to stderr.
     """  # noqa: D301  # click reads the escape
     request = replace(deployment_request(options), num_slots=WANTED_SLOTS)
-    for line in request.hostfile.notes:
-        note(line)
+    for line in request.hostfile.warnings:
+        log(line)
     request, model = open_source(request)
     if model is not None:  # refuse what can be refused before anything is started
         shape, _ = preview(request, model)
@@ -85,7 +85,7 @@ def command(**options: Any) -> None:
         screen = choose_screen(show_thinking=not options["hide_thinking"])
         transcript = None
         if options["transcript_path"] is not None:
-            transcript = stack.enter_context(Transcript(Path(options["transcript_path"]), screen.note))
+            transcript = stack.enter_context(Transcript(Path(options["transcript_path"]), screen.log))
         tools = stack.enter_context(opened_tools(options))
         listener = stack.enter_context(ConsoleListener(options["verbose"]))
         kept = log_settings(options)
@@ -138,7 +138,7 @@ def _chat(
         )
         if transcript is not None:
             transcript.write({"started": {"mlx-k2": __version__, "model": name.name, "digest": name.digest}})
-        screen.note(f"{name.name} · /help lists the commands, Ctrl-D leaves")
+        screen.log(f"{name.name} · /help lists the commands, Ctrl-D leaves")
         try:
             Repl(session, commands, keyboard, screen, usage, transcript).run()
         except ClusterError:
@@ -153,6 +153,6 @@ def _rescue(commands: Commands, screen: Screen) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         commands.save_to(path)
     except (OSError, RequestError) as error:
-        screen.note(f"the conversation could not be kept: {error}")
+        screen.log(f"the conversation could not be kept: {error}")
     else:
-        screen.note(f"the conversation so far is in {path}: /load it when the stages run again")
+        screen.log(f"the conversation so far is in {path}: /load it when the stages run again")

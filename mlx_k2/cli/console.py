@@ -13,7 +13,7 @@ from rich.table import Table
 from mlx_k2.coordinator.pipeline import StageUse
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.listener import DeploymentListener
-from mlx_k2.deployment.plan import RunShape, StagePlan, quantization_notes
+from mlx_k2.deployment.plan import RunShape, StagePlan, quantization_warnings
 from mlx_k2.deployment.restarting import Restart
 from mlx_k2.protocol.messages import DownloadProgress, FromStage, LayerLoaded
 from mlx_k2.weights.checkpoint import ModelDescription
@@ -27,14 +27,14 @@ console = Console(
 )
 
 
-def note(line: str) -> None:
+def log(line: str) -> None:
     """One line beside the matter; never cut at the terminal's width, so that it can be copied."""
     console.print(line, style="dim", soft_wrap=True)
 
 
-def note_restart(restart: Restart) -> None:
+def log_restart(restart: Restart) -> None:
     """What went wrong, and what happens next."""
-    note(
+    log(
         f"{restart.reason}\nall stages start again in {restart.wait_s:g} s ({restart.number} of at most "
         f"{restart.limit} times in a row); the answer then goes on where it is"
     )
@@ -93,11 +93,11 @@ class ConsoleListener(DeploymentListener):
     def log(self, line: str) -> None:
         """A line of a stage's stderr; shown with --verbose, kept by the group for errors otherwise."""
         if self._verbose:
-            note(line)
+            log(line)
 
-    def notice(self, line: str) -> None:
+    def notify(self, line: str) -> None:
         """What the user waits for."""
-        note(line)
+        log(line)
 
     def hide_progress(self) -> None:
         """Phases are shown no more: a conversation stands there now."""
@@ -107,7 +107,7 @@ class ConsoleListener(DeploymentListener):
     def phase(self, what: str) -> None:
         """The next thing that all stages do."""
         if self._verbose:
-            note(f"{what} ...")
+            log(f"{what} ...")
         elif console.is_terminal and not self._hides_progress:
             self.done()
             self._status.update(f"{what} ...")
@@ -115,8 +115,8 @@ class ConsoleListener(DeploymentListener):
 
     def planned(self, model: ModelDescription, plans: Sequence[StagePlan]) -> None:
         """A bar for each stage; they are shown from the first progress on."""
-        if model.note:
-            note(model.note)
+        if model.unread_tensors:
+            log(model.unread_tensors)
         for plan in plans:
             description = f"stage {plan.rank}  {plan.host.ssh}  layers {layer_range(plan)}"
             self._tasks.append(self._bars.add_task(description, total=None))
@@ -147,18 +147,18 @@ def show_plan(plans: Sequence[StagePlan], rows: Sequence[Sequence[str]], heading
 
 def show_dry_run(model: ModelDescription, shape: RunShape, plans: Sequence[StagePlan]) -> None:
     """What would run where, what each stage would hold and read, and the files that it would open."""
-    if model.note:
-        note(model.note)
+    if model.unread_tensors:
+        log(model.unread_tensors)
     cells = [
         (gigabytes(plan.needed_bytes), gigabytes(plan.assignment.read_bytes), str(len(plan.files))) for plan in plans
     ]
     show_plan(plans, cells, ("memory", "read a token", "files"))
     for plan in plans:
-        note(f"stage {plan.rank} opens {', '.join(plan.files)}")
-    for line in quantization_notes(model.config, shape.dense_bits):
-        note(line)
-    note(f"memory is weights, cache and working space for {shape.context_tokens} tokens of context in {shape.dtype}")
-    note("nothing was started")
+        log(f"stage {plan.rank} opens {', '.join(plan.files)}")
+    for line in quantization_warnings(model.config, shape.dense_bits):
+        log(line)
+    log(f"memory is weights, cache and working space for {shape.context_tokens} tokens of context in {shape.dtype}")
+    log("nothing was started")
 
 
 def show_stage_use(deployment: Deployment, use: Sequence[StageUse]) -> None:

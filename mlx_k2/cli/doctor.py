@@ -8,7 +8,7 @@ import msgspec
 from rich.table import Table
 from rich.text import Text
 
-from mlx_k2.cli.console import ConsoleListener, console, note
+from mlx_k2.cli.console import ConsoleListener, console, log
 from mlx_k2.cli.option_values import deployment_request, open_source
 from mlx_k2.cli.options import cluster_options
 from mlx_k2.doctor.checks import Check, CheckResult
@@ -32,8 +32,8 @@ def command(**options: Any) -> None:
     The exit code is 1 when something failed; warnings alone leave it 0. Nothing is loaded, and nothing is changed.
     """  # noqa: D301  # click reads the escape
     request = deployment_request(options)
-    for line in request.hostfile.notes:
-        note(line)
+    for line in request.hostfile.warnings:
+        log(line)
     request, model = open_source(request)
     with ConsoleListener(options["verbose"]) as listener:
         checks = probe_cluster(request, model, listener, deep=options["deep"])
@@ -58,7 +58,7 @@ def _show_table(checks: tuple[Check, ...]) -> None:
     for check in checks:
         if check.result is not CheckResult.OK:  # whole and in one line, so that its commands can be copied
             console.print(f"{check.host}, {check.what}: {check.found}", soft_wrap=True)
-    note(", ".join(f"{_count(checks, result)} {result.value}" for result in CheckResult))
+    log(", ".join(f"{_count(checks, result)} {result.value}" for result in CheckResult))
 
 
 def _print_json(checks: tuple[Check, ...]) -> None:

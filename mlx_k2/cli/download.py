@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from mlx_k2.cli.console import ConsoleListener, note, show_plan
+from mlx_k2.cli.console import ConsoleListener, log, show_plan
 from mlx_k2.cli.option_values import deployment_request, open_source
 from mlx_k2.cli.options import cluster_options
 from mlx_k2.deployment.deploy import download
@@ -32,4 +32,4 @@ def command(**options: Any) -> None:
         downloads = download(request, model, listener)
     rows = [[str(len(plan.files)), str(len(done.fetched)), done.folder] for plan, done in downloads]
     show_plan([plan for plan, _ in downloads], rows, ("files", "fetched now", "folder"))
-    note("every stage has its files")
+    log("every stage has its files")

@@ -10,7 +10,7 @@ from mlx_k2.chat.chat_events import Event
 from mlx_k2.chat.chat_session import ChatSession, Toolkit
 from mlx_k2.chat.reply_source import StageReplies
 from mlx_k2.chat.tool_round import Tools
-from mlx_k2.cli.console import ConsoleListener, note, show_dry_run
+from mlx_k2.cli.console import ConsoleListener, log, show_dry_run
 from mlx_k2.cli.generate_file import WANTED_SLOTS, check_options, generate_many
 from mlx_k2.cli.option_values import (
     ModelFrontend,
@@ -89,8 +89,8 @@ def command(**options: Any) -> None:
     request = deployment_request(options)
     if options["prompts_path"] is not None:
         request = replace(request, num_slots=WANTED_SLOTS)
-    for line in request.hostfile.notes:
-        note(line)
+    for line in request.hostfile.warnings:
+        log(line)
     request, model = open_source(request)
     if options["dry_run"]:
         _dry_run(request, model)
@@ -166,4 +166,6 @@ def _events(
     if tools is not None:
         approval = ToolApproval(output.screen, LineKeyboard(), options["allowed_tools"], everything=options["yes"])
         toolkit = Toolkit(tools, approval)
-    return ChatSession(StageReplies(coordinator, tokenizer), tokenizer, conversation, settings, toolkit).say(text)
+    return ChatSession(StageReplies(coordinator, tokenizer), tokenizer, conversation, settings, toolkit).send_message(
+        text
+    )

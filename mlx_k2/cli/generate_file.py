@@ -7,7 +7,7 @@ from typing import Any
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mlx_k2.cli.console import ConsoleListener, console, note, note_restart
+from mlx_k2.cli.console import ConsoleListener, console, log, log_restart
 from mlx_k2.cli.option_values import SAMPLING_NAMES, ModelFrontend, base_seed, line_prompt, log_settings
 from mlx_k2.cli.prompt_files import PromptLine, ResultFile, line_seed, read_prompt_lines, run_digest
 from mlx_k2.coordinator.batch_results import Answer, answer_all
@@ -52,7 +52,7 @@ def generate_many(options: dict[str, Any], asked: DeploymentRequest, model: Mode
         listener.done()
         num_failed = _answer_lines(options, restarting, lines, results)
     failed = f", {num_failed} of them failed" if num_failed else ""
-    note(f"{len(lines)} results are in {options['out_path']}{failed}")
+    log(f"{len(lines)} results are in {options['out_path']}{failed}")
 
 
 def _results(options: Mapping[str, Any], lines: Sequence[PromptLine], model: ModelDescription) -> ResultFile:
@@ -83,7 +83,7 @@ def _answer_lines(
             drafts=options["draft"] == "ngram",
             prompts_first=True,
             on_report=restarting.on_report,
-            restart=lambda error: restarting.restart(error, note_restart),
+            restart=lambda error: restarting.restart(error, log_restart),
         )
         for answer in answer_all(coordinator, frontend.tokenizer, list(prompts.values())):
             index = index_of[id(answer.request)]

@@ -10,7 +10,7 @@ import click
 import msgspec
 from rich.table import Table
 
-from mlx_k2.cli.console import console, note
+from mlx_k2.cli.console import console, log
 from mlx_k2.errors import StageStartError
 from mlx_k2.kernels.report import DecodeTime, KernelLine, KernelReport
 from mlx_k2.stage.buffer_limits import BufferLimits, save_limits
@@ -36,18 +36,18 @@ def command() -> None:
     The table goes to stderr. What to send back, also when all is well, is one JSON object on stdout:
         mlx-k2 kernels > kernels.json
     """  # noqa: D301  # click reads the escape
-    note("checking and timing kernels ...")
+    log("checking and timing kernels ...")
     report = _measure("report", KernelReport)
     if report.chip is None:
-        note(f"this machine has no GPU that MLX can use ({report.system}, mlx {report.mlx_version}): no kernel runs")
-        note(f"plain MLX runs in their place: one token's experts at {report.plain_mlx_gb_per_s:.2f} GB/s")
+        log(f"this machine has no GPU that MLX can use ({report.system}, mlx {report.mlx_version}): no kernel runs")
+        log(f"plain MLX runs in their place: one token's experts at {report.plain_mlx_gb_per_s:.2f} GB/s")
         return
     show_report(report)
     times = _time_limits()
     best = best_limits(times)
     save_limits(best)
-    note(f"remembered for this machine's stages: {_named(best)}")
-    note("please send back what follows, with the Mac's model and memory: it fills the table for this chip")
+    log(f"remembered for this machine's stages: {_named(best)}")
+    log("please send back what follows, with the Mac's model and memory: it fills the table for this chip")
     sent = {
         "report": report,
         "seconds_by_limits": {_named(limits): seconds for limits, seconds in times.items()},
@@ -57,7 +57,7 @@ def command() -> None:
 
 def show_report(report: KernelReport) -> None:
     """The table, and why a kernel is not used."""
-    note(f"{report.chip}, {report.system}, mlx {report.mlx_version}, mlx-k2 {report.mlx_k2_version}")
+    log(f"{report.chip}, {report.system}, mlx {report.mlx_version}, mlx-k2 {report.mlx_k2_version}")
     table = Table(box=None, header_style="dim", pad_edge=False)
     for heading in ("kernel", "check", "largest error", "tokens", "GB/s", "plain MLX", "of a plain read"):
         table.add_column(heading, justify="left" if heading in ("kernel", "check") else "right", no_wrap=True)
@@ -66,11 +66,11 @@ def show_report(report: KernelReport) -> None:
     console.print(table)
     for line in report.kernels:
         if not line.usable:
-            note(f"the {line.kernel} kernel is not used: {line.reason}")
+            log(f"the {line.kernel} kernel is not used: {line.reason}")
     if report.read_gb_per_s is not None:
-        note(f"a plain read of the same weights: {report.read_gb_per_s:.0f} GB/s")
+        log(f"a plain read of the same weights: {report.read_gb_per_s:.0f} GB/s")
     if report.sizes:
-        note("best sizes: " + ", ".join(f"{name} {size}" for name, size in report.sizes.items()))
+        log("best sizes: " + ", ".join(f"{name} {size}" for name, size in report.sizes.items()))
 
 
 def _cells(line: KernelLine, read_gb_per_s: float | None) -> tuple[str, ...]:
@@ -97,7 +97,7 @@ def _time_limits() -> dict[BufferLimits | None, float]:
     times: dict[BufferLimits | None, float] = {}
     for limits in (None, *CANDIDATES):
         times[limits] = _measure("decode", DecodeTime, limits).seconds
-        note(f"{_named(limits)}: {1000 * times[limits]:.2f} ms for the experts of one token")
+        log(f"{_named(limits)}: {1000 * times[limits]:.2f} ms for the experts of one token")
     return times
 
 

@@ -102,7 +102,7 @@ def run(arguments: Sequence[str]) -> int:
         with cli.make_context("mlx-k2", list(arguments)) as context:  # cli.main would hide a broken pipe
             cli.invoke(context)
     except MlxK2Error as error:
-        _say(f"error: {error}")
+        _print_error(f"error: {error}")
         return error.exit_code
     except click.ClickException as error:
         error.show()
@@ -113,14 +113,14 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more when it flushes stdout
         return 128 + signal.SIGPIPE
     except OSError as error:  # this machine's disk or memory: a cache folder that cannot be written, a path too long
-        _say(f"error: {error.strerror or error}: {error.filename or 'this machine'}")
+        _print_error(f"error: {error.strerror or error}: {error.filename or 'this machine'}")
         return 1
     except click.exceptions.Exit as exit_request:
         return exit_request.exit_code
     return 0
 
 
-def _say(line: str) -> None:
+def _print_error(line: str) -> None:
     click.echo(line, err=True)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from mlx_k2.chat.chat_events import CallEnded, Event
-from mlx_k2.cli.console import note, note_restart, show_stage_use
+from mlx_k2.cli.console import log, log_restart, show_stage_use
 from mlx_k2.cli.repl.screen import PlainScreen, Screen
 from mlx_k2.cli.repl.wording import CUT
 from mlx_k2.coordinator.pipeline import StageUse
@@ -72,8 +72,8 @@ class TextOutput:
             f"decode {decode:.1f} tok/s" if decode is not None else None,
             f"{summary.num_accepted} of {summary.num_drafted} guesses right" if summary.num_drafted else None,
         )
-        note(" · ".join(parts))
-        note(" · ".join(part for part in times if part))
+        log(" · ".join(parts))
+        log(" · ".join(part for part in times if part))
         show_stage_use(deployment, use)
 
 
@@ -118,7 +118,7 @@ class JsonOutput:
 
     def restart(self, restart: Restart) -> None:
         """``{"restart": {...}}``, between the tokens."""
-        note_restart(restart)
+        log_restart(restart)
         _write_line({"restart": dataclasses.asdict(restart)})
 
     def summary(self, summary: AnswerSummary, deployment: Deployment, use: tuple[StageUse, ...]) -> None:

@@ -52,12 +52,12 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hostfile(msgspec.Struct, frozen=True, kw_only=True):
-    """A checked hostfile; ``envs`` are ``NAME=value`` lines, ``notes`` what the user should be told of it."""
+    """A checked hostfile; ``envs`` are ``NAME=value`` lines, ``warnings`` what the user should be told of it."""
 
     hosts: tuple[Host, ...]
     backend: Backend
     envs: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def read_hostfile(path: Path) -> Hostfile:
@@ -86,14 +86,16 @@ def parse_hostfile(data: bytes, source: str) -> Hostfile:
     fields: dict[str, Any] = {"hosts": decoded} if isinstance(decoded, list) else decoded
     if not isinstance(fields, dict) or not isinstance(fields.get("hosts"), list) or not fields["hosts"]:
         raise HostfileError(f"{source} lists no hosts: write {_EXAMPLE}")
-    notes = _unknown_keys(fields, _FILE_KEYS, source)
+    warnings = _unknown_keys(fields, _FILE_KEYS, source)
     hosts = []
     for rank, entry in enumerate(fields["hosts"]):
         hosts.append(_host(entry, f"{source}: host {rank}"))
-        notes += _unknown_keys(entry, Host.__struct_fields__, f"{source}: host {rank} ({hosts[-1].ssh})")
+        warnings += _unknown_keys(entry, Host.__struct_fields__, f"{source}: host {rank} ({hosts[-1].ssh})")
     backend = _backend(fields.get("backend") or Backend.RING.value, source)
     _check_links(hosts, backend, source)
-    return Hostfile(hosts=tuple(hosts), backend=backend, envs=_envs(fields.get("envs"), source), notes=tuple(notes))
+    return Hostfile(
+        hosts=tuple(hosts), backend=backend, envs=_envs(fields.get("envs"), source), warnings=tuple(warnings)
+    )
 
 
 def local_hostfile(num_stages: int) -> Hostfile:

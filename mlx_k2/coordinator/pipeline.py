@@ -167,7 +167,7 @@ class Coordinator:
             raise StageSilent(self._describe_silence())
         rank, message = message_of(self._group, event)
         assert isinstance(message, StepDone), f"stage {rank} sent a {type(message).__name__} between steps"
-        self._note(rank, message)
+        self._record(rank, message)
         if rank < self._group.size - 1:
             return []
         recipients = self._scheduler.complete(message.number, [token.token_id for token in message.tokens])
@@ -177,7 +177,7 @@ class Coordinator:
             if sequence is not None
         ]
 
-    def _note(self, rank: int, done: StepDone) -> None:
+    def _record(self, rank: int, done: StepDone) -> None:
         """Keep what a step took, and let the pace learn from it."""
         self._heard_at = time.monotonic()
         sent = self._sent[done.number]

@@ -13,7 +13,7 @@ from mlx_k2.deployment import bring_up
 from mlx_k2.deployment.deployment_request import DeploymentRequest, source_on, stage_location
 from mlx_k2.deployment.dry_run import plan_for
 from mlx_k2.deployment.listener import DeploymentListener
-from mlx_k2.deployment.plan import DTYPE_BYTES, HostMemory, RunShape, StagePlan, quantization_notes
+from mlx_k2.deployment.plan import DTYPE_BYTES, HostMemory, RunShape, StagePlan, quantization_warnings
 from mlx_k2.deployment.stage_costs import stage_cost
 from mlx_k2.errors import StageStartError
 from mlx_k2.launch.group import StageGroup
@@ -94,8 +94,8 @@ def deploy(
         listener.phase("loading")
         loaded = _load(started, listener.progress)
         for plan, answer in zip(started.plans, loaded, strict=True):
-            for line in answer.notes:
-                listener.notice(f"stage {plan.rank} on {started.group.host(plan.rank)}: {line}")
+            for line in answer.warnings:
+                listener.notify(f"stage {plan.rank} on {started.group.host(plan.rank)}: {line}")
         yield Deployment(**vars(started), loaded=loaded, load_s=time.monotonic() - began)
 
 
@@ -123,7 +123,7 @@ def _start(
     """Start a stage on every host, and divide the layers by what the hosts say of themselves."""
     hosts = request.hostfile.hosts
     locations = [stage_location(host) for host in hosts]
-    with StageGroup(locations, request.lease_s, listener.log, listener.notice, request.stall_timeout_s) as group:
+    with StageGroup(locations, request.lease_s, listener.log, listener.notify, request.stall_timeout_s) as group:
         listener.phase(f"starting {group.size} stages" if group.size > 1 else "starting the stage")
         hellos = bring_up.handshake(group, (__version__, version("mlx")))
         if model is None:
@@ -133,8 +133,8 @@ def _start(
         memories = [HostMemory(hello.working_set_bytes, hello.memory_bytes) for hello in hellos]
         shape, plans = plan_for(request, model, memories, all_on_gpu=all(gpus))
         listener.planned(model, plans)
-        for line in quantization_notes(model.config, shape.dense_bits):
-            listener.notice(line)
+        for line in quantization_warnings(model.config, shape.dense_bits):
+            listener.notify(line)
         yield StartedStages(group, model, shape, plans, hellos)
 
 
@@ -186,7 +186,7 @@ def _load(started: StartedStages, on_progress: Callable[[int, FromStage], None])
     """Load all stages, and see that together they loaded every tensor of the model exactly once."""
     names: Counter[str] = Counter()
 
-    def tell(rank: int, message: FromStage) -> None:
+    def on_message(rank: int, message: FromStage) -> None:
         if isinstance(message, LayerLoaded):
             names.update(message.tensor_names)
         on_progress(rank, message)
@@ -194,7 +194,7 @@ def _load(started: StartedStages, on_progress: Callable[[int, FromStage], None])
     for plan in started.plans:
         started.group.set_held_bytes(plan.rank, plan.assignment.held_bytes)
     messages = [_load_message(plan, started.shape) for plan in started.plans]
-    loaded = bring_up.load(started.group, messages, tell)
+    loaded = bring_up.load(started.group, messages, on_message)
     needed = Counter(spec.name for spec in model_specs(started.model.config))
     if names != needed:
         wrong = sorted((names - needed) + (needed - names))

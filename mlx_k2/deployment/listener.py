@@ -13,7 +13,7 @@ class DeploymentListener:
     def log(self, line: str) -> None:
         """A line of a stage's stderr, on the stage's own thread."""
 
-    def notice(self, line: str) -> None:
+    def notify(self, line: str) -> None:
         """What the user should know: what may show in the answer, what is slow, what goes wrong at the end."""
 
     def phase(self, what: str) -> None:

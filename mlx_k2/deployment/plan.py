@@ -91,7 +91,7 @@ def choose_shape(
     )
 
 
-def quantization_notes(config: ModelConfig, dense_bits: int | None) -> tuple[str, ...]:
+def quantization_warnings(config: ModelConfig, dense_bits: int | None) -> tuple[str, ...]:
     """What the user should know of dense bits before anything runs with them."""
     if dense_bits is None:
         return ()

@@ -77,8 +77,8 @@ class RestartingDeployment:
     ) -> None:
         self._stack.close()
 
-    def restart(self, error: ClusterError, tell: Callable[[Restart], None]) -> StageGroup:
-        """End the stages, one of which failed with ``error``, and start all of them again; ``tell`` hears of each try.
+    def restart(self, error: ClusterError, on_restart: Callable[[Restart], None]) -> StageGroup:
+        """End all stages after ``error`` and start them again. ``on_restart`` is called before each attempt.
 
         Raises:
             ClusterError: the limit is reached; the last error, with the number of restarts.
@@ -89,7 +89,7 @@ class RestartingDeployment:
         while self._num_restarts < self._limit:
             wait_s = min(LONGEST_WAIT_S, self._first_wait_s * 2**self._num_restarts)
             self._num_restarts += 1
-            tell(Restart(str(error), self._num_restarts, self._limit, wait_s))
+            on_restart(Restart(str(error), self._num_restarts, self._limit, wait_s))
             self._end(error, status)
             status = ()
             time.sleep(wait_s)
@@ -111,7 +111,7 @@ class RestartingDeployment:
 
     def _report(self, error: ClusterError, status: Sequence[str]) -> None:
         if self._log is not None and (path := self._log.write_report(str(error), status)) is not None:
-            self._listener.notice(f"a report is in {path}")
+            self._listener.notify(f"a report is in {path}")
 
     def _start(self, model: ModelDescription | None, listener: DeploymentListener) -> None:
         self.deployment: Deployment = self._stack.enter_context(deploy(self._request, model, listener))
@@ -127,8 +127,8 @@ class _Again(DeploymentListener):
     def log(self, line: str) -> None:
         self._listener.log(line)
 
-    def notice(self, line: str) -> None:
-        self._listener.notice(line)
+    def notify(self, line: str) -> None:
+        self._listener.notify(line)
 
     def phase(self, what: str) -> None:
         self._listener.phase(what)

@@ -55,10 +55,10 @@ class RunLog(DeploymentListener):
             self._lines[line.partition("]")[0].strip("[")].append(stamped)
             self._append("stages.log", stamped)
 
-    def notice(self, line: str) -> None:
+    def notify(self, line: str) -> None:
         """What takes long, or goes wrong, while the stages end."""
         self.log(f"[coordinator] {line}")
-        self._listener.notice(line)
+        self._listener.notify(line)
 
     def phase(self, what: str) -> None:
         """The next thing that all stages do."""
@@ -118,7 +118,7 @@ class RunLog(DeploymentListener):
         try:
             path.write_text(text)
         except OSError as error:
-            self._listener.notice(f"no report could be written: {path}: {error.strerror}")
+            self._listener.notify(f"no report could be written: {path}: {error.strerror}")
             with suppress(OSError):
                 path.unlink()
             return None
@@ -134,7 +134,7 @@ class RunLog(DeploymentListener):
             self._is_refused = False
         except OSError as error:
             if not self._is_refused:
-                self._listener.notice(f"the log cannot be kept: {path}: {error.strerror}; nothing else stops for that")
+                self._listener.notify(f"the log cannot be kept: {path}: {error.strerror}; nothing else stops for that")
             self._is_refused = True
 
 

@@ -15,7 +15,7 @@ from mlx_k2.protocol.messages import Stop, ToStage
 from mlx_k2.protocol.stage_status import StageStatus
 
 HEARTBEAT_S = 1.0
-SAY_AFTER_S = 1.0
+NOTIFY_AFTER_S = 1.0
 GUARD_MARGIN_S = 2.0
 """What the guard and ssh may take beyond the time that the guard gives the stage."""
 STALL_TIMEOUT_S = 7.0
@@ -27,7 +27,7 @@ KILL_S = 2.0
 class StageGroup:
     """A context: on entry all stages are started, on exit none is left, on any host.
 
-    ``log`` gets every line of every stage's stderr, prefixed, on the stage's own threads; it must not block. ``say``
+    ``log`` gets every line of every stage's stderr, prefixed, on the stage's own threads; it must not block. ``notify``
     (else ``log``) is told what the exit waits for.
     """
 
@@ -36,7 +36,7 @@ class StageGroup:
         locations: Sequence[StageLocation],
         lease_s: float,
         log: Callable[[str], None],
-        say: Callable[[str], None] | None = None,
+        notify: Callable[[str], None] | None = None,
         stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
         self.stall_timeout_s = stall_timeout_s
@@ -44,7 +44,7 @@ class StageGroup:
         self._locations = tuple(locations)
         self._settings = GuardSettings(lease_s=lease_s)
         self._log = log
-        self._say = say or log
+        self._notify = notify or log
         self._events: queue.SimpleQueue[StageEvent] = queue.SimpleQueue()  # as many as there are plans in flight
         self._stages: list[StageProcess] = []
         self._stopping = threading.Event()
@@ -59,7 +59,7 @@ class StageGroup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop(self._say)
+        self.stop(self._notify)
 
     @property
     def size(self) -> int:
@@ -102,7 +102,7 @@ class StageGroup:
         """Where the stage stood when its guard was last heard."""
         return self._stages[rank].status
 
-    def stop(self, say: Callable[[str], None]) -> None:
+    def stop(self, notify: Callable[[str], None]) -> None:
         """End all stages at once: a message and the end of their input, then SIGTERM, then SIGKILL to what runs here.
 
         Each host's guard gives its stage the same treatment, so a signal from here is for an ssh client or a guard
@@ -112,15 +112,15 @@ class StageGroup:
         self.send_all(Stop())
         for stage in self._stages:
             stage.close()
-        if not self._wait(SAY_AFTER_S):
+        if not self._wait(NOTIFY_AFTER_S):
             timeout_s = max(kill_after_s(stage.held_bytes) for stage in self._stages) + GUARD_MARGIN_S
             for stage in self._running():
                 held = f", which holds {stage.held_bytes / 1e9:.1f} GB" if stage.held_bytes else ""
-                say(f"waiting for stage {stage.rank} on {stage.location.host}{held}, at most {timeout_s:.0f} s")
-            self._wait(timeout_s - SAY_AFTER_S)
+                notify(f"waiting for stage {stage.rank} on {stage.location.host}{held}, at most {timeout_s:.0f} s")
+            self._wait(timeout_s - NOTIFY_AFTER_S)
         for number, wait_s in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, KILL_S)):
             for stage in self._running():
-                say(f"stage {stage.rank} on {stage.location.host} has not ended: sending {number.name}")
+                notify(f"stage {stage.rank} on {stage.location.host} has not ended: sending {number.name}")
                 stage.send_signal(number)
                 stage.send_signal(signal.SIGCONT)  # a stopped process sees SIGTERM no sooner
             self._wait(wait_s)

@@ -44,12 +44,12 @@ class HealthMonitor:
             StageSilent: a stage is stopped, its guard is silent, or a hop is stuck; names it, its host and its step.
         """
         while True:
-            self._notice_gap()
+            self._check_gap()
             until = max(deadline, self._judge_from)
             event = self._group.receive(max(0.0, min(LOOK_S, until - time.monotonic())))
             if event is not None:
                 return event
-            self._notice_gap()
+            self._check_gap()
             now = time.monotonic()
             if now >= self._judge_from:
                 if (trouble := self._trouble(now)) is not None:
@@ -57,7 +57,7 @@ class HealthMonitor:
                 if now >= deadline:
                     return None
 
-    def _notice_gap(self) -> None:
+    def _check_gap(self) -> None:
         now = time.monotonic()
         if now - self._looked_at > LOOK_S + GAP_S:
             self._judge_from = now + GAP_S

@@ -62,5 +62,5 @@ def explain_ssh_failure(host: str, stderr: str) -> str:
     for signs, meaning in _FAILURES:
         if any(sign in stderr for sign in signs):
             return meaning.format(host=host)
-    said = stderr.strip().splitlines()
-    return f"ssh failed: {said[-1] if said else 'it did not say why'}; try `ssh {host} true`"
+    lines = stderr.strip().splitlines()
+    return f"ssh failed: {lines[-1] if lines else 'it did not say why'}; try `ssh {host} true`"

@@ -210,13 +210,13 @@ class LayerLoaded(msgspec.Struct, frozen=True, tag=True):
 class Loaded(msgspec.Struct, frozen=True, tag=True):
     """The whole shard is in memory and its cache can be. ``peak_bytes`` is the most that loading took.
 
-    ``notes`` are lines for the user: what is slower on that host than it could be.
+    ``warnings`` are lines for the user: what is slower on that host than it could be.
     """
 
     held_bytes: int
     peak_bytes: int
     cache_bytes_per_token: int
-    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class StepDone(msgspec.Struct, frozen=True, tag=True):

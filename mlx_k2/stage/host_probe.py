@@ -56,14 +56,14 @@ def _interfaces() -> dict[str, str]:
 
 
 def _settings() -> dict[str, str]:
-    said = {}
+    outputs = {}
     for name, command in SETTINGS.items():
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=SETTING_S, check=True)
         except (OSError, subprocess.SubprocessError):
             continue
-        said[name] = done.stdout
-    return said
+        outputs[name] = done.stdout
+    return outputs
 
 
 def _model_facts(message: Probe, on_progress: Callable[[int, int], None]) -> ModelFacts | None:
@@ -113,7 +113,7 @@ def _checksums(paths: list[Path], on_progress: Callable[[int, int], None]) -> di
 
 def _expected(path: Path) -> str | None:
     """The checksum that the Hub gave with the file: its name in the Hub's cache, or a note beside a plain download."""
-    note = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
-    words = note.read_text().split() if note.is_file() else []
+    metadata = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
+    words = metadata.read_text().split() if metadata.is_file() else []
     names = (path.resolve().name, *words[1:2])
     return next((name for name in names if _SHA256.fullmatch(name)), None)

@@ -27,7 +27,7 @@ class LoadedStage(NamedTuple):
     """A stage's model, and lines for the user about what is slower here than it could be."""
 
     model: StageModel
-    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def load_stage_model(

@@ -184,10 +184,10 @@ class StageService:
     def _answer_download(self, message: DownloadShard) -> ShardDownloaded:
         description = describe_model(read_model_files(message.model).files, message.model.path_or_repo)
         specs = shard_specs(description.config, message.first_layer, message.end_layer)
-        fetched = fetch_shard(message.model, description.index, specs, self._tell_download)
+        fetched = fetch_shard(message.model, description.index, specs, self._report_download_progress)
         return ShardDownloaded(str(fetched.folder), fetched.fetched)
 
-    def _tell_download(self, done_bytes: int, total_bytes: int) -> None:
+    def _report_download_progress(self, done_bytes: int, total_bytes: int) -> None:
         self._report_phase(Phase.DOWNLOADING, limit_s=PIECE_S)
         self._send(DownloadProgress(done_bytes, total_bytes))
 
@@ -218,19 +218,19 @@ class StageService:
         config = description.config
         layers = range(message.first_layer, message.end_layer)
         specs = shard_specs(config, layers.start, layers.stop)
-        files = locate_shard(self._prepared.request.model, description.index, specs, self._tell_download)
+        files = locate_shard(self._prepared.request.model, description.index, specs, self._report_download_progress)
         dtype = getattr(mx, message.dtype)
         cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.latent_dim, dtype)
         held_bytes = 0
 
-        def tell(piece: LoadedPiece) -> None:
+        def report_layer(piece: LoadedPiece) -> None:
             nonlocal held_bytes
             held_bytes += piece.held_bytes
             self._report_phase(Phase.LOADING, limit_s=PIECE_S)
             self._send(LayerLoaded(piece.tensor_names, piece.held_bytes))
 
         reader = ShardReader(config, files, dtype)
-        model, notes = load_stage_model(config, reader, layers, cache, tell, message.dense_bits)
+        model, warnings = load_stage_model(config, reader, layers, cache, report_layer, message.dense_bits)
         self._limits = PlanLimits(message.num_slots, message.context_tokens, config.vocab_size)
         self._runner = StepRunner(
             model,
@@ -240,4 +240,4 @@ class StageService:
             hidden_size=config.hidden_size,
             dtype=dtype,
         )
-        return Loaded(held_bytes, peak_bytes(), len(layers) * config.latent_dim * dtype.size, notes)
+        return Loaded(held_bytes, peak_bytes(), len(layers) * config.latent_dim * dtype.size, warnings)

@@ -14,8 +14,8 @@ def read_result(result: types.CallToolResult, max_chars: int) -> ToolResult:
     outcome = Outcome.FAILED if result.is_error else Outcome.DONE
     if len(text) <= max_chars:
         return ToolResult(outcome, text)
-    note = f"\n[cut here: these are the first {max_chars} of {len(text)} characters]"
-    return ToolResult(Outcome.FAILED if result.is_error else Outcome.CUT, text[:max_chars] + note)
+    suffix = f"\n[cut here: these are the first {max_chars} of {len(text)} characters]"
+    return ToolResult(Outcome.FAILED if result.is_error else Outcome.CUT, text[:max_chars] + suffix)
 
 
 def _part_text(part: types.ContentBlock) -> str:

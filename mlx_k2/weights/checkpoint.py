@@ -21,13 +21,13 @@ TOKENIZER_NAMES = (
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What the small files say, however they were come by; ``note`` is a line for the user about unread tensors."""
+    """A model's small files, parsed. ``unread_tensors``: one line for the user about tensors that stay unread."""
 
     files: Mapping[str, bytes]
     config: ModelConfig
     index: CheckpointIndex
     digest: str
-    note: str | None
+    unread_tensors: str | None
 
 
 def describe_model(files: Mapping[str, bytes], source: str) -> ModelDescription:
@@ -41,8 +41,8 @@ def describe_model(files: Mapping[str, bytes], source: str) -> ModelDescription:
             raise CheckpointError(f"{source} has no {name}: it is not a Kimi K2 checkpoint in its original layout")
     config = ModelConfig.from_json(files[CONFIG_NAME], f"{source}/{CONFIG_NAME}")
     index = CheckpointIndex.from_json(files[INDEX_NAME], f"{source}/{INDEX_NAME}")
-    note = check_names(config, index)
-    return ModelDescription(files, config, index, model_digest(files[CONFIG_NAME], files[INDEX_NAME]), note)
+    unread_tensors = check_names(config, index)
+    return ModelDescription(files, config, index, model_digest(files[CONFIG_NAME], files[INDEX_NAME]), unread_tensors)
 
 
 def read_small_files(folder: Path) -> dict[str, bytes]:

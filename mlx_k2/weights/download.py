@@ -128,10 +128,10 @@ def _fetch(snapshot: _Snapshot, names: list[str], on_progress: OnProgress) -> Fe
     for name, remote in missing.items():
         before = done
 
-        def tell(num_bytes: int, before: int = before, size: int = remote.size) -> None:
+        def report(num_bytes: int, before: int = before, size: int = remote.size) -> None:
             on_progress(before + min(num_bytes, size), total)
 
-        _download(snapshot.repo, name, snapshot.commit, _bar_that_tells(tell), replace=_is_wrong(snapshot, name))
+        _download(snapshot.repo, name, snapshot.commit, _reporting_bar(report), replace=_is_wrong(snapshot, name))
         _check(snapshot, name, remote)
         done += remote.size
         on_progress(done, total)
@@ -150,21 +150,21 @@ def _download(
             cache_dir=repo.cache_folder,
             endpoint=repo.endpoint,
             force_download=replace,
-            tqdm_class=bar or _bar_that_tells(lambda _done: None),
+            tqdm_class=bar or _reporting_bar(lambda _done: None),
         )
     except Exception as error:  # the border to huggingface_hub, whose errors vary with its version
         raise DownloadError(_in_plain_words(error, repo, name)) from error
     return Path(path)
 
 
-def _bar_that_tells(on_bytes: Callable[[int], None]) -> type[tqdm]:
+def _reporting_bar(on_bytes: Callable[[int], None]) -> type[tqdm]:
     """A progress bar for huggingface_hub that shows nothing and tells ``on_bytes`` how far it is.
 
     Over Xet one file has two bars, of received and of written bytes: whoever listens takes the larger.
     """
     furthest = 0
 
-    class TellingBar(tqdm):
+    class ReportingBar(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **(options | {"disable": True}))
             self.done_bytes = int(options.get("initial") or 0)
@@ -175,7 +175,7 @@ def _bar_that_tells(on_bytes: Callable[[int], None]) -> type[tqdm]:
             furthest = max(furthest, self.done_bytes)
             on_bytes(furthest)
 
-    return TellingBar
+    return ReportingBar
 
 
 def _names_in(folder: Path) -> set[str]:

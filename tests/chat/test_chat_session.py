@@ -78,7 +78,7 @@ def ended(events: list[Event]) -> list[tuple[str, Outcome]]:
 
 def test_an_answer_comes_in_parts_and_every_message_is_told_when_it_is_part_of_the_conversation() -> None:
     chat, _ = session(HI)
-    events = list(chat.say("hello"))
+    events = list(chat.send_message("hello"))
     assert "".join(event.text for event in events if isinstance(event, Reasoning)) == "R"
     assert "".join(event.text for event in events if isinstance(event, Content)) == "Hi."
     assert [event.message for event in events if isinstance(event, MessageAdded)] == chat.conversation.messages
@@ -87,7 +87,7 @@ def test_an_answer_comes_in_parts_and_every_message_is_told_when_it_is_part_of_t
 
 def test_tools_are_called_until_the_model_answers(tools: ToolBox) -> None:
     chat, script = session(calls(("add", '{"a": 1}')), calls(("add", '{"a": 40}')), HI, tools=tools)
-    events = list(chat.say("hello"))
+    events = list(chat.send_message("hello"))
     assert ended(events) == [("add", Outcome.DONE)] * 2
     assert roles(chat) == ["user", "assistant", "tool", "assistant", "tool", "assistant"]
     results = [message["content"] for message in chat.conversation.messages if message["role"] == "tool"]
@@ -100,7 +100,7 @@ def test_tools_are_called_until_the_model_answers(tools: ToolBox) -> None:
 
 def test_calls_of_one_turn_run_side_by_side_and_their_results_keep_their_order(tools: ToolBox) -> None:
     chat, _ = session(calls(("meet", "{}"), ("add", '{"a": 1}'), ("meet", "{}")), HI, tools=tools)
-    events = list(chat.say("hello"))
+    events = list(chat.send_message("hello"))
     started = [index for index, event in enumerate(events) if isinstance(event, CallStarted)]
     first_end = next(index for index, event in enumerate(events) if isinstance(event, CallEnded))
     assert max(started) < first_end
@@ -123,7 +123,7 @@ def test_a_call_that_goes_wrong_is_told_to_the_model_and_the_user_and_the_chat_g
     tools: ToolBox, written: tuple[str, str], outcome: Outcome, words: str
 ) -> None:
     chat, _ = session(calls(written), HI, tools=tools)
-    assert ended(list(chat.say("hello"))) == [(written[0], outcome)]
+    assert ended(list(chat.send_message("hello"))) == [(written[0], outcome)]
     assert words in chat.conversation.messages[2]["content"]
     assert chat.conversation.messages[-1]["content"] == "Hi."
 
@@ -131,7 +131,7 @@ def test_a_call_that_goes_wrong_is_told_to_the_model_and_the_user_and_the_chat_g
 def test_a_call_that_takes_too_long_is_given_up() -> None:
     with opened(call_timeout_s=0.5) as tools:
         chat, _ = session(calls(("hang", "{}")), HI, tools=tools)
-        assert ended(list(chat.say("hello"))) == [("hang", Outcome.TIMED_OUT)]
+        assert ended(list(chat.send_message("hello"))) == [("hang", Outcome.TIMED_OUT)]
     assert "did not answer within 0.5 s" in chat.conversation.messages[2]["content"]
 
 
@@ -145,7 +145,7 @@ def test_only_calls_that_the_user_agrees_to_are_run_and_only_of_tools_that_exist
     chat, _ = session(
         calls(("add", '{"a": 1}'), ("add", '{"a": 2}'), ("absent", "{}")), HI, tools=tools, approve=approve
     )
-    outcomes = [outcome for _, outcome in ended(list(chat.say("hello")))]
+    outcomes = [outcome for _, outcome in ended(list(chat.send_message("hello")))]
     assert set(outcomes) == {Outcome.DECLINED, Outcome.REFUSED, Outcome.DONE}
     assert asked == ['{"a": 1}', '{"a": 2}']
 
@@ -153,7 +153,7 @@ def test_only_calls_that_the_user_agrees_to_are_run_and_only_of_tools_that_exist
 def test_past_the_limit_of_calls_the_model_gets_one_more_reply_to_answer_without_tools(tools: ToolBox) -> None:
     add = ("add", '{"a": 1}')
     chat, script = session(calls(add), calls(add, add), calls(add), tools=tools, max_tool_calls=2)
-    outcomes = [outcome for _, outcome in ended(list(chat.say("hello")))]
+    outcomes = [outcome for _, outcome in ended(list(chat.send_message("hello")))]
     assert sorted(outcome.value for outcome in outcomes) == ["done", "done", "refused"]
     assert len(script.requests) == 3
     assert "tool_calls" not in chat.conversation.messages[-1]
@@ -161,7 +161,7 @@ def test_past_the_limit_of_calls_the_model_gets_one_more_reply_to_answer_without
 
 def test_without_tools_a_call_ends_the_answer_and_is_no_part_of_it() -> None:
     chat, _ = session(calls(("add", "{}")))
-    events = list(chat.say("hello"))
+    events = list(chat.send_message("hello"))
     assert [event.name for event in events if isinstance(event, ToolCall)] == ["add"]
     assert chat.conversation.messages[-1] == {"role": "assistant", "content": "", "reasoning_content": "R"}
 
@@ -171,17 +171,17 @@ def test_a_stopped_answer_keeps_what_was_said_and_one_that_only_thought_was_neve
         return lambda at: chat.stop() if at == number else None
 
     chat, _ = session(HI, on_token=stop_at(4))
-    list(chat.say("hello"))
+    list(chat.send_message("hello"))
     assert chat.conversation.messages[-1]["content"] == "H"
     chat, _ = session(HI, on_token=stop_at(2))
-    list(chat.say("hello"))
+    list(chat.send_message("hello"))
     assert roles(chat) == ["user"]
 
 
 def test_a_stop_while_tools_run_ends_them_and_gives_every_call_a_result(tools: ToolBox) -> None:
     chat, script = session(calls(("hang", "{}"), ("add", '{"a": 1}')), HI, tools=tools)
     events: list[Event] = []
-    for event in chat.say("hello"):
+    for event in chat.send_message("hello"):
         events.append(event)
         if isinstance(event, CallEnded):
             chat.stop()
@@ -192,7 +192,7 @@ def test_a_stop_while_tools_run_ends_them_and_gives_every_call_a_result(tools: T
 
 def test_a_retry_asks_again_with_another_seed(tools: ToolBox) -> None:
     chat, script = session(calls(("add", '{"a": 1}')), HI, HI, tools=tools)
-    list(chat.say("hello"))
+    list(chat.send_message("hello"))
     list(chat.retry())
     first, _, again = script.requests
     assert again.prompt_ids == first.prompt_ids
@@ -208,9 +208,9 @@ def test_there_is_nothing_to_retry_before_the_first_question() -> None:
 
 def test_a_message_that_does_not_fit_is_refused_and_the_conversation_is_as_it_was() -> None:
     chat, _ = session(HI, context_tokens=120)
-    list(chat.say("hello"))
+    list(chat.send_message("hello"))
     with pytest.raises(RequestError, match="the context holds 120"):
-        list(chat.say("x" * 200))
+        list(chat.send_message("x" * 200))
     assert roles(chat) == ["user", "assistant"]
 
 
@@ -218,5 +218,5 @@ def test_a_result_that_does_not_fit_ends_the_answer_and_is_part_of_the_conversat
     declared = len(Conversation(builtin_template(), tokenizer(), tools.declarations).known_ids())
     chat, _ = session(calls(("much", '{"length": 38}')), HI, tools=tools, context_tokens=declared + 100)
     with pytest.raises(RequestError, match="there is no room"):
-        list(chat.say("hello"))
+        list(chat.send_message("hello"))
     assert roles(chat) == ["user", "assistant", "tool"]

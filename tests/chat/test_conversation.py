@@ -25,7 +25,7 @@ def conversation(system: str | None = None) -> Conversation:
     return Conversation(builtin_template(), tokenizer(), system=system)
 
 
-def said(*texts: str) -> Conversation:
+def reported(*texts: str) -> Conversation:
     """The user and the model in turn."""
     talk = conversation()
     for number, text in enumerate(texts):
@@ -37,7 +37,7 @@ def said(*texts: str) -> Conversation:
 
 
 def test_the_golden_prompts_of_a_tool_turn() -> None:
-    talk = said("hello")
+    talk = reported("hello")
     assert decoded(talk.prompt_ids()) == SYSTEM + HELLO + ANSWER
     talk.add_reply(Reply("R", "", (WEATHER,)), ())
     talk.add_results(['{"w":1}'])
@@ -45,7 +45,7 @@ def test_the_golden_prompts_of_a_tool_turn() -> None:
 
 
 def test_an_answer_ends_the_reasoning_of_all_turns_up_to_it() -> None:
-    talk = said("hello")
+    talk = reported("hello")
     talk.add_reply(Reply("R", "", (WEATHER,)), ())
     talk.add_results(['{"w":1}'])
     talk.add_reply(Reply("S", "Sunny.", ()), ())
@@ -74,7 +74,7 @@ def test_text_of_the_user_and_of_tools_never_becomes_a_control_token(
 
 @given(st.text(max_size=20), st.integers(0, 2))
 def test_what_is_known_of_the_next_prompt_is_its_beginning_whatever_the_user_says(text: str, num_turns: int) -> None:
-    talk = said(*["hello", "Hi."] * num_turns)
+    talk = reported(*["hello", "Hi."] * num_turns)
     known = talk.known_ids()
     talk.add_user(text)
     prompt = talk.prompt_ids()
@@ -85,7 +85,7 @@ def test_what_is_known_of_the_next_prompt_is_its_beginning_whatever_the_user_say
 
 
 def test_undo_takes_back_the_last_question_with_all_that_followed() -> None:
-    talk = said("hello", "Hi.", "weather?")
+    talk = reported("hello", "Hi.", "weather?")
     talk.add_reply(Reply("R", "", (WEATHER,)), ())
     talk.add_results(["sun"])
     assert talk.undo() == "weather?"
@@ -105,7 +105,7 @@ def test_a_system_prompt_is_set_kept_by_a_reset_and_removed() -> None:
 
 
 def test_a_loaded_conversation_gets_normal_ids_and_replaces_the_old_one() -> None:
-    talk = said("hello", "Hi.")
+    talk = reported("hello", "Hi.")
     call = {"id": "call_abc", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     loaded: list[dict[str, object]] = [
         {"role": "user", "content": "x"},
@@ -128,7 +128,7 @@ def test_a_loaded_conversation_gets_normal_ids_and_replaces_the_old_one() -> Non
 def test_what_cannot_be_loaded_leaves_the_conversation_as_it_was(
     messages: list[dict[str, object]], context_tokens: int, words: str
 ) -> None:
-    talk = said("hello", "Hi.")
+    talk = reported("hello", "Hi.")
     before = talk.messages
     with pytest.raises(RequestError, match=words):
         talk.load(messages, context_tokens)

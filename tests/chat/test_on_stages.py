@@ -51,7 +51,7 @@ class Computed:
         self._num_tokens = 0
         self._more = threading.Condition()
 
-    def note(self, report: StageReport) -> None:
+    def record(self, report: StageReport) -> None:
         if report.rank == 0:
             with self._more:
                 self._num_tokens += sum(len(row.token_ids) for row in report.microbatch.rows if row.is_prompt)
@@ -87,7 +87,7 @@ def two_stages(path_or_repo: str) -> Iterator[Stages]:
     model = describe_model(read_model_files(source).files, path_or_repo)
     computed = Computed()
     with deploy(asked, model, DeploymentListener()) as deployment:
-        coordinator = coordinate(deployment, drafts=True, on_report=computed.note)
+        coordinator = coordinate(deployment, drafts=True, on_report=computed.record)
         tokenizer = load_tokenizer(model.files, model.config.vocab_size)
         template = load_chat_template(model.files)
         yield Stages(tokenizer, template, coordinator, deployment.shape.context_tokens, computed)
@@ -112,7 +112,7 @@ def test_a_second_turn_computes_the_new_message_alone_and_the_answer_was_compute
     conversation = Conversation(stages.template, stages.tokenizer)
     with StageReplies(stages.coordinator, stages.tokenizer) as replies:
         chat = ChatSession(replies, stages.tokenizer, conversation, stages.settings())
-        first = list(chat.say("Tell me about the water and the world."))
+        first = list(chat.send_message("Tell me about the water and the world."))
         first_prompt = summary(first).prompt_tokens
         assert stages.computed.next_tokens() == first_prompt - summary(first).cached_tokens
         known = len(conversation.known_ids())
@@ -122,7 +122,7 @@ def test_a_second_turn_computes_the_new_message_alone_and_the_answer_was_compute
         assert stages.computed.next_tokens(at_least=kept - 1) <= kept + 1
 
         message = "And the sun?"
-        second = list(chat.say(message))
+        second = list(chat.send_message(message))
         asked = summary(second)
         assert asked.cached_tokens >= known - 1
         assert stages.computed.next_tokens() == asked.prompt_tokens - asked.cached_tokens
@@ -135,10 +135,10 @@ def test_an_answer_is_the_same_whether_anything_was_computed_ahead_or_not(stages
         with StageReplies(stages.coordinator, stages.tokenizer) as replies:
             conversation = Conversation(stages.template, stages.tokenizer)
             chat = ChatSession(replies, stages.tokenizer, conversation, stages.settings(max_tokens=20))
-            list(chat.say("One."))
+            list(chat.send_message("One."))
             if prefill:
                 chat.prefill_next_prompt()
-            return [event.token_id for event in chat.say("Two.") if isinstance(event, Delta)]
+            return [event.token_id for event in chat.send_message("Two.") if isinstance(event, Delta)]
 
     assert tokens(prefill=True) == tokens(prefill=False)
 
@@ -149,7 +149,7 @@ def test_a_stopped_answer_ends_at_once_and_the_next_one_is_undisturbed(stages: S
             replies, stages.tokenizer, Conversation(stages.template, stages.tokenizer), stages.settings(max_tokens=900)
         )
         num_tokens = 0
-        for event in chat.say("Go on for ever."):
+        for event in chat.send_message("Go on for ever."):
             num_tokens += isinstance(event, Delta)
             if num_tokens == 10:
                 chat.stop()
@@ -173,7 +173,7 @@ def test_the_thinking_budget_closes_the_reasoning_and_the_answer_goes_on_from_th
         conversation = Conversation(opening, stages.tokenizer)
         chat = ChatSession(replies, stages.tokenizer, conversation, stages.settings(thinking_budget=7, max_tokens=30))
         stages.computed.next_tokens()
-        events = list(chat.say("Think."))
+        events = list(chat.send_message("Think."))
         ids = [event.token_id for event in events if isinstance(event, Delta)]
         close = stages.tokenizer.token_id("</think>")
         assert ids.index(close) == 7
@@ -214,7 +214,7 @@ def test_three_hundred_tool_calls_in_a_row_come_almost_wholly_from_the_cached_pr
         toolkit = Toolkit(tools, lambda call: True)
         settings = replace(stages.settings(), stop_ids=stages.tokenizer.stop_ids)
         chat = ChatSession(source, stages.tokenizer, conversation, settings, toolkit)
-        for event in chat.say("Add."):
+        for event in chat.send_message("Add."):
             if isinstance(event, CallEnded):
                 results.append(event.result)
                 memory.append(resident_bytes())

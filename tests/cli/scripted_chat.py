@@ -48,7 +48,7 @@ def main(script: str, transcript_path: str) -> None:
     screen = choose_screen(show_thinking=True)
     usage = UsageTotals(4096 * 4, 2)
     with ExitStack() as stack:
-        transcript = stack.enter_context(Transcript(Path(transcript_path), screen.note))
+        transcript = stack.enter_context(Transcript(Path(transcript_path), screen.log))
         tools = None
         if script == "tools":
             server = StdioServer(name="s", command=sys.executable, args=(str(SERVER),))
@@ -62,7 +62,7 @@ def main(script: str, transcript_path: str) -> None:
         session = ChatSession(source, tokenizer(), conversation, settings, toolkit)
         approval.answer = session
         model = Model("a script", "0")
-        commands = Commands(session, model, screen, usage, tools, approval, lambda: screen.note("no stages"))
+        commands = Commands(session, model, screen, usage, tools, approval, lambda: screen.log("no stages"))
         Repl(session, commands, keyboard, screen, usage, transcript).run()
     sys.stderr.write("left\n")
 

@@ -40,10 +40,10 @@ def check_refusal(arguments: list[str], words: str, capsys: pytest.CaptureFixtur
     """The command ends with that code, one line that matches ``words`` on stderr, nothing on stdout, no process."""
     before = psutil.Process().children()
     assert run(["generate", *arguments]) == exit_code
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert re.search(words, said.err), said.err
-    assert said.err.startswith("error: ") and said.err.count("\n") == 1, said.err
+    reported = capsys.readouterr()
+    assert reported.out == ""
+    assert re.search(words, reported.err), reported.err
+    assert reported.err.startswith("error: ") and reported.err.count("\n") == 1, reported.err
     assert psutil.Process().children() == before
 
 
@@ -283,7 +283,7 @@ def test_a_command_line_that_is_none_shows_how_it_should_be(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(arguments) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert re.search(words, said.err), said.err
-    assert "Usage: mlx-k2" in said.err
+    reported = capsys.readouterr()
+    assert reported.out == ""
+    assert re.search(words, reported.err), reported.err
+    assert "Usage: mlx-k2" in reported.err

@@ -33,7 +33,7 @@ def transcript(folder: Path) -> list[dict[str, object]]:
 def test_a_conversation_with_several_lines_a_stop_an_undo_and_files(command_line: CommandLine, tmp_path: Path) -> None:
     with scripted(command_line, tmp_path, "talk") as pane:
         pane.wait_for("2 stages")
-        pane.say("hello")
+        pane.send_message("hello")
         shown = pane.wait_for("Bye.")
         assert "Hello there." in shown and "**" not in shown and "```" not in shown
         coloured = pane.shown(with_colours=True)
@@ -45,7 +45,7 @@ def test_a_conversation_with_several_lines_a_stop_an_undo_and_files(command_line
         pane.wait_for(". two")
         pane.type("Enter")
         pane.wait_for("You wrote two lines.")
-        pane.say("long")
+        pane.send_message("long")
         pane.wait_for("word word")
         pane.type("C-c")
         pane.wait_for("the answer was stopped")
@@ -54,15 +54,15 @@ def test_a_conversation_with_several_lines_a_stop_an_undo_and_files(command_line
         pane.type("o", "Enter")
         pane.wait_for("taken back: long")
         saved = tmp_path / "saved chat.json"
-        pane.say(f"/save {saved}")
+        pane.send_message(f"/save {saved}")
         pane.wait_for("the conversation is in")
-        pane.say("/reset")
+        pane.send_message("/reset")
         pane.wait_for("a new conversation")
-        pane.say(f"/load {tmp_path / 'nothing'}")
+        pane.send_message(f"/load {tmp_path / 'nothing'}")
         pane.wait_for("cannot be read")
-        pane.say(f"/load {saved}")
+        pane.send_message(f"/load {saved}")
         pane.wait_for("4 messages from")
-        pane.say("again")
+        pane.send_message("again")
         pane.wait_for("Once more.")
         pane.type("C-d")
         shown = pane.wait_for("exit code 0")
@@ -76,8 +76,8 @@ def test_a_conversation_with_several_lines_a_stop_an_undo_and_files(command_line
     ]
     lines = transcript(tmp_path)
     assert "".join(str(line["reasoning"]) for line in lines if "reasoning" in line) == "Somebody greets.Long."
-    said = [line["message"] for line in lines if "message" in line]
-    assert [message["role"] for message in said if isinstance(message, dict)] == ["user", "assistant"] * 4
+    reported = [line["message"] for line in lines if "message" in line]
+    assert [message["role"] for message in reported if isinstance(message, dict)] == ["user", "assistant"] * 4
     with scripted(command_line, tmp_path, "talk") as pane:
         pane.wait_for("2 stages")
         pane.type("Up")
@@ -90,26 +90,26 @@ def test_a_conversation_with_several_lines_a_stop_an_undo_and_files(command_line
 def test_tools_are_asked_about_declined_and_allowed_for_good(command_line: CommandLine, tmp_path: Path) -> None:
     with scripted(command_line, tmp_path, "tools") as pane:
         pane.wait_for("2 stages")
-        pane.say("/tools")
+        pane.send_message("/tools")
         pane.wait_for("add  [asks first]  Add two numbers.")
-        pane.say("a sum")
+        pane.send_message("a sum")
         pane.wait_for('the model wants to call add({"a": 40})')
         pane.wait_for("run it?")
-        pane.say("y")
+        pane.send_message("y")
         pane.wait_for('add({"a": 40}) → 42')
         pane.wait_for("It is 42.")
-        pane.say("another")
+        pane.send_message("another")
         pane.wait_for("run it?", times=2)
-        pane.say("n")
+        pane.send_message("n")
         pane.wait_for("[declined]")
         pane.wait_for("No sum.")
-        pane.say("and two more")
+        pane.send_message("and two more")
         pane.wait_for("run it?", times=3)
-        pane.say("a")
+        pane.send_message("a")
         shown = pane.wait_for("Allowed.")
         assert shown.count("run it?") == 3
         assert shown.count("→ 42") == 3
-        pane.say("/quit")
+        pane.send_message("/quit")
         pane.wait_for("exit code 0")
 
 
@@ -121,15 +121,15 @@ def test_a_narrower_terminal_gets_narrower_lines_and_the_answer_goes_on(
     with scripted(command_line, tmp_path, "talk") as pane:
         pane.wait_for("2 stages")
         for text, reply in (("one", "Bye."), ("two", "You wrote two lines.")):
-            pane.say(text)
+            pane.send_message(text)
             pane.wait_for(reply)
-        pane.say("three")
+        pane.send_message("three")
         pane.wait_for("word word")
         pane.resize(50, 20)
         pane.wait_for("> three")
         pane.type("C-c")
         pane.wait_for("the answer was stopped")
-        pane.say("four")
+        pane.send_message("four")
         shown = pane.wait_for("Once more.")
         assert max(len(line.rstrip()) for line in shown.splitlines()) <= 50
         pane.type("C-d")
@@ -143,7 +143,7 @@ def test_without_colour_and_in_a_dumb_terminal_it_is_plain(command_line: Command
         (folder := tmp_path / name).mkdir()
         with scripted(command_line, folder, "talk", **environment) as pane:
             pane.wait_for(">")
-            pane.say("hello")
+            pane.send_message("hello")
             pane.wait_for("Bye.")
             assert "Hello **there**." in pane.shown()
             assert A_COLOUR not in pane.shown(with_colours=True)

@@ -54,10 +54,10 @@ def test_tools_that_cannot_be_used_are_refused_before_any_stage_starts(
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     assert run(["chat", *arguments]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert re.search(words, said.err), said.err
-    assert said.err.startswith("error: ") and "Traceback" not in said.err
+    reported = capsys.readouterr()
+    assert reported.out == ""
+    assert re.search(words, reported.err), reported.err
+    assert reported.err.startswith("error: ") and "Traceback" not in reported.err
     assert psutil.Process().children() == []
 
 
@@ -113,9 +113,9 @@ def test_a_chat_that_cannot_be_saved_leaves_the_file_that_was_there(tmp_path: Pa
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full, which Linux has")
 def test_a_transcript_on_a_full_disk_is_told_once_and_the_chat_goes_on() -> None:
-    told: list[str] = []
-    with Transcript(FULL, told.append) as transcript:
+    recorded: list[str] = []
+    with Transcript(FULL, recorded.append) as transcript:
         transcript.event(Content("a"))
         transcript.event(MessageAdded(USER))
-    (line,) = told
+    (line,) = recorded
     assert "cannot be written any more: No space left on device; the chat goes on" in line

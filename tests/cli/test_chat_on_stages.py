@@ -21,7 +21,7 @@ def get_weather(city: str) -> dict:
 ASKED = "What is the weather in Paris?"
 OF_THE_ENDLESS = "reserved_token"
 """What a model of random weights soon says."""
-SAID = "mlx-k2 runs Kimi K2 models over several Macs"
+REPORTED = "mlx-k2 runs Kimi K2 models over several Macs"
 ANSWER = "In Paris it is sunny and 21 degrees."
 
 
@@ -51,11 +51,11 @@ def test_on_stages_a_message_is_answered_an_answer_stopped_and_nothing_is_left_b
     with terminal(tmp_path, command, command_line.environment(TERM="xterm-256color")) as pane:
         pane.wait_for("/help lists the commands")
         pane.wait_for("2 stages")
-        pane.say("Hello")
+        pane.send_message("Hello")
         pane.wait_for(OF_THE_ENDLESS)
         pane.type("C-c")
         pane.wait_for("the answer was")
-        pane.say("/stats")
+        pane.send_message("/stats")
         pane.wait_for("computing")
         pane.type("C-d")
         pane.wait_for("exit code 0")
@@ -67,11 +67,11 @@ def test_the_built_in_model_calls_a_tool_once_the_user_agrees_and_answers_from_i
     command_line: CommandLine, tmp_path: Path
 ) -> None:
     with chat(command_line, tmp_path, "--tools", write_tools(tmp_path)) as pane:
-        pane.say(ASKED)
+        pane.send_message(ASKED)
         pane.wait_for('the model wants to call get_weather({"city": "Paris"})')
-        pane.say("y")
+        pane.send_message("y")
         pane.wait_for(ANSWER)
-        pane.say("What is a token?")
+        pane.send_message("What is a token?")
         pane.wait_for("A token is a piece of text")
         pane.type("C-d")
         pane.wait_for("exit code 0")
@@ -91,10 +91,10 @@ def test_stages_that_end_while_nobody_speaks_start_again_and_the_chat_goes_on(
     command_line: CommandLine, tmp_path: Path
 ) -> None:
     with chat(command_line, tmp_path) as pane:
-        pane.say("What is mlx-k2?")
-        pane.wait_for(SAID)
+        pane.send_message("What is mlx-k2?")
+        pane.wait_for(REPORTED)
         stages_below(pane)[0].kill()
-        pane.say("What is a token?")
+        pane.send_message("What is a token?")
         pane.wait_for("A token is a piece of text")
         assert "all stages start again" in pane.shown()
         everything = pane.processes()
@@ -109,21 +109,21 @@ def test_a_fault_that_ends_the_chat_leaves_what_was_said_where_it_can_be_loaded(
     command_line: CommandLine, tmp_path: Path
 ) -> None:
     with chat(command_line, tmp_path, "--restarts", "off") as pane:
-        pane.say("What is mlx-k2?")
-        pane.wait_for(SAID)
+        pane.send_message("What is mlx-k2?")
+        pane.wait_for(REPORTED)
         stages_below(pane)[0].kill()
-        pane.say("What is a token?")
+        pane.send_message("What is a token?")
         pane.wait_for("exit code 1")
         shown = "".join(pane.shown().split("\n"))
         assert "ended with signal 9" in shown
     (saved,) = command_line.home.rglob("chat-*.json")
     assert str(saved.name) in shown
     contents = [message["content"] for message in json.loads(saved.read_text())["messages"]]
-    assert contents[0] == "What is mlx-k2?" and SAID in contents[1]
+    assert contents[0] == "What is mlx-k2?" and REPORTED in contents[1]
     saved_again = tmp_path / "chat.json"
     saved.rename(saved_again)
     with chat(command_line, tmp_path) as pane:
-        pane.say(f"/load {saved_again}")
+        pane.send_message(f"/load {saved_again}")
         pane.wait_for(f"{len(contents)} messages from")
 
 
@@ -134,7 +134,7 @@ def test_ctrl_c_three_times_ends_the_program_when_a_stopped_stage_keeps_the_answ
 ) -> None:
     with chat(command_line, tmp_path, "--model", str(endless), "--stall-timeout", "60") as pane:
         everything = pane.processes()
-        pane.say("Hello")
+        pane.send_message("Hello")
         pane.wait_for(OF_THE_ENDLESS)
         stages_below(pane)[1].suspend()
         for _ in range(3):

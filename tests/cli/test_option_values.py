@@ -102,7 +102,7 @@ def test_options_stand_above_what_the_checkpoint_recommends_and_that_above_the_d
     model: ModelDescription,
 ) -> None:
     files = {**model.files, "generation_config.json": b'{"temperature": 0.6, "top_p": 0.9}'}
-    recommending = ModelDescription(files, model.config, model.index, model.digest, model.note)
+    recommending = ModelDescription(files, model.config, model.index, model.digest, model.unread_tensors)
     sampling = request_of(recommending, prompt="Hello", temperature=0.2, seed=4).sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0.2, 0.9, None, 4)
     assert request_of(model, prompt="Hello").sampling.temperature == 1.0
@@ -116,7 +116,7 @@ def test_an_answer_stops_at_the_tokenizers_ends_and_at_those_that_the_checkpoint
     model: ModelDescription, tokenizer: Tokenizer
 ) -> None:
     files = {**model.files, "generation_config.json": b'{"eos_token_id": [7]}'}
-    naming = ModelDescription(files, model.config, model.index, model.digest, model.note)
+    naming = ModelDescription(files, model.config, model.index, model.digest, model.unread_tensors)
     stops = request_of(naming, prompt="Hello").stop_ids
     assert stops == {tokenizer.token_id("<|im_end|>"), tokenizer.token_id("[EOS]"), 7}
 

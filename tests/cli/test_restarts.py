@@ -28,13 +28,13 @@ def test_json_lines_go_on_after_a_restart_which_has_a_line_of_its_own(command_li
     alone = [json.loads(line) for line in command_line.run(*ASKED, "--json").stdout.splitlines()]
     process = command_line.start(*ASKED, "--json")
     below = kill_a_stage(process)
-    rest, said = process.communicate(timeout=60)
+    rest, reported = process.communicate(timeout=60)
     assert process.returncode == 0
     lines: list[dict[str, Any]] = [json.loads(line) for line in (b"{" + rest).splitlines()]
     (restart,) = [line["restart"] for line in lines if "restart" in line]
     assert restart["number"] == 1 and "ended with signal 9: somebody killed it, or its system did" in restart["reason"]
     assert [line for line in lines if "token" in line] == [line for line in alone if "token" in line]
-    assert b"all stages start again in 1 s (1 of at most 3 times in a row)" in said
+    assert b"all stages start again in 1 s (1 of at most 3 times in a row)" in reported
     assert wait_until_gone(below, 0) == []
 
 
@@ -45,10 +45,10 @@ def test_with_restarts_off_the_text_so_far_is_kept_the_fault_is_one_line_and_a_r
     whole = command_line.run(*ASKED).stdout
     process = command_line.start(*ASKED, "--restarts", "off", "--log-dir", str(tmp_path / "logs"))
     kill_a_stage(process)
-    rest, said = process.communicate(timeout=60)
+    rest, reported = process.communicate(timeout=60)
     assert process.returncode == 1
     assert whole[1:].startswith(rest.decode().rstrip("\n"))
-    (line,) = [line for line in said.decode().splitlines() if line.startswith("error: ")]
+    (line,) = [line for line in reported.decode().splitlines() if line.startswith("error: ")]
     assert "step" in line and ") ended with signal 9: somebody killed it, or its system did for want of memory" in line
     (report,) = (tmp_path / "logs").glob("report-*.txt")
     text = report.read_text()

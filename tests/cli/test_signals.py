@@ -74,10 +74,10 @@ def test_a_signal_in_the_middle_of_an_answer_ends_it_and_leaves_nothing(
     process = start(*LONG_LEASE, num_stages=num_stages)
     below = answering(process, num_stages)
     os.killpg(process.pid, number)
-    rest, said = process.communicate(timeout=END_S)
+    rest, reported = process.communicate(timeout=END_S)
     assert process.returncode == exit_code
     assert wait_until_gone(below, 0) == []
-    assert [line for line in said.splitlines() if not line.startswith(WAITING)] == []
+    assert [line for line in reported.splitlines() if not line.startswith(WAITING)] == []
     assert rest.endswith(b"\n")
 
 
@@ -86,10 +86,10 @@ def test_ctrl_c_while_the_stages_come_up_leaves_nothing(start: Start) -> None:
     wait_for(process, b"connecting ...")
     below = processes_below(process)
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=END_S)
+    _, reported = process.communicate(timeout=END_S)
     assert process.returncode == 130
     assert wait_until_gone(below, 0) == []
-    assert b"Traceback" not in said
+    assert b"Traceback" not in reported
 
 
 def test_a_reader_that_has_enough_ends_the_command(start: Start) -> None:

@@ -30,9 +30,9 @@ class Failure:
         entries = [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"], **host} for host in hosts]
         self._hostfile.write_text(json.dumps(entries))
         assert run(["generate", "--hostfile", str(self._hostfile), "--model", str(self._model), "Hello"]) == 1
-        said = self._capsys.readouterr()
-        assert said.out == ""
-        (line,) = said.err.splitlines()
+        reported = self._capsys.readouterr()
+        assert reported.out == ""
+        (line,) = reported.err.splitlines()
         return line
 
 

@@ -53,14 +53,16 @@ def test_a_dry_run_shows_hosts_layers_bytes_and_files_and_starts_no_process(
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
     assert run(["generate", "--dry-run", "--model", str(endless), "--stages", "2", "--split", "5,2"]) == 0
-    said = capsys.readouterr()
-    assert said.out == ""
-    headings, first, second, *_ = said.err.splitlines()
+    reported = capsys.readouterr()
+    assert reported.out == ""
+    headings, first, second, *_ = reported.err.splitlines()
     assert headings.split("  ")[0] == "stage"
     assert first.split()[:3] == ["0", "127.0.0.1", "0-4"]
     assert second.split()[:3] == ["1", "127.0.0.1", "5-6"]
-    assert "stage 1 opens model-00006-of-000008.safetensors, model-00007-of-000008.safetensors, model-0000" in said.err
-    assert "nothing was started" in said.err
+    assert (
+        "stage 1 opens model-00006-of-000008.safetensors, model-00007-of-000008.safetensors, model-0000" in reported.err
+    )
+    assert "nothing was started" in reported.err
 
 
 def test_a_dry_run_for_a_model_on_another_host_says_what_it_would_need(

@@ -31,7 +31,7 @@ class Terminal:
         """Press keys, by tmux's names: text as it is, Enter, C-c."""
         self._tmux("send-keys", "-t", "pane", *keys)
 
-    def say(self, text: str) -> None:
+    def send_message(self, text: str) -> None:
         """Type a line and send it."""
         self._tmux("send-keys", "-t", "pane", "-l", text)
         self.type("Enter")

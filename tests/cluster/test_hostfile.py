@@ -38,7 +38,7 @@ def jaccl(*rdma: list[Any], backend: str = "jaccl") -> dict[str, Any]:
 )
 def test_each_example_loads_without_a_note(name: str, num_hosts: int, backend: Backend, is_local: bool) -> None:
     hostfile = read_hostfile(EXAMPLES / f"{name}.json")
-    assert (len(hostfile.hosts), hostfile.backend, hostfile.notes) == (num_hosts, backend, ())
+    assert (len(hostfile.hosts), hostfile.backend, hostfile.warnings) == (num_hosts, backend, ())
     assert all(host.is_local is is_local for host in hostfile.hosts)
 
 
@@ -57,7 +57,7 @@ def test_what_mlx_distributed_config_writes_for_ethernet_loads() -> None:
     hostfile = parse({"backend": "", "envs": ["MLX_METAL_FAST_SYNCH=1"], "hosts": hosts})
     assert hostfile.backend is Backend.RING
     assert hostfile.envs == ("MLX_METAL_FAST_SYNCH=1",)
-    assert hostfile.notes == ()
+    assert hostfile.warnings == ()
 
 
 def test_several_cables_between_two_hosts_load() -> None:
@@ -81,7 +81,7 @@ def test_our_own_keys_are_read() -> None:
 
 def test_unknown_keys_are_ignored_with_a_note() -> None:
     hostfile = parse({"hosts": [MAC_1 | {"user": "me"}, MAC_2], "nick": 1})
-    assert hostfile.notes == (
+    assert hostfile.warnings == (
         "macs.json: ignored what mlx-k2 does not know: nick",
         "macs.json: host 0 (mac-1): ignored what mlx-k2 does not know: user",
     )

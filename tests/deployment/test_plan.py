@@ -8,7 +8,7 @@ import pytest
 
 from mlx_k2.cluster.hostfile import Backend, Host, Hostfile, local_hostfile
 from mlx_k2.config import ModelConfig
-from mlx_k2.deployment.plan import HostMemory, RunShape, StagePlan, choose_shape, plan_stages, quantization_notes
+from mlx_k2.deployment.plan import HostMemory, RunShape, StagePlan, choose_shape, plan_stages, quantization_warnings
 from mlx_k2.errors import PartitionError, RequestError
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.config_fields import thinking_config_fields
@@ -144,12 +144,12 @@ def test_dense_bits_shrink_what_is_held_and_read_but_not_the_room_for_loading() 
 
 
 def test_only_few_bits_and_odd_matrices_are_worth_a_note() -> None:
-    assert quantization_notes(THINKING.config, None) == quantization_notes(THINKING.config, 8) == ()
-    assert quantization_notes(THINKING.config, 4) == (
+    assert quantization_warnings(THINKING.config, None) == quantization_warnings(THINKING.config, 8) == ()
+    assert quantization_warnings(THINKING.config, 4) == (
         "--dense-bits 4 may show in the answers: 8 stays closer to the checkpoint",
     )
     odd = msgspec.structs.replace(THINKING.config, qk_nope_head_dim=96, q_lora_rank=1520)
-    assert quantization_notes(odd, 8) == (
+    assert quantization_warnings(odd, 8) == (
         "not quantized in groups of 64 but held in groups of 32: kv_b_proj (96 inputs)",
         "not quantized in groups of 64 but held as they are: q_b_proj (1520 inputs)",
     )

@@ -11,13 +11,13 @@ from mlx_k2.deployment.run_log import RunLog
 
 
 @dataclass
-class Told(DeploymentListener):
+class RecordingListener(DeploymentListener):
     """Keeps what the user is told."""
 
-    notices: list[str] = field(default_factory=list)
+    notifications: list[str] = field(default_factory=list)
 
-    def notice(self, line: str) -> None:
-        self.notices.append(line)
+    def notify(self, line: str) -> None:
+        self.notifications.append(line)
 
 
 def test_the_files_of_a_log_stay_within_twice_their_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,13 +30,13 @@ def test_the_files_of_a_log_stay_within_twice_their_limit(tmp_path: Path, monkey
 
 
 def test_a_folder_that_is_gone_stops_nothing(tmp_path: Path) -> None:
-    told = Told()
-    log = RunLog(tmp_path / "logs", told)
+    recorded = RecordingListener()
+    log = RunLog(tmp_path / "logs", recorded)
     (tmp_path / "logs").rmdir()
     log.log("a line")
     log.log("another line")
     assert log.write_report("a fault", ()) is None
-    assert [line.partition(": ")[0] for line in told.notices] == [
+    assert [line.partition(": ")[0] for line in recorded.notifications] == [
         "the log cannot be kept",
         "no report could be written",
     ]

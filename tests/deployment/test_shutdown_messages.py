@@ -15,24 +15,24 @@ from tests.local_cluster import local_host, local_request, write_model
 pytestmark = pytest.mark.timeout(60)
 
 
-class Notices(DeploymentListener):
+class RecordedNotifications(DeploymentListener):
     """Keeps them."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def notice(self, line: str) -> None:
+    def notify(self, line: str) -> None:
         self.lines.append(line)
 
 
 def test_a_stages_notes_are_shown_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load = bring_up.load
 
-    def load_with_note(group: StageGroup, messages: list[Load], tell: Callable[[int, FromStage], None]) -> object:
-        (loaded,) = load(group, messages, tell)
+    def load_with_warning(group: StageGroup, messages: list[Load], report: Callable[[int, FromStage], None]) -> object:
+        (loaded,) = load(group, messages, report)
         return (Loaded(loaded.held_bytes, loaded.peak_bytes, loaded.cache_bytes_per_token, ("a kernel is not used",)),)
 
-    monkeypatch.setattr(bring_up, "load", load_with_note)
-    listener = Notices()
+    monkeypatch.setattr(bring_up, "load", load_with_warning)
+    listener = RecordedNotifications()
     with deploy(local_request(write_model(tmp_path / "model"), [local_host()]), None, listener):
         assert listener.lines == ["stage 0 on this machine: a kernel is not used"]

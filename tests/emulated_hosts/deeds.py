@@ -72,7 +72,7 @@ def cut(scene: Scene, run: StreamsRun) -> None:
     scene.hosts.cut(MIDDLE)
 
 
-def cut_until_noticed(scene: Scene, run: StreamsRun) -> float:
+def cut_until_detected(scene: Scene, run: StreamsRun) -> float:
     """Pull the cable, and plug it in again once the stage behind it has ended by its lease."""
     scene.hosts.cut(MIDDLE)
     began = time.monotonic()
@@ -251,13 +251,13 @@ def jumping_clock(scene: Scene) -> None:
 
 def jump(scene: Scene, run: StreamsRun) -> None:
     """A day ahead, then a year back."""
-    says = scene.folder / "faulty" / "clock-says"
+    reports = scene.folder / "faulty" / "clock-says"
     for offset_s in (86_400, -31_536_000):
         (scene.folder / "clock").write_text(f"{offset_s}\n")
         faulty_stage.do(scene.folder / "faulty", "clock")
-        assert wait_until(lambda: says.exists() and bool(says.read_text()), 20), "no step since the clock jumped"
-        assert abs(float(says.read_text()) - time.time() - offset_s) < 60, "the clock did not jump"
-        says.unlink()
+        assert wait_until(lambda: reports.exists() and bool(reports.read_text()), 20), "no step since the clock jumped"
+        assert abs(float(reports.read_text()) - time.time() - offset_s) < 60, "the clock did not jump"
+        reports.unlink()
 
 
 def second_run(scene: Scene, run: StreamsRun) -> None:

@@ -4,7 +4,7 @@ from tests.emulated_hosts.deeds import (
     cut,
     cut_data,
     cut_for_two_seconds,
-    cut_until_noticed,
+    cut_until_detected,
     data_cables,
     end_sshd,
     fault_inside,
@@ -122,7 +122,7 @@ FAULTS: tuple[Fault, ...] = (
         halts={"loading": 2},
     ),
     Fault("cable pulled for 2 s", cut_for_two_seconds, UNNOTICED),
-    Fault("cable pulled, and plugged in later", cut_until_noticed, RESTARTED, (AWAY,), 10.0, options={"lease_s": 4.0}),
+    Fault("cable pulled, and plugged in later", cut_until_detected, RESTARTED, (AWAY,), 10.0, options={"lease_s": 4.0}),
     Fault(
         "cable pulled for good",
         cut,

@@ -73,7 +73,7 @@ class StreamsRun:
         )
 
     @property
-    def told(self) -> list[tuple[float, str]]:
+    def recorded(self) -> list[tuple[float, str]]:
         """When there were restarts and why, and when and why the run ended, if it did with an error."""
         return [
             (at, line["error"] if "error" in line else line["restart"]["reason"])
@@ -84,7 +84,7 @@ class StreamsRun:
     @property
     def reasons(self) -> list[str]:
         """The same without times."""
-        return [reason for _, reason in self.told]
+        return [reason for _, reason in self.recorded]
 
     def _read(self) -> None:
         assert self.process.stdout

@@ -43,10 +43,10 @@ class Fault:
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of one row; ``reason`` is what the user was told last, ``noticed_s`` after it began."""
+    """What came of one row; ``reason`` is what the user was told last, ``detected_s`` after it began."""
 
     fault: Fault
-    noticed_s: float | None
+    detected_s: float | None
     reason: str
     wall_s: float
 
@@ -63,16 +63,16 @@ def try_fault(fault: Fault, scene: Scene, expected: Tokens, times_slower: float 
             run.finish()
         fault.after(scene, run)
         _check_outcome(fault, run, expected)
-        noticed_s, reason = (run.told[-1][0] - broken_at, run.told[-1][1]) if run.told else (None, "")
+        detected_s, reason = (run.recorded[-1][0] - broken_at, run.recorded[-1][1]) if run.recorded else (None, "")
         _check_reasons(fault, run)
-        _check_time(fault, noticed_s, times_slower)
+        _check_time(fault, detected_s, times_slower)
         if run.reasons:
             _check_report(scene, run)
         left = scene.hosts.all_processes
         assert wait_until(lambda: not left(), times_slower * fault.left_s), f"left over: {left()}"
     finally:
         scene.close()
-    return Finding(fault, noticed_s, reason, time.monotonic() - began)
+    return Finding(fault, detected_s, reason, time.monotonic() - began)
 
 
 def _check_outcome(fault: Fault, run: StreamsRun, expected: Tokens) -> None:
@@ -94,9 +94,9 @@ def _check_reasons(fault: Fault, run: StreamsRun) -> None:
         assert named[0] in meant and set(named) <= set(meant), f"others are blamed in {reason!r}"
 
 
-def _check_time(fault: Fault, noticed_s: float | None, times_slower: float) -> None:
+def _check_time(fault: Fault, detected_s: float | None, times_slower: float) -> None:
     if fault.within_s is not None:
-        assert noticed_s is not None and noticed_s < times_slower * fault.within_s, f"noticed after {noticed_s} s"
+        assert detected_s is not None and detected_s < times_slower * fault.within_s, f"noticed after {detected_s} s"
 
 
 def _check_report(scene: Scene, run: StreamsRun) -> None:

@@ -21,8 +21,8 @@ def doctor(hosts: EmulatedHosts, *options: str) -> tuple[int, list[Line], str]:
     """Exit code, lines and stderr of `mlx-k2 doctor --json` on host 0."""
     command = [MLX_K2, "doctor", "--json", *options]
     process = hosts.exec(0, command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    said, err = process.communicate(timeout=100)
-    return process.returncode, [json.loads(line) for line in said.splitlines()], err.decode()
+    reported, err = process.communicate(timeout=100)
+    return process.returncode, [json.loads(line) for line in reported.splitlines()], err.decode()
 
 
 def found(lines: list[Line], host: str, check: str) -> Line:
@@ -77,7 +77,7 @@ def test_a_table_for_people_repeats_what_is_wrong_in_whole_lines(emulated_hosts:
     hostfile.write_text(json.dumps(entries))
     command = [MLX_K2, "doctor", "--hostfile", str(hostfile)]
     process = emulated_hosts.exec(0, command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    said, err = process.communicate(timeout=60)
-    assert (process.returncode, said) == (1, b"")
+    reported, err = process.communicate(timeout=60)
+    assert (process.returncode, reported) == (1, b"")
     assert "refused-key, ssh: it refused this user's key: run `ssh-copy-id refused-key`" in err.decode()
     assert "1 failure" in err.decode()

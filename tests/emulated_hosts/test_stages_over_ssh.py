@@ -146,9 +146,9 @@ def test_each_failure_of_ssh_has_its_own_message(hosts: EmulatedHosts, name: str
 def test_stopping_does_not_wait_for_a_host_that_does_not_answer(hosts: EmulatedHosts) -> None:
     with StageGroup([StageLocation("unreachable")], 20.0, lambda _: None) as group:
         assert wait_until(lambda: bool(hosts.processes(0)), EVENT_S)
-        said: list[str] = []
-        group.stop(said.append)
-        assert not any(KILLED_BY_THE_GROUP in line for line in said)  # ssh itself waits for longer
+        reported: list[str] = []
+        group.stop(reported.append)
+        assert not any(KILLED_BY_THE_GROUP in line for line in reported)  # ssh itself waits for longer
     assert hosts.all_processes() == {}
 
 

@@ -51,12 +51,12 @@ class Teller(DeploymentListener):
     def phase(self, what: str) -> None:
         name = what.split(maxsplit=1)[0]
         self._begun[name] += 1
-        tell(phase=name, time=self._begun[name])
+        on_restart(phase=name, time=self._begun[name])
         if self._halts.get(name) == self._begun[name]:
             sys.stdin.readline()
 
-    def notice(self, line: str) -> None:
-        tell(notice=line)
+    def notify(self, line: str) -> None:
+        on_restart(notify=line)
 
     def step(self, report: StageReport) -> None:
         """The first step of a prompt is under way, or over."""
@@ -64,13 +64,13 @@ class Teller(DeploymentListener):
             self.phase("prefill")
 
 
-def tell(**values: object) -> None:
+def on_restart(**values: object) -> None:
     sys.stdout.write(json.dumps(values) + "\n")
     sys.stdout.flush()
 
 
-def told_restart(restart: Restart) -> None:
-    tell(restart=dataclasses.asdict(restart))
+def reported_restart(restart: Restart) -> None:
+    on_restart(restart=dataclasses.asdict(restart))
 
 
 def main(options: Options) -> int:
@@ -92,9 +92,9 @@ def main(options: Options) -> int:
             run(restarting, teller)
             teller.phase("stopping")
     except ClusterError as error:
-        tell(error=str(error))
+        on_restart(error=str(error))
         return 1
-    tell(ended=True)
+    on_restart(ended=True)
     return 0
 
 
@@ -110,11 +110,11 @@ def run(restarting: RestartingDeployment, teller: Teller) -> None:
         restarting.deployment,
         drafts=True,
         on_report=on_report,
-        restart=lambda error: restarting.restart(error, told_restart),
+        restart=lambda error: restarting.restart(error, reported_restart),
     )
     for count, event in enumerate(coordinator.run(*STREAMS)):
         assert event.token is not None
-        tell(stream=STREAMS.index(event.sequence.request), token=event.token.token_id)
+        on_restart(stream=STREAMS.index(event.sequence.request), token=event.token.token_id)
         if count == DECODING_TOKEN:
             teller.phase("decode")
 

@@ -308,11 +308,11 @@ def test_the_guard_needs_the_standard_library_only(tmp_path: Path) -> None:
 def test_a_heartbeat_brings_where_the_stage_stands_since_when_and_that_it_is_stopped(start: Start) -> None:
     stage = start("receives")
     stage.stage.suspend()
-    said = [status(stage)]
-    while not said[-1].stopped_s:
-        said.append(status(stage))
-    assert {each.update for each in said} == {PhaseUpdate(Phase.RECEIVING, 5, 600.0)}
-    assert said[-1].for_s > 0
+    reported = [status(stage)]
+    while not reported[-1].stopped_s:
+        reported.append(status(stage))
+    assert {each.update for each in reported} == {PhaseUpdate(Phase.RECEIVING, 5, 600.0)}
+    assert reported[-1].for_s > 0
     stage.stage.resume()
     while status(stage).stopped_s:
         pass

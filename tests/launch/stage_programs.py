@@ -33,7 +33,7 @@ _out = os.fdopen(os.dup(1), "wb")
 os.dup2(2, 1)
 
 
-def say(message: FromStage) -> None:
+def notify(message: FromStage) -> None:
     _out.write(encode_frame(Kind.MESSAGE, encode_message(message)))
     _out.flush()
 
@@ -49,10 +49,10 @@ def hear() -> Iterator[ToStage]:
 def echo() -> None:
     """Answer each step at once."""
     sys.stderr.write("the echo stage is up\n")
-    say(Connected())
+    notify(Connected())
     for message in hear():
         assert isinstance(message, Step)
-        say(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
+        notify(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
 
 
 def report_phase(update: PhaseUpdate) -> None:
@@ -80,7 +80,7 @@ def late() -> None:
 
 def deaf() -> None:
     """Read nothing, and hold the GIL for ever, as mlx.distributed.init does."""
-    say(Connected())
+    notify(Connected())
     ctypes.PyDLL(None).sleep(1000)
 
 
@@ -88,7 +88,7 @@ def stubborn() -> None:
     """Ignore the end of the input and every signal that can be ignored."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    say(Connected())
+    notify(Connected())
     time.sleep(1000)
 
 
@@ -99,18 +99,18 @@ def with_offspring() -> None:
 
 
 def failing() -> None:
-    say(Connected())
+    notify(Connected())
     sys.stderr.write("ValueError: no such layer\n")
     sys.exit(3)
 
 
 def crashing() -> None:
-    say(Connected())
+    notify(Connected())
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
 def rubbish() -> None:
-    say(Connected())
+    notify(Connected())
     _out.write(b"this is not a frame")
     _out.flush()
     time.sleep(1000)
@@ -126,11 +126,11 @@ def flooding() -> None:
 
 def talkative() -> None:
     """Answer each step a thousand times, as fast as it can."""
-    say(Connected())
+    notify(Connected())
     for message in hear():
         assert isinstance(message, Step)
         for _ in range(1000):
-            say(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
+            notify(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
 
 
 def ring() -> None:
@@ -147,7 +147,7 @@ def ring() -> None:
         if isinstance(message, Prepare):
             rank, num_stages = message.rank, message.num_stages
             ports = HeldPorts(message.listen)
-            say(Prepared(addresses=ports.addresses, model_digest=""))
+            notify(Prepared(addresses=ports.addresses, model_digest=""))
         elif isinstance(message, Connect):
             assert isinstance(message.links, RingLinks)
             ports.release()
@@ -156,7 +156,7 @@ def ring() -> None:
                 file.flush()
                 os.environ.update(MLX_RANK=str(rank), MLX_HOSTFILE=file.name)
                 mx.distributed.init(backend="ring", strict=True)
-            say(Connected())
+            notify(Connected())
         elif isinstance(message, Step):
             num_tokens = sum(len(row.token_ids) for row in message.rows)
             num_sampled = sum(row.sampling is not None for row in message.rows) if message.rows else 1
@@ -167,10 +167,10 @@ def ring() -> None:
             x = x + message.number
             if rank < num_stages - 1:
                 mx.eval(mx.distributed.send(x, rank + 1))
-                say(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
+                notify(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
             else:
                 tokens = (SampledToken(token_id=int(float(x[:8].mean()))),) * num_sampled
-                say(StepDone(number=message.number, busy_s=0.0, receive_s=0.0, tokens=tokens))
+                notify(StepDone(number=message.number, busy_s=0.0, receive_s=0.0, tokens=tokens))
 
 
 PROGRAMS: dict[str, Callable[[], None]] = {

@@ -69,8 +69,8 @@ def test_stages_are_started_together_answer_in_order_and_none_is_left(make_group
         group.send(1, Step(99, ()))
         assert receive(group, 1) == [StageMessage(1, StepDone(number=99, busy_s=0.0, receive_s=0.0))]
     for rank in range(3):
-        said = [event.message for event in events if isinstance(event, StageMessage) and event.rank == rank]
-        assert said == [StepDone(number=number, busy_s=0.0, receive_s=0.0) for number in range(50)]
+        reported = [event.message for event in events if isinstance(event, StageMessage) and event.rank == rank]
+        assert reported == [StepDone(number=number, busy_s=0.0, receive_s=0.0) for number in range(50)]
     assert children() == []
 
 

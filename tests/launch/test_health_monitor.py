@@ -64,9 +64,9 @@ def test_a_stopped_stage_is_named_alone(make_group: MakeGroup) -> None:
     with make_group("echo", "has_sent") as group:
         monitor = come_up(group)
         process_of("echo").suspend()
-        said = trouble(monitor)
-    assert re.match(r"stage 0 on this machine \(starting for \d+ s\) is stopped: its process was suspended", said)
-    assert "stage 1" not in said
+        reported = trouble(monitor)
+    assert re.match(r"stage 0 on this machine \(starting for \d+ s\) is stopped: its process was suspended", reported)
+    assert "stage 1" not in reported
 
 
 @pytest.mark.slow
@@ -88,20 +88,20 @@ def test_a_silent_guard_is_named_alone(make_group: MakeGroup) -> None:
         guard = process_of("echo").parent()
         assert guard is not None
         guard.suspend()
-        said = trouble(monitor)
+        reported = trouble(monitor)
         guard.resume()
-    assert re.match(r"stage 1 on this machine \(.*\) cannot be heard: its host is off, asleep or unreachable", said)
-    assert "stage 0" not in said
+    assert re.match(r"stage 1 on this machine \(.*\) cannot be heard: its host is off, asleep or unreachable", reported)
+    assert "stage 0" not in reported
 
 
 def test_a_stage_that_waits_for_what_was_sent_names_the_hop(make_group: MakeGroup) -> None:
     with make_group("has_sent", "receives") as group:
-        said = trouble(come_up(group))
+        reported = trouble(come_up(group))
     assert re.match(
         r"stage 1 on this machine \(receiving hidden states of step 5 for \d+ s\) does not get what "
         r"stage 0 on this machine \(waiting for a plan after step 5 for \d+ s\) has sent: "
         r"the hop between them is stuck",
-        said,
+        reported,
     )
 
 

@@ -53,8 +53,8 @@ def test_a_host_name_that_ssh_would_take_for_an_option_is_refused(host: str) -> 
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1))
 def test_any_path_is_one_word_for_the_shell(path: str) -> None:
     remote_command = StageLocation(ssh="mac-2", python="/" + path).start_commands()[0][-1]
-    said = subprocess.run(["sh", "-c", remote_command.replace("exec ", "printf '%s\\n' ", 1)], capture_output=True)
-    assert said.stdout.decode() == f"/{path}\n-m\nmlx_k2.stage\n"
+    reported = subprocess.run(["sh", "-c", remote_command.replace("exec ", "printf '%s\\n' ", 1)], capture_output=True)
+    assert reported.stdout.decode() == f"/{path}\n-m\nmlx_k2.stage\n"
 
 
 def test_a_path_in_the_home_folder_is_relative_to_where_ssh_starts() -> None:

@@ -81,18 +81,18 @@ def test_a_stage_greets_first_and_ends_when_told(converse: Converse) -> None:
 
 def test_every_message_is_answered_in_its_turn(converse: Converse, model: Path) -> None:
     messages = (prepare(model), Connect(None, None, None), LOAD, step(0), step(1), Stop())
-    exit_code, said = converse(*messages)
+    exit_code, reported = converse(*messages)
     assert exit_code == 0
-    kinds = [type(message) for message in said]
+    kinds = [type(message) for message in reported]
     assert kinds == [Hello, Prepared, Connected, *[LayerLoaded] * (NUM_LAYERS + 2), Loaded, StepDone, StepDone]
-    assert [message.number for message in said if isinstance(message, StepDone)] == [0, 1]
-    assert all(len(message.tokens) == 1 for message in said if isinstance(message, StepDone))
+    assert [message.number for message in reported if isinstance(message, StepDone)] == [0, 1]
+    assert all(len(message.tokens) == 1 for message in reported if isinstance(message, StepDone))
 
 
 def test_a_loaded_stage_says_how_much_it_holds_and_took(converse: Converse, model: Path) -> None:
-    _, said = converse(prepare(model), Connect(None, None, None), LOAD, Stop())
-    pieces = [message.held_bytes for message in said if isinstance(message, LayerLoaded)]
-    (loaded,) = [message for message in said if isinstance(message, Loaded)]
+    _, reported = converse(prepare(model), Connect(None, None, None), LOAD, Stop())
+    pieces = [message.held_bytes for message in reported if isinstance(message, LayerLoaded)]
+    (loaded,) = [message for message in reported if isinstance(message, Loaded)]
     assert loaded.held_bytes == sum(pieces) <= loaded.peak_bytes
     assert loaded.cache_bytes_per_token == NUM_LAYERS * (64 + 16) * 4
 
@@ -113,11 +113,11 @@ def test_two_copies_have_one_digest_and_another_config_has_another(
         (other / file.name).write_bytes(file.read_bytes())
     digests = []
     for folder in (model, other):
-        _, said = converse(prepare(folder), Stop())
-        digests += [message.model_digest for message in said if isinstance(message, Prepared)]
+        _, reported = converse(prepare(folder), Stop())
+        digests += [message.model_digest for message in reported if isinstance(message, Prepared)]
     (other / "config.json").write_bytes((model / "config.json").read_bytes() + b"\n")
-    _, said = converse(prepare(other), Stop())
-    digests += [message.model_digest for message in said if isinstance(message, Prepared)]
+    _, reported = converse(prepare(other), Stop())
+    digests += [message.model_digest for message in reported if isinstance(message, Prepared)]
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -132,17 +132,17 @@ def test_a_shard_that_is_damaged_is_named_before_a_tensor_of_it_is_loaded(conver
     folder = write_model(tmp_path / "damaged")
     shard = folder / "model-00003-of-000008.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    exit_code, said = converse(prepare(folder), Connect(None, None, None), LOAD, Stop())
-    fault = said[-1]
+    exit_code, reported = converse(prepare(folder), Connect(None, None, None), LOAD, Stop())
+    fault = reported[-1]
     assert isinstance(fault, Fault)
-    assert (exit_code, len(said)) == (1, 4)
+    assert (exit_code, len(reported)) == (1, 4)
     assert "model-00003-of-000008.safetensors is truncated: 100 of its" in fault.message
 
 
 def test_a_plan_that_does_not_fit_the_stage_is_refused_by_name(converse: Converse, model: Path) -> None:
     plan = Step(1, (Row(1, 0, (5,), True, None),))
-    exit_code, said = converse(prepare(model), Connect(None, None, None), LOAD, step(0), plan, Stop())
-    fault = said[-1]
+    exit_code, reported = converse(prepare(model), Connect(None, None, None), LOAD, step(0), plan, Stop())
+    fault = reported[-1]
     assert exit_code == 1
     assert fault == Fault("ProtocolError", "step 1 does not fit this stage: slot 1 of 1")
 

@@ -87,13 +87,13 @@ def test_after_an_answer_all_but_its_reasoning_is_kept_as_it_was_drawn(sampled: 
     message = message_of(first, sampled, 0)
     answer = {**message, "tool_calls": []}
     turns.keep(0, sampled)
-    said = sampled[sampled.index(THOUGHT) + 1 :]
-    said = said[: said.index(SECTION) if SECTION in said else said.index(END)]
-    if decoded_text(said) != answer["content"]:
+    reported = sampled[sampled.index(THOUGHT) + 1 :]
+    reported = reported[: reported.index(SECTION) if SECTION in reported else reported.index(END)]
+    if decoded_text(reported) != answer["content"]:
         return
     following = prompt(turns, [USER, answer, USER])
     assert following[: len(first) + 2] == [*first, THINK, THOUGHT]
-    assert following[len(first) + 2 :][: len(said) + 1] == [*said, END]
+    assert following[len(first) + 2 :][: len(reported) + 1] == [*reported, END]
 
 
 def decoded_text(ids: list[int]) -> str:

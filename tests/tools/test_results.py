@@ -20,9 +20,9 @@ def test_a_result_is_whole_or_a_beginning_that_says_so(texts: list[str], max_cha
         assert result.text == whole
         assert result.outcome is (Outcome.FAILED if is_error else Outcome.DONE)
     else:
-        beginning, _, note = result.text.rpartition("\n")
+        beginning, _, suffix = result.text.rpartition("\n")
         assert beginning == whole[:max_chars]
-        assert note == f"[cut here: these are the first {max_chars} of {len(whole)} characters]"
+        assert suffix == f"[cut here: these are the first {max_chars} of {len(whole)} characters]"
         assert result.outcome is (Outcome.FAILED if is_error else Outcome.CUT)
 
 

@@ -103,12 +103,12 @@ def test_a_second_fetch_asks_for_no_contents(hub: Hub, repo: HubRepo) -> None:
 def test_progress_counts_the_bytes_of_all_files_and_ends_complete(hub: Hub, repo: HubRepo) -> None:
     names = [LAYER_2, "model-00004-of-000008.safetensors"]
     total = sum(len(hub.files[name]) for name in names)
-    told: list[tuple[int, int]] = []
-    fetch_files(repo, names, lambda done, of: told.append((done, of)))
-    assert told[0] == (0, total)
-    assert told[-1] == (total, total)
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
-    assert {of for _, of in told} == {total}
+    recorded: list[tuple[int, int]] = []
+    fetch_files(repo, names, lambda done, of: recorded.append((done, of)))
+    assert recorded[0] == (0, total)
+    assert recorded[-1] == (total, total)
+    assert [done for done, _ in recorded] == sorted(done for done, _ in recorded)
+    assert {of for _, of in recorded} == {total}
 
 
 def test_a_broken_connection_goes_on_where_it_broke(hub: Hub, repo: HubRepo) -> None:

@@ -92,8 +92,8 @@ def test_vision_weights_are_told_in_one_line_and_rotary_frequencies_not_at_all(
     assert check_names(config, index_of(folder)) is None
     fields = as_kimi_k25(tiny_config_fields(VOCAB_SIZE))
     write_random_checkpoint(tmp_path / "k25", fields, 0, {})
-    note = "2 tensors are not needed for text and stay unread: the vision projector, the vision tower"
-    assert check_names(config_of(fields), index_of(tmp_path / "k25")) == note
+    unread_tensors = "2 tensors are not needed for text and stay unread: the vision projector, the vision tower"
+    assert check_names(config_of(fields), index_of(tmp_path / "k25")) == unread_tensors
 
 
 def test_a_missing_tensor_is_named_with_the_number_of_missing_ones(tiny: tuple[Path, ModelConfig]) -> None:

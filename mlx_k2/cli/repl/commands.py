@@ -86,27 +86,27 @@ class Commands:
     def _help(self, argument: str) -> None:
         width = max(len(f"{name} {hint}") for name, (hint, _) in HELP.items())
         for name, (hint, text) in HELP.items():
-            self.screen.note(f"{f'{name} {hint}':{width}}  {text}")
-        self.screen.note(_KEYS)
+            self.screen.log(f"{f'{name} {hint}':{width}}  {text}")
+        self.screen.log(_KEYS)
 
     def _system(self, argument: str) -> None:
         if argument:
             self.session.cancel_prefill().set_system(None if argument == "off" else argument)
             self._recount()
         system = self.session.cancel_prefill().system
-        self.screen.note("the system prompt is the model's own" if system is None else f"the system prompt: {system}")
+        self.screen.log("the system prompt is the model's own" if system is None else f"the system prompt: {system}")
 
     def _reset(self, argument: str) -> None:
         self.session.cancel_prefill().reset()
         self._recount()
-        self.screen.note("a new conversation")
+        self.screen.log("a new conversation")
 
     def _undo(self, argument: str) -> None:
         text = self.session.cancel_prefill().undo()
         if text is None:
             raise RequestError("there is nothing to take back")
         self._recount()
-        self.screen.note(f"taken back: {one_line(text, _MAX_SHOWN)}")
+        self.screen.log(f"taken back: {one_line(text, _MAX_SHOWN)}")
 
     def _retry(self, argument: str) -> Iterator[Event]:
         return self.session.retry()
@@ -114,7 +114,7 @@ class Commands:
     def _save(self, argument: str) -> None:
         path = _path(argument, "/save")
         self.save_to(path)
-        self.screen.note(f"the conversation is in {path}")
+        self.screen.log(f"the conversation is in {path}")
 
     def _load(self, argument: str) -> None:
         path = _path(argument, "/load")
@@ -124,26 +124,26 @@ class Commands:
         except MlxK2Error as error:
             raise RequestError(f"{path}: {error}") from None
         self._recount()
-        self.screen.note(f"{len(messages)} messages from {path}")
+        self.screen.log(f"{len(messages)} messages from {path}")
 
     def _think(self, argument: str) -> None:
         if argument not in ("show", "hide"):
             raise RequestError("give /think show or /think hide")
         self.screen.show_thinking = argument == "show"
-        self.screen.note("thinking is shown" if self.screen.show_thinking else "thinking is hidden")
+        self.screen.log("thinking is shown" if self.screen.show_thinking else "thinking is hidden")
 
     def _tools(self, argument: str) -> None:
         declared = [] if self.tools is None else self.tools.declarations
         for declaration in declared:
             function = declaration["function"]
             asked = "" if self.approval.covers(function["name"]) else "  [asks first]"
-            self.screen.note(f"{function['name']}{asked}  {one_line(function['description'], _MAX_SHOWN)}".rstrip())
+            self.screen.log(f"{function['name']}{asked}  {one_line(function['description'], _MAX_SHOWN)}".rstrip())
         if not declared:
-            self.screen.note("there are no tools: start with --tools or --mcp")
+            self.screen.log("there are no tools: start with --tools or --mcp")
 
     def _stats(self, argument: str) -> None:
-        self.screen.note(self.usage.totals())
-        self.screen.note(self.usage.status())
+        self.screen.log(self.usage.totals())
+        self.screen.log(self.usage.status())
         self.show_stats()
 
     def _quit(self, argument: str) -> None:

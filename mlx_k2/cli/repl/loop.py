@@ -58,7 +58,7 @@ class Repl:
                 except (EOFError, Quit):
                     return
                 except SetupError as error:
-                    self._screen.note(f"error: {error}")
+                    self._screen.log(f"error: {error}")
 
     def _handle_line(self, line: str) -> None:
         """One line of the user."""
@@ -67,7 +67,7 @@ class Repl:
                 self._transcript.write({"command": line})
             self._follow(self._commands.run(line.strip()))
         elif line.strip():
-            self._follow(self._session.say(line.strip()))
+            self._follow(self._session.send_message(line.strip()))
 
     def _follow(self, events: Iterable[Event]) -> None:
         """Show what happens, to its end."""
@@ -86,9 +86,9 @@ class Repl:
             finally:
                 self._screen.pause()
         if calls_nothing:
-            self._screen.note("the model called a tool, and there are none: start with --tools or --mcp")
+            self._screen.log("the model called a tool, and there are none: start with --tools or --mcp")
         if last is not None and last.finish_reason in _ENDS:
-            self._screen.note(f"the answer was {_ENDS[last.finish_reason]}")
+            self._screen.log(f"the answer was {_ENDS[last.finish_reason]}")
 
     @contextmanager
     def _ctrl_c_stops(self) -> Iterator[None]:

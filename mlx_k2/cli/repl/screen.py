@@ -9,7 +9,7 @@ from rich.text import Text
 
 from mlx_k2.chat.chat_events import CallEnded, CallStarted, Event
 from mlx_k2.cli.console import console as talk
-from mlx_k2.cli.console import note, note_restart
+from mlx_k2.cli.console import log, log_restart
 from mlx_k2.cli.repl.markdown_stream import MarkdownStream
 from mlx_k2.cli.repl.wording import call_line, ended_line, printable
 from mlx_k2.coordinator.text_stream import AnswerSummary
@@ -25,7 +25,7 @@ class Screen(Protocol):
     def event(self, event: Event) -> None:
         """Something happened."""
 
-    def note(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """A word beside the matter."""
 
     def restart(self, restart: Restart) -> None:
@@ -55,17 +55,17 @@ class PlainScreen:
             case CallStarted() | AnswerSummary():
                 self.pause()
             case CallEnded():
-                self.note(ended_line(event))
+                self.log(ended_line(event))
 
-    def note(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """A line on stderr; on a terminal below the words so far, which are no complete line."""
         self._begin_line()
-        note(printable(line))
+        log(printable(line))
 
     def restart(self, restart: Restart) -> None:
         """Two lines on stderr, in the same way."""
         self._begin_line()
-        note_restart(restart)
+        log_restart(restart)
 
     def wait(self, what: str) -> None:
         """Nothing moves here."""
@@ -125,7 +125,7 @@ class RichScreen:
                 self._spin(call_line(call) if self._running == 1 else f"{self._running} tools run")
             case CallEnded():
                 self._running = max(0, self._running - 1)
-                self.note(f"⚙ {ended_line(event)}")
+                self.log(f"⚙ {ended_line(event)}")
                 if self._running:
                     self._spin(f"{self._running} tools run")
             case AnswerSummary():
@@ -135,7 +135,7 @@ class RichScreen:
         """A spinner beside ``what`` until something comes."""
         self._spin(what)
 
-    def note(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """A dim line."""
         self.pause()
         self._console.print(Text(printable(line), style="dim"), soft_wrap=True)
@@ -143,7 +143,7 @@ class RichScreen:
     def restart(self, restart: Restart) -> None:
         """Two dim lines."""
         self.pause()
-        note_restart(restart)
+        log_restart(restart)
 
     def pause(self) -> None:
         """End what is open."""

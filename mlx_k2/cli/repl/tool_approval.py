@@ -43,9 +43,9 @@ class ToolApproval:
         if self._keyboard is None or not self._keyboard.can_ask:
             if not self._has_explained:
                 self._has_explained = True
-                self._screen.note("nobody can be asked here: allow tools with --yes or --allow-tool NAME")
+                self._screen.log("nobody can be asked here: allow tools with --yes or --allow-tool NAME")
             return False
-        self._screen.note(f"the model wants to call {call_line(call)}")
+        self._screen.log(f"the model wants to call {call_line(call)}")
         return self._ask(self._keyboard, call.name)
 
     def _ask(self, keyboard: Keyboard, name: str) -> bool:

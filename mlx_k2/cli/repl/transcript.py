@@ -16,15 +16,15 @@ from mlx_k2.text.reply_parser import Content, Reasoning
 class Transcript:
     """A line for each piece of a reply as it comes, and for each message when it is complete. A context.
 
-    A disk that is full ends the writing, with a word to ``tell``, and nothing else.
+    A disk that is full ends the writing, with a word to ``notify``, and nothing else.
 
     Raises:
         RequestError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, notify: Callable[[str], None]) -> None:
         self._path = path
-        self._tell = tell
+        self._notify = notify
         try:
             self._file = path.open("ab", buffering=0)
         except OSError as error:
@@ -58,4 +58,4 @@ class Transcript:
             self._file.write(msgspec.json.encode({"at": time.strftime("%Y-%m-%dT%H:%M:%S"), **line}) + b"\n")
         except OSError as error:
             self._file.close()
-            self._tell(f"the transcript {self._path} cannot be written any more: {error.strerror}; the chat goes on")
+            self._notify(f"the transcript {self._path} cannot be written any more: {error.strerror}; the chat goes on")
