@@ -24,7 +24,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("testing",),
 )
-LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 MAY_IMPORT_MLX = ("kernels", "model", "stage", "testing", "weights/reader.py")
 LAZY_IMPORTS = "cli"
 GUARD = (
@@ -39,7 +39,7 @@ GUARD = (
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 
-def room_of(module: Path) -> str:
+def package_of(module: Path) -> str:
     return module.parts[0].removesuffix(".py")
 
 
@@ -58,22 +58,22 @@ def parse(module: Path) -> ast.Module:
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_a_module_imports_only_from_lower_levels_and_its_own_room(module: Path) -> None:
-    room = room_of(module)
-    assert room in LEVEL_OF, f"{room} has no level: give it one here and in docs/architecture.md"
+    package = package_of(module)
+    assert package in LEVEL_OF, f"{package} has no level: give it one here and in docs/architecture.md"
     for _, name in imports(parse(module)):
         parts = name.split(".")
-        if parts[0] == "mlx_k2" and len(parts) > 1 and parts[1] != room:
-            assert LEVEL_OF[parts[1]] < LEVEL_OF[room], f"{module} imports {name}"
+        if parts[0] == "mlx_k2" and len(parts) > 1 and parts[1] != package:
+            assert LEVEL_OF[parts[1]] < LEVEL_OF[package], f"{module} imports {name}"
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_only_the_rooms_of_a_stage_import_mlx(module: Path) -> None:
-    allowed = str(module) in MAY_IMPORT_MLX or room_of(module) in MAY_IMPORT_MLX
+    allowed = str(module) in MAY_IMPORT_MLX or package_of(module) in MAY_IMPORT_MLX
     heavy = [name for _, name in imports(parse(module)) if name.split(".")[0] in ("mlx", "mlx_lm", "transformers")]
     assert allowed or not heavy
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) != LAZY_IMPORTS], ids=str)
+@pytest.mark.parametrize("module", [module for module in MODULES if package_of(module) != LAZY_IMPORTS], ids=str)
 def test_no_import_hides_in_a_function(module: Path) -> None:
     tree = parse(module)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]

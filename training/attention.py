@@ -19,11 +19,11 @@ class Cache:
     def __init__(self) -> None:
         self.key = self.value = torch.empty(0)
 
-    def extend(self, key: Tensor, value: Tensor, positions: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    def extend(self, key: Tensor, value: Tensor, positions: Tensor, space: int) -> tuple[Tensor, Tensor]:
         """Writes (rows, heads, new, dim) at positions (rows, new); gives all `room` places."""
         if not self.key.numel():
-            self.key = key.new_zeros(*key.shape[:2], room, key.shape[3])
-            self.value = value.new_zeros(*value.shape[:2], room, value.shape[3])
+            self.key = key.new_zeros(*key.shape[:2], space, key.shape[3])
+            self.value = value.new_zeros(*value.shape[:2], space, value.shape[3])
         rows = torch.arange(len(positions)).unsqueeze(1)
         self.key[rows, :, positions] = key.transpose(1, 2)
         self.value[rows, :, positions] = value.transpose(1, 2)
@@ -47,7 +47,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(heads * shape.v_head_dim, hidden, gain=0.6)
         self.scale = softmax_scale(shape)
 
-    def forward(self, x: Tensor, angles: Tensor, positions: Tensor, cache: Cache | None, room: int) -> Tensor:
+    def forward(self, x: Tensor, angles: Tensor, positions: Tensor, cache: Cache | None, space: int) -> Tensor:
         """(rows, new, hidden) -> the same; with a cache, each token sees the `room` places up to its own position."""
         shape, (rows, new, _) = self.shape, x.shape
         nope, rope = shape.qk_nope_head_dim, shape.qk_rope_head_dim
@@ -63,8 +63,8 @@ class Attention(nn.Module):
         if cache is None:
             mixed = _causal_attention(q, k, v, self.scale)
         else:
-            k, v = cache.extend(k, v, positions, room)
-            visible = torch.arange(room) <= positions.unsqueeze(-1)  # (rows, new, room)
+            k, v = cache.extend(k, v, positions, space)
+            visible = torch.arange(space) <= positions.unsqueeze(-1)  # (rows, new, room)
             mixed = F.scaled_dot_product_attention(q, k, v, visible.unsqueeze(1), scale=self.scale)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(rows, new, -1))
         return out

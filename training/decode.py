@@ -30,14 +30,14 @@ def _decode(prompts: list[list[int]], model: Model, stop: int, max_new_tokens: i
     tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
     positions = torch.arange(longest).expand_as(tokens)
     is_real = positions < lengths.unsqueeze(1)
-    room = longest + max_new_tokens
-    hidden = model.hidden(tokens, is_real, positions, caches, room)
+    space = longest + max_new_tokens
+    hidden = model.hidden(tokens, is_real, positions, caches, space)
     newest = _pick(model, hidden[torch.arange(len(prompts)), lengths - 1])  # (rows,)
     written = [newest]
     is_open = newest != stop
     while is_open.any() and len(written) < max_new_tokens:
         positions = (lengths + len(written) - 1).unsqueeze(1)
-        hidden = model.hidden(newest.unsqueeze(1), is_open.unsqueeze(1), positions, caches, room)
+        hidden = model.hidden(newest.unsqueeze(1), is_open.unsqueeze(1), positions, caches, space)
         newest = _pick(model, hidden[:, 0])
         written.append(newest)
         is_open &= newest != stop

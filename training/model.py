@@ -42,7 +42,7 @@ class Model(nn.Module):
         real: Tensor,
         positions: Tensor | None = None,
         caches: list[Cache] | None = None,
-        room: int = 0,
+        space: int = 0,
     ) -> Tensor:
         """(rows, new) ids -> normed hidden states (rows, new, hidden); `real` marks what is no padding.
 
@@ -56,7 +56,7 @@ class Model(nn.Module):
         for index, layer in enumerate(self.decoder_layers()):
             cache = None if caches is None else caches[index]
             normed = layer.input_layernorm(x).to(kind)
-            x = x + layer.self_attn(normed, angles, positions, cache, room)
+            x = x + layer.self_attn(normed, angles, positions, cache, space)
             normed = layer.post_attention_layernorm(x).to(kind)
             if isinstance(layer.mlp, Experts):
                 x = x + layer.mlp(normed.flatten(0, 1), real.flatten()).view_as(x)

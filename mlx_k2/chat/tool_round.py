@@ -45,7 +45,7 @@ def run_calls(
     """
     results: dict[int, ToolResult] = {}
     for index, call in enumerate(calls):
-        early = _early_result(call, tools, approve, stopped, has_room=index < max_calls)
+        early = _early_result(call, tools, approve, stopped, within_limit=index < max_calls)
         if early is not None:
             results[index] = early
             yield CallEnded(call, early, None)
@@ -69,12 +69,12 @@ def run_calls(
 
 
 def _early_result(
-    call: ToolCall, tools: Tools, approve: Approve, stopped: Callable[[], bool], *, has_room: bool
+    call: ToolCall, tools: Tools, approve: Approve, stopped: Callable[[], bool], *, within_limit: bool
 ) -> ToolResult | None:
     """What a call comes to that is not run; None: it is to be run. A tool that is not there needs nobody's consent."""
     if call.error is not None:
         return ToolResult(Outcome.REFUSED, call.error)
-    if not has_room:
+    if not within_limit:
         return _TOO_MANY
     if stopped():
         return _NOT_RUN

@@ -175,6 +175,6 @@ def _capacities(hosts: Sequence[Host], memories: Sequence[HostMemory], beside_by
     capacities = []
     for host, memory in zip(hosts, memories, strict=True):
         bound = memory_bound_bytes(host.memory_gb, memory.working_set_bytes, memory.ram_bytes)
-        room = None if bound is None else max(0, bound // stages_on[host.ssh] - beside_bytes)
-        capacities.append(HostCapacity(name=host.ssh, memory_bytes=room, gb_per_s=host.gb_per_s))
+        available_bytes = None if bound is None else max(0, bound // stages_on[host.ssh] - beside_bytes)
+        capacities.append(HostCapacity(name=host.ssh, memory_bytes=available_bytes, gb_per_s=host.gb_per_s))
     return tuple(capacities)

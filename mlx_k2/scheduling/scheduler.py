@@ -163,11 +163,11 @@ class Scheduler:
         if turn is not None:
             rows.append(_prompt_row(sequence, self._beside_decoding(rows, sequence, turn)))
             return
-        room = self._chunk_tokens(sequence)
-        while sequence is not None and room > 0:
-            rows.append(_prompt_row(sequence, room))
-            room -= len(rows[-1].token_ids)
-            sequence = self._next_prompt(rows) if room > 0 else None
+        remaining = self._chunk_tokens(sequence)
+        while sequence is not None and remaining > 0:
+            rows.append(_prompt_row(sequence, remaining))
+            remaining -= len(rows[-1].token_ids)
+            sequence = self._next_prompt(rows) if remaining > 0 else None
 
     def _next_prompt(self, rows: list[MicrobatchRow]) -> Sequence | None:
         """The prompt that comes next after ``rows``, in a slot of its own."""

@@ -58,12 +58,12 @@ class ChatTemplate:
         """
         bounds = {_ON_TURN: _deadline(self._max_cpu_s)}
         parts: list[str] = []
-        room = self._max_characters
+        remaining = self._max_characters
         try:
             for part in self._template.generate(self._tokens | dict(variables) | bounds):
                 parts.append(part)
-                room -= len(part)
-                if room < 0:
+                remaining -= len(part)
+                if remaining < 0:
                     raise _Runaway(f"wrote more than {self._max_characters} characters")
         except _Refusal as refusal:
             raise RequestError(f"the chat template refuses these messages: {refusal}") from None

@@ -125,8 +125,8 @@ def end_sshd(scene: Scene, run: StreamsRun) -> float:
 def no_memory(scene: Scene, run: StreamsRun) -> float:
     """Leave the middle stage no room for another byte, just before it loads."""
     stage = scene.stage(MIDDLE)
-    room = stage.memory_info().vms
-    resource.prlimit(stage.pid, resource.RLIMIT_AS, (room, room))
+    space = stage.memory_info().vms
+    resource.prlimit(stage.pid, resource.RLIMIT_AS, (space, space))
     run.resume()
     return time.monotonic()
 
