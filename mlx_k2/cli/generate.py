@@ -15,7 +15,7 @@ from mlx_k2.cli.generate_file import WANTED_SLOTS, check_options, generate_many
 from mlx_k2.cli.option_values import (
     ModelFrontend,
     deployment_request,
-    is_as_it_is,
+    is_raw,
     log_settings,
     new_conversation,
     open_source,
@@ -145,7 +145,7 @@ def _answer(
 def _output(options: dict[str, Any], tokenizer: Tokenizer) -> TextOutput | JsonOutput:
     if options["as_json"]:
         return JsonOutput(tokenizer)
-    return TextOutput(as_it_is=is_as_it_is(options), show_thinking=not options["hide_thinking"])
+    return TextOutput(is_raw=is_raw(options), show_thinking=not options["hide_thinking"])
 
 
 def _events(
@@ -158,7 +158,7 @@ def _events(
 ) -> Iterator[Event]:
     """The answer to a prompt as it is, or to the first message of a conversation."""
     tokenizer = frontend.tokenizer
-    if is_as_it_is(options):
+    if is_raw(options):
         return stream_answer(coordinator, tokenizer, read_prompt(options, text, frontend))
     settings = reply_settings(options, frontend)
     conversation = new_conversation(options, frontend, () if tools is None else tools.declarations)

@@ -120,7 +120,7 @@ class ModelFrontend:
         return GenerationConfig.from_json(self.model.files.get("generation_config.json", b"{}"))
 
 
-def is_as_it_is(options: Mapping[str, Any]) -> bool:
+def is_raw(options: Mapping[str, Any]) -> bool:
     """Whether the prompt goes to the model without a chat template, so that its answer is no reply with parts."""
     return bool(options["raw"]) or options["token_ids"] is not None
 
@@ -131,7 +131,7 @@ def prompt_text(options: Mapping[str, Any]) -> str:
     Raises:
         RequestError: there is no text, or options contradict each other.
     """
-    if is_as_it_is(options) and any(options[name] is not None for name in _FOR_REPLIES):
+    if is_raw(options) and any(options[name] is not None for name in _FOR_REPLIES):
         raise RequestError("--raw and --token-ids go without --tools, --mcp and --thinking-budget")
     if options["token_ids"] is not None:
         if options["prompt"] or options["system"]:

@@ -25,11 +25,11 @@ _ENDS = {FinishReason.STOP: "complete", **CUT, FinishReason.CANCELLED: "cancelle
 class TextOutput:
     """The answer to stdout; thinking, calls, a closing line and a table of the stages to stderr.
 
-    A context, which ends the last line. ``as_it_is``: all that is drawn is the answer.
+    A context, which ends the last line. ``is_raw``: all that is drawn is the answer.
     """
 
-    def __init__(self, *, as_it_is: bool, show_thinking: bool) -> None:
-        self._as_it_is = as_it_is
+    def __init__(self, *, is_raw: bool, show_thinking: bool) -> None:
+        self._is_raw = is_raw
         self.screen: Screen = PlainScreen(show_thinking=show_thinking)
 
     def __enter__(self) -> "TextOutput":
@@ -44,7 +44,7 @@ class TextOutput:
         """Write what comes at once."""
         if not isinstance(event, Delta):
             self.screen.event(event)
-        elif self._as_it_is:
+        elif self._is_raw:
             self.screen.event(Content(event.text))
 
     def restart(self, restart: Restart) -> None:
