@@ -82,32 +82,32 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Segment:
     """A run of rendered text; `is_reply` marks what the model itself has to write. Cut only at control tokens."""
 
     text: str
     is_reply: bool
 
 
-def render(conversation: Conversation) -> Iterator[Piece]:
+def render(conversation: Conversation) -> Iterator[Segment]:
     """The whole conversation as K2's template writes it; earlier exchanges lose their reasoning and are not replies."""
     if conversation.tools:
-        yield Piece(_message("system", "tool_declare", declare(conversation.tools)), is_reply=False)
+        yield Segment(_message("system", "tool_declare", declare(conversation.tools)), is_reply=False)
     system = DEFAULT_SYSTEM if conversation.system is None else conversation.system
-    yield Piece(_message("system", "system", system), is_reply=False)
+    yield Segment(_message("system", "system", system), is_reply=False)
     call_number = 0
     for exchange in conversation.exchanges:
         is_last = exchange is conversation.exchanges[-1]
-        yield Piece(_message("user", "user", exchange.question), is_reply=False)
+        yield Segment(_message("user", "user", exchange.question), is_reply=False)
         for step in exchange.steps:
-            yield Piece(_open("assistant", "assistant"), is_reply=False)
-            yield Piece(_call_reply(step.think if is_last else "", step.call, call_number), is_reply=is_last)
+            yield Segment(_open("assistant", "assistant"), is_reply=False)
+            yield Segment(_call_reply(step.think if is_last else "", step.call, call_number), is_reply=is_last)
             result = f"## Return of functions.{step.call.name}:{call_number}\n{step.result}"
-            yield Piece(_message("system", step.call.name, result), is_reply=False)
+            yield Segment(_message("system", step.call.name, result), is_reply=False)
             call_number += 1
-        yield Piece(_open("assistant", "assistant"), is_reply=False)
+        yield Segment(_open("assistant", "assistant"), is_reply=False)
         think = exchange.think if is_last else ""
-        yield Piece(f"<think>{think}</think>{exchange.answer}<|im_end|>", is_reply=is_last)
+        yield Segment(f"<think>{think}</think>{exchange.answer}<|im_end|>", is_reply=is_last)
 
 
 def render_prompt(conversation: Conversation, num_steps: int) -> str:

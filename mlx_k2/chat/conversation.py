@@ -8,7 +8,7 @@ from mlx_k2.errors import RequestError
 from mlx_k2.text.chat_template import ChatTemplate
 from mlx_k2.text.history import assistant_message, num_calls, tool_messages, with_normal_ids
 from mlx_k2.text.message_checks import checked_messages
-from mlx_k2.text.prompt import Piece, encode_pieces, render_pieces
+from mlx_k2.text.prompt import PromptPiece, encode_pieces, render_pieces
 from mlx_k2.text.reply_parser import Reply
 from mlx_k2.text.sampled_turns import SampledTurns
 from mlx_k2.text.tokenizer import Tokenizer
@@ -138,10 +138,10 @@ class Conversation:
         del self._messages[length:]
         self._sampled.forget_from(self._num_turns(self._messages))
 
-    def _rendered(self, messages: Sequence[Message]) -> list[Piece]:
+    def _rendered(self, messages: Sequence[Message]) -> list[PromptPiece]:
         return render_pieces(self._template, self._tokenizer, messages, self._tools)
 
-    def _encode(self, pieces: Sequence[Piece]) -> list[int]:
+    def _encode(self, pieces: Sequence[PromptPiece]) -> list[int]:
         return self._sampled.encode(pieces)
 
     @staticmethod

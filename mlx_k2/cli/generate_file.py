@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mlx_k2.cli.console import ConsoleListener, console, log, log_restart
 from mlx_k2.cli.option_values import SAMPLING_NAMES, ModelFrontend, base_seed, line_prompt, log_settings
 from mlx_k2.cli.prompt_files import PromptLine, ResultFile, line_seed, read_prompt_lines, run_digest
-from mlx_k2.coordinator.batch_results import Answer, answer_all
+from mlx_k2.coordinator.batch_results import BatchResult, answer_all
 from mlx_k2.coordinator.text_stream import coordinate
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.restarting import RestartingDeployment
@@ -105,7 +105,7 @@ def _id(line: PromptLine, index: int) -> str | int:
     return index + 1 if line.id is None else line.id
 
 
-def _result(request: Request, answer: Answer) -> dict[str, Any]:
+def _result(request: Request, answer: BatchResult) -> dict[str, Any]:
     result: dict[str, Any] = {
         "text": answer.reply.content,
         "reasoning": answer.reply.reasoning,

@@ -21,7 +21,7 @@ CANDIDATES = tuple(BufferLimits(*pair) for pair in ((100, 100), (200, 200), (200
 WORTH = 0.99
 """A time must be below this share of the one with MLX's own limits, or it is taken for noise."""
 
-Answer = TypeVar("Answer", KernelReport, DecodeTime)
+Measurement = TypeVar("Measurement", KernelReport, DecodeTime)
 
 
 @click.command()
@@ -107,7 +107,7 @@ def _named(limits: BufferLimits | None) -> str:
     return f"{limits.operations} operations or {limits.megabytes} MB in a command buffer"
 
 
-def _measure(what: str, wanted: type[Answer], limits: BufferLimits | None = None) -> Answer:
+def _measure(what: str, wanted: type[Measurement], limits: BufferLimits | None = None) -> Measurement:
     """Measure in a process of its own, whose environment and memory end with it.
 
     Raises:

@@ -14,26 +14,26 @@ import msgspec
 from mlx_k2.errors import PartitionError
 
 
-class Piece(msgspec.Struct, frozen=True):
+class LayerCost(msgspec.Struct, frozen=True):
     """A layer, the embedding or the head: the bytes it holds, its cache among them, and those a token reads."""
 
     held_bytes: int
     read_bytes: int
 
-    def __add__(self, other: "Piece") -> "Piece":
-        return Piece(self.held_bytes + other.held_bytes, self.read_bytes + other.read_bytes)
+    def __add__(self, other: "LayerCost") -> "LayerCost":
+        return LayerCost(self.held_bytes + other.held_bytes, self.read_bytes + other.read_bytes)
 
 
 class ModelPieces(msgspec.Struct, frozen=True, kw_only=True):
     """A model as the partition sees it."""
 
-    embedding: Piece
-    layers: tuple[Piece, ...]
-    head: Piece
+    embedding: LayerCost
+    layers: tuple[LayerCost, ...]
+    head: LayerCost
 
-    def shard(self, first_layer: int, end_layer: int) -> Piece:
+    def shard(self, first_layer: int, end_layer: int) -> LayerCost:
         """All that the stage of these layers holds and reads."""
-        total = sum(self.layers[first_layer:end_layer], Piece(0, 0))
+        total = sum(self.layers[first_layer:end_layer], LayerCost(0, 0))
         if first_layer == 0:
             total += self.embedding
         return total + self.head if end_layer == len(self.layers) else total

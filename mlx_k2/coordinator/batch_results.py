@@ -13,7 +13,7 @@ from mlx_k2.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Answer:
+class BatchResult:
     """What came of one request. Times are seconds since all of them were submitted."""
 
     request: Request
@@ -34,7 +34,7 @@ class _Arrived:
 
 def answer_all(
     coordinator: Coordinator, tokenizer: Tokenizer, requests: Sequence[Request]
-) -> Generator[Answer, None, None]:
+) -> Generator[BatchResult, None, None]:
     """Run all ``requests``; their answers as they are finished. Closing the generator early cancels the rest.
 
     Raises:
@@ -52,7 +52,7 @@ def answer_all(
             if reason is not None:
                 del arrived[id(request)]
                 reply = read_reply(tokenizer, request, tokens.token_ids)
-                yield Answer(request, tuple(tokens.token_ids), reply, reason, tokens.first_token_s, now_s)
+                yield BatchResult(request, tuple(tokens.token_ids), reply, reason, tokens.first_token_s, now_s)
 
 
 def read_reply(tokenizer: Tokenizer, request: Request, token_ids: Sequence[int]) -> Reply:

@@ -117,7 +117,7 @@ def stream_answer(
         ClusterError: a stage failed; the tokens so far were yielded.
     """
     detokenizer = Detokenizer(tokenizer)
-    answer = _Answer(request)
+    answer = _AnswerState(request)
     while answer.finish_reason is None and not stopped():
         for token_id in forced_tokens():
             answer.append_forced(token_id)
@@ -135,7 +135,7 @@ def stream_answer(
     yield answer.summary()
 
 
-class _Answer:
+class _AnswerState:
     """An answer so far: drawn by one sequence, and by one more after each interjection."""
 
     def __init__(self, request: Request) -> None:

@@ -39,7 +39,7 @@ SILENT_S = 3.0
 LAYER_S = 600.0
 """Without a word from any stage while they load: a layer is 10 GB, and a disk may be slow."""
 
-Answer = TypeVar("Answer", bound=FromStage)
+Reply = TypeVar("Reply", bound=FromStage)
 
 
 def handshake(group: StageGroup, versions: Sequence[str]) -> tuple[Hello, ...]:
@@ -110,19 +110,19 @@ def download(
 
 def collect(
     group: StageGroup,
-    wanted: type[Answer],
+    wanted: type[Reply],
     ranks: Sequence[int],
     silence_s: float,
     phase: str,
     on_other: Callable[[int, FromStage], None] | None = None,
-) -> tuple[Answer, ...]:
+) -> tuple[Reply, ...]:
     """One ``wanted`` message from each of ``ranks``, in that order; other messages go to ``on_other``.
 
     Raises:
         StageStartError, StageFault: a stage reported a fault, or ended.
         StageSilent: nothing came from any stage for ``silence_s``, or a host is silent or a stage stopped; names it.
     """
-    answers: dict[int, Answer] = {}
+    answers: dict[int, Reply] = {}
     monitor = HealthMonitor(group)
     deadline = time.monotonic() + silence_s
     while any(rank not in answers for rank in ranks):

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from mlx_k2.cluster.hostfile import Host, Hostfile
 from mlx_k2.cluster.memory import layer_cache_bytes, memory_bound_bytes, working_bytes
-from mlx_k2.cluster.partition import HostCapacity, ModelPieces, Piece, StageAssignment, divide_as_asked, divide_layers
+from mlx_k2.cluster.partition import (
+    HostCapacity,
+    LayerCost,
+    ModelPieces,
+    StageAssignment,
+    divide_as_asked,
+    divide_layers,
+)
 from mlx_k2.config import ModelConfig
 from mlx_k2.errors import RequestError
 from mlx_k2.weights.checkpoint import ModelDescription
@@ -142,18 +149,18 @@ def _pieces(config: ModelConfig, shape: RunShape, compute_bytes: int) -> ModelPi
     cache_bytes = layer_cache_bytes(config, shape.num_slots, shape.context_tokens, compute_bytes)
     bits = shape.dense_bits
     of_kind = {
-        config.is_moe(layer): Piece(
+        config.is_moe(layer): LayerCost(
             held_bytes(layer_specs(config, layer), compute_bytes, bits) + cache_bytes,
             layer_read_bytes_per_token(config, layer, compute_bytes, bits),
         )
         for layer in _distinct_layers(config)
     }
     return ModelPieces(
-        embedding=Piece(
+        embedding=LayerCost(
             held_bytes(embedding_specs(config), compute_bytes), embedding_read_bytes_per_token(config, compute_bytes)
         ),
         layers=tuple(of_kind[config.is_moe(layer)] for layer in range(config.num_hidden_layers)),
-        head=Piece(
+        head=LayerCost(
             held_bytes(head_specs(config), compute_bytes, bits), head_read_bytes_per_token(config, compute_bytes, bits)
         ),
     )

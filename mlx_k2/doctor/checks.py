@@ -52,14 +52,14 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Answer:
+class HostAnswer:
     """How fast a host answered over its control connection, and how far its clock is ahead of ours."""
 
     round_trip_s: float
     clock_ahead_s: float
 
 
-def check_answer(host: str, answer: Answer) -> Iterator[Check]:
+def check_answer(host: str, answer: HostAnswer) -> Iterator[Check]:
     """Whether it is fast enough to be asked for every token, and its clock is right."""
     trip = f"answers in {1000 * answer.round_trip_s:.1f} ms"
     if answer.round_trip_s > SLOW_ANSWER_S:

@@ -15,9 +15,9 @@ from mlx_k2.deployment.dry_run import plan_for
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import HostMemory, StagePlan
 from mlx_k2.doctor.checks import (
-    Answer,
     Check,
     CheckResult,
+    HostAnswer,
     check_addresses,
     check_answer,
     check_backend,
@@ -152,10 +152,10 @@ class _Round:
             if (read := self.collect(ClockRead, [rank], PROBE_S, "ssh").get(rank)) is None:
                 return
             elapsed_s = time.monotonic() - asked
-            answers.append(Answer(elapsed_s, read.unix_s - asked_at - elapsed_s / 2))
+            answers.append(HostAnswer(elapsed_s, read.unix_s - asked_at - elapsed_s / 2))
         quickest = min(answers, key=lambda answer: answer.round_trip_s)
         typical_s = statistics.median(answer.round_trip_s for answer in answers)
-        self.checks += check_answer(self._hosts[rank].ssh, Answer(typical_s, quickest.clock_ahead_s))
+        self.checks += check_answer(self._hosts[rank].ssh, HostAnswer(typical_s, quickest.clock_ahead_s))
 
     def probe(self, hellos: Mapping[int, Hello], plans: Sequence[StagePlan], *, deep: bool) -> dict[int, HostFacts]:
         """What the hosts that answered find out about themselves."""

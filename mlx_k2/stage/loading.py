@@ -13,7 +13,7 @@ from mlx_k2.model.layer_weights import LayerWeights, MoeWeights, assemble_layer
 from mlx_k2.model.linear import make_matrix
 from mlx_k2.model.stage_model import Head, StageModel
 from mlx_k2.stage.host import on_gpu
-from mlx_k2.weights.reader import Piece, ShardReader
+from mlx_k2.weights.reader import LoadedTensors, ShardReader
 
 
 class LoadedPiece(NamedTuple):
@@ -74,7 +74,7 @@ def _load_head(reader: ShardReader, dense_bits: int | None) -> tuple[Head, Loade
     return head, _hold(head, piece)
 
 
-def _hold(weights: Any, piece: Piece) -> LoadedPiece:
+def _hold(weights: Any, piece: LoadedTensors) -> LoadedPiece:
     """Evaluate what was made of a piece, so that nothing else of it needs to stay."""
     mx.eval(weights)
     mx.clear_cache()

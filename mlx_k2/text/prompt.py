@@ -14,7 +14,7 @@ from mlx_k2.text.escaping import Escaping
 from mlx_k2.text.message_checks import checked_messages, checked_tools
 from mlx_k2.text.tokenizer import Tokenizer
 
-Piece: TypeAlias = str | int
+PromptPiece: TypeAlias = str | int
 """Part of a prompt: ordinary text, or the id of a control token."""
 
 
@@ -32,7 +32,7 @@ def render_prompt(
     return encode_pieces(tokenizer, pieces)
 
 
-def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> list[int]:
+def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[PromptPiece]) -> list[int]:
     """The token ids of ``pieces``; the text between two control tokens is encoded as one."""
     ids: list[int] = []
     for piece in pieces:
@@ -54,7 +54,7 @@ def render_pieces(
     *,
     add_generation_prompt: bool = True,
     **options: object,
-) -> list[Piece]:
+) -> list[PromptPiece]:
     """A conversation as the template writes it, text and control tokens apart; no two texts stand side by side.
 
     ``options`` are handed to the template, as text from outside like the messages.
@@ -99,7 +99,7 @@ def _texts(value: object) -> Iterator[str]:
                 yield from _texts(item)
 
 
-def _split(text: str, tokenizer: Tokenizer) -> Iterator[Piece]:
+def _split(text: str, tokenizer: Tokenizer) -> Iterator[PromptPiece]:
     """``text`` at the control tokens' names; where two could stand, the longer one does."""
     names = sorted(tokenizer.special_ids, key=len, reverse=True)
     markers = re.compile("|".join(map(re.escape, names)) or r"(?!)")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TypeAlias
 
-from mlx_k2.text.prompt import Piece
+from mlx_k2.text.prompt import PromptPiece
 from mlx_k2.text.tokenizer import Tokenizer
 
 _TURN, _BODY, _END = "<|im_assistant|>", "<|im_middle|>", "<|im_end|>"
@@ -38,7 +38,7 @@ class SampledTurns:
         """The conversation ends before this turn now."""
         self._sampled = {number: sampled for number, sampled in self._sampled.items() if number < turn}
 
-    def encode(self, pieces: Sequence[Piece]) -> list[int]:
+    def encode(self, pieces: Sequence[PromptPiece]) -> list[int]:
         """The token ids of a rendered conversation, whose assistant turns are counted as they stand there.
 
         Text of a turn that was drawn keeps its tokens up to where the template changed it; from there on, and

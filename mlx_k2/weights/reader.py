@@ -19,7 +19,7 @@ from mlx_k2.weights.inventory import TensorSpec, embedding_specs, head_specs, la
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-class Piece(NamedTuple):
+class LoadedTensors(NamedTuple):
     """Evaluated tensors by short name, and the checkpoint's names that they were made of."""
 
     tensors: dict[str, mx.array]
@@ -39,15 +39,15 @@ class ShardReader:
         self._files = files
         self._dtype = dtype
 
-    def embedding(self) -> Piece:
+    def embedding(self) -> LoadedTensors:
         """``model.embed_tokens.weight`` (vocabulary, hidden)."""
         return self._plain(embedding_specs(self._config))
 
-    def head(self) -> Piece:
+    def head(self) -> LoadedTensors:
         """``model.norm.weight`` (hidden,) and ``lm_head.weight`` (vocabulary, hidden)."""
         return self._plain(head_specs(self._config))
 
-    def layer(self, layer: int) -> Piece:
+    def layer(self, layer: int) -> LoadedTensors:
         """One layer's tensors, named without ``model.layers.N.``; experts stacked along a first axis.
 
         Raises:
@@ -62,14 +62,14 @@ class ShardReader:
             tensors |= self._stack_experts(lazy, prefix)
         mx.eval(tensors)
         mx.clear_cache()
-        return Piece(tensors, tuple(spec.name for spec in specs))
+        return LoadedTensors(tensors, tuple(spec.name for spec in specs))
 
-    def _plain(self, specs: tuple[TensorSpec, ...]) -> Piece:
+    def _plain(self, specs: tuple[TensorSpec, ...]) -> LoadedTensors:
         lazy = self._open(specs)
         tensors = {spec.name.removeprefix(self._config.tensor_prefix): self._cast(lazy, spec) for spec in specs}
         mx.eval(tensors)
         mx.clear_cache()
-        return Piece(tensors, tuple(spec.name for spec in specs))
+        return LoadedTensors(tensors, tuple(spec.name for spec in specs))
 
     def _open(self, specs: tuple[TensorSpec, ...]) -> dict[str, mx.array]:
         """The tensors of ``specs``, not yet read: mx.load reads a tensor when it is first needed."""

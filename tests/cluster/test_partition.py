@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from mlx_k2.cluster.memory import GB, layer_cache_bytes, memory_bound_bytes, working_bytes
 from mlx_k2.cluster.partition import (
     HostCapacity,
+    LayerCost,
     ModelPieces,
-    Piece,
     StageAssignment,
     divide_as_asked,
     divide_layers,
@@ -34,7 +34,7 @@ from mlx_k2.weights.inventory import (
 
 THINKING = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "config.json")
 
-pieces = st.builds(Piece, st.integers(0, 20), st.integers(0, 20))
+pieces = st.builds(LayerCost, st.integers(0, 20), st.integers(0, 20))
 models = st.builds(
     ModelPieces, embedding=pieces, layers=st.lists(pieces, min_size=1, max_size=8).map(tuple), head=pieces
 )
@@ -54,13 +54,13 @@ hosts_of_a_cluster = st.lists(
 def thinking_pieces(context_tokens: int = 0) -> ModelPieces:
     cache = layer_cache_bytes(THINKING, 1, context_tokens, 2)
     layers = tuple(
-        Piece(held_bytes(layer_specs(THINKING, layer)) + cache, layer_read_bytes_per_token(THINKING, layer))
+        LayerCost(held_bytes(layer_specs(THINKING, layer)) + cache, layer_read_bytes_per_token(THINKING, layer))
         for layer in range(61)
     )
     return ModelPieces(
-        embedding=Piece(held_bytes(embedding_specs(THINKING)), embedding_read_bytes_per_token(THINKING)),
+        embedding=LayerCost(held_bytes(embedding_specs(THINKING)), embedding_read_bytes_per_token(THINKING)),
         layers=layers,
-        head=Piece(held_bytes(head_specs(THINKING)), head_read_bytes_per_token(THINKING)),
+        head=LayerCost(held_bytes(head_specs(THINKING)), head_read_bytes_per_token(THINKING)),
     )
 
 

@@ -9,9 +9,9 @@ import pytest
 from mlx_k2.cluster.host_facts import HopSpeed, HostFacts, ModelFacts
 from mlx_k2.cluster.hostfile import Backend, Host
 from mlx_k2.doctor.checks import (
-    Answer,
     Check,
     CheckResult,
+    HostAnswer,
     check_addresses,
     check_answer,
     check_backend,
@@ -136,8 +136,8 @@ JUDGED: dict[str, tuple[list[Check], CheckResult, str]] = {
         "take it out of envs",
     ),
     "idle sleep": (list(check_sleep("mac-2", FACTS)), WARNING, "`sudo pmset -a sleep 0 disksleep 0`"),
-    "a slow answer": (list(check_answer("mac-2", Answer(0.05, 0.0)))[:1], WARNING, "answers in 50.0 ms"),
-    "a wrong clock": (list(check_answer("mac-2", Answer(0.001, -90.0)))[1:], WARNING, "90 s behind .* `sudo sntp"),
+    "a slow answer": (list(check_answer("mac-2", HostAnswer(0.05, 0.0)))[:1], WARNING, "answers in 50.0 ms"),
+    "a wrong clock": (list(check_answer("mac-2", HostAnswer(0.001, -90.0)))[1:], WARNING, "90 s behind .* `sudo sntp"),
     "a slow hop": ([check_hop((HOST, HOST), 0, HopSpeed(0.0002, 60e6))], WARNING, "ips are those of the cable"),
     "a hop": ([check_hop((HOST, HOST), 0, HopSpeed(0.0003, 4e9))], OK, "300 us for a token, 4.00 GB/s"),
 }

@@ -6,7 +6,7 @@ import json
 
 from mlx_k2.testing.tiny_vocabulary import tiny_vocabulary
 from mlx_k2.text.chat_template import ChatTemplate, load_chat_template
-from mlx_k2.text.prompt import Piece
+from mlx_k2.text.prompt import PromptPiece
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 
 VOCAB_SIZE = 800
@@ -23,7 +23,7 @@ def builtin_template() -> ChatTemplate:
     return load_chat_template(FILES)
 
 
-def as_text(pieces: list[Piece]) -> str:
+def as_text(pieces: list[PromptPiece]) -> str:
     return "".join(piece if isinstance(piece, str) else tokenizer().token_bytes(piece).decode() for piece in pieces)
 
 

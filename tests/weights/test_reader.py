@@ -13,7 +13,7 @@ from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.tiny_config import as_kimi_k25, tiny_config_fields
 from mlx_k2.weights.index import CheckpointIndex, read_index_json
 from mlx_k2.weights.inventory import held_bytes, layer_specs, model_specs
-from mlx_k2.weights.reader import Piece, ShardReader
+from mlx_k2.weights.reader import LoadedTensors, ShardReader
 from tests.weights.made_up import VOCAB_SIZE, write_tiny
 
 LAYERS = 7
@@ -44,7 +44,7 @@ def config(folder: Path) -> ModelConfig:
     return write_tiny(folder)
 
 
-def shard(reader: ShardReader, config: ModelConfig, layers: range) -> list[Piece]:
+def shard(reader: ShardReader, config: ModelConfig, layers: range) -> list[LoadedTensors]:
     pieces = [reader.embedding()] if layers.start == 0 else []
     pieces += [reader.layer(layer) for layer in layers]
     return [*pieces, reader.head()] if layers.stop == config.num_hidden_layers else pieces
