@@ -52,13 +52,13 @@ class Row(NamedTuple):
     dense_bits: int | None
     bytes_held: int
     bytes_per_token: int
-    launches: int
+    dispatches: int
 
     def cells(self) -> tuple[object, ...]:
         """As printed."""
         ceilings = (f"{speed * 1e9 / self.bytes_per_token:.2f}" for speed in BANDWIDTHS_GB_S.values())
         gigabytes = (f"{count / 1e9:.2f}" for count in (self.bytes_held, self.bytes_per_token))
-        return self.program, self.dense_bits or 16, *gigabytes, *ceilings, self.launches
+        return self.program, self.dense_bits or 16, *gigabytes, *ceilings, self.dispatches
 
 
 def main() -> None:
@@ -79,9 +79,9 @@ def table() -> list[Row]:
     moe_layers = sum(config.is_moe(layer) for layer in range(config.num_hidden_layers))
     ours, theirs = moe_layers * our_launches(config), moe_layers * mlx_lm_launches(config)
     return [
-        Row(program, bits, *bytes_held_and_read(config, bits, stored_biases=biases), launches)
+        Row(program, bits, *bytes_held_and_read(config, bits, stored_biases=biases), dispatches)
         for bits in (None, 8)
-        for program, biases, launches in (("mlx-k2", False, ours), ("mlx-lm", True, theirs))
+        for program, biases, dispatches in (("mlx-k2", False, ours), ("mlx-lm", True, theirs))
     ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_k2.kernels.dispatch import Launch
+from mlx_k2.kernels.dispatch import Dispatch
 
 # Primitives that only describe the same bytes anew when their input is row-contiguous, as it is wherever these counts
 # are taken. Everything else is one launch.
@@ -32,11 +32,13 @@ VIEWS = frozenset(
 KERNEL = "Depends"  # what stands for a kernel in the graph, see `kernel_in_graph`
 
 
-def kernel_in_graph(launch: Launch) -> list[mx.array]:
+def kernel_in_graph(dispatch: Dispatch) -> list[mx.array]:
     """Stands in for a kernel where there is no GPU: one node with the kernel's inputs and outputs."""
-    outputs = [mx.zeros(shape, dtype) for shape, dtype in zip(launch.output_shapes, launch.output_dtypes, strict=True)]
+    outputs = [
+        mx.zeros(shape, dtype) for shape, dtype in zip(dispatch.output_shapes, dispatch.output_dtypes, strict=True)
+    ]
     mx.eval(outputs)
-    return list(mx.depends(outputs, list(launch.inputs)))
+    return list(mx.depends(outputs, list(dispatch.inputs)))
 
 
 def count_launches(function: Callable[..., mx.array], *inputs: mx.array) -> Counter[str]:

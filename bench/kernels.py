@@ -20,7 +20,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from bench.graph_dispatches import count_launches, kernel_in_graph
 from bench.measure import save_rows, summarize
 from mlx_k2.kernels import experts, reference
-from mlx_k2.kernels.dispatch import Launch, run
+from mlx_k2.kernels.dispatch import Dispatch, run
 from mlx_k2.kernels.self_check import LayerShape, random_expert_ids, random_stack
 from mlx_k2.kernels.stack import BITS, GROUP_SIZE, ZERO_POINT, ExpertStack
 from mlx_k2.kernels.timing import Layer, time_layer
@@ -52,7 +52,7 @@ class Way(NamedTuple):
 
     name: str
     layer: Layer | None  # None where it cannot run
-    launches: int
+    dispatches: int
     bytes_needed: int
     bytes_loaded: int | None  # None where nobody counts
 
@@ -99,7 +99,7 @@ def cells(way: Way, seconds: list[float]) -> tuple[object, ...]:
     milliseconds = summarize([1e3 * value for value in seconds]) if seconds else ""
     rate = f"{way.bytes_needed / float(np.median(seconds)) / 1e9:.2f}" if seconds else ""
     loaded = "" if way.bytes_loaded is None else way.bytes_loaded
-    return way.name, way.launches, way.bytes_needed, loaded, milliseconds, rate
+    return way.name, way.dispatches, way.bytes_needed, loaded, milliseconds, rate
 
 
 def needed_bytes(stack: ExpertStack, ids: mx.array, *, bits_a_weight: float) -> int:
@@ -121,27 +121,27 @@ def kernel_way(stack: ExpertStack, ids: mx.array, *, on_gpu: bool) -> Way:
 
     loaded = 0
 
-    def counting(launch: Launch) -> list[mx.array]:
+    def counting(dispatch: Dispatch) -> list[mx.array]:
         nonlocal loaded
-        executed: Executed = execute(launch, mode=Mode.BYTES)
-        loaded += executed.bytes_loaded(*(n for n in launch.text.inputs if n.endswith(("_packed", "_scale"))))
+        executed: Executed = execute(dispatch, mode=Mode.BYTES)
+        loaded += executed.bytes_loaded(*(n for n in dispatch.text.inputs if n.endswith(("_packed", "_scale"))))
         return executed.outputs
 
     as_on_a_mac = ExpertStack(*(a.astype(mx.bfloat16) if a.dtype == mx.float32 else a for a in stack))
     x, weights = mx.zeros((tokens, HIDDEN), mx.bfloat16), mx.full((tokens, TOP_K), 1 / TOP_K)
     mx.eval(as_on_a_mac, x, weights, ids)
-    launches = count_launches(lambda x: perform(kernel_in_graph)(x, ids, weights, as_on_a_mac), x)
+    dispatches = count_launches(lambda x: perform(kernel_in_graph)(x, ids, weights, as_on_a_mac), x)
     perform(counting)(x, ids, weights, as_on_a_mac)
     needed = needed_bytes(stack, ids, bits_a_weight=4.5)
-    return Way(f"mlx-k2 {name} kernels", perform(run) if on_gpu else None, sum(launches.values()), needed, loaded)
+    return Way(f"mlx-k2 {name} kernels", perform(run) if on_gpu else None, sum(dispatches.values()), needed, loaded)
 
 
 def plain_way(stack: ExpertStack, ids: mx.array) -> Way:
     """What mlx-k2 runs where no kernel does."""
-    launches = counted(reference.routed_experts, stack, ids)
+    dispatches = counted(reference.routed_experts, stack, ids)
     bits = BITS + 8 * stack.gate_scale.dtype.size / GROUP_SIZE
     return Way(
-        "mlx-k2 plain MLX", reference.routed_experts, launches, needed_bytes(stack, ids, bits_a_weight=bits), None
+        "mlx-k2 plain MLX", reference.routed_experts, dispatches, needed_bytes(stack, ids, bits_a_weight=bits), None
     )
 
 

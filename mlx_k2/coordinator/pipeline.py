@@ -108,12 +108,12 @@ class Coordinator:
             self._scheduler.submit(request)
         try:
             while (self._scheduler.has_work or self._sent) and not stopped():
-                yield from self._turn()
+                yield from self._step()
                 yield from self._stop_late()
         finally:
             self._scheduler.cancel_all()
 
-    def _turn(self) -> list[TokenEvent]:
+    def _step(self) -> list[TokenEvent]:
         """Send what can go, and wait until a stage has finished a step; the tokens that came with it."""
         if self._fault is not None:
             self._resume()

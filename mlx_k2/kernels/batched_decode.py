@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from mlx_k2.kernels.decode import SIMD_WIDTH, check_down, check_gate_up, check_ids
-from mlx_k2.kernels.dispatch import Launch, kernel_text
+from mlx_k2.kernels.dispatch import Dispatch, kernel_text
 from mlx_k2.kernels.stack import ExpertStack
 
 MAX_TOKENS = 16
@@ -15,13 +15,17 @@ def capacity(tokens: int) -> int:
     return max(2, 1 << (tokens - 1).bit_length())
 
 
-def gate_up(x: mx.array, expert_ids: mx.array, stack: ExpertStack, *, rows: int, simdgroups: int) -> Launch:
+def gate_up(
+    x: mx.array, expert_ids: mx.array, stack: ExpertStack, *, rows_per_simdgroup: int, simdgroups: int
+) -> Dispatch:
     """silu(gate) * up of each token's chosen experts: x (tokens, hidden) -> (tokens, top_k, intermediate)."""
     check_gate_up(x, expert_ids, stack)
     tokens, top_k = expert_ids.shape
     outputs = stack.intermediate_size
-    assert outputs % (rows * simdgroups) == 0, f"{outputs} rows in threadgroups of {simdgroups} x {rows}"
-    return Launch(
+    assert outputs % (rows_per_simdgroup * simdgroups) == 0, (
+        f"{outputs} rows in threadgroups of {simdgroups} x {rows_per_simdgroup}"
+    )
+    return Dispatch(
         kernel_text(
             "batch_gate_up",
             ("x", "gate_packed", "gate_scale", "up_packed", "up_scale", "expert_ids"),
@@ -34,10 +38,10 @@ def gate_up(x: mx.array, expert_ids: mx.array, stack: ExpertStack, *, rows: int,
             ("K", x.shape[1]),
             ("N", outputs),
             ("TOPK", top_k),
-            ("R", rows),
+            ("R", rows_per_simdgroup),
             ("CAP", capacity(tokens)),
         ),
-        grid=(SIMD_WIDTH, outputs // rows, tokens * top_k),
+        grid=(SIMD_WIDTH, outputs // rows_per_simdgroup, tokens * top_k),
         threadgroup=(SIMD_WIDTH, simdgroups, 1),
         output_shapes=((tokens, top_k, outputs),),
         output_dtypes=(x.dtype,),
@@ -50,16 +54,16 @@ def down(
     expert_weights: mx.array,
     stack: ExpertStack,
     *,
-    rows: int,
+    rows_per_simdgroup: int,
     simdgroups: int,
-) -> Launch:
+) -> Dispatch:
     """The experts' weighted outputs: hidden (tokens, top_k, intermediate) -> (tokens, hidden)."""
     check_ids(expert_ids)
     check_down(hidden, expert_weights, stack)
     tokens, top_k = expert_ids.shape
     outputs = stack.hidden_size
-    assert outputs % rows == 0, f"{outputs} rows in steps of {rows}"
-    return Launch(
+    assert outputs % rows_per_simdgroup == 0, f"{outputs} rows in steps of {rows_per_simdgroup}"
+    return Dispatch(
         kernel_text(
             "batch_down", ("hidden", "down_packed", "down_scale", "expert_ids", "expert_weights"), ("y",), "int4.metal"
         ),
@@ -69,10 +73,10 @@ def down(
             ("K", hidden.shape[2]),
             ("N", outputs),
             ("TOPK", top_k),
-            ("R", rows),
+            ("R", rows_per_simdgroup),
             ("CAP", capacity(tokens)),
         ),
-        grid=(SIMD_WIDTH, simdgroups, outputs // rows),
+        grid=(SIMD_WIDTH, simdgroups, outputs // rows_per_simdgroup),
         threadgroup=(SIMD_WIDTH, simdgroups, 1),
         output_shapes=((tokens, outputs),),
         output_dtypes=(hidden.dtype,),

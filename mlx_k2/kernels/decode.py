@@ -2,14 +2,16 @@
 
 import mlx.core as mx
 
-from mlx_k2.kernels.dispatch import Launch, kernel_text
+from mlx_k2.kernels.dispatch import Dispatch, kernel_text
 from mlx_k2.kernels.stack import CODES_PER_WORD, GROUP_SIZE, ExpertStack
 
 SIMD_WIDTH = 32
 MAX_TOP_K = 32  # one simdgroup an expert, and at most 1024 threads
 
 
-def gate_up(x: mx.array, expert_ids: mx.array, stack: ExpertStack, *, rows: int, simdgroups: int) -> Launch:
+def gate_up(
+    x: mx.array, expert_ids: mx.array, stack: ExpertStack, *, rows_per_simdgroup: int, simdgroups: int
+) -> Dispatch:
     """silu(gate) * up of each token's chosen experts: x (tokens, hidden) -> (tokens, top_k, intermediate).
 
     `rows` rows of gate and of up for a simdgroup, `simdgroups` for a threadgroup.
@@ -17,8 +19,10 @@ def gate_up(x: mx.array, expert_ids: mx.array, stack: ExpertStack, *, rows: int,
     check_gate_up(x, expert_ids, stack)
     tokens, top_k = expert_ids.shape
     outputs = stack.intermediate_size
-    assert outputs % (rows * simdgroups) == 0, f"{outputs} rows in threadgroups of {simdgroups} x {rows}"
-    return Launch(
+    assert outputs % (rows_per_simdgroup * simdgroups) == 0, (
+        f"{outputs} rows in threadgroups of {simdgroups} x {rows_per_simdgroup}"
+    )
+    return Dispatch(
         kernel_text(
             "decode_gate_up",
             ("x", "gate_packed", "gate_scale", "up_packed", "up_scale", "expert_ids"),
@@ -26,28 +30,30 @@ def gate_up(x: mx.array, expert_ids: mx.array, stack: ExpertStack, *, rows: int,
             "int4.metal",
         ),
         (x, stack.gate_packed, stack.gate_scale, stack.up_packed, stack.up_scale, expert_ids),
-        (("T", x.dtype), ("K", x.shape[1]), ("N", outputs), ("TOPK", top_k), ("R", rows)),
-        grid=(SIMD_WIDTH, outputs // rows, tokens * top_k),
+        (("T", x.dtype), ("K", x.shape[1]), ("N", outputs), ("TOPK", top_k), ("R", rows_per_simdgroup)),
+        grid=(SIMD_WIDTH, outputs // rows_per_simdgroup, tokens * top_k),
         threadgroup=(SIMD_WIDTH, simdgroups, 1),
         output_shapes=((tokens, top_k, outputs),),
         output_dtypes=(x.dtype,),
     )
 
 
-def down(hidden: mx.array, expert_ids: mx.array, expert_weights: mx.array, stack: ExpertStack, *, rows: int) -> Launch:
+def down(
+    hidden: mx.array, expert_ids: mx.array, expert_weights: mx.array, stack: ExpertStack, *, rows_per_simdgroup: int
+) -> Dispatch:
     """The experts' weighted outputs: hidden (tokens, top_k, intermediate) -> (tokens, hidden)."""
     check_ids(expert_ids)
     check_down(hidden, expert_weights, stack)
     tokens, top_k = expert_ids.shape
     outputs = stack.hidden_size
-    assert outputs % rows == 0, f"{outputs} rows in steps of {rows}"
-    return Launch(
+    assert outputs % rows_per_simdgroup == 0, f"{outputs} rows in steps of {rows_per_simdgroup}"
+    return Dispatch(
         kernel_text(
             "decode_down", ("hidden", "down_packed", "down_scale", "expert_ids", "expert_weights"), ("y",), "int4.metal"
         ),
         (hidden, stack.down_packed, stack.down_scale, expert_ids, expert_weights),
-        (("T", hidden.dtype), ("K", hidden.shape[2]), ("N", outputs), ("TOPK", top_k), ("R", rows)),
-        grid=(SIMD_WIDTH, top_k, tokens * (outputs // rows)),
+        (("T", hidden.dtype), ("K", hidden.shape[2]), ("N", outputs), ("TOPK", top_k), ("R", rows_per_simdgroup)),
+        grid=(SIMD_WIDTH, top_k, tokens * (outputs // rows_per_simdgroup)),
         threadgroup=(SIMD_WIDTH, top_k, 1),
         output_shapes=((tokens, outputs),),
         output_dtypes=(hidden.dtype,),

@@ -25,7 +25,7 @@ class KernelText(NamedTuple):
     header: str
 
 
-class Launch(NamedTuple):
+class Dispatch(NamedTuple):
     """Everything that `mx.fast.metal_kernel` is told for one call. grid and threadgroup count threads."""
 
     text: KernelText
@@ -96,14 +96,14 @@ def cuda_kernel(text: KernelText) -> CompiledKernel:
     return CompiledKernel(cast(Callable[..., list[mx.array]], kernel))
 
 
-def run(launch: Launch) -> list[mx.array]:
+def run(dispatch: Dispatch) -> list[mx.array]:
     """The launch's outputs, lazily. Raises RuntimeError where MLX has neither Metal nor CUDA."""
     build = cuda_kernel if mx.cuda.is_available() else metal_kernel
-    return build(launch.text).call(
-        inputs=list(launch.inputs),
-        template=list(launch.template) or None,
-        grid=launch.grid,
-        threadgroup=launch.threadgroup,
-        output_shapes=list(launch.output_shapes),
-        output_dtypes=list(launch.output_dtypes),
+    return build(dispatch.text).call(
+        inputs=list(dispatch.inputs),
+        template=list(dispatch.template) or None,
+        grid=dispatch.grid,
+        threadgroup=dispatch.threadgroup,
+        output_shapes=list(dispatch.output_shapes),
+        output_dtypes=list(dispatch.output_dtypes),
     )

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_k2.kernels.decode import check_down, check_gate_up
-from mlx_k2.kernels.dispatch import Launch, kernel_text
+from mlx_k2.kernels.dispatch import Dispatch, kernel_text
 from mlx_k2.kernels.stack import ExpertStack
 
 TILE = 32  # pairs a threadgroup owns, and columns of one half of its outputs
@@ -34,12 +34,12 @@ def max_tiles(num_pairs: int, num_experts: int) -> int:
     return num_pairs // TILE + min(num_pairs, num_experts)
 
 
-def gate_up(x: mx.array, expert_ids: mx.array, pairs: SortedPairs, stack: ExpertStack) -> Launch:
+def gate_up(x: mx.array, expert_ids: mx.array, pairs: SortedPairs, stack: ExpertStack) -> Dispatch:
     """silu(gate) * up: x (tokens, hidden) -> (pairs, intermediate), in sorted order."""
     check_gate_up(x, expert_ids, stack)
     _check_pairs(pairs, expert_ids, stack)
     outputs = stack.intermediate_size
-    return Launch(
+    return Dispatch(
         kernel_text(
             "prefill_gate_up",
             ("x", "gate_packed", "gate_scale", "up_packed", "up_scale", "order", "offsets"),
@@ -61,7 +61,7 @@ def gate_up(x: mx.array, expert_ids: mx.array, pairs: SortedPairs, stack: Expert
     )
 
 
-def down(hidden: mx.array, expert_weights: mx.array, pairs: SortedPairs, stack: ExpertStack) -> Launch:
+def down(hidden: mx.array, expert_weights: mx.array, pairs: SortedPairs, stack: ExpertStack) -> Dispatch:
     """Weighted outputs of each pair: hidden (pairs, intermediate), sorted -> (tokens, top_k, hidden) float32, unsorted.
 
     float32, because eight roundings to bfloat16 before the sum would be the largest error of the layer.
@@ -70,7 +70,7 @@ def down(hidden: mx.array, expert_weights: mx.array, pairs: SortedPairs, stack: 
     check_down(hidden.reshape(tokens, top_k, -1), expert_weights, stack)
     _check_pairs(pairs, expert_weights, stack)
     outputs = stack.hidden_size
-    return Launch(
+    return Dispatch(
         kernel_text(
             "prefill_down",
             ("hidden", "down_packed", "down_scale", "expert_weights", "order", "offsets"),
@@ -86,11 +86,11 @@ def down(hidden: mx.array, expert_weights: mx.array, pairs: SortedPairs, stack: 
     )
 
 
-def combine(parts: mx.array, dtype: mx.Dtype) -> Launch:
+def combine(parts: mx.array, dtype: mx.Dtype) -> Dispatch:
     """Sums each token's parts in the order of slots: (tokens, top_k, hidden) float32 -> (tokens, hidden) `dtype`."""
     tokens, top_k, outputs = parts.shape
     assert outputs % TILE == 0, f"{outputs} outputs"
-    return Launch(
+    return Dispatch(
         kernel_text("prefill_combine", ("parts",), ("y",), None),
         (parts,),
         (("T", dtype), ("N", outputs), ("TOPK", top_k)),

@@ -87,8 +87,8 @@ def routed_experts(
     if expert_ids.size >= SORT_FROM_PAIRS:
         outputs = _sorted_outputs(x, expert_ids, stack)
     else:
-        rows = x[:, None, None, :]  # (tokens, 1, 1, hidden): one row for each expert of the token
-        outputs = _swiglu_experts(rows, expert_ids, stack)
+        inputs = x[:, None, None, :]  # (tokens, 1, 1, hidden): one row for each expert of the token
+        outputs = _swiglu_experts(inputs, expert_ids, stack)
     outputs = outputs.squeeze(-2).astype(mx.float32)  # (tokens, top_k, hidden)
     return (expert_weights[:, None, :] @ outputs).squeeze(1).astype(x.dtype)
 
@@ -96,25 +96,25 @@ def routed_experts(
 def _sorted_outputs(x: mx.array, expert_ids: mx.array, stack: ExpertStack | AffineStack) -> mx.array:
     flat_ids = expert_ids.flatten()
     order = mx.argsort(flat_ids)
-    rows = x[order // expert_ids.shape[1]][:, None, :]  # (pairs, 1, hidden)
-    outputs = _swiglu_experts(rows, flat_ids[order], stack, sorted_indices=True)
+    inputs = x[order // expert_ids.shape[1]][:, None, :]  # (pairs, 1, hidden)
+    outputs = _swiglu_experts(inputs, flat_ids[order], stack, sorted_indices=True)
     return outputs[mx.argsort(order)].reshape(*expert_ids.shape, 1, -1)
 
 
 def _swiglu_experts(
-    rows: mx.array, expert_ids: mx.array, stack: ExpertStack | AffineStack, *, sorted_indices: bool = False
+    inputs: mx.array, expert_ids: mx.array, stack: ExpertStack | AffineStack, *, sorted_indices: bool = False
 ) -> mx.array:
     """(..., 1, hidden) rows for (...) expert ids -> (..., 1, hidden)."""
 
-    def project(rows: mx.array, packed: mx.array, scale: mx.array, bias: mx.array | None) -> mx.array:
+    def project(inputs: mx.array, packed: mx.array, scale: mx.array, bias: mx.array | None) -> mx.array:
         if bias is None and expert_ids.size * FEW_OF_STACK <= packed.shape[0]:
-            scale = scale[expert_ids].astype(rows.dtype)
+            scale = scale[expert_ids].astype(inputs.dtype)
             return mx.quantized_matmul(
-                rows, packed[expert_ids], scale, scale * -ZERO_POINT, group_size=GROUP_SIZE, bits=BITS
+                inputs, packed[expert_ids], scale, scale * -ZERO_POINT, group_size=GROUP_SIZE, bits=BITS
             )
-        scale = scale.astype(rows.dtype)
+        scale = scale.astype(inputs.dtype)
         return mx.gather_qmm(
-            rows,
+            inputs,
             packed,
             scale,
             scale * -ZERO_POINT if bias is None else bias,
@@ -126,6 +126,6 @@ def _swiglu_experts(
 
     # MLX's affine product asks for biases; those that are not held are made in the call, and gone after it
     experts, gate_bias, up_bias, down_bias = stack if isinstance(stack, AffineStack) else (stack, None, None, None)
-    gate = project(rows, experts.gate_packed, experts.gate_scale, gate_bias)
-    up = project(rows, experts.up_packed, experts.up_scale, up_bias)
+    gate = project(inputs, experts.gate_packed, experts.gate_scale, gate_bias)
+    up = project(inputs, experts.up_packed, experts.up_scale, up_bias)
     return project(gate * mx.sigmoid(gate) * up, experts.down_packed, experts.down_scale, down_bias)

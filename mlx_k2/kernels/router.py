@@ -4,10 +4,10 @@ import mlx.core as mx
 
 from mlx_k2.kernels.batched_decode import MAX_TOKENS, capacity
 from mlx_k2.kernels.decode import MAX_TOP_K, SIMD_WIDTH
-from mlx_k2.kernels.dispatch import Launch, kernel_text
+from mlx_k2.kernels.dispatch import Dispatch, kernel_text
 
 
-def logits(hidden: mx.array, router_weight: mx.array) -> Launch:
+def logits(hidden: mx.array, router_weight: mx.array) -> Dispatch:
     """Products of hidden (tokens, hidden) and router_weight (experts, hidden): (tokens, experts), in float32."""
     tokens, inputs = hidden.shape
     experts = router_weight.shape[0]
@@ -15,7 +15,7 @@ def logits(hidden: mx.array, router_weight: mx.array) -> Launch:
     assert router_weight.shape == (experts, inputs), f"router is {router_weight.shape}, hidden {hidden.shape}"
     assert router_weight.dtype == hidden.dtype, f"router is {router_weight.dtype}, hidden {hidden.dtype}"
     assert inputs % 32 == 0, f"{inputs} inputs"
-    return Launch(
+    return Dispatch(
         kernel_text("router_logits", ("hidden", "router_weight"), ("logits",), "int4.metal"),
         (hidden, router_weight),
         (("T", hidden.dtype), ("K", inputs), ("E", experts), ("CAP", 1 if tokens == 1 else capacity(tokens))),
@@ -28,7 +28,7 @@ def logits(hidden: mx.array, router_weight: mx.array) -> Launch:
 
 def select(
     logits: mx.array, correction_bias: mx.array, *, top_k: int, normalize: bool, scaling_factor: float
-) -> Launch:
+) -> Dispatch:
     """Logits (tokens, experts) float32 -> ids (tokens, top_k) uint32, best first, and weights (tokens, top_k) float32.
 
     One group of experts only; `reference.select_experts` states the rule.
@@ -38,7 +38,7 @@ def select(
     assert correction_bias.shape == (experts,), f"bias is {correction_bias.shape} for {experts} experts"
     assert correction_bias.dtype == mx.float32, f"bias is {correction_bias.dtype}"
     assert top_k <= min(experts, MAX_TOP_K), f"{top_k} of {experts} experts"
-    return Launch(
+    return Dispatch(
         kernel_text("router_select", ("logits", "correction_bias", "scaling"), ("ids", "weights"), "int4.metal"),
         (logits, correction_bias, mx.array([scaling_factor], dtype=mx.float32)),
         (("E", experts), ("TOPK", top_k), ("NORMALIZE", normalize and top_k > 1)),

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from mlx_k2.kernels import batched_decode, decode, prefill, router
-from mlx_k2.kernels.dispatch import Launch, run
+from mlx_k2.kernels.dispatch import Dispatch, run
 from mlx_k2.kernels.stack import ExpertStack
 from mlx_k2.kernels.tuning import Tuning
 
-Perform = Callable[[Launch], list[mx.array]]
+Perform = Callable[[Dispatch], list[mx.array]]
 Experts = Callable[[mx.array, mx.array, mx.array, ExpertStack, Tuning, Perform], mx.array]
 
 
@@ -26,9 +26,11 @@ def decode_experts(
 ) -> mx.array:
     """One token, two launches. Right for more tokens too, but then an expert is read once for each of them."""
     (hidden,) = perform(
-        decode.gate_up(x, expert_ids, stack, rows=tuning.gate_up_rows, simdgroups=tuning.gate_up_simdgroups)
+        decode.gate_up(
+            x, expert_ids, stack, rows_per_simdgroup=tuning.gate_up_rows, simdgroups=tuning.gate_up_simdgroups
+        )
     )
-    (y,) = perform(decode.down(hidden, expert_ids, expert_weights, stack, rows=tuning.down_rows))
+    (y,) = perform(decode.down(hidden, expert_ids, expert_weights, stack, rows_per_simdgroup=tuning.down_rows))
     return y
 
 
@@ -41,12 +43,20 @@ def batch_experts(
     perform: Perform = run,
 ) -> mx.array:
     """Up to `batched_decode.MAX_TOKENS` tokens, two launches, every chosen expert read once."""
-    rows = (
+    rows_per_simdgroup = (
         tuning.batch_rows if x.shape[0] <= batched_decode.MAX_TOKENS // 2 else max(1, tuning.batch_rows // 2)
     )  # registers
     simdgroups = tuning.batch_simdgroups
-    (hidden,) = perform(batched_decode.gate_up(x, expert_ids, stack, rows=rows, simdgroups=tuning.gate_up_simdgroups))
-    (y,) = perform(batched_decode.down(hidden, expert_ids, expert_weights, stack, rows=rows, simdgroups=simdgroups))
+    (hidden,) = perform(
+        batched_decode.gate_up(
+            x, expert_ids, stack, rows_per_simdgroup=rows_per_simdgroup, simdgroups=tuning.gate_up_simdgroups
+        )
+    )
+    (y,) = perform(
+        batched_decode.down(
+            hidden, expert_ids, expert_weights, stack, rows_per_simdgroup=rows_per_simdgroup, simdgroups=simdgroups
+        )
+    )
     return y
 
 

@@ -30,7 +30,7 @@ class Projections(NamedTuple):
 
     absorbed_queries: mx.array | None  # (heads, generated tokens, kv_lora_rank + qk_rope)
     naive_queries: mx.array | None  # (heads, prompt tokens, qk_nope + qk_rope)
-    rows: mx.array  # (tokens, kv_lora_rank + qk_rope): what goes into the cache
+    cache_rows: mx.array  # (tokens, kv_lora_rank + qk_rope): what goes into the cache
 
 
 Project = Callable[[mx.array, mx.array, int, AttentionWeights], Projections]
@@ -114,9 +114,9 @@ def attend_naive(
     return _in_blocks(attend, heads, BLOCK_BYTES // (rebuilt_bytes + (0 if fused else scores_bytes)), axis=0)
 
 
-def _rebuild(rows: mx.array, key_up: Matrix, value_up: Matrix, latent_dim: int) -> tuple[mx.array, mx.array]:
+def _rebuild(cache_rows: mx.array, key_up: Matrix, value_up: Matrix, latent_dim: int) -> tuple[mx.array, mx.array]:
     """Cached rows (keys, row) -> keys (heads, keys, qk_head) and values (heads, keys, v_head)."""
-    latents, rotated = rows[:, :latent_dim], rows[:, latent_dim:]
+    latents, rotated = cache_rows[:, :latent_dim], cache_rows[:, latent_dim:]
     without_position = multiply_transposed(latents, key_up)
     shared = mx.broadcast_to(rotated, (without_position.shape[0], *rotated.shape))
     return mx.concatenate([without_position, shared], axis=-1), multiply(latents, value_up)

@@ -55,7 +55,7 @@ def make_layer(config: ModelConfig, *, fused_attention: bool) -> RunLayer:
         start = 0
         for span in batch.spans:
             end = start + span.count
-            keys = cache.write(index, span, projections.rows[start:end])
+            keys = cache.write(index, span, projections.cache_rows[start:end])
             if span.is_prompt:
                 assert projections.naive_queries is not None
                 queries = projections.naive_queries[:, start - batch.num_generated : end - batch.num_generated]

@@ -19,32 +19,32 @@ class LatentCache:
         self._context_tokens = context_tokens
         self._row_dim = row_dim
         self.dtype = dtype
-        self._rows: list[list[mx.array | None]] = [[None] * num_slots for _ in range(num_layers)]
+        self._cache_rows: list[list[mx.array | None]] = [[None] * num_slots for _ in range(num_layers)]
 
-    def write(self, layer: int, span: Span, rows: mx.array) -> mx.array:
-        """Put the span's ``rows`` (count, row_dim) at its position; returns what it attends to, (span.end, row_dim)."""
+    def write(self, layer: int, span: Span, cache_rows: mx.array) -> mx.array:
+        """Write ``cache_rows`` (count, row_dim) at the span's position. Return its keys, (span.end, row_dim)."""
         cached = self._at_least(layer, span.slot, span.end)
-        cached[span.position : span.end] = rows  # in place once evaluated: nobody else holds the array
-        self._rows[layer][span.slot] = cached
+        cached[span.position : span.end] = cache_rows  # in place once evaluated: nobody else holds the array
+        self._cache_rows[layer][span.slot] = cached
         return cached[: span.end]
 
     def copy(self, source: int, target: int, num_rows: int) -> None:
         """Put the first ``num_rows`` rows of slot ``source`` into slot ``target``, in every layer."""
-        for layer, slots in enumerate(self._rows):
-            rows = slots[source]
-            assert rows is not None, f"slot {source} holds nothing to copy"
+        for layer, slots in enumerate(self._cache_rows):
+            cache_rows = slots[source]
+            assert cache_rows is not None, f"slot {source} holds nothing to copy"
             copied = self._at_least(layer, target, num_rows)
-            copied[:num_rows] = rows[:num_rows]
+            copied[:num_rows] = cache_rows[:num_rows]
             slots[target] = copied
 
     @property
     def arrays(self) -> list[mx.array]:
         """Every array there is, as the last write left it: evaluating them all completes all writes."""
-        return [cached for slots in self._rows for cached in slots if cached is not None]
+        return [cached for slots in self._cache_rows for cached in slots if cached is not None]
 
     def _at_least(self, layer: int, slot: int, num_rows: int) -> mx.array:
         """The slot's array, grown when it is shorter than ``num_rows``."""
-        cached = self._rows[layer][slot]
+        cached = self._cache_rows[layer][slot]
         capacity = 0 if cached is None else cached.shape[0]
         if cached is not None and capacity >= num_rows:
             return cached

@@ -70,12 +70,12 @@ class Scheduler:
         decoding = [sequence for sequence in self._running if sequence.num_prompt_left == 0]
         prompts_left = len(decoding) < len(self._running) or bool(self._waiting and self._slots.num_free)
         waits = prompts_left and self._limits.prompts_first
-        turn = self._decode_round(decoding) if decoding and not waits else None
-        if len(self._in_flight) >= self._most_in_flight(turn, prompts_left):
+        decode_round = self._decode_round(decoding) if decoding and not waits else None
+        if len(self._in_flight) >= self._most_in_flight(decode_round, prompts_left):
             return None
-        rows = [] if turn is None else self._decode_rows(decoding, turn)
+        rows = [] if decode_round is None else self._decode_rows(decoding, decode_round)
         if prompts_left:
-            self._add_prompt_rows(rows, turn)
+            self._add_prompt_rows(rows, decode_round)
         if not rows and len(decoding) == 1 and not prompts_left:
             rows = self._draft_rows(decoding[0])
         return self._send(rows) if rows else None
@@ -117,30 +117,30 @@ class Scheduler:
             sequence.finish_reason = sequence.finish_reason or FinishReason.CANCELLED
         self._retire()
 
-    def _most_in_flight(self, turn: DecodeRound | None, prompts_left: bool) -> int:
+    def _most_in_flight(self, decode_round: DecodeRound | None, prompts_left: bool) -> int:
         """As many as the round has; while prompts run at least one for each stage, and one more to follow at once."""
         num_stages = self._limits.num_stages
-        if turn is None:
+        if decode_round is None:
             most = num_stages + 1
         elif prompts_left or self._drafts:
-            most = max(turn.num_microbatches, num_stages)
+            most = max(decode_round.num_microbatches, num_stages)
         else:
-            most = turn.num_microbatches
+            most = decode_round.num_microbatches
         return min(most, self._limits.max_in_flight)
 
     def _decode_round(self, decoding: list[Sequence]) -> DecodeRound:
         mean_context = sum(len(sequence.token_ids) for sequence in decoding) // len(decoding)
         return self._policy.decode_round(len(decoding), mean_context)
 
-    def _decode_rows(self, decoding: list[Sequence], turn: DecodeRound) -> list[MicrobatchRow]:
+    def _decode_rows(self, decoding: list[Sequence], decode_round: DecodeRound) -> list[MicrobatchRow]:
         """One microbatch's share of the sequences that have a token to plan, those that waited longest first."""
         num_under_way = sum(microbatch.decodes for microbatch in self._in_flight)
-        if len(decoding) > 1 and num_under_way >= turn.num_microbatches:
+        if len(decoding) > 1 and num_under_way >= decode_round.num_microbatches:
             return []
         ready = sorted(
             (sequence for sequence in decoding if sequence.num_unplanned), key=lambda sequence: sequence.last_plan
         )
-        fraction = -(-len(decoding) // turn.num_microbatches)
+        fraction = -(-len(decoding) // decode_round.num_microbatches)
         return [self._decode_row(sequence) for sequence in ready[:fraction]]
 
     def _decode_row(self, sequence: Sequence) -> MicrobatchRow:
@@ -155,13 +155,13 @@ class Scheduler:
         token_id = sequence.draft()
         return [] if token_id is None else [MicrobatchRow(sequence, position, (token_id,), False, True)]
 
-    def _add_prompt_rows(self, rows: list[MicrobatchRow], turn: DecodeRound | None) -> None:
+    def _add_prompt_rows(self, rows: list[MicrobatchRow], decode_round: DecodeRound | None) -> None:
         """Fill the microbatch with prompt tokens: of the prompt that is under way, then of those that wait."""
         sequence = self._next_prompt(rows)
         if sequence is None:
             return
-        if turn is not None:
-            rows.append(_prompt_row(sequence, self._beside_decoding(rows, sequence, turn)))
+        if decode_round is not None:
+            rows.append(_prompt_row(sequence, self._beside_decoding(rows, sequence, decode_round)))
             return
         remaining = self._chunk_tokens(sequence)
         while sequence is not None and remaining > 0:
@@ -197,10 +197,10 @@ class Scheduler:
             )
         return sequence.chunk_tokens
 
-    def _beside_decoding(self, rows: list[MicrobatchRow], sequence: Sequence, turn: DecodeRound) -> int:
+    def _beside_decoding(self, rows: list[MicrobatchRow], sequence: Sequence, decode_round: DecodeRound) -> int:
         """As many prompt tokens as leave a round of all microbatches within the time that it may take."""
-        per_round = max(turn.num_microbatches, self._limits.num_stages)
-        limit_s = (1 + CHUNK_DELAY_STEPS) * turn.round_s / per_round
+        per_round = max(decode_round.num_microbatches, self._limits.num_stages)
+        limit_s = (1 + CHUNK_DELAY_STEPS) * decode_round.round_s / per_round
         load = sum((row.load for row in rows), StepLoad())
         return self._policy.chunk_beside(load, sequence.num_planned, self._limits.chunk_tokens, limit_s)
 

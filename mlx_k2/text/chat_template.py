@@ -20,7 +20,7 @@ FILE = "chat_template.jinja"
 
 _MAX_CPU_S = 5.0
 _MAX_CHARACTERS = 64_000_000
-_ON_TURN = "mlx_k2_on_turn"
+_ON_ITERATION = "mlx_k2_on_iteration"
 
 
 class ChatTemplate:
@@ -56,7 +56,7 @@ class ChatTemplate:
             RequestError: the template itself refuses these messages.
             TokenizerError: names the line of the template and what went wrong there.
         """
-        bounds = {_ON_TURN: _deadline(self._max_cpu_s)}
+        bounds = {_ON_ITERATION: _deadline(self._max_cpu_s)}
         parts: list[str] = []
         remaining = self._max_characters
         try:
@@ -137,11 +137,11 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _watched(tree: nodes.Template) -> nodes.Template:
-    """The template with a call to ``_ON_TURN`` at the head of each loop's and each macro's body."""
+    """The template with a call to ``_ON_ITERATION`` at the head of each loop's and each macro's body."""
     _AddForConcat().visit(tree)
     blocks: list[nodes.For | nodes.Macro] = [*tree.find_all(nodes.For), *tree.find_all(nodes.Macro)]
     for block in blocks:
-        call = nodes.Call(nodes.Name(_ON_TURN, "load"), [], [], None, None)
+        call = nodes.Call(nodes.Name(_ON_ITERATION, "load"), [], [], None, None)
         block.body.insert(0, nodes.ExprStmt(call).set_lineno(block.lineno))
     return tree
 
@@ -161,11 +161,11 @@ def _deadline(cpu_s: float) -> Callable[[], None]:
     """A function that raises once this thread has computed for ``cpu_s``; a busy or sleeping machine costs nothing."""
     end = time.thread_time() + cpu_s
 
-    def on_turn() -> None:
+    def on_iteration() -> None:
         if time.thread_time() > end:
             raise _Runaway(f"did not end within {cpu_s} s of computing")
 
-    return on_turn
+    return on_iteration
 
 
 def _refuse(message: object) -> NoReturn:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_k2.kernels import batched_decode, decode, prefill, router
-from mlx_k2.kernels.dispatch import Launch, cuda_body, metal_texts, read_metal, run
+from mlx_k2.kernels.dispatch import Dispatch, cuda_body, metal_texts, read_metal, run
 from mlx_k2.kernels.stack import ExpertStack
 from tests.metal_cpu.float64 import Case, random_case
 
@@ -19,8 +19,8 @@ def case() -> Case:
     return random_case(experts=4, tokens=3, top_k=2, hidden=64, intermediate=32)
 
 
-def gate_up(case: Case) -> Launch:
-    return decode.gate_up(case.x, case.expert_ids, case.stack, rows=4, simdgroups=2)
+def gate_up(case: Case) -> Dispatch:
+    return decode.gate_up(case.x, case.expert_ids, case.stack, rows_per_simdgroup=4, simdgroups=2)
 
 
 def changed(stack: ExpertStack, name: str, array: mx.array) -> ExpertStack:
@@ -54,13 +54,13 @@ def test_gate_up_refuses(name: str, case: Case) -> None:
 
 def test_rows_must_divide_the_outputs(case: Case) -> None:
     with pytest.raises(AssertionError, match="32 rows in threadgroups of 4 x 16"):
-        decode.gate_up(case.x, case.expert_ids, case.stack, rows=16, simdgroups=4)
+        decode.gate_up(case.x, case.expert_ids, case.stack, rows_per_simdgroup=16, simdgroups=4)
 
 
 def test_down_refuses_activations_of_other_tokens(case: Case) -> None:
     hidden = mx.zeros((2, 2, 32), mx.bfloat16)
     with pytest.raises(AssertionError, match="hidden is"):
-        decode.down(hidden, case.expert_ids, case.expert_weights, case.stack, rows=4)
+        decode.down(hidden, case.expert_ids, case.expert_weights, case.stack, rows_per_simdgroup=4)
 
 
 def test_batches_end_at_sixteen_tokens() -> None:

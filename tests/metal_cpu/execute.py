@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_k2.kernels.dispatch import KernelText, Launch, TemplateValue
+from mlx_k2.kernels.dispatch import Dispatch, KernelText, TemplateValue
 from tests.metal_cpu.generated import generated_source
 from tests.metal_cpu.program import FORWARD, Mode, Program, RunReport, Schedule
 from tests.metal_cpu.translate import Argument, kernel_arguments
@@ -36,7 +36,7 @@ class _Instance(NamedTuple):
 
 
 def execute(
-    launch: Launch,
+    dispatch: Dispatch,
     *,
     mode: Mode = Mode.FAST,
     schedule: Schedule = FORWARD,
@@ -44,14 +44,14 @@ def execute(
 ) -> Executed:
     """The launch's outputs. An input named in `files` is read from that file: its array gives shape and type only."""
     files = files or {}
-    instance = _instance(launch, mode)
-    inputs = dict(zip(launch.text.inputs, launch.inputs, strict=True))
-    first_output = len(instance.buffers) - len(launch.output_shapes)
+    instance = _instance(dispatch, mode)
+    inputs = dict(zip(dispatch.text.inputs, dispatch.inputs, strict=True))
+    first_output = len(instance.buffers) - len(dispatch.output_shapes)
     buffers: list[Array | Path] = []
     for number, argument in enumerate(instance.buffers):
         if number >= first_output:
             output = number - first_output
-            buffers.append(np.empty(launch.output_shapes[output], _NUMPY[launch.output_dtypes[output]]))
+            buffers.append(np.empty(dispatch.output_shapes[output], _NUMPY[dispatch.output_dtypes[output]]))
         elif argument.name in files:
             buffers.append(files[argument.name])
         elif argument.name in inputs:
@@ -59,22 +59,24 @@ def execute(
         else:
             buffers.append(_shape_argument(argument.name, inputs))
     outputs = frozenset(range(first_output, len(buffers)))
-    results, report = instance.program(buffers, outputs, launch.grid, launch.threadgroup, schedule)
-    arrays = [to_mlx(result, dtype) for result, dtype in zip(results, launch.output_dtypes, strict=True)]
+    results, report = instance.program(buffers, outputs, dispatch.grid, dispatch.threadgroup, schedule)
+    arrays = [to_mlx(result, dtype) for result, dtype in zip(results, dispatch.output_dtypes, strict=True)]
     return Executed(arrays, report, tuple(a.name for a in instance.buffers))
 
 
-def _instance(launch: Launch, mode: Mode) -> _Instance:
+def _instance(dispatch: Dispatch, mode: Mode) -> _Instance:
     # MLX's text depends on the inputs' types and on whether they are scalars or smaller than 8 elements
-    kinds = tuple((a.dtype, a.ndim == 0, a.size < 8) for a in launch.inputs)
-    return _cached_instance(_Key(launch, (launch.text, launch.template, kinds, launch.output_dtypes, mode)), mode)
+    kinds = tuple((a.dtype, a.ndim == 0, a.size < 8) for a in dispatch.inputs)
+    return _cached_instance(
+        _Key(dispatch, (dispatch.text, dispatch.template, kinds, dispatch.output_dtypes, mode)), mode
+    )
 
 
 class _Key:
     """Equal for launches that compile to the same program."""
 
-    def __init__(self, launch: Launch, identity: tuple[object, ...]) -> None:
-        self.launch = launch
+    def __init__(self, dispatch: Dispatch, identity: tuple[object, ...]) -> None:
+        self.dispatch = dispatch
         self.identity = identity
 
     def __hash__(self) -> int:
@@ -86,7 +88,7 @@ class _Key:
 
 @functools.cache
 def _cached_instance(key: _Key, mode: Mode) -> _Instance:
-    source = generated_source(key.launch)
+    source = generated_source(key.dispatch)
     name = kernel_name(source)
     program = Program(source, name, template_arguments(source, name), mode=mode)
     buffers = [a for a in kernel_arguments(source, name) if a.attribute == "buffer"]
@@ -141,11 +143,11 @@ def to_mlx(array: Array, dtype: mx.Dtype) -> mx.array:
     return mx.array(array).view(mx.bfloat16) if dtype == mx.bfloat16 else mx.array(array)
 
 
-def with_text(launch: Launch, source: str, header: str | None = None) -> Launch:
+def with_text(dispatch: Dispatch, source: str, header: str | None = None) -> Dispatch:
     """The same launch of another text."""
-    text = launch.text
+    text = dispatch.text
     changed = KernelText(text.name, text.inputs, text.outputs, source, text.header if header is None else header)
-    return launch._replace(text=changed)
+    return dispatch._replace(text=changed)
 
 
 __all__ = [

@@ -8,27 +8,27 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_k2.kernels.dispatch import Launch, metal_kernel
+from mlx_k2.kernels.dispatch import Dispatch, metal_kernel
 
 
-def generated_source(launch: Launch) -> str:
+def generated_source(dispatch: Dispatch) -> str:
     """MLX's own text: while a function is exported a Metal kernel may be called, and `verbose` prints its source."""
-    call = metal_kernel(launch.text).call
+    call = metal_kernel(dispatch.text).call
 
     def traced(*inputs: mx.array) -> tuple[mx.array, ...]:
         outputs = call(
             inputs=list(inputs),
-            template=list(launch.template) or None,
-            grid=launch.grid,
-            threadgroup=launch.threadgroup,
-            output_shapes=list(launch.output_shapes),
-            output_dtypes=list(launch.output_dtypes),
+            template=list(dispatch.template) or None,
+            grid=dispatch.grid,
+            threadgroup=dispatch.threadgroup,
+            output_shapes=list(dispatch.output_shapes),
+            output_dtypes=list(dispatch.output_dtypes),
             verbose=True,
         )
         return tuple(outputs)
 
     with tempfile.TemporaryDirectory() as folder, _CapturedStdout() as printed:
-        mx.export_function(str(Path(folder) / "kernel.mlxfn"), traced, *launch.inputs)
+        mx.export_function(str(Path(folder) / "kernel.mlxfn"), traced, *dispatch.inputs)
     match = re.search(r"```\n(.*)\n```", printed.text(), re.DOTALL)
     assert match, "MLX printed no source"
     return match[1]

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_k2.kernels import prefill
-from mlx_k2.kernels.dispatch import Launch
+from mlx_k2.kernels.dispatch import Dispatch
 from mlx_k2.kernels.tuning import DEFAULT, Tuning
 from mlx_k2.kernels.variants import Experts, batch_experts, decode_experts, prefill_experts
 from tests.metal_cpu import float64
@@ -37,8 +37,8 @@ class Variant(enum.Enum):
         }[self]
 
 
-def unchanged(launch: Launch) -> Launch:
-    return launch
+def unchanged(dispatch: Dispatch) -> Dispatch:
+    return dispatch
 
 
 class Errors(NamedTuple):
@@ -52,16 +52,16 @@ class Recorder:
     """Performs launches in the executor, each changed by `change` first, and keeps what they did, by kernel name."""
 
     def __init__(
-        self, mode: Mode = Mode.FAST, schedule: Schedule = FORWARD, change: Callable[[Launch], Launch] = unchanged
+        self, mode: Mode = Mode.FAST, schedule: Schedule = FORWARD, change: Callable[[Dispatch], Dispatch] = unchanged
     ) -> None:
         self.mode = mode
         self.schedule = schedule
         self.change = change
         self.executed: dict[str, Executed] = {}
 
-    def __call__(self, launch: Launch) -> list[mx.array]:
-        name = launch.text.name
-        self.executed[name] = execute(self.change(launch), mode=self.mode, schedule=self.schedule)
+    def __call__(self, dispatch: Dispatch) -> list[mx.array]:
+        name = dispatch.text.name
+        self.executed[name] = execute(self.change(dispatch), mode=self.mode, schedule=self.schedule)
         return self.executed[name].outputs
 
 
@@ -82,7 +82,7 @@ def measure(
     schedule: Schedule = FORWARD,
     tuning: Tuning | None = None,
     rows: slice = ALL_ROWS,
-    change: Callable[[Launch], Launch] = unchanged,
+    change: Callable[[Dispatch], Dispatch] = unchanged,
 ) -> Errors:
     recorder = Recorder(mode, schedule, change)
     tuning = tuning or (TINY if mode is Mode.RACES else SMALL)

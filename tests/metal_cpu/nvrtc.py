@@ -9,7 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import pytest
 
-from mlx_k2.kernels.dispatch import Launch, cuda_body, cuda_header
+from mlx_k2.kernels.dispatch import Dispatch, cuda_body, cuda_header
 
 ARCHITECTURE = "sm_90"
 
@@ -31,29 +31,29 @@ def _package(name: str, install: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def cuda_source(launch: Launch) -> str:
+def cuda_source(dispatch: Dispatch) -> str:
     """As MLX's cuda_kernel writes it: header, arguments, constants, body."""
     types = {mx.float32: "float", mx.bfloat16: "__nv_bfloat16", mx.uint32: "uint32_t", mx.int32: "int32_t"}
     arguments = []
-    for name, array in zip(launch.text.inputs, launch.inputs, strict=True):
+    for name, array in zip(dispatch.text.inputs, dispatch.inputs, strict=True):
         arguments.append(f"const {types[array.dtype]}* {name}")
-        if f"{name}_shape" in launch.text.source:
+        if f"{name}_shape" in dispatch.text.source:
             arguments.append(f"const __grid_constant__ Shape {name}_shape")
-    arguments += [f"{types[d]}* {n}" for n, d in zip(launch.text.outputs, launch.output_dtypes, strict=True)]
+    arguments += [f"{types[d]}* {n}" for n, d in zip(dispatch.text.outputs, dispatch.output_dtypes, strict=True)]
     constants = [
         f"using {name} = {types[value]};" if isinstance(value, mx.Dtype) else f"constexpr int {name} = {int(value)};"
-        for name, value in launch.template
+        for name, value in dispatch.template
     ]
     return "\n".join(
         [
             "#include <cuda_bf16.h>",
             "typedef unsigned int uint32_t; typedef int int32_t;",
             "struct Shape { int values[8]; __device__ int operator[](int i) const { return values[i]; } };",
-            cuda_header(launch.text),
+            cuda_header(dispatch.text),
             "namespace mlx::core::cu {",
-            f'extern "C" __global__ void {launch.text.name}({", ".join(arguments)}) {{',
+            f'extern "C" __global__ void {dispatch.text.name}({", ".join(arguments)}) {{',
             *constants,
-            cuda_body(launch.text.source),
+            cuda_body(dispatch.text.source),
             "}",
             "}",
         ]

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_k2.kernels import batched_decode, decode
-from mlx_k2.kernels.dispatch import Launch
+from mlx_k2.kernels.dispatch import Dispatch
 from mlx_k2.kernels.stack import ExpertStack
 from tests.metal_cpu.nvrtc import compile_cuda, cuda_source
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(60)
 HIDDEN, INTERMEDIATE, TOP_K = 7168, 2048, 8
 
 
-def k2_launches(tokens: int, rows: int) -> dict[str, Launch]:
+def k2_launches(tokens: int, rows: int) -> dict[str, Dispatch]:
     """Launches at K2's true size; the arrays are never evaluated."""
 
     def projection(outputs: int, inputs: int) -> tuple[mx.array, mx.array]:
@@ -30,12 +30,12 @@ def k2_launches(tokens: int, rows: int) -> dict[str, Launch]:
     ids, weights = mx.zeros((tokens, TOP_K), mx.uint32), mx.zeros((tokens, TOP_K))
     if tokens == 1:
         return {
-            "gate_up": decode.gate_up(x, ids, stack, rows=rows, simdgroups=2),
-            "down": decode.down(hidden, ids, weights, stack, rows=rows),
+            "gate_up": decode.gate_up(x, ids, stack, rows_per_simdgroup=rows, simdgroups=2),
+            "down": decode.down(hidden, ids, weights, stack, rows_per_simdgroup=rows),
         }
     return {
-        "gate_up": batched_decode.gate_up(x, ids, stack, rows=rows, simdgroups=2),
-        "down": batched_decode.down(hidden, ids, weights, stack, rows=rows, simdgroups=8),
+        "gate_up": batched_decode.gate_up(x, ids, stack, rows_per_simdgroup=rows, simdgroups=2),
+        "down": batched_decode.down(hidden, ids, weights, stack, rows_per_simdgroup=rows, simdgroups=8),
     }
 
 

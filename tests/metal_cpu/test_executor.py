@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mlx_k2.kernels.dispatch import KernelText, Launch
+from mlx_k2.kernels.dispatch import Dispatch, KernelText
 from tests.metal_cpu.execute import execute
 from tests.metal_cpu.program import BACKWARD, FORWARD, SHUFFLED, KernelFault, Mode, Schedule
 
@@ -26,7 +26,7 @@ REVERSE = f"""
 
 def run_body(body: str, mode: Mode = Mode.FAST, schedule: Schedule = FORWARD) -> npt.NDArray[np.float32]:
     """64 threads over a = 0, 1, ..., 255; 64 outputs."""
-    launch = Launch(
+    dispatch = Dispatch(
         KernelText("planted", ("a",), ("out",), body, ""),
         (mx.arange(256).astype(mx.float32),),
         (),
@@ -35,7 +35,7 @@ def run_body(body: str, mode: Mode = Mode.FAST, schedule: Schedule = FORWARD) ->
         output_shapes=((64,),),
         output_dtypes=(mx.float32,),
     )
-    return np.array(execute(launch, mode=mode, schedule=schedule).outputs[0])
+    return np.array(execute(dispatch, mode=mode, schedule=schedule).outputs[0])
 
 
 @pytest.mark.parametrize("mode", [Mode.FAST, Mode.ADDRESSES, Mode.RACES])
@@ -145,7 +145,7 @@ def test_a_missing_barrier_shows_as_another_result_in_another_schedule() -> None
 
 
 def test_bytes_are_counted_by_buffer() -> None:
-    launch = Launch(
+    dispatch = Dispatch(
         KernelText(
             "counted", ("a", "b"), ("out",), "uint i = thread_position_in_grid.x; out[i] = a[2 * i] + b[0];", ""
         ),
@@ -156,7 +156,7 @@ def test_bytes_are_counted_by_buffer() -> None:
         output_shapes=((64,),),
         output_dtypes=(mx.float32,),
     )
-    executed = execute(launch, mode=Mode.BYTES)
+    executed = execute(dispatch, mode=Mode.BYTES)
     assert executed.bytes_loaded("a") == 64 * 4
     assert executed.bytes_loaded("b") == 64 * 4
     assert executed.report.traffic[2].stored == 64 * 4

@@ -162,8 +162,8 @@ def test_a_stack_beyond_32_bits_of_bytes(tmp_path: Path) -> None:
     packed, scale = mx.zeros((experts, outputs, inputs // 8), mx.uint32), mx.zeros((experts, outputs, inputs // 32))
     scale = scale.astype(mx.bfloat16)  # shapes only: never evaluated
     stack = ExpertStack(packed, scale, packed, scale, small.stack.down_packed, small.stack.down_scale)
-    launch = decode.gate_up(small.x, mx.array(chosen), stack, rows=4, simdgroups=2)
-    (hidden,) = execute(launch, files=files).outputs
+    dispatch = decode.gate_up(small.x, mx.array(chosen), stack, rows_per_simdgroup=4, simdgroups=2)
+    (hidden,) = execute(dispatch, files=files).outputs
     rows = slice(2040, 2048)
     assert relative_error(hidden[:, :, rows], float64.gate_up(small, rows)) <= float64.TOLERANCE[mx.bfloat16]
 

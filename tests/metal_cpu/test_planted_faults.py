@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_k2.kernels.dispatch import KernelText, Launch, read_metal
+from mlx_k2.kernels.dispatch import Dispatch, KernelText, read_metal
 from tests.metal_cpu import float64
 from tests.metal_cpu.float64 import Case, random_case
 from tests.metal_cpu.layers import Variant, measure
@@ -126,10 +126,10 @@ def planted(fault: Fault, text: KernelText) -> KernelText:
     return text._replace(source=changed)
 
 
-def change_launch(fault: Fault, launch: Launch) -> Launch:
-    if launch.text.name != fault.kernel:
-        return launch
-    return launch._replace(text=planted(fault, launch.text))
+def change_launch(fault: Fault, dispatch: Dispatch) -> Dispatch:
+    if dispatch.text.name != fault.kernel:
+        return dispatch
+    return dispatch._replace(text=planted(fault, dispatch.text))
 
 
 def small_case() -> Case:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_k2.kernels import reference, router, variants
-from mlx_k2.kernels.dispatch import Launch
+from mlx_k2.kernels.dispatch import Dispatch
 from tests.metal_cpu import float64
 from tests.metal_cpu.execute import execute
 from tests.metal_cpu.layers import unchanged
@@ -24,7 +24,7 @@ def route_errors(
     mode: Mode = Mode.FAST,
     schedule: Schedule = FORWARD,
     dtype: mx.Dtype = mx.bfloat16,
-    change: Callable[[Launch], Launch] = unchanged,
+    change: Callable[[Dispatch], Dispatch] = unchanged,
 ) -> float:
     """Largest error of logits or weights; infinite when other experts are chosen than the reference does."""
     rng = np.random.default_rng(experts)
@@ -35,8 +35,8 @@ def route_errors(
     bias[5] = bias[3] = 2.0
     computed: list[mx.array] = []
 
-    def perform(launch: Launch) -> list[mx.array]:
-        outputs = execute(change(launch), mode=mode, schedule=schedule).outputs
+    def perform(dispatch: Dispatch) -> list[mx.array]:
+        outputs = execute(change(dispatch), mode=mode, schedule=schedule).outputs
         computed.extend(outputs)
         return outputs
 
@@ -75,8 +75,8 @@ def test_the_router_in_float32() -> None:
 
 
 def select(logits: mx.array, *, top_k: int, normalize: bool = True) -> tuple[mx.array, mx.array]:
-    launch = router.select(logits, mx.zeros(logits.shape[1]), top_k=top_k, normalize=normalize, scaling_factor=1.0)
-    ids, weights = execute(launch).outputs
+    dispatch = router.select(logits, mx.zeros(logits.shape[1]), top_k=top_k, normalize=normalize, scaling_factor=1.0)
+    ids, weights = execute(dispatch).outputs
     return ids, weights
 
 

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from mlx_k2.kernels.dispatch import Launch
+from mlx_k2.kernels.dispatch import Dispatch
 from mlx_k2.kernels.self_check import (
     BATCH,
     DECODE,
@@ -22,18 +22,20 @@ pytestmark = pytest.mark.timeout(60)
 SHAPE = LayerShape(hidden_size=64, intermediate_size=32, top_k=4, dtype=mx.bfloat16)
 
 
-def perform(launch: Launch) -> list[mx.array]:
-    return execute(launch).outputs
+def perform(dispatch: Dispatch) -> list[mx.array]:
+    return execute(dispatch).outputs
 
 
-def perform_wrong(launch: Launch) -> list[mx.array]:
-    source = launch.text.source.replace("N + row", "N").replace("== winner ? -INFINITY", "== winner ? 2.0f")
+def perform_wrong(dispatch: Dispatch) -> list[mx.array]:
+    source = dispatch.text.source.replace("N + row", "N").replace("== winner ? -INFINITY", "== winner ? 2.0f")
     source = source.replace("column0 + w_row", "w_row / 2")
-    return execute(with_text(launch, source)).outputs
+    return execute(with_text(dispatch, source)).outputs
 
 
-def perform_uncompilable(launch: Launch) -> list[mx.array]:
-    raise RuntimeError(f"[metal::Device] Unable to build metal library from source\n{launch.text.name}.metal:3: error")
+def perform_uncompilable(dispatch: Dispatch) -> list[mx.array]:
+    raise RuntimeError(
+        f"[metal::Device] Unable to build metal library from source\n{dispatch.text.name}.metal:3: error"
+    )
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_k2.kernels import variants
-from mlx_k2.kernels.dispatch import KernelText, Launch
+from mlx_k2.kernels.dispatch import Dispatch, KernelText
 from mlx_k2.kernels.tuning import DEFAULT
 from tests.metal_cpu.float64 import random_case
 from tests.metal_cpu.generated import generated_source
@@ -19,9 +19,9 @@ def sources(*, tokens: int, top_k: int, experts: int, dtype: mx.Dtype) -> dict[s
     """The generated source of every kernel, by name."""
     found: dict[str, str] = {}
 
-    def perform(launch: Launch) -> list[mx.array]:
-        found[launch.text.name] = generated_source(launch)
-        return [mx.zeros(s, d) for s, d in zip(launch.output_shapes, launch.output_dtypes, strict=True)]
+    def perform(dispatch: Dispatch) -> list[mx.array]:
+        found[dispatch.text.name] = generated_source(dispatch)
+        return [mx.zeros(s, d) for s, d in zip(dispatch.output_shapes, dispatch.output_dtypes, strict=True)]
 
     case = random_case(experts=experts, tokens=tokens, top_k=top_k, hidden=64, intermediate=64, dtype=dtype)
     for compute in (variants.decode_experts, variants.batch_experts, variants.prefill_experts):
@@ -80,7 +80,7 @@ def test_an_error_is_found(name: str, bfloat16_sources: dict[str, str]) -> None:
 @pytest.mark.parametrize(("elements", "valid"), [(7, False), (8, True)])
 def test_a_device_pointer_to_an_input_is_valid_from_eight_elements_on(elements: int, valid: bool) -> None:
     body = "const device float* p = a; out[thread_position_in_grid.x] = p[0];"
-    launch = Launch(
+    dispatch = Dispatch(
         KernelText("small", ("a",), ("out",), body, ""),
         (mx.zeros(elements),),
         (),
@@ -89,4 +89,4 @@ def test_a_device_pointer_to_an_input_is_valid_from_eight_elements_on(elements: 
         output_shapes=((1,),),
         output_dtypes=(mx.float32,),
     )
-    assert (complaints(generated_source(launch)) == []) is valid
+    assert (complaints(generated_source(dispatch)) == []) is valid

@@ -12,7 +12,7 @@ ROW_DIM = 8
 PROMPT = [(31 * i + 5) % 509 for i in range(45)]
 
 
-def rows(first: int, count: int) -> mx.array:
+def cache_rows(first: int, count: int) -> mx.array:
     """Rows that say which position they are of."""
     return mx.broadcast_to(mx.arange(first, first + count, dtype=mx.float32)[:, None], (count, ROW_DIM))
 
@@ -26,33 +26,33 @@ def write(cache: LatentCache, span: Span, values: mx.array) -> list[float]:
 
 def test_a_span_sees_all_rows_before_it_and_its_own_and_none_after() -> None:
     cache = LatentCache(1, 1, 1024, ROW_DIM, mx.float32)
-    assert write(cache, Span(0, 0, 3, is_prompt=True), rows(0, 3)) == [0, 1, 2]
-    assert write(cache, Span(0, 3, 2, is_prompt=True), rows(3, 2)) == [0, 1, 2, 3, 4]
+    assert write(cache, Span(0, 0, 3, is_prompt=True), cache_rows(0, 3)) == [0, 1, 2]
+    assert write(cache, Span(0, 3, 2, is_prompt=True), cache_rows(3, 2)) == [0, 1, 2, 3, 4]
 
 
 def test_writing_at_an_earlier_position_is_the_undo() -> None:
     cache = LatentCache(1, 1, 1024, ROW_DIM, mx.float32)
-    write(cache, Span(0, 0, 6, is_prompt=True), rows(0, 6))
-    assert write(cache, Span(0, 2, 1, is_prompt=False), rows(90, 1)) == [0, 1, 90]
-    assert write(cache, Span(0, 3, 1, is_prompt=False), rows(91, 1)) == [0, 1, 90, 91]
+    write(cache, Span(0, 0, 6, is_prompt=True), cache_rows(0, 6))
+    assert write(cache, Span(0, 2, 1, is_prompt=False), cache_rows(90, 1)) == [0, 1, 90]
+    assert write(cache, Span(0, 3, 1, is_prompt=False), cache_rows(91, 1)) == [0, 1, 90, 91]
 
 
 def test_a_slot_begins_with_what_was_copied_and_the_source_goes_its_own_way() -> None:
     cache = LatentCache(2, 2, 1024, ROW_DIM, mx.float32)
     for layer in (0, 1):
-        cache.write(layer, Span(0, 0, 4, is_prompt=True), rows(10 * layer, 4))
+        cache.write(layer, Span(0, 0, 4, is_prompt=True), cache_rows(10 * layer, 4))
     cache.copy(0, 1, 3)
-    write(cache, Span(0, 1, 1, is_prompt=False), rows(90, 1))
-    assert write(cache, Span(1, 3, 1, is_prompt=True), rows(7, 1)) == [0, 1, 2, 7]
-    assert np.asarray(cache.write(1, Span(1, 3, 1, is_prompt=True), rows(7, 1)))[:, 0].tolist() == [10, 11, 12, 7]
+    write(cache, Span(0, 1, 1, is_prompt=False), cache_rows(90, 1))
+    assert write(cache, Span(1, 3, 1, is_prompt=True), cache_rows(7, 1)) == [0, 1, 2, 7]
+    assert np.asarray(cache.write(1, Span(1, 3, 1, is_prompt=True), cache_rows(7, 1)))[:, 0].tolist() == [10, 11, 12, 7]
 
 
 def test_slots_and_layers_keep_to_themselves() -> None:
     cache = LatentCache(2, 2, 1024, ROW_DIM, mx.float32)
-    write(cache, Span(0, 0, 2, is_prompt=True), rows(0, 2))
-    write(cache, Span(1, 0, 2, is_prompt=True), rows(50, 2))
-    cache.write(1, Span(0, 0, 2, is_prompt=True), rows(70, 2))
-    assert write(cache, Span(0, 2, 1, is_prompt=True), rows(2, 1)) == [0, 1, 2]
+    write(cache, Span(0, 0, 2, is_prompt=True), cache_rows(0, 2))
+    write(cache, Span(1, 0, 2, is_prompt=True), cache_rows(50, 2))
+    cache.write(1, Span(0, 0, 2, is_prompt=True), cache_rows(70, 2))
+    assert write(cache, Span(0, 2, 1, is_prompt=True), cache_rows(2, 1)) == [0, 1, 2]
 
 
 def test_a_slot_grows_as_its_sequence_does_up_to_the_context() -> None:
@@ -60,7 +60,7 @@ def test_a_slot_grows_as_its_sequence_does_up_to_the_context() -> None:
     cache = LatentCache(1, 2, context, ROW_DIM, mx.float32)
     assert cache.arrays == []
     for end in (1, SMALLEST_CAPACITY, SMALLEST_CAPACITY + 1, 2 * SMALLEST_CAPACITY + 1, context):
-        seen = write(cache, Span(0, end - 1, 1, is_prompt=False), rows(end - 1, 1))
+        seen = write(cache, Span(0, end - 1, 1, is_prompt=False), cache_rows(end - 1, 1))
         assert seen[-1] == end - 1
         capacity = cache.arrays[0].shape[0]
         assert end <= capacity <= max(SMALLEST_CAPACITY, min(2 * end, context))
@@ -76,7 +76,7 @@ def test_a_step_writes_its_rows_without_copying_the_cache() -> None:
     for position in range(filled - 4, filled):
         mx.reset_peak_memory()
         before = mx.get_active_memory()
-        mx.eval(cache.write(0, Span(0, position, 1, is_prompt=False), rows(0, 1))[:1])
+        mx.eval(cache.write(0, Span(0, position, 1, is_prompt=False), cache_rows(0, 1))[:1])
         mx.eval(cache.arrays)
         assert mx.get_peak_memory() - before < cache_bytes / 100
 
@@ -84,9 +84,9 @@ def test_a_step_writes_its_rows_without_copying_the_cache() -> None:
 def spoil(chain: Chain, slot: int, value: float) -> None:
     """Leave rows of ``value`` in the slot, as no computation should."""
     (cache,) = chain.caches
-    rows = mx.full((256, chain.config.latent_dim), value)
+    cache_rows = mx.full((256, chain.config.latent_dim), value)
     for layer in range(chain.config.num_hidden_layers):
-        mx.eval(cache.write(layer, Span(slot, 0, 256, is_prompt=True), rows))
+        mx.eval(cache.write(layer, Span(slot, 0, 256, is_prompt=True), cache_rows))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])

@@ -44,8 +44,8 @@ class FixedChoices:
         self._chunk_tokens = chunk_tokens
 
     def decode_round(self, num_sequences: int, mean_context: int) -> DecodeRound:
-        turn = self._model.decode_round(num_sequences, mean_context)
-        return DecodeRound(min(num_sequences, self._num_microbatches), turn.round_s)
+        decode_round = self._model.decode_round(num_sequences, mean_context)
+        return DecodeRound(min(num_sequences, self._num_microbatches), decode_round.round_s)
 
     def chunk_tokens(self, position: int, num_tokens: int, longest: int) -> int:
         return min(self._chunk_tokens, longest)

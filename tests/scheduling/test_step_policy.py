@@ -105,8 +105,8 @@ def test_a_chunk_beside_those_who_decode_is_as_long_as_the_time_allows_and_no_lo
     num_sequences: int, context: int, position: int
 ) -> None:
     stages = k2_stages()
-    turn = best_round(stages, num_sequences, context, TURNAROUND_S)
-    limit_s = (1 + CHUNK_DELAY_STEPS) * turn.round_s / max(2, turn.num_microbatches)
+    decode_round = best_round(stages, num_sequences, context, TURNAROUND_S)
+    limit_s = (1 + CHUNK_DELAY_STEPS) * decode_round.round_s / max(2, decode_round.num_microbatches)
     one = row_load(context, 1, is_prompt=False, needs_logits=True)
     count = largest_chunk_within(stages, one, position, LONGEST_CHUNK, limit_s)
 
