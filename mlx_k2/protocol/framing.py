@@ -10,7 +10,7 @@ from typing import IO, NamedTuple
 
 from mlx_k2.errors import ProtocolError
 
-MARK = b"mlx-k2 control 1"
+MARK = b"mlx-k2 control 2"
 MAX_CHATTER_BYTES = 64 * 1024
 MAX_PAYLOAD_BYTES = 64 * 1024 * 1024
 
