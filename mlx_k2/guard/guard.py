@@ -18,8 +18,7 @@ from typing import IO
 from mlx_k2.errors import ProtocolError
 from mlx_k2.guard.stage_clock import StageClock
 from mlx_k2.guard.watchdog import Watch
-from mlx_k2.protocol.ends import FrameReader, FrameWriter
-from mlx_k2.protocol.framing import MARK, Frame, Kind
+from mlx_k2.protocol.framing import MARK, Frame, FrameReader, FrameWriter, Kind
 from mlx_k2.protocol.guard_messages import ENDED_BY_ITSELF, POLITE_S, GuardSettings, StageExit, kill_after_s
 from mlx_k2.protocol.stage_status import PhaseUpdate
 

@@ -17,8 +17,7 @@ from mlx_k2.errors import ProtocolError
 from mlx_k2.launch.diagnosis import explain_lost_connection, explain_start_failure
 from mlx_k2.launch.stage_events import StageEnded, StageEvent, StageMessage
 from mlx_k2.launch.stage_location import StageLocation
-from mlx_k2.protocol.ends import FrameWriter
-from mlx_k2.protocol.framing import Frame, Kind, read_frame, skip_to_mark
+from mlx_k2.protocol.framing import Frame, FrameWriter, Kind, read_frame, skip_to_mark
 from mlx_k2.protocol.guard_messages import GuardSettings, StageExit
 from mlx_k2.protocol.messages import ToStage, decode_from_stage, encode_message
 from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus

@@ -12,8 +12,7 @@ import msgspec
 
 from mlx_k2.errors import MlxK2Error, ProtocolError
 from mlx_k2.model.latent_cache import LatentCache
-from mlx_k2.protocol.ends import FrameReader, FrameWriter
-from mlx_k2.protocol.framing import Frame, Kind
+from mlx_k2.protocol.framing import Frame, FrameReader, FrameWriter, Kind
 from mlx_k2.protocol.messages import (
     ClockRead,
     Connect,

@@ -7,8 +7,7 @@ import pytest
 
 from mlx_k2 import __version__
 from mlx_k2.errors import ProtocolError
-from mlx_k2.protocol.ends import FrameWriter
-from mlx_k2.protocol.framing import Frame, Kind, read_frame
+from mlx_k2.protocol.framing import Frame, FrameWriter, Kind, read_frame
 from mlx_k2.protocol.messages import (
     Connect,
     Connected,

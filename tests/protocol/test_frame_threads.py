@@ -12,8 +12,7 @@ from typing import NoReturn
 import pytest
 
 from mlx_k2.errors import ProtocolError
-from mlx_k2.protocol.ends import QUEUE_FRAMES, FrameReader, FrameWriter
-from mlx_k2.protocol.framing import Frame, Kind
+from mlx_k2.protocol.framing import QUEUE_FRAMES, Frame, FrameReader, FrameWriter, Kind
 
 NUM_INTERRUPTS = 200
 
