@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
-from mlx_k2.deployment.bring_up import message_of
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import ClusterError, StageSilent
 from mlx_k2.launch.group import StageGroup
@@ -162,10 +161,10 @@ class Coordinator:
 
     def _receive(self) -> list[TokenEvent]:
         """Wait until a stage has finished a step; the tokens that came with it."""
-        event = self._monitor.receive(self._deadline())
-        if event is None:
+        received = self._monitor.receive(self._deadline())
+        if received is None:
             raise StageSilent(self._describe_silence())
-        rank, message = message_of(self._group, event)
+        rank, message = received.rank, received.message
         assert isinstance(message, StepDone), f"stage {rank} sent a {type(message).__name__} between steps"
         self._record(rank, message)
         if rank < self._group.size - 1:

@@ -5,18 +5,16 @@ Knows no model: what each stage is to load comes in as messages.
 
 import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from mlx_k2.errors import ClusterError, NeighbourLost, StageFault, StageSilent, StageStartError
+from mlx_k2.errors import StageSilent, StageStartError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor
-from mlx_k2.launch.stage_events import StageEnded, StageEvent
 from mlx_k2.protocol.messages import (
     Connect,
     Connected,
     DownloadShard,
-    Fault,
     FromStage,
     Hello,
     JacclLinks,
@@ -32,10 +30,6 @@ HANDSHAKE_S = 60.0
 PREPARE_S = 60.0
 CONNECT_S = 90.0
 """MLX's ring tries for 31 s to reach a neighbour."""
-CULPRIT_S = 2.0
-"""How long to wait for the end of a stage whose neighbours have already complained."""
-SILENT_S = 3.0
-"""A guard that was not heard for so long, when a neighbour of its stage complains, is the reason."""
 LAYER_S = 600.0
 """Without a word from any stage while they load: a layer is 10 GB, and a disk may be slow."""
 
@@ -126,52 +120,13 @@ def collect(
     monitor = HealthMonitor(group)
     deadline = time.monotonic() + silence_s
     while any(rank not in answers for rank in ranks):
-        event = monitor.receive(deadline)
-        if event is None:
+        received = monitor.receive(deadline)
+        if received is None:
             owing = ", ".join(monitor.describe(rank) for rank in ranks if rank not in answers)
             raise StageSilent(f"no word for {silence_s:.0f} s from {owing}, which was to {phase}")
-        rank, message = message_of(group, event)
         deadline = time.monotonic() + silence_s
-        if isinstance(message, wanted):
-            answers[rank] = message
+        if isinstance(received.message, wanted):
+            answers[received.rank] = received.message
         elif on_other is not None:
-            on_other(rank, message)
+            on_other(received.rank, received.message)
     return tuple(answers[rank] for rank in ranks)
-
-
-def message_of(group: StageGroup, event: StageEvent) -> tuple[int, FromStage]:
-    """Who said what.
-
-    Raises:
-        ClusterError: the stage ended, or reported a fault.
-    """
-    if isinstance(event, StageEnded):
-        raise event.as_error()
-    if isinstance(event.message, Fault):
-        raise _cause(group, event.rank, event.message)
-    return event.rank, event.message
-
-
-def _cause(group: StageGroup, rank: int, fault: Fault) -> ClusterError:
-    """The error of a fault; a stage that lost its neighbour is not the culprit if another one can be heard of."""
-    deadline = time.monotonic() + CULPRIT_S
-    victims = {rank}
-    while fault.kind == NeighbourLost.__name__ and (event := group.receive(max(0.0, deadline - time.monotonic()))):
-        if isinstance(event, StageEnded):
-            if event.rank not in victims:
-                return event.as_error()
-        elif isinstance(event.message, Fault):
-            rank, fault = event.rank, event.message
-            victims.add(rank)
-    if fault.kind == NeighbourLost.__name__ and (silent := _silent(group, victims)) is not None:
-        return StageSilent(f"{silent}, and stage {rank} on {group.host(rank)} lost a neighbour: {fault.message}")
-    return StageFault(f"stage {rank} on {group.host(rank)}: {fault.message}")
-
-
-def _silent(group: StageGroup, victims: Collection[int]) -> str | None:
-    """The stage, none of ``victims``, whose guard has missed its heartbeats for longest, and that it has."""
-    others = [rank for rank in range(group.size) if rank not in victims]
-    rank = max(others, key=group.silence_s, default=None)
-    if rank is None or group.silence_s(rank) < SILENT_S:
-        return None
-    return f"stage {rank} on {group.host(rank)} has not been heard for {group.silence_s(rank):.0f} s"

@@ -1,19 +1,25 @@
-"""Waits for what the stages say, and meanwhile sees whether one has stopped, fallen silent or waits for a lost hop.
+"""The next message of any stage, or the error that explains why none comes. Knows no plan and sets no deadline.
 
-Knows where stages stand; no plan, and no deadline but its caller's.
+While it waits, it detects stopped stages, silent guards and stuck hops.
 """
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from mlx_k2.errors import StageSilent
+from mlx_k2.errors import ClusterError, NeighbourLost, StageFault, StageSilent
 from mlx_k2.launch.group import HEARTBEAT_S, StageGroup
-from mlx_k2.launch.stage_events import StageEvent
+from mlx_k2.launch.stage_events import StageEnded, StageMessage
+from mlx_k2.protocol.messages import Fault
 from mlx_k2.protocol.stage_status import Phase, StageStatus
 
 LOOK_S = 0.5
 GAP_S = 2.0
 """A wait that took so much longer than it should: this process was stopped, or its machine slept."""
+CULPRIT_S = 2.0
+"""Wait this long for the end of another stage after a stage reported a lost neighbour: that end is the cause."""
+SILENT_S = 3.0
+"""A guard that was silent for this long when a neighbour of its stage reports a lost hop is the cause."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +40,25 @@ class HealthMonitor:
         self._hops: dict[int, _WaitingHop] = {}
         self._looked_at = self._judge_from = time.monotonic()
 
-    def receive(self, deadline: float) -> StageEvent | None:
-        """The next thing that a stage said, or its end; None when nothing came before ``deadline`` (monotonic).
+    def receive(self, deadline: float) -> StageMessage | None:
+        """Return the next message of any stage; None when none came before ``deadline`` (monotonic seconds).
 
-        What waits to be read is read before anything is judged; after a gap in this process's own time the guards
-        have time to answer first.
+        Messages that wait to be read are read before any stage is judged. After a gap in this process's own time the
+        guards get GAP_S to answer first.
 
         Raises:
+            StageStartError, StageFault: a stage ended, or reported a fault.
             StageSilent: a stage is stopped, its guard is silent, or a hop is stuck; names it, its host and its step.
         """
         while True:
             self._check_gap()
             until = max(deadline, self._judge_from)
             event = self._group.receive(max(0.0, min(LOOK_S, until - time.monotonic())))
+            if isinstance(event, StageEnded):
+                raise event.as_error()
             if event is not None:
+                if isinstance(event.message, Fault):
+                    raise self._cause(event.rank, event.message)
                 return event
             self._check_gap()
             now = time.monotonic()
@@ -56,6 +67,34 @@ class HealthMonitor:
                     raise StageSilent(trouble)
                 if now >= deadline:
                     return None
+
+    def _cause(self, rank: int, fault: Fault) -> ClusterError:
+        """Return the error for a fault. A stage that lost its neighbour is not the cause if another stage is."""
+        deadline = time.monotonic() + CULPRIT_S
+        victims = {rank}
+        while fault.kind == NeighbourLost.__name__:
+            event = self._group.receive(max(0.0, deadline - time.monotonic()))
+            if event is None:
+                break
+            if isinstance(event, StageEnded):
+                if event.rank not in victims:
+                    return event.as_error()
+            elif isinstance(event.message, Fault):
+                rank, fault = event.rank, event.message
+                victims.add(rank)
+        if fault.kind == NeighbourLost.__name__ and (silent := self._silent_stage(victims)) is not None:
+            host = self._group.host(rank)
+            return StageSilent(f"{silent}, and stage {rank} on {host} lost a neighbour: {fault.message}")
+        return StageFault(f"stage {rank} on {self._group.host(rank)}: {fault.message}")
+
+    def _silent_stage(self, victims: Collection[int]) -> str | None:
+        """Describe the stage, none of ``victims``, whose guard missed its heartbeats for longest."""
+        others = [rank for rank in range(self._group.size) if rank not in victims]
+        rank = max(others, key=self._group.silence_s, default=None)
+        if rank is None or self._group.silence_s(rank) < SILENT_S:
+            return None
+        silence_s = self._group.silence_s(rank)
+        return f"stage {rank} on {self._group.host(rank)} has not been heard for {silence_s:.0f} s"
 
     def _check_gap(self) -> None:
         now = time.monotonic()
