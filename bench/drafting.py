@@ -14,7 +14,7 @@ from bench.checkpoints import cycle_checkpoint
 from bench.claims import Claim, measure, read_options
 from bench.deployments import local_deployment
 from bench.measure import prompt_ids
-from mlx_k2.coordinator.text_stream import coordinate
+from mlx_k2.coordinator.pipeline import coordinate
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import Request

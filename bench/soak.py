@@ -23,8 +23,7 @@ from pathlib import Path
 import psutil
 
 from bench.measure import save_rows
-from mlx_k2.coordinator.pipeline import TokenEvent
-from mlx_k2.coordinator.text_stream import coordinate
+from mlx_k2.coordinator.pipeline import TokenEvent, coordinate
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.restarting import Restart, RestartingDeployment
 from mlx_k2.scheduling.request import Request

@@ -8,8 +8,11 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from mlx_k2.coordinator.pipeline import Coordinator, StageUse
-from mlx_k2.coordinator.text_stream import coordinate
+from mlx_k2.coordinator.pipeline import (
+    Coordinator,
+    StageUse,
+    coordinate,
+)
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.plan import DTYPE_BYTES
 from mlx_k2.deployment.stage_report import StageReport

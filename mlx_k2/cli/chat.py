@@ -11,7 +11,6 @@ import platformdirs
 
 from mlx_k2 import __version__
 from mlx_k2.chat.chat_session import ChatSession, Toolkit
-from mlx_k2.chat.reply_source import StageReplies
 from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.console import ConsoleListener, log, show_stage_use
 from mlx_k2.cli.option_values import (
@@ -39,7 +38,8 @@ from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.repl.usage_totals import UsageTotals
 from mlx_k2.cli.toolkit import opened_tools
-from mlx_k2.coordinator.text_stream import coordinate
+from mlx_k2.coordinator.pipeline import coordinate
+from mlx_k2.coordinator.text_stream import StageReplies
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import RestartingDeployment

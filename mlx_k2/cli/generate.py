@@ -8,7 +8,6 @@ import click
 
 from mlx_k2.chat.chat_events import Event
 from mlx_k2.chat.chat_session import ChatSession, Toolkit
-from mlx_k2.chat.reply_source import StageReplies
 from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.console import ConsoleListener, log, show_dry_run
 from mlx_k2.cli.generate_file import WANTED_SLOTS, check_options, generate_many
@@ -36,8 +35,9 @@ from mlx_k2.cli.output import JsonOutput, TextOutput
 from mlx_k2.cli.repl.keyboard import LineKeyboard
 from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.toolkit import opened_tools
-from mlx_k2.coordinator.pipeline import Coordinator
-from mlx_k2.coordinator.text_stream import AnswerSummary, coordinate, stream_answer, total
+from mlx_k2.coordinator.answer_summary import AnswerSummary, total
+from mlx_k2.coordinator.pipeline import Coordinator, coordinate
+from mlx_k2.coordinator.text_stream import StageReplies
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import RestartingDeployment
@@ -159,7 +159,7 @@ def _events(
     """The answer to a prompt as it is, or to the first message of a conversation."""
     tokenizer = frontend.tokenizer
     if is_raw(options):
-        return stream_answer(coordinator, tokenizer, read_prompt(options, text, frontend))
+        return StageReplies(coordinator, tokenizer).stream(read_prompt(options, text, frontend))
     settings = reply_settings(options, frontend)
     conversation = new_conversation(options, frontend, () if tools is None else tools.declarations)
     toolkit = None

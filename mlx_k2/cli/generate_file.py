@@ -11,7 +11,7 @@ from mlx_k2.cli.console import ConsoleListener, console, log, log_restart
 from mlx_k2.cli.option_values import SAMPLING_NAMES, ModelFrontend, base_seed, line_prompt, log_settings
 from mlx_k2.cli.prompt_files import PromptLine, ResultFile, line_seed, read_prompt_lines, run_digest
 from mlx_k2.coordinator.batch_results import BatchResult, answer_all
-from mlx_k2.coordinator.text_stream import coordinate
+from mlx_k2.coordinator.pipeline import coordinate
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import SetupError

@@ -11,8 +11,11 @@ from mlx_k2.chat.chat_events import CallEnded, Event
 from mlx_k2.cli.console import log, log_restart, show_stage_use
 from mlx_k2.cli.repl.screen import PlainScreen, Screen
 from mlx_k2.cli.repl.wording import CUT
+from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.pipeline import StageUse
-from mlx_k2.coordinator.text_stream import AnswerSummary, Delta
+from mlx_k2.coordinator.text_stream import (
+    Delta,
+)
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.restarting import Restart
 from mlx_k2.scheduling.request import FinishReason

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from mlx_k2.coordinator.pipeline import Coordinator
 from mlx_k2.scheduling.request import FinishReason, Request
-from mlx_k2.text.reply_parser import Reply, whole_reply
-from mlx_k2.text.reply_reader import ReplyReader
+from mlx_k2.text.reply_parser import Reply, ReplyReader, whole_reply
 from mlx_k2.text.tokenizer import Tokenizer
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
+from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import ClusterError, StageSilent
 from mlx_k2.launch.group import StageGroup
@@ -15,7 +16,7 @@ from mlx_k2.protocol.messages import Row, Step, StepDone
 from mlx_k2.sampling import SampledToken
 from mlx_k2.scheduling.microbatch import Microbatch, MicrobatchRow
 from mlx_k2.scheduling.request import FinishReason, Request
-from mlx_k2.scheduling.scheduler import Scheduler
+from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.sequence import Sequence
 from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
 
@@ -211,6 +212,30 @@ class Coordinator:
             f"{self._monitor.describe(behind)} has not finished step {number} ({oldest.microbatch.num_tokens} tokens) "
             f"after {waited_s:.0f} s; the stages: {', '.join(self._monitor.describe_all())}"
         )
+
+
+def coordinate(
+    deployment: Deployment,
+    *,
+    drafts: bool,
+    prompts_first: bool = False,
+    step_timeout: StepTimeout | None = None,
+    on_report: Callable[[StageReport], None] | None = None,
+    restart: RestartStages | None = None,
+) -> Coordinator:
+    """A coordinator for stages that are ready; ``drafts`` lets a lone sequence's idle stages run guesses.
+
+    ``prompts_first`` lets those who decode wait for prompts: more tokens a second in all.
+
+    After a fault it goes on over the stages that ``restart`` starts.
+    """
+    shape = deployment.shape
+    limits = SchedulerLimits(
+        shape.num_slots, shape.context_tokens, shape.chunk_tokens, deployment.group.size, prompts_first
+    )
+    policy = AdaptiveStepPolicy(deployment.costs)
+    scheduler = Scheduler(limits, policy, drafts=drafts)
+    return Coordinator(deployment.group, scheduler, policy, step_timeout or StepTimeout(), on_report, restart)
 
 
 def _row(row: MicrobatchRow) -> Row:

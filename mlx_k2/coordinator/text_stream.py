@@ -1,21 +1,22 @@
-"""Where text and tokens meet: a prompt becomes a request, drawn tokens become text. Knows no terminal."""
+"""Answers as streams of tokens and text, over stages that are ready. Knows no messages and no terminal."""
 
+import threading
 import time
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as Tokens
 from contextlib import closing
 from dataclasses import dataclass, replace
+from types import TracebackType
 
-from mlx_k2.coordinator.pipeline import Coordinator, RestartStages, StepTimeout, TokenEvent
-from mlx_k2.deployment.deploy import Deployment
-from mlx_k2.deployment.stage_report import StageReport
-from mlx_k2.sampling import SampledToken
+from mlx_k2.coordinator.answer_summary import AnswerSummary
+from mlx_k2.coordinator.pipeline import Coordinator, TokenEvent
+from mlx_k2.errors import ClusterError, SetupError
+from mlx_k2.sampling import SampledToken, Sampling
 from mlx_k2.scheduling.request import FinishReason, Request
-from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.sequence import Sequence
-from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
-from mlx_k2.text.detokenizer import Detokenizer
-from mlx_k2.text.tokenizer import Tokenizer
+from mlx_k2.text.tokenizer import Detokenizer, Tokenizer
+
+_CLOSE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -28,111 +29,108 @@ class Delta:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True)
-class AnswerSummary:
-    """What an answer took; rates are None where too few tokens were there to measure them."""
-
-    prompt_tokens: int
-    cached_tokens: int
-    """Of the prompt: those that were in the cache, and were not computed again."""
-    generated_tokens: int
-    finish_reason: FinishReason
-    seed: int
-    time_to_first_token_s: float | None
-    prefill_tokens_per_s: float | None
-    decode_tokens_per_s: float | None
-    num_drafted: int
-    num_accepted: int
-
-
-def total(summaries: Tokens[AnswerSummary]) -> AnswerSummary:
-    """What several answers of one conversation took together; seed and ending are the last one's."""
-    prefill_s = sum(
-        (one.prompt_tokens - one.cached_tokens) / one.prefill_tokens_per_s
-        for one in summaries
-        if one.prefill_tokens_per_s
-    )
-    timed = [one for one in summaries if one.decode_tokens_per_s]
-    num_decoded = sum(one.generated_tokens - 1 for one in timed)
-    decode_s = sum((one.generated_tokens - 1) / one.decode_tokens_per_s for one in timed if one.decode_tokens_per_s)
-    prompt_tokens = sum(one.prompt_tokens for one in summaries)
-    cached_tokens = sum(one.cached_tokens for one in summaries)
-    return AnswerSummary(
-        prompt_tokens=prompt_tokens,
-        cached_tokens=cached_tokens,
-        generated_tokens=sum(one.generated_tokens for one in summaries),
-        finish_reason=summaries[-1].finish_reason,
-        seed=summaries[-1].seed,
-        time_to_first_token_s=summaries[0].time_to_first_token_s,
-        prefill_tokens_per_s=(prompt_tokens - cached_tokens) / prefill_s if prefill_s else None,
-        decode_tokens_per_s=num_decoded / decode_s if decode_s else None,
-        num_drafted=sum(one.num_drafted for one in summaries),
-        num_accepted=sum(one.num_accepted for one in summaries),
-    )
-
-
-def coordinate(
-    deployment: Deployment,
-    *,
-    drafts: bool,
-    prompts_first: bool = False,
-    step_timeout: StepTimeout | None = None,
-    on_report: Callable[[StageReport], None] | None = None,
-    restart: RestartStages | None = None,
-) -> Coordinator:
-    """A coordinator for stages that are ready; ``drafts`` lets a lone sequence's idle stages run guesses.
-
-    ``prompts_first`` lets those who decode wait for prompts: more tokens a second in all.
-
-    After a fault it goes on over the stages that ``restart`` starts.
-    """
-    shape = deployment.shape
-    limits = SchedulerLimits(
-        shape.num_slots, shape.context_tokens, shape.chunk_tokens, deployment.group.size, prompts_first
-    )
-    policy = AdaptiveStepPolicy(deployment.costs)
-    scheduler = Scheduler(limits, policy, drafts=drafts)
-    return Coordinator(deployment.group, scheduler, policy, step_timeout or StepTimeout(), on_report, restart)
-
-
 def _nothing() -> tuple[int, ...]:
     return ()
 
 
-def stream_answer(
-    coordinator: Coordinator,
-    tokenizer: Tokenizer,
-    request: Request,
-    *,
-    forced_tokens: Callable[[], Tokens[int]] = _nothing,
-    stopped: Callable[[], bool] = lambda: False,
-) -> Generator[Delta | AnswerSummary, None, None]:
-    """Run ``request`` to its end: a Delta for each token as it is drawn, then one AnswerSummary.
+class StageReplies:
+    """Answers of one coordinator, one after the other. A context: on exit a prefill that still runs is cancelled."""
 
-    ``forced_tokens`` is asked before each token, perhaps twice; the tokens that it gives stand in the answer as if they
-    had been drawn, and the answer goes on behind them. Closing the generator early cancels the request. So does
-    ``stopped``, asked after each step, and the summary says so.
+    def __init__(self, coordinator: Coordinator, tokenizer: Tokenizer) -> None:
+        self._coordinator = coordinator
+        self._tokenizer = tokenizer
+        self._prefill: _Prefill | None = None
 
-    Raises:
-        ClusterError: a stage failed; the tokens so far were yielded.
-    """
-    detokenizer = Detokenizer(tokenizer)
-    answer = _AnswerState(request)
-    while answer.finish_reason is None and not stopped():
-        for token_id in forced_tokens():
-            answer.append_forced(token_id)
-            yield Delta(token_id, detokenizer.add(token_id), None, ())
-        with closing(coordinator.run(answer.rest, stopped=stopped)) as events:
-            for event in events:
-                token = answer.on_event(event)
-                if token is not None:
-                    text = "" if token.token_id in request.stop_ids else detokenizer.add(token.token_id)
-                    if answer.finish_reason is not None:
-                        text += detokenizer.finish()
-                    yield Delta(token.token_id, text, token.logprob, token.top)
-                if answer.finish_reason is None and forced_tokens():
-                    break
-    yield answer.summary()
+    def __enter__(self) -> "StageReplies":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._prefill is not None:
+            self._prefill.stop()
+            self._prefill.join(_CLOSE_S)  # a step that takes longer ends with the stages
+
+    def stream(
+        self,
+        request: Request,
+        forced_tokens: Callable[[], Tokens[int]] = _nothing,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> Generator[Delta | AnswerSummary, None, None]:
+        """Run ``request`` to its end: yield a Delta for each token when it is sampled, then one AnswerSummary.
+
+        ``forced_tokens`` is called before each token, at most twice. The tokens that it returns are appended to the
+        answer as if they had been sampled, and sampling continues after them. Closing the generator early cancels the
+        request. So does ``stopped``, called after each step; the summary then says so.
+
+        Raises:
+            ClusterError: a stage failed, now or during the prefill; the tokens so far were yielded.
+        """
+        self.cancel_prefill()
+        detokenizer = Detokenizer(self._tokenizer)
+        answer = _AnswerState(request)
+        while answer.finish_reason is None and not stopped():
+            for token_id in forced_tokens():
+                answer.append_forced(token_id)
+                yield Delta(token_id, detokenizer.add(token_id), None, ())
+            with closing(self._coordinator.run(answer.rest, stopped=stopped)) as events:
+                for event in events:
+                    token = answer.on_event(event)
+                    if token is not None:
+                        text = "" if token.token_id in request.stop_ids else detokenizer.add(token.token_id)
+                        if answer.finish_reason is not None:
+                            text += detokenizer.finish()
+                        yield Delta(token.token_id, text, token.logprob, token.top)
+                    if answer.finish_reason is None and forced_tokens():
+                        break
+        yield answer.summary()
+
+    def prefill_next_prompt(self, prompt_ids: Callable[[], Tokens[int]]) -> None:
+        """Compute ``prompt_ids`` on a thread of its own until the next request or ``cancel_prefill``."""
+        self.cancel_prefill()
+        self._prefill = _Prefill(self._coordinator, prompt_ids)
+        self._prefill.start()
+
+    def cancel_prefill(self) -> None:
+        """End the prefill after the steps in flight; what it computed stays cached.
+
+        Raises:
+            ClusterError: a stage failed during the prefill.
+        """
+        prefill, self._prefill = self._prefill, None
+        if prefill is not None:
+            prefill.stop()
+            prefill.join()
+            if prefill.fault is not None:
+                raise prefill.fault
+
+
+class _Prefill(threading.Thread):
+    """The computation of one prompt; the token that is sampled after it is dropped."""
+
+    def __init__(self, coordinator: Coordinator, prompt_ids: Callable[[], Tokens[int]]) -> None:
+        super().__init__(name="prefill", daemon=True)
+        self._coordinator = coordinator
+        self._prompt_ids = prompt_ids
+        self._stopped = False
+        self.fault: ClusterError | None = None
+
+    def run(self) -> None:
+        """Run until the prompt is cached, or until ``stop`` is called."""
+        try:
+            token_ids = tuple(self._prompt_ids())
+        except SetupError:  # the error is raised again when the user's next request renders the same messages
+            return
+        request = Request(token_ids, 1, Sampling(seed=0, temperature=0), frozenset())
+        try:
+            for _ in self._coordinator.run(request, stopped=lambda: self._stopped):
+                pass
+        except ClusterError as fault:
+            self.fault = fault
+
+    def stop(self) -> None:
+        """End the prefill when a stage has finished its next step. Does not wait."""
+        self._stopped = True
 
 
 class _AnswerState:

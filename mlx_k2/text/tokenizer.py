@@ -1,5 +1,6 @@
 """Text to token ids and ids to bytes. Knows file contents by name, but no paths; no messages, no templates."""
 
+import codecs
 import re
 from collections.abc import Iterator, Mapping
 
@@ -63,6 +64,27 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """Whether ``token_id`` is a control token."""
         return token_id in self._special_numbers
+
+
+class Detokenizer:
+    """Decodes one sequence. All of ``add`` and then ``finish`` together equal the whole decoded at once.
+
+    Bytes that are no UTF-8 become U+FFFD; control tokens read as their names, so leave out those not to be seen.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token_id: int) -> str:
+        """The text that ``token_id`` completes: '' while it leaves a character unfinished."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def finish(self) -> str:
+        """What an unfinished character at the end becomes; the next ``add`` starts a new text."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
 
 
 def load_tokenizer(files: Mapping[str, bytes], vocab_size: int) -> Tokenizer:

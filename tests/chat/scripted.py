@@ -3,11 +3,14 @@
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.pipeline import Coordinator
-from mlx_k2.coordinator.text_stream import AnswerSummary, Delta, stream_answer
+from mlx_k2.coordinator.text_stream import (
+    Delta,
+    StageReplies,
+)
 from mlx_k2.scheduling.request import FinishReason, Request
-from mlx_k2.text.detokenizer import Detokenizer
-from mlx_k2.text.tokenizer import Tokenizer
+from mlx_k2.text.tokenizer import Detokenizer, Tokenizer
 
 ForcedTokens = Callable[[], Sequence[int]]
 
@@ -72,9 +75,8 @@ class ScriptOnStages:
         reply = next(self._replies)
         given = [reply]
         asked = replace(request, max_tokens=1)
-        deltas = stream_answer(
-            self._coordinator, self._tokenizer, asked, forced_tokens=lambda: given.pop() if given else ()
-        )
+        replies = StageReplies(self._coordinator, self._tokenizer)
+        deltas = replies.stream(asked, forced_tokens=lambda: given.pop() if given else ())
         yield from (next(deltas) for _ in reply)
         _, summary = deltas
         assert isinstance(summary, AnswerSummary)

@@ -11,7 +11,7 @@ import pytest
 from mlx_k2.chat.chat_events import CallEnded, CallStarted, Event, MessageAdded
 from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit
 from mlx_k2.chat.conversation import Conversation
-from mlx_k2.coordinator.text_stream import AnswerSummary
+from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import Sampling
 from mlx_k2.text.reply_parser import Content, Reasoning

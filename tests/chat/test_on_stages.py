@@ -14,10 +14,16 @@ import pytest
 from mlx_k2.chat.chat_events import CallEnded
 from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit
 from mlx_k2.chat.conversation import Conversation
-from mlx_k2.chat.reply_source import StageReplies
 from mlx_k2.cluster.hostfile import local_hostfile
-from mlx_k2.coordinator.pipeline import Coordinator
-from mlx_k2.coordinator.text_stream import AnswerSummary, Delta, coordinate
+from mlx_k2.coordinator.answer_summary import AnswerSummary
+from mlx_k2.coordinator.pipeline import (
+    Coordinator,
+    coordinate,
+)
+from mlx_k2.coordinator.text_stream import (
+    Delta,
+    StageReplies,
+)
 from mlx_k2.deployment.deploy import deploy
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from mlx_k2.builtin import BUILTIN_FOLDER
-from mlx_k2.text.reply_parser import whole_reply
-from mlx_k2.text.reply_reader import ReplyReader
+from mlx_k2.text.reply_parser import ReplyReader, whole_reply
 from mlx_k2.text.tokenizer import load_tokenizer
 from mlx_k2.weights.checkpoint import describe_model, read_small_files
 from tests.cli.command import MLX_K2, CommandLine

@@ -5,7 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from mlx_k2.coordinator.text_stream import AnswerSummary, Delta, stream_answer
+from mlx_k2.coordinator.answer_summary import AnswerSummary
+from mlx_k2.coordinator.text_stream import (
+    Delta,
+    StageReplies,
+)
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
@@ -28,7 +32,7 @@ def tokenizer(cluster: Cluster) -> Tokenizer:
 
 def answer(cluster: Cluster, tokenizer: Tokenizer, asked: Request) -> tuple[list[Delta], AnswerSummary]:
     """An answer's deltas, and the summary that ends it."""
-    *deltas, summary = stream_answer(cluster.coordinator, tokenizer, asked)
+    *deltas, summary = StageReplies(cluster.coordinator, tokenizer).stream(asked)
     assert isinstance(summary, AnswerSummary)
     assert all(isinstance(delta, Delta) for delta in deltas)
     return [delta for delta in deltas if isinstance(delta, Delta)], summary
@@ -97,7 +101,7 @@ def test_log_probabilities_come_when_asked_for_and_change_no_token(cluster: Clus
 
 def test_closing_an_answer_early_cancels_it_and_the_next_is_undisturbed(cluster: Cluster, tokenizer: Tokenizer) -> None:
     undisturbed, _ = answer(cluster, tokenizer, ASKED)
-    stream = stream_answer(cluster.coordinator, tokenizer, request(30, 1000))
+    stream = StageReplies(cluster.coordinator, tokenizer).stream(request(30, 1000))
     next(stream)
     stream.close()
     again, _ = answer(cluster, tokenizer, ASKED)

@@ -10,8 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlx_k2.coordinator.pipeline import Coordinator, TokenEvent
-from mlx_k2.coordinator.text_stream import coordinate
+from mlx_k2.coordinator.pipeline import Coordinator, TokenEvent, coordinate
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.restarting import Restart, RestartingDeployment
 from mlx_k2.errors import StageFault, StageStartError

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from mlx_k2.cluster.hostfile import read_hostfile
-from mlx_k2.coordinator.text_stream import coordinate
+from mlx_k2.coordinator.pipeline import coordinate
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.restarting import Restart, RestartingDeployment

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_k2.text.detokenizer import Detokenizer
+from mlx_k2.text.tokenizer import Detokenizer
 from tests.text.fixtures import VOCAB_SIZE, tokenizer
 
 ids = st.lists(st.one_of(st.integers(0x80, 0xFF), st.integers(0, VOCAB_SIZE - 1)))

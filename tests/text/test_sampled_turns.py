@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from mlx_k2.text.history import assistant_message, tool_messages
 from mlx_k2.text.prompt import encode_pieces, render_pieces
-from mlx_k2.text.reply_parser import whole_reply
-from mlx_k2.text.reply_reader import ReplyReader
+from mlx_k2.text.reply_parser import ReplyReader, whole_reply
 from mlx_k2.text.sampled_turns import SampledTurns
 from tests.text.fixtures import builtin_template, decoded, tokenizer
 

@@ -13,7 +13,7 @@ from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.repl.usage_totals import UsageTotals
 from mlx_k2.cli.repl.wording import CUT
-from mlx_k2.coordinator.text_stream import AnswerSummary
+from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.errors import SetupError
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.text.tool_call import ToolCall

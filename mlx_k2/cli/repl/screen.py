@@ -12,7 +12,7 @@ from mlx_k2.cli.console import console as talk
 from mlx_k2.cli.console import log, log_restart
 from mlx_k2.cli.repl.markdown_stream import MarkdownStream
 from mlx_k2.cli.repl.wording import call_line, ended_line, printable
-from mlx_k2.coordinator.text_stream import AnswerSummary
+from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.deployment.restarting import Restart
 from mlx_k2.text.reply_parser import Content, Reasoning
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mlx_k2.chat.chat_events import CallEnded, Event
-from mlx_k2.coordinator.text_stream import AnswerSummary
+from mlx_k2.coordinator.answer_summary import AnswerSummary
 
 
 @dataclass
