@@ -26,8 +26,9 @@ from mlx_k2.config import ModelConfig
 from mlx_k2.model.batch import Batch, Span
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.protocol.framing import Kind, encode_frame, read_frame
-from mlx_k2.protocol.messages import Row, Step, StepDone, decode_to_stage, encode_message
+from mlx_k2.protocol.messages import Step, StepDone, decode_to_stage, encode_message
 from mlx_k2.sampling import REPETITION_WINDOW, SampledToken, Sampling
+from mlx_k2.scheduling.microbatch import Row
 from mlx_k2.stage.loading import load_stage_model
 from mlx_k2.weights.index import CheckpointIndex, read_index_json
 from mlx_k2.weights.reader import ShardReader

@@ -14,7 +14,7 @@ import time
 from bench.measure import save_rows
 from mlx_k2.config import ModelConfig
 from mlx_k2.deployment.stage_costs import GPU_SPEED, stage_sizes
-from mlx_k2.protocol.messages import Row, Step, encode_message
+from mlx_k2.protocol.messages import Step, encode_message
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.cost_model import StageCost
 from mlx_k2.scheduling.microbatch import Microbatch
@@ -58,31 +58,15 @@ def step_cost_s(num_sequences: int, context: int) -> float:
     while len(times) < STEPS:
         began = time.perf_counter()
         while (microbatch := scheduler.next_microbatch()) is not None:
-            encode_message(Step(microbatch.number, tuple(message_row(microbatch))))
+            encode_message(Step(microbatch.number, tuple(planned.row for planned in microbatch.rows)))
             in_flight.append(microbatch)
         done = in_flight.pop(0)
         for rank in (0, 1):
             policy.observe(rank, done.load, 0.05)
-        scheduler.complete(done.number, [1 for row in done.rows if row.needs_logits])
+        scheduler.complete(done.number, [1 for planned in done.rows if planned.row.needs_logits])
         if done.decodes:
             times.append(time.perf_counter() - began)
     return statistics.median(times)
-
-
-def message_row(microbatch: Microbatch) -> list[Row]:
-    """The rows as they are sent."""
-    return [
-        Row(
-            row.sequence.slot,
-            row.position,
-            row.token_ids,
-            row.is_prompt,
-            row.sequence.request.sampling if row.needs_logits else None,
-            row.recent_ids if row.needs_logits else (),
-            row.copy_from,
-        )
-        for row in microbatch.rows
-    ]
 
 
 if __name__ == "__main__":

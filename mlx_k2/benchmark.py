@@ -8,11 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from mlx_k2.coordinator.pipeline import (
-    Coordinator,
-    StageUse,
-    coordinate,
-)
+from mlx_k2.coordinator.pipeline import Coordinator, StageUse, coordinate
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.plan import DTYPE_BYTES
 from mlx_k2.deployment.stage_report import StageReport

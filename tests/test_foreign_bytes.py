@@ -15,9 +15,10 @@ from mlx_k2.cluster.hostfile import parse_hostfile
 from mlx_k2.errors import CheckpointError, HostfileError, MlxK2Error, ProtocolError
 from mlx_k2.protocol.framing import MARK, Kind, encode_frame, read_frame, skip_to_mark
 from mlx_k2.protocol.guard_messages import GuardSettings, StageExit
-from mlx_k2.protocol.messages import Row, Step, StepDone, decode_from_stage, decode_to_stage, encode_message
+from mlx_k2.protocol.messages import Step, StepDone, decode_from_stage, decode_to_stage, encode_message
 from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
 from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.microbatch import Row
 from mlx_k2.weights.safetensors_file import read_header
 from tests.examples import at_least
 

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from mlx_k2.coordinator.answer_summary import AnswerSummary
-from mlx_k2.coordinator.text_stream import (
-    Delta,
-)
+from mlx_k2.coordinator.text_stream import Delta
 from mlx_k2.text.reply_parser import Part
 from mlx_k2.text.tool_call import ToolCall
 from mlx_k2.tools.outcome import ToolResult

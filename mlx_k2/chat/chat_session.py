@@ -7,13 +7,9 @@ import msgspec
 
 from mlx_k2.chat.chat_events import Event, MessageAdded
 from mlx_k2.chat.conversation import Conversation
-from mlx_k2.chat.reply_source import (
-    ReplySource,
-)
+from mlx_k2.chat.reply_source import ReplySource
 from mlx_k2.chat.tool_round import Approve, Tools, run_calls
-from mlx_k2.coordinator.text_stream import (
-    Delta,
-)
+from mlx_k2.coordinator.text_stream import Delta
 from mlx_k2.errors import ClusterError, RequestError
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Request, check_request

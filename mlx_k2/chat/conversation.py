@@ -48,11 +48,6 @@ class Conversation:
         """The system prompt; None: the template's own."""
         return self._messages[0]["content"] if self._has_system else None
 
-    @property
-    def ends_with_user(self) -> bool:
-        """Whether a message of the user waits for its answer."""
-        return bool(self._messages) and self._messages[-1]["role"] == "user"
-
     def set_system(self, text: str | None) -> None:
         """Give another system prompt; None for the template's own."""
         rest = self._messages[self._has_system :]

@@ -4,9 +4,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
 
 from mlx_k2.coordinator.answer_summary import AnswerSummary
-from mlx_k2.coordinator.text_stream import (
-    Delta,
-)
+from mlx_k2.coordinator.text_stream import Delta
 from mlx_k2.scheduling.request import Request
 
 

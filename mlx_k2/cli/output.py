@@ -13,9 +13,7 @@ from mlx_k2.cli.repl.screen import PlainScreen, Screen
 from mlx_k2.cli.repl.wording import CUT
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.pipeline import StageUse
-from mlx_k2.coordinator.text_stream import (
-    Delta,
-)
+from mlx_k2.coordinator.text_stream import Delta
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.restarting import Restart
 from mlx_k2.scheduling.request import FinishReason

@@ -12,9 +12,9 @@ from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import ClusterError, StageSilent
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor
-from mlx_k2.protocol.messages import Row, Step, StepDone
+from mlx_k2.protocol.messages import Step, StepDone
 from mlx_k2.sampling import SampledToken
-from mlx_k2.scheduling.microbatch import Microbatch, MicrobatchRow
+from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.sequence import Sequence
@@ -154,11 +154,11 @@ class Coordinator:
         while (microbatch := self._scheduler.next_microbatch()) is not None:
             now = time.monotonic()
             self._sent[microbatch.number] = _Sent(microbatch, now)
-            for sequence in (row.sequence for row in microbatch.rows):
+            for sequence in (planned.sequence for planned in microbatch.rows):
                 if sequence.request.timeout_s is not None:
                     self._ends_at.setdefault(sequence, now + sequence.request.timeout_s)
             limit_s = self._allowed_s(microbatch) + LIMIT_MARGIN_S
-            self._group.send_all(Step(microbatch.number, tuple(_row(row) for row in microbatch.rows), limit_s))
+            self._group.send_all(Step(microbatch.number, tuple(planned.row for planned in microbatch.rows), limit_s))
 
     def _receive(self) -> list[TokenEvent]:
         """Wait until a stage has finished a step; the tokens that came with it."""
@@ -236,16 +236,3 @@ def coordinate(
     policy = AdaptiveStepPolicy(deployment.costs)
     scheduler = Scheduler(limits, policy, drafts=drafts)
     return Coordinator(deployment.group, scheduler, policy, step_timeout or StepTimeout(), on_report, restart)
-
-
-def _row(row: MicrobatchRow) -> Row:
-    sequence = row.sequence
-    return Row(
-        slot=sequence.slot,
-        position=row.position,
-        token_ids=row.token_ids,
-        is_prompt=row.is_prompt,
-        sampling=sequence.request.sampling if row.needs_logits else None,
-        recent_ids=row.recent_ids if row.needs_logits else (),
-        copy_from=row.copy_from,
-    )

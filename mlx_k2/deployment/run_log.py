@@ -83,12 +83,12 @@ class RunLog(DeploymentListener):
         """A stage has finished a step."""
         rows = [
             {
-                "slot": row.sequence.slot,
+                "slot": row.slot,
                 "position": row.position,
                 "tokens": row.token_ids if self._log_tokens else len(row.token_ids),
                 "prompt": row.is_prompt,
             }
-            for row in report.microbatch.rows
+            for row in (planned.row for planned in report.microbatch.rows)
         ]
         done = report.done
         times = {"busy_s": done.busy_s, "receive_s": done.receive_s, "send_s": done.send_s}

@@ -13,7 +13,8 @@ from mlx_k2.kernels.decode import MAX_TOP_K
 from mlx_k2.kernels.dispatch import run
 from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, ROUTER, KernelCheck, LayerShape, check_kernel
 from mlx_k2.kernels.stack import AffineStack, ExpertStack
-from mlx_k2.kernels.tuning import Tuning, tuning_for
+from mlx_k2.kernels.tuning import DEFAULT as DEFAULT_TUNING
+from mlx_k2.kernels.tuning import Tuning
 from mlx_k2.kernels.variants import Experts
 
 __all__ = ["ExpertStack", "prepare", "route", "routed_experts"]
@@ -115,7 +116,7 @@ def usable(shape: LayerShape) -> UsableKernels:
     cached = checks(shape, check_cache.DEFAULT_DIRECTORY)
     names = frozenset(check.kernel for check in cached.checks if check.usable)
     warnings = tuple(check.warning for check in cached.checks if not check.usable)
-    return UsableKernels(names, cached.tuning or tuning_for(chip()), warnings)
+    return UsableKernels(names, cached.tuning or DEFAULT_TUNING, warnings)
 
 
 def checks(shape: LayerShape, directory: Path) -> check_cache.CachedChecks:
@@ -133,7 +134,7 @@ def checks(shape: LayerShape, directory: Path) -> check_cache.CachedChecks:
         # should the check take the process down, the next one finds this and leaves the kernel alone
         started = KernelCheck(name, False, None, "an earlier check did not come back")
         check_cache.store(path, cached.with_check(started), chip())
-        check = check_kernel(name, shape, tuning_for(chip()))
+        check = check_kernel(name, shape, DEFAULT_TUNING)
         if not check.usable:
             logger.warning(check.warning)
         cached = cached.with_check(check)

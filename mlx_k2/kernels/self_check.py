@@ -47,11 +47,6 @@ class KernelCheck(NamedTuple):
         return f"the {self.kernel} kernel is not used here ({self.reason}); plain MLX runs instead"
 
 
-def check_kernels(shape: LayerShape, tuning: Tuning, perform: Perform = run) -> list[KernelCheck]:
-    """Runs each kernel of a backend once and compares it with the reference in float32."""
-    return [check_kernel(name, shape, tuning, perform) for name in (DECODE, BATCH, PREFILL, ROUTER)]
-
-
 def check_kernel(name: str, shape: LayerShape, tuning: Tuning, perform: Perform = run) -> KernelCheck:
     """Runs one kernel, DECODE, BATCH, PREFILL or ROUTER, and compares it with the reference in float32."""
     try:

@@ -1,7 +1,7 @@
-"""How much one simdgroup and one threadgroup own, by chip. Knows no kernel's text.
+"""The sizes of one simdgroup's and one threadgroup's work. Knows no kernel's text.
 
-Published results disagree between chips (8 rows a simdgroup won on an M5, 2 on an M4), so this is a table to be
-filled by `mlx-k2 kernels` on each chip. Until a chip has been measured it gets the default.
+Published results differ between chips (8 rows a simdgroup won on an M5, 2 on an M4), so `mlx-k2 kernels` measures the
+best sizes on each machine and stores them there. Until then the default is used.
 """
 
 from typing import NamedTuple
@@ -18,11 +18,3 @@ class Tuning(NamedTuple):
 
 
 DEFAULT = Tuning(gate_up_rows=4, gate_up_simdgroups=2, down_rows=4, batch_rows=2, batch_simdgroups=8)
-
-# Nothing measured yet: a row enters with the CSV of the run that shows it.
-BY_CHIP: dict[str, Tuning] = {}
-
-
-def tuning_for(chip: str) -> Tuning:
-    """`chip` as MLX names the device, for instance "Apple M3 Ultra"."""
-    return BY_CHIP.get(chip, DEFAULT)

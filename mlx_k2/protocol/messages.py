@@ -11,7 +11,8 @@ import msgspec
 from mlx_k2.cluster.host_facts import HopSpeed, HostFacts
 from mlx_k2.errors import ProtocolError, RequestError
 from mlx_k2.protocol.framing import MAX_PAYLOAD_BYTES
-from mlx_k2.sampling import SampledToken, Sampling
+from mlx_k2.sampling import SampledToken
+from mlx_k2.scheduling.microbatch import Row
 from mlx_k2.weights.model_source import ModelSource
 
 # ---- coordinator to stage
@@ -103,23 +104,6 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     dense_bits: int | None = None
 
 
-class Row(msgspec.Struct, frozen=True):
-    """One sequence's part of a step: ``token_ids`` at ``position`` and after, in the cache ``slot``.
-
-    ``is_prompt`` tells how the positions are computed (prompt tokens naive, generated ones absorbed). ``sampling``
-    asks for a token after the last of them; ``recent_ids`` is what its repetition penalty looks at. ``copy_from`` is
-    the slot from which all positions before ``position`` are copied first, as all plans before this one left them.
-    """
-
-    slot: int
-    position: int
-    token_ids: tuple[int, ...]
-    is_prompt: bool
-    sampling: Sampling | None
-    recent_ids: tuple[int, ...] = ()
-    copy_from: int | None = None
-
-
 class Step(msgspec.Struct, frozen=True, tag=True):
     """One step plan: complete, and the same for every stage. Answered by StepDone.
 
@@ -146,7 +130,6 @@ class Hello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     mlx_lm_version: str
     python_version: str
     system: str
-    hostname: str
     memory_bytes: int
     working_set_bytes: int | None
 

@@ -1,52 +1,87 @@
-"""The tokens that travel together in one step: a value, decided by the scheduler."""
+"""The tokens that travel together in one step: values that the scheduler decides and the coordinator sends."""
 
 from dataclasses import dataclass
 from functools import cached_property
 
+import msgspec
+
+from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.cost_model import StepLoad, row_load
 from mlx_k2.scheduling.sequence import Sequence
 
 
-@dataclass(frozen=True)
-class MicrobatchRow:
-    """Tokens of a sequence from ``position`` on, all of the prompt or all generated (or guessed)."""
+class Row(msgspec.Struct, frozen=True):
+    """One sequence's part of a step, as stages receive it: ``token_ids`` at ``position`` and after, in ``slot``.
 
-    sequence: Sequence
+    ``is_prompt`` selects how the positions are computed: prompt tokens naive, generated and draft tokens absorbed.
+    ``sampling`` asks for a token after the last of them; ``recent_ids`` are the tokens that its repetition penalty
+    reads. ``copy_from`` is the slot from which all positions before ``position`` are copied first, as all earlier
+    plans left them.
+    """
+
+    slot: int
     position: int
     token_ids: tuple[int, ...]
     is_prompt: bool
-    needs_logits: bool
-    """Whether the token after the last of these is drawn: they are all that is known, or guessed, so far."""
+    sampling: Sampling | None
+    recent_ids: tuple[int, ...] = ()
     copy_from: int | None = None
-    """The slot from which all positions before these are copied first."""
 
     @property
     def end(self) -> int:
-        """The position after the last."""
+        """The position after the last token."""
         return self.position + len(self.token_ids)
 
     @property
-    def recent_ids(self) -> tuple[int, ...]:
-        """The last tokens before the one to be drawn, which a repetition penalty looks at."""
-        return self.sequence.recent_ids(self.end)
+    def needs_logits(self) -> bool:
+        """Whether a token is sampled after the last token of the row."""
+        return self.sampling is not None
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A row and the sequence that receives the token sampled for it."""
+
+    sequence: Sequence
+    row: Row
+
+    @classmethod
+    def of(
+        cls,
+        sequence: Sequence,
+        position: int,
+        token_ids: tuple[int, ...],
+        *,
+        is_prompt: bool,
+        needs_logits: bool,
+        copy_from: int | None = None,
+    ) -> "PlannedRow":
+        """Plan ``token_ids`` of ``sequence`` from ``position`` on: all of the prompt, or all generated or draft tokens.
+
+        ``needs_logits``: they are all tokens that are known or drafted so far, so the next one is sampled.
+        """
+        sampling = sequence.request.sampling if needs_logits else None
+        recent_ids = sequence.recent_ids(position + len(token_ids)) if needs_logits else ()
+        return cls(sequence, Row(sequence.slot, position, token_ids, is_prompt, sampling, recent_ids, copy_from))
 
     @property
     def load(self) -> StepLoad:
-        """What it asks of every stage."""
-        return row_load(self.position, len(self.token_ids), is_prompt=self.is_prompt, needs_logits=self.needs_logits)
+        """The work of this row on every stage."""
+        row = self.row
+        return row_load(row.position, len(row.token_ids), is_prompt=row.is_prompt, needs_logits=row.needs_logits)
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One step's rows, those of generated tokens first."""
+    """The rows of one step, those of generated tokens first."""
 
     number: int
-    rows: tuple[MicrobatchRow, ...]
+    rows: tuple[PlannedRow, ...]
 
     @property
     def decodes(self) -> bool:
-        """Whether sequences that decode wait for it."""
-        return not self.rows[0].is_prompt
+        """Whether the step carries generated tokens."""
+        return not self.rows[0].row.is_prompt
 
     @property
     def num_tokens(self) -> int:
@@ -55,5 +90,5 @@ class Microbatch:
 
     @cached_property
     def load(self) -> StepLoad:
-        """What it asks of every stage."""
-        return sum((row.load for row in self.rows), StepLoad())
+        """The work of this step on every stage."""
+        return sum((planned.load for planned in self.rows), StepLoad())

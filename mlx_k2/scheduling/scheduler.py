@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from mlx_k2.scheduling.cost_model import StepLoad
-from mlx_k2.scheduling.microbatch import Microbatch, MicrobatchRow
+from mlx_k2.scheduling.microbatch import Microbatch, PlannedRow
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.scheduling.sequence import Sequence
 from mlx_k2.scheduling.slots import SlotPool, common_prefix
@@ -56,11 +56,6 @@ class Scheduler:
         """Whether something is waiting, running or in flight."""
         return bool(self._waiting or self._running or self._in_flight)
 
-    @property
-    def oldest_in_flight(self) -> Microbatch | None:
-        """What comes back next."""
-        return self._in_flight[0] if self._in_flight else None
-
     def submit(self, request: Request) -> None:
         """Queue a request; it starts when a slot is free, in the order of submission."""
         self._waiting.append(request)
@@ -86,7 +81,7 @@ class Scheduler:
         None where the token is thrown away: its sequence was cancelled meanwhile, or a guess before it was wrong.
         """
         microbatch = self._in_flight.popleft()
-        sampled_sequences = [row.sequence for row in microbatch.rows if row.needs_logits]
+        sampled_sequences = [planned.sequence for planned in microbatch.rows if planned.row.needs_logits]
         assert microbatch.number == number, f"step {number} came back before step {microbatch.number}"
         assert len(sampled_sequences) == len(token_ids), (
             f"step {number} drew {len(token_ids)} tokens, not {len(sampled_sequences)}"
@@ -132,7 +127,7 @@ class Scheduler:
         mean_context = sum(len(sequence.token_ids) for sequence in decoding) // len(decoding)
         return self._policy.decode_round(len(decoding), mean_context)
 
-    def _decode_rows(self, decoding: list[Sequence], decode_round: DecodeRound) -> list[MicrobatchRow]:
+    def _decode_rows(self, decoding: list[Sequence], decode_round: DecodeRound) -> list[PlannedRow]:
         """One microbatch's share of the sequences that have a token to plan, those that waited longest first."""
         num_under_way = sum(microbatch.decodes for microbatch in self._in_flight)
         if len(decoding) > 1 and num_under_way >= decode_round.num_microbatches:
@@ -143,19 +138,22 @@ class Scheduler:
         fraction = -(-len(decoding) // decode_round.num_microbatches)
         return [self._decode_row(sequence) for sequence in ready[:fraction]]
 
-    def _decode_row(self, sequence: Sequence) -> MicrobatchRow:
+    def _decode_row(self, sequence: Sequence) -> PlannedRow:
         position = sequence.num_planned
         token_ids = tuple(sequence.token_ids[position : position + self._limits.chunk_tokens])
-        return MicrobatchRow(sequence, position, token_ids, False, len(token_ids) == sequence.num_unplanned)
+        needs_logits = len(token_ids) == sequence.num_unplanned
+        return PlannedRow.of(sequence, position, token_ids, is_prompt=False, needs_logits=needs_logits)
 
-    def _draft_rows(self, sequence: Sequence) -> list[MicrobatchRow]:
+    def _draft_rows(self, sequence: Sequence) -> list[PlannedRow]:
         if not self._drafts or sequence.num_unplanned:
             return []
         position = sequence.num_planned
         token_id = sequence.draft()
-        return [] if token_id is None else [MicrobatchRow(sequence, position, (token_id,), False, True)]
+        if token_id is None:
+            return []
+        return [PlannedRow.of(sequence, position, (token_id,), is_prompt=False, needs_logits=True)]
 
-    def _add_prompt_rows(self, rows: list[MicrobatchRow], decode_round: DecodeRound | None) -> None:
+    def _add_prompt_rows(self, rows: list[PlannedRow], decode_round: DecodeRound | None) -> None:
         """Fill the microbatch with prompt tokens: of the prompt that is under way, then of those that wait."""
         sequence = self._next_prompt(rows)
         if sequence is None:
@@ -166,12 +164,12 @@ class Scheduler:
         remaining = self._chunk_tokens(sequence)
         while sequence is not None and remaining > 0:
             rows.append(_prompt_row(sequence, remaining))
-            remaining -= len(rows[-1].token_ids)
+            remaining -= len(rows[-1].row.token_ids)
             sequence = self._next_prompt(rows) if remaining > 0 else None
 
-    def _next_prompt(self, rows: list[MicrobatchRow]) -> Sequence | None:
+    def _next_prompt(self, rows: list[PlannedRow]) -> Sequence | None:
         """The prompt that comes next after ``rows``, in a slot of its own."""
-        planned = [row.sequence for row in rows if row.is_prompt]
+        planned = [planned.sequence for planned in rows if planned.row.is_prompt]
         for sequence in self._running:
             if sequence.num_prompt_left and sequence not in planned:
                 return sequence
@@ -197,19 +195,19 @@ class Scheduler:
             )
         return sequence.chunk_tokens
 
-    def _beside_decoding(self, rows: list[MicrobatchRow], sequence: Sequence, decode_round: DecodeRound) -> int:
+    def _beside_decoding(self, rows: list[PlannedRow], sequence: Sequence, decode_round: DecodeRound) -> int:
         """As many prompt tokens as leave a round of all microbatches within the time that it may take."""
         per_round = max(decode_round.num_microbatches, self._limits.num_stages)
         limit_s = (1 + CHUNK_DELAY_STEPS) * decode_round.round_s / per_round
-        load = sum((row.load for row in rows), StepLoad())
+        load = sum((planned.load for planned in rows), StepLoad())
         return self._policy.chunk_beside(load, sequence.num_planned, self._limits.chunk_tokens, limit_s)
 
-    def _send(self, rows: list[MicrobatchRow]) -> Microbatch:
+    def _send(self, rows: list[PlannedRow]) -> Microbatch:
         microbatch = Microbatch(self._next_number, tuple(rows))
         self._next_number += 1
-        for row in rows:
-            row.sequence.num_planned = row.end
-            row.sequence.last_plan = microbatch.number
+        for planned in rows:
+            planned.sequence.num_planned = planned.row.end
+            planned.sequence.last_plan = microbatch.number
         self._in_flight.append(microbatch)
         return microbatch
 
@@ -220,10 +218,10 @@ class Scheduler:
             self._slots.release(sequence.slot)
 
 
-def _prompt_row(sequence: Sequence, most_tokens: int) -> MicrobatchRow:
+def _prompt_row(sequence: Sequence, most_tokens: int) -> PlannedRow:
     """The next tokens of a prompt; what it shares with another slot is copied with its first ones."""
     position = sequence.num_planned
     token_ids = sequence.request.prompt_ids[position : position + most_tokens]
     needs_logits = position + len(token_ids) == len(sequence.token_ids)
     copy_from = sequence.shared.copy_from if position == sequence.shared.num_tokens else None
-    return MicrobatchRow(sequence, position, token_ids, True, needs_logits, copy_from)
+    return PlannedRow.of(sequence, position, token_ids, is_prompt=True, needs_logits=needs_logits, copy_from=copy_from)

@@ -42,9 +42,6 @@ class StepPolicy(Protocol):
     def chunk_beside(self, load: StepLoad, position: int, longest: int, limit_s: float) -> int:
         """How many prompt tokens may join ``load`` so that no stage takes longer than ``limit_s``; at least 1."""
 
-    def observe(self, rank: int, load: StepLoad, busy_s: float) -> None:
-        """A stage computed a step in so many seconds."""
-
 
 class AdaptiveStepPolicy:
     """The choices for stages whose speeds are measured while they run."""

@@ -25,7 +25,6 @@ def hello() -> Hello:
         mlx_lm_version=version("mlx-lm"),
         python_version=platform.python_version(),
         system=f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform(terse=True),
-        hostname=socket.gethostname(),
         memory_bytes=psutil.virtual_memory().total,
         working_set_bytes=working_set_bytes(),
     )

@@ -17,7 +17,8 @@ from mlx_k2.config import ModelConfig
 from mlx_k2.kernels import check_cache, experts, reference, timing
 from mlx_k2.kernels.report import DecodeTime, KernelLine, KernelReport
 from mlx_k2.kernels.self_check import BATCH, DECODE, KernelCheck, LayerShape, random_stack
-from mlx_k2.kernels.tuning import Tuning, tuning_for
+from mlx_k2.kernels.tuning import DEFAULT as DEFAULT_TUNING
+from mlx_k2.kernels.tuning import Tuning
 from mlx_k2.model.feed_forward import make_feed_forward
 from mlx_k2.model.layer_weights import DenseWeights, MoeWeights
 from mlx_k2.stage.host import on_gpu
@@ -47,7 +48,7 @@ def measure_report() -> KernelReport:
         return report
     shape = _layer_shape(_k2())
     tuning = _best_tuning(shape)
-    rows = timing.kernel_table(shape, tuning or tuning_for(experts.chip()))
+    rows = timing.kernel_table(shape, tuning or DEFAULT_TUNING)
     router = _checks(shape._replace(intermediate_size=0))
     return msgspec.structs.replace(
         report,
@@ -115,7 +116,7 @@ def _checks(shape: LayerShape) -> list[KernelCheck]:
 def _best_tuning(shape: LayerShape) -> Tuning | None:
     """The fastest sizes, remembered; None where a kernel that has sizes may not run."""
     usable = {check.kernel for check in _checks(shape) if check.usable}
-    return timing.best_tuning(shape, tuning_for(experts.chip())) if usable >= {DECODE, BATCH} else None
+    return timing.best_tuning(shape, DEFAULT_TUNING) if usable >= {DECODE, BATCH} else None
 
 
 def _random_block(config: ModelConfig, shape: LayerShape) -> MoeWeights:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from mlx_k2.errors import ProtocolError
-from mlx_k2.protocol.messages import Row, Step
+from mlx_k2.protocol.messages import Step
+from mlx_k2.scheduling.microbatch import Row
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class SleepingStages:
         while (microbatch := before.get()) is not None:
             time.sleep(STEP_S)
             if last:
-                tokens = tuple(SampledToken(1) for row in microbatch.rows if row.needs_logits)
+                tokens = tuple(SampledToken(1) for planned in microbatch.rows if planned.row.needs_logits)
                 self.done.put(encode_message(StepDone(microbatch.number, STEP_S, tokens=tokens)))
             else:
                 after.put(microbatch)

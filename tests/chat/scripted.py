@@ -5,10 +5,7 @@ from dataclasses import replace
 
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.pipeline import Coordinator
-from mlx_k2.coordinator.text_stream import (
-    Delta,
-    StageReplies,
-)
+from mlx_k2.coordinator.text_stream import Delta, StageReplies
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.text.tokenizer import Detokenizer, Tokenizer
 

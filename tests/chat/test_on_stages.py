@@ -16,14 +16,8 @@ from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit
 from mlx_k2.chat.conversation import Conversation
 from mlx_k2.cluster.hostfile import local_hostfile
 from mlx_k2.coordinator.answer_summary import AnswerSummary
-from mlx_k2.coordinator.pipeline import (
-    Coordinator,
-    coordinate,
-)
-from mlx_k2.coordinator.text_stream import (
-    Delta,
-    StageReplies,
-)
+from mlx_k2.coordinator.pipeline import Coordinator, coordinate
+from mlx_k2.coordinator.text_stream import Delta, StageReplies
 from mlx_k2.deployment.deploy import deploy
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener
@@ -60,7 +54,9 @@ class Computed:
     def record(self, report: StageReport) -> None:
         if report.rank == 0:
             with self._more:
-                self._num_tokens += sum(len(row.token_ids) for row in report.microbatch.rows if row.is_prompt)
+                self._num_tokens += sum(
+                    len(planned.row.token_ids) for planned in report.microbatch.rows if planned.row.is_prompt
+                )
                 self._more.notify_all()
 
     def next_tokens(self, *, at_least: int = 0) -> int:

@@ -6,10 +6,7 @@ from dataclasses import replace
 import pytest
 
 from mlx_k2.coordinator.answer_summary import AnswerSummary
-from mlx_k2.coordinator.text_stream import (
-    Delta,
-    StageReplies,
-)
+from mlx_k2.coordinator.text_stream import Delta, StageReplies
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer

@@ -35,7 +35,6 @@ HELLO = Hello(
     mlx_lm_version="0.32.2",
     python_version="3.12.1",
     system="macOS 26.4",
-    hostname="mac-2",
     memory_bytes=512 * GB,
     working_set_bytes=400 * GB,
 )

@@ -9,7 +9,7 @@ from mlx_k2.kernels import check_cache, experts, reference, timing
 from mlx_k2.kernels.self_check import DECODE, KernelCheck, LayerShape, random_stack
 from mlx_k2.kernels.stack import ExpertStack
 from mlx_k2.kernels.timing import Layer, Timing
-from mlx_k2.kernels.tuning import BY_CHIP, DEFAULT, Tuning, tuning_for
+from mlx_k2.kernels.tuning import DEFAULT, Tuning
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -70,9 +70,8 @@ def test_the_fastest_sizes_are_found_and_remembered(tmp_path: Path, monkeypatch:
     assert cached.tuning == best
 
 
-def test_every_size_in_the_table_divides_thirty_two() -> None:
-    for tuning in (DEFAULT, *BY_CHIP.values(), tuning_for("a chip nobody has")):
-        assert 32 % (tuning.gate_up_rows * tuning.gate_up_simdgroups) == 0
-        assert 32 % (tuning.batch_rows * tuning.gate_up_simdgroups) == 0
-        assert 32 % tuning.down_rows == 0
-        assert tuning.batch_simdgroups <= 32
+def test_every_default_size_divides_thirty_two() -> None:
+    assert 32 % (DEFAULT.gate_up_rows * DEFAULT.gate_up_simdgroups) == 0
+    assert 32 % (DEFAULT.batch_rows * DEFAULT.gate_up_simdgroups) == 0
+    assert 32 % DEFAULT.down_rows == 0
+    assert DEFAULT.batch_simdgroups <= 32

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.cost_model import StepLoad
-from mlx_k2.scheduling.microbatch import Microbatch, MicrobatchRow
+from mlx_k2.scheduling.microbatch import Microbatch, Row
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.sequence import Sequence
@@ -60,9 +60,6 @@ class FixedStepPolicy:
     def chunk_beside(self, load: StepLoad, position: int, longest: int, limit_s: float) -> int:
         return min(self.beside, longest)
 
-    def observe(self, rank: int, load: StepLoad, busy_s: float) -> None:
-        """Nothing changes its mind."""
-
 
 policies = st.builds(FixedStepPolicy, st.integers(1, 4), st.integers(1, 12), st.integers(1, 12))
 WHOLE_CHUNKS = FixedStepPolicy(1, 1000, 1000)
@@ -72,8 +69,8 @@ WHOLE_CHUNKS = FixedStepPolicy(1, 1000, 1000)
 class SentRow:
     """A row, and what was known of its sequence when it was sent."""
 
-    row: MicrobatchRow
-    slot: int
+    row: Row
+    sequence: Sequence
     known_ids: tuple[int, ...]
 
 
@@ -102,7 +99,9 @@ class Run:
             return False
         self._in_flight.append(microbatch)
         self.most_in_flight = max(self.most_in_flight, len(self._in_flight))
-        self.sent.append([SentRow(row, row.sequence.slot, tuple(row.sequence.token_ids)) for row in microbatch.rows])
+        self.sent.append(
+            [SentRow(planned.row, planned.sequence, tuple(planned.sequence.token_ids)) for planned in microbatch.rows]
+        )
         return True
 
     def complete(self) -> tuple[Sequence | None, ...]:
@@ -110,11 +109,11 @@ class Run:
         if not self._in_flight:
             return ()
         microbatch = self._in_flight.popleft()
-        sampled = [token_id for row in microbatch.rows if (token_id := self._run(row)) is not None]
+        sampled = [token_id for planned in microbatch.rows if (token_id := self._run(planned.row)) is not None]
         return self.scheduler.complete(microbatch.number, sampled)
 
-    def _run(self, row: MicrobatchRow) -> int | None:
-        cache = self._caches.setdefault(row.sequence.slot, [])
+    def _run(self, row: Row) -> int | None:
+        cache = self._caches.setdefault(row.slot, [])
         if row.copy_from is not None:
             cache[: row.position] = self._caches[row.copy_from][: row.position]
         assert len(cache) >= row.position, "a row attends to positions that were never computed"
@@ -154,9 +153,9 @@ class Run:
 
     def rows_of(self, sequence: Sequence) -> list[SentRow]:
         """The rows of one sequence, in order."""
-        return [row for row in self.rows if row.row.sequence is sequence]
+        return [row for row in self.rows if row.sequence is sequence]
 
     @property
     def sequences(self) -> list[Sequence]:
         """The sequences in the order of their first rows."""
-        return list({id(row.row.sequence): row.row.sequence for row in self.rows}.values())
+        return list({id(row.sequence): row.sequence for row in self.rows}.values())

@@ -53,9 +53,6 @@ class FixedChoices:
     def chunk_beside(self, load: StepLoad, position: int, longest: int, limit_s: float) -> int:
         return self._model.chunk_beside(load, position, longest, limit_s)
 
-    def observe(self, rank: int, load: StepLoad, busy_s: float) -> None:
-        """Nothing changes its mind."""
-
 
 def request(num_prompt: int, max_tokens: int, seed: int = 0, *, alike: bool = False) -> Request:
     """Prompts of different seeds differ in their first token, or with ``alike`` in their last one only."""
@@ -99,7 +96,7 @@ class Simulation:
 
     def _receive(self, done_s: float, microbatch: Microbatch) -> None:
         self.now_s = done_s
-        sampling_rows = [row.sequence for row in microbatch.rows if row.needs_logits]
+        sampling_rows = [planned.sequence for planned in microbatch.rows if planned.row.needs_logits]
         self.scheduler.complete(microbatch.number, [1] * len(sampling_rows))
         for sequence in sampling_rows:
             self.token_times.setdefault(id(sequence.request), []).append(done_s)

@@ -63,10 +63,10 @@ def test_sequences_that_decode_take_turns_in_as_many_microbatches_as_are_fastest
     run.complete()
     assert [run.send() for _ in range(3)] == [True, True, False]
     assert [len(microbatch) for microbatch in run.sent[1:]] == [2, 2]
-    first = {sent.slot for sent in run.sent[1]}
+    first = {sent.row.slot for sent in run.sent[1]}
     run.complete()
     run.send()
-    assert {sent.slot for sent in run.sent[3]} == first
+    assert {sent.row.slot for sent in run.sent[3]} == first
 
 
 def test_a_sequence_waits_for_its_token_before_the_next_is_asked_for() -> None:
@@ -83,7 +83,7 @@ def test_a_slot_is_given_on_as_soon_as_its_sequence_is_done() -> None:
     run.send()  # the first two prompts
     run.complete()
     run.send()
-    assert [(sent.slot, sent.row.sequence.request.max_tokens) for sent in run.sent[-1]] == [(1, 50), (0, 40)]
+    assert [(sent.row.slot, sent.sequence.request.max_tokens) for sent in run.sent[-1]] == [(1, 50), (0, 40)]
 
 
 def test_a_stop_token_ends_a_sequence_and_counts_as_generated() -> None:

@@ -25,11 +25,11 @@ def finished_runs(sample: st.DrawFn) -> tuple[Run, Items[Request]]:
 def test_a_slot_has_one_owner_at_a_time_and_no_other_before_it_is_done(played: tuple[Run, Items[Request]]) -> None:
     run, _ = played
     for slot in range(run.limits.num_slots):
-        owners = [id(row.row.sequence) for row in run.rows if row.slot == slot]
+        owners = [id(row.sequence) for row in run.rows if row.row.slot == slot]
         in_turn = [owner for owner, _ in itertools.groupby(owners)]
         assert len(in_turn) == len(set(in_turn))
     for microbatch in run.sent:
-        assert len({row.slot for row in microbatch}) == len(microbatch)
+        assert len({row.row.slot for row in microbatch}) == len(microbatch)
 
 
 @given(finished_runs())
@@ -68,7 +68,7 @@ def test_a_row_carries_only_tokens_that_are_known_and_draws_after_the_last_of_th
 def test_who_comes_first_is_served_first(played: tuple[Run, Items[Request]]) -> None:
     run, asked = played
     assert [id(sequence.request) for sequence in run.sequences] == [id(request) for request in asked]
-    prompts = [id(sent.row.sequence) for sent in run.rows if sent.row.is_prompt]
+    prompts = [id(sent.sequence) for sent in run.rows if sent.row.is_prompt]
     assert len([owner for owner, _ in itertools.groupby(prompts)]) == len(asked)  # each prompt in one go
 
 
@@ -149,5 +149,5 @@ def test_what_is_cancelled_gets_no_token_and_no_plan_and_what_comes_later_is_ser
     run.finish()
     assert all(sequence.finish_reason is FinishReason.CANCELLED for sequence in cancelled)
     assert [len(sequence.token_ids) for sequence in cancelled] == lengths
-    frontend = {id(sent.row.sequence.request) for microbatch in run.sent[num_sent:] for sent in microbatch}
+    frontend = {id(sent.sequence.request) for microbatch in run.sent[num_sent:] for sent in microbatch}
     assert frontend == {id(request) for request in later}

@@ -7,8 +7,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_k2.model.latent_cache import LatentCache
-from mlx_k2.protocol.messages import Row, Step, StepDone
+from mlx_k2.protocol.messages import Step, StepDone
 from mlx_k2.sampling import REPETITION_WINDOW, SampledToken, Sampling
+from mlx_k2.scheduling.microbatch import Row
 from mlx_k2.stage.step_runner import StepRunner
 from mlx_k2.testing.queue_transport import QueueTransport
 from tests.model.chain import load_stage, split_layers

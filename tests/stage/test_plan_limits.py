@@ -3,7 +3,8 @@
 import pytest
 
 from mlx_k2.errors import ProtocolError
-from mlx_k2.protocol.messages import Row, Step
+from mlx_k2.protocol.messages import Step
+from mlx_k2.scheduling.microbatch import Row
 from mlx_k2.stage.plan_limits import PlanLimits
 
 LIMITS = PlanLimits(num_slots=2, context_tokens=64, vocab_size=768)

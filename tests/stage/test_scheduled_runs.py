@@ -10,9 +10,7 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 import pytest
 
-from mlx_k2.protocol.messages import Row
 from mlx_k2.sampling import SampledToken, Sampling
-from mlx_k2.scheduling.microbatch import MicrobatchRow
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from tests.model.checkpoints import Checkpoint, make_checkpoints
@@ -50,7 +48,7 @@ def run(pipeline: Pipeline, scheduler: Scheduler, asked: Sequence[Request]) -> l
     waiting: deque[tuple[int, tuple[SampledToken, ...]]] = deque()
     while scheduler.has_work:
         while (microbatch := scheduler.next_microbatch()) is not None:
-            sampled = pipeline.tokens(*(row_of(row) for row in microbatch.rows))
+            sampled = pipeline.tokens(*(planned.row for planned in microbatch.rows))
             waiting.append((microbatch.number, sampled))
         number, sampled = waiting.popleft()
         recipients = scheduler.complete(number, [token.token_id for token in sampled])
@@ -58,14 +56,6 @@ def run(pipeline: Pipeline, scheduler: Scheduler, asked: Sequence[Request]) -> l
             if sequence is not None:
                 tokens[id(sequence.request)].append(token)
     return [tokens[id(request)] for request in asked]
-
-
-def row_of(row: MicrobatchRow) -> Row:
-    sampling = row.sequence.request.sampling if row.needs_logits else None
-    recent_ids = row.recent_ids if row.needs_logits else ()
-    return Row(
-        row.sequence.slot, row.position, row.token_ids, row.is_prompt, sampling, recent_ids, copy_from=row.copy_from
-    )
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -21,7 +21,6 @@ from mlx_k2.protocol.messages import (
     ModelFiles,
     Prepare,
     Prepared,
-    Row,
     Step,
     StepDone,
     Stop,
@@ -30,6 +29,7 @@ from mlx_k2.protocol.messages import (
     encode_message,
 )
 from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.microbatch import Row
 from mlx_k2.stage.service import StageService
 from mlx_k2.weights.model_source import ModelSource
 from tests.local_cluster import NUM_LAYERS, write_model

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_k2.protocol.messages import Row
 from mlx_k2.sampling import SampledToken, Sampling
+from mlx_k2.scheduling.microbatch import Row
 from tests.model.chain import like_a_stage_on_a_cpu
 from tests.model.checkpoints import Checkpoint, make_checkpoints
 from tests.model.oracle import load_oracle
