@@ -22,7 +22,7 @@ from mlx_k2.config import ModelConfig
 from mlx_k2.kernels import variants
 from mlx_k2.kernels.self_check import LayerShape, random_stack
 from mlx_k2.kernels.tuning import DEFAULT
-from mlx_k2.model.feed_forward import swiglu
+from mlx_k2.model.decoder_layer import swiglu
 from mlx_k2.model.layer_weights import DenseWeights
 from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.inventory import (

@@ -1,6 +1,7 @@
-"""One decoder layer over a batch. Its two halves around attention are shared by all layers, and compiled if small.
+"""One decoder layer over a batch: attention, then a dense SwiGLU block or routed experts beside a shared one.
 
-Between them lies what depends on how long each sequence is: writing the cache and attending to it.
+The parts before and after attention are compiled for small batches. Between them lies what depends on the length of
+each sequence: writing the cache and attending to it.
 """
 
 from collections.abc import Callable
@@ -8,49 +9,56 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from mlx_k2.config import ModelConfig
-from mlx_k2.model.attention import Projections, attend_absorbed, attend_naive, make_projections
+from mlx_k2.kernels.experts import route, routed_experts
+from mlx_k2.model.attention import Projections, attend_absorbed, attend_naive, make_projections, make_rope
 from mlx_k2.model.batch import Batch
-from mlx_k2.model.feed_forward import make_feed_forward
 from mlx_k2.model.latent_cache import LatentCache
-from mlx_k2.model.layer_weights import AttentionWeights, LayerWeights
+from mlx_k2.model.layer_weights import AttentionWeights, DenseWeights, LayerWeights, MoeWeights
 from mlx_k2.model.linear import multiply
-from mlx_k2.model.rope import make_rope
 
-RunLayer = Callable[[mx.array, int, LayerWeights, Batch, LatentCache], mx.array]
+FeedForward = Callable[[mx.array, DenseWeights | MoeWeights], mx.array]
 
 COMPILED_TOKENS = 16
-"""Batches of at most this many tokens run compiled: each size is compiled once and kept, and only for small ones does
-building the graph take longer than running it."""
+"""Batches of at most this many tokens run compiled. MLX compiles each batch size once and keeps it; only for small
+batches does building the graph take longer than running it."""
 
 
-def make_layer(config: ModelConfig, *, fused_attention: bool) -> RunLayer:
-    """The function (hidden (tokens, hidden), layer's index in the cache, weights, batch, cache) -> (tokens, hidden)."""
-    project = make_projections(config, make_rope(config))
-    feed_forward = make_feed_forward(config)
-    eps = config.rms_norm_eps
+class DecoderLayer:
+    """The computation that all decoder layers of a stage share; each call brings the weights of one layer."""
 
-    def before(
-        hidden: mx.array, positions: mx.array, num_generated: int, norm: mx.array, weights: AttentionWeights
+    def __init__(self, config: ModelConfig, *, fused_attention: bool) -> None:
+        self._eps = config.rms_norm_eps
+        self._latent_dim = config.kv_lora_rank
+        self._fused_attention = fused_attention
+        self._project = make_projections(config, make_rope(config))
+        self._feed_forward = make_feed_forward(config)
+        self._compiled_before, self._compiled_after = mx.compile(self._before), mx.compile(self._after)
+
+    def run(self, hidden: mx.array, index: int, weights: LayerWeights, batch: Batch, cache: LatentCache) -> mx.array:
+        """Return the layer's output for ``hidden``, both (tokens, hidden). Writes layer ``index`` of the cache."""
+        is_small = batch.num_tokens <= COMPILED_TOKENS
+        before, after = (self._compiled_before, self._compiled_after) if is_small else (self._before, self._after)
+        projections = before(hidden, batch.positions, batch.num_generated, weights.input_norm, weights.attention)
+        latents, values = self._attend(projections, index, weights.attention, batch, cache)
+        return after(hidden, latents, values, weights)
+
+    def _before(
+        self, hidden: mx.array, positions: mx.array, num_generated: int, norm: mx.array, weights: AttentionWeights
     ) -> Projections:
-        return project(mx.fast.rms_norm(hidden, norm, eps), positions, num_generated, weights)
+        return self._project(mx.fast.rms_norm(hidden, norm, self._eps), positions, num_generated, weights)
 
-    def after(hidden: mx.array, latents: mx.array | None, values: mx.array | None, weights: LayerWeights) -> mx.array:
+    def _after(
+        self, hidden: mx.array, latents: mx.array | None, values: mx.array | None, weights: LayerWeights
+    ) -> mx.array:
         attended = _join_heads(latents, values, weights.attention)
         hidden = hidden + multiply(attended, weights.attention.output)
-        return hidden + feed_forward(mx.fast.rms_norm(hidden, weights.post_attention_norm, eps), weights.feed_forward)
-
-    compiled_before, compiled_after = mx.compile(before), mx.compile(after)
-
-    def run(hidden: mx.array, index: int, weights: LayerWeights, batch: Batch, cache: LatentCache) -> mx.array:
-        is_small = batch.num_tokens <= COMPILED_TOKENS
-        first, second = (compiled_before, compiled_after) if is_small else (before, after)
-        projections = first(hidden, batch.positions, batch.num_generated, weights.input_norm, weights.attention)
-        latents, values = _attend(projections, index, weights.attention, batch, cache)
-        return second(hidden, latents, values, weights)
+        normed = mx.fast.rms_norm(hidden, weights.post_attention_norm, self._eps)
+        return hidden + self._feed_forward(normed, weights.feed_forward)
 
     def _attend(
-        projections: Projections, index: int, weights: AttentionWeights, batch: Batch, cache: LatentCache
+        self, projections: Projections, index: int, weights: AttentionWeights, batch: Batch, cache: LatentCache
     ) -> tuple[mx.array | None, mx.array | None]:
+        """Return latents (heads, generated tokens, kv_lora_rank) and values (heads, prompt tokens, v_head)."""
         absorbed, naive = [], []
         start = 0
         for span in batch.spans:
@@ -59,15 +67,41 @@ def make_layer(config: ModelConfig, *, fused_attention: bool) -> RunLayer:
             if span.is_prompt:
                 assert projections.naive_queries is not None
                 queries = projections.naive_queries[:, start - batch.num_generated : end - batch.num_generated]
-                naive.append(attend_naive(queries, keys, span.position, weights, fused=fused_attention))
+                naive.append(attend_naive(queries, keys, span.position, weights, fused=self._fused_attention))
             else:
                 assert projections.absorbed_queries is not None
                 queries = projections.absorbed_queries[:, start:end]
-                absorbed.append(attend_absorbed(queries, keys, span.position, config.kv_lora_rank))
+                absorbed.append(attend_absorbed(queries, keys, span.position, self._latent_dim))
             start = end
         return _join_spans(absorbed), _join_spans(naive)
 
-    return run
+
+def make_feed_forward(config: ModelConfig) -> FeedForward:
+    """The function (hidden (tokens, hidden), weights) -> (tokens, hidden) for both kinds of layer."""
+
+    def feed_forward(hidden: mx.array, weights: DenseWeights | MoeWeights) -> mx.array:
+        if isinstance(weights, DenseWeights):
+            return swiglu(hidden, weights)
+        expert_ids, expert_weights = route(
+            hidden,
+            weights.router,
+            weights.correction_bias,
+            top_k=config.num_experts_per_tok,
+            num_groups=config.n_group,
+            top_groups=config.topk_group,
+            normalize=config.norm_topk_prob,
+            scaling_factor=config.routed_scaling_factor,
+        )
+        output = routed_experts(hidden, expert_ids, expert_weights, weights.experts)
+        return output if weights.shared is None else output + swiglu(hidden, weights.shared)
+
+    return feed_forward
+
+
+def swiglu(hidden: mx.array, weights: DenseWeights) -> mx.array:
+    """down(silu(gate(x)) * up(x)): (tokens, hidden) -> (tokens, hidden)."""
+    gate = multiply(hidden, weights.gate)
+    return multiply(gate * mx.sigmoid(gate) * multiply(hidden, weights.up), weights.down)
 
 
 def _join_spans(parts: list[mx.array]) -> mx.array | None:

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_k2.config import ModelConfig
 from mlx_k2.model.attention import fits_absorbed
 from mlx_k2.model.batch import Batch
-from mlx_k2.model.decoder_layer import make_layer
+from mlx_k2.model.decoder_layer import DecoderLayer
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.layer_weights import LayerWeights
 from mlx_k2.model.linear import Matrix, multiply
@@ -42,7 +42,7 @@ class StageModel:
         self._embedding = embedding
         self._head = head
         self._cache = cache
-        self._run_layer = make_layer(config, fused_attention=fused_attention)
+        self._decoder_layer = DecoderLayer(config, fused_attention=fused_attention)
 
     def copy_positions(self, source: int, target: int, count: int) -> None:
         """Let slot ``target`` begin with the first ``count`` positions that are cached in slot ``source``."""
@@ -63,7 +63,7 @@ class StageModel:
     def run(self, hidden: mx.array, batch: Batch) -> mx.array:
         """Hidden states (tokens, hidden) through this stage's layers, which also write the cache."""
         for index, weights in enumerate(self._layers):
-            hidden = self._run_layer(hidden, index, weights, batch, self._cache)
+            hidden = self._decoder_layer.run(hidden, index, weights, batch, self._cache)
         return hidden
 
     def evaluate_cache(self) -> None:

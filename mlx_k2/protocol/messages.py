@@ -206,7 +206,7 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
     """A stage finished a step. The last stage adds a token for each row that asked for one, in the rows' order.
 
     ``busy_s``: computing. ``receive_s``: until the hidden states were there, waiting for the stage before included.
-    ``send_s``: until the system had taken them. ``peak_bytes`` is the most memory that the stage has held so far.
+    ``send_s``: until the system had taken them. ``peak_bytes`` is the most memory that MLX has held so far.
     """
 
     number: int

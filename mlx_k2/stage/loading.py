@@ -1,4 +1,4 @@
-"""Builds a stage's model from the checkpoint, piece by piece. Knows no messages."""
+"""Loading of a stage's layers from the checkpoint, one layer at a time, as a Load message asks for it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +12,14 @@ from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.layer_weights import LayerWeights, MoeWeights, assemble_layer
 from mlx_k2.model.linear import make_matrix
 from mlx_k2.model.stage_model import Head, StageModel
-from mlx_k2.stage.host import on_gpu
+from mlx_k2.protocol.messages import Load, Loaded
+from mlx_k2.stage.host import on_gpu, peak_bytes, wire_memory
+from mlx_k2.stage.step_runner import PlanLimits, StepRunner
+from mlx_k2.stage.transport import Transport
+from mlx_k2.weights.checkpoint import ModelDescription
+from mlx_k2.weights.inventory import shard_specs
+from mlx_k2.weights.model_files import locate_shard
+from mlx_k2.weights.model_source import ModelSource
 from mlx_k2.weights.reader import LoadedTensors, ShardReader
 
 
@@ -93,3 +100,56 @@ def _check_kernels(config: ModelConfig, layers: list[LayerWeights], dtype: mx.Dt
         if isinstance(layer.feed_forward, MoeWeights):
             return prepare(layer.feed_forward.experts, config.num_experts_per_tok, dtype)
     return ()
+
+
+class StageLoader:
+    """Loads the layers that Load messages ask for, from one model on this host.
+
+    ``on_layer`` is called with each part that is in memory, ``on_download`` with (bytes done, bytes in total) while
+    files are fetched from the Hub.
+    """
+
+    def __init__(
+        self,
+        description: ModelDescription,
+        source: ModelSource,
+        on_layer: Callable[[LoadedPiece], None],
+        on_download: Callable[[int, int], None],
+    ) -> None:
+        self._description = description
+        self._source = source
+        self._on_layer = on_layer
+        self._on_download = on_download
+        self._held_bytes = 0
+
+    def load(self, message: Load, transport: Transport) -> tuple[StepRunner, Loaded]:
+        """Load the layers and their cache; return what runs steps on them, and the answer to the message.
+
+        Raises:
+            CheckpointError, DownloadError: a file is missing, cannot be fetched, or does not hold what it should.
+            StageStartError: macOS does not let a GPU hold as much memory as the stage needs.
+        """
+        wire_memory(message.needed_bytes)
+        config = self._description.config
+        layers = range(message.first_layer, message.end_layer)
+        specs = shard_specs(config, layers.start, layers.stop)
+        files = locate_shard(self._source, self._description.index, specs, self._on_download)
+        dtype = getattr(mx, message.dtype)
+        cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.latent_dim, dtype)
+        reader = ShardReader(config, files, dtype)
+        model, warnings = load_stage_model(config, reader, layers, cache, self._on_piece, message.dense_bits)
+        runner = StepRunner(
+            model,
+            transport,
+            PlanLimits(message.num_slots, message.context_tokens, config.vocab_size),
+            is_first=layers.start == 0,
+            is_last=layers.stop == config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            dtype=dtype,
+        )
+        cache_bytes_per_token = len(layers) * config.latent_dim * dtype.size
+        return runner, Loaded(self._held_bytes, peak_bytes(), cache_bytes_per_token, warnings)
+
+    def _on_piece(self, piece: LoadedPiece) -> None:
+        self._held_bytes += piece.held_bytes
+        self._on_layer(piece)

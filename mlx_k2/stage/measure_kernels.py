@@ -19,7 +19,7 @@ from mlx_k2.kernels.report import DecodeTime, KernelLine, KernelReport
 from mlx_k2.kernels.self_check import BATCH, DECODE, KernelCheck, LayerShape, random_stack
 from mlx_k2.kernels.tuning import DEFAULT as DEFAULT_TUNING
 from mlx_k2.kernels.tuning import Tuning
-from mlx_k2.model.feed_forward import make_feed_forward
+from mlx_k2.model.decoder_layer import make_feed_forward
 from mlx_k2.model.layer_weights import DenseWeights, MoeWeights
 from mlx_k2.stage.host import on_gpu
 from mlx_k2.weights.config_fields import thinking_config_fields

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import mlx.core as mx
-import msgspec
 
 from mlx_k2.errors import MlxK2Error, ProtocolError
-from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.protocol.framing import Frame, FrameReader, FrameWriter, Kind
 from mlx_k2.protocol.messages import (
     ClockRead,
@@ -42,17 +40,15 @@ from mlx_k2.protocol.messages import (
 from mlx_k2.protocol.stage_status import Phase, PhaseUpdate
 from mlx_k2.stage.faults import fault_of
 from mlx_k2.stage.hop_probe import measure_hops
-from mlx_k2.stage.host import hello, on_gpu, peak_bytes, wire_memory
+from mlx_k2.stage.host import hello, on_gpu
 from mlx_k2.stage.host_probe import probe
-from mlx_k2.stage.loading import LoadedPiece, load_stage_model
-from mlx_k2.stage.plan_limits import PlanLimits
+from mlx_k2.stage.loading import LoadedPiece, StageLoader
 from mlx_k2.stage.ports import HeldPorts
 from mlx_k2.stage.step_runner import StepRunner
 from mlx_k2.stage.transport import DistributedTransport, NoNeighbours, Transport, join_group, prove_hops
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.inventory import shard_specs
-from mlx_k2.weights.model_files import fetch_shard, locate_shard, read_model_files
-from mlx_k2.weights.reader import ShardReader
+from mlx_k2.weights.model_files import fetch_shard, read_model_files
 
 READING_S = 120.0
 CONNECTING_S = 120.0
@@ -107,8 +103,6 @@ class StageService:
         self._group: mx.distributed.Group | None = None
         self._transport: Transport = NoNeighbours()
         self._runner: StepRunner | None = None
-        self._limits: PlanLimits | None = None
-        self._last_step: int | None = None
 
     # ---- on the reading thread
 
@@ -153,13 +147,10 @@ class StageService:
     def _answer(self, message: ToStage) -> FromStage:
         match message:
             case Step():
-                assert self._runner is not None and self._limits is not None, "a step before Load"
-                self._limits.check(message, self._last_step)
-                self._last_step = message.number
-                done = self._runner.run(
+                assert self._runner is not None, "a step before Load"
+                return self._runner.run(
                     message, lambda phase: self._report_phase(phase, message.number, message.limit_s)
                 )
-                return msgspec.structs.replace(done, peak_bytes=peak_bytes())
             case FetchFiles():
                 return ModelFiles(read_model_files(message.model).files)
             case DownloadShard():
@@ -212,31 +203,12 @@ class StageService:
 
     def _answer_load(self, message: Load) -> Loaded:
         assert self._prepared is not None, "Load before Prepare"
-        wire_memory(message.needed_bytes)
-        description = self._prepared.description
-        config = description.config
-        layers = range(message.first_layer, message.end_layer)
-        specs = shard_specs(config, layers.start, layers.stop)
-        files = locate_shard(self._prepared.request.model, description.index, specs, self._report_download_progress)
-        dtype = getattr(mx, message.dtype)
-        cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.latent_dim, dtype)
-        held_bytes = 0
-
-        def report_layer(piece: LoadedPiece) -> None:
-            nonlocal held_bytes
-            held_bytes += piece.held_bytes
-            self._report_phase(Phase.LOADING, limit_s=PIECE_S)
-            self._send(LayerLoaded(piece.tensor_names, piece.held_bytes))
-
-        reader = ShardReader(config, files, dtype)
-        model, warnings = load_stage_model(config, reader, layers, cache, report_layer, message.dense_bits)
-        self._limits = PlanLimits(message.num_slots, message.context_tokens, config.vocab_size)
-        self._runner = StepRunner(
-            model,
-            self._transport,
-            is_first=layers.start == 0,
-            is_last=layers.stop == config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            dtype=dtype,
+        loader = StageLoader(
+            self._prepared.description, self._prepared.request.model, self._report_layer, self._report_download_progress
         )
-        return Loaded(held_bytes, peak_bytes(), len(layers) * config.latent_dim * dtype.size, warnings)
+        self._runner, loaded = loader.load(message, self._transport)
+        return loaded
+
+    def _report_layer(self, piece: LoadedPiece) -> None:
+        self._report_phase(Phase.LOADING, limit_s=PIECE_S)
+        self._send(LayerLoaded(piece.tensor_names, piece.held_bytes))

@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_k2.errors import ProtocolError
 from mlx_k2.model.batch import Batch, Span
 from mlx_k2.model.sampler import SamplingRequest, sample_tokens
 from mlx_k2.model.stage_model import StageModel
@@ -15,13 +17,47 @@ from mlx_k2.scheduling.microbatch import Row
 from mlx_k2.stage.transport import Transport
 
 
+@dataclass(frozen=True)
+class PlanLimits:
+    """The sizes that a stage was loaded for. Plans are checked against them, since MLX does not check indices."""
+
+    num_slots: int
+    context_tokens: int
+    vocab_size: int
+
+    def check(self, step: Step, last_number: int | None) -> None:
+        """Refuse a plan that does not fit, or whose number is not above ``last_number``.
+
+        Raises:
+            ProtocolError: says what does not fit.
+        """
+        if last_number is not None and step.number <= last_number:
+            raise ProtocolError(f"step {step.number} was sent after step {last_number}: plans come in one order")
+        if not step.rows:
+            raise ProtocolError(f"step {step.number} has no rows")
+        for row in step.rows:
+            if (problem := self._problem(row)) is not None:
+                raise ProtocolError(f"step {step.number} does not fit this stage: {problem}")
+
+    def _problem(self, row: Row) -> str | None:
+        for slot in (row.slot, row.slot if row.copy_from is None else row.copy_from):
+            if not 0 <= slot < self.num_slots:
+                return f"slot {slot} of {self.num_slots}"
+        end = row.position + len(row.token_ids)
+        if row.position < 0 or not row.token_ids or end > self.context_tokens:
+            return f"positions {row.position} to {end} of {self.context_tokens}"
+        wrong = next((token_id for token_id in row.token_ids if not 0 <= token_id < self.vocab_size), None)
+        return None if wrong is None else f"token id {wrong} of {self.vocab_size}"
+
+
 class StepRunner:
-    """One stage's share of every step; stateless but for the model's cache."""
+    """One stage's part of every step. Its state is the model's cache and the number of the last step."""
 
     def __init__(
         self,
         model: StageModel,
         transport: Transport,
+        limits: PlanLimits,
         *,
         is_first: bool,
         is_last: bool,
@@ -30,6 +66,8 @@ class StepRunner:
     ) -> None:
         self._model = model
         self._transport = transport
+        self._limits = limits
+        self._last_number: int | None = None
         self._is_first = is_first
         self._is_last = is_last
         self._hidden_size = hidden_size
@@ -40,6 +78,8 @@ class StepRunner:
 
         ``report_phase`` is told of each phase as it begins.
         """
+        self._limits.check(step, self._last_number)
+        self._last_number = step.number
         began = time.perf_counter()
         report_phase(Phase.COMPUTING if self._is_first else Phase.RECEIVING)
         batch = Batch([_span(row) for row in step.rows])
@@ -69,7 +109,7 @@ class StepRunner:
             self._transport.send(output)
             send_s = time.perf_counter() - sending
         busy_s = time.perf_counter() - began - receive_s - send_s
-        return StepDone(step.number, busy_s, receive_s, send_s, tokens)
+        return StepDone(step.number, busy_s, receive_s, send_s, tokens, mx.get_peak_memory())
 
     def _sample(self, rows: tuple[Row, ...], output: mx.array) -> tuple[SampledToken, ...]:
         """A token for each row that asks for one, from its last position; else only the cache is filled."""

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mlx_k2.config import ModelConfig
-from mlx_k2.model.rope import make_rope
+from mlx_k2.model.attention import make_rope
 from mlx_k2.weights.config_fields import thinking_config_fields
 from tests.weights.made_up import config_of
 

@@ -10,7 +10,7 @@ import pytest
 from mlx_k2.config import ModelConfig
 from mlx_k2.kernels.experts import route
 from mlx_k2.kernels.stack import AffineStack
-from mlx_k2.model import decoder_layer, feed_forward
+from mlx_k2.model import decoder_layer
 from mlx_k2.model.batch import Batch, Span
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.layer_weights import LayerWeights, MoeWeights, assemble_layer
@@ -131,9 +131,9 @@ def test_absorbed_and_naive_agree_through_the_whole_model_when_routers_choose_al
     checkpoint: Checkpoint, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     router = RecordedRouter()
-    monkeypatch.setattr(feed_forward, "route", router.record)
+    monkeypatch.setattr(decoder_layer, "route", router.record)
     naive = Chain(checkpoint(variant), 1).prefill(PROMPT)
-    monkeypatch.setattr(feed_forward, "route", router.replay)
+    monkeypatch.setattr(decoder_layer, "route", router.replay)
     absorbed = Chain(checkpoint(variant), 1).decode(PROMPT, 0)
     assert len(router.chosen) == 6
     assert not mx.array_equal(absorbed, naive)
@@ -145,7 +145,7 @@ def test_absorbed_and_naive_agree_in_one_layer(checkpoint: Checkpoint, variant: 
     folder = checkpoint(variant)
     config = read_config(folder)
     weights = assemble_layer(config, 0, open_shards(folder, config).layer(0).tensors)  # dense: nothing is chosen
-    run_layer = decoder_layer.make_layer(config, fused_attention=False)
+    run_layer = decoder_layer.DecoderLayer(config, fused_attention=False).run
     hidden = mx.random.normal((len(PROMPT), config.hidden_size), key=mx.random.key(0))
 
     def run(*, is_prompt: bool) -> mx.array:

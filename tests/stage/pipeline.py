@@ -10,7 +10,7 @@ from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.protocol.messages import Step, StepDone
 from mlx_k2.sampling import REPETITION_WINDOW, SampledToken, Sampling
 from mlx_k2.scheduling.microbatch import Row
-from mlx_k2.stage.step_runner import StepRunner
+from mlx_k2.stage.step_runner import PlanLimits, StepRunner
 from mlx_k2.testing.queue_transport import QueueTransport
 from tests.model.chain import load_stage, split_layers
 from tests.model.checkpoints import read_config
@@ -29,6 +29,7 @@ class Pipeline:
                 StepRunner(
                     load_stage(folder, config, layers, cache),
                     QueueTransport(hops[rank], hops[rank + 1]),
+                    PlanLimits(num_slots, 1024, config.vocab_size),
                     is_first=rank == 0,
                     is_last=rank == num_stages - 1,
                     hidden_size=config.hidden_size,

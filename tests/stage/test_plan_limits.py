@@ -5,7 +5,7 @@ import pytest
 from mlx_k2.errors import ProtocolError
 from mlx_k2.protocol.messages import Step
 from mlx_k2.scheduling.microbatch import Row
-from mlx_k2.stage.plan_limits import PlanLimits
+from mlx_k2.stage.step_runner import PlanLimits
 
 LIMITS = PlanLimits(num_slots=2, context_tokens=64, vocab_size=768)
 
