@@ -35,13 +35,14 @@ from mlx_k2.cli.output import JsonOutput, TextOutput
 from mlx_k2.cli.repl.keyboard import LineKeyboard
 from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.toolkit import opened_tools
-from mlx_k2.coordinator.answer_summary import AnswerSummary, total
+from mlx_k2.coordinator.answer_summary import total
 from mlx_k2.coordinator.pipeline import Coordinator, coordinate
 from mlx_k2.coordinator.text_stream import StageReplies
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import RestartingDeployment
-from mlx_k2.errors import CheckpointError
+from mlx_k2.errors import CheckpointError, ClusterError
+from mlx_k2.launch.group import StageGroup
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription
 
@@ -126,19 +127,19 @@ def _answer(
 ) -> None:
     deployment = restarting.deployment
     frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
-    summaries: list[AnswerSummary] = []
     with _output(options, frontend.tokenizer) as output:
-        coordinator = coordinate(
-            deployment,
-            drafts=options["draft"] == "ngram",
-            on_report=restarting.on_report,
-            restart=lambda error: restarting.restart(error, output.restart),
-        )
-        for event in _events(coordinator, frontend, text, tools, output, options):
+
+        def restart(error: ClusterError) -> StageGroup:
+            group = restarting.restart(error, output.restart)
             listener.done()
-            output.event(event)
-            if isinstance(event, AnswerSummary):
-                summaries.append(event)
+            return group
+
+        coordinator = coordinate(
+            deployment, drafts=options["draft"] == "ngram", on_report=restarting.on_report, restart=restart
+        )
+        events = _events(coordinator, frontend, text, tools, output, options)
+        listener.done()
+        summaries = output.show(events)
         output.summary(total(summaries), restarting.deployment, coordinator.use)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -9,7 +10,7 @@ import msgspec
 
 from mlx_k2.chat.chat_events import CallEnded, Event
 from mlx_k2.cli.console import log, log_restart, show_stage_use
-from mlx_k2.cli.repl.screen import PlainScreen, Screen
+from mlx_k2.cli.repl.screen import PlainScreen, Screen, show_all
 from mlx_k2.cli.repl.wording import CUT
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.pipeline import StageUse
@@ -41,12 +42,12 @@ class TextOutput:
     ) -> None:
         self.screen.pause()
 
-    def event(self, event: Event) -> None:
-        """Write what comes at once."""
-        if not isinstance(event, Delta):
-            self.screen.event(event)
-        elif self._is_raw:
-            self.screen.event(Content(event.text))
+    def show(self, events: Iterable[Event]) -> list[AnswerSummary]:
+        """Write each event as it comes; return the summaries among them."""
+        return show_all(self._show_raw if self._is_raw else self.screen.event, events)
+
+    def _show_raw(self, event: Event) -> None:
+        self.screen.event(Content(event.text) if isinstance(event, Delta) else event)
 
     def restart(self, restart: Restart) -> None:
         """Say it on stderr."""
@@ -93,8 +94,12 @@ class JsonOutput:
     ) -> None:
         """Every line is complete already."""
 
-    def event(self, event: Event) -> None:
-        """A line for a token or a call; the parts of a reply are in its tokens."""
+    def show(self, events: Iterable[Event]) -> list[AnswerSummary]:
+        """Write a line for each token and each call as it comes; return the summaries among the events."""
+        return show_all(self._show_event, events)
+
+    def _show_event(self, event: Event) -> None:
+        """Write a line for a token or a call. The parts of a reply are in its tokens."""
         match event:
             case Delta():
                 self._token(event)

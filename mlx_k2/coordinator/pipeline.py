@@ -14,6 +14,7 @@ from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor
 from mlx_k2.protocol.messages import Step, StepDone
 from mlx_k2.sampling import SampledToken
+from mlx_k2.scheduling.cost_model import StepLoad
 from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -89,6 +90,7 @@ class Coordinator:
         self._fault: ClusterError | None = None
         self._monitor = HealthMonitor(group)
         self._sent: dict[int, _Sent] = {}
+        self._unobserved: list[tuple[int, StepLoad, float]] = []
         self._ends_at: dict[Sequence, float] = {}
         self._heard_at = time.monotonic()
         self.use = tuple(StageUse() for _ in range(group.size))
@@ -114,7 +116,8 @@ class Coordinator:
             self._scheduler.cancel_all()
 
     def _step(self) -> list[TokenEvent]:
-        """Send what can go, and wait until a stage has finished a step; the tokens that came with it."""
+        """Send the plans that can go, wait until a stage has finished a step, and return the tokens of that step."""
+        self._observe_steps()
         if self._fault is not None:
             self._resume()
         try:
@@ -127,7 +130,7 @@ class Coordinator:
             self._sent.clear()
             self._scheduler.reset()
             return []
-        self._send_plans()  # before whoever takes the tokens has a chance to be slow
+        self._send_plans()  # before the reader of the tokens can delay them
         return events
 
     def _resume(self) -> None:
@@ -178,7 +181,7 @@ class Coordinator:
         ]
 
     def _record(self, rank: int, done: StepDone) -> None:
-        """Keep what a step took, and let the pace learn from it."""
+        """Add a finished step to the counts of its stage."""
         self._heard_at = time.monotonic()
         sent = self._sent[done.number]
         sent.num_reports += 1
@@ -192,9 +195,15 @@ class Coordinator:
         use.send_s += done.send_s
         use.peak_bytes = done.peak_bytes
         if done.busy_s > 0:
-            self._policy.observe(rank, sent.microbatch.load, done.busy_s)
+            self._unobserved.append((rank, sent.microbatch.load, done.busy_s))
         if self._on_report is not None:
             self._on_report(StageReport(rank, sent.microbatch, done, self._heard_at))
+
+    def _observe_steps(self) -> None:
+        """Let the step policy learn from the steps that are finished. Tokens do not wait for it."""
+        for rank, load, busy_s in self._unobserved:
+            self._policy.observe(rank, load, busy_s)
+        self._unobserved.clear()
 
     def _deadline(self) -> float:
         """For the next word from any stage: steps that went before delay the oldest one."""

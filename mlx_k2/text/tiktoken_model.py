@@ -2,11 +2,12 @@
 
 import base64
 import binascii
+from collections.abc import Callable, Mapping
 
+import msgspec
 import tiktoken
 
 from mlx_k2.errors import TokenizerError
-from mlx_k2.text.vocabulary import Vocabulary, named_tokens
 
 FILE = "tiktoken.model"
 
@@ -33,6 +34,27 @@ _K2_NUM_RANKS = 163_584
 _K2_UNNAMED = {"<think>": 163_606, "</think>": 163_607}
 
 
+class Vocabulary(msgspec.Struct, frozen=True):
+    """The tokens that one set of files names, and how ordinary text is cut into them.
+
+    ``encode_ordinary`` takes well-formed text and yields ids of ``ordinary`` alone, whatever the text contains.
+    """
+
+    encode_ordinary: Callable[[str], list[int]]
+    ordinary: Mapping[int, bytes]
+    """The bytes that each ordinary token stands for."""
+    special: dict[str, int]
+    """The control tokens by name."""
+
+
+class _AddedToken(msgspec.Struct, frozen=True):
+    content: str
+
+
+class _TokenizerConfig(msgspec.Struct, frozen=True):
+    added_tokens_decoder: dict[int, _AddedToken] = {}
+
+
 def read_tiktoken(model: bytes, tokenizer_config: bytes, vocab_size: int) -> Vocabulary:
     """The vocabulary of tiktoken.model, with control tokens named by tokenizer_config.json.
 
@@ -40,7 +62,7 @@ def read_tiktoken(model: bytes, tokenizer_config: bytes, vocab_size: int) -> Voc
         TokenizerError: names the file, the line, and what is wrong with it.
     """
     ranks = _ranks(model, vocab_size)
-    special = named_tokens(tokenizer_config)
+    special = _named_tokens(tokenizer_config)
     if len(ranks) == _K2_NUM_RANKS:
         used = set(special.values())
         unnamed = {name: number for name, number in _K2_UNNAMED.items() if number not in used}
@@ -80,3 +102,31 @@ def _token_and_rank(line: bytes, number: int) -> tuple[bytes, int]:
         return base64.b64decode(fields[0], validate=True), int(fields[1])
     except binascii.Error:
         raise TokenizerError(f"{FILE} line {number}: {fields[0][:60]!r} is not base64") from None
+
+
+def _named_tokens(tokenizer_config: bytes) -> dict[str, int]:
+    """The control tokens that tokenizer_config.json names in added_tokens_decoder.
+
+    Raises:
+        TokenizerError: the file is not what it should be, or gives two tokens one name.
+    """
+    try:
+        config = msgspec.json.decode(tokenizer_config, type=_TokenizerConfig)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise TokenizerError(f"tokenizer_config.json: {error}") from None
+    return _unique_names([(token.content, number) for number, token in config.added_tokens_decoder.items()])
+
+
+def _unique_names(tokens: list[tuple[str, int]]) -> dict[str, int]:
+    """The (name, id) pairs as a mapping.
+
+    Raises:
+        TokenizerError: a name is empty or stands for two ids.
+    """
+    names: dict[str, int] = {}
+    for name, token_id in tokens:
+        if not name:
+            raise TokenizerError(f"special token {token_id} has an empty name")
+        if names.setdefault(name, token_id) != token_id:
+            raise TokenizerError(f"special token {name!r} has two ids, {names[name]} and {token_id}")
+    return names

@@ -5,9 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from mlx_k2.errors import TokenizerError
-from mlx_k2.text.tiktoken_model import read_tiktoken
-from mlx_k2.text.tokenizer_json import read_tokenizer_json
-from mlx_k2.text.vocabulary import Vocabulary
+from mlx_k2.text.tiktoken_model import Vocabulary, read_tiktoken
 
 _STOP_NAMES = ("<|im_end|>", "[EOS]")
 
@@ -88,21 +86,15 @@ class Detokenizer:
 
 
 def load_tokenizer(files: Mapping[str, bytes], vocab_size: int) -> Tokenizer:
-    """The tokenizer of a checkpoint, from its small files by name.
-
-    tiktoken.model with tokenizer_config.json, else tokenizer.json; ``vocab_size`` is the model's.
+    """Return the tokenizer of a checkpoint, from its small files by name; ``vocab_size`` is the model's.
 
     Raises:
         TokenizerError: names the file that is missing, or the file and line that is wrong.
     """
-    if "tiktoken.model" in files and "tokenizer_config.json" in files:
-        vocabulary = read_tiktoken(files["tiktoken.model"], files["tokenizer_config.json"], vocab_size)
-    elif "tokenizer.json" in files:
-        vocabulary = read_tokenizer_json(files["tokenizer.json"], vocab_size)
-    elif "tiktoken.model" in files:
-        raise TokenizerError("the model's tokenizer_config.json is missing: it names the special tokens")
-    else:
-        raise TokenizerError("the model has no tokenizer: neither tiktoken.model nor tokenizer.json is there")
+    for name in ("tiktoken.model", "tokenizer_config.json"):
+        if name not in files:
+            raise TokenizerError(f"the model has no {name}: fetch the tokenizer files of the original checkpoint")
+    vocabulary = read_tiktoken(files["tiktoken.model"], files["tokenizer_config.json"], vocab_size)
     return Tokenizer(vocabulary, vocab_size)
 
 

@@ -13,7 +13,6 @@ CONFIG_NAME = "config.json"
 TOKENIZER_NAMES = (
     "tiktoken.model",
     "tokenizer_config.json",
-    "tokenizer.json",
     "chat_template.jinja",
     "generation_config.json",
 )

@@ -11,7 +11,7 @@ import pytest
 from mlx_k2 import __version__
 from mlx_k2.cli.main import run
 
-HEAVY = ("mlx", "mlx_lm", "transformers", "numpy", "rich", "tiktoken", "tokenizers", "jinja2", "huggingface_hub")
+HEAVY = ("mlx", "mlx_lm", "transformers", "numpy", "rich", "tiktoken", "jinja2", "huggingface_hub")
 IMPORTED_AFTER = """
 import sys
 from mlx_k2.cli.main import run

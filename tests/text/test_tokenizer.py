@@ -103,9 +103,9 @@ def test_a_bad_tokenizer_config_is_named(config: bytes) -> None:
 
 
 def test_missing_files_are_named() -> None:
-    with pytest.raises(TokenizerError, match=r"neither tiktoken.model nor tokenizer.json"):
-        load_tokenizer({"config.json": b"{}"}, 300)
-    with pytest.raises(TokenizerError, match=r"tokenizer_config.json is missing"):
+    with pytest.raises(TokenizerError, match=r"the model has no tiktoken.model: fetch"):
+        load_tokenizer({"tokenizer.json": b"{}"}, 300)
+    with pytest.raises(TokenizerError, match=r"the model has no tokenizer_config.json: fetch"):
         load_tokenizer({"tiktoken.model": b""}, 300)
 
 

@@ -1,6 +1,7 @@
 """What a chat shows: on a terminal with colours, and plainly everywhere else. Knows no session."""
 
 import sys
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from rich.console import Console
@@ -17,13 +18,23 @@ from mlx_k2.deployment.restarting import Restart
 from mlx_k2.text.reply_parser import Content, Reasoning
 
 
+def show_all(show: Callable[[Event], None], events: Iterable[Event]) -> list[AnswerSummary]:
+    """Call ``show`` with each event as it comes; return the summaries among them."""
+    summaries = []
+    for event in events:
+        show(event)
+        if isinstance(event, AnswerSummary):
+            summaries.append(event)
+    return summaries
+
+
 class Screen(Protocol):
     """Shows one answer after the other."""
 
     show_thinking: bool
 
     def event(self, event: Event) -> None:
-        """Something happened."""
+        """Show one event."""
 
     def log(self, line: str) -> None:
         """A word beside the matter."""
@@ -46,7 +57,7 @@ class PlainScreen:
         self._open: type[Reasoning] | type[Content] | None = None
 
     def event(self, event: Event) -> None:
-        """Write it as it comes."""
+        """Write one event."""
         match event:
             case Reasoning(text) if self.show_thinking:
                 self._write(Reasoning, text)
