@@ -1,1 +1,1 @@
-"""Benchmarks: one script for each question; METHODOLOGY.md says how they measure."""
+"""Benchmarks: one script per question. METHODOLOGY.md describes how they measure."""

@@ -1,10 +1,10 @@
-"""Bytes that one decoded token of Kimi K2 Thinking reads, and the tokens a second that memory bandwidth then allows.
+"""Bytes that one decoded token of Kimi K2 Thinking reads, and the tokens per second that memory bandwidth allows.
 
 python -m bench.bytes_per_token [--save]
 
-Everything follows from the tensors' shapes: nothing is measured, and a ceiling is not a speed. Stages in a row have the
-same ceiling as one machine. Launches are those of the feed-forward blocks with experts, counted from MLX's graphs.
---save appends the rows to results/bytes_per_token.csv.
+All figures are calculated from tensor shapes; nothing is measured. The tokens per second are an upper bound, not a
+speed. A pipeline of stages has the same bound as one machine. "launches" are the kernel dispatches of the feed-forward
+blocks with experts, counted from MLX's graphs. --save appends the rows to results/bytes_per_token.csv.
 """
 
 import argparse
@@ -46,7 +46,7 @@ HEADER = (
 
 
 class Row(NamedTuple):
-    """One way of storing the model."""
+    """One program with one format of its dense weights."""
 
     program: str
     dense_bits: int | None
@@ -55,14 +55,14 @@ class Row(NamedTuple):
     dispatches: int
 
     def cells(self) -> tuple[object, ...]:
-        """As printed."""
+        """Return the row's cells as printed."""
         ceilings = (f"{speed * 1e9 / self.bytes_per_token:.2f}" for speed in BANDWIDTHS_GB_S.values())
         gigabytes = (f"{count / 1e9:.2f}" for count in (self.bytes_held, self.bytes_per_token))
         return self.program, self.dense_bits or 16, *gigabytes, *ceilings, self.dispatches
 
 
 def main() -> None:
-    """Print the table, and with --save keep the rows."""
+    """Print the table; with --save append its rows to the CSV file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help="append the rows to results/bytes_per_token.csv")
     save = parser.parse_args().save
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def table() -> list[Row]:
-    """mlx-k2 and mlx-lm, as shipped and with the dense weights in 8 bits."""
+    """Return the rows of mlx-k2 and mlx-lm, with the dense weights as shipped and in 8 bits."""
     config = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "Kimi K2 Thinking")
     moe_layers = sum(config.is_moe(layer) for layer in range(config.num_hidden_layers))
     ours, theirs = moe_layers * our_launches(config), moe_layers * mlx_lm_launches(config)
@@ -86,9 +86,10 @@ def table() -> list[Row]:
 
 
 def bytes_held_and_read(config: ModelConfig, dense_bits: int | None, *, stored_biases: bool) -> tuple[int, int]:
-    """Weights in memory, and those that one token reads: of routed experts the chosen ones, of the embedding a row.
+    """Return the bytes of the weights in memory, and of those that one token reads.
 
-    `stored_biases` adds to each scale of a routed expert a bias of the same size, as MLX's own layers keep it.
+    A token reads only the routed experts chosen for it and one row of the embedding. `stored_biases` adds to each scale
+    of a routed expert a bias of the same size, which MLX's own layers store.
     """
     specs = model_specs(config)
     biases = sum(spec.num_bytes for spec in specs if spec.name.endswith("weight_scale")) if stored_biases else 0
@@ -101,8 +102,8 @@ def bytes_held_and_read(config: ModelConfig, dense_bits: int | None, *, stored_b
 
 
 def our_launches(config: ModelConfig) -> int:
-    """Router, routed experts, shared expert and their sum, for one token."""
-    shape = LayerShape(64, 32, config.num_experts_per_tok, mx.bfloat16)  # the count depends on no size
+    """Return the dispatches of mlx-k2's router, routed experts, shared expert and their sum, for one token."""
+    shape = LayerShape(64, 32, config.num_experts_per_tok, mx.bfloat16)  # the count does not depend on sizes
     stack = random_stack(shape, 16)
     router, bias = mx.zeros((16, 64), mx.bfloat16), mx.zeros(16)
     shared = DenseWeights(*(mx.full(s, i, mx.bfloat16) for i, s in enumerate(((64, 32), (64, 32), (32, 64)))))
@@ -125,7 +126,7 @@ def our_launches(config: ModelConfig) -> int:
 
 
 def mlx_lm_launches(config: ModelConfig) -> int:
-    """The same block of mlx-lm, which compiles parts of it."""
+    """Return the dispatches of the same block in mlx-lm, which compiles parts of it."""
     arguments = ModelArgs(
         hidden_size=64,
         moe_intermediate_size=32,
@@ -147,7 +148,7 @@ def mlx_lm_launches(config: ModelConfig) -> int:
 
 
 def is_switch_linear(path: str, module: nn.Module) -> bool:
-    """What mlx-lm keeps quantized when it loads a K2 checkpoint."""
+    """Return True for the layers that mlx-lm keeps quantized when it loads a K2 checkpoint."""
     return path.startswith("switch_mlp.") and hasattr(module, "to_quantized")
 
 

@@ -1,4 +1,4 @@
-"""The checkpoints that benchmarks run on: random, seeded, written once under the system's temporary folder."""
+"""Checkpoints for the benchmarks: random, seeded, written once under the system's temporary folder."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ VOCAB_SIZE = 2048
 CONTEXT_TOKENS = 8192
 
 SHAPES: dict[str, dict[str, Any]] = {
-    # An even number of layers, all with experts, so that two stages weigh the same; as many experts a token as K2 has.
+    # An even number of layers, all with experts, so that two stages have equal work. As many experts per token as K2.
     "even": {
         "hidden_size": 1024,
         "num_hidden_layers": 8,
@@ -34,9 +34,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 8,
         "first_k_dense_replace": 0,
     },
-    # Until a prompt's last token only the cache of the last layer is needed, so the last of two stages has one layer
-    # less to compute: one of twenty is little. Keys and values of earlier chunks, which each chunk makes anew from the
-    # cache, are as small a part of the work as in K2 (1.6% of a layer's products for each earlier token; K2: 1.7%).
+    # Before a prompt's last token, only the cache of the last layer is needed, so the last of two stages computes one
+    # layer less: only 1 of 20 here. Each chunk rebuilds the keys and values of earlier chunks from the cache. This is
+    # as small a fraction of the work as in K2: 1.6% of a layer's products per earlier token (K2: 1.7%).
     "tall": {
         "hidden_size": 512,
         "num_hidden_layers": 40,
@@ -53,20 +53,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 8,
         "first_k_dense_replace": 0,
     },
-    # As many layers as Kimi K2, each as small as can be: what is left is the cost of running layers at all.
+    # As many layers as Kimi K2, each as small as possible. This leaves the fixed cost of running a layer.
     "deep": {"num_hidden_layers": 61},
 }
 
 
 CYCLE = "cycle"
-"""The shape "even" with branches that add next to nothing: a token then decides the next one, and greedy text soon goes
-round in a circle."""
+"""The shape "even" with residual branches that add almost nothing: each token then determines the next one, and greedy
+text soon repeats in a cycle."""
 _BRANCH_ENDS = ("o_proj.weight", "down_proj.weight", "down_proj.weight_scale")
 _LITTLE = 2.0**-8
 
 
 def cycle_checkpoint() -> Path:
-    """The folder of the checkpoint whose greedy text repeats itself, written now if it is not there."""
+    """Return the folder of the checkpoint whose greedy text repeats itself; write it if it does not exist."""
     quiet_of = bench_checkpoint("even")
     folder = quiet_of.with_name(quiet_of.name.replace("even", CYCLE))
     if not folder.exists():
@@ -86,7 +86,7 @@ def cycle_checkpoint() -> Path:
 
 
 def bench_checkpoint(shape: str) -> Path:
-    """The folder of the checkpoint of that shape, written now if it is not there."""
+    """Return the folder of the checkpoint of that shape; write it if it does not exist."""
     vocabulary = tiny_vocabulary(VOCAB_SIZE, CONTEXT_TOKENS)
     ids = {"bos_token_id": vocabulary.bos_token_id, "eos_token_id": vocabulary.eos_token_id}
     fields = tiny_config_fields(VOCAB_SIZE, max_position_embeddings=CONTEXT_TOKENS, **ids, **SHAPES[shape])

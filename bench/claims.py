@@ -1,4 +1,4 @@
-"""Claims: two sides measured in turn, and the ratio that is asked of them. The README's table is made of their rows.
+"""Claims: two sides measured alternately, and the ratio required of them. Their rows make the README's table.
 
 python -m bench.claims    rewrites the table in README.md from results/claims.csv
 """
@@ -16,12 +16,12 @@ NAME = "claims"
 README = ROOT / "README.md"
 MADE_BY = "python -m bench.claims"
 SCRIPTS = {"guessing": "drafting"}
-"""Today's name of a script, by its name in older rows."""
+"""Current name of a script, by its name in older rows."""
 HEADER = ("commit", "script", "claim", "first", "second", "ratio", "asked")
 
 
 class Claim(NamedTuple):
-    """Two sides, each a rate in tokens or steps per second, and the least ratio of first over second, if any."""
+    """Two sides, each a rate in tokens or steps per second, and the minimum ratio of first over second, if any."""
 
     name: str
     first: Callable[[], float]
@@ -30,16 +30,16 @@ class Claim(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What every script of claims takes."""
+    """Command-line options of every claims script."""
 
     num_pairs: int
     save: bool
     only: str
-    """Claims whose names hold this."""
+    """Measure only the claims whose names contain this text."""
 
 
 def read_options(description: str | None) -> Options:
-    """The command line of a script of claims."""
+    """Parse the command line of a claims script."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help="append the rows to results/claims.csv")
     parser.add_argument("--pairs", type=int, default=NUM_PAIRS, help=f"pairs of runs a claim  [default: {NUM_PAIRS}]")
@@ -49,7 +49,7 @@ def read_options(description: str | None) -> Options:
 
 
 def measure(script: str, claim: Claim, options: Options) -> None:
-    """Run both sides to warm up, then in turn; print the ratio, and keep the pairs."""
+    """Run both sides to warm up, then alternately. Print the ratio; with ``options.save`` append the pairs' rows."""
     if options.only not in claim.name:
         return
     claim.first()
@@ -71,7 +71,7 @@ def measure(script: str, claim: Claim, options: Options) -> None:
 
 
 def table() -> str:
-    """Each claim's newest rows, as Markdown."""
+    """Return a Markdown table of each claim's newest rows."""
     with (RESULTS / f"{NAME}.csv").open(newline="") as file:
         by_claim: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
         for row in csv.DictReader(file):
@@ -95,7 +95,7 @@ def _ratio(rows: Sequence[dict[str, str]]) -> str:
 
 
 def with_table(readme: str) -> str:
-    """The README with its table made anew."""
+    """Return the README with its table generated again."""
     return with_part(readme, MADE_BY, table())
 
 

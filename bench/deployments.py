@@ -1,4 +1,4 @@
-"""Stages on this machine for a benchmark's checkpoint."""
+"""Local deployment of a benchmark's checkpoint."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,7 +13,7 @@ from mlx_k2.weights.model_source import ModelSource
 
 
 def local_deployment(folder: Path, num_stages: int, num_slots: int = 1) -> AbstractContextManager[Deployment]:
-    """``num_stages`` stages with as many layers each on this machine, in float32."""
+    """Deploy ``num_stages`` stages with equal numbers of layers on this machine, in float32."""
     model = describe_model(read_small_files(folder), str(folder))
     each, left = divmod(model.config.num_hidden_layers, num_stages)
     assert left == 0, f"{model.config.num_hidden_layers} layers are not as many on each of {num_stages} stages"

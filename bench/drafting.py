@@ -1,9 +1,9 @@
-"""What guesses bring a lone stream on two stages: on text that repeats itself, and on random text.
+"""Effect of draft tokens on a lone stream over two stages: on text that repeats itself, and on random text.
 
 python -m bench.drafting [--save] [--pairs N] [--only WORDS]
 
-The same requests with guesses and without, one right after the other, on deployments of their own. The checkpoint's
-greedy text goes round in a circle (bench/checkpoints.py); at temperature 1 it never does.
+Runs the same requests with drafts and without, one right after the other, on separate deployments. The checkpoint's
+greedy text repeats in a cycle (bench/checkpoints.py); at temperature 1 it never does.
 """
 
 import contextlib
@@ -22,18 +22,21 @@ from mlx_k2.scheduling.request import Request
 PROMPT_TOKENS = 32
 TOKENS = 240
 SKIPPED = 140
-"""Tokens before the measured ones: the text must first repeat itself."""
+"""Number of tokens before the measured ones: the text must first repeat itself."""
 
 
 class Stream:
-    """One stream after the other on the same stages. ``accepted_fraction``: the last stream's tokens from drafts."""
+    """Streams that run one at a time on the same stages.
+
+    ``accepted_fraction`` is the fraction of the last stream's measured tokens that were accepted draft tokens.
+    """
 
     def __init__(self, deployment: Deployment, *, drafts: bool) -> None:
         self._coordinator = coordinate(deployment, drafts=drafts)
         self.accepted_fraction = 0.0
 
     def rate(self, temperature: float) -> float:
-        """Tokens per second after the skipped ones."""
+        """Run one stream; return its tokens per second after the skipped ones."""
         sampling = Sampling(seed=0, temperature=temperature)
         request = Request(tuple(prompt_ids(PROMPT_TOKENS)), TOKENS, sampling, frozenset())
         arrivals = []
@@ -46,7 +49,7 @@ class Stream:
 
 
 def main() -> None:
-    """Measure, print, and with --save keep the rows."""
+    """Measure and print; with --save append the rows to the CSV file."""
     options = read_options(__doc__)
     folder = cycle_checkpoint()
     with contextlib.ExitStack() as stack:

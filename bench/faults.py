@@ -1,9 +1,9 @@
-"""Does everything in the fault matrix to three stages over ssh on emulated hosts, while two streams run.
+"""Fault matrix: every fault is tried on three stages over ssh on emulated hosts, while two streams run.
 
     python -m bench.faults
     python -m bench.faults --only "cable pulled"
 
-Rows go to results/faults.csv; the table in docs/reliability.md is made of them. Needs root, on Linux.
+Rows go to results/faults.csv; the table in docs/reliability.md is generated from them. Needs root, on Linux.
 """
 
 import argparse
@@ -25,7 +25,10 @@ SHORTEST_S = 0.1
 
 
 def main() -> int:
-    """Try them, print what came of each, and keep the rows where all hold; 1 when one failed."""
+    """Try the chosen faults and print each result. Return 1 if one failed.
+
+    The rows and the table are written only if every fault of the matrix was tried and passed.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="faults whose name holds this")
     options = parser.parse_args()
@@ -44,7 +47,7 @@ def main() -> int:
                 with EmulatedHosts(_made(where / "hosts"), NUM_HOSTS) as hosts:
                     findings.append(try_fault(fault, Scene(hosts, model, where / "scene"), expected))
                 print(_line(findings[-1]), flush=True)
-            except Exception:  # noqa: BLE001  # the next row is tried whatever became of this one
+            except Exception:  # noqa: BLE001  # a failed fault must not end the loop
                 print(f"FAILED: {fault.name}\n{traceback.format_exc()}", flush=True)
     if len(findings) == len(FAULTS):
         save_rows("faults", ("commit", "fault", "detected_s", "outcome", "reason"), [_row(each) for each in findings])
@@ -54,7 +57,7 @@ def main() -> int:
 
 
 def write_table(findings: list[Finding]) -> None:
-    """Put the table into docs/reliability.md."""
+    """Write the table into docs/reliability.md."""
     rows = [f"| {each.fault.name} | {_seconds(each)} | {each.fault.outcome} |" for each in findings]
     tried = f"Tried on {date.today().isoformat()} at commit {commit()}; a plus means that files differed from it."
     table = "\n".join([tried, "", "| fault | noticed after | then |", "|---|---|---|", *rows])

@@ -1,4 +1,4 @@
-"""Counts the GPU launches of a function from its MLX graph, on any machine. Measures no time."""
+"""Number of GPU dispatches of a function, counted from its MLX graph on any machine. Measures no time."""
 
 import re
 import tempfile
@@ -10,8 +10,8 @@ import mlx.core as mx
 
 from mlx_k2.kernels.dispatch import Dispatch
 
-# Primitives that only describe the same bytes anew when their input is row-contiguous, as it is wherever these counts
-# are taken. Everything else is one launch.
+# Primitives that only reinterpret the bytes of a row-contiguous input. Inputs are row-contiguous wherever these counts
+# are taken. Every other primitive is one dispatch.
 VIEWS = frozenset(
     {
         "AsStrided",
@@ -29,11 +29,11 @@ VIEWS = frozenset(
     }
 )
 
-KERNEL = "Depends"  # what stands for a kernel in the graph, see `kernel_in_graph`
+KERNEL = "Depends"  # the primitive that replaces a kernel in the graph, see `kernel_in_graph`
 
 
 def kernel_in_graph(dispatch: Dispatch) -> list[mx.array]:
-    """Stands in for a kernel where there is no GPU: one node with the kernel's inputs and outputs."""
+    """Replace a kernel where there is no GPU: return one graph node with the kernel's inputs and outputs."""
     outputs = [
         mx.zeros(shape, dtype) for shape, dtype in zip(dispatch.output_shapes, dispatch.output_dtypes, strict=True)
     ]
@@ -42,7 +42,7 @@ def kernel_in_graph(dispatch: Dispatch) -> list[mx.array]:
 
 
 def count_launches(function: Callable[..., mx.array], *inputs: mx.array) -> Counter[str]:
-    """Launches by primitive of function(*inputs); what MLX fuses in a function that is compiled counts as one."""
+    """Count the dispatches of function(*inputs) by primitive. What MLX fuses in a compiled function counts as one."""
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "graph.dot"
         mx.export_to_dot(str(graph), function(*inputs))

@@ -1,9 +1,9 @@
-"""How long Python takes for a decoded token, beside the arithmetic: building the graph, reading the plan, answering.
+"""Python's time per decoded token without the arithmetic: building the graph, reading the plan, answering.
 
     python -m bench.host_overhead [--pairs N] [--save LABEL]
 
-The same 61-layer checkpoint in mlx-k2 (one stage, compiled, as on a GPU) and in mlx-lm, in turn, in
-float32. What counts is the building thread's own CPU time, so other programs on the machine do not; the graph is
+The same 61-layer checkpoint runs in mlx-k2 (one stage, compiled, as on a GPU) and in mlx-lm, alternately, in float32.
+Only the CPU time of the thread that builds the graph counts, so other programs do not disturb the result. The graph is
 evaluated after the clock has stopped.
 """
 
@@ -42,7 +42,7 @@ Build = Callable[[], mx.array]
 
 
 class Figures(NamedTuple):
-    """Microseconds for one decoded token: (mlx-k2, mlx-lm) for each pair, and the plan's own."""
+    """Microseconds per decoded token: ``building`` as (mlx-k2, mlx-lm) per pair, ``planning`` for mlx-k2's plan."""
 
     num_layers: int
     building: list[tuple[float, float]]
@@ -50,7 +50,7 @@ class Figures(NamedTuple):
 
 
 def main() -> None:
-    """Measure, print a table, and keep the rows if asked to."""
+    """Measure and print a table; with --save append a row to the CSV file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=100)
     parser.add_argument("--save", metavar="LABEL", help="append to results/host_overhead.csv under this label")
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def measure(num_pairs: int) -> Figures:
-    """Both sides in turn, after some steps that do not count."""
+    """Measure both sides alternately, after WARM_STEPS pairs that do not count."""
     num_layers, ours = mlx_k2_steps()
     theirs = mlx_lm_steps()
     pairs = alternate(lambda: building_us(ours), lambda: building_us(theirs), WARM_STEPS + num_pairs)
@@ -75,7 +75,7 @@ def measure(num_pairs: int) -> Figures:
 
 
 def building_us(build: Build) -> float:
-    """What the next step's graph takes to build."""
+    """Return the microseconds that building the next step's graph takes."""
     began = time.thread_time()
     logits = build()
     elapsed = time.thread_time() - began
@@ -84,7 +84,7 @@ def building_us(build: Build) -> float:
 
 
 def mlx_k2_steps() -> tuple[int, Build]:
-    """The number of layers, and the function that builds the next decoding step in mlx-k2."""
+    """Return the number of layers, and the function that builds the next decoding step in mlx-k2."""
     folder = bench_checkpoint("deep")
     config = ModelConfig.from_json((folder / "config.json").read_bytes(), "config.json")
     index = CheckpointIndex.from_json(read_index_json(folder), str(folder))
@@ -105,7 +105,7 @@ def mlx_k2_steps() -> tuple[int, Build]:
 
 
 def mlx_lm_steps() -> Build:
-    """The function that builds the next decoding step in mlx-lm."""
+    """Return the function that builds the next decoding step in mlx-lm."""
     model = load_oracle(bench_checkpoint("deep"))
     cache = make_prompt_cache(model)
     mx.eval(model(mx.array([PROMPT]), cache=cache))
@@ -118,7 +118,7 @@ def mlx_lm_steps() -> Build:
 
 
 def plan_us() -> float:
-    """One plan from pipe to message and one answer from message to frame, as a stage does for every step."""
+    """Return the microseconds to decode one plan and encode one answer, as a stage does for every step."""
     sampling = Sampling(seed=1, temperature=0.6, repetition_penalty=1.1)
     row = Row(0, 4000, (17,), False, sampling, tuple(prompt_ids(REPETITION_WINDOW)))
     plan = encode_frame(Kind.MESSAGE, encode_message(Step(1, (row,))))
@@ -134,7 +134,7 @@ def plan_us() -> float:
 
 
 def print_table(figures: Figures) -> None:
-    """Microseconds, each as median and interquartile range."""
+    """Print the microseconds, each as median and interquartile range."""
     ours, theirs = zip(*figures.building, strict=True)
     per_layer = [[value / figures.num_layers for value in side] for side in (ours, theirs)]
     ratio = summarize(ratios(figures.building))

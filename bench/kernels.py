@@ -1,12 +1,12 @@
-"""Routed experts of one Kimi K2 layer: bytes, launches and time of our kernels, of plain MLX and of mlx-lm.
+"""Routed experts of one Kimi K2 layer: bytes, dispatches and time of mlx-k2's kernels, of plain MLX and of mlx-lm.
 
 python -m bench.kernels [--save] [--tokens 1 8]
 
-Bytes: what must move (each distinct chosen expert once, 4.5 bits a weight; mlx-lm keeps biases, 5.0), and what the
-kernel's loads of weights and scales do move, counted by running it in the executor of tests/metal_cpu. Times are taken
-on the present device, in bfloat16 on a GPU and in float32 on a CPU; a kernel that cannot run here has none. Both
-programs compute the same experts for the same tokens in the same run, taking turns. --save appends the rows to
-results/kernels.csv.
+"bytes needed": each distinct chosen expert once, at 4.5 bits per weight (mlx-lm stores biases: 5.0). "bytes loaded":
+the kernel's loads of weights and scales, counted by running it in the executor of tests/metal_cpu. "launches" are
+kernel dispatches. Times are measured on the current device, in bfloat16 on a GPU and in float32 on a CPU; a kernel that
+cannot run on it has no time. Both programs compute the same experts for the same tokens in the same run, alternately.
+--save appends the rows to results/kernels.csv.
 """
 
 import argparse
@@ -29,10 +29,10 @@ from mlx_k2.kernels.variants import Perform
 from tests.metal_cpu.execute import Executed, execute
 from tests.metal_cpu.program import Mode
 
-HIDDEN, INTERMEDIATE, TOP_K = 7168, 2048, 8  # Kimi K2's layer, with fewer experts than its 384
+HIDDEN, INTERMEDIATE, TOP_K = 7168, 2048, 8  # Kimi K2's layer, but with fewer than its 384 experts
 NUM_EXPERTS = 24
 ROUNDS = 5
-ON_CPU = {"chain": 1, "repeats": 1}  # a layer takes a quarter of a second there
+ON_CPU = {"chain": 1, "repeats": 1}  # a layer takes 0.25 s on a CPU
 HEADER = (
     "device",
     "dtype",
@@ -51,14 +51,14 @@ class Way(NamedTuple):
     """One way of computing the layer."""
 
     name: str
-    layer: Layer | None  # None where it cannot run
+    layer: Layer | None  # None if it cannot run on this device
     dispatches: int
     bytes_needed: int
-    bytes_loaded: int | None  # None where nobody counts
+    bytes_loaded: int | None  # None if not counted
 
 
 def main() -> None:
-    """Measure, print, and with --save keep the rows."""
+    """Measure and print; with --save append the rows to the CSV file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help="append the rows to results/kernels.csv")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8], help="tokens in a call")
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def measured(stack: ExpertStack, tokens: int, *, on_gpu: bool) -> list[tuple[object, ...]]:
-    """One row for each way, timed in turns."""
+    """Return one row for each way. The ways are timed alternately."""
     ids = random_expert_ids(tokens, NUM_EXPERTS, TOP_K)
     distinct = int(np.unique(np.array(ids)).size)
     ways = [kernel_way(stack, ids, on_gpu=on_gpu), plain_way(stack, ids), *mlx_lm_ways(stack, ids)]
@@ -95,7 +95,7 @@ def measured(stack: ExpertStack, tokens: int, *, on_gpu: bool) -> list[tuple[obj
 
 
 def cells(way: Way, seconds: list[float]) -> tuple[object, ...]:
-    """As printed; empty where there is nothing to say."""
+    """Return the cells as printed. A cell without a value is empty."""
     milliseconds = summarize([1e3 * value for value in seconds]) if seconds else ""
     rate = f"{way.bytes_needed / float(np.median(seconds)) / 1e9:.2f}" if seconds else ""
     loaded = "" if way.bytes_loaded is None else way.bytes_loaded
@@ -103,13 +103,13 @@ def cells(way: Way, seconds: list[float]) -> tuple[object, ...]:
 
 
 def needed_bytes(stack: ExpertStack, ids: mx.array, *, bits_a_weight: float) -> int:
-    """Each distinct chosen expert, once."""
+    """Return the bytes of the chosen experts, each distinct expert counted once."""
     weights = 3 * stack.hidden_size * stack.intermediate_size
     return int(np.unique(np.array(ids)).size * weights * bits_a_weight / 8)
 
 
 def kernel_way(stack: ExpertStack, ids: mx.array, *, on_gpu: bool) -> Way:
-    """Our kernels. Their loads are counted in bfloat16, as a Mac would compute."""
+    """Return mlx-k2's kernels. Their loads are counted in bfloat16, which a Mac would use."""
     tokens = ids.shape[0]
     name, compute = experts.kernel_for(tokens)
 
@@ -137,7 +137,7 @@ def kernel_way(stack: ExpertStack, ids: mx.array, *, on_gpu: bool) -> Way:
 
 
 def plain_way(stack: ExpertStack, ids: mx.array) -> Way:
-    """What mlx-k2 runs where no kernel does."""
+    """Return the plain MLX code that mlx-k2 runs where no kernel is used."""
     dispatches = counted(reference.routed_experts, stack, ids)
     bits = BITS + 8 * stack.gate_scale.dtype.size / GROUP_SIZE
     return Way(
@@ -146,7 +146,7 @@ def plain_way(stack: ExpertStack, ids: mx.array) -> Way:
 
 
 def mlx_lm_ways(stack: ExpertStack, ids: mx.array) -> list[Way]:
-    """mlx-lm's SwitchGLU with the weighted sum after it, and its three gather_qmm alone; both keep biases."""
+    """Return mlx-lm's SwitchGLU followed by the weighted sum, and its three gather_qmm alone. Both store biases."""
     biases = [scale * -ZERO_POINT for scale in (stack.gate_scale, stack.up_scale, stack.down_scale)]
     block = SwitchGLU(GROUP_SIZE, GROUP_SIZE, 1)
     for name, packed, scale, bias in zip(
@@ -178,7 +178,7 @@ def mlx_lm_ways(stack: ExpertStack, ids: mx.array) -> list[Way]:
 
 
 def counted(layer: Callable[..., mx.array], stack: ExpertStack, ids: mx.array) -> int:
-    """Launches of a layer in plain MLX."""
+    """Return the number of dispatches of a layer in plain MLX."""
     x, weights = mx.zeros((ids.shape[0], HIDDEN), stack.gate_scale.dtype), mx.full(ids.shape, 1 / TOP_K)
     mx.eval(x, weights, ids)
     return sum(count_launches(lambda x: layer(x, ids, weights, stack), x).values())

@@ -1,4 +1,4 @@
-"""What the benchmarks share: prompts, pairs that alternate, and how figures are summed up."""
+"""Shared functions of the benchmarks: prompts, alternating pairs, summaries and saved rows."""
 
 import csv
 import os
@@ -18,30 +18,30 @@ NUM_PAIRS = 7
 
 
 def prompt_ids(count: int) -> list[int]:
-    """``count`` ordinary token ids, always the same ones."""
+    """Return ``count`` ordinary token ids, always the same ones."""
     return [int(token_id) for token_id in np.random.default_rng(0).integers(0, 256, count)]
 
 
 def alternate(
     first: Callable[[], float], second: Callable[[], float], num_pairs: int = NUM_PAIRS
 ) -> list[tuple[float, float]]:
-    """Pairs of figures, the two taken right after each other, so that a machine's moods meet both alike."""
+    """Return pairs of figures. Both are taken right after each other, so that changes of machine load affect both."""
     return [(first(), second()) for _ in range(num_pairs)]
 
 
 def summarize(values: Sequence[float]) -> str:
-    """Median and interquartile range."""
+    """Return median and interquartile range as text."""
     low, middle, high = statistics.quantiles(values, n=4)
     return f"{middle:.3g} ({low:.3g} to {high:.3g})"
 
 
 def ratios(pairs: Sequence[tuple[float, float]]) -> list[float]:
-    """First over second, pair by pair."""
+    """Return first / second for each pair."""
     return [first / second for first, second in pairs]
 
 
 def save_rows(name: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> Path:
-    """Append rows to results/NAME.csv, each with the date, the machine and the versions that it was measured with."""
+    """Append rows to results/NAME.csv, each with date, machine and package versions; return the file's path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
     is_new = not path.exists()
@@ -55,7 +55,7 @@ def save_rows(name: str, header: Sequence[str], rows: Sequence[Sequence[object]]
 
 
 def commit() -> str:
-    """The working tree's commit, with a plus when files other than results differ from it."""
+    """Return the working tree's commit, with a plus if files other than results differ from it."""
     changed = _git("status", "--porcelain", "--", ".", ":!bench/results")
     return _git("rev-parse", "--short=7", "HEAD") + ("+" if changed else "")
 
@@ -66,7 +66,7 @@ def _git(*arguments: str) -> str:
 
 
 def with_part(page: str, made_by: str, part: str) -> str:
-    """``page`` with ``part`` in place of what stands between the comment ``made_by`` and the next end."""
+    """Return ``page`` with ``part`` in place of the text between the ``made_by`` comment and the next end comment."""
     begin, end = f"<!-- made by {made_by} -->\n", "<!-- end -->\n"
     before, _, rest = page.partition(begin)
     _, _, after = rest.partition(end)
@@ -74,5 +74,5 @@ def with_part(page: str, made_by: str, part: str) -> str:
 
 
 def machine() -> str:
-    """System, processor and number of cores."""
+    """Return the system, processor and number of cores."""
     return f"{platform.system()} {platform.machine()} {os.cpu_count()} cores"

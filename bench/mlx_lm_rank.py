@@ -1,10 +1,10 @@
-"""One rank of mlx-lm on a checkpoint: for each line on stdin a run, for each run a line of rates from rank 0.
+"""One rank of mlx-lm on a checkpoint. Each line on stdin starts a run; rank 0 prints a line of rates for each run.
 
 python -m bench.mlx_lm_rank FOLDER [--own-dtype]
 
-Alone it runs the whole model; with MLX_RANK and MLX_HOSTFILE set it runs mlx-lm's pipeline over MLX's ring. A line in
-is {"prompt_tokens", "generate_tokens", "streams", "prefill_step"}; a line out is tokens per second: prefill, measured
-as mlx-lm itself does, and decode, of all streams together while all of them run.
+Alone it runs the whole model. With MLX_RANK and MLX_HOSTFILE set it runs mlx-lm's pipeline over MLX's ring. An input
+line is {"prompt_tokens", "generate_tokens", "streams", "prefill_step"}. An output line holds tokens per second:
+"prefill", measured as mlx-lm itself does, and "decode", the total of all streams while all of them run.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from bench.measure import prompt_ids
 
 
 def main() -> None:
-    """Load, say so, and run what is asked for until stdin ends."""
+    """Load the model, print {} when it is loaded, and run the lines of stdin until it ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--own-dtype", action="store_true", help="compute as mlx-lm would, not in float32")
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def load(folder: Path, *, own_dtype: bool) -> Any:
-    """The model, or this rank's layers of it."""
+    """Load the model, or this rank's layers of it."""
     model, _ = load_model(folder, lazy=True, strict=False)
     if "MLX_RANK" in os.environ:
         model.model.pipeline(mx.distributed.init(strict=True, backend="ring"))
@@ -51,7 +51,7 @@ def load(folder: Path, *, own_dtype: bool) -> Any:
 def measure(
     model: Any, *, prompt_tokens: int, generate_tokens: int, streams: int, prefill_step: int
 ) -> dict[str, float]:
-    """One run, from cold caches."""
+    """Run once with empty caches; return the rates in tokens per second."""
     began = time.perf_counter()
     if streams == 1:
         stream = one_stream(model, prompt_tokens, generate_tokens, prefill_step)
@@ -59,23 +59,23 @@ def measure(
         stream = batch(model, prompt_tokens, generate_tokens, streams, prefill_step)
     arrivals = [(time.perf_counter(), count) for count in stream]
     if "MLX_RANK" in os.environ:
-        mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # both ranks are through before either begins anew
+        mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # no rank starts the next run before both have finished
     decode_s = arrivals[-1][0] - arrivals[0][0]
     decoded = sum(count for _, count in arrivals[1:])
     return {"prefill": streams * prompt_tokens / (arrivals[0][0] - began), "decode": decoded / decode_s}
 
 
 def one_stream(model: Any, prompt_tokens: int, generate_tokens: int, prefill_step: int) -> Iterator[int]:
-    """1 for each token as it comes."""
+    """Yield 1 for each token when it is generated."""
     prompt = mx.array(prompt_ids(prompt_tokens))
     for _token, _logprobs in generate_step(prompt, model, max_tokens=generate_tokens, prefill_step_size=prefill_step):
         yield 1
 
 
 def batch(model: Any, prompt_tokens: int, generate_tokens: int, streams: int, prefill_step: int) -> Iterator[int]:
-    """What batch_generate does, step by step: how many tokens each step brought, from when all streams run."""
+    """Run batch_generate step by step; yield the number of tokens of each step, once all streams run."""
     generator = BatchGenerator(model, prefill_step_size=prefill_step, prefill_batch_size=streams)
-    # streams that differ by one token, as those of mlx-k2's benchmark differ
+    # the prompts differ in one token, because those of mlx-k2's benchmark differ too
     prompts = [[stream, *prompt_ids(prompt_tokens - 1)] for stream in range(streams)]
     generator.insert(prompts, [generate_tokens] * streams)
     started = False

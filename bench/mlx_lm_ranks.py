@@ -1,6 +1,6 @@
-"""mlx-lm's ranks as processes that stay up between runs, so that a pair's two sides follow each other at once.
+"""mlx-lm's ranks as processes that keep running between runs, so that a pair's two sides run right after each other.
 
-They are started directly: mlx.launch would take a core for itself. A rank without a run waits on its stdin.
+They are started directly, because mlx.launch would occupy a core. A rank without a run waits on its stdin.
 """
 
 import contextlib
@@ -21,15 +21,15 @@ LONGEST_S = 600.0
 
 
 class MlxLmRanks:
-    """Ranks that are loaded; one alone runs the whole model, several mlx-lm's pipeline over MLX's ring."""
+    """Loaded ranks. A single rank runs the whole model; several run mlx-lm's pipeline over MLX's ring."""
 
     def __init__(self, ranks: Sequence["subprocess.Popen[str]"]) -> None:
         self._ranks = ranks
         for rank in ranks:
-            self._read(rank)  # it has loaded
+            self._read(rank)  # each rank prints a line when it has loaded
 
     def rates(self, workload: Workload, prefill_step: int) -> dict[str, float]:
-        """Tokens per second: "prefill" and "decode"."""
+        """Run ``workload`` once; return tokens per second as "prefill" and "decode"."""
         run = {
             "prompt_tokens": workload.prompt_tokens,
             "generate_tokens": workload.generate_tokens,
@@ -54,7 +54,7 @@ class MlxLmRanks:
 
 @contextlib.contextmanager
 def mlx_lm_ranks(folder: Path, num_ranks: int, *, own_dtype: bool = False) -> Iterator[MlxLmRanks]:
-    """``num_ranks`` ranks of mlx-lm on a checkpoint, in float32 unless ``own_dtype``; they end with the block."""
+    """Start ``num_ranks`` ranks of mlx-lm on a checkpoint, in float32 unless ``own_dtype``; end them on exit."""
     command = [sys.executable, "-m", "bench.mlx_lm_rank", str(folder), *(["--own-dtype"] if own_dtype else [])]
     with contextlib.ExitStack() as stack:
         hostfile = stack.enter_context(tempfile.NamedTemporaryFile("w", suffix=".json"))
@@ -66,14 +66,14 @@ def mlx_lm_ranks(folder: Path, num_ranks: int, *, own_dtype: bool = False) -> It
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | location
             )
-            stack.enter_context(process)  # which closes its stdin and waits
+            stack.enter_context(process)  # on exit this closes its stdin and waits
             stack.callback(end_if_stuck, process)
             ranks.append(process)
         yield MlxLmRanks(ranks)
 
 
 def end_if_stuck(process: "subprocess.Popen[str]") -> None:
-    """A rank whose stdin has ended is done, unless its neighbour is gone in the middle of a run."""
+    """Close a rank's stdin, which ends it. Kill it after 10 s: it hangs if its neighbour ended during a run."""
     assert process.stdin is not None
     process.stdin.close()
     try:
@@ -83,7 +83,7 @@ def end_if_stuck(process: "subprocess.Popen[str]") -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on at the moment."""
+    """Return ports that nothing listens on at the moment."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [held.getsockname()[1] for held in sockets]
     for held in sockets:

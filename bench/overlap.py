@@ -1,11 +1,11 @@
-"""How well two stages overlap: one stream, eight and a long prompt against one stage, two streams against one stream.
+"""Overlap of two stages: one stream, eight and a long prompt against one stage, two streams against one stream.
 
-Before that, whether the two stages weigh the same: each one's computing alone, while the other waits.
+Before that, the balance of the two stages is measured: the computing of each one while the other waits.
 
 python -m bench.overlap [--save] [--pairs N] [--only WORDS]
 
-Each deployment stays up; the two sides of a pair run right after each other. Float32, prompts on "tall", all else on
-"even"; microbatches as the program chooses them.
+Each deployment keeps running; the two sides of a pair run right after each other. The dtype is float32. Prompts run on
+the checkpoint "tall", all else on "even". The program chooses the microbatches.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ EIGHT = Workload(32, 40, 8)
 TWO = Workload(32, 40, 2)
 ONE = Workload(32, 40, 1)
 CHUNK_TOKENS = 16
-"""Of a prompt, at most; on a CPU every row of a product costs the same, so short chunks measure as much as long."""
+"""Maximum chunk of a prompt. On a CPU every matrix row of a product costs the same, so short chunks are as good."""
 PROMPT = Workload(16 * CHUNK_TOKENS, 2, 1)
 ONE_CHUNK = Workload(CHUNK_TOKENS, 1, 1)
 TOKENS = Workload(1, 40, 1)
 
 
 def main() -> None:
-    """Measure, print, and with --save keep the rows."""
+    """Measure and print; with --save append the rows to the CSV file."""
     options = read_options(__doc__)
     even, tall = bench_checkpoint("even"), bench_checkpoint("tall")
     with contextlib.ExitStack() as stack:
@@ -48,14 +48,14 @@ def main() -> None:
 
 
 def benchmark_on(stack: contextlib.ExitStack, folder: Path, num_stages: int) -> Benchmark:
-    """Stages that stay up; no guesses, so that a lone stream is the plain pipeline."""
+    """Start stages that run until ``stack`` closes. Without drafts, a lone stream measures the plain pipeline."""
     deployment = stack.enter_context(local_deployment(folder, num_stages, SLOTS))
     shape = replace(deployment.shape, chunk_tokens=CHUNK_TOKENS)
     return Benchmark(replace(deployment, shape=shape), drafts=False)
 
 
 def rate(benchmark: Benchmark, workload: Workload) -> Callable[[], float]:
-    """Decoded tokens per second, of all streams."""
+    """Return a function that measures decoded tokens per second, over all streams."""
 
     def decoded() -> float:
         per_second = benchmark.measure(workload).decode_tokens_per_s
@@ -66,7 +66,10 @@ def rate(benchmark: Benchmark, workload: Workload) -> Callable[[], float]:
 
 
 def alone(benchmark: Benchmark, workload: Workload) -> tuple[Callable[[], float], Callable[[], float]]:
-    """Tokens per second of each stage's computing, in a workload that keeps only one of the two busy at a time."""
+    """Return functions that measure each stage's tokens per second of computing.
+
+    ``workload`` must keep only one of the two stages busy at a time.
+    """
 
     def computed(stage: int) -> float:
         tokens = workload.prompt_tokens + workload.generate_tokens - 1
@@ -76,7 +79,7 @@ def alone(benchmark: Benchmark, workload: Workload) -> tuple[Callable[[], float]
 
 
 def prefill(benchmark: Benchmark) -> Callable[[], float]:
-    """Prompt tokens per second."""
+    """Return a function that measures prompt tokens per second."""
     return lambda: benchmark.measure(PROMPT).prefill_tokens_per_s
 
 

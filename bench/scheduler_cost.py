@@ -1,9 +1,9 @@
-"""What the coordinator's decisions cost a step: against the number of running sequences, and against their context.
+"""Cost of the coordinator's decisions per step, by number of running sequences and by context length.
 
 python -m bench.scheduler_cost [--save]
 
-Stages answer at once and compute nothing; the sizes are Kimi K2's. Microseconds a step for planning it, turning it into
-the message's bytes and taking its tokens. --save appends the rows to results/scheduler_cost.csv.
+Stages answer at once and compute nothing; the sizes are Kimi K2's. The cost is in microseconds per step: planning the
+step, encoding its message and taking its tokens. --save appends the rows to results/scheduler_cost.csv.
 """
 
 import argparse
@@ -31,7 +31,7 @@ CASES = [(sequences, 1024) for sequences in (1, 2, 4, 8, 16, 32, 64)] + [
 
 
 def main() -> None:
-    """Measure, print, and with --save keep the rows."""
+    """Measure and print; with --save append the rows to the CSV file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help="append the rows to results/scheduler_cost.csv")
     save = parser.parse_args().save
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def step_cost_s(num_sequences: int, context: int) -> float:
-    """The median over many steps of the decoding state."""
+    """Return the median seconds per step, over STEPS decoding steps."""
     config = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "Kimi K2 Thinking")
     policy = AdaptiveStepPolicy(
         [StageCost(stage_sizes(config, *layers, 2), GPU_SPEED) for layers in ((0, 32), (32, 61))]

@@ -1,10 +1,10 @@
-"""How close the scheduler comes to the ideal when stages sleep instead of computing: no processor is short.
+"""Scheduler against the ideal, with stages that sleep instead of computing: the CPU is not a bottleneck.
 
 python -m bench.sleeping_stages [--save] [--pairs N] [--only WORDS]
 
-Threads stand for the stages: each takes a plan from its inbox, waits for the hop before it, sleeps for the step's time
-and passes it on. The coordinator's part is the real one: the scheduler, its pace, and the messages as bytes. The ideal
-is that of stages that never wait.
+Each stage is a thread: it waits for a plan from the stage before it, sleeps for the step's time and passes the plan on.
+The coordinator's part is the real one: the scheduler, its step policy, and the messages as bytes. In the ideal, stages
+never wait.
 """
 
 import time
@@ -23,7 +23,7 @@ TOKENS = 100
 
 
 def main() -> None:
-    """Measure, print, and with --save keep the rows."""
+    """Measure and print; with --save append the rows to the CSV file."""
     options = read_options(__doc__)
     for num_stages in (2, 3):
         for num_streams in (num_stages, 8):
@@ -32,12 +32,12 @@ def main() -> None:
 
 
 def ideal() -> float:
-    """Steps a second of a last stage that never waits."""
+    """Return the steps per second of a last stage that never waits."""
     return 1 / STEP_S
 
 
 def steps_per_s(num_stages: int, num_streams: int) -> float:
-    """Steps a second, from when the pipeline is full until it begins to empty."""
+    """Return the steps per second, from when the pipeline is full until it begins to empty."""
     stages = SleepingStages(num_stages)
     policy = AdaptiveStepPolicy([StageCost(SIZES, SPEED)] * num_stages)
     limits = SchedulerLimits(num_streams, TOKENS + 8, 8, num_stages)

@@ -1,10 +1,10 @@
-"""Mixed load with a random fault every so often, on tiny stages of this machine; shows what is lost or left over.
+"""Mixed load with random faults at intervals, on tiny local stages. Reports wrong streams and leaked resources.
 
     python -m bench.soak --minutes 60 --fault-every 60
     python -m bench.soak --restarts 200
 
-Every stream's tokens are compared with those of a run without faults; at the end no descriptor, thread, process or
-temporary file may be there that was not there before. Needs Linux, for /proc.
+Every stream's tokens are compared with those of a run without faults. At the end, no descriptor, thread, process or
+temporary file may exist that did not exist before. Needs Linux, for /proc.
 """
 
 import argparse
@@ -40,7 +40,7 @@ ROUND = tuple(request(length, 40, seed=length) for length in (3, 150, 40, 8, 90)
 
 @dataclass
 class UsageTotals:
-    """What happened. ``wrong``, and all that is ``left``, must stay 0."""
+    """Totals of a soak run. ``wrong`` and every count in ``left`` must stay 0."""
 
     streams: int = 0
     tokens: int = 0
@@ -52,7 +52,7 @@ class UsageTotals:
 
 
 def break_something(rng: random.Random) -> str:
-    """Do one thing to one stage; returns what."""
+    """Inject one random fault into one random stage; return the fault's name."""
     rank = rng.randrange(NUM_STAGES)
     stage = stage_process(rank)
     guard = stage.parent()
@@ -65,7 +65,7 @@ def break_something(rng: random.Random) -> str:
 
 
 class Breaker:
-    """Breaks something every ``every_s``, on a thread of its own, until it is closed."""
+    """Thread that injects a random fault every ``every_s`` seconds until it is closed."""
 
     def __init__(self, every_s: float, seed: int, usage: UsageTotals) -> None:
         self._every_s = every_s
@@ -76,24 +76,24 @@ class Breaker:
         self._thread.start()
 
     def close(self) -> None:
-        """Break nothing more."""
+        """Stop injecting faults, and wait for the thread."""
         self._closing.set()
         self._thread.join()
 
     def _run(self) -> None:
         tokens = self._usage.tokens
         while not self._closing.wait(self._every_s):
-            if self._usage.tokens == tokens:  # the streams have not gone on since the last fault
+            if self._usage.tokens == tokens:  # no token since the last fault
                 continue
             tokens = self._usage.tokens
             try:
                 self._usage.faults[break_something(self._rng)] += 1
-            except (ValueError, psutil.NoSuchProcess):  # a restart is under way, and the stage is not there
+            except (ValueError, psutil.NoSuchProcess):  # during a restart the stage does not exist
                 self._usage.faults["came during a restart"] += 1
 
 
 def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, seed: int) -> UsageTotals:
-    """Run rounds of streams until the time is over, or so many restarts were seen."""
+    """Run rounds of streams until ``minutes`` have passed or ``num_restarts`` restarts have happened."""
     model = write_model(folder / "model")
     hosts = [marked_host(folder, rank, sys.executable) for rank in range(NUM_STAGES)]
     asked = replace(local_request(model, hosts), stall_timeout_s=STALL_TIMEOUT_S)
@@ -112,7 +112,7 @@ def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, 
                     usage.streams += 1
                     usage.wrong += tokens != expected[asked_for]
                 _notify(usage, _resources())
-        _tokens(coordinator.run, usage)  # whatever was broken last is mended
+        _tokens(coordinator.run, usage)  # recovers from the last fault
         after = _resources()
     processes = [process for process in psutil.Process().children(recursive=True) if is_running(process)]
     usage.left = Counter({name: max(0, after[name] - before[name]) for name in MUST_NOT_GROW})
@@ -134,7 +134,7 @@ def _tokens(run: Callable[..., Iterator[TokenEvent]], usage: UsageTotals) -> dic
 
 
 def _resources() -> dict[str, int]:
-    """What must not grow: this process's descriptors, threads and memory, its descendants, and temporary files."""
+    """Return the counts of this process's descriptors, threads, memory, descendants and temporary files."""
     process = psutil.Process()
     return {
         "descriptors": process.num_fds(),
@@ -154,7 +154,7 @@ def _notify(usage: UsageTotals, resources: dict[str, int]) -> None:
 
 
 def main() -> int:
-    """Run, print, and with --save keep the result; 1 when a stream was wrong or something is left."""
+    """Run and print; with --save append the result. Return 1 if a stream was wrong or a resource leaked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--restarts", type=int, default=NO_LIMIT, help="end after so many restarts")
@@ -164,7 +164,7 @@ def main() -> int:
     options = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder, tempfile.TemporaryDirectory(prefix="soak-") as own:
-        os.environ["TMPDIR"] = tempfile.tempdir = own  # of this process and of the stages, and nobody else's
+        os.environ["TMPDIR"] = tempfile.tempdir = own  # used only by this process and its stages
         usage = soak(Path(folder), options.minutes, options.restarts, options.fault_every, options.seed)
     minutes = (time.monotonic() - began) / 60
     for name, count in sorted(usage.faults.items()):

@@ -1,9 +1,9 @@
-"""Kimi K2's true widths on two local stages: hidden 7168, 64 heads, experts of 2048, but few layers and 16 experts.
+"""Kimi K2's true widths on two local stages: hidden 7168, 64 heads, experts of 2048, but 5 layers and 16 experts.
 
 python -m bench.true_shape FOLDER
 
-Writes the checkpoint (4.3 GB) to FOLDER if it is not there, runs `mlx-k2 generate --json` on two stages in float32, and
-prints load time, rates, and for each stage the bytes held and the most that it took.
+Writes the checkpoint (4.3 GB) to FOLDER if it does not exist, runs `mlx-k2 generate --json` on two stages in float32,
+and prints load time, rates, and for each stage the held bytes and the peak bytes.
 """
 
 import argparse
@@ -25,7 +25,7 @@ TOKENS = 8
 
 
 def main() -> None:
-    """Write, run, print."""
+    """Write the checkpoint if it does not exist, run, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the checkpoint is, or is written")
     folder = parser.parse_args().folder
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def write(folder: Path) -> None:
-    """The random checkpoint of that shape."""
+    """Write the random checkpoint of that shape."""
     fields = thinking_config_fields(num_hidden_layers=NUM_LAYERS, n_routed_experts=NUM_EXPERTS, vocab_size=VOCAB_SIZE)
     vocabulary = tiny_vocabulary(VOCAB_SIZE, fields["max_position_embeddings"])
     fields |= {"bos_token_id": vocabulary.bos_token_id, "eos_token_id": vocabulary.eos_token_id}

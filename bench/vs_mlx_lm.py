@@ -1,11 +1,11 @@
-"""mlx-lm's pipeline on two ranks against two stages: one stream, eight streams, a prompt of 16 chunks.
+"""Two stages of mlx-k2 against mlx-lm's pipeline on two ranks: one stream, eight streams, a prompt of 16 chunks.
 
 python -m bench.vs_mlx_lm [--save] [--pairs N] [--only WORDS]
 
-The same checkpoint and prompts, float32 on both sides, both kept loaded, the two sides of a pair right after each
-other. For eight streams mlx-lm runs its batch_generate, or one after the other if that is faster; for the prompt it
-takes the best of several step sizes. One rank, and mlx-lm in the checkpoint's own dtype, are reported with nothing
-asked of them: on a CPU bfloat16 is emulated.
+Both sides use the same checkpoint and prompts in float32, and stay loaded. The two sides of a pair run right after each
+other. For eight streams mlx-lm runs its batch_generate, or the streams one after the other if that is faster. For the
+prompt it uses the best of several step sizes. One rank, and mlx-lm in the checkpoint's own dtype, are reported without
+a required ratio: a CPU emulates bfloat16.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from mlx_k2.benchmark import Workload
 
 PREFILL_STEPS = (8, 16, 32, 64)
 FEW = Workload(ONE.prompt_tokens, 8, 1)
-"""For a side that takes ten times as long."""
+"""Workload for a side that takes ten times as long."""
 
 
 def main() -> None:
-    """Measure, print, and with --save keep the rows."""
+    """Measure and print; with --save append the rows to the CSV file."""
     options = read_options(__doc__)
     even, tall = bench_checkpoint("even"), bench_checkpoint("tall")
     with contextlib.ExitStack() as stack:
@@ -43,18 +43,18 @@ def main() -> None:
 
 
 def decode(ranks: MlxLmRanks, workload: Workload) -> Callable[[], float]:
-    """mlx-lm's decoded tokens per second, of all streams."""
+    """Return a function that measures mlx-lm's decoded tokens per second, over all streams."""
     return lambda: ranks.rates(workload, max(PREFILL_STEPS))["decode"]
 
 
 def eight_streams(ranks: MlxLmRanks) -> Callable[[], float]:
-    """Those of eight streams, together or in turn: each time the faster of the two."""
+    """Return a function that measures mlx-lm's eight streams together and one by one, and returns the faster rate."""
     together, in_turn = decode(ranks, EIGHT), decode(ranks, ONE)
     return lambda: max(together(), in_turn())
 
 
 def longest_prompt(ranks: MlxLmRanks) -> Callable[[], float]:
-    """Its prompt tokens per second at the step size that is best, which the first run finds."""
+    """Return a function that measures prompt tokens per second at mlx-lm's best step size, found in the first run."""
 
     @functools.cache
     def best() -> int:

@@ -1,4 +1,4 @@
-"""Measures a deployment: prompts of a length, some streams at once, so many tokens each. Knows no terminal."""
+"""Benchmark of a deployment by prompt length, number of streams and tokens per stream. Knows no terminal."""
 
 import math
 import random
@@ -21,7 +21,7 @@ WARM_UP_TOKENS = 8
 
 @dataclass(frozen=True)
 class Workload:
-    """``streams`` sequences at once, each a prompt of ``prompt_tokens`` and ``generate_tokens`` after it."""
+    """``streams`` concurrent sequences, each with ``prompt_tokens`` and then ``generate_tokens`` generated tokens."""
 
     prompt_tokens: int
     generate_tokens: int
@@ -30,7 +30,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class StageTimes:
-    """What one stage did during a run. ``waiting_s`` is the rest of the time: it had no plan."""
+    """Times and bytes of one stage during a run. ``waiting_s`` is the rest of the time, when it had no plan."""
 
     compute_s: float
     receive_s: float
@@ -42,7 +42,7 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class Measured:
-    """One run of a workload. Rates are of all streams together, inter-token times of each stream's tokens."""
+    """Result of one run of a workload. Rates are totals over all streams; inter-token times are within a stream."""
 
     workload: Workload
     repeat: int
@@ -58,18 +58,18 @@ class Measured:
 
     @property
     def decode_tokens_per_s_per_stream(self) -> float | None:
-        """Of one stream, on average."""
+        """Average rate of one stream."""
         return None if self.decode_tokens_per_s is None else self.decode_tokens_per_s / self.workload.streams
 
     @property
     def stage_busy(self) -> list[float]:
-        """The share of the time that each stage computed."""
+        """Fraction of the wall time that each stage computed."""
         return [stage.compute_s / self.wall_s for stage in self.stages]
 
 
 @dataclass
 class _Stream:
-    """When one stream's tokens came, and its guesses."""
+    """Arrival times of one stream's tokens, and its draft counts."""
 
     arrivals: list[float] = field(default_factory=list)
     num_drafted: int = 0
@@ -77,7 +77,7 @@ class _Stream:
 
 
 class Benchmark:
-    """Runs workloads on stages that are ready. ``on_report`` hears of every step of a stage, warm-up left out."""
+    """Benchmark on ready stages. ``on_report`` receives every finished step of a stage, except during warm-up."""
 
     def __init__(
         self, deployment: Deployment, *, drafts: bool, on_report: Callable[[StageReport], None] | None = None
@@ -91,13 +91,13 @@ class Benchmark:
         )
 
     def warm_up(self, workload: Workload) -> None:
-        """Run something like ``workload``, so that kernels are compiled and speeds are known."""
+        """Run ``workload`` with WARM_UP_TOKENS tokens, so that kernels are compiled and speeds are known."""
         self._is_warm = False
         self._run(Workload(workload.prompt_tokens, WARM_UP_TOKENS, workload.streams))
         self._is_warm = True
 
     def measure(self, workload: Workload, repeat: int = 0) -> Measured:
-        """Run it once, on prompts that nothing is cached of; a stop token ends nothing."""
+        """Run ``workload`` once, on prompts that are not cached. Stop tokens do not end a stream."""
         before = [_copy(use) for use in self._coordinator.use]
         began = time.perf_counter()
         streams = self._run(workload)
@@ -116,9 +116,9 @@ class Benchmark:
         return list(streams.values())
 
     def _request(self, workload: Workload) -> Request:
-        """A prompt of random tokens: none begins like another."""
+        """Return a request with a prompt of random tokens. No two prompts share a prefix."""
         self._num_prompts += 1
-        generator = random.Random(self._num_prompts)  # noqa: S311  # nothing secret
+        generator = random.Random(self._num_prompts)  # noqa: S311  # not for security
         vocab_size = self._deployment.model.config.vocab_size
         prompt_ids = tuple(generator.randrange(vocab_size) for _ in range(workload.prompt_tokens))
         return Request(prompt_ids, workload.generate_tokens, Sampling(seed=0, temperature=0), frozenset())
@@ -149,7 +149,7 @@ class Benchmark:
 
 
 def check_workloads(workloads: Sequence[Workload], context_tokens: int) -> None:
-    """Refuse what does not fit.
+    """Reject workloads that do not fit the context.
 
     Raises:
         RequestError: a prompt and its answer are longer than the context.
@@ -171,7 +171,10 @@ def _measured(
     streams: Sequence[_Stream],
     stages: tuple[StageTimes, ...],
 ) -> Measured:
-    """Decoding is measured while all streams decode: from the last first token to the first last one."""
+    """Return the result of a run.
+
+    Decoding is measured while all streams decode: from the latest first token to the earliest last token.
+    """
     firsts = [stream.arrivals[0] for stream in streams]
     gaps = sorted(
         later - earlier
@@ -197,7 +200,7 @@ def _measured(
 
 
 def _percentile(ordered: Sequence[float], fraction: float) -> float | None:
-    """The value that ``fraction`` of all do not pass; None of nothing."""
+    """Return the value that ``fraction`` of all values do not exceed; None if there are no values."""
     return ordered[max(0, math.ceil(fraction * len(ordered)) - 1)] if ordered else None
 
 

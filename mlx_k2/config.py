@@ -1,4 +1,4 @@
-"""ModelConfig: what config.json says of the model, checked and frozen. Knows no tensors and no files but its own."""
+"""ModelConfig: the model's fields from config.json, checked and frozen. Knows no tensors and no other files."""
 
 import enum
 import math
@@ -14,7 +14,7 @@ _FETCH_ORIGINAL = f"fetch the original INT4 checkpoint instead, for instance {OR
 
 
 class Family(enum.Enum):
-    """Which of the supported checkpoints this is."""
+    """Supported checkpoint family."""
 
     KIMI_K2 = "kimi_k2"
     KIMI_K25 = "kimi_k25"
@@ -66,12 +66,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tensor_prefix(self) -> str:
-        """What stands before ``model.`` and ``lm_head.`` in every tensor's name."""
+        """Prefix before ``model.`` and ``lm_head.`` in every tensor's name."""
         return "language_model." if self.family is Family.KIMI_K25 else ""
 
     @property
     def qk_head_dim(self) -> int:
-        """Width of one query or key head: its part without position and its rotated part."""
+        """Width of one query or key head: the part without position and the rotated part."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
@@ -81,22 +81,22 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def softmax_scale(self) -> float:
-        """What attention scores are multiplied by; YaRN's temperature enters squared (DeepSeek-V3, modeling code)."""
+        """Factor on attention scores. YaRN's temperature enters squared (DeepSeek-V3, modeling code)."""
         temperature = 1.0
         if self.rope.factor > 1 and self.rope.mscale_all_dim:
             temperature = 0.1 * self.rope.mscale_all_dim * math.log(self.rope.factor) + 1.0
         return float(self.qk_head_dim**-0.5 * temperature * temperature)
 
     def is_moe(self, layer: int) -> bool:
-        """Whether ``layer`` has routed experts (else it is dense)."""
+        """Return True if ``layer`` has routed experts (else it is dense)."""
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     @classmethod
     def from_json(cls, data: bytes, source: str) -> "ModelConfig":
-        """Read config.json's bytes; ``source`` names them in errors.
+        """Parse the bytes of config.json. ``source`` names them in errors.
 
         Raises:
-            ConfigError: not JSON, a field is missing or of the wrong type, or something this program does not do.
+            ConfigError: not JSON, a field is missing or of the wrong type, or a value is not implemented.
         """
         try:
             outer = msgspec.json.decode(data, type=dict[str, Any])
@@ -159,7 +159,7 @@ def _family(outer: Mapping[str, Any], source: str) -> Family:
 
 
 def _refuse_unsupported(fields: Mapping[str, Any], source: str) -> None:
-    """Refuse values that change the computation and that this program does not compute."""
+    """Reject values that change the computation and that this program does not implement."""
     if "quantization" in fields:
         raise ConfigError(f"{source}: this checkpoint was converted for MLX; {_FETCH_ORIGINAL}")
     _refuse_quantization(fields.get("quantization_config"), source)
@@ -196,7 +196,7 @@ def _refuse_quantization(quantization: object, source: str) -> None:
 
 
 def _rope(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """YaRN's parameters in either spelling: rope_scaling + rope_theta, or transformers 5's rope_parameters."""
+    """Return YaRN's parameters from either spelling: rope_scaling + rope_theta, or transformers 5's rope_parameters."""
     scaling = fields.get("rope_scaling") or fields.get("rope_parameters")
     if not isinstance(scaling, dict):
         raise ConfigError(f"{source}: rope_scaling is missing")

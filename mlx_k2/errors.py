@@ -1,87 +1,87 @@
-"""The one tree of errors that a user can see; each message says what, where, and the way out.
+"""Tree of all errors that a user can see. Each message states what failed, where, and the way out.
 
 MlxK2Error
 ├── SetupError            nothing was started; exit code 2
-│   ├── ConfigError       config.json is missing, or says what this program does not do
+│   ├── ConfigError       config.json is missing, malformed or asks for something not implemented
 │   ├── CheckpointError   a file or a tensor is missing, misshapen or truncated
 │   ├── TokenizerError    the tokenizer or the chat template cannot be used
-│   ├── DownloadError     a file cannot be had from the Hub
-│   ├── HostfileError     the hostfile is not one
+│   ├── DownloadError     a file cannot be fetched from the Hub
+│   ├── HostfileError     the hostfile is missing, malformed or contradictory
 │   ├── PartitionError    the layers cannot be divided, or do not fit
 │   ├── ToolsError        an MCP file or a tools module cannot be used, or a tool server does not start
-│   └── RequestError      the prompt or a sampling value cannot be served
+│   └── RequestError      the prompt or a sampling value is invalid
 └── ClusterError          something was already running; exit code 1
-    ├── StageStartError   a stage did not come up: ssh, Python, versions, its own loading
+    ├── StageStartError   a stage did not start: ssh, Python, versions, or its loading
     ├── StageFault        a stage that was running reported an error or ended
-    │   └── NeighbourLost     it lost the hop to a neighbour, whose own end is then the cause
+    │   └── NeighbourLost     it lost the hop to a neighbour; the neighbour's end is then the cause
     ├── StageSilent       a deadline passed: names the stage, the host and the step
-    └── ProtocolError     bytes on a control connection are not what was agreed
+    └── ProtocolError     bytes on a control connection do not follow the protocol
 """
 
 
 class MlxK2Error(Exception):
-    """Base of every error that reaches the user as one line, without a traceback."""
+    """Base of every error that is printed as one line, without a traceback."""
 
     exit_code = 1
 
 
 class SetupError(MlxK2Error):
-    """Found before any process was started."""
+    """Error found before any process was started."""
 
     exit_code = 2
 
 
 class ConfigError(SetupError):
-    """config.json is missing, malformed, or asks for something that is not implemented."""
+    """Missing or malformed config.json, or one that asks for something that is not implemented."""
 
 
 class CheckpointError(SetupError):
-    """The checkpoint's files do not hold what its config promises."""
+    """Checkpoint whose files do not match its config."""
 
 
 class TokenizerError(SetupError):
-    """The tokenizer's files or the chat template are missing or unusable."""
+    """Missing or unusable tokenizer files or chat template."""
 
 
 class DownloadError(SetupError):
-    """A file of the model cannot be had from the Hub or its cache."""
+    """Model file that cannot be fetched from the Hub or its cache."""
 
 
 class HostfileError(SetupError):
-    """The hostfile is missing, malformed or contradicts itself."""
+    """Missing, malformed or contradictory hostfile."""
 
 
 class PartitionError(SetupError):
-    """The layers cannot be divided among the hosts as asked."""
+    """Layers that cannot be divided among the hosts as requested."""
 
 
 class ToolsError(SetupError):
-    """An MCP file or a tools module cannot be used, or a tool server does not start."""
+    """Unusable MCP file or tools module, or a tool server that does not start."""
 
 
 class RequestError(SetupError):
-    """The prompt or its sampling parameters cannot be served."""
+    """Invalid prompt or sampling parameters."""
 
 
 class ClusterError(MlxK2Error):
-    """Found after processes were started."""
+    """Error found after processes were started."""
 
 
 class StageStartError(ClusterError):
-    """A stage did not come up."""
+    """Stage that did not start."""
 
 
 class StageFault(ClusterError):
-    """A running stage reported an error, or its process ended."""
+    """Running stage that reported an error or whose process ended."""
 
 
 class NeighbourLost(StageFault):
-    """A stage lost the connection to a neighbour."""
+    """Stage that lost the connection to a neighbour."""
 
 
 class StageSilent(ClusterError):
-    """A deadline passed without a word from a stage."""
+    """Deadline that passed without a message from a stage."""
 
 
 class ProtocolError(ClusterError):
-    """A control connection carried something that is not a frame or not a message."""
+    """Bytes on a control connection that are not a frame or not a message."""

@@ -1,11 +1,11 @@
-"""What a token is drawn with. Knows neither how logits come about nor who asked."""
+"""Sampling parameters and sampled tokens. Knows neither logits nor requests."""
 
 import msgspec
 
 from mlx_k2.errors import RequestError
 
 REPETITION_WINDOW = 64
-"""How many of the last tokens a repetition penalty looks at."""
+"""Number of most recent tokens that the repetition penalty reads."""
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,10 +22,10 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     num_logprobs: int | None = None
-    """None: no log-probabilities at all; N: the drawn token's and those of the N most likely ones."""
+    """None: no log-probabilities. N: those of the sampled token and of the N most likely tokens."""
 
     def __post_init__(self) -> None:
-        """Refuse a value out of range.
+        """Reject a value that is out of range.
 
         Raises:
             RequestError: names the value and its range.
@@ -47,7 +47,7 @@ def _check(name: str, value: object, holds: bool, allowed: str) -> None:
 
 
 class SampledToken(msgspec.Struct, frozen=True):
-    """A token drawn for one row; ``top`` holds (token id, log-probability) of the most likely ones."""
+    """A token sampled for one row. ``top`` holds (token id, log-probability) of the most likely tokens."""
 
     token_id: int
     logprob: float | None = None
@@ -55,7 +55,7 @@ class SampledToken(msgspec.Struct, frozen=True):
 
 
 class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What a checkpoint's generation_config.json recommends; None where it says nothing."""
+    """Values that a checkpoint's generation_config.json recommends; None if it has no such value."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -66,20 +66,20 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The stop tokens that it names."""
+        """The stop tokens in the file."""
         if self.eos_token_id is None:
             return ()
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
 
     @classmethod
     def from_json(cls, data: bytes) -> "GenerationConfig":
-        """Read generation_config.json's bytes.
+        """Parse the bytes of generation_config.json.
 
         Raises:
-            RequestError: it is not JSON of that form.
+            RequestError: the bytes are not JSON of that form.
         """
         try:
             found = msgspec.json.decode(data, type=cls)
         except msgspec.DecodeError as error:
             raise RequestError(f"generation_config.json cannot be read: {error}") from None
-        return msgspec.structs.replace(found, top_k=None) if found.top_k == 0 else found  # there 0 keeps all tokens
+        return msgspec.structs.replace(found, top_k=None) if found.top_k == 0 else found  # 0 in the file: all tokens

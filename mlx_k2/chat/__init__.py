@@ -1,1 +1,1 @@
-"""A conversation with a model that thinks and calls tools: messages in, deltas out. Knows no terminal."""
+"""A conversation with a model that reasons and calls tools: messages in, events out. Knows no terminal."""

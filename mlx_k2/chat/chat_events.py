@@ -1,4 +1,4 @@
-"""What happens in a conversation, as a session tells it. Knows neither who listens nor how it is shown."""
+"""The events of a conversation that a chat session yields. Knows neither their receivers nor their display."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ from mlx_k2.tools.outcome import ToolResult
 
 @dataclass(frozen=True)
 class MessageAdded:
-    """A message is complete and part of the conversation: of the user, the model or a tool."""
+    """A complete message of the user, the model or a tool, now part of the conversation."""
 
     message: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class CallStarted:
-    """A tool runs now."""
+    """The start of a tool call."""
 
     call: ToolCall
 
 
 @dataclass(frozen=True)
 class CallEnded:
-    """A call has its result, whether it ran or not; ``seconds`` is None where it did not."""
+    """The result of a tool call, whether it ran or not; ``seconds`` is None if it did not run."""
 
     call: ToolCall
     result: ToolResult
@@ -35,4 +35,4 @@ class CallEnded:
 
 
 Event: TypeAlias = Delta | Part | AnswerSummary | MessageAdded | CallStarted | CallEnded
-"""A token, the parts of a reply that it completes, what the reply took; messages; calls."""
+"""A token, a part of a reply that it completes, the summary of a reply, a message, or the start or end of a call."""

@@ -1,4 +1,4 @@
-"""A conversation that runs: what the user says in, what happens out. Knows neither stages nor a terminal."""
+"""A running conversation: messages of the user in, events out. Knows neither stages nor a terminal."""
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,29 +17,29 @@ from mlx_k2.text.reply_parser import Part, ReplyReader, whole_reply
 from mlx_k2.text.tokenizer import Tokenizer
 
 MAX_TOOL_CALLS = 300
-"""Kimi K2 Thinking is made for two to three hundred calls in a row."""
+"""The default limit. Kimi K2 Thinking is made for 200 to 300 calls in a row."""
 _NUM_SEEDS = 2**63
 
 
 @dataclass(frozen=True)
 class ReplySettings:
-    """How replies are drawn. ``max_tokens`` is for each reply, ``max_tool_calls`` for each message of the user."""
+    """The settings of replies. ``max_tokens`` applies to each reply, ``max_tool_calls`` to each message of the user."""
 
     sampling: Sampling
     max_tokens: int
     stop_ids: frozenset[int]
     context_tokens: int
     timeout_s: float | None = None
-    """For each reply, from when its prompt begins."""
+    """The time limit of each reply, counted from the start of its prefill."""
     thinking_budget: int | None = None
-    """So many tokens of reasoning, then it is closed; None lets the model think as long as it likes."""
+    """The reasoning is closed after this number of its tokens; None sets no limit."""
     max_tool_calls: int = MAX_TOOL_CALLS
 
     def request(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> Request:
-        """A reply to a prompt.
+        """Return the request for a reply to a prompt.
 
         Raises:
-            RequestError: it can never run.
+            RequestError: the request can never run.
         """
         request = Request(tuple(prompt_ids), self.max_tokens, self.sampling, self.stop_ids, self.timeout_s)
         check_request(request, tokenizer.vocab_size, self.context_tokens)
@@ -48,7 +48,7 @@ class ReplySettings:
 
 @dataclass(frozen=True)
 class Toolkit:
-    """The tools that a model may call, and whom to ask before each call."""
+    """The tools that a model may call, and the function that approves each call."""
 
     tools: Tools
     approve: Approve
@@ -56,7 +56,7 @@ class Toolkit:
 
 @dataclass
 class _SampledReply:
-    """A reply: its tokens and its parts so far, and how it ended."""
+    """A sampled reply: its tokens and parts so far, and its finish reason."""
 
     token_ids: list[int]
     parts: list[Part]
@@ -66,8 +66,8 @@ class _SampledReply:
 class ChatSession:
     """One conversation with one model.
 
-    The methods that answer are generators: the conversation goes on as they are iterated, and each message is part
-    of it when its ``MessageAdded`` comes. ``stop`` ends an answer from anywhere; everything else is for one thread.
+    The methods that answer are generators: iterating them advances the conversation. A message is part of it when its
+    ``MessageAdded`` is yielded. ``stop`` may be called from any thread; everything else belongs to one thread.
     """
 
     def __init__(
@@ -87,12 +87,12 @@ class ChatSession:
         self._close_ids = () if settings.thinking_budget is None else (tokenizer.token_id("</think>"),)
 
     def send_message(self, text: str) -> Generator[Event, None, None]:
-        """The user says ``text``, and the model answers.
+        """Add ``text`` as the user's message and yield the events of the model's answer.
 
         Raises:
-            RequestError: the conversation is too long for the context. Where that is so at once, the message is not
-                taken; after tool calls, their results are part of the conversation.
-            ClusterError: a stage failed; what was said so far is part of the conversation.
+            RequestError: the conversation is too long for the context. If it is so before the first reply, the message
+                is removed; if it is so after tool calls, their results stay in the conversation.
+            ClusterError: a stage failed; the answer text so far is part of the conversation.
         """
         self._stopped = False
         conversation = self.cancel_prefill()
@@ -106,7 +106,7 @@ class ChatSession:
         yield from self._answer(request)
 
     def retry(self) -> Generator[Event, None, None]:
-        """The model answers the user's last message anew, with another seed; errors as of ``send_message``."""
+        """Answer the user's last message again, with the next seed; errors are those of ``send_message``."""
         self._stopped = False
         if not self.cancel_prefill().remove_reply():
             raise RequestError("there is nothing to answer yet")
@@ -116,29 +116,29 @@ class ChatSession:
         yield from self._answer(self._request())
 
     def stop(self) -> None:
-        """End the answer that is under way, soon; safe in a signal handler and from any thread."""
+        """End the current answer soon. Safe in a signal handler and from any thread."""
         self._stopped = True
 
     @property
     def conversation(self) -> Conversation:
-        """The conversation, to look at."""
+        """The conversation, for reading only."""
         return self._conversation
 
     def load(self, messages: Sequence[Mapping[str, object]]) -> None:
-        """Go on from these messages instead.
+        """Replace the conversation by these messages.
 
         Raises:
-            RequestError, TokenizerError: they cannot be used; the conversation is as it was.
+            RequestError, TokenizerError: they cannot be used; the conversation is unchanged.
         """
         self.cancel_prefill().load(messages, self._settings.context_tokens)
 
     def cancel_prefill(self) -> Conversation:
-        """The conversation, to look at or to change, while nothing is computed ahead from it."""
+        """End the prefill of the next prompt and return the conversation, which may then be changed."""
         self._source.cancel_prefill()
         return self._conversation
 
     def prefill_next_prompt(self) -> None:
-        """While the user thinks, compute what is known of the next prompt."""
+        """Prefill the known part of the next prompt until the next request."""
         limit = self._settings.context_tokens - 1
         self._source.prefill_next_prompt(lambda: self._conversation.known_ids()[:limit])
 
@@ -149,7 +149,7 @@ class ChatSession:
         return self._settings.request(self._tokenizer, self._conversation.prompt_ids())
 
     def _answer(self, request: Request) -> Generator[Event, None, None]:
-        """Replies and rounds of tool calls, until a reply calls no tool."""
+        """Yield the events of replies and rounds of tool calls, until a reply calls no tool."""
         calls_left = self._settings.max_tool_calls
         while True:
             sampled = yield from self._sample(request)
@@ -173,7 +173,7 @@ class ChatSession:
             request = self._request()
 
     def _sample(self, request: Request) -> Generator[Event, None, _SampledReply]:
-        """One reply; of one that a fault ends, the beginning is kept."""
+        """Yield the events of one reply and return it. Keep the beginning of a reply that a fault ends."""
         reader = ReplyReader(self._tokenizer, request.prompt_ids, request.stop_ids)
         budget = self._settings.thinking_budget
         sampled = _SampledReply([], [])
@@ -201,7 +201,7 @@ class ChatSession:
         return sampled
 
     def _keep_beginning(self, sampled: _SampledReply) -> Generator[Event, None, None]:
-        """Of an answer that was stopped, keep what is said; with nothing but thoughts it never was."""
+        """Add the answer text of a stopped reply to the conversation; drop a reply without answer text."""
         reply = replace(whole_reply(sampled.parts), calls=())
         if reply.content.strip():
             yield MessageAdded(self._conversation.add_reply(reply, sampled.token_ids))

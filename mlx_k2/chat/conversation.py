@@ -14,14 +14,14 @@ from mlx_k2.text.sampled_turns import SampledTurns
 from mlx_k2.text.tokenizer import Tokenizer
 
 Message = dict[str, Any]
-"""In OpenAI's format, with ``reasoning_content``."""
+"""A message in OpenAI's format, with ``reasoning_content``."""
 
 
 class Conversation:
-    """Messages, and what the model drew for those that are its own.
+    """Messages, and the sampled tokens of the model's own messages.
 
-    ``tools`` are declarations in OpenAI's format. What the template does with a message is its own affair: reasoning
-    is in every message of the model, and Kimi's template leaves it out once an answer follows.
+    ``tools`` are declarations in OpenAI's format. Every message of the model holds its reasoning. The template
+    determines what a prompt contains of it: Kimi's template leaves the reasoning out once an answer follows.
     """
 
     def __init__(
@@ -45,29 +45,29 @@ class Conversation:
 
     @property
     def system(self) -> str | None:
-        """The system prompt; None: the template's own."""
+        """The system prompt; None for the template's own."""
         return self._messages[0]["content"] if self._has_system else None
 
     def set_system(self, text: str | None) -> None:
-        """Give another system prompt; None for the template's own."""
+        """Replace the system prompt; None selects the template's own."""
         rest = self._messages[self._has_system :]
         self._messages = rest if text is None else [{"role": "system", "content": text}, *rest]
 
     def add_user(self, text: str) -> Message:
-        """The user says something."""
+        """Add a message of the user and return it."""
         return self._add({"role": "user", "content": text})
 
     def add_reply(self, reply: Reply, token_ids: Iterable[int]) -> Message:
-        """The model replies, with these tokens; the one that ends the turn may be among them."""
+        """Add a reply with its sampled tokens, which may include the one that ends the turn; return the message."""
         self._sampled.keep(self._num_turns(self._messages), token_ids)
         return self._add(assistant_message(reply, num_calls(self._messages)))
 
     def add_results(self, texts: Sequence[str]) -> list[Message]:
-        """The tools return; one text for each call of the last reply, in their order."""
+        """Add one tool result for each call of the last reply, in the order of the calls; return the messages."""
         return [self._add(message) for message in tool_messages(self._messages[-1], texts)]
 
     def undo(self) -> str | None:
-        """Take back the last message of the user and all that follows it; its text, or None where there is none."""
+        """Remove the user's last message and all that follows it; return its text, or None if there is none."""
         if (asked := self._last_user) is None:
             return None
         text: str = self._messages[asked]["content"]
@@ -75,22 +75,22 @@ class Conversation:
         return text
 
     def remove_reply(self) -> bool:
-        """Take back all that follows the last message of the user; whether there is such a message."""
+        """Remove all that follows the user's last message; return whether there is such a message."""
         if (asked := self._last_user) is None:
             return False
         self._cut(asked + 1)
         return True
 
     def reset(self) -> None:
-        """Take back everything but the system prompt."""
+        """Remove all messages except the system prompt."""
         self._cut(int(self._has_system))
 
     def load(self, messages: Sequence[Mapping[str, object]], context_tokens: int) -> None:
-        """Go on from ``messages`` instead.
+        """Replace all messages by ``messages``.
 
         Raises:
-            RequestError, TokenizerError: they are malformed, cannot be rendered, or are more than ``context_tokens``;
-                the conversation is as it was.
+            RequestError, TokenizerError: they are malformed, cannot be rendered, or do not fit into ``context_tokens``;
+                the conversation is unchanged.
         """
         loaded = with_normal_ids(checked_messages(messages))
         num_tokens = len(encode_pieces(self._tokenizer, self._rendered(loaded)))
@@ -103,7 +103,7 @@ class Conversation:
         self._messages = loaded
 
     def prompt_ids(self) -> list[int]:
-        """The prompt for the next reply.
+        """Return the prompt for the next reply.
 
         Raises:
             RequestError, TokenizerError: the template refuses the messages, or fails.
@@ -111,7 +111,7 @@ class Conversation:
         return self._encode(self._rendered(self._messages))
 
     def known_ids(self) -> list[int]:
-        """The beginning of the prompt for the reply to the user's next message, whatever that says."""
+        """Return the longest prefix of the next prompt that does not depend on the user's next message."""
         one, other = (self._rendered([*self._messages, {"role": "user", "content": content}]) for content in ("a", "b"))
         num_alike = next(index for index, (left, right) in enumerate(zip(one, other, strict=True)) if left != right)
         return self._encode(one[:num_alike])

@@ -1,4 +1,4 @@
-"""The source of a conversation's replies, as a chat session uses it. Knows tokens, and no messages."""
+"""The interface between a chat session and the source of its replies. Knows tokens, but no messages."""
 
 from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
@@ -9,7 +9,7 @@ from mlx_k2.scheduling.request import Request
 
 
 class ReplySource(Protocol):
-    """Samples replies, one after the other; ``mlx_k2.coordinator.text_stream.StageReplies`` over real stages."""
+    """A sampler of replies, one at a time. ``mlx_k2.coordinator.text_stream.StageReplies`` samples on real stages."""
 
     def stream(
         self, request: Request, forced_tokens: Callable[[], Sequence[int]], stopped: Callable[[], bool]
@@ -20,4 +20,4 @@ class ReplySource(Protocol):
         """Compute the beginning of the next prompt until the next reply is requested."""
 
     def cancel_prefill(self) -> None:
-        """End the prefill; what it computed stays cached."""
+        """End the prefill. Tokens that it has computed stay cached."""

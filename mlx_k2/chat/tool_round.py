@@ -1,4 +1,4 @@
-"""Runs the tool calls of one reply, side by side. Knows neither the model nor what the tools do."""
+"""Concurrent execution of the tool calls of one reply. Knows neither the model nor what the tools do."""
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -17,31 +17,31 @@ _STOPPED = ToolResult(Outcome.STOPPED, "The user stopped this call; what it has 
 _NOT_RUN = ToolResult(Outcome.STOPPED, "The user stopped before this call was run.")
 
 Approve = Callable[[ToolCall], bool]
-"""Whether the user wants a call to be run."""
+"""A function that returns whether the user approves a call."""
 
 
 class Tools(Protocol):
-    """Tools to call; a ``mlx_k2.tools.toolbox.ToolBox``, which is not imported here because that takes a second."""
+    """Tools to call, as in ``mlx_k2.tools.toolbox.ToolBox``, which is not imported here because that takes a second."""
 
     @property
     def tools(self) -> Mapping[str, object]:
-        """By name."""
+        """The tools by name."""
 
     @property
     def declarations(self) -> list[dict[str, Any]]:
-        """In OpenAI's format."""
+        """All tools in OpenAI's format."""
 
     def start(self, name: str, arguments: Mapping[str, Any]) -> Future[ToolResult]:
-        """Begin a call; cancelling it tells the tool to stop."""
+        """Start a call. Cancelling the future asks the tool to stop."""
 
 
 def run_calls(
     calls: Sequence[ToolCall], tools: Tools, approve: Approve, stopped: Callable[[], bool], max_calls: int
 ) -> Generator[CallStarted | CallEnded, None, list[str]]:
-    """Run ``calls``, at most ``max_calls`` of them; returns a text for each, in their order.
+    """Run ``calls``, at most ``max_calls`` of them; yield their events and return a text for each, in their order.
 
-    Each is put to ``approve`` first, then all that may run do so at once. Once ``stopped``, those
-    that still run are ended.
+    ``approve`` is called first, for each well-formed call of a known tool within the limit. All calls that are not
+    refused then run concurrently. When ``stopped`` returns True, the calls that still run are cancelled.
     """
     results: dict[int, ToolResult] = {}
     for index, call in enumerate(calls):
@@ -71,7 +71,7 @@ def run_calls(
 def _early_result(
     call: ToolCall, tools: Tools, approve: Approve, stopped: Callable[[], bool], *, within_limit: bool
 ) -> ToolResult | None:
-    """What a call comes to that is not run; None: it is to be run. A tool that is not there needs nobody's consent."""
+    """Return the result of a call that must not run, else None. A call of an unknown tool needs no approval."""
     if call.error is not None:
         return ToolResult(Outcome.REFUSED, call.error)
     if not within_limit:

@@ -1,4 +1,4 @@
-"""`mlx-k2 bench`: how fast the stages are, for prompts and streams of several sizes."""
+"""`mlx-k2 bench`: throughput of the stages for several prompt lengths and numbers of streams."""
 
 import csv
 import platform
@@ -30,12 +30,12 @@ _MOST_STREAMS = 64
 
 
 class Counts(click.ParamType):  # type: ignore[type-arg]  # generic in click's stubs alone
-    """Numbers of at least 1 with commas between them."""
+    """Numbers of at least 1, separated by commas."""
 
     name = "N,N,..."
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """The numbers as a tuple."""
+        """Return the numbers as a tuple."""
         parts = str(value).split(",")
         if not all(part.isascii() and part.isdigit() and len(part) < 8 and int(part) > 0 for part in parts):
             self.fail(f"{value!r} is not a list of numbers above 0: write them with commas, as in 1,2,4", param, ctx)
@@ -108,7 +108,7 @@ def _run(benchmark: Benchmark, workloads: Sequence[Workload], repeat: int) -> It
 
 
 def _document(deployment: Deployment, rows: Sequence[Measured], options: dict[str, Any]) -> dict[str, Any]:
-    """Everything that was measured, and on what."""
+    """Return all measurements, with the model, the hosts and the versions."""
     return {
         "rows": [_row(row, deployment.group.size) for row in rows],
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -145,7 +145,7 @@ def _row(row: Measured, num_stages: int) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of a checkout; None of an installed package."""
+    """Return the commit of a checkout; None for an installed package."""
     folder = Path(__file__).parent
     found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
     return found.stdout.strip() or None
@@ -194,7 +194,7 @@ def _number(value: float | None, scale: float) -> str:
 
 
 def _append_csv(path: Path, document: dict[str, Any]) -> None:
-    """A line for each row, under a heading where the file is new."""
+    """Append a line for each row; write a heading first if the file is new."""
     beside = {name: document[name] for name in ("made", "model", "dtype", "draft")} | document["versions"]
     lines = [{**beside, **row} for row in document["rows"]]
     for line in lines:
@@ -211,7 +211,7 @@ def _append_csv(path: Path, document: dict[str, Any]) -> None:
 
 
 def _check_files(options: dict[str, Any]) -> None:
-    """What would keep a result from being written is said before hours are spent on it."""
+    """Refuse options whose files cannot be written, before hours are spent on measuring."""
     for name in ("csv", "trace", "plot"):
         path = options[f"{name}_path"]
         if path is not None and not Path(path).absolute().parent.is_dir():

@@ -47,7 +47,7 @@ from mlx_k2.errors import ClusterError, RequestError
 from mlx_k2.weights.checkpoint import ModelDescription
 
 WANTED_SLOTS = 2
-"""One for the answer, and one for what is computed ahead of the next: so /retry finds its prompt cached, too."""
+"""One slot for the answer and one for the prefill of the next prompt, so that /retry finds its prompt cached too."""
 
 
 @click.command()
@@ -78,7 +78,7 @@ def command(**options: Any) -> None:
     for line in request.hostfile.warnings:
         log(line)
     request, model = open_source(request)
-    if model is not None:  # refuse what can be refused before anything is started
+    if model is not None:  # refuse a bad request before any stage is started
         shape, _ = preview(request, model)
         _check(options, model, shape.context_tokens)
     with ExitStack() as stack:
@@ -147,7 +147,7 @@ def _chat(
 
 
 def _rescue(commands: Commands, screen: Screen) -> None:
-    """The stages cannot go on: keep what was said where /load finds it."""
+    """Save the conversation for /load, after the stages have failed."""
     path = platformdirs.user_state_path("mlx-k2") / f"chat-{time.strftime('%Y%m%d-%H%M%S')}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the commands show on stderr while a cluster comes up and after it ran. stdout is left to the answer."""
+"""Output of the commands on stderr while a cluster starts and after a run. stdout is reserved for the answer."""
 
 import os
 from collections.abc import Sequence
@@ -28,12 +28,12 @@ console = Console(
 
 
 def log(line: str) -> None:
-    """One line beside the matter; never cut at the terminal's width, so that it can be copied."""
+    """Write a dim line to stderr. It is never cut at the terminal's width, so that it can be copied."""
     console.print(line, style="dim", soft_wrap=True)
 
 
 def log_restart(restart: Restart) -> None:
-    """What went wrong, and what happens next."""
+    """Log the reason of a restart, the wait before it and its number."""
     log(
         f"{restart.reason}\nall stages start again in {restart.wait_s:g} s ({restart.number} of at most "
         f"{restart.limit} times in a row); the answer then goes on where it is"
@@ -41,25 +41,25 @@ def log_restart(restart: Restart) -> None:
 
 
 def gigabytes(num_bytes: int) -> str:
-    """Bytes for people: GB with one decimal, MB below one."""
+    """Return bytes as text with one decimal: GB, or MB below 1 GB."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def layer_range(plan: StagePlan) -> str:
-    """A stage's layers, first and last."""
+    """Return a stage's first and last layer as FIRST-LAST."""
     return f"{plan.assignment.first_layer}-{plan.assignment.end_layer - 1}"
 
 
 @dataclass
 class _Load:
-    """How far one stage's loading is."""
+    """The loading progress of one stage."""
 
     shard_bytes: int
     held_bytes: int = 0
 
 
 class ConsoleListener(DeploymentListener):
-    """Shows a deployment: a spinner for each phase, and a bar for each stage that loads. A context, to end both."""
+    """A listener that shows a spinner for each phase and a bar for each stage that loads. A context that ends both."""
 
     def __init__(self, verbose: bool) -> None:
         self._verbose = verbose
@@ -85,27 +85,27 @@ class ConsoleListener(DeploymentListener):
         self.done()
 
     def done(self) -> None:
-        """Take spinner and bars away: what follows is the answer."""
+        """Remove the spinner and the bars, before the answer is shown."""
         self._status.stop()
         if self._bars.live.is_started:
             self._bars.stop()
 
     def log(self, line: str) -> None:
-        """A line of a stage's stderr; shown with --verbose, kept by the group for errors otherwise."""
+        """Show a line of a stage's stderr with --verbose. Without it, the group keeps the line for error messages."""
         if self._verbose:
             log(line)
 
     def notify(self, line: str) -> None:
-        """What the user waits for."""
+        """Show a line that the user should know."""
         log(line)
 
     def hide_progress(self) -> None:
-        """Phases are shown no more: a conversation stands there now."""
+        """Show no further phases: the terminal now shows a conversation."""
         self.done()
         self._hides_progress = True
 
     def phase(self, what: str) -> None:
-        """The next thing that all stages do."""
+        """Show the next phase of all stages."""
         if self._verbose:
             log(f"{what} ...")
         elif console.is_terminal and not self._hides_progress:
@@ -114,7 +114,7 @@ class ConsoleListener(DeploymentListener):
             self._status.start()
 
     def planned(self, model: ModelDescription, plans: Sequence[StagePlan]) -> None:
-        """A bar for each stage; they are shown from the first progress on."""
+        """Add a bar for each stage; the bars appear at the first progress."""
         if model.unread_tensors:
             log(model.unread_tensors)
         for plan in plans:
@@ -123,7 +123,7 @@ class ConsoleListener(DeploymentListener):
         self._loads = [_Load(plan.shard_bytes) for plan in plans]
 
     def progress(self, rank: int, message: FromStage) -> None:
-        """Advance a stage's bar: the bytes that it fetches, after that those that it loads."""
+        """Advance a stage's bar: the bytes that it fetches, then the bytes that it loads."""
         if isinstance(message, LayerLoaded):
             load = self._loads[rank]
             load.held_bytes += message.held_bytes
@@ -136,7 +136,7 @@ class ConsoleListener(DeploymentListener):
 
 
 def show_plan(plans: Sequence[StagePlan], rows: Sequence[Sequence[str]], headings: Sequence[str]) -> None:
-    """A table with a line for each stage: rank, host, layers, weights, and ``rows`` beside them under ``headings``."""
+    """Show a table of the stages: rank, host, layers, weights, and the cells of ``rows`` under ``headings``."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     for heading in ("stage", "host", "layers", "weights", *headings):
         table.add_column(heading, justify="left" if heading in ("host", "layers") else "right", no_wrap=True)
@@ -146,7 +146,7 @@ def show_plan(plans: Sequence[StagePlan], rows: Sequence[Sequence[str]], heading
 
 
 def show_dry_run(model: ModelDescription, shape: RunShape, plans: Sequence[StagePlan]) -> None:
-    """What would run where, what each stage would hold and read, and the files that it would open."""
+    """Show each stage's host and layers, its memory, its bytes read per token, and the files that it would open."""
     if model.unread_tensors:
         log(model.unread_tensors)
     cells = [
@@ -162,7 +162,7 @@ def show_dry_run(model: ModelDescription, shape: RunShape, plans: Sequence[Stage
 
 
 def show_stage_use(deployment: Deployment, use: Sequence[StageUse]) -> None:
-    """Each stage's share of the computing time."""
+    """Show each stage's computing time and its fraction of the total."""
     total_s = sum(stage.busy_s for stage in use) or 1.0
     rows = [[f"{stage.busy_s:.2f} s", f"{100 * stage.busy_s / total_s:.0f}%"] for stage in use]
     show_plan(deployment.plans, rows, ("computing", "share"))

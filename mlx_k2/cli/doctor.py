@@ -1,4 +1,4 @@
-"""`mlx-k2 doctor`: what keeps a cluster from running, before hundreds of GB are loaded."""
+"""`mlx-k2 doctor`: checks for problems of a cluster, before hundreds of GB are loaded."""
 
 import sys
 from typing import Any
@@ -56,7 +56,7 @@ def _show_table(checks: tuple[Check, ...]) -> None:
         table.add_row(check.host, check.what, Text(check.result.value, _STYLES[check.result]), found)
     console.print(table)
     for check in checks:
-        if check.result is not CheckResult.OK:  # whole and in one line, so that its commands can be copied
+        if check.result is not CheckResult.OK:  # uncut and on one line, so that its commands can be copied
             console.print(f"{check.host}, {check.what}: {check.found}", soft_wrap=True)
     log(", ".join(f"{_count(checks, result)} {result.value}" for result in CheckResult))
 

@@ -110,7 +110,7 @@ def _dry_run(request: DeploymentRequest, model: ModelDescription | None) -> None
 
 def _generate(options: dict[str, Any], request: DeploymentRequest, model: ModelDescription | None) -> None:
     text = prompt_text(options)
-    if model is not None:  # refuse what can be refused before anything is started
+    if model is not None:  # refuse a bad request before any stage is started
         shape, _ = preview(request, model)
         read_prompt(options, text, ModelFrontend(model, shape.context_tokens))
     with (
@@ -157,7 +157,7 @@ def _events(
     output: TextOutput | JsonOutput,
     options: dict[str, Any],
 ) -> Iterator[Event]:
-    """The answer to a prompt as it is, or to the first message of a conversation."""
+    """Return the events of the answer to a raw prompt, or to the first message of a conversation."""
     tokenizer = frontend.tokenizer
     if is_raw(options):
         return StageReplies(coordinator, tokenizer).stream(read_prompt(options, text, frontend))

@@ -19,14 +19,14 @@ from mlx_k2.scheduling.request import Request
 from mlx_k2.weights.checkpoint import ModelDescription
 
 WANTED_SLOTS = 16
-"""Sequences at once, memory permitting: with K2's bytes, more gain little and wait longer (computed)."""
+"""Concurrent sequences if memory permits. With K2's bytes, more gain little throughput and wait longer (computed)."""
 _SINGLE = ("prompt", "token_ids", "as_json", "num_logprobs", "tools_path", "mcp_path", "thinking_budget")
 _COUNTED = ("system", "raw", "max_tokens", "seed", "dense_bits", *SAMPLING_NAMES)
-"""The options that make a result another one."""
+"""The options that change a result; they are part of its digest."""
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse what does not go with a file of prompts."""
+    """Refuse options that cannot be combined with a file of prompts."""
     if (options["prompts_path"] is None) != (options["out_path"] is None):
         raise click.UsageError("--prompts and --out go together: give both")
     if options["prompts_path"] is not None and any(options[name] not in (None, False) for name in _SINGLE):
@@ -39,7 +39,8 @@ def generate_many(options: dict[str, Any], asked: DeploymentRequest, model: Mode
     """Answer every line that has no result yet.
 
     Raises:
-        RequestError: a file is not what it should be; nothing was started and nothing changed.
+        RequestError: a file is malformed or belongs to another run. No file is changed, and no stage is started unless
+            only the first host has the model.
     """
     lines = read_prompt_lines(Path(options["prompts_path"]))
     if model is not None:
@@ -63,7 +64,7 @@ def _results(options: Mapping[str, Any], lines: Sequence[PromptLine], model: Mod
 def _answer_lines(
     options: Mapping[str, Any], restarting: RestartingDeployment, lines: Sequence[PromptLine], results: ResultFile
 ) -> int:
-    """Run what is left; how many prompts failed now."""
+    """Run the prompts without a result; return the number that failed in this run."""
     prompts: dict[int, Request] = {}
     num_done, seed = results.num_done, base_seed(options)
     frontend = ModelFrontend(restarting.deployment.model, restarting.deployment.shape.context_tokens)
@@ -93,7 +94,7 @@ def _answer_lines(
 
 
 def _progress(total: int, completed: int) -> Progress:
-    """A bar on stderr; nothing where that is no terminal."""
+    """Return a progress bar on stderr, disabled if that is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     progress.add_task("prompts", total=total, completed=completed)
@@ -101,7 +102,7 @@ def _progress(total: int, completed: int) -> Progress:
 
 
 def _id(line: PromptLine, index: int) -> str | int:
-    """The line's own id, else its number."""
+    """Return the line's own id, else its number, counted from 1."""
     return index + 1 if line.id is None else line.id
 
 

@@ -1,4 +1,4 @@
-"""`mlx-k2 kernels`: what this machine's GPU makes of the kernels, and the settings that suit it best."""
+"""`mlx-k2 kernels`: checks and times of the kernels on this machine's GPU, and the best settings for it."""
 
 import os
 import subprocess
@@ -17,9 +17,9 @@ from mlx_k2.stage.buffer_limits import BufferLimits, save_limits
 
 MEASURING_S = 900.0
 CANDIDATES = tuple(BufferLimits(*pair) for pair in ((100, 100), (200, 200), (200, 1000), (1000, 1000), (1000, 4000)))
-"""Beside MLX's own, which differ between chips (50 operations and 50 MB on the largest)."""
+"""The limits to time besides MLX's own, which differ between chips (50 operations and 50 MB on the largest)."""
 WORTH = 0.99
-"""A time must be below this share of the one with MLX's own limits, or it is taken for noise."""
+"""A time must be below this fraction of the time with MLX's own limits; otherwise the difference counts as noise."""
 
 Measurement = TypeVar("Measurement", KernelReport, DecodeTime)
 
@@ -56,7 +56,7 @@ def command() -> None:
 
 
 def show_report(report: KernelReport) -> None:
-    """The table, and why a kernel is not used."""
+    """Show the table of kernels, and the reason why a kernel is not used."""
     log(f"{report.chip}, {report.system}, mlx {report.mlx_version}, mlx-k2 {report.mlx_k2_version}")
     table = Table(box=None, header_style="dim", pad_edge=False)
     for heading in ("kernel", "check", "largest error", "tokens", "GB/s", "plain MLX", "of a plain read"):
@@ -87,13 +87,13 @@ def _cells(line: KernelLine, read_gb_per_s: float | None) -> tuple[str, ...]:
 
 
 def best_limits(seconds: Mapping[BufferLimits | None, float]) -> BufferLimits | None:
-    """The fastest limits; None, MLX's own, unless others are faster by more than noise."""
+    """Return the fastest limits; None, which means MLX's own, unless others are faster by more than noise."""
     fastest = min(seconds, key=lambda limits: seconds[limits])
     return fastest if seconds[fastest] < WORTH * seconds[None] else None
 
 
 def _time_limits() -> dict[BufferLimits | None, float]:
-    """Seconds for a token's feed-forward blocks under each limit, each in a fresh process."""
+    """Return the seconds for a token's feed-forward blocks under each limit, each measured in a fresh process."""
     times: dict[BufferLimits | None, float] = {}
     for limits in (None, *CANDIDATES):
         times[limits] = _measure("decode", DecodeTime, limits).seconds
@@ -108,10 +108,10 @@ def _named(limits: BufferLimits | None) -> str:
 
 
 def _measure(what: str, wanted: type[Measurement], limits: BufferLimits | None = None) -> Measurement:
-    """Measure in a process of its own, whose environment and memory end with it.
+    """Measure in a process of its own, so that its environment and memory end with it.
 
     Raises:
-        StageStartError: it failed, or took too long.
+        StageStartError: the process failed, or took longer than ``MEASURING_S``.
     """
     kept = {name: value for name, value in os.environ.items() if name not in CANDIDATES[0].environment()}
     environment = kept if limits is None else kept | limits.environment()

@@ -1,6 +1,6 @@
-"""The mlx-k2 command: which subcommands there are, and the border where errors become one line and an exit code.
+"""The mlx-k2 command: the table of subcommands, and the conversion of errors to one line and an exit code.
 
-Subcommands are imported when they are called, so that --help answers at once.
+Subcommands are imported when they are called, so that --help is fast.
 """
 
 import importlib
@@ -30,7 +30,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
-    """A signal asked this program to end; ``number`` is its own."""
+    """The exception for a signal that ends this program; ``number`` is the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -38,21 +38,21 @@ class Interrupted(BaseException):
 
 
 class LazyGroup(click.Group):
-    """Commands whose module is imported when they are called; the list of them needs none."""
+    """A group whose commands are imported when they are called. Listing the commands imports none."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The names that help shows."""
+        """Return the names that help shows."""
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import ``mlx_k2.cli.NAME`` and take its ``command``."""
+        """Import ``mlx_k2.cli.NAME`` and return its ``command``."""
         if cmd_name not in (*_COMMANDS, *_HIDDEN_COMMANDS):
             return None
         command: click.Command = importlib.import_module(f"mlx_k2.cli.{cmd_name}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The commands and their summaries, from the table above."""
+        """Write the commands and their summaries from the table above."""
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
 
@@ -87,17 +87,17 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Run the command line and end the process with its exit code."""
-    handled = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's wish stands
+    handled = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
     for number in handled:
         signal.signal(number, _interrupt)
     exit_code = run(sys.argv[1:])
     for number in handled:
-        signal.signal(number, signal.SIG_DFL)  # nothing is left to clean up: one more ends Python's own way out too
+        signal.signal(number, signal.SIG_DFL)  # nothing is left to clean up: a further signal ends Python's exit too
     sys.exit(exit_code)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line; what went wrong is said in one line on stderr. Returns the exit code."""
+    """Run one command line and return the exit code. An error becomes one line on stderr."""
     try:
         with cli.make_context("mlx-k2", list(arguments)) as context:  # cli.main would hide a broken pipe
             cli.invoke(context)
@@ -110,7 +110,7 @@ def run(arguments: Sequence[str]) -> int:
     except Interrupted as interrupted:
         return 128 + interrupted.number
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more when it flushes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python reports the error again when it flushes stdout
         return 128 + signal.SIGPIPE
     except OSError as error:  # this machine's disk or memory: a cache folder that cannot be written, a path too long
         _print_error(f"error: {error.strerror or error}: {error.filename or 'this machine'}")

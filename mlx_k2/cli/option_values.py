@@ -1,4 +1,4 @@
-"""Turns options into requests: where to run which model, and what to generate. Shows nothing."""
+"""Conversion of options to requests: hosts and model of a deployment, prompt and settings of a reply. Shows nothing."""
 
 import secrets
 import sys
@@ -31,7 +31,7 @@ _MAX_DIGITS = 10
 
 
 def deployment_request(options: Mapping[str, Any]) -> DeploymentRequest:
-    """Where to run which model.
+    """Return the request for a deployment: its hosts, its model and their settings.
 
     Raises:
         HostfileError, PartitionError, RequestError: an option cannot be used.
@@ -51,7 +51,7 @@ def deployment_request(options: Mapping[str, Any]) -> DeploymentRequest:
 
 
 def log_settings(options: Mapping[str, Any]) -> tuple[Path | None, bool]:
-    """Where to keep logs, if that was asked for, and whether with token ids."""
+    """Return the log folder, None without --log-dir, and whether to log token ids."""
     return None if options["log_dir"] is None else Path(options["log_dir"]), options["log_tokens"]
 
 
@@ -65,7 +65,7 @@ def _hostfile(options: Mapping[str, Any]) -> Hostfile:
 
 
 def _source(model: str | None, revision: str | None) -> ModelSource:
-    """A folder that is here is named by its whole path, since a stage starts in another folder."""
+    """Return the model source. The path of a local folder is absolute, since a stage starts in another folder."""
     source = ModelSource(path_or_repo=BUILTIN if model is None else model, revision=revision)
     if revision is not None and not is_repo(source):
         raise RequestError("--revision is for a repository on the Hub: leave it out, or give one as --model owner/name")
@@ -74,12 +74,13 @@ def _source(model: str | None, revision: str | None) -> ModelSource:
 
 
 def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDescription | None]:
-    """The model as this machine knows it, from its folder or the Hub; None: only the first host may have it.
+    """Return the request and the model's description from its folder or the Hub.
 
-    The request comes back with the repository's revision pinned, so that every host takes the same.
+    The description is None if only the first host may have the model. In the returned request the repository's revision
+    is pinned, so that every host uses the same one.
 
     Raises:
-        SetupError: the model is nowhere, or it is not one that mlx-k2 runs.
+        SetupError: the model is not found, or mlx-k2 cannot run it.
     """
     source = request.source
     elsewhere = not request.hostfile.hosts[0].is_local
@@ -96,9 +97,10 @@ def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDes
 
 @dataclass(frozen=True)
 class ModelFrontend:
-    """How to speak to a model, from its files, each read once and when it is needed.
+    """A model's tokenizer, chat template and recommended sampling, each read once on first use.
 
-    ``context_tokens`` is what its stages keep of a sequence. What cannot be read raises TokenizerError or RequestError.
+    ``context_tokens`` is the most tokens of a sequence that the stages can cache. A file that cannot be read raises
+    TokenizerError or RequestError.
     """
 
     model: ModelDescription
@@ -106,27 +108,27 @@ class ModelFrontend:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Of Kimi K2's size it takes a moment."""
+        """The tokenizer. Loading one of Kimi K2's size takes noticeable time."""
         return load_tokenizer(self.model.files, self.model.config.vocab_size)
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """What puts messages into a prompt."""
+        """The chat template, which renders messages to a prompt."""
         return load_chat_template(self.model.files)
 
     @cached_property
     def recommended(self) -> GenerationConfig:
-        """How the checkpoint wants to be sampled."""
+        """The sampling settings that the checkpoint recommends."""
         return GenerationConfig.from_json(self.model.files.get("generation_config.json", b"{}"))
 
 
 def is_raw(options: Mapping[str, Any]) -> bool:
-    """Whether the prompt goes to the model without a chat template, so that its answer is no reply with parts."""
+    """Return whether the prompt is sent without a chat template, so that its answer is not parsed as a reply."""
     return bool(options["raw"]) or options["token_ids"] is not None
 
 
 def prompt_text(options: Mapping[str, Any]) -> str:
-    """PROMPT, else what stands on standard input; nothing when the prompt is given as token ids.
+    """Return PROMPT, else the text of standard input; '' if the prompt is given as token ids.
 
     Raises:
         RequestError: there is no text, or options contradict each other.
@@ -153,20 +155,20 @@ def prompt_text(options: Mapping[str, Any]) -> str:
 
 
 def read_prompt(options: Mapping[str, Any], text: str, frontend: ModelFrontend) -> Request:
-    """The prompt as token ids, and how to sample from it: as asked, else as the checkpoint recommends.
+    """Return the request for a prompt, with the options' sampling values, else the checkpoint's recommendations.
 
     Raises:
-        RequestError, TokenizerError: it cannot be served; says why.
+        RequestError, TokenizerError: it cannot be served; gives the reason.
     """
     prompt_ids = _prompt_ids(options, text, frontend)
     return reply_settings(options, frontend).request(frontend.tokenizer, prompt_ids)
 
 
 def line_prompt(options: Mapping[str, Any], line: PromptLine, seed: int, frontend: ModelFrontend) -> Request:
-    """One line of a file of prompts; what it says of sampling stands above the options. ``seed`` is its own.
+    """Return the request for one line of a file of prompts. Values in the line override the options and ``seed``.
 
     Raises:
-        RequestError, TokenizerError: it cannot be served; says why.
+        RequestError, TokenizerError: it cannot be served; gives the reason.
     """
     names = (*SAMPLING_NAMES, "max_tokens", "timeout")
     given = {name: value for name in names if (value := getattr(line, name)) is not None}
@@ -180,7 +182,7 @@ def line_prompt(options: Mapping[str, Any], line: PromptLine, seed: int, fronten
 
 
 def reply_settings(options: Mapping[str, Any], frontend: ModelFrontend) -> ReplySettings:
-    """How replies are drawn: as asked, else as the checkpoint recommends.
+    """Return the settings of replies: the options', else the checkpoint's recommendations.
 
     Raises:
         RequestError: a value is out of range.
@@ -200,7 +202,7 @@ def reply_settings(options: Mapping[str, Any], frontend: ModelFrontend) -> Reply
 def new_conversation(
     options: Mapping[str, Any], frontend: ModelFrontend, tools: Sequence[Mapping[str, Any]] = ()
 ) -> Conversation:
-    """A conversation in which nobody said anything yet.
+    """Return a conversation without messages of the user or the model.
 
     Raises:
         TokenizerError: the model's chat template cannot be read.
@@ -209,7 +211,7 @@ def new_conversation(
 
 
 def base_seed(options: Mapping[str, Any]) -> int:
-    """--seed, else a random one."""
+    """Return --seed, else a random seed of 32 bits."""
     seed: int | None = options["seed"]
     return secrets.randbits(32) if seed is None else seed
 

@@ -100,12 +100,12 @@ _TOOLS = (
 
 
 class _Limit(click.ParamType[int]):
-    """A number of times, or ``off`` for none."""
+    """A number of times from 0 to 1000, or ``off`` for 0."""
 
     name = "limit"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number."""
+        """Return the number; 0 for ``off``."""
         if value == "off":
             return 0
         return int(click.IntRange(0, 1000).convert(value, param, ctx))
@@ -148,22 +148,22 @@ draft_option = click.option(
 
 
 def cluster_options(command: Command) -> Command:
-    """Where to run what."""
+    """Add the options for hosts and model to a command."""
     return _with(_CLUSTER, command)
 
 
 def sampling_options(command: Command) -> Command:
-    """How tokens are drawn."""
+    """Add the options for sampling to a command."""
     return _with(_SAMPLING, command)
 
 
 def tool_options(command: Command) -> Command:
-    """What the model may call, and how much of its thinking is wanted."""
+    """Add the options for tools and for thinking to a command."""
     return _with(_TOOLS, command)
 
 
 def log_options(command: Command) -> Command:
-    """What is kept of a run."""
+    """Add the options for logs to a command."""
     return _with(_LOGGING, command)
 
 

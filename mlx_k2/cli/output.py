@@ -1,4 +1,4 @@
-"""Writes an answer as it comes: plain text, or one JSON object a line. The only writer of stdout."""
+"""Output of an answer while it is generated: plain text, or one JSON object a line on stdout."""
 
 import dataclasses
 import sys
@@ -25,9 +25,9 @@ _ENDS = {FinishReason.STOP: "complete", **CUT, FinishReason.CANCELLED: "cancelle
 
 
 class TextOutput:
-    """The answer to stdout; thinking, calls, a closing line and a table of the stages to stderr.
+    """Output as text: the answer to stdout; thinking, calls, a closing line and a table of the stages to stderr.
 
-    A context, which ends the last line. ``is_raw``: all that is drawn is the answer.
+    A context, which ends the last line. If ``is_raw`` is True, all sampled text is the answer.
     """
 
     def __init__(self, *, is_raw: bool, show_thinking: bool) -> None:
@@ -50,11 +50,11 @@ class TextOutput:
         self.screen.event(Content(event.text) if isinstance(event, Delta) else event)
 
     def restart(self, restart: Restart) -> None:
-        """Say it on stderr."""
+        """Show the restart on stderr."""
         self.screen.restart(restart)
 
     def summary(self, summary: AnswerSummary, deployment: Deployment, use: tuple[StageUse, ...]) -> None:
-        """End the line, then say on stderr what it took."""
+        """End the line, then write the answer's counts and times and each stage's use to stderr."""
         self.screen.pause()
         cached = summary.cached_tokens
         first_s, prefill, decode = (
@@ -80,7 +80,7 @@ class TextOutput:
 
 
 class JsonOutput:
-    """One JSON object a line on stdout: each token, each call with its result, then ``{"summary": ...}``."""
+    """Output as one JSON object a line on stdout: each token, each call with its result, then ``{"summary": ...}``."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -92,14 +92,14 @@ class JsonOutput:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Every line is complete already."""
+        """Do nothing: every line is complete already."""
 
     def show(self, events: Iterable[Event]) -> list[AnswerSummary]:
         """Write a line for each token and each call as it comes; return the summaries among the events."""
         return show_all(self._show_event, events)
 
     def _show_event(self, event: Event) -> None:
-        """Write a line for a token or a call. The parts of a reply are in its tokens."""
+        """Write a line for a token or a call. The parts of a reply are omitted: its tokens contain them."""
         match event:
             case Delta():
                 self._token(event)
@@ -108,7 +108,7 @@ class JsonOutput:
                 _write_line({"call": {"name": call.name, "arguments": call.arguments, **ended}})
 
     def _token(self, delta: Delta) -> None:
-        """``{"token": id, "text": ...}``, with log-probabilities where they were asked for."""
+        """Write ``{"token": id, "text": ...}``, with log-probabilities if they were requested."""
         line: dict[str, Any] = {"token": delta.token_id, "text": delta.text}
         if delta.logprob is not None:
             line["logprob"] = delta.logprob
@@ -123,12 +123,12 @@ class JsonOutput:
         _write_line(line)
 
     def restart(self, restart: Restart) -> None:
-        """``{"restart": {...}}``, between the tokens."""
+        """Write ``{"restart": {...}}`` between the tokens, and log the restart."""
         log_restart(restart)
         _write_line({"restart": dataclasses.asdict(restart)})
 
     def summary(self, summary: AnswerSummary, deployment: Deployment, use: tuple[StageUse, ...]) -> None:
-        """What it took, and each stage's part."""
+        """Write the answer's counts and times, and each stage's layers, memory and computing time."""
         total_s = sum(stage.busy_s for stage in use) or 1.0
         stages = [
             {

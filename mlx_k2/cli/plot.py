@@ -1,4 +1,4 @@
-"""Draws what `mlx-k2 bench` measured: throughput over streams, prefill over prompt length."""
+"""Charts of the results of `mlx-k2 bench`: throughput over streams, prefill over prompt length."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +11,8 @@ from mlx_k2.benchmark import Measured
 
 
 def plot_results(rows: Sequence[Measured], path: Path) -> None:
-    """Two charts side by side in one PNG. A line goes through the means of repeated runs, each of which is a dot."""
-    figure = Figure(figsize=(10, 4), layout="constrained")  # not pyplot's: no window system is asked for
+    """Write two charts side by side to one PNG file. A line joins the means of repeated runs; each run is a dot."""
+    figure = Figure(figsize=(10, 4), layout="constrained")  # not pyplot's, which may load a window system
     decode, prefill = figure.subplots(1, 2)
     for length in sorted({row.workload.prompt_tokens for row in rows}):
         points = [

@@ -1,4 +1,4 @@
-"""A file of prompts and the file of their results, both one JSON object a line. Runs nothing."""
+"""A file of prompts and the file of their results, both with one JSON object a line. Runs nothing."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from mlx_k2.errors import RequestError
 
 
 class PromptLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One prompt: text or a conversation, with any sampling parameter beside it; None where the options decide."""
+    """One prompt, text or conversation, with optional sampling parameters. None selects the option's value."""
 
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
@@ -28,10 +28,11 @@ class PromptLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def read_prompt_lines(path: Path) -> list[PromptLine]:
-    """Every line of a file of prompts.
+    """Return every line of a file of prompts.
 
     Raises:
-        RequestError: names the line that is broken, has an unknown key, or has not exactly one prompt.
+        RequestError: a line is malformed, has an unknown key, or has not exactly one prompt (names the line), or the
+            file is unreadable or has no line.
     """
     lines = []
     for number, text in enumerate(_read(path).splitlines(), start=1):
@@ -48,25 +49,25 @@ def read_prompt_lines(path: Path) -> list[PromptLine]:
 
 
 def line_seed(seed: int, index: int) -> int:
-    """The seed of line ``index`` (from 0), 0 to 2^63 - 1."""
+    """Return the seed of line ``index`` (from 0), 0 to 2^63 - 1."""
     digest = hashlib.blake2b(seed.to_bytes(8, "little") + index.to_bytes(8, "little"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def run_digest(model_digest: str, options: Mapping[str, Any], line: PromptLine) -> str:
-    """Tells a result apart from one of another model, other options or another prompt."""
+    """Return a digest that identifies the model, the options and the prompt of a result."""
     content = [model_digest, options, line]
     return hashlib.blake2b(msgspec.json.encode(content, order="sorted"), digest_size=8).hexdigest()
 
 
 class ResultFile:
-    """Results in the order of their prompts, each written at once. A context.
+    """A file of results in the order of their prompts, each flushed as soon as all before it are written. A context.
 
-    ``digests`` holds one for each prompt. What the file holds already of the same run is kept, and ``num_done`` says
-    how many prompts that is; the beginning of a line that was cut off is dropped.
+    ``digests`` holds one digest for each prompt. Results of the same run that the file already holds are kept, and
+    ``num_done`` is the number of results in the file. An incomplete last line is dropped.
 
     Raises:
-        RequestError: it holds something else, which stays as it is.
+        RequestError: the file holds something else; it is not changed.
     """
 
     def __init__(self, path: Path, digests: Sequence[str]) -> None:
@@ -101,7 +102,7 @@ class ResultFile:
         self._file.close()
 
     def write(self, index: int, result: Mapping[str, Any]) -> None:
-        """Take the result of prompt ``index``; it is written when all before it are."""
+        """Add the result of prompt ``index``; it is written as soon as all before it are."""
         self._waiting[index] = {**result, "run": self._digests[index]}
         while self.num_done in self._waiting:
             self._file.write(msgspec.json.encode(self._waiting.pop(self.num_done)) + b"\n")

@@ -1,4 +1,4 @@
-"""`mlx-k2 stage`: what ssh starts on a host whose Python is not where the coordinator's is. Not for people."""
+"""`mlx-k2 stage`: the internal command that ssh starts on a host whose Python is not at the coordinator's path."""
 
 import click
 

@@ -1,4 +1,4 @@
-"""Turns options into tools that a model may call. Shows nothing."""
+"""Conversion of options to tools that a model may call. Shows nothing."""
 
 import logging
 import os
@@ -16,10 +16,10 @@ _CHATTY = ("mcp", "httpx", "httpx2", "asyncio", "client")
 
 @contextmanager
 def opened_tools(options: Mapping[str, Any]) -> Iterator[Tools | None]:
-    """The tools of --tools and --mcp, started; None where none were asked for.
+    """Start the tools of --tools and --mcp and yield them; yield None without these options.
 
     Raises:
-        ToolsError: says which file cannot be used, or which server does not start.
+        ToolsError: a file cannot be used, a server does not start, or --allow-tool names no tool.
     """
     if options["tools_path"] is None and options["mcp_path"] is None:
         if options["allowed_tools"] or options["yes"]:
@@ -30,7 +30,7 @@ def opened_tools(options: Mapping[str, Any]) -> Iterator[Tools | None]:
     from mlx_k2.tools.servers import python_module, read_mcp_file
     from mlx_k2.tools.toolbox import Limits, open_toolbox
 
-    for name in _CHATTY:  # what they have to say of a lost server is in the call's result
+    for name in _CHATTY:  # their messages about a lost server are in the call's result already
         logging.getLogger(name).setLevel(logging.CRITICAL)
     servers = () if options["mcp_path"] is None else read_mcp_file(Path(options["mcp_path"]), os.environ)
     if options["tools_path"] is not None:

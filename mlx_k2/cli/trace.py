@@ -1,4 +1,4 @@
-"""Writes what the stages did in Chrome's trace format: one track a stage, one span a microbatch (ui.perfetto.dev)."""
+"""Trace of the stages' steps in Chrome's trace format: one track a stage, one span a microbatch (ui.perfetto.dev)."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from mlx_k2.deployment.stage_report import StageReport
 
 
 class Trace:
-    """Spans by the time at which their end was heard: clocks of different hosts need not agree."""
+    """Spans placed by the time at which the coordinator received their end: clocks of different hosts can differ."""
 
     def __init__(self, hosts: list[str]) -> None:
         self._events: list[dict[str, Any]] = [
@@ -18,11 +18,11 @@ class Trace:
         ]
 
     def add(self, report: StageReport) -> None:
-        """One step of one stage: receiving, computing, sending."""
+        """Add one step of one stage: receive, compute, send."""
         done, microbatch = report.done, report.microbatch
         parts = (("send", done.send_s), (f"step {done.number}", done.busy_s), ("receive", done.receive_s))
         ended_us = report.heard_at * 1e6
-        for name, seconds in parts:  # from the last to the first
+        for name, seconds in parts:  # backwards: only the end of the step is known
             length_us = seconds * 1e6
             ended_us -= length_us
             if seconds > 0:
@@ -42,5 +42,5 @@ class Trace:
                 )
 
     def write(self, path: Path) -> None:
-        """The file that chrome://tracing and ui.perfetto.dev open."""
+        """Write the file, which chrome://tracing and ui.perfetto.dev open."""
         path.write_bytes(msgspec.json.encode({"traceEvents": self._events, "displayTimeUnit": "ms"}))

@@ -1,1 +1,1 @@
-"""Which hosts there are, what they hold, and which layers each runs. Pure: starts nothing."""
+"""The hosts, their memory, and the layers that each runs. Pure: starts nothing."""

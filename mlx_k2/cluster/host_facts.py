@@ -1,13 +1,14 @@
-"""What a host finds out about itself when it is examined, as it travels to the command that judges it."""
+"""The facts that a probed host reports about itself, as sent to the command that checks them."""
 
 import msgspec
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """One stage's files on its host. ``problem`` says what is wrong with them; None: all are there, headers checked.
+    """One stage's files on its host. ``problem`` describes what is wrong with them, else None.
 
-    ``missing_bytes`` are to be fetched from the Hub yet. Checksums (SHA-256) are computed where they were asked for:
-    ``found`` by file name, and ``expected`` as far as the Hub's cache knows them.
+    ``missing_bytes`` are still to be fetched from the Hub; if 0 and without a problem, all files are there and their
+    headers are checked. ``found`` and ``expected`` are SHA-256 checksums by file name: ``found`` is set on request,
+    ``expected`` holds those that the Hub's cache on the host has.
     """
 
     folder: str
@@ -20,21 +21,21 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """One host: ``settings`` are the outputs of macOS's own tools by name, empty elsewhere."""
+    """Facts about one host. ``settings`` are the outputs of macOS's own tools by name; empty on other systems."""
 
     memory_free_bytes: int
     interfaces: dict[str, str]
-    """The interface of each IPv4 address that is up."""
+    """The interface name of each IPv4 address whose interface is up."""
     backends: tuple[str, ...]
-    """Those of mlx.distributed that can be used here."""
+    """The backends of mlx.distributed that the host can use."""
     environment: dict[str, str]
-    """What begins with MLX_."""
+    """The environment variables whose names begin with MLX_."""
     settings: dict[str, str] = {}
     model: ModelFacts | None = None
 
 
 class HopSpeed(msgspec.Struct, frozen=True):
-    """From one stage to the next: one way's time for a token's hidden states, and bytes a second for large messages."""
+    """Speed of one hop: the one-way time for a token's hidden states, and bytes per second for large messages."""
 
     latency_s: float
     bytes_per_s: float

@@ -1,4 +1,4 @@
-"""The hostfile: which hosts there are and how they are linked, in MLX's own format. Contacts no host.
+"""The hostfile: the hosts and their links, in MLX's own format. Contacts no host.
 
 Both forms that ``mlx.distributed_config`` writes are read: a list of hosts, or an object with ``backend``, ``envs`` and
 ``hosts``. mlx-k2's own keys for a host are ``python``, ``model``, ``memory_gb`` and ``gb_per_s``.
@@ -15,7 +15,7 @@ import msgspec
 from mlx_k2.errors import HostfileError
 
 RdmaCell: TypeAlias = str | tuple[str, ...] | None
-"""How one host reaches another over RDMA: a device, several, or not at all."""
+"""The RDMA device or devices from one host to another; None if there are none."""
 
 _LOCAL_NAMES = ("127.0.0.1", "localhost")
 _FILE_KEYS = ("backend", "envs", "hosts")
@@ -23,7 +23,7 @@ _EXAMPLE = 'for instance [{"ssh": "mac-1", "ips": ["192.168.0.1"]}, {"ssh": "mac
 
 
 class Backend(enum.Enum):
-    """How hidden states travel: TCP between neighbours, or RDMA over Thunderbolt 5 as a full mesh or as a ring."""
+    """The transport of hidden states: TCP between neighbours, or RDMA over Thunderbolt 5 as a full mesh or a ring."""
 
     RING = "ring"
     JACCL = "jaccl"
@@ -31,10 +31,11 @@ class Backend(enum.Enum):
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):
-    """One host; its rank is its place in the list.
+    """One host; its rank is its index in the list.
 
     ``ips`` are addresses to listen on, each ``ip`` (a free port is picked) or ``ip:port``. ``memory_gb`` (10^9 bytes)
-    bounds what mlx-k2 may take, ``gb_per_s`` is the memory's bandwidth; ``python`` and ``model`` are paths there.
+    limits the memory that mlx-k2 may use. ``gb_per_s`` is the memory bandwidth. ``python`` and ``model`` are paths on
+    the host.
     """
 
     ssh: str
@@ -47,12 +48,12 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_local(self) -> bool:
-        """Whether its stage is started on this machine, without ssh."""
+        """True if its stage is started on this machine, without ssh."""
         return self.ssh in _LOCAL_NAMES
 
 
 class Hostfile(msgspec.Struct, frozen=True, kw_only=True):
-    """A checked hostfile; ``envs`` are ``NAME=value`` lines, ``warnings`` what the user should be told of it."""
+    """A checked hostfile. ``envs`` are ``NAME=value`` lines; ``warnings`` are lines about it for the user."""
 
     hosts: tuple[Host, ...]
     backend: Backend
@@ -64,7 +65,7 @@ def read_hostfile(path: Path) -> Hostfile:
     """Read and check the hostfile at ``path``.
 
     Raises:
-        HostfileError: it is missing, or not a usable hostfile; names the host and the way out.
+        HostfileError: it is missing, or not a usable hostfile; names the host and the fix.
     """
     try:
         data = path.read_bytes()
@@ -74,10 +75,10 @@ def read_hostfile(path: Path) -> Hostfile:
 
 
 def parse_hostfile(data: bytes, source: str) -> Hostfile:
-    """Check a hostfile's bytes; ``source`` names them in errors.
+    """Parse and check a hostfile's bytes; ``source`` names them in errors.
 
     Raises:
-        HostfileError: as read_hostfile.
+        HostfileError: the bytes are not a usable hostfile; names the host and the fix.
     """
     try:
         decoded = msgspec.json.decode(data)
@@ -99,7 +100,7 @@ def parse_hostfile(data: bytes, source: str) -> Hostfile:
 
 
 def local_hostfile(num_stages: int) -> Hostfile:
-    """``num_stages`` stages on this machine over loopback, for runs without a hostfile."""
+    """Return a hostfile of ``num_stages`` stages on this machine over loopback, for runs without a hostfile."""
     assert num_stages >= 1
     return Hostfile(hosts=(Host(ssh="127.0.0.1", ips=("127.0.0.1",)),) * num_stages, backend=Backend.RING)
 
@@ -157,7 +158,7 @@ def _unknown_keys(fields: Mapping[str, Any], known: Sequence[str], where: str) -
 
 
 def _check_links(hosts: Sequence[Host], backend: Backend, source: str) -> None:
-    """What several hosts need to find each other; one host alone needs nothing."""
+    """Check that no two hosts share a port, and that several hosts have the links that the backend needs."""
     _check_duplicate_ports(hosts, source)
     if len(hosts) == 1:
         return

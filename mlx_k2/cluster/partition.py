@@ -1,8 +1,8 @@
-"""Which host runs which layers. Pure: knows sizes, memory and bandwidth, neither tensors nor machines.
+"""The partition of layers to hosts. Pure: knows sizes, memory and bandwidth, neither tensors nor machines.
 
-Layers are never cut. The embedding goes with the first layer, the head with the last. Of the splits that fit, the one
-is taken whose slowest stage is fastest: decoding reads every held byte that a token uses, and a pipeline that is kept
-full goes as fast as its slowest stage.
+A layer is never split. The embedding goes with the first layer, the head with the last. Of the splits that fit, the one
+whose slowest stage is fastest is chosen: decoding reads every held byte that a token uses, and a full pipeline is as
+fast as its slowest stage.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from mlx_k2.errors import PartitionError
 
 
 class LayerCost(msgspec.Struct, frozen=True):
-    """A layer, the embedding or the head: the bytes it holds, its cache among them, and those a token reads."""
+    """The cost of a layer, the embedding or the head: bytes held, including its cache, and bytes read per token."""
 
     held_bytes: int
     read_bytes: int
@@ -25,14 +25,14 @@ class LayerCost(msgspec.Struct, frozen=True):
 
 
 class ModelPieces(msgspec.Struct, frozen=True, kw_only=True):
-    """A model as the partition sees it."""
+    """The costs of a model's embedding, layers and head."""
 
     embedding: LayerCost
     layers: tuple[LayerCost, ...]
     head: LayerCost
 
     def shard(self, first_layer: int, end_layer: int) -> LayerCost:
-        """All that the stage of these layers holds and reads."""
+        """Return the cost of the stage with layers ``first_layer`` up to, not including, ``end_layer``."""
         total = sum(self.layers[first_layer:end_layer], LayerCost(0, 0))
         if first_layer == 0:
             total += self.embedding
@@ -40,10 +40,10 @@ class ModelPieces(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HostCapacity(msgspec.Struct, frozen=True, kw_only=True):
-    """A host as the partition sees it.
+    """The memory and bandwidth of a host for one stage.
 
-    ``memory_bytes`` is what its shard and cache may take, None when that is not known yet: then anything fits.
-    ``gb_per_s`` is its memory's bandwidth, None for the slowest that is known.
+    ``memory_bytes`` is the limit for its shard and cache; None if not known yet: then anything fits. ``gb_per_s`` is
+    its memory bandwidth; None: the slowest known bandwidth of all hosts is assumed.
     """
 
     name: str
@@ -61,15 +61,15 @@ class StageAssignment(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_layers(self) -> int:
-        """How many layers the stage runs."""
+        """The number of layers that the stage runs."""
         return self.end_layer - self.first_layer
 
 
 def divide_layers(model: ModelPieces, hosts: Sequence[HostCapacity]) -> tuple[StageAssignment, ...]:
-    """The best split of ``model`` over ``hosts``, a stage for each; among equally good ones the most even.
+    """Return the best split of ``model`` over ``hosts``, a stage for each; among equally good ones the most even.
 
     Raises:
-        PartitionError: there are more hosts than layers, or no split fits; gives the numbers.
+        PartitionError: there are more hosts than layers, or no split fits; states the numbers.
     """
     num_layers = len(model.layers)
     _check_num_hosts(num_layers, len(hosts))
@@ -89,10 +89,10 @@ def divide_layers(model: ModelPieces, hosts: Sequence[HostCapacity]) -> tuple[St
 def divide_as_asked(
     model: ModelPieces, hosts: Sequence[HostCapacity], layer_counts: Sequence[int]
 ) -> tuple[StageAssignment, ...]:
-    """The split with the given number of layers for each stage.
+    """Return the split with the given number of layers for each stage.
 
     Raises:
-        PartitionError: it is no split of this model over these hosts, or a stage does not fit; gives the numbers.
+        PartitionError: the counts do not match the model or the hosts, or a stage does not fit; states the numbers.
     """
     num_layers = len(model.layers)
     _check_num_hosts(num_layers, len(hosts))
@@ -114,10 +114,10 @@ def divide_as_asked(
 
 
 def parse_split(text: str) -> tuple[int, ...]:
-    """The layer counts of ``--split 31,30``.
+    """Return the layer counts of ``--split 31,30``.
 
     Raises:
-        PartitionError: not positive numbers with commas between them.
+        PartitionError: the text is not positive numbers separated by commas.
     """
     parts = text.split(",")
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
@@ -133,11 +133,11 @@ def _check_num_hosts(num_layers: int, num_hosts: int) -> None:
         )
 
 
-_Cost = Callable[[int, int, int], float]  # of a host that runs the layers from the first up to the end
+_Cost = Callable[[int, int, int], float]  # of (host, first_layer, end_layer)
 
 
 def _read_seconds(model: ModelPieces, hosts: Sequence[HostCapacity]) -> _Cost:
-    """The cost of a share: how long its host reads for one token, infinite where it does not fit."""
+    """Return the cost function of an assignment: seconds that its host reads per token, infinite if it does not fit."""
     known = [host.gb_per_s for host in hosts if host.gb_per_s is not None]
     bytes_per_s = [1e9 * (host.gb_per_s or min(known, default=1.0)) for host in hosts]
     held = list(itertools.accumulate((layer.held_bytes for layer in model.layers), initial=0))
@@ -158,9 +158,10 @@ def _read_seconds(model: ModelPieces, hosts: Sequence[HostCapacity]) -> _Cost:
 def _best_cuts(
     num_layers: int, num_hosts: int, cost: _Cost, join: Callable[[float, float], float]
 ) -> tuple[float, tuple[int, ...]]:
-    """The least joined cost over all splits, and that split's cuts, 0 and ``num_layers`` among them.
+    """Return the lowest joined cost of all splits, and that split's cuts, including 0 and ``num_layers``.
 
-    ``best[end]`` holds the answer for the first hosts and the layers before ``end``; each host extends it.
+    Dynamic programming: ``best[end]`` is the result for the hosts so far and the layers before ``end``. Each host
+    extends it.
     """
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, (0,))] + [(math.inf, ())] * num_layers
     for host in range(num_hosts):

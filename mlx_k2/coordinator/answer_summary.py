@@ -8,11 +8,11 @@ from mlx_k2.scheduling.request import FinishReason
 
 @dataclass(frozen=True)
 class AnswerSummary:
-    """What an answer took; rates are None where too few tokens were there to measure them."""
+    """Token counts and rates of one answer. A rate is None if there were too few tokens to measure it."""
 
     prompt_tokens: int
     cached_tokens: int
-    """Of the prompt: those that were in the cache, and were not computed again."""
+    """Prompt tokens that were cached and were not computed again."""
     generated_tokens: int
     finish_reason: FinishReason
     seed: int
@@ -24,7 +24,7 @@ class AnswerSummary:
 
 
 def total(summaries: Sequence[AnswerSummary]) -> AnswerSummary:
-    """What several answers of one conversation took together; seed and ending are the last one's."""
+    """Return the totals of several answers of one conversation. Seed and finish reason are those of the last answer."""
     prefill_s = sum(
         (one.prompt_tokens - one.cached_tokens) / one.prefill_tokens_per_s
         for one in summaries

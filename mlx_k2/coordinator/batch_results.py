@@ -1,4 +1,4 @@
-"""Many requests at once: each becomes a whole answer. Knows neither files nor a terminal."""
+"""Complete answers to many requests that run at once. Knows no files and no terminal."""
 
 import time
 from collections.abc import Generator, Sequence
@@ -13,7 +13,7 @@ from mlx_k2.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What came of one request. Times are seconds since all of them were submitted."""
+    """The answer to one request. Times are seconds since all requests were submitted."""
 
     request: Request
     token_ids: tuple[int, ...]
@@ -25,7 +25,7 @@ class BatchResult:
 
 @dataclass
 class _Arrived:
-    """An answer's tokens so far, and when the first one came."""
+    """An answer's tokens so far, and the time of the first one."""
 
     first_token_s: float | None
     token_ids: list[int] = field(default_factory=list)
@@ -34,7 +34,7 @@ class _Arrived:
 def answer_all(
     coordinator: Coordinator, tokenizer: Tokenizer, requests: Sequence[Request]
 ) -> Generator[BatchResult, None, None]:
-    """Run all ``requests``; their answers as they are finished. Closing the generator early cancels the rest.
+    """Run all ``requests``; yield each answer when it is finished. Closing the generator early cancels the rest.
 
     Raises:
         ClusterError: a stage failed.
@@ -55,7 +55,7 @@ def answer_all(
 
 
 def read_reply(tokenizer: Tokenizer, request: Request, token_ids: Sequence[int]) -> Reply:
-    """Drawn tokens as reasoning, content and calls; a stop token at the end says nothing."""
+    """Return sampled tokens as reasoning, content and tool calls. A stop token at the end adds nothing."""
     reader = ReplyReader(tokenizer, request.prompt_ids, request.stop_ids)
     parts = [part for token_id in token_ids for part in reader.add(token_id)]
     return whole_reply([*parts, *reader.finish()])

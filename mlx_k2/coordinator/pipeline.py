@@ -1,6 +1,6 @@
-"""Feeds the pipeline: asks the scheduler, sends each plan to every stage, hands out tokens as they are drawn.
+"""Coordinator: gets plans from the scheduler, sends each to every stage, and yields tokens as they are sampled.
 
-Knows token ids and stages; no text, and no arrays.
+Knows token ids and stages, but no text and no arrays.
 """
 
 import time
@@ -22,12 +22,12 @@ from mlx_k2.scheduling.sequence import Sequence
 from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
 
 LIMIT_MARGIN_S = 10.0
-"""What a stage's guard waits beyond the coordinator, which can say more of the cause."""
+"""Added to a guard's step limit, so that the coordinator times out first: its error describes the cause better."""
 
 
 @dataclass(frozen=True)
 class StepTimeout:
-    """How long the stages may take to finish a step, or to get on with it: ``step_s``, and so often what it should."""
+    """Step timeout: ``step_s`` + ``times_expected`` x predicted step time. Each report of a stage starts it again."""
 
     step_s: float = 60.0
     times_expected: float = 20.0
@@ -37,12 +37,12 @@ _STEP_TIMEOUT = StepTimeout()
 
 
 RestartStages = Callable[[ClusterError], StageGroup]
-"""Ends the stages that failed so and starts new ones, or raises what keeps it from that."""
+"""Function that ends the failed stages and starts new ones, or raises the error that prevents it."""
 
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A token of a sequence, as soon as the coordinator has it; None: it ended without one more, out of time."""
+    """A sampled token of a sequence. ``token`` None: the sequence ended by its timeout without another token."""
 
     sequence: Sequence
     token: SampledToken | None
@@ -50,7 +50,7 @@ class TokenEvent:
 
 @dataclass
 class StageUse:
-    """What one stage has done so far: steps and tokens, seconds computing and at its hops, and its most memory."""
+    """Totals of one stage so far: steps, tokens, seconds computing, receiving and sending, and peak memory."""
 
     steps_done: int = 0
     num_tokens: int = 0
@@ -62,7 +62,7 @@ class StageUse:
 
 @dataclass
 class _Sent:
-    """A plan on its way, since when, and how many stages have finished it."""
+    """A plan in flight, its send time, and the number of stages that have finished it."""
 
     microbatch: Microbatch
     sent_at: float
@@ -70,7 +70,7 @@ class _Sent:
 
 
 class Coordinator:
-    """Runs requests over a group of stages that are ready."""
+    """Loop that runs requests over a group of ready stages."""
 
     def __init__(
         self,
@@ -96,15 +96,16 @@ class Coordinator:
         self.use = tuple(StageUse() for _ in range(group.size))
 
     def run(self, *requests: Request, stopped: Callable[[], bool] = lambda: False) -> Generator[TokenEvent, None, None]:
-        """Run ``requests``, and whatever was submitted before, to their end; tokens in the order they come.
+        """Run ``requests``, and those submitted before, to their end; yield tokens in the order of their arrival.
 
-        After a fault it goes on over new stages, where ``restart`` has some: every running sequence is computed again
-        from its tokens, and no token comes twice. Closing the generator early cancels what is still running; so does
-        ``stopped``, asked whenever a stage has finished a step.
+        After a fault, the run continues on the stages that ``restart`` starts, if given: every running sequence is
+        computed again from its tokens, and no token is yielded twice. Closing the generator early cancels all
+        sequences that still run. So does ``stopped`` when it returns True; it is called after each finished step of a
+        stage.
 
         Raises:
             StageFault: a stage reported an error or ended.
-            StageSilent: a step took longer than it may, or a stage has stopped; names the stage, its host and step.
+            StageSilent: a step exceeded its timeout, or a stage is stopped; names the stage, its host and step.
         """
         for request in requests:
             self._scheduler.submit(request)
@@ -130,11 +131,11 @@ class Coordinator:
             self._sent.clear()
             self._scheduler.reset()
             return []
-        self._send_plans()  # before the reader of the tokens can delay them
+        self._send_plans()  # before the caller processes the tokens, which would delay the plans
         return events
 
     def _resume(self) -> None:
-        """Take new stages in place of those that failed."""
+        """Start new stages in place of the failed ones."""
         assert self._restart is not None and self._fault is not None
         self._group = self._restart(self._fault)
         self._monitor = HealthMonitor(self._group)
@@ -142,7 +143,7 @@ class Coordinator:
         self._fault = None
 
     def _stop_late(self) -> list[TokenEvent]:
-        """Stop the sequences whose time is over; what waits for their slots goes out with the next turn."""
+        """Stop the sequences whose timeout has passed. Requests that wait for their slots start with the next step."""
         now = time.monotonic()
         late = [sequence for sequence, ends_at in self._ends_at.items() if sequence.finish_reason or now > ends_at]
         events = []
@@ -164,7 +165,7 @@ class Coordinator:
             self._group.send_all(Step(microbatch.number, tuple(planned.row for planned in microbatch.rows), limit_s))
 
     def _receive(self) -> list[TokenEvent]:
-        """Wait until a stage has finished a step; the tokens that came with it."""
+        """Wait until a stage has finished a step, and return the tokens of that step."""
         received = self._monitor.receive(self._deadline())
         if received is None:
             raise StageSilent(self._describe_silence())
@@ -181,7 +182,7 @@ class Coordinator:
         ]
 
     def _record(self, rank: int, done: StepDone) -> None:
-        """Add a finished step to the counts of its stage."""
+        """Add a finished step to the totals of its stage."""
         self._heard_at = time.monotonic()
         sent = self._sent[done.number]
         sent.num_reports += 1
@@ -200,13 +201,16 @@ class Coordinator:
             self._on_report(StageReport(rank, sent.microbatch, done, self._heard_at))
 
     def _observe_steps(self) -> None:
-        """Let the step policy learn from the steps that are finished. Tokens do not wait for it."""
+        """Pass the finished steps to the step policy. Tokens do not wait for it."""
         for rank, load, busy_s in self._unobserved:
             self._policy.observe(rank, load, busy_s)
         self._unobserved.clear()
 
     def _deadline(self) -> float:
-        """For the next word from any stage: steps that went before delay the oldest one."""
+        """Return the deadline (monotonic) for the next message of any stage.
+
+        It counts from the last message, if that is later than the oldest plan: earlier steps may have delayed the plan.
+        """
         oldest = next(iter(self._sent.values()))
         return max(oldest.sent_at, self._heard_at) + self._allowed_s(oldest.microbatch)
 
@@ -232,11 +236,11 @@ def coordinate(
     on_report: Callable[[StageReport], None] | None = None,
     restart: RestartStages | None = None,
 ) -> Coordinator:
-    """A coordinator for stages that are ready; ``drafts`` lets a lone sequence's idle stages run guesses.
+    """Return a coordinator for ready stages. ``drafts`` lets a lone sequence's idle stages run draft tokens.
 
-    ``prompts_first`` lets those who decode wait for prompts: more tokens a second in all.
+    ``prompts_first`` runs all prefill before decode: more tokens per second in total.
 
-    After a fault it goes on over the stages that ``restart`` starts.
+    After a fault the coordinator continues on the stages that ``restart`` starts.
     """
     shape = deployment.shape
     limits = SchedulerLimits(

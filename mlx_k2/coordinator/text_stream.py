@@ -1,4 +1,4 @@
-"""Answers as streams of tokens and text, over stages that are ready. Knows no messages and no terminal."""
+"""Answers as streams of tokens and text, over ready stages. Knows no chat messages and no terminal."""
 
 import threading
 import time
@@ -21,7 +21,7 @@ _CLOSE_S = 2.0
 
 @dataclass(frozen=True)
 class Delta:
-    """One more token of an answer, and the text that it completes; a stop token completes none."""
+    """One token of an answer, and the text that it completes. A stop token has no text."""
 
     token_id: int
     text: str
@@ -34,7 +34,7 @@ def _nothing() -> tuple[int, ...]:
 
 
 class StageReplies:
-    """Answers of one coordinator, one after the other. A context: on exit a prefill that still runs is cancelled."""
+    """Answers of one coordinator, one at a time. Context manager: on exit a running prefill is cancelled."""
 
     def __init__(self, coordinator: Coordinator, tokenizer: Tokenizer) -> None:
         self._coordinator = coordinator
@@ -49,7 +49,7 @@ class StageReplies:
     ) -> None:
         if self._prefill is not None:
             self._prefill.stop()
-            self._prefill.join(_CLOSE_S)  # a step that takes longer ends with the stages
+            self._prefill.join(_CLOSE_S)  # a step that takes longer ends when the stages end
 
     def stream(
         self,
@@ -61,7 +61,8 @@ class StageReplies:
 
         ``forced_tokens`` is called before each token, at most twice. The tokens that it returns are appended to the
         answer as if they had been sampled, and sampling continues after them. Closing the generator early cancels the
-        request. So does ``stopped``, called after each step; the summary then says so.
+        request. So does ``stopped`` when it returns True; it is called after each step. The summary's finish reason is
+        then CANCELLED.
 
         Raises:
             ClusterError: a stage failed, now or during the prefill; the tokens so far were yielded.
@@ -86,13 +87,13 @@ class StageReplies:
         yield answer.summary()
 
     def prefill_next_prompt(self, prompt_ids: Callable[[], Tokens[int]]) -> None:
-        """Compute ``prompt_ids`` on a thread of its own until the next request or ``cancel_prefill``."""
+        """Prefill ``prompt_ids`` on a separate thread until the next request or ``cancel_prefill``."""
         self.cancel_prefill()
         self._prefill = _Prefill(self._coordinator, prompt_ids)
         self._prefill.start()
 
     def cancel_prefill(self) -> None:
-        """End the prefill after the steps in flight; what it computed stays cached.
+        """Stop the prefill and wait for its thread. Positions computed so far stay cached.
 
         Raises:
             ClusterError: a stage failed during the prefill.
@@ -106,7 +107,7 @@ class StageReplies:
 
 
 class _Prefill(threading.Thread):
-    """The computation of one prompt; the token that is sampled after it is dropped."""
+    """Thread that computes one prompt. The token that is sampled after it is discarded."""
 
     def __init__(self, coordinator: Coordinator, prompt_ids: Callable[[], Tokens[int]]) -> None:
         super().__init__(name="prefill", daemon=True)
@@ -129,12 +130,12 @@ class _Prefill(threading.Thread):
             self.fault = fault
 
     def stop(self) -> None:
-        """End the prefill when a stage has finished its next step. Does not wait."""
+        """Stop the prefill when a stage has finished its next step. Does not wait."""
         self._stopped = True
 
 
 class _AnswerState:
-    """An answer so far: drawn by one sequence, and by one more after each interjection."""
+    """State of one answer: sampled by one sequence, and by one more sequence after each group of forced tokens."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
@@ -147,7 +148,7 @@ class _AnswerState:
 
     @property
     def rest(self) -> Request:
-        """What is still to be drawn, after all that is there."""
+        """The request for the rest of the answer: all tokens so far as prompt, and reduced token and time limits."""
         timeout_s = self._request.timeout_s
         if timeout_s is not None and self._sequences:
             timeout_s = max(0.0, timeout_s - (time.perf_counter() - self._began))
@@ -155,11 +156,11 @@ class _AnswerState:
         return replace(self._request, prompt_ids=tuple(self._token_ids), max_tokens=max_tokens, timeout_s=timeout_s)
 
     def append_forced(self, token_id: int) -> None:
-        """Put a token into the answer that was not drawn."""
+        """Append a token that was not sampled."""
         self._token_ids.append(token_id)
 
     def on_event(self, event: TokenEvent) -> SampledToken | None:
-        """Take what comes next; the token that was drawn, if one was."""
+        """Record an event; return its sampled token, None if it has none."""
         if not self._sequences:
             self._cached_tokens = event.sequence.shared.num_tokens
         if event.sequence not in self._sequences:
@@ -171,7 +172,7 @@ class _AnswerState:
         return event.token
 
     def summary(self) -> AnswerSummary:
-        """What it took; of an answer that has not ended, that it was cancelled."""
+        """Return the summary. An answer that has not ended counts as cancelled."""
         prompt_tokens = len(self._request.prompt_ids)
         arrivals = self._arrivals
         first_s = arrivals[0] - self._began if arrivals else None

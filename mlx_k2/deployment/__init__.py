@@ -1,1 +1,1 @@
-"""Hosts and a model become stages that are ready, and that start again after a fault."""
+"""Deployment: starts stages on hosts, loads the model into them, and restarts them after a fault."""

@@ -1,6 +1,6 @@
-"""From started processes to stages that can run a step: greet, prepare, connect, load; each with a deadline.
+"""Bring-up of started processes to ready stages: handshake, prepare, connect, load; each phase has a deadline.
 
-Knows no model: what each stage is to load comes in as messages.
+Knows no model: the caller passes the messages that define what each stage loads.
 """
 
 import secrets
@@ -31,17 +31,17 @@ PREPARE_S = 60.0
 CONNECT_S = 90.0
 """MLX's ring tries for 31 s to reach a neighbour."""
 LAYER_S = 600.0
-"""Without a word from any stage while they load: a layer is 10 GB, and a disk may be slow."""
+"""Limit without a message from any stage while stages load: a layer is 10 GB, and a disk may be slow."""
 
 Reply = TypeVar("Reply", bound=FromStage)
 
 
 def handshake(group: StageGroup, versions: Sequence[str]) -> tuple[Hello, ...]:
-    """Wait for every stage's Hello; ``versions`` are mlx_k2's and mlx's here, which must be theirs too.
+    """Wait for every stage's Hello. ``versions`` are this machine's mlx-k2 and mlx; every stage must have the same.
 
     Raises:
-        StageStartError: a stage did not come up, or has another version.
-        StageSilent: no word within GREET_S.
+        StageStartError: a stage did not start, or has another version.
+        StageSilent: no message within HANDSHAKE_S.
     """
     hellos = collect(group, Hello, range(group.size), HANDSHAKE_S, "start")
     for rank, hello in enumerate(hellos):
@@ -57,7 +57,7 @@ def handshake(group: StageGroup, versions: Sequence[str]) -> tuple[Hello, ...]:
 
 
 def prepare(group: StageGroup, messages: Sequence[Prepare]) -> tuple[Prepared, ...]:
-    """Let every stage read the model's config and index and pick its ports.
+    """Send every stage its Prepare: it reads the model's config and index and picks its ports. Return the answers.
 
     Raises:
         StageStartError: two hosts have different models.
@@ -75,7 +75,7 @@ def prepare(group: StageGroup, messages: Sequence[Prepare]) -> tuple[Prepared, .
 
 
 def connect(group: StageGroup, links: RingLinks | JacclLinks | None) -> None:
-    """Join all stages to the data plane; each hop carries 32 random bytes that only its two ends were given."""
+    """Connect all stages to the data plane. Each hop is checked with 32 random bytes sent only to its two ends."""
     hops = [secrets.token_bytes(32) for _ in range(group.size - 1)]
     for rank in range(group.size):
         to_next = hops[rank] if rank < group.size - 1 else None
@@ -87,7 +87,7 @@ def connect(group: StageGroup, links: RingLinks | JacclLinks | None) -> None:
 def load(
     group: StageGroup, messages: Sequence[Load], on_progress: Callable[[int, FromStage], None]
 ) -> tuple[Loaded, ...]:
-    """Load every stage's layers, all stages at once; ``on_progress`` gets (rank, LayerLoaded) as they come."""
+    """Load every stage's layers, all stages at once. Call ``on_progress`` with (rank, LayerLoaded) for each message."""
     for rank, message in enumerate(messages):
         group.send(rank, message)
     return collect(group, Loaded, range(group.size), LAYER_S, "load its layers", on_progress)
@@ -96,7 +96,7 @@ def load(
 def download(
     group: StageGroup, messages: Sequence[DownloadShard], on_progress: Callable[[int, FromStage], None]
 ) -> tuple[ShardDownloaded, ...]:
-    """Fetch every stage's files, all stages at once; ``on_progress`` gets (rank, DownloadProgress) as they come."""
+    """Fetch every stage's files, all stages at once. Call ``on_progress`` with (rank, DownloadProgress) each time."""
     for rank, message in enumerate(messages):
         group.send(rank, message)
     return collect(group, ShardDownloaded, range(group.size), LAYER_S, "download its files", on_progress)
@@ -110,11 +110,11 @@ def collect(
     phase: str,
     on_other: Callable[[int, FromStage], None] | None = None,
 ) -> tuple[Reply, ...]:
-    """One ``wanted`` message from each of ``ranks``, in that order; other messages go to ``on_other``.
+    """Return one ``wanted`` message from each of ``ranks``, in that order; pass other messages to ``on_other``.
 
     Raises:
         StageStartError, StageFault: a stage reported a fault, or ended.
-        StageSilent: nothing came from any stage for ``silence_s``, or a host is silent or a stage stopped; names it.
+        StageSilent: no message from any stage for ``silence_s``, or a host is silent or a stage stopped; names it.
     """
     answers: dict[int, Reply] = {}
     monitor = HealthMonitor(group)

@@ -1,4 +1,4 @@
-"""Brings a cluster up: hosts and a model become stages that are ready to run steps. Knows no prompt and no terminal."""
+"""Deployment: starts a stage on every host, connects them and loads the model. Knows no prompt and no terminal."""
 
 import time
 from collections import Counter
@@ -38,12 +38,12 @@ from mlx_k2.weights.inventory import model_specs
 from mlx_k2.weights.model_source import ModelSource
 
 JACCL_PORT = 32323
-"""Where rank 0 meets the others before RDMA takes over; the port that mlx.launch uses."""
+"""Port of rank 0 to which the other ranks connect before RDMA is used. mlx.launch uses the same port."""
 
 
 @dataclass(frozen=True)
 class StartedStages:
-    """Stages that answer, and what each of them is to run."""
+    """Stages that have answered the handshake, and the plan of each."""
 
     group: StageGroup
     model: ModelDescription
@@ -61,7 +61,7 @@ class Deployment(StartedStages):
 
     @property
     def costs(self) -> tuple[StageCost, ...]:
-        """What a step takes on each stage, as far as shapes and machines tell."""
+        """Expected cost of a step on each stage, from the model's shapes and the hosts' hardware."""
         compute_bytes = DTYPE_BYTES[self.shape.dtype]
         return tuple(
             stage_cost(
@@ -80,12 +80,12 @@ class Deployment(StartedStages):
 def deploy(
     request: DeploymentRequest, model: ModelDescription | None, listener: DeploymentListener
 ) -> Iterator[Deployment]:
-    """Start, connect and load every stage; on exit none is left.
+    """Start, connect and load every stage; end all of them on exit.
 
-    ``model`` None: it is not to be had on this machine, and stage 0 is asked for its small files.
+    ``model`` None: the model is not available on this machine, and stage 0 sends the model's small files.
 
     Raises:
-        SetupError, ClusterError: says which stage could not do what.
+        SetupError, ClusterError: names the stage and the operation that failed.
     """
     began = time.monotonic()
     with _start(request, model, listener) as started:
@@ -105,7 +105,7 @@ def download(
     """Fetch each stage's files on its own host, all hosts at once; no stage loads anything.
 
     Raises:
-        SetupError, ClusterError: says which stage could not do what.
+        SetupError, ClusterError: names the stage and the operation that failed.
     """
     with _start(request, model, listener) as started:
         listener.phase("downloading")
@@ -120,7 +120,7 @@ def download(
 def _start(
     request: DeploymentRequest, model: ModelDescription | None, listener: DeploymentListener
 ) -> Iterator[StartedStages]:
-    """Start a stage on every host, and divide the layers by what the hosts say of themselves."""
+    """Start a stage on every host, and divide the layers by the memory and GPUs that the hosts report."""
     hosts = request.hostfile.hosts
     locations = [stage_location(host) for host in hosts]
     with StageGroup(locations, request.lease_s, listener.log, listener.notify, request.stall_timeout_s) as group:
@@ -156,7 +156,7 @@ def _connect(started: StartedStages, request: DeploymentRequest) -> None:
 
 
 def prepare(group: StageGroup, hostfile: Hostfile, sources: Sequence[ModelSource]) -> tuple[Prepared, ...]:
-    """Have every stage hold its ports and read its small files; ``sources`` are the hosts' own."""
+    """Make every stage reserve its ports and read its small files. ``sources`` has each host's own model source."""
     needs_ports = hostfile.backend is Backend.RING and group.size > 1
     environment = dict(line.split("=", 1) for line in hostfile.envs)
     return bring_up.prepare(
@@ -169,7 +169,7 @@ def prepare(group: StageGroup, hostfile: Hostfile, sources: Sequence[ModelSource
 
 
 def links(hostfile: Hostfile, addresses: Sequence[tuple[str, ...]]) -> RingLinks | JacclLinks | None:
-    """How the stages meet, when stage i listens on ``addresses[i]``; None for a single one."""
+    """Return the links between the stages, where stage i listens on ``addresses[i]``; None for a single stage."""
     if len(hostfile.hosts) == 1:
         return None
     if hostfile.backend is Backend.RING:
@@ -183,7 +183,7 @@ def links(hostfile: Hostfile, addresses: Sequence[tuple[str, ...]]) -> RingLinks
 
 
 def _load(started: StartedStages, on_progress: Callable[[int, FromStage], None]) -> tuple[Loaded, ...]:
-    """Load all stages, and see that together they loaded every tensor of the model exactly once."""
+    """Load all stages, and check that together they loaded every tensor of the model exactly once."""
     names: Counter[str] = Counter()
 
     def on_message(rank: int, message: FromStage) -> None:

@@ -1,4 +1,4 @@
-"""What is to be deployed, as the user asked for it."""
+"""The user's request for a deployment, and each host's location and model source."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from mlx_k2.weights.model_source import ModelSource
 
 @dataclass(frozen=True)
 class DeploymentRequest:
-    """What the user asked for; None leaves the choice to the program."""
+    """Options of a deployment as the user set them. None leaves the choice to the program."""
 
     hostfile: Hostfile
     source: ModelSource
@@ -19,18 +19,18 @@ class DeploymentRequest:
     dtype: str | None
     lease_s: float
     stall_timeout_s: float = STALL_TIMEOUT_S
-    """How long a stopped stage, a silent host or a stuck hop is waited for."""
+    """Maximum time that a stage may be stopped, a host silent or a hop stuck."""
     num_slots: int = 1
-    """How many sequences may run at once; fewer do where the caches of so many do not fit."""
+    """Maximum number of sequences that run at once. It is reduced if their caches do not fit."""
     dense_bits: int | None = None
-    """Of attention, shared experts, dense layers and head; None leaves them as the checkpoint has them."""
+    """Bits per weight of attention, shared experts, dense layers and head. None keeps the checkpoint's format."""
 
 
 def stage_location(host: Host) -> StageLocation:
-    """Where a host's stage is started, and with which Python."""
+    """Return where a host's stage is started, and with which Python."""
     return StageLocation(ssh=None if host.is_local else host.ssh, python=host.python)
 
 
 def source_on(host: Host, source: ModelSource) -> ModelSource:
-    """Where ``host`` has the model: a host may keep it in another folder."""
+    """Return where ``host`` has the model. A host may have it in another folder."""
     return source if host.model is None else ModelSource(path_or_repo=host.model, revision=None)

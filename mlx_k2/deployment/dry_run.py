@@ -1,4 +1,4 @@
-"""What would run where: before any host is asked, and once all have said what they have."""
+"""Plan of a deployment: a preview before any host is contacted, and the plan from the memory that all hosts report."""
 
 import sys
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ _IS_MAC = sys.platform == "darwin"
 
 
 def preview(request: DeploymentRequest, model: ModelDescription) -> tuple[RunShape, tuple[StagePlan, ...]]:
-    """What ``deploy`` would plan, as far as it can be known before any host is asked.
+    """Return the plan of ``deploy``, as far as it is known before any host is contacted.
 
     Raises:
-        SetupError: what would be refused; of stages on this machine the files are looked at too.
+        SetupError: the deployment would be rejected. The files of stages on this machine are checked too.
     """
     hosts = request.hostfile.hosts
     here = HostMemory(None, psutil.virtual_memory().total)
     unknown = HostMemory(None, None)
-    all_on_gpu = _IS_MAC or not any(host.is_local for host in hosts)  # other hosts are taken for Macs
+    all_on_gpu = _IS_MAC or not any(host.is_local for host in hosts)  # other hosts are assumed to be Macs
     memories = [here if host.is_local else unknown for host in hosts]
     shape, plans = plan_for(request, model, memories, all_on_gpu=all_on_gpu)
     for plan in plans:
@@ -38,7 +38,7 @@ def preview(request: DeploymentRequest, model: ModelDescription) -> tuple[RunSha
 def plan_for(
     request: DeploymentRequest, model: ModelDescription, memories: Sequence[HostMemory], *, all_on_gpu: bool
 ) -> tuple[RunShape, tuple[StagePlan, ...]]:
-    """The shape that was asked for, and the stages; with half the slots, and half again, where they do not fit."""
+    """Return the requested shape and its stages. Halve the number of slots until the stages fit."""
     num_slots = request.num_slots
     while True:
         shape = choose_shape(

@@ -1,4 +1,4 @@
-"""Who is told how a deployment comes along."""
+"""Listener for the progress of a deployment."""
 
 from collections.abc import Sequence
 
@@ -8,19 +8,19 @@ from mlx_k2.weights.checkpoint import ModelDescription
 
 
 class DeploymentListener:
-    """Is told how a deployment comes along; this one says nothing."""
+    """Callbacks for the progress of a deployment. This base class ignores all of them."""
 
     def log(self, line: str) -> None:
-        """A line of a stage's stderr, on the stage's own thread."""
+        """Receive a line of a stage's stderr. Called on the stage's own thread."""
 
     def notify(self, line: str) -> None:
-        """What the user should know: what may show in the answer, what is slow, what goes wrong at the end."""
+        """Receive a message for the user: what may affect the answer, what is slow, what fails at the end."""
 
     def phase(self, what: str) -> None:
-        """The next thing that all stages do."""
+        """Receive the description of the next phase of all stages."""
 
     def planned(self, model: ModelDescription, plans: Sequence[StagePlan]) -> None:
-        """Which stage gets which layers."""
+        """Receive the plan: each stage and its layers."""
 
     def progress(self, rank: int, message: FromStage) -> None:
-        """A stage's LayerLoaded."""
+        """Receive a stage's LayerLoaded, or its DownloadProgress."""

@@ -1,4 +1,4 @@
-"""What would run where: hosts and a model become a share of layers for each stage. Pure; starts nothing."""
+"""Deployment plan: assigns the model's layers to stages on the hosts. Pure; starts nothing."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -32,18 +32,18 @@ from mlx_k2.weights.inventory import (
 
 DEFAULT_CONTEXT_TOKENS = 32768
 GPU_CHUNK_TOKENS = 2048
-"""Large enough to be bound by computing: a chunk reads nearly all experts, whatever its size (bytes computed)."""
+"""Large enough to be compute-bound: a chunk of any size reads nearly all experts (calculated, not measured)."""
 CPU_CHUNK_TOKENS = 128
 
 CAREFUL_BITS = 8
-"""Fewer bits of dense matrices than these come with a warning."""
+"""Fewer bits than these for dense matrices cause a warning."""
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """What is known of one host's memory; None where nothing is yet."""
+    """Known memory of one host. None: not known yet, or for ``working_set_bytes`` also no GPU."""
 
     working_set_bytes: int | None
     ram_bytes: int | None
@@ -51,19 +51,19 @@ class HostMemory:
 
 @dataclass(frozen=True)
 class RunShape:
-    """How a model is to be run, apart from where."""
+    """Parameters for running a model, apart from its hosts."""
 
     dtype: str
     context_tokens: int
     num_slots: int
     chunk_tokens: int
     dense_bits: int | None = None
-    """Of attention, shared experts, dense layers and head; None leaves them as the checkpoint has them."""
+    """Bits per weight of attention, shared experts, dense layers and head. None keeps the checkpoint's format."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: its host, its layers, and its bytes. ``needed_bytes``: shard, cache and working space together."""
+    """One stage: its host, its layers and its bytes. ``needed_bytes`` is the sum of shard, cache and working memory."""
 
     rank: int
     host: Host
@@ -81,7 +81,7 @@ def choose_shape(
     all_on_gpu: bool,
     dense_bits: int | None = None,
 ) -> RunShape:
-    """Fill in what the user left open: bfloat16 on GPUs, float32 where a stage has none.
+    """Fill in the values that the user left open: bfloat16 if all stages have a GPU, else float32.
 
     Raises:
         RequestError: the context is larger than the model's.
@@ -99,7 +99,7 @@ def choose_shape(
 
 
 def quantization_warnings(config: ModelConfig, dense_bits: int | None) -> tuple[str, ...]:
-    """What the user should know of dense bits before anything runs with them."""
+    """Return the warnings for the user about ``dense_bits``."""
     if dense_bits is None:
         return ()
     careful = f"--dense-bits {dense_bits} may show in the answers: {CAREFUL_BITS} stays closer to the checkpoint"
@@ -120,13 +120,13 @@ def plan_stages(
     split: Sequence[int] | None,
     shape: RunShape,
 ) -> tuple[StagePlan, ...]:
-    """Divide the model's layers over the hosts, as asked (``split``) or as fast as they can decode.
+    """Divide the model's layers over the hosts, by ``split`` or for the fastest decoding.
 
     Raises:
         PartitionError: there is no such split, or it does not fit.
     """
     config, compute_bytes = model.config, DTYPE_BYTES[shape.dtype]
-    largest_bytes = max(held_bytes(piece, compute_bytes) for piece in _distinct_pieces(config))  # as it is read
+    largest_bytes = max(held_bytes(piece, compute_bytes) for piece in _distinct_pieces(config))  # unquantized
     beside_bytes = working_bytes(config, shape.chunk_tokens, compute_bytes, largest_bytes)
     pieces = _pieces(config, shape, compute_bytes)
     capacities = _capacities(hostfile.hosts, memories, beside_bytes)
@@ -167,17 +167,17 @@ def _pieces(config: ModelConfig, shape: RunShape, compute_bytes: int) -> ModelPi
 
 
 def _distinct_pieces(config: ModelConfig) -> list[tuple[TensorSpec, ...]]:
-    """The head, and a layer of each kind."""
+    """Return the tensors of the head and of one layer of each kind."""
     return [head_specs(config), *(layer_specs(config, layer) for layer in _distinct_layers(config))]
 
 
 def _distinct_layers(config: ModelConfig) -> tuple[int, ...]:
-    """One layer of each kind: all others are as large as one of them."""
+    """Return one layer of each kind (dense, MoE). All layers of a kind have the same size."""
     return tuple({config.is_moe(layer): layer for layer in range(config.num_hidden_layers)}.values())
 
 
 def _capacities(hosts: Sequence[Host], memories: Sequence[HostMemory], beside_bytes: int) -> tuple[HostCapacity, ...]:
-    """What each stage may hold; stages on one machine share its memory evenly."""
+    """Return the memory available to each stage. Stages on one machine share its memory evenly."""
     stages_on = Counter(host.ssh for host in hosts)
     capacities = []
     for host, memory in zip(hosts, memories, strict=True):

@@ -1,4 +1,4 @@
-"""Keeps a deployment going: after a fault all stages are ended and started again. Knows no sequences and no tokens."""
+"""Restarting deployment: ends and starts all stages again after a fault. Knows no sequences and no tokens."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -20,12 +20,12 @@ from mlx_k2.weights.checkpoint import ModelDescription
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 30.0
 HEALTHY_S = 600.0
-"""Stages that ran for so long without a fault are trusted again: restarts are counted from one."""
+"""After this time without a fault, the count of restarts begins again."""
 
 
 @dataclass(frozen=True)
 class Restart:
-    """What went wrong, and that all stages start again in ``wait_s``: the ``number``-th time of at most ``limit``."""
+    """A restart of all stages after ``wait_s``, because of ``reason``. It is number ``number`` of at most ``limit``."""
 
     reason: str
     number: int
@@ -34,10 +34,11 @@ class Restart:
 
 
 class RestartingDeployment:
-    """A context: on entry the stages are ready as after ``deploy``, on exit none is left.
+    """Context manager: on entry the stages are ready as after ``deploy``; on exit all of them are ended.
 
-    ``limit`` is how many restarts in a row there may be, failed ones included; with 0 a fault is final. The wait
-    before each is twice the one before it. Logs and reports of faults go to ``log_dir``, token ids with ``log_tokens``.
+    ``limit`` is the maximum number of consecutive restarts, failed ones included; with 0, a fault is final. Each wait
+    is twice the one before, up to LONGEST_WAIT_S. Logs and fault reports go to ``log_dir``, with token ids if
+    ``log_tokens``.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class RestartingDeployment:
 
     @property
     def on_report(self) -> Callable[[StageReport], None] | None:
-        """What is to be told of each step that a stage has finished."""
+        """Callback for each step that a stage has finished; None without a log."""
         return None if self._log is None else self._log.step_done
 
     def __exit__(
@@ -78,7 +79,9 @@ class RestartingDeployment:
         self._stack.close()
 
     def restart(self, error: ClusterError, on_restart: Callable[[Restart], None]) -> StageGroup:
-        """End all stages after ``error`` and start them again. ``on_restart`` is called before each attempt.
+        """End all stages after ``error`` and start them again; return the new group.
+
+        ``on_restart`` is called before each attempt.
 
         Raises:
             ClusterError: the limit is reached; the last error, with the number of restarts.
@@ -105,7 +108,7 @@ class RestartingDeployment:
         raise error
 
     def _end(self, error: ClusterError, status: Sequence[str]) -> None:
-        """End the stages; how each of them ended is in the log by then, and so in the report."""
+        """End the stages, then write the report. The log then contains how each stage ended, and so does the report."""
         self._stack.close()
         self._report(error, status)
 
@@ -119,7 +122,7 @@ class RestartingDeployment:
 
 
 class _Again(DeploymentListener):
-    """Passes on what a restart has in common with the first start; the plan and the model are known by then."""
+    """Listener of a restart. Drops ``planned`` and ``progress``: plan and model are known from the first start."""
 
     def __init__(self, listener: DeploymentListener) -> None:
         self._listener = listener

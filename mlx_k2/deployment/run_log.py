@@ -1,6 +1,6 @@
-"""Keeps what happened lately: the stages' logs and the last steps, in bounded files; a report for each fault.
+"""Run log: the stages' stderr lines and the last steps in bounded files, and a report for each fault.
 
-Of a step it keeps how many tokens each row had, and where; the tokens themselves only where that was asked for.
+A step's entry holds each row's slot, position and number of tokens. It holds the token ids only on request.
 """
 
 import json
@@ -22,16 +22,16 @@ from mlx_k2.weights.checkpoint import ModelDescription
 MAX_FILE_BYTES = 4_000_000
 LAST_STEPS = 300
 LAST_LINES = 200
-"""Of each stage."""
+"""Lines per stage in a report."""
 
 
 class RunLog(DeploymentListener):
-    """Passes everything on to ``listener``, and keeps it in ``folder``; a disk that is full stops nothing else.
+    """Listener that forwards everything to ``listener`` and logs it in ``folder``. A full disk does not stop the run.
 
-    ``log_tokens`` keeps the token ids of prompts and answers, too.
+    ``log_tokens`` also logs the token ids of prompts and answers.
 
     Raises:
-        OSError: the folder cannot be made.
+        OSError: the folder cannot be created.
     """
 
     def __init__(self, folder: Path, listener: DeploymentListener, log_tokens: bool = False) -> None:
@@ -41,14 +41,14 @@ class RunLog(DeploymentListener):
         self._log_tokens = log_tokens
         self._is_refused = False
         self._num_reports = 0
-        self._lock = threading.Lock()  # the stages' lines come on threads of their own
+        self._lock = threading.Lock()  # each stage's lines arrive on its own thread
         self._lines: defaultdict[str, deque[str]] = defaultdict(lambda: deque(maxlen=LAST_LINES))
         self._steps: deque[str] = deque(maxlen=LAST_STEPS)
         self._hosts: list[str] = []
         self._model = ""
 
     def log(self, line: str) -> None:
-        """A line of a stage's stderr."""
+        """Log and forward a line of a stage's stderr."""
         self._listener.log(line)
         stamped = f"{_now()} {line}"
         with self._lock:
@@ -56,17 +56,17 @@ class RunLog(DeploymentListener):
             self._append("stages.log", stamped)
 
     def notify(self, line: str) -> None:
-        """What takes long, or goes wrong, while the stages end."""
+        """Log and forward a message for the user."""
         self.log(f"[coordinator] {line}")
         self._listener.notify(line)
 
     def phase(self, what: str) -> None:
-        """The next thing that all stages do."""
+        """Log and forward the next phase of all stages."""
         self.log(f"[coordinator] {what}")
         self._listener.phase(what)
 
     def planned(self, model: ModelDescription, plans: Sequence[StagePlan]) -> None:
-        """Which stage gets which layers."""
+        """Record the plan for later reports, and forward it."""
         self._model = f"{model.config.num_hidden_layers} layers, digest {model.digest}"
         self._hosts = [
             f"stage {plan.rank} on {plan.host.ssh}: layers {plan.assignment.first_layer} to "
@@ -76,11 +76,11 @@ class RunLog(DeploymentListener):
         self._listener.planned(model, plans)
 
     def progress(self, rank: int, message: FromStage) -> None:
-        """A stage's LayerLoaded."""
+        """Forward a stage's LayerLoaded or DownloadProgress."""
         self._listener.progress(rank, message)
 
     def step_done(self, report: StageReport) -> None:
-        """A stage has finished a step."""
+        """Log a step that a stage has finished."""
         rows = [
             {
                 "slot": row.slot,
@@ -98,9 +98,9 @@ class RunLog(DeploymentListener):
             self._append("steps.jsonl", self._steps[-1])
 
     def write_report(self, reason: str, status: Sequence[str]) -> Path | None:
-        """One file to attach to an issue; None where it cannot be written.
+        """Write one file to attach to an issue; return its path, None if it cannot be written.
 
-        ``status`` says where each stage stood when it happened; how each ended stands in its log.
+        ``status`` describes each stage's status at the time of the fault. The log lines show how each stage ended.
         """
         self._num_reports += 1
         path = self._folder / f"report-{time.strftime('%Y%m%d-%H%M%S')}-{self._num_reports}.txt"

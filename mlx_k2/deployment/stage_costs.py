@@ -1,4 +1,4 @@
-"""What each stage of a model reads and computes for a step, from shapes alone, and how fast it is expected to be."""
+"""Bytes and operations of each stage for a step, from shapes alone, and the stage's expected speed."""
 
 import math
 
@@ -8,9 +8,9 @@ from mlx_k2.scheduling.cost_model import StageCost, StageSizes, StageSpeed
 from mlx_k2.weights.inventory import TensorSpec, head_specs, held_bytes, layer_specs
 
 GPU_SPEED = StageSpeed(fixed_s=0.003, bytes_per_s=600e9, operations_per_s=15e12)
-"""An M3 Ultra, roughly: its memory by published measurements, its matrix speed by half of what it should reach."""
+"""Rough values of an M3 Ultra: bandwidth from published measurements, operations at half of what it should reach."""
 CPU_SPEED = StageSpeed(fixed_s=0.002, bytes_per_s=10e9, operations_per_s=3.6e9)
-"""MLX on Linux: its reference BLAS does 3.6 GFLOP/s in float32, whatever the number of rows (measured)."""
+"""MLX on Linux: its reference BLAS reaches 3.6 GFLOP/s in float32 for any number of matrix rows (measured)."""
 
 
 def stage_cost(
@@ -22,9 +22,9 @@ def stage_cost(
     on_gpu: bool,
     gb_per_s: float | None,
 ) -> StageCost:
-    """One stage's sizes, and the speed to expect of it until its steps have shown another.
+    """Return one stage's sizes and its expected speed, which is used until its steps are measured.
 
-    ``gb_per_s`` is the host's memory bandwidth, where the hostfile gives it.
+    ``gb_per_s`` is the host's memory bandwidth from the hostfile, if given there.
     """
     speed = GPU_SPEED if on_gpu else CPU_SPEED
     if gb_per_s is not None:
@@ -37,7 +37,7 @@ def stage_cost(
 def stage_sizes(
     config: ModelConfig, first_layer: int, end_layer: int, compute_bytes: int, dense_bits: int | None = None
 ) -> StageSizes:
-    """Layers ``first_layer`` up to, not including, ``end_layer``; the head goes with the last."""
+    """Return the sizes of layers ``first_layer`` up to, not including, ``end_layer``; the last includes the head."""
     kinds = [_LayerKind(config, layers) for layers in _alike(config, first_layer, end_layer)]
     routed_bytes = sum(len(kind.layers) * held_bytes(kind.routed, compute_bytes) for kind in kinds)
     routed_weights = sum(len(kind.layers) * _num_packed_weights(kind.routed) for kind in kinds)
@@ -63,7 +63,7 @@ def stage_sizes(
 
 
 class _LayerKind:
-    """Layers whose tensors are alike: those of one stand for all."""
+    """Layers with equal tensor shapes. ``routed`` and ``dense`` are the tensors of one of these layers."""
 
     def __init__(self, config: ModelConfig, layers: list[int]) -> None:
         specs = layer_specs(config, layers[0])
@@ -73,7 +73,7 @@ class _LayerKind:
 
 
 def _alike(config: ModelConfig, first_layer: int, end_layer: int) -> list[list[int]]:
-    """The layers with experts, and those without."""
+    """Return the layers without experts and the layers with experts; an empty group is left out."""
     layers = range(first_layer, end_layer)
     kinds = ([layer for layer in layers if config.is_moe(layer) is is_moe] for is_moe in (False, True))
     return [kind for kind in kinds if kind]
@@ -84,5 +84,5 @@ def _num_weights(specs: tuple[TensorSpec, ...] | list[TensorSpec]) -> int:
 
 
 def _num_packed_weights(specs: list[TensorSpec]) -> int:
-    """Eight weights of four bits stand in each packed word."""
+    """Return the number of 4-bit weights. Each packed word holds eight."""
     return sum(8 * math.prod(spec.shape) for spec in specs if spec.name.endswith(".weight_packed"))

@@ -1,4 +1,4 @@
-"""A finished step of one stage, for logs and benchmarks."""
+"""Report of a finished step of one stage, for logs and benchmarks."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from mlx_k2.scheduling.microbatch import Microbatch
 
 @dataclass(frozen=True)
 class StageReport:
-    """A stage has finished a step: what it said of it, and when that was heard (time.monotonic)."""
+    """A step that stage ``rank`` has finished: its StepDone, and the time of arrival (time.monotonic)."""
 
     rank: int
     microbatch: Microbatch

@@ -1,1 +1,1 @@
-"""What is wrong with a cluster, before anything is loaded on it."""
+"""The checks of a cluster before anything is loaded on it."""

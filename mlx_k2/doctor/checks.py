@@ -1,4 +1,4 @@
-"""Judges what hosts say of themselves: each check is fine, a warning or a failure, with what mends it. Pure."""
+"""Checks of the facts that hosts report: each result is ok, a warning or a failure, with the fix. Pure."""
 
 import enum
 import re
@@ -18,18 +18,18 @@ from mlx_k2.cluster.mac_settings import (
 from mlx_k2.protocol.messages import Hello
 
 SLOW_ANSWER_S = 0.02
-"""A plan goes through this for every token."""
+"""Limit of the control connection's round trip, through which a step plan goes for every token."""
 CLOCK_SKEW_S = 5.0
 SLOW_HOP_S = 0.005
 SLOW_HOP_BYTES_PER_S = 100e6
-"""Gigabit Ethernet: a prompt's chunk of 29 MB then takes 0.3 s a hop."""
+"""Gigabit Ethernet: a prompt's chunk of 29 MB then takes 0.3 s per hop."""
 RDMA_MACOS = (26, 2)
 LARGE_RDMA_MACOS = (26, 3)
 _FAST_SYNCH = "MLX_METAL_FAST_SYNCH"
 
 
 class CheckResult(enum.Enum):
-    """What a check came to."""
+    """The result of a check."""
 
     OK = "ok"
     WARNING = "warning"
@@ -38,7 +38,7 @@ class CheckResult(enum.Enum):
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at on one host. What mends it stands in ``found``, commands between backticks."""
+    """One check of one host. ``found`` includes the fix, with commands between backticks."""
 
     host: str
     what: str
@@ -47,20 +47,20 @@ class Check:
 
     @property
     def commands(self) -> list[str]:
-        """What to run."""
+        """The commands to run; none if the result is OK."""
         return re.findall(r"`([^`]+)`", self.found) if self.result is not CheckResult.OK else []
 
 
 @dataclass(frozen=True)
 class HostAnswer:
-    """How fast a host answered over its control connection, and how far its clock is ahead of ours."""
+    """A host's round trip over its control connection, and how far its clock is ahead of this machine's."""
 
     round_trip_s: float
     clock_ahead_s: float
 
 
 def check_answer(host: str, answer: HostAnswer) -> Iterator[Check]:
-    """Whether it is fast enough to be asked for every token, and its clock is right."""
+    """Check that a host answers fast enough for one step plan per token, and that its clock is right."""
     trip = f"answers in {1000 * answer.round_trip_s:.1f} ms"
     if answer.round_trip_s > SLOW_ANSWER_S:
         yield Check(host, "ssh", CheckResult.WARNING, f"{trip}: each token waits for that; use a cable, not Wi-Fi")
@@ -78,7 +78,7 @@ def check_answer(host: str, answer: HostAnswer) -> Iterator[Check]:
 def check_versions(
     host: Host, hello: Hello, here: Mapping[str, str], backend: Backend, systems: set[str]
 ) -> Iterator[Check]:
-    """Whether its packages are those of this machine (``here``), and all hosts' ``systems`` alike."""
+    """Check that a host's package versions are those of this machine (``here``), and all ``systems`` the same."""
     there = {"mlx-k2": hello.mlx_k2_version, "mlx": hello.mlx_version, "mlx-lm": hello.mlx_lm_version}
     wrong = [f"{name}=={here[name]}" for name in here if there[name] != here[name]]
     python = host.python or "python3"
@@ -98,7 +98,7 @@ def check_versions(
 
 
 def check_memory(host: str, hello: Hello, free_bytes: int, needed_bytes: int | None) -> Iterator[Check]:
-    """Whether it can hold its stage. ``needed_bytes`` None: nobody knows what that is."""
+    """Check that a host can hold its stage. ``needed_bytes`` None: the need is not known."""
     limit_bytes = hello.working_set_bytes
     bound = limit_bytes if limit_bytes is not None else hello.memory_bytes
     kind = "GPU memory" if limit_bytes is not None else "memory"
@@ -118,7 +118,7 @@ def check_memory(host: str, hello: Hello, free_bytes: int, needed_bytes: int | N
 
 
 def check_model(host: str, facts: ModelFacts, download: str) -> Iterator[Check]:
-    """Whether its files are there and right. ``download`` is the command that fetches them."""
+    """Check that a stage's files are present and correct. ``download`` is the command that fetches them."""
     if facts.problem is not None:
         yield Check(host, "model", CheckResult.FAILURE, facts.problem)
         return
@@ -142,7 +142,7 @@ def check_model(host: str, facts: ModelFacts, download: str) -> Iterator[Check]:
 
 
 def check_copies(facts: Mapping[str, ModelFacts]) -> Iterator[Check]:
-    """Whether hosts that hold the same file hold the same bytes. ``facts`` by host, with checksums."""
+    """Check that hosts that hold the same file hold the same bytes. ``facts`` is by host, with checksums."""
     by_name: dict[str, dict[str, str]] = {}
     for host, model in facts.items():
         for name, digest in model.found.items():
@@ -159,7 +159,7 @@ def check_copies(facts: Mapping[str, ModelFacts]) -> Iterator[Check]:
 
 
 def check_addresses(host: Host, facts: HostFacts) -> Iterator[Check]:
-    """Whether it has the addresses that the hostfile gives it."""
+    """Check that a host has the addresses that the hostfile gives it."""
     ips = [address.partition(":")[0] for address in host.ips]
     missing = [ip for ip in ips if ip not in facts.interfaces]
     if missing:
@@ -176,7 +176,7 @@ def check_addresses(host: Host, facts: HostFacts) -> Iterator[Check]:
 
 
 def check_backend(host: Host, backend: Backend, hello: Hello, facts: HostFacts) -> Iterator[Check]:
-    """Whether it can use the hostfile's backend."""
+    """Check that a host can use the hostfile's backend."""
     name = "ring" if backend is Backend.RING else "jaccl"
     if backend is Backend.RING or name not in facts.backends:
         if name in facts.backends:
@@ -216,7 +216,7 @@ def _check_rdma(host: Host, hello: Hello, facts: HostFacts) -> Iterator[Check]:
 
 
 def check_environment(host: str, facts: HostFacts, envs: Sequence[str]) -> Iterator[Check]:
-    """Whether what can wedge a GPU is unset, there and in the hostfile's ``envs``."""
+    """Check that MLX_METAL_FAST_SYNCH, which can hang a GPU, is unset on the host and in the hostfile's ``envs``."""
     given = [line for line in envs if line.startswith(f"{_FAST_SYNCH}=")]
     if given:
         found = f"the hostfile sets {_FAST_SYNCH}, which can wedge a GPU until it is restarted: take it out of envs"
@@ -229,7 +229,7 @@ def check_environment(host: str, facts: HostFacts, envs: Sequence[str]) -> Itera
 
 
 def check_sleep(host: str, facts: HostFacts) -> Iterator[Check]:
-    """Whether it stays awake; nothing is said where its system does not say."""
+    """Check that a host does not sleep; yield nothing if its system reports no sleep setting."""
     minutes = sleeps_after_minutes(facts.settings.get("pmset", ""))
     if minutes is None:
         return
@@ -241,7 +241,7 @@ def check_sleep(host: str, facts: HostFacts) -> Iterator[Check]:
 
 
 def check_hop(hosts: Sequence[Host], rank: int, speed: HopSpeed) -> Check:
-    """Whether the hop from stage ``rank`` to the next one is fast enough."""
+    """Check that the hop from stage ``rank`` to the next one is fast enough."""
     name = f"{hosts[rank].ssh} to {hosts[rank + 1].ssh}"
     found = f"{1e6 * speed.latency_s:.0f} us for a token, {speed.bytes_per_s / 1e9:.2f} GB/s"
     if speed.bytes_per_s < SLOW_HOP_BYTES_PER_S or speed.latency_s > SLOW_HOP_S:

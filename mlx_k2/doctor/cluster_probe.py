@@ -1,4 +1,4 @@
-"""Examines a cluster before anything is loaded: every host, even where others fail, then every hop. Shows nothing."""
+"""The probe of a cluster before anything is loaded: every host, even if others fail, then every hop. Prints nothing."""
 
 import statistics
 import time
@@ -50,7 +50,7 @@ from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo
 NUM_CLOCK_READINGS = 7
 PROBE_S = 90.0
 DEEP_S = 900.0
-"""Without a word: for the checksum of one file."""
+"""Time limit without a message, in which the checksum of one file is computed."""
 HOPS_S = 60.0
 
 Wanted = TypeVar("Wanted", bound=FromStage)
@@ -59,9 +59,9 @@ Wanted = TypeVar("Wanted", bound=FromStage)
 def probe_cluster(
     request: DeploymentRequest, model: ModelDescription | None, listener: DeploymentListener, *, deep: bool
 ) -> tuple[Check, ...]:
-    """Every check of every host and hop; a host that fails one is asked for the others as far as it can answer.
+    """Run every check of every host and hop. A host that fails one check still gets those that it can answer.
 
-    ``model`` None: nothing is said of memory and files. ``deep`` has the files' checksums computed.
+    ``model`` None: the stages' memory needs and files are not checked. ``deep`` computes the files' checksums.
     """
     hosts = request.hostfile.hosts
     locations = [stage_location(host) for host in hosts]
@@ -89,7 +89,7 @@ def probe_cluster(
 
 
 class _Round:
-    """The checks so far, and the stages that they are asked of."""
+    """The checks so far, and the stages that answer them."""
 
     def __init__(self, request: DeploymentRequest, group: StageGroup, listener: DeploymentListener) -> None:
         self._request = request
@@ -100,7 +100,7 @@ class _Round:
         self.checks: list[Check] = []
 
     def collect(self, wanted: type[Wanted], ranks: Collection[int], silence_s: float, what: str) -> dict[int, Wanted]:
-        """The answers of those that give one; for the others a failure of ``what``."""
+        """Return the answers by rank; add a failed check ``what`` for each of ``ranks`` that does not answer."""
         answers: dict[int, Wanted] = {}
         owing = set(ranks)
         while owing:
@@ -126,7 +126,7 @@ class _Round:
         return answers
 
     def plan(self, model: ModelDescription | None, hellos: Mapping[int, Hello]) -> Sequence[StagePlan]:
-        """Who would get what, by the memory of the hosts that answered; none where that does not work out."""
+        """Return the stage plans for the memory of the hosts that answered; empty if no partition fits."""
         if model is None:
             return ()
         unknown = HostMemory(None, None)
@@ -144,7 +144,7 @@ class _Round:
         return plans
 
     def ask_clock(self, rank: int) -> None:
-        """How fast it answers, and what time it has: the quickest of a few answers tells both best."""
+        """Check a host's round trip (median of a few readings) and clock (of the quickest reading, the most exact)."""
         answers = []
         for _ in range(NUM_CLOCK_READINGS):
             asked, asked_at = time.monotonic(), time.time()
@@ -158,7 +158,7 @@ class _Round:
         self.checks += check_answer(self._hosts[rank].ssh, HostAnswer(typical_s, quickest.clock_ahead_s))
 
     def probe(self, hellos: Mapping[int, Hello], plans: Sequence[StagePlan], *, deep: bool) -> dict[int, HostFacts]:
-        """What the hosts that answered find out about themselves."""
+        """Return the facts of the hosts that answered, by rank."""
         for rank in hellos:
             assignment = plans[rank].assignment if plans else None
             layers = None if assignment is None else (assignment.first_layer, assignment.end_layer)
@@ -167,7 +167,7 @@ class _Round:
         return {rank: answer.facts for rank, answer in answers.items()}
 
     def judge(self, rank: int, hellos: Mapping[int, Hello], facts: HostFacts, plans: Sequence[StagePlan]) -> None:
-        """All that one host's facts say."""
+        """Add all checks of one host's facts."""
         host, hello, hostfile = self._hosts[rank], hellos[rank], self._request.hostfile
         here = {"mlx-k2": __version__, "mlx": version("mlx"), "mlx-lm": version("mlx-lm")}
         self.checks += check_versions(host, hello, here, hostfile.backend, {each.system for each in hellos.values()})
@@ -182,7 +182,7 @@ class _Round:
         self.checks += check_sleep(host.ssh, facts)
 
     def measure_hops(self) -> None:
-        """Connect all stages as a run does, over the built-in model, which every host has, and time each hop."""
+        """Connect all stages as a run does, with the built-in model, which every host has, and time each hop."""
         if any(check.result is CheckResult.FAILURE and check.what in ("addresses", "backend") for check in self.checks):
             self._fail_hops("not tried: see the failures above")
             return

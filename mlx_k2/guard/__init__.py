@@ -1,1 +1,1 @@
-"""The guard program, which starts one stage, watches it and ends it. Standard library only."""
+"""The guard program, which starts, monitors and ends one stage. Standard library only."""

@@ -1,8 +1,8 @@
 """The guard of one stage: owns the pipe to the coordinator, relays frames, answers heartbeats, ends the stage.
 
-A process of its own, so that it works while the stage holds the GIL for ever (mlx.distributed.init does). Standard
-library only. It knows no message, and it writes nothing to stderr, which may be a full pipe: what it has to say is the
-reason in its last frame.
+It is a separate process, so that it works while the stage holds the GIL (mlx.distributed.init can hold it forever).
+Standard library only. It decodes no MESSAGE payload. It writes nothing to stderr, which may be a full pipe; it reports
+its reason to end the stage in its last frame.
 """
 
 import os
@@ -24,15 +24,16 @@ from mlx_k2.protocol.stage_status import PhaseUpdate
 
 TICK_S = 0.25
 LAST_FRAMES_S = 1.0
-"""How long the stage's last frames, and then the guard's own, may take to leave."""
+"""Time limit for reading the stage's last frames, and again for writing the guard's own."""
 KILLED_S = 60.0
-"""How long a killed process may take to disappear before the guard gives up waiting for it."""
+"""Time limit for a killed process to exit; after it the guard stops waiting."""
 
 
 def run_guard(child_command: Sequence[str]) -> int:
-    """Run ``child_command`` between this process's stdin and stdout until it has ended; returns an exit code.
+    """Run ``child_command`` between this process's stdin and stdout until it has ended; return an exit code.
 
-    The child reads frames from its fd 0 and writes frames to its fd 1. This process should end with os._exit.
+    The child reads frames from its fd 0 and writes frames to its fd 1. The caller should end this process with
+    os._exit.
     """
     outward = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -44,10 +45,10 @@ class _Guard:
         self._settings = GuardSettings()
         self._heard = True
         self._clock = StageClock()
-        self._reasons: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # its put may be called in a signal handler
+        self._reasons: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # its put is safe in a signal handler
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, _: self._reasons.put(f"{signal.Signals(number).name} on its host"))
-        # Processes before threads, so that every fork is plain.
+        # Start processes before threads, so that no fork happens in a process that has threads.
         self._watchdog = subprocess.Popen(
             [sys.executable, "-m", "mlx_k2.guard.watchdog"], stdin=subprocess.PIPE, process_group=0
         )
@@ -66,17 +67,17 @@ class _Guard:
         FrameReader(inward, "the coordinator", self._on_frame, self._on_end)
 
     def run(self) -> int:
-        """Until the stage has ended: by itself, or because it had to."""
+        """Run until the stage has ended; return 0 if its exit code was 0, else 1."""
         reason = self._wait_for_reason()
         if reason is not None:
             self._end_child()
         returncode = self._child.poll()
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._watchdog.pid, signal.SIGKILL)  # and with it whatever the stage had started
+            os.killpg(self._watchdog.pid, signal.SIGKILL)  # also kills processes that the stage started
         self._watchdog.wait(KILLED_S)
         self._from_child.join(LAST_FRAMES_S)
         if reason is None:
-            reason = self._pending_reason()  # what it had written was not a frame
+            reason = self._pending_reason()  # for instance: the stage's last output was not a frame
         stage_exit = StageExit.from_returncode(returncode, reason or ENDED_BY_ITSELF)
         with suppress(ProtocolError):
             self._outward.put(Kind.STAGE_STATUS, self._clock.status().to_json())
@@ -85,14 +86,14 @@ class _Guard:
         return 0 if returncode == 0 else 1
 
     def _wait_for_reason(self) -> str | None:
-        """Why the stage must end; None: it has ended by itself."""
-        silent_s = 0.0  # counted in our own turns, so that a sleeping machine is not a silent coordinator
+        """Wait until the stage must end, and return why; return None if it has ended by itself."""
+        silent_s = 0.0  # counted in loop iterations, so that this host's sleep does not count as silence
         while self._child.poll() is None:
             self._feed_watchdog()
             with suppress(queue.Empty):
                 if (reason := self._reasons.get(timeout=TICK_S)) is not None:
                     return reason
-                continue  # it has ended: see that at once
+                continue  # None: the stage has ended; check that at once
             silent_s = 0.0 if self._heard else silent_s + TICK_S
             self._heard = False
             self._clock.tick(TICK_S, self._child.pid)
@@ -110,7 +111,7 @@ class _Guard:
         return None
 
     def _end_child(self) -> None:
-        """Close its input; then SIGTERM, which a stopped process sees after SIGCONT; then SIGKILL."""
+        """Close the stage's input; then send SIGTERM, which a stopped process receives after SIGCONT; then SIGKILL."""
         self._to_child.close(timeout_s=0)
         began = time.monotonic()
         if self._child_ends_by(began + POLITE_S):
@@ -132,7 +133,7 @@ class _Guard:
     def _feed_watchdog(self) -> None:
         watch = Watch(self._child.pid, kill_after_s(self._settings.held_bytes), self._settings.lease_s)
         assert self._watchdog.stdin
-        with suppress(OSError):  # it is full (the watcher was stopped) or closed (killed): its loss is not the stage's
+        with suppress(OSError):  # the pipe is full (watchdog stopped) or closed (watchdog killed); the stage goes on
             os.write(self._watchdog.stdin.fileno(), watch.to_line())
 
     # ---- on the reading threads
@@ -161,7 +162,7 @@ class _Guard:
             raise ProtocolError(f"the stage wrote a {frame.kind.name} frame")
 
     def _on_child_end(self, error: ProtocolError | None) -> None:
-        """Most often its process has ended too; a process that goes on without an output is a reason to end it."""
+        """Queue a reason to end the stage, or None if its output ended cleanly and its process ends within POLITE_S."""
         if error is None:
             with suppress(subprocess.TimeoutExpired):
                 self._child.wait(POLITE_S)

@@ -1,6 +1,6 @@
-"""How long the stage has stood where it stands, as its guard counts. Standard library only.
+"""The clock of a stage's phase, which its guard advances. Standard library only.
 
-Time is counted in the guard's own turns, so that a machine that slept does not find its stage late.
+Time is counted in the guard's loop iterations, so that time for which the machine slept does not count.
 """
 
 import os
@@ -11,31 +11,31 @@ from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
 
 
 class StageClock:
-    """The stage's last announcement, and for how long it has held."""
+    """The stage's last phase update, and for how long it has held."""
 
     def __init__(self) -> None:
-        self._status = StageStatus(PhaseUpdate(Phase.STARTING), 0.0)  # replaced whole: two threads set it
+        self._status = StageStatus(PhaseUpdate(Phase.STARTING), 0.0)  # replaced, never changed: two threads set it
         self._is_stopped = False
 
     def on_phase(self, update: PhaseUpdate) -> None:
-        """The stage says where it stands."""
+        """Store the stage's new phase and restart the clock."""
         self._status = StageStatus(update, 0.0)
 
     def tick(self, tick_s: float, pid: int) -> None:
-        """So much time has passed; look whether process ``pid``, a child, is stopped."""
+        """Add ``tick_s`` to the clock, and check whether process ``pid``, a child of this process, is stopped."""
         before = self._status
         self._is_stopped = _is_stopped(pid, self._is_stopped)
         stopped_s = before.stopped_s + tick_s if self._is_stopped else 0.0
         aged = StageStatus(before.update, before.for_s + tick_s, stopped_s)
-        if self._status is before:  # else a new announcement came meanwhile
+        if self._status is before:  # else on_phase has replaced it meanwhile
             self._status = aged
 
     def status(self) -> StageStatus:
-        """What the coordinator is told."""
+        """Return the status to send to the coordinator."""
         return self._status
 
     def overdue(self) -> str | None:
-        """Why the stage has to end: its phase has outlived its limit."""
+        """Return why the stage must end if its phase has outlasted its limit, else None."""
         now = self._status
         limit_s = now.update.limit_s
         if limit_s is None or now.for_s <= limit_s:
@@ -44,9 +44,10 @@ class StageClock:
 
 
 def _is_stopped(pid: int, before: bool) -> bool:
-    """Whether a child is stopped, by a signal or a debugger; never takes its exit from whoever waits for that.
+    """Return whether a child is stopped, by a signal or a debugger. Do not collect its exit status.
 
-    Python has no waitid on macOS before 3.13: a stopped stage is then found by its step's deadline alone.
+    ``before`` is the last result. Python has no waitid on macOS before 3.13. There the result is always False, and a
+    stopped stage is found only as a stuck hop or by the limit of its step.
     """
     if sys.platform == "darwin" and not hasattr(os, "waitid"):
         return False

@@ -1,8 +1,9 @@
-"""Outlives the guard by a moment: ends the stage when the guard was killed or has stopped. Knows no frames.
+"""The watchdog process, which ends the stage when the guard was killed or has stopped. Knows no frames.
 
-The stage may be unable to notice by itself: mlx.distributed.init holds the GIL, so no thread of it reads its input.
-This process leads the process group that the stage is in. So long as it lives the group's number cannot be given to
-others, and a signal to "my group" needs no process id. It is portable: a pipe's end of file and POSIX process groups.
+The stage may be unable to detect that: mlx.distributed.init holds the GIL, so no thread of the stage reads its input.
+The watchdog leads the process group that the stage is in. While the watchdog lives, the group's number cannot be
+reused, and a signal to its own group needs no process id. It relies only on a pipe's end of file and on POSIX process
+groups, which are portable.
 """
 
 import os
@@ -19,30 +20,34 @@ POLL_S = 0.05
 
 
 class Watch(NamedTuple):
-    """One line from the guard, sent several times a second; the last one counts."""
+    """One line from the guard, sent several times a second; the last one counts.
+
+    ``kill_after_s`` is the time from the end of the stage's input to SIGKILL. After ``silence_s`` without a line the
+    guard counts as stopped.
+    """
 
     child_pid: int
     kill_after_s: float
     silence_s: float
 
     def to_line(self) -> bytes:
-        """The line."""
+        """Encode as one line."""
         return f"{self.child_pid} {self.kill_after_s} {self.silence_s}\n".encode()
 
     @classmethod
     def from_line(cls, line: bytes) -> "Watch":
-        """What ``to_line`` wrote."""
+        """Decode a line that ``to_line`` encoded."""
         child_pid, kill_after_s, silence_s = line.split()
         return cls(int(child_pid), float(kill_after_s), float(silence_s))
 
 
 def main() -> None:
-    """Run until the guard is gone, then end this process group, and so this process."""
+    """Run until the guard has ended or has stopped, then end this process group, including this process."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     guard_pid = os.getppid()
     watch, guard_is_stopped = _follow_guard(fd=0)
-    if guard_is_stopped:  # it still holds the pipe, so it lives and its number is its own
+    if guard_is_stopped:  # its end of the pipe is open, so it lives and its process id was not reused
         os.kill(guard_pid, signal.SIGKILL)
     if watch is not None:
         _end_group(watch)
@@ -50,14 +55,14 @@ def main() -> None:
 
 
 def _follow_guard(fd: int) -> tuple[Watch | None, bool]:
-    """Read lines until the guard ends, or falls silent: the last line, and whether it was silence."""
+    """Read lines until the guard ends or is silent; return the last line, and whether the guard was silent."""
     watch = None
-    silent_s = 0.0  # counted in our own turns, so that a sleeping machine is not a silent guard
+    silent_s = 0.0  # counted in loop iterations, so that this host's sleep does not count as silence
     while watch is None or silent_s < watch.silence_s:
         readable, _, _ = select.select([fd], [], [], 1.0)
         silent_s = 0.0 if readable else silent_s + 1.0
         if readable:
-            lines = os.read(fd, 65536)  # whole lines only: each is far shorter than PIPE_BUF
+            lines = os.read(fd, 65536)  # whole lines only: writes shorter than PIPE_BUF are atomic
             if not lines:
                 return watch, False
             watch = Watch.from_line(lines.splitlines()[-1])
@@ -65,7 +70,7 @@ def _follow_guard(fd: int) -> tuple[Watch | None, bool]:
 
 
 def _end_group(watch: Watch) -> None:
-    """Wait for the stage, which has seen the end of its input; then SIGTERM, which a stopped one sees after SIGCONT."""
+    """Wait for the stage, whose input has ended; then send SIGTERM, which a stopped process receives after SIGCONT."""
     began = time.monotonic()
     if not _wait_until(lambda: not _is_alive(watch.child_pid), began + POLITE_S):
         os.killpg(0, signal.SIGTERM)
@@ -87,9 +92,12 @@ def _is_alive(pid: int) -> bool:
 
 
 def _is_zombie(pid: int) -> bool:
-    """Whether an orphan has ended and init has not noticed, which on Linux may take it seconds; macOS's is quick."""
+    """Return whether an orphan has ended but init has not reaped it yet, which on Linux may take seconds.
+
+    On macOS init is quick, and there is no /proc: return False.
+    """
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123  # as light as this process
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123  # this small process does not import pathlib
             return file.read().rpartition(b")")[2].split()[0] == b"Z"
     except OSError:
         return False

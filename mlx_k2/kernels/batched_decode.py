@@ -1,4 +1,4 @@
-"""Launches for 2 to 16 tokens at once: an expert that several tokens chose is read once. Computes nothing itself."""
+"""Dispatches for 2 to 16 tokens: each chosen expert is read once for all its tokens. Runs no kernel itself."""
 
 import mlx.core as mx
 
@@ -10,7 +10,7 @@ MAX_TOKENS = 16
 
 
 def capacity(tokens: int) -> int:
-    """Tokens that the compiled kernel has registers for: 2, 4, 8 or 16, so that few kernels are compiled."""
+    """Return the tokens that a compiled kernel has registers for: 2, 4, 8 or 16, so that few kernels are compiled."""
     assert 1 <= tokens <= MAX_TOKENS, f"{tokens} tokens"
     return max(2, 1 << (tokens - 1).bit_length())
 
@@ -18,7 +18,10 @@ def capacity(tokens: int) -> int:
 def gate_up(
     x: mx.array, expert_ids: mx.array, stack: ExpertStack, *, rows_per_simdgroup: int, simdgroups: int
 ) -> Dispatch:
-    """silu(gate) * up of each token's chosen experts: x (tokens, hidden) -> (tokens, top_k, intermediate)."""
+    """Return the dispatch of silu(gate) * up: x (tokens, hidden) -> (tokens, top_k, intermediate).
+
+    A simdgroup computes ``rows_per_simdgroup`` rows of gate and of up; a threadgroup has ``simdgroups`` simdgroups.
+    """
     check_gate_up(x, expert_ids, stack)
     tokens, top_k = expert_ids.shape
     outputs = stack.intermediate_size
@@ -57,7 +60,7 @@ def down(
     rows_per_simdgroup: int,
     simdgroups: int,
 ) -> Dispatch:
-    """The experts' weighted outputs: hidden (tokens, top_k, intermediate) -> (tokens, hidden)."""
+    """Return the dispatch of the experts' weighted sum: hidden (tokens, top_k, intermediate) -> (tokens, hidden)."""
     check_ids(expert_ids)
     check_down(hidden, expert_weights, stack)
     tokens, top_k = expert_ids.shape

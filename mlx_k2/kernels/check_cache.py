@@ -1,7 +1,7 @@
-"""Remembers on disk which kernels this machine may use, and the sizes measured best. Knows no kernel.
+"""Disk cache of the kernel checks and the best measured sizes of this machine. Knows no kernel.
 
-One small JSON file for each combination of mlx version, chip, kernel texts and layer shape: a change of any of them
-means that nothing is known yet.
+Each combination of mlx version, chip, kernel texts and layer shape has its own small JSON file. After a change of any
+of them nothing is cached yet.
 """
 
 import contextlib
@@ -20,30 +20,30 @@ DEFAULT_DIRECTORY = Path.home() / ".cache" / "mlx-k2" / "kernels"
 
 
 def mlx_version() -> str:
-    """The version of the installed mlx."""
+    """Return the version of the installed mlx."""
     return importlib.metadata.version("mlx")
 
 
 class CachedChecks(NamedTuple):
-    """What is known of this machine's kernels."""
+    """Check results and best sizes of this machine's kernels for one layer shape."""
 
     checks: list[KernelCheck]
-    tuning: Tuning | None  # None until it was measured here
+    tuning: Tuning | None  # None until measured on this machine
 
     def with_check(self, check: KernelCheck) -> "CachedChecks":
-        """One kernel more."""
+        """Return a copy with ``check`` added."""
         return self._replace(checks=[*self.checks, check])
 
 
 def cache_path(directory: Path, shape: LayerShape, chip: str) -> Path:
-    """The file for this mlx, this chip, these kernels and this layer."""
+    """Return the path of the cache file for this mlx version, chip, layer shape and the kernel texts."""
     parts = (mlx_version(), chip, *map(str, shape), *metal_texts())
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return directory / f"{digest}.json"
 
 
 def load(path: Path) -> CachedChecks | None:
-    """What was remembered, or None: no file, or one that cannot be read."""
+    """Return the cached checks, or None if the file does not exist or cannot be parsed."""
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         checks = [KernelCheck(**check) for check in content["checks"]]
@@ -54,7 +54,7 @@ def load(path: Path) -> CachedChecks | None:
 
 
 def store(path: Path, cached: CachedChecks, chip: str) -> None:
-    """Writes the file whole or not at all. A directory that cannot be written only costs the next start a check."""
+    """Write the file atomically. Ignore a directory that is not writable: the next start then repeats the checks."""
     content = {
         "mlx": mlx_version(),
         "chip": chip,

@@ -1,4 +1,4 @@
-"""Launches of the decode kernels: one token's routed experts, in two launches. Computes nothing itself."""
+"""Dispatches of the decode kernels: one token's routed experts in two dispatches. Runs no kernel itself."""
 
 import mlx.core as mx
 
@@ -6,15 +6,15 @@ from mlx_k2.kernels.dispatch import Dispatch, kernel_text
 from mlx_k2.kernels.stack import CODES_PER_WORD, GROUP_SIZE, ExpertStack
 
 SIMD_WIDTH = 32
-MAX_TOP_K = 32  # one simdgroup an expert, and at most 1024 threads
+MAX_TOP_K = 32  # one simdgroup of 32 threads per expert, at most 1024 threads per threadgroup
 
 
 def gate_up(
     x: mx.array, expert_ids: mx.array, stack: ExpertStack, *, rows_per_simdgroup: int, simdgroups: int
 ) -> Dispatch:
-    """silu(gate) * up of each token's chosen experts: x (tokens, hidden) -> (tokens, top_k, intermediate).
+    """Return the dispatch of silu(gate) * up: x (tokens, hidden) -> (tokens, top_k, intermediate).
 
-    `rows` rows of gate and of up for a simdgroup, `simdgroups` for a threadgroup.
+    A simdgroup computes ``rows_per_simdgroup`` rows of gate and of up; a threadgroup has ``simdgroups`` simdgroups.
     """
     check_gate_up(x, expert_ids, stack)
     tokens, top_k = expert_ids.shape
@@ -41,7 +41,7 @@ def gate_up(
 def down(
     hidden: mx.array, expert_ids: mx.array, expert_weights: mx.array, stack: ExpertStack, *, rows_per_simdgroup: int
 ) -> Dispatch:
-    """The experts' weighted outputs: hidden (tokens, top_k, intermediate) -> (tokens, hidden)."""
+    """Return the dispatch of the experts' weighted sum: hidden (tokens, top_k, intermediate) -> (tokens, hidden)."""
     check_ids(expert_ids)
     check_down(hidden, expert_weights, stack)
     tokens, top_k = expert_ids.shape
@@ -61,7 +61,7 @@ def down(
 
 
 def check_gate_up(x: mx.array, expert_ids: mx.array, stack: ExpertStack) -> None:
-    """Asserts what the gate and up kernels take for granted: nothing in them looks at a shape."""
+    """Assert the shapes and dtypes that the gate and up kernels require. The kernels check none themselves."""
     experts, outputs, words = stack.gate_packed.shape
     inputs = words * CODES_PER_WORD
     assert x.ndim == 2, f"x is {x.shape}, not (tokens, hidden)"
@@ -72,7 +72,7 @@ def check_gate_up(x: mx.array, expert_ids: mx.array, stack: ExpertStack) -> None
 
 
 def check_down(hidden: mx.array, expert_weights: mx.array, stack: ExpertStack) -> None:
-    """Asserts what the down kernels take for granted; hidden is (tokens, top_k, intermediate)."""
+    """Assert the shapes and dtypes that the down kernels require; hidden is (tokens, top_k, intermediate)."""
     experts, outputs, words = stack.down_packed.shape
     inputs = words * CODES_PER_WORD
     assert hidden.shape == (*expert_weights.shape, inputs), f"hidden is {hidden.shape}, weights {expert_weights.shape}"
@@ -81,7 +81,7 @@ def check_down(hidden: mx.array, expert_weights: mx.array, stack: ExpertStack) -
 
 
 def check_ids(expert_ids: mx.array) -> None:
-    """Asserts that expert ids are (tokens, top_k) uint32."""
+    """Assert that expert ids are (tokens, top_k) uint32, with top_k at most MAX_TOP_K."""
     assert expert_ids.ndim == 2, f"expert ids are {expert_ids.shape}, not (tokens, top_k)"
     assert expert_ids.dtype == mx.uint32, f"expert ids are {expert_ids.dtype}"
     assert expert_ids.shape[1] <= MAX_TOP_K, f"{expert_ids.shape[1]} experts for a token"

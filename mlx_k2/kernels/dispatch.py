@@ -1,7 +1,7 @@
 """One kernel call as a value: its text, inputs, template and grid. Knows no formula.
 
-A wrapper decides a `Launch`; `run` performs it. So a test can take the very launch that a Mac would perform and run
-its text elsewhere.
+A wrapper returns a `Dispatch`; `run` executes it. A test can therefore execute the text of the same `Dispatch` on a
+machine other than a Mac.
 """
 
 import functools
@@ -16,7 +16,7 @@ TemplateValue = bool | int | mx.Dtype
 
 
 class KernelText(NamedTuple):
-    """A kernel before MLX has given it a signature. Inputs and outputs are named in the order of its arguments."""
+    """A kernel's source before MLX adds the signature. Inputs and outputs are named in the order of its arguments."""
 
     name: str
     inputs: tuple[str, ...]
@@ -26,7 +26,7 @@ class KernelText(NamedTuple):
 
 
 class Dispatch(NamedTuple):
-    """Everything that `mx.fast.metal_kernel` is told for one call. grid and threadgroup count threads."""
+    """All arguments of one call of an `mx.fast.metal_kernel`. grid and threadgroup count threads."""
 
     text: KernelText
     inputs: tuple[mx.array, ...]
@@ -38,31 +38,31 @@ class Dispatch(NamedTuple):
 
 
 class CompiledKernel(NamedTuple):
-    """What mlx returns for a text; called with keywords it gives the outputs, lazily."""
+    """A kernel object of MLX. ``call`` takes keyword arguments and returns the outputs lazily."""
 
     call: Callable[..., list[mx.array]]
 
 
 def read_metal(name: str) -> str:
-    """The text of one .metal (or .h) file of this package."""
+    """Return the text of one .metal or .h file of this package."""
     return importlib.resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def metal_texts() -> list[str]:
-    """Every kernel text of this package, in the order of file names."""
+    """Return the texts of all .metal and .h files of this package, in the order of file names."""
     files = importlib.resources.files(__package__).iterdir()
     return [read_metal(name) for name in sorted(file.name for file in files) if name.endswith((".metal", ".h"))]
 
 
 @functools.cache
 def kernel_text(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], header: str | None) -> KernelText:
-    """The kernel in NAME.metal, with the file `header` before it."""
+    """Return the kernel in NAME.metal, with the text of the file ``header`` as its header."""
     return KernelText(name, inputs, outputs, read_metal(f"{name}.metal"), read_metal(header) if header else "")
 
 
 @functools.cache
 def metal_kernel(text: KernelText) -> CompiledKernel:
-    """MLX's kernel object for a text. Building it works everywhere; calling it needs Metal."""
+    """Return MLX's kernel object for a text. Building it works on every machine; calling it needs Metal."""
     kernel = mx.fast.metal_kernel(
         name=f"k2_{text.name}",
         input_names=list(text.inputs),
@@ -74,18 +74,18 @@ def metal_kernel(text: KernelText) -> CompiledKernel:
 
 
 def cuda_body(source: str) -> str:
-    """Metal source without the address spaces of its pointers and constants, which CUDA does not write."""
+    """Return Metal source without the address spaces of pointers and constants, which CUDA source does not use."""
     return re.sub(r"\b(?:device|constant|thread)\s+", "", source)
 
 
 def cuda_header(text: KernelText) -> str:
-    """What goes before a body for CUDA: Metal's words, and the kernel's own header."""
+    """Return a kernel's header for CUDA: cuda.h, which defines Metal's names, and then the kernel's own header."""
     return read_metal("cuda.h") + cuda_body(text.header)
 
 
 @functools.cache
 def cuda_kernel(text: KernelText) -> CompiledKernel:
-    """The same body for an NVIDIA GPU. Only kernels without simdgroup matrices."""
+    """Return MLX's kernel object of the same text for an NVIDIA GPU. It cannot have simdgroup matrices."""
     kernel = mx.fast.cuda_kernel(
         name=f"k2_{text.name}",
         input_names=list(text.inputs),
@@ -97,7 +97,11 @@ def cuda_kernel(text: KernelText) -> CompiledKernel:
 
 
 def run(dispatch: Dispatch) -> list[mx.array]:
-    """The launch's outputs, lazily. Raises RuntimeError where MLX has neither Metal nor CUDA."""
+    """Return the dispatch's outputs, lazily.
+
+    Raises:
+        RuntimeError: MLX has neither Metal nor CUDA.
+    """
     build = cuda_kernel if mx.cuda.is_available() else metal_kernel
     return build(dispatch.text).call(
         inputs=list(dispatch.inputs),

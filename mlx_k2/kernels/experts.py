@@ -1,4 +1,4 @@
-"""The one place that chooses how routing and routed experts are computed: by device, by verdict and by shape."""
+"""Choice of the kernel or the reference for routing and routed experts: by device, kernel check and shape."""
 
 import functools
 import logging
@@ -22,11 +22,11 @@ __all__ = ["ExpertStack", "prepare", "route", "routed_experts"]
 logger = logging.getLogger(__name__)
 
 METAL_KERNELS = (DECODE, BATCH, PREFILL, ROUTER)
-CUDA_KERNELS = (DECODE, BATCH)  # the others use simdgroup matrices, or words that cuda.h lacks
+CUDA_KERNELS = (DECODE, BATCH)  # the others use simdgroup matrices, or Metal names that cuda.h does not define
 
 
 class UsableKernels(NamedTuple):
-    """The kernels that may run here, their sizes, and a line about each that may not."""
+    """The kernels that may run on this machine, their sizes, and a warning for each kernel that may not."""
 
     kernels: frozenset[str]
     tuning: Tuning
@@ -44,9 +44,9 @@ def route(
     normalize: bool,
     scaling_factor: float,
 ) -> tuple[mx.array, mx.array]:
-    """Chooses experts: hidden (tokens, hidden) -> ids (tokens, top_k) uint32, weights (tokens, top_k) float32.
+    """Choose experts: hidden (tokens, hidden) -> ids (tokens, top_k) uint32, weights (tokens, top_k) float32.
 
-    `reference.route` states the rule.
+    `reference.route` defines the rule.
     """
     one_group = top_groups >= num_groups and top_k <= MAX_TOP_K and router_weight.dtype == hidden.dtype
     if one_group and _backend_kernels():
@@ -75,7 +75,10 @@ def route(
 def routed_experts(
     x: mx.array, expert_ids: mx.array, expert_weights: mx.array, stack: ExpertStack | AffineStack
 ) -> mx.array:
-    """(tokens, hidden) -> (tokens, hidden): SwiGLU of the chosen experts, weighted, summed in the order of the ids."""
+    """Return the chosen experts' SwiGLU outputs, weighted and summed in the order of the ids.
+
+    x (tokens, hidden), expert_ids and expert_weights (tokens, top_k) -> (tokens, hidden).
+    """
     top_k = expert_ids.shape[1]
     if isinstance(stack, AffineStack):
         return reference.routed_experts(x, expert_ids, expert_weights, stack)
@@ -88,7 +91,10 @@ def routed_experts(
 
 
 def kernel_for(tokens: int) -> tuple[str, Experts]:
-    """The kernel for so many tokens. One expert's weights are read once in each regime."""
+    """Return the kernel for this number of tokens.
+
+    DECODE and BATCH read each chosen expert's weights once, PREFILL once per tile of 32 pairs.
+    """
     if tokens == 1:
         return DECODE, variants.decode_experts
     if tokens <= MAX_TOKENS:
@@ -97,9 +103,9 @@ def kernel_for(tokens: int) -> tuple[str, Experts]:
 
 
 def prepare(stack: ExpertStack | AffineStack, top_k: int, dtype: mx.Dtype) -> tuple[str, ...]:
-    """Checks the kernels for such a layer and activations of ``dtype``, now rather than at the first token.
+    """Check the kernels for this layer and activations of ``dtype`` now, not at the first token.
 
-    Returns a line for each kernel that plain MLX stands in for. Without a GPU there is nothing to check.
+    Return a warning for each kernel that plain MLX replaces. Return nothing without a GPU: there is nothing to check.
     """
     if not _backend_kernels():
         return ()
@@ -112,7 +118,7 @@ def prepare(stack: ExpertStack | AffineStack, top_k: int, dtype: mx.Dtype) -> tu
 
 @functools.cache
 def usable(shape: LayerShape) -> UsableKernels:
-    """The kernels that agreed with the reference for this shape, checked once on a machine and then remembered."""
+    """Return the kernels that agree with the reference for this shape. Each is checked once per machine and cached."""
     cached = checks(shape, check_cache.DEFAULT_DIRECTORY)
     names = frozenset(check.kernel for check in cached.checks if check.usable)
     warnings = tuple(check.warning for check in cached.checks if not check.usable)
@@ -120,9 +126,9 @@ def usable(shape: LayerShape) -> UsableKernels:
 
 
 def checks(shape: LayerShape, directory: Path) -> check_cache.CachedChecks:
-    """What is known for this shape; what is not yet known is found out, said in the log, and remembered.
+    """Return the checks for this shape. Run those that are not cached, log a warning for each failure, and cache them.
 
-    A layer of intermediate size 0 stands for the router alone.
+    A shape of intermediate size 0 means the router alone.
     """
     path = check_cache.cache_path(directory, shape, chip())
     cached = check_cache.load(path) or check_cache.CachedChecks([], None)
@@ -131,7 +137,7 @@ def checks(shape: LayerShape, directory: Path) -> check_cache.CachedChecks:
     for name in names:
         if name in known:
             continue
-        # should the check take the process down, the next one finds this and leaves the kernel alone
+        # if the check crashes the process, the next process reads this entry and does not use the kernel
         started = KernelCheck(name, False, None, "an earlier check did not come back")
         check_cache.store(path, cached.with_check(started), chip())
         check = check_kernel(name, shape, DEFAULT_TUNING)
@@ -144,12 +150,12 @@ def checks(shape: LayerShape, directory: Path) -> check_cache.CachedChecks:
 
 @functools.cache
 def chip() -> str:
-    """The GPU as MLX names it, for instance "Apple M3 Ultra"."""
+    """Return the GPU's name in MLX, for instance "Apple M3 Ultra"."""
     return str(mx.device_info().get("device_name", "unknown"))
 
 
 def _backend_kernels() -> tuple[str, ...]:
-    """The kernels that this machine's GPU could run; none where MLX computes on the CPU."""
+    """Return the kernels that exist for this machine's GPU; none if MLX computes on the CPU."""
     if mx.default_device().type != mx.DeviceType.gpu:
         return ()
     return METAL_KERNELS if mx.metal.is_available() else CUDA_KERNELS if mx.cuda.is_available() else ()

@@ -1,4 +1,4 @@
-"""Launches for many tokens: pairs sorted by expert, tiles of 32 pairs, simdgroup matrices. Computes nothing itself."""
+"""Dispatches for many tokens: pairs sorted by expert, tiles of 32 pairs, simdgroup matrices. Runs no kernel itself."""
 
 from typing import NamedTuple
 
@@ -8,19 +8,19 @@ from mlx_k2.kernels.decode import check_down, check_gate_up
 from mlx_k2.kernels.dispatch import Dispatch, kernel_text
 from mlx_k2.kernels.stack import ExpertStack
 
-TILE = 32  # pairs a threadgroup owns, and columns of one half of its outputs
+TILE = 32  # pairs per threadgroup, and columns in one half of its outputs
 THREADS = 128
 
 
 class SortedPairs(NamedTuple):
-    """All (token, slot) pairs of a chunk, in the order of their experts."""
+    """All (token, slot) pairs of a chunk, sorted by expert."""
 
     order: mx.array  # (pairs,) uint32: pair number token * top_k + slot
     offsets: mx.array  # (experts + 1,) int32: expert e has order[offsets[e] : offsets[e + 1]]
 
 
 def sort_pairs(expert_ids: mx.array, num_experts: int) -> SortedPairs:
-    """Sorts pairs by expert; of one expert's pairs the earlier token comes first."""
+    """Return the pairs sorted by expert. Pairs of the same expert are in the order of their tokens."""
     flat = expert_ids.flatten()
     bounds = mx.arange(num_experts + 1, dtype=mx.uint32)
     return SortedPairs(
@@ -30,12 +30,12 @@ def sort_pairs(expert_ids: mx.array, num_experts: int) -> SortedPairs:
 
 
 def max_tiles(num_pairs: int, num_experts: int) -> int:
-    """No way of sharing out the pairs makes more tiles than this."""
+    """Return an upper bound of the tiles needed, for any distribution of the pairs over the experts."""
     return num_pairs // TILE + min(num_pairs, num_experts)
 
 
 def gate_up(x: mx.array, expert_ids: mx.array, pairs: SortedPairs, stack: ExpertStack) -> Dispatch:
-    """silu(gate) * up: x (tokens, hidden) -> (pairs, intermediate), in sorted order."""
+    """Return the dispatch of silu(gate) * up: x (tokens, hidden) -> (pairs, intermediate), in sorted order."""
     check_gate_up(x, expert_ids, stack)
     _check_pairs(pairs, expert_ids, stack)
     outputs = stack.intermediate_size
@@ -62,9 +62,10 @@ def gate_up(x: mx.array, expert_ids: mx.array, pairs: SortedPairs, stack: Expert
 
 
 def down(hidden: mx.array, expert_weights: mx.array, pairs: SortedPairs, stack: ExpertStack) -> Dispatch:
-    """Weighted outputs of each pair: hidden (pairs, intermediate), sorted -> (tokens, top_k, hidden) float32, unsorted.
+    """Return the dispatch of each pair's weighted output.
 
-    float32, because eight roundings to bfloat16 before the sum would be the largest error of the layer.
+    hidden (pairs, intermediate), in sorted order -> (tokens, top_k, hidden) float32, in the order of the tokens.
+    The outputs are float32, because eight roundings to bfloat16 before the sum would be the layer's largest error.
     """
     tokens, top_k = expert_weights.shape
     check_down(hidden.reshape(tokens, top_k, -1), expert_weights, stack)
@@ -87,7 +88,10 @@ def down(hidden: mx.array, expert_weights: mx.array, pairs: SortedPairs, stack: 
 
 
 def combine(parts: mx.array, dtype: mx.Dtype) -> Dispatch:
-    """Sums each token's parts in the order of slots: (tokens, top_k, hidden) float32 -> (tokens, hidden) `dtype`."""
+    """Return the dispatch that sums each token's parts in the order of slots.
+
+    parts (tokens, top_k, hidden) float32 -> (tokens, hidden) ``dtype``.
+    """
     tokens, top_k, outputs = parts.shape
     assert outputs % TILE == 0, f"{outputs} outputs"
     return Dispatch(

@@ -1,7 +1,7 @@
-"""Routing and routed experts in plain MLX: what every kernel must equal, and what runs where no kernel does.
+"""Routing and routed experts in plain MLX: the reference for every kernel, and the fallback where none is usable.
 
-All of it is lazy. In float32 on a CPU a token's output is bit-identical whatever other tokens are in the call: each
-output element is one dot product that MLX computes in the same order for one row as for many.
+All functions are lazy. In float32 on a CPU a token's output is bit-identical regardless of the other tokens in the
+call: each output element is one dot product, which MLX computes in the same order for one row as for many.
 """
 
 import mlx.core as mx
@@ -9,11 +9,14 @@ import mlx.core as mx
 from mlx_k2.kernels.stack import BITS, GROUP_SIZE, ZERO_POINT, AffineStack, ExpertStack
 
 SORT_FROM_PAIRS = 64
-"""From this many (token, expert) pairs on they are sorted by expert, so that a GPU reads an expert's weights once."""
+"""Fewest (token, expert) pairs that are sorted by expert. Sorted, a GPU reads an expert's weights only once."""
 
 
 FEW_OF_STACK = 8
-"""Up to one in so many of a stack's experts are copied out of it to get their biases; for more, all get theirs."""
+"""Fewest experts in the stack per (token, expert) pair for which the pairs' experts are copied out of the stack.
+
+Biases are then computed for the copies only, and otherwise for the whole stack.
+"""
 
 
 def route(
@@ -27,11 +30,11 @@ def route(
     normalize: bool,
     scaling_factor: float,
 ) -> tuple[mx.array, mx.array]:
-    """DeepSeek-V3's bias-corrected ("noaux_tc") choice of experts, in float32.
+    """Choose experts by DeepSeek-V3's bias-corrected rule ("noaux_tc"), in float32.
 
     hidden (tokens, hidden), router_weight (experts, hidden), correction_bias (experts,) float32
     -> expert ids (tokens, top_k) uint32, best first, and their weights (tokens, top_k) float32.
-    The bias takes part in the choice only. Of two equal scores the lower expert id comes first.
+    The bias affects the choice only, not the weights. Of two equal scores the lower expert id comes first.
     """
     logits = hidden.astype(mx.float32) @ router_weight.astype(mx.float32).T
     return select_experts(
@@ -55,7 +58,7 @@ def select_experts(
     normalize: bool,
     scaling_factor: float,
 ) -> tuple[mx.array, mx.array]:
-    """The second half of `route`: logits (tokens, experts) float32 -> ids and weights, both (tokens, top_k)."""
+    """Compute the second half of `route`: logits (tokens, experts) float32 -> ids and weights, both (tokens, top_k)."""
     scores = mx.sigmoid(logits)
     biased = scores + correction_bias
     if top_groups < num_groups:
@@ -70,7 +73,7 @@ def select_experts(
 
 
 def _keep_best_groups(biased: mx.array, num_groups: int, top_groups: int) -> mx.array:
-    """Sets the scores of all but the best groups to 0, as the published model does (not to minus infinity)."""
+    """Set the scores of all but the best groups to 0, as the published model does (not to minus infinity)."""
     grouped = biased.reshape(biased.shape[0], num_groups, -1)
     group_scores = mx.topk(grouped, 2, axis=-1).sum(axis=-1, keepdims=True)  # (tokens, groups, 1)
     dropped = mx.argsort(group_scores, axis=1)[:, : num_groups - top_groups]
@@ -80,7 +83,7 @@ def _keep_best_groups(biased: mx.array, num_groups: int, top_groups: int) -> mx.
 def routed_experts(
     x: mx.array, expert_ids: mx.array, expert_weights: mx.array, stack: ExpertStack | AffineStack
 ) -> mx.array:
-    """The chosen experts' SwiGLU outputs, weighted and summed in the order of expert_ids.
+    """Return the chosen experts' SwiGLU outputs, weighted and summed in the order of expert_ids.
 
     x (tokens, hidden), expert_ids (tokens, top_k) uint32, expert_weights (tokens, top_k) float32 -> (tokens, hidden).
     """
@@ -104,7 +107,7 @@ def _sorted_outputs(x: mx.array, expert_ids: mx.array, stack: ExpertStack | Affi
 def _swiglu_experts(
     inputs: mx.array, expert_ids: mx.array, stack: ExpertStack | AffineStack, *, sorted_indices: bool = False
 ) -> mx.array:
-    """(..., 1, hidden) rows for (...) expert ids -> (..., 1, hidden)."""
+    """Return the SwiGLU of inputs (..., 1, hidden) with the experts expert_ids (...): (..., 1, hidden)."""
 
     def project(inputs: mx.array, packed: mx.array, scale: mx.array, bias: mx.array | None) -> mx.array:
         if bias is None and expert_ids.size * FEW_OF_STACK <= packed.shape[0]:
@@ -124,7 +127,7 @@ def _swiglu_experts(
             sorted_indices=sorted_indices,
         )
 
-    # MLX's affine product asks for biases; those that are not held are made in the call, and gone after it
+    # MLX's affine product requires biases; those that the stack does not hold are computed and freed in this call
     experts, gate_bias, up_bias, down_bias = stack if isinstance(stack, AffineStack) else (stack, None, None, None)
     gate = project(inputs, experts.gate_packed, experts.gate_scale, gate_bias)
     up = project(inputs, experts.up_packed, experts.up_scale, up_bias)

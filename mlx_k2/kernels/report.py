@@ -1,15 +1,15 @@
-"""What `python -m mlx_k2.stage.measure_kernels` finds on a machine, as it travels to the command that shows it."""
+"""Result types of `python -m mlx_k2.stage.measure_kernels`, sent to the command that displays them."""
 
 import msgspec
 
 
 class KernelLine(msgspec.Struct, frozen=True, kw_only=True):
-    """One kernel. GB/s are of the weights that ``tokens`` tokens need; None: it did not run, or is not timed."""
+    """One kernel. GB/s count the weights that ``tokens`` tokens need; None if it did not run or is not timed."""
 
     kernel: str
     usable: bool
     error: float | None
-    """Largest error by largest output, against plain MLX in float32."""
+    """Largest error divided by the largest output, against plain MLX in float32."""
     reason: str
     tokens: int | None = None
     gb_per_s: float | None = None
@@ -17,22 +17,22 @@ class KernelLine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KernelReport(msgspec.Struct, frozen=True, kw_only=True):
-    """A machine's kernels for one layer of Kimi K2. ``chip`` is None without a GPU: then there are no kernels."""
+    """A machine's kernels for one layer of Kimi K2. Without a GPU ``chip`` is None and there are no kernels."""
 
     mlx_k2_version: str
     mlx_version: str
     system: str
     chip: str | None
     read_gb_per_s: float | None
-    """How fast the same weights are read when nothing is computed."""
+    """Read speed of the same weights when nothing is computed."""
     plain_mlx_gb_per_s: float
-    """The reference for one token."""
+    """Speed of the reference for one token."""
     kernels: tuple[KernelLine, ...] = ()
     sizes: dict[str, int] = {}
-    """The best sizes of the kernels, by measurement; empty where that was not possible."""
+    """The best measured sizes of the kernels; empty if they could not be measured."""
 
 
 class DecodeTime(msgspec.Struct, frozen=True):
-    """One token through the feed-forward blocks of all layers with experts."""
+    """Time of one token through the feed-forward blocks of all layers with experts."""
 
     seconds: float

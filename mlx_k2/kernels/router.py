@@ -1,4 +1,4 @@
-"""Launches of the router: float32 logits of a few tokens, and the choice of experts. Computes nothing itself."""
+"""Dispatches of the router: float32 logits of a few tokens, and the choice of experts. Runs no kernel itself."""
 
 import mlx.core as mx
 
@@ -8,7 +8,7 @@ from mlx_k2.kernels.dispatch import Dispatch, kernel_text
 
 
 def logits(hidden: mx.array, router_weight: mx.array) -> Dispatch:
-    """Products of hidden (tokens, hidden) and router_weight (experts, hidden): (tokens, experts), in float32."""
+    """Return the dispatch of hidden (tokens, hidden) @ router_weight (experts, hidden).T: (tokens, experts) float32."""
     tokens, inputs = hidden.shape
     experts = router_weight.shape[0]
     assert tokens <= MAX_TOKENS, f"{tokens} tokens"
@@ -29,9 +29,9 @@ def logits(hidden: mx.array, router_weight: mx.array) -> Dispatch:
 def select(
     logits: mx.array, correction_bias: mx.array, *, top_k: int, normalize: bool, scaling_factor: float
 ) -> Dispatch:
-    """Logits (tokens, experts) float32 -> ids (tokens, top_k) uint32, best first, and weights (tokens, top_k) float32.
+    """Return the dispatch that chooses experts by `reference.select_experts`, for a single group of experts.
 
-    One group of experts only; `reference.select_experts` states the rule.
+    logits (tokens, experts) float32 -> ids (tokens, top_k) uint32, best first, and weights (tokens, top_k) float32.
     """
     tokens, experts = logits.shape
     assert logits.dtype == mx.float32, f"logits are {logits.dtype}"

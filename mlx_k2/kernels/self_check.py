@@ -1,6 +1,6 @@
-"""Whether this machine computes what the reference does, kernel by kernel. Knows no files and no model.
+"""Check of each kernel against the reference on this machine. Knows no files and no model.
 
-No Mac took part in writing the kernels, so none is trusted before it has agreed with plain MLX where it is to run.
+The kernels were written without a Mac. A kernel is used only after it has agreed with plain MLX on the same machine.
 """
 
 from typing import NamedTuple
@@ -17,15 +17,18 @@ from mlx_k2.kernels.variants import Experts, Perform
 
 DECODE, BATCH, PREFILL, ROUTER = "decode", "batch", "prefill", "router"
 
-NUM_EXPERTS = 16  # enough for every path in the kernels; a stack of K2's size then takes 0.4 GB
-PREFILL_TOKENS = 40  # an expert with more than one tile of pairs
+NUM_EXPERTS = 16  # enough for every path in the kernels; at K2's size such a stack takes 0.4 GB
+PREFILL_TOKENS = 40  # more than one tile of pairs (32) for an expert that all tokens choose
 
 TOLERANCE = {mx.bfloat16: 1e-2, mx.float32: 1e-5}
-"""Largest error by largest output. Both halves of a layer round to the activations' type, so twice a kernel's own."""
+"""Largest allowed error divided by the largest output.
+
+It is twice that of one kernel, because both halves of a layer round to the activations' dtype.
+"""
 
 
 class LayerShape(NamedTuple):
-    """What the kernels are compiled for."""
+    """The sizes and the dtype that the kernels are compiled for."""
 
     hidden_size: int
     intermediate_size: int
@@ -34,24 +37,24 @@ class LayerShape(NamedTuple):
 
 
 class KernelCheck(NamedTuple):
-    """What became of one kernel's check."""
+    """The result of one kernel's check."""
 
     kernel: str
     usable: bool
-    error: float | None  # largest error by largest output; None when it did not run
-    reason: str  # why it is not trusted
+    error: float | None  # largest error divided by the largest output; None if the kernel did not run
+    reason: str  # why it is not usable; empty if it is
 
     @property
     def warning(self) -> str:
-        """One line for the user of a kernel that is not trusted."""
+        """One line for the user about a kernel that is not usable."""
         return f"the {self.kernel} kernel is not used here ({self.reason}); plain MLX runs instead"
 
 
 def check_kernel(name: str, shape: LayerShape, tuning: Tuning, perform: Perform = run) -> KernelCheck:
-    """Runs one kernel, DECODE, BATCH, PREFILL or ROUTER, and compares it with the reference in float32."""
+    """Run one kernel (DECODE, BATCH, PREFILL or ROUTER) and compare it with the reference in float32."""
     try:
         error = _router_error(shape, perform) if name == ROUTER else _experts_error(name, shape, tuning, perform)
-    except Exception as failure:  # noqa: BLE001  a border: whatever MLX or a compiler raises means 'do not use it'
+    except Exception as failure:  # noqa: BLE001  any error of MLX or of a compiler makes the kernel unusable
         return KernelCheck(name, False, None, str(failure).strip().split("\n", maxsplit=1)[0] or type(failure).__name__)
     tolerance = TOLERANCE[shape.dtype]
     if not error <= tolerance:
@@ -89,17 +92,17 @@ def _router_error(shape: LayerShape, perform: Perform) -> float:
     )
     scores = mx.sigmoid(hidden.astype(mx.float32) @ weight.astype(mx.float32).T)
     biased = scores + bias
-    # a near tie may fall either way, so scores are compared and not ids: the chosen ones are the best there are,
+    # nearly equal scores may be chosen in either order, so compare scores, not ids: the chosen scores are the best,
     best = mx.sort(biased, axis=-1)[:, -shape.top_k :]
     chosen = mx.sort(mx.take_along_axis(biased, ids, axis=-1), axis=-1)
-    # and each has the weight of its own score
+    # and each weight is computed from the score of its own expert
     own = mx.take_along_axis(scores, ids, axis=-1)
     own = own / own.sum(axis=-1, keepdims=True) * scaling
     return max(_relative_error(chosen, best), _relative_error(weights, own))
 
 
 def random_stack(shape: LayerShape, num_experts: int) -> ExpertStack:
-    """Experts of random codes and scales; outputs of the size of their inputs."""
+    """Return experts of random codes and scales, whose outputs have about the magnitude of their inputs."""
 
     def projection(seed: int, outputs: int, inputs: int) -> tuple[mx.array, mx.array]:
         key = mx.random.key(seed)
@@ -115,13 +118,13 @@ def random_stack(shape: LayerShape, num_experts: int) -> ExpertStack:
 
 
 def random_expert_ids(tokens: int, num_experts: int, top_k: int) -> mx.array:
-    """Distinct experts for each token, (tokens, top_k) uint32."""
+    """Return random experts, distinct for each token: (tokens, top_k) uint32."""
     scores = mx.random.uniform(shape=(tokens, num_experts), key=mx.random.key(tokens))
     return mx.argsort(scores, axis=-1)[:, :top_k]
 
 
 def in_float32(stack: ExpertStack) -> ExpertStack:
-    """The same experts with float32 scales, so that MLX computes in float32."""
+    """Return the same experts with float32 scales, so that MLX computes in float32."""
     return stack._replace(
         gate_scale=stack.gate_scale.astype(mx.float32),
         up_scale=stack.up_scale.astype(mx.float32),

@@ -1,4 +1,4 @@
-"""The weights of one layer's routed experts, as shipped. Knows nothing of how they are multiplied."""
+"""The weights of one layer's routed experts, in the checkpoint's format. Knows no multiplication."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ CODES_PER_WORD = 8  # 4-bit codes in one uint32, low bits first
 
 
 class ExpertStack(NamedTuple):
-    """One layer's routed experts: 4.5 bits a weight, scales without biases."""
+    """One layer's routed experts: 4.5 bits per weight, scales without biases."""
 
     gate_packed: mx.array  # (experts, intermediate, hidden // 8) uint32
     gate_scale: mx.array  # (experts, intermediate, hidden // 32) bfloat16
@@ -22,7 +22,7 @@ class ExpertStack(NamedTuple):
 
     @property
     def num_experts(self) -> int:
-        """How many experts the layer has."""
+        """Number of experts in the layer."""
         return self.gate_packed.shape[0]
 
     @property
@@ -37,9 +37,9 @@ class ExpertStack(NamedTuple):
 
 
 class AffineStack(NamedTuple):
-    """The same experts as MLX's affine product wants them, for dtypes that no kernel computes in.
+    """The same experts with the biases that MLX's affine product requires, for dtypes that no kernel computes in.
 
-    Scales are in the activations' dtype, and beside each stands its bias, -ZERO_POINT times as large.
+    Scales are in the activations' dtype. Each bias is -ZERO_POINT times its scale.
     """
 
     experts: ExpertStack
@@ -49,7 +49,7 @@ class AffineStack(NamedTuple):
 
 
 def make_affine(stack: ExpertStack, dtype: mx.Dtype) -> AffineStack:
-    """What multiplies activations of ``dtype``; the scales are exact in it if it is float32."""
+    """Return the experts for activations of ``dtype``. The converted scales are exact if it is float32."""
     gate, up, down = (scale.astype(dtype) for scale in (stack.gate_scale, stack.up_scale, stack.down_scale))
     biases = (scale * -ZERO_POINT for scale in (gate, up, down))
     return AffineStack(stack._replace(gate_scale=gate, up_scale=up, down_scale=down), *biases)

@@ -1,4 +1,4 @@
-"""How fast the kernels run here, and which sizes are best: what `mlx-k2 kernels` shows. Trusts no published figure."""
+"""Measurement of the kernels' speed and best sizes on this machine, for `mlx-k2 kernels`. Uses no published figure."""
 
 import time
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from mlx_k2.kernels.tuning import Tuning
 
 Layer = Callable[[mx.array, mx.array, mx.array, ExpertStack], mx.array]
 
-NUM_EXPERTS = 64  # at K2's size 1.6 GB: no cache holds them
-CHAIN = 8  # layers between two waits, each fed by the one before, as in a model
+NUM_EXPERTS = 64  # 1.6 GB at K2's size, more than any cache holds
+CHAIN = 8  # layers between two waits; each reads the output of the one before, as in a model
 REPEATS = 5
 TOKENS = {"decode": 1, "batch": 8, "prefill": 512}
 
-CANDIDATES = (  # sizes to try, one after the other, each beside the best so far
+CANDIDATES = (  # sizes to try one at a time, each against the best sizes so far
     ("gate_up_rows", 2),
     ("gate_up_rows", 8),
     ("gate_up_simdgroups", 1),
@@ -43,29 +43,29 @@ CANDIDATES = (  # sizes to try, one after the other, each beside the best so far
 
 
 class Timing(NamedTuple):
-    """One way of computing routed experts, measured."""
+    """Measured time of one implementation of routed experts."""
 
-    seconds: float  # a layer, best of REPEATS
-    bytes_needed: int  # of the distinct chosen experts, at 4.5 bits a weight
+    seconds: float  # per layer, best of REPEATS
+    bytes_needed: int  # weights of the distinct chosen experts, at 4.5 bits per weight
 
     @property
     def gigabytes_per_second(self) -> float:
-        """Needed bytes by time."""
+        """Needed bytes divided by time."""
         return self.bytes_needed / self.seconds / 1e9
 
 
 class KernelRow(NamedTuple):
-    """One line of the table."""
+    """One line of the kernel table."""
 
     check: KernelCheck
     tokens: int
-    kernel: Timing | None  # None where the kernel may not run
+    kernel: Timing | None  # None if the kernel may not run
     reference: Timing
     plain_read_gigabytes_per_second: float
 
 
 def kernel_table(shape: LayerShape, tuning: Tuning) -> list[KernelRow]:
-    """Every kernel of routed experts on this GPU: its verdict, and its speed beside plain MLX and a plain read."""
+    """Return each kernel of routed experts: its check, its speed, and the speeds of plain MLX and of a plain read."""
     stack = random_stack(shape, NUM_EXPERTS)
     mx.eval(stack)
     read = plain_read_gigabytes_per_second(stack)
@@ -80,7 +80,7 @@ def kernel_table(shape: LayerShape, tuning: Tuning) -> list[KernelRow]:
 
 
 def best_tuning(shape: LayerShape, start: Tuning) -> Tuning:
-    """The fastest sizes for decode and batch, one size after the other; remembered for the next start."""
+    """Return the fastest sizes for decode and batch, searched one size at a time. Cache them for the next start."""
     stack = random_stack(shape, NUM_EXPERTS)
     mx.eval(stack)
 
@@ -104,7 +104,7 @@ def best_tuning(shape: LayerShape, start: Tuning) -> Tuning:
 def time_layer(
     layer: Layer, stack: ExpertStack, tokens: int, top_k: int, *, chain: int = CHAIN, repeats: int = REPEATS
 ) -> Timing:
-    """The best time of one layer in a chain of them, each reading other experts."""
+    """Return the best time per layer in a chain of layers, each of which reads different experts."""
     dtype = stack.gate_scale.dtype
     weights = mx.full((tokens, top_k), 1.0 / top_k)
     base = random_expert_ids(tokens, stack.num_experts, top_k)
@@ -124,14 +124,14 @@ def time_layer(
 
 
 def plain_read_gigabytes_per_second(stack: ExpertStack) -> float:
-    """How fast this device reads the same weights and does nothing else with them."""
+    """Return the speed at which this device reads the packed weights, with only a maximum computed from them."""
     arrays = (stack.gate_packed, stack.up_packed, stack.down_packed)
     seconds = _best_seconds(lambda: mx.eval([mx.max(array) for array in arrays]))
     return sum(array.nbytes for array in arrays) / seconds / 1e9
 
 
 def _best_seconds(work: Callable[[], None], repeats: int = REPEATS) -> float:
-    work()  # compiles
+    work()  # the first call compiles
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
@@ -141,7 +141,7 @@ def _best_seconds(work: Callable[[], None], repeats: int = REPEATS) -> float:
 
 
 def _agrees(shape: LayerShape, tuning: Tuning) -> bool:
-    """Whether the kernels of these sizes, which are other kernels, compute what the reference does."""
+    """Return whether the kernels of these sizes agree with the reference. Each size compiles to a different kernel."""
     return all(check_kernel(name, shape, tuning).usable for name in (DECODE, BATCH))
 
 

@@ -1,6 +1,6 @@
-"""Routing and routed experts composed of kernel launches, one function for each regime. Chooses no regime itself.
+"""Routing and routed experts composed of kernel dispatches, one function for each kernel. Chooses no kernel itself.
 
-Each function takes `perform`, what runs a launch: `launch.run` in the program, an executor on the CPU in the tests.
+Each function takes `perform`, which executes a dispatch: `dispatch.run` in the program, a CPU executor in the tests.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,10 @@ def decode_experts(
     tuning: Tuning,
     perform: Perform = run,
 ) -> mx.array:
-    """One token, two launches. Right for more tokens too, but then an expert is read once for each of them."""
+    """Run the experts of one token in two dispatches.
+
+    The result is also correct for more tokens, but an expert is then read once for each of its tokens.
+    """
     (hidden,) = perform(
         decode.gate_up(
             x, expert_ids, stack, rows_per_simdgroup=tuning.gate_up_rows, simdgroups=tuning.gate_up_simdgroups
@@ -42,10 +45,10 @@ def batch_experts(
     tuning: Tuning,
     perform: Perform = run,
 ) -> mx.array:
-    """Up to `batched_decode.MAX_TOKENS` tokens, two launches, every chosen expert read once."""
+    """Run the experts of up to `batched_decode.MAX_TOKENS` tokens in two dispatches. Read each chosen expert once."""
     rows_per_simdgroup = (
         tuning.batch_rows if x.shape[0] <= batched_decode.MAX_TOKENS // 2 else max(1, tuning.batch_rows // 2)
-    )  # registers
+    )  # twice the tokens with half the rows need as many registers
     simdgroups = tuning.batch_simdgroups
     (hidden,) = perform(
         batched_decode.gate_up(
@@ -68,7 +71,7 @@ def prefill_experts(
     tuning: Tuning,  # noqa: ARG001  the tile is fixed; every variant has the same arguments
     perform: Perform = run,
 ) -> mx.array:
-    """Any number of tokens: sort the pairs by expert, three launches, add up."""
+    """Run the experts of any number of tokens: sort the pairs by expert, then three dispatches; the last one sums."""
     pairs = prefill.sort_pairs(expert_ids, stack.num_experts)
     (hidden,) = perform(prefill.gate_up(x, expert_ids, pairs, stack))
     (parts,) = perform(prefill.down(hidden, expert_weights, pairs, stack))
@@ -86,7 +89,10 @@ def route(
     scaling_factor: float,
     perform: Perform = run,
 ) -> tuple[mx.array, mx.array]:
-    """`reference.route` for one group of experts: two launches for few tokens; for many, a product and one launch."""
+    """Compute `reference.route` for a single group of experts.
+
+    Up to `batched_decode.MAX_TOKENS` tokens take two dispatches; more take a matrix product and one dispatch.
+    """
     if hidden.shape[0] <= batched_decode.MAX_TOKENS:
         (logits,) = perform(router.logits(hidden, router_weight))
     else:

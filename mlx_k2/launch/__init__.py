@@ -1,1 +1,1 @@
-"""Starts, watches and stops stage processes, locally and over ssh."""
+"""The start, monitoring and end of stage processes, locally and over ssh."""

@@ -1,4 +1,4 @@
-"""Why a stage's process did not come up, or was lost, in words and with the command that mends it. Pure."""
+"""Diagnosis of a stage's process that did not start or was lost, as text with the command that fixes it. Pure."""
 
 import re
 import sys
@@ -15,14 +15,14 @@ _NO_PACKAGE = re.compile(r"No module named '?mlx_k2\b")
 
 @dataclass(frozen=True)
 class StartFailure:
-    """What went wrong, and whether another command on the same host may do better."""
+    """The reason of a failed start, and whether another start command on the same host may work."""
 
     reason: str
     another_may_work: bool = False
 
 
 def explain_start_failure(location: StageLocation, exit_code: int | None, stderr: str, problem: str) -> StartFailure:
-    """Judge a process that ended before its opening mark. ``problem`` says what its output was instead."""
+    """Explain why a process ended before its opening mark. ``problem`` is the error that reading its output gave."""
     if location.ssh is not None and exit_code == SSH_EXIT_CODE:
         return StartFailure(explain_ssh_failure(location.ssh, stderr))
     if (
@@ -35,7 +35,7 @@ def explain_start_failure(location: StageLocation, exit_code: int | None, stderr
 
 
 def explain_lost_connection(location: StageLocation, exit_code: int | None) -> str:
-    """Judge a connection that ended without its guard's last frame; ``exit_code`` is the local process's."""
+    """Explain why a connection ended without its guard's last frame. ``exit_code`` is that of the local process."""
     if location.ssh is not None and exit_code == SSH_EXIT_CODE:
         return "the ssh connection was lost (cable, power, sleep, its sshd), or its guard was killed"
     if exit_code is not None and exit_code < 0:

@@ -1,4 +1,4 @@
-"""All stage processes of one run: started together, kept alive by one heartbeat, ended together. Knows no steps."""
+"""All stage processes of one run, started together, kept alive by one heartbeat and ended together. Knows no steps."""
 
 import queue
 import signal
@@ -17,18 +17,21 @@ from mlx_k2.protocol.stage_status import StageStatus
 HEARTBEAT_S = 1.0
 NOTIFY_AFTER_S = 1.0
 GUARD_MARGIN_S = 2.0
-"""What the guard and ssh may take beyond the time that the guard gives the stage."""
+"""Time that the guard and ssh may take beyond the time that the guard gives the stage to end."""
 STALL_TIMEOUT_S = 7.0
-"""Above ssh's own 6 s: it says more of a lost connection. A hop's last 6 MB arrive in it at 6 Mbit/s."""
+"""More than ssh's own 6 s, because ssh's error describes a lost connection better.
+
+A hop's last 6 MB arrive within this time at 6 Mbit/s.
+"""
 TERM_S = 2.0
 KILL_S = 2.0
 
 
 class StageGroup:
-    """A context: on entry all stages are started, on exit none is left, on any host.
+    """A context manager that starts all stages on entry, and ends all stages on all hosts on exit.
 
-    ``log`` gets every line of every stage's stderr, prefixed, on the stage's own threads; it must not block. ``notify``
-    (else ``log``) is told what the exit waits for.
+    ``log`` receives every line of every stage's stderr, prefixed, on the stage's own threads; it must not block.
+    ``notify`` (default: ``log``) receives lines about the stages that the exit waits for.
     """
 
     def __init__(
@@ -40,12 +43,12 @@ class StageGroup:
         stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
         self.stall_timeout_s = stall_timeout_s
-        """How long a stopped stage, a silent host or a stuck hop is waited for."""
+        """Time to wait for a stopped stage, a silent host or a stuck hop."""
         self._locations = tuple(locations)
         self._settings = GuardSettings(lease_s=lease_s)
         self._log = log
         self._notify = notify or log
-        self._events: queue.SimpleQueue[StageEvent] = queue.SimpleQueue()  # as many as there are plans in flight
+        self._events: queue.SimpleQueue[StageEvent] = queue.SimpleQueue()  # bounded by the plans in flight
         self._stages: list[StageProcess] = []
         self._stopping = threading.Event()
         self._heartbeat = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -63,22 +66,22 @@ class StageGroup:
 
     @property
     def size(self) -> int:
-        """How many stages there are."""
+        """The number of stages."""
         return len(self._locations)
 
     def host(self, rank: int) -> str:
-        """The name of a stage's machine, for people."""
+        """Return the name of a stage's host, for messages."""
         return self._locations[rank].host
 
     def receive(self, timeout_s: float) -> StageEvent | None:
-        """The next thing that a stage said, or its end; None when nothing came for ``timeout_s``."""
+        """Return the next message or end of any stage; None if there is none within ``timeout_s``."""
         try:
             return self._events.get(timeout=timeout_s)
         except queue.Empty:
             return None
 
     def send(self, rank: int, message: ToStage) -> None:
-        """Queue a message for one stage. Never waits; for a stage that has ended it is dropped."""
+        """Queue a message for one stage. Do not block. Drop the message if the stage has ended."""
         self._stages[rank].send(message)
 
     def send_all(self, message: ToStage) -> None:
@@ -87,26 +90,27 @@ class StageGroup:
             stage.send(message)
 
     def set_held_bytes(self, rank: int, held_bytes: int) -> None:
-        """Say how much memory a stage holds: it is given time to free it when it ends."""
+        """Set how much memory a stage holds; a stage that holds more gets more time to end."""
         self._stages[rank].set_held_bytes(held_bytes)
 
     def silence_s(self, rank: int) -> float:
-        """How long ago the stage's guard was last heard: once it is up, it answers a heartbeat every second."""
+        """Return the time since the last frame from the stage's guard, which answers a heartbeat every second."""
         return time.monotonic() - self._stages[rank].heard_at
 
     def has_come_up(self, rank: int) -> bool:
-        """Whether the stage's guard has spoken."""
+        """Return whether the stage's guard has sent its opening mark."""
         return self._stages[rank].came_up
 
     def status(self, rank: int) -> StageStatus:
-        """Where the stage stood when its guard was last heard."""
+        """Return the stage's status as last reported by its guard."""
         return self._stages[rank].status
 
     def stop(self, notify: Callable[[str], None]) -> None:
-        """End all stages at once: a message and the end of their input, then SIGTERM, then SIGKILL to what runs here.
+        """End all stages at once: send Stop and close their input, then send SIGTERM and SIGKILL to local processes.
 
-        Each host's guard gives its stage the same treatment, so a signal from here is for an ssh client or a guard
-        that does not answer. Bounded by the time that the largest stage is given. A second call does nothing.
+        Each host's guard ends its stage in the same order, so a signal from here is for an ssh client or a guard that
+        does not answer. The call takes at most the time that the largest stage has to end, plus GUARD_MARGIN_S, TERM_S
+        and KILL_S. A second call does nothing.
         """
         self._stopping.set()
         self.send_all(Stop())
@@ -122,7 +126,7 @@ class StageGroup:
             for stage in self._running():
                 notify(f"stage {stage.rank} on {stage.location.host} has not ended: sending {number.name}")
                 stage.send_signal(number)
-                stage.send_signal(signal.SIGCONT)  # a stopped process sees SIGTERM no sooner
+                stage.send_signal(signal.SIGCONT)  # a stopped process receives SIGTERM only then
             self._wait(wait_s)
         if self._heartbeat.is_alive():
             self._heartbeat.join(HEARTBEAT_S)
@@ -131,7 +135,7 @@ class StageGroup:
         return [stage for stage in self._stages if not stage.wait(0)]
 
     def _wait(self, timeout_s: float) -> bool:
-        """Whether every stage has ended, waiting for that at most ``timeout_s``."""
+        """Wait at most ``timeout_s`` for every stage to end; return whether all have."""
         deadline = time.monotonic() + timeout_s
         return all(stage.wait(max(0.0, deadline - time.monotonic())) for stage in self._stages)
 

@@ -1,6 +1,6 @@
-"""The next message of any stage, or the error that explains why none comes. Knows no plan and sets no deadline.
+"""The monitor of a group, which returns the next message of any stage or raises the error that explains why none comes.
 
-While it waits, it detects stopped stages, silent guards and stuck hops.
+While it waits, it detects stopped stages, silent guards and stuck hops. Knows no plan and sets no deadline.
 """
 
 import time
@@ -15,7 +15,7 @@ from mlx_k2.protocol.stage_status import Phase, StageStatus
 
 LOOK_S = 0.5
 GAP_S = 2.0
-"""A wait that took so much longer than it should: this process was stopped, or its machine slept."""
+"""If a wait takes this much longer than it should, this process was stopped or its machine slept."""
 CULPRIT_S = 2.0
 """Wait this long for the end of another stage after a stage reported a lost neighbour: that end is the cause."""
 SILENT_S = 3.0
@@ -24,7 +24,10 @@ SILENT_S = 3.0
 
 @dataclass(frozen=True)
 class _WaitingHop:
-    """Stage ``rank`` waits for hidden states of ``step``, which the stage before has sent; seen first at ``since``."""
+    """A hop that stage ``rank`` waits for: the stage before has sent the hidden states of ``step``.
+
+    ``since`` is when this was first seen, in monotonic seconds.
+    """
 
     rank: int
     step: int
@@ -32,7 +35,10 @@ class _WaitingHop:
 
 
 class HealthMonitor:
-    """Over one group, whose ``stall_timeout_s`` is how long a stop, a silence or a waiting hop may last."""
+    """The monitor of one group.
+
+    The group's ``stall_timeout_s`` limits how long a stage may be stopped, a guard silent or a hop stuck.
+    """
 
     def __init__(self, group: StageGroup) -> None:
         self._group = group
@@ -43,8 +49,8 @@ class HealthMonitor:
     def receive(self, deadline: float) -> StageMessage | None:
         """Return the next message of any stage; None when none came before ``deadline`` (monotonic seconds).
 
-        Messages that wait to be read are read before any stage is judged. After a gap in this process's own time the
-        guards get GAP_S to answer first.
+        Queued messages are returned before any stage is blamed. After this process was stopped or its machine slept,
+        the guards first get GAP_S to answer.
 
         Raises:
             StageStartError, StageFault: a stage ended, or reported a fault.
@@ -88,7 +94,7 @@ class HealthMonitor:
         return StageFault(f"stage {rank} on {self._group.host(rank)}: {fault.message}")
 
     def _silent_stage(self, victims: Collection[int]) -> str | None:
-        """Describe the stage, none of ``victims``, whose guard missed its heartbeats for longest."""
+        """Describe the stage outside ``victims`` whose guard is silent longest; return None if below SILENT_S."""
         others = [rank for rank in range(self._group.size) if rank not in victims]
         rank = max(others, key=self._group.silence_s, default=None)
         if rank is None or self._group.silence_s(rank) < SILENT_S:
@@ -104,13 +110,13 @@ class HealthMonitor:
         self._looked_at = now
 
     def describe(self, rank: int) -> str:
-        """A stage, its host, and where it stands since when."""
+        """Return a description of a stage, its host, its phase, and for how long the phase has lasted."""
         status = self._group.status(rank)
         since_s = status.for_s + self._group.silence_s(rank)
         return f"stage {rank} on {self._group.host(rank)} ({status.update} for {since_s:.0f} s)"
 
     def describe_all(self) -> tuple[str, ...]:
-        """Every stage, as ``describe`` says it."""
+        """Return ``describe`` of every stage, by rank."""
         return tuple(self.describe(rank) for rank in range(self._group.size))
 
     def _trouble(self, now: float) -> str | None:
@@ -122,7 +128,7 @@ class HealthMonitor:
                 return f"{self.describe(rank)} is stopped: its process was suspended {status.stopped_s:.0f} s ago"
         for rank in range(1, len(statuses)):
             if statuses[rank].stopped_s:
-                continue  # that is why it waits; its own patience is not over yet
+                continue  # its stop explains the wait, and has not reached the stall timeout yet
             if self._hop_waits_s(rank, statuses[rank - 1], statuses[rank], now) > self._stall_timeout_s:
                 return (
                     f"{self.describe(rank)} does not get what {self.describe(rank - 1)} has sent: "
@@ -131,7 +137,7 @@ class HealthMonitor:
         return None
 
     def _hop_waits_s(self, rank: int, before: StageStatus, status: StageStatus, now: float) -> float:
-        """Since when a stage waits for what the stage before it has sent already."""
+        """Return for how long a stage has waited for hidden states that the stage before it has sent, else 0."""
         step = status.update.step
         waits = status.update.phase is Phase.RECEIVING and step is not None and _has_sent(before, step)
         if not waits or step is None:

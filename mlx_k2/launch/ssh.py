@@ -1,15 +1,15 @@
-"""The ssh command line, and what its failures mean. Knows nothing of stages or frames."""
+"""The ssh command line, and the meaning of ssh's failures. Knows nothing of stages or frames."""
 
 CONNECT_TIMEOUT_S = 10
 SSH_EXIT_CODE = 255
-"""ssh's own failure; any other exit code is the remote command's."""
+"""The exit code of ssh's own failures; any other exit code is the remote command's."""
 
 _OPTIONS = {
-    "BatchMode": "yes",  # never ask: there may be no terminal, and several start at once
+    "BatchMode": "yes",  # never prompt: there may be no terminal, and several clients start at once
     "ConnectTimeout": str(CONNECT_TIMEOUT_S),
     "ServerAliveInterval": "2",
     "ServerAliveCountMax": "3",
-    "ControlMaster": "no",  # a shared connection would outlive this client, or end under it
+    "ControlMaster": "no",  # a shared connection could outlive this client, or end before it
     "ControlPath": "none",
     "ClearAllForwardings": "yes",
     "ForwardAgent": "no",
@@ -18,7 +18,7 @@ _OPTIONS = {
     "LogLevel": "ERROR",
 }
 
-# What ssh writes, and what that means with the command that mends it; the first that occurs counts.
+# Texts in ssh's stderr, and their meaning with the command that fixes it. The first match counts.
 _FAILURES = (
     (
         ("REMOTE HOST IDENTIFICATION HAS CHANGED", "has changed and you have requested strict checking"),
@@ -52,13 +52,13 @@ _FAILURES = (
 
 
 def ssh_command(host: str, remote_command: str) -> tuple[str, ...]:
-    """The system's ssh, over the user's own configuration, running ``remote_command`` on ``host``."""
+    """Return the command that runs ``remote_command`` on ``host`` by the system's ssh with the user's configuration."""
     options = [word for name, value in _OPTIONS.items() for word in ("-o", f"{name}={value}")]
     return ("ssh", "-T", *options, "--", host, remote_command)
 
 
 def explain_ssh_failure(host: str, stderr: str) -> str:
-    """Why ssh could not connect to ``host``, and the command that mends it."""
+    """Explain why ssh could not connect to ``host``, with the command that fixes it."""
     for signs, meaning in _FAILURES:
         if any(sign in stderr for sign in signs):
             return meaning.format(host=host)

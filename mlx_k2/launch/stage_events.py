@@ -1,4 +1,4 @@
-"""What a coordinator hears of a stage: what it said, and its end. Starts and reads nothing."""
+"""The events of a stage that the coordinator receives: its messages and its end. Starts and reads nothing."""
 
 from dataclasses import dataclass
 from signal import SIGKILL
@@ -10,7 +10,7 @@ from mlx_k2.protocol.messages import FromStage
 
 @dataclass(frozen=True)
 class StageMessage:
-    """A stage said something."""
+    """A message from a stage."""
 
     rank: int
     message: FromStage
@@ -18,10 +18,10 @@ class StageMessage:
 
 @dataclass(frozen=True)
 class StageEnded:
-    """A stage's process or the connection to it has ended; nothing more comes from it.
+    """The end of a stage's process or of the connection to it; the stage's last event.
 
-    ``exit_code`` or ``signal`` is the stage's own where its guard could still report it. ``came_up`` is False when
-    its guard never spoke: then ``reason`` says what to do about it. ``status`` is what it was doing, at which step.
+    ``exit_code`` or ``signal`` is the stage's own, if its guard could still report it. ``came_up`` is False if its
+    guard never sent its opening mark; then ``reason`` includes the fix. ``status`` is its last phase and step.
     """
 
     rank: int
@@ -34,7 +34,7 @@ class StageEnded:
     stderr_tail: tuple[str, ...] = ()
 
     def as_error(self) -> ClusterError:
-        """The end as an error for the user."""
+        """Return the end as an error for the user."""
         if not self.came_up:
             return StageStartError(f"stage {self.rank} on {self.host} did not start: {self.reason}")
         status = f" ({self.status})" if self.status else ""
@@ -43,7 +43,7 @@ class StageEnded:
 
     @property
     def how(self) -> str:
-        """How it ended, and why."""
+        """A phrase with the exit code or signal, and the reason."""
         if self.signal == SIGKILL and self.reason == ENDED_BY_ITSELF:
             return f"ended with signal {SIGKILL}: somebody killed it, or its system did for want of memory"
         if self.signal is not None:

@@ -1,4 +1,4 @@
-"""Where one stage runs and the commands that start it there. Starts nothing itself."""
+"""The location of one stage, and the commands that start it there. Starts nothing itself."""
 
 import shlex
 import sys
@@ -8,21 +8,21 @@ from mlx_k2.errors import HostfileError
 from mlx_k2.launch.ssh import ssh_command
 
 LOGIN_SHELL_COMMAND = """exec "$SHELL" -lc 'exec mlx-k2 stage'"""
-"""For a host whose Python is elsewhere: the script's own first line knows which one it is."""
+"""For a host whose Python has another path: the first line of the mlx-k2 script names it."""
 
 
 @dataclass(frozen=True)
 class StageLocation:
-    """One stage's machine: this one where ``ssh`` is None, else the one that the system's ssh knows by that name.
+    """The host of one stage: this machine if ``ssh`` is None, else the one that the system's ssh knows by that name.
 
-    ``python`` None means this program's own path, and after that ``mlx-k2`` on a login shell's PATH.
+    ``python`` None: try the path of this program's Python, and over ssh then ``mlx-k2`` on a login shell's PATH.
     """
 
     ssh: str | None = None
     python: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what ssh would take for an option.
+        """Refuse an empty host name, and one that ssh would parse as an option.
 
         Raises:
             HostfileError: names the host.
@@ -32,11 +32,11 @@ class StageLocation:
 
     @property
     def host(self) -> str:
-        """The machine's name for people."""
+        """The host's name for messages."""
         return self.ssh or "this machine"
 
     def start_commands(self) -> tuple[tuple[str, ...], ...]:
-        """The commands to try, in order, each when the one before found no Python or no mlx_k2."""
+        """Return the commands to try in order, each if the one before found no Python or no mlx_k2."""
         python = self.python or sys.executable
         if self.ssh is None:
             return ((python, "-m", "mlx_k2.stage"),)
@@ -47,5 +47,5 @@ class StageLocation:
 
 
 def _quote_path(path: str) -> str:
-    """One word for any shell. ssh starts in the home folder, so a path under ``~`` needs no shell to expand it."""
+    """Quote ``path`` as one word for any shell. ssh starts in the home folder, so ``~/`` can be written as ``./``."""
     return shlex.quote("./" + path[2:] if path.startswith("~/") else path)

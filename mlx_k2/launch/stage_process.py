@@ -1,7 +1,7 @@
-"""One stage's process, local or behind ssh, as seen from the coordinator: send frames, post what it says and its end.
+"""One stage's process, local or over ssh, as seen from the coordinator: sends frames, posts its messages and its end.
 
-Knows no step and no deadline for one. Nothing here waits for the coordinator, and nothing raises at it: a connection
-that breaks is the stage's end, and an end is posted once.
+Knows no step and no deadline of a step. Its threads never wait for the coordinator, and its methods raise no error for
+a broken connection: that is posted as the stage's end, and an end is posted once.
 """
 
 import subprocess
@@ -25,12 +25,12 @@ from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
 STDERR_LINES = 200
 MAX_LINE_BYTES = 4096
 EXIT_S = 2.0
-"""How long a process that has closed its output may take to exit before it counts as ended regardless."""
+"""Time limit for a process that has closed its output to exit; after it the process counts as ended."""
 LAST_WORDS_S = 0.5
 
 
 class StageProcess:
-    """Starts the process at once, on a thread of its own. ``post`` and ``log`` must not block."""
+    """A stage's process, which is started at once, on its own thread. ``post`` and ``log`` must not block."""
 
     def __init__(
         self,
@@ -44,12 +44,12 @@ class StageProcess:
         self.location = location
         self.heard_at = time.monotonic()
         self.status = StageStatus(PhaseUpdate(Phase.STARTING), 0.0)
-        """What its guard last said, once a second."""
+        """The guard's last report; one comes every second."""
         self._settings = settings
         self._post = post
         self._log = log
-        self._lock = threading.Lock()  # over the next four
-        self._early: deque[bytes] | None = deque()  # messages to a stage that is not up yet, so to its final command
+        self._lock = threading.Lock()  # guards _early, _process, _writer and _closed
+        self._early: deque[bytes] | None = deque()  # messages kept until a start command has come up
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: FrameWriter | None = None
         self._closed = False
@@ -60,21 +60,21 @@ class StageProcess:
 
     @property
     def came_up(self) -> bool:
-        """Whether its guard has spoken."""
+        """True if the stage's guard has sent its opening mark."""
         return self._early is None
 
     @property
     def held_bytes(self) -> int:
-        """How much memory the stage holds, as far as ``set_held_bytes`` was told."""
+        """The memory that the stage holds, as last set by ``set_held_bytes``."""
         return self._settings.held_bytes
 
     def set_held_bytes(self, held_bytes: int) -> None:
-        """Tell the guard, which gives a larger stage more time to end."""
+        """Send the memory that the stage holds to the guard, which gives a larger stage more time to end."""
         self._settings = GuardSettings(self._settings.lease_s, held_bytes)
         self._put(Kind.GUARD_SETTINGS, self._settings.to_json())
 
     def send(self, message: ToStage) -> None:
-        """Queue a message; it is dropped when the stage has ended, which is posted."""
+        """Queue a message. Drop it if the stage has ended; that end is posted."""
         payload = encode_message(message)
         with self._lock:
             if self._early is not None:
@@ -87,9 +87,9 @@ class StageProcess:
         self._put(Kind.HEARTBEAT, payload)
 
     def close(self) -> None:
-        """Close the stage's input once what is queued is sent: its guard then ends it. Does not wait.
+        """Close the stage's input once all queued frames are sent; its guard then ends it. Do not wait.
 
-        A stage that is not up yet holds nothing, and ssh may be waiting for its host: that process is ended now.
+        A stage that is not up yet holds no memory, and ssh may be waiting for its host, so its process is ended now.
         """
         with self._lock:
             self._closed = True
@@ -99,13 +99,13 @@ class StageProcess:
                 self._process.terminate()
 
     def send_signal(self, number: int) -> None:
-        """Signal the local process: the ssh client, or the local guard."""
+        """Send a signal to the local process: the ssh client, or the local guard."""
         with self._lock:
             if self._process is not None:
                 self._process.send_signal(number)
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether the local process has ended and its end was posted, waiting for that at most ``timeout_s``."""
+        """Wait at most ``timeout_s``; return whether the local process has ended and its end was posted."""
         deadline = time.monotonic() + timeout_s
         self._thread.join(timeout_s)
         if self._thread.is_alive():
@@ -143,7 +143,7 @@ class StageProcess:
         self._post(end)
 
     def _run_command(self, command: tuple[str, ...]) -> tuple[StageEnded, bool]:
-        """Start one command and follow it to its end; also whether another command may do better."""
+        """Start one command and follow it to its end; return the end, and whether another command may work."""
         try:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
@@ -178,7 +178,7 @@ class StageProcess:
         return end, False
 
     def _follow(self, stream: IO[bytes]) -> tuple[bool, StageExit | None, str]:
-        """Read to the end of the stream: whether the mark came, the guard's last frame, and what was not agreed."""
+        """Read to the end of the stream; return whether the mark came, the guard's last frame, and the error if any."""
         came_up = False
         stage_exit = None
         fault = ""
@@ -238,7 +238,7 @@ class StageProcess:
         signal_number: int | None = None,
         heard: str = "",
     ) -> StageEnded:
-        """``heard`` stands before what it was doing, where that may have changed since."""
+        """Return and log the end. ``heard`` is a prefix of the status, for a status that may have changed since."""
         status = f"{heard}{self.status.update}" if came_up else None
         tail = tuple(self._stderr_tail)
         end = StageEnded(self.rank, self.location.host, came_up, reason, exit_code, signal_number, status, tail)

@@ -1,1 +1,1 @@
-"""Kimi K2 itself: one range of layers over a cache. Knows no processes and no text."""
+"""The Kimi K2 model: one range of layers over a latent cache. Knows no processes and no text."""

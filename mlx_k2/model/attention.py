@@ -1,8 +1,8 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), computed in both of its ways.
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), in absorbed and in naive form.
 
-Absorbed: queries are carried into the latent space and attend to the cached rows themselves, one key head for all
-query heads. Few operations for few queries: generated tokens. Naive: keys and values are rebuilt from the latents for
-each head, 3.4 times fewer operations for each query and key: prompts. The two agree up to rounding.
+Absorbed: queries are projected into the latent space and attend to the cached rows directly, one key head for all
+query heads. Few queries need few operations, so generated tokens use it. Naive: keys and values are rebuilt from the
+latents for each head, with 3.4 times fewer operations per query and key. Prompts use it. Both agree up to rounding.
 """
 
 from collections.abc import Callable
@@ -16,21 +16,22 @@ from mlx_k2.model.layer_weights import AttentionWeights, LowRankQuery
 from mlx_k2.model.linear import Matrix, multiply, multiply_transposed, some_heads
 
 BOTTLENECK_NORM_EPS = 1e-6
-"""Of q_a_layernorm and kv_a_layernorm: the published code's default, not the config's rms_norm_eps."""
+"""Epsilon of q_a_layernorm and kv_a_layernorm: the published code's default, not the config's rms_norm_eps."""
 
 BLOCK_BYTES = 128 * 2**20
-"""As many heads or queries are taken at once as fit here with their scores and the keys and values rebuilt for them.
+"""Memory limit of a block of heads or queries: their scores and the keys and values rebuilt for them.
 
-Two such blocks are in memory at a time. One head is the least: its keys and values alone may be larger at 100k keys.
+Two such blocks are in memory at a time. A block has at least one head, which may exceed the limit: at 100k keys its
+keys and values alone may be larger.
 """
 
 
 class Projections(NamedTuple):
-    """What attention makes of a batch's hidden states before it looks at the cache. The queries are scaled."""
+    """Projections of a batch's hidden states, computed before attention reads the cache. The queries are scaled."""
 
     absorbed_queries: mx.array | None  # (heads, generated tokens, kv_lora_rank + qk_rope)
     naive_queries: mx.array | None  # (heads, prompt tokens, qk_nope + qk_rope)
-    cache_rows: mx.array  # (tokens, kv_lora_rank + qk_rope): what goes into the cache
+    cache_rows: mx.array  # (tokens, kv_lora_rank + qk_rope): rows to write to the cache
 
 
 Rotate = Callable[[mx.array, mx.array], mx.array]
@@ -40,8 +41,8 @@ Project = Callable[[mx.array, mx.array, int, AttentionWeights], Projections]
 def make_rope(config: ModelConfig) -> Rotate:
     """Return the rotation of (tokens, heads, qk_rope) at positions (tokens,) int32: YaRN, as mlx-lm computes it.
 
-    Consecutive pairs are rotated ("interleaved"). ``beta_fast`` and ``beta_slow`` are the config's own, which differ
-    within the family (1 and 1 for K2-Thinking, 32 and 1 from K2.5 on).
+    Consecutive pairs are rotated ("interleaved"). ``beta_fast`` and ``beta_slow`` are read from the config, because
+    they differ within the family (1 and 1 for K2-Thinking, 32 and 1 from K2.5 on).
     """
     rope = config.rope
     yarn = YarnRoPE(
@@ -55,7 +56,7 @@ def make_rope(config: ModelConfig) -> Rotate:
         mscale=rope.mscale,
         mscale_all_dim=rope.mscale_all_dim,
     )
-    mx.eval(yarn._freqs)  # lazy until now: every layer of every step would compute them again
+    mx.eval(yarn._freqs)  # left lazy, every layer of every step would compute them again
 
     def rotate(x: mx.array, positions: mx.array) -> mx.array:
         rotated: mx.array = yarn(x[:, :, None], offset=positions)  # each token is a batch of length 1
@@ -65,7 +66,7 @@ def make_rope(config: ModelConfig) -> Rotate:
 
 
 def make_projections(config: ModelConfig, rotate: Rotate) -> Project:
-    """The function (hidden (tokens, hidden), positions (tokens,), num_generated, weights) -> Projections."""
+    """Return the function (hidden (tokens, hidden), positions (tokens,), num_generated, weights) -> Projections."""
     heads, nope, latent_dim = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank
     query_dim, scale = config.qk_head_dim, config.softmax_scale
 
@@ -96,9 +97,9 @@ def _query(hidden: mx.array, weights: AttentionWeights) -> mx.array:
 
 
 def attend_absorbed(queries: mx.array, keys: mx.array, position: int, latent_dim: int) -> mx.array:
-    """Queries (heads, count, row) from ``position`` on, over cached ``keys`` (keys, row) -> (heads, count, latent_dim).
+    """Return the attention of ``queries`` (heads, count, row), the first at ``position``, to ``keys`` (keys, row).
 
-    What comes back is in the latent space: ``value_up`` makes it each head's values.
+    The result (heads, count, latent_dim) is in the latent space; ``value_up`` projects it to each head's values.
     """
     heads, count, _ = queries.shape
 
@@ -110,24 +111,24 @@ def attend_absorbed(queries: mx.array, keys: mx.array, position: int, latent_dim
 
 
 def fits_absorbed(heads: int, count: int, num_keys: int, item_bytes: int) -> bool:
-    """Whether `attend_absorbed` takes such queries in one block, and so evaluates nothing."""
+    """Return whether `attend_absorbed` processes these queries in one block and therefore evaluates nothing."""
     return heads * count * _scores_bytes(num_keys, item_bytes) <= BLOCK_BYTES
 
 
 def attend_naive(
     queries: mx.array, keys: mx.array, position: int, weights: AttentionWeights, *, fused: bool
 ) -> mx.array:
-    """Queries (heads, count, qk_head) from ``position`` on, over cached ``keys`` (keys, row) -> (heads, count, v_head).
+    """Return the attention (heads, count, v_head) of ``queries`` (heads, count, qk_head) to ``keys`` (keys, row).
 
-    Heads, and then queries, are taken in blocks. ``fused`` lets a GPU kernel that keeps no scores take over where
-    scores would not fit in one block.
+    The first query is at ``position``. Heads, and then queries, are processed in blocks. With ``fused``, MLX's fused
+    GPU kernel, which stores no scores, is used if the scores of all heads do not fit in one block.
     """
     heads, count, head_dim = queries.shape
     num_keys = keys.shape[0]
     query_scores_bytes = _scores_bytes(num_keys, queries.itemsize)
     scores_bytes = count * query_scores_bytes
     fused = fused and heads * scores_bytes > BLOCK_BYTES
-    rebuilt_bytes = num_keys * 3 * head_dim * queries.itemsize  # of one head: its keys, made of two parts, and values
+    rebuilt_bytes = num_keys * 3 * head_dim * queries.itemsize  # of one head: keys, their two parts, and values
 
     query_block = max(BLOCK_BYTES - rebuilt_bytes, BLOCK_BYTES // 4) // query_scores_bytes
 
@@ -143,7 +144,7 @@ def attend_naive(
 
 
 def _rebuild(cache_rows: mx.array, key_up: Matrix, value_up: Matrix, latent_dim: int) -> tuple[mx.array, mx.array]:
-    """Cached rows (keys, row) -> keys (heads, keys, qk_head) and values (heads, keys, v_head)."""
+    """Return keys (heads, keys, qk_head) and values (heads, keys, v_head) of cached rows (keys, row)."""
     latents, rotated = cache_rows[:, :latent_dim], cache_rows[:, latent_dim:]
     without_position = multiply_transposed(latents, key_up)
     shared = mx.broadcast_to(rotated, (without_position.shape[0], *rotated.shape))
@@ -151,7 +152,10 @@ def _rebuild(cache_rows: mx.array, key_up: Matrix, value_up: Matrix, latent_dim:
 
 
 def attend_unfused(queries: mx.array, keys: mx.array, values: mx.array, position: int, query_block: int) -> mx.array:
-    """(heads, count, qk_head) over (heads, keys, ...) -> (heads, count, v_head), ``query_block`` queries at a time."""
+    """Return the attention of queries (heads, count, qk_head) to keys and values (heads, keys, ...).
+
+    The result is (heads, count, v_head). ``query_block`` queries are processed at a time.
+    """
 
     def attend(block: slice) -> mx.array:
         scores = _hide_later_keys(queries[:, block] @ keys.swapaxes(-1, -2), position + block.start)
@@ -161,10 +165,10 @@ def attend_unfused(queries: mx.array, keys: mx.array, values: mx.array, position
 
 
 def attend_fused(queries: mx.array, keys: mx.array, values: mx.array, *, force: bool) -> mx.array:
-    """The same through MLX's fused kernel, which wants values as wide as keys and hides later keys itself.
+    """Compute attention by MLX's fused kernel, which requires values as wide as keys and masks later keys itself.
 
-    The queries are the last ones of the keys. Without ``force`` MLX chooses whether to use the kernel, which only a
-    GPU has.
+    The queries belong to the last positions of the keys. Without ``force`` MLX chooses whether to use the kernel,
+    which exists on GPUs only.
     """
     value_dim = values.shape[-1]
     padded = mx.pad(values, [(0, 0), (0, 0), (0, keys.shape[-1] - value_dim)])
@@ -175,7 +179,7 @@ def attend_fused(queries: mx.array, keys: mx.array, values: mx.array, *, force: 
 
 
 def _hide_later_keys(scores: mx.array, position: int) -> mx.array:
-    """Scores (heads, count, keys): the query at ``position`` + i keeps those of keys 0 to ``position`` + i."""
+    """Mask scores (heads, count, keys): the query at ``position`` + i attends to keys 0 to ``position`` + i only."""
     _, count, num_keys = scores.shape
     if position + 1 == num_keys:
         return scores
@@ -184,15 +188,15 @@ def _hide_later_keys(scores: mx.array, position: int) -> mx.array:
 
 
 def _scores_bytes(num_keys: int, item_bytes: int) -> int:
-    """What one query's scores of one head take while they are computed: once before and once after an operation."""
+    """Return the bytes of one query's scores in one head while computed: an operation's input and its output."""
     return 2 * num_keys * item_bytes
 
 
 def _in_blocks(compute: Callable[[slice], mx.array], total: int, block: int, axis: int) -> mx.array:
-    """``compute`` for all of ``total``, at most ``block`` (at least 1) at a time, joined along ``axis``.
+    """Return ``compute`` of ``total`` items, at most ``block`` (at least 1) at a time, joined along ``axis``.
 
-    Several blocks are evaluated on the way, each while the next one is built: left to itself, MLX takes memory for
-    many of them at once.
+    If there are several blocks, each is evaluated while the next one is built. Otherwise MLX would allocate memory for
+    many blocks at once.
     """
     if total <= block:
         return compute(slice(0, total))

@@ -1,4 +1,4 @@
-"""The tokens that travel together in one step, as the layers see them. Knows no requests and no token ids."""
+"""The tokens of one step, as the layers process them. Knows no requests and no token ids."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ import mlx.core as mx
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive positions of one sequence: ``count`` of them from ``position`` on, cached in ``slot``.
+    """Consecutive positions of one sequence: ``count`` positions starting at ``position``, cached in ``slot``.
 
-    Prompt positions are computed naive, generated ones absorbed (model/attention.py); which of the two follows from
-    the sequence alone, never from the company a token travels in.
+    Prompt positions use naive attention, generated ones absorbed attention (model/attention.py). The form depends on
+    the sequence alone, never on the other tokens of the step.
     """
 
     slot: int
@@ -22,12 +22,12 @@ class Span:
 
     @property
     def end(self) -> int:
-        """The position after the last."""
+        """Position after the last one."""
         return self.position + self.count
 
 
 class Batch:
-    """Spans laid one after the other, those of generated tokens first."""
+    """Spans in order, those of generated tokens first. A slot has at most one span."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
         assert spans, "a step without tokens"
@@ -40,5 +40,5 @@ class Batch:
 
     @cached_property
     def positions(self) -> mx.array:
-        """The position of each token: (tokens,) int32."""
+        """Position of each token: (tokens,) int32."""
         return mx.array([position for span in self.spans for position in range(span.position, span.end)], mx.int32)

@@ -1,7 +1,7 @@
-"""One decoder layer over a batch: attention, then a dense SwiGLU block or routed experts beside a shared one.
+"""One decoder layer over a batch: attention, then a dense SwiGLU block or routed experts plus a shared expert.
 
-The parts before and after attention are compiled for small batches. Between them lies what depends on the length of
-each sequence: writing the cache and attending to it.
+The parts before and after attention are compiled for small batches. The part between them, writing the cache and
+attending to it, is not compiled: it depends on the length of each sequence.
 """
 
 from collections.abc import Callable
@@ -19,12 +19,12 @@ from mlx_k2.model.linear import multiply
 FeedForward = Callable[[mx.array, DenseWeights | MoeWeights], mx.array]
 
 COMPILED_TOKENS = 16
-"""Batches of at most this many tokens run compiled. MLX compiles each batch size once and keeps it; only for small
+"""Most tokens in a batch that runs compiled. MLX compiles each batch size once and keeps the result. Only for small
 batches does building the graph take longer than running it."""
 
 
 class DecoderLayer:
-    """The computation that all decoder layers of a stage share; each call brings the weights of one layer."""
+    """The computation that all decoder layers of a stage share. Each call receives the weights of one layer."""
 
     def __init__(self, config: ModelConfig, *, fused_attention: bool) -> None:
         self._eps = config.rms_norm_eps
@@ -35,7 +35,7 @@ class DecoderLayer:
         self._compiled_before, self._compiled_after = mx.compile(self._before), mx.compile(self._after)
 
     def run(self, hidden: mx.array, index: int, weights: LayerWeights, batch: Batch, cache: LatentCache) -> mx.array:
-        """Return the layer's output for ``hidden``, both (tokens, hidden). Writes layer ``index`` of the cache."""
+        """Return the layer's output for ``hidden``, both (tokens, hidden). Write layer ``index`` of the cache."""
         is_small = batch.num_tokens <= COMPILED_TOKENS
         before, after = (self._compiled_before, self._compiled_after) if is_small else (self._before, self._after)
         projections = before(hidden, batch.positions, batch.num_generated, weights.input_norm, weights.attention)
@@ -77,7 +77,7 @@ class DecoderLayer:
 
 
 def make_feed_forward(config: ModelConfig) -> FeedForward:
-    """The function (hidden (tokens, hidden), weights) -> (tokens, hidden) for both kinds of layer."""
+    """Return the function (hidden (tokens, hidden), weights) -> (tokens, hidden) for both kinds of layer."""
 
     def feed_forward(hidden: mx.array, weights: DenseWeights | MoeWeights) -> mx.array:
         if isinstance(weights, DenseWeights):
@@ -99,20 +99,23 @@ def make_feed_forward(config: ModelConfig) -> FeedForward:
 
 
 def swiglu(hidden: mx.array, weights: DenseWeights) -> mx.array:
-    """down(silu(gate(x)) * up(x)): (tokens, hidden) -> (tokens, hidden)."""
+    """Return down(silu(gate(x)) * up(x)): (tokens, hidden) -> (tokens, hidden)."""
     gate = multiply(hidden, weights.gate)
     return multiply(gate * mx.sigmoid(gate) * multiply(hidden, weights.up), weights.down)
 
 
 def _join_spans(parts: list[mx.array]) -> mx.array | None:
-    """Each (heads, count, width) -> (heads, tokens, width)."""
+    """Join the parts (heads, count, width) of all spans: (heads, tokens, width), or None without parts."""
     if len(parts) > 1:
         return mx.concatenate(parts, axis=1)
     return parts[0] if parts else None
 
 
 def _join_heads(latents: mx.array | None, values: mx.array | None, weights: AttentionWeights) -> mx.array:
-    """Latents of generated tokens, then values of prompt tokens, as values: (tokens, heads * v_head)."""
+    """Return the values (tokens, heads * v_head) of all tokens.
+
+    First come those of the generated tokens, computed from ``latents``, then those of the prompt tokens, ``values``.
+    """
     parts = [] if latents is None else [multiply(latents, weights.value_up)]
     if values is not None:
         parts.append(values)

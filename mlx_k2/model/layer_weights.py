@@ -1,8 +1,8 @@
-"""The weights of one decoder layer as the layer computes with them, made from a checkpoint's tensors by name.
+"""The weights of one decoder layer in the form that it computes with, built from a checkpoint's tensors by name.
 
-Matrices are (in, out), to be multiplied from the right, and quantized where dense bits are asked for (linear.py): views
-made once, since a view that every step makes again costs each step its time. Only the router and the routed experts,
-which kernels read, stay (out, in) and as they are.
+Matrices are (in, out), to be multiplied from the right, and quantized if dense bits are given (linear.py). Their views
+are created once, because creating them again would cost time in each step. Only the router and the routed experts,
+which kernels read, stay (out, in) and are not quantized here.
 """
 
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ from mlx_k2.model.linear import Matrix, make_matrix
 
 
 class DirectQuery(NamedTuple):
-    """Queries in one projection (q_lora_rank null)."""
+    """Weights of queries from one projection (q_lora_rank null)."""
 
     projection: Matrix  # (hidden, heads * qk_head)
 
 
 class LowRankQuery(NamedTuple):
-    """Queries through a bottleneck, normed in between."""
+    """Weights of queries from two projections with a normed bottleneck between them."""
 
     down: Matrix  # (hidden, q_lora_rank)
     norm: mx.array  # (q_lora_rank,)
@@ -30,10 +30,10 @@ class LowRankQuery(NamedTuple):
 
 
 class AttentionWeights(NamedTuple):
-    """Multi-head latent attention; kv_b_proj is held as its two halves, one matrix a head."""
+    """Weights of multi-head latent attention. kv_b_proj is stored as its two halves, with one matrix per head."""
 
     query: DirectQuery | LowRankQuery
-    latent_down: Matrix  # (hidden, kv_lora_rank + qk_rope): the latent, and the key part that rope rotates
+    latent_down: Matrix  # (hidden, kv_lora_rank + qk_rope): the latent and the key part that rope rotates
     latent_norm: mx.array  # (kv_lora_rank,)
     key_up: Matrix  # (heads, qk_nope, kv_lora_rank)
     value_up: Matrix  # (heads, kv_lora_rank, v_head)
@@ -41,7 +41,7 @@ class AttentionWeights(NamedTuple):
 
 
 class DenseWeights(NamedTuple):
-    """A SwiGLU block: a dense layer's, or a shared expert."""
+    """Weights of a SwiGLU block: of a dense layer or of a shared expert."""
 
     gate: Matrix  # (hidden, intermediate)
     up: Matrix  # (hidden, intermediate)
@@ -49,16 +49,16 @@ class DenseWeights(NamedTuple):
 
 
 class MoeWeights(NamedTuple):
-    """Router, routed experts, and the shared expert that every token uses."""
+    """Weights of the router, the routed experts, and the shared expert that every token uses."""
 
     router: mx.array  # (experts, hidden)
     correction_bias: mx.array  # (experts,) float32
-    experts: ExpertStack | AffineStack  # affine in float32
+    experts: ExpertStack | AffineStack  # AffineStack if the model computes in float32
     shared: DenseWeights | None
 
 
 class LayerWeights(NamedTuple):
-    """One decoder layer."""
+    """Weights of one decoder layer."""
 
     input_norm: mx.array  # (hidden,)
     attention: AttentionWeights
@@ -69,9 +69,9 @@ class LayerWeights(NamedTuple):
 def assemble_layer(
     config: ModelConfig, layer: int, tensors: Mapping[str, mx.array], dense_bits: int | None = None
 ) -> LayerWeights:
-    """Put one layer together from tensors named as in the checkpoint, without the layer's own prefix.
+    """Build one layer's weights from tensors named as in the checkpoint, without the layer's own prefix.
 
-    The routed experts come stacked, as ``mlp.experts.gate_proj.weight_packed`` (experts, rows, words) and so on.
+    The routed experts must be stacked: ``mlp.experts.gate_proj.weight_packed`` is (experts, rows, words), and so on.
     """
     return LayerWeights(
         input_norm=tensors["input_layernorm.weight"],

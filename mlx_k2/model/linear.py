@@ -1,6 +1,6 @@
-"""Products with a matrix that is an array or quantized. Everything else in the model leaves the difference to this.
+"""Products with a matrix that is an array or quantized. No other module of the model distinguishes the two.
 
-A matrix is (..., in, out) to its callers, to be multiplied from the right; leading axes are heads, each with its own.
+Callers multiply by a matrix (..., in, out) from the right. Leading axes are heads, each with its own matrix.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from mlx_k2.weights.dense_matrices import group_size
 
 
 class QuantizedMatrix(NamedTuple):
-    """(..., in, out) as mx.quantize holds its transpose: groups run along the inputs."""
+    """A matrix (..., in, out), stored as mx.quantize stores its transpose: groups run along the inputs."""
 
     packed: mx.array  # (..., out, in * bits // 32) uint32
     scales: mx.array  # (..., out, in // group_size)
@@ -24,9 +24,9 @@ Matrix = mx.array | QuantizedMatrix
 
 
 def make_matrix(weight: mx.array, bits: int | None) -> Matrix:
-    """A weight (..., out, in), as checkpoints have it, made ready to multiply with.
+    """Return the matrix of a weight (..., out, in), the layout of checkpoints.
 
-    With ``bits`` it is quantized, unless its inputs cannot be grouped. Without, it is transposed.
+    With ``bits`` it is quantized, unless its inputs cannot be grouped. Otherwise it is transposed.
     """
     group = group_size(weight.shape[-1])
     if bits is None or group is None:
@@ -36,26 +36,29 @@ def make_matrix(weight: mx.array, bits: int | None) -> Matrix:
 
 
 def _transposed(weight: mx.array) -> mx.array:
-    """A view, which GPUs multiply best. Float32 on a CPU is copied: BLAS is 1.4 to 2 times as fast (docs/log.md)."""
+    """Return the transpose as a view, which GPUs multiply fastest.
+
+    Copy float32 on a CPU: BLAS is then 1.4 to 2 times as fast (docs/log.md).
+    """
     view = weight.swapaxes(-1, -2)
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
     return mx.contiguous(view) if weight.dtype == mx.float32 and on_cpu else view
 
 
 def multiply(x: mx.array, matrix: Matrix) -> mx.array:
-    """(rows, in) or (heads, rows, in) times (in, out) or (heads, in, out)."""
+    """Return x (rows, in) or (heads, rows, in) times a matrix (in, out) or (heads, in, out)."""
     return x @ matrix if isinstance(matrix, mx.array) else _multiply_quantized(x, matrix, transpose=True)
 
 
 def multiply_transposed(x: mx.array, matrix: Matrix) -> mx.array:
-    """(rows, out) times the transpose of (heads, in, out): (heads, rows, in)."""
+    """Return x (rows, out) times the transpose of a matrix (heads, in, out): (heads, rows, in)."""
     if isinstance(matrix, mx.array):
-        return x @ _transposed(matrix)  # laid out anew by each call: little beside the rows of a prompt
+        return x @ _transposed(matrix)  # a copy per call costs little for a prompt's rows
     return _multiply_quantized(x, matrix, transpose=False)
 
 
 def some_heads(matrix: Matrix, heads: slice) -> Matrix:
-    """Those of a matrix with one for each head."""
+    """Return the given heads of a matrix that has one matrix per head."""
     if isinstance(matrix, mx.array):
         return matrix[heads]
     return matrix._replace(packed=matrix.packed[heads], scales=matrix.scales[heads], biases=matrix.biases[heads])
@@ -63,7 +66,7 @@ def some_heads(matrix: Matrix, heads: slice) -> Matrix:
 
 def _multiply_quantized(x: mx.array, matrix: QuantizedMatrix, *, transpose: bool) -> mx.array:
     if x.ndim < matrix.packed.ndim:
-        x = x[None]  # quantized_matmul broadcasts an axis that is there; one that is missing makes it read one head
+        x = x[None]  # quantized_matmul broadcasts an axis of size 1, but without the axis it reads one head only
     return mx.quantized_matmul(
         x,
         matrix.packed,

@@ -1,8 +1,8 @@
-"""Draws the next token of each row from its logits. Knows no sequences: all it needs comes with each row.
+"""Sampling of the next token of each row from its logits. Knows no sequences: each row carries its parameters.
 
 The filters are mlx-lm's, in mlx-lm's order: repetition penalty on the logits; top-p, min-p and top-k on the
 log-probabilities; then the temperature. The random key is derived from (seed, position) alone, so a token does not
-depend on the company it was computed in.
+depend on the other rows of its step.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from mlx_k2.sampling import REPETITION_WINDOW, SampledToken, Sampling
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """One row's parameters; ``position`` is that of the token to draw, ``recent_ids`` the tokens before it."""
+    """One row's parameters. ``position`` is that of the token to sample; ``recent_ids`` are the tokens before it."""
 
     sampling: Sampling
     position: int
@@ -26,7 +26,7 @@ class SamplingRequest:
 
 
 def sample_tokens(logits: mx.array, requests: Sequence[SamplingRequest]) -> list[SampledToken]:
-    """Logits (rows, vocabulary) float32 and one request a row -> one token a row. Evaluates."""
+    """Sample one token per row of logits (rows, vocabulary) float32, with one request per row. Evaluate the result."""
     tokens = mx.concatenate([_token(logits[row : row + 1], request) for row, request in enumerate(requests)])
     logprobs = [_logprobs(logits[row], request.sampling) for row, request in enumerate(requests)]
     mx.eval(tokens, logprobs)
@@ -36,7 +36,7 @@ def sample_tokens(logits: mx.array, requests: Sequence[SamplingRequest]) -> list
 
 
 def _token(logits: mx.array, request: SamplingRequest) -> mx.array:
-    """Logits (1, vocabulary) -> the drawn id, (1,)."""
+    """Return the sampled id, (1,), for logits (1, vocabulary)."""
     sampling = request.sampling
     if sampling.repetition_penalty != 1.0 and request.recent_ids:
         penalize = make_repetition_penalty(sampling.repetition_penalty, REPETITION_WINDOW)
@@ -54,13 +54,13 @@ def _token(logits: mx.array, request: SamplingRequest) -> mx.array:
 
 
 def _key(seed: int, position: int) -> mx.array:
-    """MLX's random key, (2,) uint32, for one position of one sequence."""
+    """Return MLX's random key, (2,) uint32, for one position of one sequence."""
     digest = hashlib.blake2b(seed.to_bytes(8, "little") + position.to_bytes(8, "little"), digest_size=8).digest()
     return mx.array([int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")], dtype=mx.uint32)
 
 
 def _logprobs(logits: mx.array, sampling: Sampling) -> list[mx.array]:
-    """Nothing when not asked for; else all log-probabilities (vocabulary,) and the ids of the top N, best first."""
+    """Return all log-probabilities (vocabulary,) and the ids of the top N, best first; nothing if not requested."""
     if sampling.num_logprobs is None:
         return []
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)

@@ -1,7 +1,7 @@
 """One stage's part of the model: a range of layers over their cache, the embedding before them, the head after.
 
-It builds the graph of a step, and whoever asked for it evaluates it; only attention over much context is evaluated on
-the way, block by block (`StageModel.builds_lazily`).
+The model builds the graph of a step, and the caller evaluates it. Only attention over a long context is evaluated
+while the graph is built, block by block (`StageModel.builds_lazily`).
 """
 
 from typing import NamedTuple
@@ -18,14 +18,14 @@ from mlx_k2.model.linear import Matrix, multiply
 
 
 class Head(NamedTuple):
-    """What turns the last layer's output into logits."""
+    """Weights that convert the last layer's output to logits."""
 
     norm: mx.array  # (hidden,)
     projection: Matrix  # (hidden, vocabulary)
 
 
 class StageModel:
-    """The layers of one stage; ``embedding`` on the first stage only, ``head`` on the last only."""
+    """The layers of one stage. Only the first stage has an ``embedding``, only the last a ``head``."""
 
     def __init__(
         self,
@@ -45,33 +45,33 @@ class StageModel:
         self._decoder_layer = DecoderLayer(config, fused_attention=fused_attention)
 
     def copy_positions(self, source: int, target: int, count: int) -> None:
-        """Let slot ``target`` begin with the first ``count`` positions that are cached in slot ``source``."""
+        """Copy the first ``count`` cached positions of slot ``source`` to slot ``target``."""
         self._cache.copy(source, target, count)
 
     def embed(self, token_ids: mx.array) -> mx.array:
-        """Token ids (tokens,) -> hidden states (tokens, hidden)."""
+        """Return the hidden states (tokens, hidden) of token ids (tokens,)."""
         assert self._embedding is not None, "only the first stage embeds"
         return self._embedding[token_ids]
 
     def builds_lazily(self, batch: Batch) -> bool:
-        """Whether `run` evaluates nothing, so that it can be called before the hidden states have arrived."""
+        """Return whether `run` evaluates nothing, so that it can be called before the hidden states have arrived."""
         heads, item_bytes = self._config.num_attention_heads, self._cache.dtype.size
         return batch.num_generated == batch.num_tokens and all(
             fits_absorbed(heads, span.count, span.end, item_bytes) for span in batch.spans
         )
 
     def run(self, hidden: mx.array, batch: Batch) -> mx.array:
-        """Hidden states (tokens, hidden) through this stage's layers, which also write the cache."""
+        """Run hidden states (tokens, hidden) through this stage's layers, which also write the cache."""
         for index, weights in enumerate(self._layers):
             hidden = self._decoder_layer.run(hidden, index, weights, batch, self._cache)
         return hidden
 
     def evaluate_cache(self) -> None:
-        """Compute what the cache needs of the steps so far, and no more."""
+        """Evaluate the cache's writes of the steps so far, and nothing else."""
         mx.eval(self._cache.arrays)
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """Hidden states (rows, hidden) after the last layer -> logits (rows, vocabulary) float32."""
+        """Return logits (rows, vocabulary) float32 of hidden states (rows, hidden) after the last layer."""
         assert self._head is not None, "only the last stage has the head"
         normed = mx.fast.rms_norm(hidden, self._head.norm, self._config.rms_norm_eps)
         return multiply(normed, self._head.projection).astype(mx.float32)

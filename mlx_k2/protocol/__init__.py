@@ -1,1 +1,1 @@
-"""The messages between coordinator, guard and stage, their framing, and the two ends of the pipe."""
+"""The messages between coordinator, guard and stage, their framing, and the threads that read and write frames."""

@@ -1,7 +1,7 @@
-"""Frames on a byte stream, and the threads that read and write them. Standard library only: the guard runs it.
+"""Frames on a byte stream, and the threads that read and write them. Standard library only: the guard imports it.
 
-A stream from a stage opens with ``MARK``; what a login shell prints before it is skipped. Every frame after it is
-``<length: uint32 little-endian><kind: uint8><payload>``; anything else is a ProtocolError.
+A stream from a stage starts with ``MARK``; bytes that a login shell prints before it are skipped. Every frame after it
+is ``<length: uint32 little-endian><kind: uint8><payload>``; anything else raises ProtocolError.
 """
 
 import enum
@@ -23,38 +23,38 @@ _HEADER = struct.Struct("<IB")
 
 
 class Kind(enum.IntEnum):
-    """Who a frame is for, so that the guard can relay what it does not understand."""
+    """The sender, receiver and payload type of a frame. The guard relays MESSAGE frames without decoding them."""
 
     MESSAGE = 1
-    """Between coordinator and stage; msgpack (protocol/messages.py). The guard passes it on unread."""
+    """Between coordinator and stage: msgpack (protocol/messages.py). The guard relays the payload unread."""
     GUARD_SETTINGS = 2
     """Coordinator to guard: JSON, GuardSettings."""
     HEARTBEAT = 3
-    """Coordinator to guard, answered by the same payload."""
+    """Coordinator to guard. The guard answers with the same payload."""
     STAGE_EXIT = 4
     """Guard to coordinator, its last frame: JSON {"exit_code": int | null, "signal": int | null, "reason": str}."""
     STAGE_STATUS = 5
-    """Where the stage stands: JSON. Stage to guard: PhaseUpdate; guard to coordinator, each heartbeat: Standing."""
+    """JSON. Stage to guard: PhaseUpdate. Guard to coordinator, with each heartbeat's answer: StageStatus."""
 
 
 class Frame(NamedTuple):
-    """One frame as it was read."""
+    """One frame read from a stream."""
 
     kind: Kind
     payload: bytes
 
 
 def encode_frame(kind: Kind, payload: bytes) -> bytes:
-    """The bytes of one frame."""
+    """Return the bytes of one frame."""
     assert len(payload) <= MAX_PAYLOAD_BYTES, f"a {kind.name} frame of {len(payload)} bytes"
     return _HEADER.pack(len(payload), kind) + payload
 
 
 def read_frame(stream: IO[bytes]) -> Frame | None:
-    """The next frame, or None when the stream ends between two frames.
+    """Read the next frame; return None if the stream ends between two frames.
 
     Raises:
-        ProtocolError: the stream ends inside a frame, or holds something that is not one.
+        ProtocolError: the stream ends inside a frame, or holds bytes that are not a frame.
     """
     header = _read_exactly(stream, _HEADER.size)
     if not header:
@@ -71,10 +71,10 @@ def read_frame(stream: IO[bytes]) -> Frame | None:
 
 
 def skip_to_mark(stream: IO[bytes]) -> bytes:
-    """Read up to and including the opening mark; what came before it is returned.
+    """Read up to and including the opening mark; return the bytes before it.
 
     Raises:
-        ProtocolError: the stream ended, or 64 KB passed, without the mark; the message quotes the last of it.
+        ProtocolError: the stream ended, or 64 KB were read, without the mark; the message quotes the last 400 bytes.
     """
     seen = bytearray()
     while not seen.endswith(MARK):
@@ -88,7 +88,7 @@ def skip_to_mark(stream: IO[bytes]) -> bytes:
 
 
 def _read_exactly(stream: IO[bytes], count: int) -> bytes:
-    """``count`` bytes, fewer only at the end of the stream (an unbuffered pipe may return short reads)."""
+    """Read ``count`` bytes, fewer only at the end of the stream (a read of an unbuffered pipe may return fewer)."""
     parts = []
     while count:
         part = stream.read(count)
@@ -100,33 +100,33 @@ def _read_exactly(stream: IO[bytes], count: int) -> bytes:
 
 
 class FrameWriter:
-    """Writes frames to ``stream`` from a thread of its own, in the order of ``put``."""
+    """A thread that writes frames to ``stream`` in the order of the calls of ``put``."""
 
     def __init__(self, stream: IO[bytes], name: str) -> None:
         self._stream = stream
         self._name = name
-        # A SimpleQueue, and no lock of Python's: a signal handler that raises in the midst of those leaves them held.
+        # SimpleQueue uses no Python-level lock: a signal handler that raises inside such a lock's code leaves it held.
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._is_open = True
         self._thread = threading.Thread(target=self._run, name=f"write {name}", daemon=True)
         self._thread.start()
 
     def put(self, kind: Kind, payload: bytes) -> None:
-        """Queue one frame; after ``close``, or when the peer is gone, it is dropped (the reader reports that end).
+        """Queue one frame. Drop it after ``close``, or once a write has failed (the stream's reader reports that end).
 
         Raises:
-            ProtocolError: the peer has not read for so long that the queue is full.
+            ProtocolError: the queue is full, because the peer has stopped reading.
         """
         self._put(encode_frame(kind, payload))
 
     def put_raw(self, data: bytes) -> None:
-        """Queue bytes that are not a frame: the opening mark."""
+        """Queue bytes that are not a frame (the opening mark)."""
         self._put(data)
 
     def close(self, timeout_s: float) -> None:
-        """Close the stream once what is queued is written; waits for that for at most ``timeout_s``.
+        """Close the stream once all queued bytes are written; wait for that at most ``timeout_s``.
 
-        After that it still happens in the background, as soon as the peer reads or goes.
+        After ``timeout_s`` the thread still writes and closes, as soon as the peer reads or closes its end.
         """
         self._is_open = False
         self._queue.put(None)
@@ -145,17 +145,17 @@ class FrameWriter:
                 self._stream.write(data)
                 if self._queue.empty():
                     self._stream.flush()
-        except (OSError, ValueError):  # the peer is gone, or the stream was closed under us
+        except (OSError, ValueError):  # the peer has closed its end, or other code has closed the stream
             self._is_open = False
         with suppress(OSError, ValueError):
-            self._stream.close()  # also where a write failed, so that no descriptor stays open
+            self._stream.close()  # also after a failed write, so that no descriptor stays open
 
 
 class FrameReader:
-    """Reads frames from ``stream`` on a thread of its own and hands each to ``on_frame``, which may refuse one.
+    """A thread that reads frames from ``stream`` and passes each to ``on_frame``, which may raise ProtocolError.
 
-    ``on_end`` is called once, last: with None at a clean end of the stream, else with what was wrong: the stream
-    broke, or ``on_frame`` raised a ProtocolError. Both are called on the reading thread and must not block.
+    ``on_end`` is called once, last: with None at a clean end of the stream, else with the error: the stream broke, or
+    ``on_frame`` raised a ProtocolError. Both are called on the reading thread and must not block.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class FrameReader:
         self._thread.start()
 
     def join(self, timeout_s: float) -> None:
-        """Wait until the stream has ended, at most ``timeout_s``."""
+        """Wait at most ``timeout_s`` for the end of the stream."""
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
@@ -185,5 +185,5 @@ class FrameReader:
             end = error
         except (OSError, ValueError) as error:
             end = ProtocolError(f"the control connection broke: {error}")
-        finally:  # also where on_frame has a fault of its own: whoever waits must hear of it
+        finally:  # also after an unexpected exception in on_frame, so that the end is always reported
             self._on_end(end)

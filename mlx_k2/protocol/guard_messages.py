@@ -1,6 +1,6 @@
-"""What the coordinator and a guard tell each other, and how long a stage may take to end. Standard library only.
+"""The messages between coordinator and guard, and the time that a stage has to end. Standard library only.
 
-The guard itself is guard/guard.py; the two JSON payloads here are its whole language.
+The guard itself is guard/guard.py. The payload of its STAGE_STATUS frames is in protocol/stage_status.py.
 """
 
 import json
@@ -10,37 +10,43 @@ from typing import Any
 from mlx_k2.errors import ProtocolError
 
 POLITE_S = 1.0
-"""From the end of its input to SIGTERM."""
+"""Time from the end of a stage's input to SIGTERM."""
 
 ENDED_BY_ITSELF = "it ended by itself"
-"""A StageExit's reason where the guard had none to end the stage."""
+"""``StageExit.reason`` if the guard had no reason to end the stage."""
 
 _KILL_AFTER_S = 5.0
 _HELD_BYTES_PER_SECOND = 10e9
 
 
 def kill_after_s(held_bytes: int) -> float:
-    """From the end of a stage's input to SIGKILL: a hard kill can leave memory wired on macOS, so it waits longest."""
+    """Return the time from the end of a stage's input to SIGKILL: 5 s, plus 1 s for each 10 GB that it holds.
+
+    A hard kill can leave memory wired on macOS, so SIGKILL is the last resort.
+    """
     return _KILL_AFTER_S + held_bytes / _HELD_BYTES_PER_SECOND
 
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """Payload of GUARD_SETTINGS. The guard ends the stage when nothing has come for ``lease_s``."""
+    """Payload of GUARD_SETTINGS. The guard ends the stage after ``lease_s`` without a frame from the coordinator.
+
+    ``held_bytes`` is the memory that the stage holds; it determines ``kill_after_s``.
+    """
 
     lease_s: float = 20.0
     held_bytes: int = 0
 
     def to_json(self) -> bytes:
-        """The payload."""
+        """Encode the payload."""
         return json.dumps(asdict(self)).encode()
 
     @classmethod
     def from_json(cls, payload: bytes) -> "GuardSettings":
-        """What the coordinator sent.
+        """Decode a payload that the coordinator sent.
 
         Raises:
-            ProtocolError: the payload is not that.
+            ProtocolError: the payload is not a GuardSettings object, or a value is out of range.
         """
         values = _object(payload, cls)
         lease_s, held_bytes = values["lease_s"], values["held_bytes"]
@@ -51,9 +57,9 @@ class GuardSettings:
 
 @dataclass(frozen=True)
 class StageExit:
-    """Payload of STAGE_EXIT: how the stage's process ended, and why the guard ended it if it did.
+    """Payload of STAGE_EXIT: how the stage's process ended, and why the guard ended it (else ENDED_BY_ITSELF).
 
-    One of ``exit_code`` and ``signal`` is set, or neither when the process could not be ended at all.
+    One of ``exit_code`` and ``signal`` is set, or neither if the process could not be ended at all.
     """
 
     exit_code: int | None
@@ -62,7 +68,7 @@ class StageExit:
 
     @classmethod
     def from_returncode(cls, returncode: int | None, reason: str) -> "StageExit":
-        """From subprocess's number, which is negative for a signal."""
+        """Convert the returncode of subprocess, which is negative for a signal and None for a running process."""
         ended_by_signal = returncode is not None and returncode < 0
         return cls(
             exit_code=None if ended_by_signal else returncode,
@@ -71,15 +77,15 @@ class StageExit:
         )
 
     def to_json(self) -> bytes:
-        """The payload."""
+        """Encode the payload."""
         return json.dumps(asdict(self)).encode()
 
     @classmethod
     def from_json(cls, payload: bytes) -> "StageExit":
-        """What a guard sent.
+        """Decode a payload that a guard sent.
 
         Raises:
-            ProtocolError: the payload is not that.
+            ProtocolError: the payload is not a StageExit object, or a value has the wrong type.
         """
         values = _object(payload, cls)
         numbers = (values["exit_code"], values["signal"])
@@ -89,7 +95,7 @@ class StageExit:
 
 
 def _object(payload: bytes, cls: type[GuardSettings] | type[StageExit]) -> dict[str, Any]:
-    """The JSON object in ``payload``, with exactly the fields of ``cls``."""
+    """Decode the JSON object in ``payload``, which must have exactly the fields of ``cls``."""
     try:
         values = json.loads(payload)
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""Every message between the coordinator and a stage, and how they become bytes. Knows neither pipes nor arrays.
+"""Every message between the coordinator and a stage, and their msgpack encoding. Knows neither pipes nor arrays.
 
-In order: the stage says Hello; the coordinator may ask it for the model's small files (FetchFiles), then sends
-Prepare, Connect and Load, each answered before the next; then Steps, in one order for all stages.
+Order: the stage sends Hello. The coordinator may request the model's small files (FetchFiles). Then it sends Prepare,
+Connect and Load, each after the answer to the one before. Then it sends Steps, in the same order to all stages.
 """
 
 from typing import TypeAlias
@@ -19,13 +19,16 @@ from mlx_k2.weights.model_source import ModelSource
 
 
 class FetchFiles(msgspec.Struct, frozen=True, tag=True):
-    """Send the model's small files: config, index, tokenizer, chat template. Answered by ModelFiles."""
+    """Request for the model's small files: config, index, tokenizer, chat template. Answered by ModelFiles."""
 
     model: ModelSource
 
 
 class DownloadShard(msgspec.Struct, frozen=True, tag=True):
-    """Fetch these layers' files from the Hub and nothing more. Answered by DownloadProgress..., ShardDownloaded."""
+    """Request to fetch only the files of layers ``first_layer`` up to, not including, ``end_layer`` from the Hub.
+
+    Answered by any number of DownloadProgress, then ShardDownloaded.
+    """
 
     model: ModelSource
     first_layer: int
@@ -33,10 +36,10 @@ class DownloadShard(msgspec.Struct, frozen=True, tag=True):
 
 
 class Prepare(msgspec.Struct, frozen=True, tag=True):
-    """Take rank ``rank`` of ``num_stages``, read the model's config and index, hold a port on each listen address.
+    """Request to take rank ``rank``, read the model's config and index, and hold a port on each listen address.
 
-    A listen address is ``ip`` (the stage picks a free port) or ``ip:port``; ``environment`` is the hostfile's.
-    Answered by Prepared.
+    A listen address is ``ip`` (the stage picks a free port) or ``ip:port``. ``environment`` holds the environment
+    variables of the hostfile. Answered by Prepared.
     """
 
     rank: int
@@ -47,13 +50,16 @@ class Prepare(msgspec.Struct, frozen=True, tag=True):
 
 
 class RingLinks(msgspec.Struct, frozen=True, tag=True):
-    """MLX's ring backend: for each rank the ``ip:port`` addresses that it listens on."""
+    """Links for MLX's ring backend: for each rank the ``ip:port`` addresses that it listens on."""
 
     addresses: tuple[tuple[str, ...], ...]
 
 
 class JacclLinks(msgspec.Struct, frozen=True, tag=True):
-    """MLX's jaccl backend: the matrix of RDMA devices between ranks, and rank 0's ``ip:port``."""
+    """Links for MLX's jaccl backend: the matrix of RDMA devices between ranks, and rank 0's ``ip:port``.
+
+    ``ring``: the devices form a ring, not a full mesh.
+    """
 
     devices: tuple[tuple[str | tuple[str, ...] | None, ...], ...]
     coordinator: str
@@ -61,13 +67,13 @@ class JacclLinks(msgspec.Struct, frozen=True, tag=True):
 
 
 class ReadClock(msgspec.Struct, frozen=True, tag=True):
-    """Answered at once, by ClockRead."""
+    """Request for the host's time. Answered at once by ClockRead."""
 
 
 class Probe(msgspec.Struct, frozen=True, tag=True):
-    """Look at the host, and at the files of ``layers`` (first, end) of the model; None: not at files.
+    """Request to probe the host, and the files of ``layers`` (first, end) of the model; None: probe no files.
 
-    ``deep`` computes the files' checksums. Answered by DownloadProgress..., Examined.
+    ``deep`` computes the files' checksums. Answered by any number of DownloadProgress, then ProbeResult.
     """
 
     model: ModelSource
@@ -76,23 +82,27 @@ class Probe(msgspec.Struct, frozen=True, tag=True):
 
 
 class MeasureHops(msgspec.Struct, frozen=True, tag=True):
-    """Measure the hop to the next stage; to all stages, once they are connected. Answered by HopsMeasured."""
+    """Request to measure the hop to the next stage, sent to all connected stages. Answered by HopsMeasured."""
 
 
 class Connect(msgspec.Struct, frozen=True, tag=True):
-    """Join the data plane, then prove each hop: send ``to_next``, expect ``from_previous``. Answered by Connected."""
+    """Request to join the data plane, then to check each hop: send ``to_next``, expect ``from_previous``.
+
+    Answered by Connected.
+    """
 
     links: RingLinks | JacclLinks | None
-    """None: this is the only stage."""
+    """None if there is only one stage."""
     to_next: bytes | None
     from_previous: bytes | None
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
-    """Load layers ``first_layer`` up to, not including, ``end_layer``. Answered by LayerLoaded..., Loaded.
+    """Request to load layers ``first_layer`` up to, not including, ``end_layer``.
 
-    ``needed_bytes`` is what shard, cache and working space take together; a Mac keeps that much wired. With
-    ``dense_bits``, attention, shared experts, dense layers and the head are quantized to so many bits a weight.
+    Answered by any number of DownloadProgress and LayerLoaded, then Loaded. ``needed_bytes`` is the memory of shard,
+    cache and working space together; a Mac keeps that much wired. Attention, shared experts, dense layers and the head
+    are quantized to ``dense_bits`` bits per weight; None: they are not quantized.
     """
 
     first_layer: int
@@ -107,7 +117,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
 class Step(msgspec.Struct, frozen=True, tag=True):
     """One step plan: complete, and the same for every stage. Answered by StepDone.
 
-    A stage that receives, computes or sends for longer than ``limit_s`` is ended by its guard.
+    The guard ends a stage that receives, computes or sends for longer than ``limit_s`` (None: no limit).
     """
 
     number: int
@@ -116,14 +126,17 @@ class Step(msgspec.Struct, frozen=True, tag=True):
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    """End, politely."""
+    """Request to end the process in an orderly way. It has no answer."""
 
 
 # ---- stage to coordinator
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Who a stage is. ``working_set_bytes`` is how much of the memory a GPU may hold; None without one."""
+    """The versions and memory of a stage's host; a stage's first message.
+
+    ``working_set_bytes`` is the memory that macOS lets the GPU hold; None without a Metal GPU.
+    """
 
     mlx_k2_version: str
     mlx_version: str
@@ -141,59 +154,63 @@ class ModelFiles(msgspec.Struct, frozen=True, tag=True):
 
 
 class DownloadProgress(msgspec.Struct, frozen=True, tag=True):
-    """How far DownloadShard, or Examine with its checksums, is."""
+    """Progress of fetching files from the Hub (DownloadShard, Load) or of computing checksums (Probe)."""
 
     done_bytes: int
     total_bytes: int
 
 
 class ShardDownloaded(msgspec.Struct, frozen=True, tag=True):
-    """The files are all there, in ``folder``; these were fetched now, the others were there before."""
+    """Answer to DownloadShard: all files are in ``folder``. ``fetched`` names those that were not there before."""
 
     folder: str
     fetched: tuple[str, ...]
 
 
 class ClockRead(msgspec.Struct, frozen=True, tag=True):
-    """Seconds since 1970, by the host's own clock."""
+    """The time of the host's own clock, in seconds since 1970."""
 
     unix_s: float
 
 
 class ProbeResult(msgspec.Struct, frozen=True, tag=True):
-    """What Examine found."""
+    """Answer to Probe: the facts about the host."""
 
     facts: HostFacts
 
 
 class HopsMeasured(msgspec.Struct, frozen=True, tag=True):
-    """How fast the hop to the next stage is; None from the last stage."""
+    """Speed of the hop to the next stage; None from the last stage."""
 
     to_next: HopSpeed | None
 
 
 class Prepared(msgspec.Struct, frozen=True, tag=True):
-    """The ``ip:port`` addresses that the stage holds, and a digest of the model's config and index on its host."""
+    """The ``ip:port`` addresses whose ports the stage holds, and a digest of its model's config and index."""
 
     addresses: tuple[str, ...]
     model_digest: str
 
 
 class Connected(msgspec.Struct, frozen=True, tag=True):
-    """Every hop of this stage carried the bytes that it should."""
+    """Answer to Connect: every hop of this stage carried the expected bytes."""
 
 
 class LayerLoaded(msgspec.Struct, frozen=True, tag=True):
-    """One more piece is in memory: the tensors that it was made of, and the bytes it holds."""
+    """Progress of Load: the embedding, one layer or the head is in memory.
+
+    ``tensor_names`` are the checkpoint's tensors that it was made of. ``held_bytes`` is its size in memory.
+    """
 
     tensor_names: tuple[str, ...]
     held_bytes: int
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
-    """The whole shard is in memory and its cache can be. ``peak_bytes`` is the most that loading took.
+    """Answer to Load: the whole shard is in memory. The cache is allocated later, as sequences grow.
 
-    ``warnings`` are lines for the user: what is slower on that host than it could be.
+    ``held_bytes`` is the shard's size. ``peak_bytes`` is the peak memory of the process so far. ``warnings`` are lines
+    for the user about what is slower on that host than it could be.
     """
 
     held_bytes: int
@@ -203,10 +220,11 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
 
 
 class StepDone(msgspec.Struct, frozen=True, tag=True):
-    """A stage finished a step. The last stage adds a token for each row that asked for one, in the rows' order.
+    """Answer to Step. The last stage adds a sampled token for each row with ``needs_logits``, in the rows' order.
 
-    ``busy_s``: computing. ``receive_s``: until the hidden states were there, waiting for the stage before included.
-    ``send_s``: until the system had taken them. ``peak_bytes`` is the most memory that MLX has held so far.
+    ``busy_s``: time spent computing. ``receive_s``: time until the hidden states had arrived, including the wait for
+    the previous stage. ``send_s``: time until the operating system had taken the hidden states to send. ``peak_bytes``
+    is the most memory that MLX has held so far.
     """
 
     number: int
@@ -218,7 +236,7 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
 
 
 class Fault(msgspec.Struct, frozen=True, tag=True):
-    """The stage cannot go on. ``kind`` is the error's class name."""
+    """An error after which the stage ends. ``kind`` is the error's class name."""
 
     kind: str
     message: str
@@ -249,17 +267,17 @@ _from_stage: msgspec.msgpack.Decoder[FromStage] = msgspec.msgpack.Decoder(FromSt
 
 
 def encode_message(message: ToStage | FromStage) -> bytes:
-    """The payload of a MESSAGE frame."""
+    """Encode ``message`` as the payload of a MESSAGE frame."""
     payload = _encoder.encode(message)
     assert len(payload) <= MAX_PAYLOAD_BYTES, f"a {type(message).__name__} of {len(payload)} bytes"
     return payload
 
 
 def decode_to_stage(payload: bytes) -> ToStage:
-    """What the coordinator sent.
+    """Decode a message that the coordinator sent.
 
     Raises:
-        ProtocolError: the bytes are no such message.
+        ProtocolError: the bytes are not a message to a stage.
     """
     try:
         return _to_stage.decode(payload)
@@ -268,10 +286,10 @@ def decode_to_stage(payload: bytes) -> ToStage:
 
 
 def decode_from_stage(payload: bytes) -> FromStage:
-    """What a stage sent.
+    """Decode a message that a stage sent.
 
     Raises:
-        ProtocolError: the bytes are no such message.
+        ProtocolError: the bytes are not a message from a stage.
     """
     try:
         return _from_stage.decode(payload)

@@ -1,6 +1,6 @@
-"""Where a stage stands: what it announces to its guard, and what the guard tells the coordinator.
+"""The phase of a stage: the update that it sends to its guard, and the status that the guard sends to the coordinator.
 
-Standard library only: a guard answers for a stage that cannot, since mlx.distributed.init holds the GIL.
+Standard library only: the guard reports the status, because the stage cannot while mlx.distributed.init holds the GIL.
 """
 
 import enum
@@ -11,7 +11,7 @@ from mlx_k2.errors import ProtocolError
 
 
 class Phase(enum.StrEnum):
-    """What a stage is doing; in a step it receives, computes and sends."""
+    """The activity of a stage. In a step a stage receives, computes and sends."""
 
     STARTING = "starting"
     IDLE = "waiting for a plan"
@@ -28,9 +28,9 @@ class Phase(enum.StrEnum):
 
 @dataclass(frozen=True)
 class PhaseUpdate:
-    """A stage enters ``phase``; its guard ends it when that lasts longer than ``limit_s`` (None: it may).
+    """The start of a stage's ``phase``. Its guard ends it if the phase lasts longer than ``limit_s`` (None: no limit).
 
-    ``step`` is the step that it works on; while it is idle, the last one that it finished.
+    ``step`` is the number of the step that the stage works on; while it is idle, of the last step that it finished.
     """
 
     phase: Phase
@@ -43,48 +43,51 @@ class PhaseUpdate:
         return f"{self.phase} {'after' if self.phase is Phase.IDLE else 'of'} step {self.step}"
 
     def to_json(self) -> bytes:
-        """The payload of a stage's STANDING frame."""
+        """Encode the payload of a STAGE_STATUS frame from stage to guard."""
         return json.dumps({"phase": self.phase, "step": self.step, "limit_s": self.limit_s}).encode()
 
     @classmethod
     def from_json(cls, payload: bytes) -> "PhaseUpdate":
-        """What a stage wrote.
+        """Decode a payload that a stage wrote.
 
         Raises:
-            ProtocolError: the payload is not that.
+            ProtocolError: the payload is not a PhaseUpdate object.
         """
         try:
             values = json.loads(payload)
             return cls(Phase(values["phase"]), _count(values["step"]), _seconds(values["limit_s"]))
         except (ValueError, KeyError, TypeError):
-            raise ProtocolError(f"not an PhaseUpdate: {payload[:200]!r}") from None
+            raise ProtocolError(f"not a PhaseUpdate: {payload[:200]!r}") from None
 
 
 @dataclass(frozen=True)
 class StageStatus:
-    """Where a stage stands, and since how many seconds by its guard's count; ``stopped_s``: its process is stopped."""
+    """A stage's last PhaseUpdate, and for how many seconds it has held, as its guard counts.
+
+    ``stopped_s`` is for how many seconds the stage's process has been stopped; 0 while it runs.
+    """
 
     update: PhaseUpdate
     for_s: float
     stopped_s: float = 0.0
 
     def to_json(self) -> bytes:
-        """The payload of a guard's STANDING frame."""
+        """Encode the payload of a STAGE_STATUS frame from guard to coordinator."""
         return json.dumps(asdict(self)).encode()
 
     @classmethod
     def from_json(cls, payload: bytes) -> "StageStatus":
-        """What a guard wrote.
+        """Decode a payload that a guard wrote.
 
         Raises:
-            ProtocolError: the payload is not that.
+            ProtocolError: the payload is not a StageStatus object.
         """
         try:
             values = json.loads(payload)
             update = PhaseUpdate.from_json(json.dumps(values["update"]).encode())
             return cls(update, float(values["for_s"]), float(values["stopped_s"]))
         except (ValueError, KeyError, TypeError, OverflowError):
-            raise ProtocolError(f"not a Standing: {payload[:200]!r}") from None
+            raise ProtocolError(f"not a StageStatus: {payload[:200]!r}") from None
 
 
 def _seconds(value: object) -> float | None:

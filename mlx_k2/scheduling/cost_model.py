@@ -1,7 +1,7 @@
-"""How long a step takes on a stage: fixed + bytes read / bandwidth + operations / speed. Arithmetic; measures nothing.
+"""Cost model of a step on a stage: fixed time + bytes read / bandwidth + operations / speed. Measures nothing.
 
-Dense weights are read once a microbatch, whatever its size; of the routed experts those that at least one token uses;
-of the cache the rows that are attended to.
+A stage reads its dense weights once per microbatch of any size. It reads those routed experts that at least one token
+uses, and those cache rows that are attended to.
 """
 
 from collections.abc import Iterable
@@ -10,31 +10,31 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class StageSizes:
-    """What one stage reads and computes, all of its layers together; from the model's shapes."""
+    """Bytes and operations of one stage, summed over its layers. Calculated from the model's shapes."""
 
     dense_bytes: int
-    """Everything that each microbatch reads: all but routed experts and head."""
+    """Weights that each microbatch reads: all but routed experts and head."""
     head_bytes: int
-    """Norm and output projection, read when a token is drawn; 0 but for the last stage."""
+    """Norm and output projection, read when a token is sampled; 0 except on the last stage."""
     expert_bytes: int
-    """One routed expert of every layer that has experts."""
+    """Bytes of one routed expert, summed over the layers that have experts."""
     num_experts: int
     experts_per_token: int
     key_bytes: int
-    """One position of the cache."""
+    """Bytes of one cache position, summed over the layers."""
     operations_per_token: int
     operations_per_sampled_token: int
     absorbed_operations: int
-    """Attention of one generated token to one position."""
+    """Absorbed attention of one generated token to one position."""
     naive_operations: int
-    """Attention of one prompt token to one position."""
+    """Naive attention of one prompt token to one position."""
     rebuild_operations: int
-    """Making one position's keys and values again, once for each chunk that attends to it."""
+    """Rebuilding one position's keys and values. Done once for each chunk that attends to it."""
 
 
 @dataclass(frozen=True)
 class StageSpeed:
-    """What a stage's machine does: seconds a step whatever is in it, bytes and operations a second."""
+    """Speed of a stage's machine: fixed seconds per step, bytes per second, operations per second."""
 
     fixed_s: float
     bytes_per_s: float
@@ -43,15 +43,15 @@ class StageSpeed:
 
 @dataclass(frozen=True)
 class StepLoad:
-    """What a step asks of every stage."""
+    """Work of a step on every stage."""
 
     num_tokens: int = 0
     num_sampled: int = 0
     absorbed_pairs: int = 0
-    """Pairs of a generated token and a position that it attends to."""
+    """Number of pairs of a generated token and a position that it attends to."""
     naive_pairs: int = 0
     absorbed_keys: int = 0
-    """Cached positions that generated tokens read, once for each row."""
+    """Cached positions that generated tokens read, counted once per row."""
     naive_keys: int = 0
 
     def __add__(self, other: "StepLoad") -> "StepLoad":
@@ -66,7 +66,7 @@ class StepLoad:
 
 
 def row_load(position: int, count: int, *, is_prompt: bool, needs_logits: bool) -> StepLoad:
-    """``count`` tokens of one sequence from ``position`` on."""
+    """Return the load of ``count`` tokens of one sequence, starting at ``position``."""
     pairs = count * position + count * (count + 1) // 2
     end = position + count
     if is_prompt:
@@ -75,14 +75,14 @@ def row_load(position: int, count: int, *, is_prompt: bool, needs_logits: bool) 
 
 
 def bytes_read(sizes: StageSizes, load: StepLoad) -> float:
-    """Bytes that a stage reads for a step."""
+    """Return the bytes that a stage reads for a step."""
     experts = expected_experts(sizes.num_experts, sizes.experts_per_token, load.num_tokens)
     weights = sizes.dense_bytes + (sizes.head_bytes if load.num_sampled else 0) + sizes.expert_bytes * experts
     return weights + sizes.key_bytes * (load.absorbed_keys + load.naive_keys)
 
 
 def operations(sizes: StageSizes, load: StepLoad) -> int:
-    """Operations that a stage computes for a step."""
+    """Return the operations that a stage computes for a step."""
     return (
         sizes.operations_per_token * load.num_tokens
         + sizes.operations_per_sampled_token * load.num_sampled
@@ -94,26 +94,26 @@ def operations(sizes: StageSizes, load: StepLoad) -> int:
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage: what it reads and computes, and how fast."""
+    """Sizes and speed of one stage."""
 
     sizes: StageSizes
     speed: StageSpeed
 
     def step_s(self, load: StepLoad) -> float:
-        """Seconds that it computes for a step."""
+        """Return the predicted seconds that the stage computes for a step."""
         reading_s = bytes_read(self.sizes, load) / self.speed.bytes_per_s
         return self.speed.fixed_s + reading_s + operations(self.sizes, load) / self.speed.operations_per_s
 
 
 def expected_experts(num_experts: int, experts_per_token: int, num_tokens: int) -> float:
-    """How many different experts of a layer are used when each token chooses its own at random."""
+    """Return the expected number of distinct experts that a layer uses, if each token chooses at random."""
     if num_experts == 0:
         return 0.0
     return num_experts * (1.0 - (1.0 - experts_per_token / num_experts) ** num_tokens)
 
 
 def pipeline_s(stage_steps_s: Iterable[Iterable[float]]) -> float:
-    """When the last of several steps leaves the last stage; one inner iterable a step: its seconds on each stage."""
+    """Return the seconds until the last step leaves the last stage. Each inner iterable: a step's seconds per stage."""
     free_at: list[float] = []
     for steps_s in stage_steps_s:
         done_at = 0.0

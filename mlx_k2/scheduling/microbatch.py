@@ -1,4 +1,4 @@
-"""The tokens that travel together in one step: values that the scheduler decides and the coordinator sends."""
+"""Microbatch: the tokens that travel together in one step. The scheduler creates it, the coordinator sends it."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,12 +11,12 @@ from mlx_k2.scheduling.sequence import Sequence
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One sequence's part of a step, as stages receive it: ``token_ids`` at ``position`` and after, in ``slot``.
+    """One sequence's part of a step, as stages receive it: ``token_ids``, starting at ``position``, in ``slot``.
 
-    ``is_prompt`` selects how the positions are computed: prompt tokens naive, generated and draft tokens absorbed.
-    ``sampling`` asks for a token after the last of them; ``recent_ids`` are the tokens that its repetition penalty
-    reads. ``copy_from`` is the slot from which all positions before ``position`` are copied first, as all earlier
-    plans left them.
+    ``is_prompt`` selects the attention method: naive for prompt tokens, absorbed for generated and draft tokens.
+    If ``sampling`` is set, a token is sampled after the last of ``token_ids``; the repetition penalty reads
+    ``recent_ids``. If ``copy_from`` is set, all positions before ``position`` are first copied from that slot, in the
+    state in which all earlier plans left them.
     """
 
     slot: int
@@ -34,7 +34,7 @@ class Row(msgspec.Struct, frozen=True):
 
     @property
     def needs_logits(self) -> bool:
-        """Whether a token is sampled after the last token of the row."""
+        """True if a token is sampled after the last token of the row."""
         return self.sampling is not None
 
 
@@ -56,9 +56,10 @@ class PlannedRow:
         needs_logits: bool,
         copy_from: int | None = None,
     ) -> "PlannedRow":
-        """Plan ``token_ids`` of ``sequence`` from ``position`` on: all of the prompt, or all generated or draft tokens.
+        """Return a row with ``token_ids`` of ``sequence``, starting at ``position``.
 
-        ``needs_logits``: they are all tokens that are known or drafted so far, so the next one is sampled.
+        ``token_ids`` are either prompt tokens only or generated and draft tokens only. ``needs_logits``: no known or
+        draft token follows them, so the next token is sampled.
         """
         sampling = sequence.request.sampling if needs_logits else None
         recent_ids = sequence.recent_ids(position + len(token_ids)) if needs_logits else ()
@@ -80,12 +81,12 @@ class Microbatch:
 
     @property
     def decodes(self) -> bool:
-        """Whether the step carries generated tokens."""
+        """True if the step carries generated or draft tokens."""
         return not self.rows[0].row.is_prompt
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all rows."""
+        """Number of tokens in all rows."""
         return self.load.num_tokens
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What was asked, and how it can end. Knows no text."""
+"""Request and finish reasons. Knows token ids, but no text."""
 
 import enum
 from dataclasses import dataclass
@@ -8,35 +8,36 @@ from mlx_k2.sampling import Sampling
 
 
 class FinishReason(enum.Enum):
-    """Why a sequence got no further token."""
+    """Reason why a sequence ended."""
 
     STOP = "stop"
-    """The model drew a stop token."""
+    """The model sampled a stop token."""
     LENGTH = "length"
     """max_tokens were generated, or the context is full."""
     TIMEOUT = "timeout"
-    """It ran for longer than it may."""
+    """The request's ``timeout_s`` has passed."""
     CANCELLED = "cancelled"
-    """Whoever asked no longer wants it."""
+    """The caller cancelled the request."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt as token ids, and how to go on from it."""
+    """A prompt as token ids, and the parameters for generating after it."""
 
     prompt_ids: tuple[int, ...]
     max_tokens: int
     sampling: Sampling
     stop_ids: frozenset[int]
     timeout_s: float | None = None
-    """How long it may run, from when its prompt begins; it then ends with the tokens that it has."""
+    """Time limit, counted from the first step of its prompt. At the limit the sequence ends with the tokens so far."""
 
 
 def check_request(request: Request, vocab_size: int, context_tokens: int) -> None:
-    """Refuse what can never run.
+    """Reject a request that can never run.
 
     Raises:
-        RequestError: an empty or too long prompt, a token id outside the vocabulary, no token to generate.
+        RequestError: an empty or too long prompt, a token id outside the vocabulary, no token to generate, or a
+            timeout that is not above 0.
     """
     length = len(request.prompt_ids)
     if length == 0:
@@ -49,7 +50,7 @@ def check_request(request: Request, vocab_size: int, context_tokens: int) -> Non
             f"the prompt has {length} tokens and the context holds {context_tokens}, "
             "so there is no room for an answer: shorten it, or give a larger --context"
         )
-    if request.timeout_s is not None and not request.timeout_s > 0:  # false for nan, too
+    if request.timeout_s is not None and not request.timeout_s > 0:  # also rejects NaN
         raise RequestError(f"timeout is {request.timeout_s:g} s: give more than 0")
     if request.max_tokens < 1:
         raise RequestError(f"max-tokens is {request.max_tokens}: give at least 1")

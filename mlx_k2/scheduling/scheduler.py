@@ -1,8 +1,8 @@
-"""Picks the next microbatch. Knows nothing of arrays or machines; of time only what its pace says.
+"""Scheduler: picks the next microbatch. Knows no arrays and no machines; all timing comes from the step policy.
 
-Sequences that decode take turns in as many microbatches as are fastest. Prompts follow each other in the order of
-their arrival, in chunks that do not wait for each other, so they overlap across stages; while others decode, chunks are
-short enough not to hold them up for long. A lone sequence's idle stages run guesses.
+Decoding sequences alternate in the number of microbatches that is predicted to be fastest. Prompts run in order of
+arrival, in chunks that do not wait for each other, so that they overlap across stages. While other sequences decode,
+chunks are short enough to limit their delay. With drafts enabled, a lone sequence's idle stages run draft tokens.
 """
 
 from collections import deque
@@ -18,28 +18,28 @@ from mlx_k2.scheduling.slots import SlotPool, common_prefix
 from mlx_k2.scheduling.step_policy import CHUNK_DELAY_STEPS, DecodeRound, StepPolicy
 
 _WORTH_WAITING = 32
-"""So many tokens of a prompt must be about to be cached for a later prompt to wait for them."""
+"""A prompt is postponed if this microbatch will cache at least this many more of its tokens than are cached now."""
 
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """What the scheduler keeps to. ``chunk_tokens``: prompt tokens in one microbatch, at most."""
+    """Limits of the scheduler. ``chunk_tokens`` is the maximum number of prompt tokens in one microbatch."""
 
     num_slots: int
     context_tokens: int
     chunk_tokens: int
     num_stages: int
     prompts_first: bool = False
-    """Nobody decodes while a prompt can run: more tokens a second in all, and nobody is watching any of them."""
+    """Run all prefill before decode (offline throughput mode): more tokens per second in total."""
 
     @property
     def max_in_flight(self) -> int:
-        """Microbatches under way at once."""
+        """Maximum number of microbatches in flight."""
         return 2 * self.num_stages
 
 
 class Scheduler:
-    """Sequences waiting, running and in flight."""
+    """Waiting requests, running sequences and microbatches in flight."""
 
     def __init__(self, limits: SchedulerLimits, policy: StepPolicy, *, drafts: bool = False) -> None:
         self._limits = limits
@@ -53,15 +53,15 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether something is waiting, running or in flight."""
+        """True if anything is waiting, running or in flight."""
         return bool(self._waiting or self._running or self._in_flight)
 
     def submit(self, request: Request) -> None:
-        """Queue a request; it starts when a slot is free, in the order of submission."""
+        """Queue a request. Requests start in the order of submission, when a slot is free."""
         self._waiting.append(request)
 
     def next_microbatch(self) -> Microbatch | None:
-        """What to send to the stages now; None when nothing can go, or enough is in flight."""
+        """Return the next microbatch to send; None if no row can run or enough microbatches are in flight."""
         decoding = [sequence for sequence in self._running if sequence.num_prompt_left == 0]
         prompts_left = len(decoding) < len(self._running) or bool(self._waiting and self._slots.num_free)
         waits = prompts_left and self._limits.prompts_first
@@ -76,9 +76,9 @@ class Scheduler:
         return self._send(rows) if rows else None
 
     def complete(self, number: int, token_ids: Tokens[int]) -> tuple[Sequence | None, ...]:
-        """Take the tokens that a step drew, one for each row that draws; returns the sequence that took each.
+        """Append the tokens that a step sampled, one per row with ``needs_logits``; return the sequence of each token.
 
-        None where the token is thrown away: its sequence was cancelled meanwhile, or a guess before it was wrong.
+        The entry is None if the token is discarded: its sequence has ended, or a draft token before it was wrong.
         """
         microbatch = self._in_flight.popleft()
         sampled_sequences = [planned.sequence for planned in microbatch.rows if planned.row.needs_logits]
@@ -94,26 +94,30 @@ class Scheduler:
         return recipients
 
     def reset(self) -> None:
-        """The stages are new and know nothing: plan every running sequence again, from its first token."""
+        """Plan every running sequence again from its first token. Call it when new stages with empty caches start."""
         self._in_flight.clear()
         self._slots.forget()
         for sequence in self._running:
             sequence.reset(self._next_number)
 
     def stop(self, sequence: Sequence, reason: FinishReason) -> None:
-        """Stop a sequence that runs; what it has in flight comes back and is thrown away."""
+        """Stop a running sequence. Its tokens from steps in flight are discarded."""
         sequence.finish_reason = reason
         self._retire()
 
     def cancel_all(self) -> None:
-        """Stop every sequence; what is in flight comes back and is thrown away."""
+        """Stop every sequence and drop waiting requests. Tokens from steps in flight are discarded."""
         self._waiting.clear()
         for sequence in self._running:
             sequence.finish_reason = sequence.finish_reason or FinishReason.CANCELLED
         self._retire()
 
     def _most_in_flight(self, decode_round: DecodeRound | None, prompts_left: bool) -> int:
-        """As many as the round has; while prompts run at least one for each stage, and one more to follow at once."""
+        """Return how many microbatches may be in flight, at most ``max_in_flight``.
+
+        With a decode round: its number of microbatches, but at least one per stage while prompts run or with drafts.
+        Without one: one per stage and one more, which can follow at once.
+        """
         num_stages = self._limits.num_stages
         if decode_round is None:
             most = num_stages + 1
@@ -128,7 +132,7 @@ class Scheduler:
         return self._policy.decode_round(len(decoding), mean_context)
 
     def _decode_rows(self, decoding: list[Sequence], decode_round: DecodeRound) -> list[PlannedRow]:
-        """One microbatch's share of the sequences that have a token to plan, those that waited longest first."""
+        """Return one microbatch's fraction of the sequences that have a token to plan, longest wait first."""
         num_under_way = sum(microbatch.decodes for microbatch in self._in_flight)
         if len(decoding) > 1 and num_under_way >= decode_round.num_microbatches:
             return []
@@ -154,7 +158,10 @@ class Scheduler:
         return [PlannedRow.of(sequence, position, (token_id,), is_prompt=False, needs_logits=True)]
 
     def _add_prompt_rows(self, rows: list[PlannedRow], decode_round: DecodeRound | None) -> None:
-        """Fill the microbatch with prompt tokens: of the prompt that is under way, then of those that wait."""
+        """Add prompt tokens to ``rows``: first of the prompt in progress, then of waiting prompts.
+
+        While sequences decode, only one prompt row is added.
+        """
         sequence = self._next_prompt(rows)
         if sequence is None:
             return
@@ -168,7 +175,7 @@ class Scheduler:
             sequence = self._next_prompt(rows) if remaining > 0 else None
 
     def _next_prompt(self, rows: list[PlannedRow]) -> Sequence | None:
-        """The prompt that comes next after ``rows``, in a slot of its own."""
+        """Return the sequence whose prompt comes next after ``rows``, in its own slot; None if no prompt can run."""
         planned = [planned.sequence for planned in rows if planned.row.is_prompt]
         for sequence in self._running:
             if sequence.num_prompt_left and sequence not in planned:
@@ -186,7 +193,7 @@ class Scheduler:
         return sequence
 
     def _chunk_tokens(self, sequence: Sequence) -> int:
-        """Chosen once for a prompt, with those in mind that can follow it at once."""
+        """Return the prompt's chunk length. It is chosen once, and counts the prompts that can follow at once."""
         if sequence.chunk_tokens is None:
             following = islice(self._waiting, self._slots.num_free)
             num_tokens = sequence.num_prompt_left + sum(len(request.prompt_ids) for request in following)
@@ -196,7 +203,10 @@ class Scheduler:
         return sequence.chunk_tokens
 
     def _beside_decoding(self, rows: list[PlannedRow], sequence: Sequence, decode_round: DecodeRound) -> int:
-        """As many prompt tokens as leave a round of all microbatches within the time that it may take."""
+        """Return how many prompt tokens may join ``rows``.
+
+        A round of all microbatches may take at most (1 + CHUNK_DELAY_STEPS) x ``round_s``.
+        """
         per_round = max(decode_round.num_microbatches, self._limits.num_stages)
         limit_s = (1 + CHUNK_DELAY_STEPS) * decode_round.round_s / per_round
         load = sum((planned.load for planned in rows), StepLoad())
@@ -212,14 +222,14 @@ class Scheduler:
         return microbatch
 
     def _retire(self) -> None:
-        """Free the slots of finished sequences at once: plans that use them again come later."""
+        """Free the slots of finished sequences at once. Plans that reuse the slots are sent after those in flight."""
         for sequence in [sequence for sequence in self._running if sequence.finish_reason is not None]:
             self._running.remove(sequence)
             self._slots.release(sequence.slot)
 
 
 def _prompt_row(sequence: Sequence, most_tokens: int) -> PlannedRow:
-    """The next tokens of a prompt; what it shares with another slot is copied with its first ones."""
+    """Plan the next prompt tokens. The first row also copies the prefix that is shared with another slot."""
     position = sequence.num_planned
     token_ids = sequence.request.prompt_ids[position : position + most_tokens]
     needs_logits = position + len(token_ids) == len(sequence.token_ids)

@@ -1,4 +1,4 @@
-"""One request's tokens and how far they are computed. Knows no other sequence."""
+"""Sequence: one request's tokens and the progress of their computation. Knows no other sequence."""
 
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from mlx_k2.scheduling.request import FinishReason, Request
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """The beginning of a prompt that was in the cache already: in the sequence's own slot, or copied from another."""
+    """Prefix of a prompt that is already cached: in the sequence's own slot, or in slot ``copy_from``."""
 
     num_tokens: int = 0
     copy_from: int | None = None
@@ -20,10 +20,10 @@ _NOTHING_SHARED = SharedPrefix()
 
 
 class Sequence:
-    """A running request in its cache slot. Guesses are tokens that plans carry before anyone knows that they are right.
+    """A running request in its cache slot. Plans carry draft tokens before it is known whether they are right.
 
-    A wrong guess is undone by planning its position again; what was computed from it comes back with the number of a
-    plan that no longer counts.
+    A wrong draft token is undone by planning its position again. Tokens that were sampled after it arrive with the
+    number of a plan that no longer counts, and are discarded.
     """
 
     def __init__(
@@ -34,11 +34,11 @@ class Sequence:
         self.token_ids = list(request.prompt_ids)
         self.shared = shared
         self.num_planned = shared.num_tokens
-        """Positions that are in the cache, or on their way there in a plan that was sent; guesses included."""
+        """Number of positions that are cached or in a plan that was sent, draft tokens included."""
         self.last_plan = -1
-        """The number of the last plan that carried tokens of this sequence."""
+        """Number of the last plan that carried tokens of this sequence; -1 before the first one."""
         self.chunk_tokens: int | None = None
-        """How long this prompt's chunks are, once that is chosen."""
+        """Length of this prompt's chunks; None until it is chosen."""
         self.num_drafted = 0
         self.num_accepted = 0
         self.finish_reason: FinishReason | None = None
@@ -49,37 +49,37 @@ class Sequence:
 
     @property
     def num_prompt(self) -> int:
-        """Tokens of the prompt."""
+        """Number of prompt tokens."""
         return len(self.request.prompt_ids)
 
     @property
     def num_prompt_left(self) -> int:
-        """Tokens of the prompt that no plan has carried yet."""
+        """Number of prompt tokens that no plan has carried yet."""
         return max(0, self.num_prompt - self.num_planned)
 
     @property
     def generated_ids(self) -> Tokens[int]:
-        """Tokens drawn so far, a stop token included."""
+        """Tokens sampled so far, a stop token included."""
         return self.token_ids[self.num_prompt :]
 
     @property
     def num_unplanned(self) -> int:
-        """Known tokens that no plan has carried yet."""
+        """Number of known tokens that no plan has carried yet."""
         return max(0, len(self.token_ids) - self.num_planned)
 
     @property
     def cached_ids(self) -> Tokens[int]:
-        """The known tokens whose positions are in the cache, or on their way there."""
+        """The known tokens whose positions are cached or in a plan that was sent."""
         return self.token_ids[: self.num_planned]
 
     def recent_ids(self, end: int) -> tuple[int, ...]:
-        """The last tokens before position ``end``, guesses included, which a repetition penalty looks at."""
+        """Return the tokens before position ``end`` that the repetition penalty reads, draft tokens included."""
         known = self.token_ids[max(0, end - REPETITION_WINDOW) : end]
         drafted = self._drafts[: max(0, end - len(self.token_ids))]
         return tuple([*known, *drafted][-REPETITION_WINDOW:])
 
     def reset(self, next_plan: int) -> None:
-        """Nothing of it is cached any more; ``next_plan`` is the number of the first plan that counts again."""
+        """Mark all positions as not cached. ``next_plan`` is the number of the first plan that counts again."""
         self.shared = _NOTHING_SHARED
         self.num_planned = 0
         self.chunk_tokens = None
@@ -87,9 +87,9 @@ class Sequence:
         self._first_counting_plan = next_plan
 
     def draft(self) -> int | None:
-        """Guess the token after all that is planned, if the text has a precedent and there is room; it counts at once.
+        """Return a draft token for the position after all planned ones, and record it as drafted.
 
-        None also where the guess would end the sequence: nothing would follow it.
+        None if no earlier text matches, or if the token would end the sequence: nothing would follow it.
         """
         assert self.num_unplanned == 0, "known tokens go before guesses"
         if self.num_planned + 1 >= self._end:
@@ -103,9 +103,10 @@ class Sequence:
         return token_id
 
     def append_sampled(self, plan: int, token_id: int, next_plan: int) -> bool:
-        """Take the token that plan ``plan`` drew; ``next_plan`` is the number of the next one to be sent.
+        """Append the token that plan ``plan`` sampled. ``next_plan`` is the number of the next plan to be sent.
 
-        False where the plan no longer counts: the sequence is finished, or what was drawn follows a wrong guess.
+        Return False if the plan no longer counts: the sequence has ended or was reset, or the token follows a wrong
+        draft token.
         """
         if self.finish_reason is not None or plan < self._first_counting_plan:
             return False

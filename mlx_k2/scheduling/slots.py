@@ -1,4 +1,4 @@
-"""Who owns which slot, what each slot's cache holds, and where a new prompt finds its beginning. Knows no plans."""
+"""Slots: their owners, their cached tokens, and the choice of a slot for a new prompt. Knows no plans."""
 
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from mlx_k2.scheduling.sequence import Sequence, SharedPrefix
 
 _BLOCK = 256
-"""Tokens compared at a time."""
+"""Number of tokens compared at a time."""
 
 
 @dataclass(frozen=True)
 class SlotChoice:
-    """A free slot for a prompt, and what of the prompt need not be computed."""
+    """A free slot for a prompt, and the cached prefix of the prompt, which need not be computed."""
 
     slot: int
     shared: SharedPrefix
 
 
 class SlotPool:
-    """All slots: free ones in the order in which they were last used, each with the tokens that it still holds."""
+    """All slots. Free slots: the least recently used one first, each with the tokens that its cache still holds."""
 
     def __init__(self, num_slots: int) -> None:
         self._free: dict[int, tuple[int, ...]] = dict.fromkeys(range(num_slots), ())
@@ -26,15 +26,15 @@ class SlotPool:
 
     @property
     def num_free(self) -> int:
-        """How many sequences can still start."""
+        """Number of free slots."""
         return len(self._free)
 
     def choose(self, prompt_ids: tuple[int, ...]) -> SlotChoice:
-        """Where a prompt should run.
+        """Return a free slot for a prompt, and the prefix that it shares with a cache.
 
-        The longest cached beginning is taken over with its slot when that slot holds little else; otherwise, and from
-        a running sequence, it is copied to the slot that was not used for longest. The prompt's last token is never
-        shared: what follows it must be computed.
+        The longest cached prefix is used in place if its slot is free and the prefix is at least half of what the slot
+        holds, or if the slot is the least recently used one. Otherwise the prefix is copied to the least recently used
+        free slot. The prompt's last token is never shared: the token after it must be computed.
         """
         assert self._free, "no slot is free"
         oldest = next(iter(self._free))
@@ -49,22 +49,22 @@ class SlotPool:
         return SlotChoice(oldest, SharedPrefix(shared[source], source))
 
     def acquire(self, slot: int, owner: Sequence) -> None:
-        """Give a free slot to a sequence."""
+        """Assign a free slot to a sequence."""
         del self._free[slot]
         self._owners[slot] = owner
 
     def release(self, slot: int) -> None:
-        """Free a slot; it keeps what its owner left in the cache until somebody needs it."""
+        """Free a slot. Its owner's cached tokens stay in it until another sequence acquires it."""
         owner = self._owners.pop(slot)
         self._free[slot] = tuple(owner.cached_ids)
 
     def forget(self) -> None:
-        """No cache holds anything any more."""
+        """Mark the caches of all free slots as empty."""
         self._free = dict.fromkeys(self._free, ())
 
 
 def common_prefix(left: Tokens[int], right: Tokens[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """Return the length of the longest common prefix."""
     most = min(len(left), len(right))
     for start in range(0, most, _BLOCK):
         end = min(start + _BLOCK, most)

@@ -1,8 +1,8 @@
-"""Learns a stage's speed from its steps. Knows neither stages nor time: it is told what was computed and how long.
+"""Estimate of a stage's speed from its steps. Knows no stages and no clock: the caller passes loads and times.
 
-Least squares over fixed + bytes / bandwidth + operations / speed, none of them negative, each step weighted by its own
-length so that short and long ones count alike. Older steps fade. Where steps do not tell the three apart (a lone
-sequence's are all alike), what was expected decides.
+Least squares over fixed + bytes / bandwidth + operations / speed, with no negative term. Errors are relative to the
+step's time, so that short and long steps count equally. Older steps lose weight. Where the steps do not determine all
+three terms (the steps of a lone sequence are all alike), the expected speed decides.
 """
 
 from itertools import combinations
@@ -10,15 +10,15 @@ from itertools import combinations
 from mlx_k2.scheduling.cost_model import StageSizes, StageSpeed, StepLoad, bytes_read, operations
 
 _FADE = 0.98
-"""What a step still counts after the next one: about fifty count."""
+"""Factor on a step's weight after each later step: about the last 50 steps count."""
 _TRUST = 1e-4
-"""What the expectation counts, beside all steps: enough to decide what they leave open."""
+"""Weight of the expected speed relative to all steps: enough to decide what the steps leave open."""
 _STEPS_A_FIT = 8
 _LONGEST_STEP_S = 1e9
 
 
 class SpeedEstimator:
-    """One stage's constants: ``expected`` at first, then more and more what its steps show."""
+    """Speed constants of one stage: ``expected`` at first, then increasingly those fitted to its steps."""
 
     def __init__(self, sizes: StageSizes, expected: StageSpeed) -> None:
         self._sizes = sizes
@@ -29,7 +29,7 @@ class SpeedEstimator:
         self.speed = expected
 
     def observe(self, load: StepLoad, busy_s: float) -> bool:
-        """Take in one step; whether the constants were fitted anew."""
+        """Add one step; return True if the constants were fitted again."""
         assert busy_s > 0, "a step took no time"
         features = [feature / busy_s for feature in self._features(load)]
         for i in range(3):
@@ -43,7 +43,7 @@ class SpeedEstimator:
         return is_time
 
     def _features(self, load: StepLoad) -> tuple[float, float, float]:
-        """The three parts of a step as they were expected, in seconds."""
+        """Return the expected seconds of a step's three parts: fixed, reading and computing."""
         expected = self._expected
         return (
             expected.fixed_s,
@@ -52,7 +52,7 @@ class SpeedEstimator:
         )
 
     def _fit(self) -> StageSpeed:
-        """How many times longer than expected each part takes: the best three factors that are not negative."""
+        """Return the speed with the best three non-negative factors on the expected seconds of the parts."""
         products = [row[:] for row in self._products]
         targets = self._targets[:]
         pull = _TRUST * sum(products[i][i] for i in range(3))
@@ -72,13 +72,13 @@ class SpeedEstimator:
 
 
 def _loss(products: list[list[float]], targets: list[float], factors: list[float]) -> float:
-    """Squared error of ``factors``, less a constant."""
+    """Return the squared error of ``factors``, less a constant."""
     squares = sum(factors[i] * factors[j] * products[i][j] for i in range(3) for j in range(3))
     return squares - 2 * sum(factor * target for factor, target in zip(factors, targets, strict=True))
 
 
 def _solve_some(products: list[list[float]], targets: list[float], kept: tuple[int, ...]) -> list[float] | None:
-    """Least squares over the factors in ``kept`` alone, the others 0; None where they cannot be told apart."""
+    """Solve least squares over the factors in ``kept``, the others 0; return None if the system is singular."""
     rows = [[products[i][j] for j in kept] + [targets[i]] for i in kept]
     size = len(kept)
     for column in range(size):

@@ -1,4 +1,4 @@
-"""Chooses what is fastest by the cost model: how many microbatches, how large a chunk. Knows no sequences."""
+"""Step policy: chooses the fastest number of microbatches and chunk length by the cost model. Knows no sequences."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,42 +9,43 @@ from mlx_k2.scheduling.cost_model import StageCost, StepLoad, pipeline_s, row_lo
 from mlx_k2.scheduling.speed_estimator import SpeedEstimator
 
 TURNAROUND_S = 0.001
-"""From the last stage's token to the next plan on the first stage, hops included: measured 0.25 ms on one machine,
-and 0.3 to 0.7 ms a round trip more on a network."""
+"""Time from the last stage's token to the next plan on the first stage, hops included. Measured: 0.25 ms on one
+machine, and 0.3 to 0.7 ms more per round trip on a network."""
 CHUNK_DELAY_STEPS = 4
-"""By how many steps' time a prompt's chunks may delay those who are decoding."""
+"""Maximum delay of a decode round by prompt chunks, as a multiple of ``round_s``."""
 _AS_GOOD = 1.01
-"""Of choices that are this close, the one with more microbatches is taken: it hides what the model does not know."""
+"""Among microbatch counts within 1% of the best predicted round time, the largest is used. This hides errors of the
+cost model."""
 _SMALLEST_CHUNK = 16
 _MOST_CHUNKS = 256
 _CHUNKS_GROWTH = 1.1
 _CONTEXT_STEP = 256
-"""A round is chosen anew when sequences have grown by so many tokens."""
+"""The decode round is chosen again when the mean context passes a multiple of this many tokens."""
 
 
 @dataclass(frozen=True)
 class DecodeRound:
-    """How sequences that decode take turns: in ``num_microbatches``, so that each gets a token every ``round_s``."""
+    """Decoding sequences in ``num_microbatches`` parts. Each sequence gets one token every ``round_s`` seconds."""
 
     num_microbatches: int
     round_s: float
 
 
 class StepPolicy(Protocol):
-    """What a scheduler asks about time."""
+    """Timing decisions that the scheduler needs."""
 
     def decode_round(self, num_sequences: int, mean_context: int) -> DecodeRound:
-        """How to divide sequences that decode."""
+        """Return the division of ``num_sequences`` decoding sequences into microbatches."""
 
     def chunk_tokens(self, position: int, num_tokens: int, longest: int) -> int:
-        """How long the chunks of a prompt should be, of which ``num_tokens`` are left from ``position`` on."""
+        """Return the chunk length, at most ``longest``, for ``num_tokens`` prompt tokens from ``position`` on."""
 
     def chunk_beside(self, load: StepLoad, position: int, longest: int, limit_s: float) -> int:
-        """How many prompt tokens may join ``load`` so that no stage takes longer than ``limit_s``; at least 1."""
+        """Return how many prompt tokens, at least 1, may join ``load`` so that each stage takes at most ``limit_s``."""
 
 
 class AdaptiveStepPolicy:
-    """The choices for stages whose speeds are measured while they run."""
+    """Step policy for stages whose speeds are measured while they run."""
 
     def __init__(self, stages: Sequence[StageCost], turnaround_s: float = TURNAROUND_S) -> None:
         self._sizes = [stage.sizes for stage in stages]
@@ -54,38 +55,38 @@ class AdaptiveStepPolicy:
 
     @property
     def stages(self) -> list[StageCost]:
-        """The stages with their speeds as known now."""
+        """The stages with their current speed estimates."""
         return [
             StageCost(sizes, estimator.speed) for sizes, estimator in zip(self._sizes, self._estimators, strict=True)
         ]
 
     def decode_round(self, num_sequences: int, mean_context: int) -> DecodeRound:
-        """How to divide sequences that decode."""
+        """Return the division of ``num_sequences`` decoding sequences into microbatches."""
         key = num_sequences, mean_context // _CONTEXT_STEP
         if key not in self._rounds:
             self._rounds[key] = best_round(self.stages, num_sequences, mean_context, self._turnaround_s)
         return self._rounds[key]
 
     def chunk_tokens(self, position: int, num_tokens: int, longest: int) -> int:
-        """How long the chunks of a prompt should be, of which ``num_tokens`` are left from ``position`` on."""
+        """Return the chunk length, at most ``longest``, for ``num_tokens`` prompt tokens from ``position`` on."""
         return best_chunk(self.stages, position, num_tokens, longest)
 
     def chunk_beside(self, load: StepLoad, position: int, longest: int, limit_s: float) -> int:
-        """How many prompt tokens may join ``load`` so that no stage takes longer than ``limit_s``; at least 1."""
+        """Return how many prompt tokens, at least 1, may join ``load`` so that each stage takes at most ``limit_s``."""
         return largest_chunk_within(self.stages, load, position, longest, limit_s)
 
     def through_s(self, load: StepLoad) -> float:
-        """Seconds that a step should take through all stages."""
+        """Return the predicted seconds of a step through all stages."""
         return sum(stage.step_s(load) for stage in self.stages)
 
     def observe(self, rank: int, load: StepLoad, busy_s: float) -> None:
-        """A stage computed a step in so many seconds."""
+        """Record that stage ``rank`` computed ``load`` in ``busy_s`` seconds."""
         if self._estimators[rank].observe(load, busy_s):
             self._rounds.clear()
 
 
 def best_round(stages: Sequence[StageCost], num_sequences: int, mean_context: int, turnaround_s: float) -> DecodeRound:
-    """The number of microbatches, up to twice the stages, that gives every sequence its next token soonest."""
+    """Return the decode round with the shortest predicted time, with up to twice as many microbatches as stages."""
     most = min(num_sequences, 2 * len(stages))
     rounds = [
         DecodeRound(count, round_s(stages, num_sequences, mean_context, count, turnaround_s))
@@ -98,9 +99,10 @@ def best_round(stages: Sequence[StageCost], num_sequences: int, mean_context: in
 def round_s(
     stages: Sequence[StageCost], num_sequences: int, mean_context: int, num_microbatches: int, turnaround_s: float
 ) -> float:
-    """Seconds until every sequence has one more token, when they travel in ``num_microbatches`` even parts.
+    """Return the seconds until every sequence has one more token, with ``num_microbatches`` microbatches of even size.
 
-    Either the slowest stage is always busy, or the largest microbatch's own way through all stages is the longest.
+    This is the larger of two bounds: the slowest stage's total busy time, and the largest microbatch's time through all
+    stages plus ``turnaround_s``.
     """
     smaller, num_larger = divmod(num_sequences, num_microbatches)
     larger = smaller + 1 if num_larger else smaller
@@ -114,9 +116,10 @@ def round_s(
 
 
 def best_chunk(stages: Sequence[StageCost], position: int, num_tokens: int, longest: int) -> int:
-    """The chunk length with which a prompt is through all stages soonest.
+    """Return the chunk length with which a prompt leaves the last stage soonest.
 
-    Many chunks keep all stages busy: C chunks on two stages gain 2C / (C + 1). Each one reads the weights again.
+    Many chunks keep all stages busy: C chunks on two stages give a speedup of 2C / (C + 1). But each chunk reads the
+    weights again.
     """
     best, best_s = longest, math.inf
     for chunk in _chunk_lengths(num_tokens, longest):
@@ -127,7 +130,7 @@ def best_chunk(stages: Sequence[StageCost], position: int, num_tokens: int, long
 
 
 def prefill_s(stages: Sequence[StageCost], position: int, num_tokens: int, chunk: int) -> float:
-    """Seconds until a prompt's last chunk leaves the last stage."""
+    """Return the seconds until a prompt's last chunk leaves the last stage."""
     end = position + num_tokens
 
     def loads() -> Iterator[StepLoad]:
@@ -141,7 +144,7 @@ def prefill_s(stages: Sequence[StageCost], position: int, num_tokens: int, chunk
 def largest_chunk_within(
     stages: Sequence[StageCost], load: StepLoad, position: int, longest: int, limit_s: float
 ) -> int:
-    """How many prompt tokens may join ``load`` so that no stage takes longer than ``limit_s``; at least 1."""
+    """Return how many prompt tokens, at least 1, may join ``load`` so that each stage takes at most ``limit_s``."""
     fitting, too_long = 1, longest + 1
     while too_long - fitting > 1:
         count = (fitting + too_long) // 2
@@ -154,7 +157,7 @@ def largest_chunk_within(
 
 
 def _chunk_lengths(num_tokens: int, longest: int) -> Iterator[int]:
-    """From the longest chunks to the shortest ones worth a thought."""
+    """Yield candidate chunk lengths, from the longest to the shortest useful one."""
     count = -(-num_tokens // longest)
     while count <= _MOST_CHUNKS:
         chunk = -(-num_tokens // count)

@@ -1,4 +1,4 @@
-"""What a host runs: the guard, which starts the stage proper. Standard library only."""
+"""The program that a host runs: the guard, which starts the stage program. Standard library only."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from mlx_k2.guard.guard import run_guard
 
 
 def main() -> NoReturn:
-    """Run the guard over this process's stdin and stdout, to the end of the stage."""
+    """Run the guard over this process's stdin and stdout until the stage ends."""
     exit_code = run_guard([sys.executable, "-m", "mlx_k2.stage.program"])
     os._exit(exit_code)  # a thread may still be blocked on stdin or stdout; nothing is left to clean up
 

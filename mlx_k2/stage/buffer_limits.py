@@ -1,6 +1,7 @@
-"""How much work goes into one GPU command buffer on this machine, where `mlx-k2 kernels` found better than MLX's own.
+"""Limits of one GPU command buffer on this machine, if `mlx-k2 kernels` measured better ones than MLX's own.
 
-MLX reads both limits from the environment, once, so a stage sets them before it imports mlx. Standard library only.
+MLX reads both limits from the environment once. A stage therefore sets them before it imports mlx. Standard library
+only.
 """
 
 import contextlib
@@ -15,18 +16,18 @@ FILE = Path.home() / ".cache" / "mlx-k2" / "kernels" / "buffer_limits.json"
 
 
 class BufferLimits(NamedTuple):
-    """A command buffer is handed to the GPU when it has so many operations, or they touch so many megabytes."""
+    """Number of operations, and megabytes that they access, at which MLX submits a command buffer to the GPU."""
 
     operations: int
     megabytes: int
 
     def environment(self) -> dict[str, str]:
-        """As MLX wants to hear of them."""
+        """Return the environment variables that set these limits in MLX."""
         return {"MLX_MAX_OPS_PER_BUFFER": str(self.operations), "MLX_MAX_MB_PER_BUFFER": str(self.megabytes)}
 
 
 def save_limits(limits: BufferLimits | None, file: Path = FILE) -> None:
-    """Keep what was best for this machine and this mlx; None: MLX's own."""
+    """Save the best limits for this machine and mlx version. None deletes the file, so that MLX's own apply."""
     if limits is None:
         file.unlink(missing_ok=True)
         return
@@ -35,7 +36,7 @@ def save_limits(limits: BufferLimits | None, file: Path = FILE) -> None:
 
 
 def load_limits(file: Path = FILE) -> BufferLimits | None:
-    """What was best; None where nothing was measured on this machine with this mlx."""
+    """Return the saved limits, or None if none were measured on this machine with this mlx version."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         content = json.loads(file.read_text(encoding="utf-8"))
         if content.items() >= _measured_with().items():
@@ -44,7 +45,7 @@ def load_limits(file: Path = FILE) -> BufferLimits | None:
 
 
 def apply_saved_limits(environment: MutableMapping[str, str], file: Path = FILE) -> None:
-    """Put what was best into ``environment``; what already stands there is somebody's wish."""
+    """Set the saved limits in ``environment``. Keep variables that are already set: the user chose them."""
     limits = load_limits(file)
     for name, value in ({} if limits is None else limits.environment()).items():
         environment.setdefault(name, value)

@@ -1,23 +1,27 @@
-"""What the coordinator is told of an error that ends a stage, whatever it is."""
+"""Conversion of an error that ends a stage to the Fault that the coordinator receives."""
 
 from mlx_k2.errors import MlxK2Error, NeighbourLost, StageFault
 from mlx_k2.protocol.messages import Fault
 from mlx_k2.stage.host import peak_resident_bytes
 
 _LOST_NEIGHBOUR = ("[ring]", "[jaccl]")
-"""How the errors of mlx.distributed's backends begin; MLX raises all of its errors as RuntimeError."""
+"""Prefixes of the error messages of mlx.distributed's backends. MLX raises all of its errors as RuntimeError."""
 _OUT_OF_MEMORY = (
     "bad_alloc",
     "Unable to allocate",
     "Insufficient Memory",
     "Cannot allocate memory",
-    "Resource temporarily unavailable",  # no room for a new thread's stack
+    "Resource temporarily unavailable",  # no memory for a new thread's stack
 )
-"""In errors of MLX, of C++ and of the system."""
+"""Substrings of out-of-memory errors of MLX, of C++ and of the system."""
 
 
 def fault_of(error: Exception) -> Fault:
-    """An error of our own as it is; a lost neighbour and refused memory by what they are; others by their class."""
+    """Return the Fault for an error.
+
+    An MlxK2Error keeps its class and text. A lost neighbour becomes NeighbourLost, refused memory StageFault. All other
+    errors keep their class.
+    """
     if isinstance(error, MlxK2Error):
         return Fault(type(error).__name__, str(error))
     text = str(error)

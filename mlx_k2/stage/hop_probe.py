@@ -1,4 +1,4 @@
-"""Measures the hops of one stage over mlx.distributed, by the shapes that Kimi K2 sends. Knows no model."""
+"""Measurement of one stage's hops over mlx.distributed, with the shapes that Kimi K2 sends. Knows no model."""
 
 import time
 
@@ -7,17 +7,17 @@ import mlx.core as mx
 from mlx_k2.cluster.host_facts import HopSpeed
 
 TOKEN_VALUES = 7168
-"""The hidden states of one token of Kimi K2, as bfloat16: 14 kB."""
+"""Values in the hidden state of one token of Kimi K2: 14 kB as bfloat16."""
 NUM_ROUND_TRIPS = 30
 LARGE_VALUES = 2 * 2**20
-"""4 MiB, as a piece of a prompt's chunk."""
+"""Values in 4 MiB of bfloat16, like a part of a prompt chunk."""
 NUM_LARGE = 16
 
 
 def measure_hops(group: mx.distributed.Group) -> HopSpeed | None:
-    """Take part in the hop from the stage before, then measure the one to the stage after; None for the last stage.
+    """Answer the measurement of the previous stage, then the hop to the next stage. Return None on the last stage.
 
-    A hop is measured once the one before it is: so they do not disturb each other.
+    Each hop is measured after the one before it, so that the measurements do not disturb each other.
     """
     rank = group.rank()
     if rank > 0:

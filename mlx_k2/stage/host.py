@@ -1,4 +1,4 @@
-"""What a stage knows of its own machine and installation."""
+"""Facts about the stage's own machine and installation, and its GPU memory limit."""
 
 import platform
 import resource
@@ -18,7 +18,7 @@ WIRED_LIMIT_SETTING = "iogpu.wired_limit_mb"
 
 
 def hello() -> Hello:
-    """The first message of a stage."""
+    """Return the first message of a stage."""
     return Hello(
         mlx_k2_version=__version__,
         mlx_version=version("mlx"),
@@ -31,22 +31,24 @@ def hello() -> Hello:
 
 
 def on_gpu() -> bool:
-    """Whether MLX computes on a GPU here."""
+    """Return whether MLX computes on a GPU on this host."""
     return bool(mx.default_device() == mx.Device(mx.gpu))
 
 
 def working_set_bytes() -> int | None:
-    """How much memory macOS lets a GPU hold; None without a Metal GPU."""
+    """Return the bytes of memory that macOS allows the GPU; None without a Metal GPU."""
     if not (on_gpu() and mx.metal.is_available()):
         return None
     return int(mx.device_info()["max_recommended_working_set_size"])
 
 
 def wire_memory(needed_bytes: int) -> None:
-    """On a Mac: keep ``needed_bytes`` of weights, cache and working space wired; weights that are not decode slowly.
+    """Wire up to ``needed_bytes`` of weights, cache and working space. Decode is slow if weights are not wired.
+
+    Do nothing without a Metal GPU.
 
     Raises:
-        StageStartError: macOS does not let a GPU hold that much; names the setting that changes it.
+        StageStartError: macOS does not allow the GPU that much memory. The message names the setting to change.
     """
     limit_bytes = working_set_bytes()
     if limit_bytes is None:
@@ -62,12 +64,15 @@ def wire_memory(needed_bytes: int) -> None:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held so far: MLX's own count, or the resident set's peak if larger."""
+    """Return the peak memory of this process so far: MLX's own count, or the peak resident set size if larger."""
     return max(mx.get_peak_memory(), peak_resident_bytes())
 
 
 def peak_resident_bytes() -> int:
-    """The resident set's peak. Linux carries getrusage's over from the process that started this one, so not that."""
+    """Return the peak resident set size in bytes.
+
+    Linux needs /proc: there the peak of getrusage includes that of the process that started this one.
+    """
     if sys.platform == "darwin":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     status = Path("/proc/self/status").read_text()

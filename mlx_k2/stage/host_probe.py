@@ -1,4 +1,4 @@
-"""Looks at its own host for `mlx-k2 doctor`: memory, addresses, backends, settings, a stage's files. Judges nothing."""
+"""Facts about this host for `mlx-k2 doctor`: memory, addresses, backends, settings, a stage's files. Rates none."""
 
 import hashlib
 import os
@@ -28,13 +28,16 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
     "ibv_devices": ("ibv_devices",),
     "bridge0": ("ifconfig", "bridge0"),
 }
-"""macOS's own tools; what one of them cannot say is left out."""
+"""Commands of macOS by setting name. The setting of a command that fails is omitted."""
 SETTING_S = 10.0
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def probe(message: Probe, on_progress: Callable[[int, int], None]) -> HostFacts:
-    """All that can be found out here; ``on_progress`` hears how many bytes of checksums are done, of how many."""
+    """Return the facts about this host.
+
+    ``on_progress`` is called with the bytes whose checksums are computed so far and the bytes in total.
+    """
     return HostFacts(
         memory_free_bytes=psutil.virtual_memory().available,
         interfaces=_interfaces(),
@@ -67,7 +70,7 @@ def _settings() -> dict[str, str]:
 
 
 def _model_facts(message: Probe, on_progress: Callable[[int, int], None]) -> ModelFacts | None:
-    """The files of the layers that are asked about; their absence and their faults are facts, not errors."""
+    """Return the facts about the requested layers' files. Missing and faulty files are facts, not errors."""
     if message.layers is None:
         return None
     first_layer, end_layer = message.layers
@@ -112,7 +115,10 @@ def _checksums(paths: list[Path], on_progress: Callable[[int, int], None]) -> di
 
 
 def _expected(path: Path) -> str | None:
-    """The checksum that the Hub gave with the file: its name in the Hub's cache, or a note beside a plain download."""
+    """Return the checksum that the Hub supplied with the file, or None.
+
+    It is the file's name in the Hub's cache, or is in the metadata file of a plain download.
+    """
     metadata = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
     words = metadata.read_text().split() if metadata.is_file() else []
     names = (path.resolve().name, *words[1:2])

@@ -1,4 +1,4 @@
-"""Loading of a stage's layers from the checkpoint, one layer at a time, as a Load message asks for it."""
+"""Loading of a stage's layers from the checkpoint, one layer at a time, for a Load message."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,14 +24,14 @@ from mlx_k2.weights.reader import LoadedTensors, ShardReader
 
 
 class LoadedPiece(NamedTuple):
-    """The embedding, a layer or the head, in memory: the checkpoint's names that it was made of, and its bytes."""
+    """The embedding, a layer or the head in memory: the checkpoint's names of its tensors, and its bytes."""
 
     tensor_names: tuple[str, ...]
     held_bytes: int
 
 
 class LoadedStage(NamedTuple):
-    """A stage's model, and lines for the user about what is slower here than it could be."""
+    """A stage's model, and warnings for the user about kernels that plain MLX replaces on this host."""
 
     model: StageModel
     warnings: tuple[str, ...]
@@ -45,10 +45,10 @@ def load_stage_model(
     on_piece: Callable[[LoadedPiece], None],
     dense_bits: int | None = None,
 ) -> LoadedStage:
-    """The model of ``layers``, with the embedding if they are the first ones and the head if they are the last.
+    """Load the model of ``layers``, with the embedding if they are the first ones and the head if they are the last.
 
-    ``on_piece`` is told of each piece as soon as it is in memory. With ``dense_bits`` the dense matrices of a piece are
-    quantized before the next one is read.
+    ``on_piece`` is called with each `LoadedPiece` as soon as it is in memory. With ``dense_bits`` its dense matrices
+    are quantized before the next one is read.
     """
     embedding = head = None
     if layers.start == 0:
@@ -82,7 +82,7 @@ def _load_head(reader: ShardReader, dense_bits: int | None) -> tuple[Head, Loade
 
 
 def _hold(weights: Any, piece: LoadedTensors) -> LoadedPiece:
-    """Evaluate what was made of a piece, so that nothing else of it needs to stay."""
+    """Evaluate the weights made from ``piece``, so that its other arrays can be freed. Return names and bytes."""
     mx.eval(weights)
     mx.clear_cache()
     held_bytes: int = tree_reduce(lambda total, leaf: total + _num_bytes(leaf), weights, 0)
@@ -90,12 +90,12 @@ def _hold(weights: Any, piece: LoadedTensors) -> LoadedPiece:
 
 
 def _num_bytes(leaf: mx.array | int | None) -> int:
-    """An array's; a quantized matrix also has numbers for leaves."""
+    """Return an array's bytes, and 0 for the other leaves: a quantized matrix also has numbers."""
     return leaf.nbytes if isinstance(leaf, mx.array) else 0
 
 
 def _check_kernels(config: ModelConfig, layers: list[LayerWeights], dtype: mx.Dtype) -> tuple[str, ...]:
-    """Have the kernels for these layers checked now: the first step would do it in the midst of compiling."""
+    """Check the kernels for these layers now, or the first step would while it is compiled. Return warnings."""
     for layer in layers:
         if isinstance(layer.feed_forward, MoeWeights):
             return prepare(layer.feed_forward.experts, config.num_experts_per_tok, dtype)
@@ -103,10 +103,10 @@ def _check_kernels(config: ModelConfig, layers: list[LayerWeights], dtype: mx.Dt
 
 
 class StageLoader:
-    """Loads the layers that Load messages ask for, from one model on this host.
+    """Loader of the layers that Load messages request, from one model on this host.
 
-    ``on_layer`` is called with each part that is in memory, ``on_download`` with (bytes done, bytes in total) while
-    files are fetched from the Hub.
+    ``on_layer`` is called with each `LoadedPiece` in memory. ``on_download`` is called with (bytes done, bytes in
+    total) while files are fetched from the Hub.
     """
 
     def __init__(
@@ -123,11 +123,11 @@ class StageLoader:
         self._held_bytes = 0
 
     def load(self, message: Load, transport: Transport) -> tuple[StepRunner, Loaded]:
-        """Load the layers and their cache; return what runs steps on them, and the answer to the message.
+        """Load the layers and create their cache. Return the StepRunner for them and the answer to the message.
 
         Raises:
-            CheckpointError, DownloadError: a file is missing, cannot be fetched, or does not hold what it should.
-            StageStartError: macOS does not let a GPU hold as much memory as the stage needs.
+            CheckpointError, DownloadError: a file is missing, cannot be fetched, or has the wrong content.
+            StageStartError: macOS does not allow the GPU as much memory as the stage needs.
         """
         wire_memory(message.needed_bytes)
         config = self._description.config

@@ -1,6 +1,6 @@
-"""Measures this machine's kernels for `mlx-k2 kernels`, which runs it as python -m mlx_k2.stage.measure_kernels.
+"""Measurement of this machine's kernels. `mlx-k2 kernels` runs it as python -m mlx_k2.stage.measure_kernels.
 
-With `report` it prints a KernelReport as JSON, with `decode` a DecodeTime under the environment that it was given.
+The argument `report` prints a KernelReport as JSON, `decode` a DecodeTime measured in the caller's environment.
 """
 
 import json
@@ -25,7 +25,7 @@ from mlx_k2.stage.host import on_gpu
 from mlx_k2.weights.config_fields import thinking_config_fields
 
 SMALL_LAYER = LayerShape(hidden_size=1024, intermediate_size=512, top_k=8, dtype=mx.float32)
-"""Where there is no GPU: enough to show that the reference runs."""
+"""Layer measured without a GPU: enough to show that the reference runs."""
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def measure_report() -> KernelReport:
-    """The kernels that this machine may use, their best sizes and their speed."""
+    """Return the kernels of this machine, their best sizes and their speed. Without a GPU measure plain MLX only."""
     report = KernelReport(
         mlx_k2_version=__version__,
         mlx_version=check_cache.mlx_version(),
@@ -76,7 +76,7 @@ def _plain_mlx_gb_per_s() -> float:
 
 
 def measure_decode() -> DecodeTime:
-    """The best time of a token's feed-forward blocks, one after the other, as a stage would run them."""
+    """Return the best time of one token through the feed-forward blocks in sequence, as a stage runs them."""
     config = _k2()
     shape = _layer_shape(config)
     weights = _random_block(config, shape)
@@ -89,7 +89,7 @@ def measure_decode() -> DecodeTime:
     experts.prepare(weights.experts, shape.top_k, mx.bfloat16)
     compiled = mx.compile(block)
     best = float("inf")
-    for _ in range(timing.REPEATS + 1):  # the first one compiles
+    for _ in range(timing.REPEATS + 1):  # the first iteration compiles
         hidden = mx.random.normal((1, config.hidden_size)).astype(mx.bfloat16)
         mx.eval(hidden)
         start = time.perf_counter()
@@ -114,7 +114,7 @@ def _checks(shape: LayerShape) -> list[KernelCheck]:
 
 
 def _best_tuning(shape: LayerShape) -> Tuning | None:
-    """The fastest sizes, remembered; None where a kernel that has sizes may not run."""
+    """Return the fastest sizes and cache them; None if a kernel that has sizes may not run."""
     usable = {check.kernel for check in _checks(shape) if check.usable}
     return timing.best_tuning(shape, DEFAULT_TUNING) if usable >= {DECODE, BATCH} else None
 

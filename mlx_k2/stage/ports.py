@@ -1,4 +1,4 @@
-"""Ports that a stage picks on its own host and holds until MLX's ring takes them over."""
+"""Ports that a stage chooses on its own host and reserves until MLX's ring binds them."""
 
 import errno
 import socket
@@ -10,8 +10,8 @@ from mlx_k2.errors import StageStartError
 class HeldPorts:
     """A bound socket for each listen address, ``ip`` (any free port) or ``ip:port``.
 
-    Bound without SO_REUSEPORT, so that a port in use is an error here; MLX's ring would share it without a word. What a
-    stage that has ended leaves of its connections for a minute (TIME_WAIT) does not count as in use.
+    The sockets are bound without SO_REUSEPORT, so that a port in use is an error here; MLX's ring would silently share
+    it. Connections that a stage leaves in TIME_WAIT for a minute after its end do not count as in use.
     """
 
     def __init__(self, listen: Sequence[str]) -> None:
@@ -23,7 +23,7 @@ class HeldPorts:
             raise
 
     def release(self) -> None:
-        """Let go of the ports, just before the ring binds them."""
+        """Close the sockets. Called just before the ring binds the ports."""
         for held in self._sockets:
             held.close()
         self._sockets.clear()
@@ -38,7 +38,7 @@ class HeldPorts:
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
-                held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # refused where a plain socket is bound
+                held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # fails if a socket without it is bound
                 held.bind((ip, int(port or 0)))
         except OSError as error:
             raise StageStartError(

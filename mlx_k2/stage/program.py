@@ -1,13 +1,13 @@
-"""The stage proper, which the guard starts: python -m mlx_k2.stage.program. Keeps fd 1 for frames alone."""
+"""The stage program, started by the guard: python -m mlx_k2.stage.program. Reserves its stdout for frames."""
 
 import os
 
 _PROTOCOL_FD = os.dup(1)
-os.dup2(2, 1)  # from here on, whatever prints while it is imported prints to the log
+os.dup2(2, 1)  # output that modules print on import now goes to the log (stderr)
 
 from mlx_k2.stage.buffer_limits import apply_saved_limits  # noqa: E402
 
-apply_saved_limits(os.environ)  # before mlx is imported, which reads it
+apply_saved_limits(os.environ)  # before mlx is imported, because mlx reads the environment
 
 from mlx_k2.stage.service import serve  # noqa: E402
 

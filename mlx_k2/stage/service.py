@@ -1,4 +1,4 @@
-"""Serves the coordinator: one message after the other, each answered. The border where every error becomes a Fault."""
+"""A stage's message loop: answers the coordinator's messages one at a time. Converts every error to a Fault."""
 
 import os
 import queue
@@ -54,9 +54,9 @@ READING_S = 120.0
 CONNECTING_S = 120.0
 MEASURING_S = 120.0
 PIECE_S = 900.0
-"""For the next piece of a shard to be loaded or fetched: 10 GB from a slow disk."""
+"""Limit for the next part of a shard to be loaded or fetched: 10 GB from a slow disk."""
 CLOSE_S = 5.0
-"""How long the last frames may take to leave."""
+"""Limit for sending the last frames."""
 _PHASES = {
     FetchFiles: (Phase.READING, None, READING_S),
     DownloadShard: (Phase.DOWNLOADING, None, PIECE_S),
@@ -70,12 +70,12 @@ _PHASES = {
 
 
 def serve(inward_fd: int, outward_fd: int) -> NoReturn:
-    """Answer messages until told to stop, or the input ends, or something fails; then end this process.
+    """Answer messages until a Stop message, the end of the input or an error; then end this process.
 
-    It ends with os._exit: a thread may be blocked in mlx.distributed, which nothing can interrupt.
+    The process ends with os._exit: a thread may be blocked in mlx.distributed, which nothing can interrupt.
     """
     if not on_gpu():
-        mx.disable_compile()  # its CPU compiler is g++, if there is one, on files that all processes share
+        mx.disable_compile()  # its CPU compiler is g++, which may be missing, on files shared by all processes
     writer = FrameWriter(os.fdopen(outward_fd, "wb"), "the guard")
     service = StageService(writer)
     FrameReader(os.fdopen(inward_fd, "rb"), "the guard", service.on_frame, service.on_input_end)
@@ -86,7 +86,7 @@ def serve(inward_fd: int, outward_fd: int) -> NoReturn:
 
 @dataclass(frozen=True)
 class _PreparedStage:
-    """What Prepare asked for, and what this host has for it."""
+    """A Prepare request with the model description and the reserved ports of this host."""
 
     request: Prepare
     description: ModelDescription
@@ -94,7 +94,7 @@ class _PreparedStage:
 
 
 class StageService:
-    """What a stage has become so far: prepared, connected, loaded."""
+    """A stage's state (prepared, connected, loaded) and its answers to messages."""
 
     def __init__(self, writer: FrameWriter) -> None:
         self._writer = writer
@@ -113,7 +113,7 @@ class StageService:
         self._inbox.put(decode_to_stage(frame.payload))
 
     def on_input_end(self, error: ProtocolError | None) -> None:
-        """Without its guard a stage ends at once, whatever it is doing; a broken frame is reported first."""
+        """End the process at once if the guard closed the input. Queue a broken frame's error, to report it first."""
         if error is None:
             os._exit(0)
         self._inbox.put(error)
@@ -121,7 +121,7 @@ class StageService:
     # ---- on the computing thread
 
     def run(self) -> int:
-        """Answer messages to the end; the process's exit code."""
+        """Answer messages until Stop or an error. Return the process's exit code."""
         try:
             self._send(hello())
             while not isinstance(message := self._inbox.get(), Stop):
@@ -131,7 +131,7 @@ class StageService:
                     self._report_phase(*_PHASES[type(message)])
                 self._send(self._answer(message))
                 self._report_phase(Phase.IDLE, message.number if isinstance(message, Step) else None)
-        except Exception as error:  # noqa: BLE001  # the border: whatever it is, the coordinator must hear of it
+        except Exception as error:  # noqa: BLE001  # every error must be reported to the coordinator
             if not isinstance(error, MlxK2Error | MemoryError):
                 traceback.print_exc()
             self._send(fault_of(error))

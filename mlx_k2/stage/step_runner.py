@@ -1,4 +1,4 @@
-"""Runs one step plan on one stage: receive, run the layers, send on or sample. Knows no pipes."""
+"""Execution of one step plan on one stage: receive, run the layers, send or sample. Knows no pipes."""
 
 import time
 from collections.abc import Callable
@@ -26,10 +26,10 @@ class PlanLimits:
     vocab_size: int
 
     def check(self, step: Step, last_number: int | None) -> None:
-        """Refuse a plan that does not fit, or whose number is not above ``last_number``.
+        """Check that a plan fits these sizes and that its number is above ``last_number``.
 
         Raises:
-            ProtocolError: says what does not fit.
+            ProtocolError: the plan fails a check. The message names it.
         """
         if last_number is not None and step.number <= last_number:
             raise ProtocolError(f"step {step.number} was sent after step {last_number}: plans come in one order")
@@ -51,7 +51,7 @@ class PlanLimits:
 
 
 class StepRunner:
-    """One stage's part of every step. Its state is the model's cache and the number of the last step."""
+    """Runner of one stage's part of every step. Its state is the model's cache and the number of the last step."""
 
     def __init__(
         self,
@@ -74,9 +74,12 @@ class StepRunner:
         self._dtype = dtype
 
     def run(self, step: Step, report_phase: Callable[[Phase], None] = lambda _: None) -> StepDone:
-        """Run the step; where it can be, its graph is built while the hidden states are still on their way.
+        """Run the step. If possible, build its graph before the hidden states have arrived.
 
-        ``report_phase`` is told of each phase as it begins.
+        ``report_phase`` is called with each phase when it begins.
+
+        Raises:
+            ProtocolError: the step does not fit this stage (`PlanLimits.check`).
         """
         self._limits.check(step, self._last_number)
         self._last_number = step.number
@@ -97,7 +100,7 @@ class StepRunner:
             report_phase(Phase.COMPUTING)
         output = self._model.run(hidden, batch)
         if builds_lazily and not self._is_first:
-            receive_s += _evaluate(hidden)  # alone, and complete before work that needs it is submitted to a GPU
+            receive_s += _evaluate(hidden)  # separately, to complete before work that needs it is submitted to a GPU
             report_phase(Phase.COMPUTING)
         tokens: tuple[SampledToken, ...] = ()
         if self._is_last:
@@ -112,7 +115,7 @@ class StepRunner:
         return StepDone(step.number, busy_s, receive_s, send_s, tokens, mx.get_peak_memory())
 
     def _sample(self, rows: tuple[Row, ...], output: mx.array) -> tuple[SampledToken, ...]:
-        """A token for each row that asks for one, from its last position; else only the cache is filled."""
+        """Sample a token from the last position of each row that requests one. If none does, only fill the cache."""
         last_tokens, requests = [], []
         num_tokens = 0
         for row in rows:
@@ -127,7 +130,7 @@ class StepRunner:
 
 
 def _evaluate(hidden: mx.array) -> float:
-    """Wait until the array is there; returns for how many seconds."""
+    """Evaluate the array. Return the seconds that this took."""
     began = time.perf_counter()
     mx.eval(hidden)
     return time.perf_counter() - began

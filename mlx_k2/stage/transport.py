@@ -1,7 +1,7 @@
-"""Hidden states from one stage to the next. Knows shapes, not layers; no message of the control plane.
+"""Transfer of hidden states from one stage to the next. Knows shapes, but no layers and no control messages.
 
-MLX's operations are lazy: ``receive`` returns an array that is not there yet, and evaluating it is the wait. Whoever
-evaluates does so one operation at a time, in plan order, which is the only tag on the wire.
+MLX's operations are lazy: ``receive`` returns an array that has not arrived, and evaluating it waits for it. The caller
+must evaluate one operation at a time, in plan order: the order is the only tag on the wire.
 """
 
 import json
@@ -18,13 +18,13 @@ from mlx_k2.protocol.messages import JacclLinks, RingLinks
 
 
 class Transport(Protocol):
-    """The two hops of a stage: from the one before it, to the one after it."""
+    """The two hops of a stage: from the previous stage and to the next stage."""
 
     def receive(self, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
-        """What the stage before sends next, lazily."""
+        """Return the next array that the previous stage sends, lazily."""
 
     def send(self, array: mx.array) -> None:
-        """Hand an evaluated array to the stage after; returns when the system has taken all of it."""
+        """Send an evaluated array to the next stage. Return when the system has accepted all of it."""
 
 
 class DistributedTransport:
@@ -34,11 +34,11 @@ class DistributedTransport:
         self._group = group
 
     def receive(self, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
-        """What the stage before sends next, lazily."""
+        """Return the next array that the previous stage sends, lazily."""
         return mx.distributed.recv(shape, dtype, self._group.rank() - 1, group=self._group)
 
     def send(self, array: mx.array) -> None:
-        """Hand an evaluated array to the stage after; returns when the system has taken all of it."""
+        """Send an evaluated array to the next stage. Return when the system has accepted all of it."""
         mx.eval(mx.distributed.send(array, self._group.rank() + 1, group=self._group))
 
 
@@ -46,22 +46,22 @@ class NoNeighbours:
     """The transport of a single stage, which never uses it."""
 
     def receive(self, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
-        """Never called."""
+        """Raise AssertionError: this is never called."""
         raise AssertionError(f"a single stage was to receive {dtype} {tuple(shape)}")
 
     def send(self, array: mx.array) -> None:
-        """Never called."""
+        """Raise AssertionError: this is never called."""
         raise AssertionError(f"a single stage was to send {array.dtype} {array.shape}")
 
 
 def join_group(rank: int, links: RingLinks | JacclLinks) -> mx.distributed.Group:
-    """Start mlx.distributed's backend as ``rank``; it holds the GIL until every neighbour is there.
+    """Start mlx.distributed's backend as ``rank``. It holds the GIL until every neighbour is connected.
 
     Raises:
-        StageFault: a neighbour did not answer, or the backend is not to be had here.
+        StageFault: a neighbour did not answer, or the backend is not available on this host.
     """
     backend = "ring" if isinstance(links, RingLinks) else "jaccl"
-    with tempfile.TemporaryFile() as file:  # without a name: a stage that is killed in here leaves nothing
+    with tempfile.TemporaryFile() as file:  # unnamed: a stage that is killed in this block leaves no file
         os.environ.update(group_environment(rank, links, file))
         try:
             group = mx.distributed.init(strict=True, backend=backend)
@@ -72,9 +72,9 @@ def join_group(rank: int, links: RingLinks | JacclLinks) -> mx.distributed.Group
 
 
 def group_environment(rank: int, links: RingLinks | JacclLinks, file: IO[bytes]) -> dict[str, str]:
-    """What mlx.distributed reads from the environment; the file that it names is ``file``, which is written here."""
+    """Write ``file`` and return the environment that mlx.distributed reads, in which a variable names ``file``."""
     file.write(json.dumps(links.addresses if isinstance(links, RingLinks) else links.devices).encode())
-    file.seek(0)  # which also writes it; on macOS whoever opens /dev/fd/N goes on where we are
+    file.seek(0)  # also flushes; on macOS an open of /dev/fd/N shares this file position
     path = f"/dev/fd/{file.fileno()}"
     if isinstance(links, RingLinks):
         return {"MLX_RANK": str(rank), "MLX_HOSTFILE": path}
@@ -87,9 +87,9 @@ def group_environment(rank: int, links: RingLinks | JacclLinks, file: IO[bytes])
 
 
 def prove_hops(transport: Transport, to_next: bytes | None, from_previous: bytes | None) -> None:
-    """Before anything else: pass on the bytes that the coordinator gave both ends of each hop.
+    """Exchange the bytes that the coordinator gave both ends of each hop, before any other transfer.
 
-    MLX's ring accepts whoever connects to its port; this is how a stage knows that it was its neighbour.
+    MLX's ring accepts any connection to its port. The bytes prove that the peer is the neighbour.
 
     Raises:
         StageFault: other bytes arrived.

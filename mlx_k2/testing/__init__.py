@@ -1,1 +1,1 @@
-"""Test doubles and made-up inputs for tests and benchmarks. Nothing else in mlx_k2 imports it."""
+"""Test doubles and generated inputs for tests and benchmarks. No other package of mlx_k2 imports it."""

@@ -7,19 +7,19 @@ import mlx.core as mx
 
 
 class QueueTransport:
-    """Hops inside one process, for tests: ``before`` and ``after`` are the queues on either side."""
+    """A Transport inside one process, for tests: queue ``before`` is from the previous stage, ``after`` to the next."""
 
     def __init__(self, before: "queue.SimpleQueue[mx.array]", after: "queue.SimpleQueue[mx.array]") -> None:
         self._before = before
         self._after = after
 
     def receive(self, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
-        """What the stage before sent, which must be of this shape and dtype."""
+        """Return the next array from the stage before; it must have this shape and dtype."""
         array = self._before.get()
         assert array.shape == tuple(shape), f"expected {shape}, got {array.shape}"
         assert array.dtype == dtype, f"expected {dtype}, got {array.dtype}"
         return array
 
     def send(self, array: mx.array) -> None:
-        """Hand an evaluated array to the stage after."""
+        """Send an evaluated array to the stage after."""
         self._after.put(array)

@@ -1,7 +1,8 @@
-"""Writes random checkpoints in the original layout, for the built-in model, tests and benchmarks. Knows no tokenizer.
+"""A writer of random checkpoints in the original layout, for the built-in model, tests and benchmarks.
 
-The values are scaled so that every part of the model matters: each branch adds about as much as it finds, attention is
-sharp enough for positions to count, and tokens disagree about the experts they want.
+Knows no tokenizer. The values are scaled so that every part of the model affects its output: each branch adds about as
+much as the residual stream holds, attention is sharp enough for positions to matter, and tokens are routed to different
+experts.
 """
 
 import shutil
@@ -20,9 +21,9 @@ from mlx_k2.weights.inventory import INT4_GROUP_SIZE, TensorSpec, embedding_spec
 from mlx_k2.weights.safetensors_file import write_file
 
 _PIECE_VALUES = 1 << 22
-_CODE_DEVIATION = 4.2  # of the codes that _codes draws
+_CODE_DEVIATION = 4.2  # of the codes that _codes samples
 
-# Root mean square of a matrix's output when its input's is 1, by the last words of its name.
+# Root mean square of a matrix's output for an input of root mean square 1, by the ending of the matrix's name.
 _GAINS: Mapping[str, float] = {
     "self_attn.q_a_proj.weight": 1.0,
     "self_attn.q_b_proj.weight": 1.2,
@@ -43,8 +44,8 @@ def write_random_checkpoint(
 ) -> None:
     """Write the checkpoint that ``config_fields`` describes: one file for each layer, one for embedding and head.
 
-    ``tokenizer_files`` are written beside it as they are. The same arguments give the same bytes. ``folder`` appears
-    when it is complete; where another process was faster, its folder stays.
+    ``tokenizer_files`` are written beside it unchanged. The same arguments give the same bytes. ``folder`` appears only
+    when it is complete; if another process has completed it first, that folder is kept.
 
     Raises:
         ConfigError: the fields are not those of a model that this program runs.
@@ -68,7 +69,7 @@ def _rename_unless_there(partial: Path, folder: Path) -> None:
     try:
         partial.rename(folder)
     except OSError:
-        if not folder.exists():  # else another process was faster by a moment
+        if not folder.exists():  # else another process completed it first
             raise
 
 
@@ -86,7 +87,7 @@ def _write_tensors(folder: Path, config: ModelConfig, seed: int) -> None:
 
 
 def _files(config: ModelConfig) -> list[tuple[TensorSpec, ...]]:
-    """The tensors of each file, with those that the original checkpoints hold and nobody needs."""
+    """Return the tensors of each file, including those of the original checkpoints that this program does not need."""
     frequencies = (config.qk_rope_head_dim // 2,)
     files = []
     for layer in range(config.num_hidden_layers):
@@ -106,7 +107,7 @@ def _files(config: ModelConfig) -> list[tuple[TensorSpec, ...]]:
 
 
 def _random_bytes(spec: TensorSpec, config: ModelConfig, seed: int) -> Iterator[bytes]:
-    """The tensor's values in pieces, drawn from (seed, name), so that they depend on no other tensor."""
+    """Yield the tensor's bytes in parts, sampled with (seed, name) as seed, so that they depend on no other tensor."""
     generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(spec.name.encode())]))
     count = spec.num_bytes // 2
     if spec.name.endswith("weight_shape"):
@@ -135,10 +136,10 @@ def _gain(name: str) -> float:
 
 
 def _codes(generator: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.uint32]:
-    """Eight INT4 codes in each word, with mean 0: -8, which has no opposite, stands in the first word of a row only."""
+    """Return words of eight INT4 codes, with mean 0: -8, which has no opposite, occurs only in a row's first word."""
     words = generator.integers(0, 1 << 32, shape, np.uint32)
     rest = words[:, 1:]
-    not_minus_8 = (rest | rest >> 1 | rest >> 2 | rest >> 3) & 0x11111111  # stored as code + 8, so -8 is four zeros
+    not_minus_8 = (rest | rest >> 1 | rest >> 2 | rest >> 3) & 0x11111111  # stored as code + 8, so -8 is four zero bits
     rest |= (not_minus_8 ^ 0x11111111) << 3
     return words
 
@@ -149,7 +150,7 @@ def _unpacked_shape(name: str, config: ModelConfig) -> tuple[int, int]:
 
 
 def _bf16_bytes(values: NDArray[np.float32]) -> bytes:
-    """Float32 values rounded to the nearest bfloat16, ties to even."""
+    """Return the bytes of float32 values rounded to the nearest bfloat16, ties to even."""
     bits = values.view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return rounded.astype("<u2").tobytes()

@@ -1,4 +1,4 @@
-"""Stages that sleep instead of computing, one thread each: the scheduler without the cost of arithmetic."""
+"""Stages that sleep instead of computing, one thread each, to run the scheduler without the cost of arithmetic."""
 
 import queue
 import threading
@@ -25,12 +25,12 @@ SIZES = StageSizes(
     rebuild_operations=0,
 )
 SPEED = StageSpeed(fixed_s=0.0, bytes_per_s=SIZES.dense_bytes / STEP_S, operations_per_s=1.0)
-"""A step takes STEP_S, whatever is in it."""
+"""With this speed every step takes STEP_S, whatever its rows."""
 
 
 @dataclass
 class SleepingStages:
-    """Stages that only sleep, one thread each; what the last one has done arrives in ``done``."""
+    """Stages that only sleep, one thread each. The last one puts encoded StepDone messages into ``done``."""
 
     num_stages: int
     done: "queue.SimpleQueue[bytes]" = field(default_factory=queue.SimpleQueue)
@@ -45,7 +45,7 @@ class SleepingStages:
             before = after
 
     def send(self, microbatch: Microbatch) -> None:
-        """Let the first stage begin as soon as it can."""
+        """Queue ``microbatch`` for the first stage."""
         self._inbox.put(microbatch)
 
     def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""config.json's fields of small models for tests: the built-in model's shape, and K2.5's wrapping. Writes no file."""
+"""The config.json fields of small models for tests: the built-in model's, and K2.5's nested form. Writes no file."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,10 @@ from mlx_k2.weights.config_fields import thinking_config_fields
 
 
 def tiny_config_fields(vocab_size: int, **changes: Any) -> dict[str, Any]:
-    """The built-in small model: every part of K2 (low-rank queries, YaRN, dense and expert layers) in 7 layers."""
+    """Return the built-in small model's fields with ``changes``.
+
+    The model has every part of K2 (low-rank queries, YaRN, dense and expert layers) in 7 layers.
+    """
     small: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": 128,
@@ -30,7 +33,7 @@ def tiny_config_fields(vocab_size: int, **changes: Any) -> dict[str, Any]:
 
 
 def as_kimi_k25(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The same text model as K2.5 writes it: under ``text_config``, beside a vision tower."""
+    """Return the same text model in K2.5's form: under ``text_config``, beside a vision tower."""
     return {
         "architectures": ["KimiK25ForConditionalGeneration"],
         "model_type": "kimi_k25",

@@ -1,6 +1,6 @@
-"""The tokenizer files of a random checkpoint: every byte, some everyday words, and Kimi K2's control tokens.
+"""The tokenizer files of a random checkpoint: every byte, some common words, and Kimi K2's control tokens.
 
-Knows nothing of the weights beside them.
+Knows nothing of the checkpoint's weights.
 """
 
 import base64
@@ -12,8 +12,8 @@ from mlx_k2.builtin import BUILTIN_FOLDER
 _NUM_BYTES = 256
 _NUM_RESERVED = 256
 
-# Kimi K2's control tokens, by their distance from the last ordinary token. The reply parser and the template use
-# these names; ids between them stay unnamed, as in the original.
+# Kimi K2's control tokens, by their offset from the id after the last ordinary token. The reply parser and the template
+# use these names; ids between them stay unnamed, as in the original.
 _CONTROL_TOKENS = {
     "[BOS]": 0,
     "[EOS]": 1,
@@ -62,10 +62,10 @@ class TinyVocabulary(msgspec.Struct, frozen=True):
 
 
 def tiny_vocabulary(vocab_size: int, max_position_embeddings: int) -> TinyVocabulary:
-    """The tokenizer files for a model of ``vocab_size`` ids, at least 512.
+    """Return the tokenizer files for a model of ``vocab_size`` ids, at least 512.
 
-    256 single bytes, then as many words as fit, then the 256 reserved ids that hold the control tokens; ids past
-    those are unnamed control tokens.
+    The ids are 256 single bytes, then as many words as fit, then the 256 reserved ids that hold the control tokens. Ids
+    after those are unnamed control tokens.
     """
     assert vocab_size >= MIN_VOCAB_SIZE, f"{vocab_size} ids hold no 256 bytes and 256 reserved tokens"
     words = [f" {word}".encode() for word in dict.fromkeys(_WORDS.split())][: vocab_size - MIN_VOCAB_SIZE]

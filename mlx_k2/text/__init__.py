@@ -1,1 +1,1 @@
-"""Words to token ids and back: tokenizer, chat template, detokenizer. Never sees an array."""
+"""Conversion of text to token ids and back: tokenizer, chat template, detokenizer. Knows no arrays."""

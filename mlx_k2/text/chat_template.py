@@ -1,4 +1,4 @@
-"""Renders a checkpoint's chat template to text, in a sandbox and within bounds. Knows no token ids."""
+"""Sandboxed rendering of a checkpoint's chat template to text, with limits on time and size. Knows no token ids."""
 
 import functools
 import json
@@ -24,9 +24,9 @@ _ON_ITERATION = "mlx_k2_on_iteration"
 
 
 class ChatTemplate:
-    """One template, compiled. A rendering that takes too long or grows too large is stopped.
+    """A compiled chat template. A rendering that exceeds ``max_cpu_s`` or ``max_characters`` is stopped.
 
-    ``tokens`` are the names that some templates read: bos_token, eos_token and the like.
+    ``tokens`` are variables that some templates read: bos_token, eos_token, pad_token and unk_token.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class ChatTemplate:
         self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
 
     def render(self, variables: Mapping[str, object]) -> str:
-        """The text of the template for ``variables``.
+        """Return the text that the template renders for ``variables``.
 
         Raises:
             RequestError: the template itself refuses these messages.
-            TokenizerError: names the line of the template and what went wrong there.
+            TokenizerError: the rendering fails or exceeds a limit; names the line of the template and the problem.
         """
         bounds = {_ON_ITERATION: _deadline(self._max_cpu_s)}
         parts: list[str] = []
@@ -67,7 +67,7 @@ class ChatTemplate:
                     raise _Runaway(f"wrote more than {self._max_characters} characters")
         except _Refusal as refusal:
             raise RequestError(f"the chat template refuses these messages: {refusal}") from None
-        except Exception as error:  # noqa: BLE001 - a template can raise whatever Python can
+        except Exception as error:  # noqa: BLE001 - a template can raise any exception
             raise TokenizerError(f"{_location(error)}: {error or type(error).__name__}") from None
         return "".join(parts)
 
@@ -81,17 +81,17 @@ class _TokenizerConfig(msgspec.Struct, frozen=True):
 
 
 def load_chat_template(files: Mapping[str, bytes]) -> ChatTemplate:
-    """The template of a checkpoint: chat_template.jinja, else "chat_template" in tokenizer_config.json.
+    """Return the template of a checkpoint: chat_template.jinja, else "chat_template" in tokenizer_config.json.
 
     Raises:
-        TokenizerError: there is none, or it cannot be read.
+        TokenizerError: the checkpoint has no template, or it cannot be read.
     """
     try:
         config = msgspec.json.decode(files.get("tokenizer_config.json", b"{}"), type=_TokenizerConfig)
         source = files[FILE].decode() if FILE in files else config.chat_template
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise TokenizerError(f"the chat template cannot be read: {error}") from None
-    if isinstance(source, list):  # several, by name
+    if isinstance(source, list):  # several named templates
         by_name = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
         source = by_name.get("default")
     if not isinstance(source, str):
@@ -106,15 +106,15 @@ def load_chat_template(files: Mapping[str, bytes]) -> ChatTemplate:
 
 
 class _Refusal(Exception):
-    """The template called raise_exception."""
+    """The error for a template that called raise_exception."""
 
 
 class _Runaway(Exception):
-    """The template would not come to an end."""
+    """The error for a template that exceeds a limit on time or size, or computes a power."""
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """What chat templates are written for, without operations that make very much out of little."""
+    """The Jinja environment that chat templates expect, without operations that make large values from small ones."""
 
     intercepted_binops = frozenset({"+", "*", "**"})
 
@@ -137,7 +137,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _watched(tree: nodes.Template) -> nodes.Template:
-    """The template with a call to ``_ON_ITERATION`` at the head of each loop's and each macro's body."""
+    """Insert a call to ``_ON_ITERATION`` at the start of each loop's and each macro's body; return the template."""
     _AddForConcat().visit(tree)
     blocks: list[nodes.For | nodes.Macro] = [*tree.find_all(nodes.For), *tree.find_all(nodes.Macro)]
     for block in blocks:
@@ -147,7 +147,7 @@ def _watched(tree: nodes.Template) -> nodes.Template:
 
 
 class _AddForConcat(NodeTransformer):
-    """Turns ``a ~ b`` into ``a|string + b|string``, which the environment sees and which keeps a disguise whole."""
+    """Replacement of ``a ~ b`` by ``a|string + b|string``: `+` is size-checked, and its result is still EscapedText."""
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:  # noqa: N802 - the name jinja2 calls
         self.generic_visit(node)
@@ -158,7 +158,7 @@ class _AddForConcat(NodeTransformer):
 
 
 def _deadline(cpu_s: float) -> Callable[[], None]:
-    """A function that raises once this thread has computed for ``cpu_s``; a busy or sleeping machine costs nothing."""
+    """Return a function that raises after ``cpu_s`` of this thread's CPU time. Waiting and sleeping do not count."""
     end = time.thread_time() + cpu_s
 
     def on_iteration() -> None:
@@ -175,11 +175,11 @@ def _refuse(message: object) -> NoReturn:
 def _tojson(
     value: object, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False
 ) -> str:
-    """JSON as chat templates expect it: nothing escaped for HTML, non-ASCII text as it is."""
+    """Return JSON as chat templates expect it: no escapes for HTML or for non-ASCII text."""
     return json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _location(error: Exception) -> str:
-    """The template, and its line that raised ``error`` where one did."""
+    """Return the template's file name, with the template line that raised ``error`` if there is one."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == FILE]
     return f"{FILE} line {lines[-1]}" if lines else FILE

@@ -1,8 +1,8 @@
-"""Message text in disguise while a template handles it, so that none of it can ever read as a control token.
+"""Escaping of message text while a template handles it, so that no message text can read as a control token.
 
-Every character that occurs in a control token's name is exchanged, one for one, for a character that occurs nowhere
-in the rendering. Whatever a template then does with a message's text, alone or between its own words, what spells a
-control token's name in the result was written by the template. Knows neither messages nor templates.
+Every character that occurs in a control token's name is replaced, one for one, by a character that occurs nowhere
+in the rendering. A template may change message text or join it with its own text: a control token's name in the result
+is always the template's own text. Knows neither messages nor templates.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -10,12 +10,12 @@ from typing import Any
 
 from mlx_k2.errors import RequestError
 
-# Private-use planes first; a prompt that holds all of those finds others.
+# The private-use planes come first. Lower planes follow for a prompt that uses all of their characters.
 _CANDIDATES = range(0x10FFFD, 0x3FFFF, -1)
 
 
 class Escaping:
-    """A one-for-one exchange of the characters of ``names``, for characters that are in none of ``texts``."""
+    """A one-for-one replacement of the characters of ``names`` by characters that are in none of ``texts``."""
 
     def __init__(self, names: Iterable[str], texts: Iterable[str]) -> None:
         used = {ord(character) for text in texts for character in set(text)}
@@ -27,7 +27,7 @@ class Escaping:
         self._unescaped = {escaped: letter for letter, escaped in self._escaped.items()}
 
     def escape(self, value: object) -> Any:
-        """``value`` with all text in it disguised, at any depth, keys too; the text still compares as it reads."""
+        """Return ``value`` with all text in it escaped, at any depth, keys included, as EscapedText."""
         match value:
             case str():
                 return EscapedText(value.translate(self._escaped), self)
@@ -40,7 +40,7 @@ class Escaping:
         return value
 
     def wrap(self, value: object) -> Any:
-        """What an operation on disguised text gave, as text that compares as it reads."""
+        """Return the result of an operation on escaped text with every str in it as EscapedText."""
         match value:
             case str():
                 return EscapedText(value, self)
@@ -51,7 +51,7 @@ class Escaping:
         return value
 
     def unescape(self, value: object) -> Any:
-        """``value`` as it reads, where it is text or a tuple of texts."""
+        """Return the original text of ``value``, which may be a tuple; return a value of another type unchanged."""
         match value:
             case str():
                 return value.translate(self._unescaped)
@@ -61,17 +61,18 @@ class Escaping:
 
 
 class EscapedText(str):
-    """Text whose characters are disguised and which still behaves as it reads: templates compare, search and split.
+    """Escaped text whose methods compare, search and split like those of the original text.
 
-    A str, since templates ask for one and join it with others; joined to plain text the disguise stays in the
-    characters. What this class does not foresee shows as a difference from the plain rendering, never as a token.
+    It is a str because templates test for str and join it with other text. Its characters stay escaped when it is
+    joined to plain text. An operation that this class does not handle makes the rendering differ from the plain one; it
+    never makes a control token.
     """
 
     __slots__ = ("_escaping",)
     _escaping: Escaping
 
     def __new__(cls, escaped: str, escaping: Escaping) -> "EscapedText":
-        """Text that is in disguise already."""
+        """Return ``escaped``, which is escaped already, as EscapedText."""
         text = super().__new__(cls, escaped)
         text._escaping = escaping
         return text
@@ -89,12 +90,12 @@ class EscapedText(str):
         return EscapedText(str.__add__(before, self), self._escaping)
 
     def replace(self, old: str, new: str, count: int = -1, /) -> "EscapedText":  # type: ignore[override]
-        """As str.replace; ``new`` is the template's and stays as it is."""
+        """Replace as str.replace does; ``new`` is the template's text and is not escaped."""
         return EscapedText(str.replace(self, self._escaping.escape(old), new, count), self._escaping)
 
 
 def _on_unescaped(name: str) -> Callable[..., object]:
-    """The str method ``name`` computed on the text as it reads, its result disguised again."""
+    """Return the str method ``name`` computed on the original text, with its result escaped."""
     operation = getattr(str, name)
 
     def method(self: EscapedText, *arguments: object) -> object:
@@ -105,7 +106,7 @@ def _on_unescaped(name: str) -> Callable[..., object]:
 
 
 def _on_escaped(name: str) -> Callable[..., object]:
-    """The str method ``name`` computed on the disguised characters, with its text arguments disguised too."""
+    """Return the str method ``name`` computed on the escaped characters, with its text arguments escaped."""
     operation = getattr(str, name)
 
     def method(self: EscapedText, *arguments: object) -> object:

@@ -1,4 +1,4 @@
-"""Replies and tool results as messages of a conversation, and its tool calls numbered through. Knows no template."""
+"""Messages for replies and tool results, and the numbering of a conversation's tool calls. Knows no template."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,10 +9,10 @@ _UNKNOWN = "unknown"
 
 
 def assistant_message(reply: Reply, num_calls_before: int) -> dict[str, Any]:
-    """``reply`` as a message in OpenAI's format; each call's arguments are the text that the model wrote.
+    """Return ``reply`` as a message in OpenAI's format; each call's arguments are the text that the model wrote.
 
     The calls get the ids that Kimi K2 is trained on, whatever the model wrote: functions.NAME:NUMBER, where NUMBER
-    counts the calls of the whole conversation. Text is '' where there is none, never None.
+    counts the calls of the whole conversation from 0. Missing text is '', never None.
     """
     calls = [
         {
@@ -27,7 +27,7 @@ def assistant_message(reply: Reply, num_calls_before: int) -> dict[str, Any]:
 
 
 def tool_messages(assistant: Mapping[str, Any], results: Sequence[str]) -> list[dict[str, Any]]:
-    """One message for each call of ``assistant``, in the order of its calls, with the text of its result."""
+    """Return one message for each call of ``assistant``, in the order of its calls, with the text of its result."""
     return [
         {"role": "tool", "tool_call_id": call["id"], "name": call["function"]["name"], "content": result}
         for call, result in zip(assistant.get("tool_calls", ()), results, strict=True)
@@ -35,15 +35,15 @@ def tool_messages(assistant: Mapping[str, Any], results: Sequence[str]) -> list[
 
 
 def num_calls(messages: Sequence[Mapping[str, Any]]) -> int:
-    """How many tool calls a conversation has, which is the number of its next one."""
+    """Return the number of tool calls in a conversation, which is also the number of its next call."""
     return sum(len(message.get("tool_calls") or ()) for message in messages)
 
 
 def with_normal_ids(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A conversation from elsewhere with the ids that Kimi K2 is trained on; its results follow their calls.
+    """Return a conversation from another source with the call ids that Kimi K2 is trained on, in calls and results.
 
-    A result belongs to the latest turn that has a call of its id, to the first such call without a result. One that
-    answers no call stays as it is.
+    A result belongs to the latest turn that has a call with its id, and there to the first such call without a result.
+    A result that answers no call is unchanged.
     """
     normal: list[dict[str, Any]] = []
     open_calls: dict[str, list[dict[str, Any]]] = {}
@@ -73,5 +73,5 @@ def _by_id(old: Sequence[Mapping[str, Any]], new: Sequence[dict[str, Any]]) -> d
 
 
 def call_id(name: str, number: int) -> str:
-    """The id of the call of ``name`` that is the conversation's ``number``-th, counted from 0."""
+    """Return the id of a call of ``name``, the conversation's call number ``number``, counted from 0."""
     return f"functions.{name or _UNKNOWN}:{number}"

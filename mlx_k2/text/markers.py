@@ -1,4 +1,4 @@
-"""Finds the markers in a reply: control tokens, and their names spelled in text. Knows not what they mean together."""
+"""Detection of markers in a reply: control tokens, and their names spelled in text. Knows no structure of a reply."""
 
 import enum
 import re
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 class Marker(enum.Enum):
-    """What structures a reply."""
+    """The markers that structure a reply."""
 
     THINK_BEGIN = enum.auto()
     THINK_END = enum.auto()
@@ -18,8 +18,8 @@ class Marker(enum.Enum):
     CALL_END = enum.auto()
 
 
-# The names of section markers in the singular are no control tokens of any Kimi vocabulary, yet models write them.
-# Each name has its only '<' at its start.
+# The section markers in the singular are not control tokens of any Kimi vocabulary, but models write them.
+# In each name, '<' is the first character and occurs only there.
 NAMES = {
     "<think>": Marker.THINK_BEGIN,
     "</think>": Marker.THINK_END,
@@ -40,13 +40,13 @@ class Found:
     marker: Marker
     name: str
     is_token: bool
-    """Whether it came as a control token; else ordinary text spells its name, as the user's words may."""
+    """True for a control token; False for ordinary text that spells its name, for instance a quote of the user."""
 
 
 class MarkerScanner:
-    """Cuts the text of a reply at markers, wherever it was cut before.
+    """A scanner that splits the text of a reply at markers, however the text is split on arrival.
 
-    A name in ``control_names`` is a marker only as that control token; any other counts where text spells it.
+    A name in ``control_names`` is a marker only as that control token. Any other name is a marker where text spells it.
     """
 
     def __init__(self, control_names: Collection[str]) -> None:
@@ -56,7 +56,7 @@ class MarkerScanner:
         self._held = ""
 
     def text(self, text: str) -> Iterator[str | Found]:
-        """The next ordinary text, in parts, but for an end of it that may be the beginning of a marker."""
+        """Yield the parts of the next ordinary text. Hold back an end that may be the beginning of a marker."""
         text = self._held + text
         end = 0
         for match in self._spelled.finditer(text):
@@ -70,12 +70,12 @@ class MarkerScanner:
         yield from _unless_empty(rest[:cut])
 
     def control(self, name: str) -> Iterator[str | Found]:
-        """The next control token; one that is no marker is the text of its name."""
+        """Yield held-back text, then the next control token: a marker, or its name as text if it is no marker."""
         yield from self.flush()
         yield Found(NAMES[name], name, is_token=True) if name in NAMES else name
 
     def flush(self) -> Iterator[str]:
-        """What was held back: no marker after all."""
+        """Yield the held-back text, which is no marker."""
         held, self._held = self._held, ""
         yield from _unless_empty(held)
 

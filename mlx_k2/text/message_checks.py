@@ -1,4 +1,4 @@
-"""Checks messages and tool declarations in OpenAI's format. Knows neither template nor tokens."""
+"""Checks of messages and tool declarations in OpenAI's format. Knows neither templates nor tokens."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,12 +11,12 @@ _MAX_DEPTH = 100
 
 
 def checked_messages(messages: Sequence[Mapping[str, object]]) -> list[dict[str, Any]]:
-    """Copies of ``messages`` as a template may rely on them.
+    """Return copies of ``messages`` in a form that templates can rely on.
 
     Content is text: parts are joined, None becomes ''. Other fields that are None, and empty tool_calls, are left out.
 
     Raises:
-        RequestError: names the message and what is wrong with it.
+        RequestError: there is no message, or one is malformed; names the message and the problem.
     """
     if not messages:
         raise RequestError("there is no message to answer")
@@ -24,7 +24,7 @@ def checked_messages(messages: Sequence[Mapping[str, object]]) -> list[dict[str,
 
 
 def checked_tools(tools: Sequence[Mapping[str, object]]) -> list[dict[str, Any]]:
-    """Copies of tool declarations with the keys of every object sorted, as Kimi K2 Thinking was trained on them.
+    """Return copies of tool declarations with the keys of every object sorted, as in Kimi K2 Thinking's training.
 
     Raises:
         RequestError: a declaration is not a JSON object.
@@ -90,7 +90,7 @@ def _demand(holds: bool, otherwise: str) -> None:
 
 
 def _json_value(value: object, where: str, *, sort: bool = False, depth: int = 0) -> Any:
-    """A deep copy of what JSON can hold, its text well-formed."""
+    """Return a deep copy of a JSON value, with its text made well-formed."""
     _demand(depth <= _MAX_DEPTH, f"{where} is nested more than {_MAX_DEPTH} deep")
     match value:
         case None | bool() | int() | float():

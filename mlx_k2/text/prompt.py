@@ -1,6 +1,6 @@
-"""Messages to prompt tokens: text from a message never becomes a control token, the template's own markers do.
+"""Conversion of messages to prompt tokens. The template's markers become control tokens; message text never does.
 
-Knows templates, tokenizers and messages by what they offer; not where they came from.
+Knows templates, tokenizers and messages, but no files and no checkpoint.
 """
 
 import datetime
@@ -27,13 +27,13 @@ def render_prompt(
     add_generation_prompt: bool = True,
     **options: object,
 ) -> list[int]:
-    """The token ids of a conversation; arguments and errors are those of ``render_pieces``."""
+    """Return the token ids of a conversation; arguments and errors are those of ``render_pieces``."""
     pieces = render_pieces(template, tokenizer, messages, tools, add_generation_prompt=add_generation_prompt, **options)
     return encode_pieces(tokenizer, pieces)
 
 
 def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[PromptPiece]) -> list[int]:
-    """The token ids of ``pieces``; the text between two control tokens is encoded as one."""
+    """Return the token ids of ``pieces``; the text between two control tokens is encoded as one."""
     ids: list[int] = []
     for piece in pieces:
         ids += [piece] if isinstance(piece, int) else tokenizer.encode_text(piece)
@@ -41,7 +41,7 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[PromptPiece]) -> list[i
 
 
 def opens_reasoning(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
-    """Whether the answer begins inside the reasoning: the last control token of the prompt is <think>."""
+    """Return whether the answer begins inside the reasoning: the last control token of the prompt is <think>."""
     last = next((number for number in reversed(prompt_ids) if tokenizer.is_special(number)), None)
     return last is not None and last == tokenizer.special_ids.get("<think>")
 
@@ -55,18 +55,18 @@ def render_pieces(
     add_generation_prompt: bool = True,
     **options: object,
 ) -> list[PromptPiece]:
-    """A conversation as the template writes it, text and control tokens apart; no two texts stand side by side.
+    """Render a conversation; return its text and its control tokens as separate pieces, with no two adjacent texts.
 
-    ``options`` are handed to the template, as text from outside like the messages.
+    ``options`` are passed to the template. Their text is input text, like that of messages and tools.
 
-    The template renders twice: plainly, and with all text from outside in disguise. What spells a control token's
-    name in the second is the template's own, and the second, revealed, must equal the first.
+    The template renders twice: plainly, and with all input text escaped. Control tokens are the names that the second
+    rendering spells, which only the template can have written. The second rendering, unescaped, must equal the first.
 
     Raises:
         RequestError: a message or a tool is malformed, or the template refuses them.
-        TokenizerError: the template fails, or does something with text that a disguise does not come through.
+        TokenizerError: the template fails, or changes input text in a way that escaping does not preserve.
     """
-    declared = checked_tools(tools) if tools else None  # None, not absent: some templates ask `tools is not none`
+    declared = checked_tools(tools) if tools else None  # None, not absent: some templates test `tools is not none`
     outside: dict[str, object] = {"messages": checked_messages(messages), "tools": declared, **options}
     own = {"add_generation_prompt": add_generation_prompt, "strftime_now": datetime.datetime.now().strftime}
     escaping = Escaping(tokenizer.special_ids, [template.source, *_texts(outside)])
@@ -78,7 +78,7 @@ def render_pieces(
 
 
 def _escaped(outside: Mapping[str, object], escaping: Escaping) -> dict[str, object]:
-    """All text from outside in disguise, but for the roles: four known words, which templates build markers from."""
+    """Return the input with all text escaped, except the roles: templates build markers from these four known words."""
     escaped: dict[str, object] = {name: escaping.escape(value) for name, value in outside.items()}
     messages = outside["messages"]
     assert isinstance(messages, list)
@@ -100,7 +100,7 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _split(text: str, tokenizer: Tokenizer) -> Iterator[PromptPiece]:
-    """``text`` at the control tokens' names; where two could stand, the longer one does."""
+    """Yield ``text`` split at the control tokens' names. Where two names match, the longer one is used."""
     names = sorted(tokenizer.special_ids, key=len, reverse=True)
     markers = re.compile("|".join(map(re.escape, names)) or r"(?!)")
     end = 0

@@ -1,4 +1,4 @@
-"""Reasoning, content and tool calls of a reply, while it streams. Knows no messages and runs no tool."""
+"""Parsing of a streamed reply into reasoning, content and tool calls. Knows no messages and runs no tool."""
 
 import enum
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -13,14 +13,14 @@ from mlx_k2.text.tool_call import ToolCall, broken_call, read_call
 
 @dataclass(frozen=True)
 class Reasoning:
-    """More of what the model thinks aloud."""
+    """A further part of the reasoning text."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Content:
-    """More of the answer."""
+    """A further part of the answer text."""
 
     text: str
 
@@ -38,7 +38,7 @@ class Reply:
 
 
 class _State(enum.Enum):
-    """Where in a reply the next text belongs."""
+    """The part of a reply to which the next text belongs."""
 
     SPEECH = enum.auto()
     """Outside of tool sections: reasoning or content."""
@@ -49,13 +49,13 @@ class _State(enum.Enum):
 
 
 class ReplyParser:
-    """Reads one reply; however its text is cut into pieces, the parts come to the same.
+    """A parser of one reply. The joined parts do not depend on how the reply's text is cut into pieces.
 
-    ``control_names`` are the control tokens of the vocabulary. A marker that is one of them counts only where the
-    caller says that the token was drawn, never where text merely spells it. Of the markers that the vocabulary lacks,
-    a section's counts only beside a call: so a quoted marker neither ends the reasoning nor starts a call.
+    ``control_names`` are the control tokens of the vocabulary. A marker that is one of them counts only when it is
+    passed to ``control`` as a sampled token, never where text spells it. Of the markers that the vocabulary lacks, a
+    section marker counts only next to a call. A quoted marker thus neither ends the reasoning nor starts a call.
 
-    ``in_reasoning``: the prompt opened the reasoning (K2.5 and later), the model does not (K2 Thinking).
+    ``in_reasoning`` is True if the prompt opened the reasoning (K2.5 and later), False if the model does (K2 Thinking).
     """
 
     def __init__(self, control_names: Collection[str], *, in_reasoning: bool) -> None:
@@ -63,7 +63,7 @@ class ReplyParser:
         self._state = _State.SPEECH
         self._speech: type[Reasoning] | type[Content] = Reasoning if in_reasoning else Content
         self._at_start = True
-        self._held = ""  # speech that is none if a marker follows: space at the start, a spelled section marker
+        self._held = ""  # text to drop if a marker follows: space at the start, a spelled section marker
         self._at_spelled_section = False
         self._after_call = _State.SPEECH
         self._id: list[str] = []
@@ -71,19 +71,19 @@ class ReplyParser:
 
     @property
     def in_reasoning(self) -> bool:
-        """Whether text that came now would be reasoning."""
+        """Whether the next text would be reasoning."""
         return self._state is _State.SPEECH and self._speech is Reasoning
 
     def text(self, text: str) -> Iterator[Part]:
-        """The parts that the next ordinary text completes."""
+        """Yield the parts that the next ordinary text completes."""
         return self._read(self._scanner.text(text))
 
     def control(self, name: str) -> Iterator[Part]:
-        """The parts that the control token ``name`` completes; leave out those that end the reply."""
+        """Yield the parts that the control token ``name`` completes. Do not pass tokens that end the reply."""
         return self._read(self._scanner.control(name))
 
     def finish(self) -> Iterator[Part]:
-        """The rest. A call that the reply ended in is broken, also where its arguments look complete."""
+        """Yield the remaining parts. A call that has no end is broken, even if its arguments look complete."""
         yield from self._read(self._scanner.flush())
         yield from self._release()
         if self._state in (_State.ID, _State.ARGUMENTS):
@@ -107,7 +107,7 @@ class ReplyParser:
             case _State.SPEECH:
                 yield from self._release()
                 yield self._speech(text)
-            case _State.SECTION if not text.isspace():  # taken for a call whose first marker is missing
+            case _State.SECTION if not text.isspace():  # treated as a call whose first marker is missing
                 self._begin_call(_State.SECTION)
                 self._id.append(text.lstrip())
             case _State.ID:
@@ -184,7 +184,7 @@ class ReplyParser:
         return broken_call("".join(self._id + self._arguments), problem)
 
     def _release(self) -> Iterator[Part]:
-        """What was held back was speech."""
+        """Yield the held-back text as reasoning or content."""
         held = self._held
         self._drop_held()
         if held:
@@ -195,7 +195,7 @@ class ReplyParser:
 
 
 def whole_reply(parts: Iterable[Part]) -> Reply:
-    """The parts of one reply put together."""
+    """Return the parts of one reply joined into a Reply."""
     parts = list(parts)
     return Reply(
         reasoning="".join(part.text for part in parts if isinstance(part, Reasoning)),
@@ -205,7 +205,7 @@ def whole_reply(parts: Iterable[Part]) -> Reply:
 
 
 class ReplyReader:
-    """Reads the reply to one prompt; a token of ``stop_ids`` ends it and says nothing."""
+    """A reader of the reply to one prompt. A token of ``stop_ids`` ends the reply and completes no part."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop_ids: Collection[int]) -> None:
         self._tokenizer = tokenizer
@@ -215,11 +215,11 @@ class ReplyReader:
 
     @property
     def in_reasoning(self) -> bool:
-        """Whether what comes next is thought, as far as can be told."""
+        """Whether the next text would be reasoning, judged by the tokens so far."""
         return self._parser.in_reasoning
 
     def add(self, token_id: int) -> tuple[Part, ...]:
-        """The parts that ``token_id`` completes."""
+        """Return the parts that ``token_id`` completes."""
         if token_id in self._stop_ids:
             return ()
         if self._tokenizer.is_special(token_id):
@@ -228,7 +228,7 @@ class ReplyReader:
         return tuple(self._parser.text(self._detokenizer.add(token_id)))
 
     def finish(self) -> tuple[Part, ...]:
-        """What is left when no token follows."""
+        """Return the remaining parts when no token follows."""
         return tuple(self._rest())
 
     def _rest(self) -> Iterator[Part]:

@@ -1,7 +1,7 @@
-"""Prompts in which the model's own turns stand as the very tokens that it drew. Knows no messages and no template.
+"""Prompts in which the model's own turns keep the tokens that it sampled. Knows no messages and no template.
 
-A text can be cut into tokens in many ways, and a model does not always draw what the tokenizer would choose. The cache
-holds what was drawn, and a prompt that spelled it otherwise would not find it there.
+A text can be tokenized in many ways, and a model does not always sample the tokens that the tokenizer would choose. The
+cache holds the sampled tokens, and a prompt with other tokens for the same text would not match them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,11 +14,11 @@ from mlx_k2.text.tokenizer import Tokenizer
 _TURN, _BODY, _END = "<|im_assistant|>", "<|im_middle|>", "<|im_end|>"
 
 _SampledTurn: TypeAlias = tuple[tuple[int, ...] | int, ...]
-"""A turn's tokens: control tokens, and the stretches of ordinary ones between them."""
+"""A turn's tokens: control tokens, and the runs of ordinary tokens between them."""
 
 
 class SampledTurns:
-    """What the model drew for assistant turns, by their number in the conversation, counted from 0."""
+    """The sampled tokens of assistant turns, by the turn's number in the conversation, counted from 0."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -27,7 +27,7 @@ class SampledTurns:
         self._encoded: dict[str, list[int]] = {}
 
     def keep(self, turn: int, token_ids: Iterable[int]) -> None:
-        """The model drew ``token_ids`` for this turn."""
+        """Store ``token_ids`` as the sampled tokens of this turn."""
         sampled: list[tuple[int, ...] | int] = []
         for is_special, run in groupby(token_ids, self._tokenizer.is_special):
             tokens = tuple(run)
@@ -35,14 +35,14 @@ class SampledTurns:
         self._sampled[turn] = tuple(sampled)
 
     def forget_from(self, turn: int) -> None:
-        """The conversation ends before this turn now."""
+        """Remove the sampled tokens of this turn and all later ones."""
         self._sampled = {number: sampled for number, sampled in self._sampled.items() if number < turn}
 
     def encode(self, pieces: Sequence[PromptPiece]) -> list[int]:
-        """The token ids of a rendered conversation, whose assistant turns are counted as they stand there.
+        """Return the token ids of a rendered conversation, whose assistant turns are counted in order from 0.
 
-        Text of a turn that was drawn keeps its tokens up to where the template changed it; from there on, and
-        everywhere else, it is encoded as the tokenizer would. A control token is itself.
+        Text of a sampled turn keeps its tokens up to where the template changed it. From there on, and everywhere
+        else, the tokenizer encodes it. A control token keeps its id.
         """
         ids: list[int] = []
         encoded: dict[str, list[int]] = {}
@@ -64,7 +64,7 @@ class SampledTurns:
         return ids
 
     def _kept(self, sampled: tuple[int, ...], text: str) -> list[int]:
-        """``text`` as it was drawn, and from a change on encoded; nothing where its beginning is another one."""
+        """Return the sampled tokens that ``text`` begins with, then the rest encoded; [] if it begins with none."""
         data = text.encode()
         kept: list[int] = []
         end = 0
@@ -79,26 +79,26 @@ class SampledTurns:
         return [*kept, *self._tokenizer.encode_text(data[end:].decode())] if kept else []
 
     def _encode(self, text: str, encoded: dict[str, list[int]]) -> list[int]:
-        """As the tokenizer would; what the last conversation had is looked up."""
+        """Return the tokenizer's ids for ``text``, looked up if the previous ``encode`` contained it."""
         ids = self._encoded.get(text)
         encoded[text] = self._tokenizer.encode_text(text) if ids is None else ids
         return encoded[text]
 
 
 class _Body:
-    """How far a rendered turn has come in what was drawn for it."""
+    """The position of a rendered turn in its sampled tokens."""
 
     def __init__(self, sampled: _SampledTurn) -> None:
         self._sampled = sampled
         self._next = 0
 
     def pass_control(self, token_id: int) -> None:
-        """Go behind this token, if it was drawn; what was drawn before it is not in the rendering."""
+        """Move behind this token if it was sampled. The sampled tokens before it are not in the rendering."""
         if token_id in self._sampled[self._next :]:
             self._next = self._sampled.index(token_id, self._next) + 1
 
     def pass_text(self) -> tuple[int, ...]:
-        """The stretch that was drawn here; none where no text was."""
+        """Return the run of ordinary tokens sampled here and move behind it; () if there is none."""
         stretch = self._sampled[self._next] if self._next < len(self._sampled) else None
         if not isinstance(stretch, tuple):
             return ()
@@ -107,5 +107,5 @@ class _Body:
 
 
 def _is_whole(data: bytes, end: int) -> bool:
-    """Whether no character of ``data`` is cut at ``end``."""
+    """Return whether ``end`` cuts no UTF-8 character of ``data``."""
     return end == len(data) or data[end] & 0xC0 != 0x80

@@ -1,4 +1,4 @@
-"""Reads tiktoken.model, as the Kimi K2 family ships it. Knows nothing of the model behind the vocabulary."""
+"""Reading of tiktoken.model, the vocabulary file of the Kimi K2 family. Knows nothing of the model that uses it."""
 
 import base64
 import binascii
@@ -11,7 +11,7 @@ from mlx_k2.errors import TokenizerError
 
 FILE = "tiktoken.model"
 
-# How text is cut before its pieces are encoded: Han runs, words with an optional leading mark and an English
+# The pattern of the pieces that are encoded separately: Han runs, words with an optional leading mark and an English
 # contraction, up to three digits, punctuation, line ends, other space. `&&` is Rust's intersection of classes.
 _PIECES = "|".join(
     (
@@ -28,23 +28,23 @@ _PIECES = "|".join(
     )
 )
 
-# Kimi-K2-Thinking is trained to write these two as single tokens, yet its tokenizer_config.json may not name them;
-# the later members of the family, which share its vocabulary, do.
+# Kimi-K2-Thinking is trained to write these two as single tokens, but its tokenizer_config.json may not name them.
+# The later models of the family share its vocabulary and do name them.
 _K2_NUM_RANKS = 163_584
 _K2_UNNAMED = {"<think>": 163_606, "</think>": 163_607}
 
 
 class Vocabulary(msgspec.Struct, frozen=True):
-    """The tokens that one set of files names, and how ordinary text is cut into them.
+    """The tokens that one set of files defines, and the encoder of ordinary text.
 
-    ``encode_ordinary`` takes well-formed text and yields ids of ``ordinary`` alone, whatever the text contains.
+    ``encode_ordinary`` takes well-formed text and returns ids of ``ordinary`` only, whatever the text contains.
     """
 
     encode_ordinary: Callable[[str], list[int]]
     ordinary: Mapping[int, bytes]
-    """The bytes that each ordinary token stands for."""
+    """The bytes of each ordinary token, by id."""
     special: dict[str, int]
-    """The control tokens by name."""
+    """The ids of the control tokens, by name."""
 
 
 class _AddedToken(msgspec.Struct, frozen=True):
@@ -56,10 +56,10 @@ class _TokenizerConfig(msgspec.Struct, frozen=True):
 
 
 def read_tiktoken(model: bytes, tokenizer_config: bytes, vocab_size: int) -> Vocabulary:
-    """The vocabulary of tiktoken.model, with control tokens named by tokenizer_config.json.
+    """Return the vocabulary of tiktoken.model, with control tokens named by tokenizer_config.json.
 
     Raises:
-        TokenizerError: names the file, the line, and what is wrong with it.
+        TokenizerError: a file is malformed; names the file, the line in tiktoken.model, and the problem.
     """
     ranks = _ranks(model, vocab_size)
     special = _named_tokens(tokenizer_config)
@@ -67,7 +67,7 @@ def read_tiktoken(model: bytes, tokenizer_config: bytes, vocab_size: int) -> Voc
         used = set(special.values())
         unnamed = {name: number for name, number in _K2_UNNAMED.items() if number not in used}
         special = unnamed | special
-    # No special tokens are given to tiktoken, so that it can produce none.
+    # tiktoken gets no special tokens, so that it cannot produce one from text.
     encoding = tiktoken.Encoding("kimi-k2", pat_str=_PIECES, mergeable_ranks=ranks, special_tokens={})
     return Vocabulary(encoding.encode_ordinary, {rank: token for token, rank in ranks.items()}, special)
 
@@ -105,10 +105,10 @@ def _token_and_rank(line: bytes, number: int) -> tuple[bytes, int]:
 
 
 def _named_tokens(tokenizer_config: bytes) -> dict[str, int]:
-    """The control tokens that tokenizer_config.json names in added_tokens_decoder.
+    """Return the control tokens that tokenizer_config.json names in added_tokens_decoder.
 
     Raises:
-        TokenizerError: the file is not what it should be, or gives two tokens one name.
+        TokenizerError: the file is malformed, or gives two tokens one name.
     """
     try:
         config = msgspec.json.decode(tokenizer_config, type=_TokenizerConfig)
@@ -118,10 +118,10 @@ def _named_tokens(tokenizer_config: bytes) -> dict[str, int]:
 
 
 def _unique_names(tokens: list[tuple[str, int]]) -> dict[str, int]:
-    """The (name, id) pairs as a mapping.
+    """Return the (name, id) pairs as a mapping.
 
     Raises:
-        TokenizerError: a name is empty or stands for two ids.
+        TokenizerError: a name is empty or has two ids.
     """
     names: dict[str, int] = {}
     for name, token_id in tokens:

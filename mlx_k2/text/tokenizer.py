@@ -1,4 +1,4 @@
-"""Text to token ids and ids to bytes. Knows file contents by name, but no paths; no messages, no templates."""
+"""Conversion of text to token ids and of ids to bytes. Knows file contents by name; no paths, messages or templates."""
 
 import codecs
 import re
@@ -9,15 +9,15 @@ from mlx_k2.text.tiktoken_model import Vocabulary, read_tiktoken
 
 _STOP_NAMES = ("<|im_end|>", "[EOS]")
 
-# Kimi's own tokenizer cuts text at these bounds before it looks for pieces: a run of a million spaces would
-# otherwise cost the search for pieces quadratic time. Cutting elsewhere would give other tokens.
+# Kimi's own tokenizer cuts text at these lengths before it searches for pieces: the search would otherwise take
+# quadratic time in a run of a million spaces. Other lengths would give other tokens.
 _MAX_CHUNK = 400_000
 _MAX_RUN = 25_000
 _RUNS = re.compile(r"\s+|\S+")
 
 
 class Tokenizer:
-    """A vocabulary of ``vocab_size`` ids: ordinary tokens, and control tokens that no text encodes to."""
+    """A tokenizer with ``vocab_size`` ids: ordinary tokens, and control tokens that no text encodes to."""
 
     def __init__(self, vocabulary: Vocabulary, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -33,22 +33,22 @@ class Tokenizer:
         self._bytes |= {number: name.encode() for number, name in names.items()}
         self._special_numbers = names.keys()
         self.special_ids: Mapping[str, int] = {name: number for number, name in names.items()} | vocabulary.special
-        """The control tokens by name; ids without a name are ``<|reserved_token_ID|>``, as in Kimi's tokenizer."""
+        """The control tokens' ids by name. Ids without a name get ``<|reserved_token_ID|>``, as in Kimi's tokenizer."""
         self.stop_ids = frozenset(self.special_ids[name] for name in _STOP_NAMES if name in self.special_ids)
-        """The control tokens that end an answer in every member of the family, whatever its config says."""
+        """The control tokens that end an answer in every model of the family, whatever its config contains."""
 
     def encode_text(self, text: str) -> list[int]:
-        """The ids of ``text``, ordinary ones only: what spells a control token's name stays text.
+        """Return the ids of ``text``, ordinary ones only: the name of a control token is encoded as text.
 
-        Lone surrogates, which no bytes can carry, become U+FFFD.
+        Lone surrogates, which UTF-8 cannot encode, become U+FFFD.
         """
         return [number for part in bounded_parts(well_formed(text)) for number in self._encode_ordinary(part)]
 
     def token_id(self, name: str) -> int:
-        """The id of the control token ``name``.
+        """Return the id of the control token ``name``.
 
         Raises:
-            TokenizerError: there is none.
+            TokenizerError: there is no such control token.
         """
         try:
             return self.special_ids[name]
@@ -56,18 +56,18 @@ class Tokenizer:
             raise TokenizerError(f"the tokenizer has no special token {name!r}") from None
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token stands for, possibly half a character; a control token stands for its name."""
+        """Return the bytes of a token, which may be part of a character; those of a control token spell its name."""
         return self._bytes[token_id]
 
     def is_special(self, token_id: int) -> bool:
-        """Whether ``token_id`` is a control token."""
+        """Return whether ``token_id`` is a control token."""
         return token_id in self._special_numbers
 
 
 class Detokenizer:
-    """Decodes one sequence. All of ``add`` and then ``finish`` together equal the whole decoded at once.
+    """A decoder of one sequence. The joined results of ``add`` and ``finish`` equal the whole sequence decoded at once.
 
-    Bytes that are no UTF-8 become U+FFFD; control tokens read as their names, so leave out those not to be seen.
+    Bytes that are not UTF-8 become U+FFFD. Control tokens decode to their names: do not add those to be hidden.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -75,21 +75,21 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token_id: int) -> str:
-        """The text that ``token_id`` completes: '' while it leaves a character unfinished."""
+        """Return the text that ``token_id`` completes: '' while a character is incomplete."""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     def finish(self) -> str:
-        """What an unfinished character at the end becomes; the next ``add`` starts a new text."""
+        """Return the text for an incomplete character at the end; the next ``add`` starts a new text."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
 
 
 def load_tokenizer(files: Mapping[str, bytes], vocab_size: int) -> Tokenizer:
-    """Return the tokenizer of a checkpoint, from its small files by name; ``vocab_size`` is the model's.
+    """Return the tokenizer of a checkpoint from its files by name; ``vocab_size`` is the model's.
 
     Raises:
-        TokenizerError: names the file that is missing, or the file and line that is wrong.
+        TokenizerError: a file is missing or malformed; names the file, and the line that is wrong.
     """
     for name in ("tiktoken.model", "tokenizer_config.json"):
         if name not in files:
@@ -99,7 +99,7 @@ def load_tokenizer(files: Mapping[str, bytes], vocab_size: int) -> Tokenizer:
 
 
 def well_formed(text: str) -> str:
-    """``text`` with surrogate pairs joined, and lone surrogates replaced by U+FFFD."""
+    """Return ``text`` with surrogate pairs joined, and lone surrogates replaced by U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -108,7 +108,7 @@ def well_formed(text: str) -> str:
 
 
 def bounded_parts(text: str) -> Iterator[str]:
-    """``text`` in parts of at most 400,000 characters and 25,000 consecutive spaces or non-spaces."""
+    """Yield ``text`` in parts of at most 400,000 characters and 25,000 consecutive spaces or non-spaces."""
     for start in range(0, len(text), _MAX_CHUNK):
         chunk = text[start : start + _MAX_CHUNK]
         cuts = [cut for run in _RUNS.finditer(chunk) for cut in range(run.start() + _MAX_RUN, run.end(), _MAX_RUN)]

@@ -1,4 +1,4 @@
-"""One tool call of a reply: as the model wrote it, and what it means. Knows neither markers nor tools."""
+"""One tool call of a reply: the text that the model wrote, and its parsed form. Knows neither markers nor tools."""
 
 import re
 from dataclasses import dataclass
@@ -15,24 +15,24 @@ _FORM = "write each call as functions.NAME:NUMBER, and its arguments as one JSON
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call to run, or, with ``error``, one that cannot be run."""
+    """A tool call to run or, if ``error`` is set, a call that cannot be run."""
 
     written_id: str
-    """What the model wrote for an id, without the space around it."""
+    """The id that the model wrote, without the space around it."""
     name: str
-    """The tool; '' where the id names none."""
+    """The tool's name; '' if the id names none."""
     arguments: str
-    """Exactly what the model wrote."""
+    """The exact text that the model wrote."""
     values: dict[str, Any] | None
-    """The arguments as JSON; None where they are none."""
+    """The arguments as a JSON object; None if the call cannot be run."""
     error: str | None = None
-    """What is wrong with the call and how to write it, for the model to read."""
+    """The problem of the call and the correct form, as text for the model."""
 
 
 def read_call(header: str, arguments: str) -> ToolCall:
-    """The call that a model wrote with ``header`` for its id; '' for ``arguments`` means no arguments.
+    """Return the call that a model wrote with ``header`` as its id; '' for ``arguments`` means no arguments.
 
-    A call with a malformed part has an error that says which.
+    A call with a malformed part has an ``error`` that names the part.
     """
     written_id = header.strip()
     match = _ID.fullmatch(written_id)
@@ -44,7 +44,7 @@ def read_call(header: str, arguments: str) -> ToolCall:
 
 
 def broken_call(text: str, problem: str) -> ToolCall:
-    """What ought to have been a call and has not the form of one, as ``problem`` says."""
+    """Return a call that cannot be run: ``text`` does not have the form of a call, as ``problem`` states."""
     match = _ID_START.match(text)
     if match is None:
         return ToolCall("", "", text, None, _error(problem))
@@ -52,7 +52,7 @@ def broken_call(text: str, problem: str) -> ToolCall:
 
 
 def _values(arguments: str) -> tuple[dict[str, Any] | None, str | None]:
-    """The arguments as JSON, or None and what is wrong."""
+    """Return the arguments as JSON and None, or None and the problem."""
     if not arguments.strip():
         return {}, None
     try:

@@ -1,4 +1,4 @@
-"""One tool server: connected, called, and connected anew after it was lost. Runs in an event loop; knows no names."""
+"""The connection to one tool server: connect, call, reconnect after a loss. Runs in an event loop; knows no model."""
 
 import contextlib
 import os
@@ -23,17 +23,17 @@ _MAX_LINE_CHARS = 500
 _CONNECT_S = 10.0
 _STDERR_S = 1.0
 
-# How the mcp package says that a connection is over; a server's own errors read otherwise.
+# The mcp package's messages for a closed connection. A server's own errors have other messages.
 _OVER = ("Connection closed", "Session terminated")
 
 
 class ServerLost(Exception):
-    """The server ended, or cannot be reached; says why, with the last lines of its stderr."""
+    """The error for a server that ended or cannot be reached: the reason, with the last lines of its stderr."""
 
 
 @dataclass
 class _Link:
-    """A connection while it lasts."""
+    """One link to a server, from connect to close."""
 
     client: Client
     tools: list[types.Tool]
@@ -43,7 +43,7 @@ class _Link:
 
 
 class Connection:
-    """A server's tools, and its calls. Each link is held by one task in ``tasks``; with them it is closed."""
+    """A server's tools and its calls. A task in ``tasks`` holds each link and closes it when the task group ends."""
 
     def __init__(self, server: Server, tasks: TaskGroup, start_timeout_s: float) -> None:
         self.server = server
@@ -53,15 +53,15 @@ class Connection:
         self._link: _Link | None = None
 
     async def tools(self) -> list[types.Tool]:
-        """What the server offers.
+        """Return the tools that the server offers.
 
         Raises:
-            ServerLost: it does not start, or not in time.
+            ServerLost: the server does not start, or not within ``start_timeout_s``.
         """
         return (await self._linked()).tools
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> types.CallToolResult:
-        """Call one of the server's tools.
+        """Call one of the server's tools and return its result.
 
         Raises:
             ServerLost: the server ended during the call, or could not be started.
@@ -88,7 +88,7 @@ class Connection:
             return self._link
 
     async def _hold(self, *, task_status: TaskStatus[_Link]) -> None:
-        """Link up, and hold the link until it is to be closed or breaks."""
+        """Connect, and hold the link until ``closing`` is set or the link breaks."""
         link: _Link | None = None
         words: deque[str] = deque(maxlen=_MAX_LINES)
         try:
@@ -97,7 +97,7 @@ class Connection:
                     link = _Link(client, await _all_tools(client))
                     task_status.started(link)
                     await link.closing.wait()
-        except Exception as error:  # noqa: BLE001 - whatever the package raises, the connection is over
+        except Exception as error:  # noqa: BLE001 - any exception of the package ends the connection
             reason = _reason(error, words)
             if link is None:
                 raise ServerLost(reason) from None
@@ -111,9 +111,9 @@ class Connection:
 
 @contextlib.asynccontextmanager
 async def _transport(server: Server, stderr: TextIO) -> AsyncIterator[Any]:
-    """The streams to ``server``, as mcp's client takes them."""
+    """Open the streams to ``server`` for mcp's client."""
     if isinstance(server, HttpServer):
-        timeout = httpx2.Timeout(_CONNECT_S, read=None)  # an answer may take long; the caller has the deadline
+        timeout = httpx2.Timeout(_CONNECT_S, read=None)  # an answer can take long; the caller sets the deadline
         async with (
             httpx2.AsyncClient(headers=server.headers, timeout=timeout) as http,
             streamable_http_client(server.url, http_client=http) as streams,
@@ -141,7 +141,7 @@ async def _all_tools(client: Client) -> list[types.Tool]:
 
 @contextlib.contextmanager
 def _last_words(lines: deque[str]) -> Iterator[TextIO]:
-    """A file for a server's stderr, whose last lines are in ``lines`` afterwards."""
+    """Yield a file for a server's stderr; on exit its last lines are in ``lines``."""
     read_end, write_end = os.pipe()
 
     def drain() -> None:
@@ -156,11 +156,11 @@ def _last_words(lines: deque[str]) -> Iterator[TextIO]:
         with os.fdopen(write_end, "w", encoding="utf-8") as stream:
             yield stream
     finally:
-        reader.join(timeout=_STDERR_S)  # a process that the server left behind may hold the other end
+        reader.join(timeout=_STDERR_S)  # a child process of the server may hold the other end open
 
 
 def _reason(error: BaseException | None, words: deque[str]) -> str:
-    """Why a connection is over: the innermost error, and what the server said last."""
+    """Return why a connection ended: the innermost error, and the last lines of the server's stderr."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     why = "it ended" if error is None or _is_over(error) else str(error).rstrip(".") or type(error).__name__

@@ -1,8 +1,8 @@
-"""Serves the functions of one Python file as MCP tools on stdin and stdout; a process of its own.
+"""MCP server for the functions of one Python file, on stdin and stdout. Runs as a process of its own.
 
-Public functions that the file defines are tools, or those that its ``__all__`` names. Name, types and defaults come
-from the signature, the description is the docstring; a result that is no text is returned as JSON. What the functions
-print goes to stderr.
+The tools are the public functions that the file defines, or those that its ``__all__`` names. Name, types and defaults
+come from the signature, the description from the docstring. A result that is not text is returned as JSON. Output that
+the functions print goes to stderr.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ _LOOK_EVERY_S = 1.0
 
 
 def main(path: Path) -> None:
-    """Serve until stdin ends, then end at once, also where a function still runs."""
+    """Serve until stdin ends, then end the process at once, even if a function still runs."""
     server = MCPServer(path.name, log_level="ERROR")
     try:
         with contextlib.redirect_stdout(sys.stderr):
             functions = _tools(_load(path))
         for function in functions:
             server.add_tool(_as_tool(function), description=inspect.getdoc(function) or "", structured_output=False)
-    except BaseException as error:  # noqa: BLE001 - a module can raise whatever Python can, SystemExit too
+    except BaseException as error:  # noqa: BLE001 - a module can raise any exception, SystemExit too
         _give_up(path, error)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     server.run()
@@ -67,12 +67,12 @@ def _tools(module: ModuleType) -> list[Callable[..., Any]]:
 
 
 def _as_tool(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` as mcp is to call it: in a thread where it blocks, and the model reads what it raises."""
+    """Return ``function`` in the form that mcp calls: blocking code in a thread, exceptions as text for the model."""
 
     def blocking(**arguments: Any) -> Any:
         try:
             return function(**arguments)
-        except SystemExit as error:  # would end this thread, and the call would never be answered
+        except SystemExit as error:  # would end this thread without an answer to the call
             raise RuntimeError(f"SystemExit: {error}") from error
 
     @functools.wraps(function)
@@ -90,7 +90,7 @@ def _as_tool(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _give_up(path: Path, error: BaseException) -> NoReturn:
-    """End with one line that says where the module failed."""
+    """End the process with exit code 2 and one line on stderr that names the error and its line."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     where = f"line {lines[-1]}: " if lines else ""
     sys.stderr.write(f"{where}{type(error).__name__}: {error}\n")
@@ -99,7 +99,7 @@ def _give_up(path: Path, error: BaseException) -> NoReturn:
 
 
 def _end_with(parent: int) -> None:
-    """End when ``parent`` has: a function that hangs would keep the server from noticing that its stdin is closed."""
+    """End the process when ``parent`` has ended: a hanging function keeps the server from detecting a closed stdin."""
     while os.getppid() == parent:
         time.sleep(_LOOK_EVERY_S)
     os._exit(1)

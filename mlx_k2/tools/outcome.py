@@ -1,31 +1,31 @@
-"""How a tool call ended, and what the model reads of it. Knows neither servers nor protocols."""
+"""The outcome of a tool call, and its text for the model. Knows neither servers nor protocols."""
 
 import enum
 from dataclasses import dataclass
 
 
 class Outcome(enum.Enum):
-    """How a tool call ended."""
+    """The outcome of a tool call."""
 
     DONE = "done"
     CUT = "cut"
-    """Done, but it returned more than the bound; the text is its beginning."""
+    """Done, but the result is longer than the limit; the text is its beginning."""
     FAILED = "failed"
-    """The tool says that it failed, or its server does not take the call."""
+    """The tool returned an error, or its server rejected the call."""
     TIMED_OUT = "timed out"
     LOST = "lost"
-    """The server ended or cannot be reached; its next call starts it anew."""
+    """The server ended or cannot be reached. The next call to it starts it again."""
     REFUSED = "refused"
-    """No such tool, a malformed call, or one too many."""
+    """The tool does not exist, the call is malformed, or the limit of tool calls is reached."""
     DECLINED = "declined"
-    """The user does not want it."""
+    """The user did not approve the call."""
     STOPPED = "stopped"
-    """The user stopped it while it ran."""
+    """The user stopped the answer while the call ran or before it ran."""
 
 
 @dataclass(frozen=True)
 class ToolResult:
-    """The answer to one call; ``text`` is what the model reads, whatever the outcome."""
+    """The result of one call. ``text`` is what the model reads, for every outcome."""
 
     outcome: Outcome
     text: str

@@ -1,4 +1,4 @@
-"""What a server returned, as plain text of bounded size. Knows neither servers nor models."""
+"""Conversion of a server's result to plain text of limited size. Knows neither servers nor models."""
 
 import msgspec
 from mcp import types
@@ -7,7 +7,11 @@ from mlx_k2.tools.outcome import Outcome, ToolResult
 
 
 def read_result(result: types.CallToolResult, max_chars: int) -> ToolResult:
-    """The text of what a server returned: its text parts, a note in place of others, at most ``max_chars``."""
+    """Return the result's text: its text parts, and a note for each other part.
+
+    Text of more than ``max_chars`` characters is cut there, and a note of the cut is added. A result without parts
+    becomes its structured content as JSON.
+    """
     text = "\n".join(map(_part_text, result.content))
     if not result.content and result.structured_content is not None:
         text = msgspec.json.encode(result.structured_content).decode()

@@ -1,4 +1,4 @@
-"""Which tool servers there are: read from an MCP file, or made for a module of Python functions. Starts none."""
+"""Descriptions of tool servers: read from an MCP file, or made for a module of Python functions. Starts none."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ _EXAMPLE = 'for instance {"mcpServers": {"files": {"command": "npx", "args": ["s
 
 
 class StdioServer(msgspec.Struct, frozen=True, kw_only=True):
-    """A server to start as a process of its own; of our environment it gets PATH, HOME and the like, and ``env``."""
+    """A server to start as its own process. Its environment is ``env`` and our PATH, HOME and similar variables."""
 
     name: str
     command: str
@@ -25,7 +25,7 @@ class StdioServer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HttpServer(msgspec.Struct, frozen=True, kw_only=True):
-    """A server that is running already, at the address of its streamable HTTP."""
+    """A server that already runs, with the URL of its streamable HTTP endpoint."""
 
     name: str
     url: str
@@ -36,7 +36,7 @@ Server: TypeAlias = StdioServer | HttpServer
 
 
 class _Entry(msgspec.Struct, frozen=True):
-    """A server in an MCP file. Keys of other programs are left to them."""
+    """A server in an MCP file. Keys that only other programs use are ignored."""
 
     command: str | None = None
     args: tuple[str, ...] = ()
@@ -53,10 +53,10 @@ class _McpFile(msgspec.Struct, frozen=True):
 
 
 def read_mcp_file(path: Path, environment: Mapping[str, str]) -> tuple[Server, ...]:
-    """The servers of an MCP file, without those that it disables; ``${NAME}`` is looked up in ``environment``.
+    """Return the enabled servers of an MCP file; ``${NAME}`` is replaced by its value in ``environment``.
 
     Raises:
-        ToolsError: the file cannot be read, or a server in it is not described; names the server.
+        ToolsError: the file cannot be read, or a server in it is malformed; names the server.
     """
     try:
         entries = msgspec.json.decode(path.read_bytes(), type=_McpFile).mcp_servers
@@ -72,7 +72,7 @@ def read_mcp_file(path: Path, environment: Mapping[str, str]) -> tuple[Server, .
 
 
 def python_module(path: Path, environment: Mapping[str, str]) -> StdioServer:
-    """A server for the functions of a Python file, which runs it in a process of its own with ``environment``.
+    """Return a server for the functions of a Python file; it runs as a process of its own with ``environment``.
 
     Raises:
         ToolsError: there is no such file.
@@ -99,7 +99,7 @@ def _server(name: str, entry: _Entry, where: str, environment: Mapping[str, str]
 
 
 def _expanded(value: object, where: str, environment: Mapping[str, str]) -> Any:
-    """``value`` with ``${NAME}`` and ``${NAME:-default}`` in its texts replaced."""
+    """Return ``value`` with ``${NAME}`` and ``${NAME:-default}`` in its texts replaced."""
 
     def found(match: re.Match[str]) -> str:
         text = environment.get(match["name"], match["default"])

@@ -1,4 +1,4 @@
-"""The tools of all servers under one roof, for a program without an event loop: declared, called, closed at the end."""
+"""The tools of all servers together, for a program without an event loop. Declares, calls and closes them."""
 
 import contextlib
 import re
@@ -24,7 +24,7 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_.-]")
 
 @dataclass(frozen=True)
 class Limits:
-    """What a tool server may take."""
+    """The limits of a tool server: seconds to start, seconds per call, characters per result."""
 
     start_timeout_s: float = 60.0
     call_timeout_s: float = 120.0
@@ -33,13 +33,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool as the model sees it."""
+    """A tool as it is declared to the model."""
 
     name: str
     server: str
     description: str
     parameters: Mapping[str, Any]
-    """JSON schema of its arguments."""
+    """The JSON schema of the arguments."""
 
     @property
     def declaration(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class Tool:
 
 
 class ToolBox:
-    """Tools to call, several at once and from any thread. A call has a result whatever happens to its server."""
+    """Tools to call, several at once and from any thread. Every call gets a result, even if its server fails."""
 
     def __init__(
         self, portal: BlockingPortal, tools: Mapping[str, Tool], lines: Mapping[str, "_Line"], limits: Limits
@@ -66,11 +66,11 @@ class ToolBox:
         return [tool.declaration for tool in self.tools.values()]
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> ToolResult:
-        """Run one call to its end."""
+        """Run one call to its end and return its result."""
         return self.start(name, arguments).result()
 
     def start(self, name: str, arguments: Mapping[str, Any]) -> Future[ToolResult]:
-        """Begin a call; cancelling it tells the server to stop."""
+        """Start a call. Cancelling the future asks the server to stop it."""
         return self._portal.start_task_soon(self._call, name, dict(arguments))
 
     async def _call(self, name: str, arguments: dict[str, Any]) -> ToolResult:
@@ -90,14 +90,14 @@ class ToolBox:
             )
         except ServerLost as lost:
             return ToolResult(Outcome.LOST, f"The tool server {server} was lost in this call: {lost}.")
-        except Exception as error:  # noqa: BLE001 - a server's fault, whatever it is, is the model's to read
+        except Exception as error:  # noqa: BLE001 - any error of a server becomes a result for the model
             return ToolResult(Outcome.FAILED, f"The tool server {server} did not take the call: {error}")
         return read_result(result, self._limits.max_result_chars)
 
 
 @dataclass(frozen=True)
 class _Line:
-    """Where a call of a tool goes: its server, and the tool's name there."""
+    """The target of a tool's calls: the server, and the tool's name there."""
 
     connection: Connection
     tool: str
@@ -105,10 +105,10 @@ class _Line:
 
 @contextlib.contextmanager
 def open_toolbox(servers: Sequence[Server], limits: Limits) -> Iterator[ToolBox]:
-    """The tools of ``servers``, all started; at the end they are all closed, and calls that still run are ended.
+    """Start ``servers`` and yield their tools. On exit, end the calls that still run and close all servers.
 
     Raises:
-        ToolsError: names each server that does not start, or two that cannot be told apart.
+        ToolsError: a server does not start, or two servers or two tools have one name; names the servers.
     """
     twice = [name for name, count in Counter(server.name for server in servers).items() if count > 1]
     if twice:
@@ -133,7 +133,7 @@ async def _hold(
 
 
 async def _offers(connections: Sequence[Connection]) -> list[tuple[Connection, types.Tool]]:
-    """All tools of all servers, in the order of the servers; they start side by side."""
+    """Start the servers concurrently; return all their tools, in the order of the servers."""
     offers: dict[str, list[types.Tool]] = {}
     faults: dict[str, str] = {}
 
@@ -157,7 +157,7 @@ async def _offers(connections: Sequence[Connection]) -> list[tuple[Connection, t
 
 
 def _named(offers: Sequence[tuple[Connection, types.Tool]]) -> tuple[dict[str, Tool], dict[str, _Line]]:
-    """The tools by names that a call's id can carry; one that two servers have gets its server's name in front."""
+    """Return the tools by names that fit into a call's id. Names that occur twice get their server's name as prefix."""
     counts = Counter(_plain(tool.name) for _, tool in offers)
     tools: dict[str, Tool] = {}
     lines: dict[str, _Line] = {}

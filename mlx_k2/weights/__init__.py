@@ -1,1 +1,1 @@
-"""The checkpoint: which tensors exist, in which files, how to fetch and how to read them."""
+"""The checkpoint: its tensors, the files that hold them, and how files are fetched and tensors read."""

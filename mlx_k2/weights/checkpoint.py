@@ -1,4 +1,4 @@
-"""A checkpoint as one host sees it: its small files read and checked, its tensors' files found. Loads no tensor."""
+"""A checkpoint on one host: its small files, read and checked, and the files of its tensors. Loads no tensor."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ TOKENIZER_NAMES = (
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A model's small files, parsed. ``unread_tensors``: one line for the user about tensors that stay unread."""
+    """A model's small files, parsed. ``unread_tensors``: one line for the user about tensors that are not read."""
 
     files: Mapping[str, bytes]
     config: ModelConfig
@@ -30,10 +30,10 @@ class ModelDescription:
 
 
 def describe_model(files: Mapping[str, bytes], source: str) -> ModelDescription:
-    """Read and check a model's small files by name; ``source`` names the model in errors.
+    """Parse and check a model's small files by name; ``source`` names the model in errors.
 
     Raises:
-        ConfigError, CheckpointError: a file is missing, or says what this program does not do.
+        ConfigError, CheckpointError: a file is missing, or has content that this program does not support.
     """
     for name in (CONFIG_NAME, INDEX_NAME):
         if name not in files:
@@ -45,10 +45,10 @@ def describe_model(files: Mapping[str, bytes], source: str) -> ModelDescription:
 
 
 def read_small_files(folder: Path) -> dict[str, bytes]:
-    """The small files of the checkpoint in ``folder``, by name; those that are not there are left out.
+    """Return the small files of the checkpoint in ``folder``, by name, without missing TOKENIZER_NAMES.
 
     Raises:
-        CheckpointError: there is no such folder, or it holds no config or no weights.
+        CheckpointError: there is no such folder, it holds no config or no weights, or a file cannot be read.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder: give the folder of a checkpoint, or a repository on the Hub")
@@ -63,10 +63,10 @@ def read_small_files(folder: Path) -> dict[str, bytes]:
 
 
 def locate_tensors(folder: Path, index: CheckpointIndex, specs: Iterable[TensorSpec]) -> dict[str, Path]:
-    """The file of each tensor of ``specs``; each file's header is checked against them.
+    """Return the path of each tensor of ``specs``, by tensor name; check each file's header against ``specs``.
 
     Raises:
-        CheckpointError: a file is missing or truncated, or a tensor is not as it should be.
+        CheckpointError: a file is missing or truncated, or a tensor does not match its spec.
     """
     located: dict[str, Path] = {}
     for name, in_file in index.files(specs).items():

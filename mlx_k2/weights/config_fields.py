@@ -1,4 +1,4 @@
-"""config.json's fields as Kimi K2 Thinking has them. Writes no file."""
+"""The fields of Kimi K2 Thinking's config.json. Writes no file."""
 
 import copy
 from collections.abc import Mapping
@@ -84,7 +84,7 @@ _KIMI_K2_THINKING: Mapping[str, Any] = {
 
 
 def thinking_config_fields(**changes: Any) -> dict[str, Any]:
-    """Kimi K2 Thinking's config with ``changes``; a change of None removes nothing, it is written as null."""
+    """Return Kimi K2 Thinking's config with ``changes``. A change of None is written as null; it removes no field."""
     unknown = changes.keys() - _KIMI_K2_THINKING.keys()
     assert not unknown, f"not fields of a Kimi K2 config: {sorted(unknown)}"
     return copy.deepcopy(dict(_KIMI_K2_THINKING)) | changes

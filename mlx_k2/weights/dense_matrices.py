@@ -1,23 +1,23 @@
-"""How attention, shared experts, dense layers and the head are held with --dense-bits. Sizes only, no arrays.
+"""The memory of attention, shared experts, dense layers and the head with --dense-bits. Sizes only, no arrays.
 
-Their matrices are quantized while loading, as mx.quantize does it: for each group of inputs of one output a scale and a
-bias in the compute dtype, and ``bits`` for each weight.
+Their matrices are quantized while loading, as mx.quantize does it: ``bits`` per weight, and a scale and a bias in the
+compute dtype for each group of inputs of one output.
 """
 
 from typing import NamedTuple
 
 GROUP_SIZES = (64, 32)
-"""The first that divides a matrix's inputs is taken; a matrix that none divides stays as it is."""
+"""The first size that divides a matrix's inputs is used; a matrix that none divides is not quantized."""
 
 
 class DenseMatrix(NamedTuple):
-    """A matrix that tokens are multiplied with."""
+    """The shape of a matrix that is multiplied with the values of each token."""
 
     outputs: int
     inputs: int
 
     def held_bytes(self, compute_bytes: int, bits: int | None) -> int:
-        """Bytes in memory; ``bits`` None: it is not quantized."""
+        """Return the bytes in memory; ``bits`` None: the matrix is not quantized."""
         num_weights = self.outputs * self.inputs
         group = group_size(self.inputs)
         if bits is None or group is None:
@@ -26,5 +26,5 @@ class DenseMatrix(NamedTuple):
 
 
 def group_size(inputs: int) -> int | None:
-    """Inputs that share a scale and a bias; None where they cannot be grouped."""
+    """Return how many inputs share a scale and a bias; None if they cannot be grouped."""
     return next((size for size in GROUP_SIZES if inputs % size == 0), None)

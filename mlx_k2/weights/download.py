@@ -1,8 +1,8 @@
-"""Fetches files of a repository on the Hub into huggingface_hub's cache: those asked for, no others. Knows no layers.
+"""The download of requested files of a Hub repository into huggingface_hub's cache, and no others. Knows no layers.
 
-huggingface_hub reads its own settings (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE, HF_TOKEN) when it is imported. It goes on
-where a connection broke, and checks sizes; checksums are checked here. A process that ends loses the file that it was
-fetching and no other.
+huggingface_hub reads its own settings (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE, HF_TOKEN) when it is imported. It resumes
+after a broken connection, and checks sizes; checksums are checked here. A process that ends loses only the file that it
+was fetching.
 """
 
 import hashlib
@@ -20,20 +20,20 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # documented there, not in its __all__
+from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # documented, but not in its __all__
 
 from mlx_k2.errors import DownloadError
 from mlx_k2.weights.checkpoint import CONFIG_NAME, TOKENIZER_NAMES
 from mlx_k2.weights.index import INDEX_NAME, SINGLE_FILE_NAME
 
 OnProgress = Callable[[int, int], None]
-"""Told of the bytes that are there, and of all that were asked for."""
+"""Called with the bytes that are present, and with the bytes of all requested files."""
 
 
 class HubRepo(msgspec.Struct, frozen=True):
     """A repository on the Hub; ``revision`` None is its main branch.
 
-    ``cache_folder`` and ``endpoint`` are huggingface_hub's own where None.
+    ``cache_folder`` and ``endpoint`` None are huggingface_hub's own.
     """
 
     name: str
@@ -45,7 +45,7 @@ class HubRepo(msgspec.Struct, frozen=True):
 class FetchedFiles(msgspec.Struct, frozen=True):
     """Files that are all in ``folder`` now; ``fetched`` names those that were not there before.
 
-    ``commit`` is what the revision stands for: given as another host's revision it yields the same files there.
+    ``commit`` is the commit of the revision: used as another host's revision, it gives the same files there.
     """
 
     folder: Path
@@ -59,7 +59,7 @@ class _RemoteFile(msgspec.Struct, frozen=True):
 
 
 class _Snapshot(msgspec.Struct, frozen=True):
-    """A repository at one commit; ``remote`` is what the Hub lists, None when it cannot be asked: see ``offline``."""
+    """A repository at one commit. ``remote``: the files that the Hub lists; None after the error in ``offline``."""
 
     repo: HubRepo
     folder: Path
@@ -72,12 +72,12 @@ class _Snapshot(msgspec.Struct, frozen=True):
 
 
 def fetch_small_files(repo: HubRepo) -> FetchedFiles:
-    """Fetch config, index, tokenizer and template, as far as the repository has them.
+    """Fetch those of config, index, tokenizer files and chat template that the repository has.
 
     A repository without an index has its weights in one file, which is then fetched too: its header is the index.
 
     Raises:
-        DownloadError: there is no such repository or revision, or it cannot be had.
+        DownloadError: there is no such repository or revision, or a file cannot be fetched.
     """
     snapshot = _open(repo)
     available = snapshot.remote.keys() if snapshot.remote is not None else _names_in(snapshot.folder)
@@ -88,30 +88,30 @@ def fetch_small_files(repo: HubRepo) -> FetchedFiles:
 
 
 def fetch_files(repo: HubRepo, names: Iterable[str], on_progress: OnProgress) -> FetchedFiles:
-    """Fetch the files ``names``, one after the other; those that are in the cache stay as they are.
+    """Fetch the files ``names``, one after the other. Keep those that are in the cache.
 
     Raises:
-        DownloadError: names the file, and says what to do.
+        DownloadError: a file cannot be fetched, or is not the Hub's; names the file and the fix.
     """
     return _fetch(_open(repo), list(names), on_progress)
 
 
 def bytes_to_fetch(repo: HubRepo, names: Iterable[str]) -> dict[str, int]:
-    """The files of ``names`` that are not in the cache yet, with their sizes; fetches none of them.
+    """Return the size of each file of ``names`` that is not in the cache yet, by name. Fetch none of them.
 
     Raises:
-        DownloadError: the repository does not have one of them, or the Hub cannot be asked.
+        DownloadError: the repository does not have one of them, or the Hub cannot be reached.
     """
     snapshot = _open(repo)
     return {name: _remote_file(snapshot, name).size for name in names if not _is_there(snapshot, name)}
 
 
 def _open(repo: HubRepo) -> _Snapshot:
-    """Find out the commit by fetching config.json, then ask what else there is."""
+    """Fetch config.json, whose path in the cache gives the commit, then list the repository's files."""
     folder = _download(repo, CONFIG_NAME, repo.revision).parent
     try:
         info = HfApi(endpoint=repo.endpoint).model_info(repo.name, revision=folder.name, files_metadata=True)
-    except Exception as error:  # noqa: BLE001  # the border to huggingface_hub: without it the cache may still do
+    except Exception as error:  # noqa: BLE001  # any error of huggingface_hub: the cache may suffice
         return _Snapshot(repo, folder, None, _first_line(error))
     remote = {
         file.rfilename: _RemoteFile(file.size or 0, file.lfs.sha256 if file.lfs else None)
@@ -141,7 +141,7 @@ def _fetch(snapshot: _Snapshot, names: list[str], on_progress: OnProgress) -> Fe
 def _download(
     repo: HubRepo, name: str, revision: str | None, bar: type[tqdm] | None = None, *, replace: bool = False
 ) -> Path:
-    """One file into the cache, in place of what is there only with ``replace``; config.json, the first, has no bar."""
+    """Fetch a file into the cache. Replace a cached file only with ``replace``. config.json, the first, has no bar."""
     try:
         path = hf_hub_download(
             repo.name,
@@ -152,15 +152,15 @@ def _download(
             force_download=replace,
             tqdm_class=bar or _reporting_bar(lambda _done: None),
         )
-    except Exception as error:  # the border to huggingface_hub, whose errors vary with its version
+    except Exception as error:  # any error of huggingface_hub: its types vary with its version
         raise DownloadError(_in_plain_words(error, repo, name)) from error
     return Path(path)
 
 
 def _reporting_bar(on_bytes: Callable[[int], None]) -> type[tqdm]:
-    """A progress bar for huggingface_hub that shows nothing and tells ``on_bytes`` how far it is.
+    """Return a progress bar class for huggingface_hub that shows nothing and calls ``on_bytes`` with the bytes done.
 
-    Over Xet one file has two bars, of received and of written bytes: whoever listens takes the larger.
+    Over Xet one file has two bars, of received and of written bytes; ``on_bytes`` gets the larger count.
     """
     furthest = 0
 
@@ -201,13 +201,13 @@ def _is_there(snapshot: _Snapshot, name: str) -> bool:
 
 
 def _is_wrong(snapshot: _Snapshot, name: str) -> bool:
-    """Whether a file is there whose size is not the Hub's. Another stage of this host may be fetching it meanwhile."""
+    """Return whether a file is there whose size is not the Hub's. Another stage on this host may be fetching it now."""
     path = snapshot.folder / name
     return snapshot.remote is not None and path.exists() and path.stat().st_size != _remote_file(snapshot, name).size
 
 
 def _check(snapshot: _Snapshot, name: str, remote: _RemoteFile) -> None:
-    """Refuse, and remove, a file that did not arrive as the Hub has it."""
+    """Refuse and remove a file whose size or checksum is not the Hub's."""
     path = snapshot.folder / name
     found, expected = f"{path.stat().st_size} bytes", f"{remote.size} bytes"
     if found == expected and remote.sha256 is not None:
@@ -222,7 +222,7 @@ def _check(snapshot: _Snapshot, name: str, remote: _RemoteFile) -> None:
 
 
 def _discard(snapshot: _Snapshot, name: str) -> None:
-    """Remove a file from the cache, if it is there: the link in its snapshot and what the link points to."""
+    """Remove a file from the cache, if it is there: the link in its snapshot and the link's target."""
     path = snapshot.folder / name
     path.resolve().unlink(missing_ok=True)
     path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Which file holds which tensor, and whether the files hold what the config promises. Reads headers, never a tensor."""
+"""The file of each tensor, and the checks that files hold what the config requires. Reads headers, never a tensor."""
 
 import hashlib
 from collections import defaultdict
@@ -40,10 +40,10 @@ class CheckpointIndex(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_json(cls, data: bytes, source: str) -> "CheckpointIndex":
-        """Read the bytes of model.safetensors.index.json.
+        """Parse the bytes of model.safetensors.index.json.
 
         Raises:
-            CheckpointError: not such an index, or it names files outside its own folder.
+            CheckpointError: the bytes are not such an index, or it names files outside its own folder.
         """
         try:
             weight_map = msgspec.json.decode(data, type=_IndexFile).weight_map
@@ -55,10 +55,10 @@ class CheckpointIndex(msgspec.Struct, frozen=True):
         return cls(weight_map, source)
 
     def files(self, specs: Iterable[TensorSpec]) -> dict[str, tuple[TensorSpec, ...]]:
-        """The files that hold ``specs``, in the order of their names, each with those that it holds.
+        """Return the files that hold ``specs``, sorted by name, each with the specs that it holds.
 
         Raises:
-            CheckpointError: the index does not know one of the tensors.
+            CheckpointError: the index does not name one of the tensors.
         """
         found: defaultdict[str, list[TensorSpec]] = defaultdict(list)
         for spec in specs:
@@ -69,7 +69,7 @@ class CheckpointIndex(msgspec.Struct, frozen=True):
 
 
 def read_index_json(folder: Path) -> bytes:
-    """The folder's index as JSON; made from the header of model.safetensors where there is only that file.
+    """Return the folder's index as JSON; build it from the header of model.safetensors if there is only that file.
 
     Raises:
         CheckpointError: the folder has neither, or they cannot be read.
@@ -88,18 +88,18 @@ def read_index_json(folder: Path) -> bytes:
 
 
 def model_digest(config_json: bytes, index_json: bytes) -> str:
-    """A digest that two hosts share when their copies of the model's config and index are the same."""
+    """Return a digest that is equal on two hosts if their copies of the model's config and index are the same."""
     config_digest, index_digest = (hashlib.sha256(data).digest() for data in (config_json, index_json))
     return hashlib.sha256(config_digest + index_digest).hexdigest()
 
 
 def check_names(config: ModelConfig, index: CheckpointIndex) -> str | None:
-    """Compare the index's names with those that ``config`` calls for.
+    """Compare the index's tensor names with those that ``config`` requires.
 
-    Returns one line for the user about tensors that stay unread, if there are any.
+    Return one line for the user about vision tensors that are not read; None if there are none.
 
     Raises:
-        CheckpointError: another layout, tensors that are missing, or tensors whose part in the model is unknown.
+        CheckpointError: the layout is another one, tensors are missing, or tensors are unknown to the program.
     """
     names = index.weight_map.keys()
     _refuse_other_layouts(names, config, index.source)
@@ -121,10 +121,10 @@ def check_names(config: ModelConfig, index: CheckpointIndex) -> str | None:
 
 
 def check_file(path: Path, specs: Sequence[TensorSpec]) -> Header:
-    """Check names, dtypes, shapes and lengths of ``specs`` in ``path`` against its header, which is returned.
+    """Check names, dtypes, shapes and lengths of ``specs`` against the header of ``path``; return the header.
 
     Raises:
-        CheckpointError: names the file and the tensor.
+        CheckpointError: the header cannot be read, or a tensor does not match; names the file and the tensor.
     """
     header = read_header(path)
     for spec in specs:

@@ -1,8 +1,8 @@
-"""Which tensors a model's checkpoint must hold, and their sizes, from its config alone. Opens no file.
+"""The tensors that a model's checkpoint must hold, and their sizes, from its config alone. Opens no file.
 
 Names, dtypes and shapes are those of the original Kimi K2 checkpoints: routed experts packed INT4 in groups of 32 with
 bfloat16 scales, the router's correction bias float32, all else bfloat16. In memory, attention, shared experts, dense
-layers and the head may be quantized ("dense bits"; None: they are as they are in the checkpoint).
+layers and the head may be quantized ("dense bits"; None: they are not quantized).
 """
 
 import math
@@ -24,9 +24,9 @@ _WEIGHT_SCALE = ".weight_scale"
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
-    """One tensor as it must stand in the checkpoint; ``dtype`` is spelled as safetensors spells it.
+    """One tensor as the checkpoint must hold it; ``dtype`` is safetensors' name of the dtype.
 
-    ``matrices`` are what tokens are multiplied with where it may be quantized: itself, or the two halves of kv_b_proj.
+    ``matrices`` are the matrices of a tensor that may be quantized: itself, or the two halves of kv_b_proj.
     """
 
     name: str
@@ -41,14 +41,14 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
     @property
     def accepted_dtypes(self) -> tuple[str, ...]:
-        """Dtypes that may stand in the file: compressed-tensors itself writes ``weight_shape`` as int64."""
+        """Dtypes that the file may have: compressed-tensors itself writes ``weight_shape`` as int64."""
         return ("I32", "I64") if self.name.endswith(_WEIGHT_SHAPE) else (self.dtype,)
 
     def held_bytes(self, compute_bytes: int, dense_bits: int | None = None) -> int:
-        """Bytes it takes in memory when the compute dtype has ``compute_bytes`` a value.
+        """Return the tensor's bytes in memory with a compute dtype of ``compute_bytes`` per value.
 
-        Routed experts and the correction bias stay as stored, but that scales which are not in the compute dtype are
-        held in it, a bias beside each; ``weight_shape`` only repeats what the config says.
+        Routed experts and the correction bias stay as stored, with one exception: scales whose dtype is not the compute
+        dtype are converted to it, and a bias is added for each. ``weight_shape`` is not held: it repeats the config.
         """
         if self.name.endswith(_WEIGHT_SHAPE):
             return 0
@@ -61,17 +61,17 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
     @property
     def is_routed_expert(self) -> bool:
-        """Whether it belongs to a routed expert, of which a token uses only some."""
+        """True if the tensor belongs to a routed expert. A token uses only some of the routed experts."""
         return _ROUTED in self.name
 
 
 def embedding_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
-    """The embedding table, which the first stage holds."""
+    """Return the spec of the embedding table, which the first stage holds."""
     return (_bf16(f"{config.tensor_prefix}model.embed_tokens.weight", config.vocab_size, config.hidden_size),)
 
 
 def head_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
-    """The last norm and the output projection, which the last stage holds."""
+    """Return the specs of the last norm and the output projection, which the last stage holds."""
     prefix = config.tensor_prefix
     return (
         _bf16(f"{prefix}model.norm.weight", config.hidden_size),
@@ -80,7 +80,7 @@ def head_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
 
 
 def layer_specs(config: ModelConfig, layer: int) -> tuple[TensorSpec, ...]:
-    """Every tensor of one decoder layer."""
+    """Return the specs of every tensor of one decoder layer."""
     assert 0 <= layer < config.num_hidden_layers, f"layer {layer} of {config.num_hidden_layers}"
     prefix = f"{config.tensor_prefix}model.layers.{layer}"
     norms = tuple(
@@ -93,9 +93,9 @@ def layer_specs(config: ModelConfig, layer: int) -> tuple[TensorSpec, ...]:
 
 
 def shard_specs(config: ModelConfig, first_layer: int, end_layer: int) -> tuple[TensorSpec, ...]:
-    """What the stage of layers ``first_layer`` up to, not including, ``end_layer`` needs.
+    """Return the specs of the stage with layers ``first_layer`` up to, not including, ``end_layer``.
 
-    The embedding goes with the first layer, norm and output projection with the last.
+    The embedding goes with the first layer, last norm and output projection with the last.
     """
     assert 0 <= first_layer < end_layer <= config.num_hidden_layers, f"layers {first_layer} to {end_layer}"
     specs = list(embedding_specs(config)) if first_layer == 0 else []
@@ -107,19 +107,19 @@ def shard_specs(config: ModelConfig, first_layer: int, end_layer: int) -> tuple[
 
 
 def model_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
-    """Every tensor of the model."""
+    """Return the specs of every tensor of the model."""
     return shard_specs(config, 0, config.num_hidden_layers)
 
 
 def held_bytes(specs: Iterable[TensorSpec], compute_bytes: int = BFLOAT16_BYTES, dense_bits: int | None = None) -> int:
-    """Bytes that stay in memory once ``specs`` are loaded for a compute dtype of ``compute_bytes`` a value."""
+    """Return the bytes that stay in memory once ``specs`` are loaded for ``compute_bytes`` per value."""
     return sum(spec.held_bytes(compute_bytes, dense_bits) for spec in specs)
 
 
 def layer_read_bytes_per_token(
     config: ModelConfig, layer: int, compute_bytes: int = BFLOAT16_BYTES, dense_bits: int | None = None
 ) -> int:
-    """Bytes of weights that one decoded token reads in ``layer``: only the routed experts that it uses."""
+    """Return the bytes of weights that one decoded token reads in ``layer``, of routed experts only those it uses."""
     specs = layer_specs(config, layer)
     routed = held_bytes((spec for spec in specs if spec.is_routed_expert), compute_bytes)
     always = held_bytes((spec for spec in specs if not spec.is_routed_expert), compute_bytes, dense_bits)
@@ -127,14 +127,14 @@ def layer_read_bytes_per_token(
 
 
 def embedding_read_bytes_per_token(config: ModelConfig, compute_bytes: int = BFLOAT16_BYTES) -> int:
-    """Bytes of the embedding that one token reads: its row."""
+    """Return the bytes of the embedding that one token reads: its row."""
     return held_bytes(embedding_specs(config), compute_bytes) // config.vocab_size
 
 
 def head_read_bytes_per_token(
     config: ModelConfig, compute_bytes: int = BFLOAT16_BYTES, dense_bits: int | None = None
 ) -> int:
-    """Bytes of the head that one token reads: all of them."""
+    """Return the bytes of the head that one token reads: all of them."""
     return held_bytes(head_specs(config), compute_bytes, dense_bits)
 
 
@@ -147,7 +147,10 @@ def _linear(name: str, outputs: int, inputs: int) -> TensorSpec:
 
 
 def _keys_and_values(config: ModelConfig, name: str) -> TensorSpec:
-    """kv_b_proj: for each head, latents to keys, which queries are multiplied with, and latents to values."""
+    """Return the spec of kv_b_proj. Its halves map, for each head, latents to keys and latents to values.
+
+    Queries are multiplied with the first half.
+    """
     heads, latent = config.num_attention_heads, config.kv_lora_rank
     halves = (
         DenseMatrix(heads * latent, config.qk_nope_head_dim),

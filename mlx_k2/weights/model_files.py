@@ -1,4 +1,4 @@
-"""The files of a model on this host, fetched from the Hub where they are missing. Loads no tensor."""
+"""The files of a model on this host, fetched from the Hub if they are missing. Loads no tensor."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,17 +12,17 @@ from mlx_k2.weights.model_source import ModelSource, is_repo, model_folder
 
 
 class ModelFilesHere(NamedTuple):
-    """A model's small files by name, and the source with its revision pinned: the same on every host."""
+    """A model's small files by name, and the source with its revision pinned to a commit, the same for every host."""
 
     files: dict[str, bytes]
     source: ModelSource
 
 
 def read_model_files(source: ModelSource) -> ModelFilesHere:
-    """The model's config, index, tokenizer and template; of a repository only these are fetched.
+    """Return the model's config, index, tokenizer files and chat template; fetch only these from a repository.
 
     Raises:
-        CheckpointError, DownloadError: they cannot be had here.
+        CheckpointError, DownloadError: they cannot be read or fetched on this host.
     """
     if not is_repo(source):
         return ModelFilesHere(read_small_files(model_folder(source)), source)
@@ -34,10 +34,10 @@ def read_model_files(source: ModelSource) -> ModelFilesHere:
 def locate_shard(
     source: ModelSource, index: CheckpointIndex, specs: Iterable[TensorSpec], on_progress: OnProgress
 ) -> dict[str, Path]:
-    """The file of each tensor of ``specs``, its header checked; a repository's files that are missing are fetched.
+    """Return the path of each tensor of ``specs``, with its header checked; fetch missing files of a repository.
 
     Raises:
-        CheckpointError, DownloadError: a file is missing, cannot be fetched, or does not hold what it should.
+        CheckpointError, DownloadError: a file is missing, cannot be fetched, or does not match ``specs``.
     """
     specs = tuple(specs)
     folder = fetch_shard(source, index, specs, on_progress).folder if is_repo(source) else model_folder(source)
@@ -45,10 +45,10 @@ def locate_shard(
 
 
 def files_to_fetch(source: ModelSource, index: CheckpointIndex, specs: Iterable[TensorSpec]) -> dict[str, int]:
-    """The files of ``specs`` that are still to be fetched from the Hub, with their sizes; fetches none of them.
+    """Return the size of each file of ``specs`` that is still to be fetched from the Hub, by name. Fetch none of them.
 
     Raises:
-        CheckpointError, DownloadError: the index does not know a tensor, or the Hub cannot be asked.
+        CheckpointError, DownloadError: the index does not name a tensor, or the Hub cannot be reached.
     """
     return bytes_to_fetch(_hub_repo(source), index.files(specs)) if is_repo(source) else {}
 
@@ -56,10 +56,10 @@ def files_to_fetch(source: ModelSource, index: CheckpointIndex, specs: Iterable[
 def fetch_shard(
     source: ModelSource, index: CheckpointIndex, specs: Iterable[TensorSpec], on_progress: OnProgress
 ) -> FetchedFiles:
-    """Fetch the files of a repository that hold ``specs``, as far as they are not here yet.
+    """Fetch the files of a repository that hold ``specs`` and are not on this host yet.
 
     Raises:
-        CheckpointError, DownloadError: the index does not know a tensor, or a file cannot be fetched.
+        CheckpointError, DownloadError: the index does not name a tensor, or a file cannot be fetched.
     """
     return fetch_files(_hub_repo(source), index.files(specs), on_progress)
 

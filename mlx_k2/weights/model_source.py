@@ -13,19 +13,19 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a host finds the checkpoint: a folder on that host, or a repository on the Hub."""
+    """The location of a checkpoint: BUILTIN, a folder on the host that reads it, or a repository on the Hub."""
 
     path_or_repo: str
     revision: str | None = None
 
 
 def is_repo(source: ModelSource) -> bool:
-    """Whether ``source`` names a repository on the Hub: ``owner/name``, and no folder of that name is here."""
+    """Return whether ``source`` names a Hub repository: ``owner/name``, and this host has no folder of that name."""
     return bool(_REPO.fullmatch(source.path_or_repo)) and not Path(source.path_or_repo).is_dir()
 
 
 def model_folder(source: ModelSource) -> Path:
-    """The folder of a model that is not a repository."""
+    """Return the folder of a model that is not a repository."""
     if source.path_or_repo == BUILTIN:
         return BUILTIN_FOLDER
-    return Path(os.path.expanduser(source.path_or_repo))  # noqa: PTH111  # Path's own raises for a user unknown here
+    return Path(os.path.expanduser(source.path_or_repo))  # noqa: PTH111  # Path.expanduser raises for an unknown user

@@ -1,8 +1,8 @@
-"""Reads one stage's tensors from the checkpoint's safetensors files into mlx arrays, one layer at a time.
+"""The reader of one stage's tensors from the checkpoint's safetensors files into mlx arrays, one layer at a time.
 
-Nothing is converted on disk. Routed experts stay as shipped, stacked: packed INT4 words and bfloat16 scales, 4.5 bits a
-weight. Everything else takes the compute dtype, but the router's correction bias, which stays float32. At most one
-layer's worth of space is taken beyond what stays.
+Nothing is converted on disk. Routed experts stay as shipped, stacked: packed INT4 words and bfloat16 scales, 4.5 bits
+per weight. All other tensors are cast to the compute dtype, except the router's correction bias, which stays float32.
+At most the size of one layer is used beyond the tensors that stay in memory.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class LoadedTensors(NamedTuple):
-    """Evaluated tensors by short name, and the checkpoint's names that they were made of."""
+    """Evaluated tensors by short name, and the names of the checkpoint's tensors that they were made of."""
 
     tensors: dict[str, mx.array]
     tensor_names: tuple[str, ...]
@@ -32,7 +32,10 @@ class LoadedTensors(NamedTuple):
 
 
 class ShardReader:
-    """Reads pieces of a checkpoint whose tensor ``name`` lies in ``files[name]``; the files were checked before."""
+    """A reader of the embedding, layers and head of a checkpoint.
+
+    Tensor ``name`` is in ``files[name]``. The files must have been checked before.
+    """
 
     def __init__(self, config: ModelConfig, files: Mapping[str, Path], dtype: mx.Dtype) -> None:
         self._config = config
@@ -40,18 +43,18 @@ class ShardReader:
         self._dtype = dtype
 
     def embedding(self) -> LoadedTensors:
-        """``model.embed_tokens.weight`` (vocabulary, hidden)."""
+        """Return ``model.embed_tokens.weight`` (vocabulary, hidden)."""
         return self._plain(embedding_specs(self._config))
 
     def head(self) -> LoadedTensors:
-        """``model.norm.weight`` (hidden,) and ``lm_head.weight`` (vocabulary, hidden)."""
+        """Return ``model.norm.weight`` (hidden,) and ``lm_head.weight`` (vocabulary, hidden)."""
         return self._plain(head_specs(self._config))
 
     def layer(self, layer: int) -> LoadedTensors:
-        """One layer's tensors, named without ``model.layers.N.``; experts stacked along a first axis.
+        """Return one layer's tensors, named without ``model.layers.N.``; experts are stacked along a new first axis.
 
         Raises:
-            CheckpointError: an expert's ``weight_shape`` is not what the config says.
+            CheckpointError: an expert's ``weight_shape`` does not match the config.
         """
         specs = layer_specs(self._config, layer)
         prefix = f"{self._config.tensor_prefix}model.layers.{layer}."
@@ -72,7 +75,7 @@ class ShardReader:
         return LoadedTensors(tensors, tuple(spec.name for spec in specs))
 
     def _open(self, specs: tuple[TensorSpec, ...]) -> dict[str, mx.array]:
-        """The tensors of ``specs``, not yet read: mx.load reads a tensor when it is first needed."""
+        """Return the tensors of ``specs``, not yet read: mx.load reads a tensor when it is first evaluated."""
         opened: dict[str, mx.array] = {}
         for path in sorted({self._files[spec.name] for spec in specs}):
             opened |= cast("dict[str, mx.array]", mx.load(str(path)))
@@ -97,7 +100,7 @@ class ShardReader:
                 )
 
     def _stack_experts(self, lazy: dict[str, mx.array], prefix: str) -> dict[str, mx.array]:
-        """Stack one projection at a time and let go of what it was made of before the next."""
+        """Stack one part of one projection at a time, and release its tensors before the next."""
         stacked = {}
         for projection in _PROJECTIONS:
             for part in ("weight_packed", "weight_scale"):

@@ -1,4 +1,4 @@
-"""The safetensors container: eight bytes of length, a JSON header, then the tensors' bytes. Knows no model.
+"""The safetensors container: an 8-byte header length, a JSON header, then the tensors' bytes. Knows no model.
 
 https://github.com/huggingface/safetensors describes the format. Only headers are read here, never a tensor.
 """
@@ -12,13 +12,13 @@ from mlx_k2.errors import CheckpointError
 from mlx_k2.weights.inventory import TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
+"""The limit that the format sets."""
 
 TensorBytes = Callable[[TensorSpec], Iterable[bytes]]
 
 
 class StoredTensor(msgspec.Struct, frozen=True):
-    """What a header says of one tensor; ``data_offsets`` count from the end of the header."""
+    """The header's entry of one tensor; ``data_offsets`` count from the end of the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class Header(msgspec.Struct, frozen=True):
 
 
 def read_header(path: Path) -> Header:
-    """The header of ``path``, checked against the file's length; reads none of the tensors.
+    """Read the header of ``path`` and check it against the file's length. Read no tensor.
 
     Raises:
         CheckpointError: the file is missing, is not safetensors, or is truncated.
@@ -69,9 +69,9 @@ def read_header(path: Path) -> Header:
 
 
 def write_file(path: Path, specs: Sequence[TensorSpec], tensor_bytes: TensorBytes) -> int:
-    """Write ``specs`` in their order, each from the pieces that ``tensor_bytes`` gives; returns the tensors' bytes.
+    """Write ``specs`` in order, each from the parts that ``tensor_bytes`` yields; return the tensors' total bytes.
 
-    Only one piece is in memory at a time.
+    Only one part is in memory at a time.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -79,7 +79,7 @@ def write_file(path: Path, specs: Sequence[TensorSpec], tensor_bytes: TensorByte
         header[spec.name] = StoredTensor(spec.dtype, spec.shape, (end, end + spec.num_bytes))
         end += spec.num_bytes
     raw = msgspec.json.encode(header)
-    raw += b" " * (-len(raw) % 8)  # the data begins on a multiple of 8
+    raw += b" " * (-len(raw) % 8)  # aligns the data to a multiple of 8
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for spec in specs:

@@ -1,1 +1,1 @@
-"""What `mlx-k2 chat` is made of: keyboard, screen, commands, files."""
+"""The parts of `mlx-k2 chat`: keyboard, screen, commands, files."""

@@ -36,12 +36,12 @@ _KEYS = (
 
 
 class Quit(Exception):
-    """The user has had enough."""
+    """The exception that ends the chat at the user's command."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """Which model this is, for files."""
+    """The model's name and digest, as saved files hold them."""
 
     name: str
     digest: str
@@ -49,7 +49,7 @@ class Model:
 
 @dataclass
 class Commands:
-    """Runs commands on one session. ``show_stats`` shows each stage's part."""
+    """The commands on one session. ``show_stats`` shows each stage's fraction of the computing time."""
 
     session: ChatSession
     model: Model
@@ -60,11 +60,11 @@ class Commands:
     show_stats: Callable[[], None]
 
     def run(self, line: str) -> Iterator[Event]:
-        """Run one; what an answer brings comes as events.
+        """Run one command; yield the events of an answer that it starts.
 
         Raises:
-            RequestError: there is no such command, or it cannot be done; says why.
-            Leave: after /quit.
+            RequestError: the command does not exist or cannot be run; gives the reason.
+            Quit: the command is /quit.
         """
         name, _, argument = line.partition(" ")
         if name not in HELP:
@@ -75,7 +75,7 @@ class Commands:
         yield from getattr(self, f"_{name[1:]}")(argument) or ()
 
     def save_to(self, path: Path) -> None:
-        """Write the conversation.
+        """Write the conversation to a file.
 
         Raises:
             RequestError: the file cannot be written.
@@ -150,7 +150,7 @@ class Commands:
         raise Quit
 
     def _recount(self) -> None:
-        """The conversation is another one."""
+        """Count the context tokens again after the conversation was changed."""
         self.usage.context_used = len(self.session.cancel_prefill().known_ids())
 
 

@@ -1,4 +1,4 @@
-"""Where the user's lines come from: a terminal with editing, or plain lines. Knows neither commands nor a model."""
+"""Input of the user's lines: a terminal with editing, or plain lines. Knows neither commands nor a model."""
 
 import contextlib
 import sys
@@ -22,37 +22,37 @@ _STYLE = Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack"})
 
 
 class Keyboard(Protocol):
-    """Reads what the user writes."""
+    """A reader of the user's input."""
 
     @property
     def can_ask(self) -> bool:
-        """Whether somebody is there to answer a question."""
+        """Whether a user can answer a question."""
 
     def read(self) -> str:
-        """The next message or command.
+        """Return the next message or command.
 
         Raises:
-            EOFError: there is none any more.
-            KeyboardInterrupt: the user takes back what was begun.
+            EOFError: the input has ended.
+            KeyboardInterrupt: the user discards the current line.
         """
 
     def ask(self, question: str) -> str:
-        """The answer to a question; errors as of ``read``."""
+        """Return the answer to a question; errors are those of ``read``."""
 
     def attended(self) -> AbstractContextManager[None]:
-        """All the while that lines are read; what is typed between two of them is kept for the next."""
+        """Return a context around all reading. Input typed between two calls of ``read`` is kept for the next."""
 
 
 class LineKeyboard:
-    """Lines of standard input; a backslash at the end of one goes on in the next."""
+    """Lines of standard input. A line that ends with a backslash continues in the next line."""
 
     @property
     def can_ask(self) -> bool:
-        """On a terminal."""
+        """Whether standard input is a terminal."""
         return sys.stdin.isatty()
 
     def read(self) -> str:
-        """As of ``Keyboard``."""
+        """Return the next message or command, as ``Keyboard.read`` does."""
         lines = [self._line(PROMPT)]
         while lines[-1].endswith("\\"):
             lines[-1] = lines[-1][:-1]
@@ -60,11 +60,11 @@ class LineKeyboard:
         return "\n".join(lines)
 
     def ask(self, question: str) -> str:
-        """As of ``Keyboard``."""
+        """Return the answer to a question, as ``Keyboard.ask`` does."""
         return self._line(question)
 
     def attended(self) -> AbstractContextManager[None]:
-        """As of ``Keyboard``."""
+        """Return a context without effect: standard input keeps unread lines by itself."""
         return contextlib.nullcontext()
 
     def _line(self, prompt: str) -> str:
@@ -78,7 +78,7 @@ class LineKeyboard:
 
 
 class TerminalKeyboard:
-    """A terminal with editing, with a history across runs, and a status line that ``status`` writes."""
+    """A terminal with editing, a history across runs, and a status line with the text of ``status``."""
 
     def __init__(
         self, history: Path | None, commands: Sequence[str], status: Callable[[], str], *, colours: bool
@@ -98,25 +98,25 @@ class TerminalKeyboard:
 
     @property
     def can_ask(self) -> bool:
-        """Always."""
+        """Always True."""
         return True
 
     def read(self) -> str:
-        """As of ``Keyboard``; what other threads write meanwhile appears above the prompt."""
+        """Return the next message or command; output of other threads meanwhile appears above the prompt."""
         with patch_stdout(raw=True):
             return self._session.prompt(PROMPT)
 
     def ask(self, question: str) -> str:
-        """As of ``Keyboard``."""
+        """Return the answer to a question, as ``Keyboard.ask`` does."""
         return self._questions.prompt(question)
 
     @contextlib.contextmanager
     def attended(self) -> Iterator[None]:
-        """As of ``Keyboard``. The terminal shows nothing of it by itself, which would stand in the answer."""
+        """Turn off the terminal's echo and line mode in this context: echoed input would appear inside the answer."""
         terminal = sys.stdin.fileno()
         before = termios.tcgetattr(terminal)
         quiet = list(before)
-        quiet[0] &= ~termios.ICRNL  # Enter stays what it is, and is not taken for Ctrl-J later
+        quiet[0] &= ~termios.ICRNL  # keep Enter as CR, so that it is not read as Ctrl-J later
         quiet[3] &= ~(termios.ECHO | termios.ICANON)
         termios.tcsetattr(terminal, termios.TCSANOW, quiet)
         try:
@@ -126,7 +126,7 @@ class TerminalKeyboard:
 
 
 def usable_history(path: Path) -> Path | None:
-    """``path`` if a history can be kept there, else None."""
+    """Return ``path`` if a history can be written there, else None."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
@@ -136,7 +136,7 @@ def usable_history(path: Path) -> Path | None:
 
 
 def _bindings() -> KeyBindings:
-    """Enter sends, and goes on in a new line after a backslash; Escape Enter and Ctrl-J begin a new line."""
+    """Return the bindings: Enter sends, after a backslash it begins a new line, as Escape Enter and Ctrl-J do."""
     bindings = KeyBindings()
 
     @bindings.add("enter")
@@ -157,14 +157,14 @@ def _bindings() -> KeyBindings:
 
 
 class _CommandCompleter(Completer):
-    """Names of commands at the start of a message, and files behind /save and /load."""
+    """A completer for command names at the start of a message, and for files after /save and /load."""
 
     def __init__(self, commands: Sequence[str]) -> None:
         self._commands = commands
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        """What the words before the cursor may become."""
+        """Yield the completions of the text before the cursor."""
         text = document.text_before_cursor
         if not text.startswith("/"):
             return

@@ -1,4 +1,4 @@
-"""Reads, answers, shows, and reads again. Knows neither options nor how anything was started."""
+"""The chat loop: read a line, answer it, show the answer. Knows neither options nor how anything was started."""
 
 import signal
 from collections.abc import Iterable, Iterator
@@ -20,7 +20,7 @@ from mlx_k2.text.tool_call import ToolCall
 
 _ENDS = {**CUT, FinishReason.CANCELLED: "stopped; /retry answers again, /undo takes your message back"}
 _QUIT_AFTER = 3
-"""So many times Ctrl-C during one answer end the program: whatever the answer waits for does not end."""
+"""The number of Ctrl-C presses during one answer that ends the program, in case the answer does not stop."""
 
 
 class Repl:
@@ -43,10 +43,10 @@ class Repl:
         self._transcript = transcript
 
     def run(self) -> None:
-        """Until the user leaves, or nothing more can be read.
+        """Run until the user quits or the input ends.
 
         Raises:
-            ClusterError: the stages cannot go on; the conversation so far is in the session.
+            ClusterError: the stages cannot continue; the conversation so far is in the session.
         """
         with self._keyboard.attended():
             while True:
@@ -61,7 +61,7 @@ class Repl:
                     self._screen.log(f"error: {error}")
 
     def _handle_line(self, line: str) -> None:
-        """One line of the user."""
+        """Run a command line, or send a message."""
         if line.startswith("/"):
             if self._transcript is not None:
                 self._transcript.write({"command": line})
@@ -70,7 +70,7 @@ class Repl:
             self._follow(self._session.send_message(line.strip()))
 
     def _follow(self, events: Iterable[Event]) -> None:
-        """Show what happens, to its end."""
+        """Show all events; count them and write them to the transcript."""
         last: AnswerSummary | None = None
         calls_nothing = False
         with self._ctrl_c_stops():
@@ -92,7 +92,7 @@ class Repl:
 
     @contextmanager
     def _ctrl_c_stops(self) -> Iterator[None]:
-        """Meanwhile Ctrl-C ends the answer instead of the program; pressed again and again, it ends the program."""
+        """Make Ctrl-C stop the answer in this context; the third Ctrl-C ends the program."""
         before = signal.getsignal(signal.SIGINT)
         times = 0
 

@@ -1,4 +1,4 @@
-"""Markdown that is shown while it is written: whole blocks stay, the last one is redrawn. Knows no model."""
+"""Streamed display of Markdown: complete blocks are printed once, the last one is redrawn. Knows no model."""
 
 import re
 
@@ -8,13 +8,13 @@ from rich.markdown import Markdown
 from rich.segment import Segment
 
 _FENCE = re.compile(r" {0,3}(```|~~~)")
-# A line that may belong to what is above the blank line before it: a list goes on, or a paragraph of its item.
+# A line that may belong to the block above the blank line before it: a further list item, or a paragraph of one.
 _MAY_CONTINUE = re.compile(r"[\s\d*+-]")
 _MARGIN_LINES = 2
 
 
 class MarkdownStream:
-    """One answer on ``console``."""
+    """The display of one answer on ``console``."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -23,7 +23,7 @@ class MarkdownStream:
         self._is_first = True
 
     def add(self, text: str) -> None:
-        """The answer goes on with ``text``."""
+        """Append ``text`` to the answer and update the display."""
         self._pending += text
         end = end_of_whole_blocks(self._pending)
         if end:
@@ -35,7 +35,7 @@ class MarkdownStream:
         self._live.update(_Tail(self._pending))
 
     def close(self) -> None:
-        """Nothing follows: show the rest as it stays."""
+        """End the answer and print its remaining text."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -51,7 +51,7 @@ class MarkdownStream:
 
 
 def end_of_whole_blocks(text: str) -> int:
-    """Where the last block of ``text`` begins, which may still grow; 0: there is only that one."""
+    """Return the index at which the last block of ``text`` begins, which may still grow; 0 if it is the only block."""
     end = position = 0
     in_fence = after_blank = False
     for line in text.splitlines(keepends=True):

@@ -1,4 +1,4 @@
-"""A conversation as a file: its messages, and which model said them. Knows no session."""
+"""A conversation as a file: its messages, and the model that they belong to. Knows no session."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ Messages = list[dict[str, Any]]
 
 
 class SavedChat(msgspec.Struct, frozen=True):
-    """What /save writes. ``digest`` tells models apart, ``model`` names them for people."""
+    """The content of a file that /save writes. ``digest`` identifies the model, ``model`` is its name for display."""
 
     model: str
     digest: str
@@ -21,10 +21,10 @@ class SavedChat(msgspec.Struct, frozen=True):
 
 
 def save_chat(path: Path, chat: SavedChat) -> None:
-    """Write the file, or leave the one that is there as it is.
+    """Write the file, or leave an existing file unchanged.
 
     Raises:
-        RequestError: it cannot be written.
+        RequestError: the file cannot be written.
     """
     beside = path.with_name(f".{path.name}.part")
     try:
@@ -37,10 +37,10 @@ def save_chat(path: Path, chat: SavedChat) -> None:
 
 
 def load_chat(path: Path, digest: str) -> Sequence[Mapping[str, object]]:
-    """The messages of a file that /save wrote for the same model, or of a bare list of messages.
+    """Return the messages of a file that /save wrote for the same model, or of a bare list of messages.
 
     Raises:
-        RequestError: it cannot be read, is no such file, or is of another model.
+        RequestError: the file cannot be read, is no saved chat, or belongs to another model.
     """
     try:
         saved = msgspec.json.decode(path.read_bytes(), type=SavedChat | Messages)

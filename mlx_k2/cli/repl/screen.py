@@ -1,4 +1,4 @@
-"""What a chat shows: on a terminal with colours, and plainly everywhere else. Knows no session."""
+"""Display of a chat: with colours and Markdown on a terminal, plain elsewhere. Knows no session."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -29,7 +29,7 @@ def show_all(show: Callable[[Event], None], events: Iterable[Event]) -> list[Ans
 
 
 class Screen(Protocol):
-    """Shows one answer after the other."""
+    """A display of one answer after the other."""
 
     show_thinking: bool
 
@@ -37,20 +37,20 @@ class Screen(Protocol):
         """Show one event."""
 
     def log(self, line: str) -> None:
-        """A word beside the matter."""
+        """Show a line that is not part of the answer."""
 
     def restart(self, restart: Restart) -> None:
-        """All stages start again."""
+        """Show that all stages start again."""
 
     def wait(self, what: str) -> None:
-        """Nothing is to be seen until something comes; ``what`` is waited for."""
+        """Show that the program waits for ``what``, until the next output."""
 
     def pause(self) -> None:
-        """Whole lines, and nothing that moves: the user is asked something, or the answer is over."""
+        """End the current line and stop the spinner. Called before a question and at the end of an answer."""
 
 
 class PlainScreen:
-    """The answer to stdout, everything else to stderr, dim where that is a terminal with colours."""
+    """A plain display: the answer on stdout, all else on stderr, dim if that is a terminal with colours."""
 
     def __init__(self, *, show_thinking: bool) -> None:
         self.show_thinking = show_thinking
@@ -69,20 +69,20 @@ class PlainScreen:
                 self.log(ended_line(event))
 
     def log(self, line: str) -> None:
-        """A line on stderr; on a terminal below the words so far, which are no complete line."""
+        """Write a line to stderr; on a terminal, below the incomplete line of the answer."""
         self._begin_line()
         log(printable(line))
 
     def restart(self, restart: Restart) -> None:
-        """Two lines on stderr, in the same way."""
+        """Write two lines on the restart to stderr, in the same way."""
         self._begin_line()
         log_restart(restart)
 
     def wait(self, what: str) -> None:
-        """Nothing moves here."""
+        """Do nothing: this display has no spinner."""
 
     def pause(self) -> None:
-        """End the line that is open."""
+        """End the incomplete line, if there is one."""
         if self._open is not None:
             self._write(self._open, "\n")
             self._open = None
@@ -105,7 +105,7 @@ class PlainScreen:
 
 
 class RichScreen:
-    """Thoughts dim, the answer as Markdown, a call as one line; what is waited for beside a spinner."""
+    """A display with colours: reasoning dim, the answer as Markdown, a call as one line, a spinner while waiting."""
 
     def __init__(self, *, show_thinking: bool) -> None:
         self.show_thinking = show_thinking
@@ -117,7 +117,7 @@ class RichScreen:
         self._running = 0
 
     def event(self, event: Event) -> None:
-        """Show it as it comes."""
+        """Show one event at once."""
         match event:
             case Reasoning(text) if self.show_thinking:
                 self._spin(None)
@@ -143,21 +143,21 @@ class RichScreen:
                 self.pause()
 
     def wait(self, what: str) -> None:
-        """A spinner beside ``what`` until something comes."""
+        """Show a spinner beside ``what`` until the next output."""
         self._spin(what)
 
     def log(self, line: str) -> None:
-        """A dim line."""
+        """Show a dim line."""
         self.pause()
         self._console.print(Text(printable(line), style="dim"), soft_wrap=True)
 
     def restart(self, restart: Restart) -> None:
-        """Two dim lines."""
+        """Show two dim lines on the restart."""
         self.pause()
         log_restart(restart)
 
     def pause(self) -> None:
-        """End what is open."""
+        """Stop the spinner, end the reasoning and the answer, and reset the count of hidden reasoning."""
         self._spin(None)
         self._end_thinking()
         self._markdown.close()

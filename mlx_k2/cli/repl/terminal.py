@@ -1,4 +1,4 @@
-"""Which screen and which keyboard a terminal gets. Knows no session."""
+"""Choice of the screen and the keyboard for a terminal. Knows no session."""
 
 import os
 import sys
@@ -11,13 +11,13 @@ from mlx_k2.cli.repl.screen import PlainScreen, RichScreen, Screen
 
 
 def choose_screen(*, show_thinking: bool) -> Screen:
-    """Plain where stdout is no terminal, with NO_COLOR, and in a dumb terminal."""
+    """Return a plain screen if stdout is no terminal or a dumb one, or if NO_COLOR is set; else one with colours."""
     plain = not sys.stdout.isatty() or _no_colour() or _is_dumb()
     return (PlainScreen if plain else RichScreen)(show_thinking=show_thinking)
 
 
 def choose_keyboard(commands: Sequence[str], status: Callable[[], str]) -> Keyboard:
-    """With editing where both ends are a terminal that can do it; what is written there is kept for the next run."""
+    """Return a keyboard with editing and saved history if stdin and stdout are capable terminals, else plain lines."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or _is_dumb():
         return LineKeyboard()
     history = usable_history(platformdirs.user_state_path("mlx-k2") / "chat-history")

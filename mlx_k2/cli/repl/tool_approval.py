@@ -1,4 +1,4 @@
-"""Which tool calls the user agrees to. Knows no tools."""
+"""Approval of tool calls by the user. Knows no tools."""
 
 from collections.abc import Collection
 from typing import Protocol
@@ -15,11 +15,11 @@ class Stoppable(Protocol):
     """An answer that can be stopped."""
 
     def stop(self) -> None:
-        """Soon."""
+        """End the answer soon."""
 
 
 class ToolApproval:
-    """Asks before a call, unless its tool is allowed. ``everything``: all tools are."""
+    """Approval by a question before each call, unless its tool is allowed. ``everything`` allows all tools."""
 
     def __init__(
         self, screen: Screen, keyboard: Keyboard | None, allowed: Collection[str], *, everything: bool
@@ -30,14 +30,14 @@ class ToolApproval:
         self._has_explained = False
         self.allowed = set(allowed)
         self.answer: Stoppable | None = None
-        """What Ctrl-C at a question stops."""
+        """The answer that Ctrl-C or the end of the input at a question stops."""
 
     def covers(self, name: str) -> bool:
-        """Whether nobody need be asked for this tool."""
+        """Return whether this tool needs no question."""
         return self._everything or name in self.allowed
 
     def __call__(self, call: ToolCall) -> bool:
-        """Whether this call may be run."""
+        """Return whether this call may run. Ask the user unless its tool is allowed; refuse if nobody can be asked."""
         if self.covers(call.name):
             return True
         if self._keyboard is None or not self._keyboard.can_ask:

@@ -1,4 +1,4 @@
-"""Everything that is said, appended to a file as JSON lines while it is said. Knows no terminal."""
+"""A transcript of a chat, appended to a file as JSON lines while the chat runs. Knows no terminal."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -14,12 +14,12 @@ from mlx_k2.text.reply_parser import Content, Reasoning
 
 
 class Transcript:
-    """A line for each piece of a reply as it comes, and for each message when it is complete. A context.
+    """A file with a line for each part of a reply as it arrives, and for each complete message. A context.
 
-    A disk that is full ends the writing, with a word to ``notify``, and nothing else.
+    A failed write, as on a full disk, ends the transcript and calls ``notify`` once. The chat continues.
 
     Raises:
-        RequestError: the file cannot be written.
+        RequestError: the file cannot be opened for writing.
     """
 
     def __init__(self, path: Path, notify: Callable[[str], None]) -> None:
@@ -39,7 +39,7 @@ class Transcript:
         self._file.close()
 
     def event(self, event: Event) -> None:
-        """Write what was said: ``reasoning`` and ``content`` in pieces, then the whole ``message``."""
+        """Write an event: ``reasoning`` and ``content`` in parts, a finished ``call``, and the whole ``message``."""
         match event:
             case Reasoning(text):
                 self.write({"reasoning": text})
@@ -51,7 +51,7 @@ class Transcript:
                 self.write({"message": message})
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line."""
+        """Append one line; do nothing after a failed write."""
         if self._file.closed:
             return
         try:

@@ -1,4 +1,4 @@
-"""What a chat took so far. Knows no terminal."""
+"""The usage totals of a chat. Knows no terminal."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from mlx_k2.coordinator.answer_summary import AnswerSummary
 
 @dataclass
 class UsageTotals:
-    """Counts over all replies; ``context_used`` is where the conversation stands now."""
+    """Counts over all replies; ``context_used`` is the present length of the conversation in tokens."""
 
     context_tokens: int
     num_stages: int
@@ -21,7 +21,7 @@ class UsageTotals:
     last: AnswerSummary | None = None
 
     def event(self, event: Event) -> None:
-        """Something happened."""
+        """Add an event to the counts."""
         match event:
             case AnswerSummary():
                 self.last = event
@@ -34,7 +34,7 @@ class UsageTotals:
                 self.num_calls += 1
 
     def status(self) -> str:
-        """One line: how full the context is, and what the last reply took."""
+        """Return one line: use of the context, speed and cached tokens of the last reply, number of stages."""
         parts = [f"context {self.context_used} of {self.context_tokens}"]
         if self.last is not None:
             if self.last.decode_tokens_per_s is not None:
@@ -44,7 +44,7 @@ class UsageTotals:
         return " · ".join(parts)
 
     def totals(self) -> str:
-        """One line for the whole chat."""
+        """Return one line of totals for the whole chat."""
         fraction = 100 * self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
         return (
             f"{self.num_replies} replies · {self.num_calls} tool calls · {self.generated_tokens} tokens generated · "

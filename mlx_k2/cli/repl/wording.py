@@ -1,4 +1,4 @@
-"""What both screens say in the same words. Knows no terminal."""
+"""Texts that both screens share. Knows no terminal."""
 
 import unicodedata
 
@@ -11,13 +11,13 @@ CUT = {
     FinishReason.LENGTH: "cut off at the limit of tokens",
     FinishReason.TIMEOUT: "cut off by --timeout",
 }
-"""How an answer ended that the model would have gone on with."""
+"""The texts for answers that a limit ended before the model did."""
 _MAX_ARGUMENTS = 200
 _MAX_RESULT = 200
 
 
 def printable(text: str) -> str:
-    """``text`` without what a terminal would obey: control characters but for line ends and tabs."""
+    """Return ``text`` with control characters, which a terminal would execute, replaced; line ends and tabs stay."""
     return "".join(
         letter if letter in "\n\t" or unicodedata.category(letter) != "Cc" else "\N{REPLACEMENT CHARACTER}"
         for letter in text
@@ -25,18 +25,18 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str, max_chars: int) -> str:
-    """``text`` on one line, cut with dots."""
+    """Return ``text`` on one line of at most ``max_chars`` characters, cut with an ellipsis."""
     line = " ".join(printable(text).split())
     return line if len(line) <= max_chars else line[: max_chars - 1] + "…"
 
 
 def call_line(call: ToolCall) -> str:
-    """A call as people write one."""
+    """Return a call in the form NAME(ARGUMENTS)."""
     return f"{printable(call.name) or 'unnamed'}({one_line(call.arguments, _MAX_ARGUMENTS)})"
 
 
 def ended_line(ended: CallEnded) -> str:
-    """A call with its result, and how it ended where that is not as hoped."""
+    """Return a line with a call, its outcome unless that is DONE, its result and its seconds."""
     result = ended.result
     how = "" if result.outcome is Outcome.DONE else f"[{result.outcome.value}] "
     seconds = "" if ended.seconds is None else f" ({ended.seconds:.1f} s)"
