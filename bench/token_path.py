@@ -1,0 +1,324 @@
+"""Counts the files of mlx_k2 that run for one decoded token: in the coordinator, in a stage, and in a guard.
+
+    python -m bench.token_path [--python PATH] [--terminal | --chat]
+
+It runs `mlx-k2 generate` of another Python's mlx_k2 on two local stages, with the built-in model and drafts on, and
+records which lines run in each process (bench/line_recorder.py). It imports nothing of mlx_k2, so it can measure any
+commit. With --terminal stdout is a terminal. With --chat the command is `mlx-k2 chat` on a terminal, which formats the
+answer as Markdown.
+
+A file counts for a process when one of its lines runs in at least a quarter of the process's windows. A window is
+
+- in the coordinator: from the arrival of a StepDone with a token to the next flush of stdout that has text to write,
+- in a stage and in its guard: from the arrival of a step plan to the write of its StepDone.
+
+The first window of a process belongs to the prompt and is left out. Left out are also threads named "heartbeat", and in
+a guard the threads that neither read nor write frames: they run on a timer, and count or not with the machine's load.
+The count of the stages, and that of the guards, is the union over both processes.
+
+The measured program must have a function ``read_frame`` that returns a frame with a ``payload``. Its messages must be
+msgpack maps with the class name under "type": "StepDone" for the answer, another name that begins with "Step" for the
+plan. A stage must answer plans in the order in which they arrive.
+"""
+
+import argparse
+import enum
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+RECORDER = Path(__file__).with_name("line_recorder.py")
+PROMPT = "Count to 20."
+"""The built-in model's answer is longer than MAX_TOKENS, and some of its drafts are accepted, others rejected."""
+MAX_TOKENS = 64
+NUM_STAGES = 2
+RUN_TIMEOUT_S = 180.0
+EXIT_TIMEOUT_S = 20.0
+MIN_WINDOWS = 8
+MIN_FRACTION = 0.25
+"""Fraction of a process's windows in which a file must run to count."""
+
+
+class Mode(enum.Enum):
+    """Command of the measured program, and where its stdout goes."""
+
+    PIPE = "generate, stdout is a pipe"
+    TERMINAL = "generate, stdout is a terminal"
+    CHAT = "chat, stdout is a terminal"
+
+
+class Role(enum.Enum):
+    """Kind of a process, and its window."""
+
+    COORDINATOR = "StepDone to stdout"
+    STAGE = "step plan to StepDone"
+    GUARD = "step plan to StepDone, relayed"
+
+
+NUM_PROCESSES = {Role.COORDINATOR: 1, Role.STAGE: NUM_STAGES, Role.GUARD: NUM_STAGES}
+
+
+class Event(NamedTuple):
+    """One event of a process, as bench/line_recorder.py describes it."""
+
+    kind: str
+    thread: int
+    detail: str
+
+
+class Window(NamedTuple):
+    """Events from ``start`` up to, not including, ``end``."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A step plan or a StepDone that arrived. ``index`` is the event at which its first bytes were read."""
+
+    index: int
+    message: dict[str, Any]
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether it is a StepDone."""
+        return bool(self.message["type"] == "StepDone")
+
+    @property
+    def has_token(self) -> bool:
+        """Whether it is the last stage's StepDone with a sampled token: its list of tokens is not empty."""
+        return self.is_answer and any(isinstance(value, list) and value for value in self.message.values())
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a run: its role, and the files that ran in each of its windows."""
+
+    role: Role
+    files: list[set[str]]
+
+
+def main() -> None:
+    """Run the program, and print the counts and the files."""
+    options = read_options()
+    python = options.python.absolute()  # not resolved: the Python of a virtual environment is a link
+    began = time.monotonic()
+    package = package_folder(python)
+    processes = measure(python, package, options.mode)
+    elapsed_s = time.monotonic() - began
+    print(f"{package}: {options.mode.value}, {NUM_STAGES} stages, drafts on, {elapsed_s:.0f} s")
+    for role in Role:
+        print_files(role, [process for process in processes if process.role is role])
+
+
+def read_options() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="Python whose mlx_k2 is measured")
+    modes = parser.add_mutually_exclusive_group()
+    modes.set_defaults(mode=Mode.PIPE)
+    modes.add_argument("--terminal", dest="mode", action="store_const", const=Mode.TERMINAL, help=Mode.TERMINAL.value)
+    modes.add_argument("--chat", dest="mode", action="store_const", const=Mode.CHAT, help=Mode.CHAT.value)
+    return parser.parse_args()
+
+
+def package_folder(python: Path) -> Path:
+    """Return the folder of the mlx_k2 that ``python`` imports, without importing it."""
+    find = "import importlib.util; print(importlib.util.find_spec('mlx_k2').submodule_search_locations[0])"
+    found = subprocess.run([str(python), "-P", "-c", find], capture_output=True, check=False, text=True)
+    if found.returncode != 0:
+        sys.exit(f"{python} finds no package mlx_k2: give --python the Python of an environment that has it")
+    return Path(found.stdout.strip())
+
+
+# ---- running the program
+
+
+def measure(python: Path, package: Path, mode: Mode) -> list[Process]:
+    """Run the program once, recorded."""
+    with tempfile.TemporaryDirectory(prefix="token-path-") as name:
+        folder = Path(name)
+        (folder / "sitecustomize.py").write_text(RECORDER.read_text())
+        (folder / "prompt").write_text(f"{PROMPT}\n")
+        places = {"PYTHONPATH": name, "TOKEN_PATH_PACKAGE": str(package), "TOKEN_PATH_FOLDER": name}
+        environment = {**os.environ, **places, "TERM": "xterm-256color"}
+        environment.pop("NO_COLOR", None)  # with it, chat writes plain text
+        output = run_program(command_line(python, mode), folder, environment, terminal=mode is not Mode.PIPE)
+        processes = [process for path in folder.glob("*.json") if (process := read_process(path)) is not None]
+    check(processes, output)
+    return processes
+
+
+def command_line(python: Path, mode: Mode) -> list[str]:
+    """Return the command of the measured program. ``chat`` reads the prompt from its standard input."""
+    settings = ["--stages", str(NUM_STAGES), "--max-tokens", str(MAX_TOKENS), "--seed", "1", "--temperature", "0"]
+    words = ["chat", *settings] if mode is Mode.CHAT else ["generate", *settings, PROMPT]
+    return [str(python), str(python.with_name("mlx-k2")), *words]
+
+
+def run_program(command: Sequence[str], folder: Path, environment: dict[str, str], *, terminal: bool) -> str:
+    """Run ``command`` to its end, with a terminal or a pipe as its stdout and stderr. Return what it wrote."""
+    reader, writer = os.openpty() if terminal else os.pipe()
+    with (folder / "prompt").open() as prompt:
+        process = subprocess.Popen(
+            command, stdin=prompt, stdout=writer, stderr=writer, cwd=folder, env=environment, start_new_session=True
+        )
+    os.close(writer)
+    try:
+        output = read_to_end(reader, time.monotonic() + RUN_TIMEOUT_S)
+    finally:
+        os.close(reader)
+        exit_code = end(process)
+    if exit_code != 0:
+        sys.exit(f"{' '.join(command)} ended with exit code {exit_code}:\n{output}")
+    return output
+
+
+def read_to_end(descriptor: int, deadline: float) -> str:
+    """Read until every writer has closed its end, or until ``deadline`` (monotonic)."""
+    parts = []
+    while select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        try:
+            part = os.read(descriptor, 65536)
+        except OSError:  # Linux reports the end of a terminal so
+            break
+        if not part:
+            break
+        parts.append(part)
+    return b"".join(parts).decode(errors="replace")
+
+
+def end(process: subprocess.Popen[bytes]) -> int:
+    """Wait for the process, and stop it if it does not end. Its stages end when their pipes are closed."""
+    for stop in (process.terminate, process.kill):
+        try:
+            return process.wait(EXIT_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            stop()
+    return process.wait(EXIT_TIMEOUT_S)
+
+
+def check(processes: Sequence[Process], output: str) -> None:
+    """Exit with a message unless all processes were recorded, each with enough windows."""
+    for role, expected in NUM_PROCESSES.items():
+        counts = [len(process.files) for process in processes if process.role is role]
+        if len(counts) != expected or min(counts) < MIN_WINDOWS:
+            sys.exit(
+                f"expected {expected} x {role.name.lower()} with {MIN_WINDOWS} windows or more, recorded {counts}: "
+                f"see in {RECORDER.name} what the program must have. It wrote:\n{output}"
+            )
+
+
+# ---- from events to files
+
+
+def read_process(path: Path) -> Process | None:
+    """Read the events of one process. Return None for a process that reads no step plan and no StepDone."""
+    events = [Event(*fields) for fields in json.loads(path.read_bytes())]
+    arrivals = list(find_arrivals(events))
+    role = role_of(arrivals)
+    if role is None:
+        return None
+    windows = coordinator_windows(events, arrivals) if role is Role.COORDINATOR else plan_windows(events, arrivals)
+    threads = io_threads(events) if role is Role.GUARD else {event.thread for event in events}
+    return Process(role, [files_in(events[start:end], threads) for start, end in windows[1:]])
+
+
+def role_of(arrivals: Sequence[Arrival]) -> Role | None:
+    """Tell processes apart by what they read: a coordinator StepDone, a stage plans, a guard both."""
+    reads_answers = any(arrival.is_answer for arrival in arrivals)
+    reads_plans = any(not arrival.is_answer for arrival in arrivals)
+    if reads_answers:
+        return Role.GUARD if reads_plans else Role.COORDINATOR
+    return Role.STAGE if reads_plans else None
+
+
+def find_arrivals(events: Sequence[Event]) -> Iterator[Arrival]:
+    """Yield the messages in the order in which they were complete."""
+    header_read: dict[int, int] = {}
+    for index, event in enumerate(events):
+        match event.kind:
+            case "enter":
+                header_read.pop(event.thread, None)
+            case "read":
+                header_read.setdefault(event.thread, index)
+            case "frame":
+                message = msgspec.msgpack.decode(bytes.fromhex(event.detail))
+                yield Arrival(header_read.get(event.thread, index), message)
+
+
+def coordinator_windows(events: Sequence[Event], arrivals: Sequence[Arrival]) -> list[Window]:
+    """For each write to stdout, the window from the last token that arrived before it and after the write before."""
+    tokens = [arrival.index for arrival in arrivals if arrival.has_token]
+    windows = []
+    before = -1
+    for index, event in enumerate(events):
+        if event.kind == "stdout":
+            started = [token for token in tokens if before < token < index]
+            if started:
+                windows.append(Window(started[-1], index))
+            before = index
+    return windows
+
+
+def plan_windows(events: Sequence[Event], arrivals: Sequence[Arrival]) -> list[Window]:
+    """For each step plan, the window to the write of its StepDone. Answers come in the order of the plans."""
+    plans = [arrival.index for arrival in arrivals if not arrival.is_answer]
+    return [Window(*ends) for ends in zip(plans, answers_written(events), strict=False)]
+
+
+def answers_written(events: Sequence[Event]) -> Iterator[int]:
+    """Yield for each StepDone that was written the index of the flush after it, or of the write where none follows."""
+    for index, event in enumerate(events):
+        if event.kind == "write":
+            later = range(index + 1, len(events))
+            next_one = next(
+                (i for i in later if events[i].thread == event.thread and events[i].kind in ("write", "flush")), index
+            )
+            written = next_one if events[next_one].kind == "flush" else index
+            yield from [written] * int(event.detail)
+
+
+def io_threads(events: Sequence[Event]) -> set[int]:
+    """Return the threads that read or write frames."""
+    return {event.thread for event in events if event.kind in ("read", "frame", "write", "flush")}
+
+
+def files_in(events: Sequence[Event], threads: set[int]) -> set[str]:
+    """Return the files of which a line ran in one of the threads."""
+    return {event.detail for event in events if event.kind == "line" and event.thread in threads}
+
+
+# ---- printing
+
+
+def print_files(role: Role, processes: Sequence[Process]) -> None:
+    """Print the number of files that count and their names, then the files that run less often."""
+    shares: dict[str, float] = {}
+    for process in processes:
+        counts = Counter(file for files in process.files for file in files)
+        for file, count in counts.items():
+            shares[file] = max(shares.get(file, 0.0), count / len(process.files))
+    counted = sorted(file for file, share in shares.items() if share >= MIN_FRACTION)
+    windows = ", ".join(str(len(process.files)) for process in processes)
+    print(f"\n{role.name.lower():12}{len(counted):4} files   {role.value}; windows: {windows}")
+    for file in counted:
+        print(f"    {file}  {shares[file]:.0%}")
+    for file in sorted(shares.keys() - set(counted)):
+        print(f"    ({file}  {shares[file]:.0%}, sometimes)")
+
+
+if __name__ == "__main__":
+    main()
