@@ -32,7 +32,7 @@ _CLUSTER = (
         "--context",
         "context_tokens",
         type=click.IntRange(min=2),
-        help="Tokens that a conversation can hold; the cache for them is set aside.  [default: 32768, or the model's]",
+        help="Maximum tokens per sequence, prompt and answer together. Cache memory is reserved for them.  [default: 32768, or the model's]",
     ),
     click.option(
         "--dtype",
@@ -51,7 +51,7 @@ _CLUSTER = (
         type=float,
         default=20.0,
         metavar="SECONDS",
-        help="How long a stage lives without a word from this command, 2 to 3600.  [default: 20]",
+        help="End a stage after this long without a heartbeat from this command, 2 to 3600.  [default: 20]",
     ),
     click.option(
         "--stall-timeout",
@@ -59,7 +59,7 @@ _CLUSTER = (
         type=click.FloatRange(1, 3600),
         default=7.0,
         metavar="SECONDS",
-        help="How long a stopped stage, a silent host or a stuck hop is waited for, 1 to 3600.  [default: 7]",
+        help="Restart after a stage was stopped, a host silent or a hop stuck for this long, 1 to 3600.  [default: 7]",
     ),
     click.option("-v", "--verbose", is_flag=True, help="Show what the stages write to their logs."),
 )
@@ -71,7 +71,7 @@ _SAMPLING = (
     click.option("--top-k", type=int, help="Keep this many of the most likely tokens."),
     click.option("--min-p", type=float, help="Keep tokens at least this probable, relative to the most likely one."),
     click.option("--repetition-penalty", type=float, help="Above 1: avoid what stands in the last 64 tokens."),
-    click.option("--seed", type=int, help="The same seed draws the same tokens.  [default: a random one]"),
+    click.option("--seed", type=int, help="The same seed samples the same tokens.  [default: a random one]"),
 )
 
 _TOOLS = (
@@ -142,8 +142,8 @@ draft_option = click.option(
     type=click.Choice(["off", "ngram"]),
     default="ngram",
     show_default=True,
-    help="What idle stages do while a lone answer's token is under way: nothing, or the next one as the text so far "
-    "suggests. The answer is the same.",
+    help="While one answer runs alone, let idle stages compute draft tokens: taken from the text so far (ngram), or none "
+    "(off). The answer is the same.",
 )
 
 

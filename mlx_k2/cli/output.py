@@ -72,7 +72,7 @@ class TextOutput:
             f"first token after {first_s:.2f} s" if first_s is not None else None,
             f"prefill {prefill:.1f} tok/s" if prefill is not None else None,
             f"decode {decode:.1f} tok/s" if decode is not None else None,
-            f"{summary.num_accepted} of {summary.num_drafted} guesses right" if summary.num_drafted else None,
+            f"{summary.num_accepted} of {summary.num_drafted} draft tokens accepted" if summary.num_drafted else None,
         )
         log(" · ".join(parts))
         log(" · ".join(part for part in times if part))

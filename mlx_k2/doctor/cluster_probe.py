@@ -163,7 +163,7 @@ class _Round:
             assignment = plans[rank].assignment if plans else None
             layers = None if assignment is None else (assignment.first_layer, assignment.end_layer)
             self._group.send(rank, Probe(source_on(self._hosts[rank], self._request.source), layers, deep))
-        answers = self.collect(ProbeResult, list(hellos), DEEP_S if deep else PROBE_S, "examination")
+        answers = self.collect(ProbeResult, list(hellos), DEEP_S if deep else PROBE_S, "probe")
         return {rank: answer.facts for rank, answer in answers.items()}
 
     def judge(self, rank: int, hellos: Mapping[int, Hello], facts: HostFacts, plans: Sequence[StagePlan]) -> None:

@@ -45,7 +45,7 @@ class StageEnded:
     def how(self) -> str:
         """A phrase with the exit code or signal, and the reason."""
         if self.signal == SIGKILL and self.reason == ENDED_BY_ITSELF:
-            return f"ended with signal {SIGKILL}: somebody killed it, or its system did for want of memory"
+            return f"ended with signal {SIGKILL}: it was killed, possibly by the out-of-memory killer"
         if self.signal is not None:
             return f"ended with signal {self.signal}: {self.reason}"
         if self.exit_code is not None:

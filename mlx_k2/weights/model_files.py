@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlx_k2.weights.checkpoint import locate_tensors, read_small_files
-from mlx_k2.weights.download import FetchedFiles, HubRepo, OnProgress, bytes_to_fetch, fetch_files, fetch_small_files
+from mlx_k2.weights.hub import FetchedFiles, HubRepo, OnProgress, bytes_to_fetch, fetch_files, fetch_small_files
 from mlx_k2.weights.index import CheckpointIndex
 from mlx_k2.weights.inventory import TensorSpec
 from mlx_k2.weights.model_source import ModelSource, is_repo, model_folder

@@ -325,7 +325,7 @@ def status(stage: GuardedStage) -> StageStatus:
 
 def test_what_a_stage_says_of_its_standing_is_checked() -> None:
     for payload in (b"", b"[]", b'{"phase": "dancing"}', b'{"phase": "starting", "step": -1, "limit_s": null}'):
-        with pytest.raises(ProtocolError, match="not an PhaseUpdate"):
+        with pytest.raises(ProtocolError, match="not a PhaseUpdate"):
             PhaseUpdate.from_json(payload)
-        with pytest.raises(ProtocolError, match="not a Standing"):
+        with pytest.raises(ProtocolError, match="not a StageStatus"):
             StageStatus.from_json(payload)

@@ -12,7 +12,7 @@ import pytest
 from mlx_k2.config import ModelConfig
 from mlx_k2.errors import DownloadError
 from mlx_k2.weights.checkpoint import describe_model, locate_tensors, read_small_files
-from mlx_k2.weights.download import HubRepo, bytes_to_fetch, fetch_files, fetch_small_files
+from mlx_k2.weights.hub import HubRepo, bytes_to_fetch, fetch_files, fetch_small_files
 from mlx_k2.weights.index import CheckpointIndex, read_index_json
 from mlx_k2.weights.inventory import model_specs, shard_specs
 from mlx_k2.weights.safetensors_file import write_file
@@ -53,7 +53,7 @@ def fetch_in_another_process(name: str, environment: dict[str, str]) -> str:
     """huggingface_hub reads its environment when it is imported, so another one needs another process."""
     program = f"""
 from mlx_k2.errors import DownloadError
-from mlx_k2.weights.download import HubRepo, fetch_files
+from mlx_k2.weights.hub import HubRepo, fetch_files
 try:
     print("fetched", fetch_files(HubRepo({REPO!r}), [{name!r}], lambda done, total: None).fetched)
 except DownloadError as error:
