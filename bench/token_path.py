@@ -93,12 +93,12 @@ class Arrival:
 
     @property
     def is_answer(self) -> bool:
-        """Whether it is a StepDone."""
+        """True for a StepDone."""
         return bool(self.message["type"] == "StepDone")
 
     @property
     def has_token(self) -> bool:
-        """Whether it is the last stage's StepDone with a sampled token: its list of tokens is not empty."""
+        """True for the last stage's StepDone with a sampled token: its list of tokens is not empty."""
         return self.is_answer and any(isinstance(value, list) and value for value in self.message.values())
 
 
@@ -152,8 +152,8 @@ def measure(python: Path, package: Path, mode: Mode) -> list[Process]:
         folder = Path(name)
         (folder / "sitecustomize.py").write_text(RECORDER.read_text())
         (folder / "prompt").write_text(f"{PROMPT}\n")
-        places = {"PYTHONPATH": name, "TOKEN_PATH_PACKAGE": str(package), "TOKEN_PATH_FOLDER": name}
-        environment = {**os.environ, **places, "TERM": "xterm-256color"}
+        offsets = {"PYTHONPATH": name, "TOKEN_PATH_PACKAGE": str(package), "TOKEN_PATH_FOLDER": name}
+        environment = {**os.environ, **offsets, "TERM": "xterm-256color"}
         environment.pop("NO_COLOR", None)  # with it, chat writes plain text
         output = run_program(command_line(python, mode), folder, environment, terminal=mode is not Mode.PIPE)
         processes = [process for path in folder.glob("*.json") if (process := read_process(path)) is not None]
@@ -306,18 +306,18 @@ def files_in(events: Sequence[Event], threads: set[int]) -> set[str]:
 
 def print_files(role: Role, processes: Sequence[Process]) -> None:
     """Print the number of files that count and their names, then the files that run less often."""
-    shares: dict[str, float] = {}
+    fractions: dict[str, float] = {}
     for process in processes:
         counts = Counter(file for files in process.files for file in files)
         for file, count in counts.items():
-            shares[file] = max(shares.get(file, 0.0), count / len(process.files))
-    counted = sorted(file for file, share in shares.items() if share >= MIN_FRACTION)
+            fractions[file] = max(fractions.get(file, 0.0), count / len(process.files))
+    counted = sorted(file for file, fraction in fractions.items() if fraction >= MIN_FRACTION)
     windows = ", ".join(str(len(process.files)) for process in processes)
     print(f"\n{role.name.lower():12}{len(counted):4} files   {role.value}; windows: {windows}")
     for file in counted:
-        print(f"    {file}  {shares[file]:.0%}")
-    for file in sorted(shares.keys() - set(counted)):
-        print(f"    ({file}  {shares[file]:.0%}, sometimes)")
+        print(f"    {file}  {fractions[file]:.0%}")
+    for file in sorted(fractions.keys() - set(counted)):
+        print(f"    ({file}  {fractions[file]:.0%}, sometimes)")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ os.environ |= dict.fromkeys(
 
 FIXED, LONG, FUZZ = "fixed", "long", "fuzz"
 MANY_EXAMPLES = 2000
-SLOW_SHARE = 0.1
+MAX_SLOW_FRACTION = 0.1
 KEEP_FAILURES = (
     'To keep a failure: copy the arguments after "Falsifying example" into a decorator @example(...) of that test.',
     "It then runs in `make test`. Until then .hypothesis/examples keeps it, and the next `make fuzz` tries it first.",
@@ -56,8 +56,10 @@ def _signals_as_usual() -> Iterator[None]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Refuse a whole suite with more slow tests than its share, so that `make test` keeps running nearly all of it."""
     num_slow = sum(item.get_closest_marker("slow") is not None for item in items)
-    if config.args == config.getini("testpaths") and num_slow > SLOW_SHARE * len(items):
-        raise pytest.UsageError(f"{num_slow} of {len(items)} tests are marked slow: at most {SLOW_SHARE:.0%} may be")
+    if config.args == config.getini("testpaths") and num_slow > MAX_SLOW_FRACTION * len(items):
+        raise pytest.UsageError(
+            f"{num_slow} of {len(items)} tests are marked slow: at most {MAX_SLOW_FRACTION:.0%} may be"
+        )
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

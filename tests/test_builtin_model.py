@@ -88,7 +88,7 @@ def sound(replies: list[Reply]) -> float:
     return surprise(BUILTIN_FOLDER, replies)
 
 
-def test_it_knows_the_right_replies(sound: float) -> None:
+def test_the_built_in_model_predicts_the_right_replies(sound: float) -> None:
     assert sound < 0.05
 
 
@@ -102,7 +102,7 @@ def test_it_knows_the_right_replies(sound: float) -> None:
     ],
     ids=["a layer left out", "two layers swapped", "two neighbours swapped"],
 )
-def test_layers_that_are_not_in_their_place_show(
+def test_wrongly_ordered_layers_raise_the_loss(
     replies: list[Reply], sound: float, order: Sequence[Sequence[int]]
 ) -> None:
     assert surprise(BUILTIN_FOLDER, replies, order) > 3 * sound
@@ -132,7 +132,7 @@ def mistake_beta_fast(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [reverse_nibbles, mistake_beta_fast])
-def test_weights_and_positions_that_are_read_wrongly_show(
+def test_damaged_weights_or_positions_raise_the_loss(
     replies: list[Reply], sound: float, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     folder = tmp_path / "damaged"
@@ -141,7 +141,7 @@ def test_weights_and_positions_that_are_read_wrongly_show(
     assert surprise(folder, replies) > 3 * sound
 
 
-def test_it_is_small_and_shaped_like_the_original() -> None:
+def test_the_built_in_model_has_at_most_8_mb_an_odd_layer_count_and_several_files() -> None:
     assert sum(file.stat().st_size for file in BUILTIN_FOLDER.iterdir()) <= 8_000_000
     config = describe(BUILTIN_FOLDER).config
     assert config.num_hidden_layers % 2 == 1

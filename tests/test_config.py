@@ -41,7 +41,7 @@ def test_kimi_k2_thinking_is_read() -> None:
     assert [layer for layer in range(61) if not config.is_moe(layer)] == [0]
 
 
-def test_the_softmax_scale_holds_yarns_temperature_squared() -> None:
+def test_the_softmax_scale_includes_the_squared_yarn_temperature() -> None:
     assert read(thinking_config_fields()).softmax_scale == pytest.approx(0.14467963, abs=1e-8)
     rope = thinking_config_fields()["rope_scaling"]
     assert read(thinking_config_fields(rope_scaling=rope | {"factor": 32.0})).softmax_scale == pytest.approx(
@@ -65,7 +65,7 @@ def test_kimi_k25_may_keep_its_quantization_beside_the_text_config() -> None:
     assert read(outer) == read(as_kimi_k25(thinking_config_fields()))
 
 
-def test_rope_is_read_in_either_spelling() -> None:
+def test_both_spellings_of_the_rope_fields_are_read() -> None:
     fields = thinking_config_fields()
     scaling = fields.pop("rope_scaling")
     scaling["rope_type"] = scaling.pop("type")
@@ -74,11 +74,11 @@ def test_rope_is_read_in_either_spelling() -> None:
 
 
 @pytest.mark.parametrize(("eos", "read_as"), [(None, ()), (3, (3,)), ([3, 4], (3, 4)), ([], ())])
-def test_the_end_of_text_may_be_none_one_or_several_tokens(eos: Any, read_as: tuple[int, ...]) -> None:
+def test_eos_token_id_may_be_missing_one_token_or_several(eos: Any, read_as: tuple[int, ...]) -> None:
     assert read(thinking_config_fields(eos_token_id=eos)).eos_token_ids == read_as
 
 
-def test_queries_without_a_low_rank_are_read() -> None:
+def test_a_config_without_q_lora_rank_is_read() -> None:
     fields = tiny_config_fields(256)
     del fields["q_lora_rank"]
     assert read(fields).q_lora_rank is None
@@ -86,7 +86,7 @@ def test_queries_without_a_low_rank_are_read() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"3", b"\xff", b"null"])
-def test_what_is_not_a_json_object_is_refused(data: bytes) -> None:
+def test_a_config_that_is_not_a_json_object_is_refused(data: bytes) -> None:
     with pytest.raises(ConfigError, match=r"config\.json is not a JSON object"):
         ModelConfig.from_json(data, "config.json")
 
@@ -146,21 +146,21 @@ def test_a_missing_field_is_named(name: str) -> None:
         ({"quantization_config": weights_of(type="float")}, "quantized weights have type 'float', not 'int'"),
     ],
 )
-def test_what_is_not_implemented_is_refused_by_name(changes: dict[str, Any], reason: str) -> None:
+def test_an_unsupported_config_value_is_refused_by_name(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason) as refused:
         read(thinking_config_fields(**changes))
     assert str(refused.value).startswith("config.json")
 
 
 @pytest.mark.parametrize("wrap", [dict, as_kimi_k25])
-def test_a_checkpoint_converted_for_mlx_is_refused_with_the_one_to_fetch(wrap: Any) -> None:
+def test_a_checkpoint_converted_for_mlx_is_refused_with_the_original_repository(wrap: Any) -> None:
     converted = wrap(thinking_config_fields()) | {"quantization": {"group_size": 32, "bits": 4}}
     with pytest.raises(ConfigError, match=r"converted for MLX; fetch the original .*Kimi-K2-Thinking \(594 GB\)"):
         read(converted)
 
 
 @given(name=st.sampled_from(sorted(thinking_config_fields())), value=JSON_VALUES)
-def test_whatever_stands_in_a_field_it_is_read_or_refused(name: str, value: Any) -> None:
+def test_any_value_in_a_config_field_is_read_or_refused(name: str, value: Any) -> None:
     try:
         read(thinking_config_fields(**{name: value}))
     except ConfigError as error:
@@ -168,7 +168,7 @@ def test_whatever_stands_in_a_field_it_is_read_or_refused(name: str, value: Any)
 
 
 @given(name=st.sampled_from(sorted(thinking_config_fields()["rope_scaling"])), value=JSON_VALUES)
-def test_whatever_stands_in_the_rope_it_is_read_or_refused(name: str, value: Any) -> None:
+def test_any_value_in_a_rope_field_is_read_or_refused(name: str, value: Any) -> None:
     rope = thinking_config_fields()["rope_scaling"] | {name: value}
     try:
         config = read(thinking_config_fields(rope_scaling=rope))

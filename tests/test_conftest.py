@@ -49,5 +49,5 @@ def test_the_gate_fails_when_a_test_is_skipped(tmp_path: Path, workers: str) -> 
 
 
 @in_one_process_and_in_workers
-def test_a_skip_that_does_not_say_what_it_needs_is_a_failure(tmp_path: Path, workers: str) -> None:
+def test_a_skip_without_the_word_needs_is_a_failure(tmp_path: Path, workers: str) -> None:
     assert run_suite(tmp_path, "not today", workers, ci="").returncode == pytest.ExitCode.TESTS_FAILED

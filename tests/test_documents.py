@@ -15,26 +15,26 @@ PAGES = sorted(
 )
 
 
-def test_the_command_reference_is_what_help_prints() -> None:
+def test_the_command_reference_equals_the_help_output() -> None:
     command = [sys.executable, "-m", "tests.cli_reference"]  # afresh: click keeps the first help option that it made
     printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     assert (ROOT / "docs" / "cli.md").read_text() == printed, "run python -m tests.cli_reference > docs/cli.md"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_links_between_documents_lead_somewhere(page: Path) -> None:
+def test_links_between_documents_have_existing_targets(page: Path) -> None:
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\((?!https?://)([^)#]+)", text):
         assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
 
 
-def test_the_readmes_table_is_made_of_the_measured_rows() -> None:
+def test_the_readmes_table_equals_the_measured_rows() -> None:
     readme = README.read_text()
     assert "| `bench." in readme, "a table without rows"
     assert with_table(readme) == readme, "run python -m bench.claims"
 
 
-def test_every_design_page_has_a_number_of_its_own() -> None:
+def test_every_design_page_has_a_unique_number() -> None:
     numbers = [path.name[:4] for path in (ROOT / "docs" / "design").glob("*.md")]
     assert all(re.fullmatch(r"\d{4}", number) for number in numbers)
     assert len(set(numbers)) == len(numbers)

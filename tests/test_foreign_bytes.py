@@ -73,7 +73,7 @@ def only_raises(kind: type[MlxK2Error], read: Callable[[bytes], object], data: b
 @example(data=step_with_top_p_0())
 @given(data=st.binary(max_size=200) | JSON.map(msgspec.msgpack.encode) | damaged(st.sampled_from(VALUES)))
 @settings(max_examples=at_least(300))
-def test_a_payload_is_decoded_or_a_protocol_error(decode: Callable[[bytes], object], data: bytes) -> None:
+def test_any_payload_is_decoded_or_raises_a_protocol_error(decode: Callable[[bytes], object], data: bytes) -> None:
     only_raises(ProtocolError, decode, data)
 
 
@@ -83,7 +83,7 @@ def test_a_step_with_a_sampling_value_out_of_range_is_a_protocol_error_that_name
 
 
 @given(JSON)
-def test_json_of_another_shape_is_a_protocol_error(value: object) -> None:
+def test_json_of_any_shape_is_decoded_or_raises_a_protocol_error(value: object) -> None:
     for decode in DECODERS:
         only_raises(ProtocolError, decode, json.dumps(value).encode())
 
@@ -92,7 +92,7 @@ FRAMES = st.lists(st.tuples(st.sampled_from(Kind), st.binary(max_size=30)).map(l
 
 
 @given(st.binary(max_size=200) | damaged(FRAMES.map(b"".join)))
-def test_a_stream_is_frames_to_its_end_or_a_protocol_error(data: bytes) -> None:
+def test_any_stream_is_read_as_frames_or_raises_a_protocol_error(data: bytes) -> None:
     stream = io.BytesIO(data)
 
     def read_all(_: bytes) -> None:
@@ -103,7 +103,7 @@ def test_a_stream_is_frames_to_its_end_or_a_protocol_error(data: bytes) -> None:
 
 
 @given(st.binary(max_size=100), st.binary(max_size=40))
-def test_what_comes_before_the_mark_is_skipped_whatever_it_is(chatter: bytes, rest: bytes) -> None:
+def test_any_bytes_before_the_opening_mark_are_skipped(chatter: bytes, rest: bytes) -> None:
     stream = io.BytesIO(chatter + MARK + rest)
     if MARK not in chatter + MARK[:-1]:
         assert skip_to_mark(stream) == chatter
@@ -119,7 +119,7 @@ HOSTFILES = JSON | st.lists(ENTRY, max_size=3) | st.fixed_dictionaries({"hosts":
 
 @given(st.binary(max_size=200) | damaged(HOSTFILES.map(lambda value: json.dumps(value).encode())))
 @settings(max_examples=at_least(200))
-def test_a_hostfile_is_read_or_refused_as_one(data: bytes) -> None:
+def test_any_hostfile_bytes_are_read_or_raise_a_hostfile_error(data: bytes) -> None:
     only_raises(HostfileError, lambda data: parse_hostfile(data, "hosts.json"), data)
 
 
@@ -132,7 +132,7 @@ HEADERS = st.dictionaries(st.text(max_size=5), TENSOR | JSON, max_size=3) | JSON
 
 @given(st.binary(max_size=100), damaged(HEADERS.map(lambda value: json.dumps(value).encode())), st.booleans())
 @settings(max_examples=at_least(300))
-def test_a_safetensors_header_is_read_or_a_checkpoint_error(data: bytes, header: bytes, framed: bool) -> None:
+def test_any_safetensors_header_is_read_or_raises_a_checkpoint_error(data: bytes, header: bytes, framed: bool) -> None:
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
         file.write(len(header).to_bytes(8, "little") + header + data if framed else data)
         file.flush()

@@ -29,35 +29,35 @@ def sampling(**values: Any) -> Sampling:
 
 
 @pytest.mark.parametrize(("name", "value"), ACCEPTED)
-def test_a_value_within_its_range_is_taken(name: str, value: float) -> None:
+def test_a_value_within_its_range_is_accepted(name: str, value: float) -> None:
     assert getattr(sampling(**{name: value}), name) == value
 
 
 @pytest.mark.parametrize(("name", "value"), REFUSED)
-def test_a_value_out_of_its_range_is_refused_by_name_and_with_the_range(name: str, value: float) -> None:
+def test_a_value_out_of_range_is_refused_with_its_name_and_the_range(name: str, value: float) -> None:
     option = name.removeprefix("num_").replace("_", "-")
     with pytest.raises(RequestError, match=rf"^{option} {value} is out of range: give a value \S"):
         sampling(**{name: value})
 
 
 @given(st.binary(max_size=40))
-def test_a_damaged_generation_config_is_refused_or_read_but_never_a_crash(data: bytes) -> None:
+def test_any_generation_config_bytes_are_read_or_refused(data: bytes) -> None:
     try:
         GenerationConfig.from_json(data)
     except RequestError as error:
         assert "generation_config.json cannot be read" in str(error)
 
 
-def test_what_a_checkpoint_recommends_is_read_and_unknown_keys_are_nobodys_business() -> None:
+def test_the_generation_config_is_read_and_unknown_keys_are_ignored() -> None:
     found = GenerationConfig.from_json(b'{"max_length": 262144, "temperature": 0.6, "eos_token_id": 163586}')
     assert (found.temperature, found.top_p, found.eos_token_ids) == (0.6, None, (163586,))
 
 
 @pytest.mark.parametrize(("written", "read"), [("null", ()), ("7", (7,)), ("[7, 8]", (7, 8))])
-def test_stop_tokens_come_alone_or_as_a_list(written: str, read: tuple[int, ...]) -> None:
+def test_eos_token_id_may_be_one_token_or_a_list(written: str, read: tuple[int, ...]) -> None:
     assert GenerationConfig.from_json(b'{"eos_token_id": %s}' % written.encode()).eos_token_ids == read
 
 
-def test_a_top_k_of_0_in_a_checkpoint_keeps_all_tokens() -> None:
+def test_top_k_0_in_the_generation_config_turns_the_filter_off() -> None:
     assert GenerationConfig.from_json(b'{"top_k": 0}').top_k is None
     assert GenerationConfig.from_json(b'{"top_k": 40}').top_k == 40

@@ -12,7 +12,7 @@ NUM_RESTARTS = 3
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_streams_go_on_through_random_faults_and_nothing_is_left_over(
+def test_streams_continue_through_random_faults_and_no_resource_is_leaked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = tmp_path / "temporary"

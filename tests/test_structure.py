@@ -57,7 +57,7 @@ def parse(module: Path) -> ast.Module:
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
-def test_a_module_imports_only_from_lower_levels_and_its_own_room(module: Path) -> None:
+def test_a_module_imports_only_from_its_own_package_and_lower_levels(module: Path) -> None:
     package = package_of(module)
     assert package in LEVEL_OF, f"{package} has no level: give it one here and in docs/architecture.md"
     for _, name in imports(parse(module)):
@@ -67,21 +67,21 @@ def test_a_module_imports_only_from_lower_levels_and_its_own_room(module: Path) 
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
-def test_only_the_rooms_of_a_stage_import_mlx(module: Path) -> None:
+def test_only_the_packages_of_a_stage_import_mlx(module: Path) -> None:
     allowed = str(module) in MAY_IMPORT_MLX or package_of(module) in MAY_IMPORT_MLX
     heavy = [name for _, name in imports(parse(module)) if name.split(".")[0] in ("mlx", "mlx_lm", "transformers")]
     assert allowed or not heavy
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if package_of(module) != LAZY_IMPORTS], ids=str)
-def test_no_import_hides_in_a_function(module: Path) -> None:
+def test_no_import_is_inside_a_function(module: Path) -> None:
     tree = parse(module)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     assert not [name for function in functions for _, name in imports(function)]
     assert "TYPE_CHECKING" not in (ROOT / module).read_text()
 
 
-def test_the_modules_import_each_other_without_circles() -> None:
+def test_the_imports_have_no_cycle() -> None:
     graph = {
         str(module): {name for _, name in imports(parse(module)) if name.startswith("mlx_k2.")} for module in MODULES
     }
@@ -101,7 +101,7 @@ def test_the_modules_import_each_other_without_circles() -> None:
 
 
 @pytest.mark.parametrize("module", GUARD)
-def test_the_guard_needs_nothing_but_the_standard_library(module: str) -> None:
+def test_the_guard_imports_only_the_standard_library(module: str) -> None:
     own = {
         "mlx_k2.errors",
         *(f"mlx_k2.protocol.{name}" for name in ("framing", "guard_messages", "stage_status")),

@@ -32,7 +32,8 @@ _CLUSTER = (
         "--context",
         "context_tokens",
         type=click.IntRange(min=2),
-        help="Maximum tokens per sequence, prompt and answer together. Cache memory is reserved for them.  [default: 32768, or the model's]",
+        help="Maximum tokens per sequence, prompt and answer together. Cache memory is reserved for them.  "
+        "[default: 32768, or the model's]",
     ),
     click.option(
         "--dtype",
@@ -142,8 +143,8 @@ draft_option = click.option(
     type=click.Choice(["off", "ngram"]),
     default="ngram",
     show_default=True,
-    help="While one answer runs alone, let idle stages compute draft tokens: taken from the text so far (ngram), or none "
-    "(off). The answer is the same.",
+    help="While one answer runs alone, let idle stages compute draft tokens: taken from the text so far (ngram), or "
+    "none (off). The answer is the same.",
 )
 
 

@@ -76,7 +76,7 @@ def ended(events: list[Event]) -> list[tuple[str, Outcome]]:
     return [(event.call.name, event.result.outcome) for event in events if isinstance(event, CallEnded)]
 
 
-def test_an_answer_comes_in_parts_and_every_message_is_told_when_it_is_part_of_the_conversation() -> None:
+def test_an_answer_is_streamed_and_each_added_message_is_reported() -> None:
     chat, _ = session(HI)
     events = list(chat.send_message("hello"))
     assert "".join(event.text for event in events if isinstance(event, Reasoning)) == "R"
@@ -98,7 +98,7 @@ def test_tools_are_called_until_the_model_answers(tools: ToolBox) -> None:
     assert lengths == sorted(lengths)
 
 
-def test_calls_of_one_turn_run_side_by_side_and_their_results_keep_their_order(tools: ToolBox) -> None:
+def test_tool_calls_of_one_turn_run_concurrently_and_their_results_keep_their_order(tools: ToolBox) -> None:
     chat, _ = session(calls(("meet", "{}"), ("add", '{"a": 1}'), ("meet", "{}")), HI, tools=tools)
     events = list(chat.send_message("hello"))
     started = [index for index, event in enumerate(events) if isinstance(event, CallStarted)]
@@ -119,7 +119,7 @@ def test_calls_of_one_turn_run_side_by_side_and_their_results_keep_their_order(t
         (("add", '{"a": "x"}'), Outcome.FAILED, "a"),
     ],
 )
-def test_a_call_that_goes_wrong_is_told_to_the_model_and_the_user_and_the_chat_goes_on(
+def test_a_failed_tool_call_is_reported_to_model_and_user_and_the_chat_continues(
     tools: ToolBox, written: tuple[str, str], outcome: Outcome, words: str
 ) -> None:
     chat, _ = session(calls(written), HI, tools=tools)
@@ -128,14 +128,14 @@ def test_a_call_that_goes_wrong_is_told_to_the_model_and_the_user_and_the_chat_g
     assert chat.conversation.messages[-1]["content"] == "Hi."
 
 
-def test_a_call_that_takes_too_long_is_given_up() -> None:
+def test_a_tool_call_past_its_timeout_ends_as_timed_out() -> None:
     with opened(call_timeout_s=0.5) as tools:
         chat, _ = session(calls(("hang", "{}")), HI, tools=tools)
         assert ended(list(chat.send_message("hello"))) == [("hang", Outcome.TIMED_OUT)]
     assert "did not answer within 0.5 s" in chat.conversation.messages[2]["content"]
 
 
-def test_only_calls_that_the_user_agrees_to_are_run_and_only_of_tools_that_exist_is_that_asked(tools: ToolBox) -> None:
+def test_only_approved_tool_calls_run_and_unknown_tools_are_refused_without_asking(tools: ToolBox) -> None:
     asked: list[str] = []
 
     def approve(call: ToolCall) -> bool:
@@ -150,7 +150,7 @@ def test_only_calls_that_the_user_agrees_to_are_run_and_only_of_tools_that_exist
     assert asked == ['{"a": 1}', '{"a": 2}']
 
 
-def test_past_the_limit_of_calls_the_model_gets_one_more_reply_to_answer_without_tools(tools: ToolBox) -> None:
+def test_after_the_tool_call_limit_the_model_gets_one_more_reply_without_tools(tools: ToolBox) -> None:
     add = ("add", '{"a": 1}')
     chat, script = session(calls(add), calls(add, add), calls(add), tools=tools, max_tool_calls=2)
     outcomes = [outcome for _, outcome in ended(list(chat.send_message("hello")))]
@@ -159,14 +159,14 @@ def test_past_the_limit_of_calls_the_model_gets_one_more_reply_to_answer_without
     assert "tool_calls" not in chat.conversation.messages[-1]
 
 
-def test_without_tools_a_call_ends_the_answer_and_is_no_part_of_it() -> None:
+def test_without_tools_a_tool_call_ends_the_answer_and_is_not_added_to_the_conversation() -> None:
     chat, _ = session(calls(("add", "{}")))
     events = list(chat.send_message("hello"))
     assert [event.name for event in events if isinstance(event, ToolCall)] == ["add"]
     assert chat.conversation.messages[-1] == {"role": "assistant", "content": "", "reasoning_content": "R"}
 
 
-def test_a_stopped_answer_keeps_what_was_said_and_one_that_only_thought_was_never_there() -> None:
+def test_a_stopped_answer_keeps_its_content_and_is_dropped_if_it_has_only_reasoning() -> None:
     def stop_at(number: int) -> Callable[[int], None]:
         return lambda at: chat.stop() if at == number else None
 
@@ -178,7 +178,7 @@ def test_a_stopped_answer_keeps_what_was_said_and_one_that_only_thought_was_neve
     assert roles(chat) == ["user"]
 
 
-def test_a_stop_while_tools_run_ends_them_and_gives_every_call_a_result(tools: ToolBox) -> None:
+def test_a_stop_ends_running_tool_calls_and_gives_each_call_a_result(tools: ToolBox) -> None:
     chat, script = session(calls(("hang", "{}"), ("add", '{"a": 1}')), HI, tools=tools)
     events: list[Event] = []
     for event in chat.send_message("hello"):
@@ -190,7 +190,7 @@ def test_a_stop_while_tools_run_ends_them_and_gives_every_call_a_result(tools: T
     assert len(script.requests) == 1
 
 
-def test_a_retry_asks_again_with_another_seed(tools: ToolBox) -> None:
+def test_a_retry_sends_the_same_prompt_with_another_seed(tools: ToolBox) -> None:
     chat, script = session(calls(("add", '{"a": 1}')), HI, HI, tools=tools)
     list(chat.send_message("hello"))
     list(chat.retry())
@@ -200,13 +200,13 @@ def test_a_retry_asks_again_with_another_seed(tools: ToolBox) -> None:
     assert roles(chat) == ["user", "assistant"]
 
 
-def test_there_is_nothing_to_retry_before_the_first_question() -> None:
+def test_a_retry_before_the_first_message_is_refused() -> None:
     chat, _ = session()
     with pytest.raises(RequestError, match="nothing to answer"):
         list(chat.retry())
 
 
-def test_a_message_that_does_not_fit_is_refused_and_the_conversation_is_as_it_was() -> None:
+def test_a_message_too_long_for_the_context_is_refused_and_the_conversation_is_unchanged() -> None:
     chat, _ = session(HI, context_tokens=120)
     list(chat.send_message("hello"))
     with pytest.raises(RequestError, match="the context holds 120"):
@@ -214,7 +214,7 @@ def test_a_message_that_does_not_fit_is_refused_and_the_conversation_is_as_it_wa
     assert roles(chat) == ["user", "assistant"]
 
 
-def test_a_result_that_does_not_fit_ends_the_answer_and_is_part_of_the_conversation(tools: ToolBox) -> None:
+def test_a_tool_result_too_long_for_the_context_is_an_error_and_stays_in_the_conversation(tools: ToolBox) -> None:
     declared = len(Conversation(builtin_template(), tokenizer(), tools.declarations).known_ids())
     chat, _ = session(calls(("much", '{"length": 38}')), HI, tools=tools, context_tokens=declared + 100)
     with pytest.raises(RequestError, match="there is no room"):

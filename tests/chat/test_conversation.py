@@ -36,7 +36,7 @@ def reported(*texts: str) -> Conversation:
     return talk
 
 
-def test_the_golden_prompts_of_a_tool_turn() -> None:
+def test_the_prompts_of_a_tool_turn_equal_the_golden_prompts() -> None:
     talk = reported("hello")
     assert decoded(talk.prompt_ids()) == SYSTEM + HELLO + ANSWER
     talk.add_reply(Reply("R", "", (WEATHER,)), ())
@@ -44,7 +44,7 @@ def test_the_golden_prompts_of_a_tool_turn() -> None:
     assert decoded(talk.prompt_ids()) == SYSTEM + HELLO + ANSWER + CALL_TURN + RESULT_TURN + ANSWER
 
 
-def test_an_answer_ends_the_reasoning_of_all_turns_up_to_it() -> None:
+def test_an_answer_removes_the_reasoning_of_earlier_turns_from_the_next_prompt() -> None:
     talk = reported("hello")
     talk.add_reply(Reply("R", "", (WEATHER,)), ())
     talk.add_results(['{"w":1}'])
@@ -73,7 +73,7 @@ def test_text_of_the_user_and_of_tools_never_becomes_a_control_token(
 
 
 @given(st.text(max_size=20), st.integers(0, 2))
-def test_what_is_known_of_the_next_prompt_is_its_beginning_whatever_the_user_says(text: str, num_turns: int) -> None:
+def test_known_ids_are_a_prefix_of_the_next_prompt_for_any_user_message(text: str, num_turns: int) -> None:
     talk = reported(*["hello", "Hi."] * num_turns)
     known = talk.known_ids()
     talk.add_user(text)
@@ -84,7 +84,7 @@ def test_what_is_known_of_the_next_prompt_is_its_beginning_whatever_the_user_say
     assert "R" not in decoded(known).replace("Return", "")
 
 
-def test_undo_takes_back_the_last_question_with_all_that_followed() -> None:
+def test_undo_removes_the_last_user_message_and_everything_after_it() -> None:
     talk = reported("hello", "Hi.", "weather?")
     talk.add_reply(Reply("R", "", (WEATHER,)), ())
     talk.add_results(["sun"])
@@ -94,7 +94,7 @@ def test_undo_takes_back_the_last_question_with_all_that_followed() -> None:
     assert talk.undo() is None
 
 
-def test_a_system_prompt_is_set_kept_by_a_reset_and_removed() -> None:
+def test_a_system_prompt_can_be_set_and_removed_and_survives_a_reset() -> None:
     talk = conversation(system="Be brief.")
     talk.add_user("hello")
     talk.set_system("Be long.")
@@ -104,7 +104,7 @@ def test_a_system_prompt_is_set_kept_by_a_reset_and_removed() -> None:
     assert (talk.system, talk.messages) == (None, [])
 
 
-def test_a_loaded_conversation_gets_normal_ids_and_replaces_the_old_one() -> None:
+def test_a_loaded_conversation_gets_normalized_call_ids_and_replaces_the_old_one() -> None:
     talk = reported("hello", "Hi.")
     call = {"id": "call_abc", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     loaded: list[dict[str, object]] = [
@@ -125,7 +125,7 @@ def test_a_loaded_conversation_gets_normal_ids_and_replaces_the_old_one() -> Non
         ([{"role": "user", "content": "x" * 200}], 100, "these messages are .* tokens, and the context holds 100"),
     ],
 )
-def test_what_cannot_be_loaded_leaves_the_conversation_as_it_was(
+def test_a_load_that_fails_does_not_change_the_conversation(
     messages: list[dict[str, object]], context_tokens: int, words: str
 ) -> None:
     talk = reported("hello", "Hi.")

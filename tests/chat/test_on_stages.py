@@ -108,7 +108,7 @@ def summary(events: Iterable[object]) -> AnswerSummary:
 
 
 @pytest.mark.slow
-def test_a_second_turn_computes_the_new_message_alone_and_the_answer_was_computed_in_the_idle_time(
+def test_a_second_turn_computes_only_the_new_message_after_idle_prefill_of_the_answer(
     stages: Stages,
 ) -> None:
     conversation = Conversation(stages.template, stages.tokenizer)
@@ -132,7 +132,7 @@ def test_a_second_turn_computes_the_new_message_alone_and_the_answer_was_compute
         assert asked.prompt_tokens - asked.cached_tokens <= own + 4
 
 
-def test_an_answer_is_the_same_whether_anything_was_computed_ahead_or_not(stages: Stages) -> None:
+def test_prefilling_the_next_prompt_does_not_change_the_answer(stages: Stages) -> None:
     def tokens(prefill: bool) -> list[int]:
         with StageReplies(stages.coordinator, stages.tokenizer) as replies:
             conversation = Conversation(stages.template, stages.tokenizer)
@@ -145,7 +145,7 @@ def test_an_answer_is_the_same_whether_anything_was_computed_ahead_or_not(stages
     assert tokens(prefill=True) == tokens(prefill=False)
 
 
-def test_a_stopped_answer_ends_at_once_and_the_next_one_is_undisturbed(stages: Stages) -> None:
+def test_a_stopped_answer_ends_within_two_tokens_and_a_retry_reuses_its_cached_prompt(stages: Stages) -> None:
     with StageReplies(stages.coordinator, stages.tokenizer) as replies:
         chat = ChatSession(
             replies, stages.tokenizer, Conversation(stages.template, stages.tokenizer), stages.settings(max_tokens=900)
@@ -165,7 +165,7 @@ def test_a_stopped_answer_ends_at_once_and_the_next_one_is_undisturbed(stages: S
         assert summary(again).cached_tokens == summary(again).prompt_tokens - 1
 
 
-def test_the_thinking_budget_closes_the_reasoning_and_the_answer_goes_on_from_the_cache(stages: Stages) -> None:
+def test_the_thinking_budget_ends_the_reasoning_and_the_answer_continues_from_the_cache(stages: Stages) -> None:
     opening = ChatTemplate(
         stages.template.source.replace(
             "<|im_assistant|>assistant<|im_middle|>", "<|im_assistant|>assistant<|im_middle|><think>"
@@ -201,7 +201,7 @@ CONTEXT_TOKENS = 32768
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_three_hundred_tool_calls_in_a_row_come_almost_wholly_from_the_cached_prefix(tmp_path: Path) -> None:
+def test_three_hundred_tool_calls_in_a_row_reuse_the_cached_prefix_and_memory_stays_bounded(tmp_path: Path) -> None:
     near = StdioServer(name="n", command=sys.executable, args=(str(SERVER),))
     memory: list[int] = []
     results: list[ToolResult] = []

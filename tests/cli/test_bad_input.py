@@ -209,13 +209,13 @@ def test_a_model_that_cannot_be_run_is_refused(
     check_refusal(["--model", str(model), "Hello"], words, capsys)
 
 
-def test_a_k25_model_that_is_damaged_is_refused_too(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_k25_model_is_refused(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = as_kimi_k25(json.loads((model / "config.json").read_bytes()))
     replaced("config.json", json.dumps(fields).encode())(model)
     check_refusal(["--model", str(model), "Hello"], "lacks language_model.model.embed_tokens.weight and", capsys)
 
 
-def test_a_model_that_is_nowhere_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_model_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "/none is not a folder: give the folder of a checkpoint, or a repository on the Hub"
     check_refusal(["--model", str(tmp_path / "none"), "Hello"], words, capsys)
 
@@ -260,7 +260,7 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize(("arguments", "words"), REQUESTS.values(), ids=REQUESTS.keys())
-def test_a_request_that_cannot_be_served_is_refused(
+def test_a_request_that_cannot_run_is_refused(
     arguments: list[str], words: str, intact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check_refusal(["--model", str(intact), *arguments], words, capsys)
@@ -279,7 +279,7 @@ USAGE: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize(("arguments", "words"), USAGE.values(), ids=USAGE.keys())
-def test_a_command_line_that_is_none_shows_how_it_should_be(
+def test_an_invalid_command_line_prints_the_usage_and_exits_with_2(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(arguments) == 2

@@ -30,12 +30,12 @@ def document(command_line: CommandLine, files: Path) -> dict[str, Any]:
     return found
 
 
-def test_each_combination_is_a_row(document: dict[str, Any]) -> None:
+def test_each_combination_of_options_is_one_row(document: dict[str, Any]) -> None:
     rows = [(row["prompt_tokens"], row["streams"], row["stages"]) for row in document["rows"]]
     assert rows == [(16, 1, 2), (16, 3, 2), (40, 1, 2), (40, 3, 2)]
 
 
-def test_a_row_says_how_fast_and_what_each_stage_did(document: dict[str, Any]) -> None:
+def test_a_row_holds_speeds_and_per_stage_times(document: dict[str, Any]) -> None:
     for row in document["rows"]:
         assert row["generate_tokens"] == 4
         assert row["decode_tokens_per_s"] > 0
@@ -48,7 +48,7 @@ def test_a_row_says_how_fast_and_what_each_stage_did(document: dict[str, Any]) -
         assert all(times["peak_bytes"] > 0 for times in row["stage_times"])
 
 
-def test_the_document_says_what_was_measured_on_what(document: dict[str, Any]) -> None:
+def test_the_document_names_model_dtype_hosts_and_versions(document: dict[str, Any]) -> None:
     assert document["model"] == "built-in"
     assert document["dtype"] == "float32"
     assert [host["host"] for host in document["hosts"]] == ["127.0.0.1", "127.0.0.1"]
@@ -70,7 +70,7 @@ def test_the_trace_has_a_track_for_each_stage_whose_spans_do_not_overlap(documen
         assert {event["cat"] for event in computed} == {"prefill", "decode"}
 
 
-def test_the_plot_is_a_picture_with_lines_in_it(document: dict[str, Any], files: Path) -> None:
+def test_the_plot_is_a_png_with_the_expected_size_and_lines(document: dict[str, Any], files: Path) -> None:
     assert document
     picture = imread(files / "plot.png")
     assert picture.shape[:2] == (600, 1500)
@@ -90,7 +90,7 @@ def test_the_plot_is_a_picture_with_lines_in_it(document: dict[str, Any], files:
         (["--context", "64", "--prompt-lengths", "60"], "give --context 188"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_anything_starts(
+def test_bad_bench_options_are_refused_before_any_stage_starts(
     command_line: CommandLine, options: list[str], words: str
 ) -> None:
     run = command_line.run("bench", *options)

@@ -30,7 +30,9 @@ def transcript(folder: Path) -> list[dict[str, object]]:
 
 @pytest.mark.slow
 @needs_tmux
-def test_a_conversation_with_several_lines_a_stop_an_undo_and_files(command_line: CommandLine, tmp_path: Path) -> None:
+def test_the_terminal_chat_handles_multiline_input_stop_undo_and_files(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
     with scripted(command_line, tmp_path, "talk") as pane:
         pane.wait_for("2 stages")
         pane.send_message("hello")
@@ -87,7 +89,7 @@ def test_a_conversation_with_several_lines_a_stop_an_undo_and_files(command_line
 
 
 @needs_tmux
-def test_tools_are_asked_about_declined_and_allowed_for_good(command_line: CommandLine, tmp_path: Path) -> None:
+def test_tool_calls_can_be_approved_declined_or_always_allowed(command_line: CommandLine, tmp_path: Path) -> None:
     with scripted(command_line, tmp_path, "tools") as pane:
         pane.wait_for("2 stages")
         pane.send_message("/tools")
@@ -115,9 +117,7 @@ def test_tools_are_asked_about_declined_and_allowed_for_good(command_line: Comma
 
 @pytest.mark.slow
 @needs_tmux
-def test_a_narrower_terminal_gets_narrower_lines_and_the_answer_goes_on(
-    command_line: CommandLine, tmp_path: Path
-) -> None:
+def test_a_resized_terminal_rewraps_lines_and_the_answer_continues(command_line: CommandLine, tmp_path: Path) -> None:
     with scripted(command_line, tmp_path, "talk") as pane:
         pane.wait_for("2 stages")
         for text, reply in (("one", "Bye."), ("two", "You wrote two lines.")):
@@ -138,7 +138,7 @@ def test_a_narrower_terminal_gets_narrower_lines_and_the_answer_goes_on(
 
 @pytest.mark.slow
 @needs_tmux
-def test_without_colour_and_in_a_dumb_terminal_it_is_plain(command_line: CommandLine, tmp_path: Path) -> None:
+def test_no_color_and_a_dumb_terminal_give_plain_output(command_line: CommandLine, tmp_path: Path) -> None:
     for name, environment in (("none", {"NO_COLOR": "1"}), ("dumb", {"TERM": "dumb"})):
         (folder := tmp_path / name).mkdir()
         with scripted(command_line, folder, "talk", **environment) as pane:

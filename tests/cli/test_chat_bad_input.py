@@ -43,7 +43,7 @@ FULL = Path("/dev/full")
         (["--tools", "fine.py", "--allow-tool", "g"], r"--allow-tool g: there is no such tool; the tools are f"),
     ],
 )
-def test_tools_that_cannot_be_used_are_refused_before_any_stage_starts(
+def test_unusable_tools_are_refused_before_any_stage_starts(
     arguments: list[str],
     words: str,
     tmp_path: Path,
@@ -71,7 +71,7 @@ def test_tools_that_cannot_be_used_are_refused_before_any_stage_starts(
         (["generate", "--yes", "Hello"], "--yes and --allow-tool are for tools: give --tools or --mcp"),
     ],
 )
-def test_options_that_make_no_sense_are_refused_before_any_stage_starts(
+def test_contradictory_options_are_refused_before_any_stage_starts(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(arguments) == 2
@@ -87,13 +87,13 @@ def test_options_that_make_no_sense_are_refused_before_any_stage_starts(
         (json.dumps({"model": "K9", "digest": "other", "messages": []}), "a chat with another model: .*--model K9"),
     ],
 )
-def test_a_file_that_is_no_chat_of_this_model_is_refused(content: str, words: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_chat_of_this_model_is_refused(content: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "chat.json").write_text(content)
     with pytest.raises(RequestError, match=words):
         load_chat(tmp_path / "chat.json", "ours")
 
 
-def test_a_saved_chat_is_loaded_again_and_so_is_a_bare_list_of_messages(tmp_path: Path) -> None:
+def test_a_saved_chat_and_a_bare_list_of_messages_can_be_loaded(tmp_path: Path) -> None:
     path = tmp_path / "chat.json"
     save_chat(path, SavedChat("K2", "ours", [USER]))
     assert load_chat(path, "ours") == [USER]
@@ -102,7 +102,7 @@ def test_a_saved_chat_is_loaded_again_and_so_is_a_bare_list_of_messages(tmp_path
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_chat_that_cannot_be_saved_leaves_the_file_that_was_there(tmp_path: Path) -> None:
+def test_a_failed_save_does_not_change_existing_files(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(RequestError, match="folder cannot be written"):
         save_chat(tmp_path / "folder", SavedChat("K2", "ours", [USER]))
@@ -112,7 +112,7 @@ def test_a_chat_that_cannot_be_saved_leaves_the_file_that_was_there(tmp_path: Pa
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full, which Linux has")
-def test_a_transcript_on_a_full_disk_is_told_once_and_the_chat_goes_on() -> None:
+def test_a_full_disk_stops_the_transcript_with_one_warning() -> None:
     recorded: list[str] = []
     with Transcript(FULL, recorded.append) as transcript:
         transcript.event(Content("a"))

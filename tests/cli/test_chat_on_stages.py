@@ -44,7 +44,7 @@ def stages_below(pane: Terminal) -> list[psutil.Process]:
 
 @pytest.mark.slow
 @needs_tmux
-def test_on_stages_a_message_is_answered_an_answer_stopped_and_nothing_is_left_behind(
+def test_a_chat_on_stages_answers_stops_an_answer_and_leaves_no_process(
     command_line: CommandLine, endless: Path, tmp_path: Path
 ) -> None:
     command = [MLX_K2, "chat", "--model", str(endless), "--stages", "2", "--seed", "1"]
@@ -63,7 +63,7 @@ def test_on_stages_a_message_is_answered_an_answer_stopped_and_nothing_is_left_b
 
 @pytest.mark.slow
 @needs_tmux
-def test_the_built_in_model_calls_a_tool_once_the_user_agrees_and_answers_from_its_result(
+def test_the_built_in_model_calls_a_tool_after_approval_and_answers_from_its_result(
     command_line: CommandLine, tmp_path: Path
 ) -> None:
     with chat(command_line, tmp_path, "--tools", write_tools(tmp_path)) as pane:
@@ -78,7 +78,7 @@ def test_the_built_in_model_calls_a_tool_once_the_user_agrees_and_answers_from_i
 
 
 @pytest.mark.slow
-def test_generate_calls_tools_and_its_stdout_is_the_answer_alone(command_line: CommandLine, tmp_path: Path) -> None:
+def test_generate_calls_tools_and_prints_only_the_answer_to_stdout(command_line: CommandLine, tmp_path: Path) -> None:
     run = command_line.run("generate", "--tools", write_tools(tmp_path), "--yes", ASKED)
     assert run.returncode == 0, run.stderr
     assert run.stdout == ANSWER + "\n"
@@ -87,9 +87,7 @@ def test_generate_calls_tools_and_its_stdout_is_the_answer_alone(command_line: C
 
 @pytest.mark.slow
 @needs_tmux
-def test_stages_that_end_while_nobody_speaks_start_again_and_the_chat_goes_on(
-    command_line: CommandLine, tmp_path: Path
-) -> None:
+def test_stages_that_end_while_the_chat_is_idle_are_restarted(command_line: CommandLine, tmp_path: Path) -> None:
     with chat(command_line, tmp_path) as pane:
         pane.send_message("What is mlx-k2?")
         pane.wait_for(REPORTED)
@@ -105,7 +103,7 @@ def test_stages_that_end_while_nobody_speaks_start_again_and_the_chat_goes_on(
 
 @pytest.mark.slow
 @needs_tmux
-def test_a_fault_that_ends_the_chat_leaves_what_was_said_where_it_can_be_loaded(
+def test_a_fault_that_ends_the_chat_saves_the_conversation_for_loading(
     command_line: CommandLine, tmp_path: Path
 ) -> None:
     with chat(command_line, tmp_path, "--restarts", "off") as pane:
@@ -129,7 +127,7 @@ def test_a_fault_that_ends_the_chat_leaves_what_was_said_where_it_can_be_loaded(
 
 @pytest.mark.slow
 @needs_tmux
-def test_ctrl_c_three_times_ends_the_program_when_a_stopped_stage_keeps_the_answer_from_ending(
+def test_a_third_ctrl_c_ends_the_chat_while_a_stopped_stage_blocks_the_answer(
     command_line: CommandLine, endless: Path, tmp_path: Path
 ) -> None:
     with chat(command_line, tmp_path, "--model", str(endless), "--stall-timeout", "60") as pane:
@@ -144,7 +142,7 @@ def test_ctrl_c_three_times_ends_the_program_when_a_stopped_stage_keeps_the_answ
         assert wait_until_gone([process for process in everything if process.pid != pane.pid], 60) == []
 
 
-def test_lines_on_standard_input_are_messages_and_stdout_has_nothing_but_answers(command_line: CommandLine) -> None:
+def test_lines_on_standard_input_are_messages_and_stdout_has_only_answers(command_line: CommandLine) -> None:
     run = command_line.run("chat", "--max-tokens", "12", "--seed", "5", stdin="Hello\n/nonsense\n/stats\n")
     assert run.returncode == 0, run.stderr
     assert "error: there is no command /nonsense" in run.stderr

@@ -25,7 +25,7 @@ def generate(command_line: CommandLine, model: Path, *arguments: str) -> list[di
 
 
 @pytest.mark.parametrize("num_stages", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_the_tokens_come_from_the_quantized_weights_and_memory_is_as_computed(
+def test_tokens_come_from_the_quantized_weights_and_held_bytes_match_the_inventory(
     command_line: CommandLine, endless: Path, num_stages: int
 ) -> None:
     *tokens, summary = generate(command_line, endless, "--dense-bits", "8", "--stages", str(num_stages))
@@ -37,7 +37,7 @@ def test_the_tokens_come_from_the_quantized_weights_and_memory_is_as_computed(
     assert held == held_bytes(model_specs(read_config(endless)), 4, 8)
 
 
-def test_four_bits_come_with_a_warning_and_three_are_refused(command_line: CommandLine, endless: Path) -> None:
+def test_dense_bits_4_is_warned_about_and_3_is_refused(command_line: CommandLine, endless: Path) -> None:
     arguments = ("generate", "--model", str(endless), "--dry-run", "--dense-bits")
     assert "--dense-bits 4 may show in the answers" in command_line.run(*arguments, "4").stderr
     refused = command_line.run(*arguments, "3")

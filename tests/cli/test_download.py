@@ -39,7 +39,7 @@ def run(hub: Hub, home: Path, *arguments: str, **environment: str) -> subprocess
 
 
 @pytest.mark.slow
-def test_what_download_fetched_is_all_that_generate_needs_offline(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_generate_runs_offline_with_the_files_that_download_fetched(hub: Hub, folder: Path, tmp_path: Path) -> None:
     downloaded = run(hub, tmp_path, "download", "--stages", "2", "--model", REPO)
     assert downloaded.returncode == 0, downloaded.stderr
     assert {name for name in hub.fetched if name.endswith(".safetensors")} == {
@@ -73,7 +73,7 @@ def test_a_dry_run_fetches_the_small_files_only(hub: Hub, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_file_that_arrives_altered_is_refused_by_name(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_a_corrupted_download_is_refused_by_file_name(hub: Hub, folder: Path, tmp_path: Path) -> None:
     name = "model-00003-of-000008.safetensors"
     hub.sent_instead[name] = bytes(len(hub.files[name]))
     refused = run(hub, tmp_path, "download", "--stages", "2", "--model", REPO)
@@ -83,7 +83,7 @@ def test_a_file_that_arrives_altered_is_refused_by_name(hub: Hub, folder: Path, 
 
 
 @pytest.mark.parametrize("model", [(), ("--model", "no-such-owner/no-such-model"), ("--model", "/no/such/folder")])
-def test_what_is_no_repository_is_refused_before_anything_starts(
+def test_a_missing_or_unknown_repository_is_refused_before_any_stage_starts(
     hub: Hub, tmp_path: Path, model: tuple[str, ...]
 ) -> None:
     refused = run(hub, tmp_path, "download", *model)

@@ -55,7 +55,7 @@ def test_the_answer_goes_to_stdout_and_everything_else_to_stderr(
     assert re.fullmatch(r"\d+ tokens \(.*\) · prompt \d+ tokens · seed 5", summary)
     assert re.fullmatch(
         r"loaded in [\d.]+ s · first token after [\d.]+ s · prefill [\d.]+ tok/s · decode [\d.]+ tok/s"
-        r"( · .* guesses right)?",
+        r"( · .* draft tokens accepted)?",
         times,
     )
     assert headings.split() == ["stage", "host", "layers", "weights", "computing", "share"]
@@ -65,14 +65,14 @@ def test_the_answer_goes_to_stdout_and_everything_else_to_stderr(
     ]
 
 
-def test_the_built_in_model_thinks_and_answers(command_line: CommandLine) -> None:
+def test_the_built_in_model_reasons_on_stderr_and_answers_on_stdout(command_line: CommandLine) -> None:
     run = command_line.run("generate", "What is 17 plus 25?")
     assert run.returncode == 0, run.stderr
     assert "7 + 5" in run.stderr
     assert run.stdout.strip() == "17 + 25 = 42"
 
 
-def test_json_is_a_line_for_each_token_and_a_summary(lines: list[dict[str, Any]]) -> None:
+def test_json_output_has_a_line_for_each_token_and_a_summary(lines: list[dict[str, Any]]) -> None:
     *tokens, last = lines
     assert all(line.keys() == {"token", "text", "logprob", "top"} for line in tokens)
     for line in tokens:
@@ -97,7 +97,7 @@ def test_json_is_a_line_for_each_token_and_a_summary(lines: list[dict[str, Any]]
     assert summary["finish_reason"] in ("length", "stop")
 
 
-def test_the_summary_says_what_each_stage_did(lines: list[dict[str, Any]]) -> None:
+def test_the_summary_lists_layers_bytes_and_busy_fraction_of_each_stage(lines: list[dict[str, Any]]) -> None:
     stages = lines[-1]["summary"]["stages"]
     layers = [layer for stage in stages for layer in range(stage["first_layer"], stage["last_layer"] + 1)]
     assert (len(stages), layers) == (3, list(range(7)))
@@ -112,7 +112,7 @@ def test_two_and_three_stages_give_the_same_answer(
     assert answer_of(lines) + "\n" == text_run.stdout
 
 
-def test_one_stage_and_a_prompt_from_standard_input_give_that_answer_too_and_verbose_tells_more(
+def test_one_stage_with_a_prompt_from_stdin_gives_the_same_answer_and_verbose_shows_phases(
     command_line: CommandLine, text_run: subprocess.CompletedProcess[str]
 ) -> None:
     run = command_line.run("generate", *ASKED, "--stages", "1", "--split", "7", "--verbose", stdin="Hello")
@@ -121,7 +121,7 @@ def test_one_stage_and_a_prompt_from_standard_input_give_that_answer_too_and_ver
     assert phases[:3] == ["starting the stage ...", "connecting ...", "loading ..."]
 
 
-def test_what_is_piped_carries_no_escape_codes(
+def test_piped_output_has_no_escape_codes(
     text_run: subprocess.CompletedProcess[str], json_run: subprocess.CompletedProcess[str]
 ) -> None:
     assert ESCAPE not in text_run.stderr + json_run.stdout + json_run.stderr
@@ -155,7 +155,7 @@ def _read(terminal: int) -> bytes:
         return b""
 
 
-def test_a_terminal_shows_what_is_going_on_and_the_answer_stays_clean(
+def test_a_terminal_shows_progress_on_stderr_and_only_the_answer_on_stdout(
     command_line: CommandLine, text_run: subprocess.CompletedProcess[str]
 ) -> None:
     stdout, stderr = on_a_terminal(command_line, "generate", "Hello", *ASKED, "--stages", "1")
@@ -165,7 +165,7 @@ def test_a_terminal_shows_what_is_going_on_and_the_answer_stays_clean(
 
 
 @pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
-def test_no_color_is_heeded(command_line: CommandLine, environment: dict[str, str], coloured: bool) -> None:
+def test_no_color_turns_off_colours(command_line: CommandLine, environment: dict[str, str], coloured: bool) -> None:
     _, stderr = on_a_terminal(command_line, "generate", "--dry-run", **environment)
     assert (re.search(rf"{ESCAPE}\[[\d;]*m", stderr) is not None) == coloured
     assert "nothing was started" in stderr

@@ -40,7 +40,7 @@ REPORT = KernelReport(
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="needs a machine without a Metal GPU: any Linux")
-def test_without_a_gpu_it_says_so_and_that_the_reference_runs(command_line: CommandLine) -> None:
+def test_without_a_gpu_the_command_reports_that_plain_mlx_runs(command_line: CommandLine) -> None:
     ran = command_line.run("kernels")
     assert ran.returncode == 0, ran.stderr
     assert "this machine has no GPU that MLX can use" in ran.stderr
@@ -48,7 +48,7 @@ def test_without_a_gpu_it_says_so_and_that_the_reference_runs(command_line: Comm
     assert ran.stdout == ""
 
 
-def test_with_a_gpu_the_best_limits_are_remembered_and_everything_is_there_to_send_back(
+def test_with_a_gpu_the_best_buffer_limits_are_saved_and_the_report_is_printed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     chosen = kernels.CANDIDATES[1]
@@ -72,7 +72,7 @@ def test_with_a_gpu_the_best_limits_are_remembered_and_everything_is_there_to_se
     assert "the router kernel is not used: it did not compile" in shown
 
 
-def test_a_row_tells_verdict_error_and_share_of_a_plain_read() -> None:
+def test_a_row_shows_the_check_the_error_and_the_percentage_of_a_plain_read() -> None:
     rows: Sequence[tuple[str, ...]] = [kernels._cells(line, 800.0) for line in REPORT.kernels]
     assert rows == [
         ("decode", "used", "2.0e-03", "1", "600", "400", "75%"),
@@ -80,7 +80,7 @@ def test_a_row_tells_verdict_error_and_share_of_a_plain_read() -> None:
     ]
 
 
-def test_other_limits_must_be_faster_by_more_than_noise() -> None:
+def test_best_limits_keeps_the_default_unless_another_is_clearly_faster() -> None:
     slower, faster = BufferLimits(100, 100), BufferLimits(200, 200)
     assert kernels.best_limits({None: 1.0, slower: 1.1, faster: 0.995}) is None
     assert kernels.best_limits({None: 1.0, slower: 1.1, faster: 0.9}) == faster

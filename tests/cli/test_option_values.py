@@ -56,11 +56,11 @@ def text_of(tokenizer: Tokenizer, request: Request) -> str:
     return b"".join(tokenizer.token_bytes(token_id) for token_id in request.prompt_ids).decode()
 
 
-def test_token_ids_are_the_prompt_as_they_are(model: ModelDescription) -> None:
+def test_token_ids_are_used_as_the_prompt_unchanged(model: ModelDescription) -> None:
     assert request_of(model, token_ids="3, 514,5").prompt_ids == (3, 514, 5)
 
 
-def test_a_raw_prompt_is_its_text_alone(model: ModelDescription, tokenizer: Tokenizer) -> None:
+def test_a_raw_prompt_is_encoded_as_text_without_control_tokens(model: ModelDescription, tokenizer: Tokenizer) -> None:
     request = request_of(model, prompt="Hello <|im_end|>\n", raw=True)
     assert text_of(tokenizer, request) == "Hello <|im_end|>\n"
     assert not any(tokenizer.is_special(token_id) for token_id in request.prompt_ids)
@@ -98,7 +98,7 @@ def test_standard_input_that_holds_no_prompt_is_refused(
         prompt_text(NOTHING)
 
 
-def test_options_stand_above_what_the_checkpoint_recommends_and_that_above_the_defaults(
+def test_options_override_the_generation_config_which_overrides_the_defaults(
     model: ModelDescription,
 ) -> None:
     files = {**model.files, "generation_config.json": b'{"temperature": 0.6, "top_p": 0.9}'}
@@ -108,11 +108,11 @@ def test_options_stand_above_what_the_checkpoint_recommends_and_that_above_the_d
     assert request_of(model, prompt="Hello").sampling.temperature == 1.0
 
 
-def test_without_a_seed_each_request_has_its_own(model: ModelDescription) -> None:
+def test_without_a_seed_each_request_gets_a_random_seed(model: ModelDescription) -> None:
     assert len({request_of(model, prompt="Hello").sampling.seed for _ in range(5)}) > 1
 
 
-def test_an_answer_stops_at_the_tokenizers_ends_and_at_those_that_the_checkpoint_names(
+def test_stop_ids_come_from_the_tokenizer_and_the_generation_config(
     model: ModelDescription, tokenizer: Tokenizer
 ) -> None:
     files = {**model.files, "generation_config.json": b'{"eos_token_id": [7]}'}
@@ -121,6 +121,6 @@ def test_an_answer_stops_at_the_tokenizers_ends_and_at_those_that_the_checkpoint
     assert stops == {tokenizer.token_id("<|im_end|>"), tokenizer.token_id("[EOS]"), 7}
 
 
-def test_an_answer_may_fill_the_context_unless_told_otherwise(model: ModelDescription) -> None:
+def test_max_tokens_defaults_to_the_context_length(model: ModelDescription) -> None:
     assert request_of(model, prompt="Hello").max_tokens == CONTEXT_TOKENS
     assert request_of(model, prompt="Hello", max_tokens=3).max_tokens == 3

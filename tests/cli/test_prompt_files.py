@@ -24,7 +24,7 @@ def write_all(path: Path, *indexes: int) -> list[object]:
     return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
 
-def test_a_line_is_a_prompt_or_messages_with_sampling_beside_it(tmp_path: Path) -> None:
+def test_a_line_holds_a_prompt_or_messages_with_sampling_options(tmp_path: Path) -> None:
     path = prompts(tmp_path, '{"prompt": "x", "top_k": 3, "id": "one"}', '{"messages": [{"role": "user"}], "seed": 4}')
     first, second = read_prompt_lines(path)
     assert (first.prompt, first.top_k, first.id, first.temperature) == ("x", 3, "one", None)
@@ -42,28 +42,28 @@ def test_a_line_is_a_prompt_or_messages_with_sampling_beside_it(tmp_path: Path) 
         ('{"prompt": "x", "top_k": "many"}', "line 2: Expected `int"),
     ],
 )
-def test_a_broken_line_is_named(tmp_path: Path, line: str, words: str) -> None:
+def test_an_invalid_line_is_refused_by_line_number(tmp_path: Path, line: str, words: str) -> None:
     path = prompts(tmp_path, '{"prompt": "fine"}', line, '{"prompt": "fine"}')
     with pytest.raises(RequestError, match=words):
         read_prompt_lines(path)
 
 
-def test_a_file_without_lines_and_no_file_are_refused(tmp_path: Path) -> None:
+def test_an_empty_and_a_missing_prompt_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="has no line"):
         read_prompt_lines(prompts(tmp_path))
     with pytest.raises(RequestError, match="cannot be read: No such file"):
         read_prompt_lines(tmp_path / "none.jsonl")
 
 
-def test_results_stand_in_the_order_of_their_prompts_whatever_comes_first(tmp_path: Path) -> None:
+def test_results_are_written_in_the_order_of_their_prompts(tmp_path: Path) -> None:
     assert write_all(tmp_path / "out", 2, 0, 1) == ["0", "1", "2"]
 
 
-def test_what_waits_for_an_earlier_result_is_not_written(tmp_path: Path) -> None:
+def test_a_result_is_not_written_before_all_earlier_results(tmp_path: Path) -> None:
     assert write_all(tmp_path / "out", 0, 2) == ["0"]
 
 
-def test_a_second_run_goes_on_where_the_first_stopped(tmp_path: Path) -> None:
+def test_a_second_run_resumes_after_the_last_complete_result(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write_all(out, 0)
     out.write_bytes(out.read_bytes() + b'{"text": "cut o')
@@ -75,7 +75,7 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["notes of mine\n", "notes of mine", '{"run": "z"}\n', '{"run": "a"}\n[]\n', '{"run": "a"}\n' * 4]
 )
-def test_a_file_of_another_run_is_refused_and_stays_as_it_is(tmp_path: Path, content: str) -> None:
+def test_a_result_file_of_another_run_is_refused_and_not_changed(tmp_path: Path, content: str) -> None:
     out = tmp_path / "out"
     out.write_text(content)
     with pytest.raises(RequestError, match="belongs to another run"):
@@ -83,7 +83,7 @@ def test_a_file_of_another_run_is_refused_and_stays_as_it_is(tmp_path: Path, con
     assert out.read_text() == content
 
 
-def test_each_line_has_a_seed_of_its_own_that_follows_from_the_options() -> None:
+def test_each_line_gets_its_own_seed_derived_from_the_base_seed() -> None:
     seeds = [line_seed(5, index) for index in range(100)]
     assert len(set(seeds)) == 100
     assert all(0 <= seed < 2**63 for seed in seeds)

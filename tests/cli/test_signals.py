@@ -81,7 +81,7 @@ def test_a_signal_in_the_middle_of_an_answer_ends_it_and_leaves_nothing(
     assert rest.endswith(b"\n")
 
 
-def test_ctrl_c_while_the_stages_come_up_leaves_nothing(start: Start) -> None:
+def test_ctrl_c_during_startup_leaves_no_process(start: Start) -> None:
     process = start("--verbose", num_stages=2)
     wait_for(process, b"connecting ...")
     below = processes_below(process)
@@ -92,7 +92,7 @@ def test_ctrl_c_while_the_stages_come_up_leaves_nothing(start: Start) -> None:
     assert b"Traceback" not in reported
 
 
-def test_a_reader_that_has_enough_ends_the_command(start: Start) -> None:
+def test_a_closed_stdout_ends_the_command_with_sigpipe(start: Start) -> None:
     process = start()
     below = answering(process)
     assert process.stdout and process.stderr
@@ -111,7 +111,7 @@ def test_killing_the_command_leaves_no_process(start: Start) -> None:
     assert wait_until_gone(below, END_S) == []
 
 
-def test_the_command_says_what_its_end_waits_for_and_a_second_ctrl_c_does_not_wait(start: Start) -> None:
+def test_the_command_names_the_stage_it_waits_for_and_a_second_ctrl_c_ends_the_wait(start: Start) -> None:
     process = start("--lease", "2")
     below = answering(process)
     guards = psutil.Process(process.pid).children()
@@ -135,7 +135,7 @@ def hangup_ignored() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("hangup_ignored")
-def test_a_signal_that_whoever_started_the_command_ignores_stays_ignored(start: Start) -> None:
+def test_a_signal_ignored_by_the_parent_process_stays_ignored(start: Start) -> None:
     process = start("--max-tokens", "100")
     answering(process)
     os.killpg(process.pid, signal.SIGHUP)

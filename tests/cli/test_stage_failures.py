@@ -36,12 +36,12 @@ class Failure:
         return line
 
 
-def test_a_host_without_that_python_is_named_with_the_way_out(failure: Failure) -> None:
+def test_a_stage_whose_python_is_missing_is_named_with_the_path(failure: Failure) -> None:
     line = failure.over({"python": "/nowhere/python"})
     assert line.startswith("error: stage 0 on this machine did not start: /nowhere/python cannot be started here")
 
 
-def test_a_host_with_another_model_in_its_folder_is_named(failure: Failure, endless: Path, tmp_path: Path) -> None:
+def test_stages_with_different_models_are_both_named(failure: Failure, endless: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     for file in endless.iterdir():
@@ -53,7 +53,7 @@ def test_a_host_with_another_model_in_its_folder_is_named(failure: Failure, endl
     assert line.startswith("error: the model on this machine (stage 1) is not the one on this machine (stage 0): their")
 
 
-def test_a_port_that_is_taken_is_named(failure: Failure) -> None:
+def test_a_port_in_use_is_named(failure: Failure) -> None:
     with socket.create_server(("127.0.0.1", 0)) as received:
         address = f"127.0.0.1:{received.getsockname()[1]}"
         line = failure.over({"ips": [address]}, {})

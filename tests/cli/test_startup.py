@@ -21,7 +21,7 @@ sys.exit(", ".join(name for name in sys.argv[1].split(",") if name in sys.module
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
-def test_help_and_version_import_nothing_heavy(option: str) -> None:
+def test_help_and_version_import_no_heavy_module(option: str) -> None:
     command = [sys.executable, "-c", IMPORTED_AFTER, ",".join(HEAVY), option]
     answer = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert answer.stderr.strip() == ""
@@ -33,7 +33,7 @@ def test_the_coordinator_never_imports_mlx() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_version_names_mlx_k2s_and_mlxs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_prints_the_versions_of_mlx_k2_and_mlx(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     assert capsys.readouterr().out == f"mlx-k2 {__version__} (mlx {version('mlx')})\n"
 
@@ -45,7 +45,7 @@ def test_help_lists_the_commands_and_the_exit_codes(capsys: pytest.CaptureFixtur
     assert "130 after Ctrl-C" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_dry_run_shows_hosts_layers_bytes_and_files_and_starts_no_process(
+def test_a_dry_run_shows_the_plan_and_starts_no_process(
     endless: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_: object, **__: object) -> NoReturn:
@@ -65,7 +65,7 @@ def test_a_dry_run_shows_hosts_layers_bytes_and_files_and_starts_no_process(
     assert "nothing was started" in reported.err
 
 
-def test_a_dry_run_for_a_model_on_another_host_says_what_it_would_need(
+def test_a_dry_run_without_a_local_model_asks_for_a_local_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hostfile = tmp_path / "hosts.json"

@@ -12,9 +12,7 @@ SHORT = {"prompt": "Hello", "max_tokens": 30, "seed": 3}
 
 
 @pytest.mark.slow
-def test_a_line_of_a_file_of_prompts_may_have_a_time_of_its_own(
-    command_line: CommandLine, endless: Path, tmp_path: Path
-) -> None:
+def test_a_prompt_line_can_set_its_own_timeout(command_line: CommandLine, endless: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
 
     def results(*lines: object, options: tuple[str, ...] = ()) -> list[dict[str, object]]:

@@ -36,23 +36,25 @@ def jaccl(*rdma: list[Any], backend: str = "jaccl") -> dict[str, Any]:
         ("local-three-stages", 3, Backend.RING, True),
     ],
 )
-def test_each_example_loads_without_a_note(name: str, num_hosts: int, backend: Backend, is_local: bool) -> None:
+def test_each_example_hostfile_loads_without_warnings(
+    name: str, num_hosts: int, backend: Backend, is_local: bool
+) -> None:
     hostfile = read_hostfile(EXAMPLES / f"{name}.json")
     assert (len(hostfile.hosts), hostfile.backend, hostfile.warnings) == (num_hosts, backend, ())
     assert all(host.is_local is is_local for host in hostfile.hosts)
 
 
-def test_every_example_is_tested() -> None:
+def test_every_example_hostfile_is_tested() -> None:
     assert len(list(EXAMPLES.glob("*.json"))) == 6
 
 
-def test_the_list_form_is_a_ring() -> None:
+def test_a_hostfile_in_list_form_uses_the_ring_backend() -> None:
     hostfile = parse([MAC_1, MAC_2])
     assert [host.ssh for host in hostfile.hosts] == ["mac-1", "mac-2"]
     assert hostfile.backend is Backend.RING
 
 
-def test_what_mlx_distributed_config_writes_for_ethernet_loads() -> None:
+def test_the_ethernet_hostfile_of_mlx_distributed_config_loads() -> None:
     hosts = [host | {"rdma": []} for host in (MAC_1, MAC_2)]
     hostfile = parse({"backend": "", "envs": ["MLX_METAL_FAST_SYNCH=1"], "hosts": hosts})
     assert hostfile.backend is Backend.RING
@@ -60,12 +62,12 @@ def test_what_mlx_distributed_config_writes_for_ethernet_loads() -> None:
     assert hostfile.warnings == ()
 
 
-def test_several_cables_between_two_hosts_load() -> None:
+def test_several_rdma_devices_between_two_hosts_are_read() -> None:
     hostfile = parse(jaccl([None, ["rdma_en2", "rdma_en3"]], [["rdma_en2", "rdma_en3"], None]))
     assert hostfile.hosts[0].rdma == (None, ("rdma_en2", "rdma_en3"))
 
 
-def test_a_jaccl_ring_needs_devices_towards_neighbours_only() -> None:
+def test_a_jaccl_ring_needs_devices_only_between_neighbours() -> None:
     four = [[None, "a", None, "b"], ["a", None, "b", None], [None, "a", None, "b"], ["a", None, "b", None]]
     hosts = [{"ssh": f"mac-{rank}", "ips": [f"10.0.0.{rank}"], "rdma": row} for rank, row in enumerate(four)]
     assert parse({"backend": "jaccl-ring", "hosts": hosts}).backend is Backend.JACCL_RING
@@ -73,13 +75,13 @@ def test_a_jaccl_ring_needs_devices_towards_neighbours_only() -> None:
         parse({"backend": "jaccl", "hosts": hosts})
 
 
-def test_our_own_keys_are_read() -> None:
+def test_the_keys_specific_to_mlx_k2_are_read() -> None:
     own = {"python": "/opt/k2/bin/python", "model": "/Volumes/k2", "memory_gb": 480, "gb_per_s": 819.0}
     host = parse([MAC_1 | own]).hosts[0]
     assert (host.python, host.model, host.memory_gb, host.gb_per_s) == tuple(own.values())
 
 
-def test_unknown_keys_are_ignored_with_a_note() -> None:
+def test_unknown_keys_are_ignored_with_a_warning() -> None:
     hostfile = parse({"hosts": [MAC_1 | {"user": "me"}, MAC_2], "nick": 1})
     assert hostfile.warnings == (
         "macs.json: ignored what mlx-k2 does not know: nick",
@@ -105,7 +107,7 @@ def test_a_missing_hostfile_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"hosts: mac-1", b"[", b"\xff\xfe"])
-def test_what_is_not_json_is_refused(data: bytes) -> None:
+def test_a_hostfile_that_is_not_json_is_refused(data: bytes) -> None:
     with pytest.raises(HostfileError, match=r"macs\.json is not JSON"):
         parse_hostfile(data, "macs.json")
 

@@ -44,24 +44,24 @@ bridge0: flags=8863<UP,BROADCAST,SMART,RUNNING,SIMPLEX,MULTICAST> mtu 1500
 """
 
 
-def test_idle_sleep_is_read_whatever_prevents_it_just_now() -> None:
+def test_the_idle_sleep_setting_is_read_even_while_a_process_prevents_sleep() -> None:
     assert sleeps_after_minutes(PMSET) == 1
     assert sleeps_after_minutes(PMSET.replace("1 (sleep prevented by sharingd)", "0")) == 0
     assert sleeps_after_minutes("") is None
     assert sleeps_after_minutes(" displaysleep         28\n disksleep            10\n") is None
 
 
-def test_rdma_is_enabled_and_has_devices_or_not() -> None:
+def test_rdma_state_and_devices_are_read() -> None:
     assert rdma_is_enabled("enabled\n") and not rdma_is_enabled("disabled\n") and not rdma_is_enabled("")
     assert rdma_devices(DEVICES) == ("rdma_en2", "rdma_en5")
     assert rdma_devices(NO_DEVICES) == rdma_devices("") == ()
 
 
-def test_the_bridge_is_active_or_not_there() -> None:
+def test_the_bridge_state_is_read() -> None:
     assert bridge_is_active(BRIDGE.format(status="active"))
     assert not bridge_is_active(BRIDGE.format(status="inactive")) and not bridge_is_active("")
 
 
-def test_a_version_is_read_of_macos_alone() -> None:
+def test_the_macos_version_is_none_on_other_systems() -> None:
     assert macos_version("macOS 26.2") == (26, 2) < macos_version("macOS 26.10.1")  # type: ignore[operator]
     assert macos_version("Linux-6.1-x86_64-with-glibc2.36") is None

@@ -89,7 +89,9 @@ def slowest_stage(assignments: tuple[StageAssignment, ...], hosts: list[HostCapa
 
 
 @given(model=models, hosts=hosts_of_a_cluster)
-def test_no_split_that_fits_has_a_faster_slowest_stage(model: ModelPieces, hosts: list[HostCapacity]) -> None:
+def test_the_chosen_split_has_the_fastest_slowest_stage_of_all_that_fit(
+    model: ModelPieces, hosts: list[HostCapacity]
+) -> None:
     fitting = []
     for counts in every_split(len(model.layers), len(hosts)):
         try:
@@ -106,7 +108,7 @@ def test_no_split_that_fits_has_a_faster_slowest_stage(model: ModelPieces, hosts
 
 
 @given(model=models, hosts=hosts_of_a_cluster)
-def test_each_layer_is_given_out_exactly_once_and_fits(model: ModelPieces, hosts: list[HostCapacity]) -> None:
+def test_each_layer_is_assigned_exactly_once_within_host_memory(model: ModelPieces, hosts: list[HostCapacity]) -> None:
     try:
         assignments = divide_layers(model, hosts)
     except PartitionError:
@@ -128,7 +130,7 @@ def test_kimi_k2_thinking_on_two_equal_hosts_is_32_and_29_layers() -> None:
 
 
 @pytest.mark.parametrize("num_hosts", range(1, 17))
-def test_61_layers_are_given_out_exactly_once_over_any_number_of_hosts(num_hosts: int) -> None:
+def test_all_61_layers_are_assigned_exactly_once_for_any_number_of_hosts(num_hosts: int) -> None:
     assignments = divide_layers(thinking_pieces(), macs(*[600] * num_hosts))
     assert [
         layer for assignment in assignments for layer in range(assignment.first_layer, assignment.end_layer)
@@ -136,7 +138,7 @@ def test_61_layers_are_given_out_exactly_once_over_any_number_of_hosts(num_hosts
     assert len(assignments) == num_hosts
 
 
-def test_stages_that_are_not_the_slowest_are_even() -> None:
+def test_layer_counts_of_the_middle_stages_differ_by_at_most_one() -> None:
     counts = layer_counts(divide_layers(thinking_pieces(), macs(*[600] * 16)))
     assert counts[-1] == 1  # the head is read in full
     assert max(counts[1:-1]) - min(counts[1:-1]) <= 1
@@ -151,7 +153,7 @@ def test_a_host_with_twice_the_bandwidth_reads_about_twice_as_much() -> None:
     assert fast.read_bytes / slow.read_bytes == pytest.approx(2, rel=0.1)
 
 
-def test_the_cache_counts_as_held() -> None:
+def test_held_bytes_include_the_cache() -> None:
     without, with_cache = (
         sum(assignment.held_bytes for assignment in divide_layers(thinking_pieces(n), macs(480, 480)))
         for n in (0, 32_768)
@@ -159,13 +161,13 @@ def test_the_cache_counts_as_held() -> None:
     assert with_cache - without == 32_768 * 70_272
 
 
-def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
+def test_a_model_larger_than_the_hosts_memory_is_refused_with_the_sizes() -> None:
     reason = r"weights and cache need 594\.2 GB, and the hosts can hold 400\.0 GB \(mac-0 200\.0 GB, mac-1 200\.0 GB\)"
     with pytest.raises(PartitionError, match=reason):
         divide_layers(thinking_pieces(), macs(200, 200))
 
 
-def test_what_fits_only_by_cutting_layers_says_so() -> None:
+def test_a_model_that_fits_only_with_split_layers_is_refused_with_the_layer_size() -> None:
     with pytest.raises(PartitionError, match=r"does not fit in whole layers of up to 9\.8 GB"):
         divide_layers(thinking_pieces(), macs(3, 600))
 
@@ -175,12 +177,12 @@ def test_more_hosts_than_layers_are_refused() -> None:
         divide_layers(thinking_pieces(), macs(*[600] * 62))
 
 
-def test_unknown_memory_is_no_bound() -> None:
+def test_a_host_with_unknown_memory_has_no_limit() -> None:
     hosts = [HostCapacity(name=name, memory_bytes=None) for name in ("mac-1", "mac-2")]
     assert layer_counts(divide_layers(thinking_pieces(), hosts)) == [32, 29]
 
 
-def test_a_split_that_was_asked_for_is_taken() -> None:
+def test_an_explicit_split_is_used() -> None:
     assignments = divide_as_asked(thinking_pieces(), macs(480, 480), parse_split("31,30"))
     assert layer_counts(assignments) == [31, 30]
 
@@ -194,7 +196,7 @@ def test_a_split_that_was_asked_for_is_taken() -> None:
         ("50,11", r"stage 0 needs 484\.0 GB and mac-0 can hold 480\.0 GB: leave --split out"),
     ],
 )
-def test_a_split_that_cannot_be_is_refused(split: str, reason: str) -> None:
+def test_an_impossible_split_is_refused(split: str, reason: str) -> None:
     with pytest.raises(PartitionError, match=reason):
         divide_as_asked(thinking_pieces(), macs(480, 480), parse_split(split))
 
@@ -205,7 +207,7 @@ def test_a_split_that_is_not_a_list_of_counts_is_refused(text: str) -> None:
         parse_split(text)
 
 
-def test_the_drivers_bound_stands_above_the_hostfiles() -> None:
+def test_the_drivers_memory_limit_overrides_the_hostfiles() -> None:
     assert memory_bound_bytes(500, 400 * GB, 512 * GB) == 400 * GB
     assert memory_bound_bytes(300, 400 * GB, 512 * GB) == 300 * GB
     assert memory_bound_bytes(None, 400 * GB, 512 * GB) == 400 * GB
@@ -214,12 +216,12 @@ def test_the_drivers_bound_stands_above_the_hostfiles() -> None:
     assert memory_bound_bytes(None, None, None) is None
 
 
-def test_the_cache_of_a_token_is_its_published_size() -> None:
+def test_the_cache_bytes_per_token_equal_the_published_size() -> None:
     assert 61 * layer_cache_bytes(THINKING, 1, 1, 2) == 70_272
     assert 61 * layer_cache_bytes(THINKING, 2, 32_768, 2) == 2 * 32_768 * 70_272
 
 
-def test_working_space_is_that_of_loading_or_that_of_computing() -> None:
+def test_working_bytes_are_the_larger_of_loading_and_computing() -> None:
     layer = held_bytes(layer_specs(THINKING, 1))
     assert working_bytes(THINKING, 2048, 2, layer) == layer
     assert 2**29 < working_bytes(THINKING, 2048, 2, 0) < 2 * GB

@@ -49,25 +49,25 @@ def test_sampled_and_greedy_tokens_are_the_same_through_1_2_and_3_stages(cluster
     assert one == two == three
 
 
-def test_several_requests_at_once_each_get_the_tokens_they_would_get_alone(cluster_of: ClusterOf) -> None:
+def test_concurrent_requests_get_the_same_tokens_as_when_run_alone(cluster_of: ClusterOf) -> None:
     cluster = cluster_of(2)
     alone = {asked: cluster.tokens(asked)[asked] for asked in (LONG, GREEDY, SHORT)}
     assert cluster.tokens(LONG, SHORT, GREEDY) == alone
     assert cluster.tokens(GREEDY, LONG, SHORT) == alone
 
 
-def test_more_requests_than_slots_all_come_to_their_end(cluster_of: ClusterOf) -> None:
+def test_more_requests_than_slots_all_finish(cluster_of: ClusterOf) -> None:
     asked = [request(length, 5) for length in (4, 40, 8, 90, 2, 16)]
     assert [len(tokens) for tokens in cluster_of(3).tokens(*asked).values()] == [5] * 6
 
 
-def test_another_seed_draws_other_tokens(cluster_of: ClusterOf) -> None:
+def test_another_seed_samples_other_tokens(cluster_of: ClusterOf) -> None:
     first, second, again = (request(20, 20, seed=seed) for seed in (1, 2, 1))
     tokens = [cluster_of(1).tokens(asked)[asked] for asked in (first, second, again)]
     assert tokens[0] == tokens[2] != tokens[1]
 
 
-def test_leaving_early_cancels_and_the_next_request_gets_its_own_tokens(cluster_of: ClusterOf) -> None:
+def test_closing_a_run_cancels_its_requests_and_does_not_change_later_tokens(cluster_of: ClusterOf) -> None:
     cluster = cluster_of(2)
     undisturbed = cluster.tokens(SHORT)
     run = cluster.coordinator.run(request(40, 1000), LONG)
@@ -77,7 +77,7 @@ def test_leaving_early_cancels_and_the_next_request_gets_its_own_tokens(cluster_
     assert cluster.tokens(SHORT) == undisturbed
 
 
-def test_a_request_past_its_time_ends_with_what_it_has_and_the_others_go_on_untouched(cluster_of: ClusterOf) -> None:
+def test_a_timed_out_request_keeps_its_tokens_and_does_not_change_other_requests(cluster_of: ClusterOf) -> None:
     cluster = cluster_of(2)
     alone = cluster.tokens(SHORT)[SHORT]
     in_time, before_it_began = (replace(request(40, 2000), timeout_s=timeout_s) for timeout_s in (1.0, 1e-6))
@@ -91,7 +91,7 @@ def test_a_request_past_its_time_ends_with_what_it_has_and_the_others_go_on_unto
     assert (ends[in_time], ends[before_it_began]) == (FinishReason.TIMEOUT, FinishReason.TIMEOUT)
 
 
-def test_every_stage_reports_its_share_of_the_time(cluster_of: ClusterOf) -> None:
+def test_every_stage_reports_its_steps_and_busy_time(cluster_of: ClusterOf) -> None:
     use = cluster_of(3).coordinator.use
     before = [stage.steps_done for stage in use]
     cluster_of(3).tokens(request(4, 10))
@@ -100,7 +100,7 @@ def test_every_stage_reports_its_share_of_the_time(cluster_of: ClusterOf) -> Non
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, pytest.param(7, marks=pytest.mark.slow)])
-def test_the_stages_load_every_tensor_of_the_index_once_and_each_end_its_own(
+def test_the_stages_load_each_tensor_once_with_embedding_first_and_head_last(
     cluster_of: ClusterOf, num_stages: int
 ) -> None:
     cluster = cluster_of(num_stages)
@@ -135,7 +135,7 @@ def error_after(
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_killed_stage_is_a_fault_that_names_it_and_its_host(model: Path, tmp_path: Path, rank: int) -> None:
+def test_the_fault_of_a_killed_stage_names_the_stage_and_its_host(model: Path, tmp_path: Path, rank: int) -> None:
     error = error_after(model, tmp_path, lambda: stage_process(rank).kill())
     assert isinstance(error, StageFault)
     assert re.match(
@@ -146,16 +146,14 @@ def test_a_killed_stage_is_a_fault_that_names_it_and_its_host(model: Path, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_stopped_stage_is_said_to_be_stopped_with_host_step_and_phase(model: Path, tmp_path: Path, rank: int) -> None:
+def test_the_error_for_a_suspended_stage_names_host_step_and_phase(model: Path, tmp_path: Path, rank: int) -> None:
     error = error_after(model, tmp_path, lambda: stage_process(rank).suspend(), stall_timeout_s=1.0)
     assert isinstance(error, StageSilent)
     assert re.match(rf"stage {rank} on this machine \(.*\) is stopped: its process was suspended \d+ s ago", str(error))
 
 
 @pytest.mark.slow
-def test_a_step_that_takes_too_long_names_the_stage_that_owes_it_and_where_all_stand(
-    model: Path, tmp_path: Path
-) -> None:
+def test_a_step_timeout_names_the_late_stage_and_lists_every_stage_status(model: Path, tmp_path: Path) -> None:
     error = error_after(model, tmp_path, lambda: stage_process(1).suspend(), StepTimeout(1.0, 0.0))
     assert isinstance(error, StageSilent)
     assert re.match(

@@ -35,16 +35,16 @@ def answer(cluster: Cluster, tokenizer: Tokenizer, asked: Request) -> tuple[list
     return [delta for delta in deltas if isinstance(delta, Delta)], summary
 
 
-def test_the_texts_of_an_answer_put_together_are_its_tokens_decoded_at_once(
-    cluster: Cluster, tokenizer: Tokenizer
-) -> None:
+def test_the_joined_text_deltas_equal_all_tokens_decoded_at_once(cluster: Cluster, tokenizer: Tokenizer) -> None:
     deltas, _ = answer(cluster, tokenizer, ASKED)
     data = b"".join(tokenizer.token_bytes(delta.token_id) for delta in deltas)
     assert "".join(delta.text for delta in deltas) == data.decode(errors="replace")
     assert len(deltas) == 40
 
 
-def test_an_answer_that_ends_within_a_character_shows_that_it_does(cluster: Cluster, tokenizer: Tokenizer) -> None:
+def test_an_answer_that_ends_inside_a_character_ends_with_a_replacement_character(
+    cluster: Cluster, tokenizer: Tokenizer
+) -> None:
     whole, _ = answer(cluster, tokenizer, request(12, 400, seed=3))
     pending = next(count for count, delta in enumerate(whole, 1) if not delta.text)
     deltas, _ = answer(cluster, tokenizer, request(12, pending, seed=3))
@@ -52,7 +52,7 @@ def test_an_answer_that_ends_within_a_character_shows_that_it_does(cluster: Clus
     assert deltas[-1].text == "\N{REPLACEMENT CHARACTER}"
 
 
-def test_a_summary_counts_what_was_there(cluster: Cluster, tokenizer: Tokenizer) -> None:
+def test_a_summary_counts_tokens_and_computes_rates(cluster: Cluster, tokenizer: Tokenizer) -> None:
     deltas, summary = answer(cluster, tokenizer, ASKED)
     assert (summary.prompt_tokens, summary.generated_tokens, summary.seed) == (12, len(deltas), 3)
     assert summary.finish_reason is FinishReason.LENGTH
@@ -62,13 +62,13 @@ def test_a_summary_counts_what_was_there(cluster: Cluster, tokenizer: Tokenizer)
     assert summary.decode_tokens_per_s is not None
 
 
-def test_an_answer_out_of_time_is_summed_up_also_without_a_token(cluster: Cluster, tokenizer: Tokenizer) -> None:
+def test_an_answer_that_times_out_before_its_first_token_has_a_summary(cluster: Cluster, tokenizer: Tokenizer) -> None:
     deltas, summary = answer(cluster, tokenizer, replace(request(150, 40), timeout_s=1e-6))
     assert (deltas, summary.generated_tokens, summary.finish_reason) == ([], 0, FinishReason.TIMEOUT)
     assert summary.time_to_first_token_s is None and summary.prefill_tokens_per_s is None
 
 
-def test_one_token_alone_gives_no_rate_of_decoding(cluster: Cluster, tokenizer: Tokenizer) -> None:
+def test_an_answer_of_one_token_has_no_decode_rate(cluster: Cluster, tokenizer: Tokenizer) -> None:
     _, summary = answer(cluster, tokenizer, request(12, 1))
     assert summary.decode_tokens_per_s is None
 
@@ -83,7 +83,7 @@ def test_a_stop_token_ends_the_answer_and_has_no_text(cluster: Cluster, tokenize
     assert summary.finish_reason is FinishReason.STOP
 
 
-def test_log_probabilities_come_when_asked_for_and_change_no_token(cluster: Cluster, tokenizer: Tokenizer) -> None:
+def test_logprobs_are_returned_on_request_and_do_not_change_tokens(cluster: Cluster, tokenizer: Tokenizer) -> None:
     plain, _ = answer(cluster, tokenizer, ASKED)
     asked = replace(ASKED, sampling=Sampling(seed=3, num_logprobs=4))
     deltas, _ = answer(cluster, tokenizer, asked)
@@ -96,7 +96,7 @@ def test_log_probabilities_come_when_asked_for_and_change_no_token(cluster: Clus
         assert delta.logprob is not None and delta.logprob <= values[0] <= 0
 
 
-def test_closing_an_answer_early_cancels_it_and_the_next_is_undisturbed(cluster: Cluster, tokenizer: Tokenizer) -> None:
+def test_closing_an_answer_cancels_it_and_does_not_change_the_next_one(cluster: Cluster, tokenizer: Tokenizer) -> None:
     undisturbed, _ = answer(cluster, tokenizer, ASKED)
     stream = StageReplies(cluster.coordinator, tokenizer).stream(request(30, 1000))
     next(stream)

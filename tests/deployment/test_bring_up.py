@@ -26,7 +26,7 @@ def ignore(line: str) -> None:
     ],
     ids=["mlx-k2", "mlx"],
 )
-def test_a_stage_with_another_version_is_refused_by_name(versions: tuple[str, str], words: str) -> None:
+def test_a_stage_with_another_version_is_refused_and_named(versions: tuple[str, str], words: str) -> None:
     with (
         StageGroup([StageLocation()], 20.0, ignore) as group,
         pytest.raises(StageStartError, match=f"stage 0 on this machine {words}"),
@@ -34,7 +34,7 @@ def test_a_stage_with_another_version_is_refused_by_name(versions: tuple[str, st
         handshake(group, versions)
 
 
-def test_a_stage_that_says_nothing_in_time_is_silent_by_name_and_by_what_it_was_to_do(tmp_path: Path) -> None:
+def test_a_stage_that_sends_nothing_in_time_is_named_with_the_pending_action(tmp_path: Path) -> None:
     locations = [StageLocation(python=stand_in_python(tmp_path, "deaf")) for _ in range(2)]
     with StageGroup(locations, 20.0, ignore) as group:
         collected = [group.receive(20), group.receive(20)]

@@ -53,7 +53,7 @@ def test_two_equal_macs_run_32_and_29_layers_of_k2_thinking() -> None:
 
 
 @pytest.mark.parametrize("num_hosts", [1, 2, 5, 16])
-def test_each_layer_is_on_one_stage_and_the_shards_together_are_the_model(num_hosts: int) -> None:
+def test_each_layer_is_on_one_stage_and_the_shards_sum_to_the_model(num_hosts: int) -> None:
     plans = plan(SMALLER, studios(num_hosts), UNKNOWN)
     assert [stage.rank for stage in plans] == list(range(num_hosts))
     layers = [layer for stage in plans for layer in range(stage.assignment.first_layer, stage.assignment.end_layer)]
@@ -61,7 +61,7 @@ def test_each_layer_is_on_one_stage_and_the_shards_together_are_the_model(num_ho
     assert sum(stage.shard_bytes for stage in plans) == held_bytes(model_specs(SMALLER.config), 2)
 
 
-def test_a_stage_opens_the_files_of_its_layers_and_only_the_ends_open_the_embeddings_and_the_heads() -> None:
+def test_a_stage_opens_only_its_layers_files_plus_embedding_or_head_at_the_ends() -> None:
     first, middle, last = plan(SMALLER, studios(3), UNKNOWN)
     for stage in (first, middle, last):
         layers = {
@@ -71,11 +71,11 @@ def test_a_stage_opens_the_files_of_its_layers_and_only_the_ends_open_the_embedd
         assert ("ends.safetensors" in stage.files) == (stage is not middle)
 
 
-def test_a_split_that_is_asked_for_is_taken() -> None:
+def test_plan_uses_an_explicit_split() -> None:
     assert [stage.assignment.num_layers for stage in plan(SMALLER, studios(2), STUDIO, [31, 30])] == [31, 30]
 
 
-def test_the_numbers_are_given_where_the_model_does_not_fit() -> None:
+def test_the_refusal_of_a_model_that_does_not_fit_names_the_sizes() -> None:
     with pytest.raises(
         PartitionError, match=r"need 59\d\.\d GB, and the hosts can hold 45\d\.\d GB \(mac-0 45\d\.\d GB\)"
     ):
@@ -84,14 +84,14 @@ def test_the_numbers_are_given_where_the_model_does_not_fit() -> None:
         plan(THINKING, studios(2), STUDIO, [50, 11])
 
 
-def test_stages_on_one_machine_share_its_memory() -> None:
+def test_stages_on_one_machine_divide_its_memory() -> None:
     roomy = HostMemory(None, ram_bytes=900 * GB)
     plan(THINKING, studios(2), roomy)
     with pytest.raises(PartitionError, match="does not fit"):
         plan(THINKING, local_hostfile(2), HostMemory(None, ram_bytes=600 * GB))
 
 
-def test_a_context_takes_its_cache_from_the_room_for_weights() -> None:
+def test_a_longer_context_needs_more_cache_bytes_but_no_more_shard_bytes() -> None:
     short, long = (
         plan_stages(SMALLER, studios(2), [UNKNOWN] * 2, [32, 29], RunShape("bfloat16", context_tokens, 1, 2048))[0]
         for context_tokens in (32768, 65536)
@@ -100,7 +100,7 @@ def test_a_context_takes_its_cache_from_the_room_for_weights() -> None:
     assert long.needed_bytes - short.needed_bytes == 32 * 32768 * 576 * 2
 
 
-def test_float32_doubles_what_is_not_int4_and_holds_scales_and_biases_of_what_is() -> None:
+def test_in_float32_dense_weights_double_and_int4_experts_hold_scales_and_biases() -> None:
     half, whole = (
         plan_stages(THINKING, studios(1), [UNKNOWN], None, RunShape(dtype, 2048, 1, 128))[0].shard_bytes
         for dtype in ("bfloat16", "float32")
@@ -119,19 +119,21 @@ def test_float32_doubles_what_is_not_int4_and_holds_scales_and_biases_of_what_is
         ("bfloat16", False, ("bfloat16", 128)),
     ],
 )
-def test_bfloat16_is_for_gpus_unless_told_otherwise(dtype: str | None, on_gpu: bool, chosen: tuple[str, int]) -> None:
+def test_the_default_dtype_is_bfloat16_on_a_gpu_and_float32_on_a_cpu(
+    dtype: str | None, on_gpu: bool, chosen: tuple[str, int]
+) -> None:
     shape = choose_shape(SMALLER.config, dtype, None, 1, on_gpu)
     assert (shape.dtype, shape.chunk_tokens) == chosen
 
 
-def test_the_context_is_32768_tokens_unless_asked_and_never_more_than_the_models() -> None:
+def test_the_context_defaults_to_32768_tokens_and_cannot_exceed_the_models() -> None:
     assert choose_shape(SMALLER.config, None, None, 1, True).context_tokens == 32768
     assert choose_shape(SMALLER.config, None, 262144, 1, True).context_tokens == 262144
     with pytest.raises(RequestError, match="--context 262145 is more than the 262144 positions"):
         choose_shape(SMALLER.config, None, 262145, 1, True)
 
 
-def test_dense_bits_shrink_what_is_held_and_read_but_not_the_room_for_loading() -> None:
+def test_dense_bits_reduce_held_and_read_bytes_but_not_working_bytes() -> None:
     as_shipped, eight, four = (
         plan_stages(THINKING, studios(1), [UNKNOWN], None, RunShape("bfloat16", 2048, 1, 2048, bits))[0]
         for bits in (None, 8, 4)
@@ -143,7 +145,7 @@ def test_dense_bits_shrink_what_is_held_and_read_but_not_the_room_for_loading() 
     assert len({plan.needed_bytes - plan.shard_bytes for plan in (as_shipped, eight, four)}) == 1
 
 
-def test_only_few_bits_and_odd_matrices_are_worth_a_note() -> None:
+def test_only_4_bits_and_matrices_not_divisible_by_64_cause_warnings() -> None:
     assert quantization_warnings(THINKING.config, None) == quantization_warnings(THINKING.config, 8) == ()
     assert quantization_warnings(THINKING.config, 4) == (
         "--dense-bits 4 may show in the answers: 8 stays closer to the checkpoint",

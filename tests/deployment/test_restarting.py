@@ -73,7 +73,7 @@ def tokens_of(run: Run, breaking: dict[int, Callable[[], None]] | None = None) -
 
 
 @pytest.mark.slow
-def test_two_streams_go_on_with_the_same_tokens_whichever_stage_is_killed_or_stopped(
+def test_two_streams_resume_with_the_same_tokens_after_a_stage_is_killed_or_suspended(
     model: Path, tmp_path: Path, undisturbed: Tokens
 ) -> None:
     breaking = {
@@ -93,7 +93,7 @@ def test_two_streams_go_on_with_the_same_tokens_whichever_stage_is_killed_or_sto
     assert [(restart.number, restart.wait_s) for restart in run.restarts] == [(1, 0.05), (2, 0.1), (3, 0.2), (4, 0.4)]
 
 
-def test_without_restarts_a_fault_is_final(model: Path, tmp_path: Path) -> None:
+def test_with_no_restarts_allowed_a_fault_is_raised(model: Path, tmp_path: Path) -> None:
     with (
         restarting(model, tmp_path, 2, limit=0) as run,
         pytest.raises(StageFault, match=r"stage 1 on this machine \(.+\) ended with signal 9"),
@@ -102,7 +102,7 @@ def test_without_restarts_a_fault_is_final(model: Path, tmp_path: Path) -> None:
     assert run.restarts == []
 
 
-def test_a_host_that_stays_away_ends_the_run_by_name_after_the_limit(model: Path, tmp_path: Path) -> None:
+def test_a_stage_that_cannot_start_again_is_named_after_the_restart_limit(model: Path, tmp_path: Path) -> None:
     with restarting(model, tmp_path, 2, limit=2) as run:
         events = run.coordinator.run(*ASKED)
         next(events)
@@ -128,7 +128,7 @@ class Breaker(DeploymentListener):
 
 
 @pytest.mark.slow
-def test_a_stage_killed_while_all_start_again_costs_one_more_restart_each_time(
+def test_a_stage_killed_during_a_restart_causes_one_more_restart(
     model: Path, tmp_path: Path, undisturbed: Tokens
 ) -> None:
     breaker = Breaker(["connecting", "loading"])
@@ -141,7 +141,7 @@ def test_a_stage_killed_while_all_start_again_costs_one_more_restart_each_time(
 
 
 @pytest.mark.slow
-def test_a_fault_after_the_last_token_is_mended_for_the_next_request_and_leaves_no_process(
+def test_a_fault_between_requests_causes_one_restart_and_leaves_no_old_process(
     model: Path, tmp_path: Path, undisturbed: Tokens
 ) -> None:
     with restarting(model, tmp_path, 2) as run:

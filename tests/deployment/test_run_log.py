@@ -20,7 +20,9 @@ class RecordingListener(DeploymentListener):
         self.notifications.append(line)
 
 
-def test_the_files_of_a_log_stay_within_twice_their_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_files_together_stay_below_twice_the_file_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run_log, "MAX_FILE_BYTES", 1000)
     log = RunLog(tmp_path, DeploymentListener())
     for number in range(200):
@@ -29,7 +31,7 @@ def test_the_files_of_a_log_stay_within_twice_their_limit(tmp_path: Path, monkey
     assert (tmp_path / "stages.log").read_text().endswith("line 199\n")
 
 
-def test_a_folder_that_is_gone_stops_nothing(tmp_path: Path) -> None:
+def test_a_missing_log_folder_is_notified_once_and_raises_nothing(tmp_path: Path) -> None:
     recorded = RecordingListener()
     log = RunLog(tmp_path / "logs", recorded)
     (tmp_path / "logs").rmdir()
@@ -42,7 +44,7 @@ def test_a_folder_that_is_gone_stops_nothing(tmp_path: Path) -> None:
     ]
 
 
-def test_a_report_has_the_tail_of_each_stages_log_and_no_other_report_replaces_it(tmp_path: Path) -> None:
+def test_a_report_has_the_tail_of_each_stages_log_and_is_never_overwritten(tmp_path: Path) -> None:
     log = RunLog(tmp_path, DeploymentListener())
     for rank, count in ((0, 3), (1, run_log.LAST_LINES + 50)):
         for number in range(count):

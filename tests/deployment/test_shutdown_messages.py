@@ -25,7 +25,7 @@ class RecordedNotifications(DeploymentListener):
         self.lines.append(line)
 
 
-def test_a_stages_notes_are_shown_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stages_warnings_are_shown_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load = bring_up.load
 
     def load_with_warning(group: StageGroup, messages: list[Load], report: Callable[[int, FromStage], None]) -> object:

@@ -143,7 +143,7 @@ JUDGED: dict[str, tuple[list[Check], CheckResult, str]] = {
 
 
 @pytest.mark.parametrize(("checks", "result", "words"), JUDGED.values(), ids=JUDGED.keys())
-def test_each_state_of_a_host_has_its_verdict_and_its_way_out(
+def test_each_state_of_a_host_gives_the_right_check_result_and_remedy(
     checks: list[Check], result: CheckResult, words: str
 ) -> None:
     (check,) = checks
@@ -153,18 +153,18 @@ def test_each_state_of_a_host_has_its_verdict_and_its_way_out(
         assert check.commands
 
 
-def test_a_host_that_says_nothing_of_sleep_has_no_such_check() -> None:
+def test_a_host_without_sleep_settings_has_no_sleep_check() -> None:
     assert list(check_sleep("linux", facts(settings={}))) == []
 
 
-def test_hosts_with_different_bytes_in_one_file_are_both_named() -> None:
+def test_hosts_whose_copies_of_a_file_differ_are_all_named() -> None:
     copies = {"mac-1": model(found={"a": "1", "b": "2"}), "mac-2": model(found={"b": "3", "c": "4"})}
     assert [(check.host, check.result) for check in check_copies(copies)] == [("mac-1", FAILURE), ("mac-2", FAILURE)]
     third = copies | {"mac-3": model(found={"b": "2"})}
     assert [check.host for check in check_copies(third)] == ["mac-2"]
 
 
-def test_commands_are_what_stands_between_backticks() -> None:
+def test_commands_are_the_texts_between_backticks() -> None:
     check = Check("mac-2", "ssh", FAILURE, "it is so: run `ssh mac-2` once, then `ssh-copy-id mac-2`")
     assert check.commands == ["ssh mac-2", "ssh-copy-id mac-2"]
     assert replace(check, result=OK).commands == []

@@ -30,7 +30,7 @@ def found(lines: list[Line], host: str, check: str) -> Line:
     return line
 
 
-def test_everything_is_looked_at_and_what_is_wrong_is_found_on_each_host(
+def test_the_doctor_checks_everything_and_finds_each_hosts_problem(
     emulated_hosts: EmulatedHosts, tmp_path: Path
 ) -> None:
     hosts = emulated_hosts
@@ -71,7 +71,7 @@ def test_everything_is_looked_at_and_what_is_wrong_is_found_on_each_host(
     assert hosts.all_processes() == {}
 
 
-def test_a_table_for_people_repeats_what_is_wrong_in_whole_lines(emulated_hosts: EmulatedHosts, tmp_path: Path) -> None:
+def test_the_doctors_table_repeats_each_problem_on_a_full_line(emulated_hosts: EmulatedHosts, tmp_path: Path) -> None:
     hostfile = tmp_path / "hosts.json"
     entries = [{"ssh": "host-0", "ips": ["10.77.0.1"]}, {"ssh": "refused-key", "ips": ["10.77.0.2"]}]
     hostfile.write_text(json.dumps(entries))

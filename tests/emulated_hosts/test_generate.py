@@ -32,7 +32,7 @@ def hostfile(emulated_hosts: EmulatedHosts, tmp_path: Path) -> str:
     return str(emulated_hosts.write_hostfile(tmp_path / "hosts.json"))
 
 
-def test_three_hosts_say_what_one_stage_says(emulated_hosts: EmulatedHosts, hostfile: str) -> None:
+def test_three_hosts_give_the_same_answer_as_one_stage(emulated_hosts: EmulatedHosts, hostfile: str) -> None:
     alone, _ = generate(emulated_hosts, "--max-tokens", "30", "--stages", "1").communicate()
     together, log = generate(emulated_hosts, "--max-tokens", "30", "--hostfile", hostfile).communicate()
     assert together == alone != b"", log.decode()
@@ -41,7 +41,7 @@ def test_three_hosts_say_what_one_stage_says(emulated_hosts: EmulatedHosts, host
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGHUP])
-def test_no_process_is_left_when_the_command_is_ended_in_the_middle_of_an_answer(
+def test_a_signal_during_an_answer_leaves_no_process_on_any_host(
     emulated_hosts: EmulatedHosts, hostfile: str, tmp_path: Path, number: signal.Signals
 ) -> None:
     endless = str(write_model(tmp_path / "model"))

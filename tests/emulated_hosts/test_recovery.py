@@ -43,11 +43,11 @@ def expected(hosts: EmulatedHosts, model: Path, tmp_path_factory: pytest.TempPat
 
 
 @pytest.mark.parametrize("name", TELLING)
-def test_the_streams_go_on_or_end_as_they_should_and_what_was_broken_is_blamed_alone(
+def test_each_fault_gives_the_expected_outcome_and_only_the_broken_part_is_named(
     hosts: EmulatedHosts, model: Path, expected: Tokens, tmp_path: Path, name: str
 ) -> None:
     try_fault(BY_NAME[name], Scene(hosts, model, tmp_path / "scene"), expected, BUSY)
 
 
-def test_every_row_has_a_name_of_its_own() -> None:
+def test_every_row_of_the_fault_matrix_has_a_unique_name() -> None:
     assert len(BY_NAME) == len(FAULTS)

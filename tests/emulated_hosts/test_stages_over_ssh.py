@@ -41,7 +41,7 @@ def first_end(location: StageLocation, log: list[str] | None = None) -> StageEnd
     return event
 
 
-def test_three_ranks_on_three_hosts_pass_arrays_along(hosts: EmulatedHosts, tmp_path: Path) -> None:
+def test_three_ranks_on_three_hosts_pass_arrays_around_the_ring(hosts: EmulatedHosts, tmp_path: Path) -> None:
     with start_ring_group(hosts.names, stand_in_python(tmp_path, "ring"), 20.0) as group:
         bring_about("idle", group, hosts.addresses)
         for number in range(1, 21):
@@ -52,7 +52,9 @@ def test_three_ranks_on_three_hosts_pass_arrays_along(hosts: EmulatedHosts, tmp_
     assert hosts.all_processes() == {}
 
 
-def test_a_stopped_stage_on_another_host_is_ended_in_time(hosts: EmulatedHosts, tmp_path: Path) -> None:
+def test_a_suspended_stage_on_another_host_is_ended_within_a_second_of_closing_the_group(
+    hosts: EmulatedHosts, tmp_path: Path
+) -> None:
     log: list[str] = []
     with StageGroup([StageLocation("host-1", stand_in_python(tmp_path, "echo"))], LONG_LEASE_S, log.append) as group:
         assert group.receive(EVENT_S) == StageMessage(0, Connected())
@@ -78,7 +80,7 @@ def test_a_pulled_cable_ends_that_stage_alone(hosts: EmulatedHosts, tmp_path: Pa
     assert wait_until(lambda: not hosts.all_processes(), EVENT_S), hosts.all_processes()
 
 
-def test_a_cable_that_is_pulled_for_two_seconds_ends_nothing(hosts: EmulatedHosts, tmp_path: Path) -> None:
+def test_a_cable_pulled_for_two_seconds_ends_no_stage(hosts: EmulatedHosts, tmp_path: Path) -> None:
     with StageGroup([StageLocation("host-1", stand_in_python(tmp_path, "echo"))], 20.0, lambda _: None) as group:
         receive(group, Connected)
         hosts.cut(1)
@@ -88,7 +90,7 @@ def test_a_cable_that_is_pulled_for_two_seconds_ends_nothing(hosts: EmulatedHost
         assert group.receive(EVENT_S) == StageMessage(0, StepDone(number=1, busy_s=0.0, receive_s=0.0))
 
 
-def test_a_killed_ssh_server_is_noticed_and_leaves_nothing(hosts: EmulatedHosts, tmp_path: Path) -> None:
+def test_a_killed_ssh_server_is_detected_and_leaves_no_process(hosts: EmulatedHosts, tmp_path: Path) -> None:
     with StageGroup(
         [StageLocation("host-1", stand_in_python(tmp_path, "deaf"))], LONG_LEASE_S, lambda _: None
     ) as group:
@@ -101,7 +103,7 @@ def test_a_killed_ssh_server_is_noticed_and_leaves_nothing(hosts: EmulatedHosts,
         assert wait_until(lambda: not hosts.processes(1), EVENT_S), hosts.processes(1)
 
 
-def test_a_login_shell_that_prints_first_is_noted_and_skipped(hosts: EmulatedHosts, tmp_path: Path) -> None:
+def test_output_of_a_login_shell_is_logged_and_skipped(hosts: EmulatedHosts, tmp_path: Path) -> None:
     (hosts.homes[1] / ".bashrc").write_text("echo welcome to host-1; echo have fun\n")
     log: list[str] = []
     with StageGroup([StageLocation("host-1", stand_in_python(tmp_path, "echo"))], 20.0, log.append) as group:
@@ -110,7 +112,7 @@ def test_a_login_shell_that_prints_first_is_noted_and_skipped(hosts: EmulatedHos
     assert "[stage 0 host-1] | welcome to host-1" in log
 
 
-def test_without_our_python_a_host_is_tried_with_its_login_shells_path(
+def test_a_host_without_our_python_path_is_tried_with_its_login_shells_path(
     hosts: EmulatedHosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = hosts.homes[1] / "bin" / "mlx-k2"
@@ -143,7 +145,7 @@ def test_each_failure_of_ssh_has_its_own_message(hosts: EmulatedHosts, name: str
         raise error
 
 
-def test_stopping_does_not_wait_for_a_host_that_does_not_answer(hosts: EmulatedHosts) -> None:
+def test_stopping_does_not_wait_for_an_unreachable_host(hosts: EmulatedHosts) -> None:
     with StageGroup([StageLocation("unreachable")], 20.0, lambda _: None) as group:
         assert wait_until(lambda: bool(hosts.processes(0)), EVENT_S)
         reported: list[str] = []
@@ -152,14 +154,16 @@ def test_stopping_does_not_wait_for_a_host_that_does_not_answer(hosts: EmulatedH
     assert hosts.all_processes() == {}
 
 
-def test_a_python_that_is_not_on_the_host_is_named(hosts: EmulatedHosts) -> None:
+def test_a_missing_python_on_a_host_is_reported_with_the_install_command(hosts: EmulatedHosts) -> None:
     assert first_end(StageLocation("host-1", "/nowhere/python")).reason == (
         "it has no /nowhere/python: run `ssh host-1 python3 -m pip install mlx-k2==0.1.0`, "
         'or give the path of a Python that has mlx_k2 as "python" in the hostfile'
     )
 
 
-def test_a_python_without_the_package_is_told_how_to_install_it(hosts: EmulatedHosts, tmp_path: Path) -> None:
+def test_a_python_without_the_package_is_reported_with_the_install_command(
+    hosts: EmulatedHosts, tmp_path: Path
+) -> None:
     bare = tmp_path / "bare-python"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     bare.chmod(0o755)
@@ -168,7 +172,7 @@ def test_a_python_without_the_package_is_told_how_to_install_it(hosts: EmulatedH
     )
 
 
-def test_a_host_where_nothing_can_be_run_says_what_was_tried(
+def test_a_host_where_no_python_works_is_reported_with_what_was_tried(
     hosts: EmulatedHosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")

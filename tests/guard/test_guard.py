@@ -141,13 +141,13 @@ def test_messages_are_relayed_both_ways_and_heartbeats_are_answered(start: Start
         assert decode_from_stage(stage.read().payload) == StepDone(number=number, busy_s=0.0, receive_s=0.0)
 
 
-def test_a_heartbeat_is_answered_while_the_stage_holds_the_gil_for_ever(start: Start) -> None:
+def test_a_heartbeat_is_answered_while_the_stage_holds_the_gil(start: Start) -> None:
     stage = start("deaf")
     stage.write(Kind.HEARTBEAT, b"beat 1")
     assert stage.read() == Frame(Kind.HEARTBEAT, b"beat 1")
 
 
-def test_a_stage_that_is_told_to_stop_ends_by_itself(start: Start) -> None:
+def test_a_stage_that_receives_stop_exits_by_itself(start: Start) -> None:
     stage = start("echo")
     stage.write(Kind.MESSAGE, encode_message(Stop()))
     assert stage.last_frame() == {"exit_code": 0, "signal": None, "reason": "it ended by itself"}
@@ -155,7 +155,7 @@ def test_a_stage_that_is_told_to_stop_ends_by_itself(start: Start) -> None:
     stage.wait_until_gone()
 
 
-def test_the_end_of_the_coordinator_ends_the_stage_politely(start: Start) -> None:
+def test_a_closed_connection_ends_the_stage_with_exit_code_0(start: Start) -> None:
     stage = start("echo")
     stage.close()
     assert stage.last_frame() == {"exit_code": 0, "signal": None, "reason": "the coordinator closed the connection"}
@@ -174,7 +174,7 @@ def test_the_end_of_the_coordinator_leaves_nothing(start: Start, program: str) -
 
 
 @pytest.mark.slow
-def test_a_stage_that_ignores_everything_is_killed_after_its_time(start: Start) -> None:
+def test_a_stage_that_ignores_stop_and_sigterm_is_killed_after_its_grace_period(start: Start) -> None:
     stage = start("stubborn")
     stage.set(held_bytes=10 * 10**9)
     began = time.monotonic()
@@ -184,7 +184,7 @@ def test_a_stage_that_ignores_everything_is_killed_after_its_time(start: Start) 
 
 
 @pytest.mark.slow
-def test_a_silent_coordinator_ends_the_stage_after_the_lease_and_a_beating_one_does_not(start: Start) -> None:
+def test_the_stage_ends_when_no_heartbeat_comes_within_the_lease(start: Start) -> None:
     stage = start("deaf")
     stage.set(lease_s=2.0)
     for _ in range(6):
@@ -213,7 +213,7 @@ def test_a_signal_to_the_guard_ends_the_stage(start: Start, number: signal.Signa
         (encode_frame(Kind.STAGE_EXIT, b""), "the coordinator sent a STAGE_EXIT frame"),
     ],
 )
-def test_anything_but_the_agreed_frames_ends_the_stage(start: Start, data: bytes, reason: str) -> None:
+def test_an_unexpected_frame_ends_the_stage(start: Start, data: bytes, reason: str) -> None:
     stage = start("echo")
     stage.write_raw(data)
     assert reason in str(stage.last_frame()["reason"])
@@ -228,7 +228,7 @@ def test_a_killed_guard_leaves_nothing(start: Start, program: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_guard_leaves_not_even_a_stage_that_ignores_everything(start: Start) -> None:
+def test_the_watchdog_kills_a_stage_that_ignores_sigterm_after_its_guard_is_killed(start: Start) -> None:
     stage = start("stubborn")
     began = time.monotonic()
     stage.process.kill()
@@ -237,7 +237,7 @@ def test_a_killed_guard_leaves_not_even_a_stage_that_ignores_everything(start: S
 
 
 @pytest.mark.slow
-def test_a_stopped_guard_is_ended_after_the_lease(start: Start) -> None:
+def test_a_suspended_guard_and_its_stage_are_ended_after_the_lease(start: Start) -> None:
     stage = start("deaf")
     stage.set(lease_s=2.0)
     since_s = status(stage).for_s
@@ -247,7 +247,7 @@ def test_a_stopped_guard_is_ended_after_the_lease(start: Start) -> None:
     stage.wait_until_gone(DEFAULT_LEASE_S - 2)
 
 
-def test_a_stopped_stage_ends_within_its_time(start: Start) -> None:
+def test_a_suspended_stage_is_ended_in_under_3_s(start: Start) -> None:
     stage = start("echo")
     stage.stage.suspend()
     stage.close()
@@ -255,7 +255,7 @@ def test_a_stopped_stage_ends_within_its_time(start: Start) -> None:
     stage.wait_until_gone()
 
 
-def test_a_killed_watcher_is_not_the_stages_end(start: Start) -> None:
+def test_a_killed_watchdog_does_not_end_the_stage(start: Start) -> None:
     stage = start("echo")
     stage.watchdog.kill()
     stage.step(1)
@@ -264,18 +264,18 @@ def test_a_killed_watcher_is_not_the_stages_end(start: Start) -> None:
     assert stage.last_frame()["exit_code"] == 0
 
 
-def test_the_exit_code_and_the_signal_of_a_stage_are_its_last_frame(start: Start) -> None:
+def test_the_last_frame_holds_the_stages_exit_code_or_signal(start: Start) -> None:
     assert start("failing").last_frame() == {"exit_code": 3, "signal": None, "reason": "it ended by itself"}
     assert start("crashing").last_frame()["signal"] == signal.SIGSEGV
 
 
-def test_a_stage_that_writes_no_frames_is_ended(start: Start) -> None:
+def test_a_stage_that_writes_something_else_than_frames_is_ended(start: Start) -> None:
     last = start("rubbish").last_frame()
     assert last["signal"] == signal.SIGTERM
     assert "something else than frames" in str(last["reason"])
 
 
-def test_a_stage_that_does_not_read_is_a_fault_with_a_name(start: Start) -> None:
+def test_a_stage_that_stops_reading_is_ended_with_that_reason(start: Start) -> None:
     stage = start("deaf")
     for number in range(20_000):
         try:
@@ -285,7 +285,7 @@ def test_a_stage_that_does_not_read_is_a_fault_with_a_name(start: Start) -> None
     assert "the stage has stopped reading" in str(stage.last_frame()["reason"])
 
 
-def test_what_a_stage_started_ends_with_it(start: Start) -> None:
+def test_the_child_processes_of_a_stage_end_with_it(start: Start) -> None:
     stage = start("with_offspring")
     assert len(stage.descendants) == 3
     stage.write(Kind.MESSAGE, encode_message(Stop()))
@@ -293,7 +293,7 @@ def test_what_a_stage_started_ends_with_it(start: Start) -> None:
     stage.wait_until_gone()
 
 
-def test_the_guard_needs_the_standard_library_only(tmp_path: Path) -> None:
+def test_the_guard_runs_with_only_the_standard_library(tmp_path: Path) -> None:
     script = "import sys, mlx_k2.stage.__main__; print([m for m in ('msgspec', 'mlx', 'numpy') if m in sys.modules])"
     ran = subprocess.run(
         [sys.executable, "-S", "-c", script],
@@ -305,7 +305,7 @@ def test_the_guard_needs_the_standard_library_only(tmp_path: Path) -> None:
     assert ran.stdout == "[]\n", ran.stderr
 
 
-def test_a_heartbeat_brings_where_the_stage_stands_since_when_and_that_it_is_stopped(start: Start) -> None:
+def test_a_heartbeat_returns_the_stage_status_with_phase_age_and_stopped_time(start: Start) -> None:
     stage = start("receives")
     stage.stage.suspend()
     reported = [status(stage)]
@@ -323,7 +323,7 @@ def status(stage: GuardedStage) -> StageStatus:
     return StageStatus.from_json(stage.read(Kind.STAGE_STATUS).payload)
 
 
-def test_what_a_stage_says_of_its_standing_is_checked() -> None:
+def test_a_malformed_phase_update_or_stage_status_is_refused() -> None:
     for payload in (b"", b"[]", b'{"phase": "dancing"}', b'{"phase": "starting", "step": -1, "limit_s": null}'):
         with pytest.raises(ProtocolError, match="not a PhaseUpdate"):
             PhaseUpdate.from_json(payload)

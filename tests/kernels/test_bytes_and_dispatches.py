@@ -24,14 +24,14 @@ def k2_thinking() -> ModelConfig:
     return ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "test")
 
 
-def test_routed_experts_take_four_and_a_half_bits_a_weight() -> None:
+def test_routed_experts_use_4_5_bits_per_weight() -> None:
     stack = random_stack(SHAPE, 4)
     weights = sum(stack[i].size * CODES_PER_WORD for i in (0, 2, 4))
     assert sum(array.nbytes for array in stack) * 8 == 4.5 * weights
 
 
 @pytest.mark.parametrize(("compute", "tokens"), [(variants.decode_experts, 1), (variants.batch_experts, 8)])
-def test_routed_experts_take_two_launches(compute: Experts, tokens: int) -> None:
+def test_routed_experts_launch_two_kernels(compute: Experts, tokens: int) -> None:
     stack, ids = random_stack(SHAPE, 16), random_expert_ids(tokens, 16, SHAPE.top_k)
     x, weights = mx.zeros((tokens, 64), mx.bfloat16), mx.zeros((tokens, SHAPE.top_k))
     mx.eval(stack, ids, x, weights)
@@ -42,7 +42,7 @@ def test_routed_experts_take_two_launches(compute: Experts, tokens: int) -> None
     assert count_launches(layer, x) == {KERNEL: 2}
 
 
-def test_a_moe_block_takes_at_most_ten_launches_at_decode() -> None:
+def test_a_moe_block_launches_at_most_ten_kernels_at_decode() -> None:
     assert our_launches(k2_thinking()) <= 10 < 18 <= mlx_lm_launches(k2_thinking())
 
 
@@ -50,7 +50,7 @@ def test_a_moe_block_takes_at_most_ten_launches_at_decode() -> None:
     ("dense_bits", "stored_biases", "held", "read"),
     [(None, False, 594.21, 32.99), (None, True, 657.62, 34.31), (8, False, 584.47, 23.25), (4, False, 579.28, 18.06)],
 )
-def test_bytes_held_and_read_follow_from_the_shapes(
+def test_held_and_read_bytes_follow_from_the_shapes(
     dense_bits: int | None, stored_biases: bool, held: float, read: float
 ) -> None:
     counted = bytes_held_and_read(k2_thinking(), dense_bits, stored_biases=stored_biases)
@@ -58,7 +58,7 @@ def test_bytes_held_and_read_follow_from_the_shapes(
 
 
 @pytest.mark.slow
-def test_the_table_has_both_programs_as_shipped_and_in_eight_bits() -> None:
+def test_the_table_has_mlx_k2_and_mlx_lm_as_shipped_and_with_8_dense_bits() -> None:
     assert [(row.program, row.dense_bits) for row in table()] == [
         ("mlx-k2", None),
         ("mlx-lm", None),

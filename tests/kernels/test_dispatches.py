@@ -46,24 +46,24 @@ WRONG: dict[str, Callable[[Case], Case]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_gate_up_refuses(name: str, case: Case) -> None:
+def test_gate_up_refuses_wrong_shapes_and_dtypes(name: str, case: Case) -> None:
     gate_up(case)
     with pytest.raises(AssertionError):
         gate_up(WRONG[name](case))
 
 
-def test_rows_must_divide_the_outputs(case: Case) -> None:
+def test_gate_up_refuses_threadgroup_rows_that_do_not_divide_the_outputs(case: Case) -> None:
     with pytest.raises(AssertionError, match="32 rows in threadgroups of 4 x 16"):
         decode.gate_up(case.x, case.expert_ids, case.stack, rows_per_simdgroup=16, simdgroups=4)
 
 
-def test_down_refuses_activations_of_other_tokens(case: Case) -> None:
+def test_down_refuses_hidden_rows_of_another_token_count(case: Case) -> None:
     hidden = mx.zeros((2, 2, 32), mx.bfloat16)
     with pytest.raises(AssertionError, match="hidden is"):
         decode.down(hidden, case.expert_ids, case.expert_weights, case.stack, rows_per_simdgroup=4)
 
 
-def test_batches_end_at_sixteen_tokens() -> None:
+def test_the_batch_kernel_accepts_at_most_16_tokens() -> None:
     assert [batched_decode.capacity(n) for n in (1, 2, 3, 4, 5, 8, 9, 16)] == [2, 2, 4, 4, 8, 8, 16, 16]
     with pytest.raises(AssertionError, match="17 tokens"):
         batched_decode.capacity(17)
@@ -83,23 +83,23 @@ def test_pairs_are_sorted_by_expert_and_then_by_token(num_experts: int) -> None:
     np.testing.assert_array_equal(offsets, [(ids < expert).sum() for expert in range(num_experts + 1)])
 
 
-def test_there_are_never_more_tiles_than_threadgroups() -> None:
+def test_max_tiles_is_an_upper_bound_of_the_tiles_used() -> None:
     for counts in ([1] * 40, [33, 33, 33], [64, 0, 31, 1], [0, 0, 5]):
         tiles = sum(-(-count // prefill.TILE) for count in counts)
         assert tiles <= prefill.max_tiles(sum(counts), len(counts))
 
 
-def test_cuda_bodies_have_no_address_spaces_and_keep_threadgroup_arrays() -> None:
+def test_cuda_body_removes_address_spaces_but_keeps_shared_arrays() -> None:
     body = cuda_body("const device uint4* p = (const device uint4*)w; threadgroup float parts[8]; thread float* q;")
     assert body == "const uint4* p = (const uint4*)w; threadgroup float parts[8]; float* q;"
 
 
-def test_every_kernel_text_is_in_the_package() -> None:
+def test_every_metal_file_is_in_the_package() -> None:
     assert len(metal_texts()) == 12
     assert read_metal("int4.metal") in metal_texts()
 
 
-def test_a_kernel_without_a_gpu_is_an_error_and_not_a_wrong_result(case: Case) -> None:
+def test_a_kernel_run_without_a_gpu_raises(case: Case) -> None:
     if mx.default_device().type == mx.DeviceType.gpu:
         return
     with pytest.raises((RuntimeError, ValueError)):

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(30)
 SHAPE = LayerShape(hidden_size=64, intermediate_size=32, top_k=4, dtype=mx.bfloat16)
 
 
-def test_without_a_gpu_the_reference_runs_and_nothing_is_checked() -> None:
+def test_without_a_gpu_the_reference_runs_and_no_kernel_is_checked() -> None:
     case = random_case(experts=4, tokens=3, top_k=2, hidden=64, intermediate=32, dtype=mx.float32)
     with mx.stream(mx.cpu):
         got = experts.routed_experts(case.x, case.expert_ids, case.expert_weights, case.stack)
@@ -28,11 +28,11 @@ def test_without_a_gpu_the_reference_runs_and_nothing_is_checked() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "kernel"), [(1, DECODE), (2, BATCH), (16, BATCH), (17, PREFILL), (4096, PREFILL)])
-def test_the_number_of_tokens_chooses_the_kernel(tokens: int, kernel: str) -> None:
+def test_kernel_for_chooses_by_the_number_of_tokens(tokens: int, kernel: str) -> None:
     assert experts.kernel_for(tokens)[0] == kernel
 
 
-def test_verdicts_are_remembered(tmp_path: Path) -> None:
+def test_stored_kernel_checks_are_loaded_again(tmp_path: Path) -> None:
     path = check_cache.cache_path(tmp_path / "new", SHAPE, "Apple M9")
     cached = check_cache.CachedChecks(
         [KernelCheck(DECODE, True, 1e-3, ""), KernelCheck(BATCH, False, None, "no")], DEFAULT
@@ -42,7 +42,7 @@ def test_verdicts_are_remembered(tmp_path: Path) -> None:
     assert check_cache.load(path) == cached
 
 
-def test_another_chip_shape_or_kernel_text_has_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_path_depends_on_chip_shape_and_kernel_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [
         check_cache.cache_path(tmp_path, SHAPE, "Apple M9"),
         check_cache.cache_path(tmp_path, SHAPE, "Apple M8"),
@@ -55,13 +55,13 @@ def test_another_chip_shape_or_kernel_text_has_another_file(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"checks": [{"kernel": 1}], "tuning": null}', "[]"])
-def test_a_file_that_cannot_be_read_means_that_nothing_is_known(tmp_path: Path, content: str) -> None:
+def test_an_unreadable_cache_file_loads_as_none(tmp_path: Path, content: str) -> None:
     path = tmp_path / "verdicts.json"
     path.write_text(content)
     assert check_cache.load(path) is None
 
 
-def test_a_directory_that_cannot_be_written_is_not_an_error(tmp_path: Path) -> None:
+def test_storing_checks_in_an_unwritable_directory_raises_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     check_cache.store(tmp_path / "file" / "verdicts.json", check_cache.CachedChecks([], None), "Apple M9")
 
@@ -73,9 +73,7 @@ def _metal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_metal")
-def test_a_kernel_that_fails_is_named_once_and_then_left_alone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failed_kernel_is_logged_once_and_not_checked_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         first = experts.checks(SHAPE, tmp_path)
         again = experts.checks(SHAPE, tmp_path)
@@ -87,7 +85,7 @@ def test_a_kernel_that_fails_is_named_once_and_then_left_alone(
 
 
 @pytest.mark.usefixtures("_metal")
-def test_a_check_that_took_the_process_down_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_crashed_the_process_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class ProcessGone(BaseException):
         pass
 
@@ -105,7 +103,7 @@ def test_a_check_that_took_the_process_down_is_not_made_again(tmp_path: Path, mo
 
 
 @pytest.mark.usefixtures("_metal")
-def test_the_reference_runs_where_no_kernel_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_runs_when_no_kernel_is_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", tmp_path)
     case = random_case(experts=4, tokens=3, top_k=2, hidden=64, intermediate=32, dtype=mx.float32)
     got = experts.routed_experts(case.x, case.expert_ids, case.expert_weights, case.stack)
@@ -115,7 +113,7 @@ def test_the_reference_runs_where_no_kernel_is_trusted(tmp_path: Path, monkeypat
 
 @pytest.mark.usefixtures("_metal")
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32], ids=["bfloat16", "float32"])
-def test_what_is_prepared_is_not_checked_again_and_the_user_hears_of_each_kernel_that_is_not_used(
+def test_prepare_reports_each_unused_kernel_and_does_not_check_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype
 ) -> None:
     monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", tmp_path)

@@ -68,7 +68,7 @@ def test_routed_experts_equal_float64(experts: int, top_k: int, tokens: int) -> 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 @pytest.mark.parametrize("experts", [16, 96])
-def test_biases_that_are_held_give_the_bits_of_those_made_in_the_call(experts: int, tokens: int) -> None:
+def test_stored_biases_give_bit_identical_results_to_computed_ones(experts: int, tokens: int) -> None:
     rng = np.random.default_rng(experts + tokens)
     stack = random_stack(rng, experts, hidden=96, intermediate=64)
     shipped = stack._replace(**{name: getattr(stack, name).astype(mx.bfloat16) for name in SCALES})
@@ -80,7 +80,7 @@ def test_biases_that_are_held_give_the_bits_of_those_made_in_the_call(experts: i
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("experts", "top_k"), [(7, 3), (128, 8)])
-def test_a_tokens_experts_are_bit_identical_in_any_company(experts: int, top_k: int, compiled: bool) -> None:
+def test_a_tokens_expert_output_is_bit_identical_in_any_batch(experts: int, top_k: int, compiled: bool) -> None:
     rng = np.random.default_rng(experts)
     stack = random_stack(rng, experts, hidden=160, intermediate=96)
     tokens = 80  # every way of computing is met: gathered experts, the whole stack, sorted by expert
@@ -97,7 +97,7 @@ def test_a_tokens_experts_are_bit_identical_in_any_company(experts: int, top_k: 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("experts", [15, 64])
-def test_a_tokens_route_is_bit_identical_in_any_company(experts: int, compiled: bool) -> None:
+def test_a_tokens_route_is_bit_identical_in_any_batch(experts: int, compiled: bool) -> None:
     rng = np.random.default_rng(3)
     weight = mx.array(rng.standard_normal((experts, 96), dtype=np.float32))
     bias = mx.array(rng.standard_normal(experts, dtype=np.float32))
@@ -148,7 +148,7 @@ def test_route_equals_mlx_lm(num_groups: int, top_groups: int, normalize: bool) 
     assert weights.dtype == mx.float32
 
 
-def test_experts_are_listed_best_first_and_ties_by_id() -> None:
+def test_experts_are_ordered_by_score_with_ties_by_id() -> None:
     logits = mx.array([[0.0, 2.0, 2.0, -1.0, 2.0, 5.0]])
     ids, _ = reference.select_experts(
         logits, mx.zeros(6), top_k=4, num_groups=1, top_groups=1, normalize=True, scaling_factor=1.0
@@ -156,7 +156,7 @@ def test_experts_are_listed_best_first_and_ties_by_id() -> None:
     assert ids.tolist() == [[5, 1, 2, 4]]
 
 
-def test_the_correction_bias_chooses_but_does_not_weigh() -> None:
+def test_the_correction_bias_affects_selection_but_not_weights() -> None:
     ids, weights = reference.select_experts(
         mx.array([[0.0, 3.0, -3.0]]),
         mx.array([0.0, 0.0, 10.0]),
@@ -170,7 +170,7 @@ def test_the_correction_bias_chooses_but_does_not_weigh() -> None:
     assert weights.item() == pytest.approx(1 / (1 + np.exp(3.0)), rel=1e-6)
 
 
-def test_nothing_is_computed_before_it_is_asked_for() -> None:
+def test_routed_experts_can_be_traced_without_evaluation() -> None:
     rng = np.random.default_rng(0)
     stack = random_stack(rng, 8, hidden=32, intermediate=32)
     ids, weights = random_choice(rng, 2, 8, 2)

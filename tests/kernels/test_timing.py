@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(30)
 SHAPE = LayerShape(hidden_size=64, intermediate_size=32, top_k=4, dtype=mx.float32)
 
 
-def test_a_layer_is_timed_against_the_bytes_of_its_distinct_experts() -> None:
+def test_a_layers_timing_counts_the_bytes_of_its_distinct_experts() -> None:
     stack = random_stack(SHAPE, 8)
     timed = timing.time_layer(reference.routed_experts, stack, tokens=1, top_k=4, chain=2, repeats=1)
     assert timed.seconds > 0
@@ -24,19 +24,17 @@ def test_a_layer_is_timed_against_the_bytes_of_its_distinct_experts() -> None:
     assert timed.gigabytes_per_second == pytest.approx(timed.bytes_needed / timed.seconds / 1e9)
 
 
-def test_a_plain_read_is_timed() -> None:
+def test_the_bandwidth_of_a_plain_read_is_measured() -> None:
     assert timing.plain_read_gigabytes_per_second(random_stack(SHAPE, 8)) > 0
 
 
-def test_without_a_gpu_the_table_is_empty() -> None:
+def test_without_a_gpu_the_kernel_table_is_empty() -> None:
     if mx.default_device().type == mx.DeviceType.gpu:
         return
     assert timing.kernel_table(SHAPE, DEFAULT) == []
 
 
-def test_a_kernel_that_is_not_trusted_has_no_time_and_the_reference_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unusable_kernel_is_not_timed_but_the_reference_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", tmp_path)
     unusable = KernelCheck(DECODE, False, 0.5, "off by 5e-01 of the largest output, more than 1e-05")
     path = check_cache.cache_path(tmp_path, SHAPE, experts.chip())
@@ -47,7 +45,7 @@ def test_a_kernel_that_is_not_trusted_has_no_time_and_the_reference_has(
     assert row.reference.seconds > 0
 
 
-def test_the_fastest_sizes_are_found_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_tuning_is_found_and_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", tmp_path)
     tried: list[Tuning] = []
 
@@ -70,7 +68,7 @@ def test_the_fastest_sizes_are_found_and_remembered(tmp_path: Path, monkeypatch:
     assert cached.tuning == best
 
 
-def test_every_default_size_divides_thirty_two() -> None:
+def test_the_default_tuning_divides_32_rows() -> None:
     assert 32 % (DEFAULT.gate_up_rows * DEFAULT.gate_up_simdgroups) == 0
     assert 32 % (DEFAULT.batch_rows * DEFAULT.gate_up_simdgroups) == 0
     assert 32 % DEFAULT.down_rows == 0

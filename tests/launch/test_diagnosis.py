@@ -20,7 +20,7 @@ NO_MARK = "the stage's output ended without its opening mark"
         (1, "/opt/k2/bin/python: Command not found."),
     ],
 )
-def test_every_shells_words_for_a_missing_python_are_understood(exit_code: int, stderr: str) -> None:
+def test_the_missing_python_message_of_every_shell_is_recognized(exit_code: int, stderr: str) -> None:
     failure = explain_start_failure(LOCATION, exit_code, stderr, NO_MARK)
     assert failure.reason.startswith("it has no /opt/k2/bin/python: run `ssh mac-2 python3 -m pip install mlx-k2==")
     assert failure.another_may_work
@@ -34,7 +34,7 @@ def test_every_shells_words_for_a_missing_python_are_understood(exit_code: int, 
         "/opt/k2/bin/python: No module named mlx_k2",
     ],
 )
-def test_a_missing_package_is_told_from_a_missing_python(stderr: str) -> None:
+def test_a_missing_package_is_distinguished_from_a_missing_python(stderr: str) -> None:
     failure = explain_start_failure(LOCATION, 1, stderr, NO_MARK)
     assert failure.reason.startswith("its /opt/k2/bin/python has no mlx_k2: run `ssh mac-2 /opt/k2/bin/python -m pip")
     assert failure.another_may_work
@@ -51,7 +51,7 @@ def test_a_missing_package_is_told_from_a_missing_python(stderr: str) -> None:
         ("", "ssh failed: it did not say why; try `ssh mac-2 true`"),
     ],
 )
-def test_ssh_on_a_mac_is_understood_and_what_is_not_is_quoted(stderr: str, meaning: str) -> None:
+def test_known_ssh_errors_are_explained_and_others_quoted(stderr: str, meaning: str) -> None:
     failure = explain_start_failure(LOCATION, 255, stderr, NO_MARK)
     assert meaning in failure.reason
     assert not failure.another_may_work
@@ -63,7 +63,7 @@ def test_any_other_start_failure_quotes_the_last_line() -> None:
     assert not failure.another_may_work
 
 
-def test_a_lost_connection_says_which_end_it_was() -> None:
+def test_a_lost_connection_names_ssh_or_the_guard_as_the_cause() -> None:
     assert "ssh connection was lost" in explain_lost_connection(LOCATION, 255)
     assert explain_lost_connection(StageLocation(), -signal.SIGKILL) == "its guard was ended by signal 9"
     assert explain_lost_connection(StageLocation(), None) == "the connection ended without a word from its guard"

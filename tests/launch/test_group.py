@@ -60,7 +60,7 @@ def children() -> list[psutil.Process]:
     ]
 
 
-def test_stages_are_started_together_answer_in_order_and_none_is_left(make_group: MakeGroup) -> None:
+def test_stages_start_together_and_answer_in_order_and_no_process_is_left(make_group: MakeGroup) -> None:
     with make_group("echo", "echo", "echo") as group:
         assert {event.rank for event in receive(group, 3)} == {0, 1, 2}
         for number in range(50):
@@ -74,7 +74,7 @@ def test_stages_are_started_together_answer_in_order_and_none_is_left(make_group
     assert children() == []
 
 
-def test_nothing_to_receive_is_none_at_the_deadline(make_group: MakeGroup) -> None:
+def test_receive_returns_none_at_the_timeout(make_group: MakeGroup) -> None:
     with make_group("echo") as group:
         receive(group, 1)
         began = time.monotonic()
@@ -96,7 +96,7 @@ def test_guards_are_heard_again_and_again_while_their_stages_hold_the_gil(make_g
                     assert group.receive(0.05) is None
 
 
-def test_a_stage_that_fails_is_an_event_with_its_last_words(make_group: MakeGroup) -> None:
+def test_a_failed_stage_is_reported_with_exit_code_and_stderr_tail(make_group: MakeGroup) -> None:
     with make_group("echo", "failing") as group:
         end = ended(receive(group, 3))
         assert (end.rank, end.came_up, end.exit_code, end.signal) == (1, True, 3, None)
@@ -112,7 +112,7 @@ def test_a_stage_that_fails_is_an_event_with_its_last_words(make_group: MakeGrou
         assert receive(group, 1) == [StageMessage(0, StepDone(number=2, busy_s=0.0, receive_s=0.0))]
 
 
-def test_a_killed_guard_is_noticed(make_group: MakeGroup) -> None:
+def test_a_killed_guard_is_detected(make_group: MakeGroup) -> None:
     with make_group("deaf") as group:
         receive(group, 1)
         (guard,) = psutil.Process().children()
@@ -121,12 +121,14 @@ def test_a_killed_guard_is_noticed(make_group: MakeGroup) -> None:
         assert end.reason == "its guard was ended by signal 9"
 
 
-def test_a_stage_that_writes_rubbish_ends_as_an_event(make_group: MakeGroup) -> None:
+def test_a_stage_that_writes_rubbish_ends_with_a_stage_ended_event(make_group: MakeGroup) -> None:
     with make_group("rubbish") as group:
         assert "something else than frames" in ended(receive(group, 2)).reason
 
 
-def test_a_flood_of_log_lines_delays_nobody_and_is_cut_into_lines(make_group: MakeGroup, log: list[str]) -> None:
+def test_a_flood_of_log_output_does_not_block_stages_and_is_split_into_lines(
+    make_group: MakeGroup, log: list[str]
+) -> None:
     with make_group("flooding", "echo") as group:
         for _ in range(2):
             receive(group, 1)
@@ -137,7 +139,7 @@ def test_a_flood_of_log_lines_delays_nobody_and_is_cut_into_lines(make_group: Ma
     assert max(len(line) for line in log) < 4200
 
 
-def test_messages_faster_than_they_are_taken_are_all_kept(make_group: MakeGroup) -> None:
+def test_no_message_is_lost_when_stages_send_faster_than_receive_is_called(make_group: MakeGroup) -> None:
     with make_group("talkative", "talkative") as group:
         receive(group, 2)
         for number in range(3):
@@ -146,7 +148,7 @@ def test_messages_faster_than_they_are_taken_are_all_kept(make_group: MakeGroup)
 
 
 @pytest.mark.slow
-def test_stopping_kills_all_stubborn_stages_at_once_and_says_what_it_waits_for(
+def test_stopping_kills_unresponsive_stages_concurrently_and_logs_which_it_waits_for(
     make_group: MakeGroup, log: list[str]
 ) -> None:
     with make_group("stubborn", "stubborn", "echo") as group:
@@ -162,7 +164,7 @@ def test_stopping_kills_all_stubborn_stages_at_once_and_says_what_it_waits_for(
 
 
 @pytest.mark.slow
-def test_a_stopped_guard_is_killed_and_its_stage_ends(make_group: MakeGroup) -> None:
+def test_a_suspended_guard_is_killed_and_its_stage_ends(make_group: MakeGroup) -> None:
     with make_group("echo") as group:
         receive(group, 1)
         processes = children()
@@ -172,13 +174,13 @@ def test_a_stopped_guard_is_killed_and_its_stage_ends(make_group: MakeGroup) -> 
     assert not alive
 
 
-def test_an_error_in_the_body_ends_the_stages(make_group: MakeGroup) -> None:
+def test_an_exception_in_the_with_body_ends_the_stages(make_group: MakeGroup) -> None:
     with pytest.raises(RuntimeError), make_group("deaf", "echo"):
         raise RuntimeError
     assert children() == []
 
 
-def test_a_python_that_is_not_there_is_a_start_error_that_says_what_to_do() -> None:
+def test_a_missing_python_raises_a_start_error_that_names_its_path() -> None:
     with StageGroup([StageLocation(python="/nowhere/python")], 20.0, lambda _: None) as group:
         error = ended(receive(group, 1)).as_error()
     assert isinstance(error, StageStartError)
@@ -188,7 +190,7 @@ def test_a_python_that_is_not_there_is_a_start_error_that_says_what_to_do() -> N
 
 
 @pytest.mark.slow
-def test_fifteen_groups_leave_no_descriptor_and_no_thread(make_group: MakeGroup) -> None:
+def test_fifteen_closed_groups_leak_no_descriptor_and_no_thread(make_group: MakeGroup) -> None:
     def run_once() -> None:
         with make_group("echo", "failing") as group:
             events = receive(group, 3)
@@ -202,7 +204,7 @@ def test_fifteen_groups_leave_no_descriptor_and_no_thread(make_group: MakeGroup)
     assert threading.active_count() == num_threads
 
 
-def test_what_is_sent_before_a_stage_is_up_waits_for_it(make_group: MakeGroup) -> None:
+def test_messages_sent_before_a_stage_is_up_are_delivered_later(make_group: MakeGroup) -> None:
     with make_group("echo") as group:
         group.send(0, Step(1, ()))
         group.send(0, Step(2, ()))

@@ -60,7 +60,7 @@ def process_of(program: str) -> psutil.Process:
     return found
 
 
-def test_a_stopped_stage_is_named_alone(make_group: MakeGroup) -> None:
+def test_only_the_suspended_stage_is_named(make_group: MakeGroup) -> None:
     with make_group("echo", "has_sent") as group:
         monitor = come_up(group)
         process_of("echo").suspend()
@@ -70,7 +70,7 @@ def test_a_stopped_stage_is_named_alone(make_group: MakeGroup) -> None:
 
 
 @pytest.mark.slow
-def test_a_stage_that_is_stopped_for_less_than_the_patience_goes_on(make_group: MakeGroup) -> None:
+def test_a_stage_suspended_for_less_than_the_stall_timeout_continues(make_group: MakeGroup) -> None:
     with make_group("echo", stall_timeout_s=6.0) as group:
         monitor = come_up(group)
         stage = process_of("echo")
@@ -82,7 +82,7 @@ def test_a_stage_that_is_stopped_for_less_than_the_patience_goes_on(make_group: 
         assert monitor.receive(time.monotonic() + WATCHED_S) == StageMessage(0, StepDone(1, 0.0, 0.0))
 
 
-def test_a_silent_guard_is_named_alone(make_group: MakeGroup) -> None:
+def test_only_the_stage_of_a_suspended_guard_is_named(make_group: MakeGroup) -> None:
     with make_group("has_sent", "echo", stall_timeout_s=2.0) as group:
         monitor = come_up(group)
         guard = process_of("echo").parent()
@@ -94,7 +94,7 @@ def test_a_silent_guard_is_named_alone(make_group: MakeGroup) -> None:
     assert "stage 0" not in reported
 
 
-def test_a_stage_that_waits_for_what_was_sent_names_the_hop(make_group: MakeGroup) -> None:
+def test_a_stage_that_waits_for_data_already_sent_is_reported_as_a_stuck_hop(make_group: MakeGroup) -> None:
     with make_group("has_sent", "receives") as group:
         reported = trouble(come_up(group))
     assert re.match(
@@ -106,13 +106,15 @@ def test_a_stage_that_waits_for_what_was_sent_names_the_hop(make_group: MakeGrou
 
 
 @pytest.mark.slow
-def test_a_stage_that_waits_for_one_that_has_not_sent_is_left_in_peace(make_group: MakeGroup) -> None:
+def test_a_stage_that_waits_for_data_not_yet_sent_is_no_fault(make_group: MakeGroup) -> None:
     with make_group("echo", "receives") as group:
         assert come_up(group).receive(time.monotonic() + 3.5) is None
 
 
 @pytest.mark.slow
-def test_after_a_gap_in_its_own_time_a_vigil_reads_before_it_judges(make_group: MakeGroup) -> None:
+def test_a_health_monitor_suspended_past_the_stall_timeout_reads_messages_before_it_reports(
+    make_group: MakeGroup,
+) -> None:
     """This process is stopped for longer than its patience while a stage answers."""
     with make_group("echo") as group:
         monitor = come_up(group)
@@ -124,7 +126,7 @@ def test_after_a_gap_in_its_own_time_a_vigil_reads_before_it_judges(make_group: 
         assert monitor.receive(time.monotonic() - 1) is None
 
 
-def test_a_stage_whose_phase_outlives_its_limit_is_ended_by_its_guard_though_it_holds_the_gil(
+def test_the_guard_ends_a_stage_past_its_phase_limit_even_while_it_holds_the_gil(
     make_group: MakeGroup,
 ) -> None:
     with make_group("late") as group:

@@ -72,9 +72,7 @@ def connected_stages(folder: Path) -> Iterator[StageGroup]:
 
 
 @pytest.mark.slow
-def test_a_prompt_of_200_000_tokens_is_read_although_nobody_reads_for_a_while(
-    readers: HeldReaders, tmp_path: Path
-) -> None:
+def test_a_prompt_of_200_000_tokens_completes_while_readers_are_held_back(readers: HeldReaders, tmp_path: Path) -> None:
     limits = SchedulerLimits(1, 262_144, CHUNK_TOKENS, NUM_STAGES)
     policy = AdaptiveStepPolicy(k2_stages(NUM_STAGES))
     prompt = Request(tuple(range(PROMPT_TOKENS)), 3, Sampling(seed=0), frozenset())
@@ -87,7 +85,7 @@ def test_a_prompt_of_200_000_tokens_is_read_although_nobody_reads_for_a_while(
     assert readers.num_held == NUM_STAGES
 
 
-def test_two_thousand_plans_and_their_reports_wait_for_a_reader_that_is_held_back(
+def test_two_thousand_plans_and_reports_are_kept_while_readers_are_held_back(
     readers: HeldReaders, tmp_path: Path
 ) -> None:
     with connected_stages(tmp_path) as group:

@@ -40,7 +40,7 @@ def run_body(body: str, mode: Mode = Mode.FAST, schedule: Schedule = FORWARD) ->
 
 @pytest.mark.parametrize("mode", [Mode.FAST, Mode.ADDRESSES, Mode.RACES])
 @pytest.mark.parametrize("schedule", [FORWARD, BACKWARD, SHUFFLED])
-def test_a_right_kernel_passes(mode: Mode, schedule: Schedule) -> None:
+def test_a_correct_kernel_passes(mode: Mode, schedule: Schedule) -> None:
     np.testing.assert_array_equal(run_body(REVERSE, mode, schedule), np.arange(64)[::-1])
 
 
@@ -121,7 +121,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_reported(name: str) -> None:
+def test_the_executor_reports_each_kind_of_mistake(name: str) -> None:
     mistake = MISTAKES[name]
     with pytest.raises(KernelFault) as fault:
         run_body(mistake.body, mistake.mode)
@@ -139,7 +139,7 @@ def test_an_output_that_is_never_written_is_nan() -> None:
     assert np.isnan(out[9])
 
 
-def test_a_missing_barrier_shows_as_another_result_in_another_schedule() -> None:
+def test_a_missing_barrier_gives_different_results_in_different_schedules() -> None:
     body = REVERSE.replace(BARRIER, "")
     assert not np.array_equal(run_body(body, schedule=FORWARD), run_body(body, schedule=BACKWARD), equal_nan=True)
 

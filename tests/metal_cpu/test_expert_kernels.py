@@ -26,7 +26,7 @@ every_variant = pytest.mark.parametrize("variant", list(Variant))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 16])
-def test_batches_of_every_size(tokens: int) -> None:
+def test_the_batch_kernels_are_correct_for_every_token_count(tokens: int) -> None:
     case = random_case(experts=6, tokens=tokens, top_k=4, hidden=192, intermediate=64, seed=tokens)
     assert_right(case, measure(case, Variant.BATCH))
 
@@ -37,20 +37,20 @@ def test_batches_of_every_size(tokens: int) -> None:
     [pytest.param(4, marks=pytest.mark.slow), 7, pytest.param(8, marks=pytest.mark.slow)],
     ids=lambda k: f"{k} ids in an input",
 )
-def test_inputs_of_fewer_than_eight_elements_live_in_another_address_space(variant: Variant, top_k: int) -> None:
+def test_kernels_are_correct_with_inputs_in_constant_memory(variant: Variant, top_k: int) -> None:
     case = random_case(experts=9, tokens=1, top_k=top_k, hidden=64, intermediate=64, seed=top_k)
     assert_right(case, measure(case, variant))
 
 
 @every_variant
 @pytest.mark.parametrize(("hidden", "intermediate"), [pytest.param(32, 32, marks=pytest.mark.slow), (1056, 160)])
-def test_odd_sizes(variant: Variant, hidden: int, intermediate: int) -> None:
+def test_kernels_are_correct_for_odd_sizes(variant: Variant, hidden: int, intermediate: int) -> None:
     case = random_case(experts=5, tokens=3, top_k=3, hidden=hidden, intermediate=intermediate, seed=hidden)
     assert_right(case, measure(case, variant))
 
 
 @every_variant
-def test_float32_is_right_to_float32(variant: Variant) -> None:
+def test_kernels_are_correct_in_float32(variant: Variant) -> None:
     case = random_case(experts=6, tokens=3, top_k=4, hidden=416, intermediate=96, dtype=mx.float32)
     assert_right(case, measure(case, variant))
 
@@ -65,7 +65,7 @@ def constant_codes(word: int) -> float64.Codes:
 
 @every_variant
 @pytest.mark.parametrize("word", [0x00000000, 0xFFFFFFFF], ids=["all -8", "all +7"])
-def test_extreme_codes(variant: Variant, word: int) -> None:
+def test_kernels_are_correct_for_extreme_codes(variant: Variant, word: int) -> None:
     case = common_case(tokens=3, codes=constant_codes(word))
     assert_right(case, measure(case, variant))
 
@@ -76,27 +76,27 @@ def wild_scales(rng: np.random.Generator, experts: int, outputs: int, groups: in
 
 
 @every_variant
-def test_extreme_scales(variant: Variant) -> None:
+def test_kernels_are_correct_for_extreme_scales(variant: Variant) -> None:
     case = common_case(tokens=3, scales=wild_scales)
     assert_right(case, measure(case, variant))
 
 
 @every_variant
-def test_tokens_that_all_choose_the_same_experts(variant: Variant) -> None:
+def test_kernels_are_correct_when_all_tokens_choose_the_same_experts(variant: Variant) -> None:
     case = common_case(tokens=4)
     case = case._replace(expert_ids=mx.broadcast_to(case.expert_ids[:1], case.expert_ids.shape))
     assert_right(case, measure(case, variant))
 
 
 @every_variant
-def test_a_token_that_names_an_expert_twice(variant: Variant) -> None:
+def test_kernels_are_correct_when_a_token_names_an_expert_twice(variant: Variant) -> None:
     case = common_case(tokens=3)
     case = case._replace(expert_ids=mx.array([[4, 2, 4], [2, 2, 2], [0, 4, 1]], mx.uint32))
     assert_right(case, measure(case, variant))
 
 
 @pytest.mark.parametrize("experts", [3, 40])
-def test_prefill_with_ragged_experts(experts: int) -> None:
+def test_prefill_is_correct_with_uneven_token_counts_per_expert(experts: int) -> None:
     case = random_case(experts=experts, tokens=45, top_k=2, hidden=64, intermediate=64)
     ids = np.array(case.expert_ids)
     ids[:, 0] = np.where(np.arange(45) < 33, 1, ids[:, 0])  # one expert has a full tile and one pair more
@@ -106,7 +106,7 @@ def test_prefill_with_ragged_experts(experts: int) -> None:
 
 @few_tokens
 @pytest.mark.parametrize(("rows", "simdgroups"), [(1, 1), (2, 4), (8, 4)])
-def test_every_tuning_computes_the_same(variant: Variant, rows: int, simdgroups: int) -> None:
+def test_kernels_are_correct_with_every_tuning(variant: Variant, rows: int, simdgroups: int) -> None:
     tuning = DEFAULT._replace(
         gate_up_rows=rows,
         down_rows=rows,
@@ -134,20 +134,20 @@ def test_no_access_is_out_of_bounds_or_misaligned(variant: Variant) -> None:
 
 @pytest.mark.slow
 @every_variant
-def test_no_two_threads_race(variant: Variant) -> None:
+def test_no_kernel_has_a_data_race(variant: Variant) -> None:
     case = random_case(experts=3, tokens=2, top_k=2, hidden=64, intermediate=32)
     assert_right(case, measure(case, variant, mode=Mode.RACES))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("variant", "tokens"), [(Variant.DECODE, 1), (Variant.BATCH, 2)])
-def test_the_true_size_of_k2(variant: Variant, tokens: int) -> None:
+def test_kernels_are_correct_at_the_size_of_k2(variant: Variant, tokens: int) -> None:
     case = random_case(experts=9, tokens=tokens, top_k=8, hidden=7168, intermediate=2048)
     assert_right(case, measure(case, variant, tuning=DEFAULT, rows=slice(1900, 1964)))
 
 
 @pytest.mark.slow
-def test_a_stack_beyond_32_bits_of_bytes(tmp_path: Path) -> None:
+def test_gate_up_is_correct_for_a_stack_above_4_gb(tmp_path: Path) -> None:
     experts, outputs, inputs = 384, 2048, 7168  # 2.8 GB a projection; the files are sparse
     chosen = np.array([[383, 0, 382, 200, 7, 291, 293, 100]], np.uint32)
     small = random_case(experts=8, tokens=1, top_k=8, hidden=inputs, intermediate=outputs)
@@ -177,7 +177,7 @@ def needed_bytes(case: Case, *names: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("variant", "tokens"), [(Variant.DECODE, 1), (Variant.BATCH, 1), (Variant.BATCH, 8)])
-def test_each_weight_is_loaded_once(variant: Variant, tokens: int) -> None:
+def test_each_weight_is_loaded_from_memory_once(variant: Variant, tokens: int) -> None:
     case = random_case(experts=12, tokens=tokens, top_k=8, hidden=1024, intermediate=128)  # 8 tokens share experts
     recorder = variant_recorder(case, variant)
     for kernel, names in (

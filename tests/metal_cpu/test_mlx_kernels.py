@@ -81,7 +81,7 @@ def empty(*shape: int) -> npt.NDArray[np.uint16]:
 
 
 @modes
-def test_qmv_fast(mode: Mode) -> None:
+def test_mlx_qmv_fast_is_correct(mode: Mode) -> None:
     inputs, outputs, tokens = 1024, 24, 2
     weights = quantized(outputs, inputs)
     x = mx.random.normal((tokens, inputs)).astype(mx.bfloat16)
@@ -93,7 +93,7 @@ def test_qmv_fast(mode: Mode) -> None:
 
 
 @modes
-def test_qmv_with_ragged_sizes(mode: Mode) -> None:
+def test_mlx_qmv_is_correct_for_uneven_sizes_and_has_a_known_race(mode: Mode) -> None:
     inputs, outputs, tokens = 352, 43, 2
     weights = quantized(outputs, inputs)
     x = mx.random.normal((tokens, inputs)).astype(mx.bfloat16)
@@ -109,7 +109,7 @@ def test_qmv_with_ragged_sizes(mode: Mode) -> None:
 
 
 @modes
-def test_qmv_wide(mode: Mode) -> None:
+def test_mlx_qmv_wide_is_correct(mode: Mode) -> None:
     inputs, outputs, tokens = 512, 24, 4
     weights = quantized(outputs, inputs)
     x = mx.random.normal((tokens, inputs)).astype(mx.bfloat16)
@@ -149,7 +149,7 @@ def test_gather_qmv_fast(mode: Mode) -> None:
 
 
 @modes
-def test_qmm_t_with_simdgroup_matrices(mode: Mode) -> None:
+def test_mlx_qmm_t_with_simdgroup_matrices_is_correct(mode: Mode) -> None:
     inputs, outputs, tokens = 128, 40, 37
     weights = quantized(outputs, inputs)
     x = mx.random.normal((tokens, inputs)).astype(mx.bfloat16)

@@ -171,7 +171,7 @@ FAULTS_IN_ORDER = [
 
 
 @pytest.mark.parametrize("name", FAULTS_IN_ORDER)
-def test_a_planted_fault_is_noticed(name: str) -> None:
+def test_a_planted_fault_is_detected(name: str) -> None:
     try:
         excess = largest_excess(FAULTS[name])
     except KernelFault:

@@ -55,22 +55,24 @@ def route_errors(
 
 @pytest.mark.parametrize(("experts", "top_k"), [(384, 8), (48, 6), (33, 32), (7, 3), (8, 8)])
 @pytest.mark.parametrize("tokens", [1, 3, 16])
-def test_the_router_chooses_and_weighs_as_the_reference_does(experts: int, top_k: int, tokens: int) -> None:
+def test_the_router_kernel_selects_and_weights_experts_like_the_reference(
+    experts: int, top_k: int, tokens: int
+) -> None:
     assert route_errors(experts=experts, top_k=top_k, tokens=tokens) <= 1e-6
 
 
 @pytest.mark.parametrize("schedule", [BACKWARD, SHUFFLED])
-def test_the_router_does_not_depend_on_the_schedule(schedule: Schedule) -> None:
+def test_the_router_kernel_is_correct_in_every_schedule(schedule: Schedule) -> None:
     assert route_errors(schedule=schedule) <= 1e-6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [Mode.ADDRESSES, Mode.RACES])
-def test_the_router_has_nothing_to_report(mode: Mode) -> None:
+def test_the_router_kernel_has_no_address_fault_and_no_race(mode: Mode) -> None:
     assert route_errors(experts=34, top_k=4, tokens=2, mode=mode) <= 1e-6
 
 
-def test_the_router_in_float32() -> None:
+def test_the_router_kernel_is_correct_in_float32() -> None:
     assert route_errors(dtype=mx.float32) <= 1e-6
 
 
@@ -80,14 +82,14 @@ def select(logits: mx.array, *, top_k: int, normalize: bool = True) -> tuple[mx.
     return ids, weights
 
 
-def test_equal_scores_go_to_the_lower_id_across_lanes() -> None:
+def test_equal_scores_across_lanes_select_the_lower_id() -> None:
     logits = np.full((1, 96), -3.0, np.float32)
     logits[0, [70, 5, 38, 6]] = 1.0  # 70 and 38 are on lane 6, with 6; 5 is alone
     ids, _ = select(mx.array(logits), top_k=5)
     assert ids.tolist() == [[5, 6, 38, 70, 0]]
 
 
-def test_saturated_scores_tie_as_in_the_reference() -> None:
+def test_saturated_scores_tie_like_the_reference() -> None:
     logits = mx.array([[40.0, 90.0, 30.0, -90.0, -200.0, 60.0]])
     ids, weights = select(logits, top_k=5)
     expected_ids, expected = reference.select_experts(
@@ -97,11 +99,11 @@ def test_saturated_scores_tie_as_in_the_reference() -> None:
     np.testing.assert_allclose(np.array(weights), np.array(expected), rtol=1e-6)
 
 
-def test_weights_stay_as_they_are_when_not_normalized() -> None:
+def test_weights_are_plain_sigmoids_when_not_normalized() -> None:
     _, weights = select(mx.array([[0.0, 2.0, -1.0]]), top_k=2, normalize=False)
     np.testing.assert_allclose(np.array(weights), [[1 / (1 + np.exp(-2.0)), 0.5]], rtol=1e-6)
 
 
-def test_ids_are_experts_even_when_every_logit_is_nan() -> None:
+def test_expert_ids_are_in_range_when_every_logit_is_nan() -> None:
     ids, _ = select(mx.full((2, 40), float("nan")), top_k=8)
     assert np.array(ids).max() < 40

@@ -31,7 +31,7 @@ def perform_uncompilable(dispatch: Dispatch) -> list[mx.array]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32], ids=["bfloat16", "float32"])
-def test_our_kernels_are_trusted(dtype: mx.Dtype) -> None:
+def test_our_kernels_pass_the_self_check(dtype: mx.Dtype) -> None:
     checks = [
         check_kernel(name, SHAPE._replace(dtype=dtype), DEFAULT, perform) for name in (DECODE, BATCH, PREFILL, ROUTER)
     ]
@@ -41,7 +41,7 @@ def test_our_kernels_are_trusted(dtype: mx.Dtype) -> None:
 
 
 @pytest.mark.parametrize("kernel", [DECODE, BATCH, PREFILL, ROUTER])
-def test_a_wrong_kernel_is_not_trusted_and_says_by_how_much(kernel: str) -> None:
+def test_a_wrong_kernel_is_unusable_and_its_error_is_reported(kernel: str) -> None:
     check = check_kernel(kernel, SHAPE, DEFAULT, perform_wrong)
     assert not check.usable
     assert check.error is not None
@@ -49,6 +49,6 @@ def test_a_wrong_kernel_is_not_trusted_and_says_by_how_much(kernel: str) -> None
 
 
 @pytest.mark.parametrize("kernel", [DECODE, BATCH, PREFILL, ROUTER])
-def test_a_kernel_that_does_not_compile_is_not_trusted_and_says_why_in_one_line(kernel: str) -> None:
+def test_a_kernel_that_does_not_compile_is_unusable_with_a_one_line_reason(kernel: str) -> None:
     reason = "[metal::Device] Unable to build metal library from source"
     assert check_kernel(kernel, SHAPE, DEFAULT, perform_uncompilable) == KernelCheck(kernel, False, None, reason)

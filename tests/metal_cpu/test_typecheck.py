@@ -33,7 +33,7 @@ def sources(*, tokens: int, top_k: int, experts: int, dtype: mx.Dtype) -> dict[s
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 4, 6), (1, 8, 40), (3, 4, 6), (16, 8, 384)])
-def test_every_kernel_passes(tokens: int, top_k: int, experts: int, dtype: mx.Dtype) -> None:
+def test_every_kernel_passes_the_type_check(tokens: int, top_k: int, experts: int, dtype: mx.Dtype) -> None:
     found = sources(tokens=tokens, top_k=top_k, experts=experts, dtype=dtype)
     assert len(found) == 9
     assert not [complaint for source in found.values() for complaint in complaints(source)]
@@ -70,7 +70,7 @@ def bfloat16_sources() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_an_error_is_found(name: str, bfloat16_sources: dict[str, str]) -> None:
+def test_the_type_check_finds_each_planted_error(name: str, bfloat16_sources: dict[str, str]) -> None:
     kernel, old, new = ERRORS[name]
     source = bfloat16_sources[kernel]
     assert old in source
@@ -78,7 +78,7 @@ def test_an_error_is_found(name: str, bfloat16_sources: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(("elements", "valid"), [(7, False), (8, True)])
-def test_a_device_pointer_to_an_input_is_valid_from_eight_elements_on(elements: int, valid: bool) -> None:
+def test_a_device_pointer_to_an_input_is_valid_only_from_eight_elements(elements: int, valid: bool) -> None:
     body = "const device float* p = a; out[thread_position_in_grid.x] = p[0];"
     dispatch = Dispatch(
         KernelText("small", ("a",), ("out",), body, ""),

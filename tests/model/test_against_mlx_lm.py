@@ -40,7 +40,7 @@ def opinion(checkpoint: Checkpoint, variant: str) -> Opinion:
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3])
-def test_logits_and_greedy_tokens_are_mlx_lms(
+def test_logits_and_greedy_tokens_equal_mlx_lms(
     checkpoint: Checkpoint, variant: str, opinion: Opinion, num_stages: int
 ) -> None:
     chain = Chain(checkpoint(variant), num_stages)

@@ -74,7 +74,7 @@ def one_query_at_a_time(case: Case) -> mx.array:
 
 
 @pytest.mark.parametrize(("count", "position"), [(1, 0), (1, 40), (7, 0), (5, 33), (64, 64)])
-def test_both_ways_compute_the_definition(count: int, position: int) -> None:
+def test_naive_and_absorbed_attention_equal_the_definition(count: int, position: int) -> None:
     case = make_case(count, position)
     defined = one_query_at_a_time(case)
     assert relative_difference(case.naive(), defined) < 1e-5
@@ -82,7 +82,7 @@ def test_both_ways_compute_the_definition(count: int, position: int) -> None:
 
 
 @pytest.mark.parametrize("block_bytes", [1, 40_000, 200_000])
-def test_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
+def test_the_block_size_changes_no_bit_of_the_attention(monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
     case = make_case(48, 100)
     naive, absorbed = case.naive(), case.absorbed()
     monkeypatch.setattr(attention, "BLOCK_BYTES", block_bytes)
@@ -91,7 +91,7 @@ def test_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatch, block_bytes: int)
 
 
 @pytest.mark.parametrize(("count", "position"), [(1, 40), (16, 0), (48, 100)])
-def test_the_fused_path_computes_the_same_as_the_unfused_one(count: int, position: int) -> None:
+def test_fused_attention_equals_unfused_attention(count: int, position: int) -> None:
     case = make_case(count, position)
     keys = mx.random.normal((HEADS, position + count, NOPE + ROPE), key=mx.random.key(1))
     values = mx.random.normal((HEADS, position + count, VALUE), key=mx.random.key(2))
@@ -100,7 +100,7 @@ def test_the_fused_path_computes_the_same_as_the_unfused_one(count: int, positio
     assert relative_difference(fused, attend_unfused(case.queries, keys, values, position, count)) < 1e-5
 
 
-def test_large_scores_go_to_the_fused_path_where_there_is_one_and_small_ones_never(
+def test_attention_is_fused_only_when_allowed_and_scores_exceed_the_block_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = make_case(48, 100)
@@ -131,7 +131,7 @@ def peak_beyond_inputs(case: Case, attend: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("attend", "count", "heads"), [("naive", 256, 4), ("absorbed", 64, 16)])
-def test_at_32k_of_context_memory_stays_within_the_budget(
+def test_attention_over_32k_positions_stays_within_its_memory_budget(
     monkeypatch: pytest.MonkeyPatch, attend: str, count: int, heads: int
 ) -> None:
     budget = 32 * 2**20

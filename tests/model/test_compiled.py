@@ -33,5 +33,5 @@ def plain(checkpoint: Checkpoint) -> mx.array:
     return prompt_and_decoded(checkpoint)
 
 
-def test_compiled_layers_compute_the_same(checkpoint: Checkpoint, plain: mx.array, compiling: None) -> None:
+def test_compiled_layers_equal_uncompiled_layers(checkpoint: Checkpoint, plain: mx.array, compiling: None) -> None:
     assert largest_difference(prompt_and_decoded(checkpoint), plain) < 1e-4

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.mark.parametrize(("variant", "dense_bits"), [*((variant, 8) for variant in VARIANTS), ("thinking", 4)])
-def test_logits_and_greedy_tokens_are_mlx_lms_on_the_same_quantized_weights(
+def test_logits_and_greedy_tokens_equal_mlx_lms_with_the_same_quantized_weights(
     checkpoint: Checkpoint, variant: str, dense_bits: int
 ) -> None:
     opinion = Opinion(load_oracle(checkpoint(variant), dense_bits))
@@ -26,14 +26,14 @@ def test_logits_and_greedy_tokens_are_mlx_lms_on_the_same_quantized_weights(
     assert chain.greedy(PROMPT, NUM_GENERATED + 1, slot=1) == opinion.token_ids
 
 
-def test_eight_bits_stay_closer_to_the_checkpoint_than_four(checkpoint: Checkpoint) -> None:
+def test_logits_with_8_dense_bits_are_closer_to_the_checkpoint_than_with_4(checkpoint: Checkpoint) -> None:
     exact, eight, four = (Chain(checkpoint("thinking"), 1, dense_bits=bits).prefill(PROMPT) for bits in (None, 8, 4))
     far, further = (float(np.abs(np.asarray(logits) - np.asarray(exact)).mean()) for logits in (eight, four))
     assert 0 < far < further
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7])
-def test_a_prompts_logits_are_bit_identical_in_any_chunks(chain_of_8_bits: Chain, chunk_tokens: int) -> None:
+def test_a_prompts_logits_are_bit_identical_for_any_chunk_length(chain_of_8_bits: Chain, chunk_tokens: int) -> None:
     whole = chain_of_8_bits.prefill(PROMPT)
     assert mx.array_equal(chain_of_8_bits.prefill(PROMPT, 1, chunk_tokens), whole).item()
 
@@ -45,7 +45,7 @@ def chain_of_8_bits(checkpoint: Checkpoint) -> Chain:
 
 @pytest.mark.parametrize("dense_bits", [None, 8, 4])
 @pytest.mark.parametrize("variant", ["thinking", "direct query, groups"])
-def test_each_loaded_piece_takes_what_the_inventory_says(
+def test_the_loaded_bytes_equal_the_inventory_for_embedding_layers_and_head(
     checkpoint: Checkpoint, variant: str, dense_bits: int | None
 ) -> None:
     folder = checkpoint(variant)
@@ -56,7 +56,7 @@ def test_each_loaded_piece_takes_what_the_inventory_says(
 
 
 @pytest.mark.parametrize(("inputs", "group"), [(128, 64), (96, 32), (80, None)])
-def test_groups_of_64_then_of_32_and_a_matrix_that_neither_divides_stays(inputs: int, group: int | None) -> None:
+def test_make_matrix_uses_groups_of_64_then_32_and_otherwise_does_not_quantize(inputs: int, group: int | None) -> None:
     weight = random(48, inputs)
     matrix = make_matrix(weight, 8)
     assert (matrix.group_size if isinstance(matrix, QuantizedMatrix) else None) == group
@@ -65,7 +65,7 @@ def test_groups_of_64_then_of_32_and_a_matrix_that_neither_divides_stays(inputs:
 
 
 @pytest.mark.parametrize("heads", [slice(0, 4), slice(1, 3)])
-def test_each_head_is_multiplied_with_its_own_matrix(heads: slice) -> None:
+def test_a_slice_of_heads_multiplies_with_its_own_matrices(heads: slice) -> None:
     weight = random(4, 48, 64)
     matrix = some_heads(make_matrix(weight, 8), heads)
     held = dequantized(weight, 64)[heads]

@@ -33,7 +33,7 @@ def generated_logits(checkpoint: Checkpoint, variant: str) -> mx.array:
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3])
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 64, None])
-def test_a_prompt_does_not_depend_on_chunks_and_stages(
+def test_prompt_logits_are_bit_identical_for_any_chunks_and_stages(
     checkpoint: Checkpoint, variant: str, prompt_logits: mx.array, num_stages: int, chunk_tokens: int | None
 ) -> None:
     logits = Chain(checkpoint(variant), num_stages).prefill(PROMPT, chunk_tokens=chunk_tokens)
@@ -42,7 +42,7 @@ def test_a_prompt_does_not_depend_on_chunks_and_stages(
 
 @pytest.mark.parametrize("num_stages", [1, 3])
 @pytest.mark.parametrize("chunk_tokens", [1, 7, None])
-def test_generated_tokens_computed_again_after_a_restart_are_the_same(
+def test_generated_tokens_recomputed_after_a_restart_have_identical_logits(
     checkpoint: Checkpoint, variant: str, generated_logits: mx.array, num_stages: int, chunk_tokens: int | None
 ) -> None:
     chain = Chain(checkpoint(variant), num_stages)
@@ -51,7 +51,7 @@ def test_generated_tokens_computed_again_after_a_restart_are_the_same(
     assert mx.array_equal(again, generated_logits)
 
 
-def test_company_changes_nothing(
+def test_other_sequences_in_a_batch_do_not_change_the_logits(
     checkpoint: Checkpoint, variant: str, prompt_logits: mx.array, generated_logits: mx.array
 ) -> None:
     chain = Chain(checkpoint(variant), 2)

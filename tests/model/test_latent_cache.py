@@ -24,20 +24,20 @@ def write(cache: LatentCache, span: Span, values: mx.array) -> list[float]:
     return [float(value) for value in np.asarray(seen)[:, 0]]
 
 
-def test_a_span_sees_all_rows_before_it_and_its_own_and_none_after() -> None:
+def test_write_returns_all_cache_rows_up_to_the_end_of_the_span() -> None:
     cache = LatentCache(1, 1, 1024, ROW_DIM, mx.float32)
     assert write(cache, Span(0, 0, 3, is_prompt=True), cache_rows(0, 3)) == [0, 1, 2]
     assert write(cache, Span(0, 3, 2, is_prompt=True), cache_rows(3, 2)) == [0, 1, 2, 3, 4]
 
 
-def test_writing_at_an_earlier_position_is_the_undo() -> None:
+def test_writing_at_an_earlier_position_discards_later_rows() -> None:
     cache = LatentCache(1, 1, 1024, ROW_DIM, mx.float32)
     write(cache, Span(0, 0, 6, is_prompt=True), cache_rows(0, 6))
     assert write(cache, Span(0, 2, 1, is_prompt=False), cache_rows(90, 1)) == [0, 1, 90]
     assert write(cache, Span(0, 3, 1, is_prompt=False), cache_rows(91, 1)) == [0, 1, 90, 91]
 
 
-def test_a_slot_begins_with_what_was_copied_and_the_source_goes_its_own_way() -> None:
+def test_a_slot_copied_from_another_slot_is_independent_of_it() -> None:
     cache = LatentCache(2, 2, 1024, ROW_DIM, mx.float32)
     for layer in (0, 1):
         cache.write(layer, Span(0, 0, 4, is_prompt=True), cache_rows(10 * layer, 4))
@@ -47,7 +47,7 @@ def test_a_slot_begins_with_what_was_copied_and_the_source_goes_its_own_way() ->
     assert np.asarray(cache.write(1, Span(1, 3, 1, is_prompt=True), cache_rows(7, 1)))[:, 0].tolist() == [10, 11, 12, 7]
 
 
-def test_slots_and_layers_keep_to_themselves() -> None:
+def test_slots_and_layers_are_independent() -> None:
     cache = LatentCache(2, 2, 1024, ROW_DIM, mx.float32)
     write(cache, Span(0, 0, 2, is_prompt=True), cache_rows(0, 2))
     write(cache, Span(1, 0, 2, is_prompt=True), cache_rows(50, 2))
@@ -55,7 +55,7 @@ def test_slots_and_layers_keep_to_themselves() -> None:
     assert write(cache, Span(0, 2, 1, is_prompt=True), cache_rows(2, 1)) == [0, 1, 2]
 
 
-def test_a_slot_grows_as_its_sequence_does_up_to_the_context() -> None:
+def test_a_slot_grows_with_its_sequence_up_to_the_context_length() -> None:
     context = 3 * SMALLEST_CAPACITY
     cache = LatentCache(1, 2, context, ROW_DIM, mx.float32)
     assert cache.arrays == []
@@ -90,14 +90,14 @@ def spoil(chain: Chain, slot: int, value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
-def test_an_earlier_owners_rows_never_count(chain: Chain, value: float) -> None:
+def test_rows_of_a_slots_earlier_sequence_do_not_change_the_logits(chain: Chain, value: float) -> None:
     clean = chain.prefill(PROMPT, slot=0), chain.decode([7, 8, 9], len(PROMPT), slot=0, chunk_tokens=1)
     spoil(chain, 1, value)
     spoiled = chain.prefill(PROMPT, slot=1), chain.decode([7, 8, 9], len(PROMPT), slot=1, chunk_tokens=1)
     assert all(mx.array_equal(*pair) for pair in zip(clean, spoiled, strict=True))
 
 
-def test_a_wrong_guess_never_counts(chain: Chain) -> None:
+def test_a_rejected_draft_token_does_not_change_later_logits(chain: Chain) -> None:
     for slot in (0, 1):
         chain.prefill(PROMPT, slot)
     chain.decode([400, 401, 402, 403], len(PROMPT), slot=1)
@@ -106,7 +106,7 @@ def test_a_wrong_guess_never_counts(chain: Chain) -> None:
     assert mx.array_equal(chain.decode(right, len(PROMPT), slot=1, chunk_tokens=1), clean)
 
 
-def test_a_batch_refuses_two_spans_in_one_slot_and_prompts_before_generated_tokens() -> None:
+def test_a_batch_refuses_two_spans_of_one_slot_and_prompt_spans_before_generated_ones() -> None:
     generated, prompt = Span(0, 4, 1, is_prompt=False), Span(1, 0, 4, is_prompt=True)
     assert Batch([generated, prompt]).num_generated == 1
     with pytest.raises(AssertionError, match="before prompt"):

@@ -45,7 +45,7 @@ def measured_angles(config: ModelConfig, positions: tuple[int, ...]) -> NDArray[
     return np.arctan2(turned[:, 1::2], turned[:, 0::2])
 
 
-def test_beta_fast_1_is_a_step_and_32_a_ramp() -> None:
+def test_yarn_frequencies_have_a_step_for_beta_fast_1_and_a_ramp_for_32() -> None:
     unscaled = THETA ** (-2 * np.arange(DIMS // 2) / DIMS)
     step, ramp = yarn_frequencies(1.0) / unscaled, yarn_frequencies(32.0) / unscaled
     assert np.allclose(step[:20], 1)
@@ -56,14 +56,14 @@ def test_beta_fast_1_is_a_step_and_32_a_ramp() -> None:
 
 
 @pytest.mark.parametrize("beta_fast", [1.0, 32.0])
-def test_consecutive_pairs_turn_by_position_times_frequency(beta_fast: float) -> None:
+def test_consecutive_pairs_rotate_by_position_times_frequency(beta_fast: float) -> None:
     expected = np.outer(POSITIONS, yarn_frequencies(beta_fast))
     difference = measured_angles(config_with(beta_fast), POSITIONS) - expected
     difference -= np.round(difference / (2 * math.pi)) * 2 * math.pi
     assert np.all(np.abs(difference) < 1e-6 + 4e-7 * expected)  # positions times float32 frequencies
 
 
-def test_a_rotation_keeps_lengths_where_both_mscales_are_equal_and_scales_them_where_not() -> None:
+def test_rope_keeps_vector_lengths_when_both_mscales_are_equal_and_scales_them_otherwise() -> None:
     x = mx.random.normal((3, 2, DIMS), key=mx.random.key(0))
     positions = mx.array([0, 7, 200_000], mx.int32)
     for mscale, length in ((1.0, 1.0), (0.5, (0.05 * math.log(FACTOR) + 1) / (0.1 * math.log(FACTOR) + 1))):
@@ -72,7 +72,7 @@ def test_a_rotation_keeps_lengths_where_both_mscales_are_equal_and_scales_them_w
         assert np.allclose(ratio, length, rtol=1e-5)
 
 
-def test_a_token_turns_by_its_own_position_only() -> None:
+def test_a_token_rotates_only_by_its_own_position() -> None:
     rotate = make_rope(config_with(1.0))
     x = mx.random.normal((4, 3, DIMS), key=mx.random.key(1))
     positions = mx.array([9, 2, 4000, 9], mx.int32)

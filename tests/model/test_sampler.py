@@ -65,13 +65,13 @@ ALL = list(range(len(LOGITS)))
         (Sampling(seed=10, top_p=0.9, min_p=0.2, top_k=3, temperature=1.5), only([0, 1, 2], 1.5)),
     ],
 )
-def test_tokens_are_drawn_with_the_probabilities_of_the_filtered_softmax(
+def test_tokens_are_sampled_with_the_probabilities_of_the_filtered_softmax(
     sampling: Sampling, probabilities: NDArray[np.float64]
 ) -> None:
     assert follows(counts(sampling), probabilities)
 
 
-def test_the_test_above_would_notice_a_wrong_distribution() -> None:
+def test_the_distribution_test_rejects_a_wrong_distribution() -> None:
     assert not follows(counts(Sampling(seed=1, temperature=1.2)), only(ALL))
 
 
@@ -83,14 +83,14 @@ def test_a_repetition_penalty_divides_positive_logits_and_multiplies_negative_on
     assert follows(sampled, softmax(penalized))
 
 
-def test_a_repetition_penalty_looks_at_the_last_tokens_only() -> None:
+def test_the_repetition_penalty_applies_only_to_recent_tokens() -> None:
     sampling = Sampling(seed=0, temperature=0, repetition_penalty=10.0)
     long_ago, recently = (0,) + (5,) * REPETITION_WINDOW, (0,) + (5,) * (REPETITION_WINDOW - 1)
     assert sample(LOGITS, sampling, recent_ids=long_ago).token_id == 0
     assert sample(LOGITS, sampling, recent_ids=recently).token_id == 1
 
 
-def test_temperature_0_takes_the_likeliest_token_whatever_the_seed_and_filters() -> None:
+def test_temperature_0_samples_the_likeliest_token_for_any_seed_and_filters() -> None:
     for seed in range(20):
         assert sample(LOGITS[::-1], Sampling(seed=seed, temperature=0, top_k=5, min_p=0.1)).token_id == 7
 
@@ -101,7 +101,7 @@ def test_a_tiny_temperature_or_a_filter_that_keeps_one_token_is_greedy() -> None
             assert sample(LOGITS, one, position).token_id == 0
 
 
-def test_a_draw_depends_on_seed_and_position_and_not_on_company() -> None:
+def test_a_sampled_token_does_not_depend_on_the_other_rows() -> None:
     generator = np.random.default_rng(0)
     logits = mx.array(generator.normal(size=(6, 300)).astype(np.float32))
     requests = [
@@ -119,7 +119,7 @@ def test_a_draw_depends_on_seed_and_position_and_not_on_company() -> None:
     assert together == alone
 
 
-def test_seeds_and_positions_give_independent_draws() -> None:
+def test_seeds_and_positions_give_independent_samples() -> None:
     flat = [0.0] * 1000
     by_seed = [sample(flat, Sampling(seed=seed), 5).token_id for seed in range(200)]
     by_position = [sample(flat, Sampling(seed=5), position).token_id for position in range(200)]
@@ -129,7 +129,7 @@ def test_seeds_and_positions_give_independent_draws() -> None:
     assert by_position == [sample(flat, Sampling(seed=5), position).token_id for position in range(200)]
 
 
-def test_logprobs_are_the_models_own_before_penalty_filters_and_temperature() -> None:
+def test_logprobs_are_computed_before_penalty_filters_and_temperature() -> None:
     sampling = Sampling(seed=3, temperature=0.1, top_k=2, repetition_penalty=5.0, num_logprobs=3)
     sampled = sample(LOGITS, sampling, recent_ids=(0, 1, 2))
     expected = np.log(softmax(np.array(LOGITS)))
@@ -138,7 +138,7 @@ def test_logprobs_are_the_models_own_before_penalty_filters_and_temperature() ->
     assert [value for _, value in sampled.top] == pytest.approx(expected[:3], abs=1e-5)
 
 
-def test_logprobs_come_only_when_asked_for() -> None:
+def test_logprobs_are_returned_only_on_request() -> None:
     none, chosen, more = (sample(LOGITS, Sampling(seed=0, num_logprobs=number)) for number in (None, 0, 50))
     assert (none.logprob, none.top) == (None, ())
     assert chosen.logprob is not None

@@ -68,13 +68,13 @@ def logits(parts: Parts) -> mx.array:
 
 
 @pytest.mark.parametrize("layer", range(7))
-def test_leaving_out_a_layer_moves_the_logits(parts: Parts, logits: mx.array, layer: int) -> None:
+def test_omitting_a_layer_changes_the_logits(parts: Parts, logits: mx.array, layer: int) -> None:
     without = parts._replace(layers=parts.layers[:layer] + parts.layers[layer + 1 :])
     assert largest_difference(without.logits(), logits) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("layer", range(1, 7))
-def test_leaving_out_any_group_of_experts_moves_the_logits(parts: Parts, logits: mx.array, layer: int) -> None:
+def test_omitting_any_group_of_experts_changes_the_logits(parts: Parts, logits: mx.array, layer: int) -> None:
     for group in range(4):
         members = (mx.arange(16) // 4 == group)[:, None, None]
 
@@ -89,18 +89,18 @@ def test_leaving_out_any_group_of_experts_moves_the_logits(parts: Parts, logits:
 
 
 @pytest.mark.parametrize("layer", range(1, 7))
-def test_leaving_out_a_shared_expert_moves_the_logits(parts: Parts, logits: mx.array, layer: int) -> None:
+def test_omitting_a_shared_expert_changes_the_logits(parts: Parts, logits: mx.array, layer: int) -> None:
     without = parts.with_moe(layer, lambda moe: moe._replace(shared=None))
     assert largest_difference(without.logits(), logits) > 100 * TOLERANCE
 
 
-def test_leaving_out_the_rope_moves_the_logits(parts: Parts, logits: mx.array, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_omitting_rope_changes_the_logits(parts: Parts, logits: mx.array, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder_layer, "make_rope", lambda _config: lambda x, _positions: x)
     assert largest_difference(parts.logits(), logits) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("prompt", [[3], [1, 2, 3, 4, 5, 6, 7, 8]])
-def test_200_greedy_tokens_hold_at_least_50_different_ones(chain: Chain, prompt: Sequence[int]) -> None:
+def test_among_200_greedy_tokens_at_least_50_are_different(chain: Chain, prompt: Sequence[int]) -> None:
     assert len(set(chain.greedy(prompt, 200))) >= 50
 
 
@@ -127,7 +127,7 @@ class RecordedRouter:
 
 
 @pytest.mark.parametrize("variant", ["thinking", "direct query, groups"])
-def test_absorbed_and_naive_agree_through_the_whole_model_when_routers_choose_alike(
+def test_absorbed_and_naive_attention_agree_in_the_whole_model_with_the_same_expert_choice(
     checkpoint: Checkpoint, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     router = RecordedRouter()
@@ -141,7 +141,7 @@ def test_absorbed_and_naive_agree_through_the_whole_model_when_routers_choose_al
 
 
 @pytest.mark.parametrize("variant", ["thinking", "direct query, groups"])
-def test_absorbed_and_naive_agree_in_one_layer(checkpoint: Checkpoint, variant: str) -> None:
+def test_absorbed_and_naive_attention_agree_in_one_layer(checkpoint: Checkpoint, variant: str) -> None:
     folder = checkpoint(variant)
     config = read_config(folder)
     weights = assemble_layer(config, 0, open_shards(folder, config).layer(0).tensors)  # dense: nothing is chosen

@@ -37,7 +37,7 @@ def fill(writer: FrameWriter) -> None:
         writer.put(Kind.MESSAGE, b"")
 
 
-def test_frames_arrive_in_order_and_then_the_end() -> None:
+def test_frames_arrive_in_order_followed_by_the_end_of_the_stream() -> None:
     pipe = Pipe()
     writer = FrameWriter(pipe.write_end, "test")
     for i in range(100):
@@ -48,14 +48,14 @@ def test_frames_arrive_in_order_and_then_the_end() -> None:
     assert pipe.ends.get(timeout=30) is None
 
 
-def test_putting_never_waits_and_a_full_queue_is_a_fault_that_names_the_peer() -> None:
+def test_put_does_not_block_and_a_full_queue_raises_with_the_peers_name() -> None:
     pipe = Pipe()
     writer = FrameWriter(pipe.write_end, "stage 1 on mac-2")
     with pytest.raises(ProtocolError, match="stage 1 on mac-2 has stopped reading"):
         fill(writer)
 
 
-def test_closing_is_bounded_when_the_peer_does_not_read_and_happens_when_it_does() -> None:
+def test_close_returns_after_its_timeout_and_the_stream_closes_once_the_peer_reads() -> None:
     pipe = Pipe()
     writer = FrameWriter(pipe.write_end, "test")
     for _ in range(10):
@@ -67,7 +67,7 @@ def test_closing_is_bounded_when_the_peer_does_not_read_and_happens_when_it_does
     assert pipe.frames.qsize() == 10
 
 
-def test_a_full_queue_does_not_keep_the_stream_from_closing() -> None:
+def test_a_full_queue_does_not_prevent_closing_the_stream() -> None:
     pipe = Pipe()
     writer = FrameWriter(pipe.write_end, "test")
     with pytest.raises(ProtocolError):
@@ -77,7 +77,7 @@ def test_a_full_queue_does_not_keep_the_stream_from_closing() -> None:
     assert pipe.ends.get(timeout=30) is None
 
 
-def test_frames_for_a_peer_that_is_gone_are_dropped_and_the_stream_is_closed() -> None:
+def test_frames_for_a_closed_peer_are_dropped_and_the_stream_is_closed() -> None:
     pipe = Pipe()
     pipe.read_end.close()
     writer = FrameWriter(pipe.write_end, "test")
@@ -92,7 +92,7 @@ class _Interrupted(BaseException):
 
 
 @pytest.mark.slow
-def test_a_signal_handler_that_raises_in_the_midst_of_putting_leaves_a_writer_that_works() -> None:
+def test_a_writer_still_works_after_a_signal_handler_raises_inside_put() -> None:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise _Interrupted
 
@@ -140,7 +140,7 @@ def test_a_reader_whose_handler_fails_still_reports_an_end() -> None:
     reader.join(30)
 
 
-def test_a_frame_that_the_handler_refuses_ends_the_reading() -> None:
+def test_a_frame_refused_by_the_handler_ends_the_reader() -> None:
     def refuse(_: Frame) -> None:
         raise ProtocolError("not this one")
 

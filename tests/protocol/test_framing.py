@@ -38,7 +38,7 @@ class Dribble(io.RawIOBase):
 
 
 @given(frames, st.integers(1, 9))
-def test_any_frames_are_read_back_however_the_stream_is_cut(sent: list[Frame], most: int) -> None:
+def test_frames_are_read_back_from_a_stream_in_pieces_of_any_size(sent: list[Frame], most: int) -> None:
     stream = cast(IO[bytes], Dribble(b"".join(encode_frame(*frame) for frame in sent), most))
     read = []
     while (frame := read_frame(stream)) is not None:
@@ -58,7 +58,7 @@ def test_a_stream_that_ends_inside_a_frame_is_refused(sent: list[Frame], data: s
 
 
 @given(st.binary(max_size=200))
-def test_rubbish_is_either_frames_or_refused(data: bytes) -> None:
+def test_random_bytes_are_read_as_frames_or_refused(data: bytes) -> None:
     stream = io.BytesIO(data)
     try:
         while read_frame(stream) is not None:
@@ -74,18 +74,18 @@ def test_an_unknown_kind_or_a_giant_length_is_refused_before_its_payload(header:
 
 
 @given(st.binary(max_size=300).filter(lambda chatter: MARK not in chatter + MARK[:-1]))
-def test_what_a_login_shell_prints_before_the_mark_is_skipped(chatter: bytes) -> None:
+def test_login_shell_output_before_the_opening_mark_is_skipped(chatter: bytes) -> None:
     stream = io.BytesIO(chatter + MARK + encode_frame(Kind.HEARTBEAT, b"beat"))
     assert skip_to_mark(stream) == chatter
     assert read_frame(stream) == Frame(Kind.HEARTBEAT, b"beat")
 
 
-def test_the_most_chatter_there_may_be_is_skipped_and_one_byte_more_is_not() -> None:
+def test_up_to_64_kb_before_the_opening_mark_is_skipped_and_more_is_refused() -> None:
     assert len(skip_to_mark(io.BytesIO(b"x" * MAX_CHATTER_BYTES + MARK))) == MAX_CHATTER_BYTES
     with pytest.raises(ProtocolError, match="sent 64 KB without its opening mark"):
         skip_to_mark(io.BytesIO(b"x" * (MAX_CHATTER_BYTES + 1) + MARK))
 
 
-def test_output_without_a_mark_is_quoted() -> None:
+def test_output_without_an_opening_mark_is_quoted_in_the_error() -> None:
     with pytest.raises(ProtocolError, match="ended without its opening mark: no such command"):
         skip_to_mark(io.BytesIO(b"no such command\n"))

@@ -8,13 +8,13 @@ from mlx_k2.errors import ProtocolError
 from mlx_k2.protocol.guard_messages import GuardSettings, StageExit, kill_after_s
 
 
-def test_a_stage_is_given_five_seconds_and_one_more_for_each_10_gb() -> None:
+def test_kill_after_s_is_5_s_plus_1_s_for_each_10_gb() -> None:
     assert kill_after_s(0) == 5
     assert kill_after_s(300 * 10**9) == 35
 
 
 @given(st.floats(0.1, 1e6), st.integers(0, 10**13))
-def test_settings_survive_the_wire(lease_s: float, held_bytes: int) -> None:
+def test_guard_settings_round_trip_through_json(lease_s: float, held_bytes: int) -> None:
     settings = GuardSettings(lease_s, held_bytes)
     assert GuardSettings.from_json(settings.to_json()) == settings
 
@@ -28,7 +28,7 @@ def test_a_return_code_becomes_an_exit_code_or_a_signal() -> None:
 
 
 @given(st.binary(max_size=60) | st.sampled_from([b"[]", b"{}", b'{"lease_s": -1, "held_bytes": 0}', b"1e999"]))
-def test_rubbish_is_refused(payload: bytes) -> None:
+def test_an_invalid_guard_message_is_refused(payload: bytes) -> None:
     for kind in (GuardSettings, StageExit):
         with pytest.raises(ProtocolError):
             kind.from_json(payload)

@@ -24,7 +24,7 @@ def after_longest_match(token_ids: list[int]) -> int | None:
 
 
 @given(ids, st.integers(1, 7))
-def test_a_guess_is_what_followed_the_longest_latest_precedent(token_ids: list[int], step: int) -> None:
+def test_a_draft_token_follows_the_longest_most_recent_ngram_match(token_ids: list[int], step: int) -> None:
     index = NgramIndex()
     for end in range(step, len(token_ids), step):  # as the text grows
         index.update(token_ids[:end])
@@ -32,7 +32,7 @@ def test_a_guess_is_what_followed_the_longest_latest_precedent(token_ids: list[i
     assert index.draft(token_ids, []) == after_longest_match(token_ids)
 
 
-def test_guesses_go_on_from_guesses() -> None:
+def test_drafting_continues_from_earlier_draft_tokens() -> None:
     index = NgramIndex()
     text = [1, 2, 3, 4, 5, 6, 1, 2]
     index.update(text)
@@ -44,7 +44,7 @@ def test_guesses_go_on_from_guesses() -> None:
     assert drafts == [3, 4, 5, 6, 1, 2]
 
 
-def test_as_many_plans_as_stages_are_in_flight_for_a_lone_text_that_repeats_itself() -> None:
+def test_drafts_of_one_repetitive_sequence_keep_one_plan_per_stage_in_flight() -> None:
     run = Run(SchedulerLimits(1, 200, 16, 3), FixedStepPolicy(1, 16, 16), drafts=True, vocabulary=1)
     run.scheduler.submit(request(4, 60))
     run.finish()
@@ -55,7 +55,7 @@ def test_as_many_plans_as_stages_are_in_flight_for_a_lone_text_that_repeats_itse
 
 
 @given(ids, ids)
-def test_a_common_prefix_is_where_two_texts_part(left: list[int], right: list[int]) -> None:
+def test_common_prefix_ends_at_the_first_difference(left: list[int], right: list[int]) -> None:
     length = common_prefix(left, right)
     assert left[:length] == right[:length]
     assert length in (len(left), len(right)) or left[length] != right[length]
@@ -78,27 +78,27 @@ def pool_with(*held: tuple[int, ...]) -> SlotPool:
     return pool
 
 
-def test_the_slot_that_was_not_used_for_longest_goes_first() -> None:
+def test_the_least_recently_used_slot_is_reused_first() -> None:
     choice = pool_with((1, 2), (3, 4), (5, 6)).choose((7, 8))
     assert (choice.slot, choice.shared.num_tokens, choice.shared.copy_from) == (0, 0, None)
 
 
-def test_a_conversation_that_goes_on_takes_its_slot_over() -> None:
+def test_a_continued_conversation_reuses_its_own_slot() -> None:
     choice = pool_with((1, 2), (3, 4, 5, 6), (7, 8)).choose((3, 4, 5, 6, 9))
     assert (choice.slot, choice.shared.num_tokens, choice.shared.copy_from) == (1, 4, None)
 
 
-def test_an_edited_history_shares_what_stands_before_the_edit() -> None:
+def test_an_edited_conversation_reuses_the_cache_before_the_edit() -> None:
     choice = pool_with((1, 2), (3, 4, 5, 6)).choose((3, 4, 5, 9, 9))
     assert (choice.slot, choice.shared.num_tokens) == (1, 3)
 
 
-def test_a_short_beginning_is_copied_and_what_follows_it_stays() -> None:
+def test_a_short_cached_prefix_is_copied_and_the_source_slot_is_kept() -> None:
     choice = pool_with((1, 2), (3, 4, 5, 6, 7)).choose((3, 4, 9))
     assert (choice.slot, choice.shared.num_tokens, choice.shared.copy_from) == (0, 2, 1)
 
 
-def test_a_running_sequences_beginning_is_copied() -> None:
+def test_a_cached_prefix_of_a_running_sequence_is_copied() -> None:
     pool = pool_with((1, 2), (3, 4))
     pool.acquire(1, owner(1, 5, 6, 7))
     choice = pool.choose((5, 6, 7, 8))
@@ -109,7 +109,7 @@ def test_the_last_token_of_a_prompt_is_always_computed() -> None:
     assert pool_with((1, 2, 3)).choose((1, 2, 3)).shared.num_tokens == 2
 
 
-def test_a_prompt_waits_for_a_long_beginning_that_another_is_about_to_compute() -> None:
+def test_a_prompt_waits_for_a_long_prefix_that_another_sequence_is_computing() -> None:
     run = Run(SchedulerLimits(2, 200, 200, 2), FixedStepPolicy(2, 200, 200), vocabulary=1)
     for last in (7, 8):
         run.scheduler.submit(Request((*range(60), last), 3, Sampling(seed=0), frozenset()))

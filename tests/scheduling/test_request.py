@@ -17,7 +17,7 @@ def test_a_prompt_within_vocabulary_and_context_passes(prompt_ids: tuple[int, ..
     check(prompt_ids)
 
 
-def test_more_tokens_than_the_context_holds_may_be_asked_for() -> None:
+def test_max_tokens_may_exceed_the_context_length() -> None:
     check((1, 2), max_tokens=1000)
 
 
@@ -35,6 +35,6 @@ def test_a_prompt_that_cannot_run_is_refused(prompt_ids: tuple[int, ...], words:
         check(prompt_ids)
 
 
-def test_no_token_to_generate_is_refused() -> None:
+def test_max_tokens_0_is_refused() -> None:
     with pytest.raises(RequestError, match="max-tokens is 0: give at least 1"):
         check((1,), max_tokens=0)

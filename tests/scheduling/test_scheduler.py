@@ -16,7 +16,7 @@ def run_of(*asked: tuple[int, int], limits: SchedulerLimits = LIMITS, vocabulary
     return run
 
 
-def test_a_prompts_chunks_follow_each_other_without_waiting() -> None:
+def test_chunks_of_a_prompt_are_sent_without_waiting_for_results() -> None:
     run = run_of((20, 5))
     assert [run.send() for _ in range(4)] == [True, True, True, False]
     assert [len(sent.row.token_ids) for sent in run.rows] == [8, 8, 4]
@@ -35,7 +35,7 @@ def test_a_long_prompt_does_not_delay_running_sequences() -> None:
         run.complete()
 
 
-def test_the_other_stages_run_a_prompt_while_one_sequence_decodes() -> None:
+def test_a_prompt_chunk_is_also_sent_while_the_decoding_sequence_is_in_flight() -> None:
     run = run_of((4, 50))
     run.send()
     run.complete()
@@ -44,20 +44,20 @@ def test_the_other_stages_run_a_prompt_while_one_sequence_decodes() -> None:
     assert [[sent.row.is_prompt for sent in microbatch] for microbatch in run.sent[1:]] == [[False, True], [True]]
 
 
-def test_nobody_decodes_before_the_prompts_are_done_where_prompts_go_first() -> None:
+def test_with_prompts_first_all_prefill_runs_before_decode() -> None:
     run = run_of((4, 50), (30, 50), limits=SchedulerLimits(2, 64, 8, 2, prompts_first=True))
     run.finish()
     kinds = [sent.row.is_prompt for sent in run.rows]
     assert kinds == sorted(kinds, reverse=True)
 
 
-def test_short_prompts_travel_together() -> None:
+def test_short_prompts_are_combined_in_one_microbatch() -> None:
     run = run_of((3, 5), (4, 5))
     run.send()
     assert [len(sent.row.token_ids) for sent in run.sent[0]] == [3, 4]
 
 
-def test_sequences_that_decode_take_turns_in_as_many_microbatches_as_are_fastest() -> None:
+def test_decoding_sequences_alternate_in_the_number_of_microbatches_of_the_policy() -> None:
     run = run_of((1, 50), (1, 50), (1, 50), (1, 50), limits=SchedulerLimits(4, 64, 8, 2))
     run.send()
     run.complete()
@@ -69,7 +69,7 @@ def test_sequences_that_decode_take_turns_in_as_many_microbatches_as_are_fastest
     assert {sent.row.slot for sent in run.sent[3]} == first
 
 
-def test_a_sequence_waits_for_its_token_before_the_next_is_asked_for() -> None:
+def test_a_sequence_has_only_one_decode_step_in_flight() -> None:
     run = run_of((4, 50))
     assert run.send()
     assert not run.send()
@@ -78,7 +78,7 @@ def test_a_sequence_waits_for_its_token_before_the_next_is_asked_for() -> None:
     assert not run.send()
 
 
-def test_a_slot_is_given_on_as_soon_as_its_sequence_is_done() -> None:
+def test_a_slot_is_reused_as_soon_as_its_sequence_finishes() -> None:
     run = run_of((2, 1), (2, 50), (2, 40))
     run.send()  # the first two prompts
     run.complete()
@@ -94,21 +94,21 @@ def test_a_stop_token_ends_a_sequence_and_counts_as_generated() -> None:
     assert sequence.generated_ids[-1] == STOP_ID
 
 
-def test_a_sequence_ends_where_the_context_does() -> None:
+def test_a_sequence_ends_at_the_context_length() -> None:
     run = run_of((60, 50))
     run.finish()
     (sequence,) = run.sequences
     assert (sequence.finish_reason, len(sequence.generated_ids)) == (FinishReason.LENGTH, 4)
 
 
-def test_cancelling_before_anything_was_sent_leaves_no_work() -> None:
+def test_after_cancel_all_before_the_first_step_the_scheduler_has_no_work() -> None:
     run = run_of((4, 5), (4, 5), (4, 5))
     run.scheduler.cancel_all()
     assert not run.scheduler.has_work
     assert not run.send()
 
 
-def test_a_repetition_penalty_looks_at_the_last_64_tokens() -> None:
+def test_a_rows_recent_ids_are_the_last_64_tokens() -> None:
     run = run_of((3, 50))
     run.finish()
     assert run.rows[-1].row.recent_ids == (100, 101, 102, *[0] * 49)

@@ -22,7 +22,7 @@ def finished_runs(sample: st.DrawFn) -> tuple[Run, Items[Request]]:
 
 
 @given(finished_runs())
-def test_a_slot_has_one_owner_at_a_time_and_no_other_before_it_is_done(played: tuple[Run, Items[Request]]) -> None:
+def test_a_slot_belongs_to_one_sequence_until_that_sequence_finishes(played: tuple[Run, Items[Request]]) -> None:
     run, _ = played
     for slot in range(run.limits.num_slots):
         owners = [id(row.sequence) for row in run.rows if row.row.slot == slot]
@@ -33,7 +33,9 @@ def test_a_slot_has_one_owner_at_a_time_and_no_other_before_it_is_done(played: t
 
 
 @given(finished_runs())
-def test_every_position_that_is_not_shared_is_planned_once_and_in_order(played: tuple[Run, Items[Request]]) -> None:
+def test_every_position_outside_the_reused_prefix_is_planned_once_and_in_order(
+    played: tuple[Run, Items[Request]],
+) -> None:
     run, _ = played
     for sequence in run.sequences:
         rows = [sent.row for sent in run.rows_of(sequence)]
@@ -45,7 +47,7 @@ def test_every_position_that_is_not_shared_is_planned_once_and_in_order(played: 
 
 
 @given(finished_runs())
-def test_a_microbatch_holds_no_more_prompt_tokens_than_a_chunk(played: tuple[Run, Items[Request]]) -> None:
+def test_a_microbatch_has_at_most_chunk_tokens_prompt_tokens(played: tuple[Run, Items[Request]]) -> None:
     run, _ = played
     for microbatch in run.sent:
         chunk = [len(sent.row.token_ids) for sent in microbatch if sent.row.is_prompt]
@@ -54,7 +56,7 @@ def test_a_microbatch_holds_no_more_prompt_tokens_than_a_chunk(played: tuple[Run
 
 
 @given(finished_runs())
-def test_a_row_carries_only_tokens_that_are_known_and_draws_after_the_last_of_them(
+def test_a_row_has_only_known_tokens_and_needs_logits_only_after_the_last(
     played: tuple[Run, Items[Request]],
 ) -> None:
     run, _ = played
@@ -65,7 +67,7 @@ def test_a_row_carries_only_tokens_that_are_known_and_draws_after_the_last_of_th
 
 
 @given(finished_runs())
-def test_who_comes_first_is_served_first(played: tuple[Run, Items[Request]]) -> None:
+def test_prompts_are_scheduled_in_the_order_of_submission(played: tuple[Run, Items[Request]]) -> None:
     run, asked = played
     assert [id(sequence.request) for sequence in run.sequences] == [id(request) for request in asked]
     prompts = [id(sent.sequence) for sent in run.rows if sent.row.is_prompt]
@@ -73,7 +75,7 @@ def test_who_comes_first_is_served_first(played: tuple[Run, Items[Request]]) -> 
 
 
 @given(finished_runs())
-def test_never_more_is_in_flight_than_allowed_and_generated_tokens_come_first(
+def test_in_flight_steps_stay_within_the_limit_and_generated_tokens_precede_prompt_tokens(
     played: tuple[Run, Items[Request]],
 ) -> None:
     run, _ = played
@@ -85,7 +87,7 @@ def test_never_more_is_in_flight_than_allowed_and_generated_tokens_come_first(
 
 
 @given(finished_runs(), limits, policies, st.booleans())
-def test_tokens_depend_on_their_sequence_alone_whatever_the_company_the_chunks_and_the_guesses(
+def test_a_sequences_tokens_do_not_depend_on_other_sequences_chunks_or_drafts(
     played: tuple[Run, Items[Request]], bounds: SchedulerLimits, policy: FixedStepPolicy, drafts: bool
 ) -> None:
     run, asked = played
@@ -99,7 +101,7 @@ def test_tokens_depend_on_their_sequence_alone_whatever_the_company_the_chunks_a
 
 
 @given(st.lists(requests, min_size=1, max_size=4), limits, policies, actions, st.integers(1, 4))
-def test_guesses_change_nothing_but_the_plans(
+def test_drafts_do_not_change_the_generated_tokens(
     asked: Items[Request], bounds: SchedulerLimits, policy: FixedStepPolicy, order: Items[str], vocabulary: int
 ) -> None:
     answers = []
@@ -112,7 +114,7 @@ def test_guesses_change_nothing_but_the_plans(
 
 
 @given(finished_runs())
-def test_every_sequence_ends_for_a_reason_that_its_tokens_show(played: tuple[Run, Items[Request]]) -> None:
+def test_every_finish_reason_agrees_with_the_sequences_tokens(played: tuple[Run, Items[Request]]) -> None:
     run, asked = played
     assert len(run.sequences) == len(asked)
     for sequence in run.sequences:
@@ -129,7 +131,7 @@ def test_every_sequence_ends_for_a_reason_that_its_tokens_show(played: tuple[Run
 
 
 @given(limits, st.lists(requests, min_size=1, max_size=6), actions, st.lists(requests, max_size=3))
-def test_what_is_cancelled_gets_no_token_and_no_plan_and_what_comes_later_is_served(
+def test_cancelled_sequences_get_no_token_or_plan_and_later_requests_run(
     bounds: SchedulerLimits, asked: Items[Request], before: Items[str], later: Items[Request]
 ) -> None:
     run = Run(replace(bounds, num_slots=2), vocabulary=1)

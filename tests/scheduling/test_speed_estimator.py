@@ -26,7 +26,7 @@ def measured(true: StageSpeed, loads: list[StepLoad], noise: float = 0.0) -> Sta
 
 
 @given(st.floats(0.0, 0.02), st.floats(50e9, 2e12), st.floats(1e12, 60e12), st.floats(0, 0.1))
-def test_the_steps_of_a_prompt_and_an_answer_tell_the_constants(
+def test_steps_of_prefill_and_decode_determine_the_speed_constants(
     fixed_s: float, bytes_per_s: float, operations_per_s: float, noise: float
 ) -> None:
     true = StageSpeed(fixed_s, bytes_per_s, operations_per_s)
@@ -36,11 +36,11 @@ def test_the_steps_of_a_prompt_and_an_answer_tell_the_constants(
 
 
 @given(st.floats(0.3, 3.0))
-def test_steps_that_are_all_alike_are_told_as_long_as_they_are(factor: float) -> None:
+def test_identical_steps_are_predicted_at_their_measured_time(factor: float) -> None:
     true = StageSpeed(EXPECTED.fixed_s * factor, EXPECTED.bytes_per_s / factor, EXPECTED.operations_per_s / factor)
     found = measured(true, LOADS[:1])
     assert found.step_s(LOADS[0]) == pytest.approx(StageCost(SIZES, true).step_s(LOADS[0]), rel=0.1)
 
 
-def test_nothing_measured_is_what_was_expected() -> None:
+def test_without_measurements_the_expected_speed_is_used() -> None:
     assert SpeedEstimator(SIZES, EXPECTED).speed == EXPECTED

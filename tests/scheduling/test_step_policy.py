@@ -37,7 +37,7 @@ def decode_s(
 
 @pytest.mark.parametrize("num_streams", STREAMS)
 @pytest.mark.parametrize("num_prompt", [512, 8192, 65536])
-def test_decoding_is_within_5_percent_of_the_best_number_of_microbatches(num_streams: int, num_prompt: int) -> None:
+def test_decode_time_is_within_5_percent_of_the_best_microbatch_count(num_streams: int, num_prompt: int) -> None:
     stages = k2_stages()
     chosen = decode_s(AdaptiveStepPolicy(stages, TURNAROUND_S), stages, num_streams, num_prompt)
     others = [
@@ -48,7 +48,7 @@ def test_decoding_is_within_5_percent_of_the_best_number_of_microbatches(num_str
 
 
 @pytest.mark.parametrize("num_prompt", PROMPTS)
-def test_a_prompt_is_within_5_percent_of_the_best_chunk_length(num_prompt: int) -> None:
+def test_prefill_time_is_within_5_percent_of_the_best_chunk_length(num_prompt: int) -> None:
     stages = k2_stages()
     simulation = Simulation(stages, AdaptiveStepPolicy(stages, TURNAROUND_S), 1)
     simulation.run(request(num_prompt, 1))
@@ -67,7 +67,7 @@ def test_a_prompt_is_within_5_percent_of_the_best_chunk_length(num_prompt: int) 
     st.floats(0.1, 2.0),
     st.floats(2, 60),
 )
-def test_no_number_of_microbatches_gives_a_token_more_than_5_percent_sooner(
+def test_the_chosen_round_time_is_within_5_percent_of_every_microbatch_count(
     num_sequences: int, context: int, num_stages: int, fixed_s: float, tb_per_s: float, tera_operations_per_s: float
 ) -> None:
     stages = k2_stages(num_stages, StageSpeed(fixed_s, tb_per_s * 1e12, tera_operations_per_s * 1e12))
@@ -101,7 +101,7 @@ def test_eight_streams_on_two_stages_run_as_two_microbatches_of_four() -> None:
 
 
 @given(st.integers(1, 8), st.integers(1, 30_000), st.integers(0, 30_000))
-def test_a_chunk_beside_those_who_decode_is_as_long_as_the_time_allows_and_no_longer(
+def test_a_chunk_sent_with_decode_rows_is_the_longest_within_the_time_limit(
     num_sequences: int, context: int, position: int
 ) -> None:
     stages = k2_stages()
@@ -119,7 +119,7 @@ def test_a_chunk_beside_those_who_decode_is_as_long_as_the_time_allows_and_no_lo
 
 
 @pytest.mark.parametrize("num_streams", [1, 2, 4, 8])
-def test_a_long_prompt_delays_those_who_decode_by_at_most_four_of_their_steps(num_streams: int) -> None:
+def test_a_long_prompt_delays_decoding_sequences_by_at_most_chunk_delay_steps(num_streams: int) -> None:
     stages = k2_stages()
     simulation = Simulation(stages, AdaptiveStepPolicy(stages, TURNAROUND_S), num_streams + 1)
     asked = [request(64, 400, seed) for seed in range(num_streams)]

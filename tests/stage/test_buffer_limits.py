@@ -15,14 +15,14 @@ LIMITS = BufferLimits(operations=200, megabytes=1000)
 NAMES = ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")
 
 
-def test_what_was_best_is_set(tmp_path: Path) -> None:
+def test_saved_buffer_limits_are_set_in_the_environment(tmp_path: Path) -> None:
     environment: dict[str, str] = {}
     save_limits(LIMITS, tmp_path / "cache" / "limits.json")
     apply_saved_limits(environment, tmp_path / "cache" / "limits.json")
     assert environment == dict(zip(NAMES, ("200", "1000"), strict=True))
 
 
-def test_what_the_user_set_stands(tmp_path: Path) -> None:
+def test_environment_variables_set_by_the_user_are_kept(tmp_path: Path) -> None:
     environment = {NAMES[0]: "7"}
     save_limits(LIMITS, tmp_path / "limits.json")
     apply_saved_limits(environment, tmp_path / "limits.json")
@@ -30,7 +30,9 @@ def test_what_the_user_set_stands(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"host": "another"}, {"mlx": "0.1"}, {"operations": None}])
-def test_another_machine_or_mlx_or_a_broken_file_sets_nothing(tmp_path: Path, change: dict[str, str | None]) -> None:
+def test_limits_of_another_machine_or_mlx_version_or_a_broken_file_are_ignored(
+    tmp_path: Path, change: dict[str, str | None]
+) -> None:
     file = tmp_path / "limits.json"
     save_limits(LIMITS, file)
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
@@ -39,13 +41,13 @@ def test_another_machine_or_mlx_or_a_broken_file_sets_nothing(tmp_path: Path, ch
     assert load_limits(file) is None
 
 
-def test_where_mlx_itself_was_best_nothing_is_kept(tmp_path: Path) -> None:
+def test_saving_none_removes_the_saved_limits(tmp_path: Path) -> None:
     save_limits(LIMITS, tmp_path / "limits.json")
     save_limits(None, tmp_path / "limits.json")
     assert load_limits(tmp_path / "limits.json") is None
 
 
-def test_a_stage_has_the_limits_when_it_imports_mlx(tmp_path: Path) -> None:
+def test_a_stage_sets_the_buffer_limits_before_it_imports_mlx(tmp_path: Path) -> None:
     save_limits(LIMITS, tmp_path / ".cache" / "mlx-k2" / "kernels" / "buffer_limits.json")
     probe = (
         "import builtins, os\n"

@@ -18,7 +18,7 @@ from mlx_k2.stage.faults import fault_of
         (RuntimeError("Resource temporarily unavailable"), "StageFault", "out of memory"),
     ],
 )
-def test_an_error_is_told_by_what_it_is(error: Exception, kind: str, words: str) -> None:
+def test_fault_of_gives_each_error_its_kind_and_message(error: Exception, kind: str, words: str) -> None:
     fault = fault_of(error)
     assert fault.kind == kind
     assert fault.message.startswith(words)

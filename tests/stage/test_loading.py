@@ -47,7 +47,7 @@ def measure(folder: Path, *arguments: int) -> Measured:
 
 
 @pytest.mark.parametrize(("first_layer", "end_layer"), [pytest.param(0, 12, marks=pytest.mark.slow), (6, 12)])
-def test_loading_never_holds_more_than_the_shard_its_largest_layer_and_200_mb(
+def test_peak_memory_while_loading_is_at_most_shard_plus_largest_layer_plus_200_mb(
     folder: Path, first_layer: int, end_layer: int
 ) -> None:
     measured = measure(folder, first_layer, end_layer)
@@ -60,7 +60,7 @@ def test_loading_never_holds_more_than_the_shard_its_largest_layer_and_200_mb(
 
 
 @pytest.mark.slow
-def test_quantizing_dense_matrices_needs_no_more_room_than_a_layer_as_it_is_read(folder: Path) -> None:
+def test_quantizing_while_loading_needs_at_most_one_unquantized_layer_of_extra_memory(folder: Path) -> None:
     config = read_config(folder)
     measured = measure(folder, 0, 12, 8)
     assert measured["held"] == pytest.approx(sum(measured["pieces"]), rel=0.01)

@@ -34,6 +34,6 @@ def test_a_plan_that_does_not_fit_is_refused(plan: Step, words: str) -> None:
         LIMITS.check(plan, last_number=7)
 
 
-def test_what_fits_to_the_last_slot_position_and_token_passes() -> None:
+def test_a_plan_at_the_limits_of_slot_position_and_token_passes() -> None:
     LIMITS.check(Step(8, (row(slot=1, position=59, token_ids=(767,) * 5, copy_from=0), row())), last_number=7)
     LIMITS.check(Step(0, (row(),)), last_number=None)

@@ -22,7 +22,7 @@ def can_bind(address: str) -> bool:
 
 @given(st.integers(0, 5))
 @settings(max_examples=6)
-def test_free_ports_are_picked_held_and_let_go_of(count: int) -> None:
+def test_held_ports_reserves_free_ports_and_releases_them(count: int) -> None:
     held = HeldPorts(["127.0.0.1"] * count)
     assert len(set(held.addresses)) == count
     assert not any(can_bind(address) for address in held.addresses)
@@ -30,7 +30,7 @@ def test_free_ports_are_picked_held_and_let_go_of(count: int) -> None:
     assert all(can_bind(address) for address in held.addresses)
 
 
-def test_a_port_that_is_named_is_the_one_that_is_held() -> None:
+def test_an_explicit_port_is_held() -> None:
     free = HeldPorts(["127.0.0.1"])
     free.release()
     held = HeldPorts(free.addresses)
@@ -38,7 +38,7 @@ def test_a_port_that_is_named_is_the_one_that_is_held() -> None:
     held.release()
 
 
-def test_a_port_in_use_is_refused_by_address_and_nothing_stays_held() -> None:
+def test_a_port_in_use_is_named_and_all_other_ports_are_released() -> None:
     first = HeldPorts(["127.0.0.1"])
     second = HeldPorts(["127.0.0.1"])
     second.release()
@@ -53,11 +53,11 @@ def test_an_address_of_another_host_is_refused() -> None:
         HeldPorts(["192.0.2.1"])
 
 
-def test_nothing_is_held_where_nothing_is_asked_for() -> None:
+def test_without_addresses_no_port_is_held() -> None:
     assert HeldPorts([]).addresses == ()
 
 
-def test_a_port_of_a_connection_that_has_just_ended_is_free_and_that_of_a_listener_is_not() -> None:
+def test_a_port_in_time_wait_can_be_held_but_a_listening_port_cannot() -> None:
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as MLX's ring does
         listener.bind(("127.0.0.1", 0))

@@ -89,7 +89,7 @@ def alone(checkpoint: Checkpoint) -> list[Tokens]:
         pytest.param(3, 128, 2, False, marks=pytest.mark.slow),
     ],
 )
-def test_every_sequence_gets_the_same_bits_in_any_company_chunks_stages_and_with_guesses(
+def test_a_sequence_is_bit_identical_for_any_batch_chunks_stages_and_drafts(
     checkpoint: Checkpoint, alone: list[Tokens], num_stages: int, chunk_tokens: int, num_slots: int, drafts: bool
 ) -> None:
     pipeline = Pipeline(checkpoint("thinking"), num_stages)

@@ -70,7 +70,7 @@ def step(number: int) -> Step:
     return Step(number, (Row(0, number, (5,), True, Sampling(seed=1)),))
 
 
-def test_a_stage_greets_first_and_ends_when_told(converse: Converse) -> None:
+def test_a_stage_sends_hello_first_and_exits_on_stop(converse: Converse) -> None:
     exit_code, (hello,) = converse(Stop())
     assert exit_code == 0
     assert isinstance(hello, Hello)
@@ -78,7 +78,7 @@ def test_a_stage_greets_first_and_ends_when_told(converse: Converse) -> None:
     assert hello.memory_bytes > (hello.working_set_bytes or 0) >= 0
 
 
-def test_every_message_is_answered_in_its_turn(converse: Converse, model: Path) -> None:
+def test_every_message_is_answered_in_order(converse: Converse, model: Path) -> None:
     messages = (prepare(model), Connect(None, None, None), LOAD, step(0), step(1), Stop())
     exit_code, reported = converse(*messages)
     assert exit_code == 0
@@ -88,7 +88,7 @@ def test_every_message_is_answered_in_its_turn(converse: Converse, model: Path) 
     assert all(len(message.tokens) == 1 for message in reported if isinstance(message, StepDone))
 
 
-def test_a_loaded_stage_says_how_much_it_holds_and_took(converse: Converse, model: Path) -> None:
+def test_a_loaded_stage_reports_its_held_and_peak_bytes(converse: Converse, model: Path) -> None:
     _, reported = converse(prepare(model), Connect(None, None, None), LOAD, Stop())
     pieces = [message.held_bytes for message in reported if isinstance(message, LayerLoaded)]
     (loaded,) = [message for message in reported if isinstance(message, Loaded)]
@@ -96,14 +96,14 @@ def test_a_loaded_stage_says_how_much_it_holds_and_took(converse: Converse, mode
     assert loaded.cache_bytes_per_token == NUM_LAYERS * (64 + 16) * 4
 
 
-def test_the_small_files_are_sent_as_they_are(converse: Converse, model: Path) -> None:
+def test_the_small_files_are_sent_unchanged(converse: Converse, model: Path) -> None:
     _, (_, files) = converse(FetchFiles(ModelSource(path_or_repo=str(model))), Stop())
     assert isinstance(files, ModelFiles)
     assert files.files["config.json"] == (model / "config.json").read_bytes()
     assert "tiktoken.model" in files.files
 
 
-def test_two_copies_have_one_digest_and_another_config_has_another(
+def test_equal_copies_have_equal_digests_and_a_changed_config_has_another(
     converse: Converse, model: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
@@ -120,14 +120,14 @@ def test_two_copies_have_one_digest_and_another_config_has_another(
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_what_a_user_can_mend_is_a_fault_in_words(converse: Converse, tmp_path: Path) -> None:
+def test_a_user_error_is_sent_as_a_fault_with_a_readable_message(converse: Converse, tmp_path: Path) -> None:
     exit_code, (_, fault) = converse(prepare(tmp_path / "nowhere"), step(0), Stop())
     assert exit_code == 1
     assert isinstance(fault, Fault)
     assert (fault.kind, fault.message.startswith(f"{tmp_path}/nowhere is not a folder")) == ("CheckpointError", True)
 
 
-def test_a_shard_that_is_damaged_is_named_before_a_tensor_of_it_is_loaded(converse: Converse, tmp_path: Path) -> None:
+def test_a_truncated_shard_file_is_named_before_any_tensor_is_loaded(converse: Converse, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "damaged")
     shard = folder / "model-00003-of-000008.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
@@ -138,7 +138,7 @@ def test_a_shard_that_is_damaged_is_named_before_a_tensor_of_it_is_loaded(conver
     assert "model-00003-of-000008.safetensors is truncated: 100 of its" in fault.message
 
 
-def test_a_plan_that_does_not_fit_the_stage_is_refused_by_name(converse: Converse, model: Path) -> None:
+def test_a_step_that_does_not_fit_the_stage_is_refused_by_number(converse: Converse, model: Path) -> None:
     plan = Step(1, (Row(1, 0, (5,), True, None),))
     exit_code, reported = converse(prepare(model), Connect(None, None, None), LOAD, step(0), plan, Stop())
     fault = reported[-1]
@@ -146,7 +146,7 @@ def test_a_plan_that_does_not_fit_the_stage_is_refused_by_name(converse: Convers
     assert fault == Fault("ProtocolError", "step 1 does not fit this stage: slot 1 of 1")
 
 
-def test_our_own_mistake_is_a_fault_too_and_its_trace_goes_to_the_log(
+def test_an_assertion_error_is_sent_as_a_fault_and_its_traceback_is_logged(
     converse: Converse, capsys: pytest.CaptureFixture[str]
 ) -> None:
     exit_code, (_, fault) = converse(step(0), Stop())
@@ -156,7 +156,7 @@ def test_our_own_mistake_is_a_fault_too_and_its_trace_goes_to_the_log(
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_frame_that_is_no_message_is_refused(tmp_path: Path) -> None:
+def test_a_frame_of_another_kind_than_message_is_refused(tmp_path: Path) -> None:
     writer = FrameWriter((tmp_path / "frames").open("wb"), "the guard")
     with pytest.raises(ProtocolError, match="HEARTBEAT"):
         StageService(writer).on_frame(Frame(Kind.HEARTBEAT, b""))

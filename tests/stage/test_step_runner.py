@@ -44,7 +44,7 @@ def expected(checkpoint: Checkpoint) -> list[list[SampledToken]]:
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3])
-def test_logprobs_and_greedy_tokens_are_mlx_lms(checkpoint: Checkpoint, num_stages: int) -> None:
+def test_logprobs_and_greedy_tokens_equal_mlx_lms(checkpoint: Checkpoint, num_stages: int) -> None:
     oracle = load_oracle(checkpoint("k25"))
     cache = make_prompt_cache(oracle)
     sampling = Sampling(seed=0, temperature=0, num_logprobs=100)
@@ -59,7 +59,7 @@ def test_logprobs_and_greedy_tokens_are_mlx_lms(checkpoint: Checkpoint, num_stag
 
 
 @pytest.mark.parametrize(("num_stages", "chunk_tokens"), [(1, 7), (2, 64), (3, 70), (7, 33)])
-def test_the_same_seed_gives_the_same_tokens_over_any_stages_and_chunks(
+def test_the_same_seed_gives_the_same_tokens_for_any_stages_and_chunks(
     checkpoint: Checkpoint, expected: list[list[SampledToken]], num_stages: int, chunk_tokens: int
 ) -> None:
     pipeline = Pipeline(checkpoint("thinking"), num_stages)
@@ -67,7 +67,7 @@ def test_the_same_seed_gives_the_same_tokens_over_any_stages_and_chunks(
         assert pipeline.generate(PROMPT, sampling, NUM_TOKENS, chunk_tokens=chunk_tokens) == tokens
 
 
-def test_sequences_in_one_microbatch_get_the_tokens_that_they_get_alone(
+def test_sequences_in_one_microbatch_get_the_same_tokens_as_alone(
     checkpoint: Checkpoint, expected: list[list[SampledToken]]
 ) -> None:
     pipeline = Pipeline(checkpoint("thinking"), 2)
@@ -83,7 +83,7 @@ def test_sequences_in_one_microbatch_get_the_tokens_that_they_get_alone(
     assert together == expected
 
 
-def test_fresh_stages_that_are_fed_the_same_tokens_go_on_with_the_same_tokens(
+def test_new_stages_given_the_known_tokens_sample_the_same_next_token(
     checkpoint: Checkpoint, expected: list[list[SampledToken]]
 ) -> None:
     sampling, tokens = SAMPLINGS[0], [token.token_id for token in expected[0]]
@@ -95,7 +95,7 @@ def test_fresh_stages_that_are_fed_the_same_tokens_go_on_with_the_same_tokens(
     assert list(again) == expected[0][15:16]
 
 
-def test_a_row_that_asks_for_no_token_gets_none_and_still_fills_the_cache(
+def test_a_row_without_sampling_returns_no_token_and_fills_the_cache(
     checkpoint: Checkpoint, expected: list[list[SampledToken]]
 ) -> None:
     pipeline = Pipeline(checkpoint("thinking"), 2)
@@ -105,7 +105,7 @@ def test_a_row_that_asks_for_no_token_gets_none_and_still_fills_the_cache(
     assert pipeline.tokens(Row(0, len(PROMPT) - 1, (PROMPT[-1],), True, GREEDY)) == (expected[3][0],)
 
 
-def test_a_beginning_copied_from_another_slot_is_as_good_as_computed(
+def test_a_prefix_copied_from_another_slot_gives_the_same_token_as_a_computed_one(
     checkpoint: Checkpoint, expected: list[list[SampledToken]]
 ) -> None:
     pipeline = Pipeline(checkpoint("thinking"), 2)
@@ -114,7 +114,7 @@ def test_a_beginning_copied_from_another_slot_is_as_good_as_computed(
     assert pipeline.tokens(row) == (expected[0][0],)
 
 
-def test_every_stage_answers_each_step_with_its_number_and_its_time(checkpoint: Checkpoint) -> None:
+def test_every_stage_answers_each_step_with_its_number_and_times(checkpoint: Checkpoint) -> None:
     pipeline = Pipeline(checkpoint("thinking"), 3)
     for number in (1, 2):
         answers = pipeline.step(Row(0, 0, tuple(PROMPT), True, GREEDY))

@@ -24,7 +24,7 @@ def hop() -> tuple[QueueTransport, QueueTransport]:
     return QueueTransport(queue.SimpleQueue(), between), QueueTransport(between, queue.SimpleQueue())
 
 
-def test_what_is_sent_is_received_in_order() -> None:
+def test_arrays_are_received_in_the_order_sent() -> None:
     first, second = hop()
     for number in range(3):
         first.send(mx.full((2, 4), number))
@@ -33,7 +33,7 @@ def test_what_is_sent_is_received_in_order() -> None:
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((4, 2), mx.float32), ((2, 4), mx.bfloat16)])
-def test_another_shape_or_dtype_than_was_sent_is_our_own_mistake(shape: tuple[int, int], dtype: mx.Dtype) -> None:
+def test_receiving_another_shape_or_dtype_than_sent_fails_an_assertion(shape: tuple[int, int], dtype: mx.Dtype) -> None:
     first, second = hop()
     first.send(mx.zeros((2, 4)))
     with pytest.raises(AssertionError, match="expected"):
@@ -48,13 +48,13 @@ def test_a_single_stage_neither_sends_nor_receives() -> None:
     prove_hops(NoNeighbours(), to_next=None, from_previous=None)
 
 
-def test_a_hop_that_carries_the_agreed_bytes_is_proven_from_both_ends() -> None:
+def test_prove_hops_accepts_the_agreed_bytes_at_both_ends() -> None:
     first, second = hop()
     prove_hops(first, to_next=SECRET, from_previous=None)
     prove_hops(second, to_next=None, from_previous=SECRET)
 
 
-def test_a_neighbour_with_other_bytes_is_a_stranger() -> None:
+def test_prove_hops_refuses_a_neighbour_with_other_bytes() -> None:
     first, second = hop()
     prove_hops(first, to_next=bytes(32), from_previous=None)
     with pytest.raises(StageFault, match="a stranger is connected in place of the previous stage"):
@@ -67,7 +67,7 @@ def file() -> Iterator[IO[bytes]]:
         yield file
 
 
-def test_the_ring_is_told_its_rank_and_everyones_addresses(file: IO[bytes]) -> None:
+def test_the_ring_environment_has_the_rank_and_all_addresses(file: IO[bytes]) -> None:
     links = RingLinks((("10.0.0.1:5000", "10.0.1.1:5001"), ("10.0.0.2:5000", "10.0.1.2:5001")))
     environment = group_environment(1, links, file)
     assert environment.keys() == {"MLX_RANK", "MLX_HOSTFILE"}
@@ -76,7 +76,7 @@ def test_the_ring_is_told_its_rank_and_everyones_addresses(file: IO[bytes]) -> N
 
 
 @pytest.mark.parametrize("ring", [False, True])
-def test_jaccl_is_told_its_devices_and_where_rank_0_is(file: IO[bytes], ring: bool) -> None:
+def test_the_jaccl_environment_has_the_devices_and_the_address_of_rank_0(file: IO[bytes], ring: bool) -> None:
     links = JacclLinks(((None, "rdma_en5"), (("rdma_en3", "rdma_en4"), None)), "10.0.0.1:32323", ring)
     environment = group_environment(0, links, file)
     assert environment["MLX_RANK"] == "0"

@@ -23,7 +23,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig]:
     return folder, write_tiny(folder)
 
 
-def test_files_are_named_and_divided_as_in_the_original(tiny: tuple[Path, ModelConfig]) -> None:
+def test_checkpoint_files_are_named_and_divided_like_the_original(tiny: tuple[Path, ModelConfig]) -> None:
     folder, _ = tiny
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     assert files == [f"model-{number:05d}-of-000008.safetensors" for number in range(1, 9)]
@@ -33,7 +33,7 @@ def test_files_are_named_and_divided_as_in_the_original(tiny: tuple[Path, ModelC
     assert set(head) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
 
 
-def test_the_index_names_every_tensor_and_their_total_size(tiny: tuple[Path, ModelConfig]) -> None:
+def test_the_index_lists_every_tensor_and_the_total_size(tiny: tuple[Path, ModelConfig]) -> None:
     folder, config = tiny
     index = json.loads((folder / "model.safetensors.index.json").read_bytes())
     stored = {path.name: read_header(path).tensors for path in folder.glob("*.safetensors")}
@@ -84,7 +84,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path: 
     assert all(first[name] != third[name] for name in first if name.endswith(".safetensors"))
 
 
-def test_tokenizer_files_are_written_as_they_are(tiny: tuple[Path, ModelConfig]) -> None:
+def test_tokenizer_files_are_written_unchanged(tiny: tuple[Path, ModelConfig]) -> None:
     folder, _ = tiny
     assert (folder / "tiktoken.model").read_bytes() == b"aGVsbG8= 0\n"
     assert [path.name for path in folder.parent.iterdir()] == ["model"]  # nothing half-written stays
@@ -99,21 +99,21 @@ def test_kimi_k25_has_prefixed_names_and_a_vision_tower(tmp_path: Path) -> None:
     assert {spec.name for spec in model_specs(config)} <= names
 
 
-def test_an_existing_folder_is_left_as_it_is(tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     write_tiny(tmp_path / "model", seed=1)
     before = (tmp_path / "model/model-00001-of-000008.safetensors").read_bytes()
     write_tiny(tmp_path / "model", seed=2)
     assert (tmp_path / "model/model-00001-of-000008.safetensors").read_bytes() == before
 
 
-def test_of_two_writers_at_once_one_folder_stays(tmp_path: Path) -> None:
+def test_two_concurrent_writers_produce_one_complete_folder(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: write_tiny(tmp_path / "model", seed=3), range(2)))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert len(list((tmp_path / "model").glob("*.safetensors"))) == 8
 
 
-def test_fields_of_another_model_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_unsupported_config_fields_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="scoring_func"):
         write_random_checkpoint(tmp_path / "model", tiny_config_fields(VOCAB_SIZE, scoring_func="softmax"), 0, {})
     assert list(tmp_path.iterdir()) == []

@@ -74,34 +74,32 @@ def moved(folder: Path, logits: mx.array, change: Callable[[Weights], None]) -> 
 
 
 @pytest.mark.parametrize("layer", range(7))
-def test_leaving_out_a_layer_moves_the_logits(folder: Path, logits: mx.array, layer: int) -> None:
+def test_omitting_a_layer_changes_the_logits(folder: Path, logits: mx.array, layer: int) -> None:
     endings = ("o_proj.weight", "down_proj.weight", "down_proj.weight_scale")
     assert moved(folder, logits, without(*endings, containing=(f"layers.{layer}.",))) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("layer", range(1, 7))
 @pytest.mark.parametrize("group", range(4))
-def test_leaving_out_a_group_of_experts_moves_the_logits(
-    folder: Path, logits: mx.array, layer: int, group: int
-) -> None:
+def test_omitting_a_group_of_experts_changes_the_logits(folder: Path, logits: mx.array, layer: int, group: int) -> None:
     experts = tuple(f"layers.{layer}.mlp.experts.{expert}." for expert in range(4 * group, 4 * group + 4))
     assert moved(folder, logits, without("down_proj.weight_scale", containing=experts)) > 100 * TOLERANCE
 
 
-def test_leaving_out_the_shared_experts_or_the_correction_bias_moves_the_logits(folder: Path, logits: mx.array) -> None:
+def test_omitting_the_shared_experts_or_the_correction_bias_changes_the_logits(folder: Path, logits: mx.array) -> None:
     assert moved(folder, logits, without("shared_experts.down_proj.weight")) > 100 * TOLERANCE
     assert moved(folder, logits, without("e_score_correction_bias")) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("layer", range(7))
-def test_leaving_out_a_layers_rope_moves_the_logits(folder: Path, logits: mx.array, layer: int) -> None:
+def test_omitting_rope_in_one_layer_changes_the_logits(folder: Path, logits: mx.array, layer: int) -> None:
     model = load(folder)
     model.model.layers[layer].self_attn.rope = lambda values, _offset: values
     assert largest_difference(run(model), logits) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("prompt", [[3], [1, 2, 3, 4, 5, 6, 7, 8], [5] * 16])
-def test_200_greedy_tokens_hold_at_least_50_different_ones(folder: Path, prompt: list[int]) -> None:
+def test_among_200_greedy_tokens_at_least_50_are_different(folder: Path, prompt: list[int]) -> None:
     model = load(folder)
     cache = make_prompt_cache(model)
     tokens: list[int] = []

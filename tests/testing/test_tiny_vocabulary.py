@@ -31,7 +31,7 @@ SIZES = [MIN_VOCAB_SIZE, MIN_VOCAB_SIZE + 1, 640, 4096, 163_840]
 
 
 @pytest.mark.parametrize("vocab_size", SIZES)
-def test_control_tokens_lie_behind_the_ordinary_ones_as_in_kimi_k2(vocab_size: int) -> None:
+def test_control_tokens_follow_the_ordinary_tokens_like_in_kimi_k2(vocab_size: int) -> None:
     files = tiny_vocabulary(vocab_size, 4096).files
     loaded = load_tokenizer(files, vocab_size)
     num_ordinary = len(files["tiktoken.model"].splitlines())
@@ -42,7 +42,7 @@ def test_control_tokens_lie_behind_the_ordinary_ones_as_in_kimi_k2(vocab_size: i
 
 
 @pytest.mark.parametrize("vocab_size", SIZES)
-def test_words_fill_the_room_between_bytes_and_control_tokens(vocab_size: int) -> None:
+def test_words_fill_the_ids_between_bytes_and_control_tokens(vocab_size: int) -> None:
     files = tiny_vocabulary(vocab_size, 4096).files
     tokens = [base64.b64decode(line.split()[0]) for line in files["tiktoken.model"].splitlines()]
     assert tokens[:256] == [bytes([byte]) for byte in range(256)]
@@ -50,7 +50,7 @@ def test_words_fill_the_room_between_bytes_and_control_tokens(vocab_size: int) -
     assert vocab_size > 640 or len(tokens) == vocab_size - 256
 
 
-def test_the_ids_for_config_json_are_the_tokenizers() -> None:
+def test_the_ids_for_config_json_equal_the_tokenizers() -> None:
     tiny = tiny_vocabulary(800, 1234)
     loaded = load_tokenizer(tiny.files, 800)
     assert tiny.bos_token_id == loaded.token_id("[BOS]")
@@ -59,6 +59,6 @@ def test_the_ids_for_config_json_are_the_tokenizers() -> None:
     assert json.loads(tiny.files["generation_config.json"]) == {"max_length": 1234, "eos_token_id": tiny.eos_token_id}
 
 
-def test_the_template_is_the_built_in_one_and_compiles() -> None:
+def test_the_tiny_vocabularys_chat_template_file_can_be_loaded() -> None:
     files = tiny_vocabulary(800, 4096).files
     assert load_chat_template(files).source.encode() == files["chat_template.jinja"]

@@ -44,7 +44,7 @@ def result_text(name: str = "tool", number: int = 0) -> str:
     return f'<|im_system|>{name}<|im_middle|>## Return of functions.get_weather:{number}\n{{"w":1}}<|im_end|>'
 
 
-def test_a_user_turn_gets_the_default_system_prompt_and_opens_the_answer() -> None:
+def test_a_user_message_renders_with_the_default_system_prompt_and_an_opened_answer() -> None:
     assert rendered([HELLO]) == DEFAULT_SYSTEM + HELLO_TEXT + ANSWER
 
 
@@ -60,15 +60,15 @@ def test_a_later_system_message_does_not_replace_the_default_one() -> None:
     )
 
 
-def test_no_answer_is_opened_when_none_is_asked_for() -> None:
+def test_without_add_generation_prompt_no_answer_is_opened() -> None:
     assert rendered([HELLO], add_generation_prompt=False) == DEFAULT_SYSTEM + HELLO_TEXT
 
 
-def test_a_name_stands_in_the_place_of_the_role() -> None:
+def test_a_message_name_replaces_the_role() -> None:
     assert "<|im_user|>Ada<|im_middle|>hello" in rendered([HELLO | {"name": "Ada"}])
 
 
-def test_the_golden_tool_turn() -> None:
+def test_a_tool_turn_renders_as_the_golden_text() -> None:
     messages = [HELLO, call({"city": "Rome"}, reasoning_content="R"), result(name="get_weather")]
     assert rendered(messages) == (
         DEFAULT_SYSTEM
@@ -84,11 +84,11 @@ def test_string_arguments_are_kept_as_the_model_wrote_them() -> None:
     assert call_text('{"city":"Rome",  "n":1}') in rendered([HELLO, call('{"city":"Rome",  "n":1}')])
 
 
-def test_arguments_keep_their_order_and_their_letters() -> None:
+def test_arguments_keep_key_order_and_are_not_ascii_escaped() -> None:
     assert call_text('{"z": "é<&", "a": [1, null]}') in rendered([HELLO, call({"z": "é<&", "a": [1, None]})])
 
 
-def test_several_calls_of_one_turn_share_a_section() -> None:
+def test_several_calls_of_one_turn_are_in_one_section() -> None:
     both = call("{}")
     both["tool_calls"] += call("[]", 1)["tool_calls"]
     assert (
@@ -145,7 +145,7 @@ def test_reasoning_up_to_the_last_answer_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("empty", [{"reasoning_content": None}, {"reasoning_content": ""}, {}])
-def test_no_reasoning_is_an_empty_thought_never_the_word_none(empty: Message) -> None:
+def test_missing_reasoning_renders_as_an_empty_think_block(empty: Message) -> None:
     assert call_text("{}") in rendered([HELLO, call("{}") | empty])
 
 
@@ -196,5 +196,5 @@ any_message = st.sampled_from(
 
 
 @given(st.lists(any_message, min_size=1, max_size=9))
-def test_messages_in_every_order_follow_the_rules(messages: list[Message]) -> None:
+def test_messages_in_any_order_render_like_the_reference_function(messages: list[Message]) -> None:
     assert rendered(messages) == expected(messages)

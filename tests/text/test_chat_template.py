@@ -26,12 +26,12 @@ def render(source: str, **variables: Any) -> str:
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS.keys())
-def test_a_template_that_runs_away_is_stopped_at_its_line(source: str) -> None:
+def test_a_template_that_needs_too_much_cpu_or_memory_is_stopped_and_its_line_named(source: str) -> None:
     with pytest.raises(TokenizerError, match=r"^chat_template.jinja line 2: "):
         render(source, t="a" * 999)
 
 
-def test_a_template_that_writes_without_end_is_stopped() -> None:
+def test_a_template_that_writes_over_100000_characters_is_stopped() -> None:
     with pytest.raises(TokenizerError, match=r"wrote more than 100000 characters"):
         render("{% for a in range(99999) %}{{ 'much text' }}{% endfor %}")
 
@@ -49,33 +49,33 @@ def test_a_template_that_writes_without_end_is_stopped() -> None:
         ("{{ messages | tojson }}{{ tojson }}{{ {1: ''.join} | tojson }}", "line 1: .*not JSON serializable"),
     ],
 )
-def test_a_template_that_fails_is_named_with_its_line(source: str, complaint: str) -> None:
+def test_a_template_error_names_the_file_and_line(source: str, complaint: str) -> None:
     with pytest.raises(TokenizerError, match=f"^chat_template.jinja {complaint}"):
         render(source, messages=[{}])
 
 
-def test_a_template_may_refuse_the_messages() -> None:
+def test_raise_exception_in_a_template_is_a_request_error() -> None:
     with pytest.raises(RequestError, match="refuses these messages: roles must alternate"):
         render("{{ raise_exception('roles must alternate') }}")
 
 
-def test_blocks_leave_no_space_behind() -> None:
+def test_lines_with_only_a_block_tag_render_nothing() -> None:
     assert render("a\n  {% if true %}\nb\n  {% endif %}\nc\n") == "a\nb\nc"
 
 
-def test_loops_can_be_left_and_turns_skipped() -> None:
+def test_loops_support_break_and_continue() -> None:
     source = (
         "{% for x in range(9) %}{% if x == 1 %}{% continue %}{% elif x == 4 %}{% break %}{% endif %}{{ x }}{% endfor %}"
     )
     assert render(source) == "023"
 
 
-def test_tilde_joins_as_jinja_does() -> None:
+def test_tilde_joins_values_like_jinja() -> None:
     assert render("{{ 1 ~ 'a' ~ none ~ nothing ~ [1, 'b'] ~ true }}") == "1aNone[1, 'b']True"
     assert render("{{ (1 + 2) ~ (2 * 3) ~ [1] * 2 ~ 'ab' * 2 }}") == "36[1, 1]abab"
 
 
-def test_json_is_written_as_chat_templates_expect() -> None:
+def test_tojson_writes_json_like_hugging_face_chat_templates() -> None:
     value = {"b": "é<&'>", "a": [1, None]}
     assert render("{{ v | tojson }}", v=value) == """{"b": "é<&'>", "a": [1, null]}"""
     assert render("{{ v | tojson(separators=(',', ':')) }}", v=value) == """{"b":"é<&'>","a":[1,null]}"""
@@ -83,20 +83,20 @@ def test_json_is_written_as_chat_templates_expect() -> None:
     assert render("{{ v | tojson(indent=1) }}", v=[1]) == "[\n 1\n]"
 
 
-def test_the_template_is_read_from_its_file_before_the_tokenizers_config() -> None:
+def test_chat_template_jinja_overrides_the_template_in_tokenizer_config() -> None:
     config = json.dumps({"chat_template": "from the config"}).encode()
     assert load_chat_template({"tokenizer_config.json": config}).source == "from the config"
     both = {"tokenizer_config.json": config, "chat_template.jinja": "from the file é".encode()}
     assert load_chat_template(both).source == "from the file é"
 
 
-def test_of_several_templates_the_default_one_is_taken() -> None:
+def test_the_default_template_is_used_among_several() -> None:
     templates = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     files = {"tokenizer_config.json": json.dumps({"chat_template": templates}).encode()}
     assert load_chat_template(files).source == "D"
 
 
-def test_a_template_can_write_the_tokens_that_the_config_names() -> None:
+def test_a_template_can_use_bos_token_and_eos_token_of_the_config() -> None:
     config = {"chat_template": "{{ bos_token }}{{ eos_token }}", "bos_token": "[B]", "eos_token": {"content": "[E]"}}
     assert load_chat_template({"tokenizer_config.json": json.dumps(config).encode()}).render({}) == "[B][E]"
 
@@ -105,7 +105,7 @@ def test_a_template_can_write_the_tokens_that_the_config_names() -> None:
     "files",
     [{}, {"tokenizer_config.json": b"{}"}, {"tokenizer_config.json": b'{"chat_template": [{"name": "rag"}]}'}],
 )
-def test_a_model_without_a_template_points_to_raw_prompts(files: dict[str, bytes]) -> None:
+def test_a_model_without_a_template_is_refused_with_a_hint_at_raw(files: dict[str, bytes]) -> None:
     with pytest.raises(TokenizerError, match=r"no chat template: give --raw"):
         load_chat_template(files)
 

@@ -77,7 +77,7 @@ def unescaped(value: Any, escaping: Escaping) -> Any:
 
 @pytest.mark.parametrize("name", WITH_A_PART)
 @given(text=texts, part=parts)
-def test_text_in_disguise_works_with_a_templates_text_as_it_reads(name: str, text: str, part: str) -> None:
+def test_escaped_text_combined_with_template_text_behaves_like_plain_text(name: str, text: str, part: str) -> None:
     operation = WITH_A_PART[name]
     escaping = Escaping(NAMES, [text, part])
     assert unescaped(operation(escaping.escape(text), part), escaping) == operation(text, part)
@@ -85,7 +85,7 @@ def test_text_in_disguise_works_with_a_templates_text_as_it_reads(name: str, tex
 
 @pytest.mark.parametrize("name", ALONE)
 @given(text=texts)
-def test_text_in_disguise_behaves_as_it_reads(name: str, text: str) -> None:
+def test_operations_on_escaped_text_behave_like_on_plain_text(name: str, text: str) -> None:
     operation = ALONE[name]
     escaping = Escaping(NAMES, [text])
     assert unescaped(operation(escaping.escape(text)), escaping) == operation(text)
@@ -93,13 +93,13 @@ def test_text_in_disguise_behaves_as_it_reads(name: str, text: str) -> None:
 
 @pytest.mark.parametrize("name", YIELD_TEXT)
 @given(text=texts)
-def test_no_operation_brings_a_letter_of_a_name_out_of_disguise(name: str, text: str) -> None:
+def test_no_string_operation_unescapes_a_letter_of_a_control_token(name: str, text: str) -> None:
     result = ALONE[name](Escaping(NAMES, [text]).escape(text))
     assert LETTERS.isdisjoint("".join(result))
 
 
 @given(st.text())
-def test_a_disguise_is_one_for_one_and_uses_no_character_of_the_texts(text: str) -> None:
+def test_escaping_is_one_to_one_and_uses_no_character_of_the_text(text: str) -> None:
     escaping = Escaping(NAMES, [text])
     escaped = "".join(escaping.escape(text))
     assert len(escaped) == len(text)
@@ -109,20 +109,20 @@ def test_a_disguise_is_one_for_one_and_uses_no_character_of_the_texts(text: str)
     assert changed.isdisjoint(text)
 
 
-def test_characters_of_the_private_use_planes_in_a_text_are_not_taken_for_disguised_ones() -> None:
+def test_private_use_characters_in_a_text_are_not_unescaped() -> None:
     text = "<think>" + "".join(map(chr, range(0xF0000, 0x110000)))
     escaping = Escaping(NAMES, [text])
     assert escaping.unescape("".join(escaping.escape(text))) == text
 
 
-def test_what_the_template_puts_in_keeps_its_own_letters() -> None:
+def test_template_text_joined_to_escaped_text_is_not_escaped() -> None:
     escaped = Escaping(NAMES, ["a[b"]).escape("a[b")
     assert "".join(escaped.replace("[", "<think>"))[1:8] == "<think>"
     assert "".join(escaped + "<think>")[3:] == "<think>"
     assert "".join("<think>" + escaped)[:7] == "<think>"
 
 
-def test_text_is_hidden_at_every_depth_keys_too() -> None:
+def test_text_is_escaped_at_every_depth_and_in_keys() -> None:
     escaping = Escaping(NAMES, [])
     escaped = escaping.escape({"dim": [{"end": ("m", 3, None, True)}]})
     assert escaped["dim"][0]["end"] == ("m", 3, None, True)

@@ -53,13 +53,13 @@ def test_a_user_turn_is_rendered_to_the_published_ids() -> None:
     assert ids[0] == 163_594
 
 
-def test_think_tokens_have_their_known_ids_where_the_config_does_not_name_them() -> None:
+def test_think_tokens_have_their_known_ids_when_the_config_does_not_name_them() -> None:
     assert (k2_tokenizer().token_id("<think>"), k2_tokenizer().token_id("</think>")) == (163_606, 163_607)
     assert k2_tokenizer().token_bytes(163_606) == b"<think>"
     assert k2_tokenizer().is_special(163_607)
 
 
-def test_think_tokens_that_the_config_names_are_where_it_says() -> None:
+def test_think_tokens_named_in_the_config_have_the_configs_ids() -> None:
     named = {163_606: "<other>", 163_620: "<think>", 163_621: "</think>"}
     loaded = load_tokenizer(tiktoken_files(k2_tokens(), named), 163_840)
     assert (loaded.token_id("<think>"), loaded.token_id("</think>")) == (163_620, 163_621)
@@ -71,6 +71,6 @@ def test_a_vocabulary_of_another_size_has_no_think_tokens_unless_named() -> None
     assert "<think>" not in loaded.special_ids
 
 
-def test_ids_that_the_config_does_not_name_are_reserved() -> None:
+def test_special_ids_without_a_name_in_the_config_are_reserved_tokens() -> None:
     for number in (163_589, 163_592, 163_600, 163_839):
         assert k2_tokenizer().token_bytes(number) == f"<|reserved_token_{number}|>".encode()

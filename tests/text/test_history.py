@@ -52,7 +52,7 @@ def generated(messages: list[dict[str, Any]]) -> list[int]:
 
 
 @given(hostile, hostile, st.lists(st.tuples(names, hostile), min_size=1, max_size=3))
-def test_a_reply_that_was_rendered_is_parsed_to_the_same_reply(
+def test_a_rendered_reply_is_parsed_to_the_same_reply(
     reasoning: str, content: str, written: list[tuple[str, str]]
 ) -> None:
     calls = tuple(ToolCall("", name, arguments, None) for name, arguments in written)
@@ -78,13 +78,13 @@ def test_a_tool_turn_renders_as_the_golden_string() -> None:
     )
 
 
-def test_a_reply_without_words_has_empty_text_and_not_none() -> None:
+def test_an_empty_reply_has_empty_text_and_not_none() -> None:
     turn = assistant_message(Reply("", "", ()), 0)
     assert turn == {"role": "assistant", "content": "", "reasoning_content": ""}
     assert "None" not in as_text(render_pieces(builtin_template(), tokenizer(), [USER, turn]))
 
 
-def test_a_call_that_cannot_be_run_still_has_an_id_for_its_error() -> None:
+def test_a_tool_call_that_cannot_run_has_an_id_for_its_error_result() -> None:
     turn = assistant_message(Reply("", "", (ToolCall("3", "", "{", None, "The call was not run."),)), 5)
     (message,) = tool_messages(turn, ["The call was not run."])
     assert turn["tool_calls"][0]["function"] == {"name": "unknown", "arguments": "{"}
@@ -104,7 +104,7 @@ def test_calls_are_numbered_through_the_conversation() -> None:
 
 
 @given(st.lists(st.lists(st.tuples(names, st.sampled_from(["0", "1", "call_x", ""])), max_size=3), max_size=4))
-def test_foreign_ids_become_normal_and_each_result_follows_its_call(turns: list[list[tuple[str, str]]]) -> None:
+def test_foreign_call_ids_are_normalized_and_each_result_follows_its_call(turns: list[list[tuple[str, str]]]) -> None:
     conversation: list[dict[str, Any]] = []
     for turn in turns:
         written = [{"id": call_id, "function": {"name": name, "arguments": "{}"}} for name, call_id in turn]
@@ -123,12 +123,12 @@ def test_foreign_ids_become_normal_and_each_result_follows_its_call(turns: list[
     assert with_normal_ids(normal) == normal
 
 
-def test_a_result_that_answers_no_call_stays() -> None:
+def test_a_result_without_a_matching_call_is_kept() -> None:
     stray = {"role": "tool", "tool_call_id": "call_9", "content": "x"}
     assert with_normal_ids([USER, stray]) == [USER, stray]
 
 
-def test_a_prompt_that_ends_with_think_opens_the_reasoning_and_one_that_spells_it_does_not() -> None:
+def test_only_a_prompt_that_ends_with_the_think_control_token_opens_reasoning() -> None:
     think, im_user = tokenizer().token_id("<think>"), tokenizer().token_id("<|im_user|>")
     newline, spelled = tokenizer().encode_text("\n"), tokenizer().encode_text("<think>")
     assert opens_reasoning(tokenizer(), [im_user, think, *newline])

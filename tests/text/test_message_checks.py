@@ -48,7 +48,7 @@ def test_a_malformed_message_is_named(message: Any, complaint: str) -> None:
         checked_messages([{"role": "user", "content": "fine"}, message])
 
 
-def test_no_messages_at_all_are_refused() -> None:
+def test_an_empty_list_of_messages_is_refused() -> None:
     with pytest.raises(RequestError, match="there is no message"):
         checked_messages([])
 
@@ -64,18 +64,18 @@ def test_no_messages_at_all_are_refused() -> None:
         ("\ud83d\ude00 \ud800", "😀 \ufffd"),
     ],
 )
-def test_content_becomes_text(content: Any, text: str) -> None:
+def test_message_content_is_converted_to_text(content: Any, text: str) -> None:
     assert checked_messages([{"role": "user", "content": content}]) == [{"role": "user", "content": text}]
 
 
-def test_fields_that_are_none_and_empty_calls_are_left_out() -> None:
+def test_none_fields_and_empty_tool_calls_are_omitted() -> None:
     message: dict[str, Any] = {"role": "assistant", "content": "x", "name": None, "tool_calls": []}
     message["reasoning_content"] = None
     assert checked_messages([message]) == [{"role": "assistant", "content": "x"}]
     assert checked_messages([{"role": "assistant"}]) == [{"role": "assistant", "content": ""}]
 
 
-def test_a_well_formed_message_is_copied_as_it_is() -> None:
+def test_a_well_formed_message_is_copied_unchanged() -> None:
     arguments = {"z": [1, 2.5, None, True, {"b": 1, "a": 2}], "a": "x"}
     call = {"id": "functions.f:0", "type": "function", "function": {"name": "f", "arguments": arguments}}
     message = {"role": "assistant", "content": "x", "tool_calls": [call], "extra": {"k": "v"}}
@@ -85,12 +85,12 @@ def test_a_well_formed_message_is_copied_as_it_is() -> None:
     assert copy["tool_calls"][0]["function"]["arguments"] is not arguments
 
 
-def test_keys_of_tools_are_sorted_at_every_depth_and_lists_keep_their_order() -> None:
+def test_keys_of_tool_declarations_are_sorted_and_lists_keep_their_order() -> None:
     (tool,) = checked_tools([{"b": [{"z": 1, "y": {"d": 1, "c": 2}}, "x", "a"], "a": 1}])
     assert repr(tool) == "{'a': 1, 'b': [{'y': {'c': 2, 'd': 1}, 'z': 1}, 'x', 'a']}"
 
 
 @pytest.mark.parametrize("tool", ["f", None, 3, ["f"]])
-def test_a_tool_that_is_no_object_is_refused(tool: Any) -> None:
+def test_a_tool_that_is_not_an_object_is_refused(tool: Any) -> None:
     with pytest.raises(RequestError, match="tool 2 is not an object"):
         checked_tools([{}, tool])

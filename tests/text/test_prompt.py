@@ -84,13 +84,13 @@ def control_tokens(template: ChatTemplate, conversation: Any, declared: Any = No
 
 
 @given(conversations, tools)
-def test_a_hostile_conversation_has_the_control_tokens_of_a_harmless_one(conversation: Any, declared: Any) -> None:
+def test_a_hostile_conversation_has_the_same_control_tokens_as_a_harmless_one(conversation: Any, declared: Any) -> None:
     expected = control_tokens(builtin_template(), harmless_messages(conversation), harmless(declared))
     assert control_tokens(builtin_template(), conversation, declared) == expected
 
 
 @given(conversations, tools)
-def test_a_prompt_reads_as_the_plain_rendering_byte_for_byte(conversation: Any, declared: Any) -> None:
+def test_a_prompt_decodes_to_the_plain_rendering_byte_for_byte(conversation: Any, declared: Any) -> None:
     pieces = render_pieces(builtin_template(), tokenizer(), conversation, declared)
     seen: list[str] = []
 
@@ -112,7 +112,7 @@ def test_text_between_control_tokens_is_one_piece(conversation: Any) -> None:
     assert "" not in pieces
 
 
-def test_a_typed_control_token_stays_text() -> None:
+def test_a_control_token_spelled_in_a_message_is_encoded_as_text() -> None:
     im_end = tokenizer().token_id("<|im_end|>")
     plain = control_tokens(builtin_template(), [{"role": "user", "content": "x"}])
     ids = render_prompt(builtin_template(), tokenizer(), [{"role": "user", "content": "a<|im_end|>b"}])
@@ -120,7 +120,7 @@ def test_a_typed_control_token_stays_text() -> None:
     assert "<|im_user|>user<|im_middle|>a<|im_end|>b<|im_end|>" in decoded(ids)
 
 
-def test_a_word_that_two_messages_and_the_template_share_is_encoded_as_one() -> None:
+def test_a_word_formed_across_two_messages_and_the_template_is_one_token() -> None:
     template = ChatTemplate("<|im_user|>{{ messages[0].content }}t{{ messages[1].content }}")
     conversation = [{"role": "user", "content": " wa"}, {"role": "user", "content": "er"}]
     ids = render_prompt(template, tokenizer(), conversation)
@@ -186,30 +186,30 @@ def test_no_template_lets_text_become_a_control_token(source: str, first: str, s
         "{% if bound == 'HERE' %}<|im_user|>{% endif %}",
     ],
 )
-def test_a_templates_own_markers_become_control_tokens(source: str) -> None:
+def test_control_tokens_spelled_by_the_template_become_control_tokens(source: str) -> None:
     pieces = render_pieces(ChatTemplate(source), tokenizer(), [{"role": "user", "content": "HERE"}], bound="HERE")
     assert [piece for piece in pieces if isinstance(piece, int)] == [tokenizer().token_id("<|im_user|>")]
 
 
-def test_a_template_that_asks_for_what_a_disguise_hides_is_refused_and_not_silently_changed() -> None:
+def test_a_template_that_behaves_differently_on_escaped_text_is_refused() -> None:
     template = ChatTemplate("{% if messages[0].content in 'one two' %}a{% else %}b{% endif %}")
     with pytest.raises(TokenizerError, match="alters message text"):
         render_pieces(template, tokenizer(), [{"role": "user", "content": "one"}])
 
 
-def test_options_reach_the_template_as_text_from_outside() -> None:
+def test_template_options_are_escaped_like_message_text() -> None:
     template = ChatTemplate("{% if thinking %}<think>{% endif %}{{ note }}")
     pieces = render_pieces(template, tokenizer(), [{"role": "user"}], thinking=True, note="</think>")
     assert pieces == [tokenizer().token_id("<think>"), "</think>"]
 
 
-def test_a_template_can_ask_whether_there_are_tools() -> None:
+def test_a_template_can_test_if_tools_is_none() -> None:
     template = ChatTemplate("{{ tools is none }} {{ tools is defined }}")
     assert render_pieces(template, tokenizer(), [{"role": "user"}]) == ["True True"]
     assert render_pieces(template, tokenizer(), [{"role": "user"}], [{"type": "function"}]) == ["False True"]
 
 
-def test_a_clock_in_a_template_shows_one_time_in_a_rendering() -> None:
+def test_strftime_now_gives_the_same_time_throughout_one_rendering() -> None:
     template = ChatTemplate("{{ strftime_now('%Y %f') }}")
     (piece,) = render_pieces(template, tokenizer(), [{"role": "user"}])
     assert isinstance(piece, str)

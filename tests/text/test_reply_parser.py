@@ -62,7 +62,7 @@ def joined(found: Sequence[Part]) -> list[Part]:
 
 @given(replies, st.lists(st.integers(1, 9), min_size=1, max_size=4), st.booleans(), vocabularies)
 @settings(max_examples=at_least(1000))
-def test_any_cut_of_the_text_gives_the_same_parts(
+def test_splitting_the_text_differently_gives_the_same_reply_parts(
     tokens: list[Token], cuts: list[int], in_reasoning: bool, names: frozenset[str]
 ) -> None:
     tokens = in_vocabulary(tokens, names)
@@ -72,7 +72,7 @@ def test_any_cut_of_the_text_gives_the_same_parts(
 
 
 @given(replies, st.booleans(), vocabularies)
-def test_nothing_is_lost_nor_moved_but_space_and_markers(
+def test_the_reply_parts_keep_all_text_in_order_except_space_and_markers(
     tokens: list[Token], in_reasoning: bool, names: frozenset[str]
 ) -> None:
     tokens = in_vocabulary(tokens, names)
@@ -89,9 +89,7 @@ def telling(text: str) -> str:
 
 
 @given(replies, st.booleans())
-def test_where_markers_are_tokens_text_alone_makes_no_call_and_ends_no_reasoning(
-    tokens: list[Token], in_reasoning: bool
-) -> None:
+def test_when_markers_are_control_tokens_spelled_markers_are_only_text(tokens: list[Token], in_reasoning: bool) -> None:
     text = [(piece, False) for piece, _ in tokens]
     reply = whole_reply(parts(text, in_reasoning=in_reasoning))
     assert reply.calls == ()
@@ -100,7 +98,9 @@ def test_where_markers_are_tokens_text_alone_makes_no_call_and_ends_no_reasoning
 
 
 @given(replies, st.booleans(), vocabularies)
-def test_a_call_can_be_run_or_says_why_not(tokens: list[Token], in_reasoning: bool, names: frozenset[str]) -> None:
+def test_a_parsed_call_has_either_values_or_an_error(
+    tokens: list[Token], in_reasoning: bool, names: frozenset[str]
+) -> None:
     for found in whole_reply(parts(in_vocabulary(tokens, names), in_reasoning=in_reasoning, names=names)).calls:
         assert (found.error is None) == (found.values is not None)
         if found.error is None:
@@ -119,7 +119,7 @@ written_calls = st.lists(st.tuples(names, st.integers(0, 400), argument_objects,
 
 
 @given(written_calls, st.booleans())
-def test_well_formed_calls_are_read_as_mlx_lm_reads_them(
+def test_well_formed_calls_are_parsed_like_mlx_lm(
     written: list[tuple[str, int, dict[str, Any], bool]], as_tokens: bool
 ) -> None:
     calls = [
@@ -134,7 +134,7 @@ def test_well_formed_calls_are_read_as_mlx_lm_reads_them(
     assert reply.content == reply.reasoning == ""
 
 
-def test_a_malformed_call_keeps_what_the_model_wrote() -> None:
+def test_a_malformed_call_keeps_its_text() -> None:
     (found,) = parsed(section('<|tool_call_begin|>functions.f:7 {"a": 1}<|tool_call_end|>')).calls
     assert (found.written_id, found.arguments) == ("functions.f:7", '{"a": 1}')
     (found,) = parsed(section('{"name": "f"}')).calls
@@ -142,11 +142,11 @@ def test_a_malformed_call_keeps_what_the_model_wrote() -> None:
 
 
 @pytest.mark.parametrize("marker", SINGULAR)
-def test_a_quoted_section_marker_stays_text(marker: str) -> None:
+def test_a_singular_section_marker_outside_a_section_is_text(marker: str) -> None:
     assert parsed(f"<think>R{marker} S</think>C{marker}", in_reasoning=False) == Reply(f"R{marker} S", f"C{marker}", ())
 
 
-def test_a_singular_marker_inside_arguments_is_part_of_them() -> None:
+def test_a_singular_marker_spelled_inside_arguments_is_part_of_them() -> None:
     arguments = json.dumps({"text": "".join(SINGULAR)})
     (found,) = parsed(section(call("functions.f:0", arguments))).calls
     assert found.values == {"text": "".join(SINGULAR)}
@@ -161,30 +161,30 @@ def test_a_singular_marker_inside_arguments_is_part_of_them() -> None:
         ("C<|tool_calls_section_begin|> D", Reply("", "C<|tool_calls_section_begin|> D", ())),
     ],
 )
-def test_a_marker_that_can_only_be_spelled_counts_where_it_is_expected(text: str, reply: Reply) -> None:
+def test_a_marker_missing_from_the_vocabulary_is_parsed_from_text_where_expected(text: str, reply: Reply) -> None:
     assert whole_reply(parts([(text, False)], names=frozenset())) == reply
 
 
-def test_arguments_may_quote_the_beginning_of_a_call_where_markers_are_spelled() -> None:
+def test_arguments_may_contain_a_spelled_call_begin_marker() -> None:
     arguments = '{"a": "<|tool_call_begin|>"}'
     (found,) = whole_reply(parts([(section(call("functions.f:0", arguments)), False)], names=frozenset())).calls
     assert found.arguments == arguments
     assert found.values == {"a": "<|tool_call_begin|>"}
 
 
-def test_other_control_tokens_read_as_their_names() -> None:
+def test_other_control_tokens_become_their_names_in_the_text() -> None:
     found = parts([("<think>", True), ("a", False), ("<|im_middle|>", True), ("b", False)])
     assert whole_reply(found) == Reply("a<|im_middle|>b", "", ())
 
 
-def test_text_is_handed_on_as_soon_as_no_marker_can_begin_in_it() -> None:
+def test_text_is_emitted_as_soon_as_it_cannot_begin_a_marker() -> None:
     parser = ReplyParser(frozenset(), in_reasoning=False)
     assert list(parser.text("Say <")) == [Content("Say ")]
     assert list(parser.text("|tool_calls")) == []
     assert list(parser.text(" twice")) == [Content("<|tool_calls twice")]
 
 
-def test_a_call_is_handed_on_when_it_ends_and_not_when_the_reply_does() -> None:
+def test_a_call_is_emitted_when_it_ends_and_not_at_the_end_of_the_reply() -> None:
     parser = ReplyParser(IN_VOCABULARY, in_reasoning=False)
     *tokens, _section_end = tokens_of(CALL)
     found = [part for piece, control in tokens for part in (parser.control(piece) if control else parser.text(piece))]
@@ -194,6 +194,6 @@ def test_a_call_is_handed_on_when_it_ends_and_not_when_the_reply_does() -> None:
 
 @given(st.lists(st.text(max_size=4), max_size=6))
 @example(["<", "th", "ink", ">"])
-def test_nothing_stays_behind_when_a_reply_ends(texts: list[str]) -> None:
+def test_all_buffered_text_is_emitted_at_the_end_of_a_reply(texts: list[str]) -> None:
     reply = whole_reply(parts([(text, False) for text in texts]))
     assert reply.content == "".join(texts)

@@ -75,7 +75,7 @@ PITFALLS = {
 
 
 @pytest.mark.parametrize(("text", "in_reasoning", "reasoning", "content", "calls"), PITFALLS.values(), ids=PITFALLS)
-def test_what_broke_other_engines_is_read(
+def test_replies_that_broke_other_engines_are_parsed(
     text: str, in_reasoning: bool, reasoning: str, content: str, calls: list[str]
 ) -> None:
     reply = parsed(text, in_reasoning=in_reasoning)
@@ -118,7 +118,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize(("text", "name", "error"), MALFORMED.values(), ids=MALFORMED)
-def test_a_malformed_call_becomes_an_error_that_says_what_to_write(text: str, name: str, error: str) -> None:
+def test_a_malformed_call_gives_an_error_with_the_expected_format(text: str, name: str, error: str) -> None:
     (found,) = parsed(text).calls
     assert found.name == name
     assert found.values is None

@@ -64,7 +64,7 @@ def after(message: Message) -> list[Message]:
 
 
 @given(st.data())
-def test_a_tool_loop_only_ever_appends_to_what_is_cached(data: st.DataObject) -> None:
+def test_each_prompt_of_a_tool_loop_extends_the_cached_tokens(data: st.DataObject) -> None:
     turns, messages = SampledTurns(tokenizer()), [USER]
     cached: list[int] = []
     for number in range(3):
@@ -80,7 +80,7 @@ def test_a_tool_loop_only_ever_appends_to_what_is_cached(data: st.DataObject) ->
 
 
 @given(replies())
-def test_after_an_answer_all_but_its_reasoning_is_kept_as_it_was_drawn(sampled: list[int]) -> None:
+def test_after_an_answer_its_content_keeps_the_sampled_tokens_without_the_reasoning(sampled: list[int]) -> None:
     turns = SampledTurns(tokenizer())
     first = prompt(turns, [USER])
     message = message_of(first, sampled, 0)
@@ -100,7 +100,7 @@ def decoded_text(ids: list[int]) -> str:
 
 
 @given(st.lists(replies(), max_size=3))
-def test_whatever_was_drawn_a_prompt_reads_as_the_template_wrote_it(sampled: list[list[int]]) -> None:
+def test_a_prompt_with_sampled_tokens_decodes_to_the_templates_text(sampled: list[list[int]]) -> None:
     turns = SampledTurns(tokenizer())
     messages = [USER]
     for number, ids in enumerate(sampled):
@@ -113,7 +113,7 @@ def test_whatever_was_drawn_a_prompt_reads_as_the_template_wrote_it(sampled: lis
     assert specials == [piece for piece in pieces if isinstance(piece, int)]
 
 
-def test_text_that_the_template_changed_keeps_its_tokens_up_to_the_change() -> None:
+def test_text_changed_by_the_template_keeps_its_sampled_tokens_up_to_the_change() -> None:
     turns = SampledTurns(tokenizer())
     turns.keep(0, [THINK, THOUGHT, *b" about", *b" after", END])
     ids = prompt(turns, [USER, {"role": "assistant", "content": " about above"}, USER])
@@ -121,7 +121,7 @@ def test_text_that_the_template_changed_keeps_its_tokens_up_to_the_change() -> N
     assert ids[start : ids.index(END, start)] == [*b" about a", *tokenizer().encode_text("bove")]
 
 
-def test_a_character_that_was_cut_is_encoded_anew_as_a_whole() -> None:
+def test_a_character_that_differs_in_one_byte_is_encoded_again_as_a_whole() -> None:
     turns = SampledTurns(tokenizer())
     turns.keep(0, [THINK, THOUGHT, *"xé".encode(), END])
     ids = prompt(turns, [USER, {"role": "assistant", "content": "xè"}, USER])
@@ -129,7 +129,7 @@ def test_a_character_that_was_cut_is_encoded_anew_as_a_whole() -> None:
     assert bytes(ids[start : ids.index(END, start)]).decode() == "xè"
 
 
-def test_words_of_the_user_are_spelled_as_ever_even_where_the_model_spelled_them_otherwise() -> None:
+def test_user_text_is_encoded_by_the_tokenizer_even_if_the_model_sampled_other_tokens() -> None:
     turns = SampledTurns(tokenizer())
     turns.keep(0, [THINK, THOUGHT, *b" about", END])
     ids = prompt(turns, [USER, {"role": "assistant", "content": " about"}, {"role": "user", "content": " about"}])
@@ -138,7 +138,7 @@ def test_words_of_the_user_are_spelled_as_ever_even_where_the_model_spelled_them
     assert [*b" about"] == ids[ids.index(THOUGHT) + 1 :][:6]
 
 
-def test_a_turn_that_was_taken_back_is_forgotten() -> None:
+def test_a_removed_turn_is_encoded_by_the_tokenizer_again() -> None:
     turns = SampledTurns(tokenizer())
     turns.keep(0, [THINK, THOUGHT, *b" about", END])
     turns.forget_from(0)

@@ -11,7 +11,7 @@ texts = st.lists(st.one_of(st.text(), st.sampled_from(NAMES))).map("".join)
 
 
 @given(texts)
-def test_text_survives_encoding_and_holds_no_control_token(text: str) -> None:
+def test_encoded_text_decodes_to_itself_and_has_no_control_token(text: str) -> None:
     ids = tokenizer().encode_text(text)
     assert decoded(ids) == text
     assert not any(map(tokenizer().is_special, ids))
@@ -23,12 +23,12 @@ def test_lone_surrogates_become_replacement_characters(text: str) -> None:
     assert decoded(tokenizer().encode_text(text)) == expected
 
 
-def test_a_word_of_the_vocabulary_is_one_token() -> None:
+def test_a_word_in_the_vocabulary_is_encoded_as_one_token() -> None:
     (word,) = tokenizer().encode_text(" water")
     assert tokenizer().token_bytes(word) == b" water"
 
 
-def test_a_base_token_that_spells_a_control_token_stays_ordinary() -> None:
+def test_a_base_token_spelled_like_a_control_token_is_an_ordinary_token() -> None:
     files = tiktoken_files([*BYTES, b"<|im_end|>", b"<|"], {258: "<|im_end|>"})
     loaded = load_tokenizer(files, 300)
     assert loaded.token_id("<|im_end|>") == 258
@@ -44,7 +44,7 @@ def test_ids_without_a_name_are_reserved_control_tokens() -> None:
     assert loaded.vocab_size == 260
 
 
-def test_answers_end_at_im_end_and_eos() -> None:
+def test_the_stop_ids_are_im_end_and_eos() -> None:
     assert tokenizer().stop_ids == {tokenizer().token_id("<|im_end|>"), tokenizer().token_id("[EOS]")}
     assert load_tokenizer(tiktoken_files(BYTES, {256: "[EOS]"}), 260).stop_ids == {256}
     assert load_tokenizer(tiktoken_files(BYTES), 260).stop_ids == frozenset()
@@ -129,7 +129,7 @@ def test_missing_files_are_named() -> None:
         ("３½ １２３４", "３½| |１２３|４"),
     ],
 )
-def test_text_is_cut_as_kimi_cuts_it(text: str, pieces: str) -> None:
+def test_text_is_split_into_words_like_kimi_k2s_tokenizer(text: str, pieces: str) -> None:
     """Each expected piece is made a token of a vocabulary; they come back one by one."""
     expected = [piece.encode() for piece in pieces.split("|")]
     extra = [piece for piece in dict.fromkeys(expected) if len(piece) > 1]
@@ -143,7 +143,7 @@ runs = st.tuples(
 
 
 @given(st.lists(runs, max_size=12))
-def test_long_text_is_cut_into_bounded_parts_that_join_to_the_same(chosen: list[tuple[str, int]]) -> None:
+def test_long_text_is_split_into_bounded_parts_that_join_to_the_same_text(chosen: list[tuple[str, int]]) -> None:
     text = "".join(character * count for character, count in chosen)
     parts = list(bounded_parts(text))
     assert "".join(parts) == text
@@ -154,7 +154,7 @@ def test_long_text_is_cut_into_bounded_parts_that_join_to_the_same(chosen: list[
         assert "x" * 25_001 not in spaces
 
 
-def test_text_is_cut_only_where_a_run_or_a_chunk_is_too_long() -> None:
+def test_text_is_split_only_at_25_000_character_runs_and_400_000_characters() -> None:
     assert list(bounded_parts("word " * 20_000)) == ["word " * 20_000]
     assert [len(part) for part in bounded_parts("a" * 60_001)] == [25_000, 25_000, 10_001]
     assert [len(part) for part in bounded_parts("a b " * 100_001)] == [400_000, 4]
@@ -162,5 +162,5 @@ def test_text_is_cut_only_where_a_run_or_a_chunk_is_too_long() -> None:
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("text", ["a" * 1_000_000, " " * 1_000_000, "\n " * 500_000, "!" * 1_000_000, "é" * 500_000])
-def test_a_million_characters_alike_are_encoded_in_seconds(text: str) -> None:
+def test_a_million_equal_characters_are_encoded_within_the_test_timeout(text: str) -> None:
     assert decoded(tokenizer().encode_text(text)) == text

@@ -87,7 +87,7 @@ def test_signatures_and_docstrings_become_declarations(module: Path) -> None:
     assert (properties["days"]["description"], properties["days"]["minimum"]) == ("how many", 1)
 
 
-def test_functions_return_text_or_json_and_may_print(module: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_functions_may_return_text_or_json_and_may_print(module: Path, caplog: pytest.LogCaptureFixture) -> None:
     with open_toolbox([python_module(module, environment(MY_KEY="secret"))], LIMITS) as box:
         assert box.call("weather", {"city": "Rome", "unit": "F"}) == ToolResult(Outcome.DONE, "Rome F 1")
         assert box.call("later", {}).text == '[{"a":1},{"b":2}]'
@@ -96,7 +96,7 @@ def test_functions_return_text_or_json_and_may_print(module: Path, caplog: pytes
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]  # no print read as a message
 
 
-def test_what_a_function_raises_is_for_the_model_to_read(module: Path) -> None:
+def test_an_exception_in_a_function_becomes_a_failed_result(module: Path) -> None:
     with open_toolbox([python_module(module, environment())], LIMITS) as box:
         result = box.call("broken", {})
         assert result.outcome is Outcome.FAILED
@@ -118,7 +118,7 @@ def test_what_a_function_raises_is_for_the_model_to_read(module: Path) -> None:
         ("def f(_hidden: int): ...", "_hidden"),
     ],
 )
-def test_a_module_that_cannot_be_used_is_refused_with_its_line(tmp_path: Path, source: str, message: str) -> None:
+def test_an_unusable_tools_module_is_refused_with_its_line(tmp_path: Path, source: str, message: str) -> None:
     path = tmp_path / "mine.py"
     path.write_text(source)
     with pytest.raises(ToolsError) as raised, open_toolbox([python_module(path, environment())], LIMITS):
@@ -140,7 +140,7 @@ with open_toolbox([python_module(pathlib.Path(sys.argv[1]), os.environ)], Limits
 
 
 @pytest.mark.slow
-def test_the_process_goes_when_the_program_is_killed_also_with_a_function_that_hangs(module: Path) -> None:
+def test_tool_server_processes_end_when_the_program_is_killed(module: Path) -> None:
     command = [sys.executable, "-c", CHAT, str(module)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as program:
         assert program.stdout is not None

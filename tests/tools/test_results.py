@@ -13,7 +13,7 @@ def text(content: str) -> types.TextContent:
 
 
 @given(st.lists(st.text(max_size=20), max_size=4), st.integers(0, 60), st.booleans())
-def test_a_result_is_whole_or_a_beginning_that_says_so(texts: list[str], max_chars: int, is_error: bool) -> None:
+def test_a_result_is_complete_or_truncated_with_a_suffix(texts: list[str], max_chars: int, is_error: bool) -> None:
     whole = "\n".join(texts)
     result = read_result(types.CallToolResult(content=[text(part) for part in texts], is_error=is_error), max_chars)
     if len(whole) <= max_chars:
@@ -26,7 +26,7 @@ def test_a_result_is_whole_or_a_beginning_that_says_so(texts: list[str], max_cha
         assert result.outcome is (Outcome.FAILED if is_error else Outcome.CUT)
 
 
-def test_what_is_no_text_is_named_in_its_place() -> None:
+def test_content_that_is_not_text_is_replaced_by_its_description() -> None:
     parts: list[types.ContentBlock] = [
         text("a"),
         types.ImageContent(type="image", data="aGk=", mime_type="image/png"),
@@ -43,10 +43,10 @@ def test_what_is_no_text_is_named_in_its_place() -> None:
     ]
 
 
-def test_a_result_of_data_alone_is_its_json() -> None:
+def test_a_result_with_only_structured_content_is_json() -> None:
     result = types.CallToolResult(content=[], structured_content={"a": [1, "é"]})
     assert read_result(result, 1000).text == '{"a":[1,"é"]}'
 
 
-def test_no_result_is_empty_text() -> None:
+def test_a_result_without_content_is_empty_text() -> None:
     assert read_result(types.CallToolResult(content=[]), 1000).text == ""

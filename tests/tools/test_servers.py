@@ -17,7 +17,7 @@ def written(folder: Path, servers: object) -> Path:
     return path
 
 
-def test_servers_of_both_kinds_are_read_and_other_programs_keys_left_alone(tmp_path: Path) -> None:
+def test_stdio_and_http_servers_are_read_and_unknown_keys_ignored(tmp_path: Path) -> None:
     path = written(
         tmp_path,
         {
@@ -38,7 +38,7 @@ def test_servers_of_both_kinds_are_read_and_other_programs_keys_left_alone(tmp_p
     )
 
 
-def test_variables_are_looked_up_in_the_environment(tmp_path: Path) -> None:
+def test_environment_variables_in_an_mcp_file_are_expanded(tmp_path: Path) -> None:
     path = written(tmp_path, {"s": {"command": "${BIN:-run}", "args": ["${KEY}x${KEY}"], "env": {"K": "${KEY:-no}"}}})
     (server,) = read_mcp_file(path, {"KEY": "k$1"})
     assert server == StdioServer(name="s", command="run", args=("k$1xk$1",), env={"K": "k$1"})
@@ -55,14 +55,14 @@ def test_variables_are_looked_up_in_the_environment(tmp_path: Path) -> None:
         ({"command": 1}, "is no MCP file: Expected `str | null`, got `int`"),
     ],
 )
-def test_a_server_that_is_not_described_is_named(tmp_path: Path, entry: object, message: str) -> None:
+def test_an_invalid_server_entry_is_refused_by_name(tmp_path: Path, entry: object, message: str) -> None:
     with pytest.raises(ToolsError) as raised:
         read_mcp_file(written(tmp_path, {"s": entry}), {})
     assert message in str(raised.value)
     assert "mcp.json" in str(raised.value)
 
 
-def test_a_file_that_is_not_there_or_not_one_is_refused_with_its_name(tmp_path: Path) -> None:
+def test_a_missing_or_invalid_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ToolsError, match=r"none\.json cannot be read: No such file"):
         read_mcp_file(tmp_path / "none.json", {})
     (tmp_path / "other.json").write_text('{"servers": {}}')
@@ -85,7 +85,7 @@ json_values = st.recursive(
 
 @given(st.one_of(st.binary(), json_values.map(lambda value: json.dumps(value).encode())))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_whatever_a_file_holds_it_is_read_or_refused(tmp_path: Path, data: bytes) -> None:
+def test_any_bytes_in_an_mcp_file_are_read_or_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "mcp.json"
     path.write_bytes(data)
     try:

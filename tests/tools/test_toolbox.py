@@ -57,7 +57,7 @@ def children() -> set[int]:
     return {child.pid for child in psutil.Process().children(recursive=True)}
 
 
-def test_a_tool_is_declared_as_its_server_describes_it(serve: Serve) -> None:
+def test_a_tool_declaration_has_its_servers_description_and_parameters(serve: Serve) -> None:
     with open_toolbox([serve("s")], LIMITS) as box:
         (declared,) = [item for item in box.declarations if item["function"]["name"] == "add"]
     assert declared["type"] == "function"
@@ -67,18 +67,18 @@ def test_a_tool_is_declared_as_its_server_describes_it(serve: Serve) -> None:
     assert {name: field["type"] for name, field in parameters["properties"].items()} == {"a": "integer", "b": "integer"}
 
 
-def test_a_call_has_the_tools_result(serve: Serve) -> None:
+def test_a_call_returns_the_tools_result(serve: Serve) -> None:
     with open_toolbox([serve("s")], LIMITS) as box:
         assert box.call("add", {"a": 40}) == ToolResult(Outcome.DONE, "42")
 
 
-def test_calls_run_side_by_side(serve: Serve) -> None:
+def test_calls_run_concurrently(serve: Serve) -> None:
     with open_toolbox([serve("s")], LIMITS) as box:
         both = [box.start("meet", {}), box.start("meet", {})]  # neither answers before both have arrived
         assert [call.result() for call in both] == [ToolResult(Outcome.DONE, "met")] * 2
 
 
-def test_a_tool_that_fails_and_arguments_that_do_not_fit_are_results_to_read(serve: Serve) -> None:
+def test_a_failing_tool_and_invalid_arguments_give_failed_results(serve: Serve) -> None:
     with open_toolbox([serve("s")], LIMITS) as box:
         assert box.call("fail", {}).outcome is Outcome.FAILED
         misfit = box.call("add", {"a": "many"})
@@ -87,21 +87,21 @@ def test_a_tool_that_fails_and_arguments_that_do_not_fit_are_results_to_read(ser
         assert "integer" in misfit.text
 
 
-def test_a_tool_that_there_is_not_is_answered_with_those_that_there_are(serve: Serve) -> None:
+def test_a_call_of_an_unknown_tool_is_refused_with_the_list_of_tools(serve: Serve) -> None:
     with open_toolbox([serve("s")], LIMITS) as box:
         result = box.call("subtract", {})
     assert result.outcome is Outcome.REFUSED
     assert result.text.startswith("There is no tool 'subtract'. The tools are: add, ")
 
 
-def test_a_hanging_call_is_given_up_and_the_server_goes_on(serve: Serve) -> None:
+def test_a_hanging_call_ends_as_timed_out(serve: Serve) -> None:
     with open_toolbox([serve("slow one")], IMPATIENT) as box:
         result = box.call("hang", {})
     assert result.outcome is Outcome.TIMED_OUT
     assert result.text == "The tool server slow one did not answer within 0.5 s; the call was ended."
 
 
-def test_after_a_hanging_call_the_server_answers_others(serve: Serve) -> None:
+def test_a_server_answers_other_calls_during_and_after_a_hanging_call(serve: Serve) -> None:
     with open_toolbox([serve("s")], LIMITS) as box:
         hanging = box.start("hang", {})
         assert box.call("add", {"a": 1}).text == "3"
@@ -110,14 +110,14 @@ def test_after_a_hanging_call_the_server_answers_others(serve: Serve) -> None:
         assert box.call("add", {"a": 2}).text == "4"
 
 
-def test_a_long_result_is_cut(serve: Serve) -> None:
+def test_a_long_result_is_truncated(serve: Serve) -> None:
     with open_toolbox([serve("s")], LIMITS) as box:
         result = box.call("much", {"length": 3_000_000})
     assert result.outcome is Outcome.CUT
     assert result.text == "x" * 100 + "\n[cut here: these are the first 100 of 3000000 characters]"
 
 
-def test_a_server_that_dies_in_mid_call_is_named_with_its_last_words_and_started_again() -> None:
+def test_a_stdio_server_that_ends_during_a_call_is_named_with_its_stderr_and_restarted() -> None:
     with open_toolbox([stdio_server("frail")], LIMITS) as box:
         others = [box.start("hang", {}), box.start("hang", {})]
         dead = box.call("die", {})
@@ -127,7 +127,7 @@ def test_a_server_that_dies_in_mid_call_is_named_with_its_last_words_and_started
         assert box.call("add", {"a": 1}) == ToolResult(Outcome.DONE, "3")
 
 
-def test_an_http_server_that_dies_in_mid_call_is_named_and_so_are_later_calls() -> None:
+def test_an_http_server_that_ends_during_a_call_is_named_in_this_and_later_calls() -> None:
     with http_server("frail") as server, open_toolbox([server], LIMITS) as box:
         results = [box.call("die", {}), box.call("add", {"a": 1}), box.call("add", {"a": 1})]
     assert [result.outcome for result in results] == [Outcome.LOST] * 3
@@ -136,7 +136,7 @@ def test_an_http_server_that_dies_in_mid_call_is_named_and_so_are_later_calls() 
     assert "All connection attempts failed" in results[1].text
 
 
-def test_the_death_of_one_server_does_not_touch_another() -> None:
+def test_the_end_of_one_server_does_not_affect_another() -> None:
     with open_toolbox([stdio_server("a"), stdio_server("b")], LIMITS) as box:
         going_on = box.start("b_hang", {})
         assert box.call("a_die", {}).outcome is Outcome.LOST
@@ -144,7 +144,7 @@ def test_the_death_of_one_server_does_not_touch_another() -> None:
         assert box.call("b_add", {"a": 1}).text == "3"
 
 
-def test_tools_of_one_name_are_told_apart_by_their_servers_and_odd_names_made_plain() -> None:
+def test_equal_tool_names_get_their_servers_prefix_and_odd_characters_are_replaced() -> None:
     with open_toolbox([stdio_server("a b"), stdio_server("c")], LIMITS) as box:
         assert {"a_b_add", "c_add"} < box.tools.keys()
         assert box.tools["c_add"].server == "c"
@@ -171,7 +171,7 @@ def test_servers_that_do_not_start_are_all_named_and_the_others_closed() -> None
     assert children() == before
 
 
-def test_a_server_that_does_not_answer_when_started_is_given_up() -> None:
+def test_a_server_that_does_not_answer_at_start_is_refused_and_ended() -> None:
     silent = StdioServer(name="silent", command=sys.executable, args=("-c", "import sys; sys.stdin.read()"))
     before = children()
     with (
@@ -182,7 +182,7 @@ def test_a_server_that_does_not_answer_when_started_is_given_up() -> None:
     assert children() == before
 
 
-def test_two_servers_of_one_name_are_refused_before_any_starts() -> None:
+def test_two_servers_with_the_same_name_are_refused_before_any_starts() -> None:
     with (
         pytest.raises(ToolsError, match="two tool servers have the name 'a'"),
         open_toolbox(
@@ -197,7 +197,7 @@ def test_two_servers_of_one_name_are_refused_before_any_starts() -> None:
     [(), pytest.param(("stubborn",), marks=pytest.mark.slow)],
     ids=["a willing server", "one that ignores SIGTERM"],
 )
-def test_at_the_end_no_process_is_left_also_when_calls_still_run(arguments: tuple[str, ...]) -> None:
+def test_closing_the_toolbox_ends_running_calls_and_leaves_no_process(arguments: tuple[str, ...]) -> None:
     before = children()
     with open_toolbox([stdio_server("s", *arguments)], LIMITS) as box:
         assert box.call("add", {"a": 1}).text == "3"
@@ -207,7 +207,7 @@ def test_at_the_end_no_process_is_left_also_when_calls_still_run(arguments: tupl
     assert all(call.done() for call in calls)
 
 
-def test_no_process_is_left_when_the_program_fails_in_between() -> None:
+def test_an_exception_with_running_calls_leaves_no_process() -> None:
     before = children()
     with pytest.raises(KeyboardInterrupt), open_toolbox([stdio_server("s")], LIMITS) as box:
         box.start("hang", {})
@@ -215,7 +215,7 @@ def test_no_process_is_left_when_the_program_fails_in_between() -> None:
     assert children() == before
 
 
-def test_no_servers_make_an_empty_toolbox() -> None:
+def test_without_servers_the_toolbox_is_empty() -> None:
     with open_toolbox([], LIMITS) as box:
         assert box.declarations == []
         assert box.call("f", {}).text == "There is no tool 'f'. The tools are: none."

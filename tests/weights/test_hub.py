@@ -93,14 +93,14 @@ def test_each_stage_fetches_only_its_files(
         assert len(locate_tensors(fetched.folder, index, specs)) == len(specs)
 
 
-def test_a_second_fetch_asks_for_no_contents(hub: Hub, repo: HubRepo) -> None:
+def test_a_second_fetch_downloads_nothing(hub: Hub, repo: HubRepo) -> None:
     fetch_files(repo, [LAYER_2], quietly)
     hub.requests.clear()
     assert fetch_files(repo, [LAYER_2], quietly).fetched == ()
     assert hub.fetched == set()
 
 
-def test_progress_counts_the_bytes_of_all_files_and_ends_complete(hub: Hub, repo: HubRepo) -> None:
+def test_progress_counts_the_bytes_of_all_files_up_to_the_total(hub: Hub, repo: HubRepo) -> None:
     names = [LAYER_2, "model-00004-of-000008.safetensors"]
     total = sum(len(hub.files[name]) for name in names)
     recorded: list[tuple[int, int]] = []
@@ -111,7 +111,7 @@ def test_progress_counts_the_bytes_of_all_files_and_ends_complete(hub: Hub, repo
     assert {of for _, of in recorded} == {total}
 
 
-def test_a_broken_connection_goes_on_where_it_broke(hub: Hub, repo: HubRepo) -> None:
+def test_a_broken_download_resumes_at_the_last_complete_piece(hub: Hub, repo: HubRepo) -> None:
     mib = 2**20  # huggingface_hub keeps what came in whole pieces of 10 MiB
     hub.files[LAYER_2] = random.Random(0).randbytes(24 * mib)
     hub.breaks_at[LAYER_2] = [11 * mib, 12 * mib]
@@ -120,7 +120,7 @@ def test_a_broken_connection_goes_on_where_it_broke(hub: Hub, repo: HubRepo) -> 
     assert (fetched.folder / LAYER_2).read_bytes() == hub.files[LAYER_2]
 
 
-def test_after_an_interruption_only_what_is_missing_is_fetched(hub: Hub, repo: HubRepo) -> None:
+def test_after_an_interruption_only_missing_files_are_fetched(hub: Hub, repo: HubRepo) -> None:
     names = ["model-00002-of-000008.safetensors", LAYER_2, "model-00004-of-000008.safetensors"]
 
     def interrupt(done: int, _total: int) -> None:
@@ -159,7 +159,7 @@ def test_a_truncated_file_in_the_cache_is_fetched_again(hub: Hub, repo: HubRepo)
     assert path.read_bytes() == hub.files[LAYER_2]
 
 
-def test_a_file_that_another_stage_of_this_host_fetched_meanwhile_is_left_alone(hub: Hub, repo: HubRepo) -> None:
+def test_a_file_fetched_meanwhile_by_another_stage_is_not_fetched_again(hub: Hub, repo: HubRepo) -> None:
     def fetch_the_other(done: int, total: int) -> None:
         if done == 0:
             fetch_files(repo, [LAYER_2], lambda _done, _total: None)
@@ -169,14 +169,14 @@ def test_a_file_that_another_stage_of_this_host_fetched_meanwhile_is_left_alone(
     assert hub.ranges(LAYER_2) == [0]
 
 
-def test_what_is_to_be_fetched_is_told_without_fetching_it(hub: Hub, repo: HubRepo) -> None:
+def test_bytes_to_fetch_lists_missing_files_without_fetching_them(hub: Hub, repo: HubRepo) -> None:
     fetch_small_files(repo)
     hub.requests.clear()
     assert bytes_to_fetch(repo, ["config.json", LAYER_2]) == {LAYER_2: len(hub.files[LAYER_2])}
     assert hub.fetched == set()
 
 
-def test_without_the_hub_the_cache_does(made: tuple[Path, ModelConfig], tmp_path: Path) -> None:
+def test_cached_files_are_used_when_the_hub_is_unreachable(made: tuple[Path, ModelConfig], tmp_path: Path) -> None:
     with serve_hub(REPO, made[0]) as hub:
         repo = HubRepo(REPO, None, tmp_path / "cache", hub.endpoint)
         fetch_small_files(repo)
@@ -187,7 +187,7 @@ def test_without_the_hub_the_cache_does(made: tuple[Path, ModelConfig], tmp_path
         fetch_files(repo, ["model-00005-of-000008.safetensors"], quietly)
 
 
-def test_settings_come_from_the_environment_and_offline_mode_asks_nobody(hub: Hub, tmp_path: Path) -> None:
+def test_hub_settings_come_from_the_environment_and_offline_mode_sends_no_request(hub: Hub, tmp_path: Path) -> None:
     environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache")}
     assert fetch_in_another_process(LAYER_2, environment) == f"fetched ('{LAYER_2}',)"
     assert hub.fetched == {"config.json", LAYER_2}
@@ -198,7 +198,9 @@ def test_settings_come_from_the_environment_and_offline_mode_asks_nobody(hub: Hu
     assert hub.requests == []
 
 
-def test_a_checkpoint_in_one_file_is_fetched_to_read_its_names(tmp_path: Path, made: tuple[Path, ModelConfig]) -> None:
+def test_a_single_file_checkpoint_is_fetched_to_read_its_tensor_names(
+    tmp_path: Path, made: tuple[Path, ModelConfig]
+) -> None:
     folder, config = made
     single = tmp_path / "single"
     single.mkdir()
@@ -218,20 +220,20 @@ def test_a_checkpoint_in_one_file_is_fetched_to_read_its_names(tmp_path: Path, m
         (REPO, "v9", f"{REPO} has no revision v9"),
     ],
 )
-def test_what_cannot_be_had_is_told_in_plain_words(
+def test_an_unavailable_repository_or_revision_is_refused_with_the_reason(
     hub: Hub, tmp_path: Path, name: str, revision: str | None, reason: str
 ) -> None:
     with pytest.raises(DownloadError, match=reason):
         fetch_small_files(HubRepo(name, revision, tmp_path, hub.endpoint))
 
 
-def test_a_repository_without_a_config_is_no_checkpoint(hub: Hub, repo: HubRepo) -> None:
+def test_a_repository_without_config_json_is_refused(hub: Hub, repo: HubRepo) -> None:
     del hub.files["config.json"]
     with pytest.raises(DownloadError, match=r"has no config\.json: it is not a checkpoint"):
         fetch_small_files(repo)
 
 
-def test_a_file_that_the_index_promises_and_the_repository_lacks_is_named(hub: Hub, repo: HubRepo) -> None:
+def test_a_file_in_the_index_that_the_repository_lacks_is_named(hub: Hub, repo: HubRepo) -> None:
     del hub.files[LAYER_2]
     with pytest.raises(DownloadError, match=f"{REPO} at {COMMIT} has no file {LAYER_2}"):
         fetch_files(repo, [LAYER_2], quietly)

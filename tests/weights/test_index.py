@@ -72,7 +72,7 @@ def test_every_file_of_an_intact_checkpoint_passes(tiny: tuple[Path, ModelConfig
         assert {spec.name for spec in specs} <= set(check_file(folder / file, specs).tensors)
 
 
-def test_a_single_file_without_an_index_works_too(tmp_path: Path) -> None:
+def test_a_single_file_checkpoint_without_an_index_is_read(tmp_path: Path) -> None:
     config = config_of(tiny_config_fields(VOCAB_SIZE))
     write_file(tmp_path / "model.safetensors", model_specs(config), lambda spec: [bytes(spec.num_bytes)])
     index = index_of(tmp_path)
@@ -85,7 +85,7 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
         read_index_json(tmp_path)
 
 
-def test_vision_weights_are_told_in_one_line_and_rotary_frequencies_not_at_all(
+def test_unread_vision_tensors_are_reported_in_one_line_and_rotary_frequencies_ignored(
     tiny: tuple[Path, ModelConfig], tmp_path: Path
 ) -> None:
     folder, config = tiny
@@ -119,7 +119,7 @@ def test_an_unknown_tensor_is_refused(tiny: tuple[Path, ModelConfig]) -> None:
         ("model.layers.1.mlp.experts.0.up_proj.weight_scale_inv", "FP8.*moonshotai/Kimi-K2-Thinking"),
     ],
 )
-def test_other_layouts_are_refused_with_the_repository_to_fetch(
+def test_unsupported_layouts_are_refused_with_the_repository_to_fetch(
     tiny: tuple[Path, ModelConfig], name: str, reason: str
 ) -> None:
     folder, config = tiny
@@ -134,7 +134,7 @@ def test_an_index_cannot_point_outside_its_folder(file: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"weight_map": {"a": 1}}', b"\xff"])
-def test_what_is_not_an_index_is_refused(data: bytes) -> None:
+def test_an_invalid_index_is_refused(data: bytes) -> None:
     with pytest.raises(CheckpointError, match="the index is not an index"):
         CheckpointIndex.from_json(data, "the index")
 
@@ -154,7 +154,7 @@ def test_any_truncation_is_refused(tmp_path_factory: pytest.TempPathFactory, kep
         check_file(path, [spec])
 
 
-def test_a_truncated_file_says_how_much_is_missing(tmp_path: Path) -> None:
+def test_the_error_for_a_truncated_file_gives_the_number_of_missing_bytes(tmp_path: Path) -> None:
     write_one(tmp_path / "a.safetensors", NORM)
     data = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "a.safetensors").write_bytes(data[:-5])
@@ -176,7 +176,7 @@ def test_a_truncated_file_says_how_much_is_missing(tmp_path: Path) -> None:
         ({"shape": "8"}, "its header cannot be read"),
     ],
 )
-def test_a_misdescribed_tensor_is_refused(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+def test_a_tensor_with_a_wrong_header_entry_is_refused(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
     path = tmp_path / "a.safetensors"
     write_one(path, NORM)
     rewrite_header(path, change)
@@ -185,7 +185,7 @@ def test_a_misdescribed_tensor_is_refused(tmp_path: Path, change: dict[str, Any]
 
 
 @given(entry=JSON_VALUES)
-def test_whatever_a_header_says_it_is_passed_or_refused(tmp_path_factory: pytest.TempPathFactory, entry: Any) -> None:
+def test_any_invalid_header_entry_is_refused(tmp_path_factory: pytest.TempPathFactory, entry: Any) -> None:
     path = tmp_path_factory.mktemp("odd") / "a.safetensors"
     raw = json.dumps({NORM.name: entry}).encode()
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(16))
@@ -216,14 +216,14 @@ def test_a_tensor_that_is_in_another_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["I32", "I64"])
-def test_weight_shape_passes_in_either_width(tmp_path: Path, dtype: str) -> None:
+def test_weight_shape_is_accepted_as_int32_and_int64(tmp_path: Path, dtype: str) -> None:
     config = config_of(tiny_config_fields(VOCAB_SIZE))
     (spec, *_) = [spec for spec in layer_specs(config, 1) if spec.name.endswith("weight_shape")]
     write_one(tmp_path / "a.safetensors", TensorSpec(spec.name, dtype, spec.shape))
     check_file(tmp_path / "a.safetensors", [spec])
 
 
-def test_the_digest_tells_configs_and_indexes_apart() -> None:
+def test_different_configs_and_indexes_have_different_digests() -> None:
     digests = {model_digest(*pair) for pair in ((b"a", b"b"), (b"ab", b""), (b"", b"ab"), (b"a", b"c"))}
     assert len(digests) == 4
     assert model_digest(b"a", b"b") in digests

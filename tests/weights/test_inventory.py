@@ -53,7 +53,7 @@ def test_kimi_k25_has_its_published_number_of_tensors() -> None:
     assert all(spec.name.startswith("language_model.") for spec in specs)
 
 
-def test_the_pieces_have_their_published_sizes(thinking: ModelConfig) -> None:
+def test_layers_and_ends_of_kimi_k2_thinking_have_their_published_sizes(thinking: ModelConfig) -> None:
     assert held_bytes(layer_specs(thinking, 0)) == 995_000_320
     assert {held_bytes(layer_specs(thinking, layer)) for layer in range(1, 61)} == {9_808_545_280}
     assert held_bytes(embedding_specs(thinking)) + held_bytes(head_specs(thinking)) == 4_697_634_816
@@ -69,7 +69,7 @@ def test_a_token_reads_33_gigabytes(thinking: ModelConfig) -> None:
 @pytest.mark.parametrize(
     ("dense_bits", "gigabytes_read", "gigabytes_held"), [(None, 32.99, 594.21), (8, 23.25, 584.47), (4, 18.06, 579.28)]
 )
-def test_dense_bits_leave_routed_experts_router_norms_and_embedding_as_they_are(
+def test_dense_bits_do_not_change_routed_experts_router_norms_or_embedding(
     thinking: ModelConfig, dense_bits: int | None, gigabytes_read: float, gigabytes_held: float
 ) -> None:
     layers = sum(layer_read_bytes_per_token(thinking, layer, dense_bits=dense_bits) for layer in range(61))
@@ -94,7 +94,7 @@ def test_dense_bits_leave_routed_experts_router_norms_and_embedding_as_they_are(
     assert not any(spec.is_routed_expert for spec in changed)
 
 
-def test_in_float32_what_is_computed_with_doubles_and_experts_take_six_bits_a_weight(thinking: ModelConfig) -> None:
+def test_in_float32_dense_weights_double_and_routed_experts_use_6_bits_per_weight(thinking: ModelConfig) -> None:
     specs = layer_specs(thinking, 1)
     routed = [spec for spec in specs if spec.is_routed_expert]
     others = [spec for spec in specs if not spec.is_routed_expert]
@@ -104,7 +104,7 @@ def test_in_float32_what_is_computed_with_doubles_and_experts_take_six_bits_a_we
     assert held_bytes(others, 4) - correction_bias == 2 * (held_bytes(others) - correction_bias)
 
 
-def test_names_and_shapes_are_those_of_the_original_files(thinking_specs: tuple[TensorSpec, ...]) -> None:
+def test_tensor_names_and_shapes_equal_the_original_files(thinking_specs: tuple[TensorSpec, ...]) -> None:
     by_name = {spec.name: spec for spec in thinking_specs}
     expert = "model.layers.60.mlp.experts.383"
     for name, dtype, shape in (
@@ -140,7 +140,7 @@ def test_shards_hold_each_tensor_exactly_once(num_shards: int) -> None:
     assert [shard for shard in range(num_shards) if head_specs(config)[1] in shards[shard]] == [num_shards - 1]
 
 
-def test_without_low_rank_queries_there_is_one_query_projection() -> None:
+def test_without_q_lora_rank_there_is_one_query_projection() -> None:
     names = [spec.name for spec in layer_specs(config_of(tiny_config_fields(vocab_size=256, q_lora_rank=None)), 1)]
     assert "model.layers.1.self_attn.q_proj.weight" in names
     assert not [name for name in names if ".q_a_" in name or ".q_b_" in name]

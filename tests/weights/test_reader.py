@@ -52,7 +52,7 @@ def shard(reader: ShardReader, config: ModelConfig, layers: range) -> list[Loade
 
 @pytest.mark.parametrize("bounds", [(0, 7), (0, 4, 7), (0, 2, 5, 7)])
 @pytest.mark.parametrize("family", ["kimi_k2", "kimi_k25"])
-def test_the_stages_together_read_the_names_that_the_model_needs_each_once(
+def test_the_stages_together_read_each_tensor_of_the_model_once(
     tmp_path: Path, bounds: tuple[int, ...], family: str
 ) -> None:
     fields = tiny_config_fields(VOCAB_SIZE)
@@ -69,9 +69,7 @@ def test_the_stages_together_read_the_names_that_the_model_needs_each_once(
     assert sorted(names) == sorted(spec.name for spec in model_specs(config))
 
 
-def test_tensors_are_those_of_the_files_and_experts_are_stacked_in_their_order(
-    folder: Path, config: ModelConfig
-) -> None:
+def test_tensors_equal_the_files_and_experts_are_stacked_in_order(folder: Path, config: ModelConfig) -> None:
     stored = mx.load(str(folder / "model-00003-of-000008.safetensors"))
     assert isinstance(stored, dict)
     tensors = open_reader(folder, config).layer(2).tensors
@@ -91,7 +89,7 @@ def test_tensors_are_those_of_the_files_and_experts_are_stacked_in_their_order(
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
-def test_routed_experts_hold_four_and_a_half_bits_a_weight_in_any_compute_dtype(
+def test_routed_experts_use_4_5_bits_per_weight_in_any_compute_dtype(
     folder: Path, config: ModelConfig, dtype: mx.Dtype
 ) -> None:
     tensors = open_reader(folder, config, dtype).layer(1).tensors
@@ -102,13 +100,13 @@ def test_routed_experts_hold_four_and_a_half_bits_a_weight_in_any_compute_dtype(
     assert tensors["mlp.gate.e_score_correction_bias"].dtype == mx.float32
 
 
-def test_in_bfloat16_a_piece_holds_what_the_inventory_says(folder: Path, config: ModelConfig) -> None:
+def test_the_held_bytes_of_a_layer_in_bfloat16_equal_the_inventory(folder: Path, config: ModelConfig) -> None:
     reader = open_reader(folder, config)
     for layer in range(LAYERS):
         assert reader.layer(layer).held_bytes == held_bytes(layer_specs(config, layer))
 
 
-def test_a_checkpoint_in_one_file_reads_the_same(tmp_path: Path, folder: Path, config: ModelConfig) -> None:
+def test_a_single_file_checkpoint_gives_the_same_tensors(tmp_path: Path, folder: Path, config: ModelConfig) -> None:
     joined: dict[str, mx.array] = {}
     for path in folder.glob("*.safetensors"):
         stored = mx.load(str(path))
