@@ -186,8 +186,8 @@ MODELS: dict[str, tuple[Damage, str]] = {
         reshaped,
         r"model.layers.2.self_attn.\w+.weight has shape \[\d+, \d+\], and config.json calls",
     ),
-    "no tokenizer": (replaced("tiktoken.model", None), "the model has no tokenizer: neither tiktoken.model nor"),
-    "no special tokens": (replaced("tokenizer_config.json", None), "tokenizer_config.json is missing"),
+    "no tokenizer": (replaced("tiktoken.model", None), "the model has no tiktoken.model: fetch"),
+    "no special tokens": (replaced("tokenizer_config.json", None), "the model has no tokenizer_config.json: fetch"),
     "no chat template": (
         replaced("chat_template.jinja", None),
         "no chat template: give --raw to send the prompt as it",

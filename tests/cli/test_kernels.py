@@ -62,7 +62,7 @@ def test_with_a_gpu_the_best_buffer_limits_are_saved_and_the_report_is_printed(
     shown: list[str] = []
     monkeypatch.setattr(kernels, "_measure", measure)
     monkeypatch.setattr(kernels, "save_limits", kept.append)
-    monkeypatch.setattr(kernels, "note", shown.append)
+    monkeypatch.setattr(kernels, "log", shown.append)
     ran = CliRunner().invoke(kernels.command)
     assert ran.exit_code == 0, ran.output
     assert kept == [chosen]

@@ -56,14 +56,14 @@ def test_the_cache_path_depends_on_chip_shape_and_kernel_text(tmp_path: Path, mo
 
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"checks": [{"kernel": 1}], "tuning": null}', "[]"])
 def test_an_unreadable_cache_file_loads_as_none(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "verdicts.json"
+    path = tmp_path / "checks.json"
     path.write_text(content)
     assert check_cache.load(path) is None
 
 
 def test_storing_checks_in_an_unwritable_directory_raises_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    check_cache.store(tmp_path / "file" / "verdicts.json", check_cache.CachedChecks([], None), "Apple M9")
+    check_cache.store(tmp_path / "file" / "checks.json", check_cache.CachedChecks([], None), "Apple M9")
 
 
 @pytest.fixture
