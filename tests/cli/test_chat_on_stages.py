@@ -142,6 +142,7 @@ def test_a_third_ctrl_c_ends_the_chat_while_a_stopped_stage_blocks_the_answer(
         assert wait_until_gone([process for process in everything if process.pid != pane.pid], 60) == []
 
 
+@pytest.mark.slow
 def test_lines_on_standard_input_are_messages_and_stdout_has_only_answers(command_line: CommandLine) -> None:
     run = command_line.run("chat", "--max-tokens", "12", "--seed", "5", stdin="Hello\n/nonsense\n/stats\n")
     assert run.returncode == 0, run.stderr

@@ -24,7 +24,8 @@ def generate(command_line: CommandLine, model: Path, *arguments: str) -> list[di
     return [json.loads(line) for line in ran.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("num_stages", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_stages", [1, 2])
 def test_tokens_come_from_the_quantized_weights_and_held_bytes_match_the_inventory(
     command_line: CommandLine, endless: Path, num_stages: int
 ) -> None:

@@ -66,7 +66,12 @@ def wait_for(process: subprocess.Popen[bytes], line: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "exit_code", "num_stages"), [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1), (signal.SIGHUP, 129, 1)]
+    ("number", "exit_code", "num_stages"),
+    [
+        (signal.SIGINT, 130, 2),
+        pytest.param(signal.SIGTERM, 143, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_in_the_middle_of_an_answer_ends_it_and_leaves_nothing(
     start: Start, number: int, exit_code: int, num_stages: int

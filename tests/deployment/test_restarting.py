@@ -93,6 +93,7 @@ def test_two_streams_resume_with_the_same_tokens_after_a_stage_is_killed_or_susp
     assert [(restart.number, restart.wait_s) for restart in run.restarts] == [(1, 0.05), (2, 0.1), (3, 0.2), (4, 0.4)]
 
 
+@pytest.mark.slow
 def test_with_no_restarts_allowed_a_fault_is_raised(model: Path, tmp_path: Path) -> None:
     with (
         restarting(model, tmp_path, 2, limit=0) as run,

@@ -99,7 +99,7 @@ def test_omitting_rope_changes_the_logits(parts: Parts, logits: mx.array, monkey
     assert largest_difference(parts.logits(), logits) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("prompt", [[3], [1, 2, 3, 4, 5, 6, 7, 8]])
+@pytest.mark.parametrize("prompt", [[3], pytest.param([1, 2, 3, 4, 5, 6, 7, 8], marks=pytest.mark.slow)])
 def test_among_200_greedy_tokens_at_least_50_are_different(chain: Chain, prompt: Sequence[int]) -> None:
     assert len(set(chain.greedy(prompt, 200))) >= 50
 

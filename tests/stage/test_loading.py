@@ -46,7 +46,8 @@ def measure(folder: Path, *arguments: int) -> Measured:
     return measured
 
 
-@pytest.mark.parametrize(("first_layer", "end_layer"), [pytest.param(0, 12, marks=pytest.mark.slow), (6, 12)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("first_layer", "end_layer"), [(0, 12), (6, 12)])
 def test_peak_memory_while_loading_is_at_most_shard_plus_largest_layer_plus_200_mb(
     folder: Path, first_layer: int, end_layer: int
 ) -> None:

@@ -79,15 +79,10 @@ def alone(checkpoint: Checkpoint) -> list[Tokens]:
     return [run(pipeline, Scheduler(limits, policy), [request])[0] for request in requests()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_stages", "chunk_tokens", "num_slots", "drafts"),
-    [
-        pytest.param(1, 1, 4, False, marks=pytest.mark.slow),
-        pytest.param(2, 7, 3, False, marks=pytest.mark.slow),
-        pytest.param(2, 64, 1, True, marks=pytest.mark.slow),
-        (3, 64, 4, True),
-        pytest.param(3, 128, 2, False, marks=pytest.mark.slow),
-    ],
+    [(1, 1, 4, False), (2, 7, 3, False), (2, 64, 1, True), (3, 64, 4, True), (3, 128, 2, False)],
 )
 def test_a_sequence_is_bit_identical_for_any_batch_chunks_stages_and_drafts(
     checkpoint: Checkpoint, alone: list[Tokens], num_stages: int, chunk_tokens: int, num_slots: int, drafts: bool

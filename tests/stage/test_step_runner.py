@@ -58,7 +58,9 @@ def test_logprobs_and_greedy_tokens_equal_mlx_lms(checkpoint: Checkpoint, num_st
         pending = [token.token_id]
 
 
-@pytest.mark.parametrize(("num_stages", "chunk_tokens"), [(1, 7), (2, 64), (3, 70), (7, 33)])
+@pytest.mark.parametrize(
+    ("num_stages", "chunk_tokens"), [pytest.param(1, 7, marks=pytest.mark.slow), (2, 64), (3, 70), (7, 33)]
+)
 def test_the_same_seed_gives_the_same_tokens_for_any_stages_and_chunks(
     checkpoint: Checkpoint, expected: list[list[SampledToken]], num_stages: int, chunk_tokens: int
 ) -> None:
