@@ -60,7 +60,7 @@ def main() -> None:
             name = f"guesses over none, {text}"
             claim = Claim(name, partial(drafting.rate, temperature), partial(plain.rate, temperature), asked)
             measure("drafting", claim, options)
-            print(f"guessed right: {drafting.accepted_fraction:.2f} of the tokens", flush=True)
+            print(f"accepted draft tokens: {drafting.accepted_fraction:.2f} of the tokens", flush=True)
 
 
 if __name__ == "__main__":

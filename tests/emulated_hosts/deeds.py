@@ -181,7 +181,7 @@ def small_disk(scene: Scene) -> None:
 
 def whole_disk(scene: Scene, run: StreamsRun) -> None:
     subprocess.run(["umount", scene.log_dir], check=True)
-    assert any("No space left on device" in line.get("notice", "") for line in run.lines)
+    assert any("No space left on device" in line.get("notify", "") for line in run.lines)
 
 
 def own_model(scene: Scene) -> None:

@@ -1,7 +1,7 @@
 """A coordinator with two streams over a hostfile's stages, which faults are done to; it tells what happens as it does.
 
 As a program: two_streams.py OPTIONS, where OPTIONS is a JSON object. On stdout, one JSON object a line: {"phase"},
-{"stream", "token"}, {"restart"}, {"notice"}, and last {"error"} or {"ended"}. At the N-th begin of a phase that
+{"stream", "token"}, {"restart"}, {"notify"}, and last {"error"} or {"ended"}. At the N-th begin of a phase that
 ``halts`` names it waits for a line on stdin.
 """
 
@@ -51,12 +51,12 @@ class Teller(DeploymentListener):
     def phase(self, what: str) -> None:
         name = what.split(maxsplit=1)[0]
         self._begun[name] += 1
-        on_restart(phase=name, time=self._begun[name])
+        write_event(phase=name, time=self._begun[name])
         if self._halts.get(name) == self._begun[name]:
             sys.stdin.readline()
 
     def notify(self, line: str) -> None:
-        on_restart(notify=line)
+        write_event(notify=line)
 
     def step(self, report: StageReport) -> None:
         """The first step of a prompt is under way, or over."""
@@ -64,13 +64,13 @@ class Teller(DeploymentListener):
             self.phase("prefill")
 
 
-def on_restart(**values: object) -> None:
+def write_event(**values: object) -> None:
     sys.stdout.write(json.dumps(values) + "\n")
     sys.stdout.flush()
 
 
 def reported_restart(restart: Restart) -> None:
-    on_restart(restart=dataclasses.asdict(restart))
+    write_event(restart=dataclasses.asdict(restart))
 
 
 def main(options: Options) -> int:
@@ -92,9 +92,9 @@ def main(options: Options) -> int:
             run(restarting, teller)
             teller.phase("stopping")
     except ClusterError as error:
-        on_restart(error=str(error))
+        write_event(error=str(error))
         return 1
-    on_restart(ended=True)
+    write_event(ended=True)
     return 0
 
 
@@ -114,7 +114,7 @@ def run(restarting: RestartingDeployment, teller: Teller) -> None:
     )
     for count, event in enumerate(coordinator.run(*STREAMS)):
         assert event.token is not None
-        on_restart(stream=STREAMS.index(event.sequence.request), token=event.token.token_id)
+        write_event(stream=STREAMS.index(event.sequence.request), token=event.token.token_id)
         if count == DECODING_TOKEN:
             teller.phase("decode")
 
