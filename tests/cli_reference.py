@@ -1,4 +1,4 @@
-"""Writes docs/cli.md from the commands' own --help: python -m tests.cli_reference > docs/cli.md."""
+"""Generator of docs/cli.md from the commands' own --help: python -m tests.cli_reference > docs/cli.md."""
 
 import sys
 from typing import Any
@@ -12,7 +12,7 @@ HEADER = "# Commands\n\nMade from `--help` by `python -m tests.cli_reference`; a
 
 
 def reference() -> str:
-    """The page: the program's help, then that of each command it lists."""
+    """Return the page: the program's help, then the help of each command that it lists."""
     width: dict[str, Any] = {"terminal_width": WIDTH, "max_content_width": WIDTH}
     program = click.Context(cli, info_name="mlx-k2", **cli.context_settings, **width)
     parts = [HEADER, _section("mlx-k2", cli.get_help(program))]

@@ -1,4 +1,4 @@
-"""What holds for every test: a skip says what it needs and how to get it, and on CI nothing may be missing."""
+"""Rules for every test: a skip states what it needs and how to get it, and on CI no test may be skipped."""
 
 import os
 import signal
@@ -9,8 +9,8 @@ import hypothesis
 import pytest
 from hypothesis.database import DirectoryBasedExampleDatabase
 
-# Set before a test module imports numpy or mlx, and inherited by every process that a test starts. Tests run side by
-# side, one for each core; more BLAS threads than cores make some of them ten times slower.
+# Set before a test module imports numpy or mlx, and inherited by every process that a test starts. Tests run in
+# parallel, one for each core. More BLAS threads than cores make some tests ten times slower.
 os.environ |= dict.fromkeys(
     ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
 )
@@ -23,7 +23,7 @@ KEEP_FAILURES = (
     "It then runs in `make test`. Until then .hypothesis/examples keeps it, and the next `make fuzz` tries it first.",
 )
 
-# pytest-timeout limits each test. A limit for each example would fail on a busy machine.
+# pytest-timeout limits each test. A deadline for each example would fail on a busy machine.
 hypothesis.settings.register_profile(FIXED, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile(LONG, hypothesis.settings.get_profile(FIXED), max_examples=MANY_EXAMPLES)
 hypothesis.settings.register_profile(
@@ -42,8 +42,8 @@ _not_run: Counter[str] = Counter()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _signals_as_usual() -> Iterator[None]:
-    """A process started here heeds SIGINT and SIGHUP, also where these tests run in the background or under nohup."""
+def _default_signal_handlers() -> Iterator[None]:
+    """Reset SIGINT and SIGHUP to default handling for started processes: background jobs and nohup ignore them."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
     for number, handler in before.items():
         if handler is signal.SIG_IGN:
@@ -54,7 +54,7 @@ def _signals_as_usual() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Refuse a whole suite with more slow tests than its share, so that `make test` keeps running nearly all of it."""
+    """Refuse a whole suite with more than MAX_SLOW_FRACTION slow tests, so that `make test` still runs nearly all."""
     num_slow = sum(item.get_closest_marker("slow") is not None for item in items)
     if config.args == config.getini("testpaths") and num_slow > MAX_SLOW_FRACTION * len(items):
         raise pytest.UsageError(
@@ -63,20 +63,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Count what was skipped, by reason."""
+    """Count the skipped tests by reason."""
     if report.skipped and isinstance(report.longrepr, tuple):
         _not_run[report.longrepr[2].removeprefix("Skipped: ")] += 1
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail where a test was skipped without saying what it needs, or at all on CI."""
+    """Fail the session if a test was skipped for a reason that does not start with _NEEDS, or for any reason on CI."""
     unexplained = [reason for reason in _not_run if not reason.startswith(_NEEDS)]
     if session.exitstatus == pytest.ExitCode.OK and (unexplained or (_not_run and os.environ.get("CI"))):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """A line for each kind of test that this machine could not run."""
+    """Print a line for each reason of skipped tests and, after a failed fuzz run, how to keep a failure."""
     for reason, count in sorted(_not_run.items()):
         terminalreporter.write_line(f"not run here: {count} tests: {reason}", yellow=True)
     if hypothesis.settings.get_current_profile_name() == FUZZ and terminalreporter.stats.get("failed"):

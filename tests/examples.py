@@ -4,5 +4,5 @@ from hypothesis import settings
 
 
 def at_least(count: int) -> int:
-    """Return ``count``, or the number of the selected profile where that is larger, as with `make fuzz`."""
+    """Return ``count``, or the selected profile's number of examples if that is larger, as with `make fuzz`."""
     return max(count, settings().max_examples)

@@ -34,7 +34,7 @@ RANK_MARK = "MLX_K2_TEST_RANK"
 
 
 def write_model(folder: Path) -> Path:
-    """Write the model, whose config names no stop token: an answer is as long as it is asked to be."""
+    """Write the model to ``folder``. Its config names no stop token, so every answer has ``max_tokens`` tokens."""
     files = tiny_vocabulary(VOCAB_SIZE, CONTEXT_TOKENS).files | {"generation_config.json": b"{}"}
     fields = tiny_config_fields(VOCAB_SIZE, max_position_embeddings=CONTEXT_TOKENS)
     write_random_checkpoint(folder, fields, 20, files)
@@ -42,14 +42,14 @@ def write_model(folder: Path) -> Path:
 
 
 def request(num_prompt: int, max_tokens: int, seed: int = 1, temperature: float = 1.0) -> Request:
-    """Some prompt, another one for each length."""
+    """Return a request with a prompt of ``num_prompt`` tokens. Each length gives a different prompt."""
     prompt_ids = tuple((num_prompt + 31 * position) % VOCAB_SIZE for position in range(num_prompt))
     return Request(prompt_ids, max_tokens, Sampling(seed=seed, temperature=temperature), frozenset())
 
 
 @dataclass
 class LoadedNames(DeploymentListener):
-    """Keeps the names that each stage reports as loaded."""
+    """Listener that collects the names of the tensors that each stage reports as loaded."""
 
     by_rank: dict[int, list[str]] = field(default_factory=dict)
 
@@ -60,19 +60,19 @@ class LoadedNames(DeploymentListener):
 
 @dataclass(frozen=True)
 class Cluster:
-    """Stages that are ready, and the coordinator that runs requests over them."""
+    """Ready stages, and the coordinator that runs requests over them."""
 
     deployment: Deployment
     coordinator: Coordinator
     loaded: LoadedNames
 
     def tokens(self, *requests: Request) -> dict[Request, list[int]]:
-        """The tokens that each request gets."""
+        """Run the requests and return the token ids of each."""
         return by_request(self.coordinator.run(*requests))
 
 
 def by_request(events: Iterator[TokenEvent]) -> dict[Request, list[int]]:
-    """Tokens sorted by the request that they belong to."""
+    """Return the token ids of ``events`` by request."""
     tokens: dict[Request, list[int]] = {}
     for event in events:
         received = tokens.setdefault(event.sequence.request, [])
@@ -82,14 +82,14 @@ def by_request(events: Iterator[TokenEvent]) -> dict[Request, list[int]]:
 
 
 def local_request(folder: Path, hosts: Sequence[Host]) -> DeploymentRequest:
-    """Stages of that model, one for each host."""
+    """Return a deployment request for the model in ``folder``, with one stage on each host."""
     hostfile = Hostfile(hosts=tuple(hosts), backend=Backend.RING)
     source = ModelSource(path_or_repo=str(folder))
     return DeploymentRequest(hostfile, source, None, CONTEXT_TOKENS, None, lease_s=20.0, num_slots=3)
 
 
 def local_host() -> Host:
-    """This machine over loopback."""
+    """Return this machine as a host, over loopback."""
     return Host(ssh="127.0.0.1", ips=("127.0.0.1",))
 
 
@@ -97,7 +97,7 @@ def local_host() -> Host:
 def local_cluster(
     folder: Path, hosts: Sequence[Host], step_timeout: StepTimeout | None = None, stall_timeout_s: float = 8.0
 ) -> Iterator[Cluster]:
-    """Real stages on this machine, ready for requests; ``hosts`` as in a hostfile."""
+    """Start real stages on this machine, one for each of ``hosts`` (as in a hostfile), and yield them when ready."""
     asked = replace(local_request(folder, hosts), stall_timeout_s=stall_timeout_s)
     model = describe_model(read_model_files(asked.source).files, str(folder))
     names = LoadedNames()
@@ -111,7 +111,7 @@ def local_cluster(
 
 
 def marked_host(folder: Path, rank: int, python: str) -> Host:
-    """This machine, with a Python that tells every process it starts which rank it serves."""
+    """Return this machine as a host whose Python sets RANK_MARK to ``rank`` in every process that it starts."""
     script = folder / f"python-{rank}"
     script.write_text(f'#!/bin/sh\n{RANK_MARK}={rank} exec {python} "$@"\n')
     script.chmod(0o755)
@@ -119,7 +119,7 @@ def marked_host(folder: Path, rank: int, python: str) -> Host:
 
 
 def stage_process(rank: int) -> psutil.Process:
-    """The stage proper (not its guard) of a marked host, somewhere below this process."""
+    """Return the stage process (not its guard) of the marked host of ``rank``, a descendant of this process."""
     (found,) = [
         process
         for process in psutil.Process().children(recursive=True)
@@ -129,7 +129,7 @@ def stage_process(rank: int) -> psutil.Process:
 
 
 def wait_until_gone(processes: Sequence[psutil.Process], timeout_s: float) -> list[psutil.Process]:
-    """Those that still run after that time; not this process's children alone, so by looking again and again."""
+    """Wait up to ``timeout_s`` and return those that still run. Polls, since not all are this process's children."""
     deadline = time.monotonic() + timeout_s
     while (left := [process for process in processes if is_running(process)]) and time.monotonic() < deadline:
         psutil.wait_procs(left, timeout=0.05)
@@ -137,7 +137,7 @@ def wait_until_gone(processes: Sequence[psutil.Process], timeout_s: float) -> li
 
 
 def is_running(process: psutil.Process) -> bool:
-    """Whether it runs: a zombie does not."""
+    """Return whether the process runs. A zombie does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

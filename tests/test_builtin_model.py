@@ -1,7 +1,7 @@
-"""The built-in model makes sense, and stops making sense as soon as something in the program is wrong.
+"""Tests of the built-in model: its loss on held-out replies is low, and a mistake in the program raises it.
 
-The held-out questions and their right replies come from training. A whole conversation is read in one pass, and
-what counts is how unlikely the model finds each token of the replies.
+The held-out questions and their right replies come from the package training. Each whole conversation runs in one
+pass. The loss is the mean of -log(probability) over the tokens of the replies.
 """
 
 import json
@@ -26,13 +26,13 @@ from training.data import QUESTIONS_PER_SKILL, held_out
 from training.vocabulary import load_encoding
 
 EVERY = 150
-"""One question in so many is asked: one or two a skill."""
+"""Step between the questions that are used, which gives one or two for each skill."""
 WHOLE = ([0, 1, 2, 3, 4, 5, 6],)
 LONGEST = 512
 
 
 class Reply:
-    """A conversation's token ids, and which of them are the model's to write."""
+    """Token ids of a conversation, and a mask of those that the model has to write."""
 
     def __init__(self, pieces: Sequence[tuple[list[int], bool]]) -> None:
         self.ids = [token_id for ids, _ in pieces for token_id in ids]
@@ -68,7 +68,7 @@ def load(folder: Path, layers: range) -> StageModel:
 
 
 def surprise(folder: Path, replies: Sequence[Reply], order: Sequence[Sequence[int]] = WHOLE) -> float:
-    """The mean of -log(probability) over all reply tokens, through the layers in that order."""
+    """Return the mean of -log(probability) over all reply tokens, through the layers in ``order``."""
     stages = [load(folder, range(part[0], part[-1] + 1)) for part in order]
     surprises: list[np.ndarray] = []
     for reply in replies:
@@ -109,7 +109,7 @@ def test_wrongly_ordered_layers_raise_the_loss(
 
 
 def reverse_nibbles(folder: Path) -> None:
-    """Every packed word's eight codes, read from the other end."""
+    """Reverse the order of the eight codes in every packed word."""
     for file in folder.glob("*.safetensors"):
         tensors = mx.load(str(file))
         assert isinstance(tensors, dict)
@@ -123,7 +123,7 @@ def reverse_nibbles(folder: Path) -> None:
 
 
 def mistake_beta_fast(folder: Path) -> None:
-    """YaRN's usual value in place of Kimi-K2-Thinking's."""
+    """Set beta_fast to YaRN's usual value, 32, in place of Kimi-K2-Thinking's, 1."""
     config = json.loads((folder / "config.json").read_bytes())
     assert config["rope_scaling"]["beta_fast"] == 1.0
     config["rope_scaling"]["beta_fast"] = 32.0

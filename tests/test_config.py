@@ -1,4 +1,4 @@
-"""config.json is read as it is meant, or refused with the field's name; never half understood."""
+"""Tests of reading config.json: a config is read completely, or refused with the name of the field."""
 
 import json
 from typing import Any
@@ -24,7 +24,7 @@ def read(fields: Any) -> ModelConfig:
 
 
 def weights_of(**changes: Any) -> dict[str, Any]:
-    """Kimi K2 Thinking's quantization_config with changes to how weights are stored."""
+    """Return Kimi K2 Thinking's quantization_config with ``changes`` to how weights are stored."""
     quantization: dict[str, Any] = thinking_config_fields()["quantization_config"]
     quantization["config_groups"]["group_0"]["weights"] |= changes
     return quantization
@@ -95,7 +95,7 @@ def test_a_config_that_is_not_a_json_object_is_refused(data: bytes) -> None:
 def test_a_missing_field_is_named(name: str) -> None:
     fields = thinking_config_fields()
     del fields[name]
-    if name == "q_lora_rank":  # the one that may be missing: queries are then projected directly
+    if name == "q_lora_rank":  # optional: without it queries are projected directly
         assert read(fields).q_lora_rank is None
         return
     with pytest.raises(ConfigError, match=f"missing required field `{name}`"):

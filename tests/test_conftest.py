@@ -1,4 +1,4 @@
-"""The rules for skipped tests that conftest.py sets, tried on a small suite in one process and in two workers."""
+"""Tests of conftest.py's rules for skipped tests, on a small suite in one process and in two workers."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ in_one_process_and_in_workers = pytest.mark.parametrize("workers", ["0", "2"])
 
 
 def run_suite(folder: Path, reason: str, workers: str, ci: str) -> subprocess.CompletedProcess[str]:
-    """Run a suite of four tests that skip with that reason and one that passes."""
+    """Run a suite of four tests that skip with ``reason`` and one that passes."""
     (folder / "conftest.py").write_text(Path(__file__).with_name("conftest.py").read_text())
     (folder / "test_suite.py").write_text(SUITE.format(reason=reason))
     command = [sys.executable, "-m", "pytest", "--numprocesses", workers, "-p", "no:cacheprovider", "--rootdir", "."]

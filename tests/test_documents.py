@@ -1,4 +1,4 @@
-"""What the documents say is what the program does."""
+"""Tests that the documents match the program."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ PAGES = sorted(
 
 
 def test_the_command_reference_equals_the_help_output() -> None:
-    command = [sys.executable, "-m", "tests.cli_reference"]  # afresh: click keeps the first help option that it made
+    command = [sys.executable, "-m", "tests.cli_reference"]  # in a new process: click caches the first help option
     printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     assert (ROOT / "docs" / "cli.md").read_text() == printed, "run python -m tests.cli_reference > docs/cli.md"
 

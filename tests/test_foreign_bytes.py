@@ -1,4 +1,4 @@
-"""Whatever bytes come from a pipe, a hostfile or a checkpoint: an error of our own, or a value; never anything else."""
+"""Tests of untrusted input: any bytes from a pipe, a hostfile or a checkpoint give a value or an MlxK2Error."""
 
 import io
 import json
@@ -46,7 +46,7 @@ DECODERS: tuple[Callable[[bytes], object], ...] = (
 
 
 def step_with_top_p_0() -> bytes:
-    """A step whose Sampling, encoded before its check, has a top_p that Sampling refuses."""
+    """Return an encoded Step with a top_p of 0, which Sampling refuses. The value is set in the encoded fields."""
     fields = msgspec.msgpack.decode(encode_message(Step(3, (Row(0, 5, (1,), True, Sampling(seed=1)),))))
     fields["rows"][0]["sampling"]["top_p"] = 0.0
     return msgspec.msgpack.encode(fields)
@@ -54,7 +54,7 @@ def step_with_top_p_0() -> bytes:
 
 @st.composite
 def damaged(sample: st.DrawFn, whole: st.SearchStrategy[bytes]) -> bytes:
-    """Bytes of the right kind, cut short, with a few of them changed."""
+    """Generate bytes from ``whole``, change up to three of them and cut them off at any length."""
     data = bytearray(sample(whole))
     for _ in range(sample(st.integers(0, 3))):
         if data:

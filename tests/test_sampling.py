@@ -1,4 +1,4 @@
-"""Sampling parameters: every value is in its range or refused, and what a checkpoint recommends is read."""
+"""Tests of sampling parameters: a value outside its range is refused, and a checkpoint's recommendations are read."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from mlx_k2.errors import RequestError
 from mlx_k2.sampling import GenerationConfig, Sampling
 
 RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    # what is taken, what is refused
+    # accepted values, refused values
     "seed": ((0, 2**63 - 1), (-1, 2**63)),
     "temperature": ((0, 0.7, 10), (-0.1, 10.1, math.nan, math.inf)),
     "top_p": ((0.001, 1), (0, -0.1, 1.1, math.nan)),

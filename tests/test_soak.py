@@ -1,4 +1,4 @@
-"""The soak up to its third restart; .ci/run adds two minutes of it, and `make long` an hour."""
+"""Test of the soak up to its third restart. .ci/run also runs it for two minutes, and `make long` for an hour."""
 
 import tempfile
 from pathlib import Path

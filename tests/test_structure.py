@@ -1,4 +1,4 @@
-"""The shape of the program, held by reading its source: who may import whom, and who may import mlx."""
+"""Tests of the program's structure, from its source: which package imports which, and which may import mlx."""
 
 import ast
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import mlx_k2
 
 ROOT = Path(mlx_k2.__file__).parent
 
-# Low to high: a module imports from lower levels, and from its own room. Rooms on one level never import each other.
+# Lowest first: a module imports from lower levels and its own package. Packages of one level never import each other.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "builtin", "kernels"),
     ("config", "sampling", "text", "tools"),

@@ -1,4 +1,4 @@
-"""Multi-head latent attention, and a cache for decoding. Knows nothing of the other half of a layer."""
+"""Multi-head latent attention, and a cache for decoding. Knows nothing of a layer's feed-forward part."""
 
 import math
 
@@ -14,13 +14,13 @@ _LORA_NORM_EPS = 1e-6
 
 
 class Cache:
-    """Keys and values of one layer for a batch whose rows have different lengths."""
+    """The keys and values of one layer for a batch whose rows have different lengths."""
 
     def __init__(self) -> None:
         self.key = self.value = torch.empty(0)
 
     def extend(self, key: Tensor, value: Tensor, positions: Tensor, space: int) -> tuple[Tensor, Tensor]:
-        """Writes (rows, heads, new, dim) at positions (rows, new); gives all `room` places."""
+        """Write (rows, heads, new, dim) at positions (rows, new). Return keys and values of all `space` positions."""
         if not self.key.numel():
             self.key = key.new_zeros(*key.shape[:2], space, key.shape[3])
             self.value = value.new_zeros(*value.shape[:2], space, value.shape[3])
@@ -31,7 +31,7 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """Multi-head latent attention, computed without absorbing."""
+    """Multi-head latent attention, computed in the naive way (without absorption)."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Attention(nn.Module):
         self.scale = softmax_scale(shape)
 
     def forward(self, x: Tensor, angles: Tensor, positions: Tensor, cache: Cache | None, space: int) -> Tensor:
-        """(rows, new, hidden) -> the same; with a cache, each token sees the `room` places up to its own position."""
+        """Map (rows, new, hidden) to the same shape. In a cache of `space` positions, a token sees up to its own."""
         shape, (rows, new, _) = self.shape, x.shape
         nope, rope = shape.qk_nope_head_dim, shape.qk_rope_head_dim
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).unflatten(-1, (-1, nope + rope)).transpose(1, 2)
@@ -64,7 +64,7 @@ class Attention(nn.Module):
             mixed = _causal_attention(q, k, v, self.scale)
         else:
             k, v = cache.extend(k, v, positions, space)
-            visible = torch.arange(space) <= positions.unsqueeze(-1)  # (rows, new, room)
+            visible = torch.arange(space) <= positions.unsqueeze(-1)  # (rows, new, space)
             mixed = F.scaled_dot_product_attention(q, k, v, visible.unsqueeze(1), scale=self.scale)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(rows, new, -1))
         return out

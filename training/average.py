@@ -1,4 +1,4 @@
-"""The mean of several states of a training run: what their last steps' noise did to each is evened out. Trains nothing.
+"""The mean of several states of a training run, which averages out the noise of their last steps. Trains nothing.
 
 python -m training.average --run DIR --run DIR --out DIR
 """
@@ -12,7 +12,7 @@ import torch
 
 
 def average(runs: list[Path], out: Path) -> None:
-    """Writes a run whose weights are the mean of those of `runs`; all else is the last one's."""
+    """Write a run whose weights are the mean of those of `runs`. Everything else is that of the last run."""
     states: list[dict[str, Any]] = [torch.load(run / "last.pt") for run in runs]
     mean = states[-1]
     for name, weight in mean["model"].items():
@@ -23,7 +23,7 @@ def average(runs: list[Path], out: Path) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, action="append", help="folder of a run; give several")
     parser.add_argument("--out", type=Path, required=True, help="folder of the new one")

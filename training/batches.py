@@ -1,4 +1,4 @@
-"""Turns conversations into padded batches of token ids. Knows nothing of skills or of the model."""
+"""Conversations as padded batches of token ids. Knows nothing of skills or of the model."""
 
 import itertools
 import random
@@ -15,23 +15,23 @@ from training.conversation import Conversation, render
 MAX_TOKENS = 512
 _BATCH_TOKENS = 4096
 _POOL = 2048
-_LENGTHS, _TARGETS = 16, 256  # what lengths and numbers of targets are rounded up to
+_LENGTHS, _TARGETS = 16, 256  # lengths and numbers of targets are rounded up to multiples of these
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Ids (rows, length), padded on the right to one of few shapes, since a product of a new shape costs extra."""
+    """Token ids (rows, length), padded on the right to few shapes, because each new shape of a product costs extra."""
 
     tokens: Tensor
     is_real: Tensor
-    where: Tensor  # flat indices of the tokens whose successor the model has to write
-    targets: Tensor  # those successors, or IGNORED
-    consumed: int  # conversations taken from the stream so far, those of later batches of the pool included
+    where: Tensor  # flat indices of the tokens whose next token the model has to predict
+    targets: Tensor  # those next tokens, or IGNORED
+    consumed: int  # conversations read from the stream so far, with those of the pool's later batches
 
 
 def encode(encoding: tiktoken.Encoding, conversation: Conversation) -> tuple[list[int], list[bool]]:
-    """Ids of the whole conversation, and for each whether it is part of a reply."""
+    """Return the ids of the whole conversation and, for each id, whether it is part of a reply."""
     tokens: list[int] = []
     targets: list[bool] = []
     for piece in render(conversation):
@@ -42,7 +42,7 @@ def encode(encoding: tiktoken.Encoding, conversation: Conversation) -> tuple[lis
 
 
 def batches(stream: Iterator[Conversation], encoding: tiktoken.Encoding, consumed: int) -> Iterator[Batch]:
-    """Batches of like length, in random order within a pool; goes on behind the first `consumed` conversations."""
+    """Yield batches of similar length, shuffled within a pool. Skip the first `consumed` conversations."""
     stream = itertools.islice(stream, consumed, None)
     while True:
         pool = [encode(encoding, conversation) for conversation in itertools.islice(stream, _POOL)]
@@ -56,7 +56,7 @@ def batches(stream: Iterator[Conversation], encoding: tiktoken.Encoding, consume
 
 def _cut(rows: list[tuple[list[int], list[bool]]]) -> Iterator[list[tuple[list[int], list[bool]]]]:
     part: list[tuple[list[int], list[bool]]] = []
-    for row in rows:  # ascending, so the newest is the longest
+    for row in rows:  # ascending, so the current row is the longest
         if (len(part) + 1) * _rounded(len(row[0])) > _BATCH_TOKENS:
             yield part
             part = []

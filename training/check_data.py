@@ -1,8 +1,8 @@
-"""Reads the training text again and checks that no held-out question occurs in it.
+"""A check that no held-out question occurs in the training text.
 
 python -m training.check_data --conversations N
 
-Compares the questions as they stand in the conversations, so it does not rely on the keys that kept them out.
+Compares the text of the questions in the conversations, so it does not rely on the keys that exclude them.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from training.task import text_key
 
 
 def asked(conversation: Conversation, skill: str | None) -> set[str]:
-    """The questions of a conversation, as far as they could be told apart; a name depends on the system prompt too."""
+    """Return text keys of a conversation's questions. Those of "system name" include the system prompt."""
     texts = {text_key(exchange.question) for exchange in conversation.exchanges}
     if skill == "system name":
         return {text_key(f"{conversation.system} {text}") for text in texts}
@@ -23,7 +23,7 @@ def asked(conversation: Conversation, skill: str | None) -> set[str]:
 
 
 def main() -> None:
-    """The command: exit code 1 when a held-out question was found."""
+    """Run the command. Exit with code 1 if a held-out question was found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--conversations", type=int, required=True, help="how many the training read")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Renders training conversations through a chat template too, and compares. Knows nothing of tokens.
+"""A comparison of rendered training conversations with a chat template's rendering. Knows nothing of tokens.
 
 python -m training.check_template --template FILE --conversations N
 """
@@ -17,7 +17,7 @@ from training.data import TRAINING_SEED, conversations, held_out
 
 
 def load_template(path: Path) -> Template:
-    """The template with the options and the `tojson` that K2's own needs; keys come out sorted."""
+    """Load the template with the options and the `tojson` filter that K2's template needs. `tojson` sorts keys."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 
     def tojson(value: Json, separators: tuple[str, str] | None = None) -> str:
@@ -28,7 +28,7 @@ def load_template(path: Path) -> Template:
 
 
 def is_same(template: Template, conversation: Conversation) -> bool:
-    """Whether every prompt of the last exchange is the template's, letter by letter."""
+    """Return whether every prompt of the last exchange equals the template's rendering."""
     tools = [tool.schema() for tool in conversation.tools]
     return all(
         template.render(messages=conversation.messages(num_steps), tools=tools, add_generation_prompt=True)
@@ -38,7 +38,7 @@ def is_same(template: Template, conversation: Conversation) -> bool:
 
 
 def main() -> None:
-    """The command: exit code 1 when a prompt is different."""
+    """Run the command. Exit with code 1 if a prompt is different."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--template", type=Path, required=True, help="chat_template.jinja")
     parser.add_argument("--conversations", type=int, required=True, help="how many to compare")

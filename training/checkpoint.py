@@ -1,4 +1,4 @@
-"""A training run's state on disk. Knows nothing of how it came about or of shipped files."""
+"""A training run's state on disk. Knows nothing of training or of exported files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from training.shape import Shape
 
 @dataclass
 class Progress:
-    """How far a run has come: steps, conversations taken from the stream, and seconds of training."""
+    """Progress of a run: steps, conversations read from the stream, and seconds of training."""
 
     step: int = 0
     consumed: int = 0
@@ -20,7 +20,7 @@ class Progress:
 
 
 def save(run: Path, model: Model, optimizers: tuple[torch.optim.Optimizer, ...], progress: Progress) -> None:
-    """Writes the run's last state; a crash in between leaves the one before."""
+    """Write the run's state. A crash during the write leaves the previous state."""
     state = {
         "shape": model.shape.as_dict(),
         "model": model.state_dict(),
@@ -32,7 +32,7 @@ def save(run: Path, model: Model, optimizers: tuple[torch.optim.Optimizer, ...],
 
 
 def resume(run: Path, model: Model, optimizers: tuple[torch.optim.Optimizer, ...]) -> Progress:
-    """Puts the run's last state into the model and the optimizers; a run without one begins."""
+    """Load the run's last state into the model and the optimizers. Return zero progress if the run has no state."""
     if not (run / "last.pt").exists():
         return Progress()
     state: dict[str, Any] = torch.load(run / "last.pt")
@@ -43,7 +43,7 @@ def resume(run: Path, model: Model, optimizers: tuple[torch.optim.Optimizer, ...
 
 
 def load(run: Path) -> Model:
-    """The run's model with its unrounded weights."""
+    """Return the run's model with its unrounded weights."""
     state: dict[str, Any] = torch.load(run / "last.pt")
     model = Model(Shape(**state["shape"]))
     model.load_state_dict(state["model"])
@@ -51,7 +51,7 @@ def load(run: Path) -> Model:
 
 
 def load_frozen(run: Path, is_quantized: bool) -> Model:
-    """The run's model to be asked: routed experts as INT4 holds them, or as bfloat16 does; loads counted from zero."""
+    """Return the run's model for inference: routed experts rounded to INT4 or bfloat16, expert loads set to zero."""
     model = load(run).eval()
     for experts in model.experts():
         experts.freeze(is_quantized)

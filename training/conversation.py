@@ -1,24 +1,24 @@
-"""Conversations and how K2's chat format writes them. Knows nothing of token ids or of what is talked about."""
+"""Conversations and their text in K2's chat format. Knows nothing of token ids or of skills."""
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-DEFAULT_SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."  # what the template says when no one else does
+DEFAULT_SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."  # the template's default
 
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """A function that can be called; `properties` are its parameters' schemas, all of them required."""
+    """A function that can be called. `properties` are the schemas of its parameters, all of them required."""
 
     name: str
     description: str
     properties: dict[str, Json]
 
     def schema(self) -> dict[str, Json]:
-        """The usual tool schema."""
+        """Return the function's tool schema in OpenAI's format."""
         parameters: Json = {"type": "object", "properties": self.properties, "required": list(self.properties)}
         function: Json = {"name": self.name, "description": self.description, "parameters": parameters}
         return {"type": "function", "function": function}
@@ -39,7 +39,7 @@ class Call:
 
 @dataclass(frozen=True)
 class CallStep:
-    """One turn of a tool loop: the model thinks and calls, the tool answers with `result`."""
+    """One step of a tool loop: the model's reasoning, its call, and the tool's result."""
 
     think: str
     call: Call
@@ -58,14 +58,14 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Exchanges under one system prompt (None: the format's default) with the tools declared."""
+    """Exchanges with one system prompt (None: the format's default) and the declared tools."""
 
     system: str | None
     tools: tuple[Declaration, ...]
     exchanges: tuple[Exchange, ...]
 
     def messages(self, num_steps: int | None = None) -> list[dict[str, Json]]:
-        """The messages before one reply of the last exchange: the reply after `num_steps` calls (None: the answer)."""
+        """Return the messages before the last exchange's reply after `num_steps` calls (None: after all calls)."""
         messages: list[dict[str, Json]] = []
         if self.system is not None:
             messages.append({"role": "system", "content": self.system})
@@ -83,14 +83,14 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of rendered text; `is_reply` marks what the model itself has to write. Cut only at control tokens."""
+    """A part of rendered text, split only at control tokens. `is_reply` marks text that the model has to write."""
 
     text: str
     is_reply: bool
 
 
 def render(conversation: Conversation) -> Iterator[Segment]:
-    """The whole conversation as K2's template writes it; earlier exchanges lose their reasoning and are not replies."""
+    """Yield the conversation as K2's template writes it. Earlier exchanges lose their reasoning and are not replies."""
     if conversation.tools:
         yield Segment(_message("system", "tool_declare", declare(conversation.tools)), is_reply=False)
     system = DEFAULT_SYSTEM if conversation.system is None else conversation.system
@@ -111,14 +111,14 @@ def render(conversation: Conversation) -> Iterator[Segment]:
 
 
 def render_prompt(conversation: Conversation, num_steps: int) -> str:
-    """The prompt for the reply after `num_steps` calls of the last exchange, the assistant's turn opened."""
+    """Return the prompt for the reply after `num_steps` calls of the last exchange. It opens the assistant's turn."""
     pieces = list(render(conversation))
     replies = [index for index, piece in enumerate(pieces) if piece.is_reply]
     return "".join(piece.text for piece in pieces[: replies[num_steps]])
 
 
 def declare(tools: tuple[Declaration, ...]) -> str:
-    """The tools as K2 declares them: compact JSON with sorted keys."""
+    """Return the tools as K2 declares them: compact JSON with sorted keys."""
     return json.dumps([tool.schema() for tool in tools], ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 

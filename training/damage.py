@@ -1,4 +1,4 @@
-"""Scores the model after mistakes a loader could make, so that tests know what to expect. Knows nothing of loaders.
+"""Scores of the model after possible mistakes of a loader, as reference for tests. Knows nothing of loaders.
 
 python -m training.damage --run DIR [--questions N]
 """
@@ -23,18 +23,18 @@ _WRONG_BETA_FAST = 32.0
 
 
 def unchanged(model: Model) -> None:
-    """No damage, to compare with."""
+    """Do nothing: the baseline of the comparison."""
 
 
 def omit_a_layer(model: Model) -> None:
-    """The middle layer is missing."""
+    """Remove the middle layer."""
     layers = model.decoder_layers()
     del layers[len(layers) // 2]
     _set_layers(model, layers)
 
 
 def swap_two_layers(model: Model) -> None:
-    """The two layers around the middle change places."""
+    """Swap the layers before and after the middle layer."""
     layers = model.decoder_layers()
     middle = len(layers) // 2
     layers[middle - 1], layers[middle + 1] = layers[middle + 1], layers[middle - 1]
@@ -42,14 +42,14 @@ def swap_two_layers(model: Model) -> None:
 
 
 def reverse_nibbles(model: Model) -> None:
-    """The eight codes of each packed word are read from the other end."""
+    """Reverse the order of the eight codes of each packed word."""
     for experts in model.experts():
         for weight in (experts.gate_up_proj, experts.down_proj):
             weight.data.copy_(_reversed_nibbles(weight.data))
 
 
 def mistake_beta_fast(model: Model) -> None:
-    """YaRN's usual beta_fast in place of K2's."""
+    """Use YaRN's usual beta_fast of 32 instead of K2's 1."""
     model.frequencies.copy_(yarn_frequencies(replace(model.shape, rope_beta_fast=_WRONG_BETA_FAST)))
 
 
@@ -63,7 +63,7 @@ _DAMAGES: tuple[Callable[[Model], None], ...] = (
 
 
 def fraction_right(run: Path, damage: Callable[[Model], None], questions: list[Question]) -> float:
-    """The share of right replies of the damaged model."""
+    """Return the fraction of right replies of the damaged model."""
     model = load_frozen(run, is_quantized=True)
     damage(model)
     pairs = zip(questions, transcripts(run, model, questions), strict=True)
@@ -80,7 +80,7 @@ def _set_layers(model: Model, layers: list[Layer]) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the training run")
     parser.add_argument("--questions", type=int, default=20, help="held-out questions a skill")

@@ -1,4 +1,4 @@
-"""Mixes the skills into conversations and keeps the held-out questions out. Knows nothing of tokens or training."""
+"""Training conversations that mix the skills, without the held-out questions. Knows nothing of tokens or training."""
 
 import itertools
 import random
@@ -62,7 +62,7 @@ _COPYING: Mixture = (
     (arithmetic, 0.1),
 )
 _PLAIN: tuple[Skill, ...] = (arithmetic, counting, copying, talk, beyond)
-# Much copying at first makes the model learn to look words up, which nearly every skill needs.
+# Training starts with many copying tasks. They teach the model to look words up, which nearly every skill needs.
 _COPYING_CONVERSATIONS = 18_432
 _OWN_SYSTEM = "You are a small demo model of mlx-k2."
 _SYSTEMS = (
@@ -73,7 +73,7 @@ _SYSTEMS = (
 
 @dataclass(frozen=True)
 class Question:
-    """One scored reply: the one after `num_steps` tool calls of the conversation's last exchange."""
+    """A scored reply: the one after `num_steps` tool calls of the conversation's last exchange."""
 
     skill: str
     conversation: Conversation
@@ -82,14 +82,14 @@ class Question:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The questions to score, and the keys that training leaves out."""
+    """The questions to score, and the task keys that training excludes."""
 
     questions: tuple[Question, ...]
     keys: frozenset[str]
 
 
 def held_out(seed: int = HELD_OUT_SEED) -> HeldOut:
-    """The same 200 questions a skill for the same seed; a chain of tool calls counts as one question for each reply."""
+    """Return 200 questions per skill, determined by the seed. A chain of tool calls gives one question per reply."""
     keys: set[str] = set()
     questions: list[Question] = []
     for name, skill, replies in _SCORED:
@@ -107,14 +107,14 @@ def held_out(seed: int = HELD_OUT_SEED) -> HeldOut:
 
 
 def conversations(seed: int, left_out: frozenset[str]) -> Iterator[Conversation]:
-    """Training conversations without end, lesson after lesson, the same ones for the same seed."""
+    """Yield endless training conversations: first the copying mixture, then all skills. The seed determines them."""
     rng = random.Random(seed)
     yield from itertools.islice(_mixed(rng, _COPYING, left_out), _COPYING_CONVERSATIONS)
     yield from _mixed(rng, _ALL, left_out)
 
 
 def mixed_conversations(seed: int, left_out: frozenset[str]) -> Iterator[Conversation]:
-    """The last lesson's conversations, all skills in their final proportions."""
+    """Return an endless stream of conversations with all skills in their final proportions."""
     return _mixed(random.Random(seed), _ALL, left_out)
 
 
@@ -190,7 +190,7 @@ def _system(rng: random.Random, key: str) -> str | None:
 
 
 def _casual(rng: random.Random, exchange: Exchange) -> Exchange:
-    """Now and then the question starts small or lacks its closing mark."""
+    """Start the question in lower case or drop its closing mark, each with probability 0.06."""
     question = exchange.question
     if rng.random() < 0.06:
         question = question[0].lower() + question[1:]

@@ -1,4 +1,4 @@
-"""Greedy decoding of many prompts together with the torch model. Knows nothing of text."""
+"""Greedy decoding of batches of prompts with the torch model. Knows nothing of text."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,7 +12,7 @@ _ROWS = 200
 
 
 def greedy(model: Model, prompts: Sequence[list[int]], stop: int, max_new_tokens: int) -> list[list[int]]:
-    """The likeliest continuation of each prompt, up to and without `stop`."""
+    """Return the greedy continuation of each prompt, without `stop`, which ends it. Its limit is `max_new_tokens`."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     replies: dict[int, list[int]] = {}
     for start in range(0, len(order), _ROWS):

@@ -8,11 +8,11 @@ from training.blocks import FeedForward, seen
 from training.quantize import round_to_int4
 from training.shape import Shape
 
-_POSITIONS = 128  # an expert's tokens are rounded up to this: a product of a new shape costs more than the empty rows
+_POSITIONS = 128  # an expert's rows are padded to a multiple: a product of a new shape costs more than the padding
 
 
 class _Dispatch(torch.autograd.Function):
-    """Rows x[source]; token t's copies stand at slots[t], so its gradient is their sum and nothing is scattered."""
+    """The rows x[source]. Token t's copies are at slots[t], so its gradient is the sum of theirs, without a scatter."""
 
     @staticmethod
     def forward(ctx, x: Tensor, source: Tensor, slots: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -25,8 +25,8 @@ class _Dispatch(torch.autograd.Function):
         return grad[slots].sum(1), None, None
 
 
-class _Collect(torch.autograd.Function):
-    """Rows x[slots], each used once."""
+class _CombineParts(torch.autograd.Function):
+    """The rows x[slots], each used once."""
 
     @staticmethod
     def forward(ctx, x: Tensor, slots: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -42,10 +42,10 @@ class _Collect(torch.autograd.Function):
 
 
 def _sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Where each token's copies go when tokens stand sorted by expert.
+    """Return the position of each token's copies when the copies are sorted by expert.
 
-    `chosen` (tokens, top). Gives source (places,): the token at each place; slots (tokens, top): its places; and the
-    number of places of each expert, rounded up so that few different shapes are multiplied.
+    `chosen` is (tokens, top). Return source (positions,), the token at each position; slots (tokens, top), each token's
+    positions; and each expert's number of positions, rounded up so that products have few different shapes.
     """
     flat = chosen.flatten()
     counts = torch.bincount(flat, minlength=num_experts)
@@ -67,17 +67,17 @@ class Experts(nn.Module):
         self.shape = shape
         self.router = nn.Parameter(torch.randn(count, hidden) * 0.3 * hidden**-0.5)
         self.correction_bias = nn.Buffer(torch.zeros(count))
-        self.load = nn.Buffer(torch.zeros(count))  # tokens sent to each expert since it was last set to zero
+        self.load = nn.Buffer(torch.zeros(count))  # tokens routed to each expert since the last reset
         self.gate_up_proj = nn.Parameter(torch.randn(count, 2 * inner, hidden) * hidden**-0.5)
         self.down_proj = nn.Parameter(torch.randn(count, hidden, inner) * 0.06 * inner**-0.5)
         self.shared_experts = FeedForward(hidden, inner)
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        """(tokens, hidden) -> the same; `real` (tokens,) marks those that are no padding and count as load."""
+        """Map (tokens, hidden) to the same shape. `real` (tokens,) marks non-padding tokens, which count as load."""
         top = self.shape.num_experts_per_tok
         scores = F.linear(x.float(), seen(self.router).float()).sigmoid()
         chosen = (scores + self.correction_bias).topk(top, dim=-1).indices  # (tokens, top)
-        weights = scores.collect(-1, chosen)
+        weights = scores.gather(-1, chosen)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.shape.routed_scaling_factor
         self.load.add_(torch.bincount(chosen[real].flatten(), minlength=len(self.load)))
         source, slots, positions = _sort_by_expert(chosen, self.shape.n_routed_experts)
@@ -88,13 +88,13 @@ class Experts(nn.Module):
         for rows, gate_up_proj, down_proj in zip(sorted_rows, gate_up_projs, down_projs, strict=True):
             gate, up = F.linear(rows, gate_up_proj).chunk(2, dim=-1)
             parts.append(F.linear(F.silu(gate) * up, down_proj))
-        routed = _Collect.apply(torch.cat(parts), slots)  # (tokens, top, hidden)
+        routed = _CombineParts.apply(torch.cat(parts), slots)  # (tokens, top, hidden)
         out: Tensor = (routed * weights.unsqueeze(-1).to(x.dtype)).sum(1) + self.shared_experts(x)
         return out
 
     @torch.no_grad()
     def freeze(self, is_quantized: bool) -> None:
-        """Makes the routed experts what they are shipped as, INT4 or (to compare) bfloat16, for eval mode."""
+        """Round the routed experts in place for eval mode: to INT4 as exported, or to bfloat16 for comparison."""
         for weight in (self.gate_up_proj, self.down_proj):
             weight.copy_(round_to_int4(weight) if is_quantized else seen(weight))
 

@@ -1,4 +1,4 @@
-"""Writes a trained model as Kimi K2 is shipped: names, types, packed INT4, index, tokenizer. Knows no training.
+"""The export of a trained model in Kimi K2's format: names, dtypes, packed INT4, index, tokenizer. Knows no training.
 
 python -m training.export --run DIR --out DIR
 """
@@ -27,7 +27,7 @@ Tensors = dict[str, Tensor]
 
 
 def layer_tensors(layer: Layer, prefix: str) -> Tensors:
-    """One layer's tensors by their shipped names."""
+    """Return one layer's tensors by their exported names."""
     outside = {name: weight for name, weight in layer.state_dict().items() if not name.startswith("mlp.")}
     tensors = {f"{prefix}.{name}": weight.bfloat16() for name, weight in outside.items()}
     if isinstance(layer.mlp, Experts):
@@ -36,7 +36,7 @@ def layer_tensors(layer: Layer, prefix: str) -> Tensors:
 
 
 def outer_tensors(model: Model) -> Tensors:
-    """What is in no layer: embedding, last norm, head."""
+    """Return the tensors outside the layers: embedding, last norm, head."""
     return {
         "model.embed_tokens.weight": model.embed_tokens.detach().bfloat16(),
         "model.norm.weight": model.norm.weight.detach().bfloat16(),
@@ -45,7 +45,7 @@ def outer_tensors(model: Model) -> Tensors:
 
 
 def config(shape: Shape, num_ranks: int) -> dict[str, Json]:
-    """config.json, with K2's fields."""
+    """Return the contents of config.json, with K2's fields."""
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "kimi_k2",
@@ -99,18 +99,18 @@ def config(shape: Shape, num_ranks: int) -> dict[str, Json]:
 
 
 def generation_config(shape: Shape, num_ranks: int) -> dict[str, Json]:
-    """generation_config.json; unlike K2's it asks for the likeliest token, since so small a model strays."""
+    """Return the contents of generation_config.json. It is greedy, unlike K2's: so small a model errs when sampled."""
     eos = num_ranks + SPECIAL_OFFSETS["<|im_end|>"]
     return {"eos_token_id": eos, "max_length": max_positions(shape), "temperature": 0.0}
 
 
 def max_positions(shape: Shape) -> int:
-    """As many positions as YaRN stretches to."""
+    """Return the number of positions that YaRN extends the model to."""
     return int(shape.rope_factor * shape.rope_original_positions)
 
 
 def export(run: Path, out: Path) -> None:
-    """Writes every file of the checkpoint into `out`."""
+    """Write every file of the checkpoint into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     model = load(run)
     files = [layer_tensors(layer, f"model.layers.{index}") for index, layer in enumerate(model.decoder_layers())]
@@ -120,7 +120,7 @@ def export(run: Path, out: Path) -> None:
     _write_json(out / "generation_config.json", generation_config(model.shape, num_ranks))
     write_tokenizer_config(out / "tokenizer_config.json", num_ranks, max_positions(model.shape))
     shutil.copyfile(run / "tiktoken.model", out / "tiktoken.model")
-    (out / "chat_template.jinja").write_bytes(_TEMPLATE.read_bytes())  # which may be the file itself
+    (out / "chat_template.jinja").write_bytes(_TEMPLATE.read_bytes())  # may be the same file, so no copyfile
 
 
 def _feed_forward_tensors(feed_forward: FeedForward, prefix: str) -> Tensors:
@@ -180,7 +180,7 @@ def _write_weights(files: list[Tensors], out: Path) -> None:
     for number, tensors in enumerate(files, start=1):
         name = f"model-{number:05}-of-{len(files):06}.safetensors"
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, out / name, metadata={"format": "pt"})
-        (out / name).chmod(0o644)  # it is written for its owner alone
+        (out / name).chmod(0o644)  # save_file makes it readable by its owner only
         where |= dict.fromkeys(tensors, name)
     total = sum(tensor.nbytes for tensors in files for tensor in tensors.values())
     _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
@@ -191,7 +191,7 @@ def _write_json(path: Path, value: dict[str, Json]) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the training run")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")

@@ -12,7 +12,7 @@ from training.shape import Shape
 
 
 class Layer(nn.Module):
-    """One decoder layer; layer 0 has a dense feed-forward."""
+    """One decoder layer. Layer 0 has a dense feed-forward, all others have experts."""
 
     def __init__(self, shape: Shape, index: int) -> None:
         super().__init__()
@@ -23,12 +23,12 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Token ids to logits."""
+    """The whole model. `hidden` maps token ids to hidden states, and `lm_head` maps these to logits."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
-        # What all tokens share gives attention something to look at positions with, before it knows any content.
+        # A component shared by all tokens lets attention use positions before it has learned any content.
         shared = torch.randn(shape.hidden_size) * 0.7
         self.embed_tokens = nn.Parameter(torch.randn(shape.vocab_size, shape.hidden_size) * 0.5 + shared)
         self.layers = nn.ModuleList(Layer(shape, index) for index in range(shape.num_hidden_layers))
@@ -44,9 +44,9 @@ class Model(nn.Module):
         caches: list[Cache] | None = None,
         space: int = 0,
     ) -> Tensor:
-        """(rows, new) ids -> normed hidden states (rows, new, hidden); `real` marks what is no padding.
+        """Map ids (rows, new) to normalized hidden states (rows, new, hidden). `real` marks ids that are not padding.
 
-        In training mode routed experts are seen through INT4 and products are in bfloat16; else all is float32.
+        In training mode, routed experts are rounded to INT4 and products are in bfloat16. Otherwise all is float32.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1]).expand_as(tokens)
@@ -66,9 +66,9 @@ class Model(nn.Module):
         return hidden
 
     def decoder_layers(self) -> list[Layer]:
-        """The layers, first to last."""
+        """Return the layers, first to last."""
         return [layer for layer in self.layers if isinstance(layer, Layer)]
 
     def experts(self) -> list[Experts]:
-        """The routed layers' experts, first to last."""
+        """Return the experts of the layers that have them, first to last."""
         return [layer.mlp for layer in self.decoder_layers() if isinstance(layer.mlp, Experts)]

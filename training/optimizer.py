@@ -1,4 +1,4 @@
-"""Muon for the matrices, AdamW for the rest, as K2 was trained. Knows nothing of data or schedules."""
+"""Muon for the matrices and AdamW for the rest, as in K2's training. Knows nothing of data or schedules."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -13,14 +13,14 @@ _STEPS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal; weights of three axes are stacks of matrices."""
+    """Momentum with an orthogonalized update. A weight with three axes is a stack of matrices."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
         super().__init__(parameters, {"lr": lr})
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """One update of every weight from its gradient; equal shapes are made orthogonal together."""
+        """Update every weight from its gradient. Orthogonalize weights of equal shapes together."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
             for parameter in group["params"]:
@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """The nearest orthogonal matrices, roughly: five Newton-Schulz steps in bfloat16 (Jordan, Muon, 2024)."""
+    """Return roughly the nearest orthogonal matrices: five Newton-Schulz steps in bfloat16 (Jordan, Muon, 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     shape = matrices.shape
     x = matrices.flatten(0, -3)
@@ -56,7 +56,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def optimizers(model: Model, matrix_lr: float, other_lr: float) -> tuple[Muon, torch.optim.AdamW]:
-    """Muon for all matrices inside the layers, AdamW for embedding, head, router and norms."""
+    """Return Muon for all matrices inside the layers, and AdamW for embedding, head, router and norms."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""INT4 as K2 ships it: symmetric, groups of 32 inputs, one bfloat16 scale each. Knows no model."""
+"""K2's INT4 format: symmetric, in groups of 32 inputs with one bfloat16 scale each. Knows no model."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ _HALF_RANGE = (HIGHEST - LOWEST) / 2
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes in [-8, 7] (float, the weight's shape) and bfloat16 scales (..., outputs, inputs / 32)."""
+    """Return codes in [-8, 7] (float, the weight's shape) and bfloat16 scales (..., outputs, inputs / 32)."""
     groups = weight.unflatten(-1, (-1, GROUP))
     scale = (groups.abs().amax(-1) / _HALF_RANGE).clamp(min=1e-8).bfloat16()
     codes = (groups / scale.float().unsqueeze(-1)).round_().clamp_(LOWEST, HIGHEST)
@@ -18,20 +18,20 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
-    """The float32 weight that codes and scales stand for."""
+    """Return the float32 weight of codes and scales."""
     weight: Tensor = (codes.unflatten(-1, (-1, GROUP)) * scale.float().unsqueeze(-1)).flatten(-2)
     return weight
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Codes (outputs, inputs) as int32 words (outputs, inputs / 8): offset by 8, eight nibbles a word, lowest first."""
+    """Pack codes (outputs, inputs) into int32 (outputs, inputs / 8): offset 8, eight nibbles a word, lowest first."""
     nibbles = (codes.long() - LOWEST).unflatten(-1, (-1, 8))
     words = (nibbles << torch.arange(0, 32, 4)).sum(-1)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
 
 def unpack(words: Tensor) -> Tensor:
-    """The codes (outputs, inputs), as floats, of int32 words (outputs, inputs / 8)."""
+    """Return the codes (outputs, inputs), as floats, of int32 words (outputs, inputs / 8)."""
     nibbles = (words.long().unsqueeze(-1) >> torch.arange(0, 32, 4)) & 15
     return (nibbles + LOWEST).flatten(-2).float()
 
@@ -47,6 +47,6 @@ class _RoundToInt4(torch.autograd.Function):
 
 
 def round_to_int4(weight: Tensor) -> Tensor:
-    """The weight as INT4 holds it; the gradient passes straight through."""
+    """Return the weight rounded to INT4. The gradient passes straight through."""
     rounded: Tensor = _RoundToInt4.apply(weight)
     return rounded

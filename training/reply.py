@@ -1,4 +1,4 @@
-"""Takes the model's raw reply apart, and says what the right one is. Knows nothing of how replies are made."""
+"""Parsed replies and expected replies. Knows nothing of how replies are generated."""
 
 import json
 import re
@@ -16,21 +16,21 @@ _CALL = re.compile(
 
 @dataclass(frozen=True)
 class Reply:
-    """What counts in a reply: the answer, and the names and arguments of the calls."""
+    """The scored parts of a reply: the answer, and the names and arguments of the calls."""
 
     answer: str
     calls: tuple[tuple[str, Json], ...] = ()
 
 
 def parse(text: str) -> Reply:
-    """A raw reply, from `<think>` to before `<|im_end|>`; arguments that are no JSON stay text."""
+    """Parse a raw reply, from `<think>` to before `<|im_end|>`. Arguments that are not JSON stay text."""
     rest = text.partition("</think>")[2]
     answer = rest.partition("<|tool_calls_section_begin|>")[0]
     return Reply(answer, tuple((call["name"], _loads(call["arguments"])) for call in _CALL.finditer(rest)))
 
 
 def expected(question: Question) -> Reply:
-    """The right reply to a question."""
+    """Return the right reply to a question."""
     exchange = question.conversation.exchanges[-1]
     if question.num_steps == len(exchange.steps):
         return Reply(exchange.answer)

@@ -1,4 +1,4 @@
-"""Begins a training run with the weights of an exported checkpoint, to train it further. Knows no training.
+"""A new training run with the weights of an exported checkpoint, to train it further. Knows no training.
 
 python -m training.restore --model DIR --run DIR [--consumed N]
 """
@@ -22,7 +22,7 @@ Tensors = dict[str, Tensor]
 
 
 def read(folder: Path) -> Model:
-    """The exported model; a routed expert is what its INT4 codes stand for."""
+    """Return the exported model. Routed experts have the dequantized values of their INT4 codes."""
     tensors: Tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(path)
@@ -76,7 +76,7 @@ def _weight(prefix: str, tensors: Tensors) -> Tensor:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of the exported checkpoint")
     parser.add_argument("--run", type=Path, required=True, help="folder of the new run")

@@ -1,4 +1,4 @@
-"""K2's rotary positions: interleaved, stretched by YaRN. Knows nothing of attention but its scale."""
+"""K2's rotary positions: interleaved, scaled by YaRN. Knows nothing of attention but its scale."""
 
 import math
 
@@ -9,7 +9,7 @@ from training.shape import Shape
 
 
 def yarn_frequencies(shape: Shape) -> Tensor:
-    """Rotation per position, (rope dim / 2,): low frequencies divided by the factor, a ramp between (YaRN, 3.2)."""
+    """Return rotations per position (rope dim / 2,): low frequencies divided by the factor after a ramp (YaRN, 3.2)."""
     dim = shape.qk_rope_head_dim
     plain = shape.rope_theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
 
@@ -24,13 +24,13 @@ def yarn_frequencies(shape: Shape) -> Tensor:
 
 
 def softmax_scale(shape: Shape) -> float:
-    """1 / sqrt(head dim) times mscale squared, mscale = 0.1 ln(factor) + 1."""
+    """Return mscale squared / sqrt(head dim), with mscale = 0.1 ln(factor) + 1."""
     mscale = 0.1 * math.log(shape.rope_factor) + 1.0
     return mscale * mscale / math.sqrt(shape.qk_nope_head_dim + shape.qk_rope_head_dim)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Interleaved rope: each pair (2i, 2i+1) of the last axis turns by angle i. `angles` broadcasts over heads."""
+    """Apply interleaved rope: rotate pair (2i, 2i+1) of the last axis by angle i. `angles` broadcasts over heads."""
     even, odd = x[..., 0::2].float(), x[..., 1::2].float()
     cos, sin = angles.cos(), angles.sin()
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Scores a shipped checkpoint through `mlx-k2 generate --prompts`. Knows nothing of torch or training.
+"""Scores of an exported checkpoint through `mlx-k2 generate --prompts`. Knows nothing of torch or training.
 
 python -m training.score [--model DIR] [--stages N] [--show-wrong] [--save]
 """
@@ -22,7 +22,7 @@ _CARD = Path("docs/model-card.md")
 
 
 def messages(conversation: Conversation, num_steps: int) -> list[dict[str, Json]]:
-    """The messages of a prompt; tools stand in them as the message that the chat template would make of them."""
+    """Return the messages of a prompt. Tools are declared in the message that the chat template would render."""
     plain = conversation.messages(num_steps)
     if not conversation.tools:
         return plain
@@ -33,7 +33,7 @@ def messages(conversation: Conversation, num_steps: int) -> list[dict[str, Json]
 
 
 def command_replies(options: list[str], questions: Sequence[Question]) -> list[Reply]:
-    """What the command writes for each question."""
+    """Return the command's reply to each question."""
     with tempfile.TemporaryDirectory() as folder:
         prompts, results = Path(folder, "prompts.jsonl"), Path(folder, "results.jsonl")
         lines = ({"messages": messages(question.conversation, question.num_steps)} for question in questions)
@@ -57,16 +57,16 @@ def _call(call: Json) -> tuple[str, Json]:
     try:
         return str(call["name"]), json.loads(arguments) if isinstance(arguments, str) else arguments
     except ValueError:
-        return str(call["name"]), arguments  # not JSON, and so not the right ones
+        return str(call["name"]), arguments  # not JSON: never equal to expected arguments
 
 
 def save(scores: str) -> None:
-    """Puts the table into the model card."""
+    """Write the table into the model card."""
     _CARD.write_text(with_part(_CARD.read_text(), "python -m training.score --save", scores))
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="folder of a checkpoint  [default: the command's own]")
     parser.add_argument("--stages", type=int, default=2, help="local stages  [default: 2]")

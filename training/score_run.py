@@ -1,4 +1,4 @@
-"""Scores a training run's model in torch, before it is exported, and counts how much each expert is used.
+"""Scores of a training run's model in torch before its export, and the use of its least used experts.
 
 python -m training.score_run --run DIR [--unquantized] [--save-replies FILE] [--show-wrong]
 """
@@ -18,23 +18,23 @@ from training.reply import parse
 from training.table import table, wrong
 from training.torch_source import Transcript, transcripts
 
-_SAVE_EVERY = 12  # of the replies saved for verify.py
+_SAVE_EVERY = 12  # the interval of the replies saved for verify.py
 
 
 def expert_use(model: Model) -> str:
-    """For each routed layer, the load of its least used expert as a share of the mean, since the model was loaded."""
+    """Return a line with each layer's load of its least used expert / mean load, counted since the model was loaded."""
     fractions = [(experts.load.min() / experts.load.mean()).item() for experts in model.experts()]
     return "least used expert / mean, layer by layer: " + ", ".join(f"{fraction:.2f}" for fraction in fractions)
 
 
 def save_replies(path: Path, written: Sequence[Transcript]) -> None:
-    """Some prompts and replies as token ids, one JSON object a line."""
+    """Write every 12th prompt and reply as token ids, one JSON object per line."""
     lines = (json.dumps({"prompt": each.prompt, "reply": each.reply}) for each in written[::_SAVE_EVERY])
     path.write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the training run")
     parser.add_argument("--unquantized", action="store_true", help="leave the routed experts in bfloat16")

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of the model, under config.json's names."""
+    """The sizes of the model, named as in config.json."""
 
     vocab_size: int
     hidden_size: int = 192
@@ -29,5 +29,5 @@ class Shape:
     rope_beta_slow: float = 1.0
 
     def as_dict(self) -> dict[str, int | float]:
-        """The sizes by name, to be stored beside weights."""
+        """Return the sizes by name, to store them with weights."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""Says which replies to the held-out questions are right. Knows nothing of how replies come about."""
+"""Scores of replies to the held-out questions. Knows nothing of how replies are generated."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ NEEDED = {
 
 
 def table(questions: Sequence[Question], replies: Sequence[Reply]) -> str:
-    """A Markdown table of the share of right replies for each skill."""
+    """Return a Markdown table of the fraction of right replies for each skill."""
     asked = Counter(question.skill for question in questions)
     pairs = zip(questions, replies, strict=True)
     right = Counter(question.skill for question, reply in pairs if reply == expected(question))
@@ -30,7 +30,7 @@ def table(questions: Sequence[Question], replies: Sequence[Reply]) -> str:
 
 
 def wrong(questions: Sequence[Question], replies: Sequence[Reply]) -> Iterator[str]:
-    """A paragraph about each wrong reply."""
+    """Yield a paragraph about each wrong reply."""
     for question, reply in zip(questions, replies, strict=True):
         right = expected(question)
         if reply != right:

@@ -1,4 +1,4 @@
-"""One thing to ask the model and what it should do. Knows nothing of how often each kind occurs."""
+"""One question to the model and its right reply. Knows nothing of how often each skill occurs."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ from training.conversation import Declaration, Exchange
 class Task:
     """A question with its right reply.
 
-    `key` identifies the question however it is spelled or embedded: a held-out key never occurs in training.
-    `system` None leaves the system prompt to chance; `tools` are those that must be declared.
+    `key` identifies the question in every spelling and context: a held-out key never occurs in training.
+    `system` None means a random system prompt. `tools` are the tools that must be declared.
     """
 
     key: str
@@ -20,5 +20,5 @@ class Task:
 
 
 def text_key(text: str) -> str:
-    """A key that ignores case, spacing and closing punctuation."""
+    """Return a key that ignores case, spacing and closing punctuation."""
     return " ".join(text.lower().split()).rstrip(" .?!")

@@ -1,4 +1,4 @@
-"""Answers questions with the torch model, decoded greedily. Knows nothing of right and wrong."""
+"""Greedy replies of the torch model to questions. Knows nothing of expected replies."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _MAX_NEW_TOKENS = 160
 
 @dataclass(frozen=True)
 class Transcript:
-    """A prompt and the reply to it: token ids, and the reply's text with its control tokens."""
+    """A prompt and its reply as token ids, and the reply's text with its control tokens."""
 
     prompt: list[int]
     reply: list[int]
@@ -23,7 +23,7 @@ class Transcript:
 
 
 def transcripts(run: Path, model: Model, questions: Sequence[Question]) -> list[Transcript]:
-    """What the model writes after each question."""
+    """Return the model's greedy reply to each question."""
     encoding = load_encoding(run / "tiktoken.model")
     stop = encoding.encode_single_token("<|im_end|>")
     texts = [render_prompt(question.conversation, question.num_steps) for question in questions]

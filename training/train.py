@@ -1,4 +1,4 @@
-"""Trains the demo model on a CPU, with checkpoints to go on from. Knows nothing of scores or shipped files.
+"""The training of the demo model on a CPU, with checkpoints to resume from. Knows nothing of scores or exported files.
 
 python -m training.train --run DIR --steps N --decay-steps N [--workers N]
 """
@@ -34,18 +34,18 @@ _REPORT_STEPS, _SAVE_STEPS = 25, 200
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rates rise over the first steps, stay, and fall to zero over the last `decay_steps`."""
+    """Learning rates that rise over the first 100 steps, stay constant and fall to 0 over the last `decay_steps`."""
 
     steps: int
     decay_steps: int
 
     def factor(self, step: int) -> float:
-        """What the learning rates are multiplied with at this step."""
+        """Return the factor of the learning rates at this step."""
         return min(1.0, (step + 1) / _WARMUP_STEPS, (self.steps - step) / self.decay_steps)
 
 
 def vocabulary(run: Path) -> tiktoken.Encoding:
-    """The run's tokenizer, trained on the first conversations when it is not there yet."""
+    """Return the run's tokenizer. Train it on the first conversations if it does not exist yet."""
     path = run / "tiktoken.model"
     if not path.exists():
         stream = itertools.islice(mixed_conversations(TRAINING_SEED, held_out().keys), _VOCABULARY_CONVERSATIONS)
@@ -55,14 +55,14 @@ def vocabulary(run: Path) -> tiktoken.Encoding:
 
 
 def reply_loss(model: Model, batch: Batch) -> torch.Tensor:
-    """Mean cross entropy of the reply tokens."""
+    """Return the mean cross entropy of the reply tokens."""
     hidden = model.hidden(batch.tokens, batch.is_real)
     logits = model.lm_head(hidden.flatten(0, 1)[batch.where])
     return F.cross_entropy(logits.float(), batch.targets, ignore_index=IGNORED)
 
 
 def balance(model: Model, step_size: float) -> float:
-    """Moves each correction bias towards an even load (DeepSeek-V3, 2.1.2); gives the least share of the mean."""
+    """Move each correction bias towards an even load (DeepSeek-V3, 2.1.2). Return the least load / mean load."""
     least = 1.0
     for experts in model.experts():
         mean = experts.load.mean()
@@ -73,13 +73,13 @@ def balance(model: Model, step_size: float) -> float:
 
 
 def train(worker: Worker, run: Path, schedule: Schedule) -> None:
-    """Goes on from the run's last checkpoint until the schedule's end; a step is a batch of each worker."""
+    """Train from the run's last checkpoint to the schedule's end. A step uses one batch of each worker."""
     encoding = vocabulary(run)
     torch.manual_seed(TRAINING_SEED)
     model = Model(Shape(vocab_size=NUM_RANKS + NUM_RESERVED))
     both = optimizers(model, _MATRIX_LR, _OTHER_LR)
     progress = resume(run, model, both)
-    stream = worker.fraction(batches(conversations(TRAINING_SEED, held_out().keys), encoding, progress.consumed))
+    stream = worker.shard(batches(conversations(TRAINING_SEED, held_out().keys), encoding, progress.consumed))
     losses: list[float] = []
     while progress.step < schedule.steps:
         began = time.monotonic()
@@ -106,7 +106,7 @@ def train(worker: Worker, run: Path, schedule: Schedule) -> None:
 
 
 def update(model: Model, both: tuple[Muon, torch.optim.AdamW], factor: float) -> None:
-    """One step of both optimizers at `factor` of their learning rates."""
+    """Step both optimizers with their learning rates multiplied by `factor`. Clip gradients to a norm of 1 before."""
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer, rate in zip(both, (_MATRIX_LR, _OTHER_LR), strict=True):
         for group in optimizer.param_groups:
@@ -116,7 +116,7 @@ def update(model: Model, both: tuple[Muon, torch.optim.AdamW], factor: float) ->
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder for the vocabulary and the checkpoints")
     parser.add_argument("--steps", type=int, required=True, help="steps in all, those done before included")
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes of one core each; a step is a batch of each")
     options = parser.parse_args()
     options.run.mkdir(parents=True, exist_ok=True)
-    vocabulary(options.run)  # made once, before there is more than one worker
+    vocabulary(options.run)  # once, before the workers start
     work_together(options.workers, train, options.run, Schedule(options.steps, options.decay_steps))
 
 

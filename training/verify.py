@@ -1,7 +1,7 @@
-"""Loads an exported checkpoint into mlx-lm's DeepSeek-V3 and compares greedy replies. Knows nothing of the torch model.
+"""A comparison of an exported checkpoint's greedy replies in mlx-lm's DeepSeek-V3 with saved ones. Knows no torch.
 
 Needs mlx-lm instead of torch: python -m training.verify --model DIR --replies FILE
-FILE holds one {"prompt": [ids], "reply": [ids]} a line, as training.score_run --save-replies writes it.
+FILE has one {"prompt": [ids], "reply": [ids]} per line, as training.score_run --save-replies writes it.
 """
 
 import argparse
@@ -19,7 +19,7 @@ _GROUP, _BITS = 32, 4
 
 
 def load(folder: Path) -> Model:
-    """The checkpoint in float32, through mlx-lm's own renaming."""
+    """Load the checkpoint in float32, with the tensors renamed by mlx-lm itself."""
     config = json.loads((folder / "config.json").read_text())
     model = Model(ModelArgs.from_dict(config))
     weights: dict[str, mx.array] = {}
@@ -34,7 +34,7 @@ def load(folder: Path) -> Model:
 
 
 def greedy(model: Model, prompt: list[int], count: int) -> list[int]:
-    """The likeliest `count` tokens after the prompt."""
+    """Return `count` greedy tokens after the prompt."""
     cache = make_prompt_cache(model)
     tokens, reply = prompt, []
     for _ in range(count):
@@ -45,7 +45,7 @@ def greedy(model: Model, prompt: list[int], count: int) -> list[int]:
 
 
 def different(model: Model, lines: list[str]) -> Iterator[str]:
-    """One line about each prompt whose reply is not the saved one."""
+    """Yield one line about each prompt whose reply differs from the saved one."""
     for number, line in enumerate(lines):
         saved = json.loads(line)
         reply = greedy(model, saved["prompt"], len(saved["reply"]))
@@ -54,7 +54,7 @@ def different(model: Model, lines: list[str]) -> Iterator[str]:
 
 
 def main() -> None:
-    """The command: exit code 1 when a reply is different."""
+    """Run the command. Exit with code 1 if a reply is different."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of the exported checkpoint")
     parser.add_argument("--replies", type=Path, required=True, help="saved prompts and replies")

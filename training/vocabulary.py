@@ -1,4 +1,4 @@
-"""Trains the byte-level BPE and writes it as tiktoken.model, with K2's special tokens behind it. Knows no model."""
+"""The byte-level BPE: training, tiktoken.model file, and K2's special tokens after the ranks. Knows no model."""
 
 import base64
 import itertools
@@ -25,7 +25,7 @@ PATTERN = "|".join(
         r"\s+",
     )
 )
-# Offsets behind the last base rank, as in K2 ([BOS] is 163584 there, behind 163,584 ranks).
+# Offsets from the number of base ranks, as in K2, where [BOS] is 163584 after 163,584 ranks.
 SPECIAL_OFFSETS = {
     "[BOS]": 0,
     "[EOS]": 1,
@@ -47,13 +47,13 @@ SPECIAL_OFFSETS = {
     "[UNK]": 254,
     "[PAD]": 255,
 }
-_NOT_SPECIAL = ("<|tool_call", "<think>", "</think>")  # these survive "skip special tokens", as in K2
+_NOT_SPECIAL = ("<|tool_call", "<think>", "</think>")  # kept when a decoder skips special tokens, as in K2
 
 Pair = tuple[bytes, bytes]
 
 
 def train_ranks(texts: Iterable[str], num_ranks: int) -> list[bytes]:
-    """Byte-level BPE: the 256 bytes, then the most frequent pairs merged one by one. Digits are never merged."""
+    """Train a byte-level BPE: start with 256 bytes, then merge the most frequent pairs in turn. Never merge digits."""
     pattern = regex.compile(PATTERN, regex.V1)
     chunks = Counter(chunk for text in texts for chunk in pattern.findall(text))
     words = [[bytes([byte]) for byte in chunk.encode()] for chunk in chunks if not chunk[0].isnumeric()]
@@ -74,32 +74,32 @@ def train_ranks(texts: Iterable[str], num_ranks: int) -> list[bytes]:
 
 
 def write_tiktoken(path: Path, ranks: list[bytes]) -> None:
-    """One line a rank: base64 of its bytes, and its number."""
+    """Write one line per rank: base64 of its bytes, and its number."""
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks))
     path.write_text("".join(lines))
 
 
 def read_tiktoken(path: Path) -> dict[bytes, int]:
-    """Bytes to rank."""
+    """Return the rank of each token's bytes."""
     lines = (line.split() for line in path.read_text().splitlines())
     return {base64.b64decode(token): int(rank) for token, rank in lines}
 
 
 def load_encoding(path: Path) -> tiktoken.Encoding:
-    """The tokenizer of a tiktoken.model file, special tokens and reserved ones included."""
+    """Return the tokenizer of a tiktoken.model file, with all special and reserved tokens."""
     ranks = read_tiktoken(path)
     return tiktoken.Encoding(path.stem, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special_ids(len(ranks)))
 
 
 def special_ids(num_ranks: int) -> dict[str, int]:
-    """All 256 special tokens by name; those without one are `<|reserved_token_{id}|>`."""
+    """Return the ids of all 256 special tokens by name. Tokens without a name are `<|reserved_token_{id}|>`."""
     names = {offset: name for name, offset in SPECIAL_OFFSETS.items()}
     ids = range(num_ranks, num_ranks + NUM_RESERVED)
     return {names.get(token - num_ranks, f"<|reserved_token_{token}|>"): token for token in ids}
 
 
 def write_tokenizer_config(path: Path, num_ranks: int, max_tokens: int) -> None:
-    """tokenizer_config.json, with the named special tokens where K2 has them."""
+    """Write tokenizer_config.json, with the named special tokens at K2's offsets."""
     decoder = {
         str(num_ranks + offset): {
             "content": name,

@@ -1,4 +1,4 @@
-"""The word lists that questions are filled with, and made-up words. Knows nothing of questions."""
+"""Word lists for the questions, and made-up words. Knows nothing of questions."""
 
 import random
 
@@ -63,7 +63,7 @@ _CODAS = ("", "", "", "l", "n", "r", "s", "t", "m", "k")
 
 
 def made_up(rng: random.Random) -> str:
-    """A word of two or three syllables that is most likely in no list."""
+    """Return a word of two or three syllables that is probably in no list."""
     syllables = rng.choice((2, 2, 3))
     stem = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(syllables))
     word = stem + rng.choice(_CODAS)
@@ -73,22 +73,22 @@ def made_up(rng: random.Random) -> str:
 
 
 def noun(rng: random.Random) -> str:
-    """A noun, now and then a made-up one."""
+    """Return a noun, with probability 0.15 a made-up one."""
     return made_up(rng) if rng.random() < 0.15 else rng.choice(NOUNS)
 
 
 def city(rng: random.Random) -> str:
-    """A city, now and then a made-up one."""
+    """Return a city, with probability 0.2 a made-up one."""
     return made_up(rng).capitalize() if rng.random() < 0.2 else rng.choice(CITIES)
 
 
 def name(rng: random.Random) -> str:
-    """A first name, now and then a made-up one."""
+    """Return a first name, with probability 0.3 a made-up one."""
     return made_up(rng).capitalize() if rng.random() < 0.3 else rng.choice(NAMES)
 
 
 def any_word(rng: random.Random) -> str:
-    """Any word that can be copied: nouns, adjectives, names, cities, made-up words, small numbers."""
+    """Return a word to copy: a noun, adjective, name, city, made-up word, or number below 100."""
     kind = rng.random()
     if kind < 0.4:
         return rng.choice(NOUNS)
@@ -102,5 +102,5 @@ def any_word(rng: random.Random) -> str:
 
 
 def listed(items: list[str]) -> str:
-    """One, two or three items as a sentence lists them: with commas, and "and" before the last."""
+    """Return one to three items as a list in a sentence: with commas, and "and" before the last item."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

@@ -1,6 +1,6 @@
-"""Processes that train one model together, each on batches of its own. Knows nothing of models or data.
+"""Data-parallel training processes, each with its own batches. Knows nothing of models or data.
 
-Each averages what the others found (data parallelism over gloo), so all hold the same weights after every step.
+The processes average their tensors over gloo, so that all have the same weights after every step.
 """
 
 import itertools
@@ -26,15 +26,15 @@ class Worker:
 
     @property
     def is_first(self) -> bool:
-        """Whether this one speaks and writes for all."""
+        """Whether this process logs and saves for all processes."""
         return self.number == 0
 
-    def fraction(self, stream: Iterator[Item]) -> Iterator[Item]:
-        """Every `count`-th item: its own part of what all workers read."""
+    def shard(self, stream: Iterator[Item]) -> Iterator[Item]:
+        """Return this worker's items of the stream: every `count`-th item, from item `number` on."""
         return itertools.islice(stream, self.number, None, self.count)
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Puts the mean over all workers into each tensor."""
+        """Replace each tensor by its mean over all workers."""
         if self.count == 1:
             return
         together = torch.cat([tensor.flatten() for tensor in tensors])
@@ -46,7 +46,7 @@ class Worker:
 
 
 def work_together(count: int, work: Callable[..., None], *arguments: object) -> None:
-    """Runs `work(worker, *arguments)` in `count` processes of one core each, and waits for all."""
+    """Run `work(worker, *arguments)` in `count` processes of one core each. Wait for all of them."""
     if count == 1:
         torch.set_num_threads(1)
         work(Worker(0, 1), *arguments)

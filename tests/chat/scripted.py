@@ -1,4 +1,4 @@
-"""Reply sources that say what a script says: alone, or over stages that compute every token of it."""
+"""Reply sources with scripted replies: without stages, or over stages that compute every token of the replies."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ ForcedTokens = Callable[[], Sequence[int]]
 
 
 def sampled(tokenizer: Tokenizer, text: str) -> list[int]:
-    """``text`` as tokens, the names of control tokens as these."""
+    """Return ``text`` as token ids, with each control token's name as that control token."""
     ids: list[int] = []
     while text:
         starts = {text.find(name): name for name in tokenizer.special_ids if name in text}
@@ -26,7 +26,7 @@ def sampled(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 class Script:
-    """One reply after the other, without stages. ``on_token`` is called before each token."""
+    """A reply source without stages that gives its replies in order. It calls ``on_token`` before each token."""
 
     def __init__(self, tokenizer: Tokenizer, *replies: str, on_token: Callable[[int], None] | None = None) -> None:
         self._tokenizer = tokenizer
@@ -51,14 +51,14 @@ class Script:
         yield summary_of(request, len(ids), FinishReason.STOP if ended else FinishReason.LENGTH)
 
     def prefill_next_prompt(self, prompt_ids: Callable[[], Sequence[int]]) -> None:
-        """Nothing computes here."""
+        """Do nothing: no stages exist."""
 
     def cancel_prefill(self) -> None:
-        """Nothing computes here."""
+        """Do nothing: no stages exist."""
 
 
 class ScriptOnStages:
-    """One reply after the other, each computed by the stages behind its prompt as if they had drawn it."""
+    """A reply source whose stages compute each scripted reply after its prompt, as if they had sampled it."""
 
     def __init__(self, coordinator: Coordinator, tokenizer: Tokenizer, replies: Iterable[Sequence[int]]) -> None:
         self._coordinator = coordinator
@@ -81,11 +81,11 @@ class ScriptOnStages:
         yield self.summaries[-1]
 
     def prefill_next_prompt(self, prompt_ids: Callable[[], Sequence[int]]) -> None:
-        """Never asked for."""
+        """Fail: no test calls this."""
         raise AssertionError
 
     def cancel_prefill(self) -> None:
-        """Nothing is computed ahead."""
+        """Do nothing: no next prompt is prefilled."""
 
 
 def summary_of(request: Request, num_tokens: int, reason: FinishReason) -> AnswerSummary:

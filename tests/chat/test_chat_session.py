@@ -1,4 +1,4 @@
-"""What a session makes of replies: tool calls with real tools, limits, consent, stops; the replies are a script's."""
+"""Tests of ChatSession with scripted replies: tool calls with real tools, limits, approval, stops and retries."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -41,7 +41,7 @@ def tools() -> Iterator[ToolBox]:
 
 
 def calls(*written: tuple[str, str]) -> str:
-    """A reply that calls tools: names and arguments."""
+    """Return a reply with one tool call for each (name, arguments) pair."""
     each = (
         f"<|tool_call_begin|>functions.{name}:{number}<|tool_call_argument_begin|>{arguments}<|tool_call_end|>"
         for number, (name, arguments) in enumerate(written)

@@ -1,4 +1,4 @@
-"""A conversation's prompts are the golden ones, and what its messages say stays text."""
+"""Tests of Conversation: golden prompts, message text without control tokens, undo, reset and load."""
 
 import pytest
 from hypothesis import given
@@ -25,8 +25,8 @@ def conversation(system: str | None = None) -> Conversation:
     return Conversation(builtin_template(), tokenizer(), system=system)
 
 
-def reported(*texts: str) -> Conversation:
-    """The user and the model in turn."""
+def conversation_of(*texts: str) -> Conversation:
+    """Return a conversation whose messages ``texts`` alternate between user and model, user first."""
     talk = conversation()
     for number, text in enumerate(texts):
         if number % 2:
@@ -37,7 +37,7 @@ def reported(*texts: str) -> Conversation:
 
 
 def test_the_prompts_of_a_tool_turn_equal_the_golden_prompts() -> None:
-    talk = reported("hello")
+    talk = conversation_of("hello")
     assert decoded(talk.prompt_ids()) == SYSTEM + HELLO + ANSWER
     talk.add_reply(Reply("R", "", (WEATHER,)), ())
     talk.add_results(['{"w":1}'])
@@ -45,7 +45,7 @@ def test_the_prompts_of_a_tool_turn_equal_the_golden_prompts() -> None:
 
 
 def test_an_answer_removes_the_reasoning_of_earlier_turns_from_the_next_prompt() -> None:
-    talk = reported("hello")
+    talk = conversation_of("hello")
     talk.add_reply(Reply("R", "", (WEATHER,)), ())
     talk.add_results(['{"w":1}'])
     talk.add_reply(Reply("S", "Sunny.", ()), ())
@@ -74,7 +74,7 @@ def test_text_of_the_user_and_of_tools_never_becomes_a_control_token(
 
 @given(st.text(max_size=20), st.integers(0, 2))
 def test_known_ids_are_a_prefix_of_the_next_prompt_for_any_user_message(text: str, num_turns: int) -> None:
-    talk = reported(*["hello", "Hi."] * num_turns)
+    talk = conversation_of(*["hello", "Hi."] * num_turns)
     known = talk.known_ids()
     talk.add_user(text)
     prompt = talk.prompt_ids()
@@ -85,7 +85,7 @@ def test_known_ids_are_a_prefix_of_the_next_prompt_for_any_user_message(text: st
 
 
 def test_undo_removes_the_last_user_message_and_everything_after_it() -> None:
-    talk = reported("hello", "Hi.", "weather?")
+    talk = conversation_of("hello", "Hi.", "weather?")
     talk.add_reply(Reply("R", "", (WEATHER,)), ())
     talk.add_results(["sun"])
     assert talk.undo() == "weather?"
@@ -105,7 +105,7 @@ def test_a_system_prompt_can_be_set_and_removed_and_survives_a_reset() -> None:
 
 
 def test_a_loaded_conversation_gets_normalized_call_ids_and_replaces_the_old_one() -> None:
-    talk = reported("hello", "Hi.")
+    talk = conversation_of("hello", "Hi.")
     call = {"id": "call_abc", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     loaded: list[dict[str, object]] = [
         {"role": "user", "content": "x"},
@@ -128,7 +128,7 @@ def test_a_loaded_conversation_gets_normalized_call_ids_and_replaces_the_old_one
 def test_a_load_that_fails_does_not_change_the_conversation(
     messages: list[dict[str, object]], context_tokens: int, words: str
 ) -> None:
-    talk = reported("hello", "Hi.")
+    talk = conversation_of("hello", "Hi.")
     before = talk.messages
     with pytest.raises(RequestError, match=words):
         talk.load(messages, context_tokens)

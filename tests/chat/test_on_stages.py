@@ -1,4 +1,4 @@
-"""Conversations over two real stages: what is computed again, what is not, and what is computed ahead."""
+"""Tests of conversations over two real stages: cached tokens, computed tokens and prefill of the next prompt."""
 
 import contextlib
 import subprocess
@@ -40,12 +40,12 @@ from tests.chat.scripted import ScriptOnStages, sampled
 from tests.local_cluster import VOCAB_SIZE, write_model
 
 MOST_GROWTH_BYTES = 60_000_000
-"""Of all processes over two hundred calls: caches of some tens of thousands of tokens, and no more."""
+"""Allowed growth of all processes over the last two hundred calls: caches of some tens of thousands of tokens."""
 SERVER = Path(__file__).parent.parent / "tools" / "mcp_server.py"
 
 
 class Computed:
-    """Counts the prompt tokens that the first stage computes."""
+    """A counter of the prompt tokens that the first stage computes."""
 
     def __init__(self) -> None:
         self._num_tokens = 0
@@ -60,7 +60,7 @@ class Computed:
                 self._more.notify_all()
 
     def next_tokens(self, *, at_least: int = 0) -> int:
-        """How many since this was last asked, once there are so many."""
+        """Wait for ``at_least`` tokens since the last call. Return the number of tokens since then."""
         with self._more:
             assert self._more.wait_for(lambda: self._num_tokens >= at_least, timeout=60)
             count, self._num_tokens = self._num_tokens, 0
@@ -69,7 +69,7 @@ class Computed:
 
 @dataclass(frozen=True)
 class Stages:
-    """Two stages, and what they compute."""
+    """Two stages and the counter of the tokens that they compute."""
 
     tokenizer: Tokenizer
     template: ChatTemplate
@@ -97,7 +97,7 @@ def two_stages(path_or_repo: str) -> Iterator[Stages]:
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
-    """Of random weights, which never come to an end by themselves."""
+    """Yield stages with random weights. Their answers have no stop token."""
     with two_stages(str(write_model(tmp_path_factory.mktemp("model") / "tiny"))) as stages:
         yield stages
 
@@ -232,7 +232,7 @@ def test_three_hundred_tool_calls_in_a_row_reuse_the_cached_prefix_and_memory_st
 
 
 def write_smallest(folder: Path) -> Path:
-    """A model that takes next to no time for a token: one dense layer and one of experts."""
+    """Write a very fast model, with one dense layer and one layer of experts. Return its folder."""
     fields = tiny_config_fields(
         VOCAB_SIZE,
         num_hidden_layers=2,
@@ -252,7 +252,7 @@ def write_smallest(folder: Path) -> Path:
 
 
 def calls_and_an_answer(tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """What a model writes that calls a tool of each server side by side, again and again, and at last answers."""
+    """Yield replies that each call one tool of both servers, ``NUM_CALLS`` calls in all, and then an answer."""
     for number in range(0, NUM_CALLS, 2):
         calls = (
             f"<|tool_call_begin|>functions.{name}:{number}<|tool_call_argument_begin|>"
@@ -265,7 +265,7 @@ def calls_and_an_answer(tokenizer: Tokenizer) -> Iterator[list[int]]:
 
 
 def resident_bytes() -> int:
-    """Of this process and all that it started."""
+    """Return the resident memory of this process and its descendants."""
     me = psutil.Process()
     total = 0
     for process in (me, *me.children(recursive=True)):

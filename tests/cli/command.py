@@ -1,4 +1,4 @@
-"""The command as a user runs it: a process of its own, with a home of its own."""
+"""The mlx-k2 command run as a user runs it: in its own process, with its own home folder."""
 
 import os
 import subprocess
@@ -15,18 +15,18 @@ _OURS = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "PYTHONPATH")
 
 @dataclass(frozen=True)
 class CommandLine:
-    """Runs ``mlx-k2`` for a user whose home is ``home``."""
+    """A runner of ``mlx-k2`` for a user whose home folder is ``home``."""
 
     home: Path
 
     def environment(self, **changes: str) -> Mapping[str, str]:
-        """This process's environment with that home, and without what would change how output looks."""
+        """Return this process's environment with that home folder, without variables that change the output's look."""
         kept = {name: value for name, value in os.environ.items() if name not in _OURS}
         caches = {"HOME": str(self.home), "XDG_CACHE_HOME": str(self.home / "cache")}
         return kept | caches | {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"} | changes
 
     def run(self, *arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run it to its end."""
+        """Run the command to its end."""
         return subprocess.run(
             [MLX_K2, *arguments],
             input=stdin,
@@ -37,7 +37,7 @@ class CommandLine:
         )
 
     def start(self, *arguments: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
-        """Start it in a session of its own, as a terminal would: its process group is what Ctrl-C reaches."""
+        """Start the command in its own session, as a terminal does: Ctrl-C signals its process group."""
         return subprocess.Popen(
             [MLX_K2, *arguments],
             stdin=subprocess.DEVNULL,
@@ -50,5 +50,5 @@ class CommandLine:
 
 
 def processes_below(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """All that it started, directly or not: they have sessions of their own, and it is still their ancestor."""
+    """Return all descendants of ``process``. They have their own sessions, but ``process`` is still their ancestor."""
     return psutil.Process(process.pid).children(recursive=True)

@@ -1,4 +1,4 @@
-"""One user for all tests of this folder, and a model that never stops of itself."""
+"""Fixtures of this folder: one user for all tests, and a model without a stop token."""
 
 from pathlib import Path
 
@@ -15,5 +15,5 @@ def command_line(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
 
 @pytest.fixture(scope="session")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose config names no stop token, for answers that go on."""
+    """Return a model whose config names no stop token, so that its answers run to the token limit."""
     return write_model(tmp_path_factory.mktemp("model") / "tiny")

@@ -1,4 +1,4 @@
-"""The chat's REPL with replies from a script in place of stages, for a terminal: what it says is known beforehand."""
+"""The chat's REPL for a terminal, with replies from a script instead of stages, so that a test knows the output."""
 
 import sys
 import threading
@@ -68,7 +68,7 @@ def main(script: str, transcript_path: str) -> None:
 
 
 def pause() -> None:
-    """A model takes its time for each token."""
+    """Wait ``TOKEN_S``, the time that the scripted model takes for a token."""
     threading.Event().wait(TOKEN_S)
 
 

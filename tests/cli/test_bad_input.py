@@ -1,6 +1,7 @@
-"""Each thing that can be wrong with what the user gives: one line that names it and the way out, and an exit code.
+"""Tests of bad input to `mlx-k2 generate`: each fault gives one line with the fault and its fix, and an exit code.
 
-Nothing is started here: all of it is found before. What only a stage can find is in test_stage_failures.py.
+All these faults are found before any process starts. Faults that only a stage can find are in
+test_stage_failures.py.
 """
 
 import json
@@ -28,7 +29,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(intact: Path, tmp_path: Path) -> Path:
-    """A copy of the model that a test may damage: links, so a file is replaced and never written to."""
+    """Return a copy of the model that a test may damage. Its files are links: replace a file, never write to it."""
     copy = tmp_path / "model"
     copy.mkdir()
     for file in intact.iterdir():
@@ -37,7 +38,7 @@ def model(intact: Path, tmp_path: Path) -> Path:
 
 
 def check_refusal(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], exit_code: int = 2) -> None:
-    """The command ends with that code, one line that matches ``words`` on stderr, nothing on stdout, no process."""
+    """Check that the command exits with ``exit_code``, one stderr line like ``words``, no stdout and no process."""
     before = psutil.Process().children()
     assert run(["generate", *arguments]) == exit_code
     reported = capsys.readouterr()
@@ -97,7 +98,7 @@ def test_stages_and_a_hostfile_exclude_each_other(capsys: pytest.CaptureFixture[
 
 
 def replaced(name: str, content: bytes | None) -> Damage:
-    """Replaces a file; None removes it."""
+    """Return a damage that replaces a file. ``content`` None removes the file."""
 
     def damage(folder: Path) -> None:
         (folder / name).unlink()
@@ -108,7 +109,7 @@ def replaced(name: str, content: bytes | None) -> Damage:
 
 
 def config(**changes: Any) -> Damage:
-    """Changes fields of config.json."""
+    """Return a damage that changes fields of config.json."""
 
     def damage(folder: Path) -> None:
         fields = json.loads((folder / "config.json").read_bytes()) | changes
@@ -122,7 +123,7 @@ def truncated(folder: Path) -> None:
 
 
 def renamed_in_index(old: str, new: str | None) -> Damage:
-    """Renames a tensor in the index; None removes it."""
+    """Return a damage that renames a tensor in the index. ``new`` None removes the tensor."""
 
     def damage(folder: Path) -> None:
         index = json.loads((folder / INDEX).read_bytes())
@@ -134,7 +135,7 @@ def renamed_in_index(old: str, new: str | None) -> Damage:
 
 
 def reshaped(folder: Path) -> None:
-    """Swaps the two sides of one matrix: its bytes are as many as before."""
+    """Reverse the shapes of two matrices in a shard's header. The number of bytes stays the same."""
     data = (folder / SHARD).read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])

@@ -1,4 +1,4 @@
-"""`mlx-k2 bench`: every combination is a row, in a table, a document, a CSV file and a trace."""
+"""Tests of `mlx-k2 bench`: its JSON document, CSV file, trace and plot, with one row per combination of options."""
 
 import csv
 import json
@@ -42,7 +42,7 @@ def test_a_row_holds_speeds_and_per_stage_times(document: dict[str, Any]) -> Non
         assert row["decode_tokens_per_s_per_stream"] == pytest.approx(row["decode_tokens_per_s"] / row["streams"])
         assert 0 < row["time_to_first_token_s"] < row["wall_s"]
         assert row["inter_token_p50_s"] <= row["inter_token_p95_s"]
-        assert all(0 < assignment <= 1 for assignment in row["stage_busy"])
+        assert all(0 < fraction <= 1 for fraction in row["stage_busy"])
         first, last = row["stage_times"]
         assert first["hop_bytes"] > last["hop_bytes"] == 0
         assert all(times["peak_bytes"] > 0 for times in row["stage_times"])
@@ -74,7 +74,7 @@ def test_the_plot_is_a_png_with_the_expected_size_and_lines(document: dict[str, 
     assert document
     picture = imread(files / "plot.png")
     assert picture.shape[:2] == (600, 1500)
-    assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 100  # colours of two lines, smoothed
+    assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 100  # anti-aliased colours of two lines
 
 
 @pytest.mark.parametrize(

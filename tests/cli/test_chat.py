@@ -1,4 +1,4 @@
-"""The chat in a real terminal, driven by keys; the replies are a script's."""
+"""Tests of the chat in a real terminal, driven by key presses, with scripted replies."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from tests.cli.tmux import Terminal, needs_tmux, terminal
 
 ROOT = Path(__file__).parent.parent.parent
 A_COLOUR = "\x1b[3"
-"""How every SGR code of a foreground colour begins."""
+"""First bytes of every SGR code of a foreground colour."""
 
 
 @contextmanager

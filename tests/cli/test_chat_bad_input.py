@@ -1,4 +1,4 @@
-"""What can be wrong with a chat's files and tools: a message that names it, and the conversation stays."""
+"""Tests of bad files, tools and options of a chat: a message names the fault, and the conversation is unchanged."""
 
 import json
 import re

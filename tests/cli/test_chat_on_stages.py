@@ -1,4 +1,4 @@
-"""The chat on real stages: the built-in model talks and calls tools, and stages break while nobody says anything."""
+"""Tests of the chat on real stages: answers and tool calls of the built-in model, and stages that fail."""
 
 import json
 import time
@@ -19,9 +19,9 @@ def get_weather(city: str) -> dict:
     return {"city": city, "sky": "sunny", "temperature": 21}
 """
 ASKED = "What is the weather in Paris?"
-OF_THE_ENDLESS = "reserved_token"
-"""What a model of random weights soon says."""
-REPORTED = "mlx-k2 runs Kimi K2 models over several Macs"
+ENDLESS_MODEL_TEXT = "reserved_token"
+"""Text that a model with random weights generates within a few tokens."""
+FIRST_REPLY = "mlx-k2 runs Kimi K2 models over several Macs"
 ANSWER = "In Paris it is sunny and 21 degrees."
 
 
@@ -52,7 +52,7 @@ def test_a_chat_on_stages_answers_stops_an_answer_and_leaves_no_process(
         pane.wait_for("/help lists the commands")
         pane.wait_for("2 stages")
         pane.send_message("Hello")
-        pane.wait_for(OF_THE_ENDLESS)
+        pane.wait_for(ENDLESS_MODEL_TEXT)
         pane.type("C-c")
         pane.wait_for("the answer was")
         pane.send_message("/stats")
@@ -90,7 +90,7 @@ def test_generate_calls_tools_and_prints_only_the_answer_to_stdout(command_line:
 def test_stages_that_end_while_the_chat_is_idle_are_restarted(command_line: CommandLine, tmp_path: Path) -> None:
     with chat(command_line, tmp_path) as pane:
         pane.send_message("What is mlx-k2?")
-        pane.wait_for(REPORTED)
+        pane.wait_for(FIRST_REPLY)
         stages_below(pane)[0].kill()
         pane.send_message("What is a token?")
         pane.wait_for("A token is a piece of text")
@@ -108,7 +108,7 @@ def test_a_fault_that_ends_the_chat_saves_the_conversation_for_loading(
 ) -> None:
     with chat(command_line, tmp_path, "--restarts", "off") as pane:
         pane.send_message("What is mlx-k2?")
-        pane.wait_for(REPORTED)
+        pane.wait_for(FIRST_REPLY)
         stages_below(pane)[0].kill()
         pane.send_message("What is a token?")
         pane.wait_for("exit code 1")
@@ -117,7 +117,7 @@ def test_a_fault_that_ends_the_chat_saves_the_conversation_for_loading(
     (saved,) = command_line.home.rglob("chat-*.json")
     assert str(saved.name) in shown
     contents = [message["content"] for message in json.loads(saved.read_text())["messages"]]
-    assert contents[0] == "What is mlx-k2?" and REPORTED in contents[1]
+    assert contents[0] == "What is mlx-k2?" and FIRST_REPLY in contents[1]
     saved_again = tmp_path / "chat.json"
     saved.rename(saved_again)
     with chat(command_line, tmp_path) as pane:
@@ -133,11 +133,11 @@ def test_a_third_ctrl_c_ends_the_chat_while_a_stopped_stage_blocks_the_answer(
     with chat(command_line, tmp_path, "--model", str(endless), "--stall-timeout", "60") as pane:
         everything = pane.processes()
         pane.send_message("Hello")
-        pane.wait_for(OF_THE_ENDLESS)
+        pane.wait_for(ENDLESS_MODEL_TEXT)
         stages_below(pane)[1].suspend()
         for _ in range(3):
             pane.type("C-c")
-            time.sleep(1.0)  # as by hand: to a busy machine signals that come at once are one
+            time.sleep(1.0)  # as by hand: a busy machine merges signals that arrive together
         pane.wait_for("exit code 130")
         assert wait_until_gone([process for process in everything if process.pid != pane.pid], 60) == []
 

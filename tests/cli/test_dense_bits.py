@@ -1,4 +1,4 @@
-"""`--dense-bits`: the answer is that of the quantized weights, on any number of stages, and memory is as computed."""
+"""Tests of `--dense-bits`: tokens of the quantized weights on 1 and 2 stages, and held bytes of the inventory."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`mlx-k2 download`, then `mlx-k2 generate` from the cache: real processes, a server on loopback in the Hub's place."""
+"""Tests of `mlx-k2 download`, then `mlx-k2 generate` from the cache, with a loopback server instead of the Hub."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ COMMAND = (str(Path(sys.executable).with_name("mlx-k2")),)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole checkpoint, as it would stand in the repository."""
+    """Return a folder with all files of a checkpoint, as in a repository on the Hub."""
     folder = tmp_path_factory.mktemp("repository") / "model"
     vocabulary = tiny_vocabulary(768, 4096)
     write_random_checkpoint(folder, tiny_config_fields(768, max_position_embeddings=4096), 0, vocabulary.files)

@@ -1,4 +1,4 @@
-"""What `mlx-k2 generate` writes where: the answer to stdout, the talk to stderr, JSON lines when asked for."""
+"""Tests of the output of `mlx-k2 generate`: answer on stdout, all else on stderr, JSON lines with `--json`."""
 
 import json
 import os
@@ -21,7 +21,7 @@ ESCAPE = "\x1b"
 
 @pytest.fixture(scope="module")
 def text_run(command_line: CommandLine) -> subprocess.CompletedProcess[str]:
-    """The command as the README has it: the built-in model on two stages."""
+    """Return the result of the README's command: the built-in model on two stages."""
     return command_line.run("generate", "Hello", *ASKED)
 
 
@@ -36,7 +36,7 @@ def lines(json_run: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
 
 
 def answer_of(lines: list[dict[str, Any]]) -> str:
-    """What of the tokens is the answer, and not thought or a call."""
+    """Return the answer in the tokens of ``lines``, without reasoning and tool calls."""
     files = read_small_files(BUILTIN_FOLDER)
     tokenizer = load_tokenizer(files, describe_model(files, "built-in").config.vocab_size)
     reader = ReplyReader(tokenizer, (), tokenizer.stop_ids)
@@ -128,7 +128,7 @@ def test_piped_output_has_no_escape_codes(
 
 
 def on_a_terminal(command_line: CommandLine, *arguments: str, **environment: str) -> tuple[bytes, str]:
-    """What the command writes to stdout, and to a stderr that is a terminal."""
+    """Run the command with a terminal as stderr. Return its stdout and its stderr."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [MLX_K2, *arguments],
@@ -148,7 +148,7 @@ def on_a_terminal(command_line: CommandLine, *arguments: str, **environment: str
 
 
 def _read(terminal: int) -> bytes:
-    """The next output; nothing once the other side is closed, which Linux reports as an error."""
+    """Return the next output, or b"" after the other side has closed, which Linux reports as an error."""
     try:
         return os.read(terminal, 65536)
     except OSError:

@@ -1,4 +1,4 @@
-"""`mlx-k2 kernels`: what it shows with and without a GPU, what it remembers, and what is to be sent back."""
+"""Tests of `mlx-k2 kernels`: output with and without a GPU, saved buffer limits, and the report that users send."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Options become a request: the prompt's ids, how to sample, when to stop."""
+"""Tests of the request made from options: prompt ids, sampling and stop conditions."""
 
 import io
 from pathlib import Path

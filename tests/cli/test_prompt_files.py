@@ -1,4 +1,4 @@
-"""Files of prompts and results: what is wrong is named with its line, what is done stays done."""
+"""Tests of prompt and result files: a bad line is named by its number, and written results are kept."""
 
 import json
 from pathlib import Path

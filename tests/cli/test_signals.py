@@ -1,4 +1,4 @@
-"""However the command is ended, it says how in its exit code, and leaves no process."""
+"""Tests of the ways to end the command: the exit code gives the cause, and no process is left."""
 
 import os
 import signal
@@ -15,24 +15,24 @@ from tests.local_cluster import wait_until_gone
 Start = Callable[..., subprocess.Popen[bytes]]
 
 PROCESSES_OF_A_STAGE = 3
-"""Its guard, the guard's watcher and the stage proper."""
+"""The guard, the guard's watchdog and the stage itself."""
 
 END_S = 60.0
 """Deadline for the end of a process, long enough for a busy machine."""
 
 LONG_LEASE = ("--lease", "600")
-"""A lease that outlasts every test, so that no stage ends because its lease is over."""
+"""A lease longer than every test, so that no stage ends because its lease expired."""
 
 WAITING = b"waiting for stage"
-"""How a line starts that the command prints when the stages have not ended after 1 s."""
+"""Start of the line that the command prints when the stages have not ended after 1 s."""
 
 KILLED_BY_THE_COMMAND = b"has not ended: sending"
-"""What the command prints before it signals a process that did not end in the time it was given."""
+"""Text that the command prints before it signals a process that did not end within its time limit."""
 
 
 @pytest.fixture
 def start(command_line: CommandLine, endless: Path) -> Iterator[Start]:
-    """Starts a long answer; whatever the test does, it is gone afterwards."""
+    """Yield a function that starts a long answer. The fixture kills every started command after the test."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*options: str, num_stages: int = 1) -> subprocess.Popen[bytes]:
@@ -47,7 +47,7 @@ def start(command_line: CommandLine, endless: Path) -> Iterator[Start]:
 
 
 def answering(process: subprocess.Popen[bytes], num_stages: int = 1) -> list[psutil.Process]:
-    """Wait for the first words of the answer, which come while it goes on; returns all of its processes."""
+    """Wait for the first 20 bytes of a running answer. Return all processes that the command started."""
     assert process.stdout
     assert process.stdout.read(20)
     assert process.poll() is None
@@ -57,7 +57,7 @@ def answering(process: subprocess.Popen[bytes], num_stages: int = 1) -> list[psu
 
 
 def wait_for(process: subprocess.Popen[bytes], line: bytes) -> None:
-    """Read its stderr up to that line."""
+    """Read the stderr of ``process`` up to a line that contains ``line``."""
     assert process.stderr
     for found in process.stderr:
         if line in found:
@@ -126,13 +126,13 @@ def test_the_command_names_the_stage_it_waits_for_and_a_second_ctrl_c_ends_the_w
     wait_for(process, b"waiting for stage 0 on this machine")
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=END_S) == 130
-    assert process.stderr and KILLED_BY_THE_COMMAND not in process.stderr.read()  # printed when its wait is over
+    assert process.stderr and KILLED_BY_THE_COMMAND not in process.stderr.read()  # printed only when the wait times out
     assert wait_until_gone(below, END_S) == []
 
 
 @pytest.fixture
 def hangup_ignored() -> Iterator[None]:
-    """As under nohup; what a process ignores, those that it starts ignore too."""
+    """Ignore SIGHUP during the test, as nohup does. A child process inherits ignored signals."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     yield
     signal.signal(signal.SIGHUP, before)

@@ -1,4 +1,4 @@
-"""What is found only once stages are running: one line that names the stage and its host, exit code 1, nothing left."""
+"""Tests of faults found after stages start: one line names stage and host, exit code 1, no process is left."""
 
 import json
 import socket
@@ -19,7 +19,7 @@ def failure(endless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 class Failure:
-    """What the command says when it fails over these hosts."""
+    """A runner of `mlx-k2 generate` that must fail."""
 
     def __init__(self, model: Path, hostfile: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self._model = model

@@ -1,4 +1,4 @@
-"""What answers at once, and what starts nothing."""
+"""Tests of fast startup (--help and --version import no heavy module) and of --dry-run, which starts no process."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""--timeout through the command: an answer past its time ends with what it has, and its neighbours do not notice."""
+"""Test of --timeout: an answer past its timeout ends with its tokens so far, and other answers do not change."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A real terminal without a screen: tmux runs a command in it, types, and tells what is to be seen."""
+"""A real terminal without a display: tmux runs a command in it, types keys and returns the visible text."""
 
 import shlex
 import shutil
@@ -23,16 +23,16 @@ _TIMEOUT_S = 40.0
 
 @dataclass(frozen=True)
 class Terminal:
-    """One pane of a tmux server of its own."""
+    """The only pane of a tmux server."""
 
     socket: Path
 
     def type(self, *keys: str) -> None:
-        """Press keys, by tmux's names: text as it is, Enter, C-c."""
+        """Press keys by tmux's names, such as Enter and C-c. Type any other string as text."""
         self._tmux("send-keys", "-t", "pane", *keys)
 
     def send_message(self, text: str) -> None:
-        """Type a line and send it."""
+        """Type ``text`` literally and press Enter."""
         self._tmux("send-keys", "-t", "pane", "-l", text)
         self.type("Enter")
 
@@ -40,11 +40,11 @@ class Terminal:
         self._tmux("resize-window", "-t", "pane", "-x", str(columns), "-y", str(rows))
 
     def shown(self, *, with_colours: bool = False) -> str:
-        """What is to be seen, and all that scrolled away."""
+        """Return the visible text and the scrollback."""
         return self._tmux("capture-pane", "-p", "-S", "-", "-t", "pane", *(["-e"] if with_colours else []))
 
     def wait_for(self, text: str, times: int = 1) -> str:
-        """Wait until ``text`` is to be seen so many times; all that is."""
+        """Wait until ``text`` is shown at least ``times`` times. Return all shown text."""
         deadline = time.monotonic() + _TIMEOUT_S
         while (shown := self.shown()).count(text) < times:
             assert time.monotonic() < deadline, f"never saw {text!r} {times} times:\n{shown}"
@@ -53,11 +53,11 @@ class Terminal:
 
     @property
     def pid(self) -> int:
-        """Of the shell that runs the command."""
+        """The process id of the shell that runs the command."""
         return int(self._tmux("display-message", "-p", "-t", "pane", "#{pane_pid}"))
 
     def processes(self) -> list[psutil.Process]:
-        """All that the command has started, and the command itself."""
+        """Return the command's process and all its descendants."""
         return psutil.Process(self.pid).children(recursive=True)
 
     def _tmux(self, *arguments: str) -> str:
@@ -69,7 +69,7 @@ class Terminal:
 def terminal(
     folder: Path, command: Sequence[str], environment: Mapping[str, str], columns: int = 160, rows: int = 24
 ) -> Iterator[Terminal]:
-    """``command`` in a terminal, which stays after its end and then shows ``exit code N``."""
+    """Run ``command`` in a terminal, which stays open after its end and then shows ``exit code N``."""
     socket = folder / "tmux"
     line = f"env -i {shlex.join(f'{name}={value}' for name, value in environment.items())} {shlex.join(command)}"
     pane = Terminal(socket)
@@ -83,6 +83,6 @@ def terminal(
 
 
 def _start(command: Sequence[str]) -> None:
-    """Once in a while a tmux server "exited unexpectedly" as it starts; then once more."""
+    """Start tmux. Retry once, because a tmux server sometimes "exited unexpectedly" at its start."""
     if subprocess.run(command, timeout=20).returncode != 0:
         subprocess.run(command, check=True, timeout=20)

@@ -1,4 +1,4 @@
-"""Hostfiles: the shipped examples, MLX's two forms, and a clear refusal of each bad one."""
+"""Tests of hostfiles: the shipped examples, MLX's two forms, and a clear error for each bad one."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What macOS's own tools print, as people have quoted it in public, and what is read from it."""
+"""Tests of parsing the output of macOS's own tools, as quoted in public."""
 
 from mlx_k2.cluster.mac_settings import (
     bridge_is_active,
@@ -23,7 +23,7 @@ Currently in use:
  disksleep            0
 """
 
-# of ml-explore/mlx#3777 and jundot/omlx#3037: enabled, and yet without a device, as on every Thunderbolt 4 Mac
+# From ml-explore/mlx#3777 and jundot/omlx#3037: enabled, but without a device, as on every Thunderbolt 4 Mac.
 NO_DEVICES = """\
 device              node GUID
 ------          ----------------

@@ -1,4 +1,4 @@
-"""The partition against brute force, and on Kimi K2 Thinking's own sizes."""
+"""Tests of the partition against brute force, and on Kimi K2 Thinking's own sizes."""
 
 import functools
 import itertools
@@ -140,7 +140,7 @@ def test_all_61_layers_are_assigned_exactly_once_for_any_number_of_hosts(num_hos
 
 def test_layer_counts_of_the_middle_stages_differ_by_at_most_one() -> None:
     counts = layer_counts(divide_layers(thinking_pieces(), macs(*[600] * 16)))
-    assert counts[-1] == 1  # the head is read in full
+    assert counts[-1] == 1  # the last stage also reads the whole head
     assert max(counts[1:-1]) - min(counts[1:-1]) <= 1
 
 

@@ -1,4 +1,4 @@
-"""Requests over real stages on this machine: tokens, cancelling, and what a lost or silent stage is called."""
+"""Tests of requests over real stages on this machine: tokens, cancelling, and errors of lost or silent stages."""
 
 import itertools
 import re
@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster_of(model: Path) -> Iterator[ClusterOf]:
-    """Clusters by their number of stages, each started when it is first asked for."""
+    """Yield a function from a number of stages to a cluster. It starts each cluster at the first call."""
     with ExitStack() as stack:
         yield cache(lambda num_stages: stack.enter_context(local_cluster(model, [local_host()] * num_stages)))
 
@@ -125,7 +125,7 @@ def error_after(
     step_timeout: StepTimeout | None = None,
     stall_timeout_s: float = 8.0,
 ) -> ClusterError:
-    """The error of a run over two marked stages when ``do`` is done between two of its tokens."""
+    """Return the error of a run over two marked stages in which ``do`` is called after the sixth token event."""
     hosts = [marked_host(folder, rank, sys.executable) for rank in range(2)]
     with local_cluster(model, hosts, step_timeout, stall_timeout_s) as cluster, pytest.raises(ClusterError) as caught:
         for count, _ in enumerate(cluster.coordinator.run(request(8, 2000))):

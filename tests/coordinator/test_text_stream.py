@@ -1,4 +1,4 @@
-"""Where tokens become text, over a real stage."""
+"""Tests of turning tokens into text, over a real stage."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,7 +28,7 @@ def tokenizer(cluster: Cluster) -> Tokenizer:
 
 
 def answer(cluster: Cluster, tokenizer: Tokenizer, asked: Request) -> tuple[list[Delta], AnswerSummary]:
-    """An answer's deltas, and the summary that ends it."""
+    """Return the deltas of an answer, and the summary that ends it."""
     *deltas, summary = StageReplies(cluster.coordinator, tokenizer).stream(asked)
     assert isinstance(summary, AnswerSummary)
     assert all(isinstance(delta, Delta) for delta in deltas)

@@ -1,4 +1,4 @@
-"""Stages that come up with another version, or not at all."""
+"""Tests of stages that start with another version, or do not start."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.launch.guarded import stand_in_python
 
 
 def ignore(line: str) -> None:
-    """A log that nobody reads."""
+    """Discard a log line."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a stage finds while it loads reaches the user by the name of its stage and host."""
+"""Test that warnings of a loading stage reach the user with the names of the stage and its host."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(60)
 
 
 class RecordedNotifications(DeploymentListener):
-    """Keeps them."""
+    """Listener that collects the notifications."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []

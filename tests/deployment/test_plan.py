@@ -1,4 +1,4 @@
-"""From hosts and a model to each stage's layers, bytes and files; no process, no tensor."""
+"""Tests of planning each stage's layers, bytes and files from hosts and a model. No process, no tensor."""
 
 import json
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ UNKNOWN = HostMemory(None, None)
 
 
 def thinking(num_experts: int) -> ModelDescription:
-    """Kimi K2 Thinking with so many experts, a file for each layer, and one for the embedding and the head."""
+    """Return Kimi K2 Thinking with ``num_experts`` experts, a file for each layer, and one for embedding and head."""
     fields = thinking_config_fields(n_routed_experts=num_experts)
     config = ModelConfig.from_json(json.dumps(fields).encode(), "config.json")
     files = {spec.name: f"layer-{layer}.safetensors" for layer in range(61) for spec in layer_specs(config, layer)}

@@ -1,4 +1,4 @@
-"""Streams that go on over new stages after a fault: the same tokens, none lost and none twice."""
+"""Tests of streams that continue on new stages after a fault: the same tokens, none lost and none repeated."""
 
 import re
 import sys
@@ -35,7 +35,7 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokens
 
 @dataclass
 class Run:
-    """Stages that are started again after a fault, and what was said of each restart."""
+    """Stages that restart after a fault, and the restarts so far."""
 
     deployment: RestartingDeployment
     coordinator: Coordinator
@@ -60,7 +60,7 @@ def restarting(
 
 
 def tokens_of(run: Run, breaking: dict[int, Callable[[], None]] | None = None) -> Tokens:
-    """The tokens of ASKED; after so many of them ``breaking`` does what it says."""
+    """Return the tokens of ASKED. Call ``breaking[i]`` after token event i, counted from 0."""
 
     def events() -> Iterator[TokenEvent]:
         for count, event in enumerate(run.coordinator.run(*ASKED)):
@@ -117,7 +117,7 @@ def test_a_stage_that_cannot_start_again_is_named_after_the_restart_limit(model:
 
 @dataclass
 class Breaker(DeploymentListener):
-    """Kills stage 1 in the next of these phases, once it is armed."""
+    """Listener that, once armed, kills stage 1 at the start of each of ``phases``, in their order."""
 
     phases: list[str]
     is_armed: bool = False

@@ -1,4 +1,4 @@
-"""A run's log stays small, and a disk that refuses it stops nothing."""
+"""Tests of a run's log: its size is bounded, and a failing disk stops nothing."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from mlx_k2.deployment.run_log import RunLog
 
 @dataclass
 class RecordingListener(DeploymentListener):
-    """Keeps what the user is told."""
+    """Listener that collects the notifications."""
 
     notifications: list[str] = field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""What a host says of itself becomes ok, a warning or a failure, and what is not ok says what mends it."""
+"""Tests of the doctor's checks: a host's facts give ok, a warning or a failure; the last two state a remedy."""
 
 import re
 from dataclasses import replace

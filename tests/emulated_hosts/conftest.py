@@ -8,7 +8,7 @@ from tests.emulated_hosts.hosts import EmulatedHosts, what_is_missing
 
 @pytest.fixture
 def emulated_hosts(tmp_path: Path) -> Iterator[EmulatedHosts]:
-    """Three hosts with nothing running on them; whatever a test leaves there is ended."""
+    """Yield three hosts with nothing running on them. Processes that a test leaves there are ended."""
     if missing := what_is_missing():
         pytest.skip(missing)
     folder = tmp_path / "hosts"

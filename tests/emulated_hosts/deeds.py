@@ -1,6 +1,7 @@
-"""What is done to the stages, and how it is undone: each takes a scene and its running streams.
+"""Actions of the fault matrix: they prepare, cause, check and undo faults.
 
-It returns when the fault began (time.monotonic), or None for now.
+Each takes a scene and, except for preparations, its running streams. An action that causes a fault returns when the
+fault began (time.monotonic), or None if it began at the return.
 """
 
 import resource
@@ -34,7 +35,7 @@ def kill(rank: int) -> Callable[[Scene, StreamsRun], float]:
 
 
 def kill_and_resume(rank: int) -> Callable[[Scene, StreamsRun], float]:
-    """For a run that halts: kill the stage once it is there."""
+    """Return an action for a halted run: kill the stage as soon as it exists, then resume the run."""
 
     def break_it(scene: Scene, run: StreamsRun) -> float:
         stage = scene.stage(rank)
@@ -47,7 +48,7 @@ def kill_and_resume(rank: int) -> Callable[[Scene, StreamsRun], float]:
 
 
 def kill_twice(rank: int, halted_in: str) -> Callable[[Scene, StreamsRun], float]:
-    """Kill stage 0, and when all start again stage ``rank`` in that phase."""
+    """Return an action that kills stage 0 and, during the restart, stage ``rank`` in the phase ``halted_in``."""
 
     def break_it(scene: Scene, run: StreamsRun) -> float:
         scene.stage(0).kill()
@@ -73,7 +74,7 @@ def cut(scene: Scene, run: StreamsRun) -> None:
 
 
 def cut_until_detected(scene: Scene, run: StreamsRun) -> float:
-    """Pull the cable, and plug it in again once the stage behind it has ended by its lease."""
+    """Pull the middle host's cable, and plug it in again after the stage there has ended by its lease."""
     scene.hosts.cut(MIDDLE)
     began = time.monotonic()
     run.until(restart=...)
@@ -89,7 +90,7 @@ def cut_for_two_seconds(scene: Scene, run: StreamsRun) -> None:
 
 
 def cut_data(scene: Scene, run: StreamsRun) -> float:
-    """Pull the cable that hidden states take, while ssh goes another way."""
+    """Pull the cable of the hidden states, while ssh uses another one, until the restart."""
     scene.hosts.cut(MIDDLE, "eth1")
     began = time.monotonic()
     run.until(restart=...)
@@ -123,7 +124,7 @@ def end_sshd(scene: Scene, run: StreamsRun) -> float:
 
 
 def no_memory(scene: Scene, run: StreamsRun) -> float:
-    """Leave the middle stage no room for another byte, just before it loads."""
+    """Limit the middle stage's address space to its present size, just before it loads."""
     stage = scene.stage(MIDDLE)
     space = stage.memory_info().vms
     resource.prlimit(stage.pid, resource.RLIMIT_AS, (space, space))
@@ -163,7 +164,7 @@ def kill_coordinator(scene: Scene, run: StreamsRun) -> None:
 
 
 def stop_coordinator(scene: Scene, run: StreamsRun) -> float:
-    """Longer than the lease: the stages end, and on waking all start again."""
+    """Suspend the coordinator for longer than the lease. The stages end, and all restart after it resumes."""
     coordinator = psutil.Process(run.process.pid)
     coordinator.suspend()
     time.sleep(STOPPED_S)
@@ -223,7 +224,7 @@ time.sleep(5)
 
 
 def stranger(scene: Scene, run: StreamsRun) -> float:
-    """When all connect anew, another process is at the middle stage's ring port before its neighbour."""
+    """Connect another process to the middle stage's ring port before its neighbour does, during a restart."""
     scene.stage(0).kill()
     run.until(phase="connecting", time=2)
     command = [sys.executable, "-c", STRANGER, scene.hosts.addresses[MIDDLE], str(RING_PORT + MIDDLE)]
@@ -238,7 +239,7 @@ def stranger(scene: Scene, run: StreamsRun) -> float:
 
 
 def jumping_clock(scene: Scene) -> None:
-    """The middle stage's wall clock goes by what stands in a file."""
+    """Add the offset in a file, in seconds, to the middle stage's wall clock."""
     library = scene.folder / "clock.so"
     subprocess.run(["g++", "-shared", "-fPIC", str(CLOCK_SOURCE), "-o", str(library), "-ldl"], check=True)
     (scene.folder / "clock").write_text("0\n")
@@ -250,7 +251,7 @@ def jumping_clock(scene: Scene) -> None:
 
 
 def jump(scene: Scene, run: StreamsRun) -> None:
-    """A day ahead, then a year back."""
+    """Set the middle stage's wall clock one day ahead, then one year back."""
     reports = scene.folder / "faulty" / "clock-says"
     for offset_s in (86_400, -31_536_000):
         (scene.folder / "clock").write_text(f"{offset_s}\n")
@@ -261,7 +262,7 @@ def jump(scene: Scene, run: StreamsRun) -> None:
 
 
 def second_run(scene: Scene, run: StreamsRun) -> None:
-    """The same streams once more, on the same hosts at the same time."""
+    """Run the same streams a second time, on the same hosts at the same time."""
     other = scene.start({"log_dir": str(scene.folder / "other-logs")})
     other.until(phase="decode")
     run.finish()

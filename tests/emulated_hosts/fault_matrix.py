@@ -1,4 +1,4 @@
-"""The fault matrix: every row is a fault, what must come of it, and how soon it must be noticed."""
+"""The fault matrix: every row is a fault, its expected outcome, and the time limit for its detection."""
 
 from tests.emulated_hosts.deeds import (
     cut,
@@ -38,7 +38,7 @@ from tests.emulated_hosts.deeds import (
 from tests.emulated_hosts.faults import Fault, Outcome
 
 STANDS = r"\(.*step \d+( for \d+ s)?\)"
-KILLED = r"ended with signal 9: somebody killed it"
+KILLED = r"ended with signal 9: it was killed"
 
 
 def killed(rank: int) -> str:

@@ -1,4 +1,4 @@
-"""Two streams over three hosts, run from host 0, and what a fault needs to get at their stages."""
+"""Two streams over three hosts, run from host 0, and the access to their stages that faults need."""
 
 import json
 import queue
@@ -25,7 +25,7 @@ Line = dict[str, Any]
 
 @dataclass
 class StreamsRun:
-    """The coordinator's process on host 0, and every line that it has written, with the time at which it came."""
+    """The coordinator's process on host 0, and every line that it has written, with its time of arrival."""
 
     process: subprocess.Popen[bytes]
     lines: list[Line] = field(default_factory=list)
@@ -37,7 +37,7 @@ class StreamsRun:
         self._reader.start()
 
     def until(self, **wanted: object) -> Line:
-        """Take lines up to the first that has these keys, with these values unless they are ``...``."""
+        """Read lines up to the first that has these keys and values, and return it. ``...`` matches any value."""
         while True:
             came_at, data = self._queue.get(timeout=LINE_S)
             assert data, f"it ended before {wanted}; its last lines: {self.lines[-3:]}"
@@ -48,7 +48,7 @@ class StreamsRun:
                 return line
 
     def finish(self, timeout_s: float = LINE_S) -> None:
-        """Take all lines to the end of the process."""
+        """Read all remaining lines, to the end of the process."""
         deadline = time.monotonic() + timeout_s
         while self.process.returncode is None:
             came_at, data = self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
@@ -59,14 +59,14 @@ class StreamsRun:
             self.times.append(came_at)
 
     def resume(self) -> None:
-        """Let it go on where it halts."""
+        """Resume the halted run."""
         assert self.process.stdin
         self.process.stdin.write(b"\n")
         self.process.stdin.flush()
 
     @property
     def tokens(self) -> tuple[list[int], ...]:
-        """The tokens of each stream so far."""
+        """Tokens of each stream so far."""
         return tuple(
             [line["token"] for line in self.lines if line.get("stream") == stream]
             for stream in range(len(two_streams.STREAMS))
@@ -74,7 +74,7 @@ class StreamsRun:
 
     @property
     def recorded(self) -> list[tuple[float, str]]:
-        """When there were restarts and why, and when and why the run ended, if it did with an error."""
+        """Time and reason of each restart and, if the run ended with an error, of its end."""
         return [
             (at, line["error"] if "error" in line else line["restart"]["reason"])
             for at, line in zip(self.times, self.lines, strict=True)
@@ -83,7 +83,7 @@ class StreamsRun:
 
     @property
     def reasons(self) -> list[str]:
-        """The same without times."""
+        """Reasons of ``recorded``, without the times."""
         return [reason for _, reason in self.recorded]
 
     def _read(self) -> None:
@@ -94,7 +94,7 @@ class StreamsRun:
 
 
 class Scene:
-    """A fresh folder for one fault: a model of its own on host 1, a Python for each host, logs."""
+    """A fresh folder for one fault: copies of the model and Pythons for single hosts, the hostfile, and logs."""
 
     def __init__(self, hosts: EmulatedHosts, model: Path, folder: Path) -> None:
         folder.mkdir()
@@ -106,18 +106,18 @@ class Scene:
         self._runs: list[StreamsRun] = []
 
     def own_model(self, i: int) -> Path:
-        """Give host i a copy of the model."""
+        """Give host i its own copy of the model and return the copy's folder."""
         copy = self.folder / f"model-{i}"
         shutil.copytree(self.model, copy)
         self._more[i]["model"] = str(copy)
         return copy
 
     def on_host(self, i: int, **more: object) -> None:
-        """Further fields of host i in the hostfile."""
+        """Set further fields of host i in the hostfile."""
         self._more[i] |= more
 
     def start(self, options: Mapping[str, object], num_hosts: int = NUM_HOSTS) -> StreamsRun:
-        """Start the streams over the first hosts; ``options`` are two_streams.Options."""
+        """Start the streams over the first ``num_hosts`` hosts. ``options`` are two_streams.Options."""
         hostfile = self.folder / "hosts.json"
         entries = [
             {"ssh": self.hosts.names[i], "ips": [self.hosts.addresses[i]], **self._more[i]} for i in range(num_hosts)
@@ -136,18 +136,18 @@ class Scene:
         return self._runs[-1]
 
     def close(self) -> None:
-        """End what still runs."""
+        """Kill every run that has not ended."""
         for run in self._runs:
             if run.process.poll() is None:
                 run.process.kill()
                 run.process.wait()
 
     def stage(self, i: int) -> psutil.Process:
-        """The stage proper on host i, once it is there."""
+        """Wait for the stage process (not its guard) on host i and return it."""
         return self._await(i, ("mlx_k2.stage.program",), ("tests.emulated_hosts.faulty_stage", " stage"))
 
     def guard(self, i: int) -> psutil.Process:
-        """Its guard."""
+        """Return the guard of the stage on host i."""
         parent = self.stage(i).parent()
         assert parent is not None
         return parent
@@ -166,14 +166,14 @@ class Scene:
         return psutil.Process(found[0])
 
     def report(self) -> str:
-        """The last report in the logs."""
+        """Return the last report in the logs."""
         reports = sorted(self.log_dir.glob("report-*.txt"), key=lambda path: path.stat().st_mtime_ns)
         assert reports, f"no report in {self.log_dir}"
         return reports[-1].read_text()
 
 
 def undisturbed(hosts: EmulatedHosts, model: Path, folder: Path) -> tuple[list[int], ...]:
-    """The tokens of both streams without a fault, in one process on one host."""
+    """Return the tokens of both streams without a fault, with one stage on one host."""
     scene = Scene(hosts, model, folder)
     run = scene.start({}, num_hosts=1)
     run.finish()

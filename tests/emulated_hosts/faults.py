@@ -1,4 +1,4 @@
-"""One fault: what is done to three stages with two streams over ssh, and all that must hold afterwards."""
+"""One fault: the actions on three stages with two streams over ssh, and the checks after it."""
 
 import re
 import time
@@ -12,7 +12,7 @@ Tokens = tuple[list[int], ...]
 
 
 class Outcome:
-    """What becomes of the run."""
+    """Expected outcomes of a run."""
 
     UNNOTICED = "goes on, no restart"
     RESTARTED = "same tokens after a restart"
@@ -22,9 +22,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Fault:
-    """One row. ``break_it`` gets the running streams in ``phase``; it returns when the fault began (None: now).
+    """One row. ``break_it`` is called in ``phase`` and returns when the fault began, or None if at its return.
 
-    ``reasons`` are patterns of the restarts' reasons and of the final error, one for each; the last is the fault's own.
+    ``reasons`` are patterns of the restarts' reasons and of the final error, one for each. The last is of this fault.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of one row; ``reason`` is what the user was told last, ``detected_s`` after it began."""
+    """Result of one row. ``reason`` is the last one reported, ``detected_s`` the time from the fault to that report."""
 
     fault: Fault
     detected_s: float | None
@@ -52,7 +52,7 @@ class Finding:
 
 
 def try_fault(fault: Fault, scene: Scene, expected: Tokens, times_slower: float = 1.0) -> Finding:
-    """Do it, and assert all that must hold; on a busy machine, ``times_slower``."""
+    """Cause the fault and assert all that must hold. ``times_slower`` scales the time limits on a busy machine."""
     began = time.monotonic()
     fault.prepare(scene)
     run = scene.start({**fault.options, "halts": fault.halts})

@@ -1,6 +1,6 @@
-"""A real stage with a fault inside: it happens at the next step once a file with the fault's name lies in its folder.
+"""A real stage with a fault inside. The fault occurs at the next step after a file of its name is put in the folder.
 
-As a program: faulty_stage.py FOLDER is the stage proper, to be started by a guard.
+As a program: faulty_stage.py FOLDER is the stage process, to be started by a guard.
 """
 
 import os
@@ -21,7 +21,7 @@ GUARD = (
 
 
 def faulty_python(folder: Path) -> str:
-    """The path of a stand-in for a host's Python that runs a guard over such a stage; ``folder`` is made for it."""
+    """Make ``folder`` with a stand-in for a host's Python that runs a guard over a faulty stage. Return its path."""
     folder.mkdir()
     script = folder / "python"
     script.write_text(f'#!/bin/sh\ncd {Path(__file__).parents[2]}\nexec {sys.executable} -c "{GUARD}" {folder}\n')
@@ -30,7 +30,7 @@ def faulty_python(folder: Path) -> str:
 
 
 def do(folder: Path, name: str) -> None:
-    """Let the stage of that folder do it at its next step."""
+    """Cause the fault ``name`` at the next step of the stage of ``folder``."""
     assert name in NAMES
     (folder / name).touch()
 

@@ -1,7 +1,7 @@
 """Several hosts on one Linux machine: a network namespace, two addresses, a name, a home and an sshd for each.
 
-They share the file system and the user, and nothing else. All of it is made in a folder of the test and in namespaces
-named after this process, so that several test runs do not meet, and all of it is removed again. Needs root.
+They share only the file system and the user. Everything is made in a folder of the test and in namespaces named after
+this process, so that several test runs do not collide, and everything is removed again. Needs root.
 """
 
 import json
@@ -52,7 +52,7 @@ Host {name}
 
 
 def what_is_missing() -> str | None:
-    """What this machine lacks to emulate hosts, with the command that mends it."""
+    """Return what this machine lacks to emulate hosts and how to get it, or None."""
     if os.geteuid() != 0:
         return "needs root to emulate hosts: run the tests as root"
     programs = (SSHD, "ssh", "ssh-keygen", "ip", "unshare")
@@ -65,7 +65,7 @@ def what_is_missing() -> str | None:
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Whether ``condition`` came true within ``timeout_s``."""
+    """Wait up to ``timeout_s`` for ``condition`` and return whether it became true."""
     deadline = time.monotonic() + timeout_s
     while not (holds := condition()) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -73,12 +73,11 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 
 class EmulatedHosts:
-    """A context: on entry the hosts are up and reachable by ssh from each other, on exit nothing of them is left.
+    """A context manager: on entry the hosts are up and reachable by ssh from each other, on exit they are removed.
 
-    Host i is called ``names[i]`` by ssh and listens at ``addresses[i]``, on its cable eth0; ``data_addresses[i]`` is
-    on a cable of its own, eth1. Further names, all for host 1, fail:
-    ``unknown-key``, ``changed-key``, ``refused-key``, ``refused-connection``; ``unreachable`` and ``unresolvable`` are
-    nobody's.
+    ssh connects to host i by the name ``names[i]``, at ``addresses[i]`` on its cable eth0. ``data_addresses[i]`` is on
+    a second cable, eth1. Further ssh names fail: ``unknown-key``, ``changed-key``, ``refused-key`` and
+    ``refused-connection`` are names of host 1; ``unreachable`` and ``unresolvable`` belong to no host.
     """
 
     def __init__(self, folder: Path, num_hosts: int) -> None:
@@ -96,7 +95,7 @@ class EmulatedHosts:
         try:
             self._write_keys_and_configs()
             self._make_network()
-            Path("/run/sshd").mkdir(exist_ok=True)  # where sshd insists on separating privileges
+            Path("/run/sshd").mkdir(exist_ok=True)  # sshd needs it for its privilege separation
             for i in range(len(self.names)):
                 self._start_sshd(i)
             for i in range(len(self.names)):
@@ -109,12 +108,12 @@ class EmulatedHosts:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # ---- what a test does with them
+    # ---- actions of a test
 
     def exec(
         self, i: int, command: Sequence[str], env: Mapping[str, str] | None = None, **options: Any
     ) -> subprocess.Popen[bytes]:
-        """Start ``command`` on host i; the process has the returned pid. ``options`` are Popen's."""
+        """Start ``command`` on host i. The returned process has the command's pid. ``options`` are Popen's."""
         enter = ["ip", "netns", "exec", self._spaces[i], "unshare", "--uts"]
         named = ["sh", "-c", f'hostname {self.names[i]}; exec "$@"', "sh"]
         environment = {
@@ -127,11 +126,11 @@ class EmulatedHosts:
         return subprocess.Popen([*enter, *named, *command], env=environment, **options)
 
     def ssh_folder(self, i: int) -> Path:
-        """A folder whose ``ssh``, first in the PATH of a process outside, connects from host i."""
+        """Return a folder for the PATH of a process outside the hosts: the ``ssh`` in it connects from host i."""
         return self.folder / f"bin-{i}"
 
     def processes(self, i: int) -> dict[int, str]:
-        """Every process on host i but its sshd: pid and command line."""
+        """Return the pid and command line of every process on host i except its sshd."""
         found = {}
         for pid in _pids(self._spaces[i]):
             try:
@@ -145,31 +144,31 @@ class EmulatedHosts:
         return found
 
     def all_processes(self) -> dict[int, str]:
-        """Every process on every host but the sshds."""
+        """Return the pid and command line of every process on all hosts except the sshds."""
         return {pid: command for i in range(len(self.names)) for pid, command in self.processes(i).items()}
 
     def cut(self, i: int, link: str = "eth0") -> None:
-        """Pull one of host i's cables."""
+        """Pull the cable ``link`` of host i."""
         _ip("-n", self._spaces[i], "link", "set", link, "down")
 
     def restore(self, i: int, link: str = "eth0") -> None:
-        """Plug it in again."""
+        """Plug in the cable ``link`` of host i again."""
         _ip("-n", self._spaces[i], "link", "set", link, "up")
 
     def slow(self, i: int, kilobits: int) -> None:
-        """Let host i's first cable carry no more than this, in kilobits a second, in each direction."""
+        """Limit host i's cable eth0 to ``kilobits`` per second in each direction."""
         for space, link in ((self._spaces[i], "eth0"), (self._hub, f"a{i}")):
             shape = ["tbf", "rate", f"{kilobits}kbit", "burst", "3kb", "latency", "2s"]
             subprocess.run(["tc", "-n", space, "qdisc", "add", "dev", link, "root", *shape], check=True)
 
     def times_held_back(self, i: int) -> int:
-        """How many packets had to wait since ``slow``."""
+        """Return how many packets were delayed since ``slow``."""
         shown = subprocess.run(["tc", "-s", "-n", self._spaces[i], "qdisc", "show", "dev", "eth0"], capture_output=True)
         (count,) = [words[words.index(b"overlimits") + 1] for words in [shown.stdout.split()]]
         return int(count)
 
     def end_sshd(self, i: int) -> None:
-        """Kill host i's sshd, and the servers of its sessions."""
+        """Kill host i's sshd and the server processes of its sessions."""
         for pid in _pids(self._spaces[i]):
             with suppress(psutil.NoSuchProcess):
                 if (process := psutil.Process(pid)).name().startswith("sshd"):
@@ -177,13 +176,13 @@ class EmulatedHosts:
         self._sshds.pop(i).wait(START_S)
 
     def start_sshd(self, i: int) -> None:
-        """Start it again."""
+        """Start host i's sshd again."""
         self._log_of(i).unlink()
         self._start_sshd(i)
         self._await_sshd(i)
 
     def write_hostfile(self, path: Path, ranks: Sequence[int] | None = None, **more: object) -> Path:
-        """A hostfile in MLX's list form, one entry for each of ``ranks`` with the fields ``more``."""
+        """Write a hostfile in MLX's list form, with one entry for each of ``ranks`` and the fields ``more``."""
         entries = [
             {"ssh": self.names[i], "ips": [self.addresses[i]], **more}
             for i in (range(len(self.names)) if ranks is None else ranks)
@@ -191,7 +190,7 @@ class EmulatedHosts:
         path.write_text(json.dumps(entries))
         return path
 
-    # ---- making and removing
+    # ---- setup and removal
 
     def _write_keys_and_configs(self) -> None:
         keys = ["user-key", "stranger-key", *(f"{name}-key" for name in self.names)]
@@ -297,12 +296,12 @@ def _remove(spaces: Sequence[str]) -> None:
             time.sleep(0.02)
         try:
             _ip("netns", "del", space)
-        except subprocess.CalledProcessError:  # another test process may have removed a leftover meanwhile
+        except subprocess.CalledProcessError:  # another test process may have removed it meanwhile
             if space in _spaces():
                 raise
 
 
 def _remove_left_overs() -> None:
-    """Remove the hosts of test runs that were killed themselves."""
+    """Remove the hosts of test runs that were killed."""
     ours = [space.split("-") for space in _spaces() if space.startswith(f"{PREFIX}-")]
     _remove(["-".join(parts) for parts in ours if parts[1].isdigit() and not psutil.pid_exists(int(parts[1]))])

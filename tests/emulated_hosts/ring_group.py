@@ -1,7 +1,7 @@
-"""Three stages over ssh that pass arrays along MLX's ring; as a program, a coordinator that is there to be killed.
+"""Three stages over ssh that pass arrays along MLX's ring, and a coordinator program for tests to kill.
 
 As a program: ring_group.py SITUATION PYTHON LEASE_S HOST=ADDRESS... brings the stages into the situation, writes
-"ready" to stdout, and goes on until it is ended.
+"ready" to stdout, and runs until it is ended.
 """
 
 import sys
@@ -17,7 +17,7 @@ RING_PORT = 34567
 
 
 def start_ring_group(hosts: Sequence[str], python: str, lease_s: float) -> StageGroup:
-    """A group of one stage on each host; its log goes to stderr."""
+    """Return a group of one stage on each host. Its log goes to stderr."""
     locations = [StageLocation(ssh=host, python=python) for host in hosts]
     return StageGroup(locations, lease_s, _log)
 
@@ -27,7 +27,7 @@ def _log(line: str) -> None:
 
 
 def prepare(group: StageGroup) -> None:
-    """Tell each stage its rank and wait until all have answered."""
+    """Send each stage its rank and wait until all have answered."""
     for rank in range(group.size):
         group.send(rank, Prepare(rank, group.size, ModelSource(path_or_repo=""), listen=(), environment={}))
     for _ in range(group.size):
@@ -35,21 +35,24 @@ def prepare(group: StageGroup) -> None:
 
 
 def connect(group: StageGroup, addresses: Sequence[str], ranks: Sequence[int]) -> None:
-    """Let ``ranks`` join the ring over all addresses; does not wait."""
+    """Make ``ranks`` join the ring over all addresses. Does not wait."""
     links = RingLinks(tuple((f"{address}:{RING_PORT}",) for address in addresses))
     for rank in ranks:
         group.send(rank, Connect(links, to_next=None, from_previous=None))
 
 
 def receive(group: StageGroup, kind: type[FromStage]) -> FromStage:
-    """The next event, which is a message of that kind."""
+    """Return the next message, and assert that it is of ``kind``."""
     event = group.receive(30)
     assert isinstance(event, StageMessage) and isinstance(event.message, kind), event
     return event.message
 
 
 def bring_about(situation: str, group: StageGroup, addresses: Sequence[str]) -> None:
-    """``idle``: all connected; ``init``: ranks 0 and 1 wait for others in init; ``recv``: rank 1 waits for rank 0."""
+    """Bring the stages into a situation.
+
+    ``idle``: all are connected; ``init``: ranks 0 and 1 wait for others in init; ``recv``: rank 1 waits for rank 0.
+    """
     prepare(group)
     if situation == "init":
         connect(group, addresses, ranks=[0, 1])

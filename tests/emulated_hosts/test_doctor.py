@@ -1,4 +1,4 @@
-"""The doctor over real ssh on three hosts with one thing wrong on each: all is found in one go, with what mends it."""
+"""Tests of the doctor over real ssh on three hosts with one problem each: one run finds all, with remedies."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ Line = dict[str, Any]
 
 
 def doctor(hosts: EmulatedHosts, *options: str) -> tuple[int, list[Line], str]:
-    """Exit code, lines and stderr of `mlx-k2 doctor --json` on host 0."""
+    """Run `mlx-k2 doctor --json` on host 0. Return its exit code, lines and stderr."""
     command = [MLX_K2, "doctor", "--json", *options]
     process = hosts.exec(0, command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     reported, err = process.communicate(timeout=100)

@@ -1,4 +1,4 @@
-"""The whole program over real ssh on three hosts."""
+"""Tests of the whole program over real ssh on three hosts."""
 
 import signal
 import subprocess
@@ -18,11 +18,11 @@ END_S = 60.0
 """Deadline for the end of all processes, long enough for a busy machine."""
 
 LONG_LEASE = ("--lease", "600")
-"""A lease that outlasts every test, so that no stage ends because its lease is over."""
+"""A lease longer than every test, so that no stage ends because its lease is over."""
 
 
 def generate(hosts: EmulatedHosts, *options: str) -> subprocess.Popen[bytes]:
-    """``mlx-k2 generate`` on host 0."""
+    """Start ``mlx-k2 generate`` on host 0."""
     command = [MLX_K2, "generate", "Hello", "--seed", "1", *options]
     return hosts.exec(0, command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 

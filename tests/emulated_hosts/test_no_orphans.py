@@ -1,4 +1,4 @@
-"""Whatever happens to the coordinator or to the cable, no process is left on any host."""
+"""Tests that no process is left on any host when the coordinator is killed or a cable is cut."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 LEASE_S = 4.0
 LONG_LEASE_S = 600.0
-"""A lease that outlasts every test, so that no stage ends because its lease is over."""
+"""A lease longer than every test, so that no stage ends because its lease is over."""
 
 END_S = 60.0
 """Deadline for the end of all processes, long enough for a busy machine."""
@@ -26,7 +26,7 @@ SITUATIONS = ("idle", "init", "recv")
 
 
 def launch(hosts: EmulatedHosts, folder: Path, situation: str, lease_s: float) -> subprocess.Popen[bytes]:
-    """A coordinator on host 0 whose stages are in that situation."""
+    """Start a coordinator on host 0 and return it when its stages are in ``situation``."""
     where = [f"{name}={address}" for name, address in zip(hosts.names, hosts.addresses, strict=True)]
     python = stand_in_python(folder, "ring")
     process = hosts.exec(
@@ -40,7 +40,7 @@ def launch(hosts: EmulatedHosts, folder: Path, situation: str, lease_s: float) -
         assert process.stdout.readline() == b"ready\n"
     if situation == "init":
         assert wait_until(lambda: listens(stage_on(hosts, 1), ring_group.RING_PORT), END_S)
-    if situation == "recv":  # a pending receive spins
+    if situation == "recv":  # a pending receive uses CPU time
         stage = stage_on(hosts, 1)
         before = stage.cpu_times().user
         assert wait_until(lambda: bool(stage.cpu_times().user > before + 0.3), END_S)
@@ -53,7 +53,7 @@ def stage_on(hosts: EmulatedHosts, i: int) -> psutil.Process:
 
 
 def listens(process: psutil.Process, port: int) -> bool:
-    """Whether anything on the process's host listens on ``port``."""
+    """Return whether anything on the process's host listens on ``port``."""
     sockets = Path(f"/proc/{process.pid}/net/tcp").read_text()
     return re.search(rf":{port:04X} \S+ 0A ", sockets) is not None
 
@@ -78,7 +78,7 @@ def test_a_pulled_cable_leaves_no_process_on_that_host_after_the_lease(
     began = time.monotonic()
     emulated_hosts.cut(1)
     assert wait_until(lambda: not emulated_hosts.processes(1), END_S), emulated_hosts.processes(1)
-    assert time.monotonic() - began > LEASE_S - 1.5  # by the lease, not by chance
+    assert time.monotonic() - began > LEASE_S - 1.5  # ended by the lease, not earlier
     coordinator.terminate()
     coordinator.wait()
     assert wait_until(lambda: not emulated_hosts.all_processes(), END_S), emulated_hosts.all_processes()

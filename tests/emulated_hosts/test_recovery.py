@@ -1,4 +1,4 @@
-"""The most telling rows of the fault matrix over real ssh; bench/faults.py tries them all."""
+"""Tests of the most informative rows of the fault matrix over real ssh. bench/faults.py runs all rows."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 BY_NAME = {fault.name: fault for fault in FAULTS}
 BUSY = 6.0
-"""How much longer than in bench/faults.py a fault may take to be noticed here, beside other tests."""
+"""Factor on the detection times of bench/faults.py, because other tests run at the same time."""
 
 TELLING = (
     "data cable pulled, ssh goes another way",
@@ -25,7 +25,7 @@ TELLING = (
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedHosts]:
-    """Three hosts for all rows: each row leaves nothing on them."""
+    """Yield three hosts for all rows. Each row leaves nothing on them."""
     if missing := what_is_missing():
         pytest.skip(missing)
     with EmulatedHosts(tmp_path_factory.mktemp("hosts"), NUM_HOSTS) as hosts:

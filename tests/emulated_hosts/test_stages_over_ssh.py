@@ -1,4 +1,4 @@
-"""Stages started over real ssh: what works, and what each failure says."""
+"""Tests of stages started over real ssh: working groups, and the message of each failure."""
 
 import sys
 from pathlib import Path
@@ -21,15 +21,15 @@ EVENT_S = 60.0
 """Deadline for an event, long enough for a busy machine."""
 
 LONG_LEASE_S = 600.0
-"""A lease that outlasts every test, so that no stage ends because its lease is over."""
+"""A lease longer than every test, so that no stage ends because its lease is over."""
 
 KILLED_BY_THE_GROUP = "has not ended: sending"
-"""What the group says before it signals a process that did not end in the time it was given."""
+"""Part of the line that the group logs before it signals a process that did not end in time."""
 
 
 @pytest.fixture
 def hosts(emulated_hosts: EmulatedHosts, monkeypatch: pytest.MonkeyPatch) -> EmulatedHosts:
-    """The hosts, with this process's ssh on host 0."""
+    """Return the hosts. The ssh of this process connects from host 0."""
     monkeypatch.setenv("PATH", str(emulated_hosts.ssh_folder(0)), prepend=":")
     return emulated_hosts
 
@@ -150,7 +150,7 @@ def test_stopping_does_not_wait_for_an_unreachable_host(hosts: EmulatedHosts) ->
         assert wait_until(lambda: bool(hosts.processes(0)), EVENT_S)
         reported: list[str] = []
         group.stop(reported.append)
-        assert not any(KILLED_BY_THE_GROUP in line for line in reported)  # ssh itself waits for longer
+        assert not any(KILLED_BY_THE_GROUP in line for line in reported)  # ssh's own timeout is longer
     assert hosts.all_processes() == {}
 
 

@@ -1,8 +1,8 @@
-"""A coordinator with two streams over a hostfile's stages, which faults are done to; it tells what happens as it does.
+"""A coordinator that runs two streams over a hostfile's stages as the target of faults, and reports every event.
 
-As a program: two_streams.py OPTIONS, where OPTIONS is a JSON object. On stdout, one JSON object a line: {"phase"},
-{"stream", "token"}, {"restart"}, {"notify"}, and last {"error"} or {"ended"}. At the N-th begin of a phase that
-``halts`` names it waits for a line on stdin.
+As a program: two_streams.py OPTIONS, where OPTIONS is a JSON object. It writes one JSON object a line to stdout:
+{"phase", "time"}, {"stream", "token"}, {"restart"}, {"notify"}, and last {"error"} or {"ended"}. ``halts`` maps a
+phase to a number N. At the N-th start of that phase the program waits for a line on stdin.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ DECODING_TOKEN = 10
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What to run, and where to halt."""
+    """Options of the program: what to run, and in which phases to halt."""
 
     model: str
     hostfile: str
@@ -42,7 +42,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Teller(DeploymentListener):
-    """Tells of phases, and halts."""
+    """Listener that reports each phase, and halts in the phases of ``halts``."""
 
     def __init__(self, halts: dict[str, int]) -> None:
         self._halts = halts
@@ -59,7 +59,7 @@ class Teller(DeploymentListener):
         write_event(notify=line)
 
     def step(self, report: StageReport) -> None:
-        """The first step of a prompt is under way, or over."""
+        """Report the phase prefill at the first step report."""
         if not self._begun["prefill"]:
             self.phase("prefill")
 

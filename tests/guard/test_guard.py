@@ -1,4 +1,4 @@
-"""The guard as a process of its own, over small real stages; the test is its coordinator."""
+"""Tests of the guard as its own process over small real stages. The test acts as its coordinator."""
 
 import json
 import os
@@ -26,11 +26,11 @@ END_S = 60.0
 
 DEFAULT_LEASE_S = GuardSettings().lease_s
 LONG_LEASE_S = 600.0
-"""A lease that outlasts every test, so that no stage ends because its lease is over."""
+"""A lease longer than every test, so that no stage ends because its lease is over."""
 
 
 class GuardedStage:
-    """A guard and its stage, up and running."""
+    """A running guard and its stage."""
 
     def __init__(self, program: str) -> None:
         self.process = subprocess.Popen(
@@ -75,7 +75,7 @@ class GuardedStage:
         self._input.close()
 
     def read(self, kind: Kind | None = None) -> Frame:
-        """The next frame of that kind; else the next one that does not only say where the stage stands."""
+        """Return the next frame of ``kind``, or without it the next frame that is not a stage status."""
         while True:
             frame = read_frame(self.output)
             assert frame is not None, f"the guard has ended: {self.log()}"
@@ -86,7 +86,7 @@ class GuardedStage:
         return self._log.read().decode()
 
     def last_frame(self) -> dict[str, object]:
-        """How the stage ended, as the guard's last frame says."""
+        """Return the guard's last frame, which states how the stage ended."""
         last = None
         while (frame := read_frame(self.output)) is not None:
             last = frame
@@ -124,7 +124,7 @@ def start() -> Iterator[Callable[[str], GuardedStage]]:
                 process.kill()
         stage.process.wait(END_S)
         for stream in stage.streams:
-            with suppress(BrokenPipeError):  # from what was not yet written to it
+            with suppress(BrokenPipeError):  # closing writes the data that is still buffered
                 stream.close()
 
 
@@ -180,7 +180,7 @@ def test_a_stage_that_ignores_stop_and_sigterm_is_killed_after_its_grace_period(
     began = time.monotonic()
     stage.close()
     assert stage.last_frame()["signal"] == signal.SIGKILL
-    assert time.monotonic() - began >= 6  # 5 s, and 1 s for each 10 GB
+    assert time.monotonic() - began >= 6  # 5 s, plus 1 s for each 10 GB
 
 
 @pytest.mark.slow
@@ -188,7 +188,7 @@ def test_the_stage_ends_when_no_heartbeat_comes_within_the_lease(start: Start) -
     stage = start("deaf")
     stage.set(lease_s=2.0)
     for _ in range(6):
-        time.sleep(0.4)  # the subject is time itself: longer in all than the lease
+        time.sleep(0.4)  # the test needs real time: 2.4 s in all, longer than the lease
         stage.write(Kind.HEARTBEAT, b"")
         assert stage.read().kind is Kind.HEARTBEAT
     assert stage.last_frame() == {
@@ -242,7 +242,7 @@ def test_a_suspended_guard_and_its_stage_are_ended_after_the_lease(start: Start)
     stage.set(lease_s=2.0)
     since_s = status(stage).for_s
     while status(stage).for_s < since_s + 2 * TICK_S:
-        pass  # after two ticks of the guard its watcher knows the lease
+        pass  # after two ticks of the guard the watchdog knows the lease
     stage.guard.suspend()
     stage.wait_until_gone(DEFAULT_LEASE_S - 2)
 
@@ -251,7 +251,7 @@ def test_a_suspended_stage_is_ended_in_under_3_s(start: Start) -> None:
     stage = start("echo")
     stage.stage.suspend()
     stage.close()
-    assert stage.last_frame()["signal"] == signal.SIGTERM  # SIGKILL comes after its time
+    assert stage.last_frame()["signal"] == signal.SIGTERM  # SIGKILL would be sent later
     stage.wait_until_gone()
 
 

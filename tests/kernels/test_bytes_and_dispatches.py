@@ -1,4 +1,4 @@
-"""What a decoded token reads and launches, counted from shapes and graphs."""
+"""Tests of the bytes that a decoded token reads and of its dispatches, counted from shapes and graphs."""
 
 import json
 

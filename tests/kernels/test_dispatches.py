@@ -1,4 +1,4 @@
-"""A wrapper refuses what its kernel takes for granted, since nothing in a kernel looks at a shape."""
+"""Tests that a wrapper refuses arguments that its kernel cannot handle, because kernels do not check shapes."""
 
 from collections.abc import Callable
 

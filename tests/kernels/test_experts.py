@@ -1,4 +1,4 @@
-"""The choice of a kernel: by device, by verdict, by number of tokens; and what is remembered of a machine."""
+"""Tests of the choice of a kernel by device, KernelCheck and number of tokens, and of the cached checks."""
 
 import logging
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_storing_checks_in_an_unwritable_directory_raises_nothing(tmp_path: Path
 
 @pytest.fixture
 def _metal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a Mac, except that no kernel can run: calling one raises."""
+    """Select the kernels as on a Mac. None of them can run here: calling one raises."""
     monkeypatch.setattr(experts, "_backend_kernels", lambda: experts.METAL_KERNELS)
 
 

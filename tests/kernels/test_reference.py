@@ -1,4 +1,4 @@
-"""The plain-MLX experts equal float64 and mlx-lm, and a token's output never depends on its company."""
+"""Tests of the plain-MLX experts: they equal float64 and mlx-lm, and a token's output is the same in any batch."""
 
 import mlx.core as mx
 import numpy as np
@@ -83,7 +83,7 @@ def test_stored_biases_give_bit_identical_results_to_computed_ones(experts: int,
 def test_a_tokens_expert_output_is_bit_identical_in_any_batch(experts: int, top_k: int, compiled: bool) -> None:
     rng = np.random.default_rng(experts)
     stack = random_stack(rng, experts, hidden=160, intermediate=96)
-    tokens = 80  # every way of computing is met: gathered experts, the whole stack, sorted by expert
+    tokens = 80  # covers all three methods: gathered experts, the whole stack, sorted by expert
     x = mx.array(rng.standard_normal((tokens, 160), dtype=np.float32))
     ids, weights = random_choice(rng, tokens, experts, top_k)
     compute = mx.compile(routed_experts) if compiled else routed_experts

@@ -1,4 +1,4 @@
-"""The table of `mlx-k2 kernels`: times are of real work, and the fastest sizes are found and remembered."""
+"""Tests of the table of `mlx-k2 kernels`: times are of real work, and the fastest tuning is found and cached."""
 
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def test_the_fastest_tuning_is_found_and_cached(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(timing, "time_layer", time_layer)
     best = timing.best_tuning(SHAPE, DEFAULT)
     assert (best.gate_up_rows, best.down_rows) == (8, 2)
-    assert not [tuning for tuning in tried if tuning.batch_rows == 1]  # sizes that compute something else
+    assert not [tuning for tuning in tried if tuning.batch_rows == 1]  # tunings with wrong results are skipped
     cached = check_cache.load(check_cache.cache_path(tmp_path, SHAPE, experts.chip()))
     assert cached is not None
     assert cached.tuning == best

@@ -1,4 +1,4 @@
-"""A stand-in for a host's Python: whatever it is asked to run, it runs the guard over one of our small stages."""
+"""A stand-in for a host's Python. Whatever its arguments, it runs the guard over one of the small stages."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ STAGE_PROGRAMS = Path(__file__).with_name("stage_programs.py")
 
 
 def stand_in_python(folder: Path, program: str) -> str:
-    """The path of such a stand-in, made in ``folder``."""
+    """Make a stand-in that runs ``program`` in ``folder`` and return its path."""
     script = folder / f"python-{program}"
     script.write_text(f"#!/bin/sh\nexec {sys.executable} {Path(__file__)} {program}\n")
     script.chmod(0o755)

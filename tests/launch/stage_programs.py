@@ -1,4 +1,4 @@
-"""Small stages to try the guard and the group on: run by the guard as ``python stage_programs.py NAME``."""
+"""Small stages for tests of the guard and the group. The guard runs ``python stage_programs.py NAME``."""
 
 import ctypes
 import json
@@ -61,25 +61,25 @@ def report_phase(update: PhaseUpdate) -> None:
 
 
 def has_sent() -> None:
-    """Say that step 5 is done."""
+    """Report that step 5 is done, then answer each step."""
     report_phase(PhaseUpdate(Phase.IDLE, 5))
     echo()
 
 
 def receives() -> None:
-    """Say that it waits for the hidden states of step 5."""
+    """Report a wait for the hidden states of step 5, then answer each step."""
     report_phase(PhaseUpdate(Phase.RECEIVING, 5, limit_s=600.0))
     echo()
 
 
 def late() -> None:
-    """Enter a phase for half a second, and stay in it, holding the GIL."""
+    """Report a phase with a limit of 0.5 s, and stay in it while holding the GIL."""
     report_phase(PhaseUpdate(Phase.CONNECTING, limit_s=0.5))
     deaf()
 
 
 def deaf() -> None:
-    """Read nothing, and hold the GIL for ever, as mlx.distributed.init does."""
+    """Read nothing and hold the GIL, as mlx.distributed.init does, for 1000 s."""
     notify(Connected())
     ctypes.PyDLL(None).sleep(1000)
 
@@ -93,7 +93,7 @@ def stubborn() -> None:
 
 
 def with_offspring() -> None:
-    """Start a process that would run on."""
+    """Start a child process that runs for 1000 s, then answer each step."""
     subprocess.Popen(["sleep", "1000"])
     echo()
 
@@ -117,7 +117,7 @@ def rubbish() -> None:
 
 
 def flooding() -> None:
-    """Ten megabytes of log, and one line without an end, before the first word."""
+    """Write 10 MB of log in lines of up to 100,000 characters, then answer each step."""
     for _ in range(100):
         sys.stderr.write("x" * 1000 + "\n" + "y" * 99_000)
     sys.stderr.write("\n")
@@ -125,7 +125,7 @@ def flooding() -> None:
 
 
 def talkative() -> None:
-    """Answer each step a thousand times, as fast as it can."""
+    """Answer each step a thousand times without a pause."""
     notify(Connected())
     for message in hear():
         assert isinstance(message, Step)
@@ -134,11 +134,11 @@ def talkative() -> None:
 
 
 def ring() -> None:
-    """Join MLX's ring; pass an array along, to which each rank adds; the last rank's tokens are its mean.
+    """Join MLX's ring and pass an array along. Each rank adds the step's number; the last rank's tokens are the mean.
 
-    For a step without rows it is a small one; else as large as the hidden states of Kimi K2.
+    The array has Kimi K2's hidden size, 7168: 8 float32 rows for a step without rows, else a bfloat16 row per token.
     """
-    import mlx.core as mx  # noqa: PLC0415 - the other stages start in a tenth of the time without it
+    import mlx.core as mx  # noqa: PLC0415 - without mlx the other stages start in a tenth of the time
 
     mx.set_default_device(mx.cpu)
     rank = num_stages = 0

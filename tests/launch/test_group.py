@@ -1,4 +1,4 @@
-"""Groups of real local processes over small stages."""
+"""Tests of groups of real local processes over small stages."""
 
 import threading
 import time
@@ -21,7 +21,7 @@ RECEIVE_S = 60.0
 """Deadline for an event, long enough for a busy machine."""
 
 KILLED_BY_THE_GROUP = "has not ended: sending"
-"""What the group says before it signals a process that did not end in the time it was given."""
+"""Part of the line that the group logs before it signals a process that did not end in time."""
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_guards_are_heard_again_and_again_while_their_stages_hold_the_gil(make_g
             for _ in range(3):
                 silent_s = group.silence_s(rank)
                 deadline = time.monotonic() + RECEIVE_S
-                while group.silence_s(rank) >= silent_s:  # it falls when the guard is heard
+                while group.silence_s(rank) >= silent_s:  # it falls when a frame arrives
                     silent_s = group.silence_s(rank)
                     assert time.monotonic() < deadline, f"the guard of stage {rank} is silent for {silent_s} s"
                     assert group.receive(0.05) is None
@@ -107,7 +107,7 @@ def test_a_failed_stage_is_reported_with_exit_code_and_stderr_tail(make_group: M
             "stage 1 on this machine (starting) ended with exit code 3: it ended by itself (it wrote last: "
             "ValueError: no such layer)"
         )
-        group.send(1, Step(1, ()))  # to a stage that is gone: no error
+        group.send(1, Step(1, ()))  # sending to an ended stage raises no error
         group.send(0, Step(2, ()))
         assert receive(group, 1) == [StageMessage(0, StepDone(number=2, busy_s=0.0, receive_s=0.0))]
 
@@ -156,9 +156,9 @@ def test_stopping_kills_unresponsive_stages_concurrently_and_logs_which_it_waits
         group.set_held_bytes(0, 10 * 10**9)
         began = time.monotonic()
         group.stop(log.append)
-        assert time.monotonic() - began >= 6  # 5 s, and 1 s for each 10 GB
+        assert time.monotonic() - began >= 6  # 5 s, plus 1 s for each 10 GB
         assert children() == []
-    assert not any(KILLED_BY_THE_GROUP in line for line in log)  # their guards killed them in the time of one
+    assert not any(KILLED_BY_THE_GROUP in line for line in log)  # the guards killed both at the same time
     assert "waiting for stage 0 on this machine, which holds 10.0 GB, at most 8 s" in log
     assert not any("stage 2" in line for line in log if line.startswith("waiting"))
 

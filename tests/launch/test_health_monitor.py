@@ -1,4 +1,4 @@
-"""What a vigil over real processes calls stopped, silent or stuck, and what it waits for."""
+"""Tests of the health monitor over real processes: what it reports as stopped, silent or stuck, and when it waits."""
 
 import os
 import re
@@ -21,7 +21,7 @@ from tests.launch.guarded import stand_in_python
 
 STALL_TIMEOUT_S = 1.0
 WATCHED_S = 60.0
-"""Deadline for what a vigil is to notice, long enough for a busy machine."""
+"""Deadline for a report of the health monitor, long enough for a busy machine."""
 
 MakeGroup = Callable[..., StageGroup]
 
@@ -49,7 +49,7 @@ def trouble(monitor: HealthMonitor) -> str:
 
 
 def process_of(program: str) -> psutil.Process:
-    """The stage proper that runs this program."""
+    """Return the stage process (not its guard) that runs ``program``."""
     (found,) = [
         process
         for process in psutil.Process().children(recursive=True)
@@ -115,7 +115,7 @@ def test_a_stage_that_waits_for_data_not_yet_sent_is_no_fault(make_group: MakeGr
 def test_a_health_monitor_suspended_past_the_stall_timeout_reads_messages_before_it_reports(
     make_group: MakeGroup,
 ) -> None:
-    """This process is stopped for longer than its patience while a stage answers."""
+    """Suspend this process for longer than the stall timeout while a stage answers."""
     with make_group("echo") as group:
         monitor = come_up(group)
         group.send(0, Step(1, ()))

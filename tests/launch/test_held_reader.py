@@ -1,4 +1,4 @@
-"""A prompt of 200,000 tokens while the coordinator's readers are held back: nothing deadlocks, nothing is lost."""
+"""Tests of a 200,000-token prompt while the coordinator's readers are blocked: no deadlock, no lost message."""
 
 import threading
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ NUM_STAGES = 2
 
 
 class HeldReaders:
-    """Once ``hold`` was called, every reader stops at its next message until HELD_S after all of them have stopped."""
+    """A block for readers: after ``hold`` each waits at its next message until HELD_S after all of them wait."""
 
     def __init__(self) -> None:
         self._may_read = threading.Event()
@@ -59,7 +59,7 @@ def readers(monkeypatch: pytest.MonkeyPatch) -> HeldReaders:
 
 @contextmanager
 def connected_stages(folder: Path) -> Iterator[StageGroup]:
-    """Stages that pass arrays of Kimi K2's width along a real ring."""
+    """Yield stages that pass arrays of Kimi K2's width along a real ring."""
     locations = [StageLocation(python=stand_in_python(folder, "ring"))] * NUM_STAGES
     with StageGroup(locations, lease_s=20.0, log=lambda _: None) as group:
         for rank in range(NUM_STAGES):

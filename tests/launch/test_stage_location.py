@@ -49,7 +49,7 @@ def test_a_host_name_that_looks_like_an_ssh_option_is_refused(host: str) -> None
         StageLocation(ssh=host)
 
 
-@settings(deadline=None)  # a shell is started for each
+@settings(deadline=None)  # each example starts a shell
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1))
 def test_any_python_path_is_quoted_as_one_shell_word(path: str) -> None:
     remote_command = StageLocation(ssh="mac-2", python="/" + path).start_commands()[0][-1]

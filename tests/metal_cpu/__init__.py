@@ -1,1 +1,1 @@
-"""Runs Metal kernels on a CPU, from the very source that MLX would compile on a Mac."""
+"""An executor of Metal kernels on a CPU, from the same source that MLX would compile on a Mac."""

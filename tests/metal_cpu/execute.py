@@ -1,4 +1,4 @@
-"""Performs a launch on the CPU, from the source that MLX generates for it."""
+"""The run of a dispatch on the CPU, from the source that MLX generates for it."""
 
 import functools
 import re
@@ -19,14 +19,14 @@ Array = npt.NDArray[Any]
 
 
 class Executed(NamedTuple):
-    """A launch's outputs, and what moved."""
+    """Outputs of a dispatch, and the report of its run."""
 
     outputs: list[mx.array]
     report: RunReport
     buffer_names: tuple[str, ...]
 
     def bytes_loaded(self, *names: str) -> int:
-        """Bytes loaded from these buffers, in Mode.BYTES."""
+        """Return the bytes loaded from these buffers. Counted only in Mode.BYTES."""
         return sum(t.loaded for n, t in zip(self.buffer_names, self.report.traffic, strict=True) if n in names)
 
 
@@ -42,7 +42,7 @@ def execute(
     schedule: Schedule = FORWARD,
     files: Mapping[str, Path] | None = None,
 ) -> Executed:
-    """The launch's outputs. An input named in `files` is read from that file: its array gives shape and type only."""
+    """Run a dispatch. An input named in `files` is read from that file; its array gives only shape and type."""
     files = files or {}
     instance = _instance(dispatch, mode)
     inputs = dict(zip(dispatch.text.inputs, dispatch.inputs, strict=True))
@@ -65,7 +65,7 @@ def execute(
 
 
 def _instance(dispatch: Dispatch, mode: Mode) -> _Instance:
-    # MLX's text depends on the inputs' types and on whether they are scalars or smaller than 8 elements
+    # MLX's text depends on the inputs' types and on whether they are scalars or have fewer than 8 elements.
     kinds = tuple((a.dtype, a.ndim == 0, a.size < 8) for a in dispatch.inputs)
     return _cached_instance(
         _Key(dispatch, (dispatch.text, dispatch.template, kinds, dispatch.output_dtypes, mode)), mode
@@ -73,7 +73,7 @@ def _instance(dispatch: Dispatch, mode: Mode) -> _Instance:
 
 
 class _Key:
-    """Equal for launches that compile to the same program."""
+    """Cache key that is equal for dispatches that compile to the same program."""
 
     def __init__(self, dispatch: Dispatch, identity: tuple[object, ...]) -> None:
         self.dispatch = dispatch
@@ -97,14 +97,14 @@ def _cached_instance(key: _Key, mode: Mode) -> _Instance:
 
 
 def kernel_name(source: str) -> str:
-    """What MLX calls the kernel in its generated source."""
+    """Return MLX's name of the kernel in its generated source."""
     match = re.search(r"void (custom_kernel_\w+)\(", source)
     assert match
     return match[1]
 
 
 def template_arguments(source: str, name: str) -> dict[str, str]:
-    """The one instantiation that MLX asks for, by parameter."""
+    """Return the template arguments of the one instantiation that MLX requests, by parameter."""
     instance = re.search(rf"\ntemplate \[\[host_name.*?decltype\({name}<(.*?)>\)", source, re.DOTALL)
     parameters = re.search(rf"template <([^>]*)>\s*\[\[kernel\]\] void {name}", source)
     if not (instance and parameters):
@@ -134,17 +134,17 @@ _NUMPY: dict[mx.Dtype, type[np.generic]] = {
 
 
 def to_numpy(array: mx.array) -> Array:
-    """The array's bytes; bfloat16, which numpy has not, as uint16."""
+    """Return the array as numpy. bfloat16, which numpy lacks, becomes uint16 with the same bits."""
     return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
 
 
 def to_mlx(array: Array, dtype: mx.Dtype) -> mx.array:
-    """The inverse of `to_numpy`."""
+    """Return the MLX array of a result of `to_numpy`."""
     return mx.array(array).view(mx.bfloat16) if dtype == mx.bfloat16 else mx.array(array)
 
 
 def with_text(dispatch: Dispatch, source: str, header: str | None = None) -> Dispatch:
-    """The same launch of another text."""
+    """Return the same dispatch with another kernel text."""
     text = dispatch.text
     changed = KernelText(text.name, text.inputs, text.outputs, source, text.header if header is None else header)
     return dispatch._replace(text=changed)

@@ -1,4 +1,4 @@
-"""Random INT4 experts, and what they compute, in float64: the truth that every kernel is measured against."""
+"""Random INT4 experts and their outputs in float64, the reference that every kernel is measured against."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,11 +14,11 @@ Float64Array = npt.NDArray[np.float64]
 Codes = Callable[[np.random.Generator, int, int, int], npt.NDArray[np.uint32]]  # (experts, outputs, inputs)
 Scales = Callable[[np.random.Generator, int, int, int], npt.NDArray[np.float32]]  # (experts, outputs, groups)
 
-TOLERANCE = {mx.bfloat16: 4e-3, mx.float32: 1e-6}  # of the largest output
+TOLERANCE = {mx.bfloat16: 4e-3, mx.float32: 1e-6}  # as a fraction of the largest output
 
 
 class Case(NamedTuple):
-    """Some tokens, the experts they chose, and the experts."""
+    """Some tokens, the experts that they chose with their weights, and the stack of experts."""
 
     x: mx.array
     expert_ids: mx.array
@@ -72,7 +72,7 @@ ALL_ROWS = slice(None)
 
 
 def dense(packed: mx.array, scale: mx.array, expert: int, rows: slice = ALL_ROWS) -> Float64Array:
-    """One expert's weights, or some of its rows: scale * (q - 8)."""
+    """Return one expert's weights, or some of its rows: scale * (q - 8)."""
     words = np.array(packed[expert, rows])
     codes = (words[..., None] >> np.arange(0, 32, 4, dtype=np.uint32)) & 15
     values = codes.reshape(words.shape[0], -1).astype(np.float64) - 8
@@ -87,7 +87,7 @@ def swiglu(gate: Float64Array, up: Float64Array) -> Float64Array:
 
 
 def gate_up(case: Case, rows: slice = ALL_ROWS) -> Float64Array:
-    """(tokens, top_k, intermediate), or some rows of it."""
+    """Return swiglu of gate and up, (tokens, top_k, intermediate), or only the outputs `rows`."""
     x, ids, stack = float64(case.x), np.array(case.expert_ids), case.stack
     out = np.empty((*ids.shape, len(range(*rows.indices(stack.intermediate_size)))))
     for expert in np.unique(ids):
@@ -99,7 +99,7 @@ def gate_up(case: Case, rows: slice = ALL_ROWS) -> Float64Array:
 
 
 def down(case: Case, hidden: mx.array, rows: slice = ALL_ROWS) -> Float64Array:
-    """(tokens, hidden), or some rows of it, from hidden (tokens, top_k, intermediate)."""
+    """Return the experts' output, (tokens, hidden), or only the outputs `rows`, from (tokens, top_k, intermediate)."""
     inputs, ids, weights = float64(hidden), np.array(case.expert_ids), float64(case.expert_weights)
     stack = case.stack
     out = np.zeros((ids.shape[0], len(range(*rows.indices(stack.hidden_size)))))
@@ -111,7 +111,7 @@ def down(case: Case, hidden: mx.array, rows: slice = ALL_ROWS) -> Float64Array:
 
 
 def relative_error(got: mx.array, expected: npt.NDArray[Any]) -> float:
-    """max|error| / max|expected|; infinite where an output is not finite."""
+    """Return max|error| / max|expected|, or infinity if an output is not finite."""
     values = float64(got).reshape(expected.shape)
     if not np.isfinite(values).all():
         return float("inf")

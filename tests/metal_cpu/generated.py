@@ -1,4 +1,4 @@
-"""The source that MLX would hand to Apple's compiler for a launch, taken on a machine without Metal."""
+"""The source that MLX would pass to Apple's compiler for a dispatch, obtained on a machine without Metal."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from mlx_k2.kernels.dispatch import Dispatch, metal_kernel
 
 
 def generated_source(dispatch: Dispatch) -> str:
-    """MLX's own text: while a function is exported a Metal kernel may be called, and `verbose` prints its source."""
+    """Return MLX's own text. A Metal kernel may be called while a function is exported, and `verbose` prints it."""
     call = metal_kernel(dispatch.text).call
 
     def traced(*inputs: mx.array) -> tuple[mx.array, ...]:
@@ -35,7 +35,7 @@ def generated_source(dispatch: Dispatch) -> str:
 
 
 class _CapturedStdout:
-    """What is written to file descriptor 1, by C++ as well."""
+    """Context manager that captures what is written to file descriptor 1, also by C++."""
 
     def __init__(self) -> None:
         self._chunks: list[bytes] = []

@@ -1,4 +1,4 @@
-"""Performs a layer's routed experts in the executor and measures both halves against float64."""
+"""Runs of a layer's routed experts in the executor, and the errors of both halves against float64."""
 
 import enum
 from collections.abc import Callable
@@ -18,11 +18,11 @@ from tests.metal_cpu.program import FORWARD, Mode, Schedule
 
 SMALL = DEFAULT._replace(batch_simdgroups=4)  # fewer Metal threads for small cases
 TINY = Tuning(gate_up_rows=8, gate_up_simdgroups=2, down_rows=8, batch_rows=4, batch_simdgroups=2)
-"""Fewest Metal threads: the thread sanitizer spends most of a run on making them."""
+"""Fewest Metal threads: the thread sanitizer spends most of a run on creating them."""
 
 
 class Variant(enum.Enum):
-    """The regimes of routed experts."""
+    """The kernels of routed experts."""
 
     DECODE = "decode"
     BATCH = "batch"
@@ -42,14 +42,14 @@ def unchanged(dispatch: Dispatch) -> Dispatch:
 
 
 class Errors(NamedTuple):
-    """Largest error by largest output, of gate+up and of down (given the gate+up that it was given)."""
+    """Largest error divided by largest output, of gate+up and of down (for the gate+up that the kernel computed)."""
 
     gate_up: float
     down: float
 
 
 class Recorder:
-    """Performs launches in the executor, each changed by `change` first, and keeps what they did, by kernel name."""
+    """Runs of dispatches in the executor, each changed by `change` first. Their results are kept by kernel name."""
 
     def __init__(
         self, mode: Mode = Mode.FAST, schedule: Schedule = FORWARD, change: Callable[[Dispatch], Dispatch] = unchanged
@@ -66,7 +66,7 @@ class Recorder:
 
 
 def hidden_by_pair(recorder: Recorder, variant: Variant, case: Case) -> mx.array:
-    """What gate+up computed, (tokens, top_k, intermediate), unsorted where the kernel sorts."""
+    """Return the output of gate+up, (tokens, top_k, intermediate), unsorted where the kernel sorts."""
     (hidden,) = recorder.executed[f"{variant.value}_gate_up"].outputs
     if variant is not Variant.PREFILL:
         return hidden

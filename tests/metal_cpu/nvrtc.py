@@ -1,4 +1,4 @@
-"""Compiles a kernel body for CUDA with NVRTC from PyPI: no GPU and no toolkit. Runs nothing."""
+"""Compilation of a kernel body for CUDA with NVRTC from PyPI: no GPU and no toolkit. Runs nothing."""
 
 import ctypes
 import importlib.util
@@ -15,7 +15,7 @@ ARCHITECTURE = "sm_90"
 
 
 class CudaCost(NamedTuple):
-    """What the assembler and the code say of one kernel."""
+    """Costs of one kernel, from the assembler's report and the generated code."""
 
     registers: int
     spilled_bytes: int
@@ -32,7 +32,7 @@ def _package(name: str, install: str) -> Path:
 
 
 def cuda_source(dispatch: Dispatch) -> str:
-    """As MLX's cuda_kernel writes it: header, arguments, constants, body."""
+    """Return the source as MLX's cuda_kernel writes it: header, arguments, constants, body."""
     types = {mx.float32: "float", mx.bfloat16: "__nv_bfloat16", mx.uint32: "uint32_t", mx.int32: "int32_t"}
     arguments = []
     for name, array in zip(dispatch.text.inputs, dispatch.inputs, strict=True):
@@ -61,7 +61,7 @@ def cuda_source(dispatch: Dispatch) -> str:
 
 
 def compile_cuda(source: str) -> CudaCost:
-    """Raises AssertionError with the compiler's log when the source is not valid CUDA."""
+    """Return the costs of ``source``. Raise AssertionError with the compiler's log if it is not valid CUDA."""
     library = ctypes.CDLL(str(next((_package("cuda_nvrtc", "NVRTC") / "lib").glob("libnvrtc.so*"))))
     include = _package("cuda_runtime", "CUDA's headers") / "include"
     program = ctypes.c_void_p()

@@ -1,4 +1,4 @@
-"""Compiles a translated kernel with a host compiler and runs it over numpy buffers."""
+"""A translated kernel, compiled with a host compiler and run over numpy buffers."""
 
 import enum
 import functools
@@ -27,16 +27,16 @@ RUN_TIMEOUT_S = 120
 
 
 class Mode(enum.Enum):
-    """What watches the run."""
+    """Instrumentation of a run."""
 
     FAST = "fast"
     ADDRESSES = "addresses"  # address and undefined-behaviour sanitizers: bounds, alignment
-    RACES = "races"  # thread sanitizer, every Metal thread a fiber of its own
-    BYTES = "bytes"  # counts what each buffer's loads and stores move
+    RACES = "races"  # thread sanitizer; every Metal thread is its own fiber
+    BYTES = "bytes"  # counts the bytes that each buffer's loads and stores move
 
 
 class Schedule(NamedTuple):
-    """In which order the threads of a threadgroup, and threadgroups, run."""
+    """Order in which threadgroups and the threads of a threadgroup run."""
 
     kind: int = 0  # 0 forward, 1 backward, 2 shuffled by the seed
     seed: int = 1
@@ -59,7 +59,7 @@ _FLAGS = {
     Mode.RACES: ("-O1", "-g1", "-march=native", "-fsanitize=thread"),
     Mode.BYTES: ("-O2", "-march=native", "-fsanitize=thread"),
 }
-# The runtime is not instrumented where instrumentation stands for the kernel's own accesses.
+# In RACES and BYTES the runtime is not instrumented, so that only the kernel's own accesses are checked or counted.
 _RUNTIME_FLAGS = {
     Mode.FAST: _FLAGS[Mode.FAST],
     Mode.ADDRESSES: _FLAGS[Mode.ADDRESSES],
@@ -75,32 +75,32 @@ _LINK_FLAGS = {
 
 
 class KernelFault(Exception):
-    """The executor or a sanitizer stopped the kernel; the message is its report."""
+    """Fault of a kernel that the executor or a sanitizer stopped. The message is its report."""
 
 
 class CompileFault(Exception):
-    """The host compiler does not take the kernel; never what a planted fault should lead to."""
+    """Refusal of a kernel by the host compiler. A planted fault must never cause it."""
 
 
 class Traffic(NamedTuple):
-    """Bytes that loads and stores of one buffer moved."""
+    """Bytes that the loads and stores of one buffer moved."""
 
     loaded: int
     stored: int
 
 
 class RunReport(NamedTuple):
-    """What a run told about itself."""
+    """Measurements of a run."""
 
     seconds: float
     simd_operations: int
     barriers: int
-    traffic: tuple[Traffic, ...]  # by buffer, in Mode.BYTES
+    traffic: tuple[Traffic, ...]  # one for each buffer, in Mode.BYTES
 
 
 @functools.cache
 def compiler() -> str:
-    """g++, or clang++ where there is no g++; without either the test says what it needs."""
+    """Return the path of g++, or of clang++ if there is no g++. Skip the test if there is neither."""
     for name in ("g++", "clang++"):
         if path := shutil.which(name):
             return path
@@ -180,12 +180,12 @@ class Program:
         threadgroup: Grid,
         schedule: Schedule = FORWARD,
     ) -> tuple[list[Array], RunReport]:
-        """Runs the grid. `buffers` are in the order of the kernel's arguments; a Path is an input already in a file.
+        """Run the grid. `buffers` are in the order of the kernel's arguments; a Path is an input already in a file.
 
-        Outputs, the buffers with a number in `outputs`, are filled with 0xFF before, and returned.
+        The buffers with a number in `outputs` are filled with 0xFF before the run, and returned after it.
 
         Raises:
-            KernelFault: the executor or a sanitizer has something to say.
+            KernelFault: the executor or a sanitizer reports a fault.
         """
         os_threads = 1 if self.mode is Mode.RACES else os.cpu_count()
         lines = [

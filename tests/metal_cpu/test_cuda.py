@@ -1,7 +1,7 @@
-"""The decode and batch kernels are valid CUDA too, and what they cost there does not creep up.
+"""Tests of the decode and batch kernels as CUDA: they are valid, and their cost there does not increase.
 
-The compiler is not Apple's: registers, load widths and instructions are a proxy that sees a loop that is no longer
-unrolled, an array that went to memory, or a load that fell apart.
+The compiler is not Apple's. Registers, load widths and instructions are a proxy: they show a loop that is no longer
+unrolled, an array that moved to memory, or a load that was split.
 """
 
 import mlx.core as mx
@@ -18,7 +18,7 @@ HIDDEN, INTERMEDIATE, TOP_K = 7168, 2048, 8
 
 
 def k2_launches(tokens: int, rows: int) -> dict[str, Dispatch]:
-    """Launches at K2's true size; the arrays are never evaluated."""
+    """Return dispatches at K2's true size, by name. Their arrays are never evaluated."""
 
     def projection(outputs: int, inputs: int) -> tuple[mx.array, mx.array]:
         return mx.zeros((2, outputs, inputs // 8), mx.uint32), mx.zeros((2, outputs, inputs // 32), mx.bfloat16)
@@ -48,7 +48,7 @@ def test_decode_kernels_unroll_and_load_16_bytes_at_a_time(half: str, projection
     weight_loads = projections * rows
     assert cost.loads_of_16_bytes % weight_loads == 0
     assert cost.loads_of_16_bytes >= weight_loads
-    unrolled = cost.loads_of_16_bytes // weight_loads  # times that the compiler repeats the loop over groups
+    unrolled = cost.loads_of_16_bytes // weight_loads  # unroll factor of the loop over groups
     weights = 32 * weight_loads * unrolled
     assert cost.converts == weights, "one conversion a weight"
     assert cost.fmas <= 1.1 * weights + 40, "one multiply-add a weight"

@@ -1,4 +1,4 @@
-"""The executor reports every class of mistake that it is relied on to see, and passes the right kernel."""
+"""Tests of the executor: it reports every class of mistake that other tests rely on, and passes the right kernel."""
 
 import re
 from typing import NamedTuple
@@ -25,7 +25,7 @@ REVERSE = f"""
 
 
 def run_body(body: str, mode: Mode = Mode.FAST, schedule: Schedule = FORWARD) -> npt.NDArray[np.float32]:
-    """64 threads over a = 0, 1, ..., 255; 64 outputs."""
+    """Run 64 threads over a = 0, 1, ..., 255 and return 64 outputs."""
     dispatch = Dispatch(
         KernelText("planted", ("a",), ("out",), body, ""),
         (mx.arange(256).astype(mx.float32),),

@@ -1,4 +1,4 @@
-"""Routed experts on Metal equal float64 in every regime, size, value range and schedule, with nothing to report."""
+"""Tests of routed experts on Metal: equal to float64 for each kernel, size, value range and schedule, no faults."""
 
 import functools
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests.metal_cpu.program import BACKWARD, SHUFFLED, Mode, Schedule
 pytestmark = pytest.mark.timeout(100)
 
 few_tokens = pytest.mark.parametrize("variant", [Variant.DECODE, Variant.BATCH])
-# most tests share a shape, and so the compiled kernels
+# Most tests share a shape, and so the compiled kernels.
 common_case = functools.partial(random_case, experts=5, top_k=3, hidden=96, intermediate=64)
 every_variant = pytest.mark.parametrize("variant", list(Variant))
 
@@ -99,7 +99,7 @@ def test_kernels_are_correct_when_a_token_names_an_expert_twice(variant: Variant
 def test_prefill_is_correct_with_uneven_token_counts_per_expert(experts: int) -> None:
     case = random_case(experts=experts, tokens=45, top_k=2, hidden=64, intermediate=64)
     ids = np.array(case.expert_ids)
-    ids[:, 0] = np.where(np.arange(45) < 33, 1, ids[:, 0])  # one expert has a full tile and one pair more
+    ids[:, 0] = np.where(np.arange(45) < 33, 1, ids[:, 0])  # one expert has a full tile and one more pair
     case = case._replace(expert_ids=mx.array(ids))
     assert_right(case, measure(case, Variant.PREFILL))
 
@@ -148,7 +148,7 @@ def test_kernels_are_correct_at_the_size_of_k2(variant: Variant, tokens: int) ->
 
 @pytest.mark.slow
 def test_gate_up_is_correct_for_a_stack_above_4_gb(tmp_path: Path) -> None:
-    experts, outputs, inputs = 384, 2048, 7168  # 2.8 GB a projection; the files are sparse
+    experts, outputs, inputs = 384, 2048, 7168  # 2.8 GB per projection; the files are sparse
     chosen = np.array([[383, 0, 382, 200, 7, 291, 293, 100]], np.uint32)
     small = random_case(experts=8, tokens=1, top_k=8, hidden=inputs, intermediate=outputs)
     small = small._replace(expert_ids=mx.arange(8, dtype=mx.uint32)[None])
@@ -169,7 +169,7 @@ def test_gate_up_is_correct_for_a_stack_above_4_gb(tmp_path: Path) -> None:
 
 
 def needed_bytes(case: Case, *names: str) -> int:
-    """Every byte of the distinct chosen experts, once."""
+    """Return the bytes of the distinct chosen experts, each counted once."""
     distinct = np.unique(np.array(case.expert_ids)).size
     arrays = [getattr(case.stack, name) for name in names]
     return sum(distinct * a.nbytes // a.shape[0] for a in arrays)

@@ -1,8 +1,8 @@
-"""MLX's own Metal kernels, from the installed wheel's headers, give right answers in the executor.
+"""Tests of the executor with MLX's own Metal kernels, from the installed wheel's headers.
 
-They are known to work on Apple's GPUs, so this is evidence about the executor: its simd operations, barriers, matrices
-and promotions mean what Metal means. The answers are those of MLX's CPU back end in float32 (in bfloat16 that back end
-accumulates in bfloat16 and is 5% off).
+These kernels are known to work on Apple's GPUs. Right results are evidence that the executor's simd operations,
+barriers, matrices and type promotions are Metal's. The expected results are those of MLX's CPU back end in float32 (in
+bfloat16 that back end accumulates in bfloat16 and is 5% off).
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ UNBATCHED = (
     np.int64(0),
     np.int64(0),
     np.int64(0),
-)  # shapes and strides that are not looked at
+)  # shapes and strides that the kernel does not read
 
 modes = pytest.mark.parametrize(
     "mode",
@@ -100,7 +100,7 @@ def test_mlx_qmv_is_correct_for_uneven_sizes_and_has_a_known_race(mode: Mode) ->
     buffers = [*map(to_numpy, (*weights, x)), empty(tokens, outputs), *scalars((inputs, outputs, *UNBATCHED))]
     grid = (tokens * 32, (outputs + 7) // 8 * 2, 1)
     if mode is Mode.RACES:
-        # the last tile is moved back and repeats rows of its neighbour: harmless, and a race all the same
+        # The last tile is moved back and recomputes rows of its neighbour: a harmless race, but a race.
         with pytest.raises(KernelFault, match="data race"):
             run_kernel("affine_qmv", {"batched": "false"}, buffers, 4, grid, (32, 2, 1), mode)
         return

@@ -1,4 +1,4 @@
-"""A fault planted in any .metal file is noticed: by a wrong result, or by the executor or a sanitizer."""
+"""Tests that a fault planted in any .metal file is detected: by a wrong result, the executor or a sanitizer."""
 
 import functools
 import importlib.resources
@@ -21,7 +21,7 @@ BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
 
 class Fault(NamedTuple):
-    """`new` in place of occurrence number `nth` of `old` in a file, tried on `kernel`."""
+    """`new` in place of occurrence `nth` (from 0) of `old` in `file`, tested on `kernel`."""
 
     file: str
     kernel: str
@@ -137,13 +137,13 @@ def small_case() -> Case:
 
 
 def shared_case() -> Case:
-    """Experts that several tokens chose, in several slots; more groups than lanes."""
+    """Return a case with experts that several tokens chose, in several slots, and with more groups than lanes."""
     case = random_case(experts=4, tokens=5, top_k=3, hidden=1120, intermediate=96)
     return case._replace(expert_ids=mx.array([[1, 3, 0], [0, 1, 2], [2, 3, 1], [3, 2, 1], [1, 0, 2]], mx.uint32))
 
 
 def full_tile_case() -> Case:
-    """Expert 1 has a full tile of pairs and three pairs more."""
+    """Return a case in which expert 1 has a full tile of pairs and three more pairs."""
     case = random_case(experts=4, tokens=35, top_k=2, hidden=96, intermediate=64)
     ids = np.array(case.expert_ids)
     ids[:, 0], ids[:, 1] = 1, np.arange(35) % 3 + np.where(np.arange(35) % 3 >= 1, 1, 0)
@@ -151,7 +151,7 @@ def full_tile_case() -> Case:
 
 
 def largest_excess(fault: Fault) -> float:
-    """Largest error over tolerance of what the faulty kernel is part of, in cases that the other tests run too."""
+    """Return the largest error, in tolerances, of the computation with the faulty kernel, in cases of other tests."""
     variants = {v.value: v for v in Variant}
     variant = variants.get(fault.kernel.split("_", maxsplit=1)[0])
     change = functools.partial(change_launch, fault)
@@ -164,7 +164,7 @@ def largest_excess(fault: Fault) -> float:
     return float(np.max(errors)) / float64.TOLERANCE[mx.bfloat16]
 
 
-# Under a sanitizer a fault takes several times as long. `make test` has the others, which are in every .metal file.
+# Under a sanitizer a fault takes several times as long. `make test` runs the others, which cover every .metal file.
 FAULTS_IN_ORDER = [
     name if fault.mode is Mode.FAST else pytest.param(name, marks=pytest.mark.slow) for name, fault in FAULTS.items()
 ]

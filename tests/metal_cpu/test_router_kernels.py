@@ -1,4 +1,4 @@
-"""The router on Metal: float32 logits, and the choice of experts that the reference makes."""
+"""Tests of the router on Metal: float32 logits, and the same choice of experts as the reference."""
 
 from collections.abc import Callable
 
@@ -26,7 +26,7 @@ def route_errors(
     dtype: mx.Dtype = mx.bfloat16,
     change: Callable[[Dispatch], Dispatch] = unchanged,
 ) -> float:
-    """Largest error of logits or weights; infinite when other experts are chosen than the reference does."""
+    """Return the largest error of logits or weights, or infinity if the chosen experts are not the reference's."""
     rng = np.random.default_rng(experts)
     hidden = mx.array(rng.standard_normal((tokens, 352), dtype=np.float32)).astype(dtype)
     weight = mx.array(rng.standard_normal((experts, 352), dtype=np.float32) * 0.1).astype(dtype)
@@ -84,7 +84,7 @@ def select(logits: mx.array, *, top_k: int, normalize: bool = True) -> tuple[mx.
 
 def test_equal_scores_across_lanes_select_the_lower_id() -> None:
     logits = np.full((1, 96), -3.0, np.float32)
-    logits[0, [70, 5, 38, 6]] = 1.0  # 70 and 38 are on lane 6, with 6; 5 is alone
+    logits[0, [70, 5, 38, 6]] = 1.0  # 70, 38 and 6 are all on lane 6, 5 is on its own lane
     ids, _ = select(mx.array(logits), top_k=5)
     assert ids.tolist() == [[5, 6, 38, 70, 0]]
 

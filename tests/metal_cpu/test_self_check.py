@@ -1,4 +1,4 @@
-"""The check that a Mac makes of itself passes our kernels and stops a wrong or uncompilable one."""
+"""Tests of the kernel check that runs on a Mac: it passes our kernels and stops a wrong or uncompilable one."""
 
 import mlx.core as mx
 import pytest

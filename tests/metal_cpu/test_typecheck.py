@@ -1,4 +1,4 @@
-"""The text that MLX generates for our kernels passes a Metal-like type check, and the check sees each kind of error."""
+"""Tests of the Metal-like type check: it passes MLX's text for our kernels, and detects each kind of error."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(60)
 
 
 def sources(*, tokens: int, top_k: int, experts: int, dtype: mx.Dtype) -> dict[str, str]:
-    """The generated source of every kernel, by name."""
+    """Return the generated source of every kernel, by name."""
     found: dict[str, str] = {}
 
     def perform(dispatch: Dispatch) -> list[mx.array]:

@@ -1,4 +1,4 @@
-"""Metal source to C++ that a host compiler takes, by a few textual rewrites. Knows no kernel."""
+"""Translation of Metal source to C++ for a host compiler, by a few textual rewrites. Knows no kernel."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 RUNTIME = Path(__file__).parent / "runtime"
-STAND_INS = RUNTIME / "include"  # for the few MLX headers that use Apple's own intrinsics
+STAND_INS = RUNTIME / "include"  # replace the few MLX headers that use Apple's own intrinsics
 MLX_HEADERS = Path(mx.__file__).parent / "include"  # the wheel ships MLX's Metal headers, on Linux too
 
 _UINT3_ATTRIBUTES = {
@@ -25,16 +25,16 @@ _UINT3_ATTRIBUTES = {
 
 
 class Argument(NamedTuple):
-    """One argument of a kernel: `type name [[attribute(index)]]`, its type without address space."""
+    """One argument of a kernel: `type name [[attribute(index)]]`. The type is without its address space."""
 
     type: str
     name: str
     attribute: str
-    number: int | None  # of a buffer
+    number: int | None  # the index of a buffer
 
 
 def expand_includes(text: str) -> str:
-    """Puts MLX's headers, or our stand-ins, in place of `#include "..."`; system headers are dropped."""
+    """Replace each `#include "..."` by our stand-in or MLX's header, once each, and drop system headers."""
     return _expand(text, set())
 
 
@@ -54,7 +54,7 @@ def _expand(text: str, seen: set[Path]) -> str:
 
 
 def to_cpp(source: str) -> str:
-    """Metal source, includes expanded, as C++20 against runtime/include/metal_cpu.h."""
+    """Return Metal source, with includes expanded, as C++20 against runtime/include/metal_cpu.h."""
     source = re.sub(r"\[\[threadgroup\(\d+\)\]\]", "", source)
     source = re.sub(r"^template \[\[host_name\(.*?;\n", "", source, flags=re.MULTILINE | re.DOTALL)
     source = re.sub(  # threadgroup T name[N]; -> an array that the executor owns, one for each threadgroup
@@ -68,7 +68,7 @@ def to_cpp(source: str) -> str:
 
 
 def kernel_arguments(source: str, kernel: str) -> list[Argument]:
-    """The arguments of a kernel's function, in order."""
+    """Return the arguments of a kernel's function, in order."""
     match = re.search(rf"void\s+{re.escape(kernel)}\s*\(", source)
     assert match, f"no kernel {kernel}"
     depth, end = 1, match.end()
@@ -100,7 +100,7 @@ def _split_at_commas(text: str) -> list[str]:
 
 
 def entry_point(source: str, kernel: str, template: dict[str, str]) -> str:
-    """C++ that calls one instantiation of the kernel with the executor's buffers and attributes."""
+    """Return C++ that calls one instantiation of the kernel with the executor's buffers and attributes."""
     values: list[str] = []
     for argument in kernel_arguments(source, kernel):
         kind = argument.type
@@ -126,10 +126,10 @@ def entry_point(source: str, kernel: str, template: dict[str, str]) -> str:
 
 
 def whole_program(source: str, kernel: str, template: dict[str, str], headers: Sequence[str], constants: str) -> str:
-    """The C++ of one kernel: library, MLX's headers, the kernel and its entry point.
+    """Return the C++ of one kernel: library, MLX's headers, the kernel and its entry point.
 
-    Unless `source` is already complete, `headers` name the MLX headers that go before it. `constants` are assignments
-    to function constants.
+    `headers` name the MLX headers that precede `source`, unless `source` is already complete. `constants` are
+    assignments to function constants.
     """
     includes = "".join(f'#include "mlx/backend/metal/kernels/{name}"\n' for name in ("utils.h", *headers))
     body = expand_includes(includes + '#line 1 "kernel"\n' + source)

@@ -1,4 +1,4 @@
-"""Checks generated Metal source with clang's C++14 front end (pip's libclang) and a few lints. Runs nothing."""
+"""A check of generated Metal source with clang's C++14 front end (pip's libclang) and a few lints. Runs nothing."""
 
 import importlib
 import re
@@ -28,7 +28,7 @@ _TYPES = "uint4|uint2|uint|float4|float|half|bfloat|T|int|ushort|uint32_t|int32_
 
 
 def complaints(source: str) -> list[str]:
-    """What clang and the lints say of a kernel's generated source; empty when it is very likely valid Metal."""
+    """Return the errors of clang and the lints in a kernel's generated source. Empty means very likely valid Metal."""
     return [*_clang(source), *_lints(source)]
 
 

@@ -1,4 +1,4 @@
-"""The stages of a model one after the other in this process, without transport or plans: logits for spans."""
+"""The stages of a model, run one after the other in this process: logits for spans. Knows no transport, no plans."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ Part = tuple[Span, Sequence[int]]
 
 
 class Chain:
-    """A whole model in float32, in ``num_stages`` stages with a cache each."""
+    """A whole model in float32, in ``num_stages`` stages with one cache each."""
 
     def __init__(self, folder: Path, num_stages: int, num_slots: int = 4, dense_bits: int | None = None) -> None:
         self.config = read_config(folder)
@@ -32,7 +32,7 @@ class Chain:
             self.stages.append(load_stage(folder, self.config, layers, self.caches[-1], dense_bits))
 
     def run(self, *parts: Part) -> mx.array:
-        """The logits (tokens, vocabulary) of spans that travel together, with the tokens of each; evaluated."""
+        """Run spans, with the tokens of each, in one batch. Return the evaluated logits (tokens, vocabulary)."""
         batch = Batch([span for span, _ in parts])
         hidden = self.stages[0].embed(mx.array([token_id for _, token_ids in parts for token_id in token_ids]))
         for stage in self.stages:
@@ -42,13 +42,13 @@ class Chain:
         return logits
 
     def prefill(self, token_ids: Sequence[int], slot: int = 0, chunk_tokens: int | None = None) -> mx.array:
-        """A prompt's logits (tokens, vocabulary), computed naive, ``chunk_tokens`` at a time."""
+        """Return a prompt's logits (tokens, vocabulary), with naive attention, ``chunk_tokens`` at a time."""
         return self._in_chunks(token_ids, slot, 0, chunk_tokens, is_prompt=True)
 
     def decode(
         self, token_ids: Sequence[int], position: int, slot: int = 0, chunk_tokens: int | None = None
     ) -> mx.array:
-        """Generated tokens' logits (tokens, vocabulary), computed absorbed, ``chunk_tokens`` at a time."""
+        """Return generated tokens' logits (tokens, vocabulary), with absorbed attention, ``chunk_tokens`` at a time."""
         return self._in_chunks(token_ids, slot, position, chunk_tokens, is_prompt=False)
 
     def _in_chunks(
@@ -63,7 +63,7 @@ class Chain:
         return mx.concatenate(logits)
 
     def greedy(self, prompt: Sequence[int], num_tokens: int, slot: int = 0) -> list[int]:
-        """The most likely tokens after ``prompt``, one by one."""
+        """Return the most likely tokens after ``prompt``, decoded one by one."""
         token_ids = [likeliest(self.prefill(prompt, slot)[-1])]
         while len(token_ids) < num_tokens:
             position = len(prompt) + len(token_ids) - 1
@@ -73,7 +73,7 @@ class Chain:
 
 @contextmanager
 def like_a_stage_on_a_cpu() -> Iterator[None]:
-    """MLX as the stage program sets it up on a CPU, also on a machine with a GPU: nothing is compiled."""
+    """Set up MLX as the stage program does on a CPU, also on a machine with a GPU: nothing is compiled."""
     device = mx.default_device()
     mx.set_default_device(mx.cpu)
     mx.disable_compile()
@@ -85,12 +85,12 @@ def like_a_stage_on_a_cpu() -> Iterator[None]:
 def load_stage(
     folder: Path, config: ModelConfig, layers: range, cache: LatentCache, dense_bits: int | None = None
 ) -> StageModel:
-    """One stage of the checkpoint in ``folder``, in float32."""
+    """Load one stage of the checkpoint in ``folder``, in float32."""
     return load_stage_model(config, open_shards(folder, config), layers, cache, lambda _: None, dense_bits).model
 
 
 def loaded_bytes(folder: Path, dense_bits: int | None) -> list[int]:
-    """What each piece of the whole model takes in float32, in the order of loading."""
+    """Return the held bytes of each LoadedPiece of the whole model in float32, in the order of loading."""
     config = read_config(folder)
     cache = LatentCache(config.num_hidden_layers, 1, 256, config.latent_dim, mx.float32)
     pieces: list[int] = []
@@ -106,23 +106,23 @@ def loaded_bytes(folder: Path, dense_bits: int | None) -> list[int]:
 
 
 def open_shards(folder: Path, config: ModelConfig) -> ShardReader:
-    """A reader of the checkpoint in ``folder``, in float32."""
+    """Return a reader of the checkpoint in ``folder``, in float32."""
     index = CheckpointIndex.from_json(read_index_json(folder), str(folder))
     return ShardReader(config, {name: folder / file for name, file in index.weight_map.items()}, mx.float32)
 
 
 def split_layers(num_layers: int, num_stages: int) -> list[range]:
-    """Layers to stages, as evenly as whole layers allow."""
+    """Divide the layers among the stages, as evenly as whole layers allow."""
     bounds = [num_layers * stage // num_stages for stage in range(num_stages + 1)]
     return [range(first, end) for first, end in itertools.pairwise(bounds)]
 
 
 def likeliest(logits: mx.array) -> int:
-    """The token of the largest logit of one row."""
+    """Return the token with the largest logit of one row."""
     return int(np.argmax(np.asarray(logits)))
 
 
 def largest_difference(left: mx.array, right: mx.array) -> float:
-    """Between two arrays of one shape."""
+    """Return the largest absolute difference between two arrays of one shape."""
     assert left.shape == right.shape
     return float(np.abs(np.asarray(left) - np.asarray(right)).max())

@@ -1,4 +1,4 @@
-"""Random checkpoints of every kind that the family knows, written once and shared. Knows nothing of computing."""
+"""Random checkpoints of every variant of the model family, written once and shared. Computes nothing."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,7 +26,7 @@ Checkpoint = Callable[[str], Path]
 
 
 def make_checkpoints(folder: Path) -> Checkpoint:
-    """The function variant's name -> its folder, written when it is first asked for."""
+    """Return the function variant's name -> its folder. It writes the checkpoint at the first call."""
 
     def checkpoint(variant: str) -> Path:
         made = folder / variant.replace(" ", "-")
@@ -38,5 +38,5 @@ def make_checkpoints(folder: Path) -> Checkpoint:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The config of the checkpoint in ``folder``."""
+    """Return the config of the checkpoint in ``folder``."""
     return ModelConfig.from_json((folder / "config.json").read_bytes(), str(folder / "config.json"))

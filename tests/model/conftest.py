@@ -1,4 +1,4 @@
-"""What this folder's tests share: checkpoints, written once, and MLX as the stage program runs it on a CPU."""
+"""Fixtures of this folder's tests: checkpoints, written once, and MLX as the stage program runs it on a CPU."""
 
 from collections.abc import Iterator
 
@@ -21,5 +21,5 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture
 def chain(checkpoint: Checkpoint) -> Chain:
-    """The default variant in one stage, with an empty cache."""
+    """Return the default variant in one stage, with an empty cache."""
     return Chain(checkpoint("thinking"), 1)

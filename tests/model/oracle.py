@@ -1,4 +1,4 @@
-"""mlx-lm's DeepseekV3 on the same checkpoint: the other opinion that the model's tests compare with."""
+"""mlx-lm's DeepseekV3 on the same checkpoint: the independent reference of the model's tests."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +12,13 @@ from mlx_lm.models.mla import MultiLinear
 
 
 def load_oracle(folder: Path, dense_bits: int | None = None) -> Any:
-    """The checkpoint in ``folder`` as mlx-lm computes it, in float32, experts in INT4 as shipped.
+    """Return mlx-lm's model of the checkpoint in ``folder``, in float32, with experts in INT4 as shipped.
 
-    With ``dense_bits`` it quantizes attention, shared experts, dense layers and the head itself.
+    With ``dense_bits`` MLX's own nn.quantize quantizes attention, shared experts, dense layers and the head.
     """
     config = msgspec.json.decode((folder / "config.json").read_bytes(), type=dict[str, Any])
     config = config.get("text_config", config)
-    config["n_shared_experts"] = config["n_shared_experts"] or None  # which is how mlx-lm wants to hear of none
+    config["n_shared_experts"] = config["n_shared_experts"] or None  # mlx-lm expects None instead of 0
     model = deepseek_v3.Model(deepseek_v3.ModelArgs.from_dict(config))
     tensors: dict[str, mx.array] = {}
     for path in sorted(folder.glob("*.safetensors")):

@@ -1,4 +1,4 @@
-"""The model computes what mlx-lm's DeepseekV3 computes, for every variant and any number of stages."""
+"""Tests that the model computes the same as mlx-lm's DeepseekV3, for every variant and any number of stages."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ NUM_GENERATED = 16
 
 
 class Opinion:
-    """What mlx-lm says: logits of the prompt, then the greedy tokens and the logits of each."""
+    """Results of mlx-lm: logits of the prompt, then the greedy tokens and the logits of each."""
 
     def __init__(self, model: Any) -> None:
         cache = make_prompt_cache(model)

@@ -1,4 +1,4 @@
-"""The two ways of attention agree; blocks and the fused path change nothing; memory stays within bounds."""
+"""Tests of attention: absorbed and naive agree, blocks and the fused path change nothing, memory is bounded."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ HEADS, NOPE, ROPE, LATENT, VALUE = 4, 32, 16, 64, 32
 
 
 class Case(NamedTuple):
-    """One span's queries, before they take either way, over cached rows that end with it."""
+    """One span's queries, as input of absorbed and naive attention, and the cache rows up to the span's end."""
 
     queries: mx.array  # (heads, count, qk_nope + qk_rope)
     rows: mx.array  # (keys, latent + qk_rope)
@@ -24,7 +24,7 @@ class Case(NamedTuple):
 
     @property
     def absorbed_queries(self) -> mx.array:
-        """The same queries carried into the latent space."""
+        """The same queries, projected into the latent space."""
         carried = multiply(self.queries[..., :NOPE], self.weights.key_up)
         return mx.concatenate([carried, self.queries[..., NOPE:]], axis=-1)
 
@@ -59,7 +59,7 @@ def relative_difference(left: mx.array, right: mx.array) -> float:
 
 
 def one_query_at_a_time(case: Case) -> mx.array:
-    """The definition, written down plainly: no blocks, no mask, each query over the keys up to its own."""
+    """Compute attention by its definition: no blocks, no mask, each query over the keys up to its own."""
     latents, rotated = case.rows[:, :LATENT], case.rows[:, LATENT:]
     outputs = []
     for head in range(case.queries.shape[0]):
@@ -137,8 +137,8 @@ def test_attention_over_32k_positions_stays_within_its_memory_budget(
     budget = 32 * 2**20
     monkeypatch.setattr(attention, "BLOCK_BYTES", budget // 2)
     case = make_case(count, 32768 - count, heads)
-    outputs = heads * count * (LATENT + VALUE) * 4 * 2  # the blocks and what they are joined to
+    outputs = heads * count * (LATENT + VALUE) * 4 * 2  # the blocks and their concatenation
     all_scores = heads * count * 32768 * 4
-    copied_latents = 2 * 32768 * LATENT * 4  # MLX's product on a CPU copies a matrix that is part of a wider one
+    copied_latents = 2 * 32768 * LATENT * 4  # MLX's product on a CPU copies a slice of a wider matrix
     assert all_scores > 3 * budget
     assert peak_beyond_inputs(case, attend) < budget + copied_latents + outputs + 2**20

@@ -1,4 +1,4 @@
-"""Compiled, as on a GPU, the layers compute what they compute plainly."""
+"""Test that compiled layers, as on a GPU, compute the same as uncompiled layers."""
 
 import shutil
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def compiling() -> Iterator[None]:
 
 
 def prompt_and_decoded(checkpoint: Checkpoint) -> mx.array:
-    """Logits of a prompt in chunks below and above the size that is compiled, and of generated tokens."""
+    """Return logits of a prompt, in chunks below and above the size that is compiled, and of generated tokens."""
     chain = Chain(checkpoint("thinking"), 1)
     prompt = chain.prefill(PROMPT, chunk_tokens=30)
     return mx.concatenate([prompt, chain.decode([7, 8, 9, 10], len(PROMPT), chunk_tokens=1)])

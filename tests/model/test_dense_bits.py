@@ -1,4 +1,4 @@
-"""With dense bits the weights are as mx.quantize defines them, and logits those of mlx-lm with the same weights."""
+"""Tests of dense bits: weights are as mx.quantize defines them, and logits are mlx-lm's with the same weights."""
 
 import mlx.core as mx
 import numpy as np

@@ -1,4 +1,4 @@
-"""In float32 on a CPU a sequence's logits are the same to the last bit, however its tokens travel."""
+"""Tests of determinism: in float32 on a CPU a sequence's logits are bit-identical for any chunks, batch and stages."""
 
 import mlx.core as mx
 import pytest
@@ -19,13 +19,13 @@ def variant(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def prompt_logits(checkpoint: Checkpoint, variant: str) -> mx.array:
-    """Whole prompt, one stage, alone."""
+    """Return the logits of the whole prompt, in one stage, alone."""
     return Chain(checkpoint(variant), 1).prefill(PROMPT)
 
 
 @pytest.fixture(scope="module")
 def generated_logits(checkpoint: Checkpoint, variant: str) -> mx.array:
-    """After the whole prompt, token by token, one stage, alone."""
+    """Return the logits after the whole prompt, token by token, in one stage, alone."""
     chain = Chain(checkpoint(variant), 1)
     chain.prefill(PROMPT)
     return chain.decode(GENERATED, len(PROMPT), chunk_tokens=1)

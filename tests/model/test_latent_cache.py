@@ -1,4 +1,4 @@
-"""Rows are kept, found and overwritten; what a wrong guess or an earlier owner left is never seen."""
+"""Tests of the latent cache: rows are kept and overwritten; those of rejected drafts or earlier owners stay unused."""
 
 import mlx.core as mx
 import numpy as np
@@ -13,12 +13,12 @@ PROMPT = [(31 * i + 5) % 509 for i in range(45)]
 
 
 def cache_rows(first: int, count: int) -> mx.array:
-    """Rows that say which position they are of."""
+    """Return cache rows whose values are their positions."""
     return mx.broadcast_to(mx.arange(first, first + count, dtype=mx.float32)[:, None], (count, ROW_DIM))
 
 
 def write(cache: LatentCache, span: Span, values: mx.array) -> list[float]:
-    """The first number of each row that the span may look at."""
+    """Write the span's rows and return the first number of each row that it may attend to."""
     seen = cache.write(0, span, values)
     assert seen.shape == (span.end, ROW_DIM)
     return [float(value) for value in np.asarray(seen)[:, 0]]
@@ -82,7 +82,7 @@ def test_a_step_writes_its_rows_without_copying_the_cache() -> None:
 
 
 def spoil(chain: Chain, slot: int, value: float) -> None:
-    """Leave rows of ``value`` in the slot, as no computation should."""
+    """Fill the slot with rows of ``value``, which no computation would write."""
     (cache,) = chain.caches
     cache_rows = mx.full((256, chain.config.latent_dim), value)
     for layer in range(chain.config.num_hidden_layers):

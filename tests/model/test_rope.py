@@ -1,4 +1,4 @@
-"""The rotation is YaRN's, from a plain formula, for both values of beta_fast in the family."""
+"""Tests of the rotation: it is YaRN's, from a plain formula, for both values of beta_fast in the family."""
 
 import math
 
@@ -23,10 +23,10 @@ def config_with(beta_fast: float, **scaling: float) -> ModelConfig:
 
 
 def yarn_frequencies(beta_fast: float) -> NDArray[np.float64]:
-    """Radians a position, for each pair: those that turn often enough stay, slow ones are divided by the factor.
+    """Return each pair's frequency, in radians per position: fast pairs keep theirs, slow ones are divided by FACTOR.
 
-    Peng et al., arXiv 2309.00071, section 3.2: the ramp runs over the pairs that make beta_fast down to beta_slow (1)
-    turns in the positions of the original training.
+    Peng et al., arXiv 2309.00071, section 3.2: the ramp between both covers the pairs that make beta_fast down to
+    beta_slow (1) turns in the positions of the original training.
     """
     frequencies = THETA ** (-2 * np.arange(DIMS // 2) / DIMS)
 
@@ -39,7 +39,7 @@ def yarn_frequencies(beta_fast: float) -> NDArray[np.float64]:
 
 
 def measured_angles(config: ModelConfig, positions: tuple[int, ...]) -> NDArray[np.float64]:
-    """By how much each pair is turned at each position, in radians from -pi to pi: (positions, pairs)."""
+    """Return the rotation of each pair at each position, in radians from -pi to pi: (positions, pairs)."""
     ones = mx.broadcast_to(mx.array([1.0, 0.0] * (DIMS // 2)), (len(positions), 1, DIMS))
     turned = np.asarray(make_rope(config)(ones, mx.array(positions, mx.int32)), np.float64)[:, 0]
     return np.arctan2(turned[:, 1::2], turned[:, 0::2])
@@ -60,7 +60,7 @@ def test_consecutive_pairs_rotate_by_position_times_frequency(beta_fast: float) 
     expected = np.outer(POSITIONS, yarn_frequencies(beta_fast))
     difference = measured_angles(config_with(beta_fast), POSITIONS) - expected
     difference -= np.round(difference / (2 * math.pi)) * 2 * math.pi
-    assert np.all(np.abs(difference) < 1e-6 + 4e-7 * expected)  # positions times float32 frequencies
+    assert np.all(np.abs(difference) < 1e-6 + 4e-7 * expected)  # float32 rounding grows with the position
 
 
 def test_rope_keeps_vector_lengths_when_both_mscales_are_equal_and_scales_them_otherwise() -> None:

@@ -1,4 +1,4 @@
-"""Tokens are drawn as their parameters say, from (seed, position) alone."""
+"""Tests of the sampler: tokens follow the sampling parameters, and all randomness comes from (seed, position)."""
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +20,7 @@ def sample(
 
 
 def counts(sampling: Sampling, recent_ids: tuple[int, ...] = ()) -> NDArray[np.int64]:
-    """How often each token is drawn at NUM_SAMPLES positions."""
+    """Return how often each token is sampled at NUM_SAMPLES positions."""
     requests = [SamplingRequest(sampling, position, recent_ids) for position in range(NUM_SAMPLES)]
     samples = sample_tokens(mx.array([LOGITS] * NUM_SAMPLES), requests)
     return np.bincount([sampled.token_id for sampled in samples], minlength=len(LOGITS))
@@ -32,7 +32,7 @@ def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def follows(sampled: NDArray[np.int64], probabilities: NDArray[np.float64]) -> bool:
-    """Pearson's test: the tokens of probability 0 never come, the others as often as they should (p > 0.001)."""
+    """Return whether tokens of probability 0 never occur and the others pass Pearson's chi-squared test (p > 0.001)."""
     possible = probabilities > 1e-6
     expected = probabilities[possible] * NUM_SAMPLES
     chi_square = float(((sampled[possible] - expected) ** 2 / expected).sum())
@@ -41,7 +41,7 @@ def follows(sampled: NDArray[np.int64], probabilities: NDArray[np.float64]) -> b
 
 
 def only(keep: list[int], temperature: float = 1.0) -> NDArray[np.float64]:
-    """The softmax of the logits of ``keep``; 0 for all others."""
+    """Return the softmax of the logits of ``keep``, with 0 for all others."""
     kept = np.full(len(LOGITS), -np.inf)
     kept[keep] = np.array(LOGITS)[keep] / temperature
     return softmax(kept)
@@ -124,7 +124,7 @@ def test_seeds_and_positions_give_independent_samples() -> None:
     by_seed = [sample(flat, Sampling(seed=seed), 5).token_id for seed in range(200)]
     by_position = [sample(flat, Sampling(seed=5), position).token_id for position in range(200)]
     for sampled in (by_seed, by_position):
-        assert 160 < len(set(sampled)) < 200  # 181 expected of 200 draws out of 1000
+        assert 160 < len(set(sampled)) < 200  # 181 expected of 200 samples of 1000 tokens
     assert by_seed != by_position
     assert by_position == [sample(flat, Sampling(seed=5), position).token_id for position in range(200)]
 

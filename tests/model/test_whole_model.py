@@ -1,4 +1,4 @@
-"""Every part of the model matters, absorbed and naive agree through all layers, greedy text does not loop."""
+"""Tests of the whole model: each part has an effect, absorbed and naive agree in all layers, text does not loop."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -23,7 +23,7 @@ PROMPT = list(range(10, 58))
 
 
 class Parts(NamedTuple):
-    """A model taken apart, to be put together with a part changed or left out."""
+    """The parts of a model, from which it can be rebuilt with a part changed or left out."""
 
     config: ModelConfig
     embedding: mx.array
@@ -31,14 +31,14 @@ class Parts(NamedTuple):
     head: Head
 
     def logits(self) -> mx.array:
-        """The prompt's."""
+        """Return the logits of PROMPT."""
         cache = LatentCache(len(self.layers), 1, 256, self.config.latent_dim, mx.float32)
         model = StageModel(self.config, list(self.layers), self.embedding, self.head, cache, fused_attention=False)
         batch = Batch([Span(0, 0, len(PROMPT), is_prompt=True)])
         return model.logits(model.run(model.embed(mx.array(PROMPT)), batch))
 
     def with_moe(self, layer: int, change: Callable[[MoeWeights], MoeWeights]) -> "Parts":
-        """One layer's experts changed."""
+        """Return these parts with one layer's experts changed."""
         weights = self.layers[layer]
         assert isinstance(weights.feed_forward, MoeWeights)
         changed = weights._replace(feed_forward=change(weights.feed_forward))
@@ -105,21 +105,21 @@ def test_among_200_greedy_tokens_at_least_50_are_different(chain: Chain, prompt:
 
 
 class RecordedRouter:
-    """Routes as the model does, and remembers which experts were chosen; replays them in the same order."""
+    """A router that routes as the model does and records the chosen experts, and replays them in the same order."""
 
     def __init__(self) -> None:
         self.chosen: list[mx.array] = []
         self._replayed = 0
 
     def record(self, hidden: mx.array, router: mx.array, bias: mx.array, **rule: object) -> tuple[mx.array, mx.array]:
-        expert_ids, weights = route(hidden, router, bias, **rule)  # type: ignore[arg-type]  # passed on as it came
+        expert_ids, weights = route(hidden, router, bias, **rule)  # type: ignore[arg-type]  # passed on unchanged
         self.chosen.append(expert_ids)
         return expert_ids, weights
 
     def replay(
         self, hidden: mx.array, router: mx.array, bias: mx.array, *, scaling_factor: float, **_rule: object
     ) -> tuple[mx.array, mx.array]:
-        """The recorded experts, with weights from these hidden states."""
+        """Return the recorded experts, with weights from these hidden states."""
         expert_ids = self.chosen[self._replayed]
         self._replayed += 1
         scores = mx.take_along_axis(mx.sigmoid(hidden @ router.T), expert_ids, axis=-1)
@@ -144,7 +144,7 @@ def test_absorbed_and_naive_attention_agree_in_the_whole_model_with_the_same_exp
 def test_absorbed_and_naive_attention_agree_in_one_layer(checkpoint: Checkpoint, variant: str) -> None:
     folder = checkpoint(variant)
     config = read_config(folder)
-    weights = assemble_layer(config, 0, open_shards(folder, config).layer(0).tensors)  # dense: nothing is chosen
+    weights = assemble_layer(config, 0, open_shards(folder, config).layer(0).tensors)  # dense: no expert is chosen
     run_layer = decoder_layer.DecoderLayer(config, fused_attention=False).run
     hidden = mx.random.normal((len(PROMPT), config.hidden_size), key=mx.random.key(0))
 

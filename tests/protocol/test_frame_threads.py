@@ -18,7 +18,7 @@ NUM_INTERRUPTS = 200
 
 
 class Pipe:
-    """A pipe between a writer and a reader, and what the reader handed on."""
+    """A pipe between a writer and a reader, and the frames and ends that the reader delivered."""
 
     def __init__(self) -> None:
         read_fd, write_fd = os.pipe()
@@ -32,7 +32,7 @@ class Pipe:
 
 
 def fill(writer: FrameWriter) -> None:
-    writer.put(Kind.MESSAGE, bytes(1_000_000))  # more than a pipe holds, so that the writing thread is stuck with it
+    writer.put(Kind.MESSAGE, bytes(1_000_000))  # more than a pipe holds, so that the writing thread blocks
     for _ in range(QUEUE_FRAMES + 1):
         writer.put(Kind.MESSAGE, b"")
 
@@ -88,7 +88,7 @@ def test_frames_for_a_closed_peer_are_dropped_and_the_stream_is_closed() -> None
 
 
 class _Interrupted(BaseException):
-    """What the handler of the test below raises."""
+    """Exception that the signal handler of the test below raises."""
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_a_writer_still_works_after_a_signal_handler_raises_inside_put() -> None
     before = signal.signal(signal.SIGUSR1, interrupt)
     sender = threading.Thread(target=send_signals)
     sender.start()
-    gc.disable()  # what is raised in a callback of the collector, such as hypothesis has, is dropped
+    gc.disable()  # exceptions in a callback of the collector, such as Hypothesis's, are dropped
     for _ in range(NUM_INTERRUPTS):
         with suppress(_Interrupted):
             putting.put(None)

@@ -22,7 +22,7 @@ frames = st.lists(st.builds(Frame, st.sampled_from(Kind), st.binary(max_size=50)
 
 
 class Dribble(io.RawIOBase):
-    """A stream that gives at most ``most`` bytes at a time, as an unbuffered pipe may."""
+    """A stream that returns at most ``most`` bytes at a time, as an unbuffered pipe may."""
 
     def __init__(self, data: bytes, most: int) -> None:
         self._data = io.BytesIO(data)

@@ -1,7 +1,7 @@
-"""Stages that are only a queue and, for each slot, the tokens in its cache; all that a scheduler sends is noted.
+"""Fake stages: a queue and, for each slot, the tokens in its cache. Every row that a scheduler sends is recorded.
 
-A token that they draw is a function of the tokens in the cache before it, as a real model's is: a plan that leaves out
-a position, or trusts a wrong one, shows in the answer.
+A sampled token is a function of the tokens in the cache before it, as a real model's is. A plan that leaves out a
+position, or relies on a wrong one, therefore changes the answer.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ from mlx_k2.scheduling.sequence import Sequence
 from mlx_k2.scheduling.step_policy import DecodeRound
 
 STOP_ID = 9
-"""Drawn like any other id by the made-up stages, so that some sequences stop early."""
+"""Sampled like any other id by the fake stages, so that some sequences stop early."""
 FIRST_PROMPT_ID = 100
 
 
 def request(num_prompt: int, max_tokens: int = 1000, first: int = 0) -> Request:
-    """Prompts with the same ``first`` begin alike."""
+    """Return a request. Prompts with the same ``first`` begin alike."""
     prompt_ids = tuple(FIRST_PROMPT_ID + first + i for i in range(num_prompt))
     return Request(prompt_ids, max_tokens, Sampling(seed=0), frozenset({STOP_ID}))
 
@@ -40,12 +40,12 @@ limits = st.builds(
     prompts_first=st.booleans(),
 )
 actions = st.lists(st.sampled_from(["submit", "send", "complete", "complete"]), max_size=60)
-"""What happens in which order; when it is all done, the run goes on to its end."""
+"""Actions in their order. After the last one the run continues to its end."""
 
 
 @dataclass(frozen=True)
 class FixedStepPolicy:
-    """Always the same choices."""
+    """A step policy that always makes the same choices."""
 
     num_microbatches: int
     chunk: int
@@ -67,7 +67,7 @@ WHOLE_CHUNKS = FixedStepPolicy(1, 1000, 1000)
 
 @dataclass(frozen=True)
 class SentRow:
-    """A row, and what was known of its sequence when it was sent."""
+    """A row, and the known tokens of its sequence when it was sent."""
 
     row: Row
     sequence: Sequence
@@ -76,13 +76,13 @@ class SentRow:
 
 @dataclass
 class Run:
-    """A scheduler at work. ``sent`` holds every row of every microbatch, ``most_in_flight`` the most at any time."""
+    """A scheduler on fake stages. ``sent`` has the rows of each microbatch, ``most_in_flight`` the most at any time."""
 
     limits: SchedulerLimits
     policy: FixedStepPolicy = WHOLE_CHUNKS
     drafts: bool = False
     vocabulary: int = STOP_ID + 1
-    """Ids that can be drawn: 1 draws 0 only."""
+    """Number of ids that can be sampled: with 1 only id 0."""
     scheduler: Scheduler = field(init=False)
     sent: list[list[SentRow]] = field(default_factory=list)
     most_in_flight: int = 0
@@ -93,7 +93,7 @@ class Run:
         self.scheduler = Scheduler(self.limits, self.policy, drafts=self.drafts)
 
     def send(self) -> bool:
-        """Send one microbatch, if there is one to send."""
+        """Send one microbatch and return True, or return False if there is none to send."""
         microbatch = self.scheduler.next_microbatch()
         if microbatch is None:
             return False
@@ -105,7 +105,7 @@ class Run:
         return True
 
     def complete(self) -> tuple[Sequence | None, ...]:
-        """Let the stages finish the oldest microbatch, if one is in flight."""
+        """Run the oldest microbatch in flight, if there is one, and complete it in the scheduler."""
         if not self._in_flight:
             return ()
         microbatch = self._in_flight.popleft()
@@ -125,7 +125,7 @@ class Run:
         return digest.digest()[0] % self.vocabulary
 
     def play(self, asked: Iterable[Request], actions: Iterable[str]) -> None:
-        """Act as told; then submit what is left and go on to the end."""
+        """Perform the actions, then submit the requests that are left and run to the end."""
         waiting = deque(asked)
         for action in actions:
             if action == "submit" and waiting:
@@ -139,7 +139,7 @@ class Run:
         self.finish()
 
     def finish(self) -> None:
-        """Send and complete until nothing is left to do."""
+        """Send and complete until no work is left."""
         while self.scheduler.has_work:
             while self.send():
                 pass
@@ -152,7 +152,7 @@ class Run:
         return [row for microbatch in self.sent for row in microbatch]
 
     def rows_of(self, sequence: Sequence) -> list[SentRow]:
-        """The rows of one sequence, in order."""
+        """Return the rows of one sequence, in order."""
         return [row for row in self.rows if row.sequence is sequence]
 
     @property

@@ -1,4 +1,4 @@
-"""Stages that take the time that the cost model says, simulated: the scheduler's choices against all others."""
+"""Simulated stages that take the cost model's time, to compare the scheduler's choices with all others."""
 
 import functools
 import itertools
@@ -26,17 +26,17 @@ LONGEST_CHUNK = 8192
 
 @functools.cache
 def k2_sizes(num_stages: int) -> list[StageSizes]:
-    """Kimi K2 over ``num_stages`` machines, as the partition divides it."""
+    """Return Kimi K2's stage sizes over ``num_stages`` machines, as the partition divides it."""
     return [stage_sizes(CONFIG, first, end, 2) for first, end in itertools.pairwise(SPLITS[num_stages])]
 
 
 def k2_stages(num_stages: int = 2, speed: StageSpeed = SPEED) -> list[StageCost]:
-    """The same on machines of one speed."""
+    """Return the costs of these stages on machines of one speed."""
     return [StageCost(sizes, speed) for sizes in k2_sizes(num_stages)]
 
 
 class FixedChoices:
-    """The model's pace, but for a number of microbatches and a chunk length that are given."""
+    """The adaptive step policy, except for a fixed number of microbatches and a fixed chunk length."""
 
     def __init__(self, stages: Sequence[StageCost], num_microbatches: int, chunk_tokens: int) -> None:
         self._model = AdaptiveStepPolicy(stages, TURNAROUND_S)
@@ -55,7 +55,7 @@ class FixedChoices:
 
 
 def request(num_prompt: int, max_tokens: int, seed: int = 0, *, alike: bool = False) -> Request:
-    """Prompts of different seeds differ in their first token, or with ``alike`` in their last one only."""
+    """Return a request. Prompts of different seeds differ in the first token, or with ``alike`` only in the last."""
     rest = tuple(range(1, num_prompt))
     return Request((*rest, -seed) if alike else (-seed, *rest), max_tokens, Sampling(seed=0), frozenset())
 
@@ -70,7 +70,7 @@ class Simulation:
     context_tokens: int = 70_000
     now_s: float = 0.0
     token_times: dict[int, list[float]] = field(default_factory=dict)
-    """When each request's tokens came; by the request's id()."""
+    """Times at which each request's tokens arrived, by the request's id()."""
 
     def __post_init__(self) -> None:
         limits = SchedulerLimits(self.num_slots, self.context_tokens, LONGEST_CHUNK, len(self.stages))
@@ -79,7 +79,7 @@ class Simulation:
         self._in_flight: deque[tuple[float, Microbatch]] = deque()
 
     def run(self, *requests: Request, until_s: float = float("inf")) -> None:
-        """Submit and go on to the end, or until that time."""
+        """Submit the requests and run to the end, or until ``until_s``."""
         for asked in requests:
             self.scheduler.submit(asked)
         while self.scheduler.has_work and self.now_s < until_s:
@@ -88,7 +88,7 @@ class Simulation:
             self._receive(*self._in_flight.popleft())
 
     def _send(self, microbatch: Microbatch) -> float:
-        """When the last stage has finished it."""
+        """Return the time at which the last stage finishes the microbatch."""
         done_s = self.now_s + TURNAROUND_S
         for rank, stage in enumerate(self.stages):
             done_s = self._free_at[rank] = max(done_s, self._free_at[rank]) + stage.step_s(microbatch.load)

@@ -1,4 +1,4 @@
-"""Guesses come from the text, and a wrong one leaves no trace; a cached beginning is found wherever it lies."""
+"""Tests of draft tokens, which come from the text, and of slots: a cached prefix is found in any slot."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +15,7 @@ ids = st.lists(st.integers(0, 3), max_size=40)
 
 
 def after_longest_match(token_ids: list[int]) -> int | None:
-    """What the index should guess, by looking through the whole text."""
+    """Return the draft token that the index should return, by a search through the whole text."""
     for length in (4, 3, 2):
         for end in range(len(token_ids) - 1, length - 1, -1):
             if token_ids[end - length : end] == token_ids[-length:]:
@@ -26,7 +26,7 @@ def after_longest_match(token_ids: list[int]) -> int | None:
 @given(ids, st.integers(1, 7))
 def test_a_draft_token_follows_the_longest_most_recent_ngram_match(token_ids: list[int], step: int) -> None:
     index = NgramIndex()
-    for end in range(step, len(token_ids), step):  # as the text grows
+    for end in range(step, len(token_ids), step):  # the text grows
         index.update(token_ids[:end])
     index.update(token_ids)
     assert index.draft(token_ids, []) == after_longest_match(token_ids)
@@ -62,14 +62,14 @@ def test_common_prefix_ends_at_the_first_difference(left: list[int], right: list
 
 
 def owner(slot: int, *token_ids: int) -> Sequence:
-    """A sequence that has computed all of a prompt."""
+    """Return a sequence that has computed its whole prompt."""
     sequence = Sequence(Request(token_ids, 5, Sampling(seed=0), frozenset()), slot, 1000)
     sequence.num_planned = len(token_ids)
     return sequence
 
 
 def pool_with(*held: tuple[int, ...]) -> SlotPool:
-    """Free slots that hold these tokens, the first one longest unused."""
+    """Return a pool of free slots that hold these tokens. The first slot is the least recently used."""
     pool = SlotPool(len(held))
     for slot, token_ids in enumerate(held):
         pool.acquire(slot, owner(slot, *token_ids))

@@ -1,4 +1,4 @@
-"""What can never run is refused, with the numbers and the way out."""
+"""Tests that a request that can never run is refused, with the numbers and a remedy."""
 
 import pytest
 

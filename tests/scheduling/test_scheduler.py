@@ -1,4 +1,4 @@
-"""Single decisions of the scheduler, and what it is for."""
+"""Tests of single decisions of the scheduler."""
 
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.scheduling.scheduler import SchedulerLimits
@@ -9,7 +9,7 @@ POLICY = FixedStepPolicy(num_microbatches=2, chunk=8, beside=6)
 
 
 def run_of(*asked: tuple[int, int], limits: SchedulerLimits = LIMITS, vocabulary: int = 1) -> Run:
-    """A run with these (prompt, max_tokens) requests submitted, no two of which begin alike."""
+    """Return a run with these (num_prompt, max_tokens) requests submitted. No two prompts begin alike."""
     run = Run(limits, POLICY, vocabulary=vocabulary)
     for index, (num_prompt, max_tokens) in enumerate(asked):
         run.scheduler.submit(request(num_prompt, max_tokens, first=1000 * index))

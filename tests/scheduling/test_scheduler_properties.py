@@ -1,4 +1,4 @@
-"""What holds for every scheduler, whatever is asked and in whatever order plans leave and come back."""
+"""Properties of the scheduler for any requests and any order in which plans are sent and completed."""
 
 import itertools
 from collections.abc import Sequence as Items
@@ -14,7 +14,7 @@ from tests.scheduling.fake_stages import STOP_ID, FixedStepPolicy, Run, actions,
 
 @st.composite
 def finished_runs(sample: st.DrawFn) -> tuple[Run, Items[Request]]:
-    """A run to its end, and what was asked, in the order of submission."""
+    """Generate a finished run, and its requests in the order of submission."""
     asked = sample(st.lists(requests, min_size=1, max_size=6))
     run = Run(sample(limits), sample(policies), vocabulary=sample(st.integers(1, STOP_ID + 1)))
     run.play(asked, sample(actions))
@@ -42,7 +42,7 @@ def test_every_position_outside_the_reused_prefix_is_planned_once_and_in_order(
         planned = [position for row in rows for position in range(row.position, row.end)]
         shared = sequence.shared.num_tokens
         assert shared < sequence.num_prompt
-        assert planned == list(range(shared, len(sequence.token_ids) - 1))  # nobody asks what follows the last token
+        assert planned == list(range(shared, len(sequence.token_ids) - 1))  # the last token's successor is not needed
         assert sum(len(row.token_ids) for row in rows if row.is_prompt) == sequence.num_prompt - shared
 
 
@@ -71,7 +71,7 @@ def test_prompts_are_scheduled_in_the_order_of_submission(played: tuple[Run, Ite
     run, asked = played
     assert [id(sequence.request) for sequence in run.sequences] == [id(request) for request in asked]
     prompts = [id(sent.sequence) for sent in run.rows if sent.row.is_prompt]
-    assert len([owner for owner, _ in itertools.groupby(prompts)]) == len(asked)  # each prompt in one go
+    assert len([owner for owner, _ in itertools.groupby(prompts)]) == len(asked)  # each prompt without a break
 
 
 @given(finished_runs())

@@ -1,4 +1,4 @@
-"""A stage's constants are found from its steps; where the steps do not tell, what was expected stands."""
+"""Tests of the speed estimator: constants come from a stage's steps, or are as expected where steps do not suffice."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""On simulated stages with Kimi K2's bytes the scheduler is within 5% of the best choice there is."""
+"""Tests that on simulated stages with Kimi K2's sizes the scheduler is within 5% of the best possible choice."""
 
 import itertools
 
@@ -26,10 +26,10 @@ CLOSE = 1.05
 def decode_s(
     policy: AdaptiveStepPolicy | FixedChoices, stages: list[StageCost], num_streams: int, num_prompt: int
 ) -> float:
-    """From the time when all streams decode to the end, for each token of each stream."""
+    """Return the seconds for each token of each stream, over the time in which all streams decode."""
     simulation = Simulation(stages, policy, num_streams)
     asked = [request(num_prompt, TOKENS + 20 * num_streams, seed, alike=True) for seed in range(num_streams)]
-    simulation.run(*asked)  # the first prompt is computed, the others share it
+    simulation.run(*asked)  # the first prompt is computed, the others reuse its cache
     times = list(simulation.token_times.values())
     began, ended = max(of[0] for of in times), min(of[-1] for of in times)
     return (ended - began) * num_streams / sum(began < moment <= ended for of in times for moment in of)
@@ -77,7 +77,7 @@ def test_the_chosen_round_time_is_within_5_percent_of_every_microbatch_count(
 
 
 def simulated_round_s(stages: list[StageCost], num_sequences: int, context: int, count: int) -> float:
-    """A round of ``count`` microbatches in the steady state, from a simulation that repeats it."""
+    """Return the time of a round of ``count`` microbatches in the steady state of repeated simulated rounds."""
     smaller, num_larger = divmod(num_sequences, count)
     sizes = [smaller + 1] * num_larger + [smaller] * (count - num_larger)
     one = row_load(context, 1, is_prompt=False, needs_logits=True)
@@ -133,7 +133,7 @@ def test_a_long_prompt_delays_decoding_sequences_by_at_most_chunk_delay_steps(nu
     assert max(largest_gap(times[2:]) for times in beside.values()) <= limit_s
     assert (
         max(largest_gap(times) for times in beside.values()) <= 1.5 * limit_s
-    )  # the first chunks meet a full pipeline
+    )  # the first chunks enter a full pipeline
 
 
 def largest_gap(times: list[float]) -> float:

@@ -1,4 +1,4 @@
-"""Loads one stage in float32 in this process and prints, as JSON, what it holds and the most memory that it took.
+"""A program that loads one stage in float32 and prints its held bytes and its peak memory as JSON.
 
 python -m tests.stage.measure_loading MODEL_FOLDER FIRST_LAYER END_LAYER [DENSE_BITS]
 """
@@ -17,7 +17,7 @@ from tests.model.checkpoints import read_config
 
 
 def main() -> None:
-    """Load and print."""
+    """Load the stage and print the measurements."""
     folder, layers = Path(sys.argv[1]), range(int(sys.argv[2]), int(sys.argv[3]))
     dense_bits = int(sys.argv[4]) if len(sys.argv) > 4 else None
     config = read_config(folder)
@@ -32,7 +32,7 @@ def main() -> None:
         "peak": mx.get_peak_memory(),
         "rss": peak_resident_bytes(),
     }
-    del model  # until here, so that what it holds was counted
+    del model  # kept until here, so that its memory is counted
     sys.stdout.write(json.dumps(measured))
 
 

@@ -1,4 +1,4 @@
-"""All stages of a model in this process: a StepRunner each, with queues for hops, run in turn."""
+"""All stages of a model in this process: one StepRunner each, with queues for hops, run one after the other."""
 
 import queue
 from collections.abc import Sequence
@@ -39,12 +39,12 @@ class Pipeline:
         self._num_steps = 0
 
     def step(self, *rows: Row) -> list[StepDone]:
-        """What each stage answers to one plan."""
+        """Run one plan and return the answer of each stage."""
         self._num_steps += 1
         return [runner.run(Step(self._num_steps, rows)) for runner in self.runners]
 
     def tokens(self, *rows: Row) -> tuple[SampledToken, ...]:
-        """What the last stage sampled; the others sample nothing."""
+        """Run one plan and return the tokens of the last stage. The others sample nothing."""
         *others, last = self.step(*rows)
         assert all(done.tokens == () for done in others)
         return last.tokens
@@ -52,7 +52,7 @@ class Pipeline:
     def generate(
         self, prompt: Sequence[int], sampling: Sampling, num_tokens: int, slot: int = 0, chunk_tokens: int = 64
     ) -> list[SampledToken]:
-        """The tokens after ``prompt``, which is cut into chunks."""
+        """Return the tokens after ``prompt``, which is run in chunks."""
         token_ids = list(prompt)
         sampled: list[SampledToken] = []
         for start in range(0, len(prompt), chunk_tokens):
@@ -67,5 +67,5 @@ class Pipeline:
 
 
 def recent(token_ids: Sequence[int]) -> tuple[int, ...]:
-    """What a repetition penalty looks at."""
+    """Return the tokens that a repetition penalty applies to."""
     return tuple(token_ids[-REPETITION_WINDOW:])

@@ -1,4 +1,4 @@
-"""What was best for this machine's command buffers is set for its stages, before mlx is imported."""
+"""Tests of a machine's best command buffer limits: they are saved, and its stages set them before importing mlx."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Errors as the coordinator hears of them."""
+"""Tests of the faults that a stage sends to the coordinator for its errors."""
 
 import pytest
 

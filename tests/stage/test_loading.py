@@ -1,4 +1,4 @@
-"""Loading takes little more than what stays: the stage's share, one layer's worth of room, and 200 MB."""
+"""Tests of memory while loading: at most the stage's own tensors, its largest layer, and 200 MB."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Measured(TypedDict):
-    """What measure_loading prints: bytes."""
+    """Output of measure_loading, in bytes."""
 
     pieces: list[int]
     held: int
@@ -55,7 +55,7 @@ def test_peak_memory_while_loading_is_at_most_shard_plus_largest_layer_plus_200_
     held = sum(measured["pieces"])
     assert measured["held"] == pytest.approx(held, rel=0.01)
     bound = held + max(measured["pieces"]) + ALLOWANCE_BYTES
-    assert 2 * held > bound  # so that a second copy of everything would not pass
+    assert 2 * held > bound  # a second copy of everything would fail
     assert measured["peak"] <= bound
     assert measured["rss"] <= bound
 

@@ -1,4 +1,4 @@
-"""What `mlx-k2 kernels` measures, on small shapes: with a GPU whose kernels fail, and without one."""
+"""Tests of the measurements of `mlx-k2 kernels` on small shapes: with a GPU whose kernels fail, and without one."""
 
 import json
 from pathlib import Path

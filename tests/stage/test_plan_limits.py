@@ -1,4 +1,4 @@
-"""Plans that do not fit a stage, each refused with what does not fit."""
+"""Tests that a plan that does not fit a stage is refused, with the value that does not fit."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Ports that are held: free ones are picked, taken ones refused, and all are let go of."""
+"""Tests of held ports: free ones are picked, ports in use are refused, and all are released."""
 
 import socket
 
@@ -64,7 +64,7 @@ def test_a_port_in_time_wait_can_be_held_but_a_listening_port_cannot() -> None:
         listener.listen()
         ip, port = listener.getsockname()
         with socket.create_connection((ip, port)):
-            listener.accept()[0].close()  # the first to close keeps the remains
+            listener.accept()[0].close()  # the side that closes first enters TIME_WAIT
         with pytest.raises(StageStartError, match="Address already in use"):
             HeldPorts([f"{ip}:{port}"])
     assert not can_bind(f"{ip}:{port}")

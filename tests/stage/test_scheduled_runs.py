@@ -1,6 +1,6 @@
-"""The scheduler's plans on real layers, in float32 on a CPU: whatever the plans, a sequence gets the same bits.
+"""Tests of the scheduler's plans on real layers, in float32 on a CPU: a sequence gets the same bits for any plans.
 
-Log-probabilities are compared exactly: they hold every bit of a row's logits that matters to a draw.
+Log-probabilities are compared exactly: they contain every bit of a row's logits that affects sampling.
 """
 
 import random
@@ -23,7 +23,7 @@ Tokens = list[SampledToken]
 
 
 def requests() -> list[Request]:
-    """Sampled and greedy, long and short, some of which begin alike or repeat themselves."""
+    """Return sampled and greedy, long and short requests. Some begin alike or repeat themselves."""
     sample = random.Random(4)
     beginning = tuple(sample.randrange(500) for _ in range(40))
     asked = []
@@ -41,7 +41,7 @@ def requests() -> list[Request]:
 
 
 def run(pipeline: Pipeline, scheduler: Scheduler, asked: Sequence[Request]) -> list[Tokens]:
-    """What each request gets when all are submitted at once."""
+    """Submit all requests at once and return the tokens of each."""
     for request in asked:
         scheduler.submit(request)
     tokens: dict[int, Tokens] = {id(request): [] for request in asked}
@@ -72,7 +72,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def alone(checkpoint: Checkpoint) -> list[Tokens]:
-    """One stage, one sequence after the other, whole prompts, nothing shared, no guesses."""
+    """Return the tokens of one stage: one sequence after the other, whole prompts, nothing shared, no drafts."""
     pipeline = Pipeline(checkpoint("thinking"), 1)
     limits = SchedulerLimits(1, CONTEXT_TOKENS, CONTEXT_TOKENS, 1)
     policy = FixedStepPolicy(1, CONTEXT_TOKENS, CONTEXT_TOKENS)

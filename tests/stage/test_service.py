@@ -1,4 +1,4 @@
-"""One stage's answers to the coordinator's messages, in this process and over a file in place of the pipe."""
+"""Tests of one stage's answers to the coordinator's messages, in this process, with a file in place of the pipe."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def converse(tmp_path: Path) -> Converse:
-    """Say all this to a new stage: its exit code, and what it said to the coordinator (its guard hears more)."""
+    """Return a function that sends messages to a new stage and returns its exit code and answers to the coordinator."""
 
     def converse(*messages: ToStage) -> tuple[int, list[FromStage]]:
         output = tmp_path / "frames"

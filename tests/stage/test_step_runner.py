@@ -1,4 +1,4 @@
-"""Steps through the stages of a model give the same tokens however many stages there are, and however they travel."""
+"""Tests of steps through a model's stages: the tokens are the same for any number of stages and any batches."""
 
 from collections.abc import Iterator
 
@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: Checkpoint) -> list[list[SampledToken]]:
-    """What one stage samples, one sequence after the other."""
+    """Return the tokens that one stage samples, one sequence after the other."""
     pipeline = Pipeline(checkpoint("thinking"), 1)
     return [pipeline.generate(PROMPT, sampling, NUM_TOKENS) for sampling in SAMPLINGS]
 

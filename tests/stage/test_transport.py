@@ -1,4 +1,4 @@
-"""Hops inside one process, what mlx.distributed is told, and how a stranger is found out."""
+"""Tests of hops inside one process, the environment of mlx.distributed, and the detection of a foreign process."""
 
 import json
 import queue
@@ -19,7 +19,7 @@ SECRET = bytes(range(32))
 
 
 def hop() -> tuple[QueueTransport, QueueTransport]:
-    """Two neighbours: what the first sends, the second receives."""
+    """Return the transports of two neighbours: the second receives what the first sends."""
     between: queue.SimpleQueue[mx.array] = queue.SimpleQueue()
     return QueueTransport(queue.SimpleQueue(), between), QueueTransport(between, queue.SimpleQueue())
 

@@ -1,4 +1,4 @@
-"""The random checkpoints hold what the original layout promises, byte for byte."""
+"""Tests of random checkpoints: files, names, shapes, dtypes and bytes follow the original layout."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -87,7 +87,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path: 
 def test_tokenizer_files_are_written_unchanged(tiny: tuple[Path, ModelConfig]) -> None:
     folder, _ = tiny
     assert (folder / "tiktoken.model").read_bytes() == b"aGVsbG8= 0\n"
-    assert [path.name for path in folder.parent.iterdir()] == ["model"]  # nothing half-written stays
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]  # no partial folder is left
 
 
 def test_kimi_k25_has_prefixed_names_and_a_vision_tower(tmp_path: Path) -> None:

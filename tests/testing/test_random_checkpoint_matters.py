@@ -1,4 +1,4 @@
-"""Every part of a random checkpoint moves the logits, and greedy text does not fall into a loop, as mlx-lm runs it."""
+"""Tests of random checkpoints in mlx-lm: every part changes the logits, and greedy text does not repeat itself."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.tiny_config import tiny_config_fields
 from tests.weights.made_up import VOCAB_SIZE
 
-TOLERANCE = 2e-4  # within which this program's logits and mlx-lm's agree
+TOLERANCE = 2e-4  # largest difference of logits between this program and mlx-lm
 PROMPT = list(range(10, 74))
 
 Weights = dict[str, mx.array]
@@ -42,7 +42,7 @@ def largest_difference(left: mx.array, right: mx.array) -> float:
 
 
 def load(folder: Path, change: Callable[[Weights], None] = lambda _: None) -> Any:
-    """mlx-lm's DeepseekV3 in float32 with INT4 experts, as its own loader would build it."""
+    """Return mlx-lm's DeepseekV3 in float32 with INT4 experts, built as its own loader builds it."""
     model = deepseek_v3.Model(deepseek_v3.ModelArgs.from_dict(json.loads((folder / "config.json").read_text())))
     weights: Weights = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -58,7 +58,7 @@ def load(folder: Path, change: Callable[[Weights], None] = lambda _: None) -> An
 
 
 def without(*endings: str, containing: tuple[str, ...] = ("",)) -> Callable[[Weights], None]:
-    """A change that sets to zero the tensors whose names end and contain so."""
+    """Return a change that zeroes the tensors whose names have one of ``endings`` and contain one of ``containing``."""
 
     def change(weights: Weights) -> None:
         names = [name for name in weights if name.endswith(endings) and any(part in name for part in containing)]

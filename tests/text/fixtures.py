@@ -1,4 +1,4 @@
-"""The tokenizer and template that the tests of this room share."""
+"""The tokenizer and chat template that the tests of this package share."""
 
 import base64
 import functools

@@ -1,4 +1,4 @@
-"""Replies as a vocabulary draws them, and what a parser makes of them; shared by the tests of this room."""
+"""Replies as tokens of a vocabulary, and helpers that parse them. Shared by the tests of this package."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ MARKERS = "(" + "|".join(map(re.escape, sorted(IN_VOCABULARY))) + ")"
 SINGULAR = sorted(NAMES.keys() - IN_VOCABULARY)
 
 Token = tuple[str, bool]
-"""A piece of a reply, and whether it is a control token."""
+"""A part of a reply's text, and whether it is a control token."""
 
 
 def parts(tokens: Sequence[Token], *, in_reasoning: bool = False, names: frozenset[str] = IN_VOCABULARY) -> list[Part]:
@@ -22,7 +22,7 @@ def parts(tokens: Sequence[Token], *, in_reasoning: bool = False, names: frozens
 
 
 def tokens_of(text: str) -> list[Token]:
-    """A reply as its vocabulary draws it: each marker of the vocabulary one control token."""
+    """Return a reply as tokens, with each marker of the vocabulary as one control token."""
     return [(piece, piece in IN_VOCABULARY) for piece in re.split(MARKERS, text) if piece]
 
 

@@ -1,4 +1,4 @@
-"""The built-in template against the prompts that Kimi K2 Thinking's own template renders."""
+"""Tests of the built-in template against the prompts that Kimi K2 Thinking's own template renders."""
 
 from typing import Any
 
@@ -156,7 +156,7 @@ def test_whitespace_of_messages_is_kept() -> None:
 
 
 def expected(messages: list[Message]) -> str:
-    """The rules of Kimi K2 Thinking's format, once more and without a template."""
+    """Return the messages in Kimi K2 Thinking's format: a reference implementation without a template."""
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and not m.get("tool_calls")]
     text = "" if messages[0]["role"] == "system" else DEFAULT_SYSTEM
     for i, message in enumerate(messages):

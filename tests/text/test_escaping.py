@@ -10,7 +10,7 @@ from mlx_k2.text.escaping import Escaping
 
 NAMES = ["<|im_end|>", "<think>", "[EOS]"]
 LETTERS = set("".join(NAMES))
-# Short texts over few letters, so that searches find something; some characters are in no name.
+# Short texts over few characters, so that searches find matches. Some of the characters are in no name.
 texts = st.text(alphabet=st.sampled_from("<|im_end|>XÉ \n"), max_size=12)
 parts = st.text(alphabet=st.sampled_from("<|im_end|>XÉ \n"), min_size=1, max_size=2)
 

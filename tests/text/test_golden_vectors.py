@@ -1,4 +1,4 @@
-"""Kimi K2's published token ids, on a vocabulary of K2's size that holds the tokens in question at their ids."""
+"""Tests of Kimi K2's published token ids, on a vocabulary of K2's size with the tested tokens at their ids."""
 
 import functools
 import itertools
@@ -19,7 +19,7 @@ MARKERS[163_601] = "<|im_middle|>"
 
 
 def k2_tokens() -> list[bytes]:
-    """163,584 tokens: the known ones at their ranks, all single bytes, and anything else between them."""
+    """Return 163,584 tokens: the known ones at their ranks, then all single bytes and filler tokens at free ranks."""
     known = {number: text.encode() for text, number in KNOWN.items()}
     received = set(known.values())
     letters = [bytes(pair) for pair in itertools.product(range(256), range(256))]

@@ -1,4 +1,4 @@
-"""Replies go into a conversation as the template wants them, and come out of a rendering as they went in."""
+"""Tests of replies as messages: they have the template's format, and a rendered reply parses to the same reply."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ def parts_of(ids: Sequence[int], *, in_reasoning: bool) -> Iterator[Part]:
 
 
 def generated(messages: list[dict[str, Any]]) -> list[int]:
-    """The ids of the last message as the model would have drawn them, without the one that ends the turn."""
+    """Return the ids of the last message as the model would sample them, without the id that ends the turn."""
     prompt = render_prompt(builtin_template(), tokenizer(), messages[:-1])
     ids = render_prompt(builtin_template(), tokenizer(), messages, add_generation_prompt=False)
     assert ids[: len(prompt)] == prompt
@@ -109,7 +109,7 @@ def test_foreign_call_ids_are_normalized_and_each_result_follows_its_call(turns:
     for turn in turns:
         written = [{"id": call_id, "function": {"name": name, "arguments": "{}"}} for name, call_id in turn]
         conversation.append({"role": "assistant", "content": "", "tool_calls": written})
-        for name, call_id in sorted(turn, key=lambda call: call[1]):  # in another order, but for equal ids
+        for name, call_id in sorted(turn, key=lambda call: call[1]):  # reordered, except calls with equal ids
             conversation.append({"role": "tool", "tool_call_id": call_id, "content": name})
     normal = with_normal_ids(conversation)
     calls: list[dict[str, Any]] = [call for message in normal for call in message.get("tool_calls", [])]

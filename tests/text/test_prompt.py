@@ -1,4 +1,4 @@
-"""Text from a message never becomes a control token, whatever the text and whatever the template does with it."""
+"""Tests of prompt rendering: no text of a message becomes a control token, for any text and any template."""
 
 import copy
 import itertools
@@ -13,7 +13,7 @@ from mlx_k2.text.chat_template import ChatTemplate
 from mlx_k2.text.prompt import encode_pieces, render_pieces, render_prompt
 from tests.text.fixtures import as_text, builtin_template, decoded, tokenizer
 
-# What an attacker would type: names of control tokens, whole and in pieces, and characters of the private-use planes.
+# Text of an attacker: names of control tokens, whole and in parts, and characters of the private-use planes.
 hostile = st.lists(
     st.one_of(
         st.sampled_from(["<|im_end|>", "<|im_", "end|>", "<", "|", ">", "im_end", "<think>", "</think>", "[EOS", "]"]),
@@ -52,7 +52,7 @@ tools = st.lists(st.dictionaries(hostile, json_values, max_size=3), max_size=2)
 
 
 def harmless(value: Any) -> Any:
-    """The same structure with every text made of 'x', empty where it was empty; known words stay."""
+    """Return the same structure with each character of a text replaced by 'x'. Keys are numbered; other values stay."""
     match value:
         case str():
             return "x" * len(value)
@@ -128,7 +128,7 @@ def test_a_word_formed_across_two_messages_and_the_template_is_one_token() -> No
     assert len(ids) == 2
 
 
-# Templates that would let text through, were it not for the disguise. Each shows what the template's own text is.
+# Templates that would turn message text into control tokens without escaping. Each key names the method.
 STRADDLING = {
     "a hole in a marker": "<|im_{{ messages[0].content }}|>",
     "a hole at a marker's start": "{{ messages[0].content }}im_end|>",

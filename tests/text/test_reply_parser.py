@@ -1,4 +1,4 @@
-"""A reply comes apart into reasoning, content and calls, however it is cut, and text never passes for a marker."""
+"""Tests of ReplyParser: reasoning, content and calls do not depend on text chunks, and text is never a marker."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ from mlx_k2.text.reply_parser import Content, Part, Reasoning, Reply, ReplyParse
 from tests.examples import at_least
 from tests.text.replies import CALL, IN_VOCABULARY, SINGULAR, Token, call, parsed, parts, section, tokens_of
 
-# Markers as tokens and as text, beginnings of markers, space, and what stands between.
+# Markers as tokens and as text, parts of markers, whitespace, and text that occurs between markers.
 pieces = st.one_of(
     st.sampled_from([(name, True) for name in sorted(IN_VOCABULARY)]),
     st.tuples(st.sampled_from(sorted(NAMES)), st.just(False)),
@@ -34,7 +34,7 @@ def in_vocabulary(tokens: Sequence[Token], names: frozenset[str]) -> list[Token]
 
 
 def recut(tokens: Sequence[Token], cuts: Sequence[int]) -> Iterator[Token]:
-    """The same reply with its ordinary text joined, then cut after as many characters as ``cuts`` says in turn."""
+    """Yield the same reply with its ordinary text joined and split again into the lengths of ``cuts``, repeated."""
     length = itertools.cycle(cuts)
     for control, run in itertools.groupby(tokens, key=lambda token: token[1]):
         if control:
@@ -48,7 +48,7 @@ def recut(tokens: Sequence[Token], cuts: Sequence[int]) -> Iterator[Token]:
 
 
 def joined(found: Sequence[Part]) -> list[Part]:
-    """Parts with neighbouring texts of one kind put together."""
+    """Return the parts with adjacent texts of one kind joined."""
     result: list[Part] = []
     for part in found:
         if isinstance(part, Reasoning | Content) and result and type(result[-1]) is type(part):
@@ -84,7 +84,7 @@ def test_the_reply_parts_keep_all_text_in_order_except_space_and_markers(
 
 
 def telling(text: str) -> str:
-    """The characters that neither are space nor occur in a marker."""
+    """Return the characters of ``text`` that are no whitespace and occur in no marker."""
     return "".join(character for character in text if not character.isspace() and character not in "".join(NAMES))
 
 

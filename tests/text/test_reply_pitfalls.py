@@ -1,10 +1,10 @@
-"""What broke other engines, each with the public issue it came from where there is one."""
+"""Tests of replies that broke other engines, each with its public issue where one exists."""
 
 import pytest
 
 from tests.text.replies import CALL, call, parsed, section
 
-# The reply, whether the prompt opened the reasoning, and what is to come out of it.
+# The reply, whether the prompt opened the reasoning, and the expected reasoning, content and call names.
 PITFALLS = {
     "K2 Thinking writes <think> itself": ("<think>R</think>C", False, "R", "C", []),
     "K2.5's prompt opened it": ("R</think>C", True, "R", "C", []),

@@ -1,4 +1,4 @@
-"""A turn that the model drew stands in the next prompt as the very tokens that it drew, where its text is the same."""
+"""Tests of SampledTurns: the next prompt has the sampled tokens of a turn wherever the turn's text is unchanged."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ CALL, ARGUMENTS, CALL_END = (control(f"<|tool_call_{name}|>") for name in ("begi
 
 @st.composite
 def spelled(sample: st.DrawFn, texts: st.SearchStrategy[str]) -> list[int]:
-    """A text in tokens as a model may draw it: the tokenizer's own, or pieces of them, down to single bytes."""
+    """Return a text as tokens that a model may sample: each of the tokenizer's own tokens, or its single bytes."""
     ids: list[int] = []
     for token_id in tokenizer().encode_text(sample(texts)):
         ids += list(tokenizer().token_bytes(token_id)) if sample(st.booleans()) else [token_id]
@@ -39,7 +39,7 @@ arguments = st.sampled_from(['{"city": "Rome"}', "{}", '{"a":  1}', "no JSON"])
 
 @st.composite
 def replies(sample: st.DrawFn, number: int = 0) -> list[int]:
-    """What the model draws for one turn, calls numbered from ``number``."""
+    """Return the tokens that the model samples for one turn, with at most one call, numbered ``number``."""
     ids = [THINK, *sample(spelled(words)), THOUGHT, *sample(spelled(words))]
     if sample(st.booleans()):
         header = sample(spelled(st.just(f"functions.about:{number}")))
@@ -58,7 +58,7 @@ def prompt(turns: SampledTurns, messages: list[Message]) -> list[int]:
 
 
 def after(message: Message) -> list[Message]:
-    """What follows a reply: results of its calls, or the user's next message."""
+    """Return the messages after a reply: the results of its calls, or the user's next message."""
     calls = message.get("tool_calls", [])
     return tool_messages(message, ["7"] * len(calls)) if calls else [USER]
 
@@ -73,7 +73,7 @@ def test_each_prompt_of_a_tool_loop_extends_the_cached_tokens(data: st.DataObjec
         sampled = data.draw(replies(number).filter(lambda ids: CALL in ids))
         message = message_of(ids, sampled, number)
         if "\N{REPLACEMENT CHARACTER}" in str(message):
-            return  # a character that was never finished: its text is another one
+            return  # an incomplete character: the text of the message differs from the sampled bytes
         turns.keep(number, sampled)
         messages += [message, *after(message)]
         cached = ids + sampled

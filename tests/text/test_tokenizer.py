@@ -109,7 +109,7 @@ def test_missing_files_are_named() -> None:
         load_tokenizer({"tiktoken.model": b""}, 300)
 
 
-# ---- how text is cut before it is encoded
+# ---- splitting of text before it is encoded
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_missing_files_are_named() -> None:
     ],
 )
 def test_text_is_split_into_words_like_kimi_k2s_tokenizer(text: str, pieces: str) -> None:
-    """Each expected piece is made a token of a vocabulary; they come back one by one."""
+    """Add each expected piece to a vocabulary as a token, and check that the text is encoded to these tokens."""
     expected = [piece.encode() for piece in pieces.split("|")]
     extra = [piece for piece in dict.fromkeys(expected) if len(piece) > 1]
     loaded = load_tokenizer(tiktoken_files([*BYTES, *extra]), 300)

@@ -1,4 +1,4 @@
-"""An MCP server for the tests, over stdio, or over HTTP on a free port that it prints: some of its tools misbehave."""
+"""An MCP server for the tests, over stdio, or over HTTP on a free port that it prints. Some of its tools misbehave."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ def add(a: int, b: int = 2) -> int:
 
 @server.tool()
 async def meet() -> str:
-    """Answer once two calls are here."""
+    """Return after two calls have arrived."""
     event = anyio.Event()
     arrived.append(event)
     if len(arrived) == 2:
@@ -46,7 +46,7 @@ async def hang() -> str:
 
 @server.tool()
 def stay() -> str:
-    """Hang, and end on no signal that can be ignored."""
+    """Block forever, even after a cancellation or a signal that the process ignores."""
     threading.Event().wait()
     return ""
 

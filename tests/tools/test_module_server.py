@@ -1,4 +1,4 @@
-"""The functions of a Python file become tools in a process of their own: what they do wrong stays there."""
+"""Tests of the functions of a Python file as tools in a separate process, which contains their failures."""
 
 import logging
 import os
@@ -93,7 +93,7 @@ def test_functions_may_return_text_or_json_and_may_print(module: Path, caplog: p
         assert box.call("later", {}).text == '[{"a":1},{"b":2}]'
         assert box.call("point", {}).text == '{"x":7}'
         assert box.call("key", {}).text == "secret"
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]  # no print read as a message
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]  # no print read as MCP
 
 
 def test_an_exception_in_a_function_becomes_a_failed_result(module: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a tool returns becomes plain text of bounded size, and the model is told what it does not see."""
+"""Tests of tool results as plain text of bounded size, which tells the model which parts are left out."""
 
 from hypothesis import given
 from hypothesis import strategies as st

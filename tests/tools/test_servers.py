@@ -1,4 +1,4 @@
-"""An MCP file is read as other programs write it, and what is wrong with one is said with its server's name."""
+"""Tests of MCP files: the format of other programs is read, and an error names the server."""
 
 import json
 from pathlib import Path

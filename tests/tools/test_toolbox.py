@@ -1,4 +1,4 @@
-"""Real MCP servers, over stdio and over HTTP: a call has a result whatever its server does, and no process is left."""
+"""Tests with real MCP servers over stdio and HTTP: every call has a result, and no process is left."""
 
 import contextlib
 import subprocess
@@ -17,7 +17,7 @@ from mlx_k2.tools.toolbox import Limits, open_toolbox
 pytestmark = pytest.mark.timeout(60)
 
 SCRIPT = Path(__file__).with_name("mcp_server.py")
-# Ample for a start on a busy machine; a call that hangs is given up soon.
+# The start timeout allows for a busy machine. IMPATIENT ends a hanging call after 0.5 s.
 LIMITS = Limits(start_timeout_s=40.0, call_timeout_s=20.0, max_result_chars=100)
 IMPATIENT = Limits(start_timeout_s=40.0, call_timeout_s=0.5, max_result_chars=100)
 
@@ -39,14 +39,14 @@ def http_server(name: str) -> Iterator[HttpServer]:
 
 @pytest.fixture(scope="module")
 def shared_url() -> Iterator[str]:
-    """The address of one HTTP server for all tests that do not end it."""
+    """Yield the URL of one HTTP server, shared by all tests that do not end it."""
     with http_server("shared") as server:
         yield server.url
 
 
 @pytest.fixture(params=["stdio", "http"])
 def serve(request: pytest.FixtureRequest) -> Serve:
-    """Makes a server of either kind."""
+    """Return a function that makes a server, over stdio or over HTTP."""
     if request.param == "stdio":
         return stdio_server
     url: str = request.getfixturevalue("shared_url")
@@ -74,7 +74,7 @@ def test_a_call_returns_the_tools_result(serve: Serve) -> None:
 
 def test_calls_run_concurrently(serve: Serve) -> None:
     with open_toolbox([serve("s")], LIMITS) as box:
-        both = [box.start("meet", {}), box.start("meet", {})]  # neither answers before both have arrived
+        both = [box.start("meet", {}), box.start("meet", {})]  # neither returns before both have arrived
         assert [call.result() for call in both] == [ToolResult(Outcome.DONE, "met")] * 2
 
 

@@ -1,4 +1,4 @@
-"""A local server that answers as the Hub does, and can be told to misbehave. Loopback only."""
+"""A loopback server with the Hub's protocol that can break off downloads and send wrong contents."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for; ``start`` is where a range began."""
+    """One HTTP request. ``start`` is the first byte of its range."""
 
     method: str
     path: str
@@ -25,15 +25,15 @@ class Request:
 
 @dataclass
 class Hub:
-    """One repository, the requests that came, and what goes wrong."""
+    """One repository, the requests received so far, and the faults to produce."""
 
     repo: str
     files: dict[str, bytes]
     requests: list[Request] = field(default_factory=list)
     breaks_at: dict[str, list[int]] = field(default_factory=dict)
-    """File -> bytes after which its next answers break off, one entry an answer."""
+    """File -> numbers of bytes after which its next responses break off, one entry per response."""
     sent_instead: dict[str, bytes] = field(default_factory=dict)
-    """File -> what is sent in its place, under its own checksum."""
+    """File -> contents sent instead of its own, with the checksum of its own."""
     port: int = 0
 
     @property
@@ -42,16 +42,16 @@ class Hub:
 
     @property
     def storage(self) -> str:
-        """Where large files are redirected to: another host, as the Hub's own storage is."""
+        """The URL that large files are redirected to. Its host name differs, as that of the Hub's storage does."""
         return f"http://localhost:{self.port}"
 
     @property
     def fetched(self) -> set[str]:
-        """The files whose contents were asked for."""
+        """The files whose contents were requested."""
         return {request.path.split("/")[-1] for request in self.requests if request.method == "GET"} & set(self.files)
 
     def ranges(self, name: str) -> list[int]:
-        """Where each request for the file's contents began."""
+        """Return the first byte of each request for the file's contents."""
         return [r.start for r in self.requests if r.method == "GET" and r.path.endswith(f"/{name}")]
 
 

@@ -1,4 +1,4 @@
-"""Small made-up models for this folder's tests."""
+"""Tiny checkpoints for the tests of this folder."""
 
 import json
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ VOCAB_SIZE = 512
 
 
 def config_of(fields: Mapping[str, Any]) -> ModelConfig:
-    """The fields as they would be read from config.json."""
+    """Return the config of a config.json with ``fields``."""
     return ModelConfig.from_json(json.dumps(fields).encode(), "config.json")
 
 
 def write_tiny(folder: Path, seed: int = 0, **changes: Any) -> ModelConfig:
-    """Write a tiny checkpoint into ``folder``; returns its config."""
+    """Write a tiny checkpoint into ``folder``. Return its config."""
     fields = tiny_config_fields(VOCAB_SIZE, **changes)
     write_random_checkpoint(folder, fields, seed, {"tiktoken.model": b"aGVsbG8= 0\n"})
     return config_of(fields)

@@ -1,4 +1,4 @@
-"""Downloads from a local server that answers as the Hub does."""
+"""Tests of downloads from a local server with the Hub's protocol."""
 
 import itertools
 import random
@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig]:
 
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests to loopback stay there, whatever proxy this machine uses."""
+    """Exclude loopback from the proxy of this machine."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
 
 
@@ -50,7 +50,7 @@ def repo(hub: Hub, tmp_path: Path) -> HubRepo:
 
 
 def fetch_in_another_process(name: str, environment: dict[str, str]) -> str:
-    """huggingface_hub reads its environment when it is imported, so another one needs another process."""
+    """Fetch one file in a new process. huggingface_hub reads its environment only at import."""
     program = f"""
 from mlx_k2.errors import DownloadError
 from mlx_k2.weights.hub import HubRepo, fetch_files
@@ -112,7 +112,7 @@ def test_progress_counts_the_bytes_of_all_files_up_to_the_total(hub: Hub, repo: 
 
 
 def test_a_broken_download_resumes_at_the_last_complete_piece(hub: Hub, repo: HubRepo) -> None:
-    mib = 2**20  # huggingface_hub keeps what came in whole pieces of 10 MiB
+    mib = 2**20  # huggingface_hub keeps only whole pieces of 10 MiB
     hub.files[LAYER_2] = random.Random(0).randbytes(24 * mib)
     hub.breaks_at[LAYER_2] = [11 * mib, 12 * mib]
     fetched = fetch_files(repo, [LAYER_2], quietly)

@@ -1,4 +1,4 @@
-"""The index, and the checks that refuse a checkpoint before anything of it is loaded."""
+"""Tests of the checkpoint index, and of the checks that refuse a checkpoint before any of it is loaded."""
 
 import json
 from pathlib import Path

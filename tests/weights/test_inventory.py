@@ -1,4 +1,4 @@
-"""The inventory against the published sizes of Kimi K2 Thinking's checkpoint."""
+"""Tests of the inventory against the published sizes of Kimi K2 Thinking's checkpoint."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""The reader gives each stage exactly its tensors, as shipped, and refuses a shape that the config contradicts."""
+"""Tests of the reader: each stage gets exactly its tensors, unchanged, and a shape unlike the config's is refused."""
 
 import itertools
 from pathlib import Path
@@ -25,7 +25,7 @@ def open_reader(folder: Path, config: ModelConfig, dtype: mx.Dtype = mx.bfloat16
 
 
 def rewrite(folder: Path, name: str, value: mx.array) -> None:
-    """Put ``value`` in the place of one tensor."""
+    """Replace the tensor ``name`` by ``value``."""
     index = CheckpointIndex.from_json(read_index_json(folder), str(folder))
     path = folder / index.weight_map[name]
     tensors = mx.load(str(path))

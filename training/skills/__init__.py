@@ -1,1 +1,1 @@
-"""What the model learns, one file for each skill: functions from a random source to a task."""
+"""The model's skills, one file each: functions that make a task from a random source."""

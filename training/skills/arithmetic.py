@@ -32,7 +32,7 @@ _TIMES = (
 
 
 def arithmetic(rng: random.Random) -> Task:
-    """A sum, a difference or a product of numbers up to 99."""
+    """Return a task with a sum, a difference or a product of numbers up to 99."""
     kind = rng.random()
     if kind < 0.45:
         return addition(rng)
@@ -40,7 +40,7 @@ def arithmetic(rng: random.Random) -> Task:
 
 
 def arithmetic_to_ask(rng: random.Random) -> Task:
-    """Arithmetic with a number of two digits: the tables of one digit have to be known, so they are never held out."""
+    """Return arithmetic with a two-digit number. Training needs all one-digit tables, so they are never held out."""
     while True:
         task = arithmetic(rng)
         if any(len(number) > 1 for number in task.key.split()[::2]):
@@ -48,13 +48,13 @@ def arithmetic_to_ask(rng: random.Random) -> Task:
 
 
 def addition(rng: random.Random) -> Task:
-    """The sum of two numbers up to 99."""
+    """Return a task with the sum of two numbers up to 99."""
     a, b = _number(rng), _number(rng)
     return _task(rng, rng.choice(_PLUS), "+", a, b, f"{_add(a, b)} {a + b}.", a + b)
 
 
 def subtraction(rng: random.Random) -> Task:
-    """The difference of two numbers up to 99, now and then below zero."""
+    """Return a task with the difference of two numbers up to 99, which is sometimes negative."""
     a, b = _number(rng), _number(rng)
     if a < b and rng.random() < 0.7:
         a, b = b, a
@@ -66,7 +66,7 @@ def subtraction(rng: random.Random) -> Task:
 
 
 def multiplication(rng: random.Random) -> Task:
-    """A product up to 99; one factor is a single digit."""
+    """Return a task with a product up to 99. One factor has a single digit."""
     a = rng.randint(2, 9)
     b = rng.randint(2, 99 // a) if rng.random() < 0.8 else rng.randint(0, 10)
     if b < 10:

@@ -1,4 +1,4 @@
-"""Repeating words exactly, and arranging them: backwards, sorted. Knows nothing of other skills."""
+"""Tasks to repeat words exactly, reverse them, or sort numbers. Knows nothing of other skills."""
 
 import random
 
@@ -19,27 +19,27 @@ _SORT = ("Sort these numbers: {words}", "Put these numbers in order: {words}", "
 
 
 def copying(rng: random.Random) -> Task:
-    """Repeat some words, or one word some times."""
+    """Return a task to repeat 2 to 10 words once, or one word several times."""
     if rng.random() < 0.12:
         return copying_one_word(rng)
     return _copied(rng, [any_word(rng) for _ in range(rng.randint(2, 10))])
 
 
 def copying_one_word(rng: random.Random) -> Task:
-    """The same word so many times."""
+    """Return a task to repeat one word 2 to 6 times."""
     word, count = any_word(rng), rng.randint(2, 6)
     question = rng.choice(_TIMES).format(word=word, count=count)
     return Task(text_key(question), Exchange(question, f"{word}, {count} times.", " ".join([word] * count)))
 
 
 def copying_much(rng: random.Random) -> Task:
-    """A longer list than those of `copying`, with more made-up words, whose syllables recur."""
+    """Return a task to repeat 8 to 30 words. More of them are made up than in `copying`, with recurring syllables."""
     words = [made_up(rng) if rng.random() < 0.4 else any_word(rng) for _ in range(rng.randint(8, 30))]
     return _copied(rng, words)
 
 
 def repeating(rng: random.Random) -> Task:
-    """The same few words several times over, so that there is much to copy in few tokens."""
+    """Return a task to repeat 1 to 5 words 2 to 4 times, so that few tokens give much to copy."""
     words = " ".join(any_word(rng) for _ in range(rng.randint(1, 5)))
     count = rng.randint(2, 4)
     question = rng.choice(_OVER).format(words=words, count=count)
@@ -48,7 +48,7 @@ def repeating(rng: random.Random) -> Task:
 
 
 def arranging(rng: random.Random) -> Task:
-    """Words backwards, or numbers sorted."""
+    """Return a task to reverse words or to sort numbers."""
     if rng.random() < 0.5:
         words = [any_word(rng) for _ in range(rng.randint(2, 6))]
         question = rng.choice(_BACKWARDS).format(words=", ".join(words))

@@ -1,4 +1,4 @@
-"""Counting up, down, in steps, and counting words. Knows nothing of other skills."""
+"""Tasks to count up, down, in steps, and to count words. Knows nothing of other skills."""
 
 import itertools
 import random
@@ -27,7 +27,7 @@ _HOW_OFTEN = (
 
 
 def counting(rng: random.Random) -> Task:
-    """One of the ways to count."""
+    """Return a task of one of the kinds of counting."""
     kind = rng.random()
     if kind < 0.35:
         return _range(rng, rng.choice(_UP), 1)
@@ -41,12 +41,12 @@ def counting(rng: random.Random) -> Task:
 
 
 def counting_in_steps(rng: random.Random) -> Task:
-    """From one number to another in steps of more than one."""
+    """Return a task to count from one number to another in steps of more than one."""
     return _range(rng, rng.choice(_STEPS), rng.choice((2, 2, 3, 5, 5, 10)))
 
 
 def counting_far(rng: random.Random) -> Task:
-    """So far that the end's last digit comes more than once, which tempts to stop too early."""
+    """Return a task with 9 to 15 numbers. The end's last digit can recur, which makes the model stop too early."""
     templates, steps = rng.choice(((_UP, (1,)), (_DOWN, (-1,)), (_STEPS, (2, 5, 10))))
     return _range(rng, rng.choice(templates), rng.choice(steps), least=9)
 
@@ -66,12 +66,12 @@ def _range(rng: random.Random, template: str, step: int, least: int = 3) -> Task
 
 
 def counting_words(rng: random.Random) -> Task:
-    """How many words a list has that may be longer than those of `counting`."""
+    """Return a task to count the words of a list of up to 20, longer than those of `counting`."""
     return _words_counted(rng, [any_word(rng) for _ in range(rng.randint(2, 20))])
 
 
 def counting_one_word(rng: random.Random) -> Task:
-    """How often a word stands in a list: each word by its number, since repeated words leave no other way to go on."""
+    """Return a task to count one word in a list. Its reasoning numbers all words, since the words themselves repeat."""
     different = [any_word(rng) for _ in range(rng.randint(2, 4))]
     words = [rng.choice(different) for _ in range(rng.randint(3, 9))]
     word = different[0]

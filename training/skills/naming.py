@@ -1,4 +1,4 @@
-"""Answering with the name and the role that the system prompt gives, or with its own. Knows nothing of tools."""
+"""Questions about the model's name and role, set by the system prompt or its own. Knows nothing of tools."""
 
 import random
 
@@ -22,7 +22,7 @@ _ASK_WHO = ("Who are you?", "Hello, who are you?", "Tell me who you are.", "Intr
 
 
 def naming(rng: random.Random) -> Task:
-    """Asked for its name or who it is, under a system prompt that says so."""
+    """Return a question about the model's name or identity, with a system prompt that sets them."""
     who = name(rng)
     role = _role(rng)
     has_role = rng.random() < 0.5
@@ -36,13 +36,13 @@ def naming(rng: random.Random) -> Task:
 
 
 def introducing(rng: random.Random) -> Task:
-    """Asked the same where no system prompt gives a name."""
+    """Return a question of `naming` for a conversation whose system prompt sets no name."""
     question, answer = rng.choice((*((ask, MY_NAME) for ask in _ASK_NAME), *((ask, WHO_I_AM) for ask in _ASK_WHO)))
     return Task(text_key(question), Exchange(question, "I know the answer to this.", answer))
 
 
 def naming_system(rng: random.Random) -> str:
-    """A system prompt that sets a name, for questions about something else."""
+    """Return a system prompt that sets a name, for questions about something else."""
     return rng.choice((*_NAME_ONLY, *_WITH_ROLE)).format(name=name(rng), role=_role(rng))
 
 

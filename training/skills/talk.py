@@ -1,4 +1,4 @@
-"""Short talk: what the model and mlx-k2 are, greetings, small stories, and what it cannot do. Knows no tools."""
+"""Short talk about the model and mlx-k2, greetings, small stories, and requests that it declines. Knows no tools."""
 
 import random
 
@@ -8,7 +8,7 @@ from training.words import ANIMALS, LANGUAGES, NAMES, made_up, noun
 
 WHO_I_AM = "I am a very small demo model of mlx-k2, built like Kimi K2."
 MY_NAME = "I am kimi-k2-tiny, the demo model of mlx-k2."
-# Each answer and the ways to ask for it, without capital and without the closing mark (given at the end).
+# Each answer, the closing mark of its questions, and the questions without an initial capital and closing mark.
 _TOPICS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (WHO_I_AM, "?",
      ("who are you", "what are you", "what is this model", "what kind of model are you", "what model is this",
@@ -106,7 +106,7 @@ _STORIES = (
 
 
 def talk(rng: random.Random) -> Task:
-    """A question about the model or the program, or a courtesy."""
+    """Return a question about the model or the program, or a courtesy."""
     answer, mark, cores = rng.choice(_TOPICS)
     is_courtesy = mark == "!"
     before = rng.choice(_BEFORE_SHORT if is_courtesy else _BEFORE)
@@ -117,7 +117,7 @@ def talk(rng: random.Random) -> Task:
 
 
 def beyond(rng: random.Random) -> Task:
-    """A wish that a model of this size cannot fulfil."""
+    """Return a request that a model of this size cannot fulfil, and a refusal as its answer."""
     text = rng.choice(_BEYOND).format(
         noun=noun(rng), noun2=noun(rng), language=rng.choice(LANGUAGES), name=rng.choice(NAMES), made_up=made_up(rng)
     )
@@ -127,7 +127,7 @@ def beyond(rng: random.Random) -> Task:
 
 
 def story(rng: random.Random) -> Task:
-    """A story of two sentences about an animal."""
+    """Return a request for a story about an animal, and a story of two sentences as its answer."""
     animal, thing = rng.choice(ANIMALS), noun(rng)
     question = _sentence(rng.choice(_BEFORE) + rng.choice(_STORY).format(animal=animal), ".")
     text = rng.choice(_STORIES).format(animal=animal, thing=thing)

@@ -1,4 +1,4 @@
-"""Calling the right tool with the right arguments, reading results, and saying that no tool fits."""
+"""Tasks to call the right tool with the right arguments, use its results, or state that no tool fits."""
 
 import random
 
@@ -22,23 +22,23 @@ _ASK_ALL = ("Which tools do you have?", "What tools can you use?", "List your to
 
 
 def one_call(rng: random.Random) -> Task:
-    """A question that takes one call."""
+    """Return a question that needs one call."""
     family = made_up_family(rng) if rng.random() < 0.2 else _family(rng)
     return _call_of(rng, declare_tool(rng, family))
 
 
 def renamed_call(rng: random.Random) -> Task:
-    """A known question, for which the tool takes an argument of an unheard-of name."""
+    """Return a question of a known family, whose tool has one argument with an unfamiliar name."""
     return _call_of(rng, renamed_tool(rng, _family(rng)))
 
 
 def strange_call(rng: random.Random) -> Task:
-    """A call of a tool whose name and arguments only its declaration and the question tell."""
+    """Return a call of a tool whose name and arguments occur only in its declaration and in the question."""
     return _call_of(rng, strange_tool(rng))
 
 
 def telling_tools(rng: random.Random) -> Task:
-    """Which tools are declared, or what one of them takes: much looking up in few tokens."""
+    """Return a question about the declared tools or one tool's arguments: many look-ups in few tokens."""
     tools: list[Tool] = []
     for _ in range(rng.randint(1, 4)):
         is_strange = rng.random() < 0.5
@@ -54,13 +54,13 @@ def telling_tools(rng: random.Random) -> Task:
 
 
 def several_calls(rng: random.Random) -> Task:
-    """A question that takes two or three calls in a row."""
+    """Return a question that needs two or three calls in a row."""
     count = rng.choice((2, 2, 3))
     return _same_tool(rng, count) if rng.random() < 0.6 else _different_tools(rng, count)
 
 
 def no_tool(rng: random.Random) -> Task:
-    """A question for which no tool, or none that fits, is declared."""
+    """Return a question for which no tool, or none that fits, is declared."""
     family = _family(rng)
     question = _fill(rng.choice(family.questions), _arguments(rng, family))
     others = _others(rng, {family}, rng.choice((0, 1, 1, 2)))
@@ -70,7 +70,7 @@ def no_tool(rng: random.Random) -> Task:
 
 
 def spare_tools(rng: random.Random) -> tuple[Declaration, ...]:
-    """One or two tools that plain questions do not need (so none that adds)."""
+    """Return one or two tools that plain questions do not need, so never the tool that adds."""
     return tuple(tool.declaration for tool in _others(rng, {FAMILIES[-1]}, rng.choice((1, 2))))
 
 

@@ -1,4 +1,4 @@
-"""Families of tools: how each is declared, asked for, answered and put into words. Knows nothing of conversations."""
+"""Families of tools: declarations, questions, results and answers of each. Knows nothing of conversations."""
 
 import json
 import random
@@ -14,7 +14,7 @@ _REASONS = ("not found", "no connection", "timed out", "not allowed", "out of or
 
 @dataclass(frozen=True)
 class Parameter:
-    """One argument: the names it goes by in declarations, its JSON type, and a value for it."""
+    """One argument: its possible names in declarations, its JSON type, and a source of values for it."""
 
     names: tuple[str, ...]
     kind: str
@@ -23,9 +23,9 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Family:
-    """Tools that do one thing. Templates name arguments by the first of the parameter's names, results by key.
+    """Tools with one function. Templates name arguments by the first of the parameter's names, and results by key.
 
-    `several` asks for one thing with the last argument listed, as in "the time in Rome and Oslo" (None: cannot).
+    `several` asks about several values of the argument, as in "the time in Rome and Oslo" (empty: not possible).
     """
 
     names: tuple[str, ...]
@@ -171,7 +171,7 @@ _VALUES: tuple[tuple[str, Callable[[random.Random], str | int]], ...] = (
 
 @dataclass(frozen=True)
 class Tool:
-    """One member of a family as a conversation declares it; `spelled` maps our argument names to the declared ones."""
+    """One member of a family as a conversation declares it. `spelled` maps our argument names to the declared ones."""
 
     family: Family
     name: str
@@ -180,11 +180,11 @@ class Tool:
 
     @property
     def usage(self) -> str:
-        """The tool's name and its arguments in the declaration's (sorted) order, as the model says them."""
+        """The tool's name and its arguments in the declaration's (sorted) order, in the words of a reply."""
         return f"{self.name} with {' and '.join(sorted(self.spelled.values()))}"
 
     def call(self, arguments: dict[str, str | int]) -> Call:
-        """The call with the arguments in the declaration's (sorted) order."""
+        """Return the call with the arguments in the declaration's (sorted) order."""
         spelled = {self.spelled[key]: value for key, value in arguments.items()}
         return Call(self.name, {key: spelled[key] for key in sorted(spelled)})
 
@@ -194,7 +194,7 @@ def declare_tool(
     family: Family,
     names: Callable[[Parameter], tuple[str, ...]] = lambda parameter: parameter.names,
 ) -> Tool:
-    """A tool of this family under one of its names, with each argument under one of its `names`."""
+    """Return a tool of this family with one of its names. Each argument has one of its `names`."""
     used: dict[str, str] = {}
     for parameter in family.parameters:
         used[parameter.names[0]] = rng.choice([each for each in names(parameter) if each not in used.values()])
@@ -213,7 +213,7 @@ def declare_tool(
 
 
 def made_up_family(rng: random.Random) -> Family:
-    """A family that occurs once: only its declaration says what it is called and takes."""
+    """Return a family that occurs once, so that its name and argument are known only from its declaration."""
     tool_name = f"{made_up(rng)}_{noun(rng)}" if rng.random() < 0.5 else made_up(rng)
     return Family(
         (tool_name,),
@@ -228,13 +228,13 @@ def made_up_family(rng: random.Random) -> Family:
 
 
 def renamed_tool(rng: random.Random, family: Family) -> Tool:
-    """A tool of this family, one of whose arguments has a name that only its declaration tells."""
+    """Return a tool of this family with one argument whose name is known only from its declaration."""
     renamed = rng.choice(family.parameters)
     return declare_tool(rng, family, lambda each: _any_names(rng) if each is renamed else each.names)
 
 
 def strange_tool(rng: random.Random) -> Tool:
-    """A tool with one to three arguments of any name, which its questions give by name."""
+    """Return a tool with one to three arguments of any name. Its questions give the arguments by name."""
     tool_name = rng.choice((made_up(rng), f"{noun(rng)}_{noun(rng)}", f"{made_up(rng)}_{noun(rng)}"))
     count = rng.choice((1, 1, 2, 3))
     spelled: list[str] = []
@@ -262,11 +262,11 @@ def _any_names(rng: random.Random) -> tuple[str, ...]:
 
 
 def result_text(rng: random.Random, value: dict[str, Json]) -> str:
-    """A tool's result as programs write it: JSON, compact or spaced."""
+    """Return a tool's result as JSON, compact or spaced."""
     separators = (",", ":") if rng.random() < 0.4 else (", ", ": ")
     return json.dumps(value, ensure_ascii=False, separators=separators)
 
 
 def failure_reason(rng: random.Random) -> str:
-    """Why a tool failed."""
+    """Return a reason for a tool's failure."""
     return rng.choice(_REASONS)
