@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx_lm.models.deepseek_v3 import DeepseekV3MoE, ModelArgs
 
-from bench.graph_dispatches import count_launches, kernel_in_graph
+from bench.graph_dispatches import count_dispatches, kernel_in_graph
 from bench.measure import save_rows
 from mlx_k2.config import ModelConfig
 from mlx_k2.kernels import variants
@@ -77,7 +77,7 @@ def table() -> list[Row]:
     """Return the rows of mlx-k2 and mlx-lm, with the dense weights as shipped and in 8 bits."""
     config = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "Kimi K2 Thinking")
     moe_layers = sum(config.is_moe(layer) for layer in range(config.num_hidden_layers))
-    ours, theirs = moe_layers * our_launches(config), moe_layers * mlx_lm_launches(config)
+    ours, theirs = moe_layers * our_dispatches(config), moe_layers * mlx_lm_dispatches(config)
     return [
         Row(program, bits, *bytes_held_and_read(config, bits, stored_biases=biases), dispatches)
         for bits in (None, 8)
@@ -101,7 +101,7 @@ def bytes_held_and_read(config: ModelConfig, dense_bits: int | None, *, stored_b
     return held, layers + ends + biases * config.num_experts_per_tok // config.n_routed_experts
 
 
-def our_launches(config: ModelConfig) -> int:
+def our_dispatches(config: ModelConfig) -> int:
     """Return the dispatches of mlx-k2's router, routed experts, shared expert and their sum, for one token."""
     shape = LayerShape(64, 32, config.num_experts_per_tok, mx.bfloat16)  # the count does not depend on sizes
     stack = random_stack(shape, 16)
@@ -122,10 +122,10 @@ def our_launches(config: ModelConfig) -> int:
         )
         return variants.decode_experts(x, ids, weights, stack, DEFAULT, kernel_in_graph) + swiglu(x, shared)
 
-    return sum(count_launches(mx.compile(block), x).values())
+    return sum(count_dispatches(mx.compile(block), x).values())
 
 
-def mlx_lm_launches(config: ModelConfig) -> int:
+def mlx_lm_dispatches(config: ModelConfig) -> int:
     """Return the dispatches of the same block in mlx-lm, which compiles parts of it."""
     arguments = ModelArgs(
         hidden_size=64,
@@ -144,7 +144,7 @@ def mlx_lm_launches(config: ModelConfig) -> int:
     x = mx.zeros((1, 1, 64), mx.bfloat16)
     mx.eval(block.parameters(), x)
     call: Callable[[mx.array], mx.array] = block
-    return sum(count_launches(call, x).values())
+    return sum(count_dispatches(call, x).values())
 
 
 def is_switch_linear(path: str, module: nn.Module) -> bool:

@@ -41,7 +41,7 @@ def kernel_in_graph(dispatch: Dispatch) -> list[mx.array]:
     return list(mx.depends(outputs, list(dispatch.inputs)))
 
 
-def count_launches(function: Callable[..., mx.array], *inputs: mx.array) -> Counter[str]:
+def count_dispatches(function: Callable[..., mx.array], *inputs: mx.array) -> Counter[str]:
     """Count the dispatches of function(*inputs) by primitive. What MLX fuses in a compiled function counts as one."""
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "graph.dot"

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from bench.graph_dispatches import count_launches, kernel_in_graph
+from bench.graph_dispatches import count_dispatches, kernel_in_graph
 from bench.measure import save_rows, summarize
 from mlx_k2.kernels import experts, reference
 from mlx_k2.kernels.dispatch import Dispatch, run
@@ -130,7 +130,7 @@ def kernel_way(stack: ExpertStack, ids: mx.array, *, on_gpu: bool) -> Way:
     as_on_a_mac = ExpertStack(*(a.astype(mx.bfloat16) if a.dtype == mx.float32 else a for a in stack))
     x, weights = mx.zeros((tokens, HIDDEN), mx.bfloat16), mx.full((tokens, TOP_K), 1 / TOP_K)
     mx.eval(as_on_a_mac, x, weights, ids)
-    dispatches = count_launches(lambda x: perform(kernel_in_graph)(x, ids, weights, as_on_a_mac), x)
+    dispatches = count_dispatches(lambda x: perform(kernel_in_graph)(x, ids, weights, as_on_a_mac), x)
     perform(counting)(x, ids, weights, as_on_a_mac)
     needed = needed_bytes(stack, ids, bits_a_weight=4.5)
     return Way(f"mlx-k2 {name} kernels", perform(run) if on_gpu else None, sum(dispatches.values()), needed, loaded)
@@ -181,7 +181,7 @@ def counted(layer: Callable[..., mx.array], stack: ExpertStack, ids: mx.array) -
     """Return the number of dispatches of a layer in plain MLX."""
     x, weights = mx.zeros((ids.shape[0], HIDDEN), stack.gate_scale.dtype), mx.full(ids.shape, 1 / TOP_K)
     mx.eval(x, weights, ids)
-    return sum(count_launches(lambda x: layer(x, ids, weights, stack), x).values())
+    return sum(count_dispatches(lambda x: layer(x, ids, weights, stack), x).values())
 
 
 if __name__ == "__main__":

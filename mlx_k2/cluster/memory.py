@@ -29,12 +29,12 @@ def layer_cache_bytes(config: ModelConfig, num_slots: int, context_tokens: int, 
     return num_slots * context_tokens * config.latent_dim * compute_bytes
 
 
-def working_bytes(config: ModelConfig, chunk_tokens: int, compute_bytes: int, largest_piece_bytes: int) -> int:
+def working_bytes(config: ModelConfig, chunk_tokens: int, compute_bytes: int, largest_part_bytes: int) -> int:
     """Return the bytes that a stage needs besides its weights and cache.
 
     This is the larger of what reading the largest part (a layer or the head) and computing one chunk need.
     """
-    return max(largest_piece_bytes, ATTENTION_BYTES + chunk_tokens * _values_per_token(config) * compute_bytes)
+    return max(largest_part_bytes, ATTENTION_BYTES + chunk_tokens * _values_per_token(config) * compute_bytes)
 
 
 def _values_per_token(config: ModelConfig) -> int:

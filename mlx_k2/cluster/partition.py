@@ -24,7 +24,7 @@ class LayerCost(msgspec.Struct, frozen=True):
         return LayerCost(self.held_bytes + other.held_bytes, self.read_bytes + other.read_bytes)
 
 
-class ModelPieces(msgspec.Struct, frozen=True, kw_only=True):
+class ModelCosts(msgspec.Struct, frozen=True, kw_only=True):
     """The costs of a model's embedding, layers and head."""
 
     embedding: LayerCost
@@ -65,7 +65,7 @@ class StageAssignment(msgspec.Struct, frozen=True, kw_only=True):
         return self.end_layer - self.first_layer
 
 
-def divide_layers(model: ModelPieces, hosts: Sequence[HostCapacity]) -> tuple[StageAssignment, ...]:
+def divide_layers(model: ModelCosts, hosts: Sequence[HostCapacity]) -> tuple[StageAssignment, ...]:
     """Return the best split of ``model`` over ``hosts``, a stage for each; among equally good ones the most even.
 
     Raises:
@@ -87,7 +87,7 @@ def divide_layers(model: ModelPieces, hosts: Sequence[HostCapacity]) -> tuple[St
 
 
 def divide_as_asked(
-    model: ModelPieces, hosts: Sequence[HostCapacity], layer_counts: Sequence[int]
+    model: ModelCosts, hosts: Sequence[HostCapacity], layer_counts: Sequence[int]
 ) -> tuple[StageAssignment, ...]:
     """Return the split with the given number of layers for each stage.
 
@@ -136,7 +136,7 @@ def _check_num_hosts(num_layers: int, num_hosts: int) -> None:
 _Cost = Callable[[int, int, int], float]  # of (host, first_layer, end_layer)
 
 
-def _read_seconds(model: ModelPieces, hosts: Sequence[HostCapacity]) -> _Cost:
+def _read_seconds(model: ModelCosts, hosts: Sequence[HostCapacity]) -> _Cost:
     """Return the cost function of an assignment: seconds that its host reads per token, infinite if it does not fit."""
     known = [host.gb_per_s for host in hosts if host.gb_per_s is not None]
     bytes_per_s = [1e9 * (host.gb_per_s or min(known, default=1.0)) for host in hosts]
@@ -176,7 +176,7 @@ def _best_cuts(
     return best[num_layers]
 
 
-def _assignments(model: ModelPieces, cuts: Sequence[int]) -> tuple[StageAssignment, ...]:
+def _assignments(model: ModelCosts, cuts: Sequence[int]) -> tuple[StageAssignment, ...]:
     assignments = []
     for first_layer, end_layer in itertools.pairwise(cuts):
         shard = model.shard(first_layer, end_layer)
@@ -191,7 +191,7 @@ def _assignments(model: ModelPieces, cuts: Sequence[int]) -> tuple[StageAssignme
     return tuple(assignments)
 
 
-def _why_nothing_fits(model: ModelPieces, hosts: Sequence[HostCapacity]) -> str:
+def _why_nothing_fits(model: ModelCosts, hosts: Sequence[HostCapacity]) -> str:
     needed = model.shard(0, len(model.layers)).held_bytes
     bounds = [f"{host.name} {_gb(host.memory_bytes)}" for host in hosts if host.memory_bytes is not None]
     known = sum(host.memory_bytes for host in hosts if host.memory_bytes is not None)

@@ -9,7 +9,7 @@ from mlx_k2.cluster.memory import layer_cache_bytes, memory_bound_bytes, working
 from mlx_k2.cluster.partition import (
     HostCapacity,
     LayerCost,
-    ModelPieces,
+    ModelCosts,
     StageAssignment,
     divide_as_asked,
     divide_layers,
@@ -104,7 +104,7 @@ def quantization_warnings(config: ModelConfig, dense_bits: int | None) -> tuple[
         return ()
     careful = f"--dense-bits {dense_bits} may show in the answers: {CAREFUL_BITS} stays closer to the checkpoint"
     lines = [careful] if dense_bits < CAREFUL_BITS else []
-    specs = [spec for piece in _distinct_pieces(config) for spec in piece]
+    specs = [spec for piece in _distinct_parts(config) for spec in piece]
     for group, how in ((32, "in groups of 32"), (None, "as they are")):
         matrices = {(spec.name.split(".")[-2], matrix.inputs) for spec in specs for matrix in spec.matrices}
         names = sorted(f"{name} ({inputs} inputs)" for name, inputs in matrices if group_size(inputs) == group)
@@ -126,9 +126,9 @@ def plan_stages(
         PartitionError: there is no such split, or it does not fit.
     """
     config, compute_bytes = model.config, DTYPE_BYTES[shape.dtype]
-    largest_bytes = max(held_bytes(piece, compute_bytes) for piece in _distinct_pieces(config))  # unquantized
+    largest_bytes = max(held_bytes(piece, compute_bytes) for piece in _distinct_parts(config))  # unquantized
     beside_bytes = working_bytes(config, shape.chunk_tokens, compute_bytes, largest_bytes)
-    pieces = _pieces(config, shape, compute_bytes)
+    pieces = _model_costs(config, shape, compute_bytes)
     capacities = _capacities(hostfile.hosts, memories, beside_bytes)
     assignments = divide_layers(pieces, capacities) if split is None else divide_as_asked(pieces, capacities, split)
     cache_bytes = layer_cache_bytes(config, shape.num_slots, shape.context_tokens, compute_bytes)
@@ -145,7 +145,7 @@ def plan_stages(
     )
 
 
-def _pieces(config: ModelConfig, shape: RunShape, compute_bytes: int) -> ModelPieces:
+def _model_costs(config: ModelConfig, shape: RunShape, compute_bytes: int) -> ModelCosts:
     cache_bytes = layer_cache_bytes(config, shape.num_slots, shape.context_tokens, compute_bytes)
     bits = shape.dense_bits
     of_kind = {
@@ -155,7 +155,7 @@ def _pieces(config: ModelConfig, shape: RunShape, compute_bytes: int) -> ModelPi
         )
         for layer in _distinct_layers(config)
     }
-    return ModelPieces(
+    return ModelCosts(
         embedding=LayerCost(
             held_bytes(embedding_specs(config), compute_bytes), embedding_read_bytes_per_token(config, compute_bytes)
         ),
@@ -166,7 +166,7 @@ def _pieces(config: ModelConfig, shape: RunShape, compute_bytes: int) -> ModelPi
     )
 
 
-def _distinct_pieces(config: ModelConfig) -> list[tuple[TensorSpec, ...]]:
+def _distinct_parts(config: ModelConfig) -> list[tuple[TensorSpec, ...]]:
     """Return the tensors of the head and of one layer of each kind."""
     return [head_specs(config), *(layer_specs(config, layer) for layer in _distinct_layers(config))]
 

@@ -97,7 +97,7 @@ class RestartingDeployment:
             status = ()
             time.sleep(wait_s)
             try:
-                self._start(self.deployment.model, _Again(self._listener))
+                self._start(self.deployment.model, _RestartListener(self._listener))
             except ClusterError as next_error:
                 error = next_error
             else:
@@ -121,7 +121,7 @@ class RestartingDeployment:
         self._ready_at = time.monotonic()
 
 
-class _Again(DeploymentListener):
+class _RestartListener(DeploymentListener):
     """Listener of a restart. Drops ``planned`` and ``progress``: plan and model are known from the first start."""
 
     def __init__(self, listener: DeploymentListener) -> None:

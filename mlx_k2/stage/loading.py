@@ -23,7 +23,7 @@ from mlx_k2.weights.model_source import ModelSource
 from mlx_k2.weights.reader import LoadedTensors, ShardReader
 
 
-class LoadedPiece(NamedTuple):
+class LoadedPart(NamedTuple):
     """The embedding, a layer or the head in memory: the checkpoint's names of its tensors, and its bytes."""
 
     tensor_names: tuple[str, ...]
@@ -42,51 +42,51 @@ def load_stage_model(
     reader: ShardReader,
     layers: range,
     cache: LatentCache,
-    on_piece: Callable[[LoadedPiece], None],
+    on_part: Callable[[LoadedPart], None],
     dense_bits: int | None = None,
 ) -> LoadedStage:
     """Load the model of ``layers``, with the embedding if they are the first ones and the head if they are the last.
 
-    ``on_piece`` is called with each `LoadedPiece` as soon as it is in memory. With ``dense_bits`` its dense matrices
+    ``on_part`` is called with each `LoadedPiece` as soon as it is in memory. With ``dense_bits`` its dense matrices
     are quantized before the next one is read.
     """
     embedding = head = None
     if layers.start == 0:
-        piece = reader.embedding()
-        embedding = piece.tensors["model.embed_tokens.weight"]
-        on_piece(_hold(embedding, piece))
+        part = reader.embedding()
+        embedding = part.tensors["model.embed_tokens.weight"]
+        on_part(_hold(embedding, part))
     weights = []
     for layer in layers:
         layer_weights, loaded = _load_layer(config, reader, layer, dense_bits)
         weights.append(layer_weights)
-        on_piece(loaded)
+        on_part(loaded)
     if layers.stop == config.num_hidden_layers:
         head, loaded = _load_head(reader, dense_bits)
-        on_piece(loaded)
+        on_part(loaded)
     model = StageModel(config, weights, embedding, head, cache, fused_attention=on_gpu())
     return LoadedStage(model, _check_kernels(config, weights, cache.dtype))
 
 
 def _load_layer(
     config: ModelConfig, reader: ShardReader, layer: int, dense_bits: int | None
-) -> tuple[LayerWeights, LoadedPiece]:
-    piece = reader.layer(layer)
-    weights = assemble_layer(config, layer, piece.tensors, dense_bits)
-    return weights, _hold(weights, piece)
+) -> tuple[LayerWeights, LoadedPart]:
+    part = reader.layer(layer)
+    weights = assemble_layer(config, layer, part.tensors, dense_bits)
+    return weights, _hold(weights, part)
 
 
-def _load_head(reader: ShardReader, dense_bits: int | None) -> tuple[Head, LoadedPiece]:
-    piece = reader.head()
-    head = Head(piece.tensors["model.norm.weight"], make_matrix(piece.tensors["lm_head.weight"], dense_bits))
-    return head, _hold(head, piece)
+def _load_head(reader: ShardReader, dense_bits: int | None) -> tuple[Head, LoadedPart]:
+    part = reader.head()
+    head = Head(part.tensors["model.norm.weight"], make_matrix(part.tensors["lm_head.weight"], dense_bits))
+    return head, _hold(head, part)
 
 
-def _hold(weights: Any, piece: LoadedTensors) -> LoadedPiece:
-    """Evaluate the weights made from ``piece``, so that its other arrays can be freed. Return names and bytes."""
+def _hold(weights: Any, part: LoadedTensors) -> LoadedPart:
+    """Evaluate the weights made from ``part``, so that its other arrays can be freed. Return names and bytes."""
     mx.eval(weights)
     mx.clear_cache()
     held_bytes: int = tree_reduce(lambda total, leaf: total + _num_bytes(leaf), weights, 0)
-    return LoadedPiece(piece.tensor_names, held_bytes)
+    return LoadedPart(part.tensor_names, held_bytes)
 
 
 def _num_bytes(leaf: mx.array | int | None) -> int:
@@ -113,7 +113,7 @@ class StageLoader:
         self,
         description: ModelDescription,
         source: ModelSource,
-        on_layer: Callable[[LoadedPiece], None],
+        on_layer: Callable[[LoadedPart], None],
         on_download: Callable[[int, int], None],
     ) -> None:
         self._description = description
@@ -137,7 +137,7 @@ class StageLoader:
         dtype = getattr(mx, message.dtype)
         cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.latent_dim, dtype)
         reader = ShardReader(config, files, dtype)
-        model, warnings = load_stage_model(config, reader, layers, cache, self._on_piece, message.dense_bits)
+        model, warnings = load_stage_model(config, reader, layers, cache, self._on_part, message.dense_bits)
         runner = StepRunner(
             model,
             transport,
@@ -150,6 +150,6 @@ class StageLoader:
         cache_bytes_per_token = len(layers) * config.latent_dim * dtype.size
         return runner, Loaded(self._held_bytes, peak_bytes(), cache_bytes_per_token, warnings)
 
-    def _on_piece(self, piece: LoadedPiece) -> None:
-        self._held_bytes += piece.held_bytes
-        self._on_layer(piece)
+    def _on_part(self, part: LoadedPart) -> None:
+        self._held_bytes += part.held_bytes
+        self._on_layer(part)

@@ -42,7 +42,7 @@ from mlx_k2.stage.faults import fault_of
 from mlx_k2.stage.hop_probe import measure_hops
 from mlx_k2.stage.host import hello, on_gpu
 from mlx_k2.stage.host_probe import probe
-from mlx_k2.stage.loading import LoadedPiece, StageLoader
+from mlx_k2.stage.loading import LoadedPart, StageLoader
 from mlx_k2.stage.ports import HeldPorts
 from mlx_k2.stage.step_runner import StepRunner
 from mlx_k2.stage.transport import DistributedTransport, NoNeighbours, Transport, join_group, prove_hops
@@ -53,19 +53,19 @@ from mlx_k2.weights.model_files import fetch_shard, read_model_files
 READING_S = 120.0
 CONNECTING_S = 120.0
 MEASURING_S = 120.0
-PIECE_S = 900.0
+PART_S = 900.0
 """Limit for the next part of a shard to be loaded or fetched: 10 GB from a slow disk."""
 CLOSE_S = 5.0
 """Limit for sending the last frames."""
 _PHASES = {
     FetchFiles: (Phase.READING, None, READING_S),
-    DownloadShard: (Phase.DOWNLOADING, None, PIECE_S),
+    DownloadShard: (Phase.DOWNLOADING, None, PART_S),
     Prepare: (Phase.READING, None, READING_S),
     ReadClock: (Phase.PROBING, None, READING_S),
-    Probe: (Phase.PROBING, None, PIECE_S),
+    Probe: (Phase.PROBING, None, PART_S),
     MeasureHops: (Phase.MEASURING, None, MEASURING_S),
     Connect: (Phase.CONNECTING, None, CONNECTING_S),
-    Load: (Phase.LOADING, None, PIECE_S),
+    Load: (Phase.LOADING, None, PART_S),
 }
 
 
@@ -178,11 +178,11 @@ class StageService:
         return ShardDownloaded(str(fetched.folder), fetched.fetched)
 
     def _report_download_progress(self, done_bytes: int, total_bytes: int) -> None:
-        self._report_phase(Phase.DOWNLOADING, limit_s=PIECE_S)
+        self._report_phase(Phase.DOWNLOADING, limit_s=PART_S)
         self._send(DownloadProgress(done_bytes, total_bytes))
 
     def _report_probe_progress(self, done_bytes: int, total_bytes: int) -> None:
-        self._report_phase(Phase.PROBING, limit_s=PIECE_S)
+        self._report_phase(Phase.PROBING, limit_s=PART_S)
         self._send(DownloadProgress(done_bytes, total_bytes))
 
     def _answer_prepare(self, message: Prepare) -> Prepared:
@@ -209,6 +209,6 @@ class StageService:
         self._runner, loaded = loader.load(message, self._transport)
         return loaded
 
-    def _report_layer(self, piece: LoadedPiece) -> None:
-        self._report_phase(Phase.LOADING, limit_s=PIECE_S)
-        self._send(LayerLoaded(piece.tensor_names, piece.held_bytes))
+    def _report_layer(self, part: LoadedPart) -> None:
+        self._report_phase(Phase.LOADING, limit_s=PART_S)
+        self._send(LayerLoaded(part.tensor_names, part.held_bytes))

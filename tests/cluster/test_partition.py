@@ -13,7 +13,7 @@ from mlx_k2.cluster.memory import GB, layer_cache_bytes, memory_bound_bytes, wor
 from mlx_k2.cluster.partition import (
     HostCapacity,
     LayerCost,
-    ModelPieces,
+    ModelCosts,
     StageAssignment,
     divide_as_asked,
     divide_layers,
@@ -36,7 +36,7 @@ THINKING = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), 
 
 pieces = st.builds(LayerCost, st.integers(0, 20), st.integers(0, 20))
 models = st.builds(
-    ModelPieces, embedding=pieces, layers=st.lists(pieces, min_size=1, max_size=8).map(tuple), head=pieces
+    ModelCosts, embedding=pieces, layers=st.lists(pieces, min_size=1, max_size=8).map(tuple), head=pieces
 )
 hosts_of_a_cluster = st.lists(
     st.builds(
@@ -51,13 +51,13 @@ hosts_of_a_cluster = st.lists(
 
 
 @functools.cache
-def thinking_pieces(context_tokens: int = 0) -> ModelPieces:
+def thinking_pieces(context_tokens: int = 0) -> ModelCosts:
     cache = layer_cache_bytes(THINKING, 1, context_tokens, 2)
     layers = tuple(
         LayerCost(held_bytes(layer_specs(THINKING, layer)) + cache, layer_read_bytes_per_token(THINKING, layer))
         for layer in range(61)
     )
-    return ModelPieces(
+    return ModelCosts(
         embedding=LayerCost(held_bytes(embedding_specs(THINKING)), embedding_read_bytes_per_token(THINKING)),
         layers=layers,
         head=LayerCost(held_bytes(head_specs(THINKING)), head_read_bytes_per_token(THINKING)),
@@ -90,7 +90,7 @@ def slowest_stage(assignments: tuple[StageAssignment, ...], hosts: list[HostCapa
 
 @given(model=models, hosts=hosts_of_a_cluster)
 def test_the_chosen_split_has_the_fastest_slowest_stage_of_all_that_fit(
-    model: ModelPieces, hosts: list[HostCapacity]
+    model: ModelCosts, hosts: list[HostCapacity]
 ) -> None:
     fitting = []
     for counts in every_split(len(model.layers), len(hosts)):
@@ -108,7 +108,7 @@ def test_the_chosen_split_has_the_fastest_slowest_stage_of_all_that_fit(
 
 
 @given(model=models, hosts=hosts_of_a_cluster)
-def test_each_layer_is_assigned_exactly_once_within_host_memory(model: ModelPieces, hosts: list[HostCapacity]) -> None:
+def test_each_layer_is_assigned_exactly_once_within_host_memory(model: ModelCosts, hosts: list[HostCapacity]) -> None:
     try:
         assignments = divide_layers(model, hosts)
     except PartitionError:

@@ -5,8 +5,8 @@ import json
 import mlx.core as mx
 import pytest
 
-from bench.bytes_per_token import bytes_held_and_read, mlx_lm_launches, our_launches, table
-from bench.graph_dispatches import KERNEL, count_launches, kernel_in_graph
+from bench.bytes_per_token import bytes_held_and_read, mlx_lm_dispatches, our_dispatches, table
+from bench.graph_dispatches import KERNEL, count_dispatches, kernel_in_graph
 from mlx_k2.config import ModelConfig
 from mlx_k2.kernels import variants
 from mlx_k2.kernels.self_check import LayerShape, random_expert_ids, random_stack
@@ -39,11 +39,11 @@ def test_routed_experts_launch_two_kernels(compute: Experts, tokens: int) -> Non
     def layer(x: mx.array) -> mx.array:
         return compute(x, ids, weights, ExpertStack(*stack), DEFAULT, kernel_in_graph)
 
-    assert count_launches(layer, x) == {KERNEL: 2}
+    assert count_dispatches(layer, x) == {KERNEL: 2}
 
 
 def test_a_moe_block_launches_at_most_ten_kernels_at_decode() -> None:
-    assert our_launches(k2_thinking()) <= 10 < 18 <= mlx_lm_launches(k2_thinking())
+    assert our_dispatches(k2_thinking()) <= 10 < 18 <= mlx_lm_dispatches(k2_thinking())
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(60)
 HIDDEN, INTERMEDIATE, TOP_K = 7168, 2048, 8
 
 
-def k2_launches(tokens: int, rows: int) -> dict[str, Dispatch]:
+def k2_dispatches(tokens: int, rows: int) -> dict[str, Dispatch]:
     """Return dispatches at K2's true size, by name. Their arrays are never evaluated."""
 
     def projection(outputs: int, inputs: int) -> tuple[mx.array, mx.array]:
@@ -42,7 +42,7 @@ def k2_launches(tokens: int, rows: int) -> dict[str, Dispatch]:
 @pytest.mark.parametrize("rows", [2, 4, 8])
 @pytest.mark.parametrize(("half", "projections"), [("gate_up", 2), ("down", 1)])
 def test_decode_kernels_unroll_and_load_16_bytes_at_a_time(half: str, projections: int, rows: int) -> None:
-    cost = compile_cuda(cuda_source(k2_launches(1, rows)[half]))
+    cost = compile_cuda(cuda_source(k2_dispatches(1, rows)[half]))
     assert cost.spilled_bytes == 0
     assert cost.registers <= 64 + 4 * rows
     weight_loads = projections * rows
@@ -57,7 +57,7 @@ def test_decode_kernels_unroll_and_load_16_bytes_at_a_time(half: str, projection
 @pytest.mark.parametrize(("tokens", "rows"), [(2, 2), (4, 2), (8, 2), (16, 1)])
 @pytest.mark.parametrize("half", ["gate_up", "down"])
 def test_batch_kernels_convert_a_weight_once_for_all_tokens(half: str, tokens: int, rows: int) -> None:
-    cost = compile_cuda(cuda_source(k2_launches(tokens, rows)[half]))
+    cost = compile_cuda(cuda_source(k2_dispatches(tokens, rows)[half]))
     assert cost.spilled_bytes == 0
     assert cost.registers <= 128
     weight_loads = (2 if half == "gate_up" else 1) * rows

@@ -126,7 +126,7 @@ def planted(fault: Fault, text: KernelText) -> KernelText:
     return text._replace(source=changed)
 
 
-def change_launch(fault: Fault, dispatch: Dispatch) -> Dispatch:
+def change_dispatch(fault: Fault, dispatch: Dispatch) -> Dispatch:
     if dispatch.text.name != fault.kernel:
         return dispatch
     return dispatch._replace(text=planted(fault, dispatch.text))
@@ -154,7 +154,7 @@ def largest_excess(fault: Fault) -> float:
     """Return the largest error, in tolerances, of the computation with the faulty kernel, in cases of other tests."""
     variants = {v.value: v for v in Variant}
     variant = variants.get(fault.kernel.split("_", maxsplit=1)[0])
-    change = functools.partial(change_launch, fault)
+    change = functools.partial(change_dispatch, fault)
     if variant is None:
         return route_errors(mode=fault.mode, change=change) / 1e-5
     case = (
