@@ -91,7 +91,7 @@ class Sequence:
 
         None if no earlier text matches, or if the token would end the sequence: nothing would follow it.
         """
-        assert self.num_unplanned == 0, "known tokens go before guesses"
+        assert self.num_unplanned == 0, "known tokens go before draft tokens"
         if self.num_planned + 1 >= self._end:
             return None
         self._ngrams.update(self.token_ids)

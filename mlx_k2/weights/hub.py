@@ -232,7 +232,7 @@ def _in_plain_words(error: Exception, repo: HubRepo, name: str) -> str:
     revision = repo.revision or "main"
     match error:
         case GatedRepoError():
-            return f"{repo.name} asks for consent first: give it on the repository's page, then run hf auth login"
+            return f"{repo.name} requires consent first: give it on the repository's page, then run hf auth login"
         case RepositoryNotFoundError():
             return f"the Hub has no repository {repo.name}, or it is private: check the name, or run hf auth login"
         case RevisionNotFoundError():

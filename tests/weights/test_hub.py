@@ -216,7 +216,7 @@ def test_a_single_file_checkpoint_is_fetched_to_read_its_tensor_names(
     ("name", "revision", "reason"),
     [
         ("moonshotai/none", None, "the Hub has no repository moonshotai/none, or it is private"),
-        ("moonshotai/gated", None, "moonshotai/gated asks for consent first"),
+        ("moonshotai/gated", None, "moonshotai/gated requires consent first"),
         (REPO, "v9", f"{REPO} has no revision v9"),
     ],
 )
