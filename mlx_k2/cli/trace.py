@@ -21,7 +21,7 @@ class Trace:
         """Add one step of one stage: receive, compute, send."""
         done, microbatch = report.done, report.microbatch
         parts = (("send", done.send_s), (f"step {done.number}", done.busy_s), ("receive", done.receive_s))
-        ended_us = report.heard_at * 1e6
+        ended_us = report.received_at * 1e6
         for name, seconds in parts:  # backwards: only the end of the step is known
             length_us = seconds * 1e6
             ended_us -= length_us

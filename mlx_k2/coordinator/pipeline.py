@@ -92,7 +92,7 @@ class Coordinator:
         self._sent: dict[int, _Sent] = {}
         self._unobserved: list[tuple[int, StepLoad, float]] = []
         self._ends_at: dict[Sequence, float] = {}
-        self._heard_at = time.monotonic()
+        self._received_at = time.monotonic()
         self.use = tuple(StageUse() for _ in range(group.size))
 
     def run(self, *requests: Request, stopped: Callable[[], bool] = lambda: False) -> Generator[TokenEvent, None, None]:
@@ -112,7 +112,7 @@ class Coordinator:
         try:
             while (self._scheduler.has_work or self._sent) and not stopped():
                 yield from self._step()
-                yield from self._stop_late()
+                yield from self._stop_timed_out()
         finally:
             self._scheduler.cancel_all()
 
@@ -139,15 +139,15 @@ class Coordinator:
         assert self._restart is not None and self._fault is not None
         self._group = self._restart(self._fault)
         self._monitor = HealthMonitor(self._group)
-        self._heard_at = time.monotonic()
+        self._received_at = time.monotonic()
         self._fault = None
 
-    def _stop_late(self) -> list[TokenEvent]:
+    def _stop_timed_out(self) -> list[TokenEvent]:
         """Stop the sequences whose timeout has passed. Requests that wait for their slots start with the next step."""
         now = time.monotonic()
-        late = [sequence for sequence, ends_at in self._ends_at.items() if sequence.finish_reason or now > ends_at]
+        timed_out = [sequence for sequence, ends_at in self._ends_at.items() if sequence.finish_reason or now > ends_at]
         events = []
-        for sequence in late:
+        for sequence in timed_out:
             del self._ends_at[sequence]
             if sequence.finish_reason is None:
                 self._scheduler.stop(sequence, FinishReason.TIMEOUT)
@@ -183,7 +183,7 @@ class Coordinator:
 
     def _record(self, rank: int, done: StepDone) -> None:
         """Add a finished step to the totals of its stage."""
-        self._heard_at = time.monotonic()
+        self._received_at = time.monotonic()
         sent = self._sent[done.number]
         sent.num_reports += 1
         if sent.num_reports == self._group.size:
@@ -198,7 +198,7 @@ class Coordinator:
         if done.busy_s > 0:
             self._unobserved.append((rank, sent.microbatch.load, done.busy_s))
         if self._on_report is not None:
-            self._on_report(StageReport(rank, sent.microbatch, done, self._heard_at))
+            self._on_report(StageReport(rank, sent.microbatch, done, self._received_at))
 
     def _observe_steps(self) -> None:
         """Pass the finished steps to the step policy. Tokens do not wait for it."""
@@ -212,7 +212,7 @@ class Coordinator:
         It counts from the last message, if that is later than the oldest plan: earlier steps may have delayed the plan.
         """
         oldest = next(iter(self._sent.values()))
-        return max(oldest.sent_at, self._heard_at) + self._allowed_s(oldest.microbatch)
+        return max(oldest.sent_at, self._received_at) + self._allowed_s(oldest.microbatch)
 
     def _allowed_s(self, microbatch: Microbatch) -> float:
         return self._step_timeout.step_s + self._step_timeout.times_expected * self._policy.through_s(microbatch.load)

@@ -13,4 +13,4 @@ class StageReport:
     rank: int
     microbatch: Microbatch
     done: StepDone
-    heard_at: float
+    received_at: float

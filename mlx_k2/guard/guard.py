@@ -43,7 +43,7 @@ def run_guard(child_command: Sequence[str]) -> int:
 class _Guard:
     def __init__(self, child_command: Sequence[str], inward: IO[bytes], outward: IO[bytes]) -> None:
         self._settings = GuardSettings()
-        self._heard = True
+        self._has_received = True
         self._clock = StageClock()
         self._reasons: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # its put is safe in a signal handler
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -94,8 +94,8 @@ class _Guard:
                 if (reason := self._reasons.get(timeout=TICK_S)) is not None:
                     return reason
                 continue  # None: the stage has ended; check that at once
-            silent_s = 0.0 if self._heard else silent_s + TICK_S
-            self._heard = False
+            silent_s = 0.0 if self._has_received else silent_s + TICK_S
+            self._has_received = False
             self._clock.tick(TICK_S, self._child.pid)
             if (overdue := self._clock.overdue()) is not None:
                 return overdue
@@ -139,7 +139,7 @@ class _Guard:
     # ---- on the reading threads
 
     def _on_frame(self, frame: Frame) -> None:
-        self._heard = True
+        self._has_received = True
         if frame.kind is Kind.MESSAGE:
             self._to_child.put(Kind.MESSAGE, frame.payload)
         elif frame.kind is Kind.HEARTBEAT:

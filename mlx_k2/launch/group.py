@@ -95,7 +95,7 @@ class StageGroup:
 
     def silence_s(self, rank: int) -> float:
         """Return the time since the last frame from the stage's guard, which answers a heartbeat every second."""
-        return time.monotonic() - self._stages[rank].heard_at
+        return time.monotonic() - self._stages[rank].received_at
 
     def has_come_up(self, rank: int) -> bool:
         """Return whether the stage's guard has sent its opening mark."""

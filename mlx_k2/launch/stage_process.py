@@ -26,7 +26,7 @@ STDERR_LINES = 200
 MAX_LINE_BYTES = 4096
 EXIT_S = 2.0
 """Time limit for a process that has closed its output to exit; after it the process counts as ended."""
-LAST_WORDS_S = 0.5
+STDERR_S = 0.5
 
 
 class StageProcess:
@@ -42,7 +42,7 @@ class StageProcess:
     ) -> None:
         self.rank = rank
         self.location = location
-        self.heard_at = time.monotonic()
+        self.received_at = time.monotonic()
         self.status = StageStatus(PhaseUpdate(Phase.STARTING), 0.0)
         """The guard's last report; one comes every second."""
         self._settings = settings
@@ -166,7 +166,7 @@ class StageProcess:
         exit_code = None
         with suppress(subprocess.TimeoutExpired):
             exit_code = process.wait(EXIT_S)
-        drain.join(LAST_WORDS_S)
+        drain.join(STDERR_S)
         if not came_up:
             failure = explain_start_failure(self.location, exit_code, "\n".join(self._stderr_tail), fault)
             return self._ended(came_up=False, reason=failure.reason), failure.another_may_work
@@ -174,7 +174,7 @@ class StageProcess:
             end = self._ended(True, stage_exit.reason, stage_exit.exit_code, stage_exit.signal)
         else:
             reason = self._fault or fault or explain_lost_connection(self.location, exit_code)
-            end = self._ended(came_up=True, reason=reason, heard="last heard ")
+            end = self._ended(came_up=True, reason=reason, prefix="last heard ")
         return end, False
 
     def _follow(self, stream: IO[bytes]) -> tuple[bool, StageExit | None, str]:
@@ -188,7 +188,7 @@ class StageProcess:
                 came_up = True
                 self._send_early()
                 while (frame := read_frame(stream)) is not None:
-                    self.heard_at = time.monotonic()
+                    self.received_at = time.monotonic()
                     stage_exit = self._on_frame(frame)
             except (ProtocolError, OSError) as error:
                 fault = str(error)
@@ -199,7 +199,7 @@ class StageProcess:
             assert self._writer is not None and self._early is not None
             for payload in self._early:
                 self._writer.put(Kind.MESSAGE, payload)
-            self.heard_at = time.monotonic()
+            self.received_at = time.monotonic()
             self._early = None
 
     def _on_frame(self, frame: Frame) -> StageExit | None:
@@ -236,10 +236,10 @@ class StageProcess:
         reason: str,
         exit_code: int | None = None,
         signal_number: int | None = None,
-        heard: str = "",
+        prefix: str = "",
     ) -> StageEnded:
-        """Return and log the end. ``heard`` is a prefix of the status, for a status that may have changed since."""
-        status = f"{heard}{self.status.update}" if came_up else None
+        """Return and log the end. ``prefix`` is a prefix of the status, for a status that may have changed since."""
+        status = f"{prefix}{self.status.update}" if came_up else None
         tail = tuple(self._stderr_tail)
         end = StageEnded(self.rank, self.location.host, came_up, reason, exit_code, signal_number, status, tail)
         self._log(f"{self._prefix} {end.how}")

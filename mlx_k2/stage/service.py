@@ -50,22 +50,22 @@ from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.inventory import shard_specs
 from mlx_k2.weights.model_files import fetch_shard, read_model_files
 
-READING_S = 120.0
-CONNECTING_S = 120.0
-MEASURING_S = 120.0
-PART_S = 900.0
+READ_TIMEOUT_S = 120.0
+CONNECT_TIMEOUT_S = 120.0
+MEASURE_TIMEOUT_S = 120.0
+PART_TIMEOUT_S = 900.0
 """Limit for the next part of a shard to be loaded or fetched: 10 GB from a slow disk."""
-CLOSE_S = 5.0
+CLOSE_TIMEOUT_S = 5.0
 """Limit for sending the last frames."""
 _PHASES = {
-    FetchFiles: (Phase.READING, None, READING_S),
-    DownloadShard: (Phase.DOWNLOADING, None, PART_S),
-    Prepare: (Phase.READING, None, READING_S),
-    ReadClock: (Phase.PROBING, None, READING_S),
-    Probe: (Phase.PROBING, None, PART_S),
-    MeasureHops: (Phase.MEASURING, None, MEASURING_S),
-    Connect: (Phase.CONNECTING, None, CONNECTING_S),
-    Load: (Phase.LOADING, None, PART_S),
+    FetchFiles: (Phase.READING, None, READ_TIMEOUT_S),
+    DownloadShard: (Phase.DOWNLOADING, None, PART_TIMEOUT_S),
+    Prepare: (Phase.READING, None, READ_TIMEOUT_S),
+    ReadClock: (Phase.PROBING, None, READ_TIMEOUT_S),
+    Probe: (Phase.PROBING, None, PART_TIMEOUT_S),
+    MeasureHops: (Phase.MEASURING, None, MEASURE_TIMEOUT_S),
+    Connect: (Phase.CONNECTING, None, CONNECT_TIMEOUT_S),
+    Load: (Phase.LOADING, None, PART_TIMEOUT_S),
 }
 
 
@@ -80,7 +80,7 @@ def serve(inward_fd: int, outward_fd: int) -> NoReturn:
     service = StageService(writer)
     FrameReader(os.fdopen(inward_fd, "rb"), "the guard", service.on_frame, service.on_input_end)
     exit_code = service.run()
-    writer.close(CLOSE_S)
+    writer.close(CLOSE_TIMEOUT_S)
     os._exit(exit_code)
 
 
@@ -178,11 +178,11 @@ class StageService:
         return ShardDownloaded(str(fetched.folder), fetched.fetched)
 
     def _report_download_progress(self, done_bytes: int, total_bytes: int) -> None:
-        self._report_phase(Phase.DOWNLOADING, limit_s=PART_S)
+        self._report_phase(Phase.DOWNLOADING, limit_s=PART_TIMEOUT_S)
         self._send(DownloadProgress(done_bytes, total_bytes))
 
     def _report_probe_progress(self, done_bytes: int, total_bytes: int) -> None:
-        self._report_phase(Phase.PROBING, limit_s=PART_S)
+        self._report_phase(Phase.PROBING, limit_s=PART_TIMEOUT_S)
         self._send(DownloadProgress(done_bytes, total_bytes))
 
     def _answer_prepare(self, message: Prepare) -> Prepared:
@@ -210,5 +210,5 @@ class StageService:
         return loaded
 
     def _report_layer(self, part: LoadedPart) -> None:
-        self._report_phase(Phase.LOADING, limit_s=PART_S)
+        self._report_phase(Phase.LOADING, limit_s=PART_TIMEOUT_S)
         self._send(LayerLoaded(part.tensor_names, part.held_bytes))

@@ -9,7 +9,7 @@ from rich.status import Status
 from rich.text import Text
 
 from mlx_k2.chat.chat_events import CallEnded, CallStarted, Event
-from mlx_k2.cli.console import console as talk
+from mlx_k2.cli.console import console as stderr_console
 from mlx_k2.cli.console import log, log_restart
 from mlx_k2.cli.repl.markdown_stream import MarkdownStream
 from mlx_k2.cli.repl.wording import call_line, ended_line, printable
@@ -90,15 +90,15 @@ class PlainScreen:
     def _begin_line(self) -> None:
         if self._open is Reasoning:
             self.pause()
-        elif self._open is Content and talk.is_terminal:
-            talk.print()
+        elif self._open is Content and stderr_console.is_terminal:
+            stderr_console.print()
 
     def _write(self, kind: type[Reasoning] | type[Content], text: str) -> None:
         if self._open not in (None, kind):
             self.pause()
         self._open = kind
         if kind is Reasoning:
-            talk.print(Text(printable(text), style="dim"), end="", soft_wrap=True)
+            stderr_console.print(Text(printable(text), style="dim"), end="", soft_wrap=True)
         else:
             sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
             sys.stdout.flush()
