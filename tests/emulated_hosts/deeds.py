@@ -212,6 +212,7 @@ def fixed_ports(scene: Scene) -> None:
 
 STRANGER = """
 import os, socket, sys, time
+print("ready", flush=True)
 while True:
     try:
         peer = socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=1)
@@ -228,13 +229,15 @@ def stranger(scene: Scene, run: StreamsRun) -> float:
     scene.stage(0).kill()
     run.until(phase="connecting", time=2)
     command = [sys.executable, "-c", STRANGER, scene.hosts.addresses[MIDDLE], str(RING_PORT + MIDDLE)]
-    peer = scene.hosts.exec(2, command)
-    time.sleep(0.3)
+    peer = scene.hosts.exec(2, command, stdout=subprocess.PIPE)
+    assert peer.stdout is not None
+    assert peer.stdout.readline() == b"ready\n"  # from here on it tries to connect without a pause
     began = time.monotonic()
     run.resume()
     run.until(restart=...)
     peer.kill()
     peer.wait()
+    peer.stdout.close()
     return began
 
 
