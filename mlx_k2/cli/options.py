@@ -60,7 +60,7 @@ _CLUSTER = (
         type=click.FloatRange(1, 3600),
         default=7.0,
         metavar="SECONDS",
-        help="Restart after a stage was stopped, a host silent or a hop stuck for this long, 1 to 3600.  [default: 7]",
+        help="Treat a stopped stage, a silent host or a stuck hop as a fault after this long, 1 to 3600.  [default: 7]",
     ),
     click.option("-v", "--verbose", is_flag=True, help="Show what the stages write to their logs."),
 )
