@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import click
@@ -138,8 +139,9 @@ def _answer(
             deployment, drafts=options["draft"] == "ngram", on_report=restarting.on_report, restart=restart
         )
         events = _events(coordinator, frontend, text, tools, output, options)
+        first = next(events)  # the spinner runs until it comes
         listener.done()
-        summaries = output.show(events)
+        summaries = output.show(chain((first,), events))
         output.summary(total(summaries), restarting.deployment, coordinator.use)
 
 
