@@ -7,15 +7,14 @@ greedy text repeats in a cycle (bench/checkpoints.py); at temperature 1 it never
 """
 
 import contextlib
-import time
 from functools import partial
 
 from bench.checkpoints import cycle_checkpoint
 from bench.claims import Claim, measure, read_options
 from bench.deployments import local_deployment
 from bench.measure import prompt_ids
-from mlx_k2.coordinator.pipeline import coordinate
-from mlx_k2.deployment.deploy import Deployment
+from mlx_k2.coordinator.engine import Engine, engine_on
+from mlx_k2.coordinator.handle import Finished, Token
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import Request
 
@@ -28,23 +27,21 @@ SKIPPED = 140
 class Stream:
     """Streams that run one at a time on the same stages.
 
-    ``accepted_fraction`` is the fraction of the last stream's measured tokens that were accepted draft tokens.
+    ``accepted_fraction`` is the fraction of the last stream's tokens that were accepted draft tokens.
     """
 
-    def __init__(self, deployment: Deployment, *, drafts: bool) -> None:
-        self._coordinator = coordinate(deployment, drafts=drafts)
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self.accepted_fraction = 0.0
 
     def rate(self, temperature: float) -> float:
         """Run one stream; return its tokens per second after the skipped ones."""
         sampling = Sampling(seed=0, temperature=temperature)
         request = Request(tuple(prompt_ids(PROMPT_TOKENS)), TOKENS, sampling, frozenset())
-        arrivals = []
-        for event in self._coordinator.run(request):
-            arrivals.append(time.perf_counter())
-            if len(arrivals) == SKIPPED:
-                accepted = event.sequence.num_accepted
-        self.accepted_fraction = (event.sequence.num_accepted - accepted) / (len(arrivals) - SKIPPED)
+        events = list(self._engine.submit(request).events())
+        arrivals = [event.arrived_at for event in events if isinstance(event, Token)]
+        assert isinstance(events[-1], Finished)
+        self.accepted_fraction = events[-1].summary.num_accepted / len(arrivals)
         return (len(arrivals) - 1 - SKIPPED) / (arrivals[-1] - arrivals[SKIPPED])
 
 
@@ -54,7 +51,8 @@ def main() -> None:
     folder = cycle_checkpoint()
     with contextlib.ExitStack() as stack:
         drafting, plain = (
-            Stream(stack.enter_context(local_deployment(folder, 2)), drafts=drafts) for drafts in (True, False)
+            Stream(stack.enter_context(engine_on(stack.enter_context(local_deployment(folder, 2)), drafts=drafts)))
+            for drafts in (True, False)
         )
         for text, temperature, asked in (("text that repeats itself", 0.0, 1.5), ("random text", 1.0, 0.95)):
             name = f"guesses over none, {text}"

@@ -51,7 +51,7 @@ def benchmark_on(stack: contextlib.ExitStack, folder: Path, num_stages: int) -> 
     """Start stages that run until ``stack`` closes. Without drafts, a lone stream measures the plain pipeline."""
     deployment = stack.enter_context(local_deployment(folder, num_stages, SLOTS))
     shape = replace(deployment.shape, chunk_tokens=CHUNK_TOKENS)
-    return Benchmark(replace(deployment, shape=shape), drafts=False)
+    return stack.enter_context(Benchmark(replace(deployment, shape=shape), drafts=False))
 
 
 def rate(benchmark: Benchmark, workload: Workload) -> Callable[[], float]:

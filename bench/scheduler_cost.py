@@ -15,7 +15,7 @@ from bench.measure import save_rows
 from mlx_k2.config import ModelConfig
 from mlx_k2.deployment.stage_costs import GPU_SPEED, stage_sizes
 from mlx_k2.protocol.messages import Step, encode_message
-from mlx_k2.sampling import Sampling
+from mlx_k2.sampling import SampledToken, Sampling
 from mlx_k2.scheduling.cost_model import StageCost
 from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.scheduling.request import Request
@@ -63,7 +63,7 @@ def step_cost_s(num_sequences: int, context: int) -> float:
         done = in_flight.pop(0)
         for rank in (0, 1):
             policy.observe(rank, done.load, 0.05)
-        scheduler.complete(done.number, [1 for planned in done.rows if planned.row.needs_logits])
+        scheduler.complete(done.number, [SampledToken(1) for planned in done.rows if planned.row.needs_logits])
         if done.decodes:
             times.append(time.perf_counter() - began)
     return statistics.median(times)

@@ -50,7 +50,7 @@ def steps_per_s(num_stages: int, num_streams: int) -> float:
             stages.send(microbatch)
         done = decode_from_stage(stages.done.get(timeout=10))
         assert isinstance(done, StepDone)
-        scheduler.complete(done.number, [token.token_id for token in done.tokens])
+        scheduler.complete(done.number, done.tokens)
         arrivals.append(time.perf_counter())
     stages.stop()
     filled = arrivals[2 * num_stages : -2 * num_stages]

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,13 +23,21 @@ from pathlib import Path
 import psutil
 
 from bench.measure import save_rows
-from mlx_k2.coordinator.pipeline import TokenEvent, coordinate
+from mlx_k2.coordinator.engine import Engine, engine_on
 from mlx_k2.deployment.listener import DeploymentListener
-from mlx_k2.deployment.restarting import Restart, RestartingDeployment
+from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.scheduling.request import Request
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files
-from tests.local_cluster import is_running, local_request, marked_host, request, stage_process, write_model
+from tests.local_cluster import (
+    is_running,
+    local_request,
+    marked_host,
+    request,
+    stage_process,
+    together,
+    write_model,
+)
 
 NUM_STAGES = 3
 STALL_TIMEOUT_S = 2.0
@@ -99,20 +107,25 @@ def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, 
     asked = replace(local_request(model, hosts), stall_timeout_s=STALL_TIMEOUT_S)
     description = describe_model(read_model_files(asked.source).files, str(model))
     usage = UsageTotals()
-    with RestartingDeployment(asked, description, DeploymentListener(), NO_LIMIT, first_wait_s=0.0) as restarting:
-        coordinator = coordinate(
-            restarting.deployment, drafts=True, restart=lambda error: restarting.restart(error, usage.restarts.append)
-        )
-        expected = _tokens(coordinator.run, usage)
+
+    def on_restart(restart: Restart, phase: str) -> None:
+        if phase == WAITING:
+            usage.restarts.append(restart)
+
+    with (
+        RestartingDeployment(asked, description, DeploymentListener(), NO_LIMIT, first_wait_s=0.0) as restarting,
+        engine_on(restarting.deployment, drafts=True, restarts=restarting, on_restart=on_restart) as engine,
+    ):
+        expected = _tokens(engine, usage)
         before = _resources()
         ends_at = time.monotonic() + 60 * minutes
         with closing(Breaker(fault_every_s, seed, usage)):
             while time.monotonic() < ends_at and len(usage.restarts) < num_restarts:
-                for asked_for, tokens in _tokens(coordinator.run, usage).items():
+                for asked_for, tokens in _tokens(engine, usage).items():
                     usage.streams += 1
                     usage.wrong += tokens != expected[asked_for]
                 _notify(usage, _resources())
-        _tokens(coordinator.run, usage)  # recovers from the last fault
+        _tokens(engine, usage)  # recovers from the last fault
         after = _resources()
     processes = [process for process in psutil.Process().children(recursive=True) if is_running(process)]
     usage.left = Counter({name: max(0, after[name] - before[name]) for name in MUST_NOT_GROW})
@@ -121,15 +134,14 @@ def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, 
     return usage
 
 
-def _tokens(run: Callable[..., Iterator[TokenEvent]], usage: UsageTotals) -> dict[Request, list[int]]:
+def _tokens(engine: Engine, usage: UsageTotals) -> dict[Request, list[int]]:
     tokens: dict[Request, list[int]] = {asked: [] for asked in ROUND}
     last = time.monotonic()
-    for event in run(*ROUND):
+    for asked, token in together(engine, *ROUND):
         usage.longest_pause_s = max(usage.longest_pause_s, time.monotonic() - last)
         last = time.monotonic()
         usage.tokens += 1
-        assert event.token is not None, "a stream without a deadline ended without a token"
-        tokens[event.sequence.request].append(event.token.token_id)
+        tokens[asked].append(token.token_id)
     return tokens
 
 

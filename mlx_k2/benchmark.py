@@ -5,10 +5,13 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
+from types import TracebackType
 
-from mlx_k2.coordinator.pipeline import Coordinator, StageUse, coordinate
+from mlx_k2.coordinator.engine import engine_on
+from mlx_k2.coordinator.handle import Finished, Token
+from mlx_k2.coordinator.jobs import Submission
+from mlx_k2.coordinator.pipeline import StageUse
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.plan import DTYPE_BYTES
 from mlx_k2.deployment.stage_report import StageReport
@@ -77,7 +80,10 @@ class _Stream:
 
 
 class Benchmark:
-    """Benchmark on ready stages. ``on_report`` receives every finished step of a stage, except during warm-up."""
+    """Benchmark on ready stages, a context manager. A stage that fails ends it.
+
+    ``on_report`` receives every finished step of a stage, except during warm-up.
+    """
 
     def __init__(
         self, deployment: Deployment, *, drafts: bool, on_report: Callable[[StageReport], None] | None = None
@@ -86,9 +92,16 @@ class Benchmark:
         self._on_report = on_report
         self._is_warm = False
         self._num_prompts = 0
-        self._coordinator: Coordinator = coordinate(
-            deployment, drafts=drafts, prompts_first=True, on_report=self._report
-        )
+        self._engine = engine_on(deployment, drafts=drafts, prompts_first=True, on_report=self._report)
+
+    def __enter__(self) -> "Benchmark":
+        self._engine.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._engine.__exit__(kind, error, trace)
 
     def warm_up(self, workload: Workload) -> None:
         """Run ``workload`` with WARM_UP_TOKENS tokens, so that kernels are compiled and speeds are known."""
@@ -98,7 +111,7 @@ class Benchmark:
 
     def measure(self, workload: Workload, repeat: int = 0) -> Measured:
         """Run ``workload`` once, on prompts that are not cached. Stop tokens do not end a stream."""
-        before = [_copy(use) for use in self._coordinator.use]
+        before = [_copy(use) for use in self._engine.use]
         began = time.perf_counter()
         streams = self._run(workload)
         wall_s = time.perf_counter() - began
@@ -106,14 +119,17 @@ class Benchmark:
         return _measured(workload, repeat, began, wall_s, streams, stages)
 
     def _run(self, workload: Workload) -> list[_Stream]:
-        requests = [self._request(workload) for _ in range(workload.streams)]
-        streams = {id(request): _Stream() for request in requests}
-        with closing(self._coordinator.run(*requests)) as events:
-            for event in events:
-                stream = streams[id(event.sequence.request)]
-                stream.arrivals.append(time.perf_counter())
-                stream.num_drafted, stream.num_accepted = event.sequence.num_drafted, event.sequence.num_accepted
-        return list(streams.values())
+        handles = self._engine.submit_all([Submission(self._request(workload)) for _ in range(workload.streams)])
+        streams = []
+        for handle in handles:
+            stream = _Stream()
+            for event in handle.events():
+                if isinstance(event, Token):
+                    stream.arrivals.append(event.arrived_at)
+                elif isinstance(event, Finished):
+                    stream.num_drafted, stream.num_accepted = event.summary.num_drafted, event.summary.num_accepted
+            streams.append(stream)
+        return streams
 
     def _request(self, workload: Workload) -> Request:
         """Return a request with a prompt of random tokens. No two prompts share a prefix."""
@@ -131,7 +147,7 @@ class Benchmark:
         deployment = self._deployment
         token_bytes = deployment.model.config.hidden_size * DTYPE_BYTES[deployment.shape.dtype]
         times = []
-        for rank, (old, new) in enumerate(zip(before, self._coordinator.use, strict=True)):
+        for rank, (old, new) in enumerate(zip(before, self._engine.use, strict=True)):
             compute_s = new.busy_s - old.busy_s
             receive_s, send_s = new.receive_s - old.receive_s, new.send_s - old.send_s
             sends = rank < len(before) - 1

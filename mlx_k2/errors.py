@@ -10,6 +10,9 @@ MlxK2Error
 │   ├── PartitionError    the layers cannot be divided, or do not fit
 │   ├── ToolsError        an MCP file or a tools module cannot be used, or a tool server does not start
 │   └── RequestError      the prompt or a sampling value is invalid
+├── Cancelled             the caller cancelled what it had begun; exit code 1
+├── RequestFailed         one request was ended; others go on; exit code 1
+├── EngineBusy            the queue of requests is full; exit code 1
 └── ClusterError          something was already running; exit code 1
     ├── StageStartError   a stage did not start: ssh, Python, versions, or its loading
     ├── StageFault        a stage that was running reported an error or ended
@@ -63,8 +66,28 @@ class RequestError(SetupError):
     """Invalid prompt or sampling parameters."""
 
 
+class Cancelled(MlxK2Error):
+    """Operation that its caller cancelled."""
+
+
+class RequestFailed(MlxK2Error):
+    """Request that was ended by an error of its own, while others go on."""
+
+
+class EngineBusy(MlxK2Error):
+    """Request that was refused because the queue is full. ``wait_s`` is the expected wait for a place in it."""
+
+    def __init__(self, message: str, wait_s: float) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
 class ClusterError(MlxK2Error):
-    """Error found after processes were started."""
+    """Error found after processes were started. ``rank`` is the stage that caused it; None if that is not known."""
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 class StageStartError(ClusterError):

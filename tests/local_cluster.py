@@ -5,12 +5,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from queue import SimpleQueue
 
 import msgspec
 import psutil
 
 from mlx_k2.cluster.hostfile import Backend, Host, Hostfile
-from mlx_k2.coordinator.pipeline import Coordinator, StepTimeout, TokenEvent
+from mlx_k2.coordinator.engine import Engine
+from mlx_k2.coordinator.handle import Finished, Handle, Token
+from mlx_k2.coordinator.jobs import Submission
+from mlx_k2.coordinator.pipeline import Pipeline, StepTimeout
 from mlx_k2.deployment.deploy import Deployment, deploy
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener
@@ -60,25 +64,45 @@ class LoadedNames(DeploymentListener):
 
 @dataclass(frozen=True)
 class Cluster:
-    """Ready stages, and the coordinator that runs requests over them."""
+    """Ready stages, and the engine that runs requests over them."""
 
     deployment: Deployment
-    coordinator: Coordinator
+    engine: Engine
     loaded: LoadedNames
 
     def tokens(self, *requests: Request) -> dict[Request, list[int]]:
         """Run the requests and return the token ids of each."""
-        return by_request(self.coordinator.run(*requests))
+        return tokens_of(self.engine, *requests)
 
 
-def by_request(events: Iterator[TokenEvent]) -> dict[Request, list[int]]:
-    """Return the token ids of ``events`` by request."""
-    tokens: dict[Request, list[int]] = {}
-    for event in events:
-        received = tokens.setdefault(event.sequence.request, [])
-        if event.token is not None:
-            received.append(event.token.token_id)
-    return tokens
+def tokens_of(engine: Engine, *requests: Request) -> dict[Request, list[int]]:
+    """Run the requests together and return the token ids of each."""
+    handles = engine.submit_all([Submission(request) for request in requests])
+    return {handle.request: rest_of(handle)[0] for handle in handles}
+
+
+def rest_of(handle: Handle) -> tuple[list[int], Finished]:
+    """Return the token ids that a handle still yields, and its end."""
+    token_ids = []
+    for event in handle.events():
+        if isinstance(event, Token):
+            token_ids.append(event.token_id)
+    assert isinstance(event, Finished)
+    return token_ids, event
+
+
+def together(engine: Engine, *requests: Request) -> Iterator[tuple[Request, Token]]:
+    """Run the requests and yield each token with its request, in the order of arrival."""
+    ready: SimpleQueue[Handle] = SimpleQueue()
+    handles = engine.submit_all([Submission(request, None, ready.put) for request in requests])
+    events = {handle: handle.events() for handle in handles}
+    while events:
+        handle = ready.get(timeout=120)
+        match next(events[handle]):
+            case Token() as token:
+                yield handle.request, token
+            case Finished():
+                del events[handle]
 
 
 def local_request(folder: Path, hosts: Sequence[Host]) -> DeploymentRequest:
@@ -105,9 +129,9 @@ def local_cluster(
         limits = SchedulerLimits(deployment.shape.num_slots, CONTEXT_TOKENS, CHUNK_TOKENS, len(hosts))
         policy = AdaptiveStepPolicy(deployment.costs)
         scheduler = Scheduler(limits, policy)
-        yield Cluster(
-            deployment, Coordinator(deployment.group, scheduler, policy, step_timeout or StepTimeout()), names
-        )
+        pipeline = Pipeline(deployment.group, scheduler, policy, step_timeout)
+        with Engine(pipeline, scheduler, deployment.shape.num_slots) as engine:
+            yield Cluster(deployment, engine, names)
 
 
 def marked_host(folder: Path, rank: int, python: str) -> Host:

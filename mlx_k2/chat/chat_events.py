@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from mlx_k2.coordinator.answer_summary import AnswerSummary
-from mlx_k2.coordinator.text_stream import Delta
-from mlx_k2.text.reply_parser import Part
+from mlx_k2.coordinator.handle import Progress, Token
+from mlx_k2.text.reply_parts import Part
 from mlx_k2.text.tool_call import ToolCall
 from mlx_k2.tools.outcome import ToolResult
 
@@ -34,5 +34,6 @@ class CallEnded:
     seconds: float | None
 
 
-Event: TypeAlias = Delta | Part | AnswerSummary | MessageAdded | CallStarted | CallEnded
-"""A token, a part of a reply that it completes, the summary of a reply, a message, or the start or end of a call."""
+Event: TypeAlias = Progress | Token | Part | AnswerSummary | MessageAdded | CallStarted | CallEnded
+"""Progress before or between tokens, a token, a part of a reply that it completes, the summary of a reply, a message,
+or the start or end of a call."""

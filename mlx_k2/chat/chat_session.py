@@ -7,13 +7,15 @@ import msgspec
 
 from mlx_k2.chat.chat_events import Event, MessageAdded
 from mlx_k2.chat.conversation import Conversation
+from mlx_k2.chat.next_prompt import NextPrompt
 from mlx_k2.chat.reply_source import ReplySource
 from mlx_k2.chat.tool_round import Approve, Tools, run_calls
-from mlx_k2.coordinator.text_stream import Delta
-from mlx_k2.errors import ClusterError, RequestError
+from mlx_k2.coordinator.handle import Finished, Handle, Token
+from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy
+from mlx_k2.errors import ClusterError, RequestError, RequestFailed, SetupError
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Request, check_request
-from mlx_k2.text.reply_parser import Part, ReplyReader, whole_reply
+from mlx_k2.text.reply_parts import Part, whole_reply
 from mlx_k2.text.tokenizer import Tokenizer
 
 MAX_TOOL_CALLS = 300
@@ -44,6 +46,10 @@ class ReplySettings:
         request = Request(tuple(prompt_ids), self.max_tokens, self.sampling, self.stop_ids, self.timeout_s)
         check_request(request, tokenizer.vocab_size, self.context_tokens)
         return request
+
+    def policy(self, tokenizer: Tokenizer, request: Request) -> ReplyPolicy:
+        """Return the token policy for the reply to a request."""
+        return ReplyPolicy(tokenizer, request, ReplyLimits(thinking_budget=self.thinking_budget))
 
 
 @dataclass(frozen=True)
@@ -84,22 +90,24 @@ class ChatSession:
         self._settings = settings
         self._toolkit = toolkit
         self._stopped = False
-        self._close_ids = () if settings.thinking_budget is None else (tokenizer.token_id("</think>"),)
+        self._handle: Handle | None = None
+        self._next_prompt: NextPrompt | None = None
 
     def send_message(self, text: str) -> Generator[Event, None, None]:
         """Add ``text`` as the user's message and yield the events of the model's answer.
 
         Raises:
-            RequestError: the conversation is too long for the context. If it is so before the first reply, the message
-                is removed; if it is so after tool calls, their results stay in the conversation.
-            ClusterError: a stage failed; the answer text so far is part of the conversation.
+            RequestError, TokenizerError: the conversation is too long for the context, or the template refuses it. If
+                it is so before the first reply, the message is removed; if it is so after tool calls, their results
+                stay in the conversation.
+            RequestFailed, ClusterError: a stage failed; the answer text so far is part of the conversation.
         """
         self._stopped = False
         conversation = self.cancel_prefill()
         message = conversation.add_user(text)
         try:
             request = self._request()
-        except RequestError:
+        except SetupError:
             conversation.undo()
             raise
         yield MessageAdded(message)
@@ -118,6 +126,13 @@ class ChatSession:
     def stop(self) -> None:
         """End the current answer soon. Safe in a signal handler and from any thread."""
         self._stopped = True
+        if self._handle is not None:
+            self._handle.cancel()
+
+    @property
+    def is_answering(self) -> bool:
+        """True while a reply is being sampled."""
+        return self._handle is not None
 
     @property
     def conversation(self) -> Conversation:
@@ -134,13 +149,16 @@ class ChatSession:
 
     def cancel_prefill(self) -> Conversation:
         """End the prefill of the next prompt and return the conversation, which may then be changed."""
-        self._source.cancel_prefill()
+        if self._next_prompt is not None:
+            self._next_prompt.cancel()
+            self._next_prompt = None
         return self._conversation
 
     def prefill_next_prompt(self) -> None:
         """Prefill the known part of the next prompt until the next request."""
+        self.cancel_prefill()
         limit = self._settings.context_tokens - 1
-        self._source.prefill_next_prompt(lambda: self._conversation.known_ids()[:limit])
+        self._next_prompt = NextPrompt(self._source, lambda: self._conversation.known_ids()[:limit])
 
     def _is_stopped(self) -> bool:
         return self._stopped
@@ -157,7 +175,8 @@ class ChatSession:
                 yield from self._keep_beginning(sampled)
                 return
             reply = whole_reply(sampled.parts)
-            if self._toolkit is None or calls_left < 0:
+            is_cut = sampled.finish_reason is FinishReason.LENGTH and reply.calls and reply.calls[-1].error is not None
+            if self._toolkit is None or calls_left < 0 or is_cut:
                 reply = replace(reply, calls=())
             yield MessageAdded(self._conversation.add_reply(reply, sampled.token_ids))
             if self._toolkit is None or not reply.calls:
@@ -174,30 +193,31 @@ class ChatSession:
 
     def _sample(self, request: Request) -> Generator[Event, None, _SampledReply]:
         """Yield the events of one reply and return it. Keep the beginning of a reply that a fault ends."""
-        reader = ReplyReader(self._tokenizer, request.prompt_ids, request.stop_ids)
-        budget = self._settings.thinking_budget
         sampled = _SampledReply([], [])
-        num_thought = 0
-
-        def forced_tokens() -> Sequence[int]:
-            return self._close_ids if budget is not None and reader.in_reasoning and num_thought >= budget else ()
-
+        handle = self._handle = self._source.submit(request, self._settings.policy(self._tokenizer, request))
         try:
-            for event in self._source.stream(request, forced_tokens, self._is_stopped):
-                yield event
-                if isinstance(event, Delta):
-                    was_thinking = reader.in_reasoning
-                    sampled.token_ids.append(event.token_id)
-                    parts = reader.add(event.token_id)
-                    num_thought += was_thinking and reader.in_reasoning
-                else:
-                    sampled.finish_reason = event.finish_reason
-                    parts = reader.finish()
-                sampled.parts += parts
-                yield from parts
-        except ClusterError:
+            if self._stopped:
+                handle.cancel()
+            for event in handle.events():
+                match event:
+                    case Token(token_id):
+                        sampled.token_ids.append(token_id)
+                        sampled.parts += event.parts
+                        yield event
+                        yield from event.parts
+                    case Finished(summary):
+                        sampled.finish_reason = summary.finish_reason
+                        sampled.parts += event.parts
+                        yield from event.parts
+                        yield summary
+                    case _:
+                        yield event
+        except (ClusterError, RequestFailed):
             yield from self._keep_beginning(sampled)
             raise
+        finally:
+            self._handle = None
+            handle.cancel()
         return sampled
 
     def _keep_beginning(self, sampled: _SampledReply) -> Generator[Event, None, None]:

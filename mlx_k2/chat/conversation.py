@@ -9,7 +9,7 @@ from mlx_k2.text.chat_template import ChatTemplate
 from mlx_k2.text.history import assistant_message, num_calls, tool_messages, with_normal_ids
 from mlx_k2.text.message_checks import checked_messages
 from mlx_k2.text.prompt import PromptPiece, encode_pieces, render_pieces
-from mlx_k2.text.reply_parser import Reply
+from mlx_k2.text.reply_parts import Reply
 from mlx_k2.text.sampled_turns import SampledTurns
 from mlx_k2.text.tokenizer import Tokenizer
 

@@ -92,8 +92,8 @@ def command(**options: Any) -> None:
         if deployment.shape.num_slots < max(options["streams"]):
             log(f"memory holds {deployment.shape.num_slots} sequences at once; more streams take turns")
         trace = Trace([plan.host.ssh for plan in deployment.plans])
-        benchmark = Benchmark(deployment, drafts=options["draft"] == "ngram", on_report=trace.add)
-        rows = list(_run(benchmark, workloads, options["repeat"]))
+        with Benchmark(deployment, drafts=options["draft"] == "ngram", on_report=trace.add) as benchmark:
+            rows = list(_run(benchmark, workloads, options["repeat"]))
         document = _document(deployment, rows, options)
     _write(document, rows, trace, options)
 

@@ -38,11 +38,10 @@ from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.repl.usage_totals import UsageTotals
 from mlx_k2.cli.toolkit import opened_tools
-from mlx_k2.coordinator.pipeline import coordinate
-from mlx_k2.coordinator.text_stream import StageReplies
+from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.dry_run import preview
-from mlx_k2.deployment.restarting import RestartingDeployment
+from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.errors import ClusterError, RequestError
 from mlx_k2.weights.checkpoint import ModelDescription
 
@@ -113,19 +112,25 @@ def _chat(
     tokenizer = frontend.tokenizer
     conversation = new_conversation(options, frontend, () if tools is None else tools.declarations)
     usage = UsageTotals(context_tokens, len(deployment.plans), len(conversation.known_ids()))
-    coordinator = coordinate(
-        deployment,
-        drafts=options["draft"] == "ngram",
-        on_report=restarting.on_report,
-        restart=lambda error: restarting.restart(error, screen.restart),
-    )
     name = Model(request.source.path_or_repo, model.digest)
     keyboard = choose_keyboard(list(HELP), usage.status)
     approval = ToolApproval(screen, keyboard, options["allowed_tools"], everything=options["yes"])
-    with StageReplies(coordinator, tokenizer) as replies:
-        settings = reply_settings(options, frontend)
-        toolkit = None if tools is None else Toolkit(tools, approval)
-        session = ChatSession(replies, tokenizer, conversation, settings, toolkit)
+    settings = reply_settings(options, frontend)
+    toolkit = None if tools is None else Toolkit(tools, approval)
+
+    def show_idle_restart(restart: Restart, phase: str) -> None:
+        if phase == WAITING and not session.is_answering:  # an answer shows its restarts itself
+            screen.restart(restart)
+
+    engine = engine_on(
+        deployment,
+        drafts=options["draft"] == "ngram",
+        on_report=restarting.on_report,
+        restarts=restarting,
+        on_restart=show_idle_restart,
+    )
+    session = ChatSession(engine, tokenizer, conversation, settings, toolkit)
+    with engine:
         approval.answer = session
         commands = Commands(
             session,
@@ -134,7 +139,7 @@ def _chat(
             usage,
             tools,
             approval,
-            lambda: show_stage_use(restarting.deployment, coordinator.use),
+            lambda: show_stage_use(restarting.deployment, engine.use),
         )
         if transcript is not None:
             transcript.write({"started": {"mlx-k2": __version__, "model": name.name, "digest": name.digest}})

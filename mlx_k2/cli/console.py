@@ -14,7 +14,7 @@ from mlx_k2.coordinator.pipeline import StageUse
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import RunShape, StagePlan, quantization_warnings
-from mlx_k2.deployment.restarting import Restart
+from mlx_k2.deployment.restarting import WAITING, Restart
 from mlx_k2.protocol.messages import DownloadProgress, FromStage, LayerLoaded
 from mlx_k2.weights.checkpoint import ModelDescription
 
@@ -32,8 +32,10 @@ def log(line: str) -> None:
     console.print(line, style="dim", soft_wrap=True)
 
 
-def log_restart(restart: Restart) -> None:
-    """Log the reason of a restart, the wait before it and its number."""
+def log_restart(restart: Restart, phase: str = WAITING) -> None:
+    """Log the reason of a restart, the wait before it and its number. Later phases are not logged."""
+    if phase != WAITING:
+        return
     log(
         f"{restart.reason}\nall stages start again in {restart.wait_s:g} s ({restart.number} of at most "
         f"{restart.limit} times in a row); the answer then goes on where it is"

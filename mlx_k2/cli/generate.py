@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import click
@@ -37,13 +36,13 @@ from mlx_k2.cli.repl.keyboard import LineKeyboard
 from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.answer_summary import total
-from mlx_k2.coordinator.pipeline import Coordinator, coordinate
-from mlx_k2.coordinator.text_stream import StageReplies
+from mlx_k2.coordinator.engine import Engine, engine_on
+from mlx_k2.coordinator.handle import Finished
+from mlx_k2.coordinator.reply_policy import ReplyPolicy
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import RestartingDeployment
-from mlx_k2.errors import CheckpointError, ClusterError
-from mlx_k2.launch.group import StageGroup
+from mlx_k2.errors import CheckpointError
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription
 
@@ -119,30 +118,22 @@ def _generate(options: dict[str, Any], request: DeploymentRequest, model: ModelD
         ConsoleListener(options["verbose"]) as listener,
         RestartingDeployment(request, model, listener, options["restarts"], *log_settings(options)) as restarting,
     ):
-        listener.phase("reading the prompt")
-        _answer(restarting, text, tools, listener, options)
+        listener.hide_progress()
+        _answer(restarting, text, tools, options)
 
 
-def _answer(
-    restarting: RestartingDeployment, text: str, tools: Tools | None, listener: ConsoleListener, options: dict[str, Any]
-) -> None:
+def _answer(restarting: RestartingDeployment, text: str, tools: Tools | None, options: dict[str, Any]) -> None:
     deployment = restarting.deployment
     frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
-    with _output(options, frontend.tokenizer) as output:
-
-        def restart(error: ClusterError) -> StageGroup:
-            group = restarting.restart(error, output.restart)
-            listener.done()
-            return group
-
-        coordinator = coordinate(
-            deployment, drafts=options["draft"] == "ngram", on_report=restarting.on_report, restart=restart
-        )
-        events = _events(coordinator, frontend, text, tools, output, options)
-        first = next(events)  # the spinner runs until it comes
-        listener.done()
-        summaries = output.show(chain((first,), events))
-        output.summary(total(summaries), restarting.deployment, coordinator.use)
+    with (
+        _output(options, frontend.tokenizer) as output,
+        engine_on(
+            deployment, drafts=options["draft"] == "ngram", on_report=restarting.on_report, restarts=restarting
+        ) as engine,
+    ):
+        output.screen.wait("reading the prompt")
+        summaries = output.show(_events(engine, frontend, text, tools, output, options))
+        output.summary(total(summaries), restarting.deployment, engine.use)
 
 
 def _output(options: dict[str, Any], tokenizer: Tokenizer) -> TextOutput | JsonOutput:
@@ -152,7 +143,7 @@ def _output(options: dict[str, Any], tokenizer: Tokenizer) -> TextOutput | JsonO
 
 
 def _events(
-    coordinator: Coordinator,
+    engine: Engine,
     frontend: ModelFrontend,
     text: str,
     tools: Tools | None,
@@ -160,15 +151,18 @@ def _events(
     options: dict[str, Any],
 ) -> Iterator[Event]:
     """Return the events of the answer to a raw prompt, or to the first message of a conversation."""
-    tokenizer = frontend.tokenizer
     if is_raw(options):
-        return StageReplies(coordinator, tokenizer).stream(read_prompt(options, text, frontend))
+        return _raw_events(engine, frontend, text, options)
     settings = reply_settings(options, frontend)
     conversation = new_conversation(options, frontend, () if tools is None else tools.declarations)
     toolkit = None
     if tools is not None:
         approval = ToolApproval(output.screen, LineKeyboard(), options["allowed_tools"], everything=options["yes"])
         toolkit = Toolkit(tools, approval)
-    return ChatSession(StageReplies(coordinator, tokenizer), tokenizer, conversation, settings, toolkit).send_message(
-        text
-    )
+    return ChatSession(engine, frontend.tokenizer, conversation, settings, toolkit).send_message(text)
+
+
+def _raw_events(engine: Engine, frontend: ModelFrontend, text: str, options: dict[str, Any]) -> Iterator[Event]:
+    request = read_prompt(options, text, frontend)
+    for event in engine.submit(request, ReplyPolicy(frontend.tokenizer, request)).events():
+        yield event.summary if isinstance(event, Finished) else event

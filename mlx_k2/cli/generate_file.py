@@ -11,7 +11,7 @@ from mlx_k2.cli.console import ConsoleListener, console, log, log_restart
 from mlx_k2.cli.option_values import SAMPLING_NAMES, ModelFrontend, base_seed, line_prompt, log_settings
 from mlx_k2.cli.prompt_files import PromptLine, ResultFile, line_seed, read_prompt_lines, run_digest
 from mlx_k2.coordinator.batch_results import BatchResult, answer_all
-from mlx_k2.coordinator.pipeline import coordinate
+from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import SetupError
@@ -79,18 +79,21 @@ def _answer_lines(
             else:
                 prompts[index] = request
         index_of = {id(request): index for index, request in prompts.items()}
-        coordinator = coordinate(
+        num_failed = len(lines) - num_done - len(prompts)
+        with engine_on(
             restarting.deployment,
             drafts=options["draft"] == "ngram",
             prompts_first=True,
             on_report=restarting.on_report,
-            restart=lambda error: restarting.restart(error, log_restart),
-        )
-        for answer in answer_all(coordinator, frontend.tokenizer, list(prompts.values())):
-            index = index_of[id(answer.request)]
-            results.write(index, {"id": _id(lines[index], index), **_result(answer.request, answer)})
-            progress.advance(task)
-    return len(lines) - num_done - len(prompts)
+            restarts=restarting,
+            on_restart=log_restart,
+        ) as engine:
+            for answer in answer_all(engine, frontend.tokenizer, list(prompts.values())):
+                index = index_of[id(answer.request)]
+                results.write(index, {"id": _id(lines[index], index), **_result(answer.request, answer)})
+                progress.advance(task)
+                num_failed += answer.error is not None
+    return num_failed
 
 
 def _progress(total: int, completed: int) -> Progress:
@@ -107,6 +110,8 @@ def _id(line: PromptLine, index: int) -> str | int:
 
 
 def _result(request: Request, answer: BatchResult) -> dict[str, Any]:
+    if answer.error is not None:
+        return {"error": answer.error}
     result: dict[str, Any] = {
         "text": answer.reply.content,
         "reasoning": answer.reply.reasoning,

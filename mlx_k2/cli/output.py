@@ -9,16 +9,16 @@ from typing import Any
 import msgspec
 
 from mlx_k2.chat.chat_events import CallEnded, Event
-from mlx_k2.cli.console import log, log_restart, show_stage_use
+from mlx_k2.cli.console import log, show_stage_use
 from mlx_k2.cli.repl.screen import PlainScreen, Screen, show_all
 from mlx_k2.cli.repl.wording import CUT
 from mlx_k2.coordinator.answer_summary import AnswerSummary
+from mlx_k2.coordinator.handle import PrefillProgress, Queued, Restarting, Token
 from mlx_k2.coordinator.pipeline import StageUse
-from mlx_k2.coordinator.text_stream import Delta
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.restarting import Restart
 from mlx_k2.scheduling.request import FinishReason
-from mlx_k2.text.reply_parser import Content
+from mlx_k2.text.reply_parts import Content
 from mlx_k2.text.tokenizer import Tokenizer
 
 _ENDS = {FinishReason.STOP: "complete", **CUT, FinishReason.CANCELLED: "cancelled"}
@@ -47,11 +47,7 @@ class TextOutput:
         return show_all(self._show_raw if self._is_raw else self.screen.event, events)
 
     def _show_raw(self, event: Event) -> None:
-        self.screen.event(Content(event.text) if isinstance(event, Delta) else event)
-
-    def restart(self, restart: Restart) -> None:
-        """Show the restart on stderr."""
-        self.screen.restart(restart)
+        self.screen.event(Content(event.text) if isinstance(event, Token) else event)
 
     def summary(self, summary: AnswerSummary, deployment: Deployment, use: tuple[StageUse, ...]) -> None:
         """End the line, then write the answer's counts and times and each stage's use to stderr."""
@@ -84,6 +80,7 @@ class JsonOutput:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._last_restart: Restart | None = None
         self.screen: Screen = PlainScreen(show_thinking=False)
 
     def __enter__(self) -> "JsonOutput":
@@ -101,31 +98,32 @@ class JsonOutput:
     def _show_event(self, event: Event) -> None:
         """Write a line for a token or a call. The parts of a reply are omitted: its tokens contain them."""
         match event:
-            case Delta():
+            case Token():
+                self.screen.pause()
                 self._token(event)
+            case Queued() | PrefillProgress() | Restarting():
+                if isinstance(event, Restarting) and event.restart != self._last_restart:
+                    self._last_restart = event.restart
+                    _write_line({"restart": dataclasses.asdict(event.restart)})
+                self.screen.event(event)
             case CallEnded(call, result):
                 ended = {"outcome": result.outcome.value, "result": result.text}
                 _write_line({"call": {"name": call.name, "arguments": call.arguments, **ended}})
 
-    def _token(self, delta: Delta) -> None:
+    def _token(self, token: Token) -> None:
         """Write ``{"token": id, "text": ...}``, with log-probabilities if they were requested."""
-        line: dict[str, Any] = {"token": delta.token_id, "text": delta.text}
-        if delta.logprob is not None:
-            line["logprob"] = delta.logprob
+        line: dict[str, Any] = {"token": token.token_id, "text": token.text}
+        if token.logprob is not None:
+            line["logprob"] = token.logprob
             line["top"] = [
                 {
                     "token": token_id,
                     "text": self._tokenizer.token_bytes(token_id).decode(errors="replace"),
                     "logprob": p,
                 }
-                for token_id, p in delta.top
+                for token_id, p in token.top
             ]
         _write_line(line)
-
-    def restart(self, restart: Restart) -> None:
-        """Write ``{"restart": {...}}`` between the tokens, and log the restart."""
-        log_restart(restart)
-        _write_line({"restart": dataclasses.asdict(restart)})
 
     def summary(self, summary: AnswerSummary, deployment: Deployment, use: tuple[StageUse, ...]) -> None:
         """Write the answer's counts and times, and each stage's layers, memory and computing time."""

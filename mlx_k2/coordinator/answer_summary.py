@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_k2.scheduling.request import FinishReason
+from mlx_k2.scheduling.sequence import Sequence as TokenSequence
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,47 @@ class AnswerSummary:
     decode_tokens_per_s: float | None
     num_drafted: int
     num_accepted: int
+
+
+class AnswerTimer:
+    """Arrival times of one answer's tokens. All times are of time.perf_counter."""
+
+    def __init__(self, began: float) -> None:
+        self._began = began
+        self._num_tokens = 0
+        self._num_sampled = 0
+        self._first = self._last = began
+
+    @property
+    def began(self) -> float:
+        """The time at which the request was submitted."""
+        return self._began
+
+    def add(self, arrived_at: float, *, is_forced: bool) -> None:
+        """Count a token. Rates are those of sampled tokens."""
+        self._num_tokens += 1
+        if not is_forced:
+            self._first = self._first if self._num_sampled else arrived_at
+            self._last = arrived_at
+            self._num_sampled += 1
+
+    def summary(self, sequence: TokenSequence, reason: FinishReason) -> AnswerSummary:
+        """Return the summary of the answer so far, as it ended with ``reason``."""
+        num_cached = sequence.num_cached or 0
+        first_s = self._first - self._began if self._num_sampled else None
+        decode_s = self._last - self._first
+        return AnswerSummary(
+            prompt_tokens=sequence.num_prompt,
+            cached_tokens=num_cached,
+            generated_tokens=self._num_tokens,
+            finish_reason=reason,
+            seed=sequence.request.sampling.seed,
+            time_to_first_token_s=first_s,
+            prefill_tokens_per_s=(sequence.num_prompt - num_cached) / first_s if first_s else None,
+            decode_tokens_per_s=(self._num_sampled - 1) / decode_s if decode_s > 0 else None,
+            num_drafted=sequence.num_drafted,
+            num_accepted=sequence.num_accepted,
+        )
 
 
 def total(summaries: Sequence[AnswerSummary]) -> AnswerSummary:

@@ -1,19 +1,24 @@
 """Complete answers to many requests that run at once. Knows no files and no terminal."""
 
 import time
-from collections.abc import Generator, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from queue import SimpleQueue
 
-from mlx_k2.coordinator.pipeline import Coordinator
+from mlx_k2.coordinator.engine import Engine
+from mlx_k2.coordinator.handle import Event, Finished, Handle, Token
+from mlx_k2.coordinator.jobs import Submission
+from mlx_k2.coordinator.reply_policy import ReplyPolicy
+from mlx_k2.errors import RequestFailed
 from mlx_k2.scheduling.request import FinishReason, Request
-from mlx_k2.text.reply_parser import Reply, ReplyReader, whole_reply
+from mlx_k2.text.reply_parts import Part, Reply, whole_reply
 from mlx_k2.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class BatchResult:
-    """The answer to one request. Times are seconds since all requests were submitted."""
+    """The answer to one request. Times are seconds since the first requests were submitted."""
 
     request: Request
     token_ids: tuple[int, ...]
@@ -21,41 +26,68 @@ class BatchResult:
     finish_reason: FinishReason
     first_token_s: float | None
     finished_s: float
+    error: str | None = None
+    """Why the request failed, while others went on; None if it did not."""
 
 
 @dataclass
 class _Arrived:
-    """An answer's tokens so far, and the time of the first one."""
+    """The events of one answer, and its tokens and parts so far. ``first_token_s`` is None before the first token."""
 
-    first_token_s: float | None
+    events: Iterator[Event]
     token_ids: list[int] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    first_token_s: float | None = None
 
 
-def answer_all(
-    coordinator: Coordinator, tokenizer: Tokenizer, requests: Sequence[Request]
-) -> Generator[BatchResult, None, None]:
+def answer_all(engine: Engine, tokenizer: Tokenizer, requests: Sequence[Request]) -> Generator[BatchResult, None, None]:
     """Run all ``requests``; yield each answer when it is finished. Closing the generator early cancels the rest.
 
+    At most twice as many requests as slots are in the engine at a time.
+
     Raises:
-        ClusterError: a stage failed.
+        ClusterError: the stages failed for good.
     """
     began = time.perf_counter()
-    arrived: dict[int, _Arrived] = {}
-    with closing(coordinator.run(*requests)) as events:
-        for event in events:
-            now_s = time.perf_counter() - began
-            request, reason = event.sequence.request, event.sequence.finish_reason
-            tokens = arrived.setdefault(id(request), _Arrived(now_s if event.token else None))
-            if event.token is not None:
-                tokens.token_ids.append(event.token.token_id)
-            if reason is not None:
-                del arrived[id(request)]
-                reply = read_reply(tokenizer, request, tokens.token_ids)
-                yield BatchResult(request, tuple(tokens.token_ids), reply, reason, tokens.first_token_s, now_s)
+    ready: SimpleQueue[Handle] = SimpleQueue()  # has a handle once for each of its events
+    submissions = [Submission(request, ReplyPolicy(tokenizer, request), ready.put) for request in requests]
+    rest = iter(submissions[2 * engine.num_slots :])
+    running = {handle: _Arrived(handle.events()) for handle in engine.submit_all(submissions[: 2 * engine.num_slots])}
+    try:
+        while running:
+            handle = ready.get()
+            result = _result(handle, running[handle], began)
+            if result is not None:
+                del running[handle]
+                for submission in islice(rest, 1):
+                    (following,) = engine.submit_all([submission])
+                    running[following] = _Arrived(following.events())
+                yield result
+    finally:
+        for handle in running:
+            handle.cancel()
 
 
-def read_reply(tokenizer: Tokenizer, request: Request, token_ids: Sequence[int]) -> Reply:
-    """Return sampled tokens as reasoning, content and tool calls. A stop token at the end adds nothing."""
-    reader = ReplyReader(tokenizer, request.prompt_ids, request.stop_ids)
-    parts = [part for token_id in token_ids for part in reader.add(token_id)]
-    return whole_reply([*parts, *reader.finish()])
+def _result(handle: Handle, arrived: _Arrived, began: float) -> BatchResult | None:
+    """Add the next event of an answer, which is there; return the result if it was the last one."""
+    reason, error = FinishReason.ERROR, None
+    try:
+        match next(arrived.events):
+            case Token() as token:
+                arrived.token_ids.append(token.token_id)
+                arrived.parts += token.parts
+                if arrived.first_token_s is None:
+                    arrived.first_token_s = token.arrived_at - began
+                return None
+            case Finished() as finished:
+                arrived.parts += finished.parts
+                reason = finished.reason
+            case _:
+                return None
+    except RequestFailed as failure:
+        error = str(failure)
+    finished_s = time.perf_counter() - began
+    reply = whole_reply(arrived.parts)
+    return BatchResult(
+        handle.request, tuple(arrived.token_ids), reply, reason, arrived.first_token_s, finished_s, error
+    )

@@ -1,24 +1,24 @@
-"""Coordinator: gets plans from the scheduler, sends each to every stage, and yields tokens as they are sampled.
+"""Pipeline: sends each plan of the scheduler to every stage, and returns the tokens that the last one sampled.
 
-Knows token ids and stages, but no text and no arrays.
+Knows token ids and stages, but no requests, no text and no threads. It belongs to the engine thread.
 """
 
+import math
 import time
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
-from mlx_k2.deployment.deploy import Deployment
+import msgspec
+
 from mlx_k2.deployment.stage_report import StageReport
-from mlx_k2.errors import ClusterError, StageSilent
+from mlx_k2.errors import StageSilent
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor
+from mlx_k2.launch.stage_events import Woken
 from mlx_k2.protocol.messages import Step, StepDone
-from mlx_k2.sampling import SampledToken
 from mlx_k2.scheduling.cost_model import StepLoad
 from mlx_k2.scheduling.microbatch import Microbatch
-from mlx_k2.scheduling.request import FinishReason, Request
-from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.scheduling.sequence import Sequence
+from mlx_k2.scheduling.scheduler import Scheduler, TokensAppended
 from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
 
 LIMIT_MARGIN_S = 10.0
@@ -36,18 +36,6 @@ class StepTimeout:
 _STEP_TIMEOUT = StepTimeout()
 
 
-RestartStages = Callable[[ClusterError], StageGroup]
-"""Function that ends the failed stages and starts new ones, or raises the error that prevents it."""
-
-
-@dataclass(frozen=True)
-class TokenEvent:
-    """A sampled token of a sequence. ``token`` None: the sequence ended by its timeout without another token."""
-
-    sequence: Sequence
-    token: SampledToken | None
-
-
 @dataclass
 class StageUse:
     """Totals of one stage so far: steps, tokens, seconds computing, receiving and sending, and peak memory."""
@@ -62,131 +50,112 @@ class StageUse:
 
 @dataclass
 class _Sent:
-    """A plan in flight, its send time, and the number of stages that have finished it."""
+    """A plan in flight, its send time, and the stages that have finished it."""
 
     microbatch: Microbatch
     sent_at: float
-    num_reports: int = 0
+    finished_by: set[int] = field(default_factory=set)
 
 
-class Coordinator:
-    """Loop that runs requests over a group of ready stages."""
+@dataclass(frozen=True)
+class StepResult:
+    """A step that the last stage has finished, and the tokens that it added to sequences."""
+
+    microbatch: Microbatch
+    appended: list[TokensAppended]
+
+
+class Pipeline:
+    """Plans in flight over a group of ready stages."""
 
     def __init__(
         self,
         group: StageGroup,
         scheduler: Scheduler,
         policy: AdaptiveStepPolicy,
-        step_timeout: StepTimeout = _STEP_TIMEOUT,
+        step_timeout: StepTimeout | None = None,
         on_report: Callable[[StageReport], None] | None = None,
-        restart: RestartStages | None = None,
     ) -> None:
-        self._group = group
         self._scheduler = scheduler
         self._policy = policy
-        self._step_timeout = step_timeout
+        self._step_timeout = step_timeout or _STEP_TIMEOUT
         self._on_report = on_report
-        self._restart = restart
-        self._fault: ClusterError | None = None
-        self._monitor = HealthMonitor(group)
         self._sent: dict[int, _Sent] = {}
         self._unobserved: list[tuple[int, StepLoad, float]] = []
-        self._ends_at: dict[Sequence, float] = {}
-        self._received_at = time.monotonic()
         self.use = tuple(StageUse() for _ in range(group.size))
+        self.continue_on(group)
 
-    def run(self, *requests: Request, stopped: Callable[[], bool] = lambda: False) -> Generator[TokenEvent, None, None]:
-        """Run ``requests``, and those submitted before, to their end; yield tokens in the order of their arrival.
+    def continue_on(self, group: StageGroup) -> None:
+        """Use new stages, whose caches are empty. Their plans carry on with the numbers."""
+        self.group = group
+        self._monitor = HealthMonitor(group)
+        self._received_at = time.monotonic()
 
-        After a fault, the run continues on the stages that ``restart`` starts, if given: every running sequence is
-        computed again from its tokens, and no token is yielded twice. Closing the generator early cancels all
-        sequences that still run. So does ``stopped`` when it returns True; it is called after each finished step of a
-        stage.
+    def send_plans(self) -> list[Microbatch]:
+        """Send all plans that can go now; return them. Does not block."""
+        return list(self._send_plans())
+
+    def receive(self, wake_at: float = math.inf) -> StepResult | None:
+        """Wait for the next report of a stage; return the step if the last stage has finished it.
+
+        Return None for reports of other stages, at ``wake_at`` (monotonic seconds), and when the group was woken. Wait
+        without a limit if no plan is in flight; the health of the stages is watched all the same.
 
         Raises:
             StageFault: a stage reported an error or ended.
             StageSilent: a step exceeded its timeout, or a stage is stopped; names the stage, its host and step.
         """
-        for request in requests:
-            self._scheduler.submit(request)
-        try:
-            while (self._scheduler.has_work or self._sent) and not stopped():
-                yield from self._step()
-                yield from self._stop_timed_out()
-        finally:
-            self._scheduler.cancel_all()
-
-    def _step(self) -> list[TokenEvent]:
-        """Send the plans that can go, wait until a stage has finished a step, and return the tokens of that step."""
-        self._observe_steps()
-        if self._fault is not None:
-            self._resume()
-        try:
-            self._send_plans()
-            events = self._receive()
-        except ClusterError as error:
-            if self._restart is None:
-                raise
-            self._fault = error
-            self._sent.clear()
-            self._scheduler.reset()
-            return []
-        self._send_plans()  # before the caller processes the tokens, which would delay the plans
-        return events
-
-    def _resume(self) -> None:
-        """Start new stages in place of the failed ones."""
-        assert self._restart is not None and self._fault is not None
-        self._group = self._restart(self._fault)
-        self._monitor = HealthMonitor(self._group)
-        self._received_at = time.monotonic()
-        self._fault = None
-
-    def _stop_timed_out(self) -> list[TokenEvent]:
-        """Stop the sequences whose timeout has passed. Requests that wait for their slots start with the next step."""
-        now = time.monotonic()
-        timed_out = [sequence for sequence, ends_at in self._ends_at.items() if sequence.finish_reason or now > ends_at]
-        events = []
-        for sequence in timed_out:
-            del self._ends_at[sequence]
-            if sequence.finish_reason is None:
-                self._scheduler.stop(sequence, FinishReason.TIMEOUT)
-                events.append(TokenEvent(sequence, None))
-        return events
-
-    def _send_plans(self) -> None:
-        while (microbatch := self._scheduler.next_microbatch()) is not None:
-            now = time.monotonic()
-            self._sent[microbatch.number] = _Sent(microbatch, now)
-            for sequence in (planned.sequence for planned in microbatch.rows):
-                if sequence.request.timeout_s is not None:
-                    self._ends_at.setdefault(sequence, now + sequence.request.timeout_s)
-            limit_s = self._allowed_s(microbatch) + LIMIT_MARGIN_S
-            self._group.send_all(Step(microbatch.number, tuple(planned.row for planned in microbatch.rows), limit_s))
-
-    def _receive(self) -> list[TokenEvent]:
-        """Wait until a stage has finished a step, and return the tokens of that step."""
-        received = self._monitor.receive(self._deadline())
+        received = self._monitor.receive(self._deadline(), wake_at)
         if received is None:
-            raise StageSilent(self._describe_silence())
+            raise self._silence()
+        if isinstance(received, Woken):
+            return None
         rank, message = received.rank, received.message
         assert isinstance(message, StepDone), f"stage {rank} sent a {type(message).__name__} between steps"
-        self._record(rank, message)
-        if rank < self._group.size - 1:
-            return []
-        recipients = self._scheduler.complete(message.number, [token.token_id for token in message.tokens])
-        return [
-            TokenEvent(sequence, token)
-            for sequence, token in zip(recipients, message.tokens, strict=True)
-            if sequence is not None
-        ]
+        microbatch = self._record(rank, message)
+        if rank < self.group.size - 1:
+            return None
+        return StepResult(microbatch, self._scheduler.complete(message.number, message.tokens))
 
-    def _record(self, rank: int, done: StepDone) -> None:
-        """Add a finished step to the totals of its stage."""
+    def observe_steps(self) -> None:
+        """Pass the finished steps to the step policy. Tokens do not wait for it."""
+        for rank, load, busy_s in self._unobserved:
+            self._policy.observe(rank, load, busy_s)
+        self._unobserved.clear()
+
+    def drop_plans(self) -> list[Microbatch]:
+        """Forget all plans in flight, after a fault; return them."""
+        dropped = [sent.microbatch for sent in self._sent.values()]
+        self._sent.clear()
+        return dropped
+
+    def step_of(self, rank: int) -> Microbatch | None:
+        """Return the oldest plan in flight that stage ``rank`` has not finished."""
+        return next((sent.microbatch for sent in self._sent.values() if rank not in sent.finished_by), None)
+
+    def _send_plans(self) -> Iterator[Microbatch]:
+        while (microbatch := self._scheduler.next_microbatch()) is not None:
+            self._sent[microbatch.number] = _Sent(microbatch, time.monotonic())
+            limit_s = self._allowed_s(microbatch) + LIMIT_MARGIN_S
+            self._send(Step(microbatch.number, tuple(planned.row for planned in microbatch.rows), limit_s))
+            yield microbatch
+
+    def _send(self, step: Step) -> None:
+        """Send a plan to every stage. Only the last one, which samples, gets the token masks."""
+        if not any(row.token_mask for row in step.rows):
+            self.group.send_all(step)
+            return
+        rows = tuple(msgspec.structs.replace(row, token_mask=None) for row in step.rows)
+        plain = msgspec.structs.replace(step, rows=rows)
+        for rank in range(self.group.size):
+            self.group.send(rank, step if rank == self.group.size - 1 else plain)
+
+    def _record(self, rank: int, done: StepDone) -> Microbatch:
+        """Add a finished step to the totals of its stage; return the step."""
         self._received_at = time.monotonic()
         sent = self._sent[done.number]
-        sent.num_reports += 1
-        if sent.num_reports == self._group.size:
+        sent.finished_by.add(rank)
+        if len(sent.finished_by) == self.group.size:
             del self._sent[done.number]
         use = self.use[rank]
         use.steps_done = done.number + 1
@@ -199,53 +168,27 @@ class Coordinator:
             self._unobserved.append((rank, sent.microbatch.load, done.busy_s))
         if self._on_report is not None:
             self._on_report(StageReport(rank, sent.microbatch, done, self._received_at))
-
-    def _observe_steps(self) -> None:
-        """Pass the finished steps to the step policy. Tokens do not wait for it."""
-        for rank, load, busy_s in self._unobserved:
-            self._policy.observe(rank, load, busy_s)
-        self._unobserved.clear()
+        return sent.microbatch
 
     def _deadline(self) -> float:
         """Return the deadline (monotonic) for the next message of any stage.
 
         It counts from the last message, if that is later than the oldest plan: earlier steps may have delayed the plan.
         """
-        oldest = next(iter(self._sent.values()))
+        oldest = next(iter(self._sent.values()), None)
+        if oldest is None:
+            return math.inf
         return max(oldest.sent_at, self._received_at) + self._allowed_s(oldest.microbatch)
 
     def _allowed_s(self, microbatch: Microbatch) -> float:
         return self._step_timeout.step_s + self._step_timeout.times_expected * self._policy.through_s(microbatch.load)
 
-    def _describe_silence(self) -> str:
+    def _silence(self) -> StageSilent:
         number, oldest = next(iter(self._sent.items()))
         waited_s = time.monotonic() - oldest.sent_at
-        behind = next(rank for rank, use in enumerate(self.use) if use.steps_done <= number)
-        return (
+        behind = next(rank for rank in range(self.group.size) if rank not in oldest.finished_by)
+        return StageSilent(
             f"{self._monitor.describe(behind)} has not finished step {number} ({oldest.microbatch.num_tokens} tokens) "
-            f"after {waited_s:.0f} s; the stages: {', '.join(self._monitor.describe_all())}"
+            f"after {waited_s:.0f} s; the stages: {', '.join(self._monitor.describe_all())}",
+            behind,
         )
-
-
-def coordinate(
-    deployment: Deployment,
-    *,
-    drafts: bool,
-    prompts_first: bool = False,
-    step_timeout: StepTimeout | None = None,
-    on_report: Callable[[StageReport], None] | None = None,
-    restart: RestartStages | None = None,
-) -> Coordinator:
-    """Return a coordinator for ready stages. ``drafts`` lets a lone sequence's idle stages run draft tokens.
-
-    ``prompts_first`` runs all prefill before decode: more tokens per second in total.
-
-    After a fault the coordinator continues on the stages that ``restart`` starts.
-    """
-    shape = deployment.shape
-    limits = SchedulerLimits(
-        shape.num_slots, shape.context_tokens, shape.chunk_tokens, deployment.group.size, prompts_first
-    )
-    policy = AdaptiveStepPolicy(deployment.costs)
-    scheduler = Scheduler(limits, policy, drafts=drafts)
-    return Coordinator(deployment.group, scheduler, policy, step_timeout or StepTimeout(), on_report, restart)

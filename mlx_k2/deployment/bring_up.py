@@ -11,6 +11,7 @@ from typing import TypeVar
 from mlx_k2.errors import StageSilent, StageStartError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor
+from mlx_k2.launch.stage_events import Woken
 from mlx_k2.protocol.messages import (
     Connect,
     Connected,
@@ -124,6 +125,8 @@ def collect(
         if received is None:
             owing = ", ".join(monitor.describe(rank) for rank in ranks if rank not in answers)
             raise StageSilent(f"no word for {silence_s:.0f} s from {owing}, which was to {phase}")
+        if isinstance(received, Woken):
+            continue
         deadline = time.monotonic() + silence_s
         if isinstance(received.message, wanted):
             answers[received.rank] = received.message

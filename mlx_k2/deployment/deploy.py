@@ -1,5 +1,6 @@
 """Deployment: starts a stage on every host, connects them and loads the model. Knows no prompt and no terminal."""
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from mlx_k2.deployment import bring_up
 from mlx_k2.deployment.deployment_request import DeploymentRequest, source_on, stage_location
 from mlx_k2.deployment.dry_run import plan_for
 from mlx_k2.deployment.listener import DeploymentListener
-from mlx_k2.deployment.plan import DTYPE_BYTES, HostMemory, RunShape, StagePlan, quantization_warnings
+from mlx_k2.deployment.plan import DTYPE_BYTES, HostMemory, RunShape, StagePlan, check_fit, quantization_warnings
 from mlx_k2.deployment.stage_costs import stage_cost
 from mlx_k2.errors import StageStartError
 from mlx_k2.launch.group import StageGroup
@@ -78,17 +79,23 @@ class Deployment(StartedStages):
 
 @contextmanager
 def deploy(
-    request: DeploymentRequest, model: ModelDescription | None, listener: DeploymentListener
+    request: DeploymentRequest,
+    model: ModelDescription | None,
+    listener: DeploymentListener,
+    before: StartedStages | None = None,
+    cancelled: threading.Event | None = None,
 ) -> Iterator[Deployment]:
     """Start, connect and load every stage; end all of them on exit.
 
-    ``model`` None: the model is not available on this machine, and stage 0 sends the model's small files.
+    ``model`` None: the model is not available on this machine, and stage 0 sends the model's small files. The stages
+    get the shape and layers that they had in ``before``, if given.
 
     Raises:
+        Cancelled: ``cancelled`` was set.
         SetupError, ClusterError: names the stage and the operation that failed.
     """
     began = time.monotonic()
-    with _start(request, model, listener) as started:
+    with _start(request, model, listener, before, cancelled) as started:
         listener.phase("connecting")
         _connect(started, request)
         listener.phase("loading")
@@ -118,12 +125,18 @@ def download(
 
 @contextmanager
 def _start(
-    request: DeploymentRequest, model: ModelDescription | None, listener: DeploymentListener
+    request: DeploymentRequest,
+    model: ModelDescription | None,
+    listener: DeploymentListener,
+    before: StartedStages | None = None,
+    cancelled: threading.Event | None = None,
 ) -> Iterator[StartedStages]:
     """Start a stage on every host, and divide the layers by the memory and GPUs that the hosts report."""
     hosts = request.hostfile.hosts
     locations = [stage_location(host) for host in hosts]
-    with StageGroup(locations, request.lease_s, listener.log, listener.notify, request.stall_timeout_s) as group:
+    with StageGroup(
+        locations, request.lease_s, listener.log, listener.notify, request.stall_timeout_s, cancelled
+    ) as group:
         listener.phase(f"starting {group.size} stages" if group.size > 1 else "starting the stage")
         hellos = bring_up.handshake(group, (__version__, version("mlx")))
         if model is None:
@@ -131,7 +144,11 @@ def _start(
             model = _fetch_description(group, source_on(hosts[0], request.source))
         gpus = [hello.working_set_bytes is not None for hello in hellos]
         memories = [HostMemory(hello.working_set_bytes, hello.memory_bytes) for hello in hellos]
-        shape, plans = plan_for(request, model, memories, all_on_gpu=all(gpus))
+        if before is None:
+            shape, plans = plan_for(request, model, memories, all_on_gpu=all(gpus))
+        else:
+            shape, plans = before.shape, before.plans
+            check_fit(plans, memories)
         listener.planned(model, plans)
         for line in quantization_warnings(model.config, shape.dense_bits):
             listener.notify(line)

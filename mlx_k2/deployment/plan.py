@@ -15,7 +15,7 @@ from mlx_k2.cluster.partition import (
     divide_layers,
 )
 from mlx_k2.config import ModelConfig
-from mlx_k2.errors import RequestError
+from mlx_k2.errors import RequestError, StageStartError
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.dense_matrices import group_size
 from mlx_k2.weights.inventory import (
@@ -143,6 +143,22 @@ def plan_stages(
         )
         for rank, (host, assignment) in enumerate(zip(hostfile.hosts, assignments, strict=True))
     )
+
+
+def check_fit(plans: Sequence[StagePlan], memories: Sequence[HostMemory]) -> None:
+    """Check that stages which were planned before still fit their hosts, by the memory that these report now.
+
+    Raises:
+        StageStartError: a host has less memory than its stage needs; names both.
+    """
+    for plan, capacity in zip(plans, _capacities([plan.host for plan in plans], memories, 0), strict=True):
+        if capacity.memory_bytes is not None and plan.needed_bytes > capacity.memory_bytes:
+            raise StageStartError(
+                f"stage {plan.rank} on {plan.host.ssh} had {plan.needed_bytes / 1e9:.1f} GB before the fault, and its "
+                f"host now allows {capacity.memory_bytes / 1e9:.1f} GB: see whether it was restarted with another "
+                "iogpu.wired_limit_mb",
+                plan.rank,
+            )
 
 
 def _model_costs(config: ModelConfig, shape: RunShape, compute_bytes: int) -> ModelCosts:

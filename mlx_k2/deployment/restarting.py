@@ -1,22 +1,30 @@
 """Restarting deployment: ends and starts all stages again after a fault. Knows no sequences and no tokens."""
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 from mlx_k2.deployment.deploy import Deployment, deploy
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener
+from mlx_k2.deployment.plan import StagePlan
 from mlx_k2.deployment.run_log import RunLog
 from mlx_k2.deployment.stage_report import StageReport
-from mlx_k2.errors import ClusterError
+from mlx_k2.errors import Cancelled, ClusterError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor
+from mlx_k2.protocol.messages import FromStage, LayerLoaded
 from mlx_k2.weights.checkpoint import ModelDescription
 
+OnRestart = Callable[["Restart", str], None]
+"""Callback for a restart and its present phase, as "loading, 40%". The first call for a restart has the phase WAITING.
+"""
+WAITING = "waiting"
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 30.0
 HEALTHY_S = 600.0
@@ -59,6 +67,7 @@ class RestartingDeployment:
         self._first_wait_s = first_wait_s
         self._stack = ExitStack()
         self._num_restarts = 0
+        self._cancelled = threading.Event()
 
     def __enter__(self) -> "RestartingDeployment":
         try:
@@ -78,13 +87,14 @@ class RestartingDeployment:
     ) -> None:
         self._stack.close()
 
-    def restart(self, error: ClusterError, on_restart: Callable[[Restart], None]) -> StageGroup:
-        """End all stages after ``error`` and start them again; return the new group.
+    def restart(self, error: ClusterError, on_restart: OnRestart) -> StageGroup:
+        """End all stages after ``error`` and start them again, with the same shape and layers; return the new group.
 
-        ``on_restart`` is called before each attempt.
+        ``on_restart`` is called before each attempt, and for each phase of it.
 
         Raises:
             ClusterError: the limit is reached; the last error, with the number of restarts.
+            Cancelled: ``cancel`` was called.
         """
         if time.monotonic() - self._ready_at > HEALTHY_S:
             self._num_restarts = 0
@@ -92,12 +102,15 @@ class RestartingDeployment:
         while self._num_restarts < self._limit:
             wait_s = min(LONGEST_WAIT_S, self._first_wait_s * 2**self._num_restarts)
             self._num_restarts += 1
-            on_restart(Restart(str(error), self._num_restarts, self._limit, wait_s))
+            restart = Restart(str(error), self._num_restarts, self._limit, wait_s)
+            on_restart(restart, WAITING)
             self._end(error, status)
             status = ()
-            time.sleep(wait_s)
+            if self._cancelled.wait(wait_s):
+                raise Cancelled("the restart was cancelled")
+            listener = _RestartListener(self._listener, self.deployment.plans, partial(on_restart, restart))
             try:
-                self._start(self.deployment.model, _RestartListener(self._listener))
+                self._start(self.deployment.model, listener, self.deployment)
             except ClusterError as next_error:
                 error = next_error
             else:
@@ -106,6 +119,10 @@ class RestartingDeployment:
         if self._limit:
             raise type(error)(f"{error} (given up after {self._num_restarts} restarts)")
         raise error
+
+    def cancel(self) -> None:
+        """End a restart that is under way: it raises Cancelled soon. No other restart follows. Any thread may call."""
+        self._cancelled.set()
 
     def _end(self, error: ClusterError, status: Sequence[str]) -> None:
         """End the stages, then write the report. The log then contains how each stage ended, and so does the report."""
@@ -116,16 +133,25 @@ class RestartingDeployment:
         if self._log is not None and (path := self._log.write_report(str(error), status)) is not None:
             self._listener.notify(f"a report is in {path}")
 
-    def _start(self, model: ModelDescription | None, listener: DeploymentListener) -> None:
-        self.deployment: Deployment = self._stack.enter_context(deploy(self._request, model, listener))
+    def _start(
+        self, model: ModelDescription | None, listener: DeploymentListener, before: Deployment | None = None
+    ) -> None:
+        stages = deploy(self._request, model, listener, before, self._cancelled)
+        self.deployment: Deployment = self._stack.enter_context(stages)
         self._ready_at = time.monotonic()
 
 
 class _RestartListener(DeploymentListener):
-    """Listener of a restart. Drops ``planned`` and ``progress``: plan and model are known from the first start."""
+    """Listener of a restart, which also reports phases and loaded bytes. Drops ``planned``: the plan is known."""
 
-    def __init__(self, listener: DeploymentListener) -> None:
+    def __init__(
+        self, listener: DeploymentListener, plans: Sequence[StagePlan], on_phase: Callable[[str], None]
+    ) -> None:
         self._listener = listener
+        self._total_bytes = sum(plan.shard_bytes for plan in plans)
+        self._on_phase = on_phase
+        self._held_bytes = 0
+        self._percent = 0
 
     def log(self, line: str) -> None:
         self._listener.log(line)
@@ -135,3 +161,12 @@ class _RestartListener(DeploymentListener):
 
     def phase(self, what: str) -> None:
         self._listener.phase(what)
+        self._on_phase(what)
+
+    def progress(self, rank: int, message: FromStage) -> None:  # noqa: ARG002 - the listener's argument
+        if isinstance(message, LayerLoaded):
+            self._held_bytes += message.held_bytes
+            percent = 100 * self._held_bytes // max(1, self._total_bytes)
+            if percent > self._percent:
+                self._percent = percent
+                self._on_phase(f"loading, {percent}%")

@@ -31,7 +31,7 @@ from mlx_k2.doctor.checks import (
 )
 from mlx_k2.errors import ClusterError, PartitionError, SetupError
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.launch.stage_events import StageEnded
+from mlx_k2.launch.stage_events import StageEnded, Woken
 from mlx_k2.protocol.messages import (
     ClockRead,
     DownloadProgress,
@@ -116,6 +116,8 @@ class _Round:
                 return answers
             if isinstance(event, StageEnded):
                 self._ended.setdefault(event.rank, event.reason)
+            elif isinstance(event, Woken):
+                continue
             elif isinstance(event.message, Fault):
                 self._ended[event.rank] = event.message.message
             elif isinstance(event.message, wanted):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from mlx_k2.launch.stage_events import StageEvent
+from mlx_k2.launch.stage_events import StageEvent, Woken
 from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.launch.stage_process import StageProcess
 from mlx_k2.protocol.guard_messages import GuardSettings, kill_after_s
@@ -31,7 +31,8 @@ class StageGroup:
     """A context manager that starts all stages on entry, and ends all stages on all hosts on exit.
 
     ``log`` receives every line of every stage's stderr, prefixed, on the stage's own threads; it must not block.
-    ``notify`` (default: ``log``) receives lines about the stages that the exit waits for.
+    ``notify`` (default: ``log``) receives lines about the stages that the exit waits for. Once ``cancelled`` is set, a
+    monitor of the group raises Cancelled.
     """
 
     def __init__(
@@ -41,14 +42,16 @@ class StageGroup:
         log: Callable[[str], None],
         notify: Callable[[str], None] | None = None,
         stall_timeout_s: float = STALL_TIMEOUT_S,
+        cancelled: threading.Event | None = None,
     ) -> None:
         self.stall_timeout_s = stall_timeout_s
         """Time to wait for a stopped stage, a silent host or a stuck hop."""
+        self.cancelled = cancelled or threading.Event()
         self._locations = tuple(locations)
         self._settings = GuardSettings(lease_s=lease_s)
         self._log = log
         self._notify = notify or log
-        self._events: queue.SimpleQueue[StageEvent] = queue.SimpleQueue()  # bounded by the plans in flight
+        self._events: queue.SimpleQueue[StageEvent] = queue.SimpleQueue()  # bounded by plans and requests
         self._stages: list[StageProcess] = []
         self._stopping = threading.Event()
         self._heartbeat = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -73,8 +76,17 @@ class StageGroup:
         """Return the name of a stage's host, for messages."""
         return self._locations[rank].host
 
+    @property
+    def has_event(self) -> bool:
+        """True if ``receive`` would return an event at once."""
+        return not self._events.empty()
+
+    def wake(self) -> None:
+        """End the present or next ``receive`` with Woken. Any thread may call this."""
+        self._events.put(Woken())
+
     def receive(self, timeout_s: float) -> StageEvent | None:
-        """Return the next message or end of any stage; None if there is none within ``timeout_s``."""
+        """Return the next message or end of any stage, or Woken; None if there is none within ``timeout_s``."""
         try:
             return self._events.get(timeout=timeout_s)
         except queue.Empty:

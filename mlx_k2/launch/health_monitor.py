@@ -3,13 +3,14 @@
 While it waits, it detects stopped stages, silent guards and stuck hops. Knows no plan and sets no deadline.
 """
 
+import math
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from mlx_k2.errors import ClusterError, NeighbourLost, StageFault, StageSilent
+from mlx_k2.errors import Cancelled, ClusterError, NeighbourLost, StageFault, StageSilent
 from mlx_k2.launch.group import HEARTBEAT_S, StageGroup
-from mlx_k2.launch.stage_events import StageEnded, StageMessage
+from mlx_k2.launch.stage_events import StageEnded, StageMessage, Woken
 from mlx_k2.protocol.messages import Fault
 from mlx_k2.protocol.stage_status import Phase, StageStatus
 
@@ -46,20 +47,25 @@ class HealthMonitor:
         self._hops: dict[int, _WaitingHop] = {}
         self._looked_at = self._judge_from = time.monotonic()
 
-    def receive(self, deadline: float) -> StageMessage | None:
+    def receive(self, deadline: float, wake_at: float = math.inf) -> StageMessage | Woken | None:
         """Return the next message of any stage; None when none came before ``deadline`` (monotonic seconds).
 
         Queued messages are returned before any stage is blamed. After this process was stopped or its machine slept,
-        the guards first get GAP_S to answer.
+        the guards first get GAP_S to answer. Woken is returned at ``wake_at``, and after ``StageGroup.wake``.
 
         Raises:
+            Cancelled: the group's ``cancelled`` is set.
             StageStartError, StageFault: a stage ended, or reported a fault.
             StageSilent: a stage is stopped, its guard is silent, or a hop is stuck; names it, its host and its step.
         """
         while True:
+            if self._group.cancelled.is_set():
+                raise Cancelled("the start was cancelled")
             self._check_gap()
-            until = max(deadline, self._judge_from)
+            until = min(max(deadline, self._judge_from), wake_at)
             event = self._group.receive(max(0.0, min(LOOK_S, until - time.monotonic())))
+            if isinstance(event, Woken):
+                return event
             if isinstance(event, StageEnded):
                 raise event.as_error()
             if event is not None:
@@ -69,10 +75,11 @@ class HealthMonitor:
             self._check_gap()
             now = time.monotonic()
             if now >= self._judge_from:
-                if (trouble := self._trouble(now)) is not None:
-                    raise StageSilent(trouble)
+                self._raise_trouble(now)
                 if now >= deadline:
                     return None
+            if now >= wake_at:
+                return Woken()
 
     def _cause(self, rank: int, fault: Fault) -> ClusterError:
         """Return the error for a fault. A stage that lost its neighbour is not the cause if another stage is."""
@@ -85,22 +92,24 @@ class HealthMonitor:
             if isinstance(event, StageEnded):
                 if event.rank not in victims:
                     return event.as_error()
-            elif isinstance(event.message, Fault):
+            elif isinstance(event, StageMessage) and isinstance(event.message, Fault):
                 rank, fault = event.rank, event.message
                 victims.add(rank)
         if fault.kind == NeighbourLost.__name__ and (silent := self._silent_stage(victims)) is not None:
-            host = self._group.host(rank)
-            return StageSilent(f"{silent}, and stage {rank} on {host} lost a neighbour: {fault.message}")
-        return StageFault(f"stage {rank} on {self._group.host(rank)}: {fault.message}")
+            hosts = self._group.host(silent), self._group.host(rank)
+            silence_s = self._group.silence_s(silent)
+            return StageSilent(
+                f"stage {silent} on {hosts[0]} has not been heard for {silence_s:.0f} s, "
+                f"and stage {rank} on {hosts[1]} lost a neighbour: {fault.message}",
+                silent,
+            )
+        return StageFault(f"stage {rank} on {self._group.host(rank)}: {fault.message}", rank)
 
-    def _silent_stage(self, victims: Collection[int]) -> str | None:
-        """Describe the stage outside ``victims`` whose guard is silent longest; return None if below SILENT_S."""
+    def _silent_stage(self, victims: Collection[int]) -> int | None:
+        """Return the rank outside ``victims`` whose guard is silent longest; None if below SILENT_S."""
         others = [rank for rank in range(self._group.size) if rank not in victims]
         rank = max(others, key=self._group.silence_s, default=None)
-        if rank is None or self._group.silence_s(rank) < SILENT_S:
-            return None
-        silence_s = self._group.silence_s(rank)
-        return f"stage {rank} on {self._group.host(rank)} has not been heard for {silence_s:.0f} s"
+        return None if rank is None or self._group.silence_s(rank) < SILENT_S else rank
 
     def _check_gap(self) -> None:
         now = time.monotonic()
@@ -119,22 +128,27 @@ class HealthMonitor:
         """Return ``describe`` of every stage, by rank."""
         return tuple(self.describe(rank) for rank in range(self._group.size))
 
-    def _trouble(self, now: float) -> str | None:
+    def _raise_trouble(self, now: float) -> None:
+        """Raise StageSilent for a stage that is stopped or cannot be heard, and for a hop that is stuck."""
         statuses = [self._group.status(rank) for rank in range(self._group.size)]
         for rank, status in enumerate(statuses):
             if self._group.has_come_up(rank) and self._group.silence_s(rank) > self._stall_timeout_s + HEARTBEAT_S:
-                return f"{self.describe(rank)} cannot be heard: its host is off, asleep or unreachable"
+                raise StageSilent(
+                    f"{self.describe(rank)} cannot be heard: its host is off, asleep or unreachable", rank
+                )
             if status.stopped_s > self._stall_timeout_s:
-                return f"{self.describe(rank)} is stopped: its process was suspended {status.stopped_s:.0f} s ago"
+                raise StageSilent(
+                    f"{self.describe(rank)} is stopped: its process was suspended {status.stopped_s:.0f} s ago", rank
+                )
         for rank in range(1, len(statuses)):
             if statuses[rank].stopped_s:
                 continue  # its stop explains the wait, and has not reached the stall timeout yet
             if self._hop_waits_s(rank, statuses[rank - 1], statuses[rank], now) > self._stall_timeout_s:
-                return (
+                raise StageSilent(
                     f"{self.describe(rank)} does not get what {self.describe(rank - 1)} has sent: "
-                    "the hop between them is stuck, see to the cable and the addresses in the hostfile"
+                    "the hop between them is stuck, see to the cable and the addresses in the hostfile",
+                    rank,
                 )
-        return None
 
     def _hop_waits_s(self, rank: int, before: StageStatus, status: StageStatus, now: float) -> float:
         """Return for how long a stage has waited for hidden states that the stage before it has sent, else 0."""

@@ -9,6 +9,11 @@ from mlx_k2.protocol.messages import FromStage
 
 
 @dataclass(frozen=True)
+class Woken:
+    """End of a wait without a message: ``StageGroup.wake`` was called, or the given time has come."""
+
+
+@dataclass(frozen=True)
 class StageMessage:
     """A message from a stage."""
 
@@ -36,10 +41,10 @@ class StageEnded:
     def as_error(self) -> ClusterError:
         """Return the end as an error for the user."""
         if not self.came_up:
-            return StageStartError(f"stage {self.rank} on {self.host} did not start: {self.reason}")
+            return StageStartError(f"stage {self.rank} on {self.host} did not start: {self.reason}", self.rank)
         status = f" ({self.status})" if self.status else ""
         last_words = f" (it wrote last: {self.stderr_tail[-1]})" if self.stderr_tail else ""
-        return StageFault(f"stage {self.rank} on {self.host}{status} {self.how}{last_words}")
+        return StageFault(f"stage {self.rank} on {self.host}{status} {self.how}{last_words}", self.rank)
 
     @property
     def how(self) -> str:
@@ -53,4 +58,4 @@ class StageEnded:
         return f"ended: {self.reason}"
 
 
-StageEvent = StageMessage | StageEnded
+StageEvent = StageMessage | StageEnded | Woken

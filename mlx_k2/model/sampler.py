@@ -18,21 +18,35 @@ from mlx_k2.sampling import REPETITION_WINDOW, SampledToken, Sampling
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """One row's parameters. ``position`` is that of the token to sample; ``recent_ids`` are the tokens before it."""
+    """One row's parameters. ``position`` is that of the token to sample; ``recent_ids`` are the tokens before it.
+
+    Bit ``i % 8`` of byte ``i // 8`` of ``token_mask`` is 1 if token ``i`` may be sampled; None allows every token.
+    """
 
     sampling: Sampling
     position: int
     recent_ids: tuple[int, ...]
+    token_mask: bytes | None = None
 
 
 def sample_tokens(logits: mx.array, requests: Sequence[SamplingRequest]) -> list[SampledToken]:
     """Sample one token per row of logits (rows, vocabulary) float32, with one request per row. Evaluate the result."""
+    if any(request.token_mask is not None for request in requests):
+        logits = mx.concatenate([_masked(logits[row : row + 1], request) for row, request in enumerate(requests)])
     tokens = mx.concatenate([_token(logits[row : row + 1], request) for row, request in enumerate(requests)])
     logprobs = [_logprobs(logits[row], request.sampling) for row, request in enumerate(requests)]
     mx.eval(tokens, logprobs)
     return [
         _sampled_token(token_id, found) for token_id, found in zip(np.asarray(tokens).tolist(), logprobs, strict=True)
     ]
+
+
+def _masked(logits: mx.array, request: SamplingRequest) -> mx.array:
+    """Return logits (1, vocabulary) with minus infinity for the tokens that the request's mask excludes."""
+    if request.token_mask is None:
+        return logits
+    bits = np.unpackbits(np.frombuffer(request.token_mask, np.uint8), bitorder="little")[: logits.shape[-1]]
+    return mx.where(mx.array(bits.astype(bool)), logits, mx.array(-mx.inf, logits.dtype))
 
 
 def _token(logits: mx.array, request: SamplingRequest) -> mx.array:

@@ -16,7 +16,7 @@ class Row(msgspec.Struct, frozen=True):
     ``is_prompt`` selects the attention method: naive for prompt tokens, absorbed for generated and draft tokens.
     If ``sampling`` is set, a token is sampled after the last of ``token_ids``; the repetition penalty reads
     ``recent_ids``. If ``copy_from`` is set, all positions before ``position`` are first copied from that slot, in the
-    state in which all earlier plans left them.
+    state in which all earlier plans left them. ``token_mask`` (see ``TokenPolicy``) limits the token that is sampled.
     """
 
     slot: int
@@ -26,6 +26,7 @@ class Row(msgspec.Struct, frozen=True):
     sampling: Sampling | None
     recent_ids: tuple[int, ...] = ()
     copy_from: int | None = None
+    token_mask: bytes | None = None
 
     @property
     def end(self) -> int:
@@ -61,9 +62,12 @@ class PlannedRow:
         ``token_ids`` are either prompt tokens only or generated and draft tokens only. ``needs_logits``: no known or
         draft token follows them, so the next token is sampled.
         """
+        assert sequence.slot is not None, "a waiting sequence is not planned"
+        end = position + len(token_ids)
         sampling = sequence.request.sampling if needs_logits else None
-        recent_ids = sequence.recent_ids(position + len(token_ids)) if needs_logits else ()
-        return cls(sequence, Row(sequence.slot, position, token_ids, is_prompt, sampling, recent_ids, copy_from))
+        recent_ids = sequence.recent_ids(end) if needs_logits else ()
+        mask = sequence.token_mask(end) if needs_logits else None
+        return cls(sequence, Row(sequence.slot, position, token_ids, is_prompt, sampling, recent_ids, copy_from, mask))
 
     @property
     def load(self) -> StepLoad:

@@ -18,6 +18,15 @@ class FinishReason(enum.Enum):
     """The request's ``timeout_s`` has passed."""
     CANCELLED = "cancelled"
     """The caller cancelled the request."""
+    ERROR = "error"
+    """The request failed; others go on."""
+
+
+class Priority(enum.Enum):
+    """Priority of a request. A background request runs only while no interactive request waits or runs."""
+
+    INTERACTIVE = "interactive"
+    BACKGROUND = "background"
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class Request:
     stop_ids: frozenset[int]
     timeout_s: float | None = None
     """Time limit, counted from the first step of its prompt. At the limit the sequence ends with the tokens so far."""
+    priority: Priority = Priority.INTERACTIVE
 
 
 def check_request(request: Request, vocab_size: int, context_tokens: int) -> None:

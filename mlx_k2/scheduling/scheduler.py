@@ -3,6 +3,7 @@
 Decoding sequences alternate in the number of microbatches that is predicted to be fastest. Prompts run in order of
 arrival, in chunks that do not wait for each other, so that they overlap across stages. While other sequences decode,
 chunks are short enough to limit their delay. With drafts enabled, a lone sequence's idle stages run draft tokens.
+Background sequences are planned only while no interactive one waits or runs, and yield their slots.
 """
 
 from collections import deque
@@ -10,12 +11,14 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from itertools import islice
 
+from mlx_k2.sampling import SampledToken
 from mlx_k2.scheduling.cost_model import StepLoad
 from mlx_k2.scheduling.microbatch import Microbatch, PlannedRow
-from mlx_k2.scheduling.request import FinishReason, Request
-from mlx_k2.scheduling.sequence import Sequence
+from mlx_k2.scheduling.request import FinishReason, Priority, Request
+from mlx_k2.scheduling.sequence import INDEX_TOKENS, Appended, Sequence
 from mlx_k2.scheduling.slots import SlotPool, common_prefix
 from mlx_k2.scheduling.step_policy import CHUNK_DELAY_STEPS, DecodeRound, StepPolicy
+from mlx_k2.scheduling.token_policy import TokenPolicy
 
 _WORTH_WAITING = 32
 """A prompt is postponed if this microbatch will cache at least this many more of its tokens than are cached now."""
@@ -23,7 +26,7 @@ _WORTH_WAITING = 32
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """Limits of the scheduler. ``chunk_tokens`` is the maximum number of prompt tokens in one microbatch."""
+    """Limits of the scheduler. ``chunk_tokens`` is the maximum number of tokens in one microbatch."""
 
     num_slots: int
     context_tokens: int
@@ -38,35 +41,62 @@ class SchedulerLimits:
         return 2 * self.num_stages
 
 
+@dataclass(frozen=True)
+class TokensAppended:
+    """Tokens that were appended to a sequence. None if the sequence had ended, or if a draft before them was wrong."""
+
+    sequence: Sequence
+    appended: tuple[Appended, ...]
+
+
 class Scheduler:
-    """Waiting requests, running sequences and microbatches in flight."""
+    """Waiting and running sequences, and microbatches in flight."""
 
     def __init__(self, limits: SchedulerLimits, policy: StepPolicy, *, drafts: bool = False) -> None:
         self._limits = limits
         self._policy = policy
         self._drafts = drafts
-        self._waiting: deque[Request] = deque()
+        self._waiting: dict[Priority, deque[Sequence]] = {priority: deque() for priority in Priority}
         self._slots = SlotPool(limits.num_slots)
         self._running: list[Sequence] = []
+        self._ended: list[Sequence] = []
         self._in_flight: deque[Microbatch] = deque()
         self._next_number = 0
 
     @property
     def has_work(self) -> bool:
         """True if anything is waiting, running or in flight."""
-        return bool(self._waiting or self._running or self._in_flight)
+        return bool(self._running or self._in_flight or any(self._waiting.values()))
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Requests start in the order of submission, when a slot is free."""
-        self._waiting.append(request)
+    @property
+    def waiting(self) -> list[Sequence]:
+        """The sequences that wait for a slot, in the order in which they start."""
+        return [sequence for priority in Priority for sequence in self._waiting[priority]]
+
+    @property
+    def running(self) -> Tokens[Sequence]:
+        """The sequences that have a slot, in the order in which they started."""
+        return tuple(self._running)
+
+    def submit(self, request: Request, policy: TokenPolicy | None = None) -> TokensAppended:
+        """Queue a request; return its sequence and the tokens that its policy forces before any is sampled.
+
+        Requests of one priority start in the order of submission, when a slot is free.
+        """
+        sequence = Sequence(request, self._limits.context_tokens, policy)
+        self._waiting[request.priority].append(sequence)
+        appended = sequence.append_forced()
+        self._retire()
+        return TokensAppended(sequence, tuple(appended))
 
     def next_microbatch(self) -> Microbatch | None:
         """Return the next microbatch to send; None if no row can run or enough microbatches are in flight."""
-        decoding = [sequence for sequence in self._running if sequence.num_prompt_left == 0]
-        prompts_left = len(decoding) < len(self._running) or bool(self._waiting and self._slots.num_free)
+        active = self._active()
+        decoding = [sequence for sequence in active if sequence.num_prompt_left == 0]
+        prompts_left = len(decoding) < len(active) or self._next_waiting() is not None
         waits = prompts_left and self._limits.prompts_first
         decode_round = self._decode_round(decoding) if decoding and not waits else None
-        if len(self._in_flight) >= self._most_in_flight(decode_round, prompts_left):
+        if len(self._in_flight) >= self._most_in_flight(active, decode_round, prompts_left):
             return None
         rows = [] if decode_round is None else self._decode_rows(decoding, decode_round)
         if prompts_left:
@@ -75,23 +105,25 @@ class Scheduler:
             rows = self._draft_rows(decoding[0])
         return self._send(rows) if rows else None
 
-    def complete(self, number: int, token_ids: Tokens[int]) -> tuple[Sequence | None, ...]:
-        """Append the tokens that a step sampled, one per row with ``needs_logits``; return the sequence of each token.
-
-        The entry is None if the token is discarded: its sequence has ended, or a draft token before it was wrong.
-        """
+    def complete(self, number: int, tokens: Tokens[SampledToken]) -> list[TokensAppended]:
+        """Append the tokens that a step sampled, one per row with ``needs_logits``, each to its sequence."""
         microbatch = self._in_flight.popleft()
         sampled_sequences = [planned.sequence for planned in microbatch.rows if planned.row.needs_logits]
         assert microbatch.number == number, f"step {number} came back before step {microbatch.number}"
-        assert len(sampled_sequences) == len(token_ids), (
-            f"step {number} drew {len(token_ids)} tokens, not {len(sampled_sequences)}"
+        assert len(sampled_sequences) == len(tokens), (
+            f"step {number} sampled {len(tokens)} tokens, not {len(sampled_sequences)}"
         )
-        recipients = tuple(
-            sequence if sequence.append_sampled(number, token_id, self._next_number) else None
-            for sequence, token_id in zip(sampled_sequences, token_ids, strict=True)
-        )
+        completed = [
+            TokensAppended(sequence, tuple(sequence.append_sampled(number, token, self._next_number)))
+            for sequence, token in zip(sampled_sequences, tokens, strict=True)
+        ]
         self._retire()
-        return recipients
+        return completed
+
+    def pop_ended(self) -> list[Sequence]:
+        """Return the sequences that ended since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
 
     def reset(self) -> None:
         """Plan every running sequence again from its first token. Call it when new stages with empty caches start."""
@@ -101,22 +133,37 @@ class Scheduler:
             sequence.reset(self._next_number)
 
     def stop(self, sequence: Sequence, reason: FinishReason) -> None:
-        """Stop a running sequence. Its tokens from steps in flight are discarded."""
-        sequence.finish_reason = reason
+        """End a waiting or running sequence. Its tokens from steps in flight are discarded."""
+        sequence.finish_reason = sequence.finish_reason or reason
         self._retire()
 
-    def cancel_all(self) -> None:
-        """Stop every sequence and drop waiting requests. Tokens from steps in flight are discarded."""
-        self._waiting.clear()
-        for sequence in self._running:
-            sequence.finish_reason = sequence.finish_reason or FinishReason.CANCELLED
-        self._retire()
+    def index_drafts(self) -> bool:
+        """Index some tokens of a lone sequence for its drafts; return whether some are left."""
+        if not self._drafts or len(self._running) != 1:
+            return False
+        (sequence,) = self._running
+        return sequence.drafter.index(sequence.token_ids, INDEX_TOKENS)
 
-    def _most_in_flight(self, decode_round: DecodeRound | None, prompts_left: bool) -> int:
+    def _active(self) -> list[Sequence]:
+        """Return the running sequences that may be planned: no background ones beside interactive requests."""
+        interactive = [sequence for sequence in self._running if sequence.is_interactive]
+        return interactive if interactive or self._waiting[Priority.INTERACTIVE] else self._running
+
+    def _next_waiting(self) -> Sequence | None:
+        """Return the waiting sequence that can start now, if any. An interactive one may take a background slot."""
+        interactive, background = self._waiting[Priority.INTERACTIVE], self._waiting[Priority.BACKGROUND]
+        if interactive:
+            has_slot = self._slots.num_free or any(not sequence.is_interactive for sequence in self._running)
+            return interactive[0] if has_slot else None
+        if background and self._slots.num_free and not any(sequence.is_interactive for sequence in self._running):
+            return background[0]
+        return None
+
+    def _most_in_flight(self, active: Tokens[Sequence], decode_round: DecodeRound | None, prompts_left: bool) -> int:
         """Return how many microbatches may be in flight, at most ``max_in_flight``.
 
         With a decode round: its number of microbatches, but at least one per stage while prompts run or with drafts.
-        Without one: one per stage and one more, which can follow at once.
+        Without one, and for background sequences: one per stage and one more, which can follow at once.
         """
         num_stages = self._limits.num_stages
         if decode_round is None:
@@ -125,6 +172,8 @@ class Scheduler:
             most = max(decode_round.num_microbatches, num_stages)
         else:
             most = decode_round.num_microbatches
+        if not any(sequence.is_interactive for sequence in active):
+            most = min(most, num_stages + 1)
         return min(most, self._limits.max_in_flight)
 
     def _decode_round(self, decoding: list[Sequence]) -> DecodeRound:
@@ -132,7 +181,10 @@ class Scheduler:
         return self._policy.decode_round(len(decoding), mean_context)
 
     def _decode_rows(self, decoding: list[Sequence], decode_round: DecodeRound) -> list[PlannedRow]:
-        """Return one microbatch's fraction of the sequences that have a token to plan, longest wait first."""
+        """Return one microbatch's fraction of the sequences that have a token to plan, longest wait first.
+
+        After a restart a row replays many tokens. The rows together have at most ``chunk_tokens``.
+        """
         num_under_way = sum(microbatch.decodes for microbatch in self._in_flight)
         if len(decoding) > 1 and num_under_way >= decode_round.num_microbatches:
             return []
@@ -140,13 +192,14 @@ class Scheduler:
             (sequence for sequence in decoding if sequence.num_unplanned), key=lambda sequence: sequence.last_plan
         )
         fraction = -(-len(decoding) // decode_round.num_microbatches)
-        return [self._decode_row(sequence) for sequence in ready[:fraction]]
-
-    def _decode_row(self, sequence: Sequence) -> PlannedRow:
-        position = sequence.num_planned
-        token_ids = tuple(sequence.token_ids[position : position + self._limits.chunk_tokens])
-        needs_logits = len(token_ids) == sequence.num_unplanned
-        return PlannedRow.of(sequence, position, token_ids, is_prompt=False, needs_logits=needs_logits)
+        rows: list[PlannedRow] = []
+        remaining = self._limits.chunk_tokens
+        for sequence in ready[: min(fraction, remaining)]:
+            rows.append(_decode_row(sequence, remaining))
+            remaining -= len(rows[-1].row.token_ids)
+            if not remaining:
+                break
+        return rows
 
     def _draft_rows(self, sequence: Sequence) -> list[PlannedRow]:
         if not self._drafts or sequence.num_unplanned:
@@ -160,15 +213,16 @@ class Scheduler:
     def _add_prompt_rows(self, rows: list[PlannedRow], decode_round: DecodeRound | None) -> None:
         """Add prompt tokens to ``rows``: first of the prompt in progress, then of waiting prompts.
 
-        While sequences decode, only one prompt row is added.
+        While sequences decode, only one prompt row is added. All rows together have at most ``chunk_tokens``.
         """
-        sequence = self._next_prompt(rows)
+        budget = self._limits.chunk_tokens - sum(len(planned.row.token_ids) for planned in rows)
+        sequence = self._next_prompt(rows) if budget else None
         if sequence is None:
             return
         if decode_round is not None:
-            rows.append(_prompt_row(sequence, self._beside_decoding(rows, sequence, decode_round)))
+            rows.append(_prompt_row(sequence, self._beside_decoding(rows, sequence, decode_round, budget)))
             return
-        remaining = self._chunk_tokens(sequence)
+        remaining = min(budget, self._chunk_tokens(sequence))
         while sequence is not None and remaining > 0:
             rows.append(_prompt_row(sequence, remaining))
             remaining -= len(rows[-1].row.token_ids)
@@ -177,40 +231,52 @@ class Scheduler:
     def _next_prompt(self, rows: list[PlannedRow]) -> Sequence | None:
         """Return the sequence whose prompt comes next after ``rows``, in its own slot; None if no prompt can run."""
         planned = [planned.sequence for planned in rows if planned.row.is_prompt]
-        for sequence in self._running:
-            if sequence.num_prompt_left and sequence not in planned:
-                return sequence
-        if not self._waiting or not self._slots.num_free:
+        for running in self._active():
+            if running.num_prompt_left and running not in planned:
+                return running
+        sequence = self._next_waiting()
+        if sequence is None:
             return None
-        prompt_ids = self._waiting[0].prompt_ids
+        if not self._slots.num_free:
+            self._suspend_background()
+        prompt_ids = sequence.request.prompt_ids
         choice = self._slots.choose(prompt_ids)
         about_to_be_cached = max((common_prefix(other.token_ids, prompt_ids) for other in planned), default=0)
         if about_to_be_cached >= choice.shared.num_tokens + _WORTH_WAITING:
             return None
-        sequence = Sequence(self._waiting.popleft(), choice.slot, self._limits.context_tokens, choice.shared)
-        self._slots.acquire(choice.slot, sequence)
+        self._waiting[sequence.request.priority].popleft()
+        self._slots.acquire(choice, sequence)
         self._running.append(sequence)
         return sequence
+
+    def _suspend_background(self) -> None:
+        """Free the slot of the background sequence that started last. It waits as the first of its priority."""
+        sequence = next(sequence for sequence in reversed(self._running) if not sequence.is_interactive)
+        self._release(sequence)
+        sequence.suspend(self._next_number)
+        self._waiting[Priority.BACKGROUND].appendleft(sequence)
 
     def _chunk_tokens(self, sequence: Sequence) -> int:
         """Return the prompt's chunk length. It is chosen once, and counts the prompts that can follow at once."""
         if sequence.chunk_tokens is None:
-            following = islice(self._waiting, self._slots.num_free)
-            num_tokens = sequence.num_prompt_left + sum(len(request.prompt_ids) for request in following)
+            following = islice(self._waiting[sequence.request.priority], self._slots.num_free)
+            num_tokens = sequence.num_prompt_left + sum(other.num_prompt for other in following)
             sequence.chunk_tokens = self._policy.chunk_tokens(
                 sequence.num_planned, num_tokens, self._limits.chunk_tokens
             )
         return sequence.chunk_tokens
 
-    def _beside_decoding(self, rows: list[PlannedRow], sequence: Sequence, decode_round: DecodeRound) -> int:
-        """Return how many prompt tokens may join ``rows``.
+    def _beside_decoding(
+        self, rows: list[PlannedRow], sequence: Sequence, decode_round: DecodeRound, longest: int
+    ) -> int:
+        """Return how many prompt tokens, at most ``longest``, may join ``rows``.
 
         A round of all microbatches may take at most (1 + CHUNK_DELAY_STEPS) x ``round_s``.
         """
         per_round = max(decode_round.num_microbatches, self._limits.num_stages)
         limit_s = (1 + CHUNK_DELAY_STEPS) * decode_round.round_s / per_round
         load = sum((planned.load for planned in rows), StepLoad())
-        return self._policy.chunk_beside(load, sequence.num_planned, self._limits.chunk_tokens, limit_s)
+        return self._policy.chunk_beside(load, sequence.num_planned, longest, limit_s)
 
     def _send(self, rows: list[PlannedRow]) -> Microbatch:
         microbatch = Microbatch(self._next_number, tuple(rows))
@@ -224,8 +290,24 @@ class Scheduler:
     def _retire(self) -> None:
         """Free the slots of finished sequences at once. Plans that reuse the slots are sent after those in flight."""
         for sequence in [sequence for sequence in self._running if sequence.finish_reason is not None]:
-            self._running.remove(sequence)
-            self._slots.release(sequence.slot)
+            self._release(sequence)
+            self._ended.append(sequence)
+        for waiting in self._waiting.values():
+            for sequence in [sequence for sequence in waiting if sequence.finish_reason is not None]:
+                waiting.remove(sequence)
+                self._ended.append(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None, "a running sequence has a slot"
+        self._running.remove(sequence)
+        self._slots.release(sequence.slot)
+
+
+def _decode_row(sequence: Sequence, most_tokens: int) -> PlannedRow:
+    position = sequence.num_planned
+    token_ids = tuple(sequence.token_ids[position : position + most_tokens])
+    needs_logits = len(token_ids) == sequence.num_unplanned
+    return PlannedRow.of(sequence, position, token_ids, is_prompt=False, needs_logits=needs_logits)
 
 
 def _prompt_row(sequence: Sequence, most_tokens: int) -> PlannedRow:

@@ -1,11 +1,17 @@
 """Sequence: one request's tokens and the progress of their computation. Knows no other sequence."""
 
+from collections import deque
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
-from mlx_k2.sampling import REPETITION_WINDOW
-from mlx_k2.scheduling.ngrams import NgramIndex
-from mlx_k2.scheduling.request import FinishReason, Request
+from mlx_k2.errors import MlxK2Error, RequestFailed
+from mlx_k2.sampling import REPETITION_WINDOW, SampledToken
+from mlx_k2.scheduling.drafter import Drafter, NgramDrafter
+from mlx_k2.scheduling.request import FinishReason, Priority, Request
+from mlx_k2.scheduling.token_policy import Accepted, AnyToken, TokenPolicy
+
+INDEX_TOKENS = 128
+"""Number of tokens that are indexed for drafts at a time: about 0.2 ms."""
 
 
 @dataclass(frozen=True)
@@ -19,33 +25,51 @@ class SharedPrefix:
 _NOTHING_SHARED = SharedPrefix()
 
 
+@dataclass(frozen=True)
+class Appended:
+    """A token of an answer, and what its policy made of it. A forced token was not sampled."""
+
+    token: SampledToken
+    accepted: Accepted
+    is_forced: bool = False
+
+
 class Sequence:
-    """A running request in its cache slot. Plans carry draft tokens before it is known whether they are right.
+    """A request that waits for a slot or runs in one. Plans carry draft tokens before it is known whether they match.
 
     A wrong draft token is undone by planning its position again. Tokens that were sampled after it arrive with the
     number of a plan that no longer counts, and are discarded.
     """
 
-    def __init__(
-        self, request: Request, slot: int, context_tokens: int, shared: SharedPrefix = _NOTHING_SHARED
-    ) -> None:
+    def __init__(self, request: Request, context_tokens: int, policy: TokenPolicy | None = None) -> None:
         self.request = request
-        self.slot = slot
         self.token_ids = list(request.prompt_ids)
-        self.shared = shared
-        self.num_planned = shared.num_tokens
+        self.slot: int | None = None
+        """The slot while it runs; None while it waits."""
+        self.shared = _NOTHING_SHARED
+        self.num_cached: int | None = None
+        """Number of prompt tokens that were cached when it first started; None before."""
+        self.num_planned = 0
         """Number of positions that are cached or in a plan that was sent, draft tokens included."""
         self.last_plan = -1
         """Number of the last plan that carried tokens of this sequence; -1 before the first one."""
         self.chunk_tokens: int | None = None
         """Length of this prompt's chunks; None until it is chosen."""
+        self.drafter: Drafter = NgramDrafter()
         self.num_drafted = 0
         self.num_accepted = 0
         self.finish_reason: FinishReason | None = None
+        self.error: MlxK2Error | None = None
+        """Why it ended with FinishReason.ERROR."""
+        self._policy = policy or AnyToken()
         self._drafts: list[int] = []
         self._first_counting_plan = 0
-        self._ngrams = NgramIndex()
         self._end = min(len(request.prompt_ids) + request.max_tokens, context_tokens)
+
+    @property
+    def is_interactive(self) -> bool:
+        """True unless the request is a background request."""
+        return self.request.priority is Priority.INTERACTIVE
 
     @property
     def num_prompt(self) -> int:
@@ -59,7 +83,7 @@ class Sequence:
 
     @property
     def generated_ids(self) -> Tokens[int]:
-        """Tokens sampled so far, a stop token included."""
+        """Tokens of the answer so far, a stop token included."""
         return self.token_ids[self.num_prompt :]
 
     @property
@@ -69,14 +93,39 @@ class Sequence:
 
     @property
     def cached_ids(self) -> Tokens[int]:
-        """The known tokens whose positions are cached or in a plan that was sent."""
-        return self.token_ids[: self.num_planned]
+        """The known tokens whose positions are cached or in a plan that was sent, the last token excepted.
+
+        Without drafts the last token's position is never computed, and what a slot keeps must not depend on drafts.
+        """
+        return self.token_ids[: min(self.num_planned, len(self.token_ids) - 1)]
 
     def recent_ids(self, end: int) -> tuple[int, ...]:
         """Return the tokens before position ``end`` that the repetition penalty reads, draft tokens included."""
         known = self.token_ids[max(0, end - REPETITION_WINDOW) : end]
         drafted = self._drafts[: max(0, end - len(self.token_ids))]
         return tuple([*known, *drafted][-REPETITION_WINDOW:])
+
+    def token_mask(self, end: int) -> bytes | None:
+        """Return the policy's mask for the token at position ``end``, which known and draft tokens precede."""
+        try:
+            return self._policy.token_mask(self._drafts[: max(0, end - len(self.token_ids))])
+        except Exception as error:  # noqa: BLE001 - any error of a policy ends its own sequence only
+            self._fail(error)
+            return None
+
+    def start(self, slot: int, shared: SharedPrefix, drafter: Drafter) -> None:
+        """Run in ``slot``, which holds ``shared`` or gets a copy of it with the first row."""
+        self.slot = slot
+        self.shared = shared
+        self.num_planned = shared.num_tokens
+        self.drafter = drafter
+        if self.num_cached is None:
+            self.num_cached = shared.num_tokens
+
+    def suspend(self, next_plan: int) -> None:
+        """Wait for a slot again. ``next_plan`` is the number of the first plan that counts again."""
+        self.reset(next_plan)
+        self.slot = None
 
     def reset(self, next_plan: int) -> None:
         """Mark all positions as not cached. ``next_plan`` is the number of the first plan that counts again."""
@@ -94,31 +143,79 @@ class Sequence:
         assert self.num_unplanned == 0, "known tokens go before draft tokens"
         if self.num_planned + 1 >= self._end:
             return None
-        self._ngrams.update(self.token_ids)
-        token_id = self._ngrams.draft(self.token_ids, self._drafts)
+        self.drafter.index(self.token_ids, INDEX_TOKENS)
+        token_id = self.drafter.draft(self.token_ids, self._drafts)
         if token_id is None or token_id in self.request.stop_ids:
             return None
         self._drafts.append(token_id)
         self.num_drafted += 1
         return token_id
 
-    def append_sampled(self, plan: int, token_id: int, next_plan: int) -> bool:
-        """Append the token that plan ``plan`` sampled. ``next_plan`` is the number of the next plan to be sent.
+    def append_forced(self) -> list[Appended]:
+        """Append the tokens that the policy forces now, in place of sampling; return them."""
+        appended: list[Appended] = []
+        forced = deque(self._forced())
+        while forced and self.finish_reason is None:
+            appended.append(self._append(SampledToken(forced.popleft()), is_forced=True))
+            forced = forced or deque(self._forced())
+        return appended
 
-        Return False if the plan no longer counts: the sequence has ended or was reset, or the token follows a wrong
-        draft token.
+    def append_sampled(self, plan: int, token: SampledToken, next_plan: int) -> list[Appended]:
+        """Append the token that plan ``plan`` sampled, and the tokens that the policy forces after it; return them.
+
+        ``next_plan`` is the number of the next plan to be sent. Return nothing if the plan no longer counts: the
+        sequence has ended or was reset, or the token follows a wrong draft token.
         """
         if self.finish_reason is not None or plan < self._first_counting_plan:
-            return False
-        self.token_ids.append(token_id)
-        if token_id in self.request.stop_ids:
+            return []
+        appended = [self._append(token)]
+        if self._drafts and self._drafts.pop(0) == token.token_id:
+            self.num_accepted += 1
+            num_right = len(self.token_ids)
+        else:
+            num_right = len(self.token_ids) - 1
+        forced = self.append_forced()
+        if forced or num_right < len(self.token_ids):
+            self._drafts.clear()
+            self.num_planned = min(self.num_planned, num_right)
+            self._first_counting_plan = next_plan
+        return appended + forced
+
+    def finish(self) -> Accepted:
+        """Return the text and parts that the policy held back. Call it once, when the sequence has ended early."""
+        try:
+            return self._policy.finish()
+        except Exception:  # noqa: BLE001 - the sequence has ended already
+            return Accepted()
+
+    def _append(self, token: SampledToken, *, is_forced: bool = False) -> Appended:
+        self.token_ids.append(token.token_id)
+        accepted = Accepted()
+        try:
+            accepted = self._policy.accept(token.token_id)
+        except Exception as error:  # noqa: BLE001 - any error of a policy ends its own sequence only
+            self._fail(error)
+        if self.finish_reason is not None:
+            return Appended(token, accepted, is_forced)
+        if token.token_id in self.request.stop_ids:
             self.finish_reason = FinishReason.STOP
+        elif accepted.finish_reason is not None:
+            self.finish_reason = accepted.finish_reason
         elif len(self.token_ids) >= self._end:
             self.finish_reason = FinishReason.LENGTH
-        if self._drafts and self._drafts.pop(0) == token_id:
-            self.num_accepted += 1
-        else:
-            self._drafts.clear()
-            self.num_planned = min(self.num_planned, len(self.token_ids) - 1)
-            self._first_counting_plan = next_plan
-        return True
+        if self.finish_reason is not None:
+            held = self.finish()
+            accepted = Accepted(accepted.text + held.text, (*accepted.parts, *held.parts), self.finish_reason)
+        return Appended(token, accepted, is_forced)
+
+    def _forced(self) -> Tokens[int]:
+        try:
+            return self._policy.forced()
+        except Exception as error:  # noqa: BLE001 - any error of a policy ends its own sequence only
+            self._fail(error)
+            return ()
+
+    def _fail(self, error: Exception) -> None:
+        self.finish_reason = FinishReason.ERROR
+        self.error = RequestFailed(f"request ended: its token policy failed: {type(error).__name__}: {error}")
+        self.error.__cause__ = error

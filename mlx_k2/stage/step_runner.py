@@ -46,6 +46,8 @@ class PlanLimits:
         end = row.position + len(row.token_ids)
         if row.position < 0 or not row.token_ids or end > self.context_tokens:
             return f"positions {row.position} to {end} of {self.context_tokens}"
+        if row.token_mask is not None and len(row.token_mask) != -(-self.vocab_size // 8):
+            return f"a token mask of {len(row.token_mask)} bytes for {self.vocab_size} tokens"
         wrong = next((token_id for token_id in row.token_ids if not 0 <= token_id < self.vocab_size), None)
         return None if wrong is None else f"token id {wrong} of {self.vocab_size}"
 
@@ -122,7 +124,7 @@ class StepRunner:
             num_tokens += len(row.token_ids)
             if row.sampling is not None:
                 last_tokens.append(num_tokens - 1)
-                requests.append(SamplingRequest(row.sampling, row.position + len(row.token_ids), row.recent_ids))
+                requests.append(SamplingRequest(row.sampling, row.end, row.recent_ids, row.token_mask))
         if not requests:
             self._model.evaluate_cache()
             return ()

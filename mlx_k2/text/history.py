@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_k2.text.reply_parser import Reply
+from mlx_k2.text.reply_parts import Reply
 
 _UNKNOWN = "unknown"
 

@@ -3,38 +3,12 @@
 import enum
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from mlx_k2.text.markers import Found, Marker, MarkerScanner
 from mlx_k2.text.prompt import opens_reasoning
+from mlx_k2.text.reply_parts import Content, Part, Reasoning
 from mlx_k2.text.tokenizer import Detokenizer, Tokenizer
 from mlx_k2.text.tool_call import ToolCall, broken_call, read_call
-
-
-@dataclass(frozen=True)
-class Reasoning:
-    """A further part of the reasoning text."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Content:
-    """A further part of the answer text."""
-
-    text: str
-
-
-Part: TypeAlias = Reasoning | Content | ToolCall
-
-
-@dataclass(frozen=True)
-class Reply:
-    """All parts of a reply."""
-
-    reasoning: str
-    content: str
-    calls: tuple[ToolCall, ...]
 
 
 class _State(enum.Enum):
@@ -194,18 +168,16 @@ class ReplyParser:
         self._held, self._at_spelled_section, self._at_start = "", False, False
 
 
-def whole_reply(parts: Iterable[Part]) -> Reply:
-    """Return the parts of one reply joined into a Reply."""
-    parts = list(parts)
-    return Reply(
-        reasoning="".join(part.text for part in parts if isinstance(part, Reasoning)),
-        content="".join(part.text for part in parts if isinstance(part, Content)),
-        calls=tuple(part for part in parts if isinstance(part, ToolCall)),
-    )
+@dataclass(frozen=True)
+class ReplyText:
+    """The text of a token, control tokens spelled by their names, and the parts of the reply that it completes."""
+
+    text: str
+    parts: tuple[Part, ...]
 
 
 class ReplyReader:
-    """A reader of the reply to one prompt. A token of ``stop_ids`` ends the reply and completes no part."""
+    """A reader of the reply to one prompt. A token of ``stop_ids`` ends the reply; it has no text."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop_ids: Collection[int]) -> None:
         self._tokenizer = tokenizer
@@ -218,19 +190,18 @@ class ReplyReader:
         """Whether the next text would be reasoning, judged by the tokens so far."""
         return self._parser.in_reasoning
 
-    def add(self, token_id: int) -> tuple[Part, ...]:
-        """Return the parts that ``token_id`` completes."""
+    def add(self, token_id: int) -> ReplyText:
+        """Return the text of ``token_id``, and the parts that it completes."""
         if token_id in self._stop_ids:
-            return ()
+            return ReplyText("", ())
         if self._tokenizer.is_special(token_id):
+            rest = self._detokenizer.finish()
             name = self._tokenizer.token_bytes(token_id).decode()
-            return (*self._parser.text(self._detokenizer.finish()), *self._parser.control(name))
-        return tuple(self._parser.text(self._detokenizer.add(token_id)))
+            return ReplyText(rest + name, (*self._parser.text(rest), *self._parser.control(name)))
+        text = self._detokenizer.add(token_id)
+        return ReplyText(text, tuple(self._parser.text(text)))
 
-    def finish(self) -> tuple[Part, ...]:
-        """Return the remaining parts when no token follows."""
-        return tuple(self._rest())
-
-    def _rest(self) -> Iterator[Part]:
-        yield from self._parser.text(self._detokenizer.finish())
-        yield from self._parser.finish()
+    def finish(self) -> ReplyText:
+        """Return the remaining text and parts when no token follows."""
+        rest = self._detokenizer.finish()
+        return ReplyText(rest, (*self._parser.text(rest), *self._parser.finish()))

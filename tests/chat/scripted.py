@@ -1,15 +1,13 @@
-"""Reply sources with scripted replies: without stages, or over stages that compute every token of the replies."""
+"""Reply sources with scripted replies: without stages, or sampled by stages that may sample no other token."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import replace
 
 from mlx_k2.coordinator.answer_summary import AnswerSummary
-from mlx_k2.coordinator.pipeline import Coordinator
-from mlx_k2.coordinator.text_stream import Delta, StageReplies
-from mlx_k2.scheduling.request import FinishReason, Request
-from mlx_k2.text.tokenizer import Detokenizer, Tokenizer
-
-ForcedTokens = Callable[[], Sequence[int]]
+from mlx_k2.coordinator.engine import Engine
+from mlx_k2.coordinator.handle import Event, Finished, Handle, Token
+from mlx_k2.scheduling.request import FinishReason, Priority, Request
+from mlx_k2.scheduling.token_policy import Accepted, AnyToken, TokenPolicy
+from mlx_k2.text.tokenizer import Tokenizer
 
 
 def sampled(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -26,66 +24,91 @@ def sampled(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 class Script:
-    """A reply source without stages that gives its replies in order. It calls ``on_token`` before each token."""
+    """A reply source without stages that gives its replies in order. It calls ``on_token`` before each token.
+
+    A background request, which prefills the next prompt, is ignored.
+    """
 
     def __init__(self, tokenizer: Tokenizer, *replies: str, on_token: Callable[[int], None] | None = None) -> None:
         self._tokenizer = tokenizer
         self._replies: Iterator[str] = iter(replies)
-        self._on_token = on_token
+        self._on_token = on_token or (lambda _: None)
         self.requests: list[Request] = []
 
-    def stream(
-        self, request: Request, forced_tokens: ForcedTokens, stopped: Callable[[], bool]
-    ) -> Generator[Delta | AnswerSummary, None, None]:
+    def submit(self, request: Request, policy: TokenPolicy | None = None) -> Handle:
+        if request.priority is Priority.BACKGROUND:
+            return Handle(request, lambda _: None)
         self.requests.append(request)
-        detokenizer = Detokenizer(self._tokenizer)
         ids = sampled(self._tokenizer, next(self._replies))
-        for number, token_id in enumerate(ids):
-            if self._on_token is not None:
-                self._on_token(number)
-            if stopped():
-                yield summary_of(request, number, FinishReason.CANCELLED)
+        return _ScriptedHandle(request, policy or AnyToken(), ids, self._on_token)
+
+
+class _ScriptedHandle(Handle):
+    """A handle whose tokens come when they are read. Its policy sees each of them."""
+
+    def __init__(
+        self, request: Request, policy: TokenPolicy, ids: Sequence[int], on_token: Callable[[int], None]
+    ) -> None:
+        super().__init__(request, self._on_cancel)
+        self._policy = policy
+        self._ids = ids
+        self._on_token = on_token
+        self._was_cancelled = False
+
+    def _on_cancel(self, handle: Handle) -> None:
+        self._was_cancelled = True
+
+    def events(self) -> Generator[Event, None, None]:
+        for number, token_id in enumerate(self._ids):
+            self._on_token(number)
+            if self._was_cancelled:
+                yield Finished(summary_of(self.request, number, FinishReason.CANCELLED))
                 return
-            yield Delta(token_id, detokenizer.add(token_id), None, ())
-        ended = bool(ids) and ids[-1] in request.stop_ids
-        yield summary_of(request, len(ids), FinishReason.STOP if ended else FinishReason.LENGTH)
-
-    def prefill_next_prompt(self, prompt_ids: Callable[[], Sequence[int]]) -> None:
-        """Do nothing: no stages exist."""
-
-    def cancel_prefill(self) -> None:
-        """Do nothing: no stages exist."""
+            accepted = self._policy.accept(token_id)
+            yield Token(token_id, accepted.text, accepted.parts)
+        ended = bool(self._ids) and self._ids[-1] in self.request.stop_ids
+        reason = FinishReason.STOP if ended else FinishReason.LENGTH
+        yield Finished(summary_of(self.request, len(self._ids), reason), self._policy.finish().parts)
 
 
 class ScriptOnStages:
-    """A reply source whose stages compute each scripted reply after its prompt, as if they had sampled it."""
+    """A reply source whose stages sample each scripted reply: masks exclude every other token."""
 
-    def __init__(self, coordinator: Coordinator, tokenizer: Tokenizer, replies: Iterable[Sequence[int]]) -> None:
-        self._coordinator = coordinator
-        self._tokenizer = tokenizer
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, replies: Iterable[Sequence[int]]) -> None:
+        self._engine = engine
+        self._vocab_size = tokenizer.vocab_size
         self._replies = iter(replies)
-        self.summaries: list[AnswerSummary] = []
 
-    def stream(
-        self, request: Request, forced_tokens: ForcedTokens, stopped: Callable[[], bool]
-    ) -> Generator[Delta | AnswerSummary, None, None]:
-        reply = next(self._replies)
-        given = [reply]
-        asked = replace(request, max_tokens=1)
-        replies = StageReplies(self._coordinator, self._tokenizer)
-        deltas = replies.stream(asked, forced_tokens=lambda: given.pop() if given else ())
-        yield from (next(deltas) for _ in reply)
-        _, summary = deltas
-        assert isinstance(summary, AnswerSummary)
-        self.summaries.append(replace(summary, generated_tokens=len(reply), finish_reason=FinishReason.STOP))
-        yield self.summaries[-1]
+    def submit(self, request: Request, policy: TokenPolicy | None = None) -> Handle:
+        return self._engine.submit(request, _OnlyTokens(policy or AnyToken(), next(self._replies), self._vocab_size))
 
-    def prefill_next_prompt(self, prompt_ids: Callable[[], Sequence[int]]) -> None:
-        """Fail: no test calls this."""
-        raise AssertionError
 
-    def cancel_prefill(self) -> None:
-        """Do nothing: no next prompt is prefilled."""
+class _OnlyTokens:
+    """A policy that allows one reply only."""
+
+    def __init__(self, policy: TokenPolicy, ids: Sequence[int], vocab_size: int) -> None:
+        self._policy = policy
+        self._ids = ids
+        self._mask_bytes = -(-vocab_size // 8)
+        self._num_accepted = 0
+
+    def accept(self, token_id: int) -> Accepted:
+        self._num_accepted += 1
+        return self._policy.accept(token_id)
+
+    def forced(self) -> Sequence[int]:
+        return ()
+
+    def token_mask(self, draft_ids: Sequence[int]) -> bytes | None:
+        position = self._num_accepted + len(draft_ids)
+        if position >= len(self._ids):
+            return None
+        mask = bytearray(self._mask_bytes)
+        mask[self._ids[position] // 8] = 1 << self._ids[position] % 8
+        return bytes(mask)
+
+    def finish(self) -> Accepted:
+        return self._policy.finish()
 
 
 def summary_of(request: Request, num_tokens: int, reason: FinishReason) -> AnswerSummary:

@@ -14,7 +14,7 @@ from mlx_k2.chat.conversation import Conversation
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import Sampling
-from mlx_k2.text.reply_parser import Content, Reasoning
+from mlx_k2.text.reply_parts import Content, Reasoning
 from mlx_k2.text.tool_call import ToolCall
 from mlx_k2.tools.outcome import Outcome
 from mlx_k2.tools.servers import StdioServer

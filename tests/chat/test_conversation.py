@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mlx_k2.chat.conversation import Conversation
 from mlx_k2.errors import RequestError
-from mlx_k2.text.reply_parser import Reply
+from mlx_k2.text.reply_parts import Reply
 from mlx_k2.text.tool_call import ToolCall
 from tests.text.fixtures import builtin_template, decoded, tokenizer
 

@@ -16,8 +16,8 @@ from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit
 from mlx_k2.chat.conversation import Conversation
 from mlx_k2.cluster.hostfile import local_hostfile
 from mlx_k2.coordinator.answer_summary import AnswerSummary
-from mlx_k2.coordinator.pipeline import Coordinator, coordinate
-from mlx_k2.coordinator.text_stream import Delta, StageReplies
+from mlx_k2.coordinator.engine import Engine, engine_on
+from mlx_k2.coordinator.handle import Token
 from mlx_k2.deployment.deploy import deploy
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener
@@ -28,7 +28,7 @@ from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.tiny_config import tiny_config_fields
 from mlx_k2.testing.tiny_vocabulary import tiny_vocabulary
 from mlx_k2.text.chat_template import ChatTemplate, load_chat_template
-from mlx_k2.text.reply_parser import Content, Reasoning
+from mlx_k2.text.reply_parts import Content, Reasoning
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 from mlx_k2.tools.outcome import Outcome, ToolResult
 from mlx_k2.tools.servers import HttpServer, StdioServer
@@ -73,7 +73,7 @@ class Stages:
 
     tokenizer: Tokenizer
     template: ChatTemplate
-    coordinator: Coordinator
+    engine: Engine
     context_tokens: int
     computed: Computed
 
@@ -89,10 +89,10 @@ def two_stages(path_or_repo: str) -> Iterator[Stages]:
     model = describe_model(read_model_files(source).files, path_or_repo)
     computed = Computed()
     with deploy(asked, model, DeploymentListener()) as deployment:
-        coordinator = coordinate(deployment, drafts=True, on_report=computed.record)
         tokenizer = load_tokenizer(model.files, model.config.vocab_size)
         template = load_chat_template(model.files)
-        yield Stages(tokenizer, template, coordinator, deployment.shape.context_tokens, computed)
+        with engine_on(deployment, drafts=True, on_report=computed.record) as engine:
+            yield Stages(tokenizer, template, engine, deployment.shape.context_tokens, computed)
 
 
 @pytest.fixture(scope="module")
@@ -112,57 +112,57 @@ def test_a_second_turn_computes_only_the_new_message_after_idle_prefill_of_the_a
     stages: Stages,
 ) -> None:
     conversation = Conversation(stages.template, stages.tokenizer)
-    with StageReplies(stages.coordinator, stages.tokenizer) as replies:
-        chat = ChatSession(replies, stages.tokenizer, conversation, stages.settings())
-        first = list(chat.send_message("Tell me about the water and the world."))
-        first_prompt = summary(first).prompt_tokens
-        assert stages.computed.next_tokens() == first_prompt - summary(first).cached_tokens
-        known = len(conversation.known_ids())
-        kept = known - first_prompt
+    chat = ChatSession(stages.engine, stages.tokenizer, conversation, stages.settings())
+    first = list(chat.send_message("Tell me about the water and the world."))
+    first_prompt = summary(first).prompt_tokens
+    assert stages.computed.next_tokens() == first_prompt - summary(first).cached_tokens
+    known = len(conversation.known_ids())
+    kept = known - first_prompt
 
-        chat.prefill_next_prompt()
-        assert stages.computed.next_tokens(at_least=kept - 1) <= kept + 1
+    chat.prefill_next_prompt()
+    assert stages.computed.next_tokens(at_least=kept - 1) <= kept + 1
 
-        message = "And the sun?"
-        second = list(chat.send_message(message))
-        asked = summary(second)
-        assert asked.cached_tokens >= known - 1
-        assert stages.computed.next_tokens() == asked.prompt_tokens - asked.cached_tokens
-        own = len(stages.tokenizer.encode_text(message + "assistant"))
-        assert asked.prompt_tokens - asked.cached_tokens <= own + 4
+    message = "And the sun?"
+    second = list(chat.send_message(message))
+    asked = summary(second)
+    assert asked.cached_tokens >= known - 1
+    assert stages.computed.next_tokens() == asked.prompt_tokens - asked.cached_tokens
+    own = len(stages.tokenizer.encode_text(message + "assistant"))
+    assert asked.prompt_tokens - asked.cached_tokens <= own + 4
 
 
 def test_prefilling_the_next_prompt_does_not_change_the_answer(stages: Stages) -> None:
     def tokens(prefill: bool) -> list[int]:
-        with StageReplies(stages.coordinator, stages.tokenizer) as replies:
-            conversation = Conversation(stages.template, stages.tokenizer)
-            chat = ChatSession(replies, stages.tokenizer, conversation, stages.settings(max_tokens=20))
-            list(chat.send_message("One."))
-            if prefill:
-                chat.prefill_next_prompt()
-            return [event.token_id for event in chat.send_message("Two.") if isinstance(event, Delta)]
+        conversation = Conversation(stages.template, stages.tokenizer)
+        chat = ChatSession(stages.engine, stages.tokenizer, conversation, stages.settings(max_tokens=20))
+        list(chat.send_message("One."))
+        if prefill:
+            chat.prefill_next_prompt()
+        return [event.token_id for event in chat.send_message("Two.") if isinstance(event, Token)]
 
     assert tokens(prefill=True) == tokens(prefill=False)
 
 
 def test_a_stopped_answer_ends_within_two_tokens_and_a_retry_reuses_its_cached_prompt(stages: Stages) -> None:
-    with StageReplies(stages.coordinator, stages.tokenizer) as replies:
-        chat = ChatSession(
-            replies, stages.tokenizer, Conversation(stages.template, stages.tokenizer), stages.settings(max_tokens=900)
-        )
-        num_tokens = 0
-        for event in chat.send_message("Go on for ever."):
-            num_tokens += isinstance(event, Delta)
-            if num_tokens == 10:
-                chat.stop()
-            if isinstance(event, AnswerSummary):
-                assert (event.finish_reason, event.generated_tokens) == (FinishReason.CANCELLED, num_tokens)
-        assert num_tokens <= 12
-        again: list[object] = []
-        for event in chat.retry():
+    chat = ChatSession(
+        stages.engine,
+        stages.tokenizer,
+        Conversation(stages.template, stages.tokenizer),
+        stages.settings(max_tokens=900),
+    )
+    num_tokens = 0
+    for event in chat.send_message("Go on for ever."):
+        num_tokens += isinstance(event, Token)
+        if num_tokens == 10:
             chat.stop()
-            again.append(event)
-        assert summary(again).cached_tokens == summary(again).prompt_tokens - 1
+        if isinstance(event, AnswerSummary):
+            assert (event.finish_reason, event.generated_tokens) == (FinishReason.CANCELLED, num_tokens)
+    assert num_tokens <= 12
+    again: list[object] = []
+    for event in chat.retry():
+        chat.stop()
+        again.append(event)
+    assert summary(again).cached_tokens == summary(again).prompt_tokens - 1
 
 
 def test_the_thinking_budget_ends_the_reasoning_and_the_answer_continues_from_the_cache(stages: Stages) -> None:
@@ -171,19 +171,18 @@ def test_the_thinking_budget_ends_the_reasoning_and_the_answer_continues_from_th
             "<|im_assistant|>assistant<|im_middle|>", "<|im_assistant|>assistant<|im_middle|><think>"
         )
     )
-    with StageReplies(stages.coordinator, stages.tokenizer) as replies:
-        conversation = Conversation(opening, stages.tokenizer)
-        chat = ChatSession(replies, stages.tokenizer, conversation, stages.settings(thinking_budget=7, max_tokens=30))
-        stages.computed.next_tokens()
-        events = list(chat.send_message("Think."))
-        ids = [event.token_id for event in events if isinstance(event, Delta)]
-        close = stages.tokenizer.token_id("</think>")
-        assert ids.index(close) == 7
-        assert any(isinstance(event, Reasoning) for event in events)
-        assert any(isinstance(event, Content) for event in events)
-        assert summary(events).generated_tokens == 30 == len(ids) - 1
-        computed = stages.computed.next_tokens()
-        assert computed <= summary(events).prompt_tokens - summary(events).cached_tokens + 2
+    conversation = Conversation(opening, stages.tokenizer)
+    chat = ChatSession(stages.engine, stages.tokenizer, conversation, stages.settings(thinking_budget=7, max_tokens=30))
+    stages.computed.next_tokens()
+    events = list(chat.send_message("Think."))
+    ids = [event.token_id for event in events if isinstance(event, Token)]
+    close = stages.tokenizer.token_id("</think>")
+    assert ids.index(close) == 7
+    assert any(isinstance(event, Reasoning) for event in events)
+    assert any(isinstance(event, Content) for event in events)
+    assert summary(events).generated_tokens == 30 == len(ids)
+    computed = stages.computed.next_tokens()
+    assert computed <= summary(events).prompt_tokens - summary(events).cached_tokens + 2
 
 
 @contextlib.contextmanager
@@ -212,11 +211,14 @@ def test_three_hundred_tool_calls_in_a_row_reuse_the_cached_prefix_and_memory_st
     ):
         declared = [item for item in tools.declarations if item["function"]["name"].endswith("_add")]
         conversation = Conversation(stages.template, stages.tokenizer, declared)
-        source = ScriptOnStages(stages.coordinator, stages.tokenizer, calls_and_an_answer(stages.tokenizer))
+        source = ScriptOnStages(stages.engine, stages.tokenizer, calls_and_an_answer(stages.tokenizer))
         toolkit = Toolkit(tools, lambda call: True)
         settings = replace(stages.settings(), stop_ids=stages.tokenizer.stop_ids)
         chat = ChatSession(source, stages.tokenizer, conversation, settings, toolkit)
+        summaries: list[AnswerSummary] = []
         for event in chat.send_message("Add."):
+            if isinstance(event, AnswerSummary):
+                summaries.append(event)
             if isinstance(event, CallEnded):
                 results.append(event.result)
                 memory.append(resident_bytes())
@@ -224,9 +226,9 @@ def test_three_hundred_tool_calls_in_a_row_reuse_the_cached_prefix_and_memory_st
     returned = [message["content"] for message in conversation.messages if message["role"] == "tool"]
     assert returned == [str(number % 10 + 2) for number in range(NUM_CALLS)]
     assert conversation.messages[-1]["content"] == "Done."
-    prompt_tokens = sum(one.prompt_tokens for one in source.summaries)
-    cached_tokens = sum(one.cached_tokens for one in source.summaries)
-    assert len(source.summaries) == NUM_CALLS // 2 + 1
+    prompt_tokens = sum(one.prompt_tokens for one in summaries)
+    cached_tokens = sum(one.cached_tokens for one in summaries)
+    assert len(summaries) == NUM_CALLS // 2 + 1
     assert cached_tokens > 0.95 * prompt_tokens
     assert memory[-1] - memory[NUM_CALLS // 3] < MOST_GROWTH_BYTES
 

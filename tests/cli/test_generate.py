@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from mlx_k2.builtin import BUILTIN_FOLDER
-from mlx_k2.text.reply_parser import ReplyReader, whole_reply
+from mlx_k2.text.reply_parser import ReplyReader
+from mlx_k2.text.reply_parts import whole_reply
 from mlx_k2.text.tokenizer import load_tokenizer
 from mlx_k2.weights.checkpoint import describe_model, read_small_files
 from tests.cli.command import MLX_K2, CommandLine
@@ -40,8 +41,8 @@ def answer_of(lines: list[dict[str, Any]]) -> str:
     files = read_small_files(BUILTIN_FOLDER)
     tokenizer = load_tokenizer(files, describe_model(files, "built-in").config.vocab_size)
     reader = ReplyReader(tokenizer, (), tokenizer.stop_ids)
-    parts = [part for line in lines if "token" in line for part in reader.add(line["token"])]
-    return whole_reply([*parts, *reader.finish()]).content
+    parts = [part for line in lines if "token" in line for part in reader.add(line["token"]).parts]
+    return whole_reply([*parts, *reader.finish().parts]).content
 
 
 def test_the_answer_goes_to_stdout_and_everything_else_to_stderr(

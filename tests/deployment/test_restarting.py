@@ -10,13 +10,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlx_k2.coordinator.pipeline import Coordinator, TokenEvent, coordinate
+from mlx_k2.coordinator.engine import Engine, engine_on
 from mlx_k2.deployment.listener import DeploymentListener
-from mlx_k2.deployment.restarting import Restart, RestartingDeployment
+from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.errors import StageFault, StageStartError
+from mlx_k2.scheduling.request import Request
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files
-from tests.local_cluster import by_request, local_request, marked_host, request, stage_process, write_model
+from tests.local_cluster import local_request, marked_host, request, stage_process, together, write_model
 
 ASKED = (request(90, 60, seed=5), request(7, 80, temperature=0))
 Tokens = list[list[int]]
@@ -30,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokens:
     with restarting(model, tmp_path_factory.mktemp("undisturbed"), 1) as run:
-        return tokens_of(run)
+        return answers(run)
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Run:
     """Stages that restart after a fault, and the restarts so far."""
 
     deployment: RestartingDeployment
-    coordinator: Coordinator
+    engine: Engine
     restarts: list[Restart]
 
 
@@ -50,25 +51,27 @@ def restarting(
     asked = replace(local_request(model, hosts), stall_timeout_s=1.5)
     description = describe_model(read_model_files(asked.source).files, str(model))
     restarts: list[Restart] = []
-    with RestartingDeployment(
-        asked, description, listener or DeploymentListener(), limit, first_wait_s=0.05
-    ) as deployment:
-        coordinator = coordinate(
-            deployment.deployment, drafts=True, restart=lambda error: deployment.restart(error, restarts.append)
-        )
-        yield Run(deployment, coordinator, restarts)
+
+    def on_restart(restart: Restart, phase: str) -> None:
+        if phase == WAITING:
+            restarts.append(restart)
+
+    with (
+        RestartingDeployment(
+            asked, description, listener or DeploymentListener(), limit, first_wait_s=0.05
+        ) as deployment,
+        engine_on(deployment.deployment, drafts=True, restarts=deployment, on_restart=on_restart) as engine,
+    ):
+        yield Run(deployment, engine, restarts)
 
 
-def tokens_of(run: Run, breaking: dict[int, Callable[[], None]] | None = None) -> Tokens:
-    """Return the tokens of ASKED. Call ``breaking[i]`` after token event i, counted from 0."""
-
-    def events() -> Iterator[TokenEvent]:
-        for count, event in enumerate(run.coordinator.run(*ASKED)):
-            yield event
-            if breaking and count in breaking:
-                breaking[count]()
-
-    tokens = by_request(events())
+def answers(run: Run, breaking: dict[int, Callable[[], None]] | None = None) -> Tokens:
+    """Return the tokens of ASKED. Call ``breaking[i]`` after token i, counted from 0."""
+    tokens: dict[Request, list[int]] = {asked: [] for asked in ASKED}
+    for count, (asked, token) in enumerate(together(run.engine, *ASKED)):
+        tokens[asked].append(token.token_id)
+        if breaking and count in breaking:
+            breaking[count]()
     return [tokens[asked] for asked in ASKED]
 
 
@@ -83,7 +86,7 @@ def test_two_streams_resume_with_the_same_tokens_after_a_stage_is_killed_or_susp
         100: lambda: stage_process(1).suspend(),
     }
     with restarting(model, tmp_path, 3) as run:
-        assert tokens_of(run, breaking) == undisturbed
+        assert answers(run, breaking) == undisturbed
     for rank, restart in enumerate(run.restarts[:3]):
         assert re.match(rf"stage {rank} on this machine \(.+\) ended with signal 9", restart.reason), restart.reason
     stopped = run.restarts[3]
@@ -99,13 +102,13 @@ def test_with_no_restarts_allowed_a_fault_is_raised(model: Path, tmp_path: Path)
         restarting(model, tmp_path, 2, limit=0) as run,
         pytest.raises(StageFault, match=r"stage 1 on this machine \(.+\) ended with signal 9"),
     ):
-        tokens_of(run, {5: lambda: stage_process(1).kill()})
+        answers(run, {5: lambda: stage_process(1).kill()})
     assert run.restarts == []
 
 
 def test_a_stage_that_cannot_start_again_is_named_after_the_restart_limit(model: Path, tmp_path: Path) -> None:
     with restarting(model, tmp_path, 2, limit=2) as run:
-        events = run.coordinator.run(*ASKED)
+        events = together(run.engine, *ASKED)
         next(events)
         (tmp_path / "python-1").unlink()
         stage_process(1).kill()
@@ -135,7 +138,7 @@ def test_a_stage_killed_during_a_restart_causes_one_more_restart(
     breaker = Breaker(["connecting", "loading"])
     with restarting(model, tmp_path, 2, listener=breaker) as run:
         breaker.is_armed = True
-        assert tokens_of(run, {10: lambda: stage_process(0).kill()}) == undisturbed
+        assert answers(run, {10: lambda: stage_process(0).kill()}) == undisturbed
     assert [restart.number for restart in run.restarts] == [1, 2, 3]
     for restart in run.restarts[1:]:
         assert re.match(r"stage 1 on this machine \(.+\) ended with signal 9", restart.reason), restart.reason
@@ -146,10 +149,10 @@ def test_a_fault_between_requests_causes_one_restart_and_leaves_no_old_process(
     model: Path, tmp_path: Path, undisturbed: Tokens
 ) -> None:
     with restarting(model, tmp_path, 2) as run:
-        assert tokens_of(run) == undisturbed
+        assert answers(run) == undisturbed
         before = psutil.Process().children(recursive=True)
         stage_process(1).kill()
-        assert tokens_of(run) == undisturbed
+        assert answers(run) == undisturbed
         assert not [process for process in before if process.is_running()]
         assert len(psutil.Process().children(recursive=True)) == len(before)
     assert len(run.restarts) == 1

@@ -14,16 +14,16 @@ from pathlib import Path
 import msgspec
 
 from mlx_k2.cluster.hostfile import read_hostfile
-from mlx_k2.coordinator.pipeline import coordinate
+from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener
-from mlx_k2.deployment.restarting import Restart, RestartingDeployment
+from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import ClusterError
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_source import ModelSource
-from tests.local_cluster import CONTEXT_TOKENS, request
+from tests.local_cluster import CONTEXT_TOKENS, request, together
 
 STREAMS = (request(400, 100, seed=5), request(7, 130, temperature=0))
 DECODING_TOKEN = 10
@@ -69,8 +69,9 @@ def write_event(**values: object) -> None:
     sys.stdout.flush()
 
 
-def reported_restart(restart: Restart) -> None:
-    write_event(restart=dataclasses.asdict(restart))
+def report_restart(restart: Restart, phase: str) -> None:
+    if phase == WAITING:
+        write_event(restart=dataclasses.asdict(restart))
 
 
 def main(options: Options) -> int:
@@ -106,17 +107,13 @@ def run(restarting: RestartingDeployment, teller: Teller) -> None:
         keep(report)
         teller.step(report)
 
-    coordinator = coordinate(
-        restarting.deployment,
-        drafts=True,
-        on_report=on_report,
-        restart=lambda error: restarting.restart(error, reported_restart),
-    )
-    for count, event in enumerate(coordinator.run(*STREAMS)):
-        assert event.token is not None
-        write_event(stream=STREAMS.index(event.sequence.request), token=event.token.token_id)
-        if count == DECODING_TOKEN:
-            teller.phase("decode")
+    with engine_on(
+        restarting.deployment, drafts=True, on_report=on_report, restarts=restarting, on_restart=report_restart
+    ) as engine:
+        for count, (asked, token) in enumerate(together(engine, *STREAMS)):
+            write_event(stream=STREAMS.index(asked), token=token.token_id)
+            if count == DECODING_TOKEN:
+                teller.phase("decode")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_k2.coordinator.pipeline import Coordinator
+from mlx_k2.coordinator.engine import Engine
+from mlx_k2.coordinator.pipeline import Pipeline
 from mlx_k2.deployment.bring_up import collect
 from mlx_k2.launch import stage_process
 from mlx_k2.launch.group import StageGroup
@@ -20,6 +21,7 @@ from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
 from mlx_k2.weights.model_source import ModelSource
 from tests.launch.guarded import stand_in_python
+from tests.local_cluster import tokens_of
 from tests.scheduling.simulation import k2_stages
 
 PROMPT_TOKENS = 200_000
@@ -77,11 +79,11 @@ def test_a_prompt_of_200_000_tokens_completes_while_readers_are_held_back(reader
     policy = AdaptiveStepPolicy(k2_stages(NUM_STAGES))
     prompt = Request(tuple(range(PROMPT_TOKENS)), 3, Sampling(seed=0), frozenset())
     with connected_stages(tmp_path) as group:
-        coordinator = Coordinator(group, Scheduler(limits, policy), policy, on_report=lambda _: None)
+        scheduler = Scheduler(limits, policy)
         readers.hold()
-        events = list(coordinator.run(prompt))
-        assert [event.sequence.request for event in events] == [prompt] * 3
-        assert coordinator.use[-1].num_tokens == PROMPT_TOKENS + 2
+        with Engine(Pipeline(group, scheduler, policy), scheduler, 1) as engine:
+            assert len(tokens_of(engine, prompt)[prompt]) == 3
+            assert engine.use[-1].num_tokens == PROMPT_TOKENS + 2
     assert readers.num_held == NUM_STAGES
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
-from mlx_k2.sampling import Sampling
+from mlx_k2.sampling import SampledToken, Sampling
 from mlx_k2.scheduling.cost_model import StepLoad
 from mlx_k2.scheduling.microbatch import Microbatch, Row
-from mlx_k2.scheduling.request import Request
-from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
+from mlx_k2.scheduling.request import FinishReason, Request
+from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits, TokensAppended
 from mlx_k2.scheduling.sequence import Sequence
 from mlx_k2.scheduling.step_policy import DecodeRound
 
@@ -104,13 +104,13 @@ class Run:
         )
         return True
 
-    def complete(self) -> tuple[Sequence | None, ...]:
+    def complete(self) -> list[TokensAppended]:
         """Run the oldest microbatch in flight, if there is one, and complete it in the scheduler."""
         if not self._in_flight:
-            return ()
+            return []
         microbatch = self._in_flight.popleft()
         sampled = [token_id for planned in microbatch.rows if (token_id := self._run(planned.row)) is not None]
-        return self.scheduler.complete(microbatch.number, sampled)
+        return self.scheduler.complete(microbatch.number, [SampledToken(token_id) for token_id in sampled])
 
     def _run(self, row: Row) -> int | None:
         cache = self._caches.setdefault(row.slot, [])
@@ -145,6 +145,11 @@ class Run:
                 pass
             assert self._in_flight, "there is work, and none of it is sent"
             self.complete()
+
+    def cancel_all(self) -> None:
+        """Stop every waiting and running sequence."""
+        for sequence in (*self.scheduler.waiting, *self.scheduler.running):
+            self.scheduler.stop(sequence, FinishReason.CANCELLED)
 
     @property
     def rows(self) -> list[SentRow]:

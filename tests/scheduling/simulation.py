@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.deployment.stage_costs import stage_sizes
-from mlx_k2.sampling import Sampling
+from mlx_k2.sampling import SampledToken, Sampling
 from mlx_k2.scheduling.cost_model import StageCost, StageSizes, StageSpeed, StepLoad
 from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.scheduling.request import Request
@@ -97,6 +97,6 @@ class Simulation:
     def _receive(self, done_s: float, microbatch: Microbatch) -> None:
         self.now_s = done_s
         sampling_rows = [planned.sequence for planned in microbatch.rows if planned.row.needs_logits]
-        self.scheduler.complete(microbatch.number, [1] * len(sampling_rows))
+        self.scheduler.complete(microbatch.number, [SampledToken(1)] * len(sampling_rows))
         for sequence in sampling_rows:
             self.token_times.setdefault(id(sequence.request), []).append(done_s)

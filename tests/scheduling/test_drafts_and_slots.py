@@ -4,11 +4,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_k2.sampling import Sampling
-from mlx_k2.scheduling.ngrams import NgramIndex
+from mlx_k2.scheduling.drafter import NgramDrafter
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import SchedulerLimits
-from mlx_k2.scheduling.sequence import Sequence
-from mlx_k2.scheduling.slots import SlotPool, common_prefix
+from mlx_k2.scheduling.sequence import Sequence, SharedPrefix
+from mlx_k2.scheduling.slots import SlotChoice, SlotPool, common_prefix
 from tests.scheduling.fake_stages import FixedStepPolicy, Run, request
 
 ids = st.lists(st.integers(0, 3), max_size=40)
@@ -25,20 +25,20 @@ def after_longest_match(token_ids: list[int]) -> int | None:
 
 @given(ids, st.integers(1, 7))
 def test_a_draft_token_follows_the_longest_most_recent_ngram_match(token_ids: list[int], step: int) -> None:
-    index = NgramIndex()
+    drafter = NgramDrafter()
     for end in range(step, len(token_ids), step):  # the text grows
-        index.update(token_ids[:end])
-    index.update(token_ids)
-    assert index.draft(token_ids, []) == after_longest_match(token_ids)
+        drafter.index(token_ids[:end], 100)
+    drafter.index(token_ids, 100)
+    assert drafter.draft(token_ids, []) == after_longest_match(token_ids)
 
 
 def test_drafting_continues_from_earlier_draft_tokens() -> None:
-    index = NgramIndex()
+    drafter = NgramDrafter()
     text = [1, 2, 3, 4, 5, 6, 1, 2]
-    index.update(text)
+    drafter.index(text, 100)
     drafts: list[int] = []
     for _ in range(6):
-        draft = index.draft(text, drafts)
+        draft = drafter.draft(text, drafts)
         assert draft is not None
         drafts.append(draft)
     assert drafts == [3, 4, 5, 6, 1, 2]
@@ -61,9 +61,10 @@ def test_common_prefix_ends_at_the_first_difference(left: list[int], right: list
     assert length in (len(left), len(right)) or left[length] != right[length]
 
 
-def owner(slot: int, *token_ids: int) -> Sequence:
-    """Return a sequence that has computed its whole prompt."""
-    sequence = Sequence(Request(token_ids, 5, Sampling(seed=0), frozenset()), slot, 1000)
+def acquire(pool: SlotPool, slot: int, *token_ids: int) -> Sequence:
+    """Acquire ``slot`` for a sequence that has computed its whole prompt, and return it."""
+    sequence = Sequence(Request((*token_ids, 0), 5, Sampling(seed=0), frozenset()), 100_000)
+    pool.acquire(SlotChoice(slot, SharedPrefix()), sequence)
     sequence.num_planned = len(token_ids)
     return sequence
 
@@ -72,7 +73,7 @@ def pool_with(*held: tuple[int, ...]) -> SlotPool:
     """Return a pool of free slots that hold these tokens. The first slot is the least recently used."""
     pool = SlotPool(len(held))
     for slot, token_ids in enumerate(held):
-        pool.acquire(slot, owner(slot, *token_ids))
+        acquire(pool, slot, *token_ids)
     for slot in range(len(held)):
         pool.release(slot)
     return pool
@@ -100,7 +101,7 @@ def test_a_short_cached_prefix_is_copied_and_the_source_slot_is_kept() -> None:
 
 def test_a_cached_prefix_of_a_running_sequence_is_copied() -> None:
     pool = pool_with((1, 2), (3, 4))
-    pool.acquire(1, owner(1, 5, 6, 7))
+    acquire(pool, 1, 5, 6, 7)
     choice = pool.choose((5, 6, 7, 8))
     assert (choice.slot, choice.shared.num_tokens, choice.shared.copy_from) == (0, 3, 1)
 

@@ -103,7 +103,7 @@ def test_a_sequence_ends_at_the_context_length() -> None:
 
 def test_after_cancel_all_before_the_first_step_the_scheduler_has_no_work() -> None:
     run = run_of((4, 5), (4, 5), (4, 5))
-    run.scheduler.cancel_all()
+    run.cancel_all()
     assert not run.scheduler.has_work
     assert not run.send()
 

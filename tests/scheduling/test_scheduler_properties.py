@@ -145,7 +145,7 @@ def test_cancelled_sequences_get_no_token_or_plan_and_later_requests_run(
     cancelled = [sequence for sequence in run.sequences if sequence.finish_reason is None]
     lengths = [len(sequence.token_ids) for sequence in cancelled]
     num_sent = len(run.sent)
-    run.scheduler.cancel_all()
+    run.cancel_all()
     for request in later:
         run.scheduler.submit(request)
     run.finish()

@@ -51,10 +51,8 @@ def run(pipeline: Pipeline, scheduler: Scheduler, asked: Sequence[Request]) -> l
             sampled = pipeline.tokens(*(planned.row for planned in microbatch.rows))
             waiting.append((microbatch.number, sampled))
         number, sampled = waiting.popleft()
-        recipients = scheduler.complete(number, [token.token_id for token in sampled])
-        for sequence, token in zip(recipients, sampled, strict=True):
-            if sequence is not None:
-                tokens[id(sequence.request)].append(token)
+        for added in scheduler.complete(number, sampled):
+            tokens[id(added.sequence.request)] += [one.token for one in added.appended]
     return [tokens[id(request)] for request in asked]
 
 

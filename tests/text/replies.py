@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 
 from mlx_k2.text.markers import NAMES
-from mlx_k2.text.reply_parser import Part, Reply, ReplyParser, whole_reply
+from mlx_k2.text.reply_parser import ReplyParser
+from mlx_k2.text.reply_parts import Part, Reply, whole_reply
 from tests.text.fixtures import tokenizer
 
 IN_VOCABULARY = frozenset(name for name in NAMES if name in tokenizer().special_ids)

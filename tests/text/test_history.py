@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from mlx_k2.text.history import assistant_message, num_calls, tool_messages, with_normal_ids
 from mlx_k2.text.message_checks import checked_messages
 from mlx_k2.text.prompt import opens_reasoning, render_pieces, render_prompt
-from mlx_k2.text.reply_parser import Part, Reply, ReplyParser, whole_reply
+from mlx_k2.text.reply_parser import ReplyParser
+from mlx_k2.text.reply_parts import Part, Reply, whole_reply
 from mlx_k2.text.tokenizer import Detokenizer
 from mlx_k2.text.tool_call import ToolCall
 from tests.text.fixtures import as_text, builtin_template, tokenizer

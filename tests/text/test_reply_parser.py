@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from mlx_lm.tool_parsers.kimi_k2 import parse_tool_call
 
 from mlx_k2.text.markers import NAMES
-from mlx_k2.text.reply_parser import Content, Part, Reasoning, Reply, ReplyParser, whole_reply
+from mlx_k2.text.reply_parser import ReplyParser
+from mlx_k2.text.reply_parts import Content, Part, Reasoning, Reply, whole_reply
 from tests.examples import at_least
 from tests.text.replies import CALL, IN_VOCABULARY, SINGULAR, Token, call, parsed, parts, section, tokens_of
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from mlx_k2.text.history import assistant_message, tool_messages
 from mlx_k2.text.prompt import encode_pieces, render_pieces
-from mlx_k2.text.reply_parser import ReplyReader, whole_reply
+from mlx_k2.text.reply_parser import ReplyReader
+from mlx_k2.text.reply_parts import whole_reply
 from mlx_k2.text.sampled_turns import SampledTurns
 from tests.text.fixtures import builtin_template, decoded, tokenizer
 
@@ -49,8 +50,8 @@ def replies(sample: st.DrawFn, number: int = 0) -> list[int]:
 
 def message_of(prompt_ids: list[int], sampled: list[int], number: int) -> Message:
     reader = ReplyReader(tokenizer(), prompt_ids, {END})
-    parts = [part for token_id in sampled for part in reader.add(token_id)]
-    return assistant_message(whole_reply([*parts, *reader.finish()]), number)
+    parts = [part for token_id in sampled for part in reader.add(token_id).parts]
+    return assistant_message(whole_reply([*parts, *reader.finish().parts]), number)
 
 
 def prompt(turns: SampledTurns, messages: list[Message]) -> list[int]:

@@ -12,10 +12,11 @@ from mlx_k2.chat.chat_events import CallEnded, CallStarted, Event
 from mlx_k2.cli.console import console as stderr_console
 from mlx_k2.cli.console import log, log_restart
 from mlx_k2.cli.repl.markdown_stream import MarkdownStream
-from mlx_k2.cli.repl.wording import call_line, ended_line, printable
+from mlx_k2.cli.repl.wording import call_line, ended_line, printable, progress_line
 from mlx_k2.coordinator.answer_summary import AnswerSummary
+from mlx_k2.coordinator.handle import PrefillProgress, Queued, Restarting
 from mlx_k2.deployment.restarting import Restart
-from mlx_k2.text.reply_parser import Content, Reasoning
+from mlx_k2.text.reply_parts import Content, Reasoning
 
 
 def show_all(show: Callable[[Event], None], events: Iterable[Event]) -> list[AnswerSummary]:
@@ -55,6 +56,8 @@ class PlainScreen:
     def __init__(self, *, show_thinking: bool) -> None:
         self.show_thinking = show_thinking
         self._open: type[Reasoning] | type[Content] | None = None
+        self._status: Status | None = None
+        self._last_restart: Restart | None = None
 
     def event(self, event: Event) -> None:
         """Write one event."""
@@ -67,6 +70,11 @@ class PlainScreen:
                 self.pause()
             case CallEnded():
                 self.log(ended_line(event))
+            case Queued() | PrefillProgress() | Restarting():
+                if isinstance(event, Restarting) and event.restart != self._last_restart:
+                    self._last_restart = event.restart
+                    self.restart(event.restart)
+                self.wait(progress_line(event))
 
     def log(self, line: str) -> None:
         """Write a line to stderr; on a terminal, below the incomplete line of the answer."""
@@ -79,21 +87,35 @@ class PlainScreen:
         log_restart(restart)
 
     def wait(self, what: str) -> None:
-        """Do nothing: this display has no spinner."""
+        """Show a spinner on stderr if that is a terminal."""
+        if self._status is not None:
+            self._status.update(Text(what, style="dim"))
+        elif stderr_console.is_terminal:
+            self._begin_line()
+            self._status = stderr_console.status(Text(what, style="dim"))
+            self._status.start()
 
     def pause(self) -> None:
-        """End the incomplete line, if there is one."""
+        """Stop the spinner, and end the incomplete line if there is one."""
+        self._stop_waiting()
         if self._open is not None:
             self._write(self._open, "\n")
             self._open = None
 
+    def _stop_waiting(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
     def _begin_line(self) -> None:
+        self._stop_waiting()
         if self._open is Reasoning:
             self.pause()
         elif self._open is Content and stderr_console.is_terminal:
             stderr_console.print()
 
     def _write(self, kind: type[Reasoning] | type[Content], text: str) -> None:
+        self._stop_waiting()
         if self._open not in (None, kind):
             self.pause()
         self._open = kind
@@ -115,6 +137,7 @@ class RichScreen:
         self._is_thinking = False
         self._num_hidden = 0
         self._running = 0
+        self._last_restart: Restart | None = None
 
     def event(self, event: Event) -> None:
         """Show one event at once."""
@@ -141,6 +164,11 @@ class RichScreen:
                     self._spin(f"{self._running} tools run")
             case AnswerSummary():
                 self.pause()
+            case Queued() | PrefillProgress() | Restarting():
+                if isinstance(event, Restarting) and event.restart != self._last_restart:
+                    self._last_restart = event.restart
+                    self.restart(event.restart)
+                self._spin(progress_line(event))
 
     def wait(self, what: str) -> None:
         """Show a spinner beside ``what`` until the next output."""

@@ -10,7 +10,7 @@ import msgspec
 
 from mlx_k2.chat.chat_events import CallEnded, Event, MessageAdded
 from mlx_k2.errors import RequestError
-from mlx_k2.text.reply_parser import Content, Reasoning
+from mlx_k2.text.reply_parts import Content, Reasoning
 
 
 class Transcript:

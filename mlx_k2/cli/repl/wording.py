@@ -3,6 +3,7 @@
 import unicodedata
 
 from mlx_k2.chat.chat_events import CallEnded
+from mlx_k2.coordinator.handle import PrefillProgress, Progress, Queued, Restarting
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.text.tool_call import ToolCall
 from mlx_k2.tools.outcome import Outcome
@@ -41,3 +42,16 @@ def ended_line(ended: CallEnded) -> str:
     how = "" if result.outcome is Outcome.DONE else f"[{result.outcome.value}] "
     seconds = "" if ended.seconds is None else f" ({ended.seconds:.1f} s)"
     return f"{call_line(ended.call)} → {how}{one_line(result.text, _MAX_RESULT)}{seconds}"
+
+
+def progress_line(progress: Progress) -> str:
+    """Return a line for a request that waits, whose prompt is computed, or whose stages restart."""
+    match progress:
+        case Queued(0):
+            return "waiting for a free slot"
+        case Queued(position):
+            return f"waiting: {position} requests come first"
+        case PrefillProgress(done, total):
+            return f"reading the prompt: {done:,} of {total:,} tokens"
+        case Restarting(restart, phase):
+            return f"restart {restart.number} of at most {restart.limit}: {phase}"

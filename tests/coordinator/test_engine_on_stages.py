@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from mlx_k2.coordinator.handle import Token
+from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.coordinator.pipeline import StepTimeout
 from mlx_k2.errors import ClusterError, StageFault, StageSilent
-from mlx_k2.scheduling.request import FinishReason, Request
+from mlx_k2.scheduling.request import FinishReason
 from tests.local_cluster import (
     NUM_LAYERS,
     Cluster,
@@ -22,7 +24,9 @@ from tests.local_cluster import (
     local_host,
     marked_host,
     request,
+    rest_of,
     stage_process,
+    together,
     write_model,
 )
 
@@ -67,13 +71,16 @@ def test_another_seed_samples_other_tokens(cluster_of: ClusterOf) -> None:
     assert tokens[0] == tokens[2] != tokens[1]
 
 
-def test_closing_a_run_cancels_its_requests_and_does_not_change_later_tokens(cluster_of: ClusterOf) -> None:
+def test_cancelled_requests_end_at_once_and_do_not_change_later_tokens(cluster_of: ClusterOf) -> None:
     cluster = cluster_of(2)
     undisturbed = cluster.tokens(SHORT)
-    run = cluster.coordinator.run(request(40, 1000), LONG)
-    first = next(run)
-    run.close()
-    assert first.sequence.finish_reason is FinishReason.CANCELLED
+    first, second = (cluster.engine.submit(asked) for asked in (request(40, 1000), LONG))
+    assert isinstance(next(event for event in first.events() if isinstance(event, Token)), Token)
+    first.cancel()
+    second.cancel()
+    for handle in (first, second):
+        token_ids, end = rest_of(handle)
+        assert (token_ids, end.reason) == ([], FinishReason.CANCELLED)
     assert cluster.tokens(SHORT) == undisturbed
 
 
@@ -81,18 +88,16 @@ def test_a_timed_out_request_keeps_its_tokens_and_does_not_change_other_requests
     cluster = cluster_of(2)
     alone = cluster.tokens(SHORT)[SHORT]
     in_time, before_it_began = (replace(request(40, 2000), timeout_s=timeout_s) for timeout_s in (1.0, 1e-6))
-    ends: dict[Request, FinishReason | None] = {}
-    tokens: dict[Request, list[int]] = {SHORT: [], in_time: [], before_it_began: []}
-    for event in cluster.coordinator.run(in_time, SHORT, before_it_began):
-        ends[event.sequence.request] = event.sequence.finish_reason
-        tokens[event.sequence.request] += [] if event.token is None else [event.token.token_id]
-    assert tokens[SHORT] == alone
-    assert 0 < len(tokens[in_time]) < 2000 and tokens[before_it_began] == []
-    assert (ends[in_time], ends[before_it_began]) == (FinishReason.TIMEOUT, FinishReason.TIMEOUT)
+    handles = cluster.engine.submit_all([Submission(asked) for asked in (in_time, SHORT, before_it_began)])
+    (some, limited), (whole, complete), (none, late) = (rest_of(handle) for handle in handles)
+    assert whole == alone
+    assert 0 < len(some) < 2000 and none == []
+    reasons = limited.reason, complete.reason, late.reason
+    assert reasons == (FinishReason.TIMEOUT, FinishReason.LENGTH, FinishReason.TIMEOUT)
 
 
 def test_every_stage_reports_its_steps_and_busy_time(cluster_of: ClusterOf) -> None:
-    use = cluster_of(3).coordinator.use
+    use = cluster_of(3).engine.use
     before = [stage.steps_done for stage in use]
     cluster_of(3).tokens(request(4, 10))
     assert [stage.steps_done - done for stage, done in zip(use, before, strict=True)] == [10, 10, 10]
@@ -128,7 +133,7 @@ def error_after(
     """Return the error of a run over two marked stages in which ``do`` is called after the sixth token event."""
     hosts = [marked_host(folder, rank, sys.executable) for rank in range(2)]
     with local_cluster(model, hosts, step_timeout, stall_timeout_s) as cluster, pytest.raises(ClusterError) as caught:
-        for count, _ in enumerate(cluster.coordinator.run(request(8, 2000))):
+        for count, _ in enumerate(together(cluster.engine, request(8, 2000))):
             if count == 5:
                 do()
     return caught.value

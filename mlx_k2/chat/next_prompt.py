@@ -1,0 +1,42 @@
+"""Prefill of the next prompt: computes its known part in idle time. Knows no messages."""
+
+import threading
+from collections.abc import Callable, Sequence
+
+from mlx_k2.chat.reply_source import ReplySource
+from mlx_k2.coordinator.handle import Handle
+from mlx_k2.errors import MlxK2Error
+from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.request import Priority, Request
+
+
+class NextPrompt:
+    """A background request for one prompt. The token that is sampled after it is discarded.
+
+    ``prompt_ids`` returns the prompt. It is called on a thread of its own, because it may take a second.
+    """
+
+    def __init__(self, source: ReplySource, prompt_ids: Callable[[], Sequence[int]]) -> None:
+        self._source = source
+        self._prompt_ids = prompt_ids
+        self._is_cancelled = False
+        self._handle: Handle | None = None
+        self._thread = threading.Thread(target=self._submit, name="next prompt", daemon=True)
+        self._thread.start()
+
+    def cancel(self) -> None:
+        """End the prefill, and wait until ``prompt_ids`` has returned. Positions computed so far stay cached."""
+        self._is_cancelled = True
+        self._thread.join()
+        if self._handle is not None:
+            self._handle.cancel()
+
+    def _submit(self) -> None:
+        try:
+            prompt_ids = tuple(self._prompt_ids())
+            if not self._is_cancelled:
+                sampling = Sampling(seed=0, temperature=0)
+                request = Request(prompt_ids, 1, sampling, frozenset(), priority=Priority.BACKGROUND)
+                self._handle = self._source.submit(request)
+        except MlxK2Error:  # the next request of the user meets the same error, and shows it
+            return

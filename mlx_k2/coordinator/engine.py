@@ -1,0 +1,176 @@
+"""Engine: one thread that owns the scheduler and the pipeline. Every other thread talks to it through a queue.
+
+Knows requests and token policies, but no messages, no terminal and no arrays.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+from mlx_k2.coordinator.answer_summary import AnswerTimer
+from mlx_k2.coordinator.engine_loop import EngineLoop, Restarts
+from mlx_k2.coordinator.handle import Handle
+from mlx_k2.coordinator.jobs import Cancel, Close, Job, Submission, Submit
+from mlx_k2.coordinator.pipeline import Pipeline, StageUse, StepTimeout
+from mlx_k2.deployment.deploy import Deployment
+from mlx_k2.deployment.restarting import OnRestart
+from mlx_k2.deployment.stage_report import StageReport
+from mlx_k2.errors import Cancelled, EngineBusy, MlxK2Error
+from mlx_k2.scheduling.request import FinishReason, Request
+from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
+from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
+from mlx_k2.scheduling.token_policy import TokenPolicy
+
+MAX_QUEUED = 256
+"""Default limit of requests that wait for their first step."""
+_NUM_TIMED = 32
+"""The expected wait is computed from the durations of this many requests."""
+_SHORTEST_WAIT_S = 1.0
+
+
+class Engine:
+    """The engine of ready stages. A context manager: on exit all requests are cancelled and the thread has ended.
+
+    After a fault the engine gets new stages from ``restarts`` and computes every running sequence again from its
+    tokens. Without ``restarts``, and when these give up, every request ends with the error, and ``submit`` raises it.
+    ``on_restart`` is called on another thread for each restart and each of its phases.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        scheduler: Scheduler,
+        num_slots: int,
+        *,
+        restarts: Restarts | None = None,
+        on_restart: OnRestart | None = None,
+        max_queued: int = MAX_QUEUED,
+    ) -> None:
+        self.num_slots = num_slots
+        self._max_queued = max_queued
+        self._num_queued = 0
+        self._durations: deque[float] = deque(maxlen=_NUM_TIMED)
+        self._lock = threading.Lock()  # guards _num_queued, _error and _jobs
+        self._error: MlxK2Error | None = None
+        self._jobs: dict[Handle, Job] = {}
+        self._restarts = restarts
+        self._loop = EngineLoop(pipeline, scheduler, restarts, on_restart, self._on_started, self._on_ended)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def __enter__(self) -> "Engine":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._restarts is not None:
+            self._restarts.cancel()
+        self._loop.put(Close())
+        self._thread.join()  # the end of a restart's stages has its own deadline, in StageGroup.stop
+
+    @property
+    def use(self) -> tuple[StageUse, ...]:
+        """The totals of each stage so far."""
+        return self._loop.use
+
+    def submit(
+        self,
+        request: Request,
+        policy: TokenPolicy | None = None,
+        notify: Callable[[Handle], None] | None = None,
+    ) -> Handle:
+        """Queue a request and return its handle. Any thread may call this, also while other requests run.
+
+        ``policy`` belongs to this request; None allows every token and makes no text. ``notify`` is called for each
+        new event of the handle, mostly on the engine thread, and must not block.
+
+        Raises:
+            EngineBusy: the queue is full; has the expected wait.
+            ClusterError: the stages have failed for good.
+        """
+        return self.submit_all([Submission(request, policy, notify)])[0]
+
+    def submit_all(self, submissions: Sequence[Submission]) -> list[Handle]:
+        """Queue several requests, all or none, so that the first plan counts all of them. Errors are as in submit."""
+        now = time.perf_counter()
+        jobs = [Job(one, Handle(one.request, self._cancel, one.notify), AnswerTimer(now)) for one in submissions]
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            if self._num_queued + len(jobs) > self._max_queued:
+                wait_s = self._expected_wait_s()
+                raise EngineBusy(
+                    f"{self._num_queued} requests wait already, of at most {self._max_queued}: "
+                    f"try again in about {wait_s:.0f} s",
+                    wait_s,
+                )
+            self._num_queued += len(jobs)
+            self._jobs |= {job.handle: job for job in jobs}
+            self._loop.put(Submit(tuple(jobs)))
+        return [job.handle for job in jobs]
+
+    def _cancel(self, handle: Handle) -> None:
+        """End a handle at once, and stop its sequence soon. Called in signal handlers: takes no lock."""
+        job = self._jobs.get(handle)
+        if job is not None and handle.end(job.finished(FinishReason.CANCELLED)):
+            self._loop.put(Cancel(job))
+
+    def _expected_wait_s(self) -> float:
+        durations = list(self._durations)
+        mean_s = sum(durations) / len(durations) if durations else _SHORTEST_WAIT_S
+        return max(_SHORTEST_WAIT_S, mean_s * self._num_queued / self.num_slots)
+
+    # ---- on the engine thread
+
+    def _run(self) -> None:
+        error: MlxK2Error = Cancelled("the engine is closed")
+        try:
+            self._loop.run()
+        except MlxK2Error as failure:
+            error = failure
+        except BaseException as defect:  # noqa: BLE001 - readers must not wait for ever
+            error = MlxK2Error(f"the engine failed: {type(defect).__name__}: {defect}")
+            error.__cause__ = defect
+        with self._lock:
+            self._error = error
+            jobs = list(self._jobs.values())
+        for job in jobs:
+            job.handle.end(job.finished(FinishReason.CANCELLED) if isinstance(error, Cancelled) else error)
+
+    def _on_started(self) -> None:
+        """A job has left the queue."""
+        with self._lock:
+            self._num_queued -= 1
+
+    def _on_ended(self, job: Job) -> None:
+        self._durations.append(time.perf_counter() - job.timer.began)
+        with self._lock:
+            del self._jobs[job.handle]
+
+
+def engine_on(
+    deployment: Deployment,
+    *,
+    drafts: bool,
+    prompts_first: bool = False,
+    step_timeout: StepTimeout | None = None,
+    on_report: Callable[[StageReport], None] | None = None,
+    restarts: Restarts | None = None,
+    on_restart: OnRestart | None = None,
+) -> Engine:
+    """Return an engine for ready stages. ``drafts`` lets a lone sequence's idle stages run draft tokens.
+
+    ``prompts_first`` runs all prefill before decode: more tokens per second in total. ``on_report`` is called on the
+    engine thread for each step that a stage has finished.
+    """
+    shape = deployment.shape
+    limits = SchedulerLimits(
+        shape.num_slots, shape.context_tokens, shape.chunk_tokens, deployment.group.size, prompts_first
+    )
+    policy = AdaptiveStepPolicy(deployment.costs)
+    scheduler = Scheduler(limits, policy, drafts=drafts)
+    pipeline = Pipeline(deployment.group, scheduler, policy, step_timeout, on_report)
+    return Engine(pipeline, scheduler, shape.num_slots, restarts=restarts, on_restart=on_restart)

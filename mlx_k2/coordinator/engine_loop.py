@@ -1,0 +1,273 @@
+"""Engine loop: what the engine thread does. Reads commands, sends plans, waits for reports, delivers events, restarts.
+
+Only the engine thread runs it; ``put`` and ``use`` are for every thread.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+from mlx_k2.coordinator.handle import Finished, Handle, PrefillProgress, Progress, Queued, Restarting, Token
+from mlx_k2.coordinator.jobs import Cancel, Close, Command, Job, RestartEnded, RestartPhase, Submit
+from mlx_k2.coordinator.pipeline import Pipeline, StageUse, StepResult
+from mlx_k2.deployment.restarting import OnRestart, Restart
+from mlx_k2.errors import ClusterError, MlxK2Error, RequestFailed
+from mlx_k2.launch.group import StageGroup
+from mlx_k2.scheduling.microbatch import Microbatch
+from mlx_k2.scheduling.request import FinishReason
+from mlx_k2.scheduling.scheduler import Scheduler, TokensAppended
+from mlx_k2.scheduling.sequence import Sequence
+
+_LONGEST_WAIT_S = 3600.0
+
+
+class Restarts(Protocol):
+    """A source of new stages after a fault, as ``RestartingDeployment``."""
+
+    def restart(self, error: ClusterError, on_restart: OnRestart) -> StageGroup:
+        """End the failed stages, start new ones with the same shape and layers, and return them when they are ready.
+
+        Raises:
+            ClusterError: there are no more stages.
+            Cancelled: ``cancel`` was called.
+        """
+
+    def cancel(self) -> None:
+        """End a restart that is under way. Any thread may call this."""
+
+
+class EngineLoop:
+    """The loop over one scheduler and one pipeline.
+
+    ``on_started`` is called once for each job, when it leaves the queue: with its first step, or its end. ``on_ended``
+    is called once for each job after its end.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        scheduler: Scheduler,
+        restarts: Restarts | None,
+        on_restart: OnRestart | None,
+        on_started: Callable[[], None],
+        on_ended: Callable[[Job], None],
+    ) -> None:
+        self._pipeline = pipeline
+        self._scheduler = scheduler
+        self._restarts = restarts
+        self._on_restart = on_restart
+        self._on_started = on_started
+        self._on_ended = on_ended
+        self._commands: SimpleQueue[Command] = SimpleQueue()
+        self._jobs: dict[Sequence, Job] = {}
+        self._outbox: list[tuple[Handle, Token | Progress | Finished | MlxK2Error]] = []
+        self._queue: list[Sequence] = []
+        self._restart_thread: threading.Thread | None = None
+        self._suspects: dict[Sequence, range] = {}
+        self._is_closing = False
+
+    @property
+    def use(self) -> tuple[StageUse, ...]:
+        """The totals of each stage so far."""
+        return self._pipeline.use
+
+    def put(self, command: Command) -> None:
+        """Send a command to the engine thread. Any thread may call this, also a signal handler."""
+        self._commands.put(command)
+        self._pipeline.group.wake()  # a group that is being replaced: the loop reads all commands after that
+
+    def run(self) -> None:
+        """Run until Close.
+
+        Raises:
+            ClusterError: the stages failed for good.
+        """
+        try:
+            while not self._is_closing:
+                if self._restart_thread is None:
+                    self._step()
+                else:
+                    self._wait_for_restart()
+        finally:
+            if self._restart_thread is not None:
+                self._restart_thread.join()
+
+    def _step(self) -> None:
+        """Send the plans that can go, deliver the events of the step before, and wait for the next report."""
+        try:
+            self._read_commands()
+            if self._is_closing:
+                return
+            for microbatch in self._pipeline.send_plans():
+                self._start_jobs(microbatch)
+            self._deliver()
+            self._pipeline.observe_steps()
+            while not self._pipeline.group.has_event and self._scheduler.index_drafts():
+                pass  # some tokens at a time, until a report comes
+            result = self._pipeline.receive(self._first_time_limit())
+            if result is not None:
+                self._on_result(result)
+            self._stop_timed_out()
+        except ClusterError as error:
+            self._on_fault(error)
+
+    def _wait_for_restart(self) -> None:
+        """Wait for the next command while the stages restart. Requests may come, time out and be cancelled."""
+        timeout_s = min(self._first_time_limit() - time.monotonic(), _LONGEST_WAIT_S)
+        try:
+            self._on_command(self._commands.get(timeout=max(0.0, timeout_s)))
+        except Empty:
+            self._stop_timed_out()
+        self._deliver()
+
+    # ---- commands
+
+    def _read_commands(self) -> None:
+        while not self._commands.empty():
+            self._on_command(self._commands.get())
+
+    def _on_command(self, command: Command) -> None:
+        match command:
+            case Submit(jobs):
+                for job in jobs:
+                    self._submit(job)
+            case Cancel(job) if job.sequence is not None:
+                self._scheduler.stop(job.sequence, FinishReason.CANCELLED)
+            case RestartPhase(restart, phase):
+                for job in self._jobs.values():
+                    self._outbox.append((job.handle, Restarting(restart, phase)))
+            case RestartEnded(outcome):
+                self._restart_thread = None
+                if isinstance(outcome, MlxK2Error):
+                    raise outcome
+                self._pipeline.continue_on(outcome)
+            case Close():
+                self._is_closing = True
+        self._end_jobs()
+
+    def _submit(self, job: Job) -> None:
+        submission = job.submission
+        forced = self._scheduler.submit(submission.request, submission.policy)
+        job.sequence = forced.sequence
+        self._jobs[forced.sequence] = job
+        self._add_tokens(forced)
+        if job.handle.has_ended:  # it was cancelled on its way here
+            self._scheduler.stop(forced.sequence, FinishReason.CANCELLED)
+
+    # ---- progress of jobs
+
+    def _start_jobs(self, microbatch: Microbatch) -> None:
+        """Begin the time limit of requests at their first step."""
+        for sequence in (planned.sequence for planned in microbatch.rows):
+            job = self._jobs.get(sequence)
+            if job is not None and job.is_queued:
+                job.is_queued = False
+                self._on_started()
+                if sequence.request.timeout_s is not None:
+                    job.ends_at = time.monotonic() + sequence.request.timeout_s
+
+    def _on_result(self, result: StepResult) -> None:
+        for added in result.appended:
+            self._add_tokens(added)
+        for planned in result.microbatch.rows:
+            job = self._jobs.get(planned.sequence)
+            if planned.row.is_prompt and job is not None:
+                progress = PrefillProgress(planned.row.end, planned.sequence.num_prompt)
+                self._outbox.append((job.handle, progress))
+        self._end_jobs()
+
+    def _add_tokens(self, added: TokensAppended) -> None:
+        now = time.perf_counter()
+        job = self._jobs[added.sequence] if added.appended else None
+        for one in added.appended:
+            assert job is not None, "tokens are appended to a sequence that has not ended"
+            job.timer.add(now, is_forced=one.is_forced)
+            token, accepted = one.token, one.accepted
+            event = Token(token.token_id, accepted.text, accepted.parts, token.logprob, token.top, one.is_forced, now)
+            self._outbox.append((job.handle, event))
+
+    def _end_jobs(self) -> None:
+        """End the jobs of the sequences that have ended."""
+        for sequence in self._scheduler.pop_ended():
+            job = self._jobs.pop(sequence)
+            reason = sequence.finish_reason
+            assert reason is not None, "an ended sequence has a reason"
+            self._outbox.append((job.handle, sequence.error or job.finished(reason)))
+            if job.is_queued:
+                self._on_started()
+            self._on_ended(job)
+
+    def _deliver(self) -> None:
+        """Put the collected events into their handles, now that the next plans are on their way."""
+        waiting = self._scheduler.waiting
+        if waiting != self._queue:
+            self._queue = waiting
+            self._outbox += [(self._jobs[sequence].handle, Queued(at)) for at, sequence in enumerate(waiting)]
+        outbox, self._outbox = self._outbox, []
+        for handle, event in outbox:
+            match event:
+                case Token():
+                    handle.put_token(event)
+                case Queued() | PrefillProgress() | Restarting():
+                    handle.put_progress(event)
+                case _:
+                    handle.end(event)
+
+    def _first_time_limit(self) -> float:
+        return min((job.ends_at for job in self._jobs.values()), default=math.inf)
+
+    def _stop_timed_out(self) -> None:
+        now = time.monotonic()
+        for sequence, job in list(self._jobs.items()):
+            if now >= job.ends_at:
+                self._scheduler.stop(sequence, FinishReason.TIMEOUT)
+        self._end_jobs()
+
+    # ---- faults
+
+    def _on_fault(self, error: ClusterError) -> None:
+        """End the requests that met the same fault before, and start the stages again for the others."""
+        if error.rank is not None:
+            self._end_suspects(error.rank)
+        self._deliver()
+        self._pipeline.drop_plans()
+        self._scheduler.reset()
+        if self._restarts is None:
+            raise error
+        self._restart_thread = threading.Thread(
+            target=self._restart, args=[self._restarts, error], name="restart", daemon=True
+        )
+        self._restart_thread.start()
+
+    def _end_suspects(self, rank: int) -> None:
+        """End the sequences that were in a step on stage ``rank`` at the same positions when it failed before."""
+        step = self._pipeline.step_of(rank)
+        before, self._suspects = self._suspects, {}
+        for planned in () if step is None else step.rows:
+            sequence, positions = planned.sequence, range(planned.row.position, planned.row.end)
+            earlier = before.get(sequence, range(0))
+            if max(earlier.start, positions.start) >= min(earlier.stop, positions.stop):
+                self._suspects[sequence] = positions
+            elif sequence.finish_reason is None:
+                sequence.error = RequestFailed(f"request ended: it was running when stage {rank} failed twice")
+                self._scheduler.stop(sequence, FinishReason.ERROR)
+        self._end_jobs()
+
+    def _restart(self, restarts: Restarts, error: ClusterError) -> None:
+        """Start new stages, on a thread of its own."""
+        try:
+            outcome: StageGroup | MlxK2Error = restarts.restart(error, self._on_restart_phase)
+        except MlxK2Error as failure:
+            outcome = failure
+        except BaseException as defect:  # noqa: BLE001 - the engine must not wait for ever
+            outcome = MlxK2Error(f"the restart failed: {type(defect).__name__}: {defect}")
+            outcome.__cause__ = defect
+        self._commands.put(RestartEnded(outcome))
+
+    def _on_restart_phase(self, restart: Restart, phase: str) -> None:
+        self._commands.put(RestartPhase(restart, phase))
+        if self._on_restart is not None:
+            self._on_restart(restart, phase)

@@ -1,0 +1,169 @@
+"""Handle: one request in the engine, as its caller sees it. Knows no stages.
+
+The engine thread puts events into the handle, one reader gets them, and any thread may cancel.
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from typing import TypeAlias
+
+from mlx_k2.coordinator.answer_summary import AnswerSummary
+from mlx_k2.deployment.restarting import Restart
+from mlx_k2.errors import MlxK2Error
+from mlx_k2.scheduling.request import FinishReason, Request
+from mlx_k2.text.reply_parts import Part
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The request waits for a slot. ``position`` requests start before it."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class PrefillProgress:
+    """The first ``done`` of ``total`` prompt tokens are computed or were cached."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Restarting:
+    """All stages start again after a fault; the request goes on afterwards. ``phase`` is what they do now."""
+
+    restart: Restart
+    phase: str
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of the answer, and the text and reply parts that it completes. A stop token has no text.
+
+    ``logprob`` and ``top`` are set if log-probabilities were requested. A forced token was not sampled. ``arrived_at``
+    is the time of arrival (time.perf_counter).
+    """
+
+    token_id: int
+    text: str
+    parts: tuple[Part, ...] = ()
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    is_forced: bool = False
+    arrived_at: float = 0.0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of the answer. ``parts`` were held back until it was known that no token follows."""
+
+    summary: AnswerSummary
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def reason(self) -> FinishReason:
+        """Why the answer ended."""
+        return self.summary.finish_reason
+
+
+Progress: TypeAlias = Queued | PrefillProgress | Restarting
+Event: TypeAlias = Progress | Token | Finished
+
+
+class _NewProgress:
+    """Mark in the queue: the handle's latest progress has not been read."""
+
+
+_NEW_PROGRESS = _NewProgress()
+
+
+class Handle:
+    """One submitted request. It ends exactly once: with Finished, or with an error that ``events`` raises.
+
+    Its queue is bounded by the request: it holds a token event per token, one end, and only the latest progress. The
+    engine therefore never waits for a reader.
+    """
+
+    def __init__(
+        self, request: Request, on_cancel: Callable[["Handle"], None], notify: Callable[["Handle"], None] | None = None
+    ) -> None:
+        self.request = request
+        self._on_cancel = on_cancel
+        self._notify = notify
+        self._queue: SimpleQueue[Token | Finished | MlxK2Error | _NewProgress] = SimpleQueue()
+        self._progress: Progress | None = None
+        self._is_progress_queued = False
+        self._may_end = [True]  # pop() is atomic, also for a signal handler that interrupts this thread
+        self._is_cancelled = False
+        self._tokens_read = 0
+
+    @property
+    def has_ended(self) -> bool:
+        """True if the end is in the queue or was read."""
+        return not self._may_end
+
+    def events(self) -> Generator[Event, None, None]:
+        """Yield the events as they come, Finished last. Only one thread may iterate, and only once.
+
+        Raises:
+            RequestFailed: this request was ended by an error; others go on.
+            ClusterError: the stages failed for good; the tokens so far were yielded.
+        """
+        while True:
+            event = self._queue.get()
+            if isinstance(event, _NewProgress):
+                self._is_progress_queued = False
+                assert self._progress is not None, "progress is set before its mark"
+                if not self._is_cancelled:
+                    yield self._progress
+            elif isinstance(event, MlxK2Error):
+                raise event
+            elif isinstance(event, Finished):
+                yield self._cancelled(event.summary) if self._is_cancelled else event
+                return
+            elif not self._is_cancelled:
+                self._tokens_read += 1
+                yield event
+
+    def cancel(self) -> None:
+        """End the request with FinishReason.CANCELLED. Safe in a signal handler and from any thread.
+
+        Once this has returned, ``events`` yields no token, also none that was sampled before and not read.
+        """
+        self._is_cancelled = True
+        self._on_cancel(self)
+
+    # ---- for the engine
+
+    def put_progress(self, progress: Progress) -> None:
+        """Set the latest progress; an earlier one that was not read is dropped."""
+        self._progress = progress
+        if not self._is_progress_queued:
+            self._is_progress_queued = True
+            self._queue.put(_NEW_PROGRESS)
+            self._wake()
+
+    def put_token(self, token: Token) -> None:
+        """Add a token. It is dropped if the handle has ended."""
+        if self._may_end:
+            self._queue.put(token)
+            self._wake()
+
+    def end(self, event: Finished | MlxK2Error) -> bool:
+        """Add the end, unless there is one already; return whether it was added."""
+        try:
+            self._may_end.pop()
+        except IndexError:
+            return False
+        self._queue.put(event)
+        self._wake()
+        return True
+
+    def _cancelled(self, summary: AnswerSummary) -> Finished:
+        return Finished(replace(summary, finish_reason=FinishReason.CANCELLED, generated_tokens=self._tokens_read))
+
+    def _wake(self) -> None:
+        if self._notify is not None:
+            self._notify(self)

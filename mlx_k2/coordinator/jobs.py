@@ -1,0 +1,81 @@
+"""Jobs and commands: what the threads of a program send to the engine thread. Knows no stages."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from mlx_k2.coordinator.answer_summary import AnswerTimer
+from mlx_k2.coordinator.handle import Finished, Handle
+from mlx_k2.deployment.restarting import Restart
+from mlx_k2.errors import MlxK2Error
+from mlx_k2.launch.group import StageGroup
+from mlx_k2.scheduling.request import FinishReason, Request
+from mlx_k2.scheduling.sequence import Sequence
+from mlx_k2.scheduling.token_policy import TokenPolicy
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A request, its token policy, and a callback for each new event of its handle, which must not block."""
+
+    request: Request
+    policy: TokenPolicy | None = None
+    notify: Callable[[Handle], None] | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """A submitted request. ``sequence`` is None until the engine thread has accepted it."""
+
+    submission: Submission
+    handle: Handle
+    timer: AnswerTimer
+    sequence: Sequence | None = None
+    is_queued: bool = True
+    """True until its first step, or its end."""
+    ends_at: float = math.inf
+    """The time limit of the request, in monotonic seconds; inf before its first step and without a limit."""
+
+    def finished(self, reason: FinishReason) -> Finished:
+        """Return the end of the request for ``reason``."""
+        sequence = self.sequence or Sequence(self.submission.request, context_tokens=0)
+        parts = sequence.finish().parts if reason is FinishReason.TIMEOUT else ()
+        return Finished(self.timer.summary(sequence, reason), parts)
+
+
+@dataclass(frozen=True)
+class Submit:
+    """Run these jobs."""
+
+    jobs: tuple[Job, ...]
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Stop the sequence of a job whose handle has ended."""
+
+    job: Job
+
+
+@dataclass(frozen=True)
+class Close:
+    """Cancel all jobs and end the thread."""
+
+
+@dataclass(frozen=True)
+class RestartPhase:
+    """Progress of a restart."""
+
+    restart: Restart
+    phase: str
+
+
+@dataclass(frozen=True)
+class RestartEnded:
+    """The end of a restart: new stages, or the error that prevents them."""
+
+    outcome: StageGroup | MlxK2Error
+
+
+Command: TypeAlias = Submit | Cancel | Close | RestartPhase | RestartEnded

@@ -1,0 +1,142 @@
+"""Token policy of a reply: its text and parts, stop strings, the minimum length and the thinking budget. Pure."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from mlx_k2.errors import RequestError
+from mlx_k2.scheduling.request import FinishReason, Request
+from mlx_k2.scheduling.token_policy import Accepted
+from mlx_k2.text.reply_parser import ReplyReader
+from mlx_k2.text.reply_parts import Content, Part
+from mlx_k2.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ReplyLimits:
+    """Limits of a reply's text. Stop strings count in the answer, not in its reasoning or its tool calls."""
+
+    stop_strings: tuple[str, ...] = ()
+    """The reply ends before the first of these."""
+    min_tokens: int = 0
+    """Before this number of tokens no stop token is sampled, and stop strings are ignored."""
+    thinking_budget: int | None = None
+    """The reasoning is closed after this number of its tokens; None sets no limit."""
+
+    def __post_init__(self) -> None:
+        """Reject an empty stop string.
+
+        Raises:
+            RequestError: a stop string is empty.
+        """
+        if "" in self.stop_strings:
+            raise RequestError("a stop string is empty: give at least one character")
+
+
+_NO_LIMITS = ReplyLimits()
+
+
+class ReplyPolicy:
+    """The policy of one reply."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request, limits: ReplyLimits = _NO_LIMITS) -> None:
+        self._reader = ReplyReader(tokenizer, request.prompt_ids, request.stop_ids)
+        self._limits = limits
+        self._stops = StopScanner(limits.stop_strings)
+        self._num_tokens = 0
+        self._num_thought = 0
+        self._closing = () if limits.thinking_budget is None else (tokenizer.token_id("</think>"),)
+        self._no_stop_token = _mask_without(request.stop_ids, tokenizer.vocab_size) if limits.min_tokens else None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the reply, if one did."""
+        return self._stops.found
+
+    def accept(self, token_id: int) -> Accepted:
+        """Record the next token and return the text and parts that it completes."""
+        was_thinking = self._reader.in_reasoning
+        read = self._reader.add(token_id)
+        self._num_tokens += 1
+        self._num_thought += was_thinking and self._reader.in_reasoning
+        parts = self._until_stop(read.parts)
+        reason = FinishReason.STOP if self._stops.found is not None else None
+        return Accepted(read.text, parts, reason)
+
+    def forced(self) -> Sequence[int]:
+        """Return </think> once the reasoning has used its budget."""
+        budget = self._limits.thinking_budget
+        spent = budget is not None and self._reader.in_reasoning and self._num_thought >= budget
+        return self._closing if spent else ()
+
+    def token_mask(self, draft_ids: Sequence[int]) -> bytes | None:
+        """Exclude the stop tokens before ``min_tokens`` tokens."""
+        return self._no_stop_token if self._num_tokens + len(draft_ids) < self._limits.min_tokens else None
+
+    def finish(self) -> Accepted:
+        """Return the text and parts that were held back."""
+        if self._stops.found is not None:
+            return Accepted()
+        read = self._reader.finish()
+        parts = self._until_stop(read.parts)
+        held = self._stops.flush()
+        return Accepted(read.text, (*parts, Content(held)) if held else parts)
+
+    def _until_stop(self, parts: Sequence[Part]) -> tuple[Part, ...]:
+        """Return ``parts`` up to a stop string, less the end of the content that may be the start of one."""
+        if not self._limits.stop_strings:
+            return tuple(parts)
+        kept: list[Part] = []
+        for part in parts:
+            if self._stops.found is not None:
+                break
+            if isinstance(part, Content):
+                text = self._stops.add(part.text, count=self._num_tokens >= self._limits.min_tokens)
+            else:
+                text = self._stops.flush()
+            if text:
+                kept.append(Content(text))
+            if not isinstance(part, Content):
+                kept.append(part)
+        return tuple(kept)
+
+
+class StopScanner:
+    """A search for stop strings in a text that arrives in pieces, however the pieces divide it."""
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        self._stop_strings = tuple(stop_strings)
+        self._held = ""
+        self.found: str | None = None
+        """The stop string that ended first; None so far."""
+
+    def add(self, text: str, *, count: bool = True) -> str:
+        """Return the text that can be shown now. With ``count`` False no stop string is searched for."""
+        text, self._held = self._held + text, ""
+        if not count:
+            return text
+        ends = [(at + len(stop), at, stop) for stop in self._stop_strings if (at := text.find(stop)) >= 0]
+        if ends:
+            _, at, self.found = min(ends)  # the one that ends first, as if the text came letter by letter
+            return text[:at]
+        num_held = max((_overlap(text, stop) for stop in self._stop_strings), default=0)
+        text, self._held = text[: len(text) - num_held], text[len(text) - num_held :]
+        return text
+
+    def flush(self) -> str:
+        """Return the held text: no stop string follows."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of ``text`` with which ``stop`` begins."""
+    most = min(len(text), len(stop) - 1)
+    return next((length for length in range(most, 0, -1) if text.endswith(stop[:length])), 0)
+
+
+def _mask_without(token_ids: Collection[int], vocab_size: int) -> bytes:
+    """Return a token mask that allows all tokens but ``token_ids``."""
+    mask = bytearray(b"\xff" * -(-vocab_size // 8))
+    for token_id in token_ids:
+        mask[token_id // 8] &= ~(1 << token_id % 8)
+    return bytes(mask)

@@ -1,0 +1,57 @@
+"""Drafters: propose the tokens that a sequence may continue with. The n-gram drafter needs no model."""
+
+from collections.abc import Sequence as Tokens
+from typing import Protocol
+
+_LENGTHS = (4, 3, 2)
+"""Numbers of tokens that may match. The longest match is used."""
+
+
+class Drafter(Protocol):
+    """A source of draft tokens for one growing text. A wrong draft costs a position of a step, never a wrong token."""
+
+    def index(self, token_ids: Tokens[int], max_tokens: int) -> bool:
+        """Prepare for up to ``max_tokens`` more tokens of the text; return whether some are left."""
+
+    def draft(self, token_ids: Tokens[int], drafts: Tokens[int]) -> int | None:
+        """Return the likely token after ``token_ids`` and ``drafts``; None if there is none."""
+
+    def truncate(self, num_tokens: int) -> None:
+        """Keep the first ``num_tokens`` tokens of the text. Others follow them from now on."""
+
+
+class NgramDrafter:
+    """A drafter that proposes the token after the previous occurrence of the text's last 2 to 4 tokens.
+
+    The index maps every run of 2 to 4 tokens to the end of its last occurrence. After ``truncate`` it may have runs of
+    the removed text; a match is therefore compared with the text before it is used.
+    """
+
+    def __init__(self) -> None:
+        self._ends: dict[tuple[int, ...], int] = {}
+        self._num_indexed = 0
+
+    def index(self, token_ids: Tokens[int], max_tokens: int) -> bool:
+        """Index up to ``max_tokens`` more tokens. A run at the end of the text waits until a token follows it."""
+        last = min(len(token_ids), max(1, self._num_indexed) + max_tokens)
+        for end in range(max(1, self._num_indexed), last):
+            for length in _LENGTHS:
+                if end >= length:
+                    self._ends[tuple(token_ids[end - length : end])] = end
+        self._num_indexed = max(self._num_indexed, last)
+        return self._num_indexed < len(token_ids)
+
+    def draft(self, token_ids: Tokens[int], drafts: Tokens[int]) -> int | None:
+        """Return the likely token after ``token_ids`` and ``drafts``, from ``token_ids``; None if no run matches."""
+        longest = max(_LENGTHS)
+        tail = tuple([*token_ids[-longest:], *drafts][-longest:])
+        for length in _LENGTHS:
+            run = tail[-length:]
+            end = self._ends.get(run) if len(tail) >= length else None
+            if end is not None and end < len(token_ids) and tuple(token_ids[end - length : end]) == run:
+                return token_ids[end]
+        return None
+
+    def truncate(self, num_tokens: int) -> None:
+        """Index the text again from ``num_tokens`` on."""
+        self._num_indexed = min(self._num_indexed, num_tokens)
