@@ -56,6 +56,11 @@ class TokenStages(StageGroup):
         self._post(StageMessage(rank, StepDone(step.number, 0.001, tokens=tokens if is_last else ())))
         return True
 
+    def next_step(self, rank: int) -> Step | None:
+        """Return the plan that ``execute`` would execute next on one stage; None if there is none."""
+        with self._changed:
+            return self._plans[rank][0] if self._plans[rank] else None
+
     def fail(self, rank: int) -> None:
         """End one stage, as if its process had been killed. The others execute nothing more."""
         self._has_failed = True

@@ -1,0 +1,110 @@
+"""An engine over stages that execute plans on token ids, as fast as they can or when a test says so."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from mlx_k2.coordinator.engine import MAX_QUEUED, Engine
+from mlx_k2.coordinator.pipeline import Pipeline
+from mlx_k2.deployment.restarting import WAITING, OnRestart, Restart
+from mlx_k2.deployment.stage_report import StageReport
+from mlx_k2.errors import Cancelled, ClusterError
+from mlx_k2.protocol.messages import Step
+from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.cost_model import StageCost
+from mlx_k2.scheduling.request import Priority, Request
+from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
+from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
+from mlx_k2.testing.sleeping_stages import SIZES, SPEED
+from mlx_k2.testing.token_stages import TokenStages
+
+WAIT_S = 20.0
+
+
+def request(
+    *prompt_ids: int, max_tokens: int = 10, seed: int = 0, priority: Priority = Priority.INTERACTIVE
+) -> Request:
+    """Return a request without stop tokens."""
+    return Request(prompt_ids, max_tokens, Sampling(seed=seed), frozenset(), priority=priority)
+
+
+@dataclass
+class TokenEngine:
+    """An engine, its present stages, and the plans that were sent to them."""
+
+    limits: SchedulerLimits
+    drafts: bool = False
+    can_restart: bool = True
+    max_queued: int = MAX_QUEUED
+    plans: list[Step] = field(default_factory=list)
+    reports: list[StageReport] = field(default_factory=list)
+    restarts: list[Restart] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.stages = TokenStages(self.limits.num_stages, self.plans.append)
+        policy = AdaptiveStepPolicy([StageCost(SIZES, SPEED)] * self.limits.num_stages)
+        self.scheduler = Scheduler(self.limits, policy, drafts=self.drafts)
+        pipeline = Pipeline(self.stages, self.scheduler, policy, on_report=self.reports.append)
+        self.may_restart = threading.Event()
+        self.is_restarting = threading.Event()
+        self._is_cancelled = False
+        self.engine = Engine(
+            pipeline,
+            self.scheduler,
+            self.limits.num_slots,
+            restarts=self if self.can_restart else None,
+            max_queued=self.max_queued,
+        )
+
+    def run(self, until: Callable[[], bool]) -> None:
+        """Execute plans until ``until`` is true. The engine must have something to do until then."""
+        while not until():
+            assert self.stages.wait_until_waiting(WAIT_S), "the engine does not wait for its stages"
+            executed = [self.stages.execute(rank) for rank in range(self.limits.num_stages)]
+            if not any(executed):
+                threading.Event().wait(0.001)
+
+    def fail(self, rank: int) -> None:
+        """End a stage, and wait until the engine restarts."""
+        assert self.stages.wait_until_waiting(WAIT_S)
+        self.stages.fail(rank)
+        assert self.is_restarting.wait(WAIT_S)
+
+    def end_restart(self) -> None:
+        """Let the restart end, and wait until the engine uses the new stages."""
+        before = self.stages
+        self.is_restarting.clear()
+        self.may_restart.set()
+        while self.stages is before:
+            threading.Event().wait(0.001)
+        assert self.stages.wait_until_waiting(WAIT_S)
+
+    def restart(self, error: ClusterError, on_restart: OnRestart) -> TokenStages:
+        self.restarts.append(Restart(str(error), len(self.restarts) + 1, 99, 0.0))
+        on_restart(self.restarts[-1], WAITING)
+        self.is_restarting.set()
+        assert self.may_restart.wait(WAIT_S), "the test forgot a restart"
+        self.may_restart.clear()
+        if self._is_cancelled:
+            raise Cancelled("the restart was cancelled")
+        self.stages = TokenStages(self.limits.num_stages, self.plans.append)
+        return self.stages
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
+        self.may_restart.set()
+
+
+@contextmanager
+def token_engine(
+    num_slots: int = 2,
+    chunk_tokens: int = 8,
+    num_stages: int = 2,
+    context_tokens: int = 200,
+    **options: bool | int,
+) -> Iterator[TokenEngine]:
+    """Yield a running engine."""
+    found = TokenEngine(SchedulerLimits(num_slots, context_tokens, chunk_tokens, num_stages), **options)
+    with found.engine:
+        yield found
