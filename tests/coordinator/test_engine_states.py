@@ -10,25 +10,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mlx_k2.coordinator.engine import Engine
 from mlx_k2.coordinator.handle import Event, Finished, Handle, Token
-from mlx_k2.coordinator.pipeline import Pipeline
-from mlx_k2.deployment.restarting import WAITING, OnRestart, Restart
 from mlx_k2.deployment.stage_report import StageReport
-from mlx_k2.errors import Cancelled, ClusterError, EngineBusy, RequestFailed
-from mlx_k2.protocol.messages import Step
+from mlx_k2.errors import EngineBusy, RequestFailed
 from mlx_k2.sampling import Sampling
-from mlx_k2.scheduling.cost_model import StageCost
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
-from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
-from mlx_k2.testing.sleeping_stages import SIZES, SPEED
-from mlx_k2.testing.token_stages import STOP_ID, TokenStages, answer_alone
+from mlx_k2.scheduling.scheduler import SchedulerLimits
+from mlx_k2.testing.token_stages import STOP_ID, answer_alone
+from tests.coordinator.token_engine import WAIT_S, TokenEngine
 
 CONTEXT_TOKENS = 60
 CHUNK_TOKENS = 6
 MAX_QUEUED = 3
-WAIT_S = 20.0
 
 prompts = st.one_of(
     st.lists(st.integers(0, 30), min_size=1, max_size=20),
@@ -87,33 +80,6 @@ class Reader:
                 self.ends.append(event)
 
 
-class HeldRestarts:
-    """Restarts that wait until the test lets them go on."""
-
-    def __init__(self, new_stages: "EngineStates") -> None:
-        self._machine = new_stages
-        self._may_end = threading.Semaphore(0)
-        self._is_cancelled = False
-        self.num_restarts = 0
-
-    def restart(self, error: ClusterError, on_restart: OnRestart) -> TokenStages:
-        self.num_restarts += 1
-        on_restart(Restart(str(error), self.num_restarts, 99, 0.0), WAITING)
-        self._machine.is_restarting.set()
-        assert self._may_end.acquire(timeout=WAIT_S), "the test forgot a restart"
-        if self._is_cancelled:
-            raise Cancelled("the restart was cancelled")
-        self._machine.stages = self._machine.new_stages()
-        return self._machine.stages
-
-    def let_one_end(self) -> None:
-        self._may_end.release()
-
-    def cancel(self) -> None:
-        self._is_cancelled = True
-        self._may_end.release()
-
-
 class EngineStates(RuleBasedStateMachine):
     """An engine over stages that execute plans when the test says so."""
 
@@ -123,39 +89,25 @@ class EngineStates(RuleBasedStateMachine):
     def start(self, num_stages: int, num_slots: int, drafts: bool) -> None:
         self.num_stages = num_stages
         self.all_readers: list[Reader] = []
-        self.background_steps: list[bool] = []
-        self.first_tokens: dict[int, int] = {}
-        """The number of steps that had returned before a request's first token, by the request's id()."""
-        self.is_restarting = threading.Event()
-        self.stages = self.new_stages()
-        limits = SchedulerLimits(num_slots, CONTEXT_TOKENS, CHUNK_TOKENS, num_stages)
-        policy = AdaptiveStepPolicy([StageCost(SIZES, SPEED)] * num_stages)
-        self.scheduler = Scheduler(limits, policy, drafts=drafts)
-        pipeline = Pipeline(self.stages, self.scheduler, policy, on_report=self.on_report)
-        self.restarts = HeldRestarts(self)
-        self.engine = Engine(pipeline, self.scheduler, num_slots, restarts=self.restarts, max_queued=MAX_QUEUED)
+        self.tested = TokenEngine(
+            SchedulerLimits(num_slots, CONTEXT_TOKENS, CHUNK_TOKENS, num_stages), drafts, max_queued=MAX_QUEUED
+        )
+        self.engine = self.tested.engine
         self.engine.__enter__()
 
-    def new_stages(self) -> TokenStages:
-        return TokenStages(self.num_stages, self.check_plan)
+    @property
+    def is_restarting(self) -> bool:
+        return self.tested.is_restarting.is_set()
 
-    def check_plan(self, step: Step) -> None:
-        """Check a plan as it is sent, on the engine thread: a failure ends the engine, which the rules notice."""
-        assert sum(len(row.token_ids) for row in step.rows) <= CHUNK_TOKENS, "over the budget"
-        assert len({row.slot for row in step.rows}) == len(step.rows), "two rows in one slot"
-
-    def on_report(self, report: StageReport) -> None:
-        if report.rank == self.num_stages - 1:
-            requests = [planned.sequence.request for planned in report.microbatch.rows]
-            for planned in report.microbatch.rows:
-                if planned.row.needs_logits:
-                    self.first_tokens.setdefault(id(planned.sequence.request), len(self.background_steps))
-            self.background_steps.append(any(request.priority is Priority.BACKGROUND for request in requests))
+    @property
+    def last_reports(self) -> list[StageReport]:
+        """The reports of the last stage."""
+        return [report for report in self.tested.reports if report.rank == self.num_stages - 1]
 
     def wait_for_engine(self) -> None:
         """Wait until the engine waits for the stages, so that a run can be repeated."""
-        if not self.is_restarting.is_set():
-            assert self.stages.wait_until_waiting(WAIT_S), "the engine does not wait"
+        if not self.is_restarting:
+            assert self.tested.stages.wait_until_waiting(WAIT_S), "the engine does not wait"
 
     # ---- rules
 
@@ -167,7 +119,7 @@ class EngineStates(RuleBasedStateMachine):
             refused = Handle(request, lambda _: None)
             refused.end(RequestFailed("refused"))
             return Reader(refused, 0)
-        reader = Reader(handle, len(self.background_steps))
+        reader = Reader(handle, len(self.last_reports))
         self.all_readers.append(reader)
         self.wait_for_engine()
         return reader
@@ -196,13 +148,13 @@ class EngineStates(RuleBasedStateMachine):
 
     @rule(rank=st.integers(0, 2))
     def execute_on_one_stage(self, rank: int) -> None:
-        if rank < self.num_stages and self.stages.execute(rank):
+        if rank < self.num_stages and self.tested.stages.execute(rank):
             self.wait_for_engine()
 
     @rule(times=st.integers(1, 20))
     def execute_on_all_stages(self, times: int) -> None:
         for rank in [*range(self.num_stages)] * times:
-            if self.stages.execute(rank):
+            if self.tested.stages.execute(rank):
                 self.wait_for_engine()
 
     @rule(reader=readers)
@@ -210,47 +162,54 @@ class EngineStates(RuleBasedStateMachine):
         if reader in self.all_readers and not reader.ends and reader.handle.has_ended:
             reader.read_token()
 
-    @precondition(lambda self: not self.is_restarting.is_set())
+    @precondition(lambda self: not self.is_restarting)
     @rule(rank=st.integers(0, 2))
     def fail(self, rank: int) -> None:
-        self.wait_for_engine()
-        self.stages.fail(min(rank, self.num_stages - 1))
-        assert self.is_restarting.wait(WAIT_S)
+        self.tested.fail(min(rank, self.num_stages - 1))
 
-    @precondition(lambda self: self.is_restarting.is_set())
+    @precondition(lambda self: self.is_restarting)
     @rule()
     def end_restart(self) -> None:
-        before = self.stages
-        self.restarts.let_one_end()
-        while self.stages is before:
-            threading.Event().wait(0.001)
-        self.is_restarting.clear()
-        self.wait_for_engine()
+        self.tested.end_restart()
 
     # ---- what must hold
 
     @invariant()
     def no_slot_has_two_owners(self) -> None:
-        slots = [sequence.slot for sequence in self.scheduler.running]
+        slots = [sequence.slot for sequence in self.tested.scheduler.running]
         assert len(slots) == len(set(slots)) and None not in slots
+        for step in self.tested.plans:
+            assert len({row.slot for row in step.rows}) == len(step.rows)
+
+    @invariant()
+    def no_microbatch_exceeds_its_budget(self) -> None:
+        assert all(sum(len(row.token_ids) for row in step.rows) <= CHUNK_TOKENS for step in self.tested.plans)
 
     @invariant()
     def background_requests_yield(self) -> None:
         for reader in self.all_readers:
-            request = reader.handle.request
-            if request.priority is Priority.INTERACTIVE and id(request) in self.first_tokens:
-                between = self.background_steps[reader.submitted_at : self.first_tokens[id(request)]]
-                assert sum(between) <= self.num_stages + 1, "background steps before the first token"
+            if reader.handle.request.priority is Priority.INTERACTIVE:
+                assert self.num_background_steps(reader) <= self.num_stages + 1, "before the first token"
+
+    def num_background_steps(self, reader: Reader) -> int:
+        """Return how many background steps returned between the submission and the first token, if there is one."""
+        count = 0
+        for report in self.last_reports[reader.submitted_at :]:
+            rows = report.microbatch.rows
+            if any(one.row.needs_logits and one.sequence.request is reader.handle.request for one in rows):
+                return count
+            count += any(one.sequence.request.priority is Priority.BACKGROUND for one in rows)
+        return 0
 
     def teardown(self) -> None:
-        if not hasattr(self, "engine"):
+        if not hasattr(self, "tested"):
             return
-        if self.is_restarting.is_set():
+        if self.is_restarting:
             self.end_restart()
         while any(not reader.handle.has_ended for reader in self.all_readers):
             self.wait_for_engine()
-            executed = [self.stages.execute(rank) for rank in range(self.num_stages)]
-            assert any(executed) or not self.scheduler.has_work, "there is work, and no plan"
+            executed = [self.tested.stages.execute(rank) for rank in range(self.num_stages)]
+            assert any(executed) or not self.tested.scheduler.has_work, "there is work, and no plan"
         self.background_requests_yield()
         for reader in self.all_readers:
             if not reader.ends:

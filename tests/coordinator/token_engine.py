@@ -102,9 +102,13 @@ def token_engine(
     chunk_tokens: int = 8,
     num_stages: int = 2,
     context_tokens: int = 200,
-    **options: bool | int,
+    *,
+    drafts: bool = False,
+    can_restart: bool = True,
+    max_queued: int = MAX_QUEUED,
 ) -> Iterator[TokenEngine]:
     """Yield a running engine."""
-    found = TokenEngine(SchedulerLimits(num_slots, context_tokens, chunk_tokens, num_stages), **options)
+    limits = SchedulerLimits(num_slots, context_tokens, chunk_tokens, num_stages)
+    found = TokenEngine(limits, drafts, can_restart, max_queued)
     with found.engine:
         yield found
