@@ -56,6 +56,11 @@ class Terminal:
         """The process id of the shell that runs the command."""
         return int(self._tmux("display-message", "-p", "-t", "pane", "#{pane_pid}"))
 
+    @property
+    def tty(self) -> Path:
+        """The terminal's device."""
+        return Path(self._tmux("display-message", "-p", "-t", "pane", "#{pane_tty}").strip())
+
     def processes(self) -> list[psutil.Process]:
         """Return the command's process and all its descendants."""
         return psutil.Process(self.pid).children(recursive=True)

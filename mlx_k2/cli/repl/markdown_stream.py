@@ -1,79 +1,141 @@
-"""Streamed display of Markdown: complete blocks are printed once, the last one is redrawn. Knows no model."""
+"""Streamed display of Markdown: prints finished blocks and lines of code once, redraws the rest. Knows no model."""
 
-import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from markdown_it.token import Token
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
-from rich.segment import Segment
+from rich.segment import Segment, Segments
 
-_FENCE = re.compile(r" {0,3}(```|~~~)")
-# A line that may belong to the block above the blank line before it: a further list item, or a paragraph of one.
-_MAY_CONTINUE = re.compile(r"[\s\d*+-]")
+from mlx_k2.cli.repl.markdown_blocks import MarkdownBlocks
+from mlx_k2.cli.repl.streamed_code import StreamedCode
+
+_REFRESH_S = 0.1
+_MAX_CPU_FRACTION = 0.1
+"""Share of one core that refreshes may use. A refresh that takes longer is followed by a longer pause."""
 _MARGIN_LINES = 2
 
 
 class MarkdownStream:
-    """The display of one answer on ``console``."""
+    """The display of one answer after the other on ``console``. Its own thread refreshes it, at most every 0.1 s."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._pending = ""
-        self._live: Live | None = None
-        self._is_first = True
+        self._thread: threading.Thread | None = None
 
     def add(self, text: str) -> None:
-        """Append ``text`` to the answer and update the display."""
-        self._pending += text
-        end = end_of_whole_blocks(self._pending)
-        if end:
-            whole, self._pending = self._pending[:end], self._pending[end:]
-            self._print(whole)
-        if self._live is None:
-            self._live = Live(console=self._console, transient=True, refresh_per_second=10)
-            self._live.start()
-        self._live.update(_Tail(self._pending))
+        """Append ``text`` to the answer. The display follows within 0.1 s, unless the terminal is slow."""
+        if self._thread is None:
+            self._display = MarkdownDisplay(self._console)
+            self._has_text, self._is_closing = threading.Event(), threading.Event()
+            self._thread = threading.Thread(target=self._run, name="markdown", daemon=True)
+            self._thread.start()
+        self._display.add(text)
+        self._has_text.set()
 
     def close(self) -> None:
         """End the answer and print its remaining text."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-        if self._pending.strip():
-            self._print(self._pending)
-        self._pending, self._is_first = "", True
+        if self._thread is not None:
+            self._is_closing.set()
+            self._has_text.set()
+            self._thread.join()
+            self._thread = None
+            self._display.close()
 
-    def _print(self, text: str) -> None:
-        if not self._is_first:
-            self._console.print()
-        self._is_first = False
-        self._console.print(Markdown(text))
-
-
-def end_of_whole_blocks(text: str) -> int:
-    """Return the index at which the last block of ``text`` begins, which may still grow; 0 if it is the only block."""
-    end = position = 0
-    in_fence = after_blank = False
-    for line in text.splitlines(keepends=True):
-        if _FENCE.match(line):
-            in_fence = not in_fence
-        elif not in_fence and after_blank and line.strip() and not _MAY_CONTINUE.match(line):
-            end = position
-        if _FENCE.match(line) and in_fence and after_blank:
-            end = position
-        after_blank = not line.strip()
-        position += len(line)
-    return end
+    def _run(self) -> None:
+        pause_s = 0.0
+        while not self._is_closing.wait(pause_s):
+            self._has_text.wait()
+            self._has_text.clear()
+            began = time.thread_time()
+            self._display.refresh()
+            pause_s = max(_REFRESH_S, (time.thread_time() - began) / _MAX_CPU_FRACTION)
 
 
-class _Tail:
-    """The last lines of a block, as many as fit on the screen."""
+class MarkdownDisplay:
+    """The display of one answer. ``add`` may be called by one thread while another refreshes."""
 
-    def __init__(self, text: str) -> None:
-        self._text = text
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, transient=True, auto_refresh=False)
+        self._added: list[str] = []
+        self._blocks = MarkdownBlocks()
+        self._code: StreamedCode | None = None
+        self._live.start()
+
+    def add(self, text: str) -> None:
+        """Append ``text`` to the answer."""
+        self._added.append(text)
+
+    def refresh(self) -> None:
+        """Print what is finished, and redraw the end of what is not."""
+        max_lines = max(1, self._console.size.height - _MARGIN_LINES)
+        finished = list(self._advance(max_lines))
+        if self._code is not None:
+            shown: RenderableType = self._code.shown(max_lines)
+        else:
+            shown = _markdown(self._blocks.open_tokens(max_chars=max_lines * self._console.width))
+        options = self._console.options.update(height=None)
+        lines = self._console.render_lines(shown, options, pad=False)
+        self._show(finished, _Lines(lines[-max_lines:]))
+
+    def close(self) -> None:
+        """Print all that is not printed and end the display."""
+        finished = list(self._advance(max_lines=self._console.size.height))
+        finished.append(_markdown(self._blocks.pop_rest()) if self._code is None else self._code.pop_rest())
+        self._show(finished, "")
+        self._live.stop()
+
+    def _advance(self, max_lines: int) -> Iterator[RenderableType]:
+        """Read the added text; yield what is finished."""
+        num_added = len(self._added)  # another thread may append more meanwhile
+        text = "".join(self._added[:num_added])
+        del self._added[:num_added]
+        while True:
+            if self._code is None:
+                self._blocks.add(text)
+                if tokens := self._blocks.pop_finished(max_lines):
+                    yield _markdown(tokens)
+                if (fence := self._blocks.pop_fence()) is None:
+                    return
+                if self._blocks.follows_block:
+                    yield Segments([Segment.line()])
+                first_line, text = fence
+                self._code = StreamedCode(first_line)
+            self._code.add(text)
+            if self._code.rest is None:
+                if (complete := self._code.pop_complete()) is not None:
+                    yield complete
+                return
+            yield self._code.pop_rest()
+            text, self._code = self._code.rest, None
+            self._blocks.end_fence()
+
+    def _show(self, finished: Sequence[RenderableType], unfinished: RenderableType) -> None:
+        """Print ``finished`` above ``unfinished``, in one write."""
+        with self._console:
+            self._live.update(unfinished)
+            if finished:
+                self._console.print(*finished, sep="", end="")
+            self._live.refresh()
+
+
+class _Lines:
+    """Rendered lines."""
+
+    def __init__(self, lines: Sequence[list[Segment]]) -> None:
+        self._lines = lines
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        lines = console.render_lines(Markdown(self._text), options.update(height=None), pad=False)
-        for line in lines[-max(1, console.size.height - _MARGIN_LINES) :]:
+        for line in self._lines:
             yield from line
             yield Segment.line()
+
+
+def _markdown(tokens: list[Token]) -> Markdown:
+    markdown = Markdown("")
+    markdown.parsed = tokens
+    return markdown

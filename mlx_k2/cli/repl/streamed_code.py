@@ -1,0 +1,136 @@
+"""A code fence that grows: each line is highlighted once, when it is complete. Knows no other block and no display."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from markdown_it import MarkdownIt
+from pygments.lexer import Lexer
+from pygments.token import Comment, String
+from rich.markdown import CodeBlock, Markdown
+from rich.syntax import Syntax
+
+_THEME = "monokai"  # as in rich's Markdown
+_TAB_SIZE = 4
+
+
+class StreamedCode:
+    """One fence at top level. Its parts together print the lines of rich's CodeBlock.
+
+    The colours are those of CodeBlock too, unless a line's colour depends on later lines.
+    """
+
+    def __init__(self, first_line: str) -> None:
+        self._parser = MarkdownIt().disable(["inline", "text_join"])
+        self._first_line = first_line
+        (fence,) = self._parser.parse(first_line)
+        block = CodeBlock.create(Markdown(""), fence)
+        assert isinstance(block, CodeBlock)
+        self._highlighter = _Highlighter(block.lexer_name)
+        self._code: list[str] = []  # the complete lines that are not popped
+        self._last_line = ""  # incomplete
+        self._is_first = True
+        self.rest: str | None = None
+        """The text after the fence; None while it is open."""
+
+    def add(self, text: str) -> None:
+        """Append ``text``."""
+        *lines, self._last_line = (self._last_line + text).split("\n")
+        code, end = self._read(lines)
+        self._code += code
+        if end is not None:
+            self.rest = "\n".join([*lines[end:], self._last_line])
+            self._last_line = ""
+
+    def pop_complete(self) -> Syntax | None:
+        """Remove and return the lines before the last one that is not blank. CodeBlock drops blank lines at the end."""
+        num_lines = max((number for number, line in enumerate(self._code) if line.strip()), default=0)
+        if num_lines == 0:
+            return None
+        lines, self._code = self._code[:num_lines], self._code[num_lines:]
+        syntax = self._syntax(lines, is_end=False)
+        self._is_first = False
+        return syntax
+
+    def pop_rest(self) -> Syntax:
+        """Remove and return all lines, with the end of the block."""
+        code = "\n".join([*self._code, *self._incomplete()]).rstrip()
+        self._code, self._last_line = [], ""
+        return self._syntax(code.split("\n"), is_end=True)
+
+    def shown(self, max_lines: int) -> Syntax:
+        """Return the last ``max_lines`` lines that are not popped, with the end of the block, for display."""
+        lines = [*self._code, *self._incomplete()]
+        return self._syntax(lines[-max_lines:], is_end=True, for_display=True)
+
+    def _incomplete(self) -> list[str]:
+        """Return the incomplete line, unless it closes the fence as it is."""
+        return self._read([self._last_line])[0] if self._last_line else []
+
+    def _read(self, lines: Sequence[str]) -> tuple[list[str], int | None]:
+        """Return the code in ``lines``, and the number of lines up to the end of the fence; None if it is open."""
+        fence = self._parser.parse("\n".join([self._first_line, *lines, ""]))[0]
+        assert fence.map is not None
+        code = fence.content.split("\n")[:-1]
+        num_lines = fence.map[1] - 1
+        return code, num_lines if num_lines > len(code) else None
+
+    def _syntax(self, lines: Sequence[str], *, is_end: bool, for_display: bool = False) -> Syntax:
+        code = "\n".join(lines).expandtabs(_TAB_SIZE)
+        lexer = self._highlighter.lex(code, goes_on=not for_display)
+        padding = (1 if self._is_first else 0, 1, 1 if is_end else 0, 1)
+        return Syntax(code, lexer, theme=_THEME, word_wrap=True, padding=padding, tab_size=_TAB_SIZE)
+
+
+class _Highlighter:
+    """A lexer for one text in parts that are whole lines."""
+
+    def __init__(self, lexer_name: str) -> None:
+        syntax = Syntax("", lexer_name, tab_size=_TAB_SIZE)
+        self._lexer: Any = syntax.lexer or syntax.default_lexer
+        self._opening = ""  # the line with the start of a string or comment that is still open
+        comment = [kind for kind, text in self._lexer.get_tokens("/**/") if text.strip()]
+        self._closes_comments = all(kind in Comment for kind in comment)
+
+    def lex(self, code: str, *, goes_on: bool) -> Lexer:
+        """Return a lexer that gives the tokens of ``code``; the next part follows it if ``goes_on``."""
+        text = f"{self._opening}{code}\n"
+        is_comment = self._closes_comments and text.rfind("/*") > text.rfind("*/")
+        tokens = list(_between(self._lexer.get_tokens(text + "*/" if is_comment else text), 0, len(text)))
+        start = len(self._opening)
+        if goes_on:
+            self._opening = _opening_line(tokens)
+        return _Lexed(list(_between(tokens, start, start + len(code))))
+
+
+class _Lexed(Lexer):  # type: ignore[misc]
+    """A lexer of one text whose tokens are known."""
+
+    def __init__(self, tokens: Sequence[tuple[Any, str]]) -> None:
+        super().__init__()
+        self._tokens = tokens
+
+    def get_tokens(self, text: str, unfiltered: bool = False) -> Iterator[tuple[Any, str]]:
+        return iter(self._tokens)
+
+
+def _between(tokens: Any, start: int, end: int) -> Iterator[tuple[Any, str]]:
+    """Yield the tokens of the characters from ``start`` up to, not including, ``end``."""
+    position = 0
+    for kind, text in tokens:
+        part = text[max(0, start - position) : max(0, end - position)]
+        position += len(text)
+        if part:
+            yield kind, part
+
+
+def _opening_line(tokens: Sequence[tuple[Any, str]]) -> str:
+    """Return the line that begins the string or comment that is open at the end of the last line, or ""."""
+    opening = line = ""
+    for kind, text in tokens:
+        is_open = (kind in String or kind in Comment) and kind is not Comment.Single
+        *ends, begin = text.split("\n")
+        for end in ends:
+            opening = (opening or f"{line}{end}\n") if is_open else ""
+            line = ""
+        line += begin
+    return opening

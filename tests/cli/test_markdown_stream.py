@@ -1,0 +1,216 @@
+"""Tests of the streamed Markdown display against rich's Markdown of the whole answer, in a real terminal."""
+
+import cProfile
+import io
+import itertools
+import os
+import pty
+import select
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from rich.console import Console
+from rich.markdown import Markdown
+
+from mlx_k2.cli.repl.markdown_stream import MarkdownDisplay, MarkdownStream
+from tests.cli.tmux import Terminal, needs_tmux, terminal
+
+WIDTH, HEIGHT = 60, 12
+DEADLINE_S = 60.0
+
+numbers = itertools.count()
+
+PYTHON = '''def first(names):
+    """Return the first name.
+
+    def is no keyword here, and 1 is no number.
+    """
+    return names[0]  # "not a string"
+
+
+TEXT = f"""{first}
+for x in y"""
+'''
+C = "/* A comment,\n   int in it */\nint x; // one\n#define Y 2\n"
+JAVASCRIPT = "/**\n * if (x) return 'y'\n */\nconst x = `a\nif ${b}\n`;\n"
+
+LINES = (
+    "words **bold** `code`", "word " * 30, "- item", "  more of it", "  - nested", "1. one", "2. two", "10. ten", "1)",
+    "- ```js", "  ```", "1. ```", "   ```", "> quote", "> - item", "> ```", "```", "```python", "~~~", "````",
+    "def f():", "    '''doc", "    indented", "\tcode", "/* c", "*/", "# heading", "#", "##", "===", "---", "***", "-",
+    "| a | b |", "|---|---|", "| 1 | 2 |", "<div>", "</div>", "<!-- c", "-->", "<b>x</b>", "a <kbd>k</kbd> b",
+    "[other]: /url", "'title", "[defined] and *not emphasis", "![image](x)", "two spaces  ", "\\", "&amp; &#35;",
+    "", "", "", "  ", "\t",
+)  # fmt: skip
+
+documents = st.builds(
+    lambda lines, end: "[defined]: /url\n" + "\n".join(lines) + end,
+    st.lists(st.sampled_from(LINES), max_size=40),
+    st.sampled_from(["", "\n"]),
+)
+
+
+def console(file: TextIO) -> Console:
+    return Console(
+        file=file, width=WIDTH, height=HEIGHT, force_terminal=True, color_system="truecolor",
+        highlight=False, markup=False, emoji=False,
+    )  # fmt: skip
+
+
+def stream(document: str, piece_chars: list[int]) -> str:
+    """Show ``document`` in pieces of ``piece_chars``, again and again, with a refresh after each; return the output."""
+    output = io.StringIO()
+    display = MarkdownDisplay(console(output))
+    start = 0
+    for num_chars in itertools.cycle(piece_chars):
+        if start >= len(document):
+            break
+        display.add(document[start : start + num_chars])
+        display.refresh()
+        start += num_chars
+    display.close()
+    return output.getvalue()
+
+
+def printed(document: str) -> str:
+    """Return the output of rich's Markdown of the whole ``document``."""
+    output = io.StringIO()
+    console(output).print(Markdown(document))
+    return output.getvalue()
+
+
+@contextmanager
+def pseudo_terminal() -> Iterator[tuple[int, TextIO]]:
+    """Yield the end of a pseudo-terminal that a terminal reads, and the file that a program writes."""
+    reader, writer = pty.openpty()
+    with os.fdopen(writer, "w") as output:
+        yield reader, output
+    os.close(reader)
+
+
+def read_until(reader: int, text: str) -> str:
+    """Read from the pseudo-terminal until ``text`` is in its output; return all of it."""
+    output = b""
+    deadline = time.monotonic() + DEADLINE_S
+    while text.encode() not in output:
+        assert select.select([reader], [], [], deadline - time.monotonic())[0], f"{text} is not in {output!r}"
+        output += os.read(reader, 65536)
+    return output.decode(errors="replace")
+
+
+@pytest.fixture(scope="module")
+def pane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
+    folder = tmp_path_factory.mktemp("markdown")
+    with terminal(folder, ["sleep", "600"], {"PATH": os.environ["PATH"]}, WIDTH, HEIGHT) as opened:
+        yield opened
+
+
+def shown(pane: Terminal, *outputs: str, with_colours: bool = False) -> list[str]:
+    """Write the outputs to the terminal, one after the other; return what each shows there."""
+    number = next(numbers)
+    with pane.tty.open("w") as tty:
+        tty.write("".join(f"begin {number}.\n{output}\nend {number}.\n" for output in outputs))
+    pane.wait_for(f"end {number}.", times=len(outputs))
+    parts = pane.shown(with_colours=with_colours).split(f"begin {number}.\n")[1:]
+    return [part[: part.index(f"end {number}.")].rstrip() for part in parts]
+
+
+@needs_tmux
+@given(documents, st.lists(st.sampled_from([1, 2, 5, 20, 100]), min_size=1, max_size=5))
+@example("````\n```\nnested\n```\n\nstill code\n````\ntext\n", [1])
+@example("- a\n\n  ```\n  code\n\n  # code\n  ```\n\n  more\n- b\n\ntext", [3])
+@example("text\n#\ntext\n#no heading", [1])
+@example("[other]: /url\n'first line\nsecond line'\n\ntext", [1])
+@example("".join(f"{number}. item\n" for number in range(1, 60)), [7])
+@example("1. code:\n   ```\n" + "   line\n" * 60 + "   ```\n\nend", [7])
+@example("| a | b |\n|---|---|\n" + "| cell | wide |\n" * 60 + "| a much wider cell | c |\n\nend", [7])
+@example("```\n\n\ncode\n\n  \n\nmore  \n\n\n```\nend", [1])
+def test_a_streamed_answer_ends_as_rich_prints_the_whole_answer(
+    pane: Terminal, document: str, piece_chars: list[int]
+) -> None:
+    streamed, whole = shown(pane, stream(document, piece_chars), printed(document))
+    assert streamed == whole
+
+
+@needs_tmux
+@pytest.mark.parametrize(("language", "code"), [("python", PYTHON), ("c", C), ("js", JAVASCRIPT), ("nothing", C)])
+def test_code_that_is_printed_line_by_line_has_the_colours_of_the_whole_block(
+    pane: Terminal, language: str, code: str
+) -> None:
+    document = f"```{language}\n{code}```\n"
+    streamed, whole = shown(pane, stream(document, [3]), printed(document), with_colours=True)
+    assert streamed == whole
+
+
+def most_calls(display: MarkdownDisplay, line: str, count: int) -> int:
+    """Add ``line`` and refresh ``count`` times; return the most Python functions that one refresh calls."""
+    most = 0
+    for _ in range(count):
+        display.add(line)
+        profile = cProfile.Profile()
+        profile.runcall(display.refresh)
+        most = max(most, sum(entry.callcount for entry in profile.getstats()))
+    return most
+
+
+@pytest.mark.parametrize(
+    ("first", "line"),
+    [
+        ("```python\n", "    x = 1  # comment\n"),
+        ("", "- an **item**\n"),
+        ("", "1. an **item**\n"),
+        ("1. code:\n   ```python\n", "   x = 1  # comment\n"),
+        ("| a | b |\n|---|---|\n", "| 1 | `2` |\n"),
+        ("> quote\n", "> and `more`\n"),
+        ("> - ", "item\n> - "),
+        ("", "a **paragraph** "),
+        ("<div>\n", "text\n"),
+    ],
+)
+def test_the_work_of_a_refresh_does_not_grow_with_the_block(first: str, line: str) -> None:
+    display = MarkdownDisplay(console(io.StringIO()))
+    display.add(first)
+    display.refresh()
+    display.add(line * 50)
+    at_50 = most_calls(display, line, 10)
+    display.add(line * 300)
+    display.refresh()
+    assert most_calls(display, line, 10) <= 1.1 * at_50
+    display.close()
+
+
+def test_a_closing_key_tag_without_an_opening_one_is_no_error() -> None:
+    assert "press x" in stream("press </kbd>x\n\n<kbd>y\n\nz", [1])
+
+
+def test_a_link_is_resolved_by_a_definition_in_an_earlier_block() -> None:
+    assert "https://example.org" in stream("[a]: https://example.org\n\ntext\n\n[a]", [1])
+
+
+def test_text_is_shown_before_the_answer_is_closed() -> None:
+    with pseudo_terminal() as (reader, output):
+        display = MarkdownStream(console(output))
+        display.add("first words")
+        assert "first words" in read_until(reader, "first words")
+        display.add(" and more")
+        assert "and more" in read_until(reader, "and more")
+        display.close()
+
+
+def test_add_does_not_wait_for_a_terminal_that_is_not_read_and_no_text_is_lost() -> None:
+    with pseudo_terminal() as (reader, output):
+        display = MarkdownStream(console(output))
+        for number in range(5000):  # more than a pseudo-terminal holds
+            display.add(f"word{number}\n\n")
+        closing = threading.Thread(target=display.close)
+        closing.start()
+        text = read_until(reader, "word4999")
+        closing.join(DEADLINE_S)
+        assert not closing.is_alive()
+    assert all(f"word{number}" in text for number in range(0, 5000, 100))
