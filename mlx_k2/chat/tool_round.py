@@ -41,7 +41,8 @@ def run_calls(
     """Run ``calls``, at most ``max_calls`` of them; yield their events and return a text for each, in their order.
 
     ``approve`` is called first, for each well-formed call of a known tool within the limit. All calls that are not
-    refused then run concurrently. When ``stopped`` returns True, the calls that still run are cancelled.
+    refused then run concurrently. When ``stopped`` returns True, or this generator is closed or raises, the calls that
+    still run are cancelled.
     """
     results: dict[int, ToolResult] = {}
     for index, call in enumerate(calls):
@@ -51,20 +52,24 @@ def run_calls(
             yield CallEnded(call, early, None)
     began = time.monotonic()
     running: dict[Future[ToolResult], int] = {}
-    for index, call in enumerate(calls):
-        if index not in results:
-            assert call.values is not None, "a call without an error has its arguments"
-            running[tools.start(call.name, call.values)] = index
-            yield CallStarted(call)
-    while running:
-        done, _ = wait(running, timeout=_LOOK_EVERY_S, return_when=FIRST_COMPLETED)
-        if stopped():
-            done = set(running)
-        for future in sorted(done, key=lambda future: running[future]):
-            index = running.pop(future)
-            results[index] = _STOPPED if not future.done() or future.cancelled() else future.result()
+    try:
+        for index, call in enumerate(calls):
+            if index not in results:
+                assert call.values is not None, "a call without an error has its arguments"
+                running[tools.start(call.name, call.values)] = index
+                yield CallStarted(call)
+        while running:
+            done, _ = wait(running, timeout=_LOOK_EVERY_S, return_when=FIRST_COMPLETED)
+            if stopped():
+                done = set(running)
+            for future in sorted(done, key=lambda future: running[future]):
+                index = running.pop(future)
+                results[index] = _STOPPED if not future.done() or future.cancelled() else future.result()
+                future.cancel()
+                yield CallEnded(calls[index], results[index], time.monotonic() - began)
+    finally:
+        for future in running:
             future.cancel()
-            yield CallEnded(calls[index], results[index], time.monotonic() - began)
     return [results[index].text for index in range(len(calls))]
 
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 import threading
+from pathlib import Path
 
 import anyio
 import uvicorn
@@ -41,6 +42,17 @@ def die() -> str:
 @server.tool()
 async def hang() -> str:
     await anyio.sleep_forever()
+    return ""
+
+
+@server.tool()
+async def hang_until_cancelled(file: str) -> str:
+    """Write "running" to ``file``, and "cancelled" when this call is cancelled."""
+    Path(file).write_text("running")
+    try:
+        await anyio.sleep_forever()
+    finally:
+        Path(file).write_text("cancelled")
     return ""
 
 
