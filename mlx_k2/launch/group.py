@@ -48,18 +48,24 @@ class StageGroup:
         """Time to wait for a stopped stage, a silent host or a stuck hop."""
         self.cancelled = cancelled or threading.Event()
         self._locations = tuple(locations)
-        self._settings = GuardSettings(lease_s=lease_s)
-        self._log = log
         self._notify = notify or log
         self._events: queue.SimpleQueue[StageEvent] = queue.SimpleQueue()  # bounded by plans and requests
-        self._stages: list[StageProcess] = []
+        settings = GuardSettings(lease_s=lease_s)
+        self._stages = [
+            StageProcess(rank, location, settings, self._events.put, log)
+            for rank, location in enumerate(self._locations)
+        ]
         self._stopping = threading.Event()
         self._heartbeat = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> "StageGroup":
-        for rank, location in enumerate(self._locations):
-            self._stages.append(StageProcess(rank, location, self._settings, self._events.put, self._log))
-        self._heartbeat.start()
+        try:
+            for stage in self._stages:
+                stage.start()
+            self._heartbeat.start()
+        except BaseException:  # __exit__ is not called after an exception here
+            self.stop(self._notify)
+            raise
         return self
 
     def __exit__(

@@ -30,7 +30,7 @@ STDERR_S = 0.5
 
 
 class StageProcess:
-    """A stage's process, which is started at once, on its own thread. ``post`` and ``log`` must not block."""
+    """A stage's process, which ``start`` starts on its own thread. ``post`` and ``log`` must not block."""
 
     def __init__(
         self,
@@ -56,6 +56,13 @@ class StageProcess:
         self._fault: str | None = None
         self._stderr_tail: deque[str] = deque(maxlen=STDERR_LINES)
         self._thread = threading.Thread(target=self._run, name=f"stage {rank}", daemon=True)
+
+    def start(self) -> None:
+        """Start the process. Do not wait for it.
+
+        Raises:
+            RuntimeError: this process can have no more threads.
+        """
         self._thread.start()
 
     @property
@@ -105,7 +112,12 @@ class StageProcess:
                 self._process.send_signal(number)
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait at most ``timeout_s``; return whether the local process has ended and its end was posted."""
+        """Wait at most ``timeout_s``; return whether the local process has ended and its end was posted.
+
+        Return True if it was never started.
+        """
+        if self._thread.ident is None:
+            return True
         deadline = time.monotonic() + timeout_s
         self._thread.join(timeout_s)
         if self._thread.is_alive():

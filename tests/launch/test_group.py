@@ -12,6 +12,7 @@ from mlx_k2.errors import StageFault, StageStartError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.stage_events import StageEnded, StageEvent, StageMessage
 from mlx_k2.launch.stage_location import StageLocation
+from mlx_k2.launch.stage_process import StageProcess
 from mlx_k2.protocol.messages import Connected, Step, StepDone
 from tests.launch.guarded import stand_in_python
 
@@ -178,6 +179,26 @@ def test_an_exception_in_the_with_body_ends_the_stages(make_group: MakeGroup) ->
     with pytest.raises(RuntimeError), make_group("deaf", "echo"):
         raise RuntimeError
     assert children() == []
+
+
+@pytest.mark.parametrize("is_started", [True, False], ids=["after", "before"])
+def test_an_exception_while_stages_are_started_ends_those_that_were_started(
+    make_group: MakeGroup, monkeypatch: pytest.MonkeyPatch, is_started: bool
+) -> None:
+    start = StageProcess.start
+
+    def interrupted_start(stage: StageProcess) -> None:
+        if stage.rank == 0 or is_started:
+            start(stage)
+        if stage.rank == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(StageProcess, "start", interrupted_start)
+    threads = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt), make_group("echo", "stubborn", "echo"):
+        pytest.fail("the body ran")
+    assert children() == []
+    assert set(threading.enumerate()) <= threads
 
 
 def test_a_missing_python_raises_a_start_error_that_names_its_path() -> None:
