@@ -1,4 +1,4 @@
-"""The facts that a probed host reports about itself, as sent to the command that checks them."""
+"""The facts that a host reports about itself, as sent to the coordinator."""
 
 import msgspec
 
@@ -32,6 +32,22 @@ class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The environment variables whose names begin with MLX_."""
     settings: dict[str, str] = {}
     model: ModelFacts | None = None
+
+
+class Command(msgspec.Struct, frozen=True):
+    """A running mlx-k2 command, or another program that starts stages: its own host, process id, name and start."""
+
+    host: str
+    pid: int
+    name: str
+    began_unix_s: float
+
+
+class RunningStage(msgspec.Struct, frozen=True):
+    """A stage that runs on a host, the command that started it, and the bytes of its shard and full cache."""
+
+    command: Command
+    held_bytes: int
 
 
 class HopSpeed(msgspec.Struct, frozen=True):

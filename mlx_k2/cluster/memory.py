@@ -10,15 +10,18 @@ ATTENTION_BYTES = 512 * 2**20
 _FRACTION_WITHOUT_GPU = 0.8  # of the RAM, if no GPU driver sets a limit
 
 
-def memory_bound_bytes(memory_gb: float | None, working_set_bytes: int | None, ram_bytes: int | None) -> int | None:
+def memory_bound_bytes(
+    memory_gb: float | None, working_set_bytes: int | None, ram_bytes: int | None, other_bytes: int = 0
+) -> int | None:
     """Return the bytes that all stages on one host may use together; None if nothing is known of the host.
 
     ``memory_gb`` is the hostfile's limit, ``working_set_bytes`` the GPU driver's (None without a GPU), and
-    ``ram_bytes`` the size of the RAM. The hostfile can lower the driver's limit but not raise it.
+    ``ram_bytes`` the size of the RAM. The hostfile can lower the driver's limit but not raise it. Stages of other
+    commands on the host hold ``other_bytes``.
     """
     if working_set_bytes is None and ram_bytes is not None:
         working_set_bytes = int(ram_bytes * _FRACTION_WITHOUT_GPU)
-    bounds = [] if working_set_bytes is None else [working_set_bytes]
+    bounds = [] if working_set_bytes is None else [max(0, working_set_bytes - other_bytes)]
     if memory_gb is not None:
         bounds.append(int(memory_gb * GB))
     return min(bounds, default=None)

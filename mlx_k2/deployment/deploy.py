@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from mlx_k2 import __version__
+from mlx_k2.cluster.host_facts import RunningStage
 from mlx_k2.cluster.hostfile import Backend, Hostfile
 from mlx_k2.deployment import bring_up
 from mlx_k2.deployment.deployment_request import DeploymentRequest, source_on, stage_location
 from mlx_k2.deployment.dry_run import plan_for
 from mlx_k2.deployment.listener import DeploymentListener
+from mlx_k2.deployment.other_commands import describe_others, other_bytes, this_command
 from mlx_k2.deployment.plan import DTYPE_BYTES, HostMemory, RunShape, StagePlan, check_fit, quantization_warnings
 from mlx_k2.deployment.stage_costs import stage_cost
-from mlx_k2.errors import StageStartError
+from mlx_k2.errors import PartitionError, StageStartError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.protocol.messages import (
     DownloadShard,
@@ -143,14 +145,20 @@ def _start(
             listener.phase(f"asking {group.host(0)} for the model's config and tokenizer")
             model = _fetch_description(group, source_on(hosts[0], request.source))
         gpus = [hello.working_set_bytes is not None for hello in hellos]
-        memories = [HostMemory(hello.working_set_bytes, hello.memory_bytes) for hello in hellos]
-        if before is None:
-            shape, plans = plan_for(request, model, memories, all_on_gpu=all(gpus))
-        else:
-            shape, plans = before.shape, before.plans
-            check_fit(plans, memories)
+        own, names = this_command(), [group.host(rank) for rank in range(group.size)]
+        memories = [
+            HostMemory(hello.working_set_bytes, hello.memory_bytes, other_bytes(hello, own)) for hello in hellos
+        ]
+        try:
+            if before is None:
+                shape, plans = plan_for(request, model, memories, all_on_gpu=all(gpus))
+            else:
+                shape, plans = before.shape, before.plans
+                check_fit(plans, memories)
+        except (PartitionError, StageStartError) as error:
+            raise type(error)("; ".join([str(error), *describe_others(names, hellos, own, min_bytes=0)])) from None
         listener.planned(model, plans)
-        for line in quantization_warnings(model.config, shape.dense_bits):
+        for line in (*describe_others(names, hellos, own), *quantization_warnings(model.config, shape.dense_bits)):
             listener.notify(line)
         yield StartedStages(group, model, shape, plans, hellos)
 
@@ -228,4 +236,5 @@ def _load_message(plan: StagePlan, shape: RunShape) -> Load:
         context_tokens=shape.context_tokens,
         needed_bytes=plan.needed_bytes,
         dense_bits=shape.dense_bits,
+        registration=RunningStage(this_command(), plan.assignment.held_bytes),
     )

@@ -47,6 +47,8 @@ class HostMemory:
 
     working_set_bytes: int | None
     ram_bytes: int | None
+    other_bytes: int = 0
+    """Memory that stages of other commands hold."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ def _capacities(hosts: Sequence[Host], memories: Sequence[HostMemory], beside_by
     stages_on = Counter(host.ssh for host in hosts)
     capacities = []
     for host, memory in zip(hosts, memories, strict=True):
-        bound = memory_bound_bytes(host.memory_gb, memory.working_set_bytes, memory.ram_bytes)
+        bound = memory_bound_bytes(host.memory_gb, memory.working_set_bytes, memory.ram_bytes, memory.other_bytes)
         available_bytes = None if bound is None else max(0, bound // stages_on[host.ssh] - beside_bytes)
         capacities.append(HostCapacity(name=host.ssh, memory_bytes=available_bytes, gb_per_s=host.gb_per_s))
     return tuple(capacities)

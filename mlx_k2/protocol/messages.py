@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from mlx_k2.cluster.host_facts import HopSpeed, HostFacts
+from mlx_k2.cluster.host_facts import HopSpeed, HostFacts, RunningStage
 from mlx_k2.errors import ProtocolError, RequestError
 from mlx_k2.protocol.framing import MAX_PAYLOAD_BYTES
 from mlx_k2.sampling import SampledToken
@@ -102,7 +102,8 @@ class Load(msgspec.Struct, frozen=True, tag=True):
 
     Answered by any number of DownloadProgress and LayerLoaded, then Loaded. ``needed_bytes`` is the memory of shard,
     cache and working space together; a Mac keeps that much wired. Attention, shared experts, dense layers and the head
-    are quantized to ``dense_bits`` bits per weight; None: they are not quantized.
+    are quantized to ``dense_bits`` bits per weight; None: they are not quantized. Stages that start on the host later
+    report ``registration``.
     """
 
     first_layer: int
@@ -112,6 +113,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     context_tokens: int
     needed_bytes: int
     dense_bits: int | None = None
+    registration: RunningStage | None = None
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
@@ -135,7 +137,8 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
 class Hello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """The versions and memory of a stage's host; a stage's first message.
 
-    ``working_set_bytes`` is the memory that macOS lets the GPU hold; None without a Metal GPU.
+    ``working_set_bytes`` is the memory that macOS lets the GPU hold; None without a Metal GPU. ``running_stages`` are
+    the stages that the same user already runs there, of any command.
     """
 
     mlx_k2_version: str
@@ -145,6 +148,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     system: str
     memory_bytes: int
     working_set_bytes: int | None
+    running_stages: tuple[RunningStage, ...] = ()
 
 
 class ModelFiles(msgspec.Struct, frozen=True, tag=True):

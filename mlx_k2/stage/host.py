@@ -13,6 +13,7 @@ import psutil
 from mlx_k2 import __version__
 from mlx_k2.errors import StageStartError
 from mlx_k2.protocol.messages import Hello
+from mlx_k2.stage.registry import running_stages
 
 WIRED_LIMIT_SETTING = "iogpu.wired_limit_mb"
 
@@ -27,6 +28,7 @@ def hello() -> Hello:
         system=f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform(terse=True),
         memory_bytes=psutil.virtual_memory().total,
         working_set_bytes=working_set_bytes(),
+        running_stages=running_stages(),
     )
 
 

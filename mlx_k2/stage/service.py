@@ -5,7 +5,7 @@ import queue
 import time
 import traceback
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import IO, NoReturn
 
 import mlx.core as mx
 
@@ -44,6 +44,7 @@ from mlx_k2.stage.host import hello, on_gpu
 from mlx_k2.stage.host_probe import probe
 from mlx_k2.stage.loading import LoadedPart, StageLoader
 from mlx_k2.stage.ports import HeldPorts
+from mlx_k2.stage.registry import register
 from mlx_k2.stage.step_runner import StepRunner
 from mlx_k2.stage.transport import DistributedTransport, NoNeighbours, Transport, join_group, prove_hops
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
@@ -103,6 +104,7 @@ class StageService:
         self._group: mx.distributed.Group | None = None
         self._transport: Transport = NoNeighbours()
         self._runner: StepRunner | None = None
+        self._registration: IO[bytes] | None = None  # locked while it is open
 
     # ---- on the reading thread
 
@@ -203,6 +205,8 @@ class StageService:
 
     def _answer_load(self, message: Load) -> Loaded:
         assert self._prepared is not None, "Load before Prepare"
+        if message.registration is not None:
+            self._registration = register(message.registration)
         loader = StageLoader(
             self._prepared.description, self._prepared.request.model, self._report_layer, self._report_download_progress
         )

@@ -214,6 +214,9 @@ def test_the_drivers_memory_limit_overrides_the_hostfiles() -> None:
     assert memory_bound_bytes(None, None, 10 * GB) == 8 * GB
     assert memory_bound_bytes(16, None, None) == 16 * GB
     assert memory_bound_bytes(None, None, None) is None
+    assert memory_bound_bytes(300, 400 * GB, 512 * GB, other_bytes=50 * GB) == 300 * GB
+    assert memory_bound_bytes(None, 400 * GB, 512 * GB, other_bytes=150 * GB) == 250 * GB
+    assert memory_bound_bytes(None, None, 10 * GB, other_bytes=9 * GB) == 0
 
 
 def test_the_cache_bytes_per_token_equal_the_published_size() -> None:

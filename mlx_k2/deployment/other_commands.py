@@ -1,0 +1,63 @@
+"""Other mlx-k2 commands whose stages run on the same hosts. Knows no plan."""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from mlx_k2.cluster.host_facts import Command, RunningStage
+from mlx_k2.cluster.memory import GB
+from mlx_k2.protocol.messages import Hello
+
+MIN_NAMED_BYTES = GB
+"""A command that holds less on a host is not worth a line to the user."""
+
+
+def this_command() -> Command:
+    """Return this process as a command. Its name has no arguments, except the subcommand of mlx-k2."""
+    name = Path(sys.argv[0]).name
+    if name == "mlx-k2":
+        name = " ".join([name, *sys.argv[1:2]])
+    return Command(socket.gethostname(), os.getpid(), name, psutil.Process().create_time())
+
+
+def other_bytes(hello: Hello, own: Command) -> int:
+    """Return the bytes that stages of other commands hold on a stage's host."""
+    return sum(stage.held_bytes for stage in _stages_of_others(hello, own))
+
+
+def describe_others(
+    hosts: Sequence[str], hellos: Sequence[Hello], own: Command, min_bytes: int = MIN_NAMED_BYTES
+) -> list[str]:
+    """Return a line for each other command that holds at least ``min_bytes`` on a host.
+
+    The stage on ``hosts[i]`` sent ``hellos[i]``. If a host has several stages, the last report counts.
+    """
+    lines = []
+    for host, hello in dict(zip(hosts, hellos, strict=True)).items():
+        others = _stages_of_others(hello, own)
+        for command in dict.fromkeys(stage.command for stage in others):
+            held = [stage.held_bytes for stage in others if stage.command == command]
+            if sum(held) >= min_bytes:
+                lines.append(_line(host, command, len(held), sum(held), own))
+    return lines
+
+
+def _stages_of_others(hello: Hello, own: Command) -> list[RunningStage]:
+    return [stage for stage in hello.running_stages if stage.command != own]
+
+
+def _line(host: str, command: Command, num_stages: int, held_bytes: int, own: Command) -> str:
+    stages = "1 stage" if num_stages == 1 else f"{num_stages} stages"
+    elsewhere = "" if command.host == own.host else f" on {command.host}"
+    began = time.localtime(command.began_unix_s)
+    is_today = began[:3] == time.localtime()[:3]
+    since = time.strftime("%H:%M" if is_today else "%b %d %H:%M", began)
+    return (
+        f"{host} also runs {stages} of another mlx-k2 command "
+        f"(pid {command.pid}{elsewhere}, `{command.name}`, since {since}, {held_bytes / 1e9:.1f} GB)"
+    )

@@ -1,0 +1,53 @@
+"""The stages that this user runs on this host: a file for each, which the stage locks until its process ends.
+
+A folder that cannot be used is no error: its stages are then not reported.
+"""
+
+import fcntl
+import os
+import platform
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+import msgspec
+import platformdirs
+
+from mlx_k2.cluster.host_facts import RunningStage
+
+FOLDER = platformdirs.user_state_path("mlx-k2") / "stages"
+
+
+def register(stage: RunningStage, folder: Path = FOLDER) -> IO[bytes] | None:
+    """Register this process as ``stage``; return the file to keep open, or None if the folder cannot be used."""
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{os.getpid()}{_suffix()}"
+        new = path.with_suffix(".new")
+        file = new.open("wb")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.write(msgspec.json.encode(stage))
+        file.flush()
+        new.replace(path)  # a file with this name is complete and locked
+        return file
+    return None
+
+
+def running_stages(folder: Path = FOLDER) -> tuple[RunningStage, ...]:
+    """Return the registered stages whose processes run on this host, and remove the files of others."""
+    stages = []
+    with suppress(OSError):
+        for path in sorted(folder.glob(f"*{_suffix()}")):
+            with suppress(OSError, msgspec.DecodeError), path.open("rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    stages.append(msgspec.json.decode(file.read(), type=RunningStage))
+                else:
+                    path.unlink()
+    return tuple(stages)
+
+
+def _suffix() -> str:
+    """Return the end of the names of this host's files: hosts may share a home folder."""
+    return f"@{platform.node()}.json"

@@ -1,0 +1,54 @@
+"""Tests of the registry of running stages with real processes that hold its locks."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlx_k2.cluster.host_facts import Command, RunningStage
+from mlx_k2.stage.registry import register, running_stages
+
+STAGE = RunningStage(Command("studio-1", 123, "mlx-k2 chat", 1e9), 297_300_000_000)
+PROGRAM = """
+import sys
+from pathlib import Path
+from mlx_k2.stage.registry import register
+from tests.stage.test_registry import STAGE
+file = register(STAGE, Path(sys.argv[1]))
+print("registered", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def registered_process(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", PROGRAM, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "registered\n"
+        yield process
+        process.kill()
+
+
+def test_a_stage_is_reported_until_its_process_is_killed_and_its_file_is_then_removed(tmp_path: Path) -> None:
+    with registered_process(tmp_path), registered_process(tmp_path) as second:
+        assert running_stages(tmp_path) == (STAGE, STAGE)
+        second.kill()
+        second.wait()
+        assert running_stages(tmp_path) == (STAGE,)
+    assert running_stages(tmp_path) == ()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_hosts_file_in_a_shared_home_folder_is_neither_reported_nor_removed(tmp_path: Path) -> None:
+    other = tmp_path / "123@another-host.json"
+    other.write_text("{}")
+    assert running_stages(tmp_path) == ()
+    assert other.exists()
+
+
+def test_a_folder_that_cannot_be_used_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert register(STAGE, tmp_path / "file" / "stages") is None
+    assert running_stages(tmp_path / "file" / "stages") == ()
