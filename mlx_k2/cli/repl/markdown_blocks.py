@@ -31,6 +31,7 @@ class MarkdownBlocks:
         self._last_line = ""  # incomplete
         self._has_new_lines = False
         self._is_fence = False
+        self._shown: dict[str, list[Token]] = {}  # tokens of the displayed paragraphs, by their text
 
     def add(self, text: str) -> None:
         """Append ``text``."""
@@ -78,10 +79,14 @@ class MarkdownBlocks:
         """Return the tokens of the end of the open block, with at most ``max_chars`` characters of each paragraph."""
         env = self._env()
         tokens = self._block_parser.parse("\n".join([*self._kept, self._last_line]), env)
+        shown: dict[str, list[Token]] = {}
         for token in tokens:
             if token.type == "inline":
-                token.children = []
-                self._parser.inline.parse(token.content[-max_chars:], self._parser, env, token.children)
+                text = token.content[-max_chars:]
+                shown[text] = token.children = self._shown.get(text, [])
+                if not token.children:
+                    self._parser.inline.parse(text, self._parser, env, token.children)
+        self._shown = shown
         return self._after_previous(tokens)
 
     @property
