@@ -96,7 +96,9 @@ def command(**options: Any) -> None:
 
 def _check(options: dict[str, Any], model: ModelDescription, context_tokens: int) -> None:
     frontend = ModelFrontend(model, context_tokens)
-    reply_settings(options, frontend).request(frontend.tokenizer, new_conversation(options, frontend).known_ids())
+    conversation = new_conversation(options, frontend)
+    conversation.add_user("a")
+    reply_settings(options, frontend).request(frontend.tokenizer, conversation.prompt_ids())
 
 
 def _chat(
@@ -135,6 +137,7 @@ def _chat(
             tools,
             approval,
             lambda: show_stage_use(restarting.deployment, coordinator.use),
+            lambda thinking: reply_settings({**options, "thinking": thinking}, frontend).sampling.temperature,
         )
         if transcript is not None:
             transcript.write({"started": {"mlx-k2": __version__, "model": name.name, "digest": name.digest}})

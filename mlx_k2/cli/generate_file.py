@@ -16,12 +16,13 @@ from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import SetupError
 from mlx_k2.scheduling.request import Request
+from mlx_k2.text.history_reader import read_history
 from mlx_k2.weights.checkpoint import ModelDescription
 
 WANTED_SLOTS = 16
 """Concurrent sequences if memory permits. With K2's bytes, more gain little throughput and wait longer (computed)."""
 _SINGLE = ("prompt", "token_ids", "as_json", "num_logprobs", "tools_path", "mcp_path", "thinking_budget")
-_COUNTED = ("system", "raw", "max_tokens", "seed", "dense_bits", *SAMPLING_NAMES)
+_COUNTED = ("system", "raw", "max_tokens", "seed", "dense_bits", "thinking", "preserve_thinking", *SAMPLING_NAMES)
 """The options that change a result; they are part of its digest."""
 
 
@@ -88,7 +89,8 @@ def _answer_lines(
         )
         for answer in answer_all(coordinator, frontend.tokenizer, list(prompts.values())):
             index = index_of[id(answer.request)]
-            results.write(index, {"id": _id(lines[index], index), **_result(answer.request, answer)})
+            result = {**_result(answer.request, answer), **_left_out(lines[index], frontend)}
+            results.write(index, {"id": _id(lines[index], index), **result})
             progress.advance(task)
     return len(lines) - num_done - len(prompts)
 
@@ -104,6 +106,12 @@ def _progress(total: int, completed: int) -> Progress:
 def _id(line: PromptLine, index: int) -> str | int:
     """Return the line's own id, else its number, counted from 1."""
     return index + 1 if line.id is None else line.id
+
+
+def _left_out(line: PromptLine, frontend: ModelFrontend) -> dict[str, Any]:
+    """Return ``{"left_out": [...]}`` if the prompt does not hold all fields of the line's messages, else {}."""
+    left_out = read_history(line.messages, frontend.template.fields).left_out if line.messages else ()
+    return {"left_out": left_out} if left_out else {}
 
 
 def _result(request: Request, answer: BatchResult) -> dict[str, Any]:

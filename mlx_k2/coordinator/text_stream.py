@@ -122,6 +122,8 @@ class _Prefill(threading.Thread):
             token_ids = tuple(self._prompt_ids())
         except SetupError:  # the error is raised again when the user's next request renders the same messages
             return
+        if not token_ids:  # nothing comes before the user's words in this template
+            return
         request = Request(token_ids, 1, Sampling(seed=0, temperature=0), frozenset())
         try:
             for _ in self._coordinator.run(request, stopped=lambda: self._stopped):
