@@ -19,6 +19,7 @@ from mlx_k2.cli.option_values import (
     log_settings,
     new_conversation,
     open_source,
+    opening_lines,
     reply_settings,
 )
 from mlx_k2.cli.options import (
@@ -141,7 +142,8 @@ def _chat(
         )
         if transcript is not None:
             transcript.write({"started": {"mlx-k2": __version__, "model": name.name, "digest": name.digest}})
-        screen.log(f"{name.name} · /help lists the commands, Ctrl-D leaves")
+        for line in (*opening_lines(options, frontend), f"{name.name} · /help lists the commands, Ctrl-D leaves"):
+            screen.log(line)
         try:
             Repl(session, commands, keyboard, screen, usage, transcript).run()
         except ClusterError:

@@ -19,6 +19,7 @@ from mlx_k2.cli.option_values import (
     log_settings,
     new_conversation,
     open_source,
+    opening_lines,
     prompt_text,
     read_prompt,
     reply_settings,
@@ -128,6 +129,8 @@ def _answer(
 ) -> None:
     deployment = restarting.deployment
     frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
+    for line in opening_lines(options, frontend):
+        log(line)
     with _output(options, frontend.tokenizer) as output:
 
         def restart(error: ClusterError) -> StageGroup:

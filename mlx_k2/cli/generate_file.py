@@ -8,7 +8,14 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mlx_k2.cli.console import ConsoleListener, console, log, log_restart
-from mlx_k2.cli.option_values import SAMPLING_NAMES, ModelFrontend, base_seed, line_prompt, log_settings
+from mlx_k2.cli.option_values import (
+    SAMPLING_NAMES,
+    ModelFrontend,
+    base_seed,
+    line_prompt,
+    log_settings,
+    opening_lines,
+)
 from mlx_k2.cli.prompt_files import PromptLine, ResultFile, line_seed, read_prompt_lines, run_digest
 from mlx_k2.coordinator.batch_results import BatchResult, answer_all
 from mlx_k2.coordinator.pipeline import coordinate
@@ -69,6 +76,8 @@ def _answer_lines(
     prompts: dict[int, Request] = {}
     num_done, seed = results.num_done, base_seed(options)
     frontend = ModelFrontend(restarting.deployment.model, restarting.deployment.shape.context_tokens)
+    for text in opening_lines(options, frontend):
+        log(text)
     with _progress(len(lines), num_done) as progress:
         (task,) = progress.task_ids
         for index, line in enumerate(lines[num_done:], start=num_done):

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mlx_k2.builtin import BANNER
 from mlx_k2.chat.chat_session import ReplySettings
 from mlx_k2.chat.conversation import Conversation
 from mlx_k2.cli.prompt_files import PromptLine
@@ -121,6 +122,13 @@ class ModelFrontend:
     def recommended(self) -> GenerationConfig:
         """The sampling settings that the checkpoint recommends."""
         return GenerationConfig.from_json(self.model.files.get("generation_config.json", b"{}"))
+
+
+def opening_lines(options: Mapping[str, Any], frontend: ModelFrontend) -> tuple[str, ...]:
+    """Return lines for the user before the first answer: what the built-in model is, and the template's warnings."""
+    banner = BANNER if options["model"] is None else ()
+    is_templated = not options.get("raw") and options.get("token_ids") is None
+    return (*banner, *(frontend.template.warnings if is_templated else ()))
 
 
 def is_raw(options: Mapping[str, Any]) -> bool:
