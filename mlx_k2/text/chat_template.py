@@ -193,7 +193,7 @@ def _variables(tree: nodes.Template) -> frozenset[str]:
     """Return the variables from outside. Jinja also counts those that a template sets in one branch of an `if`."""
     uses = _FirstUses()
     uses.visit(tree)
-    return frozenset(name for name in meta.find_undeclared_variables(tree) if uses.is_read[name])
+    return frozenset(name for name in meta.find_undeclared_variables(tree) if uses.is_read.get(name, True))
 
 
 def _field_names(tree: nodes.Template) -> frozenset[str]:
