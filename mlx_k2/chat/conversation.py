@@ -13,7 +13,7 @@ from mlx_k2.text.history_reader import read_history
 from mlx_k2.text.prompt import PromptPiece, encode_pieces, render_pieces
 from mlx_k2.text.reply_parser import Reply
 from mlx_k2.text.sampled_turns import SampledTurns
-from mlx_k2.text.thinking_mode import ThinkingMode
+from mlx_k2.text.thinking_mode import TEMPLATE_DEFAULT, ThinkingMode
 from mlx_k2.text.tokenizer import Tokenizer
 
 Message = dict[str, Any]
@@ -36,7 +36,7 @@ class Conversation:
         tokenizer: Tokenizer,
         tools: Sequence[Mapping[str, Any]] = (),
         system: str | None = None,
-        mode: ThinkingMode = ThinkingMode(),  # noqa: B008 - it is frozen
+        mode: ThinkingMode = TEMPLATE_DEFAULT,
     ) -> None:
         self._template = template
         self._tokenizer = tokenizer

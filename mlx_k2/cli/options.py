@@ -104,13 +104,13 @@ _TOOLS = (
         "--thinking",
         type=click.Choice(["on", "off"]),
         callback=_is_on,
-        help="Whether the model thinks before it answers; off is for models with an instant mode (K2.5, K2.6), and "
-        "answers are then sampled at temperature 0.6.  [default: the model's]",
+        help="Whether the model thinks before it answers. off needs a model with an instant mode (K2.5, K2.6), whose "
+        "answers are sampled at temperature 0.6.  [default: the model's]",
     ),
     click.option(
         "--preserve-thinking",
         is_flag=True,
-        help="Keep what the model thought for earlier answers in the prompt, where the model can be told so (K2.6).",
+        help="Keep the reasoning of earlier answers in the prompt, for models that have this option (K2.6).",
     ),
     click.option("--thinking-budget", type=click.IntRange(min=0), metavar="N", help="End thinking after N tokens."),
     click.option("--hide-thinking", is_flag=True, help="Do not show what the model thinks."),

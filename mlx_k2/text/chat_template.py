@@ -27,10 +27,9 @@ _BOM = "\ufeff"
 _NOT_ASCII = re.compile("[^\0-\x7e\U00040000-\U0010ffff]+")
 """Text that JSON escapes as ASCII, except the characters of ``mlx_k2.text.escaping``, which must stay single ones."""
 _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
-_KNOWN = {"messages", "tools", "tools_ts_str", "documents", "add_generation_prompt", "strftime_now", *_TOKENS} | {
-    "thinking",
-    "preserve_thinking",
-}
+_INPUTS = ("messages", "tools", "tools_ts_str", "documents", "thinking", "preserve_thinking")
+_KNOWN = frozenset((*_INPUTS, *_TOKENS, "add_generation_prompt", "strftime_now"))
+"""The variables that a rendering sets, or sets on request."""
 
 
 class ChatTemplate:

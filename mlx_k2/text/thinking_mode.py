@@ -40,3 +40,7 @@ class ThinkingMode:
                 "preserve_thinking (leave out --preserve-thinking)"
             )
         return chosen | ({"preserve_thinking": True} if self.preserve_thinking else {})
+
+
+TEMPLATE_DEFAULT = ThinkingMode()
+"""The mode in which the template gets no variable."""

@@ -1,4 +1,4 @@
-"""Tests of thinking modes and of histories of other programs, through `mlx-k2 chat` and `generate --prompts`."""
+"""Tests of other chat templates, thinking modes and histories of other programs, through whole commands."""
 
 import json
 from pathlib import Path
@@ -12,15 +12,29 @@ from tests.text.kimi import template_source
 USER = {"role": "user", "content": "Hello"}
 
 
+def with_template(model: Path, folder: Path, source: str) -> str:
+    """Return a copy of ``model`` in ``folder``, made of links, with another chat template."""
+    for file in model.iterdir():
+        if file.name != "chat_template.jinja":
+            (folder / file.name).symlink_to(file)
+    (folder / "chat_template.jinja").write_text(source)
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def switching(endless: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return a random model with K2.6's chat template, which also reads a variable that nothing sets."""
-    folder = tmp_path_factory.mktemp("switching")
-    for file in endless.iterdir():
-        (folder / file.name).symlink_to(file)
-    (folder / "chat_template.jinja").unlink()
-    (folder / "chat_template.jinja").write_text("{{ effort }}" + template_source("kimi-k2.6"))
-    return str(folder)
+    source = "{{ effort }}" + template_source("kimi-k2.6")
+    return with_template(endless, tmp_path_factory.mktemp("switching"), source)
+
+
+def test_a_chat_runs_with_a_template_that_writes_nothing_before_the_users_words(
+    endless: Path, tmp_path: Path, command_line: CommandLine
+) -> None:
+    model = with_template(endless, tmp_path, "\ufeff{% for m in messages %}{{ m.content }}{% endfor %}")
+    run = command_line.run("chat", "--model", model, "--max-tokens", "2", stdin="Hello\nAgain\n")
+    assert (run.returncode, run.stderr.count("the answer was cut off")) == (0, 2), run.stderr
+    assert "error" not in run.stderr and "Traceback" not in run.stderr
 
 
 def test_thinking_is_turned_off_and_on_in_a_chat_and_a_loaded_chat_names_what_is_left_out(
