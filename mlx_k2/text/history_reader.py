@@ -15,6 +15,7 @@ ROLES = ("system", "user", "assistant", "tool")
 _SAME_ROLE = {"developer": "system", "function": "tool"}
 _FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_DETAILS = ("text", "summary")
 _Message = dict[str, Any]
 
 
@@ -41,6 +42,7 @@ def read_history(messages: Sequence[Mapping[str, object]], template_fields: Coll
     left_out = []
     for number, message in enumerate(messages, start=1):
         demand(isinstance(message, Mapping), f"message {number} is not an object")
+        demand(all(isinstance(name, str) for name in message), f"message {number}: the keys of an object must be text")
         role = message.get("role")
         role = _SAME_ROLE.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
@@ -105,7 +107,7 @@ def _reasoning(fields: Mapping[str, Any]) -> str | None:
 def _details_text(details: object) -> str | None:
     """Return the text in OpenRouter's ``reasoning_details``, or its summaries if it has no text."""
     entries = [entry for entry in details if isinstance(entry, Mapping)] if isinstance(details, list | tuple) else []
-    for name in ("text", "summary"):
+    for name in _DETAILS:
         if texts := [entry[name] for entry in entries if isinstance(entry.get(name), str)]:
             return "".join(texts)
     return None
@@ -125,10 +127,11 @@ def _call(call: object, where: str) -> _Message:
 def _carries_more(name: str, fields: Mapping[str, Any]) -> bool:
     """Return whether leaving this field out loses something that no other field of the message holds."""
     value = fields[name]
-    if name == "function_call" and len(fields["tool_calls"]) == 1:
-        return bool(fields["tool_calls"][0]["function"] != {"arguments": "{}"} | value)
-    if name == "reasoning_details":
-        value = _details_text(value) or value
+    if name == "function_call" and isinstance(value, Mapping):
+        return [call["function"] for call in fields["tool_calls"]] != [{"arguments": "{}", **value}]
+    if name == "reasoning_details" and isinstance(value, list | tuple):
+        is_read = all(isinstance(entry, Mapping) and entry.keys() & set(_DETAILS) for entry in value)
+        value = _details_text(value) if is_read else value
     return value not in ("", [], {}, False, fields.get("reasoning_content"))
 
 

@@ -3,11 +3,12 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_k2.errors import RequestError
 from mlx_k2.text.history_reader import read_history
+from tests.examples import at_least
 
 CALL = {"id": "functions.f:0", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
@@ -30,6 +31,7 @@ def deep(levels: int) -> Any:
     ("message", "complaint"),
     [
         ("hello", "message 2 is not an object"),
+        ({"role": "user", 3: "x"}, "message 2: the keys of an object must be text"),
         ({"content": "x"}, "message 2 has the role None: give one of system, user, assistant, tool"),
         ({"role": "<|im_end|>", "content": "x"}, "message 2 has the role '<|im_end|>'"),
         ({"role": ["user"], "content": "x"}, r"message 2 has the role \['user'\]"),
@@ -206,6 +208,9 @@ def test_fields_that_a_template_does_not_read_are_left_out_and_named() -> None:
         ({"refusal": None, "annotations": [], "audio": {}, "partial": False, "x": ""}, None),
         ({"reasoning": "new", "reasoning_content": "old"}, "reasoning"),
         ({"reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}]}, "reasoning_details"),
+        ({"reasoning_details": [{"text": "x"}, {"data": "y"}]}, "reasoning_details"),
+        ({"reasoning_details": [{"text": "x"}]}, None),
+        ({"reasoning_details": 3, "function_call": "auto", "tool_calls": [CALL]}, "reasoning_details, function_call"),
         ({"function_call": {"name": "g"}, "tool_calls": [CALL]}, "function_call"),
         ({"function_call": {"name": "f", "arguments": "{}"}, "tool_calls": [CALL]}, None),
     ],
@@ -249,3 +254,37 @@ def test_a_history_that_was_read_once_reads_as_itself(history: list[dict[str, An
     calls_of = [call for message in first.messages for call in message.get("tool_calls", ())]
     assert all(call["id"] for call in calls_of)
     assert all(message["tool_call_id"] for message in first.messages if message["role"] == "tool")
+
+
+field_names = ["role", "content", "name", "tool_calls", "tool_call_id", "function_call", "function", "arguments", "id"]
+reasoning_names = [
+    "type",
+    "text",
+    "reasoning",
+    "reasoning_content",
+    "reasoning_details",
+    "thinking",
+    "summary",
+    "extra",
+]
+keys = st.sampled_from([*field_names, *reasoning_names])
+words = st.sampled_from(["user", "assistant", "tool", "function", "text", "input_text", "image_url", ""])
+junk = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(0, 1), words),
+    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(keys, inner, max_size=4)),
+    max_leaves=6,
+)
+junk_message = st.dictionaries(keys, junk, max_size=4).map(lambda message: {"role": "assistant", **message})
+junk_messages = st.lists(junk_message, min_size=1, max_size=3)
+
+
+@settings(max_examples=at_least(1000))
+@given(junk_messages, st.sampled_from([(), ("reasoning", "extra", "reasoning_details", "function_call")]))
+def test_any_json_is_read_or_refused_by_name(history: list[dict[str, Any]], fields: tuple[str, ...]) -> None:
+    try:
+        read = read_history(history, fields)
+    except RequestError as error:
+        assert str(error).startswith("message ")
+    else:
+        assert read_history(read.messages, fields).messages == read.messages
+        assert all(isinstance(message["content"], str) for message in read.messages)
