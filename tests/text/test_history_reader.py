@@ -257,7 +257,7 @@ def test_a_history_that_was_read_once_reads_as_itself(history: list[dict[str, An
 
 
 field_names = ["role", "content", "name", "tool_calls", "tool_call_id", "function_call", "function", "arguments", "id"]
-reasoning_names = [
+other_names = [
     "type",
     "text",
     "reasoning",
@@ -267,7 +267,7 @@ reasoning_names = [
     "summary",
     "extra",
 ]
-keys = st.sampled_from([*field_names, *reasoning_names])
+keys = st.sampled_from([*field_names, *other_names])
 words = st.sampled_from(["user", "assistant", "tool", "function", "text", "input_text", "image_url", ""])
 junk = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(0, 1), words),
