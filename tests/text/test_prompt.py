@@ -204,7 +204,8 @@ def test_template_options_are_escaped_like_message_text() -> None:
     assert pieces == [tokenizer().token_id("<think>"), "</think>"]
 
 
-def test_a_template_can_test_if_tools_is_none() -> None:
+def test_a_template_can_test_if_tools_or_documents_is_none() -> None:
+    assert render_pieces(ChatTemplate("{{ documents is none }}"), tokenizer(), [{"role": "user"}]) == ["True"]
     template = ChatTemplate("{{ tools is none }} {{ tools is defined }}")
     assert render_pieces(template, tokenizer(), [{"role": "user"}]) == ["True True"]
     assert render_pieces(template, tokenizer(), [{"role": "user"}], [{"type": "function"}]) == ["False True"]

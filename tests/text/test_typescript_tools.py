@@ -63,6 +63,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     ),
     "enum": ({"enum": ["a", 'q"q', 2.5, True, None]}, '  x: "a" | "q"q" | 2.5 | True | None'),
     "enum of a nullable type": ({"type": ["null", "string"], "enum": ["a", None]}, '  x: "a" | None'),
+    "enum without constraints": ({"type": "string", "enum": ["a"], "minLength": 1}, '  x: "a"'),
     "a boolean is an integer": ({"type": "integer", "enum": [1, True]}, "  x: 1 | True"),
     "any of": ({"anyOf": [{"type": "string", "description": "lost"}, {"type": "null"}]}, "  x: string | null"),
     "list of types": (
@@ -153,6 +154,9 @@ def test_a_definition_must_be_read_before_it_is_referred_to_and_must_be_an_objec
     assert "y?: D" in encoded(tool({"properties": {"a": late, "b": reference}}))
     assert encoded(tool({"properties": {"a": reference, "b": late}})) == ""
     assert encoded(tool({"$defs": {"D": True}})) == ""
+    definitions = {"D": {"type": "string"}}
+    assert "[k: string]: D" in encoded(tool({"$defs": definitions, "additionalProperties": reference}))
+    assert encoded(tool({"$defs": definitions, "properties": {"x": {"$ref": "other.json#/$defs/D"}}})) == ""
 
 
 def test_a_reference_to_the_whole_inside_a_definition_alone_makes_no_interface_of_the_whole() -> None:
