@@ -139,13 +139,23 @@ class ChatSession:
         """The conversation, for reading only."""
         return self._conversation
 
-    def load(self, messages: Sequence[Mapping[str, object]]) -> None:
-        """Replace the conversation by these messages.
+    def set_thinking(self, *, thinking: bool, temperature: float) -> None:
+        """Select whether the next replies begin with thinking, and their temperature.
+
+        Raises:
+            RequestError: the model's chat template has no such mode; nothing is changed.
+        """
+        self.cancel_prefill().set_thinking(thinking)
+        sampling = msgspec.structs.replace(self._settings.sampling, temperature=temperature)
+        self._settings = replace(self._settings, sampling=sampling)
+
+    def load(self, messages: Sequence[Mapping[str, object]]) -> tuple[str, ...]:
+        """Replace the conversation by these messages; return a line for each of which a field was left out.
 
         Raises:
             RequestError, TokenizerError: they cannot be used; the conversation is unchanged.
         """
-        self.cancel_prefill().load(messages, self._settings.context_tokens)
+        return self.cancel_prefill().load(messages, self._settings.context_tokens)
 
     def cancel_prefill(self) -> Conversation:
         """End the prefill of the next prompt and return the conversation, which may then be changed."""

@@ -1,16 +1,19 @@
 """The messages of a conversation, and its prompts as token ids. Knows no stages and runs nothing."""
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mlx_k2.errors import RequestError
 from mlx_k2.text.chat_template import ChatTemplate
 from mlx_k2.text.history import assistant_message, num_calls, tool_messages, with_normal_ids
-from mlx_k2.text.message_checks import checked_messages
+from mlx_k2.text.history_reader import read_history
 from mlx_k2.text.prompt import PromptPiece, encode_pieces, render_pieces
 from mlx_k2.text.reply_parts import Reply
 from mlx_k2.text.sampled_turns import SampledTurns
+from mlx_k2.text.thinking_mode import TEMPLATE_DEFAULT, ThinkingMode
 from mlx_k2.text.tokenizer import Tokenizer
 
 Message = dict[str, Any]
@@ -20,8 +23,11 @@ Message = dict[str, Any]
 class Conversation:
     """Messages, and the sampled tokens of the model's own messages.
 
-    ``tools`` are declarations in OpenAI's format. Every message of the model holds its reasoning. The template
-    determines what a prompt contains of it: Kimi's template leaves the reasoning out once an answer follows.
+    ``tools`` are declarations in OpenAI's format. Every message of the model holds its reasoning. The template and the
+    mode determine what a prompt contains of it: most of Kimi's templates leave it out once an answer follows.
+
+    Raises:
+        RequestError: the template has no such mode.
     """
 
     def __init__(
@@ -30,12 +36,14 @@ class Conversation:
         tokenizer: Tokenizer,
         tools: Sequence[Mapping[str, Any]] = (),
         system: str | None = None,
+        mode: ThinkingMode = TEMPLATE_DEFAULT,
     ) -> None:
         self._template = template
         self._tokenizer = tokenizer
         self._tools = list(tools)
         self._sampled = SampledTurns(tokenizer)
         self._messages: list[Message] = []
+        self._set_mode(mode)
         self.set_system(system)
 
     @property
@@ -52,6 +60,14 @@ class Conversation:
         """Replace the system prompt; None selects the template's own."""
         rest = self._messages[self._has_system :]
         self._messages = rest if text is None else [{"role": "system", "content": text}, *rest]
+
+    def set_thinking(self, thinking: bool) -> None:
+        """Select whether the next replies begin with thinking.
+
+        Raises:
+            RequestError: the template has no such mode; the mode is unchanged.
+        """
+        self._set_mode(replace(self._mode, thinking=thinking))
 
     def add_user(self, text: str) -> Message:
         """Add a message of the user and return it."""
@@ -85,14 +101,15 @@ class Conversation:
         """Remove all messages except the system prompt."""
         self._cut(int(self._has_system))
 
-    def load(self, messages: Sequence[Mapping[str, object]], context_tokens: int) -> None:
-        """Replace all messages by ``messages``.
+    def load(self, messages: Sequence[Mapping[str, object]], context_tokens: int) -> tuple[str, ...]:
+        """Replace all messages by ``messages``; return a line for each of which a field was left out.
 
         Raises:
             RequestError, TokenizerError: they are malformed, cannot be rendered, or do not fit into ``context_tokens``;
                 the conversation is unchanged.
         """
-        loaded = with_normal_ids(checked_messages(messages))
+        history = read_history(messages, self._template.fields)
+        loaded = with_normal_ids(history.messages)
         num_tokens = len(encode_pieces(self._tokenizer, self._rendered(loaded)))
         if num_tokens >= context_tokens:
             raise RequestError(
@@ -101,6 +118,7 @@ class Conversation:
             )
         self._sampled.forget_from(0)
         self._messages = loaded
+        return history.left_out
 
     def prompt_ids(self) -> list[int]:
         """Return the prompt for the next reply.
@@ -111,10 +129,17 @@ class Conversation:
         return self._encode(self._rendered(self._messages))
 
     def known_ids(self) -> list[int]:
-        """Return the longest prefix of the next prompt that does not depend on the user's next message."""
+        """Return the longest prefix of the next prompt that does not depend on the user's next message.
+
+        It holds an answered tool loop as the next prompt will: without the reasoning, if the template drops it there.
+        """
         one, other = (self._rendered([*self._messages, {"role": "user", "content": content}]) for content in ("a", "b"))
-        num_alike = next(index for index, (left, right) in enumerate(zip(one, other, strict=True)) if left != right)
-        return self._encode(one[:num_alike])
+        alike = itertools.takewhile(lambda pieces: pieces[0] == pieces[1], zip(one, other, strict=False))
+        return self._encode([piece for piece, _ in alike])
+
+    def _set_mode(self, mode: ThinkingMode) -> None:
+        self._variables = mode.variables(self._template)
+        self._mode = mode
 
     @property
     def _has_system(self) -> bool:
@@ -134,7 +159,7 @@ class Conversation:
         self._sampled.forget_from(self._num_turns(self._messages))
 
     def _rendered(self, messages: Sequence[Message]) -> list[PromptPiece]:
-        return render_pieces(self._template, self._tokenizer, messages, self._tools)
+        return render_pieces(self._template, self._tokenizer, messages, self._tools, **self._variables)
 
     def _encode(self, pieces: Sequence[PromptPiece]) -> list[int]:
         return self._sampled.encode(pieces)

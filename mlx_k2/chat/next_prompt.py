@@ -34,7 +34,7 @@ class NextPrompt:
     def _submit(self) -> None:
         try:
             prompt_ids = tuple(self._prompt_ids())
-            if not self._is_cancelled:
+            if prompt_ids and not self._is_cancelled:
                 sampling = Sampling(seed=0, temperature=0)
                 request = Request(prompt_ids, 1, sampling, frozenset(), priority=Priority.BACKGROUND)
                 self._handle = self._source.submit(request)

@@ -19,6 +19,7 @@ from mlx_k2.cli.option_values import (
     log_settings,
     new_conversation,
     open_source,
+    opening_lines,
     reply_settings,
 )
 from mlx_k2.cli.options import (
@@ -95,7 +96,9 @@ def command(**options: Any) -> None:
 
 def _check(options: dict[str, Any], model: ModelDescription, context_tokens: int) -> None:
     frontend = ModelFrontend(model, context_tokens)
-    reply_settings(options, frontend).request(frontend.tokenizer, new_conversation(options, frontend).known_ids())
+    conversation = new_conversation(options, frontend)
+    conversation.add_user("a")
+    reply_settings(options, frontend).request(frontend.tokenizer, conversation.prompt_ids())
 
 
 def _chat(
@@ -140,10 +143,12 @@ def _chat(
             tools,
             approval,
             lambda: show_stage_use(restarting.deployment, engine.use),
+            lambda thinking: reply_settings({**options, "thinking": thinking}, frontend).sampling.temperature,
         )
         if transcript is not None:
             transcript.write({"started": {"mlx-k2": __version__, "model": name.name, "digest": name.digest}})
-        screen.log(f"{name.name} · /help lists the commands, Ctrl-D leaves")
+        for line in (*opening_lines(options, frontend), f"{name.name} · /help lists the commands, Ctrl-D leaves"):
+            screen.log(line)
         try:
             Repl(session, commands, keyboard, screen, usage, transcript).run()
         except ClusterError:

@@ -18,6 +18,7 @@ from mlx_k2.cli.option_values import (
     log_settings,
     new_conversation,
     open_source,
+    opening_lines,
     prompt_text,
     read_prompt,
     reply_settings,
@@ -125,6 +126,8 @@ def _generate(options: dict[str, Any], request: DeploymentRequest, model: ModelD
 def _answer(restarting: RestartingDeployment, text: str, tools: Tools | None, options: dict[str, Any]) -> None:
     deployment = restarting.deployment
     frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
+    for line in opening_lines(options, frontend):
+        log(line)
     with (
         _output(options, frontend.tokenizer) as output,
         engine_on(

@@ -8,7 +8,14 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mlx_k2.cli.console import ConsoleListener, console, log, log_restart
-from mlx_k2.cli.option_values import SAMPLING_NAMES, ModelFrontend, base_seed, line_prompt, log_settings
+from mlx_k2.cli.option_values import (
+    SAMPLING_NAMES,
+    ModelFrontend,
+    base_seed,
+    line_prompt,
+    log_settings,
+    opening_lines,
+)
 from mlx_k2.cli.prompt_files import PromptLine, ResultFile, line_seed, read_prompt_lines, run_digest
 from mlx_k2.coordinator.batch_results import BatchResult, answer_all
 from mlx_k2.coordinator.engine import engine_on
@@ -16,12 +23,13 @@ from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import SetupError
 from mlx_k2.scheduling.request import Request
+from mlx_k2.text.history_reader import read_history
 from mlx_k2.weights.checkpoint import ModelDescription
 
 WANTED_SLOTS = 16
 """Concurrent sequences if memory permits. With K2's bytes, more gain little throughput and wait longer (computed)."""
 _SINGLE = ("prompt", "token_ids", "as_json", "num_logprobs", "tools_path", "mcp_path", "thinking_budget")
-_COUNTED = ("system", "raw", "max_tokens", "seed", "dense_bits", *SAMPLING_NAMES)
+_COUNTED = ("system", "raw", "max_tokens", "seed", "dense_bits", "thinking", "preserve_thinking", *SAMPLING_NAMES)
 """The options that change a result; they are part of its digest."""
 
 
@@ -68,6 +76,8 @@ def _answer_lines(
     prompts: dict[int, Request] = {}
     num_done, seed = results.num_done, base_seed(options)
     frontend = ModelFrontend(restarting.deployment.model, restarting.deployment.shape.context_tokens)
+    for text in opening_lines(options, frontend):
+        log(text)
     with _progress(len(lines), num_done) as progress:
         (task,) = progress.task_ids
         for index, line in enumerate(lines[num_done:], start=num_done):
@@ -90,7 +100,8 @@ def _answer_lines(
         ) as engine:
             for answer in answer_all(engine, frontend.tokenizer, list(prompts.values())):
                 index = index_of[id(answer.request)]
-                results.write(index, {"id": _id(lines[index], index), **_result(answer.request, answer)})
+                result = {**_result(answer.request, answer), **_left_out(lines[index], frontend)}
+                results.write(index, {"id": _id(lines[index], index), **result})
                 progress.advance(task)
                 num_failed += answer.error is not None
     return num_failed
@@ -107,6 +118,12 @@ def _progress(total: int, completed: int) -> Progress:
 def _id(line: PromptLine, index: int) -> str | int:
     """Return the line's own id, else its number, counted from 1."""
     return index + 1 if line.id is None else line.id
+
+
+def _left_out(line: PromptLine, frontend: ModelFrontend) -> dict[str, Any]:
+    """Return ``{"left_out": [...]}`` if the prompt does not hold all fields of the line's messages, else {}."""
+    left_out = read_history(line.messages, frontend.template.fields).left_out if line.messages else ()
+    return {"left_out": left_out} if left_out else {}
 
 
 def _result(request: Request, answer: BatchResult) -> dict[str, Any]:

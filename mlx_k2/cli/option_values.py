@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mlx_k2.builtin import BANNER
 from mlx_k2.chat.chat_session import ReplySettings
 from mlx_k2.chat.conversation import Conversation
 from mlx_k2.cli.prompt_files import PromptLine
@@ -19,13 +20,14 @@ from mlx_k2.sampling import GenerationConfig, Sampling
 from mlx_k2.scheduling.request import Request
 from mlx_k2.text.chat_template import ChatTemplate, load_chat_template
 from mlx_k2.text.prompt import render_prompt
+from mlx_k2.text.thinking_mode import INSTANT_TEMPERATURE, ThinkingMode
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo, model_folder
 
 SAMPLING_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-_FOR_REPLIES = ("tools_path", "mcp_path", "thinking_budget")
+_FOR_REPLIES = ("tools_path", "mcp_path", "thinking_budget", "thinking")
 _MIN_LEASE_S, _MAX_LEASE_S = 2, 3600
 _MAX_DIGITS = 10
 
@@ -122,6 +124,13 @@ class ModelFrontend:
         return GenerationConfig.from_json(self.model.files.get("generation_config.json", b"{}"))
 
 
+def opening_lines(options: Mapping[str, Any], frontend: ModelFrontend) -> tuple[str, ...]:
+    """Return lines for the user before the first answer: what the built-in model is, and the template's warnings."""
+    banner = BANNER if options["model"] is None else ()
+    is_templated = not options.get("raw") and options.get("token_ids") is None
+    return (*banner, *(frontend.template.warnings if is_templated else ()))
+
+
 def is_raw(options: Mapping[str, Any]) -> bool:
     """Return whether the prompt is sent without a chat template, so that its answer is not parsed as a reply."""
     return bool(options["raw"]) or options["token_ids"] is not None
@@ -133,13 +142,13 @@ def prompt_text(options: Mapping[str, Any]) -> str:
     Raises:
         RequestError: there is no text, or options contradict each other.
     """
-    if is_raw(options) and any(options[name] is not None for name in _FOR_REPLIES):
-        raise RequestError("--raw and --token-ids go without --tools, --mcp and --thinking-budget")
+    if is_raw(options) and (options["preserve_thinking"] or any(options[name] is not None for name in _FOR_REPLIES)):
+        raise RequestError("--raw and --token-ids go without --tools, --mcp and options for thinking")
     if options["token_ids"] is not None:
-        if options["prompt"] or options["system"]:
+        if options["prompt"] or options["system"] is not None:
             raise RequestError("--token-ids is the whole prompt: leave out PROMPT and --system")
         return ""
-    if options["raw"] and options["system"]:
+    if options["raw"] and options["system"] is not None:
         raise RequestError("--raw sends PROMPT alone: leave out --system")
     text: str | None = options["prompt"]
     if text is None:
@@ -170,14 +179,14 @@ def line_prompt(options: Mapping[str, Any], line: PromptLine, seed: int, fronten
     Raises:
         RequestError, TokenizerError: it cannot be served; gives the reason.
     """
-    names = (*SAMPLING_NAMES, "max_tokens", "timeout")
+    names = (*SAMPLING_NAMES, "max_tokens", "timeout", "thinking", "preserve_thinking")
     given = {name: value for name in names if (value := getattr(line, name)) is not None}
     merged = {**options, **given, "seed": seed if line.seed is None else line.seed}
     if line.messages is not None:
-        prompt_ids = render_prompt(frontend.template, frontend.tokenizer, line.messages)
+        prompt_ids = _rendered(merged, line.messages, frontend, line.tools)
     else:
         assert line.prompt is not None, "a line without a prompt"
-        prompt_ids = _prompt_ids(merged, line.prompt, frontend)
+        prompt_ids = _prompt_ids(merged, line.prompt, frontend, line.tools)
     return reply_settings(merged, frontend).request(frontend.tokenizer, prompt_ids)
 
 
@@ -206,8 +215,14 @@ def new_conversation(
 
     Raises:
         TokenizerError: the model's chat template cannot be read.
+        RequestError: the model cannot think as the options demand.
     """
-    return Conversation(frontend.template, frontend.tokenizer, tools, options["system"] or None)
+    return Conversation(frontend.template, frontend.tokenizer, tools, options["system"], thinking_mode(options))
+
+
+def thinking_mode(options: Mapping[str, Any]) -> ThinkingMode:
+    """Return the mode that --thinking and --preserve-thinking select."""
+    return ThinkingMode(options["thinking"], options["preserve_thinking"])
 
 
 def base_seed(options: Mapping[str, Any]) -> int:
@@ -218,19 +233,33 @@ def base_seed(options: Mapping[str, Any]) -> int:
 
 def _sampling(options: Mapping[str, Any], recommended: GenerationConfig) -> Sampling:
     values = {name: getattr(recommended, name) if options[name] is None else options[name] for name in SAMPLING_NAMES}
+    if options["temperature"] is None and options["thinking"] is False:
+        values["temperature"] = INSTANT_TEMPERATURE
     given = {name: value for name, value in values.items() if value is not None}
     return Sampling(seed=base_seed(options), num_logprobs=options.get("num_logprobs"), **given)
 
 
-def _prompt_ids(options: Mapping[str, Any], text: str, frontend: ModelFrontend) -> list[int]:
+def _prompt_ids(
+    options: Mapping[str, Any], text: str, frontend: ModelFrontend, tools: Sequence[Mapping[str, Any]] | None = None
+) -> list[int]:
     if options["token_ids"] is not None:
         return _parse_ids(options["token_ids"])
     if options["raw"]:
         return frontend.tokenizer.encode_text(text)
     messages = [{"role": "user", "content": text}]
-    if options["system"]:
+    if options["system"] is not None:
         messages.insert(0, {"role": "system", "content": options["system"]})
-    return render_prompt(frontend.template, frontend.tokenizer, messages)
+    return _rendered(options, messages, frontend, tools)
+
+
+def _rendered(
+    options: Mapping[str, Any],
+    messages: Sequence[Mapping[str, Any]],
+    frontend: ModelFrontend,
+    tools: Sequence[Mapping[str, Any]] | None,
+) -> list[int]:
+    template = frontend.template
+    return render_prompt(template, frontend.tokenizer, messages, tools, **thinking_mode(options).variables(template))
 
 
 def _parse_ids(text: str) -> list[int]:

@@ -75,6 +75,11 @@ _SAMPLING = (
     click.option("--seed", type=int, help="The same seed samples the same tokens.  [default: a random one]"),
 )
 
+
+def _is_on(ctx: click.Context, param: click.Parameter, value: str | None) -> bool | None:
+    return None if value is None else value == "on"
+
+
 _TOOLS = (
     click.option("--tools", "tools_path", metavar="FILE.py", help="Python functions that the model may call."),
     click.option("--mcp", "mcp_path", metavar="FILE.json", help="MCP servers whose tools the model may call."),
@@ -94,6 +99,18 @@ _TOOLS = (
         default=120.0,
         metavar="SECONDS",
         help="How long one tool call may take.  [default: 120]",
+    ),
+    click.option(
+        "--thinking",
+        type=click.Choice(["on", "off"]),
+        callback=_is_on,
+        help="Whether the model thinks before it answers. off needs a model with an instant mode (K2.5, K2.6), whose "
+        "answers are sampled at temperature 0.6.  [default: the model's]",
+    ),
+    click.option(
+        "--preserve-thinking",
+        is_flag=True,
+        help="Keep the reasoning of earlier answers in the prompt, for models that have this option (K2.6).",
     ),
     click.option("--thinking-budget", type=click.IntRange(min=0), metavar="N", help="End thinking after N tokens."),
     click.option("--hide-thinking", is_flag=True, help="Do not show what the model thinks."),

@@ -12,10 +12,16 @@ from mlx_k2.errors import RequestError
 
 
 class PromptLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One prompt, text or conversation, with optional sampling parameters. None selects the option's value."""
+    """One prompt, text or conversation, with optional tools and parameters. None selects the option's value.
+
+    ``tools`` are declarations in OpenAI's format; nothing runs the calls of an answer.
+    """
 
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    thinking: bool | None = None
+    preserve_thinking: bool | None = None
     id: str | int | None = None
     max_tokens: int | None = None
     temperature: float | None = None

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -9,10 +10,11 @@ from typing import Any, NoReturn
 
 import jinja2
 import msgspec
-from jinja2 import nodes
-from jinja2.ext import loopcontrols
+from jinja2 import meta, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
+from jinja2.visitor import NodeTransformer, NodeVisitor
 
 from mlx_k2.errors import RequestError, TokenizerError
 
@@ -21,6 +23,13 @@ FILE = "chat_template.jinja"
 _MAX_CPU_S = 5.0
 _MAX_CHARACTERS = 64_000_000
 _ON_ITERATION = "mlx_k2_on_iteration"
+_BOM = "\ufeff"
+_NOT_ASCII = re.compile("[^\0-\x7e\U00040000-\U0010ffff]+")
+"""Text that JSON escapes as ASCII, except the characters of ``mlx_k2.text.escaping``, which must stay single ones."""
+_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+_INPUTS = ("messages", "tools", "tools_ts_str", "documents", "thinking", "preserve_thinking")
+_KNOWN = frozenset((*_INPUTS, *_TOKENS, "add_generation_prompt", "strftime_now"))
+"""The variables that a rendering sets, or sets on request."""
 
 
 class ChatTemplate:
@@ -28,6 +37,11 @@ class ChatTemplate:
 
     ``tokens`` are variables that some templates read: bos_token, eos_token, pad_token and unk_token.
     """
+
+    variables: frozenset[str]
+    """The variables that the template reads. What a model can do follows from them: ``thinking``, ``tools_ts_str``."""
+    fields: frozenset[str]
+    """Every name by which the template may read a field of a message."""
 
     def __init__(
         self,
@@ -43,11 +57,24 @@ class ChatTemplate:
         self._max_characters = max_characters
         environment = _Environment(max_characters)
         try:
-            tree = _watched(environment.parse(source))
-            code = environment.compile(tree, filename=FILE)
+            tree = environment.parse(source)
+            self.variables = _variables(tree)
+            self.fields = _field_names(tree)
+            code = environment.compile(_watched(tree), filename=FILE)
         except jinja2.TemplateSyntaxError as error:
             raise TokenizerError(f"{FILE} line {error.lineno}: {error.message}") from None
         self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
+
+    @property
+    def has_reasoning(self) -> bool:
+        """Whether the template writes think tokens, as those of K2-Thinking and later models do."""
+        return "<think>" in self.source
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A line for the user if the template reads variables that nothing sets."""
+        unknown = ", ".join(sorted(self.variables - _KNOWN))
+        return (f"the chat template reads variables that mlx-k2 does not set: {unknown}",) if unknown else ()
 
     def render(self, variables: Mapping[str, object]) -> str:
         """Return the text that the template renders for ``variables``.
@@ -97,12 +124,12 @@ def load_chat_template(files: Mapping[str, bytes]) -> ChatTemplate:
     if not isinstance(source, str):
         raise TokenizerError("the model has no chat template: give --raw to send the prompt as it is")
     tokens = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+    for name in _TOKENS:
         token = getattr(config, name)
         text = token.get("content") if isinstance(token, dict) else token
         if isinstance(text, str):
             tokens[name] = text
-    return ChatTemplate(source, tokens=tokens)
+    return ChatTemplate(source.removeprefix(_BOM), tokens=tokens)
 
 
 class _Refusal(Exception):
@@ -119,7 +146,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**"})
 
     def __init__(self, max_characters: int) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
         self._max_characters = max_characters
         self.filters["tojson"] = _tojson
         self.globals["raise_exception"] = _refuse
@@ -134,6 +161,43 @@ class _Environment(ImmutableSandboxedEnvironment):
             if size > self._max_characters:
                 raise _Runaway(f"makes a text of more than {self._max_characters} characters")
         return super().call_binop(context, operator, left, right)
+
+
+class _Generation(Extension):
+    """The tag ``{% generation %}``, with which templates mark the model's own text for training. It changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """Return the block's body, in a scope of its own."""
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
+class _FirstUses(NodeVisitor):
+    """For each name of a template, whether its first use in the order of evaluation reads it."""
+
+    def __init__(self) -> None:
+        self.is_read: dict[str, bool] = {}
+
+    def visit_Assign(self, node: nodes.Assign) -> None:  # noqa: N802 - the name jinja2 calls
+        self.visit(node.node)
+        self.visit(node.target)
+
+    def visit_Name(self, node: nodes.Name) -> None:  # noqa: N802 - the name jinja2 calls
+        self.is_read.setdefault(node.name, node.ctx == "load")
+
+
+def _variables(tree: nodes.Template) -> frozenset[str]:
+    """Return the variables from outside. Jinja also counts those that a template sets in one branch of an `if`."""
+    uses = _FirstUses()
+    uses.visit(tree)
+    return frozenset(name for name in meta.find_undeclared_variables(tree) if uses.is_read.get(name, True))
+
+
+def _field_names(tree: nodes.Template) -> frozenset[str]:
+    attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
+    return frozenset(attributes | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)})
 
 
 def _watched(tree: nodes.Template) -> nodes.Template:
@@ -173,10 +237,19 @@ def _refuse(message: object) -> NoReturn:
 
 
 def _tojson(
-    value: object, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
 ) -> str:
-    """Return JSON as chat templates expect it: no escapes for HTML or for non-ASCII text."""
-    return json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    """Return JSON as transformers' filter of this name writes it, with its parameters in the same order."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    return _NOT_ASCII.sub(_json_escape, text) if ensure_ascii else text
+
+
+def _json_escape(found: re.Match[str]) -> str:
+    return json.dumps(found.group())[1:-1]
 
 
 def _location(error: Exception) -> str:

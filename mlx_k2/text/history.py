@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_k2.text.reply_parts import Reply
-
-_UNKNOWN = "unknown"
+from mlx_k2.text.tool_call import UNKNOWN, call_id
 
 
 def assistant_message(reply: Reply, num_calls_before: int) -> dict[str, Any]:
@@ -18,7 +17,7 @@ def assistant_message(reply: Reply, num_calls_before: int) -> dict[str, Any]:
         {
             "id": call_id(call.name, number),
             "type": "function",
-            "function": {"name": call.name or _UNKNOWN, "arguments": call.arguments},
+            "function": {"name": call.name or UNKNOWN, "arguments": call.arguments},
         }
         for number, call in enumerate(reply.calls, start=num_calls_before)
     ]
@@ -70,8 +69,3 @@ def _by_id(old: Sequence[Mapping[str, Any]], new: Sequence[dict[str, Any]]) -> d
     for before, after in zip(old, new, strict=True):
         by_id.setdefault(before["id"], []).append(after)
     return by_id
-
-
-def call_id(name: str, number: int) -> str:
-    """Return the id of a call of ``name``, the conversation's call number ``number``, counted from 0."""
-    return f"functions.{name or _UNKNOWN}:{number}"

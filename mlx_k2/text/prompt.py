@@ -8,11 +8,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
-from mlx_k2.errors import TokenizerError
+from mlx_k2.errors import RequestError, TokenizerError
 from mlx_k2.text.chat_template import ChatTemplate
 from mlx_k2.text.escaping import Escaping
-from mlx_k2.text.message_checks import checked_messages, checked_tools
+from mlx_k2.text.history_reader import read_history
+from mlx_k2.text.json_values import copied_json
 from mlx_k2.text.tokenizer import Tokenizer
+from mlx_k2.text.typescript_tools import typescript_tools
 
 PromptPiece: TypeAlias = str | int
 """Part of a prompt: ordinary text, or the id of a control token."""
@@ -66,8 +68,12 @@ def render_pieces(
         RequestError: a message or a tool is malformed, or the template refuses them.
         TokenizerError: the template fails, or changes input text in a way that escaping does not preserve.
     """
-    declared = checked_tools(tools) if tools else None  # None, not absent: some templates test `tools is not none`
-    outside: dict[str, object] = {"messages": checked_messages(messages), "tools": declared, **options}
+    outside: dict[str, object] = {
+        "messages": read_history(messages, template.fields).messages,
+        "documents": None,
+        **_declarations(template, tools or ()),
+        **options,
+    }
     own = {"add_generation_prompt": add_generation_prompt, "strftime_now": datetime.datetime.now().strftime}
     escaping = Escaping(tokenizer.special_ids, [template.source, *_texts(outside)])
     plain = template.render(outside | own)
@@ -75,6 +81,22 @@ def render_pieces(
     if escaping.unescape(escaped) != plain:
         raise TokenizerError("the chat template alters message text in a way that cannot be told from its own markers")
     return [piece if isinstance(piece, int) else escaping.unescape(piece) for piece in _split(escaped, tokenizer)]
+
+
+def _declarations(template: ChatTemplate, tools: Sequence[Mapping[str, object]]) -> dict[str, object]:
+    """Return the variables for ``tools``: what the tokenizer that comes with a template of this kind computes of them.
+
+    Models that think were trained on declarations with sorted keys, K2.5 and later on TypeScript.
+    """
+    for number, tool in enumerate(tools, start=1):
+        if not isinstance(tool, Mapping):
+            raise RequestError(f"tool {number} is not an object")
+    reads_typescript = "tools_ts_str" in template.variables
+    sort = template.has_reasoning or reads_typescript
+    declared = [copied_json(tool, f"tool {number}", sort=sort) for number, tool in enumerate(tools, start=1)]
+    typescript = typescript_tools(declared) if reads_typescript else ""
+    variables: dict[str, object] = {"tools": declared or None}  # not absent: some templates test `tools is not none`
+    return variables | {"tools_ts_str": typescript} if typescript else variables
 
 
 def _escaped(outside: Mapping[str, object], escaping: Escaping) -> dict[str, object]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 
+UNKNOWN = "unknown"
+"""The name of a tool for a call whose id names none."""
 _ID = re.compile(r"(?:functions\.)?(?P<name>.+?)(?::\d+)?", re.DOTALL)
 _NO_NAME = re.compile(r"(?:\d*|[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12})")
 _ID_START = re.compile(r"\s*(?P<id>(?:functions\.)?(?P<name>[\w.-]+?):\d+)\s*", re.DOTALL)
@@ -27,6 +29,11 @@ class ToolCall:
     """The arguments as a JSON object; None if the call cannot be run."""
     error: str | None = None
     """The problem of the call and the correct form, as text for the model."""
+
+
+def call_id(name: str, number: int) -> str:
+    """Return the id of a call of ``name``, the conversation's call number ``number``, counted from 0."""
+    return f"functions.{name or UNKNOWN}:{number}"
 
 
 def read_call(header: str, arguments: str) -> ToolCall:

@@ -6,9 +6,13 @@ from hypothesis import strategies as st
 
 from mlx_k2.chat.conversation import Conversation
 from mlx_k2.errors import RequestError
+from mlx_k2.text.chat_template import ChatTemplate
 from mlx_k2.text.reply_parts import Reply
+from mlx_k2.text.thinking_mode import ThinkingMode
 from mlx_k2.text.tool_call import ToolCall
+from tests.chat.scripted import sampled
 from tests.text.fixtures import builtin_template, decoded, tokenizer
+from tests.text.kimi import template
 
 SYSTEM = "<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|>"
 HELLO = "<|im_user|>user<|im_middle|>hello<|im_end|>"
@@ -84,6 +88,64 @@ def test_known_ids_are_a_prefix_of_the_next_prompt_for_any_user_message(text: st
     assert "R" not in decoded(known).replace("Return", "")
 
 
+@pytest.mark.parametrize(
+    ("model", "mode", "keeps"),
+    [
+        ("kimi-k2-thinking", ThinkingMode(), False),
+        ("kimi-k2.5", ThinkingMode(), False),
+        ("kimi-k2.5", ThinkingMode(thinking=False), False),
+        ("kimi-k2.6", ThinkingMode(), False),
+        ("kimi-k2.6", ThinkingMode(preserve_thinking=True), True),
+        ("kimi-k2.7-code", ThinkingMode(), True),
+    ],
+)
+def test_known_ids_after_an_answered_tool_loop_hold_its_reasoning_only_if_the_next_prompt_does(
+    model: str, mode: ThinkingMode, keeps: bool
+) -> None:
+    talk = Conversation(template(model), tokenizer(), mode=mode)
+    talk.add_user("hello")
+    loop = [talk.prompt_ids()]
+    talk.add_reply(Reply("R1", "", (WEATHER,)), sampled(tokenizer(), "R1</think><|tool_calls_section_begin|>"))
+    talk.add_results(["7"])
+    loop.append(talk.prompt_ids())
+    talk.add_reply(Reply("R2", "Sunny.", ()), sampled(tokenizer(), "R2</think>Sunny.<|im_end|>"))
+    known = talk.known_ids()
+    assert ("R1" in decoded(known), "R2" in decoded(known)) == (keeps, keeps)
+    assert decoded(known).endswith("<|im_user|>user<|im_middle|>")
+    assert (known[: len(loop[1])] == loop[1]) == (keeps or mode.thinking is False)
+    talk.add_user("more")
+    assert talk.prompt_ids()[: len(known)] == known
+
+
+@pytest.mark.parametrize(
+    ("source", "text"), [("{{ messages[-1].content }}", ""), ("{{ messages | length }}<think>", "1<think>")]
+)
+def test_a_template_with_nothing_before_the_user_message_or_without_it_has_a_known_prefix(
+    source: str, text: str
+) -> None:
+    assert decoded(Conversation(ChatTemplate(source), tokenizer()).known_ids()) == text
+
+
+def test_thinking_can_be_turned_off_and_on_between_two_replies() -> None:
+    talk = Conversation(template("kimi-k2.5"), tokenizer())
+    talk.add_user("hello")
+    endings = []
+    for thinking in (False, True):
+        talk.set_thinking(thinking)
+        endings.append(decoded(talk.prompt_ids()).rpartition("<|im_middle|>")[2])
+    assert endings == ["<think></think>", "<think>"]
+
+
+def test_a_mode_that_the_template_does_not_have_changes_nothing() -> None:
+    talk = conversation_of("hello")
+    before = talk.prompt_ids()
+    with pytest.raises(RequestError, match="thinking cannot be turned off: this model always thinks"):
+        talk.set_thinking(False)
+    assert talk.prompt_ids() == before
+    with pytest.raises(RequestError, match="preserve_thinking"):
+        Conversation(builtin_template(), tokenizer(), mode=ThinkingMode(preserve_thinking=True))
+
+
 def test_undo_removes_the_last_user_message_and_everything_after_it() -> None:
     talk = conversation_of("hello", "Hi.", "weather?")
     talk.add_reply(Reply("R", "", (WEATHER,)), ())
@@ -112,9 +174,27 @@ def test_a_loaded_conversation_gets_normalized_call_ids_and_replaces_the_old_one
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call_abc", "content": "7"},
     ]
-    talk.load(loaded, 4096)
+    assert talk.load(loaded, 4096) == ()
     assert talk.messages[2]["tool_call_id"] == "functions.f:0"
     assert talk.messages[1]["content"] == ""
+
+
+def test_a_load_reads_reasoning_and_calls_of_other_programs_and_names_what_it_leaves_out() -> None:
+    talk = conversation()
+    loaded: list[dict[str, object]] = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "input_text", "text": "x"}, "y"]},
+        {"role": "assistant", "reasoning": "WHY", "function_call": {"name": "f", "arguments": "{}"}, "refusal": "no"},
+        {"role": "function", "name": "f", "content": "7"},
+    ]
+    left_out = talk.load(loaded, 4096)
+    assert left_out == ("message 3 (assistant) has fields that the chat template does not read: refusal",)
+    assert decoded(talk.prompt_ids()) == (
+        "<|im_system|>system<|im_middle|>Be brief.<|im_end|><|im_user|>user<|im_middle|>xy<|im_end|>"
+        "<|im_assistant|>assistant<|im_middle|><think>WHY</think><|tool_calls_section_begin|><|tool_call_begin|>"
+        "functions.f:0<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|><|im_end|>"
+        f"<|im_system|>f<|im_middle|>## Return of functions.f:0\n7<|im_end|>{ANSWER}"
+    )
 
 
 @pytest.mark.parametrize(

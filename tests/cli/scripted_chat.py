@@ -62,7 +62,9 @@ def main(script: str, transcript_path: str) -> None:
         session = ChatSession(source, tokenizer(), conversation, settings, toolkit)
         approval.answer = session
         model = Model("a script", "0")
-        commands = Commands(session, model, screen, usage, tools, approval, lambda: screen.log("no stages"))
+        commands = Commands(
+            session, model, screen, usage, tools, approval, lambda: screen.log("no stages"), lambda thinking: 1.0
+        )
         Repl(session, commands, keyboard, screen, usage, transcript).run()
     sys.stderr.write("left\n")
 

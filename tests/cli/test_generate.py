@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlx_k2.builtin import BUILTIN_FOLDER
+from mlx_k2.builtin import BANNER, BUILTIN_FOLDER
 from mlx_k2.text.reply_parser import ReplyReader
 from mlx_k2.text.reply_parts import whole_reply
 from mlx_k2.text.tokenizer import load_tokenizer
@@ -50,7 +50,9 @@ def test_the_answer_goes_to_stdout_and_everything_else_to_stderr(
 ) -> None:
     assert text_run.returncode == 0, text_run.stderr
     assert text_run.stdout.endswith("\n")
-    thinking, summary, times, headings, *stages = text_run.stderr.splitlines()
+    banner = text_run.stderr.splitlines()[: len(BANNER)]
+    thinking, summary, times, headings, *stages = text_run.stderr.splitlines()[len(BANNER) :]
+    assert tuple(banner) == BANNER
     assert thinking == "I know the answer to this."
     assert thinking not in text_run.stdout
     assert re.fullmatch(r"\d+ tokens \(.*\) · prompt \d+ tokens · seed 5", summary)

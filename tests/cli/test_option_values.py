@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from mlx_k2.cli.option_values import ModelFrontend, prompt_text, read_prompt
+from mlx_k2.cli.option_values import ModelFrontend, line_prompt, new_conversation, prompt_text, read_prompt
+from mlx_k2.cli.prompt_files import PromptLine
 from mlx_k2.errors import RequestError
 from mlx_k2.scheduling.request import Request
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
@@ -15,6 +16,7 @@ from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_source import ModelSource
 from tests.local_cluster import CONTEXT_TOKENS, VOCAB_SIZE
+from tests.text.kimi import template_source
 
 NOTHING: dict[str, Any] = {
     "prompt": None,
@@ -33,6 +35,8 @@ NOTHING: dict[str, Any] = {
     "tools_path": None,
     "mcp_path": None,
     "thinking_budget": None,
+    "thinking": None,
+    "preserve_thinking": False,
     "max_tool_calls": 300,
 }
 
@@ -106,6 +110,81 @@ def test_options_override_the_generation_config_which_overrides_the_defaults(
     sampling = request_of(recommending, prompt="Hello", temperature=0.2, seed=4).sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0.2, 0.9, None, 4)
     assert request_of(model, prompt="Hello").sampling.temperature == 1.0
+
+
+def with_template(model: ModelDescription, source: str) -> ModelDescription:
+    files = {**model.files, "chat_template.jinja": source.encode()}
+    return ModelDescription(files, model.config, model.index, model.digest, model.unread_tensors)
+
+
+def test_an_empty_system_prompt_is_a_message_and_not_the_models_own(
+    model: ModelDescription, tokenizer: Tokenizer
+) -> None:
+    request = request_of(model, prompt="Hello", system="")
+    assert text_of(tokenizer, request).startswith("<|im_system|>system<|im_middle|><|im_end|><|im_user|>")
+    conversation = new_conversation(NOTHING | {"system": ""}, ModelFrontend(model, CONTEXT_TOKENS))
+    conversation.add_user("Hello")
+    assert tuple(conversation.prompt_ids()) == request.prompt_ids
+
+
+def test_an_answer_without_thinking_has_its_own_default_temperature(
+    model: ModelDescription, tokenizer: Tokenizer
+) -> None:
+    switching = with_template(model, template_source("kimi-k2.5"))
+    instant = request_of(switching, prompt="Hello", thinking=False)
+    assert text_of(tokenizer, instant).endswith("<think></think>")
+    assert instant.sampling.temperature == 0.6
+    assert request_of(switching, prompt="Hello", thinking=False, temperature=0.1).sampling.temperature == 0.1
+    for thinking in (True, None):
+        request = request_of(switching, prompt="Hello", thinking=thinking)
+        assert text_of(tokenizer, request).endswith("<think>")
+        assert request.sampling.temperature == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("kimi-k2-thinking", {"thinking": False}, "thinking cannot be turned off: this model always thinks"),
+        ("kimi-k2.7-code", {"thinking": False}, "thinking cannot be turned off: this model always thinks"),
+        ("kimi-k2-instruct", {"thinking": True}, "thinking cannot be turned on: this model never thinks"),
+        ("kimi-k2.5", {"preserve_thinking": True}, "does not read the variable preserve_thinking"),
+    ],
+)
+def test_a_mode_that_the_template_does_not_have_is_refused(
+    name: str, options: dict[str, Any], words: str, model: ModelDescription
+) -> None:
+    with pytest.raises(RequestError, match=words):
+        request_of(with_template(model, template_source(name)), prompt="Hello", **options)
+
+
+@pytest.mark.parametrize("options", [{"thinking": False}, {"thinking": True}, {"preserve_thinking": True}])
+def test_a_raw_prompt_goes_without_options_for_thinking(options: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="go without --tools, --mcp and options for thinking"):
+        prompt_text(NOTHING | {"prompt": "x", "raw": True} | options)
+
+
+def test_a_line_of_a_file_of_prompts_overrides_the_options_for_thinking_and_declares_tools(
+    model: ModelDescription, tokenizer: Tokenizer
+) -> None:
+    frontend = ModelFrontend(with_template(model, template_source("kimi-k2.6")), CONTEXT_TOKENS)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    history = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "reasoning": "WHY"},
+        {"role": "user", "content": "c"},
+    ]
+    options = NOTHING | {"thinking": False, "preserve_thinking": True}
+
+    def request(line: PromptLine) -> Request:
+        return line_prompt(options, line, 1, frontend)
+
+    assert "type f = (_: {}) => any;" in text_of(tokenizer, request(PromptLine(prompt="x", tools=tools)))
+    preserved = request(PromptLine(messages=history, thinking=True))
+    assert "<think>WHY</think>b" in text_of(tokenizer, preserved)
+    assert (text_of(tokenizer, preserved)[-7:], preserved.sampling.temperature) == ("<think>", 1.0)
+    dropped = request(PromptLine(messages=history, preserve_thinking=False))
+    assert "<think></think>b" in text_of(tokenizer, dropped)
+    assert dropped.sampling.temperature == 0.6
 
 
 def test_without_a_seed_each_request_gets_a_random_seed(model: ModelDescription) -> None:

@@ -81,6 +81,45 @@ def test_tojson_writes_json_like_hugging_face_chat_templates() -> None:
     assert render("{{ v | tojson(separators=(',', ':')) }}", v=value) == """{"b":"é<&'>","a":[1,null]}"""
     assert render("{{ v | tojson(sort_keys=true) }}", v=value) == """{"a": [1, null], "b": "é<&'>"}"""
     assert render("{{ v | tojson(indent=1) }}", v=[1]) == "[\n 1\n]"
+    assert render("{{ v | tojson(false, none, (',', ':'), true) }}", v=value) == """{"a":[1,null],"b":"é<&'>"}"""
+
+
+def test_tojson_escapes_other_letters_only_with_ensure_ascii() -> None:
+    value = {"é": "汉😀\n\u2028\x7f"}
+    assert render("{{ v | tojson(ensure_ascii=False) }}", v=value) == json.dumps(value, ensure_ascii=False)
+    assert render("{{ v | tojson(ensure_ascii=True) }}", v=value) == json.dumps(value)
+
+
+def test_a_generation_block_renders_its_body_in_a_scope_of_its_own() -> None:
+    source = (
+        "{% set x = 1 %}{% for y in v %}{% generation %}{% set x = y %}<{{ x }}>{% endgeneration %}{% endfor %}{{ x }}"
+    )
+    assert render(source, v=["a", "b"]) == "<a><b>1"
+    assert render("a\n{% generation %}\nb\n{% endgeneration %}\nc") == "a\nb\nc"
+
+
+def test_a_generation_block_without_an_end_is_refused_with_its_line() -> None:
+    with pytest.raises(TokenizerError, match=r"^chat_template.jinja line 2: .*endgeneration"):
+        render("\n{% generation %}x")
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("{{ messages }}{{ tools }}{{ documents }}{{ bos_token }}{{ strftime_now('%Y') }}{{ thinking }}", None),
+        ("{% for m in messages %}{% set x = m %}{{ x }}{{ loop.index }}{% endfor %}", None),
+        (
+            "{% if tools %}{% set x = 1 %}{% endif %}{{ x }}{% macro f(a) %}{{ a }}{% endmacro %}",
+            None,
+        ),
+        ("{{ namespace(a=1) }}{{ range(3) }}{{ raise_exception }}", None),
+        ("{% if enable_thinking is defined %}{% endif %}{{ builtin_tools }}", "builtin_tools, enable_thinking"),
+        ("{% set effort = effort | default('high') %}{{ effort }}", "effort"),
+    ],
+)
+def test_variables_that_nothing_sets_are_named(source: str, names: str | None) -> None:
+    words = f"the chat template reads variables that mlx-k2 does not set: {names}"
+    assert ChatTemplate(source).warnings == ((words,) if names else ())
 
 
 def test_chat_template_jinja_overrides_the_template_in_tokenizer_config() -> None:
@@ -88,6 +127,12 @@ def test_chat_template_jinja_overrides_the_template_in_tokenizer_config() -> Non
     assert load_chat_template({"tokenizer_config.json": config}).source == "from the config"
     both = {"tokenizer_config.json": config, "chat_template.jinja": "from the file é".encode()}
     assert load_chat_template(both).source == "from the file é"
+
+
+def test_a_byte_order_mark_before_a_template_is_no_part_of_it() -> None:
+    assert load_chat_template({"chat_template.jinja": b"\xef\xbb\xbf{{ 1 }}"}).render({}) == "1"
+    config = json.dumps({"chat_template": "\ufeff{{ 2 }}"}).encode()
+    assert load_chat_template({"tokenizer_config.json": config}).render({}) == "2"
 
 
 def test_the_default_template_is_used_among_several() -> None:

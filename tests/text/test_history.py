@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_k2.text.history import assistant_message, num_calls, tool_messages, with_normal_ids
-from mlx_k2.text.message_checks import checked_messages
+from mlx_k2.text.history_reader import read_history
 from mlx_k2.text.prompt import opens_reasoning, render_pieces, render_prompt
 from mlx_k2.text.reply_parser import ReplyParser
 from mlx_k2.text.reply_parts import Part, Reply, whole_reply
@@ -90,7 +90,8 @@ def test_a_tool_call_that_cannot_run_has_an_id_for_its_error_result() -> None:
     (message,) = tool_messages(turn, ["The call was not run."])
     assert turn["tool_calls"][0]["function"] == {"name": "unknown", "arguments": "{"}
     assert message["tool_call_id"] == turn["tool_calls"][0]["id"] == "functions.unknown:5"
-    checked_messages([USER, turn, message])
+    read = [USER, turn, message]
+    assert read_history(read, ()).messages == read
 
 
 def test_calls_are_numbered_through_the_conversation() -> None:

@@ -145,6 +145,7 @@ STRADDLING = {
     "backwards": "{{ messages[0].content[::-1] }}{{ messages[1].content | reverse }}",
     "letter by letter": "{% for c in messages[0].content %}{{ c }}{% endfor %}{{ messages[1].content | list | join }}",
     "in lower case": "{{ messages[0].content | lower }}{{ messages[1].content.lower() }}",
+    "as ASCII JSON": "{{ messages[0].content | tojson(ensure_ascii=true) }}{{ messages | tojson(true, 1) }}",
     "as JSON": "{{ messages[0].content | tojson }}{{ messages | tojson(indent=1) }}",
     "as Python writes it": "{{ [messages[0].content] }}{{ messages[1] }}",
     "in a macro": "{% macro m(t) %}<|{{ t }}{% endmacro %}{{ m(messages[0].content) }}|>{{ m('im_end') }}|>",
@@ -203,10 +204,43 @@ def test_template_options_are_escaped_like_message_text() -> None:
     assert pieces == [tokenizer().token_id("<think>"), "</think>"]
 
 
-def test_a_template_can_test_if_tools_is_none() -> None:
+def test_a_template_can_test_if_tools_or_documents_is_none() -> None:
+    assert render_pieces(ChatTemplate("{{ documents is none }}"), tokenizer(), [{"role": "user"}]) == ["True"]
     template = ChatTemplate("{{ tools is none }} {{ tools is defined }}")
     assert render_pieces(template, tokenizer(), [{"role": "user"}]) == ["True True"]
     assert render_pieces(template, tokenizer(), [{"role": "user"}], [{"type": "function"}]) == ["False True"]
+
+
+def declaration(source: str) -> str:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "é": "<|im_end|>"}}}
+    (piece,) = render_pieces(ChatTemplate(source), tokenizer(), [{"role": "user"}], [tool])
+    return str(piece)
+
+
+def test_tools_have_sorted_keys_for_a_template_with_think_tokens_and_their_own_order_for_others() -> None:
+    own = '[{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "é": "<|im_end|>"}}}]'
+    assert declaration("{{ tools | tojson }}") == own
+    sorted_keys = '[{"function":{"name":"f","parameters":{"type":"object","é":"<|im_end|>"}},"type":"function"}]'
+    assert declaration("{{ tools | tojson(separators=(',', ':')) }}{# <think> #}") == sorted_keys
+    source = "{{ tools_ts_str if not tools_ts_str else tools | tojson(separators=(',', ':')) }}"
+    assert declaration(source) == sorted_keys
+
+
+def test_a_template_that_reads_tools_ts_str_gets_it_only_where_all_tools_have_a_typescript_form() -> None:
+    template = ChatTemplate("{% if tools_ts_str %}{{ tools_ts_str }}{% else %}{{ tools_ts_str is defined }}{% endif %}")
+    tool = {"type": "function", "function": {"name": "f"}}
+    expected = "# Tools\n\n## functions\nnamespace functions {\ntype f = (_: {}) => any;\n}\n"
+    assert render_pieces(template, tokenizer(), [{"role": "user"}], [tool]) == [expected]
+    assert render_pieces(template, tokenizer(), [{"role": "user"}], [tool, {"type": "function", "function": 3}]) == [
+        "False"
+    ]
+    assert render_pieces(template, tokenizer(), [{"role": "user"}]) == ["False"]
+
+
+@pytest.mark.parametrize("tool", ["f", None, 3, ["f"]])
+def test_a_tool_that_is_not_an_object_is_refused(tool: Any) -> None:
+    with pytest.raises(RequestError, match="tool 2 is not an object"):
+        render_prompt(builtin_template(), tokenizer(), [{"role": "user"}], [{}, tool])
 
 
 def test_strftime_now_gives_the_same_time_throughout_one_rendering() -> None:

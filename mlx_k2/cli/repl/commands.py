@@ -24,7 +24,7 @@ HELP = {
     "/retry": ("", "answer your last message again"),
     "/save": ("FILE", "write the conversation to a file"),
     "/load": ("FILE", "go on from a file"),
-    "/think": ("show | hide", "whether to show what the model thinks"),
+    "/think": ("show | hide | on | off", "whether to show what the model thinks; whether it thinks"),
     "/tools": ("", "the tools that the model may call"),
     "/stats": ("", "what the conversation took so far, and each stage's part"),
     "/quit": ("", "leave; so does Ctrl-D"),
@@ -49,7 +49,10 @@ class Model:
 
 @dataclass
 class Commands:
-    """The commands on one session. ``show_stats`` shows each stage's fraction of the computing time."""
+    """The commands on one session. ``show_stats`` shows each stage's fraction of the computing time.
+
+    ``temperature`` returns the temperature of replies with thinking (True) and without it (False).
+    """
 
     session: ChatSession
     model: Model
@@ -58,6 +61,7 @@ class Commands:
     tools: Tools | None
     approval: ToolApproval
     show_stats: Callable[[], None]
+    temperature: Callable[[bool], float]
 
     def run(self, line: str) -> Iterator[Event]:
         """Run one command; yield the events of an answer that it starts.
@@ -120,17 +124,26 @@ class Commands:
         path = _path(argument, "/load")
         messages = load_chat(path, self.model.digest)
         try:
-            self.session.load(messages)
+            left_out = self.session.load(messages)
         except MlxK2Error as error:
             raise RequestError(f"{path}: {error}") from None
         self._recount()
+        for line in left_out:
+            self.screen.log(line)
         self.screen.log(f"{len(messages)} messages from {path}")
 
     def _think(self, argument: str) -> None:
-        if argument not in ("show", "hide"):
-            raise RequestError("give /think show or /think hide")
-        self.screen.show_thinking = argument == "show"
-        self.screen.log("thinking is shown" if self.screen.show_thinking else "thinking is hidden")
+        match argument:
+            case "show" | "hide":
+                self.screen.show_thinking = argument == "show"
+                self.screen.log("thinking is shown" if self.screen.show_thinking else "thinking is hidden")
+            case "on" | "off":
+                temperature = self.temperature(argument == "on")
+                self.session.set_thinking(thinking=argument == "on", temperature=temperature)
+                self._recount()
+                self.screen.log(f"thinking is {argument}; the temperature is {temperature:g}")
+            case _:
+                raise RequestError("give /think show, hide, on or off")
 
     def _tools(self, argument: str) -> None:
         declared = [] if self.tools is None else self.tools.declarations

@@ -1,0 +1,157 @@
+"""The reader of conversations from files and clients, in OpenAI's format and the variants that other programs write.
+
+Knows neither templates nor tokens. Everything that renders messages reads them here first.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_k2.errors import RequestError
+from mlx_k2.text.json_values import copied_json, demand
+from mlx_k2.text.tool_call import call_id
+
+ROLES = ("system", "user", "assistant", "tool")
+_SAME_ROLE = {"developer": "system", "function": "tool"}
+_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_DETAILS = ("text", "summary")
+_Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class History:
+    """Messages in the form that templates rely on, and one line for each message of which a field was left out."""
+
+    messages: list[_Message]
+    left_out: tuple[str, ...]
+
+
+def read_history(messages: Sequence[Mapping[str, object]], template_fields: Collection[str]) -> History:
+    """Return copies of ``messages`` in one form; ``template_fields`` are the names that the template reads.
+
+    Content is text: parts are joined, None becomes ''. Reasoning is in ``reasoning_content``, whatever its field was.
+    Every call and every result has an id. Other fields are kept if the template reads them, unless they are None.
+    Reading the returned messages again changes nothing.
+
+    Raises:
+        RequestError: there is no message, or one is malformed; names the message and the problem.
+    """
+    demand(bool(messages), "there is no message to answer")
+    read: list[_Message] = []
+    left_out = []
+    for number, message in enumerate(messages, start=1):
+        demand(isinstance(message, Mapping), f"message {number} is not an object")
+        demand(all(isinstance(name, str) for name in message), f"message {number}: the keys of an object must be text")
+        role = message.get("role")
+        role = _SAME_ROLE.get(role, role) if isinstance(role, str) else role
+        if role not in ROLES:
+            raise RequestError(f"message {number} has the role {role!r}: give one of {', '.join(ROLES)}")
+        where = f"message {number} ({role})"
+        fields = _fields({**message, "role": role}, where)
+        unread = [name for name in fields if name not in _FIELDS and name not in template_fields]
+        lost = [name for name in unread if _carries_more(name, fields)]
+        if lost:
+            left_out.append(f"{where} has fields that the chat template does not read: {', '.join(lost)}")
+        copy = {name: value for name, value in fields.items() if name not in unread}
+        read.append(copied_json(copy, where))
+    _add_missing_ids(read)
+    return History(read, tuple(left_out))
+
+
+def _fields(message: Mapping[str, Any], where: str) -> _Message:
+    """Return the fields of a message that are not None, checked, with content, reasoning and calls in one form."""
+    fields = {name: value for name, value in message.items() if value is not None}
+    fields["content"] = _content(fields.get("content", ""), where)
+    if "reasoning_content" not in fields and (reasoning := _reasoning(fields)) is not None:
+        fields["reasoning_content"] = reasoning
+    if "function_call" in fields and not fields.get("tool_calls"):
+        fields["tool_calls"] = [{"type": "function", "function": fields["function_call"]}]
+    for name in ("name", "reasoning_content", "tool_call_id"):
+        demand(isinstance(fields.get(name, ""), str), f"{where}: {name} must be text")
+    calls = fields.get("tool_calls")
+    if not calls:
+        fields.pop("tool_calls", None)
+        return fields
+    demand(fields["role"] == "assistant", f"{where}: only an assistant calls tools")
+    demand(isinstance(calls, list | tuple), f"{where}: tool_calls must be a list")
+    assert isinstance(calls, list | tuple)
+    fields["tool_calls"] = [_call(call, f"{where}: tool call {at}") for at, call in enumerate(calls, start=1)]
+    return fields
+
+
+def _content(content: object, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    demand(isinstance(content, list | tuple), f"{where}: content must be text or a list of text parts")
+    assert isinstance(content, list | tuple)
+    return "".join(part if isinstance(part, str) else _part_text(part, where) for part in content)
+
+
+def _part_text(part: object, where: str) -> str:
+    kind = part.get("type", "text") if isinstance(part, Mapping) else None
+    if isinstance(kind, str) and "image" in kind:
+        raise RequestError(f"{where} has an image, and mlx-k2 runs a model's text part only: leave the image out")
+    text = part.get("text") if isinstance(part, Mapping) and kind in _TEXT_PARTS else None
+    if not isinstance(text, str):
+        raise RequestError(f"{where} has a part that is not text ({kind or type(part).__name__}): leave it out")
+    return text
+
+
+def _reasoning(fields: Mapping[str, Any]) -> str | None:
+    """Return the reasoning of a message that has no ``reasoning_content``; None if it has none elsewhere either."""
+    given = next((fields[name] for name in ("reasoning", "thinking") if isinstance(fields.get(name), str)), None)
+    return _details_text(fields["reasoning_details"]) if given is None and "reasoning_details" in fields else given
+
+
+def _details_text(details: object) -> str | None:
+    """Return the text in OpenRouter's ``reasoning_details``, or its summaries if it has no text."""
+    entries = [entry for entry in details if isinstance(entry, Mapping)] if isinstance(details, list | tuple) else []
+    for name in _DETAILS:
+        if texts := [entry[name] for entry in entries if isinstance(entry.get(name), str)]:
+            return "".join(texts)
+    return None
+
+
+def _call(call: object, where: str) -> _Message:
+    """Return a checked call; '' as its id if it has none, and '{}' as its arguments if it has no such field."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping):
+        raise RequestError(f"{where} has no function")
+    written_id = call.get("id") or ""
+    demand(isinstance(written_id, str), f"{where}: its id must be text")
+    demand(isinstance(function.get("name"), str), f"{where} has no function name")
+    return {**call, "id": written_id, "function": {**function, "arguments": function.get("arguments", "{}")}}
+
+
+def _carries_more(name: str, fields: Mapping[str, Any]) -> bool:
+    """Return whether leaving this field out loses something that no other field of the message holds."""
+    value = fields[name]
+    if name == "function_call" and isinstance(value, Mapping):
+        return [call["function"] for call in fields["tool_calls"]] != [{"arguments": "{}", **value}]
+    if name == "reasoning_details" and isinstance(value, list | tuple):
+        is_read = all(isinstance(entry, Mapping) and entry.keys() & set(_DETAILS) for entry in value)
+        value = _details_text(value) if is_read else value
+    return value not in ("", [], {}, False, fields.get("reasoning_content"))
+
+
+def _add_missing_ids(messages: Sequence[_Message]) -> None:
+    """Give each call without an id the one that Kimi K2 is trained on, and each result without one that of its call.
+
+    Such a result answers a call of the latest turn that has no result yet: the first of its name, or the first.
+    """
+    number = 0
+    unanswered: list[_Message] = []
+    for at, message in enumerate(messages, start=1):
+        calls = message.get("tool_calls", ())
+        for call in calls:
+            call["id"] = call["id"] or call_id(call["function"]["name"], number)
+            number += 1
+        unanswered = [*calls] or unanswered
+        if message["role"] != "tool":
+            continue
+        if not message.get("tool_call_id") and unanswered:
+            named = [call for call in unanswered if call["function"]["name"] == message.get("name")]
+            message["tool_call_id"] = (named or unanswered)[0]["id"]
+        demand("tool_call_id" in message, f"message {at} (tool): a tool's result needs the tool_call_id of its call")
+        unanswered = [call for call in unanswered if call["id"] != message["tool_call_id"]]

@@ -1,0 +1,108 @@
+"""Tests of other chat templates, thinking modes and histories of other programs, through whole commands."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.command import CommandLine
+from tests.text.kimi import template_source
+
+USER = {"role": "user", "content": "Hello"}
+
+
+def with_template(model: Path, folder: Path, source: str) -> str:
+    """Return a copy of ``model`` in ``folder``, made of links, with another chat template."""
+    for file in model.iterdir():
+        if file.name != "chat_template.jinja":
+            (folder / file.name).symlink_to(file)
+    (folder / "chat_template.jinja").write_text(source)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def switching(endless: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a random model with K2.6's chat template, which also reads a variable that nothing sets."""
+    source = "{{ effort }}" + template_source("kimi-k2.6")
+    return with_template(endless, tmp_path_factory.mktemp("switching"), source)
+
+
+def test_a_chat_runs_with_a_template_that_writes_nothing_before_the_users_words(
+    endless: Path, tmp_path: Path, command_line: CommandLine
+) -> None:
+    model = with_template(endless, tmp_path, "\ufeff{% for m in messages %}{{ m.content }}{% endfor %}")
+    run = command_line.run("chat", "--model", model, "--max-tokens", "2", stdin="Hello\nAgain\n")
+    assert (run.returncode, run.stderr.count("the answer was cut off")) == (0, 2), run.stderr
+    assert "error" not in run.stderr and "Traceback" not in run.stderr
+
+
+def test_thinking_is_turned_off_and_on_in_a_chat_and_a_loaded_chat_names_what_is_left_out(
+    switching: str, tmp_path: Path, command_line: CommandLine
+) -> None:
+    saved = tmp_path / "chat.json"
+    saved.write_text(json.dumps([USER, {"role": "assistant", "content": "Hi.", "refusal": "no"}]))
+    commands = ("/think off", "/think on", "/think", f"/load {saved}", "/think off", "Again?")
+    run = command_line.run("chat", "--model", switching, "--max-tokens", "2", stdin="\n".join(commands) + "\n")
+    assert run.returncode == 0, run.stderr
+    warning, _, *lines = run.stderr.splitlines()
+    assert warning == "the chat template reads variables that mlx-k2 does not set: effort"
+    assert lines[:3] == [
+        "thinking is off; the temperature is 0.6",
+        "thinking is on; the temperature is 1",
+        "error: give /think show, hide, on or off",
+    ]
+    assert lines[3] == "message 2 (assistant) has fields that the chat template does not read: refusal"
+    assert lines[4].startswith("2 messages from")
+    assert run.stdout.strip() != ""  # without thinking, all sampled text is the answer
+
+
+def test_a_file_of_prompts_selects_modes_by_line_refuses_images_and_names_what_is_left_out(
+    switching: str, tmp_path: Path, command_line: CommandLine
+) -> None:
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}
+    asked: list[dict[str, Any]] = [
+        {"messages": [USER]},
+        {"messages": [USER], "thinking": False},
+        {"messages": [USER], "tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"messages": [image]},
+        {"messages": [{"role": "user", "content": "Hello", "audio": "x"}]},
+        {"prompt": "Hello", "thinking": False},
+    ]
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    prompts.write_text("".join(f"{json.dumps({'max_tokens': 3, **line})}\n" for line in asked))
+    run = command_line.run("generate", "--model", switching, "--prompts", str(prompts), "--out", str(out))
+    assert run.returncode == 0, run.stderr
+    assert "the chat template reads variables that mlx-k2 does not set: effort" in run.stderr
+    thinking, instant, tools, refused, left_out, prompt = map(json.loads, out.read_text().splitlines())
+    assert (thinking["text"], thinking["reasoning"] != "") == ("", True)
+    assert (instant["text"] != "", instant["reasoning"]) == (True, "")
+    assert instant["prompt_tokens"] == prompt["prompt_tokens"] == thinking["prompt_tokens"] + 1
+    assert tools["prompt_tokens"] > thinking["prompt_tokens"] + 20
+    assert refused["error"] == (
+        "message 1 (user) has an image, and mlx-k2 runs a model's text part only: leave the image out"
+    )
+    assert left_out["left_out"] == ["message 1 (user) has fields that the chat template does not read: audio"]
+    assert "left_out" not in thinking
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (
+            ("--thinking", "off"),
+            "error: thinking cannot be turned off: this model always thinks, since its",
+        ),
+        (
+            ("--preserve-thinking",),
+            "error: thinking cannot be preserved on request: the model's chat template",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_a_mode_that_the_built_in_model_does_not_have_is_refused_in_one_line_before_anything_starts(
+    command: str, option: tuple[str, ...], words: str, command_line: CommandLine
+) -> None:
+    run = command_line.run(command, *option, *(("Hello",) if command == "generate" else ()))
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
+    assert run.stderr.startswith(words)
