@@ -87,7 +87,7 @@ def test_without_restarts_a_fault_ends_every_request_and_later_ones_are_refused_
             stages.engine.submit(request(4))
 
 
-def test_a_fault_is_noticed_while_no_request_runs() -> None:
+def test_a_fault_is_detected_while_no_request_runs() -> None:
     with token_engine() as stages:
         stages.fail(0)
         stages.end_restart()
@@ -97,7 +97,7 @@ def test_a_fault_is_noticed_while_no_request_runs() -> None:
     assert len(stages.restarts) == 1
 
 
-def test_requests_go_on_with_the_same_tokens_after_a_restart_and_see_it() -> None:
+def test_requests_resume_with_the_same_tokens_after_a_restart_and_report_it() -> None:
     with token_engine(drafts=True) as stages:
         handles = [stages.engine.submit(request(number, 2, 3, max_tokens=40)) for number in range(3)]
         stages.run(lambda: stages.engine.use[1].steps_done >= 9)
@@ -110,7 +110,7 @@ def test_requests_go_on_with_the_same_tokens_after_a_restart_and_see_it() -> Non
             assert rest_of(handle)[0] == answer_alone(handle.request)
 
 
-def test_a_request_is_cancelled_at_once_during_a_restart_and_others_go_on_after_it() -> None:
+def test_a_request_is_cancelled_at_once_during_a_restart_and_others_resume_after_it() -> None:
     with token_engine() as stages:
         cancelled, other = (stages.engine.submit(request(number, max_tokens=30)) for number in (1, 2))
         stages.run(lambda: stages.engine.use[1].steps_done >= 5)
@@ -136,7 +136,7 @@ def test_closing_the_engine_ends_a_restart_and_cancels_all_requests() -> None:
         stages.engine.submit(request(2))
 
 
-def test_requests_in_a_step_that_kills_a_stage_twice_are_ended_and_others_go_on() -> None:
+def test_requests_in_a_step_that_kills_a_stage_twice_are_ended_and_others_finish() -> None:
     with token_engine(num_slots=6) as stages:
         handles = [stages.engine.submit(request(number, 5, 6, max_tokens=30)) for number in range(6)]
         stages.run(lambda: stages.engine.use[1].steps_done >= 12)
@@ -186,7 +186,7 @@ def test_no_plan_exceeds_the_chunk_when_eight_slots_replay_their_answers_after_a
             assert rest_of(handle)[0] == answer_alone(handle.request)
 
 
-def test_fifty_short_requests_over_three_slots_leave_a_conversation_of_8000_tokens_cached() -> None:
+def test_a_conversation_of_8000_tokens_stays_cached_through_fifty_short_requests_over_three_slots() -> None:
     conversation = tuple(range(8000))
     with token_engine(num_slots=3, chunk_tokens=512, context_tokens=10_000) as stages:
         first = stages.engine.submit(request(*conversation, max_tokens=5))
