@@ -1,8 +1,10 @@
 """Tests of requests over real stages on this machine: tokens, cancelling, and errors of lost or silent stages."""
 
 import itertools
+import random
 import re
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -10,13 +12,14 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import hypothesis
 import pytest
 
-from mlx_k2.coordinator.handle import Token
+from mlx_k2.coordinator.handle import Finished, Token
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.coordinator.pipeline import StepTimeout
 from mlx_k2.errors import ClusterError, StageFault, StageSilent
-from mlx_k2.scheduling.request import FinishReason
+from mlx_k2.scheduling.request import FinishReason, Priority, Request
 from tests.local_cluster import (
     NUM_LAYERS,
     Cluster,
@@ -94,6 +97,54 @@ def test_a_timed_out_request_keeps_its_tokens_and_does_not_change_other_requests
     assert 0 < len(some) < 2000 and none == []
     reasons = limited.reason, complete.reason, late.reason
     assert reasons == (FinishReason.TIMEOUT, FinishReason.LENGTH, FinishReason.TIMEOUT)
+
+
+NUM_SEEDS = 20 if hypothesis.settings.get_current_profile_name() == "long" else 1
+POOL = [
+    replace(request(length, max_tokens, seed=seed), priority=priority)
+    for seed, (length, max_tokens, priority) in enumerate(
+        itertools.product((1, 2, 5, 9, 33, 40, 71, 100, 130, 200), (1, 6, 25), Priority)
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def alone(cluster_of: ClusterOf) -> dict[Request, list[int]]:
+    """Return the tokens of each request of POOL, run alone."""
+    return {asked: cluster_of(2).tokens(asked)[asked] for asked in POOL}
+
+
+@pytest.mark.parametrize("seed", range(NUM_SEEDS))
+def test_requests_of_two_threads_at_random_times_get_the_tokens_that_they_get_alone(
+    cluster_of: ClusterOf, alone: dict[Request, list[int]], seed: int
+) -> None:
+    """Submit 50 requests, 25 on each of two threads, and cancel 20 of them."""
+    rng = random.Random(seed)
+    chosen = rng.sample(POOL, 50)
+    engine = cluster_of(2).engine
+    results: dict[Request, tuple[list[int], Finished]] = {}
+
+    def submit(requests: list[Request], delays: list[float], cancelled: set[int]) -> None:
+        handles = []
+        for index, (asked, delay) in enumerate(zip(requests, delays, strict=True)):
+            threading.Event().wait(delay)
+            handles.append(engine.submit(asked))
+            if index in cancelled:
+                handles[rng.randrange(len(handles)) if index % 2 else -1].cancel()
+        results.update({handle.request: rest_of(handle) for handle in handles})
+
+    threads = []
+    for half in (chosen[:25], chosen[25:]):
+        delays = [rng.expovariate(50) for _ in half]
+        threads.append(threading.Thread(target=submit, args=[half, delays, set(rng.sample(range(25), 10))]))
+        threads[-1].start()
+    for thread in threads:
+        thread.join(120)
+    assert len(results) == 50
+    whole = [asked for asked, (_, end) in results.items() if end.reason is not FinishReason.CANCELLED]
+    assert len(whole) >= 30
+    for asked, (token_ids, _) in results.items():
+        assert token_ids == (alone[asked] if asked in whole else alone[asked][: len(token_ids)])
 
 
 def test_every_stage_reports_its_steps_and_busy_time(cluster_of: ClusterOf) -> None:
