@@ -130,7 +130,7 @@ def local_cluster(
         policy = AdaptiveStepPolicy(deployment.costs)
         scheduler = Scheduler(limits, policy)
         pipeline = Pipeline(deployment.group, scheduler, policy, step_timeout)
-        with Engine(pipeline, scheduler, deployment.shape.num_slots) as engine:
+        with Engine(pipeline, scheduler, VOCAB_SIZE) as engine:
             yield Cluster(deployment, engine, names)
 
 

@@ -91,6 +91,7 @@ class ChatSession:
         self._toolkit = toolkit
         self._stopped = False
         self._handle: Handle | None = None
+        self._is_answering = False
         self._next_prompt: NextPrompt | None = None
 
     def send_message(self, text: str) -> Generator[Event, None, None]:
@@ -131,8 +132,8 @@ class ChatSession:
 
     @property
     def is_answering(self) -> bool:
-        """True while a reply is being sampled."""
-        return self._handle is not None
+        """True from a message of the user until its answer has ended, tool calls included."""
+        return self._is_answering
 
     @property
     def conversation(self) -> Conversation:
@@ -178,6 +179,13 @@ class ChatSession:
 
     def _answer(self, request: Request) -> Generator[Event, None, None]:
         """Yield the events of replies and rounds of tool calls, until a reply calls no tool."""
+        self._is_answering = True
+        try:
+            yield from self._replies(request)
+        finally:
+            self._is_answering = False
+
+    def _replies(self, request: Request) -> Generator[Event, None, None]:
         calls_left = self._settings.max_tool_calls
         while True:
             sampled = yield from self._sample(request)

@@ -43,7 +43,7 @@ from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
-from mlx_k2.errors import ClusterError, RequestError
+from mlx_k2.errors import ClusterError, MlxK2Error, RequestError
 from mlx_k2.weights.checkpoint import ModelDescription
 
 WANTED_SLOTS = 2
@@ -125,12 +125,17 @@ def _chat(
         if phase == WAITING and not session.is_answering:  # an answer shows its restarts itself
             screen.restart(restart)
 
+    def show_idle_failure(error: MlxK2Error) -> None:
+        if not session.is_answering:
+            screen.log(f"error: {error}; the next message ends the chat, and the conversation is kept")
+
     engine = engine_on(
         deployment,
         drafts=options["draft"] == "ngram",
         on_report=restarting.on_report,
         restarts=restarting,
         on_restart=show_idle_restart,
+        on_failure=show_idle_failure,
     )
     session = ChatSession(engine, tokenizer, conversation, settings, toolkit)
     with engine:

@@ -72,7 +72,7 @@ def total(summaries: Sequence[AnswerSummary]) -> AnswerSummary:
         for one in summaries
         if one.prefill_tokens_per_s
     )
-    timed = [one for one in summaries if one.decode_tokens_per_s]
+    timed = [one for one in summaries if one.decode_tokens_per_s and one.generated_tokens > 1]
     num_decoded = sum(one.generated_tokens - 1 for one in timed)
     decode_s = sum((one.generated_tokens - 1) / one.decode_tokens_per_s for one in timed if one.decode_tokens_per_s)
     prompt_tokens = sum(one.prompt_tokens for one in summaries)

@@ -10,7 +10,7 @@ from mlx_k2.coordinator.engine import Engine
 from mlx_k2.coordinator.handle import Event, Finished, Handle, Token
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.coordinator.reply_policy import ReplyPolicy
-from mlx_k2.errors import RequestFailed
+from mlx_k2.errors import ClusterError, RequestFailed
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.text.reply_parts import Part, Reply, whole_reply
 from mlx_k2.text.tokenizer import Tokenizer
@@ -53,16 +53,24 @@ def answer_all(engine: Engine, tokenizer: Tokenizer, requests: Sequence[Request]
     submissions = [Submission(request, ReplyPolicy(tokenizer, request), ready.put) for request in requests]
     rest = iter(submissions[2 * engine.num_slots :])
     running = {handle: _Arrived(handle.events()) for handle in engine.submit_all(submissions[: 2 * engine.num_slots])}
+    failure: ClusterError | None = None
     try:
         while running:
             handle = ready.get()
-            result = _result(handle, running[handle], began)
+            try:
+                result = _result(handle, running[handle], began)
+            except ClusterError as error:  # other answers may be complete
+                failure = error
+                del running[handle]
+                continue
             if result is not None:
                 del running[handle]
-                for submission in islice(rest, 1):
+                yield result
+                for submission in islice(rest, 0 if failure else 1):
                     (following,) = engine.submit_all([submission])
                     running[following] = _Arrived(following.events())
-                yield result
+        if failure is not None:
+            raise failure
     finally:
         for handle in running:
             handle.cancel()

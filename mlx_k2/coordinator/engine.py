@@ -19,8 +19,8 @@ from mlx_k2.coordinator.pipeline import Pipeline, StageUse, StepTimeout
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.restarting import OnRestart
 from mlx_k2.deployment.stage_report import StageReport
-from mlx_k2.errors import Cancelled, EngineBusy, MlxK2Error
-from mlx_k2.scheduling.request import FinishReason, Request
+from mlx_k2.errors import Cancelled, ClusterError, EngineBusy, MlxK2Error
+from mlx_k2.scheduling.request import FinishReason, Request, check_request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
 from mlx_k2.scheduling.token_policy import TokenPolicy
@@ -39,21 +39,25 @@ class Engine:
     """The engine of ready stages. A context manager: on exit all requests are cancelled and the thread has ended.
 
     After a fault the engine gets new stages from ``restarts`` and computes every running sequence again from its
-    tokens. Without ``restarts``, and when these give up, every request ends with the error, and ``submit`` raises it.
-    ``on_restart`` is called on another thread for each restart and each of its phases.
+    tokens. Without ``restarts``, and when these give up, every request ends with the error, ``on_failure`` is called on
+    the engine thread, and ``submit`` raises the error. ``on_restart`` is called on another thread for each restart and
+    each of its phases.
     """
 
     def __init__(
         self,
         pipeline: Pipeline,
         scheduler: Scheduler,
-        num_slots: int,
+        vocab_size: int,
         *,
         restarts: Restarts | None = None,
         on_restart: OnRestart | None = None,
+        on_failure: Callable[[MlxK2Error], None] | None = None,
         max_queued: int = MAX_QUEUED,
     ) -> None:
-        self.num_slots = num_slots
+        self._limits = scheduler.limits
+        self._vocab_size = vocab_size
+        self._on_failure = on_failure
         self._max_queued = max_queued
         self._num_queued = 0
         self._durations: deque[float] = deque(maxlen=_NUM_TIMED)
@@ -66,10 +70,10 @@ class Engine:
 
     def __enter__(self) -> "Engine":
         self._switch_interval_s = sys.getswitchinterval()
+        self._thread.start()
         sys.setswitchinterval(min(SWITCH_INTERVAL_S, self._switch_interval_s))
         gc.collect()
         gc.freeze()  # a full collection stops all threads for 14 to 28 ms, mostly for objects of imports (measured)
-        self._thread.start()
         return self
 
     def __exit__(
@@ -81,6 +85,11 @@ class Engine:
         self._thread.join()  # the end of a restart's stages has its own deadline, in StageGroup.stop
         gc.unfreeze()
         sys.setswitchinterval(self._switch_interval_s)
+
+    @property
+    def num_slots(self) -> int:
+        """The number of requests that can run at once."""
+        return self._limits.num_slots
 
     @property
     def use(self) -> tuple[StageUse, ...]:
@@ -99,6 +108,7 @@ class Engine:
         new event of the handle, mostly on the engine thread, and must not block.
 
         Raises:
+            RequestError: the request can never run (``check_request``).
             EngineBusy: the queue is full; has the expected wait.
             ClusterError: the stages have failed for good.
         """
@@ -106,11 +116,13 @@ class Engine:
 
     def submit_all(self, submissions: Sequence[Submission]) -> list[Handle]:
         """Queue several requests, all or none, so that the first plan counts all of them. Errors are as in submit."""
+        for submission in submissions:
+            check_request(submission.request, self._vocab_size, self._limits.context_tokens)
         now = time.perf_counter()
         jobs = [Job(one, Handle(one.request, self._cancel, one.notify), AnswerTimer(now)) for one in submissions]
         with self._lock:
             if self._error is not None:
-                raise self._error
+                raise self._error.with_traceback(None)
             if self._num_queued + len(jobs) > self._max_queued:
                 wait_s = self._expected_wait_s()
                 raise EngineBusy(
@@ -132,7 +144,7 @@ class Engine:
     def _expected_wait_s(self) -> float:
         durations = list(self._durations)
         mean_s = sum(durations) / len(durations) if durations else _SHORTEST_WAIT_S
-        return max(_SHORTEST_WAIT_S, mean_s * self._num_queued / self.num_slots)
+        return max(_SHORTEST_WAIT_S, mean_s * self._num_queued / self._limits.num_slots)
 
     # ---- on the engine thread
 
@@ -143,13 +155,16 @@ class Engine:
         except MlxK2Error as failure:
             error = failure
         except BaseException as defect:  # noqa: BLE001 - readers must not wait for ever
-            error = MlxK2Error(f"the engine failed: {type(defect).__name__}: {defect}")
+            error = ClusterError(f"the engine failed: {type(defect).__name__}: {defect}")
             error.__cause__ = defect
         with self._lock:
             self._error = error
             jobs = list(self._jobs.values())
+            self._jobs.clear()
         for job in jobs:
             job.handle.end(job.finished(FinishReason.CANCELLED) if isinstance(error, Cancelled) else error)
+        if self._on_failure is not None and not isinstance(error, Cancelled):
+            self._on_failure(error)
 
     def _on_started(self) -> None:
         """A job has left the queue."""
@@ -171,6 +186,7 @@ def engine_on(
     on_report: Callable[[StageReport], None] | None = None,
     restarts: Restarts | None = None,
     on_restart: OnRestart | None = None,
+    on_failure: Callable[[MlxK2Error], None] | None = None,
 ) -> Engine:
     """Return an engine for ready stages. ``drafts`` lets a lone sequence's idle stages run draft tokens.
 
@@ -184,4 +200,5 @@ def engine_on(
     policy = AdaptiveStepPolicy(deployment.costs)
     scheduler = Scheduler(limits, policy, drafts=drafts)
     pipeline = Pipeline(deployment.group, scheduler, policy, step_timeout, on_report)
-    return Engine(pipeline, scheduler, shape.num_slots, restarts=restarts, on_restart=on_restart)
+    vocab_size = deployment.model.config.vocab_size
+    return Engine(pipeline, scheduler, vocab_size, restarts=restarts, on_restart=on_restart, on_failure=on_failure)

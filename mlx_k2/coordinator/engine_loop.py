@@ -3,6 +3,7 @@
 Only the engine thread runs it; ``put`` and ``use`` are for every thread.
 """
 
+import logging
 import math
 import threading
 import time
@@ -66,7 +67,9 @@ class EngineLoop:
         self._outbox: list[tuple[Handle, Token | Progress | Finished | MlxK2Error]] = []
         self._queue: list[Sequence] = []
         self._restart_thread: threading.Thread | None = None
-        self._suspects: dict[Sequence, range] = {}
+        self._restarting: Restarting | None = None
+        self._suspects: dict[tuple[Sequence, int], range] = {}
+        """The positions of each sequence in the step in which a stage failed last, by the sequence and the stage."""
         self._is_closing = False
 
     @property
@@ -94,6 +97,7 @@ class EngineLoop:
         finally:
             if self._restart_thread is not None:
                 self._restart_thread.join()
+            self._deliver()  # the ends that were on their way
 
     def _step(self) -> None:
         """Send the plans that can go, deliver the events of the step before, and wait for the next report."""
@@ -137,10 +141,10 @@ class EngineLoop:
             case Cancel(job) if job.sequence is not None:
                 self._scheduler.stop(job.sequence, FinishReason.CANCELLED)
             case RestartPhase(restart, phase):
-                for job in self._jobs.values():
-                    self._outbox.append((job.handle, Restarting(restart, phase)))
+                self._restarting = Restarting(restart, phase)
+                self._outbox += [(job.handle, self._restarting) for job in self._jobs.values()]
             case RestartEnded(outcome):
-                self._restart_thread = None
+                self._restart_thread = self._restarting = None
                 if isinstance(outcome, MlxK2Error):
                     raise outcome
                 self._pipeline.continue_on(outcome)
@@ -153,6 +157,8 @@ class EngineLoop:
         forced = self._scheduler.submit(submission.request, submission.policy)
         job.sequence = forced.sequence
         self._jobs[forced.sequence] = job
+        if self._restarting is not None:
+            self._outbox.append((job.handle, self._restarting))
         self._add_tokens(forced)
         if job.handle.has_ended:  # it was cancelled on its way here
             self._scheduler.stop(forced.sequence, FinishReason.CANCELLED)
@@ -170,13 +176,13 @@ class EngineLoop:
                     job.ends_at = time.monotonic() + sequence.request.timeout_s
 
     def _on_result(self, result: StepResult) -> None:
-        for added in result.appended:
-            self._add_tokens(added)
         for planned in result.microbatch.rows:
             job = self._jobs.get(planned.sequence)
-            if planned.row.is_prompt and job is not None:
+            if planned.row.is_prompt and not planned.row.needs_logits and job is not None:
                 progress = PrefillProgress(planned.row.end, planned.sequence.num_prompt)
                 self._outbox.append((job.handle, progress))
+        for added in result.appended:
+            self._add_tokens(added)
         self._end_jobs()
 
     def _add_tokens(self, added: TokensAppended) -> None:
@@ -203,7 +209,7 @@ class EngineLoop:
     def _deliver(self) -> None:
         """Put the collected events into their handles, now that the next plans are on their way."""
         waiting = self._scheduler.waiting
-        if waiting != self._queue:
+        if waiting != self._queue and self._restart_thread is None:
             self._queue = waiting
             self._outbox += [(self._jobs[sequence].handle, Queued(at)) for at, sequence in enumerate(waiting)]
         outbox, self._outbox = self._outbox, []
@@ -248,10 +254,12 @@ class EngineLoop:
         before, self._suspects = self._suspects, {}
         for planned in () if step is None else step.rows:
             sequence, positions = planned.sequence, range(planned.row.position, planned.row.end)
-            earlier = before.get(sequence, range(0))
+            earlier = before.get((sequence, rank), range(0))
+            if sequence.finish_reason is not None:
+                continue
             if max(earlier.start, positions.start) >= min(earlier.stop, positions.stop):
-                self._suspects[sequence] = positions
-            elif sequence.finish_reason is None:
+                self._suspects[sequence, rank] = positions
+            else:
                 sequence.error = RequestFailed(f"request ended: it was running when stage {rank} failed twice")
                 self._scheduler.stop(sequence, FinishReason.ERROR)
         self._end_jobs()
@@ -263,11 +271,14 @@ class EngineLoop:
         except MlxK2Error as failure:
             outcome = failure
         except BaseException as defect:  # noqa: BLE001 - the engine must not wait for ever
-            outcome = MlxK2Error(f"the restart failed: {type(defect).__name__}: {defect}")
+            outcome = ClusterError(f"the restart failed: {type(defect).__name__}: {defect}")
             outcome.__cause__ = defect
         self._commands.put(RestartEnded(outcome))
 
     def _on_restart_phase(self, restart: Restart, phase: str) -> None:
         self._commands.put(RestartPhase(restart, phase))
         if self._on_restart is not None:
-            self._on_restart(restart, phase)
+            try:
+                self._on_restart(restart, phase)
+            except Exception:  # a terminal that is gone must not end the restart
+                logging.getLogger(__name__).exception("a callback for restarts failed")

@@ -3,6 +3,7 @@
 The engine thread puts events into the handle, one reader gets them, and any thread may cancel.
 """
 
+import logging
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
@@ -166,4 +167,7 @@ class Handle:
 
     def _wake(self) -> None:
         if self._notify is not None:
-            self._notify(self)
+            try:
+                self._notify(self)
+            except Exception:  # an error of one reader must not end the requests of others
+                logging.getLogger(__name__).exception("a callback for events failed")

@@ -85,6 +85,7 @@ class RestartingDeployment:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.cancel()
         self._stack.close()
 
     def restart(self, error: ClusterError, on_restart: OnRestart) -> StageGroup:

@@ -53,7 +53,7 @@ class Scheduler:
     """Waiting and running sequences, and microbatches in flight."""
 
     def __init__(self, limits: SchedulerLimits, policy: StepPolicy, *, drafts: bool = False) -> None:
-        self._limits = limits
+        self.limits = limits
         self._policy = policy
         self._drafts = drafts
         self._waiting: dict[Priority, deque[Sequence]] = {priority: deque() for priority in Priority}
@@ -83,7 +83,7 @@ class Scheduler:
 
         Requests of one priority start in the order of submission, when a slot is free.
         """
-        sequence = Sequence(request, self._limits.context_tokens, policy)
+        sequence = Sequence(request, self.limits.context_tokens, policy)
         self._waiting[request.priority].append(sequence)
         appended = sequence.append_forced()
         self._retire()
@@ -94,7 +94,7 @@ class Scheduler:
         active = self._active()
         decoding = [sequence for sequence in active if sequence.num_prompt_left == 0]
         prompts_left = len(decoding) < len(active) or self._next_waiting() is not None
-        waits = prompts_left and self._limits.prompts_first
+        waits = prompts_left and self.limits.prompts_first
         decode_round = self._decode_round(decoding) if decoding and not waits else None
         if len(self._in_flight) >= self._most_in_flight(active, decode_round, prompts_left):
             return None
@@ -165,7 +165,7 @@ class Scheduler:
         With a decode round: its number of microbatches, but at least one per stage while prompts run or with drafts.
         Without one, and for background sequences: one per stage and one more, which can follow at once.
         """
-        num_stages = self._limits.num_stages
+        num_stages = self.limits.num_stages
         if decode_round is None:
             most = num_stages + 1
         elif prompts_left or self._drafts:
@@ -174,7 +174,7 @@ class Scheduler:
             most = decode_round.num_microbatches
         if not any(sequence.is_interactive for sequence in active):
             most = min(most, num_stages + 1)
-        return min(most, self._limits.max_in_flight)
+        return min(most, self.limits.max_in_flight)
 
     def _decode_round(self, decoding: list[Sequence]) -> DecodeRound:
         mean_context = sum(len(sequence.token_ids) for sequence in decoding) // len(decoding)
@@ -193,7 +193,7 @@ class Scheduler:
         )
         fraction = -(-len(decoding) // decode_round.num_microbatches)
         rows: list[PlannedRow] = []
-        remaining = self._limits.chunk_tokens
+        remaining = self.limits.chunk_tokens
         for sequence in ready[: min(fraction, remaining)]:
             rows.append(_decode_row(sequence, remaining))
             remaining -= len(rows[-1].row.token_ids)
@@ -215,7 +215,7 @@ class Scheduler:
 
         While sequences decode, only one prompt row is added. All rows together have at most ``chunk_tokens``.
         """
-        budget = self._limits.chunk_tokens - sum(len(planned.row.token_ids) for planned in rows)
+        budget = self.limits.chunk_tokens - sum(len(planned.row.token_ids) for planned in rows)
         sequence = self._next_prompt(rows) if budget else None
         if sequence is None:
             return
@@ -262,7 +262,7 @@ class Scheduler:
             following = islice(self._waiting[sequence.request.priority], self._slots.num_free)
             num_tokens = sequence.num_prompt_left + sum(other.num_prompt for other in following)
             sequence.chunk_tokens = self._policy.chunk_tokens(
-                sequence.num_planned, num_tokens, self._limits.chunk_tokens
+                sequence.num_planned, num_tokens, self.limits.chunk_tokens
             )
         return sequence.chunk_tokens
 
@@ -273,7 +273,7 @@ class Scheduler:
 
         A round of all microbatches may take at most (1 + CHUNK_DELAY_STEPS) x ``round_s``.
         """
-        per_round = max(decode_round.num_microbatches, self._limits.num_stages)
+        per_round = max(decode_round.num_microbatches, self.limits.num_stages)
         limit_s = (1 + CHUNK_DELAY_STEPS) * decode_round.round_s / per_round
         load = sum((planned.load for planned in rows), StepLoad())
         return self._policy.chunk_beside(load, sequence.num_planned, longest, limit_s)

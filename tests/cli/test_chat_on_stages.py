@@ -1,6 +1,7 @@
 """Tests of the chat on real stages: answers and tool calls of the built-in model, and stages that fail."""
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,7 +128,7 @@ def test_a_fault_that_ends_the_chat_saves_the_conversation_for_loading(
 
 @pytest.mark.slow
 @needs_tmux
-def test_a_third_ctrl_c_ends_the_chat_while_a_stopped_stage_blocks_the_answer(
+def test_ctrl_c_ends_an_answer_at_once_while_a_suspended_stage_blocks_it(
     command_line: CommandLine, endless: Path, tmp_path: Path
 ) -> None:
     with chat(command_line, tmp_path, "--model", str(endless), "--stall-timeout", "60") as pane:
@@ -135,11 +136,51 @@ def test_a_third_ctrl_c_ends_the_chat_while_a_stopped_stage_blocks_the_answer(
         pane.send_message("Hello")
         pane.wait_for(ENDLESS_MODEL_TEXT)
         stages_below(pane)[1].suspend()
-        for _ in range(3):
-            pane.type("C-c")
-            time.sleep(1.0)  # as by hand: a busy machine merges signals that arrive together
-        pane.wait_for("exit code 130")
+        pane.type("C-c")
+        pane.wait_for("the answer was stopped")
+        pane.type("C-d")
+        pane.wait_for("exit code 0")
         assert wait_until_gone([process for process in everything if process.pid != pane.pid], 60) == []
+
+
+@pytest.mark.slow
+@needs_tmux
+def test_ctrl_c_during_a_restart_ends_it_within_2_s_and_keeps_the_conversation(
+    command_line: CommandLine, endless: Path, tmp_path: Path
+) -> None:
+    may_start = tmp_path / "may start"
+    may_start.touch()
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nwhile [ ! -e "{may_start}" ]; do sleep 0.05; done\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    hostfile = tmp_path / "hosts.json"
+    host = {"ssh": "127.0.0.1", "ips": ["127.0.0.1"], "python": str(python)}
+    hostfile.write_text(json.dumps([host, host]))
+    options = ["--model", str(endless), "--seed", "1", "--hostfile", str(hostfile)]
+    with terminal(tmp_path, [MLX_K2, "chat", *options], command_line.environment(TERM="xterm-256color")) as pane:
+        pane.wait_for("/help lists the commands")
+        pane.send_message("Hello")
+        pane.wait_for(ENDLESS_MODEL_TEXT)
+        may_start.unlink()
+        stages_below(pane)[1].kill()
+        pane.wait_for("restart 1 of at most 3: starting 2 stages")
+        began = time.monotonic()
+        pane.type("C-c")
+        pane.wait_for("the answer was stopped")
+        assert time.monotonic() - began < 2.0
+        pane.send_message(f"/save {tmp_path / 'chat.json'}")
+        pane.wait_for("the conversation is in")
+        messages = json.loads((tmp_path / "chat.json").read_text())["messages"]
+        assert messages[0] == {"role": "user", "content": "Hello"}
+        assert ENDLESS_MODEL_TEXT in json.dumps(messages[1])
+        pane.send_message("Again")
+        pane.wait_for("restart 1 of at most 3: starting 2 stages")
+        may_start.touch()
+        pane.wait_for("> Again")
+        pane.type("C-c")
+        pane.wait_for("the answer was stopped", times=2)
+        pane.type("C-d")
+        pane.wait_for("exit code 0")
 
 
 @pytest.mark.slow

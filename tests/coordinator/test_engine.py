@@ -34,7 +34,7 @@ def test_progress_is_replaced_and_not_queued_while_nobody_reads() -> None:
         stages.run(lambda: ended(first, second))
         events = list(second.events())
         assert [type(event) for event in events] == [PrefillProgress, Token, Token, Token, Finished]
-        assert events[0] == PrefillProgress(60, 60)
+        assert events[0] == PrefillProgress(56, 60)
 
 
 def test_a_waiting_request_reports_its_position_and_then_the_progress_of_its_prompt() -> None:
@@ -46,7 +46,7 @@ def test_a_waiting_request_reports_its_position_and_then_the_progress_of_its_pro
         assert next(events[2]) == Queued(0)
         stages.run(lambda: ended(*handles))
         progress = next(events[2])
-        assert progress == PrefillProgress(20, 20)
+        assert progress == PrefillProgress(16, 20)
 
 
 def test_a_full_queue_refuses_at_once_with_the_expected_wait_and_later_accepts_again() -> None:

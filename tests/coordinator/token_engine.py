@@ -20,6 +20,7 @@ from mlx_k2.testing.sleeping_stages import SIZES, SPEED
 from mlx_k2.testing.token_stages import TokenStages
 
 WAIT_S = 20.0
+VOCAB_SIZE = 100_000
 
 
 def request(
@@ -52,7 +53,7 @@ class TokenEngine:
         self.engine = Engine(
             pipeline,
             self.scheduler,
-            self.limits.num_slots,
+            VOCAB_SIZE,
             restarts=self if self.can_restart else None,
             max_queued=self.max_queued,
         )

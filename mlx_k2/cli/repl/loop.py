@@ -14,7 +14,7 @@ from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.repl.usage_totals import UsageTotals
 from mlx_k2.cli.repl.wording import CUT
 from mlx_k2.coordinator.answer_summary import AnswerSummary
-from mlx_k2.errors import SetupError
+from mlx_k2.errors import EngineBusy, RequestFailed, SetupError
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.text.tool_call import ToolCall
 
@@ -57,7 +57,7 @@ class Repl:
                     continue
                 except (EOFError, Quit):
                     return
-                except SetupError as error:
+                except (SetupError, RequestFailed, EngineBusy) as error:
                     self._screen.log(f"error: {error}")
 
     def _handle_line(self, line: str) -> None:
