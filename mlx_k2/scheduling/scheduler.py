@@ -239,7 +239,7 @@ class Scheduler:
             return None
         if not self._slots.num_free:
             self._suspend_background()
-        prompt_ids = sequence.request.prompt_ids
+        prompt_ids = sequence.prompt_ids
         choice = self._slots.choose(prompt_ids)
         about_to_be_cached = max((common_prefix(other.token_ids, prompt_ids) for other in planned), default=0)
         if about_to_be_cached >= choice.shared.num_tokens + _WORTH_WAITING:

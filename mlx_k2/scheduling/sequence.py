@@ -1,5 +1,6 @@
 """Sequence: one request's tokens and the progress of their computation. Knows no other sequence."""
 
+from array import array
 from collections import deque
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
@@ -43,7 +44,8 @@ class Sequence:
 
     def __init__(self, request: Request, context_tokens: int, policy: TokenPolicy | None = None) -> None:
         self.request = request
-        self.token_ids = list(request.prompt_ids)
+        self.token_ids = array("I", request.prompt_ids)
+        """The prompt and the answer so far. An array, because slots compare long prefixes."""
         self.slot: int | None = None
         """The slot while it runs; None while it waits."""
         self.shared = _NOTHING_SHARED
@@ -82,6 +84,11 @@ class Sequence:
         return max(0, self.num_prompt - self.num_planned)
 
     @property
+    def prompt_ids(self) -> "array[int]":
+        """The tokens of the prompt."""
+        return self.token_ids[: self.num_prompt]
+
+    @property
     def generated_ids(self) -> Tokens[int]:
         """Tokens of the answer so far, a stop token included."""
         return self.token_ids[self.num_prompt :]
@@ -92,7 +99,7 @@ class Sequence:
         return max(0, len(self.token_ids) - self.num_planned)
 
     @property
-    def cached_ids(self) -> Tokens[int]:
+    def cached_ids(self) -> "array[int]":
         """The known tokens whose positions are cached or in a plan that was sent, the last token excepted.
 
         Without drafts the last token's position is never computed, and what a slot keeps must not depend on drafts.

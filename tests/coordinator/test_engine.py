@@ -2,13 +2,17 @@
 
 import threading
 import time
+from collections.abc import Sequence
 
 import pytest
 
 from mlx_k2.coordinator.handle import Finished, Handle, PrefillProgress, Queued, Restarting, Token
 from mlx_k2.coordinator.jobs import Submission
-from mlx_k2.errors import Cancelled, EngineBusy, RequestFailed, StageFault
+from mlx_k2.deployment.restarting import WAITING
+from mlx_k2.errors import Cancelled, EngineBusy, RequestError, RequestFailed, StageFault
+from mlx_k2.sampling import SampledToken
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
+from mlx_k2.scheduling.scheduler import TokensAppended
 from mlx_k2.testing.token_stages import answer_alone
 from tests.coordinator.token_engine import TokenEngine, request, token_engine
 from tests.local_cluster import rest_of
@@ -231,3 +235,74 @@ def test_a_defect_in_the_engine_ends_its_requests_with_an_error() -> None:
                 if handle.has_ended:
                     rest_of(handle)
                 threading.Event().wait(0.001)
+
+
+def test_a_request_whose_last_token_comes_as_the_engine_closes_still_ends() -> None:
+    with token_engine() as stages:
+        handle = stages.engine.submit(request(1, 2, max_tokens=1))
+        complete = stages.scheduler.complete
+
+        def close_first(number: int, tokens: Sequence[SampledToken]) -> list[TokensAppended]:
+            closing = threading.Thread(target=stages.engine.__exit__, args=(None, None, None))
+            closing.start()
+            while stages.engine._loop._commands.empty():
+                threading.Event().wait(0.001)
+            return complete(number, tokens)
+
+        stages.scheduler.complete = close_first  # type: ignore[method-assign]
+        while not handle.has_ended:
+            for rank in range(2):
+                stages.stages.execute(rank)
+            threading.Event().wait(0.001)
+        assert rest_of(handle)[0] == answer_alone(handle.request)
+
+
+def test_progress_of_a_prompt_comes_before_its_first_token_and_never_after() -> None:
+    with token_engine(chunk_tokens=4) as stages:
+        handle = stages.engine.submit(request(*range(11), max_tokens=3))
+        kinds: list[type] = []
+        reader = threading.Thread(target=lambda: kinds.extend(type(event) for event in handle.events()))
+        reader.start()
+        stages.run(lambda: ended(handle))
+        reader.join(20)
+        assert kinds[-4:] == [Token, Token, Token, Finished]
+        assert PrefillProgress in kinds and set(kinds[:-4]) <= {Queued, PrefillProgress}
+
+
+def test_a_failing_callback_ends_neither_the_engine_nor_other_requests() -> None:
+    def fail(handle: Handle) -> None:
+        raise RuntimeError("the reader's loop is closed")
+
+    with token_engine() as stages:
+        broken = stages.engine.submit(request(1, 2), notify=fail)
+        other = stages.engine.submit(request(3, 4))
+        stages.run(lambda: ended(broken, other))
+        for handle in (broken, other):
+            assert rest_of(handle)[0] == answer_alone(handle.request)
+
+
+@pytest.mark.parametrize("prompt_ids", [(), (5,) * 200, (5, 100_000)])
+def test_a_request_that_can_never_run_is_refused_at_its_submission(prompt_ids: tuple[int, ...]) -> None:
+    with token_engine() as stages, pytest.raises(RequestError):
+        stages.engine.submit(request(*prompt_ids))
+
+
+def test_two_stages_that_fail_once_each_end_no_request() -> None:
+    with token_engine() as stages:
+        handle = stages.engine.submit(request(1, 2, max_tokens=20))
+        stages.run(lambda: stages.engine.use[1].steps_done >= 8)
+        for rank in (0, 1):
+            run_to_a_step_with(stages, handle, position=6) if rank else None
+            stages.fail(rank)
+            stages.end_restart()
+        stages.run(lambda: ended(handle))
+        assert rest_of(handle)[0] == answer_alone(handle.request)
+
+
+def test_a_request_submitted_during_a_restart_reports_it() -> None:
+    with token_engine() as stages:
+        stages.fail(0)
+        handle = stages.engine.submit(request(1, 2))
+        assert next(handle.events()) == Restarting(stages.restarts[0], WAITING)
+        stages.end_restart()
+        stages.run(lambda: ended(handle))

@@ -60,8 +60,10 @@ class TokenEngine:
 
     def run(self, until: Callable[[], bool]) -> None:
         """Execute plans until ``until`` is true. The engine must have something to do until then."""
-        while not until():
+        while True:
             assert self.stages.wait_until_waiting(WAIT_S), "the engine does not wait for its stages"
+            if until():
+                return
             executed = [self.stages.execute(rank) for rank in range(self.limits.num_stages)]
             if not any(executed):
                 threading.Event().wait(0.001)

@@ -57,7 +57,8 @@ class FixedChoices:
 def request(num_prompt: int, max_tokens: int, seed: int = 0, *, alike: bool = False) -> Request:
     """Return a request. Prompts of different seeds differ in the first token, or with ``alike`` only in the last."""
     rest = tuple(range(1, num_prompt))
-    return Request((*rest, -seed) if alike else (-seed, *rest), max_tokens, Sampling(seed=0), frozenset())
+    own = 1_000_000 + seed
+    return Request((*rest, own) if alike else (own, *rest), max_tokens, Sampling(seed=0), frozenset())
 
 
 @dataclass

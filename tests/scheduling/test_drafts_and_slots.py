@@ -1,5 +1,7 @@
 """Tests of draft tokens, which come from the text, and of slots: a cached prefix is found in any slot."""
 
+from array import array
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,7 +58,7 @@ def test_drafts_of_one_repetitive_sequence_keep_one_plan_per_stage_in_flight() -
 
 @given(ids, ids)
 def test_common_prefix_ends_at_the_first_difference(left: list[int], right: list[int]) -> None:
-    length = common_prefix(left, right)
+    length = common_prefix(array("I", left), array("I", right))
     assert left[:length] == right[:length]
     assert length in (len(left), len(right)) or left[length] != right[length]
 
@@ -80,34 +82,34 @@ def pool_with(*held: tuple[int, ...]) -> SlotPool:
 
 
 def test_the_least_recently_used_slot_is_reused_first() -> None:
-    choice = pool_with((1, 2), (3, 4), (5, 6)).choose((7, 8))
+    choice = pool_with((1, 2), (3, 4), (5, 6)).choose(array("I", (7, 8)))
     assert (choice.slot, choice.shared.num_tokens, choice.shared.copy_from) == (0, 0, None)
 
 
 def test_a_continued_conversation_reuses_its_own_slot() -> None:
-    choice = pool_with((1, 2), (3, 4, 5, 6), (7, 8)).choose((3, 4, 5, 6, 9))
+    choice = pool_with((1, 2), (3, 4, 5, 6), (7, 8)).choose(array("I", (3, 4, 5, 6, 9)))
     assert (choice.slot, choice.shared.num_tokens, choice.shared.copy_from) == (1, 4, None)
 
 
 def test_an_edited_conversation_reuses_the_cache_before_the_edit() -> None:
-    choice = pool_with((1, 2), (3, 4, 5, 6)).choose((3, 4, 5, 9, 9))
+    choice = pool_with((1, 2), (3, 4, 5, 6)).choose(array("I", (3, 4, 5, 9, 9)))
     assert (choice.slot, choice.shared.num_tokens) == (1, 3)
 
 
 def test_a_short_cached_prefix_is_copied_and_the_source_slot_is_kept() -> None:
-    choice = pool_with((1, 2), (3, 4, 5, 6, 7)).choose((3, 4, 9))
+    choice = pool_with((1, 2), (3, 4, 5, 6, 7)).choose(array("I", (3, 4, 9)))
     assert (choice.slot, choice.shared.num_tokens, choice.shared.copy_from) == (0, 2, 1)
 
 
 def test_a_cached_prefix_of_a_running_sequence_is_copied() -> None:
     pool = pool_with((1, 2), (3, 4))
     acquire(pool, 1, 5, 6, 7)
-    choice = pool.choose((5, 6, 7, 8))
+    choice = pool.choose(array("I", (5, 6, 7, 8)))
     assert (choice.slot, choice.shared.num_tokens, choice.shared.copy_from) == (0, 3, 1)
 
 
 def test_the_last_token_of_a_prompt_is_always_computed() -> None:
-    assert pool_with((1, 2, 3)).choose((1, 2, 3)).shared.num_tokens == 2
+    assert pool_with((1, 2, 3)).choose(array("I", (1, 2, 3))).shared.num_tokens == 2
 
 
 def test_a_prompt_waits_for_a_long_prefix_that_another_sequence_is_computing() -> None:
