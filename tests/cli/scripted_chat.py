@@ -32,6 +32,7 @@ REPLIES = {
         "<think>Long.</think>" + "word " * 2000 + "<|im_end|>",
         "<think></think>Once more.<|im_end|>",
     ),
+    "stuck": ("<think></think>This answer never ends.<|im_end|>",),
     "tools": (
         CALL,
         "<think></think>It is 42.<|im_end|>",
@@ -56,7 +57,11 @@ def main(script: str, transcript_path: str) -> None:
         keyboard = choose_keyboard(list(HELP), usage.status)
         approval = ToolApproval(screen, keyboard, (), everything=False)
         conversation = Conversation(builtin_template(), tokenizer(), [] if tools is None else tools.declarations)
-        source = Script(tokenizer(), *REPLIES[script], on_token=lambda _: pause())
+        source = Script(
+            tokenizer(),
+            *REPLIES[script],
+            on_token=lambda at: pause(1000.0 if script == "stuck" and at == 5 else TOKEN_S),
+        )
         settings = ReplySettings(Sampling(seed=1), 9000, tokenizer().stop_ids, 4096 * 4)
         toolkit = None if tools is None else Toolkit(tools, approval)
         session = ChatSession(source, tokenizer(), conversation, settings, toolkit)
@@ -69,9 +74,9 @@ def main(script: str, transcript_path: str) -> None:
     sys.stderr.write("left\n")
 
 
-def pause() -> None:
-    """Wait ``TOKEN_S``, the time that the scripted model takes for a token."""
-    threading.Event().wait(TOKEN_S)
+def pause(seconds: float) -> None:
+    """Wait for the time that the scripted model takes for a token."""
+    threading.Event().wait(seconds)
 
 
 if __name__ == "__main__":

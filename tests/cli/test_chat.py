@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -149,3 +150,16 @@ def test_no_color_and_a_dumb_terminal_give_plain_output(command_line: CommandLin
             assert A_COLOUR not in pane.shown(with_colours=True)
             pane.type("C-d")
             pane.wait_for("exit code 0")
+
+
+@needs_tmux
+def test_a_third_ctrl_c_interrupts_an_answer_that_does_not_stop(command_line: CommandLine, tmp_path: Path) -> None:
+    with scripted(command_line, tmp_path, "stuck") as pane:
+        pane.wait_for("2 stages")
+        pane.send_message("hello")
+        pane.wait_for("Thi")
+        for _ in range(3):
+            pane.type("C-c")
+            threading.Event().wait(0.5)  # as by hand: a busy machine merges signals that arrive together
+        pane.type("C-d")
+        pane.wait_for("exit code 0")
