@@ -12,8 +12,9 @@ from mlx_k2.chat.chat_events import CallEnded, CallStarted, Event, MessageAdded
 from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit
 from mlx_k2.chat.conversation import Conversation
 from mlx_k2.coordinator.answer_summary import AnswerSummary
-from mlx_k2.errors import RequestError
+from mlx_k2.errors import RequestError, TokenizerError
 from mlx_k2.sampling import Sampling
+from mlx_k2.text.chat_template import ChatTemplate
 from mlx_k2.text.reply_parts import Content, Reasoning
 from mlx_k2.text.tool_call import ToolCall
 from mlx_k2.tools.outcome import Outcome
@@ -220,3 +221,22 @@ def test_a_tool_result_too_long_for_the_context_is_an_error_and_stays_in_the_con
     with pytest.raises(RequestError, match="there is no room"):
         list(chat.send_message("hello"))
     assert roles(chat) == ["user", "assistant", "tool"]
+
+
+def test_a_reply_that_max_tokens_cuts_inside_a_tool_call_ends_the_turn(tools: ToolBox) -> None:
+    whole = calls(("add", '{"a": 1}'))
+    chat, script = session(whole[: whole.index("1}")], HI, tools=tools)
+    events = list(chat.send_message("hello"))
+    assert len(script.requests) == 1
+    assert ended(events) == []
+    assert chat.conversation.messages[-1] == {"role": "assistant", "content": "", "reasoning_content": "R"}
+
+
+def test_a_template_error_removes_the_message_of_the_user() -> None:
+    template = ChatTemplate("{% if messages | length > 1 %}{{ messages[7].content }}{% endif %}")
+    script = Script(tokenizer(), HI, HI)
+    settings = ReplySettings(Sampling(seed=1), 100, tokenizer().stop_ids, 4096)
+    chat = ChatSession(script, tokenizer(), Conversation(template, tokenizer(), [], "System."), settings)
+    with pytest.raises(TokenizerError):
+        list(chat.send_message("hello"))
+    assert roles(chat) == ["system"]

@@ -8,8 +8,16 @@ import pytest
 
 from mlx_k2.cluster.hostfile import Backend, Host, Hostfile, local_hostfile
 from mlx_k2.config import ModelConfig
-from mlx_k2.deployment.plan import HostMemory, RunShape, StagePlan, choose_shape, plan_stages, quantization_warnings
-from mlx_k2.errors import PartitionError, RequestError
+from mlx_k2.deployment.plan import (
+    HostMemory,
+    RunShape,
+    StagePlan,
+    check_fit,
+    choose_shape,
+    plan_stages,
+    quantization_warnings,
+)
+from mlx_k2.errors import PartitionError, RequestError, StageStartError
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.index import CheckpointIndex
@@ -155,3 +163,13 @@ def test_only_4_bits_and_matrices_not_divisible_by_64_cause_warnings() -> None:
         "not quantized in groups of 64 but held in groups of 32: kv_b_proj (96 inputs)",
         "not quantized in groups of 64 but held as they are: q_b_proj (1520 inputs)",
     )
+
+
+def test_layers_that_no_longer_fit_their_host_after_a_fault_are_a_cluster_error_that_names_it() -> None:
+    before = plan(THINKING, studios(2), STUDIO)
+    check_fit(before, [STUDIO, STUDIO])
+    with pytest.raises(
+        StageStartError, match=r"stage 1 on mac-1 had \d+\.\d GB before the fault, .* 200\.0 GB"
+    ) as caught:
+        check_fit(before, [STUDIO, HostMemory(working_set_bytes=200 * GB, ram_bytes=512 * GB)])
+    assert caught.value.rank == 1

@@ -9,9 +9,9 @@ from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.drafter import NgramDrafter
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import SchedulerLimits
-from mlx_k2.scheduling.sequence import Sequence, SharedPrefix
+from mlx_k2.scheduling.sequence import INDEX_TOKENS, Sequence, SharedPrefix
 from mlx_k2.scheduling.slots import SlotChoice, SlotPool, common_prefix
-from tests.scheduling.fake_stages import FixedStepPolicy, Run, request
+from tests.scheduling.fake_stages import FixedStepPolicy, Run, request, requests
 
 ids = st.lists(st.integers(0, 3), max_size=40)
 
@@ -120,3 +120,40 @@ def test_a_prompt_waits_for_a_long_prefix_that_another_sequence_is_computing() -
     first, second = run.sequences
     assert [len(microbatch) for microbatch in run.sent[:2]] == [1, 1]
     assert (second.shared.num_tokens, second.shared.copy_from) == (60, first.slot)
+
+
+@given(requests, st.booleans(), st.integers(1, 4))
+def test_a_freed_slot_keeps_all_but_the_last_position_with_and_without_drafts(
+    asked: Request, drafts: bool, vocabulary: int
+) -> None:
+    run = Run(SchedulerLimits(1, 45, 8, 2), FixedStepPolicy(1, 8, 8), drafts, vocabulary)
+    run.play([asked], [])
+    (sequence,) = run.sequences
+    run.scheduler.submit(Request((*sequence.token_ids, 0), 1, Sampling(seed=0), frozenset()))
+    run.finish()
+    assert run.sequences[1].num_cached == len(sequence.token_ids) - 1
+
+
+def test_a_conversation_that_continues_in_its_slot_keeps_the_index_for_drafts() -> None:
+    run = Run(SchedulerLimits(1, 200, 16, 2), FixedStepPolicy(1, 16, 16), drafts=True, vocabulary=1)
+    run.scheduler.submit(request(60, 5))
+    run.finish()
+    (first,) = run.sequences
+    while first.drafter.index(first.token_ids, 16):
+        pass
+    run.scheduler.submit(Request((*first.token_ids, 3, 4), 5, Sampling(seed=0), frozenset()))
+    run.finish()
+    second = run.sequences[1]
+    assert second.drafter is first.drafter
+    num_known = len(first.token_ids) - 1
+    assert not second.drafter.index(second.token_ids[:num_known], 0), "the shared prefix is indexed again"
+
+
+def test_a_lone_prompt_is_indexed_for_drafts_in_small_parts_while_it_is_computed() -> None:
+    run = Run(SchedulerLimits(1, 2000, 16, 2), FixedStepPolicy(1, 16, 16), drafts=True, vocabulary=1)
+    run.scheduler.submit(request(1000, 5))
+    run.send()
+    parts = 1
+    while run.scheduler.index_drafts():
+        parts += 1
+    assert parts == -(-999 // INDEX_TOKENS)
