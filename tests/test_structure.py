@@ -81,6 +81,14 @@ def test_no_import_is_inside_a_function(module: Path) -> None:
     assert "TYPE_CHECKING" not in (ROOT / module).read_text()
 
 
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_python_modules_are_started_with_a_safe_path(module: Path) -> None:
+    tuples = [node.elts for node in ast.walk(parse(module)) if isinstance(node, ast.Tuple | ast.List)]
+    words = [[item.value if isinstance(item, ast.Constant) else None for item in items] for items in tuples]
+    starts = [line for line in words if "-m" in line]
+    assert all(line[line.index("-m") - 1] == "-P" for line in starts), starts
+
+
 def test_the_imports_have_no_cycle() -> None:
     graph = {
         str(module): {name for _, name in imports(parse(module)) if name.startswith("mlx_k2.")} for module in MODULES

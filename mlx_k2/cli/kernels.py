@@ -115,7 +115,7 @@ def _measure(what: str, wanted: type[Measurement], limits: BufferLimits | None =
     """
     kept = {name: value for name, value in os.environ.items() if name not in CANDIDATES[0].environment()}
     environment = kept if limits is None else kept | limits.environment()
-    program = [sys.executable, "-m", "mlx_k2.stage.measure_kernels", what]
+    program = [sys.executable, "-P", "-m", "mlx_k2.stage.measure_kernels", what]
     try:
         ran = subprocess.run(program, stdout=subprocess.PIPE, env=environment, timeout=MEASURING_S, check=True)
         return msgspec.json.decode(ran.stdout.splitlines()[-1], type=wanted)

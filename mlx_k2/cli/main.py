@@ -113,7 +113,8 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python reports the error again when it flushes stdout
         return 128 + signal.SIGPIPE
     except OSError as error:  # this machine's disk or memory: a cache folder that cannot be written, a path too long
-        _print_error(f"error: {error.strerror or error}: {error.filename or 'this machine'}")
+        where = "the current folder" if isinstance(error, FileNotFoundError) else "this machine"
+        _print_error(f"error: {error.strerror or error}: {error.filename or where}")
         return 1
     except click.exceptions.Exit as exit_request:
         return exit_request.exit_code

@@ -79,7 +79,7 @@ def python_module(path: Path, environment: Mapping[str, str]) -> StdioServer:
     """
     if not path.is_file():
         raise ToolsError(f"there is no Python file {path}")
-    arguments = ("-m", "mlx_k2.tools.module_server", str(path.resolve()))
+    arguments = ("-P", "-m", "mlx_k2.tools.module_server", str(path.resolve()))
     return StdioServer(name=path.name, command=sys.executable, args=arguments, env=dict(environment))
 
 
