@@ -11,6 +11,7 @@ import msgspec
 from rich.table import Table
 
 from mlx_k2.cli.console import console, log
+from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.errors import StageStartError
 from mlx_k2.kernels.report import DecodeTime, KernelLine, KernelReport
 from mlx_k2.stage.buffer_limits import BufferLimits, save_limits
@@ -52,7 +53,7 @@ def command() -> None:
         "report": report,
         "seconds_by_limits": {_named(limits): seconds for limits, seconds in times.items()},
     }
-    click.echo(msgspec.json.encode(sent).decode())
+    click.echo(json_line(sent), nl=False)
 
 
 def show_report(report: KernelReport) -> None:
