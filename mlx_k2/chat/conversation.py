@@ -113,8 +113,10 @@ class Conversation:
     def known_ids(self) -> list[int]:
         """Return the longest prefix of the next prompt that does not depend on the user's next message."""
         one, other = (self._rendered([*self._messages, {"role": "user", "content": content}]) for content in ("a", "b"))
-        num_alike = next(index for index, (left, right) in enumerate(zip(one, other, strict=True)) if left != right)
-        return self._encode(one[:num_alike])
+        num_alike = next(
+            (i for i, (left, right) in enumerate(zip(one, other, strict=False)) if left != right), len(one)
+        )
+        return self._encode(one[:num_alike])  # all of it if the template ignores the message
 
     @property
     def _has_system(self) -> bool:

@@ -1,32 +1,24 @@
-"""Sandboxed rendering of a checkpoint's chat template to text, with limits on time and size. Knows no token ids."""
+"""A checkpoint's chat template: its source, and its rendering under limits on time and size. Knows no token ids."""
 
-import functools
-import json
-import time
-import traceback
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Any
 
-import jinja2
 import msgspec
-from jinja2 import nodes
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
 
 from mlx_k2.errors import RequestError, TokenizerError
-
-FILE = "chat_template.jinja"
+from mlx_k2.text.jinja_template import FILE, TemplateFailure, TemplateRefusal
+from mlx_k2.text.template_process import template_process
+from mlx_k2.text.template_worker import TemplateRequest
 
 _MAX_CPU_S = 5.0
 _MAX_CHARACTERS = 64_000_000
-_ON_ITERATION = "mlx_k2_on_iteration"
 
 
 class ChatTemplate:
-    """A compiled chat template. A rendering that exceeds ``max_cpu_s`` or ``max_characters`` is stopped.
+    """A chat template that compiles. A rendering that exceeds ``max_cpu_s`` or ``max_characters`` is stopped.
 
-    ``tokens`` are variables that some templates read: bos_token, eos_token, pad_token and unk_token.
+    It is compiled and rendered in a separate process. ``tokens`` are variables that some templates read: bos_token,
+    eos_token, pad_token and unk_token.
     """
 
     def __init__(
@@ -41,35 +33,25 @@ class ChatTemplate:
         self._tokens = dict(tokens or {})
         self._max_cpu_s = max_cpu_s
         self._max_characters = max_characters
-        environment = _Environment(max_characters)
-        try:
-            tree = _watched(environment.parse(source))
-            code = environment.compile(tree, filename=FILE)
-        except jinja2.TemplateSyntaxError as error:
-            raise TokenizerError(f"{FILE} line {error.lineno}: {error.message}") from None
-        self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
+        self._run(None)
 
     def render(self, variables: Mapping[str, object]) -> str:
-        """Return the text that the template renders for ``variables``.
+        """Return the text that the template renders for ``variables``, which must be picklable.
 
         Raises:
             RequestError: the template itself refuses these messages.
             TokenizerError: the rendering fails or exceeds a limit; names the line of the template and the problem.
         """
-        bounds = {_ON_ITERATION: _deadline(self._max_cpu_s)}
-        parts: list[str] = []
-        remaining = self._max_characters
+        return self._run(self._tokens | dict(variables))
+
+    def _run(self, variables: Mapping[str, object] | None) -> str:
+        request = TemplateRequest(self.source, variables, self._max_cpu_s, self._max_characters)
         try:
-            for part in self._template.generate(self._tokens | dict(variables) | bounds):
-                parts.append(part)
-                remaining -= len(part)
-                if remaining < 0:
-                    raise _Runaway(f"wrote more than {self._max_characters} characters")
-        except _Refusal as refusal:
+            return template_process().render(request)
+        except TemplateRefusal as refusal:
             raise RequestError(f"the chat template refuses these messages: {refusal}") from None
-        except Exception as error:  # noqa: BLE001 - a template can raise any exception
-            raise TokenizerError(f"{_location(error)}: {error or type(error).__name__}") from None
-        return "".join(parts)
+        except TemplateFailure as failure:
+            raise TokenizerError(str(failure)) from None
 
 
 class _TokenizerConfig(msgspec.Struct, frozen=True):
@@ -103,83 +85,3 @@ def load_chat_template(files: Mapping[str, bytes]) -> ChatTemplate:
         if isinstance(text, str):
             tokens[name] = text
     return ChatTemplate(source, tokens=tokens)
-
-
-class _Refusal(Exception):
-    """The error for a template that called raise_exception."""
-
-
-class _Runaway(Exception):
-    """The error for a template that exceeds a limit on time or size, or computes a power."""
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """The Jinja environment that chat templates expect, without operations that make large values from small ones."""
-
-    intercepted_binops = frozenset({"+", "*", "**"})
-
-    def __init__(self, max_characters: int) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        self._max_characters = max_characters
-        self.filters["tojson"] = _tojson
-        self.globals["raise_exception"] = _refuse
-        del self.globals["lipsum"]
-
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**":
-            raise _Runaway("computes a power, which chat templates may not")
-        lengths = [len(side) if isinstance(side, str | list | tuple) else side for side in (left, right)]
-        if lengths != [left, right] and all(isinstance(length, int) for length in lengths):
-            size = sum(lengths) if operator == "+" else lengths[0] * lengths[1]
-            if size > self._max_characters:
-                raise _Runaway(f"makes a text of more than {self._max_characters} characters")
-        return super().call_binop(context, operator, left, right)
-
-
-def _watched(tree: nodes.Template) -> nodes.Template:
-    """Insert a call to ``_ON_ITERATION`` at the start of each loop's and each macro's body; return the template."""
-    _AddForConcat().visit(tree)
-    blocks: list[nodes.For | nodes.Macro] = [*tree.find_all(nodes.For), *tree.find_all(nodes.Macro)]
-    for block in blocks:
-        call = nodes.Call(nodes.Name(_ON_ITERATION, "load"), [], [], None, None)
-        block.body.insert(0, nodes.ExprStmt(call).set_lineno(block.lineno))
-    return tree
-
-
-class _AddForConcat(NodeTransformer):
-    """Replacement of ``a ~ b`` by ``a|string + b|string``: `+` is size-checked, and its result is still EscapedText."""
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:  # noqa: N802 - the name jinja2 calls
-        self.generic_visit(node)
-        texts: list[nodes.Expr] = [nodes.Filter(part, "string", [], [], None, None) for part in node.nodes]
-        joined = functools.reduce(nodes.Add, texts)
-        joined.set_lineno(node.lineno, override=True)
-        return joined
-
-
-def _deadline(cpu_s: float) -> Callable[[], None]:
-    """Return a function that raises after ``cpu_s`` of this thread's CPU time. Waiting and sleeping do not count."""
-    end = time.thread_time() + cpu_s
-
-    def on_iteration() -> None:
-        if time.thread_time() > end:
-            raise _Runaway(f"did not end within {cpu_s} s of computing")
-
-    return on_iteration
-
-
-def _refuse(message: object) -> NoReturn:
-    raise _Refusal(str(message))
-
-
-def _tojson(
-    value: object, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False
-) -> str:
-    """Return JSON as chat templates expect it: no escapes for HTML or for non-ASCII text."""
-    return json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _location(error: Exception) -> str:
-    """Return the template's file name, with the template line that raised ``error`` if there is one."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == FILE]
-    return f"{FILE} line {lines[-1]}" if lines else FILE

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from mlx_k2.chat.conversation import Conversation
 from mlx_k2.errors import RequestError
+from mlx_k2.text.chat_template import ChatTemplate
 from mlx_k2.text.reply_parser import Reply
 from mlx_k2.text.tool_call import ToolCall
 from tests.text.fixtures import builtin_template, decoded, tokenizer
@@ -133,3 +134,9 @@ def test_a_load_that_fails_does_not_change_the_conversation(
     with pytest.raises(RequestError, match=words):
         talk.load(messages, context_tokens)
     assert talk.messages == before
+
+
+@pytest.mark.parametrize("source", ["always this", "{% if messages|length > 1 %}a{% else %}b{% endif %}"])
+def test_known_ids_of_a_template_that_ignores_the_last_message_are_the_whole_prompt(source: str) -> None:
+    talk = Conversation(ChatTemplate(source), tokenizer())
+    assert decoded(talk.known_ids()) in ("always this", "b")

@@ -5,17 +5,17 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from mlx_k2.cli.main import run
+from tests.cli.command import started_processes
 from tests.local_cluster import wait_until_gone
 
 
 @pytest.fixture
 def failure(endless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator["Failure"]:
     yield Failure(endless, tmp_path / "hosts.json", capsys)
-    assert wait_until_gone(psutil.Process().children(recursive=True), 0) == []
+    assert wait_until_gone(started_processes(), 0) == []
 
 
 class Failure:

@@ -1,0 +1,131 @@
+"""A chat template in Jinja's sandbox: compiled, and rendered to text of limited length. Knows no process limits.
+
+A template can still use any amount of time and memory: text/template_worker.py runs it under limits.
+"""
+
+import functools
+import json
+import traceback
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+FILE = "chat_template.jinja"
+
+
+class TemplateRefusal(Exception):
+    """The error for a template that called raise_exception."""
+
+
+class TemplateRunaway(Exception):
+    """The error for a template that exceeds a limit on time or size, or computes a power."""
+
+
+class TemplateFailure(Exception):
+    """The error for a template that cannot be compiled or fails; names the line of the template if it is known."""
+
+
+class JinjaTemplate:
+    """A compiled template. A rendering that exceeds ``max_characters`` is stopped.
+
+    Raises:
+        TemplateFailure: the template cannot be compiled.
+    """
+
+    def __init__(self, source: str, max_characters: int) -> None:
+        self._max_characters = max_characters
+        environment = _Environment(max_characters)
+        try:
+            tree = _AddForConcat().visit(environment.parse(source))
+            code = environment.compile(tree, filename=FILE)
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateFailure(f"{FILE} line {error.lineno}: {error.message}") from None
+        except Exception as error:  # noqa: BLE001 - RecursionError, SyntaxError of the code that Jinja writes, and so on
+            raise TemplateFailure(f"{FILE}: {_problem(error)}") from None
+        self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
+
+    def render(self, variables: Mapping[str, object]) -> str:
+        """Return the text that the template renders for ``variables``.
+
+        Raises:
+            TemplateRefusal: the template itself refuses the variables.
+            TemplateFailure: the rendering fails or exceeds a limit; names the line of the template and the problem.
+        """
+        parts: list[str] = []
+        remaining = self._max_characters
+        try:
+            for part in self._template.generate(variables):
+                parts.append(part)
+                remaining -= len(part)
+                if remaining < 0:
+                    raise TemplateRunaway(f"wrote more than {self._max_characters} characters")
+        except TemplateRefusal:
+            raise
+        except Exception as error:  # noqa: BLE001 - a template can raise any exception
+            raise TemplateFailure(f"{_location(error)}: {_problem(error)}") from None
+        return "".join(parts)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The Jinja environment that chat templates expect, without operations that make large values from small ones."""
+
+    intercepted_binops = frozenset({"+", "*", "**"})
+
+    def __init__(self, max_characters: int) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        self._max_characters = max_characters
+        self.filters["tojson"] = _tojson
+        self.globals["raise_exception"] = _refuse
+        del self.globals["lipsum"]
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**":
+            raise TemplateRunaway("computes a power, which chat templates may not")
+        lengths = [len(side) if isinstance(side, str | list | tuple) else side for side in (left, right)]
+        if lengths != [left, right] and all(isinstance(length, int) for length in lengths):
+            size = sum(lengths) if operator == "+" else lengths[0] * lengths[1]
+            if size > self._max_characters:
+                raise TemplateRunaway(f"makes a text of more than {self._max_characters} characters")
+        return super().call_binop(context, operator, left, right)
+
+
+class _AddForConcat(NodeTransformer):
+    """Replacement of ``a ~ b`` by ``a|string + b|string``: `+` is size-checked, and its result is still EscapedText."""
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:  # noqa: N802 - the name jinja2 calls
+        self.generic_visit(node)
+        texts: list[nodes.Expr] = [nodes.Filter(part, "string", [], [], None, None) for part in node.nodes]
+        joined = functools.reduce(nodes.Add, texts)
+        joined.set_lineno(node.lineno, override=True)
+        return joined
+
+
+def _refuse(message: object) -> NoReturn:
+    raise TemplateRefusal(str(message))
+
+
+def _tojson(
+    value: object, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False
+) -> str:
+    """Return JSON as chat templates expect it: no escapes for HTML or for non-ASCII text."""
+    return json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _problem(error: Exception) -> str:
+    match error:
+        case MemoryError():
+            return "needs more memory than chat templates may use"
+        case RecursionError():
+            return "is nested too deep"
+    return str(error) or type(error).__name__
+
+
+def _location(error: Exception) -> str:
+    """Return the template's file name, with the template line that raised ``error`` if there is one."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == FILE]
+    return f"{FILE} line {lines[-1]}" if lines else FILE
