@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 import click
-import msgspec
 from rich.table import Table
 
 from mlx_k2.cli.console import console, log
 from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.errors import StageStartError
+from mlx_k2.json_text.read import read_json
 from mlx_k2.kernels.report import DecodeTime, KernelLine, KernelReport
 from mlx_k2.stage.buffer_limits import BufferLimits, save_limits
 
@@ -119,7 +119,7 @@ def _measure(what: str, wanted: type[Measurement], limits: BufferLimits | None =
     program = [sys.executable, "-P", "-m", "mlx_k2.stage.measure_kernels", what]
     try:
         ran = subprocess.run(program, stdout=subprocess.PIPE, env=environment, timeout=MEASURING_S, check=True)
-        return msgspec.json.decode(ran.stdout.splitlines()[-1], type=wanted)
+        return read_json(ran.stdout.splitlines()[-1], wanted)
     except subprocess.TimeoutExpired:
         raise StageStartError(f"measuring took longer than {MEASURING_S:.0f} s: is the GPU busy?") from None
     except subprocess.CalledProcessError as error:

@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 
 from mlx_k2.errors import RequestError
+from mlx_k2.json_text.parse import JsonError, parse_json
+from mlx_k2.json_text.read import read_json
 
 
 class PromptLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -37,8 +39,8 @@ def read_prompt_lines(path: Path) -> list[PromptLine]:
     lines = []
     for number, text in enumerate(_read(path).splitlines(), start=1):
         try:
-            line = msgspec.json.decode(text, type=PromptLine)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            line = read_json(text, PromptLine)
+        except JsonError as error:
             raise RequestError(f"{path}, line {number}: {error}") from None
         if (line.prompt is None) == (line.messages is None):
             raise RequestError(f'{path}, line {number}: give either "prompt" or "messages"')
@@ -117,8 +119,8 @@ class ResultFile:
 
 def _digest_of(line: bytes) -> object:
     try:
-        result = msgspec.json.decode(line)
-    except msgspec.DecodeError:
+        result = parse_json(line)
+    except JsonError:
         return None
     return result.get("run") if isinstance(result, dict) else None
 

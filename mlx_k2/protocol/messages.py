@@ -281,7 +281,12 @@ def decode_to_stage(payload: bytes) -> ToStage:
     """
     try:
         return _to_stage.decode(payload)
-    except (msgspec.DecodeError, ValueError, RequestError) as error:  # RequestError: a Sampling value is out of range
+    except (
+        msgspec.DecodeError,
+        ValueError,
+        RecursionError,
+        RequestError,
+    ) as error:  # RequestError: a Sampling value is out of range
         raise ProtocolError(f"not a message to a stage: {error}") from None
 
 
@@ -293,5 +298,5 @@ def decode_from_stage(payload: bytes) -> FromStage:
     """
     try:
         return _from_stage.decode(payload)
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"not a message from a stage: {error}") from None

@@ -120,6 +120,6 @@ def _expected(path: Path) -> str | None:
     It is the file's name in the Hub's cache, or is in the metadata file of a plain download.
     """
     metadata = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
-    words = metadata.read_text().split() if metadata.is_file() else []
+    words = metadata.read_text(errors="replace").split() if metadata.is_file() else []
     names = (path.resolve().name, *words[1:2])
     return next((name for name in names if _SHA256.fullmatch(name)), None)

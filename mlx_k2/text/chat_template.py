@@ -6,6 +6,8 @@ from typing import Any
 import msgspec
 
 from mlx_k2.errors import RequestError, TokenizerError
+from mlx_k2.json_text.parse import JsonError
+from mlx_k2.json_text.read import read_json
 from mlx_k2.text.jinja_template import FILE, TemplateFailure, TemplateRefusal
 from mlx_k2.text.template_process import template_process
 from mlx_k2.text.template_worker import TemplateRequest
@@ -69,9 +71,9 @@ def load_chat_template(files: Mapping[str, bytes]) -> ChatTemplate:
         TokenizerError: the checkpoint has no template, or it cannot be read.
     """
     try:
-        config = msgspec.json.decode(files.get("tokenizer_config.json", b"{}"), type=_TokenizerConfig)
+        config = read_json(files.get("tokenizer_config.json", b"{}"), _TokenizerConfig)
         source = files[FILE].decode() if FILE in files else config.chat_template
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (JsonError, UnicodeDecodeError) as error:
         raise TokenizerError(f"the chat template cannot be read: {error}") from None
     if isinstance(source, list):  # several named templates
         by_name = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
+from mlx_k2.json_text.parse import JsonError, parse_json
 
 _ID = re.compile(r"(?:functions\.)?(?P<name>.+?)(?::\d+)?", re.DOTALL)
 _NO_NAME = re.compile(r"(?:\d*|[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12})")
@@ -56,13 +56,10 @@ def _values(arguments: str) -> tuple[dict[str, Any] | None, str | None]:
     if not arguments.strip():
         return {}, None
     try:
-        return msgspec.json.decode(arguments, type=dict[str, Any]), None
-    except msgspec.ValidationError:
-        return None, "the arguments are no JSON object"
-    except (msgspec.DecodeError, UnicodeEncodeError) as error:
+        values = parse_json(arguments)
+    except JsonError as error:
         return None, f"the arguments are no JSON: {error}"
-    except RecursionError:
-        return None, "the arguments are nested too deep"
+    return (values, None) if isinstance(values, dict) else (None, "the arguments are no JSON object")
 
 
 def _error(problem: str | None) -> str | None:

@@ -34,12 +34,12 @@ def test_a_line_holds_a_prompt_or_messages_with_sampling_options(tmp_path: Path)
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"prompt": "x"', "line 2: Input data was truncated"),
-        ("", "line 2: Input data was truncated"),
-        ('{"prompt": "x", "tempereture": 1}', "line 2: Object contains unknown field `tempereture`"),
+        ('{"prompt": "x"', "line 2: column 15: expecting ',' delimiter"),
+        ("", "line 2: column 1: expecting value"),
+        ('{"prompt": "x", "tempereture": 1}', "line 2: contains unknown field `tempereture`"),
         ('{"id": 1}', 'line 2: give either "prompt" or "messages"'),
         ('{"prompt": "x", "messages": []}', 'line 2: give either "prompt" or "messages"'),
-        ('{"prompt": "x", "top_k": "many"}', "line 2: Expected `int"),
+        ('{"prompt": "x", "top_k": "many"}', "line 2: top_k: expected a whole number or null, got text"),
     ],
 )
 def test_an_invalid_line_is_refused_by_line_number(tmp_path: Path, line: str, words: str) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import msgspec
 
 from mlx_k2.errors import RequestError
+from mlx_k2.json_text.parse import JsonError, parse_json
+from mlx_k2.json_text.read import convert
 
 Messages = list[dict[str, Any]]
 
@@ -43,13 +45,14 @@ def load_chat(path: Path, digest: str) -> Sequence[Mapping[str, object]]:
         RequestError: the file cannot be read, is no saved chat, or belongs to another model.
     """
     try:
-        saved = msgspec.json.decode(path.read_bytes(), type=SavedChat | Messages)
+        value = parse_json(path.read_bytes())
+        if isinstance(value, list):
+            return convert(value, Messages)
+        saved = convert(value, SavedChat)
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except JsonError as error:
         raise RequestError(f"{path} is no saved chat: {error}") from None
-    if isinstance(saved, list):
-        return saved
     if saved.digest != digest:
         raise RequestError(
             f"{path} is a chat with another model: start with --model {saved.model}, or keep only the list under "
