@@ -52,12 +52,6 @@ class CommandLine:
         )
 
 
-def started_processes() -> list[psutil.Process]:
-    """Return this process's descendants without the one that renders chat templates, which stays for the next one."""
-    below = psutil.Process().children(recursive=True)
-    return [process for process in below if "mlx_k2.text.template_worker" not in process.cmdline()]
-
-
 def processes_below(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """Return all descendants of ``process``. They have their own sessions, but ``process`` is still their ancestor."""
     return psutil.Process(process.pid).children(recursive=True)

@@ -14,8 +14,8 @@ import pytest
 
 from mlx_k2.cli.main import run
 from mlx_k2.testing.tiny_config import as_kimi_k25
-from tests.cli.command import started_processes
 from tests.local_cluster import CONTEXT_TOKENS, VOCAB_SIZE, write_model
+from tests.processes import started_processes
 
 Damage = Callable[[Path], None]
 SHARD = "model-00003-of-000008.safetensors"

@@ -12,7 +12,7 @@ from mlx_k2.cli.repl.saved_chat import SavedChat, load_chat, save_chat
 from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.errors import RequestError
 from mlx_k2.text.reply_parser import Content
-from tests.cli.command import started_processes
+from tests.processes import started_processes
 
 USER = {"role": "user", "content": "hello"}
 FILES = {

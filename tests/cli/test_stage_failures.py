@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mlx_k2.cli.main import run
-from tests.cli.command import started_processes
 from tests.local_cluster import wait_until_gone
+from tests.processes import started_processes
 
 
 @pytest.fixture
