@@ -92,7 +92,7 @@ def deploy(
         listener.phase("connecting")
         _connect(started, request)
         listener.phase("loading")
-        loaded = _load(started, listener.progress)
+        loaded = _load(started, request, listener.progress)
         for plan, answer in zip(started.plans, loaded, strict=True):
             for line in answer.warnings:
                 listener.notify(f"stage {plan.rank} on {started.group.host(plan.rank)}: {line}")
@@ -182,7 +182,9 @@ def links(hostfile: Hostfile, addresses: Sequence[tuple[str, ...]]) -> RingLinks
     )
 
 
-def _load(started: StartedStages, on_progress: Callable[[int, FromStage], None]) -> tuple[Loaded, ...]:
+def _load(
+    started: StartedStages, request: DeploymentRequest, on_progress: Callable[[int, FromStage], None]
+) -> tuple[Loaded, ...]:
     """Load all stages, and check that together they loaded every tensor of the model exactly once."""
     names: Counter[str] = Counter()
 
@@ -193,7 +195,7 @@ def _load(started: StartedStages, on_progress: Callable[[int, FromStage], None])
 
     for plan in started.plans:
         started.group.set_held_bytes(plan.rank, plan.assignment.held_bytes)
-    messages = [_load_message(plan, started.shape) for plan in started.plans]
+    messages = [_load_message(plan, started.shape, request) for plan in started.plans]
     loaded = bring_up.load(started.group, messages, on_message)
     needed = Counter(spec.name for spec in model_specs(started.model.config))
     if names != needed:
@@ -202,7 +204,7 @@ def _load(started: StartedStages, on_progress: Callable[[int, FromStage], None])
     return loaded
 
 
-def _load_message(plan: StagePlan, shape: RunShape) -> Load:
+def _load_message(plan: StagePlan, shape: RunShape, request: DeploymentRequest) -> Load:
     return Load(
         first_layer=plan.assignment.first_layer,
         end_layer=plan.assignment.end_layer,
@@ -211,4 +213,5 @@ def _load_message(plan: StagePlan, shape: RunShape) -> Load:
         context_tokens=shape.context_tokens,
         needed_bytes=plan.needed_bytes,
         dense_bits=shape.dense_bits,
+        check_weights=request.check_weights,
     )

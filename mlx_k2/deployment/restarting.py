@@ -12,7 +12,7 @@ from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.run_log import RunLog
 from mlx_k2.deployment.stage_report import StageReport
-from mlx_k2.errors import ClusterError
+from mlx_k2.errors import ClusterError, NotFinite
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor
 from mlx_k2.weights.checkpoint import ModelDescription
@@ -89,10 +89,10 @@ class RestartingDeployment:
         if time.monotonic() - self._ready_at > HEALTHY_S:
             self._num_restarts = 0
         status = HealthMonitor(self.deployment.group).describe_all()
-        while self._num_restarts < self._limit:
+        while self._num_restarts < self._limit_after(error):
             wait_s = min(LONGEST_WAIT_S, self._first_wait_s * 2**self._num_restarts)
             self._num_restarts += 1
-            on_restart(Restart(str(error), self._num_restarts, self._limit, wait_s))
+            on_restart(Restart(str(error), self._num_restarts, self._limit_after(error), wait_s))
             self._end(error, status)
             status = ()
             time.sleep(wait_s)
@@ -106,6 +106,10 @@ class RestartingDeployment:
         if self._limit:
             raise type(error)(f"{error} (given up after {self._num_restarts} restarts)")
         raise error
+
+    def _limit_after(self, error: ClusterError) -> int:
+        """Return the limit of restarts. It is one for NaN or infinity, which broken weights give again."""
+        return min(self._limit, 1) if isinstance(error, NotFinite) else self._limit
 
     def _end(self, error: ClusterError, status: Sequence[str]) -> None:
         """End the stages, then write the report. The log then contains how each stage ended, and so does the report."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from mlx_k2.errors import ClusterError, NeighbourLost, StageFault, StageSilent
+from mlx_k2.errors import ClusterError, NeighbourLost, NotFinite, StageFault, StageSilent
 from mlx_k2.launch.group import HEARTBEAT_S, StageGroup
 from mlx_k2.launch.stage_events import StageEnded, StageMessage
 from mlx_k2.protocol.messages import Fault
@@ -91,7 +91,8 @@ class HealthMonitor:
         if fault.kind == NeighbourLost.__name__ and (silent := self._silent_stage(victims)) is not None:
             host = self._group.host(rank)
             return StageSilent(f"{silent}, and stage {rank} on {host} lost a neighbour: {fault.message}")
-        return StageFault(f"stage {rank} on {self._group.host(rank)}: {fault.message}")
+        kind = NotFinite if fault.kind == NotFinite.__name__ else StageFault
+        return kind(f"stage {rank} on {self._group.host(rank)}: {fault.message}")
 
     def _silent_stage(self, victims: Collection[int]) -> str | None:
         """Describe the stage outside ``victims`` whose guard is silent longest; return None if below SILENT_S."""

@@ -102,7 +102,8 @@ class Load(msgspec.Struct, frozen=True, tag=True):
 
     Answered by any number of DownloadProgress and LayerLoaded, then Loaded. ``needed_bytes`` is the memory of shard,
     cache and working space together; a Mac keeps that much wired. Attention, shared experts, dense layers and the head
-    are quantized to ``dense_bits`` bits per weight; None: they are not quantized.
+    are quantized to ``dense_bits`` bits per weight; None: they are not quantized. ``check_weights``: search all tensors
+    for NaN and infinity, not only those that a step could read without a trace of it.
     """
 
     first_layer: int
@@ -112,6 +113,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     context_tokens: int
     needed_bytes: int
     dense_bits: int | None = None
+    check_weights: bool = False
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
