@@ -3,6 +3,7 @@
 Subcommands are imported when they are called, so that --help is fast.
 """
 
+import errno
 import importlib
 import io
 import os
@@ -30,6 +31,10 @@ _COMMANDS = {
 }
 _HIDDEN_COMMANDS = ("stage",)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+_UNNAMED = {errno.ENOENT: "the current folder", errno.ENOSPC: "standard output"}
+"""What an error of the system is about if it names no file, by its number."""
 
 
 class Interrupted(BaseException):
@@ -119,8 +124,8 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python reports the error again when it flushes stdout
         return 128 + signal.SIGPIPE
     except OSError as error:  # this machine's disk or memory: a cache folder that cannot be written, a path too long
-        where = "the current folder" if isinstance(error, FileNotFoundError) else "this machine"
-        _print_error(f"error: {error.strerror or error}: {error.filename or where}")
+        where = error.filename or _UNNAMED.get(error.errno or 0, "this machine")
+        _print_error(f"error: {error.strerror or error}: {where}")
         return 1
     except click.exceptions.Exit as exit_request:
         return exit_request.exit_code

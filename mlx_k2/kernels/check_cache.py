@@ -16,8 +16,9 @@ from mlx_k2.json_text.parse import parse_json
 from mlx_k2.kernels.dispatch import metal_texts
 from mlx_k2.kernels.self_check import KernelCheck, LayerShape
 from mlx_k2.kernels.tuning import Tuning
+from mlx_k2.private_files import home_folder
 
-DEFAULT_DIRECTORY = Path.home() / ".cache" / "mlx-k2" / "kernels"
+DEFAULT_DIRECTORY = home_folder() / ".cache" / "mlx-k2" / "kernels"
 
 
 def mlx_version() -> str:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlx_k2.json_text.parse import parse_json
+from mlx_k2.private_files import home_folder
 
-FILE = Path.home() / ".cache" / "mlx-k2" / "kernels" / "buffer_limits.json"
+FILE = home_folder() / ".cache" / "mlx-k2" / "kernels" / "buffer_limits.json"
 
 
 class BufferLimits(NamedTuple):
