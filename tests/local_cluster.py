@@ -105,9 +105,9 @@ def local_cluster(
         limits = SchedulerLimits(deployment.shape.num_slots, CONTEXT_TOKENS, CHUNK_TOKENS, len(hosts))
         policy = AdaptiveStepPolicy(deployment.costs)
         scheduler = Scheduler(limits, policy)
-        yield Cluster(
-            deployment, Coordinator(deployment.group, scheduler, policy, step_timeout or StepTimeout()), names
-        )
+        timeout = step_timeout or StepTimeout()
+        coordinator = Coordinator(deployment.group, scheduler, policy, timeout, vocab_size=VOCAB_SIZE)
+        yield Cluster(deployment, coordinator, names)
 
 
 def marked_host(folder: Path, rank: int, python: str) -> Host:

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
+from mlx_k2.coordinator.report_check import find_problem
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.stage_report import StageReport
-from mlx_k2.errors import ClusterError, StageSilent
+from mlx_k2.errors import ClusterError, ProtocolError, StageSilent
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor
 from mlx_k2.protocol.messages import Step, StepDone
@@ -80,7 +81,9 @@ class Coordinator:
         step_timeout: StepTimeout = _STEP_TIMEOUT,
         on_report: Callable[[StageReport], None] | None = None,
         restart: RestartStages | None = None,
+        vocab_size: int | None = None,
     ) -> None:
+        self._vocab_size = vocab_size
         self._group = group
         self._scheduler = scheduler
         self._policy = policy
@@ -105,6 +108,7 @@ class Coordinator:
 
         Raises:
             StageFault: a stage reported an error or ended.
+            ProtocolError: a stage reported what it cannot have computed.
             StageSilent: a step exceeded its timeout, or a stage is stopped; names the stage, its host and step.
         """
         for request in requests:
@@ -170,7 +174,10 @@ class Coordinator:
         if received is None:
             raise StageSilent(self._describe_silence())
         rank, message = received.rank, received.message
-        assert isinstance(message, StepDone), f"stage {rank} sent a {type(message).__name__} between steps"
+        is_last = rank == self._group.size - 1
+        problem = find_problem(message, self._next_of(rank), is_last=is_last, vocab_size=self._vocab_size)
+        if problem is not None or not isinstance(message, StepDone):
+            raise ProtocolError(f"stage {rank} on {self._group.host(rank)} {problem}")
         self._record(rank, message)
         if rank < self._group.size - 1:
             return []
@@ -180,6 +187,11 @@ class Coordinator:
             for sequence, token in zip(recipients, message.tokens, strict=True)
             if sequence is not None
         ]
+
+    def _next_of(self, rank: int) -> Microbatch | None:
+        """Return the step that the stage must report next; None if it has reported all that were sent."""
+        due = (sent.microbatch for number, sent in self._sent.items() if number >= self.use[rank].steps_done)
+        return next(due, None)
 
     def _record(self, rank: int, done: StepDone) -> None:
         """Add a finished step to the totals of its stage."""
@@ -248,4 +260,6 @@ def coordinate(
     )
     policy = AdaptiveStepPolicy(deployment.costs)
     scheduler = Scheduler(limits, policy, drafts=drafts)
-    return Coordinator(deployment.group, scheduler, policy, step_timeout or StepTimeout(), on_report, restart)
+    vocab_size = deployment.model.config.vocab_size
+    timeout = step_timeout or StepTimeout()
+    return Coordinator(deployment.group, scheduler, policy, timeout, on_report, restart, vocab_size)
