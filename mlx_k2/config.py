@@ -8,6 +8,8 @@ from typing import Annotated, Any, TypeAlias
 import msgspec
 
 from mlx_k2.errors import ConfigError
+from mlx_k2.json_text.parse import JsonError
+from mlx_k2.json_text.read import convert, read_json
 
 ORIGINAL_REPO = "moonshotai/Kimi-K2-Thinking"
 _FETCH_ORIGINAL = f"fetch the original INT4 checkpoint instead, for instance {ORIGINAL_REPO} (594 GB)"
@@ -21,6 +23,11 @@ class Family(enum.Enum):
 
 
 _Positive: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
+
+# Far above every model of the family. Larger values would fill memory before a tensor is missed.
+_MAX_VALUE = 10**9
+_MAX_VOCAB = 10**7
+_MAX_EXPERTS = 10**5  # of all layers together; Kimi K2 has 23,424
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +66,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     topk_group: int
     norm_topk_prob: bool
     routed_scaling_factor: float
-    rms_norm_eps: float
+    rms_norm_eps: _Positive
     max_position_embeddings: int
     rope: RopeConfig
     eos_token_ids: tuple[int, ...]
@@ -99,8 +106,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             ConfigError: not JSON, a field is missing or of the wrong type, or a value is not implemented.
         """
         try:
-            outer = msgspec.json.decode(data, type=dict[str, Any])
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            outer = read_json(data, dict[str, Any])
+        except JsonError as error:
             raise ConfigError(f"{source} is not a JSON object: {error}") from None
         family = _family(outer, source)
         fields = dict(outer["text_config"]) if family is Family.KIMI_K25 else dict(outer)
@@ -111,8 +118,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         fields |= {"family": family.value, "rope": _rope(fields, source), "eos_token_ids": _eos(outer, fields)}
         fields.setdefault("q_lora_rank", None)
         try:
-            config = msgspec.convert(fields, cls)
-        except msgspec.ValidationError as error:
+            config = convert(fields, cls)
+        except JsonError as error:
             raise ConfigError(f"{source}: {error}") from None
         config._check_shape(source)
         return config
@@ -122,9 +129,15 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         zero_allowed = {"first_k_dense_replace", "n_shared_experts"}
         for name in self.__struct_fields__:
             value = getattr(self, name)
-            if type(value) is int and name not in optional and value < (0 if name in zero_allowed else 1):
+            if type(value) is not int or name in optional:
+                continue
+            if not (0 if name in zero_allowed else 1) <= value <= _MAX_VALUE:
                 raise ConfigError(f"{source}: {name} is {value}")
         demands = {
+            f"vocab_size {self.vocab_size} is more than {_MAX_VOCAB}": self.vocab_size <= _MAX_VOCAB,
+            f"{self.num_hidden_layers} layers of {self.n_routed_experts} experts are more than {_MAX_EXPERTS}": (
+                self.num_hidden_layers * self.n_routed_experts <= _MAX_EXPERTS
+            ),
             f"hidden_size {self.hidden_size} must be a multiple of 32": self.hidden_size % 32 == 0,
             f"moe_intermediate_size {self.moe_intermediate_size} must be a multiple of 32": (
                 self.moe_intermediate_size % 32 == 0

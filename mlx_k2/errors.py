@@ -16,7 +16,8 @@ MlxK2Error
 └── ClusterError          something was already running; exit code 1
     ├── StageStartError   a stage did not start: ssh, Python, versions, or its loading
     ├── StageFault        a stage that was running reported an error or ended
-    │   └── NeighbourLost     it lost the hop to a neighbour; the neighbour's end is then the cause
+    │   ├── NeighbourLost     it lost the hop to a neighbour; the neighbour's end is then the cause
+    │   └── NotFinite         it computed NaN or infinity: its weights or its memory are broken
     ├── StageSilent       a deadline passed: names the stage, the host and the step
     └── ProtocolError     bytes on a control connection do not follow the protocol
 """
@@ -100,6 +101,10 @@ class StageFault(ClusterError):
 
 class NeighbourLost(StageFault):
     """Stage that lost the connection to a neighbour."""
+
+
+class NotFinite(StageFault):
+    """Stage that computed NaN or infinity."""
 
 
 class StageSilent(ClusterError):

@@ -3,6 +3,8 @@
 import msgspec
 
 from mlx_k2.errors import RequestError
+from mlx_k2.json_text.parse import JsonError
+from mlx_k2.json_text.read import read_json
 
 REPETITION_WINDOW = 64
 """Number of most recent tokens that the repetition penalty reads."""
@@ -79,7 +81,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
             RequestError: the bytes are not JSON of that form.
         """
         try:
-            found = msgspec.json.decode(data, type=cls)
-        except msgspec.DecodeError as error:
+            found = read_json(data, cls)
+        except JsonError as error:
             raise RequestError(f"generation_config.json cannot be read: {error}") from None
         return msgspec.structs.replace(found, top_k=None) if found.top_k == 0 else found  # 0 in the file: all tokens

@@ -11,17 +11,38 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mlx_k2.cli.prompt_files import ResultFile, read_prompt_lines
+from mlx_k2.cli.repl.saved_chat import load_chat
 from mlx_k2.cluster.hostfile import parse_hostfile
-from mlx_k2.errors import CheckpointError, HostfileError, MlxK2Error, ProtocolError
+from mlx_k2.config import ModelConfig
+from mlx_k2.errors import (
+    CheckpointError,
+    ConfigError,
+    HostfileError,
+    MlxK2Error,
+    ProtocolError,
+    RequestError,
+    TokenizerError,
+    ToolsError,
+)
+from mlx_k2.kernels import check_cache
 from mlx_k2.protocol.framing import MARK, Kind, encode_frame, read_frame, skip_to_mark
 from mlx_k2.protocol.guard_messages import GuardSettings, StageExit
 from mlx_k2.protocol.messages import Step, StepDone, decode_from_stage, decode_to_stage, encode_message
 from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
-from mlx_k2.sampling import Sampling
+from mlx_k2.sampling import GenerationConfig, Sampling
 from mlx_k2.scheduling.microbatch import Row
+from mlx_k2.stage.buffer_limits import load_limits
+from mlx_k2.text.chat_template import load_chat_template
+from mlx_k2.text.tiktoken_model import read_tiktoken
+from mlx_k2.text.tool_call import read_call
+from mlx_k2.tools.servers import read_mcp_file
+from mlx_k2.weights.index import CheckpointIndex
 from mlx_k2.weights.safetensors_file import read_header
 from tests.examples import at_least
+from tests.text.fixtures import FILES, VOCAB_SIZE
 
+TIKTOKEN = FILES["tiktoken.model"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
@@ -71,6 +92,9 @@ def only_raises(kind: type[MlxK2Error], read: Callable[[bytes], object], data: b
 
 @pytest.mark.parametrize("decode", DECODERS, ids=lambda decode: decode.__qualname__)
 @example(data=step_with_top_p_0())
+@example(data=b"[" * 100_000)
+@example(data=b"\x91" * 100_000)
+@example(data=b"\x81\xa1a" * 100_000)
 @given(data=st.binary(max_size=200) | JSON.map(msgspec.msgpack.encode) | damaged(st.sampled_from(VALUES)))
 @settings(max_examples=at_least(300))
 def test_any_payload_is_decoded_or_raises_a_protocol_error(decode: Callable[[bytes], object], data: bytes) -> None:
@@ -117,6 +141,11 @@ ENTRY = st.fixed_dictionaries(
 HOSTFILES = JSON | st.lists(ENTRY, max_size=3) | st.fixed_dictionaries({"hosts": st.lists(ENTRY), "backend": JSON})
 
 
+DEEP = (b"[" * 100_000, b'{"a":' * 100_000)
+
+
+@example(DEEP[0])
+@example(DEEP[1])
 @given(st.binary(max_size=200) | damaged(HOSTFILES.map(lambda value: json.dumps(value).encode())))
 @settings(max_examples=at_least(200))
 def test_any_hostfile_bytes_are_read_or_raise_a_hostfile_error(data: bytes) -> None:
@@ -137,3 +166,54 @@ def test_any_safetensors_header_is_read_or_raises_a_checkpoint_error(data: bytes
         file.write(len(header).to_bytes(8, "little") + header + data if framed else data)
         file.flush()
         only_raises(CheckpointError, lambda _: read_header(Path(file.name)), data)
+
+
+def on_disk(read: Callable[[Path], object]) -> Callable[[bytes], object]:
+    """Return a reader of bytes that writes them to a file for ``read``."""
+
+    def read_file(data: bytes) -> object:
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            return read(Path(file.name))
+
+    return read_file
+
+
+READERS: dict[str, tuple[type[MlxK2Error], Callable[[bytes], object]]] = {
+    "config.json": (ConfigError, lambda data: ModelConfig.from_json(data, "config.json")),
+    "the index": (CheckpointError, lambda data: CheckpointIndex.from_json(data, "index.json")),
+    "generation_config.json": (RequestError, GenerationConfig.from_json),
+    "tokenizer_config.json": (TokenizerError, lambda data: read_tiktoken(TIKTOKEN, data, VOCAB_SIZE)),
+    "tiktoken.model": (TokenizerError, lambda data: read_tiktoken(data, b"{}", VOCAB_SIZE)),
+    "a chat template": (TokenizerError, lambda data: load_chat_template({"chat_template.jinja": data})),
+    "the template in the config": (TokenizerError, lambda data: load_chat_template({"tokenizer_config.json": data})),
+    "a saved chat": (RequestError, on_disk(lambda path: load_chat(path, "digest"))),
+    "prompts": (RequestError, on_disk(read_prompt_lines)),
+    "results": (RequestError, on_disk(lambda path: ResultFile(path, ["digest"]))),
+    "an MCP file": (ToolsError, on_disk(lambda path: read_mcp_file(path, {}))),
+    "the arguments of a call": (RequestError, lambda data: read_call("functions.f:0", data.decode(errors="replace"))),
+    "command buffer limits": (RequestError, on_disk(load_limits)),
+    "cached kernel checks": (RequestError, on_disk(check_cache.load)),
+}
+FIELDS = st.sampled_from(
+    (
+        *("model_type", "text_config", "quantization_config", "rope_scaling", "eos_token_id", "weight_map"),
+        *("added_tokens_decoder", "chat_template", "model", "digest", "messages", "prompt", "id", "mcpServers"),
+        *("command", "url", "operations", "megabytes", "checks", "tuning"),
+    )
+)
+OBJECTS = st.dictionaries(FIELDS, JSON | st.dictionaries(FIELDS | st.text(max_size=8), JSON, max_size=3), max_size=5)
+
+
+@pytest.mark.parametrize(("kind", "read"), READERS.values(), ids=READERS.keys())
+@given(data=st.binary(max_size=200) | damaged((OBJECTS | JSON).map(lambda value: json.dumps(value).encode())))
+@example(data=DEEP[0])
+@example(data=DEEP[1])
+@example(data=b'{"chat_template": "' + b"{{" + b"(" * 3000 + b'"}')
+@example(data=b"\xef\xbb\xbf{}")
+@example(data=b'{"a": "\\ud800"}')
+def test_any_bytes_are_read_or_raise_an_error_of_their_own_kind(
+    kind: type[MlxK2Error], read: Callable[[bytes], object], data: bytes
+) -> None:
+    only_raises(kind, read, data)

@@ -12,8 +12,8 @@ ROOT = Path(mlx_k2.__file__).parent
 
 # Lowest first: a module imports from lower levels and its own package. Packages of one level never import each other.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "builtin", "kernels"),
-    ("config", "sampling", "text", "tools"),
+    ("errors", "builtin", "json_text", "private_files"),
+    ("config", "sampling", "text", "tools", "kernels"),
     ("scheduling", "cluster", "weights"),
     ("protocol", "model"),
     ("guard", "launch"),
@@ -81,6 +81,14 @@ def test_no_import_is_inside_a_function(module: Path) -> None:
     assert "TYPE_CHECKING" not in (ROOT / module).read_text()
 
 
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_python_modules_are_started_with_a_safe_path(module: Path) -> None:
+    tuples = [node.elts for node in ast.walk(parse(module)) if isinstance(node, ast.Tuple | ast.List)]
+    words = [[item.value if isinstance(item, ast.Constant) else None for item in items] for items in tuples]
+    starts = [line for line in words if "-m" in line]
+    assert all(line[line.index("-m") - 1] == "-P" for line in starts), starts
+
+
 def test_the_imports_have_no_cycle() -> None:
     graph = {
         str(module): {name for _, name in imports(parse(module)) if name.startswith("mlx_k2.")} for module in MODULES
@@ -104,6 +112,7 @@ def test_the_imports_have_no_cycle() -> None:
 def test_the_guard_imports_only_the_standard_library(module: str) -> None:
     own = {
         "mlx_k2.errors",
+        "mlx_k2.json_text.parse",
         *(f"mlx_k2.protocol.{name}" for name in ("framing", "guard_messages", "stage_status")),
     }
     own |= {f"mlx_k2.{name.removesuffix('.py').replace('/', '.')}" for name in GUARD}

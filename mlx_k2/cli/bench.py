@@ -166,7 +166,8 @@ def _write(document: dict[str, Any], rows: Sequence[Measured], trace: Trace, opt
 
             plot_results(rows, Path(options["plot_path"]))
     except OSError as error:
-        raise RequestError(f"{error.filename} cannot be written: {error.strerror}") from None
+        what = error.filename or "a result file"
+        raise RequestError(f"{what} cannot be written: {error.strerror}") from None
 
 
 def _show(rows: Sequence[Measured]) -> None:

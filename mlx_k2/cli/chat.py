@@ -1,5 +1,6 @@
 """`mlx-k2 chat`: a conversation in the terminal, with thinking and tools."""
 
+import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -43,7 +44,7 @@ from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
-from mlx_k2.errors import ClusterError, MlxK2Error, RequestError
+from mlx_k2.errors import MlxK2Error, RequestError
 from mlx_k2.weights.checkpoint import ModelDescription
 
 WANTED_SLOTS = 2
@@ -156,18 +157,21 @@ def _chat(
             screen.log(line)
         try:
             Repl(session, commands, keyboard, screen, usage, transcript).run()
-        except ClusterError:
-            _rescue(commands, screen)
+        except BaseException:  # also a signal, a full disk and our own mistakes
+            if session.conversation.messages:
+                _rescue(commands, screen)
             raise
 
 
 def _rescue(commands: Commands, screen: Screen) -> None:
-    """Save the conversation for /load, after the stages have failed."""
-    path = platformdirs.user_state_path("mlx-k2") / f"chat-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    """Save the conversation for /load, after an error."""
+    state = platformdirs.user_state_path("mlx-k2")
+    folder = state if state.is_absolute() else Path(tempfile.gettempdir())  # for a user without a home folder
+    path = folder / f"chat-{time.strftime('%Y%m%d-%H%M%S')}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         commands.save_to(path)
     except (OSError, RequestError) as error:
         screen.log(f"the conversation could not be kept: {error}")
     else:
-        screen.log(f"the conversation so far is in {path}: /load it when the stages run again")
+        screen.log(f"the conversation so far is in {path}: /load it to go on")

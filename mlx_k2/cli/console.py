@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.status import Status
 from rich.table import Table
 
+from mlx_k2.cli.safe_console import SafeConsole
 from mlx_k2.coordinator.pipeline import StageUse
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.listener import DeploymentListener
@@ -18,7 +18,7 @@ from mlx_k2.deployment.restarting import WAITING, Restart
 from mlx_k2.protocol.messages import DownloadProgress, FromStage, LayerLoaded
 from mlx_k2.weights.checkpoint import ModelDescription
 
-console = Console(
+console = SafeConsole(
     stderr=True,
     highlight=False,
     markup=False,

@@ -4,13 +4,13 @@ import sys
 from typing import Any
 
 import click
-import msgspec
 from rich.table import Table
 from rich.text import Text
 
 from mlx_k2.cli.console import ConsoleListener, console, log
 from mlx_k2.cli.option_values import deployment_request, open_source
 from mlx_k2.cli.options import cluster_options
+from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.doctor.checks import Check, CheckResult
 from mlx_k2.doctor.cluster_probe import probe_cluster
 
@@ -79,4 +79,4 @@ def _count(checks: tuple[Check, ...], result: CheckResult) -> int:
 
 
 def _write_line(value: object) -> None:
-    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+    sys.stdout.write(json_line(value))

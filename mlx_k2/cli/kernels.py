@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 import click
-import msgspec
 from rich.table import Table
 
 from mlx_k2.cli.console import console, log
+from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.errors import StageStartError
+from mlx_k2.json_text.read import read_json
 from mlx_k2.kernels.report import DecodeTime, KernelLine, KernelReport
 from mlx_k2.stage.buffer_limits import BufferLimits, save_limits
 
@@ -52,7 +53,7 @@ def command() -> None:
         "report": report,
         "seconds_by_limits": {_named(limits): seconds for limits, seconds in times.items()},
     }
-    click.echo(msgspec.json.encode(sent).decode())
+    click.echo(json_line(sent), nl=False)
 
 
 def show_report(report: KernelReport) -> None:
@@ -115,10 +116,10 @@ def _measure(what: str, wanted: type[Measurement], limits: BufferLimits | None =
     """
     kept = {name: value for name, value in os.environ.items() if name not in CANDIDATES[0].environment()}
     environment = kept if limits is None else kept | limits.environment()
-    program = [sys.executable, "-m", "mlx_k2.stage.measure_kernels", what]
+    program = [sys.executable, "-P", "-m", "mlx_k2.stage.measure_kernels", what]
     try:
         ran = subprocess.run(program, stdout=subprocess.PIPE, env=environment, timeout=MEASURING_S, check=True)
-        return msgspec.json.decode(ran.stdout.splitlines()[-1], type=wanted)
+        return read_json(ran.stdout.splitlines()[-1], wanted)
     except subprocess.TimeoutExpired:
         raise StageStartError(f"measuring took longer than {MEASURING_S:.0f} s: is the GPU busy?") from None
     except subprocess.CalledProcessError as error:

@@ -3,18 +3,22 @@
 Subcommands are imported when they are called, so that --help is fast.
 """
 
+import errno
 import importlib
+import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import NoReturn
 
 import click
 
 from mlx_k2 import __version__
+from mlx_k2.cli.terminal_text import printable
 from mlx_k2.errors import MlxK2Error
 
 _COMMANDS = {
@@ -27,6 +31,10 @@ _COMMANDS = {
 }
 _HIDDEN_COMMANDS = ("stage",)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+_UNNAMED = {errno.ENOENT: "the current folder", errno.ENOSPC: "standard output"}
+"""What an error of the system is about if it names no file, by its number."""
 
 
 class Interrupted(BaseException):
@@ -90,6 +98,7 @@ def main() -> NoReturn:
     handled = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
     for number in handled:
         signal.signal(number, _interrupt)
+    sys.excepthook = _print_traceback
     exit_code = run(sys.argv[1:])
     for number in handled:
         signal.signal(number, signal.SIG_DFL)  # nothing is left to clean up: a further signal ends Python's exit too
@@ -105,7 +114,9 @@ def run(arguments: Sequence[str]) -> int:
         _print_error(f"error: {error}")
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        _print_error(shown.getvalue().rstrip("\n"))
         return error.exit_code
     except Interrupted as interrupted:
         return 128 + interrupted.number
@@ -113,15 +124,21 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python reports the error again when it flushes stdout
         return 128 + signal.SIGPIPE
     except OSError as error:  # this machine's disk or memory: a cache folder that cannot be written, a path too long
-        _print_error(f"error: {error.strerror or error}: {error.filename or 'this machine'}")
+        where = error.filename or _UNNAMED.get(error.errno or 0, "this machine")
+        _print_error(f"error: {error.strerror or error}: {where}")
         return 1
     except click.exceptions.Exit as exit_request:
         return exit_request.exit_code
     return 0
 
 
-def _print_error(line: str) -> None:
-    click.echo(line, err=True)
+def _print_error(text: str) -> None:
+    """Print an error, which can quote files, hosts and the model."""
+    click.echo(printable(text), err=True)
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    _print_error("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -49,6 +49,7 @@ def deployment_request(options: Mapping[str, Any]) -> DeploymentRequest:
         lease_s=options["lease_s"],
         stall_timeout_s=options["stall_timeout_s"],
         dense_bits=options["dense_bits"],
+        check_weights=options["check_weights"],
     )
 
 

@@ -62,6 +62,11 @@ _CLUSTER = (
         metavar="SECONDS",
         help="Treat a stopped stage, a silent host or a stuck hop as a fault after this long, 1 to 3600.  [default: 7]",
     ),
+    click.option(
+        "--check-weights",
+        is_flag=True,
+        help="Search every tensor for NaN and infinity while loading. Without it: norms, router, embedding and scales.",
+    ),
     click.option("-v", "--verbose", is_flag=True, help="Show what the stages write to their logs."),
 )
 

@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
-import msgspec
-
 from mlx_k2.chat.chat_events import CallEnded, Event
 from mlx_k2.cli.console import log, show_stage_use
 from mlx_k2.cli.repl.screen import PlainScreen, Screen, show_all
 from mlx_k2.cli.repl.wording import CUT
+from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import PrefillProgress, Queued, Restarting, Token
 from mlx_k2.coordinator.pipeline import StageUse
@@ -158,5 +157,5 @@ class JsonOutput:
 
 
 def _write_line(value: dict[str, Any]) -> None:
-    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+    sys.stdout.write(json_line(value))
     sys.stdout.flush()

@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 import msgspec
 
 from mlx_k2.errors import HostfileError
+from mlx_k2.json_text.parse import JsonError, parse_json
+from mlx_k2.json_text.read import convert
 
 RdmaCell: TypeAlias = str | tuple[str, ...] | None
 """The RDMA device or devices from one host to another; None if there are none."""
@@ -81,8 +83,8 @@ def parse_hostfile(data: bytes, source: str) -> Hostfile:
         HostfileError: the bytes are not a usable hostfile; names the host and the fix.
     """
     try:
-        decoded = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        decoded = parse_json(data)
+    except JsonError as error:
         raise HostfileError(f"{source} is not JSON: {error}") from None
     fields: dict[str, Any] = {"hosts": decoded} if isinstance(decoded, list) else decoded
     if not isinstance(fields, dict) or not isinstance(fields.get("hosts"), list) or not fields["hosts"]:
@@ -109,8 +111,8 @@ def _host(entry: object, where: str) -> Host:
     name = entry.get("ssh") if isinstance(entry, dict) else None
     where = f"{where} ({name})" if isinstance(name, str) else where
     try:
-        host = msgspec.convert(entry, Host)
-    except msgspec.ValidationError as error:
+        host = convert(entry, Host)
+    except JsonError as error:
         raise HostfileError(f"{where}: {error}") from None
     if not host.ssh or host.ssh.startswith("-") or not host.ssh.isprintable() or " " in host.ssh:
         raise HostfileError(f"{where}: {host.ssh!r} is not a host name that ssh takes")
@@ -144,8 +146,8 @@ def _backend(name: object, source: str) -> Backend:
 
 def _envs(envs: object, source: str) -> tuple[str, ...]:
     try:
-        lines = msgspec.convert(envs or (), tuple[str, ...])
-    except msgspec.ValidationError:
+        lines = convert(envs or (), tuple[str, ...])
+    except JsonError:
         lines = ("",)
     if not all(line.partition("=")[0].isidentifier() and "=" in line for line in lines):
         raise HostfileError(f'{source}: envs must be a list of lines like "NAME=value"')

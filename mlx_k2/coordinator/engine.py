@@ -199,6 +199,6 @@ def engine_on(
     )
     policy = AdaptiveStepPolicy(deployment.costs)
     scheduler = Scheduler(limits, policy, drafts=drafts)
-    pipeline = Pipeline(deployment.group, scheduler, policy, step_timeout, on_report)
     vocab_size = deployment.model.config.vocab_size
+    pipeline = Pipeline(deployment.group, scheduler, policy, step_timeout, on_report, vocab_size)
     return Engine(pipeline, scheduler, vocab_size, restarts=restarts, on_restart=on_restart, on_failure=on_failure)

@@ -15,7 +15,7 @@ from mlx_k2.coordinator.handle import Finished, Handle, PrefillProgress, Progres
 from mlx_k2.coordinator.jobs import Cancel, Close, Command, Job, RestartEnded, RestartPhase, Submit
 from mlx_k2.coordinator.pipeline import Pipeline, StageUse, StepResult
 from mlx_k2.deployment.restarting import OnRestart, Restart
-from mlx_k2.errors import ClusterError, MlxK2Error, RequestFailed
+from mlx_k2.errors import ClusterError, MlxK2Error, NotFinite, RequestFailed
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.scheduling.request import FinishReason
@@ -236,7 +236,7 @@ class EngineLoop:
 
     def _on_fault(self, error: ClusterError) -> None:
         """End the requests that met the same fault before, and start the stages again for the others."""
-        if error.rank is not None:
+        if error.rank is not None and not isinstance(error, NotFinite):  # broken weights: no request is the cause
             self._end_suspects(error.rank)
         self._deliver()
         self._pipeline.drop_plans()

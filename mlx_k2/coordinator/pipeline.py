@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from mlx_k2.coordinator.report_check import find_problem
 from mlx_k2.deployment.stage_report import StageReport
-from mlx_k2.errors import StageSilent
+from mlx_k2.errors import ProtocolError, StageSilent
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor
 from mlx_k2.launch.stage_events import Woken
@@ -75,7 +76,9 @@ class Pipeline:
         policy: AdaptiveStepPolicy,
         step_timeout: StepTimeout | None = None,
         on_report: Callable[[StageReport], None] | None = None,
+        vocab_size: int | None = None,
     ) -> None:
+        self._vocab_size = vocab_size
         self._scheduler = scheduler
         self._policy = policy
         self._step_timeout = step_timeout or _STEP_TIMEOUT
@@ -103,6 +106,7 @@ class Pipeline:
 
         Raises:
             StageFault: a stage reported an error or ended.
+            ProtocolError: a stage reported what it cannot have computed.
             StageSilent: a step exceeded its timeout, or a stage is stopped; names the stage, its host and step.
         """
         received = self._monitor.receive(self._deadline(), wake_at)
@@ -111,9 +115,12 @@ class Pipeline:
         if isinstance(received, Woken):
             return None
         rank, message = received.rank, received.message
-        assert isinstance(message, StepDone), f"stage {rank} sent a {type(message).__name__} between steps"
+        is_last = rank == self.group.size - 1
+        problem = find_problem(message, self.step_of(rank), is_last=is_last, vocab_size=self._vocab_size)
+        if problem is not None or not isinstance(message, StepDone):
+            raise ProtocolError(f"stage {rank} on {self.group.host(rank)} {problem}", rank)
         microbatch = self._record(rank, message)
-        if rank < self.group.size - 1:
+        if not is_last:
             return None
         return StepResult(microbatch, self._scheduler.complete(message.number, message.tokens))
 

@@ -101,7 +101,7 @@ def deploy(
         listener.phase("connecting")
         _connect(started, request)
         listener.phase("loading")
-        loaded = _load(started, listener.progress)
+        loaded = _load(started, request, listener.progress)
         for plan, answer in zip(started.plans, loaded, strict=True):
             for line in answer.warnings:
                 listener.notify(f"stage {plan.rank} on {started.group.host(plan.rank)}: {line}")
@@ -207,7 +207,9 @@ def links(hostfile: Hostfile, addresses: Sequence[tuple[str, ...]]) -> RingLinks
     )
 
 
-def _load(started: StartedStages, on_progress: Callable[[int, FromStage], None]) -> tuple[Loaded, ...]:
+def _load(
+    started: StartedStages, request: DeploymentRequest, on_progress: Callable[[int, FromStage], None]
+) -> tuple[Loaded, ...]:
     """Load all stages, and check that together they loaded every tensor of the model exactly once."""
     names: Counter[str] = Counter()
 
@@ -218,7 +220,7 @@ def _load(started: StartedStages, on_progress: Callable[[int, FromStage], None])
 
     for plan in started.plans:
         started.group.set_held_bytes(plan.rank, plan.assignment.held_bytes)
-    messages = [_load_message(plan, started.shape) for plan in started.plans]
+    messages = [_load_message(plan, started.shape, request) for plan in started.plans]
     loaded = bring_up.load(started.group, messages, on_message)
     needed = Counter(spec.name for spec in model_specs(started.model.config))
     if names != needed:
@@ -227,7 +229,7 @@ def _load(started: StartedStages, on_progress: Callable[[int, FromStage], None])
     return loaded
 
 
-def _load_message(plan: StagePlan, shape: RunShape) -> Load:
+def _load_message(plan: StagePlan, shape: RunShape, request: DeploymentRequest) -> Load:
     return Load(
         first_layer=plan.assignment.first_layer,
         end_layer=plan.assignment.end_layer,
@@ -237,4 +239,5 @@ def _load_message(plan: StagePlan, shape: RunShape) -> Load:
         needed_bytes=plan.needed_bytes,
         dense_bits=shape.dense_bits,
         registration=RunningStage(this_command(), plan.assignment.held_bytes),
+        check_weights=request.check_weights,
     )

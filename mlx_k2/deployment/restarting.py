@@ -15,7 +15,7 @@ from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import StagePlan
 from mlx_k2.deployment.run_log import RunLog
 from mlx_k2.deployment.stage_report import StageReport
-from mlx_k2.errors import Cancelled, ClusterError
+from mlx_k2.errors import Cancelled, ClusterError, NotFinite
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor
 from mlx_k2.protocol.messages import FromStage, LayerLoaded
@@ -100,10 +100,10 @@ class RestartingDeployment:
         if time.monotonic() - self._ready_at > HEALTHY_S:
             self._num_restarts = 0
         status = HealthMonitor(self.deployment.group).describe_all()
-        while self._num_restarts < self._limit:
+        while self._num_restarts < self._limit_after(error):
             wait_s = min(LONGEST_WAIT_S, self._first_wait_s * 2**self._num_restarts)
             self._num_restarts += 1
-            restart = Restart(str(error), self._num_restarts, self._limit, wait_s)
+            restart = Restart(str(error), self._num_restarts, self._limit_after(error), wait_s)
             on_restart(restart, WAITING)
             self._end(error, status)
             status = ()
@@ -118,12 +118,16 @@ class RestartingDeployment:
                 return self.deployment.group
         self._end(error, status)
         if self._limit:
-            raise type(error)(f"{error} (given up after {self._num_restarts} restarts)")
+            raise type(error)(f"{error} (given up after {self._num_restarts} restarts)", error.rank)
         raise error
 
     def cancel(self) -> None:
         """End a restart that is under way: it raises Cancelled soon. No other restart follows. Any thread may call."""
         self._cancelled.set()
+
+    def _limit_after(self, error: ClusterError) -> int:
+        """Return the limit of restarts. It is one for NaN or infinity, which broken weights give again."""
+        return min(self._limit, 1) if isinstance(error, NotFinite) else self._limit
 
     def _end(self, error: ClusterError, status: Sequence[str]) -> None:
         """End the stages, then write the report. The log then contains how each stage ended, and so does the report."""

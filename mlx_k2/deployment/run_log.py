@@ -9,13 +9,13 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import StagePlan
 from mlx_k2.deployment.stage_report import StageReport
+from mlx_k2.private_files import open_ours, write_private
 from mlx_k2.protocol.messages import FromStage
 from mlx_k2.weights.checkpoint import ModelDescription
 
@@ -116,11 +116,9 @@ class RunLog(DeploymentListener):
             )
         text = "\n".join("\n".join((f"== {title}", *lines, "")) for title, lines in parts)
         try:
-            path.write_text(text)
+            write_private(path, text.encode(errors="backslashreplace"))
         except OSError as error:
             self._listener.notify(f"no report could be written: {path}: {error.strerror}")
-            with suppress(OSError):
-                path.unlink()
             return None
         return path
 
@@ -129,8 +127,8 @@ class RunLog(DeploymentListener):
         try:
             if path.exists() and path.stat().st_size > MAX_FILE_BYTES:
                 path.replace(path.with_suffix(path.suffix + ".before"))
-            with path.open("a") as file:
-                file.write(line + "\n")
+            with open(path, "ab", opener=open_ours) as file:
+                file.write(line.encode(errors="backslashreplace") + b"\n")
             self._is_refused = False
         except OSError as error:
             if not self._is_refused:

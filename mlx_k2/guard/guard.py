@@ -50,7 +50,7 @@ class _Guard:
             signal.signal(number, lambda number, _: self._reasons.put(f"{signal.Signals(number).name} on its host"))
         # Start processes before threads, so that no fork happens in a process that has threads.
         self._watchdog = subprocess.Popen(
-            [sys.executable, "-m", "mlx_k2.guard.watchdog"], stdin=subprocess.PIPE, process_group=0
+            [sys.executable, "-P", "-m", "mlx_k2.guard.watchdog"], stdin=subprocess.PIPE, process_group=0
         )
         self._child = subprocess.Popen(
             child_command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=self._watchdog.pid

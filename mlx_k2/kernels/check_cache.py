@@ -12,11 +12,13 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlx_k2.json_text.parse import parse_json
 from mlx_k2.kernels.dispatch import metal_texts
 from mlx_k2.kernels.self_check import KernelCheck, LayerShape
 from mlx_k2.kernels.tuning import Tuning
+from mlx_k2.private_files import home_folder
 
-DEFAULT_DIRECTORY = Path.home() / ".cache" / "mlx-k2" / "kernels"
+DEFAULT_DIRECTORY = home_folder() / ".cache" / "mlx-k2" / "kernels"
 
 
 def mlx_version() -> str:
@@ -45,7 +47,7 @@ def cache_path(directory: Path, shape: LayerShape, chip: str) -> Path:
 def load(path: Path) -> CachedChecks | None:
     """Return the cached checks, or None if the file does not exist or cannot be parsed."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse_json(path.read_bytes())
         checks = [KernelCheck(**check) for check in content["checks"]]
         tuning = None if content["tuning"] is None else Tuning(**content["tuning"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -11,6 +11,8 @@ from mlx_k2.launch.stage_location import StageLocation
 _NO_COMMAND_EXIT_CODES = (126, 127)
 _NO_COMMAND = re.compile("not found|no such file|does not exist|cannot execute|permission denied", re.IGNORECASE)
 _NO_PACKAGE = re.compile(r"No module named '?mlx_k2\b")
+_GIVE_PYTHON = 'give the path of a Python that has mlx_k2 as "python" in the hostfile'
+_OLD_PYTHON = re.compile(r"unknown option:? -P\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,9 @@ def explain_start_failure(location: StageLocation, exit_code: int | None, stderr
     """Explain why a process ended before its opening mark. ``problem`` is the error that reading its output gave."""
     if location.ssh is not None and exit_code == SSH_EXIT_CODE:
         return StartFailure(explain_ssh_failure(location.ssh, stderr))
+    if _OLD_PYTHON.search(stderr):  # -P is new in Python 3.11
+        found = f"its {location.python or sys.executable} is older than Python 3.11"
+        return StartFailure(f"{found}: {_GIVE_PYTHON}", another_may_work=True)
     if (
         _NO_PACKAGE.search(stderr)
         or exit_code in _NO_COMMAND_EXIT_CODES
@@ -53,4 +58,4 @@ def _what_is_missing(location: StageLocation, package_only: bool) -> str:
         return f"its {python} has no mlx_k2: {remedy}"
     else:
         found = f"it has no {python}"
-    return f'{found}: {remedy}, or give the path of a Python that has mlx_k2 as "python" in the hostfile'
+    return f"{found}: {remedy}, or {_GIVE_PYTHON}"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from mlx_k2.errors import Cancelled, ClusterError, NeighbourLost, StageFault, StageSilent
+from mlx_k2.errors import Cancelled, ClusterError, NeighbourLost, NotFinite, StageFault, StageSilent
 from mlx_k2.launch.group import HEARTBEAT_S, StageGroup
 from mlx_k2.launch.stage_events import StageEnded, StageMessage, Woken
 from mlx_k2.protocol.messages import Fault
@@ -103,7 +103,8 @@ class HealthMonitor:
                 f"and stage {rank} on {hosts[1]} lost a neighbour: {fault.message}",
                 silent,
             )
-        return StageFault(f"stage {rank} on {self._group.host(rank)}: {fault.message}", rank)
+        kind = NotFinite if fault.kind == NotFinite.__name__ else StageFault
+        return kind(f"stage {rank} on {self._group.host(rank)}: {fault.message}", rank)
 
     def _silent_stage(self, victims: Collection[int]) -> int | None:
         """Return the rank outside ``victims`` whose guard is silent longest; None if below SILENT_S."""

@@ -36,11 +36,14 @@ class StageLocation:
         return self.ssh or "this machine"
 
     def start_commands(self) -> tuple[tuple[str, ...], ...]:
-        """Return the commands to try in order, each if the one before found no Python or no mlx_k2."""
+        """Return the commands to try in order, each if the one before found no usable Python or no mlx_k2.
+
+        With ``-P`` a stage imports nothing from its current folder: on this machine the user's, over ssh the home.
+        """
         python = self.python or sys.executable
         if self.ssh is None:
-            return ((python, "-m", "mlx_k2.stage"),)
-        first = ssh_command(self.ssh, f"exec {_quote_path(python)} -m mlx_k2.stage")
+            return ((python, "-P", "-m", "mlx_k2.stage"),)
+        first = ssh_command(self.ssh, f"exec {_quote_path(python)} -P -m mlx_k2.stage")
         if self.python is not None:
             return (first,)
         return (first, ssh_command(self.ssh, LOGIN_SHELL_COMMAND))

@@ -15,6 +15,7 @@ from mlx_k2.model.decoder_layer import DecoderLayer
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.layer_weights import LayerWeights
 from mlx_k2.model.linear import Matrix, multiply
+from mlx_k2.weights.reader import is_finite
 
 
 class Head(NamedTuple):
@@ -65,6 +66,17 @@ class StageModel:
         for index, weights in enumerate(self._layers):
             hidden = self._decoder_layer.run(hidden, index, weights, batch, self._cache)
         return hidden
+
+    def first_broken_layer(self, hidden: mx.array, batch: Batch) -> int | None:
+        """Run the layers again; return the index of the first whose output has NaN or infinity, None if there is none.
+
+        Called with the arguments of the last `run`, it writes the same cache rows.
+        """
+        for index, weights in enumerate(self._layers):
+            hidden = self._decoder_layer.run(hidden, index, weights, batch, self._cache)
+            if not is_finite(mx.sum(hidden)):
+                return index
+        return None
 
     def evaluate_cache(self) -> None:
         """Evaluate the cache's writes of the steps so far, and nothing else."""

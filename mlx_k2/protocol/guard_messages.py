@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mlx_k2.errors import ProtocolError
+from mlx_k2.json_text.parse import JsonError, parse_json
 
 POLITE_S = 1.0
 """Time from the end of a stage's input to SIGTERM."""
@@ -97,8 +98,8 @@ class StageExit:
 def _object(payload: bytes, cls: type[GuardSettings] | type[StageExit]) -> dict[str, Any]:
     """Decode the JSON object in ``payload``, which must have exactly the fields of ``cls``."""
     try:
-        values = json.loads(payload)
-    except ValueError as error:
+        values = parse_json(payload)
+    except JsonError as error:
         raise ProtocolError(f"not a {cls.__name__}: {error}") from None
     names = {field.name for field in fields(cls)}
     if not isinstance(values, dict) or values.keys() != names:

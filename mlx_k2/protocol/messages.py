@@ -103,7 +103,8 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     Answered by any number of DownloadProgress and LayerLoaded, then Loaded. ``needed_bytes`` is the memory of shard,
     cache and working space together; a Mac keeps that much wired. Attention, shared experts, dense layers and the head
     are quantized to ``dense_bits`` bits per weight; None: they are not quantized. Stages that start on the host later
-    report ``registration``.
+    report ``registration``. ``check_weights``: search all tensors for NaN and infinity, not only those that a step
+    could read without a trace of it.
     """
 
     first_layer: int
@@ -114,6 +115,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     needed_bytes: int
     dense_bits: int | None = None
     registration: RunningStage | None = None
+    check_weights: bool = False
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
@@ -285,7 +287,12 @@ def decode_to_stage(payload: bytes) -> ToStage:
     """
     try:
         return _to_stage.decode(payload)
-    except (msgspec.DecodeError, ValueError, RequestError) as error:  # RequestError: a Sampling value is out of range
+    except (
+        msgspec.DecodeError,
+        ValueError,
+        RecursionError,
+        RequestError,
+    ) as error:  # RequestError: a Sampling value is out of range
         raise ProtocolError(f"not a message to a stage: {error}") from None
 
 
@@ -297,5 +304,5 @@ def decode_from_stage(payload: bytes) -> FromStage:
     """
     try:
         return _from_stage.decode(payload)
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"not a message from a stage: {error}") from None

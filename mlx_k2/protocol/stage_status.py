@@ -8,6 +8,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from mlx_k2.errors import ProtocolError
+from mlx_k2.json_text.parse import parse_json
 
 
 class Phase(enum.StrEnum):
@@ -54,7 +55,7 @@ class PhaseUpdate:
             ProtocolError: the payload is not a PhaseUpdate object.
         """
         try:
-            values = json.loads(payload)
+            values = parse_json(payload)
             return cls(Phase(values["phase"]), _count(values["step"]), _seconds(values["limit_s"]))
         except (ValueError, KeyError, TypeError):
             raise ProtocolError(f"not a PhaseUpdate: {payload[:200]!r}") from None
@@ -83,7 +84,7 @@ class StageStatus:
             ProtocolError: the payload is not a StageStatus object.
         """
         try:
-            values = json.loads(payload)
+            values = parse_json(payload)
             update = PhaseUpdate.from_json(json.dumps(values["update"]).encode())
             return cls(update, float(values["for_s"]), float(values["stopped_s"]))
         except (ValueError, KeyError, TypeError, OverflowError):

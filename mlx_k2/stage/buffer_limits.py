@@ -12,7 +12,10 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import NamedTuple
 
-FILE = Path.home() / ".cache" / "mlx-k2" / "kernels" / "buffer_limits.json"
+from mlx_k2.json_text.parse import parse_json
+from mlx_k2.private_files import home_folder
+
+FILE = home_folder() / ".cache" / "mlx-k2" / "kernels" / "buffer_limits.json"
 
 
 class BufferLimits(NamedTuple):
@@ -38,8 +41,8 @@ def save_limits(limits: BufferLimits | None, file: Path = FILE) -> None:
 def load_limits(file: Path = FILE) -> BufferLimits | None:
     """Return the saved limits, or None if none were measured on this machine with this mlx version."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content.items() >= _measured_with().items():
+        content = parse_json(file.read_bytes())
+        if isinstance(content, dict) and content.items() >= _measured_with().items():
             return BufferLimits(int(content["operations"]), int(content["megabytes"]))
     return None
 

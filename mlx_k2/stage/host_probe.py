@@ -15,6 +15,7 @@ import psutil
 
 from mlx_k2.cluster.host_facts import HostFacts, ModelFacts
 from mlx_k2.errors import MlxK2Error
+from mlx_k2.private_files import home_folder
 from mlx_k2.protocol.messages import Probe
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.inventory import shard_specs
@@ -81,13 +82,13 @@ def _model_facts(message: Probe, on_progress: Callable[[int, int], None]) -> Mod
         missing = files_to_fetch(source, description.index, specs)
         if missing:
             num_files = len(description.index.files(specs))
-            free_bytes = shutil.disk_usage(_existing(Path.home())).free
+            free_bytes = shutil.disk_usage(_existing(home_folder())).free
             return ModelFacts(
                 folder="", num_files=num_files, disk_free_bytes=free_bytes, missing_bytes=sum(missing.values())
             )
         paths = sorted(set(locate_shard(source, description.index, specs, on_progress).values()))
     except MlxK2Error as error:
-        folder = _existing(model_folder(message.model) if not is_repo(message.model) else Path.home())
+        folder = _existing(model_folder(message.model) if not is_repo(message.model) else home_folder())
         free_bytes = shutil.disk_usage(folder).free
         return ModelFacts(folder="", num_files=0, disk_free_bytes=free_bytes, problem=str(error))
     return ModelFacts(
@@ -120,6 +121,6 @@ def _expected(path: Path) -> str | None:
     It is the file's name in the Hub's cache, or is in the metadata file of a plain download.
     """
     metadata = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
-    words = metadata.read_text().split() if metadata.is_file() else []
+    words = metadata.read_text(errors="replace").split() if metadata.is_file() else []
     names = (path.resolve().name, *words[1:2])
     return next((name for name in names if _SHA256.fullmatch(name)), None)

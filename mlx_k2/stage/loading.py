@@ -136,7 +136,7 @@ class StageLoader:
         files = locate_shard(self._source, self._description.index, specs, self._on_download)
         dtype = getattr(mx, message.dtype)
         cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.latent_dim, dtype)
-        reader = ShardReader(config, files, dtype)
+        reader = ShardReader(config, files, dtype, check_all=message.check_weights)
         model, warnings = load_stage_model(config, reader, layers, cache, self._on_part, message.dense_bits)
         runner = StepRunner(
             model,
@@ -146,6 +146,7 @@ class StageLoader:
             is_last=layers.stop == config.num_hidden_layers,
             hidden_size=config.hidden_size,
             dtype=dtype,
+            first_layer=layers.start,
         )
         cache_bytes_per_token = len(layers) * config.latent_dim * dtype.size
         return runner, Loaded(self._held_bytes, peak_bytes(), cache_bytes_per_token, warnings)

@@ -14,8 +14,11 @@ import msgspec
 import platformdirs
 
 from mlx_k2.cluster.host_facts import RunningStage
+from mlx_k2.json_text.parse import JsonError
+from mlx_k2.json_text.read import read_json
+from mlx_k2.private_files import home_folder, open_ours
 
-FOLDER = platformdirs.user_state_path("mlx-k2") / "stages"
+FOLDER = home_folder() / platformdirs.user_state_path("mlx-k2") / "stages"  # the second is relative without a home
 
 
 def register(stage: RunningStage, folder: Path = FOLDER) -> IO[bytes] | None:
@@ -24,7 +27,7 @@ def register(stage: RunningStage, folder: Path = FOLDER) -> IO[bytes] | None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{os.getpid()}{_suffix()}"
         new = path.with_suffix(".new")
-        file = new.open("wb")
+        file = open(new, "wb", opener=open_ours)  # noqa: SIM115 - it stays open
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.write(msgspec.json.encode(stage))
         file.flush()
@@ -38,11 +41,11 @@ def running_stages(folder: Path = FOLDER) -> tuple[RunningStage, ...]:
     stages = []
     with suppress(OSError):
         for path in sorted(folder.glob(f"*{_suffix()}")):
-            with suppress(OSError, msgspec.DecodeError), path.open("rb") as file:
+            with suppress(OSError, JsonError), path.open("rb") as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    stages.append(msgspec.json.decode(file.read(), type=RunningStage))
+                    stages.append(read_json(file.read(), RunningStage))
                 else:
                     path.unlink()
     return tuple(stages)

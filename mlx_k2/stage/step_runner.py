@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_k2.errors import ProtocolError
+from mlx_k2.errors import NotFinite, ProtocolError
 from mlx_k2.model.batch import Batch, Span
 from mlx_k2.model.sampler import SamplingRequest, sample_tokens
 from mlx_k2.model.stage_model import StageModel
@@ -15,6 +15,7 @@ from mlx_k2.protocol.stage_status import Phase
 from mlx_k2.sampling import SampledToken
 from mlx_k2.scheduling.microbatch import Row
 from mlx_k2.stage.transport import Transport
+from mlx_k2.weights.reader import is_finite
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class StepRunner:
         is_last: bool,
         hidden_size: int,
         dtype: mx.Dtype,
+        first_layer: int = 0,
     ) -> None:
         self._model = model
         self._transport = transport
@@ -74,6 +76,7 @@ class StepRunner:
         self._is_last = is_last
         self._hidden_size = hidden_size
         self._dtype = dtype
+        self._first_layer = first_layer
 
     def run(self, step: Step, report_phase: Callable[[Phase], None] = lambda _: None) -> StepDone:
         """Run the step. If possible, build its graph before the hidden states have arrived.
@@ -82,6 +85,7 @@ class StepRunner:
 
         Raises:
             ProtocolError: the step does not fit this stage (`PlanLimits.check`).
+            NotFinite: the output or the logits have NaN or infinity; names the first layer.
         """
         self._limits.check(step, self._last_number)
         self._last_number = step.number
@@ -106,9 +110,13 @@ class StepRunner:
             report_phase(Phase.COMPUTING)
         tokens: tuple[SampledToken, ...] = ()
         if self._is_last:
-            tokens = self._sample(step.rows, output)
+            tokens, total = self._sample(step.rows, output)
         else:
-            mx.eval(output)
+            total = mx.sum(output)  # NaN or infinite if one value is
+            mx.eval(output, total)
+        if not is_finite(total):
+            raise NotFinite(f"NaN or infinity in step {step.number}, {self._origin(hidden, batch)}")
+        if not self._is_last:
             report_phase(Phase.SENDING)
             sending = time.perf_counter()
             self._transport.send(output)
@@ -116,8 +124,11 @@ class StepRunner:
         busy_s = time.perf_counter() - began - receive_s - send_s
         return StepDone(step.number, busy_s, receive_s, send_s, tokens, mx.get_peak_memory())
 
-    def _sample(self, rows: tuple[Row, ...], output: mx.array) -> tuple[SampledToken, ...]:
-        """Sample a token from the last position of each row that requests one. If none does, only fill the cache."""
+    def _sample(self, rows: tuple[Row, ...], output: mx.array) -> tuple[tuple[SampledToken, ...], mx.array]:
+        """Sample a token from the last position of each row that requests one. If none does, only fill the cache.
+
+        Return the tokens, and the sum of the logits.
+        """
         last_tokens, requests = [], []
         num_tokens = 0
         for row in rows:
@@ -127,8 +138,19 @@ class StepRunner:
                 requests.append(SamplingRequest(row.sampling, row.end, row.recent_ids, row.token_mask))
         if not requests:
             self._model.evaluate_cache()
-            return ()
-        return tuple(sample_tokens(self._model.logits(output[mx.array(last_tokens)]), requests))
+            return (), mx.array(0.0)
+        logits = self._model.logits(output[mx.array(last_tokens)])
+        total = mx.sum(logits)
+        mx.async_eval(total)
+        return tuple(sample_tokens(logits, requests)), total
+
+    def _origin(self, hidden: mx.array, batch: Batch) -> str:
+        """Return where the first NaN or infinity of a step arises, from running its layers once more."""
+        remedy = "its weights or its memory are broken: run with --check-weights, or `mlx-k2 doctor --deep`"
+        if not is_finite(mx.sum(hidden)):
+            return f"first in {'the embedding' if self._is_first else 'what the stage before sent'}: {remedy}"
+        index = self._model.first_broken_layer(hidden, batch)
+        return f"first in {'the head' if index is None else f'layer {self._first_layer + index}'}: {remedy}"
 
 
 def _evaluate(hidden: mx.array) -> float:

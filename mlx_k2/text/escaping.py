@@ -77,6 +77,9 @@ class EscapedText(str):
         text._escaping = escaping
         return text
 
+    def __getnewargs__(self) -> tuple[str, Escaping]:  # type: ignore[override]
+        return "".join((self,)), self._escaping
+
     def __str__(self) -> str:
         return self
 

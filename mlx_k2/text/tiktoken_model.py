@@ -8,6 +8,8 @@ import msgspec
 import tiktoken
 
 from mlx_k2.errors import TokenizerError
+from mlx_k2.json_text.parse import JsonError
+from mlx_k2.json_text.read import read_json
 
 FILE = "tiktoken.model"
 
@@ -111,8 +113,8 @@ def _named_tokens(tokenizer_config: bytes) -> dict[str, int]:
         TokenizerError: the file is malformed, or gives two tokens one name.
     """
     try:
-        config = msgspec.json.decode(tokenizer_config, type=_TokenizerConfig)
-    except (msgspec.DecodeError, ValueError) as error:
+        config = read_json(tokenizer_config, _TokenizerConfig)
+    except JsonError as error:
         raise TokenizerError(f"tokenizer_config.json: {error}") from None
     return _unique_names([(token.content, number) for number, token in config.added_tokens_decoder.items()])
 

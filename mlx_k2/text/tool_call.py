@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
+from mlx_k2.json_text.parse import JsonError, parse_json
 
 UNKNOWN = "unknown"
 """The name of a tool for a call whose id names none."""
@@ -63,13 +63,10 @@ def _values(arguments: str) -> tuple[dict[str, Any] | None, str | None]:
     if not arguments.strip():
         return {}, None
     try:
-        return msgspec.json.decode(arguments, type=dict[str, Any]), None
-    except msgspec.ValidationError:
-        return None, "the arguments are no JSON object"
-    except (msgspec.DecodeError, UnicodeEncodeError) as error:
+        values = parse_json(arguments)
+    except JsonError as error:
         return None, f"the arguments are no JSON: {error}"
-    except RecursionError:
-        return None, "the arguments are nested too deep"
+    return (values, None) if isinstance(values, dict) else (None, "the arguments are no JSON object")
 
 
 def _error(problem: str | None) -> str | None:

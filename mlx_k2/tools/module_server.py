@@ -49,7 +49,7 @@ def _load(path: Path) -> ModuleType:
         raise ImportError(f"{path.name} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[_MODULE] = module
-    sys.path.insert(0, str(path.parent))
+    sys.path.append(str(path.parent))  # last, so that no file there replaces a module of a package that we import
     spec.loader.exec_module(module)
     return module
 

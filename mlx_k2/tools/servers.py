@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 import msgspec
 
 from mlx_k2.errors import ToolsError
+from mlx_k2.json_text.parse import JsonError
+from mlx_k2.json_text.read import read_json
 
 _VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}")
 _EXAMPLE = 'for instance {"mcpServers": {"files": {"command": "npx", "args": ["some-server"]}}}'
@@ -59,10 +61,10 @@ def read_mcp_file(path: Path, environment: Mapping[str, str]) -> tuple[Server, .
         ToolsError: the file cannot be read, or a server in it is malformed; names the server.
     """
     try:
-        entries = msgspec.json.decode(path.read_bytes(), type=_McpFile).mcp_servers
+        entries = read_json(path.read_bytes(), _McpFile).mcp_servers
     except OSError as error:
         raise ToolsError(f"{path} cannot be read: {error.strerror}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except JsonError as error:
         raise ToolsError(f"{path} is no MCP file: {error}; {_EXAMPLE}") from None
     return tuple(
         _server(name, entry, f"{path}: the server {name!r}", environment)
@@ -79,7 +81,7 @@ def python_module(path: Path, environment: Mapping[str, str]) -> StdioServer:
     """
     if not path.is_file():
         raise ToolsError(f"there is no Python file {path}")
-    arguments = ("-m", "mlx_k2.tools.module_server", str(path.resolve()))
+    arguments = ("-P", "-m", "mlx_k2.tools.module_server", str(path.resolve()))
     return StdioServer(name=path.name, command=sys.executable, args=arguments, env=dict(environment))
 
 

@@ -9,6 +9,8 @@ import msgspec
 
 from mlx_k2.config import Family, ModelConfig
 from mlx_k2.errors import CheckpointError
+from mlx_k2.json_text.parse import JsonError
+from mlx_k2.json_text.read import read_json
 from mlx_k2.weights.inventory import TensorSpec, model_specs
 from mlx_k2.weights.safetensors_file import Header, read_header
 
@@ -46,8 +48,8 @@ class CheckpointIndex(msgspec.Struct, frozen=True):
             CheckpointError: the bytes are not such an index, or it names files outside its own folder.
         """
         try:
-            weight_map = msgspec.json.decode(data, type=_IndexFile).weight_map
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            weight_map = read_json(data, _IndexFile).weight_map
+        except JsonError as error:
             raise CheckpointError(f"{source} is not an index of safetensors files: {error}") from None
         for file in set(weight_map.values()):
             if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):

@@ -5,9 +5,10 @@ per weight. All other tensors are cast to the compute dtype, except the router's
 At most the size of one layer is used beyond the tensors that stay in memory.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, NoReturn, cast
 
 import mlx.core as mx
 import numpy as np
@@ -34,13 +35,18 @@ class LoadedTensors(NamedTuple):
 class ShardReader:
     """A reader of the embedding, layers and head of a checkpoint.
 
-    Tensor ``name`` is in ``files[name]``. The files must have been checked before.
+    Tensor ``name`` is in ``files[name]``. The files must have been checked before. Values are searched for NaN and
+    infinity: always those of norms, routers, the embedding and the experts' scales, because not every step uses them,
+    or a step can use them without NaN in its output; with ``check_all`` those of all tensors.
     """
 
-    def __init__(self, config: ModelConfig, files: Mapping[str, Path], dtype: mx.Dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, files: Mapping[str, Path], dtype: mx.Dtype, *, check_all: bool = False
+    ) -> None:
         self._config = config
         self._files = files
         self._dtype = dtype
+        self._check_all = check_all
 
     def embedding(self) -> LoadedTensors:
         """Return ``model.embed_tokens.weight`` (vocabulary, hidden)."""
@@ -54,7 +60,8 @@ class ShardReader:
         """Return one layer's tensors, named without ``model.layers.N.``; experts are stacked along a new first axis.
 
         Raises:
-            CheckpointError: an expert's ``weight_shape`` does not match the config.
+            CheckpointError: an expert's ``weight_shape`` does not match the config, or a checked tensor has NaN or
+                infinity.
         """
         specs = layer_specs(self._config, layer)
         prefix = f"{self._config.tensor_prefix}model.layers.{layer}."
@@ -64,6 +71,7 @@ class ShardReader:
             self._check_weight_shapes(lazy, specs)
             tensors |= self._stack_experts(lazy, prefix)
         mx.eval(tensors)
+        self._check_finite(tensors, prefix)
         mx.clear_cache()
         return LoadedTensors(tensors, tuple(spec.name for spec in specs))
 
@@ -71,8 +79,21 @@ class ShardReader:
         lazy = self._open(specs)
         tensors = {spec.name.removeprefix(self._config.tensor_prefix): self._cast(lazy, spec) for spec in specs}
         mx.eval(tensors)
+        self._check_finite(tensors, self._config.tensor_prefix)
         mx.clear_cache()
         return LoadedTensors(tensors, tuple(spec.name for spec in specs))
+
+    def _check_finite(self, tensors: Mapping[str, mx.array], prefix: str) -> None:
+        """Refuse NaN and infinity in the tensors to check, except in stacked experts, which are checked as stacked."""
+        plain = {name: tensor for name, tensor in tensors.items() if not name.startswith("mlp.experts.")}
+        totals = {name: mx.sum(tensor) for name, tensor in plain.items() if self._check_all or _always_checked(name)}
+        mx.eval(totals)
+        for name, total in totals.items():
+            if not is_finite(total):
+                self._refuse(prefix + name)
+
+    def _refuse(self, name: str) -> NoReturn:
+        raise CheckpointError(f"{self._files[name]}: {name} has NaN or infinity: fetch the file again")
 
     def _open(self, specs: tuple[TensorSpec, ...]) -> dict[str, mx.array]:
         """Return the tensors of ``specs``, not yet read: mx.load reads a tensor when it is first evaluated."""
@@ -110,10 +131,24 @@ class ShardReader:
                 ]
                 whole = mx.stack([lazy.pop(name) for name in names])
                 whole = whole.view(mx.uint32) if part == "weight_packed" else whole
-                mx.eval(whole)
+                totals = mx.sum(whole, axis=(1, 2)) if part == "weight_scale" else mx.zeros(1)
+                mx.eval(whole, totals)
+                if (wrong := np.flatnonzero(~np.isfinite(np.asarray(totals.astype(mx.float32))))).size:
+                    self._refuse(names[wrong[0]])
                 mx.clear_cache()
                 stacked[f"mlp.experts.{projection}.{part}"] = whole
         return stacked
+
+
+def is_finite(total: mx.array) -> bool:
+    """Return whether a sum is finite. It is NaN or infinite if one of its terms is."""
+    value = total.item()
+    assert isinstance(value, float), "a sum of floats"
+    return math.isfinite(value)
+
+
+def _always_checked(name: str) -> bool:
+    return name.endswith(("norm.weight", "mlp.gate.weight", "e_score_correction_bias", "embed_tokens.weight"))
 
 
 def _is_plain(spec: TensorSpec) -> bool:

@@ -5,10 +5,13 @@ https://github.com/huggingface/safetensors describes the format. Only headers ar
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from mlx_k2.errors import CheckpointError
+from mlx_k2.json_text.parse import JsonError
+from mlx_k2.json_text.read import convert, read_json
 from mlx_k2.weights.inventory import TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000
@@ -90,10 +93,10 @@ def write_file(path: Path, specs: Sequence[TensorSpec], tensor_bytes: TensorByte
 
 def _decode_tensors(raw: bytes, path: Path) -> dict[str, StoredTensor]:
     try:
-        fields = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+        fields = read_json(raw, dict[str, Any])
         fields.pop("__metadata__", None)
-        tensors = {name: msgspec.json.decode(field, type=StoredTensor) for name, field in fields.items()}
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        tensors = convert(fields, dict[str, StoredTensor])
+    except JsonError as error:
         raise CheckpointError(f"{path} is not a safetensors file: its header cannot be read ({error})") from None
     expected = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):

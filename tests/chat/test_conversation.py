@@ -213,3 +213,9 @@ def test_a_load_that_fails_does_not_change_the_conversation(
     with pytest.raises(RequestError, match=words):
         talk.load(messages, context_tokens)
     assert talk.messages == before
+
+
+@pytest.mark.parametrize("source", ["always this", "{% if messages|length > 1 %}a{% else %}b{% endif %}"])
+def test_known_ids_of_a_template_that_ignores_the_last_message_are_the_whole_prompt(source: str) -> None:
+    talk = Conversation(ChatTemplate(source), tokenizer())
+    assert decoded(talk.known_ids()) in ("always this", "b")

@@ -25,14 +25,17 @@ class CommandLine:
         caches = {"HOME": str(self.home), "XDG_CACHE_HOME": str(self.home / "cache")}
         return kept | caches | {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"} | changes
 
-    def run(self, *arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run the command to its end."""
+    def run(
+        self, *arguments: str, stdin: str = "", cwd: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the command to its end, in the folder ``cwd``."""
         return subprocess.run(
             [MLX_K2, *arguments],
             input=stdin,
             capture_output=True,
             encoding="utf-8",
             timeout=60,
+            cwd=cwd,
             env=self.environment(**environment),
         )
 

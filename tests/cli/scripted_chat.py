@@ -33,6 +33,7 @@ REPLIES = {
         "<think></think>Once more.<|im_end|>",
     ),
     "stuck": ("<think></think>This answer never ends.<|im_end|>",),
+    "late call": (CALL.replace("A sum.", "word " * 600), "<think></think>No sum.<|im_end|>"),
     "tools": (
         CALL,
         "<think></think>It is 42.<|im_end|>",
@@ -51,7 +52,7 @@ def main(script: str, transcript_path: str) -> None:
     with ExitStack() as stack:
         transcript = stack.enter_context(Transcript(Path(transcript_path), screen.log))
         tools = None
-        if script == "tools":
+        if script != "talk":
             server = StdioServer(name="s", command=sys.executable, args=(str(SERVER),))
             tools = stack.enter_context(open_toolbox([server], Limits(call_timeout_s=40)))
         keyboard = choose_keyboard(list(HELP), usage.status)

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from mlx_k2.cli.main import run
 from mlx_k2.testing.tiny_config import as_kimi_k25
 from tests.local_cluster import CONTEXT_TOKENS, VOCAB_SIZE, write_model
+from tests.processes import started_processes
 
 Damage = Callable[[Path], None]
 SHARD = "model-00003-of-000008.safetensors"
@@ -39,13 +39,13 @@ def model(intact: Path, tmp_path: Path) -> Path:
 
 def check_refusal(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], exit_code: int = 2) -> None:
     """Check that the command exits with ``exit_code``, one stderr line like ``words``, no stdout and no process."""
-    before = psutil.Process().children()
+    before = started_processes()
     assert run(["generate", *arguments]) == exit_code
     reported = capsys.readouterr()
     assert reported.out == ""
     assert re.search(words, reported.err), reported.err
     assert reported.err.startswith("error: ") and reported.err.count("\n") == 1, reported.err
-    assert psutil.Process().children() == before
+    assert started_processes() == before
 
 
 def host(name: str = "127.0.0.1", **keys: Any) -> dict[str, Any]:

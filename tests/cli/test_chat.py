@@ -96,8 +96,10 @@ def test_tool_calls_can_be_approved_declined_or_always_allowed(command_line: Com
         pane.send_message("/tools")
         pane.wait_for("add  [asks first]  Add two numbers.")
         pane.send_message("a sum")
-        pane.wait_for('the model wants to call add({"a": 40})')
         pane.wait_for("run it?")
+        coloured = pane.shown(with_colours=True).splitlines()
+        call = next(number for number, line in enumerate(coloured) if "the model wants to call add" in line)
+        assert "\x1b[2" not in coloured[call] and coloured[call + 1] == "  a: 40"  # in normal weight
         pane.send_message("y")
         pane.wait_for('add({"a": 40}) → 42')
         pane.wait_for("It is 42.")
@@ -114,6 +116,20 @@ def test_tool_calls_can_be_approved_declined_or_always_allowed(command_line: Com
         assert shown.count("→ 42") == 3
         pane.send_message("/quit")
         pane.wait_for("exit code 0")
+
+
+@needs_tmux
+def test_an_answer_that_was_typed_before_its_question_is_discarded(command_line: CommandLine, tmp_path: Path) -> None:
+    with scripted(command_line, tmp_path, "late call") as pane:
+        pane.wait_for("2 stages")
+        pane.send_message("a sum")
+        pane.wait_for("word word")
+        pane.send_message("yes")
+        pane.send_message("always")
+        pane.wait_for("run it?")
+        pane.send_message("n")
+        shown = pane.wait_for("No sum.")
+        assert shown.count("run it?") == 1 and "[declined]" in shown and "→ 42" not in shown
 
 
 @pytest.mark.slow

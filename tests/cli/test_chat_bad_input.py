@@ -4,7 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import psutil
 import pytest
 
 from mlx_k2.chat.chat_events import MessageAdded
@@ -13,6 +12,7 @@ from mlx_k2.cli.repl.saved_chat import SavedChat, load_chat, save_chat
 from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.errors import RequestError
 from mlx_k2.text.reply_parts import Content
+from tests.processes import started_processes
 
 USER = {"role": "user", "content": "hello"}
 FILES = {
@@ -58,7 +58,7 @@ def test_unusable_tools_are_refused_before_any_stage_starts(
     assert reported.out == ""
     assert re.search(words, reported.err), reported.err
     assert reported.err.startswith("error: ") and "Traceback" not in reported.err
-    assert psutil.Process().children() == []
+    assert started_processes() == []
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_contradictory_options_are_refused_before_any_stage_starts(
 ) -> None:
     assert run(arguments) == 2
     assert words in capsys.readouterr().err
-    assert psutil.Process().children() == []
+    assert started_processes() == []
 
 
 @pytest.mark.parametrize(

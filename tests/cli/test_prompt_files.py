@@ -1,6 +1,9 @@
 """Tests of prompt and result files: a bad line is named by its number, and written results are kept."""
 
 import json
+import os
+import resource
+import stat
 from pathlib import Path
 
 import pytest
@@ -34,12 +37,12 @@ def test_a_line_holds_a_prompt_or_messages_with_sampling_options(tmp_path: Path)
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"prompt": "x"', "line 2: Input data was truncated"),
-        ("", "line 2: Input data was truncated"),
-        ('{"prompt": "x", "tempereture": 1}', "line 2: Object contains unknown field `tempereture`"),
+        ('{"prompt": "x"', "line 2: column 15: expecting ',' delimiter"),
+        ("", "line 2: column 1: expecting value"),
+        ('{"prompt": "x", "tempereture": 1}', "line 2: contains unknown field `tempereture`"),
         ('{"id": 1}', 'line 2: give either "prompt" or "messages"'),
         ('{"prompt": "x", "messages": []}', 'line 2: give either "prompt" or "messages"'),
-        ('{"prompt": "x", "top_k": "many"}', "line 2: Expected `int"),
+        ('{"prompt": "x", "top_k": "many"}', "line 2: top_k: expected a whole number or null, got text"),
     ],
 )
 def test_an_invalid_line_is_refused_by_line_number(tmp_path: Path, line: str, words: str) -> None:
@@ -100,3 +103,44 @@ def test_a_digest_changes_with_model_options_and_prompt() -> None:
         run_digest("m", {"seed": 1}, PromptLine(prompt="y")),
     }
     assert len(digests) == 4
+
+
+def test_a_result_file_that_another_run_writes_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with ResultFile(out, DIGESTS) as results:
+        results.write(0, {"id": 0})
+        with pytest.raises(RequestError, match=r"out is being written by another run: give another --out"):
+            ResultFile(out, DIGESTS)
+    assert ResultFile(out, DIGESTS).num_done == 1
+
+
+def test_results_that_another_run_wrote_meanwhile_are_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first, second = ResultFile(out, DIGESTS), ResultFile(out, DIGESTS)
+    with first:
+        first.write(0, {"id": 0})
+    with second:
+        assert second.num_done == 1
+        second.write(1, {"id": 1})
+    assert ResultFile(out, DIGESTS).num_done == 2
+
+
+def test_a_result_file_is_private_and_its_name_is_in_the_error_of_a_full_disk(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with ResultFile(out, DIGESTS) as results:
+        assert stat.S_IMODE(out.stat().st_mode) == 0o600
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+        try:
+            with pytest.raises(OSError, match="File too large") as raised:
+                results.write(0, {"text": "x" * 1000})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            os.truncate(out, 0)
+    assert raised.value.filename == str(out)
+
+
+def test_a_result_file_that_is_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "out")
+    with pytest.raises(RequestError, match=r"out cannot be written: File or stream is not seekable"):
+        ResultFile(tmp_path / "out", DIGESTS)

@@ -1,21 +1,24 @@
 """Tests of faults found after stages start: one line names stage and host, exit code 1, no process is left."""
 
 import json
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from mlx_k2.cli.main import run
+from tests.cli.command import CommandLine
 from tests.local_cluster import wait_until_gone
+from tests.model.checkpoints import planted
+from tests.processes import started_processes
 
 
 @pytest.fixture
 def failure(endless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator["Failure"]:
     yield Failure(endless, tmp_path / "hosts.json", capsys)
-    assert wait_until_gone(psutil.Process().children(recursive=True), 0) == []
+    assert wait_until_gone(started_processes(), 0) == []
 
 
 class Failure:
@@ -58,3 +61,37 @@ def test_a_port_in_use_is_named(failure: Failure) -> None:
         address = f"127.0.0.1:{received.getsockname()[1]}"
         line = failure.over({"ips": [address]}, {})
     assert line.startswith(f"error: stage 0 on this machine: cannot listen on {address}: Address already in use")
+
+
+NAN = 0x7FC0
+
+
+@pytest.mark.slow
+def test_nan_in_a_step_gives_no_token_names_stage_and_layer_and_is_restarted_once(
+    command_line: CommandLine, endless: Path, tmp_path: Path
+) -> None:
+    model = planted(endless, tmp_path / "nan", "model.layers.5.self_attn.o_proj.weight", NAN)
+    done = command_line.run("generate", "--model", str(model), "--stages", "2", "--max-tokens", "20", "Hello")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("all stages start again") == 1
+    error = done.stderr.splitlines()[-1]
+    assert re.match(
+        r"error: stage 1 on this machine: NaN or infinity in step \d+, first in layer 5: its weights", error
+    )
+    assert error.endswith("(given up after 1 restarts)")
+
+
+def test_nan_in_a_norm_is_found_while_loading(failure: Failure, endless: Path, tmp_path: Path) -> None:
+    model = planted(endless, tmp_path / "nan", "model.layers.5.input_layernorm.weight", NAN)
+    line = failure.over({"model": str(model)})
+    assert re.search(r"error: stage 0 on this machine: .*: model.layers.5.input_layernorm.weight has NaN or inf", line)
+
+
+@pytest.mark.slow
+def test_check_weights_finds_nan_in_a_matrix_while_loading(
+    command_line: CommandLine, endless: Path, tmp_path: Path
+) -> None:
+    model = planted(endless, tmp_path / "nan", "model.layers.5.self_attn.o_proj.weight", NAN)
+    done = command_line.run("generate", "--model", str(model), "--check-weights", "Hello")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "o_proj.weight has NaN or infinity: fetch the file again" in done.stderr

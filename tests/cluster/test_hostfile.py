@@ -121,9 +121,9 @@ def test_a_hostfile_without_hosts_is_refused(content: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ([MAC_1, "mac-2"], "host 1: Expected `object`"),
-        ([MAC_1, {"ips": ["10.0.0.1"]}], "host 1: Object missing required field `ssh`"),
-        ([MAC_1, {"ssh": 3}], r"host 1: Expected `str`, got `int` - at `\$\.ssh`"),
+        ([MAC_1, "mac-2"], "host 1: expected an object"),
+        ([MAC_1, {"ips": ["10.0.0.1"]}], "host 1: missing required field `ssh`"),
+        ([MAC_1, {"ssh": 3}], r"host 1: ssh: expected text, got a whole number"),
         ([{"ssh": "-oProxyCommand=reboot", "ips": ["10.0.0.1"]}], "not a host name that ssh takes"),
         ([{"ssh": ""}], "'' is not a host name that ssh takes"),
         ([{"ssh": "mac 1"}], "'mac 1' is not a host name that ssh takes"),
@@ -152,7 +152,7 @@ def test_a_hostfile_without_hosts_is_refused(content: Any) -> None:
         (jaccl(["rdma_en2", None], [None, None]), r"host 0 \(mac-1\): rdma\[0\] is the host itself and must be null"),
         (jaccl([None, None], ["rdma_en2", None]), r"host 0 \(mac-1\): rdma\[1\] names no device towards host 1"),
         (jaccl([None, []], ["rdma_en2", None]), r"rdma\[1\] names no device"),
-        (jaccl([None, 5], ["rdma_en2", None]), r"host 0 \(mac-1\): Expected `str \| array \| null`"),
+        (jaccl([None, 5], ["rdma_en2", None]), r"host 0 \(mac-1\): rdma\[1\]: expected text or a list or null"),
         ({"backend": "jaccl", "hosts": [{"ssh": "mac-1"}, MAC_2]}, r"host 0 \(mac-1\) has no ips: backend jaccl meets"),
     ],
 )

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
 import pytest
 
 from mlx_k2.coordinator.engine import Engine, engine_on
@@ -18,6 +17,7 @@ from mlx_k2.scheduling.request import Request
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files
 from tests.local_cluster import local_request, marked_host, request, stage_process, together, write_model
+from tests.processes import started_processes
 
 ASKED = (request(90, 60, seed=5), request(7, 80, temperature=0))
 Tokens = list[list[int]]
@@ -150,9 +150,9 @@ def test_a_fault_between_requests_causes_one_restart_and_leaves_no_old_process(
 ) -> None:
     with restarting(model, tmp_path, 2) as run:
         assert answers(run) == undisturbed
-        before = psutil.Process().children(recursive=True)
+        before = started_processes()
         stage_process(1).kill()
         assert answers(run) == undisturbed
         assert not [process for process in before if process.is_running()]
-        assert len(psutil.Process().children(recursive=True)) == len(before)
+        assert len(started_processes()) == len(before)
     assert len(run.restarts) == 1

@@ -40,6 +40,13 @@ def test_a_missing_package_is_distinguished_from_a_missing_python(stderr: str) -
     assert failure.another_may_work
 
 
+def test_a_python_older_than_3_11_is_named_and_another_command_is_tried() -> None:
+    stderr = "Unknown option: -P\nusage: /opt/k2/bin/python [option] ... [-c cmd | -m mod | file | -] [arg] ..."
+    failure = explain_start_failure(LOCATION, 2, stderr, NO_MARK)
+    assert failure.reason.startswith("its /opt/k2/bin/python is older than Python 3.11: give the path of a Python")
+    assert failure.another_may_work
+
+
 @pytest.mark.parametrize(
     ("stderr", "meaning"),
     [

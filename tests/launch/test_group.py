@@ -15,6 +15,7 @@ from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.launch.stage_process import StageProcess
 from mlx_k2.protocol.messages import Connected, Step, StepDone
 from tests.launch.guarded import stand_in_python
+from tests.processes import started_processes
 
 MakeGroup = Callable[..., StageGroup]
 
@@ -55,9 +56,7 @@ def ended(events: Sequence[StageEvent]) -> StageEnded:
 
 def children() -> list[psutil.Process]:
     return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        process for process in started_processes() if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     ]
 
 
@@ -116,7 +115,7 @@ def test_a_failed_stage_is_reported_with_exit_code_and_stderr_tail(make_group: M
 def test_a_killed_guard_is_detected(make_group: MakeGroup) -> None:
     with make_group("deaf") as group:
         receive(group, 1)
-        (guard,) = psutil.Process().children()
+        (guard,) = started_processes(recursive=False)
         guard.kill()
         end = ended(receive(group, 1))
         assert end.reason == "its guard was ended by signal 9"
@@ -169,7 +168,7 @@ def test_a_suspended_guard_is_killed_and_its_stage_ends(make_group: MakeGroup) -
     with make_group("echo") as group:
         receive(group, 1)
         processes = children()
-        (guard,) = psutil.Process().children()
+        (guard,) = started_processes(recursive=False)
         guard.suspend()
     _, alive = psutil.wait_procs(processes, timeout=RECEIVE_S)
     assert not alive

@@ -18,6 +18,7 @@ from mlx_k2.launch.stage_events import StageMessage
 from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.protocol.messages import Connected, Step, StepDone
 from tests.launch.guarded import stand_in_python
+from tests.processes import started_processes
 
 STALL_TIMEOUT_S = 1.0
 WATCHED_S = 60.0
@@ -52,7 +53,7 @@ def process_of(program: str) -> psutil.Process:
     """Return the stage process (not its guard) that runs ``program``."""
     (found,) = [
         process
-        for process in psutil.Process().children(recursive=True)
+        for process in started_processes()
         if process.cmdline()[1:2]
         and process.cmdline()[1].endswith("stage_programs.py")
         and process.cmdline()[2] == program

@@ -7,6 +7,8 @@ from typing import Any
 from mlx_k2.config import ModelConfig
 from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.tiny_config import as_kimi_k25, tiny_config_fields
+from mlx_k2.weights.index import CheckpointIndex, read_index_json
+from mlx_k2.weights.safetensors_file import read_header
 
 VOCAB_SIZE = 512
 
@@ -40,3 +42,18 @@ def make_checkpoints(folder: Path) -> Checkpoint:
 def read_config(folder: Path) -> ModelConfig:
     """Return the config of the checkpoint in ``folder``."""
     return ModelConfig.from_json((folder / "config.json").read_bytes(), str(folder / "config.json"))
+
+
+def planted(folder: Path, copy: Path, name: str, value: int) -> Path:
+    """Return a copy of a checkpoint whose tensor ``name`` has ``value`` as its last element. Other files are links."""
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).symlink_to(file)
+    path = copy / CheckpointIndex.from_json(read_index_json(folder), str(folder)).weight_map[name]
+    data = bytearray(path.read_bytes())
+    header = read_header(path)
+    end = header.data_start + header.tensors[name].data_offsets[1]
+    data[end - 2 : end] = value.to_bytes(2, "little")
+    path.unlink()
+    path.write_bytes(data)
+    return copy

@@ -34,6 +34,7 @@ class Pipeline:
                     is_last=rank == num_stages - 1,
                     hidden_size=config.hidden_size,
                     dtype=mx.float32,
+                    first_layer=layers.start,
                 )
             )
         self._num_steps = 0

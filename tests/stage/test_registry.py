@@ -1,5 +1,7 @@
 """Tests of the registry of running stages with real processes that hold its locks."""
 
+import fcntl
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,6 +41,20 @@ def test_a_stage_is_reported_until_its_process_is_killed_and_its_file_is_then_re
         assert running_stages(tmp_path) == (STAGE,)
     assert running_stages(tmp_path) == ()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_is_private_and_one_without_a_stage_is_not_reported(tmp_path: Path) -> None:
+    registered = register(STAGE, tmp_path)
+    assert registered is not None
+    with registered:
+        (path,) = tmp_path.iterdir()
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        for data in (b"[" * 100_000, b'{"held_bytes": 1}', b'"\xff"'):
+            damaged = path.with_name(f"1{path.name}")
+            with damaged.open("wb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                damaged.write_bytes(data)
+                assert running_stages(tmp_path) == (STAGE,)
 
 
 def test_another_hosts_file_in_a_shared_home_folder_is_neither_reported_nor_removed(tmp_path: Path) -> None:

@@ -1,6 +1,12 @@
 import json
+import os
+import subprocess
+import sys
+import threading
+import time
 from typing import Any
 
+import psutil
 import pytest
 
 from mlx_k2.errors import RequestError, TokenizerError
@@ -159,3 +165,98 @@ def test_a_model_without_a_template_is_refused_with_a_hint_at_raw(files: dict[st
 def test_an_unreadable_template_is_refused(files: dict[str, bytes]) -> None:
     with pytest.raises(TokenizerError, match=r"the chat template cannot be read"):
         load_chat_template(files)
+
+
+UNBOUNDED = {
+    "a name that once held the deadline": (
+        "\n{% set mlx_k2_on_turn = dict %}{% set mlx_k2_on_iteration = dict %}"
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    ),
+    "straight-line code": "\n{% set x = 3 %}" + "{% set x = x * x %}" * 60,
+    "a filter that loops": "\n{{ range(99999) | map('center', 99999) | map('length') | list }}",
+    "a text format": "\n{{ '%4000000000d' % 1 }}",
+    "a padded text": "\n{{ 'a' | center(4000000000) }}",
+    "a method that pads": "\n{{ 'a'.ljust(4000000000) }}",
+    "an indented JSON": "\n{{ [[1]] | tojson(indent=4000000000) }}",
+    "replacements": "\n{% set n = namespace(t='a' * 50000) %}{% set n.t = n.t.replace('a', n.t).replace('a', n.t) %}",
+}
+
+
+@pytest.mark.timeout(40)
+@pytest.mark.parametrize("source", UNBOUNDED.values(), ids=UNBOUNDED.keys())
+def test_no_template_avoids_the_limits_on_cpu_and_memory(source: str) -> None:
+    with pytest.raises(
+        TokenizerError, match=r"did not end within 0.2 s|needs more memory|computes a power|makes a text"
+    ):
+        render(source)
+    assert render("{{ 1 + 1 }}") == "2"
+
+
+@pytest.mark.parametrize("source", ["{{ name }}" * 100_000, "{{ x.y['z'] }}" * 100_000], ids=["variables", "fields"])
+def test_a_template_is_compiled_and_its_names_are_collected_under_the_same_limit(source: str) -> None:
+    with pytest.raises(TokenizerError, match=r"^chat_template.jinja: did not end within 0.2 s of computing$"):
+        ChatTemplate(source, max_cpu_s=0.2)
+
+
+def test_names_with_quotes_and_letters_of_all_scripts_are_returned_and_lone_surrogates_are_not() -> None:
+    template = ChatTemplate("{{ größe.x['\"\\n'] }}{{ y['\\U0001f600'] }}{{ y['\\ud800'] }}")
+    assert template.variables == {"größe", "y"}
+    assert template.fields == {"x", '"\n', "\U0001f600"}
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("{{" + "(" * 3000 + "1" + ")" * 3000 + "}}", "is nested too deep"),
+        ("{% for a in [1] %}" * 30 + "{% endfor %}" * 30, "too many"),
+        ("{{ '\\ud800' }}{{ x.y.z }}", "'x' is undefined"),
+    ],
+)
+def test_a_template_that_cannot_be_compiled_or_rendered_is_a_tokenizer_error(source: str, problem: str) -> None:
+    with pytest.raises(TokenizerError, match=f"^chat_template.jinja.*: .*{problem}"):
+        render(source)
+
+
+def test_a_text_with_a_lone_surrogate_is_rendered() -> None:
+    assert render("{{ '\\ud800' }}{{ x }}", x="\udc00") == "\ud800\udc00"
+
+
+@pytest.mark.timeout(40)
+def test_other_threads_run_while_a_template_computes_in_one_long_call() -> None:
+    thread = threading.Thread(target=pytest.raises, args=(TokenizerError, render, UNBOUNDED["straight-line code"]))
+    thread.start()
+    longest_s = 0.0
+    while thread.is_alive():
+        began = time.monotonic()
+        thread.join(0.001)
+        longest_s = max(longest_s, time.monotonic() - began)
+    assert longest_s < 0.5, f"this thread waited {longest_s} s for the interpreter's lock"
+
+
+@pytest.mark.timeout(40)
+def test_a_worker_that_was_killed_is_started_again() -> None:
+    assert render("{{ 1 }}") == "1"
+    (worker,) = [each for each in psutil.Process().children() if "mlx_k2.text.template_worker" in each.cmdline()]
+    worker.kill()
+    while worker.status() != psutil.STATUS_ZOMBIE:
+        threading.Event().wait(0.01)
+    assert render("{{ 1 }}") == "1"
+
+
+@pytest.mark.timeout(40)
+def test_the_worker_ends_with_the_program() -> None:
+    program = "from mlx_k2.text.chat_template import ChatTemplate; ChatTemplate('a'); import os; "
+    for ending in ("", "os.kill(os.getpid(), 9)"):
+        marked = {**os.environ, "MLX_K2_TEST_WORKER": str(os.getpid()) + ending[:2]}
+        subprocess.run([sys.executable, "-c", program + ending], timeout=20, env=marked)
+        deadline = time.monotonic() + 10
+        while any(is_worker(process, marked["MLX_K2_TEST_WORKER"]) for process in psutil.process_iter()):
+            assert time.monotonic() < deadline
+            threading.Event().wait(0.05)
+
+
+def is_worker(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.environ().get("MLX_K2_TEST_WORKER") == mark
+    except psutil.Error:
+        return False

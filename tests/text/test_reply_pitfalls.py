@@ -94,7 +94,7 @@ MALFORMED = {
     ),
     "NaN": (section(call("functions.f:0", '{"a": NaN}')), "f", "the arguments are no JSON: "),
     "half a surrogate pair": (section(call("functions.f:0", '{"a": "\\ud800"}')), "f", "the arguments are no JSON: "),
-    "deep arguments": (section(call("functions.f:0", '{"a":' + "[" * 100_000)), "f", "nested too deep"),
+    "deep arguments": (section(call("functions.f:0", '{"a":' + "[" * 100_000)), "f", "nested more than 100 deep"),
     "no marker before the arguments": (
         section('<|tool_call_begin|>functions.f:0 {"a": 1}<|tool_call_end|>'),
         "f",

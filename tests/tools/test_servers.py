@@ -52,7 +52,7 @@ def test_environment_variables_in_an_mcp_file_are_expanded(tmp_path: Path) -> No
         ({"url": "example.org"}, "'s' has the url 'example.org'"),
         ({"url": "http://b", "type": "sse"}, "'s' speaks MCP's old HTTP"),
         ({"command": "${NO_SUCH}"}, "'s' needs the environment variable NO_SUCH"),
-        ({"command": 1}, "is no MCP file: Expected `str | null`, got `int`"),
+        ({"command": 1}, "is no MCP file: mcpServers[...].command: expected text or null, got a whole number"),
     ],
 )
 def test_an_invalid_server_entry_is_refused_by_name(tmp_path: Path, entry: object, message: str) -> None:

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from mlx_k2.errors import ToolsError
 from mlx_k2.tools.outcome import Outcome, ToolResult
 from mlx_k2.tools.servers import HttpServer, Server, StdioServer
 from mlx_k2.tools.toolbox import Limits, open_toolbox
+from tests.processes import started_processes
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -54,7 +54,7 @@ def serve(request: pytest.FixtureRequest) -> Serve:
 
 
 def children() -> set[int]:
-    return {child.pid for child in psutil.Process().children(recursive=True)}
+    return {child.pid for child in started_processes()}
 
 
 def test_a_tool_declaration_has_its_servers_description_and_parameters(serve: Serve) -> None:

@@ -12,6 +12,7 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, InMemoryHistory
+from prompt_toolkit.input.typeahead import clear_typeahead
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.patch_stdout import patch_stdout
@@ -37,7 +38,7 @@ class Keyboard(Protocol):
         """
 
     def ask(self, question: str) -> str:
-        """Return the answer to a question; errors are those of ``read``."""
+        """Discard what was typed before, and return the answer to a question; errors are those of ``read``."""
 
     def attended(self) -> AbstractContextManager[None]:
         """Return a context around all reading. Input typed between two calls of ``read`` is kept for the next."""
@@ -61,6 +62,8 @@ class LineKeyboard:
 
     def ask(self, question: str) -> str:
         """Return the answer to a question, as ``Keyboard.ask`` does."""
+        if sys.stdin.isatty():
+            termios.tcflush(sys.stdin, termios.TCIFLUSH)
         return self._line(question)
 
     def attended(self) -> AbstractContextManager[None]:
@@ -108,6 +111,8 @@ class TerminalKeyboard:
 
     def ask(self, question: str) -> str:
         """Return the answer to a question, as ``Keyboard.ask`` does."""
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)
+        clear_typeahead(self._questions.input)  # keys that prompt_toolkit has read after the last Enter
         return self._questions.prompt(question)
 
     @contextlib.contextmanager

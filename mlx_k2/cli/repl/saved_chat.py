@@ -1,6 +1,5 @@
 """A conversation as a file: its messages, and the model that they belong to. Knows no session."""
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,9 @@ from typing import Any
 import msgspec
 
 from mlx_k2.errors import RequestError
+from mlx_k2.json_text.parse import JsonError, parse_json
+from mlx_k2.json_text.read import convert
+from mlx_k2.private_files import write_private
 
 Messages = list[dict[str, Any]]
 
@@ -21,18 +23,14 @@ class SavedChat(msgspec.Struct, frozen=True):
 
 
 def save_chat(path: Path, chat: SavedChat) -> None:
-    """Write the file, or leave an existing file unchanged.
+    """Write the file, readable by its owner alone, or leave an existing file unchanged.
 
     Raises:
         RequestError: the file cannot be written.
     """
-    beside = path.with_name(f".{path.name}.part")
     try:
-        beside.write_bytes(msgspec.json.format(msgspec.json.encode(chat), indent=2) + b"\n")
-        beside.replace(path)
+        write_private(path, msgspec.json.format(msgspec.json.encode(chat), indent=2) + b"\n")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
         raise RequestError(f"{path} cannot be written: {error.strerror}") from None
 
 
@@ -43,13 +41,14 @@ def load_chat(path: Path, digest: str) -> Sequence[Mapping[str, object]]:
         RequestError: the file cannot be read, is no saved chat, or belongs to another model.
     """
     try:
-        saved = msgspec.json.decode(path.read_bytes(), type=SavedChat | Messages)
+        value = parse_json(path.read_bytes())
+        if isinstance(value, list):
+            return convert(value, Messages)
+        saved = convert(value, SavedChat)
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except JsonError as error:
         raise RequestError(f"{path} is no saved chat: {error}") from None
-    if isinstance(saved, list):
-        return saved
     if saved.digest != digest:
         raise RequestError(
             f"{path} is a chat with another model: start with --model {saved.model}, or keep only the list under "

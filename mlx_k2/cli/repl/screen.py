@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
@@ -12,7 +11,9 @@ from mlx_k2.chat.chat_events import CallEnded, CallStarted, Event
 from mlx_k2.cli.console import console as stderr_console
 from mlx_k2.cli.console import log, log_restart
 from mlx_k2.cli.repl.markdown_stream import MarkdownStream
-from mlx_k2.cli.repl.wording import call_line, ended_line, printable, progress_line
+from mlx_k2.cli.repl.wording import call_line, ended_line, progress_line
+from mlx_k2.cli.safe_console import SafeConsole
+from mlx_k2.cli.terminal_text import printable
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import PrefillProgress, Queued, Restarting
 from mlx_k2.deployment.restarting import Restart
@@ -39,6 +40,9 @@ class Screen(Protocol):
 
     def log(self, line: str) -> None:
         """Show a line that is not part of the answer."""
+
+    def show_call(self, text: str) -> None:
+        """Show a tool call that the user is asked about, in normal weight."""
 
     def restart(self, restart: Restart) -> None:
         """Show that all stages start again."""
@@ -80,6 +84,11 @@ class PlainScreen:
         """Write a line to stderr; on a terminal, below the incomplete line of the answer."""
         self._begin_line()
         log(printable(line))
+
+    def show_call(self, text: str) -> None:
+        """Write ``text`` to stderr in the same way, in normal weight."""
+        self._begin_line()
+        stderr_console.print(text, soft_wrap=True)
 
     def restart(self, restart: Restart) -> None:
         """Write two lines on the restart to stderr, in the same way."""
@@ -131,7 +140,7 @@ class RichScreen:
 
     def __init__(self, *, show_thinking: bool) -> None:
         self.show_thinking = show_thinking
-        self._console = Console(highlight=False, markup=False, emoji=False)
+        self._console = SafeConsole(highlight=False, markup=False, emoji=False)
         self._markdown = MarkdownStream(self._console)
         self._status: Status | None = None
         self._is_thinking = False
@@ -178,6 +187,11 @@ class RichScreen:
         """Show a dim line."""
         self.pause()
         self._console.print(Text(printable(line), style="dim"), soft_wrap=True)
+
+    def show_call(self, text: str) -> None:
+        """Show ``text`` in normal weight."""
+        self.pause()
+        self._console.print(text, soft_wrap=True)
 
     def restart(self, restart: Restart) -> None:
         """Show two dim lines on the restart."""

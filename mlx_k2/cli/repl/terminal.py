@@ -20,7 +20,8 @@ def choose_keyboard(commands: Sequence[str], status: Callable[[], str]) -> Keybo
     """Return a keyboard with editing and saved history if stdin and stdout are capable terminals, else plain lines."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or _is_dumb():
         return LineKeyboard()
-    history = usable_history(platformdirs.user_state_path("mlx-k2") / "chat-history")
+    state = platformdirs.user_state_path("mlx-k2")
+    history = usable_history(state / "chat-history") if state.is_absolute() else None  # not without a home folder
     return TerminalKeyboard(history, commands, status, colours=not _no_colour())
 
 

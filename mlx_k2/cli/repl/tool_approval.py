@@ -5,7 +5,7 @@ from typing import Protocol
 
 from mlx_k2.cli.repl.keyboard import Keyboard
 from mlx_k2.cli.repl.screen import Screen
-from mlx_k2.cli.repl.wording import call_line
+from mlx_k2.cli.repl.wording import whole_call
 from mlx_k2.text.tool_call import ToolCall
 
 _QUESTION = "run it? [y]es, [n]o, [a]lways this tool: "
@@ -45,7 +45,7 @@ class ToolApproval:
                 self._has_explained = True
                 self._screen.log("nobody can be asked here: allow tools with --yes or --allow-tool NAME")
             return False
-        self._screen.log(f"the model wants to call {call_line(call)}")
+        self._screen.show_call(f"the model wants to call {whole_call(call)}")
         return self._ask(self._keyboard, call.name)
 
     def _ask(self, keyboard: Keyboard, name: str) -> bool:

@@ -10,6 +10,7 @@ import msgspec
 
 from mlx_k2.chat.chat_events import CallEnded, Event, MessageAdded
 from mlx_k2.errors import RequestError
+from mlx_k2.private_files import open_private
 from mlx_k2.text.reply_parts import Content, Reasoning
 
 
@@ -26,7 +27,7 @@ class Transcript:
         self._path = path
         self._notify = notify
         try:
-            self._file = path.open("ab", buffering=0)
+            self._file = open(path, "ab", buffering=0, opener=open_private)  # noqa: SIM115 - Path.open has no opener
         except OSError as error:
             raise RequestError(f"the transcript {path} cannot be written: {error.strerror}") from None
 

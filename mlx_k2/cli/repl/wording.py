@@ -1,8 +1,7 @@
 """Texts that both screens share. Knows no terminal."""
 
-import unicodedata
-
 from mlx_k2.chat.chat_events import CallEnded
+from mlx_k2.cli.terminal_text import as_json, printable, visible
 from mlx_k2.coordinator.handle import PrefillProgress, Progress, Queued, Restarting
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.text.tool_call import ToolCall
@@ -17,14 +16,6 @@ _MAX_ARGUMENTS = 200
 _MAX_RESULT = 200
 
 
-def printable(text: str) -> str:
-    """Return ``text`` with control characters, which a terminal would execute, replaced; line ends and tabs stay."""
-    return "".join(
-        letter if letter in "\n\t" or unicodedata.category(letter) != "Cc" else "\N{REPLACEMENT CHARACTER}"
-        for letter in text
-    )
-
-
 def one_line(text: str, max_chars: int) -> str:
     """Return ``text`` on one line of at most ``max_chars`` characters, cut with an ellipsis."""
     line = " ".join(printable(text).split())
@@ -32,8 +23,24 @@ def one_line(text: str, max_chars: int) -> str:
 
 
 def call_line(call: ToolCall) -> str:
-    """Return a call in the form NAME(ARGUMENTS)."""
-    return f"{printable(call.name) or 'unnamed'}({one_line(call.arguments, _MAX_ARGUMENTS)})"
+    """Return a call in the form NAME(ARGUMENTS), with invisible characters escaped and long arguments cut."""
+    return f"{visible(call.name) or 'unnamed'}({visible(one_line(call.arguments, _MAX_ARGUMENTS))})"
+
+
+def whole_call(call: ToolCall) -> str:
+    """Return a call as its user approves it: the name, then each argument on lines of its own, all of it.
+
+    It shows the parsed arguments, which are what the tool gets. Invisible characters are escaped.
+    """
+    arguments = [f"  {visible(name)}:{_argument(value)}" for name, value in (call.values or {}).items()]
+    return "\n".join((visible(call.name), *arguments))
+
+
+def _argument(value: object) -> str:
+    """Return a value as JSON after a space; text of several lines as further lines, each of which begins with a bar."""
+    if isinstance(value, str) and "\n" in value:
+        return "".join(f"\n    | {visible(line)}" for line in value.split("\n"))
+    return f" {as_json(value)}"
 
 
 def ended_line(ended: CallEnded) -> str:

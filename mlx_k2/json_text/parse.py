@@ -1,0 +1,90 @@
+"""The one parser of JSON text. Standard library only: the guard imports it. Knows no types of the program."""
+
+import codecs
+import json
+import math
+from typing import Any
+
+MAX_BYTES = 256 * 1024 * 1024
+MAX_DEPTH = 100
+
+
+class JsonError(ValueError):
+    """Text that is not JSON as this program reads it. The message names the line or the field."""
+
+
+def parse_json(text: bytes | str) -> Any:
+    """Return the value of a JSON text, which may begin with a byte order mark of UTF-8.
+
+    Raises:
+        JsonError: it is not JSON in UTF-8, is larger than MAX_BYTES or nested deeper than MAX_DEPTH, has a key twice in
+            one object, a lone surrogate, or a number that is not finite.
+    """
+    text = _decode(text) if isinstance(text, bytes) else text
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_float=_float, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        raise JsonError(f"{line}column {error.colno}: {error.msg[0].lower()}{error.msg[1:]}") from None
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError as error:
+        raise error if isinstance(error, JsonError) else JsonError("a number has too many digits") from None
+    _check_depth(value)
+    if "\\ud" in text or "\\uD" in text:
+        _check_surrogates(value)
+    return value
+
+
+def _decode(data: bytes) -> str:
+    if len(data) > MAX_BYTES:
+        raise JsonError(f"it has {len(data)} bytes, and at most {MAX_BYTES} are read")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise JsonError("it is UTF-16: save it as UTF-8")
+    try:
+        return data.removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise JsonError(f"line {line}: byte 0x{data[error.start]:02x} is not UTF-8") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise JsonError(f"the key {json.dumps(twice)} occurs twice in one object")
+    return fields
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise JsonError(f"the number {digits[:20]} is too large")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise JsonError(f"{name} is not JSON")
+
+
+def _check_depth(value: Any) -> None:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        items = (item for parent in level for item in (parent.values() if isinstance(parent, dict) else parent))
+        level = [item for item in items if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _too_deep() -> JsonError:
+    return JsonError(f"it is nested more than {MAX_DEPTH} deep")
+
+
+def _check_surrogates(value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        surrogate = error.object[error.start]
+        raise JsonError(f"\\u{ord(surrogate):04x} is half of a character: its other half is missing") from None

@@ -1,0 +1,45 @@
+"""Files that only their owner can read: conversations, results and logs. Knows no content."""
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+
+PRIVATE = 0o600
+
+
+def home_folder() -> Path:
+    """Return the user's home folder, or a folder that does not exist for a user without one, as in some containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path("/nonexistent")
+
+
+def open_private(path: str, flags: int) -> int:
+    """Open a file as ``open(..., opener=open_private)`` does; a new file is readable by its owner alone."""
+    return os.open(path, flags, PRIVATE)
+
+
+def open_ours(path: str, flags: int) -> int:
+    """Open a file whose name the program chose, as `open_private` does. Refuse a link that somebody put there."""
+    return os.open(path, flags | os.O_NOFOLLOW, PRIVATE)
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file, or leave an existing one unchanged.
+
+    The data is written beside it, to a new file with a random name, which then replaces it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    beside = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.part")
+    try:
+        with open(beside, "xb", opener=open_ours) as file:
+            file.write(data)
+        beside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,104 @@
+"""The process that renders chat templates: one request after another on stdin, one answer for each on stdout.
+
+Memory is limited for the process, CPU time for each request. An error of the template is an answer. A template that
+computes in one long call of C code, which no signal handler can interrupt, ends this process.
+"""
+
+import contextlib
+import functools
+import math
+import pickle
+import resource
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from types import FrameType
+from typing import IO, NamedTuple
+
+import msgspec
+
+from mlx_k2.text.jinja_template import JinjaTemplate, TemplateFailure, TemplateRefusal, TemplateRunaway
+
+MAX_BYTES = 1 << 30
+LENGTH_BYTES = 8
+_MAX_TEMPLATES = 8
+_MAX_ERROR = 2000
+"""Characters of an error that are passed on."""
+_AGAIN_S = 0.1
+"""CPU time after which the exception is raised again: compilers and filters of Jinja catch some exceptions."""
+_MARGIN_S = 1
+"""CPU time after the limit at which the system ends the process."""
+
+
+class TemplateRequest(NamedTuple):
+    """A template and the variables to render it with; None asks for its TemplateNames as JSON."""
+
+    source: str
+    variables: Mapping[str, object] | None
+    max_cpu_s: float
+    max_characters: int
+
+
+class Status:
+    """The first byte of an answer. The rest is text in UTF-8, which may have lone surrogates."""
+
+    RENDERED = b"0"
+    REFUSED = b"1"
+    FAILED = b"2"
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    with contextlib.suppress(ValueError, OSError):  # macOS does not enforce it; the parent watches the memory, too
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    while (request := _read(requests)) is not None:
+        answer = _answer(request)
+        answers.write(len(answer).to_bytes(LENGTH_BYTES, "little") + answer)
+        answers.flush()
+
+
+def _read(stream: IO[bytes]) -> TemplateRequest | None:
+    length = stream.read(LENGTH_BYTES)
+    if len(length) < LENGTH_BYTES:
+        return None
+    request: TemplateRequest = pickle.loads(stream.read(int.from_bytes(length, "little")))  # noqa: S301 - our parent's
+    return request
+
+
+def _answer(request: TemplateRequest) -> bytes:
+    try:
+        _limit_cpu(request.max_cpu_s)
+        try:
+            template = _compiled(request.source, request.max_characters)
+            if request.variables is None:
+                return Status.RENDERED + msgspec.json.encode(template.names)
+            return Status.RENDERED + template.render(request.variables).encode(errors="surrogatepass")
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    except (TemplateRefusal, TemplateFailure, TemplateRunaway, MemoryError) as error:
+        status = Status.REFUSED if isinstance(error, TemplateRefusal) else Status.FAILED
+        return status + str(error)[:_MAX_ERROR].encode(errors="surrogatepass")
+
+
+@functools.lru_cache(_MAX_TEMPLATES)
+def _compiled(source: str, max_characters: int) -> JinjaTemplate:
+    return JinjaTemplate(source, max_characters)
+
+
+def _limit_cpu(cpu_s: float) -> None:
+    """Raise TemplateRunaway after ``cpu_s`` of CPU time, and end the process a second later."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise TemplateRunaway(f"did not end within {cpu_s} s of computing")
+
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, cpu_s, _AGAIN_S)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    soft = math.ceil(time.process_time() + cpu_s) + _MARGIN_S
+    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+
+
+if __name__ == "__main__":
+    main()

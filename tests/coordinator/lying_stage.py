@@ -1,0 +1,83 @@
+"""A real stage that lies once. As a program: lying_stage.py FOLDER is the stage process, to be started by a guard.
+
+The lie is the name of a file in FOLDER, which is removed before it is told in place of the answer to the fourth step.
+"""
+
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mlx_k2.guard.guard import run_guard
+from mlx_k2.protocol.framing import Kind, encode_frame
+from mlx_k2.protocol.messages import Connected, FromStage, StepDone
+from mlx_k2.sampling import SampledToken
+from mlx_k2.stage import service
+from mlx_k2.stage.service import StageService
+
+LIES = {
+    "step": "reported step 12345, and step 3 is due",
+    "again": "reported step 0, and step 3 is due",
+    "message": "sent a Connected between steps",
+    "time": "reported a time of step 3 that is none",
+    "fewer": "sent 0 tokens in step 3, in which it samples 1",
+    "more": "sent 2 tokens in step 3, in which it samples 1",
+    "token": "sent the token id 768, and the model has 768",
+    "negative": "sent the token id -1, and the model has 768",
+    "top": "sent the token id 99999, and the model has 768",
+    "nesting": "not a message from a stage: ",
+}
+"""The lies, and the start of what is said of the last stage that tells them."""
+
+
+def lying_python(folder: Path, lie: str) -> str:
+    """Make ``folder`` with a stand-in for a host's Python that runs a guard over a lying stage. Return its path."""
+    folder.mkdir()
+    (folder / lie).touch()
+    script = folder / "python"
+    script.write_text(f"#!/bin/sh\nexec {sys.executable} {__file__} guard {folder}\n")
+    script.chmod(0o755)
+    return str(script)
+
+
+def lying_answer(lie: str, done: StepDone) -> FromStage:
+    (token,) = done.tokens
+    replaced: dict[str, dict[str, Any]] = {
+        "step": {"number": 12345},
+        "again": {"number": 0},
+        "time": {"busy_s": math.nan},
+        "fewer": {"tokens": ()},
+        "more": {"tokens": (token, token)},
+        "token": {"tokens": (SampledToken(768),)},
+        "negative": {"tokens": (SampledToken(-1),)},
+        "top": {"tokens": (SampledToken(1, -1.0, ((99999, -1.0),)),)},
+    }
+    return Connected() if lie == "message" else msgspec.structs.replace(done, **replaced[lie])
+
+
+def main(folder: Path) -> None:
+    protocol_fd = os.dup(1)
+    os.dup2(2, 1)
+
+    class LyingService(StageService):
+        def _send(self, message: FromStage) -> None:
+            for lie in LIES:
+                if isinstance(message, StepDone) and message.number == 3 and (folder / lie).exists():
+                    (folder / lie).unlink()
+                    if lie == "nesting":
+                        os.write(protocol_fd, encode_frame(Kind.MESSAGE, b"\x91" * 100_000))
+                        return
+                    message = lying_answer(lie, message)
+            super()._send(message)
+
+    service.StageService = LyingService  # type: ignore[misc]
+    service.serve(inward_fd=0, outward_fd=protocol_fd)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "guard":
+        os._exit(run_guard([sys.executable, __file__, sys.argv[2]]))
+    main(Path(sys.argv[1]))

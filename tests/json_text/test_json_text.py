@@ -1,0 +1,99 @@
+"""Tests of the one reader of JSON: what it refuses, and that each message names the line or the field."""
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_k2.json_text.parse import MAX_BYTES, MAX_DEPTH, JsonError, parse_json
+from mlx_k2.json_text.read import read_json
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+)
+
+
+class Inner(msgspec.Struct):
+    size: int
+    scale: float = 1.0
+
+
+class Outer(msgspec.Struct, forbid_unknown_fields=True):
+    inner: tuple[Inner, ...]
+    names: dict[int, str] = {}
+
+
+@given(JSON)
+def test_json_is_read_back_as_its_value(value: object) -> None:
+    for text in (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1)):
+        assert parse_json(text) == value
+        assert parse_json(text.encode()) == value
+        assert parse_json(b"\xef\xbb\xbf" + text.encode()) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (b"", "column 1: expecting value"),
+        (b'{\n "a": 1,\n "b" 2\n}', "line 3, column 6: expecting ':' delimiter"),
+        (b'{"a": 1} x', "column 10: extra data"),
+        (b'{"a": "', "column 7: unterminated string"),
+        (b'[1,\n"\xff"]', "line 2: byte 0xff is not UTF-8"),
+        ("[]".encode("utf-16"), "it is UTF-16: save it as UTF-8"),
+        (b'{"b": {"a": 1, "c": 2, "a": 1}}', 'the key "a" occurs twice in one object'),
+        (b'["\\ud800"]', r"\\ud800 is half of a character"),
+        (b'{"\\uDFFF": 1}', r"\\udfff is half of a character"),
+        (b"[NaN]", "NaN is not JSON"),
+        (b"[-Infinity]", "-Infinity is not JSON"),
+        (b"[1e999]", "the number 1e999 is too large"),
+        (b"[" + b"9" * 5000 + b"]", "a number has too many digits"),
+        (b"[" * 100_000, f"it is nested more than {MAX_DEPTH} deep"),
+        (b'{"a":' * 100_000, f"it is nested more than {MAX_DEPTH} deep"),
+        (b"[" * 101 + b"]" * 101, f"it is nested more than {MAX_DEPTH} deep"),
+    ],
+)
+def test_text_that_is_not_our_json_is_refused_with_its_line_or_key(text: bytes, problem: str) -> None:
+    with pytest.raises(JsonError, match=f"^{problem}"):
+        parse_json(text)
+
+
+def test_a_hundred_levels_and_a_pair_of_surrogates_are_read() -> None:
+    deep = parse_json(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH)
+    assert str(deep) == "[" * MAX_DEPTH + "]" * MAX_DEPTH
+    assert parse_json(b'"\\ud83d\\ude00 \\\\ud800"') == "\N{GRINNING FACE} \\ud800"
+
+
+def test_a_text_of_too_many_bytes_is_refused_before_it_is_read() -> None:
+    with pytest.raises(JsonError, match=f"at most {MAX_BYTES} are read"):
+        parse_json(bytes(MAX_BYTES + 1))
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ([], "expected an object, got a list"),
+        ({}, "missing required field `inner`"),
+        ({"inner": [], "iner": 1}, "contains unknown field `iner`"),
+        ({"inner": [{"size": 1}, {"size": "1"}]}, r"inner\[1\].size: expected a whole number, got text"),
+        ({"inner": [{"size": 1.5}]}, r"inner\[0\].size: expected a whole number, got a number"),
+        ({"inner": [{"size": 1, "scale": None}]}, r"inner\[0\].scale: expected a number, got null"),
+        ({"inner": [], "names": {"x": "y"}}, r"names: .*expected a whole number, got text"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_with_its_field(value: Any, problem: str) -> None:
+    with pytest.raises(JsonError, match=f"^{problem}"):
+        read_json(json.dumps(value), Outer)
+
+
+def test_a_value_of_the_type_is_returned() -> None:
+    assert read_json(b'{"inner": [{"size": 1, "scale": 2}], "names": {"7": "x"}}', Outer) == Outer(
+        (Inner(1, 2.0),), {7: "x"}
+    )

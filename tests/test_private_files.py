@@ -1,0 +1,73 @@
+"""Tests of files that only their owner can read, and that no link redirects."""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mlx_k2.cli.repl.saved_chat import SavedChat, save_chat
+from mlx_k2.cli.repl.transcript import Transcript
+from mlx_k2.deployment.listener import DeploymentListener
+from mlx_k2.deployment.run_log import RunLog
+from mlx_k2.private_files import open_ours, open_private, write_private
+
+
+@pytest.fixture(autouse=True)
+def usual_umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_written_file_is_private_and_replaces_one_that_was_not(tmp_path: Path) -> None:
+    path = tmp_path / "chat.json"
+    path.write_bytes(b"old")
+    assert mode(path) == 0o644
+    write_private(path, b"new")
+    assert (mode(path), path.read_bytes()) == (0o600, b"new")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_no_link_beside_the_file_redirects_the_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "chat.json"
+    victim.write_bytes(b"mine")
+    monkeypatch.setattr("secrets.token_hex", lambda _: "known")
+    (tmp_path / ".chat.json.known.part").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write_private(path, b"new")
+    assert victim.read_bytes() == b"mine" and not path.exists()
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    (path / "inside").mkdir(parents=True)
+    with pytest.raises(OSError, match="directory"):
+        write_private(path, b"new")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_under_a_name_that_the_program_chose_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "stages.log").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="symbolic"), open(tmp_path / "stages.log", "ab", opener=open_ours):
+        pass
+    with open(tmp_path / "stages.log", "ab", opener=open_private) as file:  # the user's own choice
+        file.write(b"x")
+    assert mode(tmp_path / "victim") == 0o600
+
+
+def test_transcripts_saved_chats_and_logs_are_private(tmp_path: Path) -> None:
+    with Transcript(tmp_path / "transcript", print) as transcript:
+        transcript.write({"command": "/help"})
+    save_chat(tmp_path / "chat", SavedChat("model", "digest", []))
+    log = RunLog(tmp_path / "logs", DeploymentListener())
+    log.log("[stage 0 here] a line")
+    report = log.write_report("a fault", ())
+    assert report is not None
+    written = [tmp_path / "transcript", tmp_path / "chat", tmp_path / "logs" / "stages.log", report]
+    assert [mode(path) for path in written] == [0o600] * 4
