@@ -110,7 +110,7 @@ def engine_on_a_program(folder: Path, text: Path, result: Path) -> Iterator[Engi
     with StageGroup([StageLocation(python=str(script))], lease_s=20.0, log=lambda _: None) as group:
         policy = AdaptiveStepPolicy([StageCost(SIZES, SPEED)])
         scheduler = Scheduler(SchedulerLimits(1, 10**6, 512, 1), policy)
-        with Engine(Pipeline(group, scheduler, policy), scheduler, 10**6) as engine:
+        with Engine(Pipeline(group, scheduler, policy, 10**6), scheduler) as engine:
             yield engine
 
 

@@ -20,6 +20,7 @@ from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import Request
 
 WARM_UP_TOKENS = 8
+_REPORTS_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,14 @@ class Benchmark:
                 elif isinstance(event, Finished):
                     stream.num_drafted, stream.num_accepted = event.summary.num_drafted, event.summary.num_accepted
             streams.append(stream)
+        self._wait_for_reports()
         return streams
+
+    def _wait_for_reports(self) -> None:
+        """Wait until every stage has reported the last step. The last stage's report may overtake the others."""
+        deadline = time.monotonic() + _REPORTS_S
+        while len({use.steps_done for use in self._engine.use}) > 1 and time.monotonic() < deadline:
+            time.sleep(0.001)
 
     def _request(self, workload: Workload) -> Request:
         """Return a request with a prompt of random tokens. No two prompts share a prefix."""

@@ -129,8 +129,8 @@ def local_cluster(
         limits = SchedulerLimits(deployment.shape.num_slots, CONTEXT_TOKENS, CHUNK_TOKENS, len(hosts))
         policy = AdaptiveStepPolicy(deployment.costs)
         scheduler = Scheduler(limits, policy)
-        pipeline = Pipeline(deployment.group, scheduler, policy, step_timeout, vocab_size=VOCAB_SIZE)
-        with Engine(pipeline, scheduler, VOCAB_SIZE) as engine:
+        pipeline = Pipeline(deployment.group, scheduler, policy, VOCAB_SIZE, step_timeout)
+        with Engine(pipeline, scheduler) as engine:
             yield Cluster(deployment, engine, names)
 
 

@@ -48,7 +48,6 @@ class Engine:
         self,
         pipeline: Pipeline,
         scheduler: Scheduler,
-        vocab_size: int,
         *,
         restarts: Restarts | None = None,
         on_restart: OnRestart | None = None,
@@ -56,7 +55,7 @@ class Engine:
         max_queued: int = MAX_QUEUED,
     ) -> None:
         self._limits = scheduler.limits
-        self._vocab_size = vocab_size
+        self._vocab_size = pipeline.vocab_size
         self._on_failure = on_failure
         self._max_queued = max_queued
         self._num_queued = 0
@@ -200,5 +199,5 @@ def engine_on(
     policy = AdaptiveStepPolicy(deployment.costs)
     scheduler = Scheduler(limits, policy, drafts=drafts)
     vocab_size = deployment.model.config.vocab_size
-    pipeline = Pipeline(deployment.group, scheduler, policy, step_timeout, on_report, vocab_size)
-    return Engine(pipeline, scheduler, vocab_size, restarts=restarts, on_restart=on_restart, on_failure=on_failure)
+    pipeline = Pipeline(deployment.group, scheduler, policy, vocab_size, step_timeout, on_report)
+    return Engine(pipeline, scheduler, restarts=restarts, on_restart=on_restart, on_failure=on_failure)

@@ -74,11 +74,11 @@ class Pipeline:
         group: StageGroup,
         scheduler: Scheduler,
         policy: AdaptiveStepPolicy,
+        vocab_size: int,
         step_timeout: StepTimeout | None = None,
         on_report: Callable[[StageReport], None] | None = None,
-        vocab_size: int | None = None,
     ) -> None:
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._scheduler = scheduler
         self._policy = policy
         self._step_timeout = step_timeout or _STEP_TIMEOUT
@@ -116,7 +116,7 @@ class Pipeline:
             return None
         rank, message = received.rank, received.message
         is_last = rank == self.group.size - 1
-        problem = find_problem(message, self.step_of(rank), is_last=is_last, vocab_size=self._vocab_size)
+        problem = find_problem(message, self.step_of(rank), is_last=is_last, vocab_size=self.vocab_size)
         if problem is not None or not isinstance(message, StepDone):
             raise ProtocolError(f"stage {rank} on {self.group.host(rank)} {problem}", rank)
         microbatch = self._record(rank, message)

@@ -6,13 +6,10 @@ from mlx_k2.protocol.messages import FromStage, StepDone
 from mlx_k2.scheduling.microbatch import Microbatch
 
 
-def find_problem(
-    message: FromStage, expected: Microbatch | None, *, is_last: bool, vocab_size: int | None
-) -> str | None:
+def find_problem(message: FromStage, expected: Microbatch | None, *, is_last: bool, vocab_size: int) -> str | None:
     """Return what is wrong with a stage's message, as a predicate of the stage; None if nothing is.
 
-    ``expected`` is the step that the stage must report next; None: it has reported all. ``vocab_size`` None: token ids
-    are not checked.
+    ``expected`` is the step that the stage must report next; None: it has reported all.
     """
     if not isinstance(message, StepDone):
         return f"sent a {type(message).__name__} between steps"
@@ -26,5 +23,5 @@ def find_problem(
     if len(message.tokens) != wanted:
         return f"sent {len(message.tokens)} tokens in step {message.number}, in which it samples {wanted}"
     ids = [token_id for token in message.tokens for token_id in (token.token_id, *(found for found, _ in token.top))]
-    wrong = next((number for number in ids if not 0 <= number < (vocab_size or number + 1)), None)
+    wrong = next((number for number in ids if not 0 <= number < vocab_size), None)
     return None if wrong is None else f"sent the token id {wrong}, and the model has {vocab_size}"

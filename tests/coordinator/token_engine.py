@@ -46,14 +46,13 @@ class TokenEngine:
         self.stages = TokenStages(self.limits.num_stages, self.plans.append)
         policy = AdaptiveStepPolicy([StageCost(SIZES, SPEED)] * self.limits.num_stages)
         self.scheduler = Scheduler(self.limits, policy, drafts=self.drafts)
-        pipeline = Pipeline(self.stages, self.scheduler, policy, on_report=self.reports.append)
+        pipeline = Pipeline(self.stages, self.scheduler, policy, VOCAB_SIZE, on_report=self.reports.append)
         self.may_restart = threading.Event()
         self.is_restarting = threading.Event()
         self._is_cancelled = False
         self.engine = Engine(
             pipeline,
             self.scheduler,
-            VOCAB_SIZE,
             restarts=self if self.can_restart else None,
             max_queued=self.max_queued,
         )

@@ -81,7 +81,7 @@ def test_a_prompt_of_200_000_tokens_completes_while_readers_are_held_back(reader
     with connected_stages(tmp_path) as group:
         scheduler = Scheduler(limits, policy)
         readers.hold()
-        with Engine(Pipeline(group, scheduler, policy), scheduler, PROMPT_TOKENS) as engine:
+        with Engine(Pipeline(group, scheduler, policy, PROMPT_TOKENS), scheduler) as engine:
             assert len(tokens_of(engine, prompt)[prompt]) == 3
             assert engine.use[-1].num_tokens == PROMPT_TOKENS + 2
     assert readers.num_held == NUM_STAGES
