@@ -5,6 +5,8 @@ import os
 import secrets
 from pathlib import Path
 
+import platformdirs
+
 PRIVATE = 0o600
 
 
@@ -14,6 +16,15 @@ def home_folder() -> Path:
         return Path.home()
     except RuntimeError:
         return Path("/nonexistent")
+
+
+def state_folder() -> Path | None:
+    """Return the folder in which this program keeps its state, or None for a user without a home folder."""
+    try:
+        folder = platformdirs.user_state_path("mlx-k2")
+    except RuntimeError:  # platformdirs 4.14; earlier versions return a relative path
+        return None
+    return folder if folder.is_absolute() else None
 
 
 def open_private(path: str, flags: int) -> int:
