@@ -195,7 +195,12 @@ class Prepared(msgspec.Struct, frozen=True, tag=True):
 
 
 class Connected(msgspec.Struct, frozen=True, tag=True):
-    """Answer to Connect: every hop of this stage carried the expected bytes."""
+    """Answer to Connect: every hop of this stage carried the expected bytes.
+
+    ``connections`` are the TCP connections of its ring, each as its own ``ip:port`` and that of the other end.
+    """
+
+    connections: tuple[tuple[str, str], ...] = ()
 
 
 class LayerLoaded(msgspec.Struct, frozen=True, tag=True):
