@@ -4,6 +4,7 @@ With it a load finds a file of another revision, or a damaged copy, without read
 that a copy of the folder has it.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -62,10 +63,13 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path} is no manifest: {error}; remove it and run mlx-k2 doctor --deep") from None
 
 
-def write_manifest(folder: Path, files: Mapping[str, HubFile]) -> bool:
-    """Add ``files`` to the manifest of ``folder``; return whether it could be written.
+def write_manifest(folder: Path, files: Mapping[str, HubFile]) -> None:
+    """Add ``files`` to the manifest of ``folder``. Do nothing in a folder that this user may not write.
 
     A file of the model that is not on this host gets an entry without blocks: another host may have it.
+
+    Raises:
+        CheckpointError: the folder's manifest cannot be read.
     """
     entries = read_manifest(folder).files
     added = {
@@ -74,13 +78,10 @@ def write_manifest(folder: Path, files: Mapping[str, HubFile]) -> bool:
         if name not in entries or entries[name].sha256 != file.sha256 or entries[name].blocks is None
     }
     if added.items() <= entries.items():
-        return True
+        return
     data = msgspec.json.format(msgspec.json.encode(Manifest(dict(sorted((entries | added).items())))), indent=1)
-    try:
+    with contextlib.suppress(OSError):
         write_whole(folder / MANIFEST_NAME, data + b"\n", 0o644)
-    except OSError:  # a folder that this user may not write
-        return False
-    return True
 
 
 def sampled_digest(path: Path) -> str:
