@@ -38,7 +38,12 @@ def open_ours(path: str, flags: int) -> int:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write a file, or leave an existing one unchanged.
+    """Write a file for its owner alone, as `write_whole` does."""
+    write_whole(path, data, PRIVATE)
+
+
+def write_whole(path: Path, data: bytes, mode: int) -> None:
+    """Write a file with the permissions ``mode``, or leave an existing one unchanged.
 
     The data is written beside it, to a new file with a random name, which then replaces it.
 
@@ -49,6 +54,7 @@ def write_private(path: Path, data: bytes) -> None:
     try:
         with open(beside, "xb", opener=open_ours) as file:
             file.write(data)
+            os.fchmod(file.fileno(), mode)
         beside.replace(path)
     except OSError:
         with contextlib.suppress(OSError):

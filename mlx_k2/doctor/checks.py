@@ -135,10 +135,12 @@ def check_model(host: str, facts: ModelFacts, download: str) -> Iterator[Check]:
         found = f"{', '.join(differing)} in {facts.folder} is not what the Hub has: remove it and run `{download}`"
         yield Check(host, "model", CheckResult.FAILURE, found)
         return
-    checked = f", {len(facts.found)} checksums computed" if facts.found else ""
     right = sum(name in facts.found for name in facts.expected)
-    checked += f", {right} of them right by the Hub's" if facts.found and right else ""
-    yield Check(host, "model", CheckResult.OK, f"{facts.num_files} files in {facts.folder}{checked}")
+    if facts.found:
+        compared = f"{right} of them right by their checksums" if right else "not compared: none was known before"
+    else:
+        compared = f"{len(facts.expected)} of them with known checksums" if facts.expected else "not compared"
+    yield Check(host, "model", CheckResult.OK, f"{facts.num_files} files in {facts.folder}, {compared}")
 
 
 def check_copies(facts: Mapping[str, ModelFacts]) -> Iterator[Check]:

@@ -30,6 +30,7 @@ from mlx_k2.protocol.messages import (
     Probe,
     ProbeResult,
     ReadClock,
+    RingLinks,
     ShardDownloaded,
     Step,
     Stop,
@@ -46,7 +47,14 @@ from mlx_k2.stage.loading import LoadedPart, StageLoader
 from mlx_k2.stage.ports import HeldPorts
 from mlx_k2.stage.registry import register
 from mlx_k2.stage.step_runner import StepRunner
-from mlx_k2.stage.transport import DistributedTransport, NoNeighbours, Transport, join_group, prove_hops
+from mlx_k2.stage.transport import (
+    DistributedTransport,
+    NoNeighbours,
+    Transport,
+    join_group,
+    prove_hops,
+    tcp_connections,
+)
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.inventory import shard_specs
 from mlx_k2.weights.model_files import fetch_shard, read_model_files
@@ -196,12 +204,15 @@ class StageService:
 
     def _answer_connect(self, message: Connect) -> Connected:
         assert self._prepared is not None, "Connect before Prepare"
-        if message.links is not None:
-            self._prepared.ports.release()
-            self._group = join_group(self._prepared.request.rank, message.links)
-            self._transport = DistributedTransport(self._group)
-            prove_hops(self._transport, message.to_next, message.from_previous)
-        return Connected()
+        if message.links is None:
+            return Connected()
+        self._prepared.ports.release()
+        before = tcp_connections()
+        self._group = join_group(self._prepared.request.rank, message.links)
+        connections = tcp_connections() - before if isinstance(message.links, RingLinks) else set()
+        self._transport = DistributedTransport(self._group)
+        prove_hops(self._transport, message.to_next, message.from_previous)
+        return Connected(tuple(sorted(connections)))
 
     def _answer_load(self, message: Load) -> Loaded:
         assert self._prepared is not None, "Load before Prepare"
