@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
 SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: help demo test check long fuzz types tests format clean
+.PHONY: help demo test check dist long fuzz types tests format clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -53,5 +53,8 @@ format: $(INSTALLED)  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+dist: $(INSTALLED)  ## Build the wheel and the source archive in dist/
+	$(BIN)/python -m build
+
 clean:  ## Remove what make made
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis tests/metal_cpu/build
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis tests/metal_cpu/build
