@@ -9,7 +9,12 @@ from mlx_k2.stage.buffer_limits import apply_saved_limits  # noqa: E402
 
 apply_saved_limits(os.environ)  # before mlx is imported, because mlx reads the environment
 
+import mlx.core as mx  # noqa: E402
+
 from mlx_k2.stage.service import serve  # noqa: E402
+
+if os.environ.get("MLX_K2_DEVICE") == "cpu":  # compute in float32 on a Mac's CPU, as the tests do
+    mx.set_default_device(mx.cpu)
 
 if __name__ == "__main__":
     serve(inward_fd=0, outward_fd=_PROTOCOL_FD)

@@ -40,7 +40,7 @@ REPORT = KernelReport(
 )
 
 
-@pytest.mark.skipif(sys.platform == "darwin", reason="needs a machine without a Metal GPU: any Linux")
+@pytest.mark.skipif(sys.platform == "darwin", reason="needs no Metal GPU: run on Linux")
 def test_without_a_gpu_the_command_reports_that_plain_mlx_runs(command_line: CommandLine) -> None:
     ran = command_line.run("kernels")
     assert ran.returncode == 0, ran.stderr
@@ -49,7 +49,7 @@ def test_without_a_gpu_the_command_reports_that_plain_mlx_runs(command_line: Com
     assert ran.stdout == ""
 
 
-@pytest.mark.skipif(sys.platform == "darwin", reason="needs a machine without a Metal GPU: any Linux")
+@pytest.mark.skipif(sys.platform == "darwin", reason="needs no Metal GPU: run on Linux")
 def test_without_a_gpu_the_report_has_no_chip_and_no_kernel(command_line: CommandLine) -> None:
     ran = command_line.run("kernels", "--report")
     report = msgspec.convert(msgspec.json.decode(ran.stdout)["report"], KernelReport)
