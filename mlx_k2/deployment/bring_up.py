@@ -50,9 +50,14 @@ def handshake(group: StageGroup, versions: Sequence[str]) -> tuple[Hello, ...]:
             ("mlx-k2", "mlx"), versions, (hello.mlx_k2_version, hello.mlx_version), strict=True
         ):
             if here != there:
+                how = (
+                    "from one wheel (make dist)"
+                    if package == "mlx-k2"
+                    else f"for instance pip install {package}=={here}"
+                )
                 raise StageStartError(
                     f"stage {rank} on {group.host(rank)} has {package} {there}, this machine has {here}: "
-                    f"install the same on both, for instance pip install {package}=={here}"
+                    f"install the same on both, {how}"
                 )
     return hellos
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mlx_k2.launch.install_commands import WHEEL
 from tests.emulated_hosts.hosts import EmulatedHosts
 from tests.emulated_hosts.test_generate import MLX_K2
 from tests.local_cluster import write_model
@@ -61,7 +62,11 @@ def test_the_doctor_checks_everything_and_finds_each_hosts_problem(
     code, lines, err = doctor(hosts, "--hostfile", str(hostfile), "--model", str(model))
     assert code == 1, err
     assert "10.77.0.99 is on none of its interfaces" in found(lines, "host-0", "addresses")["found"]
-    assert found(lines, "host-1", "ssh")["commands"] == ["ssh host-1 python3 -m pip install mlx-k2==0.1.0"]
+    assert found(lines, "host-1", "ssh")["commands"] == [
+        "make dist",
+        f"scp dist/{WHEEL} host-1:",
+        f"ssh host-1 python3 -m pip install ./{WHEEL}",
+    ]
     assert "is truncated: 1000 of its" in found(lines, "host-2", "model")["found"]
     assert found(lines, "host-2", "environment")["result"] == "warning"
     assert found(lines, "all hosts", "hop")["found"] == "not measured: not every host answered"
