@@ -19,7 +19,7 @@ from mlx_k2.testing.tiny_config import as_kimi_k25, tiny_config_fields
 from mlx_k2.testing.tiny_vocabulary import tiny_vocabulary
 from tests.cli.command import MLX_K2
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "examples" / "mini_pipeline.py"
