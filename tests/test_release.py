@@ -17,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import mlx_k2
+from bench.tested_on import ANSWER, QUESTION
 from mlx_k2.launch.install_commands import WHEEL
 from tests.cli.command import CommandLine
 
@@ -24,8 +25,6 @@ pytestmark = pytest.mark.timeout(120)
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-DEMO_QUESTION = "What is mlx-k2?"
-DEMO_ANSWER = "mlx-k2 runs Kimi K2 models over several Macs: each Mac holds some of the layers."
 
 
 def build(source: Path, out: Path, *kinds: str) -> None:
@@ -68,9 +67,9 @@ def test_the_wheel_answers_the_demos_question_outside_the_tree(installed: Path, 
     code = "import mlx_k2; print(mlx_k2.__file__)"
     where = run([str(installed / "python"), "-c", code], tmp_path).stdout.strip()
     assert Path(where).is_relative_to(installed.parent), where
-    ran = run([str(installed / "mlx-k2"), "generate", DEMO_QUESTION], tmp_path)
+    ran = run([str(installed / "mlx-k2"), "generate", QUESTION], tmp_path)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == DEMO_ANSWER
+    assert ran.stdout.strip() == ANSWER
 
 
 @pytest.mark.slow
@@ -87,10 +86,10 @@ def test_without_mcp_the_command_runs_and_tools_name_the_package_to_install(inst
     missing.mkdir(parents=True)
     (missing / "__init__.py").write_text('raise ModuleNotFoundError("No module named mcp", name="mcp")\n')
     (tmp_path / "tools.py").write_text("def roll() -> int:\n    return 4\n")
-    generate = [str(installed / "mlx-k2"), "generate", "--stages", "1", DEMO_QUESTION]
+    generate = [str(installed / "mlx-k2"), "generate", "--stages", "1", QUESTION]
     hidden = str(missing.parent)
     plain = run(generate, tmp_path, PYTHONPATH=hidden)
-    assert plain.stdout.strip() == DEMO_ANSWER, plain.stderr
+    assert plain.stdout.strip() == ANSWER, plain.stderr
     with_tools = run([*generate, "--tools", "tools.py"], tmp_path, PYTHONPATH=hidden)
     assert with_tools.returncode == 2
     assert f"need the package mcp: run `{installed / 'python'} -m pip install mcp`" in with_tools.stderr
