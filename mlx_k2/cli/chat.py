@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,8 @@ def _chat(
             Repl(session, commands, keyboard, screen, usage, transcript).run()
         except BaseException:  # also a signal, a full disk and our own mistakes
             if session.conversation.messages:
-                _rescue(commands, screen)
+                with suppress(OSError):  # the terminal may be gone
+                    _rescue(commands, screen)
             raise
 
 

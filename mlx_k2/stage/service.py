@@ -4,6 +4,7 @@ import os
 import queue
 import time
 import traceback
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import IO, NoReturn
 
@@ -46,6 +47,7 @@ from mlx_k2.stage.host_probe import probe
 from mlx_k2.stage.loading import LoadedPart, StageLoader
 from mlx_k2.stage.ports import HeldPorts
 from mlx_k2.stage.registry import register
+from mlx_k2.stage.ring_watch import watched_ring
 from mlx_k2.stage.step_runner import StepRunner
 from mlx_k2.stage.transport import (
     DistributedTransport,
@@ -207,11 +209,12 @@ class StageService:
         if message.links is None:
             return Connected()
         self._prepared.ports.release()
-        before = tcp_connections()
-        self._group = join_group(self._prepared.request.rank, message.links)
-        connections = tcp_connections() - before if isinstance(message.links, RingLinks) else set()
-        self._transport = DistributedTransport(self._group)
-        prove_hops(self._transport, message.to_next, message.from_previous)
+        rank, links, before = self._prepared.request.rank, message.links, tcp_connections()
+        with watched_ring(rank, links) if isinstance(links, RingLinks) else nullcontext():
+            self._group = join_group(rank, links)
+            connections = tcp_connections() - before if isinstance(links, RingLinks) else set()
+            self._transport = DistributedTransport(self._group)
+            prove_hops(self._transport, message.to_next, message.from_previous)
         return Connected(tuple(sorted(connections)))
 
     def _answer_load(self, message: Load) -> Loaded:
