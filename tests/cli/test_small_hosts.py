@@ -65,7 +65,8 @@ def test_a_low_hard_limit_of_open_files_is_named(command_line: CommandLine) -> N
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
-def test_a_full_disk_for_standard_output_is_named_and_the_chat_is_kept(command_line: CommandLine) -> None:
+def test_a_full_disk_for_standard_output_is_named_and_the_chat_is_kept(tmp_path: Path) -> None:
+    command_line = CommandLine(tmp_path)  # a home folder with no other chats
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
             [MLX_K2, "chat", "--stages", "1", "--max-tokens", "50"],

@@ -39,7 +39,8 @@ def test_the_doctor_checks_everything_and_finds_each_hosts_problem(
     good = [{"ssh": name, "ips": [address]} for name, address in zip(hosts.names, hosts.addresses, strict=True)]
     hostfile = tmp_path / "hosts.json"
 
-    hostfile.write_text(json.dumps(good))
+    own = [{**host, "model": str(shutil.copytree(model, tmp_path / f"model on {host['ssh']}"))} for host in good]
+    hostfile.write_text(json.dumps(own))
     code, lines, err = doctor(hosts, "--hostfile", str(hostfile), "--model", str(model), "--deep")
     assert code == 0, (lines, err)
     assert {line["result"] for line in lines[:-1]} <= {"ok", "warning"}
