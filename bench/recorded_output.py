@@ -82,7 +82,7 @@ def part() -> str:
     """Run both commands; return their part of README.md."""
     return "\n\n".join(
         (
-            "`make demo`, with its thinking and what it took (both on stderr), and the answer (on stdout):",
+            "`make demo`: first its stderr (the reasoning, the speeds and the stages), then its stdout (the answer):",
             _block(DEMO, run(DEMO)),
             "The same program, of which a stage is killed (`kill -9`) after " + f'"{KILL_AFTER}":',
             _block(KILLED, run(KILLED, KILL_AFTER)),

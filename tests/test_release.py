@@ -81,7 +81,7 @@ def test_the_wheel_finds_its_metal_texts(installed: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_without_mcp_the_command_runs_and_tools_name_the_package_to_install(installed: Path, tmp_path: Path) -> None:
-    """mcp is in the extra "tools"; a package of that name that cannot be imported stands for its absence."""
+    """Put a package named mcp that cannot be imported first in the path: mcp is missing without the extra "tools"."""
     missing = tmp_path / "missing" / "mcp"
     missing.mkdir(parents=True)
     (missing / "__init__.py").write_text('raise ModuleNotFoundError("No module named mcp", name="mcp")\n')
