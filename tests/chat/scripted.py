@@ -99,13 +99,13 @@ class _OnlyTokens:
     def forced(self) -> Sequence[int]:
         return ()
 
-    def token_mask(self, draft_ids: Sequence[int]) -> bytes | None:
+    def token_mask(self, draft_ids: Sequence[int]) -> TokenMask | None:
         position = self._num_accepted + len(draft_ids)
-        if position >= len(self._ids):
-            return None
-        mask = bytearray(self._mask_bytes)
-        mask[self._ids[position] // 8] = 1 << self._ids[position] % 8
-        return bytes(mask)
+        return TokenMask.only(self._ids[position : position + 1]) if position < len(self._ids) else None
+
+    def may_draft(self, draft_ids: Sequence[int], token_id: int) -> bool:
+        mask = self.token_mask(draft_ids)
+        return mask is None or mask.allows(token_id)
 
     def finish(self) -> Accepted:
         return self._policy.finish()
