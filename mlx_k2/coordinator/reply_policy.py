@@ -32,13 +32,13 @@ class ReplyLimits:
             raise RequestError("a stop string is empty: give at least one character")
 
 
-_NO_LIMITS = ReplyLimits()
+NO_LIMITS = ReplyLimits()
 
 
 class ReplyPolicy:
     """The policy of one reply."""
 
-    def __init__(self, tokenizer: Tokenizer, request: Request, limits: ReplyLimits = _NO_LIMITS) -> None:
+    def __init__(self, tokenizer: Tokenizer, request: Request, limits: ReplyLimits = NO_LIMITS) -> None:
         self._reader = ReplyReader(tokenizer, request.prompt_ids, request.stop_ids)
         self._limits = limits
         self._stops = StopScanner(limits.stop_strings)

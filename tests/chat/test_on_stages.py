@@ -223,9 +223,9 @@ def test_three_hundred_tool_calls_in_a_row_reuse_the_cached_prefix_and_memory_st
                 results.append(event.result)
                 memory.append(resident_bytes())
     assert [result.outcome for result in results] == [Outcome.DONE] * NUM_CALLS
-    returned = [message["content"] for message in conversation.messages if message["role"] == "tool"]
+    returned = [message.content for message in conversation.messages if message.role == "tool"]
     assert returned == [str(number % 10 + 2) for number in range(NUM_CALLS)]
-    assert conversation.messages[-1]["content"] == "Done."
+    assert conversation.messages[-1].content == "Done."
     prompt_tokens = sum(one.prompt_tokens for one in summaries)
     cached_tokens = sum(one.cached_tokens for one in summaries)
     assert len(summaries) == NUM_CALLS // 2 + 1

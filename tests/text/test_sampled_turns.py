@@ -1,19 +1,17 @@
 """Tests of SampledTurns: the next prompt has the sampled tokens of a turn wherever the turn's text is unchanged."""
 
-from typing import Any
-
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_k2.text.history import assistant_message, tool_messages
+from mlx_k2.text.message import Message
 from mlx_k2.text.prompt import encode_pieces, render_pieces
 from mlx_k2.text.reply_parser import ReplyReader
 from mlx_k2.text.reply_parts import whole_reply
 from mlx_k2.text.sampled_turns import SampledTurns
 from tests.text.fixtures import builtin_template, decoded, tokenizer
 
-USER = {"role": "user", "content": "hello"}
-Message = dict[str, Any]
+USER = Message(role="user", content="hello")
 
 
 def control(name: str) -> int:
@@ -60,7 +58,7 @@ def prompt(turns: SampledTurns, messages: list[Message]) -> list[int]:
 
 def after(message: Message) -> list[Message]:
     """Return the messages after a reply: the results of its calls, or the user's next message."""
-    calls = message.get("tool_calls", [])
+    calls = message.tool_calls
     return tool_messages(message, ["7"] * len(calls)) if calls else [USER]
 
 
@@ -133,7 +131,7 @@ def test_a_character_that_differs_in_one_byte_is_encoded_again_as_a_whole() -> N
 def test_user_text_is_encoded_by_the_tokenizer_even_if_the_model_sampled_other_tokens() -> None:
     turns = SampledTurns(tokenizer())
     turns.keep(0, [THINK, THOUGHT, *b" about", END])
-    ids = prompt(turns, [USER, {"role": "assistant", "content": " about"}, {"role": "user", "content": " about"}])
+    ids = prompt(turns, [USER, Message(role="assistant", content=" about"), {"role": "user", "content": " about"}])
     (word,) = tokenizer().encode_text(" about")
     assert ids.count(word) == 1
     assert [*b" about"] == ids[ids.index(THOUGHT) + 1 :][:6]
@@ -143,7 +141,7 @@ def test_a_removed_turn_is_encoded_by_the_tokenizer_again() -> None:
     turns = SampledTurns(tokenizer())
     turns.keep(0, [THINK, THOUGHT, *b" about", END])
     turns.forget_from(0)
-    messages = [USER, {"role": "assistant", "content": " about"}, USER]
+    messages = [USER, Message(role="assistant", content=" about"), USER]
     assert prompt(turns, messages) == encode_pieces(
         tokenizer(), render_pieces(builtin_template(), tokenizer(), messages)
     )
