@@ -18,6 +18,7 @@ from mlx_k2.cluster.hostfile import local_hostfile
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.engine import Engine, engine_on
 from mlx_k2.coordinator.handle import Token
+from mlx_k2.coordinator.reply_policy import ReplyLimits
 from mlx_k2.deployment.deploy import deploy
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener
@@ -77,9 +78,9 @@ class Stages:
     context_tokens: int
     computed: Computed
 
-    def settings(self, **fields: int) -> ReplySettings:
-        asked = {"max_tokens": 60, "context_tokens": self.context_tokens} | fields
-        return ReplySettings(Sampling(seed=3), stop_ids=frozenset(), **asked)
+    def settings(self, max_tokens: int = 60, thinking_budget: int | None = None) -> ReplySettings:
+        limits = ReplyLimits(thinking_budget=thinking_budget)
+        return ReplySettings(Sampling(seed=3), max_tokens, frozenset(), self.context_tokens, limits=limits)
 
 
 @contextlib.contextmanager
