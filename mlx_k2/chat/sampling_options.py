@@ -34,7 +34,7 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     min_p: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    timeout_s: float | None = None
+    timeout_s: float | None = msgspec.field(default=None, name="timeout")
     """The reply ends after this time, counted from the start of its prefill, with what it has."""
     thinking: bool | None = None
     preserve_thinking: bool | None = None

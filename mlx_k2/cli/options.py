@@ -79,14 +79,14 @@ def with_struct(kind: type[Options]) -> Callable[[Callable[[Options], None]], Ca
 
 
 def _nested(kind: type[msgspec.Struct], values: dict[str, Any]) -> dict[str, Any]:
-    """Move the values of the fields of ``kind`` out of ``values``."""
+    """Move the values of the fields of ``kind`` out of ``values``; return them by their names in JSON."""
     fields = {}
     for field in msgspec.structs.fields(kind):
         is_struct = isinstance(field.type, type) and issubclass(field.type, msgspec.Struct)
         if is_struct:
-            fields[field.name] = _nested(field.type, values)
+            fields[field.encode_name] = _nested(field.type, values)
         elif field.name in values:
-            fields[field.name] = values.pop(field.name)
+            fields[field.encode_name] = values.pop(field.name)
     return fields
 
 

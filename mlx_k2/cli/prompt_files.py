@@ -17,9 +17,7 @@ from mlx_k2.json_text.read import read_json
 from mlx_k2.private_files import open_private
 
 
-class PromptLine(
-    SamplingOptions, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"timeout_s": "timeout"}
-):
+class PromptLine(SamplingOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One prompt, text or conversation, with optional tools and values that override the options.
 
     ``messages`` and ``tools`` are in OpenAI's format; nothing runs the calls of an answer.

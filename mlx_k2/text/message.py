@@ -37,4 +37,6 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """Return the message as JSON holds it, for templates and files."""
         fields: dict[str, object] = msgspec.to_builtins(self)
         fields.pop("other", None)
+        if self.tool_calls:
+            fields["tool_calls"] = [msgspec.to_builtins(call) for call in self.tool_calls]
         return fields | self.other
