@@ -11,7 +11,7 @@ from mlx_k2.chat.next_prompt import NextPrompt
 from mlx_k2.chat.reply_source import ReplySource
 from mlx_k2.chat.tool_round import Approve, Tools, run_calls
 from mlx_k2.coordinator.handle import Finished, Handle, Token
-from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy
+from mlx_k2.coordinator.reply_policy import NO_LIMITS, ReplyLimits, ReplyPolicy
 from mlx_k2.errors import ClusterError, RequestError, RequestFailed, SetupError
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Request, check_request
@@ -33,8 +33,7 @@ class ReplySettings:
     context_tokens: int
     timeout_s: float | None = None
     """The time limit of each reply, counted from the start of its prefill."""
-    thinking_budget: int | None = None
-    """The reasoning is closed after this number of its tokens; None sets no limit."""
+    limits: ReplyLimits = NO_LIMITS
     max_tool_calls: int = MAX_TOOL_CALLS
 
     def request(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> Request:
@@ -49,7 +48,7 @@ class ReplySettings:
 
     def policy(self, tokenizer: Tokenizer, request: Request) -> ReplyPolicy:
         """Return the token policy for the reply to a request."""
-        return ReplyPolicy(tokenizer, request, ReplyLimits(thinking_budget=self.thinking_budget))
+        return ReplyPolicy(tokenizer, request, self.limits)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -19,9 +19,9 @@ from rich.table import Table
 from mlx_k2 import __version__
 from mlx_k2.benchmark import Benchmark, Measured, Workload, check_workloads
 from mlx_k2.cli.console import ConsoleListener, console, log
-from mlx_k2.cli.option_values import deployment_request, open_source
-from mlx_k2.cli.options import cluster_options, draft_option
+from mlx_k2.cli.options import cluster_options, draft_option, with_struct
 from mlx_k2.cli.trace import Trace
+from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
 from mlx_k2.deployment.deploy import Deployment, deploy
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.errors import RequestError
@@ -42,6 +42,32 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # generic in click's s
         return tuple(int(part) for part in parts)
 
 
+class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The options of `mlx-k2 bench`."""
+
+    cluster: ClusterOptions
+    prompt_lengths: tuple[int, ...]
+    generate_tokens: int
+    streams: tuple[int, ...]
+    repeat: int
+    drafts: bool
+    as_json: bool
+    csv_path: str | None
+    plot_path: str | None
+    trace_path: str | None
+    verbose: bool
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured or written, before hours are spent on measuring."""
+        if max(self.streams) > _MOST_STREAMS:
+            raise click.UsageError(f"--streams: at most {_MOST_STREAMS} sequences at once")
+        for name, path in (("csv", self.csv_path), ("trace", self.trace_path), ("plot", self.plot_path)):
+            if path is not None and not Path(path).absolute().parent.is_dir():
+                raise click.UsageError(f"--{name} {path}: there is no folder {Path(path).absolute().parent}")
+        if self.plot_path is not None and find_spec("matplotlib") is None:
+            raise click.UsageError("--plot needs matplotlib: pip install matplotlib")
+
+
 @click.command()
 @cluster_options
 @click.option("--prompt-lengths", type=Counts(), default="512,4096", show_default=True, help="Tokens of a prompt.")
@@ -60,7 +86,8 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # generic in click's s
 @click.option("--csv", "csv_path", metavar="FILE", help="Append the rows to a CSV file.")
 @click.option("--plot", "plot_path", metavar="FILE.png", help="Draw throughput; needs matplotlib.")
 @click.option("--trace", "trace_path", metavar="FILE", help="Every step of every stage, for ui.perfetto.dev.")
-def command(**options: Any) -> None:
+@with_struct(BenchOptions)
+def command(options: BenchOptions) -> None:
     """Measure throughput: all combinations of prompt lengths and streams.
 
     \b
@@ -75,25 +102,21 @@ def command(**options: Any) -> None:
     bench/METHODOLOGY.md says how each figure is taken.
     """  # noqa: D301  # click reads the escape
     workloads = [
-        Workload(length, options["generate_tokens"], streams)
-        for length in options["prompt_lengths"]
-        for streams in options["streams"]
+        Workload(length, options.generate_tokens, streams)
+        for length in options.prompt_lengths
+        for streams in options.streams
     ]
-    if max(options["streams"]) > _MOST_STREAMS:
-        raise click.UsageError(f"--streams: at most {_MOST_STREAMS} sequences at once")
-    _check_files(options)
-    asked = replace(deployment_request(options), num_slots=max(options["streams"]))
-    asked, model = open_source(asked)
+    asked, model = open_source(deployment_request(options.cluster, max(options.streams)))
     if model is not None:
         check_workloads(workloads, preview(asked, model)[0].context_tokens)
-    with ConsoleListener(options["verbose"]) as listener, deploy(asked, model, listener) as deployment:
+    with ConsoleListener(options.verbose) as listener, deploy(asked, model, listener) as deployment:
         check_workloads(workloads, deployment.shape.context_tokens)
         listener.done()
-        if deployment.shape.num_slots < max(options["streams"]):
+        if deployment.shape.num_slots < max(options.streams):
             log(f"memory holds {deployment.shape.num_slots} sequences at once; more streams take turns")
         trace = Trace([plan.host.ssh for plan in deployment.plans])
-        with Benchmark(deployment, drafts=options["draft"] == "ngram", on_report=trace.add) as benchmark:
-            rows = list(_run(benchmark, workloads, options["repeat"]))
+        with Benchmark(deployment, drafts=options.drafts, on_report=trace.add) as benchmark:
+            rows = list(_run(benchmark, workloads, options.repeat))
         document = _document(deployment, rows, options)
     _write(document, rows, trace, options)
 
@@ -107,15 +130,15 @@ def _run(benchmark: Benchmark, workloads: Sequence[Workload], repeat: int) -> It
                 yield benchmark.measure(workload, number)
 
 
-def _document(deployment: Deployment, rows: Sequence[Measured], options: dict[str, Any]) -> dict[str, Any]:
+def _document(deployment: Deployment, rows: Sequence[Measured], options: BenchOptions) -> dict[str, Any]:
     """Return all measurements, with the model, the hosts and the versions."""
     return {
         "rows": [_row(row, deployment.group.size) for row in rows],
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": options["model"] or "built-in",
+        "model": options.cluster.model or "built-in",
         "model_digest": deployment.model.digest,
         "dtype": deployment.shape.dtype,
-        "draft": options["draft"],
+        "draft": "ngram" if options.drafts else "off",
         "hosts": [
             {
                 "host": plan.host.ssh,
@@ -151,20 +174,20 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def _write(document: dict[str, Any], rows: Sequence[Measured], trace: Trace, options: dict[str, Any]) -> None:
-    if options["as_json"]:
+def _write(document: dict[str, Any], rows: Sequence[Measured], trace: Trace, options: BenchOptions) -> None:
+    if options.as_json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n")
     else:
         _show(rows)
     try:
-        if options["csv_path"] is not None:
-            _append_csv(Path(options["csv_path"]), document)
-        if options["trace_path"] is not None:
-            trace.write(Path(options["trace_path"]))
-        if options["plot_path"] is not None:
+        if options.csv_path is not None:
+            _append_csv(Path(options.csv_path), document)
+        if options.trace_path is not None:
+            trace.write(Path(options.trace_path))
+        if options.plot_path is not None:
             from mlx_k2.cli.plot import plot_results
 
-            plot_results(rows, Path(options["plot_path"]))
+            plot_results(rows, Path(options.plot_path))
     except OSError as error:
         what = error.filename or "a result file"
         raise RequestError(f"{what} cannot be written: {error.strerror}") from None
@@ -209,13 +232,3 @@ def _append_csv(path: Path, document: dict[str, Any]) -> None:
         if is_new:
             writer.writeheader()
         writer.writerows(lines)
-
-
-def _check_files(options: dict[str, Any]) -> None:
-    """Refuse options whose files cannot be written, before hours are spent on measuring."""
-    for name in ("csv", "trace", "plot"):
-        path = options[f"{name}_path"]
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise click.UsageError(f"--{name} {path}: there is no folder {Path(path).absolute().parent}")
-    if options["plot_path"] is not None and find_spec("matplotlib") is None:
-        raise click.UsageError("--plot needs matplotlib: pip install matplotlib")

@@ -1,13 +1,115 @@
-"""The options that several commands share, each declared once."""
+"""The options that several commands share, each declared once, and the structs that they become."""
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import msgspec
 
 from mlx_k2.chat.chat_session import MAX_TOOL_CALLS
+from mlx_k2.cluster.partition import parse_split
+from mlx_k2.deployment.cluster_options import LEASE_S, MAX_STAGES
+from mlx_k2.errors import RequestError
+from mlx_k2.json_text.parse import JsonError
+from mlx_k2.json_text.read import convert
+from mlx_k2.launch.group import STALL_TIMEOUT_S
+
+_MAX_DIGITS = 10
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Options = TypeVar("Options", bound=msgspec.Struct)
+
+
+class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What happens after a fault, and what is kept of a run. ``restarts`` 0: a fault is final."""
+
+    restarts: int
+    log_dir: str | None
+    log_tokens: bool
+
+    @property
+    def arguments(self) -> tuple[int, Path | None, bool]:
+        """The last arguments of RestartingDeployment: limit of restarts, log folder, whether to log token ids."""
+        return self.restarts, None if self.log_dir is None else Path(self.log_dir), self.log_tokens
+
+
+class ToolOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The tools that a model may call, and which calls need no approval. Tools and approvals: cli/toolkit.py."""
+
+    tools_path: str | None
+    mcp_path: str | None
+    yes: bool
+    allowed_tools: tuple[str, ...]
+    max_tool_calls: int
+    tool_timeout_s: float
+
+    def __post_init__(self) -> None:
+        """Refuse approvals without tools."""
+        if not self.is_given and (self.allowed_tools or self.yes):
+            raise click.UsageError("--yes and --allow-tool are for tools: give --tools or --mcp")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there are tools."""
+        return self.tools_path is not None or self.mcp_path is not None
+
+
+def with_struct(kind: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """Call a command with its options as one checked ``kind``, before it does anything.
+
+    A field whose type is a struct gets the options that are that struct's fields.
+    """
+
+    def decorate(run: Callable[[Options], None]) -> Callable[..., None]:
+        @functools.wraps(run)
+        def command(**values: Any) -> None:
+            fields = _nested(kind, values)
+            assert not values, f"{kind.__name__} has no field for {', '.join(values)}"
+            try:
+                options = convert(fields, kind)
+            except JsonError as error:
+                raise RequestError(str(error)) from None
+            run(options)
+
+        return command
+
+    return decorate
+
+
+def _nested(kind: type[msgspec.Struct], values: dict[str, Any]) -> dict[str, Any]:
+    """Move the values of the fields of ``kind`` out of ``values``; return them by their names in JSON."""
+    fields = {}
+    for field in msgspec.structs.fields(kind):
+        is_struct = isinstance(field.type, type) and issubclass(field.type, msgspec.Struct)
+        if is_struct:
+            fields[field.encode_name] = _nested(field.type, values)
+        elif field.name in values:
+            fields[field.encode_name] = values.pop(field.name)
+    return fields
+
+
+def _layer_counts(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    return None if value is None else parse_split(value)
+
+
+def _token_ids(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    parts = [] if value is None else [part.strip() for part in value.split(",")]
+    for part in parts:
+        if not (part.isascii() and part.isdigit() and len(part) < _MAX_DIGITS):
+            found = part[:_MAX_DIGITS]
+            raise RequestError(f"--token-ids: {found!r} is not a token id: write numbers with commas, as in 3,4,5")
+    return None if value is None else tuple(map(int, parts))
+
+
+def _is_on(ctx: click.Context, param: click.Parameter, value: str | None) -> bool | None:
+    return None if value is None else value == "on"
+
+
+def _is_ngram(ctx: click.Context, param: click.Parameter, value: str) -> bool:
+    return value == "ngram"
+
 
 _CLUSTER = (
     click.option(
@@ -18,7 +120,7 @@ _CLUSTER = (
     click.option(
         "--stages",
         "num_stages",
-        type=click.IntRange(1, 64),
+        type=click.IntRange(1, MAX_STAGES),
         help="Without a hostfile: how many stages to run on this machine.  [default: 2 for the built-in model, else 1]",
     ),
     click.option(
@@ -27,7 +129,9 @@ _CLUSTER = (
         help="A folder with an original checkpoint, or a repository on the Hub.  [default: a small built-in model]",
     ),
     click.option("--revision", help="The repository's branch, tag or commit."),
-    click.option("--split", metavar="N,N,...", help="Layers for each stage, in the hostfile's order."),
+    click.option(
+        "--split", callback=_layer_counts, metavar="N,N,...", help="Layers for each stage, in the hostfile's order."
+    ),
     click.option(
         "--context",
         "context_tokens",
@@ -50,7 +154,7 @@ _CLUSTER = (
         "--lease",
         "lease_s",
         type=float,
-        default=20.0,
+        default=LEASE_S,
         metavar="SECONDS",
         help="End a stage after this long without a heartbeat from this command, 2 to 3600.  [default: 20]",
     ),
@@ -58,7 +162,7 @@ _CLUSTER = (
         "--stall-timeout",
         "stall_timeout_s",
         type=click.FloatRange(1, 3600),
-        default=7.0,
+        default=STALL_TIMEOUT_S,
         metavar="SECONDS",
         help="Treat a stopped stage, a silent host or a stuck hop as a fault after this long, 1 to 3600.  [default: 7]",
     ),
@@ -78,12 +182,28 @@ _SAMPLING = (
     click.option("--min-p", type=float, help="Keep tokens at least this probable, relative to the most likely one."),
     click.option("--repetition-penalty", type=float, help="Above 1: avoid what stands in the last 64 tokens."),
     click.option("--seed", type=int, help="The same seed samples the same tokens.  [default: a random one]"),
+    click.option(
+        "--timeout",
+        "timeout_s",
+        type=float,
+        metavar="SECONDS",
+        help="End an answer that has run for so long, from when its prompt begins, with what it has; others go on.",
+    ),
+    click.option(
+        "--thinking",
+        type=click.Choice(["on", "off"]),
+        callback=_is_on,
+        help="Whether the model thinks before it answers. off needs a model with an instant mode (K2.5, K2.6), whose "
+        "answers are sampled at temperature 0.6.  [default: the model's]",
+    ),
+    click.option(
+        "--preserve-thinking",
+        is_flag=True,
+        help="Keep the reasoning of earlier answers in the prompt, for models that have this option (K2.6).",
+    ),
+    click.option("--thinking-budget", type=click.IntRange(min=0), metavar="N", help="End thinking after N tokens."),
+    click.option("--hide-thinking", is_flag=True, help="Do not show what the model thinks."),
 )
-
-
-def _is_on(ctx: click.Context, param: click.Parameter, value: str | None) -> bool | None:
-    return None if value is None else value == "on"
-
 
 _TOOLS = (
     click.option("--tools", "tools_path", metavar="FILE.py", help="Python functions that the model may call."),
@@ -105,20 +225,6 @@ _TOOLS = (
         metavar="SECONDS",
         help="How long one tool call may take.  [default: 120]",
     ),
-    click.option(
-        "--thinking",
-        type=click.Choice(["on", "off"]),
-        callback=_is_on,
-        help="Whether the model thinks before it answers. off needs a model with an instant mode (K2.5, K2.6), whose "
-        "answers are sampled at temperature 0.6.  [default: the model's]",
-    ),
-    click.option(
-        "--preserve-thinking",
-        is_flag=True,
-        help="Keep the reasoning of earlier answers in the prompt, for models that have this option (K2.6).",
-    ),
-    click.option("--thinking-budget", type=click.IntRange(min=0), metavar="N", help="End thinking after N tokens."),
-    click.option("--hide-thinking", is_flag=True, help="Do not show what the model thinks."),
 )
 
 
@@ -134,20 +240,15 @@ class _Limit(click.ParamType[int]):
         return int(click.IntRange(0, 1000).convert(value, param, ctx))
 
 
-timeout_option = click.option(
-    "--timeout",
-    type=float,
-    metavar="SECONDS",
-    help="End an answer that has run for so long, from when its prompt begins, with what it has; others go on.",
-)
-
-restarts_option = click.option(
-    "--restarts",
-    type=_Limit(),
-    default=3,
-    metavar="N",
-    help="After a fault, start all stages again and go on with the answer: so many times in a row, or off.  "
-    "[default: 3]",
+_RESTARTS = (
+    click.option(
+        "--restarts",
+        type=_Limit(),
+        default=3,
+        metavar="N",
+        help="After a fault, start all stages again and go on with the answer: so many times in a row, or off.  "
+        "[default: 3]",
+    ),
 )
 
 _LOGGING = (
@@ -160,8 +261,14 @@ _LOGGING = (
     click.option("--log-tokens", is_flag=True, help="With --log-dir: the token ids of prompts and answers, too."),
 )
 
+token_ids_option = click.option(
+    "--token-ids", callback=_token_ids, metavar="N,N,...", help="The prompt as token ids, as they are."
+)
+
 draft_option = click.option(
     "--draft",
+    "drafts",
+    callback=_is_ngram,
     type=click.Choice(["off", "ngram"]),
     default="ngram",
     show_default=True,
@@ -176,13 +283,18 @@ def cluster_options(command: Command) -> Command:
 
 
 def sampling_options(command: Command) -> Command:
-    """Add the options for sampling to a command."""
+    """Add the options for sampling and thinking to a command."""
     return _with(_SAMPLING, command)
 
 
 def tool_options(command: Command) -> Command:
-    """Add the options for tools and for thinking to a command."""
+    """Add the options for tools to a command."""
     return _with(_TOOLS, command)
+
+
+def run_options(command: Command) -> Command:
+    """Add the options for restarts and logs to a command: RunOptions."""
+    return _with((*_RESTARTS, *_LOGGING), command)
 
 
 def log_options(command: Command) -> Command:

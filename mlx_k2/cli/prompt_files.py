@@ -10,32 +10,23 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from mlx_k2.chat.sampling_options import SamplingOptions
 from mlx_k2.errors import RequestError
 from mlx_k2.json_text.parse import JsonError, parse_json
 from mlx_k2.json_text.read import read_json
 from mlx_k2.private_files import open_private
 
 
-class PromptLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One prompt, text or conversation, with optional tools and parameters. None selects the option's value.
+class PromptLine(SamplingOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One prompt, text or conversation, with optional tools and values that override the options.
 
-    ``tools`` are declarations in OpenAI's format; nothing runs the calls of an answer.
+    ``messages`` and ``tools`` are in OpenAI's format; nothing runs the calls of an answer.
     """
 
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
-    thinking: bool | None = None
-    preserve_thinking: bool | None = None
     id: str | int | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    timeout: float | None = None
 
 
 def read_prompt_lines(path: Path) -> list[PromptLine]:
@@ -49,7 +40,7 @@ def read_prompt_lines(path: Path) -> list[PromptLine]:
     for number, text in enumerate(_read(path).splitlines(), start=1):
         try:
             line = read_json(text, PromptLine)
-        except JsonError as error:
+        except (JsonError, RequestError) as error:
             raise RequestError(f"{path}, line {number}: {error}") from None
         if (line.prompt is None) == (line.messages is None):
             raise RequestError(f'{path}, line {number}: give either "prompt" or "messages"')
@@ -65,7 +56,7 @@ def line_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def run_digest(model_digest: str, options: Mapping[str, Any], line: PromptLine) -> str:
+def run_digest(model_digest: str, options: object, line: PromptLine) -> str:
     """Return a digest that identifies the model, the options and the prompt of a result."""
     content = [model_digest, options, line]
     return hashlib.blake2b(msgspec.json.encode(content, order="sorted"), digest_size=8).hexdigest()

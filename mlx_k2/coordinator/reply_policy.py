@@ -37,7 +37,7 @@ class ReplyLimits:
             raise RequestError("a stop string is empty: give at least one character")
 
 
-_NO_LIMITS = ReplyLimits()
+NO_LIMITS = ReplyLimits()
 
 
 class ReplyPolicy:
@@ -47,7 +47,7 @@ class ReplyPolicy:
         self,
         tokenizer: Tokenizer,
         request: Request,
-        limits: ReplyLimits = _NO_LIMITS,
+        limits: ReplyLimits = NO_LIMITS,
         grammar: "ReplyGrammar | None" = None,
     ) -> None:
         # a stop token has no text, also where the request goes on after it (ignore_eos)

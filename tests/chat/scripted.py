@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.engine import Engine
 from mlx_k2.coordinator.handle import Event, Finished, Handle, Token
+from mlx_k2.sampling import TokenMask
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
 from mlx_k2.scheduling.token_policy import Accepted, AnyToken, TokenPolicy
 from mlx_k2.text.tokenizer import Tokenizer
@@ -74,22 +75,20 @@ class _ScriptedHandle(Handle):
 class ScriptOnStages:
     """A reply source whose stages sample each scripted reply: masks exclude every other token."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, replies: Iterable[Sequence[int]]) -> None:
+    def __init__(self, engine: Engine, replies: Iterable[Sequence[int]]) -> None:
         self._engine = engine
-        self._vocab_size = tokenizer.vocab_size
         self._replies = iter(replies)
 
     def submit(self, request: Request, policy: TokenPolicy | None = None) -> Handle:
-        return self._engine.submit(request, _OnlyTokens(policy or AnyToken(), next(self._replies), self._vocab_size))
+        return self._engine.submit(request, _OnlyTokens(policy or AnyToken(), next(self._replies)))
 
 
 class _OnlyTokens:
     """A policy that allows one reply only."""
 
-    def __init__(self, policy: TokenPolicy, ids: Sequence[int], vocab_size: int) -> None:
+    def __init__(self, policy: TokenPolicy, ids: Sequence[int]) -> None:
         self._policy = policy
         self._ids = ids
-        self._mask_bytes = -(-vocab_size // 8)
         self._num_accepted = 0
 
     def accept(self, token_id: int) -> Accepted:

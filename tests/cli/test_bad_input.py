@@ -93,7 +93,7 @@ def test_a_missing_hostfile_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_stages_and_a_hostfile_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
-    words = "--stages is for runs on this machine alone: leave it out, or leave out --hostfile"
+    words = "a number of stages is for runs on this machine alone: give it, or a hostfile, not both"
     check_refusal(["--hostfile", "hosts.json", "--stages", "2", "Hello"], words, capsys)
 
 
@@ -246,12 +246,12 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
     "repetition penalty": (["--repetition-penalty", "0", "Hello"], "repetition-penalty 0.0 is out of range"),
     "seed": (["--seed", "-1", "Hello"], "seed -1 is out of range: give a value from 0"),
     "logprobs": (["--json", "--logprobs", "101", "Hello"], "logprobs 101 is out of range: give a value from 0 to 100"),
-    "lease nan": (["--lease", "nan", "Hello"], "--lease nan is out of range: give 2 to 3600 s"),
-    "short lease": (["--lease", "1.9", "Hello"], "--lease 1.9 is out of range"),
-    "long lease": (["--lease", "3601", "Hello"], "--lease 3601 is out of range"),
+    "lease nan": (["--lease", "nan", "Hello"], "lease nan is out of range: give 2 to 3600 s"),
+    "short lease": (["--lease", "1.9", "Hello"], "lease 1.9 is out of range"),
+    "long lease": (["--lease", "3601", "Hello"], "lease 3601 is out of range"),
     "timeout": (["--timeout", "0", "Hello"], "timeout is 0 s: give more than 0"),
     "timeout nan": (["--timeout", "nan", "Hello"], "timeout is nan s"),
-    "revision of a folder": (["--revision", "main", "Hello"], "--revision is for a repository on the Hub"),
+    "revision of a folder": (["--revision", "main", "Hello"], "a revision is for a repository on the Hub"),
     "split with a word": (["--split", "3,x", "Hello"], "--split '3,x' is not a list of layer counts"),
     "split of other stages": (["--split", "7", "--stages", "2", "Hello"], "--split 7 names 1 stages, and there are 2"),
     "split of other layers": (["--split", "3,3", "--stages", "2", "Hello"], "gives out 6 layers: it must give out 7"),

@@ -97,10 +97,10 @@ def test_each_line_gets_its_own_seed_derived_from_the_base_seed() -> None:
 def test_a_digest_changes_with_model_options_and_prompt() -> None:
     line = PromptLine(prompt="x")
     digests = {
-        run_digest("m", {"seed": 1}, line),
-        run_digest("n", {"seed": 1}, line),
-        run_digest("m", {"seed": 2}, line),
-        run_digest("m", {"seed": 1}, PromptLine(prompt="y")),
+        run_digest("m", [1], line),
+        run_digest("n", [1], line),
+        run_digest("m", [2], line),
+        run_digest("m", [1], PromptLine(prompt="y")),
     }
     assert len(digests) == 4
 
