@@ -11,6 +11,7 @@ from mlx_k2.cli.console import ConsoleListener, log, opening_lines, show_dry_run
 from mlx_k2.cli.generate_file import WANTED_SLOTS, generate_many
 from mlx_k2.cli.generate_options import GenerateOptions
 from mlx_k2.cli.options import (
+    answer_options,
     cluster_options,
     draft_option,
     run_options,
@@ -45,6 +46,7 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 @click.option("--raw", is_flag=True, help="Send PROMPT as it is, without the chat template.")
 @token_ids_option
 @sampling_options
+@answer_options
 @click.option("--prompts", "prompts_path", metavar="FILE", help="Many prompts: a JSON object a line; see the manual.")
 @click.option("--out", "out_path", metavar="FILE", help="With --prompts: where the results go, in the same order.")
 @draft_option
@@ -144,7 +146,7 @@ def _events(
         approval = ToolApproval(screen, LineKeyboard(), asked.allowed_tools, everything=asked.yes)
         toolkit = Toolkit(tools, approval)
     conversation = options.conversation.begin(frontend, tools)
-    settings = options.conversation.settings(frontend, options.num_logprobs)
+    settings = options.conversation.settings(frontend, tools, options.num_logprobs)
     return ChatSession(engine, frontend.tokenizer, conversation, settings, toolkit).send_message(text)
 
 

@@ -55,6 +55,8 @@ class ToolRules:
 
     tools: tuple[Tool, ...] = ()
     choice: ToolChoice = ToolChoice.AUTO
+    only: str | None = None
+    """The name of the tool that is called; None allows all."""
     is_parallel: bool = True
     """False: the tool section ends after one call."""
     has_grammar: bool = True
@@ -89,13 +91,12 @@ def tool_rules(
     if isinstance(choice, str) and choice in _CHOICES:
         if choice == "required" and not tools:
             raise RequestError("tool_choice is required, and no tool is declared: declare one, or leave it out")
-        return ToolRules(tools, ToolChoice(choice), is_parallel, has_grammar, first_number)
+        return ToolRules(tools, ToolChoice(choice), None, is_parallel, has_grammar, first_number)
     name = _chosen_name(choice)
-    chosen = tuple(tool for tool in tools if tool.name == name)
-    if not chosen:
+    if all(tool.name != name for tool in tools):
         declared = ", ".join(tool.name for tool in tools) or "none"
         raise RequestError(f"tool_choice names {name!r}, which is not declared; declared tools: {declared}")
-    return ToolRules(chosen, ToolChoice.REQUIRED, False, has_grammar, first_number)
+    return ToolRules(tools, ToolChoice.REQUIRED, name, False, has_grammar, first_number)
 
 
 def _tool(declaration: Mapping[str, object]) -> Tool:

@@ -4,7 +4,7 @@ The reply parser decides the phase. A phase changes at a control token only, and
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import TokenMask
@@ -40,6 +40,13 @@ class ReplyGrammar:
     def guide(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop_ids: Collection[int]) -> "ReplyGuide":
         """Return the guide of the reply to a prompt."""
         return ReplyGuide(self, tokenizer, prompt_ids, stop_ids)
+
+    def after_calls(self) -> "ReplyGrammar":
+        """Return the constraint of the reply to the results of tools, which need not call one again."""
+        if self.rules.choice is not ToolChoice.REQUIRED:
+            return self
+        rules = replace(self.rules, choice=ToolChoice.AUTO, only=None, first_number=None)
+        return replace(self, rules=rules, arguments=self.arguments if rules.has_grammar else {})
 
 
 def compile_constraint(compiler: GrammarCompiler, tokenizer: Tokenizer, constraint: Constraint) -> ReplyGrammar:
@@ -218,7 +225,9 @@ class ReplyGuide:
             case Phase.CALL_ID:
                 self._num_calls += 1
                 if grammar.arguments:
-                    names = {call_id(name, self._next_number): name for name in grammar.arguments}
+                    only = grammar.rules.only
+                    allowed = grammar.arguments if only is None else (only,)
+                    names = {call_id(name, self._next_number): name for name in allowed}
                     self._call_names, self._header = names, b""
                     self._state = grammar.compiler.choice(list(names))
                 self._next_number += 1
