@@ -71,7 +71,12 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
     def __post_init__(self) -> None:
         """Check every value, before anything is loaded."""
-        self.resolved(_UNSET)
+        try:
+            self.resolved(_UNSET)
+        except TypeError as error:
+            raise RequestError(f"a sampling value has the wrong type: {error}") from None
+        if isinstance(self.stop, str):
+            raise RequestError(f"stop is a text: give a tuple of texts, as in ({self.stop!r},)")
         ReplyLimits(self.stop)
         if self.timeout_s is not None and not self.timeout_s > 0:  # also rejects NaN
             raise RequestError(f"timeout is {self.timeout_s:g} s: give more than 0")

@@ -125,7 +125,7 @@ def _answer(options: GenerateOptions, restarting: RestartingDeployment, text: st
 
 def _output(options: GenerateOptions, frontend: ModelFrontend) -> TextOutput | JsonOutput:
     if options.as_json:
-        return JsonOutput(frontend.tokenizer)
+        return JsonOutput(frontend.tokenizer, is_raw=options.is_raw)
     return TextOutput(is_raw=options.is_raw, show_thinking=not options.hide_thinking)
 
 

@@ -10,7 +10,7 @@ import msgspec
 
 from mlx_k2.chat.chat_session import MAX_TOOL_CALLS
 from mlx_k2.cluster.partition import parse_split
-from mlx_k2.deployment.cluster_options import LEASE_S, MAX_STAGES
+from mlx_k2.deployment.cluster_options import DENSE_BITS, DTYPES, LEASE_S, MAX_STAGES
 from mlx_k2.errors import RequestError
 from mlx_k2.json_text.parse import JsonError, parse_json
 from mlx_k2.json_text.read import convert
@@ -170,12 +170,12 @@ _CLUSTER = (
     ),
     click.option(
         "--dtype",
-        type=click.Choice(["bfloat16", "float32"]),
+        type=click.Choice(DTYPES),
         help="What to compute in.  [default: bfloat16 on GPUs, float32 where a stage has none]",
     ),
     click.option(
         "--dense-bits",
-        type=click.Choice([8, 4]),
+        type=click.Choice(DENSE_BITS),
         help="Quantize attention, shared experts, dense layers and the head to so many bits while loading: a token "
         "reads less and comes sooner.  [default: as the checkpoint has them]",
     ),

@@ -1,8 +1,9 @@
 """The options of a cluster as a user sets them, and the deployment that they ask for. Contacts no host."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 
@@ -18,6 +19,8 @@ LEASE_S = 20.0
 LEASE_RANGE_S = (2, 3600)
 STALL_TIMEOUT_RANGE_S = (1, 3600)
 MAX_STAGES = 64
+DTYPES = ("bfloat16", "float32")
+DENSE_BITS = (8, 4)
 
 
 class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,8 +39,8 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
     revision: str | None = None
     split: tuple[Annotated[int, msgspec.Meta(ge=1)], ...] | None = None
     context_tokens: Annotated[int, msgspec.Meta(ge=2)] | None = None
-    dtype: Literal["bfloat16", "float32"] | None = None
-    dense_bits: Literal[8, 4] | None = None
+    dtype: str | None = None
+    dense_bits: int | None = None
     lease_s: float = LEASE_S
     stall_timeout_s: float = STALL_TIMEOUT_S
     check_weights: bool = False
@@ -46,6 +49,8 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
         """Check what a type does not express."""
         _check_seconds("lease", self.lease_s, LEASE_RANGE_S)
         _check_seconds("stall-timeout", self.stall_timeout_s, STALL_TIMEOUT_RANGE_S)
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("dense-bits", self.dense_bits, DENSE_BITS)
         if self.hostfile is not None and self.num_stages is not None:
             raise HostfileError(
                 "a number of stages is for runs on this machine alone: give it, or a hostfile, not both"
@@ -124,3 +129,8 @@ def _check_seconds(name: str, seconds: float, allowed: tuple[int, int]) -> None:
     low, high = allowed
     if not low <= seconds <= high:  # false for nan, too
         raise RequestError(f"{name} {seconds:g} is out of range: give {low} to {high} s")
+
+
+def _check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    if value is not None and value not in allowed:
+        raise RequestError(f"{name} {value} is unknown: give {' or '.join(map(str, allowed))}")

@@ -60,7 +60,7 @@ def test_a_run_of_many_prompts_computes_the_ids_of_the_checkpoints_tokenizer(
     )
     assert run.returncode == 0, run.stderr
     results = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [result["prompt_tokens"] for result in results] == [prompt["num_ids"] for prompt in prompts]
+    assert [result["usage"]["prompt_tokens"] for result in results] == [prompt["num_ids"] for prompt in prompts]
     steps = [json.loads(line) for line in (log / "steps.jsonl").read_text().splitlines()]
     rows = [row for step in steps for row in step["rows"] if row["prompt"]]
     for prompt in prompts:
