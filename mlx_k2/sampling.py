@@ -1,6 +1,7 @@
 """Sampling parameters, token masks, logit biases and sampled tokens. Knows neither logits nor requests."""
 
 import enum
+import hashlib
 from array import array
 from collections.abc import Collection, Mapping
 
@@ -65,6 +66,12 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             raise RequestError("a token has two logit biases: give each token id once")
         for token_id, bias in self.logit_bias:
             _check(f"the logit bias of token {token_id}", bias, -100 <= bias <= 100, "from -100 to 100")
+
+
+def derived_seed(seed: int, index: int) -> int:
+    """Return the seed of answer or prompt ``index`` of a run with ``seed``, 0 to 2^63 - 1."""
+    digest = hashlib.blake2b(seed.to_bytes(8, "little") + index.to_bytes(8, "little"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def _check(name: str, value: object, holds: bool, allowed: str) -> None:

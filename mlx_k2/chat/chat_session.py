@@ -11,10 +11,11 @@ from mlx_k2.chat.next_prompt import NextPrompt
 from mlx_k2.chat.reply_source import ReplySource
 from mlx_k2.chat.tool_round import Approve, Tools, run_calls
 from mlx_k2.coordinator.handle import Finished, Handle, Token
-from mlx_k2.coordinator.reply_policy import NO_LIMITS, Grammar, ReplyLimits, ReplyPolicy
+from mlx_k2.coordinator.reply_policy import NO_LIMITS, ReplyLimits, ReplyPolicy
 from mlx_k2.errors import ClusterError, RequestError, RequestFailed, SetupError
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Request, check_request
+from mlx_k2.text.reply_grammar import ReplyGrammar
 from mlx_k2.text.reply_parts import Part, whole_reply
 from mlx_k2.text.tokenizer import Tokenizer
 
@@ -34,7 +35,7 @@ class ReplySettings:
     timeout_s: float | None = None
     """The time limit of each reply, counted from the start of its prefill."""
     limits: ReplyLimits = NO_LIMITS
-    grammar: Grammar | None = None
+    grammar: ReplyGrammar | None = None
     """The constraint of each reply; None allows every token."""
     max_tool_calls: int = MAX_TOOL_CALLS
 

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 import msgspec
 
 from mlx_k2.chat.chat_session import MAX_TOOL_CALLS, ReplySettings
-from mlx_k2.coordinator.reply_policy import Grammar, ReplyLimits
+from mlx_k2.coordinator.reply_policy import ReplyLimits
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import GenerationConfig, Sampling
 from mlx_k2.text.constraint import AnswerForm, AnswerFormat, Constraint, tool_rules
+from mlx_k2.text.reply_grammar import compile_constraint
 from mlx_k2.text.thinking_mode import INSTANT_TEMPERATURE, ThinkingMode
 from mlx_k2.weights.model_frontend import ModelFrontend
 
@@ -144,15 +145,19 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 def reply_settings(
     options: SamplingOptions,
     frontend: ModelFrontend,
+    declarations: Sequence[Mapping[str, object]] = (),
     *,
     max_tool_calls: int = MAX_TOOL_CALLS,
     num_logprobs: int | None = None,
-    grammar: Grammar | None = None,
 ) -> ReplySettings:
     """Return the settings of replies of a model: the options, else the checkpoint's recommendations.
 
-    ``grammar`` is the compiled constraint of the options.
+    The replies may call the tools of ``declarations``.
+
+    Raises:
+        RequestError: a schema or a grammar cannot be used, or the chosen tool is not declared.
     """
+    constraint = options.constraint(declarations)
     return ReplySettings(
         sampling=options.resolved(frontend.recommended, num_logprobs),
         max_tokens=frontend.context_tokens if options.max_tokens is None else options.max_tokens,
@@ -160,6 +165,6 @@ def reply_settings(
         timeout_s=options.timeout_s,
         context_tokens=frontend.context_tokens,
         limits=ReplyLimits(options.stop, options.min_tokens, options.thinking_budget),
-        grammar=grammar,
+        grammar=None if constraint is None else compile_constraint(frontend.grammars, constraint),
         max_tool_calls=max_tool_calls,
     )

@@ -124,7 +124,7 @@ def _chat(
     keyboard = choose_keyboard(list(HELP), usage.status)
     asked = options.conversation.tools
     approval = ToolApproval(screen, keyboard, asked.allowed_tools, everything=asked.yes)
-    settings = options.conversation.settings(frontend)
+    settings = options.conversation.settings(frontend, tools)
     toolkit = None if tools is None else Toolkit(tools, approval)
 
     def show_idle_restart(restart: Restart, phase: str) -> None:

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import TokenMask
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.scheduling.token_policy import Accepted
+from mlx_k2.text.reply_grammar import ReplyGrammar
 from mlx_k2.text.reply_parser import Phase, ReplyReader
 from mlx_k2.text.reply_parts import Content, Part
 from mlx_k2.text.tokenizer import Tokenizer
@@ -37,36 +37,6 @@ class ReplyLimits:
 NO_LIMITS = ReplyLimits()
 
 
-class Guide(Protocol):
-    """The constraint of one reply: ``text.reply_grammar.ReplyGuide``, whose import takes 0.2 s."""
-
-    @property
-    def is_complete(self) -> bool:
-        """True if no token may follow, since the request has no stop token."""
-
-    def accept(self, token_id: int, phase: Phase) -> None:
-        """Record the next token, and the phase after it."""
-
-    def forced(self) -> Sequence[int]:
-        """Return the tokens that must follow; nothing if there is a choice."""
-
-    def mask(self, draft_ids: Sequence[int], *, hold_stop: bool) -> TokenMask | None:
-        """Return the mask for the token after the accepted ones and ``draft_ids``. ``hold_stop``: no stop token."""
-
-    def may_draft(self, draft_ids: Sequence[int], token_id: int) -> bool:
-        """Return whether ``token_id`` may follow ``draft_ids`` as a draft token."""
-
-
-class Grammar(Protocol):
-    """A compiled constraint: ``text.reply_grammar.ReplyGrammar``."""
-
-    def guide(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop_ids: frozenset[int]) -> Guide:
-        """Return the guide of the reply to a prompt."""
-
-    def after_calls(self) -> "Grammar":
-        """Return the constraint of the reply to the results of tools."""
-
-
 class ReplyPolicy:
     """The policy of one reply. ``grammar`` None allows every token."""
 
@@ -75,7 +45,7 @@ class ReplyPolicy:
         tokenizer: Tokenizer,
         request: Request,
         limits: ReplyLimits = NO_LIMITS,
-        grammar: Grammar | None = None,
+        grammar: ReplyGrammar | None = None,
     ) -> None:
         # a stop token has no text, also where the request goes on after it (ignore_eos)
         self._reader = ReplyReader(tokenizer, request.prompt_ids, request.stop_ids | tokenizer.stop_ids)

@@ -132,14 +132,14 @@ class GrammarCompiler:
     """The compiler of grammars over one vocabulary. Any thread may use it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._lock = threading.Lock()
         self._cached: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
 
     @cached_property
     def _tables(self) -> tuple[LLTokenizer, NDArray[np.int32]]:
         """The vocabulary in llguidance's form, and a bit for each ordinary token. Takes 0.5 s for Kimi K2's."""
-        tokenizer = self._tokenizer
+        tokenizer = self.tokenizer
         special = [number for number in range(tokenizer.vocab_size) if tokenizer.is_special(number)]
         if not special:
             raise RequestError("answers cannot be constrained: the model's vocabulary has no control token")

@@ -49,7 +49,7 @@ class ReplyGrammar:
         return replace(self, rules=rules, arguments=self.arguments if rules.has_grammar else {})
 
 
-def compile_constraint(compiler: GrammarCompiler, tokenizer: Tokenizer, constraint: Constraint) -> ReplyGrammar:
+def compile_constraint(compiler: GrammarCompiler, constraint: Constraint) -> ReplyGrammar:
     """Return the compiled constraint.
 
     Raises:
@@ -59,7 +59,7 @@ def compile_constraint(compiler: GrammarCompiler, tokenizer: Tokenizer, constrai
     warnings: list[str | None] = []
     arguments: dict[str, GrammarState] = {}
     if rules.choice is ToolChoice.REQUIRED or (rules.choice is ToolChoice.AUTO and rules.tools and rules.has_grammar):
-        if missing := [name for name in _TOOL_MARKERS if name not in tokenizer.special_ids]:
+        if missing := [name for name in _TOOL_MARKERS if name not in compiler.tokenizer.special_ids]:
             raise RequestError(f"tool calls cannot be constrained: the model's vocabulary has no {missing[0]}")
         for tool in rules.tools:
             what = f"the parameters of tool {tool.name!r}"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_k2.cli.generate import command, first_request
+from mlx_k2.cli.generate import command, first_submissions
 from mlx_k2.cli.generate_file import line_submission
 from mlx_k2.cli.generate_options import GenerateOptions
 from mlx_k2.cli.options import with_struct
@@ -42,7 +42,7 @@ def tokenizer(model: ModelDescription) -> Tokenizer:
 
 def request_of(model: ModelDescription, *arguments: str) -> Request:
     options = options_of(*arguments)
-    return first_request(options, options.read_prompt(), ModelFrontend(model, CONTEXT_TOKENS))
+    return first_submissions(options, options.read_prompt(), ModelFrontend(model, CONTEXT_TOKENS))[0].request
 
 
 def text_of(tokenizer: Tokenizer, request: Request) -> str:

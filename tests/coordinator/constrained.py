@@ -47,7 +47,7 @@ def policy_of(
 ) -> ReplyPolicy:
     """Return the policy of a constrained reply."""
     request = Request(tuple(prompt_ids), 4096, Sampling(seed=0), stop_ids)
-    grammar = compile_constraint(COMPILER, TOKENIZER, constraint)
+    grammar = compile_constraint(COMPILER, constraint)
     return ReplyPolicy(TOKENIZER, request, limits or ReplyLimits(), grammar)
 
 
