@@ -63,7 +63,7 @@ class Allowed:
             for token_id in ends:
                 bits[token_id // 8] |= 1 << token_id % 8
         if 4 * (self.num_tokens + len(ends)) < vocab_size // 8:
-            return TokenMask.only(_ids(words))
+            return TokenMask(MaskForm.ONLY, _ids(words).tobytes())
         return TokenMask(MaskForm.BITS, words.tobytes()[: -(-vocab_size // 8)])
 
     def allows(self, token_id: int) -> bool:
@@ -73,12 +73,15 @@ class Allowed:
     @property
     def single(self) -> int:
         """The id of the only token."""
-        return _ids(self.words)[0]
+        return int(_ids(self.words)[0])
 
 
-def _ids(words: NDArray[np.int32]) -> list[int]:
-    ids: list[int] = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
-    return ids
+def _ids(words: NDArray[np.int32]) -> NDArray[np.uint32]:
+    """Return the numbers of the bits that are set."""
+    used = np.flatnonzero(words)
+    bits = np.unpackbits(words[used].view(np.uint8), bitorder="little").reshape(-1, 32)
+    word, bit = np.nonzero(bits)
+    return (used[word] * 32 + bit).astype(np.uint32)
 
 
 class GrammarState:

@@ -62,7 +62,7 @@ def compile_constraint(compiler: GrammarCompiler, constraint: Constraint) -> Rep
         if missing := [name for name in _TOOL_MARKERS if name not in compiler.tokenizer.special_ids]:
             raise RequestError(f"tool calls cannot be constrained: the model's vocabulary has no {missing[0]}")
         for tool in rules.tools:
-            what = f"the parameters of tool {tool.name!r}"
+            what = f"the schema of tool {tool.name!r}"
             schema = _of_object(tool.parameters, what)
             arguments[tool.name], warning = compiler.json_schema(schema, what, is_strict=tool.is_strict, is_spaced=True)
             warnings.append(warning)
@@ -95,7 +95,7 @@ def _of_object(parameters: object, what: str) -> object:
         return parameters  # the compiler refuses it
     kind = parameters.get("type", "object")
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
-        raise RequestError(f"{what} have the type {kind!r}: give a schema of type 'object'")
+        raise RequestError(f"{what} has the type {kind!r}: arguments are an object")
     return {**parameters, "type": "object"}
 
 
