@@ -1,15 +1,15 @@
-"""Sampling parameters, token masks, logit biases and sampled tokens. Knows neither logits nor requests."""
+"""Sampling parameters, logit biases and sampled tokens. Knows neither logits nor requests."""
 
-import enum
 import hashlib
 from array import array
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import msgspec
 
 from mlx_k2.errors import RequestError
 from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import read_json
+from mlx_k2.token_mask import id_bytes
 
 REPETITION_WINDOW = 64
 """Number of most recent tokens that the repetition penalty reads."""
@@ -79,41 +79,6 @@ def _check(name: str, value: object, holds: bool, allowed: str) -> None:
         raise RequestError(f"{name} {value} is out of range: give a value {allowed}")
 
 
-class MaskForm(enum.Enum):
-    """The form of a token mask's data."""
-
-    BITS = "bits"
-    """Bit ``i % 8`` (least significant first) of byte ``i // 8`` is 1 if token ``i`` is allowed."""
-    ONLY = "only"
-    """The allowed token ids, each as 4 bytes, least significant first."""
-    ALL_BUT = "all but"
-    """The excluded token ids, in the form of ONLY."""
-
-
-class TokenMask(msgspec.Struct, frozen=True):
-    """The tokens that may be sampled, in the shortest of three forms."""
-
-    form: MaskForm
-    data: bytes
-
-    @classmethod
-    def only(cls, token_ids: Collection[int]) -> "TokenMask":
-        """Return the mask that allows ``token_ids``."""
-        return cls(MaskForm.ONLY, _id_bytes(token_ids))
-
-    @classmethod
-    def all_but(cls, token_ids: Collection[int]) -> "TokenMask":
-        """Return the mask that excludes ``token_ids``."""
-        return cls(MaskForm.ALL_BUT, _id_bytes(token_ids))
-
-    def allows(self, token_id: int) -> bool:
-        """Return whether ``token_id`` may be sampled."""
-        if self.form is MaskForm.BITS:
-            return bool(self.data[token_id // 8] >> token_id % 8 & 1)
-        found = token_id in memoryview(self.data).cast("I")
-        return found is (self.form is MaskForm.ONLY)
-
-
 class LogitBias(msgspec.Struct, frozen=True):
     """Numbers that are added to logits: token ids of 4 bytes, and as many float32, least significant byte first."""
 
@@ -123,11 +88,7 @@ class LogitBias(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, biases: Mapping[int, float]) -> "LogitBias":
         """Return the biases by token id."""
-        return cls(_id_bytes(biases), array("f", biases.values()).tobytes())
-
-
-def _id_bytes(token_ids: Collection[int]) -> bytes:
-    return array("I", token_ids).tobytes()  # macOS and Linux on the supported machines are little-endian
+        return cls(id_bytes(biases), array("f", biases.values()).tobytes())
 
 
 class SampledToken(msgspec.Struct, frozen=True):

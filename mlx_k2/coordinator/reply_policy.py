@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_k2.errors import RequestError
-from mlx_k2.sampling import TokenMask
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.scheduling.token_policy import Accepted
 from mlx_k2.text.reply_grammar import ReplyGrammar
 from mlx_k2.text.reply_parser import Phase, ReplyReader
 from mlx_k2.text.reply_parts import Content, Part
 from mlx_k2.text.tokenizer import Tokenizer
+from mlx_k2.token_mask import TokenMask
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import numpy as np
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_repetition_penalty
 from numpy.typing import NDArray
 
-from mlx_k2.sampling import REPETITION_WINDOW, LogitBias, MaskForm, SampledToken, Sampling, TokenMask
+from mlx_k2.sampling import REPETITION_WINDOW, LogitBias, SampledToken, Sampling
+from mlx_k2.token_mask import MaskForm, TokenMask
 
 
 @dataclass(frozen=True)

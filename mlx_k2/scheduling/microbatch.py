@@ -5,9 +5,10 @@ from functools import cached_property
 
 import msgspec
 
-from mlx_k2.sampling import LogitBias, Sampling, TokenMask
+from mlx_k2.sampling import LogitBias, Sampling
 from mlx_k2.scheduling.cost_model import StepLoad, row_load
 from mlx_k2.scheduling.sequence import Sequence
+from mlx_k2.token_mask import TokenMask
 
 
 class Row(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import msgspec
 
 from mlx_k2.errors import MlxK2Error, RequestFailed
-from mlx_k2.sampling import REPETITION_WINDOW, LogitBias, SampledToken, Sampling, TokenMask
+from mlx_k2.sampling import REPETITION_WINDOW, LogitBias, SampledToken, Sampling
 from mlx_k2.scheduling.drafter import Drafter, NgramDrafter
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
 from mlx_k2.scheduling.token_policy import Accepted, AnyToken, TokenPolicy
+from mlx_k2.token_mask import TokenMask
 
 INDEX_TOKENS = 128
 """Number of tokens that are indexed for drafts at a time: about 0.2 ms."""

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from mlx_k2.sampling import TokenMask
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.text.reply_parts import Part
+from mlx_k2.token_mask import TokenMask
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from mlx_k2.model.sampler import SamplingRequest, sample_tokens
 from mlx_k2.model.stage_model import StageModel
 from mlx_k2.protocol.messages import Step, StepDone
 from mlx_k2.protocol.stage_status import Phase
-from mlx_k2.sampling import MaskForm, SampledToken
+from mlx_k2.sampling import SampledToken
 from mlx_k2.scheduling.microbatch import Row
 from mlx_k2.stage.transport import Transport
+from mlx_k2.token_mask import MaskForm
 from mlx_k2.weights.reader import is_finite
 
 

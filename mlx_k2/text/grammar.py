@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from mlx_k2.errors import RequestError, RequestFailed
 from mlx_k2.json_text.parse import parse_json
-from mlx_k2.sampling import MaskForm, TokenMask
 from mlx_k2.text.schema_check import check_schema
 from mlx_k2.text.tokenizer import Tokenizer
+from mlx_k2.token_mask import MaskForm, TokenMask
 
 MAX_GRAMMAR_BYTES = 256 * 1024
 """The largest schema, regular expression or Lark grammar."""

@@ -7,12 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mlx_k2.errors import RequestError
-from mlx_k2.sampling import TokenMask
 from mlx_k2.text.constraint import AnswerForm, AnswerFormat, Constraint, ToolChoice, ToolRules
 from mlx_k2.text.grammar import Allowed, GrammarCompiler, GrammarState
 from mlx_k2.text.reply_parser import Phase
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.text.tool_call import call_id
+from mlx_k2.token_mask import TokenMask
 
 _THINK_BEGIN, _THINK_END = "<think>", "</think>"
 _SECTION_BEGIN, _SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"

@@ -5,10 +5,10 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.engine import Engine
 from mlx_k2.coordinator.handle import Event, Finished, Handle, Token
-from mlx_k2.sampling import TokenMask
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
 from mlx_k2.scheduling.token_policy import Accepted, AnyToken, TokenPolicy
 from mlx_k2.text.tokenizer import Tokenizer
+from mlx_k2.token_mask import TokenMask
 
 
 def sampled(tokenizer: Tokenizer, text: str) -> list[int]:

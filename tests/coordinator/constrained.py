@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy
-from mlx_k2.sampling import Sampling, TokenMask
+from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.testing.tiny_vocabulary import tiny_vocabulary
 from mlx_k2.text.constraint import Constraint
@@ -13,6 +13,7 @@ from mlx_k2.text.grammar import GrammarCompiler
 from mlx_k2.text.reply_grammar import compile_constraint
 from mlx_k2.text.reply_parts import Part, Reply, whole_reply
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
+from mlx_k2.token_mask import TokenMask
 
 VOCAB_SIZE = 640
 TOKENIZER: Tokenizer = load_tokenizer(tiny_vocabulary(VOCAB_SIZE, 4096).files, VOCAB_SIZE)

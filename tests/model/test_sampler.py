@@ -6,7 +6,8 @@ import pytest
 from numpy.typing import NDArray
 
 from mlx_k2.model.sampler import SamplingRequest, sample_tokens
-from mlx_k2.sampling import REPETITION_WINDOW, LogitBias, MaskForm, SampledToken, Sampling, TokenMask
+from mlx_k2.sampling import REPETITION_WINDOW, LogitBias, SampledToken, Sampling
+from mlx_k2.token_mask import MaskForm, TokenMask
 
 NUM_SAMPLES = 2000
 LOGITS = [2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -20.0]
