@@ -11,6 +11,7 @@ from mlx_k2.chat.sampling_options import SamplingOptions, reply_settings
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Token
 from mlx_k2.coordinator.jobs import Submission
+from mlx_k2.errors import RequestError
 from mlx_k2.sampling import derived_seed
 from mlx_k2.text.history import assistant_message
 from mlx_k2.text.message import Message
@@ -103,6 +104,8 @@ def submission(
     tools: Sequence[Mapping[str, object]] = (),
 ) -> Submission:
     """Return the request for a reply to a prompt of token ids. Errors are those of ``submission_of``."""
+    if options.num_answers > 1:
+        raise RequestError(f"{options.num_answers} answers were asked for, and this call returns one: leave n out")
     return submissions(reply_settings(options, frontend, tools), frontend, prompt_ids)[0]
 
 
