@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from mlx_k2.cli.generate import command, first_submissions
-from mlx_k2.cli.generate_file import line_submission
+from mlx_k2.cli.generate_file import line_submissions
 from mlx_k2.cli.generate_options import GenerateOptions
 from mlx_k2.cli.options import with_struct
 from mlx_k2.cli.prompt_files import PromptLine
@@ -165,7 +165,7 @@ def test_a_line_of_a_file_of_prompts_overrides_the_options_for_thinking_and_decl
     options = options_of("--thinking", "off", "--preserve-thinking")
 
     def request(line: PromptLine) -> Request:
-        return line_submission(options, line, 1, frontend).request
+        return line_submissions(options, line, 1, frontend)[0].request
 
     assert "type f = (_: {}) => any;" in text_of(tokenizer, request(PromptLine(prompt="x", tools=tools)))
     preserved = request(PromptLine(messages=history, thinking=True))
