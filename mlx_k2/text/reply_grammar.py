@@ -75,8 +75,6 @@ def compile_constraint(compiler: GrammarCompiler, constraint: Constraint) -> Rep
 
 def _answer(compiler: GrammarCompiler, answer: AnswerFormat) -> tuple[GrammarState, str | None]:
     match answer.form:
-        case AnswerForm.JSON_OBJECT:
-            return compiler.json_schema({"type": "object"}, "the JSON object")
         case AnswerForm.JSON_SCHEMA:
             return compiler.json_schema(answer.schema, "the JSON schema", is_strict=answer.is_strict)
         case _:
@@ -176,7 +174,7 @@ class ReplyGuide:
         allowed = self._allowed_after(())
         if not allowed.num_tokens:
             return rule.ends[:1]
-        return (allowed.single,) if allowed.num_tokens == 1 and not allowed.may_end else ()
+        return allowed.token_ids.tolist() if allowed.num_tokens == 1 and not allowed.may_end else ()
 
     def mask(self, draft_ids: Sequence[int], *, hold_stop: bool) -> TokenMask | None:
         """Return the mask for the token after the accepted ones and ``draft_ids``; None allows every token.
