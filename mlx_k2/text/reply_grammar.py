@@ -20,6 +20,8 @@ _CALL_BEGIN, _ARGUMENTS_BEGIN = "<|tool_call_begin|>", "<|tool_call_argument_beg
 _CALL_END = "<|tool_call_end|>"
 _TOOL_MARKERS = (_SECTION_BEGIN, _SECTION_END, _CALL_BEGIN, _ARGUMENTS_BEGIN, _CALL_END)
 _STOP = "<|im_end|>"
+MAX_CALLS = 16
+"""The most calls of a constrained reply, which ends a repetition. The model makes further ones in its next reply."""
 _NO_PARAMETERS = {"type": "object", "additionalProperties": False}
 _NO_TOOLS = ToolRules(choice=ToolChoice.NONE)
 
@@ -245,7 +247,7 @@ class ReplyGuide:
 
     @property
     def _may_call_now(self) -> bool:
-        return self._may_call and (self._grammar.rules.is_parallel or not self._num_calls)
+        return self._may_call and self._num_calls < (MAX_CALLS if self._grammar.rules.is_parallel else 1)
 
     @property
     def _banned_markers(self) -> tuple[int, ...]:
