@@ -65,7 +65,8 @@ _CLUSTER = (
     click.option(
         "--check-weights",
         is_flag=True,
-        help="Search every tensor for NaN and infinity while loading. Without it: norms, router, embedding and scales.",
+        help="Search every tensor for NaN and infinity while loading. Without it, and "
+        "without --dense-bits: norms, router, embedding and scales.",
     ),
     click.option("-v", "--verbose", is_flag=True, help="Show what the stages write to their logs."),
 )

@@ -41,6 +41,7 @@ PAYLOADS = (
     "`\x1b[2J`",
     "\ud89b\udc1b\n\n",
     "\n```\n\x1b[2J\n```\n",
+    "[/x] [bold]",
     "| a | b |\n|---|---|\n| \x1b[2J | \x9b2J |\n",
 )
 TEXTS = st.one_of(st.sampled_from(PAYLOADS), st.text(st.characters(max_codepoint=0xFF), max_size=8), st.text())
