@@ -39,7 +39,7 @@ def log_restart(restart: Restart, phase: str = WAITING) -> None:
         return
     log(
         f"{restart.reason}\nall stages start again in {restart.wait_s:g} s ({restart.number} of at most "
-        f"{restart.limit} times in a row); the answer then goes on where it is"
+        f"{restart.limit} within 10 minutes of each other); the answer then goes on where it is"
     )
 
 

@@ -147,7 +147,8 @@ restarts_option = click.option(
     type=_Limit(),
     default=3,
     metavar="N",
-    help="After a fault, start all stages again and go on with the answer: so many times in a row, or off.  "
+    help="After a fault, start all stages again and go on with the answer: so many times, or off. 10 minutes "
+    "without a fault begin a new count.  "
     "[default: 3]",
 )
 

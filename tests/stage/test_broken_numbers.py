@@ -170,6 +170,18 @@ def test_an_expert_broken_in_memory_is_named_by_a_step_that_uses_it_and_changes_
     assert len(used) == EXPERTS_PER_TOKEN
 
 
+@pytest.mark.parametrize("others", [(), (Row(1, 0, (9,), True, Sampling(seed=1)),)], ids=["alone", "beside another"])
+def test_the_last_stage_names_a_layer_also_in_a_step_that_samples_nothing_of_the_prompt(
+    checkpoint: Checkpoint, others: tuple[Row, ...]
+) -> None:
+    pipeline = Pipeline(checkpoint("thinking"), 2)
+    pipeline.step(*others, ROW)
+    experts_of_layer_5(pipeline).experts.gate_scale[:] = np.nan
+    part = Row(0, 0, ROW.token_ids, True, None)
+    with pytest.raises(NotFinite, match="NaN or infinity in step 2, first in layer 5"):
+        pipeline.step(*others, part)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf], ids=["NaN", "infinity"])
 def test_a_row_of_the_embedding_broken_in_memory_is_named_by_a_step_with_its_token_only(
     checkpoint: Checkpoint, value: float
