@@ -170,16 +170,25 @@ def test_an_expert_broken_in_memory_is_named_by_a_step_that_uses_it_and_changes_
     assert len(used) == EXPERTS_PER_TOKEN
 
 
-@pytest.mark.parametrize("others", [(), (Row(1, 0, (9,), True, Sampling(seed=1)),)], ids=["alone", "beside another"])
 def test_the_last_stage_names_a_layer_also_in_a_step_that_samples_nothing_of_the_prompt(
-    checkpoint: Checkpoint, others: tuple[Row, ...]
+    checkpoint: Checkpoint,
 ) -> None:
-    pipeline = Pipeline(checkpoint("thinking"), 2)
-    pipeline.step(*others, ROW)
-    experts_of_layer_5(pipeline).experts.gate_scale[:] = np.nan
-    part = Row(0, 0, ROW.token_ids, True, None)
-    with pytest.raises(NotFinite, match="NaN or infinity in step 2, first in layer 5"):
-        pipeline.step(*others, part)
+    """Some experts are used by the part of the prompt and not by the other request, whose logits are then finite."""
+    other, part = Row(1, 0, (9,), True, Sampling(seed=1)), Row(0, 0, ROW.token_ids, True, None)
+    used: dict[tuple[Row, ...], set[int]] = {}
+    for rows in ((other,), (part,), (other, part)):
+        used[rows] = set()
+        for expert in range(NUM_EXPERTS):
+            pipeline = Pipeline(checkpoint("thinking"), 2)
+            experts_of_layer_5(pipeline).experts.gate_scale[expert] = np.nan
+            try:
+                pipeline.step(*rows)
+            except NotFinite as error:
+                assert "first in layer 5" in str(error)
+                used[rows].add(expert)
+    assert len(used[(other,)]) == EXPERTS_PER_TOKEN
+    assert used[(part,)] - used[(other,)]
+    assert used[(other, part)] == used[(other,)] | used[(part,)]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf], ids=["NaN", "infinity"])
