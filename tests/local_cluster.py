@@ -119,7 +119,12 @@ def local_host() -> Host:
 
 @contextmanager
 def local_cluster(
-    folder: Path, hosts: Sequence[Host], step_timeout: StepTimeout | None = None, stall_timeout_s: float = 8.0
+    folder: Path,
+    hosts: Sequence[Host],
+    step_timeout: StepTimeout | None = None,
+    stall_timeout_s: float = 8.0,
+    *,
+    drafts: bool = False,
 ) -> Iterator[Cluster]:
     """Start real stages on this machine, one for each of ``hosts`` (as in a hostfile), and yield them when ready."""
     asked = replace(local_request(folder, hosts), stall_timeout_s=stall_timeout_s)
@@ -128,7 +133,7 @@ def local_cluster(
     with deploy(asked, model, names) as deployment:
         limits = SchedulerLimits(deployment.shape.num_slots, CONTEXT_TOKENS, CHUNK_TOKENS, len(hosts))
         policy = AdaptiveStepPolicy(deployment.costs)
-        scheduler = Scheduler(limits, policy)
+        scheduler = Scheduler(limits, policy, drafts=drafts)
         pipeline = Pipeline(deployment.group, scheduler, policy, VOCAB_SIZE, step_timeout)
         with Engine(pipeline, scheduler) as engine:
             yield Cluster(deployment, engine, names)

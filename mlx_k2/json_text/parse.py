@@ -13,8 +13,10 @@ class JsonError(ValueError):
     """Text that is not JSON as this program reads it. The message names the line or the field."""
 
 
-def parse_json(text: bytes | str) -> Any:
+def parse_json(text: bytes | str, *, last_key_wins: bool = False) -> Any:
     """Return the value of a JSON text, which may begin with a byte order mark of UTF-8.
+
+    ``last_key_wins`` accepts a key that occurs twice in one object, and returns its last value.
 
     Raises:
         JsonError: it is not JSON in UTF-8, is larger than MAX_BYTES or nested deeper than MAX_DEPTH, has a key twice in
@@ -22,7 +24,12 @@ def parse_json(text: bytes | str) -> Any:
     """
     text = _decode(text) if isinstance(text, bytes) else text
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_float=_float, parse_constant=_refuse_constant)
+        value = json.loads(
+            text,
+            object_pairs_hook=dict if last_key_wins else _object,
+            parse_float=_float,
+            parse_constant=_refuse_constant,
+        )
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text.strip() else ""
         raise JsonError(f"{line}column {error.colno}: {error.msg[0].lower()}{error.msg[1:]}") from None
