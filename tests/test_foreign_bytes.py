@@ -29,7 +29,7 @@ from mlx_k2.errors import (
     ToolsError,
 )
 from mlx_k2.kernels import check_cache
-from mlx_k2.protocol.framing import MARK, Kind, encode_frame, read_frame, skip_to_mark
+from mlx_k2.protocol.framing import MARK, MARK_START, Kind, encode_frame, read_frame, skip_to_mark
 from mlx_k2.protocol.guard_messages import GuardSettings, StageExit
 from mlx_k2.protocol.messages import Hello, Step, StepDone, decode_from_stage, decode_to_stage, encode_message
 from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
@@ -149,7 +149,7 @@ def test_any_stream_is_read_as_frames_or_raises_a_protocol_error(data: bytes) ->
 @given(st.binary(max_size=100), st.binary(max_size=40))
 def test_any_bytes_before_the_opening_mark_are_skipped(chatter: bytes, rest: bytes) -> None:
     stream = io.BytesIO(chatter + MARK + rest)
-    if MARK not in chatter + MARK[:-1]:
+    if MARK_START not in chatter + MARK_START[:-1]:  # else it is a stage of another version
         assert skip_to_mark(stream) == chatter
         assert stream.read() == rest
 
