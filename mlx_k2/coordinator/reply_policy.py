@@ -51,6 +51,7 @@ class ReplyPolicy:
         self._reader = ReplyReader(tokenizer, request.prompt_ids, request.stop_ids | tokenizer.stop_ids)
         self._guide = None if grammar is None else grammar.guide(tokenizer, request.prompt_ids, request.stop_ids)
         self._has_stop_token = bool(request.stop_ids)
+        self._tokenizer = tokenizer
         self._limits = limits
         self._stops = StopScanner(limits.stop_strings)
         self._num_tokens = 0
@@ -93,7 +94,10 @@ class ReplyPolicy:
 
     def may_draft(self, draft_ids: Sequence[int], token_id: int) -> bool:
         """Return whether the constraint allows a draft token. Control tokens, which can end a phase, are excluded."""
-        return self._guide is None or self._guide.may_draft(draft_ids, token_id)
+        if self._guide is None:
+            return True
+        mask = self._guide.mask(draft_ids, hold_stop=False)
+        return not self._tokenizer.is_special(token_id) and (mask is None or mask.allows(token_id))
 
     def finish(self) -> Accepted:
         """Return the text and parts that were held back."""

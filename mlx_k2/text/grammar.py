@@ -66,10 +66,6 @@ class Allowed:
             return TokenMask(MaskForm.ONLY, _ids(words).tobytes())
         return TokenMask(MaskForm.BITS, words.tobytes()[: -(-vocab_size // 8)])
 
-    def allows(self, token_id: int) -> bool:
-        """Return whether an ordinary token may follow."""
-        return bool(self.words[token_id // 32] >> token_id % 32 & 1)
-
     @property
     def single(self) -> int:
         """The id of the only token."""

@@ -196,15 +196,6 @@ class ReplyGuide:
         extra = () if draft_ids else rule.extra
         return allowed.mask((*ends, *extra), self._tokenizer.vocab_size)
 
-    def may_draft(self, draft_ids: Sequence[int], token_id: int) -> bool:
-        """Return whether ``token_id`` may follow ``draft_ids`` as a draft token."""
-        if self._tokenizer.is_special(token_id):
-            return False
-        rule = self._rule()
-        if rule.state is None:
-            return rule.banned is not None
-        return self._allowed_after(draft_ids).allows(token_id)
-
     def _allowed_after(self, draft_ids: Sequence[int]) -> Allowed:
         assert self._state is not None, "only a grammar allows tokens"
         key = tuple(draft_ids)

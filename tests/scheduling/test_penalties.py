@@ -18,7 +18,7 @@ def reference(sampling: Sampling, generated: list[int]) -> list[float]:
     for token_id in set(generated):
         count = generated.count(token_id)
         added[token_id] -= sampling.presence_penalty + count * sampling.frequency_penalty
-    return np.array([added[number] for number in range(VOCAB_SIZE)], np.float32).tolist()
+    return [float(np.float32(added[number])) for number in range(VOCAB_SIZE)]
 
 
 def added_by(bias: LogitBias | None) -> list[float]:
