@@ -1,7 +1,5 @@
 """Kimi K2 models across two or more Apple-silicon Macs."""
 
-from importlib import import_module
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing's own takes longer to import than all else here
     from mlx_k2.api import AsyncCluster as AsyncCluster
@@ -34,4 +32,6 @@ def __getattr__(name: str) -> object:
     """Return a name of the Python API, which is imported when it is first used."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("mlx_k2.api"), name)
+    from mlx_k2 import api  # noqa: PLC0415 - here, so that importing the package loads nothing
+
+    return getattr(api, name)

@@ -1,6 +1,7 @@
 """Tests of the Python API on real stages of this machine, and of how it is imported."""
 
 import asyncio
+import os
 import re
 import statistics
 import subprocess
@@ -145,7 +146,7 @@ def test_what_cannot_be_answered_is_refused_with_the_reason(cluster: Cluster) ->
         cluster.stream("x" * 100_000)
 
 
-def test_a_cluster_that_is_not_open_says_so() -> None:
+def test_a_cluster_that_is_not_open_is_an_error_with_the_way_out() -> None:
     with pytest.raises(ClusterError, match="the cluster is not open: use it as a context"):
         Cluster().chat("x")
 
@@ -191,13 +192,18 @@ def test_an_async_cluster_streams_chats_and_answers_many(endless: Path) -> None:
     assert [process for process in processes() if process not in before] == []
 
 
-def test_cancelling_a_task_cancels_its_request_and_others_go_on(endless: Path) -> None:
+def test_cancelling_a_task_cancels_its_request_and_no_other(endless: Path) -> None:
     async def work() -> None:
         async with AsyncCluster(model=endless, num_stages=1, num_sequences=1) as cluster:
-            task = asyncio.create_task(cluster.chat("Hello", Sampling(max_tokens=1500)))
+            has_begun = asyncio.Event()
+
+            async def read_all() -> None:
+                async for _ in cluster.stream("Hello", Sampling(max_tokens=1500)):
+                    has_begun.set()
+
+            task = asyncio.create_task(read_all())
+            await has_begun.wait()
             waiting = asyncio.create_task(cluster.chat("Hello", Sampling(max_tokens=3)))
-            async for _ in cluster.stream("Hello", Sampling(max_tokens=1)):
-                break  # it ran after the first, or beside it
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -228,20 +234,22 @@ NUM_IMPORTS = 20
 MAX_IMPORT_S = 0.005
 
 
-def median_s(statement: str) -> float:
-    times = []
-    for _ in range(NUM_IMPORTS):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-c", statement], check=True, cwd="/", timeout=60)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+def cpu_s(statement: str) -> float:
+    """Return the CPU time of a process that runs ``statement``, which other processes do not change."""
+    process = subprocess.Popen([sys.executable, "-c", statement], cwd="/")
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = status
+    assert status == 0
+    return usage.ru_utime + usage.ru_stime
 
 
-def test_importing_takes_at_most_5_ms_and_loads_nothing() -> None:
+def test_an_import_costs_at_most_5_ms_and_loads_nothing() -> None:
     loaded = "import sys; before = set(sys.modules); import mlx_k2; print(*sorted(set(sys.modules) - before))"
     run = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True, timeout=60)
     assert run.stdout.split() == ["mlx_k2"]
-    assert median_s("import mlx_k2") - median_s("pass") <= MAX_IMPORT_S
+    times = [(cpu_s("import mlx_k2"), cpu_s("pass")) for _ in range(NUM_IMPORTS)]
+    with_it, without = (statistics.median(one) for one in zip(*times, strict=True))
+    assert with_it - without <= MAX_IMPORT_S
 
 
 def test_the_api_is_imported_without_mlx() -> None:
@@ -281,11 +289,12 @@ def test_mypy_checks_an_importer(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), "importer.py"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=110)
     lines = [re.sub(r"^importer.py:\d+: ", "", line) for line in run.stdout.splitlines()]
-    assert lines[0] == 'note: Revealed type is "builtins.str"'
-    assert lines[1] == 'note: Revealed type is "builtins.int"'
+    assert re.fullmatch(r'note: Revealed type is "(builtins\.)?str"', lines[0])
+    assert re.fullmatch(r'note: Revealed type is "(builtins\.)?int"', lines[1])
     assert "Reasoning" in lines[2] and "Content" in lines[2]
-    assert lines[3].startswith('error: Unexpected keyword argument "hostfil" for "Cluster"')
-    assert lines[4].startswith('error: Argument "temperature" to "SamplingOptions" has incompatible type "str"')
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert errors[0].startswith('error: Unexpected keyword argument "hostfil" for "Cluster"')
+    assert errors[1].startswith('error: Argument "temperature" to "SamplingOptions" has incompatible type "str"')
     assert lines[-1].startswith("Found 2 errors")
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from mlx_k2.cli.prompt_files import read_prompt_lines
 from mlx_k2.cli.repl.saved_chat import load_chat
 from mlx_k2.cli.result_file import ResultFile
+from mlx_k2.cluster.host_facts import Command, RunningStage
 from mlx_k2.cluster.hostfile import parse_hostfile
 from mlx_k2.config import ModelConfig
 from mlx_k2.errors import (
@@ -27,9 +29,9 @@ from mlx_k2.errors import (
     ToolsError,
 )
 from mlx_k2.kernels import check_cache
-from mlx_k2.protocol.framing import MARK, Kind, encode_frame, read_frame, skip_to_mark
+from mlx_k2.protocol.framing import MARK, MARK_START, Kind, encode_frame, read_frame, skip_to_mark
 from mlx_k2.protocol.guard_messages import GuardSettings, StageExit
-from mlx_k2.protocol.messages import Step, StepDone, decode_from_stage, decode_to_stage, encode_message
+from mlx_k2.protocol.messages import Hello, Step, StepDone, decode_from_stage, decode_to_stage, encode_message
 from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
 from mlx_k2.sampling import GenerationConfig, Sampling
 from mlx_k2.scheduling.microbatch import Row
@@ -107,6 +109,23 @@ def test_a_step_with_a_sampling_value_out_of_range_is_a_protocol_error_that_name
         decode_to_stage(step_with_top_p_0())
 
 
+@pytest.mark.parametrize("began_unix_s", [1e300, -1.0, math.nan, math.inf])
+def test_a_command_that_began_when_no_calendar_can_show_is_a_protocol_error(began_unix_s: float) -> None:
+    other = RunningStage(Command("mac-1", 1, "mlx-k2 chat", began_unix_s), 10**10)
+    hello = Hello(
+        mlx_k2_version="1",
+        mlx_version="1",
+        mlx_lm_version="1",
+        python_version="3",
+        system="macOS",
+        memory_bytes=1,
+        working_set_bytes=None,
+        running_stages=(other,),
+    )
+    with pytest.raises(ProtocolError, match=r"not a message from a stage: .*began_unix_s"):
+        decode_from_stage(encode_message(hello))
+
+
 @given(JSON)
 def test_json_of_any_shape_is_decoded_or_raises_a_protocol_error(value: object) -> None:
     for decode in DECODERS:
@@ -130,7 +149,7 @@ def test_any_stream_is_read_as_frames_or_raises_a_protocol_error(data: bytes) ->
 @given(st.binary(max_size=100), st.binary(max_size=40))
 def test_any_bytes_before_the_opening_mark_are_skipped(chatter: bytes, rest: bytes) -> None:
     stream = io.BytesIO(chatter + MARK + rest)
-    if MARK not in chatter + MARK[:-1]:
+    if MARK_START not in chatter + MARK_START[:-1]:  # else it is a stage of another version
         assert skip_to_mark(stream) == chatter
         assert stream.read() == rest
 

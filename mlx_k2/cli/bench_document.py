@@ -105,7 +105,7 @@ def bench_document(deployment: Deployment, rows: Sequence[Measured], model: str 
 
 
 def _row(row: Measured, num_stages: int) -> BenchRow:
-    same = {field.name for field in dataclasses.fields(Measured)} & set(BenchRow.__struct_fields__)
+    same = {field.name for field in dataclasses.fields(Measured)} & {*BenchRow.__struct_fields__} - {"stages"}
     return BenchRow(
         stages=num_stages,
         prompt_tokens=row.workload.prompt_tokens,

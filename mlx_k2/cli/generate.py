@@ -48,8 +48,18 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 @token_ids_option
 @sampling_options
 @answer_options
-@click.option("--prompts", "prompts_path", metavar="FILE", help="Many prompts: a JSON object a line; see the manual.")
-@click.option("--out", "out_path", metavar="FILE", help="With --prompts: where the results go, in the same order.")
+@click.option(
+    "--prompts",
+    "prompts_path",
+    metavar="FILE",
+    help="Many prompts: a JSON object a line (docs/json.md); - reads them from standard input.",
+)
+@click.option(
+    "--out",
+    "out_path",
+    metavar="FILE",
+    help="With --prompts: the file for the results. The same command goes on with it after any end.",
+)
 @draft_option
 @run_options
 @tool_options

@@ -49,14 +49,15 @@ def generate_many(options: GenerateOptions, asked: DeploymentRequest, model: Mod
             shape, _ = preview(asked, model)
             _check(options, ModelFrontend(model, shape.context_tokens))
             results.resume(result_digests(options, model, lines))
-        with (
-            ConsoleListener(options.verbose) as listener,
-            RestartingDeployment(asked, model, listener, *options.run.arguments) as restarting,
-        ):
-            if model is None:
-                results.resume(result_digests(options, restarting.deployment.model, lines))
-            listener.done()
-            _Batch(options, restarting, lines, results).run()
+        if len(results) < len(lines):
+            with (
+                ConsoleListener(options.verbose) as listener,
+                RestartingDeployment(asked, model, listener, *options.run.arguments) as restarting,
+            ):
+                if model is None:
+                    results.resume(result_digests(options, restarting.deployment.model, lines))
+                listener.done()
+                _Batch(options, restarting, lines, results).run()
         num_failed = len(lines) - len(results)
         results.sort()
     log(f"{len(lines)} results are in {options.out_path}" + (f", {num_failed} of them failed" if num_failed else ""))

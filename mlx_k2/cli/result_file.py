@@ -30,6 +30,7 @@ class ResultFile:
         self._numbers: Mapping[str, int] = {}
         self._digests: dict[int, str] = {}
         self._lines: dict[int, bytes] = {}
+        self._failed: set[int] = set()
 
     def __enter__(self) -> "ResultFile":
         self._is_new = not self._path.exists()
@@ -65,11 +66,11 @@ class ResultFile:
         self._file.seek(len(whole))
 
     def __contains__(self, number: int) -> bool:
-        """Return whether the file has a result of this prompt."""
-        return number in self._lines
+        """Return whether the file has a result of this prompt other than an error."""
+        return number in self._lines and number not in self._failed
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._lines) - len(self._failed)
 
     def write(self, number: int, result: Mapping[str, object]) -> None:
         """Append the result of a prompt, and wait until it is on the disk.
@@ -86,6 +87,8 @@ class ResultFile:
         except OSError as error:  # a full disk: the system names no file
             raise OSError(error.errno, error.strerror, str(self._path)) from None
         self._lines[number] = line
+        if "error" in result:
+            self._failed.add(number)
 
     def sort(self) -> None:
         """Replace the file by one with the results in the order of their prompts; an end meanwhile loses nothing."""

@@ -18,7 +18,8 @@ from mlx_k2.chat.completion import Completion, Usage
 from mlx_k2.cli.generate_file import result_digests
 from mlx_k2.cli.main import run
 from mlx_k2.cli.output import StageSummary, TokenLine
-from mlx_k2.cli.prompt_files import PromptLine
+from mlx_k2.cli.prompt_files import PromptLine, read_prompt_lines
+from mlx_k2.cli.result_file import ResultFile
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_source import ModelSource
@@ -133,6 +134,24 @@ def test_the_documentation_names_every_field() -> None:
     kinds = (Completion, Usage, PromptLine, StageSummary, TokenLine)
     names = {field.encode_name for kind in kinds for field in msgspec.structs.fields(kind)}
     assert names | RESULT_FIELDS | {"left_out", "error"} <= named | {"token"}
+
+
+def test_a_complete_file_is_sorted_without_starting_anything(
+    endless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_prompts(Path("prompts"), {"prompt": "x"}, {"prompt": "y"})
+    given = ["--model", str(endless), "--prompts", "prompts", "--out", "out"]
+    model = describe_model(read_model_files(ModelSource(path_or_repo=str(endless))).files, "the model")
+    digests = result_digests(options_of(*given), model, read_prompt_lines("prompts"))
+    with ResultFile(Path("out")) as results:
+        results.resume(digests)
+        for number in (2, 1):
+            results.write(number, {"id": number, "text": "kept"})
+    before = started_processes()
+    assert run(["generate", *given]) == 0, capsys.readouterr().err
+    assert [(result["id"], result["text"]) for result in read_results(Path("out"))] == [(1, "kept"), (2, "kept")]
+    assert started_processes() == before
 
 
 # ---- killed at random moments

@@ -49,7 +49,7 @@ def engine() -> Iterator[TokenEngine]:
         running.result(WAIT_S)
 
 
-def test_requests_are_made_when_there_is_room_and_all_are_answered_under_their_keys(engine: TokenEngine) -> None:
+def test_requests_are_made_one_by_one_as_others_end_and_each_is_answered_under_its_key(engine: TokenEngine) -> None:
     asked = Asked()
     results = {}
     for num_answered, result in enumerate(answer_all(engine.engine, asked), start=1):
