@@ -158,7 +158,7 @@ def _chat(
         )
         if transcript is not None:
             transcript.write({"started": {"mlx-k2": __version__, "model": name.name, "digest": name.digest}})
-        for line in opening_lines(options.cluster, frontend):
+        for line in (*opening_lines(options.cluster, frontend), *settings.warnings):
             screen.log(line)
         screen.log(f"{name.name} · /help lists the commands, Ctrl-D leaves")
         try:

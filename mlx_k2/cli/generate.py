@@ -169,7 +169,7 @@ def _events(
         toolkit = Toolkit(tools, approval)
     conversation = options.conversation.begin(frontend, tools)
     settings = options.conversation.settings(frontend, tools, options.num_logprobs)
-    for line in () if settings.grammar is None else settings.grammar.warnings:
+    for line in settings.warnings:
         log(line)
     return ChatSession(engine, frontend.tokenizer, conversation, settings, toolkit).send_message(text)
 
