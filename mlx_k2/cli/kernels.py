@@ -15,13 +15,16 @@ from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.errors import StageStartError
 from mlx_k2.json_text.read import read_json
 from mlx_k2.kernels.report import DecodeTime, KernelLine, KernelReport
-from mlx_k2.stage.buffer_limits import BufferLimits, save_limits
+from mlx_k2.stage.mlx_settings import OWN_LIMITS, BufferLimits, chip_name, default_limits, save_limits
 
 MEASURING_S = 900.0
-CANDIDATES = tuple(BufferLimits(*pair) for pair in ((100, 100), (200, 200), (200, 1000), (1000, 1000), (1000, 4000)))
-"""The limits to time besides MLX's own, which differ between chips (50 operations and 50 MB on the largest)."""
+CANDIDATES = (
+    OWN_LIMITS,
+    *(BufferLimits(*pair) for pair in ((50, 1_000_000), (100, 1_000_000), (200, 1_000_000), (1000, 4000))),
+)
+"""The limits to time. Few operations and no rule by megabytes: long buffers keep a prompt's temporaries in memory."""
 WORTH = 0.99
-"""A time must be below this fraction of the time with MLX's own limits; otherwise the difference counts as noise."""
+"""A time must be below this fraction of the time with the default limits; otherwise the difference counts as noise."""
 
 Measurement = TypeVar("Measurement", KernelReport, DecodeTime)
 
@@ -53,7 +56,7 @@ def command(checks_only: bool) -> None:
         return
     show_report(report)
     times = _time_limits()
-    best = best_limits(times)
+    best = best_limits(times, default_limits(chip_name()))
     save_limits(best)
     log(f"remembered for this machine's stages: {_named(best)}")
     log("please send back what follows, with the Mac's model and memory: it fills the table for this chip")
@@ -95,35 +98,35 @@ def _cells(line: KernelLine, read_gb_per_s: float | None) -> tuple[str, ...]:
     )
 
 
-def best_limits(seconds: Mapping[BufferLimits | None, float]) -> BufferLimits | None:
-    """Return the fastest limits; None, which means MLX's own, unless others are faster by more than noise."""
+def best_limits(seconds: Mapping[BufferLimits, float], default: BufferLimits) -> BufferLimits:
+    """Return the fastest limits; the default ones unless others are faster by more than noise."""
     fastest = min(seconds, key=lambda limits: seconds[limits])
-    return fastest if seconds[fastest] < WORTH * seconds[None] else None
+    return fastest if seconds[fastest] < WORTH * seconds[default] else default
 
 
-def _time_limits() -> dict[BufferLimits | None, float]:
+def _time_limits() -> dict[BufferLimits, float]:
     """Return the seconds for a token's feed-forward blocks under each limit, each measured in a fresh process."""
-    times: dict[BufferLimits | None, float] = {}
-    for limits in (None, *CANDIDATES):
+    times: dict[BufferLimits, float] = {}
+    for limits in CANDIDATES:
         times[limits] = _measure("decode", DecodeTime, limits).seconds
         log(f"{_named(limits)}: {1000 * times[limits]:.2f} ms for the experts of one token")
     return times
 
 
-def _named(limits: BufferLimits | None) -> str:
-    if limits is None:
+def _named(limits: BufferLimits) -> str:
+    if limits == OWN_LIMITS:
         return "MLX's own limits"
     return f"{limits.operations} operations or {limits.megabytes} MB in a command buffer"
 
 
-def _measure(what: str, wanted: type[Measurement], limits: BufferLimits | None = None) -> Measurement:
+def _measure(what: str, wanted: type[Measurement], limits: BufferLimits = OWN_LIMITS) -> Measurement:
     """Measure in a process of its own, so that its environment and memory end with it.
 
     Raises:
         StageStartError: the process failed, or took longer than ``MEASURING_S``.
     """
-    kept = {name: value for name, value in os.environ.items() if name not in CANDIDATES[0].environment()}
-    environment = kept if limits is None else kept | limits.environment()
+    kept = {name: value for name, value in os.environ.items() if name not in CANDIDATES[1].environment()}
+    environment = kept | limits.environment()
     program = [sys.executable, "-P", "-m", "mlx_k2.stage.measure_kernels", what]
     try:
         ran = subprocess.run(program, stdout=subprocess.PIPE, env=environment, timeout=MEASURING_S, check=True)

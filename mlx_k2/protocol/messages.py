@@ -38,15 +38,13 @@ class DownloadShard(msgspec.Struct, frozen=True, tag=True):
 class Prepare(msgspec.Struct, frozen=True, tag=True):
     """Request to take rank ``rank``, read the model's config and index, and hold a port on each listen address.
 
-    A listen address is ``ip`` (the stage picks a free port) or ``ip:port``. ``environment`` holds the environment
-    variables of the hostfile. Answered by Prepared.
+    A listen address is ``ip`` (the stage picks a free port) or ``ip:port``. Answered by Prepared.
     """
 
     rank: int
     num_stages: int
     model: ModelSource
     listen: tuple[str, ...]
-    environment: dict[str, str]
 
 
 class RingLinks(msgspec.Struct, frozen=True, tag=True):

@@ -13,7 +13,7 @@ from mlx_k2.model.layer_weights import LayerWeights, MoeWeights, assemble_layer
 from mlx_k2.model.linear import make_matrix
 from mlx_k2.model.stage_model import Head, StageModel
 from mlx_k2.protocol.messages import Load, Loaded
-from mlx_k2.stage.host import on_gpu, peak_bytes, wire_memory
+from mlx_k2.stage.host import check_memory, on_gpu, peak_bytes, wire_memory
 from mlx_k2.stage.step_runner import PlanLimits, StepRunner
 from mlx_k2.stage.transport import Transport
 from mlx_k2.weights.checkpoint import ModelDescription
@@ -130,7 +130,7 @@ class StageLoader:
             CheckpointError, DownloadError: a file is missing, cannot be fetched, or has the wrong content.
             StageStartError: macOS does not allow the GPU as much memory as the stage needs.
         """
-        wire_memory(message.needed_bytes)
+        check_memory(message.needed_bytes)
         config = self._description.config
         layers = range(message.first_layer, message.end_layer)
         specs = shard_specs(config, layers.start, layers.stop)
@@ -140,6 +140,7 @@ class StageLoader:
         cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.latent_dim, dtype)
         reader = ShardReader(config, files, dtype, check_all=message.check_weights)
         model, warnings = load_stage_model(config, reader, layers, cache, self._on_part, message.dense_bits)
+        wire_memory(message.needed_bytes)
         runner = StepRunner(
             model,
             transport,

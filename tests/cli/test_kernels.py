@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from mlx_k2.cli import kernels
 from mlx_k2.kernels.report import DecodeTime, KernelLine, KernelReport
-from mlx_k2.stage.buffer_limits import BufferLimits
+from mlx_k2.stage.mlx_settings import OWN_LIMITS, BufferLimits
 from tests.cli.command import CommandLine
 
 pytestmark = pytest.mark.timeout(120)
@@ -60,9 +60,9 @@ def test_with_a_gpu_the_best_buffer_limits_are_saved_and_the_report_is_printed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     chosen = kernels.CANDIDATES[1]
-    kept: list[BufferLimits | None] = []
+    kept: list[BufferLimits] = []
 
-    def measure(what: str, _wanted: type[Any], limits: BufferLimits | None = None) -> Any:
+    def measure(what: str, _wanted: type[Any], limits: BufferLimits = OWN_LIMITS) -> Any:
         if what == "report":
             return REPORT
         return DecodeTime(0.010 if limits == chosen else 0.011)
@@ -76,7 +76,7 @@ def test_with_a_gpu_the_best_buffer_limits_are_saved_and_the_report_is_printed(
     assert kept == [chosen]
     sent = msgspec.json.decode(ran.stdout)
     assert msgspec.convert(sent["report"], KernelReport) == REPORT
-    assert len(sent["seconds_by_limits"]) == 1 + len(kernels.CANDIDATES)
+    assert len(sent["seconds_by_limits"]) == len(kernels.CANDIDATES)
     assert "the router kernel is not used: it did not compile" in shown
 
 
@@ -89,9 +89,10 @@ def test_a_row_shows_the_check_the_error_and_the_percentage_of_a_plain_read() ->
 
 
 def test_best_limits_keeps_the_default_unless_another_is_clearly_faster() -> None:
-    slower, faster = BufferLimits(100, 100), BufferLimits(200, 200)
-    assert kernels.best_limits({None: 1.0, slower: 1.1, faster: 0.995}) is None
-    assert kernels.best_limits({None: 1.0, slower: 1.1, faster: 0.9}) == faster
+    default, slower, faster = BufferLimits(100, 1_000_000), OWN_LIMITS, BufferLimits(200, 200)
+    assert kernels.best_limits({default: 1.0, slower: 1.1, faster: 0.995}, default) == default
+    assert kernels.best_limits({default: 1.0, slower: 1.1, faster: 0.9}, default) == faster
+    assert kernels.best_limits({default: 1.0, slower: 0.9, faster: 1.1}, default) == OWN_LIMITS
 
 
 def test_each_candidate_is_measured_in_a_fresh_process_with_its_limits_in_the_environment(
