@@ -258,6 +258,7 @@ def _load_message(plan: StagePlan, shape: RunShape, request: DeploymentRequest) 
         num_slots=shape.num_slots,
         context_tokens=shape.context_tokens,
         needed_bytes=plan.needed_bytes,
+        block_bytes=plan.block_bytes,
         dense_bits=shape.dense_bits,
         registration=RunningStage(this_command(), plan.assignment.held_bytes),
         check_weights=request.check_weights,

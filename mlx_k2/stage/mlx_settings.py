@@ -41,7 +41,6 @@ OWN_LIMITS = BufferLimits(None, None)
 LONG_BUFFERS = BufferLimits(100, 1_000_000)
 """About three layers in one command buffer. Each stack of 384 experts counts as 840 megabytes, so a rule by megabytes
 would end a buffer at every launch that reads one, which costs 20 us each (published for an M3 Ultra)."""
-_LAST_GENERATION_WITH_LONG_BUFFERS = 4
 _KEEP_WIRED = {"MLX_METAL_RESIDENCY_REFRESH_INTERVAL_MS": "500"}
 """macOS 26 unwires GPU memory after 1 s without GPU work. Wiring 300 GB again takes 5 s or more."""
 _FULL_FLOAT32 = {"MLX_ENABLE_TF32": "0"}
@@ -58,9 +57,13 @@ def chip_name() -> str | None:
 
 def default_limits(chip: str | None) -> BufferLimits:
     """Return the limits for a chip on which none were measured. Long buffers are not faster from the M5 on."""
+    return LONG_BUFFERS if is_before_m5(chip) else OWN_LIMITS
+
+
+def is_before_m5(chip: str | None) -> bool:
+    """Return whether the chip is an M1 to M4, whose GPU has no units for products of matrices."""
     generation = re.match(r"Apple M(\d+)", chip or "")
-    is_known = generation is not None and int(generation[1]) <= _LAST_GENERATION_WITH_LONG_BUFFERS
-    return LONG_BUFFERS if is_known else OWN_LIMITS
+    return generation is not None and int(generation[1]) < 5
 
 
 def save_limits(limits: BufferLimits, file: Path = FILE) -> None:
