@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import click
-import msgspec
 from rich.table import Table
 
 from mlx_k2.cli.console import console, log
@@ -55,7 +54,7 @@ def command(checks_only: bool, report_file: Path | None) -> None:
         mlx-k2 kernels --report kernels.zip
     """  # noqa: D301  # click reads the escape
     if checks_only:
-        click.echo(msgspec.json.encode({"report": _measure("check", KernelReport)}).decode())
+        click.echo(json_line({"report": _measure("check", KernelReport)}), nl=False)
         return
     log("checking and timing kernels ...")
     report = _measure("report", KernelReport)

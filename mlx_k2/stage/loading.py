@@ -127,7 +127,8 @@ class StageLoader:
         dtype = getattr(mx, message.dtype)
         warnings = check_kernels(config, dtype)
         cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.latent_dim, dtype)
-        reader = ShardReader(config, files, dtype, check_all=message.check_weights)
+        check_all = message.check_weights or message.dense_bits is not None  # mx.quantize makes NaN a finite number
+        reader = ShardReader(config, files, dtype, check_all=check_all)
         limits = AttentionLimits(message.block_bytes, GPU_MIN_HEADS, is_before_m5(chip_name())) if on_gpu() else ON_CPU
         model = load_stage_model(config, reader, layers, cache, self._on_part, message.dense_bits, limits)
         wire_memory(message.needed_bytes)

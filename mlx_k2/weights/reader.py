@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import mlx.core as mx
 import numpy as np
@@ -26,7 +26,7 @@ from mlx_k2.config import ModelConfig
 from mlx_k2.errors import CheckpointError
 from mlx_k2.weights.index import check_file
 from mlx_k2.weights.inventory import TensorSpec, embedding_specs, head_specs, layer_specs
-from mlx_k2.weights.safetensors_file import Header
+from mlx_k2.weights.safetensors_file import Header, open_regular
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _READING_THREADS = 8
@@ -180,8 +180,7 @@ class ShardReader:
         with ExitStack() as open_files:
             numbers: dict[Path, int] = {}
             for path in {self._files[name] for name in targets}:
-                numbers[path] = _open(path)
-                open_files.callback(os.close, numbers[path])
+                numbers[path] = open_files.enter_context(_open(path)).fileno()
             pool = open_files.enter_context(ThreadPoolExecutor(_READING_THREADS))
             reads = []
             for name, buffer in targets.items():
@@ -199,14 +198,14 @@ class ShardReader:
                 raise
 
 
-def _open(path: Path) -> int:
+def _open(path: Path) -> BinaryIO:
     try:
-        number = os.open(path, os.O_RDONLY)
+        file = open_regular(path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     if sys.platform == "darwin":
-        fcntl.fcntl(number, _F_NOCACHE, 1)
-    return number
+        fcntl.fcntl(file, _F_NOCACHE, 1)
+    return file
 
 
 def _read_piece(number: int, piece: memoryview, offset: int, path: Path, name: str) -> None:

@@ -4,11 +4,14 @@ https://github.com/huggingface/safetensors describes the format. Only headers ar
 safetensors decides whether a file is accepted; this module adds the tensors' offsets, and messages for refused files.
 """
 
+import errno
 import math
+import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 from safetensors import SafetensorError, safe_open
@@ -44,6 +47,23 @@ class Header(msgspec.Struct, frozen=True):
     data_start: int
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file of a checkpoint to read. Refuse pipes and devices, which can have no end.
+
+    Raises:
+        OSError: the file cannot be opened, or is not a regular file.
+    """
+    file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115 - the caller closes it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return file
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def read_header(path: Path) -> Header:
     """Read the header of ``path`` and check it against the file's length. Read no tensor.
 
@@ -69,7 +89,7 @@ def read_header(path: Path) -> Header:
 def _read_raw_header(path: Path) -> tuple[bytes, int]:
     """Return the header's bytes, and the file's length."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             prefix = file.read(8)
             header_bytes = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or header_bytes > MAX_HEADER_BYTES:
