@@ -91,7 +91,7 @@ def write_report(path: Path, sent: dict[str, object]) -> None:
     sent |= {"idle_by_refresh_ms": idle, "attention": _measure("attention", AttentionTime)}
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         sent["trace"] = _record_counters(Path(folder) / "decode.trace")
-        file.writestr("report.json", msgspec.json.format(msgspec.json.encode(sent)))
+        file.writestr("report.json", json_line(sent))
         for part in sorted(Path(folder).rglob("*")):
             if part.is_file():
                 file.write(part, part.relative_to(folder))
