@@ -15,7 +15,6 @@ from mlx_k2.chat.chat_session import ChatSession, Toolkit
 from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.console import ConsoleListener, log, show_stage_use
 from mlx_k2.cli.option_values import (
-    ModelFrontend,
     deployment_request,
     log_settings,
     new_conversation,
@@ -46,6 +45,7 @@ from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.errors import MlxK2Error, RequestError
 from mlx_k2.weights.checkpoint import ModelDescription
+from mlx_k2.weights.model_frontend import ModelFrontend
 
 WANTED_SLOTS = 2
 """One slot for the answer and one for the prefill of the next prompt, so that /retry finds its prompt cached too."""

@@ -37,8 +37,8 @@ def log_restart(restart: Restart, phase: str = WAITING) -> None:
     if phase != WAITING:
         return
     log(
-        f"{restart.reason}\nall stages start again in {restart.wait_s:g} s ({restart.number} of at most "
-        f"{restart.limit} times in a row); the answer then goes on where it is"
+        f"{restart.reason}\nall stages start again in {restart.wait_s:g} s ({restart.count} times in a row); "
+        "the answer then goes on where it is"
     )
 
 

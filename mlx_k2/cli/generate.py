@@ -12,7 +12,6 @@ from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.console import ConsoleListener, log, show_dry_run
 from mlx_k2.cli.generate_file import WANTED_SLOTS, check_options, generate_many
 from mlx_k2.cli.option_values import (
-    ModelFrontend,
     deployment_request,
     is_raw,
     log_settings,
@@ -46,6 +45,7 @@ from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import CheckpointError
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription
+from mlx_k2.weights.model_frontend import ModelFrontend
 
 
 @click.command()

@@ -10,7 +10,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mlx_k2.cli.console import ConsoleListener, console, log, log_restart
 from mlx_k2.cli.option_values import (
     SAMPLING_NAMES,
-    ModelFrontend,
     base_seed,
     line_prompt,
     log_settings,
@@ -25,6 +24,7 @@ from mlx_k2.errors import SetupError
 from mlx_k2.scheduling.request import Request
 from mlx_k2.text.history_reader import read_history
 from mlx_k2.weights.checkpoint import ModelDescription
+from mlx_k2.weights.model_frontend import ModelFrontend
 
 WANTED_SLOTS = 16
 """Concurrent sequences if memory permits. With K2's bytes, more gain little throughput and wait longer (computed)."""

@@ -3,8 +3,7 @@
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,11 @@ from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.errors import DownloadError, HostfileError, RequestError
 from mlx_k2.sampling import GenerationConfig, Sampling
 from mlx_k2.scheduling.request import Request
-from mlx_k2.text.chat_template import ChatTemplate, load_chat_template
 from mlx_k2.text.prompt import render_prompt
 from mlx_k2.text.thinking_mode import INSTANT_TEMPERATURE, ThinkingMode
-from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.model_files import read_model_files
+from mlx_k2.weights.model_frontend import ModelFrontend
 from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo, model_folder
 
 SAMPLING_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -96,33 +94,6 @@ def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDes
             return request, None
         raise
     return replace(request, source=pinned), describe_model(files, source.path_or_repo)
-
-
-@dataclass(frozen=True)
-class ModelFrontend:
-    """A model's tokenizer, chat template and recommended sampling, each read once on first use.
-
-    ``context_tokens`` is the most tokens of a sequence that the stages can cache. A file that cannot be read raises
-    TokenizerError or RequestError.
-    """
-
-    model: ModelDescription
-    context_tokens: int
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer. Loading one of Kimi K2's size takes noticeable time."""
-        return load_tokenizer(self.model.files, self.model.config.vocab_size)
-
-    @cached_property
-    def template(self) -> ChatTemplate:
-        """The chat template, which renders messages to a prompt."""
-        return load_chat_template(self.model.files)
-
-    @cached_property
-    def recommended(self) -> GenerationConfig:
-        """The sampling settings that the checkpoint recommends."""
-        return GenerationConfig.from_json(self.model.files.get("generation_config.json", b"{}"))
 
 
 def opening_lines(options: Mapping[str, Any], frontend: ModelFrontend) -> tuple[str, ...]:
@@ -201,7 +172,7 @@ def reply_settings(options: Mapping[str, Any], frontend: ModelFrontend) -> Reply
     return ReplySettings(
         sampling=_sampling(options, recommended),
         max_tokens=frontend.context_tokens if options["max_tokens"] is None else options["max_tokens"],
-        stop_ids=frontend.tokenizer.stop_ids | {*frontend.model.config.eos_token_ids, *recommended.eos_token_ids},
+        stop_ids=frontend.stop_ids,
         timeout_s=options["timeout"],
         context_tokens=frontend.context_tokens,
         thinking_budget=options["thinking_budget"],

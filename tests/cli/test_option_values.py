@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from mlx_k2.cli.option_values import ModelFrontend, line_prompt, new_conversation, prompt_text, read_prompt
+from mlx_k2.cli.option_values import line_prompt, new_conversation, prompt_text, read_prompt
 from mlx_k2.cli.prompt_files import PromptLine
 from mlx_k2.errors import RequestError
 from mlx_k2.scheduling.request import Request
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.model_files import read_model_files
+from mlx_k2.weights.model_frontend import ModelFrontend
 from mlx_k2.weights.model_source import ModelSource
 from tests.local_cluster import CONTEXT_TOKENS, VOCAB_SIZE
 from tests.text.kimi import template_source
