@@ -9,6 +9,7 @@ from mlx_k2.scheduling.token_policy import Accepted
 from mlx_k2.text.reply_parser import ReplyReader
 from mlx_k2.text.reply_parts import Content, Part
 from mlx_k2.text.tokenizer import Tokenizer
+from mlx_k2.text.tool_call import ToolCall
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class ReplyLimits:
     """Before this number of tokens no stop token is sampled, and stop strings are ignored."""
     thinking_budget: int | None = None
     """The reasoning is closed after this number of its tokens; None sets no limit."""
+    max_tool_calls: int | None = None
+    """The reply ends after this number of tool calls; None sets no limit."""
+    banned_ids: frozenset[int] = frozenset()
+    """Tokens that are never sampled."""
 
     def __post_init__(self) -> None:
         """Reject an empty stop string.
@@ -45,7 +50,10 @@ class ReplyPolicy:
         self._num_tokens = 0
         self._num_thought = 0
         self._closing = () if limits.thinking_budget is None else (tokenizer.token_id("</think>"),)
-        self._no_stop_token = _mask_without(request.stop_ids, tokenizer.vocab_size) if limits.min_tokens else None
+        self._num_calls = 0
+        self._mask = _mask_without(limits.banned_ids, tokenizer.vocab_size) if limits.banned_ids else None
+        excluded = limits.banned_ids | request.stop_ids
+        self._no_stop_token = _mask_without(excluded, tokenizer.vocab_size) if limits.min_tokens else None
 
     @property
     def stop_string(self) -> str | None:
@@ -59,7 +67,10 @@ class ReplyPolicy:
         self._num_tokens += 1
         self._num_thought += was_thinking and self._reader.in_reasoning
         parts = self._until_stop(read.parts)
-        reason = FinishReason.STOP if self._stops.found is not None else None
+        self._num_calls += sum(isinstance(part, ToolCall) for part in parts)
+        most = self._limits.max_tool_calls
+        is_over = self._stops.found is not None or (most is not None and self._num_calls >= most)
+        reason = FinishReason.STOP if is_over else None
         return Accepted(read.text, parts, reason)
 
     def forced(self) -> Sequence[int]:
@@ -69,8 +80,9 @@ class ReplyPolicy:
         return self._closing if spent else ()
 
     def token_mask(self, draft_ids: Sequence[int]) -> bytes | None:
-        """Exclude the stop tokens before ``min_tokens`` tokens."""
-        return self._no_stop_token if self._num_tokens + len(draft_ids) < self._limits.min_tokens else None
+        """Exclude the banned tokens and, before ``min_tokens`` tokens, the stop tokens."""
+        is_early = self._num_tokens + len(draft_ids) < self._limits.min_tokens
+        return self._no_stop_token if is_early else self._mask
 
     def finish(self) -> Accepted:
         """Return the text and parts that were held back."""

@@ -1,0 +1,65 @@
+"""A server in this process, over stages that execute plans on token ids when a test says so."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from mlx_k2.builtin import BUILTIN_FOLDER
+from mlx_k2.server.app import make_app
+from mlx_k2.server.http_server import HttpServer
+from mlx_k2.server.served_model import ServedModel
+from mlx_k2.server.service import ServerOptions, Service
+from mlx_k2.weights.checkpoint import describe_model
+from mlx_k2.weights.model_files import read_model_files
+from mlx_k2.weights.model_frontend import ModelFrontend
+from mlx_k2.weights.model_source import BUILTIN, ModelSource
+from tests.coordinator.token_engine import WAIT_S, TokenEngine, token_engine
+
+CONTEXT_TOKENS = 4000
+
+
+@dataclass(frozen=True)
+class SteppedServer:
+    """A server whose stages wait for ``tokens.run``, and the lines of its log."""
+
+    port: int
+    tokens: TokenEngine
+    lines: list[str]
+
+    def wait_for(self, text: str, count: int = 1) -> None:
+        """Wait until ``count`` lines of the log have ``text``."""
+        wait_until(lambda: sum(text in line for line in self.lines) >= count, f"{count} lines with {text!r}")
+
+    @property
+    def num_used(self) -> int:
+        """The number of requests that wait or run in the engine."""
+        return len(self.tokens.engine._jobs)
+
+
+@contextmanager
+def stepped_server(
+    options: ServerOptions | None = None, num_slots: int = 1, max_queued: int = 4, chunk_tokens: int = 8
+) -> Iterator[SteppedServer]:
+    """Yield a server over stages without arithmetic, with the built-in model's tokenizer and template."""
+    files = read_model_files(ModelSource(path_or_repo=BUILTIN)).files
+    model = describe_model(files, str(BUILTIN_FOLDER))
+    service = Service(options or ServerOptions(), "tokens")
+    lines: list[str] = []
+    with (
+        token_engine(num_slots, chunk_tokens, context_tokens=CONTEXT_TOKENS, max_queued=max_queued) as tokens,
+        HttpServer(make_app(service, lines.append), "127.0.0.1", 0, drain_s=1) as server,
+    ):
+        service.serve(tokens.engine, ServedModel(ModelFrontend(model, CONTEXT_TOKENS), "tokens"))
+        yield SteppedServer(int(server.address.rpartition(":")[2]), tokens, lines)
+
+
+def wait_until(holds: object, what: str) -> None:
+    """Wait until ``holds()`` is true."""
+    assert callable(holds)
+    pause = threading.Event()
+    for _ in range(int(WAIT_S / 0.005)):
+        if holds():
+            return
+        pause.wait(0.005)
+    raise AssertionError(f"not within {WAIT_S} s: {what}")
