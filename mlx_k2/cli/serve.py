@@ -1,6 +1,9 @@
 """`mlx-k2 serve`: the model behind an HTTP API, loaded once for every client."""
 
 import ipaddress
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +13,21 @@ import click
 
 from mlx_k2.builtin import BUILTIN_FOLDER
 from mlx_k2.cli.console import ConsoleListener, log, log_restart
+from mlx_k2.cli.keys import key_file_option, key_path
 from mlx_k2.cli.main import Interrupted
 from mlx_k2.cli.option_values import deployment_request, log_settings, open_source, opening_lines
 from mlx_k2.cli.options import cluster_options, draft_option, log_options
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.deployment.deployment_request import DeploymentRequest
-from mlx_k2.deployment.restarting import RestartingDeployment
+from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.errors import MlxK2Error, SetupError
+from mlx_k2.server.access import Access
+from mlx_k2.server.api_keys import KeyRing, read_keys
 from mlx_k2.server.app import make_app
-from mlx_k2.server.http_server import HttpServer
-from mlx_k2.server.served_model import ServedModel
-from mlx_k2.server.service import ServerOptions, Service
+from mlx_k2.server.http_server import Certificate, HttpServer
+from mlx_k2.server.language_model import LanguageModel
+from mlx_k2.server.line_log import LineLog
+from mlx_k2.server.server_state import ServerOptions, ServerState
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.model_frontend import ModelFrontend
 from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo
@@ -39,6 +46,16 @@ LONGEST_WAIT_S = 60.0
     metavar="NAME",
     help="A name by which clients reach this server, besides localhost, names in .local and addresses.",
 )
+@click.option(
+    "--allow-origin",
+    "allowed_origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="An origin whose web pages may use this server, as https://chat.example.  [default: none]",
+)
+@key_file_option
+@click.option("--certfile", type=click.Path(), metavar="FILE", help="A certificate in PEM format: serve HTTPS.")
+@click.option("--keyfile", type=click.Path(), metavar="FILE", help="With --certfile: its private key.")
 @click.option(
     "--max-sequences",
     type=click.IntRange(1, 256),
@@ -86,34 +103,59 @@ def command(**options: Any) -> None:
     With Kimi K2 Thinking on two Macs:
         mlx-k2 serve --hostfile two-macs.json --model ~/Kimi-K2-Thinking
 
-    Clients use the base address http://127.0.0.1:8080/v1 and any key. After a fault all stages start again, for ever,
-    and running answers go on where they were.
+    Clients use the base address http://127.0.0.1:8080/v1, and any key until `mlx-k2 keys add` has made one. After a
+    fault all stages start again, for ever, and running answers go on where they were.
     """  # noqa: D301  # click reads the escape
-    if not _is_loopback(options["host"]):
-        raise SetupError(
-            f"--host {options['host']} is reached from other machines, and this server has no keys yet: leave it out"
-        )
+    if options["keyfile"] is not None and options["certfile"] is None:
+        raise click.UsageError("--keyfile is the private key of a certificate: add --certfile")
     request = replace(deployment_request(options), num_slots=options["max_sequences"])
     for line in request.hostfile.warnings:
         log(line)
     request, model = open_source(request)
-    server_options = ServerOptions(
-        allowed_hosts=options["allowed_hosts"],
+    state = ServerState(_server_options(options), _name_for_clients(request.source))
+    access = _access(options)
+    certificate = None if options["certfile"] is None else Certificate(options["certfile"], options["keyfile"])
+    address = (options["host"], options["port"])
+    with (
+        LineLog(log) as lines,
+        HttpServer(make_app(state, access, lines.write), *address, options["drain_s"], certificate) as server,
+    ):
+        log(f"listening on {server.url}; requests are accepted when the model is loaded")
+        _serve(options, request, model, state, server)
+
+
+def _server_options(options: dict[str, Any]) -> ServerOptions:
+    return ServerOptions(
         keepalive=options["keepalive"],
         strict_model=options["strict_model"],
         mirrors_reasoning=options["mirror_reasoning"],
     )
-    service = Service(server_options, _served_name(request.source))
-    with HttpServer(make_app(service, log), options["host"], options["port"], options["drain_s"]) as server:
-        log(f"listening on http://{server.address}; requests are taken when the model is loaded")
-        _serve(options, request, model, service, server)
+
+
+def _access(options: dict[str, Any]) -> Access:
+    """Return the rules for clients.
+
+    Raises:
+        SetupError: other machines could use the server without a key.
+    """
+    is_loopback = _is_loopback(options["host"])
+    path = key_path(options["key_file"])
+    keys = KeyRing(path, is_required=not is_loopback)
+    if not is_loopback and not read_keys(path):
+        raise SetupError(
+            f"--host {options['host']} is reached from other machines, and there is no key: "
+            "make one with `mlx-k2 keys add NAME`"
+        )
+    if not is_loopback and options["certfile"] is None:
+        log("keys, prompts and answers pass the network unencrypted: --certfile and --keyfile change that")
+    return Access(options["allowed_hosts"], options["allowed_origins"], keys)
 
 
 def _serve(
     options: dict[str, Any],
     request: DeploymentRequest,
     model: ModelDescription | None,
-    service: Service,
+    state: ServerState,
     server: HttpServer,
 ) -> None:
     """Load the model and serve it until a signal or a failure for good."""
@@ -124,7 +166,11 @@ def _serve(
         failures.append(error)
         has_failed.set()
 
-    settings = log_settings(options)
+    def on_restart(restart: Restart, phase: str) -> None:
+        state.num_restarts += phase == WAITING
+        log_restart(restart, phase)
+
+    log_dir, log_tokens = log_settings(options)
     with (
         ConsoleListener(options["verbose"]) as listener,
         RestartingDeployment(
@@ -132,41 +178,43 @@ def _serve(
             model,
             listener,
             limit=None,
-            log_dir=settings[0],
-            log_tokens=settings[1],
+            log_dir=log_dir,
+            log_tokens=log_tokens,
             longest_wait_s=LONGEST_WAIT_S,
         ) as restarting,
     ):
         listener.hide_progress()
         deployment = restarting.deployment
         frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
-        served = ServedModel(frontend, service.model_name)
+        language_model = LanguageModel(frontend, state.model_name)
         with engine_on(
             deployment,
             drafts=options["draft"] == "ngram",
             on_report=restarting.on_report,
             restarts=restarting,
-            on_restart=log_restart,
+            on_restart=on_restart,
             on_failure=on_failure,
             max_queued=options["max_queued"],
         ) as engine:
-            service.serve(engine, served)
+            _keep_awake()
+            state.serve(engine, language_model, deployment.plans)
             for line in opening_lines(options, frontend):
                 log(line)
             log(
-                f"serving {service.model_name} at http://{server.address}/v1: {engine.num_slots} requests at once, "
+                f"serving {state.model_name} at {server.url}/v1: {engine.num_slots} requests at once, "
                 f"{frontend.context_tokens} tokens each"
             )
             try:
                 has_failed.wait()
             except Interrupted:
                 log(f"ending: running requests may go on for {options['drain_s']:g} s; a second signal ends at once")
+                state.is_ending = True
                 server.drain()
         if failures:
             raise failures[0]
 
 
-def _served_name(source: ModelSource) -> str:
+def _name_for_clients(source: ModelSource) -> str:
     """Return the name of the model for clients: the repository, or the name of the folder."""
     if source.path_or_repo == BUILTIN:
         return BUILTIN_FOLDER.name
@@ -178,3 +226,9 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _keep_awake() -> None:
+    """Keep this Mac from sleeping while this process runs. A host with a stage does so anyway."""
+    if sys.platform == "darwin":
+        subprocess.Popen(["/usr/bin/caffeinate", "-i", "-w", str(os.getpid())], stdin=subprocess.DEVNULL)

@@ -8,21 +8,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from mlx_k2.server.access import Access
 from mlx_k2.server.api_errors import INVALID, ApiError
 from mlx_k2.server.front import Front
 from mlx_k2.server.routes import Routes
-from mlx_k2.server.service import Service
+from mlx_k2.server.server_state import ServerState
 from mlx_k2.server.sse import error_response
 
 
-def make_app(service: Service, log: Callable[[str], None]) -> ASGIApp:
+def make_app(state: ServerState, access: Access, log: Callable[[str], None]) -> ASGIApp:
     """Return the application. ``log`` receives a line for each request."""
     inner = Starlette(
-        routes=Routes(service).table(),
+        routes=Routes(state).table(),
         exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error, Exception: _on_defect},
     )
     inner.router.redirect_slashes = False
-    return Front(inner, service.options.allowed_hosts, log)
+    return Front(inner, access, log)
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:  # noqa: ARG001 - a handler's argument

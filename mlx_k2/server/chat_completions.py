@@ -137,14 +137,9 @@ class ChatFrames:
 
 def chat_body(chat_format: ChatFormat, reply: ChatReply, summary: AnswerSummary) -> dict[str, Any]:
     """Return the body of a chat completion that is not streamed."""
-    message: dict[str, Any] = {"role": "assistant", "content": reply.content}
+    message = reply.message
     if reply.reasoning:
         message |= chat_format.reasoning(reply.reasoning)
-    if reply.calls:
-        message["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in reply.calls
-        ]
     choice: dict[str, Any] = {
         "index": 0,
         "message": message,

@@ -3,13 +3,13 @@
 The deltas of a stream and the body without one come from here both, so that they always agree.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from mlx_k2.coordinator.handle import Event, Finished, Token
 from mlx_k2.scheduling.request import FinishReason
-from mlx_k2.server.served_model import Generation
+from mlx_k2.server.language_model import Generation
 from mlx_k2.text.reply_parts import ArgumentsText, Content, Part, Reasoning, ToolCallBegun
 from mlx_k2.text.tool_call import UNKNOWN, ToolCall, call_id
 
@@ -48,12 +48,15 @@ class ChatReply:
     """The reply to one request so far."""
 
     generation: Generation
+    on_end: Callable[[], None] = lambda: None
+    """Called when the reply is complete."""
     reasoning: str = ""
     content: str = ""
     calls: list[WrittenCall] = field(default_factory=list)
     content_tokens: list[Token] = field(default_factory=list)
     """The tokens of the content, for their log-probabilities."""
     num_reasoning_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._kind: type[Part] = Reasoning if self.generation.in_reasoning else Content
@@ -64,11 +67,30 @@ class ChatReply:
         """Add what an event completes; return it as deltas."""
         match event:
             case Token():
+                self.token_ids.append(event.token_id)
                 self._count(event)
                 return self._add_parts(event.parts)
             case Finished():
-                return self._add_parts(event.parts)
+                if any(isinstance(part, Content) for part in event.parts):
+                    self.content_tokens += self._textless
+                deltas = self._add_parts(event.parts)
+                if event.reason in (FinishReason.STOP, FinishReason.LENGTH):
+                    self.on_end()
+                return deltas
         return []
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The reply as a message in OpenAI's format."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.content}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in self.calls
+            ]
+        return message
 
     def finish_reason(self, reason: FinishReason) -> str:
         """Return the API's word for the end of the answer: never absent, and tool_calls whenever there are calls."""

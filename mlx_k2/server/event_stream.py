@@ -1,20 +1,25 @@
 """Event stream: the events of one request in the engine, for a reader on an event loop. Knows no HTTP."""
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 
 from mlx_k2.coordinator.engine import Engine
 from mlx_k2.coordinator.handle import Event, Finished, Handle
 from mlx_k2.errors import Cancelled, MlxK2Error
 from mlx_k2.scheduling.request import FinishReason
-from mlx_k2.server.served_model import Generation
+from mlx_k2.server.language_model import Generation
 
 
 class EventStream:
-    """The events of one submitted request. It belongs to the event loop on which it was opened."""
+    """The events of one submitted request. It belongs to the event loop on which it was opened.
 
-    def __init__(self) -> None:
+    ``on_event`` is called with each event that is read, ``on_close`` when the reader needs no more.
+    """
+
+    def __init__(self, on_event: Callable[[Event], None], on_close: Callable[[], None]) -> None:
+        self._on_event = on_event
+        self._on_close = on_close
         self._loop = asyncio.get_running_loop()
         self._has_events = asyncio.Event()
         self._handle: Handle | None = None
@@ -30,12 +35,19 @@ class EventStream:
             RequestError, EngineBusy, ClusterError: as ``Engine.submit``.
         """
         self._handle = await asyncio.to_thread(engine.submit, generation.request, generation.policy, self._notify)
+        if self._may_be_cancelled:  # meanwhile
+            self._handle.cancel()
 
     def cancel(self) -> None:
         """Cancel the request if it has not ended; the stream then ends soon."""
         self._may_be_cancelled = True
         if self._handle is not None:
             self._handle.cancel()
+
+    def close(self) -> None:
+        """Cancel the request if it has not ended. Nothing is read afterwards."""
+        self.cancel()
+        self._on_close()
 
     def abandon(self) -> None:
         """Cancel the request, because its client has gone."""
@@ -60,6 +72,7 @@ class EventStream:
             for event in self._ready():
                 if isinstance(event, Finished) and not self._may_be_cancelled:
                     _check_end(event)
+                self._on_event(event)
                 events.append(event)
         except MlxK2Error as error:
             if not events:

@@ -4,18 +4,27 @@ import asyncio
 import errno
 import socket
 import threading
+from dataclasses import dataclass
 from types import TracebackType
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from mlx_k2.errors import SetupError
-from mlx_k2.server.connection import MAX_HEADER_BYTES, Connection
+from mlx_k2.server.http_connection import MAX_HEADER_BYTES, Connection
 
 KEEP_OPEN_S = 120
 """Clients keep idle connections for a minute and more, and report an error when a server closes them earlier."""
 _BACKLOG = 2048
 _FORCED_END_S = 5.0
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The files of a server's certificate and of its private key, in PEM format."""
+
+    certfile: str
+    keyfile: str | None
 
 
 class HttpServer:
@@ -25,10 +34,13 @@ class HttpServer:
         SetupError: the address cannot be used.
     """
 
-    def __init__(self, app: ASGIApp, host: str, port: int, drain_s: float) -> None:
+    def __init__(
+        self, app: ASGIApp, host: str, port: int, drain_s: float, certificate: Certificate | None = None
+    ) -> None:
         self._host = host
         self._port = port
-        config = uvicorn.Config(
+        self._scheme = "http" if certificate is None else "https"
+        self._config = config = uvicorn.Config(
             app,
             http=Connection,
             ws="none",
@@ -41,11 +53,17 @@ class HttpServer:
             timeout_keep_alive=KEEP_OPEN_S,
             timeout_graceful_shutdown=max(1, round(drain_s)),
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            ssl_certfile=None if certificate is None else certificate.certfile,
+            ssl_keyfile=None if certificate is None else certificate.keyfile,
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
 
     def __enter__(self) -> "HttpServer":
+        try:
+            self._config.load()
+        except OSError as error:  # also an SSLError
+            raise SetupError(f"--certfile and --keyfile cannot be used: {error.strerror or error}") from None
         self._socket = listening_socket(self._host, self._port)
         self._thread.start()
         return self
@@ -58,10 +76,10 @@ class HttpServer:
         self._thread.join(_FORCED_END_S)
 
     @property
-    def address(self) -> str:
-        """The address as HOST:PORT."""
+    def url(self) -> str:
+        """The address as http://HOST:PORT, or https."""
         host, port = self._socket.getsockname()[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return f"{self._scheme}://[{host}]:{port}" if ":" in host else f"{self._scheme}://{host}:{port}"
 
     def drain(self) -> None:
         """Take no more connections, and wait until the running requests have ended, or the time for that has."""

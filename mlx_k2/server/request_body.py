@@ -2,7 +2,7 @@
 
 import asyncio
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from mlx_k2.server.api_errors import INVALID, ApiError
 
@@ -22,8 +22,8 @@ async def read_body(request: Request) -> bytes:
     if encoding != "identity":
         message = f"a body in the encoding {encoding[:40]!r} is not read: send it as it is"
         raise ApiError(415, INVALID, message, headers=_CLOSE)
-    announced = request.headers.get("content-length", "0")
-    if int(announced) > MAX_BODY_BYTES:  # h11 has checked that it is a number
+    length = request.headers.get("content-length", "0")
+    if int(length) > MAX_BODY_BYTES:  # h11 has checked that it is a number
         raise _too_large()
     body = bytearray()
     try:
@@ -41,6 +41,3 @@ async def read_body(request: Request) -> bytes:
 def _too_large() -> ApiError:
     message = f"the body is larger than {MAX_BODY_BYTES} bytes"
     return ApiError(413, INVALID, message, code="request_too_large", headers=_CLOSE)
-
-
-__all__ = ["ClientDisconnect", "read_body"]

@@ -6,7 +6,7 @@ Knows no API: a Frames object turns the engine's events into bytes.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Protocol
 
 import msgspec
@@ -15,7 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from mlx_k2.coordinator.handle import Event, Finished
 from mlx_k2.errors import MlxK2Error
-from mlx_k2.server.api_errors import ApiError, from_program
+from mlx_k2.server.api_errors import ApiError, from_program, unavailable
 from mlx_k2.server.event_stream import EventStream
 
 KEEPALIVE_S = 10.0
@@ -23,7 +23,7 @@ WRITE_S = 30.0
 """A client that takes nothing for so long is cancelled."""
 ABORT = "mlx_k2.abort"
 """The key of a connection's scope for the function that closes it without sending what is buffered."""
-_STREAM_HEADERS = {
+STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-store",
     "x-accel-buffering": "no",
@@ -73,7 +73,7 @@ class EventStreamResponse:
     ) -> None:
         self._stream = stream
         self._frames = frames
-        self._headers = _STREAM_HEADERS | dict(headers)
+        self._headers = STREAM_HEADERS | dict(headers)
         self._keepalive_s = keepalive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,6 +86,10 @@ class EventStreamResponse:
                 await self._send_events(send)
         except SlowClient:
             abort(scope)
+        except asyncio.CancelledError:  # the time for running requests is over
+            with suppress(SlowClient):
+                await self._send_body(send, self._frames.error(unavailable("the server ends")), more=False)
+            raise
 
     async def _send_events(self, send: Send) -> None:
         """Send events until the last one. The keep-alive follows the clock, whatever the engine does."""
@@ -110,13 +114,13 @@ class EventStreamResponse:
 
 
 class CompleteResponse:
-    """An answer that is sent when it is complete. ``body`` is called with all events."""
+    """An answer that is sent when it is complete: ``add`` gets each event, and ``body`` makes the answer at the end."""
 
     def __init__(
         self,
         stream: EventStream,
         add: Callable[[Event], object],
-        body: Callable[[], object],
+        body: Callable[[Finished], object],
         headers: Mapping[str, str],
     ) -> None:
         self._stream = stream
@@ -137,14 +141,14 @@ class CompleteResponse:
 
     async def _response(self) -> Response | None:
         """Return the answer; None if the client has gone."""
+        last: Event | None = None
         try:
-            while True:
-                for event in await self._stream.read(None):
-                    self._add(event)
-                    if isinstance(event, Finished):
-                        return None if self._stream.is_abandoned else json_response(self._body(), headers=self._headers)
+            while not isinstance(last, Finished):
+                for last in await self._stream.read(None):
+                    self._add(last)
         except MlxK2Error as error:
             return error_response(from_program(error))
+        return None if self._stream.is_abandoned else json_response(self._body(last), headers=self._headers)
 
 
 async def timed_send(send: Send, message: Message) -> None:
@@ -174,9 +178,9 @@ async def cancelled_on_disconnect(stream: EventStream, receive: Receive) -> Asyn
             pass
         stream.abandon()
 
-    watcher = asyncio.create_task(watch())
+    listening = asyncio.create_task(watch())
     try:
         yield
     finally:
-        watcher.cancel()
-        stream.cancel()
+        listening.cancel()
+        stream.close()

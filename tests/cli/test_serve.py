@@ -3,6 +3,8 @@
 import json
 import signal
 import socket
+import ssl
+import subprocess
 from pathlib import Path
 
 import psutil
@@ -10,7 +12,7 @@ import pytest
 
 from tests.cli.command import CommandLine, processes_below
 from tests.local_cluster import wait_until_gone
-from tests.server.served import WAIT_S, Server, serving
+from tests.server.server_process import WAIT_S, Server, exchange, serving
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
 
@@ -90,7 +92,7 @@ def test_an_answer_longer_than_the_drain_ends_with_an_error_event(command_line: 
     with serving(command_line, "--model", str(endless), "--drain", "1") as server:
         connection = begin_answer(server)
         assert server.end(signal.SIGTERM) == 0
-        assert b"[DONE]" not in rest(connection).removesuffix(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert b'"code":"unavailable"' in rest(connection)
 
 
 def test_a_killed_stage_restarts_and_the_stream_goes_on(command_line: CommandLine, endless: Path) -> None:
@@ -115,3 +117,40 @@ def rest_of_text(connection: socket.socket) -> str:
     connection.close()
     events = [json.loads(line[6:]) for line in received.split(b"\n") if line.startswith(b"data: {")]
     return "".join(choice["delta"].get("content", "") for event in events for choice in event["choices"])
+
+
+def test_a_listener_for_the_status_does_not_delay_the_end(command_line: CommandLine, endless: Path) -> None:
+    with serving(command_line, "--model", str(endless), "--drain", "600") as server, server.connect() as connection:
+        connection.sendall(b"GET /v1/status/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b"event: status" in connection.recv(65536) + connection.recv(65536)
+        assert server.end(signal.SIGTERM) == 0
+
+
+def test_a_certificate_makes_the_server_one_of_https(command_line: CommandLine, tmp_path: Path) -> None:
+    files = {name: str(tmp_path / f"{name}.pem") for name in ("cert", "key")}
+    subject = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1")
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
+    subprocess.run([*made, "-keyout", files["key"], "-out", files["cert"]], check=True, capture_output=True, timeout=60)
+    with serving(command_line, "--certfile", files["cert"], "--keyfile", files["key"]) as server:
+        context = ssl.create_default_context(cafile=files["cert"])
+        with context.wrap_socket(server.connect(), server_hostname="127.0.0.1") as connection:
+            request = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+            assert exchange(connection, request).status == 200
+        with server.connect() as plain:
+            plain.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert not plain.recv(100).startswith(b"HTTP")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--certfile", "/no/such/file"), "--certfile and --keyfile cannot be used"),
+        (("--keyfile", "/no/such/file"), "add --certfile"),
+    ],
+)
+def test_a_certificate_that_cannot_be_used_is_an_error(
+    command_line: CommandLine, options: tuple[str, ...], message: str
+) -> None:
+    run = command_line.run("serve", "--port", "0", *options)
+    assert run.returncode == 2
+    assert message in run.stderr

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Finished, Token
 from mlx_k2.coordinator.jobs import Submission
-from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy, StopScanner
+from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy, StopScanner, TextPolicy
 from mlx_k2.errors import RequestError, RequestFailed
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.scheduling.token_policy import Accepted, AnyToken
 from mlx_k2.text.reply_parts import Content
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
+from mlx_k2.text.tool_call import ToolCall
 from tests.local_cluster import VOCAB_SIZE, Cluster, local_cluster, local_host, request, rest_of, write_model
 
 ASKED = request(12, 40, seed=3)
@@ -179,3 +180,53 @@ def test_stop_strings_are_found_however_the_text_is_divided(text: str, stops: li
     else:
         end = min(text.index(stop) + len(stop) for stop in stops if stop in text)
         assert text[:end].endswith(letters.found)
+
+
+CALLS = (
+    "<|tool_calls_section_begin|>",
+    *("<|tool_call_begin|>", "functions.f:0", "<|tool_call_argument_begin|>", "{}", "<|tool_call_end|>") * 3,
+)
+
+
+def ids_of(tokenizer: Tokenizer, pieces: tuple[str, ...]) -> list[int]:
+    special = tokenizer.special_ids
+    return [number for one in pieces for number in ([special[one]] if one in special else tokenizer.encode_text(one))]
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_reply_ends_after_its_number_of_tool_calls(tokenizer: Tokenizer, most: int) -> None:
+    policy = ReplyPolicy(tokenizer, ASKED, ReplyLimits(max_tool_calls=most))
+    accepted = [policy.accept(token_id) for token_id in ids_of(tokenizer, CALLS)]
+    end = next(at for at, one in enumerate(accepted) if one.finish_reason is FinishReason.STOP)
+    calls = [part for one in accepted[: end + 1] for part in one.parts if isinstance(part, ToolCall)]
+    assert len(calls) == most
+
+
+def test_banned_tokens_are_never_allowed_by_the_mask(tokenizer: Tokenizer) -> None:
+    banned = frozenset({3, 700})
+    policy = ReplyPolicy(tokenizer, ASKED, ReplyLimits(banned_ids=banned))
+    for draft_ids in ([], [5, 6]):
+        mask = policy.token_mask(draft_ids)
+        assert mask is not None
+        assert {number for number in range(VOCAB_SIZE) if not mask[number // 8] >> number % 8 & 1} == banned
+
+
+@given(st.text(max_size=20), st.lists(st.text(min_size=1, max_size=3), max_size=3), st.integers(0, 20))
+def test_a_raw_text_ends_before_its_first_stop_string(
+    tokenizer: Tokenizer, text: str, stop_strings: list[str], at: int
+) -> None:
+    text = text[:at] + "".join(stop_strings[:1]) + text[at:]
+    policy = TextPolicy(tokenizer, ASKED, stop_strings)
+    shown, reason = "", None
+    for token_id in tokenizer.encode_text(text):
+        accepted = policy.accept(token_id)
+        shown += "".join(part.text for part in accepted.parts if isinstance(part, Content))
+        reason = accepted.finish_reason
+        if reason is not None:
+            break
+    shown += "".join(part.text for part in policy.finish().parts if isinstance(part, Content))
+    found = [stop for stop in stop_strings if stop in text]
+    assert (reason is FinishReason.STOP) == bool(found)
+    assert text.startswith(shown)
+    assert not any(stop in shown for stop in stop_strings)
+    assert found or shown == text

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.server.served import Server, home_of, serving
+from tests.server.server_process import Server, home_of, serving
 
 
 @pytest.fixture(scope="package")

@@ -1,15 +1,19 @@
 """A server in this process, over stages that execute plans on token ids when a test says so."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mlx_k2.builtin import BUILTIN_FOLDER
+from mlx_k2.protocol.messages import Step
+from mlx_k2.server.access import Access
+from mlx_k2.server.api_keys import KeyRing
 from mlx_k2.server.app import make_app
 from mlx_k2.server.http_server import HttpServer
-from mlx_k2.server.served_model import ServedModel
-from mlx_k2.server.service import ServerOptions, Service
+from mlx_k2.server.language_model import LanguageModel
+from mlx_k2.server.server_state import ServerOptions, ServerState
+from mlx_k2.testing.token_stages import TokenStages
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_frontend import ModelFrontend
@@ -39,19 +43,44 @@ class SteppedServer:
 
 @contextmanager
 def stepped_server(
-    options: ServerOptions | None = None, num_slots: int = 1, max_queued: int = 4, chunk_tokens: int = 8
+    options: ServerOptions | None = None,
+    num_slots: int = 1,
+    max_queued: int = 4,
+    chunk_tokens: int = 8,
+    keys: KeyRing | None = None,
+    make_stages: Callable[[int, Callable[[Step], None]], TokenStages] = TokenStages,
 ) -> Iterator[SteppedServer]:
     """Yield a server over stages without arithmetic, with the built-in model's tokenizer and template."""
     files = read_model_files(ModelSource(path_or_repo=BUILTIN)).files
     model = describe_model(files, str(BUILTIN_FOLDER))
-    service = Service(options or ServerOptions(), "tokens")
+    state = ServerState(options or ServerOptions(), "tokens")
     lines: list[str] = []
+    app = make_app(state, Access((), ("https://chat.example",), keys), lines.append)
     with (
-        token_engine(num_slots, chunk_tokens, context_tokens=CONTEXT_TOKENS, max_queued=max_queued) as tokens,
-        HttpServer(make_app(service, lines.append), "127.0.0.1", 0, drain_s=1) as server,
+        token_engine(
+            num_slots, chunk_tokens, context_tokens=CONTEXT_TOKENS, max_queued=max_queued, make_stages=make_stages
+        ) as tokens,
+        HttpServer(app, "127.0.0.1", 0, drain_s=1) as server,
     ):
-        service.serve(tokens.engine, ServedModel(ModelFrontend(model, CONTEXT_TOKENS), "tokens"))
-        yield SteppedServer(int(server.address.rpartition(":")[2]), tokens, lines)
+        state.serve(tokens.engine, LanguageModel(ModelFrontend(model, CONTEXT_TOKENS), "tokens"), ())
+        yield SteppedServer(int(server.url.rpartition(":")[2]), tokens, lines)
+
+
+@contextmanager
+def stepping(server: SteppedServer) -> Iterator[None]:
+    """Execute plans on another thread."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            if not sum(server.tokens.stages.execute(rank) for rank in range(2)):
+                stop.wait(0.001)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    yield
+    stop.set()
+    thread.join(WAIT_S)
 
 
 def wait_until(holds: object, what: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.served import Server, exchange
+from tests.server.server_process import Server, exchange
 
 CHAT = "/v1/chat/completions"
 USER = [{"role": "user", "content": "Hello"}]
@@ -96,7 +96,7 @@ IGNORED: tuple[dict[str, Any], ...] = (
 
 
 @pytest.mark.parametrize("fields", IGNORED, ids=",".join)
-def test_what_agents_send_besides_is_taken(server: Server, fields: dict[str, Any]) -> None:
+def test_what_agents_send_besides_is_accepted(server: Server, fields: dict[str, Any]) -> None:
     assert server.request("POST", CHAT, chat(**fields)).status == 200
 
 

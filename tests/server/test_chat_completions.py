@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError
 
-from tests.server.served import WAIT_S, Server
+from tests.server.server_process import WAIT_S, Server
 
 ASKED: list[Any] = [{"role": "user", "content": "What is 17 plus 25?"}]
 WEATHER: list[Any] = [
@@ -26,7 +26,7 @@ IN_PARIS: list[Any] = [{"role": "user", "content": "What is the weather in Paris
 def streamed(server: Server, **request: Any) -> dict[str, Any]:
     """Return what the client's own accumulator makes of the stream, as the fields of a body."""
     fields: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": {}}
-    options = {"include_usage": True}
+    options: Any = {"include_usage": True}
     roles, reasons = [], []
     for chunk in server.client.chat.completions.create(stream=True, stream_options=options, **request):
         if not chunk.choices:
@@ -199,7 +199,7 @@ def test_the_model_is_listed_and_another_is_not_found(server: Server) -> None:
         server.client.models.retrieve("other/model")
 
 
-def test_another_models_name_is_taken_with_a_warning(server: Server) -> None:
+def test_another_models_name_is_accepted_with_a_warning(server: Server) -> None:
     body = {"model": "gpt-9", "messages": ASKED, "max_tokens": 1}
     answer = server.request("POST", "/v1/chat/completions", body)
     assert answer.status == 200
@@ -207,6 +207,6 @@ def test_another_models_name_is_taken_with_a_warning(server: Server) -> None:
     assert answer.json["model"] == "kimi-k2-tiny"
 
 
-def test_health_says_nothing_but_its_status(server: Server) -> None:
+def test_health_has_a_status_and_no_body(server: Server) -> None:
     answer = server.request("GET", "/health")
     assert (answer.status, answer.body) == (200, b"")

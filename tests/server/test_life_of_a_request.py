@@ -4,24 +4,32 @@ import contextlib
 import json
 import socket
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlx_k2.server import sse
-from mlx_k2.server.service import ServerOptions
-from tests.server.in_process import SteppedServer, stepped_server, wait_until
-from tests.server.served import WAIT_S, HttpAnswer, parsed
+from mlx_k2.server import http_connection, request_body, sse
+from mlx_k2.server.api_keys import KeyRing, add_key
+from mlx_k2.server.server_state import ServerOptions
+from tests.server.in_process import SteppedServer, stepped_server, stepping, wait_until
+from tests.server.server_process import WAIT_S, HttpAnswer, parsed
 
 LONG_PROMPT = "one two three " * 60
 
 
-def send_chat(server: SteppedServer, text: str = "a", **fields: Any) -> socket.socket:
+def send_chat(server: SteppedServer, text: str = "a", key: str = "", **fields: Any) -> socket.socket:
     """Send a chat request and return its connection."""
-    body = json.dumps({"messages": [{"role": "user", "content": text}], "seed": 3} | fields).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    body = {"messages": [{"role": "user", "content": text}], "seed": 3} | fields
+    return send(server, "POST", "/v1/chat/completions", body, key)
+
+
+def send(server: SteppedServer, method: str, path: str, body: object, key: str = "") -> socket.socket:
+    """Send a request and return its connection."""
+    data = json.dumps(body).encode()
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\nx-api-key: {key}\r\n"
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S)
-    connection.sendall(head.encode() + b"Connection: close\r\n\r\n" + body)
+    connection.sendall(head.encode() + b"Connection: close\r\n\r\n" + data)
     return connection
 
 
@@ -40,19 +48,6 @@ def answer_of(connection: socket.socket, received: bytes = b"") -> HttpAnswer:
     return parsed(received)
 
 
-def run_in_thread(server: SteppedServer) -> threading.Event:
-    """Execute plans until the returned event is set."""
-    stop = threading.Event()
-
-    def run() -> None:
-        while not stop.is_set():
-            if not sum(server.tokens.stages.execute(rank) for rank in range(2)):
-                stop.wait(0.001)
-
-    threading.Thread(target=run, daemon=True).start()
-    return stop
-
-
 def text_of(answer: bytes) -> str:
     """Return the text of a stream, whose chunked framing lies between events."""
     events = [line[6:] for line in answer.split(b"\n") if line.startswith(b"data: {")]
@@ -61,7 +56,7 @@ def text_of(answer: bytes) -> str:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_hang_up_in_the_queue_frees_its_place(stream: bool) -> None:
+def test_a_hang_up_in_the_queue_ends_the_request(stream: bool) -> None:
     with stepped_server(num_slots=1) as server:
         running = send_chat(server, stream=True)
         wait_until(lambda: server.num_used == 1, "the first request runs")
@@ -130,9 +125,8 @@ def test_headers_and_the_first_chunk_come_before_the_prompt_is_computed() -> Non
 
 def test_the_progress_of_the_prompt_is_sent_on_request() -> None:
     with stepped_server() as server:
-        stop = run_in_thread(server)
-        answer = answer_of(send_chat(server, LONG_PROMPT, stream=True, return_progress=True, max_tokens=3))
-        stop.set()
+        with stepping(server):
+            answer = answer_of(send_chat(server, LONG_PROMPT, stream=True, return_progress=True, max_tokens=3))
         events = [json.loads(line[6:]) for line in answer.body.split(b"\n") if line.startswith(b"data: {")]
         progress = [event["prompt_progress"] for event in events if "prompt_progress" in event]
         assert progress
@@ -140,11 +134,9 @@ def test_the_progress_of_the_prompt_is_sent_on_request() -> None:
 
 
 def test_a_stream_goes_on_where_it_was_after_a_restart() -> None:
-    fields = {"max_tokens": 40, "seed": 11}
-    with stepped_server() as server:
-        stop = run_in_thread(server)
+    fields: dict[str, Any] = {"max_tokens": 40, "seed": 11}
+    with stepped_server() as server, stepping(server):
         undisturbed = text_of(answer_of(send_chat(server, stream=True, **fields)).body)
-        stop.set()
     assert undisturbed
     with stepped_server(ServerOptions(keepalive_s=0.05)) as server:
         connection = send_chat(server, stream=True, **fields)
@@ -157,9 +149,8 @@ def test_a_stream_goes_on_where_it_was_after_a_restart() -> None:
         assert int(refused.headers["retry-after"]) > 0
         received = receive_until(connection, b": keep-alive")
         server.tokens.end_restart()
-        stop = run_in_thread(server)
-        answer = answer_of(connection, received)
-        stop.set()
+        with stepping(server):
+            answer = answer_of(connection, received)
         assert text_of(answer.body) == undisturbed
         assert answer.body.count(b"[DONE]") == 1
 
@@ -177,7 +168,7 @@ def test_the_end_of_the_engine_is_an_error_event_of_the_stream() -> None:
         assert answer.body.rstrip(b"\r\n0").endswith(b"data: [DONE]")
 
 
-def test_a_client_that_takes_nothing_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_reads_nothing_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "WRITE_S", 0.3)
     with stepped_server(ServerOptions(keepalive="chunk", keepalive_s=0.0001)) as server:
         connection = socket.socket()
@@ -198,12 +189,87 @@ def test_a_client_that_takes_nothing_is_cancelled(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_client_that_reads_slowly_keeps_its_answer() -> None:
-    with stepped_server() as server:
-        stop = run_in_thread(server)
+    with stepped_server() as server, stepping(server):
         connection = send_chat(server, stream=True, max_tokens=30, seed=11)
         received = b""
         while part := connection.recv(64):
             received += part
-        stop.set()
         assert b"[DONE]" in received
         connection.close()
+
+
+def test_a_request_is_cancelled_by_its_own_key_and_unknown_to_others(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    alice, bob = add_key(path, "alice"), add_key(path, "bob")
+    with stepped_server(keys=KeyRing(path, is_required=True)) as server:
+        connection = send_chat(server, key=alice, stream=True)
+        received = receive_until(connection, b'"role":"assistant"')
+        request_id = received.split(b'"id":"')[1].split(b'"')[0].decode()
+        cancel = f"/v1/requests/{request_id}/cancel"
+        for key, where in ((bob, cancel), (alice, "/v1/requests/nothing/cancel")):
+            answer = answer_of(send(server, "POST", where, {}, key))
+            assert (answer.status, answer.error["code"]) == (404, "request_not_found")
+        for key, found in ((alice, request_id.removeprefix("chatcmpl-")), (bob, None)):
+            status = answer_of(send(server, "GET", "/v1/status", {}, key)).json
+            assert [entry["id"] for entry in status["requests"]] == [found]
+        assert answer_of(send(server, "POST", cancel, {}, alice)).json == {"id": request_id, "cancelled": True}
+        answer = answer_of(connection, received)
+        assert b'"finish_reason":"stop"' in answer.body
+        assert answer.body.count(b"[DONE]") == 1
+        assert server.num_used == 0
+
+
+def test_an_allowed_origin_gets_its_headers_and_another_does_not() -> None:
+    with stepped_server() as server:
+        for origin, status in (("https://chat.example", 204), ("https://evil.example", 403)):
+            head = f"OPTIONS /v1/models HTTP/1.1\r\nHost: localhost\r\nOrigin: {origin}\r\nConnection: close\r\n\r\n"
+            connection = socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S)
+            connection.sendall(head.encode())
+            answer = answer_of(connection)
+            assert answer.status == status
+            assert answer.headers.get("access-control-allow-origin") == (origin if status == 204 else None)
+
+
+def test_half_a_request_and_then_silence_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_connection, "HEADERS_S", 0.2)
+    monkeypatch.setattr(request_body, "BODY_S", 0.2)
+    with stepped_server() as server:
+        for beginning in (b"", b"POST /v1/chat"):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as connection:
+                connection.sendall(beginning)
+                with contextlib.suppress(ConnectionResetError):
+                    assert connection.recv(100) == b""
+        with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as connection:
+            head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
+            connection.sendall(head + b'{"messages"')
+            answer = answer_of(connection)
+            assert (answer.status, answer.error["code"]) == (408, "request_timeout")
+
+
+def test_a_second_request_on_a_connection_has_its_own_limit_for_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_connection, "HEADERS_S", 0.2)
+    with stepped_server() as server, socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as connection:
+        for _ in range(2):
+            connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert receive_until(connection, b"]}").startswith(b"HTTP/1.1 200")
+            threading.Event().wait(0.4)
+        connection.sendall(b"GET /v1")
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(100) == b""
+
+
+def test_the_status_is_streamed_when_it_changes_with_consecutive_ids() -> None:
+    with stepped_server() as server:
+        connection = send(server, "GET", "/v1/status/events", {})
+        received = receive_until(connection, b"event: status")
+        assert b"id: 1\n" in received
+        running = send_chat(server, stream=True)
+        received = receive_until(connection, b'"phase":"', received)
+        received = receive_until(connection, b"id: 3\n", received)
+        running.close()
+        connection.close()
+        head = b"GET /v1/status/events HTTP/1.1\r\nHost: localhost\r\nLast-Event-ID: 41\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as again:
+            again.sendall(head)
+            assert b"id: 42\n" in receive_until(again, b"event: status")
+        server.wait_for("GET /v1/status/events", 2)

@@ -5,19 +5,25 @@ Everything here computes for milliseconds to seconds, and runs on worker threads
 
 import re
 import secrets
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy
+from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy, TextPolicy
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import Request
+from mlx_k2.scheduling.token_policy import TokenPolicy
 from mlx_k2.server.api_errors import context_overflow, invalid
 from mlx_k2.server.chat_request import ChatRequest
+from mlx_k2.server.completion_request import CompletionRequest
+from mlx_k2.server.request_fields import GenerationFields
+from mlx_k2.server.turn_store import StoredTurn, TurnStore
 from mlx_k2.text.history import num_calls, with_normal_ids
 from mlx_k2.text.history_reader import read_history
-from mlx_k2.text.prompt import opens_reasoning, render_prompt
+from mlx_k2.text.prompt import opens_reasoning, render_pieces
+from mlx_k2.text.sampled_turns import SampledTurns
 from mlx_k2.text.thinking_mode import INSTANT_TEMPERATURE, ThinkingMode
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.weights.model_frontend import ModelFrontend
@@ -32,17 +38,19 @@ class Generation:
     """One request for the engine, and what its answer's reader needs to know."""
 
     request: Request
-    policy: ReplyPolicy
+    policy: TokenPolicy
     tokenizer: Tokenizer
-    in_reasoning: bool
+    in_reasoning: bool = False
     """Whether the answer begins inside the reasoning."""
-    first_call: int
+    first_call: int = 0
     """The number of the answer's first tool call, for its id."""
-    tool_names: tuple[str, ...]
+    tool_names: tuple[str, ...] = ()
     """The declared tools."""
+    digest: bytes = b""
+    """The digest of the conversation that is answered, for the turn store."""
 
 
-class ServedModel:
+class LanguageModel:
     """A model under the name that clients see."""
 
     def __init__(self, frontend: ModelFrontend, name: str) -> None:
@@ -50,28 +58,18 @@ class ServedModel:
         self._frontend = frontend
         self.tokenizer = frontend.tokenizer
         self.context_tokens = frontend.context_tokens
+        self._turns = TurnStore()
         _ = frontend.template  # compiled before the first request
 
-    def chat(self, chat: ChatRequest) -> Generation:
-        """Return the generation for a chat request.
+    def chat(self, chat: ChatRequest, owner: str) -> Generation:
+        """Return the generation for a chat request. ``owner`` is the name of the client's key.
 
         Raises:
             ApiError: 400, the request cannot be served; names the field.
             TokenizerError: the template fails.
         """
-        thinking = self._mode(chat)
-        tools = [] if chat.tool_choice == "none" else [_declaration(tool) for tool in chat.tools or ()]
-        try:
-            messages = with_normal_ids(read_history(chat.messages, self._frontend.template.fields).messages)
-            prompt_ids = render_prompt(
-                self._frontend.template,
-                self.tokenizer,
-                messages,
-                tools,
-                **thinking.variables(self._frontend.template),
-            )
-        except RequestError as error:
-            raise invalid(str(error), "messages") from None
+        tools = _declarations(chat)
+        prompt_ids, digest = self.chat_prompt(chat, owner)
         banned = self._call_ids() if chat.tool_choice == "none" and chat.tools else frozenset[int]()
         limits = ReplyLimits(
             stop_strings=chat.stop_strings,
@@ -79,7 +77,7 @@ class ServedModel:
             max_tool_calls=1 if chat.parallel_tool_calls is False else None,
             banned_ids=banned,
         )
-        request = self._request(chat, prompt_ids, self._sampling(chat, thinking.thinking))
+        request = self._request(chat, prompt_ids, self._sampling(chat, self._mode(chat).thinking))
         return Generation(
             request,
             ReplyPolicy(self.tokenizer, request, limits),
@@ -87,7 +85,55 @@ class ServedModel:
             in_reasoning=opens_reasoning(self.tokenizer, prompt_ids),
             first_call=next_call_number(chat.messages),
             tool_names=tuple(tool["function"]["name"] for tool in tools),
+            digest=digest,
         )
+
+    def chat_prompt(self, chat: ChatRequest, owner: str) -> tuple[list[int], bytes]:
+        """Return the prompt of a chat request and the digest of its messages; errors are those of ``chat``.
+
+        The owner's earlier answers keep the tokens that were sampled, and get back reasoning that the client left out.
+        """
+        template = self._frontend.template
+        try:
+            messages = with_normal_ids(read_history(chat.messages, template.fields).messages)
+            digest, turns = self._turns.restore(owner, messages)
+            variables = self._mode(chat).variables(template)
+            pieces = render_pieces(template, self.tokenizer, messages, _declarations(chat), **variables)
+        except RequestError as error:
+            raise invalid(str(error), "messages") from None
+        sampled = SampledTurns(self.tokenizer)
+        for number, turn in turns.items():
+            sampled.keep(number, turn.token_ids)
+        return sampled.encode(pieces), digest
+
+    def keep_turn(self, digest: bytes, message: Mapping[str, Any], token_ids: Sequence[int]) -> None:
+        """Store an answer, for a client that continues its conversation."""
+        if message.get("content") or message.get("tool_calls"):
+            turn = StoredTurn(message.get("reasoning_content") or "", array("I", token_ids))
+            self._turns.keep(digest, message, turn)
+
+    def completion(self, completion: CompletionRequest) -> Generation:
+        """Return the generation for a raw prompt. Errors are those of ``chat``."""
+        prompt = completion.prompt_ids
+        prompt_ids = self.tokenizer.encode_text(completion.prompt_text) if prompt is None else prompt
+        self._check_ids(prompt_ids, "prompt")
+        request = self._request(completion, prompt_ids, self._sampling(completion, None))
+        policy = TextPolicy(self.tokenizer, request, completion.stop_strings)
+        return Generation(request, policy, self.tokenizer)
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids, control tokens by their names.
+
+        Raises:
+            ApiError: 400, an id is not in the vocabulary.
+        """
+        self._check_ids(token_ids, "tokens")
+        return b"".join(map(self.tokenizer.token_bytes, token_ids)).decode(errors="replace")
+
+    def _check_ids(self, token_ids: Sequence[int], field: str) -> None:
+        wrong = next((number for number in token_ids if not 0 <= number < self.tokenizer.vocab_size), None)
+        if wrong is not None:
+            raise invalid(f"{field}: the vocabulary of {self.tokenizer.vocab_size} tokens has no {wrong}", field)
 
     def _mode(self, chat: ChatRequest) -> ThinkingMode:
         """Return the mode that is asked for, as far as the template has it: thinking is never refused."""
@@ -97,22 +143,26 @@ class ServedModel:
             chat.preserves_thinking and "preserve_thinking" in known,
         )
 
-    def _request(self, chat: ChatRequest, prompt_ids: Sequence[int], sampling: Sampling) -> Request:
+    def _request(self, asked: GenerationFields, prompt_ids: Sequence[int], sampling: Sampling) -> Request:
+        if not prompt_ids:
+            raise invalid("the prompt is empty: give some text, or token ids", "prompt")
         if len(prompt_ids) >= self.context_tokens:
             raise context_overflow(len(prompt_ids), self.context_tokens)
-        max_tokens = min(chat.limit_tokens or self.context_tokens, self.context_tokens - len(prompt_ids))
+        max_tokens = min(asked.limit_tokens or self.context_tokens, self.context_tokens - len(prompt_ids))
         return Request(tuple(prompt_ids), max_tokens, sampling, self._frontend.stop_ids)
 
-    def _sampling(self, chat: ChatRequest, thinking: bool | None) -> Sampling:
+    def _sampling(self, asked: GenerationFields, thinking: bool | None) -> Sampling:
         recommended = self._frontend.recommended
-        values: dict[str, Any] = {name: getattr(chat, name) for name in SAMPLING_FIELDS}
+        values: dict[str, Any] = {name: getattr(asked, name) for name in SAMPLING_FIELDS}
         if values["temperature"] is None and thinking is False:
             values["temperature"] = INSTANT_TEMPERATURE
         for name in SAMPLING_FIELDS:
             values[name] = getattr(recommended, name) if values[name] is None else values[name]
+        if values["top_k"] is not None:
+            values["top_k"] = min(values["top_k"], self.tokenizer.vocab_size)
         given = {name: value for name, value in values.items() if value is not None}
-        seed = secrets.randbits(32) if chat.seed is None else chat.seed
-        num_logprobs = (chat.top_logprobs or 0) if chat.logprobs else None
+        seed = secrets.randbits(32) if asked.seed is None else asked.seed
+        num_logprobs = asked.num_logprobs
         try:
             return Sampling(seed=seed, num_logprobs=num_logprobs, **given)
         except RequestError as error:
@@ -134,6 +184,11 @@ def next_call_number(messages: Sequence[Mapping[str, Any]]) -> int:
     ids = [call.get("id") for call in calls] + [message.get("tool_call_id") for message in messages]
     found = [_NUMBERED_ID.fullmatch(written) for written in ids if isinstance(written, str)]
     return max([num_calls(messages), *(int(match[1]) + 1 for match in found if match)])
+
+
+def _declarations(chat: ChatRequest) -> list[dict[str, Any]]:
+    """Return the declarations of the tools that the model may call."""
+    return [] if chat.tool_choice == "none" else [_declaration(tool) for tool in chat.tools or ()]
 
 
 def _declaration(tool: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,16 +22,17 @@ class Connection(H11Protocol):
         super().__init__(*arguments, **options)
         self._headers_due: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin: give the application the means to close this connection at once."""
+        assert isinstance(transport, asyncio.Transport), "a stream connection can be written"
         super().connection_made(transport)
         inner = self.app
 
         async def with_abort(scope: Scope, receive: Receive, send: Send) -> None:
             scope["extensions"] = {ABORT: transport.abort}
-            await inner(scope, receive, send)  # type: ignore[arg-type]
+            await inner(scope, receive, send)
 
-        self.app = with_abort  # type: ignore[assignment]
+        self.app = with_abort
         self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -1,0 +1,64 @@
+"""The format of text completions: chunks of a stream, and the whole body. Knows no HTTP."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mlx_k2.coordinator.handle import Event, Finished, PrefillProgress
+from mlx_k2.server.api_errors import ApiError
+from mlx_k2.server.chat_completions import DONE, usage
+from mlx_k2.server.chat_reply import ChatReply
+from mlx_k2.server.sse import event_bytes
+from mlx_k2.text.reply_parts import Content
+
+
+class TextFormat:
+    """The chunks or the body of one text completion. Its reply has content only."""
+
+    def __init__(self, head: dict[str, Any], reply: ChatReply, *, include_usage: bool, keepalive: str) -> None:
+        self._head = head
+        self._reply = reply
+        self._include_usage = include_usage
+        self._keepalive = keepalive
+
+    def begin(self) -> bytes:
+        """Return nothing: the first chunk is the first text."""
+        return b""
+
+    def keepalive(self) -> bytes:
+        """Return a comment, a chunk without text, or nothing."""
+        match self._keepalive:
+            case "comment":
+                return b": keep-alive\n\n"
+            case "chunk":
+                return self._chunk("", None)
+        return b""
+
+    def error(self, error: ApiError) -> bytes:
+        """Return an error event and the end of the stream."""
+        return event_bytes(error.body) + DONE
+
+    def events(self, events: Sequence[Event]) -> bytes:
+        """Return the chunks for these events."""
+        frames = b""
+        for event in events:
+            if isinstance(event, PrefillProgress):
+                continue
+            text = "".join(delta.text for delta in self._reply.add(event) if isinstance(delta, Content))
+            frames += self._chunk(text, None) if text else b""
+            if isinstance(event, Finished):
+                frames += self._chunk("", self._reply.finish_reason(event.reason))
+                if self._include_usage:
+                    frames += event_bytes(self._head | {"choices": [], "usage": usage(self._reply, event.summary)})
+                frames += DONE
+        return frames
+
+    def body(self, finished: Finished) -> dict[str, Any]:
+        """Return the body of a completion that is not streamed, after ``finished`` was added."""
+        choice = self._choice(self._reply.content, self._reply.finish_reason(finished.reason))
+        return self._head | {"choices": [choice], "usage": usage(self._reply, finished.summary)}
+
+    def _chunk(self, text: str, reason: str | None) -> bytes:
+        return event_bytes(self._head | {"choices": [self._choice(text, reason)]})
+
+    def _choice(self, text: str, reason: str | None) -> dict[str, Any]:
+        return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
