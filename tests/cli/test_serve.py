@@ -90,7 +90,7 @@ def test_a_second_signal_ends_at_once(command_line: CommandLine, endless: Path) 
 
 def test_an_answer_longer_than_the_drain_ends_with_an_error_event(command_line: CommandLine, endless: Path) -> None:
     with serving(command_line, "--model", str(endless), "--drain", "1") as server:
-        connection = begin_answer(server)
+        connection = begin_answer(server, temperature=0)
         assert server.end(signal.SIGTERM) == 0
         assert b'"code":"unavailable"' in rest(connection)
 
