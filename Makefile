@@ -6,20 +6,22 @@ INSTALLED := $(VENV)/installed
 # Test processes that run side by side. A worker takes the tests of its own part in order, which keeps the tests that
 # share a fixture together, and then takes over tests of the other workers.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest
+# Kinds of tests that CI may skip on this machine; tests/conftest.py has the names.
+MAY_LACK ?=
+PYTEST := $(BIN)/python -m pytest --may-lack "$(MAY_LACK)"
 SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: help demo test check long fuzz types tests format clean
+.PHONY: help demo test check dist lock long fuzz types tests format clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mlx-k2 needs Python 3.11 or newer; give one with make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable . --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tools]' --group dev
 	@touch $@
 
 demo: $(INSTALLED)  ## Stream an answer from two stages on this machine
@@ -53,5 +55,15 @@ format: $(INSTALLED)  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+dist: $(INSTALLED)  ## Build the wheel and the source archive in dist/
+	$(BIN)/python -m build --no-isolation
+
+lock:  ## Write the newest versions that fit pyproject.toml to constraints.txt
+	$(PYTHON) -m venv --clear build/lock
+	build/lock/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	build/lock/bin/python -m pip install --quiet --editable '.[tools]' --group dev
+	{ echo "# Made by make lock: the versions that the tests passed with."; \
+	    build/lock/bin/python -m pip freeze --exclude-editable; } > constraints.txt
+
 clean:  ## Remove what make made
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis tests/metal_cpu/build
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis tests/metal_cpu/build

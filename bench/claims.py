@@ -45,7 +45,14 @@ def read_options(description: str | None) -> Options:
     parser.add_argument("--pairs", type=int, default=NUM_PAIRS, help=f"pairs of runs a claim  [default: {NUM_PAIRS}]")
     parser.add_argument("--only", default="", metavar="WORDS", help="measure the claims whose names hold these words")
     arguments = parser.parse_args()
+    if arguments.save and is_dirty(commit()):
+        parser.error("--save needs a working tree without changes: a row names the commit that it measured")
     return Options(arguments.pairs, arguments.save, arguments.only)
+
+
+def is_dirty(name: str) -> bool:
+    """Return whether `commit` named a working tree that differed from its commit."""
+    return name.endswith("+")
 
 
 def measure(script: str, claim: Claim, options: Options) -> None:
@@ -71,11 +78,12 @@ def measure(script: str, claim: Claim, options: Options) -> None:
 
 
 def table() -> str:
-    """Return a Markdown table of each claim's newest rows."""
+    """Return a Markdown table of each claim's newest rows, without rows of a working tree that differed."""
     with (RESULTS / f"{NAME}.csv").open(newline="") as file:
         by_claim: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
         for row in csv.DictReader(file):
-            by_claim[SCRIPTS.get(row["script"], row["script"]), row["claim"]].append(row)
+            if not is_dirty(row["commit"]):
+                by_claim[SCRIPTS.get(row["script"], row["script"]), row["claim"]].append(row)
     lines = ["| measured by | what | ratio: median (quartiles) | asked | pairs, commit |", "|---|---|---|---|---|"]
     for (script, claim), rows in sorted(by_claim.items()):
         newest = [row for row in rows if (row["date"], row["commit"]) == (rows[-1]["date"], rows[-1]["commit"])]

@@ -1,6 +1,6 @@
 """One rank of mlx-lm on a checkpoint. Each line on stdin starts a run; rank 0 prints a line of rates for each run.
 
-python -m bench.mlx_lm_rank FOLDER [--own-dtype]
+python -m bench.mlx_lm_rank FOLDER
 
 Alone it runs the whole model. With MLX_RANK and MLX_HOSTFILE set it runs mlx-lm's pipeline over MLX's ring. An input
 line is {"prompt_tokens", "generate_tokens", "streams", "prefill_step"}. An output line holds tokens per second:
@@ -27,9 +27,8 @@ def main() -> None:
     """Load the model, print {} when it is loaded, and run the lines of stdin until it ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--own-dtype", action="store_true", help="compute as mlx-lm would, not in float32")
     options = parser.parse_args()
-    model = load(options.folder, own_dtype=options.own_dtype)
+    model = load(options.folder)
     print("{}", flush=True)
     for line in sys.stdin:
         rates = measure(model, **json.loads(line))
@@ -37,13 +36,12 @@ def main() -> None:
             print(json.dumps(rates), flush=True)
 
 
-def load(folder: Path, *, own_dtype: bool) -> Any:
-    """Load the model, or this rank's layers of it."""
+def load(folder: Path) -> Any:
+    """Load the model, or this rank's layers of it, in float32."""
     model, _ = load_model(folder, lazy=True, strict=False)
     if "MLX_RANK" in os.environ:
         model.model.pipeline(mx.distributed.init(strict=True, backend="ring"))
-    if not own_dtype:
-        model.set_dtype(mx.float32)
+    model.set_dtype(mx.float32)
     mx.eval(model.parameters())
     return model
 

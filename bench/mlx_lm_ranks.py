@@ -53,9 +53,9 @@ class MlxLmRanks:
 
 
 @contextlib.contextmanager
-def mlx_lm_ranks(folder: Path, num_ranks: int, *, own_dtype: bool = False) -> Iterator[MlxLmRanks]:
-    """Start ``num_ranks`` ranks of mlx-lm on a checkpoint, in float32 unless ``own_dtype``; end them on exit."""
-    command = [sys.executable, "-m", "bench.mlx_lm_rank", str(folder), *(["--own-dtype"] if own_dtype else [])]
+def mlx_lm_ranks(folder: Path, num_ranks: int) -> Iterator[MlxLmRanks]:
+    """Start ``num_ranks`` ranks of mlx-lm on a checkpoint, in float32; end them on exit."""
+    command = [sys.executable, "-m", "bench.mlx_lm_rank", str(folder)]
     with contextlib.ExitStack() as stack:
         hostfile = stack.enter_context(tempfile.NamedTemporaryFile("w", suffix=".json"))
         json.dump([[f"127.0.0.1:{port}"] for port in free_ports(num_ranks)], hostfile)

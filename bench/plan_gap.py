@@ -2,9 +2,10 @@
 
 python -m bench.plan_gap [--save] [--tokens N]
 
-The stage is a real guard over a small program that sleeps STEP_S for each step and "samples" the next token of a given
-text: a code block of 300 lines. It measures each gap itself, from before it writes a token to when it has read the next
-plan, so that everything counts: two pipes, the guard, three threads of this process and Python's lock. Cases:
+A small program is at the other end of this process's pipes, in place of a guard. It sleeps STEP_S for each step and
+"samples" the next token of a given text: a code block of 300 lines. It measures each gap itself, from before it writes
+a token to when it has read the next plan, so that everything counts: two pipes, three threads of this process and
+Python's lock. Cases:
 
 - quiet: this process only reads the answer's events;
 - rendering: the chat's screen renders the code block on a terminal, as it grows;
@@ -34,11 +35,11 @@ from mlx_k2.coordinator.engine import Engine
 from mlx_k2.coordinator.handle import Handle, Token
 from mlx_k2.coordinator.pipeline import Pipeline
 from mlx_k2.coordinator.reply_policy import ReplyPolicy
-from mlx_k2.guard.guard import run_guard
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.stage_location import StageLocation
-from mlx_k2.protocol.framing import Kind, encode_frame, read_frame
+from mlx_k2.protocol.framing import MARK, Kind, encode_frame, read_frame
 from mlx_k2.protocol.messages import Step, StepDone, decode_to_stage, encode_message
+from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
 from mlx_k2.sampling import SampledToken, Sampling
 from mlx_k2.scheduling.cost_model import StageCost
 from mlx_k2.scheduling.request import Request
@@ -103,9 +104,9 @@ def measure(
 
 @contextmanager
 def engine_on_a_program(folder: Path, text: Path, result: Path) -> Iterator[Engine]:
-    """Yield an engine over one stage: a guard over this file as a program."""
+    """Yield an engine over one stage: this file as a program."""
     script = folder / "python"
-    script.write_text(f"#!/bin/sh\ncd {Path.cwd()}\nexec {sys.executable} -m bench.plan_gap guard {text} {result}\n")
+    script.write_text(f"#!/bin/sh\ncd {Path.cwd()}\nexec {sys.executable} -m bench.plan_gap program {text} {result}\n")
     script.chmod(0o755)
     with StageGroup([StageLocation(python=str(script))], lease_s=20.0, log=lambda _: None) as group:
         policy = AdaptiveStepPolicy([StageCost(SIZES, SPEED)])
@@ -169,8 +170,17 @@ def stage_program(text: Path, result: Path) -> None:
     gaps: list[float] = []
     sent_at: float | None = None
     with os.fdopen(os.dup(1), "wb") as outward:
+        outward.write(MARK)
+        outward.flush()
         while (frame := read_frame(sys.stdin.buffer)) is not None:
             now = time.perf_counter()
+            if frame.kind is Kind.HEARTBEAT:
+                status = StageStatus(PhaseUpdate(Phase.IDLE), 0.0)
+                outward.write(encode_frame(Kind.HEARTBEAT, frame.payload))
+                outward.write(encode_frame(Kind.STAGE_STATUS, status.to_json()))
+                outward.flush()
+            if frame.kind is not Kind.MESSAGE:
+                continue
             message = decode_to_stage(frame.payload)
             if not isinstance(message, Step):
                 break
@@ -187,8 +197,6 @@ def stage_program(text: Path, result: Path) -> None:
 
 if __name__ == "__main__":
     match sys.argv[1:2]:
-        case ["guard"]:
-            os._exit(run_guard([sys.executable, "-m", "bench.plan_gap", "program", *sys.argv[2:]]))
         case ["program"]:
             stage_program(Path(sys.argv[2]), Path(sys.argv[3]))
         case _:

@@ -4,8 +4,7 @@ python -m bench.vs_mlx_lm [--save] [--pairs N] [--only WORDS]
 
 Both sides use the same checkpoint and prompts in float32, and stay loaded. The two sides of a pair run right after each
 other. For eight streams mlx-lm runs its batch_generate, or the streams one after the other if that is faster. For the
-prompt it uses the best of several step sizes. One rank, and mlx-lm in the checkpoint's own dtype, are reported without
-a required ratio: a CPU emulates bfloat16.
+prompt it uses the best of several step sizes. One rank is reported without a required ratio.
 """
 
 import contextlib
@@ -19,8 +18,6 @@ from bench.overlap import EIGHT, ONE, PROMPT, benchmark_on, prefill, rate
 from mlx_k2.benchmark import Workload
 
 PREFILL_STEPS = (8, 16, 32, 64)
-FEW = Workload(ONE.prompt_tokens, 8, 1)
-"""Workload for a side that takes ten times as long."""
 
 
 def main() -> None:
@@ -31,13 +28,11 @@ def main() -> None:
         stages, tall_stages = (benchmark_on(stack, folder, 2) for folder in (even, tall))
         alone, pair = (stack.enter_context(mlx_lm_ranks(even, count)) for count in (1, 2))
         tall_pair = stack.enter_context(mlx_lm_ranks(tall, 2))
-        own_dtype = stack.enter_context(mlx_lm_ranks(even, 2, own_dtype=True))
         for claim in (
             Claim("one stream", rate(stages, ONE), decode(pair, ONE), 1.0),
             Claim("eight streams", rate(stages, EIGHT), eight_streams(pair), 1.8),
             Claim("prompt of 16 chunks", prefill(tall_stages), longest_prompt(tall_pair), 1.1),
             Claim("one stream, mlx-lm on one rank", rate(stages, ONE), decode(alone, ONE)),
-            Claim("one stream, mlx-lm in its own dtype", rate(stages, FEW), decode(own_dtype, FEW)),
         ):
             measure("vs_mlx_lm", claim, options)
 

@@ -5,6 +5,8 @@ import os
 import secrets
 from pathlib import Path
 
+import platformdirs
+
 PRIVATE = 0o600
 
 
@@ -14,6 +16,15 @@ def home_folder() -> Path:
         return Path.home()
     except RuntimeError:
         return Path("/nonexistent")
+
+
+def state_folder() -> Path | None:
+    """Return the folder in which this program keeps its state, or None for a user without a home folder."""
+    try:
+        folder = platformdirs.user_state_path("mlx-k2")
+    except RuntimeError:  # platformdirs 4.14; earlier versions return a relative path
+        return None
+    return folder if folder.is_absolute() else None
 
 
 def open_private(path: str, flags: int) -> int:
@@ -27,7 +38,12 @@ def open_ours(path: str, flags: int) -> int:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write a file, or leave an existing one unchanged.
+    """Write a file for its owner alone, as `write_whole` does."""
+    write_whole(path, data, PRIVATE)
+
+
+def write_whole(path: Path, data: bytes, mode: int) -> None:
+    """Write a file with the permissions ``mode``, or leave an existing one unchanged.
 
     The data is written beside it, to a new file with a random name, which then replaces it.
 
@@ -38,6 +54,7 @@ def write_private(path: Path, data: bytes) -> None:
     try:
         with open(beside, "xb", opener=open_ours) as file:
             file.write(data)
+            os.fchmod(file.fileno(), mode)
         beside.replace(path)
     except OSError:
         with contextlib.suppress(OSError):

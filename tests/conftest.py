@@ -1,4 +1,7 @@
-"""Rules for every test: a skip states what it needs and how to get it, and on CI no test may be skipped."""
+"""Rules for every test: it computes on MLX's CPU back end, and a skip states what it needs and how to get it.
+
+On CI no test may be skipped, except those of the kinds that --may-lack names.
+"""
 
 import os
 import signal
@@ -6,14 +9,19 @@ from collections import Counter
 from collections.abc import Iterator
 
 import hypothesis
+import mlx.core as mx
 import pytest
 from hypothesis.database import DirectoryBasedExampleDatabase
 
-# Set before a test module imports numpy or mlx, and inherited by every process that a test starts. Tests run in
+# Set before a test module imports numpy, and inherited by every process that a test starts. Tests run in
 # parallel, one for each core. More BLAS threads than cores make some tests ten times slower.
 os.environ |= dict.fromkeys(
     ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
 )
+
+# A test's numbers are those of float32 on a CPU, also on a Mac. A stage that a test starts reads the variable.
+os.environ["MLX_K2_DEVICE"] = "cpu"
+mx.set_default_device(mx.cpu)
 
 FIXED, LONG, FUZZ = "fixed", "long", "fuzz"
 MANY_EXAMPLES = 2000
@@ -38,7 +46,44 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(FIXED)  # --hypothesis-profile, read after this file, selects another
 
 _NEEDS = "needs "
+KINDS = frozenset(
+    {"emulated hosts", "tmux", "g++", "libclang", "NVRTC", "/dev/full", "no Metal GPU", "Kimi's vocabulary"}
+)
+"""What a test may need and a machine may lack. A skip's reason is "needs KIND: how to get it"."""
 _not_run: Counter[str] = Counter()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that allows a machine to lack something on CI."""
+    parser.addoption("--may-lack", default="", metavar="KIND,...", help="kinds of tests that CI may skip here")
+
+
+def _may_lack(config: pytest.Config) -> set[str]:
+    return {kind.strip() for kind in config.getoption("--may-lack").split(",") if kind.strip()}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse a kind that no test needs."""
+    if unknown := sorted(_may_lack(config) - KINDS):
+        raise pytest.UsageError(f"--may-lack {unknown[0]}: the kinds are {', '.join(sorted(KINDS))}")
+
+
+def _kind(reason: str) -> str:
+    """Return the kind in a skip's reason; '' if it names none."""
+    kind = reason.removeprefix(_NEEDS).partition(":")[0]
+    return kind if reason.startswith(_NEEDS) and kind in KINDS else ""
+
+
+def _skip_problems(config: pytest.Config) -> list[str]:
+    """Return one line for each skip that is a failure, and for each kind in --may-lack that is not lacking."""
+    lacking = {_kind(reason) for reason in _not_run}
+    problems = [f"a skip names no known kind: {reason}" for reason in sorted(_not_run) if not _kind(reason)]
+    if os.environ.get("CI"):
+        problems += [f"skipped on CI: {kind}" for kind in sorted(lacking - _may_lack(config) - {""})]
+    is_whole_suite = config.args == config.getini("testpaths") and not (config.option.markexpr or config.option.keyword)
+    if is_whole_suite and not hasattr(config, "workerinput"):  # a worker runs a part of the suite
+        problems += [f"--may-lack names what this machine has: {kind}" for kind in sorted(_may_lack(config) - lacking)]
+    return problems
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -69,9 +114,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail the session if a test was skipped for a reason that does not start with _NEEDS, or for any reason on CI."""
-    unexplained = [reason for reason in _not_run if not reason.startswith(_NEEDS)]
-    if session.exitstatus == pytest.ExitCode.OK and (unexplained or (_not_run and os.environ.get("CI"))):
+    """Fail the session for each of `_skip_problems`."""
+    if session.exitstatus == pytest.ExitCode.OK and _skip_problems(session.config):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -79,6 +123,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print a line for each reason of skipped tests and, after a failed fuzz run, how to keep a failure."""
     for reason, count in sorted(_not_run.items()):
         terminalreporter.write_line(f"not run here: {count} tests: {reason}", yellow=True)
+    for problem in _skip_problems(terminalreporter.config):
+        terminalreporter.write_line(problem, red=True)
     if hypothesis.settings.get_current_profile_name() == FUZZ and terminalreporter.stats.get("failed"):
         for line in KEEP_FAILURES:
             terminalreporter.write_line(line, yellow=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.claims import README, with_table
+from tests.conftest import KINDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -32,6 +33,12 @@ def test_the_readmes_table_equals_the_measured_rows() -> None:
     readme = README.read_text()
     assert "| `bench." in readme, "a table without rows"
     assert with_table(readme) == readme, "run python -m bench.claims"
+
+
+def test_the_kinds_that_the_workflows_leg_on_a_mac_may_lack_are_known() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "check.yml").read_text()
+    (kinds,) = re.findall(r'MAY_LACK="([^"]+)"', workflow)
+    assert set(kinds.split(",")) < KINDS
 
 
 def test_every_design_page_has_a_unique_number() -> None:

@@ -218,4 +218,4 @@ def _check_files(options: dict[str, Any]) -> None:
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise click.UsageError(f"--{name} {path}: there is no folder {Path(path).absolute().parent}")
     if options["plot_path"] is not None and find_spec("matplotlib") is None:
-        raise click.UsageError("--plot needs matplotlib: pip install 'mlx-k2[plot]'")
+        raise click.UsageError("--plot needs matplotlib: pip install matplotlib")

@@ -2,13 +2,12 @@
 
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
-import platformdirs
 
 from mlx_k2 import __version__
 from mlx_k2.chat.chat_session import ChatSession, Toolkit
@@ -44,6 +43,7 @@ from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.errors import MlxK2Error, RequestError
+from mlx_k2.private_files import state_folder
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.model_frontend import ModelFrontend
 
@@ -159,14 +159,14 @@ def _chat(
             Repl(session, commands, keyboard, screen, usage, transcript).run()
         except BaseException:  # also a signal, a full disk and our own mistakes
             if session.conversation.messages:
-                _rescue(commands, screen)
+                with suppress(OSError):  # the terminal may be gone
+                    _rescue(commands, screen)
             raise
 
 
 def _rescue(commands: Commands, screen: Screen) -> None:
     """Save the conversation for /load, after an error."""
-    state = platformdirs.user_state_path("mlx-k2")
-    folder = state if state.is_absolute() else Path(tempfile.gettempdir())  # for a user without a home folder
+    folder = state_folder() or Path(tempfile.gettempdir())
     path = folder / f"chat-{time.strftime('%Y%m%d-%H%M%S')}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

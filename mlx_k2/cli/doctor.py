@@ -19,7 +19,9 @@ _STYLES = {CheckResult.OK: "green", CheckResult.WARNING: "yellow", CheckResult.F
 
 @click.command()
 @cluster_options
-@click.option("--deep", is_flag=True, help="Read every file whole, and compare checksums.")
+@click.option(
+    "--deep", is_flag=True, help="Read every file whole, compare checksums, and keep them in the model's folder."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout: each check, then a summary.")
 def command(**options: Any) -> None:
     """Look at every host and every hop, and say what to mend.
@@ -29,7 +31,8 @@ def command(**options: Any) -> None:
         mlx-k2 doctor --hostfile two-macs.json
         mlx-k2 doctor --hostfile two-macs.json --model moonshotai/Kimi-K2-Thinking
 
-    The exit code is 1 when something failed; warnings alone leave it 0. Nothing is loaded, and nothing is changed.
+    The exit code is 1 when something failed; warnings alone leave it 0. Nothing is loaded, and nothing is changed
+    but the manifest of --deep.
     """  # noqa: D301  # click reads the escape
     request = deployment_request(options)
     for line in request.hostfile.warnings:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 import click
+import msgspec
 from rich.table import Table
 
 from mlx_k2.cli.console import console, log
@@ -26,7 +27,10 @@ Measurement = TypeVar("Measurement", KernelReport, DecodeTime)
 
 
 @click.command()
-def command() -> None:
+@click.option(
+    "--report", "checks_only", is_flag=True, help="Check the kernels in 0.4 GB, time nothing, print the JSON."
+)
+def command(checks_only: bool) -> None:
     """Check and time the kernels for Kimi K2's layers on this machine's GPU.
 
     Each kernel is compared with plain MLX in float32 and timed beside it and beside a plain read of the same weights.
@@ -37,9 +41,13 @@ def command() -> None:
     The table goes to stderr. What to send back, also when all is well, is one JSON object on stdout:
         mlx-k2 kernels > kernels.json
     """  # noqa: D301  # click reads the escape
+    if checks_only:
+        click.echo(msgspec.json.encode({"report": _measure("check", KernelReport)}).decode())
+        return
     log("checking and timing kernels ...")
     report = _measure("report", KernelReport)
     if report.chip is None:
+        assert report.plain_mlx_gb_per_s is not None
         log(f"this machine has no GPU that MLX can use ({report.system}, mlx {report.mlx_version}): no kernel runs")
         log(f"plain MLX runs in their place: one token's experts at {report.plain_mlx_gb_per_s:.2f} GB/s")
         return

@@ -6,6 +6,7 @@ Subcommands are imported when they are called, so that --help is fast.
 import errno
 import importlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -45,6 +46,14 @@ class Interrupted(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
+
+
+class PrintableRecord(logging.LogRecord):
+    """A record of a library's log, which can quote a server, in printable text."""
+
+    def getMessage(self) -> str:  # noqa: N802 - the name that logging calls
+        """Return the message without control characters."""
+        return printable(super().getMessage())
 
 
 class LazyGroup(click.Group):
@@ -101,6 +110,7 @@ def main() -> NoReturn:
     for number in handled:
         signal.signal(number, _interrupt)
     sys.excepthook = _print_traceback
+    logging.setLogRecordFactory(PrintableRecord)
     exit_code = run(sys.argv[1:])
     for number in handled:
         signal.signal(number, signal.SIG_DFL)  # nothing is left to clean up: a further signal ends Python's exit too

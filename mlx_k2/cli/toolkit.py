@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +28,13 @@ def opened_tools(options: Mapping[str, Any]) -> Iterator[Tools | None]:
         yield None
         return
     from mlx_k2.errors import ToolsError
-    from mlx_k2.tools.servers import python_module, read_mcp_file
-    from mlx_k2.tools.toolbox import Limits, open_toolbox
+
+    try:
+        from mlx_k2.tools.servers import python_module, read_mcp_file
+        from mlx_k2.tools.toolbox import Limits, open_toolbox
+    except ModuleNotFoundError as missing:
+        install = f"{sys.executable} -m pip install mcp"
+        raise ToolsError(f"--tools and --mcp need the package {missing.name}: run `{install}`") from None
 
     for name in _CHATTY:  # their messages about a lost server are in the call's result already
         logging.getLogger(name).setLevel(logging.CRITICAL)

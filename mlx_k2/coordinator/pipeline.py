@@ -5,7 +5,7 @@ Knows token ids and stages, but no requests, no text and no threads. It belongs 
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -96,7 +96,13 @@ class Pipeline:
 
     def send_plans(self) -> list[Microbatch]:
         """Send all plans that can go now; return them. Does not block."""
-        return list(self._send_plans())
+        sent = []
+        while (microbatch := self._scheduler.next_microbatch()) is not None:
+            self._sent[microbatch.number] = _Sent(microbatch, time.monotonic())
+            limit_s = self._allowed_s(microbatch) + LIMIT_MARGIN_S
+            self._send(Step(microbatch.number, tuple(planned.row for planned in microbatch.rows), limit_s))
+            sent.append(microbatch)
+        return sent
 
     def receive(self, wake_at: float = math.inf) -> StepResult | None:
         """Wait for the next report of a stage; return the step if the last stage has finished it.
@@ -139,13 +145,6 @@ class Pipeline:
     def step_of(self, rank: int) -> Microbatch | None:
         """Return the oldest plan in flight that stage ``rank`` has not finished."""
         return next((sent.microbatch for sent in self._sent.values() if rank not in sent.finished_by), None)
-
-    def _send_plans(self) -> Iterator[Microbatch]:
-        while (microbatch := self._scheduler.next_microbatch()) is not None:
-            self._sent[microbatch.number] = _Sent(microbatch, time.monotonic())
-            limit_s = self._allowed_s(microbatch) + LIMIT_MARGIN_S
-            self._send(Step(microbatch.number, tuple(planned.row for planned in microbatch.rows), limit_s))
-            yield microbatch
 
     def _send(self, step: Step) -> None:
         """Send a plan to every stage. Only the last one, which samples, gets the token masks."""

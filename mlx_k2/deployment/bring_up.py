@@ -50,9 +50,14 @@ def handshake(group: StageGroup, versions: Sequence[str]) -> tuple[Hello, ...]:
             ("mlx-k2", "mlx"), versions, (hello.mlx_k2_version, hello.mlx_version), strict=True
         ):
             if here != there:
+                how = (
+                    "from one wheel (make dist)"
+                    if package == "mlx-k2"
+                    else f"for instance pip install {package}=={here}"
+                )
                 raise StageStartError(
                     f"stage {rank} on {group.host(rank)} has {package} {there}, this machine has {here}: "
-                    f"install the same on both, for instance pip install {package}=={here}"
+                    f"install the same on both, {how}"
                 )
     return hellos
 
@@ -76,13 +81,35 @@ def prepare(group: StageGroup, messages: Sequence[Prepare]) -> tuple[Prepared, .
 
 
 def connect(group: StageGroup, links: RingLinks | JacclLinks | None) -> None:
-    """Connect all stages to the data plane. Each hop is checked with 32 random bytes sent only to its two ends."""
+    """Connect all stages to the data plane. Each hop is checked with 32 random bytes sent only to its two ends.
+
+    Raises:
+        StageStartError: a connection of a stage does not end at another stage.
+    """
     hops = [secrets.token_bytes(32) for _ in range(group.size - 1)]
     for rank in range(group.size):
         to_next = hops[rank] if rank < group.size - 1 else None
         from_previous = hops[rank - 1] if rank > 0 else None
         group.send(rank, Connect(links, to_next, from_previous))
-    collect(group, Connected, range(group.size), CONNECT_S, "connect to its neighbours")
+    check_connections(group, collect(group, Connected, range(group.size), CONNECT_S, "connect to its neighbours"))
+
+
+def check_connections(group: StageGroup, answers: Sequence[Connected]) -> None:
+    """Check that each TCP connection of a stage is one of another stage, seen from its other end.
+
+    A process between two stages that forwards their data has a port of its own on each of the two connections.
+
+    Raises:
+        StageStartError: one is not; names the stage and the other end.
+    """
+    ends = {connection for answer in answers for connection in answer.connections}
+    for rank, answer in enumerate(answers):
+        for local, remote in answer.connections:
+            if (remote, local) not in ends:
+                raise StageStartError(
+                    f"stage {rank} on {group.host(rank)} is connected to a stranger: the other end of {local} is "
+                    f"{remote}, at no stage; a process on a host, or a translation of addresses, is between two stages"
+                )
 
 
 def load(

@@ -105,6 +105,8 @@ def deploy(
         for plan, answer in zip(started.plans, loaded, strict=True):
             for line in answer.warnings:
                 listener.notify(f"stage {plan.rank} on {started.group.host(plan.rank)}: {line}")
+            if None in answer.checksums.values():
+                listener.log(f"[stage {plan.rank} {plan.host.ssh}] files not compared: run mlx-k2 doctor --deep once")
         yield Deployment(**vars(started), loaded=loaded, load_s=time.monotonic() - began)
 
 
@@ -222,11 +224,25 @@ def _load(
         started.group.set_held_bytes(plan.rank, plan.assignment.held_bytes)
     messages = [_load_message(plan, started.shape, request) for plan in started.plans]
     loaded = bring_up.load(started.group, messages, on_message)
+    _compare_files(started, loaded)
     needed = Counter(spec.name for spec in model_specs(started.model.config))
     if names != needed:
         wrong = sorted((names - needed) + (needed - names))
         raise StageStartError(f"the stages did not load each tensor once: {wrong[0]} and {len(wrong) - 1} more")
     return loaded
+
+
+def _compare_files(started: StartedStages, loaded: Sequence[Loaded]) -> None:
+    """Refuse hosts whose files, by the checksums that they know, are not of one revision."""
+    known: dict[str, tuple[int, str]] = {}
+    for plan, answer in zip(started.plans, loaded, strict=True):
+        for name, checksum in answer.checksums.items():
+            rank, other = known.setdefault(name, (plan.rank, checksum)) if checksum else (plan.rank, checksum)
+            if checksum != other:
+                raise StageStartError(
+                    f"{name} on {started.group.host(plan.rank)} (stage {plan.rank}) is not the one on "
+                    f"{started.group.host(rank)} (stage {rank}): fetch the same revision on both"
+                )
 
 
 def _load_message(plan: StagePlan, shape: RunShape, request: DeploymentRequest) -> Load:

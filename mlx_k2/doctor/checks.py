@@ -15,6 +15,7 @@ from mlx_k2.cluster.mac_settings import (
     rdma_is_enabled,
     sleeps_after_minutes,
 )
+from mlx_k2.launch.install_commands import install_commands
 from mlx_k2.protocol.messages import Hello
 
 SLOW_ANSWER_S = 0.02
@@ -80,13 +81,11 @@ def check_versions(
 ) -> Iterator[Check]:
     """Check that a host's package versions are those of this machine (``here``), and all ``systems`` the same."""
     there = {"mlx-k2": hello.mlx_k2_version, "mlx": hello.mlx_version, "mlx-lm": hello.mlx_lm_version}
-    wrong = [f"{name}=={here[name]}" for name in here if there[name] != here[name]]
-    python = host.python or "python3"
-    on_it = "" if host.is_local else f"ssh {host.ssh} "
+    wrong = [name for name in here if there[name] != here[name]]
     listed = ", ".join(f"{name} {there[name]}" for name in there)
     if wrong:
-        install = f"install what this machine has: `{on_it}{python} -m pip install {' '.join(wrong)}`"
-        yield Check(host.ssh, "versions", CheckResult.FAILURE, f"{listed}: {install}")
+        found = f"{listed}: install what this machine has: {_install(host, wrong, here)}"
+        yield Check(host.ssh, "versions", CheckResult.FAILURE, found)
     else:
         yield Check(host.ssh, "versions", CheckResult.OK, f"{listed}, Python {hello.python_version}")
     rdma = backend is not Backend.RING
@@ -95,6 +94,14 @@ def check_versions(
         yield Check(host.ssh, "system", result, f"{hello.system}, and other hosts run another: update all to the same")
     else:
         yield Check(host.ssh, "system", CheckResult.OK, hello.system)
+
+
+def _install(host: Host, names: Sequence[str], versions: Mapping[str, str]) -> str:
+    python = host.python or "python3"
+    own = [install_commands(None if host.is_local else host.ssh, python)] if "mlx-k2" in names else []
+    indexed = " ".join(f"{name}=={versions[name]}" for name in names if name != "mlx-k2")
+    on_it = "" if host.is_local else f"ssh {host.ssh} "
+    return "; ".join([*own, *([f"`{on_it}{python} -m pip install {indexed}`"] if indexed else [])])
 
 
 def check_memory(host: str, hello: Hello, free_bytes: int, needed_bytes: int | None) -> Iterator[Check]:
@@ -135,10 +142,12 @@ def check_model(host: str, facts: ModelFacts, download: str) -> Iterator[Check]:
         found = f"{', '.join(differing)} in {facts.folder} is not what the Hub has: remove it and run `{download}`"
         yield Check(host, "model", CheckResult.FAILURE, found)
         return
-    checked = f", {len(facts.found)} checksums computed" if facts.found else ""
     right = sum(name in facts.found for name in facts.expected)
-    checked += f", {right} of them right by the Hub's" if facts.found and right else ""
-    yield Check(host, "model", CheckResult.OK, f"{facts.num_files} files in {facts.folder}{checked}")
+    if facts.found:
+        compared = f"{right} of them right by their checksums" if right else "not compared: none was known before"
+    else:
+        compared = f"{len(facts.expected)} of them with known checksums" if facts.expected else "not compared"
+    yield Check(host, "model", CheckResult.OK, f"{facts.num_files} files in {facts.folder}, {compared}")
 
 
 def check_copies(facts: Mapping[str, ModelFacts]) -> Iterator[Check]:

@@ -132,7 +132,7 @@ def checks(shape: LayerShape, directory: Path) -> check_cache.CachedChecks:
     """
     path = check_cache.cache_path(directory, shape, chip())
     cached = check_cache.load(path) or check_cache.CachedChecks([], None)
-    names = [name for name in _backend_kernels() if (name == ROUTER) == (shape.intermediate_size == 0)]
+    names = _kernels_for(shape)
     known = {check.kernel for check in cached.checks}
     for name in names:
         if name in known:
@@ -146,6 +146,15 @@ def checks(shape: LayerShape, directory: Path) -> check_cache.CachedChecks:
         cached = cached.with_check(check)
         check_cache.store(path, cached, chip())
     return cached
+
+
+def new_checks(shape: LayerShape) -> list[KernelCheck]:
+    """Check this machine's kernels for this shape now, whatever is cached. Cache nothing."""
+    return [check_kernel(name, shape, DEFAULT_TUNING) for name in _kernels_for(shape)]
+
+
+def _kernels_for(shape: LayerShape) -> list[str]:
+    return [name for name in _backend_kernels() if (name == ROUTER) == (shape.intermediate_size == 0)]
 
 
 @functools.cache

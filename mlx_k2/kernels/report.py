@@ -8,8 +8,10 @@ class KernelLine(msgspec.Struct, frozen=True, kw_only=True):
 
     kernel: str
     usable: bool
+    ran: bool
+    """False if the device refused the kernel: it did not compile or did not start."""
     error: float | None
-    """Largest error divided by the largest output, against plain MLX in float32."""
+    """Largest error divided by the largest output, against plain MLX in float32. JSON has null for an infinite one."""
     reason: str
     tokens: int | None = None
     gb_per_s: float | None = None
@@ -23,10 +25,10 @@ class KernelReport(msgspec.Struct, frozen=True, kw_only=True):
     mlx_version: str
     system: str
     chip: str | None
-    read_gb_per_s: float | None
-    """Read speed of the same weights when nothing is computed."""
-    plain_mlx_gb_per_s: float
-    """Speed of the reference for one token."""
+    read_gb_per_s: float | None = None
+    """Read speed of the same weights when nothing is computed; None if not measured."""
+    plain_mlx_gb_per_s: float | None = None
+    """Speed of the reference for one token; None if not measured."""
     kernels: tuple[KernelLine, ...] = ()
     sizes: dict[str, int] = {}
     """The best measured sizes of the kernels; empty if they could not be measured."""

@@ -4,7 +4,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-import mlx_k2
+from mlx_k2.launch.install_commands import install_commands
 from mlx_k2.launch.ssh import SSH_EXIT_CODE, explain_ssh_failure
 from mlx_k2.launch.stage_location import StageLocation
 
@@ -50,8 +50,7 @@ def explain_lost_connection(location: StageLocation, exit_code: int | None) -> s
 
 def _what_is_missing(location: StageLocation, package_only: bool) -> str:
     python = location.python or sys.executable
-    install = f"{python if package_only else 'python3'} -m pip install mlx-k2=={mlx_k2.__version__}"
-    remedy = f"run `ssh {location.ssh} {install}`" if location.ssh is not None else f"run `{install}`"
+    remedy = install_commands(location.ssh, python if package_only else "python3")
     if location.ssh is not None and location.python is None:
         found = f"neither {python} nor mlx-k2 on its login shell's PATH can be run there"
     elif package_only:

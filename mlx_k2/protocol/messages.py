@@ -199,7 +199,12 @@ class Prepared(msgspec.Struct, frozen=True, tag=True):
 
 
 class Connected(msgspec.Struct, frozen=True, tag=True):
-    """Answer to Connect: every hop of this stage carried the expected bytes."""
+    """Answer to Connect: every hop of this stage carried the expected bytes.
+
+    ``connections`` are the TCP connections of its ring, each as its own ``ip:port`` and that of the other end.
+    """
+
+    connections: tuple[tuple[str, str], ...] = ()
 
 
 class LayerLoaded(msgspec.Struct, frozen=True, tag=True):
@@ -216,13 +221,16 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
     """Answer to Load: the whole shard is in memory. The cache is allocated later, as sequences grow.
 
     ``held_bytes`` is the shard's size. ``peak_bytes`` is the peak memory of the process so far. ``warnings`` are lines
-    for the user about what is slower on that host than it could be.
+    for the user about what is slower on that host than it could be. ``checksums`` are
+    SHA-256 by file name, as the Hub or a manifest on that host has them: of each file that it read, None if it is
+    compared with nothing, and of the other files of the manifest.
     """
 
     held_bytes: int
     peak_bytes: int
     cache_bytes_per_token: int
     warnings: tuple[str, ...] = ()
+    checksums: dict[str, str | None] = {}
 
 
 class StepDone(msgspec.Struct, frozen=True, tag=True):

@@ -194,11 +194,11 @@ class Scheduler:
         fraction = -(-len(decoding) // decode_round.num_microbatches)
         rows: list[PlannedRow] = []
         remaining = self.limits.chunk_tokens
-        for sequence in ready[: min(fraction, remaining)]:
-            rows.append(_decode_row(sequence, remaining))
-            remaining -= len(rows[-1].row.token_ids)
+        for sequence in ready[:fraction]:
             if not remaining:
                 break
+            rows.append(_decode_row(sequence, remaining))
+            remaining -= len(rows[-1].row.token_ids)
         return rows
 
     def _draft_rows(self, sequence: Sequence) -> list[PlannedRow]:

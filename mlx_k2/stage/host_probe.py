@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -19,8 +18,9 @@ from mlx_k2.private_files import home_folder
 from mlx_k2.protocol.messages import Probe
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.inventory import shard_specs
+from mlx_k2.weights.manifest import HubFile, identify, write_manifest
 from mlx_k2.weights.model_files import files_to_fetch, locate_shard, read_model_files
-from mlx_k2.weights.model_source import is_repo, model_folder
+from mlx_k2.weights.model_source import BUILTIN, is_repo, model_folder
 
 BACKENDS = ("ring", "jaccl")
 SETTINGS: Mapping[str, tuple[str, ...]] = {
@@ -31,7 +31,6 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
 }
 """Commands of macOS by setting name. The setting of a command that fails is omitted."""
 SETTING_S = 10.0
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def probe(message: Probe, on_progress: Callable[[int, int], None]) -> HostFacts:
@@ -87,16 +86,22 @@ def _model_facts(message: Probe, on_progress: Callable[[int, int], None]) -> Mod
                 folder="", num_files=num_files, disk_free_bytes=free_bytes, missing_bytes=sum(missing.values())
             )
         paths = sorted(set(locate_shard(source, description.index, specs, on_progress).values()))
+        known = identify(paths)
     except MlxK2Error as error:
         folder = _existing(model_folder(message.model) if not is_repo(message.model) else home_folder())
         free_bytes = shutil.disk_usage(folder).free
         return ModelFacts(folder="", num_files=0, disk_free_bytes=free_bytes, problem=str(error))
+    expected = {path.name: digest for path in paths if (digest := known[path.name]) is not None}
+    found = _checksums(paths, on_progress) if message.deep else {}
+    if found.items() >= expected.items() and message.model.path_or_repo != BUILTIN:
+        sums = {path.name: HubFile(path.stat().st_size, found[path.name]) for path in paths if path.name in found}
+        write_manifest(paths[0].parent, sums)
     return ModelFacts(
         folder=str(paths[0].parent),
         num_files=len(paths),
         disk_free_bytes=shutil.disk_usage(paths[0].parent).free,
-        found=_checksums(paths, on_progress) if message.deep else {},
-        expected={path.name: digest for path in paths if (digest := _expected(path)) is not None},
+        found=found,
+        expected=expected,
     )
 
 
@@ -113,14 +118,3 @@ def _checksums(paths: list[Path], on_progress: Callable[[int, int], None]) -> di
         done += path.stat().st_size
         on_progress(done, total)
     return digests
-
-
-def _expected(path: Path) -> str | None:
-    """Return the checksum that the Hub supplied with the file, or None.
-
-    It is the file's name in the Hub's cache, or is in the metadata file of a plain download.
-    """
-    metadata = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
-    words = metadata.read_text(errors="replace").split() if metadata.is_file() else []
-    names = (path.resolve().name, *words[1:2])
-    return next((name for name in names if _SHA256.fullmatch(name)), None)

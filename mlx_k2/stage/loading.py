@@ -18,6 +18,7 @@ from mlx_k2.stage.step_runner import PlanLimits, StepRunner
 from mlx_k2.stage.transport import Transport
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.inventory import shard_specs
+from mlx_k2.weights.manifest import identify
 from mlx_k2.weights.model_files import locate_shard
 from mlx_k2.weights.model_source import ModelSource
 from mlx_k2.weights.reader import LoadedTensors, ShardReader
@@ -134,6 +135,7 @@ class StageLoader:
         layers = range(message.first_layer, message.end_layer)
         specs = shard_specs(config, layers.start, layers.stop)
         files = locate_shard(self._source, self._description.index, specs, self._on_download)
+        checksums = identify(set(files.values()))
         dtype = getattr(mx, message.dtype)
         cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.latent_dim, dtype)
         reader = ShardReader(config, files, dtype, check_all=message.check_weights)
@@ -149,7 +151,7 @@ class StageLoader:
             first_layer=layers.start,
         )
         cache_bytes_per_token = len(layers) * config.latent_dim * dtype.size
-        return runner, Loaded(self._held_bytes, peak_bytes(), cache_bytes_per_token, warnings)
+        return runner, Loaded(self._held_bytes, peak_bytes(), cache_bytes_per_token, warnings, checksums)
 
     def _on_part(self, part: LoadedPart) -> None:
         self._held_bytes += part.held_bytes

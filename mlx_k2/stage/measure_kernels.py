@@ -1,6 +1,7 @@
 """Measurement of this machine's kernels. `mlx-k2 kernels` runs it as python -m mlx_k2.stage.measure_kernels.
 
-The argument `report` prints a KernelReport as JSON, `decode` a DecodeTime measured in the caller's environment.
+The argument `report` prints a KernelReport as JSON, `check` one without speeds, in 0.4 GB of memory, and `decode` a
+DecodeTime measured in the caller's environment.
 """
 
 import json
@@ -30,20 +31,17 @@ SMALL_LAYER = LayerShape(hidden_size=1024, intermediate_size=512, top_k=8, dtype
 
 def main() -> None:
     """Measure and print one line of JSON."""
-    programs: dict[str, Callable[[], KernelReport | DecodeTime]] = {"report": measure_report, "decode": measure_decode}
+    programs: dict[str, Callable[[], KernelReport | DecodeTime]] = {
+        "report": measure_report,
+        "check": check_report,
+        "decode": measure_decode,
+    }
     sys.stdout.write(msgspec.json.encode(programs[sys.argv[1]]()).decode() + "\n")
 
 
 def measure_report() -> KernelReport:
     """Return the kernels of this machine, their best sizes and their speed. Without a GPU measure plain MLX only."""
-    report = KernelReport(
-        mlx_k2_version=__version__,
-        mlx_version=check_cache.mlx_version(),
-        system=platform.platform(terse=True),
-        chip=None,
-        read_gb_per_s=None,
-        plain_mlx_gb_per_s=_plain_mlx_gb_per_s(),
-    )
+    report = _new_report(plain_mlx_gb_per_s=_plain_mlx_gb_per_s())
     if not on_gpu():
         return report
     shape = _layer_shape(_k2())
@@ -54,14 +52,38 @@ def measure_report() -> KernelReport:
         report,
         chip=experts.chip(),
         read_gb_per_s=rows[0].plain_read_gigabytes_per_second,
-        kernels=(*map(_line, rows), *(KernelLine(**check._asdict()) for check in router)),
+        kernels=(*map(_line, rows), *map(_untimed, router)),
         sizes=tuning._asdict() if tuning else {},
     )
 
 
+def check_report() -> KernelReport:
+    """Return the checks of this machine's kernels at K2's shape, made now. Time nothing."""
+    report = _new_report()
+    if not on_gpu():
+        return report
+    shape = _layer_shape(_k2())
+    checks = [*experts.new_checks(shape), *experts.new_checks(shape._replace(intermediate_size=0))]
+    return msgspec.structs.replace(report, chip=experts.chip(), kernels=tuple(map(_untimed, checks)))
+
+
+def _new_report(plain_mlx_gb_per_s: float | None = None) -> KernelReport:
+    return KernelReport(
+        mlx_k2_version=__version__,
+        mlx_version=check_cache.mlx_version(),
+        system=platform.platform(terse=True),
+        chip=None,
+        plain_mlx_gb_per_s=plain_mlx_gb_per_s,
+    )
+
+
+def _untimed(check: KernelCheck) -> KernelLine:
+    return KernelLine(**check._asdict(), ran=check.error is not None)
+
+
 def _line(row: timing.KernelRow) -> KernelLine:
-    return KernelLine(
-        **row.check._asdict(),
+    return msgspec.structs.replace(
+        _untimed(row.check),
         tokens=row.tokens,
         gb_per_s=row.kernel.gigabytes_per_second if row.kernel else None,
         plain_mlx_gb_per_s=row.reference.gigabytes_per_second,

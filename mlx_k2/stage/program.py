@@ -18,7 +18,12 @@ except ValueError:
     _, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     sys.exit(f"this host allows {_hard} open files, and mlx-lm needs {_OPEN_FILES[1]}: raise its limit (ulimit -Hn)")
 
+import mlx.core as mx  # noqa: E402
+
 from mlx_k2.stage.service import serve  # noqa: E402
+
+if os.environ.get("MLX_K2_DEVICE") == "cpu":  # compute in float32 on a Mac's CPU, as the tests do
+    mx.set_default_device(mx.cpu)
 
 if __name__ == "__main__":
     serve(inward_fd=0, outward_fd=_PROTOCOL_FD)

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import IO
 
 import msgspec
-import platformdirs
 
 from mlx_k2.cluster.host_facts import RunningStage
 from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import read_json
-from mlx_k2.private_files import home_folder, open_ours
+from mlx_k2.private_files import home_folder, open_ours, state_folder
 
-FOLDER = home_folder() / platformdirs.user_state_path("mlx-k2") / "stages"  # the second is relative without a home
+FOLDER = (state_folder() or home_folder()) / "stages"
 
 
 def register(stage: RunningStage, folder: Path = FOLDER) -> IO[bytes] | None:

@@ -4,6 +4,7 @@ import os
 import queue
 import time
 import traceback
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import IO, NoReturn
 
@@ -30,6 +31,7 @@ from mlx_k2.protocol.messages import (
     Probe,
     ProbeResult,
     ReadClock,
+    RingLinks,
     ShardDownloaded,
     Step,
     Stop,
@@ -45,8 +47,16 @@ from mlx_k2.stage.host_probe import probe
 from mlx_k2.stage.loading import LoadedPart, StageLoader
 from mlx_k2.stage.ports import HeldPorts
 from mlx_k2.stage.registry import register
+from mlx_k2.stage.ring_watch import watched_ring
 from mlx_k2.stage.step_runner import StepRunner
-from mlx_k2.stage.transport import DistributedTransport, NoNeighbours, Transport, join_group, prove_hops
+from mlx_k2.stage.transport import (
+    DistributedTransport,
+    NoNeighbours,
+    Transport,
+    join_group,
+    prove_hops,
+    tcp_connections,
+)
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.inventory import shard_specs
 from mlx_k2.weights.model_files import fetch_shard, read_model_files
@@ -196,12 +206,16 @@ class StageService:
 
     def _answer_connect(self, message: Connect) -> Connected:
         assert self._prepared is not None, "Connect before Prepare"
-        if message.links is not None:
-            self._prepared.ports.release()
-            self._group = join_group(self._prepared.request.rank, message.links)
+        if message.links is None:
+            return Connected()
+        self._prepared.ports.release()
+        rank, links, before = self._prepared.request.rank, message.links, tcp_connections()
+        with watched_ring(rank, links) if isinstance(links, RingLinks) else nullcontext():
+            self._group = join_group(rank, links)
+            connections = tcp_connections() - before if isinstance(links, RingLinks) else set()
             self._transport = DistributedTransport(self._group)
             prove_hops(self._transport, message.to_next, message.from_previous)
-        return Connected()
+        return Connected(tuple(sorted(connections)))
 
     def _answer_load(self, message: Load) -> Loaded:
         assert self._prepared is not None, "Load before Prepare"

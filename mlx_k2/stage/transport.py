@@ -4,6 +4,7 @@ MLX's operations are lazy: ``receive`` returns an array that has not arrived, an
 must evaluate one operation at a time, in plan order: the order is the only tag on the wire.
 """
 
+import errno
 import json
 import os
 import tempfile
@@ -12,6 +13,7 @@ from typing import IO, Protocol
 
 import mlx.core as mx
 import numpy as np
+import psutil
 
 from mlx_k2.errors import StageFault
 from mlx_k2.protocol.messages import JacclLinks, RingLinks
@@ -66,9 +68,20 @@ def join_group(rank: int, links: RingLinks | JacclLinks) -> mx.distributed.Group
         try:
             group = mx.distributed.init(strict=True, backend=backend)
         except RuntimeError as error:
-            raise StageFault(f"the {backend} connection to a neighbour failed: {error}") from None
+            refused = f"error: {errno.ECONNREFUSED})" in str(error)
+            hint = "; its port is closed: it has ended, or another process connected to it first" if refused else ""
+            raise StageFault(f"the {backend} connection to a neighbour failed: {error}{hint}") from None
     assert group.rank() == rank, f"{backend} says rank {group.rank()}, the plan {rank}"
     return group
+
+
+def tcp_connections() -> set[tuple[str, str]]:
+    """Return the established TCP connections of this process: ``ip:port`` of this end and of the other."""
+    return {
+        (f"{found.laddr.ip}:{found.laddr.port}", f"{found.raddr.ip}:{found.raddr.port}")
+        for found in psutil.Process().net_connections("tcp4")
+        if found.status == psutil.CONN_ESTABLISHED
+    }
 
 
 def group_environment(rank: int, links: RingLinks | JacclLinks, file: IO[bytes]) -> dict[str, str]:
@@ -89,7 +102,8 @@ def group_environment(rank: int, links: RingLinks | JacclLinks, file: IO[bytes])
 def prove_hops(transport: Transport, to_next: bytes | None, from_previous: bytes | None) -> None:
     """Exchange the bytes that the coordinator gave both ends of each hop, before any other transfer.
 
-    MLX's ring accepts any connection to its port. The bytes prove that the peer is the neighbour.
+    MLX's ring accepts any connection to its port. Other bytes show that the peer is not the neighbour. A process that
+    passes the bytes on is found by the coordinator, which compares the two ends of each connection.
 
     Raises:
         StageFault: other bytes arrived.

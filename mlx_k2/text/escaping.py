@@ -5,20 +5,21 @@ in the rendering. A template may change message text or join it with its own tex
 is always the template's own text. Knows neither messages nor templates.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mlx_k2.errors import RequestError
 
 # The private-use planes come first. Lower planes follow for a prompt that uses all of their characters.
 _CANDIDATES = range(0x10FFFD, 0x3FFFF, -1)
+_PART = 4096
 
 
 class Escaping:
     """A one-for-one replacement of the characters of ``names`` by characters that are in none of ``texts``."""
 
     def __init__(self, names: Iterable[str], texts: Iterable[str]) -> None:
-        used = {ord(character) for text in texts for character in set(text)}
+        used = {ord(character) for text in texts for part in _parts(text) for character in set(part)}
         letters = sorted({ord(letter) for name in names for letter in name})
         free = (candidate for candidate in _CANDIDATES if candidate not in used)
         self._escaped = dict(zip(letters, free, strict=False))
@@ -30,7 +31,7 @@ class Escaping:
         """Return ``value`` with all text in it escaped, at any depth, keys included, as EscapedText."""
         match value:
             case str():
-                return EscapedText(value.translate(self._escaped), self)
+                return EscapedText(_translated(value, self._escaped), self)
             case dict():
                 return {self.escape(key): self.escape(item) for key, item in value.items()}
             case list():
@@ -54,10 +55,19 @@ class Escaping:
         """Return the original text of ``value``, which may be a tuple; return a value of another type unchanged."""
         match value:
             case str():
-                return value.translate(self._unescaped)
+                return _translated(value, self._unescaped)
             case tuple():
                 return tuple(self.unescape(item) for item in value)
         return value
+
+
+def _translated(text: str, table: Mapping[int, int]) -> str:
+    return "".join(part.translate(table) for part in _parts(text))
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Yield ``text`` in parts, between which other threads can run: to translate 400,000 characters takes 15 ms."""
+    return (text[start : start + _PART] for start in range(0, len(text), _PART))
 
 
 class EscapedText(str):

@@ -25,6 +25,7 @@ from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # document
 from mlx_k2.errors import DownloadError
 from mlx_k2.weights.checkpoint import CONFIG_NAME, TOKENIZER_NAMES
 from mlx_k2.weights.index import INDEX_NAME, SINGLE_FILE_NAME
+from mlx_k2.weights.manifest import HubFile
 
 OnProgress = Callable[[int, int], None]
 """Called with the bytes that are present, and with the bytes of all requested files."""
@@ -46,11 +47,13 @@ class FetchedFiles(msgspec.Struct, frozen=True):
     """Files that are all in ``folder`` now; ``fetched`` names those that were not there before.
 
     ``commit`` is the commit of the revision: used as another host's revision, it gives the same files there.
+    ``listed`` has all large files of the repository by name; it is empty if the Hub cannot be reached.
     """
 
     folder: Path
     commit: str
     fetched: tuple[str, ...]
+    listed: dict[str, HubFile] = {}
 
 
 class _RemoteFile(msgspec.Struct, frozen=True):
@@ -132,10 +135,14 @@ def _fetch(snapshot: _Snapshot, names: list[str], on_progress: OnProgress) -> Fe
             on_progress(before + min(num_bytes, size), total)
 
         _download(snapshot.repo, name, snapshot.commit, _reporting_bar(report), replace=_is_wrong(snapshot, name))
-        _check(snapshot, name, remote)
+        if _difference(snapshot, name, remote) is not None:  # for instance a damaged file that was still in the cache
+            _download(snapshot.repo, name, snapshot.commit, _reporting_bar(report), replace=True)
+            _check(snapshot, name, remote)
         done += remote.size
         on_progress(done, total)
-    return FetchedFiles(snapshot.folder, snapshot.commit, tuple(missing))
+    remote_files = (snapshot.remote or {}).items()
+    listed = {name: HubFile(file.size, file.sha256) for name, file in remote_files if file.sha256 is not None}
+    return FetchedFiles(snapshot.folder, snapshot.commit, tuple(missing), listed)
 
 
 def _download(
@@ -206,17 +213,22 @@ def _is_wrong(snapshot: _Snapshot, name: str) -> bool:
     return snapshot.remote is not None and path.exists() and path.stat().st_size != _remote_file(snapshot, name).size
 
 
-def _check(snapshot: _Snapshot, name: str, remote: _RemoteFile) -> None:
-    """Refuse and remove a file whose size or checksum is not the Hub's."""
+def _difference(snapshot: _Snapshot, name: str, remote: _RemoteFile) -> str | None:
+    """Return how a file's size or checksum differs from the Hub's, None if it does not."""
     path = snapshot.folder / name
     found, expected = f"{path.stat().st_size} bytes", f"{remote.size} bytes"
     if found == expected and remote.sha256 is not None:
         with path.open("rb") as file:
             found, expected = f"checksum {hashlib.file_digest(file, 'sha256').hexdigest()}", f"checksum {remote.sha256}"
-    if found != expected:
+    return None if found == expected else f"{found} instead of {expected}"
+
+
+def _check(snapshot: _Snapshot, name: str, remote: _RemoteFile) -> None:
+    """Refuse and remove a file whose size or checksum is not the Hub's."""
+    if (difference := _difference(snapshot, name, remote)) is not None:
         _discard(snapshot, name)
         raise DownloadError(
-            f"{name} of {snapshot.repo.name} came with {found} instead of {expected} and was removed: fetch it again; "
+            f"{name} of {snapshot.repo.name} came with {difference} and was removed: fetch it again; "
             "if that does not help, something between here and the Hub changes files"
         )
 

@@ -8,6 +8,7 @@ from mlx_k2.weights.checkpoint import locate_tensors, read_small_files
 from mlx_k2.weights.hub import FetchedFiles, HubRepo, OnProgress, bytes_to_fetch, fetch_files, fetch_small_files
 from mlx_k2.weights.index import CheckpointIndex
 from mlx_k2.weights.inventory import TensorSpec
+from mlx_k2.weights.manifest import write_manifest
 from mlx_k2.weights.model_source import ModelSource, is_repo, model_folder
 
 
@@ -56,12 +57,14 @@ def files_to_fetch(source: ModelSource, index: CheckpointIndex, specs: Iterable[
 def fetch_shard(
     source: ModelSource, index: CheckpointIndex, specs: Iterable[TensorSpec], on_progress: OnProgress
 ) -> FetchedFiles:
-    """Fetch the files of a repository that hold ``specs`` and are not on this host yet.
+    """Fetch the files of a repository that hold ``specs`` and are not on this host yet; complete the manifest.
 
     Raises:
         CheckpointError, DownloadError: the index does not name a tensor, or a file cannot be fetched.
     """
-    return fetch_files(_hub_repo(source), index.files(specs), on_progress)
+    fetched = fetch_files(_hub_repo(source), index.files(specs), on_progress)
+    write_manifest(fetched.folder, fetched.listed)
+    return fetched
 
 
 def _hub_repo(source: ModelSource) -> HubRepo:

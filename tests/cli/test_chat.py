@@ -119,9 +119,12 @@ def test_tool_calls_can_be_approved_declined_or_always_allowed(command_line: Com
 
 
 @needs_tmux
-def test_an_answer_that_was_typed_before_its_question_is_discarded(command_line: CommandLine, tmp_path: Path) -> None:
-    with scripted(command_line, tmp_path, "late call") as pane:
-        pane.wait_for("2 stages")
+@pytest.mark.parametrize("kind", ["xterm-256color", pytest.param("dumb", marks=pytest.mark.slow)])
+def test_an_answer_that_was_typed_before_its_question_is_discarded(
+    command_line: CommandLine, tmp_path: Path, kind: str
+) -> None:
+    with scripted(command_line, tmp_path, "late call", TERM=kind) as pane:
+        pane.wait_for(">")
         pane.send_message("a sum")
         pane.wait_for("word word")
         pane.send_message("yes")

@@ -111,7 +111,7 @@ def test_a_failed_save_does_not_change_existing_files(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
 
 
-@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full, which Linux has")
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full: run on Linux")
 def test_a_full_disk_stops_the_transcript_with_one_warning() -> None:
     recorded: list[str] = []
     with Transcript(FULL, recorded.append) as transcript:

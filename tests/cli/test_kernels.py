@@ -27,25 +27,33 @@ REPORT = KernelReport(
         KernelLine(
             kernel="decode",
             usable=True,
+            ran=True,
             error=2e-3,
             reason="",
             tokens=1,
             gb_per_s=600.0,
             plain_mlx_gb_per_s=400.0,
         ),
-        KernelLine(kernel="router", usable=False, error=None, reason="it did not compile"),
+        KernelLine(kernel="router", usable=False, ran=False, error=None, reason="it did not compile"),
     ),
     sizes={"gate_up_rows": 8},
 )
 
 
-@pytest.mark.skipif(sys.platform == "darwin", reason="needs a machine without a Metal GPU: any Linux")
+@pytest.mark.skipif(sys.platform == "darwin", reason="needs no Metal GPU: run on Linux")
 def test_without_a_gpu_the_command_reports_that_plain_mlx_runs(command_line: CommandLine) -> None:
     ran = command_line.run("kernels")
     assert ran.returncode == 0, ran.stderr
     assert "this machine has no GPU that MLX can use" in ran.stderr
     assert "plain MLX runs in their place" in ran.stderr
     assert ran.stdout == ""
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="needs no Metal GPU: run on Linux")
+def test_without_a_gpu_the_report_has_no_chip_and_no_kernel(command_line: CommandLine) -> None:
+    ran = command_line.run("kernels", "--report")
+    report = msgspec.convert(msgspec.json.decode(ran.stdout)["report"], KernelReport)
+    assert (report.chip, report.kernels, report.plain_mlx_gb_per_s) == (None, (), None)
 
 
 def test_with_a_gpu_the_best_buffer_limits_are_saved_and_the_report_is_printed(

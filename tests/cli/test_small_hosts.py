@@ -1,5 +1,7 @@
 """Tests on machines without a home folder, with few open files and with a full disk: the cause is named."""
 
+import contextlib
+import os
 import shutil
 import stat
 import subprocess
@@ -33,6 +35,26 @@ def test_a_user_without_home_and_passwd_entry_gets_an_answer(command_line: Comma
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not works(NO_ENTRY), reason="needs Linux, util-linux 2.38 and user namespaces")
+def test_a_user_without_home_and_passwd_entry_can_chat_on_a_terminal(command_line: CommandLine, tmp_path: Path) -> None:
+    environment = {name: value for name, value in command_line.environment().items() if "HOME" not in name}
+    terminal, inner = os.openpty()
+    command = [*NO_ENTRY, MLX_K2, "chat", "--stages", "1"]
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, stdin=inner, stdout=inner, stderr=inner) as chat:
+        os.close(inner)
+        shown = b""
+        while b"Ctrl-D leaves" not in shown:
+            shown += os.read(terminal, 65536)  # an error if the chat has ended
+        while chat.poll() is None:
+            os.write(terminal, b"\x04")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                chat.wait(0.2)
+    os.close(terminal)
+    assert chat.returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not works(NO_RAISING), reason="needs Linux and setpriv of util-linux")
 def test_a_low_hard_limit_of_open_files_is_named(command_line: CommandLine) -> None:
     command = ["sh", "-c", 'ulimit -n 1024; exec "$@"', "sh", *NO_RAISING, *ANSWER]
@@ -43,7 +65,8 @@ def test_a_low_hard_limit_of_open_files_is_named(command_line: CommandLine) -> N
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
-def test_a_full_disk_for_standard_output_is_named_and_the_chat_is_kept(command_line: CommandLine) -> None:
+def test_a_full_disk_for_standard_output_is_named_and_the_chat_is_kept(tmp_path: Path) -> None:
+    command_line = CommandLine(tmp_path)  # a home folder with no other chats
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
             [MLX_K2, "chat", "--stages", "1", "--max-tokens", "50"],

@@ -4,11 +4,13 @@ import json
 import re
 import socket
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from mlx_k2.cli.main import run
+from mlx_k2.weights.manifest import HubFile, write_manifest
 from tests.cli.command import CommandLine
 from tests.local_cluster import wait_until_gone
 from tests.model.checkpoints import planted
@@ -95,3 +97,66 @@ def test_check_weights_finds_nan_in_a_matrix_while_loading(
     done = command_line.run("generate", "--model", str(model), "--check-weights", "Hello")
     assert (done.returncode, done.stdout) == (1, "")
     assert "o_proj.weight has NaN or infinity: fetch the file again" in done.stderr
+
+
+def copied(folder: Path, copy: Path, name: str) -> Path:
+    """Return a copy of a model with the same config and index, and with another last byte in its file ``name``."""
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).symlink_to(file)
+    data = bytearray((folder / name).read_bytes())
+    data[-1] ^= 1
+    (copy / name).unlink()
+    (copy / name).write_bytes(data)
+    return copy
+
+
+def manifest_of(folder: Path) -> None:
+    files = folder.glob("*.safetensors")
+    write_manifest(folder, {f.name: HubFile(f.stat().st_size, sha256(f.read_bytes()).hexdigest()) for f in files})
+
+
+def test_hosts_with_different_revisions_of_a_file_are_named_although_each_reads_other_files(
+    failure: Failure, endless: Path, tmp_path: Path
+) -> None:
+    name = "model-00001-of-000008.safetensors"
+    ours, theirs = (copied(endless, tmp_path / folder, name) for folder in ("ours", "theirs"))
+    (theirs / name).write_bytes((endless / name).read_bytes())
+    for folder in (ours, theirs):
+        manifest_of(folder)
+    line = failure.over({"model": str(ours)}, {"model": str(theirs)})
+    assert line == (
+        f"error: {name} on this machine (stage 1) is not the one on this machine (stage 0): "
+        "fetch the same revision on both"
+    )
+
+
+def test_a_file_that_its_manifest_does_not_describe_is_named(failure: Failure, endless: Path, tmp_path: Path) -> None:
+    name = "model-00003-of-000008.safetensors"
+    folder = copied(endless, tmp_path / "model", name)
+    manifest_of(folder)
+    (folder / name).write_bytes((endless / name).read_bytes())
+    line = failure.over({"model": str(folder)})
+    assert f"{name} is not the file that mlx-k2-manifest.json describes: a damaged copy, or another revision" in line
+
+
+@pytest.mark.slow
+def test_the_doctor_reports_not_compared_until_it_has_written_a_manifest(
+    command_line: CommandLine, endless: Path, tmp_path: Path
+) -> None:
+    name = "model-00003-of-000008.safetensors"
+    folder = copied(endless, tmp_path / "model", name)
+    found = []
+    for options in ((), ("--deep",), ("--deep",)):
+        done = command_line.run("doctor", "--stages", "1", "--model", str(folder), "--json", *options)
+        checks = [json.loads(line) for line in done.stdout.splitlines()]
+        found.append(next(check["found"] for check in checks if check.get("check") == "model"))
+    assert [text.partition(", ")[2] for text in found] == [
+        "not compared",
+        "not compared: none was known before",
+        "8 of them right by their checksums",
+    ]
+    (folder / name).write_bytes((endless / name).read_bytes())
+    done = command_line.run("doctor", "--stages", "1", "--model", str(folder))
+    assert done.returncode == 1
+    assert f"{name} is not the file that" in done.stdout + done.stderr

@@ -5,6 +5,7 @@ after each.
 """
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -64,6 +65,7 @@ def listener(parts: list[str]) -> None:
 def errors(parts: list[str]) -> None:
     text = "".join(parts)
     main._print_error(f"error: {text}")
+    logging.getLogger("a library").warning("%s", text)
     log(text)
     main.run(["generate", "--" + text])
     try:
@@ -90,6 +92,7 @@ WAYS: dict[str, Callable[[list[str]], None]] = {
 
 
 def serve() -> None:
+    logging.setLogRecordFactory(main.PrintableRecord)
     with os.fdopen(int(sys.argv[1])) as lines:
         for line in lines:
             asked = json.loads(line)

@@ -43,7 +43,7 @@ def lying_python(folder: Path, lie: str) -> str:
     return str(script)
 
 
-def lying_answer(lie: str, done: StepDone) -> FromStage:
+def altered(lie: str, done: StepDone) -> FromStage:
     (token,) = done.tokens
     replaced: dict[str, dict[str, Any]] = {
         "step": {"number": 12345},
@@ -70,7 +70,7 @@ def main(folder: Path) -> None:
                     if lie == "nesting":
                         os.write(protocol_fd, encode_frame(Kind.MESSAGE, b"\x91" * 100_000))
                         return
-                    message = lying_answer(lie, message)
+                    message = altered(lie, message)
             super()._send(message)
 
     service.StageService = LyingService  # type: ignore[misc]

@@ -23,6 +23,7 @@ from mlx_k2.doctor.checks import (
     check_sleep,
     check_versions,
 )
+from mlx_k2.launch.install_commands import WHEEL
 from mlx_k2.protocol.messages import Hello
 from tests.cluster.test_mac_settings import BRIDGE, DEVICES, NO_DEVICES, PMSET
 
@@ -76,6 +77,11 @@ JUDGED: dict[str, tuple[list[Check], CheckResult, str]] = {
         list(check_versions(HOST, hello(mlx_version="0.31.0"), HERE, Backend.RING, {"macOS 26.4"}))[:1],
         FAILURE,
         "`ssh mac-2 python3 -m pip install mlx==0.32.4`",
+    ),
+    "an old mlx-k2": (
+        list(check_versions(HOST, hello(mlx_k2_version="0.0.9"), HERE, Backend.RING, {"macOS 26.4"}))[:1],
+        FAILURE,
+        f"`ssh mac-2 python3 -m pip install ./{WHEEL}`",
     ),
     "another macOS": (
         list(check_versions(HOST, HELLO, HERE, Backend.RING, {"macOS 26.4", "macOS 26.2"}))[1:],

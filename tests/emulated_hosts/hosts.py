@@ -54,13 +54,13 @@ Host {name}
 def what_is_missing() -> str | None:
     """Return what this machine lacks to emulate hosts and how to get it, or None."""
     if os.geteuid() != 0:
-        return "needs root to emulate hosts: run the tests as root"
+        return "needs emulated hosts: run the tests as root"
     programs = (SSHD, "ssh", "ssh-keygen", "ip", "unshare")
     if missing := [program for program in programs if shutil.which(program) is None]:
-        return f"needs {', '.join(missing)} to emulate hosts: apt-get install openssh-server iproute2"
+        return f"needs emulated hosts: apt-get install openssh-server iproute2 ({', '.join(missing)} not found)"
     trial = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, text=True)
     if trial.returncode:
-        return f"needs network namespaces to emulate hosts: run in a privileged container ({trial.stderr.strip()})"
+        return f"needs emulated hosts: run in a privileged container ({trial.stderr.strip()})"
     return None
 
 

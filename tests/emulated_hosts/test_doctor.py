@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mlx_k2.launch.install_commands import WHEEL
 from tests.emulated_hosts.hosts import EmulatedHosts
 from tests.emulated_hosts.test_generate import MLX_K2
 from tests.local_cluster import write_model
@@ -38,7 +39,8 @@ def test_the_doctor_checks_everything_and_finds_each_hosts_problem(
     good = [{"ssh": name, "ips": [address]} for name, address in zip(hosts.names, hosts.addresses, strict=True)]
     hostfile = tmp_path / "hosts.json"
 
-    hostfile.write_text(json.dumps(good))
+    own = [{**host, "model": str(shutil.copytree(model, tmp_path / f"model on {host['ssh']}"))} for host in good]
+    hostfile.write_text(json.dumps(own))
     code, lines, err = doctor(hosts, "--hostfile", str(hostfile), "--model", str(model), "--deep")
     assert code == 0, (lines, err)
     assert {line["result"] for line in lines[:-1]} <= {"ok", "warning"}
@@ -46,7 +48,7 @@ def test_the_doctor_checks_everything_and_finds_each_hosts_problem(
         for check in ("ssh", "clock", "versions", "system", "memory", "model", "addresses", "backend", "environment"):
             found(lines, name, check)
     assert [line["host"] for line in lines if line.get("check") == "hop"] == ["host-0 to host-1", "host-1 to host-2"]
-    assert "checksums computed" in found(lines, "host-2", "model")["found"]
+    assert "not compared: none was known before" in found(lines, "host-2", "model")["found"]
 
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
@@ -61,7 +63,11 @@ def test_the_doctor_checks_everything_and_finds_each_hosts_problem(
     code, lines, err = doctor(hosts, "--hostfile", str(hostfile), "--model", str(model))
     assert code == 1, err
     assert "10.77.0.99 is on none of its interfaces" in found(lines, "host-0", "addresses")["found"]
-    assert found(lines, "host-1", "ssh")["commands"] == ["ssh host-1 python3 -m pip install mlx-k2==0.1.0"]
+    assert found(lines, "host-1", "ssh")["commands"] == [
+        "make dist",
+        f"scp dist/{WHEEL} host-1:",
+        f"ssh host-1 python3 -m pip install ./{WHEEL}",
+    ]
     assert "is truncated: 1000 of its" in found(lines, "host-2", "model")["found"]
     assert found(lines, "host-2", "environment")["result"] == "warning"
     assert found(lines, "all hosts", "hop")["found"] == "not measured: not every host answered"

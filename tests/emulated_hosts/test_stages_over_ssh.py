@@ -8,6 +8,7 @@ import pytest
 
 from mlx_k2.errors import StageStartError
 from mlx_k2.launch.group import StageGroup
+from mlx_k2.launch.install_commands import install_commands
 from mlx_k2.launch.stage_events import StageEnded, StageMessage
 from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.protocol.messages import Connected, Step, StepDone
@@ -156,7 +157,7 @@ def test_stopping_does_not_wait_for_an_unreachable_host(hosts: EmulatedHosts) ->
 
 def test_a_missing_python_on_a_host_is_reported_with_the_install_command(hosts: EmulatedHosts) -> None:
     assert first_end(StageLocation("host-1", "/nowhere/python")).reason == (
-        "it has no /nowhere/python: run `ssh host-1 python3 -m pip install mlx-k2==0.1.0`, "
+        f"it has no /nowhere/python: {install_commands('host-1', 'python3')}, "
         'or give the path of a Python that has mlx_k2 as "python" in the hostfile'
     )
 
@@ -168,7 +169,7 @@ def test_a_python_without_the_package_is_reported_with_the_install_command(
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     bare.chmod(0o755)
     assert first_end(StageLocation("host-1", str(bare))).reason == (
-        f"its {bare} has no mlx_k2: run `ssh host-1 {bare} -m pip install mlx-k2==0.1.0`"
+        f"its {bare} has no mlx_k2: {install_commands('host-1', str(bare))}"
     )
 
 
@@ -177,4 +178,4 @@ def test_a_host_where_no_python_works_is_reported_with_what_was_tried(
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     reason = first_end(StageLocation("host-1")).reason
-    assert reason.startswith("neither /nowhere/python nor mlx-k2 on its login shell's PATH can be run there: run `ssh")
+    assert reason.startswith("neither /nowhere/python nor mlx-k2 on its login shell's PATH can be run there: run `make")

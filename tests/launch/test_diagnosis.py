@@ -3,6 +3,7 @@ import signal
 import pytest
 
 from mlx_k2.launch.diagnosis import explain_lost_connection, explain_start_failure
+from mlx_k2.launch.install_commands import WHEEL
 from mlx_k2.launch.stage_location import StageLocation
 
 LOCATION = StageLocation(ssh="mac-2", python="/opt/k2/bin/python")
@@ -22,7 +23,8 @@ NO_MARK = "the stage's output ended without its opening mark"
 )
 def test_the_missing_python_message_of_every_shell_is_recognized(exit_code: int, stderr: str) -> None:
     failure = explain_start_failure(LOCATION, exit_code, stderr, NO_MARK)
-    assert failure.reason.startswith("it has no /opt/k2/bin/python: run `ssh mac-2 python3 -m pip install mlx-k2==")
+    assert failure.reason.startswith("it has no /opt/k2/bin/python: run `make dist` ")
+    assert f"`scp dist/{WHEEL} mac-2:` and `ssh mac-2 python3 -m pip install ./{WHEEL}`" in failure.reason
     assert failure.another_may_work
 
 
@@ -36,7 +38,8 @@ def test_the_missing_python_message_of_every_shell_is_recognized(exit_code: int,
 )
 def test_a_missing_package_is_distinguished_from_a_missing_python(stderr: str) -> None:
     failure = explain_start_failure(LOCATION, 1, stderr, NO_MARK)
-    assert failure.reason.startswith("its /opt/k2/bin/python has no mlx_k2: run `ssh mac-2 /opt/k2/bin/python -m pip")
+    assert failure.reason.startswith("its /opt/k2/bin/python has no mlx_k2: run `make dist` ")
+    assert f"`ssh mac-2 /opt/k2/bin/python -m pip install ./{WHEEL}`" in failure.reason
     assert failure.another_may_work
 
 

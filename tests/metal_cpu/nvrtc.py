@@ -27,7 +27,7 @@ class CudaCost(NamedTuple):
 def _package(name: str, install: str) -> Path:
     spec = importlib.util.find_spec(f"nvidia.{name}") if importlib.util.find_spec("nvidia") else None
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip(f"needs {install}: pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12")
+        pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 (Linux)")
     return Path(next(iter(spec.submodule_search_locations)))
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.model.chain import Chain, largest_difference
 from tests.model.checkpoints import Checkpoint
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ (apt-get install g++)")
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++: apt-get install g++")
 
 PROMPT = [(23 * i + 4) % 509 for i in range(40)]
 

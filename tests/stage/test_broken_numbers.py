@@ -1,6 +1,5 @@
 """Tests of NaN and infinity: in the tensors that are checked while loading, and in those that a step uses."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,9 +11,10 @@ from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.microbatch import Row
 from mlx_k2.weights.index import CheckpointIndex, read_index_json
 from mlx_k2.weights.reader import ShardReader
-from tests.model.chain import like_a_stage_on_a_cpu
-from tests.model.checkpoints import Checkpoint, make_checkpoints, planted, read_config
+from tests.model.checkpoints import Checkpoint, planted, read_config
 from tests.stage.pipeline import Pipeline
+
+pytestmark = pytest.mark.usefixtures("as_a_stage_on_a_cpu")
 
 NAN, INFINITY = 0x7FC0, 0x7F80
 """As bfloat16, and as the upper half of a float32."""
@@ -41,17 +41,6 @@ USED_BY_A_STEP = {
     "model.layers.6.mlp.shared_experts.down_proj.weight": "layer 6",
     "lm_head.weight": "the head",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def as_a_stage_on_a_cpu() -> Iterator[None]:
-    with like_a_stage_on_a_cpu():
-        yield
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return make_checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
 def load_all(folder: Path, *, check_all: bool) -> None:

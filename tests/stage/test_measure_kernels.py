@@ -33,6 +33,7 @@ def test_without_a_gpu_only_the_reference_is_timed() -> None:
     with like_a_stage_on_a_cpu():
         report = measure_kernels.measure_report()
     assert (report.chip, report.kernels, report.sizes, report.read_gb_per_s) == (None, (), {}, None)
+    assert report.plain_mlx_gb_per_s is not None
     assert report.plain_mlx_gb_per_s > 0
 
 
@@ -48,6 +49,17 @@ def test_failed_kernels_are_listed_without_a_speed(monkeypatch: pytest.MonkeyPat
     assert all("No Metal back-end" in line.reason for line in report.kernels)
     assert all(line.plain_mlx_gb_per_s for line in report.kernels if line.kernel != ROUTER)
     assert report.sizes == {}
+
+
+def test_the_check_measures_no_speed_and_reads_no_cached_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure_kernels, "on_gpu", lambda: True)
+    monkeypatch.setattr(experts, "_backend_kernels", lambda: experts.METAL_KERNELS)
+    monkeypatch.setattr(check_cache, "load", lambda _: pytest.fail("the cache was read"))
+    with like_a_stage_on_a_cpu():
+        report = measure_kernels.check_report()
+    assert [(line.kernel, line.ran, line.gb_per_s) for line in report.kernels] == [
+        (name, False, None) for name in (DECODE, BATCH, PREFILL, ROUTER)
+    ]
 
 
 def test_a_tokens_feed_forward_blocks_are_timed() -> None:

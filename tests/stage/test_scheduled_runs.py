@@ -13,7 +13,7 @@ import pytest
 from mlx_k2.sampling import SampledToken, Sampling
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
-from tests.model.checkpoints import Checkpoint, make_checkpoints
+from tests.model.checkpoints import Checkpoint
 from tests.scheduling.fake_stages import FixedStepPolicy
 from tests.stage.pipeline import Pipeline
 
@@ -61,11 +61,6 @@ def without_compiling() -> Iterator[None]:
     mx.disable_compile()
     yield
     mx.enable_compile()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return make_checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="module")

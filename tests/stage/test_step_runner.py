@@ -1,7 +1,5 @@
 """Tests of steps through a model's stages: the tokens are the same for any number of stages and any batches."""
 
-from collections.abc import Iterator
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,10 +7,11 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_k2.sampling import SampledToken, Sampling
 from mlx_k2.scheduling.microbatch import Row
-from tests.model.chain import like_a_stage_on_a_cpu
-from tests.model.checkpoints import Checkpoint, make_checkpoints
+from tests.model.checkpoints import Checkpoint
 from tests.model.oracle import load_oracle
 from tests.stage.pipeline import Pipeline, recent
+
+pytestmark = pytest.mark.usefixtures("as_a_stage_on_a_cpu")
 
 PROMPT = [(41 * i + 9) % 509 for i in range(70)]
 NUM_TOKENS = 24
@@ -23,17 +22,6 @@ SAMPLINGS = (
     Sampling(seed=2**63 - 1, top_k=40, min_p=0.01),
     GREEDY,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def as_a_stage_on_a_cpu() -> Iterator[None]:
-    with like_a_stage_on_a_cpu():
-        yield
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return make_checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="module")

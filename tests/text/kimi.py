@@ -20,8 +20,8 @@ FOLDER = Path(os.environ.get("MLX_K2_KIMI_FILES") or Path(__file__).parents[2].p
 
 needs_vocabulary = pytest.mark.skipif(
     not all((FOLDER / name).exists() for name in VOCABULARY_FILES),
-    reason=f"needs Kimi's vocabulary in {FOLDER} or in $MLX_K2_KIMI_FILES: "
-    f"hf download moonshotai/Kimi-K2.6 {' '.join(VOCABULARY_FILES)} --local-dir {FOLDER}",
+    reason=f"needs Kimi's vocabulary: hf download moonshotai/Kimi-K2.6 {' '.join(VOCABULARY_FILES)} "
+    f"--local-dir {FOLDER}, or name its folder in MLX_K2_KIMI_FILES",
 )
 
 

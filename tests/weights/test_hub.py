@@ -1,5 +1,6 @@
 """Tests of downloads from a local server with the Hub's protocol."""
 
+import hashlib
 import itertools
 import random
 import subprocess
@@ -14,7 +15,10 @@ from mlx_k2.errors import DownloadError
 from mlx_k2.weights.checkpoint import describe_model, locate_tensors, read_small_files
 from mlx_k2.weights.hub import HubRepo, bytes_to_fetch, fetch_files, fetch_small_files
 from mlx_k2.weights.index import CheckpointIndex, read_index_json
-from mlx_k2.weights.inventory import model_specs, shard_specs
+from mlx_k2.weights.inventory import layer_specs, model_specs, shard_specs
+from mlx_k2.weights.manifest import identify, read_manifest
+from mlx_k2.weights.model_files import fetch_shard
+from mlx_k2.weights.model_source import ModelSource
 from mlx_k2.weights.safetensors_file import write_file
 from tests.weights.hub_server import COMMIT, Hub, serve_hub
 from tests.weights.made_up import write_tiny
@@ -237,3 +241,26 @@ def test_a_file_in_the_index_that_the_repository_lacks_is_named(hub: Hub, repo: 
     del hub.files[LAYER_2]
     with pytest.raises(DownloadError, match=f"{REPO} at {COMMIT} has no file {LAYER_2}"):
         fetch_files(repo, [LAYER_2], quietly)
+
+
+def test_fetched_files_are_in_the_manifest_with_those_of_other_hosts(
+    hub: Hub, made: tuple[Path, ModelConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_k2.weights.model_files._hub_repo", lambda _: HubRepo(REPO, None, tmp_path, hub.endpoint))
+    index = CheckpointIndex.from_json(read_index_json(made[0]), "index")
+    fetched = fetch_shard(ModelSource(path_or_repo=REPO), index, layer_specs(made[1], 2), quietly)
+    entries = read_manifest(fetched.folder).files
+    assert entries.keys() == {name for name in hub.files if name.endswith((".safetensors", ".model"))}
+    assert {name for name, entry in entries.items() if entry.blocks is not None} >= {LAYER_2}
+    assert identify([fetched.folder / LAYER_2])[LAYER_2] == hashlib.sha256(hub.files[LAYER_2]).hexdigest()
+
+
+def test_a_damaged_file_that_is_still_in_the_cache_is_fetched_again_at_once(hub: Hub, repo: HubRepo) -> None:
+    path = fetch_files(repo, [LAYER_2], quietly).folder / LAYER_2
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.resolve().write_bytes(data)
+    path.unlink()  # as the doctor says: only the link, not the file that it leads to
+    fetched = fetch_files(repo, [LAYER_2], quietly)
+    assert fetched.fetched == (LAYER_2,)
+    assert (fetched.folder / LAYER_2).read_bytes() == hub.files[LAYER_2]

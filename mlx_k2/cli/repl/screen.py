@@ -15,7 +15,7 @@ from mlx_k2.cli.repl.wording import call_line, ended_line, progress_line
 from mlx_k2.cli.safe_console import SafeConsole
 from mlx_k2.cli.terminal_text import printable
 from mlx_k2.coordinator.answer_summary import AnswerSummary
-from mlx_k2.coordinator.handle import PrefillProgress, Queued, Restarting
+from mlx_k2.coordinator.handle import PrefillProgress, Progress, Queued, Restarting
 from mlx_k2.deployment.restarting import Restart
 from mlx_k2.text.reply_parts import Content, Reasoning
 
@@ -54,6 +54,15 @@ class Screen(Protocol):
         """End the current line and stop the spinner. Called before a question and at the end of an answer."""
 
 
+def show_progress(screen: Screen, progress: Progress, last: Restart | None) -> Restart | None:
+    """Show progress, and a line for a restart other than ``last``; return the restart that was shown last."""
+    if isinstance(progress, Restarting) and progress.restart != last:
+        last = progress.restart
+        screen.restart(last)
+    screen.wait(progress_line(progress))
+    return last
+
+
 class PlainScreen:
     """A plain display: the answer on stdout, all else on stderr, dim if that is a terminal with colours."""
 
@@ -75,10 +84,7 @@ class PlainScreen:
             case CallEnded():
                 self.log(ended_line(event))
             case Queued() | PrefillProgress() | Restarting():
-                if isinstance(event, Restarting) and event.restart != self._last_restart:
-                    self._last_restart = event.restart
-                    self.restart(event.restart)
-                self.wait(progress_line(event))
+                self._last_restart = show_progress(self, event, self._last_restart)
 
     def log(self, line: str) -> None:
         """Write a line to stderr; on a terminal, below the incomplete line of the answer."""
@@ -174,10 +180,7 @@ class RichScreen:
             case AnswerSummary():
                 self.pause()
             case Queued() | PrefillProgress() | Restarting():
-                if isinstance(event, Restarting) and event.restart != self._last_restart:
-                    self._last_restart = event.restart
-                    self.restart(event.restart)
-                self._spin(progress_line(event))
+                self._last_restart = show_progress(self, event, self._last_restart)
 
     def wait(self, what: str) -> None:
         """Show a spinner beside ``what`` until the next output."""

@@ -4,10 +4,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-import platformdirs
-
 from mlx_k2.cli.repl.keyboard import Keyboard, LineKeyboard, TerminalKeyboard, usable_history
 from mlx_k2.cli.repl.screen import PlainScreen, RichScreen, Screen
+from mlx_k2.private_files import state_folder
 
 
 def choose_screen(*, show_thinking: bool) -> Screen:
@@ -20,8 +19,8 @@ def choose_keyboard(commands: Sequence[str], status: Callable[[], str]) -> Keybo
     """Return a keyboard with editing and saved history if stdin and stdout are capable terminals, else plain lines."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or _is_dumb():
         return LineKeyboard()
-    state = platformdirs.user_state_path("mlx-k2")
-    history = usable_history(state / "chat-history") if state.is_absolute() else None  # not without a home folder
+    state = state_folder()
+    history = None if state is None else usable_history(state / "chat-history")
     return TerminalKeyboard(history, commands, status, colours=not _no_colour())
 
 

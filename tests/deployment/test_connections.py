@@ -1,0 +1,94 @@
+"""Tests that the two ends of each connection of a ring are compared: a process between two stages is found."""
+
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from mlx_k2.cluster.hostfile import local_hostfile
+from mlx_k2.deployment.bring_up import CONNECT_S, check_connections, collect, connect
+from mlx_k2.deployment.deploy import links, prepare
+from mlx_k2.errors import StageFault, StageStartError
+from mlx_k2.launch.group import StageGroup
+from mlx_k2.launch.stage_location import StageLocation
+from mlx_k2.protocol.messages import Connect, Connected, Hello, RingLinks
+from mlx_k2.weights.model_source import BUILTIN, ModelSource
+
+HOSTFILE = local_hostfile(2)
+PROOF = bytes(range(32))
+RETRY_S = 0.1
+
+
+@contextmanager
+def prepared_group() -> Iterator[tuple[StageGroup, RingLinks]]:
+    """Yield two real stages that hold their ports, and the links between them."""
+    with StageGroup([StageLocation()] * 2, 20.0, lambda _: None) as group:
+        collect(group, Hello, range(2), 60.0, "start")
+        answers = prepare(group, HOSTFILE, [ModelSource(path_or_repo=BUILTIN)] * 2)
+        found = links(HOSTFILE, [answer.addresses for answer in answers])
+        assert isinstance(found, RingLinks)
+        yield group, found
+
+
+def test_stages_that_are_connected_to_each_other_are_accepted() -> None:
+    with prepared_group() as (group, found):
+        connect(group, found)
+
+
+def pass_on(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+
+
+def relay(listener: socket.socket, address: str) -> None:
+    """Pass everything on between the first connection to ``listener`` and ``address``, as a stranger would."""
+    ip, _, port = address.partition(":")
+    near, _ = listener.accept()
+    while True:
+        with suppress(OSError):
+            far = socket.create_connection((ip, int(port)))
+            break
+        threading.Event().wait(RETRY_S)  # until the stage listens
+    for source, target in ((near, far), (far, near)):
+        threading.Thread(target=pass_on, args=(source, target), daemon=True).start()
+
+
+@pytest.mark.slow
+def test_a_process_that_passes_on_what_two_stages_send_is_found_before_anything_is_loaded() -> None:
+    with prepared_group() as (group, found), socket.create_server(("127.0.0.1", 0)) as listener:
+        (first, second) = found.addresses
+        threading.Thread(target=relay, args=(listener, second[0]), daemon=True).start()
+        redirected = RingLinks((first, (f"127.0.0.1:{listener.getsockname()[1]}",)))
+        group.send(0, Connect(redirected, PROOF, None))
+        group.send(1, Connect(found, None, PROOF))
+        answers = collect(group, Connected, range(2), CONNECT_S, "connect")  # the proof itself was passed on
+        with pytest.raises(StageStartError, match=r"stage 0 on this machine is connected to a stranger: the other end"):
+            check_connections(group, answers)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, where 127.0.0.2 is an address of loopback, too")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stranger_who_connects_first_and_sends_nothing_is_named_at_once(rank: int) -> None:
+    """Rank 0 accepts the stranger and then cannot reach its neighbour. Rank 1 reaches a neighbour of ours first."""
+    with prepared_group() as (group, found), socket.create_server(("127.0.0.2", 0)) as neighbour:
+        addresses: list[tuple[str, ...]] = [(f"127.0.0.2:{neighbour.getsockname()[1] if rank else 9}",)] * 2
+        addresses[rank] = found.addresses[rank]
+        ip, _, port = addresses[rank][0].partition(":")
+        began = time.monotonic()
+        group.send(rank, Connect(RingLinks(tuple(addresses)), PROOF if rank == 0 else None, PROOF if rank else None))
+        while True:
+            with suppress(ConnectionRefusedError):
+                stranger = socket.create_connection((ip, int(port)), timeout=10)
+                break
+        with stranger, pytest.raises(StageFault) as caught:
+            collect(group, Connected, [rank], CONNECT_S, "connect")
+    assert time.monotonic() - began < 15
+    assert "(connecting to its neighbours" in str(caught.value)
+    assert re.search(r"it wrote last: a stranger at 127\.0\.0\.1:\d+ is connected to the ring port", str(caught.value))

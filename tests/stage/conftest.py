@@ -1,0 +1,19 @@
+"""Fixtures of this folder: random checkpoints, and MLX as a stage on a CPU uses it."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.model.chain import like_a_stage_on_a_cpu
+from tests.model.checkpoints import Checkpoint, make_checkpoints
+
+
+@pytest.fixture(scope="module")
+def as_a_stage_on_a_cpu() -> Iterator[None]:
+    with like_a_stage_on_a_cpu():
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return make_checkpoints(tmp_path_factory.mktemp("checkpoints"))

@@ -1,0 +1,109 @@
+"""Tests of examples/mini_pipeline.py: it is short, needs mlx and numpy only, and answers as `mlx-k2 generate` does."""
+
+import ast
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bench.mlx_lm_ranks import free_ports
+from bench.tested_on import ANSWER
+from mlx_k2.builtin import BUILTIN_FOLDER
+from mlx_k2.testing.random_checkpoint import write_random_checkpoint
+from mlx_k2.testing.tiny_config import as_kimi_k25, tiny_config_fields
+from mlx_k2.testing.tiny_vocabulary import tiny_vocabulary
+from tests.cli.command import MLX_K2
+
+pytestmark = pytest.mark.timeout(240)
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "examples" / "mini_pipeline.py"
+MAX_LINES = 250
+VOCAB_SIZE = 768
+LONG_PROMPT = ",".join(str((7 + 31 * position) % 256) for position in range(600))  # more than one chunk
+MAX_TOKENS = 24
+
+
+def write_thinking(folder: Path) -> Path:
+    files = tiny_vocabulary(VOCAB_SIZE, 2048).files | {"generation_config.json": b"{}"}
+    write_random_checkpoint(folder, tiny_config_fields(VOCAB_SIZE, max_position_embeddings=2048), 20, files)
+    return folder
+
+
+def write_k25(folder: Path) -> Path:
+    files = tiny_vocabulary(VOCAB_SIZE, 2048).files | {"generation_config.json": b"{}"}
+    fields = tiny_config_fields(VOCAB_SIZE, max_position_embeddings=2048)
+    fields["rope_scaling"] = {**fields["rope_scaling"], "beta_fast": 32.0}
+    write_random_checkpoint(folder, as_kimi_k25(fields), 21, files)
+    return folder
+
+
+CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "built-in": (lambda _: BUILTIN_FOLDER, "1795,301,1809,569,379,509,504,50,63,1794,1796,284,1809"),
+    "random K2-Thinking": (write_thinking, LONG_PROMPT),
+    "random K2.5": (write_k25, LONG_PROMPT),
+}
+
+
+def run(command: list[str]) -> str:
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def mini_tokens(folder: Path, prompt_ids: str, num_ranks: int) -> list[int]:
+    command = [sys.executable, str(PAGE), str(folder), prompt_ids, "--max-tokens", str(MAX_TOKENS)]
+    if num_ranks > 1:
+        port = min(free_ports(num_ranks))
+        launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", str(num_ranks), "--starting-port", str(port)]
+        command = [*launch, *command]
+    return [int(token) for token in run(command).splitlines()[0].split(",")]
+
+
+def generated_tokens(folder: Path, prompt_ids: str, num_stages: int) -> list[int]:
+    command = [MLX_K2, "generate", "--model", str(folder), "--stages", str(num_stages), "--token-ids", prompt_ids]
+    lines = run([*command, "--temperature", "0", "--max-tokens", str(MAX_TOKENS), "--json"]).splitlines()
+    return [json.loads(line)["token"] for line in lines[:-1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_ranks"),
+    [
+        ("built-in", 1),
+        ("built-in", 2),
+        ("random K2-Thinking", 1),
+        ("random K2.5", 1),
+        ("random K2-Thinking", 2),
+        pytest.param("random K2.5", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_the_greedy_tokens_equal_those_of_generate(tmp_path: Path, name: str, num_ranks: int) -> None:
+    write, prompt_ids = CHECKPOINTS[name]
+    folder = write(tmp_path / "checkpoint")
+    tokens = mini_tokens(folder, prompt_ids, num_ranks)
+    assert tokens == generated_tokens(folder, prompt_ids, num_ranks)
+    assert len(set(tokens)) > 3, "a trivial answer"
+    assert len(tokens) == MAX_TOKENS
+
+
+def test_the_command_in_the_page_answers_its_question() -> None:
+    (command,) = re.findall(r"^    (python .*)$", PAGE.read_text(), re.MULTILINE)
+    ids, text = run([sys.executable, *shlex.split(command)[1:]]).splitlines()
+    assert ids.endswith(",1794")
+    assert "</think>" not in text  # a control token is printed as its id
+    assert text.endswith(f"{ANSWER}<1794>")
+
+
+def test_the_page_is_short_and_imports_mlx_and_numpy_only() -> None:
+    source = PAGE.read_text()
+    assert len(source.splitlines()) <= MAX_LINES
+    nodes = list(ast.walk(ast.parse(source)))
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    others = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
+    assert others == {"mlx", "numpy"}

@@ -1,0 +1,24 @@
+"""Tests of README's recorded output: it equals what the commands print today, except for times and seeds."""
+
+import pytest
+
+from bench.recorded_output import MADE_BY, README, masked, part
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.mark.slow
+def test_the_readme_shows_what_the_commands_print() -> None:
+    page = README.read_text()
+    recorded = page.partition(f"<!-- made by {MADE_BY} -->\n")[2].partition("<!-- end -->\n")[0].strip()
+    today = part()
+    assert "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20" in today
+    assert masked(recorded) == masked(today), f"run {MADE_BY}"
+
+
+def test_only_times_rates_seeds_drafts_and_steps_are_masked() -> None:
+    line = "loaded in 3.7 s · prefill 199.9 tok/s · decode 27.7 tok/s · 1 of 2 draft tokens accepted"
+    assert masked(line) == "loaded in # s · prefill # tok/s · decode # tok/s"
+    assert masked("    0  127.0.0.1  0-3      7.3 MB     0.58 s    56%") == " 0 127.0.0.1 0-3 7.3 MB # s #%"
+    assert masked("stage 1 on this machine (at step 4) ended") == "stage # on this machine (#) ended"
+    assert masked("1, 2, 3 and 100 tokens") == "1, 2, 3 and 100 tokens"

@@ -1,0 +1,131 @@
+"""Tests of the reports of machines: what turns one red, what is only recorded, and a real one of this machine."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import msgspec
+import pytest
+
+from bench import tested_on
+from bench.tested_on import ANSWER, PAGE, Ended, Report, problems, read_report, row, with_table
+from mlx_k2.kernels.dispatch import Dispatch
+from mlx_k2.kernels.report import KernelLine, KernelReport
+from mlx_k2.kernels.self_check import DECODE, ROUTER, LayerShape, check_kernel
+from mlx_k2.kernels.tuning import DEFAULT
+from mlx_k2.stage.measure_kernels import _untimed
+from tests.metal_cpu.test_self_check import perform, perform_uncompilable, perform_wrong
+
+pytestmark = pytest.mark.timeout(120)
+
+SHAPE = LayerShape(hidden_size=64, intermediate_size=32, top_k=4, dtype=mx.bfloat16)
+FINE = Ended(0, "", "")
+
+
+def report_of(lines: Sequence[KernelLine]) -> Report:
+    """Return the report of a Mac on which everything else went well."""
+    kernels = KernelReport(
+        mlx_k2_version="0.1.0", mlx_version="0.32.4", system="macOS 15", chip="Apple M9", kernels=tuple(lines)
+    )
+    return Report(
+        commit="0123456",
+        system="macOS 15",
+        python="3.11.7",
+        memory_gb=8.0,
+        needs_gpu=True,
+        kernels_run=FINE,
+        kernels=kernels,
+        generate=Ended(0, f"{ANSWER}\n", ""),
+        bit_identity=FINE,
+    )
+
+
+def checked(performer: Callable[[Dispatch], list[mx.array]]) -> Report:
+    """Return the report of a device that performs our kernels' source in this way."""
+    return report_of([_untimed(check_kernel(name, SHAPE, DEFAULT, performer)) for name in (DECODE, ROUTER)])
+
+
+def read_by_a_program(report: Report, path: Path) -> subprocess.CompletedProcess[str]:
+    path.write_bytes(msgspec.json.encode(report))
+    return subprocess.run(
+        [sys.executable, "-m", "bench.tested_on", "read", str(path)], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_kernels_that_agree_make_no_problem() -> None:
+    report = checked(perform)
+    assert problems(report) == []
+    assert row(report) == "| Apple M9 | macOS 15 | 8 | 0.32.4, 0123456 | decode, router | none | none |"
+
+
+def test_a_planted_wrong_kernel_result_turns_the_report_red(tmp_path: Path) -> None:
+    ran = read_by_a_program(checked(perform_wrong), tmp_path / "report.json")
+    assert ran.returncode == 1
+    assert "problem: the decode kernel computes wrong numbers: off by " in ran.stdout
+    assert "problem: the router kernel computes wrong numbers: off by " in ran.stdout
+
+
+def test_a_kernel_whose_numbers_are_not_finite_turns_the_report_red(tmp_path: Path) -> None:
+    line = KernelLine(kernel=DECODE, usable=False, ran=True, error=float("inf"), reason="off by inf")
+    ran = read_by_a_program(report_of([line]), tmp_path / "report.json")
+    assert ran.returncode == 1
+    assert "problem: the decode kernel computes wrong numbers: off by inf" in ran.stdout
+
+
+def test_a_refused_kernel_is_recorded_and_no_problem(tmp_path: Path) -> None:
+    ran = read_by_a_program(checked(perform_uncompilable), tmp_path / "report.json")
+    assert ran.returncode == 0, ran.stdout
+    assert "| none | decode, router | none |" in ran.stdout
+
+
+SOUND = report_of([KernelLine(kernel=DECODE, usable=True, ran=True, error=1e-3, reason="")])
+RED: dict[str, tuple[Report, str]] = {
+    "a crash": (
+        msgspec.structs.replace(SOUND, kernels=None, kernels_run=Ended(-11, "", "it crashed"), needs_gpu=False),
+        "mlx-k2 kernels ended with exit code -11: it crashed",
+    ),
+    "a hang": (msgspec.structs.replace(SOUND, generate=Ended(None, "", "")), "mlx-k2 generate did not end in 300 s"),
+    "another answer": (msgspec.structs.replace(SOUND, generate=Ended(0, "I know", "")), "two stages answered 'I know'"),
+    "a failed test": (
+        msgspec.structs.replace(SOUND, bit_identity=Ended(1, "1 failed", "")),
+        "the tests of bit-identity ended with exit code 1: 1 failed",
+    ),
+    "no GPU": (
+        msgspec.structs.replace(report_of([]), kernels=None),
+        "MLX found no GPU here: give --without-gpu where there is none",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RED)
+def test_each_kind_of_failure_is_one_problem(name: str) -> None:
+    report, line = RED[name]
+    assert problems(report) == [line]
+
+
+def test_a_command_that_hangs_is_killed_and_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tested_on, "STEP_S", 0.2)
+    ended = tested_on._run(["/bin/sh", "-c", "echo started; sleep 60 & wait"], tmp_path)
+    assert ended.exit_code is None
+    assert ended.stdout == "started\n"
+
+
+@pytest.mark.slow
+def test_the_report_of_this_machine_is_written_and_has_no_problem(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    command = [sys.executable, "-m", "bench.tested_on", "run", "--out", str(out)]
+    if sys.platform != "darwin":
+        command.append("--without-gpu")
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    report = read_report(out)
+    assert problems(report) == []
+    assert " passed in " in report.bit_identity.stdout
+    assert report.generate.stdout.strip() == ANSWER
+
+
+def test_the_page_equals_the_reports_that_came_back() -> None:
+    page = PAGE.read_text()
+    assert with_table(page) == page, "run python -m bench.tested_on page"
