@@ -19,11 +19,13 @@ from mlx_k2.cli.option_values import deployment_request, log_settings, open_sour
 from mlx_k2.cli.options import cluster_options, draft_option, log_options
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.deployment.deployment_request import DeploymentRequest
-from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
+from mlx_k2.deployment.restarting import Restart, RestartingDeployment
+from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import MlxK2Error, SetupError
 from mlx_k2.server.access import Access
 from mlx_k2.server.api_keys import KeyRing, read_keys
 from mlx_k2.server.app import make_app
+from mlx_k2.server.cluster_activity import ActivityListener, ClusterActivity, CountedRestarts
 from mlx_k2.server.http_server import Certificate, HttpServer
 from mlx_k2.server.language_model import LanguageModel
 from mlx_k2.server.line_log import LineLog
@@ -112,7 +114,7 @@ def command(**options: Any) -> None:
     for line in request.hostfile.warnings:
         log(line)
     request, model = open_source(request)
-    state = ServerState(_server_options(options), _name_for_clients(request.source))
+    state = ServerState(_server_options(options), _name_for_clients(request.source), ClusterActivity())
     access = _access(options)
     certificate = None if options["certfile"] is None else Certificate(options["certfile"], options["keyfile"])
     address = (options["host"], options["port"])
@@ -167,8 +169,13 @@ def _serve(
         has_failed.set()
 
     def on_restart(restart: Restart, phase: str) -> None:
-        state.num_restarts += phase == WAITING
+        state.activity.phase = phase
         log_restart(restart, phase)
+
+    def on_report(report: StageReport) -> None:
+        state.activity.add_report(report)
+        if restarting.on_report is not None:
+            restarting.on_report(report)
 
     log_dir, log_tokens = log_settings(options)
     with (
@@ -176,7 +183,7 @@ def _serve(
         RestartingDeployment(
             request,
             model,
-            listener,
+            ActivityListener(state.activity, listener),
             limit=None,
             log_dir=log_dir,
             log_tokens=log_tokens,
@@ -185,19 +192,20 @@ def _serve(
     ):
         listener.hide_progress()
         deployment = restarting.deployment
+        state.activity.deployed(deployment)
         frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
         language_model = LanguageModel(frontend, state.model_name)
         with engine_on(
             deployment,
             drafts=options["draft"] == "ngram",
-            on_report=restarting.on_report,
-            restarts=restarting,
+            on_report=on_report,
+            restarts=CountedRestarts(state.activity, restarting),
             on_restart=on_restart,
             on_failure=on_failure,
             max_queued=options["max_queued"],
         ) as engine:
             _keep_awake()
-            state.serve(engine, language_model, deployment.plans)
+            state.serve(engine, language_model)
             for line in opening_lines(options, frontend):
                 log(line)
             log(

@@ -13,7 +13,7 @@ from typing import Any
 from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy, TextPolicy
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import Sampling
-from mlx_k2.scheduling.request import Request
+from mlx_k2.scheduling.request import Priority, Request
 from mlx_k2.scheduling.token_policy import TokenPolicy
 from mlx_k2.server.api_errors import context_overflow, invalid
 from mlx_k2.server.chat_request import ChatRequest
@@ -149,7 +149,8 @@ class LanguageModel:
         if len(prompt_ids) >= self.context_tokens:
             raise context_overflow(len(prompt_ids), self.context_tokens)
         max_tokens = min(asked.limit_tokens or self.context_tokens, self.context_tokens - len(prompt_ids))
-        return Request(tuple(prompt_ids), max_tokens, sampling, self._frontend.stop_ids)
+        priority = Priority.BACKGROUND if asked.service_tier == "flex" else Priority.INTERACTIVE
+        return Request(tuple(prompt_ids), max_tokens, sampling, self._frontend.stop_ids, priority=priority)
 
     def _sampling(self, asked: GenerationFields, thinking: bool | None) -> Sampling:
         recommended = self._frontend.recommended

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Event, Finished, Token
 from mlx_k2.coordinator.pipeline import StageUse
+from mlx_k2.server.cluster_activity import ClusterActivity
 from mlx_k2.server.request_record import RequestRecord
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -30,8 +31,8 @@ class Source(Protocol):
         """The totals of each stage."""
 
     @property
-    def num_restarts(self) -> int:
-        """The number of restarts."""
+    def activity(self) -> ClusterActivity:
+        """Faults, restarts, and what the stages hold."""
 
 
 class Metrics:
@@ -50,6 +51,8 @@ class Metrics:
             "mlx_k2_request_success", "Finished requests.", ["finished_reason"], registry=self._registry
         )
         self._first_token = self._histogram("time_to_first_token_seconds", "Seconds to the first token.", _LONG_S)
+        self._queued = self._histogram("request_queue_time_seconds", "Seconds in the queue.", _LONG_S)
+        self._prefill = self._histogram("request_prefill_time_seconds", "Seconds of the prompt's computation.", _LONG_S)
         self._between = self._histogram("inter_token_latency_seconds", "Seconds between two tokens.", _TOKEN_S)
         self._whole = self._histogram("e2e_request_latency_seconds", "Seconds of a whole request.", _LONG_S)
         self._decode = self._histogram("request_decode_time_seconds", "Seconds from first to last token.", _LONG_S)
@@ -64,7 +67,10 @@ class Metrics:
         """Count an event, before ``record`` has it."""
         if isinstance(event, Token):
             if record.last_token is None:
+                started = event.arrived_at if record.started is None else record.started
                 self._first_token.observe(event.arrived_at - record.began)
+                self._queued.observe(started - record.began)
+                self._prefill.observe(event.arrived_at - started)
             else:
                 self._between.observe(event.arrived_at - record.last_token)
         elif isinstance(event, Finished):
@@ -103,12 +109,19 @@ class _CurrentValues(Collector):
         waiting = phases.count("queued")
         yield GaugeMetricFamily("mlx_k2_num_requests_waiting", "Requests that wait.", waiting)
         yield GaugeMetricFamily("mlx_k2_num_requests_running", "Requests that run.", len(phases) - waiting)
-        yield CounterMetricFamily("mlx_k2_restarts", "Restarts of all stages.", self._source.num_restarts)
+        activity = self._source.activity
+        yield CounterMetricFamily("mlx_k2_restarts", "Restarts of all stages that succeeded.", activity.num_restarts)
+        yield CounterMetricFamily("mlx_k2_faults", "Faults of the stages.", activity.faults.total())
         names = ("busy", "receive", "send")
         seconds = {
             name: CounterMetricFamily(f"mlx_k2_stage_{name}_seconds", f"Seconds: {name}.", labels=["stage"])
             for name in names
         }
+        held = GaugeMetricFamily("mlx_k2_stage_held_bytes", "Bytes of a stage's shard in memory.", labels=["stage"])
+        faults = CounterMetricFamily("mlx_k2_stage_faults", "Faults that a stage caused.", labels=["stage"])
+        for rank in range(len(activity.plans)):
+            held.add_metric([str(rank)], activity.loaded_bytes[rank])
+            faults.add_metric([str(rank)], activity.faults[rank])
         peak = GaugeMetricFamily("mlx_k2_stage_peak_bytes", "Peak memory of a stage.", labels=["stage"])
         tokens = CounterMetricFamily("mlx_k2_stage_tokens", "Tokens that a stage has computed.", labels=["stage"])
         for rank, use in enumerate(self._source.use):
@@ -117,4 +130,4 @@ class _CurrentValues(Collector):
                 seconds[name].add_metric(label, value)
             peak.add_metric(label, use.peak_bytes)
             tokens.add_metric(label, use.num_tokens)
-        yield from (*seconds.values(), peak, tokens)
+        yield from (held, faults, *seconds.values(), peak, tokens)

@@ -14,6 +14,7 @@ _ERROR_TEXTS = {
     "401": "The key is missing or wrong.",
     "403": "The Host or Origin header is not allowed.",
     "404": "There is no such path, model or request.",
+    "405": "The path has another method.",
     "408": "The body did not arrive in time.",
     "413": "The body is too large.",
     "415": "The body is compressed.",

@@ -40,6 +40,8 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[str, float] | None = None
     response_format: dict[str, Any] | None = None
     extra_body: Any = None
+    service_tier: str | None = None
+    """"flex" makes a background request: it runs while no other request waits or runs. Others change nothing."""
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -74,7 +74,8 @@ class Routes:
         return json_response(document())
 
     async def _status(self, request: Request) -> Response:
-        return json_response(self._state.status(request.scope[OWNER]))
+        status = self._state.status(request.scope[OWNER])
+        return json_response(status | {"history": self._state.activity.history()})
 
     async def _status_events(self, request: Request) -> ASGIApp:
         owner = request.scope[OWNER]

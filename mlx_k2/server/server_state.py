@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlx_k2.coordinator.engine import Engine
-from mlx_k2.coordinator.handle import Event
+from mlx_k2.coordinator.handle import Event, Token
 from mlx_k2.coordinator.pipeline import StageUse
-from mlx_k2.deployment.plan import StagePlan
 from mlx_k2.errors import MlxK2Error
 from mlx_k2.server.api_errors import ApiError, from_program, unavailable
+from mlx_k2.server.cluster_activity import ClusterActivity
 from mlx_k2.server.event_stream import EventStream
 from mlx_k2.server.language_model import Generation, LanguageModel
 from mlx_k2.server.metrics import Metrics
@@ -33,27 +33,26 @@ class ServerOptions:
 class _Loaded:
     engine: Engine
     model: LanguageModel
-    plans: tuple[StagePlan, ...]
 
 
 class ServerState:
     """The state of one server. ``serve`` is called once, on another thread, when the stages are ready."""
 
-    def __init__(self, options: ServerOptions, model_name: str) -> None:
+    def __init__(self, options: ServerOptions, model_name: str, activity: ClusterActivity) -> None:
         self.options = options
+        self.activity = activity
         self.model_name = model_name
         self.created = int(time.time())
         self.records: dict[str, RequestRecord] = {}
-        self.num_restarts = 0
         self.is_ending = False
         """Set once the server drains: streams that never end by themselves end then."""
         self.metrics = Metrics(self)
         self._streams: dict[str, EventStream] = {}
         self._loaded: _Loaded | None = None
 
-    def serve(self, engine: Engine, model: LanguageModel, plans: tuple[StagePlan, ...]) -> None:
+    def serve(self, engine: Engine, model: LanguageModel) -> None:
         """Begin to accept requests."""
-        self._loaded = _Loaded(engine, model, plans)
+        self._loaded = _Loaded(engine, model)
 
     @property
     def name(self) -> Literal["loading", "restarting", "ready"]:
@@ -117,6 +116,8 @@ class ServerState:
 
         def on_event(event: Event) -> None:
             self.metrics.add(record, event)
+            if isinstance(event, Token):
+                self.activity.add_token()
             record.add(event)
 
         stream = EventStream(on_event, lambda: self._close(request_id))
@@ -143,36 +144,20 @@ class ServerState:
         self._streams[request_id].cancel()
 
     def status(self, owner: str) -> dict[str, Any]:
-        """Return the body of /v1/status as the owner of a key sees it."""
+        """Return the present status as the owner of a key sees it."""
         records = list(self.records.values())
         return {
             "model": self.model_name,
             "state": self.name,
+            "phase": "" if self.name == "ready" else self.activity.phase,
             "context_tokens": self.context_tokens,
             "slots": None if self._loaded is None else self._loaded.engine.num_slots,
             "uptime_s": int(time.time()) - self.created,
-            "restarts": self.num_restarts,
-            "stages": self._stages(),
+            "faults": self.activity.faults.total(),
+            "restarts": self.activity.num_restarts,
+            "stages": self.activity.stages(),
             "requests": [record.fields(is_own=record.owner == owner) for record in records],
         }
-
-    def _stages(self) -> list[dict[str, Any]]:
-        if self._loaded is None:
-            return []
-        return [
-            {
-                "host": plan.host.ssh,
-                "first_layer": plan.assignment.first_layer,
-                "last_layer": plan.assignment.end_layer - 1,
-                "held_bytes": plan.assignment.held_bytes,
-                "peak_bytes": use.peak_bytes,
-                "busy_s": round(use.busy_s, 3),
-                "receive_s": round(use.receive_s, 3),
-                "send_s": round(use.send_s, 3),
-                "tokens": use.num_tokens,
-            }
-            for plan, use in zip(self._loaded.plans, self._loaded.engine.use, strict=False)
-        ]
 
     def _close(self, request_id: str) -> None:
         self.records.pop(request_id, None)

@@ -61,11 +61,7 @@ class Server:
 
     def request(self, method: str, path: str, body: object = None, **headers: str) -> "HttpAnswer":
         """Send one request on a connection of its own and return the whole answer."""
-        data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        lines = {"Host": "localhost", "Content-Length": str(len(data)), "Connection": "close"} | headers
-        head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-        with self.connect() as connection:
-            return exchange(connection, head.encode() + b"\r\n" + data)
+        return request_on(self.port, method, path, body, **headers)
 
     def connect(self) -> socket.socket:
         """Return a connection to the server, with a deadline."""
@@ -97,6 +93,15 @@ class HttpAnswer:
         assert isinstance(error["message"], str)
         assert isinstance(error["type"], str)
         return error
+
+
+def request_on(port: int, method: str, path: str, body: object = None, **headers: str) -> HttpAnswer:
+    """Send one request on a connection of its own and return the whole answer."""
+    data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = {"Host": "localhost", "Content-Length": str(len(data)), "Connection": "close"} | headers
+    head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    with socket.create_connection(("127.0.0.1", port), timeout=WAIT_S) as connection:
+        return exchange(connection, head.encode() + b"\r\n" + data)
 
 
 def exchange(connection: socket.socket, data: bytes) -> HttpAnswer:

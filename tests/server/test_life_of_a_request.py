@@ -90,6 +90,49 @@ def test_a_hang_up_in_decode_ends_the_answer(stream: bool) -> None:
         server.wait_for("/v1/chat/completions")
 
 
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_hang_up_frees_the_slot_for_the_next_plan(phase: str) -> None:
+    with stepped_server(num_slots=1, chunk_tokens=32) as server:
+        running = send_chat(server, LONG_PROMPT if phase == "prefill" else "a", stream=True)
+        wait_until(lambda: bool(server.tokens.plans), "the first request runs")
+        if phase == "decode":
+            server.tokens.run(lambda: len(server.tokens.plans) > 12)
+        waiting = send_chat(server, "four five six " * 60, stream=True)
+        wait_until(lambda: server.num_used == 2, "the second request waits")
+        num_plans = len(server.tokens.plans)
+        running.close()
+        wait_until(lambda: server.num_used == 1, "the first request is gone")
+        with stepping(server):
+            wait_until(lambda: len(server.tokens.plans) > num_plans, "the next plan is sent")
+        (row,) = server.tokens.plans[num_plans].rows
+        assert (row.position, len(row.token_ids)) < (32, 33), "the beginning of the second prompt"
+        assert len(row.token_ids) > 1, "no token of the first answer"
+        waiting.close()
+        wait_until(lambda: server.num_used == 0, "both are gone")
+
+
+def test_a_client_that_reads_byte_by_byte_holds_no_slot() -> None:
+    """The client takes 50 bytes a second of an answer of more than 200 kB: the engine does not wait for it."""
+    with stepped_server(num_slots=1) as server, stepping(server):
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        connection.settimeout(WAIT_S)
+        connection.connect(("127.0.0.1", server.port))
+        body = json.dumps({"messages": [{"role": "user", "content": "a"}], "stream": True, "max_tokens": 900}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        pause = threading.Event()
+        assert connection.recv(1)
+        for _ in range(int(50 * WAIT_S)):
+            assert connection.recv(1)
+            pause.wait(0.02)
+            if server.num_used == 0:
+                break
+        assert server.num_used == 0
+        assert answer_of(send_chat(server, max_tokens=1)).status == 200
+        connection.close()
+
+
 def test_a_full_queue_is_a_429_with_the_time_to_wait() -> None:
     with stepped_server(num_slots=1, max_queued=1) as server:
         first = send_chat(server, stream=True)

@@ -1,40 +1,35 @@
-"""Tests of the OpenAPI document, and of bodies made from its field names: none is a defect of the server."""
+"""Tests of the OpenAPI document: it is complete, and no request that follows or breaks it is a defect."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
+import schemathesis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_k2.server.cluster_activity import ClusterActivity
 from mlx_k2.server.openapi import document
 from mlx_k2.server.routes import Routes
 from mlx_k2.server.server_state import ServerOptions, ServerState
+from tests.server.in_process import SteppedServer, stepped_server, stepping
 from tests.server.server_process import Server
 
-TEXTS = st.sampled_from(
-    ["", "a", "user", "assistant", "tool", "auto", "none", "function", "<|im_end|>", "\ud800", "日"]
-)
-VALUES: st.SearchStrategy[Any] = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "name", "role"]), inner),
-    max_leaves=6,
-)
-MESSAGES = st.lists(
-    st.fixed_dictionaries(
-        {"role": TEXTS | VALUES, "content": TEXTS | VALUES},
-        optional={
-            "tool_calls": VALUES | st.lists(st.fixed_dictionaries({"id": VALUES, "function": VALUES}), max_size=2),
-            "tool_call_id": VALUES,
-            "reasoning_content": VALUES,
-            "name": VALUES,
-        },
-    ),
-    max_size=3,
-)
+LIMIT = 3
+"""Tokens of an answer, so that a valid request ends soon."""
+schema = schemathesis.openapi.from_dict(document()).exclude(path="/v1/status/events")
+
+
+@pytest.fixture(scope="module")
+def answering() -> Iterator[SteppedServer]:
+    """A server that answers at once, with tokens of no meaning."""
+    with stepped_server(num_slots=4, chunk_tokens=512) as server, stepping(server):
+        yield server
 
 
 def test_the_document_has_every_route_and_no_other() -> None:
-    routes = Routes(ServerState(ServerOptions(), "m")).table()
+    routes = Routes(ServerState(ServerOptions(), "m", ClusterActivity())).table()
     table = {(re.sub(r":path\}", "}", route.path), method) for route in routes for method in route.methods or ()}
     documented = {(path, method.upper()) for path, found in document()["paths"].items() for method in found}
     assert {entry for entry in table if entry[1] != "HEAD"} == documented
@@ -48,32 +43,53 @@ def test_every_reference_of_the_document_leads_to_a_schema(server: Server) -> No
     assert names <= answer.json["components"]["schemas"].keys()
 
 
-def fields_of(name: str) -> list[str]:
-    return list(document()["components"]["schemas"][name]["properties"])
+@schema.parametrize()  # type: ignore[untyped-decorator]
+@settings(max_examples=25)
+def test_no_request_that_schemathesis_makes_is_a_defect(answering: SteppedServer, case: schemathesis.Case) -> None:
+    """Each is served, or refused with a documented status and an error in the API's shape."""
+    if isinstance(case.body, dict):
+        case.body |= {name: LIMIT for name in ("max_tokens", "max_completion_tokens") if _is_long(case.body.get(name))}
+    response = case.call(base_url=answering.url)
+    assert response.status_code < 500, response.text
+    if response.status_code >= 400:
+        error = response.json()["error"]
+        assert error.keys() == {"message", "type", "param", "code"}
+        assert error["message"]
+        assert error["type"]
+    if case.method == case.operation.method.upper():
+        assert str(response.status_code) in document()["paths"][case.path][case.operation.method]["responses"]
+    assert "defect" not in "\n".join(answering.lines)
+    answering.lines.clear()
 
 
-@given(st.data())
-@settings(max_examples=150)
-def test_no_chat_request_is_a_defect(server: Server, data: st.DataObject) -> None:
-    names = data.draw(st.lists(st.sampled_from(fields_of("ChatRequest")), max_size=4, unique=True))
-    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
-    body |= {name: data.draw(MESSAGES | VALUES if name == "messages" else VALUES) for name in names}
-    check(server, "/v1/chat/completions", body | {"max_completion_tokens": 1})
+def _is_long(limit: object) -> bool:
+    return limit is None or (isinstance(limit, int) and limit > LIMIT)
 
 
-@given(st.sampled_from(["CompletionRequest", "TokenizeRequest", "DetokenizeRequest"]), st.data())
-@settings(max_examples=100)
-def test_no_other_body_is_a_defect(server: Server, name: str, data: st.DataObject) -> None:
-    path = {"CompletionRequest": "/v1/completions", "TokenizeRequest": "/tokenize", "DetokenizeRequest": "/detokenize"}
-    names = data.draw(st.lists(st.sampled_from(fields_of(name)), max_size=3, unique=True))
-    body = {"prompt": "a", "tokens": [1]} | {field: data.draw(VALUES) for field in names}
-    check(server, path[name], body | ({"max_tokens": 1} if name == "CompletionRequest" else {}))
+MESSAGE_FIELDS = {
+    "role": st.sampled_from(["system", "user", "assistant", "tool", "developer"]),
+    "content": st.sampled_from(["", "a", "<|im_end|>", "\ud800", None, [{"type": "text", "text": "a"}], ["a"], 5]),
+}
+MORE_FIELDS: dict[Any, st.SearchStrategy[Any]] = {
+    "reasoning_content": st.sampled_from(["", "r", None, 5]),
+    "tool_call_id": st.sampled_from(["functions.f:0", "x", "", None, 7]),
+    "name": st.sampled_from(["bob", "", None, []]),
+    "tool_calls": st.lists(
+        st.fixed_dictionaries(
+            {
+                "id": st.sampled_from(["functions.f:0", "x", "", None, 7]),
+                "function": st.sampled_from([{"name": "f", "arguments": "{"}, {"name": "f", "arguments": {}}, {}, "f"]),
+            }
+        ),
+        max_size=2,
+    ),
+}
 
 
-def check(server: Server, path: str, body: dict[str, Any]) -> None:
-    """Send a body; it is served, or refused with an error in the API's shape, and is no defect."""
-    answer = server.request("POST", path, body)
+@given(st.lists(st.fixed_dictionaries(MESSAGE_FIELDS, optional=MORE_FIELDS), max_size=4))
+def test_no_conversation_is_a_defect(answering: SteppedServer, messages: list[dict[str, Any]]) -> None:
+    """The document has no schema of messages, which are read by their roles: these are nearly right."""
+    answer = answering.request("POST", "/v1/chat/completions", {"messages": messages, "max_tokens": 1})
     assert answer.status in (200, 400), answer.body
     if answer.status == 400:
         assert answer.error["type"] == "invalid_request_error"
-    assert "defect" not in "\n".join(server.lines)

@@ -12,6 +12,11 @@ METRICS = {
     "mlx_k2_num_requests_waiting": "gauge",
     "mlx_k2_num_requests_running": "gauge",
     "mlx_k2_restarts": "counter",
+    "mlx_k2_faults": "counter",
+    "mlx_k2_stage_held_bytes": "gauge",
+    "mlx_k2_stage_faults": "counter",
+    "mlx_k2_request_queue_time_seconds": "histogram",
+    "mlx_k2_request_prefill_time_seconds": "histogram",
     "mlx_k2_stage_busy_seconds": "counter",
     "mlx_k2_stage_receive_seconds": "counter",
     "mlx_k2_stage_send_seconds": "counter",
@@ -94,6 +99,24 @@ def test_the_status_names_stages_and_requests(server: Server) -> None:
     assert status["stages"][0]["first_layer"] == 0
     assert status["stages"][0]["last_layer"] + 1 == status["stages"][1]["first_layer"]
     assert status["requests"] == []
+    assert (status["faults"], status["restarts"], status["phase"]) == (0, 0, "")
+    for stage in status["stages"]:
+        assert stage["loaded_bytes"] == stage["shard_bytes"] > 0
+
+
+def test_the_status_has_the_work_of_the_last_hour(server: Server) -> None:
+    body = {"messages": [{"role": "user", "content": "Count from 3"}], "max_tokens": 5}
+    usage = server.request("POST", "/v1/chat/completions", body).json["usage"]
+    status = server.request("GET", "/v1/status").json
+    (first, last) = status["stages"]
+    assert 0 < first["busy_share"] <= 1
+    assert first["sent_bytes_per_s"] > 0
+    assert last["sent_bytes_per_s"] == 0
+    assert 0 < last["waiting_share"] <= 1
+    recent = status["history"][-2:]
+    assert sum(point["tokens"] for point in recent) >= usage["completion_tokens"]
+    assert sum(point["computed_tokens"] for point in recent) > 0
+    assert all(len(point["busy_shares"]) == 2 and 0 <= point["seconds_ago"] <= 3610 for point in status["history"])
 
 
 def test_the_metrics_are_those_of_the_golden_list_and_count(server: Server) -> None:
