@@ -32,6 +32,7 @@ class SteppedServer:
     port: int
     tokens: TokenEngine
     lines: list[str]
+    state: ServerState
 
     @property
     def url(self) -> str:
@@ -80,7 +81,7 @@ def stepped_server(
         HttpServer(app, "127.0.0.1", 0, drain_s=1) as server,
     ):
         state.serve(tokens.engine, LanguageModel(ModelFrontend(model, CONTEXT_TOKENS), "tokens"))
-        yield SteppedServer(int(server.url.rpartition(":")[2]), tokens, lines)
+        yield SteppedServer(int(server.url.rpartition(":")[2]), tokens, lines, state)
 
 
 @contextmanager
