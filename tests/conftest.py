@@ -53,6 +53,7 @@ KINDS = frozenset(
         "g++",
         "libclang",
         "NVRTC",
+        "Linux",
         "/dev/full",
         "no Metal GPU",
         "Kimi's vocabulary",

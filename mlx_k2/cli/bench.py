@@ -21,6 +21,7 @@ from mlx_k2.benchmark import Benchmark, Measured, Workload, check_workloads
 from mlx_k2.cli.console import ConsoleListener, console, log
 from mlx_k2.cli.option_values import deployment_request, open_source
 from mlx_k2.cli.options import cluster_options, draft_option
+from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.cli.trace import Trace
 from mlx_k2.deployment.deploy import Deployment, deploy
 from mlx_k2.deployment.dry_run import preview
@@ -153,7 +154,7 @@ def _commit() -> str | None:
 
 def _write(document: dict[str, Any], rows: Sequence[Measured], trace: Trace, options: dict[str, Any]) -> None:
     if options["as_json"]:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n")
+        sys.stdout.write(msgspec.json.format(json_line(document), indent=2) + "\n")
     else:
         _show(rows)
     try:

@@ -71,7 +71,14 @@ def _source(model: str | None, revision: str | None) -> ModelSource:
     if revision is not None and not is_repo(source):
         raise RequestError("--revision is for a repository on the Hub: leave it out, or give one as --model owner/name")
     folder = model_folder(source)
-    return ModelSource(path_or_repo=str(folder.resolve())) if model is not None and folder.is_dir() else source
+    if model is None or not folder.is_dir():
+        return source
+    path = str(folder.resolve())
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"--model: the path {path} is not UTF-8: rename the folder, or give a link to it") from None
+    return ModelSource(path_or_repo=path)
 
 
 def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDescription | None]:

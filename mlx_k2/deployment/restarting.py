@@ -53,10 +53,10 @@ class Restart:
 class RestartingDeployment:
     """Context manager: on entry the stages are ready as after ``deploy``; on exit all of them are ended.
 
-    ``limit`` is the maximum number of consecutive restarts, failed ones included; with 0, a fault is final; None sets
-    no limit, and then an error of the setup, as of memory that others use, is tried again too. Each wait is twice the
-    one before, up to ``longest_wait_s``. Logs and fault reports go to ``log_dir``, with token ids if
-    ``log_tokens``.
+    ``limit`` is the maximum number of restarts, failed ones included, without HEALTHY_S between two of them; with 0, a
+    fault is final. None sets no limit, and then an error of the setup, as of memory that others use, is tried again
+    too. Each wait is twice the one before, up to ``longest_wait_s``. Logs and fault reports go to ``log_dir``, with
+    token ids if ``log_tokens``.
     """
 
     def __init__(
@@ -79,6 +79,8 @@ class RestartingDeployment:
         self._longest_wait_s = longest_wait_s
         self._stack = ExitStack()
         self._num_restarts = 0
+        self._was_not_finite = False
+        """Whether the last restart was because of NaN or infinity. Broken weights give it again: it is then final."""
         self._cancelled = threading.Event()
 
     def __enter__(self) -> "RestartingDeployment":
@@ -111,11 +113,13 @@ class RestartingDeployment:
         """
         if time.monotonic() - self._ready_at > HEALTHY_S:
             self._num_restarts = 0
+            self._was_not_finite = False
         status = HealthMonitor(self.deployment.group).describe_all()
-        while (limit := self._limit_after(error)) is None or self._num_restarts < limit:
+        while self._may_restart(error):
             wait_s = min(self._longest_wait_s, self._first_wait_s * 2 ** min(self._num_restarts, _MOST_DOUBLINGS))
             self._num_restarts += 1
-            restart = Restart(str(error), self._num_restarts, limit, wait_s)
+            self._was_not_finite = isinstance(error, NotFinite)
+            restart = Restart(str(error), self._num_restarts, self._limit, wait_s)
             on_restart(restart, WAITING)
             self._end(error, status)
             status = ()
@@ -141,9 +145,10 @@ class RestartingDeployment:
         """End a restart that is under way: it raises Cancelled soon. No other restart follows. Any thread may call."""
         self._cancelled.set()
 
-    def _limit_after(self, error: ClusterError) -> int | None:
-        """Return the limit of restarts. It is at most one for NaN or infinity, which broken weights give again."""
-        return min(self._limit, 1) if self._limit is not None and isinstance(error, NotFinite) else self._limit
+    def _may_restart(self, error: ClusterError) -> bool:
+        if self._limit is None:
+            return True
+        return self._num_restarts < self._limit and not (self._was_not_finite and isinstance(error, NotFinite))
 
     def _end(self, error: ClusterError, status: Sequence[str]) -> None:
         """End the stages, then write the report. The log then contains how each stage ended, and so does the report."""
