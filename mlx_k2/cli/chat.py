@@ -2,7 +2,8 @@
 
 import tempfile
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import click
 
 from mlx_k2 import __version__
 from mlx_k2.chat.chat_session import ChatSession, Toolkit
+from mlx_k2.chat.reply_source import ReplySource
 from mlx_k2.chat.tool_round import Tools
+from mlx_k2.cli.connect import connect_option, remote_engine
 from mlx_k2.cli.console import ConsoleListener, log, show_stage_use
 from mlx_k2.cli.option_values import (
     deployment_request,
@@ -53,6 +56,7 @@ WANTED_SLOTS = 2
 
 @click.command()
 @cluster_options
+@connect_option
 @click.option("--system", metavar="TEXT", help="The system prompt.  [default: the model's own]")
 @sampling_options
 @timeout_option
@@ -75,6 +79,10 @@ def command(**options: Any) -> None:
     /help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves. Where standard input or output is no terminal,
     each line read is a message; answers go to stdout, everything else to stderr.
     """  # noqa: D301  # click reads the escape
+    if options["connect"] is not None:
+        with _opened(options) as (screen, tools, transcript):
+            _chat_on_server(options, screen, tools, transcript)
+        return
     request = replace(deployment_request(options), num_slots=WANTED_SLOTS)
     for line in request.hostfile.warnings:
         log(line)
@@ -82,17 +90,24 @@ def command(**options: Any) -> None:
     if model is not None:  # refuse a bad request before any stage is started
         shape, _ = preview(request, model)
         _check(options, model, shape.context_tokens)
+    kept = log_settings(options)
+    with (
+        _opened(options) as (screen, tools, transcript),
+        ConsoleListener(options["verbose"]) as listener,
+        RestartingDeployment(request, model, listener, options["restarts"], *kept) as restarting,
+    ):
+        listener.hide_progress()
+        _chat(options, request, restarting, screen, tools, transcript)
+
+
+@contextmanager
+def _opened(options: dict[str, Any]) -> Iterator[tuple[Screen, Tools | None, Transcript | None]]:
     with ExitStack() as stack:
         screen = choose_screen(show_thinking=not options["hide_thinking"])
         transcript = None
         if options["transcript_path"] is not None:
             transcript = stack.enter_context(Transcript(Path(options["transcript_path"]), screen.log))
-        tools = stack.enter_context(opened_tools(options))
-        listener = stack.enter_context(ConsoleListener(options["verbose"]))
-        kept = log_settings(options)
-        restarting = stack.enter_context(RestartingDeployment(request, model, listener, options["restarts"], *kept))
-        listener.hide_progress()
-        _chat(options, request, restarting, screen, tools, transcript)
+        yield screen, stack.enter_context(opened_tools(options)), transcript
 
 
 def _check(options: dict[str, Any], model: ModelDescription, context_tokens: int) -> None:
@@ -111,23 +126,14 @@ def _chat(
     transcript: Transcript | None,
 ) -> None:
     deployment = restarting.deployment
-    model, context_tokens = deployment.model, deployment.shape.context_tokens
-    frontend = ModelFrontend(model, context_tokens)
-    tokenizer = frontend.tokenizer
-    conversation = new_conversation(options, frontend, () if tools is None else tools.declarations)
-    usage = UsageTotals(context_tokens, len(deployment.plans), len(conversation.known_ids()))
-    name = Model(request.source.path_or_repo, model.digest)
-    keyboard = choose_keyboard(list(HELP), usage.status)
-    approval = ToolApproval(screen, keyboard, options["allowed_tools"], everything=options["yes"])
-    settings = reply_settings(options, frontend)
-    toolkit = None if tools is None else Toolkit(tools, approval)
+    frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
 
     def show_idle_restart(restart: Restart, phase: str) -> None:
-        if phase == WAITING and not session.is_answering:  # an answer shows its restarts itself
+        if phase == WAITING and not dialogue.session.is_answering:  # an answer shows its restarts itself
             screen.restart(restart)
 
     def show_idle_failure(error: MlxK2Error) -> None:
-        if not session.is_answering:
+        if not dialogue.session.is_answering:
             screen.log(f"error: {error}; the next message ends the chat, and the conversation is kept")
 
     engine = engine_on(
@@ -138,17 +144,61 @@ def _chat(
         on_restart=show_idle_restart,
         on_failure=show_idle_failure,
     )
-    session = ChatSession(engine, tokenizer, conversation, settings, toolkit)
+    name = Model(request.source.path_or_repo, deployment.model.digest)
+    dialogue = _Dialogue(options, engine, frontend, name, len(deployment.plans), screen, tools)
     with engine:
-        approval.answer = session
+        dialogue.run(lambda: show_stage_use(restarting.deployment, engine.use), transcript)
+
+
+def _chat_on_server(
+    options: dict[str, Any], screen: Screen, tools: Tools | None, transcript: Transcript | None
+) -> None:
+    """Chat with the model of a running server."""
+    engine = remote_engine(options["connect"])
+    options = {**options, "model": engine.model_name}
+    name = Model(engine.model_name, engine.frontend.model.digest)
+    dialogue = _Dialogue(options, engine, engine.frontend, name, 1, screen, tools)
+    dialogue.run(lambda: screen.log(f"the stages are those of the server {options['connect']}"), transcript)
+
+
+class _Dialogue:
+    """A conversation in the terminal with the model of ``source``."""
+
+    def __init__(
+        self,
+        options: dict[str, Any],
+        source: ReplySource,
+        frontend: ModelFrontend,
+        name: Model,
+        num_stages: int,
+        screen: Screen,
+        tools: Tools | None,
+    ) -> None:
+        self._options = options
+        self._frontend = frontend
+        self._name = name
+        self._screen = screen
+        self._tools = tools
+        conversation = new_conversation(options, frontend, () if tools is None else tools.declarations)
+        self._usage = UsageTotals(frontend.context_tokens, num_stages, len(conversation.known_ids()))
+        self._keyboard = choose_keyboard(list(HELP), self._usage.status)
+        self._approval = ToolApproval(screen, self._keyboard, options["allowed_tools"], everything=options["yes"])
+        toolkit = None if tools is None else Toolkit(tools, self._approval)
+        settings = reply_settings(options, frontend)
+        self.session = ChatSession(source, frontend.tokenizer, conversation, settings, toolkit)
+
+    def run(self, show_stats: Callable[[], None], transcript: Transcript | None) -> None:
+        """Run until the user leaves. ``show_stats`` shows what the stages do."""
+        screen, name, options, frontend = self._screen, self._name, self._options, self._frontend
+        self._approval.answer = self.session
         commands = Commands(
-            session,
+            self.session,
             name,
             screen,
-            usage,
-            tools,
-            approval,
-            lambda: show_stage_use(restarting.deployment, engine.use),
+            self._usage,
+            self._tools,
+            self._approval,
+            show_stats,
             lambda thinking: reply_settings({**options, "thinking": thinking}, frontend).sampling.temperature,
         )
         if transcript is not None:
@@ -156,9 +206,9 @@ def _chat(
         for line in (*opening_lines(options, frontend), f"{name.name} · /help lists the commands, Ctrl-D leaves"):
             screen.log(line)
         try:
-            Repl(session, commands, keyboard, screen, usage, transcript).run()
+            Repl(self.session, commands, self._keyboard, screen, self._usage, transcript).run()
         except BaseException:  # also a signal, a full disk and our own mistakes
-            if session.conversation.messages:
+            if self.session.conversation.messages:
                 with suppress(OSError):  # the terminal may be gone
                     _rescue(commands, screen)
             raise

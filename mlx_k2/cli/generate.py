@@ -8,7 +8,9 @@ import click
 
 from mlx_k2.chat.chat_events import Event
 from mlx_k2.chat.chat_session import ChatSession, Toolkit
+from mlx_k2.chat.reply_source import ReplySource
 from mlx_k2.chat.tool_round import Tools
+from mlx_k2.cli.connect import connect_option, remote_engine
 from mlx_k2.cli.console import ConsoleListener, log, show_dry_run
 from mlx_k2.cli.generate_file import WANTED_SLOTS, check_options, generate_many
 from mlx_k2.cli.option_values import (
@@ -36,7 +38,7 @@ from mlx_k2.cli.repl.keyboard import LineKeyboard
 from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.answer_summary import total
-from mlx_k2.coordinator.engine import Engine, engine_on
+from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.coordinator.handle import Finished
 from mlx_k2.coordinator.reply_policy import ReplyPolicy
 from mlx_k2.deployment.deployment_request import DeploymentRequest
@@ -51,6 +53,7 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 @click.command()
 @click.argument("prompt", required=False)
 @cluster_options
+@connect_option
 @click.option("--system", metavar="TEXT", help="The system prompt.  [default: the model's own]")
 @click.option("--raw", is_flag=True, help="Send PROMPT as it is, without the chat template.")
 @click.option("--token-ids", metavar="N,N,...", help="The prompt as token ids, as they are.")
@@ -88,6 +91,9 @@ def command(**options: Any) -> None:
     if options["num_logprobs"] is not None and not options["as_json"]:
         raise click.UsageError("--logprobs shows in the JSON lines only: add --json")
     check_options(options)
+    if options["connect"] is not None:
+        _generate_on_server(options)
+        return
     request = deployment_request(options)
     if options["prompts_path"] is not None:
         request = replace(request, num_slots=WANTED_SLOTS)
@@ -123,6 +129,19 @@ def _generate(options: dict[str, Any], request: DeploymentRequest, model: ModelD
         _answer(restarting, text, tools, options)
 
 
+def _generate_on_server(options: dict[str, Any]) -> None:
+    """Answer with the model of a running server."""
+    if options["dry_run"] or options["prompts_path"] is not None:
+        raise click.UsageError("--dry-run and --prompts start stages: leave them out with --connect")
+    text, engine = prompt_text(options), remote_engine(options["connect"])
+    frontend = engine.frontend
+    read_prompt(options, text, frontend)
+    with opened_tools(options) as tools, _output(options, frontend.tokenizer) as output:
+        output.screen.wait("reading the prompt")
+        summaries = output.show(_events(engine, frontend, text, tools, output, options))
+        output.summary(total(summaries), None, ())
+
+
 def _answer(restarting: RestartingDeployment, text: str, tools: Tools | None, options: dict[str, Any]) -> None:
     deployment = restarting.deployment
     frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
@@ -146,7 +165,7 @@ def _output(options: dict[str, Any], tokenizer: Tokenizer) -> TextOutput | JsonO
 
 
 def _events(
-    engine: Engine,
+    engine: ReplySource,
     frontend: ModelFrontend,
     text: str,
     tools: Tools | None,
@@ -165,7 +184,7 @@ def _events(
     return ChatSession(engine, frontend.tokenizer, conversation, settings, toolkit).send_message(text)
 
 
-def _raw_events(engine: Engine, frontend: ModelFrontend, text: str, options: dict[str, Any]) -> Iterator[Event]:
+def _raw_events(engine: ReplySource, frontend: ModelFrontend, text: str, options: dict[str, Any]) -> Iterator[Event]:
     request = read_prompt(options, text, frontend)
     for event in engine.submit(request, ReplyPolicy(frontend.tokenizer, request)).events():
         yield event.summary if isinstance(event, Finished) else event

@@ -48,8 +48,8 @@ class TextOutput:
     def _show_raw(self, event: Event) -> None:
         self.screen.event(Content(event.text) if isinstance(event, Token) else event)
 
-    def summary(self, summary: AnswerSummary, deployment: Deployment, use: tuple[StageUse, ...]) -> None:
-        """End the line, then write the answer's counts and times and each stage's use to stderr."""
+    def summary(self, summary: AnswerSummary, deployment: Deployment | None, use: tuple[StageUse, ...]) -> None:
+        """End the line, then write the answer's counts and times to stderr; for own stages also their use."""
         self.screen.pause()
         cached = summary.cached_tokens
         first_s, prefill, decode = (
@@ -63,7 +63,7 @@ class TextOutput:
             f"seed {summary.seed}",
         )
         times = (
-            f"loaded in {deployment.load_s:.1f} s",
+            None if deployment is None else f"loaded in {deployment.load_s:.1f} s",
             f"first token after {first_s:.2f} s" if first_s is not None else None,
             f"prefill {prefill:.1f} tok/s" if prefill is not None else None,
             f"decode {decode:.1f} tok/s" if decode is not None else None,
@@ -71,7 +71,8 @@ class TextOutput:
         )
         log(" · ".join(parts))
         log(" · ".join(part for part in times if part))
-        show_stage_use(deployment, use)
+        if deployment is not None:
+            show_stage_use(deployment, use)
 
 
 class JsonOutput:
@@ -124,28 +125,32 @@ class JsonOutput:
             ]
         _write_line(line)
 
-    def summary(self, summary: AnswerSummary, deployment: Deployment, use: tuple[StageUse, ...]) -> None:
+    def summary(self, summary: AnswerSummary, deployment: Deployment | None, use: tuple[StageUse, ...]) -> None:
         """Write the answer's counts and times, and each stage's layers, memory and computing time."""
         total_s = sum(stage.busy_s for stage in use) or 1.0
-        stages = [
-            {
-                "host": plan.host.ssh,
-                "first_layer": plan.assignment.first_layer,
-                "last_layer": plan.assignment.end_layer - 1,
-                "held_bytes": loaded.held_bytes,
-                "peak_bytes": loaded.peak_bytes,
-                "busy_s": stage.busy_s,
-                "busy_fraction": stage.busy_s / total_s,
-            }
-            for plan, loaded, stage in zip(deployment.plans, deployment.loaded, use, strict=True)
-        ]
+        stages = (
+            [
+                {
+                    "host": plan.host.ssh,
+                    "first_layer": plan.assignment.first_layer,
+                    "last_layer": plan.assignment.end_layer - 1,
+                    "held_bytes": loaded.held_bytes,
+                    "peak_bytes": loaded.peak_bytes,
+                    "busy_s": stage.busy_s,
+                    "busy_fraction": stage.busy_s / total_s,
+                }
+                for plan, loaded, stage in zip(deployment.plans, deployment.loaded, use, strict=True)
+            ]
+            if deployment is not None
+            else []
+        )
         fields = {
             "prompt_tokens": summary.prompt_tokens,
             "cached_tokens": summary.cached_tokens,
             "generated_tokens": summary.generated_tokens,
             "finish_reason": summary.finish_reason.value,
             "seed": summary.seed,
-            "load_s": deployment.load_s,
+            "load_s": None if deployment is None else deployment.load_s,
             "time_to_first_token_s": summary.time_to_first_token_s,
             "prefill_tokens_per_s": summary.prefill_tokens_per_s,
             "decode_tokens_per_s": summary.decode_tokens_per_s,

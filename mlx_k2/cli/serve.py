@@ -123,7 +123,7 @@ def command(**options: Any) -> None:
         HttpServer(make_app(state, access, lines.write), *address, options["drain_s"], certificate) as server,
     ):
         log(f"listening on {server.url}; requests are accepted when the model is loaded")
-        _serve(options, request, model, state, server)
+        _serve(options, replace(request, address=server.url), model, state, server)
 
 
 def _server_options(options: dict[str, Any]) -> ServerOptions:

@@ -13,7 +13,7 @@ from mlx_lm.models.rope_utils import YarnRoPE
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.model.layer_weights import AttentionWeights, LowRankQuery
-from mlx_k2.model.linear import Matrix, multiply, multiply_transposed, some_heads
+from mlx_k2.model.linear import Matrix, multiply, multiply_transposed, some_heads, transposed
 
 BOTTLENECK_NORM_EPS = 1e-6
 """Epsilon of q_a_layernorm and kv_a_layernorm: the published code's default, not the config's rms_norm_eps."""
@@ -157,8 +157,10 @@ def attend_unfused(queries: mx.array, keys: mx.array, values: mx.array, position
     The result is (heads, count, v_head). ``query_block`` queries are processed at a time.
     """
 
+    columns = transposed(keys)
+
     def attend(block: slice) -> mx.array:
-        scores = _hide_later_keys(queries[:, block] @ keys.swapaxes(-1, -2), position + block.start)
+        scores = _hide_later_keys(queries[:, block] @ columns, position + block.start)
         return mx.softmax(scores, axis=-1, precise=True) @ values
 
     return _in_blocks(attend, queries.shape[1], query_block, axis=1)

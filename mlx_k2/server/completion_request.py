@@ -16,6 +16,8 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
     echo: bool | None = None
     best_of: int | None = None
     logprobs: int | None = None
+    return_token_ids: bool | None = None
+    """Whether each choice has the ids of its tokens, the one that ends the text included."""
 
     @property
     def prompt_ids(self) -> list[int] | None:

@@ -26,6 +26,7 @@ from mlx_k2.text.prompt import opens_reasoning, render_pieces
 from mlx_k2.text.sampled_turns import SampledTurns
 from mlx_k2.text.thinking_mode import INSTANT_TEMPERATURE, ThinkingMode
 from mlx_k2.text.tokenizer import Tokenizer
+from mlx_k2.weights.checkpoint import CONFIG_NAME, TOKENIZER_NAMES
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -60,6 +61,16 @@ class LanguageModel:
         self.context_tokens = frontend.context_tokens
         self._turns = TurnStore()
         _ = frontend.template  # compiled before the first request
+
+    def files(self) -> dict[str, Any]:
+        """Return what a client needs to render and tokenize for itself: the model's small files, as base64."""
+        files = self._frontend.model.files
+        return {
+            "name": self.name,
+            "digest": self._frontend.model.digest,
+            "context_tokens": self.context_tokens,
+            "files": {name: data for name, data in files.items() if name in (CONFIG_NAME, *TOKENIZER_NAMES)},
+        }
 
     def chat(self, chat: ChatRequest, owner: str) -> Generation:
         """Return the generation for a chat request. ``owner`` is the name of the client's key.

@@ -33,6 +33,7 @@ _GETS = {
     "/health": "Return 200 if a request would be accepted now, else 503; no body.",
     "/metrics": "Return metrics in Prometheus' text format.",
     "/openapi.json": "Return this document.",
+    "/v1/model-files": "Return the model's config, tokenizer and template, as base64.",
     "/v1/models": "Return the served model.",
     "/v1/models/{name}": "Return one model.",
     "/v1/status": "Return the state, the stages and the running requests.",

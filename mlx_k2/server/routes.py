@@ -53,6 +53,7 @@ class Routes:
             Route("/openapi.json", self._openapi, methods=["GET"]),
             Route("/v1/status", self._status, methods=["GET"]),
             Route("/v1/status/events", self._status_events, methods=["GET"]),
+            Route("/v1/model-files", self._model_files, methods=["GET"]),
             Route("/v1/models", self._models, methods=["GET"]),
             Route("/v1/models/{name:path}", self._model, methods=["GET"]),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
@@ -91,6 +92,9 @@ class Routes:
         if name != self._state.model_name:
             raise self._state.unknown_model(name)
         return json_response(self._model_entry())
+
+    async def _model_files(self, request: Request) -> Response:  # noqa: ARG002 - a route's argument
+        return json_response(self._state.model().files())
 
     def _model_entry(self) -> dict[str, Any]:
         entry = {"id": self._state.model_name, "object": "model", "created": self._state.created}
@@ -181,7 +185,7 @@ class Routes:
             "created": int(time.time()),
             "model": model.name,
         }
-        frames = TextFormat(head, reply, include_usage=completion.wants_usage, keepalive=self._state.options.keepalive)
+        frames = TextFormat(head, reply, completion, self._state.options.keepalive)
         return self._response(completion, stream, frames, reply, frames.body)
 
     async def _open(self, request: Request, generation: Generation) -> EventStream:

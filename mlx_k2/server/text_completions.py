@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_k2.coordinator.handle import Event, Finished, PrefillProgress
+from mlx_k2.coordinator.handle import Event, Finished, PrefillProgress, Token
 from mlx_k2.server.api_errors import ApiError
 from mlx_k2.server.chat_completions import DONE, usage
 from mlx_k2.server.chat_reply import ChatReply
+from mlx_k2.server.completion_request import CompletionRequest
 from mlx_k2.server.sse import event_bytes
 from mlx_k2.text.reply_parts import Content
 
@@ -14,10 +15,10 @@ from mlx_k2.text.reply_parts import Content
 class TextFormat:
     """The chunks or the body of one text completion. Its reply has content only."""
 
-    def __init__(self, head: dict[str, Any], reply: ChatReply, *, include_usage: bool, keepalive: str) -> None:
+    def __init__(self, head: dict[str, Any], reply: ChatReply, asked: CompletionRequest, keepalive: str) -> None:
         self._head = head
         self._reply = reply
-        self._include_usage = include_usage
+        self._asked = asked
         self._keepalive = keepalive
 
     def begin(self) -> bytes:
@@ -41,24 +42,28 @@ class TextFormat:
         """Return the chunks for these events."""
         frames = b""
         for event in events:
-            if isinstance(event, PrefillProgress):
-                continue
+            if isinstance(event, PrefillProgress) and self._asked.return_progress:
+                progress = {"total": event.total, "processed": event.done}
+                frames += event_bytes(self._head | {"choices": [], "prompt_progress": progress})
             text = "".join(delta.text for delta in self._reply.add(event) if isinstance(delta, Content))
-            frames += self._chunk(text, None) if text else b""
+            token_ids = [event.token_id] if isinstance(event, Token) and self._asked.return_token_ids else []
+            frames += self._chunk(text, None, token_ids) if text or token_ids else b""
             if isinstance(event, Finished):
                 frames += self._chunk("", self._reply.finish_reason(event.reason))
-                if self._include_usage:
+                if self._asked.wants_usage:
                     frames += event_bytes(self._head | {"choices": [], "usage": usage(self._reply, event.summary)})
                 frames += DONE
         return frames
 
     def body(self, finished: Finished) -> dict[str, Any]:
         """Return the body of a completion that is not streamed, after ``finished`` was added."""
-        choice = self._choice(self._reply.content, self._reply.finish_reason(finished.reason))
+        token_ids = self._reply.token_ids if self._asked.return_token_ids else ()
+        choice = self._choice(self._reply.content, self._reply.finish_reason(finished.reason), token_ids)
         return self._head | {"choices": [choice], "usage": usage(self._reply, finished.summary)}
 
-    def _chunk(self, text: str, reason: str | None) -> bytes:
-        return event_bytes(self._head | {"choices": [self._choice(text, reason)]})
+    def _chunk(self, text: str, reason: str | None, token_ids: Sequence[int] = ()) -> bytes:
+        return event_bytes(self._head | {"choices": [self._choice(text, reason, token_ids)]})
 
-    def _choice(self, text: str, reason: str | None) -> dict[str, Any]:
-        return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
+    def _choice(self, text: str, reason: str | None, token_ids: Sequence[int] = ()) -> dict[str, Any]:
+        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
+        return choice | ({"token_ids": token_ids} if token_ids else {})

@@ -43,7 +43,7 @@ def stream(client: OpenAI, request: dict[str, Any]) -> dict[str, Any]:
         state = ChatCompletionStreamState()
         for chunk in client.chat.completions.create(stream=True, **request):
             state.handle_chunk(chunk)
-        return fields_of(state.get_final_completion())
+        return fields_of(state.current_completion_snapshot)
     except APIError as error:
         return error_of(error)
 
@@ -59,7 +59,7 @@ async def complete_and_stream(base_url: str, request: dict[str, Any]) -> list[di
             state = ChatCompletionStreamState()
             async for chunk in await client.chat.completions.create(stream=True, **request):
                 state.handle_chunk(chunk)
-            found.append(fields_of(state.get_final_completion()))
+            found.append(fields_of(state.current_completion_snapshot))
         except APIError as error:
             found.append(error_of(error))
     return found

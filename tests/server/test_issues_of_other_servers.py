@@ -185,7 +185,7 @@ def test_claude_code_69379_thinking_is_never_refused(answering: SteppedServer, f
 @pytest.mark.parametrize("content", ["", "a", " ", None])
 def test_mlx_lm_1327_a_short_prompt_is_no_404(answering: SteppedServer, content: str | None) -> None:
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
-    assert answering.request("POST", CHAT, body).status == (400 if content is None else 200)
+    assert answering.request("POST", CHAT, body).status == 200
 
 
 def test_mlx_lm_1327_a_defect_is_a_500_and_the_next_request_works(
@@ -336,9 +336,10 @@ def test_sglang_23341_reasoning_that_never_ends_is_kept() -> None:
 
 
 def test_dynamo_188_reasoning_may_be_opened_by_the_prompt_or_by_the_model() -> None:
-    opened_by_model = test_chat_reply.answered(f"<think>a</think>b{CALL}")
-    assert opened_by_model == test_chat_reply.answered(f"a</think>b{CALL}", in_reasoning=True)
-    assert opened_by_model["reasoning"] == "a"
+    by_model = test_chat_reply.answered(f"<think>a</think>b{CALL}")
+    by_prompt = test_chat_reply.answered(f"a</think>b{CALL}", in_reasoning=True)
+    assert by_model | {"usage": {}} == by_prompt | {"usage": {}}
+    assert by_model["reasoning"] == "a"
 
 
 @pytest.mark.parametrize("name", REPLIES)
@@ -350,9 +351,9 @@ def test_openrouter_420_the_finish_reason_is_sent_exactly_once(name: str) -> Non
     assert set(reasons[:-1]) == {None}
 
 
-def test_cheshire_cat_1118_a_text_of_30_mb_ends_nothing(answering: SteppedServer) -> None:
+def test_cheshire_cat_1118_a_text_of_8_mb_ends_nothing(answering: SteppedServer) -> None:
     """One run of one character, and one of spaces: both are hard for a tokenizer. /health answers meanwhile."""
-    for text in ("a" * (30 << 20), " " * (30 << 20)):
+    for text in ("a" * (8 << 20), " " * (8 << 20)):
         body = {"messages": [{"role": "user", "content": text}]}
         answers: list[Any] = []
         sending = threading.Thread(target=lambda: answers.append(answering.request("POST", CHAT, body)))  # noqa: B023
@@ -422,7 +423,7 @@ MODEL: dict[str, tuple[Test, ...]] = {
     "ids that are not the model's": (test_chat_completions.test_ids_of_any_form_in_the_history_give_the_same_prompt,),
     "arguments in one piece": (test_chat_reply.test_arguments_are_streamed_as_they_are_sampled,),
     "an id twice": (test_chat_reply.test_a_new_calls_number_is_above_all_that_occur,),
-    "a tokenizer's stack": (test_cheshire_cat_1118_a_text_of_30_mb_ends_nothing,),
+    "a tokenizer's stack": (test_cheshire_cat_1118_a_text_of_8_mb_ends_nothing,),
 }
 
 
