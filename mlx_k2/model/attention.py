@@ -13,7 +13,7 @@ from mlx_lm.models.rope_utils import YarnRoPE
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.model.layer_weights import AttentionWeights, LowRankQuery
-from mlx_k2.model.linear import Matrix, multiply, multiply_transposed, some_heads, transposed
+from mlx_k2.model.linear import Matrix, copies_transposed, multiply, multiply_transposed, some_heads, transposed
 
 BOTTLENECK_NORM_EPS = 1e-6
 """Epsilon of q_a_layernorm and kv_a_layernorm: the published code's default, not the config's rms_norm_eps."""
@@ -128,7 +128,8 @@ def attend_naive(
     query_scores_bytes = _scores_bytes(num_keys, queries.itemsize)
     scores_bytes = count * query_scores_bytes
     fused = fused and heads * scores_bytes > BLOCK_BYTES
-    rebuilt_bytes = num_keys * 3 * head_dim * queries.itemsize  # of one head: keys, their two parts, and values
+    num_copies = 4 if copies_transposed(keys) else 3  # keys, their two parts, values, and on a CPU the keys' transpose
+    rebuilt_bytes = num_keys * num_copies * head_dim * queries.itemsize  # of one head
 
     query_block = max(BLOCK_BYTES - rebuilt_bytes, BLOCK_BYTES // 4) // query_scores_bytes
 
@@ -156,7 +157,6 @@ def attend_unfused(queries: mx.array, keys: mx.array, values: mx.array, position
 
     The result is (heads, count, v_head). ``query_block`` queries are processed at a time.
     """
-
     columns = transposed(keys)
 
     def attend(block: slice) -> mx.array:

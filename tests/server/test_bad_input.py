@@ -202,6 +202,18 @@ def test_a_body_of_33_mib_in_chunks_is_refused_while_it_is_sent(server: Server) 
     assert server.request("POST", CHAT, chat()).status == 200
 
 
+@pytest.mark.parametrize("host", ["localhost", "evil.example"])
+def test_a_malformed_chunk_is_refused_also_after_an_answer(server: Server, host: str) -> None:
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with server.connect() as connection:
+        connection.sendall(head.encode())
+        answer = exchange(connection, b"no size\r\n" * 3)
+    assert answer.status == (400 if host == "localhost" else 403)
+    assert answer.error["message"]
+    assert server.request("POST", CHAT, chat()).status == 200
+    assert "Traceback" not in "\n".join(server.lines)
+
+
 def test_a_compressed_body_is_refused(server: Server) -> None:
     answer = server.request("POST", CHAT, b"\x1f\x8b", **{"Content-Encoding": "gzip"})
     assert answer.status == 415

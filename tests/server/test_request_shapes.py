@@ -25,7 +25,7 @@ OTHERS: list[Any] = [
     }
     for number in range(39)
 ]
-ROUNDS = 2
+ROUNDS = {"opencode": 20, "cline": 20, "kimi-cli": 2}
 SHAPES: dict[str, dict[str, Any]] = {
     "opencode": {
         "model": "kimi-k2-tiny",
@@ -91,7 +91,7 @@ def test_a_loop_of_calls_with_40_tools_is_computed_from_the_cache(server: Server
     ]
     tools = [*OTHERS, *WEATHER]
     prompt_tokens = cached_tokens = num_calls = 0
-    for number in range(ROUNDS):
+    for number in range(ROUNDS[name]):
         request = {**SHAPES[name], "messages": messages, "tools": tools, "seed": number}
         usage, message = last_usage_and_message(server, request)
         if number:
@@ -106,5 +106,5 @@ def test_a_loop_of_calls_with_40_tools_is_computed_from_the_cache(server: Server
             num_calls += 1
             result = json.dumps({"city": "Paris", "sky": "sunny", "temperature": number})
             messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
-    assert num_calls >= ROUNDS
+    assert num_calls >= ROUNDS[name]
     assert cached_tokens >= 0.95 * prompt_tokens
