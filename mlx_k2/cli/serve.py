@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ from mlx_k2.cli.option_values import deployment_request, log_settings, open_sour
 from mlx_k2.cli.options import cluster_options, draft_option, log_options
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.plan import StagePlan
 from mlx_k2.deployment.restarting import Restart, RestartingDeployment
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import MlxK2Error, SetupError
+from mlx_k2.protocol.messages import FromStage
 from mlx_k2.server.access import Access
 from mlx_k2.server.api_keys import KeyRing, read_keys
 from mlx_k2.server.app import make_app
-from mlx_k2.server.cluster_activity import ActivityListener, ClusterActivity, CountedRestarts
+from mlx_k2.server.cluster_activity import ClusterActivity, CountedRestarts
 from mlx_k2.server.http_server import Certificate, HttpServer
 from mlx_k2.server.language_model import LanguageModel
 from mlx_k2.server.line_log import LineLog
@@ -126,6 +129,26 @@ def command(**options: Any) -> None:
         _serve(options, replace(request, address=server.url), model, state, server)
 
 
+class _ServeListener(ConsoleListener):
+    """A console listener that also records what the stages load, for /v1/status."""
+
+    def __init__(self, verbose: bool, activity: ClusterActivity) -> None:
+        super().__init__(verbose)
+        self._activity = activity
+
+    def phase(self, what: str) -> None:
+        self._activity.phase = what
+        super().phase(what)
+
+    def planned(self, model: ModelDescription, plans: Sequence[StagePlan]) -> None:
+        self._activity.plans = plans
+        super().planned(model, plans)
+
+    def progress(self, rank: int, message: FromStage) -> None:
+        self._activity.progress(rank, message)
+        super().progress(rank, message)
+
+
 def _server_options(options: dict[str, Any]) -> ServerOptions:
     return ServerOptions(
         keepalive=options["keepalive"],
@@ -179,11 +202,11 @@ def _serve(
 
     log_dir, log_tokens = log_settings(options)
     with (
-        ConsoleListener(options["verbose"]) as listener,
+        _ServeListener(options["verbose"], state.activity) as listener,
         RestartingDeployment(
             request,
             model,
-            ActivityListener(state.activity, listener),
+            listener,
             limit=None,
             log_dir=log_dir,
             log_tokens=log_tokens,

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from mlx_k2.client.server_connection import ServerAddress, event_data, shut_down
+from mlx_k2.client.server_connection import ServerAddress, Unavailable, event_data, shut_down
 from mlx_k2.config import ModelConfig
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Finished, Handle, PrefillProgress, Token
@@ -25,6 +25,9 @@ from mlx_k2.scheduling.token_policy import AnyToken, TokenPolicy
 from mlx_k2.weights.checkpoint import CONFIG_NAME, ModelDescription
 from mlx_k2.weights.index import CheckpointIndex
 from mlx_k2.weights.model_frontend import ModelFrontend
+
+RESTART_S = 600.0
+_RETRY_S = 0.5
 
 
 class _ServedModel(msgspec.Struct, frozen=True):
@@ -153,8 +156,7 @@ class RemoteEngine:
 
     def _stream(self, run: _Run, handle: Handle) -> FinishReason | None:
         """Put sampled tokens until the answer ends; return why. None: forced tokens follow."""
-        run.connection.close()  # of the part of the answer before
-        response = self._address.send(run.connection, "POST", "/v1/completions", _body(run))
+        response = self._send(run)
         is_first, reason = not run.token_ids, None
         for data in event_data(response):
             if run.is_cancelled:
@@ -172,6 +174,18 @@ class RemoteEngine:
                     return None
         return reason or FinishReason.STOP  # without a reason, somebody has cancelled it on the server
 
+    def _send(self, run: _Run) -> http.client.HTTPResponse:
+        """Send the request for the rest of the answer. Wait up to RESTART_S for a server whose stages start again."""
+        ends_at = time.monotonic() + RESTART_S
+        while True:
+            run.connection.close()  # of the part of the answer before
+            try:
+                return self._address.send(run.connection, "POST", "/v1/completions", _body(run))
+            except Unavailable:
+                if run.is_cancelled or time.monotonic() > ends_at:
+                    raise
+            time.sleep(_RETRY_S)
+
 
 def _body(run: _Run) -> dict[str, Any]:
     """Return the body of the request for the rest of the answer."""
@@ -182,6 +196,7 @@ def _body(run: _Run) -> dict[str, Any]:
         "max_tokens": asked.max_tokens - len(run.token_ids),
         "stream": True,
         "return_token_ids": True,
+        "ignore_eos": not asked.stop_ids,
         "return_progress": True,
         "stream_options": {"include_usage": True},
         "service_tier": "flex" if asked.priority is Priority.BACKGROUND else "auto",

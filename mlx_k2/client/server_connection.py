@@ -15,12 +15,18 @@ from mlx_k2.json_text.read import read_json
 
 TIMEOUT_S = 600.0
 """The longest silence of a server. It sends a keep-alive every 10 s, unless its user has switched that off."""
+MAX_BODY_BYTES = 64 * 1024 * 1024
+MAX_EVENT_BYTES = 1024 * 1024
 _DEFAULT_WAIT_S = 10.0
 _DATA = b"data: "
 CONNECTION_ERRORS = (OSError, http.client.HTTPException)
 """Errors of sockets, TLS and HTTP."""
 
 Answer = TypeVar("Answer", bound=msgspec.Struct)
+
+
+class Unavailable(ClusterError):
+    """The error of a server that loads its model, or whose stages start again."""
 
 
 class ErrorFields(msgspec.Struct, frozen=True):
@@ -63,7 +69,7 @@ class ServerAddress:
 
         Raises:
             SetupError: there is no server, or it refuses the request.
-            EngineBusy, ClusterError: it cannot serve the request now.
+            EngineBusy, Unavailable, ClusterError: it cannot serve the request now.
         """
         headers = {"content-type": "application/json"} | ({"x-api-key": self.key} if self.key else {})
         try:
@@ -71,7 +77,7 @@ class ServerAddress:
             response = connection.getresponse()
             if response.status == 200:
                 return response
-            data = response.read()
+            data = response.read(MAX_EVENT_BYTES)
         except CONNECTION_ERRORS as error:
             raise SetupError(f"there is no server at {self.url}: {error}") from None
         raise self._error(response, data)
@@ -84,7 +90,7 @@ class ServerAddress:
         """
         connection = self.open()
         try:
-            return read_json(self.send(connection, "GET", path).read(), kind)
+            return read_json(self.send(connection, "GET", path).read(MAX_BODY_BYTES), kind)
         except (JsonError, *CONNECTION_ERRORS) as error:
             raise SetupError(f"{self.url} is not a server of mlx-k2: {error}") from None
         finally:
@@ -101,6 +107,8 @@ class ServerAddress:
         if response.status == 429:
             wait = response.headers.get("retry-after", "")
             return EngineBusy(text, float(wait) if wait.isascii() and wait.isdigit() else _DEFAULT_WAIT_S)
+        if response.status == 503:
+            return Unavailable(text)
         return RequestError(text) if response.status < 500 else ClusterError(text)
 
 
@@ -112,7 +120,7 @@ def event_data(response: http.client.HTTPResponse) -> Iterator[bytes]:
         RequestFailed: the server ended this request.
     """
     try:
-        while line := response.readline():
+        while line := response.readline(MAX_EVENT_BYTES):
             data = line.removeprefix(_DATA).strip()
             if not line.startswith(_DATA):
                 continue

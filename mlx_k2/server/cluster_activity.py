@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_k2.deployment.deploy import Deployment
-from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import StagePlan
 from mlx_k2.deployment.restarting import OnRestart, RestartingDeployment
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import ClusterError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.protocol.messages import FromStage, LayerLoaded
-from mlx_k2.weights.checkpoint import ModelDescription
 
 INTERVAL_S = 10
 NUM_INTERVALS = 360
@@ -49,6 +47,7 @@ class ClusterActivity:
         self._began = time.monotonic()
         self._hop_bytes = 0
         self.plans: Sequence[StagePlan] = ()
+        """The plan of the stages, from the moment when it is known."""
         self.loaded_bytes: Counter[int] = Counter()
         """Bytes that each stage has loaded since the start of the server."""
         self.phase = ""
@@ -57,6 +56,11 @@ class ClusterActivity:
         """The number of faults by the stage that caused them; None if that is not known."""
         self.num_restarts = 0
         """The number of times that all stages were ready again after a fault."""
+
+    def progress(self, rank: int, message: FromStage) -> None:
+        """Record what a stage has loaded."""
+        if isinstance(message, LayerLoaded):
+            self.loaded_bytes[rank] += message.held_bytes
 
     def deployed(self, deployment: Deployment) -> None:
         """Record that the stages are ready."""
@@ -127,38 +131,6 @@ class ClusterActivity:
     @staticmethod
     def _number(now: float) -> int:
         return int(now // INTERVAL_S)
-
-
-class ActivityListener(DeploymentListener):
-    """A listener that records what the stages load, and passes everything on to ``inner``."""
-
-    def __init__(self, activity: ClusterActivity, inner: DeploymentListener) -> None:
-        self._activity = activity
-        self._inner = inner
-
-    def log(self, line: str) -> None:
-        """Pass on a line of a stage's stderr."""
-        self._inner.log(line)
-
-    def notify(self, line: str) -> None:
-        """Pass on a message for the user."""
-        self._inner.notify(line)
-
-    def phase(self, what: str) -> None:
-        """Record the phase of all stages."""
-        self._activity.phase = what
-        self._inner.phase(what)
-
-    def planned(self, model: ModelDescription, plans: Sequence[StagePlan]) -> None:
-        """Record the plan."""
-        self._activity.plans = plans
-        self._inner.planned(model, plans)
-
-    def progress(self, rank: int, message: FromStage) -> None:
-        """Record what a stage has loaded."""
-        if isinstance(message, LayerLoaded):
-            self._activity.loaded_bytes[rank] += message.held_bytes
-        self._inner.progress(rank, message)
 
 
 class CountedRestarts:

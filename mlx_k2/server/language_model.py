@@ -161,7 +161,8 @@ class LanguageModel:
             raise context_overflow(len(prompt_ids), self.context_tokens)
         max_tokens = min(asked.limit_tokens or self.context_tokens, self.context_tokens - len(prompt_ids))
         priority = Priority.BACKGROUND if asked.service_tier == "flex" else Priority.INTERACTIVE
-        return Request(tuple(prompt_ids), max_tokens, sampling, self._frontend.stop_ids, priority=priority)
+        stop_ids = frozenset[int]() if asked.ignore_eos else self._frontend.stop_ids
+        return Request(tuple(prompt_ids), max_tokens, sampling, stop_ids, priority=priority)
 
     def _sampling(self, asked: GenerationFields, thinking: bool | None) -> Sampling:
         recommended = self._frontend.recommended

@@ -33,6 +33,8 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     min_p: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
+    ignore_eos: bool | None = None
+    """Whether tokens that end an answer are sampled like others."""
     stop: str | list[str] | None = None
     n: int | None = None
     frequency_penalty: float | None = None

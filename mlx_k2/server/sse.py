@@ -172,15 +172,24 @@ def abort(scope: Scope) -> None:
 @asynccontextmanager
 async def cancelled_on_disconnect(stream: EventStream, receive: Receive) -> AsyncIterator[None]:
     """Cancel the request when the client closes the connection, and when the block ends before the request."""
+    try:
+        async with on_disconnect(receive, stream.abandon):
+            yield
+    finally:
+        stream.close()
+
+
+@asynccontextmanager
+async def on_disconnect(receive: Receive, gone: Callable[[], None]) -> AsyncIterator[None]:
+    """Call ``gone`` if the client closes the connection within the block."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        stream.abandon()
+        gone()
 
-    listening = asyncio.create_task(watch())
+    watching = asyncio.create_task(watch())
     try:
         yield
     finally:
-        listening.cancel()
-        stream.close()
+        watching.cancel()

@@ -8,7 +8,7 @@ from contextlib import suppress
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from mlx_k2.server.sse import KEEPALIVE_S, STREAM_HEADERS, SlowClient, abort, timed_send
+from mlx_k2.server.sse import KEEPALIVE_S, STREAM_HEADERS, SlowClient, abort, on_disconnect, timed_send
 
 INTERVAL_S = 0.5
 
@@ -27,22 +27,14 @@ class StatusStream:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send events, as an ASGI application."""
         gone = asyncio.Event()
-
-        async def watch() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            gone.set()
-
-        listening = asyncio.create_task(watch())
         headers = [(name.encode(), value.encode()) for name, value in STREAM_HEADERS.items()]
         try:
-            await timed_send(send, {"type": "http.response.start", "status": 200, "headers": headers})
-            await self._send_events(send, gone)
-            await timed_send(send, {"type": "http.response.body", "body": b""})
+            async with on_disconnect(receive, gone.set):
+                await timed_send(send, {"type": "http.response.start", "status": 200, "headers": headers})
+                await self._send_events(send, gone)
+                await timed_send(send, {"type": "http.response.body", "body": b""})
         except SlowClient:
             abort(scope)
-        finally:
-            listening.cancel()
 
     async def _send_events(self, send: Send, gone: asyncio.Event) -> None:
         before: dict[str, object] = {}

@@ -109,6 +109,19 @@ def test_the_end_of_the_servers_engine_is_an_error() -> None:
             list(handle.events())
 
 
+def test_a_request_waits_while_the_servers_stages_start_again() -> None:
+    with stepped_server() as server:
+        engine = RemoteEngine(ServerAddress(server.url))
+        first = engine.submit(request(60, max_tokens=20, seed=2))
+        wait_until(lambda: bool(server.tokens.plans), "the first request runs")
+        server.tokens.fail(0)
+        second = engine.submit(request(60, max_tokens=20, seed=2))
+        server.wait_for("/v1/completions 503")
+        server.tokens.end_restart()
+        with stepping(server):
+            assert tokens_of(first)[0] == tokens_of(second)[0]
+
+
 def test_a_full_queue_is_an_error_with_the_time_to_wait() -> None:
     with stepped_server(num_slots=1, max_queued=1) as server:
         engine = RemoteEngine(ServerAddress(server.url))

@@ -1,11 +1,14 @@
 """Tests of text completions, tokens, status, metrics and origins on a served built-in model."""
 
+import base64
+import json
 import re
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from mlx_k2.builtin import BUILTIN_FOLDER
 from tests.server.server_process import Server
 
 METRICS = {
@@ -56,6 +59,36 @@ def test_a_prompt_can_be_text_or_token_ids(server: Server) -> None:
         for prompt in ("Count from 3", tokens, [tokens])
     }
     assert len(texts) == 1
+
+
+def test_a_text_completion_has_its_token_ids_if_they_are_asked_for(server: Server) -> None:
+    request: dict[str, Any] = {"prompt": "Count from 3", "temperature": 0, "max_tokens": 12, "return_token_ids": True}
+    (choice,) = server.request("POST", "/v1/completions", request).json["choices"]
+    stream = server.request("POST", "/v1/completions", request | {"stream": True}).body
+    events = [json.loads(line[6:]) for line in stream.split(b"\n") if line.startswith(b"data: {")]
+    sent = [number for event in events for one in event["choices"] for number in one.get("token_ids", ())]
+    assert sent == choice["token_ids"]
+    assert server.request("POST", "/detokenize", {"tokens": sent}).json["prompt"].startswith(choice["text"])
+
+
+def test_with_ignore_eos_an_answer_goes_on_after_its_end(server: Server) -> None:
+    request: dict[str, Any] = {"prompt": "Hello", "temperature": 0, "max_tokens": 60, "return_token_ids": True}
+    found = {
+        ignored: server.request("POST", "/v1/completions", request | {"ignore_eos": ignored}).json
+        for ignored in (False, True)
+    }
+    assert found[True]["usage"]["completion_tokens"] == 60
+    assert found[True]["choices"][0]["finish_reason"] == "length"
+    shorter, longer = (found[ignored]["choices"][0]["token_ids"] for ignored in (False, True))
+    assert longer[: len(shorter)] == shorter
+
+
+def test_the_models_small_files_are_those_of_its_folder(server: Server) -> None:
+    served = server.request("GET", "/v1/model-files").json
+    assert (served["name"], served["context_tokens"]) == ("kimi-k2-tiny", 16384)
+    for name, text in served["files"].items():
+        assert base64.b64decode(text) == (BUILTIN_FOLDER / name).read_bytes()
+    assert {"config.json", "tiktoken.model"} <= served["files"].keys()
 
 
 @pytest.mark.parametrize("prompt", [[], "", ["a", "b"], [1, "a"], [10**9], [[1], [2]], 5, None, [True]])
