@@ -54,7 +54,7 @@ def multiply(x: mx.array, matrix: Matrix) -> mx.array:
     return x @ matrix if isinstance(matrix, mx.array) else _multiply_quantized(x, matrix, transpose=True)
 
 
-def multiplytransposed(x: mx.array, matrix: Matrix) -> mx.array:
+def multiply_transposed(x: mx.array, matrix: Matrix) -> mx.array:
     """Return x (rows, out) times the transpose of a matrix (heads, in, out): (heads, rows, in)."""
     if isinstance(matrix, mx.array):
         return x @ transposed(matrix)  # a copy per call costs little for a prompt's rows
