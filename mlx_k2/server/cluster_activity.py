@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_k2.deployment.deploy import Deployment
-from mlx_k2.deployment.plan import StagePlan
+from mlx_k2.deployment.plan import DTYPE_BYTES, StagePlan
 from mlx_k2.deployment.restarting import OnRestart, RestartingDeployment
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import ClusterError
@@ -17,7 +17,6 @@ from mlx_k2.protocol.messages import FromStage, LayerLoaded
 
 INTERVAL_S = 10
 NUM_INTERVALS = 360
-_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass
@@ -64,7 +63,7 @@ class ClusterActivity:
 
     def deployed(self, deployment: Deployment) -> None:
         """Record that the stages are ready."""
-        self._hop_bytes = deployment.model.config.hidden_size * _ITEM_BYTES[deployment.shape.dtype]
+        self._hop_bytes = deployment.model.config.hidden_size * DTYPE_BYTES[deployment.shape.dtype]
 
     def add_report(self, report: StageReport) -> None:
         """Record a step that a stage has finished."""

@@ -105,6 +105,10 @@ def test_a_killed_stage_restarts_and_the_stream_goes_on(command_line: CommandLin
         assert server.request("GET", "/health").status == 503
         assert rest_of_text(connection)[-200:] == undisturbed[-200:]
         assert server.request("GET", "/health").status == 200
+        status = server.request("GET", "/v1/status").json
+        assert (status["state"], status["faults"], status["restarts"]) == ("ready", 1, 1)
+        assert [stage["faults"] for stage in status["stages"]] == [0, 1]
+        assert b'mlx_k2_stage_faults_total{stage="1"} 1.0' in server.request("GET", "/metrics").body
 
 
 def rest_of_text(connection: socket.socket) -> str:
