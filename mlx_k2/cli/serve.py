@@ -126,7 +126,7 @@ def command(**options: Any) -> None:
         HttpServer(make_app(state, access, lines.write), *address, options["drain_s"], certificate) as server,
     ):
         log(f"listening on {server.url}; requests are accepted when the model is loaded")
-        _serve(options, replace(request, address=server.url), model, state, server)
+        _serve(options, replace(request, address=server.url_for_others), model, state, server)
 
 
 class _ServeListener(ConsoleListener):
@@ -235,14 +235,19 @@ def _serve(
                 f"serving {state.model_name} at {server.url}/v1: {engine.num_slots} requests at once, "
                 f"{frontend.context_tokens} tokens each"
             )
-            try:
-                has_failed.wait()
-            except Interrupted:
-                log(f"ending: running requests may go on for {options['drain_s']:g} s; a second signal ends at once")
-                state.is_ending = True
-                server.drain()
+            _wait(has_failed, state, server, options["drain_s"])
         if failures:
             raise failures[0]
+
+
+def _wait(has_failed: threading.Event, state: ServerState, server: HttpServer, drain_s: float) -> None:
+    """Wait for the engine's failure, or for a signal, and then until the running requests have ended."""
+    try:
+        has_failed.wait()
+    except Interrupted:
+        log(f"ending: running requests may go on for {drain_s:g} s; a second signal ends at once")
+        state.is_ending = True
+        server.drain()
 
 
 def _name_for_clients(source: ModelSource) -> str:

@@ -15,6 +15,7 @@ from mlx_k2.protocol.messages import Hello
 
 MIN_NAMED_BYTES = GB
 """A command that holds less on a host is not worth a line to the user."""
+_LOOPBACK = tuple(f"{scheme}://{name}" for scheme in ("http", "https") for name in ("127.", "localhost", "[::1]"))
 
 
 def this_command(address: str | None = None) -> Command:
@@ -57,7 +58,11 @@ def _line(host: str, command: Command, num_stages: int, held_bytes: int, own: Co
     began = time.localtime(command.began_unix_s)
     is_today = began[:3] == time.localtime()[:3]
     since = time.strftime("%H:%M" if is_today else "%b %d %H:%M", began)
-    connect = "" if command.address is None else f"; --connect {command.address} uses its model"
+    address = command.address
+    is_reached = address is not None and (
+        command.host == own.host or not address.partition("//")[2].startswith(_LOOPBACK)
+    )
+    connect = f"; --connect {address} uses its model" if is_reached else ""
     return (
         f"{host} also runs {stages} of another mlx-k2 command "
         f"(pid {command.pid}{elsewhere}, `{command.name}`, since {since}, {held_bytes / 1e9:.1f} GB){connect}"

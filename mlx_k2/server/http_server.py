@@ -81,6 +81,12 @@ class HttpServer:
         host, port = self._socket.getsockname()[:2]
         return f"{self._scheme}://[{host}]:{port}" if ":" in host else f"{self._scheme}://{host}:{port}"
 
+    @property
+    def url_for_others(self) -> str:
+        """The address, with this machine's name if the server listens on all of its addresses."""
+        host, port = self._socket.getsockname()[:2]
+        return f"{self._scheme}://{socket.gethostname()}:{port}" if host in ("0.0.0.0", "::") else self.url  # noqa: S104
+
     def drain(self) -> None:
         """Take no more connections, and wait until the running requests have ended, or the time for that has."""
         self._server.should_exit = True
