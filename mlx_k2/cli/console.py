@@ -49,8 +49,8 @@ def log_restart(restart: Restart, phase: str = WAITING) -> None:
     if phase != WAITING:
         return
     log(
-        f"{restart.reason}\nall stages start again in {restart.wait_s:g} s ({restart.number} of at most "
-        f"{restart.limit} within 10 minutes of each other); the answer then goes on where it is"
+        f"{restart.reason}\nall stages start again in {restart.wait_s:g} s ({restart.count} within 10 minutes of "
+        "each other); the answer then goes on where it is"
     )
 
 

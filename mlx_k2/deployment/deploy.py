@@ -153,7 +153,7 @@ def _start(
             listener.phase(f"asking {group.host(0)} for the model's config and tokenizer")
             model = _fetch_description(group, source_on(hosts[0], request.source))
         gpus = [hello.working_set_bytes is not None for hello in hellos]
-        own, names = this_command(), [group.host(rank) for rank in range(group.size)]
+        own, names = this_command(request.address), [group.host(rank) for rank in range(group.size)]
         memories = [
             HostMemory(hello.working_set_bytes, hello.memory_bytes, other_bytes(hello, own)) for hello in hellos
         ]
@@ -260,6 +260,6 @@ def _load_message(plan: StagePlan, shape: RunShape, request: DeploymentRequest) 
         needed_bytes=plan.needed_bytes,
         block_bytes=plan.block_bytes,
         dense_bits=shape.dense_bits,
-        registration=RunningStage(this_command(), plan.assignment.held_bytes),
+        registration=RunningStage(this_command(request.address), plan.assignment.held_bytes),
         check_weights=request.check_weights,
     )
