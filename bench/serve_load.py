@@ -20,6 +20,7 @@ from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -136,7 +137,7 @@ def answer(server: Server, kind: int, leaves_after: int | None) -> str:
                     return text
                 if line.startswith(b"data: {"):
                     delta = json.loads(line[6:])["choices"][0]["delta"]
-                    added = delta.get("content", "") + delta.get("reasoning_content", "")
+                    added: str = delta.get("content", "") + delta.get("reasoning_content", "")
                     text += added
                     num_chunks += bool(added)
                     if num_chunks == leaves_after:
@@ -144,9 +145,9 @@ def answer(server: Server, kind: int, leaves_after: int | None) -> str:
     raise AssertionError("the stream ended without its last event")
 
 
-def status(server: Server) -> dict[str, object]:
+def status(server: Server) -> dict[str, Any]:
     """Return the server's status."""
-    found: dict[str, object] = server.request("GET", "/v1/status").json
+    found: dict[str, Any] = server.request("GET", "/v1/status").json
     return found
 
 
@@ -166,7 +167,7 @@ def resources(server: Server) -> Counter[str]:
     process = psutil.Process(server.process.pid)
     time.sleep(0.2)  # the connections of the last clients are closed
     return Counter(
-        requests=len(status(server)["requests"]),  # type: ignore[arg-type]
+        requests=len(status(server)["requests"]),
         descriptors=process.num_fds(),
         threads=process.num_threads(),
         processes=len(process.children(recursive=True)),

@@ -55,11 +55,11 @@ class ServerAddress:
         """
         try:
             parts = urllib.parse.urlsplit(self.url)
-            kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}[parts.scheme]
-            if not parts.hostname:
-                raise ValueError("no host")
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("no address")
+            kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
             return kind(parts.hostname, parts.port, timeout=TIMEOUT_S)
-        except (ValueError, KeyError):
+        except ValueError:
             raise SetupError(f"--connect {self.url} is no address of a server: give http://HOST:PORT") from None
 
     def send(

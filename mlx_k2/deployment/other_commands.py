@@ -58,11 +58,9 @@ def _line(host: str, command: Command, num_stages: int, held_bytes: int, own: Co
     began = time.localtime(command.began_unix_s)
     is_today = began[:3] == time.localtime()[:3]
     since = time.strftime("%H:%M" if is_today else "%b %d %H:%M", began)
-    address = command.address
-    is_reached = address is not None and (
-        command.host == own.host or not address.partition("//")[2].startswith(_LOOPBACK)
-    )
-    connect = f"; --connect {address} uses its model" if is_reached else ""
+    connect = ""
+    if command.address is not None and not (elsewhere and command.address.startswith(_LOOPBACK)):
+        connect = f"; --connect {command.address} uses its model"
     return (
         f"{host} also runs {stages} of another mlx-k2 command "
         f"(pid {command.pid}{elsewhere}, `{command.name}`, since {since}, {held_bytes / 1e9:.1f} GB){connect}"

@@ -38,6 +38,10 @@ class Server:
         return int(found[1])
 
     @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
     def client(self) -> OpenAI:
         """The official client, without its own retries."""
         return OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="any", max_retries=0, timeout=WAIT_S)

@@ -12,6 +12,8 @@ import pytest
 from tests.server import client_script
 from tests.server.forced_replies import REPLIES, TOOLS, USER, forcing
 from tests.server.in_process import SteppedServer, stepping
+from tests.server.server_process import Server
+from tests.server.test_chat_completions import ASKED, IN_PARIS, WEATHER
 
 OLD = "openai>=1.60,<2"
 ENDS: dict[str, dict[str, Any]] = {
@@ -33,7 +35,9 @@ def old_client(pytestconfig: pytest.Config) -> Path:
     return folder
 
 
-def results(server: SteppedServer, request: dict[str, Any], path: Path | None) -> tuple[str, list[dict[str, Any]]]:
+def results(
+    server: SteppedServer | Server, request: dict[str, Any], path: Path | None
+) -> tuple[str, list[dict[str, Any]]]:
     """Return the version of a client, and what it accumulates in each of the four ways."""
     request = {"model": "m", "messages": USER, "tools": TOOLS} | request
     command = [sys.executable, client_script.__file__, f"{server.url}/v1", json.dumps(request)]
@@ -42,6 +46,17 @@ def results(server: SteppedServer, request: dict[str, Any], path: Path | None) -
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
     return found["version"].partition(".")[0], found["results"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("messages", [ASKED, IN_PARIS], ids=["text", "call"])
+def test_old_and_new_client_accumulate_the_body_of_the_builtin_model(
+    server: Server, old_client: Path, messages: list[Any]
+) -> None:
+    request = {"messages": messages, "tools": WEATHER, "temperature": 0}
+    (first, *others) = [one for path in (old_client, None) for one in results(server, request, path)[1]]
+    assert others == [first] * 7
+    assert first["content"] or first["calls"]
 
 
 @pytest.mark.slow

@@ -43,9 +43,9 @@ def test_every_reference_of_the_document_leads_to_a_schema(server: Server) -> No
     assert names <= answer.json["components"]["schemas"].keys()
 
 
-@schema.parametrize()  # type: ignore[untyped-decorator]
+@schema.parametrize()
 @settings(max_examples=25)
-def test_no_request_that_schemathesis_makes_is_a_defect(answering: SteppedServer, case: schemathesis.Case) -> None:
+def test_no_request_that_schemathesis_makes_is_a_defect(answering: SteppedServer, case: schemathesis.Case[Any]) -> None:
     """Each is served, or refused with a documented status and an error in the API's shape."""
     if isinstance(case.body, dict):
         case.body |= {name: LIMIT for name in ("max_tokens", "max_completion_tokens") if _is_long(case.body.get(name))}
