@@ -133,8 +133,10 @@ def _check(chat: ChatRequest) -> None:
         f"reasoning_effort {effort!r} is unknown: give one of {', '.join(EFFORT_TOKENS)}",
     )
     _check_tools(chat)
+    has_call = False
     for number, message in enumerate(chat.messages):
-        _check_message(message, number, chat.messages[:number])
+        _check_message(message, number, has_call=has_call)
+        has_call = has_call or bool(message.get("tool_calls"))
 
 
 def _check_tools(chat: ChatRequest) -> None:
@@ -151,7 +153,8 @@ def _check_tools(chat: ChatRequest) -> None:
         names.add(name)
 
 
-def _check_message(message: Mapping[str, Any], number: int, before: list[dict[str, Any]]) -> None:
+def _check_message(message: Mapping[str, Any], number: int, *, has_call: bool) -> None:
+    """Refuse what the model cannot read. ``has_call``: a message before it calls a tool."""
     content = message.get("content")
     for at, part in enumerate(content if isinstance(content, list) else ()):
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -166,7 +169,7 @@ def _check_message(message: Mapping[str, Any], number: int, before: list[dict[st
         f"messages[{number}]: a tool's result needs the tool_call_id of its call",
     )
     require(
-        any(earlier.get("tool_calls") for earlier in before),
+        has_call,
         f"messages[{number}]",
         f"messages[{number}] is the result of a tool, and no message before it calls one",
     )

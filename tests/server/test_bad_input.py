@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from mlx_k2.server.chat_request import read_chat_request
 from tests.server.forced_replies import builtin_tokenizer
 from tests.server.server_process import Server, exchange
 
@@ -262,3 +263,11 @@ def test_no_prompt_and_no_answer_is_in_the_log(server: Server) -> None:
     assert server.request("POST", CHAT, {"messages": secret}).status == 400
     assert server.request("GET", f"/{secret}?key={secret}", Authorization=f"Bearer {secret}").status == 404
     assert secret not in "\n".join(server.lines)
+
+
+@pytest.mark.timeout(10)
+def test_the_messages_of_a_long_conversation_are_checked_in_linear_time() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "x", "function": {"name": "f"}}]}
+    result = {"role": "tool", "tool_call_id": "x", "content": ""}
+    body = {"messages": [*USER * 40_000, call, *[result] * 40_000]}
+    assert len(read_chat_request(json.dumps(body).encode()).messages) == 80_001
