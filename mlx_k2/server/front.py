@@ -3,6 +3,7 @@
 Pure ASGI: Starlette's BaseHTTPMiddleware would hide that a client has gone.
 """
 
+import asyncio
 import secrets
 import time
 import traceback
@@ -13,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_k2.server.access import Access
-from mlx_k2.server.api_errors import ApiError
+from mlx_k2.server.api_errors import ApiError, unavailable
 from mlx_k2.server.sse import error_response
 
 REQUEST_ID = "mlx_k2.request_id"
@@ -53,6 +54,10 @@ class Front:
             await self._answer(scope, receive, send_with_id)
         except ClientDisconnect:
             status = 499
+        except asyncio.CancelledError:  # the time for running requests is over
+            if not status:
+                await error_response(unavailable("the server ends"))(scope, receive, send_with_id)
+            raise
         except Exception as error:  # noqa: BLE001 - one request's defect must not end others
             self._log(f"request {request_id} met a defect:\n{defect_text(error)}")
             if not status:
