@@ -49,12 +49,12 @@ def unavailable(message: str) -> ApiError:
     return ApiError(503, "unavailable_error", message, code="unavailable", headers=headers)
 
 
-def context_overflow(num_tokens: int, context_tokens: int) -> ApiError:
+def context_overflow(num_tokens: int, context_tokens: int, param: str) -> ApiError:
     """Return the 400 for a prompt that does not fit. Agents know it by its code or by one of the two phrases."""
     return invalid(
         f"This model's maximum context length is {context_tokens} tokens; "
         f"prompt is too long: {num_tokens} tokens > {context_tokens} maximum",
-        "messages",
+        param,
         "context_length_exceeded",
     )
 

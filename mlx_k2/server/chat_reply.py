@@ -1,8 +1,9 @@
 """A reply as the fields of a chat completion: what each token adds, and the whole. Knows no JSON and no HTTP.
 
-The deltas of a stream and the body without one come from here both, so that they always agree.
+Both a stream's deltas and a whole body are made here, so that they always agree.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -93,8 +94,8 @@ class ChatReply:
         return message
 
     def finish_reason(self, reason: FinishReason) -> str:
-        """Return the API's word for the end of the answer: never absent, and tool_calls whenever there are calls."""
-        if reason in (FinishReason.LENGTH, FinishReason.TIMEOUT):
+        """Return the API's word for the end: never absent, and tool_calls if there are calls and all are complete."""
+        if self._is_call_open or reason in (FinishReason.LENGTH, FinishReason.TIMEOUT):
             return "length"
         return "tool_calls" if self.calls else "stop"
 
@@ -159,7 +160,6 @@ class ChatReply:
 
 
 def declared_name(written: str, names: Sequence[str]) -> str:
-    """Return the tool that a name means: the model may write it without its separators, as in functionsexec5."""
-    if written in names:
-        return written
-    return max((name for name in names if name in written), key=len, default=written)
+    """Return the tool that a name means: the model may write its whole id without separators, as functionsexec5."""
+    meant = [name for name in names if re.fullmatch(rf"(functions)?[._]?{re.escape(name)}[:_]?\d*", written)]
+    return written if written in names else max(meant, key=len, default=written)

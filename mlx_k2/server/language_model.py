@@ -88,7 +88,8 @@ class LanguageModel:
         prompt_ids, digest = self.chat_prompt(chat, owner)
         first_call = next_call_number(chat.messages)
         grammar = self._grammar(chat, first_call)
-        limits = ReplyLimits(chat.stop_strings, chat.min_tokens or 0, chat.thinking_budget)
+        budget = chat.thinking_budget if self._frontend.template.has_reasoning else None
+        limits = ReplyLimits(chat.stop_strings, chat.min_tokens or 0, budget)
         request = self._request(chat, prompt_ids, self._sampling(chat, self._mode(chat).thinking))
         return Generation(
             request,
@@ -161,7 +162,8 @@ class LanguageModel:
         if not prompt_ids:
             raise invalid("the prompt is empty: give some text, or token ids", "prompt")
         if len(prompt_ids) >= self.context_tokens:
-            raise context_overflow(len(prompt_ids), self.context_tokens)
+            field = "messages" if isinstance(asked, ChatRequest) else "prompt"
+            raise context_overflow(len(prompt_ids), self.context_tokens, field)
         max_tokens = min(asked.limit_tokens or self.context_tokens, self.context_tokens - len(prompt_ids))
         priority = Priority.BACKGROUND if asked.service_tier == "flex" else Priority.INTERACTIVE
         stop_ids = frozenset[int]() if asked.ignore_eos else self._frontend.stop_ids
@@ -174,8 +176,8 @@ class LanguageModel:
             values["temperature"] = INSTANT_TEMPERATURE
         for name in SAMPLING_FIELDS:
             values[name] = getattr(recommended, name) if values[name] is None else values[name]
-        if values["top_k"] is not None:
-            values["top_k"] = min(values["top_k"], self.tokenizer.vocab_size)
+        if values["top_k"] is not None:  # elsewhere, 0 and -1 set no limit
+            values["top_k"] = None if values["top_k"] in (0, -1) else min(values["top_k"], self.tokenizer.vocab_size)
         values |= {name: getattr(asked, name) for name in _PENALTIES}
         given = {name: value for name, value in values.items() if value is not None}
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
