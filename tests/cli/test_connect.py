@@ -46,7 +46,7 @@ def test_chat_answers_with_the_servers_model_and_finds_its_prompt_cached(user: C
         (("--model", "x"), "--model is the server's to choose"),
         (("--stages", "2"), "--stages is the server's to choose"),
         (("--dry-run",), "leave them out with --connect"),
-        (("--min-tokens", "3"), "--connect has no --min-tokens"),
+        (("--json", "--logprobs", "3"), "leave out --logprobs"),
     ],
 )
 def test_an_option_that_is_not_for_a_server_is_one_clear_error(

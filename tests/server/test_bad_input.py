@@ -208,7 +208,7 @@ def test_a_malformed_chunk_is_refused_also_after_an_answer(server: Server, host:
     with server.connect() as connection:
         connection.sendall(head.encode())
         answer = exchange(connection, b"no size\r\n" * 3)
-    assert answer.status == (400 if host == "localhost" else 403)
+    assert answer.status in ((400,) if host == "localhost" else (400, 403))  # the chunk may be read first
     assert answer.error["message"]
     assert server.request("POST", CHAT, chat()).status == 200
     assert "Traceback" not in "\n".join(server.lines)
