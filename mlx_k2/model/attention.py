@@ -13,7 +13,7 @@ from mlx_lm.models.rope_utils import YarnRoPE
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.model.layer_weights import AttentionWeights, LowRankQuery
-from mlx_k2.model.linear import Matrix, copies_transposed, multiply, multiply_transposed, some_heads, transposed
+from mlx_k2.model.linear import Matrix, multiply, multiply_transposed, some_heads, transposed
 
 BOTTLENECK_NORM_EPS = 1e-6
 """Epsilon of q_a_layernorm and kv_a_layernorm: the published code's default, not the config's rms_norm_eps."""
@@ -128,8 +128,7 @@ def attend_naive(
     query_scores_bytes = _scores_bytes(num_keys, queries.itemsize)
     scores_bytes = count * query_scores_bytes
     fused = fused and heads * scores_bytes > BLOCK_BYTES
-    num_copies = 4 if copies_transposed(keys) else 3  # keys, their two parts, values, and on a CPU the keys' transpose
-    rebuilt_bytes = num_keys * num_copies * head_dim * queries.itemsize  # of one head
+    rebuilt_bytes = num_keys * 3 * head_dim * queries.itemsize  # of one head: keys, their two parts, and values
 
     query_block = max(BLOCK_BYTES - rebuilt_bytes, BLOCK_BYTES // 4) // query_scores_bytes
 
@@ -139,7 +138,9 @@ def attend_naive(
         )
         if fused:
             return attend_fused(queries[block], head_keys, head_values, force=True)
-        return attend_unfused(queries[block], head_keys, head_values, position, query_block)
+        columns = transposed(head_keys)
+        del head_keys  # on a CPU the columns are a copy: the memory of both is that of the keys and their two parts
+        return attend_unfused(queries[block], columns, head_values, position, query_block)
 
     return _in_blocks(attend, heads, BLOCK_BYTES // (rebuilt_bytes + (0 if fused else scores_bytes)), axis=0)
 
@@ -152,12 +153,12 @@ def _rebuild(cache_rows: mx.array, key_up: Matrix, value_up: Matrix, latent_dim:
     return mx.concatenate([without_position, shared], axis=-1), multiply(latents, value_up)
 
 
-def attend_unfused(queries: mx.array, keys: mx.array, values: mx.array, position: int, query_block: int) -> mx.array:
-    """Return the attention of queries (heads, count, qk_head) to keys and values (heads, keys, ...).
+def attend_unfused(queries: mx.array, columns: mx.array, values: mx.array, position: int, query_block: int) -> mx.array:
+    """Return the attention of queries (heads, count, qk_head) to keys and values (heads, keys, v_head).
 
-    The result is (heads, count, v_head). ``query_block`` queries are processed at a time.
+    ``columns`` (heads, qk_head, keys) are the keys, transposed. The result is (heads, count, v_head). ``query_block``
+    queries are processed at a time.
     """
-    columns = transposed(keys)
 
     def attend(block: slice) -> mx.array:
         scores = _hide_later_keys(queries[:, block] @ columns, position + block.start)

@@ -41,12 +41,8 @@ def transposed(weight: mx.array) -> mx.array:
     Copy float32 on a CPU: BLAS is then 1.4 to 2 times as fast (docs/log.md).
     """
     view = weight.swapaxes(-1, -2)
-    return mx.contiguous(view) if copies_transposed(weight) else view
-
-
-def copies_transposed(weight: mx.array) -> bool:
-    """Return whether `transposed` makes a copy of this array."""
-    return bool(weight.dtype == mx.float32 and mx.default_device().type == mx.DeviceType.cpu)
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    return mx.contiguous(view) if weight.dtype == mx.float32 and on_cpu else view
 
 
 def multiply(x: mx.array, matrix: Matrix) -> mx.array:

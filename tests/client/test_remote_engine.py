@@ -140,6 +140,7 @@ def test_a_full_queue_is_an_error_with_the_time_to_wait() -> None:
 def test_what_a_server_does_not_do_is_refused_before_it_is_asked(engine: RemoteEngine) -> None:
     tokenizer = engine.frontend.tokenizer
     early = ReplyPolicy(tokenizer, request(60), ReplyLimits(min_tokens=3))
+    scored = Request((60,), 5, Sampling(seed=1, num_logprobs=2), frozenset())
     for asked, policy, message in ((request(60), early, "restricts its tokens"), (scored, None, "--logprobs")):
         with pytest.raises(RequestError, match=message):
             engine.submit(asked, policy)
