@@ -4,34 +4,27 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
+import msgspec
 
 from mlx_k2 import __version__
 from mlx_k2.chat.chat_session import ChatSession, Toolkit
 from mlx_k2.chat.reply_source import ReplySource
+from mlx_k2.chat.sampling_options import SamplingOptions
 from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.connect import connect_option, remote_engine
-from mlx_k2.cli.console import ConsoleListener, log, show_stage_use
-from mlx_k2.cli.option_values import (
-    deployment_request,
-    log_settings,
-    new_conversation,
-    open_source,
-    opening_lines,
-    reply_settings,
-)
+from mlx_k2.cli.console import ConsoleListener, log, opening_lines, show_stage_use
+from mlx_k2.cli.conversation_options import ConversationOptions
 from mlx_k2.cli.options import (
+    RunOptions,
     cluster_options,
     draft_option,
-    log_options,
-    restarts_option,
+    run_options,
     sampling_options,
-    timeout_option,
     tool_options,
+    with_struct,
 )
 from mlx_k2.cli.repl.commands import HELP, Commands, Model
 from mlx_k2.cli.repl.loop import Repl
@@ -42,6 +35,7 @@ from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.repl.usage_totals import UsageTotals
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.engine import engine_on
+from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
@@ -54,18 +48,30 @@ WANTED_SLOTS = 2
 """One slot for the answer and one for the prefill of the next prompt, so that /retry finds its prompt cached too."""
 
 
+class ChatOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The options of `mlx-k2 chat`."""
+
+    cluster: ClusterOptions
+    conversation: ConversationOptions
+    run: RunOptions
+    connect: str | None
+    drafts: bool
+    transcript_path: str | None
+    hide_thinking: bool
+    verbose: bool
+
+
 @click.command()
 @cluster_options
 @connect_option
 @click.option("--system", metavar="TEXT", help="The system prompt.  [default: the model's own]")
 @sampling_options
-@timeout_option
 @tool_options
 @draft_option
-@restarts_option
-@log_options
+@run_options
 @click.option("--transcript", "transcript_path", metavar="FILE", help="Append all that is said, as JSON lines.")
-def command(**options: Any) -> None:
+@with_struct(ChatOptions)
+def command(options: ChatOptions) -> None:
     """Chat in the terminal.
 
     \b
@@ -79,46 +85,45 @@ def command(**options: Any) -> None:
     /help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves. Where standard input or output is no terminal,
     each line read is a message; answers go to stdout, everything else to stderr.
     """  # noqa: D301  # click reads the escape
-    if options["connect"] is not None:
+    if options.connect is not None:
         with _opened(options) as (screen, tools, transcript):
             _chat_on_server(options, screen, tools, transcript)
         return
-    request = replace(deployment_request(options), num_slots=WANTED_SLOTS)
+    request = deployment_request(options.cluster, WANTED_SLOTS)
     for line in request.hostfile.warnings:
         log(line)
     request, model = open_source(request)
     if model is not None:  # refuse a bad request before any stage is started
         shape, _ = preview(request, model)
         _check(options, model, shape.context_tokens)
-    kept = log_settings(options)
     with (
         _opened(options) as (screen, tools, transcript),
-        ConsoleListener(options["verbose"]) as listener,
-        RestartingDeployment(request, model, listener, options["restarts"], *kept) as restarting,
+        ConsoleListener(options.verbose) as listener,
+        RestartingDeployment(request, model, listener, *options.run.arguments) as restarting,
     ):
         listener.hide_progress()
         _chat(options, request, restarting, screen, tools, transcript)
 
 
 @contextmanager
-def _opened(options: dict[str, Any]) -> Iterator[tuple[Screen, Tools | None, Transcript | None]]:
+def _opened(options: ChatOptions) -> Iterator[tuple[Screen, Tools | None, Transcript | None]]:
     with ExitStack() as stack:
-        screen = choose_screen(show_thinking=not options["hide_thinking"])
+        screen = choose_screen(show_thinking=not options.hide_thinking)
         transcript = None
-        if options["transcript_path"] is not None:
-            transcript = stack.enter_context(Transcript(Path(options["transcript_path"]), screen.log))
-        yield screen, stack.enter_context(opened_tools(options)), transcript
+        if options.transcript_path is not None:
+            transcript = stack.enter_context(Transcript(Path(options.transcript_path), screen.log))
+        yield screen, stack.enter_context(opened_tools(options.conversation.tools)), transcript
 
 
-def _check(options: dict[str, Any], model: ModelDescription, context_tokens: int) -> None:
+def _check(options: ChatOptions, model: ModelDescription, context_tokens: int) -> None:
     frontend = ModelFrontend(model, context_tokens)
-    conversation = new_conversation(options, frontend)
+    conversation = options.conversation.begin(frontend, None)
     conversation.add_user("a")
-    reply_settings(options, frontend).request(frontend.tokenizer, conversation.prompt_ids())
+    options.conversation.settings(frontend).request(frontend.tokenizer, conversation.prompt_ids())
 
 
 def _chat(
-    options: dict[str, Any],
+    options: ChatOptions,
     request: DeploymentRequest,
     restarting: RestartingDeployment,
     screen: Screen,
@@ -138,7 +143,7 @@ def _chat(
 
     engine = engine_on(
         deployment,
-        drafts=options["draft"] == "ngram",
+        drafts=options.drafts,
         on_report=restarting.on_report,
         restarts=restarting,
         on_restart=show_idle_restart,
@@ -150,15 +155,13 @@ def _chat(
         dialogue.run(lambda: show_stage_use(restarting.deployment, engine.use), transcript)
 
 
-def _chat_on_server(
-    options: dict[str, Any], screen: Screen, tools: Tools | None, transcript: Transcript | None
-) -> None:
+def _chat_on_server(options: ChatOptions, screen: Screen, tools: Tools | None, transcript: Transcript | None) -> None:
     """Chat with the model of a running server."""
-    engine = remote_engine(options["connect"])
-    options = {**options, "model": engine.model_name}
+    assert options.connect is not None
+    engine = remote_engine(options.connect)
     name = Model(engine.model_name, engine.frontend.model.digest)
     dialogue = _Dialogue(options, engine, engine.frontend, name, 1, screen, tools)
-    dialogue.run(lambda: screen.log(f"the stages are those of the server {options['connect']}"), transcript)
+    dialogue.run(lambda: screen.log(f"the stages are those of the server {options.connect}"), transcript)
 
 
 class _Dialogue:
@@ -166,7 +169,7 @@ class _Dialogue:
 
     def __init__(
         self,
-        options: dict[str, Any],
+        options: ChatOptions,
         source: ReplySource,
         frontend: ModelFrontend,
         name: Model,
@@ -179,12 +182,16 @@ class _Dialogue:
         self._name = name
         self._screen = screen
         self._tools = tools
-        conversation = new_conversation(options, frontend, () if tools is None else tools.declarations)
+        conversation = options.conversation.begin(frontend, tools)
         self._usage = UsageTotals(frontend.context_tokens, num_stages, len(conversation.known_ids()))
         self._keyboard = choose_keyboard(list(HELP), self._usage.status)
-        self._approval = ToolApproval(screen, self._keyboard, options["allowed_tools"], everything=options["yes"])
+        asked = options.conversation.tools
+        self._approval = ToolApproval(screen, self._keyboard, asked.allowed_tools, everything=asked.yes)
         toolkit = None if tools is None else Toolkit(tools, self._approval)
-        settings = reply_settings(options, frontend)
+        settings = options.conversation.settings(frontend, tools)
+        self._opening_lines = settings.warnings
+        if options.connect is None:
+            self._opening_lines = (*opening_lines(options.cluster, frontend), *settings.warnings)
         self.session = ChatSession(source, frontend.tokenizer, conversation, settings, toolkit)
 
     def run(self, show_stats: Callable[[], None], transcript: Transcript | None) -> None:
@@ -199,12 +206,13 @@ class _Dialogue:
             self._tools,
             self._approval,
             show_stats,
-            lambda thinking: reply_settings({**options, "thinking": thinking}, frontend).sampling.temperature,
+            lambda thinking: _temperature(options.conversation.sampling, frontend, thinking),
         )
         if transcript is not None:
             transcript.write({"started": {"mlx-k2": __version__, "model": name.name, "digest": name.digest}})
-        for line in (*opening_lines(options, frontend), f"{name.name} · /help lists the commands, Ctrl-D leaves"):
+        for line in self._opening_lines:
             screen.log(line)
+        screen.log(f"{name.name} · /help lists the commands, Ctrl-D leaves")
         try:
             Repl(self.session, commands, self._keyboard, screen, self._usage, transcript).run()
         except BaseException:  # also a signal, a full disk and our own mistakes
@@ -212,6 +220,10 @@ class _Dialogue:
                 with suppress(OSError):  # the terminal may be gone
                     _rescue(commands, screen)
             raise
+
+
+def _temperature(options: SamplingOptions, frontend: ModelFrontend, thinking: bool) -> float:
+    return msgspec.structs.replace(options, thinking=thinking).resolved(frontend.recommended).temperature
 
 
 def _rescue(commands: Commands, screen: Screen) -> None:

@@ -17,7 +17,7 @@ _OF_THE_SERVER = (
     "dtype",
     "dense_bits",
     "restarts",
-    "draft",
+    "drafts",
     "log_dir",
 )
 """Options that a server was started with."""

@@ -8,17 +8,18 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import click
+import msgspec
 
 from mlx_k2.builtin import BUILTIN_FOLDER
-from mlx_k2.cli.console import ConsoleListener, log, log_restart
+from mlx_k2.cli.console import ConsoleListener, log, log_restart, opening_lines
 from mlx_k2.cli.keys import key_file_option, key_path
 from mlx_k2.cli.main import Interrupted
-from mlx_k2.cli.option_values import deployment_request, log_settings, open_source, opening_lines
-from mlx_k2.cli.options import cluster_options, draft_option, log_options
+from mlx_k2.cli.options import cluster_options, draft_option, log_options, with_struct
 from mlx_k2.coordinator.engine import engine_on
+from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.plan import StagePlan
 from mlx_k2.deployment.restarting import Restart, RestartingDeployment
@@ -38,6 +39,34 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo
 
 LONGEST_WAIT_S = 60.0
+
+
+class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The options of `mlx-k2 serve`."""
+
+    cluster: ClusterOptions
+    host: str
+    port: int
+    allowed_hosts: tuple[str, ...]
+    allowed_origins: tuple[str, ...]
+    key_file: str | None
+    certfile: str | None
+    keyfile: str | None
+    max_sequences: int
+    max_queued: int
+    drain_s: float
+    keepalive: Literal["comment", "chunk", "off"]
+    strict_model: bool
+    mirror_reasoning: bool
+    drafts: bool
+    log_dir: str | None
+    log_tokens: bool
+    verbose: bool
+
+    def __post_init__(self) -> None:
+        """Refuse options that contradict each other."""
+        if self.keyfile is not None and self.certfile is None:
+            raise click.UsageError("--keyfile is the private key of a certificate: add --certfile")
 
 
 @click.command()
@@ -96,7 +125,8 @@ LONGEST_WAIT_S = 60.0
 @click.option("--mirror-reasoning", is_flag=True, help="Send reasoning as `reasoning`, besides `reasoning_content`.")
 @draft_option
 @log_options
-def command(**options: Any) -> None:
+@with_struct(ServeOptions)
+def command(options: ServeOptions) -> None:
     """Serve the model to clients of OpenAI's API, from one loaded cluster.
 
     \b
@@ -111,19 +141,17 @@ def command(**options: Any) -> None:
     Clients use the base address http://127.0.0.1:8080/v1, and any key until `mlx-k2 keys add` has made one. After a
     fault all stages start again, for ever, and running answers go on where they were.
     """  # noqa: D301  # click reads the escape
-    if options["keyfile"] is not None and options["certfile"] is None:
-        raise click.UsageError("--keyfile is the private key of a certificate: add --certfile")
-    request = replace(deployment_request(options), num_slots=options["max_sequences"])
+    request = deployment_request(options.cluster, options.max_sequences)
     for line in request.hostfile.warnings:
         log(line)
     request, model = open_source(request)
     state = ServerState(_server_options(options), _name_for_clients(request.source), ClusterActivity())
     access = _access(options)
-    certificate = None if options["certfile"] is None else Certificate(options["certfile"], options["keyfile"])
-    address = (options["host"], options["port"])
+    certificate = None if options.certfile is None else Certificate(options.certfile, options.keyfile)
+    address = (options.host, options.port)
     with (
         LineLog(log) as lines,
-        HttpServer(make_app(state, access, lines.write), *address, options["drain_s"], certificate) as server,
+        HttpServer(make_app(state, access, lines.write), *address, options.drain_s, certificate) as server,
     ):
         log(f"listening on {server.url}; requests are accepted when the model is loaded")
         _serve(options, replace(request, address=server.url_for_others), model, state, server)
@@ -149,35 +177,35 @@ class _ServeListener(ConsoleListener):
         super().progress(rank, message)
 
 
-def _server_options(options: dict[str, Any]) -> ServerOptions:
+def _server_options(options: ServeOptions) -> ServerOptions:
     return ServerOptions(
-        keepalive=options["keepalive"],
-        strict_model=options["strict_model"],
-        mirrors_reasoning=options["mirror_reasoning"],
+        keepalive=options.keepalive,
+        strict_model=options.strict_model,
+        mirrors_reasoning=options.mirror_reasoning,
     )
 
 
-def _access(options: dict[str, Any]) -> Access:
+def _access(options: ServeOptions) -> Access:
     """Return the rules for clients.
 
     Raises:
         SetupError: other machines could use the server without a key.
     """
-    is_loopback = _is_loopback(options["host"])
-    path = key_path(options["key_file"])
+    is_loopback = _is_loopback(options.host)
+    path = key_path(options.key_file)
     keys = KeyRing(path, is_required=not is_loopback)
     if not is_loopback and not read_keys(path):
         raise SetupError(
-            f"--host {options['host']} is reached from other machines, and there is no key: "
+            f"--host {options.host} is reached from other machines, and there is no key: "
             "make one with `mlx-k2 keys add NAME`"
         )
-    if not is_loopback and options["certfile"] is None:
+    if not is_loopback and options.certfile is None:
         log("keys, prompts and answers pass the network unencrypted: --certfile and --keyfile change that")
-    return Access(options["allowed_hosts"], options["allowed_origins"], keys)
+    return Access(options.allowed_hosts, options.allowed_origins, keys)
 
 
 def _serve(
-    options: dict[str, Any],
+    options: ServeOptions,
     request: DeploymentRequest,
     model: ModelDescription | None,
     state: ServerState,
@@ -200,16 +228,15 @@ def _serve(
         if restarting.on_report is not None:
             restarting.on_report(report)
 
-    log_dir, log_tokens = log_settings(options)
     with (
-        _ServeListener(options["verbose"], state.activity) as listener,
+        _ServeListener(options.verbose, state.activity) as listener,
         RestartingDeployment(
             request,
             model,
             listener,
             limit=None,
-            log_dir=log_dir,
-            log_tokens=log_tokens,
+            log_dir=None if options.log_dir is None else Path(options.log_dir),
+            log_tokens=options.log_tokens,
             longest_wait_s=LONGEST_WAIT_S,
         ) as restarting,
     ):
@@ -220,22 +247,22 @@ def _serve(
         language_model = LanguageModel(frontend, state.model_name)
         with engine_on(
             deployment,
-            drafts=options["draft"] == "ngram",
+            drafts=options.drafts,
             on_report=on_report,
             restarts=CountedRestarts(state.activity, restarting),
             on_restart=on_restart,
             on_failure=on_failure,
-            max_queued=options["max_queued"],
+            max_queued=options.max_queued,
         ) as engine:
             _keep_awake()
             state.serve(engine, language_model)
-            for line in opening_lines(options, frontend):
+            for line in opening_lines(options.cluster, frontend):
                 log(line)
             log(
                 f"serving {state.model_name} at {server.url}/v1: {engine.num_slots} requests at once, "
                 f"{frontend.context_tokens} tokens each"
             )
-            _wait(has_failed, state, server, options["drain_s"])
+            _wait(has_failed, state, server, options.drain_s)
         if failures:
             raise failures[0]
 

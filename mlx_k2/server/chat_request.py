@@ -7,6 +7,7 @@ import msgspec
 
 from mlx_k2.server.api_errors import invalid
 from mlx_k2.server.request_fields import GenerationFields, check_fields, read_fields, require
+from mlx_k2.text.constraint import AnswerForm, AnswerFormat
 
 MAX_TOOLS = 512
 MAX_TOP_LOGPROBS = 20
@@ -57,6 +58,27 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True):
     def num_logprobs(self) -> int | None:
         """The number of likely tokens with log-probabilities; None for no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def answer_format(self) -> AnswerFormat | None:
+        """The form of the answer text; None allows any.
+
+        Raises:
+            ApiError: 400, the form is unknown, or has no schema.
+        """
+        wanted = self.response_format or {}
+        kind = wanted.get("type", "text")
+        if kind == "text":
+            return None
+        if kind == "json_object":
+            return AnswerFormat(AnswerForm.JSON_SCHEMA, schema={"type": "object"})
+        described = wanted.get("json_schema")
+        if kind != "json_schema" or not isinstance(described, dict) or "schema" not in described:
+            known = "give text, json_object, or json_schema with json_schema.schema"
+            raise invalid(f"response_format {kind!r} cannot be used: {known}", "response_format")
+        return AnswerFormat(
+            AnswerForm.JSON_SCHEMA, schema=described["schema"], is_strict=described.get("strict") is True
+        )
 
     @property
     def wants_thinking(self) -> bool | None:
@@ -127,12 +149,6 @@ def _check_tools(chat: ChatRequest) -> None:
             raise invalid(f"tools[{at}] has no function with a name", f"tools[{at}].function.name")
         require(name not in names, f"tools[{at}].function.name", f"the function {name!r} is declared twice")
         names.add(name)
-    choice = chat.tool_choice
-    require(
-        choice in (None, "auto", "none"),
-        "tool_choice",
-        "tool_choice can be auto or none: calls cannot be forced yet",
-    )
 
 
 def _check_message(message: Mapping[str, Any], number: int, before: list[dict[str, Any]]) -> None:

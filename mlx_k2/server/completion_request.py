@@ -63,7 +63,7 @@ def read_completion_request(body: bytes) -> CompletionRequest:
     """
     completion = read_fields(body, CompletionRequest)
     check_fields(completion)
-    for name in ("suffix", "echo", "logprobs"):
+    for name in ("suffix", "echo", "logprobs", "min_tokens", "response_format"):
         require(not getattr(completion, name), name, f"{name} is not supported: leave it out")
     require(completion.best_of in (None, 1), "best_of", "this server makes one choice: leave best_of out")
     return completion

@@ -20,9 +20,11 @@ from mlx_k2.server.chat_request import ChatRequest
 from mlx_k2.server.completion_request import CompletionRequest
 from mlx_k2.server.request_fields import GenerationFields
 from mlx_k2.server.turn_store import StoredTurn, TurnStore
-from mlx_k2.text.history import num_calls, with_normal_ids
+from mlx_k2.text.constraint import Constraint, tool_rules
+from mlx_k2.text.history import with_normal_ids
 from mlx_k2.text.history_reader import read_history
 from mlx_k2.text.prompt import opens_reasoning, render_pieces
+from mlx_k2.text.reply_grammar import ReplyGrammar, compile_constraint
 from mlx_k2.text.sampled_turns import SampledTurns
 from mlx_k2.text.thinking_mode import INSTANT_TEMPERATURE, ThinkingMode
 from mlx_k2.text.tokenizer import Tokenizer
@@ -30,6 +32,8 @@ from mlx_k2.weights.checkpoint import CONFIG_NAME, TOKENIZER_NAMES
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_MAX_DIGITS = 10
+_PENALTIES = ("presence_penalty", "frequency_penalty")
 _NUMBERED_ID = re.compile(r"functions\..+:(\d{1,9})")
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 
@@ -49,6 +53,8 @@ class Generation:
     """The declared tools."""
     digest: bytes = b""
     """The digest of the conversation that is answered, for the turn store."""
+    warnings: tuple[str, ...] = ()
+    """Lines about schemas of which the answer's grammar allows more."""
 
 
 class LanguageModel:
@@ -79,24 +85,20 @@ class LanguageModel:
             ApiError: 400, the request cannot be served; names the field.
             TokenizerError: the template fails.
         """
-        tools = _declarations(chat)
         prompt_ids, digest = self.chat_prompt(chat, owner)
-        banned = self._call_ids() if chat.tool_choice == "none" and chat.tools else frozenset[int]()
-        limits = ReplyLimits(
-            stop_strings=chat.stop_strings,
-            thinking_budget=chat.thinking_budget,
-            max_tool_calls=1 if chat.parallel_tool_calls is False else None,
-            banned_ids=banned,
-        )
+        first_call = next_call_number(chat.messages)
+        grammar = self._grammar(chat, first_call)
+        limits = ReplyLimits(chat.stop_strings, chat.min_tokens or 0, chat.thinking_budget)
         request = self._request(chat, prompt_ids, self._sampling(chat, self._mode(chat).thinking))
         return Generation(
             request,
-            ReplyPolicy(self.tokenizer, request, limits),
+            ReplyPolicy(self.tokenizer, request, limits, grammar),
             self.tokenizer,
             in_reasoning=opens_reasoning(self.tokenizer, prompt_ids),
-            first_call=next_call_number(chat.messages),
-            tool_names=tuple(tool["function"]["name"] for tool in tools),
+            first_call=first_call,
+            tool_names=tuple(tool["function"]["name"] for tool in _declarations(chat)),
             digest=digest,
+            warnings=() if grammar is None else grammar.warnings,
         )
 
     def chat_prompt(self, chat: ChatRequest, owner: str) -> tuple[list[int], bytes]:
@@ -107,21 +109,22 @@ class LanguageModel:
         template = self._frontend.template
         try:
             messages = with_normal_ids(read_history(chat.messages, template.fields).messages)
-            digest, turns = self._turns.restore(owner, messages)
+            restored = self._turns.restore(owner, messages)
             variables = self._mode(chat).variables(template)
-            pieces = render_pieces(template, self.tokenizer, messages, _declarations(chat), **variables)
+            pieces = render_pieces(template, self.tokenizer, restored.messages, _declarations(chat), **variables)
         except RequestError as error:
             raise invalid(str(error), "messages") from None
         sampled = SampledTurns(self.tokenizer)
-        for number, turn in turns.items():
+        for number, turn in restored.turns.items():
             sampled.keep(number, turn.token_ids)
-        return sampled.encode(pieces), digest
+        return sampled.encode(pieces), restored.digest
 
     def keep_turn(self, digest: bytes, message: Mapping[str, Any], token_ids: Sequence[int]) -> None:
         """Store an answer, for a client that continues its conversation."""
         if message.get("content") or message.get("tool_calls"):
-            turn = StoredTurn(message.get("reasoning_content") or "", array("I", token_ids))
-            self._turns.keep(digest, message, turn)
+            (written,) = read_history([message], self._frontend.template.fields).messages
+            turn = StoredTurn(written.reasoning_content or "", array("I", token_ids))
+            self._turns.keep(digest, written, turn)
 
     def completion(self, completion: CompletionRequest) -> Generation:
         """Return the generation for a raw prompt. Errors are those of ``chat``."""
@@ -173,18 +176,42 @@ class LanguageModel:
             values[name] = getattr(recommended, name) if values[name] is None else values[name]
         if values["top_k"] is not None:
             values["top_k"] = min(values["top_k"], self.tokenizer.vocab_size)
+        values |= {name: getattr(asked, name) for name in _PENALTIES}
         given = {name: value for name, value in values.items() if value is not None}
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
         num_logprobs = asked.num_logprobs
         try:
-            return Sampling(seed=seed, num_logprobs=num_logprobs, **given)
+            return Sampling(seed=seed, num_logprobs=num_logprobs, logit_bias=self._biases(asked), **given)
         except RequestError as error:
             raise invalid(str(error), str(error).split(" ", 1)[0].replace("-", "_")) from None
 
-    def _call_ids(self) -> frozenset[int]:
-        """Return the control tokens that begin a tool call."""
-        names = ("<|tool_calls_section_begin|>", "<|tool_call_begin|>")
-        return frozenset(self.tokenizer.special_ids[name] for name in names if name in self.tokenizer.special_ids)
+    def _biases(self, asked: GenerationFields) -> tuple[tuple[int, float], ...]:
+        """Return the logit biases by token id; the keys of a JSON object are texts."""
+        biases = asked.logit_bias or {}
+        wrong = next((key for key in biases if not (key.isascii() and key.isdigit() and len(key) < _MAX_DIGITS)), None)
+        if wrong is not None:
+            raise invalid(f"logit_bias: {wrong!r} is not a token id", "logit_bias")
+        self._check_ids([int(key) for key in biases], "logit_bias")
+        return tuple((int(key), bias) for key, bias in biases.items())
+
+    def _grammar(self, chat: ChatRequest, first_call: int) -> ReplyGrammar | None:
+        """Return the constraint of the answer; None allows every token.
+
+        Raises:
+            ApiError: 400, a schema cannot be used, or the chosen tool is not declared.
+        """
+        answer, declared = chat.answer_format, [_declaration(tool) for tool in chat.tools or ()]
+        if answer is None and not declared and chat.tool_choice is None:
+            return None
+        is_parallel = chat.parallel_tool_calls is not False
+        try:
+            rules = tool_rules(declared, chat.tool_choice, is_parallel=is_parallel, first_number=first_call)
+        except RequestError as error:
+            raise invalid(str(error), "tool_choice") from None
+        try:
+            return compile_constraint(self._frontend.grammars, Constraint(answer, rules))
+        except RequestError as error:
+            raise invalid(str(error), "tools" if "tool" in str(error) else "response_format") from None
 
 
 def next_call_number(messages: Sequence[Mapping[str, Any]]) -> int:
@@ -196,7 +223,7 @@ def next_call_number(messages: Sequence[Mapping[str, Any]]) -> int:
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     ids = [call.get("id") for call in calls] + [message.get("tool_call_id") for message in messages]
     found = [_NUMBERED_ID.fullmatch(written) for written in ids if isinstance(written, str)]
-    return max([num_calls(messages), *(int(match[1]) + 1 for match in found if match)])
+    return max([len(calls), *(int(match[1]) + 1 for match in found if match)])
 
 
 def _declarations(chat: ChatRequest) -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     min_p: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
+    min_tokens: int | None = None
     ignore_eos: bool | None = None
     """Whether tokens that end an answer are sampled like others."""
     stop: str | list[str] | None = None
@@ -92,11 +93,7 @@ def check_fields(asked: GenerationFields) -> None:
         ApiError: 400; names the field.
     """
     require(asked.n in (None, 1), "n", "this server makes one choice: leave n out, or give 1")
-    for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
-        require(not getattr(asked, name), name, f"{name} is not supported: leave it out")
     require(asked.extra_body is None, "extra_body", "extra_body is an argument of OpenAI's client: send its fields")
-    kind = None if asked.response_format is None else asked.response_format.get("type")
-    require(kind in (None, "text"), "response_format", "only the response_format text is supported: leave it out")
     limit = asked.limit_tokens
     name = "max_tokens" if limit == asked.max_tokens else "max_completion_tokens"
     require(limit is None or limit >= 1, name, f"{name} is {limit}: give at least 1")

@@ -9,15 +9,16 @@ import json
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+import msgspec
 
 from mlx_k2.json_text.parse import JsonError, parse_json
+from mlx_k2.text.message import Message
 
 MAX_TOKENS = 4_000_000
 """16 MB of token ids; the turns that were used longest ago are forgotten."""
-_Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,15 @@ class StoredTurn:
 
     reasoning: str
     token_ids: "array[int]"
+
+
+@dataclass(frozen=True)
+class RestoredTurns:
+    """A conversation with its stored turns, by the number of the answer in it, and its digest."""
+
+    messages: list[Message]
+    turns: dict[int, StoredTurn]
+    digest: bytes
 
 
 class TurnStore:
@@ -37,7 +47,7 @@ class TurnStore:
         self._turns: OrderedDict[bytes, StoredTurn] = OrderedDict()
         self._lock = threading.Lock()
 
-    def keep(self, before: bytes, message: _Message, turn: StoredTurn) -> None:
+    def keep(self, before: bytes, message: Message, turn: StoredTurn) -> None:
         """Store the answer ``message`` to the conversation with the digest ``before``."""
         key = digest_after(before, message)
         with self._lock:
@@ -47,26 +57,25 @@ class TurnStore:
             while self._num_tokens > self._max_tokens:
                 self._forget(next(iter(self._turns)))
 
-    def restore(self, owner: str, messages: Sequence[dict[str, Any]]) -> tuple[bytes, dict[int, StoredTurn]]:
-        """Put lost reasoning back into ``messages``.
+    def restore(self, owner: str, messages: Sequence[Message]) -> "RestoredTurns":
+        """Return ``messages`` with the reasoning that their client left out, and what is stored of their answers.
 
-        Return the digest of the whole conversation, and the stored turns by the number of the assistant's message. A
-        turn whose reasoning the client has changed is left alone.
+        An answer whose reasoning the client has changed is left alone.
         """
         digest = hashlib.sha256(b"owner " + owner.encode()).digest()
+        restored: list[Message] = []
         found: dict[int, StoredTurn] = {}
         num_answers = 0
         for message in messages:
             digest = digest_after(digest, message)
-            if message["role"] != "assistant":
-                continue
-            turn = self._find(digest)
-            if turn is not None and message.get("reasoning_content") in (None, "", turn.reasoning):
-                if turn.reasoning:
-                    message["reasoning_content"] = turn.reasoning
+            turn = self._find(digest) if message.role == "assistant" else None
+            if turn is not None and message.reasoning_content in (None, "", turn.reasoning):
                 found[num_answers] = turn
-            num_answers += 1
-        return digest, found
+                reasoning = turn.reasoning or message.reasoning_content
+                message = msgspec.structs.replace(message, reasoning_content=reasoning)  # noqa: PLW2901
+            num_answers += message.role == "assistant"
+            restored.append(message)
+        return RestoredTurns(restored, found, digest)
 
     def _find(self, key: bytes) -> StoredTurn | None:
         with self._lock:
@@ -79,19 +88,15 @@ class TurnStore:
         self._num_tokens -= 0 if turn is None else len(turn.token_ids)
 
 
-def digest_after(before: bytes, message: _Message) -> bytes:
+def digest_after(before: bytes, message: Message) -> bytes:
     """Return the digest of a conversation that ``message`` ends, after one with the digest ``before``.
 
     Reasoning, ids and space around the text do not count, nor how the arguments of a call are written as JSON: clients
     change them.
     """
-    calls = [(call["function"]["name"], _canonical(call["function"]["arguments"])) for call in _calls(message)]
-    fields = (message["role"], str(message.get("content") or "").strip(), calls)
+    calls = [(call.function.name, _canonical(call.function.arguments)) for call in message.tool_calls]
+    fields = (message.role, message.content.strip(), calls)
     return hashlib.sha256(before + json.dumps(fields, sort_keys=True).encode()).digest()
-
-
-def _calls(message: _Message) -> Sequence[Mapping[str, Any]]:
-    return message.get("tool_calls") or ()
 
 
 def _canonical(arguments: object) -> object:

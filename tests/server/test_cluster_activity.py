@@ -39,7 +39,7 @@ def activity_of_two_stages() -> ClusterActivity:
         StageAssignment(first_layer=first, end_layer=end, held_bytes=9, read_bytes=9) for first, end in ((0, 3), (3, 5))
     ]
     activity.plans = [
-        StagePlan(rank, local_host(), assignment, 100, 200, ()) for rank, assignment in enumerate(assignments)
+        StagePlan(rank, local_host(), assignment, 100, 200, 0, ()) for rank, assignment in enumerate(assignments)
     ]
     return activity
 

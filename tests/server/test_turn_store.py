@@ -6,14 +6,19 @@ from typing import Any
 import pytest
 
 from mlx_k2.server.turn_store import StoredTurn, TurnStore
+from mlx_k2.text.message import CalledFunction, Message, MessageCall
 from tests.server.server_process import Server
 from tests.server.test_chat_completions import IN_PARIS, WEATHER
 
-USER = {"role": "user", "content": "a"}
+USER = Message(role="user", content="a")
 
 
-def answer(content: str = "b", **fields: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content} | fields
+def answer(content: str = "b", **fields: Any) -> Message:
+    return Message(role="assistant", content=content, **fields)
+
+
+def before(store: TurnStore, owner: str = "") -> bytes:
+    return store.restore(owner, [USER]).digest
 
 
 def turn(reasoning: str = "thought", num_tokens: int = 3) -> StoredTurn:
@@ -22,51 +27,43 @@ def turn(reasoning: str = "thought", num_tokens: int = 3) -> StoredTurn:
 
 def test_lost_reasoning_is_put_back_for_its_owner_only() -> None:
     store = TurnStore()
-    before, _ = store.restore("alice", [dict(USER)])
-    store.keep(before, answer(), turn())
+    store.keep(before(store, "alice"), answer(), turn())
     for owner, reasoning in (("alice", "thought"), ("bob", None), ("", None)):
-        messages = [dict(USER), answer(), {"role": "user", "content": "c"}]
-        _, found = store.restore(owner, messages)
-        assert messages[1].get("reasoning_content") == reasoning
-        assert found == ({0: turn()} if reasoning else {})
+        restored = store.restore(owner, [USER, answer(), Message(role="user", content="c")])
+        assert restored.messages[1].reasoning_content == reasoning
+        assert restored.turns == ({0: turn()} if reasoning else {})
 
 
 @pytest.mark.parametrize(
     "changed",
     [
-        [{"role": "user", "content": "other"}, answer()],
+        [Message(role="user", content="other"), answer()],
         [USER, answer("other")],
-        [{"role": "system", "content": "s"}, USER, answer()],
+        [Message(role="system", content="s"), USER, answer()],
         [USER, answer(reasoning_content="other")],
     ],
 )
-def test_a_changed_conversation_gets_nothing(changed: list[dict[str, Any]]) -> None:
+def test_a_changed_conversation_gets_nothing(changed: list[Message]) -> None:
     store = TurnStore()
-    before, _ = store.restore("", [dict(USER)])
-    store.keep(before, answer(), turn())
-    messages = [dict(message) for message in changed]
-    assert store.restore("", messages)[1] == {}
-    assert messages == changed
+    store.keep(before(store), answer(), turn())
+    restored = store.restore("", changed)
+    assert (restored.turns, restored.messages) == ({}, changed)
 
 
 def test_arguments_may_be_written_otherwise_and_text_may_lose_its_space() -> None:
-    def called(arguments: str, content: str) -> dict[str, Any]:
-        return answer(content, tool_calls=[{"id": "x", "function": {"name": "f", "arguments": arguments}}])
+    def called(arguments: str, content: str) -> Message:
+        return answer(content, tool_calls=(MessageCall(id="x", function=CalledFunction("f", arguments)),))
 
     store = TurnStore()
-    before, _ = store.restore("", [dict(USER)])
-    store.keep(before, called('{"a": 1, "b": [2]}', "\nb "), turn())
-    assert store.restore("", [dict(USER), called('{"b":[2],"a":1}', "b")])[1] == {0: turn()}
+    store.keep(before(store), called('{"a": 1, "b": [2]}', "\nb "), turn())
+    assert store.restore("", [USER, called('{"b":[2],"a":1}', "b")]).turns == {0: turn()}
 
 
 def test_the_turns_used_longest_ago_are_forgotten() -> None:
     store = TurnStore(max_tokens=10)
-    digests = []
     for number in range(4):
-        before, _ = store.restore(str(number), [dict(USER)])
-        digests.append(before)
-        store.keep(before, answer(), turn(num_tokens=4))
-    found = [bool(store.restore(str(number), [dict(USER), answer()])[1]) for number in range(4)]
+        store.keep(before(store, str(number)), answer(), turn(num_tokens=4))
+    found = [bool(store.restore(str(number), [USER, answer()]).turns) for number in range(4)]
     assert found == [False, False, True, True]
 
 
