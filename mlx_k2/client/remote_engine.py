@@ -191,6 +191,7 @@ def _body(run: _Run) -> dict[str, Any]:
     """Return the body of the request for the rest of the answer."""
     asked = run.request
     sampling = {name: value for name, value in msgspec.structs.asdict(asked.sampling).items() if value is not None}
+    sampling["logit_bias"] = {str(token_id): bias for token_id, bias in asked.sampling.logit_bias}
     return sampling | {
         "prompt": [*asked.prompt_ids, *run.token_ids],
         "max_tokens": asked.max_tokens - len(run.token_ids),
