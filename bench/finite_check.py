@@ -1,8 +1,9 @@
 """Cost of the search for NaN and infinity in each step, beside the time of a step. Runs in one process.
 
 The check is timed alone: the sum of values that are evaluated already, and the read of its result. The steps are decode
-steps of one sequence on each of two stages of the checkpoint "even", and the logits and one sampled token of a head
-with Kimi K2's 163,840 words at hidden size 1024, which computes less for each word than Kimi K2's own.
+steps of one sequence on each of two stages of the checkpoint "even"; a chunk of a prompt on the last stage, which
+samples nothing and sums its last layer's rows of the cache; and the logits and one sampled token of a head with Kimi
+K2's 163,840 words at hidden size 1024, which computes less for each word than Kimi K2's own.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import mlx.core as mx
 
 from bench.checkpoints import bench_checkpoint
 from bench.measure import prompt_ids, save_rows
+from mlx_k2.model.batch import Batch, Span
 from mlx_k2.model.sampler import SamplingRequest, sample_tokens
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.microbatch import Row
@@ -24,6 +26,7 @@ from tests.stage.pipeline import Pipeline
 
 NUM_CHECKS = 1000
 NUM_STEPS = 40
+NUM_CHUNKS = 5
 PROMPT = 64
 WORDS, HIDDEN = 163_840, 1024
 SAMPLING = Sampling(seed=1, temperature=0.6)
@@ -46,20 +49,22 @@ def main() -> None:
 
 
 def even() -> list[tuple[str, float, float]]:
-    """Return the check and the step of each stage of "even", in microseconds."""
+    """Return the check and the step of each stage of "even", in microseconds, and of a prompt's chunk on the last."""
     folder = bench_checkpoint("even")
     pipeline = Pipeline(folder, 2)
     config = read_config(folder)
-    pipeline.step(Row(0, 0, tuple(prompt_ids(PROMPT)), True, None))
+    chunks = [pipeline.step(Row(0, 0, tuple(prompt_ids(PROMPT)), True, None)) for _ in range(NUM_CHUNKS)]
     done = [pipeline.step(Row(0, PROMPT + step, (7,), False, SAMPLING, (7,))) for step in range(NUM_STEPS)]
     values = (mx.random.normal((1, config.hidden_size)), mx.random.normal((1, config.vocab_size)))
+    model, batch = pipeline.runners[1]._model, Batch([Span(0, 0, PROMPT, is_prompt=True)])
+    checks = (checked(values[0]), checked(values[1]), lambda: is_finite(model.cache_total(batch)))
     return [
-        (
-            f"even, stage {rank}",
-            median_us(checked(values[rank]), NUM_CHECKS),
-            statistics.median(step[rank].busy_s for step in done) * 1e6,
+        (name, median_us(check, NUM_CHECKS), statistics.median(step[rank].busy_s for step in steps) * 1e6)
+        for name, check, rank, steps in (
+            ("even, stage 0", checks[0], 0, done),
+            ("even, stage 1", checks[1], 1, done),
+            ("even, stage 1, prompt", checks[2], 1, chunks),
         )
-        for rank in range(2)
     ]
 
 

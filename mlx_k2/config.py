@@ -22,24 +22,25 @@ class Family(enum.Enum):
     KIMI_K25 = "kimi_k25"
 
 
-_Positive: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
-
 # Far above every model of the family. Larger values would fill memory before a tensor is missed.
 _MAX_VALUE = 10**9
 _MAX_VOCAB = 10**7
 _MAX_EXPERTS = 10**5  # of all layers together; Kimi K2 has 23,424
 
+_Positive: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
+_Factor: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
+
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """YaRN's parameters, named as in config.json."""
 
-    theta: _Positive
-    factor: _Positive
-    original_max_position_embeddings: Annotated[int, msgspec.Meta(gt=0)]
-    beta_fast: float
-    beta_slow: float
-    mscale: float
-    mscale_all_dim: float
+    theta: Annotated[float, msgspec.Meta(ge=1.001, le=1e12)]
+    factor: _Factor
+    original_max_position_embeddings: Annotated[int, msgspec.Meta(gt=0, le=_MAX_VALUE)]
+    beta_fast: _Factor
+    beta_slow: _Factor
+    mscale: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+    mscale_all_dim: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):

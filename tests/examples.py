@@ -1,4 +1,4 @@
-"""Number of Hypothesis examples of a test that needs more than the default of 100."""
+"""Numbers of Hypothesis examples of tests that need more than the default of 100, or fewer."""
 
 from hypothesis import settings
 
@@ -6,3 +6,8 @@ from hypothesis import settings
 def at_least(count: int) -> int:
     """Return ``count``, or the selected profile's number of examples if that is larger, as with `make fuzz`."""
     return max(count, settings().max_examples)
+
+
+def scaled(count: int) -> int:
+    """Return ``count`` instead of the default of 100, and as many times more as the selected profile runs."""
+    return count * settings().max_examples // 100

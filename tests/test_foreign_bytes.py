@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from mlx_k2.cli.prompt_files import read_prompt_lines
 from mlx_k2.cli.repl.saved_chat import load_chat
 from mlx_k2.cli.result_file import ResultFile
+from mlx_k2.cluster.host_facts import Command, RunningStage
 from mlx_k2.cluster.hostfile import parse_hostfile
 from mlx_k2.config import ModelConfig
 from mlx_k2.errors import (
@@ -29,7 +31,7 @@ from mlx_k2.errors import (
 from mlx_k2.kernels import check_cache
 from mlx_k2.protocol.framing import MARK, MARK_START, Kind, encode_frame, read_frame, skip_to_mark
 from mlx_k2.protocol.guard_messages import GuardSettings, StageExit
-from mlx_k2.protocol.messages import Step, StepDone, decode_from_stage, decode_to_stage, encode_message
+from mlx_k2.protocol.messages import Hello, Step, StepDone, decode_from_stage, decode_to_stage, encode_message
 from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
 from mlx_k2.sampling import GenerationConfig, Sampling
 from mlx_k2.scheduling.microbatch import Row
@@ -105,6 +107,23 @@ def test_any_payload_is_decoded_or_raises_a_protocol_error(decode: Callable[[byt
 def test_a_step_with_a_sampling_value_out_of_range_is_a_protocol_error_that_names_it() -> None:
     with pytest.raises(ProtocolError, match=r"not a message to a stage: top-p 0\.0 is out of range"):
         decode_to_stage(step_with_top_p_0())
+
+
+@pytest.mark.parametrize("began_unix_s", [1e300, -1.0, math.nan, math.inf])
+def test_a_command_that_began_when_no_calendar_can_show_is_a_protocol_error(began_unix_s: float) -> None:
+    other = RunningStage(Command("mac-1", 1, "mlx-k2 chat", began_unix_s), 10**10)
+    hello = Hello(
+        mlx_k2_version="1",
+        mlx_version="1",
+        mlx_lm_version="1",
+        python_version="3",
+        system="macOS",
+        memory_bytes=1,
+        working_set_bytes=None,
+        running_stages=(other,),
+    )
+    with pytest.raises(ProtocolError, match=r"not a message from a stage: .*began_unix_s"):
+        decode_from_stage(encode_message(hello))
 
 
 @given(JSON)

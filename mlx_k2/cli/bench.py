@@ -14,6 +14,7 @@ from mlx_k2.benchmark import Benchmark, Measured, Workload, check_workloads
 from mlx_k2.cli.bench_document import BenchDocument, append_csv, bench_document, check_csv
 from mlx_k2.cli.console import ConsoleListener, console, log
 from mlx_k2.cli.options import cluster_options, draft_option, with_struct
+from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.cli.trace import Trace
 from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
 from mlx_k2.deployment.deploy import deploy
@@ -129,7 +130,7 @@ def _run(benchmark: Benchmark, workloads: Sequence[Workload], repeat: int) -> It
 
 def _write(document: BenchDocument, rows: Sequence[Measured], trace: Trace | None, options: BenchOptions) -> None:
     if options.as_json:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n")
+        sys.stdout.write(msgspec.json.format(json_line(document), indent=2) + "\n")
     else:
         _show(rows)
     try:

@@ -8,6 +8,7 @@ from types import TracebackType
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
 from mlx_k2.builtin import BANNER
 from mlx_k2.cli.safe_console import SafeConsole
@@ -41,7 +42,7 @@ def log_restart(restart: Restart, phase: str = WAITING) -> None:
         return
     log(
         f"{restart.reason}\nall stages start again in {restart.wait_s:g} s ({restart.number} of at most "
-        f"{restart.limit} times in a row); the answer then goes on where it is"
+        f"{restart.limit} within 10 minutes of each other); the answer then goes on where it is"
     )
 
 
@@ -120,7 +121,7 @@ class ConsoleListener(DeploymentListener):
             log(f"{what} ...")
         elif console.is_terminal and not self._hides_progress:
             self.done()
-            self._status.update(f"{what} ...")
+            self._status.update(Text(f"{what} ..."))  # as text: a host's name is no markup
             self._status.start()
 
     def planned(self, model: ModelDescription, plans: Sequence[StagePlan]) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 import click
-import msgspec
 from rich.table import Table
 
 from mlx_k2.cli.console import console, log
@@ -42,7 +41,7 @@ def command(checks_only: bool) -> None:
         mlx-k2 kernels > kernels.json
     """  # noqa: D301  # click reads the escape
     if checks_only:
-        click.echo(msgspec.json.encode({"report": _measure("check", KernelReport)}).decode())
+        click.echo(json_line({"report": _measure("check", KernelReport)}), nl=False)
         return
     log("checking and timing kernels ...")
     report = _measure("report", KernelReport)

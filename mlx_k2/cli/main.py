@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -107,12 +108,19 @@ def main() -> NoReturn:
     handled = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
     for number in handled:
         signal.signal(number, _interrupt)
-    sys.excepthook = _print_traceback
-    logging.setLogRecordFactory(PrintableRecord)
+    print_errors_cleanly()
     exit_code = run(sys.argv[1:])
     for number in handled:
         signal.signal(number, signal.SIG_DFL)  # nothing is left to clean up: a further signal ends Python's exit too
     sys.exit(exit_code)
+
+
+def print_errors_cleanly() -> None:
+    """Print tracebacks of all threads, and the records of libraries' logs, as printable text."""
+    sys.excepthook = _print_traceback
+    threading.excepthook = lambda error: _print_traceback(error.exc_type, error.exc_value, error.exc_traceback)
+    sys.unraisablehook = lambda error: _print_traceback(error.exc_type, error.exc_value, error.exc_traceback)
+    logging.setLogRecordFactory(PrintableRecord)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -147,7 +155,7 @@ def _print_error(text: str) -> None:
     click.echo(printable(text), err=True)
 
 
-def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _print_traceback(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
     _print_error("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"))
 
 

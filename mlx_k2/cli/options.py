@@ -169,7 +169,8 @@ _CLUSTER = (
     click.option(
         "--check-weights",
         is_flag=True,
-        help="Search every tensor for NaN and infinity while loading. Without it: norms, router, embedding and scales.",
+        help="Search every tensor for NaN and infinity while loading. Without it, and "
+        "without --dense-bits: norms, router, embedding and scales.",
     ),
     click.option("-v", "--verbose", is_flag=True, help="Show what the stages write to their logs."),
 )
@@ -246,7 +247,8 @@ _RESTARTS = (
         type=_Limit(),
         default=3,
         metavar="N",
-        help="After a fault, start all stages again and go on with the answer: so many times in a row, or off.  "
+        help="After a fault, start all stages again and go on with the answer: so many times, or off. 10 minutes "
+        "without a fault begin a new count.  "
         "[default: 3]",
     ),
 )

@@ -1,5 +1,7 @@
 """The facts that a host reports about itself, as sent to the coordinator."""
 
+from typing import Annotated
+
 import msgspec
 
 
@@ -40,7 +42,8 @@ class Command(msgspec.Struct, frozen=True):
     host: str
     pid: int
     name: str
-    began_unix_s: float
+    began_unix_s: Annotated[float, msgspec.Meta(ge=0, le=1e11)]
+    """In seconds since 1970, within what a calendar can show."""
 
 
 class RunningStage(msgspec.Struct, frozen=True):

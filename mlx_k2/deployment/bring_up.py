@@ -8,17 +8,19 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from mlx_k2.errors import StageSilent, StageStartError
+from mlx_k2.errors import ProtocolError, StageSilent, StageStartError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor
 from mlx_k2.launch.stage_events import Woken
 from mlx_k2.protocol.messages import (
     Connect,
     Connected,
+    DownloadProgress,
     DownloadShard,
     FromStage,
     Hello,
     JacclLinks,
+    LayerLoaded,
     Load,
     Loaded,
     Prepare,
@@ -34,11 +36,14 @@ CONNECT_S = 90.0
 LAYER_S = 600.0
 """Limit without a message from any stage while stages load: a layer is 10 GB, and a disk may be slow."""
 
+PACKAGES = ("mlx-k2", "mlx", "mlx-lm")
+"""The packages that compute on a stage: rope and the filters of the sampler are mlx-lm's."""
+
 Reply = TypeVar("Reply", bound=FromStage)
 
 
 def handshake(group: StageGroup, versions: Sequence[str]) -> tuple[Hello, ...]:
-    """Wait for every stage's Hello. ``versions`` are this machine's mlx-k2 and mlx; every stage must have the same.
+    """Wait for every stage's Hello. ``versions`` are those of PACKAGES on this machine; every stage must have the same.
 
     Raises:
         StageStartError: a stage did not start, or has another version.
@@ -46,9 +51,8 @@ def handshake(group: StageGroup, versions: Sequence[str]) -> tuple[Hello, ...]:
     """
     hellos = collect(group, Hello, range(group.size), HANDSHAKE_S, "start")
     for rank, hello in enumerate(hellos):
-        for package, here, there in zip(
-            ("mlx-k2", "mlx"), versions, (hello.mlx_k2_version, hello.mlx_version), strict=True
-        ):
+        found = (hello.mlx_k2_version, hello.mlx_version, hello.mlx_lm_version)
+        for package, here, there in zip(PACKAGES, versions, found, strict=True):
             if here != there:
                 how = (
                     "from one wheel (make dist)"
@@ -67,6 +71,7 @@ def prepare(group: StageGroup, messages: Sequence[Prepare]) -> tuple[Prepared, .
 
     Raises:
         StageStartError: two hosts have different models.
+        ProtocolError: a stage reports other addresses than those of its host.
     """
     for rank, message in enumerate(messages):
         group.send(rank, message)
@@ -77,6 +82,9 @@ def prepare(group: StageGroup, messages: Sequence[Prepare]) -> tuple[Prepared, .
                 f"the model on {group.host(rank)} (stage {rank}) is not the one on {group.host(0)} (stage 0): "
                 "their config.json or model.safetensors.index.json differ; fetch the same revision on both"
             )
+        if [_ip(address) for address in answer.addresses] != [_ip(address) for address in messages[rank].listen]:
+            listed = ", ".join(answer.addresses) or "nowhere"
+            raise ProtocolError(f"stage {rank} on {group.host(rank)} listens on {listed}, against the hostfile", rank)
     return prepared
 
 
@@ -136,12 +144,13 @@ def collect(
     ranks: Sequence[int],
     silence_s: float,
     phase: str,
-    on_other: Callable[[int, FromStage], None] | None = None,
+    on_progress: Callable[[int, FromStage], None] | None = None,
 ) -> tuple[Reply, ...]:
-    """Return one ``wanted`` message from each of ``ranks``, in that order; pass other messages to ``on_other``.
+    """Return one ``wanted`` message from each of ``ranks``, in that order; pass progress to ``on_progress``.
 
     Raises:
         StageStartError, StageFault: a stage reported a fault, or ended.
+        ProtocolError: a stage sent any other message.
         StageSilent: no message from any stage for ``silence_s``, or a host is silent or a stage stopped; names it.
     """
     answers: dict[int, Reply] = {}
@@ -155,8 +164,16 @@ def collect(
         if isinstance(received, Woken):
             continue
         deadline = time.monotonic() + silence_s
-        if isinstance(received.message, wanted):
-            answers[received.rank] = received.message
-        elif on_other is not None:
-            on_other(received.rank, received.message)
+        rank, message = received.rank, received.message
+        if isinstance(message, wanted) and rank in ranks and rank not in answers:
+            answers[rank] = message
+        elif on_progress is not None and isinstance(message, LayerLoaded | DownloadProgress):
+            on_progress(rank, message)
+        else:
+            sent = f"sent a {type(message).__name__}, which is not due: it was to {phase}"
+            raise ProtocolError(f"stage {rank} on {group.host(rank)} {sent}", rank)
     return tuple(answers[rank] for rank in ranks)
+
+
+def _ip(address: str) -> str:
+    return address.partition(":")[0]

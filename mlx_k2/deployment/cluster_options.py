@@ -65,8 +65,16 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
         """The model's source. The path of a local folder is absolute, since a stage starts in another folder."""
         source = self._named_source
         folder = model_folder(source)
-        is_folder = self.model is not None and folder.is_dir()
-        return ModelSource(path_or_repo=str(folder.resolve())) if is_folder else source
+        if self.model is None or not folder.is_dir():
+            return source
+        path = str(folder.resolve())
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise RequestError(
+                f"the path {path} is not UTF-8: rename the model's folder, or give a link to it"
+            ) from None
+        return ModelSource(path_or_repo=path)
 
     @property
     def _named_source(self) -> ModelSource:

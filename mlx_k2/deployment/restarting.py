@@ -44,9 +44,9 @@ class Restart:
 class RestartingDeployment:
     """Context manager: on entry the stages are ready as after ``deploy``; on exit all of them are ended.
 
-    ``limit`` is the maximum number of consecutive restarts, failed ones included; with 0, a fault is final. Each wait
-    is twice the one before, up to LONGEST_WAIT_S. Logs and fault reports go to ``log_dir``, with token ids if
-    ``log_tokens``.
+    ``limit`` is the maximum number of restarts, failed ones included, without HEALTHY_S between two of them; with 0, a
+    fault is final. Each wait is twice the one before, up to LONGEST_WAIT_S. Logs and fault reports go to ``log_dir``,
+    with token ids if ``log_tokens``.
     """
 
     def __init__(
@@ -67,6 +67,8 @@ class RestartingDeployment:
         self._first_wait_s = first_wait_s
         self._stack = ExitStack()
         self._num_restarts = 0
+        self._was_not_finite = False
+        """Whether the last restart was because of NaN or infinity. Broken weights give it again: it is then final."""
         self._cancelled = threading.Event()
 
     def __enter__(self) -> "RestartingDeployment":
@@ -99,11 +101,13 @@ class RestartingDeployment:
         """
         if time.monotonic() - self._ready_at > HEALTHY_S:
             self._num_restarts = 0
+            self._was_not_finite = False
         status = HealthMonitor(self.deployment.group).describe_all()
-        while self._num_restarts < self._limit_after(error):
+        while self._num_restarts < self._limit and not (self._was_not_finite and isinstance(error, NotFinite)):
             wait_s = min(LONGEST_WAIT_S, self._first_wait_s * 2**self._num_restarts)
             self._num_restarts += 1
-            restart = Restart(str(error), self._num_restarts, self._limit_after(error), wait_s)
+            self._was_not_finite = isinstance(error, NotFinite)
+            restart = Restart(str(error), self._num_restarts, self._limit, wait_s)
             on_restart(restart, WAITING)
             self._end(error, status)
             status = ()
@@ -124,10 +128,6 @@ class RestartingDeployment:
     def cancel(self) -> None:
         """End a restart that is under way: it raises Cancelled soon. No other restart follows. Any thread may call."""
         self._cancelled.set()
-
-    def _limit_after(self, error: ClusterError) -> int:
-        """Return the limit of restarts. It is one for NaN or infinity, which broken weights give again."""
-        return min(self._limit, 1) if isinstance(error, NotFinite) else self._limit
 
     def _end(self, error: ClusterError, status: Sequence[str]) -> None:
         """End the stages, then write the report. The log then contains how each stage ended, and so does the report."""

@@ -28,6 +28,12 @@ class LatentCache:
         self._cache_rows[layer][span.slot] = cached
         return cached[: span.end]
 
+    def written(self, layer: int, span: Span) -> mx.array:
+        """Return the rows of a span that was written before, (count, row_dim)."""
+        cached = self._cache_rows[layer][span.slot]
+        assert cached is not None, "the span was written"
+        return cached[span.position : span.end]
+
     def copy(self, source: int, target: int, num_rows: int) -> None:
         """Copy the first ``num_rows`` rows of slot ``source`` to slot ``target``, in every layer."""
         for layer, slots in enumerate(self._cache_rows):

@@ -78,9 +78,16 @@ class StageModel:
                 return index
         return None
 
-    def evaluate_cache(self) -> None:
-        """Evaluate the cache's writes of the steps so far, and nothing else."""
-        mx.eval(self._cache.arrays)
+    def cache_total(self, batch: Batch) -> mx.array:
+        """Return the sum of the rows that the last layer has cached for a batch.
+
+        It is NaN or infinite if a layer before it computed NaN or infinity, or the projection of these rows did.
+        """
+        return mx.sum(mx.stack([mx.sum(self._cache.written(-1, span)) for span in batch.spans]))
+
+    def evaluate_cache(self, total: mx.array) -> None:
+        """Evaluate the cache's writes of the steps so far and ``total``, and nothing else."""
+        mx.eval(total, self._cache.arrays)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return logits (rows, vocabulary) float32 of hidden states (rows, hidden) after the last layer."""

@@ -138,7 +138,8 @@ class StageLoader:
         checksums = identify(set(files.values()))
         dtype = getattr(mx, message.dtype)
         cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.latent_dim, dtype)
-        reader = ShardReader(config, files, dtype, check_all=message.check_weights)
+        check_all = message.check_weights or message.dense_bits is not None  # mx.quantize makes NaN a finite number
+        reader = ShardReader(config, files, dtype, check_all=check_all)
         model, warnings = load_stage_model(config, reader, layers, cache, self._on_part, message.dense_bits)
         runner = StepRunner(
             model,

@@ -110,7 +110,7 @@ class StepRunner:
             report_phase(Phase.COMPUTING)
         tokens: tuple[SampledToken, ...] = ()
         if self._is_last:
-            tokens, total = self._sample(step.rows, output)
+            tokens, total = self._sample(step.rows, output, batch)
         else:
             total = mx.sum(output)  # NaN or infinite if one value is
             mx.eval(output, total)
@@ -124,10 +124,12 @@ class StepRunner:
         busy_s = time.perf_counter() - began - receive_s - send_s
         return StepDone(step.number, busy_s, receive_s, send_s, tokens, mx.get_peak_memory())
 
-    def _sample(self, rows: tuple[Row, ...], output: mx.array) -> tuple[tuple[SampledToken, ...], mx.array]:
+    def _sample(
+        self, rows: tuple[Row, ...], output: mx.array, batch: Batch
+    ) -> tuple[tuple[SampledToken, ...], mx.array]:
         """Sample a token from the last position of each row that requests one. If none does, only fill the cache.
 
-        Return the tokens, and the sum of the logits.
+        Return the tokens, and the sum of the logits and of what later steps read of positions without logits.
         """
         last_tokens, requests = [], []
         num_tokens = 0
@@ -137,10 +139,13 @@ class StepRunner:
                 last_tokens.append(num_tokens - 1)
                 requests.append(SamplingRequest(row.sampling, row.end, row.recent_ids, row.token_mask))
         if not requests:
-            self._model.evaluate_cache()
-            return (), mx.array(0.0)
+            total = self._model.cache_total(batch)
+            self._model.evaluate_cache(total)
+            return (), total
         logits = self._model.logits(output[mx.array(last_tokens)])
         total = mx.sum(logits)
+        if len(requests) < num_tokens:
+            total = total + self._model.cache_total(batch)
         mx.async_eval(total)
         return tuple(sample_tokens(logits, requests)), total
 

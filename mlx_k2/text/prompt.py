@@ -4,7 +4,6 @@ Knows templates, tokenizers and messages, but no files and no checkpoint.
 """
 
 import datetime
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
@@ -18,6 +17,8 @@ from mlx_k2.text.typescript_tools import typescript_tools
 
 PromptPiece: TypeAlias = str | int
 """Part of a prompt: ordinary text, or the id of a control token."""
+
+_WINDOW = 16_384
 
 
 def render_prompt(
@@ -122,14 +123,17 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _split(text: str, tokenizer: Tokenizer) -> Iterator[PromptPiece]:
-    """Yield ``text`` split at the control tokens' names. Where two names match, the longer one is used."""
-    names = sorted(tokenizer.special_ids, key=len, reverse=True)
-    markers = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-    end = 0
-    for marker in markers.finditer(text):
+    """Yield ``text`` split at the control tokens' names. Other threads can run between two windows of the search."""
+    longest = max(map(len, tokenizer.special_ids), default=0)
+    end = start = 0
+    while start < len(text):
+        marker = tokenizer.special_names.search(text, start, start + _WINDOW + longest)
+        if marker is None or marker.start() >= start + _WINDOW:
+            start += _WINDOW
+            continue
         if marker.start() > end:
             yield text[end : marker.start()]
         yield tokenizer.special_ids[marker.group()]
-        end = marker.end()
+        start = end = marker.end()
     if end < len(text):
         yield text[end:]

@@ -1,6 +1,7 @@
 """Conversion of text to token ids and of ids to bytes. Knows file contents by name; no paths, messages or templates."""
 
 import codecs
+import functools
 import re
 from collections.abc import Iterator, Mapping
 
@@ -14,6 +15,10 @@ _STOP_NAMES = ("<|im_end|>", "[EOS]")
 _MAX_CHUNK = 400_000
 _MAX_RUN = 25_000
 _RUNS = re.compile(r"\s+|\S+")
+
+# tiktoken holds Python's lock while it makes its list of ids, so a long text is encoded in slices. No piece of the
+# vocabulary's pattern goes beyond these places: the start of a line, and the space between two words.
+_SLICE_END = re.compile(r"(?<=[\r\n])(?=\S)|(?<=[a-z])(?= [a-z])")
 
 
 class Tokenizer:
@@ -42,7 +47,11 @@ class Tokenizer:
 
         Lone surrogates, which UTF-8 cannot encode, become U+FFFD.
         """
-        return [number for part in bounded_parts(well_formed(text)) for number in self._encode_ordinary(part)]
+        ids: list[int] = []
+        for part in bounded_parts(well_formed(text)):
+            for piece in slices(part):
+                ids += self._encode_ordinary(piece)
+        return ids
 
     def token_id(self, name: str) -> int:
         """Return the id of the control token ``name``.
@@ -58,6 +67,12 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of a token, which may be part of a character; those of a control token spell its name."""
         return self._bytes[token_id]
+
+    @functools.cached_property
+    def special_names(self) -> re.Pattern[str]:
+        """A pattern for the control tokens' names. Where two names match, it matches the longer one."""
+        names = sorted(self.special_ids, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
     def is_special(self, token_id: int) -> bool:
         """Return whether ``token_id`` is a control token."""
@@ -96,6 +111,15 @@ def load_tokenizer(files: Mapping[str, bytes], vocab_size: int) -> Tokenizer:
             raise TokenizerError(f"the model has no {name}: fetch the tokenizer files of the original checkpoint")
     vocabulary = read_tiktoken(files["tiktoken.model"], files["tokenizer_config.json"], vocab_size)
     return Tokenizer(vocabulary, vocab_size)
+
+
+def slices(text: str, shortest: int = 16_384) -> Iterator[str]:
+    """Yield ``text`` in slices of at least ``shortest`` > 0 characters whose ids, joined, are those of the whole."""
+    start = 0
+    while end := _SLICE_END.search(text, start + shortest):
+        yield text[start : end.start()]
+        start = end.start()
+    yield text[start:]
 
 
 def well_formed(text: str) -> str:

@@ -8,6 +8,7 @@ from mlx_k2.config import ModelConfig
 from mlx_k2.errors import CheckpointError
 from mlx_k2.weights.index import INDEX_NAME, CheckpointIndex, check_file, check_names, model_digest, read_index_json
 from mlx_k2.weights.inventory import TensorSpec
+from mlx_k2.weights.safetensors_file import open_regular
 
 CONFIG_NAME = "config.json"
 TOKENIZER_NAMES = (
@@ -55,8 +56,11 @@ def read_small_files(folder: Path) -> dict[str, bytes]:
     names = [name for name in (CONFIG_NAME, *TOKENIZER_NAMES) if (folder / name).exists()]
     if CONFIG_NAME not in names:
         raise CheckpointError(f"{folder} holds no {CONFIG_NAME}: it is not a checkpoint")
+    files = {}
     try:
-        files = {name: (folder / name).read_bytes() for name in names}
+        for name in names:
+            with open_regular(folder / name) as file:
+                files[name] = file.read()
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from None
     return files | {INDEX_NAME: read_index_json(folder)}

@@ -12,7 +12,7 @@ from mlx_k2.errors import CheckpointError
 from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import read_json
 from mlx_k2.weights.inventory import TensorSpec, model_specs
-from mlx_k2.weights.safetensors_file import Header, read_header
+from mlx_k2.weights.safetensors_file import Header, open_regular, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAME = "model.safetensors"
@@ -78,7 +78,8 @@ def read_index_json(folder: Path) -> bytes:
     """
     path, single = folder / INDEX_NAME, folder / SINGLE_FILE_NAME
     try:
-        return path.read_bytes()
+        with open_regular(path) as file:
+            return file.read()
     except FileNotFoundError:
         pass
     except OSError as error:

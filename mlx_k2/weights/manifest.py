@@ -18,6 +18,7 @@ from mlx_k2.errors import CheckpointError
 from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import read_json
 from mlx_k2.private_files import write_whole
+from mlx_k2.weights.safetensors_file import open_regular
 
 MANIFEST_NAME = "mlx-k2-manifest.json"
 NUM_BLOCKS = 16
@@ -54,7 +55,8 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     try:
-        return read_json(path.read_bytes(), Manifest)
+        with open_regular(path) as file:
+            return read_json(file.read(), Manifest)
     except FileNotFoundError:
         return Manifest()
     except OSError as error:

@@ -3,9 +3,12 @@
 https://github.com/huggingface/safetensors describes the format. Only headers are read here, never a tensor.
 """
 
+import errno
+import os
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -40,6 +43,23 @@ class Header(msgspec.Struct, frozen=True):
     data_start: int
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file of a checkpoint to read. Refuse pipes and devices, which can have no end.
+
+    Raises:
+        OSError: the file cannot be opened, or is not a regular file.
+    """
+    file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115 - the caller closes it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return file
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def read_header(path: Path) -> Header:
     """Read the header of ``path`` and check it against the file's length. Read no tensor.
 
@@ -47,7 +67,7 @@ def read_header(path: Path) -> Header:
         CheckpointError: the file is missing, is not safetensors, or is truncated.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             prefix = file.read(8)
             header_bytes = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or header_bytes > MAX_HEADER_BYTES:

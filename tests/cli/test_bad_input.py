@@ -5,7 +5,9 @@ test_stage_failures.py.
 """
 
 import json
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,6 +221,14 @@ def test_a_damaged_k25_model_is_refused(model: Path, capsys: pytest.CaptureFixtu
 def test_a_missing_model_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "/none is not a folder: give the folder of a checkpoint, or a repository on the Hub"
     check_refusal(["--model", str(tmp_path / "none"), "Hello"], words, capsys)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="needs Linux: APFS refuses such names")
+def test_a_model_folder_whose_path_is_not_utf_8_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = model.rename(tmp_path / os.fsdecode(b"model-\xff"))
+    check_refusal(["--model", str(folder), "Hello"], r"error: the path .*model-\ufffd is not UTF-8", capsys)
 
 
 REQUESTS: dict[str, tuple[list[str], str]] = {

@@ -37,7 +37,7 @@ def test_json_output_continues_after_a_restart_and_reports_the_restart_in_one_li
         and "ended with signal 9: it was killed, possibly by the out-of-memory killer" in restart["reason"]
     )
     assert [line for line in lines if "token" in line] == [line for line in alone if "token" in line]
-    assert b"all stages start again in 1 s (1 of at most 3 times in a row)" in reported
+    assert b"all stages start again in 1 s (1 of at most 3 within 10 minutes of each other)" in reported
     assert wait_until_gone(below, 0) == []
 
 

@@ -26,7 +26,7 @@ def works(command: Sequence[str]) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not works(NO_ENTRY), reason="needs Linux, util-linux 2.38 and user namespaces")
+@pytest.mark.skipif(not works(NO_ENTRY), reason="needs Linux: user namespaces, and unshare of util-linux 2.38")
 def test_a_user_without_home_and_passwd_entry_gets_an_answer(command_line: CommandLine) -> None:
     environment = {name: value for name, value in command_line.environment().items() if "HOME" not in name}
     done = subprocess.run([*NO_ENTRY, *ANSWER], env=environment, cwd="/", capture_output=True, text=True, timeout=60)
@@ -35,7 +35,7 @@ def test_a_user_without_home_and_passwd_entry_gets_an_answer(command_line: Comma
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not works(NO_ENTRY), reason="needs Linux, util-linux 2.38 and user namespaces")
+@pytest.mark.skipif(not works(NO_ENTRY), reason="needs Linux: user namespaces, and unshare of util-linux 2.38")
 def test_a_user_without_home_and_passwd_entry_can_chat_on_a_terminal(command_line: CommandLine, tmp_path: Path) -> None:
     environment = {name: value for name, value in command_line.environment().items() if "HOME" not in name}
     terminal, inner = os.openpty()
@@ -55,7 +55,7 @@ def test_a_user_without_home_and_passwd_entry_can_chat_on_a_terminal(command_lin
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not works(NO_RAISING), reason="needs Linux and setpriv of util-linux")
+@pytest.mark.skipif(not works(NO_RAISING), reason="needs Linux: setpriv of util-linux")
 def test_a_low_hard_limit_of_open_files_is_named(command_line: CommandLine) -> None:
     command = ["sh", "-c", 'ulimit -n 1024; exec "$@"', "sh", *NO_RAISING, *ANSWER]
     done = subprocess.run(command, env=command_line.environment(), capture_output=True, text=True, timeout=60)
@@ -64,7 +64,7 @@ def test_a_low_hard_limit_of_open_files_is_named(command_line: CommandLine) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full: run on Linux")
 def test_a_full_disk_for_standard_output_is_named_and_the_chat_is_kept(tmp_path: Path) -> None:
     command_line = CommandLine(tmp_path)  # a home folder with no other chats
     with Path("/dev/full").open("wb") as full:

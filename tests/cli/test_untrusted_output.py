@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from mlx_k2.builtin import BUILTIN_FOLDER
 from tests.cli.command import MLX_K2, CommandLine
 from tests.cli.untrusted_output import END, WAYS
+from tests.examples import scaled
 
 OURS = re.compile(
     r"\x1b\[(?:\?25[lh]|[0-9]*A|2K|1A|[0-9;]*m)|\r"  # cursor on and off, up, erase the line; colours; line start
@@ -41,6 +42,7 @@ PAYLOADS = (
     "`\x1b[2J`",
     "\ud89b\udc1b\n\n",
     "\n```\n\x1b[2J\n```\n",
+    "[/x] [bold]",
     "| a | b |\n|---|---|\n| \x1b[2J | \x9b2J |\n",
 )
 TEXTS = st.one_of(st.sampled_from(PAYLOADS), st.text(st.characters(max_codepoint=0xFF), max_size=8), st.text())
@@ -103,7 +105,7 @@ def check_harmless(output: str) -> None:
 @given(parts=st.lists(TEXTS, max_size=3))
 @example(parts=list(PAYLOADS))
 @example(parts=["See <https://x.y/%1b]52;c;cm0gLXJmIH4K%1b\\>"])
-@settings(max_examples=25)
+@settings(max_examples=scaled(25))
 def test_no_control_sequence_in_what_others_wrote_reaches_the_terminal(
     shown: Shown, way: str, parts: list[str]
 ) -> None:

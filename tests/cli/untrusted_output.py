@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable
 
 from mlx_k2.chat.chat_events import CallEnded, CallStarted, Event
@@ -71,7 +72,25 @@ def errors(parts: list[str]) -> None:
     try:
         raise RuntimeError(text)
     except RuntimeError as error:
-        main._print_traceback(RuntimeError, error, error.__traceback__)
+        sys.excepthook(RuntimeError, error, error.__traceback__)
+    thread = threading.Thread(target=fail, args=[text], name=text)
+    thread.start()
+    thread.join()
+    FailsAtItsEnd(text)
+
+
+def fail(text: str) -> None:
+    raise RuntimeError(text)
+
+
+class FailsAtItsEnd:
+    """An object in whose end an error is raised, which Python reports and ignores."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __del__(self) -> None:
+        raise RuntimeError(self._text)
 
 
 def doctor(parts: list[str]) -> None:
@@ -92,7 +111,7 @@ WAYS: dict[str, Callable[[list[str]], None]] = {
 
 
 def serve() -> None:
-    logging.setLogRecordFactory(main.PrintableRecord)
+    main.print_errors_cleanly()
     with os.fdopen(int(sys.argv[1])) as lines:
         for line in lines:
             asked = json.loads(line)

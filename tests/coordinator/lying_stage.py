@@ -13,7 +13,7 @@ import msgspec
 
 from mlx_k2.guard.guard import run_guard
 from mlx_k2.protocol.framing import Kind, encode_frame
-from mlx_k2.protocol.messages import Connected, FromStage, StepDone
+from mlx_k2.protocol.messages import Connected, FromStage, Hello, Loaded, Prepared, StepDone
 from mlx_k2.sampling import SampledToken
 from mlx_k2.stage import service
 from mlx_k2.stage.service import StageService
@@ -31,6 +31,15 @@ LIES = {
     "nesting": "not a message from a stage: ",
 }
 """The lies, and the start of what is said of the last stage that tells them."""
+
+START_LIES: dict[str, tuple[FromStage, str]] = {
+    "before": (StepDone(0, 0.0), "sent a StepDone, which is not due: it was to start"),
+    "elsewhere": (Prepared(("192.0.2.1:9",), ""), "listens on 192.0.2.1:9, against the hostfile"),
+    "nowhere": (Prepared((), ""), "listens on nowhere, against the hostfile"),
+    "early": (Loaded(0, 0, 0), "sent a Loaded, which is not due: it was to connect to its neighbours"),
+}
+"""Messages in place of the true answer during the start, and what is said of them."""
+_TRUE_ANSWER = {"before": Hello, "elsewhere": Prepared, "nowhere": Prepared, "early": Connected}
 
 
 def lying_python(folder: Path, lie: str) -> str:
@@ -64,6 +73,10 @@ def main(folder: Path) -> None:
 
     class LyingService(StageService):
         def _send(self, message: FromStage) -> None:
+            for lie, (false, _) in START_LIES.items():
+                if isinstance(message, _TRUE_ANSWER[lie]) and (folder / lie).exists():
+                    digest = {"model_digest": message.model_digest} if isinstance(message, Prepared) else {}
+                    message = msgspec.structs.replace(false, **digest)
             for lie in LIES:
                 if isinstance(message, StepDone) and message.number == 3 and (folder / lie).exists():
                     (folder / lie).unlink()

@@ -7,9 +7,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from mlx_k2.errors import ClusterError
+from mlx_k2.errors import ClusterError, ProtocolError
 from tests.cli.command import CommandLine
-from tests.coordinator.lying_stage import LIES, lying_python
+from tests.coordinator.lying_stage import LIES, START_LIES, lying_python
 from tests.local_cluster import local_cluster, local_host, request, write_model
 
 
@@ -26,6 +26,14 @@ def test_a_lie_is_a_fault_that_names_the_stage_and_the_lie(model: Path, tmp_path
     with local_cluster(model, [local_host(), liar]) as cluster, pytest.raises(ClusterError) as caught:
         cluster.tokens(request(8, 40))
     assert re.match(r"stage 1 on this machine .*" + re.escape(LIES[lie]), str(caught.value))
+
+
+@pytest.mark.parametrize("lie", START_LIES)
+def test_a_lie_during_the_start_is_named_at_once(model: Path, tmp_path: Path, lie: str) -> None:
+    liar = msgspec.structs.replace(local_host(), python=lying_python(tmp_path / "liar", lie))
+    words = r"stage 1 on this machine .*" + re.escape(START_LIES[lie][1])
+    with pytest.raises(ProtocolError, match=words), local_cluster(model, [local_host(), liar]):
+        pass
 
 
 @pytest.mark.slow

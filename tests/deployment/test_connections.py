@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from mlx_k2.cluster.hostfile import local_hostfile
+from mlx_k2.cluster.hostfile import Backend, Host, Hostfile
 from mlx_k2.deployment.bring_up import CONNECT_S, check_connections, collect, connect
 from mlx_k2.deployment.deploy import links, prepare
 from mlx_k2.errors import StageFault, StageStartError
@@ -19,18 +19,21 @@ from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.protocol.messages import Connect, Connected, Hello, RingLinks
 from mlx_k2.weights.model_source import BUILTIN, ModelSource
 
-HOSTFILE = local_hostfile(2)
 PROOF = bytes(range(32))
 RETRY_S = 0.1
+TWO_LOOPBACK_ADDRESSES = pytest.mark.skipif(
+    sys.platform != "linux", reason="needs Linux: 127.0.0.2 is an address of loopback there"
+)
 
 
 @contextmanager
-def prepared_group() -> Iterator[tuple[StageGroup, RingLinks]]:
+def prepared_group(ips: tuple[str, ...] = ("127.0.0.1",)) -> Iterator[tuple[StageGroup, RingLinks]]:
     """Yield two real stages that hold their ports, and the links between them."""
+    hostfile = Hostfile(hosts=(Host(ssh="127.0.0.1", ips=ips),) * 2, backend=Backend.RING)
     with StageGroup([StageLocation()] * 2, 20.0, lambda _: None) as group:
         collect(group, Hello, range(2), 60.0, "start")
-        answers = prepare(group, HOSTFILE, [ModelSource(path_or_repo=BUILTIN)] * 2)
-        found = links(HOSTFILE, [answer.addresses for answer in answers])
+        answers = prepare(group, hostfile, [ModelSource(path_or_repo=BUILTIN)] * 2)
+        found = links(hostfile, [answer.addresses for answer in answers])
         assert isinstance(found, RingLinks)
         yield group, found
 
@@ -60,11 +63,19 @@ def relay(listener: socket.socket, address: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_passes_on_what_two_stages_send_is_found_before_anything_is_loaded() -> None:
-    with prepared_group() as (group, found), socket.create_server(("127.0.0.1", 0)) as listener:
+@pytest.mark.parametrize(
+    "ips",
+    [("127.0.0.1",), pytest.param(("127.0.0.1", "127.0.0.2"), marks=TWO_LOOPBACK_ADDRESSES)],
+    ids=["one cable", "the second of two cables"],
+)
+def test_a_process_that_passes_on_what_two_stages_send_is_found_before_anything_is_loaded(
+    ips: tuple[str, ...],
+) -> None:
+    """MLX sends the proof of a hop over the first connection only."""
+    with prepared_group(ips) as (group, found), socket.create_server((ips[-1], 0)) as listener:
         (first, second) = found.addresses
-        threading.Thread(target=relay, args=(listener, second[0]), daemon=True).start()
-        redirected = RingLinks((first, (f"127.0.0.1:{listener.getsockname()[1]}",)))
+        threading.Thread(target=relay, args=(listener, second[-1]), daemon=True).start()
+        redirected = RingLinks((first, (*second[:-1], f"{ips[-1]}:{listener.getsockname()[1]}")))
         group.send(0, Connect(redirected, PROOF, None))
         group.send(1, Connect(found, None, PROOF))
         answers = collect(group, Connected, range(2), CONNECT_S, "connect")  # the proof itself was passed on
@@ -73,7 +84,7 @@ def test_a_process_that_passes_on_what_two_stages_send_is_found_before_anything_
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, where 127.0.0.2 is an address of loopback, too")
+@TWO_LOOPBACK_ADDRESSES
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stranger_who_connects_first_and_sends_nothing_is_named_at_once(rank: int) -> None:
     """Rank 0 accepts the stranger and then cannot reach its neighbour. Rank 1 reaches a neighbour of ours first."""

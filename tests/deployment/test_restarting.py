@@ -12,11 +12,11 @@ import pytest
 from mlx_k2.coordinator.engine import Engine, engine_on
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
-from mlx_k2.errors import StageFault, StageStartError
+from mlx_k2.errors import NotFinite, StageFault, StageStartError
 from mlx_k2.scheduling.request import Request
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files
-from tests.local_cluster import local_request, marked_host, request, stage_process, together, write_model
+from tests.local_cluster import local_host, local_request, marked_host, request, stage_process, together, write_model
 from tests.processes import started_processes
 
 ASKED = (request(90, 60, seed=5), request(7, 80, temperature=0))
@@ -116,6 +116,19 @@ def test_a_stage_that_cannot_start_again_is_named_after_the_restart_limit(model:
             list(events)
     assert [restart.number for restart in run.restarts] == [1, 2]
     assert "did not start" in run.restarts[1].reason
+
+
+@pytest.mark.slow
+def test_nan_is_restarted_once_also_after_another_fault_and_is_then_final(model: Path) -> None:
+    restarts: set[tuple[int, str]] = set()
+    asked = local_request(model, [local_host()])
+    description = describe_model(read_model_files(asked.source).files, str(model))
+    with RestartingDeployment(asked, description, DeploymentListener(), limit=5, first_wait_s=0.05) as deployment:
+        for error in (StageFault("killed", 0), NotFinite("NaN in step 3", 0)):
+            deployment.restart(error, lambda restart, _: restarts.add((restart.number, restart.reason)))
+        with pytest.raises(NotFinite, match=r"NaN in step 9 \(given up after 2 restarts\)"):
+            deployment.restart(NotFinite("NaN in step 9", 0), lambda restart, _: pytest.fail(restart.reason))
+    assert restarts == {(1, "killed"), (2, "NaN in step 3")}
 
 
 @dataclass

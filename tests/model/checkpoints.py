@@ -44,15 +44,21 @@ def read_config(folder: Path) -> ModelConfig:
     return ModelConfig.from_json((folder / "config.json").read_bytes(), str(folder / "config.json"))
 
 
-def planted(folder: Path, copy: Path, name: str, value: int) -> Path:
-    """Return a copy of a checkpoint whose tensor ``name`` has ``value`` as its last element. Other files are links."""
+def planted(folder: Path, copy: Path, name: str, value: int, *, first: bool = False) -> Path:
+    """Return a copy of a checkpoint with ``value`` as the last element of tensor ``name``, or as its first one.
+
+    ``value`` is a bfloat16, or the upper half of a float32. Other files are links.
+    """
     copy.mkdir()
     for file in folder.iterdir():
         (copy / file.name).symlink_to(file)
     path = copy / CheckpointIndex.from_json(read_index_json(folder), str(folder)).weight_map[name]
     data = bytearray(path.read_bytes())
     header = read_header(path)
-    end = header.data_start + header.tensors[name].data_offsets[1]
+    tensor = header.tensors[name]
+    end = header.data_start + (
+        tensor.data_offsets[0] + {"BF16": 2, "F32": 4}[tensor.dtype] if first else tensor.data_offsets[1]
+    )
     data[end - 2 : end] = value.to_bytes(2, "little")
     path.unlink()
     path.write_bytes(data)

@@ -5,14 +5,19 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mlx_k2.config import ModelConfig
+from mlx_k2.errors import ConfigError
 from mlx_k2.model.attention import make_rope
 from mlx_k2.weights.config_fields import thinking_config_fields
 from tests.weights.made_up import config_of
 
 THETA, FACTOR, ORIGINAL_POSITIONS, DIMS = 50000.0, 64.0, 4096, 64
+ALLOWED = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+NUMBERS = st.floats(1e-6, 1e6) | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-2, 2).map(float)
 POSITIONS = (0, 1, 5, 63, 4095, 4096, 100_000, 200_000)
 
 
@@ -53,6 +58,26 @@ def test_yarn_frequencies_have_a_step_for_beta_fast_1_and_a_ramp_for_32() -> Non
     assert np.allclose(ramp[:9], 1)
     assert np.allclose(ramp[20:], 1 / FACTOR)
     assert np.all(np.diff(ramp[8:21]) < 0)
+
+
+@given(
+    st.fixed_dictionaries(
+        dict.fromkeys(("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "rope_theta"), NUMBERS)
+        | {"original_max_position_embeddings": st.integers(-1, 10**10)}
+    )
+)
+@example(dict.fromkeys(ALLOWED, 1.0) | {"rope_theta": 1.001, "original_max_position_embeddings": 1})
+@example(dict.fromkeys(ALLOWED, 1e6) | {"rope_theta": 1e12, "original_max_position_embeddings": 10**9})
+@example(dict.fromkeys(ALLOWED, 0.0) | {"rope_theta": 1.0, "original_max_position_embeddings": 1})
+def test_numbers_of_yarn_are_refused_with_the_config_or_give_a_rotation(scaling: dict[str, float]) -> None:
+    fields = thinking_config_fields()
+    fields["rope_scaling"] |= scaling
+    try:
+        config = config_of(fields)
+    except ConfigError:
+        return
+    make_rope(config)
+    assert math.isfinite(config.softmax_scale)
 
 
 @pytest.mark.parametrize("beta_fast", [1.0, 32.0])

@@ -1,5 +1,6 @@
 """Tests of NaN and infinity: in the tensors that are checked while loading, and in those that a step uses."""
 
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -7,17 +8,27 @@ import numpy as np
 import pytest
 
 from mlx_k2.errors import CheckpointError, NotFinite
+from mlx_k2.kernels.stack import AffineStack
+from mlx_k2.model.layer_weights import MoeWeights
+from mlx_k2.protocol.messages import Load
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.microbatch import Row
+from mlx_k2.stage.loading import StageLoader
+from mlx_k2.stage.transport import NoNeighbours
+from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.index import CheckpointIndex, read_index_json
+from mlx_k2.weights.inventory import model_specs
+from mlx_k2.weights.model_files import read_model_files
+from mlx_k2.weights.model_source import ModelSource
 from mlx_k2.weights.reader import ShardReader
-from tests.model.checkpoints import Checkpoint, planted, read_config
+from tests.model.checkpoints import VOCAB_SIZE, Checkpoint, planted, read_config
 from tests.stage.pipeline import Pipeline
 
 pytestmark = pytest.mark.usefixtures("as_a_stage_on_a_cpu")
 
 NAN, INFINITY = 0x7FC0, 0x7F80
 """As bfloat16, and as the upper half of a float32."""
+NUM_EXPERTS, EXPERTS_PER_TOKEN = 16, 4
 ROW = Row(0, 0, (5, 6, 7), True, Sampling(seed=1, temperature=0))
 ALWAYS_CHECKED = (
     "model.embed_tokens.weight",
@@ -29,6 +40,7 @@ ALWAYS_CHECKED = (
     "model.layers.4.mlp.gate.weight",
     "model.layers.4.mlp.gate.e_score_correction_bias",
     "model.layers.5.mlp.experts.13.gate_proj.weight_scale",
+    "model.layers.3.mlp.experts.7.up_proj.weight_scale",
     "model.layers.5.mlp.experts.0.down_proj.weight_scale",
 )
 USED_BY_A_STEP = {
@@ -37,7 +49,11 @@ USED_BY_A_STEP = {
     "model.layers.2.self_attn.kv_a_proj_with_mqa.weight": "layer 2",
     "model.layers.3.self_attn.kv_b_proj.weight": "layer 3",
     "model.layers.4.self_attn.o_proj.weight": "layer 4",
+    "model.layers.0.mlp.gate_proj.weight": "layer 0",
     "model.layers.0.mlp.up_proj.weight": "layer 0",
+    "model.layers.0.mlp.down_proj.weight": "layer 0",
+    "model.layers.1.mlp.shared_experts.gate_proj.weight": "layer 1",
+    "model.layers.2.mlp.shared_experts.up_proj.weight": "layer 2",
     "model.layers.6.mlp.shared_experts.down_proj.weight": "layer 6",
     "lm_head.weight": "the head",
 }
@@ -76,13 +92,124 @@ def test_check_weights_refuses_every_other_tensor(
 
 
 @pytest.mark.parametrize("value", [NAN, INFINITY], ids=["NaN", "infinity"])
+@pytest.mark.parametrize("first", [True, False], ids=["first element", "last element"])
 @pytest.mark.parametrize(("name", "origin"), USED_BY_A_STEP.items())
 def test_a_step_that_uses_the_tensor_names_the_first_layer_and_gives_no_token(
-    checkpoint: Checkpoint, tmp_path: Path, name: str, origin: str, value: int
+    checkpoint: Checkpoint, tmp_path: Path, name: str, origin: str, first: bool, value: int
 ) -> None:
-    pipeline = Pipeline(planted(checkpoint("thinking"), tmp_path / "model", name, value), 3)
+    pipeline = Pipeline(planted(checkpoint("thinking"), tmp_path / "model", name, value, first=first), 3)
     with pytest.raises(NotFinite, match=rf"NaN or infinity in step 1, first in {origin}: its weights"):
         pipeline.step(ROW)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(seed=1, top_p=0.9, min_p=0.1, top_k=5, repetition_penalty=1.2, num_logprobs=3),
+        Sampling(seed=1, temperature=0.5),
+    ],
+    ids=["filters", "temperature"],
+)
+def test_nan_in_the_logits_is_named_with_any_sampling_and_token_mask(
+    checkpoint: Checkpoint, tmp_path: Path, sampling: Sampling
+) -> None:
+    pipeline = Pipeline(planted(checkpoint("thinking"), tmp_path / "model", "lm_head.weight", NAN), 2)
+    mask = bytes([1]) + bytes(VOCAB_SIZE // 8 - 1)  # NaN is in the logit of the last token, which it excludes
+    row = Row(0, 0, (5, 6, 7), True, sampling, recent_ids=(5, 6), token_mask=mask)
+    with pytest.raises(NotFinite, match="first in the head"):
+        pipeline.step(row)
+
+
+def test_the_tests_above_plant_in_each_kind_of_tensor_with_floats(checkpoint: Checkpoint) -> None:
+    """A kind is a name without the numbers of layers and experts. The other kinds hold integers."""
+    specs = model_specs(read_config(checkpoint("thinking")))
+    kinds = {re.sub(r"\d+", "N", spec.name) for spec in specs if spec.dtype in ("BF16", "F32")}
+    planted_in = {re.sub(r"\d+", "N", name) for name in (*ALWAYS_CHECKED, *USED_BY_A_STEP)}
+    assert kinds == planted_in
+
+
+@pytest.mark.parametrize("value", [NAN, INFINITY], ids=["NaN", "infinity"])
+@pytest.mark.parametrize("name", USED_BY_A_STEP)
+def test_dense_bits_check_every_tensor_because_mx_quantize_hides_nan(
+    checkpoint: Checkpoint, tmp_path: Path, name: str, value: int
+) -> None:
+    folder = planted(checkpoint("thinking"), tmp_path / "model", name, value)
+    source = ModelSource(path_or_repo=str(folder))
+    description = describe_model(read_model_files(source).files, str(folder))
+    loader = StageLoader(description, source, lambda _: None, lambda *_: None)
+    message = Load(0, 7, "float32", num_slots=1, context_tokens=64, needed_bytes=0, dense_bits=8)
+    with pytest.raises(CheckpointError, match=rf"\.safetensors: {name} has NaN or infinity"):
+        loader.load(message, NoNeighbours())
+
+
+ONE_TOKEN = Row(0, 0, (5,), True, Sampling(seed=1, temperature=0, num_logprobs=50))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf], ids=["NaN", "infinity"])
+@pytest.mark.parametrize("scale", ["gate_scale", "up_scale", "down_scale"])
+def test_an_expert_broken_in_memory_is_named_by_a_step_that_uses_it_and_changes_no_other_step(
+    checkpoint: Checkpoint, scale: str, value: float
+) -> None:
+    """A step uses an expert if the log-probabilities change when the expert's scales are zero."""
+    undamaged = Pipeline(checkpoint("thinking"), 2).tokens(ONE_TOKEN)
+    used = set()
+    for expert in range(NUM_EXPERTS):
+        pipeline = Pipeline(checkpoint("thinking"), 2)
+        experts = experts_of_layer_5(pipeline)
+        kept = mx.array(experts.experts.gate_scale), mx.array(experts.gate_bias)
+        experts.experts.gate_scale[expert] = experts.gate_bias[expert] = 0.0
+        is_used = pipeline.tokens(ONE_TOKEN) != undamaged
+        experts.experts.gate_scale[:], experts.gate_bias[:] = kept
+        getattr(experts.experts, scale)[expert, 0, 0] = value
+        if is_used:
+            used.add(expert)
+            with pytest.raises(NotFinite, match="NaN or infinity in step 2, first in layer 5"):
+                pipeline.tokens(ONE_TOKEN)
+        else:
+            assert pipeline.tokens(ONE_TOKEN) == undamaged
+    assert len(used) == EXPERTS_PER_TOKEN
+
+
+def test_the_last_stage_names_a_layer_also_in_a_step_that_samples_nothing_of_the_prompt(
+    checkpoint: Checkpoint,
+) -> None:
+    """Some experts are used by the part of the prompt and not by the other request, whose logits are then finite."""
+    other, part = Row(1, 0, (9,), True, Sampling(seed=1)), Row(0, 0, ROW.token_ids, True, None)
+    used: dict[tuple[Row, ...], set[int]] = {}
+    for rows in ((other,), (part,), (other, part)):
+        used[rows] = set()
+        for expert in range(NUM_EXPERTS):
+            pipeline = Pipeline(checkpoint("thinking"), 2)
+            experts_of_layer_5(pipeline).experts.gate_scale[expert] = np.nan
+            try:
+                pipeline.step(*rows)
+            except NotFinite as error:
+                assert "first in layer 5" in str(error)
+                used[rows].add(expert)
+    assert len(used[(other,)]) == EXPERTS_PER_TOKEN
+    assert used[(part,)] - used[(other,)]
+    assert used[(other, part)] == used[(other,)] | used[(part,)]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf], ids=["NaN", "infinity"])
+def test_a_row_of_the_embedding_broken_in_memory_is_named_by_a_step_with_its_token_only(
+    checkpoint: Checkpoint, value: float
+) -> None:
+    pipeline = Pipeline(checkpoint("thinking"), 2)
+    undamaged = pipeline.tokens(ONE_TOKEN)
+    embedding = pipeline.runners[0]._model._embedding
+    assert embedding is not None
+    embedding[6, 0] = value
+    assert pipeline.tokens(ONE_TOKEN) == undamaged
+    with pytest.raises(NotFinite, match="NaN or infinity in step 3, first in the embedding"):
+        pipeline.tokens(ROW)
+
+
+def experts_of_layer_5(pipeline: Pipeline) -> AffineStack:
+    """Return the routed experts of layer 5, which the second of two stages holds with layers 3 to 6."""
+    feed_forward = pipeline.runners[1]._model._layers[2].feed_forward
+    assert isinstance(feed_forward, MoeWeights) and isinstance(feed_forward.experts, AffineStack)
+    return feed_forward.experts
 
 
 def test_the_sum_of_large_finite_values_is_finite() -> None:

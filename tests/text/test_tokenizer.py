@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_k2.errors import TokenizerError
-from mlx_k2.text.tokenizer import bounded_parts, load_tokenizer
+from mlx_k2.text.tokenizer import bounded_parts, load_tokenizer, slices
 from tests.text.fixtures import BYTES, FILES, VOCAB_SIZE, decoded, tiktoken_files, tokenizer
 
 NAMES = ["[BOS]", "[EOS]", "<|im_end|>", "<|im_user|>", "<think>", "</think>", "<|reserved_token_799|>"]
@@ -158,6 +158,22 @@ def test_text_is_split_only_at_25_000_character_runs_and_400_000_characters() ->
     assert list(bounded_parts("word " * 20_000)) == ["word " * 20_000]
     assert [len(part) for part in bounded_parts("a" * 60_001)] == [25_000, 25_000, 10_001]
     assert [len(part) for part in bounded_parts("a b " * 100_001)] == [400_000, 4]
+
+
+characters = st.sampled_from("ab Z'sé汉1.,!\r\n\t\u00a0\u3000\x1c\x85\u2028\u0301") | st.characters(codec="utf-8")
+
+
+@given(st.text(characters, max_size=60), st.integers(1, 5))
+def test_the_ids_of_slices_are_those_of_the_whole_text(text: str, shortest: int) -> None:
+    parts = list(slices(text, shortest))
+    whole = tokenizer().encode_text(text)
+    assert "".join(parts) == text
+    assert [number for part in parts for number in tokenizer().encode_text(part)] == whole
+
+
+def test_prose_and_code_are_cut_into_slices_of_about_the_shortest_length() -> None:
+    for text in ("some plain words " * 10_000, "x = [1, 2]\n" * 10_000):
+        assert all(16_384 <= len(part) < 16_500 for part in list(slices(text))[:-1])
 
 
 @pytest.mark.timeout(20)

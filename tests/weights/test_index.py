@@ -1,6 +1,7 @@
 """Tests of the checkpoint index, and of the checks that refuse a checkpoint before any of it is loaded."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from mlx_k2.config import ModelConfig
 from mlx_k2.errors import CheckpointError
 from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.tiny_config import as_kimi_k25, tiny_config_fields
+from mlx_k2.weights.checkpoint import locate_tensors, read_small_files
 from mlx_k2.weights.index import CheckpointIndex, check_file, check_names, model_digest, read_index_json
 from mlx_k2.weights.inventory import TensorSpec, layer_specs, model_specs, shard_specs
+from mlx_k2.weights.manifest import identify
 from mlx_k2.weights.safetensors_file import write_file
 from tests.weights.made_up import VOCAB_SIZE, config_of, write_tiny
 
@@ -25,6 +28,7 @@ JSON_VALUES = st.recursive(
     ),
     max_leaves=6,
 )
+SHARD = "model-00003-of-000008.safetensors"
 NORM = TensorSpec("model.norm.weight", "BF16", (8,))
 
 
@@ -54,6 +58,28 @@ def rewrite_header(path: Path, change: dict[str, Any]) -> None:
     header[NORM.name] |= change
     raw = json.dumps(header).encode()
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + data[end:])
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tiktoken.model", "model.safetensors.index.json", SHARD, "mlx-k2-manifest.json"]
+)
+def test_a_pipe_or_a_device_in_a_checkpoint_is_refused(
+    tiny: tuple[Path, ModelConfig], tmp_path: Path, name: str, kind: str
+) -> None:
+    folder, config = tiny
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=f"cannot read .*{name}: it is not a regular file"):
+        read_small_files(tmp_path)
+        locate_tensors(tmp_path, index_of(tmp_path), model_specs(config))
+        identify([tmp_path / SHARD])
 
 
 def test_a_shard_needs_the_files_of_its_layers_and_no_others(tiny: tuple[Path, ModelConfig]) -> None:
