@@ -1,17 +1,23 @@
 """One reply to a prompt: the request for it, and the complete reply as programs and files get it. Knows no terminal."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
+from mlx_k2.chat.chat_session import ReplySettings
 from mlx_k2.chat.sampling_options import SamplingOptions, reply_settings
 from mlx_k2.coordinator.answer_summary import AnswerSummary
+from mlx_k2.coordinator.handle import Token
 from mlx_k2.coordinator.jobs import Submission
+from mlx_k2.errors import RequestError
+from mlx_k2.sampling import derived_seed
 from mlx_k2.text.history import assistant_message
 from mlx_k2.text.message import Message
 from mlx_k2.text.prompt import render_prompt
 from mlx_k2.text.reply_parts import Reply
+from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 
@@ -77,16 +83,76 @@ def submission_of(
     Raises:
         RequestError, TokenizerError: it cannot be served; gives the reason.
     """
+    return submission(frontend, prompt_of(frontend, messages, options, tools), options, tools)
+
+
+def prompt_of(
+    frontend: ModelFrontend,
+    messages: Sequence[Message],
+    options: SamplingOptions,
+    tools: Sequence[Mapping[str, object]] = (),
+) -> list[int]:
+    """Return the prompt of a reply to ``messages``. Errors are those of ``submission_of``."""
     template = frontend.template
-    variables = options.mode.variables(template)
-    return submission(frontend, render_prompt(template, frontend.tokenizer, messages, tools, **variables), options)
+    return render_prompt(template, frontend.tokenizer, messages, tools, **options.mode.variables(template))
 
 
-def submission(frontend: ModelFrontend, prompt_ids: Sequence[int], options: SamplingOptions) -> Submission:
+def submission(
+    frontend: ModelFrontend,
+    prompt_ids: Sequence[int],
+    options: SamplingOptions,
+    tools: Sequence[Mapping[str, object]] = (),
+) -> Submission:
     """Return the request for a reply to a prompt of token ids. Errors are those of ``submission_of``."""
-    settings = reply_settings(options, frontend)
-    request = settings.request(frontend.tokenizer, prompt_ids)
-    return Submission(request, settings.policy(frontend.tokenizer, request))
+    if options.num_answers > 1:
+        raise RequestError(f"{options.num_answers} answers were asked for, and this call returns one: leave n out")
+    return submissions(reply_settings(options, frontend, tools), frontend, prompt_ids)[0]
+
+
+def submissions(
+    settings: ReplySettings, frontend: ModelFrontend, prompt_ids: Sequence[int], num_answers: int = 1
+) -> list[Submission]:
+    """Return the requests for several replies to one prompt, each with a seed of its own.
+
+    The first one has the seed of the settings. Requests that are submitted together compute the prompt once.
+
+    Raises:
+        RequestError: they can never run.
+    """
+    tokenizer, sampling = frontend.tokenizer, settings.sampling
+    seeds = [sampling.seed, *(derived_seed(sampling.seed, index) for index in range(1, num_answers))]
+    requests = [
+        replace(settings, sampling=msgspec.structs.replace(sampling, seed=seed)).request(tokenizer, prompt_ids)
+        for seed in seeds
+    ]
+    return [Submission(request, settings.policy(tokenizer, request)) for request in requests]
+
+
+class LikelyToken(msgspec.Struct, frozen=True, kw_only=True):
+    """A token and its log-probability. ``bytes`` may be part of a character; ``text`` has U+FFFD for it."""
+
+    token: int
+    text: str
+    bytes: tuple[int, ...]
+    logprob: float | None
+    """None for a token that was not sampled, because there was no alternative."""
+
+
+class SampledLogprob(LikelyToken, frozen=True, kw_only=True):
+    """A token of a reply, and the most likely tokens at its position."""
+
+    top: tuple[LikelyToken, ...]
+
+
+def sampled_logprob(tokenizer: Tokenizer, token: Token) -> SampledLogprob:
+    """Return the log-probabilities of a token of a reply."""
+
+    def fields(token_id: int, logprob: float | None) -> dict[str, Any]:
+        data = tokenizer.token_bytes(token_id)
+        return {"token": token_id, "text": data.decode(errors="replace"), "bytes": tuple(data), "logprob": logprob}
+
+    top = tuple(LikelyToken(**fields(token_id, logprob)) for token_id, logprob in token.top)
+    return SampledLogprob(**fields(token.token_id, token.logprob), top=top)
 
 
 def completion_of(reply: Reply, summary: AnswerSummary, num_calls_before: int = 0) -> Completion:

@@ -124,7 +124,7 @@ def _chat(
     keyboard = choose_keyboard(list(HELP), usage.status)
     asked = options.conversation.tools
     approval = ToolApproval(screen, keyboard, asked.allowed_tools, everything=asked.yes)
-    settings = options.conversation.settings(frontend)
+    settings = options.conversation.settings(frontend, tools)
     toolkit = None if tools is None else Toolkit(tools, approval)
 
     def show_idle_restart(restart: Restart, phase: str) -> None:
@@ -158,7 +158,7 @@ def _chat(
         )
         if transcript is not None:
             transcript.write({"started": {"mlx-k2": __version__, "model": name.name, "digest": name.digest}})
-        for line in opening_lines(options.cluster, frontend):
+        for line in (*opening_lines(options.cluster, frontend), *settings.warnings):
             screen.log(line)
         screen.log(f"{name.name} · /help lists the commands, Ctrl-D leaves")
         try:

@@ -5,7 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
@@ -80,6 +88,7 @@ class ConsoleListener(DeploymentListener):
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(),
+            TransferSpeedColumn(),
             TimeElapsedColumn(),
             console=console,
             transient=True,

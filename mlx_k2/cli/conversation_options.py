@@ -17,10 +17,24 @@ class ConversationOptions(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingOptions
     tools: ToolOptions
 
-    def settings(self, frontend: ModelFrontend, num_logprobs: int | None = None) -> ReplySettings:
-        """Return the settings of replies."""
-        max_tool_calls = self.tools.max_tool_calls
-        return reply_settings(self.sampling, frontend, max_tool_calls=max_tool_calls, num_logprobs=num_logprobs)
+    def settings(
+        self, frontend: ModelFrontend, tools: Tools | None = None, num_logprobs: int | None = None
+    ) -> ReplySettings:
+        """Return the settings of replies. Without ``tools`` the choice of a tool is not checked yet.
+
+        Raises:
+            RequestError: a schema or a grammar cannot be used, or the chosen tool is not declared.
+        """
+        sampling = self.sampling
+        if tools is None and self.tools.is_given:
+            sampling = msgspec.structs.replace(sampling, tool_choice=None)
+        return reply_settings(
+            sampling,
+            frontend,
+            () if tools is None else tools.declarations,
+            max_tool_calls=self.tools.max_tool_calls,
+            num_logprobs=num_logprobs,
+        )
 
     def begin(self, frontend: ModelFrontend, tools: Tools | None) -> Conversation:
         """Return a conversation without messages of the user or the model.

@@ -6,11 +6,13 @@ import click
 
 from mlx_k2.chat.chat_events import Event
 from mlx_k2.chat.chat_session import ChatSession, Toolkit
+from mlx_k2.chat.completion import submissions
 from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.console import ConsoleListener, log, opening_lines, show_dry_run
 from mlx_k2.cli.generate_file import WANTED_SLOTS, generate_many
 from mlx_k2.cli.generate_options import GenerateOptions
 from mlx_k2.cli.options import (
+    answer_options,
     cluster_options,
     draft_option,
     run_options,
@@ -23,17 +25,17 @@ from mlx_k2.cli.output import JsonOutput, TextOutput
 from mlx_k2.cli.repl.keyboard import LineKeyboard
 from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
+from mlx_k2.cli.several_answers import show_answers
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.answer_summary import total
 from mlx_k2.coordinator.engine import Engine, engine_on
 from mlx_k2.coordinator.handle import Finished
-from mlx_k2.coordinator.reply_policy import ReplyPolicy
+from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.deployment.cluster_options import deployment_request, open_source
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import CheckpointError
-from mlx_k2.scheduling.request import Request
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.model_frontend import ModelFrontend
 
@@ -45,6 +47,7 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 @click.option("--raw", is_flag=True, help="Send PROMPT as it is, without the chat template.")
 @token_ids_option
 @sampling_options
+@answer_options
 @click.option(
     "--prompts",
     "prompts_path",
@@ -61,7 +64,11 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 @run_options
 @tool_options
 @click.option(
-    "--logprobs", "num_logprobs", type=int, metavar="N", help="With --json: log-probabilities, and of the top N tokens."
+    "--logprobs",
+    "num_logprobs",
+    type=int,
+    metavar="N",
+    help="With --json or --prompts: log-probabilities, and of the top N tokens.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line: each token, then a summary.")
 @click.option("--dry-run", is_flag=True, help="Show hosts, layers, bytes and files; start nothing.")
@@ -84,7 +91,9 @@ def command(options: GenerateOptions) -> None:
     The answer goes to stdout as it is sampled, everything else to stderr: thinking, tool calls, what it took. The exit
     code is 2 when something was wrong before anything was started, 1 when it went wrong later, 130 after Ctrl-C.
     """  # noqa: D301  # click reads the escape
-    request = deployment_request(options.cluster, WANTED_SLOTS if options.prompts_path is not None else 1)
+    num_answers = options.conversation.sampling.num_answers
+    num_slots = WANTED_SLOTS if options.prompts_path is not None else min(num_answers, WANTED_SLOTS)
+    request = deployment_request(options.cluster, num_slots)
     for line in request.hostfile.warnings:
         log(line)
     request, model = open_source(request)
@@ -107,7 +116,7 @@ def _generate(options: GenerateOptions, request: DeploymentRequest, model: Model
     text = options.read_prompt()
     if model is not None:  # refuse a bad request before any stage is started
         shape, _ = preview(request, model)
-        first_request(options, text, ModelFrontend(model, shape.context_tokens))
+        first_submissions(options, text, ModelFrontend(model, shape.context_tokens))
     with (
         opened_tools(options.conversation.tools) as tools,
         ConsoleListener(options.verbose) as listener,
@@ -127,6 +136,10 @@ def _answer(options: GenerateOptions, restarting: RestartingDeployment, text: st
         engine_on(deployment, drafts=options.drafts, on_report=restarting.on_report, restarts=restarting) as engine,
     ):
         output.screen.wait("reading the prompt")
+        if options.conversation.sampling.num_answers > 1:
+            asked = first_submissions(options, text, frontend)
+            show_answers(engine, frontend.tokenizer, asked, as_json=options.as_json)
+            return
         summaries = output.show(_events(options, engine, frontend, text, tools, output.screen))
         output.summary(total(summaries), restarting.deployment, engine.use)
 
@@ -147,19 +160,26 @@ def _events(
 ) -> Iterator[Event]:
     """Return the events of the answer to a raw prompt, or to the first message of a conversation."""
     if options.is_raw:
-        return _raw_events(engine, frontend, first_request(options, text, frontend))
+        (submission,) = first_submissions(options, text, frontend)
+        return _raw_events(engine, submission)
     toolkit = None
     if tools is not None:
         asked = options.conversation.tools
         approval = ToolApproval(screen, LineKeyboard(), asked.allowed_tools, everything=asked.yes)
         toolkit = Toolkit(tools, approval)
     conversation = options.conversation.begin(frontend, tools)
-    settings = options.conversation.settings(frontend, options.num_logprobs)
+    settings = options.conversation.settings(frontend, tools, options.num_logprobs)
+    for line in settings.warnings:
+        log(line)
     return ChatSession(engine, frontend.tokenizer, conversation, settings, toolkit).send_message(text)
 
 
-def first_request(options: GenerateOptions, text: str, frontend: ModelFrontend) -> Request:
-    """Return the request for the first reply."""
+def first_submissions(options: GenerateOptions, text: str, frontend: ModelFrontend) -> list[Submission]:
+    """Return the requests for the first reply, one for each of --num-answers.
+
+    Raises:
+        RequestError, TokenizerError: they cannot be served; gives the reason.
+    """
     if options.token_ids is not None:
         prompt_ids = list(options.token_ids)
     elif options.raw:
@@ -168,9 +188,10 @@ def first_request(options: GenerateOptions, text: str, frontend: ModelFrontend) 
         conversation = options.conversation.begin(frontend, None)
         conversation.add_user(text)
         prompt_ids = conversation.prompt_ids()
-    return options.conversation.settings(frontend, options.num_logprobs).request(frontend.tokenizer, prompt_ids)
+    settings = options.conversation.settings(frontend, num_logprobs=options.num_logprobs)
+    return submissions(settings, frontend, prompt_ids, options.conversation.sampling.num_answers)
 
 
-def _raw_events(engine: Engine, frontend: ModelFrontend, request: Request) -> Iterator[Event]:
-    for event in engine.submit(request, ReplyPolicy(frontend.tokenizer, request)).events():
+def _raw_events(engine: Engine, submission: Submission) -> Iterator[Event]:
+    for event in engine.submit(submission.request, submission.policy).events():
         yield event.summary if isinstance(event, Finished) else event

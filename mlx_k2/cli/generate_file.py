@@ -7,11 +7,13 @@ import click
 import msgspec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mlx_k2.chat.completion import completion_of, submission, submission_of
+from mlx_k2.chat.completion import prompt_of, submissions
+from mlx_k2.chat.sampling_options import MAX_ANSWERS, reply_settings
 from mlx_k2.cli.console import ConsoleListener, console, log, log_restart, opening_lines
 from mlx_k2.cli.generate_options import GenerateOptions
-from mlx_k2.cli.prompt_files import PromptLine, line_seed, read_prompt_lines, run_digest
+from mlx_k2.cli.prompt_files import PromptLine, read_prompt_lines, run_digest
 from mlx_k2.cli.result_file import ResultFile
+from mlx_k2.cli.several_answers import answer_fields
 from mlx_k2.coordinator.batch_results import BatchResult, answer_all
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.coordinator.jobs import Submission
@@ -19,6 +21,7 @@ from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import SetupError
+from mlx_k2.sampling import derived_seed
 from mlx_k2.text.chat_template import ChatTemplate
 from mlx_k2.text.history import num_calls
 from mlx_k2.text.history_reader import read_history
@@ -74,7 +77,7 @@ def result_digests(
     """Return the number of each line by the digest of all that its result depends on."""
     cluster, conversation = options.cluster, options.conversation
     run = (conversation.system, options.raw, conversation.sampling, cluster.context_tokens, cluster.dtype)
-    counted = (model.digest, *run, cluster.dense_bits)
+    counted = (model.digest, *run, cluster.dense_bits, options.num_logprobs)
     return {run_digest(counted, number, line): number for number, line in lines.items()}
 
 
@@ -93,6 +96,9 @@ class _Batch:
         self._lines = lines
         self._results = results
         self._seed = options.conversation.sampling.base_seed
+        self._warnings: set[str] = set()
+        self._num_asked: dict[int, int] = {}
+        self._answers: dict[int, dict[int, dict[str, object]]] = {}
         deployment = restarting.deployment
         self._frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
 
@@ -110,7 +116,7 @@ class _Batch:
         )
         with _progress(len(self._lines), len(self._results)) as self._bar, engine:
             for result in answer_all(engine, self._requests()):
-                self._write(result.key, self._fields(result))
+                self._add(result)
 
     def _requests(self) -> Iterator[tuple[int, Submission]]:
         """Yield the requests one by one, and write an error for each line that cannot be served."""
@@ -118,21 +124,38 @@ class _Batch:
             if number in self._results:
                 continue
             try:
-                request = line_submission(self._options, line, line_seed(self._seed, number - 1), self._frontend)
+                seed = derived_seed(self._seed, number - 1)
+                asked, warnings = line_submissions(self._options, line, seed, self._frontend)
             except SetupError as error:
                 self._write(number, {"error": str(error)})
             else:
-                yield number, request
+                for text in set(warnings) - self._warnings:
+                    log(text)
+                self._warnings.update(warnings)
+                self._num_asked[number] = len(asked)
+                yield from ((MAX_ANSWERS * number + index, one) for index, one in enumerate(asked))
 
-    def _fields(self, result: BatchResult) -> dict[str, object]:
-        if result.summary is None:
-            return {"error": result.error}
-        messages = self._lines[result.key].messages
+    def _add(self, result: BatchResult) -> None:
+        """Write the result of a line once all its answers are there."""
+        number, index = divmod(result.key, MAX_ANSWERS)
+        answers = self._answers.setdefault(number, {})
+        answers[index] = self._fields(number, result)
+        if len(answers) < self._num_asked[number]:
+            return
+        del self._answers[number]
+        failed = [fields for fields in answers.values() if "error" in fields]
+        if failed or len(answers) == 1:
+            self._write(number, (failed or [answers[0]])[0])
+        else:
+            self._write(number, {"answers": [answers[index] for index in sorted(answers)]})
+
+    def _fields(self, number: int, result: BatchResult) -> dict[str, object]:
+        messages = self._lines[number].messages
         history = None if messages is None else read_history(messages, self._frontend.template.fields)
         left_out = {} if history is None or not history.left_out else {"left_out": history.left_out}
         before = 0 if history is None else num_calls(history.messages)
-        fields: dict[str, object] = msgspec.to_builtins(completion_of(result.reply, result.summary, before))
-        return fields | left_out
+        fields = answer_fields(self._frontend.tokenizer, result, before)
+        return fields if result.summary is None else fields | left_out
 
     def _write(self, number: int, fields: Mapping[str, object]) -> None:
         given = self._lines[number].id
@@ -140,17 +163,25 @@ class _Batch:
         self._bar.advance(self._bar.task_ids[0])
 
 
-def line_submission(options: GenerateOptions, line: PromptLine, seed: int, frontend: ModelFrontend) -> Submission:
-    """Return the request for one line. Values in the line override the options and ``seed``.
+def line_submissions(
+    options: GenerateOptions, line: PromptLine, seed: int, frontend: ModelFrontend
+) -> tuple[list[Submission], tuple[str, ...]]:
+    """Return the requests for one line, one for each answer, and warnings about its schemas.
+
+    Values in the line override the options and ``seed``.
 
     Raises:
         RequestError, TokenizerError: it cannot be served; gives the reason.
     """
     sampling = msgspec.structs.replace(options.conversation.sampling, seed=seed).overridden_by(line)
+    tools = line.tools or ()
     if options.raw and line.prompt is not None:
-        return submission(frontend, frontend.tokenizer.encode_text(line.prompt), sampling)
-    messages = _messages(options.conversation.system, line, frontend.template)
-    return submission_of(frontend, messages, sampling, line.tools or ())
+        prompt_ids = frontend.tokenizer.encode_text(line.prompt)
+    else:
+        messages = _messages(options.conversation.system, line, frontend.template)
+        prompt_ids = prompt_of(frontend, messages, sampling, tools)
+    settings = reply_settings(sampling, frontend, tools, num_logprobs=options.num_logprobs)
+    return submissions(settings, frontend, prompt_ids, sampling.num_answers), settings.warnings
 
 
 def _messages(system: str | None, line: PromptLine, template: ChatTemplate) -> list[Message]:

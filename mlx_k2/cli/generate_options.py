@@ -32,8 +32,10 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Refuse options that contradict each other."""
-        if self.num_logprobs is not None and not self.as_json:
+        if self.num_logprobs is not None and not self.as_json and self.prompts_path is None:
             raise click.UsageError("--logprobs shows in the JSON lines only: add --json")
+        if self.conversation.sampling.num_answers > 1 and self.conversation.tools.is_given:
+            raise click.UsageError("--num-answers goes without --tools and --mcp")
         self.conversation.sampling.resolved(GenerationConfig(), self.num_logprobs)
         if (self.prompts_path is None) != (self.out_path is None):
             raise click.UsageError("--prompts and --out go together: give both")

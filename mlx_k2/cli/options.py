@@ -12,7 +12,7 @@ from mlx_k2.chat.chat_session import MAX_TOOL_CALLS
 from mlx_k2.cluster.partition import parse_split
 from mlx_k2.deployment.cluster_options import DENSE_BITS, DTYPES, LEASE_S, MAX_STAGES
 from mlx_k2.errors import RequestError
-from mlx_k2.json_text.parse import JsonError
+from mlx_k2.json_text.parse import JsonError, parse_json
 from mlx_k2.json_text.read import convert
 from mlx_k2.launch.group import STALL_TIMEOUT_S
 
@@ -111,6 +111,35 @@ def _is_ngram(ctx: click.Context, param: click.Parameter, value: str) -> bool:
     return value == "ngram"
 
 
+def _schema_file(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+    text = _text_file(ctx, param, value)
+    try:
+        return None if text is None else parse_json(text)
+    except JsonError as error:
+        raise RequestError(f"--json-schema: {value}: {error}") from None
+
+
+def _text_file(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is None:
+        return None
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RequestError(f"{param.opts[0]}: {value} cannot be read: {problem}") from None
+
+
+def _biases(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[int, float]:
+    biases: dict[int, float] = {}
+    for value in values:
+        token_id, _, bias = value.partition("=")
+        try:
+            biases[int(token_id)] = float(bias)
+        except ValueError:
+            raise RequestError(f"--logit-bias {value!r}: write a token id and a number, as in 42=-10") from None
+    return biases
+
+
 _CLUSTER = (
     click.option(
         "--hostfile",
@@ -206,7 +235,51 @@ _SAMPLING = (
     click.option("--hide-thinking", is_flag=True, help="Do not show what the model thinks."),
 )
 
+_ANSWERS = (
+    click.option(
+        "--json-schema",
+        metavar="FILE",
+        callback=_schema_file,
+        help="Answer with a JSON value of the schema in FILE. Thinking and tool calls come before it, as usual.",
+    ),
+    click.option("--regex", metavar="PATTERN", help="Answer with a text that PATTERN matches as a whole."),
+    click.option("--lark", metavar="FILE", callback=_text_file, help="Answer with a text of the Lark grammar in FILE."),
+    click.option(
+        "--tool-choice",
+        metavar="CHOICE",
+        help="auto, none, required, or the name of the tool to call.  [default: auto]",
+    ),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text. Can be repeated."),
+    click.option(
+        "--min-tokens", type=click.IntRange(min=0), default=0, metavar="N", help="Do not end before N tokens."
+    ),
+    click.option("--ignore-eos", is_flag=True, help="Go on after the end of the answer, up to --max-tokens."),
+    click.option("--presence-penalty", type=float, help="Above 0: avoid tokens that the answer has, -2 to 2."),
+    click.option("--frequency-penalty", type=float, help="Above 0: avoid tokens that the answer has often, -2 to 2."),
+    click.option(
+        "--logit-bias",
+        multiple=True,
+        metavar="ID=BIAS",
+        callback=_biases,
+        help="Add BIAS, -100 to 100, to the logit of token ID. Can be repeated.",
+    ),
+    click.option(
+        "--num-answers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Write N answers to the prompt, which is computed once. Each has a seed of its own.  [default: 1]",
+    ),
+)
+
 _TOOLS = (
+    click.option(
+        "--tool-grammar",
+        type=click.Choice(["auto", "off"]),
+        default="auto",
+        callback=lambda _ctx, _param, value: value == "auto",
+        help="Whether tool calls follow the tools' names and schemas.  [default: auto]",
+    ),
     click.option("--tools", "tools_path", metavar="FILE.py", help="Python functions that the model may call."),
     click.option("--mcp", "mcp_path", metavar="FILE.json", help="MCP servers whose tools the model may call."),
     click.option("--yes", is_flag=True, help="Run every tool call without asking."),
@@ -247,9 +320,8 @@ _RESTARTS = (
         type=_Limit(),
         default=3,
         metavar="N",
-        help="After a fault, start all stages again and go on with the answer: so many times, or off. 10 minutes "
-        "without a fault begin a new count.  "
-        "[default: 3]",
+        help="After a fault, start all stages again and go on with the answer: so many times, or off. "
+        "10 minutes without a fault begin a new count.  [default: 3]",
     ),
 )
 
@@ -287,6 +359,11 @@ def cluster_options(command: Command) -> Command:
 def sampling_options(command: Command) -> Command:
     """Add the options for sampling and thinking to a command."""
     return _with(_SAMPLING, command)
+
+
+def answer_options(command: Command) -> Command:
+    """Add the options for the form, the end and the number of answers to a command."""
+    return _with(_ANSWERS, command)
 
 
 def tool_options(command: Command) -> Command:

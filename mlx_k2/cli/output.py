@@ -7,7 +7,7 @@ from types import TracebackType
 import msgspec
 
 from mlx_k2.chat.chat_events import CallEnded, Event
-from mlx_k2.chat.completion import completion_of
+from mlx_k2.chat.completion import completion_of, sampled_logprob
 from mlx_k2.cli.console import log, show_stage_use
 from mlx_k2.cli.repl.screen import PlainScreen, Screen, show_all
 from mlx_k2.cli.repl.wording import CUT
@@ -76,21 +76,11 @@ class TextOutput:
         show_stage_use(deployment, use)
 
 
-class TopToken(msgspec.Struct, frozen=True):
-    """One of the most likely tokens at a position."""
+class TokenLine(msgspec.Struct, frozen=True):
+    """The line of a token, if no log-probabilities were asked for."""
 
     token: int
     text: str
-    logprob: float
-
-
-class TokenLine(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The line of a token. ``logprob`` and ``top`` are there if log-probabilities were asked for."""
-
-    token: int
-    text: str
-    logprob: float | None = None
-    top: tuple[TopToken, ...] | None = None
 
 
 class StageSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,12 +153,10 @@ class JsonOutput:
 
     def _token(self, token: Token) -> None:
         """Write ``{"token": id, "text": ...}``, with log-probabilities if they were requested."""
-        top = tuple(TopToken(token_id, self._text(token_id), logprob) for token_id, logprob in token.top)
-        is_asked = token.logprob is not None
-        _write_line(TokenLine(token.token_id, token.text, token.logprob, top if is_asked else None))
-
-    def _text(self, token_id: int) -> str:
-        return self._tokenizer.token_bytes(token_id).decode(errors="replace")
+        line: object = TokenLine(token.token_id, token.text)
+        if token.logprob is not None:
+            line = msgspec.structs.replace(sampled_logprob(self._tokenizer, token), text=token.text)
+        _write_line(line)
 
     def summary(self, summary: AnswerSummary, deployment: Deployment, use: tuple[StageUse, ...]) -> None:
         """Write the last reply with the counts and times of all, and each stage's layers, memory and computing time."""

@@ -49,12 +49,6 @@ def read_prompt_lines(source: str) -> dict[int, PromptLine]:
     return lines
 
 
-def line_seed(seed: int, index: int) -> int:
-    """Return the seed of line ``index`` (from 0), 0 to 2^63 - 1."""
-    digest = hashlib.blake2b(seed.to_bytes(8, "little") + index.to_bytes(8, "little"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 def run_digest(run: object, number: int, line: PromptLine) -> str:
     """Return a digest that identifies what a result depends on: the run's model and options, and the line."""
     content = msgspec.json.encode([run, number, line], order="sorted")

@@ -15,12 +15,16 @@ from mlx_k2.text.reply_parts import Part, Reply, whole_reply
 
 @dataclass(frozen=True)
 class BatchResult:
-    """The answer to the request with the number ``key``: the reply and its summary, or why the request failed."""
+    """The answer to the request with the number ``key``: the reply and its summary, or why the request failed.
+
+    ``tokens`` are those of the reply if log-probabilities were requested, else nothing.
+    """
 
     key: int
     reply: Reply
     summary: AnswerSummary | None
     error: str | None = None
+    tokens: tuple[Token, ...] = ()
 
 
 @dataclass
@@ -29,7 +33,9 @@ class _Arrived:
 
     key: int
     events: Iterator[Event]
+    keeps_tokens: bool
     parts: list[Part] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
 
 
 def answer_all(engine: Engine, asked: Iterable[tuple[int, Submission]]) -> Generator[BatchResult, None, None]:
@@ -49,7 +55,8 @@ def answer_all(engine: Engine, asked: Iterable[tuple[int, Submission]]) -> Gener
         batch = list(islice(rest, most))
         handles = engine.submit_all([Submission(one.request, one.policy, ready.put) for _, one in batch])
         running.update(
-            (handle, _Arrived(key, handle.events())) for handle, (key, _) in zip(handles, batch, strict=True)
+            (handle, _Arrived(key, handle.events(), one.request.sampling.num_logprobs is not None))
+            for handle, (key, one) in zip(handles, batch, strict=True)
         )
 
     try:
@@ -82,4 +89,8 @@ def _result(arrived: _Arrived) -> BatchResult | None:
         return BatchResult(arrived.key, whole_reply(arrived.parts), None, str(failure))
     if isinstance(event, Token | Finished):
         arrived.parts += event.parts
-    return BatchResult(arrived.key, whole_reply(arrived.parts), event.summary) if isinstance(event, Finished) else None
+    if isinstance(event, Token) and arrived.keeps_tokens:
+        arrived.tokens.append(event)
+    if not isinstance(event, Finished):
+        return None
+    return BatchResult(arrived.key, whole_reply(arrived.parts), event.summary, tokens=tuple(arrived.tokens))

@@ -72,7 +72,7 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
             path.encode()
         except UnicodeEncodeError:
             raise RequestError(
-                f"the path {path} is not UTF-8: rename the model's folder, or give a link to it"
+                f"model: the path {path} is not UTF-8: rename the folder, or give a link to it"
             ) from None
         return ModelSource(path_or_repo=path)
 

@@ -5,6 +5,7 @@ from functools import cached_property
 
 from mlx_k2.sampling import GenerationConfig
 from mlx_k2.text.chat_template import ChatTemplate, load_chat_template
+from mlx_k2.text.grammar import GrammarCompiler
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription
 
@@ -29,6 +30,11 @@ class ModelFrontend:
     def template(self) -> ChatTemplate:
         """The chat template, which renders messages to a prompt."""
         return load_chat_template(self.model.files)
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """The compiler of grammars over the vocabulary."""
+        return GrammarCompiler(self.tokenizer)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

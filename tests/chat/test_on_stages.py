@@ -212,7 +212,7 @@ def test_three_hundred_tool_calls_in_a_row_reuse_the_cached_prefix_and_memory_st
     ):
         declared = [item for item in tools.declarations if item["function"]["name"].endswith("_add")]
         conversation = Conversation(stages.template, stages.tokenizer, declared)
-        source = ScriptOnStages(stages.engine, stages.tokenizer, calls_and_an_answer(stages.tokenizer))
+        source = ScriptOnStages(stages.engine, calls_and_an_answer(stages.tokenizer))
         toolkit = Toolkit(tools, lambda call: True)
         settings = replace(stages.settings(max_tokens=200), stop_ids=stages.tokenizer.stop_ids)
         chat = ChatSession(source, stages.tokenizer, conversation, settings, toolkit)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_k2.cli.generate import command, first_request
-from mlx_k2.cli.generate_file import line_submission
+from mlx_k2.cli.generate import command, first_submissions
+from mlx_k2.cli.generate_file import line_submissions
 from mlx_k2.cli.generate_options import GenerateOptions
 from mlx_k2.cli.options import with_struct
 from mlx_k2.cli.prompt_files import PromptLine
@@ -42,7 +42,7 @@ def tokenizer(model: ModelDescription) -> Tokenizer:
 
 def request_of(model: ModelDescription, *arguments: str) -> Request:
     options = options_of(*arguments)
-    return first_request(options, options.read_prompt(), ModelFrontend(model, CONTEXT_TOKENS))
+    return first_submissions(options, options.read_prompt(), ModelFrontend(model, CONTEXT_TOKENS))[0].request
 
 
 def text_of(tokenizer: Tokenizer, request: Request) -> str:
@@ -165,7 +165,7 @@ def test_a_line_of_a_file_of_prompts_overrides_the_options_for_thinking_and_decl
     options = options_of("--thinking", "off", "--preserve-thinking")
 
     def request(line: PromptLine) -> Request:
-        return line_submission(options, line, 1, frontend).request
+        return line_submissions(options, line, 1, frontend)[0][0].request
 
     assert "type f = (_: {}) => any;" in text_of(tokenizer, request(PromptLine(prompt="x", tools=tools)))
     preserved = request(PromptLine(messages=history, thinking=True))

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_k2.cli.prompt_files import PromptLine, line_seed, read_prompt_lines, run_digest
+from mlx_k2.cli.prompt_files import PromptLine, read_prompt_lines, run_digest
 from mlx_k2.errors import RequestError
+from mlx_k2.sampling import derived_seed
 
 
 def prompts(folder: Path, *lines: str) -> Path:
@@ -51,11 +52,11 @@ def test_an_empty_and_a_missing_prompt_file_are_refused(tmp_path: Path) -> None:
 
 
 def test_each_line_gets_its_own_seed_derived_from_the_base_seed() -> None:
-    seeds = [line_seed(5, index) for index in range(100)]
+    seeds = [derived_seed(5, index) for index in range(100)]
     assert len(set(seeds)) == 100
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert seeds == [line_seed(5, index) for index in range(100)]
-    assert line_seed(6, 0) != seeds[0]
+    assert seeds == [derived_seed(5, index) for index in range(100)]
+    assert derived_seed(6, 0) != seeds[0]
 
 
 def test_blank_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
