@@ -37,16 +37,17 @@ def main() -> None:
     command += ["--json", "--stages", "2", "--max-tokens", str(TOKENS), "--seed", "1", "--context", "4096"]
     lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     summary = json.loads(lines[-1])["summary"]
-    print(f"{summary['prompt_tokens']} + {summary['generated_tokens']} tokens, loaded in {summary['load_s']:.1f} s")
+    usage = summary["usage"]
+    print(f"{usage['prompt_tokens']} + {usage['generated_tokens']} tokens, loaded in {summary['load_s']:.1f} s")
     print(
-        f"prefill {summary['prefill_tokens_per_s']:.2f} tok/s, decode {summary['decode_tokens_per_s']:.2f} tok/s, "
-        f"{1000 / summary['decode_tokens_per_s']:.0f} ms a token"
+        f"prefill {usage['prefill_tokens_per_s']:.2f} tok/s, decode {usage['decode_tokens_per_s']:.2f} tok/s, "
+        f"{1000 / usage['decode_tokens_per_s']:.0f} ms a token"
     )
     for number, stage in enumerate(summary["stages"]):
         print(
             f"stage {number}: layers {stage['first_layer']}-{stage['last_layer']}, "
             f"holds {stage['held_bytes'] / 1e9:.2f} GB, took at most {stage['peak_bytes'] / 1e9:.2f} GB, "
-            f"{100 * stage['share']:.0f}% of the computing"
+            f"{100 * stage['busy_fraction']:.0f}% of the computing"
         )
 
 

@@ -1,3 +1,37 @@
 """Kimi K2 models across two or more Apple-silicon Macs."""
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing's own takes longer to import than all else here
+    from mlx_k2.api import AsyncCluster as AsyncCluster
+    from mlx_k2.api import AsyncStream as AsyncStream
+    from mlx_k2.api import Cluster as Cluster
+    from mlx_k2.api import Completion as Completion
+    from mlx_k2.api import Content as Content
+    from mlx_k2.api import Reasoning as Reasoning
+    from mlx_k2.api import Sampling as Sampling
+    from mlx_k2.api import Stream as Stream
+    from mlx_k2.errors import MlxK2Error as MlxK2Error
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "AsyncCluster",
+    "AsyncStream",
+    "Cluster",
+    "Completion",
+    "Content",
+    "MlxK2Error",
+    "Reasoning",
+    "Sampling",
+    "Stream",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Return a name of the Python API, which is imported when it is first used."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from mlx_k2 import api  # noqa: PLC0415 - here, so that importing the package loads nothing
+
+    return getattr(api, name)

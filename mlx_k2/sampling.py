@@ -1,20 +1,29 @@
-"""Sampling parameters and sampled tokens. Knows neither logits nor requests."""
+"""Sampling parameters, logit biases and sampled tokens. Knows neither logits nor requests."""
+
+import hashlib
+from array import array
+from collections.abc import Mapping
 
 import msgspec
 
 from mlx_k2.errors import RequestError
 from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import read_json
+from mlx_k2.token_mask import id_bytes
 
 REPETITION_WINDOW = 64
 """Number of most recent tokens that the repetition penalty reads."""
+MAX_BIASES = 1024
+"""Most tokens with a logit bias in one request."""
 
 
-class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The parameters of one sequence's sampler.
 
     ``temperature`` 0 takes the most likely token. ``top_k`` None keeps all tokens. Filters apply in the order top-p,
-    min-p, top-k, as in mlx-lm; the logits are divided by the temperature after them.
+    min-p, top-k, as in mlx-lm; the logits are divided by the temperature after them. The presence penalty is subtracted
+    from the logit of each token that the answer contains, the frequency penalty once for each time that it does, and
+    ``logit_bias`` is added, all after the repetition penalty.
     """
 
     seed: int
@@ -23,6 +32,10 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     top_k: int | None = None
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Pairs of a token id and the number that is added to its logit."""
     num_logprobs: int | None = None
     """None: no log-probabilities. N: those of the sampled token and of the N most likely tokens."""
 
@@ -38,14 +51,44 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
         _check("top-k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1")
         _check("min-p", self.min_p, 0 <= self.min_p < 1, "at least 0, below 1")
         _check("repetition-penalty", self.repetition_penalty, 0 < self.repetition_penalty <= 10, "above 0, at most 10")
+        _check("presence-penalty", self.presence_penalty, -2 <= self.presence_penalty <= 2, "from -2 to 2")
+        _check("frequency-penalty", self.frequency_penalty, -2 <= self.frequency_penalty <= 2, "from -2 to 2")
         _check(
             "logprobs", self.num_logprobs, self.num_logprobs is None or 0 <= self.num_logprobs <= 100, "from 0 to 100"
         )
+        if self.logit_bias:
+            self._check_biases()
+
+    def _check_biases(self) -> None:
+        num_biases = len(self.logit_bias)
+        _check("the number of logit biases", num_biases, num_biases <= MAX_BIASES, f"from 0 to {MAX_BIASES}")
+        if len({token_id for token_id, _ in self.logit_bias}) < num_biases:
+            raise RequestError("a token has two logit biases: give each token id once")
+        for token_id, bias in self.logit_bias:
+            _check(f"the logit bias of token {token_id}", bias, -100 <= bias <= 100, "from -100 to 100")
+
+
+def derived_seed(seed: int, index: int) -> int:
+    """Return the seed of answer or prompt ``index`` of a run with ``seed``, 0 to 2^63 - 1."""
+    digest = hashlib.blake2b(seed.to_bytes(8, "little") + index.to_bytes(8, "little"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def _check(name: str, value: object, holds: bool, allowed: str) -> None:
     if not holds:
         raise RequestError(f"{name} {value} is out of range: give a value {allowed}")
+
+
+class LogitBias(msgspec.Struct, frozen=True):
+    """Numbers that are added to logits: token ids of 4 bytes, and as many float32, least significant byte first."""
+
+    token_ids: bytes
+    values: bytes
+
+    @classmethod
+    def of(cls, biases: Mapping[int, float]) -> "LogitBias":
+        """Return the biases by token id."""
+        return cls(id_bytes(biases), array("f", biases.values()).tobytes())
 
 
 class SampledToken(msgspec.Struct, frozen=True):

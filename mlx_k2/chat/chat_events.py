@@ -1,11 +1,11 @@
 """The events of a conversation that a chat session yields. Knows neither their receivers nor their display."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Progress, Token
+from mlx_k2.text.message import Message
 from mlx_k2.text.reply_parts import Part
 from mlx_k2.text.tool_call import ToolCall
 from mlx_k2.tools.outcome import ToolResult
@@ -15,7 +15,7 @@ from mlx_k2.tools.outcome import ToolResult
 class MessageAdded:
     """A complete message of the user, the model or a tool, now part of the conversation."""
 
-    message: Mapping[str, Any]
+    message: Message
 
 
 @dataclass(frozen=True)

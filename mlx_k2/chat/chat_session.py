@@ -11,10 +11,11 @@ from mlx_k2.chat.next_prompt import NextPrompt
 from mlx_k2.chat.reply_source import ReplySource
 from mlx_k2.chat.tool_round import Approve, Tools, run_calls
 from mlx_k2.coordinator.handle import Finished, Handle, Token
-from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy
+from mlx_k2.coordinator.reply_policy import NO_LIMITS, ReplyLimits, ReplyPolicy
 from mlx_k2.errors import ClusterError, RequestError, RequestFailed, SetupError
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Request, check_request
+from mlx_k2.text.reply_grammar import ReplyGrammar
 from mlx_k2.text.reply_parts import Part, whole_reply
 from mlx_k2.text.tokenizer import Tokenizer
 
@@ -33,9 +34,15 @@ class ReplySettings:
     context_tokens: int
     timeout_s: float | None = None
     """The time limit of each reply, counted from the start of its prefill."""
-    thinking_budget: int | None = None
-    """The reasoning is closed after this number of its tokens; None sets no limit."""
+    limits: ReplyLimits = NO_LIMITS
+    grammar: ReplyGrammar | None = None
+    """The constraint of each reply; None allows every token."""
     max_tool_calls: int = MAX_TOOL_CALLS
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Lines for the user about schemas that are enforced in part."""
+        return () if self.grammar is None else self.grammar.warnings
 
     def request(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> Request:
         """Return the request for a reply to a prompt.
@@ -47,9 +54,10 @@ class ReplySettings:
         check_request(request, tokenizer.vocab_size, self.context_tokens)
         return request
 
-    def policy(self, tokenizer: Tokenizer, request: Request) -> ReplyPolicy:
-        """Return the token policy for the reply to a request."""
-        return ReplyPolicy(tokenizer, request, ReplyLimits(thinking_budget=self.thinking_budget))
+    def policy(self, tokenizer: Tokenizer, request: Request, *, is_after_calls: bool = False) -> ReplyPolicy:
+        """Return the token policy for the reply to a request. ``is_after_calls``: to the results of tools."""
+        grammar = self.grammar.after_calls() if self.grammar is not None and is_after_calls else self.grammar
+        return ReplyPolicy(tokenizer, request, self.limits, grammar)
 
 
 @dataclass(frozen=True)
@@ -187,8 +195,9 @@ class ChatSession:
 
     def _replies(self, request: Request) -> Generator[Event, None, None]:
         calls_left = self._settings.max_tool_calls
+        is_after_calls = False
         while True:
-            sampled = yield from self._sample(request)
+            sampled = yield from self._sample(request, is_after_calls=is_after_calls)
             if sampled.finish_reason in (FinishReason.CANCELLED, FinishReason.TIMEOUT):
                 yield from self._keep_beginning(sampled)
                 return
@@ -204,15 +213,17 @@ class ChatSession:
             )
             for message in self._conversation.add_results(texts):
                 yield MessageAdded(message)
+            is_after_calls = True
             calls_left = -1 if len(reply.calls) > calls_left else calls_left - len(reply.calls)
             if self._stopped:
                 return
             request = self._request()
 
-    def _sample(self, request: Request) -> Generator[Event, None, _SampledReply]:
+    def _sample(self, request: Request, *, is_after_calls: bool) -> Generator[Event, None, _SampledReply]:
         """Yield the events of one reply and return it. Keep the beginning of a reply that a fault ends."""
         sampled = _SampledReply([], [])
-        handle = self._handle = self._source.submit(request, self._settings.policy(self._tokenizer, request))
+        policy = self._settings.policy(self._tokenizer, request, is_after_calls=is_after_calls)
+        handle = self._handle = self._source.submit(request, policy)
         try:
             if self._stopped:
                 handle.cancel()

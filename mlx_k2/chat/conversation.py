@@ -1,6 +1,5 @@
 """The messages of a conversation, and its prompts as token ids. Knows no stages and runs nothing."""
 
-import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -10,14 +9,12 @@ from mlx_k2.errors import RequestError
 from mlx_k2.text.chat_template import ChatTemplate
 from mlx_k2.text.history import assistant_message, num_calls, tool_messages, with_normal_ids
 from mlx_k2.text.history_reader import read_history
+from mlx_k2.text.message import Message
 from mlx_k2.text.prompt import PromptPiece, encode_pieces, render_pieces
 from mlx_k2.text.reply_parts import Reply
 from mlx_k2.text.sampled_turns import SampledTurns
 from mlx_k2.text.thinking_mode import TEMPLATE_DEFAULT, ThinkingMode
 from mlx_k2.text.tokenizer import Tokenizer
-
-Message = dict[str, Any]
-"""A message in OpenAI's format, with ``reasoning_content``."""
 
 
 class Conversation:
@@ -48,18 +45,18 @@ class Conversation:
 
     @property
     def messages(self) -> list[Message]:
-        """A copy of all messages, the system prompt included."""
-        return copy.deepcopy(self._messages)
+        """All messages, the system prompt included."""
+        return list(self._messages)
 
     @property
     def system(self) -> str | None:
         """The system prompt; None for the template's own."""
-        return self._messages[0]["content"] if self._has_system else None
+        return self._messages[0].content if self._has_system else None
 
     def set_system(self, text: str | None) -> None:
         """Replace the system prompt; None selects the template's own."""
         rest = self._messages[self._has_system :]
-        self._messages = rest if text is None else [{"role": "system", "content": text}, *rest]
+        self._messages = rest if text is None else [Message(role="system", content=text), *rest]
 
     def set_thinking(self, thinking: bool) -> None:
         """Select whether the next replies begin with thinking.
@@ -71,7 +68,7 @@ class Conversation:
 
     def add_user(self, text: str) -> Message:
         """Add a message of the user and return it."""
-        return self._add({"role": "user", "content": text})
+        return self._add(Message(role="user", content=text))
 
     def add_reply(self, reply: Reply, token_ids: Iterable[int]) -> Message:
         """Add a reply with its sampled tokens, which may include the one that ends the turn; return the message."""
@@ -86,7 +83,7 @@ class Conversation:
         """Remove the user's last message and all that follows it; return its text, or None if there is none."""
         if (asked := self._last_user) is None:
             return None
-        text: str = self._messages[asked]["content"]
+        text = self._messages[asked].content
         self._cut(asked)
         return text
 
@@ -133,7 +130,7 @@ class Conversation:
 
         It holds an answered tool loop as the next prompt will: without the reasoning, if the template drops it there.
         """
-        one, other = (self._rendered([*self._messages, {"role": "user", "content": content}]) for content in ("a", "b"))
+        one, other = (self._rendered([*self._messages, Message(role="user", content=text)]) for text in ("a", "b"))
         alike = itertools.takewhile(lambda pieces: pieces[0] == pieces[1], zip(one, other, strict=False))
         return self._encode([piece for piece, _ in alike])
 
@@ -143,16 +140,16 @@ class Conversation:
 
     @property
     def _has_system(self) -> bool:
-        return bool(self._messages) and self._messages[0]["role"] == "system"
+        return bool(self._messages) and self._messages[0].role == "system"
 
     @property
     def _last_user(self) -> int | None:
-        indices = [index for index, message in enumerate(self._messages) if message["role"] == "user"]
+        indices = [index for index, message in enumerate(self._messages) if message.role == "user"]
         return indices[-1] if indices else None
 
     def _add(self, message: Message) -> Message:
         self._messages.append(message)
-        return copy.deepcopy(message)
+        return message
 
     def _cut(self, length: int) -> None:
         del self._messages[length:]
@@ -165,5 +162,5 @@ class Conversation:
         return self._sampled.encode(pieces)
 
     @staticmethod
-    def _num_turns(messages: Iterable[Mapping[str, Any]]) -> int:
-        return sum(message["role"] == "assistant" for message in messages)
+    def _num_turns(messages: Iterable[Message]) -> int:
+        return sum(message.role == "assistant" for message in messages)

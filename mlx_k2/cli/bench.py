@@ -1,13 +1,7 @@
 """`mlx-k2 bench`: throughput of the stages for several prompt lengths and numbers of streams."""
 
-import csv
-import platform
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,14 +10,14 @@ import click
 import msgspec
 from rich.table import Table
 
-from mlx_k2 import __version__
 from mlx_k2.benchmark import Benchmark, Measured, Workload, check_workloads
+from mlx_k2.cli.bench_document import BenchDocument, append_csv, bench_document, check_csv
 from mlx_k2.cli.console import ConsoleListener, console, log
-from mlx_k2.cli.option_values import deployment_request, open_source
-from mlx_k2.cli.options import cluster_options, draft_option
+from mlx_k2.cli.options import cluster_options, draft_option, with_struct
 from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.cli.trace import Trace
-from mlx_k2.deployment.deploy import Deployment, deploy
+from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
+from mlx_k2.deployment.deploy import deploy
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.errors import RequestError
 
@@ -41,6 +35,34 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # generic in click's s
         if not all(part.isascii() and part.isdigit() and len(part) < 8 and int(part) > 0 for part in parts):
             self.fail(f"{value!r} is not a list of numbers above 0: write them with commas, as in 1,2,4", param, ctx)
         return tuple(int(part) for part in parts)
+
+
+class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The options of `mlx-k2 bench`."""
+
+    cluster: ClusterOptions
+    prompt_lengths: tuple[int, ...]
+    generate_tokens: int
+    streams: tuple[int, ...]
+    repeat: int
+    drafts: bool
+    as_json: bool
+    csv_path: str | None
+    plot_path: str | None
+    trace_path: str | None
+    verbose: bool
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured or written, before hours are spent on measuring."""
+        if max(self.streams) > _MOST_STREAMS:
+            raise click.UsageError(f"--streams: at most {_MOST_STREAMS} sequences at once")
+        for name, path in (("csv", self.csv_path), ("trace", self.trace_path), ("plot", self.plot_path)):
+            if path is not None and not Path(path).absolute().parent.is_dir():
+                raise click.UsageError(f"--{name} {path}: there is no folder {Path(path).absolute().parent}")
+        if self.csv_path is not None:
+            check_csv(Path(self.csv_path))
+        if self.plot_path is not None and find_spec("matplotlib") is None:
+            raise click.UsageError("--plot needs matplotlib: pip install matplotlib")
 
 
 @click.command()
@@ -61,7 +83,8 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # generic in click's s
 @click.option("--csv", "csv_path", metavar="FILE", help="Append the rows to a CSV file.")
 @click.option("--plot", "plot_path", metavar="FILE.png", help="Draw throughput; needs matplotlib.")
 @click.option("--trace", "trace_path", metavar="FILE", help="Every step of every stage, for ui.perfetto.dev.")
-def command(**options: Any) -> None:
+@with_struct(BenchOptions)
+def command(options: BenchOptions) -> None:
     """Measure throughput: all combinations of prompt lengths and streams.
 
     \b
@@ -76,26 +99,23 @@ def command(**options: Any) -> None:
     bench/METHODOLOGY.md says how each figure is taken.
     """  # noqa: D301  # click reads the escape
     workloads = [
-        Workload(length, options["generate_tokens"], streams)
-        for length in options["prompt_lengths"]
-        for streams in options["streams"]
+        Workload(length, options.generate_tokens, streams)
+        for length in options.prompt_lengths
+        for streams in options.streams
     ]
-    if max(options["streams"]) > _MOST_STREAMS:
-        raise click.UsageError(f"--streams: at most {_MOST_STREAMS} sequences at once")
-    _check_files(options)
-    asked = replace(deployment_request(options), num_slots=max(options["streams"]))
-    asked, model = open_source(asked)
+    asked, model = open_source(deployment_request(options.cluster, max(options.streams)))
     if model is not None:
         check_workloads(workloads, preview(asked, model)[0].context_tokens)
-    with ConsoleListener(options["verbose"]) as listener, deploy(asked, model, listener) as deployment:
+    with ConsoleListener(options.verbose) as listener, deploy(asked, model, listener) as deployment:
         check_workloads(workloads, deployment.shape.context_tokens)
         listener.done()
-        if deployment.shape.num_slots < max(options["streams"]):
+        if deployment.shape.num_slots < max(options.streams):
             log(f"memory holds {deployment.shape.num_slots} sequences at once; more streams take turns")
-        trace = Trace([plan.host.ssh for plan in deployment.plans])
-        with Benchmark(deployment, drafts=options["draft"] == "ngram", on_report=trace.add) as benchmark:
-            rows = list(_run(benchmark, workloads, options["repeat"]))
-        document = _document(deployment, rows, options)
+        trace = None if options.trace_path is None else Trace([plan.host.ssh for plan in deployment.plans])
+        on_report = None if trace is None else trace.add
+        with Benchmark(deployment, drafts=options.drafts, on_report=on_report) as benchmark:
+            rows = list(_run(benchmark, workloads, options.repeat))
+        document = bench_document(deployment, rows, options.cluster.model, "ngram" if options.drafts else "off")
     _write(document, rows, trace, options)
 
 
@@ -108,64 +128,20 @@ def _run(benchmark: Benchmark, workloads: Sequence[Workload], repeat: int) -> It
                 yield benchmark.measure(workload, number)
 
 
-def _document(deployment: Deployment, rows: Sequence[Measured], options: dict[str, Any]) -> dict[str, Any]:
-    """Return all measurements, with the model, the hosts and the versions."""
-    return {
-        "rows": [_row(row, deployment.group.size) for row in rows],
-        "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": options["model"] or "built-in",
-        "model_digest": deployment.model.digest,
-        "dtype": deployment.shape.dtype,
-        "draft": options["draft"],
-        "hosts": [
-            {
-                "host": plan.host.ssh,
-                "system": hello.system,
-                "first_layer": plan.assignment.first_layer,
-                "last_layer": plan.assignment.end_layer - 1,
-            }
-            for plan, hello in zip(deployment.plans, deployment.hellos, strict=True)
-        ],
-        "versions": {
-            "mlx_k2": __version__,
-            "commit": _commit(),
-            "mlx": version("mlx"),
-            "python": platform.python_version(),
-        },
-    }
-
-
-def _row(row: Measured, num_stages: int) -> dict[str, Any]:
-    fields = asdict(row)
-    workload = fields.pop("workload")
-    extra = {
-        "decode_tokens_per_s_per_stream": row.decode_tokens_per_s_per_stream,
-        "stage_busy": row.stage_busy,
-    }
-    return {"stages": num_stages, **workload, **extra, "stage_times": fields.pop("stages"), **fields}
-
-
-def _commit() -> str | None:
-    """Return the commit of a checkout; None for an installed package."""
-    folder = Path(__file__).parent
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
-
-
-def _write(document: dict[str, Any], rows: Sequence[Measured], trace: Trace, options: dict[str, Any]) -> None:
-    if options["as_json"]:
+def _write(document: BenchDocument, rows: Sequence[Measured], trace: Trace | None, options: BenchOptions) -> None:
+    if options.as_json:
         sys.stdout.write(msgspec.json.format(json_line(document), indent=2) + "\n")
     else:
         _show(rows)
     try:
-        if options["csv_path"] is not None:
-            _append_csv(Path(options["csv_path"]), document)
-        if options["trace_path"] is not None:
-            trace.write(Path(options["trace_path"]))
-        if options["plot_path"] is not None:
+        if options.csv_path is not None:
+            append_csv(Path(options.csv_path), document)
+        if trace is not None and options.trace_path is not None:
+            trace.write(Path(options.trace_path))
+        if options.plot_path is not None:
             from mlx_k2.cli.plot import plot_results
 
-            plot_results(rows, Path(options["plot_path"]))
+            plot_results(rows, Path(options.plot_path))
     except OSError as error:
         what = error.filename or "a result file"
         raise RequestError(f"{what} cannot be written: {error.strerror}") from None
@@ -193,30 +169,3 @@ def _show(rows: Sequence[Measured]) -> None:
 
 def _number(value: float | None, scale: float) -> str:
     return "-" if value is None else f"{value * scale:.1f}"
-
-
-def _append_csv(path: Path, document: dict[str, Any]) -> None:
-    """Append a line for each row; write a heading first if the file is new."""
-    beside = {name: document[name] for name in ("made", "model", "dtype", "draft")} | document["versions"]
-    lines = [{**beside, **row} for row in document["rows"]]
-    for line in lines:
-        line["stage_busy"] = " ".join(f"{fraction:.4f}" for fraction in line["stage_busy"])
-        for name in line["stage_times"][0]:
-            line[f"stage_{name}"] = " ".join(f"{times[name]:.6g}" for times in line["stage_times"])
-        del line["stage_times"]
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(lines)
-
-
-def _check_files(options: dict[str, Any]) -> None:
-    """Refuse options whose files cannot be written, before hours are spent on measuring."""
-    for name in ("csv", "trace", "plot"):
-        path = options[f"{name}_path"]
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise click.UsageError(f"--{name} {path}: there is no folder {Path(path).absolute().parent}")
-    if options["plot_path"] is not None and find_spec("matplotlib") is None:
-        raise click.UsageError("--plot needs matplotlib: pip install matplotlib")

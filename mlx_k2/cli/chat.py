@@ -3,33 +3,25 @@
 import tempfile
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
+import msgspec
 
 from mlx_k2 import __version__
 from mlx_k2.chat.chat_session import ChatSession, Toolkit
+from mlx_k2.chat.sampling_options import SamplingOptions
 from mlx_k2.chat.tool_round import Tools
-from mlx_k2.cli.console import ConsoleListener, log, show_stage_use
-from mlx_k2.cli.option_values import (
-    ModelFrontend,
-    deployment_request,
-    log_settings,
-    new_conversation,
-    open_source,
-    opening_lines,
-    reply_settings,
-)
+from mlx_k2.cli.console import ConsoleListener, log, opening_lines, show_stage_use
+from mlx_k2.cli.conversation_options import ConversationOptions
 from mlx_k2.cli.options import (
+    RunOptions,
     cluster_options,
     draft_option,
-    log_options,
-    restarts_option,
+    run_options,
     sampling_options,
-    timeout_option,
     tool_options,
+    with_struct,
 )
 from mlx_k2.cli.repl.commands import HELP, Commands, Model
 from mlx_k2.cli.repl.loop import Repl
@@ -40,28 +32,41 @@ from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.repl.usage_totals import UsageTotals
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.engine import engine_on
+from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.errors import MlxK2Error, RequestError
 from mlx_k2.private_files import state_folder
 from mlx_k2.weights.checkpoint import ModelDescription
+from mlx_k2.weights.model_frontend import ModelFrontend
 
 WANTED_SLOTS = 2
 """One slot for the answer and one for the prefill of the next prompt, so that /retry finds its prompt cached too."""
+
+
+class ChatOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The options of `mlx-k2 chat`."""
+
+    cluster: ClusterOptions
+    conversation: ConversationOptions
+    run: RunOptions
+    drafts: bool
+    transcript_path: str | None
+    hide_thinking: bool
+    verbose: bool
 
 
 @click.command()
 @cluster_options
 @click.option("--system", metavar="TEXT", help="The system prompt.  [default: the model's own]")
 @sampling_options
-@timeout_option
 @tool_options
 @draft_option
-@restarts_option
-@log_options
+@run_options
 @click.option("--transcript", "transcript_path", metavar="FILE", help="Append all that is said, as JSON lines.")
-def command(**options: Any) -> None:
+@with_struct(ChatOptions)
+def command(options: ChatOptions) -> None:
     """Chat in the terminal.
 
     \b
@@ -75,7 +80,7 @@ def command(**options: Any) -> None:
     /help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves. Where standard input or output is no terminal,
     each line read is a message; answers go to stdout, everything else to stderr.
     """  # noqa: D301  # click reads the escape
-    request = replace(deployment_request(options), num_slots=WANTED_SLOTS)
+    request = deployment_request(options.cluster, WANTED_SLOTS)
     for line in request.hostfile.warnings:
         log(line)
     request, model = open_source(request)
@@ -83,27 +88,26 @@ def command(**options: Any) -> None:
         shape, _ = preview(request, model)
         _check(options, model, shape.context_tokens)
     with ExitStack() as stack:
-        screen = choose_screen(show_thinking=not options["hide_thinking"])
+        screen = choose_screen(show_thinking=not options.hide_thinking)
         transcript = None
-        if options["transcript_path"] is not None:
-            transcript = stack.enter_context(Transcript(Path(options["transcript_path"]), screen.log))
-        tools = stack.enter_context(opened_tools(options))
-        listener = stack.enter_context(ConsoleListener(options["verbose"]))
-        kept = log_settings(options)
-        restarting = stack.enter_context(RestartingDeployment(request, model, listener, options["restarts"], *kept))
+        if options.transcript_path is not None:
+            transcript = stack.enter_context(Transcript(Path(options.transcript_path), screen.log))
+        tools = stack.enter_context(opened_tools(options.conversation.tools))
+        listener = stack.enter_context(ConsoleListener(options.verbose))
+        restarting = stack.enter_context(RestartingDeployment(request, model, listener, *options.run.arguments))
         listener.hide_progress()
         _chat(options, request, restarting, screen, tools, transcript)
 
 
-def _check(options: dict[str, Any], model: ModelDescription, context_tokens: int) -> None:
+def _check(options: ChatOptions, model: ModelDescription, context_tokens: int) -> None:
     frontend = ModelFrontend(model, context_tokens)
-    conversation = new_conversation(options, frontend)
+    conversation = options.conversation.begin(frontend, None)
     conversation.add_user("a")
-    reply_settings(options, frontend).request(frontend.tokenizer, conversation.prompt_ids())
+    options.conversation.settings(frontend).request(frontend.tokenizer, conversation.prompt_ids())
 
 
 def _chat(
-    options: dict[str, Any],
+    options: ChatOptions,
     request: DeploymentRequest,
     restarting: RestartingDeployment,
     screen: Screen,
@@ -114,12 +118,13 @@ def _chat(
     model, context_tokens = deployment.model, deployment.shape.context_tokens
     frontend = ModelFrontend(model, context_tokens)
     tokenizer = frontend.tokenizer
-    conversation = new_conversation(options, frontend, () if tools is None else tools.declarations)
+    conversation = options.conversation.begin(frontend, tools)
     usage = UsageTotals(context_tokens, len(deployment.plans), len(conversation.known_ids()))
     name = Model(request.source.path_or_repo, model.digest)
     keyboard = choose_keyboard(list(HELP), usage.status)
-    approval = ToolApproval(screen, keyboard, options["allowed_tools"], everything=options["yes"])
-    settings = reply_settings(options, frontend)
+    asked = options.conversation.tools
+    approval = ToolApproval(screen, keyboard, asked.allowed_tools, everything=asked.yes)
+    settings = options.conversation.settings(frontend, tools)
     toolkit = None if tools is None else Toolkit(tools, approval)
 
     def show_idle_restart(restart: Restart, phase: str) -> None:
@@ -132,7 +137,7 @@ def _chat(
 
     engine = engine_on(
         deployment,
-        drafts=options["draft"] == "ngram",
+        drafts=options.drafts,
         on_report=restarting.on_report,
         restarts=restarting,
         on_restart=show_idle_restart,
@@ -149,12 +154,13 @@ def _chat(
             tools,
             approval,
             lambda: show_stage_use(restarting.deployment, engine.use),
-            lambda thinking: reply_settings({**options, "thinking": thinking}, frontend).sampling.temperature,
+            lambda thinking: _temperature(options.conversation.sampling, frontend, thinking),
         )
         if transcript is not None:
             transcript.write({"started": {"mlx-k2": __version__, "model": name.name, "digest": name.digest}})
-        for line in (*opening_lines(options, frontend), f"{name.name} · /help lists the commands, Ctrl-D leaves"):
+        for line in (*opening_lines(options.cluster, frontend), *settings.warnings):
             screen.log(line)
+        screen.log(f"{name.name} · /help lists the commands, Ctrl-D leaves")
         try:
             Repl(session, commands, keyboard, screen, usage, transcript).run()
         except BaseException:  # also a signal, a full disk and our own mistakes
@@ -162,6 +168,10 @@ def _chat(
                 with suppress(OSError):  # the terminal may be gone
                     _rescue(commands, screen)
             raise
+
+
+def _temperature(options: SamplingOptions, frontend: ModelFrontend, thinking: bool) -> float:
+    return msgspec.structs.replace(options, thinking=thinking).resolved(frontend.recommended).temperature
 
 
 def _rescue(commands: Commands, screen: Screen) -> None:

@@ -18,14 +18,17 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from mlx_k2.builtin import BANNER
 from mlx_k2.cli.safe_console import SafeConsole
 from mlx_k2.coordinator.pipeline import StageUse
+from mlx_k2.deployment.cluster_options import ClusterOptions
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import RunShape, StagePlan, quantization_warnings
 from mlx_k2.deployment.restarting import WAITING, Restart
 from mlx_k2.protocol.messages import DownloadProgress, FromStage, LayerLoaded
 from mlx_k2.weights.checkpoint import ModelDescription
+from mlx_k2.weights.model_frontend import ModelFrontend
 
 console = SafeConsole(
     stderr=True,
@@ -49,6 +52,11 @@ def log_restart(restart: Restart, phase: str = WAITING) -> None:
         f"{restart.reason}\nall stages start again in {restart.wait_s:g} s ({restart.number} of at most "
         f"{restart.limit} within 10 minutes of each other); the answer then goes on where it is"
     )
+
+
+def opening_lines(cluster: ClusterOptions, frontend: ModelFrontend, *, is_raw: bool = False) -> tuple[str, ...]:
+    """Return lines for the user before the first answer: what the built-in model is, and the template's warnings."""
+    return (*(BANNER if cluster.model is None else ()), *(() if is_raw else frontend.template.warnings))
 
 
 def gigabytes(num_bytes: int) -> str:

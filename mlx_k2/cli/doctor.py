@@ -1,20 +1,29 @@
 """`mlx-k2 doctor`: checks for problems of a cluster, before hundreds of GB are loaded."""
 
 import sys
-from typing import Any
 
 import click
+import msgspec
 from rich.table import Table
 from rich.text import Text
 
 from mlx_k2.cli.console import ConsoleListener, console, log
-from mlx_k2.cli.option_values import deployment_request, open_source
-from mlx_k2.cli.options import cluster_options
+from mlx_k2.cli.options import cluster_options, with_struct
 from mlx_k2.cli.terminal_text import json_line
+from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
 from mlx_k2.doctor.checks import Check, CheckResult
 from mlx_k2.doctor.cluster_probe import probe_cluster
 
 _STYLES = {CheckResult.OK: "green", CheckResult.WARNING: "yellow", CheckResult.FAILURE: "bold red"}
+
+
+class DoctorOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The options of `mlx-k2 doctor`."""
+
+    cluster: ClusterOptions
+    deep: bool
+    as_json: bool
+    verbose: bool
 
 
 @click.command()
@@ -23,7 +32,8 @@ _STYLES = {CheckResult.OK: "green", CheckResult.WARNING: "yellow", CheckResult.F
     "--deep", is_flag=True, help="Read every file whole, compare checksums, and keep them in the model's folder."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout: each check, then a summary.")
-def command(**options: Any) -> None:
+@with_struct(DoctorOptions)
+def command(options: DoctorOptions) -> None:
     """Look at every host and every hop, and say what to mend.
 
     \b
@@ -34,13 +44,13 @@ def command(**options: Any) -> None:
     The exit code is 1 when something failed; warnings alone leave it 0. Nothing is loaded, and nothing is changed
     but the manifest of --deep.
     """  # noqa: D301  # click reads the escape
-    request = deployment_request(options)
+    request = deployment_request(options.cluster)
     for line in request.hostfile.warnings:
         log(line)
     request, model = open_source(request)
-    with ConsoleListener(options["verbose"]) as listener:
-        checks = probe_cluster(request, model, listener, deep=options["deep"])
-    if options["as_json"]:
+    with ConsoleListener(options.verbose) as listener:
+        checks = probe_cluster(request, model, listener, deep=options.deep)
+    if options.as_json:
         _print_json(checks)
     else:
         _show_table(checks)

@@ -1,20 +1,27 @@
 """`mlx-k2 download`: each host fetches the files of its own stage."""
 
-from typing import Any
-
 import click
+import msgspec
 
 from mlx_k2.cli.console import ConsoleListener, log, show_plan
-from mlx_k2.cli.option_values import deployment_request, open_source
-from mlx_k2.cli.options import cluster_options
+from mlx_k2.cli.options import cluster_options, with_struct
+from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
 from mlx_k2.deployment.deploy import download
 from mlx_k2.errors import DownloadError
 from mlx_k2.weights.model_source import is_repo
 
 
+class DownloadOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The options of `mlx-k2 download`."""
+
+    cluster: ClusterOptions
+    verbose: bool
+
+
 @click.command()
 @cluster_options
-def command(**options: Any) -> None:
+@with_struct(DownloadOptions)
+def command(options: DownloadOptions) -> None:
     """Fetch each stage's files from the Hub, on its own host, and end.
 
     \b
@@ -24,11 +31,11 @@ def command(**options: Any) -> None:
     What is complete stays: run it again to go on after an interruption. With the same hostfile, split, context and
     bits, mlx-k2 generate then finds everything in place.
     """  # noqa: D301  # click reads the escape
-    request = deployment_request(options)
+    request = deployment_request(options.cluster)
     if not is_repo(request.source):
         raise DownloadError("give --model a repository on the Hub, for instance --model moonshotai/Kimi-K2-Thinking")
     request, model = open_source(request)
-    with ConsoleListener(options["verbose"]) as listener:
+    with ConsoleListener(options.verbose) as listener:
         downloads = download(request, model, listener)
     rows = [[str(len(plan.files)), str(len(done.fetched)), done.folder] for plan, done in downloads]
     show_plan([plan for plan, _ in downloads], rows, ("files", "fetched now", "folder"))

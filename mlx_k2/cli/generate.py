@@ -1,51 +1,43 @@
 """`mlx-k2 generate`: one prompt in, its answer streamed to stdout."""
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
 
 import click
 
 from mlx_k2.chat.chat_events import Event
 from mlx_k2.chat.chat_session import ChatSession, Toolkit
+from mlx_k2.chat.completion import submissions
 from mlx_k2.chat.tool_round import Tools
-from mlx_k2.cli.console import ConsoleListener, log, show_dry_run
-from mlx_k2.cli.generate_file import WANTED_SLOTS, check_options, generate_many
-from mlx_k2.cli.option_values import (
-    ModelFrontend,
-    deployment_request,
-    is_raw,
-    log_settings,
-    new_conversation,
-    open_source,
-    opening_lines,
-    prompt_text,
-    read_prompt,
-    reply_settings,
-)
+from mlx_k2.cli.console import ConsoleListener, log, opening_lines, show_dry_run
+from mlx_k2.cli.generate_file import WANTED_SLOTS, generate_many
+from mlx_k2.cli.generate_options import GenerateOptions
 from mlx_k2.cli.options import (
+    answer_options,
     cluster_options,
     draft_option,
-    log_options,
-    restarts_option,
+    run_options,
     sampling_options,
-    timeout_option,
+    token_ids_option,
     tool_options,
+    with_struct,
 )
 from mlx_k2.cli.output import JsonOutput, TextOutput
 from mlx_k2.cli.repl.keyboard import LineKeyboard
+from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
+from mlx_k2.cli.several_answers import show_answers
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.answer_summary import total
 from mlx_k2.coordinator.engine import Engine, engine_on
 from mlx_k2.coordinator.handle import Finished
-from mlx_k2.coordinator.reply_policy import ReplyPolicy
+from mlx_k2.coordinator.jobs import Submission
+from mlx_k2.deployment.cluster_options import deployment_request, open_source
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import CheckpointError
-from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription
+from mlx_k2.weights.model_frontend import ModelFrontend
 
 
 @click.command()
@@ -53,21 +45,35 @@ from mlx_k2.weights.checkpoint import ModelDescription
 @cluster_options
 @click.option("--system", metavar="TEXT", help="The system prompt.  [default: the model's own]")
 @click.option("--raw", is_flag=True, help="Send PROMPT as it is, without the chat template.")
-@click.option("--token-ids", metavar="N,N,...", help="The prompt as token ids, as they are.")
+@token_ids_option
 @sampling_options
-@timeout_option
-@click.option("--prompts", "prompts_path", metavar="FILE", help="Many prompts: a JSON object a line; see the manual.")
-@click.option("--out", "out_path", metavar="FILE", help="With --prompts: where the results go, in the same order.")
+@answer_options
+@click.option(
+    "--prompts",
+    "prompts_path",
+    metavar="FILE",
+    help="Many prompts: a JSON object a line (docs/json.md); - reads them from standard input.",
+)
+@click.option(
+    "--out",
+    "out_path",
+    metavar="FILE",
+    help="With --prompts: the file for the results. The same command goes on with it after any end.",
+)
 @draft_option
-@restarts_option
-@log_options
+@run_options
 @tool_options
 @click.option(
-    "--logprobs", "num_logprobs", type=int, metavar="N", help="With --json: log-probabilities, and of the top N tokens."
+    "--logprobs",
+    "num_logprobs",
+    type=int,
+    metavar="N",
+    help="With --json or --prompts: log-probabilities, and of the top N tokens.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line: each token, then a summary.")
 @click.option("--dry-run", is_flag=True, help="Show hosts, layers, bytes and files; start nothing.")
-def command(**options: Any) -> None:
+@with_struct(GenerateOptions)
+def command(options: GenerateOptions) -> None:
     """Answer PROMPT, or what stands on standard input.
 
     \b
@@ -85,18 +91,15 @@ def command(**options: Any) -> None:
     The answer goes to stdout as it is sampled, everything else to stderr: thinking, tool calls, what it took. The exit
     code is 2 when something was wrong before anything was started, 1 when it went wrong later, 130 after Ctrl-C.
     """  # noqa: D301  # click reads the escape
-    if options["num_logprobs"] is not None and not options["as_json"]:
-        raise click.UsageError("--logprobs shows in the JSON lines only: add --json")
-    check_options(options)
-    request = deployment_request(options)
-    if options["prompts_path"] is not None:
-        request = replace(request, num_slots=WANTED_SLOTS)
+    num_answers = options.conversation.sampling.num_answers
+    num_slots = WANTED_SLOTS if options.prompts_path is not None else min(num_answers, WANTED_SLOTS)
+    request = deployment_request(options.cluster, num_slots)
     for line in request.hostfile.warnings:
         log(line)
     request, model = open_source(request)
-    if options["dry_run"]:
+    if options.dry_run:
         _dry_run(request, model)
-    elif options["prompts_path"] is not None:
+    elif options.prompts_path is not None:
         generate_many(options, request, model)
     else:
         _generate(options, request, model)
@@ -109,63 +112,86 @@ def _dry_run(request: DeploymentRequest, model: ModelDescription | None) -> None
     show_dry_run(model, *preview(request, model))
 
 
-def _generate(options: dict[str, Any], request: DeploymentRequest, model: ModelDescription | None) -> None:
-    text = prompt_text(options)
+def _generate(options: GenerateOptions, request: DeploymentRequest, model: ModelDescription | None) -> None:
+    text = options.read_prompt()
     if model is not None:  # refuse a bad request before any stage is started
         shape, _ = preview(request, model)
-        read_prompt(options, text, ModelFrontend(model, shape.context_tokens))
+        first_submissions(options, text, ModelFrontend(model, shape.context_tokens))
     with (
-        opened_tools(options) as tools,
-        ConsoleListener(options["verbose"]) as listener,
-        RestartingDeployment(request, model, listener, options["restarts"], *log_settings(options)) as restarting,
+        opened_tools(options.conversation.tools) as tools,
+        ConsoleListener(options.verbose) as listener,
+        RestartingDeployment(request, model, listener, *options.run.arguments) as restarting,
     ):
         listener.hide_progress()
-        _answer(restarting, text, tools, options)
+        _answer(options, restarting, text, tools)
 
 
-def _answer(restarting: RestartingDeployment, text: str, tools: Tools | None, options: dict[str, Any]) -> None:
+def _answer(options: GenerateOptions, restarting: RestartingDeployment, text: str, tools: Tools | None) -> None:
     deployment = restarting.deployment
     frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
-    for line in opening_lines(options, frontend):
+    for line in opening_lines(options.cluster, frontend, is_raw=options.is_raw):
         log(line)
     with (
-        _output(options, frontend.tokenizer) as output,
-        engine_on(
-            deployment, drafts=options["draft"] == "ngram", on_report=restarting.on_report, restarts=restarting
-        ) as engine,
+        _output(options, frontend) as output,
+        engine_on(deployment, drafts=options.drafts, on_report=restarting.on_report, restarts=restarting) as engine,
     ):
         output.screen.wait("reading the prompt")
-        summaries = output.show(_events(engine, frontend, text, tools, output, options))
+        if options.conversation.sampling.num_answers > 1:
+            asked = first_submissions(options, text, frontend)
+            show_answers(engine, frontend.tokenizer, asked, as_json=options.as_json)
+            return
+        summaries = output.show(_events(options, engine, frontend, text, tools, output.screen))
         output.summary(total(summaries), restarting.deployment, engine.use)
 
 
-def _output(options: dict[str, Any], tokenizer: Tokenizer) -> TextOutput | JsonOutput:
-    if options["as_json"]:
-        return JsonOutput(tokenizer)
-    return TextOutput(is_raw=is_raw(options), show_thinking=not options["hide_thinking"])
+def _output(options: GenerateOptions, frontend: ModelFrontend) -> TextOutput | JsonOutput:
+    if options.as_json:
+        return JsonOutput(frontend.tokenizer, is_raw=options.is_raw)
+    return TextOutput(is_raw=options.is_raw, show_thinking=not options.hide_thinking)
 
 
 def _events(
+    options: GenerateOptions,
     engine: Engine,
     frontend: ModelFrontend,
     text: str,
     tools: Tools | None,
-    output: TextOutput | JsonOutput,
-    options: dict[str, Any],
+    screen: Screen,
 ) -> Iterator[Event]:
     """Return the events of the answer to a raw prompt, or to the first message of a conversation."""
-    if is_raw(options):
-        return _raw_events(engine, frontend, text, options)
-    settings = reply_settings(options, frontend)
-    conversation = new_conversation(options, frontend, () if tools is None else tools.declarations)
+    if options.is_raw:
+        (submission,) = first_submissions(options, text, frontend)
+        return _raw_events(engine, submission)
     toolkit = None
     if tools is not None:
-        approval = ToolApproval(output.screen, LineKeyboard(), options["allowed_tools"], everything=options["yes"])
+        asked = options.conversation.tools
+        approval = ToolApproval(screen, LineKeyboard(), asked.allowed_tools, everything=asked.yes)
         toolkit = Toolkit(tools, approval)
+    conversation = options.conversation.begin(frontend, tools)
+    settings = options.conversation.settings(frontend, tools, options.num_logprobs)
+    for line in settings.warnings:
+        log(line)
     return ChatSession(engine, frontend.tokenizer, conversation, settings, toolkit).send_message(text)
 
 
-def _raw_events(engine: Engine, frontend: ModelFrontend, text: str, options: dict[str, Any]) -> Iterator[Event]:
-    request = read_prompt(options, text, frontend)
-    for event in engine.submit(request, ReplyPolicy(frontend.tokenizer, request)).events():
+def first_submissions(options: GenerateOptions, text: str, frontend: ModelFrontend) -> list[Submission]:
+    """Return the requests for the first reply, one for each of --num-answers.
+
+    Raises:
+        RequestError, TokenizerError: they cannot be served; gives the reason.
+    """
+    if options.token_ids is not None:
+        prompt_ids = list(options.token_ids)
+    elif options.raw:
+        prompt_ids = frontend.tokenizer.encode_text(text)
+    else:
+        conversation = options.conversation.begin(frontend, None)
+        conversation.add_user(text)
+        prompt_ids = conversation.prompt_ids()
+    settings = options.conversation.settings(frontend, num_logprobs=options.num_logprobs)
+    return submissions(settings, frontend, prompt_ids, options.conversation.sampling.num_answers)
+
+
+def _raw_events(engine: Engine, submission: Submission) -> Iterator[Event]:
+    for event in engine.submit(submission.request, submission.policy).events():
         yield event.summary if isinstance(event, Finished) else event

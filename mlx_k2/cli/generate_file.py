@@ -1,110 +1,195 @@
 """`mlx-k2 generate --prompts`: a file of prompts in, a file of results out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import click
+import msgspec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mlx_k2.cli.console import ConsoleListener, console, log, log_restart
-from mlx_k2.cli.option_values import (
-    SAMPLING_NAMES,
-    ModelFrontend,
-    base_seed,
-    line_prompt,
-    log_settings,
-    opening_lines,
-)
-from mlx_k2.cli.prompt_files import PromptLine, ResultFile, line_seed, read_prompt_lines, run_digest
+from mlx_k2.chat.completion import prompt_of, submissions
+from mlx_k2.chat.sampling_options import MAX_ANSWERS, reply_settings
+from mlx_k2.cli.console import ConsoleListener, console, log, log_restart, opening_lines
+from mlx_k2.cli.generate_options import GenerateOptions
+from mlx_k2.cli.prompt_files import PromptLine, read_prompt_lines, run_digest
+from mlx_k2.cli.result_file import ResultFile
+from mlx_k2.cli.several_answers import answer_fields
 from mlx_k2.coordinator.batch_results import BatchResult, answer_all
 from mlx_k2.coordinator.engine import engine_on
+from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import SetupError
-from mlx_k2.scheduling.request import Request
+from mlx_k2.sampling import derived_seed
+from mlx_k2.text.chat_template import ChatTemplate
+from mlx_k2.text.history import num_calls
 from mlx_k2.text.history_reader import read_history
+from mlx_k2.text.message import Message
 from mlx_k2.weights.checkpoint import ModelDescription
+from mlx_k2.weights.model_frontend import ModelFrontend
 
 WANTED_SLOTS = 16
 """Concurrent sequences if memory permits. With K2's bytes, more gain little throughput and wait longer (computed)."""
-_SINGLE = ("prompt", "token_ids", "as_json", "num_logprobs", "tools_path", "mcp_path", "thinking_budget")
-_COUNTED = ("system", "raw", "max_tokens", "seed", "dense_bits", "thinking", "preserve_thinking", *SAMPLING_NAMES)
-"""The options that change a result; they are part of its digest."""
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse options that cannot be combined with a file of prompts."""
-    if (options["prompts_path"] is None) != (options["out_path"] is None):
-        raise click.UsageError("--prompts and --out go together: give both")
-    if options["prompts_path"] is not None and any(options[name] not in (None, False) for name in _SINGLE):
-        raise click.UsageError(
-            "--prompts goes without PROMPT, --token-ids, --json, --logprobs, --tools, --mcp and --thinking-budget"
-        )
-
-
-def generate_many(options: dict[str, Any], asked: DeploymentRequest, model: ModelDescription | None) -> None:
+def generate_many(options: GenerateOptions, asked: DeploymentRequest, model: ModelDescription | None) -> None:
     """Answer every line that has no result yet.
 
     Raises:
-        RequestError: a file is malformed or belongs to another run. No file is changed, and no stage is started unless
-            only the first host has the model.
+        RequestError: a file is malformed or belongs to another run. No stage was started, unless only the first host
+            has the model.
+        click.exceptions.Exit: a line failed.
     """
-    lines = read_prompt_lines(Path(options["prompts_path"]))
-    if model is not None:
-        _results(options, lines, model)
-    with (
-        ConsoleListener(options["verbose"]) as listener,
-        RestartingDeployment(asked, model, listener, options["restarts"], *log_settings(options)) as restarting,
-        _results(options, lines, restarting.deployment.model) as results,
-    ):
-        listener.done()
-        num_failed = _answer_lines(options, restarting, lines, results)
-    failed = f", {num_failed} of them failed" if num_failed else ""
-    log(f"{len(lines)} results are in {options['out_path']}{failed}")
+    assert options.prompts_path is not None, "GenerateOptions has both files"
+    assert options.out_path is not None, "GenerateOptions has both files"
+    lines = read_prompt_lines(options.prompts_path)
+    with ResultFile(Path(options.out_path)) as results:
+        if model is not None:  # refuse what cannot run before any stage is started
+            shape, _ = preview(asked, model)
+            _check(options, ModelFrontend(model, shape.context_tokens))
+            results.resume(result_digests(options, model, lines))
+        if len(results) < len(lines):
+            with (
+                ConsoleListener(options.verbose) as listener,
+                RestartingDeployment(asked, model, listener, *options.run.arguments) as restarting,
+            ):
+                if model is None:
+                    results.resume(result_digests(options, restarting.deployment.model, lines))
+                listener.done()
+                _Batch(options, restarting, lines, results).run()
+        num_failed = len(lines) - len(results)
+        results.sort()
+    log(f"{len(lines)} results are in {options.out_path}" + (f", {num_failed} of them failed" if num_failed else ""))
+    if num_failed:
+        raise click.exceptions.Exit(1)
 
 
-def _results(options: Mapping[str, Any], lines: Sequence[PromptLine], model: ModelDescription) -> ResultFile:
-    counted = {name: options[name] for name in _COUNTED}
-    return ResultFile(Path(options["out_path"]), [run_digest(model.digest, counted, line) for line in lines])
+def _check(options: GenerateOptions, frontend: ModelFrontend) -> None:
+    """Refuse options that no line can be answered with."""
+    if not options.raw:
+        options.conversation.sampling.mode.variables(frontend.template)
 
 
-def _answer_lines(
-    options: Mapping[str, Any], restarting: RestartingDeployment, lines: Sequence[PromptLine], results: ResultFile
-) -> int:
-    """Run the prompts without a result; return the number that failed in this run."""
-    prompts: dict[int, Request] = {}
-    num_done, seed = results.num_done, base_seed(options)
-    frontend = ModelFrontend(restarting.deployment.model, restarting.deployment.shape.context_tokens)
-    for text in opening_lines(options, frontend):
-        log(text)
-    with _progress(len(lines), num_done) as progress:
-        (task,) = progress.task_ids
-        for index, line in enumerate(lines[num_done:], start=num_done):
-            try:
-                request = line_prompt(options, line, line_seed(seed, index), frontend)
-            except SetupError as error:
-                results.write(index, {"id": _id(line, index), "error": str(error)})
-                progress.advance(task)
-            else:
-                prompts[index] = request
-        index_of = {id(request): index for index, request in prompts.items()}
-        num_failed = len(lines) - num_done - len(prompts)
-        with engine_on(
-            restarting.deployment,
-            drafts=options["draft"] == "ngram",
+def result_digests(
+    options: GenerateOptions, model: ModelDescription, lines: Mapping[int, PromptLine]
+) -> dict[str, int]:
+    """Return the number of each line by the digest of all that its result depends on."""
+    cluster, conversation = options.cluster, options.conversation
+    run = (conversation.system, options.raw, conversation.sampling, cluster.context_tokens, cluster.dtype)
+    counted = (model.digest, *run, cluster.dense_bits, options.num_logprobs)
+    return {run_digest(counted, number, line): number for number, line in lines.items()}
+
+
+class _Batch:
+    """One run over the lines that have no result."""
+
+    def __init__(
+        self,
+        options: GenerateOptions,
+        restarting: RestartingDeployment,
+        lines: Mapping[int, PromptLine],
+        results: ResultFile,
+    ) -> None:
+        self._options = options
+        self._restarting = restarting
+        self._lines = lines
+        self._results = results
+        self._seed = options.conversation.sampling.base_seed
+        self._warnings: set[str] = set()
+        self._num_asked: dict[int, int] = {}
+        self._answers: dict[int, dict[int, dict[str, object]]] = {}
+        deployment = restarting.deployment
+        self._frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
+
+    def run(self) -> None:
+        """Write a result for each line."""
+        for text in opening_lines(self._options.cluster, self._frontend, is_raw=self._options.raw):
+            log(text)
+        engine = engine_on(
+            self._restarting.deployment,
+            drafts=self._options.drafts,
             prompts_first=True,
-            on_report=restarting.on_report,
-            restarts=restarting,
+            on_report=self._restarting.on_report,
+            restarts=self._restarting,
             on_restart=log_restart,
-        ) as engine:
-            for answer in answer_all(engine, frontend.tokenizer, list(prompts.values())):
-                index = index_of[id(answer.request)]
-                result = {**_result(answer.request, answer), **_left_out(lines[index], frontend)}
-                results.write(index, {"id": _id(lines[index], index), **result})
-                progress.advance(task)
-                num_failed += answer.error is not None
-    return num_failed
+        )
+        with _progress(len(self._lines), len(self._results)) as self._bar, engine:
+            for result in answer_all(engine, self._requests()):
+                self._add(result)
+
+    def _requests(self) -> Iterator[tuple[int, Submission]]:
+        """Yield the requests one by one, and write an error for each line that cannot be served."""
+        for number, line in self._lines.items():
+            if number in self._results:
+                continue
+            try:
+                seed = derived_seed(self._seed, number - 1)
+                asked, warnings = line_submissions(self._options, line, seed, self._frontend)
+            except SetupError as error:
+                self._write(number, {"error": str(error)})
+            else:
+                for text in set(warnings) - self._warnings:
+                    log(text)
+                self._warnings.update(warnings)
+                self._num_asked[number] = len(asked)
+                yield from ((MAX_ANSWERS * number + index, one) for index, one in enumerate(asked))
+
+    def _add(self, result: BatchResult) -> None:
+        """Write the result of a line once all its answers are there."""
+        number, index = divmod(result.key, MAX_ANSWERS)
+        answers = self._answers.setdefault(number, {})
+        answers[index] = self._fields(number, result)
+        if len(answers) < self._num_asked[number]:
+            return
+        del self._answers[number]
+        failed = [fields for fields in answers.values() if "error" in fields]
+        if failed or len(answers) == 1:
+            self._write(number, (failed or [answers[0]])[0])
+        else:
+            self._write(number, {"answers": [answers[index] for index in sorted(answers)]})
+
+    def _fields(self, number: int, result: BatchResult) -> dict[str, object]:
+        messages = self._lines[number].messages
+        history = None if messages is None else read_history(messages, self._frontend.template.fields)
+        left_out = {} if history is None or not history.left_out else {"left_out": history.left_out}
+        before = 0 if history is None else num_calls(history.messages)
+        fields = answer_fields(self._frontend.tokenizer, result, before)
+        return fields if result.summary is None else fields | left_out
+
+    def _write(self, number: int, fields: Mapping[str, object]) -> None:
+        given = self._lines[number].id
+        self._results.write(number, {"id": number if given is None else given, **fields})
+        self._bar.advance(self._bar.task_ids[0])
+
+
+def line_submissions(
+    options: GenerateOptions, line: PromptLine, seed: int, frontend: ModelFrontend
+) -> tuple[list[Submission], tuple[str, ...]]:
+    """Return the requests for one line, one for each answer, and warnings about its schemas.
+
+    Values in the line override the options and ``seed``.
+
+    Raises:
+        RequestError, TokenizerError: it cannot be served; gives the reason.
+    """
+    sampling = msgspec.structs.replace(options.conversation.sampling, seed=seed).overridden_by(line)
+    tools = line.tools or ()
+    if options.raw and line.prompt is not None:
+        prompt_ids = frontend.tokenizer.encode_text(line.prompt)
+    else:
+        messages = _messages(options.conversation.system, line, frontend.template)
+        prompt_ids = prompt_of(frontend, messages, sampling, tools)
+    settings = reply_settings(sampling, frontend, tools, num_logprobs=options.num_logprobs)
+    return submissions(settings, frontend, prompt_ids, sampling.num_answers), settings.warnings
+
+
+def _messages(system: str | None, line: PromptLine, template: ChatTemplate) -> list[Message]:
+    if line.messages is not None:
+        return read_history(line.messages, template.fields).messages
+    assert line.prompt is not None, "a line without a prompt"
+    before = [] if system is None else [Message(role="system", content=system)]
+    return [*before, Message(role="user", content=line.prompt)]
 
 
 def _progress(total: int, completed: int) -> Progress:
@@ -113,32 +198,3 @@ def _progress(total: int, completed: int) -> Progress:
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     progress.add_task("prompts", total=total, completed=completed)
     return progress
-
-
-def _id(line: PromptLine, index: int) -> str | int:
-    """Return the line's own id, else its number, counted from 1."""
-    return index + 1 if line.id is None else line.id
-
-
-def _left_out(line: PromptLine, frontend: ModelFrontend) -> dict[str, Any]:
-    """Return ``{"left_out": [...]}`` if the prompt does not hold all fields of the line's messages, else {}."""
-    left_out = read_history(line.messages, frontend.template.fields).left_out if line.messages else ()
-    return {"left_out": left_out} if left_out else {}
-
-
-def _result(request: Request, answer: BatchResult) -> dict[str, Any]:
-    if answer.error is not None:
-        return {"error": answer.error}
-    result: dict[str, Any] = {
-        "text": answer.reply.content,
-        "reasoning": answer.reply.reasoning,
-        "tokens": len(answer.token_ids),
-        "finish_reason": answer.finish_reason.value,
-        "prompt_tokens": len(request.prompt_ids),
-        "seed": request.sampling.seed,
-        "first_token_s": None if answer.first_token_s is None else round(answer.first_token_s, 3),
-        "finished_s": round(answer.finished_s, 3),
-    }
-    if answer.reply.calls:
-        result["tool_calls"] = [{"name": call.name, "arguments": call.arguments} for call in answer.reply.calls]
-    return result

@@ -1,12 +1,13 @@
 """Output of an answer while it is generated: plain text, or one JSON object a line on stdout."""
 
-import dataclasses
 import sys
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
+
+import msgspec
 
 from mlx_k2.chat.chat_events import CallEnded, Event
+from mlx_k2.chat.completion import completion_of, sampled_logprob
 from mlx_k2.cli.console import log, show_stage_use
 from mlx_k2.cli.repl.screen import PlainScreen, Screen, show_all
 from mlx_k2.cli.repl.wording import CUT
@@ -17,8 +18,9 @@ from mlx_k2.coordinator.pipeline import StageUse
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.restarting import Restart
 from mlx_k2.scheduling.request import FinishReason
-from mlx_k2.text.reply_parts import Content
+from mlx_k2.text.reply_parts import Content, Part, Reasoning, whole_reply
 from mlx_k2.text.tokenizer import Tokenizer
+from mlx_k2.text.tool_call import ToolCall
 
 _ENDS = {FinishReason.STOP: "complete", **CUT, FinishReason.CANCELLED: "cancelled"}
 
@@ -74,11 +76,37 @@ class TextOutput:
         show_stage_use(deployment, use)
 
 
-class JsonOutput:
-    """Output as one JSON object a line on stdout: each token, each call with its result, then ``{"summary": ...}``."""
+class TokenLine(msgspec.Struct, frozen=True):
+    """The line of a token, if no log-probabilities were asked for."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    token: int
+    text: str
+
+
+class StageSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """A stage's layers, memory and computing time."""
+
+    host: str
+    first_layer: int
+    last_layer: int
+    held_bytes: int
+    peak_bytes: int
+    busy_s: float
+    busy_fraction: float
+
+
+class JsonOutput:
+    """Output as one JSON object a line on stdout: each token, each call with its result, then ``{"summary": ...}``.
+
+    docs/json.md describes the lines. If ``is_raw`` is True, all sampled text is the answer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, is_raw: bool) -> None:
         self._tokenizer = tokenizer
+        self._is_raw = is_raw
+        self._parts: list[Part] = []
+        self._num_calls = 0
+        self._is_over = False
         self._last_restart: Restart | None = None
         self.screen: Screen = PlainScreen(show_thinking=False)
 
@@ -95,67 +123,60 @@ class JsonOutput:
         return show_all(self._show_event, events)
 
     def _show_event(self, event: Event) -> None:
-        """Write a line for a token or a call. The parts of a reply are omitted: its tokens contain them."""
+        """Write a line for a token or a call. The parts of a reply are kept for the summary."""
         match event:
             case Token():
                 self.screen.pause()
                 self._token(event)
+                if self._is_raw:
+                    self._keep(Content(event.text))
+            case Reasoning() | Content() | ToolCall():
+                self._keep(event)
             case Queued() | PrefillProgress() | Restarting():
                 if isinstance(event, Restarting) and event.restart != self._last_restart:
                     self._last_restart = event.restart
-                    _write_line({"restart": dataclasses.asdict(event.restart)})
+                    _write_line({"restart": event.restart})
                 self.screen.event(event)
             case CallEnded(call, result):
                 ended = {"outcome": result.outcome.value, "result": result.text}
                 _write_line({"call": {"name": call.name, "arguments": call.arguments, **ended}})
+            case AnswerSummary():
+                self._is_over = True
+
+    def _keep(self, part: Part) -> None:
+        """Add a part to the present reply, which is the next one if a summary came before it."""
+        if self._is_over:
+            self._num_calls += sum(isinstance(part, ToolCall) for part in self._parts)
+            self._parts.clear()
+            self._is_over = False
+        self._parts.append(part)
 
     def _token(self, token: Token) -> None:
         """Write ``{"token": id, "text": ...}``, with log-probabilities if they were requested."""
-        line: dict[str, Any] = {"token": token.token_id, "text": token.text}
+        line: object = TokenLine(token.token_id, token.text)
         if token.logprob is not None:
-            line["logprob"] = token.logprob
-            line["top"] = [
-                {
-                    "token": token_id,
-                    "text": self._tokenizer.token_bytes(token_id).decode(errors="replace"),
-                    "logprob": p,
-                }
-                for token_id, p in token.top
-            ]
+            line = msgspec.structs.replace(sampled_logprob(self._tokenizer, token), text=token.text)
         _write_line(line)
 
     def summary(self, summary: AnswerSummary, deployment: Deployment, use: tuple[StageUse, ...]) -> None:
-        """Write the answer's counts and times, and each stage's layers, memory and computing time."""
+        """Write the last reply with the counts and times of all, and each stage's layers, memory and computing time."""
         total_s = sum(stage.busy_s for stage in use) or 1.0
         stages = [
-            {
-                "host": plan.host.ssh,
-                "first_layer": plan.assignment.first_layer,
-                "last_layer": plan.assignment.end_layer - 1,
-                "held_bytes": loaded.held_bytes,
-                "peak_bytes": loaded.peak_bytes,
-                "busy_s": stage.busy_s,
-                "busy_fraction": stage.busy_s / total_s,
-            }
+            StageSummary(
+                host=plan.host.ssh,
+                first_layer=plan.assignment.first_layer,
+                last_layer=plan.assignment.end_layer - 1,
+                held_bytes=loaded.held_bytes,
+                peak_bytes=loaded.peak_bytes,
+                busy_s=stage.busy_s,
+                busy_fraction=stage.busy_s / total_s,
+            )
             for plan, loaded, stage in zip(deployment.plans, deployment.loaded, use, strict=True)
         ]
-        fields = {
-            "prompt_tokens": summary.prompt_tokens,
-            "cached_tokens": summary.cached_tokens,
-            "generated_tokens": summary.generated_tokens,
-            "finish_reason": summary.finish_reason.value,
-            "seed": summary.seed,
-            "load_s": deployment.load_s,
-            "time_to_first_token_s": summary.time_to_first_token_s,
-            "prefill_tokens_per_s": summary.prefill_tokens_per_s,
-            "decode_tokens_per_s": summary.decode_tokens_per_s,
-            "drafted": summary.num_drafted,
-            "accepted": summary.num_accepted,
-            "stages": stages,
-        }
-        _write_line({"summary": fields})
+        completion = msgspec.to_builtins(completion_of(whole_reply(self._parts), summary, self._num_calls))
+        _write_line({"summary": {**completion, "load_s": deployment.load_s, "stages": stages}})
 
 
-def _write_line(value: dict[str, Any]) -> None:
+def _write_line(value: object) -> None:
     sys.stdout.write(json_line(value))
     sys.stdout.flush()

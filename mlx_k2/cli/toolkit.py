@@ -3,28 +3,24 @@
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import click
 
 from mlx_k2.chat.tool_round import Tools
+from mlx_k2.cli.options import ToolOptions
 
 _CHATTY = ("mcp", "httpx", "httpx2", "asyncio", "client")
 
 
 @contextmanager
-def opened_tools(options: Mapping[str, Any]) -> Iterator[Tools | None]:
+def opened_tools(options: ToolOptions) -> Iterator[Tools | None]:
     """Start the tools of --tools and --mcp and yield them; yield None without these options.
 
     Raises:
         ToolsError: a file cannot be used, a server does not start, or --allow-tool names no tool.
     """
-    if options["tools_path"] is None and options["mcp_path"] is None:
-        if options["allowed_tools"] or options["yes"]:
-            raise click.UsageError("--yes and --allow-tool are for tools: give --tools or --mcp")
+    if not options.is_given:
         yield None
         return
     from mlx_k2.errors import ToolsError
@@ -38,11 +34,11 @@ def opened_tools(options: Mapping[str, Any]) -> Iterator[Tools | None]:
 
     for name in _CHATTY:  # their messages about a lost server are in the call's result already
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    servers = () if options["mcp_path"] is None else read_mcp_file(Path(options["mcp_path"]), os.environ)
-    if options["tools_path"] is not None:
-        servers = (*servers, python_module(Path(options["tools_path"]), os.environ))
-    with open_toolbox(servers, Limits(call_timeout_s=options["tool_timeout_s"])) as tools:
-        unknown = sorted(set(options["allowed_tools"]) - tools.tools.keys())
+    servers = () if options.mcp_path is None else read_mcp_file(Path(options.mcp_path), os.environ)
+    if options.tools_path is not None:
+        servers = (*servers, python_module(Path(options.tools_path), os.environ))
+    with open_toolbox(servers, Limits(call_timeout_s=options.tool_timeout_s)) as tools:
+        unknown = sorted(set(options.allowed_tools) - tools.tools.keys())
         if unknown:
             known = ", ".join(tools.tools) or "none"
             raise ToolsError(f"--allow-tool {unknown[0]}: there is no such tool; the tools are {known}")

@@ -1,7 +1,6 @@
 """Trace of the stages' steps in Chrome's trace format: one track a stage, one span a microbatch (ui.perfetto.dev)."""
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -12,7 +11,7 @@ class Trace:
     """Spans placed by the time at which the coordinator received their end: clocks of different hosts can differ."""
 
     def __init__(self, hosts: list[str]) -> None:
-        self._events: list[dict[str, Any]] = [
+        self._events: list[object] = [
             {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"stage {rank} on {host}"}}
             for rank, host in enumerate(hosts)
         ]

@@ -147,11 +147,11 @@ class Pipeline:
         return next((sent.microbatch for sent in self._sent.values() if rank not in sent.finished_by), None)
 
     def _send(self, step: Step) -> None:
-        """Send a plan to every stage. Only the last one, which samples, gets the token masks."""
-        if not any(row.token_mask for row in step.rows):
+        """Send a plan to every stage. Only the last one, which samples, gets token masks and logit biases."""
+        if not any(row.token_mask or row.logit_bias for row in step.rows):
             self.group.send_all(step)
             return
-        rows = tuple(msgspec.structs.replace(row, token_mask=None) for row in step.rows)
+        rows = tuple(msgspec.structs.replace(row, token_mask=None, logit_bias=None) for row in step.rows)
         plain = msgspec.structs.replace(step, rows=rows)
         for rank in range(self.group.size):
             self.group.send(rank, step if rank == self.group.size - 1 else plain)

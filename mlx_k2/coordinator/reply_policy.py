@@ -1,14 +1,16 @@
-"""Token policy of a reply: its text and parts, stop strings, the minimum length and the thinking budget. Pure."""
+"""Token policy of a reply: its text and parts, constraint, stop strings, minimum length and thinking budget. Pure."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_k2.errors import RequestError
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.scheduling.token_policy import Accepted
-from mlx_k2.text.reply_parser import ReplyReader
+from mlx_k2.text.reply_grammar import ReplyGrammar
+from mlx_k2.text.reply_parser import Phase, ReplyReader
 from mlx_k2.text.reply_parts import Content, Part
 from mlx_k2.text.tokenizer import Tokenizer
+from mlx_k2.token_mask import TokenMask
 
 
 @dataclass(frozen=True)
@@ -32,20 +34,30 @@ class ReplyLimits:
             raise RequestError("a stop string is empty: give at least one character")
 
 
-_NO_LIMITS = ReplyLimits()
+NO_LIMITS = ReplyLimits()
 
 
 class ReplyPolicy:
-    """The policy of one reply."""
+    """The policy of one reply. ``grammar`` None allows every token."""
 
-    def __init__(self, tokenizer: Tokenizer, request: Request, limits: ReplyLimits = _NO_LIMITS) -> None:
-        self._reader = ReplyReader(tokenizer, request.prompt_ids, request.stop_ids)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        request: Request,
+        limits: ReplyLimits = NO_LIMITS,
+        grammar: ReplyGrammar | None = None,
+    ) -> None:
+        # a stop token has no text, also where the request goes on after it (ignore_eos)
+        self._reader = ReplyReader(tokenizer, request.prompt_ids, request.stop_ids | tokenizer.stop_ids)
+        self._guide = None if grammar is None else grammar.guide(tokenizer, request.prompt_ids, request.stop_ids)
+        self._has_stop_token = bool(request.stop_ids)
+        self._tokenizer = tokenizer
         self._limits = limits
         self._stops = StopScanner(limits.stop_strings)
         self._num_tokens = 0
         self._num_thought = 0
         self._closing = () if limits.thinking_budget is None else (tokenizer.token_id("</think>"),)
-        self._no_stop_token = _mask_without(request.stop_ids, tokenizer.vocab_size) if limits.min_tokens else None
+        self._no_stop_token = TokenMask.all_but(request.stop_ids) if request.stop_ids else None
 
     @property
     def stop_string(self) -> str | None:
@@ -54,23 +66,38 @@ class ReplyPolicy:
 
     def accept(self, token_id: int) -> Accepted:
         """Record the next token and return the text and parts that it completes."""
-        was_thinking = self._reader.in_reasoning
+        was_thinking = self._is_thinking
         read = self._reader.add(token_id)
         self._num_tokens += 1
-        self._num_thought += was_thinking and self._reader.in_reasoning
+        self._num_thought += was_thinking and self._is_thinking
         parts = self._until_stop(read.parts)
-        reason = FinishReason.STOP if self._stops.found is not None else None
+        is_over = self._stops.found is not None
+        if self._guide is not None:
+            self._guide.accept(token_id, self._reader.phase)
+            is_over = is_over or (not self._has_stop_token and self._guide.is_complete)
+        reason = FinishReason.STOP if is_over else None
         return Accepted(read.text, parts, reason)
 
     def forced(self) -> Sequence[int]:
-        """Return </think> once the reasoning has used its budget."""
+        """Return </think> once the reasoning has used its budget, and tokens to which there is no alternative."""
         budget = self._limits.thinking_budget
-        spent = budget is not None and self._reader.in_reasoning and self._num_thought >= budget
-        return self._closing if spent else ()
+        if budget is not None and self._is_thinking and self._num_thought >= budget:
+            return self._closing
+        return () if self._guide is None else self._guide.forced()
 
-    def token_mask(self, draft_ids: Sequence[int]) -> bytes | None:
-        """Exclude the stop tokens before ``min_tokens`` tokens."""
-        return self._no_stop_token if self._num_tokens + len(draft_ids) < self._limits.min_tokens else None
+    def token_mask(self, draft_ids: Sequence[int]) -> TokenMask | None:
+        """Return the mask of the constraint, without the stop tokens before ``min_tokens`` tokens."""
+        hold_stop = self._num_tokens + len(draft_ids) < self._limits.min_tokens
+        if self._guide is not None:
+            return self._guide.mask(draft_ids, hold_stop=hold_stop)
+        return self._no_stop_token if hold_stop else None
+
+    def may_draft(self, draft_ids: Sequence[int], token_id: int) -> bool:
+        """Return whether the constraint allows a draft token. Control tokens, which can end a phase, are excluded."""
+        if self._guide is None:
+            return True
+        mask = self._guide.mask(draft_ids, hold_stop=False)
+        return not self._tokenizer.is_special(token_id) and (mask is None or mask.allows(token_id))
 
     def finish(self) -> Accepted:
         """Return the text and parts that were held back."""
@@ -80,6 +107,10 @@ class ReplyPolicy:
         parts = self._until_stop(read.parts)
         held = self._stops.flush()
         return Accepted(read.text, (*parts, Content(held)) if held else parts)
+
+    @property
+    def _is_thinking(self) -> bool:
+        return self._reader.phase is Phase.REASONING
 
     def _until_stop(self, parts: Sequence[Part]) -> tuple[Part, ...]:
         """Return ``parts`` up to a stop string, less the end of the content that may be the start of one."""
@@ -132,11 +163,3 @@ def _overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of ``text`` with which ``stop`` begins."""
     most = min(len(text), len(stop) - 1)
     return next((length for length in range(most, 0, -1) if text.endswith(stop[:length])), 0)
-
-
-def _mask_without(token_ids: Collection[int], vocab_size: int) -> bytes:
-    """Return a token mask that allows all tokens but ``token_ids``."""
-    mask = bytearray(b"\xff" * -(-vocab_size // 8))
-    for token_id in token_ids:
-        mask[token_id // 8] &= ~(1 << token_id % 8)
-    return bytes(mask)

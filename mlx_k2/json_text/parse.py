@@ -3,6 +3,7 @@
 import codecs
 import json
 import math
+import sys
 from typing import Any
 
 MAX_BYTES = 256 * 1024 * 1024
@@ -13,8 +14,11 @@ class JsonError(ValueError):
     """Text that is not JSON as this program reads it. The message names the line or the field."""
 
 
-def parse_json(text: bytes | str) -> Any:
+def parse_json(text: bytes | str, *, is_lenient: bool = False) -> Any:
     """Return the value of a JSON text, which may begin with a byte order mark of UTF-8.
+
+    ``is_lenient`` accepts what a grammar of JSON cannot exclude: a key twice in one object, which has its last value,
+    and a number that is not finite, which becomes the largest one.
 
     Raises:
         JsonError: it is not JSON in UTF-8, is larger than MAX_BYTES or nested deeper than MAX_DEPTH, has a key twice in
@@ -22,7 +26,12 @@ def parse_json(text: bytes | str) -> Any:
     """
     text = _decode(text) if isinstance(text, bytes) else text
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_float=_float, parse_constant=_refuse_constant)
+        value = json.loads(
+            text,
+            object_pairs_hook=dict if is_lenient else _object,
+            parse_float=_nearest_float if is_lenient else _float,
+            parse_constant=_refuse_constant,
+        )
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text.strip() else ""
         raise JsonError(f"{line}column {error.colno}: {error.msg[0].lower()}{error.msg[1:]}") from None
@@ -62,6 +71,10 @@ def _float(digits: str) -> float:
     if not math.isfinite(value):
         raise JsonError(f"the number {digits[:20]} is too large")
     return value
+
+
+def _nearest_float(digits: str) -> float:
+    return max(-sys.float_info.max, min(float(digits), sys.float_info.max))
 
 
 def _refuse_constant(name: str) -> None:

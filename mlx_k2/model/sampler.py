@@ -1,7 +1,7 @@
 """Sampling of the next token of each row from its logits. Knows no sequences: each row carries its parameters.
 
-The filters are mlx-lm's, in mlx-lm's order: repetition penalty on the logits; top-p, min-p and top-k on the
-log-probabilities; then the temperature. The random key is derived from (seed, position) alone, so a token does not
+The filters are mlx-lm's, in mlx-lm's order: repetition penalty and logit bias on the logits; top-p, min-p and top-k on
+the log-probabilities; then the temperature. The random key is derived from (seed, position) alone, so a token does not
 depend on the other rows of its step.
 """
 
@@ -12,21 +12,24 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_repetition_penalty
+from numpy.typing import NDArray
 
-from mlx_k2.sampling import REPETITION_WINDOW, SampledToken, Sampling
+from mlx_k2.sampling import REPETITION_WINDOW, LogitBias, SampledToken, Sampling
+from mlx_k2.token_mask import MaskForm, TokenMask
 
 
 @dataclass(frozen=True)
 class SamplingRequest:
     """One row's parameters. ``position`` is that of the token to sample; ``recent_ids`` are the tokens before it.
 
-    Bit ``i % 8`` of byte ``i // 8`` of ``token_mask`` is 1 if token ``i`` may be sampled; None allows every token.
+    ``token_mask`` None allows every token.
     """
 
     sampling: Sampling
     position: int
     recent_ids: tuple[int, ...]
-    token_mask: bytes | None = None
+    token_mask: TokenMask | None = None
+    logit_bias: LogitBias | None = None
 
 
 def sample_tokens(logits: mx.array, requests: Sequence[SamplingRequest]) -> list[SampledToken]:
@@ -45,8 +48,23 @@ def _masked(logits: mx.array, request: SamplingRequest) -> mx.array:
     """Return logits (1, vocabulary) with minus infinity for the tokens that the request's mask excludes."""
     if request.token_mask is None:
         return logits
-    bits = np.unpackbits(np.frombuffer(request.token_mask, np.uint8), bitorder="little")[: logits.shape[-1]]
-    return mx.where(mx.array(bits.astype(bool)), logits, mx.array(-mx.inf, logits.dtype))
+    allowed = mx.array(_allowed(request.token_mask, logits.shape[-1]))
+    return mx.where(allowed, logits, mx.array(-mx.inf, logits.dtype))
+
+
+def _allowed(mask: TokenMask, vocab_size: int) -> NDArray[np.bool_]:
+    """Return for each token whether ``mask`` allows it."""
+    if mask.form is MaskForm.BITS:
+        return np.unpackbits(np.frombuffer(mask.data, np.uint8), count=vocab_size, bitorder="little").view(np.bool_)
+    allowed = np.full(vocab_size, mask.form is MaskForm.ALL_BUT)
+    allowed[np.frombuffer(mask.data, np.uint32)] ^= True
+    return allowed
+
+
+def _biased(logits: mx.array, bias: LogitBias) -> mx.array:
+    """Return logits (1, vocabulary) with the biases added."""
+    token_ids = mx.array(np.frombuffer(bias.token_ids, np.uint32))
+    return logits.at[:, token_ids].add(mx.array(np.frombuffer(bias.values, np.float32)))
 
 
 def _token(logits: mx.array, request: SamplingRequest) -> mx.array:
@@ -55,6 +73,8 @@ def _token(logits: mx.array, request: SamplingRequest) -> mx.array:
     if sampling.repetition_penalty != 1.0 and request.recent_ids:
         penalize = make_repetition_penalty(sampling.repetition_penalty, REPETITION_WINDOW)
         logits = penalize(mx.array(request.recent_ids), logits)
+    if request.logit_bias is not None:
+        logits = _biased(logits, request.logit_bias)
     if sampling.temperature == 0:
         return mx.argmax(logits, axis=-1)
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)

@@ -1,25 +1,31 @@
 """Frames on a byte stream, and the threads that read and write them. Standard library only: the guard imports it.
 
-A stream from a stage starts with ``MARK``; bytes that a login shell prints before it are skipped. Every frame after it
-is ``<length: uint32 little-endian><kind: uint8><payload>``; anything else raises ProtocolError.
+A stream from a stage starts with ``MARK``; bytes that a login shell prints before it are skipped. The mark is a line
+that ends with the version of mlx-k2, so that every version can read that of every other. Every frame after it is
+``<length: uint32 little-endian><kind: uint8><payload>``; anything else raises ProtocolError.
 """
 
 import enum
 import queue
+import re
 import struct
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, NamedTuple
 
+from mlx_k2 import __version__
 from mlx_k2.errors import ProtocolError
 
-MARK = b"mlx-k2 control 2"
+MARK_START = b"mlx-k2 control "
+MARK = MARK_START + __version__.encode() + b"\n"
+MAX_VERSION_BYTES = 64
 MAX_CHATTER_BYTES = 64 * 1024
 MAX_PAYLOAD_BYTES = 64 * 1024 * 1024
 QUEUE_FRAMES = 4096
 
 _HEADER = struct.Struct("<IB")
+_VERSION = re.compile(rb"[0-9][0-9A-Za-z.+!-]*\n")
 
 
 class Kind(enum.IntEnum):
@@ -75,16 +81,24 @@ def skip_to_mark(stream: IO[bytes]) -> bytes:
 
     Raises:
         ProtocolError: the stream ended, or 64 KB were read, without the mark; the message quotes the last 400 bytes.
+            Or the mark has the version of another mlx-k2; names both.
     """
     seen = bytearray()
-    while not seen.endswith(MARK):
+    while not seen.endswith(MARK_START):
         byte = stream.read(1)
-        if not byte or len(seen) >= MAX_CHATTER_BYTES + len(MARK):
+        if not byte or len(seen) >= MAX_CHATTER_BYTES + len(MARK_START):
             ending = "ended" if not byte else f"sent {MAX_CHATTER_BYTES // 1024} KB"
             tail = seen[-400:].decode(errors="replace").strip()
             raise ProtocolError(f"the stage's output {ending} without its opening mark" + (f": {tail}" if tail else ""))
         seen += byte
-    return bytes(seen[: -len(MARK)])
+    version = stream.readline(MAX_VERSION_BYTES)
+    if MARK_START + version != MARK:
+        found = version.decode(errors="replace").strip() if _VERSION.fullmatch(version) else "of another version"
+        raise ProtocolError(
+            f"its mlx-k2 is {found}, and that of this machine is {__version__}: install the same on both, from one "
+            "wheel (make dist)"
+        )
+    return bytes(seen[: -len(MARK_START)])
 
 
 def _read_exactly(stream: IO[bytes], count: int) -> bytes:

@@ -28,7 +28,8 @@ class FetchFiles(msgspec.Struct, frozen=True, tag=True):
 class DownloadShard(msgspec.Struct, frozen=True, tag=True):
     """Request to fetch only the files of layers ``first_layer`` up to, not including, ``end_layer`` from the Hub.
 
-    Answered by any number of DownloadProgress, then ShardDownloaded.
+    If ``model`` is a folder, the files are checked, and none is fetched. Answered by any number of DownloadProgress,
+    then ShardDownloaded.
     """
 
     model: ModelSource

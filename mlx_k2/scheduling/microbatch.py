@@ -5,18 +5,20 @@ from functools import cached_property
 
 import msgspec
 
-from mlx_k2.sampling import Sampling
+from mlx_k2.sampling import LogitBias, Sampling
 from mlx_k2.scheduling.cost_model import StepLoad, row_load
 from mlx_k2.scheduling.sequence import Sequence
+from mlx_k2.token_mask import TokenMask
 
 
-class Row(msgspec.Struct, frozen=True):
+class Row(msgspec.Struct, frozen=True, omit_defaults=True):
     """One sequence's part of a step, as stages receive it: ``token_ids``, starting at ``position``, in ``slot``.
 
     ``is_prompt`` selects the attention method: naive for prompt tokens, absorbed for generated and draft tokens.
     If ``sampling`` is set, a token is sampled after the last of ``token_ids``; the repetition penalty reads
     ``recent_ids``. If ``copy_from`` is set, all positions before ``position`` are first copied from that slot, in the
-    state in which all earlier plans left them. ``token_mask`` (see ``TokenPolicy``) limits the token that is sampled.
+    state in which all earlier plans left them. ``token_mask`` limits the token that is sampled, ``logit_bias`` changes
+    its logits; both are in the last stage's copy only.
     """
 
     slot: int
@@ -26,7 +28,8 @@ class Row(msgspec.Struct, frozen=True):
     sampling: Sampling | None
     recent_ids: tuple[int, ...] = ()
     copy_from: int | None = None
-    token_mask: bytes | None = None
+    token_mask: TokenMask | None = None
+    logit_bias: LogitBias | None = None
 
     @property
     def end(self) -> int:
@@ -64,10 +67,16 @@ class PlannedRow:
         """
         assert sequence.slot is not None, "a waiting sequence is not planned"
         end = position + len(token_ids)
-        sampling = sequence.request.sampling if needs_logits else None
-        recent_ids = sequence.recent_ids(end) if needs_logits else ()
-        mask = sequence.token_mask(end) if needs_logits else None
-        return cls(sequence, Row(sequence.slot, position, token_ids, is_prompt, sampling, recent_ids, copy_from, mask))
+        row = Row(sequence.slot, position, token_ids, is_prompt, None, copy_from=copy_from)
+        if needs_logits:
+            row = msgspec.structs.replace(
+                row,
+                sampling=sequence.sampling,
+                recent_ids=sequence.recent_ids(end),
+                token_mask=sequence.token_mask(end),
+                logit_bias=sequence.logit_bias(end),
+            )
+        return cls(sequence, row)
 
     @property
     def load(self) -> StepLoad:

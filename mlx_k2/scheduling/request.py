@@ -46,8 +46,8 @@ def check_request(request: Request, vocab_size: int, context_tokens: int) -> Non
     """Reject a request that can never run.
 
     Raises:
-        RequestError: an empty or too long prompt, a token id outside the vocabulary, no token to generate, or a
-            timeout that is not above 0.
+        RequestError: an empty or too long prompt, a token id of the prompt or of a bias outside the vocabulary, no
+            token to generate, or a timeout that is not above 0.
     """
     length = len(request.prompt_ids)
     if length == 0:
@@ -55,6 +55,9 @@ def check_request(request: Request, vocab_size: int, context_tokens: int) -> Non
     for token_id in request.prompt_ids:
         if not 0 <= token_id < vocab_size:
             raise RequestError(f"token id {token_id} is outside the vocabulary of {vocab_size}")
+    for token_id, _ in request.sampling.logit_bias:
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(f"a logit bias is for token id {token_id}, outside the vocabulary of {vocab_size}")
     if length >= context_tokens:
         raise RequestError(
             f"the prompt has {length} tokens and the context holds {context_tokens}, "

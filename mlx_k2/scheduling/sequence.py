@@ -5,11 +5,14 @@ from collections import deque
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
+import msgspec
+
 from mlx_k2.errors import MlxK2Error, RequestFailed
-from mlx_k2.sampling import REPETITION_WINDOW, SampledToken
+from mlx_k2.sampling import REPETITION_WINDOW, LogitBias, SampledToken, Sampling
 from mlx_k2.scheduling.drafter import Drafter, NgramDrafter
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
 from mlx_k2.scheduling.token_policy import Accepted, AnyToken, TokenPolicy
+from mlx_k2.token_mask import TokenMask
 
 INDEX_TOKENS = 128
 """Number of tokens that are indexed for drafts at a time: about 0.2 ms."""
@@ -44,6 +47,10 @@ class Sequence:
 
     def __init__(self, request: Request, context_tokens: int, policy: TokenPolicy | None = None) -> None:
         self.request = request
+        self.sampling: Sampling = msgspec.structs.replace(
+            request.sampling, logit_bias=(), presence_penalty=0.0, frequency_penalty=0.0
+        )
+        """The parameters for the last stage. It gets the sum of bias and penalties as ``logit_bias``."""
         self.token_ids = array("I", request.prompt_ids)
         """The prompt and the answer so far. An array, because slots compare long prefixes."""
         self.slot: int | None = None
@@ -64,6 +71,9 @@ class Sequence:
         self.error: MlxK2Error | None = None
         """Why it ended with FinishReason.ERROR."""
         self._policy = policy or AnyToken()
+        self._biases = dict(request.sampling.logit_bias)
+        self._seen: set[int] = set()
+        self._has_penalties = bool(request.sampling.presence_penalty or request.sampling.frequency_penalty)
         self._drafts: list[int] = []
         self._first_counting_plan = 0
         self._end = min(len(request.prompt_ids) + request.max_tokens, context_tokens)
@@ -112,7 +122,17 @@ class Sequence:
         drafted = self._drafts[: max(0, end - len(self.token_ids))]
         return tuple([*known, *drafted][-REPETITION_WINDOW:])
 
-    def token_mask(self, end: int) -> bytes | None:
+    def logit_bias(self, end: int) -> LogitBias | None:
+        """Return bias and penalties for the token at position ``end``, which known and draft tokens precede."""
+        drafts = self._drafts[: max(0, end - len(self.token_ids))] if self._has_penalties else ()
+        biases, seen = self._biases, self._seen
+        if drafts:
+            biases, seen = biases.copy(), seen.copy()
+            for token_id in drafts:
+                self._penalize(token_id, biases, seen)
+        return LogitBias.of(biases) if biases else None
+
+    def token_mask(self, end: int) -> TokenMask | None:
         """Return the policy's mask for the token at position ``end``, which known and draft tokens precede."""
         try:
             return self._policy.token_mask(self._drafts[: max(0, end - len(self.token_ids))])
@@ -152,7 +172,7 @@ class Sequence:
             return None
         self.drafter.index(self.token_ids, INDEX_TOKENS)
         token_id = self.drafter.draft(self.token_ids, self._drafts)
-        if token_id is None or token_id in self.request.stop_ids:
+        if token_id is None or token_id in self.request.stop_ids or not self._may_draft(token_id):
             return None
         self._drafts.append(token_id)
         self.num_drafted += 1
@@ -195,8 +215,25 @@ class Sequence:
         except Exception:  # noqa: BLE001 - the sequence has ended already
             return Accepted()
 
+    def _may_draft(self, token_id: int) -> bool:
+        try:
+            return self._policy.may_draft(self._drafts, token_id)
+        except Exception as error:  # noqa: BLE001 - any error of a policy ends its own sequence only
+            self._fail(error)
+            return False
+
+    def _penalize(self, token_id: int, biases: dict[int, float], seen: set[int]) -> None:
+        """Subtract the penalties for one more occurrence of a token."""
+        sampling = self.request.sampling
+        penalty = sampling.frequency_penalty + (0.0 if token_id in seen else sampling.presence_penalty)
+        seen.add(token_id)
+        if penalty:
+            biases[token_id] = biases.get(token_id, 0.0) - penalty
+
     def _append(self, token: SampledToken, *, is_forced: bool = False) -> Appended:
         self.token_ids.append(token.token_id)
+        if self._has_penalties:
+            self._penalize(token.token_id, self._biases, self._seen)
         accepted = Accepted()
         try:
             accepted = self._policy.accept(token.token_id)
@@ -224,5 +261,8 @@ class Sequence:
 
     def _fail(self, error: Exception) -> None:
         self.finish_reason = FinishReason.ERROR
+        if isinstance(error, RequestFailed):
+            self.error = error
+            return
         self.error = RequestFailed(f"request ended: its token policy failed: {type(error).__name__}: {error}")
         self.error.__cause__ = error

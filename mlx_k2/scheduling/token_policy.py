@@ -6,6 +6,7 @@ from typing import Protocol
 
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.text.reply_parts import Part
+from mlx_k2.token_mask import TokenMask
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,11 @@ class TokenPolicy(Protocol):
     def forced(self) -> Sequence[int]:
         """Return tokens that follow without sampling. Called at the start and after each accepted token."""
 
-    def token_mask(self, draft_ids: Sequence[int]) -> bytes | None:
-        """Return the mask for the token after the accepted ones and ``draft_ids``; None allows every token.
+    def token_mask(self, draft_ids: Sequence[int]) -> TokenMask | None:
+        """Return the mask for the token after the accepted ones and ``draft_ids``; None allows every token."""
 
-        Bit ``i % 8`` (least significant first) of byte ``i // 8`` is 1 if token ``i`` may be sampled. The mask has
-        ``ceil(vocab_size / 8)`` bytes.
-        """
+    def may_draft(self, draft_ids: Sequence[int], token_id: int) -> bool:
+        """Return whether ``token_id`` may follow ``draft_ids`` as a draft token."""
 
     def finish(self) -> Accepted:
         """Return the text and parts that were held back. Called once, when no token follows."""
@@ -53,9 +53,13 @@ class AnyToken:
         """Force nothing."""
         return ()
 
-    def token_mask(self, draft_ids: Sequence[int]) -> bytes | None:  # noqa: ARG002 - the protocol's argument
+    def token_mask(self, draft_ids: Sequence[int]) -> TokenMask | None:  # noqa: ARG002 - the protocol's argument
         """Allow every token."""
         return None
+
+    def may_draft(self, draft_ids: Sequence[int], token_id: int) -> bool:  # noqa: ARG002 - the protocol's arguments
+        """Allow every token."""
+        return True
 
     def finish(self) -> Accepted:
         """Return nothing."""

@@ -58,9 +58,10 @@ from mlx_k2.stage.transport import (
     prove_hops,
     tcp_connections,
 )
-from mlx_k2.weights.checkpoint import ModelDescription, describe_model
+from mlx_k2.weights.checkpoint import ModelDescription, describe_model, locate_tensors
 from mlx_k2.weights.inventory import shard_specs
 from mlx_k2.weights.model_files import fetch_shard, read_model_files
+from mlx_k2.weights.model_source import is_repo, model_folder
 
 READ_TIMEOUT_S = 120.0
 CONNECT_TIMEOUT_S = 120.0
@@ -189,6 +190,10 @@ class StageService:
     def _answer_download(self, message: DownloadShard) -> ShardDownloaded:
         description = describe_model(read_model_files(message.model).files, message.model.path_or_repo)
         specs = shard_specs(description.config, message.first_layer, message.end_layer)
+        if not is_repo(message.model):  # the host's own folder: its files have to be there
+            folder = model_folder(message.model)
+            locate_tensors(folder, description.index, specs)
+            return ShardDownloaded(str(folder), ())
         fetched = fetch_shard(message.model, description.index, specs, self._report_download_progress)
         return ShardDownloaded(str(fetched.folder), fetched.fetched)
 

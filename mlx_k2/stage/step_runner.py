@@ -15,6 +15,7 @@ from mlx_k2.protocol.stage_status import Phase
 from mlx_k2.sampling import SampledToken
 from mlx_k2.scheduling.microbatch import Row
 from mlx_k2.stage.transport import Transport
+from mlx_k2.token_mask import MaskForm
 from mlx_k2.weights.reader import is_finite
 
 
@@ -47,10 +48,25 @@ class PlanLimits:
         end = row.position + len(row.token_ids)
         if row.position < 0 or not row.token_ids or end > self.context_tokens:
             return f"positions {row.position} to {end} of {self.context_tokens}"
-        if row.token_mask is not None and len(row.token_mask) != -(-self.vocab_size // 8):
-            return f"a token mask of {len(row.token_mask)} bytes for {self.vocab_size} tokens"
+        if (problem := self._sampling_problem(row)) is not None:
+            return problem
         wrong = next((token_id for token_id in row.token_ids if not 0 <= token_id < self.vocab_size), None)
         return None if wrong is None else f"token id {wrong} of {self.vocab_size}"
+
+    def _sampling_problem(self, row: Row) -> str | None:
+        mask, bias = row.token_mask, row.logit_bias
+        ids = b"" if bias is None else bias.token_ids
+        if bias is not None and (len(ids) % 4 or len(ids) != len(bias.values)):
+            return f"a logit bias of {len(ids)} bytes of ids and {len(bias.values)} of values"
+        if mask is not None and mask.form is MaskForm.BITS:
+            if len(mask.data) != -(-self.vocab_size // 8):
+                return f"a token mask of {len(mask.data)} bytes for {self.vocab_size} tokens"
+        elif mask is not None:
+            if len(mask.data) % 4:
+                return f"a token mask of {len(mask.data)} bytes of ids"
+            ids += mask.data
+        wrong = max(memoryview(ids).cast("I"), default=0)
+        return f"token id {wrong} of {self.vocab_size} in a mask or bias" if wrong >= self.vocab_size else None
 
 
 class StepRunner:
@@ -137,7 +153,7 @@ class StepRunner:
             num_tokens += len(row.token_ids)
             if row.sampling is not None:
                 last_tokens.append(num_tokens - 1)
-                requests.append(SamplingRequest(row.sampling, row.end, row.recent_ids, row.token_mask))
+                requests.append(SamplingRequest(row.sampling, row.end, row.recent_ids, row.token_mask, row.logit_bias))
         if not requests:
             total = self._model.cache_total(batch)
             self._model.evaluate_cache(total)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_k2.errors import RequestError
 from mlx_k2.text.json_values import copied_json, demand
+from mlx_k2.text.message import CalledFunction, Message, MessageCall
 from mlx_k2.text.tool_call import call_id
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -16,29 +17,29 @@ _SAME_ROLE = {"developer": "system", "function": "tool"}
 _FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _DETAILS = ("text", "summary")
-_Message = dict[str, Any]
+_Fields = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class History:
     """Messages in the form that templates rely on, and one line for each message of which a field was left out."""
 
-    messages: list[_Message]
+    messages: list[Message]
     left_out: tuple[str, ...]
 
 
 def read_history(messages: Sequence[Mapping[str, object]], template_fields: Collection[str]) -> History:
-    """Return copies of ``messages`` in one form; ``template_fields`` are the names that the template reads.
+    """Return ``messages`` in one form; ``template_fields`` are the names that the template reads.
 
     Content is text: parts are joined, None becomes ''. Reasoning is in ``reasoning_content``, whatever its field was.
     Every call and every result has an id. Other fields are kept if the template reads them, unless they are None.
-    Reading the returned messages again changes nothing.
+    Reading the JSON of the returned messages again changes nothing.
 
     Raises:
         RequestError: there is no message, or one is malformed; names the message and the problem.
     """
     demand(bool(messages), "there is no message to answer")
-    read: list[_Message] = []
+    read: list[_Fields] = []
     left_out = []
     for number, message in enumerate(messages, start=1):
         demand(isinstance(message, Mapping), f"message {number} is not an object")
@@ -56,10 +57,23 @@ def read_history(messages: Sequence[Mapping[str, object]], template_fields: Coll
         copy = {name: value for name, value in fields.items() if name not in unread}
         read.append(copied_json(copy, where))
     _add_missing_ids(read)
-    return History(read, tuple(left_out))
+    return History([_message(fields) for fields in read], tuple(left_out))
 
 
-def _fields(message: Mapping[str, Any], where: str) -> _Message:
+def _message(fields: _Fields) -> Message:
+    known = {name: fields.pop(name) for name in _FIELDS if name in fields}
+    calls = [
+        MessageCall(
+            id=call["id"],
+            type=call["type"] if isinstance(call.get("type"), str) else "function",
+            function=CalledFunction(call["function"]["name"], call["function"]["arguments"]),
+        )
+        for call in known.pop("tool_calls", ())
+    ]
+    return Message(**known, tool_calls=tuple(calls), other=fields)
+
+
+def _fields(message: Mapping[str, Any], where: str) -> _Fields:
     """Return the fields of a message that are not None, checked, with content, reasoning and calls in one form."""
     fields = {name: value for name, value in message.items() if value is not None}
     fields["content"] = _content(fields.get("content", ""), where)
@@ -113,7 +127,7 @@ def _details_text(details: object) -> str | None:
     return None
 
 
-def _call(call: object, where: str) -> _Message:
+def _call(call: object, where: str) -> _Fields:
     """Return a checked call; '' as its id if it has none, and '{}' as its arguments if it has no such field."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping):
@@ -135,13 +149,13 @@ def _carries_more(name: str, fields: Mapping[str, Any]) -> bool:
     return value not in ("", [], {}, False, fields.get("reasoning_content"))
 
 
-def _add_missing_ids(messages: Sequence[_Message]) -> None:
+def _add_missing_ids(messages: Sequence[_Fields]) -> None:
     """Give each call without an id the one that Kimi K2 is trained on, and each result without one that of its call.
 
     Such a result answers a call of the latest turn that has no result yet: the first of its name, or the first.
     """
     number = 0
-    unanswered: list[_Message] = []
+    unanswered: list[_Fields] = []
     for at, message in enumerate(messages, start=1):
         calls = message.get("tool_calls", ())
         for call in calls:

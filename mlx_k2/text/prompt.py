@@ -10,8 +10,8 @@ from typing import TypeAlias
 from mlx_k2.errors import RequestError, TokenizerError
 from mlx_k2.text.chat_template import ChatTemplate
 from mlx_k2.text.escaping import Escaping
-from mlx_k2.text.history_reader import read_history
 from mlx_k2.text.json_values import copied_json
+from mlx_k2.text.message import Message
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.text.typescript_tools import typescript_tools
 
@@ -24,7 +24,7 @@ _WINDOW = 16_384
 def render_prompt(
     template: ChatTemplate,
     tokenizer: Tokenizer,
-    messages: Sequence[Mapping[str, object]],
+    messages: Sequence[Message],
     tools: Sequence[Mapping[str, object]] | None = None,
     *,
     add_generation_prompt: bool = True,
@@ -52,7 +52,7 @@ def opens_reasoning(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
 def render_pieces(
     template: ChatTemplate,
     tokenizer: Tokenizer,
-    messages: Sequence[Mapping[str, object]],
+    messages: Sequence[Message],
     tools: Sequence[Mapping[str, object]] | None = None,
     *,
     add_generation_prompt: bool = True,
@@ -66,11 +66,11 @@ def render_pieces(
     rendering spells, which only the template can have written. The second rendering, unescaped, must equal the first.
 
     Raises:
-        RequestError: a message or a tool is malformed, or the template refuses them.
+        RequestError: a tool is malformed, or the template refuses the messages.
         TokenizerError: the template fails, or changes input text in a way that escaping does not preserve.
     """
     outside: dict[str, object] = {
-        "messages": read_history(messages, template.fields).messages,
+        "messages": [copied_json(message.json_value(), "a message") for message in messages],
         "documents": None,
         **_declarations(template, tools or ()),
         **options,

@@ -22,6 +22,17 @@ class _State(enum.Enum):
     ARGUMENTS = enum.auto()
 
 
+class Phase(enum.Enum):
+    """The part of a reply to which the next ordinary token belongs."""
+
+    REASONING = enum.auto()
+    CONTENT = enum.auto()
+    SECTION = enum.auto()
+    """In a tool section, between calls."""
+    CALL_ID = enum.auto()
+    ARGUMENTS = enum.auto()
+
+
 class ReplyParser:
     """A parser of one reply. The joined parts do not depend on how the reply's text is cut into pieces.
 
@@ -44,9 +55,17 @@ class ReplyParser:
         self._arguments: list[str] = []
 
     @property
-    def in_reasoning(self) -> bool:
-        """Whether the next text would be reasoning."""
-        return self._state is _State.SPEECH and self._speech is Reasoning
+    def phase(self) -> Phase:
+        """The part of the reply to which the next text would belong."""
+        match self._state:
+            case _State.SPEECH:
+                return Phase.REASONING if self._speech is Reasoning else Phase.CONTENT
+            case _State.SECTION:
+                return Phase.SECTION
+            case _State.ID:
+                return Phase.CALL_ID
+            case _State.ARGUMENTS:
+                return Phase.ARGUMENTS
 
     def text(self, text: str) -> Iterator[Part]:
         """Yield the parts that the next ordinary text completes."""
@@ -186,9 +205,9 @@ class ReplyReader:
         self._parser = ReplyParser(tokenizer.special_ids, in_reasoning=opens_reasoning(tokenizer, prompt_ids))
 
     @property
-    def in_reasoning(self) -> bool:
-        """Whether the next text would be reasoning, judged by the tokens so far."""
-        return self._parser.in_reasoning
+    def phase(self) -> Phase:
+        """The part of the reply to which the next text would belong, judged by the tokens so far."""
+        return self._parser.phase
 
     def add(self, token_id: int) -> ReplyText:
         """Return the text of ``token_id``, and the parts that it completes."""

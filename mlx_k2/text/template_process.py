@@ -91,6 +91,11 @@ class TemplateProcess:
             os.set_blocking(self._worker.stdin.fileno(), False)
         return self._worker
 
+    def close(self) -> None:
+        """End the process, between two requests of other threads; a later request starts it again."""
+        with self._lock:
+            self.end()
+
     def end(self) -> None:
         """End the process if it runs; the next request starts it again."""
         if self._worker is not None:

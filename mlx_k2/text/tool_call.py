@@ -63,7 +63,7 @@ def _values(arguments: str) -> tuple[dict[str, Any] | None, str | None]:
     if not arguments.strip():
         return {}, None
     try:
-        values = parse_json(arguments)
+        values = parse_json(arguments, is_lenient=True)
     except JsonError as error:
         return None, f"the arguments are no JSON: {error}"
     return (values, None) if isinstance(values, dict) else (None, "the arguments are no JSON object")

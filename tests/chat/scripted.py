@@ -8,6 +8,7 @@ from mlx_k2.coordinator.handle import Event, Finished, Handle, Token
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
 from mlx_k2.scheduling.token_policy import Accepted, AnyToken, TokenPolicy
 from mlx_k2.text.tokenizer import Tokenizer
+from mlx_k2.token_mask import TokenMask
 
 
 def sampled(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -74,22 +75,20 @@ class _ScriptedHandle(Handle):
 class ScriptOnStages:
     """A reply source whose stages sample each scripted reply: masks exclude every other token."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, replies: Iterable[Sequence[int]]) -> None:
+    def __init__(self, engine: Engine, replies: Iterable[Sequence[int]]) -> None:
         self._engine = engine
-        self._vocab_size = tokenizer.vocab_size
         self._replies = iter(replies)
 
     def submit(self, request: Request, policy: TokenPolicy | None = None) -> Handle:
-        return self._engine.submit(request, _OnlyTokens(policy or AnyToken(), next(self._replies), self._vocab_size))
+        return self._engine.submit(request, _OnlyTokens(policy or AnyToken(), next(self._replies)))
 
 
 class _OnlyTokens:
     """A policy that allows one reply only."""
 
-    def __init__(self, policy: TokenPolicy, ids: Sequence[int], vocab_size: int) -> None:
+    def __init__(self, policy: TokenPolicy, ids: Sequence[int]) -> None:
         self._policy = policy
         self._ids = ids
-        self._mask_bytes = -(-vocab_size // 8)
         self._num_accepted = 0
 
     def accept(self, token_id: int) -> Accepted:
@@ -99,13 +98,13 @@ class _OnlyTokens:
     def forced(self) -> Sequence[int]:
         return ()
 
-    def token_mask(self, draft_ids: Sequence[int]) -> bytes | None:
+    def token_mask(self, draft_ids: Sequence[int]) -> TokenMask | None:
         position = self._num_accepted + len(draft_ids)
-        if position >= len(self._ids):
-            return None
-        mask = bytearray(self._mask_bytes)
-        mask[self._ids[position] // 8] = 1 << self._ids[position] % 8
-        return bytes(mask)
+        return TokenMask.only(self._ids[position : position + 1]) if position < len(self._ids) else None
+
+    def may_draft(self, draft_ids: Sequence[int], token_id: int) -> bool:
+        mask = self.token_mask(draft_ids)
+        return mask is None or mask.allows(token_id)
 
     def finish(self) -> Accepted:
         return self._policy.finish()

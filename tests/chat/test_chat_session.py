@@ -15,6 +15,7 @@ from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.errors import RequestError, TokenizerError
 from mlx_k2.sampling import Sampling
 from mlx_k2.text.chat_template import ChatTemplate
+from mlx_k2.text.message import Message
 from mlx_k2.text.reply_parts import Content, Reasoning
 from mlx_k2.text.tool_call import ToolCall
 from mlx_k2.tools.outcome import Outcome
@@ -70,7 +71,7 @@ def session(
 
 
 def roles(chat: ChatSession) -> list[str]:
-    return [message["role"] for message in chat.conversation.messages]
+    return [message.role for message in chat.conversation.messages]
 
 
 def ended(events: list[Event]) -> list[tuple[str, Outcome]]:
@@ -91,9 +92,9 @@ def test_tools_are_called_until_the_model_answers(tools: ToolBox) -> None:
     events = list(chat.send_message("hello"))
     assert ended(events) == [("add", Outcome.DONE)] * 2
     assert roles(chat) == ["user", "assistant", "tool", "assistant", "tool", "assistant"]
-    results = [message["content"] for message in chat.conversation.messages if message["role"] == "tool"]
+    results = [message.content for message in chat.conversation.messages if message.role == "tool"]
     assert results == ["3", "42"]
-    ids = [message["tool_call_id"] for message in chat.conversation.messages if message["role"] == "tool"]
+    ids = [message.tool_call_id for message in chat.conversation.messages if message.role == "tool"]
     assert ids == ["functions.add:0", "functions.add:1"]
     lengths = [len(request.prompt_ids) for request in script.requests]
     assert lengths == sorted(lengths)
@@ -105,7 +106,7 @@ def test_tool_calls_of_one_turn_run_concurrently_and_their_results_keep_their_or
     started = [index for index, event in enumerate(events) if isinstance(event, CallStarted)]
     first_end = next(index for index, event in enumerate(events) if isinstance(event, CallEnded))
     assert max(started) < first_end
-    contents = [message["content"] for message in chat.conversation.messages if message["role"] == "tool"]
+    contents = [message.content for message in chat.conversation.messages if message.role == "tool"]
     assert contents == ["met", "3", "met"]
 
 
@@ -125,15 +126,15 @@ def test_a_failed_tool_call_is_reported_to_model_and_user_and_the_chat_continues
 ) -> None:
     chat, _ = session(calls(written), HI, tools=tools)
     assert ended(list(chat.send_message("hello"))) == [(written[0], outcome)]
-    assert words in chat.conversation.messages[2]["content"]
-    assert chat.conversation.messages[-1]["content"] == "Hi."
+    assert words in chat.conversation.messages[2].content
+    assert chat.conversation.messages[-1].content == "Hi."
 
 
 def test_a_tool_call_past_its_timeout_ends_as_timed_out() -> None:
     with opened(call_timeout_s=0.5) as tools:
         chat, _ = session(calls(("hang", "{}")), HI, tools=tools)
         assert ended(list(chat.send_message("hello"))) == [("hang", Outcome.TIMED_OUT)]
-    assert "did not answer within 0.5 s" in chat.conversation.messages[2]["content"]
+    assert "did not answer within 0.5 s" in chat.conversation.messages[2].content
 
 
 def test_only_approved_tool_calls_run_and_unknown_tools_are_refused_without_asking(tools: ToolBox) -> None:
@@ -157,14 +158,14 @@ def test_after_the_tool_call_limit_the_model_gets_one_more_reply_without_tools(t
     outcomes = [outcome for _, outcome in ended(list(chat.send_message("hello")))]
     assert sorted(outcome.value for outcome in outcomes) == ["done", "done", "refused"]
     assert len(script.requests) == 3
-    assert "tool_calls" not in chat.conversation.messages[-1]
+    assert not chat.conversation.messages[-1].tool_calls
 
 
 def test_without_tools_a_tool_call_ends_the_answer_and_is_not_added_to_the_conversation() -> None:
     chat, _ = session(calls(("add", "{}")))
     events = list(chat.send_message("hello"))
     assert [event.name for event in events if isinstance(event, ToolCall)] == ["add"]
-    assert chat.conversation.messages[-1] == {"role": "assistant", "content": "", "reasoning_content": "R"}
+    assert chat.conversation.messages[-1] == Message(role="assistant", content="", reasoning_content="R")
 
 
 def test_a_stopped_answer_keeps_its_content_and_is_dropped_if_it_has_only_reasoning() -> None:
@@ -173,7 +174,7 @@ def test_a_stopped_answer_keeps_its_content_and_is_dropped_if_it_has_only_reason
 
     chat, _ = session(HI, on_token=stop_at(4))
     list(chat.send_message("hello"))
-    assert chat.conversation.messages[-1]["content"] == "H"
+    assert chat.conversation.messages[-1].content == "H"
     chat, _ = session(HI, on_token=stop_at(2))
     list(chat.send_message("hello"))
     assert roles(chat) == ["user"]
@@ -229,7 +230,7 @@ def test_a_reply_that_max_tokens_cuts_inside_a_tool_call_ends_the_turn(tools: To
     events = list(chat.send_message("hello"))
     assert len(script.requests) == 1
     assert ended(events) == []
-    assert chat.conversation.messages[-1] == {"role": "assistant", "content": "", "reasoning_content": "R"}
+    assert chat.conversation.messages[-1] == Message(role="assistant", content="", reasoning_content="R")
 
 
 def test_a_template_error_removes_the_message_of_the_user() -> None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from mlx_k2.chat.conversation import Conversation
 from mlx_k2.errors import RequestError
 from mlx_k2.text.chat_template import ChatTemplate
+from mlx_k2.text.message import Message
 from mlx_k2.text.reply_parts import Reply
 from mlx_k2.text.thinking_mode import ThinkingMode
 from mlx_k2.text.tool_call import ToolCall
@@ -151,7 +152,7 @@ def test_undo_removes_the_last_user_message_and_everything_after_it() -> None:
     talk.add_reply(Reply("R", "", (WEATHER,)), ())
     talk.add_results(["sun"])
     assert talk.undo() == "weather?"
-    assert [message["content"] for message in talk.messages] == ["hello", "Hi."]
+    assert [message.content for message in talk.messages] == ["hello", "Hi."]
     assert talk.undo() == "hello"
     assert talk.undo() is None
 
@@ -161,7 +162,7 @@ def test_a_system_prompt_can_be_set_and_removed_and_survives_a_reset() -> None:
     talk.add_user("hello")
     talk.set_system("Be long.")
     talk.reset()
-    assert talk.messages == [{"role": "system", "content": "Be long."}]
+    assert talk.messages == [Message(role="system", content="Be long.")]
     talk.set_system(None)
     assert (talk.system, talk.messages) == (None, [])
 
@@ -175,8 +176,8 @@ def test_a_loaded_conversation_gets_normalized_call_ids_and_replaces_the_old_one
         {"role": "tool", "tool_call_id": "call_abc", "content": "7"},
     ]
     assert talk.load(loaded, 4096) == ()
-    assert talk.messages[2]["tool_call_id"] == "functions.f:0"
-    assert talk.messages[1]["content"] == ""
+    assert talk.messages[2].tool_call_id == "functions.f:0"
+    assert talk.messages[1].content == ""
 
 
 def test_a_load_reads_reasoning_and_calls_of_other_programs_and_names_what_it_leaves_out() -> None:

@@ -60,7 +60,7 @@ def test_a_tool_chat_computes_no_token_twice_if_the_template_keeps_reasoning(
         declared = [item for item in tools.declarations if item["function"]["name"] == "n_add"]
         conversation = Conversation(template, stages.tokenizer, declared)
         replies = calls_and_answers(stages.tokenizer, "" if keeps_reasoning else "<think>")
-        source = ScriptOnStages(stages.engine, stages.tokenizer, replies)
+        source = ScriptOnStages(stages.engine, replies)
         settings = replace(stages.settings(), stop_ids=stages.tokenizer.stop_ids)
         chat = ChatSession(source, stages.tokenizer, conversation, settings, Toolkit(tools, lambda call: True))
         computed = []

@@ -18,6 +18,7 @@ from mlx_k2.cluster.hostfile import local_hostfile
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.engine import Engine, engine_on
 from mlx_k2.coordinator.handle import Token
+from mlx_k2.coordinator.reply_policy import ReplyLimits
 from mlx_k2.deployment.deploy import deploy
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener
@@ -77,9 +78,9 @@ class Stages:
     context_tokens: int
     computed: Computed
 
-    def settings(self, **fields: int) -> ReplySettings:
-        asked = {"max_tokens": 60, "context_tokens": self.context_tokens} | fields
-        return ReplySettings(Sampling(seed=3), stop_ids=frozenset(), **asked)
+    def settings(self, max_tokens: int = 60, thinking_budget: int | None = None) -> ReplySettings:
+        limits = ReplyLimits(thinking_budget=thinking_budget)
+        return ReplySettings(Sampling(seed=3), max_tokens, frozenset(), self.context_tokens, limits=limits)
 
 
 @contextlib.contextmanager
@@ -211,7 +212,7 @@ def test_three_hundred_tool_calls_in_a_row_reuse_the_cached_prefix_and_memory_st
     ):
         declared = [item for item in tools.declarations if item["function"]["name"].endswith("_add")]
         conversation = Conversation(stages.template, stages.tokenizer, declared)
-        source = ScriptOnStages(stages.engine, stages.tokenizer, calls_and_an_answer(stages.tokenizer))
+        source = ScriptOnStages(stages.engine, calls_and_an_answer(stages.tokenizer))
         toolkit = Toolkit(tools, lambda call: True)
         settings = replace(stages.settings(max_tokens=200), stop_ids=stages.tokenizer.stop_ids)
         chat = ChatSession(source, stages.tokenizer, conversation, settings, toolkit)
@@ -223,9 +224,9 @@ def test_three_hundred_tool_calls_in_a_row_reuse_the_cached_prefix_and_memory_st
                 results.append(event.result)
                 memory.append(resident_bytes())
     assert [result.outcome for result in results] == [Outcome.DONE] * NUM_CALLS
-    returned = [message["content"] for message in conversation.messages if message["role"] == "tool"]
+    returned = [message.content for message in conversation.messages if message.role == "tool"]
     assert returned == [str(number % 10 + 2) for number in range(NUM_CALLS)]
-    assert conversation.messages[-1]["content"] == "Done."
+    assert conversation.messages[-1].content == "Done."
     prompt_tokens = sum(one.prompt_tokens for one in summaries)
     cached_tokens = sum(one.cached_tokens for one in summaries)
     assert len(summaries) == NUM_CALLS // 2 + 1

@@ -95,7 +95,7 @@ def test_a_missing_hostfile_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_stages_and_a_hostfile_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
-    words = "--stages is for runs on this machine alone: leave it out, or leave out --hostfile"
+    words = "a number of stages is for runs on this machine alone: give it, or a hostfile, not both"
     check_refusal(["--hostfile", "hosts.json", "--stages", "2", "Hello"], words, capsys)
 
 
@@ -256,12 +256,25 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
     "repetition penalty": (["--repetition-penalty", "0", "Hello"], "repetition-penalty 0.0 is out of range"),
     "seed": (["--seed", "-1", "Hello"], "seed -1 is out of range: give a value from 0"),
     "logprobs": (["--json", "--logprobs", "101", "Hello"], "logprobs 101 is out of range: give a value from 0 to 100"),
-    "lease nan": (["--lease", "nan", "Hello"], "--lease nan is out of range: give 2 to 3600 s"),
-    "short lease": (["--lease", "1.9", "Hello"], "--lease 1.9 is out of range"),
-    "long lease": (["--lease", "3601", "Hello"], "--lease 3601 is out of range"),
+    "no answer": (["--num-answers", "0", "Hello"], "n: expected a whole number >= 1"),
+    "ten thousand answers": (["--num-answers", "10000", "Hello"], "n: expected a whole number <= 128"),
+    "an empty stop string": (["--stop", "", "Hello"], "a stop string is empty"),
+    "a bias outside the vocabulary": (["--logit-bias", "768=1", "Hello"], "for token id 768, outside the vocabulary"),
+    "a bias without a number": (["--logit-bias", "5", "Hello"], "--logit-bias '5': write a token id and a number"),
+    "a large penalty": (["--presence-penalty", "3", "Hello"], "presence-penalty 3.0 is out of range"),
+    "a schema that is not there": (["--json-schema", "/missing", "Hello"], "--json-schema: /missing cannot be read"),
+    "a schema that is no JSON": (["--json-schema", __file__, "Hello"], "--json-schema: .* column 1"),
+    "a malformed regular expression": (["--regex", "(", "Hello"], "the regular expression cannot be compiled"),
+    "a malformed grammar": (["--lark", __file__, "Hello"], "the Lark grammar cannot be compiled"),
+    "two forms": (["--regex", "a", "--lark", __file__, "Hello"], "an answer has one form"),
+    "a tool without tools": (["--tool-choice", "clock", "Hello"], "tool_choice names 'clock', which is not declared"),
+    "a required call without tools": (["--tool-choice", "required", "Hello"], "no tool is declared"),
+    "lease nan": (["--lease", "nan", "Hello"], "lease nan is out of range: give 2 to 3600 s"),
+    "short lease": (["--lease", "1.9", "Hello"], "lease 1.9 is out of range"),
+    "long lease": (["--lease", "3601", "Hello"], "lease 3601 is out of range"),
     "timeout": (["--timeout", "0", "Hello"], "timeout is 0 s: give more than 0"),
     "timeout nan": (["--timeout", "nan", "Hello"], "timeout is nan s"),
-    "revision of a folder": (["--revision", "main", "Hello"], "--revision is for a repository on the Hub"),
+    "revision of a folder": (["--revision", "main", "Hello"], "a revision is for a repository on the Hub"),
     "split with a word": (["--split", "3,x", "Hello"], "--split '3,x' is not a list of layer counts"),
     "split of other stages": (["--split", "7", "--stages", "2", "Hello"], "--split 7 names 1 stages, and there are 2"),
     "split of other layers": (["--split", "3,3", "--stages", "2", "Hello"], "gives out 6 layers: it must give out 7"),
@@ -284,6 +297,10 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "no token to generate": (["generate", "--max-tokens", "0", "Hello"], "Invalid value for '--max-tokens': 0"),
     "an unknown dtype": (["generate", "--dtype", "int8", "Hello"], "'int8' is not one of 'bfloat16', 'float32'"),
     "log-probabilities without JSON": (["generate", "--logprobs", "3", "Hello"], "add --json"),
+    "several answers with tools": (
+        ["generate", "--num-answers", "2", "--tools", "x.py", "Hello"],
+        "goes without --tools",
+    ),
     "two prompts": (["generate", "Hello", "there"], "unexpected extra argument"),
     "no command": ([], "Usage: mlx-k2"),
 }

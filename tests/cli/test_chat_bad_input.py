@@ -11,6 +11,7 @@ from mlx_k2.cli.main import run
 from mlx_k2.cli.repl.saved_chat import SavedChat, load_chat, save_chat
 from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.errors import RequestError
+from mlx_k2.text.message import Message
 from mlx_k2.text.reply_parts import Content
 from tests.processes import started_processes
 
@@ -116,6 +117,6 @@ def test_a_full_disk_stops_the_transcript_with_one_warning() -> None:
     recorded: list[str] = []
     with Transcript(FULL, recorded.append) as transcript:
         transcript.event(Content("a"))
-        transcript.event(MessageAdded(USER))
+        transcript.event(MessageAdded(Message(role="user", content=USER["content"])))
     (line,) = recorded
     assert "cannot be written any more: No space left on device; the chat goes on" in line

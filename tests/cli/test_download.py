@@ -1,5 +1,6 @@
 """Tests of `mlx-k2 download`, then `mlx-k2 generate` from the cache, with a loopback server instead of the Hub."""
 
+import json
 import os
 import subprocess
 import sys
@@ -90,3 +91,17 @@ def test_a_missing_or_unknown_repository_is_refused_before_any_stage_starts(
     assert refused.returncode == 2
     assert len(refused.stderr.strip().splitlines()) == 1
     assert refused.stderr.startswith("error: ")
+
+
+@pytest.mark.slow
+def test_a_host_with_a_folder_of_its_own_downloads_nothing_and_the_other_its_files(
+    hub: Hub, folder: Path, tmp_path: Path
+) -> None:
+    here = {"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}
+    hostfile = tmp_path / "hosts.json"
+    hostfile.write_text(json.dumps([here | {"model": str(folder)}, here]))
+    downloaded = run(hub, tmp_path, "download", "--hostfile", str(hostfile), "--split", "3,4", "--model", REPO)
+    assert downloaded.returncode == 0, downloaded.stderr
+    assert str(folder) in downloaded.stderr
+    fetched = {name for name in hub.fetched if name.endswith(".safetensors")}
+    assert fetched and fetched < {path.name for path in folder.glob("*.safetensors")}

@@ -77,26 +77,14 @@ def test_the_built_in_model_reasons_on_stderr_and_answers_on_stdout(command_line
 
 def test_json_output_has_a_line_for_each_token_and_a_summary(lines: list[dict[str, Any]]) -> None:
     *tokens, last = lines
-    assert all(line.keys() == {"token", "text", "logprob", "top"} for line in tokens)
+    assert all(line.keys() == {"token", "text", "bytes", "logprob", "top"} for line in tokens)
     for line in tokens:
-        assert [entry.keys() for entry in line["top"]] == [{"token", "text", "logprob"}] * 2
+        assert [entry.keys() for entry in line["top"]] == [{"token", "text", "bytes", "logprob"}] * 2
         assert line["logprob"] <= line["top"][0]["logprob"] <= 0
     summary = last["summary"]
-    assert summary.keys() == {
-        "prompt_tokens",
-        "cached_tokens",
-        "generated_tokens",
-        "finish_reason",
-        "seed",
-        "load_s",
-        "time_to_first_token_s",
-        "prefill_tokens_per_s",
-        "decode_tokens_per_s",
-        "drafted",
-        "accepted",
-        "stages",
-    }
-    assert (summary["generated_tokens"], summary["seed"]) == (len(tokens), 5)
+    assert (summary["usage"]["generated_tokens"], summary["seed"]) == (len(tokens), 5)
+    assert summary["text"] == answer_of(lines) != ""
+    assert summary["reasoning"].startswith("I know")
     assert summary["finish_reason"] in ("length", "stop")
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.tiny_config import as_kimi_k25, tiny_config_fields
-from mlx_k2.text.prompt import render_prompt
 from tests.cli.command import CommandLine
+from tests.text.fixtures import ids_of
 from tests.text.kimi import (
     MODELS,
     VOCAB_SIZE,
@@ -60,11 +60,11 @@ def test_a_run_of_many_prompts_computes_the_ids_of_the_checkpoints_tokenizer(
     )
     assert run.returncode == 0, run.stderr
     results = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [result["prompt_tokens"] for result in results] == [prompt["num_ids"] for prompt in prompts]
+    assert [result["usage"]["prompt_tokens"] for result in results] == [prompt["num_ids"] for prompt in prompts]
     steps = [json.loads(line) for line in (log / "steps.jsonl").read_text().splitlines()]
     rows = [row for step in steps for row in step["rows"] if row["prompt"]]
     for prompt in prompts:
-        ids = render_prompt(template(model), kimi_tokenizer(), prompt["messages"], prompt["tools"], **prompt["flags"])
+        ids = ids_of(template(model), kimi_tokenizer(), prompt["messages"], prompt["tools"], **prompt["flags"])
         assert hashlib.sha256(json.dumps(ids).encode()).hexdigest() == prompt["ids_sha256"]
         ends = [row for row in rows if row["position"] + len(row["tokens"]) == len(ids)]
         assert any(row["tokens"] == ids[row["position"] :] for row in ends), prompt[

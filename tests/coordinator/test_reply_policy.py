@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_k2.coordinator.answer_summary import AnswerSummary
@@ -161,6 +161,7 @@ def test_an_exception_in_a_policy_ends_only_its_own_request(cluster: Cluster) ->
     assert rest_of(other)[0] == alone
 
 
+@settings(max_examples=500)
 @given(
     st.text("abc", max_size=40),
     st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),

@@ -1,5 +1,7 @@
 """Tests of stages that start with another version, or do not start."""
 
+import re
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,6 +43,21 @@ def test_a_stage_with_another_version_is_refused_and_named(versions: tuple[str, 
         pytest.raises(StageStartError, match=f"stage 0 on this machine {words}"),
     ):
         handshake(group, versions)
+
+
+def test_a_host_whose_mlx_k2_has_another_version_is_named_with_both(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    older = "import runpy, mlx_k2; mlx_k2.__version__ = '0.0.9'; runpy.run_module('mlx_k2.stage', run_name='__main__')"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{older}"\n')
+    python.chmod(0o755)
+    words = (
+        f"stage 0 on this machine .*its mlx-k2 is 0.0.9, and that of this machine is {re.escape(__version__)}: install"
+    )
+    with (
+        StageGroup([StageLocation(python=str(python))], 20.0, ignore) as group,
+        pytest.raises(StageStartError, match=words),
+    ):
+        handshake(group, (__version__, version("mlx")))
 
 
 def test_a_stage_that_sends_nothing_in_time_is_named_with_the_pending_action(tmp_path: Path) -> None:

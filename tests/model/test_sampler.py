@@ -6,7 +6,8 @@ import pytest
 from numpy.typing import NDArray
 
 from mlx_k2.model.sampler import SamplingRequest, sample_tokens
-from mlx_k2.sampling import REPETITION_WINDOW, SampledToken, Sampling
+from mlx_k2.sampling import REPETITION_WINDOW, LogitBias, SampledToken, Sampling
+from mlx_k2.token_mask import MaskForm, TokenMask
 
 NUM_SAMPLES = 2000
 LOGITS = [2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -20.0]
@@ -144,3 +145,58 @@ def test_logprobs_are_returned_only_on_request() -> None:
     assert chosen.logprob is not None
     assert chosen.top == ()
     assert len(more.top) == len(LOGITS)
+
+
+@pytest.mark.parametrize("form", MaskForm)
+def test_masks_biases_and_penalties_change_logits_as_a_plain_reference_does(form: MaskForm) -> None:
+    random = np.random.default_rng(7)
+    for case in range(170):
+        vocab_size = int(random.integers(2, 300))
+        logits = random.normal(0, 3, vocab_size).astype(np.float32)
+        allowed = random.random(vocab_size) < random.choice([0.05, 0.5, 0.95])
+        allowed[random.integers(vocab_size)] = True
+        recent_ids = tuple(random.integers(0, vocab_size, int(random.integers(0, 20))).tolist())
+        biases = {int(number): float(random.normal(0, 4)) for number in random.integers(0, vocab_size, 5)}
+        temperature = float(random.choice([0.0, 1.0]))
+        penalty = float(random.choice([1.0, 1.3]))
+
+        expected = np.where(allowed, logits, np.float32(-np.inf))
+        if penalty != 1.0:
+            for number in set(recent_ids):
+                expected[number] = expected[number] * np.float32(penalty if expected[number] < 0 else 1 / penalty)
+        for number, bias in biases.items():
+            expected[number] += np.float32(bias)
+
+        sampling = Sampling(seed=case, temperature=temperature, repetition_penalty=penalty)
+        mask = TokenMask(form, mask_data(form, allowed))
+        request = SamplingRequest(sampling, case, recent_ids, mask, LogitBias.of(biases))
+        (found,) = sample_tokens(mx.array(logits[None]), [request])
+        plain = Sampling(seed=case, temperature=temperature)
+        (wanted,) = sample_tokens(mx.array(expected[None]), [SamplingRequest(plain, case, ())])
+        assert allowed[found.token_id] and mask.allows(found.token_id)
+        assert found.token_id == wanted.token_id
+        assert [mask.allows(number) for number in range(vocab_size)] == allowed.tolist()
+
+
+def mask_data(form: MaskForm, allowed: NDArray[np.bool_]) -> bytes:
+    """Return the data of a mask in one of its forms."""
+    if form is MaskForm.BITS:
+        return np.packbits(allowed, bitorder="little").tobytes()
+    return np.flatnonzero(allowed if form is MaskForm.ONLY else ~allowed).astype("<u4").tobytes()
+
+
+def test_rows_of_a_step_have_masks_of_their_own() -> None:
+    masks = [TokenMask.only([5]), None, TokenMask.all_but([0, 1, 2]), TokenMask.only([7])]
+    sampling = Sampling(seed=0, temperature=0)
+    requests = [SamplingRequest(sampling, 0, (), mask) for mask in masks]
+    tokens = sample_tokens(mx.array([LOGITS] * 4), requests)
+    assert [token.token_id for token in tokens] == [5, 0, 3, 7]
+
+
+def test_log_probabilities_are_those_of_the_allowed_tokens_without_bias() -> None:
+    bias = LogitBias.of({2: 50.0})
+    request = SamplingRequest(Sampling(seed=0, num_logprobs=2), 0, (), TokenMask.only([1, 2]), bias)
+    (token,) = sample_tokens(mx.array([LOGITS]), [request])
+    assert token.token_id == 2
+    assert [number for number, _ in token.top] == [1, 2]
+    assert token.logprob == pytest.approx(float(np.log(only([1, 2])[2])), abs=1e-6)

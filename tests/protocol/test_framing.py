@@ -1,4 +1,5 @@
 import io
+import re
 import struct
 from typing import IO, Any, cast
 
@@ -6,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_k2 import __version__
 from mlx_k2.errors import ProtocolError
 from mlx_k2.protocol.framing import (
     MARK,
+    MARK_START,
     MAX_CHATTER_BYTES,
     MAX_PAYLOAD_BYTES,
     Frame,
@@ -73,7 +76,7 @@ def test_an_unknown_kind_or_a_giant_length_is_refused_before_its_payload(header:
         read_frame(io.BytesIO(header))
 
 
-@given(st.binary(max_size=300).filter(lambda chatter: MARK not in chatter + MARK[:-1]))
+@given(st.binary(max_size=300).filter(lambda chatter: MARK_START not in chatter + MARK_START[:-1]))
 def test_login_shell_output_before_the_opening_mark_is_skipped(chatter: bytes) -> None:
     stream = io.BytesIO(chatter + MARK + encode_frame(Kind.HEARTBEAT, b"beat"))
     assert skip_to_mark(stream) == chatter
@@ -89,3 +92,19 @@ def test_up_to_64_kb_before_the_opening_mark_is_skipped_and_more_is_refused() ->
 def test_output_without_an_opening_mark_is_quoted_in_the_error() -> None:
     with pytest.raises(ProtocolError, match="ended without its opening mark: no such command"):
         skip_to_mark(io.BytesIO(b"no such command\n"))
+
+
+@pytest.mark.parametrize(
+    ("mark", "found"),
+    [
+        (b"mlx-k2 control 0.0.9\n", "0.0.9"),
+        (b"mlx-k2 control 9.1.dev3+g1234\n" + b"\xff" * 50, "9.1.dev3+g1234"),
+        (b"mlx-k2 control 2" + bytes(100), "of another version"),
+        (b"mlx-k2 control 2", "of another version"),
+        (b"mlx-k2 control \x1b[31m\n", "of another version"),
+    ],
+)
+def test_the_mark_of_another_version_is_refused_with_both_versions(mark: bytes, found: str) -> None:
+    words = f"its mlx-k2 is {found}, and that of this machine is {__version__}: install the same on both"
+    with pytest.raises(ProtocolError, match=re.escape(words)):
+        skip_to_mark(io.BytesIO(b"Welcome!\n" + mark))

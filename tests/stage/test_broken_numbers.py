@@ -15,13 +15,14 @@ from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.microbatch import Row
 from mlx_k2.stage.loading import StageLoader
 from mlx_k2.stage.transport import NoNeighbours
+from mlx_k2.token_mask import TokenMask
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.index import CheckpointIndex, read_index_json
 from mlx_k2.weights.inventory import model_specs
 from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_source import ModelSource
 from mlx_k2.weights.reader import ShardReader
-from tests.model.checkpoints import VOCAB_SIZE, Checkpoint, planted, read_config
+from tests.model.checkpoints import Checkpoint, planted, read_config
 from tests.stage.pipeline import Pipeline
 
 pytestmark = pytest.mark.usefixtures("as_a_stage_on_a_cpu")
@@ -114,7 +115,7 @@ def test_nan_in_the_logits_is_named_with_any_sampling_and_token_mask(
     checkpoint: Checkpoint, tmp_path: Path, sampling: Sampling
 ) -> None:
     pipeline = Pipeline(planted(checkpoint("thinking"), tmp_path / "model", "lm_head.weight", NAN), 2)
-    mask = bytes([1]) + bytes(VOCAB_SIZE // 8 - 1)  # NaN is in the logit of the last token, which it excludes
+    mask = TokenMask.only([0])  # NaN is in the logit of the last token
     row = Row(0, 0, (5, 6, 7), True, sampling, recent_ids=(5, 6), token_mask=mask)
     with pytest.raises(NotFinite, match="first in the head"):
         pipeline.step(row)

@@ -3,10 +3,13 @@
 import base64
 import functools
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mlx_k2.testing.tiny_vocabulary import tiny_vocabulary
 from mlx_k2.text.chat_template import ChatTemplate, load_chat_template
-from mlx_k2.text.prompt import PromptPiece
+from mlx_k2.text.history_reader import read_history
+from mlx_k2.text.prompt import PromptPiece, encode_pieces, render_pieces
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 
 VOCAB_SIZE = 800
@@ -21,6 +24,20 @@ def tokenizer() -> Tokenizer:
 @functools.cache
 def builtin_template() -> ChatTemplate:
     return load_chat_template(FILES)
+
+
+def pieces_of(
+    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]], *tools: Any, **options: Any
+) -> list[PromptPiece]:
+    """Return the prompt of messages as JSON holds them, in pieces."""
+    return render_pieces(template, tokenizer, read_history(messages, template.fields).messages, *tools, **options)
+
+
+def ids_of(
+    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]], *tools: Any, **options: Any
+) -> list[int]:
+    """Return the prompt of messages as JSON holds them, in token ids."""
+    return encode_pieces(tokenizer, pieces_of(template, tokenizer, messages, *tools, **options))
 
 
 def as_text(pieces: list[PromptPiece]) -> str:

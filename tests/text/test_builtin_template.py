@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_k2.text.prompt import render_pieces
-from tests.text.fixtures import as_text, builtin_template, tokenizer
+from tests.text.fixtures import as_text, builtin_template, pieces_of, tokenizer
 
 DEFAULT_SYSTEM = "<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|>"
 ANSWER = "<|im_assistant|>assistant<|im_middle|>"
@@ -15,7 +14,7 @@ Message = dict[str, Any]
 
 
 def rendered(messages: list[Message], **options: Any) -> str:
-    return as_text(render_pieces(builtin_template(), tokenizer(), messages, **options))
+    return as_text(pieces_of(builtin_template(), tokenizer(), messages, **options))
 
 
 def call(arguments: Any, number: int = 0, **message: Any) -> Message:

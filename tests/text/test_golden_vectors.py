@@ -5,9 +5,8 @@ import itertools
 
 import pytest
 
-from mlx_k2.text.prompt import render_prompt
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
-from tests.text.fixtures import BYTES, builtin_template, tiktoken_files
+from tests.text.fixtures import BYTES, builtin_template, ids_of, tiktoken_files
 
 SENTENCE = "I'm| sure| it's| fine|,| but| I| can't| say| I'd| trust| that| it's| what| we'd| ship|."
 SENTENCE_IDS = [17172, 3287, 4643, 8201, 11, 996, 374, 8971, 3637, 20020, 8173, 473, 4643, 1573, 56229, 13922, 13]
@@ -48,7 +47,7 @@ def test_text_is_encoded_to_the_published_ids(text: str, ids: list[int]) -> None
 
 
 def test_a_user_turn_is_rendered_to_the_published_ids() -> None:
-    ids = render_prompt(builtin_template(), k2_tokenizer(), [{"role": "user", "content": "hello"}])
+    ids = ids_of(builtin_template(), k2_tokenizer(), [{"role": "user", "content": "hello"}])
     assert ids[-8:] == [163_587, 2482, 163_601, 22931, 163_586, 163_588, 69702, 163_601]
     assert ids[0] == 163_594
 

@@ -2,13 +2,13 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_k2.text.history import assistant_message, num_calls, tool_messages, with_normal_ids
 from mlx_k2.text.history_reader import read_history
+from mlx_k2.text.message import CalledFunction, Message, MessageCall
 from mlx_k2.text.prompt import opens_reasoning, render_pieces, render_prompt
 from mlx_k2.text.reply_parser import ReplyParser
 from mlx_k2.text.reply_parts import Part, Reply, whole_reply
@@ -16,7 +16,7 @@ from mlx_k2.text.tokenizer import Detokenizer
 from mlx_k2.text.tool_call import ToolCall
 from tests.text.fixtures import as_text, builtin_template, tokenizer
 
-USER = {"role": "user", "content": "hello"}
+USER = Message(role="user", content="hello")
 WEATHER = ToolCall("functions.get_weather:0", "get_weather", '{"city": "Rome"}', {"city": "Rome"})
 
 hostile = st.lists(
@@ -43,7 +43,7 @@ def parts_of(ids: Sequence[int], *, in_reasoning: bool) -> Iterator[Part]:
     yield from parser.finish()
 
 
-def generated(messages: list[dict[str, Any]]) -> list[int]:
+def generated(messages: list[Message]) -> list[int]:
     """Return the ids of the last message as the model would sample them, without the id that ends the turn."""
     prompt = render_prompt(builtin_template(), tokenizer(), messages[:-1])
     ids = render_prompt(builtin_template(), tokenizer(), messages, add_generation_prompt=False)
@@ -63,8 +63,8 @@ def test_a_rendered_reply_is_parsed_to_the_same_reply(
     assert [(call.name, call.arguments) for call in reply.calls] == [
         (name.removeprefix("functions.") if name != "functions." else name, arguments) for name, arguments in written
     ]
-    assert assistant_message(reply, 3)["content"] == message["content"]
-    assert [call.written_id for call in reply.calls] == [call["id"] for call in message["tool_calls"]]
+    assert assistant_message(reply, 3).content == message.content
+    assert [call.written_id for call in reply.calls] == [call.id for call in message.tool_calls]
 
 
 def test_a_tool_turn_renders_as_the_golden_string() -> None:
@@ -81,52 +81,52 @@ def test_a_tool_turn_renders_as_the_golden_string() -> None:
 
 def test_an_empty_reply_has_empty_text_and_not_none() -> None:
     turn = assistant_message(Reply("", "", ()), 0)
-    assert turn == {"role": "assistant", "content": "", "reasoning_content": ""}
+    assert turn.json_value() == {"role": "assistant", "content": "", "reasoning_content": ""}
     assert "None" not in as_text(render_pieces(builtin_template(), tokenizer(), [USER, turn]))
 
 
 def test_a_tool_call_that_cannot_run_has_an_id_for_its_error_result() -> None:
     turn = assistant_message(Reply("", "", (ToolCall("3", "", "{", None, "The call was not run."),)), 5)
     (message,) = tool_messages(turn, ["The call was not run."])
-    assert turn["tool_calls"][0]["function"] == {"name": "unknown", "arguments": "{"}
-    assert message["tool_call_id"] == turn["tool_calls"][0]["id"] == "functions.unknown:5"
-    read = [USER, turn, message]
-    assert read_history(read, ()).messages == read
+    assert turn.tool_calls[0].function == CalledFunction("unknown", "{")
+    assert message.tool_call_id == turn.tool_calls[0].id == "functions.unknown:5"
+    messages = [USER, turn, message]
+    assert read_history([message.json_value() for message in messages], ()).messages == messages
 
 
 def test_calls_are_numbered_through_the_conversation() -> None:
-    conversation: list[dict[str, Any]] = [USER]
+    conversation = [USER]
     for _ in range(3):
         turn = assistant_message(Reply("", "", (WEATHER, WEATHER)), num_calls(conversation))
         conversation += [turn, *tool_messages(turn, ["a", "b"])]
-    ids = [call["id"] for message in conversation for call in message.get("tool_calls", [])]
+    ids = [call.id for message in conversation for call in message.tool_calls]
     assert ids == [f"functions.get_weather:{number}" for number in range(6)]
-    assert [message["tool_call_id"] for message in conversation if message["role"] == "tool"] == ids
+    assert [message.tool_call_id for message in conversation if message.role == "tool"] == ids
     assert with_normal_ids(conversation) == conversation
 
 
 @given(st.lists(st.lists(st.tuples(names, st.sampled_from(["0", "1", "call_x", ""])), max_size=3), max_size=4))
 def test_foreign_call_ids_are_normalized_and_each_result_follows_its_call(turns: list[list[tuple[str, str]]]) -> None:
-    conversation: list[dict[str, Any]] = []
+    conversation: list[Message] = []
     for turn in turns:
-        written = [{"id": call_id, "function": {"name": name, "arguments": "{}"}} for name, call_id in turn]
-        conversation.append({"role": "assistant", "content": "", "tool_calls": written})
+        written = tuple(MessageCall(id=call_id, function=CalledFunction(name, "{}")) for name, call_id in turn)
+        conversation.append(Message(role="assistant", content="", tool_calls=written))
         for name, call_id in sorted(turn, key=lambda call: call[1]):  # reordered, except calls with equal ids
-            conversation.append({"role": "tool", "tool_call_id": call_id, "content": name})
+            conversation.append(Message(role="tool", tool_call_id=call_id, content=name))
     normal = with_normal_ids(conversation)
-    calls: list[dict[str, Any]] = [call for message in normal for call in message.get("tool_calls", [])]
-    assert [call["id"] for call in calls] == [
+    calls = [call for message in normal for call in message.tool_calls]
+    assert [call.id for call in calls] == [
         f"functions.{name}:{number}" for number, (name, _) in enumerate(itertools.chain(*turns))
     ]
-    names_by_id = {call["id"]: call["function"]["name"] for call in calls}
-    results = [message for message in normal if message["role"] == "tool"]
-    assert sorted(message["tool_call_id"] for message in results) == sorted(names_by_id)
-    assert all(names_by_id[message["tool_call_id"]] == message["content"] == message["name"] for message in results)
+    names_by_id = {call.id: call.function.name for call in calls}
+    results = [message for message in normal if message.role == "tool"]
+    assert sorted(message.tool_call_id or "" for message in results) == sorted(names_by_id)
+    assert all(names_by_id[message.tool_call_id or ""] == message.content == message.name for message in results)
     assert with_normal_ids(normal) == normal
 
 
 def test_a_result_without_a_matching_call_is_kept() -> None:
-    stray = {"role": "tool", "tool_call_id": "call_9", "content": "x"}
+    stray = Message(role="tool", tool_call_id="call_9", content="x")
     assert with_normal_ids([USER, stray]) == [USER, stray]
 
 

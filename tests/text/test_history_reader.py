@@ -7,17 +7,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_k2.errors import RequestError
-from mlx_k2.text.history_reader import read_history
+from mlx_k2.text.history_reader import History, read_history
 from tests.examples import at_least
 
 CALL = {"id": "functions.f:0", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def json_values(history: History) -> list[dict[str, Any]]:
+    return [message.json_value() for message in history.messages]
 
 
 def messages(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the read messages of a history of which nothing is left out."""
     read = read_history(history, ())
     assert read.left_out == ()
-    return read.messages
+    return json_values(read)
 
 
 def deep(levels: int) -> Any:
@@ -124,7 +128,7 @@ def test_reasoning_is_read_from_every_field_in_which_it_occurs(fields: dict[str,
 
 def test_an_empty_reasoning_field_is_kept_for_a_template_that_reads_it() -> None:
     history = [{"role": "assistant", "content": "", "reasoning": "", "reasoning_content": "old"}]
-    assert read_history(history, ("reasoning",)).messages == history
+    assert json_values(read_history(history, ("reasoning",))) == history
     assert messages(history) == [{"role": "assistant", "content": "", "reasoning_content": "old"}]
 
 
@@ -199,7 +203,7 @@ def test_fields_that_a_template_does_not_read_are_left_out_and_named() -> None:
     history: list[dict[str, Any]] = [{"role": "user", "content": "q"}, message]
     read = read_history(history, ("partial",))
     assert read.left_out == ("message 2 (assistant) has fields that the chat template does not read: audio, refusal",)
-    assert read.messages[1] == {"role": "assistant", "content": "x", "partial": True, "name": "A"}
+    assert read.messages[1].json_value() == {"role": "assistant", "content": "x", "partial": True, "name": "A"}
 
 
 @pytest.mark.parametrize(
@@ -248,12 +252,11 @@ def test_a_history_that_was_read_once_reads_as_itself(history: list[dict[str, An
     except RequestError as error:
         assert "needs the tool_call_id" in str(error)
         return
-    second = read_history(first.messages, fields)
+    second = read_history(json_values(first), fields)
     assert second.messages == first.messages
     assert second.left_out == ()
-    calls_of = [call for message in first.messages for call in message.get("tool_calls", ())]
-    assert all(call["id"] for call in calls_of)
-    assert all(message["tool_call_id"] for message in first.messages if message["role"] == "tool")
+    assert all(call.id for message in first.messages for call in message.tool_calls)
+    assert all(message.tool_call_id for message in first.messages if message.role == "tool")
 
 
 field_names = ["role", "content", "name", "tool_calls", "tool_call_id", "function_call", "function", "arguments", "id"]
@@ -286,5 +289,5 @@ def test_any_json_is_read_or_refused_by_name(history: list[dict[str, Any]], fiel
     except RequestError as error:
         assert str(error).startswith("message ")
     else:
-        assert read_history(read.messages, fields).messages == read.messages
-        assert all(isinstance(message["content"], str) for message in read.messages)
+        assert read_history(json_values(read), fields).messages == read.messages
+        assert all(isinstance(message.content, str) for message in read.messages)

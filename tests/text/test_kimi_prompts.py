@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_k2.errors import RequestError
-from mlx_k2.text.prompt import render_pieces, render_prompt
 from mlx_k2.text.typescript_tools import typescript_tools
-from tests.text.fixtures import as_text, tokenizer
+from tests.text.fixtures import as_text, ids_of, pieces_of, tokenizer
 from tests.text.kimi import MODELS, golden_prompts, kimi_tokenizer, needs_vocabulary, template
 
 PROMPTS = {prompt["id"]: prompt for model in MODELS for prompt in golden_prompts(model)}
@@ -22,7 +21,7 @@ IMAGE_PROMPTS = {name: prompt for name, prompt in PROMPTS.items() if prompt["gro
 
 @pytest.mark.parametrize("prompt", TEXT_PROMPTS.values(), ids=TEXT_PROMPTS.keys())
 def test_a_prompt_has_the_text_of_the_checkpoints_tokenizer(prompt: dict[str, Any]) -> None:
-    pieces = render_pieces(
+    pieces = pieces_of(
         template(prompt["template"]), tokenizer(), prompt["messages"], prompt["tools"], **prompt["flags"]
     )
     assert as_text(pieces) == prompt["expected"]
@@ -34,7 +33,7 @@ def test_prompts_have_the_ids_of_the_checkpoints_tokenizer(model: str) -> None:
     with_ids = [prompt for prompt in TEXT_PROMPTS.values() if prompt["template"] == model and "ids_sha256" in prompt]
     assert len(with_ids) > 20
     for prompt in with_ids:
-        ids = render_prompt(template(model), kimi_tokenizer(), prompt["messages"], prompt["tools"], **prompt["flags"])
+        ids = ids_of(template(model), kimi_tokenizer(), prompt["messages"], prompt["tools"], **prompt["flags"])
         assert hashlib.sha256(json.dumps(ids).encode()).hexdigest() == prompt["ids_sha256"], prompt["id"]
 
 
@@ -42,11 +41,11 @@ def test_prompts_have_the_ids_of_the_checkpoints_tokenizer(model: str) -> None:
 def test_the_prompts_for_hello_have_the_published_ids() -> None:
     hello = [{"role": "user", "content": "hello"}]
     ids = [163587, 2482, 163601, 22931, 163586, 163588, 69702, 163601]
-    assert render_prompt(template("kimi-k2-thinking"), kimi_tokenizer(), hello)[-8:] == ids
+    assert ids_of(template("kimi-k2-thinking"), kimi_tokenizer(), hello)[-8:] == ids
     for model in ("kimi-k2.5", "kimi-k2.6", "kimi-k2.7-code"):
-        assert render_prompt(template(model), kimi_tokenizer(), hello) == [*ids, 163606]
+        assert ids_of(template(model), kimi_tokenizer(), hello) == [*ids, 163606]
     for model in ("kimi-k2.5", "kimi-k2.6"):
-        assert render_prompt(template(model), kimi_tokenizer(), hello, thinking=False) == [*ids, 163606, 163607]
+        assert ids_of(template(model), kimi_tokenizer(), hello, thinking=False) == [*ids, 163606, 163607]
 
 
 @pytest.mark.parametrize("prompt", IMAGE_PROMPTS.values(), ids=IMAGE_PROMPTS.keys())
@@ -54,7 +53,7 @@ def test_a_prompt_with_an_image_is_refused(prompt: dict[str, Any]) -> None:
     with pytest.raises(
         RequestError, match=r"^message \d \(\w+\) has an image, and mlx-k2 runs a model's text part only"
     ):
-        render_prompt(template(prompt["template"]), tokenizer(), prompt["messages"])
+        ids_of(template(prompt["template"]), tokenizer(), prompt["messages"])
 
 
 @pytest.mark.parametrize(
@@ -99,7 +98,7 @@ def test_a_typescript_declaration_is_part_of_the_prompt_and_none_of_its_text_is_
     declared: list[dict[str, Any]],
 ) -> None:
     tools = [{"type": "function", "function": function} for function in declared]
-    pieces = render_pieces(template("kimi-k2.5"), tokenizer(), [{"role": "user", "content": "hello"}], tools)
+    pieces = pieces_of(template("kimi-k2.5"), tokenizer(), [{"role": "user", "content": "hello"}], tools)
     names = ("<|im_system|>", "<|im_middle|>", "<|im_end|>", "<|im_user|>", "<|im_middle|>", "<|im_end|>")
     opened = ("<|im_assistant|>", "<|im_middle|>", "<think>")
     assert [piece for piece in pieces if isinstance(piece, int)] == [

@@ -1,19 +1,18 @@
 """Tests of SampledTurns: the next prompt has the sampled tokens of a turn wherever the turn's text is unchanged."""
 
-from typing import Any
-
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_k2.text.history import assistant_message, tool_messages
+from mlx_k2.text.message import Message
 from mlx_k2.text.prompt import encode_pieces, render_pieces
 from mlx_k2.text.reply_parser import ReplyReader
 from mlx_k2.text.reply_parts import whole_reply
 from mlx_k2.text.sampled_turns import SampledTurns
 from tests.text.fixtures import builtin_template, decoded, tokenizer
 
-USER = {"role": "user", "content": "hello"}
-Message = dict[str, Any]
+USER = Message(role="user", content="hello")
 
 
 def control(name: str) -> int:
@@ -60,7 +59,7 @@ def prompt(turns: SampledTurns, messages: list[Message]) -> list[int]:
 
 def after(message: Message) -> list[Message]:
     """Return the messages after a reply: the results of its calls, or the user's next message."""
-    calls = message.get("tool_calls", [])
+    calls = message.tool_calls
     return tool_messages(message, ["7"] * len(calls)) if calls else [USER]
 
 
@@ -85,11 +84,11 @@ def test_after_an_answer_its_content_keeps_the_sampled_tokens_without_the_reason
     turns = SampledTurns(tokenizer())
     first = prompt(turns, [USER])
     message = message_of(first, sampled, 0)
-    answer = {**message, "tool_calls": []}
+    answer = msgspec.structs.replace(message, tool_calls=())
     turns.keep(0, sampled)
     reported = sampled[sampled.index(THOUGHT) + 1 :]
     reported = reported[: reported.index(SECTION) if SECTION in reported else reported.index(END)]
-    if decoded_text(reported) != answer["content"]:
+    if decoded_text(reported) != answer.content:
         return
     following = prompt(turns, [USER, answer, USER])
     assert following[: len(first) + 2] == [*first, THINK, THOUGHT]
@@ -117,7 +116,7 @@ def test_a_prompt_with_sampled_tokens_decodes_to_the_templates_text(sampled: lis
 def test_text_changed_by_the_template_keeps_its_sampled_tokens_up_to_the_change() -> None:
     turns = SampledTurns(tokenizer())
     turns.keep(0, [THINK, THOUGHT, *b" about", *b" after", END])
-    ids = prompt(turns, [USER, {"role": "assistant", "content": " about above"}, USER])
+    ids = prompt(turns, [USER, Message(role="assistant", content=" about above"), USER])
     start = ids.index(THOUGHT) + 1
     assert ids[start : ids.index(END, start)] == [*b" about a", *tokenizer().encode_text("bove")]
 
@@ -125,7 +124,7 @@ def test_text_changed_by_the_template_keeps_its_sampled_tokens_up_to_the_change(
 def test_a_character_that_differs_in_one_byte_is_encoded_again_as_a_whole() -> None:
     turns = SampledTurns(tokenizer())
     turns.keep(0, [THINK, THOUGHT, *"xé".encode(), END])
-    ids = prompt(turns, [USER, {"role": "assistant", "content": "xè"}, USER])
+    ids = prompt(turns, [USER, Message(role="assistant", content="xè"), USER])
     start = ids.index(THOUGHT) + 1
     assert bytes(ids[start : ids.index(END, start)]).decode() == "xè"
 
@@ -133,7 +132,7 @@ def test_a_character_that_differs_in_one_byte_is_encoded_again_as_a_whole() -> N
 def test_user_text_is_encoded_by_the_tokenizer_even_if_the_model_sampled_other_tokens() -> None:
     turns = SampledTurns(tokenizer())
     turns.keep(0, [THINK, THOUGHT, *b" about", END])
-    ids = prompt(turns, [USER, {"role": "assistant", "content": " about"}, {"role": "user", "content": " about"}])
+    ids = prompt(turns, [USER, Message(role="assistant", content=" about"), Message(role="user", content=" about")])
     (word,) = tokenizer().encode_text(" about")
     assert ids.count(word) == 1
     assert [*b" about"] == ids[ids.index(THOUGHT) + 1 :][:6]
@@ -143,7 +142,7 @@ def test_a_removed_turn_is_encoded_by_the_tokenizer_again() -> None:
     turns = SampledTurns(tokenizer())
     turns.keep(0, [THINK, THOUGHT, *b" about", END])
     turns.forget_from(0)
-    messages = [USER, {"role": "assistant", "content": " about"}, USER]
+    messages = [USER, Message(role="assistant", content=" about"), USER]
     assert prompt(turns, messages) == encode_pieces(
         tokenizer(), render_pieces(builtin_template(), tokenizer(), messages)
     )

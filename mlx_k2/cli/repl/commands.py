@@ -84,7 +84,7 @@ class Commands:
         Raises:
             RequestError: the file cannot be written.
         """
-        messages = self.session.conversation.messages
+        messages = [message.json_value() for message in self.session.conversation.messages]
         save_chat(path, SavedChat(self.model.name, self.model.digest, messages))
 
     def _help(self, argument: str) -> None:

@@ -12,6 +12,7 @@ from mlx_k2.json_text.read import convert
 from mlx_k2.private_files import write_private
 
 Messages = list[dict[str, Any]]
+"""Messages as JSON holds them, from this program or another."""
 
 
 class SavedChat(msgspec.Struct, frozen=True):

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import msgspec
 
@@ -49,9 +48,9 @@ class Transcript:
             case CallEnded(call, result):
                 self.write({"call": {"name": call.name, "arguments": call.arguments, "ended": result.outcome.value}})
             case MessageAdded(message):
-                self.write({"message": message})
+                self.write({"message": message.json_value()})
 
-    def write(self, line: Mapping[str, Any]) -> None:
+    def write(self, line: Mapping[str, object]) -> None:
         """Append one line; do nothing after a failed write."""
         if self._file.closed:
             return

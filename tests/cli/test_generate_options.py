@@ -1,44 +1,33 @@
-"""Tests of the request made from options: prompt ids, sampling and stop conditions."""
+"""Tests of the options of generate, and of the request made from them: prompt ids, sampling and stop conditions."""
 
 import io
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from mlx_k2.cli.option_values import ModelFrontend, line_prompt, new_conversation, prompt_text, read_prompt
+from mlx_k2.cli.generate import command, first_submissions
+from mlx_k2.cli.generate_file import line_submissions
+from mlx_k2.cli.generate_options import GenerateOptions
+from mlx_k2.cli.options import with_struct
 from mlx_k2.cli.prompt_files import PromptLine
 from mlx_k2.errors import RequestError
 from mlx_k2.scheduling.request import Request
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.model_files import read_model_files
+from mlx_k2.weights.model_frontend import ModelFrontend
 from mlx_k2.weights.model_source import ModelSource
 from tests.local_cluster import CONTEXT_TOKENS, VOCAB_SIZE
 from tests.text.kimi import template_source
 
-NOTHING: dict[str, Any] = {
-    "prompt": None,
-    "system": None,
-    "token_ids": None,
-    "raw": False,
-    "max_tokens": None,
-    "temperature": None,
-    "top_p": None,
-    "top_k": None,
-    "min_p": None,
-    "repetition_penalty": None,
-    "seed": None,
-    "num_logprobs": None,
-    "timeout": None,
-    "tools_path": None,
-    "mcp_path": None,
-    "thinking_budget": None,
-    "thinking": None,
-    "preserve_thinking": False,
-    "max_tool_calls": 300,
-}
+
+def options_of(*arguments: str) -> GenerateOptions:
+    """Return the options of a command line."""
+    read: list[GenerateOptions] = []
+    context = command.make_context("generate", list(arguments))
+    with_struct(GenerateOptions)(read.append)(**context.params)
+    return read[0]
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +40,9 @@ def tokenizer(model: ModelDescription) -> Tokenizer:
     return load_tokenizer(model.files, VOCAB_SIZE)
 
 
-def request_of(model: ModelDescription, **options: Any) -> Request:
-    asked = NOTHING | options
-    return read_prompt(asked, prompt_text(asked), ModelFrontend(model, CONTEXT_TOKENS))
+def request_of(model: ModelDescription, *arguments: str) -> Request:
+    options = options_of(*arguments)
+    return first_submissions(options, options.read_prompt(), ModelFrontend(model, CONTEXT_TOKENS))[0].request
 
 
 def text_of(tokenizer: Tokenizer, request: Request) -> str:
@@ -61,11 +50,11 @@ def text_of(tokenizer: Tokenizer, request: Request) -> str:
 
 
 def test_token_ids_are_used_as_the_prompt_unchanged(model: ModelDescription) -> None:
-    assert request_of(model, token_ids="3, 514,5").prompt_ids == (3, 514, 5)
+    assert request_of(model, "--token-ids", "3, 514,5").prompt_ids == (3, 514, 5)
 
 
 def test_a_raw_prompt_is_encoded_as_text_without_control_tokens(model: ModelDescription, tokenizer: Tokenizer) -> None:
-    request = request_of(model, prompt="Hello <|im_end|>\n", raw=True)
+    request = request_of(model, "--raw", "Hello <|im_end|>\n")
     assert text_of(tokenizer, request) == "Hello <|im_end|>\n"
     assert not any(tokenizer.is_special(token_id) for token_id in request.prompt_ids)
 
@@ -73,15 +62,15 @@ def test_a_raw_prompt_is_encoded_as_text_without_control_tokens(model: ModelDesc
 def test_a_prompt_goes_through_the_chat_template_with_the_system_prompt_before_it(
     model: ModelDescription, tokenizer: Tokenizer
 ) -> None:
-    text = text_of(tokenizer, request_of(model, prompt="What is it?", system="Speak Latin."))
+    text = text_of(tokenizer, request_of(model, "--system", "Speak Latin.", "What is it?"))
     assert text.index("Speak Latin.") < text.index("<|im_user|>") < text.index("What is it?")
     assert text.endswith("<|im_assistant|>assistant<|im_middle|>")
-    assert "Speak Latin." not in text_of(tokenizer, request_of(model, prompt="What is it?"))
+    assert "Speak Latin." not in text_of(tokenizer, request_of(model, "What is it?"))
 
 
 def test_without_a_prompt_standard_input_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False, buffer=io.BytesIO("Grüße\n".encode())))
-    assert prompt_text(NOTHING) == "Grüße\n"
+    assert options_of().read_prompt() == "Grüße\n"
 
 
 @pytest.mark.parametrize(
@@ -99,7 +88,7 @@ def test_standard_input_that_holds_no_prompt_is_refused(
 ) -> None:
     monkeypatch.setattr("sys.stdin", stdin)
     with pytest.raises(RequestError, match=words):
-        prompt_text(NOTHING)
+        options_of().read_prompt()
 
 
 def test_options_override_the_generation_config_which_overrides_the_defaults(
@@ -107,9 +96,9 @@ def test_options_override_the_generation_config_which_overrides_the_defaults(
 ) -> None:
     files = {**model.files, "generation_config.json": b'{"temperature": 0.6, "top_p": 0.9}'}
     recommending = ModelDescription(files, model.config, model.index, model.digest, model.unread_tensors)
-    sampling = request_of(recommending, prompt="Hello", temperature=0.2, seed=4).sampling
+    sampling = request_of(recommending, "--temperature", "0.2", "--seed", "4", "Hello").sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0.2, 0.9, None, 4)
-    assert request_of(model, prompt="Hello").sampling.temperature == 1.0
+    assert request_of(model, "Hello").sampling.temperature == 1.0
 
 
 def with_template(model: ModelDescription, source: str) -> ModelDescription:
@@ -120,9 +109,9 @@ def with_template(model: ModelDescription, source: str) -> ModelDescription:
 def test_an_empty_system_prompt_is_a_message_and_not_the_models_own(
     model: ModelDescription, tokenizer: Tokenizer
 ) -> None:
-    request = request_of(model, prompt="Hello", system="")
+    request = request_of(model, "--system", "", "Hello")
     assert text_of(tokenizer, request).startswith("<|im_system|>system<|im_middle|><|im_end|><|im_user|>")
-    conversation = new_conversation(NOTHING | {"system": ""}, ModelFrontend(model, CONTEXT_TOKENS))
+    conversation = options_of("--system", "").conversation.begin(ModelFrontend(model, CONTEXT_TOKENS), None)
     conversation.add_user("Hello")
     assert tuple(conversation.prompt_ids()) == request.prompt_ids
 
@@ -131,36 +120,36 @@ def test_an_answer_without_thinking_has_its_own_default_temperature(
     model: ModelDescription, tokenizer: Tokenizer
 ) -> None:
     switching = with_template(model, template_source("kimi-k2.5"))
-    instant = request_of(switching, prompt="Hello", thinking=False)
+    instant = request_of(switching, "--thinking", "off", "Hello")
     assert text_of(tokenizer, instant).endswith("<think></think>")
     assert instant.sampling.temperature == 0.6
-    assert request_of(switching, prompt="Hello", thinking=False, temperature=0.1).sampling.temperature == 0.1
-    for thinking in (True, None):
-        request = request_of(switching, prompt="Hello", thinking=thinking)
+    assert request_of(switching, "--thinking", "off", "--temperature", "0.1", "Hello").sampling.temperature == 0.1
+    for arguments in (("--thinking", "on"), ()):
+        request = request_of(switching, *arguments, "Hello")
         assert text_of(tokenizer, request).endswith("<think>")
         assert request.sampling.temperature == 1.0
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "words"),
+    ("name", "arguments", "words"),
     [
-        ("kimi-k2-thinking", {"thinking": False}, "thinking cannot be turned off: this model always thinks"),
-        ("kimi-k2.7-code", {"thinking": False}, "thinking cannot be turned off: this model always thinks"),
-        ("kimi-k2-instruct", {"thinking": True}, "thinking cannot be turned on: this model never thinks"),
-        ("kimi-k2.5", {"preserve_thinking": True}, "does not read the variable preserve_thinking"),
+        ("kimi-k2-thinking", ["--thinking", "off"], "thinking cannot be turned off: this model always thinks"),
+        ("kimi-k2.7-code", ["--thinking", "off"], "thinking cannot be turned off: this model always thinks"),
+        ("kimi-k2-instruct", ["--thinking", "on"], "thinking cannot be turned on: this model never thinks"),
+        ("kimi-k2.5", ["--preserve-thinking"], "does not read the variable preserve_thinking"),
     ],
 )
 def test_a_mode_that_the_template_does_not_have_is_refused(
-    name: str, options: dict[str, Any], words: str, model: ModelDescription
+    name: str, arguments: list[str], words: str, model: ModelDescription
 ) -> None:
     with pytest.raises(RequestError, match=words):
-        request_of(with_template(model, template_source(name)), prompt="Hello", **options)
+        request_of(with_template(model, template_source(name)), *arguments, "Hello")
 
 
-@pytest.mark.parametrize("options", [{"thinking": False}, {"thinking": True}, {"preserve_thinking": True}])
-def test_a_raw_prompt_goes_without_options_for_thinking(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("arguments", [["--thinking", "off"], ["--thinking", "on"], ["--preserve-thinking"]])
+def test_a_raw_prompt_goes_without_options_for_thinking(arguments: list[str]) -> None:
     with pytest.raises(RequestError, match="go without --tools, --mcp and options for thinking"):
-        prompt_text(NOTHING | {"prompt": "x", "raw": True} | options)
+        options_of("--raw", *arguments, "x")
 
 
 def test_a_line_of_a_file_of_prompts_overrides_the_options_for_thinking_and_declares_tools(
@@ -173,10 +162,10 @@ def test_a_line_of_a_file_of_prompts_overrides_the_options_for_thinking_and_decl
         {"role": "assistant", "content": "b", "reasoning": "WHY"},
         {"role": "user", "content": "c"},
     ]
-    options = NOTHING | {"thinking": False, "preserve_thinking": True}
+    options = options_of("--thinking", "off", "--preserve-thinking")
 
     def request(line: PromptLine) -> Request:
-        return line_prompt(options, line, 1, frontend)
+        return line_submissions(options, line, 1, frontend)[0][0].request
 
     assert "type f = (_: {}) => any;" in text_of(tokenizer, request(PromptLine(prompt="x", tools=tools)))
     preserved = request(PromptLine(messages=history, thinking=True))
@@ -188,7 +177,7 @@ def test_a_line_of_a_file_of_prompts_overrides_the_options_for_thinking_and_decl
 
 
 def test_without_a_seed_each_request_gets_a_random_seed(model: ModelDescription) -> None:
-    assert len({request_of(model, prompt="Hello").sampling.seed for _ in range(5)}) > 1
+    assert len({request_of(model, "Hello").sampling.seed for _ in range(5)}) > 1
 
 
 def test_stop_ids_come_from_the_tokenizer_and_the_generation_config(
@@ -196,10 +185,10 @@ def test_stop_ids_come_from_the_tokenizer_and_the_generation_config(
 ) -> None:
     files = {**model.files, "generation_config.json": b'{"eos_token_id": [7]}'}
     naming = ModelDescription(files, model.config, model.index, model.digest, model.unread_tensors)
-    stops = request_of(naming, prompt="Hello").stop_ids
+    stops = request_of(naming, "Hello").stop_ids
     assert stops == {tokenizer.token_id("<|im_end|>"), tokenizer.token_id("[EOS]"), 7}
 
 
 def test_max_tokens_defaults_to_the_context_length(model: ModelDescription) -> None:
-    assert request_of(model, prompt="Hello").max_tokens == CONTEXT_TOKENS
-    assert request_of(model, prompt="Hello", max_tokens=3).max_tokens == 3
+    assert request_of(model, "Hello").max_tokens == CONTEXT_TOKENS
+    assert request_of(model, "--max-tokens", "3", "Hello").max_tokens == 3

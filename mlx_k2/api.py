@@ -1,0 +1,405 @@
+"""The Python API: a cluster that answers prompts, for programs with threads and for programs with asyncio.
+
+Knows no terminal and no command line. Messages of the program go to the logger ``mlx_k2``.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from types import TracebackType
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+
+from mlx_k2.chat.completion import Completion, completion_of, submission_of
+from mlx_k2.chat.sampling_options import SamplingOptions as Sampling
+from mlx_k2.coordinator.answer_summary import AnswerSummary
+from mlx_k2.coordinator.batch_results import answer_all
+from mlx_k2.coordinator.engine import Engine, engine_on
+from mlx_k2.coordinator.handle import Event, Finished, Handle, Token
+from mlx_k2.coordinator.jobs import Submission
+from mlx_k2.deployment.cluster_options import LEASE_S, ClusterOptions, deployment_request, open_source
+from mlx_k2.deployment.dry_run import preview
+from mlx_k2.deployment.listener import DeploymentListener
+from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
+from mlx_k2.errors import ClusterError, MlxK2Error, RequestError, RequestFailed
+from mlx_k2.json_text.parse import JsonError
+from mlx_k2.json_text.read import convert
+from mlx_k2.launch.group import STALL_TIMEOUT_S
+from mlx_k2.text.history import num_calls, with_normal_ids
+from mlx_k2.text.history_reader import read_history
+from mlx_k2.text.message import Message
+from mlx_k2.text.reply_parts import Content, Part, Reasoning, whole_reply
+from mlx_k2.text.template_process import template_process
+from mlx_k2.weights.model_frontend import ModelFrontend
+
+__all__ = [
+    "AsyncCluster",
+    "AsyncStream",
+    "Cluster",
+    "Completion",
+    "Content",
+    "MlxK2Error",
+    "Prompt",
+    "Reasoning",
+    "Sampling",
+    "Stream",
+]
+
+Prompt: TypeAlias = str | Sequence[Mapping[str, Any]]
+"""A prompt: the text of a user's message, or the messages of a conversation in OpenAI's format."""
+Tools: TypeAlias = Sequence[Mapping[str, Any]]
+"""Declarations of tools in OpenAI's format. Nothing runs the calls of a reply."""
+
+_LOG = logging.getLogger("mlx_k2")
+_DEFAULTS = Sampling()
+
+
+class _EngineOptions(msgspec.Struct, frozen=True):
+    """How requests run on the stages."""
+
+    num_sequences: Annotated[int, msgspec.Meta(ge=1, le=256)]
+    drafts: bool
+    restarts: Annotated[int, msgspec.Meta(ge=0, le=1000)]
+
+
+class _Listener(DeploymentListener):
+    """A listener that writes to the log."""
+
+    def log(self, line: str) -> None:
+        _LOG.debug("%s", line)
+
+    def notify(self, line: str) -> None:
+        _LOG.warning("%s", line)
+
+    def phase(self, what: str) -> None:
+        _LOG.info("%s", what)
+
+
+class _Reply:
+    """A reply so far. ``num_calls_before`` is the number of tool calls in the conversation before it."""
+
+    def __init__(self, num_calls_before: int = 0) -> None:
+        self.num_calls_before = num_calls_before
+        self._parts: list[Part] = []
+        self._summary: AnswerSummary | None = None
+
+    def add(self, event: Event) -> list[Reasoning | Content]:
+        """Add what an event completes, and return the text of it."""
+        if isinstance(event, Finished):
+            self._summary = event.summary
+        elif not isinstance(event, Token):
+            return []
+        self._parts += event.parts
+        return [part for part in event.parts if isinstance(part, Reasoning | Content)]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether its last event was added."""
+        return self._summary is not None
+
+    @property
+    def completion(self) -> Completion:
+        """The complete reply."""
+        if self._summary is None:
+            raise RequestError("the reply is not complete: read the stream to its end first")
+        return completion_of(whole_reply(self._parts), self._summary, self.num_calls_before)
+
+
+class Stream(Iterator[Reasoning | Content]):
+    """The text of a reply in parts, as they are sampled. Closing it, and forgetting it, cancels the request.
+
+    Reading raises RequestFailed if this request failed, and ClusterError if the stages failed for good.
+    """
+
+    def __init__(self, handle: Handle, num_calls_before: int) -> None:
+        self._reply = _Reply(num_calls_before)
+        self._parts = self._read(handle)
+
+    def __next__(self) -> Reasoning | Content:
+        return next(self._parts)
+
+    def close(self) -> None:
+        """Cancel the request, unless the reply is complete."""
+        self._parts.close()
+
+    def completion(self) -> Completion:
+        """Read to the end of the reply and return all of it."""
+        for _ in self._parts:
+            pass
+        return self._reply.completion
+
+    def _read(self, handle: Handle) -> Generator[Reasoning | Content, None, None]:
+        try:
+            for event in handle.events():
+                yield from self._reply.add(event)
+        finally:
+            handle.cancel()
+
+
+class _Cluster:
+    """What both kinds of cluster share: options, start, end, and the request for a prompt."""
+
+    def __init__(
+        self,
+        *,
+        hostfile: str | os.PathLike[str] | None = None,
+        model: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        num_stages: int | None = None,
+        split: Sequence[int] | None = None,
+        context_tokens: int | None = None,
+        dtype: Literal["bfloat16", "float32"] | None = None,
+        dense_bits: Literal[8, 4] | None = None,
+        lease_s: float = LEASE_S,
+        stall_timeout_s: float = STALL_TIMEOUT_S,
+        check_weights: bool = False,
+        num_sequences: int = 8,
+        drafts: bool = True,
+        restarts: int = 3,
+    ) -> None:
+        """Check the options; nothing is started.
+
+        Raises:
+            RequestError, HostfileError: an option is of the wrong type, out of range, or contradicts another.
+        """
+        cluster = {
+            "hostfile": None if hostfile is None else os.fspath(hostfile),
+            "num_stages": num_stages,
+            "model": None if model is None else os.fspath(model),
+            "revision": revision,
+            "split": None if split is None else tuple(split),
+            "context_tokens": context_tokens,
+            "dtype": dtype,
+            "dense_bits": dense_bits,
+            "lease_s": lease_s,
+            "stall_timeout_s": stall_timeout_s,
+            "check_weights": check_weights,
+        }
+        engine = {"num_sequences": num_sequences, "drafts": drafts, "restarts": restarts}
+        try:
+            self._options = convert(cluster, ClusterOptions)
+            self._engine_options = convert(engine, _EngineOptions)
+        except JsonError as error:
+            raise RequestError(str(error)) from None
+        self._stack = ExitStack()
+        self._restarting: RestartingDeployment | None = None
+        self._engine: Engine | None = None
+
+    def _open(self) -> None:
+        """Start the stages and load the model.
+
+        Raises:
+            SetupError, ClusterError: the reason, with the host.
+        """
+        request = deployment_request(self._options, self._engine_options.num_sequences)
+        for line in request.hostfile.warnings:
+            _LOG.warning("%s", line)
+        request, model = open_source(request)
+        if model is not None:
+            preview(request, model)  # refuse what cannot run before any stage is started
+        with ExitStack() as stack:
+            stack.callback(template_process().close)
+            self._restarting = RestartingDeployment(request, model, _Listener(), self._engine_options.restarts)
+            stack.enter_context(self._restarting)
+            deployment = self._restarting.deployment
+            engine = engine_on(
+                deployment, drafts=self._engine_options.drafts, restarts=self._restarting, on_restart=_log_restart
+            )
+            self._engine = stack.enter_context(engine)
+            self._frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
+            self._stack = stack.pop_all()
+
+    def _close(self) -> None:
+        self._engine = None
+        self._stack.close()
+
+    def _running(self) -> Engine:
+        if self._engine is None:
+            raise ClusterError("the cluster is not open: use it as a context, in a with block")
+        return self._engine
+
+    def _submission(self, prompt: Prompt, sampling: Sampling, tools: Tools) -> tuple[Submission, int]:
+        """Return the request for a reply, and the number of tool calls before it. Takes up to seconds."""
+        self._running()
+        if isinstance(prompt, str):
+            messages = [Message(role="user", content=prompt)]
+        else:
+            messages = with_normal_ids(read_history(prompt, self._frontend.template.fields).messages)
+        return submission_of(self._frontend, messages, sampling, tools), num_calls(messages)
+
+
+class Cluster(_Cluster):
+    """A cluster that answers prompts: a context, in which the model is loaded.
+
+    Without a hostfile all stages run on this machine; without a model it is the small built-in one. At most
+    ``num_sequences`` replies are sampled at once, further ones wait. After a fault all stages start again, up to
+    ``restarts`` times in a row, and replies go on where they were. Its methods may be called on any thread.
+    """
+
+    def __enter__(self) -> "Cluster":
+        self._open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what runs, and end all processes of the cluster, on every host."""
+        self._close()
+
+    def stream(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: Tools = ()) -> Stream:
+        """Return the reply to a prompt as it is sampled.
+
+        Raises:
+            RequestError, TokenizerError: the prompt cannot be answered; gives the reason.
+            EngineBusy: too many requests wait.
+            ClusterError: the stages have failed for good, or the cluster is closed.
+        """
+        submission, num_calls_before = self._submission(prompt, sampling, tools)
+        handle = self._running().submit(submission.request, submission.policy)
+        return Stream(handle, num_calls_before)
+
+    def chat(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: Tools = ()) -> Completion:
+        """Return the complete reply to a prompt. Errors are those of ``stream`` and of reading it."""
+        return self.stream(prompt, sampling, tools).completion()
+
+    def generate(
+        self, prompts: Iterable[Prompt], sampling: Sampling = _DEFAULTS, tools: Tools = ()
+    ) -> list[Completion]:
+        """Return the replies to many prompts, in their order. As many run at once as the cluster has room for.
+
+        Raises:
+            RequestFailed: a request failed; the others are cancelled. Other errors are those of ``chat``.
+        """
+        num_calls_before: dict[int, int] = {}
+
+        def asked() -> Iterator[tuple[int, Submission]]:
+            for index, prompt in enumerate(prompts):
+                submission, num_calls_before[index] = self._submission(prompt, sampling, tools)
+                yield index, submission
+
+        done: dict[int, Completion] = {}
+        for result in answer_all(self._running(), asked()):
+            if result.summary is None:
+                raise RequestFailed(f"prompt {result.key}: {result.error}")
+            done[result.key] = completion_of(result.reply, result.summary, num_calls_before[result.key])
+        return [done[index] for index in sorted(done)]
+
+
+class AsyncStream(AsyncIterator[Reasoning | Content]):
+    """The text of a reply in parts, for ``async for``. Cancelling the task that reads it cancels the request.
+
+    The request begins with the first read, which raises what ``Cluster.stream`` raises.
+    """
+
+    def __init__(self, parts: AsyncGenerator[Reasoning | Content, None], reply: _Reply) -> None:
+        self._parts = parts
+        self._reply = reply
+
+    async def __anext__(self) -> Reasoning | Content:
+        return await anext(self._parts)
+
+    async def close(self) -> None:
+        """Cancel the request, unless the reply is complete."""
+        await self._parts.aclose()
+
+    async def completion(self) -> Completion:
+        """Read to the end of the reply and return all of it."""
+        async for _ in self._parts:
+            pass
+        return self._reply.completion
+
+
+class AsyncCluster(_Cluster):
+    """A ``Cluster`` for programs with asyncio: ``async with``, in one event loop."""
+
+    async def __aenter__(self) -> "AsyncCluster":
+        try:
+            await _in_thread(self._open, on_cancel=self._cancel_start)
+        except asyncio.CancelledError:
+            await _in_thread(self._close)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Cancel what runs, and end all processes of the cluster, on every host."""
+        await _in_thread(self._close)
+
+    def stream(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: Tools = ()) -> AsyncStream:
+        """Return the reply to a prompt as it is sampled."""
+        reply = _Reply()
+        return AsyncStream(self._read(reply, prompt, sampling, tools), reply)
+
+    async def chat(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: Tools = ()) -> Completion:
+        """Return the complete reply to a prompt. Errors are those of ``stream`` and of reading it."""
+        return await self.stream(prompt, sampling, tools).completion()
+
+    async def generate(
+        self, prompts: Iterable[Prompt], sampling: Sampling = _DEFAULTS, tools: Tools = ()
+    ) -> list[Completion]:
+        """Return the replies to many prompts, in their order. The first error cancels the others."""
+        free = asyncio.Semaphore(2 * self._running().num_slots)
+
+        async def answer(prompt: Prompt) -> Completion:
+            async with free:
+                return await self.chat(prompt, sampling, tools)
+
+        tasks = [asyncio.ensure_future(answer(prompt)) for prompt in prompts]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(
+        self, reply: _Reply, prompt: Prompt, sampling: Sampling, tools: Tools
+    ) -> AsyncGenerator[Reasoning | Content, None]:
+        submission, reply.num_calls_before = await asyncio.to_thread(self._submission, prompt, sampling, tools)
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Queue[None] = asyncio.Queue()  # has an item for each event of the handle
+
+        def notify(_: Handle) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(ready.put_nowait, None)
+
+        handle = self._running().submit(submission.request, submission.policy, notify)
+        events = handle.events()
+        try:
+            while not reply.is_complete:
+                await ready.get()
+                for part in reply.add(next(events)):
+                    yield part
+        finally:
+            handle.cancel()
+
+    def _cancel_start(self) -> None:
+        if self._restarting is not None:
+            self._restarting.cancel()
+
+
+async def _in_thread(work: Callable[[], None], on_cancel: Callable[[], None] = lambda: None) -> None:
+    """Run ``work`` on a thread to its end, also when this task is cancelled, which calls ``on_cancel``."""
+    running = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        on_cancel()
+        with suppress(Exception):  # what the work raised, since it was cancelled
+            await running
+        raise
+
+
+def _log_restart(restart: Restart, phase: str) -> None:
+    if phase == WAITING:
+        _LOG.warning("%s; all stages start again (%d of at most %d)", restart.reason, restart.number, restart.limit)

@@ -1,0 +1,180 @@
+"""One reply to a prompt: the request for it, and the complete reply as programs and files get it. Knows no terminal."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from mlx_k2.chat.chat_session import ReplySettings
+from mlx_k2.chat.sampling_options import SamplingOptions, reply_settings
+from mlx_k2.coordinator.answer_summary import AnswerSummary
+from mlx_k2.coordinator.handle import Token
+from mlx_k2.coordinator.jobs import Submission
+from mlx_k2.errors import RequestError
+from mlx_k2.sampling import derived_seed
+from mlx_k2.text.history import assistant_message
+from mlx_k2.text.message import Message
+from mlx_k2.text.prompt import render_prompt
+from mlx_k2.text.reply_parts import Reply
+from mlx_k2.text.tokenizer import Tokenizer
+from mlx_k2.weights.model_frontend import ModelFrontend
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Token counts and rates of a reply. A rate is None if there were too few tokens to measure it."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens that were cached and were not computed again."""
+    generated_tokens: int
+    drafted: int
+    accepted: int
+    """Draft tokens that were computed, and those of them that are part of the reply."""
+    time_to_first_token_s: float | None
+    prefill_tokens_per_s: float | None
+    decode_tokens_per_s: float | None
+
+
+class CalledTool(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A tool call of the model. ``arguments`` is the exact text that it wrote; nothing has run it."""
+
+    id: str
+    name: str
+    arguments: str
+    error: str | None = None
+    """Why the call cannot be run, as text for the model; None if it can."""
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """A complete reply. In JSON ``content`` is the field ``text``."""
+
+    content: str = msgspec.field(name="text")
+    reasoning: str
+    tool_calls: tuple[CalledTool, ...]
+    finish_reason: str
+    """``stop``, ``length`` (max_tokens, or the context is full), ``timeout`` or ``cancelled``."""
+    seed: int
+    usage: Usage
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The reply as a message in OpenAI's format, to continue the conversation with."""
+        calls = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in self.tool_calls
+        ]
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": self.content,
+            "reasoning_content": self.reasoning,
+        }
+        return message | {"tool_calls": calls} if calls else message
+
+
+def submission_of(
+    frontend: ModelFrontend,
+    messages: Sequence[Message],
+    options: SamplingOptions,
+    tools: Sequence[Mapping[str, object]] = (),
+) -> Submission:
+    """Return the request for a reply to ``messages``, with its token policy. ``tools`` are declarations.
+
+    Raises:
+        RequestError, TokenizerError: it cannot be served; gives the reason.
+    """
+    return submission(frontend, prompt_of(frontend, messages, options, tools), options, tools)
+
+
+def prompt_of(
+    frontend: ModelFrontend,
+    messages: Sequence[Message],
+    options: SamplingOptions,
+    tools: Sequence[Mapping[str, object]] = (),
+) -> list[int]:
+    """Return the prompt of a reply to ``messages``. Errors are those of ``submission_of``."""
+    template = frontend.template
+    return render_prompt(template, frontend.tokenizer, messages, tools, **options.mode.variables(template))
+
+
+def submission(
+    frontend: ModelFrontend,
+    prompt_ids: Sequence[int],
+    options: SamplingOptions,
+    tools: Sequence[Mapping[str, object]] = (),
+) -> Submission:
+    """Return the request for a reply to a prompt of token ids. Errors are those of ``submission_of``."""
+    if options.num_answers > 1:
+        raise RequestError(f"{options.num_answers} answers were asked for, and this call returns one: leave n out")
+    return submissions(reply_settings(options, frontend, tools), frontend, prompt_ids)[0]
+
+
+def submissions(
+    settings: ReplySettings, frontend: ModelFrontend, prompt_ids: Sequence[int], num_answers: int = 1
+) -> list[Submission]:
+    """Return the requests for several replies to one prompt, each with a seed of its own.
+
+    The first one has the seed of the settings. Requests that are submitted together compute the prompt once.
+
+    Raises:
+        RequestError: they can never run.
+    """
+    tokenizer, sampling = frontend.tokenizer, settings.sampling
+    seeds = [sampling.seed, *(derived_seed(sampling.seed, index) for index in range(1, num_answers))]
+    requests = [
+        replace(settings, sampling=msgspec.structs.replace(sampling, seed=seed)).request(tokenizer, prompt_ids)
+        for seed in seeds
+    ]
+    return [Submission(request, settings.policy(tokenizer, request)) for request in requests]
+
+
+class LikelyToken(msgspec.Struct, frozen=True, kw_only=True):
+    """A token and its log-probability. ``bytes`` may be part of a character; ``text`` has U+FFFD for it."""
+
+    token: int
+    text: str
+    bytes: tuple[int, ...]
+    logprob: float | None
+    """None for a token that was not sampled, because there was no alternative."""
+
+
+class SampledLogprob(LikelyToken, frozen=True, kw_only=True):
+    """A token of a reply, and the most likely tokens at its position."""
+
+    top: tuple[LikelyToken, ...]
+
+
+def sampled_logprob(tokenizer: Tokenizer, token: Token) -> SampledLogprob:
+    """Return the log-probabilities of a token of a reply."""
+
+    def fields(token_id: int, logprob: float | None) -> dict[str, Any]:
+        data = tokenizer.token_bytes(token_id)
+        return {"token": token_id, "text": data.decode(errors="replace"), "bytes": tuple(data), "logprob": logprob}
+
+    top = tuple(LikelyToken(**fields(token_id, logprob)) for token_id, logprob in token.top)
+    return SampledLogprob(**fields(token.token_id, token.logprob), top=top)
+
+
+def completion_of(reply: Reply, summary: AnswerSummary, num_calls_before: int = 0) -> Completion:
+    """Return a reply with its counts. Its calls are numbered from ``num_calls_before``, those of the conversation."""
+    written = assistant_message(reply, num_calls_before).tool_calls
+    return Completion(
+        content=reply.content,
+        reasoning=reply.reasoning,
+        tool_calls=tuple(
+            CalledTool(id=numbered.id, name=call.name, arguments=call.arguments, error=call.error)
+            for call, numbered in zip(reply.calls, written, strict=True)
+        ),
+        finish_reason=summary.finish_reason.value,
+        seed=summary.seed,
+        usage=Usage(
+            prompt_tokens=summary.prompt_tokens,
+            cached_tokens=summary.cached_tokens,
+            generated_tokens=summary.generated_tokens,
+            drafted=summary.num_drafted,
+            accepted=summary.num_accepted,
+            time_to_first_token_s=summary.time_to_first_token_s,
+            prefill_tokens_per_s=summary.prefill_tokens_per_s,
+            decode_tokens_per_s=summary.decode_tokens_per_s,
+        ),
+    )

@@ -1,0 +1,170 @@
+"""The options of a reply as a user sets them, and its settings with the recommendations of a checkpoint."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import msgspec
+
+from mlx_k2.chat.chat_session import MAX_TOOL_CALLS, ReplySettings
+from mlx_k2.coordinator.reply_policy import ReplyLimits
+from mlx_k2.errors import RequestError
+from mlx_k2.sampling import GenerationConfig, Sampling
+from mlx_k2.text.constraint import AnswerForm, AnswerFormat, Constraint, tool_rules
+from mlx_k2.text.reply_grammar import compile_constraint
+from mlx_k2.text.thinking_mode import INSTANT_TEMPERATURE, ThinkingMode
+from mlx_k2.weights.model_frontend import ModelFrontend
+
+MAX_ANSWERS = 128
+_RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_UNSET = GenerationConfig()
+
+
+class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a reply is sampled, how long it may be and whether the model thinks.
+
+    None selects the checkpoint's recommendation, else the value that changes nothing; for ``seed`` a random one, for
+    ``max_tokens`` what fits into the context.
+
+    Raises:
+        RequestError: a value is out of range.
+    """
+
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    temperature: float | None = None
+    """0 takes the most likely token. Without thinking the default is 0.6, which Moonshot recommends."""
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    timeout_s: float | None = msgspec.field(default=None, name="timeout")
+    """The reply ends after this time, counted from the start of its prefill, with what it has."""
+    thinking: bool | None = None
+    preserve_thinking: bool | None = None
+    """Whether the reasoning of earlier replies stays in the prompt."""
+    thinking_budget: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    """The reasoning is closed after this number of its tokens."""
+    stop: tuple[str, ...] = ()
+    """The reply ends before the first of these texts in its answer."""
+    min_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Before this number of tokens the reply does not end."""
+    ignore_eos: bool = False
+    """Whether the reply goes on after a token that ends a turn, up to ``max_tokens``."""
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] = {}
+    """Numbers that are added to the logits of these token ids."""
+    num_answers: Annotated[int, msgspec.Meta(ge=1, le=MAX_ANSWERS)] = msgspec.field(default=1, name="n")
+    """The number of replies to the same prompt, each with its own seed."""
+    json_schema: dict[str, Any] | None = None
+    """The answer is a JSON value of this schema."""
+    regex: str | None = None
+    """The answer matches this regular expression as a whole."""
+    lark: str | None = None
+    """The answer follows this Lark grammar."""
+    tool_choice: str | None = None
+    """``auto``, ``none``, ``required``, or the name of the tool that is called."""
+    parallel_tool_calls: bool = True
+    """Whether a reply may call several tools."""
+    tool_grammar: bool = True
+    """Whether calls that the model makes by its own choice follow the schemas of the tools."""
+
+    def __post_init__(self) -> None:
+        """Check every value, before anything is loaded."""
+        try:
+            self.resolved(_UNSET)
+        except TypeError as error:
+            raise RequestError(f"a sampling value has the wrong type: {error}") from None
+        if isinstance(self.stop, str):
+            raise RequestError(f"stop is a text: give a tuple of texts, as in ({self.stop!r},)")
+        ReplyLimits(self.stop)
+        if self.timeout_s is not None and not self.timeout_s > 0:  # also rejects NaN
+            raise RequestError(f"timeout is {self.timeout_s:g} s: give more than 0")
+        if sum(form is not None for form in (self.json_schema, self.regex, self.lark)) > 1:
+            raise RequestError("an answer has one form: give a JSON schema, a regular expression or a Lark grammar")
+
+    @property
+    def mode(self) -> ThinkingMode:
+        """The mode in which the model thinks."""
+        return ThinkingMode(self.thinking, bool(self.preserve_thinking))
+
+    @property
+    def is_for_replies(self) -> bool:
+        """Whether an option is set that a raw prompt does not have."""
+        given = (self.thinking, self.preserve_thinking or None, self.thinking_budget, self.tool_choice)
+        return any(value is not None for value in given)
+
+    def resolved(self, recommended: GenerationConfig, num_logprobs: int | None = None) -> Sampling:
+        """Return the sampler's parameters."""
+        given = {name: getattr(self, name) for name in (*_RECOMMENDED, "presence_penalty", "frequency_penalty")}
+        if self.temperature is None and self.thinking is False:
+            given["temperature"] = INSTANT_TEMPERATURE
+        values = {name: getattr(recommended, name) for name in _RECOMMENDED}
+        values |= {name: value for name, value in given.items() if value is not None}
+        chosen = {name: value for name, value in values.items() if value is not None}
+        biases = tuple(self.logit_bias.items())
+        return Sampling(seed=self.base_seed, num_logprobs=num_logprobs, logit_bias=biases, **chosen)
+
+    def constraint(self, declarations: Sequence[Mapping[str, object]] = ()) -> Constraint | None:
+        """Return the constraint of replies that may call the tools of ``declarations``; None if all is allowed.
+
+        Raises:
+            RequestError: the tool choice is unknown, or names no declared tool.
+        """
+        answer = None
+        if self.json_schema is not None:
+            answer = AnswerFormat(AnswerForm.JSON_SCHEMA, schema=self.json_schema)
+        elif self.regex is not None:
+            answer = AnswerFormat(AnswerForm.REGEX, self.regex)
+        elif self.lark is not None:
+            answer = AnswerFormat(AnswerForm.LARK, self.lark)
+        if answer is None and not declarations and self.tool_choice is None:
+            return None
+        is_word = self.tool_choice in (None, "auto", "none", "required")
+        choice = self.tool_choice if is_word else {"function": {"name": self.tool_choice}}
+        rules = tool_rules(declarations, choice, is_parallel=self.parallel_tool_calls, has_grammar=self.tool_grammar)
+        return Constraint(answer, rules)
+
+    @property
+    def base_seed(self) -> int:
+        """The seed, else a random one of 32 bits."""
+        return secrets.randbits(32) if self.seed is None else self.seed
+
+    def overridden_by(self, other: "SamplingOptions") -> "SamplingOptions":
+        """Return these options, with the values of ``other`` that are set."""
+        defaults = SamplingOptions()
+        given = {
+            name: getattr(other, name)
+            for name in SamplingOptions.__struct_fields__
+            if getattr(other, name) != getattr(defaults, name)
+        }
+        return msgspec.structs.replace(self, **given)
+
+
+def reply_settings(
+    options: SamplingOptions,
+    frontend: ModelFrontend,
+    declarations: Sequence[Mapping[str, object]] = (),
+    *,
+    max_tool_calls: int = MAX_TOOL_CALLS,
+    num_logprobs: int | None = None,
+) -> ReplySettings:
+    """Return the settings of replies of a model: the options, else the checkpoint's recommendations.
+
+    The replies may call the tools of ``declarations``.
+
+    Raises:
+        RequestError: a schema or a grammar cannot be used, or the chosen tool is not declared.
+    """
+    constraint = options.constraint(declarations)
+    return ReplySettings(
+        sampling=options.resolved(frontend.recommended, num_logprobs),
+        max_tokens=frontend.context_tokens if options.max_tokens is None else options.max_tokens,
+        stop_ids=frozenset() if options.ignore_eos else frontend.stop_ids,
+        timeout_s=options.timeout_s,
+        context_tokens=frontend.context_tokens,
+        limits=ReplyLimits(options.stop, options.min_tokens, options.thinking_budget),
+        grammar=None if constraint is None else compile_constraint(frontend.grammars, constraint),
+        max_tool_calls=max_tool_calls,
+    )

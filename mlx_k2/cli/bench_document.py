@@ -1,0 +1,176 @@
+"""The result of `mlx-k2 bench` as a JSON document and as lines of a CSV file. Measures nothing."""
+
+import csv
+import dataclasses
+import io
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+
+from mlx_k2 import __version__
+from mlx_k2.benchmark import Measured, StageTimes
+from mlx_k2.deployment.deploy import Deployment
+from mlx_k2.errors import RequestError
+
+
+class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One run of one combination of options. Rates are those of ``benchmark.Measured``."""
+
+    stages: int
+    prompt_tokens: int
+    generate_tokens: int
+    streams: int
+    decode_tokens_per_s_per_stream: float | None
+    stage_busy: list[float]
+    stage_times: tuple[StageTimes, ...]
+    repeat: int
+    time_to_first_token_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float | None
+    inter_token_p50_s: float | None
+    inter_token_p95_s: float | None
+    num_drafted: int
+    num_accepted: int
+    wall_s: float
+
+
+class BenchHost(msgspec.Struct, frozen=True, kw_only=True):
+    """A host and its layers."""
+
+    host: str
+    system: str
+    first_layer: int
+    last_layer: int
+
+
+class Versions(msgspec.Struct, frozen=True, kw_only=True):
+    """The versions that ran. ``commit`` is None for an installed package."""
+
+    mlx_k2: str
+    commit: str | None
+    mlx: str
+    python: str
+
+
+class BenchDocument(msgspec.Struct, frozen=True, kw_only=True):
+    """All measurements, with the model, the hosts and the versions."""
+
+    rows: list[BenchRow]
+    made: str
+    model: str
+    model_digest: str
+    dtype: str
+    draft: str
+    hosts: list[BenchHost]
+    versions: Versions
+
+
+_BESIDE = ("made", "model", "dtype", "draft")
+_TIMES = tuple(field.name for field in dataclasses.fields(StageTimes))
+_IN_ROW = tuple(name for name in BenchRow.__struct_fields__ if name != "stage_times")
+CSV_COLUMNS = (*_BESIDE, *Versions.__struct_fields__, *_IN_ROW, *(f"stage_{name}" for name in _TIMES))
+
+
+def bench_document(deployment: Deployment, rows: Sequence[Measured], model: str | None, draft: str) -> BenchDocument:
+    """Return the document of these measurements."""
+    return BenchDocument(
+        rows=[_row(row, deployment.group.size) for row in rows],
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=model or "built-in",
+        model_digest=deployment.model.digest,
+        dtype=deployment.shape.dtype,
+        draft=draft,
+        hosts=[
+            BenchHost(
+                host=plan.host.ssh,
+                system=hello.system,
+                first_layer=plan.assignment.first_layer,
+                last_layer=plan.assignment.end_layer - 1,
+            )
+            for plan, hello in zip(deployment.plans, deployment.hellos, strict=True)
+        ],
+        versions=Versions(
+            mlx_k2=__version__,
+            commit=checkout_commit(Path(__file__).parents[1]),
+            mlx=version("mlx"),
+            python=platform.python_version(),
+        ),
+    )
+
+
+def _row(row: Measured, num_stages: int) -> BenchRow:
+    same = {field.name for field in dataclasses.fields(Measured)} & {*BenchRow.__struct_fields__} - {"stages"}
+    return BenchRow(
+        stages=num_stages,
+        prompt_tokens=row.workload.prompt_tokens,
+        generate_tokens=row.workload.generate_tokens,
+        streams=row.workload.streams,
+        decode_tokens_per_s_per_stream=row.decode_tokens_per_s_per_stream,
+        stage_busy=row.stage_busy,
+        stage_times=row.stages,
+        **{name: getattr(row, name) for name in same},
+    )
+
+
+def checkout_commit(package: Path) -> str | None:
+    """Return the commit of the checkout whose package ``package`` is.
+
+    None if it is in no checkout, or in one of another project, or if there is no git.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*arguments: str) -> str:
+        command = ("git", "-C", str(package), *arguments)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        is_ours = Path(git("rev-parse", "--show-toplevel")).samefile(package.parent)
+        return git("rev-parse", "HEAD") if is_ours else None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def check_csv(path: Path) -> None:
+    """Refuse a file that is not one of this version's, before anything is measured.
+
+    Raises:
+        RequestError: its first line is not the heading, or it cannot be read.
+    """
+    try:
+        if not path.exists() or not path.stat().st_size:
+            return
+        with path.open("rb") as file:
+            first = file.readline(64 * 1024)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    if first.strip() != _line(CSV_COLUMNS).strip().encode():
+        raise RequestError(f"{path} has other columns than those of mlx-k2 bench --csv: give another file")
+
+
+def append_csv(path: Path, document: BenchDocument) -> None:
+    """Append a line for each row; write a heading first if the file is new or empty."""
+    beside = [getattr(document, name) for name in _BESIDE] + [*msgspec.structs.astuple(document.versions)]
+    lines = [_line([*beside, *_cells(row)]) for row in document.rows]
+    with path.open("a", newline="") as file:
+        if not file.tell():
+            lines.insert(0, _line(CSV_COLUMNS))
+        file.write("".join(lines))
+
+
+def _cells(row: BenchRow) -> list[object]:
+    busy = " ".join(f"{fraction:.4f}" for fraction in row.stage_busy)
+    cells = [busy if name == "stage_busy" else getattr(row, name) for name in _IN_ROW]
+    return cells + [" ".join(f"{getattr(times, name):.6g}" for times in row.stage_times) for name in _TIMES]
+
+
+def _line(cells: Sequence[object]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue()

@@ -1,0 +1,84 @@
+"""The options of `mlx-k2 generate`, checked, and the text of its prompt. Shows nothing."""
+
+import sys
+
+import click
+import msgspec
+
+from mlx_k2.cli.conversation_options import ConversationOptions
+from mlx_k2.cli.options import RunOptions
+from mlx_k2.deployment.cluster_options import ClusterOptions
+from mlx_k2.errors import RequestError
+from mlx_k2.sampling import GenerationConfig
+
+
+class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The options of `mlx-k2 generate`."""
+
+    cluster: ClusterOptions
+    conversation: ConversationOptions
+    run: RunOptions
+    prompts_path: str | None
+    out_path: str | None
+    prompt: str | None
+    raw: bool
+    token_ids: tuple[int, ...] | None
+    drafts: bool
+    num_logprobs: int | None
+    as_json: bool
+    hide_thinking: bool
+    dry_run: bool
+    verbose: bool
+
+    def __post_init__(self) -> None:
+        """Refuse options that contradict each other."""
+        if self.num_logprobs is not None and not self.as_json and self.prompts_path is None:
+            raise click.UsageError("--logprobs shows in the JSON lines only: add --json")
+        if self.conversation.sampling.num_answers > 1 and self.conversation.tools.is_given:
+            raise click.UsageError("--num-answers goes without --tools and --mcp")
+        self.conversation.sampling.resolved(GenerationConfig(), self.num_logprobs)
+        if (self.prompts_path is None) != (self.out_path is None):
+            raise click.UsageError("--prompts and --out go together: give both")
+        is_single = (
+            self.prompt is not None or self.token_ids is not None or self.as_json or self.conversation.tools.is_given
+        )
+        if self.prompts_path is not None and is_single:
+            raise click.UsageError("--prompts goes without PROMPT, --token-ids, --json, --tools and --mcp")
+        if self.token_ids is not None and (self.prompt or self.conversation.system is not None):
+            raise RequestError("--token-ids is the whole prompt: leave out PROMPT and --system")
+        if self.is_raw and (self.conversation.tools.is_given or self.conversation.sampling.is_for_replies):
+            raise RequestError("--raw and --token-ids go without --tools, --mcp and options for thinking")
+        if self.raw and self.conversation.system is not None:
+            raise RequestError("--raw sends PROMPT alone: leave out --system")
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the prompt is sent without a chat template, so that its answer is not parsed as a reply."""
+        return self.raw or self.token_ids is not None
+
+    def read_prompt(self) -> str:
+        """Return PROMPT, else the text of standard input; '' if the prompt is given as token ids.
+
+        Raises:
+            RequestError: there is no text.
+        """
+        if self.token_ids is not None:
+            return ""
+        text = _standard_input() if self.prompt is None else self.prompt
+        if not text.strip():
+            raise RequestError("the prompt is empty: give some text")
+        return text
+
+
+def _standard_input() -> str:
+    """Return the text of standard input.
+
+    Raises:
+        RequestError: it is a terminal, closed, or not UTF-8.
+    """
+    if sys.stdin is None or sys.stdin.isatty():
+        raise RequestError("there is no prompt: give PROMPT, or write one to standard input")
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input is not UTF-8 text: its byte {error.start} is not") from None

@@ -1,0 +1,144 @@
+"""The options of a cluster as a user sets them, and the deployment that they ask for. Contacts no host."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from mlx_k2.cluster.hostfile import Hostfile, local_hostfile, read_hostfile
+from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.errors import DownloadError, HostfileError, RequestError
+from mlx_k2.launch.group import STALL_TIMEOUT_S
+from mlx_k2.weights.checkpoint import ModelDescription, describe_model
+from mlx_k2.weights.model_files import read_model_files
+from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo, model_folder
+
+LEASE_S = 20.0
+LEASE_RANGE_S = (2, 3600)
+STALL_TIMEOUT_RANGE_S = (1, 3600)
+MAX_STAGES = 64
+DTYPES = ("bfloat16", "float32")
+DENSE_BITS = (8, 4)
+
+
+class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Hosts, model and their settings. None leaves the choice to the program.
+
+    Without a hostfile, ``num_stages`` stages run on this machine: 2 for the built-in model, else 1. Without a model it
+    is the built-in one. ``split`` has the number of layers of each stage.
+
+    Raises:
+        RequestError, HostfileError: a value is out of range, or options contradict each other.
+    """
+
+    hostfile: str | None = None
+    num_stages: Annotated[int, msgspec.Meta(ge=1, le=MAX_STAGES)] | None = None
+    model: str | None = None
+    revision: str | None = None
+    split: tuple[Annotated[int, msgspec.Meta(ge=1)], ...] | None = None
+    context_tokens: Annotated[int, msgspec.Meta(ge=2)] | None = None
+    dtype: str | None = None
+    dense_bits: int | None = None
+    lease_s: float = LEASE_S
+    stall_timeout_s: float = STALL_TIMEOUT_S
+    check_weights: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what a type does not express."""
+        _check_seconds("lease", self.lease_s, LEASE_RANGE_S)
+        _check_seconds("stall-timeout", self.stall_timeout_s, STALL_TIMEOUT_RANGE_S)
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("dense-bits", self.dense_bits, DENSE_BITS)
+        if self.hostfile is not None and self.num_stages is not None:
+            raise HostfileError(
+                "a number of stages is for runs on this machine alone: give it, or a hostfile, not both"
+            )
+        if self.revision is not None and not is_repo(self._named_source):
+            raise RequestError(
+                "a revision is for a repository on the Hub: leave it out, or give owner/name as the model"
+            )
+
+    @property
+    def source(self) -> ModelSource:
+        """The model's source. The path of a local folder is absolute, since a stage starts in another folder."""
+        source = self._named_source
+        folder = model_folder(source)
+        if self.model is None or not folder.is_dir():
+            return source
+        path = str(folder.resolve())
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise RequestError(
+                f"model: the path {path} is not UTF-8: rename the folder, or give a link to it"
+            ) from None
+        return ModelSource(path_or_repo=path)
+
+    @property
+    def _named_source(self) -> ModelSource:
+        return ModelSource(path_or_repo=BUILTIN if self.model is None else self.model, revision=self.revision)
+
+    def read_hostfile(self) -> Hostfile:
+        """Return the hosts.
+
+        Raises:
+            HostfileError: the hostfile is missing, or not usable.
+        """
+        if self.hostfile is not None:
+            return read_hostfile(Path(self.hostfile))
+        return local_hostfile(self.num_stages or (2 if self.model is None else 1))
+
+
+def deployment_request(options: ClusterOptions, num_slots: int = 1) -> DeploymentRequest:
+    """Return the request for a deployment in which at most ``num_slots`` sequences run at once.
+
+    Raises:
+        HostfileError: the hostfile cannot be used.
+    """
+    return DeploymentRequest(
+        hostfile=options.read_hostfile(),
+        source=options.source,
+        split=options.split,
+        context_tokens=options.context_tokens,
+        dtype=options.dtype,
+        lease_s=options.lease_s,
+        stall_timeout_s=options.stall_timeout_s,
+        num_slots=num_slots,
+        dense_bits=options.dense_bits,
+        check_weights=options.check_weights,
+    )
+
+
+def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDescription | None]:
+    """Return the request and the model's description from its folder or the Hub.
+
+    The description is None if only the first host may have the model. In the returned request the repository's revision
+    is pinned, so that every host uses the same one.
+
+    Raises:
+        SetupError: the model is not found, or mlx-k2 cannot run it.
+    """
+    source = request.source
+    elsewhere = not request.hostfile.hosts[0].is_local
+    if elsewhere and not is_repo(source) and not model_folder(source).is_dir():
+        return request, None
+    try:
+        files, pinned = read_model_files(source)
+    except DownloadError:
+        if elsewhere:
+            return request, None
+        raise
+    return replace(request, source=pinned), describe_model(files, source.path_or_repo)
+
+
+def _check_seconds(name: str, seconds: float, allowed: tuple[int, int]) -> None:
+    low, high = allowed
+    if not low <= seconds <= high:  # false for nan, too
+        raise RequestError(f"{name} {seconds:g} is out of range: give {low} to {high} s")
+
+
+def _check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    if value is not None and value not in allowed:
+        raise RequestError(f"{name} {value} is unknown: give {' or '.join(map(str, allowed))}")

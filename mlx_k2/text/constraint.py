@@ -1,0 +1,113 @@
+"""Constraint of a reply: the form of its answer, and the tools that it may or must call. Knows no tokens."""
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mlx_k2.errors import RequestError
+
+_CHOICES = ("auto", "none", "required")
+
+
+class AnswerForm(enum.Enum):
+    """The kind of grammar that an answer follows."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """The form of the answer text after the reasoning."""
+
+    form: AnswerForm
+    text: str = ""
+    """The regular expression, or the Lark grammar."""
+    schema: object = None
+    """The JSON schema."""
+    is_strict: bool = False
+    """True: refuse a schema with a keyword that the compiler does not know, instead of ignoring the keyword."""
+
+
+class ToolChoice(enum.Enum):
+    """Whether a reply calls tools."""
+
+    AUTO = "auto"
+    NONE = "none"
+    REQUIRED = "required"
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool that a reply may call. ``parameters`` is the JSON schema of its arguments; None: it has none."""
+
+    name: str
+    parameters: object = None
+    is_strict: bool = False
+    """As in AnswerFormat."""
+
+
+@dataclass(frozen=True)
+class ToolRules:
+    """The tools that a reply may call, and how."""
+
+    tools: tuple[Tool, ...] = ()
+    choice: ToolChoice = ToolChoice.AUTO
+    only: str | None = None
+    """The name of the tool that is called; None allows all."""
+    is_parallel: bool = True
+    """False: the tool section ends after one call."""
+    has_grammar: bool = True
+    """False: calls that the model makes by its own choice are not constrained (``--tool-grammar off``)."""
+    first_number: int | None = None
+    """The number of the reply's first call in the conversation; None: the number of calls in the prompt."""
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """The constraint of one reply. Without ``tools`` a constrained answer calls no tool."""
+
+    answer: AnswerFormat | None = None
+    tools: ToolRules | None = None
+
+
+def tool_rules(
+    declarations: Sequence[Mapping[str, object]],
+    choice: object = None,
+    *,
+    is_parallel: bool = True,
+    has_grammar: bool = True,
+    first_number: int | None = None,
+) -> ToolRules:
+    """Return the rules for tools and a ``tool_choice`` in OpenAI's format. A named tool is called once.
+
+    Raises:
+        RequestError: a declaration has no name, or the choice is unknown, or names a tool that is not declared.
+    """
+    tools = tuple(_tool(declaration) for declaration in declarations)
+    choice = "auto" if choice is None else choice
+    if isinstance(choice, str) and choice in _CHOICES:
+        if choice == "required" and not tools:
+            raise RequestError("tool_choice is required, and no tool is declared: declare one, or leave it out")
+        return ToolRules(tools, ToolChoice(choice), None, is_parallel, has_grammar, first_number)
+    name = _chosen_name(choice)
+    if all(tool.name != name for tool in tools):
+        declared = ", ".join(tool.name for tool in tools) or "none"
+        raise RequestError(f"tool_choice names {name!r}, which is not declared; declared tools: {declared}")
+    return ToolRules(tools, ToolChoice.REQUIRED, name, False, has_grammar, first_number)
+
+
+def _tool(declaration: Mapping[str, object]) -> Tool:
+    function = declaration.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise RequestError("a tool has no function with a name: declare tools in OpenAI's format")
+    return Tool(function["name"], function.get("parameters"), function.get("strict") is True)
+
+
+def _chosen_name(choice: object) -> str:
+    function = choice.get("function") if isinstance(choice, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str):
+        raise RequestError(f"tool_choice {choice!r} is unknown: give auto, none, required, or a function's name")
+    return name

@@ -1,0 +1,310 @@
+"""Tests of constrained replies: whatever the logits, the answer follows its grammar or ends with ``length``."""
+
+import json
+import re
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from mlx_k2.coordinator.reply_policy import ReplyLimits
+from mlx_k2.scheduling.request import FinishReason
+from mlx_k2.text.constraint import AnswerForm, AnswerFormat, Constraint, Tool, ToolChoice, ToolRules, tool_rules
+from mlx_k2.text.reply_grammar import MAX_CALLS
+from tests.coordinator.constrained import (
+    NO_THINKING,
+    STOP_ID,
+    THINK,
+    THINK_END,
+    TOKENIZER,
+    Written,
+    allowed_ids,
+    policy_of,
+    random_choice,
+    write_reply,
+)
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 9}, "unit": {"enum": ["C", "F"]}},
+    "required": ["city", "unit"],
+    "additionalProperties": False,
+}
+WEATHER_TOOL = Tool("get_weather", WEATHER)
+CLOCK_TOOL = Tool("mcp__clock-1.x", None)
+SECTION_BEGIN, SECTION_END, CALL_BEGIN, ARGUMENTS_BEGIN, CALL_END = (
+    TOKENIZER.token_id(f"<|{name}|>")
+    for name in (
+        "tool_calls_section_begin",
+        "tool_calls_section_end",
+        "tool_call_begin",
+        "tool_call_argument_begin",
+        "tool_call_end",
+    )
+)
+THINKS = (STOP_ID, THINK)
+"""A prompt after which the reply is inside the reasoning."""
+
+leaves = st.one_of(
+    st.fixed_dictionaries({"type": st.just("string")}, optional={"maxLength": st.integers(0, 5)}),
+    st.fixed_dictionaries({"type": st.just("integer")}, optional={"minimum": st.integers(-9, 0)}),
+    st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"enum": ["a", 'b"', 3]}, {"const": {"k": [1, None]}}]),
+    st.just({"type": "string", "pattern": "^[a-f]{2,4}$"}),
+)
+
+
+def _containers(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    names = st.sampled_from(["a", "b c", "ü", 'q"', "x/y"])
+    objects = st.builds(
+        lambda properties, required, extra: {
+            "type": "object",
+            "properties": properties,
+            "required": sorted(properties)[:required],
+            "additionalProperties": extra,
+        },
+        st.dictionaries(names, inner, max_size=3),
+        st.integers(0, 3),
+        st.booleans(),
+    )
+    arrays = st.fixed_dictionaries({"type": st.just("array"), "items": inner}, optional={"maxItems": st.integers(0, 3)})
+    return st.one_of(objects, arrays, st.fixed_dictionaries({"anyOf": st.lists(inner, min_size=1, max_size=3)}))
+
+
+schemas = st.recursive(leaves, _containers, max_leaves=6)
+endings = st.sampled_from([0.0, 0.5, 0.95])
+
+
+def answer(schema: object) -> Constraint:
+    """Return the constraint of an answer in JSON."""
+    return Constraint(answer=AnswerFormat(AnswerForm.JSON_SCHEMA, schema=schema))
+
+
+def calls(*tools: Tool, choice: ToolChoice = ToolChoice.REQUIRED, **rules: Any) -> Constraint:
+    """Return the constraint of a reply that calls tools."""
+    return Constraint(tools=ToolRules(tools, choice, **rules))
+
+
+def text_of(written: Written) -> str:
+    """Return the reply with its markers."""
+    return b"".join(TOKENIZER.token_bytes(number) for number in written.token_ids).decode(errors="replace")
+
+
+@given(schemas, st.integers(0, 2**32), endings)
+def test_whatever_the_logits_an_answer_is_valid_or_ends_with_length(schema: Any, seed: int, ending: float) -> None:
+    written = write_reply(policy_of(answer(schema)), random_choice(seed, ending=ending), 300)
+    if written.finish_reason is FinishReason.STOP:
+        jsonschema.validate(json.loads(written.reply.content), schema)
+        assert written.token_ids[-1] == STOP_ID
+        assert not re.search(r"[,:{\[]\s|\s[}\]]", re.sub(r'"(\\.|[^"\\])*"', '""', written.reply.content))
+    else:
+        assert written.finish_reason is FinishReason.LENGTH and len(written.token_ids) == 300
+
+
+@given(
+    st.sampled_from([r"[a-c]{2,5}-[0-9]+", r"(yes|no|maybe)( please)?", r"([a-z]+ ){0,3}end", "ä+ö?", r'"[^"]*"']),
+    st.integers(0, 2**32),
+)
+def test_whatever_the_logits_an_answer_matches_its_regular_expression(pattern: str, seed: int) -> None:
+    constraint = Constraint(answer=AnswerFormat(AnswerForm.REGEX, pattern))
+    written = write_reply(policy_of(constraint), random_choice(seed), 60)
+    if written.finish_reason is FinishReason.STOP:
+        assert re.fullmatch(pattern, written.reply.content, re.DOTALL)
+    else:
+        assert written.finish_reason is FinishReason.LENGTH
+
+
+@given(st.integers(0, 2**32))
+def test_whatever_the_logits_an_answer_follows_its_lark_grammar(seed: int) -> None:
+    sums = 'start: term ("+" term)*\nterm: NUMBER | "(" start ")"\nNUMBER: /[0-9]{1,3}/'
+    constraint = Constraint(answer=AnswerFormat(AnswerForm.LARK, sums))
+    written = write_reply(policy_of(constraint), random_choice(seed), 80)
+    if written.finish_reason is FinishReason.STOP:
+        assert re.fullmatch(r"[0-9+()]+", written.reply.content)
+        eval(re.sub(r"\b0+(?=\d)", "", written.reply.content), {"__builtins__": {}})
+    else:
+        assert written.finish_reason is FinishReason.LENGTH
+
+
+@given(st.lists(schemas, min_size=1, max_size=3), st.integers(0, 2**32), endings, st.booleans())
+def test_whatever_the_logits_required_calls_are_valid_or_the_reply_ends_with_length(
+    parts: list[Any], seed: int, ending: float, is_parallel: bool
+) -> None:
+    by_name = {
+        f"tool-{index}.a": {"type": "object", "properties": {"v": part}, "required": ["v"]}
+        for index, part in enumerate(parts)
+    }
+    tools = [Tool(name, schema) for name, schema in by_name.items()]
+    written = write_reply(policy_of(calls(*tools, is_parallel=is_parallel)), random_choice(seed, ending=ending), 400)
+    whole = [call for call in written.reply.calls if call.error is None]
+    for call in whole:
+        jsonschema.validate(json.loads(call.arguments), by_name[call.name])
+    if written.finish_reason is FinishReason.STOP:
+        assert len(whole) == len(written.reply.calls) >= 1
+        assert is_parallel or len(whole) == 1
+        assert [call.written_id for call in whole] == [
+            f"functions.{call.name}:{number}" for number, call in enumerate(whole)
+        ]
+        assert written.reply.content == ""
+    else:
+        assert written.finish_reason is FinishReason.LENGTH
+
+
+@given(st.one_of(schemas.map(answer), st.just(calls(WEATHER_TOOL, CLOCK_TOOL))), st.integers(0, 2**32), st.data())
+def test_a_mask_after_drafts_is_the_mask_after_the_same_accepted_tokens(
+    constraint: Constraint, seed: int, data: st.DataObject
+) -> None:
+    masks: list[tuple[list[int], list[int]]] = []
+    write_reply(
+        policy_of(constraint),
+        random_choice(seed, ending=0.7),
+        80,
+        on_mask=lambda ids, mask: masks.append((ids.copy(), allowed_ids(mask))),
+    )
+    assume(masks)
+    first, _ = data.draw(st.sampled_from(masks))
+    policy = policy_of(constraint)
+    for token_id in first:
+        policy.accept(token_id)
+    drafts: list[int] = []
+    for ids, allowed in masks:
+        if ids[: len(first)] != first:
+            continue
+        following = ids[len(first) :]
+        while len(drafts) < len(following) and policy.may_draft(drafts, following[len(drafts)]):
+            drafts.append(following[len(drafts)])
+        if drafts != following:
+            assert TOKENIZER.is_special(following[len(drafts)])
+            break
+        assert allowed_ids(policy.token_mask(drafts)) == allowed
+
+
+def test_no_draft_token_is_a_control_token_or_one_that_the_grammar_excludes() -> None:
+    policy = policy_of(answer(WEATHER), THINKS)
+    assert policy.may_draft((), ord("x"))
+    assert not policy.may_draft((), THINK_END)
+    policy.accept(THINK_END)
+    assert [token for token in map(ord, 'x{"]') if policy.may_draft((), token)] == [ord("{")]
+    assert policy.may_draft([ord("{")], ord('"'))
+    assert not policy.may_draft([ord("{")], ord("}"))
+
+
+def test_tokens_without_an_alternative_are_forced() -> None:
+    masks: list[int] = []
+    constraint = calls(CLOCK_TOOL, is_parallel=False)
+    written = write_reply(policy_of(constraint), random_choice(0), 400, on_mask=lambda ids, _: masks.append(len(ids)))
+    assert masks == []
+    assert text_of(written) == (
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.mcp__clock-1.x:0<|tool_call_argument_begin|>{}"
+        "<|tool_call_end|><|tool_calls_section_end|><|im_end|>"
+    )
+
+
+def test_the_number_of_a_call_continues_those_of_the_prompt() -> None:
+    prompt = (CALL_BEGIN, ARGUMENTS_BEGIN, CALL_END, CALL_BEGIN, ARGUMENTS_BEGIN, CALL_END, *NO_THINKING)
+    one = write_reply(policy_of(calls(CLOCK_TOOL, is_parallel=False), prompt), random_choice(0), 400)
+    assert [call.written_id for call in one.reply.calls] == ["functions.mcp__clock-1.x:2"]
+    given_number = calls(CLOCK_TOOL, is_parallel=False, first_number=80)
+    other = write_reply(policy_of(given_number, prompt), random_choice(0), 400)
+    assert [call.written_id for call in other.reply.calls] == ["functions.mcp__clock-1.x:80"]
+
+
+def test_reasoning_comes_before_a_required_call_and_an_answer_in_json() -> None:
+    for constraint in (calls(WEATHER_TOOL), answer(WEATHER)):
+        policy = policy_of(constraint, THINKS)
+        for token_id in (ord("h"), ord("m"), SECTION_END, ord("!")):  # a stray marker does not end the reasoning
+            assert policy.forced() == ()
+            mask = policy.token_mask(())
+            assert mask is not None and not mask.allows(STOP_ID), "the reply cannot end inside the reasoning"
+            policy.accept(token_id) if mask.allows(token_id) else None
+        policy.accept(THINK_END)
+        written = write_reply(policy, random_choice(1, ending=0.9), 400)
+        assert written.finish_reason is FinishReason.STOP
+        assert written.reply.calls or json.loads(written.reply.content)
+
+
+def test_a_model_that_opens_its_reasoning_itself_may_do_so_before_a_constrained_answer() -> None:
+    policy = policy_of(answer(WEATHER), (STOP_ID,))
+    assert allowed_ids(policy.token_mask(())) == sorted([ord("{"), THINK])
+    policy.accept(THINK)
+    assert ord("x") in allowed_ids(policy.token_mask(()))
+    policy.accept(THINK_END)
+    assert policy.forced()[:1] == [ord("{")]
+
+
+def test_a_section_that_begins_inside_the_reasoning_is_constrained() -> None:
+    policy = policy_of(calls(WEATHER_TOOL), THINKS)
+    policy.accept(SECTION_BEGIN)
+    written = write_reply(policy, random_choice(1, ending=0.9), 400)
+    assert written.reply.calls and not any(call.error for call in written.reply.calls)
+
+
+def test_a_section_that_the_model_opens_itself_is_constrained_unless_that_is_turned_off() -> None:
+    auto = policy_of(calls(WEATHER_TOOL, choice=ToolChoice.AUTO))
+    assert auto.token_mask(()) is None
+    auto.accept(ord("x"))
+    auto.accept(SECTION_BEGIN)
+    assert auto.forced() == (CALL_BEGIN,)
+    off = policy_of(calls(WEATHER_TOOL, choice=ToolChoice.AUTO, has_grammar=False))
+    off.accept(SECTION_BEGIN)
+    assert off.forced() == () and off.token_mask(()) is None
+
+
+@pytest.mark.parametrize("prompt_ids", [NO_THINKING, THINKS, (STOP_ID,)])
+def test_without_tools_no_marker_of_a_call_is_allowed(prompt_ids: tuple[int, ...]) -> None:
+    policy = policy_of(calls(WEATHER_TOOL, choice=ToolChoice.NONE), prompt_ids)
+    markers = {SECTION_BEGIN, SECTION_END, CALL_BEGIN, ARGUMENTS_BEGIN, CALL_END}
+    written = write_reply(policy, random_choice(5), 500)
+    assert not markers & set(written.token_ids) and written.reply.calls == ()
+
+
+def test_a_reply_that_may_call_tools_or_answer_in_json_does_one_of_them() -> None:
+    constraint = Constraint(answer(WEATHER).answer, calls(WEATHER_TOOL, choice=ToolChoice.AUTO).tools)
+    replies = [write_reply(policy_of(constraint), random_choice(seed, ending=0.9), 400).reply for seed in range(20)]
+    kinds = {bool(reply.calls) for reply in replies}
+    assert kinds == {True, False}
+    for reply in replies:
+        assert bool(reply.calls) != bool(reply.content)
+        jsonschema.validate(json.loads(reply.calls[0].arguments if reply.calls else reply.content), WEATHER)
+
+
+def test_without_a_stop_token_a_complete_answer_ends_the_reply() -> None:
+    policy = policy_of(answer(WEATHER), stop_ids=frozenset())
+    written = write_reply(policy, random_choice(0, ending=0.9), 400, stop_ids=frozenset())
+    assert written.finish_reason is FinishReason.STOP
+    jsonschema.validate(json.loads(written.reply.content), WEATHER)
+
+
+def test_min_tokens_does_not_make_a_complete_answer_longer() -> None:
+    policy = policy_of(answer({"type": "boolean"}), limits=ReplyLimits(min_tokens=50))
+    assert write_reply(policy, random_choice(0), 400).reply.content in ("true", "false")
+    digits = policy_of(Constraint(AnswerFormat(AnswerForm.REGEX, r"[0-9]*")), limits=ReplyLimits(min_tokens=50))
+    assert len(write_reply(digits, random_choice(0), 400).reply.content) >= 49
+
+
+def test_a_named_tool_is_called_once() -> None:
+    declarations = [{"type": "function", "function": {"name": name, "parameters": WEATHER}} for name in ("a", "b")]
+    rules = tool_rules(declarations, {"type": "function", "function": {"name": "b"}})
+    written = write_reply(policy_of(Constraint(tools=rules)), random_choice(3, ending=0.9), 400)
+    assert [call.name for call in written.reply.calls] == ["b"]
+    assert text_of(written).endswith("<|tool_call_end|><|tool_calls_section_end|><|im_end|>")
+
+
+def test_a_reply_that_repeats_calls_ends() -> None:
+    written = write_reply(
+        policy_of(calls(CLOCK_TOOL)), lambda allowed: min(allowed, key=lambda one: one != CALL_BEGIN), 4096
+    )
+    assert written.finish_reason is FinishReason.STOP
+    assert len(written.reply.calls) == MAX_CALLS
+
+
+@settings(deadline=None)
+@given(st.text(min_size=1, max_size=12).filter(lambda name: name.strip() and "\0" not in name))
+def test_any_name_of_a_tool_can_be_written(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return
+    written = write_reply(policy_of(calls(Tool(name), is_parallel=False)), random_choice(0), 400)
+    assert text_of(written).split("<|tool_call_argument_begin|>")[0].endswith(f"functions.{name}:0")

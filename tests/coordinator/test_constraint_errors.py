@@ -1,0 +1,218 @@
+"""Tests of constraints that cannot be used: each is refused with a clear error before a request is queued."""
+
+import json
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mlx_k2.errors import RequestError, RequestFailed
+from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.request import Request, check_request
+from mlx_k2.text.constraint import AnswerForm, AnswerFormat, Constraint, Tool, ToolChoice, ToolRules, tool_rules
+from mlx_k2.text.grammar import MAX_GRAMMAR_BYTES, GrammarCompiler
+from mlx_k2.text.reply_grammar import ReplyGrammar, compile_constraint
+from mlx_k2.text.tiktoken_model import Vocabulary
+from mlx_k2.text.tokenizer import Tokenizer
+from tests.coordinator.constrained import COMPILER, policy_of, random_choice, write_reply
+from tests.coordinator.schemas import answer_of, call_of
+
+DECLARED = [{"type": "function", "function": {"name": "clock"}}]
+LOOP = {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
+ENDLESS = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+ENDLESS_LIST = {"type": "array", "items": {"$ref": "#"}, "minItems": 1}
+ENDLESS_BOTH = {
+    "anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}],
+    "$defs": {
+        name: {"type": "object", "properties": {"x": {"$ref": f"#/$defs/{other}"}}, "required": ["x"]}
+        for name, other in ("ab", "ba")
+    },
+}
+CHAIN = {"$defs": {str(n): {"$ref": f"#/$defs/{n + 1}"} for n in range(5000)}, "$ref": "#/$defs/0"}
+
+BAD_SCHEMAS = {
+    "a list": ([1], "is no JSON schema"),
+    "a text": ("foo", "is no JSON schema"),
+    "true": (True, "is no JSON schema"),
+    "an unknown type": ({"type": "strnig"}, "Invalid type: strnig"),
+    "properties that are none": ({"properties": 5}, "properties must be an object"),
+    "a remote reference": ({"$ref": "http://example.org/schema.json"}, "does not fetch resources"),
+    "a reference to nothing": ({"$ref": "#/$defs/q"}, "does not exist"),
+    "a reference to itself": ({"$ref": "#"}, "refers to itself without end"),
+    "references in a loop": (LOOP, "refers to itself without end"),
+    "an object that needs itself": (ENDLESS, "refers to itself without end"),
+    "a list that needs itself": (ENDLESS_LIST, "refers to itself without end"),
+    "alternatives that all need themselves": (ENDLESS_BOTH, "refers to itself without end"),
+    "a long chain of references": (CHAIN, "too intricate"),
+    "no value": ({"type": "integer", "minimum": 5, "maximum": 1}, "minimum (5) is greater than maximum (1)"),
+    "a malformed pattern": ({"type": "string", "pattern": "("}, "unclosed group"),
+    "5 MB": ({"enum": ["x" * 5_000_000]}, f"is larger than {MAX_GRAMMAR_BYTES} bytes"),
+    "too many combinations": (
+        {
+            "allOf": [
+                {"anyOf": [{"type": "object", "properties": {f"p{n}": {"const": m}}} for m in range(4)]}
+                for n in range(12)
+            ]
+        },
+        "schema too large",
+    ),
+    "values that are not JSON": ({"enum": [object()]}, "is no JSON"),
+    "too much depth": (json.loads('{"items":' * 150 + "{}" + "}" * 150), "nested more than 100 deep"),
+}
+
+
+@pytest.mark.parametrize(("schema", "problem"), BAD_SCHEMAS.values(), ids=BAD_SCHEMAS)
+def test_a_schema_that_cannot_be_used_is_refused(schema: Any, problem: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(RequestError, match=re.escape(problem)):
+        compile_constraint(COMPILER, answer_of(schema))
+    assert time.monotonic() - began < 10
+
+
+def test_the_error_of_a_tool_names_the_tool() -> None:
+    with pytest.raises(RequestError, match="the schema of tool 'record' has no finite value"):
+        compile_constraint(COMPILER, call_of(ENDLESS))
+
+
+RECURSIVE = {
+    "an optional property": {"type": "object", "properties": {"a": {"$ref": "#"}}},
+    "an alternative": {"anyOf": [{"type": "null"}, ENDLESS | {"properties": {"a": {"$ref": "#"}}}]},
+    "a list that may be empty": {"type": "array", "items": {"$ref": "#"}},
+}
+
+
+@pytest.mark.parametrize("schema", RECURSIVE.values(), ids=RECURSIVE)
+def test_a_recursive_schema_with_a_finite_value_is_used(schema: Any) -> None:
+    written = write_reply(policy_of(answer_of(schema)), random_choice(1, ending=0.9), 500)
+    json.loads(written.reply.content)
+
+
+UNKNOWN = {
+    "a keyword": ({"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}, "uniqueItems"),
+    "a format": ({"type": "object", "properties": {"a": {"type": "string", "format": "colour"}}}, "colour"),
+    "a pattern that looks ahead": (
+        {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(?!x)"}}},
+        "look-ahead",
+    ),
+    "one of several objects": (
+        {"type": "object", "properties": {"a": {"oneOf": [{"type": "object"}, {"type": "object"}]}}},
+        "oneOf",
+    ),
+}
+
+
+@pytest.mark.parametrize(("schema", "word"), UNKNOWN.values(), ids=UNKNOWN)
+def test_what_the_compiler_does_not_know_is_a_warning_and_with_strict_an_error(schema: Any, word: str) -> None:
+    for form, strict in (
+        (answer_of(schema), Constraint(AnswerFormat(AnswerForm.JSON_SCHEMA, schema=schema, is_strict=True))),
+        (call_of(schema), Constraint(tools=ToolRules((Tool("a", schema, is_strict=True),), ToolChoice.REQUIRED))),
+    ):
+        (warning,) = compile_constraint(COMPILER, form).warnings
+        assert word in warning
+        with pytest.raises(RequestError, match=word):
+            compile_constraint(COMPILER, strict)
+
+
+def test_a_schema_with_an_unknown_keyword_is_enforced_as_far_as_it_is_known() -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "minContains": 1,
+        "not": {},
+    }
+    written = write_reply(policy_of(answer_of(schema)), random_choice(0, ending=0.9), 500)
+    assert isinstance(json.loads(written.reply.content)["a"], bool)
+
+
+def test_options_of_the_compiler_in_a_schema_are_ignored() -> None:
+    schema = {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "x-guidance": {"whitespace_pattern": " *"}}
+    for seed in range(20):
+        written = write_reply(policy_of(answer_of(schema)), random_choice(seed), 500)
+        assert " " not in written.reply.content
+
+
+BAD_TEXTS = {
+    "a malformed regular expression": (AnswerForm.REGEX, "(", "unclosed group"),
+    "a large one": (AnswerForm.REGEX, "x" * 300_000, "larger than"),
+    "a malformed grammar": (AnswerForm.LARK, "start: (", "cannot be compiled"),
+    "an unknown rule": (AnswerForm.LARK, "start: other", "cannot be compiled"),
+    "no text": (AnswerForm.LARK, 'start: start "a"', "allows no text"),
+    "a control token": (AnswerForm.LARK, "start: <think>", "unknown special token"),
+    "a control token's number": (AnswerForm.LARK, "start: <[600]>", "allows no text"),
+    "the token that ends a turn": (AnswerForm.LARK, "start: <|im_end|>", "cannot be compiled"),
+}
+
+
+@pytest.mark.parametrize(("form", "text", "problem"), BAD_TEXTS.values(), ids=BAD_TEXTS)
+def test_a_grammar_that_cannot_be_used_is_refused(form: AnswerForm, text: str, problem: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(problem)):
+        compile_constraint(COMPILER, Constraint(AnswerFormat(form, text)))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a|aa)+$", "(.*a){40}", "(a?){200}a{200}", ".*a.{60}", "((a{1,1000}){1,1000}){1,1000}", "(a*)*b"]
+)
+def test_a_catastrophic_pattern_takes_bounded_time(pattern: str) -> None:
+    slowest_s = 0.0
+    began = time.monotonic()
+    try:
+        policy = policy_of(Constraint(AnswerFormat(AnswerForm.REGEX, pattern)))
+        for letter in b"a" * 100:
+            policy.accept(letter)
+            step = time.monotonic()
+            policy.forced()
+            policy.token_mask(())
+            slowest_s = max(slowest_s, time.monotonic() - step)
+    except (RequestError, RequestFailed) as error:
+        assert "too complex" in str(error) or "cannot be compiled" in str(error)
+    assert slowest_s < 1 and time.monotonic() - began < 10
+
+
+def grammar_of(constraint: Constraint) -> ReplyGrammar:
+    return compile_constraint(COMPILER, constraint)
+
+
+BAD_CHOICES: dict[str, tuple[Callable[[], object], str]] = {
+    "a tool that is not declared": (
+        lambda: tool_rules(DECLARED, {"type": "function", "function": {"name": "calendar"}}),
+        "tool_choice names 'calendar', which is not declared; declared tools: clock",
+    ),
+    "an unknown choice": (lambda: tool_rules(DECLARED, "always"), "tool_choice 'always' is unknown"),
+    "a call without tools": (lambda: tool_rules([], "required"), "tool_choice is required, and no tool is declared"),
+    "a tool without a name": (lambda: tool_rules([{"type": "function"}]), "a tool has no function with a name"),
+    "parameters that are no object": (
+        lambda: grammar_of(call_of({"type": "string"})),
+        "the schema of tool 'record' has the type 'string': arguments are an object",
+    ),
+    "a bias outside the vocabulary": (
+        lambda: check_request(Request((1,), 1, Sampling(seed=0, logit_bias=((640, 1.0),)), frozenset()), 640, 100),
+        "a logit bias is for token id 640, outside the vocabulary of 640",
+    ),
+    "a bias that is too large": (lambda: Sampling(seed=0, logit_bias=((1, 101.0),)), "give a value from -100 to 100"),
+    "a bias that is no number": (lambda: Sampling(seed=0, logit_bias=((1, float("nan")),)), "from -100 to 100"),
+    "two biases of a token": (lambda: Sampling(seed=0, logit_bias=((1, 1.0), (1, 2.0))), "has two logit biases"),
+    "too many biases": (
+        lambda: Sampling(seed=0, logit_bias=tuple((number, 1.0) for number in range(1025))),
+        "the number of logit biases 1025 is out of range",
+    ),
+    "a large penalty": (lambda: Sampling(seed=0, presence_penalty=2.1), "give a value from -2 to 2"),
+    "a penalty that is no number": (lambda: Sampling(seed=0, frequency_penalty=float("nan")), "from -2 to 2"),
+}
+
+
+@pytest.mark.parametrize(("build", "problem"), BAD_CHOICES.values(), ids=BAD_CHOICES)
+def test_a_choice_or_a_value_that_cannot_be_used_is_refused(build: Callable[[], object], problem: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(problem)):
+        build()
+
+
+def test_calls_need_a_vocabulary_with_their_markers() -> None:
+    ordinary = {number: bytes([number]) for number in range(256)}
+    tokenizer = Tokenizer(Vocabulary(lambda text: list(text.encode()), ordinary, {"<|im_end|>": 256}), 257)
+    compiler = GrammarCompiler(tokenizer)
+    with pytest.raises(RequestError, match=r"the model's vocabulary has no <\|tool_calls_section_begin\|>"):
+        compile_constraint(compiler, call_of({"type": "object"}))
+    assert compile_constraint(compiler, answer_of({"type": "object"})).warnings == ()
