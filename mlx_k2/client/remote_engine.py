@@ -30,7 +30,7 @@ RESTART_S = 600.0
 _RETRY_S = 0.5
 
 
-class _ServedModel(msgspec.Struct, frozen=True):
+class _ModelFiles(msgspec.Struct, frozen=True):
     """The answer of /v1/model-files."""
 
     name: str
@@ -102,17 +102,15 @@ class RemoteEngine:
 
     def __init__(self, address: ServerAddress) -> None:
         self._address = address
-        served = address.get("/v1/model-files", _ServedModel)
+        model = address.get("/v1/model-files", _ModelFiles)
         try:
-            files = {name: base64.b64decode(text, validate=True) for name, text in served.files.items()}
+            files = {name: base64.b64decode(text, validate=True) for name, text in model.files.items()}
             config = ModelConfig.from_json(files[CONFIG_NAME], f"{address.url} {CONFIG_NAME}")
         except (ValueError, KeyError):
             raise SetupError(f"{address.url} sends no files of a model") from None
         index = CheckpointIndex({}, address.url)
-        self.model_name = served.name
-        self.frontend = ModelFrontend(
-            ModelDescription(files, config, index, served.digest, None), served.context_tokens
-        )
+        self.model_name = model.name
+        self.frontend = ModelFrontend(ModelDescription(files, config, index, model.digest, None), model.context_tokens)
 
     def submit(
         self,
@@ -127,8 +125,10 @@ class RemoteEngine:
         """
         check_request(request, self.frontend.model.config.vocab_size, self.frontend.context_tokens)
         policy = policy or AnyToken()
-        if policy.token_mask(()) is not None or request.sampling.num_logprobs is not None:
-            raise RequestError("--connect has no --min-tokens and no --logprobs: leave them out")
+        if request.sampling.num_logprobs is not None:
+            raise RequestError("--connect gets no log-probabilities: leave out --logprobs")
+        if policy.token_mask(()) is not None:
+            raise RequestError("a request that restricts its tokens cannot be sent to a server")
         run = _Run(request, policy, self._address.open())
 
         def cancel(handle: Handle) -> None:
@@ -196,6 +196,7 @@ def _body(run: _Run) -> dict[str, Any]:
     """Return the body of the request for the rest of the answer."""
     asked = run.request
     sampling = {name: value for name, value in msgspec.structs.asdict(asked.sampling).items() if value is not None}
+    sampling["logit_bias"] = {str(token_id): bias for token_id, bias in asked.sampling.logit_bias}
     return sampling | {
         "prompt": [*asked.prompt_ids, *run.token_ids],
         "max_tokens": asked.max_tokens - len(run.token_ids),

@@ -185,7 +185,8 @@ class LanguageModel:
         try:
             return Sampling(seed=seed, num_logprobs=num_logprobs, logit_bias=self._biases(asked), **given)
         except RequestError as error:
-            raise invalid(str(error), str(error).split(" ", 1)[0].replace("-", "_")) from None
+            name = str(error).removeprefix("the ").replace("logit bias", "logit-bias").split(" ", 1)[0]
+            raise invalid(str(error), name.replace("-", "_")) from None
 
     def _biases(self, asked: GenerationFields) -> tuple[tuple[int, float], ...]:
         """Return the logit biases by token id; the keys of a JSON object are texts."""

@@ -96,6 +96,7 @@ def check_fields(asked: GenerationFields) -> None:
     require(asked.extra_body is None, "extra_body", "extra_body is an argument of OpenAI's client: send its fields")
     limit = asked.limit_tokens
     name = "max_tokens" if limit == asked.max_tokens else "max_completion_tokens"
+    require(asked.min_tokens is None or asked.min_tokens >= 0, "min_tokens", "min_tokens: give at least 0")
     require(limit is None or limit >= 1, name, f"{name} is {limit}: give at least 1")
     require(len(asked.stop_strings) <= MAX_STOP_STRINGS, "stop", f"stop: give at most {MAX_STOP_STRINGS} strings")
     require("" not in asked.stop_strings, "stop", "stop: an empty string ends no answer")

@@ -32,6 +32,7 @@ from tests.server.forced_replies import (
     prompt_of,
 )
 from tests.server.in_process import SteppedServer, stepped_server, stepping, wait_until
+from tests.server.server_process import Server
 from tests.server.test_life_of_a_request import LONG_PROMPT, send_chat
 from tests.text.replies import call, section
 
@@ -263,11 +264,16 @@ def test_exo_2281_an_error_within_a_call_shows_no_markup() -> None:
     assert b"<|" not in sent
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}], ids=str)
-def test_vllm_46344_a_forced_call_is_not_made_in_another_form(answering: SteppedServer, choice: object) -> None:
-    """Until calls can be forced in the model's own section, the field is refused by its name."""
-    answer = answering.request("POST", CHAT, {"messages": USER, "tools": TOOLS, "tool_choice": choice})
-    assert (answer.status, answer.error["param"]) == (400, "tool_choice")
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "get_weather"}}], ids=["required", "named"]
+)
+def test_vllm_46344_a_forced_call_is_made_in_the_models_own_form(server: Server, choice: object) -> None:
+    body = {"messages": test_chat_completions.ASKED, "tools": test_chat_completions.WEATHER, "temperature": 0}
+    (found,) = server.request("POST", CHAT, body | {"tool_choice": choice, "max_tokens": 100}).json["choices"]
+    (made, *_) = found["message"]["tool_calls"]
+    assert (made["id"], made["function"]["name"]) == ("functions.get_weather:0", "get_weather")
+    assert found["finish_reason"] in ("tool_calls", "length")
+    assert "<|" not in found["message"]["content"]
 
 
 def test_vllm_37397_a_literal_extra_body_is_refused(answering: SteppedServer) -> None:
@@ -401,7 +407,7 @@ MODEL: dict[str, tuple[Test, ...]] = {
     "content as a list": (test_vllm_kimi_k2_accuracy_parts_of_content_are_joined,),
     "ids without separators": (test_chat_reply.test_a_name_without_its_separators_is_found_among_the_declared_tools,),
     "markup in errors": (test_exo_2281_an_error_within_a_call_shows_no_markup,),
-    "forced calls in another form": (test_vllm_46344_a_forced_call_is_not_made_in_another_form,),
+    "forced calls in another form": (test_vllm_46344_a_forced_call_is_made_in_the_models_own_form,),
     "a literal extra_body": (test_vllm_37397_a_literal_extra_body_is_refused,),
     "calls that end with stop": (test_vllm_43155_a_reply_with_calls_ends_with_tool_calls_and_keeps_its_reasoning,),
     "tool_choice none": (
