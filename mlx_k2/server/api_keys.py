@@ -141,7 +141,7 @@ def _changing(path: Path) -> Iterator[list[StoredKey]]:
     """Yield the keys in a file as a list, and write it afterwards. Another process that changes the file waits."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_name(f"{path.name}.lock").open("wb", opener=open_private) as lock:
+        with open(path.with_name(f"{path.name}.lock"), "wb", opener=open_private) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             keys = list(read_keys(path))
             yield keys

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Event, Finished, Token
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.server.language_model import Generation
@@ -58,6 +59,8 @@ class ChatReply:
     """The tokens of the content, for their log-probabilities."""
     num_reasoning_tokens: int = 0
     token_ids: list[int] = field(default_factory=list)
+    summary: AnswerSummary | None = None
+    """Set at the end."""
 
     def __post_init__(self) -> None:
         self._kind: type[Part] = Reasoning if self.generation.in_reasoning else Content
@@ -75,6 +78,7 @@ class ChatReply:
                 if any(isinstance(part, Content) for part in event.parts):
                     self.content_tokens += self._textless
                 deltas = self._add_parts(event.parts)
+                self.summary = event.summary
                 if event.reason in (FinishReason.STOP, FinishReason.LENGTH):
                     self.on_end()
                 return deltas
@@ -93,8 +97,10 @@ class ChatReply:
             ]
         return message
 
-    def finish_reason(self, reason: FinishReason) -> str:
-        """Return the API's word for the end: never absent, and tool_calls if there are calls and all are complete."""
+    @property
+    def finish_reason(self) -> str:
+        """The API's word for the end: never absent, and tool_calls if there are calls and all are complete."""
+        reason = None if self.summary is None else self.summary.finish_reason
         if self._is_call_open or reason in (FinishReason.LENGTH, FinishReason.TIMEOUT):
             return "length"
         return "tool_calls" if self.calls else "stop"

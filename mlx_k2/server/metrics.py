@@ -20,7 +20,7 @@ _TOKENS = (10, 100, 1000, 4000, 16000, 64000, 128000, 262144)
 
 
 class Source(Protocol):
-    """What is read when the metrics are asked for."""
+    """The values that are read for each answer of /metrics."""
 
     @property
     def records(self) -> dict[str, RequestRecord]:

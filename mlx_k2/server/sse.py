@@ -13,9 +13,9 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mlx_k2.coordinator.handle import Event, Finished
+from mlx_k2.coordinator.handle import Event
 from mlx_k2.errors import MlxK2Error
-from mlx_k2.server.api_errors import ApiError, from_program, unavailable
+from mlx_k2.server.api_errors import ApiError, to_api_error, unavailable_error
 from mlx_k2.server.event_stream import EventStream
 
 KEEPALIVE_S = 10.0
@@ -32,7 +32,7 @@ class Frames(Protocol):
     def begin(self) -> bytes:
         """Return what is sent before the first event."""
 
-    def events(self, events: list[Event]) -> bytes:
+    def events(self, events: list[tuple[int, Event]]) -> bytes:
         """Return what is sent for these events of the engine, the end of the stream included."""
 
     def keepalive(self) -> bytes:
@@ -77,7 +77,7 @@ class EventStreamResponse:
                 await self._send_body(send, self._frames.begin(), more=True)
                 await self._send_events(send)
         except asyncio.CancelledError:  # the time for running requests is over
-            await self._send_body(send, self._frames.error(unavailable("the server ends")), more=False)
+            await self._send_body(send, self._frames.error(unavailable_error("the server ends")), more=False)
             raise
 
     async def _send_events(self, send: Send) -> None:
@@ -88,9 +88,9 @@ class EventStreamResponse:
             try:
                 events = await self._stream.read(max(0.0, sent_at + self._keepalive_s - time.monotonic()))
                 body = self._frames.events(events)
-                more = not (events and isinstance(events[-1], Finished))
+                more = not self._stream.has_ended
             except MlxK2Error as error:
-                body, more = self._frames.error(from_program(error)), False
+                body, more = self._frames.error(to_api_error(error)), False
             if not body and more and time.monotonic() - sent_at >= self._keepalive_s:
                 body = self._frames.keepalive()
                 sent_at = time.monotonic()
@@ -102,14 +102,14 @@ class EventStreamResponse:
         await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
-class CompleteResponse:
+class WholeResponse:
     """An answer that is sent when it is complete: ``add`` gets each event, and ``body`` makes the answer at the end."""
 
     def __init__(
         self,
         stream: EventStream,
-        add: Callable[[Event], object],
-        body: Callable[[Finished], object],
+        add: Callable[[int, Event], object],
+        body: Callable[[], object],
         headers: Mapping[str, str],
     ) -> None:
         self._stream = stream
@@ -126,14 +126,15 @@ class CompleteResponse:
 
     async def _response(self) -> Response | None:
         """Return the answer; None if the client has gone."""
-        last: Event | None = None
         try:
-            while not isinstance(last, Finished):
-                for last in await self._stream.read(None):
-                    self._add(last)
+            while not self._stream.has_ended:
+                for index, event in await self._stream.read(None):
+                    self._add(index, event)
         except MlxK2Error as error:
-            return error_response(from_program(error))
-        return None if self._stream.is_abandoned else json_response(self._body(last), headers=self._headers)
+            return error_response(to_api_error(error))
+        if self._stream.is_abandoned:
+            return None
+        return await asyncio.to_thread(lambda: json_response(self._body(), headers=self._headers))
 
 
 @asynccontextmanager
