@@ -189,7 +189,8 @@ class RemoteEngine:
                 is_refused = isinstance(error, EngineBusy) and not run.token_ids
                 if is_refused or run.is_cancelled or time.monotonic() > ends_at:
                     raise
-            time.sleep(_RETRY_S)
+                wait_s = error.wait_s if isinstance(error, EngineBusy) else _RETRY_S
+            time.sleep(wait_s)
 
 
 def _body(run: _Run) -> dict[str, Any]:

@@ -40,4 +40,4 @@ async def _on_http_error(request: Request, error: Exception) -> Response:  # noq
 
 async def _on_defect(request: Request, error: Exception) -> Response:  # noqa: ARG001 - a handler's argument
     """Answer 500. Starlette raises the error again afterwards, and the outermost layer logs it."""
-    return error_response(ApiError(500, "server_error", "the server met a defect; its log has the details"))
+    return error_response(ApiError(500, "server_error", "unexpected error in the server; its log has the details"))

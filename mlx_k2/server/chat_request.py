@@ -77,9 +77,11 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True):
         if kind != "json_schema" or not isinstance(described, dict) or "schema" not in described:
             known = "give text, json_object, or json_schema with json_schema.schema"
             raise bad_request_error(f"response_format {kind!r} cannot be used: {known}", "response_format")
-        return AnswerFormat(
-            AnswerForm.JSON_SCHEMA, schema=described["schema"], is_strict=described.get("strict") is True
+        strict = described.get("strict")
+        check_field(
+            strict is None or isinstance(strict, bool), "response_format", "response_format: strict is a boolean"
         )
+        return AnswerFormat(AnswerForm.JSON_SCHEMA, schema=described["schema"], is_strict=bool(strict))
 
     @property
     def wants_thinking(self) -> bool | None:

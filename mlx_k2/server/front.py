@@ -59,9 +59,9 @@ class OuterLayer:
                 await error_response(unavailable_error("the server ends"))(scope, receive, send_with_id)
             raise
         except Exception as error:  # noqa: BLE001 - one request's defect must not end others
-            self._log(f"request {request_id} met a defect:\n{defect_text(error)}")
+            self._log(f"request {request_id} ended by an unexpected error:\n{defect_text(error)}")
             if not status:
-                failure = ApiError(500, "server_error", "the server met a defect; its log has the details")
+                failure = ApiError(500, "server_error", "unexpected error in the server; its log has the details")
                 await error_response(failure)(scope, receive, send_with_id)
         finally:
             path = getattr(scope.get("route"), "path", None)

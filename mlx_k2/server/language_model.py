@@ -218,7 +218,8 @@ class LanguageModel:
         try:
             return compile_constraint(self._frontend.grammars, Constraint(answer, rules))
         except RequestError as error:
-            raise bad_request_error(str(error), "tools" if "tool" in str(error) else "response_format") from None
+            is_tool = str(error).startswith(("the schema of tool ", "tool calls "))
+            raise bad_request_error(str(error), "tools" if is_tool else "response_format") from None
 
 
 def next_call_number(messages: Sequence[Mapping[str, Any]]) -> int:

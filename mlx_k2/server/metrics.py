@@ -27,7 +27,7 @@ class Source(Protocol):
         """The requests that wait or run."""
 
     @property
-    def use(self) -> tuple[StageUse, ...]:
+    def stage_totals(self) -> tuple[StageUse, ...]:
         """The totals of each stage."""
 
     @property
@@ -124,7 +124,7 @@ class _CurrentValues(Collector):
             faults.add_metric([str(rank)], activity.faults[rank])
         peak = GaugeMetricFamily("mlx_k2_stage_peak_bytes", "Peak memory of a stage.", labels=["stage"])
         tokens = CounterMetricFamily("mlx_k2_stage_tokens", "Tokens that a stage has computed.", labels=["stage"])
-        for rank, use in enumerate(self._source.use):
+        for rank, use in enumerate(self._source.stage_totals):
             label = [str(rank)]
             for name, value in zip(names, (use.busy_s, use.receive_s, use.send_s), strict=True):
                 seconds[name].add_metric(label, value)

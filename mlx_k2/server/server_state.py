@@ -65,7 +65,7 @@ class ServerState:
         return "restarting" if self._loaded.engine.is_restarting else "ready"
 
     @property
-    def use(self) -> tuple[StageUse, ...]:
+    def stage_totals(self) -> tuple[StageUse, ...]:
         """The totals of each stage; () while the model is loading."""
         return () if self._loaded is None else self._loaded.engine.use
 

@@ -18,6 +18,10 @@ def chat(**fields: Any) -> dict[str, Any]:
     return {"messages": USER, "max_tokens": 1} | fields
 
 
+def schema_format(schema: object) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "tool", "schema": schema}}
+
+
 REFUSED: dict[str, tuple[object, str | None]] = {
     "not JSON": (b'{"messages":', None),
     "not UTF-8": (b'{"messages": "\xff"}', None),
@@ -42,13 +46,31 @@ REFUSED: dict[str, tuple[object, str | None]] = {
     "top_p out of range": (chat(top_p=2), "top_p"),
     "a negative seed": (chat(seed=-1), "seed"),
     "no token": (chat(max_tokens=0), "max_tokens"),
-    "two choices": (chat(n=2), "n"),
+    "no choice": (chat(n=0), "n"),
+    "10,000 choices": (chat(n=10_000), "n"),
     "a penalty out of range": (chat(frequency_penalty=99), "frequency_penalty"),
     "another penalty out of range": (chat(presence_penalty=-2.5), "presence_penalty"),
     "a bias of no token": (chat(logit_bias={"x": 1}), "logit_bias"),
+    "a bias outside of the vocabulary": (chat(logit_bias={"99999999": 1}), "logit_bias"),
     "a bias out of range": (chat(logit_bias={"5": 500}), "logit_bias"),
     "fewer than no tokens": (chat(min_tokens=-1), "min_tokens"),
     "an answer in XML": (chat(response_format={"type": "xml"}), "response_format"),
+    "a schema that is none": (chat(response_format=schema_format("none")), "response_format"),
+    "a schema of no object type": (chat(response_format=schema_format({"type": "thing"})), "response_format"),
+    "a schema with a remote reference": (
+        chat(response_format=schema_format({"$ref": "https://evil.example/schema.json"})),
+        "response_format",
+    ),
+    "a schema of 5 MB": (chat(response_format=schema_format({"enum": ["a" * 5_000_000]})), "response_format"),
+    "a schema of a tool that is none": (
+        chat(tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "thing"}}}]),
+        "tools",
+    ),
+    "a word as strict": (
+        chat(response_format={"type": "json_schema", "json_schema": {"schema": {"type": "object"}, "strict": "yes"}}),
+        "response_format",
+    ),
+    "a word as format": (chat(response_format="json_object"), "response_format"),
     "no schema": (chat(response_format={"type": "json_schema"}), "response_format"),
     "a forced call without tools": (chat(tool_choice="required"), "tool_choice"),
     "a forced call of no tool": (
