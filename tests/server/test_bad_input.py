@@ -214,7 +214,18 @@ def test_a_header_of_1_mb_is_refused(server: Server) -> None:
     with server.connect() as connection:
         answer = exchange(connection, b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: " + b"a" * 1_000_000)
     assert answer.status == 400
+    assert len(answer.headers["x-request-id"]) == 24
     assert server.request("GET", "/health").status == 200
+
+
+def test_a_prompt_longer_than_the_context_names_its_field(server: Server) -> None:
+    answer = server.request("POST", "/v1/completions", {"prompt": [5] * 20_000})
+    assert (answer.status, answer.error["param"], answer.error["code"]) == (400, "prompt", "context_length_exceeded")
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_a_top_k_that_elsewhere_sets_no_limit_sets_none(server: Server, top_k: int) -> None:
+    assert server.request("POST", CHAT, chat(top_k=top_k)).status == 200
 
 
 def test_a_body_of_33_mib_is_refused_before_it_is_sent(server: Server) -> None:

@@ -202,7 +202,7 @@ def test_the_progress_of_the_prompt_is_sent_on_request() -> None:
         events = [json.loads(line[6:]) for line in answer.body.split(b"\n") if line.startswith(b"data: {")]
         progress = [event["prompt_progress"] for event in events if "prompt_progress" in event]
         assert progress
-        assert all(0 < one["processed"] < one["total"] for one in progress)
+        assert all(0 <= one["processed"] < one["total"] for one in progress)
 
 
 def test_a_stream_goes_on_where_it_was_after_a_restart() -> None:
@@ -294,12 +294,15 @@ def test_a_request_is_cancelled_by_its_own_key_and_unknown_to_others(tmp_path: P
 def test_an_allowed_origin_gets_its_headers_and_another_does_not() -> None:
     with stepped_server() as server:
         for origin, status in (("https://chat.example", 204), ("https://evil.example", 403)):
-            head = f"OPTIONS /v1/models HTTP/1.1\r\nHost: localhost\r\nOrigin: {origin}\r\nConnection: close\r\n\r\n"
+            asked = "Access-Control-Request-Headers: x-stainless-os, authorization"
+            lines = ("OPTIONS /v1/models HTTP/1.1", "Host: localhost", f"Origin: {origin}", asked, "Connection: close")
             connection = socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S)
-            connection.sendall(head.encode())
+            connection.sendall("\r\n".join([*lines, "", ""]).encode())
             answer = answer_of(connection)
             assert answer.status == status
             assert answer.headers.get("access-control-allow-origin") == (origin if status == 204 else None)
+            allowed = "x-stainless-os, authorization" if status == 204 else None
+            assert answer.headers.get("access-control-allow-headers") == allowed
 
 
 def test_half_a_request_and_then_silence_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,6 +331,32 @@ def test_a_second_request_on_a_connection_has_its_own_limit_for_headers(monkeypa
         connection.sendall(b"GET /v1")
         with contextlib.suppress(ConnectionResetError):
             assert connection.recv(100) == b""
+
+
+def test_the_head_of_the_status_stream_ends() -> None:
+    with stepped_server() as server:
+        answer = server.request("HEAD", "/v1/status/events")
+        assert (answer.status, answer.body) == (200, b"")
+        assert answer.headers["content-type"].startswith("text/event-stream")
+
+
+def test_a_prompt_of_one_chunk_has_a_prefill_phase_and_a_time_in_the_queue() -> None:
+    with stepped_server(num_slots=1, chunk_tokens=64) as server:
+        first = send_chat(server, max_tokens=1)
+        wait_until(lambda: bool(server.tokens.plans), "the first request runs")
+        second = send_chat(server, max_tokens=1)
+        wait_until(lambda: server.num_used == 2, "the second request waits")
+        phases = [entry["phase"] for entry in server.request("GET", "/v1/status").json["requests"]]
+        assert phases == ["prefill", "queued"]
+        threading.Event().wait(0.5)
+        with stepping(server):
+            for connection in (first, second):
+                assert answer_of(connection).status == 200
+        metrics = server.request("GET", "/metrics").body.decode()
+        values = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
+        assert float(values["mlx_k2_request_queue_time_seconds_sum"]) > 0.4
+        assert float(values["mlx_k2_request_prefill_time_seconds_sum"]) > 0.4
+        assert float(values["mlx_k2_request_queue_time_seconds_count"]) == 2
 
 
 def test_the_status_is_streamed_when_it_changes_with_consecutive_ids() -> None:
