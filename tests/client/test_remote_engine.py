@@ -191,7 +191,7 @@ def test_a_server_that_is_none_or_needs_a_key_is_named(tmp_path: object) -> None
     with pytest.raises(SetupError, match=r"no server at http://127.0.0.1:1"):
         RemoteEngine(ServerAddress("http://127.0.0.1:1"))
     for url in ("127.0.0.1:8080", "ftp://127.0.0.1", "http://", "http://a:b"):
-        with pytest.raises(SetupError, match="no address of a server"):
+        with pytest.raises(SetupError, match="is not the address of a server"):
             RemoteEngine(ServerAddress(url))
 
 
