@@ -49,7 +49,7 @@ def asked(port: int, path: str, *headers: str) -> Iterator[socket.socket]:
 def is_open(port: int) -> bool:
     """Return whether the server has an established connection."""
     found = psutil.Process().net_connections("tcp")
-    return any(one.status == psutil.CONN_ESTABLISHED and one.laddr[1] == port for one in found)
+    return any(one.status == psutil.CONN_ESTABLISHED and one.laddr and one.laddr[1] == port for one in found)
 
 
 @pytest.mark.parametrize("path", ["/whole", "/stream"])
