@@ -1,7 +1,7 @@
 """Output of the commands on stderr while a cluster starts and after a run. stdout is reserved for the answer."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -45,12 +45,16 @@ def log(line: str) -> None:
 
 
 def log_restart(restart: Restart, phase: str = WAITING) -> None:
-    """Log the reason of a restart, the wait before it and its number. Later phases are not logged."""
-    if phase != WAITING:
-        return
-    log(
+    """Log a restart, and what becomes of the answer. Later phases are not logged."""
+    if phase == WAITING:
+        log(f"{restart_line(restart)}; the answer then goes on where it is")
+
+
+def restart_line(restart: Restart) -> str:
+    """Return the reason of a restart, the wait before it and its number."""
+    return (
         f"{restart.reason}\nall stages start again in {restart.wait_s:g} s ({restart.count} within 10 minutes of "
-        "each other); the answer then goes on where it is"
+        "each other)"
     )
 
 
@@ -78,10 +82,14 @@ class _Load:
 
 
 class ConsoleListener(DeploymentListener):
-    """A listener that shows a spinner for each phase and a bar for each stage that loads. A context that ends both."""
+    """A listener that shows a spinner for each phase and a bar for each stage that loads. A context that ends both.
 
-    def __init__(self, verbose: bool) -> None:
+    ``write`` receives each line.
+    """
+
+    def __init__(self, verbose: bool, write: Callable[[str], None] = log) -> None:
         self._verbose = verbose
+        self._write = write
         self._hides_progress = False
         self._status = Status("", console=console)
         self._bars = Progress(
@@ -113,11 +121,11 @@ class ConsoleListener(DeploymentListener):
     def log(self, line: str) -> None:
         """Show a line of a stage's stderr with --verbose. Without it, the group keeps the line for error messages."""
         if self._verbose:
-            log(line)
+            self._write(line)
 
     def notify(self, line: str) -> None:
         """Show a line that the user should know."""
-        log(line)
+        self._write(line)
 
     def hide_progress(self) -> None:
         """Show no further phases: the terminal now shows a conversation."""
@@ -127,7 +135,7 @@ class ConsoleListener(DeploymentListener):
     def phase(self, what: str) -> None:
         """Show the next phase of all stages."""
         if self._verbose:
-            log(f"{what} ...")
+            self._write(f"{what} ...")
         elif console.is_terminal and not self._hides_progress:
             self.done()
             self._status.update(Text(f"{what} ..."))  # as text: a host's name is no markup
@@ -136,7 +144,7 @@ class ConsoleListener(DeploymentListener):
     def planned(self, model: ModelDescription, plans: Sequence[StagePlan]) -> None:
         """Add a bar for each stage; the bars appear at the first progress."""
         if model.unread_tensors:
-            log(model.unread_tensors)
+            self._write(model.unread_tensors)
         for plan in plans:
             description = f"stage {plan.rank}  {plan.host.ssh}  layers {layer_range(plan)}"
             self._tasks.append(self._bars.add_task(description, total=None))

@@ -58,11 +58,11 @@ def _decode(data: bytes) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise JsonError(f"the key {json.dumps(twice)} occurs twice in one object")
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise JsonError(f"the key {json.dumps(name)} occurs twice in one object")
+        fields[name] = value
     return fields
 
 

@@ -48,7 +48,7 @@ class ClusterActivity:
         self.plans: Sequence[StagePlan] = ()
         """The plan of the stages, from the moment when it is known."""
         self.loaded_bytes: Counter[int] = Counter()
-        """Bytes that each stage has loaded since the start of the server."""
+        """Bytes that each stage holds; 0 while the stages start again."""
         self.phase = ""
         """What the stages do before they are ready."""
         self.faults: Counter[int | None] = Counter()
@@ -142,7 +142,9 @@ class CountedRestarts:
     def restart(self, error: ClusterError, on_restart: OnRestart) -> StageGroup:
         """Restart all stages; errors are those of RestartingDeployment."""
         self._activity.faults[error.rank] += 1
+        loaded_bytes, self._activity.loaded_bytes = self._activity.loaded_bytes, Counter()
         group = self._restarting.restart(error, on_restart)
+        self._activity.loaded_bytes = loaded_bytes  # with the same layers
         self._activity.num_restarts += 1
         return group
 

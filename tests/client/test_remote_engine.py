@@ -86,7 +86,7 @@ def test_progress_of_a_prompt_arrives(engine: RemoteEngine) -> None:
     events = list(engine.submit(without_stop(request(*range(100, 190), max_tokens=2), engine)).events())
     progress = [event for event in events if isinstance(event, PrefillProgress)]
     assert progress
-    assert all(0 < one.done < one.total == 90 for one in progress)
+    assert all(0 <= one.done < one.total == 90 for one in progress)
 
 
 def test_a_thinking_budget_and_stop_strings_hold_as_they_do_locally(
@@ -156,6 +156,24 @@ def test_a_full_queue_is_an_error_with_the_time_to_wait() -> None:
         for handle in handles:
             handle.cancel()
         wait_until(lambda: server.num_used == 0, "both are gone")
+
+
+def test_a_full_queue_is_waited_for_once_the_answer_has_begun() -> None:
+    with stepped_server(num_slots=1, max_queued=1) as server:
+        engine = RemoteEngine(ServerAddress(server.url))
+        others = [server.tokens.engine.submit(request(1, 2, max_tokens=300))]
+        wait_until(lambda: bool(server.tokens.plans), "another request runs")
+        others.append(server.tokens.engine.submit(request(1, 2, max_tokens=300)))
+        tokenizer = engine.frontend.tokenizer
+        asked = Request((60, tokenizer.special_ids["<think>"]), 12, Sampling(seed=5), frozenset())
+        handle = engine.submit(asked, ReplyPolicy(tokenizer, asked, ReplyLimits(thinking_budget=0)))
+        server.wait_for("/v1/completions 429")
+        for other in others:
+            other.cancel()
+        with stepping(server):
+            found, end = tokens_of(handle)
+        assert found[0] == tokenizer.special_ids["</think>"]
+        assert (len(found), end.reason) == (12, FinishReason.LENGTH)
 
 
 def test_what_a_server_does_not_do_is_refused_before_it_is_asked(engine: RemoteEngine) -> None:

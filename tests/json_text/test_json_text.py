@@ -31,6 +31,13 @@ class Outer(msgspec.Struct, forbid_unknown_fields=True):
     names: dict[int, str] = {}
 
 
+@pytest.mark.timeout(10)
+def test_a_key_twice_among_many_is_found_in_linear_time() -> None:
+    names = [f'"{number}": 0' for number in range(60_000)]
+    with pytest.raises(JsonError, match='the key "59999" occurs twice'):
+        parse_json("{" + ", ".join([*names, names[-1]]) + "}")
+
+
 @given(JSON)
 def test_json_is_read_back_as_its_value(value: object) -> None:
     for text in (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1)):

@@ -208,7 +208,7 @@ def test_open_webui_28413_a_request_for_a_title_waits_for_the_chat(model: Langua
     """service_tier flex, OpenAI's word for slower processing, makes a background request."""
     for tier, priority in (("flex", Priority.BACKGROUND), ("auto", Priority.INTERACTIVE), (None, Priority.INTERACTIVE)):
         chat = read_chat_request(json.dumps({"messages": USER, "service_tier": tier}).encode())
-        assert model.chat(chat, "").request.priority is priority
+        assert model.chat(chat, "").submissions[0].request.priority is priority
     with stepped_server(num_slots=2) as server:
         title = send_chat(server, LONG_PROMPT, stream=True, service_tier="flex", max_tokens=3)
         wait_until(lambda: bool(server.tokens.plans), "the title begins")
@@ -294,8 +294,10 @@ def test_vllm_46875_with_tool_choice_none_no_tool_is_declared_and_no_call_can_be
     body = {"messages": USER, "tools": TOOLS, "tool_choice": "none"}
     generation = model.chat(read_chat_request(json.dumps(body).encode()), "")
     plain = model.chat(read_chat_request(json.dumps({"messages": USER}).encode()), "")
-    assert generation.request.prompt_ids == plain.request.prompt_ids
-    mask = generation.policy.token_mask(())
+    (submission,) = generation.submissions
+    assert submission.policy is not None
+    assert submission.request.prompt_ids == plain.submissions[0].request.prompt_ids
+    mask = submission.policy.token_mask(())
     assert mask is not None
     special = builtin_tokenizer().special_ids
     banned = {"<|tool_calls_section_begin|>": False, "<|tool_call_begin|>": False, "<|im_end|>": True}
