@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -107,6 +108,36 @@ def test_closing_or_forgetting_a_stream_cancels_its_request_and_no_other(endless
         assert time.monotonic() - began < 30  # 3000 tokens of one sequence take longer
 
 
+WRONG_VALUES: list[dict[str, Any]] = [
+    {"seed": np.int64(3)},
+    {"temperature": np.float32(0.5)},
+    {"temperature": "hot"},
+    {"temperature": True},
+    {"seed": 1.5},
+    {"top_k": 10.0},
+    {"max_tokens": 0},
+    {"max_tokens": "5"},
+    {"num_answers": 0},
+    {"num_answers": 10_000},
+    {"min_tokens": -1},
+    {"thinking_budget": -1},
+    {"thinking": "on"},
+    {"regex": 5},
+    {"json_schema": "{}"},
+    {"stop": (3,)},
+    {"stop": None},
+    {"stop": ("x",) * 65},
+    {"logit_bias": {"5": 1.0}},
+    {"logit_bias": [(5, 1.0)]},
+]
+
+
+@pytest.mark.parametrize("values", WRONG_VALUES, ids=str)
+def test_a_sampling_value_of_a_wrong_type_or_range_is_refused_by_name(values: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=f"a sampling value has the wrong type: {next(iter(values))}"):
+        Sampling(**values)
+
+
 @pytest.mark.parametrize(
     ("options", "kind", "words"),
     [
@@ -134,8 +165,6 @@ def test_a_wrong_option_is_refused_by_name_before_anything_starts(
 def test_what_cannot_be_answered_is_refused_with_the_reason(cluster: Cluster) -> None:
     with pytest.raises(RequestError, match=r"temperature 11.* is out of range"):
         Sampling(temperature=11)
-    with pytest.raises(RequestError, match="a sampling value has the wrong type"):
-        Sampling(temperature="hot")  # type: ignore[arg-type]
     with pytest.raises(RequestError, match=r"give a tuple of texts, as in \('x',\)"):
         Sampling(stop="x")  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="message 1 has the role 'robot'"):

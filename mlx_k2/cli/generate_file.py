@@ -43,7 +43,7 @@ def generate_many(options: GenerateOptions, asked: DeploymentRequest, model: Mod
     """
     assert options.prompts_path is not None, "GenerateOptions has both files"
     assert options.out_path is not None, "GenerateOptions has both files"
-    lines = read_prompt_lines(options.prompts_path)
+    lines = read_prompt_lines(options.prompts_path, options.conversation.sampling)
     with ResultFile(Path(options.out_path)) as results:
         if model is not None:  # refuse what cannot run before any stage is started
             shape, _ = preview(asked, model)
@@ -168,12 +168,12 @@ def line_submissions(
 ) -> tuple[list[Submission], tuple[str, ...]]:
     """Return the requests for one line, one for each answer, and warnings about its schemas.
 
-    Values in the line override the options and ``seed``.
+    A seed of the line's own overrides ``seed``.
 
     Raises:
         RequestError, TokenizerError: it cannot be served; gives the reason.
     """
-    sampling = msgspec.structs.replace(options.conversation.sampling, seed=seed).overridden_by(line)
+    sampling = line if line.seed is not None else msgspec.structs.replace(line, seed=seed)
     tools = line.tools or ()
     if options.raw and line.prompt is not None:
         prompt_ids = frontend.tokenizer.encode_text(line.prompt)
