@@ -1,11 +1,13 @@
 """Tests of the Python API on real stages of this machine, and of how it is imported."""
 
 import asyncio
+import itertools
 import os
 import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 
 import mlx_k2
 from mlx_k2 import AsyncCluster, Cluster, Completion, Content, Reasoning, Sampling
+from mlx_k2.coordinator.engine import MAX_QUEUED
 from mlx_k2.errors import ClusterError, HostfileError, RequestError
 from tests.local_cluster import wait_until_gone, write_model
 
@@ -80,6 +83,39 @@ def test_many_prompts_are_answered_in_their_order(cluster: Cluster) -> None:
     assert [reply.content for reply in replies] == [f"{number} + 25 = {number + 25}" for number in range(1, 20)]
 
 
+def test_more_prompts_than_an_engine_queues_are_answered(cluster: Cluster) -> None:
+    engine = cluster._running()  # its own queue is as long as an API call needs
+    engine._max_queued = 3
+    try:
+        replies = cluster.generate(["What is 1 plus 25?"] * 40, Sampling(temperature=0, max_tokens=2))
+    finally:
+        engine._max_queued = MAX_QUEUED
+    assert len(replies) == 40
+
+
+def test_a_stream_is_closed_while_another_thread_reads_it(cluster: Cluster) -> None:
+    stream = cluster.stream("Count from 1 to 20.", Sampling(max_tokens=1500, seed=1))
+    next(stream)
+    threading.Timer(0.1, stream.close).start()
+    assert stream.completion().finish_reason in ("cancelled", "stop")
+
+
+def test_a_cluster_opens_once_and_one_prompt_is_no_list(cluster: Cluster) -> None:
+    before = processes()
+    with pytest.raises(ClusterError, match="the cluster is open already"), cluster:
+        pass
+    assert processes() == before
+    with pytest.raises(RequestError, match="give a list of prompts, or use chat"):
+        cluster.generate("hi")
+
+
+def test_a_schema_that_is_enforced_in_part_is_a_warning_in_the_log(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster.chat(SUM, Sampling(max_tokens=2, json_schema={"type": "array", "uniqueItems": True}))
+    assert "uniqueItems" in caplog.text
+
+
 def test_a_conversation_goes_on_with_the_result_of_a_tool_call(cluster: Cluster) -> None:
     messages: list[dict[str, Any]] = [{"role": "user", "content": "What is the weather in Rome?"}]
     reply = cluster.chat(messages, GREEDY, tools=[WEATHER])
@@ -98,14 +134,15 @@ def test_closing_or_forgetting_a_stream_cancels_its_request_and_no_other(endless
     long = Sampling(max_tokens=1500, seed=1)
     with Cluster(model=endless, num_stages=1, num_sequences=1) as cluster:
         began = time.monotonic()
-        for way in ("close", "forget"):
+        for way, is_read in itertools.product(("close", "forget"), (True, False)):
             stream = cluster.stream("Hello", long)
-            next(stream)
+            if is_read:
+                next(stream)
             if way == "close":
                 stream.close()
             del stream
         assert cluster.chat("Hello", Sampling(max_tokens=3, seed=1)).usage.generated_tokens == 3
-        assert time.monotonic() - began < 30  # 3000 tokens of one sequence take longer
+        assert time.monotonic() - began < 30  # 6000 tokens of one sequence take longer
 
 
 WRONG_VALUES: list[dict[str, Any]] = [
