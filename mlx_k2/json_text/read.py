@@ -31,14 +31,14 @@ def read_json(text: bytes | str, kind: type[Value]) -> Value:
     return convert(parse_json(text), kind)
 
 
-def convert(value: object, kind: type[Value]) -> Value:
-    """Return a parsed value as ``kind``.
+def convert(value: object, kind: type[Value], *, str_keys: bool = True) -> Value:
+    """Return a parsed value as ``kind``. ``str_keys`` False: a key that is a number is no text, as in Python's values.
 
     Raises:
         JsonError: it has another type; names the field.
     """
     try:
-        return msgspec.convert(value, kind, str_keys=True)
+        return msgspec.convert(value, kind, str_keys=str_keys)
     except msgspec.ValidationError as error:
         raise JsonError(_in_our_words(error)) from None
 
