@@ -51,7 +51,7 @@ def read_prompt_lines(source: str) -> dict[int, PromptLine]:
 
 def run_digest(run: object, number: int, line: PromptLine) -> str:
     """Return a digest that identifies what a result depends on: the run's model and options, and the line."""
-    content = msgspec.json.encode([run, number, line], order="sorted")
+    content = msgspec.json.encode(msgspec.to_builtins([run, number, line], str_keys=True), order="sorted")
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
