@@ -26,6 +26,8 @@ class DeploymentRequest:
     """Bits per weight of attention, shared experts, dense layers and head. None keeps the checkpoint's format."""
     check_weights: bool = False
     """Whether to search all tensors for NaN and infinity while loading."""
+    address: str | None = None
+    """The URL at which clients reach the model, for the users of other commands; None if there is no server."""
 
 
 def stage_location(host: Host) -> StageLocation:
