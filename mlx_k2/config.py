@@ -2,7 +2,7 @@
 
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
@@ -194,12 +194,12 @@ _COMPUTED: Mapping[str, tuple[object, ...]] = {
     "index_n_heads": (),
     "index_head_dim": (),
 }
-_QUANTIZATION: Mapping[str, tuple[object, ...]] = {
+# The same for rope_scaling and for the objects of quantization_config, in which every other field is refused.
+_COMPUTED_INSIDE: Mapping[str, tuple[object, ...]] = {
+    "truncate": (True,),
+    "partial_rotary_factor": (1,),
     "quant_method": ("compressed-tensors",),
     "format": ("pack-quantized",),
-}
-_GROUP: Mapping[str, tuple[object, ...]] = {"format": ("pack-quantized",)}
-_WEIGHTS: Mapping[str, tuple[object, ...]] = {
     "num_bits": (4,),
     "type": ("int",),
     "symmetric": (True,),
@@ -208,10 +208,10 @@ _WEIGHTS: Mapping[str, tuple[object, ...]] = {
     "dynamic": (False,),
     "actorder": ("static", "weight"),
 }
-_ROPE: Mapping[str, tuple[object, ...]] = {"truncate": (True,), "partial_rotary_factor": (1,)}
-# Fields of the same objects that change nothing.
-_NOTES = ("quantization_status", "version", "ignore", "config_groups", "global_compression_ratio", "targets", "weights")
-_OBSERVED = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
+_IGNORED = (
+    *("quantization_status", "version", "ignore", "config_groups", "global_compression_ratio", "targets", "weights"),
+    *("observer", "observer_kwargs", "scale_dtype", "zp_dtype"),
+)
 
 
 def _refuse_unsupported(outer: Mapping[str, Any], fields: Mapping[str, Any], source: str) -> None:
@@ -253,18 +253,18 @@ def _refuse_quantization(quantization: object, source: str) -> None:
     weights = group.get("weights")
     weights = weights if isinstance(weights, dict) else {}
     for field in ("num_bits", "type", "symmetric", "strategy", "group_size"):
-        expected, found = _WEIGHTS[field][0], weights.get(field)
+        expected, found = _COMPUTED_INSIDE[field][0], weights.get(field)
         if found != expected:
             raise ConfigError(
                 f"{source}: quantized weights have {field} {found!r}, not {expected!r}; {_FETCH_ORIGINAL}"
             )
     where = f"{source}: quantization_config"
-    _refuse_others(_without(quantization, _NOTES), _QUANTIZATION, where)
-    _refuse_others(_without(group, _NOTES), _GROUP, f"{where}.config_groups.{name}")
-    _refuse_others(_without(weights, _OBSERVED), _WEIGHTS, f"{where}.config_groups.{name}.weights")
+    for fields, name_in_it in ((quantization, ""), (group, f".config_groups.{name}"), (weights, ".weights")):
+        where += name_in_it
+        _refuse_others(_without(fields, _IGNORED), _COMPUTED_INSIDE, where)
 
 
-def _without(fields: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def _without(fields: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in names}
 
 
@@ -291,7 +291,9 @@ def _yarn(scaling: object, source: str, spelling: str) -> dict[str, Any]:
         if rope_type != "yarn":
             raise ConfigError(f"{source}: unknown {spelling} type {rope_type!r} (only 'yarn')")
     names = {name for name in RopeConfig.__struct_fields__ if name != "theta"}
-    _refuse_others(_without(scaling, ("type", "rope_type", "rope_theta", *names)), _ROPE, f"{source}: {spelling}")
+    _refuse_others(
+        _without(scaling, ("type", "rope_type", "rope_theta", *names)), _COMPUTED_INSIDE, f"{source}: {spelling}"
+    )
     rope = {name: value for name, value in scaling.items() if name in names}
     theta = scaling.get("rope_theta")
     return rope if theta is None else rope | {"theta": theta}
