@@ -8,7 +8,8 @@ from mlx_k2.json_text.parse import JsonError, parse_json
 
 UNKNOWN = "unknown"
 """The name of a tool for a call whose id names none."""
-_ID = re.compile(r"(?:functions\.)?(?P<name>.+?)(?::\d+)?", re.DOTALL)
+_ID = re.compile(r"(?P<prefix>functions\.)?(?P<name>.+?)(?P<number>:\d+)?", re.DOTALL)
+# The counter or the UUID of a call. It is a tool's name in the whole form, functions.NAME:NUMBER.
 _NO_NAME = re.compile(r"(?:\d*|[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12})")
 _ID_START = re.compile(r"\s*(?P<id>(?:functions\.)?(?P<name>[\w.-]+?):\d+)\s*", re.DOTALL)
 _MAX_QUOTED = 80
@@ -43,7 +44,8 @@ def read_call(header: str, arguments: str) -> ToolCall:
     """
     written_id = header.strip()
     match = _ID.fullmatch(written_id)
-    name = match["name"] if match and not _NO_NAME.fullmatch(match["name"]) else ""
+    is_whole = match is not None and bool(match["prefix"]) and match["number"] is not None
+    name = match["name"] if match and (is_whole or not _NO_NAME.fullmatch(match["name"])) else ""
     values, problem = _values(arguments)
     if not name:
         problem = f"its id, {written_id[:_MAX_QUOTED]!r}, names no tool"
