@@ -1,5 +1,6 @@
 """`mlx-k2 chat`: a conversation in the terminal, with thinking and tools."""
 
+import sys
 import tempfile
 import time
 from contextlib import ExitStack, suppress
@@ -80,6 +81,8 @@ def command(options: ChatOptions) -> None:
     /help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves. Where standard input or output is no terminal,
     each line read is a message; answers go to stdout, everything else to stderr.
     """  # noqa: D301  # click reads the escape
+    if sys.stdin is None:
+        raise RequestError("there is no standard input: redirect it from a file with a message a line")
     request = deployment_request(options.cluster, WANTED_SLOTS)
     for line in request.hostfile.warnings:
         log(line)
