@@ -172,8 +172,8 @@ class Benchmark:
         return tuple(times)
 
 
-def check_workloads(workloads: Sequence[Workload], context_tokens: int) -> None:
-    """Reject workloads that do not fit the context.
+def check_workloads(workloads: Sequence[Workload], context_tokens: int, longest: int) -> None:
+    """Reject workloads that do not fit the context. ``longest`` is the largest context of the model.
 
     Raises:
         RequestError: a prompt and its answer are longer than the context.
@@ -181,9 +181,10 @@ def check_workloads(workloads: Sequence[Workload], context_tokens: int) -> None:
     for workload in workloads:
         needed = workload.prompt_tokens + workload.generate_tokens
         if needed > context_tokens:
+            way_out = f"give --context {needed}" if needed <= longest else f"the model has at most {longest}"
             raise RequestError(
                 f"a prompt of {workload.prompt_tokens} tokens and {workload.generate_tokens} after it do not fit a "
-                f"context of {context_tokens}: give --context {needed}"
+                f"context of {context_tokens}: {way_out}"
             )
 
 
