@@ -43,7 +43,7 @@ tests: $(INSTALLED)
 
 long: $(INSTALLED)  ## Full counts, by hand: the soak for hours, the whole fault matrix, many examples of each property
 	failed=0; \
-	for part in "bench.soak --minutes 60" "bench.soak --restarts 200" "bench.faults" \
+	for part in "bench.soak --minutes 60" "bench.soak --restarts 200" "bench.faults" "bench.serve_load" \
 	    "pytest $(SIDE_BY_SIDE) --hypothesis-profile=long --timeout=3600"; do \
 	    $(BIN)/python -m $$part || failed=1; \
 	done; exit $$failed

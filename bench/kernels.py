@@ -21,9 +21,9 @@ from bench.graph_dispatches import count_dispatches, kernel_in_graph
 from bench.measure import save_rows, summarize
 from mlx_k2.kernels import experts, reference
 from mlx_k2.kernels.dispatch import Dispatch, run
+from mlx_k2.kernels.layer_time import Layer, time_layer
 from mlx_k2.kernels.self_check import LayerShape, random_expert_ids, random_stack
 from mlx_k2.kernels.stack import BITS, GROUP_SIZE, ZERO_POINT, ExpertStack
-from mlx_k2.kernels.timing import Layer, time_layer
 from mlx_k2.kernels.tuning import DEFAULT
 from mlx_k2.kernels.variants import Perform
 from tests.metal_cpu.execute import Executed, execute
@@ -111,7 +111,7 @@ def needed_bytes(stack: ExpertStack, ids: mx.array, *, bits_a_weight: float) -> 
 def kernel_way(stack: ExpertStack, ids: mx.array, *, on_gpu: bool) -> Way:
     """Return mlx-k2's kernels. Their loads are counted in bfloat16, which a Mac would use."""
     tokens = ids.shape[0]
-    name, compute = experts.kernel_for(tokens)
+    name, _, compute = experts.kernel_for(tokens)
 
     def perform(how: Perform) -> Layer:
         def layer(x: mx.array, ids: mx.array, weights: mx.array, stack: ExpertStack) -> mx.array:

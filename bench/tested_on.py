@@ -58,7 +58,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     needs_gpu: bool
     kernels_run: Ended
     kernels: KernelReport | None
-    """None if `mlx-k2 kernels --report` printed no report."""
+    """None if `mlx-k2 kernels --check` printed no report."""
     generate: Ended
     bit_identity: Ended
 
@@ -90,7 +90,7 @@ def make_report(*, needs_gpu: bool) -> Report:
     """Run the installed mlx-k2 outside the source tree, then the tests of bit-identity in it."""
     mlx_k2 = str(Path(sys.executable).with_name("mlx-k2"))
     with tempfile.TemporaryDirectory() as elsewhere:
-        kernels_run = _run([mlx_k2, "kernels", "--report"], Path(elsewhere))
+        kernels_run = _run([mlx_k2, "kernels", "--check"], Path(elsewhere))
         generate = _run([mlx_k2, "generate", "--stages", "2", QUESTION], Path(elsewhere))
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/model/test_determinism.py"]
     return Report(

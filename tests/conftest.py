@@ -47,7 +47,18 @@ hypothesis.settings.load_profile(FIXED)  # --hypothesis-profile, read after this
 
 _NEEDS = "needs "
 KINDS = frozenset(
-    {"emulated hosts", "tmux", "g++", "libclang", "NVRTC", "Linux", "/dev/full", "no Metal GPU", "Kimi's vocabulary"}
+    {
+        "emulated hosts",
+        "tmux",
+        "g++",
+        "libclang",
+        "NVRTC",
+        "Linux",
+        "/dev/full",
+        "no Metal GPU",
+        "Kimi's vocabulary",
+        "OpenAI's client 1.x",
+    }
 )
 """What a test may need and a machine may lack. A skip's reason is "needs KIND: how to get it"."""
 _not_run: Counter[str] = Counter()

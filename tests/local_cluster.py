@@ -37,10 +37,10 @@ CHUNK_TOKENS = 32
 RANK_MARK = "MLX_K2_TEST_RANK"
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, context_tokens: int = CONTEXT_TOKENS) -> Path:
     """Write the model to ``folder``. Its config names no stop token, so every answer has ``max_tokens`` tokens."""
-    files = tiny_vocabulary(VOCAB_SIZE, CONTEXT_TOKENS).files | {"generation_config.json": b"{}"}
-    fields = tiny_config_fields(VOCAB_SIZE, max_position_embeddings=CONTEXT_TOKENS)
+    files = tiny_vocabulary(VOCAB_SIZE, context_tokens).files | {"generation_config.json": b"{}"}
+    fields = tiny_config_fields(VOCAB_SIZE, max_position_embeddings=context_tokens)
     write_random_checkpoint(folder, fields, 20, files)
     return folder
 
@@ -125,13 +125,14 @@ def local_cluster(
     stall_timeout_s: float = 8.0,
     *,
     drafts: bool = False,
+    context_tokens: int = CONTEXT_TOKENS,
 ) -> Iterator[Cluster]:
     """Start real stages on this machine, one for each of ``hosts`` (as in a hostfile), and yield them when ready."""
-    asked = replace(local_request(folder, hosts), stall_timeout_s=stall_timeout_s)
+    asked = replace(local_request(folder, hosts), stall_timeout_s=stall_timeout_s, context_tokens=context_tokens)
     model = describe_model(read_model_files(asked.source).files, str(folder))
     names = LoadedNames()
     with deploy(asked, model, names) as deployment:
-        limits = SchedulerLimits(deployment.shape.num_slots, CONTEXT_TOKENS, CHUNK_TOKENS, len(hosts))
+        limits = SchedulerLimits(deployment.shape.num_slots, context_tokens, CHUNK_TOKENS, len(hosts))
         policy = AdaptiveStepPolicy(deployment.costs)
         scheduler = Scheduler(limits, policy, drafts=drafts)
         pipeline = Pipeline(deployment.group, scheduler, policy, VOCAB_SIZE, step_timeout)

@@ -35,7 +35,7 @@ from mlx_k2.protocol.messages import Hello, Step, StepDone, decode_from_stage, d
 from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
 from mlx_k2.sampling import GenerationConfig, Sampling
 from mlx_k2.scheduling.microbatch import Row
-from mlx_k2.stage.buffer_limits import load_limits
+from mlx_k2.stage.mlx_settings import load_limits
 from mlx_k2.text.chat_template import load_chat_template
 from mlx_k2.text.tiktoken_model import read_tiktoken
 from mlx_k2.text.tool_call import read_call

@@ -50,6 +50,7 @@ ALLOWED: dict[str, str] = {
     "test test_gather_qmm_rhs_the_grouped_product_of_prefill": "gather_qmm_rhs is the name of MLX's kernel",
     "variable ROOMS": "training data: the rooms of a house",
     "key guessing": "the name of a benchmark script in rows that were measured before it was renamed",
+    "key mlx_k2_prefix_cache_hits": "a metric's name in vLLM, with our prefix",
     "key room": "training data: an argument of a light switch's tool, the room of a house",
 }
 

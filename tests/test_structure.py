@@ -26,6 +26,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 )
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 MAY_IMPORT_MLX = ("kernels", "model", "stage", "testing", "weights/reader.py")
+HTTP_PACKAGES = ("starlette", "uvicorn", "h11", "prometheus_client")
 LAZY_IMPORTS = "cli"
 GUARD = (
     "stage/__init__.py",
@@ -71,6 +72,11 @@ def test_only_the_packages_of_a_stage_import_mlx(module: Path) -> None:
     allowed = str(module) in MAY_IMPORT_MLX or package_of(module) in MAY_IMPORT_MLX
     heavy = [name for _, name in imports(parse(module)) if name.split(".")[0] in ("mlx", "mlx_lm", "transformers")]
     assert allowed or not heavy
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if package_of(module) != "server"], ids=str)
+def test_only_the_server_imports_the_packages_of_an_http_server(module: Path) -> None:
+    assert not [name for _, name in imports(parse(module)) if name.split(".")[0] in HTTP_PACKAGES]
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if package_of(module) != LAZY_IMPORTS], ids=str)

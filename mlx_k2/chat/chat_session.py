@@ -39,6 +39,11 @@ class ReplySettings:
     """The constraint of each reply; None allows every token."""
     max_tool_calls: int = MAX_TOOL_CALLS
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Lines for the user about schemas that are enforced in part."""
+        return () if self.grammar is None else self.grammar.warnings
+
     def request(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> Request:
         """Return the request for a reply to a prompt.
 

@@ -3,7 +3,8 @@
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import click
@@ -11,8 +12,10 @@ import msgspec
 
 from mlx_k2 import __version__
 from mlx_k2.chat.chat_session import ChatSession, Toolkit
+from mlx_k2.chat.reply_source import ReplySource
 from mlx_k2.chat.sampling_options import SamplingOptions
 from mlx_k2.chat.tool_round import Tools
+from mlx_k2.cli.connect import connect_option, remote_engine
 from mlx_k2.cli.console import ConsoleListener, log, opening_lines, show_stage_use
 from mlx_k2.cli.conversation_options import ConversationOptions
 from mlx_k2.cli.options import (
@@ -52,6 +55,7 @@ class ChatOptions(msgspec.Struct, frozen=True, kw_only=True):
     cluster: ClusterOptions
     conversation: ConversationOptions
     run: RunOptions
+    connect: str | None
     drafts: bool
     transcript_path: str | None
     hide_thinking: bool
@@ -60,6 +64,7 @@ class ChatOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 @click.command()
 @cluster_options
+@connect_option
 @click.option("--system", metavar="TEXT", help="The system prompt.  [default: the model's own]")
 @sampling_options
 @tool_options
@@ -83,6 +88,10 @@ def command(options: ChatOptions) -> None:
     """  # noqa: D301  # click reads the escape
     if sys.stdin is None:
         raise RequestError("there is no standard input: redirect it from a file with a message a line")
+    if options.connect is not None:
+        with _opened(options) as (screen, tools, transcript):
+            _chat_on_server(options, screen, tools, transcript)
+        return
     request = deployment_request(options.cluster, WANTED_SLOTS)
     for line in request.hostfile.warnings:
         log(line)
@@ -90,16 +99,23 @@ def command(options: ChatOptions) -> None:
     if model is not None:  # refuse a bad request before any stage is started
         shape, _ = preview(request, model)
         _check(options, model, shape.context_tokens)
+    with (
+        _opened(options) as (screen, tools, transcript),
+        ConsoleListener(options.verbose) as listener,
+        RestartingDeployment(request, model, listener, *options.run.arguments) as restarting,
+    ):
+        listener.hide_progress()
+        _chat(options, request, restarting, screen, tools, transcript)
+
+
+@contextmanager
+def _opened(options: ChatOptions) -> Iterator[tuple[Screen, Tools | None, Transcript | None]]:
     with ExitStack() as stack:
         screen = choose_screen(show_thinking=not options.hide_thinking)
         transcript = None
         if options.transcript_path is not None:
             transcript = stack.enter_context(Transcript(Path(options.transcript_path), screen.log))
-        tools = stack.enter_context(opened_tools(options.conversation.tools))
-        listener = stack.enter_context(ConsoleListener(options.verbose))
-        restarting = stack.enter_context(RestartingDeployment(request, model, listener, *options.run.arguments))
-        listener.hide_progress()
-        _chat(options, request, restarting, screen, tools, transcript)
+        yield screen, stack.enter_context(opened_tools(options.conversation.tools)), transcript
 
 
 def _check(options: ChatOptions, model: ModelDescription, context_tokens: int) -> None:
@@ -118,24 +134,14 @@ def _chat(
     transcript: Transcript | None,
 ) -> None:
     deployment = restarting.deployment
-    model, context_tokens = deployment.model, deployment.shape.context_tokens
-    frontend = ModelFrontend(model, context_tokens)
-    tokenizer = frontend.tokenizer
-    conversation = options.conversation.begin(frontend, tools)
-    usage = UsageTotals(context_tokens, len(deployment.plans), len(conversation.known_ids()))
-    name = Model(request.source.path_or_repo, model.digest)
-    keyboard = choose_keyboard(list(HELP), usage.status)
-    asked = options.conversation.tools
-    approval = ToolApproval(screen, keyboard, asked.allowed_tools, everything=asked.yes)
-    settings = options.conversation.settings(frontend, tools)
-    toolkit = None if tools is None else Toolkit(tools, approval)
+    frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
 
     def show_idle_restart(restart: Restart, phase: str) -> None:
-        if phase == WAITING and not session.is_answering:  # an answer shows its restarts itself
+        if phase == WAITING and not dialogue.session.is_answering:  # an answer shows its restarts itself
             screen.restart(restart)
 
     def show_idle_failure(error: MlxK2Error) -> None:
-        if not session.is_answering:
+        if not dialogue.session.is_answering:
             screen.log(f"error: {error}; the next message ends the chat, and the conversation is kept")
 
     engine = engine_on(
@@ -146,28 +152,74 @@ def _chat(
         on_restart=show_idle_restart,
         on_failure=show_idle_failure,
     )
-    session = ChatSession(engine, tokenizer, conversation, settings, toolkit)
+    name = Model(request.source.path_or_repo, deployment.model.digest)
+    dialogue = _Dialogue(options, engine, frontend, name, len(deployment.plans), screen, tools)
     with engine:
-        approval.answer = session
+        dialogue.run(lambda: show_stage_use(restarting.deployment, engine.use), transcript)
+
+
+def _chat_on_server(options: ChatOptions, screen: Screen, tools: Tools | None, transcript: Transcript | None) -> None:
+    """Chat with the model of a running server."""
+    assert options.connect is not None
+    engine = remote_engine(options.connect)
+    name = Model(engine.model_name, engine.frontend.model.digest)
+    dialogue = _Dialogue(options, engine, engine.frontend, name, 1, screen, tools)
+    dialogue.run(lambda: screen.log(f"the stages are those of the server {options.connect}"), transcript)
+
+
+class _Dialogue:
+    """A conversation in the terminal with the model of ``source``."""
+
+    def __init__(
+        self,
+        options: ChatOptions,
+        source: ReplySource,
+        frontend: ModelFrontend,
+        name: Model,
+        num_stages: int,
+        screen: Screen,
+        tools: Tools | None,
+    ) -> None:
+        self._options = options
+        self._frontend = frontend
+        self._name = name
+        self._screen = screen
+        self._tools = tools
+        conversation = options.conversation.begin(frontend, tools)
+        self._usage = UsageTotals(frontend.context_tokens, num_stages, len(conversation.known_ids()))
+        self._keyboard = choose_keyboard(list(HELP), self._usage.status)
+        asked = options.conversation.tools
+        self._approval = ToolApproval(screen, self._keyboard, asked.allowed_tools, everything=asked.yes)
+        toolkit = None if tools is None else Toolkit(tools, self._approval)
+        settings = options.conversation.settings(frontend, tools)
+        self._opening_lines = settings.warnings
+        if options.connect is None:
+            self._opening_lines = (*opening_lines(options.cluster, frontend), *settings.warnings)
+        self.session = ChatSession(source, frontend.tokenizer, conversation, settings, toolkit)
+
+    def run(self, show_stats: Callable[[], None], transcript: Transcript | None) -> None:
+        """Run until the user leaves. ``show_stats`` shows what the stages do."""
+        screen, name, options, frontend = self._screen, self._name, self._options, self._frontend
+        self._approval.answer = self.session
         commands = Commands(
-            session,
+            self.session,
             name,
             screen,
-            usage,
-            tools,
-            approval,
-            lambda: show_stage_use(restarting.deployment, engine.use),
+            self._usage,
+            self._tools,
+            self._approval,
+            show_stats,
             lambda thinking: _temperature(options.conversation.sampling, frontend, thinking),
         )
         if transcript is not None:
             transcript.write({"started": {"mlx-k2": __version__, "model": name.name, "digest": name.digest}})
-        for line in opening_lines(options.cluster, frontend):
+        for line in self._opening_lines:
             screen.log(line)
         screen.log(f"{name.name} · /help lists the commands, Ctrl-D leaves")
         try:
-            Repl(session, commands, keyboard, screen, usage, transcript).run()
+            Repl(self.session, commands, self._keyboard, screen, self._usage, transcript).run()
         except BaseException:  # also a signal, a full disk and our own mistakes
-            if session.conversation.messages:
+            if self.session.conversation.messages:
                 with suppress(OSError):  # the terminal may be gone
                     _rescue(commands, screen)
             raise

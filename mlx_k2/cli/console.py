@@ -5,7 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
@@ -43,8 +51,8 @@ def log_restart(restart: Restart, phase: str = WAITING) -> None:
     if phase != WAITING:
         return
     log(
-        f"{restart.reason}\nall stages start again in {restart.wait_s:g} s ({restart.number} of at most "
-        f"{restart.limit} within 10 minutes of each other); the answer then goes on where it is"
+        f"{restart.reason}\nall stages start again in {restart.wait_s:g} s ({restart.count} within 10 minutes of "
+        "each other); the answer then goes on where it is"
     )
 
 
@@ -82,6 +90,7 @@ class ConsoleListener(DeploymentListener):
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(),
+            TransferSpeedColumn(),
             TimeElapsedColumn(),
             console=console,
             transient=True,

@@ -7,7 +7,9 @@ import click
 from mlx_k2.chat.chat_events import Event
 from mlx_k2.chat.chat_session import ChatSession, Toolkit
 from mlx_k2.chat.completion import submissions
+from mlx_k2.chat.reply_source import ReplySource
 from mlx_k2.chat.tool_round import Tools
+from mlx_k2.cli.connect import connect_option, remote_engine
 from mlx_k2.cli.console import ConsoleListener, log, opening_lines, show_dry_run
 from mlx_k2.cli.generate_file import WANTED_SLOTS, generate_many
 from mlx_k2.cli.generate_options import GenerateOptions
@@ -28,7 +30,7 @@ from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.several_answers import show_answers
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.answer_summary import total
-from mlx_k2.coordinator.engine import Engine, engine_on
+from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.coordinator.handle import Finished
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.deployment.cluster_options import deployment_request, open_source
@@ -44,6 +46,7 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 @click.command()
 @click.argument("prompt", required=False)
 @cluster_options
+@connect_option
 @click.option("--system", metavar="TEXT", help="The system prompt.  [default: the model's own]")
 @click.option("--raw", is_flag=True, help="Send PROMPT as it is, without the chat template.")
 @token_ids_option
@@ -92,6 +95,9 @@ def command(options: GenerateOptions) -> None:
     The answer goes to stdout as it is sampled, everything else to stderr: thinking, tool calls, what it took. The exit
     code is 2 when something was wrong before anything was started, 1 when it went wrong later, 130 after Ctrl-C.
     """  # noqa: D301  # click reads the escape
+    if options.connect is not None:
+        _generate_on_server(options)
+        return
     num_answers = options.conversation.sampling.num_answers
     num_slots = WANTED_SLOTS if options.prompts_path is not None else min(num_answers, WANTED_SLOTS)
     request = deployment_request(options.cluster, num_slots)
@@ -138,6 +144,17 @@ def _generate(options: GenerateOptions, request: DeploymentRequest, model: Model
         _answer(options, restarting, text, tools)
 
 
+def _generate_on_server(options: GenerateOptions) -> None:
+    """Answer with the model of a running server."""
+    assert options.connect is not None
+    text, engine = options.read_prompt(), remote_engine(options.connect)
+    first_submissions(options, text, engine.frontend)
+    with opened_tools(options.conversation.tools) as tools, _output(options, engine.frontend) as output:
+        output.screen.wait("reading the prompt")
+        summaries = output.show(_events(options, engine, engine.frontend, text, tools, output.screen))
+        output.summary(total(summaries), None, ())
+
+
 def _answer(options: GenerateOptions, restarting: RestartingDeployment, text: str, tools: Tools | None) -> None:
     deployment = restarting.deployment
     frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
@@ -164,7 +181,7 @@ def _output(options: GenerateOptions, frontend: ModelFrontend) -> TextOutput | J
 
 def _events(
     options: GenerateOptions,
-    engine: Engine,
+    engine: ReplySource,
     frontend: ModelFrontend,
     text: str,
     tools: Tools | None,
@@ -181,7 +198,7 @@ def _events(
         toolkit = Toolkit(tools, approval)
     conversation = options.conversation.begin(frontend, tools)
     settings = options.conversation.settings(frontend, tools, options.num_logprobs)
-    for line in () if settings.grammar is None else settings.grammar.warnings:
+    for line in settings.warnings:
         log(line)
     return ChatSession(engine, frontend.tokenizer, conversation, settings, toolkit).send_message(text)
 
@@ -204,6 +221,6 @@ def first_submissions(options: GenerateOptions, text: str, frontend: ModelFronte
     return submissions(settings, frontend, prompt_ids, options.conversation.sampling.num_answers)
 
 
-def _raw_events(engine: Engine, submission: Submission) -> Iterator[Event]:
+def _raw_events(engine: ReplySource, submission: Submission) -> Iterator[Event]:
     for event in engine.submit(submission.request, submission.policy).events():
         yield event.summary if isinstance(event, Finished) else event

@@ -96,6 +96,7 @@ class _Batch:
         self._lines = lines
         self._results = results
         self._seed = options.conversation.sampling.base_seed
+        self._warnings: set[str] = set()
         self._num_asked: dict[int, int] = {}
         self._answers: dict[int, dict[int, dict[str, object]]] = {}
         deployment = restarting.deployment
@@ -123,10 +124,14 @@ class _Batch:
             if number in self._results:
                 continue
             try:
-                asked = line_submissions(self._options, line, derived_seed(self._seed, number - 1), self._frontend)
+                seed = derived_seed(self._seed, number - 1)
+                asked, warnings = line_submissions(self._options, line, seed, self._frontend)
             except SetupError as error:
                 self._write(number, {"error": str(error)})
             else:
+                for text in set(warnings) - self._warnings:
+                    log(text)
+                self._warnings.update(warnings)
                 self._num_asked[number] = len(asked)
                 yield from ((MAX_ANSWERS * number + index, one) for index, one in enumerate(asked))
 
@@ -160,8 +165,10 @@ class _Batch:
 
 def line_submissions(
     options: GenerateOptions, line: PromptLine, seed: int, frontend: ModelFrontend
-) -> list[Submission]:
-    """Return the requests for one line, one for each answer. Values in the line override the options and ``seed``.
+) -> tuple[list[Submission], tuple[str, ...]]:
+    """Return the requests for one line, one for each answer, and warnings about its schemas.
+
+    Values in the line override the options and ``seed``.
 
     Raises:
         RequestError, TokenizerError: it cannot be served; gives the reason.
@@ -174,7 +181,7 @@ def line_submissions(
         messages = _messages(options.conversation.system, line, frontend.template)
         prompt_ids = prompt_of(frontend, messages, sampling, tools)
     settings = reply_settings(sampling, frontend, tools, num_logprobs=options.num_logprobs)
-    return submissions(settings, frontend, prompt_ids, sampling.num_answers)
+    return submissions(settings, frontend, prompt_ids, sampling.num_answers), settings.warnings
 
 
 def _messages(system: str | None, line: PromptLine, template: ChatTemplate) -> list[Message]:

@@ -18,6 +18,7 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
     cluster: ClusterOptions
     conversation: ConversationOptions
     run: RunOptions
+    connect: str | None
     prompts_path: str | None
     out_path: str | None
     prompt: str | None
@@ -32,6 +33,10 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Refuse options that contradict each other."""
+        if self.connect is not None and (self.dry_run or self.prompts_path is not None):
+            raise click.UsageError("--dry-run and --prompts start stages: leave them out with --connect")
+        if self.connect is not None and self.conversation.sampling.num_answers > 1:
+            raise click.UsageError("--num-answers goes without --connect")
         if self.num_logprobs is not None and not self.as_json and self.prompts_path is None:
             raise click.UsageError("--logprobs shows in the JSON lines only: add --json")
         if self.conversation.sampling.num_answers > 1 and self.conversation.tools.is_given:

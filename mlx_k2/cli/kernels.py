@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+import tempfile
+import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import click
@@ -14,32 +17,42 @@ from mlx_k2.cli.streams import write_utf8
 from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.errors import StageStartError
 from mlx_k2.json_text.read import read_json
-from mlx_k2.kernels.report import DecodeTime, KernelLine, KernelReport
-from mlx_k2.stage.buffer_limits import BufferLimits, save_limits
+from mlx_k2.kernels.report import AttentionTime, DecodeTime, IdleTime, KernelLine, KernelReport
+from mlx_k2.stage.mlx_settings import OWN_LIMITS, BufferLimits, chip_name, default_limits, save_limits
 
 MEASURING_S = 900.0
-CANDIDATES = tuple(BufferLimits(*pair) for pair in ((100, 100), (200, 200), (200, 1000), (1000, 1000), (1000, 4000)))
-"""The limits to time besides MLX's own, which differ between chips (50 operations and 50 MB on the largest)."""
+CANDIDATES = (
+    OWN_LIMITS,
+    *(BufferLimits(*pair) for pair in ((50, 1_000_000), (100, 1_000_000), (200, 1_000_000), (1000, 4000))),
+)
+"""The limits to time. Few operations and no rule by megabytes: long buffers keep a prompt's temporaries in memory."""
 WORTH = 0.99
-"""A time must be below this fraction of the time with MLX's own limits; otherwise the difference counts as noise."""
+"""A time must be below this fraction of the time with the default limits; otherwise the difference counts as noise."""
 
-Measurement = TypeVar("Measurement", KernelReport, DecodeTime)
+_REFRESH = "MLX_METAL_RESIDENCY_REFRESH_INTERVAL_MS"
+
+Measurement = TypeVar("Measurement", KernelReport, DecodeTime, IdleTime, AttentionTime)
 
 
 @click.command()
+@click.option("--check", "checks_only", is_flag=True, help="Check the kernels, time nothing, print the JSON.")
 @click.option(
-    "--report", "checks_only", is_flag=True, help="Check the kernels in 0.4 GB, time nothing, print the JSON."
+    "--report",
+    "report_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Measure also idle memory, a prompt's attention and GPU counters; write one ZIP file to send back.",
 )
-def command(checks_only: bool) -> None:
+def command(checks_only: bool, report_file: Path | None) -> None:
     """Check and time the kernels for Kimi K2's layers on this machine's GPU.
 
     Each kernel is compared with plain MLX in float32 and timed beside it and beside a plain read of the same weights.
     The best sizes, and the best limits for MLX's command buffers, are remembered: every stage that starts on this
-    machine uses them. Takes a few minutes and 4 GB of memory.
+    machine uses them. Takes a few minutes and up to 30 GB of memory.
 
     \b
-    The table goes to stderr. What to send back, also when all is well, is one JSON object on stdout:
-        mlx-k2 kernels > kernels.json
+    The table goes to stderr. What to send back, also when all is well:
+        mlx-k2 kernels --report kernels.zip
     """  # noqa: D301  # click reads the escape
     if checks_only:
         write_utf8(json_line({"report": _measure("check", KernelReport)}))
@@ -53,15 +66,56 @@ def command(checks_only: bool) -> None:
         return
     show_report(report)
     times = _time_limits()
-    best = best_limits(times)
+    best = best_limits(times, default_limits(chip_name()))
     save_limits(best)
     log(f"remembered for this machine's stages: {_named(best)}")
-    log("please send back what follows, with the Mac's model and memory: it fills the table for this chip")
-    sent = {
+    sent: dict[str, object] = {
         "report": report,
         "seconds_by_limits": {_named(limits): seconds for limits, seconds in times.items()},
     }
-    write_utf8(json_line(sent))
+    if report_file is None:
+        log("please send back what follows, with the Mac's model and memory: it fills the table for this chip")
+        write_utf8(json_line(sent))
+        return
+    write_report(report_file, sent)
+    log(f"please send back {report_file}, with the Mac's model and memory: it fills the table for this chip")
+
+
+def write_report(path: Path, sent: dict[str, object]) -> None:
+    """Write a ZIP file with report.json, and with a trace of the GPU's counters if Xcode's tools are installed.
+
+    Beside what the table shows, memory is read after 5 s without GPU work, with and without MLX's refreshing thread,
+    and the attention of a chunk is timed fused and unfused.
+    """
+    log("reading GPU memory after 5 s without work, with and without refreshing; timing a prompt's attention ...")
+    idle = {value: _measure("idle", IdleTime, environment={_REFRESH: value}) for value in ("0", "500")}
+    sent |= {"idle_by_refresh_ms": idle, "attention": _measure("attention", AttentionTime)}
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        sent["trace"] = _record_counters(Path(folder) / "decode.trace")
+        file.writestr("report.json", json_line(sent))
+        for part in sorted(Path(folder).rglob("*")):
+            if part.is_file():
+                file.write(part, part.relative_to(folder))
+
+
+def _record_counters(trace: Path) -> str:
+    """Record the GPU's counters while a token's experts are computed. Return "recorded", or why it is not possible."""
+    recorder = ["xcrun", "xctrace", "record", "--template", "Metal System Trace", "--output", str(trace), "--launch"]
+    program = ["--", sys.executable, "-P", "-m", "mlx_k2.stage.measure_kernels", "decode"]
+    try:
+        subprocess.run(
+            [*recorder, *program],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=MEASURING_S,
+            check=True,
+        )
+    except subprocess.CalledProcessError as error:
+        return f"not recorded: {error.stderr.strip()[-200:] or error}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"not recorded: {error}"
+    return "recorded"
 
 
 def show_report(report: KernelReport) -> None:
@@ -95,38 +149,39 @@ def _cells(line: KernelLine, read_gb_per_s: float | None) -> tuple[str, ...]:
     )
 
 
-def best_limits(seconds: Mapping[BufferLimits | None, float]) -> BufferLimits | None:
-    """Return the fastest limits; None, which means MLX's own, unless others are faster by more than noise."""
+def best_limits(seconds: Mapping[BufferLimits, float], default: BufferLimits) -> BufferLimits:
+    """Return the fastest limits; the default ones unless others are faster by more than noise."""
     fastest = min(seconds, key=lambda limits: seconds[limits])
-    return fastest if seconds[fastest] < WORTH * seconds[None] else None
+    return fastest if seconds[fastest] < WORTH * seconds[default] else default
 
 
-def _time_limits() -> dict[BufferLimits | None, float]:
+def _time_limits() -> dict[BufferLimits, float]:
     """Return the seconds for a token's feed-forward blocks under each limit, each measured in a fresh process."""
-    times: dict[BufferLimits | None, float] = {}
-    for limits in (None, *CANDIDATES):
-        times[limits] = _measure("decode", DecodeTime, limits).seconds
+    times: dict[BufferLimits, float] = {}
+    for limits in CANDIDATES:
+        times[limits] = _measure("decode", DecodeTime, limits.environment()).seconds
         log(f"{_named(limits)}: {1000 * times[limits]:.2f} ms for the experts of one token")
     return times
 
 
-def _named(limits: BufferLimits | None) -> str:
-    if limits is None:
+def _named(limits: BufferLimits) -> str:
+    if limits == OWN_LIMITS:
         return "MLX's own limits"
     return f"{limits.operations} operations or {limits.megabytes} MB in a command buffer"
 
 
-def _measure(what: str, wanted: type[Measurement], limits: BufferLimits | None = None) -> Measurement:
-    """Measure in a process of its own, so that its environment and memory end with it.
+def _measure(what: str, wanted: type[Measurement], environment: Mapping[str, str] | None = None) -> Measurement:
+    """Measure in a process of its own, so that its environment and memory end with it. MLX's settings are its own.
 
     Raises:
         StageStartError: the process failed, or took longer than ``MEASURING_S``.
     """
-    kept = {name: value for name, value in os.environ.items() if name not in CANDIDATES[0].environment()}
-    environment = kept if limits is None else kept | limits.environment()
+    kept = {name: value for name, value in os.environ.items() if name not in CANDIDATES[1].environment()}
     program = [sys.executable, "-P", "-m", "mlx_k2.stage.measure_kernels", what]
     try:
-        ran = subprocess.run(program, stdout=subprocess.PIPE, env=environment, timeout=MEASURING_S, check=True)
+        ran = subprocess.run(
+            program, stdout=subprocess.PIPE, env=kept | dict(environment or {}), timeout=MEASURING_S, check=True
+        )
         return read_json(ran.stdout.splitlines()[-1], wanted)
     except subprocess.TimeoutExpired:
         raise StageStartError(f"measuring took longer than {MEASURING_S:.0f} s: is the GPU busy?") from None

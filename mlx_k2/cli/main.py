@@ -27,6 +27,8 @@ from mlx_k2.errors import MlxK2Error
 _COMMANDS = {
     "chat": "Talk with the model in the terminal, with thinking and tools.",
     "generate": "Answer one prompt, streamed from the last stage as it is sampled.",
+    "serve": "Serve the model to clients of OpenAI's API, loaded once.",
+    "keys": "Make, list and remove the keys that clients of a server send.",
     "doctor": "Look at every host and every hop, and say what to mend.",
     "download": "Fetch each stage's files from the Hub on its own host.",
     "kernels": "Check and time the GPU kernels of this machine.",

@@ -50,8 +50,8 @@ class TextOutput:
     def _show_raw(self, event: Event) -> None:
         self.screen.event(Content(event.text) if isinstance(event, Token) else event)
 
-    def summary(self, summary: AnswerSummary, deployment: Deployment, use: tuple[StageUse, ...]) -> None:
-        """End the line, then write the answer's counts and times and each stage's use to stderr."""
+    def summary(self, summary: AnswerSummary, deployment: Deployment | None, use: tuple[StageUse, ...]) -> None:
+        """End the line, then write the answer's counts and times to stderr; for own stages also their use."""
         self.screen.pause()
         cached = summary.cached_tokens
         first_s, prefill, decode = (
@@ -65,7 +65,7 @@ class TextOutput:
             f"seed {summary.seed}",
         )
         times = (
-            f"loaded in {deployment.load_s:.1f} s",
+            None if deployment is None else f"loaded in {deployment.load_s:.1f} s",
             f"first token after {first_s:.2f} s" if first_s is not None else None,
             f"prefill {prefill:.1f} tok/s" if prefill is not None else None,
             f"decode {decode:.1f} tok/s" if decode is not None else None,
@@ -73,7 +73,8 @@ class TextOutput:
         )
         log(" · ".join(parts))
         log(" · ".join(part for part in times if part))
-        show_stage_use(deployment, use)
+        if deployment is not None:
+            show_stage_use(deployment, use)
 
 
 class TokenLine(msgspec.Struct, frozen=True):
@@ -158,8 +159,11 @@ class JsonOutput:
             line = msgspec.structs.replace(sampled_logprob(self._tokenizer, token), text=token.text)
         _write_line(line)
 
-    def summary(self, summary: AnswerSummary, deployment: Deployment, use: tuple[StageUse, ...]) -> None:
+    def summary(self, summary: AnswerSummary, deployment: Deployment | None, use: tuple[StageUse, ...]) -> None:
         """Write the last reply with the counts and times of all, and each stage's layers, memory and computing time."""
+        plans = [] if deployment is None else deployment.plans
+        loads = [] if deployment is None else deployment.loaded
+        load_s = None if deployment is None else deployment.load_s
         total_s = sum(stage.busy_s for stage in use) or 1.0
         stages = [
             StageSummary(
@@ -171,10 +175,10 @@ class JsonOutput:
                 busy_s=stage.busy_s,
                 busy_fraction=stage.busy_s / total_s,
             )
-            for plan, loaded, stage in zip(deployment.plans, deployment.loaded, use, strict=True)
+            for plan, loaded, stage in zip(plans, loads, use, strict=True)
         ]
         completion = msgspec.to_builtins(completion_of(whole_reply(self._parts), summary, self._num_calls))
-        _write_line({"summary": {**completion, "load_s": deployment.load_s, "stages": stages}})
+        _write_line({"summary": {**completion, "load_s": load_s, "stages": stages}})
 
 
 def _write_line(value: object) -> None:

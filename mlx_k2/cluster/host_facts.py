@@ -44,6 +44,8 @@ class Command(msgspec.Struct, frozen=True):
     name: str
     began_unix_s: Annotated[float, msgspec.Meta(ge=0, le=1e11)]
     """In seconds since 1970, within what a calendar can show."""
+    address: str | None = None
+    """The URL of a server; None for other commands."""
 
 
 class RunningStage(msgspec.Struct, frozen=True):

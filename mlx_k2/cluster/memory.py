@@ -4,8 +4,16 @@ from mlx_k2.config import ModelConfig
 
 GB = 10**9
 
-ATTENTION_BYTES = 512 * 2**20
-"""Allowance for what attention holds at once: blocks of scores, and the keys and values rebuilt for them."""
+CPU_BLOCK_BYTES = 128 * 2**20
+"""Limit of a block of attention on a CPU. Two are in memory at a time, and a head may need more."""
+LARGEST_BLOCK_BYTES = 4 * 2**30
+"""Limit of a block of attention on a GPU: larger blocks launch no fewer operations that matter."""
+GPU_MIN_HEADS = 8
+"""Heads that one launch computes at least. One head has 64 threadgroups for a chunk, for the 80 cores of an Ultra."""
+BLOCKS_AT_A_TIME = 2
+_FEWEST_QUERIES = 256
+_LAYERS_IN_FLIGHT = 3
+"""Layers whose temporaries a GPU holds at a time: they are freed when their command buffer of 100 operations ends."""
 
 _FRACTION_WITHOUT_GPU = 0.8  # of the RAM, if no GPU driver sets a limit
 
@@ -32,18 +40,45 @@ def layer_cache_bytes(config: ModelConfig, num_slots: int, context_tokens: int, 
     return num_slots * context_tokens * config.latent_dim * compute_bytes
 
 
-def working_bytes(config: ModelConfig, chunk_tokens: int, compute_bytes: int, largest_part_bytes: int) -> int:
+def attention_block_bytes(config: ModelConfig, context_tokens: int, compute_bytes: int, *, on_gpu: bool) -> int:
+    """Return the least limit of a block of attention: on a GPU what 8 heads need at the end of the context."""
+    if not on_gpu:
+        return CPU_BLOCK_BYTES
+    scores = _FEWEST_QUERIES * 2  # values for a key and head: an operation's input and its output
+    heads = min(GPU_MIN_HEADS, config.num_attention_heads)
+    needed = heads * context_tokens * (scores + 3 * config.qk_head_dim) * compute_bytes
+    return max(CPU_BLOCK_BYTES, needed)
+
+
+def added_block_bytes(block_bytes: int, spare_bytes: int) -> int:
+    """Return the bytes by which a block grows on a host with spare memory, of which half stays free."""
+    return max(0, min(LARGEST_BLOCK_BYTES - block_bytes, spare_bytes // 2 // BLOCKS_AT_A_TIME))
+
+
+def working_bytes(
+    config: ModelConfig,
+    chunk_tokens: int,
+    compute_bytes: int,
+    largest_part_bytes: int,
+    *,
+    block_bytes: int,
+    on_gpu: bool,
+) -> int:
     """Return the bytes that a stage needs besides its weights and cache.
 
     This is the larger of what reading the largest part (a layer or the head) and computing one chunk need.
     """
-    return max(largest_part_bytes, ATTENTION_BYTES + chunk_tokens * _values_per_token(config) * compute_bytes)
+    layer = chunk_tokens * _values_per_token(config) * compute_bytes
+    if on_gpu:
+        return max(largest_part_bytes, BLOCKS_AT_A_TIME * block_bytes + _LAYERS_IN_FLIGHT * layer)
+    return max(largest_part_bytes, 2 * BLOCKS_AT_A_TIME * block_bytes + layer)
 
 
 def _values_per_token(config: ModelConfig) -> int:
     """Return the number of values that a layer holds for one token of a chunk at the layer's widest operations."""
     residual = 4 * config.hidden_size  # residual stream, its norm, the branch's output, the shared expert's
     heads = 2 * config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
-    routed = config.num_experts_per_tok * (config.hidden_size + 3 * config.moe_intermediate_size)
+    outputs = 3 * config.hidden_size  # of an expert, one of them in float32
+    routed = config.num_experts_per_tok * (outputs + 3 * config.moe_intermediate_size)
     dense = 3 * config.intermediate_size
     return residual + max(heads, routed, dense)

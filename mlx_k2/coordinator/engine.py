@@ -91,6 +91,11 @@ class Engine:
         return self._limits.num_slots
 
     @property
+    def is_restarting(self) -> bool:
+        """True while all stages start again after a fault."""
+        return self._loop.is_restarting
+
+    @property
     def use(self) -> tuple[StageUse, ...]:
         """The totals of each stage so far."""
         return self._loop.use
@@ -186,6 +191,7 @@ def engine_on(
     restarts: Restarts | None = None,
     on_restart: OnRestart | None = None,
     on_failure: Callable[[MlxK2Error], None] | None = None,
+    max_queued: int = MAX_QUEUED,
 ) -> Engine:
     """Return an engine for ready stages. ``drafts`` lets a lone sequence's idle stages run draft tokens.
 
@@ -200,4 +206,6 @@ def engine_on(
     scheduler = Scheduler(limits, policy, drafts=drafts)
     vocab_size = deployment.model.config.vocab_size
     pipeline = Pipeline(deployment.group, scheduler, policy, vocab_size, step_timeout, on_report)
-    return Engine(pipeline, scheduler, restarts=restarts, on_restart=on_restart, on_failure=on_failure)
+    return Engine(
+        pipeline, scheduler, restarts=restarts, on_restart=on_restart, on_failure=on_failure, max_queued=max_queued
+    )

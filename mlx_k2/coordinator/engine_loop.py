@@ -77,6 +77,11 @@ class EngineLoop:
         """The totals of each stage so far."""
         return self._pipeline.use
 
+    @property
+    def is_restarting(self) -> bool:
+        """True while all stages start again after a fault."""
+        return self._restart_thread is not None
+
     def put(self, command: Command) -> None:
         """Send a command to the engine thread. Any thread may call this, also a signal handler."""
         self._commands.put(command)

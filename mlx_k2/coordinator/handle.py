@@ -112,20 +112,20 @@ class Handle:
             RequestFailed: this request was ended by an error; others go on.
             ClusterError: the stages failed for good; the tokens so far were yielded.
         """
-        while True:
-            event = self._queue.get()
-            if isinstance(event, _NewProgress):
-                self._is_progress_queued = False
-                assert self._progress is not None, "progress is set before its mark"
-                if not self._is_cancelled:
-                    yield self._progress
-            elif isinstance(event, MlxK2Error):
-                raise event
-            elif isinstance(event, Finished):
-                yield self._cancelled(event.summary) if self._is_cancelled else event
-                return
-            elif not self._is_cancelled:
-                self._tokens_read += 1
+        event: Event | None = None
+        while not isinstance(event, Finished):
+            event = self._read()
+            if event is not None:
+                yield event
+
+    def ready_events(self) -> Generator[Event, None, None]:
+        """Yield the events that are in the queue, without waiting: for a reader that ``notify`` wakes.
+
+        Errors are those of ``events``. Use only one of the two, on one thread, and not after the end.
+        """
+        while not self._queue.empty():
+            event = self._read()
+            if event is not None:
                 yield event
 
     def cancel(self) -> None:
@@ -161,6 +161,22 @@ class Handle:
         self._queue.put(event)
         self._wake()
         return True
+
+    def _read(self) -> Event | None:
+        """Wait for the next entry of the queue; return its event, None for one that a cancelled request drops."""
+        event = self._queue.get()
+        if isinstance(event, MlxK2Error):
+            raise event
+        if isinstance(event, Finished):
+            return self._cancelled(event.summary) if self._is_cancelled else event
+        if isinstance(event, _NewProgress):
+            self._is_progress_queued = False
+            assert self._progress is not None, "progress is set before its mark"
+            return None if self._is_cancelled else self._progress
+        if self._is_cancelled:
+            return None
+        self._tokens_read += 1
+        return event
 
     def _cancelled(self, summary: AnswerSummary) -> Finished:
         return Finished(replace(summary, finish_reason=FinishReason.CANCELLED, generated_tokens=self._tokens_read))

@@ -1,4 +1,4 @@
-"""Token policy of a reply: its text and parts, constraint, stop strings, minimum length and thinking budget. Pure."""
+"""Token policies of replies and raw texts: parts, constraint, stop strings, minimum length, thinking budget. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from mlx_k2.scheduling.token_policy import Accepted
 from mlx_k2.text.reply_grammar import ReplyGrammar
 from mlx_k2.text.reply_parser import Phase, ReplyReader
 from mlx_k2.text.reply_parts import Content, Part
-from mlx_k2.text.tokenizer import Tokenizer
+from mlx_k2.text.tokenizer import Detokenizer, Tokenizer
 from mlx_k2.token_mask import TokenMask
 
 
@@ -129,6 +129,50 @@ class ReplyPolicy:
             if not isinstance(part, Content):
                 kept.append(part)
         return tuple(kept)
+
+
+class TextPolicy:
+    """The policy of a text that continues a raw prompt: all of it is content, control tokens by their names."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request, stop_strings: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop_ids = request.stop_ids
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stops = StopScanner(stop_strings)
+
+    def accept(self, token_id: int) -> Accepted:
+        """Record the next token and return the text that it completes."""
+        if token_id in self._stop_ids:
+            return Accepted()
+        if self._tokenizer.is_special(token_id):
+            text = self._detokenizer.finish() + self._tokenizer.token_bytes(token_id).decode()
+        else:
+            text = self._detokenizer.add(token_id)
+        shown = self._stops.add(text)
+        reason = None if self._stops.found is None else FinishReason.STOP
+        return Accepted(text, (Content(shown),) if shown else (), reason)
+
+    def forced(self) -> Sequence[int]:
+        """Force nothing."""
+        return ()
+
+    def token_mask(self, draft_ids: Sequence[int]) -> TokenMask | None:  # noqa: ARG002 - the protocol's argument
+        """Allow every token."""
+        return None
+
+    def may_draft(self, draft_ids: Sequence[int], token_id: int) -> bool:  # noqa: ARG002 - the protocol's arguments
+        """Allow every draft."""
+        return True
+
+    def finish(self) -> Accepted:
+        """Return the text that was held back."""
+        if self._stops.found is not None:
+            return Accepted()
+        rest = self._detokenizer.finish()
+        shown = self._stops.add(rest)
+        if self._stops.found is None:
+            shown += self._stops.flush()
+        return Accepted(rest, (Content(shown),) if shown else ())
 
 
 class StopScanner:

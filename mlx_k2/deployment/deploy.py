@@ -139,7 +139,13 @@ def _start(
     hosts = request.hostfile.hosts
     locations = [stage_location(host) for host in hosts]
     with StageGroup(
-        locations, request.lease_s, listener.log, listener.notify, request.stall_timeout_s, cancelled
+        locations,
+        request.lease_s,
+        listener.log,
+        listener.notify,
+        request.stall_timeout_s,
+        cancelled,
+        request.hostfile.envs,
     ) as group:
         listener.phase(f"starting {group.size} stages" if group.size > 1 else "starting the stage")
         hellos = bring_up.handshake(group, (__version__, version("mlx"), version("mlx-lm")))
@@ -147,7 +153,7 @@ def _start(
             listener.phase(f"asking {group.host(0)} for the model's config and tokenizer")
             model = _fetch_description(group, source_on(hosts[0], request.source))
         gpus = [hello.working_set_bytes is not None for hello in hellos]
-        own, names = this_command(), [group.host(rank) for rank in range(group.size)]
+        own, names = this_command(request.address), [group.host(rank) for rank in range(group.size)]
         memories = [
             HostMemory(hello.working_set_bytes, hello.memory_bytes, other_bytes(hello, own)) for hello in hellos
         ]
@@ -185,11 +191,10 @@ def _connect(started: StartedStages, request: DeploymentRequest) -> None:
 def prepare(group: StageGroup, hostfile: Hostfile, sources: Sequence[ModelSource]) -> tuple[Prepared, ...]:
     """Make every stage reserve its ports and read its small files. ``sources`` has each host's own model source."""
     needs_ports = hostfile.backend is Backend.RING and group.size > 1
-    environment = dict(line.split("=", 1) for line in hostfile.envs)
     return bring_up.prepare(
         group,
         [
-            Prepare(rank, group.size, source, host.ips if needs_ports else (), environment)
+            Prepare(rank, group.size, source, host.ips if needs_ports else ())
             for rank, (host, source) in enumerate(zip(hostfile.hosts, sources, strict=True))
         ],
     )
@@ -253,7 +258,8 @@ def _load_message(plan: StagePlan, shape: RunShape, request: DeploymentRequest) 
         num_slots=shape.num_slots,
         context_tokens=shape.context_tokens,
         needed_bytes=plan.needed_bytes,
+        block_bytes=plan.block_bytes,
         dense_bits=shape.dense_bits,
-        registration=RunningStage(this_command(), plan.assignment.held_bytes),
+        registration=RunningStage(this_command(request.address), plan.assignment.held_bytes),
         check_weights=request.check_weights,
     )

@@ -28,6 +28,8 @@ class DeploymentRequest:
     """The path of the hostfile for commands that are shown; None for stages on this machine alone."""
     check_weights: bool = False
     """Whether to search all tensors for NaN and infinity while loading."""
+    address: str | None = None
+    """The URL at which clients reach the model, for the users of other commands; None if there is no server."""
 
 
 def stage_location(host: Host) -> StageLocation:

@@ -15,14 +15,15 @@ from mlx_k2.protocol.messages import Hello
 
 MIN_NAMED_BYTES = GB
 """A command that holds less on a host is not worth a line to the user."""
+_LOOPBACK = tuple(f"{scheme}://{name}" for scheme in ("http", "https") for name in ("127.", "localhost", "[::1]"))
 
 
-def this_command() -> Command:
-    """Return this process as a command. Its name has no arguments, except the subcommand of mlx-k2."""
+def this_command(address: str | None = None) -> Command:
+    """Return this process as a command, which serves at ``address``. Its name has no arguments, only a subcommand."""
     name = Path(sys.argv[0]).name
     if name == "mlx-k2":
         name = " ".join([name, *sys.argv[1:2]])
-    return Command(socket.gethostname(), os.getpid(), name, psutil.Process().create_time())
+    return Command(socket.gethostname(), os.getpid(), name, psutil.Process().create_time(), address)
 
 
 def other_bytes(hello: Hello, own: Command) -> int:
@@ -57,7 +58,10 @@ def _line(host: str, command: Command, num_stages: int, held_bytes: int, own: Co
     began = time.localtime(command.began_unix_s)
     is_today = began[:3] == time.localtime()[:3]
     since = time.strftime("%H:%M" if is_today else "%b %d %H:%M", began)
+    connect = ""
+    if command.address is not None and not (elsewhere and command.address.startswith(_LOOPBACK)):
+        connect = f"; --connect {command.address} uses its model"
     return (
         f"{host} also runs {stages} of another mlx-k2 command "
-        f"(pid {command.pid}{elsewhere}, `{command.name}`, since {since}, {held_bytes / 1e9:.1f} GB)"
+        f"(pid {command.pid}{elsewhere}, `{command.name}`, since {since}, {held_bytes / 1e9:.1f} GB){connect}"
     )

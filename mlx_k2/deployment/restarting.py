@@ -15,7 +15,7 @@ from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import StagePlan
 from mlx_k2.deployment.run_log import RunLog
 from mlx_k2.deployment.stage_report import StageReport
-from mlx_k2.errors import Cancelled, ClusterError, NotFinite
+from mlx_k2.errors import Cancelled, ClusterError, NotFinite, SetupError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor
 from mlx_k2.protocol.messages import FromStage, LayerLoaded
@@ -27,26 +27,36 @@ OnRestart = Callable[["Restart", str], None]
 WAITING = "waiting"
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 30.0
+_MOST_DOUBLINGS = 16
 HEALTHY_S = 600.0
 """After this time without a fault, the count of restarts begins again."""
 
 
 @dataclass(frozen=True)
 class Restart:
-    """A restart of all stages after ``wait_s``, because of ``reason``. It is number ``number`` of at most ``limit``."""
+    """A restart of all stages after ``wait_s``, because of ``reason``.
+
+    It is number ``number`` of at most ``limit``; None: no limit.
+    """
 
     reason: str
     number: int
-    limit: int
+    limit: int | None
     wait_s: float
+
+    @property
+    def count(self) -> str:
+        """The number and the limit, as "2 of at most 3"."""
+        return str(self.number) if self.limit is None else f"{self.number} of at most {self.limit}"
 
 
 class RestartingDeployment:
     """Context manager: on entry the stages are ready as after ``deploy``; on exit all of them are ended.
 
     ``limit`` is the maximum number of restarts, failed ones included, without HEALTHY_S between two of them; with 0, a
-    fault is final. Each wait is twice the one before, up to LONGEST_WAIT_S. Logs and fault reports go to ``log_dir``,
-    with token ids if ``log_tokens``.
+    fault is final. None sets no limit, and then an error of the setup, as of memory that others use, is tried again
+    too. Each wait is twice the one before, up to ``longest_wait_s``. Logs and fault reports go to ``log_dir``, with
+    token ids if ``log_tokens``.
     """
 
     def __init__(
@@ -54,10 +64,11 @@ class RestartingDeployment:
         request: DeploymentRequest,
         model: ModelDescription | None,
         listener: DeploymentListener,
-        limit: int,
+        limit: int | None,
         log_dir: Path | None = None,
         log_tokens: bool = False,
         first_wait_s: float = FIRST_WAIT_S,
+        longest_wait_s: float = LONGEST_WAIT_S,
     ) -> None:
         self._request = request
         self._model = model
@@ -65,6 +76,7 @@ class RestartingDeployment:
         self._listener = self._log or listener
         self._limit = limit
         self._first_wait_s = first_wait_s
+        self._longest_wait_s = longest_wait_s
         self._stack = ExitStack()
         self._num_restarts = 0
         self._was_not_finite = False
@@ -103,8 +115,8 @@ class RestartingDeployment:
             self._num_restarts = 0
             self._was_not_finite = False
         status = HealthMonitor(self.deployment.group).describe_all()
-        while self._num_restarts < self._limit and not (self._was_not_finite and isinstance(error, NotFinite)):
-            wait_s = min(LONGEST_WAIT_S, self._first_wait_s * 2**self._num_restarts)
+        while self._may_restart(error):
+            wait_s = min(self._longest_wait_s, self._first_wait_s * 2 ** min(self._num_restarts, _MOST_DOUBLINGS))
             self._num_restarts += 1
             self._was_not_finite = isinstance(error, NotFinite)
             restart = Restart(str(error), self._num_restarts, self._limit, wait_s)
@@ -118,6 +130,10 @@ class RestartingDeployment:
                 self._start(self.deployment.model, listener, self.deployment)
             except ClusterError as next_error:
                 error = next_error
+            except SetupError as setup_error:
+                if self._limit is not None:
+                    raise
+                error = ClusterError(str(setup_error))
             else:
                 return self.deployment.group
         self._end(error, status)
@@ -128,6 +144,11 @@ class RestartingDeployment:
     def cancel(self) -> None:
         """End a restart that is under way: it raises Cancelled soon. No other restart follows. Any thread may call."""
         self._cancelled.set()
+
+    def _may_restart(self, error: ClusterError) -> bool:
+        if self._limit is None:
+            return True
+        return self._num_restarts < self._limit and not (self._was_not_finite and isinstance(error, NotFinite))
 
     def _end(self, error: ClusterError, status: Sequence[str]) -> None:
         """End the stages, then write the report. The log then contains how each stage ended, and so does the report."""

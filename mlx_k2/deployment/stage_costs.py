@@ -9,6 +9,8 @@ from mlx_k2.weights.inventory import TensorSpec, head_specs, held_bytes, layer_s
 
 GPU_SPEED = StageSpeed(fixed_s=0.003, bytes_per_s=600e9, operations_per_s=15e12)
 """Rough values of an M3 Ultra: bandwidth from published measurements, operations at half of what it should reach."""
+GPU_TILE_ROWS = 16
+"""Rows of a tile of MLX's product of sorted experts (gather_qmm_rhs). The prefill kernel has 32."""
 CPU_SPEED = StageSpeed(fixed_s=0.002, bytes_per_s=10e9, operations_per_s=3.6e9)
 """MLX on Linux: its reference BLAS reaches 3.6 GFLOP/s in float32 for any number of matrix rows (measured)."""
 
@@ -29,13 +31,25 @@ def stage_cost(
     speed = GPU_SPEED if on_gpu else CPU_SPEED
     if gb_per_s is not None:
         speed = StageSpeed(speed.fixed_s, gb_per_s * 1e9, speed.operations_per_s)
-    return StageCost(
-        stage_sizes(config, assignment.first_layer, assignment.end_layer, compute_bytes, dense_bits), speed
+    sizes = stage_sizes(
+        config,
+        assignment.first_layer,
+        assignment.end_layer,
+        compute_bytes,
+        dense_bits,
+        tile_rows=GPU_TILE_ROWS if on_gpu else 1,
     )
+    return StageCost(sizes, speed)
 
 
 def stage_sizes(
-    config: ModelConfig, first_layer: int, end_layer: int, compute_bytes: int, dense_bits: int | None = None
+    config: ModelConfig,
+    first_layer: int,
+    end_layer: int,
+    compute_bytes: int,
+    dense_bits: int | None = None,
+    *,
+    tile_rows: int = 1,
 ) -> StageSizes:
     """Return the sizes of layers ``first_layer`` up to, not including, ``end_layer``; the last includes the head."""
     kinds = [_LayerKind(config, layers) for layers in _alike(config, first_layer, end_layer)]
@@ -46,7 +60,6 @@ def stage_sizes(
     num_experts = config.n_routed_experts if routed_bytes else 0
     num_layers = end_layer - first_layer
     heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
-    used_fraction = config.num_experts_per_tok / num_experts if num_experts else 0.0
     return StageSizes(
         dense_bytes=sum(len(kind.layers) * held_bytes(kind.dense, compute_bytes, dense_bits) for kind in kinds),
         head_bytes=held_bytes(head, compute_bytes, dense_bits),
@@ -54,11 +67,13 @@ def stage_sizes(
         num_experts=num_experts,
         experts_per_token=config.num_experts_per_tok,
         key_bytes=num_layers * config.latent_dim * compute_bytes,
-        operations_per_token=2 * (dense_weights + round(routed_weights * used_fraction)),
+        operations_per_token=2 * dense_weights,
+        operations_per_pair=2 * routed_weights // num_experts if num_experts else 0,
         operations_per_sampled_token=2 * _num_weights(head),
         absorbed_operations=2 * num_layers * heads * (config.latent_dim + config.kv_lora_rank),
         naive_operations=2 * num_layers * heads * (config.qk_head_dim + value),
         rebuild_operations=2 * num_layers * heads * (nope + value) * config.kv_lora_rank,
+        tile_rows=tile_rows,
     )
 
 

@@ -66,7 +66,14 @@ def probe_cluster(
     """
     hosts = request.hostfile.hosts
     locations = [stage_location(host) for host in hosts]
-    with StageGroup(locations, request.lease_s, listener.log, listener.notify, request.stall_timeout_s) as group:
+    with StageGroup(
+        locations,
+        request.lease_s,
+        listener.log,
+        listener.notify,
+        request.stall_timeout_s,
+        environment=request.hostfile.envs,
+    ) as group:
         round_ = _Round(request, group, listener)
         listener.phase("asking the hosts")
         hellos = round_.collect(Hello, range(len(hosts)), bring_up.HANDSHAKE_S, "ssh")

@@ -18,11 +18,13 @@ from typing import IO
 from mlx_k2.errors import ProtocolError
 from mlx_k2.guard.stage_clock import StageClock
 from mlx_k2.guard.watchdog import Watch
-from mlx_k2.protocol.framing import MARK, Frame, FrameReader, FrameWriter, Kind
+from mlx_k2.protocol.framing import MARK, Frame, FrameReader, FrameWriter, Kind, read_frame
 from mlx_k2.protocol.guard_messages import ENDED_BY_ITSELF, POLITE_S, GuardSettings, StageExit, kill_after_s
 from mlx_k2.protocol.stage_status import PhaseUpdate
 
 TICK_S = 0.25
+FIRST_FRAME_S = 20
+"""Time limit for the coordinator's first frame, before which no stage is started."""
 LAST_FRAMES_S = 1.0
 """Time limit for reading the stage's last frames, and again for writing the guard's own."""
 KILLED_S = 60.0
@@ -37,12 +39,22 @@ def run_guard(child_command: Sequence[str]) -> int:
     """
     outward = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    return _Guard(child_command, inward=os.fdopen(os.dup(0), "rb"), outward=outward).run()
+    inward = os.fdopen(os.dup(0), "rb")
+    signal.alarm(FIRST_FRAME_S)  # ends this process, which has no stage yet
+    first = read_frame(inward)
+    signal.alarm(0)
+    if first is None:
+        return 1
+    if first.kind is not Kind.GUARD_SETTINGS:
+        raise ProtocolError(f"the coordinator's first frame is a {first.kind.name} frame")
+    return _Guard(child_command, inward, outward, GuardSettings.from_json(first.payload)).run()
 
 
 class _Guard:
-    def __init__(self, child_command: Sequence[str], inward: IO[bytes], outward: IO[bytes]) -> None:
-        self._settings = GuardSettings()
+    def __init__(
+        self, child_command: Sequence[str], inward: IO[bytes], outward: IO[bytes], settings: GuardSettings
+    ) -> None:
+        self._settings = settings
         self._has_received = True
         self._clock = StageClock()
         self._reasons: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # its put is safe in a signal handler
@@ -53,7 +65,11 @@ class _Guard:
             [sys.executable, "-P", "-m", "mlx_k2.guard.watchdog"], stdin=subprocess.PIPE, process_group=0
         )
         self._child = subprocess.Popen(
-            child_command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=self._watchdog.pid
+            child_command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            process_group=self._watchdog.pid,
+            env=os.environ | dict(line.split("=", 1) for line in settings.environment),
         )
         if sys.platform == "darwin":
             caffeinate = ["/usr/bin/caffeinate", "-i", "-w", str(os.getpid())]

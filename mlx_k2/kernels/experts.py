@@ -11,13 +11,23 @@ from mlx_k2.kernels import check_cache, reference, variants
 from mlx_k2.kernels.batched_decode import MAX_TOKENS
 from mlx_k2.kernels.decode import MAX_TOP_K
 from mlx_k2.kernels.dispatch import run
-from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, ROUTER, KernelCheck, LayerShape, check_kernel
+from mlx_k2.kernels.layer_time import Layer, time_layer
+from mlx_k2.kernels.self_check import (
+    BATCH,
+    DECODE,
+    PREFILL,
+    ROUTER,
+    KernelCheck,
+    LayerShape,
+    check_kernel,
+    random_stack,
+)
 from mlx_k2.kernels.stack import AffineStack, ExpertStack
 from mlx_k2.kernels.tuning import DEFAULT as DEFAULT_TUNING
 from mlx_k2.kernels.tuning import Tuning
 from mlx_k2.kernels.variants import Experts
 
-__all__ = ["ExpertStack", "prepare", "route", "routed_experts"]
+__all__ = ["ExpertStack", "route", "routed_experts"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +35,19 @@ METAL_KERNELS = (DECODE, BATCH, PREFILL, ROUTER)
 CUDA_KERNELS = (DECODE, BATCH)  # the others use simdgroup matrices, or Metal names that cuda.h does not define
 
 
-class UsableKernels(NamedTuple):
-    """The kernels that may run on this machine, their sizes, and a warning for each kernel that may not."""
+SHORT, LONG = "short chunk", "long chunk"
+LONG_FROM_TOKENS = 192
+"""From here on MLX's own product reads an expert once for its pairs (GatherQMM::eval_gpu: 4 pairs for each of 384)."""
+TOKEN_RANGES = {DECODE: (DECODE,), BATCH: (BATCH,), PREFILL: (SHORT, LONG)}
+TIMED_TOKENS = {DECODE: 1, BATCH: 8, SHORT: 64, LONG: 2048}
+MAX_STARTS = 2
+"""Checks of a kernel that may be started and not come back. After them the kernel is not used."""
 
-    kernels: frozenset[str]
+
+class UsableKernels(NamedTuple):
+    """The ranges of tokens in which kernels run here, their sizes, and a warning for each kernel that may not."""
+
+    token_ranges: frozenset[str]
     tuning: Tuning
     warnings: tuple[str, ...]
 
@@ -50,8 +69,8 @@ def route(
     """
     one_group = top_groups >= num_groups and top_k <= MAX_TOP_K and router_weight.dtype == hidden.dtype
     if one_group and _backend_kernels():
-        shape = LayerShape(hidden.shape[1], 0, top_k, hidden.dtype)
-        if ROUTER in usable(shape).kernels:
+        shape = LayerShape(hidden.shape[1], 0, top_k, hidden.dtype, router_weight.shape[0])
+        if ROUTER in usable(shape).token_ranges:
             return variants.route(
                 hidden,
                 router_weight,
@@ -83,73 +102,127 @@ def routed_experts(
     if isinstance(stack, AffineStack):
         return reference.routed_experts(x, expert_ids, expert_weights, stack)
     if _backend_kernels() and top_k <= MAX_TOP_K and stack.gate_scale.dtype == x.dtype:
-        here = usable(LayerShape(stack.hidden_size, stack.intermediate_size, top_k, x.dtype))
-        name, compute = kernel_for(x.shape[0])
-        if name in here.kernels:
+        shape = LayerShape(stack.hidden_size, stack.intermediate_size, top_k, x.dtype, stack.num_experts)
+        here = usable(shape)
+        _, token_range, compute = kernel_for(x.shape[0])
+        if token_range in here.token_ranges:
             return compute(x, expert_ids, expert_weights, stack, here.tuning, run)
     return reference.routed_experts(x, expert_ids, expert_weights, stack)
 
 
-def kernel_for(tokens: int) -> tuple[str, Experts]:
-    """Return the kernel for this number of tokens.
+def kernel_for(tokens: int) -> tuple[str, str, Experts]:
+    """Return the kernel for this number of tokens, its range of tokens, and its computation.
 
-    DECODE and BATCH read each chosen expert's weights once, PREFILL once per tile of 32 pairs.
+    DECODE and BATCH read each chosen expert's weights once, PREFILL once per tile of 32 pairs. A chunk is SHORT if
+    plain MLX would read an expert once for each of its pairs.
     """
     if tokens == 1:
-        return DECODE, variants.decode_experts
+        return DECODE, DECODE, variants.decode_experts
     if tokens <= MAX_TOKENS:
-        return BATCH, variants.batch_experts
-    return PREFILL, variants.prefill_experts
+        return BATCH, BATCH, variants.batch_experts
+    return PREFILL, SHORT if tokens < LONG_FROM_TOKENS else LONG, variants.prefill_experts
 
 
-def prepare(stack: ExpertStack | AffineStack, top_k: int, dtype: mx.Dtype) -> tuple[str, ...]:
-    """Check the kernels for this layer and activations of ``dtype`` now, not at the first token.
-
-    Return a warning for each kernel that plain MLX replaces. Return nothing without a GPU: there is nothing to check.
-    """
+def warnings_for(shape: LayerShape) -> tuple[str, ...]:
+    """Return a warning for each kernel of experts and router that plain MLX replaces; nothing without a GPU."""
     if not _backend_kernels():
         return ()
-    shipped = stack.experts if isinstance(stack, AffineStack) else stack
-    warnings = usable(LayerShape(shipped.hidden_size, 0, top_k, dtype)).warnings
-    if isinstance(stack, AffineStack):
+    warnings = usable(shape._replace(intermediate_size=0)).warnings
+    if shape.dtype != mx.bfloat16:
         return (*warnings, "the experts' kernels compute in the checkpoint's dtype only; plain MLX runs instead")
-    return (*usable(LayerShape(shipped.hidden_size, shipped.intermediate_size, top_k, dtype)).warnings, *warnings)
+    return (*usable(shape).warnings, *warnings)
 
 
-@functools.cache
 def usable(shape: LayerShape) -> UsableKernels:
     """Return the kernels that agree with the reference for this shape. Each is checked once per machine and cached."""
-    cached = checks(shape, check_cache.DEFAULT_DIRECTORY)
-    names = frozenset(check.kernel for check in cached.checks if check.usable)
-    warnings = tuple(check.warning for check in cached.checks if not check.usable)
-    return UsableKernels(names, cached.tuning or DEFAULT_TUNING, warnings)
+    if shape not in _adopted:
+        adopt(shape, checks(shape, check_cache.DEFAULT_DIRECTORY))
+    return _adopted[shape]
 
 
-def checks(shape: LayerShape, directory: Path) -> check_cache.CachedChecks:
-    """Return the checks for this shape. Run those that are not cached, log a warning for each failure, and cache them.
+_adopted: dict[LayerShape, UsableKernels] = {}
 
-    A shape of intermediate size 0 means the router alone.
+
+def adopt(shape: LayerShape, cached: check_cache.CachedChecks) -> None:
+    """Use the checks that this or another process made for this shape. Of a kernel without a result, use none."""
+    made = {check.kernel: check for check in cached.checks}
+    missing = "its check did not come back"
+    results = [made.get(name, KernelCheck(name, False, None, missing, passing=True)) for name in _kernels_for(shape)]
+    token_ranges = frozenset(
+        token_range
+        for check in results
+        if check.usable
+        for token_range in (TOKEN_RANGES.get(check.kernel) or (check.kernel,))
+        if token_range not in check.slower
+    )
+    warnings = tuple(check.warning for check in results if not check.usable)
+    _adopted[shape] = UsableKernels(token_ranges, cached.tuning or DEFAULT_TUNING, warnings)
+
+
+def checks(shape: LayerShape, directory: Path, *, again: bool = False) -> check_cache.CachedChecks:
+    """Return the checks for this shape. Make those that are not cached, log a warning for each failure, and cache them.
+
+    A shape of intermediate size 0 means the router alone. ``again``: forget what is cached. A check that ends its
+    process, or whose process is ended, is tried twice. A fault that passes is checked again each time.
     """
     path = check_cache.cache_path(directory, shape, chip())
-    cached = check_cache.load(path) or check_cache.CachedChecks([], None)
-    names = _kernels_for(shape)
-    known = {check.kernel for check in cached.checks}
-    for name in names:
-        if name in known:
-            continue
-        # if the check crashes the process, the next process reads this entry and does not use the kernel
-        started = KernelCheck(name, False, None, "an earlier check did not come back")
-        check_cache.store(path, cached.with_check(started), chip())
-        check = check_kernel(name, shape, DEFAULT_TUNING)
-        if not check.usable:
-            logger.warning(check.warning)
-        cached = cached.with_check(check)
-        check_cache.store(path, cached, chip())
-    return cached
+    with check_cache.locked(path):
+        cached = (None if again else check_cache.load(path)) or check_cache.CachedChecks([], None)
+        for name in _kernels_for(shape):
+            known = next((check for check in cached.checks if check.kernel == name), None)
+            if known is not None and not known.passing:
+                continue
+            if cached.started.get(name, 0) >= MAX_STARTS:
+                check = KernelCheck(name, False, None, f"{MAX_STARTS} checks did not come back")
+            else:
+                check_cache.store(path, cached.with_start(name), chip())
+                check = _check_and_time(name, shape)
+            if not check.usable:
+                logger.warning(check.warning)
+            cached = cached.with_check(check)
+            check_cache.store(path, cached, chip())
+        return cached
+
+
+def _check_and_time(name: str, shape: LayerShape) -> KernelCheck:
+    check = check_kernel(name, shape, DEFAULT_TUNING)
+    try:
+        return check._replace(slower=slower_token_ranges(name, shape)) if check.usable else check
+    except Exception as failure:  # noqa: BLE001  memory for chunks of 2048 tokens may be missing
+        return check._replace(usable=False, passing=True, reason=f"it could not be timed: {failure}")
+
+
+def slower_token_ranges(name: str, shape: LayerShape) -> tuple[str, ...]:
+    """Return the ranges of tokens of a kernel in which plain MLX is faster for this shape on this machine."""
+    token_ranges = TOKEN_RANGES.get(name, ())
+    if not token_ranges:
+        return ()
+    stack = random_stack(shape, shape.num_experts)
+    mx.eval(stack)
+
+    def seconds(layer: Layer, tokens: int) -> float:
+        return time_layer(layer, stack, tokens, shape.top_k, chain=2, repeats=2).seconds
+
+    return tuple(
+        token_range
+        for token_range in token_ranges
+        if seconds(reference.routed_experts, TIMED_TOKENS[token_range])
+        < seconds(layer_of(TIMED_TOKENS[token_range], DEFAULT_TUNING), TIMED_TOKENS[token_range])
+    )
+
+
+def layer_of(tokens: int, tuning: Tuning) -> Layer:
+    """Return the layer of routed experts that the kernel for this number of tokens computes."""
+    _, _, compute = kernel_for(tokens)
+
+    def layer(x: mx.array, ids: mx.array, weights: mx.array, stack: ExpertStack) -> mx.array:
+        return compute(x, ids, weights, stack, tuning, run)
+
+    return layer
 
 
 def new_checks(shape: LayerShape) -> list[KernelCheck]:
-    """Check this machine's kernels for this shape now, whatever is cached. Cache nothing."""
+    """Check this machine's kernels for this shape now, whatever is cached. Cache nothing and time nothing."""
     return [check_kernel(name, shape, DEFAULT_TUNING) for name in _kernels_for(shape)]
 
 

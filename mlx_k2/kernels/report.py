@@ -34,6 +34,21 @@ class KernelReport(msgspec.Struct, frozen=True, kw_only=True):
     """The best measured sizes of the kernels; empty if they could not be measured."""
 
 
+class IdleTime(msgspec.Struct, frozen=True):
+    """Time to read ``held_bytes`` of GPU memory right after the last read, and after seconds without GPU work."""
+
+    held_bytes: int
+    warm_seconds: float
+    idle_seconds: float
+
+
+class AttentionTime(msgspec.Struct, frozen=True):
+    """Time of a layer's attention for a chunk of an 8k prompt: MLX's fused kernel in small blocks, and unfused."""
+
+    fused_seconds: float
+    unfused_seconds: float
+
+
 class DecodeTime(msgspec.Struct, frozen=True):
     """Time of one token through the feed-forward blocks of all layers with experts."""
 

@@ -32,7 +32,7 @@ class StageGroup:
 
     ``log`` receives every line of every stage's stderr, prefixed, on the stage's own threads; it must not block.
     ``notify`` (default: ``log``) receives lines about the stages that the exit waits for. Once ``cancelled`` is set, a
-    monitor of the group raises Cancelled.
+    monitor of the group raises Cancelled. ``environment`` are ``NAME=value`` lines that every stage starts with.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class StageGroup:
         notify: Callable[[str], None] | None = None,
         stall_timeout_s: float = STALL_TIMEOUT_S,
         cancelled: threading.Event | None = None,
+        environment: Sequence[str] = (),
     ) -> None:
         self.stall_timeout_s = stall_timeout_s
         """Time to wait for a stopped stage, a silent host or a stuck hop."""
@@ -50,7 +51,7 @@ class StageGroup:
         self._locations = tuple(locations)
         self._notify = notify or log
         self._events: queue.SimpleQueue[StageEvent] = queue.SimpleQueue()  # bounded by plans and requests
-        settings = GuardSettings(lease_s=lease_s)
+        settings = GuardSettings(lease_s=lease_s, environment=tuple(environment))
         self._stages = [
             StageProcess(rank, location, settings, self._events.put, log)
             for rank, location in enumerate(self._locations)

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import IO
 
 from mlx_k2.errors import ProtocolError
@@ -77,7 +78,7 @@ class StageProcess:
 
     def set_held_bytes(self, held_bytes: int) -> None:
         """Send the memory that the stage holds to the guard, which gives a larger stage more time to end."""
-        self._settings = GuardSettings(self._settings.lease_s, held_bytes)
+        self._settings = replace(self._settings, held_bytes=held_bytes)
         self._put(Kind.GUARD_SETTINGS, self._settings.to_json())
 
     def send(self, message: ToStage) -> None:

@@ -13,17 +13,31 @@ from mlx_lm.models.rope_utils import YarnRoPE
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.model.layer_weights import AttentionWeights, LowRankQuery
-from mlx_k2.model.linear import Matrix, multiply, multiply_transposed, some_heads
+from mlx_k2.model.linear import Matrix, multiply, multiply_transposed, some_heads, transposed
 
 BOTTLENECK_NORM_EPS = 1e-6
 """Epsilon of q_a_layernorm and kv_a_layernorm: the published code's default, not the config's rms_norm_eps."""
 
-BLOCK_BYTES = 128 * 2**20
-"""Memory limit of a block of heads or queries: their scores and the keys and values rebuilt for them.
+FUSED_FROM_BYTES = 128 * 2**20
+"""Scores from which the first chunk of a prompt uses the fused kernel."""
+_FEWEST_QUERIES = 256
+"""Fewest queries in a block for which products of scores keep a GPU busy."""
 
-Two such blocks are in memory at a time. A block has at least one head, which may exceed the limit: at 100k keys its
-keys and values alone may be larger.
-"""
+
+class AttentionLimits(NamedTuple):
+    """Limits of the blocks of heads and queries in which attention is computed.
+
+    ``block_bytes`` limits a block's scores and the keys and values rebuilt for it. Two blocks are in memory at a time.
+    A block has at least ``min_heads`` heads, whose keys and values alone may exceed the limit on a CPU. With ``fused``,
+    MLX's fused kernel may be used, which exists on GPUs only and stores no scores.
+    """
+
+    block_bytes: int = 128 * 2**20
+    min_heads: int = 1
+    fused: bool = False
+
+
+ON_CPU = AttentionLimits()
 
 
 class Projections(NamedTuple):
@@ -96,7 +110,9 @@ def _query(hidden: mx.array, weights: AttentionWeights) -> mx.array:
     return multiply(hidden, query.projection)
 
 
-def attend_absorbed(queries: mx.array, keys: mx.array, position: int, latent_dim: int) -> mx.array:
+def attend_absorbed(
+    queries: mx.array, keys: mx.array, position: int, latent_dim: int, limits: AttentionLimits = ON_CPU
+) -> mx.array:
     """Return the attention of ``queries`` (heads, count, row), the first at ``position``, to ``keys`` (keys, row).
 
     The result (heads, count, latent_dim) is in the latent space; ``value_up`` projects it to each head's values.
@@ -107,40 +123,68 @@ def attend_absorbed(queries: mx.array, keys: mx.array, position: int, latent_dim
         scores = _hide_later_keys(queries[:, block] @ keys.T, position + block.start)
         return mx.softmax(scores, axis=-1, precise=True) @ keys[:, :latent_dim]
 
-    return _in_blocks(attend, count, BLOCK_BYTES // (heads * _scores_bytes(keys.shape[0], queries.itemsize)), axis=1)
+    query_block = limits.block_bytes // (heads * _scores_bytes(keys.shape[0], queries.itemsize))
+    return _in_blocks(attend, count, query_block, axis=1)
 
 
-def fits_absorbed(heads: int, count: int, num_keys: int, item_bytes: int) -> bool:
+def fits_absorbed(heads: int, count: int, num_keys: int, item_bytes: int, limits: AttentionLimits = ON_CPU) -> bool:
     """Return whether `attend_absorbed` processes these queries in one block and therefore evaluates nothing."""
-    return heads * count * _scores_bytes(num_keys, item_bytes) <= BLOCK_BYTES
+    return heads * count * _scores_bytes(num_keys, item_bytes) <= limits.block_bytes
+
+
+class NaiveBlocks(NamedTuple):
+    """The blocks in which naive attention is computed: heads, and queries of each of them. ``fused``: the kernel."""
+
+    heads: int
+    queries: int
+    fused: bool
+
+
+def naive_blocks(
+    heads: int, count: int, head_dim: int, position: int, item_bytes: int, limits: AttentionLimits
+) -> NaiveBlocks:
+    """Return the blocks for ``count`` queries of a prompt, the first at ``position``.
+
+    The fused kernel is slower for a head of 192 values (MLX: sdpa_vector.cpp), except for the first chunk, of whose
+    pairs it skips the masked half. It is also used if too few queries fit.
+    """
+    num_keys = position + count
+    query_scores_bytes = _scores_bytes(num_keys, item_bytes)
+    rebuilt_bytes = rebuilt_bytes_per_head(num_keys, head_dim, item_bytes)
+    head_block = max(limits.block_bytes // (rebuilt_bytes + count * query_scores_bytes), min(limits.min_heads, heads))
+    left_bytes = max(limits.block_bytes - max(1, head_block) * rebuilt_bytes, limits.block_bytes // 4)
+    query_block = left_bytes // (max(1, head_block) * query_scores_bytes)
+    is_first = position == 0 and heads * count * query_scores_bytes > FUSED_FROM_BYTES
+    if limits.fused and (is_first or query_block < min(count, _FEWEST_QUERIES)):
+        return NaiveBlocks(max(limits.block_bytes // rebuilt_bytes, head_block), count, fused=True)
+    return NaiveBlocks(head_block, query_block, fused=False)
+
+
+def rebuilt_bytes_per_head(num_keys: int, head_dim: int, item_bytes: int) -> int:
+    """Return the bytes of one head's rebuilt keys, their two parts, values, and on a CPU the keys' transpose."""
+    num_copies = 4 if item_bytes == mx.float32.size else 3
+    return num_keys * num_copies * head_dim * item_bytes
 
 
 def attend_naive(
-    queries: mx.array, keys: mx.array, position: int, weights: AttentionWeights, *, fused: bool
+    queries: mx.array, keys: mx.array, position: int, weights: AttentionWeights, limits: AttentionLimits = ON_CPU
 ) -> mx.array:
     """Return the attention (heads, count, v_head) of ``queries`` (heads, count, qk_head) to ``keys`` (keys, row).
 
-    The first query is at ``position``. Heads, and then queries, are processed in blocks. With ``fused``, MLX's fused
-    GPU kernel, which stores no scores, is used if the scores of all heads do not fit in one block.
+    The first query is at ``position``. Heads, and then queries, are processed in blocks (`naive_blocks`).
     """
     heads, count, head_dim = queries.shape
-    num_keys = keys.shape[0]
-    query_scores_bytes = _scores_bytes(num_keys, queries.itemsize)
-    scores_bytes = count * query_scores_bytes
-    fused = fused and heads * scores_bytes > BLOCK_BYTES
-    rebuilt_bytes = num_keys * 3 * head_dim * queries.itemsize  # of one head: keys, their two parts, and values
-
-    query_block = max(BLOCK_BYTES - rebuilt_bytes, BLOCK_BYTES // 4) // query_scores_bytes
+    blocks = naive_blocks(heads, count, head_dim, position, queries.itemsize, limits)
 
     def attend(block: slice) -> mx.array:
         head_keys, head_values = _rebuild(
             keys, some_heads(weights.key_up, block), some_heads(weights.value_up, block), weights.latent_norm.size
         )
-        if fused:
+        if blocks.fused:
             return attend_fused(queries[block], head_keys, head_values, force=True)
-        return attend_unfused(queries[block], head_keys, head_values, position, query_block)
+        return attend_unfused(queries[block], head_keys, head_values, position, blocks.queries)
 
-    return _in_blocks(attend, heads, BLOCK_BYTES // (rebuilt_bytes + (0 if fused else scores_bytes)), axis=0)
+    return _in_blocks(attend, heads, blocks.heads, axis=0)
 
 
 def _rebuild(cache_rows: mx.array, key_up: Matrix, value_up: Matrix, latent_dim: int) -> tuple[mx.array, mx.array]:
@@ -154,12 +198,14 @@ def _rebuild(cache_rows: mx.array, key_up: Matrix, value_up: Matrix, latent_dim:
 def attend_unfused(queries: mx.array, keys: mx.array, values: mx.array, position: int, query_block: int) -> mx.array:
     """Return the attention of queries (heads, count, qk_head) to keys and values (heads, keys, ...).
 
-    The result is (heads, count, v_head). ``query_block`` queries are processed at a time.
+    The result is (heads, count, v_head). ``query_block`` queries are processed at a time, with the keys up to the last
+    of them.
     """
 
     def attend(block: slice) -> mx.array:
-        scores = _hide_later_keys(queries[:, block] @ keys.swapaxes(-1, -2), position + block.start)
-        return mx.softmax(scores, axis=-1, precise=True) @ values
+        end = position + block.stop
+        scores = _hide_later_keys(queries[:, block] @ transposed(keys[:, :end]), position + block.start)
+        return mx.softmax(scores, axis=-1, precise=True) @ values[:, :end]
 
     return _in_blocks(attend, queries.shape[1], query_block, axis=1)
 

@@ -10,7 +10,15 @@ import mlx.core as mx
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.kernels.experts import route, routed_experts
-from mlx_k2.model.attention import Projections, attend_absorbed, attend_naive, make_projections, make_rope
+from mlx_k2.model.attention import (
+    ON_CPU,
+    AttentionLimits,
+    Projections,
+    attend_absorbed,
+    attend_naive,
+    make_projections,
+    make_rope,
+)
 from mlx_k2.model.batch import Batch
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.layer_weights import AttentionWeights, DenseWeights, LayerWeights, MoeWeights
@@ -26,10 +34,10 @@ batches does building the graph take longer than running it."""
 class DecoderLayer:
     """The computation that all decoder layers of a stage share. Each call receives the weights of one layer."""
 
-    def __init__(self, config: ModelConfig, *, fused_attention: bool) -> None:
+    def __init__(self, config: ModelConfig, attention_limits: AttentionLimits = ON_CPU) -> None:
         self._eps = config.rms_norm_eps
         self._latent_dim = config.kv_lora_rank
-        self._fused_attention = fused_attention
+        self._attention_limits = attention_limits
         self._project = make_projections(config, make_rope(config))
         self._feed_forward = make_feed_forward(config)
         self._compiled_before, self._compiled_after = mx.compile(self._before), mx.compile(self._after)
@@ -67,11 +75,11 @@ class DecoderLayer:
             if span.is_prompt:
                 assert projections.naive_queries is not None
                 queries = projections.naive_queries[:, start - batch.num_generated : end - batch.num_generated]
-                naive.append(attend_naive(queries, keys, span.position, weights, fused=self._fused_attention))
+                naive.append(attend_naive(queries, keys, span.position, weights, self._attention_limits))
             else:
                 assert projections.absorbed_queries is not None
                 queries = projections.absorbed_queries[:, start:end]
-                absorbed.append(attend_absorbed(queries, keys, span.position, self._latent_dim))
+                absorbed.append(attend_absorbed(queries, keys, span.position, self._latent_dim, self._attention_limits))
             start = end
         return _join_spans(absorbed), _join_spans(naive)
 

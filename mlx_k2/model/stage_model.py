@@ -9,7 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_k2.config import ModelConfig
-from mlx_k2.model.attention import fits_absorbed
+from mlx_k2.model.attention import ON_CPU, AttentionLimits, fits_absorbed
 from mlx_k2.model.batch import Batch
 from mlx_k2.model.decoder_layer import DecoderLayer
 from mlx_k2.model.latent_cache import LatentCache
@@ -35,15 +35,15 @@ class StageModel:
         embedding: mx.array | None,
         head: Head | None,
         cache: LatentCache,
-        *,
-        fused_attention: bool,
+        attention_limits: AttentionLimits = ON_CPU,
     ) -> None:
         self._config = config
         self._layers = layers
         self._embedding = embedding
         self._head = head
         self._cache = cache
-        self._decoder_layer = DecoderLayer(config, fused_attention=fused_attention)
+        self._attention_limits = attention_limits
+        self._decoder_layer = DecoderLayer(config, attention_limits)
 
     def copy_positions(self, source: int, target: int, count: int) -> None:
         """Copy the first ``count`` cached positions of slot ``source`` to slot ``target``."""
@@ -58,7 +58,7 @@ class StageModel:
         """Return whether `run` evaluates nothing, so that it can be called before the hidden states have arrived."""
         heads, item_bytes = self._config.num_attention_heads, self._cache.dtype.size
         return batch.num_generated == batch.num_tokens and all(
-            fits_absorbed(heads, span.count, span.end, item_bytes) for span in batch.spans
+            fits_absorbed(heads, span.count, span.end, item_bytes, self._attention_limits) for span in batch.spans
         )
 
     def run(self, hidden: mx.array, batch: Batch) -> mx.array:

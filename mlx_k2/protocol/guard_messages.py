@@ -32,11 +32,13 @@ def kill_after_s(held_bytes: int) -> float:
 class GuardSettings:
     """Payload of GUARD_SETTINGS. The guard ends the stage after ``lease_s`` without a frame from the coordinator.
 
-    ``held_bytes`` is the memory that the stage holds; it determines ``kill_after_s``.
+    ``held_bytes`` is the memory that the stage holds; it determines ``kill_after_s``. ``environment`` are lines
+    ``NAME=value`` of the first settings. The guard starts the stage with them: MLX reads some when it is imported.
     """
 
     lease_s: float = 20.0
     held_bytes: int = 0
+    environment: tuple[str, ...] = ()
 
     def to_json(self) -> bytes:
         """Encode the payload."""
@@ -50,10 +52,12 @@ class GuardSettings:
             ProtocolError: the payload is not a GuardSettings object, or a value is out of range.
         """
         values = _object(payload, cls)
-        lease_s, held_bytes = values["lease_s"], values["held_bytes"]
+        lease_s, held_bytes, lines = values["lease_s"], values["held_bytes"], values["environment"]
         if not isinstance(lease_s, int | float) or not lease_s > 0 or not isinstance(held_bytes, int) or held_bytes < 0:
             raise ProtocolError(f"guard settings out of range: {payload!r}")
-        return cls(lease_s=float(lease_s), held_bytes=held_bytes)
+        if not isinstance(lines, list) or not all(isinstance(line, str) and "=" in line for line in lines):
+            raise ProtocolError("the environment in the guard settings is not a list of NAME=value lines")
+        return cls(lease_s=float(lease_s), held_bytes=held_bytes, environment=tuple(lines))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import msgspec
 
 from mlx_k2.cluster.host_facts import HopSpeed, HostFacts, RunningStage
+from mlx_k2.cluster.memory import CPU_BLOCK_BYTES
 from mlx_k2.errors import ProtocolError, RequestError
 from mlx_k2.protocol.framing import MAX_PAYLOAD_BYTES
 from mlx_k2.sampling import SampledToken
@@ -39,15 +40,13 @@ class DownloadShard(msgspec.Struct, frozen=True, tag=True):
 class Prepare(msgspec.Struct, frozen=True, tag=True):
     """Request to take rank ``rank``, read the model's config and index, and hold a port on each listen address.
 
-    A listen address is ``ip`` (the stage picks a free port) or ``ip:port``. ``environment`` holds the environment
-    variables of the hostfile. Answered by Prepared.
+    A listen address is ``ip`` (the stage picks a free port) or ``ip:port``. Answered by Prepared.
     """
 
     rank: int
     num_stages: int
     model: ModelSource
     listen: tuple[str, ...]
-    environment: dict[str, str]
 
 
 class RingLinks(msgspec.Struct, frozen=True, tag=True):
@@ -102,7 +101,8 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     """Request to load layers ``first_layer`` up to, not including, ``end_layer``.
 
     Answered by any number of DownloadProgress and LayerLoaded, then Loaded. ``needed_bytes`` is the memory of shard,
-    cache and working space together; a Mac keeps that much wired. Attention, shared experts, dense layers and the head
+    cache and working space together; a Mac keeps that much wired. ``block_bytes`` is the limit of a block of attention.
+    Attention, shared experts, dense layers and the head
     are quantized to ``dense_bits`` bits per weight; None: they are not quantized. Stages that start on the host later
     report ``registration``. ``check_weights``: search all tensors for NaN and infinity, not only those that a step
     could read without a trace of it.
@@ -114,6 +114,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     num_slots: int
     context_tokens: int
     needed_bytes: int
+    block_bytes: int = CPU_BLOCK_BYTES
     dense_bits: int | None = None
     registration: RunningStage | None = None
     check_weights: bool = False

@@ -4,8 +4,13 @@ A stage reads its dense weights once per microbatch of any size. It reads those 
 uses, and those cache rows that are attended to.
 """
 
+import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+_TILES_FROM_TOKENS = 17
+"""Steps of fewer tokens compute pairs, not tiles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +28,9 @@ class StageSizes:
     key_bytes: int
     """Bytes of one cache position, summed over the layers."""
     operations_per_token: int
+    """Operations of all weights but routed experts and head."""
+    operations_per_pair: int
+    """Operations of one routed expert for one token, summed over the layers that have experts."""
     operations_per_sampled_token: int
     absorbed_operations: int
     """Absorbed attention of one generated token to one position."""
@@ -30,6 +38,9 @@ class StageSizes:
     """Naive attention of one prompt token to one position."""
     rebuild_operations: int
     """Rebuilding one position's keys and values. Done once for each chunk that attends to it."""
+    tile_rows: int = 1
+    """Tokens of an expert that a prompt's chunk computes together; a tile that is not full takes as long as a full one.
+    """
 
 
 @dataclass(frozen=True)
@@ -81,10 +92,11 @@ def bytes_read(sizes: StageSizes, load: StepLoad) -> float:
     return weights + sizes.key_bytes * (load.absorbed_keys + load.naive_keys)
 
 
-def operations(sizes: StageSizes, load: StepLoad) -> int:
+def operations(sizes: StageSizes, load: StepLoad) -> float:
     """Return the operations that a stage computes for a step."""
     return (
         sizes.operations_per_token * load.num_tokens
+        + sizes.operations_per_pair * routed_rows(sizes, load.num_tokens)
         + sizes.operations_per_sampled_token * load.num_sampled
         + sizes.absorbed_operations * load.absorbed_pairs
         + sizes.naive_operations * load.naive_pairs
@@ -110,6 +122,35 @@ def expected_experts(num_experts: int, experts_per_token: int, num_tokens: int) 
     if num_experts == 0:
         return 0.0
     return num_experts * (1.0 - (1.0 - experts_per_token / num_experts) ** num_tokens)
+
+
+def routed_rows(sizes: StageSizes, num_tokens: int) -> float:
+    """Return the rows that a layer's routed experts compute: one for each pair, and the empty rows of their tiles."""
+    if sizes.tile_rows == 1 or num_tokens < _TILES_FROM_TOKENS or sizes.num_experts == 0:
+        return num_tokens * sizes.experts_per_token
+    tiles = expected_tiles(sizes.num_experts, sizes.experts_per_token, num_tokens, sizes.tile_rows)
+    return sizes.tile_rows * tiles
+
+
+@functools.lru_cache(maxsize=4096)
+def expected_tiles(num_experts: int, experts_per_token: int, num_tokens: int, tile_rows: int) -> float:
+    """Return the expected number of tiles of all experts, if each token chooses at random.
+
+    An expert's tokens are binomially distributed. Numbers further than 12 standard deviations from the mean are left
+    out.
+    """
+    chance = experts_per_token / num_experts
+    if chance >= 1:
+        return float(num_experts * math.ceil(num_tokens / tile_rows))
+    mean = num_tokens * chance
+    reach = 12 * math.sqrt(mean) + 12
+    first = math.lgamma(num_tokens + 1)
+    tiles = 0.0
+    for count in range(max(1, int(mean - reach)), min(num_tokens, int(mean + reach)) + 1):
+        ways = first - math.lgamma(count + 1) - math.lgamma(num_tokens - count + 1)
+        log_chance = ways + count * math.log(chance) + (num_tokens - count) * math.log1p(-chance)
+        tiles += math.exp(log_chance) * math.ceil(count / tile_rows)
+    return num_experts * tiles
 
 
 def pipeline_s(stage_steps_s: Iterable[Iterable[float]]) -> float:

@@ -11,7 +11,7 @@ from mlx_k2.scheduling.cost_model import StageSizes, StageSpeed, StepLoad, bytes
 
 _FADE = 0.98
 """Factor on a step's weight after each later step: about the last 50 steps count."""
-_TRUST = 1e-4
+_TRUST = 5e-5
 """Weight of the expected speed relative to all steps: enough to decide what the steps leave open."""
 _STEPS_A_FIT = 8
 _LONGEST_STEP_S = 1e9

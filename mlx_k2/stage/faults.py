@@ -14,13 +14,15 @@ _OUT_OF_MEMORY = (
     "Resource temporarily unavailable",  # no memory for a new thread's stack
 )
 """Substrings of out-of-memory errors of MLX, of C++ and of the system."""
+_GPU_STOPPED = ("GPU Timeout", "Impacting Interactivity")
+"""Substrings of Metal's errors for a command buffer that macOS ended because it ran too long."""
 
 
 def fault_of(error: Exception) -> Fault:
     """Return the Fault for an error.
 
-    An MlxK2Error keeps its class and text. A lost neighbour becomes NeighbourLost, refused memory StageFault. All other
-    errors keep their class.
+    An MlxK2Error keeps its class and text. A lost neighbour becomes NeighbourLost, refused memory and work that macOS
+    stopped become StageFault. All other errors keep their class.
     """
     if isinstance(error, MlxK2Error):
         return Fault(type(error).__name__, str(error))
@@ -30,6 +32,12 @@ def fault_of(error: Exception) -> Fault:
             StageFault.__name__,
             f"out of memory: the system refused it more than the {peak_resident_bytes() / 1e9:.1f} GB that it had: "
             "end other programs there, or give --split, a smaller --context or --dense-bits",
+        )
+    if any(sign in text for sign in _GPU_STOPPED):
+        return Fault(
+            StageFault.__name__,
+            "macOS stopped the GPU's work because it took too long: turn the display off, or set "
+            f"AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the hostfile's envs ({text})",
         )
     kind = NeighbourLost if text.startswith(_LOST_NEIGHBOUR) else type(error)
     return Fault(kind.__name__, f"{type(error).__name__}: {error}")

@@ -16,6 +16,9 @@ from mlx_k2.protocol.messages import Hello
 from mlx_k2.stage.registry import running_stages
 
 WIRED_LIMIT_SETTING = "iogpu.wired_limit_mb"
+CACHE_LIMIT_BYTES = 8 * 2**30
+"""Limit of the freed buffers that MLX keeps. A long prompt's buffers grow with each chunk, so older ones do not fit."""
+_SMALLEST_CACHE_LIMIT_BYTES = 512 * 2**20
 
 
 def hello() -> Hello:
@@ -44,25 +47,34 @@ def working_set_bytes() -> int | None:
     return int(mx.device_info()["max_recommended_working_set_size"])
 
 
-def wire_memory(needed_bytes: int) -> None:
-    """Wire up to ``needed_bytes`` of weights, cache and working space. Decode is slow if weights are not wired.
-
-    Do nothing without a Metal GPU.
+def check_memory(needed_bytes: int) -> None:
+    """Check that macOS allows the GPU ``needed_bytes`` of weights, cache and working space.
 
     Raises:
-        StageStartError: macOS does not allow the GPU that much memory. The message names the setting to change.
+        StageStartError: it does not. The message names the setting to change.
     """
     limit_bytes = working_set_bytes()
-    if limit_bytes is None:
-        return
-    if needed_bytes > limit_bytes:
+    if limit_bytes is not None and needed_bytes > limit_bytes:
         raise_it = f"run `sudo sysctl {WIRED_LIMIT_SETTING}={-(-needed_bytes // 2**20)}` there, or "
         raise StageStartError(
             f"{socket.gethostname()} needs {needed_bytes / 1e9:.1f} GB of GPU memory and macOS allows "
             f"{limit_bytes / 1e9:.1f} GB: {raise_it if needed_bytes < psutil.virtual_memory().total else ''}"
             "give it fewer layers with --split"
         )
-    mx.set_wired_limit(needed_bytes)
+
+
+def wire_memory(needed_bytes: int) -> None:
+    """Wire ``needed_bytes`` and the buffers that MLX keeps for reuse. Decode is slow if weights are not wired.
+
+    Called once the weights are in memory, because each new buffer of a wired process costs a request to macOS. Do
+    nothing without a Metal GPU.
+    """
+    limit_bytes = working_set_bytes()
+    if limit_bytes is None:
+        return
+    cache_bytes = max(_SMALLEST_CACHE_LIMIT_BYTES, min(CACHE_LIMIT_BYTES, limit_bytes - needed_bytes))
+    mx.set_cache_limit(cache_bytes)
+    mx.set_wired_limit(min(needed_bytes + cache_bytes, limit_bytes))
 
 
 def peak_bytes() -> int:

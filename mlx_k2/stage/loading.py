@@ -6,14 +6,17 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx.utils import tree_reduce
 
+from mlx_k2.cluster.memory import GPU_MIN_HEADS
 from mlx_k2.config import ModelConfig
-from mlx_k2.kernels.experts import prepare
+from mlx_k2.model.attention import ON_CPU, AttentionLimits
 from mlx_k2.model.latent_cache import LatentCache
-from mlx_k2.model.layer_weights import LayerWeights, MoeWeights, assemble_layer
+from mlx_k2.model.layer_weights import LayerWeights, assemble_layer
 from mlx_k2.model.linear import make_matrix
 from mlx_k2.model.stage_model import Head, StageModel
 from mlx_k2.protocol.messages import Load, Loaded
-from mlx_k2.stage.host import on_gpu, peak_bytes, wire_memory
+from mlx_k2.stage.host import check_memory, on_gpu, peak_bytes, wire_memory
+from mlx_k2.stage.kernel_checks import check_kernels
+from mlx_k2.stage.mlx_settings import chip_name, is_before_m5
 from mlx_k2.stage.step_runner import PlanLimits, StepRunner
 from mlx_k2.stage.transport import Transport
 from mlx_k2.weights.checkpoint import ModelDescription
@@ -31,13 +34,6 @@ class LoadedPart(NamedTuple):
     held_bytes: int
 
 
-class LoadedStage(NamedTuple):
-    """A stage's model, and warnings for the user about kernels that plain MLX replaces on this host."""
-
-    model: StageModel
-    warnings: tuple[str, ...]
-
-
 def load_stage_model(
     config: ModelConfig,
     reader: ShardReader,
@@ -45,7 +41,8 @@ def load_stage_model(
     cache: LatentCache,
     on_part: Callable[[LoadedPart], None],
     dense_bits: int | None = None,
-) -> LoadedStage:
+    attention_limits: AttentionLimits = ON_CPU,
+) -> StageModel:
     """Load the model of ``layers``, with the embedding if they are the first ones and the head if they are the last.
 
     ``on_part`` is called with each `LoadedPiece` as soon as it is in memory. With ``dense_bits`` its dense matrices
@@ -64,8 +61,7 @@ def load_stage_model(
     if layers.stop == config.num_hidden_layers:
         head, loaded = _load_head(reader, dense_bits)
         on_part(loaded)
-    model = StageModel(config, weights, embedding, head, cache, fused_attention=on_gpu())
-    return LoadedStage(model, _check_kernels(config, weights, cache.dtype))
+    return StageModel(config, weights, embedding, head, cache, attention_limits)
 
 
 def _load_layer(
@@ -95,14 +91,6 @@ def _num_bytes(leaf: mx.array | int | None) -> int:
     return leaf.nbytes if isinstance(leaf, mx.array) else 0
 
 
-def _check_kernels(config: ModelConfig, layers: list[LayerWeights], dtype: mx.Dtype) -> tuple[str, ...]:
-    """Check the kernels for these layers now, or the first step would while it is compiled. Return warnings."""
-    for layer in layers:
-        if isinstance(layer.feed_forward, MoeWeights):
-            return prepare(layer.feed_forward.experts, config.num_experts_per_tok, dtype)
-    return ()
-
-
 class StageLoader:
     """Loader of the layers that Load messages request, from one model on this host.
 
@@ -130,17 +118,20 @@ class StageLoader:
             CheckpointError, DownloadError: a file is missing, cannot be fetched, or has the wrong content.
             StageStartError: macOS does not allow the GPU as much memory as the stage needs.
         """
-        wire_memory(message.needed_bytes)
+        check_memory(message.needed_bytes)
         config = self._description.config
         layers = range(message.first_layer, message.end_layer)
         specs = shard_specs(config, layers.start, layers.stop)
         files = locate_shard(self._source, self._description.index, specs, self._on_download)
         checksums = identify(set(files.values()))
         dtype = getattr(mx, message.dtype)
+        warnings = check_kernels(config, dtype)
         cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.latent_dim, dtype)
         check_all = message.check_weights or message.dense_bits is not None  # mx.quantize makes NaN a finite number
         reader = ShardReader(config, files, dtype, check_all=check_all)
-        model, warnings = load_stage_model(config, reader, layers, cache, self._on_part, message.dense_bits)
+        limits = AttentionLimits(message.block_bytes, GPU_MIN_HEADS, is_before_m5(chip_name())) if on_gpu() else ON_CPU
+        model = load_stage_model(config, reader, layers, cache, self._on_part, message.dense_bits, limits)
+        wire_memory(message.needed_bytes)
         runner = StepRunner(
             model,
             transport,

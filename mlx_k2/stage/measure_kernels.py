@@ -1,50 +1,80 @@
 """Measurement of this machine's kernels. `mlx-k2 kernels` runs it as python -m mlx_k2.stage.measure_kernels.
 
-The argument `report` prints a KernelReport as JSON, `check` one without speeds, in 0.4 GB of memory, and `decode` a
-DecodeTime measured in the caller's environment.
+The argument `report` prints a KernelReport as JSON, `check` one without speeds. `decode`, `idle` and `attention` print
+times, measured in the caller's environment. `adopt SHAPE...` makes a stage's checks (stage/kernel_checks.py) and prints
+nothing.
 """
 
 import json
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import msgspec
 
 from mlx_k2 import __version__
+from mlx_k2.cluster.memory import GPU_MIN_HEADS, LARGEST_BLOCK_BYTES
 from mlx_k2.config import ModelConfig
 from mlx_k2.kernels import check_cache, experts, reference, timing
-from mlx_k2.kernels.report import DecodeTime, KernelLine, KernelReport
+from mlx_k2.kernels.layer_time import REPEATS, best_seconds, time_layer
+from mlx_k2.kernels.report import AttentionTime, DecodeTime, IdleTime, KernelLine, KernelReport
 from mlx_k2.kernels.self_check import BATCH, DECODE, KernelCheck, LayerShape, random_stack
+from mlx_k2.kernels.stack import ExpertStack
 from mlx_k2.kernels.tuning import DEFAULT as DEFAULT_TUNING
 from mlx_k2.kernels.tuning import Tuning
+from mlx_k2.model.attention import AttentionLimits, attend_naive
 from mlx_k2.model.decoder_layer import make_feed_forward
-from mlx_k2.model.layer_weights import DenseWeights, MoeWeights
-from mlx_k2.stage.host import on_gpu
+from mlx_k2.model.layer_weights import AttentionWeights, DenseWeights, DirectQuery, MoeWeights
+from mlx_k2.stage.host import on_gpu, working_set_bytes
 from mlx_k2.weights.config_fields import thinking_config_fields
 
-SMALL_LAYER = LayerShape(hidden_size=1024, intermediate_size=512, top_k=8, dtype=mx.float32)
+SMALL_LAYER = LayerShape(hidden_size=1024, intermediate_size=512, top_k=8, dtype=mx.float32, num_experts=64)
 """Layer measured without a GPU: enough to show that the reference runs."""
+SMALL_NUM_EXPERTS = 64
+IDLE_S = 5.0
+CHUNK = 2048
+SMALL_BLOCK_BYTES = 16 * 2**20
+"""A block in which so few queries of a chunk fit that the fused kernel is used."""
+_MOST_STACKS = 16
+_BYTES_FOR_ALL_EXPERTS = 32 * 10**9
+"""A layer's 384 experts take 9.5 GB, and what plain MLX makes of them as much again."""
 
 
 def main() -> None:
     """Measure and print one line of JSON."""
-    programs: dict[str, Callable[[], KernelReport | DecodeTime]] = {
+    if sys.argv[1] == "adopt":
+        make_checks(sys.argv[2:])
+        return
+    programs: dict[str, Callable[[], KernelReport | DecodeTime | IdleTime | AttentionTime]] = {
         "report": measure_report,
         "check": check_report,
         "decode": measure_decode,
+        "idle": measure_idle,
+        "attention": measure_attention,
     }
     sys.stdout.write(msgspec.json.encode(programs[sys.argv[1]]()).decode() + "\n")
 
 
+def make_checks(words: Sequence[str]) -> None:
+    """Make the checks of a stage's experts and router: hidden size, intermediate size, top k, dtype, experts."""
+    hidden, intermediate, top_k, dtype, num_experts = words
+    shape = LayerShape(int(hidden), int(intermediate), int(top_k), getattr(mx, dtype), int(num_experts))
+    experts.warnings_for(shape)
+
+
 def measure_report() -> KernelReport:
-    """Return the kernels of this machine, their best sizes and their speed. Without a GPU measure plain MLX only."""
+    """Return the kernels of this machine, checked anew, their best sizes and their speed.
+
+    Without a GPU measure plain MLX only.
+    """
     report = _new_report(plain_mlx_gb_per_s=_plain_mlx_gb_per_s())
     if not on_gpu():
         return report
     shape = _layer_shape(_k2())
+    for checked in (shape, shape._replace(intermediate_size=0)):
+        experts.checks(checked, check_cache.DEFAULT_DIRECTORY, again=True)
     tuning = _best_tuning(shape)
     rows = timing.kernel_table(shape, tuning or DEFAULT_TUNING)
     router = _checks(shape._replace(intermediate_size=0))
@@ -78,12 +108,20 @@ def _new_report(plain_mlx_gb_per_s: float | None = None) -> KernelReport:
 
 
 def _untimed(check: KernelCheck) -> KernelLine:
-    return KernelLine(**check._asdict(), ran=check.error is not None)
+    return KernelLine(
+        kernel=check.kernel,
+        usable=check.usable,
+        ran=check.error is not None,
+        error=check.error,
+        reason=check.reason,
+    )
 
 
 def _line(row: timing.KernelRow) -> KernelLine:
     return msgspec.structs.replace(
         _untimed(row.check),
+        usable=row.check.usable and row.token_range not in row.check.slower,
+        reason=row.check.reason or ("plain MLX is faster" if row.token_range in row.check.slower else ""),
         tokens=row.tokens,
         gb_per_s=row.kernel.gigabytes_per_second if row.kernel else None,
         plain_mlx_gb_per_s=row.reference.gigabytes_per_second,
@@ -92,9 +130,9 @@ def _line(row: timing.KernelRow) -> KernelLine:
 
 def _plain_mlx_gb_per_s() -> float:
     shape = _layer_shape(_k2()) if on_gpu() else SMALL_LAYER
-    stack = random_stack(shape, timing.NUM_EXPERTS)
+    stack = random_stack(shape, shape.num_experts)
     mx.eval(stack)
-    return timing.time_layer(reference.routed_experts, stack, 1, shape.top_k).gigabytes_per_second
+    return time_layer(reference.routed_experts, stack, 1, shape.top_k).gigabytes_per_second
 
 
 def measure_decode() -> DecodeTime:
@@ -108,10 +146,10 @@ def measure_decode() -> DecodeTime:
     def block(hidden: mx.array, weights: MoeWeights) -> mx.array:
         return hidden + feed_forward(mx.fast.rms_norm(hidden, norm, config.rms_norm_eps), weights)
 
-    experts.prepare(weights.experts, shape.top_k, mx.bfloat16)
+    experts.warnings_for(shape)
     compiled = mx.compile(block)
     best = float("inf")
-    for _ in range(timing.REPEATS + 1):  # the first iteration compiles
+    for _ in range(REPEATS + 1):  # the first iteration compiles
         hidden = mx.random.normal((1, config.hidden_size)).astype(mx.bfloat16)
         mx.eval(hidden)
         start = time.perf_counter()
@@ -122,13 +160,72 @@ def measure_decode() -> DecodeTime:
     return DecodeTime(best)
 
 
+def measure_idle() -> IdleTime:
+    """Return the time to read wired memory right after the last read, and after IDLE_S without GPU work."""
+    shape = _layer_shape(_k2())
+    limit_bytes = working_set_bytes() or 0
+    stacks = [random_stack(shape, shape.num_experts)]
+    one_bytes = sum(array.nbytes for array in stacks[0])
+    for _ in range(min(_MOST_STACKS, limit_bytes // 2 // one_bytes) - 1):
+        stacks.append(ExpertStack(*(array + 0 for array in stacks[0])))
+        mx.eval(stacks[-1])
+    if limit_bytes:
+        mx.set_wired_limit(min(limit_bytes, len(stacks) * one_bytes))
+
+    def read() -> float:
+        began = time.perf_counter()
+        mx.eval([mx.max(array) for stack in stacks for array in stack])
+        return time.perf_counter() - began
+
+    warm_s = min(read() for _ in range(3))
+    time.sleep(IDLE_S)
+    return IdleTime(len(stacks) * one_bytes, warm_s, read())
+
+
+def measure_attention() -> AttentionTime:
+    """Return the times of one layer's attention for the last CHUNK tokens of an 8k prompt."""
+    config = _k2()
+    heads, nope, latent = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank
+
+    def random(*shape: int) -> mx.array:
+        values: mx.array = mx.random.normal(shape) * latent**-0.5
+        return values.astype(mx.bfloat16)
+
+    unused = random(1, 1)
+    weights = AttentionWeights(
+        query=DirectQuery(unused),
+        latent_down=unused,
+        latent_norm=mx.ones(latent),
+        key_up=random(heads, nope, latent),
+        value_up=random(heads, latent, config.v_head_dim),
+        output=unused,
+    )
+    queries, rows = random(heads, CHUNK, config.qk_head_dim), random(4 * CHUNK, config.latent_dim)
+    mx.eval(queries, rows, weights.key_up, weights.value_up)
+
+    def seconds(limits: AttentionLimits) -> float:
+        return best_seconds(lambda: mx.eval(attend_naive(queries, rows, 3 * CHUNK, weights, limits)), 3)
+
+    fused = AttentionLimits(SMALL_BLOCK_BYTES, fused=on_gpu())
+    return AttentionTime(seconds(fused), seconds(AttentionLimits(LARGEST_BLOCK_BYTES, GPU_MIN_HEADS)))
+
+
 def _k2() -> ModelConfig:
-    fields = thinking_config_fields(n_routed_experts=timing.NUM_EXPERTS)
+    """Return K2's shapes, with fewer experts on a small machine. MLX counts whole stacks for its command buffers."""
+    memory_bytes = working_set_bytes()
+    is_large = memory_bytes is None or memory_bytes >= _BYTES_FOR_ALL_EXPERTS
+    fields = thinking_config_fields(n_routed_experts=384 if is_large else SMALL_NUM_EXPERTS)
     return ModelConfig.from_json(json.dumps(fields).encode(), "Kimi K2 Thinking's shapes")
 
 
 def _layer_shape(config: ModelConfig) -> LayerShape:
-    return LayerShape(config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok, mx.bfloat16)
+    return LayerShape(
+        config.hidden_size,
+        config.moe_intermediate_size,
+        config.num_experts_per_tok,
+        mx.bfloat16,
+        config.n_routed_experts,
+    )
 
 
 def _checks(shape: LayerShape) -> list[KernelCheck]:

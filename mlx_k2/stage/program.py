@@ -7,9 +7,9 @@ import sys
 _PROTOCOL_FD = os.dup(1)
 os.dup2(2, 1)  # output that modules print on import now goes to the log (stderr)
 
-from mlx_k2.stage.buffer_limits import apply_saved_limits  # noqa: E402
+from mlx_k2.stage.mlx_settings import apply_settings, chip_name  # noqa: E402
 
-apply_saved_limits(os.environ)  # before mlx is imported, because mlx reads the environment
+_KEPT = apply_settings(os.environ, chip_name())  # before mlx is imported, because mlx reads the environment
 
 _OPEN_FILES = (2048, 4096)
 try:
@@ -26,4 +26,4 @@ if os.environ.get("MLX_K2_DEVICE") == "cpu":  # compute in float32 on a Mac's CP
     mx.set_default_device(mx.cpu)
 
 if __name__ == "__main__":
-    serve(inward_fd=0, outward_fd=_PROTOCOL_FD)
+    serve(inward_fd=0, outward_fd=_PROTOCOL_FD, warnings=_KEPT)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import IO, NoReturn
 
 import mlx.core as mx
+import msgspec
 
 from mlx_k2.errors import MlxK2Error, ProtocolError
 from mlx_k2.protocol.framing import Frame, FrameReader, FrameWriter, Kind
@@ -81,15 +82,16 @@ _PHASES = {
 }
 
 
-def serve(inward_fd: int, outward_fd: int) -> NoReturn:
+def serve(inward_fd: int, outward_fd: int, warnings: tuple[str, ...] = ()) -> NoReturn:
     """Answer messages until a Stop message, the end of the input or an error; then end this process.
 
+    ``warnings`` are lines for the user about this process's settings. They are sent with those about its kernels.
     The process ends with os._exit: a thread may be blocked in mlx.distributed, which nothing can interrupt.
     """
     if not on_gpu():
         mx.disable_compile()  # its CPU compiler is g++, which may be missing, on files shared by all processes
     writer = FrameWriter(os.fdopen(outward_fd, "wb"), "the guard")
-    service = StageService(writer)
+    service = StageService(writer, warnings)
     FrameReader(os.fdopen(inward_fd, "rb"), "the guard", service.on_frame, service.on_input_end)
     exit_code = service.run()
     writer.close(CLOSE_TIMEOUT_S)
@@ -108,8 +110,9 @@ class _PreparedStage:
 class StageService:
     """A stage's state (prepared, connected, loaded) and its answers to messages."""
 
-    def __init__(self, writer: FrameWriter) -> None:
+    def __init__(self, writer: FrameWriter, warnings: tuple[str, ...] = ()) -> None:
         self._writer = writer
+        self._warnings = warnings
         self._inbox: queue.SimpleQueue[ToStage | ProtocolError] = queue.SimpleQueue()
         self._prepared: _PreparedStage | None = None
         self._group: mx.distributed.Group | None = None
@@ -203,7 +206,6 @@ class StageService:
         self._send(DownloadProgress(done_bytes, total_bytes))
 
     def _answer_prepare(self, message: Prepare) -> Prepared:
-        os.environ.update(message.environment)
         description = describe_model(read_model_files(message.model).files, message.model.path_or_repo)
         ports = HeldPorts(message.listen)
         self._prepared = _PreparedStage(message, description, ports)
@@ -230,7 +232,7 @@ class StageService:
             self._prepared.description, self._prepared.request.model, self._report_layer, self._report_download_progress
         )
         self._runner, loaded = loader.load(message, self._transport)
-        return loaded
+        return msgspec.structs.replace(loaded, warnings=(*self._warnings, *loaded.warnings))
 
     def _report_layer(self, part: LoadedPart) -> None:
         self._report_phase(Phase.LOADING, limit_s=PART_TIMEOUT_S)

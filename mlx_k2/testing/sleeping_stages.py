@@ -19,6 +19,7 @@ SIZES = StageSizes(
     experts_per_token=0,
     key_bytes=0,
     operations_per_token=0,
+    operations_per_pair=0,
     operations_per_sampled_token=0,
     absorbed_operations=0,
     naive_operations=0,

@@ -128,14 +128,17 @@ class TokenStages(StageGroup):
             self._posted.append(event)
             self._changed.notify_all()
 
-    @staticmethod
-    def _run(caches: dict[int, list[int]], row: Row) -> int | None:
+    def sample(self, token_ids: Sequence[int], sampling: Sampling) -> int:
+        """Return the token sampled after ``token_ids``. A subclass may force tokens, as a function of these alone."""
+        return sampled_after(token_ids, sampling)
+
+    def _run(self, caches: dict[int, list[int]], row: Row) -> int | None:
         cache = caches.setdefault(row.slot, [])
         if row.copy_from is not None:
             cache[: row.position] = caches[row.copy_from][: row.position]
         assert len(cache) >= row.position, "a row attends to positions that were never computed"
         cache[row.position :] = row.token_ids
-        return None if row.sampling is None else sampled_after(cache, row.sampling)
+        return None if row.sampling is None else self.sample(cache, row.sampling)
 
 
 def sampled_after(token_ids: Sequence[int], sampling: Sampling) -> int:

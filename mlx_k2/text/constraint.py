@@ -12,7 +12,6 @@ _CHOICES = ("auto", "none", "required")
 class AnswerForm(enum.Enum):
     """The kind of grammar that an answer follows."""
 
-    JSON_OBJECT = "json_object"
     JSON_SCHEMA = "json_schema"
     REGEX = "regex"
     LARK = "lark"

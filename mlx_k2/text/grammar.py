@@ -4,11 +4,9 @@ A grammar has ordinary tokens only. Where it may end, the caller decides which c
 """
 
 import json
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -28,6 +26,7 @@ _NUM_CACHED = 256
 _COMPACT = {"whitespace_flexible": False}
 _SPACED = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 """K2 writes arguments with or without a space after a separator."""
+_MAX_PROBLEM = 300
 _LENIENT = {"lenient": True, "coerce_one_of": True}
 _ANY_OBJECT = {"type": "object"}
 _NOT_KNOWN = ("Unimplemented keys", "not supported", "Unknown format", "Failed to generate")
@@ -67,9 +66,9 @@ class Allowed:
         return TokenMask(MaskForm.BITS, words.tobytes()[: -(-vocab_size // 8)])
 
     @property
-    def single(self) -> int:
-        """The id of the only token."""
-        return int(_ids(self.words)[0])
+    def token_ids(self) -> NDArray[np.uint32]:
+        """The tokens that may follow."""
+        return _ids(self.words)
 
 
 def _ids(words: NDArray[np.int32]) -> NDArray[np.uint32]:
@@ -132,8 +131,7 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._lock = threading.Lock()
-        self._cached: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
+        self._compiled = lru_cache(_NUM_CACHED)(self._compile)
 
     @cached_property
     def _tables(self) -> tuple[LLTokenizer, NDArray[np.int32]]:
@@ -168,15 +166,15 @@ class GrammarCompiler:
         text = _schema_text(schema, what)
         check_schema(schema, what)
         options = _SPACED if is_spaced else _COMPACT
-        matcher, problem = self._compile("schema", text, json.dumps(options))
+        matcher, problem = self._compiled("schema", text, json.dumps(options))
         if not problem:
             return self._state(matcher), None
         if is_strict or not any(mark in problem for mark in _NOT_KNOWN):
             raise RequestError(f"{what} cannot be enforced: {problem}")
-        matcher, then = self._compile("schema", text, json.dumps(options | _LENIENT))
-        if not then:
+        matcher, remaining = self._compiled("schema", text, json.dumps(options | _LENIENT))
+        if not remaining:
             return self._state(matcher), f"{what}: keywords that cannot be enforced are ignored: {problem}"
-        matcher, _ = self._compile("schema", json.dumps(_ANY_OBJECT), json.dumps(options))
+        matcher, _ = self._compiled("schema", json.dumps(_ANY_OBJECT), json.dumps(options))
         return self._state(matcher), f"{what} cannot be enforced, and any object is allowed: {problem}"
 
     def text(self, kind: str, grammar: str) -> GrammarState:
@@ -188,7 +186,7 @@ class GrammarCompiler:
         what = "the regular expression" if kind == "regex" else "the Lark grammar"
         if len(grammar.encode(errors="replace")) > MAX_GRAMMAR_BYTES:
             raise RequestError(f"{what} is larger than {MAX_GRAMMAR_BYTES} bytes")
-        matcher, problem = self._compile(kind, grammar)
+        matcher, problem = self._compiled(kind, grammar)
         if problem:
             raise RequestError(f"{what} cannot be compiled: {problem}")
         return self._state(matcher)
@@ -203,12 +201,7 @@ class GrammarCompiler:
 
     def _compile(self, kind: str, text: str, options: str = "{}") -> tuple[LLMatcher, str]:
         """Return the matcher, at its beginning, and the problem; '' for none."""
-        key = f"{kind} {options}", text
-        with self._lock:
-            if key in self._cached:
-                self._cached.move_to_end(key)
-                return self._cached[key], ""
-            tables, ordinary = self._tables
+        tables, ordinary = self._tables
         match kind:
             case "schema":
                 grammar = LLMatcher.grammar_from_json_schema(text, overrides=json.loads(options))
@@ -223,16 +216,7 @@ class GrammarCompiler:
                 GrammarState(matcher, ordinary).allowed()
             except RequestFailed:
                 problem = "it allows no text, or is too complex"
-        if problem:
-            return matcher, " ".join(problem.split())[:_MAX_PROBLEM]
-        with self._lock:
-            self._cached[key] = matcher
-            if len(self._cached) > _NUM_CACHED:
-                self._cached.popitem(last=False)
-        return matcher, ""
-
-
-_MAX_PROBLEM = 300
+        return matcher, " ".join(problem.split())[:_MAX_PROBLEM]
 
 
 class _Vocabulary:
@@ -242,10 +226,9 @@ class _Vocabulary:
         self.eos_token_id = special[0]
         self.bos_token_id = None
         self.special_token_ids = special
-        hidden = set(special[1:])
-        self.tokens = [
-            b"" if number in hidden else tokenizer.token_bytes(number) for number in range(tokenizer.vocab_size)
-        ]
+        self.tokens = [tokenizer.token_bytes(number) for number in range(tokenizer.vocab_size)]
+        for number in special[1:]:
+            self.tokens[number] = b""
         self._encode = tokenizer.encode_text
 
     def __call__(self, text: bytes | str) -> list[int]:

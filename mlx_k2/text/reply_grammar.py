@@ -20,6 +20,8 @@ _CALL_BEGIN, _ARGUMENTS_BEGIN = "<|tool_call_begin|>", "<|tool_call_argument_beg
 _CALL_END = "<|tool_call_end|>"
 _TOOL_MARKERS = (_SECTION_BEGIN, _SECTION_END, _CALL_BEGIN, _ARGUMENTS_BEGIN, _CALL_END)
 _STOP = "<|im_end|>"
+MAX_CALLS = 16
+"""The most calls of a constrained reply, which ends a repetition. The model makes further ones in its next reply."""
 _NO_PARAMETERS = {"type": "object", "additionalProperties": False}
 _NO_TOOLS = ToolRules(choice=ToolChoice.NONE)
 
@@ -75,8 +77,6 @@ def compile_constraint(compiler: GrammarCompiler, constraint: Constraint) -> Rep
 
 def _answer(compiler: GrammarCompiler, answer: AnswerFormat) -> tuple[GrammarState, str | None]:
     match answer.form:
-        case AnswerForm.JSON_OBJECT:
-            return compiler.json_schema({"type": "object"}, "the JSON object")
         case AnswerForm.JSON_SCHEMA:
             return compiler.json_schema(answer.schema, "the JSON schema", is_strict=answer.is_strict)
         case _:
@@ -176,7 +176,7 @@ class ReplyGuide:
         allowed = self._allowed_after(())
         if not allowed.num_tokens:
             return rule.ends[:1]
-        return (allowed.single,) if allowed.num_tokens == 1 and not allowed.may_end else ()
+        return allowed.token_ids.tolist() if allowed.num_tokens == 1 and not allowed.may_end else ()
 
     def mask(self, draft_ids: Sequence[int], *, hold_stop: bool) -> TokenMask | None:
         """Return the mask for the token after the accepted ones and ``draft_ids``; None allows every token.
@@ -247,7 +247,7 @@ class ReplyGuide:
 
     @property
     def _may_call_now(self) -> bool:
-        return self._may_call and (self._grammar.rules.is_parallel or not self._num_calls)
+        return self._may_call and self._num_calls < (MAX_CALLS if self._grammar.rules.is_parallel else 1)
 
     @property
     def _banned_markers(self) -> tuple[int, ...]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from mlx_k2.text.markers import Found, Marker, MarkerScanner
 from mlx_k2.text.prompt import opens_reasoning
-from mlx_k2.text.reply_parts import Content, Part, Reasoning
+from mlx_k2.text.reply_parts import ArgumentsText, Content, Part, Reasoning, ToolCallBegun
 from mlx_k2.text.tokenizer import Detokenizer, Tokenizer
-from mlx_k2.text.tool_call import ToolCall, broken_call, read_call
+from mlx_k2.text.tool_call import ToolCall, broken_call, read_call, tool_name
 
 
 class _State(enum.Enum):
@@ -107,6 +107,7 @@ class ReplyParser:
                 self._id.append(text)
             case _State.ARGUMENTS:
                 self._arguments.append(text)
+                yield ArgumentsText(text)
 
     def _in_speech(self, found: Found) -> Iterator[Part]:
         match found.marker:
@@ -142,14 +143,14 @@ class ReplyParser:
                 self._state = _State.SPEECH
             case Marker.ARGUMENTS_BEGIN:
                 self._begin_call(_State.SECTION)
-                self._state = _State.ARGUMENTS
+                yield self._begin_arguments()
             case Marker.THINK_BEGIN | Marker.THINK_END if not found.is_token:
                 yield from self._on_text(found.name)
 
     def _in_call(self, found: Found) -> Iterator[Part]:
         match found.marker:
             case Marker.ARGUMENTS_BEGIN if self._state is _State.ID:
-                self._state = _State.ARGUMENTS
+                yield self._begin_arguments()
             case Marker.CALL_END:
                 yield self._ended_call()
             case Marker.CALL_BEGIN if found.is_token:
@@ -165,6 +166,10 @@ class ReplyParser:
     def _begin_call(self, after: _State) -> None:
         self._state, self._after_call = _State.ID, after
         self._id, self._arguments = [], []
+
+    def _begin_arguments(self) -> ToolCallBegun:
+        self._state = _State.ARGUMENTS
+        return ToolCallBegun(tool_name("".join(self._id)))
 
     def _ended_call(self) -> ToolCall:
         if self._state is _State.ID:

@@ -21,7 +21,22 @@ class Content:
     text: str
 
 
-Part: TypeAlias = Reasoning | Content | ToolCall
+@dataclass(frozen=True)
+class ToolCallBegun:
+    """The header of a tool call that begins. The parts of its arguments follow, then the complete ToolCall."""
+
+    name: str
+    """The tool's name; '' if the header names none."""
+
+
+@dataclass(frozen=True)
+class ArgumentsText:
+    """A further part of the arguments of the tool call that has begun, as the model writes it."""
+
+    text: str
+
+
+Part: TypeAlias = Reasoning | Content | ToolCallBegun | ArgumentsText | ToolCall
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,7 @@ class _Walk:
 
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root = root
-        self._open: set[str] = set()
-        self._finite: set[str] = set()
+        self._is_finite: dict[str, bool] = {}
         self._visits_left = _MAX_VISITS
 
     def is_finite(self, schema: object) -> bool:
@@ -41,50 +40,39 @@ class _Walk:
         self._visits_left -= 1
         if not self._visits_left:
             raise RecursionError
-        reference = schema.get("$ref")
-        if isinstance(reference, str) and not self._is_finite_reference(reference):
-            return False
         alternatives = [found for key in ("anyOf", "oneOf") if (found := _items(schema.get(key)))]
+        needed = [*_items(schema.get("allOf")), *_required_parts(schema)]
         return (
-            all(self.is_finite(part) for part in _items(schema.get("allOf")))
-            and all(any(self.is_finite(one) for one in options) for options in alternatives)
-            and all(self.is_finite(part) for part in _required_parts(schema))
+            self._refers_to_finite(schema.get("$ref"))
+            and all(any(map(self.is_finite, options)) for options in alternatives)
+            and all(map(self.is_finite, needed))
         )
 
-    def _is_finite_reference(self, reference: str) -> bool:
-        if reference in self._finite:
+    def _refers_to_finite(self, reference: object) -> bool:
+        """Follow a JSON pointer. While it is followed, it counts as endless."""
+        if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
             return True
-        if reference in self._open:
-            return False
-        self._open.add(reference)
-        found = self.is_finite(self._target(reference))
-        self._open.discard(reference)
-        if found:
-            self._finite.add(reference)
-        return found
-
-    def _target(self, reference: str) -> object:
-        """Return what a JSON pointer refers to; None if there is nothing, which the compiler refuses."""
-        found: Any = self._root
-        if reference != "#" and not reference.startswith("#/"):
-            return None
-        for key in reference.split("/")[1:]:
-            name = unquote(key).replace("~1", "/").replace("~0", "~")
-            if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
-                found = found[int(name)]
-            else:
+        if reference not in self._is_finite:
+            self._is_finite[reference] = False
+            found: Any = self._root
+            for key in reference.split("/")[1:]:
+                name = unquote(key).replace("~1", "/").replace("~0", "~")
+                if isinstance(found, list):
+                    found = {str(index): item for index, item in enumerate(found)}
                 found = found.get(name) if isinstance(found, Mapping) else None
-        return found
+            if self.is_finite(found):
+                self._is_finite[reference] = True
+            else:
+                del self._is_finite[reference]
+                return False
+        return self._is_finite[reference]
 
 
 def _required_parts(schema: Mapping[str, Any]) -> list[object]:
     """Return the schemas of values that every value of ``schema`` contains."""
-    kind = schema.get("type")
-    if kind in ("object", ["object"]):
-        properties = schema.get("properties")
-        names = [name for name in _items(schema.get("required")) if isinstance(name, str)]
-        return [properties.get(name) for name in names] if isinstance(properties, Mapping) else []
-    least = schema.get("minItems")
+    kind, properties, least = schema.get("type"), schema.get("properties"), schema.get("minItems")
+    if kind in ("object", ["object"]) and isinstance(properties, Mapping):
+        return [properties.get(name) for name in _items(schema.get("required")) if isinstance(name, str)]
     if kind in ("array", ["array"]) and isinstance(least, int) and least > 0:
         first = _items(schema.get("prefixItems"))[:least]
         return [*first, schema.get("items")] if len(first) < least else first

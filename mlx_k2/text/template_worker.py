@@ -7,6 +7,7 @@ computes in one long call of C code, which no signal handler can interrupt, ends
 import contextlib
 import functools
 import math
+import os
 import pickle
 import resource
 import signal
@@ -27,6 +28,8 @@ _MAX_ERROR = 2000
 """Characters of an error that are passed on."""
 _AGAIN_S = 0.1
 """CPU time after which the exception is raised again: compilers and filters of Jinja catch some exceptions."""
+_NICE = 5
+"""Renderings give way to the program's own threads, which send plans to the stages."""
 _MARGIN_S = 1
 """CPU time after the limit at which the system ends the process."""
 
@@ -52,6 +55,7 @@ def main() -> None:
     """Answer requests until stdin ends."""
     with contextlib.suppress(ValueError, OSError):  # macOS does not enforce it; the parent watches the memory, too
         resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+    os.nice(_NICE)
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     while (request := _read(requests)) is not None:
         answer = _answer(request)

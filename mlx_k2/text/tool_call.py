@@ -37,15 +37,21 @@ def call_id(name: str, number: int) -> str:
     return f"functions.{name or UNKNOWN}:{number}"
 
 
+def tool_name(header: str) -> str:
+    """Return the name of the tool in the id that a model wrote; '' if it names none."""
+    match = _ID.fullmatch(header.strip())
+    if match is None:
+        return ""
+    is_whole = match["prefix"] is not None and match["number"] is not None
+    return match["name"] if is_whole or not _NO_NAME.fullmatch(match["name"]) else ""
+
+
 def read_call(header: str, arguments: str) -> ToolCall:
     """Return the call that a model wrote with ``header`` as its id; '' for ``arguments`` means no arguments.
 
     A call with a malformed part has an ``error`` that names the part.
     """
-    written_id = header.strip()
-    match = _ID.fullmatch(written_id)
-    is_whole = match is not None and bool(match["prefix"]) and match["number"] is not None
-    name = match["name"] if match and (is_whole or not _NO_NAME.fullmatch(match["name"])) else ""
+    written_id, name = header.strip(), tool_name(header)
     values, problem = _values(arguments)
     if not name:
         problem = f"its id, {written_id[:_MAX_QUOTED]!r}, names no tool"

@@ -1,10 +1,13 @@
 """The safetensors container: an 8-byte header length, a JSON header, then the tensors' bytes. Knows no model.
 
-https://github.com/huggingface/safetensors describes the format. Only headers are read here, never a tensor.
+https://github.com/huggingface/safetensors describes the format. Only headers are read here, never a tensor. The package
+safetensors decides whether a file is accepted; this module adds the tensors' offsets, and messages for refused files.
 """
 
 import errno
+import math
 import os
+import re
 import shlex
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
+from safetensors import SafetensorError, safe_open
 
 from mlx_k2.errors import CheckpointError
 from mlx_k2.json_text.parse import JsonError
@@ -92,6 +96,24 @@ def read_header(path: Path) -> Header:
     Raises:
         CheckpointError: the file is missing, is not safetensors, or is truncated.
     """
+    raw, actual_bytes = _read_raw_header(path)
+    data_start = 8 + len(raw)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            entries = {name: file.get_slice(name) for name in file.offset_keys()}
+            tensors, end = {}, 0
+            for name, entry in entries.items():
+                first, shape = end, tuple(entry.get_shape())
+                end += _num_bytes(entry.get_dtype(), shape)
+                tensors[name] = StoredTensor(entry.get_dtype(), shape, (first, end))
+    except (SafetensorError, OSError) as error:
+        _explain_refusal(raw, path, actual_bytes - data_start)
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
+    return Header(tensors, data_start)
+
+
+def _read_raw_header(path: Path) -> tuple[bytes, int]:
+    """Return the header's bytes, and the file's length."""
     try:
         with open_regular(path) as file:
             prefix = file.read(8)
@@ -106,15 +128,7 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     if len(raw) < header_bytes:
         raise CheckpointError(f"{path} is truncated: its header alone has {header_bytes} bytes; fetch the file again")
-    tensors = _decode_tensors(raw, path)
-    data_start = 8 + header_bytes
-    file_bytes = data_start + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
-    if actual_bytes < file_bytes:
-        missing = file_bytes - actual_bytes
-        raise CheckpointError(f"{path} is truncated: {missing} of its {file_bytes} bytes are missing; fetch it again")
-    if actual_bytes > file_bytes:
-        raise CheckpointError(f"{path} has {actual_bytes - file_bytes} bytes after its last tensor; fetch it again")
-    return Header(tensors, data_start)
+    return raw, actual_bytes
 
 
 def write_file(path: Path, specs: Sequence[TensorSpec], tensor_bytes: TensorBytes) -> int:
@@ -137,7 +151,14 @@ def write_file(path: Path, specs: Sequence[TensorSpec], tensor_bytes: TensorByte
     return end
 
 
-def _decode_tensors(raw: bytes, path: Path) -> dict[str, StoredTensor]:
+def _num_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Return the bytes of a tensor. Every dtype but BOOL has its bits in its name, for instance BF16 and F8_E4M3."""
+    bits = re.search(r"\d+", dtype)
+    return math.prod(shape) * (int(bits[0]) if bits else 8) // 8
+
+
+def _explain_refusal(raw: bytes, path: Path, data_bytes: int) -> None:
+    """Raise the error with the reason why the package refused a file, if it is one of those that this module knows."""
     try:
         fields = read_json(raw, dict[str, Any])
         fields.pop("__metadata__", None)
@@ -150,4 +171,12 @@ def _decode_tensors(raw: bytes, path: Path) -> dict[str, StoredTensor]:
         if first != expected or end < first:
             raise CheckpointError(f"{path}: {name} lies at bytes {first} to {end}, where byte {expected} should follow")
         expected = end
-    return tensors
+    whole = 8 + len(raw) + expected
+    if data_bytes < expected:
+        missing = expected - data_bytes
+        raise CheckpointError(f"{path} is truncated: {missing} of its {whole} bytes are missing; fetch it again")
+    if data_bytes > expected:
+        raise CheckpointError(f"{path} has {data_bytes - expected} bytes after its last tensor; fetch it again")
+    for name, tensor in tensors.items():
+        if (needed := _num_bytes(tensor.dtype, tensor.shape)) != tensor.num_bytes:
+            raise CheckpointError(f"{path}: {name} spans {tensor.num_bytes} bytes where its shape has {needed}")

@@ -228,7 +228,7 @@ def test_a_model_folder_whose_path_is_not_utf_8_is_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = model.rename(tmp_path / os.fsdecode(b"model-\xff"))
-    check_refusal(["--model", str(folder), "Hello"], r"--model: the path .*model-\ufffd is not UTF-8", capsys)
+    check_refusal(["--model", str(folder), "Hello"], r"the path .*model-\ufffd is not UTF-8", capsys)
 
 
 REQUESTS: dict[str, tuple[list[str], str]] = {

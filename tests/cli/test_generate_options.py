@@ -165,7 +165,7 @@ def test_a_line_of_a_file_of_prompts_overrides_the_options_for_thinking_and_decl
     options = options_of("--thinking", "off", "--preserve-thinking")
 
     def request(line: PromptLine) -> Request:
-        return line_submissions(options, line, 1, frontend)[0].request
+        return line_submissions(options, line, 1, frontend)[0][0].request
 
     assert "type f = (_: {}) => any;" in text_of(tokenizer, request(PromptLine(prompt="x", tools=tools)))
     preserved = request(PromptLine(messages=history, thinking=True))

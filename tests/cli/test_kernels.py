@@ -1,7 +1,8 @@
 """Tests of `mlx-k2 kernels`: output with and without a GPU, saved buffer limits, and the report that users send."""
 
 import sys
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 
 from mlx_k2.cli import kernels
 from mlx_k2.kernels.report import DecodeTime, KernelLine, KernelReport
-from mlx_k2.stage.buffer_limits import BufferLimits
+from mlx_k2.stage.mlx_settings import OWN_LIMITS, BufferLimits
 from tests.cli.command import CommandLine
 
 pytestmark = pytest.mark.timeout(120)
@@ -51,7 +52,7 @@ def test_without_a_gpu_the_command_reports_that_plain_mlx_runs(command_line: Com
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="needs no Metal GPU: run on Linux")
 def test_without_a_gpu_the_report_has_no_chip_and_no_kernel(command_line: CommandLine) -> None:
-    ran = command_line.run("kernels", "--report")
+    ran = command_line.run("kernels", "--check")
     report = msgspec.convert(msgspec.json.decode(ran.stdout)["report"], KernelReport)
     assert (report.chip, report.kernels, report.plain_mlx_gb_per_s) == (None, (), None)
 
@@ -60,12 +61,12 @@ def test_with_a_gpu_the_best_buffer_limits_are_saved_and_the_report_is_printed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     chosen = kernels.CANDIDATES[1]
-    kept: list[BufferLimits | None] = []
+    kept: list[BufferLimits] = []
 
-    def measure(what: str, _wanted: type[Any], limits: BufferLimits | None = None) -> Any:
+    def measure(what: str, _wanted: type[Any], environment: Mapping[str, str] | None = None) -> Any:
         if what == "report":
             return REPORT
-        return DecodeTime(0.010 if limits == chosen else 0.011)
+        return DecodeTime(0.010 if environment == chosen.environment() else 0.011)
 
     shown: list[str] = []
     monkeypatch.setattr(kernels, "_measure", measure)
@@ -76,7 +77,7 @@ def test_with_a_gpu_the_best_buffer_limits_are_saved_and_the_report_is_printed(
     assert kept == [chosen]
     sent = msgspec.json.decode(ran.stdout)
     assert msgspec.convert(sent["report"], KernelReport) == REPORT
-    assert len(sent["seconds_by_limits"]) == 1 + len(kernels.CANDIDATES)
+    assert len(sent["seconds_by_limits"]) == len(kernels.CANDIDATES)
     assert "the router kernel is not used: it did not compile" in shown
 
 
@@ -89,9 +90,10 @@ def test_a_row_shows_the_check_the_error_and_the_percentage_of_a_plain_read() ->
 
 
 def test_best_limits_keeps_the_default_unless_another_is_clearly_faster() -> None:
-    slower, faster = BufferLimits(100, 100), BufferLimits(200, 200)
-    assert kernels.best_limits({None: 1.0, slower: 1.1, faster: 0.995}) is None
-    assert kernels.best_limits({None: 1.0, slower: 1.1, faster: 0.9}) == faster
+    default, slower, faster = BufferLimits(100, 1_000_000), OWN_LIMITS, BufferLimits(200, 200)
+    assert kernels.best_limits({default: 1.0, slower: 1.1, faster: 0.995}, default) == default
+    assert kernels.best_limits({default: 1.0, slower: 1.1, faster: 0.9}, default) == faster
+    assert kernels.best_limits({default: 1.0, slower: 0.9, faster: 1.1}, default) == OWN_LIMITS
 
 
 def test_each_candidate_is_measured_in_a_fresh_process_with_its_limits_in_the_environment(
@@ -103,4 +105,42 @@ def test_each_candidate_is_measured_in_a_fresh_process_with_its_limits_in_the_en
     monkeypatch.setattr(sys, "executable", str(script))
     monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "7")
     assert kernels._measure("decode", DecodeTime).seconds == 1
-    assert kernels._measure("decode", DecodeTime, BufferLimits(200, 300)).seconds == 200
+    assert kernels._measure("decode", DecodeTime, BufferLimits(200, 300).environment()).seconds == 200
+
+
+def test_the_report_is_one_file_with_every_measurement_and_the_trace_or_why_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Run the command with stand-ins for a Mac: its measuring program, and Xcode's tools."""
+    answers = {
+        "report": msgspec.json.encode(REPORT).decode(),
+        "decode": '{"seconds": 0.01}',
+        "idle": '{"held_bytes": 1, "warm_seconds": 0.1, "idle_seconds": 5.${MLX_METAL_RESIDENCY_REFRESH_INTERVAL_MS}}',
+        "attention": '{"fused_seconds": 0.2, "unfused_seconds": 0.1}',
+    }
+    cases = "".join(f"{what}) cat <<END\n{answer}\nEND\n;;\n" for what, answer in answers.items())
+    python, tools = tmp_path / "python", tmp_path / "bin"
+    python.write_text(f"#!/bin/sh\ncase $4 in\n{cases}esac\n")
+    python.chmod(0o755)
+    tools.mkdir()
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(kernels, "save_limits", lambda _: None)
+    monkeypatch.setenv("PATH", str(tools), prepend=":")
+
+    def sent() -> tuple[dict[str, Any], list[str]]:
+        ran = CliRunner().invoke(kernels.command, ["--report", str(tmp_path / "kernels.zip")])
+        assert ran.exit_code == 0, ran.output
+        with zipfile.ZipFile(tmp_path / "kernels.zip") as file:
+            return msgspec.json.decode(file.read("report.json")), file.namelist()
+
+    found, names = sent()
+    assert msgspec.convert(found["report"], KernelReport) == REPORT
+    assert len(found["seconds_by_limits"]) == len(kernels.CANDIDATES)
+    assert {ms: idle["idle_seconds"] for ms, idle in found["idle_by_refresh_ms"].items()} == {"0": 5.0, "500": 5.5}
+    assert found["attention"] == {"fused_seconds": 0.2, "unfused_seconds": 0.1}
+    assert found["trace"].startswith("not recorded: ")
+    assert names == ["report.json"]
+    (tools / "xcrun").write_text('#!/bin/sh\nmkdir "$6" && echo counters > "$6/data"\n')
+    (tools / "xcrun").chmod(0o755)
+    found, names = sent()
+    assert (found["trace"], names) == ("recorded", ["report.json", "decode.trace/data"])

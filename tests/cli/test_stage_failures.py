@@ -31,9 +31,9 @@ class Failure:
         self._hostfile = hostfile
         self._capsys = capsys
 
-    def over(self, *hosts: dict[str, object]) -> str:
+    def over(self, *hosts: dict[str, object], envs: tuple[str, ...] = ()) -> str:
         entries = [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"], **host} for host in hosts]
-        self._hostfile.write_text(json.dumps(entries))
+        self._hostfile.write_text(json.dumps({"hosts": entries, "envs": envs}))
         assert run(["generate", "--hostfile", str(self._hostfile), "--model", str(self._model), "Hello"]) == 1
         reported = self._capsys.readouterr()
         assert reported.out == ""
@@ -44,6 +44,11 @@ class Failure:
 def test_a_stage_whose_python_is_missing_is_named_with_the_path(failure: Failure) -> None:
     line = failure.over({"python": "/nowhere/python"})
     assert line.startswith("error: stage 0 on this machine did not start: /nowhere/python cannot be started here")
+
+
+def test_the_hostfiles_envs_are_set_before_a_stages_python_starts(failure: Failure) -> None:
+    line = failure.over({}, envs=("PYTHONHASHSEED=no number",))  # Python refuses to start with it
+    assert line.startswith("error: stage 0 on this machine (starting) ended with exit code 1")
 
 
 def test_stages_with_different_models_are_both_named(failure: Failure, endless: Path, tmp_path: Path) -> None:

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_k2.cluster.memory import GB, layer_cache_bytes, memory_bound_bytes, working_bytes
+from mlx_k2.cluster.memory import (
+    GB,
+    added_block_bytes,
+    attention_block_bytes,
+    layer_cache_bytes,
+    memory_bound_bytes,
+    working_bytes,
+)
 from mlx_k2.cluster.partition import (
     HostCapacity,
     LayerCost,
@@ -226,6 +233,21 @@ def test_the_cache_bytes_per_token_equal_the_published_size() -> None:
 
 def test_working_bytes_are_the_larger_of_loading_and_computing() -> None:
     layer = held_bytes(layer_specs(THINKING, 1))
-    assert working_bytes(THINKING, 2048, 2, layer) == layer
-    assert 2**29 < working_bytes(THINKING, 2048, 2, 0) < 2 * GB
-    assert working_bytes(THINKING, 4096, 2, 0) > working_bytes(THINKING, 2048, 2, 0)
+
+    def needed(chunk: int, largest: int, *, on_gpu: bool) -> int:
+        block = attention_block_bytes(THINKING, 32768, 2, on_gpu=on_gpu)
+        return working_bytes(THINKING, chunk, 2, largest, block_bytes=block, on_gpu=on_gpu)
+
+    assert needed(2048, layer, on_gpu=False) == needed(2048, layer, on_gpu=True) == layer
+    assert 2**29 < needed(2048, 0, on_gpu=False) < 2 * GB
+    assert 5 * GB < needed(4096, 0, on_gpu=True) < 8 * GB
+    assert needed(4096, 0, on_gpu=False) > needed(2048, 0, on_gpu=False)
+
+
+def test_a_block_of_attention_is_fixed_on_a_cpu_and_grows_with_context_and_spare_memory_on_a_gpu() -> None:
+    on_cpu = {attention_block_bytes(THINKING, tokens, 4, on_gpu=False) for tokens in (2048, 131072)}
+    assert on_cpu == {128 * 2**20}
+    sizes = [attention_block_bytes(THINKING, tokens, 2, on_gpu=True) for tokens in (2048, 32768, 131072, 262144)]
+    assert sizes == [128 * 2**20, 8 * 32768 * 2176, 8 * 131072 * 2176, 8 * 262144 * 2176]
+    assert [added_block_bytes(sizes[1], gb * GB) for gb in (0, 1, 100)] == [0, GB // 4, 4 * 2**30 - sizes[1]]
+    assert added_block_bytes(sizes[3], 100 * GB) == 0

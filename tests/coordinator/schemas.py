@@ -33,6 +33,6 @@ def answer_of(schema: Any) -> Constraint:
     return Constraint(answer=AnswerFormat(AnswerForm.JSON_SCHEMA, schema=schema))
 
 
-def call_of(parameters: Any) -> Constraint:
+def call_of(parameters: Any, *, is_parallel: bool = True) -> Constraint:
     """Return the constraint of a required call of one tool with these parameters."""
-    return Constraint(tools=ToolRules((Tool(TOOL, parameters),), ToolChoice.REQUIRED))
+    return Constraint(tools=ToolRules((Tool(TOOL, parameters),), ToolChoice.REQUIRED, is_parallel=is_parallel))

@@ -9,6 +9,7 @@ from typing import Any
 
 import hypothesis
 import jsonschema
+import msgspec
 import pytest
 
 from mlx_k2.coordinator.handle import Finished, Token
@@ -23,9 +24,10 @@ from mlx_k2.text.reply_parts import Part, Reply, whole_reply
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 from tests.coordinator.schemas import SCHEMAS, answer_of, as_parameters, call_of
 from tests.coordinator.test_schemas import check
-from tests.local_cluster import CONTEXT_TOKENS, VOCAB_SIZE, Cluster, local_cluster, local_host, write_model
+from tests.local_cluster import VOCAB_SIZE, Cluster, local_cluster, local_host, write_model
 
 IS_LONG = hypothesis.settings.get_current_profile_name() == "long"
+MAX_TOKENS = 4096
 SOME = dict(SCHEMAS if IS_LONG else list(SCHEMAS.items())[::9])
 LISTS = {
     "type": "object",
@@ -44,13 +46,16 @@ Result = tuple[list[int], Reply, FinishReason]
 @pytest.fixture(scope="module")
 def cluster_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterOf]:
     """Yield a function from a number of stages to a cluster. One stage runs without drafts, several with."""
-    folder = write_model(tmp_path_factory.mktemp("model") / "tiny")
+    context_tokens = MAX_TOKENS + 100
+    folder = write_model(tmp_path_factory.mktemp("model") / "tiny", context_tokens)
     with ExitStack() as stack:
-        yield cache(
-            lambda num_stages: stack.enter_context(
-                local_cluster(folder, [local_host()] * num_stages, drafts=num_stages > 1)
-            )
-        )
+
+        def start(num_stages: int) -> Cluster:
+            hosts = [local_host()] * num_stages
+            started = local_cluster(folder, hosts, drafts=num_stages > 1, context_tokens=context_tokens)
+            return stack.enter_context(started)
+
+        yield cache(start)
 
 
 @pytest.fixture(scope="module")
@@ -90,40 +95,47 @@ def run(
     return results
 
 
+def forms_of(schema: Any) -> list[tuple[Constraint, Any]]:
+    """Return a schema as an answer and as the parameters of a call, each with the schema of the values."""
+    parameters = as_parameters(schema)
+    return [(answer_of(schema), schema), (call_of(parameters, is_parallel=IS_LONG), parameters)]
+
+
 @pytest.mark.parametrize("schema", SOME.values(), ids=SOME)
 def test_with_a_bias_for_tokens_that_end_values_replies_are_complete_and_valid(
     schema: Any, cluster_of: ClusterOf, compiler: GrammarCompiler
 ) -> None:
-    cluster = cluster_of(2)
-    max_tokens = min(4096, CONTEXT_TOKENS)
-    for constraint, valid in ((answer_of(schema), schema), (call_of(as_parameters(schema)), as_parameters(schema))):
-        requests = [asked(compiler.tokenizer, seed, max_tokens, bias=20.0) for seed in (1, 2)]
-        for _, reply, reason in run(cluster, compiler, constraint, *requests):
+    for constraint, valid in forms_of(schema):
+        requests = [asked(compiler.tokenizer, seed, MAX_TOKENS, bias=20.0) for seed in (1, 2)]
+        for _, reply, reason in run(cluster_of(2), compiler, constraint, *requests):
             assert reason is FinishReason.STOP
             check(reply, constraint, valid)
 
 
 @pytest.mark.parametrize("schema", SOME.values(), ids=SOME)
-def test_without_a_bias_replies_are_valid_or_end_with_length_and_no_call(
+def test_without_a_bias_replies_are_valid_or_end_with_length_and_an_incomplete_call_is_none(
     schema: Any, cluster_of: ClusterOf, compiler: GrammarCompiler
 ) -> None:
-    for constraint, valid in ((answer_of(schema), schema), (call_of(as_parameters(schema)), as_parameters(schema))):
-        requests = [asked(compiler.tokenizer, seed, 100) for seed in (1, 2)]
+    for constraint, valid in forms_of(schema):
+        requests = [asked(compiler.tokenizer, seed, 60) for seed in (1, 2)]
         for _, reply, reason in run(cluster_of(2), compiler, constraint, *requests):
             if reason is FinishReason.STOP:
                 check(reply, constraint, valid)
-            else:
-                assert reason is FinishReason.LENGTH
-                assert all(call.error is not None for call in reply.calls)
+                continue
+            assert reason is FinishReason.LENGTH
+            assert all(call.error is None or call is reply.calls[-1] for call in reply.calls)
+            for call in reply.calls:
+                if call.error is None:
+                    jsonschema.validate(json.loads(call.arguments), valid)
 
 
 def test_tokens_are_the_same_with_drafts_and_over_1_2_and_3_stages(
     cluster_of: ClusterOf, compiler: GrammarCompiler
 ) -> None:
     regex = Constraint(AnswerFormat(AnswerForm.REGEX, "(ab|cd|ef|gh){30,60}"))
-    penalized = Sampling(seed=5, presence_penalty=0.5, frequency_penalty=0.1, logit_bias=((97, 2.0),))
-    for constraint in (answer_of(LISTS), call_of(LISTS), regex):
-        one = asked(compiler.tokenizer, 5, 400, bias=5.0)
+    for constraint in (answer_of(LISTS), call_of(LISTS, is_parallel=False), regex):
+        one = asked(compiler.tokenizer, 5, 600, bias=20.0)
+        penalized = msgspec.structs.replace(one.sampling, presence_penalty=0.5, frequency_penalty=0.1)
         for request in (one, replace(one, sampling=penalized)):
             alone, *others = (run(cluster_of(stages), compiler, constraint, request) for stages in (1, 2, 3))
             assert all(other == alone for other in others)
@@ -160,8 +172,9 @@ def test_the_reasoning_of_a_required_call_is_closed_by_its_budget(
 ) -> None:
     request = asked(compiler.tokenizer, 3, 400, bias=20.0)
     thinks = replace(request, prompt_ids=request.prompt_ids[:-1])
-    ((token_ids, reply, reason),) = run(cluster_of(2), compiler, call_of(LISTS), thinks, thinking_budget=9)
+    constraint = call_of(LISTS, is_parallel=False)
+    ((token_ids, reply, reason),) = run(cluster_of(2), compiler, constraint, thinks, thinking_budget=9)
     assert reason is FinishReason.STOP
     assert reply.reasoning
     assert token_ids.index(compiler.tokenizer.token_id("</think>")) == 9
-    check(reply, call_of(LISTS), LISTS)
+    check(reply, constraint, LISTS)

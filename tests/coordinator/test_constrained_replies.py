@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mlx_k2.coordinator.reply_policy import ReplyLimits
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.text.constraint import AnswerForm, AnswerFormat, Constraint, Tool, ToolChoice, ToolRules, tool_rules
+from mlx_k2.text.reply_grammar import MAX_CALLS
 from tests.coordinator.constrained import (
     NO_THINKING,
     STOP_ID,
@@ -288,6 +289,14 @@ def test_a_named_tool_is_called_once() -> None:
     written = write_reply(policy_of(Constraint(tools=rules)), random_choice(3, ending=0.9), 400)
     assert [call.name for call in written.reply.calls] == ["b"]
     assert text_of(written).endswith("<|tool_call_end|><|tool_calls_section_end|><|im_end|>")
+
+
+def test_a_reply_that_repeats_calls_ends() -> None:
+    written = write_reply(
+        policy_of(calls(CLOCK_TOOL)), lambda allowed: min(allowed, key=lambda one: one != CALL_BEGIN), 4096
+    )
+    assert written.finish_reason is FinishReason.STOP
+    assert len(written.reply.calls) == MAX_CALLS
 
 
 @settings(deadline=None)

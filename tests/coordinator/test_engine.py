@@ -224,6 +224,30 @@ def test_a_reader_is_notified_of_every_event() -> None:
         assert len(notified) == len(list(handle.events()))
 
 
+def test_events_are_read_without_waiting_and_are_those_of_the_other_reader() -> None:
+    asked = request(1, 2, 3)
+    with token_engine() as tokens:
+        handle = tokens.engine.submit(asked)
+        read: list[object] = []
+        while not (read and isinstance(read[-1], Finished)):
+            tokens.run(lambda: bool(tokens.stages.next_step(0)) or handle.has_ended)
+            read += handle.ready_events()
+            tokens.stages.execute(0)
+        assert [event.token_id for event in read if isinstance(event, Token)] == answer_alone(asked)
+        assert list(handle.ready_events()) == []
+
+
+def test_a_reader_that_does_not_wait_gets_the_error_of_its_request() -> None:
+    with token_engine(can_restart=False) as tokens:
+        handle = tokens.engine.submit(request(1, 2, 3))
+        assert tokens.stages.wait_until_waiting(20)
+        tokens.stages.fail(0)
+        while not handle.has_ended:
+            threading.Event().wait(0.001)
+        with pytest.raises(StageFault):
+            list(handle.ready_events())
+
+
 def test_a_defect_in_the_engine_ends_its_requests_with_an_error() -> None:
     with token_engine() as stages:
         handle = stages.engine.submit(request(1, 2, max_tokens=50))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Finished, Token
 from mlx_k2.coordinator.jobs import Submission
-from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy, StopScanner
+from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy, StopScanner, TextPolicy
 from mlx_k2.errors import RequestError, RequestFailed
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Request
@@ -180,3 +180,24 @@ def test_stop_strings_are_found_however_the_text_is_divided(text: str, stops: li
     else:
         end = min(text.index(stop) + len(stop) for stop in stops if stop in text)
         assert text[:end].endswith(letters.found)
+
+
+@given(st.text(max_size=20), st.lists(st.text(min_size=1, max_size=3), max_size=3), st.integers(0, 20))
+def test_a_raw_text_ends_before_its_first_stop_string(
+    tokenizer: Tokenizer, text: str, stop_strings: list[str], at: int
+) -> None:
+    text = text[:at] + "".join(stop_strings[:1]) + text[at:]
+    policy = TextPolicy(tokenizer, ASKED, stop_strings)
+    shown, reason = "", None
+    for token_id in tokenizer.encode_text(text):
+        accepted = policy.accept(token_id)
+        shown += "".join(part.text for part in accepted.parts if isinstance(part, Content))
+        reason = accepted.finish_reason
+        if reason is not None:
+            break
+    shown += "".join(part.text for part in policy.finish().parts if isinstance(part, Content))
+    found = [stop for stop in stop_strings if stop in text]
+    assert (reason is FinishReason.STOP) == bool(found)
+    assert text.startswith(shown)
+    assert not any(stop in shown for stop in stop_strings)
+    assert found or shown == text

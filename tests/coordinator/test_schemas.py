@@ -1,6 +1,7 @@
 """Tests of the schemas of another project's suites: as the form of an answer, and as parameters of a required tool."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis
@@ -17,7 +18,10 @@ from tests.coordinator.schemas import SCHEMAS, TOOL, answer_of, as_parameters, c
 ENDING = 0.999
 """Fraction of steps at which a token that ends values is taken if one is allowed, as with a logit bias of +20."""
 NUM_SEEDS = 50 if hypothesis.settings.get_current_profile_name() == "long" else 2
-FORMS = [(answer_of, lambda schema: schema), (call_of, as_parameters)]
+FORMS: list[tuple[Callable[[Any], Constraint], Callable[[Any], Any]]] = [
+    (answer_of, lambda schema: schema),
+    (call_of, as_parameters),
+]
 
 
 def check(reply: Reply, constraint: Constraint, schema: Any) -> None:

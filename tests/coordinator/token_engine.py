@@ -38,12 +38,13 @@ class TokenEngine:
     drafts: bool = False
     can_restart: bool = True
     max_queued: int = MAX_QUEUED
+    make_stages: Callable[[int, Callable[[Step], None]], TokenStages] = TokenStages
     plans: list[Step] = field(default_factory=list)
     reports: list[StageReport] = field(default_factory=list)
     restarts: list[Restart] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.stages = TokenStages(self.limits.num_stages, self.plans.append)
+        self.stages = self.make_stages(self.limits.num_stages, self.plans.append)
         policy = AdaptiveStepPolicy([StageCost(SIZES, SPEED)] * self.limits.num_stages)
         self.scheduler = Scheduler(self.limits, policy, drafts=self.drafts)
         pipeline = Pipeline(self.stages, self.scheduler, policy, VOCAB_SIZE, on_report=self.reports.append)
@@ -90,7 +91,7 @@ class TokenEngine:
         self.may_restart.clear()
         if self._is_cancelled:
             raise Cancelled("the restart was cancelled")
-        self.stages = TokenStages(self.limits.num_stages, self.plans.append)
+        self.stages = self.make_stages(self.limits.num_stages, self.plans.append)
         return self.stages
 
     def cancel(self) -> None:
@@ -108,9 +109,10 @@ def token_engine(
     drafts: bool = False,
     can_restart: bool = True,
     max_queued: int = MAX_QUEUED,
+    make_stages: Callable[[int, Callable[[Step], None]], TokenStages] = TokenStages,
 ) -> Iterator[TokenEngine]:
     """Yield a running engine."""
     limits = SchedulerLimits(num_slots, context_tokens, chunk_tokens, num_stages)
-    found = TokenEngine(limits, drafts, can_restart, max_queued)
+    found = TokenEngine(limits, drafts, can_restart, max_queued, make_stages)
     with found.engine:
         yield found

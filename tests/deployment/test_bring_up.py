@@ -57,7 +57,7 @@ def test_a_host_whose_mlx_k2_has_another_version_is_named_with_both(tmp_path: Pa
         StageGroup([StageLocation(python=str(python))], 20.0, ignore) as group,
         pytest.raises(StageStartError, match=words),
     ):
-        handshake(group, (__version__, version("mlx")))
+        handshake(group, (__version__, *OTHERS))
 
 
 def test_a_stage_that_sends_nothing_in_time_is_named_with_the_pending_action(tmp_path: Path) -> None:

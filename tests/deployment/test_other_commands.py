@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from mlx_k2.cluster.host_facts import Command, RunningStage
 from mlx_k2.cluster.memory import memory_bound_bytes
 from mlx_k2.deployment.deploy import Deployment, deploy
 from mlx_k2.deployment.listener import DeploymentListener
+from mlx_k2.deployment.other_commands import describe_others
+from mlx_k2.protocol.messages import Hello
 from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.tiny_config import tiny_config_fields
 from mlx_k2.testing.tiny_vocabulary import tiny_vocabulary
@@ -40,9 +43,11 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
 
 
 @contextmanager
-def running(model: Path, num_stages: int, num_slots: int, context_tokens: int) -> Iterator[Deployment]:
+def running(
+    model: Path, num_stages: int, num_slots: int, context_tokens: int, address: str | None = None
+) -> Iterator[Deployment]:
     request = local_request(model, [local_host()] * num_stages)
-    shaped = replace(request, num_slots=num_slots, context_tokens=context_tokens)
+    shaped = replace(request, num_slots=num_slots, context_tokens=context_tokens, address=address)
     with deploy(shaped, None, DeploymentListener()) as deployment:
         yield deployment
 
@@ -60,6 +65,39 @@ def test_another_command_that_holds_1_gb_is_named_with_its_stages_on_the_host(us
     name = r"`[^`]+`, since \d\d:\d\d, 1\.8 GB"
     line = rf"this machine also runs 2 stages of another mlx-k2 command \(pid {os.getpid()}, {name}\)"
     assert len(re.findall(line, stderr)) == 1, stderr
+
+
+def test_a_server_is_named_with_the_address_for_connect(user: CommandLine, model: Path) -> None:
+    with running(model, 1, num_slots=3, context_tokens=LONG_CONTEXT, address="http://127.0.0.1:8080"):
+        exit_code, stderr = generate(user, model, 100)
+    assert exit_code == 0
+    assert "GB); --connect http://127.0.0.1:8080 uses its model" in stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "is_named"),
+    [
+        ("mac1", "http://127.0.0.1:8080", True),
+        ("mac2", "http://127.0.0.1:8080", False),
+        ("mac2", "http://[::1]:8080", False),
+        ("mac2", "http://mac2:8080", True),
+        ("mac2", None, False),
+    ],
+)
+def test_an_address_is_named_where_it_can_be_reached(host: str, address: str | None, is_named: bool) -> None:
+    own, other = Command("mac1", 1, "mlx-k2 chat", 0.0), Command(host, 2, "mlx-k2 serve", 0.0, address)
+    hello = Hello(
+        mlx_k2_version="1",
+        mlx_version="1",
+        mlx_lm_version="1",
+        python_version="3",
+        system="macOS",
+        memory_bytes=10**11,
+        working_set_bytes=None,
+        running_stages=(RunningStage(other, 10**10),),
+    )
+    (line,) = describe_others(["mac1"], [hello], own)
+    assert ("--connect" in line) == is_named
 
 
 @pytest.mark.slow

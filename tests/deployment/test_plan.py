@@ -121,9 +121,9 @@ def test_in_float32_dense_weights_double_and_int4_experts_hold_scales_and_biases
 @pytest.mark.parametrize(
     ("dtype", "on_gpu", "chosen"),
     [
-        (None, True, ("bfloat16", 2048)),
+        (None, True, ("bfloat16", 4096)),
         (None, False, ("float32", 128)),
-        ("float32", True, ("float32", 2048)),
+        ("float32", True, ("float32", 4096)),
         ("bfloat16", False, ("bfloat16", 128)),
     ],
 )
@@ -132,6 +132,18 @@ def test_the_default_dtype_is_bfloat16_on_a_gpu_and_float32_on_a_cpu(
 ) -> None:
     shape = choose_shape(SMALLER.config, dtype, None, 1, on_gpu)
     assert (shape.dtype, shape.chunk_tokens) == chosen
+    assert shape.on_gpu is on_gpu
+
+
+def test_spare_memory_of_a_gpu_enlarges_the_blocks_of_attention_within_what_is_planned() -> None:
+    shape = choose_shape(THINKING.config, None, 131072, 1, True)
+    sizes = {}
+    for gb in (328, 330, 460):
+        memory = HostMemory(working_set_bytes=gb * GB, ram_bytes=512 * GB)
+        plans = plan_stages(THINKING, studios(2), [memory] * 2, None, shape)
+        check_fit(plans, [memory] * 2)
+        sizes[gb] = plans[0].block_bytes
+    assert 8 * 131072 * 2176 <= sizes[328] < sizes[330] < sizes[460] == 4 * 2**30
 
 
 def test_the_context_defaults_to_32768_tokens_and_cannot_exceed_the_models() -> None:

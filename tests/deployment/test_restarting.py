@@ -2,6 +2,7 @@
 
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,7 +46,7 @@ class Run:
 
 @contextmanager
 def restarting(
-    model: Path, folder: Path, num_stages: int, limit: int = 5, listener: DeploymentListener | None = None
+    model: Path, folder: Path, num_stages: int, limit: int | None = 5, listener: DeploymentListener | None = None
 ) -> Iterator[Run]:
     hosts = [marked_host(folder, rank, sys.executable) for rank in range(num_stages)]
     asked = replace(local_request(model, hosts), stall_timeout_s=1.5)
@@ -116,6 +117,30 @@ def test_a_stage_that_cannot_start_again_is_named_after_the_restart_limit(model:
             list(events)
     assert [restart.number for restart in run.restarts] == [1, 2]
     assert "did not start" in run.restarts[1].reason
+
+
+@pytest.mark.slow
+def test_without_a_limit_the_stages_start_again_until_they_can(model: Path, tmp_path: Path) -> None:
+    with restarting(model, tmp_path, 2, limit=None) as run:
+        script = tmp_path / "python-1"
+        text = script.read_text()
+
+        def mend() -> None:
+            while len(run.restarts) < 4:
+                threading.Event().wait(0.01)
+            marked_host(tmp_path, 1, sys.executable)
+
+        events = together(run.engine, *ASKED)
+        next(events)
+        script.unlink()
+        stage_process(1).kill()
+        mending = threading.Thread(target=mend, daemon=True)
+        mending.start()
+        assert len(list(events)) == 60 + 80 - 1
+        mending.join(10)
+        assert script.read_text() == text
+    assert [restart.limit for restart in run.restarts] == [None] * len(run.restarts)
+    assert [restart.count for restart in run.restarts][:4] == ["1", "2", "3", "4"]
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def _log(line: str) -> None:
 def prepare(group: StageGroup) -> None:
     """Send each stage its rank and wait until all have answered."""
     for rank in range(group.size):
-        group.send(rank, Prepare(rank, group.size, ModelSource(path_or_repo=""), listen=(), environment={}))
+        group.send(rank, Prepare(rank, group.size, ModelSource(path_or_repo=""), listen=()))
     for _ in range(group.size):
         receive(group, Prepared)
 

@@ -43,6 +43,7 @@ class GuardedStage:
         assert self.process.stdin and self.process.stdout and self.process.stderr
         self.streams = (self.process.stdin, self.process.stdout, self.process.stderr)
         self._input, self.output, self._log = self.streams
+        self.set()
         assert skip_to_mark(self.output) == b""
         assert decode_from_stage(self.read().payload) == Connected()
         self.guard = psutil.Process(self.process.pid)
@@ -217,6 +218,34 @@ def test_an_unexpected_frame_ends_the_stage(start: Start, data: bytes, reason: s
     stage = start("echo")
     stage.write_raw(data)
     assert reason in str(stage.last_frame()["reason"])
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [(b"", ""), (encode_frame(Kind.HEARTBEAT, b""), "first frame is a HEARTBEAT"), (b"no frame", "ProtocolError")],
+)
+def test_without_settings_as_the_first_frame_the_guard_starts_no_stage(data: bytes, complaint: str) -> None:
+    command = [sys.executable, guarded.__file__, "echo"]
+    ran = subprocess.run(command, input=data, capture_output=True, timeout=END_S)
+    assert ran.returncode == 1
+    assert ran.stdout == b""
+    assert complaint in ran.stderr.decode()
+
+
+def test_the_first_settings_are_the_environment_that_the_stage_starts_with() -> None:
+    settings = GuardSettings(environment=("MLX_OF_THE_HOSTFILE=a=b", "HOME=/nowhere"))
+    script = (
+        "import os, sys; from mlx_k2.guard.guard import run_guard; "
+        "os._exit(run_guard([sys.executable, '-c', "
+        '\'import os; os.write(2, repr([os.environ[n] for n in ("MLX_OF_THE_HOSTFILE", "HOME")]).encode())\']))'
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script],
+        input=encode_frame(Kind.GUARD_SETTINGS, settings.to_json()),
+        capture_output=True,
+        timeout=END_S,
+    )
+    assert ran.stderr == b"['a=b', '/nowhere']"
 
 
 @pytest.mark.parametrize("program", ["echo", "deaf", "with_offspring"])

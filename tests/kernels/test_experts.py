@@ -1,6 +1,8 @@
 """Tests of the choice of a kernel by device, KernelCheck and number of tokens, and of the cached checks."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -8,13 +10,14 @@ import numpy as np
 import pytest
 
 from mlx_k2.kernels import check_cache, experts, reference
-from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, KernelCheck, LayerShape, random_stack
-from mlx_k2.kernels.stack import make_affine
+from mlx_k2.kernels.layer_time import Layer, Timing
+from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, ROUTER, KernelCheck, LayerShape
 from mlx_k2.kernels.tuning import DEFAULT
 from tests.metal_cpu.float64 import random_case
 
 pytestmark = pytest.mark.timeout(30)
 
+ROOT = Path(__file__).parents[2]
 SHAPE = LayerShape(hidden_size=64, intermediate_size=32, top_k=4, dtype=mx.bfloat16)
 
 
@@ -23,26 +26,42 @@ def test_without_a_gpu_the_reference_runs_and_no_kernel_is_checked() -> None:
     with mx.stream(mx.cpu):
         got = experts.routed_experts(case.x, case.expert_ids, case.expert_weights, case.stack)
         expected = reference.routed_experts(case.x, case.expert_ids, case.expert_weights, case.stack)
-        assert experts.prepare(case.stack, 2, mx.float32) == ()
+        assert experts.warnings_for(SHAPE) == ()
     assert mx.array_equal(got, expected).item()
 
 
-@pytest.mark.parametrize(("tokens", "kernel"), [(1, DECODE), (2, BATCH), (16, BATCH), (17, PREFILL), (4096, PREFILL)])
-def test_kernel_for_chooses_by_the_number_of_tokens(tokens: int, kernel: str) -> None:
-    assert experts.kernel_for(tokens)[0] == kernel
+@pytest.mark.parametrize(
+    ("tokens", "kernel", "token_range"),
+    [
+        (1, DECODE, DECODE),
+        (2, BATCH, BATCH),
+        (16, BATCH, BATCH),
+        (17, PREFILL, experts.SHORT),
+        (191, PREFILL, experts.SHORT),
+        (192, PREFILL, experts.LONG),
+        (4096, PREFILL, experts.LONG),
+    ],
+)
+def test_kernel_for_chooses_by_the_number_of_tokens(tokens: int, kernel: str, token_range: str) -> None:
+    assert experts.kernel_for(tokens)[:2] == (kernel, token_range)
+    assert experts.kernel_for(experts.TIMED_TOKENS[token_range])[1] == token_range
 
 
 def test_stored_kernel_checks_are_loaded_again(tmp_path: Path) -> None:
     path = check_cache.cache_path(tmp_path / "new", SHAPE, "Apple M9")
     cached = check_cache.CachedChecks(
-        [KernelCheck(DECODE, True, 1e-3, ""), KernelCheck(BATCH, False, None, "no")], DEFAULT
+        [KernelCheck(DECODE, True, 1e-3, "", slower=(DECODE,)), KernelCheck(BATCH, False, None, "no")],
+        DEFAULT,
+        {PREFILL: 1},
     )
     assert check_cache.load(path) is None
     check_cache.store(path, cached, "Apple M9")
     assert check_cache.load(path) == cached
 
 
-def test_the_cache_path_depends_on_chip_shape_and_kernel_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_path_depends_on_chip_shape_kernel_text_and_macos_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = [
         check_cache.cache_path(tmp_path, SHAPE, "Apple M9"),
         check_cache.cache_path(tmp_path, SHAPE, "Apple M8"),
@@ -51,6 +70,9 @@ def test_the_cache_path_depends_on_chip_shape_and_kernel_text(tmp_path: Path, mo
     ]
     monkeypatch.setattr(check_cache, "metal_texts", lambda: ["another text"])
     paths.append(check_cache.cache_path(tmp_path, SHAPE, "Apple M9"))
+    monkeypatch.setattr(check_cache, "macos_build", lambda: "25C56")
+    paths.append(check_cache.cache_path(tmp_path, SHAPE, "Apple M9"))
+    paths.append(check_cache.cache_path(tmp_path, SHAPE._replace(num_experts=384), "Apple M9"))
     assert len(set(paths)) == len(paths)
 
 
@@ -66,64 +88,184 @@ def test_storing_checks_in_an_unwritable_directory_raises_nothing(tmp_path: Path
     check_cache.store(tmp_path / "file" / "checks.json", check_cache.CachedChecks([], None), "Apple M9")
 
 
+class Machine:
+    """A machine on which each kernel's check ends as ``outcomes`` says, and which counts the checks."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, KernelCheck | type[BaseException]] = {}
+        self.made: list[str] = []
+        self.slower: tuple[str, ...] = ()
+
+    def check(self, name: str, *_: object) -> KernelCheck:
+        self.made.append(name)
+        outcome = self.outcomes.get(name, KernelCheck(name, True, 1e-3, ""))
+        if isinstance(outcome, KernelCheck):
+            return outcome
+        raise outcome
+
+
+class ProcessGone(BaseException):
+    """The end of the process that checks."""
+
+
 @pytest.fixture
-def _metal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Select the kernels as on a Mac. None of them can run here: calling one raises."""
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    made = Machine()
     monkeypatch.setattr(experts, "_backend_kernels", lambda: experts.METAL_KERNELS)
+    monkeypatch.setattr(experts, "check_kernel", made.check)
+    monkeypatch.setattr(experts, "slower_token_ranges", lambda *_: made.slower)
+    monkeypatch.setattr(experts, "_adopted", {})
+    return made
 
 
-@pytest.mark.usefixtures("_metal")
-def test_a_failed_kernel_is_logged_once_and_not_checked_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def results(directory: Path, *, again: bool = False) -> dict[str, KernelCheck]:
+    return {check.kernel: check for check in experts.checks(SHAPE, directory, again=again).checks}
+
+
+def test_a_wrong_and_a_refused_kernel_are_logged_once_and_not_checked_again(
+    machine: Machine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine.outcomes = {
+        DECODE: KernelCheck(DECODE, False, 0.5, "off by 5e-01"),
+        BATCH: KernelCheck(BATCH, False, None, "[metal::Device] Unable to build metal library from source"),
+    }
     with caplog.at_level(logging.WARNING):
-        first = experts.checks(SHAPE, tmp_path)
-        again = experts.checks(SHAPE, tmp_path)
-    assert [v.usable for v in first.checks] == [False, False, False]
-    assert again == first
+        first, again = results(tmp_path), results(tmp_path)
+    assert first == again
+    assert machine.made == [DECODE, BATCH, PREFILL]
     assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
-        f"the {name} kernel is not used here" for name in (DECODE, BATCH, PREFILL)
+        f"the {name} kernel is not used here" for name in (DECODE, BATCH)
     ]
+    assert first[DECODE].warning.endswith("plain MLX runs instead; `mlx-k2 kernels` there checks it again")
 
 
-@pytest.mark.usefixtures("_metal")
-def test_a_check_that_crashed_the_process_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class ProcessGone(BaseException):
-        pass
+def test_a_check_whose_process_was_ended_is_made_once_more_and_then_left_out(machine: Machine, tmp_path: Path) -> None:
+    machine.outcomes = {DECODE: ProcessGone}
+    for _ in range(2):
+        with pytest.raises(ProcessGone):
+            results(tmp_path)
+    third = results(tmp_path)
+    assert machine.made == [DECODE, DECODE, BATCH, PREFILL]
+    assert third[DECODE] == KernelCheck(DECODE, False, None, "2 checks did not come back")
+    assert third[BATCH].usable
 
-    def crash(*_: object) -> KernelCheck:
-        raise ProcessGone
 
-    monkeypatch.setattr(experts, "check_kernel", crash)
+def test_a_check_that_was_ended_once_and_then_came_back_counts_as_never_ended(machine: Machine, tmp_path: Path) -> None:
+    machine.outcomes = {DECODE: ProcessGone}
     with pytest.raises(ProcessGone):
-        experts.checks(SHAPE, tmp_path)
-    monkeypatch.setattr(experts, "check_kernel", lambda name, *_: KernelCheck(name, True, 0.0, ""))
-    checks = {v.kernel: v for v in experts.checks(SHAPE, tmp_path).checks}
-    assert not checks[DECODE].usable
-    assert checks[DECODE].reason == "an earlier check did not come back"
-    assert checks[BATCH].usable
+        results(tmp_path)
+    machine.outcomes = {}
+    assert results(tmp_path)[DECODE].usable
+    cached = check_cache.load(check_cache.cache_path(tmp_path, SHAPE, experts.chip()))
+    assert cached is not None
+    assert cached.started == {}
 
 
-@pytest.mark.usefixtures("_metal")
-def test_the_reference_runs_when_no_kernel_is_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_that_passes_is_checked_again_at_the_next_start(machine: Machine, tmp_path: Path) -> None:
+    fault = KernelCheck(
+        DECODE, False, None, "[METAL] Command buffer execution failed: Insufficient Memory", passing=True
+    )
+    machine.outcomes = {DECODE: fault}
+    assert results(tmp_path)[DECODE] == fault
+    assert fault.warning.endswith("the next start checks it again")
+    machine.outcomes = {}
+    assert results(tmp_path)[DECODE].usable
+    assert machine.made == [DECODE, BATCH, PREFILL, DECODE]
+
+
+def test_after_a_new_macos_build_and_with_again_every_kernel_is_checked_anew(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.outcomes = {BATCH: KernelCheck(BATCH, False, 0.5, "off")}
+    assert not results(tmp_path)[BATCH].usable
+    machine.outcomes = {}
+    assert not results(tmp_path)[BATCH].usable
+    assert results(tmp_path, again=True)[BATCH].usable
+    monkeypatch.setattr(check_cache, "macos_build", lambda: "25C56")
+    machine.made.clear()
+    results(tmp_path)
+    assert machine.made == [DECODE, BATCH, PREFILL]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"checks": [], "tuning": null, "started": {"decode": "x"}}'])
+def test_a_corrupt_file_is_made_anew(machine: Machine, tmp_path: Path, content: str) -> None:
+    path = check_cache.cache_path(tmp_path, SHAPE, experts.chip())
+    path.write_text(content)
+    assert all(check.usable for check in results(tmp_path).values())
+    cached = check_cache.load(path)
+    assert cached is not None
+    assert len(cached.checks) == 3
+
+
+def test_a_kernel_is_not_used_for_the_numbers_of_tokens_for_which_plain_mlx_is_faster(
+    machine: Machine, tmp_path: Path
+) -> None:
+    machine.slower = (experts.LONG,)
+    experts.adopt(SHAPE, experts.checks(SHAPE, tmp_path))
+    assert experts.usable(SHAPE).token_ranges == {DECODE, BATCH, experts.SHORT}
+    assert experts.usable(SHAPE).warnings == ()
+
+
+def test_the_faster_of_kernel_and_plain_mlx_is_found_by_timing_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    times: list[tuple[str, int]] = []
+
+    def time_layer(layer: Layer, _stack: object, tokens: int, _top_k: int, **_: int) -> Timing:
+        name = "plain" if layer is reference.routed_experts else "kernel"
+        times.append((name, tokens))
+        faster = "plain" if tokens == experts.TIMED_TOKENS[experts.LONG] else "kernel"
+        return Timing(1.0 if name == faster else 2.0, 1)
+
+    monkeypatch.setattr(experts, "time_layer", time_layer)
+    assert experts.slower_token_ranges(PREFILL, SHAPE) == (experts.LONG,)
+    assert times == [("plain", 64), ("kernel", 64), ("plain", 2048), ("kernel", 2048)]
+    assert experts.slower_token_ranges(ROUTER, SHAPE) == ()
+
+
+def test_of_a_kernel_without_a_result_none_is_used(machine: Machine) -> None:
+    experts.adopt(SHAPE, check_cache.CachedChecks([KernelCheck(DECODE, True, 0.0, "")], None))
+    assert experts.usable(SHAPE).token_ranges == {DECODE}
+    assert [warning.split(";")[0] for warning in experts.usable(SHAPE).warnings] == [
+        f"the {name} kernel is not used here (its check did not come back)" for name in (BATCH, PREFILL)
+    ]
+    assert machine.made == []
+
+
+def test_two_processes_that_start_together_check_each_kernel_once(tmp_path: Path) -> None:
+    """Two real processes: the first to have the lock checks, slowly, and the second finds its results."""
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from mlx_k2.kernels import experts\n"
+        "from mlx_k2.kernels.self_check import KernelCheck\n"
+        "from tests.kernels.test_experts import SHAPE\n"
+        "def check(name, *_):\n"
+        "    print(name, flush=True)\n"
+        "    time.sleep(0.3)\n"
+        "    return KernelCheck(name, True, 0.0, '')\n"
+        "experts._backend_kernels = lambda: experts.METAL_KERNELS\n"
+        "experts.check_kernel, experts.slower_token_ranges = check, lambda *_: ()\n"
+        "found = experts.checks(SHAPE, Path(sys.argv[1])).checks\n"
+        "assert [each.kernel for each in found if each.usable] == ['decode', 'batch', 'prefill']\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
+    printed = [process.communicate(timeout=60)[0].split() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(printed) == [[], [DECODE, BATCH, PREFILL]]
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32], ids=["bfloat16", "float32"])
+def test_each_unused_kernel_causes_a_warning_and_the_reference_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype
+) -> None:
+    """No kernel can run here, so each check fails as on a Mac whose compiler refuses the text."""
+    monkeypatch.setattr(experts, "_backend_kernels", lambda: experts.METAL_KERNELS)
     monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", tmp_path)
+    monkeypatch.setattr(experts, "_adopted", {})
+    lines = experts.warnings_for(SHAPE._replace(dtype=dtype))
+    unused = [line for line in lines if "plain MLX runs instead" in line]
+    assert len(unused) == len(lines) == (4 if dtype == mx.bfloat16 else 2)
     case = random_case(experts=4, tokens=3, top_k=2, hidden=64, intermediate=32, dtype=mx.float32)
     got = experts.routed_experts(case.x, case.expert_ids, case.expert_weights, case.stack)
     expected = reference.routed_experts(case.x, case.expert_ids, case.expert_weights, case.stack)
     assert np.array_equal(np.array(got), np.array(expected))
-
-
-@pytest.mark.usefixtures("_metal")
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32], ids=["bfloat16", "float32"])
-def test_prepare_reports_each_unused_kernel_and_does_not_check_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype
-) -> None:
-    monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", tmp_path)
-    experts.usable.cache_clear()
-    shipped = random_stack(SHAPE, 4)
-    stack = shipped if dtype == mx.bfloat16 else make_affine(shipped, dtype)
-    lines = experts.prepare(stack, SHAPE.top_k, dtype)
-    unused = [line for line in lines if line.endswith("plain MLX runs instead")]
-    assert len(unused) == len(lines) == (4 if dtype == mx.bfloat16 else 2)
-    monkeypatch.setattr(experts, "check_kernel", lambda *_: pytest.fail("checked again"))
-    monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", tmp_path / "as if it could not be written")
-    assert experts.prepare(stack, SHAPE.top_k, dtype) == lines
-    experts.usable.cache_clear()

@@ -6,9 +6,9 @@ import mlx.core as mx
 import pytest
 
 from mlx_k2.kernels import check_cache, experts, reference, timing
+from mlx_k2.kernels.layer_time import Layer, Timing, time_layer
 from mlx_k2.kernels.self_check import DECODE, KernelCheck, LayerShape, random_stack
 from mlx_k2.kernels.stack import ExpertStack
-from mlx_k2.kernels.timing import Layer, Timing
 from mlx_k2.kernels.tuning import DEFAULT, Tuning
 
 pytestmark = pytest.mark.timeout(30)
@@ -18,7 +18,7 @@ SHAPE = LayerShape(hidden_size=64, intermediate_size=32, top_k=4, dtype=mx.float
 
 def test_a_layers_timing_counts_the_bytes_of_its_distinct_experts() -> None:
     stack = random_stack(SHAPE, 8)
-    timed = timing.time_layer(reference.routed_experts, stack, tokens=1, top_k=4, chain=2, repeats=1)
+    timed = time_layer(reference.routed_experts, stack, tokens=1, top_k=4, chain=2, repeats=1)
     assert timed.seconds > 0
     assert timed.bytes_needed == 4 * sum(array.nbytes for array in stack) // 8
     assert timed.gigabytes_per_second == pytest.approx(timed.bytes_needed / timed.seconds / 1e9)
@@ -40,7 +40,7 @@ def test_an_unusable_kernel_is_not_timed_but_the_reference_is(tmp_path: Path, mo
     path = check_cache.cache_path(tmp_path, SHAPE, experts.chip())
     check_cache.store(path, check_cache.CachedChecks([unusable], None), experts.chip())
     (row,) = timing.kernel_table(SHAPE, DEFAULT)
-    assert row.check == unusable
+    assert (row.check, row.token_range) == (unusable, DECODE)
     assert row.kernel is None
     assert row.reference.seconds > 0
 
@@ -53,13 +53,13 @@ def test_the_fastest_tuning_is_found_and_cached(tmp_path: Path, monkeypatch: pyt
         tried.append(tuning)
         return reference.routed_experts
 
-    def time_layer(_layer: Layer, _stack: ExpertStack, _tokens: int, _top_k: int) -> Timing:
+    def time_alike(_layer: Layer, _stack: ExpertStack, _tokens: int, _top_k: int) -> Timing:
         tuning = tried[-1]
         return Timing(1.0 if (tuning.gate_up_rows, tuning.down_rows) == (8, 2) else 2.0 - tuning.gate_up_rows / 100, 1)
 
-    monkeypatch.setattr(timing, "_kernel", kernel)
+    monkeypatch.setattr(experts, "layer_of", kernel)
     monkeypatch.setattr(timing, "_agrees", lambda _shape, tuning: tuning.batch_rows != 1)
-    monkeypatch.setattr(timing, "time_layer", time_layer)
+    monkeypatch.setattr(timing, "time_layer", time_alike)
     best = timing.best_tuning(SHAPE, DEFAULT)
     assert (best.gate_up_rows, best.down_rows) == (8, 2)
     assert not [tuning for tuning in tried if tuning.batch_rows == 1]  # tunings with wrong results are skipped

@@ -65,7 +65,7 @@ def connected_stages(folder: Path) -> Iterator[StageGroup]:
     locations = [StageLocation(python=stand_in_python(folder, "ring"))] * NUM_STAGES
     with StageGroup(locations, lease_s=20.0, log=lambda _: None) as group:
         for rank in range(NUM_STAGES):
-            group.send(rank, Prepare(rank, NUM_STAGES, ModelSource(path_or_repo=""), ("127.0.0.1",), {}))
+            group.send(rank, Prepare(rank, NUM_STAGES, ModelSource(path_or_repo=""), ("127.0.0.1",)))
         prepared = collect(group, Prepared, range(NUM_STAGES), 30, "prepare")
         links = RingLinks(tuple(answer.addresses for answer in prepared))
         group.send_all(Connect(links, None, None))

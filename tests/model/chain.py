@@ -86,7 +86,7 @@ def load_stage(
     folder: Path, config: ModelConfig, layers: range, cache: LatentCache, dense_bits: int | None = None
 ) -> StageModel:
     """Load one stage of the checkpoint in ``folder``, in float32."""
-    return load_stage_model(config, open_shards(folder, config), layers, cache, lambda _: None, dense_bits).model
+    return load_stage_model(config, open_shards(folder, config), layers, cache, lambda _: None, dense_bits)
 
 
 def loaded_bytes(folder: Path, dense_bits: int | None) -> list[int]:

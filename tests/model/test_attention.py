@@ -1,17 +1,35 @@
 """Tests of attention: absorbed and naive agree, blocks and the fused path change nothing, memory is bounded."""
 
+import json
 from typing import NamedTuple
 
 import mlx.core as mx
 import pytest
 
+from mlx_k2.cluster.memory import GPU_MIN_HEADS, added_block_bytes, attention_block_bytes
+from mlx_k2.config import ModelConfig
 from mlx_k2.model import attention
-from mlx_k2.model.attention import attend_absorbed, attend_fused, attend_naive, attend_unfused
+from mlx_k2.model.attention import (
+    ON_CPU,
+    AttentionLimits,
+    attend_absorbed,
+    attend_fused,
+    attend_naive,
+    attend_unfused,
+    naive_blocks,
+    rebuilt_bytes_per_head,
+)
 from mlx_k2.model.layer_weights import AttentionWeights, DirectQuery
 from mlx_k2.model.linear import multiply, multiply_transposed
+from mlx_k2.weights.config_fields import thinking_config_fields
 from tests.model.chain import largest_difference
 
 HEADS, NOPE, ROPE, LATENT, VALUE = 4, 32, 16, 64, 32
+
+
+@pytest.fixture(scope="module")
+def k2_config() -> ModelConfig:
+    return ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "Kimi K2 Thinking")
 
 
 class Case(NamedTuple):
@@ -28,11 +46,11 @@ class Case(NamedTuple):
         carried = multiply(self.queries[..., :NOPE], self.weights.key_up)
         return mx.concatenate([carried, self.queries[..., NOPE:]], axis=-1)
 
-    def naive(self, *, fused: bool = False) -> mx.array:
-        return attend_naive(self.queries, self.rows, self.position, self.weights, fused=fused)
+    def naive(self, limits: AttentionLimits = ON_CPU) -> mx.array:
+        return attend_naive(self.queries, self.rows, self.position, self.weights, limits)
 
-    def absorbed(self) -> mx.array:
-        latents = attend_absorbed(self.absorbed_queries, self.rows, self.position, LATENT)
+    def absorbed(self, limits: AttentionLimits = ON_CPU) -> mx.array:
+        latents = attend_absorbed(self.absorbed_queries, self.rows, self.position, LATENT, limits)
         return multiply(latents, self.weights.value_up)
 
 
@@ -81,13 +99,13 @@ def test_naive_and_absorbed_attention_equal_the_definition(count: int, position:
     assert relative_difference(case.absorbed(), defined) < 1e-5
 
 
+@pytest.mark.parametrize("min_heads", [1, 3])
 @pytest.mark.parametrize("block_bytes", [1, 40_000, 200_000])
-def test_the_block_size_changes_no_bit_of_the_attention(monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
+def test_the_block_size_changes_no_bit_of_the_attention(block_bytes: int, min_heads: int) -> None:
     case = make_case(48, 100)
-    naive, absorbed = case.naive(), case.absorbed()
-    monkeypatch.setattr(attention, "BLOCK_BYTES", block_bytes)
-    assert mx.array_equal(case.naive(), naive)
-    assert mx.array_equal(case.absorbed(), absorbed)
+    limits = AttentionLimits(block_bytes, min_heads)
+    assert mx.array_equal(case.naive(limits), case.naive())
+    assert mx.array_equal(case.absorbed(limits), case.absorbed())
 
 
 @pytest.mark.parametrize(("count", "position"), [(1, 40), (16, 0), (48, 100)])
@@ -100,10 +118,11 @@ def test_fused_attention_equals_unfused_attention(count: int, position: int) -> 
     assert relative_difference(fused, attend_unfused(case.queries, keys, values, position, count)) < 1e-5
 
 
-def test_attention_is_fused_only_when_allowed_and_scores_exceed_the_block_size(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("position", "block_bytes"), [(0, 2**27), (100, 100_000)])
+def test_the_first_chunk_and_a_chunk_of_which_too_few_queries_fit_are_fused_where_that_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, position: int, block_bytes: int
 ) -> None:
-    case = make_case(48, 100)
+    case = make_case(48, position)
     without = case.naive()
     calls = []
 
@@ -113,32 +132,62 @@ def test_attention_is_fused_only_when_allowed_and_scores_exceed_the_block_size(
         return attend_fused(queries, keys, values, force=False)
 
     monkeypatch.setattr(attention, "attend_fused", count_and_attend)
-    case.naive(fused=True)
+    monkeypatch.setattr(attention, "FUSED_FROM_BYTES", 10_000)
+    case.naive(AttentionLimits(block_bytes, fused=False))
+    make_case(48, 100).naive(AttentionLimits(fused=True))
     assert calls == []
-    monkeypatch.setattr(attention, "BLOCK_BYTES", 200_000)
-    assert relative_difference(case.naive(fused=True), without) < 1e-5
+    assert relative_difference(case.naive(AttentionLimits(block_bytes, fused=True)), without) < 1e-5
     assert sum(calls) == HEADS
-    assert len(calls) > 1
 
 
-def peak_beyond_inputs(case: Case, attend: str) -> int:
+@pytest.mark.parametrize("context_tokens", [32768, 131072, 262144])
+@pytest.mark.parametrize("spare_gb", [0, 1, 100])
+def test_blocks_of_k2_on_a_gpu_fit_what_was_planned_and_have_at_least_8_heads(
+    k2_config: ModelConfig, context_tokens: int, spare_gb: int
+) -> None:
+    least = attention_block_bytes(k2_config, context_tokens, 2, on_gpu=True)
+    planned = least + added_block_bytes(least, spare_gb * 10**9)
+    limits = AttentionLimits(planned, GPU_MIN_HEADS, fused=True)
+    heads, head_dim = k2_config.num_attention_heads, k2_config.qk_head_dim
+    for count in (1, 16, 100, 1024, 4096):
+        for position in range(0, context_tokens - count + 1, 1024):
+            blocks = naive_blocks(heads, count, head_dim, position, 2, limits)
+            rebuilt = min(heads, blocks.heads) * rebuilt_bytes_per_head(position + count, head_dim, 2)
+            scores = 0 if blocks.fused else min(heads, blocks.heads) * min(count, blocks.queries)
+            assert min(heads, blocks.heads) >= 8
+            assert rebuilt + scores * (position + count) * 4 <= planned
+            assert not blocks.fused or position == 0
+
+
+def peak_beyond_inputs(case: Case, attend: str, limits: AttentionLimits) -> int:
     mx.clear_cache()
     mx.reset_peak_memory()
     held = mx.get_active_memory()
-    mx.eval(case.naive() if attend == "naive" else case.absorbed())
+    mx.eval(case.naive(limits) if attend == "naive" else case.absorbed(limits))
     return mx.get_peak_memory() - held
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("attend", "count", "heads"), [("naive", 256, 4), ("absorbed", 64, 16)])
-def test_attention_over_32k_positions_stays_within_its_memory_budget(
-    monkeypatch: pytest.MonkeyPatch, attend: str, count: int, heads: int
-) -> None:
+def test_attention_over_32k_positions_stays_within_its_memory_budget(attend: str, count: int, heads: int) -> None:
     budget = 32 * 2**20
-    monkeypatch.setattr(attention, "BLOCK_BYTES", budget // 2)
+    limits = AttentionLimits(budget // 2)
     case = make_case(count, 32768 - count, heads)
     outputs = heads * count * (LATENT + VALUE) * 4 * 2  # the blocks and their concatenation
     all_scores = heads * count * 32768 * 4
     copied_latents = 2 * 32768 * LATENT * 4  # MLX's product on a CPU copies a slice of a wider matrix
     assert all_scores > 3 * budget
-    assert peak_beyond_inputs(case, attend) < budget + copied_latents + outputs + 2**20
+    assert peak_beyond_inputs(case, attend, limits) < budget + copied_latents + outputs + 2**20
+
+
+@pytest.mark.slow
+def test_attention_over_128k_positions_in_blocks_of_8_heads_stays_within_two_blocks() -> None:
+    count, heads, keys = 32, 24, 131072
+    limits = AttentionLimits(8 * rebuilt_bytes_per_head(keys, NOPE + ROPE, 4) * 4 // 3, min_heads=8)
+    assert naive_blocks(heads, count, NOPE + ROPE, keys - count, 4, limits) == (8, 24, False)
+    case = make_case(count, keys - count, heads)
+    copied_latents = 2 * 2 * 8 * keys * LATENT * 4  # on a CPU MLX copies the latents for each head of two blocks
+    bound = 2 * limits.block_bytes + copied_latents
+    unblocked = heads * (rebuilt_bytes_per_head(keys, NOPE + ROPE, 4) + 2 * keys * LATENT * 4 + count * keys * 4)
+    assert unblocked > bound
+    assert peak_beyond_inputs(case, "naive", limits) < bound

@@ -33,7 +33,7 @@ class Parts(NamedTuple):
     def logits(self) -> mx.array:
         """Return the logits of PROMPT."""
         cache = LatentCache(len(self.layers), 1, 256, self.config.latent_dim, mx.float32)
-        model = StageModel(self.config, list(self.layers), self.embedding, self.head, cache, fused_attention=False)
+        model = StageModel(self.config, list(self.layers), self.embedding, self.head, cache)
         batch = Batch([Span(0, 0, len(PROMPT), is_prompt=True)])
         return model.logits(model.run(model.embed(mx.array(PROMPT)), batch))
 
@@ -145,7 +145,7 @@ def test_absorbed_and_naive_attention_agree_in_one_layer(checkpoint: Checkpoint,
     folder = checkpoint(variant)
     config = read_config(folder)
     weights = assemble_layer(config, 0, open_shards(folder, config).layer(0).tensors)  # dense: no expert is chosen
-    run_layer = decoder_layer.DecoderLayer(config, fused_attention=False).run
+    run_layer = decoder_layer.DecoderLayer(config).run
     hidden = mx.random.normal((len(PROMPT), config.hidden_size), key=mx.random.key(0))
 
     def run(*, is_prompt: bool) -> mx.array:

@@ -1,7 +1,7 @@
 import signal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlx_k2.errors import ProtocolError
@@ -13,9 +13,9 @@ def test_kill_after_s_is_5_s_plus_1_s_for_each_10_gb() -> None:
     assert kill_after_s(300 * 10**9) == 35
 
 
-@given(st.floats(0.1, 1e6), st.integers(0, 10**13))
-def test_guard_settings_round_trip_through_json(lease_s: float, held_bytes: int) -> None:
-    settings = GuardSettings(lease_s, held_bytes)
+@given(st.floats(0.1, 1e6), st.integers(0, 10**13), st.lists(st.text().map("NAME={}".format)))
+def test_guard_settings_round_trip_through_json(lease_s: float, held_bytes: int, lines: list[str]) -> None:
+    settings = GuardSettings(lease_s, held_bytes, tuple(lines))
     assert GuardSettings.from_json(settings.to_json()) == settings
 
 
@@ -28,6 +28,8 @@ def test_a_return_code_becomes_an_exit_code_or_a_signal() -> None:
 
 
 @given(st.binary(max_size=60) | st.sampled_from([b"[]", b"{}", b'{"lease_s": -1, "held_bytes": 0}', b"1e999"]))
+@example(b'{"lease_s": -1, "held_bytes": 0, "environment": []}')
+@example(b'{"lease_s": 1, "held_bytes": 0, "environment": ["NAME"]}')
 def test_an_invalid_guard_message_is_refused(payload: bytes) -> None:
     for kind in (GuardSettings, StageExit):
         with pytest.raises(ProtocolError):

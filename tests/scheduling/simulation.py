@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mlx_k2.config import ModelConfig
-from mlx_k2.deployment.stage_costs import stage_sizes
+from mlx_k2.deployment.stage_costs import GPU_TILE_ROWS, stage_sizes
 from mlx_k2.sampling import SampledToken, Sampling
 from mlx_k2.scheduling.cost_model import StageCost, StageSizes, StageSpeed, StepLoad
 from mlx_k2.scheduling.microbatch import Microbatch
@@ -27,7 +27,10 @@ LONGEST_CHUNK = 8192
 @functools.cache
 def k2_sizes(num_stages: int) -> list[StageSizes]:
     """Return Kimi K2's stage sizes over ``num_stages`` machines, as the partition divides it."""
-    return [stage_sizes(CONFIG, first, end, 2) for first, end in itertools.pairwise(SPLITS[num_stages])]
+    return [
+        stage_sizes(CONFIG, first, end, 2, tile_rows=GPU_TILE_ROWS)
+        for first, end in itertools.pairwise(SPLITS[num_stages])
+    ]
 
 
 def k2_stages(num_stages: int = 2, speed: StageSpeed = SPEED) -> list[StageCost]:

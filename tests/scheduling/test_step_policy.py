@@ -1,15 +1,18 @@
 """Tests that on simulated stages with Kimi K2's sizes the scheduler is within 5% of the best possible choice."""
 
 import itertools
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_k2.scheduling.cost_model import StageCost, StageSpeed, row_load
+from mlx_k2.scheduling.cost_model import StageCost, StageSpeed, expected_tiles, row_load
 from mlx_k2.scheduling.step_policy import (
     CHUNK_DELAY_STEPS,
     AdaptiveStepPolicy,
+    best_chunk,
     best_round,
     largest_chunk_within,
     prefill_s,
@@ -56,6 +59,21 @@ def test_prefill_time_is_within_5_percent_of_the_best_chunk_length(num_prompt: i
     lengths = range(step, min(num_prompt, LONGEST_CHUNK) + 1, step)
     best = min(prefill_s(stages, 0, num_prompt, chunk) for chunk in lengths if num_prompt // chunk <= 512)
     assert simulation.now_s <= CLOSE * best
+
+
+@pytest.mark.parametrize("num_tokens", [17, 100, 1500, 4096])
+@pytest.mark.parametrize("tile_rows", [16, 32])
+def test_expected_tiles_are_those_of_random_choices(num_tokens: int, tile_rows: int) -> None:
+    random = np.random.default_rng(num_tokens)
+    counts = [random.binomial(num_tokens, 8 / 384, 384) for _ in range(400)]
+    tiles = np.mean([np.ceil(each / tile_rows).sum() for each in counts])
+    assert expected_tiles(384, 8, num_tokens, tile_rows) == pytest.approx(tiles, rel=0.01)
+
+
+def test_counted_tiles_make_the_chunks_of_a_prompt_of_4096_tokens_longer() -> None:
+    stages = k2_stages()
+    untiled = [StageCost(replace(stage.sizes, tile_rows=1), stage.speed) for stage in stages]
+    assert best_chunk(stages, 0, 4096, 4096) > best_chunk(untiled, 0, 4096, 4096)
 
 
 @settings(max_examples=at_least(300))

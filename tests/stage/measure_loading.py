@@ -23,7 +23,7 @@ def main() -> None:
     config = read_config(folder)
     cache = LatentCache(len(layers), 1, 256, config.latent_dim, mx.float32)
     pieces: list[int] = []
-    model, _ = load_stage_model(
+    model = load_stage_model(
         config, open_shards(folder, config), layers, cache, lambda piece: pieces.append(piece.held_bytes), dense_bits
     )
     measured = {

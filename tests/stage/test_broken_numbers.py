@@ -138,7 +138,7 @@ def test_dense_bits_check_every_tensor_because_mx_quantize_hides_nan(
     source = ModelSource(path_or_repo=str(folder))
     description = describe_model(read_model_files(source).files, str(folder))
     loader = StageLoader(description, source, lambda _: None, lambda *_: None)
-    message = Load(0, 7, "float32", num_slots=1, context_tokens=64, needed_bytes=0, dense_bits=8)
+    message = Load(0, 7, "float32", num_slots=1, context_tokens=64, needed_bytes=0, block_bytes=1 << 24, dense_bits=8)
     with pytest.raises(CheckpointError, match=rf"\.safetensors: {name} has NaN or infinity"):
         loader.load(message, NoNeighbours())
 

@@ -16,6 +16,16 @@ from mlx_k2.stage.faults import fault_of
         (RuntimeError("[malloc] Unable to allocate 7 bytes."), "StageFault", "out of memory"),
         (RuntimeError("std::bad_alloc"), "StageFault", "out of memory"),
         (RuntimeError("Resource temporarily unavailable"), "StageFault", "out of memory"),
+        (
+            RuntimeError("[METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002:kIOGPU...)"),
+            "StageFault",
+            "macOS stopped the GPU's work because it took too long: turn the display off",
+        ),
+        (
+            RuntimeError("[METAL] Command buffer execution failed: Impacting Interactivity (0000000e:kIOGPU...)"),
+            "StageFault",
+            "macOS stopped the GPU's work because it took too long: turn the display off",
+        ),
     ],
 )
 def test_fault_of_gives_each_error_its_kind_and_message(error: Exception, kind: str, words: str) -> None:

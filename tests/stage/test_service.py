@@ -63,7 +63,7 @@ def converse(tmp_path: Path) -> Converse:
 
 
 def prepare(folder: Path) -> Prepare:
-    return Prepare(0, 1, ModelSource(path_or_repo=str(folder)), listen=(), environment={})
+    return Prepare(0, 1, ModelSource(path_or_repo=str(folder)), listen=())
 
 
 def step(number: int) -> Step:

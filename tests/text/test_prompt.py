@@ -105,7 +105,7 @@ def test_a_prompt_decodes_to_the_plain_rendering_byte_for_byte(conversation: Any
 
 
 @given(st.lists(st.integers(16_350, 16_390), min_size=1, max_size=3), st.sampled_from(["<|im_end|>", "[EOS]"]))
-def test_control_tokens_are_found_at_every_place_of_a_long_prompt(lengths: list[int], name: str) -> None:
+def test_control_tokens_are_found_everywhere_in_a_long_prompt(lengths: list[int], name: str) -> None:
     template = ChatTemplate("{% for message in messages %}{{ message.content }}" + name + "{% endfor %}")
     conversation = [{"role": "user", "content": "x" * length} for length in lengths]
     expected = [piece for length in lengths for piece in ("x" * length, tokenizer().token_id(name))]

@@ -12,7 +12,8 @@ from mlx_lm.tool_parsers.kimi_k2 import parse_tool_call
 
 from mlx_k2.text.markers import NAMES
 from mlx_k2.text.reply_parser import ReplyParser
-from mlx_k2.text.reply_parts import Content, Part, Reasoning, Reply, whole_reply
+from mlx_k2.text.reply_parts import ArgumentsText, Content, Part, Reasoning, Reply, ToolCallBegun, whole_reply
+from mlx_k2.text.tool_call import ToolCall
 from tests.examples import at_least
 from tests.text.replies import CALL, IN_VOCABULARY, SINGULAR, Token, call, parsed, parts, section, tokens_of
 
@@ -52,9 +53,9 @@ def joined(found: Sequence[Part]) -> list[Part]:
     """Return the parts with adjacent texts of one kind joined."""
     result: list[Part] = []
     for part in found:
-        if isinstance(part, Reasoning | Content) and result and type(result[-1]) is type(part):
+        if isinstance(part, Reasoning | Content | ArgumentsText) and result and type(result[-1]) is type(part):
             before = result.pop()
-            assert isinstance(before, Reasoning | Content)
+            assert isinstance(before, Reasoning | Content | ArgumentsText)
             result.append(type(part)(before.text + part.text))
         else:
             result.append(part)
@@ -80,6 +81,7 @@ def test_the_reply_parts_keep_all_text_in_order_except_space_and_markers(
     kept = "".join(
         part.text if isinstance(part, Reasoning | Content) else part.written_id + part.arguments
         for part in parts(tokens, in_reasoning=in_reasoning, names=names)
+        if not isinstance(part, ToolCallBegun | ArgumentsText)  # the complete call has the same text
     )
     assert telling(kept) == telling("".join(piece for piece, _ in tokens))
 
@@ -87,6 +89,29 @@ def test_the_reply_parts_keep_all_text_in_order_except_space_and_markers(
 def telling(text: str) -> str:
     """Return the characters of ``text`` that are no whitespace and occur in no marker."""
     return "".join(character for character in text if not character.isspace() and character not in "".join(NAMES))
+
+
+@given(replies, st.booleans(), vocabularies)
+def test_the_parts_of_a_call_that_has_begun_are_those_of_the_complete_call(
+    tokens: list[Token], in_reasoning: bool, names: frozenset[str]
+) -> None:
+    begun: ToolCallBegun | None = None
+    written = ""
+    for part in parts(in_vocabulary(tokens, names), in_reasoning=in_reasoning, names=names):
+        match part:
+            case ToolCallBegun():
+                assert begun is None, "a call begins after the call before has ended"
+                begun, written = part, ""
+            case ArgumentsText(text):
+                assert begun is not None, "arguments belong to a call"
+                written += text
+            case ToolCall():
+                if begun is not None and part.values is not None:
+                    assert (part.name, part.arguments) == (begun.name, written)
+                begun = None
+            case _:
+                assert begun is None, "no other text comes within a call"
+    assert begun is None
 
 
 @given(replies, st.booleans())
@@ -189,7 +214,7 @@ def test_a_call_is_emitted_when_it_ends_and_not_at_the_end_of_the_reply() -> Non
     parser = ReplyParser(IN_VOCABULARY, in_reasoning=False)
     *tokens, _section_end = tokens_of(CALL)
     found = [part for piece, control in tokens for part in (parser.control(piece) if control else parser.text(piece))]
-    assert found == list(parsed(CALL).calls)
+    assert found == [ToolCallBegun("f"), ArgumentsText('{"a": 1}'), *parsed(CALL).calls]
     assert list(parser.finish()) == []
 
 

@@ -1,7 +1,12 @@
 """Tests of the reader: each stage gets exactly its tensors, unchanged, and a shape unlike the config's is refused."""
 
+import errno
 import itertools
+import os
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,9 +16,11 @@ from mlx_k2.config import ModelConfig
 from mlx_k2.errors import CheckpointError
 from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.tiny_config import as_kimi_k25, tiny_config_fields
+from mlx_k2.weights import reader
 from mlx_k2.weights.index import CheckpointIndex, read_index_json
 from mlx_k2.weights.inventory import held_bytes, layer_specs, model_specs
 from mlx_k2.weights.reader import LoadedTensors, ShardReader
+from mlx_k2.weights.safetensors_file import read_header
 from tests.weights.made_up import VOCAB_SIZE, write_tiny
 
 LAYERS = 7
@@ -46,10 +53,10 @@ def config(folder: Path) -> ModelConfig:
     return ModelConfig.from_json((folder / "config.json").read_bytes(), "config.json")
 
 
-def shard(reader: ShardReader, config: ModelConfig, layers: range) -> list[LoadedTensors]:
-    pieces = [reader.embedding()] if layers.start == 0 else []
-    pieces += [reader.layer(layer) for layer in layers]
-    return [*pieces, reader.head()] if layers.stop == config.num_hidden_layers else pieces
+def shard(opened: ShardReader, config: ModelConfig, layers: range) -> list[LoadedTensors]:
+    pieces = [opened.embedding()] if layers.start == 0 else []
+    pieces += [opened.layer(layer) for layer in layers]
+    return [*pieces, opened.head()] if layers.stop == config.num_hidden_layers else pieces
 
 
 @pytest.mark.parametrize("bounds", [(0, 7), (0, 4, 7), (0, 2, 5, 7)])
@@ -61,11 +68,11 @@ def test_the_stages_together_read_each_tensor_of_the_model_once(
     fields = as_kimi_k25(fields) if family == "kimi_k25" else fields
     write_random_checkpoint(tmp_path / "model", fields, 0, {})
     config = ModelConfig.from_json((tmp_path / "model" / "config.json").read_bytes(), "config.json")
-    reader = open_reader(tmp_path / "model", config)
+    opened = open_reader(tmp_path / "model", config)
     names = [
         name
         for first, end in itertools.pairwise(bounds)
-        for piece in shard(reader, config, range(first, end))
+        for piece in shard(opened, config, range(first, end))
         for name in piece.tensor_names
     ]
     assert sorted(names) == sorted(spec.name for spec in model_specs(config))
@@ -103,9 +110,9 @@ def test_routed_experts_use_4_5_bits_per_weight_in_any_compute_dtype(
 
 
 def test_the_held_bytes_of_a_layer_in_bfloat16_equal_the_inventory(folder: Path, config: ModelConfig) -> None:
-    reader = open_reader(folder, config)
+    opened = open_reader(folder, config)
     for layer in range(LAYERS):
-        assert reader.layer(layer).held_bytes == held_bytes(layer_specs(config, layer))
+        assert opened.layer(layer).held_bytes == held_bytes(layer_specs(config, layer))
 
 
 def test_a_single_file_checkpoint_gives_the_same_tensors(tmp_path: Path, folder: Path, config: ModelConfig) -> None:
@@ -135,3 +142,101 @@ def test_weight_shapes_may_be_int64(tmp_path: Path, folder: Path) -> None:
     rewrite(tmp_path / "model", SHAPE_NAME, mx.array([128, 64], mx.int64))
     found, expected = (open_reader(position, config).layer(4).tensors for position in (tmp_path / "model", folder))
     assert all(mx.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_each_byte_of_a_layers_tensors_is_read_once(
+    folder: Path, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranges: list[tuple[int, int]] = []
+    system_read = os.preadv
+
+    def recorded(number: int, buffers: list[memoryview], offset: int) -> int:
+        count = system_read(number, buffers, offset)
+        ranges.append((offset, offset + count))
+        return count
+
+    monkeypatch.setattr(os, "preadv", recorded)
+    open_reader(folder, config).layer(2)
+    header = read_header(folder / "model-00003-of-000008.safetensors")
+    needed = [header.tensors[spec.name].data_offsets for spec in layer_specs(config, 2)]
+    assert sorted(ranges) == sorted((header.data_start + first, header.data_start + end) for first, end in needed)
+
+
+def test_tensors_larger_than_a_piece_and_reads_that_return_fewer_bytes_give_the_same_tensors(
+    folder: Path, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = open_reader(folder, config).layer(2).tensors
+    system_read = os.preadv
+    monkeypatch.setattr(reader, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(os, "preadv", lambda number, buffers, offset: system_read(number, [buffers[0][:77]], offset))
+    found = open_reader(folder, config).layer(2).tensors
+    assert expected.keys() == found.keys()
+    assert all(mx.array_equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_file_that_changes_after_it_was_checked_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_tiny(tmp_path / "model")
+    path = tmp_path / "model" / "model-00003-of-000008.safetensors"
+    checked = open_reader(tmp_path / "model", config)
+    checked.layer(2)
+    with monkeypatch.context() as patch:  # the file becomes shorter while it is read
+        patch.setattr(checked, "_check_files", lambda _: os.truncate(path, path.stat().st_size // 2))
+        with pytest.raises(CheckpointError, match=rf"{path} is truncated: it ends at byte \d+ within model\.layers\.2"):
+            checked.layer(2)
+    with pytest.raises(CheckpointError, match=rf"{path} is truncated: \d+ of its \d+ bytes are missing"):
+        checked.layer(2)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=f"{path} is missing"):
+        checked.layer(2)
+
+
+def test_nothing_is_computed_while_a_slow_disk_is_read(
+    folder: Path, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = 0
+    lock = threading.Lock()
+    computed_while_reading: list[int] = []
+    system_read, evaluate = os.preadv, mx.eval
+
+    def throttled(number: int, buffers: list[memoryview], offset: int) -> int:
+        nonlocal reading
+        with lock:
+            reading += 1
+        time.sleep(0.0005)
+        count = system_read(number, buffers, offset)
+        with lock:
+            reading -= 1
+        return count
+
+    def observed(*arrays: Any) -> None:
+        computed_while_reading.append(reading)
+        evaluate(*arrays)
+
+    monkeypatch.setattr(os, "preadv", throttled)
+    monkeypatch.setattr(mx, "eval", observed)
+    monkeypatch.setattr(mx, "load", lambda *_: pytest.fail("mx.load reads while a graph is evaluated"))
+    monkeypatch.setattr(mx, "async_eval", lambda *_: pytest.fail("nothing may run while the next bytes are read"))
+    loaded = open_reader(folder, config).layer(2)
+    assert len(computed_while_reading) > 3
+    assert set(computed_while_reading) == {0}
+    assert len(loaded.tensors) > 6
+
+
+@pytest.mark.parametrize("name", ["self_attn.o_proj.weight", "mlp.experts.3.up_proj.weight_packed"])
+def test_an_error_of_the_disk_names_the_tensor(
+    folder: Path, config: ModelConfig, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    header = read_header(folder / "model-00003-of-000008.safetensors")
+    broken = header.data_start + header.tensors[f"model.layers.2.{name}"].data_offsets[0]
+    system_read = os.preadv
+
+    def failing(number: int, buffers: list[memoryview], offset: int) -> int:
+        if offset == broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return system_read(number, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(CheckpointError, match=rf"model\.layers\.2\.{name}: Input/output error"):
+        open_reader(folder, config).layer(2)

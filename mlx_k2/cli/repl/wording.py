@@ -61,4 +61,4 @@ def progress_line(progress: Progress) -> str:
         case PrefillProgress(done, total):
             return f"reading the prompt: {done:,} of {total:,} tokens"
         case Restarting(restart, phase):
-            return f"restart {restart.number} of at most {restart.limit}: {phase}"
+            return f"restart {restart.count}: {phase}"

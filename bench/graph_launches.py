@@ -1,0 +1,152 @@
+"""GPU launches of one expert layer of Kimi K2 for one token, one line each, and the command buffers of a token.
+
+python -m bench.graph_launches [--dense-bits 8]
+
+The lines are those of the layer's graph in the order in which MLX runs it, which a test compares with the graph itself.
+A node is one launch, unless the line gives a rule of MLX by which it is split or copied; the source is MLX's own file.
+Command buffers are simulated by MLX's rule (mlx/backend/metal/device.cpp, CommandEncoder::needs_commit): a buffer ends
+after an operation by which it has more than so many operations, or by which the arrays that its operations read have
+more than so many times 2^20 elements. Nothing is measured.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from mlx_k2.config import ModelConfig
+from mlx_k2.stage.mlx_settings import LONG_BUFFERS, BufferLimits
+from mlx_k2.weights.config_fields import thinking_config_fields
+
+MLX_LIMITS = BufferLimits(50, 50)
+"""MLX's own limits on a Max or an Ultra (device.cpp)."""
+_CONCATENATE = "one copy for each input: mlx/backend/gpu/slicing.cpp, concatenate_gpu"
+
+
+class Launch(NamedTuple):
+    """One node of the graph: its primitive, its GPU launches, and the shapes of the arrays of weights that it reads.
+
+    ``matrices`` are dense matrices, which dense bits quantize; ``arrays`` are other weights and the cache, which MLX
+    counts once for a command buffer: at its first use.
+    """
+
+    name: str
+    primitive: str
+    launches: int = 1
+    matrices: tuple[tuple[int, ...], ...] = ()
+    arrays: tuple[tuple[int, ...], ...] = ()
+    rule: str = ""
+
+
+def expert_layer(config: ModelConfig, cache_rows: int = 8192) -> tuple[Launch, ...]:
+    """Return the launches of one expert layer for one generated token, in the order of its graph."""
+    hidden, heads, query_rank = config.hidden_size, config.num_attention_heads, config.q_lora_rank
+    assert query_rank is not None
+    latent, nope, value = config.kv_lora_rank, config.qk_nope_head_dim, config.v_head_dim
+    experts, inner = config.n_routed_experts, config.moe_intermediate_size
+    into = ((experts, inner, hidden // 8), (experts, inner, hidden // 32))
+    out = ((experts, hidden, inner // 8), (experts, hidden, inner // 32))
+    rows = ((cache_rows, config.latent_dim),)
+    return (
+        Launch("input norm", "RMSNorm"),
+        Launch("q_a", "Matmul", matrices=((hidden, query_rank),)),
+        Launch("q_a norm", "RMSNorm"),
+        Launch("q_b", "Matmul", matrices=((query_rank, heads * config.qk_head_dim),)),
+        Launch("softmax scale", "CompiledBroadcastMultiply"),
+        Launch(
+            "keys up",
+            "Matmul",
+            launches=2,
+            matrices=((heads, nope, latent),),
+            rule="a vector with a stride is copied: mlx/backend/metal/matmul.cpp, check_transpose with is_vector",
+        ),
+        Launch("rope of the queries", "RoPE"),
+        Launch("absorbed queries", "Concatenate", launches=2, rule=_CONCATENATE),
+        Launch("kv_a", "Matmul", matrices=((hidden, config.latent_dim),)),
+        Launch("kv_a norm", "RMSNorm"),
+        Launch("rope of the key", "RoPE"),
+        Launch("cache row", "Concatenate", launches=2, rule=_CONCATENATE),
+        Launch("write to the cache", "SliceUpdate", arrays=rows, rule="in place, because the cache is donated"),
+        Launch("scores", "Matmul"),
+        Launch("softmax", "Softmax"),
+        Launch(
+            "latents",
+            "Matmul",
+            launches=2,
+            rule="split along the keys, then summed: matmul.cpp, few output tiles and K >= max(M, N)",
+        ),
+        Launch("values up", "Matmul", matrices=((heads, latent, value),)),
+        Launch("output", "Matmul", matrices=((heads * value, hidden),)),
+        Launch("add", "Add"),
+        Launch("post-attention norm", "RMSNorm"),
+        Launch("router logits", "Kernel", arrays=((experts, hidden),)),
+        Launch("router choice", "Kernel"),
+        Launch("experts gate and up", "Kernel", arrays=into * 2),
+        Launch("experts down", "Kernel", arrays=out),
+        Launch("shared gate", "Matmul", matrices=((hidden, inner),)),
+        Launch("shared up", "Matmul", matrices=((hidden, inner),)),
+        Launch("silu and product", "CompiledSigmoidMultiplyMultiply"),
+        Launch("shared down", "Matmul", matrices=((inner, hidden),)),
+        Launch("add twice", "CompiledAddAdd"),
+    )
+
+
+def num_launches(launches: Iterable[Launch]) -> int:
+    """Return the GPU launches of these nodes."""
+    return sum(launch.launches for launch in launches)
+
+
+def elements(launch: Launch, dense_bits: int | None) -> int:
+    """Return the elements of the arrays that a node reads, whole arrays as MLX counts them.
+
+    A quantized matrix has words of 32 bits, and a scale and a bias for each group of 64.
+    """
+    dense = sum(math.prod(shape) for shape in launch.matrices)
+    words = dense if dense_bits is None else dense * dense_bits // 32 + 2 * dense // 64
+    return words + sum(math.prod(shape) for shape in launch.arrays)
+
+
+def command_buffers(sizes: Iterable[int], limits: BufferLimits) -> int:
+    """Return how many command buffers MLX's rule ends, for launches that read so many elements each."""
+    assert limits.operations is not None and limits.megabytes is not None
+    ended = operations = total = 0
+    for size in sizes:
+        operations, total = operations + 1, total + size
+        if operations > limits.operations or total >> 20 > limits.megabytes:
+            ended, operations, total = ended + 1, 0, 0
+    return ended
+
+
+def token_sizes(config: ModelConfig, dense_bits: int | None) -> Iterator[int]:
+    """Yield the elements that each launch of a token's expert layers reads. A node's first launch reads its weights."""
+    for _ in range(config.num_hidden_layers - config.first_k_dense_replace):
+        for launch in expert_layer(config):
+            yield elements(launch, dense_bits)
+            yield from (0,) * (launch.launches - 1)
+
+
+def k2_config(**changes: int) -> ModelConfig:
+    """Return Kimi K2 Thinking's configuration with some fields changed."""
+    return ModelConfig.from_json(json.dumps(thinking_config_fields(**changes)).encode(), "Kimi K2 Thinking")
+
+
+def main() -> None:
+    """Print one line for each node, and the command buffers of a token under several limits."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dense-bits", type=int, choices=(4, 8), default=None)
+    bits = parser.parse_args().dense_bits
+    config = k2_config()
+    layer = expert_layer(config)
+    print("launches | node | MLX's primitive | millions of elements | rule")
+    for launch in layer:
+        millions = f"{elements(launch, bits) / 1e6:.1f}"
+        print(f"{launch.launches} | {launch.name} | {launch.primitive} | {millions} | {launch.rule}")
+    print(f"{num_launches(layer)} launches of {len(layer)} nodes in one expert layer")
+    for limits in (MLX_LIMITS, BufferLimits(200, 200), BufferLimits(200, 1000), BufferLimits(1000, 4000), LONG_BUFFERS):
+        count = command_buffers(token_sizes(config, bits), limits)
+        print(f"{count} command buffers a token with {limits.operations} operations or {limits.megabytes} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The constants of the model of a Mac, and the published figures that it is compared with. Computes nothing.
+
+The constants were fixed before the comparison (commit of this file). Each has its source: "published" by others,
+"stated" by a maker, or "estimated" here. Issues are named by repository and number.
+"""
+
+from typing import NamedTuple
+
+
+class Constant(NamedTuple):
+    """A value, its unit, how it is known, and where from."""
+
+    value: float
+    unit: str
+    known: str
+    source: str
+
+
+CONSTANTS = {
+    "dense bandwidth": Constant(650e9, "B/s", "published", "94% of 692 GB/s sustained, M3 Ultra: jundot/omlx#2238"),
+    "expert bandwidth": Constant(387e9, "B/s", "published", "gather_qmm of one token, chained, M3 Ultra: mlx#4509"),
+    "own expert bandwidth": Constant(
+        500e9, "B/s", "estimated", "between gather_qmm's 387 and the 630 of a good kernel"
+    ),
+    "launch": Constant(2.75e-6, "s", "published", "3,200 dependent small kernels in 8.8 ms, M3 Ultra: mlx#4521"),
+    "command buffer": Constant(20e-6, "s", "published", "M3 Ultra, mlx 0.32.2: mlx#4521"),
+    "dense operations": Constant(20.5e12, "1/s", "published", "quantized_matmul, M3 Ultra: mlx#4246"),
+    "expert operations": Constant(
+        16.7e12, "1/s", "published", "14.2 with 43 rows an expert, tiles of 16 85% full: #4246"
+    ),
+    "score traffic": Constant(14, "B", "estimated", "of a query, key and head: written, masked, softmax, read"),
+    "fused attention": Constant(
+        9e12, "1/s", "estimated", "MLX calls its kernel of 192 slower than unfused (sdpa, 0.32.4)"
+    ),
+    "own prompt kernel": Constant(0.65, "", "estimated", "of MLX's speed: 32 rows of float32 tiles, by a cycle model"),
+    "hop": Constant(450e-6, "s", "published", "300 us over Thunderbolt (Geerling; exo#2173), and two wake-ups"),
+    "all-reduce": Constant(50e-6, "s", "published", "RDMA over Thunderbolt 5: under 50 us (Geerling, Dec 2025)"),
+    "host": Constant(
+        1e-3, "s", "estimated", "Python of a token that nothing hides; measured here at half of a Mac's speed"
+    ),
+    "M5 bandwidth": Constant(
+        1200 / 819, "", "stated", "memory bandwidth of an M5 Ultra over an M3 Ultra (Apple, Aug 2026)"
+    ),
+    "M5 operations": Constant(3.5, "", "estimated", "prompts through MLX's neural accelerators: 3 to 4 times as fast"),
+}
+
+
+class Published(NamedTuple):
+    """A published figure in tokens per second, and what was run: a program, a model in bits, Macs, and positions.
+
+    ``tokens`` is the context while decoding, or the length of the prompt; (first, end) is one chunk of a prompt.
+    """
+
+    program: str
+    model: str
+    expert_bits: float
+    dense_bits: float
+    macs: int
+    kind: str  # "decode" or "prefill"
+    tokens: int
+    rate: float
+    source: str
+    first: int = 0
+
+
+_DSV3 = ("DeepSeek-V3", 4.5, 4.5, 1)
+_PR839 = "mlx-lm#839, 4 bits, M3 Ultra"
+_K25 = ("K2", 3.5, 3.5, 1)
+_ISSUE1047 = "mlx-lm#1047, K2.5 in 3 bits, M3 Ultra, times of chunks"
+PUBLISHED = (
+    Published("mlx-lm expanded", "K2", 5.0, 16, 2, "decode", 1750, 15.0, "MLX's author, Nov 2025, K2-Thinking"),
+    Published("llama.cpp", "K2", 4.5, 8.5, 2, "decode", 1000, 18.5, "Geerling, Dec 2025, K2-Thinking, over TCP"),
+    Published("mlx-lm TP", "K2", 5.0, 16, 2, "decode", 1000, 20.1, "Hugging Face, K2.7-Code, discussion 7"),
+    Published("exo TP", "K2", 5.0, 16, 2, "decode", 1000, 21.6, "Geerling, Dec 2025, K2-Thinking, RDMA"),
+    Published("exo TP", "K2", 5.0, 16, 4, "decode", 1000, 28.3, "Geerling, Dec 2025, K2-Thinking, RDMA"),
+    Published("mlx-lm", "K2", 3.45, 3.45, 1, "decode", 1000, 21.25, "K2.6 in 3.3 to 3.6 bits, M3 Ultra"),
+    *(
+        Published("mlx-lm expanded", *_DSV3, "decode", tokens, rate, f"{_PR839}, before")
+        for tokens, rate in ((4096, 13.592), (8192, 9.750), (16384, 6.520))
+    ),
+    *(
+        Published("mlx-lm", *_DSV3, "decode", tokens, rate, f"{_PR839}, after")
+        for tokens, rate in ((4096, 20.647), (8192, 18.852), (16384, 16.772))
+    ),
+    *(
+        Published("mlx-lm expanded", *_DSV3, "prefill", tokens, rate, f"{_PR839}, before")
+        for tokens, rate in ((4096, 199.149), (8192, 176.519), (16384, 139.040))
+    ),
+    *(
+        Published("mlx-lm", *_DSV3, "prefill", tokens, rate, f"{_PR839}, after")
+        for tokens, rate in ((4096, 213.337), (8192, 187.632), (16384, 147.876))
+    ),
+    *(
+        Published("mlx-lm", *_K25, "prefill", end, 2048 / seconds, _ISSUE1047, first=end - 2048)
+        for end, seconds in ((4096, 8.719), (8192, 10.076), (12288, 11.131), (16384, 12.728), (20480, 14.161))
+    ),
+    Published("mlx-lm", *_K25, "prefill", 30720, 61.0, f"{_ISSUE1047}, just before memory ran out", first=28672),
+    Published("mlx-lm", "K2", 3.45, 3.45, 1, "prefill", 1024, 222.0, "K2.6 in 3.3 to 3.6 bits, M3 Ultra"),
+)

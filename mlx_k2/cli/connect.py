@@ -1,0 +1,44 @@
+"""The option --connect of commands that can use the cluster of a running server."""
+
+import os
+
+import click
+
+from mlx_k2.client.remote_engine import RemoteEngine
+from mlx_k2.client.server_connection import ServerAddress
+
+_OF_THE_SERVER = (
+    "hostfile",
+    "num_stages",
+    "model",
+    "revision",
+    "split",
+    "context_tokens",
+    "dtype",
+    "dense_bits",
+    "restarts",
+    "drafts",
+    "log_dir",
+)
+"""Options that a server was started with."""
+
+connect_option = click.option(
+    "--connect",
+    metavar="URL",
+    help="Use the model of a running `mlx-k2 serve`, as http://127.0.0.1:8080. A key is read from MLX_K2_API_KEY.",
+)
+
+
+def remote_engine(url: str) -> RemoteEngine:
+    """Return the engine of the server at ``url``.
+
+    Raises:
+        UsageError: an option of the present command is the server's to choose.
+        SetupError, ClusterError: the server cannot be used.
+    """
+    context = click.get_current_context()
+    given = click.core.ParameterSource.COMMANDLINE
+    for parameter in context.command.params:
+        if parameter.name in _OF_THE_SERVER and context.get_parameter_source(parameter.name) is given:
+            raise click.UsageError(f"{parameter.opts[0]} is the server's to choose: leave it out with --connect")
+    return RemoteEngine(ServerAddress(url.rstrip("/").removesuffix("/v1"), os.environ.get("MLX_K2_API_KEY")))

@@ -1,0 +1,1 @@
+"""The HTTP server: one loaded cluster for every client. Knows no terminal."""

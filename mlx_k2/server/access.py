@@ -1,0 +1,100 @@
+"""Who may use the server: allowed Host and Origin headers, and API keys. Knows no route but /health."""
+
+import ipaddress
+import socket
+from collections.abc import Collection
+
+from starlette.types import Scope
+
+from mlx_k2.server.api_errors import ApiError
+from mlx_k2.server.api_keys import KeyRing
+
+OPEN_PATHS = ("/health",)
+"""Paths that need no key: their answer is a status alone."""
+_CORS = (
+    (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+    (b"access-control-allow-headers", b"authorization, content-type, x-api-key"),
+    (b"access-control-expose-headers", b"x-request-id, retry-after"),
+    (b"vary", b"origin"),
+)
+
+
+class Access:
+    """The rules of one server. They stop web pages that reach it through the browser of somebody on this network.
+
+    Allowed hosts are addresses as numbers, localhost, names in .local, this machine's name and ``hosts``. Allowed
+    origins are the server's own pages and ``origins``.
+    """
+
+    def __init__(self, hosts: Collection[str], origins: Collection[str], keys: KeyRing | None) -> None:
+        self._hosts = {"localhost", socket.gethostname().lower(), *(host.lower() for host in hosts)}
+        self._origins = {origin.lower().rstrip("/") for origin in origins}
+        self._keys = keys
+
+    def check_origin(self, scope: Scope) -> None:
+        """Refuse a request whose Host or Origin is not allowed.
+
+        Raises:
+            ApiError: 403.
+        """
+        hosts = _values(scope, b"host")
+        if len(hosts) != 1 or not self._is_allowed(hosts[0]):
+            raise ApiError(403, "permission_error", "this Host is not allowed: see --allow-host")
+        for origin in _values(scope, b"origin"):
+            if origin not in self._origins and origin.partition("://")[2] != hosts[0]:
+                raise ApiError(403, "permission_error", "this Origin is not allowed: see --allow-origin")
+
+    def owner(self, scope: Scope) -> str:
+        """Return the name of the request's key; "" where no key is required.
+
+        Raises:
+            ApiError: 401.
+        """
+        if self._keys is None or scope["path"] in OPEN_PATHS:
+            return ""
+        owner = self._keys.owner(_given_key(scope))
+        if owner is None:
+            headers = {"www-authenticate": "Bearer"}
+            message = "this server needs a key, as Authorization: Bearer KEY or x-api-key: KEY"
+            raise ApiError(401, "authentication_error", message, code="invalid_api_key", headers=headers)
+        return owner
+
+    def cors_headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:
+        """Return the headers that let a page of an allowed origin read the answer."""
+        for origin in _values(scope, b"origin"):
+            if origin in self._origins:
+                return [(b"access-control-allow-origin", origin.encode("latin-1")), *_CORS]
+        return []
+
+    def _is_allowed(self, host: str) -> bool:
+        name = _without_port(host)
+        return name in self._hosts or name.endswith(".local") or _is_address(name)
+
+
+def _values(scope: Scope, wanted: bytes) -> list[str]:
+    return [value.decode("latin-1").lower() for name, value in scope["headers"] if name == wanted]
+
+
+def _given_key(scope: Scope) -> str | None:
+    """Return the key of a request, from either of its two headers."""
+    for name, value in scope["headers"]:
+        text: str = value.decode("latin-1").strip()
+        if name == b"authorization" and text[:7].lower() == "bearer ":
+            return text[7:].strip()
+        if name == b"x-api-key":
+            return text
+    return None
+
+
+def _without_port(host: str) -> str:
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].removesuffix(".")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,75 @@
+"""Errors in the shape of OpenAI's API, and which error of the program becomes which. Knows no route."""
+
+import math
+from collections.abc import Mapping
+
+from mlx_k2.errors import Cancelled, EngineBusy, MlxK2Error, RequestFailed, SetupError
+
+INVALID = "invalid_request_error"
+NO_RETRY = {"x-should-retry": "false"}
+"""Clients of OpenAI's and Anthropic's SDKs do not send such a request again."""
+RESTART_RETRY_S = 10
+
+
+class ApiError(Exception):
+    """An answer with an error status. ``param`` names the field at fault, ``code`` the kind of error for programs."""
+
+    def __init__(
+        self,
+        status: int,
+        kind: str,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, object]:
+        """The JSON body. All four fields are present: some clients show nothing if one is absent."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """Return a 400 for a request that fails each time it is sent."""
+    return ApiError(400, INVALID, message, param=param, code=code, headers=NO_RETRY)
+
+
+def unavailable(message: str) -> ApiError:
+    """Return a 503 for a server that loads or restarts."""
+    headers = {"retry-after": str(RESTART_RETRY_S)}
+    return ApiError(503, "unavailable_error", message, code="unavailable", headers=headers)
+
+
+def context_overflow(num_tokens: int, context_tokens: int) -> ApiError:
+    """Return the 400 for a prompt that does not fit. Agents know it by its code or by one of the two phrases."""
+    return invalid(
+        f"This model's maximum context length is {context_tokens} tokens; "
+        f"prompt is too long: {num_tokens} tokens > {context_tokens} maximum",
+        "messages",
+        "context_length_exceeded",
+    )
+
+
+def from_program(error: MlxK2Error) -> ApiError:
+    """Return the answer for an error of the program."""
+    match error:
+        case EngineBusy():
+            headers = {"retry-after": str(math.ceil(error.wait_s))}
+            message = f"the queue is full: send the request again in {headers['retry-after']} s"
+            return ApiError(429, "rate_limit_error", message, code="queue_full", headers=headers)
+        case SetupError():
+            return invalid(str(error))
+        case RequestFailed():
+            return ApiError(500, "server_error", str(error), code="request_failed")
+        case Cancelled():
+            return unavailable("the server ends")
+    return unavailable("the stages have failed")

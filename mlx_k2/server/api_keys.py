@@ -1,0 +1,130 @@
+"""API keys: a private file of their digests, and the check of a request's key. Knows no HTTP.
+
+A key is random and long, so one SHA-256 is enough to store it by. The key itself is shown once and stored nowhere.
+"""
+
+import hashlib
+import hmac
+import os
+import secrets
+import stat
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from mlx_k2.errors import SetupError
+from mlx_k2.json_text.parse import JsonError
+from mlx_k2.json_text.read import read_json
+from mlx_k2.private_files import write_private
+
+_PREFIX = "mk2-"
+_KEY_BYTES = 32
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+
+
+class StoredKey(msgspec.Struct, frozen=True):
+    """One key: its name, its SHA-256 in hexadecimal digits, and when it was made (seconds since 1970)."""
+
+    name: str
+    sha256: str
+    created: int
+
+
+class _KeyFile(msgspec.Struct, frozen=True):
+    keys: list[StoredKey]
+
+
+def read_keys(path: Path) -> tuple[StoredKey, ...]:
+    """Return the keys in a file; none if there is no such file.
+
+    Raises:
+        SetupError: the file cannot be used, or others can read it.
+    """
+    try:
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            data = file.read()
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise SetupError(f"the key file {path} cannot be read: {error.strerror}") from None
+    if mode & _OTHERS:
+        raise SetupError(f"others can read the key file {path}: run chmod 600 {path}")
+    try:
+        return tuple(read_json(data, _KeyFile).keys)
+    except JsonError as error:
+        raise SetupError(f"the key file {path} cannot be used: {error}") from None
+
+
+def add_key(path: Path, name: str) -> str:
+    """Make a key, store its digest, and return the key, which is stored nowhere.
+
+    Raises:
+        SetupError: the name is in use, or the file cannot be used or written.
+    """
+    keys = read_keys(path)
+    if any(key.name == name for key in keys):
+        raise SetupError(f"there is a key {name!r} already: remove it first, or give another name")
+    key = _PREFIX + secrets.token_urlsafe(_KEY_BYTES)
+    _write(path, (*keys, StoredKey(name, _digest(key), int(time.time()))))
+    return key
+
+
+def remove_key(path: Path, name: str) -> None:
+    """Remove a key. A running server refuses it from its next request on.
+
+    Raises:
+        SetupError: there is no such key, or the file cannot be used or written.
+    """
+    keys = read_keys(path)
+    if all(key.name != name for key in keys):
+        raise SetupError(f"there is no key {name!r}: `mlx-k2 keys list` shows them")
+    _write(path, tuple(key for key in keys if key.name != name))
+
+
+class KeyRing:
+    """The keys of a file as a running server sees them. It reads the file again after each change.
+
+    ``is_required`` True refuses requests without a key even if the file holds none.
+    """
+
+    def __init__(self, path: Path, *, is_required: bool) -> None:
+        self._path = path
+        self._stamp: tuple[int, int] | None = None
+        self._keys = read_keys(path)
+        self.is_required = is_required or bool(self._keys)
+
+    def owner(self, given: str | None) -> str | None:
+        """Return the name of the key; "" for a request without a key where none is required; None to refuse it."""
+        self._refresh()
+        if not self.is_required:
+            return ""
+        digest = _digest(given or "")
+        matching = [key.name for key in self._keys if hmac.compare_digest(key.sha256, digest)]  # compares with all
+        return matching[0] if matching else None
+
+    def _refresh(self) -> None:
+        """Read the file again if it was changed. A file that cannot be used keeps the keys before."""
+        stamp = None
+        with suppress(OSError):
+            found = self._path.stat()
+            stamp = (found.st_mtime_ns, found.st_ino)
+        if stamp != self._stamp:
+            self._stamp = stamp
+            with suppress(SetupError):
+                self._keys = read_keys(self._path)
+            self.is_required = self.is_required or bool(self._keys)
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _write(path: Path, keys: tuple[StoredKey, ...]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_private(path, msgspec.json.format(msgspec.json.encode(_KeyFile(list(keys)))))
+    except OSError as error:
+        raise SetupError(f"the key file {path} cannot be written: {error.strerror}") from None

@@ -1,0 +1,43 @@
+"""The ASGI application: its layers and its errors. Knows no socket."""
+
+from collections.abc import Callable
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from mlx_k2.server.access import Access
+from mlx_k2.server.api_errors import INVALID, ApiError
+from mlx_k2.server.front import Front
+from mlx_k2.server.routes import Routes
+from mlx_k2.server.server_state import ServerState
+from mlx_k2.server.sse import error_response
+
+
+def make_app(state: ServerState, access: Access, log: Callable[[str], None]) -> ASGIApp:
+    """Return the application. ``log`` receives a line for each request."""
+    inner = Starlette(
+        routes=Routes(state).table(),
+        exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error, Exception: _on_defect},
+    )
+    inner.router.redirect_slashes = False
+    return Front(inner, access, log)
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:  # noqa: ARG001 - a handler's argument
+    assert isinstance(error, ApiError), "Starlette selects handlers by type"
+    return error_response(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:  # noqa: ARG001 - a handler's argument
+    assert isinstance(error, HTTPException), "Starlette selects handlers by type"
+    if error.status_code == 404:
+        return error_response(ApiError(404, "not_found_error", "there is no such path", code="not_found"))
+    return error_response(ApiError(error.status_code, INVALID, str(error.detail), headers=error.headers))
+
+
+async def _on_defect(request: Request, error: Exception) -> Response:  # noqa: ARG001 - a handler's argument
+    """Answer 500. Starlette raises the error again afterwards, and the outermost layer logs it."""
+    return error_response(ApiError(500, "server_error", "the server met a defect; its log has the details"))

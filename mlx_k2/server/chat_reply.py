@@ -1,0 +1,165 @@
+"""A reply as the fields of a chat completion: what each token adds, and the whole. Knows no JSON and no HTTP.
+
+The deltas of a stream and the body without one come from here both, so that they always agree.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from mlx_k2.coordinator.handle import Event, Finished, Token
+from mlx_k2.scheduling.request import FinishReason
+from mlx_k2.server.language_model import Generation
+from mlx_k2.text.reply_parts import ArgumentsText, Content, Part, Reasoning, ToolCallBegun
+from mlx_k2.text.tool_call import UNKNOWN, ToolCall, call_id
+
+
+@dataclass(frozen=True)
+class CallBegun:
+    """The start of the reply's tool call number ``index``, counted from 0."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    """A further part of the arguments of tool call ``index``, as JSON text."""
+
+    index: int
+    text: str
+
+
+Delta: TypeAlias = Reasoning | Content | CallBegun | CallArguments
+
+
+@dataclass
+class WrittenCall:
+    """A tool call so far."""
+
+    id: str
+    name: str
+    arguments: str = ""
+
+
+@dataclass
+class ChatReply:
+    """The reply to one request so far."""
+
+    generation: Generation
+    on_end: Callable[[], None] = lambda: None
+    """Called when the reply is complete."""
+    reasoning: str = ""
+    content: str = ""
+    calls: list[WrittenCall] = field(default_factory=list)
+    content_tokens: list[Token] = field(default_factory=list)
+    """The tokens of the content, for their log-probabilities."""
+    num_reasoning_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._kind: type[Part] = Reasoning if self.generation.in_reasoning else Content
+        self._textless: list[Token] = []
+        self._is_call_open = False
+
+    def add(self, event: Event) -> list[Delta]:
+        """Add what an event completes; return it as deltas."""
+        match event:
+            case Token():
+                self.token_ids.append(event.token_id)
+                self._count(event)
+                return self._add_parts(event.parts)
+            case Finished():
+                if any(isinstance(part, Content) for part in event.parts):
+                    self.content_tokens += self._textless
+                deltas = self._add_parts(event.parts)
+                if event.reason in (FinishReason.STOP, FinishReason.LENGTH):
+                    self.on_end()
+                return deltas
+        return []
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The reply as a message in OpenAI's format."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.content}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in self.calls
+            ]
+        return message
+
+    def finish_reason(self, reason: FinishReason) -> str:
+        """Return the API's word for the end of the answer: never absent, and tool_calls whenever there are calls."""
+        if reason in (FinishReason.LENGTH, FinishReason.TIMEOUT):
+            return "length"
+        return "tool_calls" if self.calls else "stop"
+
+    def _count(self, token: Token) -> None:
+        """Count a token as part of the reasoning or the content; one without parts belongs to those that follow."""
+        if token.parts:
+            self._kind = type(token.parts[-1])
+        self.num_reasoning_tokens += self._kind is Reasoning
+        if token.logprob is None or self.generation.tokenizer.is_special(token.token_id):
+            return
+        if not token.parts:
+            self._textless.append(token)
+            return
+        if any(isinstance(part, Content) for part in token.parts):
+            self.content_tokens += [*self._textless, token]
+        self._textless.clear()
+
+    def _add_parts(self, parts: Iterable[Part]) -> list[Delta]:
+        deltas: list[Delta] = []
+        for part in parts:
+            match part:
+                case Reasoning(text):
+                    self.reasoning += text
+                    deltas.append(part)
+                case Content(text):
+                    self.content += text
+                    deltas.append(part)
+                case ToolCallBegun(name) if name:
+                    deltas.append(self._begin_call(name))
+                case ArgumentsText(text) if self._is_call_open:
+                    deltas.append(self._arguments(text))
+                case ToolCall():
+                    deltas += self._end_call(part)
+        return deltas
+
+    def _begin_call(self, written_name: str) -> CallBegun:
+        name = declared_name(written_name, self.generation.tool_names)
+        written = WrittenCall(call_id(name, self.generation.first_call + len(self.calls)), name)
+        self.calls.append(written)
+        self._is_call_open = True
+        return CallBegun(len(self.calls) - 1, written.id, name)
+
+    def _arguments(self, text: str) -> CallArguments:
+        self.calls[-1].arguments += text
+        return CallArguments(len(self.calls) - 1, text)
+
+    def _end_call(self, call: ToolCall) -> list[Delta]:
+        """End the open call. A call that has not begun gets its header here; one without a name becomes content."""
+        deltas: list[Delta] = []
+        if not self._is_call_open:
+            if not call.name or call.name == UNKNOWN:
+                text = call.written_id + call.arguments
+                self.content += text
+                return [Content(text)] if text else []
+            deltas.append(self._begin_call(call.name))
+            if call.arguments:
+                deltas.append(self._arguments(call.arguments))
+        if not self.calls[-1].arguments.strip() and call.error is None:
+            deltas.append(self._arguments("{}"))
+        self._is_call_open = False
+        return deltas
+
+
+def declared_name(written: str, names: Sequence[str]) -> str:
+    """Return the tool that a name means: the model may write it without its separators, as in functionsexec5."""
+    if written in names:
+        return written
+    return max((name for name in names if name in written), key=len, default=written)

@@ -1,0 +1,172 @@
+"""The body of a chat completion, and which of its values this server can serve. Knows no model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from mlx_k2.server.api_errors import invalid
+from mlx_k2.server.request_fields import GenerationFields, check_fields, read_fields, require
+from mlx_k2.text.constraint import AnswerForm, AnswerFormat
+
+MAX_TOOLS = 512
+MAX_TOP_LOGPROBS = 20
+EFFORT_TOKENS = {"none": 0, "minimal": 512, "low": 2048, "medium": 8192, "high": 32768, "xhigh": None, "max": None}
+"""The thinking budget of each ``reasoning_effort``; None sets no limit."""
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+class Thinking(msgspec.Struct, frozen=True):
+    """Moonshot's and Anthropic's field ``thinking``. ``keep`` "all" keeps the reasoning of earlier answers."""
+
+    type: str | None = None
+    keep: Any = None
+    budget_tokens: int | None = None
+
+
+class TemplateOptions(msgspec.Struct, frozen=True):
+    """The only variables that a client may set for the chat template."""
+
+    thinking: bool | None = None
+    enable_thinking: bool | None = None
+    preserve_thinking: bool | None = None
+
+
+class ChatRequest(GenerationFields, frozen=True, kw_only=True):
+    """The fields of ``POST /v1/chat/completions`` that are read. Unknown fields are ignored."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    thinking: Thinking | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+    modalities: list[str] | None = None
+    functions: Any = None
+    function_call: Any = None
+
+    @property
+    def limit_tokens(self) -> int | None:
+        """The most tokens of the answer, reasoning included; None: what fits."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """The number of likely tokens with log-probabilities; None for no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def answer_format(self) -> AnswerFormat | None:
+        """The form of the answer text; None allows any.
+
+        Raises:
+            ApiError: 400, the form is unknown, or has no schema.
+        """
+        wanted = self.response_format or {}
+        kind = wanted.get("type", "text")
+        if kind == "text":
+            return None
+        if kind == "json_object":
+            return AnswerFormat(AnswerForm.JSON_SCHEMA, schema={"type": "object"})
+        described = wanted.get("json_schema")
+        if kind != "json_schema" or not isinstance(described, dict) or "schema" not in described:
+            known = "give text, json_object, or json_schema with json_schema.schema"
+            raise invalid(f"response_format {kind!r} cannot be used: {known}", "response_format")
+        return AnswerFormat(
+            AnswerForm.JSON_SCHEMA, schema=described["schema"], is_strict=described.get("strict") is True
+        )
+
+    @property
+    def wants_thinking(self) -> bool | None:
+        """Whether the model thinks before it answers; None is the model's default."""
+        if self.chat_template_kwargs is not None:
+            chosen = (self.chat_template_kwargs.thinking, self.chat_template_kwargs.enable_thinking)
+            if any(one is not None for one in chosen):
+                return next(one for one in chosen if one is not None)
+        if self.thinking is not None and self.thinking.type is not None:
+            return self.thinking.type != "disabled"
+        return None if self.reasoning_effort is None else self.reasoning_effort != "none"
+
+    @property
+    def preserves_thinking(self) -> bool:
+        """Whether the reasoning of earlier answers stays in the prompt."""
+        asked = self.chat_template_kwargs is not None and self.chat_template_kwargs.preserve_thinking
+        return bool(asked) or (self.thinking is not None and self.thinking.keep == "all")
+
+    @property
+    def thinking_budget(self) -> int | None:
+        """The most tokens of reasoning; None sets no limit."""
+        if self.thinking is not None and self.thinking.budget_tokens is not None:
+            return max(0, self.thinking.budget_tokens)
+        effort = self.reasoning_effort
+        return None if effort is None or effort == "none" else EFFORT_TOKENS[effort]
+
+
+def read_chat_request(body: bytes) -> ChatRequest:
+    """Return a checked chat request.
+
+    Raises:
+        ApiError: 400; names the field that is malformed, or asks for something that this server does not do.
+    """
+    chat = read_fields(body, ChatRequest)
+    _check(chat)
+    return chat
+
+
+def _check(chat: ChatRequest) -> None:
+    """Refuse what cannot be done. Nothing that changes an answer is ignored silently."""
+    check_fields(chat)
+    for name in ("functions", "function_call"):
+        require(getattr(chat, name) is None, name, f"{name} is deprecated: use tools and tool_choice")
+    require(set(chat.modalities or ()) <= {"text"}, "modalities", "this model writes text only")
+    top = chat.top_logprobs
+    require(top is None or 0 <= top <= MAX_TOP_LOGPROBS, "top_logprobs", f"give 0 to {MAX_TOP_LOGPROBS}")
+    require(not top or bool(chat.logprobs), "top_logprobs", "top_logprobs needs logprobs true")
+    effort = chat.reasoning_effort
+    require(
+        effort is None or effort in EFFORT_TOKENS,
+        "reasoning_effort",
+        f"reasoning_effort {effort!r} is unknown: give one of {', '.join(EFFORT_TOKENS)}",
+    )
+    _check_tools(chat)
+    for number, message in enumerate(chat.messages):
+        _check_message(message, number, chat.messages[:number])
+
+
+def _check_tools(chat: ChatRequest) -> None:
+    tools = chat.tools or []
+    require(len(tools) <= MAX_TOOLS, "tools", f"{len(tools)} tools are declared: give at most {MAX_TOOLS}")
+    names: set[str] = set()
+    for at, tool in enumerate(tools):
+        kind, function = tool.get("type", "function"), tool.get("function")
+        require(kind == "function", f"tools[{at}].type", f"tools of type {kind!r} are not supported: give functions")
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not name:
+            raise invalid(f"tools[{at}] has no function with a name", f"tools[{at}].function.name")
+        require(name not in names, f"tools[{at}].function.name", f"the function {name!r} is declared twice")
+        names.add(name)
+
+
+def _check_message(message: Mapping[str, Any], number: int, before: list[dict[str, Any]]) -> None:
+    content = message.get("content")
+    for at, part in enumerate(content if isinstance(content, list) else ()):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if isinstance(kind, str) and kind not in _TEXT_PARTS:
+            where = f"messages[{number}].content[{at}]"
+            raise invalid(f"{where} is {kind!r}, and this model reads text only", where, "unsupported_content")
+    if message.get("role") != "tool":
+        return
+    require(
+        bool(message.get("tool_call_id")),
+        f"messages[{number}].tool_call_id",
+        f"messages[{number}]: a tool's result needs the tool_call_id of its call",
+    )
+    require(
+        any(earlier.get("tool_calls") for earlier in before),
+        f"messages[{number}]",
+        f"messages[{number}] is the result of a tool, and no message before it calls one",
+    )

@@ -1,0 +1,155 @@
+"""Cluster activity: what the stages load, compute and send, with one hour of history. Knows no request and no HTTP."""
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_k2.deployment.deploy import Deployment
+from mlx_k2.deployment.plan import DTYPE_BYTES, StagePlan
+from mlx_k2.deployment.restarting import OnRestart, RestartingDeployment
+from mlx_k2.deployment.stage_report import StageReport
+from mlx_k2.errors import ClusterError
+from mlx_k2.launch.group import StageGroup
+from mlx_k2.protocol.messages import FromStage, LayerLoaded
+
+INTERVAL_S = 10
+NUM_INTERVALS = 360
+
+
+@dataclass
+class _Work:
+    """The work of one stage: seconds computing, seconds waiting for hidden states, and tokens computed."""
+
+    busy_s: float = 0.0
+    waiting_s: float = 0.0
+    num_tokens: int = 0
+
+
+@dataclass
+class _Interval:
+    """The tokens of all answers and the work of each stage within INTERVAL_S seconds; ``number`` counts intervals."""
+
+    number: int
+    stages: list[_Work]
+    answer_tokens: int = 0
+
+
+class ClusterActivity:
+    """The activity of one deployment's stages. Safe to use on any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._intervals: deque[_Interval] = deque(maxlen=NUM_INTERVALS)
+        self._began = time.monotonic()
+        self._hop_bytes = 0
+        self.plans: Sequence[StagePlan] = ()
+        """The plan of the stages, from the moment when it is known."""
+        self.loaded_bytes: Counter[int] = Counter()
+        """Bytes that each stage has loaded since the start of the server."""
+        self.phase = ""
+        """What the stages do before they are ready."""
+        self.faults: Counter[int | None] = Counter()
+        """The number of faults by the stage that caused them; None if that is not known."""
+        self.num_restarts = 0
+        """The number of times that all stages were ready again after a fault."""
+
+    def progress(self, rank: int, message: FromStage) -> None:
+        """Record what a stage has loaded."""
+        if isinstance(message, LayerLoaded):
+            self.loaded_bytes[rank] += message.held_bytes
+
+    def deployed(self, deployment: Deployment) -> None:
+        """Record that the stages are ready."""
+        self._hop_bytes = deployment.model.config.hidden_size * DTYPE_BYTES[deployment.shape.dtype]
+
+    def add_report(self, report: StageReport) -> None:
+        """Record a step that a stage has finished."""
+        with self._lock:
+            work = self._interval().stages[report.rank]
+            work.busy_s += report.done.busy_s
+            work.waiting_s += report.done.receive_s
+            work.num_tokens += report.microbatch.num_tokens
+
+    def add_token(self) -> None:
+        """Record a token of an answer."""
+        with self._lock:
+            self._interval().answer_tokens += 1
+
+    def stages(self) -> list[dict[str, Any]]:
+        """Return the fields of each stage for /v1/status. Fractions and rates are those of the last 10 to 20 s."""
+        with self._lock:
+            now = time.monotonic()
+            recent = [one for one in self._intervals if one.number >= self._number(now) - 1]
+            seconds = min(now - self._began, INTERVAL_S + now % INTERVAL_S)
+        return [
+            {
+                "host": plan.host.ssh,
+                "first_layer": plan.assignment.first_layer,
+                "last_layer": plan.assignment.end_layer - 1,
+                "shard_bytes": plan.shard_bytes,
+                "loaded_bytes": self.loaded_bytes[rank],
+                "busy_fraction": _fraction(sum(one.stages[rank].busy_s for one in recent), seconds),
+                "waiting_fraction": _fraction(sum(one.stages[rank].waiting_s for one in recent), seconds),
+                "sent_bytes_per_s": round(
+                    sum(one.stages[rank].num_tokens for one in recent) * self._hop_bytes / max(1.0, seconds)
+                    if rank + 1 < len(self.plans)
+                    else 0
+                ),
+                "faults": self.faults[rank],
+            }
+            for rank, plan in enumerate(self.plans)
+        ]
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return the intervals of the last hour in which anything happened, oldest first, for /v1/status.
+
+        ``seconds_ago`` is the age of an interval's beginning.
+        """
+        with self._lock:
+            now = time.monotonic()
+            return [
+                {
+                    "seconds_ago": round(now - one.number * INTERVAL_S),
+                    "tokens": one.answer_tokens,
+                    "computed_tokens": one.stages[0].num_tokens,
+                    "busy_fractions": [_fraction(work.busy_s, INTERVAL_S) for work in one.stages],
+                }
+                for one in self._intervals
+                if one.number > self._number(now) - NUM_INTERVALS
+            ]
+
+    def _interval(self) -> _Interval:
+        number = self._number(time.monotonic())
+        if not self._intervals or self._intervals[-1].number != number:
+            self._intervals.append(_Interval(number, [_Work() for _ in self.plans]))
+        return self._intervals[-1]
+
+    @staticmethod
+    def _number(now: float) -> int:
+        return int(now // INTERVAL_S)
+
+
+class CountedRestarts:
+    """The restarts of a deployment for an engine. Counts faults and restarts."""
+
+    def __init__(self, activity: ClusterActivity, restarting: RestartingDeployment) -> None:
+        self._activity = activity
+        self._restarting = restarting
+
+    def restart(self, error: ClusterError, on_restart: OnRestart) -> StageGroup:
+        """Restart all stages; errors are those of RestartingDeployment."""
+        self._activity.faults[error.rank] += 1
+        group = self._restarting.restart(error, on_restart)
+        self._activity.num_restarts += 1
+        return group
+
+    def cancel(self) -> None:
+        """End a restart that is under way."""
+        self._restarting.cancel()
+
+
+def _fraction(part_s: float, seconds: float) -> float:
+    return round(min(1.0, part_s / max(1.0, seconds)), 3)

@@ -1,0 +1,69 @@
+"""The bodies of text completions, and of /tokenize and /detokenize. Knows no model."""
+
+from typing import Any
+
+import msgspec
+
+from mlx_k2.server.api_errors import invalid
+from mlx_k2.server.request_fields import GenerationFields, check_fields, read_fields, require
+
+
+class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
+    """The fields of ``POST /v1/completions`` that are read. ``prompt`` is one text, or the token ids of one."""
+
+    prompt: str | list[Any]
+    suffix: str | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    logprobs: int | None = None
+    return_token_ids: bool | None = None
+    """Whether each choice has the ids of its tokens, the one that ends the text included."""
+
+    @property
+    def prompt_ids(self) -> list[int] | None:
+        """The prompt as token ids; None if it is text."""
+        prompt = self.prompt
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], list):
+            prompt = prompt[0]
+        is_ids = isinstance(prompt, list) and all(type(number) is int for number in prompt)
+        return prompt if isinstance(prompt, list) and is_ids else None
+
+    @property
+    def prompt_text(self) -> str:
+        """The prompt as text.
+
+        Raises:
+            ApiError: 400, it is neither one text nor the token ids of one.
+        """
+        prompt = self.prompt[0] if isinstance(self.prompt, list) and len(self.prompt) == 1 else self.prompt
+        if not isinstance(prompt, str):
+            raise invalid("prompt: give one text, or the token ids of one", "prompt")
+        return prompt
+
+
+class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of ``POST /tokenize``: a text, under either of its two names, or those of a chat request."""
+
+    prompt: str | None = None
+    content: str | None = None
+    messages: Any = None
+
+
+class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of ``POST /detokenize``."""
+
+    tokens: list[int]
+
+
+def read_completion_request(body: bytes) -> CompletionRequest:
+    """Return a checked request for a text completion.
+
+    Raises:
+        ApiError: 400; names the field that is malformed, or asks for something that this server does not do.
+    """
+    completion = read_fields(body, CompletionRequest)
+    check_fields(completion)
+    for name in ("suffix", "echo", "logprobs", "min_tokens", "response_format"):
+        require(not getattr(completion, name), name, f"{name} is not supported: leave it out")
+    require(completion.best_of in (None, 1), "best_of", "this server makes one choice: leave best_of out")
+    return completion

@@ -1,0 +1,83 @@
+"""The outermost layer: request ids, allowed hosts, origins and keys, defects, and the log. Knows no route.
+
+Pure ASGI: Starlette's BaseHTTPMiddleware would hide that a client has gone.
+"""
+
+import secrets
+import time
+import traceback
+from collections.abc import Callable
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mlx_k2.server.access import Access
+from mlx_k2.server.api_errors import ApiError
+from mlx_k2.server.sse import error_response
+
+REQUEST_ID = "mlx_k2.request_id"
+"""The key of a request's scope for its id."""
+OWNER = "mlx_k2.owner"
+"""The key of a request's scope for the name of its API key; "" if none is required."""
+
+
+class Front:
+    """The layer around the application ``inner``. ``log`` receives a line for each request and each defect.
+
+    A line has no text from the client other than the method of a known route: a path could hold anything.
+    """
+
+    def __init__(self, inner: ASGIApp, access: Access, log: Callable[[str], None]) -> None:
+        self._inner = inner
+        self._access = access
+        self._log = log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            return
+        scope[REQUEST_ID] = request_id = secrets.token_hex(12)
+        cors = self._access.cors_headers(scope)
+        began = time.monotonic()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), *cors]
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, send_with_id)
+        except ClientDisconnect:
+            status = 499
+        except Exception as error:  # noqa: BLE001 - one request's defect must not end others
+            self._log(f"request {request_id} met a defect:\n{defect_text(error)}")
+            if not status:
+                failure = ApiError(500, "server_error", "the server met a defect; its log has the details")
+                await error_response(failure)(scope, receive, send_with_id)
+        finally:
+            path = getattr(scope.get("route"), "path", None)
+            what = "a request" if path is None else f"{scope['method']} {path}"
+            self._log(f"{what} {status or 499} {time.monotonic() - began:.2f} s {request_id}")
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            self._access.check_origin(scope)
+            if scope["method"] == "OPTIONS":  # a browser asks before it sends a page's request
+                await Response(status_code=204)(scope, receive, send)
+                return
+            scope[OWNER] = self._access.owner(scope)
+        except ApiError as error:
+            error.headers["connection"] = "close"  # the body is not read
+            await error_response(error)(scope, receive, send)
+            return
+        await self._inner(scope, receive, send)
+
+
+def defect_text(error: BaseException) -> str:
+    """Return an error's type and the lines where it was raised, without its message, which may quote a prompt."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return "\n".join([*(f"  {frame.filename}:{frame.lineno} {frame.name}" for frame in frames), type(error).__name__])

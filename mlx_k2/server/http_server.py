@@ -1,0 +1,121 @@
+"""The HTTP server: a listening socket, and a thread with an event loop that serves it. Knows no route."""
+
+import asyncio
+import errno
+import socket
+import threading
+from dataclasses import dataclass
+from types import TracebackType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from mlx_k2.errors import SetupError
+from mlx_k2.server.http_connection import MAX_HEADER_BYTES, Connection
+
+KEEP_OPEN_S = 120
+"""Clients keep idle connections for a minute and more, and report an error when a server closes them earlier."""
+_BACKLOG = 2048
+_FORCED_END_S = 5.0
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The files of a server's certificate and of its private key, in PEM format."""
+
+    certfile: str
+    keyfile: str | None
+
+
+class HttpServer:
+    """A context manager: on entry the socket is bound and the thread runs, on exit the thread has ended.
+
+    Raises on entry:
+        SetupError: the address cannot be used.
+    """
+
+    def __init__(
+        self, app: ASGIApp, host: str, port: int, drain_s: float, certificate: Certificate | None = None
+    ) -> None:
+        self._host = host
+        self._port = port
+        self._scheme = "http" if certificate is None else "https"
+        self._config = config = uvicorn.Config(
+            app,
+            http=Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="critical",  # the outermost layer logs requests and defects
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_OPEN_S,
+            timeout_graceful_shutdown=max(1, round(drain_s)),
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            ssl_certfile=None if certificate is None else certificate.certfile,
+            ssl_keyfile=None if certificate is None else certificate.keyfile,
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._run, name="http", daemon=True)
+
+    def __enter__(self) -> "HttpServer":
+        try:
+            self._config.load()
+        except OSError as error:  # also an SSLError
+            raise SetupError(f"--certfile and --keyfile cannot be used: {error.strerror or error}") from None
+        self._socket = listening_socket(self._host, self._port)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.force_exit = True
+        self._server.should_exit = True
+        self._thread.join(_FORCED_END_S)
+
+    @property
+    def url(self) -> str:
+        """The address as http://HOST:PORT, or https."""
+        host, port = self._socket.getsockname()[:2]
+        return f"{self._scheme}://[{host}]:{port}" if ":" in host else f"{self._scheme}://{host}:{port}"
+
+    @property
+    def url_for_others(self) -> str:
+        """The address, with this machine's name if the server listens on all of its addresses."""
+        host, port = self._socket.getsockname()[:2]
+        return f"{self._scheme}://{socket.gethostname()}:{port}" if host in ("0.0.0.0", "::") else self.url  # noqa: S104
+
+    def drain(self) -> None:
+        """Take no more connections, and wait until the running requests have ended, or the time for that has."""
+        self._server.should_exit = True
+        self._thread.join()
+
+    def _run(self) -> None:
+        asyncio.run(self._server.serve([self._socket]))
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """Return a listening socket.
+
+    Raises:
+        SetupError: the address is not this machine's, or the port is in use.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror:
+        raise SetupError(f"--host {host} is no address: give one of this machine's, as 127.0.0.1") from None
+    listening = socket.socket(family, kind, protocol)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(_BACKLOG)
+    except OSError as error:
+        listening.close()
+        if error.errno == errno.EADDRINUSE:
+            raise SetupError(
+                f"port {port} of {host} is in use: give another --port, or end the program that has it"
+            ) from None
+        raise SetupError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+    return listening

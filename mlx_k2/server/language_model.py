@@ -1,0 +1,238 @@
+"""The model that is served: from a chat request to the engine's request. Knows no HTTP and no stages.
+
+Everything here computes for milliseconds to seconds, and runs on worker threads, never on the event loop.
+"""
+
+import re
+import secrets
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy, TextPolicy
+from mlx_k2.errors import RequestError
+from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.request import Priority, Request
+from mlx_k2.scheduling.token_policy import TokenPolicy
+from mlx_k2.server.api_errors import context_overflow, invalid
+from mlx_k2.server.chat_request import ChatRequest
+from mlx_k2.server.completion_request import CompletionRequest
+from mlx_k2.server.request_fields import GenerationFields
+from mlx_k2.server.turn_store import StoredTurn, TurnStore
+from mlx_k2.text.constraint import Constraint, tool_rules
+from mlx_k2.text.history import with_normal_ids
+from mlx_k2.text.history_reader import read_history
+from mlx_k2.text.prompt import opens_reasoning, render_pieces
+from mlx_k2.text.reply_grammar import ReplyGrammar, compile_constraint
+from mlx_k2.text.sampled_turns import SampledTurns
+from mlx_k2.text.thinking_mode import INSTANT_TEMPERATURE, ThinkingMode
+from mlx_k2.text.tokenizer import Tokenizer
+from mlx_k2.weights.checkpoint import CONFIG_NAME, TOKENIZER_NAMES
+from mlx_k2.weights.model_frontend import ModelFrontend
+
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_MAX_DIGITS = 10
+_PENALTIES = ("presence_penalty", "frequency_penalty")
+_NUMBERED_ID = re.compile(r"functions\..+:(\d{1,9})")
+_NO_PARAMETERS = {"type": "object", "properties": {}}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One request for the engine, and what its answer's reader needs to know."""
+
+    request: Request
+    policy: TokenPolicy
+    tokenizer: Tokenizer
+    in_reasoning: bool = False
+    """Whether the answer begins inside the reasoning."""
+    first_call: int = 0
+    """The number of the answer's first tool call, for its id."""
+    tool_names: tuple[str, ...] = ()
+    """The declared tools."""
+    digest: bytes = b""
+    """The digest of the conversation that is answered, for the turn store."""
+    warnings: tuple[str, ...] = ()
+    """Lines about schemas of which the answer's grammar allows more."""
+
+
+class LanguageModel:
+    """A model under the name that clients see."""
+
+    def __init__(self, frontend: ModelFrontend, name: str) -> None:
+        self.name = name
+        self._frontend = frontend
+        self.tokenizer = frontend.tokenizer
+        self.context_tokens = frontend.context_tokens
+        self._turns = TurnStore()
+        _ = frontend.template  # compiled before the first request
+
+    def files(self) -> dict[str, Any]:
+        """Return what a client needs to render and tokenize for itself: the model's small files, as base64."""
+        files = self._frontend.model.files
+        return {
+            "name": self.name,
+            "digest": self._frontend.model.digest,
+            "context_tokens": self.context_tokens,
+            "files": {name: data for name, data in files.items() if name in (CONFIG_NAME, *TOKENIZER_NAMES)},
+        }
+
+    def chat(self, chat: ChatRequest, owner: str) -> Generation:
+        """Return the generation for a chat request. ``owner`` is the name of the client's key.
+
+        Raises:
+            ApiError: 400, the request cannot be served; names the field.
+            TokenizerError: the template fails.
+        """
+        prompt_ids, digest = self.chat_prompt(chat, owner)
+        first_call = next_call_number(chat.messages)
+        grammar = self._grammar(chat, first_call)
+        limits = ReplyLimits(chat.stop_strings, chat.min_tokens or 0, chat.thinking_budget)
+        request = self._request(chat, prompt_ids, self._sampling(chat, self._mode(chat).thinking))
+        return Generation(
+            request,
+            ReplyPolicy(self.tokenizer, request, limits, grammar),
+            self.tokenizer,
+            in_reasoning=opens_reasoning(self.tokenizer, prompt_ids),
+            first_call=first_call,
+            tool_names=tuple(tool["function"]["name"] for tool in _declarations(chat)),
+            digest=digest,
+            warnings=() if grammar is None else grammar.warnings,
+        )
+
+    def chat_prompt(self, chat: ChatRequest, owner: str) -> tuple[list[int], bytes]:
+        """Return the prompt of a chat request and the digest of its messages; errors are those of ``chat``.
+
+        The owner's earlier answers keep the tokens that were sampled, and get back reasoning that the client left out.
+        """
+        template = self._frontend.template
+        try:
+            messages = with_normal_ids(read_history(chat.messages, template.fields).messages)
+            restored = self._turns.restore(owner, messages)
+            variables = self._mode(chat).variables(template)
+            pieces = render_pieces(template, self.tokenizer, restored.messages, _declarations(chat), **variables)
+        except RequestError as error:
+            raise invalid(str(error), "messages") from None
+        sampled = SampledTurns(self.tokenizer)
+        for number, turn in restored.turns.items():
+            sampled.keep(number, turn.token_ids)
+        return sampled.encode(pieces), restored.digest
+
+    def keep_turn(self, digest: bytes, message: Mapping[str, Any], token_ids: Sequence[int]) -> None:
+        """Store an answer, for a client that continues its conversation."""
+        if message.get("content") or message.get("tool_calls"):
+            (written,) = read_history([message], self._frontend.template.fields).messages
+            turn = StoredTurn(written.reasoning_content or "", array("I", token_ids))
+            self._turns.keep(digest, written, turn)
+
+    def completion(self, completion: CompletionRequest) -> Generation:
+        """Return the generation for a raw prompt. Errors are those of ``chat``."""
+        prompt = completion.prompt_ids
+        prompt_ids = self.tokenizer.encode_text(completion.prompt_text) if prompt is None else prompt
+        self._check_ids(prompt_ids, "prompt")
+        request = self._request(completion, prompt_ids, self._sampling(completion, None))
+        policy = TextPolicy(self.tokenizer, request, completion.stop_strings)
+        return Generation(request, policy, self.tokenizer)
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids, control tokens by their names.
+
+        Raises:
+            ApiError: 400, an id is not in the vocabulary.
+        """
+        self._check_ids(token_ids, "tokens")
+        return b"".join(map(self.tokenizer.token_bytes, token_ids)).decode(errors="replace")
+
+    def _check_ids(self, token_ids: Sequence[int], field: str) -> None:
+        wrong = next((number for number in token_ids if not 0 <= number < self.tokenizer.vocab_size), None)
+        if wrong is not None:
+            raise invalid(f"{field}: the vocabulary of {self.tokenizer.vocab_size} tokens has no {wrong}", field)
+
+    def _mode(self, chat: ChatRequest) -> ThinkingMode:
+        """Return the mode that is asked for, as far as the template has it: thinking is never refused."""
+        known = self._frontend.template.variables
+        return ThinkingMode(
+            chat.wants_thinking if "thinking" in known else None,
+            chat.preserves_thinking and "preserve_thinking" in known,
+        )
+
+    def _request(self, asked: GenerationFields, prompt_ids: Sequence[int], sampling: Sampling) -> Request:
+        if not prompt_ids:
+            raise invalid("the prompt is empty: give some text, or token ids", "prompt")
+        if len(prompt_ids) >= self.context_tokens:
+            raise context_overflow(len(prompt_ids), self.context_tokens)
+        max_tokens = min(asked.limit_tokens or self.context_tokens, self.context_tokens - len(prompt_ids))
+        priority = Priority.BACKGROUND if asked.service_tier == "flex" else Priority.INTERACTIVE
+        stop_ids = frozenset[int]() if asked.ignore_eos else self._frontend.stop_ids
+        return Request(tuple(prompt_ids), max_tokens, sampling, stop_ids, priority=priority)
+
+    def _sampling(self, asked: GenerationFields, thinking: bool | None) -> Sampling:
+        recommended = self._frontend.recommended
+        values: dict[str, Any] = {name: getattr(asked, name) for name in SAMPLING_FIELDS}
+        if values["temperature"] is None and thinking is False:
+            values["temperature"] = INSTANT_TEMPERATURE
+        for name in SAMPLING_FIELDS:
+            values[name] = getattr(recommended, name) if values[name] is None else values[name]
+        if values["top_k"] is not None:
+            values["top_k"] = min(values["top_k"], self.tokenizer.vocab_size)
+        values |= {name: getattr(asked, name) for name in _PENALTIES}
+        given = {name: value for name, value in values.items() if value is not None}
+        seed = secrets.randbits(32) if asked.seed is None else asked.seed
+        num_logprobs = asked.num_logprobs
+        try:
+            return Sampling(seed=seed, num_logprobs=num_logprobs, logit_bias=self._biases(asked), **given)
+        except RequestError as error:
+            name = str(error).removeprefix("the ").replace("logit bias", "logit-bias").split(" ", 1)[0]
+            raise invalid(str(error), name.replace("-", "_")) from None
+
+    def _biases(self, asked: GenerationFields) -> tuple[tuple[int, float], ...]:
+        """Return the logit biases by token id; the keys of a JSON object are texts."""
+        biases = asked.logit_bias or {}
+        wrong = next((key for key in biases if not (key.isascii() and key.isdigit() and len(key) < _MAX_DIGITS)), None)
+        if wrong is not None:
+            raise invalid(f"logit_bias: {wrong!r} is not a token id", "logit_bias")
+        self._check_ids([int(key) for key in biases], "logit_bias")
+        return tuple((int(key), bias) for key, bias in biases.items())
+
+    def _grammar(self, chat: ChatRequest, first_call: int) -> ReplyGrammar | None:
+        """Return the constraint of the answer; None allows every token.
+
+        Raises:
+            ApiError: 400, a schema cannot be used, or the chosen tool is not declared.
+        """
+        answer, declared = chat.answer_format, [_declaration(tool) for tool in chat.tools or ()]
+        if answer is None and not declared and chat.tool_choice is None:
+            return None
+        is_parallel = chat.parallel_tool_calls is not False
+        try:
+            rules = tool_rules(declared, chat.tool_choice, is_parallel=is_parallel, first_number=first_call)
+        except RequestError as error:
+            raise invalid(str(error), "tool_choice") from None
+        try:
+            return compile_constraint(self._frontend.grammars, Constraint(answer, rules))
+        except RequestError as error:
+            raise invalid(str(error), "tools" if "tool" in str(error) else "response_format") from None
+
+
+def next_call_number(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Return the number for the next tool call's id.
+
+    It is above all numbers that occur, also where the client has cut off the beginning of the conversation: a model
+    would take a call with an id that it has seen for a repetition.
+    """
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    ids = [call.get("id") for call in calls] + [message.get("tool_call_id") for message in messages]
+    found = [_NUMBERED_ID.fullmatch(written) for written in ids if isinstance(written, str)]
+    return max([len(calls), *(int(match[1]) + 1 for match in found if match)])
+
+
+def _declarations(chat: ChatRequest) -> list[dict[str, Any]]:
+    """Return the declarations of the tools that the model may call."""
+    return [] if chat.tool_choice == "none" else [_declaration(tool) for tool in chat.tools or ()]
+
+
+def _declaration(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tool's declaration with parameters, which a client may leave out."""
+    function = tool["function"]
+    return {"type": "function", "function": {**function, "parameters": function.get("parameters") or _NO_PARAMETERS}}

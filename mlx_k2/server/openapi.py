@@ -1,0 +1,93 @@
+"""The OpenAPI document of the server, from the types that read the requests. Knows no HTTP."""
+
+from typing import Any
+
+import msgspec
+
+from mlx_k2 import __version__
+from mlx_k2.server.chat_request import ChatRequest
+from mlx_k2.server.completion_request import CompletionRequest, DetokenizeRequest, TokenizeRequest
+
+_REFERENCE = "#/components/schemas/{name}"
+_ERROR_TEXTS = {
+    "400": "The request cannot be served; the error names the field.",
+    "401": "The key is missing or wrong.",
+    "403": "The Host or Origin header is not allowed.",
+    "404": "There is no such path, model or request.",
+    "405": "The path has another method.",
+    "408": "The body did not arrive in time.",
+    "413": "The body is too large.",
+    "415": "The body is compressed.",
+    "429": "The queue is full; retry-after has the expected wait in seconds.",
+    "500": "The server met a defect.",
+    "503": "The model is loading, or the stages start again; retry-after has seconds.",
+}
+_POSTS: dict[str, tuple[str, type[msgspec.Struct] | None]] = {
+    "/v1/chat/completions": ("Answer a conversation.", ChatRequest),
+    "/v1/completions": ("Continue a text.", CompletionRequest),
+    "/v1/requests/{id}/cancel": ("End a running request.", None),
+    "/tokenize": ("Return token ids.", TokenizeRequest),
+    "/detokenize": ("Return the text of token ids.", DetokenizeRequest),
+}
+_GETS = {
+    "/health": "Return 200 if a request would be accepted now, else 503; no body.",
+    "/metrics": "Return metrics in Prometheus' text format.",
+    "/openapi.json": "Return this document.",
+    "/v1/model-files": "Return the model's config, tokenizer and template, as base64.",
+    "/v1/models": "Return the served model.",
+    "/v1/models/{name}": "Return one model.",
+    "/v1/status": "Return the state, the stages and the running requests.",
+    "/v1/status/events": "Return the status as server-sent events, at most 2 a second.",
+}
+
+
+def document() -> dict[str, Any]:
+    """Return the OpenAPI document."""
+    types = [kind for _, kind in _POSTS.values() if kind is not None]
+    _, schemas = msgspec.json.schema_components(types, ref_template=_REFERENCE)
+    paths: dict[str, Any] = {path: {"get": _operation(path, text)} for path, text in _GETS.items()}
+    for path, (text, kind) in _POSTS.items():
+        operation = _operation(path, text)
+        if kind is not None:
+            content = {"application/json": {"schema": {"$ref": _REFERENCE.format(name=kind.__name__)}}}
+            operation["requestBody"] = {"required": True, "content": content}
+        paths[path] = {"post": operation}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "mlx-k2", "version": __version__},
+        "paths": paths,
+        "components": {
+            "schemas": {**schemas, "Error": _ERROR_SCHEMA},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{"key": []}, {}],
+    }
+
+
+_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+def _operation(path: str, text: str) -> dict[str, Any]:
+    schema = {"$ref": _REFERENCE.format(name="Error")}
+    errors = {
+        status: {"description": meaning, "content": {"application/json": {"schema": schema}}}
+        for status, meaning in _ERROR_TEXTS.items()
+    }
+    names = [part.strip("{}") for part in path.split("/") if part.startswith("{")]
+    parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    return {"summary": text, "parameters": parameters, "responses": {"200": {"description": "Success."}} | errors}

@@ -1,0 +1,108 @@
+"""The fields that all kinds of generation have, and how a body becomes fields. Knows no API."""
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from mlx_k2.json_text.parse import JsonError, parse_json
+from mlx_k2.json_text.read import convert
+from mlx_k2.server.api_errors import invalid
+
+MAX_STOP_STRINGS = 16
+
+Fields = TypeVar("Fields", bound=msgspec.Struct)
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """Options of a streamed answer."""
+
+    include_usage: bool | None = None
+
+
+class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields of a request for a generated text. Unknown fields of a body are ignored."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_progress: bool | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    """Whether tokens that end an answer are sampled like others."""
+    stop: str | list[str] | None = None
+    n: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    response_format: dict[str, Any] | None = None
+    extra_body: Any = None
+    service_tier: str | None = None
+    """"flex" makes a background request: it runs while no other request waits or runs. Others change nothing."""
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def limit_tokens(self) -> int | None:
+        """The most tokens of the answer; None: what fits."""
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """The number of likely tokens with log-probabilities; None for no log-probabilities."""
+        return None
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+def read_fields(body: bytes, kind: type[Fields]) -> Fields:
+    """Return the body of a request as ``kind``.
+
+    Raises:
+        ApiError: 400; names the field that is malformed.
+    """
+    try:
+        value = parse_json(body)
+    except JsonError as error:
+        raise invalid(f"the body is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise invalid("the body must be a JSON object")
+    try:
+        return convert(value, kind)
+    except JsonError as error:
+        field, _, problem = str(error).partition(": ")
+        raise invalid(str(error), field if problem and field != "the whole" else None) from None
+
+
+def check_fields(asked: GenerationFields) -> None:
+    """Refuse what cannot be done. Nothing that changes an answer is ignored silently.
+
+    Raises:
+        ApiError: 400; names the field.
+    """
+    require(asked.n in (None, 1), "n", "this server makes one choice: leave n out, or give 1")
+    require(asked.extra_body is None, "extra_body", "extra_body is an argument of OpenAI's client: send its fields")
+    limit = asked.limit_tokens
+    name = "max_tokens" if limit == asked.max_tokens else "max_completion_tokens"
+    require(asked.min_tokens is None or asked.min_tokens >= 0, "min_tokens", "min_tokens: give at least 0")
+    require(limit is None or limit >= 1, name, f"{name} is {limit}: give at least 1")
+    require(len(asked.stop_strings) <= MAX_STOP_STRINGS, "stop", f"stop: give at most {MAX_STOP_STRINGS} strings")
+    require("" not in asked.stop_strings, "stop", "stop: an empty string ends no answer")
+
+
+def require(holds: bool, param: str, message: str) -> None:
+    """Raise a 400 that names ``param`` unless ``holds``."""
+    if not holds:
+        raise invalid(message, param)

@@ -1,0 +1,164 @@
+"""The state that all routes share: the engine while there is one, the model, the running requests. Knows no HTTP."""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mlx_k2.coordinator.engine import Engine
+from mlx_k2.coordinator.handle import Event, Token
+from mlx_k2.coordinator.pipeline import StageUse
+from mlx_k2.errors import MlxK2Error
+from mlx_k2.server.api_errors import ApiError, from_program, unavailable
+from mlx_k2.server.cluster_activity import ClusterActivity
+from mlx_k2.server.event_stream import EventStream
+from mlx_k2.server.language_model import Generation, LanguageModel
+from mlx_k2.server.metrics import Metrics
+from mlx_k2.server.request_record import RequestRecord
+from mlx_k2.server.sse import KEEPALIVE_S
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Options of the answers as the user set them."""
+
+    keepalive: Literal["comment", "chunk", "off"] = "comment"
+    keepalive_s: float = KEEPALIVE_S
+    strict_model: bool = False
+    """Whether a request for another model is refused."""
+    mirrors_reasoning: bool = False
+    """Whether reasoning is sent under both of its names."""
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    engine: Engine
+    model: LanguageModel
+
+
+class ServerState:
+    """The state of one server. ``serve`` is called once, on another thread, when the stages are ready."""
+
+    def __init__(self, options: ServerOptions, model_name: str, activity: ClusterActivity) -> None:
+        self.options = options
+        self.activity = activity
+        self.model_name = model_name
+        self.created = int(time.time())
+        self.records: dict[str, RequestRecord] = {}
+        self.is_ending = False
+        """Set once the server drains: streams that never end by themselves end then."""
+        self.metrics = Metrics(self)
+        self._streams: dict[str, EventStream] = {}
+        self._loaded: _Loaded | None = None
+
+    def serve(self, engine: Engine, model: LanguageModel) -> None:
+        """Begin to accept requests."""
+        self._loaded = _Loaded(engine, model)
+
+    @property
+    def name(self) -> Literal["loading", "restarting", "ready"]:
+        """The state in one word."""
+        if self._loaded is None:
+            return "loading"
+        return "restarting" if self._loaded.engine.is_restarting else "ready"
+
+    @property
+    def use(self) -> tuple[StageUse, ...]:
+        """The totals of each stage; () while the model is loading."""
+        return () if self._loaded is None else self._loaded.engine.use
+
+    @property
+    def context_tokens(self) -> int | None:
+        """The most tokens of a sequence; None while the model is loading."""
+        return None if self._loaded is None else self._loaded.model.context_tokens
+
+    def model(self) -> LanguageModel:
+        """Return the model, also while the stages restart.
+
+        Raises:
+            ApiError: 503, the model is loading.
+        """
+        if self._loaded is None:
+            raise unavailable("the model is loading")
+        return self._loaded.model
+
+    def check_ready(self) -> None:
+        """Refuse a request that cannot begin now.
+
+        Raises:
+            ApiError: 503, the model is loading or the stages restart.
+        """
+        if self.name == "restarting":
+            raise unavailable("the stages start again after a fault")
+        self.model()
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse another model's name, if names are strict.
+
+        Raises:
+            ApiError: 404.
+        """
+        if self.options.strict_model and name not in (None, self.model_name):
+            raise self.unknown_model(str(name))
+
+    def unknown_model(self, name: str) -> ApiError:
+        """Return the 404 for a model that is not the served one."""
+        message = f"the model {name[:200]!r} is not served here: {self.model_name!r} is"
+        return ApiError(404, "not_found_error", message, param="model", code="model_not_found")
+
+    async def open(self, request_id: str, owner: str, generation: Generation) -> EventStream:
+        """Submit a request and return its events. It is among the records until the stream is closed.
+
+        Raises:
+            ApiError: the engine refuses it.
+        """
+        assert self._loaded is not None, "a generation was made, so the model is loaded"
+        record = RequestRecord(request_id, owner, prompt_total=len(generation.request.prompt_ids))
+
+        def on_event(event: Event) -> None:
+            self.metrics.add(record, event)
+            if isinstance(event, Token):
+                self.activity.add_token()
+            record.add(event)
+
+        stream = EventStream(on_event, lambda: self._close(request_id))
+        self.records[request_id], self._streams[request_id] = record, stream
+        try:
+            await stream.submit(self._loaded.engine, generation)
+        except MlxK2Error as error:
+            self._close(request_id)
+            raise from_program(error) from None
+        except BaseException:
+            self._close(request_id)
+            raise
+        return stream
+
+    def cancel(self, request_id: str, owner: str) -> None:
+        """End a request; its answer ends as if the model had stopped.
+
+        Raises:
+            ApiError: 404, no such request runs, or it belongs to another key.
+        """
+        record = self.records.get(request_id)
+        if record is None or record.owner != owner:
+            raise ApiError(404, "not_found_error", "no such request is running", code="request_not_found")
+        self._streams[request_id].cancel()
+
+    def status(self, owner: str) -> dict[str, Any]:
+        """Return the present status as the owner of a key sees it."""
+        records = list(self.records.values())
+        return {
+            "model": self.model_name,
+            "state": self.name,
+            "phase": "" if self.name == "ready" else self.activity.phase,
+            "context_tokens": self.context_tokens,
+            "slots": None if self._loaded is None else self._loaded.engine.num_slots,
+            "uptime_s": int(time.time()) - self.created,
+            "faults": self.activity.faults.total(),
+            "restarts": self.activity.num_restarts,
+            "stages": self.activity.stages(),
+            "requests": [record.fields(is_own=record.owner == owner) for record in records],
+        }
+
+    def _close(self, request_id: str) -> None:
+        self.records.pop(request_id, None)
+        self._streams.pop(request_id, None)

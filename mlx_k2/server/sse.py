@@ -1,0 +1,195 @@
+"""Answers of the server: JSON, and a stream of server-sent events. Both notice that the client has gone.
+
+Knows no API: a Frames object turns the engine's events into bytes.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import Protocol
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from mlx_k2.coordinator.handle import Event, Finished
+from mlx_k2.errors import MlxK2Error
+from mlx_k2.server.api_errors import ApiError, from_program, unavailable
+from mlx_k2.server.event_stream import EventStream
+
+KEEPALIVE_S = 10.0
+WRITE_S = 30.0
+"""A client that takes nothing for so long is cancelled."""
+ABORT = "mlx_k2.abort"
+"""The key of a connection's scope for the function that closes it without sending what is buffered."""
+STREAM_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-store",
+    "x-accel-buffering": "no",
+}
+
+
+class Frames(Protocol):
+    """The events of one API as bytes."""
+
+    def begin(self) -> bytes:
+        """Return what is sent before the first event."""
+
+    def events(self, events: list[Event]) -> bytes:
+        """Return what is sent for these events of the engine, the end of the stream included."""
+
+    def keepalive(self) -> bytes:
+        """Return what is sent after a time without events; b"" for nothing."""
+
+    def error(self, error: ApiError) -> bytes:
+        """Return what is sent for an error, the end of the stream included."""
+
+
+class SlowClient(Exception):
+    """The error for a client that takes nothing."""
+
+
+def event_bytes(data: object) -> bytes:
+    """Return one server-sent event with a JSON value."""
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+def json_response(data: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return a JSON answer."""
+    return Response(msgspec.json.encode(data), status, dict(headers or {}), "application/json")
+
+
+def error_response(error: ApiError) -> Response:
+    """Return the answer for an error."""
+    return json_response(error.body, error.status, error.headers)
+
+
+class EventStreamResponse:
+    """A streamed answer. Headers go out at once; then events, and a keep-alive after each KEEPALIVE_S without one."""
+
+    def __init__(
+        self, stream: EventStream, frames: Frames, headers: Mapping[str, str], keepalive_s: float = KEEPALIVE_S
+    ) -> None:
+        self._stream = stream
+        self._frames = frames
+        self._headers = STREAM_HEADERS | dict(headers)
+        self._keepalive_s = keepalive_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer, as an ASGI application."""
+        headers = [(name.encode(), value.encode()) for name, value in self._headers.items()]
+        try:
+            async with cancelled_on_disconnect(self._stream, receive):
+                await timed_send(send, {"type": "http.response.start", "status": 200, "headers": headers})
+                await self._send_body(send, self._frames.begin(), more=True)
+                await self._send_events(send)
+        except SlowClient:
+            abort(scope)
+        except asyncio.CancelledError:  # the time for running requests is over
+            with suppress(SlowClient):
+                await self._send_body(send, self._frames.error(unavailable("the server ends")), more=False)
+            raise
+
+    async def _send_events(self, send: Send) -> None:
+        """Send events until the last one. The keep-alive follows the clock, whatever the engine does."""
+        sent_at = time.monotonic()
+        more = True
+        while more:
+            try:
+                events = await self._stream.read(max(0.0, sent_at + self._keepalive_s - time.monotonic()))
+                body = self._frames.events(events)
+                more = not (events and isinstance(events[-1], Finished))
+            except MlxK2Error as error:
+                body, more = self._frames.error(from_program(error)), False
+            if not body and more and time.monotonic() - sent_at >= self._keepalive_s:
+                body = self._frames.keepalive()
+                sent_at = time.monotonic()
+            if body or not more:
+                await self._send_body(send, body, more=more)
+                sent_at = time.monotonic()
+
+    async def _send_body(self, send: Send, body: bytes, *, more: bool) -> None:
+        await timed_send(send, {"type": "http.response.body", "body": body, "more_body": more})
+
+
+class CompleteResponse:
+    """An answer that is sent when it is complete: ``add`` gets each event, and ``body`` makes the answer at the end."""
+
+    def __init__(
+        self,
+        stream: EventStream,
+        add: Callable[[Event], object],
+        body: Callable[[Finished], object],
+        headers: Mapping[str, str],
+    ) -> None:
+        self._stream = stream
+        self._add = add
+        self._body = body
+        self._headers = headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Wait for the answer and send it, as an ASGI application."""
+        async with cancelled_on_disconnect(self._stream, receive):
+            response = await self._response()
+        if response is None:
+            return
+        try:
+            await response(scope, receive, lambda message: timed_send(send, message))
+        except SlowClient:
+            abort(scope)
+
+    async def _response(self) -> Response | None:
+        """Return the answer; None if the client has gone."""
+        last: Event | None = None
+        try:
+            while not isinstance(last, Finished):
+                for last in await self._stream.read(None):
+                    self._add(last)
+        except MlxK2Error as error:
+            return error_response(from_program(error))
+        return None if self._stream.is_abandoned else json_response(self._body(last), headers=self._headers)
+
+
+async def timed_send(send: Send, message: Message) -> None:
+    """Send one message.
+
+    Raises:
+        SlowClient: the client took nothing for WRITE_S.
+    """
+    try:
+        async with asyncio.timeout(WRITE_S):
+            await send(message)
+    except TimeoutError:
+        raise SlowClient from None
+
+
+def abort(scope: Scope) -> None:
+    """Close the connection at once: closing it in order would wait for the client to read."""
+    scope["extensions"][ABORT]()
+
+
+@asynccontextmanager
+async def cancelled_on_disconnect(stream: EventStream, receive: Receive) -> AsyncIterator[None]:
+    """Cancel the request when the client closes the connection, and when the block ends before the request."""
+    try:
+        async with on_disconnect(receive, stream.abandon):
+            yield
+    finally:
+        stream.close()
+
+
+@asynccontextmanager
+async def on_disconnect(receive: Receive, gone: Callable[[], None]) -> AsyncIterator[None]:
+    """Call ``gone`` if the client closes the connection within the block."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone()
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watching.cancel()

@@ -1,0 +1,186 @@
+"""Tests of the remote engine against a server in this process: same tokens, cancellation, forced tokens and errors."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from mlx_k2.client.remote_engine import RemoteEngine
+from mlx_k2.client.server_connection import ServerAddress
+from mlx_k2.coordinator.handle import Event, Finished, Handle, PrefillProgress, Token
+from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy
+from mlx_k2.errors import ClusterError, EngineBusy, RequestError, SetupError
+from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.request import FinishReason, Priority, Request
+from mlx_k2.server.api_keys import KeyRing, add_key
+from tests.coordinator.token_engine import request
+from tests.server.in_process import SteppedServer, stepped_server, stepping, wait_until
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[SteppedServer]:
+    with stepped_server(num_slots=2, chunk_tokens=8) as found, stepping(found):
+        yield found
+
+
+@pytest.fixture(scope="module")
+def engine(server: SteppedServer) -> RemoteEngine:
+    return RemoteEngine(ServerAddress(server.url))
+
+
+def tokens_of(handle: Handle) -> tuple[list[int], Finished]:
+    events: list[Event] = list(handle.events())
+    last = events[-1]
+    assert isinstance(last, Finished)
+    return [event.token_id for event in events if isinstance(event, Token)], last
+
+
+def without_stop(asked: Request, engine: RemoteEngine) -> Request:
+    """Return a request with the model's stop tokens, as the server has them."""
+    return Request(asked.prompt_ids, asked.max_tokens, asked.sampling, engine.frontend.stop_ids)
+
+
+def test_the_model_is_read_from_the_server(server: SteppedServer, engine: RemoteEngine) -> None:
+    assert engine.model_name == "tokens"
+    assert engine.frontend.context_tokens == 4000
+    assert engine.frontend.tokenizer.encode_text("Hello")
+    assert engine.frontend.template.fields
+
+
+def test_a_request_has_the_tokens_and_counts_of_the_servers_own_engine(
+    server: SteppedServer, engine: RemoteEngine
+) -> None:
+    for seed in range(3):
+        asked = without_stop(request(*range(50, 90), max_tokens=25, seed=seed), engine)
+        own, _ = tokens_of(server.tokens.engine.submit(asked))
+        remote, end = tokens_of(engine.submit(asked))
+        assert remote == own
+        assert end.summary.prompt_tokens == 40
+        assert end.summary.generated_tokens == len(own)
+        assert end.summary.seed == seed
+        assert end.reason is (FinishReason.LENGTH if len(own) == 25 else FinishReason.STOP)
+        assert end.summary.cached_tokens == 39  # the server's own engine has computed this prompt before
+
+
+def test_every_sampling_parameter_reaches_the_servers_engine() -> None:
+    sampling = Sampling(
+        seed=7,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=5,
+        min_p=0.1,
+        repetition_penalty=1.1,
+        frequency_penalty=0.5,
+        presence_penalty=0.25,
+        logit_bias=((3, 1.5), (4, -2.0)),
+    )
+    with stepped_server() as server:
+        handle = RemoteEngine(ServerAddress(server.url)).submit(Request((60, 61), 50, sampling, frozenset()))
+        wait_until(lambda: bool(server.tokens.plans), "the request runs")
+        (job,) = server.tokens.engine._jobs.values()
+        assert job.submission.request == Request((60, 61), 50, sampling, frozenset())
+        handle.cancel()
+        wait_until(lambda: server.num_used == 0, "the request is gone")
+
+
+def test_progress_of_a_prompt_arrives(engine: RemoteEngine) -> None:
+    events = list(engine.submit(without_stop(request(*range(100, 190), max_tokens=2), engine)).events())
+    progress = [event for event in events if isinstance(event, PrefillProgress)]
+    assert progress
+    assert all(0 < one.done < one.total == 90 for one in progress)
+
+
+def test_a_thinking_budget_and_stop_strings_hold_as_they_do_locally(
+    server: SteppedServer, engine: RemoteEngine
+) -> None:
+    tokenizer = engine.frontend.tokenizer
+    think = tokenizer.special_ids["<think>"]
+    asked = Request((60, think), 40, Sampling(seed=5), engine.frontend.stop_ids)
+    for limits in (ReplyLimits(thinking_budget=4), ReplyLimits(stop_strings=(tokenizer.token_bytes(3).decode(),))):
+        own, own_end = tokens_of(server.tokens.engine.submit(asked, ReplyPolicy(tokenizer, asked, limits)))
+        remote, end = tokens_of(engine.submit(asked, ReplyPolicy(tokenizer, asked, limits)))
+        assert remote == own
+        assert end.parts == own_end.parts
+        assert end.reason is own_end.reason
+    close = tokenizer.special_ids["</think>"]
+    budget = ReplyPolicy(tokenizer, asked, ReplyLimits(thinking_budget=4))
+    assert tokens_of(engine.submit(asked, budget))[0].index(close) <= 4
+
+
+@pytest.mark.parametrize("priority", Priority)
+def test_a_cancelled_request_ends_here_and_on_the_server(priority: Priority) -> None:
+    with stepped_server() as server:
+        engine = RemoteEngine(ServerAddress(server.url))
+        asked = Request((60,), 1000, Sampling(seed=1), frozenset(), priority=priority)
+        handle = engine.submit(asked)
+        wait_until(lambda: bool(server.tokens.plans), "the request runs")
+        (job,) = server.tokens.engine._jobs.values()
+        assert job.submission.request.priority is priority
+        handle.cancel()
+        assert [type(event) for event in handle.events()] == [Finished]
+        wait_until(lambda: server.num_used == 0, "the request is gone")
+
+
+def test_the_end_of_the_servers_engine_is_an_error() -> None:
+    with stepped_server() as server:
+        handle = RemoteEngine(ServerAddress(server.url)).submit(request(60, max_tokens=100))
+        wait_until(lambda: bool(server.tokens.plans), "the request runs")
+        server.tokens.fail(0)
+        server.tokens.cancel()
+        with pytest.raises(ClusterError):
+            list(handle.events())
+
+
+def test_a_request_waits_while_the_servers_stages_start_again() -> None:
+    with stepped_server() as server:
+        engine = RemoteEngine(ServerAddress(server.url))
+        first = engine.submit(request(60, max_tokens=20, seed=2))
+        wait_until(lambda: bool(server.tokens.plans), "the first request runs")
+        server.tokens.fail(0)
+        second = engine.submit(request(60, max_tokens=20, seed=2))
+        server.wait_for("/v1/completions 503")
+        server.tokens.end_restart()
+        with stepping(server):
+            assert tokens_of(first)[0] == tokens_of(second)[0]
+
+
+def test_a_full_queue_is_an_error_with_the_time_to_wait() -> None:
+    with stepped_server(num_slots=1, max_queued=1) as server:
+        engine = RemoteEngine(ServerAddress(server.url))
+        handles = [engine.submit(request(60, max_tokens=100))]
+        wait_until(lambda: bool(server.tokens.plans), "the first request runs")
+        handles.append(engine.submit(request(61, max_tokens=100)))
+        wait_until(lambda: server.num_used == 2, "the second request waits")
+        with pytest.raises(EngineBusy) as caught:
+            list(engine.submit(request(62)).events())
+        assert caught.value.wait_s >= 1
+        for handle in handles:
+            handle.cancel()
+        wait_until(lambda: server.num_used == 0, "both are gone")
+
+
+def test_what_a_server_does_not_do_is_refused_before_it_is_asked(engine: RemoteEngine) -> None:
+    tokenizer = engine.frontend.tokenizer
+    early = ReplyPolicy(tokenizer, request(60), ReplyLimits(min_tokens=3))
+    scored = Request((60,), 5, Sampling(seed=1, num_logprobs=2), frozenset())
+    for asked, policy, message in ((request(60), early, "restricts its tokens"), (scored, None, "--logprobs")):
+        with pytest.raises(RequestError, match=message):
+            engine.submit(asked, policy)
+    with pytest.raises(RequestError, match="outside the vocabulary"):
+        engine.submit(request(10**6))
+
+
+def test_a_server_that_is_none_or_needs_a_key_is_named(tmp_path: object) -> None:
+    with pytest.raises(SetupError, match=r"no server at http://127.0.0.1:1"):
+        RemoteEngine(ServerAddress("http://127.0.0.1:1"))
+    for url in ("127.0.0.1:8080", "ftp://127.0.0.1", "http://", "http://a:b"):
+        with pytest.raises(SetupError, match="no address of a server"):
+            RemoteEngine(ServerAddress(url))
+
+
+def test_a_key_is_sent(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("keys") / "keys.json"
+    key = add_key(path, "alice")
+    with stepped_server(keys=KeyRing(path, is_required=True)) as server:
+        with pytest.raises(SetupError, match="needs a key"):
+            RemoteEngine(ServerAddress(server.url, "wrong"))
+        assert RemoteEngine(ServerAddress(server.url, key)).model_name == "tokens"

@@ -1,0 +1,120 @@
+"""Servers whose model gives a reply that a test has chosen: its tokens are forced at the sampler of the last stage.
+
+Scheduler, slots, cache, engine, token policy and HTTP are the real ones.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from openai import OpenAI
+
+from mlx_k2.builtin import BUILTIN_FOLDER
+from mlx_k2.protocol.messages import Step
+from mlx_k2.sampling import Sampling
+from mlx_k2.server.server_state import ServerOptions
+from mlx_k2.testing.token_stages import TokenStages
+from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
+from mlx_k2.weights.checkpoint import describe_model
+from mlx_k2.weights.model_files import read_model_files
+from mlx_k2.weights.model_source import BUILTIN, ModelSource
+from tests.server.in_process import SteppedServer, stepped_server
+from tests.server.server_process import WAIT_S
+from tests.text.replies import call, section, tokens_of
+
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("f", "mcp__a-b.c")
+]
+USER: list[Any] = [{"role": "user", "content": "a"}]
+TWO_CALLS = section(
+    call("functions.f:0", '{"text": "one two three four five"}'), call("functions.mcp__a-b.c:1", '{"number": 5777}')
+)
+REPLIES = {
+    "text": ("<think>Short.</think>The answer is ☃.", "stop"),
+    "content alone": ("<think></think>Only this.", "stop"),
+    "reasoning alone": ("<think>Never ended", "stop"),
+    "calls": (f"<think>Think first.</think>I call.{TWO_CALLS}", "tool_calls"),
+    "calls within the reasoning": (f"<think>Think first.{TWO_CALLS}", "tool_calls"),
+    "a call without arguments": (f"<think></think>{section(call('functions.f:0', ''))}", "tool_calls"),
+    "broken arguments": ("<think></think>" + section(call("functions.f:0", '{"a": ')), "tool_calls"),
+    "markers as text": ("<think></think>Say `<|tool_calls_section_begin|` and </thin", "stop"),
+}
+
+
+@dataclass
+class ForcedStages:
+    """A maker of stages that sample ``token_ids`` after a prompt of ``num_prompt`` tokens, then the end of a turn."""
+
+    token_ids: Sequence[int]
+    end_id: int
+    num_prompt: int = 0
+    fail_at: int | None = None
+    """A stage fails, once, when this token of the reply is sampled."""
+
+    def __call__(self, num_stages: int, on_plan: Callable[[Step], None]) -> TokenStages:
+        forced = self
+
+        class Stages(TokenStages):
+            def sample(self, token_ids: Sequence[int], sampling: Sampling) -> int:
+                at = len(token_ids) - forced.num_prompt
+                if at == forced.fail_at:
+                    forced.fail_at = None
+                    self.fail(1)
+                return forced.token_ids[at] if 0 <= at < len(forced.token_ids) else forced.end_id
+
+        return Stages(num_stages, on_plan)
+
+
+@functools.cache
+def builtin_tokenizer() -> Tokenizer:
+    """Return the tokenizer of the built-in model."""
+    files = read_model_files(ModelSource(path_or_repo=BUILTIN)).files
+    return load_tokenizer(files, describe_model(files, str(BUILTIN_FOLDER)).config.vocab_size)
+
+
+@contextmanager
+def forcing(
+    reply: str, options: ServerOptions | None = None, *, drafts: bool = False, messages: Sequence[Any] = USER
+) -> Iterator[tuple[SteppedServer, OpenAI, ForcedStages]]:
+    """Yield a server whose model answers ``reply`` to ``messages``, the official client, and the stages."""
+    tokenizer = builtin_tokenizer()
+    ids: list[int] = []
+    for piece, is_control in tokens_of(reply):
+        ids += [tokenizer.special_ids[piece]] if is_control else tokenizer.encode_text(piece)
+    stages = ForcedStages(ids, tokenizer.special_ids["<|im_end|>"])
+    with stepped_server(options, num_slots=2, chunk_tokens=64, drafts=drafts, make_stages=stages) as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=WAIT_S)
+        stages.num_prompt = len(prompt_of(server, messages=messages, tools=TOOLS))
+        yield server, client, stages
+
+
+def prompt_of(server: SteppedServer, **request: Any) -> list[int]:
+    """Return the token ids of the prompt for a chat request."""
+    tokens: list[int] = server.request("POST", "/tokenize", request).json["tokens"]
+    return tokens
+
+
+def accumulated(client: OpenAI, **fields: Any) -> dict[str, Any]:
+    """Return what the client's own accumulator makes of a stream."""
+    with client.chat.completions.stream(model="m", messages=USER, tools=TOOLS, **fields) as stream:
+        return comparable(stream.get_final_completion().to_dict())
+
+
+def body_of(client: OpenAI, **fields: Any) -> dict[str, Any]:
+    return comparable(client.chat.completions.create(model="m", messages=USER, tools=TOOLS, **fields).to_dict())
+
+
+def comparable(body: dict[str, Any]) -> dict[str, Any]:
+    (choice,) = body["choices"]
+    message = choice["message"]
+    return {
+        "content": message.get("content") or "",
+        "reasoning": message.get("reasoning_content") or "",
+        "calls": [
+            (one["id"], one["function"]["name"], one["function"]["arguments"])
+            for one in message.get("tool_calls") or ()
+        ],
+        "finish_reason": choice["finish_reason"],
+    }

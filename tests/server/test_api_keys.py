@@ -1,0 +1,118 @@
+"""Tests of API keys: their file, and a real server that requires them."""
+
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from openai import AuthenticationError, OpenAI
+
+from mlx_k2.errors import SetupError
+from mlx_k2.server.api_keys import KeyRing, add_key, read_keys, remove_key
+from tests.cli.command import CommandLine
+from tests.server.server_process import WAIT_S, Server, serving
+
+
+def test_a_key_is_stored_as_a_digest_in_a_private_file(tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "keys.json"
+    key = add_key(path, "alice")
+    assert key.startswith("mk2-")
+    assert len(key) > 40
+    assert key not in path.read_text()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [stored.name for stored in read_keys(path)] == ["alice"]
+
+
+def test_a_running_server_sees_new_and_removed_keys(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    ring = KeyRing(path, is_required=False)
+    assert ring.owner(None) == ""
+    alice, bob = add_key(path, "alice"), add_key(path, "bob")
+    assert (ring.owner(alice), ring.owner(bob), ring.owner(None), ring.owner("mk2-x")) == ("alice", "bob", None, None)
+    remove_key(path, "alice")
+    assert (ring.owner(alice), ring.owner(bob)) == (None, "bob")
+    remove_key(path, "bob")
+    assert ring.owner(bob) is None
+    assert ring.owner(None) is None, "a server that required keys does not open by itself"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"keys": [{"name": 5}]}'])
+def test_a_file_that_is_no_key_file_is_an_error(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "keys.json"
+    path.write_text(content)
+    path.chmod(0o600)
+    with pytest.raises(SetupError, match=r"keys\.json cannot be used"):
+        read_keys(path)
+
+
+def test_a_key_file_that_others_can_read_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    add_key(path, "alice")
+    path.chmod(0o644)
+    with pytest.raises(SetupError, match="chmod 600"):
+        KeyRing(path, is_required=False)
+
+
+def test_a_name_is_used_once_and_an_unknown_one_is_not_removed(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    add_key(path, "alice")
+    with pytest.raises(SetupError, match="already"):
+        add_key(path, "alice")
+    with pytest.raises(SetupError, match="no key"):
+        remove_key(path, "bob")
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
+    return CommandLine(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def keys(user: CommandLine) -> dict[str, str]:
+    """Two keys, made by the command."""
+    return {name: user.run("keys", "add", name).stdout.strip() for name in ("alice", "bob")}
+
+
+@pytest.fixture(scope="module")
+def locked(user: CommandLine, keys: dict[str, str]) -> Iterator[Server]:
+    """A server that requires keys."""
+    with serving(user) as server:
+        yield server
+
+
+def test_the_command_lists_the_names_of_keys(user: CommandLine, keys: dict[str, str]) -> None:
+    listed = user.run("keys", "list")
+    assert [line.split("\t")[0] for line in listed.stdout.splitlines()] == ["alice", "bob"]
+    assert not any(key in listed.stdout for key in keys.values())
+
+
+def test_the_official_client_uses_a_key_and_is_refused_with_a_wrong_one(locked: Server, keys: dict[str, str]) -> None:
+    base_url = f"http://127.0.0.1:{locked.port}/v1"
+    assert OpenAI(base_url=base_url, api_key=keys["alice"], timeout=WAIT_S).models.list().data
+    with pytest.raises(AuthenticationError) as caught:
+        OpenAI(base_url=base_url, api_key="mk2-wrong", timeout=WAIT_S).models.list()
+    assert caught.value.code == "invalid_api_key"
+
+
+def test_every_path_but_health_needs_a_key(locked: Server, keys: dict[str, str]) -> None:
+    for method, path in (("GET", "/v1/models"), ("GET", "/metrics"), ("GET", "/v1/status"), ("POST", "/tokenize")):
+        answer = locked.request(method, path)
+        assert answer.status == 401
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert answer.error["type"] == "authentication_error"
+    assert locked.request("GET", "/health").status == 200
+    assert locked.request("GET", "/v1/models", **{"x-api-key": keys["bob"]}).status == 200
+
+
+def test_no_key_is_in_the_log(locked: Server, keys: dict[str, str]) -> None:
+    assert locked.request("GET", "/v1/models", Authorization=f"Bearer {keys['alice']}").status == 200
+    assert locked.request("GET", "/v1/models", Authorization="Bearer mk2-nobody").status == 401
+    log = "\n".join(locked.lines)
+    assert keys["alice"] not in log
+    assert "mk2-" not in log
+
+
+def test_a_server_for_other_machines_needs_a_key(tmp_path: Path) -> None:
+    run = CommandLine(tmp_path).run("serve", "--host", "0.0.0.0", "--port", "0")
+    assert run.returncode == 2
+    assert "mlx-k2 keys add" in run.stderr

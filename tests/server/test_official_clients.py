@@ -1,0 +1,93 @@
+"""Tests of OpenAI's client 1.x and the current one: synchronous, asynchronous, streamed and not, all agree."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server import client_script
+from tests.server.forced_replies import REPLIES, TOOLS, USER, forcing
+from tests.server.in_process import SteppedServer, stepping
+from tests.server.server_process import Server
+from tests.server.test_chat_completions import ASKED, IN_PARIS, WEATHER
+
+OLD = "openai>=1.60,<2"
+ENDS: dict[str, dict[str, Any]] = {
+    **{name: {} for name in REPLIES},
+    "length": {"max_tokens": 6},
+    "stop": {"stop": ["answer"]},
+}
+
+
+@pytest.fixture(scope="session")
+def old_client(pytestconfig: pytest.Config) -> Path:
+    """Return a folder with OpenAI's client 1.x, which `make clean` removes."""
+    assert pytestconfig.cache is not None
+    folder = pytestconfig.cache.mkdir("openai-1")
+    if not list(folder.glob("openai-1.*")):
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), "--upgrade", OLD]
+        if subprocess.run(install, capture_output=True, timeout=100).returncode:
+            pytest.skip("needs OpenAI's client 1.x: a package index")
+    return folder
+
+
+def results(
+    server: SteppedServer | Server, request: dict[str, Any], path: Path | None
+) -> tuple[str, list[dict[str, Any]]]:
+    """Return the version of a client, and what it accumulates in each of the four ways."""
+    request = {"model": "m", "messages": USER, "tools": TOOLS} | request
+    command = [sys.executable, client_script.__file__, f"{server.url}/v1", json.dumps(request)]
+    environment = dict(os.environ) | ({} if path is None else {"PYTHONPATH": str(path)})
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    return found["version"].partition(".")[0], found["results"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("messages", [ASKED, IN_PARIS], ids=["text", "call"])
+def test_old_and_new_client_accumulate_the_body_of_the_builtin_model(
+    server: Server, old_client: Path, messages: list[Any]
+) -> None:
+    request = {"messages": messages, "tools": WEATHER, "temperature": 0}
+    (first, *others) = [one for path in (old_client, None) for one in results(server, request, path)[1]]
+    assert others == [first] * 7
+    assert first["content"] or first["calls"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENDS)
+def test_old_and_new_client_accumulate_the_body_in_every_way(old_client: Path, name: str) -> None:
+    reply, finish_reason = REPLIES.get(name, (REPLIES["text"][0], name))
+    with forcing(reply) as (server, _, _), stepping(server):
+        versions, found = zip(*(results(server, ENDS[name], path) for path in (old_client, None)), strict=True)
+    assert versions[0] == "1"
+    assert int(versions[1]) > 1
+    (first, *others) = [one for each in found for one in each]
+    assert others == [first] * 7
+    assert first["finish_reason"] == finish_reason
+
+
+def test_old_and_new_client_raise_the_error_in_the_middle(old_client: Path) -> None:
+    """The stages fail for good at token 20: two clients, one request each, and then none is served."""
+    for path in (old_client, None):
+        with forcing(REPLIES["calls"][0]) as (server, _, stages), stepping(server):
+            stages.fail_at = 20
+            server.tokens.cancel()
+            _, found = results(server, {}, path)
+        assert found == [{"error": "unavailable"}] * 4
+
+
+def test_old_and_new_client_see_nothing_of_a_restart_in_the_middle(old_client: Path) -> None:
+    for path in (old_client, None):
+        with forcing(REPLIES["calls"][0]) as (server, _, stages), stepping(server):
+            _, undisturbed = results(server, {}, path)
+            stages.fail_at = 20
+            server.tokens.may_restart.set()
+            _, found = results(server, {}, path)
+            assert len(server.tokens.restarts) == 1
+        assert found == undisturbed

@@ -1,0 +1,46 @@
+"""Tests of the script for an NVIDIA GPU, as far as a machine without one can run it."""
+
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+
+from bench import cuda_run
+from bench.kernels import HEADER
+from bench.measure import ROOT
+from mlx_k2.kernels import experts, reference
+from mlx_k2.kernels.layer_time import Layer
+from mlx_k2.kernels.self_check import LayerShape
+from mlx_k2.kernels.tuning import Tuning
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def test_all_parts_together_end_in_less_than_8_minutes() -> None:
+    assert sum(cuda_run.PART_S.values()) < 480
+
+
+@pytest.mark.skipif(mx.cuda.is_available(), reason="needs no CUDA back end: run without an NVIDIA GPU")
+def test_without_cuda_the_script_reports_it_and_measures_nothing() -> None:
+    ran = subprocess.run([sys.executable, "-m", "bench.cuda_run"], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 2
+    assert "MLX has no CUDA back end here" in ran.stdout
+
+
+def test_each_speed_is_a_row_of_the_kernels_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plain(_tokens: int, _tuning: Tuning) -> Layer:
+        return reference.routed_experts
+
+    monkeypatch.setattr(cuda_run, "SHAPE", LayerShape(64, 32, 4, mx.float32, 16))
+    monkeypatch.setattr(cuda_run, "NUM_EXPERTS", 16)
+    monkeypatch.setattr(cuda_run, "TOP_K", 4)
+    monkeypatch.setattr(cuda_run, "COPY_BYTES", 2**20)
+    monkeypatch.setattr(experts, "layer_of", plain)
+    rows = list(cuda_run.speed_rows())
+    assert [row[2] for row in rows] == list(cuda_run.TOKENS)
+    assert {len(row) for row in rows} == {len(HEADER)}
+    assert rows[0][3] == 4
+    assert "of a copy's" in capsys.readouterr().out

@@ -1,0 +1,68 @@
+"""Tests of the model of a Mac: it is close to published figures, and the README has its present table."""
+
+import statistics
+
+import pytest
+
+from bench.mac_constants import CONSTANTS, PUBLISHED
+from bench.mac_model import (
+    CONTEXTS,
+    M3_ULTRA,
+    M5_ULTRA,
+    MADE_BY,
+    after,
+    before,
+    common_factor,
+    computed_rate,
+    decode_rate,
+    errors,
+    prefill_rate,
+    readme_part,
+)
+from bench.measure import ROOT, with_part
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def test_at_least_70_percent_of_the_published_rows_are_within_20_percent() -> None:
+    close = [row for row, _, error in errors() if abs(error) <= 0.2]
+    assert len(close) >= 0.7 * len(PUBLISHED)
+    assert {row.kind for row in close} == {"decode", "prefill"}
+    assert {row.program for row in close} == {row.program for row in PUBLISHED}
+
+
+def test_one_factor_is_common_to_all_times() -> None:
+    assert common_factor() == statistics.median(computed_rate(row) / row.rate for row in PUBLISHED)
+    for row, rate, _ in errors():
+        assert rate * common_factor() == pytest.approx(computed_rate(row))
+
+
+def test_each_constant_and_each_published_row_names_its_source() -> None:
+    assert all(
+        constant.source and constant.known in ("published", "stated", "estimated") for constant in CONSTANTS.values()
+    )
+    assert all(row.source for row in PUBLISHED)
+
+
+def test_the_readme_has_the_models_present_table() -> None:
+    page = (ROOT / "README.md").read_text()
+    assert page == with_part(page, MADE_BY, readme_part())
+
+
+@pytest.mark.parametrize("bits", [16, 8.5])
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_the_settings_make_each_rate_higher(bits: float, context: int) -> None:
+    assert decode_rate(after(bits), 2, context) > decode_rate(before(bits), 2, context)
+    assert prefill_rate(after(bits), 2, context) > prefill_rate(before(bits), 2, context)
+
+
+def test_draft_tokens_that_are_never_accepted_change_nothing_and_accepted_ones_fill_every_stage() -> None:
+    alone = decode_rate(after(16), 3, 4096)
+    assert decode_rate(after(16), 3, 4096, acceptance_rate=0.0) == alone
+    assert decode_rate(after(16), 3, 4096, acceptance_rate=1.0) == pytest.approx(3 * alone)
+
+
+def test_a_faster_chip_and_more_macs_shorten_a_prompt_but_more_macs_do_not_raise_one_streams_rate() -> None:
+    assert prefill_rate(after(16), 4, 32768) > prefill_rate(after(16), 2, 32768)
+    assert decode_rate(after(16), 4, 4096) < decode_rate(after(16), 2, 4096)
+    assert decode_rate(after(16, M5_ULTRA), 2, 4096, M5_ULTRA) > decode_rate(after(16), 2, 4096, M3_ULTRA)

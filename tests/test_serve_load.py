@@ -1,0 +1,17 @@
+"""Test of the server under load, with one killed stage. `python -m bench.serve_load` kills five, one a minute."""
+
+from pathlib import Path
+
+import pytest
+
+from bench.serve_load import run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_streams_continue_through_hang_ups_and_a_killed_stage_and_nothing_is_left(tmp_path: Path) -> None:
+    totals = run(tmp_path, num_streams=24, num_kills=1, every_s=3.0)
+    assert (totals.wrong, totals.failed) == (0, 0)
+    assert totals.complete >= 24
+    assert totals.hung_up > 0
+    assert totals.left.total() == 0, totals.left

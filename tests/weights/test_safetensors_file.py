@@ -1,0 +1,115 @@
+"""Tests of the safetensors header: this reader accepts and refuses the files that the package accepts and refuses."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+
+from mlx_k2.errors import CheckpointError
+from mlx_k2.weights.safetensors_file import read_header
+from tests.examples import at_least
+
+pytestmark = pytest.mark.timeout(120)
+
+DTYPES = {"F32": 4, "BF16": 2, "I32": 4, "U8": 1, "BOOL": 1, "I64": 8, "F8_E4M3": 1}
+GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@st.composite
+def well_formed(choose: st.DrawFn) -> tuple[dict[str, Any], int]:
+    """Return a header as a dictionary, and the number of its data's bytes."""
+    header: dict[str, Any] = {}
+    end = 0
+    names = choose(st.lists(st.text(max_size=4), unique=True, max_size=4))
+    for name in names:
+        dtype = choose(st.sampled_from(sorted(DTYPES)))
+        shape = choose(st.lists(st.integers(0, 3), max_size=3))
+        first, end = end, end + DTYPES[dtype] * int(np.prod(shape))
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [first, end]}
+    items = choose(st.permutations(list(header.items())))
+    metadata = choose(st.none() | st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=2))
+    return dict(items) | ({} if metadata is None else {"__metadata__": metadata}), end
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 2**65) | st.floats() | st.text(max_size=3) | st.sampled_from([*DTYPES]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@st.composite
+def altered(choose: st.DrawFn) -> bytes:
+    """Return a file that is well-formed but for at most one change, in the header, its text, or the length."""
+    header, num_bytes = choose(well_formed())
+    kind = choose(st.sampled_from(["none", "field", "entry", "metadata", "text", "length", "data"]))
+    entries = [name for name in header if name != "__metadata__"]
+    if kind == "field" and entries:
+        name, field = (
+            choose(st.sampled_from(entries)),
+            choose(st.sampled_from(["dtype", "shape", "data_offsets", "more"])),
+        )
+        header[name] = header[name] | {field: choose(JSON_VALUES)}
+    elif kind == "entry":
+        header[choose(st.text(max_size=3))] = choose(JSON_VALUES)
+    elif kind == "metadata":
+        header["__metadata__"] = choose(JSON_VALUES)
+    raw = json.dumps(header, ensure_ascii=choose(st.booleans())).encode("utf-8", "surrogatepass")
+    if kind == "text" and raw:
+        index = choose(st.integers(0, len(raw)))
+        raw = raw[:index] + choose(st.binary(max_size=2)) + raw[index + choose(st.integers(0, 2)) :]
+    length = len(raw) + (choose(st.integers(-2, 2)) if kind == "length" else 0)
+    data = max(0, num_bytes + (choose(st.integers(-2, 2)) if kind == "data" else 0))
+    return max(0, length).to_bytes(8, "little") + raw + bytes(data)
+
+
+def in_file(raw: bytes, data: int = 8) -> bytes:
+    return len(raw).to_bytes(8, "little") + raw + bytes(data)
+
+
+@settings(max_examples=at_least(300))
+@given(altered())
+@example(
+    in_file(
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    )
+)
+@example(in_file(b'{"a":["F32",[2],[0,8]]}'))
+@example(in_file(b'\xef\xbb\xbf{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'))
+@example(in_file(json.dumps({"a": GOOD | {"dtype": "XX"}}).encode()))
+@example(in_file(json.dumps({"a": GOOD | {"shape": [3]}}).encode()))
+@example(in_file(json.dumps({"a": GOOD, "b": GOOD | {"data_offsets": [4, 12]}}).encode(), 12))
+@example(in_file(json.dumps({"__metadata__": {"a": 1}, "a": GOOD}).encode()))
+@example(in_file(b"", 0))
+def test_the_reader_accepts_the_files_that_the_package_accepts_with_the_same_tensors(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "header.safetensors"
+    path.write_bytes(data)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            expected = {
+                name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape()))
+                for name in file.offset_keys()
+            }
+    except SafetensorError:
+        with pytest.raises(CheckpointError, match="header"):
+            read_header(path)
+        return
+    header = read_header(path)
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in header.tensors.items()} == expected
+    assert header.data_start == 8 + int.from_bytes(data[:8], "little")
+
+
+@settings(max_examples=at_least(100))
+@given(well_formed())
+def test_the_offsets_are_those_of_the_header(tmp_path_factory: pytest.TempPathFactory, case: tuple[Any, int]) -> None:
+    header, num_bytes = case
+    path = tmp_path_factory.getbasetemp() / "offsets.safetensors"
+    path.write_bytes(in_file(json.dumps(header).encode(), num_bytes))
+    found = {name: list(tensor.data_offsets) for name, tensor in read_header(path).tensors.items()}
+    assert found == {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
