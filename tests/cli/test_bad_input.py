@@ -184,7 +184,7 @@ MODELS: dict[str, tuple[Damage, str]] = {
     "missing tensor": (renamed_in_index(EXPERT, None), f"lacks the tensor {re.escape(EXPERT)} that config.json calls"),
     "missing shard": (replaced(SHARD, None), f"{SHARD} is missing: "),
     "truncated shard": (truncated, f"{SHARD} is truncated: 1000 of its .* bytes are missing; fetch it again"),
-    "a shard that is none": (replaced(SHARD, b"<html>not found</html>"), f"{SHARD} is not a safetensors file"),
+    "a shard that is none": (replaced(SHARD, b"<html>not found</html>"), f"{SHARD}: it is an HTML page"),
     "misshapen tensor": (
         reshaped,
         r"model.layers.2.self_attn.\w+.weight has shape \[\d+, \d+\], and config.json calls",
