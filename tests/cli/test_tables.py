@@ -27,6 +27,7 @@ def plans() -> list[StagePlan]:
             assignment=StageAssignment(first_layer=30 * rank, end_layer=30 * rank + 30, held_bytes=0, read_bytes=0),
             shard_bytes=(100 + rank) * 10**9,
             needed_bytes=0,
+            block_bytes=0,
             files=(),
         )
         for rank, host in enumerate(HOSTS)
