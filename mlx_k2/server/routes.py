@@ -39,7 +39,7 @@ _MAX_PREPARING = 4
 """The most requests whose prompts are made at once, each on a worker thread."""
 _CHAT_PREFIX, _TEXT_PREFIX = "chatcmpl-", "cmpl-"
 _OTHER_MODEL = "another model was asked for; the answer is from the one that is served"
-_MAX_WARNING = 300
+_MAX_WARNINGS, _MAX_WARNING_SIZE = 8, 300
 
 
 class Routes:
@@ -215,5 +215,5 @@ def _stored_reply(model: LanguageModel, generation: Generation) -> ChatReply:
 
 def warning_headers(warnings: Sequence[str]) -> dict[str, str]:
     """Return a header with ``warnings``, in the characters that a header may have."""
-    texts = [re.sub(r'[^ -~]|["\\]', "?", warning[:_MAX_WARNING]) for warning in warnings]
+    texts = [re.sub(r'[^ -~]|["\\]', "?", warning[:_MAX_WARNING_SIZE]) for warning in warnings[:_MAX_WARNINGS]]
     return {"warning": ", ".join(f'299 mlx-k2 "{text}"' for text in texts)} if texts else {}

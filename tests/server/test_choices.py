@@ -1,4 +1,4 @@
-"""Tests of requests for several choices, and of the places for requests that are not in the engine yet."""
+"""Tests of requests for several choices, and of the limit for requests that are not in the engine yet."""
 
 import contextlib
 import json
@@ -70,7 +70,7 @@ def test_a_hang_up_or_a_cancellation_ends_all_choices() -> None:
         assert len(answer_of(connection).json["choices"]) == 3
 
 
-def test_requests_whose_bodies_are_not_complete_have_places_of_their_own() -> None:
+def test_requests_whose_bodies_are_not_complete_count_as_queued() -> None:
     """Slots and queue hold 3 requests: the fourth body is refused before it is read."""
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n".encode()
     with stepped_server(num_slots=1, max_queued=2) as server, contextlib.ExitStack() as stack:
