@@ -6,18 +6,20 @@ Knows no terminal and no command line. Messages of the program go to the logger 
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
-from mlx_k2.chat.completion import Completion, completion_of, submission_of
+from mlx_k2.chat.completion import Completion, completion_of, prompt_of, submissions
 from mlx_k2.chat.sampling_options import SamplingOptions as Sampling
+from mlx_k2.chat.sampling_options import reply_settings
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.batch_results import answer_all
-from mlx_k2.coordinator.engine import Engine, engine_on
+from mlx_k2.coordinator.engine import MAX_QUEUED, Engine, engine_on
 from mlx_k2.coordinator.handle import Event, Finished, Handle, Token
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.deployment.cluster_options import LEASE_S, ClusterOptions, deployment_request, open_source
@@ -58,7 +60,7 @@ _DEFAULTS = Sampling()
 
 
 class _EngineOptions(msgspec.Struct, frozen=True):
-    """How requests run on the stages."""
+    """Options of the engine that runs requests on the stages."""
 
     num_sequences: Annotated[int, msgspec.Meta(ge=1, le=256)]
     drafts: bool
@@ -115,15 +117,19 @@ class Stream(Iterator[Reasoning | Content]):
     """
 
     def __init__(self, handle: Handle, num_calls_before: int) -> None:
+        self._handle = handle
         self._reply = _Reply(num_calls_before)
-        self._parts = self._read(handle)
+        self._parts = _text_of(handle, self._reply)  # without a reference to self, which can then be forgotten
+
+    def __del__(self) -> None:
+        self.close()
 
     def __next__(self) -> Reasoning | Content:
         return next(self._parts)
 
     def close(self) -> None:
-        """Cancel the request, unless the reply is complete."""
-        self._parts.close()
+        """Cancel the request, unless the reply is complete. Any thread may call this, also while another one reads."""
+        self._handle.cancel()
 
     def completion(self) -> Completion:
         """Read to the end of the reply and return all of it."""
@@ -131,16 +137,14 @@ class Stream(Iterator[Reasoning | Content]):
             pass
         return self._reply.completion
 
-    def _read(self, handle: Handle) -> Generator[Reasoning | Content, None, None]:
-        try:
-            for event in handle.events():
-                yield from self._reply.add(event)
-        finally:
-            handle.cancel()
+
+def _text_of(handle: Handle, reply: _Reply) -> Iterator[Reasoning | Content]:
+    for event in handle.events():
+        yield from reply.add(event)
 
 
 class _Cluster:
-    """What both kinds of cluster share: options, start, end, and the request for a prompt."""
+    """Common part of both kinds of cluster: options, start, end, and the request for a prompt."""
 
     def __init__(
         self,
@@ -186,14 +190,17 @@ class _Cluster:
             raise RequestError(str(error)) from None
         self._stack = ExitStack()
         self._restarting: RestartingDeployment | None = None
+        self._is_start_cancelled = threading.Event()
         self._engine: Engine | None = None
 
     def _open(self) -> None:
         """Start the stages and load the model.
 
         Raises:
-            SetupError, ClusterError: the reason, with the host.
+            SetupError, ClusterError: the reason, with the host; or the cluster is open.
         """
+        if self._engine is not None:
+            raise ClusterError("the cluster is open already: close it first, or make another one")
         request = deployment_request(self._options, self._engine_options.num_sequences)
         for line in request.hostfile.warnings:
             _LOG.warning("%s", line)
@@ -203,10 +210,16 @@ class _Cluster:
         with ExitStack() as stack:
             stack.callback(template_process().close)
             self._restarting = RestartingDeployment(request, model, _Listener(), self._engine_options.restarts)
+            if self._is_start_cancelled.is_set():
+                self._restarting.cancel()
             stack.enter_context(self._restarting)
             deployment = self._restarting.deployment
             engine = engine_on(
-                deployment, drafts=self._engine_options.drafts, restarts=self._restarting, on_restart=_log_restart
+                deployment,
+                drafts=self._engine_options.drafts,
+                restarts=self._restarting,
+                on_restart=_log_restart,
+                max_queued=max(MAX_QUEUED, 4 * self._engine_options.num_sequences),
             )
             self._engine = stack.enter_context(engine)
             self._frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
@@ -228,7 +241,13 @@ class _Cluster:
             messages = [Message(role="user", content=prompt)]
         else:
             messages = with_normal_ids(read_history(prompt, self._frontend.template.fields).messages)
-        return submission_of(self._frontend, messages, sampling, tools), num_calls(messages)
+        if sampling.num_answers > 1:
+            raise RequestError(f"{sampling.num_answers} answers were asked for, and this call returns one: leave n out")
+        settings = reply_settings(sampling, self._frontend, tools)
+        for line in settings.warnings:
+            _LOG.warning("%s", line)
+        prompt_ids = prompt_of(self._frontend, messages, sampling, tools)
+        return submissions(settings, self._frontend, prompt_ids)[0], num_calls(messages)
 
 
 class Cluster(_Cluster):
@@ -278,13 +297,13 @@ class Cluster(_Cluster):
         """
         num_calls_before: dict[int, int] = {}
 
-        def asked() -> Iterator[tuple[int, Submission]]:
-            for index, prompt in enumerate(prompts):
+        def numbered() -> Iterator[tuple[int, Submission]]:
+            for index, prompt in enumerate(_several(prompts)):
                 submission, num_calls_before[index] = self._submission(prompt, sampling, tools)
                 yield index, submission
 
         done: dict[int, Completion] = {}
-        for result in answer_all(self._running(), asked()):
+        for result in answer_all(self._running(), numbered()):
             if result.summary is None:
                 raise RequestFailed(f"prompt {result.key}: {result.error}")
             done[result.key] = completion_of(result.reply, result.summary, num_calls_before[result.key])
@@ -319,6 +338,7 @@ class AsyncCluster(_Cluster):
     """A ``Cluster`` for programs with asyncio: ``async with``, in one event loop."""
 
     async def __aenter__(self) -> "AsyncCluster":
+        self._is_start_cancelled.clear()
         try:
             await _in_thread(self._open, on_cancel=self._cancel_start)
         except asyncio.CancelledError:
@@ -354,7 +374,7 @@ class AsyncCluster(_Cluster):
             async with free:
                 return await self.chat(prompt, sampling, tools)
 
-        tasks = [asyncio.ensure_future(answer(prompt)) for prompt in prompts]
+        tasks = [asyncio.ensure_future(answer(prompt)) for prompt in _several(prompts)]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
@@ -384,20 +404,31 @@ class AsyncCluster(_Cluster):
             handle.cancel()
 
     def _cancel_start(self) -> None:
+        self._is_start_cancelled.set()
         if self._restarting is not None:
             self._restarting.cancel()
 
 
 async def _in_thread(work: Callable[[], None], on_cancel: Callable[[], None] = lambda: None) -> None:
     """Run ``work`` on a thread to its end, also when this task is cancelled, which calls ``on_cancel``."""
-    running = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        on_cancel()
-        with suppress(Exception):  # what the work raised, since it was cancelled
-            await running
-        raise
+    running = asyncio.get_running_loop().run_in_executor(None, work)
+    is_cancelled = False
+    while not running.done():
+        try:
+            await asyncio.wait([running])
+        except asyncio.CancelledError:
+            is_cancelled = True
+            on_cancel()
+    if is_cancelled:
+        running.exception()  # not raised, since the work was cancelled
+        raise asyncio.CancelledError
+    running.result()
+
+
+def _several(prompts: Iterable[Prompt]) -> Iterable[Prompt]:
+    if isinstance(prompts, str):
+        raise RequestError("one prompt was given: give a list of prompts, or use chat")
+    return prompts
 
 
 def _log_restart(restart: Restart, phase: str) -> None:

@@ -208,8 +208,8 @@ def _read(handles: Sequence[Handle]) -> list[_Stream]:
     return streams
 
 
-def check_workloads(workloads: Sequence[Workload], context_tokens: int) -> None:
-    """Reject workloads that do not fit the context.
+def check_workloads(workloads: Sequence[Workload], context_tokens: int, longest: int) -> None:
+    """Reject workloads that do not fit the context. ``longest`` is the largest context that can be asked for.
 
     Raises:
         RequestError: a prompt and its answer are longer than the context.
@@ -217,9 +217,10 @@ def check_workloads(workloads: Sequence[Workload], context_tokens: int) -> None:
     for workload in workloads:
         needed = workload.prompt_tokens + workload.generate_tokens
         if needed > context_tokens:
+            way_out = f"give --context {needed}" if needed <= longest else f"at most {longest} are possible"
             raise RequestError(
                 f"a prompt of {workload.prompt_tokens} tokens and {workload.generate_tokens} after it do not fit a "
-                f"context of {context_tokens}: give --context {needed}"
+                f"context of {context_tokens}: {way_out}"
             )
 
 

@@ -55,6 +55,8 @@ def write_whole(path: Path, data: bytes, mode: int) -> None:
         with open(beside, "xb", opener=open_ours) as file:
             file.write(data)
             os.fchmod(file.fileno(), mode)
+            file.flush()
+            os.fsync(file.fileno())  # else a crash may leave an empty file in the place of the old one
         beside.replace(path)
     except OSError:
         with contextlib.suppress(OSError):

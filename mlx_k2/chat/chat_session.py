@@ -54,10 +54,15 @@ class ReplySettings:
         check_request(request, tokenizer.vocab_size, self.context_tokens)
         return request
 
-    def policy(self, tokenizer: Tokenizer, request: Request, *, is_after_calls: bool = False) -> ReplyPolicy:
-        """Return the token policy for the reply to a request. ``is_after_calls``: to the results of tools."""
+    def policy(
+        self, tokenizer: Tokenizer, request: Request, *, is_after_calls: bool = False, is_raw: bool = False
+    ) -> ReplyPolicy:
+        """Return the token policy for the reply to a request. ``is_after_calls``: to the results of tools.
+
+        ``is_raw``: for the text that continues a raw prompt.
+        """
         grammar = self.grammar.after_calls() if self.grammar is not None and is_after_calls else self.grammar
-        return ReplyPolicy(tokenizer, request, self.limits, grammar)
+        return ReplyPolicy(tokenizer, request, self.limits, grammar, is_raw=is_raw)
 
 
 @dataclass(frozen=True)

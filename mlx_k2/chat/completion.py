@@ -7,11 +7,10 @@ from typing import Any
 import msgspec
 
 from mlx_k2.chat.chat_session import ReplySettings
-from mlx_k2.chat.sampling_options import SamplingOptions, reply_settings
+from mlx_k2.chat.sampling_options import SamplingOptions
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Token
 from mlx_k2.coordinator.jobs import Submission
-from mlx_k2.errors import RequestError
 from mlx_k2.sampling import derived_seed
 from mlx_k2.text.history import assistant_message
 from mlx_k2.text.message import Message
@@ -72,49 +71,33 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
         return message | {"tool_calls": calls} if calls else message
 
 
-def submission_of(
-    frontend: ModelFrontend,
-    messages: Sequence[Message],
-    options: SamplingOptions,
-    tools: Sequence[Mapping[str, object]] = (),
-) -> Submission:
-    """Return the request for a reply to ``messages``, with its token policy. ``tools`` are declarations.
-
-    Raises:
-        RequestError, TokenizerError: it cannot be served; gives the reason.
-    """
-    return submission(frontend, prompt_of(frontend, messages, options, tools), options, tools)
-
-
 def prompt_of(
     frontend: ModelFrontend,
     messages: Sequence[Message],
     options: SamplingOptions,
     tools: Sequence[Mapping[str, object]] = (),
 ) -> list[int]:
-    """Return the prompt of a reply to ``messages``. Errors are those of ``submission_of``."""
+    """Return the prompt of a reply to ``messages``. ``tools`` are declarations.
+
+    Raises:
+        RequestError, TokenizerError: it cannot be made; gives the reason.
+    """
     template = frontend.template
     return render_prompt(template, frontend.tokenizer, messages, tools, **options.mode.variables(template))
 
 
-def submission(
+def submissions(
+    settings: ReplySettings,
     frontend: ModelFrontend,
     prompt_ids: Sequence[int],
-    options: SamplingOptions,
-    tools: Sequence[Mapping[str, object]] = (),
-) -> Submission:
-    """Return the request for a reply to a prompt of token ids. Errors are those of ``submission_of``."""
-    if options.num_answers > 1:
-        raise RequestError(f"{options.num_answers} answers were asked for, and this call returns one: leave n out")
-    return submissions(reply_settings(options, frontend, tools), frontend, prompt_ids)[0]
-
-
-def submissions(
-    settings: ReplySettings, frontend: ModelFrontend, prompt_ids: Sequence[int], num_answers: int = 1
+    num_answers: int = 1,
+    *,
+    is_raw: bool = False,
 ) -> list[Submission]:
     """Return the requests for several replies to one prompt, each with a seed of its own.
 
-    The first one has the seed of the settings. Requests that are submitted together compute the prompt once.
+    The first one has the seed of the settings. Requests that are submitted together compute the prompt
+    once. ``is_raw``: the prompt is continued as a text.
 
     Raises:
         RequestError: they can never run.
@@ -125,7 +108,7 @@ def submissions(
         replace(settings, sampling=msgspec.structs.replace(sampling, seed=seed)).request(tokenizer, prompt_ids)
         for seed in seeds
     ]
-    return [Submission(request, settings.policy(tokenizer, request)) for request in requests]
+    return [Submission(request, settings.policy(tokenizer, request, is_raw=is_raw)) for request in requests]
 
 
 class LikelyToken(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,6 +9,8 @@ import msgspec
 from mlx_k2.chat.chat_session import MAX_TOOL_CALLS, ReplySettings
 from mlx_k2.coordinator.reply_policy import ReplyLimits
 from mlx_k2.errors import RequestError
+from mlx_k2.json_text.parse import JsonError
+from mlx_k2.json_text.read import convert
 from mlx_k2.sampling import GenerationConfig, Sampling
 from mlx_k2.text.constraint import AnswerForm, AnswerFormat, Constraint, tool_rules
 from mlx_k2.text.reply_grammar import compile_constraint
@@ -16,18 +18,19 @@ from mlx_k2.text.thinking_mode import INSTANT_TEMPERATURE, ThinkingMode
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 MAX_ANSWERS = 128
+MAX_STOP_STRINGS = 64
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _UNSET = GenerationConfig()
 
 
 class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How a reply is sampled, how long it may be and whether the model thinks.
+    """Options of a reply: how it is sampled, how long it may be and whether the model thinks.
 
     None selects the checkpoint's recommendation, else the value that changes nothing; for ``seed`` a random one, for
     ``max_tokens`` what fits into the context.
 
     Raises:
-        RequestError: a value is out of range.
+        RequestError: a value has the wrong type, or is out of range.
     """
 
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
@@ -45,7 +48,7 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     """Whether the reasoning of earlier replies stays in the prompt."""
     thinking_budget: Annotated[int, msgspec.Meta(ge=0)] | None = None
     """The reasoning is closed after this number of its tokens."""
-    stop: tuple[str, ...] = ()
+    stop: Annotated[tuple[str, ...], msgspec.Meta(max_length=MAX_STOP_STRINGS)] = ()
     """The reply ends before the first of these texts in its answer."""
     min_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Before this number of tokens the reply does not end."""
@@ -72,12 +75,13 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
     def __post_init__(self) -> None:
         """Check every value, before anything is loaded."""
-        try:
-            self.resolved(_UNSET)
-        except TypeError as error:
-            raise RequestError(f"a sampling value has the wrong type: {error}") from None
         if isinstance(self.stop, str):
             raise RequestError(f"stop is a text: give a tuple of texts, as in ({self.stop!r},)")
+        try:
+            convert(msgspec.structs.asdict(self), _CHECKED, str_keys=False)
+        except JsonError as error:
+            raise RequestError(f"a sampling value has the wrong type: {error}") from None
+        self.resolved(_UNSET)
         ReplyLimits(self.stop)
         if self.timeout_s is not None and not self.timeout_s > 0:  # also rejects NaN
             raise RequestError(f"timeout is {self.timeout_s:g} s: give more than 0")
@@ -131,15 +135,9 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
         """The seed, else a random one of 32 bits."""
         return secrets.randbits(32) if self.seed is None else self.seed
 
-    def overridden_by(self, other: "SamplingOptions") -> "SamplingOptions":
-        """Return these options, with the values of ``other`` that are set."""
-        defaults = SamplingOptions()
-        given = {
-            name: getattr(other, name)
-            for name in SamplingOptions.__struct_fields__
-            if getattr(other, name) != getattr(defaults, name)
-        }
-        return msgspec.structs.replace(self, **given)
+
+_CHECKED = msgspec.defstruct("_CHECKED", [(one.name, one.type) for one in msgspec.structs.fields(SamplingOptions)])
+"""The fields of SamplingOptions by their names in Python. msgspec checks no type where a struct is built in Python."""
 
 
 def reply_settings(

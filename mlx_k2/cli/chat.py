@@ -1,5 +1,6 @@
 """`mlx-k2 chat`: a conversation in the terminal, with thinking and tools."""
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -41,7 +42,6 @@ from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.errors import MlxK2Error, RequestError
 from mlx_k2.private_files import state_folder
-from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 WANTED_SLOTS = 2
@@ -85,6 +85,8 @@ def command(options: ChatOptions) -> None:
     /help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves. Where standard input or output is no terminal,
     each line read is a message; answers go to stdout, everything else to stderr.
     """  # noqa: D301  # click reads the escape
+    if sys.stdin is None:
+        raise RequestError("there is no standard input: redirect it from a file with a message a line")
     if options.connect is not None:
         with _opened(options) as (screen, tools, transcript):
             _chat_on_server(options, screen, tools, transcript)
@@ -93,16 +95,20 @@ def command(options: ChatOptions) -> None:
     for line in request.hostfile.warnings:
         log(line)
     request, model = open_source(request)
+    frontend = None
     if model is not None:  # refuse a bad request before any stage is started
         shape, _ = preview(request, model)
-        _check(options, model, shape.context_tokens)
-    with (
-        _opened(options) as (screen, tools, transcript),
-        ConsoleListener(options.verbose) as listener,
-        RestartingDeployment(request, model, listener, *options.run.arguments) as restarting,
-    ):
-        listener.hide_progress()
-        _chat(options, request, restarting, screen, tools, transcript)
+        frontend = ModelFrontend(model, shape.context_tokens)
+        _check(options, frontend)
+    with _opened(options) as (screen, tools, transcript):
+        if frontend is not None:
+            options.conversation.settings(frontend, tools)
+        with (
+            ConsoleListener(options.verbose) as listener,
+            RestartingDeployment(request, model, listener, *options.run.arguments) as restarting,
+        ):
+            listener.hide_progress()
+            _chat(options, request, restarting, screen, tools, transcript)
 
 
 @contextmanager
@@ -115,8 +121,7 @@ def _opened(options: ChatOptions) -> Iterator[tuple[Screen, Tools | None, Transc
         yield screen, stack.enter_context(opened_tools(options.conversation.tools)), transcript
 
 
-def _check(options: ChatOptions, model: ModelDescription, context_tokens: int) -> None:
-    frontend = ModelFrontend(model, context_tokens)
+def _check(options: ChatOptions, frontend: ModelFrontend) -> None:
     conversation = options.conversation.begin(frontend, None)
     conversation.add_user("a")
     options.conversation.settings(frontend).request(frontend.tokenizer, conversation.prompt_ids())

@@ -30,6 +30,8 @@ from mlx_k2.protocol.messages import DownloadProgress, FromStage, LayerLoaded
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.model_frontend import ModelFrontend
 
+_WIDE = 10_000
+
 console = SafeConsole(
     stderr=True,
     highlight=False,
@@ -163,14 +165,21 @@ class ConsoleListener(DeploymentListener):
             self._bars.start()
 
 
+def show_table(table: Table) -> None:
+    """Print a table to stderr. A narrow terminal folds long cells; a pipe or a file gets each row on one line."""
+    out = console if console.is_terminal else SafeConsole(stderr=True, highlight=False, color_system=None, width=_WIDE)
+    out.print(table)
+
+
 def show_plan(plans: Sequence[StagePlan], rows: Sequence[Sequence[str]], headings: Sequence[str]) -> None:
     """Show a table of the stages: rank, host, layers, weights, and the cells of ``rows`` under ``headings``."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     for heading in ("stage", "host", "layers", "weights", *headings):
-        table.add_column(heading, justify="left" if heading in ("host", "layers") else "right", no_wrap=True)
+        is_left, is_host = heading in ("host", "layers"), heading == "host"
+        table.add_column(heading, justify="left" if is_left else "right", no_wrap=not is_host, overflow="fold")
     for plan, row in zip(plans, rows, strict=True):
         table.add_row(str(plan.rank), plan.host.ssh, layer_range(plan), gigabytes(plan.shard_bytes), *row)
-    console.print(table)
+    show_table(table)
 
 
 def show_dry_run(model: ModelDescription, shape: RunShape, plans: Sequence[StagePlan]) -> None:

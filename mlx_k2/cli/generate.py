@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import click
 
 from mlx_k2.chat.chat_events import Event
-from mlx_k2.chat.chat_session import ChatSession, Toolkit
+from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit
 from mlx_k2.chat.completion import submissions
 from mlx_k2.chat.reply_source import ReplySource
 from mlx_k2.chat.tool_round import Tools
@@ -31,14 +31,15 @@ from mlx_k2.cli.several_answers import show_answers
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.answer_summary import total
 from mlx_k2.coordinator.engine import engine_on
-from mlx_k2.coordinator.handle import Finished
+from mlx_k2.coordinator.handle import Finished, Token
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.deployment.cluster_options import deployment_request, open_source
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import RestartingDeployment
-from mlx_k2.errors import CheckpointError
+from mlx_k2.errors import CheckpointError, DownloadError
 from mlx_k2.weights.checkpoint import ModelDescription
+from mlx_k2.weights.known_layout import known_layout
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 
@@ -102,16 +103,27 @@ def command(options: GenerateOptions) -> None:
     request = deployment_request(options.cluster, num_slots)
     for line in request.hostfile.warnings:
         log(line)
-    request, model = open_source(request)
     if options.dry_run:
-        _dry_run(request, model)
-    elif options.prompts_path is not None:
+        _dry_run(request)
+        return
+    request, model = open_source(request)
+    if options.prompts_path is not None:
         generate_many(options, request, model)
     else:
         _generate(options, request, model)
 
 
-def _dry_run(request: DeploymentRequest, model: ModelDescription | None) -> None:
+def _dry_run(request: DeploymentRequest) -> None:
+    known, model = known_layout(request.source), None
+    try:
+        request, model = open_source(request)
+    except DownloadError as error:
+        if known is None:
+            raise
+        log(str(error))
+    if model is None and known is not None:
+        log("this is the plan for the layout that the repository has on the Hub")
+        model = known
     if model is None:
         name = request.source.path_or_repo
         raise CheckpointError(f"{name} is not on this machine: give --model a folder here, or a repository on the Hub")
@@ -120,16 +132,20 @@ def _dry_run(request: DeploymentRequest, model: ModelDescription | None) -> None
 
 def _generate(options: GenerateOptions, request: DeploymentRequest, model: ModelDescription | None) -> None:
     text = options.read_prompt()
+    frontend = None
     if model is not None:  # refuse a bad request before any stage is started
         shape, _ = preview(request, model)
-        first_submissions(options, text, ModelFrontend(model, shape.context_tokens))
-    with (
-        opened_tools(options.conversation.tools) as tools,
-        ConsoleListener(options.verbose) as listener,
-        RestartingDeployment(request, model, listener, *options.run.arguments) as restarting,
-    ):
-        listener.hide_progress()
-        _answer(options, restarting, text, tools)
+        frontend = ModelFrontend(model, shape.context_tokens)
+        first_submissions(options, text, frontend)
+    with opened_tools(options.conversation.tools) as tools:
+        if frontend is not None:
+            options.conversation.settings(frontend, tools)
+        with (
+            ConsoleListener(options.verbose) as listener,
+            RestartingDeployment(request, model, listener, *options.run.arguments) as restarting,
+        ):
+            listener.hide_progress()
+            _answer(options, restarting, text, tools)
 
 
 def _generate_on_server(options: GenerateOptions) -> None:
@@ -154,6 +170,7 @@ def _answer(options: GenerateOptions, restarting: RestartingDeployment, text: st
     ):
         output.screen.wait("reading the prompt")
         if options.conversation.sampling.num_answers > 1:
+            _log_warnings(options.conversation.settings(frontend))
             asked = first_submissions(options, text, frontend)
             show_answers(engine, frontend.tokenizer, asked, as_json=options.as_json)
             return
@@ -163,8 +180,8 @@ def _answer(options: GenerateOptions, restarting: RestartingDeployment, text: st
 
 def _output(options: GenerateOptions, frontend: ModelFrontend) -> TextOutput | JsonOutput:
     if options.as_json:
-        return JsonOutput(frontend.tokenizer, is_raw=options.is_raw)
-    return TextOutput(is_raw=options.is_raw, show_thinking=not options.hide_thinking)
+        return JsonOutput(frontend.tokenizer)
+    return TextOutput(show_thinking=not options.hide_thinking)
 
 
 def _events(
@@ -176,6 +193,8 @@ def _events(
     screen: Screen,
 ) -> Iterator[Event]:
     """Return the events of the answer to a raw prompt, or to the first message of a conversation."""
+    settings = options.conversation.settings(frontend, tools, options.num_logprobs)
+    _log_warnings(settings)
     if options.is_raw:
         (submission,) = first_submissions(options, text, frontend)
         return _raw_events(engine, submission)
@@ -185,10 +204,12 @@ def _events(
         approval = ToolApproval(screen, LineKeyboard(), asked.allowed_tools, everything=asked.yes)
         toolkit = Toolkit(tools, approval)
     conversation = options.conversation.begin(frontend, tools)
-    settings = options.conversation.settings(frontend, tools, options.num_logprobs)
+    return ChatSession(engine, frontend.tokenizer, conversation, settings, toolkit).send_message(text)
+
+
+def _log_warnings(settings: ReplySettings) -> None:
     for line in settings.warnings:
         log(line)
-    return ChatSession(engine, frontend.tokenizer, conversation, settings, toolkit).send_message(text)
 
 
 def first_submissions(options: GenerateOptions, text: str, frontend: ModelFrontend) -> list[Submission]:
@@ -206,9 +227,15 @@ def first_submissions(options: GenerateOptions, text: str, frontend: ModelFronte
         conversation.add_user(text)
         prompt_ids = conversation.prompt_ids()
     settings = options.conversation.settings(frontend, num_logprobs=options.num_logprobs)
-    return submissions(settings, frontend, prompt_ids, options.conversation.sampling.num_answers)
+    num_answers = options.conversation.sampling.num_answers
+    return submissions(settings, frontend, prompt_ids, num_answers, is_raw=options.is_raw)
 
 
 def _raw_events(engine: ReplySource, submission: Submission) -> Iterator[Event]:
     for event in engine.submit(submission.request, submission.policy).events():
-        yield event.summary if isinstance(event, Finished) else event
+        if not isinstance(event, Finished):
+            yield event
+        if isinstance(event, Token | Finished):
+            yield from event.parts
+        if isinstance(event, Finished):
+            yield event.summary

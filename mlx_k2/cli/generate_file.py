@@ -43,7 +43,7 @@ def generate_many(options: GenerateOptions, asked: DeploymentRequest, model: Mod
     """
     assert options.prompts_path is not None, "GenerateOptions has both files"
     assert options.out_path is not None, "GenerateOptions has both files"
-    lines = read_prompt_lines(options.prompts_path)
+    lines = read_prompt_lines(options.prompts_path, options.conversation.sampling)
     with ResultFile(Path(options.out_path)) as results:
         if model is not None:  # refuse what cannot run before any stage is started
             shape, _ = preview(asked, model)
@@ -67,8 +67,12 @@ def generate_many(options: GenerateOptions, asked: DeploymentRequest, model: Mod
 
 def _check(options: GenerateOptions, frontend: ModelFrontend) -> None:
     """Refuse options that no line can be answered with."""
+    sampling = options.conversation.sampling
     if not options.raw:
-        options.conversation.sampling.mode.variables(frontend.template)
+        sampling.mode.variables(frontend.template)
+    sampling = msgspec.structs.replace(sampling, tool_choice=None)  # the tools are those of each line
+    settings = reply_settings(sampling, frontend, num_logprobs=options.num_logprobs)
+    settings.request(frontend.tokenizer, [0])  # the shortest prompt
 
 
 def result_digests(
@@ -168,20 +172,21 @@ def line_submissions(
 ) -> tuple[list[Submission], tuple[str, ...]]:
     """Return the requests for one line, one for each answer, and warnings about its schemas.
 
-    Values in the line override the options and ``seed``.
+    A seed of the line's own overrides ``seed``.
 
     Raises:
         RequestError, TokenizerError: it cannot be served; gives the reason.
     """
-    sampling = msgspec.structs.replace(options.conversation.sampling, seed=seed).overridden_by(line)
+    sampling = line if line.seed is not None else msgspec.structs.replace(line, seed=seed)
     tools = line.tools or ()
-    if options.raw and line.prompt is not None:
+    is_raw = options.raw and line.prompt is not None
+    if is_raw and line.prompt is not None:
         prompt_ids = frontend.tokenizer.encode_text(line.prompt)
     else:
         messages = _messages(options.conversation.system, line, frontend.template)
         prompt_ids = prompt_of(frontend, messages, sampling, tools)
     settings = reply_settings(sampling, frontend, tools, num_logprobs=options.num_logprobs)
-    return submissions(settings, frontend, prompt_ids, sampling.num_answers), settings.warnings
+    return submissions(settings, frontend, prompt_ids, sampling.num_answers, is_raw=is_raw), settings.warnings
 
 
 def _messages(system: str | None, line: PromptLine, template: ChatTemplate) -> list[Message]:

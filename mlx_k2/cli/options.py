@@ -9,6 +9,7 @@ import click
 import msgspec
 
 from mlx_k2.chat.chat_session import MAX_TOOL_CALLS
+from mlx_k2.chat.sampling_options import MAX_ANSWERS
 from mlx_k2.cluster.partition import parse_split
 from mlx_k2.deployment.cluster_options import DENSE_BITS, DTYPES, LEASE_S, MAX_STAGES
 from mlx_k2.errors import RequestError
@@ -134,9 +135,12 @@ def _biases(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
     for value in values:
         token_id, _, bias = value.partition("=")
         try:
-            biases[int(token_id)] = float(bias)
+            number, amount = int(token_id), float(bias)
         except ValueError:
             raise RequestError(f"--logit-bias {value!r}: write a token id and a number, as in 42=-10") from None
+        if number in biases:
+            raise RequestError(f"--logit-bias {value!r}: token {number} has a bias already")
+        biases[number] = amount
     return biases
 
 
@@ -265,7 +269,7 @@ _ANSWERS = (
     ),
     click.option(
         "--num-answers",
-        type=int,
+        type=click.IntRange(1, MAX_ANSWERS),
         default=1,
         metavar="N",
         help="Write N answers to the prompt, which is computed once. Each has a seed of its own.  [default: 1]",

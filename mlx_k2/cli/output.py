@@ -1,6 +1,5 @@
 """Output of an answer while it is generated: plain text, or one JSON object a line on stdout."""
 
-import sys
 from collections.abc import Iterable
 from types import TracebackType
 
@@ -11,6 +10,7 @@ from mlx_k2.chat.completion import completion_of, sampled_logprob
 from mlx_k2.cli.console import log, show_stage_use
 from mlx_k2.cli.repl.screen import PlainScreen, Screen, show_all
 from mlx_k2.cli.repl.wording import CUT
+from mlx_k2.cli.streams import write_utf8
 from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import PrefillProgress, Queued, Restarting, Token
@@ -28,11 +28,10 @@ _ENDS = {FinishReason.STOP: "complete", **CUT, FinishReason.CANCELLED: "cancelle
 class TextOutput:
     """Output as text: the answer to stdout; thinking, calls, a closing line and a table of the stages to stderr.
 
-    A context, which ends the last line. If ``is_raw`` is True, all sampled text is the answer.
+    A context, which ends the last line.
     """
 
-    def __init__(self, *, is_raw: bool, show_thinking: bool) -> None:
-        self._is_raw = is_raw
+    def __init__(self, *, show_thinking: bool) -> None:
         self.screen: Screen = PlainScreen(show_thinking=show_thinking)
 
     def __enter__(self) -> "TextOutput":
@@ -45,10 +44,7 @@ class TextOutput:
 
     def show(self, events: Iterable[Event]) -> list[AnswerSummary]:
         """Write each event as it comes; return the summaries among them."""
-        return show_all(self._show_raw if self._is_raw else self.screen.event, events)
-
-    def _show_raw(self, event: Event) -> None:
-        self.screen.event(Content(event.text) if isinstance(event, Token) else event)
+        return show_all(self.screen.event, events)
 
     def summary(self, summary: AnswerSummary, deployment: Deployment | None, use: tuple[StageUse, ...]) -> None:
         """End the line, then write the answer's counts and times to stderr; for own stages also their use."""
@@ -99,12 +95,11 @@ class StageSummary(msgspec.Struct, frozen=True, kw_only=True):
 class JsonOutput:
     """Output as one JSON object a line on stdout: each token, each call with its result, then ``{"summary": ...}``.
 
-    docs/json.md describes the lines. If ``is_raw`` is True, all sampled text is the answer.
+    docs/json.md describes the lines.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, is_raw: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._is_raw = is_raw
         self._parts: list[Part] = []
         self._num_calls = 0
         self._is_over = False
@@ -129,8 +124,6 @@ class JsonOutput:
             case Token():
                 self.screen.pause()
                 self._token(event)
-                if self._is_raw:
-                    self._keep(Content(event.text))
             case Reasoning() | Content() | ToolCall():
                 self._keep(event)
             case Queued() | PrefillProgress() | Restarting():
@@ -182,5 +175,4 @@ class JsonOutput:
 
 
 def _write_line(value: object) -> None:
-    sys.stdout.write(json_line(value))
-    sys.stdout.flush()
+    write_utf8(json_line(value))

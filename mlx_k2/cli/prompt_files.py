@@ -9,12 +9,14 @@ import msgspec
 
 from mlx_k2.chat.sampling_options import SamplingOptions
 from mlx_k2.errors import RequestError
-from mlx_k2.json_text.parse import JsonError
-from mlx_k2.json_text.read import read_json
+from mlx_k2.json_text.parse import JsonError, parse_json
+from mlx_k2.json_text.read import convert
+
+_DEFAULTS = SamplingOptions()
 
 
 class PromptLine(SamplingOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One prompt, text or conversation, with optional tools and values that override the options.
+    """One prompt, text or conversation, with optional tools, and the sampling options of its answer.
 
     ``messages`` and ``tools`` are in OpenAI's format; nothing runs the calls of an answer.
     """
@@ -25,20 +27,24 @@ class PromptLine(SamplingOptions, frozen=True, kw_only=True, forbid_unknown_fiel
     id: str | int | None = None
 
 
-def read_prompt_lines(source: str) -> dict[int, PromptLine]:
+def read_prompt_lines(source: str, options: SamplingOptions = _DEFAULTS) -> dict[int, PromptLine]:
     """Return the lines of a file of prompts, or of standard input for "-", by number from 1, without blank ones.
+
+    A line has the values of ``options`` where it gives none of its own; the seed excepted, which differs by line.
 
     Raises:
         RequestError: a line is malformed, has an unknown key or a value out of range, or has not exactly one prompt
             (names the line), or the file is unreadable or has no line.
     """
     name = "standard input" if source == "-" else source
+    defaults = msgspec.to_builtins(msgspec.structs.replace(options, seed=None), str_keys=True)
     lines = {}
     for number, text in enumerate(_read(source).splitlines(), start=1):
         if not text.strip():
             continue
         try:
-            line = read_json(text, PromptLine)
+            value = parse_json(text)
+            line = convert(defaults | value if isinstance(value, dict) else value, PromptLine)
         except (JsonError, RequestError) as error:
             raise RequestError(f"{name}, line {number}: {error}") from None
         if (line.prompt is None) == (line.messages is None):
@@ -51,7 +57,8 @@ def read_prompt_lines(source: str) -> dict[int, PromptLine]:
 
 def run_digest(run: object, number: int, line: PromptLine) -> str:
     """Return a digest that identifies what a result depends on: the run's model and options, and the line."""
-    content = msgspec.json.encode([run, number, line], order="sorted")
+    values = msgspec.to_builtins([run, number, line], str_keys=True)  # the keys of a logit bias are numbers
+    content = msgspec.json.encode(values, order="sorted")
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 

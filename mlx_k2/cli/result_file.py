@@ -18,7 +18,7 @@ from mlx_k2.private_files import open_private, write_private
 class ResultFile:
     """A file of results, locked while this context is open. A result is on the disk when ``write`` returns.
 
-    Results stand in the order in which they were written until ``sort``. A file that this context created and wrote
+    Results have the order in which they were written until ``sort``. A file that this context created and wrote
     nothing to is removed.
 
     Raises:
@@ -56,7 +56,8 @@ class ResultFile:
         self._digests = {number: digest for digest, number in numbers.items()}
         found = self._file.read()
         whole = found[: found.rfind(b"\n") + 1]
-        if len(whole) < len(found) and not found[len(whole) :].startswith(b"{"):
+        rest = found[len(whole) :].strip(b"\0")  # some file systems leave NUL bytes after a crash
+        if rest and not rest.startswith(b"{"):
             raise self._foreign(whole.count(b"\n") + 1)
         for at, line in enumerate(whole.splitlines(keepends=True), start=1):
             number, is_error = self._read(line, at)

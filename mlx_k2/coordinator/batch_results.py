@@ -1,5 +1,6 @@
 """Complete answers to many requests that run at once. Knows no files and no terminal."""
 
+import time
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -9,8 +10,10 @@ from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.engine import Engine
 from mlx_k2.coordinator.handle import Event, Finished, Handle, Token
 from mlx_k2.coordinator.jobs import Submission
-from mlx_k2.errors import ClusterError, RequestFailed
+from mlx_k2.errors import ClusterError, EngineBusy, RequestFailed
 from mlx_k2.text.reply_parts import Part, Reply, whole_reply
+
+_BUSY_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class BatchResult:
 
 
 @dataclass
-class _Arrived:
+class _Answer:
     """The events of one answer, and its parts so far."""
 
     key: int
@@ -42,22 +45,38 @@ def answer_all(engine: Engine, asked: Iterable[tuple[int, Submission]]) -> Gener
     """Run all requests of ``asked``; yield each answer when it is finished. Closing the generator cancels the rest.
 
     At most twice as many requests as slots are in the engine at a time; ``asked`` is read when there is room for more.
+    While others fill the engine's queue, requests wait here.
 
     Raises:
         ClusterError: the stages failed for good.
     """
     ready: SimpleQueue[Handle] = SimpleQueue()  # has a handle once for each of its events
     rest = iter(asked)
-    running: dict[Handle, _Arrived] = {}
+    held: list[tuple[int, Submission]] = []
+    running: dict[Handle, _Answer] = {}
     failure: ClusterError | None = None
 
     def submit(most: int) -> None:
-        batch = list(islice(rest, most))
-        handles = engine.submit_all([Submission(one.request, one.policy, ready.put) for _, one in batch])
-        running.update(
-            (handle, _Arrived(key, handle.events(), one.request.sampling.num_logprobs is not None))
-            for handle, (key, one) in zip(handles, batch, strict=True)
-        )
+        """Submit ``most`` further requests and those that wait here: what fits, and one at least if none runs."""
+        held.extend(islice(rest, most))
+        size = len(held)
+        while size:
+            batch = held[:size]
+            try:
+                handles = engine.submit_all([Submission(one.request, one.policy, ready.put) for _, one in batch])
+            except EngineBusy:
+                if size == 1 and running:
+                    return
+                if size == 1:
+                    time.sleep(_BUSY_S)
+                size = max(1, size // 2)
+                continue
+            del held[:size]
+            running.update(
+                (handle, _Answer(key, handle.events(), one.request.sampling.num_logprobs is not None))
+                for handle, (key, one) in zip(handles, batch, strict=True)
+            )
+            size = len(held)
 
     try:
         submit(2 * engine.num_slots)
@@ -81,16 +100,16 @@ def answer_all(engine: Engine, asked: Iterable[tuple[int, Submission]]) -> Gener
             handle.cancel()
 
 
-def _result(arrived: _Arrived) -> BatchResult | None:
+def _result(answer: _Answer) -> BatchResult | None:
     """Add the next event of an answer, which is there; return the result if it was the last one."""
     try:
-        event = next(arrived.events)
+        event = next(answer.events)
     except RequestFailed as failure:
-        return BatchResult(arrived.key, whole_reply(arrived.parts), None, str(failure))
+        return BatchResult(answer.key, whole_reply(answer.parts), None, str(failure))
     if isinstance(event, Token | Finished):
-        arrived.parts += event.parts
-    if isinstance(event, Token) and arrived.keeps_tokens:
-        arrived.tokens.append(event)
+        answer.parts += event.parts
+    if isinstance(event, Token) and answer.keeps_tokens:
+        answer.tokens.append(event)
     if not isinstance(event, Finished):
         return None
-    return BatchResult(arrived.key, whole_reply(arrived.parts), event.summary, tokens=tuple(arrived.tokens))
+    return BatchResult(answer.key, whole_reply(answer.parts), event.summary, tokens=tuple(answer.tokens))

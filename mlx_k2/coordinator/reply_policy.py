@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from mlx_k2.errors import RequestError
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.scheduling.token_policy import Accepted
-from mlx_k2.text.reply_grammar import ReplyGrammar
+from mlx_k2.text.reply_grammar import ReplyGrammar, ReplyGuide
 from mlx_k2.text.reply_parser import Phase, ReplyReader
 from mlx_k2.text.reply_parts import Content, Part
-from mlx_k2.text.tokenizer import Detokenizer, Tokenizer
+from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.token_mask import TokenMask
 
 
@@ -38,7 +38,13 @@ NO_LIMITS = ReplyLimits()
 
 
 class ReplyPolicy:
-    """The policy of one reply. ``grammar`` None allows every token."""
+    """The policy of one reply. ``grammar`` None allows every token.
+
+    If ``is_raw`` is True, the reply is a text that continues the prompt: all of it is content.
+
+    Raises:
+        RequestError: the constraint allows the empty text alone, and the request has no stop token.
+    """
 
     def __init__(
         self,
@@ -46,18 +52,28 @@ class ReplyPolicy:
         request: Request,
         limits: ReplyLimits = NO_LIMITS,
         grammar: ReplyGrammar | None = None,
+        *,
+        is_raw: bool = False,
     ) -> None:
+        prompt_ids, stop_ids = request.prompt_ids, request.stop_ids
         # a stop token has no text, also where the request goes on after it (ignore_eos)
-        self._reader = ReplyReader(tokenizer, request.prompt_ids, request.stop_ids | tokenizer.stop_ids)
-        self._guide = None if grammar is None else grammar.guide(tokenizer, request.prompt_ids, request.stop_ids)
-        self._has_stop_token = bool(request.stop_ids)
+        unread = stop_ids if is_raw else stop_ids | tokenizer.stop_ids
+        self._reader = ReplyReader(tokenizer, prompt_ids, unread, is_raw=is_raw)
+        self._guide = (
+            None
+            if grammar is None
+            else ReplyGuide(grammar, tokenizer, prompt_ids, stop_ids, self._reader.phase, is_raw=is_raw)
+        )
+        if self._guide is not None and not stop_ids and self._guide.is_complete:
+            raise RequestError("the form of the answer allows the empty text alone: leave out ignore_eos")
+        self._stop_ids = stop_ids
         self._tokenizer = tokenizer
         self._limits = limits
         self._stops = StopScanner(limits.stop_strings)
         self._num_tokens = 0
         self._num_thought = 0
         self._closing = () if limits.thinking_budget is None else (tokenizer.token_id("</think>"),)
-        self._no_stop_token = TokenMask.all_but(request.stop_ids) if request.stop_ids else None
+        self._no_stop_token = TokenMask.all_but(stop_ids) if stop_ids else None
 
     @property
     def stop_string(self) -> str | None:
@@ -73,8 +89,9 @@ class ReplyPolicy:
         parts = self._until_stop(read.parts)
         is_over = self._stops.found is not None
         if self._guide is not None:
-            self._guide.accept(token_id, self._reader.phase)
-            is_over = is_over or (not self._has_stop_token and self._guide.is_complete)
+            if token_id not in self._stop_ids:  # one can be an ordinary token
+                self._guide.accept(token_id, self._reader.phase)
+            is_over = is_over or (not self._stop_ids and self._guide.is_complete)
         reason = FinishReason.STOP if is_over else None
         return Accepted(read.text, parts, reason)
 
@@ -131,48 +148,11 @@ class ReplyPolicy:
         return tuple(kept)
 
 
-class TextPolicy:
+class TextPolicy(ReplyPolicy):
     """The policy of a text that continues a raw prompt: all of it is content, control tokens by their names."""
 
     def __init__(self, tokenizer: Tokenizer, request: Request, stop_strings: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._stop_ids = request.stop_ids
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stops = StopScanner(stop_strings)
-
-    def accept(self, token_id: int) -> Accepted:
-        """Record the next token and return the text that it completes."""
-        if token_id in self._stop_ids:
-            return Accepted()
-        if self._tokenizer.is_special(token_id):
-            text = self._detokenizer.finish() + self._tokenizer.token_bytes(token_id).decode()
-        else:
-            text = self._detokenizer.add(token_id)
-        shown = self._stops.add(text)
-        reason = None if self._stops.found is None else FinishReason.STOP
-        return Accepted(text, (Content(shown),) if shown else (), reason)
-
-    def forced(self) -> Sequence[int]:
-        """Force nothing."""
-        return ()
-
-    def token_mask(self, draft_ids: Sequence[int]) -> TokenMask | None:  # noqa: ARG002 - the protocol's argument
-        """Allow every token."""
-        return None
-
-    def may_draft(self, draft_ids: Sequence[int], token_id: int) -> bool:  # noqa: ARG002 - the protocol's arguments
-        """Allow every draft."""
-        return True
-
-    def finish(self) -> Accepted:
-        """Return the text that was held back."""
-        if self._stops.found is not None:
-            return Accepted()
-        rest = self._detokenizer.finish()
-        shown = self._stops.add(rest)
-        if self._stops.found is None:
-            shown += self._stops.flush()
-        return Accepted(rest, (Content(shown),) if shown else ())
+        super().__init__(tokenizer, request, ReplyLimits(tuple(stop_strings)), is_raw=True)
 
 
 class StopScanner:

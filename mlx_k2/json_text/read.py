@@ -22,23 +22,23 @@ _KINDS = {
 _TYPES = re.compile(rf"`((?:{'|'.join(_KINDS)})(?: \| (?:{'|'.join(_KINDS)}))*)`")
 
 
-def read_json(text: bytes | str, kind: type[Value]) -> Value:
-    """Return the value of a JSON text as ``kind``, a type that msgspec converts to.
+def read_json(text: bytes | str, kind: type[Value], *, has_comments: bool = False) -> Value:
+    """Return the value of a JSON text as ``kind``, a type that msgspec converts to. See `parse_json` for comments.
 
     Raises:
         JsonError: the text is not JSON (`parse_json`), or has no such value; names the line or the field.
     """
-    return convert(parse_json(text), kind)
+    return convert(parse_json(text, has_comments=has_comments), kind)
 
 
-def convert(value: object, kind: type[Value]) -> Value:
-    """Return a parsed value as ``kind``.
+def convert(value: object, kind: type[Value], *, str_keys: bool = True) -> Value:
+    """Return a parsed value as ``kind``. ``str_keys`` False: a key that is a number is no text, as in Python's values.
 
     Raises:
         JsonError: it has another type; names the field.
     """
     try:
-        return msgspec.convert(value, kind, str_keys=True)
+        return msgspec.convert(value, kind, str_keys=str_keys)
     except msgspec.ValidationError as error:
         raise JsonError(_in_our_words(error)) from None
 

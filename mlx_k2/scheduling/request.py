@@ -3,6 +3,8 @@
 import enum
 from dataclasses import dataclass
 
+import msgspec
+
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import Sampling
 
@@ -46,9 +48,13 @@ def check_request(request: Request, vocab_size: int, context_tokens: int) -> Non
     """Reject a request that can never run.
 
     Raises:
-        RequestError: an empty or too long prompt, a token id of the prompt or of a bias outside the vocabulary, no
-            token to generate, or a timeout that is not above 0.
+        RequestError: a sampling parameter that a stage cannot read, an empty or too long prompt, a token id of the
+            prompt or of a bias outside the vocabulary, no token to generate, or a timeout that is not above 0.
     """
+    try:
+        msgspec.msgpack.decode(msgspec.msgpack.encode(request.sampling), type=Sampling)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(f"a sampling parameter has the wrong type: {error}") from None
     length = len(request.prompt_ids)
     if length == 0:
         raise RequestError("the prompt is empty: give some text, or token ids")
@@ -61,7 +67,7 @@ def check_request(request: Request, vocab_size: int, context_tokens: int) -> Non
     if length >= context_tokens:
         raise RequestError(
             f"the prompt has {length} tokens and the context holds {context_tokens}, "
-            "so there is no room for an answer: shorten it, or give a larger --context"
+            "so there is no room for an answer: shorten it, or give a larger --context, up to that of the model"
         )
     if request.timeout_s is not None and not request.timeout_s > 0:  # also rejects NaN
         raise RequestError(f"timeout is {request.timeout_s:g} s: give more than 0")

@@ -181,6 +181,8 @@ class Sequence:
     def append_forced(self) -> list[Appended]:
         """Append the tokens that the policy forces now, in place of sampling; return them."""
         appended: list[Appended] = []
+        if self.finish_reason is not None:
+            return appended
         forced = deque(self._forced())
         while forced and self.finish_reason is None:
             appended.append(self._append(SampledToken(forced.popleft()), is_forced=True))

@@ -80,6 +80,8 @@ class Connection(H11Protocol):
         self._send_error(bad_request_error("this is not a valid HTTP request, or its headers are too large"))
 
     def _send_error(self, error: ApiError) -> None:
+        if self.cycle is not None:  # the application may be about to answer: that answer is dropped
+            self.cycle.disconnected = True
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer has begun, or was sent already
             self.transport.close()
             return

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mlx_k2.errors import RequestError
 
+MAX_TOOLS = 512
 _CHOICES = ("auto", "none", "required")
 
 
@@ -83,9 +84,12 @@ def tool_rules(
     """Return the rules for tools and a ``tool_choice`` in OpenAI's format. A named tool is called once.
 
     Raises:
-        RequestError: a declaration has no name, or the choice is unknown, or names a tool that is not declared.
+        RequestError: a declaration has no name, there are more than MAX_TOOLS, or the choice is unknown, or names a
+            tool that is not declared.
     """
     tools = tuple(_tool(declaration) for declaration in declarations)
+    if len(tools) > MAX_TOOLS:
+        raise RequestError(f"{len(tools)} tools are declared: declare at most {MAX_TOOLS}")
     choice = "auto" if choice is None else choice
     if isinstance(choice, str) and choice in _CHOICES:
         if choice == "required" and not tools:

@@ -27,9 +27,21 @@ _COMPACT = {"whitespace_flexible": False}
 _SPACED = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 """K2 writes arguments with or without a space after a separator."""
 _MAX_PROBLEM = 300
+_LATEST = "http://json-schema.org/schema#"
+"""A name of the latest draft, which the compiler does not know, and assumes without one."""
 _LENIENT = {"lenient": True, "coerce_one_of": True}
 _ANY_OBJECT = {"type": "object"}
-_NOT_KNOWN = ("Unimplemented keys", "not supported", "Unknown format", "Failed to generate")
+_NOT_KNOWN = (
+    "Unimplemented keys",
+    "not supported",
+    "Unknown format",
+    "Failed to generate",
+    "not disjoint",
+    "only supported when",
+    "unrecognized escape sequence",
+    "repetition operator missing",
+    "unclosed character class",
+)
 """Parts of the compiler's messages about a correct schema that it cannot compile."""
 
 
@@ -123,7 +135,7 @@ class GrammarState:
     def _check(self) -> None:
         if self._matcher.is_error():
             problem = self._matcher.get_error().splitlines()[0]
-            raise RequestFailed(f"request ended: its grammar is too complex to follow: {problem}")
+            raise RequestFailed(f"request ended: its grammar cannot follow the answer: {problem}")
 
 
 class GrammarCompiler:
@@ -147,17 +159,23 @@ class GrammarCompiler:
             TokenizerWrapper(_Vocabulary(tokenizer, special)),
             n_vocab=tokenizer.vocab_size,
             eos_token=special[0],
-            slices=LLTokenizer.json_slices(),
         )
         return tables, np.packbits(bits, bitorder="little").view(np.int32)
 
     def json_schema(
-        self, schema: object, what: str, *, is_strict: bool = False, is_spaced: bool = False
+        self,
+        schema: object,
+        what: str,
+        *,
+        is_strict: bool = False,
+        is_spaced: bool = False,
+        is_optional: bool = False,
     ) -> tuple[GrammarState, str | None]:
         """Return the grammar of the JSON values of a schema, and a warning if it allows more than the schema.
 
         If the compiler does not know a keyword, the keyword is ignored; if it still cannot compile the schema, the
-        grammar allows any object. ``is_spaced`` allows a space after each separator. ``what`` names the schema.
+        grammar allows any object. ``is_spaced`` allows a space after each separator. ``what`` names the schema. If
+        ``is_optional``, every problem of the compiler counts as a keyword that it does not know.
 
         Raises:
             RequestError: the schema is malformed, too large, refers to another document or has no finite value; or,
@@ -169,7 +187,7 @@ class GrammarCompiler:
         matcher, problem = self._compiled("schema", text, json.dumps(options))
         if not problem:
             return self._state(matcher), None
-        if is_strict or not any(mark in problem for mark in _NOT_KNOWN):
+        if is_strict or not (is_optional or any(mark in problem for mark in _NOT_KNOWN)):
             raise RequestError(f"{what} cannot be enforced: {problem}")
         matcher, remaining = self._compiled("schema", text, json.dumps(options | _LENIENT))
         if not remaining:
@@ -240,7 +258,7 @@ def _schema_text(schema: object, what: str) -> str:
     """Return a schema as JSON, without the compiler's own options.
 
     Raises:
-        RequestError: it is too large, or no JSON.
+        RequestError: it is too large, or not JSON.
     """
     try:
         text = json.dumps(schema, ensure_ascii=False)
@@ -248,8 +266,8 @@ def _schema_text(schema: object, what: str) -> str:
             raise RequestError(f"{what} is larger than {MAX_GRAMMAR_BYTES} bytes")
         found = parse_json(text)
     except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"{what} is no JSON: {error}") from None
-    if isinstance(found, dict) and "x-guidance" in found:
-        del found["x-guidance"]
-        text = json.dumps(found, ensure_ascii=False)
+        raise RequestError(f"{what} is not JSON: {error}") from None
+    if isinstance(found, dict) and ("x-guidance" in found or found.get("$schema") == _LATEST):
+        left_out = ("x-guidance", "$schema")
+        text = json.dumps({key: value for key, value in found.items() if key not in left_out}, ensure_ascii=False)
     return text

@@ -20,6 +20,8 @@ _CALL_BEGIN, _ARGUMENTS_BEGIN = "<|tool_call_begin|>", "<|tool_call_argument_beg
 _CALL_END = "<|tool_call_end|>"
 _TOOL_MARKERS = (_SECTION_BEGIN, _SECTION_END, _CALL_BEGIN, _ARGUMENTS_BEGIN, _CALL_END)
 _STOP = "<|im_end|>"
+_MOST_PREFIXES = 64
+"""A text that is forced allows only the tokens with which it begins. With more tokens than this there is a choice."""
 MAX_CALLS = 16
 """The most calls of a constrained reply, which ends a repetition. The model makes further ones in its next reply."""
 _NO_PARAMETERS = {"type": "object", "additionalProperties": False}
@@ -38,10 +40,6 @@ class ReplyGrammar:
     """The grammar of each tool's arguments by its name; empty if calls are not constrained."""
     warnings: tuple[str, ...]
     """Lines about schemas of which the grammar allows more."""
-
-    def guide(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop_ids: Collection[int]) -> "ReplyGuide":
-        """Return the guide of the reply to a prompt."""
-        return ReplyGuide(self, tokenizer, prompt_ids, stop_ids)
 
     def after_calls(self) -> "ReplyGrammar":
         """Return the constraint of the reply to the results of tools, which need not call one again."""
@@ -66,8 +64,15 @@ def compile_constraint(compiler: GrammarCompiler, constraint: Constraint) -> Rep
         for tool in rules.tools:
             what = f"the schema of tool {tool.name!r}"
             schema = _of_object(tool.parameters, what)
-            arguments[tool.name], warning = compiler.json_schema(schema, what, is_strict=tool.is_strict, is_spaced=True)
+            arguments[tool.name], warning = compiler.json_schema(
+                schema,
+                what,
+                is_strict=tool.is_strict,
+                is_spaced=True,
+                is_optional=rules.choice is ToolChoice.AUTO,
+            )
             warnings.append(warning)
+        compiler.choice([call_id(name, 0) for name in arguments])  # refuses too many names, or names too long
     answer = None
     if constraint.answer is not None:
         answer, warning = _answer(compiler, constraint.answer)
@@ -113,10 +118,20 @@ class _Rule:
 
 
 class ReplyGuide:
-    """The guide of one reply. Its methods raise RequestFailed when a grammar is too complex to go on."""
+    """The guide of one reply, which begins in ``phase``; of a raw one it is content to the end.
+
+    Its methods raise RequestFailed when a grammar is too complex to go on.
+    """
 
     def __init__(
-        self, grammar: ReplyGrammar, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop_ids: Collection[int]
+        self,
+        grammar: ReplyGrammar,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        stop_ids: Collection[int],
+        phase: Phase,
+        *,
+        is_raw: bool = False,
     ) -> None:
         self._grammar = grammar
         self._tokenizer = tokenizer
@@ -131,8 +146,8 @@ class ReplyGuide:
         self._next_number = in_prompt if rules.first_number is None else rules.first_number
         thinks = (self._ids.get(_THINK_BEGIN), self._ids.get(_THINK_END))
         last = next((number for number in reversed(prompt_ids) if tokenizer.is_special(number)), None)
-        self._may_think = thinks[0] is not None and last not in thinks  # else the prompt has decided
-        self._phase = Phase.REASONING if last is not None and last == thinks[0] else Phase.CONTENT
+        self._may_think = thinks[0] is not None and last not in thinks and not is_raw  # else the prompt has decided
+        self._phase = phase
         self._state: GrammarState | None = None
         self._call_names: dict[str, str] = {}
         self._header = b""
@@ -171,12 +186,12 @@ class ReplyGuide:
             return rule.extra[:1] if len(rule.extra) == 1 or rule.extra == self._stop_ids else ()
         if rule.extra:
             return ()
-        if forced := rule.state.forced():
-            return forced
         allowed = self._allowed_after(())
         if not allowed.num_tokens:
             return rule.ends[:1]
-        return allowed.token_ids.tolist() if allowed.num_tokens == 1 and not allowed.may_end else ()
+        if allowed.may_end or allowed.num_tokens > _MOST_PREFIXES:
+            return ()
+        return rule.state.forced() or (allowed.token_ids.tolist() if allowed.num_tokens == 1 else ())
 
     def mask(self, draft_ids: Sequence[int], *, hold_stop: bool) -> TokenMask | None:
         """Return the mask for the token after the accepted ones and ``draft_ids``; None allows every token.
@@ -243,7 +258,8 @@ class ReplyGuide:
             case Phase.ARGUMENTS if self._state is not None:
                 return _Rule(self._state, ends=(ids[_CALL_END],))
             case _:
-                return _Rule(banned=())
+                is_last = not self._may_call_now and not grammar.rules.is_parallel
+                return _Rule(banned=(ids[_CALL_BEGIN],) if is_last and _CALL_BEGIN in ids else ())
 
     @property
     def _may_call_now(self) -> bool:

@@ -192,6 +192,23 @@ class ReplyParser:
         self._held, self._at_spelled_section, self._at_start = "", False, False
 
 
+class _RawText:
+    """A parser of a text that continues a raw prompt."""
+
+    phase = Phase.CONTENT
+
+    def text(self, text: str) -> Iterator[Part]:
+        """Yield the text as content."""
+        if text:
+            yield Content(text)
+
+    control = text
+
+    def finish(self) -> Iterator[Part]:
+        """Yield nothing: no text is held."""
+        return iter(())
+
+
 @dataclass(frozen=True)
 class ReplyText:
     """The text of a token, control tokens spelled by their names, and the parts of the reply that it completes."""
@@ -201,13 +218,20 @@ class ReplyText:
 
 
 class ReplyReader:
-    """A reader of the reply to one prompt. A token of ``stop_ids`` ends the reply; it has no text."""
+    """A reader of the reply to one prompt. A token of ``stop_ids`` ends the reply; it has no text.
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop_ids: Collection[int]) -> None:
+    If ``is_raw`` is True, all text is content, and control tokens are read by their names.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop_ids: Collection[int], *, is_raw: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids
         self._detokenizer = Detokenizer(tokenizer)
-        self._parser = ReplyParser(tokenizer.special_ids, in_reasoning=opens_reasoning(tokenizer, prompt_ids))
+        self._parser: ReplyParser | _RawText = _RawText()
+        if not is_raw:
+            self._parser = ReplyParser(tokenizer.special_ids, in_reasoning=opens_reasoning(tokenizer, prompt_ids))
 
     @property
     def phase(self) -> Phase:

@@ -85,6 +85,7 @@ def test_what_cannot_run_is_refused_before_anything_starts_and_leaves_no_file(
         ["--timeout", "3"],
         ["--dense-bits", "8"],
         ["--temperature", "1"],
+        ["--logit-bias", "5=1"],
         ["--thinking-budget", "9"],
         ["--system", "x"],
         ["--raw"],

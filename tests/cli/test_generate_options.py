@@ -1,6 +1,7 @@
 """Tests of the options of generate, and of the request made from them: prompt ids, sampling and stop conditions."""
 
 import io
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from mlx_k2.cli.generate import command, first_submissions
 from mlx_k2.cli.generate_file import line_submissions
 from mlx_k2.cli.generate_options import GenerateOptions
 from mlx_k2.cli.options import with_struct
-from mlx_k2.cli.prompt_files import PromptLine
+from mlx_k2.cli.prompt_files import read_prompt_lines
 from mlx_k2.errors import RequestError
 from mlx_k2.scheduling.request import Request
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
@@ -153,7 +154,7 @@ def test_a_raw_prompt_goes_without_options_for_thinking(arguments: list[str]) ->
 
 
 def test_a_line_of_a_file_of_prompts_overrides_the_options_for_thinking_and_declares_tools(
-    model: ModelDescription, tokenizer: Tokenizer
+    model: ModelDescription, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     frontend = ModelFrontend(with_template(model, template_source("kimi-k2.6")), CONTEXT_TOKENS)
     tools = [{"type": "function", "function": {"name": "f"}}]
@@ -164,14 +165,16 @@ def test_a_line_of_a_file_of_prompts_overrides_the_options_for_thinking_and_decl
     ]
     options = options_of("--thinking", "off", "--preserve-thinking")
 
-    def request(line: PromptLine) -> Request:
+    def request(**fields: object) -> Request:
+        (tmp_path / "prompts").write_text(json.dumps(fields))
+        (line,) = read_prompt_lines(str(tmp_path / "prompts"), options.conversation.sampling).values()
         return line_submissions(options, line, 1, frontend)[0][0].request
 
-    assert "type f = (_: {}) => any;" in text_of(tokenizer, request(PromptLine(prompt="x", tools=tools)))
-    preserved = request(PromptLine(messages=history, thinking=True))
+    assert "type f = (_: {}) => any;" in text_of(tokenizer, request(prompt="x", tools=tools))
+    preserved = request(messages=history, thinking=True)
     assert "<think>WHY</think>b" in text_of(tokenizer, preserved)
     assert (text_of(tokenizer, preserved)[-7:], preserved.sampling.temperature) == ("<think>", 1.0)
-    dropped = request(PromptLine(messages=history, preserve_thinking=False))
+    dropped = request(messages=history, preserve_thinking=False)
     assert "<think></think>b" in text_of(tokenizer, dropped)
     assert dropped.sampling.temperature == 0.6
 

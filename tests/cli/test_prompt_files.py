@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from mlx_k2.chat.sampling_options import SamplingOptions
 from mlx_k2.cli.prompt_files import PromptLine, read_prompt_lines, run_digest
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import derived_seed
@@ -22,6 +23,20 @@ def test_a_line_holds_a_prompt_or_messages_with_sampling_options(tmp_path: Path)
     first, second = read_prompt_lines(str(path)).values()
     assert (first.prompt, first.top_k, first.id, first.temperature) == ("x", 3, "one", None)
     assert (second.messages, second.seed) == ([{"role": "user"}], 4)
+
+
+def test_a_line_has_the_values_of_the_options_unless_it_gives_its_own_also_the_default(tmp_path: Path) -> None:
+    options = SamplingOptions(
+        top_k=5, stop=("x",), num_answers=3, regex="a", ignore_eos=True, logit_bias={4: 1.0}, seed=9, timeout_s=2.0
+    )
+    empty = '{"prompt": "x", "top_k": null, "stop": [], "n": 1, "regex": null, "ignore_eos": false, "logit_bias": {}}'
+    plain, default = read_prompt_lines(str(prompts(tmp_path, '{"prompt": "x"}', empty)), options).values()
+    found = (plain.top_k, plain.stop, plain.num_answers, plain.regex, plain.ignore_eos, plain.logit_bias)
+    assert found == (5, ("x",), 3, "a", True, {4: 1.0})
+    assert (plain.timeout_s, plain.seed) == (2.0, None)  # a seed is derived for each line
+    found = (default.top_k, default.stop, default.num_answers, default.regex, default.ignore_eos, default.logit_bias)
+    assert found == (None, (), 1, None, False, {})
+    assert run_digest([options], 1, plain) != run_digest([options], 1, default)
 
 
 @pytest.mark.parametrize(

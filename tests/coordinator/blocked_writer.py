@@ -30,7 +30,7 @@ def main(model: Path) -> None:
         written, other = cluster.engine.submit_all(submissions)
         thread = threading.Thread(target=report_end, args=[other, written])
         thread.start()
-        with JsonOutput(tokenizer, is_raw=True) as output:
+        with JsonOutput(tokenizer) as output:
             output.show(event for event in written.events() if isinstance(event, Token))
         thread.join()
 

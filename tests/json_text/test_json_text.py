@@ -46,6 +46,17 @@ def test_json_is_read_back_as_its_value(value: object) -> None:
         assert parse_json(b"\xef\xbb\xbf" + text.encode()) == value
 
 
+@given(JSON, st.sampled_from([" ", '// a "b\n', "/* [1,\n*/", "\n"]))
+def test_comments_and_last_commas_do_not_change_the_value_or_what_is_in_quotes(value: object, between: str) -> None:
+    texts = (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1))
+    for text in texts:
+        assert parse_json(f"{between}{text}{between}", has_comments=True) == value
+    wrapped = f'{{"a": [{texts[0]}{between},{between}],{between}}}'
+    assert parse_json(wrapped, has_comments=True) == {"a": [value]}
+    with pytest.raises(JsonError):
+        parse_json(wrapped)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

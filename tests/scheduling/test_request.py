@@ -1,5 +1,6 @@
 """Tests that a request that can never run is refused, with the numbers and a remedy."""
 
+import numpy as np
 import pytest
 
 from mlx_k2.errors import RequestError
@@ -33,6 +34,13 @@ def test_max_tokens_may_exceed_the_context_length() -> None:
 def test_a_prompt_that_cannot_run_is_refused(prompt_ids: tuple[int, ...], words: str) -> None:
     with pytest.raises(RequestError, match=words):
         check(prompt_ids)
+
+
+def test_a_sampling_parameter_that_a_stage_cannot_read_is_refused_before_it_is_sent() -> None:
+    for seed in (np.int64(3), 1.5):
+        request = Request((1,), 5, Sampling(seed=seed), frozenset())  # type: ignore[arg-type]
+        with pytest.raises(RequestError, match="a sampling parameter has the wrong type"):
+            check_request(request, vocab_size=100, context_tokens=8)
 
 
 def test_max_tokens_0_is_refused() -> None:

@@ -254,6 +254,7 @@ def test_a_malformed_chunk_is_refused_also_after_an_answer(server: Server, host:
     assert answer.error["message"]
     assert server.request("POST", CHAT, chat()).status == 200
     assert "Traceback" not in "\n".join(server.lines)
+    assert "LocalProtocolError" not in "\n".join(server.lines)
 
 
 def test_a_compressed_body_is_refused(server: Server) -> None:
