@@ -140,12 +140,16 @@ def test_a_killed_stage_restarts_and_the_stream_goes_on(command_line: CommandLin
         psutil.Process(server.stages()[1].pid).kill()
         server.wait_for("all stages start again")
         assert server.request("GET", "/health").status == 503
+        assert [stage["loaded_bytes"] for stage in server.request("GET", "/v1/status").json["stages"]] == [0, 0]
         assert rest_of_text(connection)[-200:] == undisturbed[-200:]
         assert server.request("GET", "/health").status == 200
         status = server.request("GET", "/v1/status").json
         assert (status["state"], status["faults"], status["restarts"]) == ("ready", 1, 1)
-        assert [stage["faults"] for stage in status["stages"]] == [0, 1]
-        assert b'mlx_k2_stage_faults_total{stage="1"} 1.0' in server.request("GET", "/metrics").body
+        faults = [stage["faults"] for stage in status["stages"]]
+        assert sorted(faults) == [0, 1]
+        assert all(stage["loaded_bytes"] == stage["shard_bytes"] for stage in status["stages"])
+        counted = f'mlx_k2_stage_faults_total{{stage="{faults.index(1)}"}} 1.0'
+        assert counted.encode() in server.request("GET", "/metrics").body
 
 
 def rest_until_done(connection: socket.socket) -> bytes:

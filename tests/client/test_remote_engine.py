@@ -178,9 +178,10 @@ def test_a_full_queue_is_waited_for_once_the_answer_has_begun() -> None:
 
 def test_what_a_server_does_not_do_is_refused_before_it_is_asked(engine: RemoteEngine) -> None:
     tokenizer = engine.frontend.tokenizer
-    early = ReplyPolicy(tokenizer, request(60), ReplyLimits(min_tokens=3))
+    stopping = Request((60,), 5, Sampling(seed=1), engine.frontend.stop_ids)
+    early = ReplyPolicy(tokenizer, stopping, ReplyLimits(min_tokens=3))
     scored = Request((60,), 5, Sampling(seed=1, num_logprobs=2), frozenset())
-    for asked, policy, message in ((request(60), early, "restricts its tokens"), (scored, None, "--logprobs")):
+    for asked, policy, message in ((stopping, early, "restricts its tokens"), (scored, None, "--logprobs")):
         with pytest.raises(RequestError, match=message):
             engine.submit(asked, policy)
     with pytest.raises(RequestError, match="outside the vocabulary"):
@@ -191,7 +192,7 @@ def test_a_server_that_is_none_or_needs_a_key_is_named(tmp_path: object) -> None
     with pytest.raises(SetupError, match=r"no server at http://127.0.0.1:1"):
         RemoteEngine(ServerAddress("http://127.0.0.1:1"))
     for url in ("127.0.0.1:8080", "ftp://127.0.0.1", "http://", "http://a:b"):
-        with pytest.raises(SetupError, match="no address of a server"):
+        with pytest.raises(SetupError, match="is not the address of a server"):
             RemoteEngine(ServerAddress(url))
 
 

@@ -20,20 +20,25 @@ def choices_of(stream: bytes) -> dict[int, dict[str, Any]]:
     for line in stream.split(b"\n"):
         for choice in json.loads(line[6:])["choices"] if line.startswith(b"data: {") else ():
             one = found.setdefault(choice["index"], {"content": "", "roles": 0, "finish_reason": None})
-            one["content"] += choice["delta"].get("content", "")
+            one["content"] += choice["delta"].get("reasoning_content", "") + choice["delta"].get("content", "")
             one["roles"] += "role" in choice["delta"]
             one["finish_reason"] = one["finish_reason"] or choice["finish_reason"]
     return found
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """Return the reasoning and the content of an answer."""
+    return str(message.get("reasoning_content", "") + message["content"])
 
 
 def test_several_choices_are_those_of_single_requests_with_their_seeds_streamed_and_not(server: Server) -> None:
     fields = ASKED | {"temperature": 1.5, "max_tokens": 30}
     body = server.request("POST", CHAT, fields | {"n": 3}).json
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
-    contents = [choice["message"]["content"] for choice in body["choices"]]
+    contents = [text_of(choice["message"]) for choice in body["choices"]]
     assert len(set(contents)) > 1
     single = server.request("POST", CHAT, fields).json
-    assert contents[0] == single["choices"][0]["message"]["content"]
+    assert contents[0] == text_of(single["choices"][0]["message"])
     assert body["usage"]["prompt_tokens"] == single["usage"]["prompt_tokens"]
     streamed = choices_of(server.request("POST", CHAT, fields | {"n": 3, "stream": True}).body)
     assert [streamed[index]["content"] for index in range(3)] == contents

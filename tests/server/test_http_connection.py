@@ -49,7 +49,7 @@ def asked(port: int, path: str, *headers: str) -> Iterator[socket.socket]:
 def is_open(port: int) -> bool:
     """Return whether the server has an established connection."""
     found = psutil.Process().net_connections("tcp")
-    return any(one.status == psutil.CONN_ESTABLISHED and one.laddr[1] == port for one in found)
+    return any(one.status == psutil.CONN_ESTABLISHED and one.laddr and one.laddr[1] == port for one in found)
 
 
 @pytest.mark.parametrize("path", ["/whole", "/stream"])
@@ -93,3 +93,10 @@ def test_more_connections_than_the_limit_are_closed_and_the_others_work(
             assert fourth.recv(10) == b""
         first.sendall(b"GET /small HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert first.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_the_end_of_the_servers_thread_is_noticed() -> None:
+    with HttpServer(app, "127.0.0.1", 0, drain_s=1) as server:
+        assert not server.has_ended.is_set()
+        server._server.should_exit = True
+        assert server.has_ended.wait(WAIT_S)

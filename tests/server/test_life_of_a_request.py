@@ -307,7 +307,7 @@ def test_an_allowed_origin_gets_its_headers_and_another_does_not() -> None:
 
 def test_half_a_request_and_then_silence_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_connection, "HEADERS_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(request_body, "BODY_S", 0.2)
+    monkeypatch.setattr(request_body, "BODY_TIMEOUT_S", 0.2)
     with stepped_server() as server:
         for beginning in (b"", b"POST /v1/chat"):
             with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as connection:
