@@ -289,6 +289,14 @@ def test_a_request_that_cannot_run_is_refused(
     check_refusal(["--model", str(intact), *arguments], words, capsys)
 
 
+def test_a_tool_choice_that_names_no_tool_of_the_file_is_refused(
+    intact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tools.py").write_text('def clock() -> str:\n    """Return the time."""\n    return "noon"\n')
+    arguments = ["--model", str(intact), "--tools", str(tmp_path / "tools.py"), "--tool-choice", "nosuch", "Hello"]
+    check_refusal(arguments, "tool_choice names 'nosuch', which is not declared; declared tools: clock", capsys)
+
+
 USAGE: dict[str, tuple[list[str], str]] = {
     "an unknown option": (["generate", "--tempertaure", "1"], "No such option '?--tempertaure"),
     "an unknown command": (["genrate"], "No such command 'genrate'"),
