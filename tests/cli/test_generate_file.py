@@ -147,7 +147,8 @@ def test_a_complete_file_is_sorted_without_starting_anything(
     write_prompts(Path("prompts"), {"prompt": "x"}, {"prompt": "y"})
     given = ["--model", str(endless), "--prompts", "prompts", "--out", "out"]
     model = describe_model(read_model_files(ModelSource(path_or_repo=str(endless))).files, "the model")
-    digests = result_digests(options_of(*given), model, read_prompt_lines("prompts"))
+    options = options_of(*given)
+    digests = result_digests(options, model, read_prompt_lines("prompts", options.conversation.sampling))
     with ResultFile(Path("out")) as results:
         results.resume(digests)
         for number in (2, 1):
