@@ -38,7 +38,7 @@ from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.tiny_config import tiny_config_fields
 from mlx_k2.text.constraint import AnswerForm, AnswerFormat, Constraint, Tool, ToolChoice, ToolRules
 from mlx_k2.text.grammar import GrammarCompiler
-from mlx_k2.text.reply_grammar import ReplyGrammar, compile_constraint
+from mlx_k2.text.reply_grammar import MAX_CALLS, ReplyGrammar, compile_constraint
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 
 VOCAB_SIZE = 163_840
@@ -111,9 +111,9 @@ def cases(compiler: GrammarCompiler) -> dict[str, tuple[ReplyGrammar | None, str
     compact = json.dumps(records, ensure_ascii=False, separators=(",", ":"))
     tools = tuple(Tool(f"mcp__server{n % 3}__tool_{n}", RECORD) for n in range(40))
     calls = "".join(
-        f"<|tool_call_begin|>functions.{tools[n % 40].name}:{n}<|tool_call_argument_begin|>"
+        f"<|tool_call_begin|>functions.{tools[n].name}:{n}<|tool_call_argument_begin|>"
         f"{json.dumps(records[n], ensure_ascii=False)}<|tool_call_end|>"
-        for n in range(60)
+        for n in range(MAX_CALLS)
     )
     section = f"<|tool_calls_section_begin|>{calls}<|tool_calls_section_end|>"
     required = Constraint(tools=ToolRules(tools, ToolChoice.REQUIRED))

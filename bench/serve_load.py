@@ -95,24 +95,27 @@ def run_clients(
                 print(f"failed: {error}", flush=True)
                 with lock:
                     totals.failed += 1
+                is_over.wait(1)
                 continue
             with lock:
                 totals.hung_up += leaves_after is not None
                 totals.complete += leaves_after is None
                 totals.wrong += leaves_after is None and text != expected[kind]
 
-    threads = [threading.Thread(target=client, args=[number]) for number in range(num_streams)]
+    threads = [threading.Thread(target=client, args=[number], daemon=True) for number in range(num_streams)]
     for thread in threads:
         thread.start()
     rng = random.Random(seed)
-    for _ in range(num_kills):
-        is_over.wait(every_s)
-        restarts = status(server)["restarts"]
-        rng.choice(server.stages()).kill()
-        totals.kills += 1
-        wait_for_restart(server, restarts + 1)
-        print(f"{totals}", flush=True)
-    is_over.set()
+    try:
+        for _ in range(num_kills):
+            is_over.wait(every_s)
+            restarts = status(server)["restarts"]
+            rng.choice(server.stages()).kill()
+            totals.kills += 1
+            wait_for_restart(server, restarts + 1)
+            print(f"{totals}", flush=True)
+    finally:
+        is_over.set()
     for thread in threads:
         thread.join(LONGEST_S)
         assert not thread.is_alive(), "a client has no answer"

@@ -2,6 +2,7 @@
 
 import math
 import random
+import secrets
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from mlx_k2.coordinator.engine import engine_on
-from mlx_k2.coordinator.handle import Finished, Token
+from mlx_k2.coordinator.handle import Finished, Handle, Token
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.coordinator.pipeline import StageUse
 from mlx_k2.deployment.deploy import Deployment
@@ -121,15 +122,7 @@ class Benchmark:
 
     def _run(self, workload: Workload) -> list[_Stream]:
         handles = self._engine.submit_all([Submission(self._request(workload)) for _ in range(workload.streams)])
-        streams = []
-        for handle in handles:
-            stream = _Stream()
-            for event in handle.events():
-                if isinstance(event, Token):
-                    stream.arrivals.append(event.arrived_at)
-                elif isinstance(event, Finished):
-                    stream.num_drafted, stream.num_accepted = event.summary.num_drafted, event.summary.num_accepted
-            streams.append(stream)
+        streams = _read(handles)
         self._wait_for_reports()
         return streams
 
@@ -140,12 +133,8 @@ class Benchmark:
             time.sleep(0.001)
 
     def _request(self, workload: Workload) -> Request:
-        """Return a request with a prompt of random tokens. No two prompts share a prefix."""
         self._num_prompts += 1
-        generator = random.Random(self._num_prompts)  # noqa: S311  # not for security
-        vocab_size = self._deployment.model.config.vocab_size
-        prompt_ids = tuple(generator.randrange(vocab_size) for _ in range(workload.prompt_tokens))
-        return Request(prompt_ids, workload.generate_tokens, Sampling(seed=0, temperature=0), frozenset())
+        return _random_request(workload, self._deployment.model.config.vocab_size, self._num_prompts)
 
     def _report(self, report: StageReport) -> None:
         if self._is_warm and self._on_report is not None:
@@ -172,8 +161,55 @@ class Benchmark:
         return tuple(times)
 
 
-def check_workloads(workloads: Sequence[Workload], context_tokens: int) -> None:
-    """Reject workloads that do not fit the context.
+class ServerBenchmark:
+    """Benchmark on the stages of a server, which ``submit`` reaches: all figures but those of the stages."""
+
+    def __init__(self, submit: Callable[[Request], Handle], vocab_size: int) -> None:
+        self._submit = submit
+        self._vocab_size = vocab_size
+        self._seed = secrets.randbits(60)  # the server may still hold the prompts of an earlier benchmark
+
+    def warm_up(self, workload: Workload) -> None:
+        """Run ``workload`` with WARM_UP_TOKENS tokens."""
+        self._run(Workload(workload.prompt_tokens, WARM_UP_TOKENS, workload.streams))
+
+    def measure(self, workload: Workload, repeat: int = 0) -> Measured:
+        """Run ``workload`` once, on prompts that are not cached. Stop tokens do not end a stream."""
+        began = time.perf_counter()
+        streams = self._run(workload)
+        return _measured(workload, repeat, began, time.perf_counter() - began, streams, ())
+
+    def _run(self, workload: Workload) -> list[_Stream]:
+        handles = []
+        for _ in range(workload.streams):
+            self._seed += 1
+            handles.append(self._submit(_random_request(workload, self._vocab_size, self._seed)))
+        return _read(handles)
+
+
+def _random_request(workload: Workload, vocab_size: int, seed: int) -> Request:
+    """Return a request with a prompt of random tokens. The prompts of two seeds share no prefix."""
+    generator = random.Random(seed)  # noqa: S311  # not for security
+    prompt_ids = tuple(generator.randrange(vocab_size) for _ in range(workload.prompt_tokens))
+    return Request(prompt_ids, workload.generate_tokens, Sampling(seed=0, temperature=0), frozenset())
+
+
+def _read(handles: Sequence[Handle]) -> list[_Stream]:
+    """Read all events of the handles; errors are those of ``Handle.events``."""
+    streams = []
+    for handle in handles:
+        stream = _Stream()
+        for event in handle.events():
+            if isinstance(event, Token):
+                stream.arrivals.append(event.arrived_at)
+            elif isinstance(event, Finished):
+                stream.num_drafted, stream.num_accepted = event.summary.num_drafted, event.summary.num_accepted
+        streams.append(stream)
+    return streams
+
+
+def check_workloads(workloads: Sequence[Workload], context_tokens: int, longest: int) -> None:
+    """Reject workloads that do not fit the context. ``longest`` is the largest context that can be asked for.
 
     Raises:
         RequestError: a prompt and its answer are longer than the context.
@@ -181,9 +217,10 @@ def check_workloads(workloads: Sequence[Workload], context_tokens: int) -> None:
     for workload in workloads:
         needed = workload.prompt_tokens + workload.generate_tokens
         if needed > context_tokens:
+            way_out = f"give --context {needed}" if needed <= longest else f"at most {longest} are possible"
             raise RequestError(
                 f"a prompt of {workload.prompt_tokens} tokens and {workload.generate_tokens} after it do not fit a "
-                f"context of {context_tokens}: give --context {needed}"
+                f"context of {context_tokens}: {way_out}"
             )
 
 

@@ -2,7 +2,7 @@
 
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
@@ -115,7 +115,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("quantization", "quantization_config"):
             if name in outer:
                 fields.setdefault(name, outer[name])
-        _refuse_unsupported(fields, source)
+        _refuse_unsupported(outer, fields, source)
         fields |= {"family": family.value, "rope": _rope(fields, source), "eos_token_ids": _eos(outer, fields)}
         fields.setdefault("q_lora_rank", None)
         try:
@@ -172,25 +172,73 @@ def _family(outer: Mapping[str, Any], source: str) -> Family:
     return family
 
 
-def _refuse_unsupported(fields: Mapping[str, Any], source: str) -> None:
+# Fields whose value changes the computation, with the values that this program computes. null, {} and [] always pass.
+_COMPUTED: Mapping[str, tuple[object, ...]] = {
+    "hidden_act": ("silu",),
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "tie_word_embeddings": (False,),
+    "num_nextn_predict_layers": (0,),
+    "rope_interleave": (True,),
+    "partial_rotary_factor": (1,),
+    "use_qk_norm": (False,),
+    "use_sliding_window": (False,),
+    "sliding_window": (),
+    "attention_chunk_size": (),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "swiglu_limit": (),
+    "index_topk": (),
+    "index_n_heads": (),
+    "index_head_dim": (),
+}
+# The same for rope_scaling and for the objects of quantization_config, in which every other field is refused.
+_COMPUTED_INSIDE: Mapping[str, tuple[object, ...]] = {
+    "truncate": (True,),
+    "partial_rotary_factor": (1,),
+    "quant_method": ("compressed-tensors",),
+    "format": ("pack-quantized",),
+    "num_bits": (4,),
+    "type": ("int",),
+    "symmetric": (True,),
+    "strategy": ("group",),
+    "group_size": (32,),
+    "dynamic": (False,),
+    "actorder": ("static", "weight"),
+}
+_IGNORED = (
+    *("quantization_status", "version", "ignore", "config_groups", "global_compression_ratio", "targets", "weights"),
+    *("observer", "observer_kwargs", "scale_dtype", "zp_dtype"),
+)
+
+
+def _refuse_unsupported(outer: Mapping[str, Any], fields: Mapping[str, Any], source: str) -> None:
     """Reject values that change the computation and that this program does not implement."""
     if "quantization" in fields:
         raise ConfigError(f"{source}: this checkpoint was converted for MLX; {_FETCH_ORIGINAL}")
     _refuse_quantization(fields.get("quantization_config"), source)
-    for name, allowed in {
-        "hidden_act": ("silu",),
-        "scoring_func": ("sigmoid",),
-        "topk_method": ("noaux_tc",),
-        "attention_bias": (False, None),
-        "tie_word_embeddings": (False, None),
-        "num_nextn_predict_layers": (0, None),
-    }.items():
-        if fields.get(name, allowed[-1]) not in allowed:
-            raise ConfigError(f"{source}: {name} {fields[name]!r} is not implemented (only {allowed[0]!r})")
+    for given in (outer, fields):
+        _refuse_others({name: given[name] for name in _COMPUTED.keys() & given.keys()}, _COMPUTED, source)
+
+
+def _refuse_others(fields: Mapping[str, Any], computed: Mapping[str, tuple[object, ...]], where: str) -> None:
+    """Reject each field whose value is neither empty nor one of its ``computed`` values."""
+    for name, value in fields.items():
+        allowed = computed.get(name, ())
+        if value not in (None, {}, []) and not any(
+            value == one and _is_bool(value) == _is_bool(one) for one in allowed
+        ):
+            only = f" (only {allowed[0]!r})" if allowed else ""
+            raise ConfigError(f"{where}: {name} {value!r} is not implemented{only}")
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
 
 
 def _refuse_quantization(quantization: object, source: str) -> None:
-    expected = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
     if not isinstance(quantization, dict):
         raise ConfigError(f"{source}: quantization_config is missing, so the experts are not INT4; {_FETCH_ORIGINAL}")
     method, layout = quantization.get("quant_method"), quantization.get("format")
@@ -200,29 +248,58 @@ def _refuse_quantization(quantization: object, source: str) -> None:
     groups = quantization.get("config_groups")
     if not isinstance(groups, dict) or len(groups) != 1:
         raise ConfigError(f"{source}: quantization_config.config_groups must hold exactly one group")
-    (group,) = groups.values()
-    weights = group.get("weights") if isinstance(group, dict) else None
+    ((name, group),) = groups.items()
+    group = group if isinstance(group, dict) else {}
+    weights = group.get("weights")
     weights = weights if isinstance(weights, dict) else {}
-    for name, value in expected.items():
-        if weights.get(name) != value:
-            found = weights.get(name)
-            raise ConfigError(f"{source}: quantized weights have {name} {found!r}, not {value!r}; {_FETCH_ORIGINAL}")
+    for field in ("num_bits", "type", "symmetric", "strategy", "group_size"):
+        expected, found = _COMPUTED_INSIDE[field][0], weights.get(field)
+        if found != expected:
+            raise ConfigError(
+                f"{source}: quantized weights have {field} {found!r}, not {expected!r}; {_FETCH_ORIGINAL}"
+            )
+    where = f"{source}: quantization_config"
+    for fields, name_in_it in ((quantization, ""), (group, f".config_groups.{name}"), (weights, ".weights")):
+        where += name_in_it
+        _refuse_others(_without(fields, _IGNORED), _COMPUTED_INSIDE, where)
+
+
+def _without(fields: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}
 
 
 def _rope(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return YaRN's parameters from either spelling: rope_scaling + rope_theta, or transformers 5's rope_parameters."""
-    scaling = fields.get("rope_scaling") or fields.get("rope_parameters")
-    if not isinstance(scaling, dict):
+    spellings = [name for name in ("rope_scaling", "rope_parameters") if fields.get(name)]
+    if not spellings:
         raise ConfigError(f"{source}: rope_scaling is missing")
-    rope_type = scaling.get("type", scaling.get("rope_type"))
-    if rope_type != "yarn":
-        raise ConfigError(f"{source}: unknown rope_scaling type {rope_type!r} (only 'yarn')")
+    theta = fields.get("rope_theta")
+    given = {"rope_theta": {} if theta is None else {"theta": theta}}
+    given |= {name: _yarn(fields[name], source, name) for name in spellings}
+    rope: dict[str, Any] = {}
+    for spelling, values in given.items():
+        for name, value in values.items():
+            if rope.setdefault(name, value) != value:
+                raise ConfigError(f"{source}: {name} is {rope[name]!r}, and {value!r} in {spelling}: they contradict")
+    return rope
+
+
+def _yarn(scaling: object, source: str, spelling: str) -> dict[str, Any]:
+    if not isinstance(scaling, dict):
+        raise ConfigError(f"{source}: {spelling} is not an object")
+    for rope_type in [scaling[name] for name in ("type", "rope_type") if scaling.get(name) is not None] or [None]:
+        if rope_type != "yarn":
+            raise ConfigError(f"{source}: unknown {spelling} type {rope_type!r} (only 'yarn')")
     names = {name for name in RopeConfig.__struct_fields__ if name != "theta"}
+    _refuse_others(
+        _without(scaling, ("type", "rope_type", "rope_theta", *names)), _COMPUTED_INSIDE, f"{source}: {spelling}"
+    )
     rope = {name: value for name, value in scaling.items() if name in names}
-    theta = scaling.get("rope_theta", fields.get("rope_theta"))
+    theta = scaling.get("rope_theta")
     return rope if theta is None else rope | {"theta": theta}
 
 
 def _eos(outer: Mapping[str, Any], fields: Mapping[str, Any]) -> list[Any]:
-    found = fields.get("eos_token_id", outer.get("eos_token_id"))
+    inner = fields.get("eos_token_id")
+    found = outer.get("eos_token_id") if inner is None else inner
     return found if isinstance(found, list) else [] if found is None else [found]

@@ -1,6 +1,7 @@
 """Tests of reading config.json: a config is read completely, or refused with the name of the field."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -180,3 +181,104 @@ def test_any_value_in_a_rope_field_is_read_or_refused(name: str, value: Any) -> 
         assert config.softmax_scale > 0
     except ConfigError as error:
         assert str(error).startswith("config.json")
+
+
+PARTS = st.sampled_from(["rope", "quantization", "group", "weights"])
+HARMLESS: st.SearchStrategy[Any] = st.sampled_from([None, {}, []])
+UNKNOWN_NAMES = st.text("abcdefghij_", min_size=1, max_size=8)
+UNKNOWN_VALUES = JSON_VALUES.filter(lambda value: value not in (None, {}, []))
+
+
+def counted_objects(fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the objects of a config whose every field can change the computation, by name."""
+    quantization = fields["quantization_config"]
+    (group,) = quantization["config_groups"].values()
+    return {
+        "rope": fields["rope_scaling"],
+        "quantization": quantization,
+        "group": group,
+        "weights": group["weights"],
+    }
+
+
+@given(
+    part=PARTS,
+    name=UNKNOWN_NAMES,
+    value=UNKNOWN_VALUES,
+)
+def test_an_unknown_field_of_rope_or_quantization_is_refused_by_name_if_it_has_a_value(
+    part: str, name: str, value: Any
+) -> None:
+    fields = thinking_config_fields()
+    counted_objects(fields)[part][name] = value
+    with pytest.raises(ConfigError, match=rf"^config\.json: .*\b{name} .* is not implemented"):
+        read(fields)
+
+
+@given(
+    part=PARTS,
+    name=UNKNOWN_NAMES,
+    value=HARMLESS,
+)
+def test_an_empty_unknown_field_of_rope_or_quantization_changes_nothing(part: str, name: str, value: Any) -> None:
+    fields = thinking_config_fields()
+    counted_objects(fields)[part][name] = value
+    assert read(fields) == read(thinking_config_fields())
+
+
+def changed(part: str, **changes: Any) -> dict[str, Any]:
+    fields = thinking_config_fields()
+    counted_objects(fields)[part] |= changes
+    return fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        (changed("quantization", transform_config={"config_groups": {"R1": {"type": "hadamard"}}}), "transform_config"),
+        (changed("quantization", sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config"),
+        (changed("quantization", kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
+        (changed("group", input_activations={"num_bits": 8}), "input_activations"),
+        (changed("group", format="nvfp4-pack-quantized"), "format 'nvfp4-pack-quantized'"),
+        (changed("weights", actorder="group"), "actorder 'group'"),
+        (changed("weights", dynamic=True), "dynamic True"),
+        (changed("rope", attention_factor=1.0), "attention_factor"),
+        (changed("rope", truncate=False), "truncate False"),
+        (changed("rope", rope_type="linear"), "unknown rope_scaling type 'linear'"),
+        (
+            thinking_config_fields() | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "factor is 64.0, and 2.0",
+        ),
+        (
+            thinking_config_fields() | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 2.0}},
+            "theta is 50000.0, and",
+        ),
+        (thinking_config_fields() | {"rope_interleave": False}, "rope_interleave False"),
+        (thinking_config_fields() | {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        (thinking_config_fields() | {"use_qk_norm": True}, "use_qk_norm True"),
+        (thinking_config_fields() | {"index_topk": 2048}, "index_topk 2048"),
+        (as_kimi_k25(thinking_config_fields()) | {"tie_word_embeddings": True}, "tie_word_embeddings True"),
+    ],
+)
+def test_a_field_that_changes_the_computation_is_refused(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        read(fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        changed("rope", type=None, rope_type="yarn", truncate=True),
+        changed("weights", actorder="static", scale_dtype="bfloat16"),
+        changed("group", format="pack-quantized"),
+        thinking_config_fields() | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 50000, "factor": 64}},
+        thinking_config_fields() | {"rope_interleave": True, "partial_rotary_factor": 1.0, "use_qk_norm": None},
+    ],
+)
+def test_a_default_that_is_written_out_changes_nothing(fields: dict[str, Any]) -> None:
+    assert read(fields) == read(thinking_config_fields())
+
+
+def test_an_eos_token_outside_the_text_config_is_used_where_the_inner_one_is_null() -> None:
+    fields = as_kimi_k25(thinking_config_fields(eos_token_id=None)) | {"eos_token_id": 7}
+    assert read(fields).eos_token_ids == (7,)

@@ -216,7 +216,7 @@ READERS: dict[str, tuple[type[MlxK2Error], Callable[[bytes], object]]] = {
     "a saved chat": (RequestError, on_disk(lambda path: load_chat(path, "digest"))),
     "prompts": (RequestError, on_disk(lambda path: read_prompt_lines(str(path)))),
     "results": (RequestError, on_disk(resume)),
-    "an MCP file": (ToolsError, on_disk(lambda path: read_mcp_file(path, {}))),
+    "an MCP file": (ToolsError, on_disk(lambda path: read_mcp_file(path, {}, lambda _: None))),
     "the arguments of a call": (RequestError, lambda data: read_call("functions.f:0", data.decode(errors="replace"))),
     "command buffer limits": (RequestError, on_disk(load_limits)),
     "cached kernel checks": (RequestError, on_disk(check_cache.load)),

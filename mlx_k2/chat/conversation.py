@@ -111,7 +111,7 @@ class Conversation:
         if num_tokens >= context_tokens:
             raise RequestError(
                 f"these messages are {num_tokens} tokens, and the context holds {context_tokens}: "
-                "give a larger --context"
+                "give a larger --context, up to that of the model"
             )
         self._sampled.forget_from(0)
         self._messages = loaded

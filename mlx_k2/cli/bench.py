@@ -1,6 +1,5 @@
 """`mlx-k2 bench`: throughput of the stages for several prompt lengths and numbers of streams."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,10 +9,12 @@ import click
 import msgspec
 from rich.table import Table
 
-from mlx_k2.benchmark import Benchmark, Measured, Workload, check_workloads
+from mlx_k2.benchmark import Benchmark, Measured, ServerBenchmark, Workload, check_workloads
 from mlx_k2.cli.bench_document import BenchDocument, append_csv, bench_document, check_csv
-from mlx_k2.cli.console import ConsoleListener, console, log
+from mlx_k2.cli.connect import connect_option, remote_engine
+from mlx_k2.cli.console import ConsoleListener, console, log, show_table
 from mlx_k2.cli.options import cluster_options, draft_option, with_struct
+from mlx_k2.cli.streams import write_utf8
 from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.cli.trace import Trace
 from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
@@ -41,6 +42,7 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The options of `mlx-k2 bench`."""
 
     cluster: ClusterOptions
+    connect: str | None
     prompt_lengths: tuple[int, ...]
     generate_tokens: int
     streams: tuple[int, ...]
@@ -54,6 +56,11 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured or written, before hours are spent on measuring."""
+        written = (self.csv_path, self.plot_path, self.trace_path)
+        if self.connect is not None and (self.as_json or any(path is not None for path in written)):
+            raise click.UsageError(
+                "--json, --csv, --plot and --trace are for own stages: leave them out with --connect"
+            )
         if max(self.streams) > _MOST_STREAMS:
             raise click.UsageError(f"--streams: at most {_MOST_STREAMS} sequences at once")
         for name, path in (("csv", self.csv_path), ("trace", self.trace_path), ("plot", self.plot_path)):
@@ -67,6 +74,7 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 @click.command()
 @cluster_options
+@connect_option
 @click.option("--prompt-lengths", type=Counts(), default="512,4096", show_default=True, help="Tokens of a prompt.")
 @click.option(
     "--generate",
@@ -103,11 +111,19 @@ def command(options: BenchOptions) -> None:
         for length in options.prompt_lengths
         for streams in options.streams
     ]
+    if options.connect is not None:
+        engine = remote_engine(options.connect)
+        check_workloads(workloads, engine.frontend.context_tokens, engine.frontend.context_tokens)
+        _show(
+            list(_run(ServerBenchmark(engine.submit, engine.frontend.tokenizer.vocab_size), workloads, options.repeat))
+        )
+        return
     asked, model = open_source(deployment_request(options.cluster, max(options.streams)))
     if model is not None:
-        check_workloads(workloads, preview(asked, model)[0].context_tokens)
+        check_workloads(workloads, preview(asked, model)[0].context_tokens, model.config.max_position_embeddings)
     with ConsoleListener(options.verbose) as listener, deploy(asked, model, listener) as deployment:
-        check_workloads(workloads, deployment.shape.context_tokens)
+        longest = deployment.model.config.max_position_embeddings
+        check_workloads(workloads, deployment.shape.context_tokens, longest)
         listener.done()
         if deployment.shape.num_slots < max(options.streams):
             log(f"memory holds {deployment.shape.num_slots} sequences at once; more streams take turns")
@@ -119,7 +135,7 @@ def command(options: BenchOptions) -> None:
     _write(document, rows, trace, options)
 
 
-def _run(benchmark: Benchmark, workloads: Sequence[Workload], repeat: int) -> Iterator[Measured]:
+def _run(benchmark: Benchmark | ServerBenchmark, workloads: Sequence[Workload], repeat: int) -> Iterator[Measured]:
     with console.status("") as status:
         for workload in workloads:
             status.update(f"prompts of {workload.prompt_tokens} tokens, {workload.streams} streams ...")
@@ -130,7 +146,7 @@ def _run(benchmark: Benchmark, workloads: Sequence[Workload], repeat: int) -> It
 
 def _write(document: BenchDocument, rows: Sequence[Measured], trace: Trace | None, options: BenchOptions) -> None:
     if options.as_json:
-        sys.stdout.write(msgspec.json.format(json_line(document), indent=2) + "\n")
+        write_utf8(msgspec.json.format(json_line(document), indent=2) + "\n")
     else:
         _show(rows)
     try:
@@ -164,7 +180,7 @@ def _show(rows: Sequence[Measured]) -> None:
             _number(row.inter_token_p95_s, 1000),
             " ".join(f"{100 * fraction:.0f}" for fraction in row.stage_busy),
         )
-    console.print(table)
+    show_table(table)
 
 
 def _number(value: float | None, scale: float) -> str:

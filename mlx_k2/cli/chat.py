@@ -1,5 +1,6 @@
 """`mlx-k2 chat`: a conversation in the terminal, with thinking and tools."""
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -84,6 +85,8 @@ def command(options: ChatOptions) -> None:
     /help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves. Where standard input or output is no terminal,
     each line read is a message; answers go to stdout, everything else to stderr.
     """  # noqa: D301  # click reads the escape
+    if sys.stdin is None:
+        raise RequestError("there is no standard input: redirect it from a file with a message a line")
     if options.connect is not None:
         with _opened(options) as (screen, tools, transcript):
             _chat_on_server(options, screen, tools, transcript)

@@ -7,7 +7,7 @@ import click
 from mlx_k2.client.remote_engine import RemoteEngine
 from mlx_k2.client.server_connection import ServerAddress
 
-_OF_THE_SERVER = (
+_SERVER_OPTIONS = (
     "hostfile",
     "num_stages",
     "model",
@@ -39,6 +39,6 @@ def remote_engine(url: str) -> RemoteEngine:
     context = click.get_current_context()
     given = click.core.ParameterSource.COMMANDLINE
     for parameter in context.command.params:
-        if parameter.name in _OF_THE_SERVER and context.get_parameter_source(parameter.name) is given:
+        if parameter.name in _SERVER_OPTIONS and context.get_parameter_source(parameter.name) is given:
             raise click.UsageError(f"{parameter.opts[0]} is the server's to choose: leave it out with --connect")
     return RemoteEngine(ServerAddress(url.rstrip("/").removesuffix("/v1"), os.environ.get("MLX_K2_API_KEY")))

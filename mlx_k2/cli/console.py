@@ -1,7 +1,7 @@
 """Output of the commands on stderr while a cluster starts and after a run. stdout is reserved for the answer."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -30,6 +30,8 @@ from mlx_k2.protocol.messages import DownloadProgress, FromStage, LayerLoaded
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.model_frontend import ModelFrontend
 
+_WIDE = 10_000
+
 console = SafeConsole(
     stderr=True,
     highlight=False,
@@ -45,12 +47,16 @@ def log(line: str) -> None:
 
 
 def log_restart(restart: Restart, phase: str = WAITING) -> None:
-    """Log the reason of a restart, the wait before it and its number. Later phases are not logged."""
-    if phase != WAITING:
-        return
-    log(
+    """Log a restart, and what becomes of the answer. Later phases are not logged."""
+    if phase == WAITING:
+        log(f"{restart_line(restart)}; the answer then goes on where it is")
+
+
+def restart_line(restart: Restart) -> str:
+    """Return the reason of a restart, the wait before it and its number."""
+    return (
         f"{restart.reason}\nall stages start again in {restart.wait_s:g} s ({restart.count} within 10 minutes of "
-        "each other); the answer then goes on where it is"
+        "each other)"
     )
 
 
@@ -78,10 +84,14 @@ class _Load:
 
 
 class ConsoleListener(DeploymentListener):
-    """A listener that shows a spinner for each phase and a bar for each stage that loads. A context that ends both."""
+    """A listener that shows a spinner for each phase and a bar for each stage that loads. A context that ends both.
 
-    def __init__(self, verbose: bool) -> None:
+    ``write`` receives each line.
+    """
+
+    def __init__(self, verbose: bool, write: Callable[[str], None] = log) -> None:
         self._verbose = verbose
+        self._write = write
         self._hides_progress = False
         self._status = Status("", console=console)
         self._bars = Progress(
@@ -113,11 +123,11 @@ class ConsoleListener(DeploymentListener):
     def log(self, line: str) -> None:
         """Show a line of a stage's stderr with --verbose. Without it, the group keeps the line for error messages."""
         if self._verbose:
-            log(line)
+            self._write(line)
 
     def notify(self, line: str) -> None:
         """Show a line that the user should know."""
-        log(line)
+        self._write(line)
 
     def hide_progress(self) -> None:
         """Show no further phases: the terminal now shows a conversation."""
@@ -127,7 +137,7 @@ class ConsoleListener(DeploymentListener):
     def phase(self, what: str) -> None:
         """Show the next phase of all stages."""
         if self._verbose:
-            log(f"{what} ...")
+            self._write(f"{what} ...")
         elif console.is_terminal and not self._hides_progress:
             self.done()
             self._status.update(Text(f"{what} ..."))  # as text: a host's name is no markup
@@ -136,7 +146,7 @@ class ConsoleListener(DeploymentListener):
     def planned(self, model: ModelDescription, plans: Sequence[StagePlan]) -> None:
         """Add a bar for each stage; the bars appear at the first progress."""
         if model.unread_tensors:
-            log(model.unread_tensors)
+            self._write(model.unread_tensors)
         for plan in plans:
             description = f"stage {plan.rank}  {plan.host.ssh}  layers {layer_range(plan)}"
             self._tasks.append(self._bars.add_task(description, total=None))
@@ -155,14 +165,21 @@ class ConsoleListener(DeploymentListener):
             self._bars.start()
 
 
+def show_table(table: Table) -> None:
+    """Print a table to stderr. A narrow terminal folds long cells; a pipe or a file gets each row on one line."""
+    out = console if console.is_terminal else SafeConsole(stderr=True, highlight=False, color_system=None, width=_WIDE)
+    out.print(table)
+
+
 def show_plan(plans: Sequence[StagePlan], rows: Sequence[Sequence[str]], headings: Sequence[str]) -> None:
     """Show a table of the stages: rank, host, layers, weights, and the cells of ``rows`` under ``headings``."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     for heading in ("stage", "host", "layers", "weights", *headings):
-        table.add_column(heading, justify="left" if heading in ("host", "layers") else "right", no_wrap=True)
+        is_left, is_host = heading in ("host", "layers"), heading == "host"
+        table.add_column(heading, justify="left" if is_left else "right", no_wrap=not is_host, overflow="fold")
     for plan, row in zip(plans, rows, strict=True):
         table.add_row(str(plan.rank), plan.host.ssh, layer_range(plan), gigabytes(plan.shard_bytes), *row)
-    console.print(table)
+    show_table(table)
 
 
 def show_dry_run(model: ModelDescription, shape: RunShape, plans: Sequence[StagePlan]) -> None:

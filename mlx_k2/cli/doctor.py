@@ -1,14 +1,13 @@
 """`mlx-k2 doctor`: checks for problems of a cluster, before hundreds of GB are loaded."""
 
-import sys
-
 import click
 import msgspec
 from rich.table import Table
 from rich.text import Text
 
-from mlx_k2.cli.console import ConsoleListener, console, log
+from mlx_k2.cli.console import ConsoleListener, console, log, show_table
 from mlx_k2.cli.options import cluster_options, with_struct
+from mlx_k2.cli.streams import write_utf8
 from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
 from mlx_k2.doctor.checks import Check, CheckResult
@@ -60,14 +59,15 @@ def command(options: DoctorOptions) -> None:
 
 def _show_table(checks: tuple[Check, ...]) -> None:
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for heading in ("host", "check", ""):
+    table.add_column("host", overflow="fold")
+    for heading in ("check", ""):
         table.add_column(heading, no_wrap=True)
     table.add_column("found", overflow="fold")
     checks = tuple(sorted(checks, key=lambda check: check.host))
     for check in checks:
         found, _, _ = check.found.partition(": ")
         table.add_row(check.host, check.what, Text(check.result.value, _STYLES[check.result]), found)
-    console.print(table)
+    show_table(table)
     for check in checks:
         if check.result is not CheckResult.OK:  # uncut and on one line, so that its commands can be copied
             console.print(f"{check.host}, {check.what}: {check.found}", soft_wrap=True)
@@ -92,4 +92,4 @@ def _count(checks: tuple[Check, ...], result: CheckResult) -> int:
 
 
 def _write_line(value: object) -> None:
-    sys.stdout.write(json_line(value))
+    write_utf8(json_line(value))

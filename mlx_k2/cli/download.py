@@ -37,6 +37,8 @@ def command(options: DownloadOptions) -> None:
     request, model = open_source(request)
     with ConsoleListener(options.verbose) as listener:
         downloads = download(request, model, listener)
-    rows = [[str(len(plan.files)), str(len(done.fetched)), done.folder] for plan, done in downloads]
-    show_plan([plan for plan, _ in downloads], rows, ("files", "fetched now", "folder"))
+    rows = [[str(len(plan.files)), str(len(done.fetched))] for plan, done in downloads]
+    show_plan([plan for plan, _ in downloads], rows, ("files", "fetched now"))
+    for plan, done in downloads:
+        log(f"stage {plan.rank} has them in {done.folder}")
     log("every stage has its files")

@@ -38,8 +38,9 @@ from mlx_k2.deployment.cluster_options import deployment_request, open_source
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import RestartingDeployment
-from mlx_k2.errors import CheckpointError
+from mlx_k2.errors import CheckpointError, DownloadError
 from mlx_k2.weights.checkpoint import ModelDescription
+from mlx_k2.weights.known_layout import known_layout
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 
@@ -103,16 +104,27 @@ def command(options: GenerateOptions) -> None:
     request = deployment_request(options.cluster, num_slots)
     for line in request.hostfile.warnings:
         log(line)
-    request, model = open_source(request)
     if options.dry_run:
-        _dry_run(request, model)
-    elif options.prompts_path is not None:
+        _dry_run(request)
+        return
+    request, model = open_source(request)
+    if options.prompts_path is not None:
         generate_many(options, request, model)
     else:
         _generate(options, request, model)
 
 
-def _dry_run(request: DeploymentRequest, model: ModelDescription | None) -> None:
+def _dry_run(request: DeploymentRequest) -> None:
+    known, model = known_layout(request.source), None
+    try:
+        request, model = open_source(request)
+    except DownloadError as error:
+        if known is None:
+            raise
+        log(str(error))
+    if model is None and known is not None:
+        log("this is the plan for the layout that the repository has on the Hub")
+        model = known
     if model is None:
         name = request.source.path_or_repo
         raise CheckpointError(f"{name} is not on this machine: give --model a folder here, or a repository on the Hub")

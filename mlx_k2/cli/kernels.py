@@ -12,7 +12,8 @@ from typing import TypeVar
 import click
 from rich.table import Table
 
-from mlx_k2.cli.console import console, log
+from mlx_k2.cli.console import log, show_table
+from mlx_k2.cli.streams import write_utf8
 from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.errors import StageStartError
 from mlx_k2.json_text.read import read_json
@@ -54,7 +55,7 @@ def command(checks_only: bool, report_file: Path | None) -> None:
         mlx-k2 kernels --report kernels.zip
     """  # noqa: D301  # click reads the escape
     if checks_only:
-        click.echo(json_line({"report": _measure("check", KernelReport)}), nl=False)
+        write_utf8(json_line({"report": _measure("check", KernelReport)}))
         return
     log("checking and timing kernels ...")
     report = _measure("report", KernelReport)
@@ -74,7 +75,7 @@ def command(checks_only: bool, report_file: Path | None) -> None:
     }
     if report_file is None:
         log("please send back what follows, with the Mac's model and memory: it fills the table for this chip")
-        click.echo(json_line(sent), nl=False)
+        write_utf8(json_line(sent))
         return
     write_report(report_file, sent)
     log(f"please send back {report_file}, with the Mac's model and memory: it fills the table for this chip")
@@ -125,7 +126,7 @@ def show_report(report: KernelReport) -> None:
         table.add_column(heading, justify="left" if heading in ("kernel", "check") else "right", no_wrap=True)
     for line in report.kernels:
         table.add_row(*_cells(line, report.read_gb_per_s))
-    console.print(table)
+    show_table(table)
     for line in report.kernels:
         if not line.usable:
             log(f"the {line.kernel} kernel is not used: {line.reason}")

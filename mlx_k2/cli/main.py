@@ -20,6 +20,7 @@ from typing import NoReturn
 import click
 
 from mlx_k2 import __version__
+from mlx_k2.cli.streams import prepare_streams
 from mlx_k2.cli.terminal_text import printable
 from mlx_k2.errors import MlxK2Error
 
@@ -110,8 +111,13 @@ def main() -> NoReturn:
     handled = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
     for number in handled:
         signal.signal(number, _interrupt)
+    problem = prepare_streams()
     print_errors_cleanly()
-    exit_code = run(sys.argv[1:])
+    if problem is None:
+        exit_code = run(sys.argv[1:])
+    else:
+        _print_error(f"error: {problem}")
+        exit_code = 2
     for number in handled:
         signal.signal(number, signal.SIG_DFL)  # nothing is left to clean up: a further signal ends Python's exit too
     sys.exit(exit_code)

@@ -1,6 +1,5 @@
 """Output of an answer while it is generated: plain text, or one JSON object a line on stdout."""
 
-import sys
 from collections.abc import Iterable
 from types import TracebackType
 
@@ -11,6 +10,7 @@ from mlx_k2.chat.completion import completion_of, sampled_logprob
 from mlx_k2.cli.console import log, show_stage_use
 from mlx_k2.cli.repl.screen import PlainScreen, Screen, show_all
 from mlx_k2.cli.repl.wording import CUT
+from mlx_k2.cli.streams import write_utf8
 from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import PrefillProgress, Queued, Restarting, Token
@@ -175,5 +175,4 @@ class JsonOutput:
 
 
 def _write_line(value: object) -> None:
-    sys.stdout.write(json_line(value))
-    sys.stdout.flush()
+    write_utf8(json_line(value))

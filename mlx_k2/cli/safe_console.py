@@ -23,6 +23,13 @@ class SafeConsole(Console):
         for segment in super().render(renderable, options):
             yield segment if segment.control else _safe(segment)
 
+    def on_broken_pipe(self) -> None:
+        """Be silent from now on if stderr is gone: a message that nobody reads is no reason to end."""
+        if self.stderr:
+            self.quiet = True
+        else:
+            super().on_broken_pipe()
+
 
 def _safe(segment: Segment) -> Segment:
     style = segment.style

@@ -4,8 +4,7 @@ import ipaddress
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -14,7 +13,7 @@ import click
 import msgspec
 
 from mlx_k2.builtin import BUILTIN_FOLDER
-from mlx_k2.cli.console import ConsoleListener, log, log_restart, opening_lines
+from mlx_k2.cli.console import ConsoleListener, log, opening_lines, restart_line
 from mlx_k2.cli.keys import key_file_option, key_path
 from mlx_k2.cli.main import Interrupted
 from mlx_k2.cli.options import cluster_options, draft_option, log_options, with_struct
@@ -22,9 +21,9 @@ from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.plan import StagePlan
-from mlx_k2.deployment.restarting import Restart, RestartingDeployment
+from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.deployment.stage_report import StageReport
-from mlx_k2.errors import MlxK2Error, SetupError
+from mlx_k2.errors import ClusterError, MlxK2Error, SetupError
 from mlx_k2.protocol.messages import FromStage
 from mlx_k2.server.access import Access
 from mlx_k2.server.api_keys import KeyRing, read_keys
@@ -72,7 +71,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
 @click.command()
 @cluster_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free port.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 selects a free port.")
 @click.option(
     "--allow-host",
     "allowed_hosts",
@@ -146,22 +145,26 @@ def command(options: ServeOptions) -> None:
         log(line)
     request, model = open_source(request)
     state = ServerState(_server_options(options), _name_for_clients(request.source), ClusterActivity())
-    access = _access(options)
     certificate = None if options.certfile is None else Certificate(options.certfile, options.keyfile)
     address = (options.host, options.port)
     with (
         LineLog(log) as lines,
-        HttpServer(make_app(state, access, lines.write), *address, options.drain_s, certificate) as server,
+        HttpServer(
+            make_app(state, _access(options, lines.write), lines.write), *address, options.drain_s, certificate
+        ) as server,
     ):
-        log(f"listening on {server.url}; requests are accepted when the model is loaded")
-        _serve(options, replace(request, address=server.url_for_others), model, state, server)
+        lines.write(f"listening on {server.url}; requests are accepted when the model is loaded")
+        try:
+            _serve(options, replace(request, address=server.url_for_others), model, state, server, lines.write)
+        finally:
+            state.is_ending = True
 
 
 class _ServeListener(ConsoleListener):
     """A console listener that also records what the stages load, for /v1/status."""
 
-    def __init__(self, verbose: bool, activity: ClusterActivity) -> None:
-        super().__init__(verbose)
+    def __init__(self, verbose: bool, write: Callable[[str], None], activity: ClusterActivity) -> None:
+        super().__init__(verbose, write)
         self._activity = activity
 
     def phase(self, what: str) -> None:
@@ -185,7 +188,7 @@ def _server_options(options: ServeOptions) -> ServerOptions:
     )
 
 
-def _access(options: ServeOptions) -> Access:
+def _access(options: ServeOptions, write: Callable[[str], None]) -> Access:
     """Return the rules for clients.
 
     Raises:
@@ -193,14 +196,14 @@ def _access(options: ServeOptions) -> Access:
     """
     is_loopback = _is_loopback(options.host)
     path = key_path(options.key_file)
-    keys = KeyRing(path, is_required=not is_loopback)
+    keys = KeyRing(path, is_required=not is_loopback, log=write)
     if not is_loopback and not read_keys(path):
         raise SetupError(
             f"--host {options.host} is reached from other machines, and there is no key: "
             "make one with `mlx-k2 keys add NAME`"
         )
     if not is_loopback and options.certfile is None:
-        log("keys, prompts and answers pass the network unencrypted: --certfile and --keyfile change that")
+        write("keys, prompts and answers pass the network unencrypted: --certfile and --keyfile change that")
     return Access(options.allowed_hosts, options.allowed_origins, keys)
 
 
@@ -210,18 +213,20 @@ def _serve(
     model: ModelDescription | None,
     state: ServerState,
     server: HttpServer,
+    write: Callable[[str], None],
 ) -> None:
-    """Load the model and serve it until a signal or a failure for good."""
+    """Load the model and serve it until a signal or a failure for good. ``write`` receives lines and never blocks."""
     failures: list[MlxK2Error] = []
-    has_failed = threading.Event()
+    _keep_awake()
 
     def on_failure(error: MlxK2Error) -> None:
         failures.append(error)
-        has_failed.set()
+        server.has_ended.set()
 
     def on_restart(restart: Restart, phase: str) -> None:
         state.activity.phase = phase
-        log_restart(restart, phase)
+        if phase == WAITING:
+            write(f"{restart_line(restart)}; running answers then go on where they were")
 
     def on_report(report: StageReport) -> None:
         state.activity.add_report(report)
@@ -229,7 +234,7 @@ def _serve(
             restarting.on_report(report)
 
     with (
-        _ServeListener(options.verbose, state.activity) as listener,
+        _ServeListener(options.verbose, write, state.activity) as listener,
         RestartingDeployment(
             request,
             model,
@@ -254,27 +259,27 @@ def _serve(
             on_failure=on_failure,
             max_queued=options.max_queued,
         ) as engine:
-            _keep_awake()
             state.serve(engine, language_model)
             for line in opening_lines(options.cluster, frontend):
-                log(line)
-            log(
+                write(line)
+            write(
                 f"serving {state.model_name} at {server.url}/v1: {engine.num_slots} requests at once, "
                 f"{frontend.context_tokens} tokens each"
             )
-            _wait(has_failed, state, server, options.drain_s)
-        if failures:
-            raise failures[0]
+            if not _wait(state, server, options.drain_s, write):
+                raise failures[0] if failures else ClusterError("the HTTP server has ended")
 
 
-def _wait(has_failed: threading.Event, state: ServerState, server: HttpServer, drain_s: float) -> None:
-    """Wait for the engine's failure, or for a signal, and then until the running requests have ended."""
+def _wait(state: ServerState, server: HttpServer, drain_s: float, write: Callable[[str], None]) -> bool:
+    """Wait for a signal, and then until the running requests have ended. Return False after a failure."""
     try:
-        has_failed.wait()
+        server.has_ended.wait()
     except Interrupted:
-        log(f"ending: running requests may go on for {drain_s:g} s; a second signal ends at once")
+        write(f"ending: running requests may go on for {drain_s:g} s; a second signal ends at once")
         state.is_ending = True
         server.drain()
+        return True
+    return False
 
 
 def _name_for_clients(source: ModelSource) -> str:

@@ -1,13 +1,15 @@
-"""Conversion of options to tools that a model may call. Shows nothing."""
+"""Conversion of options to tools that a model may call. Shows the servers that cannot be used."""
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mlx_k2.chat.tool_round import Tools
+from mlx_k2.cli.console import log
 from mlx_k2.cli.options import ToolOptions
 
 _CHATTY = ("mcp", "httpx", "httpx2", "asyncio", "client")
@@ -18,7 +20,7 @@ def opened_tools(options: ToolOptions) -> Iterator[Tools | None]:
     """Start the tools of --tools and --mcp and yield them; yield None without these options.
 
     Raises:
-        ToolsError: a file cannot be used, a server does not start, or --allow-tool names no tool.
+        ToolsError: a file cannot be used, no server starts, or --allow-tool names no tool.
     """
     if not options.is_given:
         yield None
@@ -29,15 +31,17 @@ def opened_tools(options: ToolOptions) -> Iterator[Tools | None]:
         from mlx_k2.tools.servers import python_module, read_mcp_file
         from mlx_k2.tools.toolbox import Limits, open_toolbox
     except ModuleNotFoundError as missing:
-        install = f"{sys.executable} -m pip install mcp"
+        install = f"{shlex.quote(sys.executable)} -m pip install mcp"
         raise ToolsError(f"--tools and --mcp need the package {missing.name}: run `{install}`") from None
 
     for name in _CHATTY:  # their messages about a lost server are in the call's result already
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    servers = () if options.mcp_path is None else read_mcp_file(Path(options.mcp_path), os.environ)
+    servers = () if options.mcp_path is None else read_mcp_file(Path(options.mcp_path), os.environ, log)
     if options.tools_path is not None:
         servers = (*servers, python_module(Path(options.tools_path), os.environ))
     with open_toolbox(servers, Limits(call_timeout_s=options.tool_timeout_s)) as tools:
+        for problem in tools.problems:
+            log(problem)
         unknown = sorted(set(options.allowed_tools) - tools.tools.keys())
         if unknown:
             known = ", ".join(tools.tools) or "none"

@@ -18,7 +18,7 @@ from mlx_k2.client.server_connection import ServerAddress, Unavailable, event_da
 from mlx_k2.config import ModelConfig
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Finished, Handle, PrefillProgress, Token
-from mlx_k2.errors import MlxK2Error, RequestError, RequestFailed, SetupError
+from mlx_k2.errors import EngineBusy, MlxK2Error, RequestError, RequestFailed, SetupError
 from mlx_k2.json_text.read import read_json
 from mlx_k2.scheduling.request import FinishReason, Priority, Request, check_request
 from mlx_k2.scheduling.token_policy import AnyToken, TokenPolicy
@@ -30,7 +30,7 @@ RESTART_S = 600.0
 _RETRY_S = 0.5
 
 
-class _ServedModel(msgspec.Struct, frozen=True):
+class _ModelFiles(msgspec.Struct, frozen=True):
     """The answer of /v1/model-files."""
 
     name: str
@@ -102,17 +102,15 @@ class RemoteEngine:
 
     def __init__(self, address: ServerAddress) -> None:
         self._address = address
-        served = address.get("/v1/model-files", _ServedModel)
+        model = address.get("/v1/model-files", _ModelFiles)
         try:
-            files = {name: base64.b64decode(text, validate=True) for name, text in served.files.items()}
+            files = {name: base64.b64decode(text, validate=True) for name, text in model.files.items()}
             config = ModelConfig.from_json(files[CONFIG_NAME], f"{address.url} {CONFIG_NAME}")
         except (ValueError, KeyError):
             raise SetupError(f"{address.url} sends no files of a model") from None
         index = CheckpointIndex({}, address.url)
-        self.model_name = served.name
-        self.frontend = ModelFrontend(
-            ModelDescription(files, config, index, served.digest, None), served.context_tokens
-        )
+        self.model_name = model.name
+        self.frontend = ModelFrontend(ModelDescription(files, config, index, model.digest, None), model.context_tokens)
 
     def submit(
         self,
@@ -127,8 +125,10 @@ class RemoteEngine:
         """
         check_request(request, self.frontend.model.config.vocab_size, self.frontend.context_tokens)
         policy = policy or AnyToken()
-        if policy.token_mask(()) is not None or request.sampling.num_logprobs is not None:
-            raise RequestError("--connect has no --min-tokens and no --logprobs: leave them out")
+        if request.sampling.num_logprobs is not None:
+            raise RequestError("--connect gets no log-probabilities: leave out --logprobs")
+        if policy.token_mask(()) is not None:
+            raise RequestError("a request that restricts its tokens cannot be sent to a server")
         run = _Run(request, policy, self._address.open())
 
         def cancel(handle: Handle) -> None:
@@ -145,7 +145,8 @@ class RemoteEngine:
         try:
             reason = None
             while reason is None:
-                reason = _put_forced(run, handle) or self._stream(run, handle)
+                reason = _put_forced(run, handle)
+                reason = reason or (FinishReason.CANCELLED if run.is_cancelled else self._stream(run, handle))
             handle.end(Finished(run.summary(reason), run.policy.finish().parts))
         except MlxK2Error as error:
             handle.end(error)
@@ -168,29 +169,35 @@ class RemoteEngine:
                 handle.put_progress(PrefillProgress(chunk.prompt_progress.processed, chunk.prompt_progress.total))
             for token_id in (number for choice in chunk.choices for number in choice.token_ids):
                 reason = _put_token(run, handle, token_id, is_forced=False)
-                if reason is not None and not _server_ends(run):
+                if reason is not None and not _server_also_stops(run):
                     return reason
                 if reason is None and run.policy.forced():
                     return None
         return reason or FinishReason.STOP  # without a reason, somebody has cancelled it on the server
 
     def _send(self, run: _Run) -> http.client.HTTPResponse:
-        """Send the request for the rest of the answer. Wait up to RESTART_S for a server whose stages start again."""
+        """Send the request for the rest of the answer.
+
+        Wait up to RESTART_S for a server whose stages start again, or whose queue is full in the middle of an answer.
+        """
         ends_at = time.monotonic() + RESTART_S
         while True:
             run.connection.close()  # of the part of the answer before
             try:
                 return self._address.send(run.connection, "POST", "/v1/completions", _body(run))
-            except Unavailable:
-                if run.is_cancelled or time.monotonic() > ends_at:
+            except (Unavailable, EngineBusy) as error:
+                is_refused = isinstance(error, EngineBusy) and not run.token_ids
+                if is_refused or run.is_cancelled or time.monotonic() > ends_at:
                     raise
-            time.sleep(_RETRY_S)
+                wait_s = error.wait_s if isinstance(error, EngineBusy) else _RETRY_S
+            time.sleep(wait_s)
 
 
 def _body(run: _Run) -> dict[str, Any]:
     """Return the body of the request for the rest of the answer."""
     asked = run.request
     sampling = {name: value for name, value in msgspec.structs.asdict(asked.sampling).items() if value is not None}
+    sampling["logit_bias"] = {str(token_id): bias for token_id, bias in asked.sampling.logit_bias}
     return sampling | {
         "prompt": [*asked.prompt_ids, *run.token_ids],
         "max_tokens": asked.max_tokens - len(run.token_ids),
@@ -203,8 +210,8 @@ def _body(run: _Run) -> dict[str, Any]:
     }
 
 
-def _server_ends(run: _Run) -> bool:
-    """Return whether the answer is over for the server, too, which then sends the usage."""
+def _server_also_stops(run: _Run) -> bool:
+    """Return whether the server ends the answer at the same token. It then sends the usage."""
     return run.token_ids[-1] in run.request.stop_ids or len(run.token_ids) >= run.request.max_tokens
 
 

@@ -60,7 +60,7 @@ class ServerAddress:
             kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
             return kind(parts.hostname, parts.port, timeout=TIMEOUT_S)
         except ValueError:
-            raise SetupError(f"--connect {self.url} is no address of a server: give http://HOST:PORT") from None
+            raise SetupError(f"--connect {self.url} is not the address of a server: give http://HOST:PORT") from None
 
     def send(
         self, connection: http.client.HTTPConnection, method: str, path: str, body: object = None

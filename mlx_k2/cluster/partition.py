@@ -108,7 +108,7 @@ def divide_as_asked(
         if host.memory_bytes is not None and assignment.held_bytes > host.memory_bytes:
             raise PartitionError(
                 f"--split {asked} does not fit: stage {stage} needs {_gb(assignment.held_bytes)} and {host.name} can "
-                f"hold {_gb(host.memory_bytes)}: leave --split out, or give it fewer layers or a smaller --context"
+                f"hold {_gb(host.memory_bytes)}: give it fewer layers"
             )
     return assignments
 
@@ -198,11 +198,8 @@ def _why_nothing_fits(model: ModelCosts, hosts: Sequence[HostCapacity]) -> str:
     numbers = f"weights and cache need {_gb(needed)}, and the hosts can hold {_gb(known)} ({', '.join(bounds)})"
     largest = max(layer.held_bytes for layer in model.layers)
     if needed > known:
-        return f"the model does not fit: {numbers}: add a host or memory, or give a smaller --context"
-    return (
-        f"the model does not fit in whole layers of up to {_gb(largest)}: {numbers}: "
-        "add a host or memory, or give a smaller --context"
-    )
+        return f"the model does not fit: {numbers}: add a host or memory"
+    return f"the model does not fit in whole layers of up to {_gb(largest)}: {numbers}: add a host or memory"
 
 
 def _gb(num_bytes: int) -> str:

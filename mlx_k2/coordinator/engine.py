@@ -116,6 +116,11 @@ class Engine:
         return self._limits.num_slots
 
     @property
+    def max_requests(self) -> int:
+        """The most requests that run and wait."""
+        return self._limits.num_slots + self._max_queued
+
+    @property
     def is_restarting(self) -> bool:
         """True while all stages start again after a fault."""
         return self._loop.is_restarting
@@ -153,7 +158,7 @@ class Engine:
             if self._error is not None:
                 raise self._error.with_traceback(None)
             if self._num_queued + len(jobs) > self._max_queued:
-                wait_s = self._expected_wait_s()
+                wait_s = self.expected_wait_s
                 raise EngineBusy(
                     f"{self._num_queued} requests wait already, of at most {self._max_queued}: "
                     f"try again in about {wait_s:.0f} s",
@@ -170,7 +175,9 @@ class Engine:
         if job is not None and handle.end(job.finished(FinishReason.CANCELLED)):
             self._loop.put(Cancel(job))
 
-    def _expected_wait_s(self) -> float:
+    @property
+    def expected_wait_s(self) -> float:
+        """The expected wait for a place in the queue when it is full."""
         durations = list(self._durations)
         mean_s = sum(durations) / len(durations) if durations else _SHORTEST_WAIT_S
         return max(_SHORTEST_WAIT_S, mean_s * self._num_queued / self._limits.num_slots)

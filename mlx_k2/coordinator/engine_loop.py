@@ -171,12 +171,13 @@ class EngineLoop:
     # ---- progress of jobs
 
     def _start_jobs(self, microbatch: Microbatch) -> None:
-        """Begin the time limit of requests at their first step."""
+        """Report the start of requests at their first step, and begin their time limit."""
         for sequence in (planned.sequence for planned in microbatch.rows):
             job = self._jobs.get(sequence)
             if job is not None and job.is_queued:
                 job.is_queued = False
                 self._on_started()
+                self._outbox.append((job.handle, PrefillProgress(sequence.num_cached or 0, sequence.num_prompt)))
                 if sequence.request.timeout_s is not None:
                     job.ends_at = time.monotonic() + sequence.request.timeout_s
 

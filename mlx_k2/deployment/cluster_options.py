@@ -99,6 +99,7 @@ def deployment_request(options: ClusterOptions, num_slots: int = 1) -> Deploymen
     """
     return DeploymentRequest(
         hostfile=options.read_hostfile(),
+        hostfile_path=options.hostfile,
         source=options.source,
         split=options.split,
         context_tokens=options.context_tokens,

@@ -24,6 +24,8 @@ class DeploymentRequest:
     """Maximum number of sequences that run at once. It is reduced if their caches do not fit."""
     dense_bits: int | None = None
     """Bits per weight of attention, shared experts, dense layers and head. None keeps the checkpoint's format."""
+    hostfile_path: str | None = None
+    """The path of the hostfile for commands that are shown; None for stages on this machine alone."""
     check_weights: bool = False
     """Whether to search all tensors for NaN and infinity while loading."""
     address: str | None = None

@@ -1,17 +1,20 @@
 """Plan of a deployment: a preview before any host is contacted, and the plan from the memory that all hosts report."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import psutil
 
 from mlx_k2.deployment.deployment_request import DeploymentRequest, source_on
-from mlx_k2.deployment.plan import HostMemory, RunShape, StagePlan, choose_shape, plan_stages
+from mlx_k2.deployment.plan import DEFAULT_CONTEXT_TOKENS, HostMemory, RunShape, StagePlan, choose_shape, plan_stages
 from mlx_k2.errors import PartitionError
 from mlx_k2.weights.checkpoint import ModelDescription, locate_tensors
 from mlx_k2.weights.inventory import shard_specs
 from mlx_k2.weights.model_source import is_repo, model_folder
 
+MIN_CONTEXT_BITS = 8
+"""No context below 256 tokens is proposed: it is of no use."""
 _IS_MAC = sys.platform == "darwin"
 
 
@@ -38,15 +41,49 @@ def preview(request: DeploymentRequest, model: ModelDescription) -> tuple[RunSha
 def plan_for(
     request: DeploymentRequest, model: ModelDescription, memories: Sequence[HostMemory], *, all_on_gpu: bool
 ) -> tuple[RunShape, tuple[StagePlan, ...]]:
-    """Return the requested shape and its stages. Halve the number of slots until the stages fit."""
+    """Return the requested shape and its stages. Halve the number of slots until the stages fit.
+
+    Raises:
+        PartitionError: nothing fits; names the options that make it fit, if there are any.
+    """
     num_slots = request.num_slots
     while True:
-        shape = choose_shape(
-            model.config, request.dtype, request.context_tokens, num_slots, all_on_gpu, request.dense_bits
-        )
         try:
-            return shape, plan_stages(model, request.hostfile, memories, request.split, shape)
-        except PartitionError:
+            return _planned(replace(request, num_slots=num_slots), model, memories, all_on_gpu)
+        except PartitionError as error:
             if num_slots == 1:
-                raise
+                hints = "".join(f", or {hint}" for hint in _hints(request, model, memories, all_on_gpu))
+                raise PartitionError(f"{error}{hints}") from None
             num_slots //= 2
+
+
+def _planned(
+    request: DeploymentRequest, model: ModelDescription, memories: Sequence[HostMemory], all_on_gpu: bool
+) -> tuple[RunShape, tuple[StagePlan, ...]]:
+    shape = choose_shape(
+        model.config, request.dtype, request.context_tokens, request.num_slots, all_on_gpu, request.dense_bits
+    )
+    return shape, plan_stages(model, request.hostfile, memories, request.split, shape)
+
+
+def _hints(
+    request: DeploymentRequest, model: ModelDescription, memories: Sequence[HostMemory], all_on_gpu: bool
+) -> Iterator[str]:
+    """Yield options with each of which alone the model fits."""
+
+    def fits(**changes: object) -> bool:
+        try:
+            _planned(replace(request, num_slots=1, **changes), model, memories, all_on_gpu)  # type: ignore[arg-type]
+        except PartitionError:
+            return False
+        return True
+
+    if request.split is not None and fits(split=None):
+        yield "leave --split out"
+    context = request.context_tokens or min(DEFAULT_CONTEXT_TOKENS, model.config.max_position_embeddings)
+    smaller = (context >> halvings for halvings in range(1, context.bit_length() - MIN_CONTEXT_BITS))
+    if (enough := next((tokens for tokens in smaller if fits(context_tokens=tokens)), None)) is not None:
+        yield f"give --context {enough}"
+    fewer = (bits for bits in (8, 4) if request.dense_bits is None or bits < request.dense_bits)
+    if (enough := next((bits for bits in fewer if fits(dense_bits=bits)), None)) is not None:
+        yield f"give --dense-bits {enough}"

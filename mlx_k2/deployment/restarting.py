@@ -15,7 +15,7 @@ from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import StagePlan
 from mlx_k2.deployment.run_log import RunLog
 from mlx_k2.deployment.stage_report import StageReport
-from mlx_k2.errors import Cancelled, ClusterError, NotFinite, SetupError
+from mlx_k2.errors import Cancelled, ClusterError, NotFinite
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor
 from mlx_k2.protocol.messages import FromStage, LayerLoaded
@@ -54,8 +54,8 @@ class RestartingDeployment:
     """Context manager: on entry the stages are ready as after ``deploy``; on exit all of them are ended.
 
     ``limit`` is the maximum number of restarts, failed ones included, without HEALTHY_S between two of them; with 0, a
-    fault is final. None sets no limit, and then an error of the setup, as of memory that others use, is tried again
-    too. Each wait is twice the one before, up to ``longest_wait_s``. Logs and fault reports go to ``log_dir``, with
+    fault is final. None sets no limit, and then every other error, as of memory that others use, is tried again too.
+    Each wait is twice the one before, up to ``longest_wait_s``. Logs and fault reports go to ``log_dir``, with
     token ids if ``log_tokens``.
     """
 
@@ -114,28 +114,30 @@ class RestartingDeployment:
         if time.monotonic() - self._ready_at > HEALTHY_S:
             self._num_restarts = 0
             self._was_not_finite = False
-        status = HealthMonitor(self.deployment.group).describe_all()
+        status: Sequence[str] = HealthMonitor(self.deployment.group).describe_all()
         while self._may_restart(error):
             wait_s = min(self._longest_wait_s, self._first_wait_s * 2 ** min(self._num_restarts, _MOST_DOUBLINGS))
             self._num_restarts += 1
             self._was_not_finite = isinstance(error, NotFinite)
             restart = Restart(str(error), self._num_restarts, self._limit, wait_s)
             on_restart(restart, WAITING)
-            self._end(error, status)
-            status = ()
-            if self._cancelled.wait(wait_s):
-                raise Cancelled("the restart was cancelled")
             listener = _RestartListener(self._listener, self.deployment.plans, partial(on_restart, restart))
             try:
+                self._end(error, status)
+                if self._cancelled.wait(wait_s):
+                    raise Cancelled("the restart was cancelled")
                 self._start(self.deployment.model, listener, self.deployment)
             except ClusterError as next_error:
                 error = next_error
-            except SetupError as setup_error:
+            except Cancelled:
+                raise
+            except Exception as other:
                 if self._limit is not None:
                     raise
-                error = ClusterError(str(setup_error))
+                error = ClusterError(str(other) or type(other).__name__)
             else:
                 return self.deployment.group
+            status = ()
         self._end(error, status)
         if self._limit:
             raise type(error)(f"{error} (given up after {self._num_restarts} restarts)", error.rank)

@@ -23,6 +23,8 @@ MAX_FILE_BYTES = 4_000_000
 LAST_STEPS = 300
 LAST_LINES = 200
 """Lines per stage in a report."""
+LAST_REPORTS = 20
+"""Older reports of the same run are deleted."""
 
 
 class RunLog(DeploymentListener):
@@ -41,6 +43,7 @@ class RunLog(DeploymentListener):
         self._log_tokens = log_tokens
         self._is_refused = False
         self._num_reports = 0
+        self._reports: deque[Path] = deque()
         self._lock = threading.Lock()  # each stage's lines arrive on its own thread
         self._lines: defaultdict[str, deque[str]] = defaultdict(lambda: deque(maxlen=LAST_LINES))
         self._steps: deque[str] = deque(maxlen=LAST_STEPS)
@@ -117,6 +120,9 @@ class RunLog(DeploymentListener):
         text = "\n".join("\n".join((f"== {title}", *lines, "")) for title, lines in parts)
         try:
             write_private(path, text.encode(errors="backslashreplace"))
+            self._reports.append(path)
+            if len(self._reports) > LAST_REPORTS:
+                self._reports.popleft().unlink(missing_ok=True)
         except OSError as error:
             self._listener.notify(f"no report could be written: {path}: {error.strerror}")
             return None

@@ -16,6 +16,7 @@ from mlx_k2.cluster.mac_settings import (
     sleeps_after_minutes,
 )
 from mlx_k2.launch.install_commands import install_commands
+from mlx_k2.launch.ssh import command_on
 from mlx_k2.protocol.messages import Hello
 
 SLOW_ANSWER_S = 0.02
@@ -99,9 +100,9 @@ def check_versions(
 def _install(host: Host, names: Sequence[str], versions: Mapping[str, str]) -> str:
     python = host.python or "python3"
     own = [install_commands(None if host.is_local else host.ssh, python)] if "mlx-k2" in names else []
-    indexed = " ".join(f"{name}=={versions[name]}" for name in names if name != "mlx-k2")
-    on_it = "" if host.is_local else f"ssh {host.ssh} "
-    return "; ".join([*own, *([f"`{on_it}{python} -m pip install {indexed}`"] if indexed else [])])
+    indexed = [f"{name}=={versions[name]}" for name in names if name != "mlx-k2"]
+    install = command_on(None if host.is_local else host.ssh, python, "-m", "pip", "install", *indexed)
+    return "; ".join([*own, *([f"`{install}`"] if indexed else [])])
 
 
 def check_memory(host: str, hello: Hello, free_bytes: int, needed_bytes: int | None) -> Iterator[Check]:
@@ -125,7 +126,7 @@ def check_memory(host: str, hello: Hello, free_bytes: int, needed_bytes: int | N
 
 
 def check_model(host: str, facts: ModelFacts, download: str) -> Iterator[Check]:
-    """Check that a stage's files are present and correct. ``download`` is the command that fetches them."""
+    """Check that a stage's files are present and correct. ``download`` is the command that fetches them, '' without."""
     if facts.problem is not None:
         yield Check(host, "model", CheckResult.FAILURE, facts.problem)
         return
@@ -139,7 +140,8 @@ def check_model(host: str, facts: ModelFacts, download: str) -> Iterator[Check]:
         return
     differing = sorted(name for name, digest in facts.expected.items() if facts.found.get(name, digest) != digest)
     if differing:
-        found = f"{', '.join(differing)} in {facts.folder} is not what the Hub has: remove it and run `{download}`"
+        found = f"{', '.join(differing)} in {facts.folder} is not what the Hub has: remove it and "
+        found += f"run `{download}`" if download else "copy it again"
         yield Check(host, "model", CheckResult.FAILURE, found)
         return
     right = sum(name in facts.found for name in facts.expected)

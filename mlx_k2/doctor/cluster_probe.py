@@ -1,5 +1,6 @@
 """The probe of a cluster before anything is loaded: every host, even if others fail, then every hop. Prints nothing."""
 
+import shlex
 import statistics
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -211,8 +212,12 @@ class _Round:
         ]
 
     def _download(self) -> str:
-        source = self._request.source
-        return f"mlx-k2 download --hostfile HOSTFILE --model {source.path_or_repo if is_repo(source) else 'OWNER/NAME'}"
+        """Return the command that fetches the files of a repository; '' for a folder."""
+        source, hostfile = self._request.source, self._request.hostfile_path
+        if not is_repo(source):
+            return ""
+        hosts = [f"--stages {len(self._hosts)}"] if hostfile is None else ["--hostfile", shlex.quote(hostfile)]
+        return " ".join(["mlx-k2 download", *hosts, "--model", shlex.quote(source.path_or_repo)])
 
     def _fail(self, rank: int, what: str, found: str) -> None:
         self.checks.append(Check(self._hosts[rank].ssh, what, CheckResult.FAILURE, found))

@@ -3,6 +3,7 @@
 import codecs
 import json
 import math
+import re
 import sys
 from typing import Any
 
@@ -14,17 +15,25 @@ class JsonError(ValueError):
     """Text that is not JSON as this program reads it. The message names the line or the field."""
 
 
-def parse_json(text: bytes | str, *, is_lenient: bool = False) -> Any:
+# A text in quotes, which stays as it is, or a comment; then the same with a comma before a closing bracket.
+_COMMENT = re.compile(r'("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
+_LAST_COMMA = re.compile(r'("(?:\\.|[^"\\\n])*")|,(?=\s*[}\]])', re.DOTALL)
+
+
+def parse_json(text: bytes | str, *, is_lenient: bool = False, has_comments: bool = False) -> Any:
     """Return the value of a JSON text, which may begin with a byte order mark of UTF-8.
 
     ``is_lenient`` accepts what a grammar of JSON cannot exclude: a key twice in one object, which has its last value,
-    and a number that is not finite, which becomes the largest one.
+    and a number that is not finite, which becomes the largest one. ``has_comments`` accepts comments and a comma after
+    the last item, as editors write their settings.
 
     Raises:
         JsonError: it is not JSON in UTF-8, is larger than MAX_BYTES or nested deeper than MAX_DEPTH, has a key twice in
             one object, a lone surrogate, or a number that is not finite.
     """
     text = _decode(text) if isinstance(text, bytes) else text
+    if has_comments:
+        text = _LAST_COMMA.sub(_blank, _COMMENT.sub(_blank, text))
     try:
         value = json.loads(
             text,
@@ -57,12 +66,17 @@ def _decode(data: bytes) -> str:
         raise JsonError(f"line {line}: byte 0x{data[error.start]:02x} is not UTF-8") from None
 
 
+def _blank(found: re.Match[str]) -> str:
+    """Return a text in quotes as it is, and spaces and line ends for anything else, so that positions stay."""
+    return found[1] or "".join("\n" if letter == "\n" else " " for letter in found[0])
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise JsonError(f"the key {json.dumps(twice)} occurs twice in one object")
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise JsonError(f"the key {json.dumps(name)} occurs twice in one object")
+        fields[name] = value
     return fields
 
 

@@ -22,13 +22,13 @@ _KINDS = {
 _TYPES = re.compile(rf"`((?:{'|'.join(_KINDS)})(?: \| (?:{'|'.join(_KINDS)}))*)`")
 
 
-def read_json(text: bytes | str, kind: type[Value]) -> Value:
-    """Return the value of a JSON text as ``kind``, a type that msgspec converts to.
+def read_json(text: bytes | str, kind: type[Value], *, has_comments: bool = False) -> Value:
+    """Return the value of a JSON text as ``kind``, a type that msgspec converts to. See `parse_json` for comments.
 
     Raises:
         JsonError: the text is not JSON (`parse_json`), or has no such value; names the line or the field.
     """
-    return convert(parse_json(text), kind)
+    return convert(parse_json(text, has_comments=has_comments), kind)
 
 
 def convert(value: object, kind: type[Value], *, str_keys: bool = True) -> Value:

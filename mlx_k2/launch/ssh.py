@@ -1,5 +1,8 @@
 """The ssh command line, and the meaning of ssh's failures. Knows nothing of stages or frames."""
 
+import ipaddress
+import shlex
+
 CONNECT_TIMEOUT_S = 10
 SSH_EXIT_CODE = 255
 """The exit code of ssh's own failures; any other exit code is the remote command's."""
@@ -23,12 +26,12 @@ _FAILURES = (
     (
         ("REMOTE HOST IDENTIFICATION HAS CHANGED", "has changed and you have requested strict checking"),
         "its host key is not the one that ssh knows: if the machine was set up anew, forget the old key with "
-        "`ssh-keygen -R {host}`, then run `ssh {host}` once and compare the new one",
+        "`ssh-keygen -R {name}`, then run `ssh {host}` once and compare the new one",
     ),
     (
         ("Host key verification failed", "host key is known"),
         "ssh does not know its host key: run `ssh {host}` once and accept it, "
-        "or `ssh-keyscan {host} >> ~/.ssh/known_hosts`",
+        "or `ssh-keyscan {name} >> ~/.ssh/known_hosts`",
     ),
     (
         ("Permission denied", "Too many authentication failures"),
@@ -36,7 +39,7 @@ _FAILURES = (
     ),
     (
         ("Could not resolve hostname",),
-        "its name cannot be resolved: check its spelling in the hostfile (a Mac may answer to `{host}.local`), "
+        "its name cannot be resolved: check its spelling in the hostfile{local}, "
         "or give it a HostName in ~/.ssh/config",
     ),
     (
@@ -46,7 +49,7 @@ _FAILURES = (
     ),
     (
         ("timed out", "No route to host", "Network is unreachable", "Host is down"),
-        "it cannot be reached: see that it is switched on, awake and on this network with `ping {host}`",
+        "it cannot be reached: see that it is switched on, awake and on this network with `ping {name}`",
     ),
 )
 
@@ -59,8 +62,30 @@ def ssh_command(host: str, remote_command: str) -> tuple[str, ...]:
 
 def explain_ssh_failure(host: str, stderr: str) -> str:
     """Explain why ssh could not connect to ``host``, with the command that fixes it."""
+    name = host.rpartition("@")[2]  # ssh-keygen, ssh-keyscan and ping take no user
+    local = "" if _is_whole(name) else f" (a Mac may answer to {host}.local)"
     for signs, meaning in _FAILURES:
         if any(sign in stderr for sign in signs):
-            return meaning.format(host=host)
+            return meaning.format(host=shlex.quote(host), name=shlex.quote(name), local=local)
     lines = stderr.strip().splitlines()
-    return f"ssh failed: {lines[-1] if lines else 'it did not say why'}; try `ssh {host} true`"
+    return f"ssh failed: {lines[-1] if lines else 'it did not say why'}; try `ssh {shlex.quote(host)} true`"
+
+
+def command_on(host: str | None, *words: str) -> str:
+    """Return the line for a shell here that runs a command on ``host``; None is this machine.
+
+    The shell of ``host`` parses the line again. A path that begins with ``~/`` is in the home folder there.
+    """
+    line = " ".join(f"~/{shlex.quote(word[2:])}" if word.startswith("~/") else shlex.quote(word) for word in words)
+    if host is None:
+        return line
+    return f"ssh {shlex.quote(host)} {line if line == ' '.join(words) and '~' not in line else shlex.quote(line)}"
+
+
+def _is_whole(name: str) -> bool:
+    """Return whether a host's name is an address, or has a domain."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return "." in name
+    return True

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import msgspec
 
 from mlx_k2.cluster.host_facts import HopSpeed, HostFacts, RunningStage
+from mlx_k2.cluster.memory import CPU_BLOCK_BYTES
 from mlx_k2.errors import ProtocolError, RequestError
 from mlx_k2.protocol.framing import MAX_PAYLOAD_BYTES
 from mlx_k2.sampling import SampledToken
@@ -113,7 +114,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     num_slots: int
     context_tokens: int
     needed_bytes: int
-    block_bytes: int
+    block_bytes: int = CPU_BLOCK_BYTES
     dense_bits: int | None = None
     registration: RunningStage | None = None
     check_weights: bool = False

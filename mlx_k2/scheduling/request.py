@@ -67,7 +67,7 @@ def check_request(request: Request, vocab_size: int, context_tokens: int) -> Non
     if length >= context_tokens:
         raise RequestError(
             f"the prompt has {length} tokens and the context holds {context_tokens}, "
-            "so there is no room for an answer: shorten it, or give a larger --context"
+            "so there is no room for an answer: shorten it, or give a larger --context, up to that of the model"
         )
     if request.timeout_s is not None and not request.timeout_s > 0:  # also rejects NaN
         raise RequestError(f"timeout is {request.timeout_s:g} s: give more than 0")

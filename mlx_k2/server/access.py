@@ -13,14 +13,13 @@ OPEN_PATHS = ("/health",)
 """Paths that need no key: their answer is a status alone."""
 _CORS = (
     (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
-    (b"access-control-allow-headers", b"authorization, content-type, x-api-key"),
     (b"access-control-expose-headers", b"x-request-id, retry-after"),
     (b"vary", b"origin"),
 )
 
 
 class Access:
-    """The rules of one server. They stop web pages that reach it through the browser of somebody on this network.
+    """The rules of one server. They keep out web pages that a user's browser would let send requests to it.
 
     Allowed hosts are addresses as numbers, localhost, names in .local, this machine's name and ``hosts``. Allowed
     origins are the server's own pages and ``origins``.
@@ -60,10 +59,12 @@ class Access:
         return owner
 
     def cors_headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:
-        """Return the headers that let a page of an allowed origin read the answer."""
+        """Return the headers that let a page of an allowed origin read the answer, and send the headers it asks for."""
         for origin in _values(scope, b"origin"):
             if origin in self._origins:
-                return [(b"access-control-allow-origin", origin.encode("latin-1")), *_CORS]
+                asked = ", ".join(_values(scope, b"access-control-request-headers")).encode("latin-1")
+                allowed = [(b"access-control-allow-headers", asked)] if asked else []
+                return [(b"access-control-allow-origin", origin.encode("latin-1")), *allowed, *_CORS]
         return []
 
     def _is_allowed(self, host: str) -> bool:

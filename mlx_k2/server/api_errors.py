@@ -38,28 +38,28 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
-def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+def bad_request_error(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """Return a 400 for a request that fails each time it is sent."""
     return ApiError(400, INVALID, message, param=param, code=code, headers=NO_RETRY)
 
 
-def unavailable(message: str) -> ApiError:
+def unavailable_error(message: str) -> ApiError:
     """Return a 503 for a server that loads or restarts."""
     headers = {"retry-after": str(RESTART_RETRY_S)}
     return ApiError(503, "unavailable_error", message, code="unavailable", headers=headers)
 
 
-def context_overflow(num_tokens: int, context_tokens: int) -> ApiError:
+def context_overflow(num_tokens: int, context_tokens: int, param: str) -> ApiError:
     """Return the 400 for a prompt that does not fit. Agents know it by its code or by one of the two phrases."""
-    return invalid(
+    return bad_request_error(
         f"This model's maximum context length is {context_tokens} tokens; "
         f"prompt is too long: {num_tokens} tokens > {context_tokens} maximum",
-        "messages",
+        param,
         "context_length_exceeded",
     )
 
 
-def from_program(error: MlxK2Error) -> ApiError:
+def to_api_error(error: MlxK2Error) -> ApiError:
     """Return the answer for an error of the program."""
     match error:
         case EngineBusy():
@@ -67,9 +67,9 @@ def from_program(error: MlxK2Error) -> ApiError:
             message = f"the queue is full: send the request again in {headers['retry-after']} s"
             return ApiError(429, "rate_limit_error", message, code="queue_full", headers=headers)
         case SetupError():
-            return invalid(str(error))
+            return bad_request_error(str(error))
         case RequestFailed():
             return ApiError(500, "server_error", str(error), code="request_failed")
         case Cancelled():
-            return unavailable("the server ends")
-    return unavailable("the stages have failed")
+            return unavailable_error("the server ends")
+    return unavailable_error("the stages have failed")

@@ -1,15 +1,18 @@
 """API keys: a private file of their digests, and the check of a request's key. Knows no HTTP.
 
-A key is random and long, so one SHA-256 is enough to store it by. The key itself is shown once and stored nowhere.
+The file has the SHA-256 of each key. A slow hash is not needed, since a key has 256 random bits. The key itself is
+shown once and stored nowhere.
 """
 
+import fcntl
 import hashlib
 import hmac
 import os
 import secrets
 import stat
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -17,7 +20,7 @@ import msgspec
 from mlx_k2.errors import SetupError
 from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import read_json
-from mlx_k2.private_files import write_private
+from mlx_k2.private_files import open_private, write_private
 
 _PREFIX = "mk2-"
 _KEY_BYTES = 32
@@ -62,13 +65,15 @@ def add_key(path: Path, name: str) -> str:
     """Make a key, store its digest, and return the key, which is stored nowhere.
 
     Raises:
-        SetupError: the name is in use, or the file cannot be used or written.
+        SetupError: the name is empty or in use, or the file cannot be used or written.
     """
-    keys = read_keys(path)
-    if any(key.name == name for key in keys):
-        raise SetupError(f"there is a key {name!r} already: remove it first, or give another name")
+    if not name:
+        raise SetupError("the name of a key is empty: give one")
     key = _PREFIX + secrets.token_urlsafe(_KEY_BYTES)
-    _write(path, (*keys, StoredKey(name, _digest(key), int(time.time()))))
+    with _changing(path) as keys:
+        if any(key.name == name for key in keys):
+            raise SetupError(f"there is a key {name!r} already: remove it first, or give another name")
+        keys.append(StoredKey(name, _digest(key), int(time.time())))
     return key
 
 
@@ -78,21 +83,24 @@ def remove_key(path: Path, name: str) -> None:
     Raises:
         SetupError: there is no such key, or the file cannot be used or written.
     """
-    keys = read_keys(path)
-    if all(key.name != name for key in keys):
-        raise SetupError(f"there is no key {name!r}: `mlx-k2 keys list` shows them")
-    _write(path, tuple(key for key in keys if key.name != name))
+    with _changing(path) as keys:
+        if all(key.name != name for key in keys):
+            raise SetupError(f"there is no key {name!r}: `mlx-k2 keys list` shows them")
+        keys[:] = [key for key in keys if key.name != name]
 
 
 class KeyRing:
     """The keys of a file as a running server sees them. It reads the file again after each change.
 
-    ``is_required`` True refuses requests without a key even if the file holds none.
+    ``is_required`` True refuses requests without a key even if the file holds none. ``log`` receives why a changed
+    file cannot be used; the keys read before then stay valid.
     """
 
-    def __init__(self, path: Path, *, is_required: bool) -> None:
+    def __init__(self, path: Path, *, is_required: bool, log: Callable[[str], None] = lambda _: None) -> None:
         self._path = path
-        self._stamp: tuple[int, int] | None = None
+        self._log = log
+        self._problem = ""
+        self._stamp: tuple[int, int, int] | None = None
         self._keys = read_keys(path)
         self.is_required = is_required or bool(self._keys)
 
@@ -106,25 +114,37 @@ class KeyRing:
         return matching[0] if matching else None
 
     def _refresh(self) -> None:
-        """Read the file again if it was changed. A file that cannot be used keeps the keys before."""
+        """Read the file again if it was changed, and until it can be used."""
         stamp = None
         with suppress(OSError):
             found = self._path.stat()
-            stamp = (found.st_mtime_ns, found.st_ino)
-        if stamp != self._stamp:
-            self._stamp = stamp
-            with suppress(SetupError):
-                self._keys = read_keys(self._path)
-            self.is_required = self.is_required or bool(self._keys)
+            stamp = (found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+        if stamp == self._stamp:
+            return
+        try:
+            self._keys = read_keys(self._path)
+        except SetupError as error:
+            if str(error) != self._problem:
+                self._log(f"{error}; the keys from before stay valid")
+            self._problem = str(error)
+            return
+        self._stamp, self._problem = stamp, ""
+        self.is_required = self.is_required or bool(self._keys)
 
 
 def _digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def _write(path: Path, keys: tuple[StoredKey, ...]) -> None:
+@contextmanager
+def _changing(path: Path) -> Iterator[list[StoredKey]]:
+    """Yield the keys in a file as a list, and write it afterwards. Another process that changes the file waits."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_private(path, msgspec.json.format(msgspec.json.encode(_KeyFile(list(keys)))))
+        with open(path.with_name(f"{path.name}.lock"), "wb", opener=open_private) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            keys = list(read_keys(path))
+            yield keys
+            write_private(path, msgspec.json.format(msgspec.json.encode(_KeyFile(keys))))
     except OSError as error:
         raise SetupError(f"the key file {path} cannot be written: {error.strerror}") from None

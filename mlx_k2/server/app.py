@@ -10,7 +10,7 @@ from starlette.types import ASGIApp
 
 from mlx_k2.server.access import Access
 from mlx_k2.server.api_errors import INVALID, ApiError
-from mlx_k2.server.front import Front
+from mlx_k2.server.front import OuterLayer
 from mlx_k2.server.routes import Routes
 from mlx_k2.server.server_state import ServerState
 from mlx_k2.server.sse import error_response
@@ -23,7 +23,7 @@ def make_app(state: ServerState, access: Access, log: Callable[[str], None]) -> 
         exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error, Exception: _on_defect},
     )
     inner.router.redirect_slashes = False
-    return Front(inner, access, log)
+    return OuterLayer(inner, access, log)
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:  # noqa: ARG001 - a handler's argument
@@ -40,4 +40,4 @@ async def _on_http_error(request: Request, error: Exception) -> Response:  # noq
 
 async def _on_defect(request: Request, error: Exception) -> Response:  # noqa: ARG001 - a handler's argument
     """Answer 500. Starlette raises the error again afterwards, and the outermost layer logs it."""
-    return error_response(ApiError(500, "server_error", "the server met a defect; its log has the details"))
+    return error_response(ApiError(500, "server_error", "unexpected error in the server; its log has the details"))

@@ -1,13 +1,15 @@
-"""The format of chat completions: chunks of a stream, and the whole body. Knows no HTTP."""
+"""The formats of chat completions, and what text completions share with them. Knows no HTTP."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Event, Finished, PrefillProgress, Token
 from mlx_k2.server.api_errors import ApiError
 from mlx_k2.server.chat_reply import CallArguments, CallBegun, ChatReply, Delta
+from mlx_k2.server.chat_request import ChatRequest
+from mlx_k2.server.request_fields import GenerationFields
+from mlx_k2.server.server_state import ServerOptions
 from mlx_k2.server.sse import event_bytes
 from mlx_k2.text.reply_parts import Content, Reasoning
 from mlx_k2.text.tokenizer import Tokenizer
@@ -15,94 +17,106 @@ from mlx_k2.text.tokenizer import Tokenizer
 DONE = b"data: [DONE]\n\n"
 
 
-@dataclass(frozen=True)
-class ChatFormat:
-    """What all chunks of one chat completion share, and the options of their format."""
+class CompletionFormat:
+    """The chunks of one streamed completion, or its whole body.
 
-    id: str
-    created: int
-    model: str
-    tokenizer: Tokenizer
-    mirrors_reasoning: bool = False
-    """Whether reasoning is also sent as ``reasoning``."""
-    wants_logprobs: bool = False
+    ``head`` has the fields that are in every chunk and in the body, but for "object". ``replies`` has a reply for each
+    choice; it receives the events.
+    """
 
-    def head(self, kind: str) -> dict[str, Any]:
-        """Return the fields of every chunk, or of the body."""
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-    def logprobs(self, tokens: list[Token]) -> dict[str, Any]:
-        """Return the log-probabilities of tokens."""
-        return {"content": [self._token_logprobs(token) for token in tokens]}
-
-    def reasoning(self, text: str) -> dict[str, str]:
-        """Return the fields for reasoning."""
-        return {"reasoning_content": text} | ({"reasoning": text} if self.mirrors_reasoning else {})
-
-    def _token_logprobs(self, token: Token) -> dict[str, Any]:
-        top = [self._one(token_id, logprob) for token_id, logprob in token.top]
-        return self._one(token.token_id, token.logprob) | {"top_logprobs": top}
-
-    def _one(self, token_id: int, logprob: float | None) -> dict[str, Any]:
-        data = self.tokenizer.token_bytes(token_id)
-        return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
-
-
-class ChatFrames:
-    """The chunks of one streamed chat completion."""
+    chunk_kind: str
+    """The value of a chunk's field "object"."""
 
     def __init__(
-        self,
-        chat_format: ChatFormat,
-        reply: ChatReply,
-        *,
-        include_usage: bool,
-        return_progress: bool,
-        keepalive: str,
+        self, head: dict[str, Any], replies: Sequence[ChatReply], asked: GenerationFields, options: ServerOptions
     ) -> None:
-        self._format = chat_format
-        self._reply = reply
-        self._include_usage = include_usage
-        self._return_progress = return_progress
-        self._keepalive = keepalive
-        self._head = chat_format.head("chat.completion.chunk")
-        self._began = time.monotonic()
-        self._num_logprobs = 0
+        self._head = head | {"object": self.chunk_kind}
+        self._replies = replies
+        self._asked = asked
+        self._options = options
 
     def begin(self) -> bytes:
-        """Return the first chunk. Only it has the role: clients join repeated text."""
-        return self._chunk({"role": "assistant", "content": ""})
+        """Return what is sent before the first event."""
+        return b""
 
     def keepalive(self) -> bytes:
         """Return a comment, a chunk without text, or nothing."""
-        match self._keepalive:
+        match self._options.keepalive:
             case "comment":
                 return b": keep-alive\n\n"
             case "chunk":
-                return self._chunk({})
+                return self._empty_chunk()
         return b""
 
     def error(self, error: ApiError) -> bytes:
         """Return an error event and the end of the stream."""
         return event_bytes(error.body) + DONE
 
-    def events(self, events: list[Event]) -> bytes:
-        """Return the chunks for these events."""
-        frames = b"".join(map(self._frames, events))
-        if events and isinstance(events[-1], Finished):
-            frames += self._end(events[-1].summary)
-        return frames
+    def events(self, events: Sequence[tuple[int, Event]]) -> bytes:
+        """Return the chunks for these events, each with the number of its choice, and the end of the stream."""
+        chunks = b"".join(self._chunks(index, event) for index, event in events)
+        if events and all(reply.summary is not None for reply in self._replies):
+            if self._asked.wants_usage:
+                chunks += event_bytes(self._head | {"choices": [], "usage": usage(self._replies)})
+            chunks += DONE
+        return chunks
 
-    def _frames(self, event: Event) -> bytes:
+    def body(self) -> dict[str, Any]:
+        """Return the whole body, after all events were added to the replies."""
+        choices = [self._whole_choice(index, reply) for index, reply in enumerate(self._replies)]
+        kind = self.chunk_kind.removesuffix(".chunk")
+        return self._head | {"object": kind, "choices": choices, "usage": usage(self._replies)}
+
+    def _chunks(self, index: int, event: Event) -> bytes:
+        raise NotImplementedError
+
+    def _empty_chunk(self) -> bytes:
+        raise NotImplementedError
+
+    def _whole_choice(self, index: int, reply: ChatReply) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class ChatFormat(CompletionFormat):
+    """The format of a chat completion."""
+
+    chunk_kind = "chat.completion.chunk"
+
+    def __init__(
+        self, head: dict[str, Any], replies: Sequence[ChatReply], asked: ChatRequest, options: ServerOptions
+    ) -> None:
+        super().__init__(head, replies, asked, options)
+        self._wants_logprobs = bool(asked.logprobs)
+        self._began = time.monotonic()
+        self._num_logprobs = [0] * len(replies)
+
+    def begin(self) -> bytes:
+        """Return the first chunks. Only they have the role: clients join repeated text."""
+        first = {"role": "assistant", "content": ""}
+        return b"".join(self._chunk(_choice(index, first)) for index in range(len(self._replies)))
+
+    def _chunks(self, index: int, event: Event) -> bytes:
         if isinstance(event, PrefillProgress):
-            return self._progress(event) if self._return_progress else b""
-        deltas = [self._delta(delta) for delta in self._reply.add(event)]
-        return b"".join(self._chunk(delta, has_content="content" in delta) for delta in deltas)
+            return self._progress(event) if self._asked.return_progress and index == 0 else b""
+        reply = self._replies[index]
+        chunks = b"".join(self._delta_chunk(index, delta) for delta in reply.add(event))
+        return chunks + self._chunk(_choice(index, {}, reply.finish_reason)) if isinstance(event, Finished) else chunks
+
+    def _empty_chunk(self) -> bytes:
+        return self._chunk(_choice(0, {}))
+
+    def _delta_chunk(self, index: int, delta: Delta) -> bytes:
+        choice = _choice(index, self._delta(delta))
+        if isinstance(delta, Content) and self._wants_logprobs:
+            tokens = self._replies[index].content_tokens[self._num_logprobs[index] :]
+            self._num_logprobs[index] += len(tokens)
+            choice["logprobs"] = self._logprobs(index, tokens)
+        return self._chunk(choice)
 
     def _delta(self, delta: Delta) -> dict[str, Any]:
         match delta:
             case Reasoning(text):
-                return self._format.reasoning(text)
+                return self._reasoning(text)
             case Content(text):
                 return {"content": text}
             case CallBegun(index, call_id, name):
@@ -112,55 +126,50 @@ class ChatFrames:
                 return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
 
     def _progress(self, progress: PrefillProgress) -> bytes:
-        fields = {
-            "total": progress.total,
-            "processed": progress.done,
-            "time_ms": round(1000 * (time.monotonic() - self._began)),
-        }
-        return event_bytes(self._head | {"choices": [_choice({}, None)], "prompt_progress": fields})
+        time_ms = round(1000 * (time.monotonic() - self._began))
+        fields = {"total": progress.total, "processed": progress.done, "time_ms": time_ms}
+        return event_bytes(self._head | {"choices": [_choice(0, {})], "prompt_progress": fields})
 
-    def _end(self, summary: AnswerSummary) -> bytes:
-        reason = self._reply.finish_reason(summary.finish_reason)
-        frames = event_bytes(self._head | {"choices": [_choice({}, reason)]})
-        if self._include_usage:
-            frames += event_bytes(self._head | {"choices": [], "usage": usage(self._reply, summary)})
-        return frames + DONE
-
-    def _chunk(self, delta: dict[str, Any], *, has_content: bool = False) -> bytes:
-        choice = _choice(delta, None)
-        if has_content and self._format.wants_logprobs:
-            tokens = self._reply.content_tokens[self._num_logprobs :]
-            self._num_logprobs += len(tokens)
-            choice["logprobs"] = self._format.logprobs(tokens)
+    def _chunk(self, choice: dict[str, Any]) -> bytes:
         return event_bytes(self._head | {"choices": [choice]})
 
+    def _whole_choice(self, index: int, reply: ChatReply) -> dict[str, Any]:
+        message = reply.message | (self._reasoning(reply.reasoning) if reply.reasoning else {})
+        choice = {"index": index, "message": message, "finish_reason": reply.finish_reason}
+        return choice | ({"logprobs": self._logprobs(index, reply.content_tokens)} if self._wants_logprobs else {})
 
-def chat_body(chat_format: ChatFormat, reply: ChatReply, summary: AnswerSummary) -> dict[str, Any]:
-    """Return the body of a chat completion that is not streamed."""
-    message = reply.message
-    if reply.reasoning:
-        message |= chat_format.reasoning(reply.reasoning)
-    choice: dict[str, Any] = {
-        "index": 0,
-        "message": message,
-        "finish_reason": reply.finish_reason(summary.finish_reason),
-    }
-    if chat_format.wants_logprobs:
-        choice["logprobs"] = chat_format.logprobs(reply.content_tokens)
-    return chat_format.head("chat.completion") | {"choices": [choice], "usage": usage(reply, summary)}
+    def _reasoning(self, text: str) -> dict[str, str]:
+        return {"reasoning_content": text} | ({"reasoning": text} if self._options.mirrors_reasoning else {})
+
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
+        tokenizer = self._replies[index].generation.tokenizer
+        return {"content": [_token_logprobs(tokenizer, token) for token in tokens]}
 
 
-def usage(reply: ChatReply, summary: AnswerSummary) -> dict[str, Any]:
+def usage(replies: Sequence[ChatReply]) -> dict[str, Any]:
     """Return the token counts. ``cached_tokens`` also stands at the top, where Moonshot's clients read it."""
+    summaries = [reply.summary for reply in replies if reply.summary is not None]
+    num_prompt, num_cached = summaries[0].prompt_tokens, min(summary.cached_tokens for summary in summaries)
+    num_generated = sum(summary.generated_tokens for summary in summaries)
     return {
-        "prompt_tokens": summary.prompt_tokens,
-        "completion_tokens": summary.generated_tokens,
-        "total_tokens": summary.prompt_tokens + summary.generated_tokens,
-        "cached_tokens": summary.cached_tokens,
-        "prompt_tokens_details": {"cached_tokens": summary.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": reply.num_reasoning_tokens},
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_generated,
+        "total_tokens": num_prompt + num_generated,
+        "cached_tokens": num_cached,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+        "completion_tokens_details": {"reasoning_tokens": sum(reply.num_reasoning_tokens for reply in replies)},
     }
 
 
-def _choice(delta: dict[str, Any], reason: str | None) -> dict[str, Any]:
-    return {"index": 0, "delta": delta, "finish_reason": reason}
+def _choice(index: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "finish_reason": reason}
+
+
+def _token_logprobs(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:
+    top = [_logprob(tokenizer, token_id, logprob) for token_id, logprob in token.top]
+    return _logprob(tokenizer, token.token_id, token.logprob) | {"top_logprobs": top}
+
+
+def _logprob(tokenizer: Tokenizer, token_id: int, logprob: float | None) -> dict[str, Any]:
+    data = tokenizer.token_bytes(token_id)
+    return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}

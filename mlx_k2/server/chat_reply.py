@@ -1,12 +1,14 @@
 """A reply as the fields of a chat completion: what each token adds, and the whole. Knows no JSON and no HTTP.
 
-The deltas of a stream and the body without one come from here both, so that they always agree.
+Both a stream's deltas and a whole body are made here, so that they always agree.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Event, Finished, Token
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.server.language_model import Generation
@@ -57,6 +59,8 @@ class ChatReply:
     """The tokens of the content, for their log-probabilities."""
     num_reasoning_tokens: int = 0
     token_ids: list[int] = field(default_factory=list)
+    summary: AnswerSummary | None = None
+    """Set at the end."""
 
     def __post_init__(self) -> None:
         self._kind: type[Part] = Reasoning if self.generation.in_reasoning else Content
@@ -74,6 +78,7 @@ class ChatReply:
                 if any(isinstance(part, Content) for part in event.parts):
                     self.content_tokens += self._textless
                 deltas = self._add_parts(event.parts)
+                self.summary = event.summary
                 if event.reason in (FinishReason.STOP, FinishReason.LENGTH):
                     self.on_end()
                 return deltas
@@ -92,9 +97,11 @@ class ChatReply:
             ]
         return message
 
-    def finish_reason(self, reason: FinishReason) -> str:
-        """Return the API's word for the end of the answer: never absent, and tool_calls whenever there are calls."""
-        if reason in (FinishReason.LENGTH, FinishReason.TIMEOUT):
+    @property
+    def finish_reason(self) -> str:
+        """The API's word for the end: never absent, and tool_calls if there are calls and all are complete."""
+        reason = None if self.summary is None else self.summary.finish_reason
+        if self._is_call_open or reason in (FinishReason.LENGTH, FinishReason.TIMEOUT):
             return "length"
         return "tool_calls" if self.calls else "stop"
 
@@ -159,7 +166,6 @@ class ChatReply:
 
 
 def declared_name(written: str, names: Sequence[str]) -> str:
-    """Return the tool that a name means: the model may write it without its separators, as in functionsexec5."""
-    if written in names:
-        return written
-    return max((name for name in names if name in written), key=len, default=written)
+    """Return the tool that a name means: the model may write its whole id without separators, as functionsexec5."""
+    meant = [name for name in names if re.fullmatch(rf"(functions)?[._]?{re.escape(name)}[:_]?\d*", written)]
+    return written if written in names else max(meant, key=len, default=written)

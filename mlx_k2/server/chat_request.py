@@ -5,11 +5,12 @@ from typing import Any
 
 import msgspec
 
-from mlx_k2.server.api_errors import invalid
-from mlx_k2.server.request_fields import GenerationFields, check_fields, read_fields, require
+from mlx_k2.server.api_errors import bad_request_error
+from mlx_k2.server.request_fields import GenerationFields, check_field, check_fields, read_fields
 from mlx_k2.text.constraint import AnswerForm, AnswerFormat
 
 MAX_TOOLS = 512
+MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
 EFFORT_TOKENS = {"none": 0, "minimal": 512, "low": 2048, "medium": 8192, "high": 32768, "xhigh": None, "max": None}
 """The thinking budget of each ``reasoning_effort``; None sets no limit."""
@@ -75,10 +76,12 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True):
         described = wanted.get("json_schema")
         if kind != "json_schema" or not isinstance(described, dict) or "schema" not in described:
             known = "give text, json_object, or json_schema with json_schema.schema"
-            raise invalid(f"response_format {kind!r} cannot be used: {known}", "response_format")
-        return AnswerFormat(
-            AnswerForm.JSON_SCHEMA, schema=described["schema"], is_strict=described.get("strict") is True
+            raise bad_request_error(f"response_format {kind!r} cannot be used: {known}", "response_format")
+        strict = described.get("strict")
+        check_field(
+            strict is None or isinstance(strict, bool), "response_format", "response_format: strict is a boolean"
         )
+        return AnswerFormat(AnswerForm.JSON_SCHEMA, schema=described["schema"], is_strict=bool(strict))
 
     @property
     def wants_thinking(self) -> bool | None:
@@ -119,54 +122,61 @@ def read_chat_request(body: bytes) -> ChatRequest:
 
 def _check(chat: ChatRequest) -> None:
     """Refuse what cannot be done. Nothing that changes an answer is ignored silently."""
-    check_fields(chat)
+    check_fields(chat, MAX_CHOICES)
     for name in ("functions", "function_call"):
-        require(getattr(chat, name) is None, name, f"{name} is deprecated: use tools and tool_choice")
-    require(set(chat.modalities or ()) <= {"text"}, "modalities", "this model writes text only")
+        check_field(getattr(chat, name) is None, name, f"{name} is deprecated: use tools and tool_choice")
+    check_field(set(chat.modalities or ()) <= {"text"}, "modalities", "this model writes text only")
     top = chat.top_logprobs
-    require(top is None or 0 <= top <= MAX_TOP_LOGPROBS, "top_logprobs", f"give 0 to {MAX_TOP_LOGPROBS}")
-    require(not top or bool(chat.logprobs), "top_logprobs", "top_logprobs needs logprobs true")
+    check_field(top is None or 0 <= top <= MAX_TOP_LOGPROBS, "top_logprobs", f"give 0 to {MAX_TOP_LOGPROBS}")
+    check_field(not top or bool(chat.logprobs), "top_logprobs", "top_logprobs needs logprobs true")
     effort = chat.reasoning_effort
-    require(
+    check_field(
         effort is None or effort in EFFORT_TOKENS,
         "reasoning_effort",
         f"reasoning_effort {effort!r} is unknown: give one of {', '.join(EFFORT_TOKENS)}",
     )
     _check_tools(chat)
+    has_call = False
     for number, message in enumerate(chat.messages):
-        _check_message(message, number, chat.messages[:number])
+        _check_message(message, number, has_call=has_call)
+        has_call = has_call or bool(message.get("tool_calls"))
 
 
 def _check_tools(chat: ChatRequest) -> None:
     tools = chat.tools or []
-    require(len(tools) <= MAX_TOOLS, "tools", f"{len(tools)} tools are declared: give at most {MAX_TOOLS}")
+    check_field(len(tools) <= MAX_TOOLS, "tools", f"{len(tools)} tools are declared: give at most {MAX_TOOLS}")
     names: set[str] = set()
     for at, tool in enumerate(tools):
         kind, function = tool.get("type", "function"), tool.get("function")
-        require(kind == "function", f"tools[{at}].type", f"tools of type {kind!r} are not supported: give functions")
+        check_field(
+            kind == "function", f"tools[{at}].type", f"tools of type {kind!r} are not supported: give functions"
+        )
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str) or not name:
-            raise invalid(f"tools[{at}] has no function with a name", f"tools[{at}].function.name")
-        require(name not in names, f"tools[{at}].function.name", f"the function {name!r} is declared twice")
+            raise bad_request_error(f"tools[{at}] has no function with a name", f"tools[{at}].function.name")
+        check_field(name not in names, f"tools[{at}].function.name", f"the function {name!r} is declared twice")
         names.add(name)
 
 
-def _check_message(message: Mapping[str, Any], number: int, before: list[dict[str, Any]]) -> None:
+def _check_message(message: Mapping[str, Any], number: int, *, has_call: bool) -> None:
+    """Refuse what the model cannot read. ``has_call``: a message before it calls a tool."""
     content = message.get("content")
     for at, part in enumerate(content if isinstance(content, list) else ()):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if isinstance(kind, str) and kind not in _TEXT_PARTS:
             where = f"messages[{number}].content[{at}]"
-            raise invalid(f"{where} is {kind!r}, and this model reads text only", where, "unsupported_content")
+            raise bad_request_error(
+                f"{where} is {kind!r}, and this model reads text only", where, "unsupported_content"
+            )
     if message.get("role") != "tool":
         return
-    require(
+    check_field(
         bool(message.get("tool_call_id")),
         f"messages[{number}].tool_call_id",
         f"messages[{number}]: a tool's result needs the tool_call_id of its call",
     )
-    require(
-        any(earlier.get("tool_calls") for earlier in before),
+    check_field(
+        has_call,
         f"messages[{number}]",
         f"messages[{number}] is the result of a tool, and no message before it calls one",
     )

@@ -48,7 +48,7 @@ class ClusterActivity:
         self.plans: Sequence[StagePlan] = ()
         """The plan of the stages, from the moment when it is known."""
         self.loaded_bytes: Counter[int] = Counter()
-        """Bytes that each stage has loaded since the start of the server."""
+        """Bytes that each stage holds; 0 while the stages start again."""
         self.phase = ""
         """What the stages do before they are ready."""
         self.faults: Counter[int | None] = Counter()
@@ -79,7 +79,7 @@ class ClusterActivity:
             self._interval().answer_tokens += 1
 
     def stages(self) -> list[dict[str, Any]]:
-        """Return the fields of each stage for /v1/status. Shares and rates are those of the last 10 to 20 s."""
+        """Return the fields of each stage for /v1/status. Fractions and rates are those of the last 10 to 20 s."""
         with self._lock:
             now = time.monotonic()
             recent = [one for one in self._intervals if one.number >= self._number(now) - 1]
@@ -91,8 +91,8 @@ class ClusterActivity:
                 "last_layer": plan.assignment.end_layer - 1,
                 "shard_bytes": plan.shard_bytes,
                 "loaded_bytes": self.loaded_bytes[rank],
-                "busy_share": _share(sum(one.stages[rank].busy_s for one in recent), seconds),
-                "waiting_share": _share(sum(one.stages[rank].waiting_s for one in recent), seconds),
+                "busy_fraction": _fraction(sum(one.stages[rank].busy_s for one in recent), seconds),
+                "waiting_fraction": _fraction(sum(one.stages[rank].waiting_s for one in recent), seconds),
                 "sent_bytes_per_s": round(
                     sum(one.stages[rank].num_tokens for one in recent) * self._hop_bytes / max(1.0, seconds)
                     if rank + 1 < len(self.plans)
@@ -115,7 +115,7 @@ class ClusterActivity:
                     "seconds_ago": round(now - one.number * INTERVAL_S),
                     "tokens": one.answer_tokens,
                     "computed_tokens": one.stages[0].num_tokens,
-                    "busy_shares": [_share(work.busy_s, INTERVAL_S) for work in one.stages],
+                    "busy_fractions": [_fraction(work.busy_s, INTERVAL_S) for work in one.stages],
                 }
                 for one in self._intervals
                 if one.number > self._number(now) - NUM_INTERVALS
@@ -142,7 +142,9 @@ class CountedRestarts:
     def restart(self, error: ClusterError, on_restart: OnRestart) -> StageGroup:
         """Restart all stages; errors are those of RestartingDeployment."""
         self._activity.faults[error.rank] += 1
+        loaded_bytes, self._activity.loaded_bytes = self._activity.loaded_bytes, Counter()
         group = self._restarting.restart(error, on_restart)
+        self._activity.loaded_bytes = loaded_bytes  # with the same layers
         self._activity.num_restarts += 1
         return group
 
@@ -151,5 +153,5 @@ class CountedRestarts:
         self._restarting.cancel()
 
 
-def _share(part_s: float, seconds: float) -> float:
+def _fraction(part_s: float, seconds: float) -> float:
     return round(min(1.0, part_s / max(1.0, seconds)), 3)

@@ -4,8 +4,8 @@ from typing import Any
 
 import msgspec
 
-from mlx_k2.server.api_errors import invalid
-from mlx_k2.server.request_fields import GenerationFields, check_fields, read_fields, require
+from mlx_k2.server.api_errors import bad_request_error
+from mlx_k2.server.request_fields import GenerationFields, check_field, check_fields, read_fields
 
 
 class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
@@ -37,7 +37,7 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
         """
         prompt = self.prompt[0] if isinstance(self.prompt, list) and len(self.prompt) == 1 else self.prompt
         if not isinstance(prompt, str):
-            raise invalid("prompt: give one text, or the token ids of one", "prompt")
+            raise bad_request_error("prompt: give one text, or the token ids of one", "prompt")
         return prompt
 
 
@@ -64,6 +64,6 @@ def read_completion_request(body: bytes) -> CompletionRequest:
     completion = read_fields(body, CompletionRequest)
     check_fields(completion)
     for name in ("suffix", "echo", "logprobs", "min_tokens", "response_format"):
-        require(not getattr(completion, name), name, f"{name} is not supported: leave it out")
-    require(completion.best_of in (None, 1), "best_of", "this server makes one choice: leave best_of out")
+        check_field(not getattr(completion, name), name, f"{name} is not supported: leave it out")
+    check_field(completion.best_of in (None, 1), "best_of", "this server makes one choice: leave best_of out")
     return completion

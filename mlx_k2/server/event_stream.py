@@ -1,8 +1,9 @@
-"""Event stream: the events of one request in the engine, for a reader on an event loop. Knows no HTTP."""
+"""Event stream: the events of one answer in the engine, for a reader on an event loop. Knows no HTTP."""
 
 import asyncio
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 from mlx_k2.coordinator.engine import Engine
 from mlx_k2.coordinator.handle import Event, Finished, Handle
@@ -12,53 +13,62 @@ from mlx_k2.server.language_model import Generation
 
 
 class EventStream:
-    """The events of one submitted request. It belongs to the event loop on which it was opened.
+    """The events of one answer, which has a request for each choice. It belongs to the event loop that opened it.
 
-    ``on_event`` is called with each event that is read, ``on_close`` when the reader needs no more.
+    ``on_event`` is called with each event that is read and the number of its choice, ``on_close`` when the reader needs
+    no more.
     """
 
-    def __init__(self, on_event: Callable[[Event], None], on_close: Callable[[], None]) -> None:
+    def __init__(self, on_event: Callable[[int, Event], None], on_close: Callable[[], None]) -> None:
         self._on_event = on_event
         self._on_close = on_close
         self._loop = asyncio.get_running_loop()
         self._has_events = asyncio.Event()
-        self._handle: Handle | None = None
+        self._handles: list[Handle] = []
+        self._num_running = 0
         self._failure: MlxK2Error | None = None
         self._may_be_cancelled = False
         self.is_abandoned = False
         """Whether the client has gone."""
 
     async def submit(self, engine: Engine, generation: Generation) -> None:
-        """Submit the request, on a worker thread: the check of a long prompt takes milliseconds.
+        """Submit the requests, on a worker thread: the check of a long prompt takes milliseconds.
 
         Raises:
-            RequestError, EngineBusy, ClusterError: as ``Engine.submit``.
+            RequestError, EngineBusy, ClusterError: as ``Engine.submit_all``.
         """
-        self._handle = await asyncio.to_thread(engine.submit, generation.request, generation.policy, self._notify)
+        submissions = [replace(one, notify=self._notify) for one in generation.submissions]
+        self._handles = await asyncio.to_thread(engine.submit_all, submissions)
+        self._num_running = len(self._handles)
         if self._may_be_cancelled:  # meanwhile
-            self._handle.cancel()
+            self.cancel()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the end of each request was read, and there is no error to read."""
+        return self._num_running == 0 and self._failure is None
 
     def cancel(self) -> None:
-        """Cancel the request if it has not ended; the stream then ends soon."""
+        """Cancel the requests that have not ended; the stream then ends soon."""
         self._may_be_cancelled = True
-        if self._handle is not None:
-            self._handle.cancel()
+        for handle in self._handles:
+            handle.cancel()
 
     def close(self) -> None:
-        """Cancel the request if it has not ended. Nothing is read afterwards."""
+        """Cancel the requests that have not ended. Nothing is read afterwards."""
         self.cancel()
         self._on_close()
 
     def abandon(self) -> None:
-        """Cancel the request, because its client has gone."""
+        """Cancel the requests, because their client has gone."""
         self.is_abandoned = True
         self.cancel()
 
-    async def read(self, timeout_s: float | None) -> list[Event]:
-        """Wait for events and return all that are there, Finished last; [] if there is none within ``timeout_s``.
+    async def read(self, timeout_s: float | None) -> list[tuple[int, Event]]:
+        """Wait for events and return all that are there, each with its choice's number; [] if ``timeout_s`` has passed.
 
         Raises:
-            RequestFailed, ClusterError: the request ended with an error.
+            RequestFailed, ClusterError: a request ended with an error.
             Cancelled: the program ends.
         """
         if self._failure is not None:
@@ -67,30 +77,26 @@ class EventStream:
             async with asyncio.timeout(timeout_s):
                 await self._has_events.wait()
         self._has_events.clear()
-        events: list[Event] = []
+        events: list[tuple[int, Event]] = []
         try:
-            for event in self._ready():
-                if isinstance(event, Finished) and not self._may_be_cancelled:
-                    _check_end(event)
-                self._on_event(event)
-                events.append(event)
+            for index, event in self._ready():
+                if isinstance(event, Finished):
+                    self._num_running -= 1
+                    if event.reason is FinishReason.CANCELLED and not self._may_be_cancelled:
+                        raise Cancelled("the engine has ended")
+                self._on_event(index, event)
+                events.append((index, event))
         except MlxK2Error as error:
             if not events:
                 raise
             self._failure = error
         return events
 
-    def _ready(self) -> Generator[Event, None, None]:
-        assert self._handle is not None, "the request was submitted"
-        return self._handle.ready_events()
+    def _ready(self) -> Iterator[tuple[int, Event]]:
+        for index, handle in enumerate(self._handles):
+            yield from ((index, event) for event in handle.ready_events())
 
     def _notify(self, _: Handle) -> None:
         """Wake the reader. Called on the engine thread."""
         with suppress(RuntimeError):  # the loop is closed: nobody reads any more
             self._loop.call_soon_threadsafe(self._has_events.set)
-
-
-def _check_end(finished: Finished) -> None:
-    """Raise Cancelled for an answer that the end of the engine has cut."""
-    if finished.reason is FinishReason.CANCELLED:
-        raise Cancelled("the engine has ended")

@@ -3,6 +3,7 @@
 Pure ASGI: Starlette's BaseHTTPMiddleware would hide that a client has gone.
 """
 
+import asyncio
 import secrets
 import time
 import traceback
@@ -13,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_k2.server.access import Access
-from mlx_k2.server.api_errors import ApiError
+from mlx_k2.server.api_errors import ApiError, unavailable_error
 from mlx_k2.server.sse import error_response
 
 REQUEST_ID = "mlx_k2.request_id"
@@ -22,7 +23,7 @@ OWNER = "mlx_k2.owner"
 """The key of a request's scope for the name of its API key; "" if none is required."""
 
 
-class Front:
+class OuterLayer:
     """The layer around the application ``inner``. ``log`` receives a line for each request and each defect.
 
     A line has no text from the client other than the method of a known route: a path could hold anything.
@@ -53,10 +54,14 @@ class Front:
             await self._answer(scope, receive, send_with_id)
         except ClientDisconnect:
             status = 499
-        except Exception as error:  # noqa: BLE001 - one request's defect must not end others
-            self._log(f"request {request_id} met a defect:\n{defect_text(error)}")
+        except asyncio.CancelledError:  # the time for running requests is over
             if not status:
-                failure = ApiError(500, "server_error", "the server met a defect; its log has the details")
+                await error_response(unavailable_error("the server ends"))(scope, receive, send_with_id)
+            raise
+        except Exception as error:  # noqa: BLE001 - one request's defect must not end others
+            self._log(f"request {request_id} ended by an unexpected error:\n{defect_text(error)}")
+            if not status:
+                failure = ApiError(500, "server_error", "unexpected error in the server; its log has the details")
                 await error_response(failure)(scope, receive, send_with_id)
         finally:
             path = getattr(scope.get("route"), "path", None)

@@ -13,9 +13,11 @@ from starlette.types import ASGIApp
 from mlx_k2.errors import SetupError
 from mlx_k2.server.http_connection import MAX_HEADER_BYTES, Connection
 
-KEEP_OPEN_S = 120
+KEEP_OPEN_TIMEOUT_S = 120
 """Clients keep idle connections for a minute and more, and report an error when a server closes them earlier."""
 _BACKLOG = 2048
+_SEND_BUFFER_BYTES = 256 * 1024
+"""What the system holds for a client. Larger buffers would hide for long that a client takes nothing."""
 _FORCED_END_S = 5.0
 
 
@@ -50,7 +52,7 @@ class HttpServer:
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            timeout_keep_alive=KEEP_OPEN_S,
+            timeout_keep_alive=KEEP_OPEN_TIMEOUT_S,
             timeout_graceful_shutdown=max(1, round(drain_s)),
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             ssl_certfile=None if certificate is None else certificate.certfile,
@@ -58,6 +60,8 @@ class HttpServer:
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
+        self.has_ended = threading.Event()
+        """Set when the thread has ended, whatever the cause."""
 
     def __enter__(self) -> "HttpServer":
         try:
@@ -93,7 +97,10 @@ class HttpServer:
         self._thread.join()
 
     def _run(self) -> None:
-        asyncio.run(self._server.serve([self._socket]))
+        try:
+            asyncio.run(self._server.serve([self._socket]))
+        finally:
+            self.has_ended.set()
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
@@ -109,6 +116,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
     listening = socket.socket(family, kind, protocol)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)  # connections have it as well
         listening.bind(address)
         listening.listen(_BACKLOG)
     except OSError as error:

@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
+from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy, TextPolicy
 from mlx_k2.errors import RequestError
-from mlx_k2.sampling import Sampling
+from mlx_k2.sampling import Sampling, derived_seed
 from mlx_k2.scheduling.request import Priority, Request
-from mlx_k2.scheduling.token_policy import TokenPolicy
-from mlx_k2.server.api_errors import context_overflow, invalid
+from mlx_k2.server.api_errors import bad_request_error, context_overflow
 from mlx_k2.server.chat_request import ChatRequest
 from mlx_k2.server.completion_request import CompletionRequest
 from mlx_k2.server.request_fields import GenerationFields
@@ -40,10 +42,9 @@ _NO_PARAMETERS = {"type": "object", "properties": {}}
 
 @dataclass(frozen=True)
 class Generation:
-    """One request for the engine, and what its answer's reader needs to know."""
+    """A request for the engine for each choice of an answer, and what the answer's reader needs to know."""
 
-    request: Request
-    policy: TokenPolicy
+    submissions: tuple[Submission, ...]
     tokenizer: Tokenizer
     in_reasoning: bool = False
     """Whether the answer begins inside the reasoning."""
@@ -88,11 +89,13 @@ class LanguageModel:
         prompt_ids, digest = self.chat_prompt(chat, owner)
         first_call = next_call_number(chat.messages)
         grammar = self._grammar(chat, first_call)
-        limits = ReplyLimits(chat.stop_strings, chat.min_tokens or 0, chat.thinking_budget)
-        request = self._request(chat, prompt_ids, self._sampling(chat, self._mode(chat).thinking))
+        budget = chat.thinking_budget if self._frontend.template.has_reasoning else None
+        limits = ReplyLimits(chat.stop_strings, chat.min_tokens or 0, budget)
+        sampling = self._sampling(chat, self._mode(chat).thinking)
+        seeds = [sampling.seed, *(derived_seed(sampling.seed, index) for index in range(1, chat.n or 1))]
+        requests = [self._request(chat, prompt_ids, msgspec.structs.replace(sampling, seed=seed)) for seed in seeds]
         return Generation(
-            request,
-            ReplyPolicy(self.tokenizer, request, limits, grammar),
+            tuple(Submission(one, ReplyPolicy(self.tokenizer, one, limits, grammar)) for one in requests),
             self.tokenizer,
             in_reasoning=opens_reasoning(self.tokenizer, prompt_ids),
             first_call=first_call,
@@ -113,7 +116,7 @@ class LanguageModel:
             variables = self._mode(chat).variables(template)
             pieces = render_pieces(template, self.tokenizer, restored.messages, _declarations(chat), **variables)
         except RequestError as error:
-            raise invalid(str(error), "messages") from None
+            raise bad_request_error(str(error), "messages") from None
         sampled = SampledTurns(self.tokenizer)
         for number, turn in restored.turns.items():
             sampled.keep(number, turn.token_ids)
@@ -133,7 +136,7 @@ class LanguageModel:
         self._check_ids(prompt_ids, "prompt")
         request = self._request(completion, prompt_ids, self._sampling(completion, None))
         policy = TextPolicy(self.tokenizer, request, completion.stop_strings)
-        return Generation(request, policy, self.tokenizer)
+        return Generation((Submission(request, policy),), self.tokenizer)
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids, control tokens by their names.
@@ -147,7 +150,9 @@ class LanguageModel:
     def _check_ids(self, token_ids: Sequence[int], field: str) -> None:
         wrong = next((number for number in token_ids if not 0 <= number < self.tokenizer.vocab_size), None)
         if wrong is not None:
-            raise invalid(f"{field}: the vocabulary of {self.tokenizer.vocab_size} tokens has no {wrong}", field)
+            raise bad_request_error(
+                f"{field}: the vocabulary of {self.tokenizer.vocab_size} tokens has no {wrong}", field
+            )
 
     def _mode(self, chat: ChatRequest) -> ThinkingMode:
         """Return the mode that is asked for, as far as the template has it: thinking is never refused."""
@@ -159,9 +164,10 @@ class LanguageModel:
 
     def _request(self, asked: GenerationFields, prompt_ids: Sequence[int], sampling: Sampling) -> Request:
         if not prompt_ids:
-            raise invalid("the prompt is empty: give some text, or token ids", "prompt")
+            raise bad_request_error("the prompt is empty: give some text, or token ids", "prompt")
         if len(prompt_ids) >= self.context_tokens:
-            raise context_overflow(len(prompt_ids), self.context_tokens)
+            field = "messages" if isinstance(asked, ChatRequest) else "prompt"
+            raise context_overflow(len(prompt_ids), self.context_tokens, field)
         max_tokens = min(asked.limit_tokens or self.context_tokens, self.context_tokens - len(prompt_ids))
         priority = Priority.BACKGROUND if asked.service_tier == "flex" else Priority.INTERACTIVE
         stop_ids = frozenset[int]() if asked.ignore_eos else self._frontend.stop_ids
@@ -174,8 +180,8 @@ class LanguageModel:
             values["temperature"] = INSTANT_TEMPERATURE
         for name in SAMPLING_FIELDS:
             values[name] = getattr(recommended, name) if values[name] is None else values[name]
-        if values["top_k"] is not None:
-            values["top_k"] = min(values["top_k"], self.tokenizer.vocab_size)
+        if values["top_k"] is not None:  # elsewhere, 0 and -1 set no limit
+            values["top_k"] = None if values["top_k"] in (0, -1) else min(values["top_k"], self.tokenizer.vocab_size)
         values |= {name: getattr(asked, name) for name in _PENALTIES}
         given = {name: value for name, value in values.items() if value is not None}
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
@@ -183,14 +189,15 @@ class LanguageModel:
         try:
             return Sampling(seed=seed, num_logprobs=num_logprobs, logit_bias=self._biases(asked), **given)
         except RequestError as error:
-            raise invalid(str(error), str(error).split(" ", 1)[0].replace("-", "_")) from None
+            name = str(error).removeprefix("the ").replace("logit bias", "logit-bias").split(" ", 1)[0]
+            raise bad_request_error(str(error), name.replace("-", "_")) from None
 
     def _biases(self, asked: GenerationFields) -> tuple[tuple[int, float], ...]:
         """Return the logit biases by token id; the keys of a JSON object are texts."""
         biases = asked.logit_bias or {}
         wrong = next((key for key in biases if not (key.isascii() and key.isdigit() and len(key) < _MAX_DIGITS)), None)
         if wrong is not None:
-            raise invalid(f"logit_bias: {wrong!r} is not a token id", "logit_bias")
+            raise bad_request_error(f"logit_bias: {wrong!r} is not a token id", "logit_bias")
         self._check_ids([int(key) for key in biases], "logit_bias")
         return tuple((int(key), bias) for key, bias in biases.items())
 
@@ -207,11 +214,12 @@ class LanguageModel:
         try:
             rules = tool_rules(declared, chat.tool_choice, is_parallel=is_parallel, first_number=first_call)
         except RequestError as error:
-            raise invalid(str(error), "tool_choice") from None
+            raise bad_request_error(str(error), "tool_choice") from None
         try:
             return compile_constraint(self._frontend.grammars, Constraint(answer, rules))
         except RequestError as error:
-            raise invalid(str(error), "tools" if "tool" in str(error) else "response_format") from None
+            is_tool = str(error).startswith(("the schema of tool ", "tool calls "))
+            raise bad_request_error(str(error), "tools" if is_tool else "response_format") from None
 
 
 def next_call_number(messages: Sequence[Mapping[str, Any]]) -> int:

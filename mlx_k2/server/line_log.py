@@ -41,5 +41,5 @@ class LineLog:
         while (line := self._lines.get()) is not None:
             try:
                 self._write(line)
-            except OSError:  # the terminal is gone: the server goes on
+            except Exception:  # noqa: BLE001, S112 - the terminal is gone, or refuses the text: the server goes on
                 continue

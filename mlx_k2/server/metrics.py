@@ -20,14 +20,14 @@ _TOKENS = (10, 100, 1000, 4000, 16000, 64000, 128000, 262144)
 
 
 class Source(Protocol):
-    """What is read when the metrics are asked for."""
+    """The values that are read for each answer of /metrics."""
 
     @property
     def records(self) -> dict[str, RequestRecord]:
         """The requests that wait or run."""
 
     @property
-    def use(self) -> tuple[StageUse, ...]:
+    def stage_totals(self) -> tuple[StageUse, ...]:
         """The totals of each stage."""
 
     @property
@@ -124,7 +124,7 @@ class _CurrentValues(Collector):
             faults.add_metric([str(rank)], activity.faults[rank])
         peak = GaugeMetricFamily("mlx_k2_stage_peak_bytes", "Peak memory of a stage.", labels=["stage"])
         tokens = CounterMetricFamily("mlx_k2_stage_tokens", "Tokens that a stage has computed.", labels=["stage"])
-        for rank, use in enumerate(self._source.use):
+        for rank, use in enumerate(self._source.stage_totals):
             label = [str(rank)]
             for name, value in zip(names, (use.busy_s, use.receive_s, use.send_s), strict=True):
                 seconds[name].add_metric(label, value)

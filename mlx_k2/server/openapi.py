@@ -19,7 +19,7 @@ _ERROR_TEXTS = {
     "413": "The body is too large.",
     "415": "The body is compressed.",
     "429": "The queue is full; retry-after has the expected wait in seconds.",
-    "500": "The server met a defect.",
+    "500": "Unexpected error in the server.",
     "503": "The model is loading, or the stages start again; retry-after has seconds.",
 }
 _POSTS: dict[str, tuple[str, type[msgspec.Struct] | None]] = {

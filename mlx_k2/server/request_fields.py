@@ -6,7 +6,7 @@ import msgspec
 
 from mlx_k2.json_text.parse import JsonError, parse_json
 from mlx_k2.json_text.read import convert
-from mlx_k2.server.api_errors import invalid
+from mlx_k2.server.api_errors import bad_request_error
 
 MAX_STOP_STRINGS = 16
 
@@ -76,32 +76,33 @@ def read_fields(body: bytes, kind: type[Fields]) -> Fields:
     try:
         value = parse_json(body)
     except JsonError as error:
-        raise invalid(f"the body is not JSON: {error}") from None
+        raise bad_request_error(f"the body is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise invalid("the body must be a JSON object")
+        raise bad_request_error("the body must be a JSON object")
     try:
         return convert(value, kind)
     except JsonError as error:
         field, _, problem = str(error).partition(": ")
-        raise invalid(str(error), field if problem and field != "the whole" else None) from None
+        raise bad_request_error(str(error), field if problem and field != "the whole" else None) from None
 
 
-def check_fields(asked: GenerationFields) -> None:
+def check_fields(asked: GenerationFields, max_choices: int = 1) -> None:
     """Refuse what cannot be done. Nothing that changes an answer is ignored silently.
 
     Raises:
         ApiError: 400; names the field.
     """
-    require(asked.n in (None, 1), "n", "this server makes one choice: leave n out, or give 1")
-    require(asked.extra_body is None, "extra_body", "extra_body is an argument of OpenAI's client: send its fields")
+    check_field(asked.n is None or 1 <= asked.n <= max_choices, "n", f"n is {asked.n}: give 1 to {max_choices}")
+    check_field(asked.extra_body is None, "extra_body", "extra_body is an argument of OpenAI's client: send its fields")
     limit = asked.limit_tokens
     name = "max_tokens" if limit == asked.max_tokens else "max_completion_tokens"
-    require(limit is None or limit >= 1, name, f"{name} is {limit}: give at least 1")
-    require(len(asked.stop_strings) <= MAX_STOP_STRINGS, "stop", f"stop: give at most {MAX_STOP_STRINGS} strings")
-    require("" not in asked.stop_strings, "stop", "stop: an empty string ends no answer")
+    check_field(asked.min_tokens is None or asked.min_tokens >= 0, "min_tokens", "min_tokens: give at least 0")
+    check_field(limit is None or limit >= 1, name, f"{name} is {limit}: give at least 1")
+    check_field(len(asked.stop_strings) <= MAX_STOP_STRINGS, "stop", f"stop: give at most {MAX_STOP_STRINGS} strings")
+    check_field("" not in asked.stop_strings, "stop", "stop: an empty string ends no answer")
 
 
-def require(holds: bool, param: str, message: str) -> None:
+def check_field(holds: bool, param: str, message: str) -> None:
     """Raise a 400 that names ``param`` unless ``holds``."""
     if not holds:
-        raise invalid(message, param)
+        raise bad_request_error(message, param)

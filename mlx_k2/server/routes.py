@@ -1,8 +1,9 @@
 """The routes of the server. Knows HTTP and the APIs' formats, but no stages."""
 
 import asyncio
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -10,10 +11,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from mlx_k2.coordinator.handle import Event, Finished
 from mlx_k2.errors import MlxK2Error
-from mlx_k2.server.api_errors import from_program, invalid
-from mlx_k2.server.chat_completions import ChatFormat, ChatFrames, chat_body
+from mlx_k2.server.api_errors import bad_request_error, to_api_error
+from mlx_k2.server.chat_completions import ChatFormat, CompletionFormat
 from mlx_k2.server.chat_reply import ChatReply
 from mlx_k2.server.chat_request import ChatRequest, read_chat_request
 from mlx_k2.server.completion_request import (
@@ -22,21 +22,24 @@ from mlx_k2.server.completion_request import (
     TokenizeRequest,
     read_completion_request,
 )
-from mlx_k2.server.event_stream import EventStream
 from mlx_k2.server.front import OWNER, REQUEST_ID
-from mlx_k2.server.language_model import Generation
+from mlx_k2.server.language_model import Generation, LanguageModel
 from mlx_k2.server.metrics import CONTENT_TYPE
 from mlx_k2.server.openapi import document
 from mlx_k2.server.request_body import read_body
 from mlx_k2.server.request_fields import GenerationFields, read_fields
 from mlx_k2.server.server_state import ServerState
-from mlx_k2.server.sse import CompleteResponse, EventStreamResponse, Frames, json_response
+from mlx_k2.server.sse import STREAM_HEADERS, EventStreamResponse, WholeResponse, json_response
 from mlx_k2.server.status_stream import StatusStream
 from mlx_k2.server.text_completions import TextFormat
 
 Result = TypeVar("Result")
 _MAX_ID_DIGITS = 16
-_ID_PREFIXES = ("chatcmpl-", "cmpl-")
+_MAX_PREPARING = 4
+"""The most requests whose prompts are made at once, each on a worker thread."""
+_CHAT_PREFIX, _TEXT_PREFIX = "chatcmpl-", "cmpl-"
+_OTHER_MODEL = "another model was asked for; the answer is from the one that is served"
+_MAX_WARNINGS, _MAX_WARNING_SIZE = 8, 300
 
 
 class Routes:
@@ -44,6 +47,7 @@ class Routes:
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
+        self._workers = asyncio.Semaphore(_MAX_PREPARING)
 
     def table(self) -> list[Route]:
         """Return the routes."""
@@ -79,6 +83,8 @@ class Routes:
         return json_response(status | {"history": self._state.activity.history()})
 
     async def _status_events(self, request: Request) -> ASGIApp:
+        if request.method == "HEAD":
+            return Response(headers=STREAM_HEADERS)
         owner = request.scope[OWNER]
         seen = request.headers.get("last-event-id", "")
         last_id = int(seen) if seen.isascii() and seen.isdigit() and len(seen) < _MAX_ID_DIGITS else 0
@@ -94,17 +100,21 @@ class Routes:
         return json_response(self._model_entry())
 
     async def _model_files(self, request: Request) -> Response:  # noqa: ARG002 - a route's argument
-        return json_response(self._state.model().files())
+        files = self._state.model().files
+        return await asyncio.to_thread(lambda: json_response(files()))
 
     def _model_entry(self) -> dict[str, Any]:
-        entry = {"id": self._state.model_name, "object": "model", "created": self._state.created}
-        entry |= {"owned_by": "mlx-k2"}
-        context_tokens = self._state.context_tokens
-        return entry if context_tokens is None else entry | {"max_model_len": context_tokens}
+        return {
+            "id": self._state.model_name,
+            "object": "model",
+            "created": self._state.created,
+            "owned_by": "mlx-k2",
+            "max_model_len": self._state.context_tokens,
+        }
 
     async def _cancel(self, request: Request) -> Response:
         written = request_id = request.path_params["id"]
-        for prefix in _ID_PREFIXES:
+        for prefix in (_CHAT_PREFIX, _TEXT_PREFIX):
             request_id = request_id.removeprefix(prefix)
         self._state.cancel(request_id, request.scope[OWNER])
         return json_response({"id": written, "cancelled": True})
@@ -112,116 +122,98 @@ class Routes:
     # ---- tokens
 
     async def _tokenize(self, request: Request) -> Response:
-        model = self._state.model()
-        body = await read_body(request)
-
-        def tokenize() -> list[int]:
+        def tokenize(model: LanguageModel, body: bytes) -> list[int]:
             asked = read_fields(body, TokenizeRequest)
             text = asked.content if asked.prompt is None else asked.prompt
             if text is not None:
                 return model.tokenizer.encode_text(text)
             if asked.messages is None:
-                raise invalid("give a text as prompt, or messages", "prompt")
+                raise bad_request_error("give a text as prompt, or messages", "prompt")
             return model.chat_prompt(read_chat_request(body), request.scope[OWNER])[0]
 
-        tokens = await _on_worker(tokenize)
-        return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": model.context_tokens})
+        tokens = await self._prepare(request, tokenize)
+        return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": self._state.context_tokens})
 
     async def _detokenize(self, request: Request) -> Response:
-        model = self._state.model()
-        body = await read_body(request)
-        text = await _on_worker(lambda: model.text_of(read_fields(body, DetokenizeRequest).tokens))
-        return json_response({"prompt": text})
+        def detokenize(model: LanguageModel, body: bytes) -> str:
+            return model.text_of(read_fields(body, DetokenizeRequest).tokens)
+
+        return json_response({"prompt": await self._prepare(request, detokenize)})
 
     # ---- generation
 
     async def _chat(self, request: Request) -> ASGIApp:
-        self._state.check_ready()
-        model = self._state.model()
-        body = await read_body(request)
-
-        def prepare() -> tuple[ChatRequest, Generation]:
+        def prepare(model: LanguageModel, body: bytes) -> tuple[ChatRequest, Generation]:
             chat = read_chat_request(body)
             self._state.check_model(chat.model)
             return chat, model.chat(chat, request.scope[OWNER])
 
-        chat, generation = await _on_worker(prepare)
-        stream = await self._open(request, generation)
-        reply = ChatReply(generation, lambda: model.keep_turn(generation.digest, reply.message, reply.token_ids))
-        options = self._state.options
-        chat_format = ChatFormat(
-            id=_ID_PREFIXES[0] + request.scope[REQUEST_ID],
-            created=int(time.time()),
-            model=model.name,
-            tokenizer=model.tokenizer,
-            mirrors_reasoning=options.mirrors_reasoning,
-            wants_logprobs=bool(chat.logprobs),
-        )
-        frames = ChatFrames(
-            chat_format,
-            reply,
-            include_usage=chat.wants_usage,
-            return_progress=bool(chat.return_progress),
-            keepalive=options.keepalive,
-        )
-        return self._response(chat, stream, frames, reply, lambda end: chat_body(chat_format, reply, end.summary))
+        self._state.check_ready()
+        chat, generation = await self._prepare(request, prepare, is_queued=True)
+        replies = [_stored_reply(self._state.model(), generation) for _ in generation.submissions]
+        form = ChatFormat(self._head(_CHAT_PREFIX, request), replies, chat, self._state.options)
+        return await self._answer(request, chat, generation, replies, form)
 
     async def _completions(self, request: Request) -> ASGIApp:
-        self._state.check_ready()
-        model = self._state.model()
-        body = await read_body(request)
-
-        def prepare() -> tuple[CompletionRequest, Generation]:
+        def prepare(model: LanguageModel, body: bytes) -> tuple[CompletionRequest, Generation]:
             completion = read_completion_request(body)
             self._state.check_model(completion.model)
             return completion, model.completion(completion)
 
-        completion, generation = await _on_worker(prepare)
-        stream = await self._open(request, generation)
-        reply = ChatReply(generation)
-        head = {
-            "id": _ID_PREFIXES[1] + request.scope[REQUEST_ID],
-            "object": "text_completion",
+        self._state.check_ready()
+        completion, generation = await self._prepare(request, prepare, is_queued=True)
+        replies = [ChatReply(generation)]
+        form = TextFormat(self._head(_TEXT_PREFIX, request), replies, completion, self._state.options)
+        return await self._answer(request, completion, generation, replies, form)
+
+    async def _prepare(
+        self, request: Request, compute: Callable[[LanguageModel, bytes], Result], *, is_queued: bool = False
+    ) -> Result:
+        """Read the body, and return what ``compute`` makes of it on a worker thread.
+
+        Raises:
+            ApiError: also for an error of the program.
+        """
+        model = self._state.model()
+        with self._state.preparing(is_queued=is_queued):
+            body = await read_body(request)
+            try:
+                async with self._workers:
+                    return await asyncio.to_thread(compute, model, body)
+            except MlxK2Error as error:
+                raise to_api_error(error) from None
+
+    def _head(self, prefix: str, request: Request) -> dict[str, Any]:
+        return {
+            "id": prefix + request.scope[REQUEST_ID],
             "created": int(time.time()),
-            "model": model.name,
+            "model": self._state.model_name,
         }
-        frames = TextFormat(head, reply, completion, self._state.options.keepalive)
-        return self._response(completion, stream, frames, reply, frames.body)
 
-    async def _open(self, request: Request, generation: Generation) -> EventStream:
-        return await self._state.open(request.scope[REQUEST_ID], request.scope[OWNER], generation)
-
-    def _response(
+    async def _answer(
         self,
+        request: Request,
         asked: GenerationFields,
-        stream: EventStream,
-        frames: Frames,
-        reply: ChatReply,
-        body: Callable[[Finished], object],
+        generation: Generation,
+        replies: Sequence[ChatReply],
+        form: CompletionFormat,
     ) -> ASGIApp:
-        headers = self._model_headers(asked.model)
+        """Submit the request and return its answer."""
+        warnings = [_OTHER_MODEL] if asked.model not in (None, self._state.model_name) else []
+        headers = warning_headers([*warnings, *generation.warnings])
+        stream = await self._state.open(request.scope[REQUEST_ID], request.scope[OWNER], generation)
         if asked.stream:
-            return EventStreamResponse(stream, frames, headers, self._state.options.keepalive_s)
-
-        def add(event: Event) -> None:
-            reply.add(event)
-
-        return CompleteResponse(stream, add, body, headers)
-
-    def _model_headers(self, name: str | None) -> dict[str, str]:
-        """Return a warning for a request that names another model."""
-        if name in (None, self._state.model_name):
-            return {}
-        return {"warning": '299 mlx-k2 "another model was asked for; the answer is from the one that is served"'}
+            return EventStreamResponse(stream, form, headers, self._state.options.keepalive_s)
+        return WholeResponse(stream, lambda index, event: replies[index].add(event), form.body, headers)
 
 
-async def _on_worker(compute: Callable[[], Result]) -> Result:
-    """Return the result of a computation that would block the event loop.
+def _stored_reply(model: LanguageModel, generation: Generation) -> ChatReply:
+    """Return an empty reply that is stored for the client's next request when it is complete."""
+    reply = ChatReply(generation, lambda: model.keep_turn(generation.digest, reply.message, reply.token_ids))
+    return reply
 
-    Raises:
-        ApiError: also for an error of the program.
-    """
-    try:
-        return await asyncio.to_thread(compute)
-    except MlxK2Error as error:
-        raise from_program(error) from None
+
+def warning_headers(warnings: Sequence[str]) -> dict[str, str]:
+    """Return a header with ``warnings``, in the characters that a header may have."""
+    texts = [re.sub(r'[^ -~]|["\\]', "?", warning[:_MAX_WARNING_SIZE]) for warning in warnings[:_MAX_WARNINGS]]
+    return {"warning": ", ".join(f'299 mlx-k2 "{text}"' for text in texts)} if texts else {}

@@ -1,14 +1,16 @@
 """The state that all routes share: the engine while there is one, the model, the running requests. Knows no HTTP."""
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlx_k2.coordinator.engine import Engine
 from mlx_k2.coordinator.handle import Event, Token
 from mlx_k2.coordinator.pipeline import StageUse
-from mlx_k2.errors import MlxK2Error
-from mlx_k2.server.api_errors import ApiError, from_program, unavailable
+from mlx_k2.errors import EngineBusy, MlxK2Error
+from mlx_k2.server.api_errors import ApiError, to_api_error, unavailable_error
 from mlx_k2.server.cluster_activity import ClusterActivity
 from mlx_k2.server.event_stream import EventStream
 from mlx_k2.server.language_model import Generation, LanguageModel
@@ -45,10 +47,11 @@ class ServerState:
         self.created = int(time.time())
         self.records: dict[str, RequestRecord] = {}
         self.is_ending = False
-        """Set once the server drains: streams that never end by themselves end then."""
+        """True from the beginning of the server's end: streams that never end by themselves end then."""
         self.metrics = Metrics(self)
         self._streams: dict[str, EventStream] = {}
         self._loaded: _Loaded | None = None
+        self._num_preparing = 0
 
     def serve(self, engine: Engine, model: LanguageModel) -> None:
         """Begin to accept requests."""
@@ -62,7 +65,7 @@ class ServerState:
         return "restarting" if self._loaded.engine.is_restarting else "ready"
 
     @property
-    def use(self) -> tuple[StageUse, ...]:
+    def stage_totals(self) -> tuple[StageUse, ...]:
         """The totals of each stage; () while the model is loading."""
         return () if self._loaded is None else self._loaded.engine.use
 
@@ -78,7 +81,7 @@ class ServerState:
             ApiError: 503, the model is loading.
         """
         if self._loaded is None:
-            raise unavailable("the model is loading")
+            raise unavailable_error("the model is loading")
         return self._loaded.model
 
     def check_ready(self) -> None:
@@ -88,8 +91,25 @@ class ServerState:
             ApiError: 503, the model is loading or the stages restart.
         """
         if self.name == "restarting":
-            raise unavailable("the stages start again after a fault")
+            raise unavailable_error("the stages start again after a fault")
         self.model()
+
+    @contextmanager
+    def preparing(self, *, is_queued: bool) -> Iterator[None]:
+        """Count a request whose body is read and whose prompt is made. ``is_queued``: the engine gets it afterwards.
+
+        Raises:
+            ApiError: 429, there are as many as the engine can run and queue.
+        """
+        assert self._loaded is not None, "model() was called"
+        engine = self._loaded.engine
+        if self._num_preparing + is_queued * len(self.records) >= engine.max_requests:
+            raise to_api_error(EngineBusy("", engine.expected_wait_s))
+        self._num_preparing += 1
+        try:
+            yield
+        finally:
+            self._num_preparing -= 1
 
     def check_model(self, name: str | None) -> None:
         """Refuse another model's name, if names are strict.
@@ -106,29 +126,32 @@ class ServerState:
         return ApiError(404, "not_found_error", message, param="model", code="model_not_found")
 
     async def open(self, request_id: str, owner: str, generation: Generation) -> EventStream:
-        """Submit a request and return its events. It is among the records until the stream is closed.
+        """Submit a request and return its events. It has a record for each choice until the stream is closed.
 
         Raises:
             ApiError: the engine refuses it.
         """
         assert self._loaded is not None, "a generation was made, so the model is loaded"
-        record = RequestRecord(request_id, owner, prompt_total=len(generation.request.prompt_ids))
+        num_prompt = len(generation.submissions[0].request.prompt_ids)
+        ids = [f"{request_id}-{index}" if index else request_id for index in range(len(generation.submissions))]
+        records = [RequestRecord(one, owner, prompt_total=num_prompt) for one in ids]
 
-        def on_event(event: Event) -> None:
-            self.metrics.add(record, event)
+        def on_event(index: int, event: Event) -> None:
+            self.metrics.add(records[index], event)
             if isinstance(event, Token):
                 self.activity.add_token()
-            record.add(event)
+            records[index].add(event)
 
-        stream = EventStream(on_event, lambda: self._close(request_id))
-        self.records[request_id], self._streams[request_id] = record, stream
+        stream = EventStream(on_event, lambda: self._close(ids))
+        self.records |= dict(zip(ids, records, strict=True))
+        self._streams |= dict.fromkeys(ids, stream)
         try:
             await stream.submit(self._loaded.engine, generation)
         except MlxK2Error as error:
-            self._close(request_id)
-            raise from_program(error) from None
+            self._close(ids)
+            raise to_api_error(error) from None
         except BaseException:
-            self._close(request_id)
+            self._close(ids)
             raise
         return stream
 
@@ -159,6 +182,7 @@ class ServerState:
             "requests": [record.fields(is_own=record.owner == owner) for record in records],
         }
 
-    def _close(self, request_id: str) -> None:
-        self.records.pop(request_id, None)
-        self._streams.pop(request_id, None)
+    def _close(self, ids: Sequence[str]) -> None:
+        for one in ids:
+            self.records.pop(one, None)
+            self._streams.pop(one, None)

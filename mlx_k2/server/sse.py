@@ -6,23 +6,19 @@ Knows no API: a Frames object turns the engine's events into bytes.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Protocol
 
 import msgspec
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from mlx_k2.coordinator.handle import Event, Finished
+from mlx_k2.coordinator.handle import Event
 from mlx_k2.errors import MlxK2Error
-from mlx_k2.server.api_errors import ApiError, from_program, unavailable
+from mlx_k2.server.api_errors import ApiError, to_api_error, unavailable_error
 from mlx_k2.server.event_stream import EventStream
 
 KEEPALIVE_S = 10.0
-WRITE_S = 30.0
-"""A client that takes nothing for so long is cancelled."""
-ABORT = "mlx_k2.abort"
-"""The key of a connection's scope for the function that closes it without sending what is buffered."""
 STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-store",
@@ -36,7 +32,7 @@ class Frames(Protocol):
     def begin(self) -> bytes:
         """Return what is sent before the first event."""
 
-    def events(self, events: list[Event]) -> bytes:
+    def events(self, events: list[tuple[int, Event]]) -> bytes:
         """Return what is sent for these events of the engine, the end of the stream included."""
 
     def keepalive(self) -> bytes:
@@ -44,10 +40,6 @@ class Frames(Protocol):
 
     def error(self, error: ApiError) -> bytes:
         """Return what is sent for an error, the end of the stream included."""
-
-
-class SlowClient(Exception):
-    """The error for a client that takes nothing."""
 
 
 def event_bytes(data: object) -> bytes:
@@ -76,19 +68,16 @@ class EventStreamResponse:
         self._headers = STREAM_HEADERS | dict(headers)
         self._keepalive_s = keepalive_s
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's argument
         """Send the answer, as an ASGI application."""
         headers = [(name.encode(), value.encode()) for name, value in self._headers.items()]
         try:
             async with cancelled_on_disconnect(self._stream, receive):
-                await timed_send(send, {"type": "http.response.start", "status": 200, "headers": headers})
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
                 await self._send_body(send, self._frames.begin(), more=True)
                 await self._send_events(send)
-        except SlowClient:
-            abort(scope)
         except asyncio.CancelledError:  # the time for running requests is over
-            with suppress(SlowClient):
-                await self._send_body(send, self._frames.error(unavailable("the server ends")), more=False)
+            await self._send_body(send, self._frames.error(unavailable_error("the server ends")), more=False)
             raise
 
     async def _send_events(self, send: Send) -> None:
@@ -99,9 +88,9 @@ class EventStreamResponse:
             try:
                 events = await self._stream.read(max(0.0, sent_at + self._keepalive_s - time.monotonic()))
                 body = self._frames.events(events)
-                more = not (events and isinstance(events[-1], Finished))
+                more = not self._stream.has_ended
             except MlxK2Error as error:
-                body, more = self._frames.error(from_program(error)), False
+                body, more = self._frames.error(to_api_error(error)), False
             if not body and more and time.monotonic() - sent_at >= self._keepalive_s:
                 body = self._frames.keepalive()
                 sent_at = time.monotonic()
@@ -110,17 +99,17 @@ class EventStreamResponse:
                 sent_at = time.monotonic()
 
     async def _send_body(self, send: Send, body: bytes, *, more: bool) -> None:
-        await timed_send(send, {"type": "http.response.body", "body": body, "more_body": more})
+        await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
-class CompleteResponse:
+class WholeResponse:
     """An answer that is sent when it is complete: ``add`` gets each event, and ``body`` makes the answer at the end."""
 
     def __init__(
         self,
         stream: EventStream,
-        add: Callable[[Event], object],
-        body: Callable[[Finished], object],
+        add: Callable[[int, Event], object],
+        body: Callable[[], object],
         headers: Mapping[str, str],
     ) -> None:
         self._stream = stream
@@ -132,41 +121,20 @@ class CompleteResponse:
         """Wait for the answer and send it, as an ASGI application."""
         async with cancelled_on_disconnect(self._stream, receive):
             response = await self._response()
-        if response is None:
-            return
-        try:
-            await response(scope, receive, lambda message: timed_send(send, message))
-        except SlowClient:
-            abort(scope)
+        if response is not None:
+            await response(scope, receive, send)
 
     async def _response(self) -> Response | None:
         """Return the answer; None if the client has gone."""
-        last: Event | None = None
         try:
-            while not isinstance(last, Finished):
-                for last in await self._stream.read(None):
-                    self._add(last)
+            while not self._stream.has_ended:
+                for index, event in await self._stream.read(None):
+                    self._add(index, event)
         except MlxK2Error as error:
-            return error_response(from_program(error))
-        return None if self._stream.is_abandoned else json_response(self._body(last), headers=self._headers)
-
-
-async def timed_send(send: Send, message: Message) -> None:
-    """Send one message.
-
-    Raises:
-        SlowClient: the client took nothing for WRITE_S.
-    """
-    try:
-        async with asyncio.timeout(WRITE_S):
-            await send(message)
-    except TimeoutError:
-        raise SlowClient from None
-
-
-def abort(scope: Scope) -> None:
-    """Close the connection at once: closing it in order would wait for the client to read."""
-    scope["extensions"][ABORT]()
+            return error_response(to_api_error(error))
+        if self._stream.is_abandoned:
+            return None
+        return await asyncio.to_thread(lambda: json_response(self._body(), headers=self._headers))
 
 
 @asynccontextmanager

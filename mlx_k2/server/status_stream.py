@@ -8,7 +8,7 @@ from contextlib import suppress
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from mlx_k2.server.sse import KEEPALIVE_S, STREAM_HEADERS, SlowClient, abort, on_disconnect, timed_send
+from mlx_k2.server.sse import KEEPALIVE_S, STREAM_HEADERS, on_disconnect
 
 INTERVAL_S = 0.5
 
@@ -24,17 +24,14 @@ class StatusStream:
         self._is_ending = is_ending
         self._id = last_id
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's argument
         """Send events, as an ASGI application."""
         gone = asyncio.Event()
         headers = [(name.encode(), value.encode()) for name, value in STREAM_HEADERS.items()]
-        try:
-            async with on_disconnect(receive, gone.set):
-                await timed_send(send, {"type": "http.response.start", "status": 200, "headers": headers})
-                await self._send_events(send, gone)
-                await timed_send(send, {"type": "http.response.body", "body": b""})
-        except SlowClient:
-            abort(scope)
+        async with on_disconnect(receive, gone.set):
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await self._send_events(send, gone)
+            await send({"type": "http.response.body", "body": b""})
 
     async def _send_events(self, send: Send, gone: asyncio.Event) -> None:
         before: dict[str, object] = {}
@@ -50,7 +47,7 @@ class StatusStream:
             elif time.monotonic() - sent_at >= KEEPALIVE_S:
                 body = b": keep-alive\n\n"
             if body:
-                await timed_send(send, {"type": "http.response.body", "body": body, "more_body": True})
+                await send({"type": "http.response.body", "body": body, "more_body": True})
                 sent_at = time.monotonic()
             with suppress(TimeoutError):
                 async with asyncio.timeout(INTERVAL_S):

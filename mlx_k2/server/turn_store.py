@@ -18,7 +18,9 @@ from mlx_k2.json_text.parse import JsonError, parse_json
 from mlx_k2.text.message import Message
 
 MAX_TOKENS = 4_000_000
-"""16 MB of token ids; the turns that were used longest ago are forgotten."""
+"""About 16 MB of token ids; the turns that were used longest ago are forgotten."""
+TURN_TOKENS = 256
+"""The memory of a turn besides its token ids, as a number of them."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class TurnStore:
         with self._lock:
             self._forget(key)
             self._turns[key] = turn
-            self._num_tokens += len(turn.token_ids)
+            self._num_tokens += TURN_TOKENS + len(turn.token_ids)
             while self._num_tokens > self._max_tokens:
                 self._forget(next(iter(self._turns)))
 
@@ -85,7 +87,7 @@ class TurnStore:
 
     def _forget(self, key: bytes) -> None:
         turn = self._turns.pop(key, None)
-        self._num_tokens -= 0 if turn is None else len(turn.token_ids)
+        self._num_tokens -= 0 if turn is None else TURN_TOKENS + len(turn.token_ids)
 
 
 def digest_after(before: bytes, message: Message) -> bytes:

@@ -55,11 +55,11 @@ def check_memory(needed_bytes: int) -> None:
     """
     limit_bytes = working_set_bytes()
     if limit_bytes is not None and needed_bytes > limit_bytes:
-        needed_mb = -(-needed_bytes // 2**20)
+        raise_it = f"run `sudo sysctl {WIRED_LIMIT_SETTING}={-(-needed_bytes // 2**20)}` there, or "
         raise StageStartError(
             f"{socket.gethostname()} needs {needed_bytes / 1e9:.1f} GB of GPU memory and macOS allows "
-            f"{limit_bytes / 1e9:.1f} GB: run sudo sysctl {WIRED_LIMIT_SETTING}={needed_mb} there, "
-            "or give --split or a smaller --context"
+            f"{limit_bytes / 1e9:.1f} GB: {raise_it if needed_bytes < psutil.virtual_memory().total else ''}"
+            "give it fewer layers with --split"
         )
 
 

@@ -143,7 +143,7 @@ class TokenStages(StageGroup):
 
 def sampled_after(token_ids: Sequence[int], sampling: Sampling) -> int:
     """Return the token that the stages sample after ``token_ids``."""
-    data = b"".join(token_id.to_bytes(4, "little") for token_id in (sampling.seed, *token_ids))
+    data = b"".join(token_id.to_bytes(4, "little") for token_id in (sampling.seed & 0xFFFFFFFF, *token_ids))
     return hashlib.blake2b(data, digest_size=8).digest()[0] % NUM_TOKENS
 
 

@@ -159,7 +159,6 @@ class GrammarCompiler:
             TokenizerWrapper(_Vocabulary(tokenizer, special)),
             n_vocab=tokenizer.vocab_size,
             eos_token=special[0],
-            slices=LLTokenizer.json_slices(),
         )
         return tables, np.packbits(bits, bitorder="little").view(np.int32)
 

@@ -20,6 +20,8 @@ _CALL_BEGIN, _ARGUMENTS_BEGIN = "<|tool_call_begin|>", "<|tool_call_argument_beg
 _CALL_END = "<|tool_call_end|>"
 _TOOL_MARKERS = (_SECTION_BEGIN, _SECTION_END, _CALL_BEGIN, _ARGUMENTS_BEGIN, _CALL_END)
 _STOP = "<|im_end|>"
+_MOST_PREFIXES = 64
+"""A text that is forced allows only the tokens with which it begins. With more tokens than this there is a choice."""
 MAX_CALLS = 16
 """The most calls of a constrained reply, which ends a repetition. The model makes further ones in its next reply."""
 _NO_PARAMETERS = {"type": "object", "additionalProperties": False}
@@ -184,12 +186,12 @@ class ReplyGuide:
             return rule.extra[:1] if len(rule.extra) == 1 or rule.extra == self._stop_ids else ()
         if rule.extra:
             return ()
-        if forced := rule.state.forced():
-            return forced
         allowed = self._allowed_after(())
         if not allowed.num_tokens:
             return rule.ends[:1]
-        return allowed.token_ids.tolist() if allowed.num_tokens == 1 and not allowed.may_end else ()
+        if allowed.may_end or allowed.num_tokens > _MOST_PREFIXES:
+            return ()
+        return rule.state.forced() or (allowed.token_ids.tolist() if allowed.num_tokens == 1 else ())
 
     def mask(self, draft_ids: Sequence[int], *, hold_stop: bool) -> TokenMask | None:
         """Return the mask for the token after the accepted ones and ``draft_ids``; None allows every token.

@@ -8,7 +8,8 @@ from mlx_k2.json_text.parse import JsonError, parse_json
 
 UNKNOWN = "unknown"
 """The name of a tool for a call whose id names none."""
-_ID = re.compile(r"(?:functions\.)?(?P<name>.+?)(?::\d+)?", re.DOTALL)
+_ID = re.compile(r"(?P<prefix>functions\.)?(?P<name>.+?)(?P<number>:\d+)?", re.DOTALL)
+# The counter or the UUID of a call. It is a tool's name in the whole form, functions.NAME:NUMBER.
 _NO_NAME = re.compile(r"(?:\d*|[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12})")
 _ID_START = re.compile(r"\s*(?P<id>(?:functions\.)?(?P<name>[\w.-]+?):\d+)\s*", re.DOTALL)
 _MAX_QUOTED = 80
@@ -39,7 +40,10 @@ def call_id(name: str, number: int) -> str:
 def tool_name(header: str) -> str:
     """Return the name of the tool in the id that a model wrote; '' if it names none."""
     match = _ID.fullmatch(header.strip())
-    return match["name"] if match and not _NO_NAME.fullmatch(match["name"]) else ""
+    if match is None:
+        return ""
+    is_whole = match["prefix"] is not None and match["number"] is not None
+    return match["name"] if is_whole or not _NO_NAME.fullmatch(match["name"]) else ""
 
 
 def read_call(header: str, arguments: str) -> ToolCall:

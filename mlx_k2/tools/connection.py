@@ -14,21 +14,39 @@ from anyio.abc import TaskGroup, TaskStatus
 from mcp import Client, MCPError, StdioServerParameters, types
 from mcp.client.stdio import stdio_client
 from mcp.client.streamable_http import streamable_http_client
+from mcp_types import CONNECTION_CLOSED, INVALID_REQUEST, METHOD_NOT_FOUND, UNSUPPORTED_PROTOCOL_VERSION
 
+from mlx_k2.http_reason import http_reason
+from mlx_k2.tools.server_output import ServerOutput, inspected
 from mlx_k2.tools.servers import HttpServer, Server
 
 _MAX_PAGES = 100
 _MAX_LINES = 5
 _MAX_LINE_CHARS = 500
+_MAX_EVENT_BYTES = 64 * 2**20
 _CONNECT_S = 10.0
 _STDERR_S = 1.0
 
 # The mcp package's messages for a closed connection. A server's own errors have other messages.
 _OVER = ("Connection closed", "Session terminated")
+# Its messages for an HTTP status that is an error.
+_OF_STATUS = ("Server returned an error response", "Not Found")
+# A server that answers `initialize` with one of these may know the newer handshake alone.
+_NO_INITIALIZE = (METHOD_NOT_FOUND, INVALID_REQUEST, UNSUPPORTED_PROTOCOL_VERSION)
 
 
 class ServerLost(Exception):
-    """The error for a server that ended or cannot be reached: the reason, with the last lines of its stderr."""
+    """The error for a server that ended: the reason, with the last lines of its stderr."""
+
+
+class NotStarted(ServerLost):
+    """The error for a server that does not start or cannot be reached."""
+
+
+class _Parameters(StdioServerParameters):
+    """The parameters of a stdio server. Bytes that are not UTF-8 stay in the text, so that they can be named."""
+
+    encoding_error_handler: Any = "surrogateescape"
 
 
 @dataclass
@@ -37,6 +55,7 @@ class _Link:
 
     client: Client
     tools: list[types.Tool]
+    output: ServerOutput
     closing: anyio.Event = field(default_factory=anyio.Event)
     over: anyio.Event = field(default_factory=anyio.Event)
     reason: str = "it ended"
@@ -52,30 +71,39 @@ class Connection:
         self._lock = anyio.Lock()
         self._link: _Link | None = None
 
-    async def tools(self) -> list[types.Tool]:
-        """Return the tools that the server offers.
+    async def tools(self) -> tuple[list[types.Tool], list[str]]:
+        """Return the tools that the server offers, and lines about those that cannot be offered.
 
         Raises:
-            ServerLost: the server does not start, or not within ``start_timeout_s``.
+            NotStarted: the server does not start, or not within ``start_timeout_s``.
         """
-        return (await self._linked()).tools
+        link = await self._linked()
+        return link.tools, link.output.problems
+
+    @property
+    def stray(self) -> str:
+        """The last line of the server's stdout that is no message; '' without one."""
+        return "" if self._link is None else self._link.output.stray
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> types.CallToolResult:
         """Call one of the server's tools and return its result.
 
         Raises:
-            ServerLost: the server ended during the call, or could not be started.
-            MCPError: the server refuses the call.
+            NotStarted: the server could not be started; the call was not sent.
+            ServerLost: the server ended during the call. The next call starts it again.
+            MCPError: the server answers with an error, or its answer cannot be read.
+            pydantic.ValidationError: the result is none of MCP.
         """
         link = await self._linked()
         try:
             return await link.client.call_tool(tool, arguments)
         except Exception as error:
             if not (link.over.is_set() or _is_over(error)):
-                raise
+                raise _with_status(error, link.output) from error
+            reason = error.message if isinstance(error, MCPError) and error.message not in _OVER else None
         link.closing.set()
         await link.over.wait()
-        raise ServerLost(link.reason)
+        raise ServerLost(reason or link.reason)
 
     async def _linked(self) -> _Link:
         async with self._lock:
@@ -84,58 +112,95 @@ class Connection:
                     with anyio.fail_after(self._start_timeout_s):
                         self._link = await self._tasks.start(self._hold)
                 except TimeoutError:
-                    raise ServerLost(f"it did not answer within {self._start_timeout_s:g} s") from None
+                    raise NotStarted(f"it did not answer within {self._start_timeout_s:g} s") from None
             return self._link
 
     async def _hold(self, *, task_status: TaskStatus[_Link]) -> None:
-        """Connect, and hold the link until ``closing`` is set or the link breaks."""
+        """Connect, and hold the link until ``closing`` is set or the link breaks.
+
+        The handshake is `initialize`, which servers of all versions know; older ones end at any other first request.
+        """
+        try:
+            await self._hold_with("legacy", task_status)
+        except _OtherHandshake:
+            await self._hold_with("auto", task_status)
+
+    async def _hold_with(self, mode: str, task_status: TaskStatus[_Link]) -> None:
+        """Connect with one handshake and hold the link.
+
+        Raises:
+            _OtherHandshake: the server refuses the handshake ``legacy``.
+            NotStarted: it does not start.
+        """
         link: _Link | None = None
         words: deque[str] = deque(maxlen=_MAX_LINES)
+        output = ServerOutput()
         try:
             with _last_words(words) as stderr:
-                async with Client(_transport(self.server, stderr)) as client:
-                    link = _Link(client, await _all_tools(client))
+                async with Client(_transport(self.server, stderr, output), mode=mode) as client:
+                    link = _Link(client, await _all_tools(client, output), output)
                     task_status.started(link)
                     await link.closing.wait()
         except Exception as error:  # noqa: BLE001 - any exception of the package ends the connection
-            reason = _reason(error, words)
+            error = _innermost(error)
+            if link is None and mode == "legacy" and isinstance(error, MCPError) and error.code in _NO_INITIALIZE:
+                raise _OtherHandshake from None
+            reason = _reason(_with_status(error, output), words, self.server)
             if link is None:
-                raise ServerLost(reason) from None
+                raise NotStarted(reason) from None
             link.reason = reason
         else:
-            link.reason = _reason(None, words)
+            link.reason = _reason(None, words, self.server)
         finally:
             if link is not None:
                 link.over.set()
 
 
+class _OtherHandshake(Exception):
+    """The error for a server that refuses a handshake."""
+
+
 @contextlib.asynccontextmanager
-async def _transport(server: Server, stderr: TextIO) -> AsyncIterator[Any]:
+async def _transport(server: Server, stderr: TextIO, output: ServerOutput) -> AsyncIterator[Any]:
     """Open the streams to ``server`` for mcp's client."""
-    if isinstance(server, HttpServer):
-        timeout = httpx2.Timeout(_CONNECT_S, read=None)  # an answer can take long; the caller sets the deadline
-        async with (
-            httpx2.AsyncClient(headers=server.headers, timeout=timeout) as http,
-            streamable_http_client(server.url, http_client=http) as streams,
-        ):
-            yield streams
-    else:
-        parameters = StdioServerParameters(
-            command=server.command, args=list(server.args), env=server.env, cwd=server.cwd
-        )
-        async with stdio_client(parameters, errlog=stderr) as streams:
-            yield streams
+    async with contextlib.AsyncExitStack() as stack:
+        if isinstance(server, HttpServer):
+
+            async def record_status(response: httpx2.Response) -> None:
+                if response.is_error and response.request.method == "POST":
+                    output.http_status = f"{response.status_code} {response.reason_phrase}".rstrip()
+
+            http = httpx2.AsyncClient(
+                headers=server.headers,
+                timeout=httpx2.Timeout(_CONNECT_S, read=None),  # an answer can take long; the caller sets the deadline
+                event_hooks={"response": [record_status]},
+            )
+            await stack.enter_async_context(http)
+            transport = streamable_http_client(server.url, http_client=http, max_sse_event_size=_MAX_EVENT_BYTES)
+            streams = await stack.enter_async_context(transport)
+        else:
+            parameters = _Parameters(command=server.command, args=list(server.args), env=server.env, cwd=server.cwd)
+            streams = await stack.enter_async_context(stdio_client(parameters, errlog=stderr))
+        yield await stack.enter_async_context(inspected(streams, output))
 
 
-async def _all_tools(client: Client) -> list[types.Tool]:
+async def _all_tools(client: Client, output: ServerOutput) -> list[types.Tool]:
+    """Return the tools of all pages; a server that has none may refuse to list them."""
     tools: list[types.Tool] = []
     cursor = None
     for _ in range(_MAX_PAGES):
-        page = await client.list_tools(cursor=cursor)
+        try:
+            page = await client.list_tools(cursor=cursor)
+        except MCPError as error:
+            if error.code != METHOD_NOT_FOUND:
+                raise
+            break
         tools += page.tools
         cursor = page.next_cursor
         if cursor is None:
             break
+    if not tools and not output.problems:
+        output.problems.append("it has no tools")
     return tools
 
 
@@ -159,14 +224,31 @@ def _last_words(lines: deque[str]) -> Iterator[TextIO]:
         reader.join(timeout=_STDERR_S)  # a child process of the server may hold the other end open
 
 
-def _reason(error: BaseException | None, words: deque[str]) -> str:
-    """Return why a connection ended: the innermost error, and the last lines of the server's stderr."""
-    while isinstance(error, BaseExceptionGroup):
+def _innermost(error: Exception) -> Exception:
+    while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
-    why = "it ended" if error is None or _is_over(error) else str(error).rstrip(".") or type(error).__name__
+    return error
+
+
+def _with_status(error: Exception, output: ServerOutput) -> Exception:
+    """Return an error of HTTP with the response's status, which mcp's client leaves out; any other error unchanged."""
+    if not isinstance(error, MCPError) or error.message not in _OF_STATUS:
+        return error
+    hint = ": see its headers in the MCP file" if output.http_status.startswith(("401", "403")) else ""
+    return MCPError(error.code, f"HTTP {output.http_status}{hint}")
+
+
+def _reason(error: Exception | None, words: deque[str], server: Server) -> str:
+    """Return why a connection ended: the error, and the last lines of the server's stderr."""
+    if error is None or _is_over(error):
+        why = "it ended"
+    elif isinstance(error, MCPError) or not isinstance(server, HttpServer):
+        why = str(error).rstrip(".") or type(error).__name__
+    else:
+        why = http_reason(error)
     return f"{why}; it said last: {' | '.join(words)}" if words else why
 
 
 def _is_over(error: BaseException) -> bool:
     closed = isinstance(error, anyio.ClosedResourceError | anyio.BrokenResourceError)
-    return closed or (isinstance(error, MCPError) and error.message in _OVER)
+    return closed or (isinstance(error, MCPError) and (error.code == CONNECTION_CLOSED or error.message in _OVER))

@@ -1,20 +1,21 @@
 """MCP server for the functions of one Python file, on stdin and stdout. Runs as a process of its own.
 
-The tools are the public functions that the file defines, or those that its ``__all__`` names. Name, types and defaults
-come from the signature, the description from the docstring. A result that is not text is returned as JSON. Output that
-the functions print goes to stderr.
+The tools are the public functions that the file defines, or those that its ``__all__`` names. Types and defaults come
+from the signature, the description from the docstring. A result that is not text is returned as JSON, an iterator as a
+list. Output that the functions print goes to stderr. A function that cannot be served ends the start.
 """
 
 import contextlib
 import functools
 import importlib.util
 import inspect
+import json
 import os
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -34,8 +35,8 @@ def main(path: Path) -> None:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             functions = _tools(_load(path))
-        for function in functions:
-            server.add_tool(_as_tool(function), description=inspect.getdoc(function) or "", structured_output=False)
+        for name, function in functions.items():
+            _add(server, name, function)
     except BaseException as error:  # noqa: BLE001 - a module can raise any exception, SystemExit too
         _give_up(path, error)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
@@ -54,16 +55,43 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
-def _tools(module: ModuleType) -> list[Callable[..., Any]]:
+def _tools(module: ModuleType) -> dict[str, Callable[..., Any]]:
     public = getattr(module, "__all__", None)
-    names = vars(module) if public is None else public
-    found = [getattr(module, name) for name in names if public is not None or not name.startswith("_")]
-    functions: list[Callable[..., Any]] = [
-        item for item in found if inspect.isfunction(item) and (public is not None or item.__module__ == _MODULE)
-    ]
+    names = [name for name in vars(module) if not name.startswith("_")] if public is None else public
+    found = {name: getattr(module, name) for name in names}
+    functions: dict[str, Callable[..., Any]] = {
+        name: item
+        for name, item in found.items()
+        if inspect.isfunction(item) and (public is not None or item.__module__ == _MODULE)
+    }
+    if public is not None and (others := found.keys() - functions.keys()):
+        raise ImportError(f"__all__ names {min(others)}, which is no function")
     if not functions:
         raise ImportError("it defines no public function")
     return functions
+
+
+def _add(server: MCPServer, name: str, function: Callable[..., Any]) -> None:
+    """Add a function as a tool.
+
+    Raises:
+        UnusableFunction: it cannot be called with named arguments in JSON, or has more than one result.
+    """
+    try:
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                raise TypeError(f"the parameter {parameter} has no name that a model can give: name each parameter")
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError("it is a generator: return a list")
+        description = inspect.getdoc(function) or ""
+        server.add_tool(_as_tool(function), name=name, description=description, structured_output=False)
+    except Exception as error:
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UnusableFunction(f"line {inspect.unwrap(function).__code__.co_firstlineno}: {name}: {problem}") from error
+
+
+class UnusableFunction(Exception):
+    """The error for a function that cannot be a tool; names its line and the function."""
 
 
 def _as_tool(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,8 +100,10 @@ def _as_tool(function: Callable[..., Any]) -> Callable[..., Any]:
     def blocking(**arguments: Any) -> Any:
         try:
             return function(**arguments)
-        except SystemExit as error:  # would end this thread without an answer to the call
-            raise RuntimeError(f"SystemExit: {error}") from error
+        except Exception:
+            raise
+        except BaseException as error:  # would end this thread without an answer to the call
+            raise ToolError(f"{type(error).__name__}: {error}") from error
 
     @functools.wraps(function)
     async def tool(**arguments: Any) -> str:
@@ -82,18 +112,38 @@ def _as_tool(function: Callable[..., Any]) -> Callable[..., Any]:
                 result = await function(**arguments)
             else:
                 result = await anyio.to_thread.run_sync(functools.partial(blocking, **arguments))
-            return result if isinstance(result, str) else msgspec.json.encode(result, enc_hook=str).decode()
-        except Exception as error:
-            raise ToolError(f"{type(error).__name__}: {error}") from error
+            text = result if isinstance(result, str) else _json_text(result)
+        except (anyio.get_cancelled_exc_class(), ToolError):
+            raise
+        except BaseException as error:  # also KeyboardInterrupt and such, which would leave the call without a result
+            raise ToolError(_well_formed(f"{type(error).__name__}: {error}")) from error
+        return _well_formed(text)
 
     return tool
+
+
+def _json_text(value: Any) -> str:
+    try:
+        return msgspec.json.encode(value, enc_hook=_as_json).decode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return json.dumps(msgspec.to_builtins(value, enc_hook=_as_json), ensure_ascii=False)
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, Iterator) else str(value)
+
+
+def _well_formed(text: str) -> str:
+    """Return ``text`` with U+FFFD for each half of a surrogate pair, as names of files can have."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _give_up(path: Path, error: BaseException) -> NoReturn:
     """End the process with exit code 2 and one line on stderr that names the error and its line."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     where = f"line {lines[-1]}: " if lines else ""
-    sys.stderr.write(f"{where}{type(error).__name__}: {error}\n")
+    kind = "" if isinstance(error, UnusableFunction) else f"{type(error).__name__}: "
+    sys.stderr.write(f"{where}{kind}{error}\n")
     sys.stderr.flush()
     os._exit(2)
 

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,7 +12,9 @@ from mlx_k2.errors import ToolsError
 from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import read_json
 
-_VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}")
+_VARIABLE = re.compile(r"\$\{(?:env:)?(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}")
+# Spellings that other programs replace: ${input:key} and ${workspaceFolder:x}, and the shell's $NAME as a last word.
+_OTHER_VARIABLE = re.compile(r"\$\{(?!(?:env:)?[A-Za-z_]\w*(?::-|\}))[^}]*\}|(?<!\S)\$[A-Z_][A-Z0-9_]*$")
 _EXAMPLE = 'for instance {"mcpServers": {"files": {"command": "npx", "args": ["some-server"]}}}'
 
 
@@ -51,26 +53,45 @@ class _Entry(msgspec.Struct, frozen=True):
 
 
 class _McpFile(msgspec.Struct, frozen=True):
-    mcp_servers: dict[str, _Entry] = msgspec.field(name="mcpServers")
+    """The servers under ``mcpServers``; VS Code calls them ``servers``."""
+
+    mcp_servers: dict[str, _Entry] | None = msgspec.field(name="mcpServers", default=None)
+    servers: dict[str, _Entry] | None = None
 
 
-def read_mcp_file(path: Path, environment: Mapping[str, str]) -> tuple[Server, ...]:
+def read_mcp_file(path: Path, environment: Mapping[str, str], notify: Callable[[str], None]) -> tuple[Server, ...]:
     """Return the enabled servers of an MCP file; ``${NAME}`` is replaced by its value in ``environment``.
 
+    Comments and commas before a closing bracket are accepted. ``${env:NAME}`` is the same as ``${NAME}``.
+
+    A malformed server is left out, and ``notify`` is called with what is wrong with it.
+
     Raises:
-        ToolsError: the file cannot be read, or a server in it is malformed; names the server.
+        ToolsError: the file cannot be read, or all servers in it are malformed; names the first.
     """
     try:
-        entries = read_json(path.read_bytes(), _McpFile).mcp_servers
+        file = read_json(path.read_bytes(), _McpFile, has_comments=True)
     except OSError as error:
         raise ToolsError(f"{path} cannot be read: {error.strerror}") from None
     except JsonError as error:
         raise ToolsError(f"{path} is no MCP file: {error}; {_EXAMPLE}") from None
-    return tuple(
-        _server(name, entry, f"{path}: the server {name!r}", environment)
-        for name, entry in entries.items()
-        if not entry.disabled
-    )
+    entries = file.servers if file.mcp_servers is None else file.mcp_servers
+    if entries is None:
+        raise ToolsError(f"{path} is no MCP file: it has no mcpServers; {_EXAMPLE}")
+    servers: list[Server] = []
+    problems: list[str] = []
+    for name, entry in entries.items():
+        if entry.disabled:
+            continue
+        try:
+            servers.append(_server(name, entry, f"{path}: the server {name!r}", environment))
+        except ToolsError as error:
+            problems.append(str(error))
+    if problems and not servers:
+        raise ToolsError(problems[0])
+    for problem in problems:
+        notify(problem)
+    return tuple(servers)
 
 
 def python_module(path: Path, environment: Mapping[str, str]) -> StdioServer:
@@ -111,6 +132,10 @@ def _expanded(value: object, where: str, environment: Mapping[str, str]) -> Any:
 
     match value:
         case str():
+            if (other := _OTHER_VARIABLE.search(value)) is not None:
+                raise ToolsError(
+                    f"{where} has {other[0]}, which is not replaced: write ${{NAME}} and set that variable"
+                )
             return _VARIABLE.sub(found, value)
         case dict():
             return {key: _expanded(item, where, environment) for key, item in value.items()}

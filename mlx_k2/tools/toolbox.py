@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -11,15 +12,19 @@ from typing import Any
 import anyio
 from anyio.abc import TaskStatus
 from anyio.from_thread import BlockingPortal, start_blocking_portal
-from mcp import types
+from mcp import MCPError, types
+from mcp_types import INVALID_PARAMS, METHOD_NOT_FOUND
+from pydantic import ValidationError
 
 from mlx_k2.errors import ToolsError
-from mlx_k2.tools.connection import Connection, ServerLost
+from mlx_k2.tools.connection import Connection, NotStarted, ServerLost
 from mlx_k2.tools.outcome import Outcome, ToolResult
 from mlx_k2.tools.results import read_result
 from mlx_k2.tools.servers import Server
 
-_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_.-]")
+_NOT_IN_A_NAME = re.compile(r"[^\w.-]")
+# Errors with which a server says that it has not run a call.
+_NOT_RUN = (INVALID_PARAMS, METHOD_NOT_FOUND)
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,17 @@ class ToolBox:
     """Tools to call, several at once and from any thread. Every call gets a result, even if its server fails."""
 
     def __init__(
-        self, portal: BlockingPortal, tools: Mapping[str, Tool], lines: Mapping[str, "_Line"], limits: Limits
+        self,
+        portal: BlockingPortal,
+        tools: Mapping[str, Tool],
+        lines: Mapping[str, "_Line"],
+        limits: Limits,
+        problems: Sequence[str] = (),
     ) -> None:
         self.tools = tools
         """The tools by name."""
+        self.problems = problems
+        """Lines for the user about servers that did not start, and tools that cannot be offered."""
         self._portal = portal
         self._lines = lines
         self._limits = limits
@@ -84,14 +96,29 @@ class ToolBox:
             with anyio.fail_after(timeout_s):
                 result = await line.connection.call(line.tool, arguments)
         except TimeoutError:
+            wrote = f" On its stdout it wrote {line.connection.stray}, which is no message." * bool(
+                line.connection.stray
+            )
             return ToolResult(
                 Outcome.TIMED_OUT,
-                f"The tool server {server} did not answer within {timeout_s:g} s; the call was ended.",
+                f"The tool server {server} did not answer within {timeout_s:g} s; the call was ended.{wrote}",
+            )
+        except NotStarted as lost:
+            return ToolResult(
+                Outcome.LOST, f"The call was not run: the tool server {server} cannot be started: {lost}."
             )
         except ServerLost as lost:
-            return ToolResult(Outcome.LOST, f"The tool server {server} was lost in this call: {lost}.")
+            return ToolResult(
+                Outcome.LOST, f"The tool server {server} was lost in this call, which may have run: {lost}."
+            )
+        except MCPError as error:
+            happened = "did not take the call" if error.code in _NOT_RUN else "ended the call, which may have run"
+            return ToolResult(Outcome.FAILED, f"The tool server {server} {happened}: {error}")
         except Exception as error:  # noqa: BLE001 - any error of a server becomes a result for the model
-            return ToolResult(Outcome.FAILED, f"The tool server {server} did not take the call: {error}")
+            return ToolResult(
+                Outcome.FAILED,
+                f"The call was run, but the answer of the tool server {server} cannot be read: {_first_problem(error)}",
+            )
         return read_result(result, self._limits.max_result_chars)
 
 
@@ -107,8 +134,10 @@ class _Line:
 def open_toolbox(servers: Sequence[Server], limits: Limits) -> Iterator[ToolBox]:
     """Start ``servers`` and yield their tools. On exit, end the calls that still run and close all servers.
 
+    A server that does not start is a problem of the toolbox, and the others serve.
+
     Raises:
-        ToolsError: a server does not start, or two servers or two tools have one name; names the servers.
+        ToolsError: no server starts, or two servers have one name; names the servers.
     """
     twice = [name for name, count in Counter(server.name for server in servers).items() if count > 1]
     if twice:
@@ -116,9 +145,9 @@ def open_toolbox(servers: Sequence[Server], limits: Limits) -> Iterator[ToolBox]
     with start_blocking_portal(name="tools") as portal:
         try:
             _, connections = portal.start_task(_hold, servers, limits.start_timeout_s)
-            offers = portal.call(_offers, connections)
+            offers, problems = portal.call(_offers, connections)
             tools, lines = _named(offers)
-            yield ToolBox(portal, tools, lines, limits)
+            yield ToolBox(portal, tools, lines, limits, problems)
         finally:
             portal.call(portal.stop, True)
 
@@ -132,45 +161,54 @@ async def _hold(
         await anyio.sleep_forever()
 
 
-async def _offers(connections: Sequence[Connection]) -> list[tuple[Connection, types.Tool]]:
-    """Start the servers concurrently; return all their tools, in the order of the servers."""
+async def _offers(connections: Sequence[Connection]) -> tuple[list[tuple[Connection, types.Tool]], list[str]]:
+    """Start the servers concurrently; return all their tools in the order of the servers, and lines about problems."""
     offers: dict[str, list[types.Tool]] = {}
-    faults: dict[str, str] = {}
+    problems: dict[str, list[str]] = {}
 
     async def ask(connection: Connection) -> None:
+        name = connection.server.name
         try:
-            offers[connection.server.name] = await connection.tools()
-        except ServerLost as lost:
-            faults[connection.server.name] = str(lost)
+            offers[name], problems[name] = await connection.tools()
+        except NotStarted as lost:
+            problems[name] = [str(lost)]
 
     async with anyio.create_task_group() as asking:
         for connection in connections:
             asking.start_soon(ask, connection)
-    if faults:
-        named = "; ".join(
-            f"{connection.server.name}: {faults[connection.server.name]}"
-            for connection in connections
-            if connection.server.name in faults
-        )
-        raise ToolsError(f"not every tool server starts: {named}")
-    return [(connection, tool) for connection in connections for tool in offers[connection.server.name]]
+    names = [connection.server.name for connection in connections]
+    lines = [f"{name}: {problem}" for name in names for problem in problems[name]]
+    if connections and not offers:
+        raise ToolsError(f"no tool server starts: {'; '.join(lines)}")
+    return [(connection, tool) for connection in connections for tool in offers.get(connection.server.name, ())], lines
 
 
 def _named(offers: Sequence[tuple[Connection, types.Tool]]) -> tuple[dict[str, Tool], dict[str, _Line]]:
-    """Return the tools by names that fit into a call's id. Names that occur twice get their server's name as prefix."""
+    """Return the tools by different names that fit into a call's id.
+
+    Names that occur twice get their server's name as prefix, and a number if that does not help.
+    """
     counts = Counter(_plain(tool.name) for _, tool in offers)
     tools: dict[str, Tool] = {}
     lines: dict[str, _Line] = {}
     for connection, tool in offers:
-        name = _plain(tool.name)
-        if counts[name] > 1:
-            name = f"{_plain(connection.server.name)}_{name}"
-        if name in tools:
-            raise ToolsError(f"the tool server {connection.server.name} has two tools that read {name!r}")
+        plain = _plain(tool.name)
+        name = plain = plain if counts[plain] == 1 else f"{_plain(connection.server.name)}_{plain}"
+        number = 2
+        while name in tools:
+            name, number = f"{plain}_{number}", number + 1
         tools[name] = Tool(name, connection.server.name, tool.description or "", tool.input_schema)
         lines[name] = _Line(connection, tool.name)
     return tools, lines
 
 
 def _plain(name: str) -> str:
-    return _NOT_IN_A_NAME.sub("_", name)
+    return _NOT_IN_A_NAME.sub("_", unicodedata.normalize("NFC", name)) or "_"
+
+
+def _first_problem(error: Exception) -> str:
+    """Return the message of an error; of a misshapen result the first field and what is wrong with it."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error)

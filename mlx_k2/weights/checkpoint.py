@@ -55,7 +55,7 @@ def read_small_files(folder: Path) -> dict[str, bytes]:
         raise CheckpointError(f"{folder} is not a folder: give the folder of a checkpoint, or a repository on the Hub")
     names = [name for name in (CONFIG_NAME, *TOKENIZER_NAMES) if (folder / name).exists()]
     if CONFIG_NAME not in names:
-        raise CheckpointError(f"{folder} holds no {CONFIG_NAME}: it is not a checkpoint")
+        raise CheckpointError(f"{folder} holds no {CONFIG_NAME}: {_way_out(folder)}")
     files = {}
     try:
         for name in names:
@@ -64,6 +64,18 @@ def read_small_files(folder: Path) -> dict[str, bytes]:
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from None
     return files | {INDEX_NAME: read_index_json(folder)}
+
+
+def _way_out(folder: Path) -> str:
+    """Return what to give as --model instead of a folder without a config: a name if it is a folder of the Hub's cache.
+
+    huggingface_hub keeps owner/name in a folder models--owner--name.
+    """
+    kind, _, name = folder.name.partition("--")
+    if kind == "models" and (folder / "snapshots").is_dir():
+        repo = name.replace("--", "/", 1)
+        return f"it is a folder of the Hub's cache: give --model {repo}, or a folder in its snapshots"
+    return "it is not a checkpoint"
 
 
 def locate_tensors(folder: Path, index: CheckpointIndex, specs: Iterable[TensorSpec]) -> dict[str, Path]:
@@ -76,7 +88,7 @@ def locate_tensors(folder: Path, index: CheckpointIndex, specs: Iterable[TensorS
     for name, in_file in index.files(specs).items():
         path = folder / name
         if not path.exists():
-            raise CheckpointError(f"{path} is missing: fetch it, for instance with mlx-k2 download")
+            raise CheckpointError(f"{path} is missing: fetch it again")
         check_file(path, in_file)
         located |= dict.fromkeys((spec.name for spec in in_file), path)
     return located

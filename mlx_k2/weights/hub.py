@@ -12,20 +12,26 @@ from typing import Any
 
 import msgspec
 from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # documented, but not in its __all__
 
 from mlx_k2.errors import DownloadError
+from mlx_k2.http_reason import http_reason
 from mlx_k2.weights.checkpoint import CONFIG_NAME, TOKENIZER_NAMES
 from mlx_k2.weights.index import INDEX_NAME, SINGLE_FILE_NAME
 from mlx_k2.weights.manifest import HubFile
+
+_LIST_TIMEOUT_S = 10.0
 
 OnProgress = Callable[[int, int], None]
 """Called with the bytes that are present, and with the bytes of all requested files."""
@@ -110,17 +116,41 @@ def bytes_to_fetch(repo: HubRepo, names: Iterable[str]) -> dict[str, int]:
 
 
 def _open(repo: HubRepo) -> _Snapshot:
-    """Fetch config.json, whose path in the cache gives the commit, then list the repository's files."""
-    folder = _download(repo, CONFIG_NAME, repo.revision).parent
+    """List the repository's files and fetch config.json. Use the snapshot in the cache if the Hub cannot be asked.
+
+    The Hub is asked once, without retries, so that a machine without a network fails at once.
+    """
     try:
-        info = HfApi(endpoint=repo.endpoint).model_info(repo.name, revision=folder.name, files_metadata=True)
-    except Exception as error:  # noqa: BLE001  # any error of huggingface_hub: the cache may suffice
-        return _Snapshot(repo, folder, None, _first_line(error))
+        info = HfApi(endpoint=repo.endpoint).model_info(
+            repo.name, revision=repo.revision, files_metadata=True, timeout=_LIST_TIMEOUT_S
+        )
+    except Exception as error:  # any error of huggingface_hub or its HTTP client: the cache may suffice
+        if (cached := _cached_snapshot(repo)) is not None:
+            return _Snapshot(repo, cached, None, http_reason(error))
+        raise DownloadError(_in_plain_words(error, repo, CONFIG_NAME)) from error
     remote = {
         file.rfilename: _RemoteFile(file.size or 0, file.lfs.sha256 if file.lfs else None)
         for file in info.siblings or ()
     }
-    return _Snapshot(repo, folder, remote)
+    return _Snapshot(repo, _download(repo, CONFIG_NAME, repo.revision).parent, remote)
+
+
+def _cached_snapshot(repo: HubRepo) -> Path | None:
+    """Return the folder of the repository's revision in the cache, which may have been copied by hand; None without it.
+
+    Without a record of the main branch the only snapshot is taken.
+    """
+    base = (repo.cache_folder or Path(HF_HUB_CACHE)) / repo_folder_name(repo_id=repo.name, repo_type="model")
+    snapshots = base / "snapshots"
+    record = base / "refs" / (repo.revision or "main")
+    if record.is_file():
+        folder = snapshots / record.read_text(errors="replace").strip()
+    elif repo.revision is not None:
+        folder = snapshots / repo.revision
+    else:
+        folders = list(snapshots.iterdir()) if snapshots.is_dir() else []
+        folder = folders[0] if len(folders) == 1 else snapshots
+    return folder if (folder / CONFIG_NAME).exists() else None
 
 
 def _fetch(snapshot: _Snapshot, names: list[str], on_progress: OnProgress) -> FetchedFiles:
@@ -249,16 +279,20 @@ def _in_plain_words(error: Exception, repo: HubRepo, name: str) -> str:
             return f"the Hub has no repository {repo.name}, or it is private: check the name, or run hf auth login"
         case RevisionNotFoundError():
             return f"{repo.name} has no revision {revision}"
-        case LocalEntryNotFoundError() | OfflineModeIsEnabled():
-            reason = _first_line(error.__cause__ or error)
-            return (
-                f"{name} of {repo.name} at {revision} is not in this host's cache, and the Hub cannot be reached "
-                f"({reason}): connect this host, or copy the checkpoint here and give --model its folder"
-            )
+        case OfflineModeIsEnabled():
+            return _not_cached(name, repo, "HF_HUB_OFFLINE is set")
+        case LocalEntryNotFoundError():
+            return _not_cached(name, repo, http_reason(error.__cause__ or error))
         case EntryNotFoundError():
             return f"{repo.name} at {revision} has no {name}: it is not a checkpoint that mlx-k2 runs"
-    return f"cannot fetch {name} of {repo.name}: {_first_line(error)}; what is complete stays in the cache: try again"
+    reason = http_reason(error)
+    if isinstance(error, HfHubHTTPError) or name != CONFIG_NAME:
+        return f"cannot fetch {name} of {repo.name}: {reason}; what is complete stays in the cache: try again"
+    return _not_cached(name, repo, reason)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _not_cached(name: str, repo: HubRepo, reason: str) -> str:
+    return (
+        f"{name} of {repo.name} at {repo.revision or 'main'} is not in this host's cache, and the Hub cannot be "
+        f"reached ({reason}): connect this host, or copy the checkpoint here and give --model its folder"
+    )

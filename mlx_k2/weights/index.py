@@ -21,6 +21,10 @@ _ORIGINALS: Mapping[Family, str] = {
     Family.KIMI_K2: "moonshotai/Kimi-K2-Thinking (594 GB)",
     Family.KIMI_K25: "moonshotai/Kimi-K2.5 (595 GB)",
 }
+# MLX opens a file only if it can read every tensor in it, also those that no stage needs.
+_MLX_DTYPES = frozenset(
+    ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "BF16", "F32", "C64", "F8_E4M3", "F8_E8M0")
+)
 _UNNEEDED: Mapping[str, str] = {
     "vision_tower.": "the vision tower",
     "vision_model.": "the vision tower",
@@ -130,6 +134,9 @@ def check_file(path: Path, specs: Sequence[TensorSpec]) -> Header:
         CheckpointError: the header cannot be read, or a tensor does not match; names the file and the tensor.
     """
     header = read_header(path)
+    for name, tensor in header.tensors.items():
+        if tensor.dtype not in _MLX_DTYPES:
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, which MLX cannot read: fetch the original file")
     for spec in specs:
         stored = header.tensors.get(spec.name)
         if stored is None:

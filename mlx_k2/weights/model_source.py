@@ -20,8 +20,8 @@ class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def is_repo(source: ModelSource) -> bool:
-    """Return whether ``source`` names a Hub repository: ``owner/name``, and this host has no folder of that name."""
-    return bool(_REPO.fullmatch(source.path_or_repo)) and not Path(source.path_or_repo).is_dir()
+    """Return whether ``source`` names a Hub repository: ``owner/name``, and this host has nothing of that name."""
+    return bool(_REPO.fullmatch(source.path_or_repo)) and not os.path.lexists(source.path_or_repo)
 
 
 def model_folder(source: ModelSource) -> Path:

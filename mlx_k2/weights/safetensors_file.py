@@ -8,6 +8,7 @@ import errno
 import math
 import os
 import re
+import shlex
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,17 @@ from mlx_k2.weights.inventory import TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit that the format sets."""
+
+# The beginnings of what people have under the name of a checkpoint's file, in lower case.
+_LFS_POINTER = b"version https://git-lfs"
+_FOREIGN: Mapping[bytes, str] = {
+    b"gguf": "it is a GGUF file, which mlx-k2 does not read: fetch the original checkpoint",
+    b"<!doctype html": "it is an HTML page, for instance of an error or a login: fetch the file again",
+    b"<html": "it is an HTML page, for instance of an error or a login: fetch the file again",
+    b"<?xml": "it is an XML page, for instance of an error: fetch the file again",
+    b"pk\x03\x04": "it is a ZIP archive, for instance of PyTorch: fetch the original checkpoint",
+}
+_PEEK_BYTES = 64
 
 TensorBytes = Callable[[TensorSpec], Iterable[bytes]]
 
@@ -48,16 +60,30 @@ class Header(msgspec.Struct, frozen=True):
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file of a checkpoint to read. Refuse pipes and devices, which can have no end.
+    """Open a file of a checkpoint to read. Refuse pipes and devices, which can have no end, and known other formats.
 
     Raises:
-        OSError: the file cannot be opened, or is not a regular file.
+        OSError: the file cannot be opened, is not a regular file, or is no file of a checkpoint by its first bytes.
     """
     file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115 - the caller closes it
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    is_regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+    problem = _other_format(file.read(_PEEK_BYTES), path) if is_regular else "it is not a regular file"
+    if problem is not None:
         file.close()
-        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        raise OSError(errno.EINVAL, problem, str(path))
+    file.seek(0)
     return file
+
+
+def _other_format(start: bytes, path: Path) -> str | None:
+    """Return what a file of a checkpoint is that begins with ``start``, if it is known to be something else."""
+    start = start.lstrip().lower()
+    if start.startswith(_LFS_POINTER):
+        pull = f"git -C {shlex.quote(str(path.parent))} lfs pull"
+        return (
+            f"it is a Git LFS pointer, because its repository was cloned without git-lfs: install it and run `{pull}`"
+        )
+    return next((what for beginning, what in _FOREIGN.items() if start.startswith(beginning)), None)
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -184,7 +184,7 @@ MODELS: dict[str, tuple[Damage, str]] = {
     "missing tensor": (renamed_in_index(EXPERT, None), f"lacks the tensor {re.escape(EXPERT)} that config.json calls"),
     "missing shard": (replaced(SHARD, None), f"{SHARD} is missing: "),
     "truncated shard": (truncated, f"{SHARD} is truncated: 1000 of its .* bytes are missing; fetch it again"),
-    "a shard that is none": (replaced(SHARD, b"<html>not found</html>"), f"{SHARD} is not a safetensors file"),
+    "a shard that is none": (replaced(SHARD, b"<html>not found</html>"), f"{SHARD}: it is an HTML page"),
     "misshapen tensor": (
         reshaped,
         r"model.layers.2.self_attn.\w+.weight has shape \[\d+, \d+\], and config.json calls",
@@ -262,7 +262,10 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
     "two biases of a token": (["--logit-bias", "5=1", "--logit-bias", "5=2", "Hello"], "token 5 has a bias already"),
     "a large penalty": (["--presence-penalty", "3", "Hello"], "presence-penalty 3.0 is out of range"),
     "a schema that is not there": (["--json-schema", "/missing", "Hello"], "--json-schema: /missing cannot be read"),
-    "a schema that is no JSON": (["--json-schema", __file__, "Hello"], "--json-schema: .* column 1"),
+    "a schema that is no JSON": (
+        ["--json-schema", __file__, "Hello"],
+        "--json-schema: .* line 1, column 3: extra data",
+    ),
     "a malformed regular expression": (["--regex", "(", "Hello"], "the regular expression cannot be compiled"),
     "a malformed grammar": (["--lark", __file__, "Hello"], "the Lark grammar cannot be compiled"),
     "two forms": (["--regex", "a", "--lark", __file__, "Hello"], "an answer has one form"),

@@ -35,7 +35,7 @@ FULL = Path("/dev/full")
         (["--mcp", "broken.json"], r"broken.json is no MCP file: .*for instance"),
         (["--mcp", "list.json"], r"list.json is no MCP file"),
         (["--mcp", "none.json"], r"none.json cannot be read: No such file"),
-        (["--mcp", "gone.json"], r"not every tool server starts: gone: .*No such file"),
+        (["--mcp", "gone.json"], r"no tool server starts: gone: .*No such file"),
         (["--mcp", "both.json"], r"the server 's' needs either a command or a url"),
         (["--tools", "none.py"], r"there is no Python file none.py"),
         (["--tools", "raises.py"], r"raises.py: .*line 1: ValueError: no luck"),

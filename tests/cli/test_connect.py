@@ -40,13 +40,23 @@ def test_chat_answers_with_the_servers_model_and_finds_its_prompt_cached(user: C
     assert "kimi-k2-tiny · /help" in ran.stderr
 
 
+def test_bench_measures_the_servers_stages(user: CommandLine, server: Server) -> None:
+    workload = ("--prompt-lengths", "20", "--streams", "1,2", "--generate", "10")
+    ran = user.run("bench", *workload, *connect(server))
+    assert (ran.returncode, ran.stdout) == (0, "")
+    assert len([line for line in ran.stderr.splitlines() if line.split()[:1] == ["20"]]) == 2
+    refused = user.run("bench", *workload, "--json", *connect(server))
+    assert refused.returncode == 2
+    assert "are for own stages" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--model", "x"), "--model is the server's to choose"),
         (("--stages", "2"), "--stages is the server's to choose"),
         (("--dry-run",), "leave them out with --connect"),
-        (("--min-tokens", "3"), "--connect has no --min-tokens"),
+        (("--json", "--logprobs", "3"), "leave out --logprobs"),
     ],
 )
 def test_an_option_that_is_not_for_a_server_is_one_clear_error(

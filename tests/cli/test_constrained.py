@@ -55,7 +55,7 @@ def test_the_answer_is_json_of_the_schema_and_the_thinking_goes_to_stderr(
 def test_several_answers_have_seeds_of_their_own_and_the_first_is_the_single_answer(
     command_line: CommandLine, tmp_path: Path
 ) -> None:
-    options = ("--regex", "[a-z]{8,12}", "--json")
+    options = ("--regex", "[a-z]{8,12}", "--json", "--temperature", "3")
     several = command_line.run(*ASKED, *options, "--num-answers", "3")
     answers = [json.loads(line)["answer"] for line in several.stdout.splitlines()]
     assert [answer["index"] for answer in answers] == [0, 1, 2]

@@ -5,6 +5,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import threading
 from pathlib import Path
 
 import psutil
@@ -12,7 +13,7 @@ import pytest
 
 from tests.cli.command import CommandLine, processes_below
 from tests.local_cluster import wait_until_gone
-from tests.server.server_process import WAIT_S, Server, exchange, serving
+from tests.server.server_process import WAIT_S, Server, exchange, parsed, serving
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
 
@@ -95,6 +96,42 @@ def test_an_answer_longer_than_the_drain_ends_with_an_error_event(command_line: 
         assert b'"code":"unavailable"' in rest(connection)
 
 
+def test_a_whole_answer_longer_than_the_drain_is_a_503_in_the_api_s_shape(
+    command_line: CommandLine, endless: Path
+) -> None:
+    with serving(command_line, "--model", str(endless), "--drain", "1") as server, server.connect() as connection:
+        body = json.dumps(CHAT | {"stream": False, "temperature": 0}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        while not server.request("GET", "/v1/status").json["requests"]:
+            pass
+        assert server.end(signal.SIGTERM) == 0
+        answer = parsed(rest(connection))
+        assert (answer.status, answer.error["code"]) == (503, "unavailable")
+        assert int(answer.headers["retry-after"]) > 0
+
+
+def test_a_server_whose_terminal_is_gone_restarts_its_stages_and_goes_on(
+    command_line: CommandLine, endless: Path
+) -> None:
+    process = command_line.start("serve", "--port", "0", "--model", str(endless), "--context", "100", "--verbose")
+    assert process.stderr is not None
+    lines: list[str] = []
+    while not any("serving " in line for line in lines):
+        lines.append(process.stderr.readline().decode())
+        assert lines[-1], lines
+    server = Server(process, lines, threading.Condition())
+    try:
+        process.stderr.close()
+        for number in (1, 2):
+            connection = begin_answer(server)
+            server.stages()[0].kill()
+            assert b"[DONE]" in rest_until_done(connection)
+            assert server.request("GET", "/v1/status").json["restarts"] == number
+    finally:
+        assert server.end() == 0
+
+
 def test_a_killed_stage_restarts_and_the_stream_goes_on(command_line: CommandLine, endless: Path) -> None:
     options = ("--model", str(endless), "--stages", "2", "--context", "400")
     with serving(command_line, *options) as server:
@@ -111,15 +148,20 @@ def test_a_killed_stage_restarts_and_the_stream_goes_on(command_line: CommandLin
         assert b'mlx_k2_stage_faults_total{stage="1"} 1.0' in server.request("GET", "/metrics").body
 
 
-def rest_of_text(connection: socket.socket) -> str:
-    """Return the text that a stream still sends, up to its end."""
+def rest_until_done(connection: socket.socket) -> bytes:
+    """Return what a stream still sends, up to its end."""
     received = b""
     while b"[DONE]" not in received:
         part = connection.recv(65536)
         assert part, received[-500:]
         received += part
     connection.close()
-    events = [json.loads(line[6:]) for line in received.split(b"\n") if line.startswith(b"data: {")]
+    return received
+
+
+def rest_of_text(connection: socket.socket) -> str:
+    """Return the text that a stream still sends, up to its end."""
+    events = [json.loads(line[6:]) for line in rest_until_done(connection).split(b"\n") if line.startswith(b"data: {")]
     return "".join(choice["delta"].get("content", "") for event in events for choice in event["choices"])
 
 

@@ -1,5 +1,6 @@
 """Tests of fast startup (--help and --version import no heavy module) and of --dry-run, which starts no process."""
 
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -10,6 +11,8 @@ import pytest
 
 from mlx_k2 import __version__
 from mlx_k2.cli.main import run
+from mlx_k2.http_reason import http_reason
+from tests.cli.command import CommandLine
 
 HEAVY = ("mlx", "mlx_lm", "transformers", "numpy", "rich", "tiktoken", "jinja2", "huggingface_hub")
 IMPORTED_AFTER = """
@@ -72,3 +75,21 @@ def test_a_dry_run_without_a_local_model_asks_for_a_local_folder(
     hostfile.write_text('[{"ssh": "mac-1", "ips": ["10.0.0.1"]}]')
     assert run(["generate", "--dry-run", "--hostfile", str(hostfile), "--model", "/models/k2"]) == 2
     assert "/models/k2 is not on this machine: give --model a folder here" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_kimi_k2_thinking_needs_no_network(command_line: CommandLine, tmp_path: Path) -> None:
+    hostfile = tmp_path / "two-macs.json"
+    hostfile.write_text('[{"ssh": "mac-1", "ips": ["192.168.0.1"]}, {"ssh": "mac-2", "ips": ["192.168.0.2"]}]')
+    arguments = ("generate", "--dry-run", "--hostfile", str(hostfile), "--model", "moonshotai/Kimi-K2-Thinking")
+    shown = command_line.run(*arguments, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path))
+    assert shown.returncode == 0
+    assert "this is the plan for the layout that the repository has on the Hub" in shown.stderr
+    assert "stage 1 opens model-00033-of-000062.safetensors, " in shown.stderr
+
+
+def test_the_reason_of_a_missing_socks_package_has_a_command_for_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    reason = http_reason(ImportError("Using SOCKS proxy, but the 'socksio' package is not installed."))
+    python, *arguments = shlex.split(reason.split("`")[1])
+    assert python == sys.executable
+    assert arguments == ["-m", "pip", "install", "socksio"]

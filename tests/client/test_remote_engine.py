@@ -61,11 +61,32 @@ def test_a_request_has_the_tokens_and_counts_of_the_servers_own_engine(
         assert end.summary.cached_tokens == 39  # the server's own engine has computed this prompt before
 
 
+def test_every_sampling_parameter_reaches_the_servers_engine() -> None:
+    sampling = Sampling(
+        seed=7,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=5,
+        min_p=0.1,
+        repetition_penalty=1.1,
+        frequency_penalty=0.5,
+        presence_penalty=0.25,
+        logit_bias=((3, 1.5), (4, -2.0)),
+    )
+    with stepped_server() as server:
+        handle = RemoteEngine(ServerAddress(server.url)).submit(Request((60, 61), 50, sampling, frozenset()))
+        wait_until(lambda: bool(server.tokens.plans), "the request runs")
+        (job,) = server.tokens.engine._jobs.values()
+        assert job.submission.request == Request((60, 61), 50, sampling, frozenset())
+        handle.cancel()
+        wait_until(lambda: server.num_used == 0, "the request is gone")
+
+
 def test_progress_of_a_prompt_arrives(engine: RemoteEngine) -> None:
     events = list(engine.submit(without_stop(request(*range(100, 190), max_tokens=2), engine)).events())
     progress = [event for event in events if isinstance(event, PrefillProgress)]
     assert progress
-    assert all(0 < one.done < one.total == 90 for one in progress)
+    assert all(0 <= one.done < one.total == 90 for one in progress)
 
 
 def test_a_thinking_budget_and_stop_strings_hold_as_they_do_locally(
@@ -137,14 +158,30 @@ def test_a_full_queue_is_an_error_with_the_time_to_wait() -> None:
         wait_until(lambda: server.num_used == 0, "both are gone")
 
 
+def test_a_full_queue_is_waited_for_once_the_answer_has_begun() -> None:
+    with stepped_server(num_slots=1, max_queued=1) as server:
+        engine = RemoteEngine(ServerAddress(server.url))
+        others = [server.tokens.engine.submit(request(1, 2, max_tokens=300))]
+        wait_until(lambda: bool(server.tokens.plans), "another request runs")
+        others.append(server.tokens.engine.submit(request(1, 2, max_tokens=300)))
+        tokenizer = engine.frontend.tokenizer
+        asked = Request((60, tokenizer.special_ids["<think>"]), 12, Sampling(seed=5), frozenset())
+        handle = engine.submit(asked, ReplyPolicy(tokenizer, asked, ReplyLimits(thinking_budget=0)))
+        server.wait_for("/v1/completions 429")
+        for other in others:
+            other.cancel()
+        with stepping(server):
+            found, end = tokens_of(handle)
+        assert found[0] == tokenizer.special_ids["</think>"]
+        assert (len(found), end.reason) == (12, FinishReason.LENGTH)
+
+
 def test_what_a_server_does_not_do_is_refused_before_it_is_asked(engine: RemoteEngine) -> None:
     tokenizer = engine.frontend.tokenizer
     early = ReplyPolicy(tokenizer, request(60), ReplyLimits(min_tokens=3))
-    for asked, policy in (
-        (request(60), early),
-        (Request((60,), 5, Sampling(seed=1, num_logprobs=2), frozenset()), None),
-    ):
-        with pytest.raises(RequestError, match="--connect has no"):
+    scored = Request((60,), 5, Sampling(seed=1, num_logprobs=2), frozenset())
+    for asked, policy, message in ((request(60), early, "restricts its tokens"), (scored, None, "--logprobs")):
+        with pytest.raises(RequestError, match=message):
             engine.submit(asked, policy)
     with pytest.raises(RequestError, match="outside the vocabulary"):
         engine.submit(request(10**6))

@@ -149,7 +149,7 @@ def test_too_many_tools_are_refused() -> None:
         tool_rules([{"type": "function", "function": {"name": f"f{number}"}} for number in range(513)])
 
 
-def test_a_schema_with_an_unknown_keyword_is_enforced_but_for_this_keyword() -> None:
+def test_a_schema_with_an_unknown_keyword_is_enforced_without_the_keyword() -> None:
     schema = {
         "type": "object",
         "properties": {"a": {"type": "boolean"}},
@@ -189,7 +189,7 @@ def test_a_grammar_that_cannot_be_used_is_refused(form: AnswerForm, text: str, p
 @pytest.mark.parametrize(
     "pattern", ["(a|aa)+$", "(.*a){40}", "(a?){200}a{200}", ".*a.{60}", "((a{1,1000}){1,1000}){1,1000}", "(a*)*b"]
 )
-def test_a_catastrophic_pattern_needs_bounded_time(pattern: str) -> None:
+def test_the_time_of_a_catastrophic_pattern_is_bounded(pattern: str) -> None:
     slowest_s = 0.0
     began = time.monotonic()
     try:

@@ -143,6 +143,31 @@ def test_without_a_limit_the_stages_start_again_until_they_can(model: Path, tmp_
     assert [restart.count for restart in run.restarts][:4] == ["1", "2", "3", "4"]
 
 
+@dataclass
+class Failing(DeploymentListener):
+    """Listener that, once armed, raises each of ``errors`` at the beginning of a restart, in their order."""
+
+    errors: list[Exception]
+    is_armed: bool = False
+
+    def phase(self, what: str) -> None:
+        if self.is_armed and self.errors and what.startswith("starting"):
+            raise self.errors.pop(0)
+
+
+def test_without_a_limit_any_error_of_a_restart_is_tried_again(
+    model: Path, tmp_path: Path, undisturbed: Tokens
+) -> None:
+    failing = Failing([RuntimeError("can't start new thread"), OSError(24, "Too many open files")])
+    with restarting(model, tmp_path, 1, limit=None, listener=failing) as run:
+        failing.is_armed = True
+        assert answers(run, {10: lambda: stage_process(0).kill()}) == undisturbed
+    assert [restart.reason for restart in run.restarts[1:]] == [
+        "can't start new thread",
+        "[Errno 24] Too many open files",
+    ]
+
+
 @pytest.mark.slow
 def test_nan_is_restarted_once_also_after_another_fault_and_is_then_final(model: Path) -> None:
     restarts: set[tuple[int, str]] = set()

@@ -59,3 +59,11 @@ def test_a_report_has_the_tail_of_each_stages_log_and_is_never_overwritten(tmp_p
     ):
         assert part in first
     assert "[stage 1 mac-1] line 49\n" not in first
+
+
+def test_the_last_reports_of_a_run_are_kept(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, DeploymentListener())
+    (tmp_path / "report-of-another-run.txt").touch()
+    written = [log.write_report(f"fault {number}", ()) for number in range(run_log.LAST_REPORTS + 5)]
+    kept = written[5:]
+    assert sorted(tmp_path.glob("report-*")) == sorted([tmp_path / "report-of-another-run.txt", *filter(None, kept)])

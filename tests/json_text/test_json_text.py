@@ -31,12 +31,30 @@ class Outer(msgspec.Struct, forbid_unknown_fields=True):
     names: dict[int, str] = {}
 
 
+@pytest.mark.timeout(10)
+def test_a_key_twice_among_many_is_found_in_linear_time() -> None:
+    names = [f'"{number}": 0' for number in range(60_000)]
+    with pytest.raises(JsonError, match='the key "59999" occurs twice'):
+        parse_json("{" + ", ".join([*names, names[-1]]) + "}")
+
+
 @given(JSON)
 def test_json_is_read_back_as_its_value(value: object) -> None:
     for text in (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1)):
         assert parse_json(text) == value
         assert parse_json(text.encode()) == value
         assert parse_json(b"\xef\xbb\xbf" + text.encode()) == value
+
+
+@given(JSON, st.sampled_from([" ", '// a "b\n', "/* [1,\n*/", "\n"]))
+def test_comments_and_last_commas_do_not_change_the_value_or_what_is_in_quotes(value: object, between: str) -> None:
+    texts = (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1))
+    for text in texts:
+        assert parse_json(f"{between}{text}{between}", has_comments=True) == value
+    wrapped = f'{{"a": [{texts[0]}{between},{between}],{between}}}'
+    assert parse_json(wrapped, has_comments=True) == {"a": [value]}
+    with pytest.raises(JsonError):
+        parse_json(wrapped)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ class ForcedStages:
     end_id: int
     num_prompt: int = 0
     fail_at: int | None = None
-    """A stage fails, once, when this token of the reply is sampled."""
+    """A stage fails, once, when this token of the reply is sampled, or the next one that the grammar does not force."""
 
     def __call__(self, num_stages: int, on_plan: Callable[[Step], None]) -> TokenStages:
         forced = self
@@ -59,7 +59,7 @@ class ForcedStages:
         class Stages(TokenStages):
             def sample(self, token_ids: Sequence[int], sampling: Sampling) -> int:
                 at = len(token_ids) - forced.num_prompt
-                if at == forced.fail_at:
+                if forced.fail_at is not None and at >= forced.fail_at:
                     forced.fail_at = None
                     self.fail(1)
                 return forced.token_ids[at] if 0 <= at < len(forced.token_ids) else forced.end_id

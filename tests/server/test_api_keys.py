@@ -1,6 +1,8 @@
 """Tests of API keys: their file, and a real server that requires them."""
 
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +36,35 @@ def test_a_running_server_sees_new_and_removed_keys(tmp_path: Path) -> None:
     remove_key(path, "bob")
     assert ring.owner(bob) is None
     assert ring.owner(None) is None, "a server that required keys does not open by itself"
+
+
+def test_a_changed_file_that_cannot_be_used_is_logged_once_and_read_again_when_it_can(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    alice, bob = add_key(path, "alice"), add_key(path, "bob")
+    lines: list[str] = []
+    ring = KeyRing(path, is_required=True, log=lines.append)
+    remove_key(path, "alice")
+    path.chmod(0o644)
+    for _ in range(3):
+        assert (ring.owner(alice), ring.owner(bob)) == ("alice", "bob")
+    (line,) = lines
+    assert "chmod 600" in line
+    path.chmod(0o600)  # neither content nor inode nor modification time change
+    assert (ring.owner(alice), ring.owner(bob)) == (None, "bob")
+
+
+def test_keys_that_two_processes_add_at_once_are_all_kept(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    names = [f"user-{number}" for number in range(8)]
+    code = "import sys, pathlib, mlx_k2.server.api_keys as keys; keys.add_key(pathlib.Path(sys.argv[1]), sys.argv[2])"
+    adding = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in names]
+    assert [process.wait(WAIT_S) for process in adding] == [0] * len(names)
+    assert sorted(stored.name for stored in read_keys(path)) == names
+
+
+def test_a_key_without_a_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="empty"):
+        add_key(tmp_path / "keys.json", "")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"keys": [{"name": 5}]}'])

@@ -12,12 +12,16 @@ from openai.types.chat import ChatCompletionChunk
 
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Event, Finished, Token
+from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Request
-from mlx_k2.server.chat_completions import ChatFormat, ChatFrames, chat_body
-from mlx_k2.server.chat_reply import ChatReply
+from mlx_k2.server.chat_completions import ChatFormat
+from mlx_k2.server.chat_reply import ChatReply, declared_name
+from mlx_k2.server.chat_request import ChatRequest
 from mlx_k2.server.language_model import Generation, next_call_number
+from mlx_k2.server.request_fields import StreamOptions
+from mlx_k2.server.server_state import ServerOptions
 from tests.text.fixtures import tokenizer
 from tests.text.replies import call, section, tokens_of
 
@@ -54,40 +58,43 @@ def generation_of(stop_strings: tuple[str, ...] = (), first_call: int = 0, in_re
     prompt = (tokenizer().special_ids["<think>"],) if in_reasoning else (5,)
     request = Request(prompt, 1000, Sampling(seed=0), tokenizer().stop_ids)
     policy = ReplyPolicy(tokenizer(), request, ReplyLimits(stop_strings))
-    return Generation(request, policy, tokenizer(), in_reasoning, first_call, NAMES)
+    return Generation((Submission(request, policy),), tokenizer(), in_reasoning, first_call, NAMES)
 
 
 def events_of(generation: Generation, ids: Sequence[int], reason: FinishReason = FinishReason.LENGTH) -> list[Event]:
     """Return the events that the engine makes of a reply's tokens."""
     events: list[Event] = []
+    policy = generation.submissions[0].policy
+    assert policy is not None
     for token_id in ids:
-        accepted = generation.policy.accept(token_id)
+        accepted = policy.accept(token_id)
         events.append(Token(token_id, accepted.text, accepted.parts, logprob=-0.5))
         if accepted.finish_reason is not None:
             reason = accepted.finish_reason
             break
     num_tokens = len(events)
     summary = AnswerSummary(3, 1, num_tokens, reason, 0, None, None, None, 0, 0)
-    return [*events, Finished(summary, generation.policy.finish().parts)]
+    return [*events, Finished(summary, policy.finish().parts)]
 
 
 def body_of(generation: Generation, events: Sequence[Event]) -> dict[str, Any]:
     reply = ChatReply(generation)
     for event in events:
         reply.add(event)
-    end = events[-1]
-    assert isinstance(end, Finished)
-    return chat_body(FORMAT, reply, end.summary)
+    return format_of(reply).body()
 
 
-FORMAT = ChatFormat("chatcmpl-1", 1, "m", tokenizer(), wants_logprobs=True)
+def format_of(reply: ChatReply) -> ChatFormat:
+    asked = ChatRequest(messages=[], logprobs=True, stream_options=StreamOptions(include_usage=True))
+    head = {"id": "chatcmpl-1", "created": 1, "model": "m"}
+    return ChatFormat(head, [reply], asked, ServerOptions(keepalive="chunk"))
 
 
 def accumulated(generation: Generation, events: list[Event], cuts: Sequence[int]) -> dict[str, Any]:
     """Return what the official client makes of the stream, when the events are read in groups of ``cuts``."""
-    frames = ChatFrames(FORMAT, ChatReply(generation), include_usage=True, return_progress=False, keepalive="chunk")
+    frames = format_of(ChatReply(generation))
     sent = frames.begin()
-    rest, sizes = list(events), list(cuts)
+    rest, sizes = [(0, event) for event in events], list(cuts)
     while rest:
         size = sizes.pop(0) if sizes else len(rest)
         sent += frames.keepalive() + frames.events(rest[:size])
@@ -161,6 +168,31 @@ def test_arguments_stay_the_text_that_the_model_wrote() -> None:
 @pytest.mark.parametrize("header", ["functionsf", "functionsf5", "functions.f:0", "f:7", "f"])
 def test_a_name_without_its_separators_is_found_among_the_declared_tools(header: str) -> None:
     assert answered(section(call(header, "{}")))["calls"][0][2] == "f"
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("write_file_v2", "write_file_v2"),
+        ("functionswrite_file3", "write_file"),
+        ("functions_write_file:3", "write_file"),
+        ("write_file2", "write_file2"),
+        ("functions.write_file2:1", "write_file2"),
+        ("rewrite_file", "rewrite_file"),
+        ("functionsexec5", "functionsexec5"),
+    ],
+)
+def test_a_name_that_only_contains_a_tools_name_stays_as_written(written: str, meant: str) -> None:
+    assert declared_name(written, ("write_file", "write_file2", "read")) == meant
+
+
+def test_a_cancelled_reply_with_an_open_call_ends_with_length() -> None:
+    generation = generation_of()
+    text = "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"
+    *events, end = events_of(generation, token_ids(text), FinishReason.CANCELLED)
+    assert isinstance(end, Finished)
+    body = body_of(generation, [*events, Finished(end.summary)])
+    assert body["choices"][0]["finish_reason"] == "length"
 
 
 def test_a_section_without_a_readable_call_is_content_and_never_nothing() -> None:

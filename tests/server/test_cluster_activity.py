@@ -1,4 +1,4 @@
-"""Tests of the stages' activity: shares of the last seconds, and one hour of history."""
+"""Tests of the stages' activity: fractions of the last seconds, and one hour of history."""
 
 from collections.abc import Iterator
 
@@ -53,7 +53,7 @@ def add_step(activity: ClusterActivity, rank: int, busy_s: float, receive_s: flo
     activity.add_report(StageReport(rank, Microbatch(0, (row,)), done, 0.0))
 
 
-def test_shares_are_those_of_the_last_10_to_20_seconds(clock: Clock) -> None:
+def test_fractions_are_those_of_the_last_10_to_20_seconds(clock: Clock) -> None:
     activity = activity_of_two_stages()
     clock.now += 100
     for _ in range(10):
@@ -61,11 +61,11 @@ def test_shares_are_those_of_the_last_10_to_20_seconds(clock: Clock) -> None:
         add_step(activity, 1, busy_s=0.25, receive_s=0.5)
         clock.now += 1
     first, last = activity.stages()
-    assert (first["busy_share"], last["busy_share"]) == (0.5, 0.25)
-    assert (first["waiting_share"], last["waiting_share"]) == (0, 0.5)
+    assert (first["busy_fraction"], last["busy_fraction"]) == (0.5, 0.25)
+    assert (first["waiting_fraction"], last["waiting_fraction"]) == (0, 0.5)
     assert (first["first_layer"], first["last_layer"], last["last_layer"]) == (0, 2, 4)
     clock.now += 2 * INTERVAL_S
-    assert [stage["busy_share"] for stage in activity.stages()] == [0, 0]
+    assert [stage["busy_fraction"] for stage in activity.stages()] == [0, 0]
 
 
 def test_the_history_has_the_last_hour_and_no_more(clock: Clock) -> None:
@@ -79,7 +79,7 @@ def test_the_history_has_the_last_hour_and_no_more(clock: Clock) -> None:
     assert NUM_INTERVALS - 1 <= len(history) <= NUM_INTERVALS
     assert history[0]["seconds_ago"] <= 3600 + INTERVAL_S
     assert all((point["tokens"], point["computed_tokens"]) == (1, 4) for point in history)
-    assert all(point["busy_shares"] == [0.25, 0.5] for point in history)
+    assert all(point["busy_fractions"] == [0.25, 0.5] for point in history)
     clock.now += 3600
     assert activity.history() == []
 

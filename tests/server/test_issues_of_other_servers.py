@@ -32,6 +32,7 @@ from tests.server.forced_replies import (
     prompt_of,
 )
 from tests.server.in_process import SteppedServer, stepped_server, stepping, wait_until
+from tests.server.server_process import Server
 from tests.server.test_life_of_a_request import LONG_PROMPT, send_chat
 from tests.text.replies import call, section
 
@@ -207,7 +208,7 @@ def test_open_webui_28413_a_request_for_a_title_waits_for_the_chat(model: Langua
     """service_tier flex, OpenAI's word for slower processing, makes a background request."""
     for tier, priority in (("flex", Priority.BACKGROUND), ("auto", Priority.INTERACTIVE), (None, Priority.INTERACTIVE)):
         chat = read_chat_request(json.dumps({"messages": USER, "service_tier": tier}).encode())
-        assert model.chat(chat, "").request.priority is priority
+        assert model.chat(chat, "").submissions[0].request.priority is priority
     with stepped_server(num_slots=2) as server:
         title = send_chat(server, LONG_PROMPT, stream=True, service_tier="flex", max_tokens=3)
         wait_until(lambda: bool(server.tokens.plans), "the title begins")
@@ -263,11 +264,16 @@ def test_exo_2281_an_error_within_a_call_shows_no_markup() -> None:
     assert b"<|" not in sent
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}], ids=str)
-def test_vllm_46344_a_forced_call_is_not_made_in_another_form(answering: SteppedServer, choice: object) -> None:
-    """Until calls can be forced in the model's own section, the field is refused by its name."""
-    answer = answering.request("POST", CHAT, {"messages": USER, "tools": TOOLS, "tool_choice": choice})
-    assert (answer.status, answer.error["param"]) == (400, "tool_choice")
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "get_weather"}}], ids=["required", "named"]
+)
+def test_vllm_46344_a_forced_call_is_made_in_the_models_own_form(server: Server, choice: object) -> None:
+    body = {"messages": test_chat_completions.ASKED, "tools": test_chat_completions.WEATHER, "temperature": 0}
+    (found,) = server.request("POST", CHAT, body | {"tool_choice": choice, "max_tokens": 100}).json["choices"]
+    (made, *_) = found["message"]["tool_calls"]
+    assert (made["id"], made["function"]["name"]) == ("functions.get_weather:0", "get_weather")
+    assert found["finish_reason"] in ("tool_calls", "length")
+    assert "<|" not in found["message"]["content"]
 
 
 def test_vllm_37397_a_literal_extra_body_is_refused(answering: SteppedServer) -> None:
@@ -288,8 +294,10 @@ def test_vllm_46875_with_tool_choice_none_no_tool_is_declared_and_no_call_can_be
     body = {"messages": USER, "tools": TOOLS, "tool_choice": "none"}
     generation = model.chat(read_chat_request(json.dumps(body).encode()), "")
     plain = model.chat(read_chat_request(json.dumps({"messages": USER}).encode()), "")
-    assert generation.request.prompt_ids == plain.request.prompt_ids
-    mask = generation.policy.token_mask(())
+    (submission,) = generation.submissions
+    assert submission.policy is not None
+    assert submission.request.prompt_ids == plain.submissions[0].request.prompt_ids
+    mask = submission.policy.token_mask(())
     assert mask is not None
     special = builtin_tokenizer().special_ids
     banned = {"<|tool_calls_section_begin|>": False, "<|tool_call_begin|>": False, "<|im_end|>": True}
@@ -401,7 +409,7 @@ MODEL: dict[str, tuple[Test, ...]] = {
     "content as a list": (test_vllm_kimi_k2_accuracy_parts_of_content_are_joined,),
     "ids without separators": (test_chat_reply.test_a_name_without_its_separators_is_found_among_the_declared_tools,),
     "markup in errors": (test_exo_2281_an_error_within_a_call_shows_no_markup,),
-    "forced calls in another form": (test_vllm_46344_a_forced_call_is_not_made_in_another_form,),
+    "forced calls in another form": (test_vllm_46344_a_forced_call_is_made_in_the_models_own_form,),
     "a literal extra_body": (test_vllm_37397_a_literal_extra_body_is_refused,),
     "calls that end with stop": (test_vllm_43155_a_reply_with_calls_ends_with_tool_calls_and_keeps_its_reasoning,),
     "tool_choice none": (

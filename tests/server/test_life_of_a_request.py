@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlx_k2.server import http_connection, request_body, sse
+from mlx_k2.server import http_connection, request_body
 from mlx_k2.server.api_keys import KeyRing, add_key
 from mlx_k2.server.server_state import ServerOptions
 from tests.server.in_process import SteppedServer, stepped_server, stepping, wait_until
@@ -18,18 +18,23 @@ from tests.server.server_process import WAIT_S, HttpAnswer, parsed
 LONG_PROMPT = "one two three " * 60
 
 
-def send_chat(server: SteppedServer, text: str = "a", key: str = "", **fields: Any) -> socket.socket:
+def send_chat(
+    server: SteppedServer, text: str = "a", key: str = "", after: bytes | None = None, **fields: Any
+) -> socket.socket:
     """Send a chat request and return its connection."""
     body = {"messages": [{"role": "user", "content": text}], "seed": 3} | fields
-    return send(server, "POST", "/v1/chat/completions", body, key)
+    return send(server, "POST", "/v1/chat/completions", body, key, after)
 
 
-def send(server: SteppedServer, method: str, path: str, body: object, key: str = "") -> socket.socket:
-    """Send a request and return its connection."""
+def send(
+    server: SteppedServer, method: str, path: str, body: object, key: str = "", after: bytes | None = None
+) -> socket.socket:
+    """Send a request and return its connection. ``after``: bytes that follow the request on an open connection."""
     data = json.dumps(body).encode()
     head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\nx-api-key: {key}\r\n"
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S)
-    connection.sendall(head.encode() + b"Connection: close\r\n\r\n" + data)
+    connection.sendall(head.encode() + (b"Connection: close\r\n\r\n" if after is None else b"\r\n") + data)
+    connection.sendall(after or b"")
     return connection
 
 
@@ -55,12 +60,17 @@ def text_of(answer: bytes) -> str:
     return "".join(choice["delta"].get("content", "") for choice in choices)
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_hang_up_in_the_queue_ends_the_request(stream: bool) -> None:
+STREAMED = pytest.mark.parametrize("stream", [True, False])
+AFTER = pytest.mark.parametrize("after", [None, b"", b"\r\n", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+
+
+@STREAMED
+@AFTER
+def test_a_hang_up_in_the_queue_ends_the_request(stream: bool, after: bytes | None) -> None:
     with stepped_server(num_slots=1) as server:
         running = send_chat(server, stream=True)
         wait_until(lambda: server.num_used == 1, "the first request runs")
-        waiting = send_chat(server, stream=stream)
+        waiting = send_chat(server, after=after, stream=stream)
         wait_until(lambda: server.num_used == 2, "the second request waits")
         waiting.close()
         wait_until(lambda: server.num_used == 1, "the second request is gone")
@@ -68,10 +78,11 @@ def test_a_hang_up_in_the_queue_ends_the_request(stream: bool) -> None:
         wait_until(lambda: server.num_used == 0, "the first request is gone")
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_hang_up_in_prefill_stops_the_prompt(stream: bool) -> None:
+@STREAMED
+@AFTER
+def test_a_hang_up_in_prefill_stops_the_prompt(stream: bool, after: bytes | None) -> None:
     with stepped_server() as server:
-        connection = send_chat(server, LONG_PROMPT, stream=stream)
+        connection = send_chat(server, LONG_PROMPT, after=after, stream=stream)
         wait_until(lambda: bool(server.tokens.plans), "the prompt begins")
         connection.close()
         wait_until(lambda: server.num_used == 0, "the request is gone")
@@ -79,15 +90,33 @@ def test_a_hang_up_in_prefill_stops_the_prompt(stream: bool) -> None:
         assert sum(len(row.token_ids) for step in server.tokens.plans for row in step.rows) < 100
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_hang_up_in_decode_ends_the_answer(stream: bool) -> None:
+@STREAMED
+@AFTER
+def test_a_hang_up_in_decode_ends_the_answer(stream: bool, after: bytes | None) -> None:
     with stepped_server() as server:
-        connection = send_chat(server, stream=stream)
+        connection = send_chat(server, after=after, stream=stream)
         wait_until(lambda: bool(server.tokens.plans), "the prompt begins")
         server.tokens.run(lambda: len(server.tokens.plans) > 12)
         connection.close()
         wait_until(lambda: server.num_used == 0, "the request is gone")
         server.wait_for("/v1/chat/completions")
+
+
+def test_what_follows_a_request_that_closes_its_connection_is_ignored() -> None:
+    with stepped_server() as server, send_chat(server, max_tokens=3) as connection:
+        wait_until(lambda: server.num_used == 1, "the request runs")
+        connection.sendall(b"\r\n")
+        with stepping(server):
+            assert answer_of(connection).status == 200
+
+
+def test_more_than_64_kib_behind_a_request_ends_the_connection_and_the_request() -> None:
+    with stepped_server() as server, send_chat(server, after=b"", stream=True) as connection:
+        wait_until(lambda: server.num_used == 1, "the request runs")
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for _ in range(100):
+                connection.sendall(b"GET /health HTTP/1.1\r\n" * 100)
+        wait_until(lambda: server.num_used == 0, "the request is gone")
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
@@ -173,7 +202,7 @@ def test_the_progress_of_the_prompt_is_sent_on_request() -> None:
         events = [json.loads(line[6:]) for line in answer.body.split(b"\n") if line.startswith(b"data: {")]
         progress = [event["prompt_progress"] for event in events if "prompt_progress" in event]
         assert progress
-        assert all(0 < one["processed"] < one["total"] for one in progress)
+        assert all(0 <= one["processed"] < one["total"] for one in progress)
 
 
 def test_a_stream_goes_on_where_it_was_after_a_restart() -> None:
@@ -212,7 +241,7 @@ def test_the_end_of_the_engine_is_an_error_event_of_the_stream() -> None:
 
 
 def test_a_client_that_reads_nothing_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sse, "WRITE_S", 0.3)
+    monkeypatch.setattr(http_connection, "WRITE_TIMEOUT_S", 0.3)
     with stepped_server(ServerOptions(keepalive="chunk", keepalive_s=0.0001)) as server:
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
@@ -265,16 +294,19 @@ def test_a_request_is_cancelled_by_its_own_key_and_unknown_to_others(tmp_path: P
 def test_an_allowed_origin_gets_its_headers_and_another_does_not() -> None:
     with stepped_server() as server:
         for origin, status in (("https://chat.example", 204), ("https://evil.example", 403)):
-            head = f"OPTIONS /v1/models HTTP/1.1\r\nHost: localhost\r\nOrigin: {origin}\r\nConnection: close\r\n\r\n"
+            asked = "Access-Control-Request-Headers: x-stainless-os, authorization"
+            lines = ("OPTIONS /v1/models HTTP/1.1", "Host: localhost", f"Origin: {origin}", asked, "Connection: close")
             connection = socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S)
-            connection.sendall(head.encode())
+            connection.sendall("\r\n".join([*lines, "", ""]).encode())
             answer = answer_of(connection)
             assert answer.status == status
             assert answer.headers.get("access-control-allow-origin") == (origin if status == 204 else None)
+            allowed = "x-stainless-os, authorization" if status == 204 else None
+            assert answer.headers.get("access-control-allow-headers") == allowed
 
 
 def test_half_a_request_and_then_silence_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_connection, "HEADERS_S", 0.2)
+    monkeypatch.setattr(http_connection, "HEADERS_TIMEOUT_S", 0.2)
     monkeypatch.setattr(request_body, "BODY_S", 0.2)
     with stepped_server() as server:
         for beginning in (b"", b"POST /v1/chat"):
@@ -290,7 +322,7 @@ def test_half_a_request_and_then_silence_is_ended(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_second_request_on_a_connection_has_its_own_limit_for_headers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_connection, "HEADERS_S", 0.2)
+    monkeypatch.setattr(http_connection, "HEADERS_TIMEOUT_S", 0.2)
     with stepped_server() as server, socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as connection:
         for _ in range(2):
             connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -299,6 +331,32 @@ def test_a_second_request_on_a_connection_has_its_own_limit_for_headers(monkeypa
         connection.sendall(b"GET /v1")
         with contextlib.suppress(ConnectionResetError):
             assert connection.recv(100) == b""
+
+
+def test_the_head_of_the_status_stream_ends() -> None:
+    with stepped_server() as server:
+        answer = server.request("HEAD", "/v1/status/events")
+        assert (answer.status, answer.body) == (200, b"")
+        assert answer.headers["content-type"].startswith("text/event-stream")
+
+
+def test_a_prompt_of_one_chunk_has_a_prefill_phase_and_a_time_in_the_queue() -> None:
+    with stepped_server(num_slots=1, chunk_tokens=64) as server:
+        first = send_chat(server, max_tokens=1)
+        wait_until(lambda: bool(server.tokens.plans), "the first request runs")
+        second = send_chat(server, max_tokens=1)
+        wait_until(lambda: server.num_used == 2, "the second request waits")
+        phases = [entry["phase"] for entry in server.request("GET", "/v1/status").json["requests"]]
+        assert phases == ["prefill", "queued"]
+        threading.Event().wait(0.5)
+        with stepping(server):
+            for connection in (first, second):
+                assert answer_of(connection).status == 200
+        metrics = server.request("GET", "/metrics").body.decode()
+        values = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
+        assert float(values["mlx_k2_request_queue_time_seconds_sum"]) > 0.4
+        assert float(values["mlx_k2_request_prefill_time_seconds_sum"]) > 0.4
+        assert float(values["mlx_k2_request_queue_time_seconds_count"]) == 2
 
 
 def test_the_status_is_streamed_when_it_changes_with_consecutive_ids() -> None:

@@ -84,11 +84,11 @@ def test_with_ignore_eos_an_answer_goes_on_after_its_end(server: Server) -> None
 
 
 def test_the_models_small_files_are_those_of_its_folder(server: Server) -> None:
-    served = server.request("GET", "/v1/model-files").json
-    assert (served["name"], served["context_tokens"]) == ("kimi-k2-tiny", 16384)
-    for name, text in served["files"].items():
+    found = server.request("GET", "/v1/model-files").json
+    assert (found["name"], found["context_tokens"]) == ("kimi-k2-tiny", 16384)
+    for name, text in found["files"].items():
         assert base64.b64decode(text) == (BUILTIN_FOLDER / name).read_bytes()
-    assert {"config.json", "tiktoken.model"} <= served["files"].keys()
+    assert {"config.json", "tiktoken.model"} <= found["files"].keys()
 
 
 @pytest.mark.parametrize("prompt", [[], "", ["a", "b"], [1, "a"], [10**9], [[1], [2]], 5, None, [True]])
@@ -142,14 +142,14 @@ def test_the_status_has_the_work_of_the_last_hour(server: Server) -> None:
     usage = server.request("POST", "/v1/chat/completions", body).json["usage"]
     status = server.request("GET", "/v1/status").json
     (first, last) = status["stages"]
-    assert 0 < first["busy_share"] <= 1
+    assert 0 < first["busy_fraction"] <= 1
     assert first["sent_bytes_per_s"] > 0
     assert last["sent_bytes_per_s"] == 0
-    assert 0 < last["waiting_share"] <= 1
+    assert 0 < last["waiting_fraction"] <= 1
     recent = status["history"][-2:]
     assert sum(point["tokens"] for point in recent) >= usage["completion_tokens"]
     assert sum(point["computed_tokens"] for point in recent) > 0
-    assert all(len(point["busy_shares"]) == 2 and 0 <= point["seconds_ago"] <= 3610 for point in status["history"])
+    assert all(len(point["busy_fractions"]) == 2 and 0 <= point["seconds_ago"] <= 3610 for point in status["history"])
 
 
 def test_the_metrics_are_those_of_the_golden_list_and_count(server: Server) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mlx_k2.server.turn_store import StoredTurn, TurnStore
+from mlx_k2.server.turn_store import TURN_TOKENS, StoredTurn, TurnStore
 from mlx_k2.text.message import CalledFunction, Message, MessageCall
 from tests.server.server_process import Server
 from tests.server.test_chat_completions import IN_PARIS, WEATHER
@@ -60,7 +60,7 @@ def test_arguments_may_be_written_otherwise_and_text_may_lose_its_space() -> Non
 
 
 def test_the_turns_used_longest_ago_are_forgotten() -> None:
-    store = TurnStore(max_tokens=10)
+    store = TurnStore(max_tokens=2 * TURN_TOKENS + 10)
     for number in range(4):
         store.keep(before(store, str(number)), answer(), turn(num_tokens=4))
     found = [bool(store.restore(str(number), [USER, answer()]).turns) for number in range(4)]

@@ -35,7 +35,7 @@ from mlx_k2.weights.model_source import ModelSource
 from tests.local_cluster import NUM_LAYERS, write_model
 
 Converse = Callable[..., tuple[int, list[FromStage]]]
-LOAD = Load(0, NUM_LAYERS, "float32", num_slots=1, context_tokens=64, needed_bytes=0, block_bytes=2**27)
+LOAD = Load(0, NUM_LAYERS, "float32", num_slots=1, context_tokens=64, needed_bytes=0)
 
 
 @pytest.fixture(scope="module")

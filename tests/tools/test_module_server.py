@@ -5,11 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mcp.server.mcpserver import MCPServer
 
 from mlx_k2.errors import ToolsError
+from mlx_k2.tools.module_server import UnusableFunction, _add
 from mlx_k2.tools.outcome import Outcome, ToolResult
 from mlx_k2.tools.servers import python_module
 from mlx_k2.tools.toolbox import Limits, open_toolbox
@@ -115,7 +120,15 @@ def test_an_exception_in_a_function_becomes_a_failed_result(module: Path) -> Non
         ("raise SystemExit('not today')", "line 1: SystemExit: not today"),
         ("x = 1", "ImportError: it defines no public function"),
         ("__all__ = ['f']", "AttributeError: "),
-        ("def f(_hidden: int): ...", "_hidden"),
+        ("def f(_hidden: int): ...", "line 1: f: Parameter _hidden of f cannot start with '_'"),
+        ("__all__ = ['f']\nf = 3", "ImportError: __all__ names f, which is no function"),
+        ("x = 1\ndef f(x, /): ...", "line 2: f: the parameter x has no name that a model can give"),
+        ("def f(*values): ...", "line 1: f: the parameter *values has no name that a model can give"),
+        ("def f(**values): ...", "line 1: f: the parameter **values has no name that a model can give"),
+        ("def g(): ...\ndef f(): yield 1", "line 2: f: it is a generator: return a list"),
+        ("async def f(): yield 1", "line 1: f: it is a generator: return a list"),
+        ("def f(x: 'Nothing'): ...", "line 1: f: Unable to evaluate type annotations"),
+        ("import socket\ndef f(x: socket.socket): ...", "line 2: f: Cannot generate a JsonSchema"),
     ],
 )
 def test_an_unusable_tools_module_is_refused_with_its_line(tmp_path: Path, source: str, message: str) -> None:
@@ -125,6 +138,67 @@ def test_an_unusable_tools_module_is_refused_with_its_line(tmp_path: Path, sourc
         pass
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+ODD = """
+class Own(BaseException): pass
+
+def interrupt(): raise KeyboardInterrupt("no")
+def own(): raise Own("no")
+async def own_later(): raise Own("no")
+def text(): return "caf\\udce9.txt"
+def names(): return ["caf\\udce9.txt", "ok"]
+def broken_text(): raise ValueError("caf\\udce9")
+def mapped(): return map(str, [1, 2])
+def circle():
+    items = []
+    items.append(items)
+    return items
+named = lambda: "by its name in the file"
+"""
+
+
+def test_any_result_and_any_exception_of_a_function_is_text_and_the_next_call_works(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(ODD)
+    with open_toolbox([python_module(tmp_path / "odd.py", environment())], LIMITS) as box:
+        for name in ("interrupt", "own", "own_later", "circle"):
+            assert box.call(name, {}).outcome is Outcome.FAILED
+        assert "KeyboardInterrupt: no" in box.call("interrupt", {}).text
+        assert "ValueError: caf\ufffd" in box.call("broken_text", {}).text
+        assert box.call("text", {}) == ToolResult(Outcome.DONE, "caf\ufffd.txt")
+        assert box.call("names", {}) == ToolResult(Outcome.DONE, '["caf\ufffd.txt", "ok"]')
+        assert box.call("mapped", {}) == ToolResult(Outcome.DONE, '["1","2"]')
+        assert box.call("named", {}) == ToolResult(Outcome.DONE, "by its name in the file")
+
+
+KINDS = ["", "/", "*", "**"]
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    annotation=st.sampled_from(["", ": int", ": list[str]", ": 'Nothing'", ": bytes", ": type(sys)", ": 5", ": print"]),
+    default=st.sampled_from(["", " = None", " = sys", " = print"]),
+    body=st.sampled_from(["return 1", "yield 1"]),
+    is_async=st.booleans(),
+)
+def test_a_function_of_any_signature_is_added_or_refused_by_line_and_name(
+    kind: str, annotation: str, default: str, body: str, is_async: bool
+) -> None:
+    star = kind if kind.startswith("*") else ""
+    parameter = f"{star}value{annotation}{default if not star else ''}{', /' if kind == '/' else ''}"
+    source = f"import sys\n{'async ' * is_async}def f({parameter}):\n    {body}\n"
+    names: dict[str, Any] = {}
+    try:
+        exec(compile(source, "mine.py", "exec"), names)
+    except TypeError:
+        return  # not Python: an annotation that cannot be evaluated ends the import, with its line
+    try:
+        _add(MCPServer("tools", log_level="ERROR"), "f", names["f"])
+    except UnusableFunction as error:
+        assert str(error).startswith("line 2: f: ")
+    else:
+        assert kind == ""
+        assert body == "return 1"
 
 
 CHAT = """

@@ -32,15 +32,17 @@ def test_stdio_and_http_servers_are_read_and_unknown_keys_ignored(tmp_path: Path
             "off": {"command": "no", "disabled": True},
         },
     )
-    assert read_mcp_file(path, {}) == (
+    assert read_mcp_file(path, {}, pytest.fail) == (
         StdioServer(name="files", command="npx", args=("-y", "server"), env={"A": "b"}, cwd="/"),
         HttpServer(name="web", url="https://example.org/mcp", headers={"X-Key": "k"}),
     )
 
 
 def test_environment_variables_in_an_mcp_file_are_expanded(tmp_path: Path) -> None:
-    path = written(tmp_path, {"s": {"command": "${BIN:-run}", "args": ["${KEY}x${KEY}"], "env": {"K": "${KEY:-no}"}}})
-    (server,) = read_mcp_file(path, {"KEY": "k$1"})
+    path = written(
+        tmp_path, {"s": {"command": "${BIN:-run}", "args": ["${KEY}x${env:KEY}"], "env": {"K": "${KEY:-no}"}}}
+    )
+    (server,) = read_mcp_file(path, {"KEY": "k$1"}, pytest.fail)
     assert server == StdioServer(name="s", command="run", args=("k$1xk$1",), env={"K": "k$1"})
 
 
@@ -52,24 +54,65 @@ def test_environment_variables_in_an_mcp_file_are_expanded(tmp_path: Path) -> No
         ({"url": "example.org"}, "'s' has the url 'example.org'"),
         ({"url": "http://b", "type": "sse"}, "'s' speaks MCP's old HTTP"),
         ({"command": "${NO_SUCH}"}, "'s' needs the environment variable NO_SUCH"),
+        ({"command": "${env:NO_SUCH}"}, "'s' needs the environment variable NO_SUCH"),
+        ({"url": "http://b", "headers": {"A": "Bearer ${input:key}"}}, "'s' has ${input:key}, which is not replaced"),
+        ({"url": "http://b", "headers": {"A": "Bearer $KEY"}}, "'s' has $KEY, which is not replaced: write ${NAME}"),
+        ({"command": "a", "args": ["${workspaceFolder:x}/b"]}, "'s' has ${workspaceFolder:x}, which is not replaced"),
         ({"command": 1}, "is no MCP file: mcpServers[...].command: expected text or null, got a whole number"),
     ],
 )
 def test_an_invalid_server_entry_is_refused_by_name(tmp_path: Path, entry: object, message: str) -> None:
     with pytest.raises(ToolsError) as raised:
-        read_mcp_file(written(tmp_path, {"s": entry}), {})
+        read_mcp_file(written(tmp_path, {"s": entry}), {}, pytest.fail)
     assert message in str(raised.value)
     assert "mcp.json" in str(raised.value)
 
 
+def test_a_malformed_server_is_left_out_and_named_and_the_others_are_read(tmp_path: Path) -> None:
+    path = written(tmp_path, {"a": {"command": "${NO_SUCH}"}, "b": {"command": "b"}, "c": {}})
+    problems: list[str] = []
+    assert read_mcp_file(path, {}, problems.append) == (StdioServer(name="b", command="b"),)
+    assert problems == [
+        f"{path}: the server 'a' needs the environment variable NO_SUCH, which is not set",
+        f"{path}: the server 'c' needs either a command or a url",
+    ]
+
+
 def test_a_missing_or_invalid_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ToolsError, match=r"none\.json cannot be read: No such file"):
-        read_mcp_file(tmp_path / "none.json", {})
-    (tmp_path / "other.json").write_text('{"servers": {}}')
+        read_mcp_file(tmp_path / "none.json", {}, pytest.fail)
+    (tmp_path / "other.json").write_text('{"tools": {}}')
     with pytest.raises(ToolsError, match=r"other\.json is no MCP file: .*mcpServers.*for instance"):
-        read_mcp_file(tmp_path / "other.json", {})
+        read_mcp_file(tmp_path / "other.json", {}, pytest.fail)
     with pytest.raises(ToolsError, match=r"there is no Python file .*none\.py"):
         python_module(tmp_path / "none.py", {})
+
+
+AS_AN_EDITOR_WRITES_IT = """\ufeff// my servers
+{
+  /* VS Code's name for it */
+  "servers": {
+    "files": {
+      "command": "npx", // "quoted"
+      "args": ["-y", "http://example.org/*", "a,]",],
+    },
+  },
+}
+"""
+
+
+def test_comments_last_commas_and_a_byte_order_mark_are_read_as_editors_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "mcp.json"
+    path.write_text(AS_AN_EDITOR_WRITES_IT, encoding="utf-8")
+    args = ("-y", "http://example.org/*", "a,]")
+    assert read_mcp_file(path, {}, pytest.fail) == (StdioServer(name="files", command="npx", args=args),)
+
+
+def test_the_line_of_an_error_is_that_of_the_file_with_its_comments(tmp_path: Path) -> None:
+    path = tmp_path / "mcp.json"
+    path.write_text('/* one\ntwo */ {\n// three\n "mcpServers" 4}')
+    with pytest.raises(ToolsError, match="is no MCP file: line 4, column 15: expecting ':' delimiter"):
+        read_mcp_file(path, {}, pytest.fail)
 
 
 json_values = st.recursive(
@@ -89,7 +132,7 @@ def test_any_bytes_in_an_mcp_file_are_read_or_refused(tmp_path: Path, data: byte
     path = tmp_path / "mcp.json"
     path.write_bytes(data)
     try:
-        servers = read_mcp_file(path, {})
+        servers = read_mcp_file(path, {}, lambda _: None)
     except ToolsError as error:
         assert "mcp.json" in str(error)
     else:

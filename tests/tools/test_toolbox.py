@@ -5,13 +5,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
+from anyio.abc import TaskGroup
+from hypothesis import example, given
+from hypothesis import strategies as st
+from mcp import types
 
 from mlx_k2.errors import ToolsError
+from mlx_k2.text.tool_call import call_id, read_call
+from mlx_k2.tools.connection import Connection
 from mlx_k2.tools.outcome import Outcome, ToolResult
 from mlx_k2.tools.servers import HttpServer, Server, StdioServer
-from mlx_k2.tools.toolbox import Limits, open_toolbox
+from mlx_k2.tools.toolbox import Limits, _named, open_toolbox
 from tests.processes import started_processes
 
 pytestmark = pytest.mark.timeout(60)
@@ -122,7 +129,9 @@ def test_a_stdio_server_that_ends_during_a_call_is_named_with_its_stderr_and_res
         others = [box.start("hang", {}), box.start("hang", {})]
         dead = box.call("die", {})
         assert dead.outcome is Outcome.LOST
-        assert dead.text == "The tool server frail was lost in this call: it ended; it said last: a last word."
+        assert dead.text == (
+            "The tool server frail was lost in this call, which may have run: it ended; it said last: a last word."
+        )
         assert [call.result().outcome for call in others] == [Outcome.LOST] * 2
         assert box.call("add", {"a": 1}) == ToolResult(Outcome.DONE, "3")
 
@@ -131,9 +140,9 @@ def test_an_http_server_that_ends_during_a_call_is_named_in_this_and_later_calls
     with http_server("frail") as server, open_toolbox([server], LIMITS) as box:
         results = [box.call("die", {}), box.call("add", {"a": 1}), box.call("add", {"a": 1})]
     assert [result.outcome for result in results] == [Outcome.LOST] * 3
-    assert all(result.text.startswith("The tool server frail was lost in this call: ") for result in results)
-    assert "disconnected" in results[0].text
-    assert "All connection attempts failed" in results[1].text
+    assert results[0].text.startswith("The tool server frail was lost in this call, which may have run: ")
+    not_run = "The call was not run: the tool server frail cannot be started: All connection attempts failed."
+    assert [result.text for result in results[1:]] == [not_run] * 2
 
 
 def test_the_end_of_one_server_does_not_affect_another() -> None:
@@ -153,10 +162,35 @@ def test_equal_tool_names_get_their_servers_prefix_and_odd_characters_are_replac
         assert "odd_name____im_end__" in box.tools
 
 
-def test_servers_that_do_not_start_are_all_named_and_the_others_closed() -> None:
+def offered(*names: str) -> list[tuple[Connection, types.Tool]]:
+    """Return tools with these names, as one server that is never started offers them."""
+    connection = Connection(HttpServer(name="s", url="http://127.0.0.1:9/"), cast("TaskGroup", None), 1.0)
+    return [(connection, types.Tool(name=name, input_schema={"type": "object"})) for name in names]
+
+
+@given(st.lists(st.text(max_size=6), max_size=6))
+@example(["\u5929\u6c14", "\u641c\u7d22"])
+@example(["get/user", "get_user", "get user", "s_get_user"])
+@example(["2048", "123e4567-e89b-12d3-a456-426614174000", ""])
+def test_tools_of_any_names_stay_apart_and_a_call_names_each_of_them(names: list[str]) -> None:
+    tools, lines = _named(offered(*names))
+    assert sorted(line.tool for line in lines.values()) == sorted(names)
+    for name in tools:
+        assert read_call(call_id(name, 0), "{}").name == name
+        assert all(letter.isalnum() or letter in "_.-" for letter in name)
+
+
+def test_letters_of_any_script_stay_in_a_tools_name() -> None:
+    assert list(_named(offered("\u5929\u6c14", "caf\u00e9", "get user"))[0]) == [
+        "\u5929\u6c14",
+        "caf\u00e9",
+        "get_user",
+    ]
+
+
+def test_without_a_server_that_starts_all_are_named_and_none_is_left() -> None:
     before = children()
     servers: list[Server] = [
-        stdio_server("good"),
         StdioServer(name="absent", command="/no/such/program"),
         StdioServer(name="ends", command=sys.executable, args=("-c", "raise SystemExit('no key given')")),
         HttpServer(name="deaf", url="http://127.0.0.1:9/mcp"),
@@ -167,7 +201,6 @@ def test_servers_that_do_not_start_are_all_named_and_the_others_closed() -> None
     assert "absent: [Errno 2] No such file or directory" in message
     assert "ends: it ended; it said last: no key given" in message
     assert "deaf: All connection attempts failed" in message
-    assert "good" not in message
     assert children() == before
 
 

@@ -88,8 +88,13 @@ class _Handler(BaseHTTPRequestHandler):
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         self.hub.requests.append(Request(self.command, path, start))
         parts = path.strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
-            self._list(parts)
+        if parts[:2] == ["api", "models"] and "/".join(parts[2:4]) == self.hub.repo:
+            if parts[5:6] in ([], ["main"], [COMMIT]):
+                self._list()
+            else:
+                self._refuse(404, "RevisionNotFound")
+        elif parts[:2] == ["api", "models"]:
+            self._refuse(403 if "gated" in path else 401, "GatedRepo" if "gated" in path else "RepoNotFound")
         elif parts[0] == "storage":
             self._send_file(parts[-1], start)
         elif "/".join(parts[:2]) != self.hub.repo:
@@ -106,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse(self, status: int, code: str) -> None:
         self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": code, "X-Repo-Commit": COMMIT})
 
-    def _list(self, parts: list[str]) -> None:
+    def _list(self) -> None:
         siblings = []
         for name, data in self.hub.files.items():
             entry: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": "0" * 40}

@@ -1,5 +1,6 @@
 """Tests of downloads from a local server with the Hub's protocol."""
 
+import contextlib
 import hashlib
 import itertools
 import random
@@ -8,14 +9,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
+from huggingface_hub import close_session
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.errors import DownloadError
 from mlx_k2.weights.checkpoint import describe_model, locate_tensors, read_small_files
 from mlx_k2.weights.hub import HubRepo, bytes_to_fetch, fetch_files, fetch_small_files
-from mlx_k2.weights.index import CheckpointIndex, read_index_json
+from mlx_k2.weights.index import CheckpointIndex, check_names, read_index_json
 from mlx_k2.weights.inventory import layer_specs, model_specs, shard_specs
+from mlx_k2.weights.known_layout import known_layout
 from mlx_k2.weights.manifest import identify, read_manifest
 from mlx_k2.weights.model_files import fetch_shard
 from mlx_k2.weights.model_source import ModelSource
@@ -264,3 +268,100 @@ def test_a_damaged_file_that_is_still_in_the_cache_is_fetched_again_at_once(hub:
     fetched = fetch_files(repo, [LAYER_2], quietly)
     assert fetched.fetched == (LAYER_2,)
     assert (fetched.folder / LAYER_2).read_bytes() == hub.files[LAYER_2]
+
+
+CLOSED = "http://127.0.0.1:9"  # nothing listens there
+
+
+@pytest.fixture
+def cached(hub: Hub, repo: HubRepo) -> HubRepo:
+    """Return a repository whose small files and one weight file are in the cache, and whose Hub is unreachable."""
+    fetch_small_files(repo)
+    fetch_files(repo, [LAYER_2], quietly)
+    return msgspec.structs.replace(repo, endpoint=CLOSED)
+
+
+@contextlib.contextmanager
+def settings(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Iterator[None]:
+    """Make huggingface_hub create its HTTP client anew, with these variables."""
+    with monkeypatch.context() as changed:
+        for name, value in environment.items():
+            changed.setenv(name, value)
+        close_session()
+        yield
+        close_session()
+
+
+REFERENCE = {
+    "intact": COMMIT,
+    "ending in a newline": f"{COMMIT}\n",
+    "missing, with one snapshot": None,
+}
+
+
+@pytest.mark.parametrize("reference", REFERENCE.values(), ids=REFERENCE)
+def test_a_cache_that_was_copied_by_hand_is_used(cached: HubRepo, reference: str | None) -> None:
+    assert cached.cache_folder is not None
+    (main,) = cached.cache_folder.glob("*/refs/main")
+    main.unlink()
+    if reference is not None:
+        main.write_text(reference)
+    assert fetch_files(cached, [LAYER_2, "config.json"], quietly).fetched == ()
+
+
+def test_without_a_network_the_first_failure_ends_it_and_the_hubs_library_prints_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(DownloadError, match="Connection refused"):
+        fetch_small_files(HubRepo(REPO, None, tmp_path, CLOSED))
+    assert caplog.records == []
+    assert capfd.readouterr() == ("", "")
+
+
+SOCKS, NO_FILE = "socks5://user:secret@127.0.0.1:9", "/nowhere.pem"
+
+
+@pytest.mark.parametrize(("name", "value"), [("ALL_PROXY", SOCKS), ("https_proxy", SOCKS), ("SSL_CERT_FILE", NO_FILE)])
+def test_a_complete_cache_is_used_whatever_the_settings_for_http_are(
+    cached: HubRepo, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    with settings(monkeypatch, **{name: value}):
+        assert fetch_small_files(cached).fetched == ()
+        assert fetch_files(cached, [LAYER_2], quietly).fetched == ()
+        with pytest.raises(DownloadError, match=rf"is not in this host's cache.*\b{name}\b") as refused:
+            fetch_files(cached, ["model-00005-of-000008.safetensors"], quietly)
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("ALL_PROXY", SOCKS), ("HTTPS_PROXY", "http://127.0.0.1:9"), ("SSL_CERT_FILE", NO_FILE)]
+)
+def test_a_proxy_or_a_missing_certificate_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    with settings(monkeypatch, **{name: value}), pytest.raises(DownloadError, match=rf"\b{name}\b") as refused:
+        fetch_small_files(HubRepo(REPO, None, tmp_path, CLOSED))
+    assert "secret" not in str(refused.value)
+
+
+def test_the_known_layout_of_kimi_k2_thinking_has_its_files_and_bytes() -> None:
+    model = known_layout(ModelSource(path_or_repo="moonshotai/Kimi-K2-Thinking"))
+    assert model is not None
+    assert check_names(model.config, model.index) is None
+    files = model.index.files(model_specs(model.config))
+    names = list(files)
+    assert (len(names), names[0], names[-1]) == (
+        62,
+        "model-00001-of-000062.safetensors",
+        "model-00062-of-000062.safetensors",
+    )
+    sizes = {name: sum(spec.num_bytes for spec in specs) for name, specs in files.items()}
+    assert sum(sizes.values()) == 594_205_904_896
+    # a file of a layer with experts; here with the int32 pairs that state the shapes of its experts
+    assert (sizes[names[0]], sizes[names[1]], sizes[names[-1]]) == (
+        995_000_320,
+        9_808_545_280 + 384 * 3 * 8,
+        4_697_634_816,
+    )
+    assert known_layout(ModelSource(path_or_repo="moonshotai/Kimi-K2-Thinking", revision="v1")) is None
+    assert known_layout(ModelSource(path_or_repo="moonshotai/Kimi-K2.5")) is None

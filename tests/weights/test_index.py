@@ -1,10 +1,13 @@
 """Tests of the checkpoint index, and of the checks that refuse a checkpoint before any of it is loaded."""
 
+import contextlib
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +20,7 @@ from mlx_k2.weights.checkpoint import locate_tensors, read_small_files
 from mlx_k2.weights.index import CheckpointIndex, check_file, check_names, model_digest, read_index_json
 from mlx_k2.weights.inventory import TensorSpec, layer_specs, model_specs, shard_specs
 from mlx_k2.weights.manifest import identify
+from mlx_k2.weights.model_source import ModelSource, is_repo
 from mlx_k2.weights.safetensors_file import write_file
 from tests.weights.made_up import VOCAB_SIZE, config_of, write_tiny
 
@@ -80,6 +84,88 @@ def test_a_pipe_or_a_device_in_a_checkpoint_is_refused(
         read_small_files(tmp_path)
         locate_tensors(tmp_path, index_of(tmp_path), model_specs(config))
         identify([tmp_path / SHARD])
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 904496\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (
+            LFS,
+            "it is a Git LFS pointer, because its repository was cloned without git-lfs: install it and run `git -C ",
+        ),
+        (b"GGUF\x03\0\0\0", "it is a GGUF file, which mlx-k2 does not read: fetch the original checkpoint"),
+        (
+            b"\n <!DOCTYPE HTML>\n<html>",
+            "it is an HTML page, for instance of an error or a login: fetch the file again",
+        ),
+        (b"<html lang='en'>", "it is an HTML page"),
+        (b"<?xml version='1.0'?><Error>", "it is an XML page"),
+        (b"PK\x03\x04model/data.pkl", "it is a ZIP archive"),
+    ],
+    ids=["git-lfs", "gguf", "html", "html without doctype", "xml", "zip"],
+)
+@pytest.mark.parametrize(
+    "name", ["config.json", "tiktoken.model", "tokenizer_config.json", "model.safetensors.index.json", SHARD]
+)
+def test_a_file_of_another_format_is_named_as_what_it_is(tmp_path: Path, name: str, content: bytes, named: str) -> None:
+    folder = tmp_path / "a model's folder"
+    config = write_tiny(folder)
+    index = index_of(folder)
+    (folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError) as refused:
+        read_small_files(folder)
+        locate_tensors(folder, index, model_specs(config))
+    assert f"cannot read {folder / name}: {named}" in str(refused.value)
+
+
+def test_the_command_for_a_git_lfs_pointer_is_one_for_git(tmp_path: Path) -> None:
+    folder = tmp_path / "a model's folder"
+    write_tiny(folder)
+    (folder / SHARD).write_bytes(LFS)
+    with pytest.raises(CheckpointError) as refused:
+        check_file(folder / SHARD, [])
+    command = shlex.split(str(refused.value).split("`")[1])
+    assert command == ["git", "-C", str(folder), "lfs", "pull"]
+
+
+def test_a_tensor_of_a_dtype_that_mlx_lacks_is_refused_though_no_stage_needs_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    write_one(path, NORM)
+    rewrite_header(path, {"dtype": "F64", "shape": [2]})
+    with pytest.raises(RuntimeError, match="unsupported dtype F64"):
+        mx.load(str(path))
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: model\.norm\.weight is F64, which MLX cannot read"):
+        check_file(path, [])
+
+
+@given(
+    name=st.from_regex(r"[A-Za-z0-9][\w.-]{0,20}", fullmatch=True),
+    kind=st.sampled_from(["file", "folder", "dead link"]),
+)
+def test_an_existing_path_is_never_a_repository(tmp_path_factory: pytest.TempPathFactory, name: str, kind: str) -> None:
+    folder = tmp_path_factory.mktemp("models")
+    given_path = f"owner/{name}"
+    with contextlib.chdir(folder):
+        assert is_repo(ModelSource(path_or_repo=given_path))
+        Path("owner").mkdir()
+        match kind:
+            case "file":
+                Path(given_path).touch()
+            case "folder":
+                Path(given_path).mkdir()
+            case _:
+                Path(given_path).symlink_to("nothing")
+        assert not is_repo(ModelSource(path_or_repo=given_path))
+
+
+def test_a_folder_of_the_hubs_cache_is_refused_with_the_repositorys_name(tmp_path: Path) -> None:
+    folder = tmp_path / "models--moonshotai--Kimi-K2--Thinking"
+    (folder / "snapshots").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"give --model moonshotai/Kimi-K2--Thinking, or a folder in its snapsh"):
+        read_small_files(folder)
 
 
 def test_a_shard_needs_the_files_of_its_layers_and_no_others(tiny: tuple[Path, ModelConfig]) -> None:

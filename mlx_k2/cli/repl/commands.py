@@ -35,6 +35,12 @@ _KEYS = (
 )
 
 
+def is_command(line: str) -> bool:
+    """Return whether a line is a command and not a message. A path begins a message: it has a second slash."""
+    first_word = line.split(maxsplit=1)[0] if line.strip() else ""
+    return line.startswith("/") and (first_word in HELP or "/" not in first_word[1:])
+
+
 class Quit(Exception):
     """The exception that ends the chat at the user's command."""
 
@@ -72,7 +78,10 @@ class Commands:
         """
         name, _, argument = line.partition(" ")
         if name not in HELP:
-            raise RequestError(f"there is no command {one_line(name, _MAX_SHOWN)}: /help lists them")
+            raise RequestError(
+                f"there is no command {one_line(name, _MAX_SHOWN)}: /help lists them; "
+                "to send it as a message, write a space before it"
+            )
         argument = argument.strip()
         if argument and not HELP[name][0]:
             raise RequestError(f"{name} stands alone")

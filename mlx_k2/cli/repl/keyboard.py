@@ -18,6 +18,9 @@ from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.patch_stdout import patch_stdout
 from prompt_toolkit.styles import Style
 
+from mlx_k2.cli.streams import is_terminal
+from mlx_k2.text.tokenizer import well_formed
+
 PROMPT = "> "
 _STYLE = Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack"})
 
@@ -50,7 +53,7 @@ class LineKeyboard:
     @property
     def can_ask(self) -> bool:
         """Whether standard input is a terminal."""
-        return sys.stdin.isatty()
+        return is_terminal(sys.stdin)
 
     def read(self) -> str:
         """Return the next message or command, as ``Keyboard.read`` does."""
@@ -62,7 +65,7 @@ class LineKeyboard:
 
     def ask(self, question: str) -> str:
         """Return the answer to a question, as ``Keyboard.ask`` does."""
-        if sys.stdin.isatty():
+        if is_terminal(sys.stdin):
             termios.tcflush(sys.stdin, termios.TCIFLUSH)
         return self._line(question)
 
@@ -71,7 +74,7 @@ class LineKeyboard:
         return contextlib.nullcontext()
 
     def _line(self, prompt: str) -> str:
-        if sys.stdin.isatty():
+        if is_terminal(sys.stdin):
             sys.stderr.write(prompt)
             sys.stderr.flush()
         line = sys.stdin.readline()
@@ -87,7 +90,7 @@ class TerminalKeyboard:
         self, history: Path | None, commands: Sequence[str], status: Callable[[], str], *, colours: bool
     ) -> None:
         self._session: PromptSession[str] = PromptSession(
-            history=InMemoryHistory() if history is None else FileHistory(str(history)),
+            history=InMemoryHistory() if history is None else _History(str(history)),
             completer=_CommandCompleter(commands),
             complete_while_typing=True,
             bottom_toolbar=status,
@@ -128,6 +131,14 @@ class TerminalKeyboard:
             yield
         finally:
             termios.tcsetattr(terminal, termios.TCSANOW, before)
+
+
+class _History(FileHistory):
+    """A history of well-formed text. A terminal can send bytes that are not UTF-8."""
+
+    def store_string(self, string: str) -> None:
+        """Append a message to the file."""
+        super().store_string(well_formed(string))
 
 
 def usable_history(path: Path) -> Path | None:

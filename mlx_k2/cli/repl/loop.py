@@ -7,7 +7,7 @@ from types import FrameType
 
 from mlx_k2.chat.chat_events import Event
 from mlx_k2.chat.chat_session import ChatSession
-from mlx_k2.cli.repl.commands import Commands, Quit
+from mlx_k2.cli.repl.commands import Commands, Quit, is_command
 from mlx_k2.cli.repl.keyboard import Keyboard
 from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.transcript import Transcript
@@ -16,6 +16,7 @@ from mlx_k2.cli.repl.wording import CUT
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.errors import EngineBusy, RequestFailed, SetupError
 from mlx_k2.scheduling.request import FinishReason
+from mlx_k2.text.tokenizer import well_formed
 from mlx_k2.text.tool_call import ToolCall
 
 _ENDS = {**CUT, FinishReason.CANCELLED: "stopped; /retry answers again, /undo takes your message back"}
@@ -62,12 +63,12 @@ class Repl:
 
     def _handle_line(self, line: str) -> None:
         """Run a command line, or send a message."""
-        if line.startswith("/"):
+        if is_command(line):
             if self._transcript is not None:
-                self._transcript.write({"command": line})
+                self._transcript.write({"command": well_formed(line)})
             self._follow(self._commands.run(line.strip()))
         elif line.strip():
-            self._follow(self._session.send_message(line.strip()))
+            self._follow(self._session.send_message(well_formed(line.strip())))
 
     def _follow(self, events: Iterable[Event]) -> None:
         """Show all events; count them and write them to the transcript."""

@@ -29,10 +29,17 @@ def save_chat(path: Path, chat: SavedChat) -> None:
     Raises:
         RequestError: the file cannot be written.
     """
+    _refuse_special(path)
     try:
         write_private(path, msgspec.json.format(msgspec.json.encode(chat), indent=2) + b"\n")
     except OSError as error:
         raise RequestError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _refuse_special(path: Path) -> None:
+    """Refuse pipes and devices: a read of one can have no end, and a write would replace it."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise RequestError(f"{path} is not a regular file")
 
 
 def load_chat(path: Path, digest: str) -> Sequence[Mapping[str, object]]:
@@ -41,6 +48,7 @@ def load_chat(path: Path, digest: str) -> Sequence[Mapping[str, object]]:
     Raises:
         RequestError: the file cannot be read, is no saved chat, or belongs to another model.
     """
+    _refuse_special(path)
     try:
         value = parse_json(path.read_bytes())
         if isinstance(value, list):

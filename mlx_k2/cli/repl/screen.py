@@ -13,6 +13,7 @@ from mlx_k2.cli.console import log, log_restart
 from mlx_k2.cli.repl.markdown_stream import MarkdownStream
 from mlx_k2.cli.repl.wording import call_line, ended_line, progress_line
 from mlx_k2.cli.safe_console import SafeConsole
+from mlx_k2.cli.streams import is_terminal
 from mlx_k2.cli.terminal_text import printable
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import PrefillProgress, Progress, Queued, Restarting
@@ -137,7 +138,7 @@ class PlainScreen:
         if kind is Reasoning:
             stderr_console.print(Text(printable(text), style="dim"), end="", soft_wrap=True)
         else:
-            sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+            sys.stdout.write(printable(text) if is_terminal(sys.stdout) else text)
             sys.stdout.flush()
 
 

@@ -6,18 +6,19 @@ from collections.abc import Callable, Sequence
 
 from mlx_k2.cli.repl.keyboard import Keyboard, LineKeyboard, TerminalKeyboard, usable_history
 from mlx_k2.cli.repl.screen import PlainScreen, RichScreen, Screen
+from mlx_k2.cli.streams import is_terminal
 from mlx_k2.private_files import state_folder
 
 
 def choose_screen(*, show_thinking: bool) -> Screen:
     """Return a plain screen if stdout is no terminal or a dumb one, or if NO_COLOR is set; else one with colours."""
-    plain = not sys.stdout.isatty() or _no_colour() or _is_dumb()
+    plain = not is_terminal(sys.stdout) or _no_colour() or _is_dumb()
     return (PlainScreen if plain else RichScreen)(show_thinking=show_thinking)
 
 
 def choose_keyboard(commands: Sequence[str], status: Callable[[], str]) -> Keyboard:
     """Return a keyboard with editing and saved history if stdin and stdout are capable terminals, else plain lines."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()) or _is_dumb():
+    if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)) or _is_dumb():
         return LineKeyboard()
     state = state_folder()
     history = None if state is None else usable_history(state / "chat-history")

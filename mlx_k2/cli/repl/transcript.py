@@ -1,5 +1,6 @@
 """A transcript of a chat, appended to a file as JSON lines while the chat runs. Knows no terminal."""
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,13 @@ from mlx_k2.chat.chat_events import CallEnded, Event, MessageAdded
 from mlx_k2.errors import RequestError
 from mlx_k2.private_files import open_private
 from mlx_k2.text.reply_parts import Content, Reasoning
+
+
+def _open(path: str, flags: int) -> int:
+    """Open a file for its owner alone. Do not wait for a reader of a named pipe."""
+    descriptor = open_private(path, flags | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 class Transcript:
@@ -26,7 +34,7 @@ class Transcript:
         self._path = path
         self._notify = notify
         try:
-            self._file = open(path, "ab", buffering=0, opener=open_private)  # noqa: SIM115 - Path.open has no opener
+            self._file = open(path, "ab", buffering=0, opener=_open)  # noqa: SIM115 - Path.open has no opener
         except OSError as error:
             raise RequestError(f"the transcript {path} cannot be written: {error.strerror}") from None
 

@@ -1,0 +1,35 @@
+"""The layout of moonshotai/Kimi-K2-Thinking as it is on the Hub, made from its config. Reads and fetches no file."""
+
+import msgspec
+
+from mlx_k2.config import ORIGINAL_REPO, ModelConfig
+from mlx_k2.weights.checkpoint import CONFIG_NAME, ModelDescription
+from mlx_k2.weights.config_fields import thinking_config_fields
+from mlx_k2.weights.index import INDEX_NAME, CheckpointIndex, model_digest
+from mlx_k2.weights.inventory import embedding_specs, head_specs, layer_specs
+from mlx_k2.weights.model_source import ModelSource
+
+
+def known_layout(source: ModelSource) -> ModelDescription | None:
+    """Return the config and the index of Kimi K2 Thinking for a plan without a network; None for another model.
+
+    The description has no tokenizer. Its digest is not the one of the files on the Hub.
+    """
+    if source != ModelSource(path_or_repo=ORIGINAL_REPO):
+        return None
+    config_json = msgspec.json.encode(thinking_config_fields())
+    config = ModelConfig.from_json(config_json, f"{ORIGINAL_REPO}/{CONFIG_NAME}")
+    index = CheckpointIndex(_weight_map(config), f"{ORIGINAL_REPO}/{INDEX_NAME}")
+    return ModelDescription({CONFIG_NAME: config_json}, config, index, model_digest(config_json, b""), None)
+
+
+def _weight_map(config: ModelConfig) -> dict[str, str]:
+    """Return the file of each tensor: one file for each layer, and a last one for embedding, norm and head."""
+    num_files = config.num_hidden_layers + 1
+    groups = [layer_specs(config, layer) for layer in range(config.num_hidden_layers)]
+    groups.append((*embedding_specs(config), *head_specs(config)))
+    return {
+        spec.name: f"model-{number:05}-of-{num_files:06}.safetensors"
+        for number, specs in enumerate(groups, start=1)
+        for spec in specs
+    }

@@ -1,0 +1,121 @@
+"""Tests of constrained answers and sampling fields over HTTP: a served built-in model on two stages obeys them."""
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+
+from tests.server.server_process import Server
+from tests.server.test_chat_completions import ASKED, IN_PARIS, WEATHER, complete, streamed
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "sky": {"enum": ["sunny", "cloudy"]},
+        "warm": {"type": "boolean"},
+        "days": {
+            "type": "array",
+            "items": {"type": "integer", "minimum": 0, "maximum": 9},
+            "minItems": 1,
+            "maxItems": 3,
+        },
+    },
+    "required": ["sky", "warm", "days"],
+    "additionalProperties": False,
+}
+FORECAST: list[Any] = [
+    *WEATHER,
+    {"type": "function", "function": {"name": "set_forecast", "description": "Set it.", "parameters": SCHEMA}},
+]
+HOT: dict[str, Any] = {
+    "model": "any",
+    "messages": IN_PARIS,
+    "temperature": 1.5,
+    "max_tokens": 400,
+    "extra_body": {"thinking": {"type": "enabled", "budget_tokens": 20}},
+}
+"""A request whose unconstrained answer would be of no form."""
+
+
+@pytest.mark.parametrize("ask", [streamed, complete])
+@pytest.mark.parametrize("seed", range(3))
+def test_an_answer_with_a_schema_is_valid_after_the_reasoning(server: Server, ask: Any, seed: int) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "forecast", "schema": SCHEMA, "strict": True}}
+    found = ask(server, response_format=form, seed=seed, **HOT)
+    jsonschema.validate(json.loads(found["content"]), SCHEMA)
+    assert found["finish_reason"] == "stop"
+    assert found["reasoning_content"]
+
+
+def test_a_json_object_is_an_object(server: Server) -> None:
+    close = server.request("POST", "/tokenize", {"prompt": "}"}).json["tokens"]
+    bias = {str(token_id): 30.0 for token_id in close}
+    found = complete(server, response_format={"type": "json_object"}, seed=1, logit_bias=bias, **HOT)
+    assert isinstance(json.loads(found["content"]), dict)
+    assert found["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("ask", [streamed, complete])
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "set_forecast"}}], ids=["required", "named"]
+)
+def test_a_forced_call_has_valid_arguments(server: Server, ask: Any, choice: Any) -> None:
+    tools = FORECAST[1:] if choice == "required" else FORECAST
+    found = ask(server, tools=tools, tool_choice=choice, parallel_tool_calls=False, seed=2, **HOT)
+    (call,) = found["tool_calls"]
+    assert (call["name"], call["id"]) == ("set_forecast", "functions.set_forecast:0")
+    jsonschema.validate(json.loads(call["arguments"]), SCHEMA)
+    assert found["finish_reason"] == "tool_calls"
+
+
+def test_with_tool_choice_none_no_call_is_made(server: Server) -> None:
+    for seed in range(3):
+        found = complete(server, tools=FORECAST, tool_choice="none", seed=seed, **HOT)
+        assert found["tool_calls"] == []
+        assert "tool_call" not in found["content"] + found["reasoning_content"]
+
+
+def test_a_schema_with_an_unknown_keyword_is_answered_with_a_warning_and_a_strict_one_is_refused(
+    server: Server,
+) -> None:
+    schema = SCHEMA | {"not": {"required": ["rain"]}}
+    form: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "forecast", "schema": schema}}
+    body = {"messages": IN_PARIS, "max_tokens": 2, "response_format": form}
+    answer = server.request("POST", "/v1/chat/completions", body)
+    assert answer.status == 200
+    assert answer.headers["warning"].startswith('299 mlx-k2 "')
+    assert "not" in answer.headers["warning"]
+    form["json_schema"]["strict"] = True
+    refused = server.request("POST", "/v1/chat/completions", body)
+    assert (refused.status, refused.error["param"]) == (400, "response_format")
+
+
+def continued(server: Server, **fields: Any) -> list[int]:
+    """Return the tokens of a raw completion."""
+    body = {"prompt": "Count from 3", "temperature": 0, "max_tokens": 40, "ignore_eos": True, "return_token_ids": True}
+    ids: list[int] = server.request("POST", "/v1/completions", body | fields).json["choices"][0]["token_ids"]
+    return ids
+
+
+def test_a_bias_makes_a_token_certain_or_impossible(server: Server) -> None:
+    free = continued(server)
+    assert free[0] not in continued(server, logit_bias={str(free[0]): -100})
+    assert continued(server, logit_bias={str(free[0]): 100}) == [free[0]] * 40
+
+
+@pytest.mark.parametrize("name", ["frequency_penalty", "presence_penalty"])
+def test_a_penalty_ends_a_repetition(server: Server, name: str) -> None:
+    first, second = continued(server)[:2]
+    assert first != second
+    bias = {str(first): 60.0, str(second): 60.0}
+    repeated = continued(server, logit_bias=bias, presence_penalty=-2)
+    assert set(repeated) <= {first, second}
+    assert continued(server, logit_bias=bias, **{name: 2}) != continued(server, logit_bias=bias)
+
+
+def test_an_answer_has_at_least_min_tokens(server: Server) -> None:
+    fields: dict[str, Any] = {"messages": ASKED, "temperature": 0, "model": "any"}
+    num_tokens = complete(server, **fields)["usage"]["completion_tokens"]
+    longer = complete(server, **fields, extra_body={"min_tokens": num_tokens + 10})
+    assert longer["usage"]["completion_tokens"] >= num_tokens + 10

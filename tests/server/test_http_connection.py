@@ -1,0 +1,95 @@
+"""Tests of connections: clients that do not read, and clients that send on after their answer."""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from mlx_k2.server import http_connection
+from mlx_k2.server.http_server import HttpServer
+from tests.server.in_process import wait_until
+from tests.server.server_process import WAIT_S, parsed
+
+BIG = b"a" * 16_000_000  # more than the system's buffers hold
+
+
+async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer at once: /whole with a large body, /stream with a large last part, others without a body."""
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"x-path", scope["path"].encode())]})
+    if scope["path"] == "/stream":
+        await send({"type": "http.response.body", "body": b"begun", "more_body": True})
+    await send({"type": "http.response.body", "body": BIG if scope["path"] in ("/whole", "/stream") else b""})
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The port of a server of ``app`` with short time limits."""
+    for name in ("WRITE_TIMEOUT_S", "HEADERS_TIMEOUT_S"):
+        monkeypatch.setattr(http_connection, name, 0.3)
+    with HttpServer(app, "127.0.0.1", 0, drain_s=1) as server:
+        yield int(server.url.rpartition(":")[2])
+
+
+@contextmanager
+def asked(port: int, path: str, *headers: str) -> Iterator[socket.socket]:
+    """Yield a connection on which a request was sent."""
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
+        connection.settimeout(WAIT_S)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall("\r\n".join((f"POST {path} HTTP/1.1", "Host: localhost", *headers, "", "")).encode())
+        yield connection
+
+
+def is_open(port: int) -> bool:
+    """Return whether the server has an established connection."""
+    found = psutil.Process().net_connections("tcp")
+    return any(one.status == psutil.CONN_ESTABLISHED and one.laddr[1] == port for one in found)
+
+
+@pytest.mark.parametrize("path", ["/whole", "/stream"])
+@pytest.mark.parametrize("headers", [(), ("Connection: close",)], ids=["keep-alive", "close"])
+def test_a_client_that_does_not_read_its_answer_to_the_end_is_closed(
+    port: int, path: str, headers: tuple[str, ...]
+) -> None:
+    with asked(port, path, "Content-Length: 0", *headers):
+        wait_until(lambda: is_open(port), "the connection is open")
+        wait_until(lambda: not is_open(port), "the server has closed the connection")
+
+
+def test_a_client_that_reads_slowly_gets_its_whole_answer(port: int) -> None:
+    with asked(port, "/whole", "Content-Length: 0", "Connection: close") as connection:
+        received = bytearray()
+        pause = threading.Event()
+        while part := connection.recv(1 << 18):
+            received += part
+            pause.wait(0.01)
+    assert parsed(bytes(received)).body.count(b"a") >= len(BIG)
+
+
+def test_a_body_that_goes_on_after_its_answer_is_ended(port: int) -> None:
+    with asked(port, "/small", "Content-Length: 1000000000") as connection:
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            for _ in range(int(WAIT_S / 0.01)):
+                connection.sendall(b"a")
+                threading.Event().wait(0.01)
+
+
+def test_more_connections_than_the_limit_are_closed_and_the_others_work(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_connection, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(http_connection, "HEADERS_TIMEOUT_S", WAIT_S)
+    address = ("127.0.0.1", port)
+    with contextlib.ExitStack() as stack:
+        first, *_ = [stack.enter_context(socket.create_connection(address, timeout=WAIT_S)) for _ in range(3)]
+        with socket.create_connection(address, timeout=WAIT_S) as fourth, contextlib.suppress(ConnectionResetError):
+            assert fourth.recv(10) == b""
+        first.sendall(b"GET /small HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert first.recv(100).startswith(b"HTTP/1.1 200")

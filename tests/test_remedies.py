@@ -1,0 +1,172 @@
+"""Tests of the commands that errors print: each works as printed, or is one that the tool which it names parses."""
+
+import re
+import shlex
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_k2.benchmark import Workload, check_workloads
+from mlx_k2.cluster.hostfile import Backend, Host, Hostfile
+from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.dry_run import plan_for
+from mlx_k2.deployment.plan import HostMemory
+from mlx_k2.errors import PartitionError, RequestError
+from mlx_k2.launch.install_commands import WHEEL, install_commands
+from mlx_k2.launch.ssh import command_on, explain_ssh_failure
+from mlx_k2.weights.checkpoint import ModelDescription
+from mlx_k2.weights.config_fields import thinking_config_fields
+from mlx_k2.weights.index import CheckpointIndex
+from mlx_k2.weights.inventory import model_specs
+from mlx_k2.weights.model_source import ModelSource
+from tests.weights.made_up import config_of
+
+pytestmark = pytest.mark.timeout(60)
+THINKING = "moonshotai/Kimi-K2-Thinking"
+FAILURES = (
+    "WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!",
+    "Host key verification failed.",
+    "Permission denied (publickey).",
+    "Could not resolve hostname",
+    "Connection refused",
+    "Connection timed out",
+    "something else",
+)
+HOSTS = ("mac-1", "mac-1.local", "kim@mac-1", "kim@mac-1.example.org", "10.0.0.7", "kim@10.0.0.7", "kim@fe80::1")
+
+
+KEY = "AAAAC3NzaC1lZDI1NTE5AAAAIJ1Fd7sCqYmEJ2pVNJ0kjV7TtQyTFt7dLz0Jm0Y4gA0V"
+
+
+def ran(*words: str) -> str:
+    """Return the output of a tool that must succeed."""
+    return subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout
+
+
+def commands(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("stderr", FAILURES)
+def test_the_commands_for_an_ssh_failure_name_the_host_as_their_tools_parse_it(
+    tmp_path: Path, host: str, stderr: str
+) -> None:
+    user, _, name = host.rpartition("@")
+    text = explain_ssh_failure(host, stderr)
+    assert ".local.local" not in text
+    assert (f"answer to {host}.local" in text) == (
+        stderr.startswith("Could not") and "." not in host and ":" not in host
+    )
+    for line in commands(text):
+        words = shlex.split(line)
+        match words[0]:
+            case "ssh":
+                parsed = subprocess.run(
+                    ["ssh", "-G", *words[1:]], capture_output=True, text=True, timeout=20, check=True
+                )
+                assert f"hostname {name}\n" in parsed.stdout
+                assert not user or f"user {user}\n" in parsed.stdout
+            case "ssh-keygen":
+                known = tmp_path / "known_hosts"
+                known.write_text(
+                    f"{name} ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ1Fd7sCqYmEJ2pVNJ0kjV7TtQyTFt7dLz0Jm0Y4gA0V\n"
+                )
+                subprocess.run([*words, "-f", str(known)], capture_output=True, timeout=20, check=True)
+                assert known.read_text() == ""
+            case "ssh-keyscan" | "ping":
+                assert words[1] == name
+            case tool:
+                assert tool in ("ssh-copy-id", "sudo")
+                assert tool == "sudo" or words[1:] == [host]
+
+
+SHOW_WORDS = 'import sys; print("\\0".join(sys.argv[1:]), end="")'
+
+
+@given(
+    words=st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8), max_size=4)
+)
+def test_a_command_for_another_host_passes_through_both_shells_unchanged(words: list[str]) -> None:
+    ssh, host, *remote = shlex.split(command_on("kim@mac 1", "python3", *words))
+    assert (ssh, host) == ("ssh", "kim@mac 1")
+    assert shlex.split(" ".join(remote)) == ["python3", *words]  # ssh joins the words for the other shell
+
+
+def test_a_path_in_the_home_folder_is_left_to_the_shell_of_its_host(tmp_path: Path) -> None:
+    line = command_on("mac-1", "~/my venv/bin/python", "-m", "pip")
+    _, _, remote = shlex.split(line)
+    shown = ran("env", f"HOME={tmp_path}", "sh", "-c", f"printf '%s|' {remote}")
+    assert shown == f"{tmp_path}/my venv/bin/python|-m|pip|"
+
+
+@pytest.mark.parametrize("python", ["python3", "/opt/my k2/bin/python", "~/k2/bin/python"])
+@pytest.mark.parametrize("ssh", [None, "mac-1", "kim@mac-1"])
+def test_the_commands_that_install_mlx_k2_are_ones_that_pip_and_scp_parse(ssh: str | None, python: str) -> None:
+    make, *install = commands(install_commands(ssh, python))
+    assert make == "make dist"
+    words = shlex.split(install[-1])
+    if ssh is not None:
+        assert shlex.split(install[0]) == ["scp", f"dist/{WHEEL}", f"{ssh}:"]
+        assert words[:2] == ["ssh", ssh]
+        words = shlex.split(" ".join(words[2:]))
+    assert words == [python, "-m", "pip", "install", f"{'dist' if ssh is None else '.'}/{WHEEL}"]
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelDescription:
+    """Return a model of 61 layers with few experts, of 35 GB, so that a plan takes milliseconds."""
+    config = config_of(thinking_config_fields(n_routed_experts=8))
+    index = CheckpointIndex({spec.name: "model.safetensors" for spec in model_specs(config)}, "index")
+    return ModelDescription({}, config, index, "digest", None)
+
+
+def request_on(
+    *memory_gb: float, context: int | None = None, split: tuple[int, ...] | None = None
+) -> DeploymentRequest:
+    hosts = tuple(Host(ssh=f"mac-{rank}", ips=("10.0.0.1",), memory_gb=gb) for rank, gb in enumerate(memory_gb))
+    hostfile = Hostfile(hosts=hosts, backend=Backend.RING)
+    return DeploymentRequest(hostfile, ModelSource(path_or_repo=THINKING), split, context, None, lease_s=20.0)
+
+
+@given(
+    memory_gb=st.lists(st.integers(5, 60), min_size=1, max_size=3),
+    context=st.sampled_from([None, 1000, 262_144]),
+    is_split=st.booleans(),
+)
+def test_each_option_that_an_error_of_memory_proposes_makes_the_model_fit(
+    model: ModelDescription, memory_gb: list[int], context: int | None, is_split: bool
+) -> None:
+    split = (61 - (len(memory_gb) - 1), *[1] * (len(memory_gb) - 1)) if is_split else None
+    asked = request_on(*memory_gb, context=context, split=split)
+    memories = [HostMemory(None, None)] * len(memory_gb)
+    try:
+        plan_for(asked, model, memories, all_on_gpu=True)
+    except PartitionError as error:
+        hints = re.findall(r", or (leave --split out|give --\S+ \d+)", str(error))
+        assert str(error).count(", or ") == len(hints)
+        for hint in hints:
+            match hint.split():
+                case ["leave", "--split", "out"]:
+                    mended = replace(asked, split=None)
+                case ["give", "--context", tokens]:
+                    mended = replace(asked, context_tokens=int(tokens))
+                case _:
+                    mended = replace(asked, dense_bits=int(hint.split()[-1]))
+            plan_for(mended, model, memories, all_on_gpu=True)
+
+
+def test_without_an_option_that_helps_none_is_proposed(model: ModelDescription) -> None:
+    with pytest.raises(PartitionError, match=r"add a host or memory$"):
+        plan_for(request_on(5, 5), model, [HostMemory(None, None)] * 2, all_on_gpu=True)
+
+
+def test_a_context_beyond_the_models_own_is_never_proposed() -> None:
+    with pytest.raises(RequestError, match=r"do not fit a context of 100: give --context 150$"):
+        check_workloads([Workload(100, 50, 1)], 100, 200)
+    with pytest.raises(RequestError, match=r"do not fit a context of 100: at most 120 are possible$"):
+        check_workloads([Workload(100, 50, 1)], 100, 120)
