@@ -294,6 +294,21 @@ def test_a_cancelled_start_leaves_no_process(endless: Path) -> None:
     assert [process for process in processes() if process not in before] == []
 
 
+@pytest.mark.parametrize("wait_s", [0.0, 0.1])
+def test_a_start_that_is_cancelled_early_and_again_leaves_no_process_and_loads_nothing(wait_s: float) -> None:
+    async def work() -> None:
+        starting = asyncio.create_task(AsyncCluster(num_stages=2).__aenter__())
+        for _ in range(3):
+            await asyncio.sleep(wait_s)
+            starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert [process for process in processes() if process not in before] == []
+
+    before = processes()
+    run_async(work())
+
+
 # ---- import
 
 NUM_IMPORTS = 20

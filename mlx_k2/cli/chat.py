@@ -163,10 +163,11 @@ def _chat(
 def _chat_on_server(options: ChatOptions, screen: Screen, tools: Tools | None, transcript: Transcript | None) -> None:
     """Chat with the model of a running server."""
     assert options.connect is not None
-    engine = remote_engine(options.connect)
+    url, options = options.connect, msgspec.structs.replace(options, conversation=options.conversation.for_server())
+    engine = remote_engine(url)
     name = Model(engine.model_name, engine.frontend.model.digest)
     dialogue = _Dialogue(options, engine, engine.frontend, name, 1, screen, tools)
-    dialogue.run(lambda: screen.log(f"the stages are those of the server {options.connect}"), transcript)
+    dialogue.run(lambda: screen.log(f"the stages are those of the server {url}"), transcript)
 
 
 class _Dialogue:

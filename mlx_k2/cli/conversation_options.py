@@ -7,6 +7,7 @@ from mlx_k2.chat.conversation import Conversation
 from mlx_k2.chat.sampling_options import SamplingOptions, reply_settings
 from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.options import ToolOptions
+from mlx_k2.errors import RequestError
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 
@@ -35,6 +36,27 @@ class ConversationOptions(msgspec.Struct, frozen=True, kw_only=True):
             max_tool_calls=self.tools.max_tool_calls,
             num_logprobs=num_logprobs,
         )
+
+    def for_server(self) -> "ConversationOptions":
+        """Return the options for the model of a server, which gets no token masks: calls follow no grammar.
+
+        Raises:
+            RequestError: an option needs masks, or counts the tokens of the whole answer.
+        """
+        sampling = self.sampling
+        refused = {
+            "--json-schema": sampling.json_schema is not None,
+            "--regex": sampling.regex is not None,
+            "--lark": sampling.lark is not None,
+            "--tool-choice": sampling.tool_choice not in (None, "auto"),
+            "--min-tokens": sampling.min_tokens > 0,
+            "--thinking-budget together with a penalty": sampling.thinking_budget is not None
+            and bool(sampling.presence_penalty or sampling.frequency_penalty),
+        }
+        for name, is_given in refused.items():
+            if is_given:
+                raise RequestError(f"--connect has no {name}: leave it out")
+        return msgspec.structs.replace(self, sampling=msgspec.structs.replace(sampling, tool_grammar=False))
 
     def begin(self, frontend: ModelFrontend, tools: Tools | None) -> Conversation:
         """Return a conversation without messages of the user or the model.

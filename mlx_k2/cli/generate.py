@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import click
+import msgspec
 
 from mlx_k2.chat.chat_events import Event
 from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit
@@ -62,7 +63,7 @@ from mlx_k2.weights.model_frontend import ModelFrontend
     "--out",
     "out_path",
     metavar="FILE",
-    help="With --prompts: the file for the results. The same command goes on with it after any end.",
+    help="With --prompts: the file for the results. The same command, run again, completes it.",
 )
 @draft_option
 @run_options
@@ -78,7 +79,7 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 @click.option("--dry-run", is_flag=True, help="Show hosts, layers, bytes and files; start nothing.")
 @with_struct(GenerateOptions)
 def command(options: GenerateOptions) -> None:
-    """Answer PROMPT, or what stands on standard input.
+    """Answer PROMPT, or the text of standard input.
 
     \b
     On this machine, with the small built-in model on two stages:
@@ -92,8 +93,8 @@ def command(options: GenerateOptions) -> None:
     What would run where, without starting anything:
         mlx-k2 generate --hostfile two-macs.json --model ~/Kimi-K2-Thinking --dry-run
 
-    The answer goes to stdout as it is sampled, everything else to stderr: thinking, tool calls, what it took. The exit
-    code is 2 when something was wrong before anything was started, 1 when it went wrong later, 130 after Ctrl-C.
+    The answer goes to stdout as it is sampled, everything else to stderr: thinking, tool calls, counts and times. The
+    exit code is 2 when something was wrong before anything was started, 1 when it went wrong later, 130 after Ctrl-C.
     """  # noqa: D301  # click reads the escape
     if options.connect is not None:
         _generate_on_server(options)
@@ -151,7 +152,8 @@ def _generate(options: GenerateOptions, request: DeploymentRequest, model: Model
 def _generate_on_server(options: GenerateOptions) -> None:
     """Answer with the model of a running server."""
     assert options.connect is not None
-    text, engine = options.read_prompt(), remote_engine(options.connect)
+    url, options = options.connect, msgspec.structs.replace(options, conversation=options.conversation.for_server())
+    text, engine = options.read_prompt(), remote_engine(url)
     first_submissions(options, text, engine.frontend)
     with opened_tools(options.conversation.tools) as tools, _output(options, engine.frontend) as output:
         output.screen.wait("reading the prompt")

@@ -1,6 +1,6 @@
 """`mlx-k2 generate --prompts`: a file of prompts in, a file of results out."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -102,7 +102,7 @@ class _Batch:
         self._seed = options.conversation.sampling.base_seed
         self._warnings: set[str] = set()
         self._num_asked: dict[int, int] = {}
-        self._answers: dict[int, dict[int, dict[str, object]]] = {}
+        self._answers: dict[int, dict[int, BatchResult]] = {}
         deployment = restarting.deployment
         self._frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
 
@@ -143,23 +143,22 @@ class _Batch:
         """Write the result of a line once all its answers are there."""
         number, index = divmod(result.key, MAX_ANSWERS)
         answers = self._answers.setdefault(number, {})
-        answers[index] = self._fields(number, result)
-        if len(answers) < self._num_asked[number]:
-            return
-        del self._answers[number]
-        failed = [fields for fields in answers.values() if "error" in fields]
-        if failed or len(answers) == 1:
-            self._write(number, (failed or [answers[0]])[0])
-        else:
-            self._write(number, {"answers": [answers[index] for index in sorted(answers)]})
+        answers[index] = result
+        if len(answers) == self._num_asked[number]:
+            del self._answers[number]
+            self._write(number, self._fields(number, [answers[index] for index in sorted(answers)]))
 
-    def _fields(self, number: int, result: BatchResult) -> dict[str, object]:
+    def _fields(self, number: int, answers: Sequence[BatchResult]) -> dict[str, object]:
+        """Return the result of a line: its answer or answers, or the first error among them."""
         messages = self._lines[number].messages
         history = None if messages is None else read_history(messages, self._frontend.template.fields)
         left_out = {} if history is None or not history.left_out else {"left_out": history.left_out}
         before = 0 if history is None else num_calls(history.messages)
-        fields = answer_fields(self._frontend.tokenizer, result, before)
-        return fields if result.summary is None else fields | left_out
+        fields = [answer_fields(self._frontend.tokenizer, answer, before) | left_out for answer in answers]
+        failed = next((answer.error for answer in answers if answer.error is not None), None)
+        if failed is not None:
+            return {"error": failed}
+        return fields[0] if len(fields) == 1 else {"answers": fields}
 
     def _write(self, number: int, fields: Mapping[str, object]) -> None:
         given = self._lines[number].id

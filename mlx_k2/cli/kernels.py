@@ -186,6 +186,4 @@ def _measure(what: str, wanted: type[Measurement], environment: Mapping[str, str
     except subprocess.TimeoutExpired:
         raise StageStartError(f"measuring took longer than {MEASURING_S:.0f} s: is the GPU busy?") from None
     except subprocess.CalledProcessError as error:
-        raise StageStartError(
-            f"measuring ended with exit code {error.returncode}; what it wrote stands above"
-        ) from None
+        raise StageStartError(f"measuring ended with exit code {error.returncode}; its output is above") from None

@@ -214,7 +214,7 @@ _SAMPLING = (
     click.option("--top-p", type=float, help="Keep the most likely tokens that add up to this probability."),
     click.option("--top-k", type=int, help="Keep this many of the most likely tokens."),
     click.option("--min-p", type=float, help="Keep tokens at least this probable, relative to the most likely one."),
-    click.option("--repetition-penalty", type=float, help="Above 1: avoid what stands in the last 64 tokens."),
+    click.option("--repetition-penalty", type=float, help="Above 1: avoid the last 64 tokens."),
     click.option("--seed", type=int, help="The same seed samples the same tokens.  [default: a random one]"),
     click.option(
         "--timeout",

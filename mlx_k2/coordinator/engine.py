@@ -35,6 +35,32 @@ _NUM_TIMED = 32
 _SHORTEST_WAIT_S = 1.0
 
 
+class _ShortInterval:
+    """Python's switch interval, which is SWITCH_INTERVAL_S or less while an engine of the process runs."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_engines = 0
+
+    def begin(self) -> None:
+        """Count one more engine."""
+        with self._lock:
+            if not self._num_engines:
+                self._usual_s = sys.getswitchinterval()
+            self._num_engines += 1
+            sys.setswitchinterval(min(SWITCH_INTERVAL_S, self._usual_s))
+
+    def end(self) -> None:
+        """Count one engine less. After the last one the interval is the usual one again, in whatever order they end."""
+        with self._lock:
+            self._num_engines -= 1
+            if not self._num_engines:
+                sys.setswitchinterval(self._usual_s)
+
+
+_SHORT_INTERVAL = _ShortInterval()
+
+
 class Engine:
     """The engine of ready stages. A context manager: on exit all requests are cancelled and the thread has ended.
 
@@ -68,9 +94,8 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def __enter__(self) -> "Engine":
-        self._switch_interval_s = sys.getswitchinterval()
         self._thread.start()
-        sys.setswitchinterval(min(SWITCH_INTERVAL_S, self._switch_interval_s))
+        _SHORT_INTERVAL.begin()
         gc.collect()
         gc.freeze()  # a full collection stops all threads for 14 to 28 ms, mostly for objects of imports (measured)
         return self
@@ -83,7 +108,7 @@ class Engine:
         self._loop.put(Close())
         self._thread.join()  # the end of a restart's stages has its own deadline, in StageGroup.stop
         gc.unfreeze()
-        sys.setswitchinterval(self._switch_interval_s)
+        _SHORT_INTERVAL.end()
 
     @property
     def num_slots(self) -> int:

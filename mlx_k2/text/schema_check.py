@@ -16,7 +16,7 @@ def check_schema(schema: object, what: str) -> None:
         RequestError: it is no schema, refers to itself without end, or is too intricate to tell.
     """
     if not isinstance(schema, Mapping):
-        raise RequestError(f"{what} is no JSON schema: give a JSON object")
+        raise RequestError(f"{what} is not a JSON schema: give a JSON object")
     try:
         is_finite = _Walk(schema).is_finite(schema)
     except RecursionError:

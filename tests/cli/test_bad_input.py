@@ -256,11 +256,10 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
     "repetition penalty": (["--repetition-penalty", "0", "Hello"], "repetition-penalty 0.0 is out of range"),
     "seed": (["--seed", "-1", "Hello"], "seed -1 is out of range: give a value from 0"),
     "logprobs": (["--json", "--logprobs", "101", "Hello"], "logprobs 101 is out of range: give a value from 0 to 100"),
-    "no answer": (["--num-answers", "0", "Hello"], "n: expected a whole number >= 1"),
-    "ten thousand answers": (["--num-answers", "10000", "Hello"], "n: expected a whole number <= 128"),
     "an empty stop string": (["--stop", "", "Hello"], "a stop string is empty"),
     "a bias outside the vocabulary": (["--logit-bias", "768=1", "Hello"], "for token id 768, outside the vocabulary"),
     "a bias without a number": (["--logit-bias", "5", "Hello"], "--logit-bias '5': write a token id and a number"),
+    "two biases of a token": (["--logit-bias", "5=1", "--logit-bias", "5=2", "Hello"], "token 5 has a bias already"),
     "a large penalty": (["--presence-penalty", "3", "Hello"], "presence-penalty 3.0 is out of range"),
     "a schema that is not there": (["--json-schema", "/missing", "Hello"], "--json-schema: /missing cannot be read"),
     "a schema that is no JSON": (
@@ -293,6 +292,14 @@ def test_a_request_that_cannot_run_is_refused(
     check_refusal(["--model", str(intact), *arguments], words, capsys)
 
 
+def test_a_tool_choice_that_names_no_tool_of_the_file_is_refused(
+    intact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tools.py").write_text('def clock() -> str:\n    """Return the time."""\n    return "noon"\n')
+    arguments = ["--model", str(intact), "--tools", str(tmp_path / "tools.py"), "--tool-choice", "nosuch", "Hello"]
+    check_refusal(arguments, "tool_choice names 'nosuch', which is not declared; declared tools: clock", capsys)
+
+
 USAGE: dict[str, tuple[list[str], str]] = {
     "an unknown option": (["generate", "--tempertaure", "1"], "No such option '?--tempertaure"),
     "an unknown command": (["genrate"], "No such command 'genrate'"),
@@ -304,6 +311,8 @@ USAGE: dict[str, tuple[list[str], str]] = {
         ["generate", "--num-answers", "2", "--tools", "x.py", "Hello"],
         "goes without --tools",
     ),
+    "no answer": (["generate", "--num-answers", "0", "Hello"], "Invalid value for '--num-answers': 0"),
+    "ten thousand answers": (["generate", "--num-answers", "10000", "Hello"], "not in the range 1<=x<=128"),
     "two prompts": (["generate", "Hello", "there"], "unexpected extra argument"),
     "no command": ([], "Usage: mlx-k2"),
 }

@@ -53,6 +53,9 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         (["--temperature", "11"], "temperature 11.0 is out of range"),
         (["--timeout", "0"], "timeout is 0 s: give more than 0"),
         (["--thinking", "off"], "thinking cannot be turned off"),
+        (["--regex", "("], "the regular expression cannot be compiled"),
+        (["--raw", "--lark", __file__], "the Lark grammar cannot be compiled"),
+        (["--logit-bias", "99999=1"], "a logit bias is for token id 99999, outside the vocabulary"),
         (["--context", "999999"], "--context 999999 is more than"),
         (["--out", "nowhere/out"], "nowhere/out cannot be written: No such file or directory"),
         (["--out", "."], r"\. cannot be written: Is a directory"),
@@ -144,7 +147,8 @@ def test_a_complete_file_is_sorted_without_starting_anything(
     write_prompts(Path("prompts"), {"prompt": "x"}, {"prompt": "y"})
     given = ["--model", str(endless), "--prompts", "prompts", "--out", "out"]
     model = describe_model(read_model_files(ModelSource(path_or_repo=str(endless))).files, "the model")
-    digests = result_digests(options_of(*given), model, read_prompt_lines("prompts"))
+    options = options_of(*given)
+    digests = result_digests(options, model, read_prompt_lines("prompts", options.conversation.sampling))
     with ResultFile(Path("out")) as results:
         results.resume(digests)
         for number in (2, 1):

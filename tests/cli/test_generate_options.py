@@ -179,6 +179,18 @@ def test_a_line_of_a_file_of_prompts_overrides_the_options_for_thinking_and_decl
     assert dropped.sampling.temperature == 0.6
 
 
+def test_options_that_need_masks_are_refused_for_a_server_by_name() -> None:
+    for given in (
+        ("--regex", "a"),
+        ("--tool-choice", "none"),
+        ("--min-tokens", "3"),
+        ("--thinking-budget", "3", "--presence-penalty", "1"),
+    ):
+        with pytest.raises(RequestError, match=f"--connect has no {given[0]}"):
+            options_of("x", *given).conversation.for_server()
+    assert not options_of("x", "--presence-penalty", "1").conversation.for_server().sampling.tool_grammar
+
+
 def test_without_a_seed_each_request_gets_a_random_seed(model: ModelDescription) -> None:
     assert len({request_of(model, "Hello").sampling.seed for _ in range(5)}) > 1
 

@@ -1,4 +1,4 @@
-"""Tests of files of prompts: a bad line is named by its number, blank lines are passed over."""
+"""Tests of files of prompts: a bad line is named by its number, blank lines are skipped."""
 
 import io
 from pathlib import Path

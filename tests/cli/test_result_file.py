@@ -39,10 +39,11 @@ def test_results_are_on_the_disk_as_they_finish_and_in_order_at_the_end(tmp_path
     assert stat.S_IMODE(out.stat().st_mode) == 0o600
 
 
-def test_a_second_run_has_the_results_of_the_first_and_drops_an_incomplete_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rest", [b'{"text": "cut o', b"\0" * 20, b'{"te\0\0'])
+def test_a_second_run_has_the_results_of_the_first_and_drops_an_incomplete_line(tmp_path: Path, rest: bytes) -> None:
     out = tmp_path / "out"
     write(out, 3)
-    out.write_bytes(out.read_bytes() + b'{"text": "cut o')
+    out.write_bytes(out.read_bytes() + rest)
     with ResultFile(out) as results:
         results.resume(NUMBERS)
         assert [number in results for number in (1, 2, 3)] == [False, False, True]

@@ -9,11 +9,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mlx_k2.coordinator.reply_policy import ReplyLimits
-from mlx_k2.scheduling.request import FinishReason
+from mlx_k2.coordinator.reply_policy import NO_LIMITS, ReplyLimits, ReplyPolicy
+from mlx_k2.errors import RequestError
+from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.text.constraint import AnswerForm, AnswerFormat, Constraint, Tool, ToolChoice, ToolRules, tool_rules
-from mlx_k2.text.reply_grammar import MAX_CALLS
+from mlx_k2.text.reply_grammar import MAX_CALLS, compile_constraint
 from tests.coordinator.constrained import (
+    COMPILER,
     NO_THINKING,
     STOP_ID,
     THINK,
@@ -308,3 +311,54 @@ def test_any_name_of_a_tool_can_be_written(name: str) -> None:
         return
     written = write_reply(policy_of(calls(Tool(name), is_parallel=False)), random_choice(0), 400)
     assert text_of(written).split("<|tool_call_argument_begin|>")[0].endswith(f"functions.{name}:0")
+
+
+def raw_policy(pattern: str, limits: ReplyLimits = NO_LIMITS, *stop_ids: int) -> ReplyPolicy:
+    """Return the policy of a raw text that matches ``pattern``."""
+    grammar = compile_constraint(COMPILER, Constraint(AnswerFormat(AnswerForm.REGEX, pattern)))
+    return ReplyPolicy(
+        TOKENIZER, Request((5,), 50, Sampling(seed=0), frozenset(stop_ids)), limits, grammar, is_raw=True
+    )
+
+
+def test_a_raw_text_has_the_form_from_its_first_token_and_no_reasoning() -> None:
+    for seed in range(20):
+        policy = raw_policy("[ab]{3,9}", NO_LIMITS, STOP_ID)
+        assert not {THINK, THINK_END} & set(allowed_ids(policy.token_mask(())))
+        written = write_reply(policy, random_choice(seed), 50)
+        assert re.fullmatch("[ab]{3,9}", written.reply.content)
+        assert written.finish_reason is FinishReason.STOP
+
+
+def test_a_raw_text_has_a_minimum_of_tokens() -> None:
+    policy = raw_policy("a*", ReplyLimits(min_tokens=2), STOP_ID)
+    for _ in range(2):
+        assert STOP_ID not in allowed_ids(policy.token_mask(()))
+        policy.accept(TOKENIZER.encode_text("a")[0])
+    assert STOP_ID in allowed_ids(policy.token_mask(()))
+
+
+def test_a_form_that_allows_the_empty_text_alone_is_refused_without_a_stop_token() -> None:
+    with pytest.raises(RequestError, match="allows the empty text alone"):
+        raw_policy("")
+    assert raw_policy("", NO_LIMITS, STOP_ID).forced() == (STOP_ID,)
+
+
+def test_an_ordinary_token_as_stop_token_ends_a_complete_answer() -> None:
+    (point,) = TOKENIZER.encode_text(".")
+    policy = raw_policy("a", NO_LIMITS, point)
+    policy.accept(TOKENIZER.encode_text("a")[0])
+    assert list(policy.forced()) == [point]
+    assert policy.accept(point).finish_reason is None  # the sequence ends at its stop token
+
+
+def test_without_a_grammar_a_reply_that_may_call_one_tool_begins_no_second_call_inside_it() -> None:
+    rules = ToolRules((Tool("f"), Tool("g")), is_parallel=False, has_grammar=False)
+    policy = policy_of(Constraint(tools=rules))
+    policy.accept(SECTION_BEGIN)
+    assert list(policy.forced()) == [CALL_BEGIN]
+    policy.accept(CALL_BEGIN)
+    for token_id in (*TOKENIZER.encode_text("functions.f:0"), ARGUMENTS_BEGIN, *TOKENIZER.encode_text("{}")):
+        mask = policy.token_mask(())
+        assert mask is not None and not mask.allows(CALL_BEGIN) and mask.allows(token_id)
+        policy.accept(token_id)

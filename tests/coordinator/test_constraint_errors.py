@@ -33,9 +33,9 @@ ENDLESS_BOTH = {
 CHAIN = {"$defs": {str(n): {"$ref": f"#/$defs/{n + 1}"} for n in range(5000)}, "$ref": "#/$defs/0"}
 
 BAD_SCHEMAS = {
-    "a list": ([1], "is no JSON schema"),
-    "a text": ("foo", "is no JSON schema"),
-    "true": (True, "is no JSON schema"),
+    "a list": ([1], "is not a JSON schema"),
+    "a text": ("foo", "is not a JSON schema"),
+    "true": (True, "is not a JSON schema"),
     "an unknown type": ({"type": "strnig"}, "Invalid type: strnig"),
     "properties that are none": ({"properties": 5}, "properties must be an object"),
     "a remote reference": ({"$ref": "http://example.org/schema.json"}, "does not fetch resources"),

@@ -1,11 +1,13 @@
 """Tests of single promises of the engine, over stages that execute plans on token ids."""
 
+import sys
 import threading
 import time
 from collections.abc import Sequence
 
 import pytest
 
+from mlx_k2.coordinator.engine import SWITCH_INTERVAL_S, _ShortInterval
 from mlx_k2.coordinator.handle import Finished, Handle, PrefillProgress, Queued, Restarting, Token
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.deployment.restarting import WAITING
@@ -330,3 +332,14 @@ def test_a_request_submitted_during_a_restart_reports_it() -> None:
         assert next(handle.events()) == Restarting(stages.restarts[0], WAITING)
         stages.end_restart()
         stages.run(lambda: ended(handle))
+
+
+def test_the_switch_interval_is_the_usual_one_again_after_the_last_engine_in_any_order() -> None:
+    usual = sys.getswitchinterval()
+    interval = _ShortInterval()
+    interval.begin()
+    interval.begin()
+    interval.end()
+    assert sys.getswitchinterval() == pytest.approx(SWITCH_INTERVAL_S)
+    interval.end()
+    assert sys.getswitchinterval() == usual

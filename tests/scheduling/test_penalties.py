@@ -69,8 +69,9 @@ def test_bias_and_penalties_count_the_tokens_of_the_answer_as_a_plain_reference_
             if count < len(drafts):
                 sequence.num_planned = end + count
                 assert sequence.draft() == drafts[count]
+        before = added_by(sequence.logit_bias(end))
         sequence.reset(100)
-        assert added_by(sequence.logit_bias(end)) == added_by(sequence.logit_bias(end))
+        assert added_by(sequence.logit_bias(end)) == before
         np.testing.assert_allclose(added_by(sequence.logit_bias(end)), reference(sampling, generated), atol=1e-6)
 
 
