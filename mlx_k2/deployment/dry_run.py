@@ -1,20 +1,22 @@
 """Plan of a deployment: a preview before any host is contacted, and the plan from the memory that all hosts report."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import psutil
 
 from mlx_k2.deployment.deployment_request import DeploymentRequest, source_on
 from mlx_k2.deployment.plan import DEFAULT_CONTEXT_TOKENS, HostMemory, RunShape, StagePlan, choose_shape, plan_stages
-from mlx_k2.errors import PartitionError
+from mlx_k2.errors import PartitionError, RequestError
 from mlx_k2.weights.checkpoint import ModelDescription, locate_tensors
 from mlx_k2.weights.inventory import shard_specs
 from mlx_k2.weights.model_source import is_repo, model_folder
 
-MIN_CONTEXT_BITS = 8
-"""No context below 256 tokens is proposed: it is of no use."""
+MAX_HALVINGS = 8
+"""A context of less than 1/128 of what was asked for is not proposed."""
 _IS_MAC = sys.platform == "darwin"
 
 
@@ -52,8 +54,8 @@ def plan_for(
             return _planned(replace(request, num_slots=num_slots), model, memories, all_on_gpu)
         except PartitionError as error:
             if num_slots == 1:
-                hints = "".join(f", or {hint}" for hint in _hints(request, model, memories, all_on_gpu))
-                raise PartitionError(f"{error}{hints}") from None
+                hints = _hints(request, model, memories, all_on_gpu)
+                raise PartitionError(", or ".join([str(error), *hints])) from None
             num_slots //= 2
 
 
@@ -68,22 +70,18 @@ def _planned(
 
 def _hints(
     request: DeploymentRequest, model: ModelDescription, memories: Sequence[HostMemory], all_on_gpu: bool
-) -> Iterator[str]:
-    """Yield options with each of which alone the model fits."""
-
-    def fits(**changes: object) -> bool:
-        try:
-            _planned(replace(request, num_slots=1, **changes), model, memories, all_on_gpu)  # type: ignore[arg-type]
-        except PartitionError:
-            return False
-        return True
-
-    if request.split is not None and fits(split=None):
-        yield "leave --split out"
+) -> list[str]:
+    """Return options with each of which alone the model fits, the least change of each option."""
     context = request.context_tokens or min(DEFAULT_CONTEXT_TOKENS, model.config.max_position_embeddings)
-    smaller = (context >> halvings for halvings in range(1, context.bit_length() - MIN_CONTEXT_BITS))
-    if (enough := next((tokens for tokens in smaller if fits(context_tokens=tokens)), None)) is not None:
-        yield f"give --context {enough}"
-    fewer = (bits for bits in (8, 4) if request.dense_bits is None or bits < request.dense_bits)
-    if (enough := next((bits for bits in fewer if fits(dense_bits=bits)), None)) is not None:
-        yield f"give --dense-bits {enough}"
+    changes: list[tuple[str, dict[str, Any]]] = [("leave --split out", {"split": None})] if request.split else []
+    smaller = [context >> halvings for halvings in range(1, MAX_HALVINGS) if context >> halvings > 1]
+    changes += [(f"give --context {tokens}", {"context_tokens": tokens}) for tokens in smaller]
+    changes += [(f"give --dense-bits {bits}", {"dense_bits": bits}) for bits in (8, 4)]
+    found: dict[str, str] = {}
+    for hint, change in changes:
+        option = hint.split()[1]
+        with suppress(PartitionError, RequestError):
+            if option not in found:
+                _planned(replace(request, num_slots=1, **change), model, memories, all_on_gpu)
+                found[option] = hint
+    return list(found.values())

@@ -120,16 +120,13 @@ class Connection:
 
         The handshake is `initialize`, which servers of all versions know; older ones end at any other first request.
         """
-        try:
-            await self._hold_with("legacy", task_status)
-        except _OtherHandshake:
-            await self._hold_with("auto", task_status)
+        if not await self._connected("legacy", task_status):
+            await self._connected("auto", task_status)
 
-    async def _hold_with(self, mode: str, task_status: TaskStatus[_Link]) -> None:
-        """Connect with one handshake and hold the link.
+    async def _connected(self, mode: str, task_status: TaskStatus[_Link]) -> bool:
+        """Connect with one handshake and hold the link. Return False if the server refuses the handshake ``legacy``.
 
         Raises:
-            _OtherHandshake: the server refuses the handshake ``legacy``.
             NotStarted: it does not start.
         """
         link: _Link | None = None
@@ -144,7 +141,7 @@ class Connection:
         except Exception as error:  # noqa: BLE001 - any exception of the package ends the connection
             error = _innermost(error)
             if link is None and mode == "legacy" and isinstance(error, MCPError) and error.code in _NO_INITIALIZE:
-                raise _OtherHandshake from None
+                return False
             reason = _reason(_with_status(error, output), words, self.server)
             if link is None:
                 raise NotStarted(reason) from None
@@ -154,10 +151,7 @@ class Connection:
         finally:
             if link is not None:
                 link.over.set()
-
-
-class _OtherHandshake(Exception):
-    """The error for a server that refuses a handshake."""
+        return True
 
 
 @contextlib.asynccontextmanager
