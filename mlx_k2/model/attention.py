@@ -13,7 +13,7 @@ from mlx_lm.models.rope_utils import YarnRoPE
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.model.layer_weights import AttentionWeights, LowRankQuery
-from mlx_k2.model.linear import Matrix, multiply, multiply_transposed, some_heads, transposed
+from mlx_k2.model.linear import Matrix, multiply, multiply_transposed, some_heads
 
 BOTTLENECK_NORM_EPS = 1e-6
 """Epsilon of q_a_layernorm and kv_a_layernorm: the published code's default, not the config's rms_norm_eps."""
@@ -161,9 +161,8 @@ def naive_blocks(
 
 
 def rebuilt_bytes_per_head(num_keys: int, head_dim: int, item_bytes: int) -> int:
-    """Return the bytes of one head's rebuilt keys, their two parts, values, and on a CPU the keys' transpose."""
-    num_copies = 4 if item_bytes == mx.float32.size else 3
-    return num_keys * num_copies * head_dim * item_bytes
+    """Return the bytes of one head's rebuilt keys, their two parts, and values."""
+    return num_keys * 3 * head_dim * item_bytes
 
 
 def attend_naive(
@@ -204,7 +203,7 @@ def attend_unfused(queries: mx.array, keys: mx.array, values: mx.array, position
 
     def attend(block: slice) -> mx.array:
         end = position + block.stop
-        scores = _hide_later_keys(queries[:, block] @ transposed(keys[:, :end]), position + block.start)
+        scores = _hide_later_keys(queries[:, block] @ keys[:, :end].swapaxes(-1, -2), position + block.start)
         return mx.softmax(scores, axis=-1, precise=True) @ values[:, :end]
 
     return _in_blocks(attend, queries.shape[1], query_block, axis=1)

@@ -30,13 +30,13 @@ def make_matrix(weight: mx.array, bits: int | None) -> Matrix:
     """
     group = group_size(weight.shape[-1])
     if bits is None or group is None:
-        return transposed(weight)
+        return _transposed(weight)
     packed, scales, biases = mx.quantize(weight, group_size=group, bits=bits)
     return QuantizedMatrix(packed, scales, biases, group, bits)
 
 
-def transposed(weight: mx.array) -> mx.array:
-    """Return the transpose of the last two axes as a view, which GPUs multiply fastest.
+def _transposed(weight: mx.array) -> mx.array:
+    """Return the transpose as a view, which GPUs multiply fastest.
 
     Copy float32 on a CPU: BLAS is then 1.4 to 2 times as fast (docs/log.md).
     """
@@ -53,7 +53,7 @@ def multiply(x: mx.array, matrix: Matrix) -> mx.array:
 def multiply_transposed(x: mx.array, matrix: Matrix) -> mx.array:
     """Return x (rows, out) times the transpose of a matrix (heads, in, out): (heads, rows, in)."""
     if isinstance(matrix, mx.array):
-        return x @ transposed(matrix)  # a copy per call costs little for a prompt's rows
+        return x @ _transposed(matrix)  # a copy per call costs little for a prompt's rows
     return _multiply_quantized(x, matrix, transpose=False)
 
 

@@ -22,7 +22,10 @@ SCHEMA = {
     "additionalProperties": False,
 }
 LONG_LIST = {"type": "array", "items": {"enum": ["yes", "no", "perhaps"]}, "minItems": 60, "maxItems": 60}
-CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
+CLOCK = {
+    "type": "function",
+    "function": {"name": "clock", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}},
+}
 IS_LONG = hypothesis.settings.get_current_profile_name() == "long"
 NUM_PROMPTS = 200 if IS_LONG else 12
 MARKERS = ("tool_calls_section", "tool_call_begin", "tool_call_argument", "tool_call_end")
