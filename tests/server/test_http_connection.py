@@ -95,7 +95,7 @@ def test_more_connections_than_the_limit_are_closed_and_the_others_work(
         assert first.recv(100).startswith(b"HTTP/1.1 200")
 
 
-def test_the_end_of_the_servers_thread_is_noticed() -> None:
+def test_the_end_of_the_servers_thread_is_reported() -> None:
     with HttpServer(app, "127.0.0.1", 0, drain_s=1) as server:
         assert not server.has_ended.is_set()
         server._server.should_exit = True
