@@ -19,6 +19,7 @@ from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_frontend import ModelFrontend
 from mlx_k2.weights.model_source import BUILTIN, ModelSource
+from tests.coordinator import test_constrained_replies
 from tests.server import test_chat_completions, test_chat_reply, test_life_of_a_request, test_turn_store
 from tests.server.forced_replies import (
     REPLIES,
@@ -431,6 +432,21 @@ MODEL: dict[str, tuple[Test, ...]] = {
     "ids that are not the model's": (test_chat_completions.test_ids_of_any_form_in_the_history_give_the_same_prompt,),
     "arguments in one piece": (test_chat_reply.test_arguments_are_streamed_as_they_are_sampled,),
     "an id twice": (test_chat_reply.test_a_new_calls_number_is_above_all_that_occur,),
+    "auto without a grammar": (
+        test_constrained_replies.test_a_section_that_the_model_opens_itself_is_constrained_unless_that_is_turned_off,
+    ),
+    "a grammar without the numbers of calls": (
+        test_constrained_replies.test_any_name_of_a_tool_can_be_written,
+        test_constrained_replies.test_the_number_of_a_call_continues_those_of_the_prompt,
+    ),
+    "a call without its section": (
+        test_constrained_replies.test_whatever_the_logits_required_calls_are_valid_or_the_reply_ends_with_length,
+        test_constrained_replies.test_a_section_that_begins_inside_the_reasoning_is_constrained,
+    ),
+    "two owners of the reasoning": (
+        test_constrained_replies.test_reasoning_comes_before_a_required_call_and_an_answer_in_json,
+        test_constrained_replies.test_a_model_that_opens_its_reasoning_itself_may_do_so_before_a_constrained_answer,
+    ),
     "a tokenizer's stack": (test_cheshire_cat_1118_a_text_of_8_mb_ends_nothing,),
 }
 
@@ -439,4 +455,4 @@ def test_every_test_of_this_file_is_in_a_list() -> None:
     listed = {test for tests in (*CLIENTS.values(), *MODEL.values()) for test in tests}
     here = {found for name, found in globals().items() if name.startswith("test_") and callable(found)}
     assert here - listed == {test_every_test_of_this_file_is_in_a_list}
-    assert (len(CLIENTS), len(MODEL)) == (12, 22)
+    assert (len(CLIENTS), len(MODEL)) == (12, 26)
