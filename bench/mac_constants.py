@@ -1,7 +1,7 @@
 """The constants of the model of a Mac, and the published figures that it is compared with. Computes nothing.
 
-The constants were written before the first comparison and not changed after it. Each has its source: "published" by others,
-"stated" by a maker, or "estimated" here. Issues are named by repository and number.
+The constants were written before the first comparison and not changed after it. Each has its source: "published" by
+others, "stated" by a maker, or "estimated" here. Issues are named by repository and number.
 """
 
 from typing import NamedTuple
