@@ -342,4 +342,4 @@ def test_the_switch_interval_is_the_usual_one_again_after_the_last_engine_in_any
     interval.end()
     assert sys.getswitchinterval() == pytest.approx(SWITCH_INTERVAL_S, abs=2e-6)  # Python keeps microseconds
     interval.end()
-    assert sys.getswitchinterval() == usual
+    assert sys.getswitchinterval() == pytest.approx(usual, abs=2e-6)
