@@ -5,8 +5,8 @@ python -m bench.graph_launches [--dense-bits 8]
 The lines are those of the layer's graph in the order in which MLX runs it, which a test compares with the graph itself.
 A node is one launch, unless the line gives a rule of MLX by which it is split or copied; the source is MLX's own file.
 Command buffers are simulated by MLX's rule (mlx/backend/metal/device.cpp, CommandEncoder::needs_commit): a buffer ends
-after an operation by which it has more than so many operations, or by which the arrays that its operations read have
-more than so many times 2^20 elements. Nothing is measured.
+after an operation that exceeds one of two limits: the number of operations, or the elements of the arrays that they
+read, in units of 2^20. Nothing is measured.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def elements(launch: Launch, dense_bits: int | None) -> int:
 
 
 def command_buffers(sizes: Iterable[int], limits: BufferLimits) -> int:
-    """Return how many command buffers MLX's rule ends, for launches that read so many elements each."""
+    """Return how many command buffers MLX's rule ends, for launches that read these numbers of elements."""
     assert limits.operations is not None and limits.megabytes is not None
     ended = operations = total = 0
     for size in sizes:

@@ -20,6 +20,8 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 MAX_ANSWERS = 128
 MAX_STOP_STRINGS = 64
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+SAMPLING_NAMES = (*_RECOMMENDED, "presence_penalty", "frequency_penalty")
+"""The options that are parameters of the sampler under the same name."""
 _UNSET = GenerationConfig()
 
 
@@ -101,14 +103,9 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
     def resolved(self, recommended: GenerationConfig, num_logprobs: int | None = None) -> Sampling:
         """Return the sampler's parameters."""
-        given = {name: getattr(self, name) for name in (*_RECOMMENDED, "presence_penalty", "frequency_penalty")}
-        if self.temperature is None and self.thinking is False:
-            given["temperature"] = INSTANT_TEMPERATURE
-        values = {name: getattr(recommended, name) for name in _RECOMMENDED}
-        values |= {name: value for name, value in given.items() if value is not None}
-        chosen = {name: value for name, value in values.items() if value is not None}
+        given = {name: getattr(self, name) for name in SAMPLING_NAMES}
         biases = tuple(self.logit_bias.items())
-        return Sampling(seed=self.base_seed, num_logprobs=num_logprobs, logit_bias=biases, **chosen)
+        return resolved_sampling(given, recommended, self.base_seed, biases, num_logprobs, thinking=self.thinking)
 
     def constraint(self, declarations: Sequence[Mapping[str, object]] = ()) -> Constraint | None:
         """Return the constraint of replies that may call the tools of ``declarations``; None if all is allowed.
@@ -138,6 +135,28 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
 _CHECKED = msgspec.defstruct("_CHECKED", [(one.name, one.type) for one in msgspec.structs.fields(SamplingOptions)])
 """The fields of SamplingOptions by their names in Python. msgspec checks no type where a struct is built in Python."""
+
+
+def resolved_sampling(
+    given: Mapping[str, float | None],
+    recommended: GenerationConfig,
+    seed: int,
+    logit_bias: tuple[tuple[int, float], ...],
+    num_logprobs: int | None,
+    *,
+    thinking: bool | None,
+) -> Sampling:
+    """Return the sampler's parameters: the values of SAMPLING_NAMES that are given, else the recommended ones.
+
+    Raises:
+        RequestError: a value is out of range; the message begins with its name.
+    """
+    values: dict[str, Any] = {name: getattr(recommended, name) for name in _RECOMMENDED}
+    if thinking is False:
+        values["temperature"] = INSTANT_TEMPERATURE
+    values |= {name: value for name, value in given.items() if value is not None}
+    chosen = {name: value for name, value in values.items() if value is not None}
+    return Sampling(seed=seed, num_logprobs=num_logprobs, logit_bias=logit_bias, **chosen)
 
 
 def reply_settings(

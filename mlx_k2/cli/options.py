@@ -209,7 +209,9 @@ _CLUSTER = (
 )
 
 _SAMPLING = (
-    click.option("--max-tokens", type=click.IntRange(min=1), help="Stop after so many.  [default: what fits]"),
+    click.option(
+        "--max-tokens", type=click.IntRange(min=1), help="The most tokens of an answer.  [default: what fits]"
+    ),
     click.option("--temperature", type=float, help="0 takes the most likely token.  [default: the model's, else 1]"),
     click.option("--top-p", type=float, help="Keep the most likely tokens that add up to this probability."),
     click.option("--top-k", type=int, help="Keep this many of the most likely tokens."),
@@ -324,7 +326,7 @@ _RESTARTS = (
         type=_Limit(),
         default=3,
         metavar="N",
-        help="After a fault, start all stages again and go on with the answer: so many times, or off. "
+        help="After a fault, start all stages again and go on with the answer: at most N times, or off. "
         "10 minutes without a fault begin a new count.  [default: 3]",
     ),
 )

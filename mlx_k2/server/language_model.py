@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from mlx_k2.chat.sampling_options import SAMPLING_NAMES, resolved_sampling
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy, TextPolicy
 from mlx_k2.errors import RequestError
@@ -28,14 +29,12 @@ from mlx_k2.text.history_reader import read_history
 from mlx_k2.text.prompt import opens_reasoning, render_pieces
 from mlx_k2.text.reply_grammar import ReplyGrammar, compile_constraint
 from mlx_k2.text.sampled_turns import SampledTurns
-from mlx_k2.text.thinking_mode import INSTANT_TEMPERATURE, ThinkingMode
+from mlx_k2.text.thinking_mode import ThinkingMode
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.weights.checkpoint import CONFIG_NAME, TOKENIZER_NAMES
 from mlx_k2.weights.model_frontend import ModelFrontend
 
-SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _MAX_DIGITS = 10
-_PENALTIES = ("presence_penalty", "frequency_penalty")
 _NUMBERED_ID = re.compile(r"functions\..+:(\d{1,9})")
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 
@@ -174,20 +173,14 @@ class LanguageModel:
         return Request(tuple(prompt_ids), max_tokens, sampling, stop_ids, priority=priority)
 
     def _sampling(self, asked: GenerationFields, thinking: bool | None) -> Sampling:
-        recommended = self._frontend.recommended
-        values: dict[str, Any] = {name: getattr(asked, name) for name in SAMPLING_FIELDS}
-        if values["temperature"] is None and thinking is False:
-            values["temperature"] = INSTANT_TEMPERATURE
-        for name in SAMPLING_FIELDS:
-            values[name] = getattr(recommended, name) if values[name] is None else values[name]
-        if values["top_k"] is not None:  # elsewhere, 0 and -1 set no limit
-            values["top_k"] = None if values["top_k"] in (0, -1) else min(values["top_k"], self.tokenizer.vocab_size)
-        values |= {name: getattr(asked, name) for name in _PENALTIES}
-        given = {name: value for name, value in values.items() if value is not None}
+        given = {name: getattr(asked, name) for name in SAMPLING_NAMES}
+        if asked.top_k is not None:  # elsewhere, 0 and -1 set no limit
+            size = self.tokenizer.vocab_size
+            given["top_k"] = size if asked.top_k in (0, -1) else min(asked.top_k, size)
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
-        num_logprobs = asked.num_logprobs
+        biases, num_logprobs = self._biases(asked), asked.num_logprobs
         try:
-            return Sampling(seed=seed, num_logprobs=num_logprobs, logit_bias=self._biases(asked), **given)
+            return resolved_sampling(given, self._frontend.recommended, seed, biases, num_logprobs, thinking=thinking)
         except RequestError as error:
             name = str(error).removeprefix("the ").replace("logit bias", "logit-bias").split(" ", 1)[0]
             raise bad_request_error(str(error), name.replace("-", "_")) from None
