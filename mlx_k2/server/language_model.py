@@ -34,6 +34,8 @@ from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.weights.checkpoint import CONFIG_NAME, TOKENIZER_NAMES
 from mlx_k2.weights.model_frontend import ModelFrontend
 
+BRIEF_TOKENS = 1024
+"""A chat without tools whose answer is limited to this number of tokens is a brief request."""
 _MAX_DIGITS = 10
 _NUMBERED_ID = re.compile(r"functions\..+:(\d{1,9})")
 _NO_PARAMETERS = {"type": "object", "properties": {}}
@@ -174,9 +176,8 @@ class LanguageModel:
             field = "messages" if isinstance(asked, ChatRequest) else "prompt"
             raise context_overflow(len(prompt_ids), self.context_tokens, field)
         max_tokens = min(asked.limit_tokens or self.context_tokens, self.context_tokens - len(prompt_ids))
-        priority = Priority.BACKGROUND if asked.service_tier == "flex" else Priority.INTERACTIVE
         stop_ids = frozenset[int]() if asked.ignore_eos else self._frontend.stop_ids
-        return Request(tuple(prompt_ids), max_tokens, sampling, stop_ids, priority=priority)
+        return Request(tuple(prompt_ids), max_tokens, sampling, stop_ids, priority=_priority(asked))
 
     def _sampling(self, asked: GenerationFields, thinking: bool | None) -> Sampling:
         given = {name: getattr(asked, name) for name in SAMPLING_NAMES}
@@ -219,6 +220,15 @@ class LanguageModel:
         except RequestError as error:
             is_tool = str(error).startswith(("the schema of tool ", "tool calls "))
             raise bad_request_error(str(error), "tools" if is_tool else "response_format") from None
+
+
+def _priority(asked: GenerationFields) -> Priority:
+    """Return the priority of a request. Titles and tags are asked for with few tokens and without tools."""
+    if asked.service_tier == "flex":
+        return Priority.BACKGROUND
+    limit = asked.limit_tokens
+    is_brief = isinstance(asked, ChatRequest) and not asked.tools and limit is not None and limit <= BRIEF_TOKENS
+    return Priority.BRIEF if is_brief else Priority.INTERACTIVE
 
 
 def next_call_number(messages: Sequence[Mapping[str, Any]]) -> int:
