@@ -64,6 +64,8 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     """The number of replies to the same prompt, each with its own seed."""
     json_schema: dict[str, Any] | None = None
     """The answer is a JSON value of this schema."""
+    strict_schema: bool = False
+    """Whether a schema of the answer with a keyword that cannot be enforced is refused, in place of a warning."""
     regex: str | None = None
     """The answer matches this regular expression as a whole."""
     lark: str | None = None
@@ -115,7 +117,7 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
         """
         answer = None
         if self.json_schema is not None:
-            answer = AnswerFormat(AnswerForm.JSON_SCHEMA, schema=self.json_schema)
+            answer = AnswerFormat(AnswerForm.JSON_SCHEMA, schema=self.json_schema, is_strict=self.strict_schema)
         elif self.regex is not None:
             answer = AnswerFormat(AnswerForm.REGEX, self.regex)
         elif self.lark is not None:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jsonschema
@@ -10,10 +12,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mlx_k2.coordinator.reply_policy import NO_LIMITS, ReplyLimits, ReplyPolicy
-from mlx_k2.errors import RequestError
-from mlx_k2.sampling import Sampling
+from mlx_k2.errors import RequestError, RequestFailed
+from mlx_k2.sampling import SampledToken, Sampling
+from mlx_k2.scheduling.drafter import NgramDrafter
 from mlx_k2.scheduling.request import FinishReason, Request
+from mlx_k2.scheduling.sequence import Sequence, SharedPrefix
 from mlx_k2.text.constraint import AnswerForm, AnswerFormat, Constraint, Tool, ToolChoice, ToolRules, tool_rules
+from mlx_k2.text.grammar import GrammarCompiler
 from mlx_k2.text.reply_grammar import MAX_CALLS, compile_constraint
 from tests.coordinator.constrained import (
     COMPILER,
@@ -191,6 +196,65 @@ def test_no_draft_token_is_a_control_token_or_one_that_the_grammar_excludes() ->
     assert [token for token in map(ord, 'x{"]') if policy.may_draft((), token)] == [ord("{")]
     assert policy.may_draft([ord("{")], ord('"'))
     assert not policy.may_draft([ord("{")], ord("}"))
+
+
+def test_a_draft_token_that_exceeds_the_limits_of_the_grammar_is_dropped_and_the_answer_goes_on() -> None:
+    policy = policy_of(Constraint(AnswerFormat(AnswerForm.REGEX, "bbb(bab|(c?){200}c{200})")))
+    request = Request((*b"bbbcccccc", *NO_THINKING), 99, Sampling(seed=0), frozenset({STOP_ID}))
+    sequence = Sequence(request, 4096, policy)
+    sequence.start(0, SharedPrefix(), NgramDrafter())
+    assert [appended.token.token_id for appended in sequence.append_forced()] == [*b"bbb"]
+    sequence.num_planned = len(sequence.token_ids)
+    drafts = []
+    while (token_id := sequence.draft()) is not None:
+        drafts.append(token_id)
+        sequence.num_planned += 1
+        mask = sequence.token_mask(sequence.num_planned)
+        assert mask is not None and mask.allows(ord("c"))
+    assert 0 < len(drafts) < 6, "the text before has c six times"
+    assert sequence.error is None
+    assert sequence.append_sampled(0, SampledToken(ord("b")), 1)
+    assert sequence.finish_reason is FinishReason.STOP
+    assert list(sequence.generated_ids[:-1]) == [*b"bbbbab"]
+
+
+def test_a_reply_that_exceeds_the_limits_of_its_grammar_ends_no_other_reply_with_this_grammar() -> None:
+    constraint = Constraint(AnswerFormat(AnswerForm.REGEX, "[ab]{3}(bab|(c?){200}c{200})"))
+    failing, going_on = policy_of(constraint), policy_of(constraint)
+    for policy in (failing, going_on):
+        for token_id in b"abb":
+            policy.accept(token_id)
+    with pytest.raises(RequestFailed, match="its grammar cannot follow the answer"):
+        for _ in range(50):
+            failing.accept(ord("c"))
+            failing.token_mask(())
+    begun_later = policy_of(constraint)
+    for token_id in b"abb":
+        begun_later.accept(token_id)
+    for policy in (going_on, begun_later):
+        policy.accept(ord("b"))
+        assert policy.forced() == [*b"ab"]
+
+
+def test_one_compiler_is_safe_from_several_threads() -> None:
+    constraints = [answer(WEATHER), calls(WEATHER_TOOL, CLOCK_TOOL), answer({"type": "array"}), answer({"const": 5})]
+
+    def written(compiler: GrammarCompiler, number: int) -> list[int]:
+        grammar = compile_constraint(compiler, constraints[number % len(constraints)])
+        request = Request(NO_THINKING, 300, Sampling(seed=0), frozenset({STOP_ID}))
+        return write_reply(ReplyPolicy(TOKENIZER, request, grammar=grammar), random_choice(number), 60).token_ids
+
+    compiler, num_threads = GrammarCompiler(TOKENIZER), 8
+    together = threading.Barrier(num_threads)
+
+    def write_all(first: int) -> list[list[int]]:
+        together.wait(60)  # all need the vocabulary's tables at once
+        return [written(compiler, first + step) for step in range(len(constraints))]
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        found = list(pool.map(write_all, range(num_threads), timeout=60))
+    for first, replies in enumerate(found):
+        assert replies == [written(COMPILER, first + step) for step in range(len(constraints))]
 
 
 def test_tokens_without_an_alternative_are_forced() -> None:
