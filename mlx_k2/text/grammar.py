@@ -9,7 +9,8 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -311,7 +312,7 @@ class _Vocabulary:
 
 
 def _schema_text(schema: object, what: str) -> str:
-    """Return a schema as JSON, without the compiler's own options.
+    """Return a schema as JSON for the compiler.
 
     Raises:
         RequestError: it is too large, or not JSON.
@@ -320,10 +321,21 @@ def _schema_text(schema: object, what: str) -> str:
         text = json.dumps(schema, ensure_ascii=False)
         if len(text.encode()) > MAX_GRAMMAR_BYTES:
             raise RequestError(f"{what} is larger than {MAX_GRAMMAR_BYTES} bytes")
-        found = parse_json(text)
+        return json.dumps(_for_compiler(parse_json(text)), ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"{what} is not JSON: {error}") from None
-    if isinstance(found, dict) and ("x-guidance" in found or found.get("$schema") == _LATEST):
-        left_out = ("x-guidance", "$schema")
-        text = json.dumps({key: value for key, value in found.items() if key not in left_out}, ensure_ascii=False)
-    return text
+
+
+def _for_compiler(schema: Any) -> Any:
+    """Return a schema without options of the compiler and the draft's name that it does not know; escape references."""
+    if isinstance(schema, list):
+        return [_for_compiler(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {key: value for key, value in schema.items() if key != "x-guidance" and (key, value) != ("$schema", _LATEST)}
+    for key, value in kept.items():
+        if key == "$ref" and isinstance(value, str):
+            kept[key] = quote(value, safe="%/#~:?@!$&'()*+,;=")
+        elif key not in ("const", "enum"):  # which hold values
+            kept[key] = _for_compiler(value)
+    return kept

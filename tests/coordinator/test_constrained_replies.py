@@ -59,8 +59,20 @@ leaves = st.one_of(
     st.fixed_dictionaries({"type": st.just("string")}, optional={"maxLength": st.integers(0, 5)}),
     st.fixed_dictionaries({"type": st.just("integer")}, optional={"minimum": st.integers(-9, 0)}),
     st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"enum": ["a", 'b"', 3]}, {"const": {"k": [1, None]}}]),
-    st.just({"type": "string", "pattern": "^[a-f]{2,4}$"}),
+    st.sampled_from(["^[a-f]{2,4}$", r"^\d{3}-\w$", "^(foo|bär)$"]).map(lambda one: {"type": "string", "pattern": one}),
+    st.sampled_from(["date", "time", "uuid", "ipv4", "email"]).map(lambda one: {"type": "string", "format": one}),
+    st.lists(st.sampled_from(["a", "ü", 1, 2.5, None, True, {"$ref": "ü"}, [], -0.5]), min_size=1).map(
+        lambda values: {"enum": values, "description": "d" * 5000}
+    ),
+    st.sampled_from([{"type": ["string", "null"], "maxLength": 3}, {"$ref": "#/$defs/tree ü"}, {"multipleOf": 5}]),
 )
+DEFINITIONS = {
+    "tree ü": {
+        "type": ["object", "null"],
+        "properties": {"枝": {"type": "array", "items": {"$ref": "#/$defs/tree ü"}, "maxItems": 2}},
+        "additionalProperties": False,
+    }
+}
 
 
 def _containers(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
@@ -76,12 +88,30 @@ def _containers(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[d
         st.integers(0, 3),
         st.booleans(),
     )
-    arrays = st.fixed_dictionaries({"type": st.just("array"), "items": inner}, optional={"maxItems": st.integers(0, 3)})
-    return st.one_of(objects, arrays, st.fixed_dictionaries({"anyOf": st.lists(inner, min_size=1, max_size=3)}))
+    arrays = st.fixed_dictionaries(
+        {"type": st.just("array"), "items": inner},
+        optional={
+            "minItems": st.integers(0, 2),
+            "maxItems": st.integers(2, 3),
+            "prefixItems": st.lists(inner, min_size=1, max_size=2),
+        },
+    )
+    either = st.fixed_dictionaries({"anyOf": st.lists(inner, min_size=1, max_size=3)})
+    tagged = st.builds(
+        lambda one, other: {"oneOf": [_tagged(name, part) for name, part in (("x", one), ("y", other))]}, inner, inner
+    )
+    both = st.builds(lambda one, other: {"allOf": [_tagged("x", one), {"properties": {"z": other}}]}, inner, inner)
+    return st.one_of(objects, arrays, either, tagged, both)
 
 
-schemas = st.recursive(leaves, _containers, max_leaves=6)
+def _tagged(name: str, part: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {"kind": {"const": name}, name: part}, "required": ["kind", name]}
+
+
+schemas = st.recursive(leaves, _containers, max_leaves=6).map(lambda schema: schema | {"$defs": DEFINITIONS})
 endings = st.sampled_from([0.0, 0.5, 0.95])
+few = settings() if settings.get_current_profile_name() != "fixed" else settings(max_examples=30)
+"""Examples of the properties that write long replies: all of them in the long profile."""
 
 
 def answer(schema: object) -> Constraint:
@@ -99,6 +129,7 @@ def text_of(written: Written) -> str:
     return b"".join(TOKENIZER.token_bytes(number) for number in written.token_ids).decode(errors="replace")
 
 
+@few
 @given(schemas, st.integers(0, 2**32), endings)
 def test_whatever_the_logits_an_answer_is_valid_or_ends_with_length(schema: Any, seed: int, ending: float) -> None:
     written = write_reply(policy_of(answer(schema)), random_choice(seed, ending=ending), 300)
@@ -135,12 +166,18 @@ def test_whatever_the_logits_an_answer_follows_its_lark_grammar(seed: int) -> No
         assert written.finish_reason is FinishReason.LENGTH
 
 
+@few
 @given(st.lists(schemas, min_size=1, max_size=3), st.integers(0, 2**32), endings, st.booleans())
 def test_whatever_the_logits_required_calls_are_valid_or_the_reply_ends_with_length(
     parts: list[Any], seed: int, ending: float, is_parallel: bool
 ) -> None:
     by_name = {
-        f"tool-{index}.a": {"type": "object", "properties": {"v": part}, "required": ["v"]}
+        f"tool-{index}.a": {
+            "type": "object",
+            "properties": {"v": part},
+            "required": ["v"],
+            "$defs": DEFINITIONS,
+        }
         for index, part in enumerate(parts)
     }
     tools = [Tool(name, schema) for name, schema in by_name.items()]
@@ -159,6 +196,7 @@ def test_whatever_the_logits_required_calls_are_valid_or_the_reply_ends_with_len
         assert written.finish_reason is FinishReason.LENGTH
 
 
+@few
 @given(st.one_of(schemas.map(answer), st.just(calls(WEATHER_TOOL, CLOCK_TOOL))), st.integers(0, 2**32), st.data())
 def test_a_mask_after_drafts_is_the_mask_after_the_same_accepted_tokens(
     constraint: Constraint, seed: int, data: st.DataObject
