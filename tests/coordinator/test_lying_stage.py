@@ -28,6 +28,7 @@ def test_a_lie_is_a_fault_that_names_the_stage_and_the_lie(model: Path, tmp_path
     assert re.match(r"stage 1 on this machine .*" + re.escape(LIES[lie]), str(caught.value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lie", START_LIES)
 def test_a_lie_during_the_start_is_named_at_once(model: Path, tmp_path: Path, lie: str) -> None:
     liar = msgspec.structs.replace(local_host(), python=lying_python(tmp_path / "liar", lie))

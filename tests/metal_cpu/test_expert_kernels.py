@@ -104,6 +104,7 @@ def test_prefill_is_correct_with_uneven_token_counts_per_expert(experts: int) ->
     assert_right(case, measure(case, Variant.PREFILL))
 
 
+@pytest.mark.slow
 @few_tokens
 @pytest.mark.parametrize(("rows", "simdgroups"), [(1, 1), (2, 4), (8, 4)])
 def test_kernels_are_correct_with_every_tuning(variant: Variant, rows: int, simdgroups: int) -> None:

@@ -360,6 +360,7 @@ def test_openrouter_420_the_finish_reason_is_sent_exactly_once(name: str) -> Non
     assert set(reasons[:-1]) == {None}
 
 
+@pytest.mark.slow
 def test_cheshire_cat_1118_a_text_of_8_mb_ends_nothing(answering: SteppedServer) -> None:
     """One run of one character, and one of spaces: both are hard for a tokenizer. /health answers meanwhile."""
     for text in ("a" * (8 << 20), " " * (8 << 20)):
