@@ -18,6 +18,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lie", [lie if lie in ("token", "nesting") else pytest.param(lie, marks=pytest.mark.slow) for lie in LIES]
 )

@@ -92,6 +92,7 @@ def test_a_hang_up_in_prefill_stops_the_prompt(stream: bool, after: bytes | None
         assert sum(len(row.token_ids) for step in server.tokens.plans for row in step.rows) < 100
 
 
+@pytest.mark.slow
 @STREAMED
 @AFTER
 def test_a_hang_up_in_decode_ends_the_answer(stream: bool, after: bytes | None) -> None:

@@ -81,6 +81,7 @@ def test_a_tensor_that_is_always_checked_is_refused_by_file_and_name(
         load_all(folder, check_all=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [NAN, INFINITY], ids=["NaN", "infinity"])
 @pytest.mark.parametrize("name", USED_BY_A_STEP)
 def test_check_weights_refuses_every_other_tensor(
