@@ -91,6 +91,7 @@ def run(
     return results
 
 
+@pytest.mark.slow
 def test_tokens_are_the_same_with_drafts_and_over_1_2_and_3_stages(
     cluster_of: ClusterOf, compiler: GrammarCompiler
 ) -> None:

@@ -100,6 +100,7 @@ def test_with_a_bias_for_tokens_that_end_values_replies_are_complete_and_valid(
     check(*call, is_call=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["built-in", "random"])
 @pytest.mark.parametrize("schema", SOME.values(), ids=SOME)
 def test_without_a_bias_replies_are_valid_or_end_with_length_and_are_no_call(
