@@ -105,7 +105,7 @@ class _Compiled:
         self._make = make
         self.matcher = make()
 
-    def renew(self, ended: LLMatcher) -> LLMatcher:
+    def replace(self, ended: LLMatcher) -> LLMatcher:
         """Return a matcher whose lexer is not that of ``ended``."""
         if self.matcher is ended:
             self.matcher = self._make()
@@ -168,13 +168,13 @@ class GrammarState:
             result = step(self._matcher)
         if self._matcher.is_error():
             problem = self._matcher.get_error().splitlines()[0]
-            self._compiled.renew(self._first)
+            self._compiled.replace(self._first)
             raise RequestFailed(f"request ended: its grammar cannot follow the answer: {problem}")
         return result
 
     def _begin_again(self) -> None:
         """Accept the same tokens with a new matcher."""
-        self._first = self._compiled.renew(self._first)
+        self._first = self._compiled.replace(self._first)
         self._matcher = self._first.deep_copy()
         for start in range(0, len(self._token_ids), _NUM_PROBED):
             self._matcher.consume_tokens(self._token_ids[start : start + _NUM_PROBED])
