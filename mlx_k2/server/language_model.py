@@ -10,13 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from mlx_k2.chat.sampling_options import SAMPLING_NAMES, resolved_sampling
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy
 from mlx_k2.errors import RequestError
-from mlx_k2.sampling import Sampling, derived_seed
+from mlx_k2.sampling import Sampling, for_answers
 from mlx_k2.scheduling.request import Priority, Request
 from mlx_k2.server.api_errors import bad_request_error, context_overflow
 from mlx_k2.server.chat_request import ChatRequest
@@ -176,18 +174,8 @@ class LanguageModel:
         max_tokens = min(asked.limit_tokens or self.context_tokens, self.context_tokens - len(prompt_ids))
         priority = Priority.BACKGROUND if asked.service_tier == "flex" else Priority.INTERACTIVE
         stop_ids = frozenset[int]() if asked.ignore_eos else self._frontend.stop_ids
-        sampling = self._sampling(asked, thinking)
-        seeds = [sampling.seed, *(derived_seed(sampling.seed, index) for index in range(1, asked.n or 1))]
-        return [
-            Request(
-                tuple(prompt_ids),
-                max_tokens,
-                msgspec.structs.replace(sampling, seed=seed),
-                stop_ids,
-                priority=priority,
-            )
-            for seed in seeds
-        ]
+        samplings, ids = for_answers(self._sampling(asked, thinking), asked.n or 1), tuple(prompt_ids)
+        return [Request(ids, max_tokens, sampling, stop_ids, priority=priority) for sampling in samplings]
 
     def _sampling(self, asked: GenerationFields, thinking: bool | None) -> Sampling:
         given = {name: getattr(asked, name) for name in SAMPLING_NAMES}
