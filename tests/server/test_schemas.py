@@ -63,7 +63,7 @@ def replies_to(model: Model, schema: Any, **fields: Any) -> list[tuple[dict[str,
     form = {"type": "json_schema", "json_schema": {"name": "record", "schema": schema}}
     tool = {"type": "function", "function": {"name": TOOL, "parameters": parameters}}
     wanted = [({"response_format": form}, schema), ({"tools": [tool], "tool_choice": "required"}, parameters)]
-    base = {
+    base: dict[str, Any] = {
         "model": "any",
         "messages": [{"role": "user", "content": "Record it."}],
         "temperature": 1.0,
