@@ -8,8 +8,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_k2.kernels import check_cache, reference, variants
-from mlx_k2.kernels.batched_decode import MAX_TOKENS
-from mlx_k2.kernels.decode import MAX_TOP_K
+from mlx_k2.kernels.decode import MAX_TOKENS, MAX_TOP_K
 from mlx_k2.kernels.dispatch import run
 from mlx_k2.kernels.layer_time import Layer, time_layer
 from mlx_k2.kernels.self_check import (
@@ -175,12 +174,12 @@ def checks(shape: LayerShape, directory: Path, *, again: bool = False) -> check_
             if cached.started.get(name, 0) >= MAX_STARTS:
                 check = KernelCheck(name, False, None, f"{MAX_STARTS} checks did not come back")
             else:
-                check_cache.store(path, cached.with_start(name), chip())
+                check_cache.store(path, cached.with_start(name))
                 check = _check_and_time(name, shape)
             if not check.usable:
                 logger.warning(check.warning)
             cached = cached.with_check(check)
-            check_cache.store(path, cached, chip())
+            check_cache.store(path, cached)
         return cached
 
 

@@ -2,8 +2,7 @@
 
 import mlx.core as mx
 
-from mlx_k2.kernels.batched_decode import MAX_TOKENS, capacity
-from mlx_k2.kernels.decode import MAX_TOP_K, SIMD_WIDTH
+from mlx_k2.kernels.decode import MAX_TOKENS, MAX_TOP_K, SIMD_WIDTH, capacity
 from mlx_k2.kernels.dispatch import Dispatch, kernel_text
 
 

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import mlx.core as mx
+import msgspec
 
 from mlx_k2.kernels import check_cache, experts, reference
 from mlx_k2.kernels.layer_time import Timing, best_seconds, time_layer
@@ -68,7 +69,7 @@ def best_tuning(shape: LayerShape, start: Tuning) -> Tuning:
             best, best_seconds = candidate, candidate_seconds
     path = check_cache.cache_path(check_cache.DEFAULT_DIRECTORY, shape, experts.chip())
     cached = experts.checks(shape, check_cache.DEFAULT_DIRECTORY)
-    check_cache.store(path, cached._replace(tuning=best), experts.chip())
+    check_cache.store(path, msgspec.structs.replace(cached, tuning=best))
     return best
 
 

@@ -38,7 +38,7 @@ def test_an_unusable_kernel_is_not_timed_but_the_reference_is(tmp_path: Path, mo
     monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", tmp_path)
     unusable = KernelCheck(DECODE, False, 0.5, "off by 5e-01 of the largest output, more than 1e-05")
     path = check_cache.cache_path(tmp_path, SHAPE, experts.chip())
-    check_cache.store(path, check_cache.CachedChecks([unusable], None), experts.chip())
+    check_cache.store(path, check_cache.CachedChecks([unusable], None))
     (row,) = timing.kernel_table(SHAPE, DEFAULT)
     assert (row.check, row.token_range) == (unusable, DECODE)
     assert row.kernel is None
