@@ -22,6 +22,7 @@ from mlx_k2.cluster.partition import (
     divide_layers,
 )
 from mlx_k2.config import ModelConfig
+from mlx_k2.deployment.cluster_options import ClusterOptions
 from mlx_k2.errors import RequestError, StageStartError
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.dense_matrices import group_size
@@ -88,28 +89,21 @@ class StagePlan:
     files: tuple[str, ...]
 
 
-def choose_shape(
-    config: ModelConfig,
-    dtype: str | None,
-    context_tokens: int | None,
-    num_slots: int,
-    all_on_gpu: bool,
-    dense_bits: int | None = None,
-) -> RunShape:
+def choose_shape(config: ModelConfig, options: ClusterOptions, num_slots: int, all_on_gpu: bool) -> RunShape:
     """Fill in the values that the user left open: bfloat16 if all stages have a GPU, else float32.
 
     Raises:
         RequestError: the context is larger than the model's.
     """
-    longest = config.max_position_embeddings
+    longest, context_tokens = config.max_position_embeddings, options.context_tokens
     if context_tokens is not None and context_tokens > longest:
         raise RequestError(f"--context {context_tokens} is more than the {longest} positions that the model knows")
     return RunShape(
-        dtype=dtype or ("bfloat16" if all_on_gpu else "float32"),
+        dtype=options.dtype or ("bfloat16" if all_on_gpu else "float32"),
         context_tokens=context_tokens or min(DEFAULT_CONTEXT_TOKENS, longest),
         num_slots=num_slots,
         chunk_tokens=GPU_CHUNK_TOKENS if all_on_gpu else CPU_CHUNK_TOKENS,
-        dense_bits=dense_bits,
+        dense_bits=options.dense_bits,
         on_gpu=all_on_gpu,
     )
 

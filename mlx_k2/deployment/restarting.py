@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 
+from mlx_k2.deployment.cluster_options import DeploymentRequest
 from mlx_k2.deployment.deploy import Deployment, deploy
-from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import StagePlan
 from mlx_k2.deployment.run_log import RunLog
