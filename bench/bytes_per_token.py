@@ -27,7 +27,7 @@ from mlx_k2.model.layer_weights import DenseWeights
 from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.inventory import (
     embedding_read_bytes_per_token,
-    head_read_bytes_per_token,
+    head_specs,
     held_bytes,
     layer_read_bytes_per_token,
     model_specs,
@@ -97,7 +97,7 @@ def bytes_held_and_read(config: ModelConfig, dense_bits: int | None, *, stored_b
     layers = sum(
         layer_read_bytes_per_token(config, layer, dense_bits=dense_bits) for layer in range(config.num_hidden_layers)
     )
-    ends = embedding_read_bytes_per_token(config) + head_read_bytes_per_token(config, dense_bits=dense_bits)
+    ends = embedding_read_bytes_per_token(config) + held_bytes(head_specs(config), dense_bits=dense_bits)
     return held, layers + ends + biases * config.num_experts_per_tok // config.n_routed_experts
 
 

@@ -15,8 +15,7 @@ from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest
 from mlx_k2.deployment.dry_run import plan_for
 from mlx_k2.deployment.plan import HostMemory
 from mlx_k2.errors import PartitionError, RequestError
-from mlx_k2.launch.install_commands import WHEEL, install_commands
-from mlx_k2.launch.ssh import command_on, explain_ssh_failure
+from mlx_k2.launch.ssh import WHEEL, command_on, explain_ssh_failure, install_commands
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.index import CheckpointIndex

@@ -33,7 +33,6 @@ from mlx_k2.protocol.messages import (
 from mlx_k2.scheduling.cost_model import StageCost
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.inventory import model_specs
-from mlx_k2.weights.model_source import ModelSource
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,10 @@ def _start(
         hellos = bring_up.handshake(group, (__version__, version("mlx"), version("mlx-lm")))
         if model is None:
             listener.phase(f"asking {group.host(0)} for the model's config and tokenizer")
-            model = _fetch_description(group, source_on(hosts[0], request.source))
+            source = source_on(hosts[0], request.source)
+            group.send(0, FetchFiles(source))
+            (answer,) = bring_up.collect(group, ModelFiles, [0], bring_up.PREPARE_S, "send the model's small files")
+            model = describe_model(answer.files, f"{source.path_or_repo} on {group.host(0)}")
         gpus = [hello.working_set_bytes is not None for hello in hellos]
         own, names = this_command(request.address), [group.host(rank) for rank in range(group.size)]
         memories = [
@@ -169,12 +171,6 @@ def _start(
         for line in (*describe_others(names, hellos, own), *quantization_warnings(model.config, shape.dense_bits)):
             listener.notify(line)
         yield StartedStages(group, model, shape, plans, hellos)
-
-
-def _fetch_description(group: StageGroup, source: ModelSource) -> ModelDescription:
-    group.send(0, FetchFiles(source))
-    (answer,) = bring_up.collect(group, ModelFiles, [0], bring_up.PREPARE_S, "send the model's small files")
-    return describe_model(answer.files, f"{source.path_or_repo} on {group.host(0)}")
 
 
 def _connect(started: StartedStages, request: DeploymentRequest) -> None:

@@ -25,12 +25,11 @@ from mlx_k2.config import ModelConfig
 from mlx_k2.deployment.cluster_options import ClusterOptions
 from mlx_k2.errors import RequestError, StageStartError
 from mlx_k2.weights.checkpoint import ModelDescription
-from mlx_k2.weights.dense_matrices import group_size
 from mlx_k2.weights.inventory import (
     TensorSpec,
     embedding_read_bytes_per_token,
     embedding_specs,
-    head_read_bytes_per_token,
+    group_size,
     head_specs,
     held_bytes,
     layer_read_bytes_per_token,
@@ -181,6 +180,7 @@ def check_fit(plans: Sequence[StagePlan], memories: Sequence[HostMemory]) -> Non
 def _model_costs(config: ModelConfig, shape: RunShape, compute_bytes: int) -> ModelCosts:
     cache_bytes = layer_cache_bytes(config, shape.num_slots, shape.context_tokens, compute_bytes)
     bits = shape.dense_bits
+    head_bytes = held_bytes(head_specs(config), compute_bytes, bits)  # a token reads all of it
     of_kind = {
         config.is_moe(layer): LayerCost(
             held_bytes(layer_specs(config, layer), compute_bytes, bits) + cache_bytes,
@@ -193,9 +193,7 @@ def _model_costs(config: ModelConfig, shape: RunShape, compute_bytes: int) -> Mo
             held_bytes(embedding_specs(config), compute_bytes), embedding_read_bytes_per_token(config, compute_bytes)
         ),
         layers=tuple(of_kind[config.is_moe(layer)] for layer in range(config.num_hidden_layers)),
-        head=LayerCost(
-            held_bytes(head_specs(config), compute_bytes, bits), head_read_bytes_per_token(config, compute_bytes, bits)
-        ),
+        head=LayerCost(head_bytes, head_bytes),
     )
 
 

@@ -4,8 +4,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-from mlx_k2.launch.install_commands import install_commands
-from mlx_k2.launch.ssh import SSH_EXIT_CODE, explain_ssh_failure
+from mlx_k2.launch.ssh import SSH_EXIT_CODE, explain_ssh_failure, install_commands
 from mlx_k2.launch.stage_location import StageLocation
 
 _NO_COMMAND_EXIT_CODES = (126, 127)

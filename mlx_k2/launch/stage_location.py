@@ -43,12 +43,8 @@ class StageLocation:
         python = self.python or sys.executable
         if self.ssh is None:
             return ((python, "-P", "-m", "mlx_k2.stage"),)
-        first = ssh_command(self.ssh, f"exec {_quote_path(python)} -P -m mlx_k2.stage")
+        path = "./" + python[2:] if python.startswith("~/") else python  # ssh starts in the home folder
+        first = ssh_command(self.ssh, f"exec {shlex.quote(path)} -P -m mlx_k2.stage")
         if self.python is not None:
             return (first,)
         return (first, ssh_command(self.ssh, LOGIN_SHELL_COMMAND))
-
-
-def _quote_path(path: str) -> str:
-    """Quote ``path`` as one word for any shell. ssh starts in the home folder, so ``~/`` can be written as ``./``."""
-    return shlex.quote("./" + path[2:] if path.startswith("~/") else path)

@@ -160,11 +160,15 @@ class FrameWriter:
         Raises:
             ProtocolError: the queue is full, because the peer has stopped reading.
         """
-        self._put(encode_frame(kind, payload))
+        self.put_raw(encode_frame(kind, payload))
 
     def put_raw(self, data: bytes) -> None:
-        """Queue bytes that are not a frame (the opening mark)."""
-        self._put(data)
+        """Queue bytes that are not a frame (the opening mark), as ``put`` does."""
+        if not self._is_open:
+            return
+        if self._queue.qsize() >= QUEUE_FRAMES:
+            raise ProtocolError(f"{self._name} has stopped reading: {QUEUE_FRAMES} frames are waiting for it")
+        self._queue.put(data)
 
     def close(self, timeout_s: float) -> None:
         """Close the stream once all queued bytes are written; wait for that at most ``timeout_s``.
@@ -174,13 +178,6 @@ class FrameWriter:
         self._is_open = False
         self._queue.put(None)
         self._thread.join(timeout_s)
-
-    def _put(self, data: bytes) -> None:
-        if not self._is_open:
-            return
-        if self._queue.qsize() >= QUEUE_FRAMES:
-            raise ProtocolError(f"{self._name} has stopped reading: {QUEUE_FRAMES} frames are waiting for it")
-        self._queue.put(data)
 
     def _run(self) -> None:
         try:

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_k2.errors import StageStartError
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.launch.install_commands import install_commands
+from mlx_k2.launch.ssh import install_commands
 from mlx_k2.launch.stage_events import StageEnded, StageMessage
 from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.protocol.messages import Connected, Step, StepDone

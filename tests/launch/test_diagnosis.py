@@ -3,7 +3,7 @@ import signal
 import pytest
 
 from mlx_k2.launch.diagnosis import explain_lost_connection, explain_start_failure
-from mlx_k2.launch.install_commands import WHEEL
+from mlx_k2.launch.ssh import WHEEL
 from mlx_k2.launch.stage_location import StageLocation
 
 LOCATION = StageLocation(ssh="mac-2", python="/opt/k2/bin/python")

@@ -173,15 +173,15 @@ def offered(*names: str) -> list[tuple[Connection, types.Tool]]:
 @example(["get/user", "get_user", "get user", "s_get_user"])
 @example(["2048", "123e4567-e89b-12d3-a456-426614174000", ""])
 def test_tools_of_any_names_stay_apart_and_a_call_names_each_of_them(names: list[str]) -> None:
-    tools, lines = _named(offered(*names))
-    assert sorted(line.tool for line in lines.values()) == sorted(names)
+    tools = _named(offered(*names))
+    assert sorted(tool.name_there for tool in tools.values()) == sorted(names)
     for name in tools:
         assert read_call(call_id(name, 0), "{}").name == name
         assert all(letter.isalnum() or letter in "_.-" for letter in name)
 
 
 def test_letters_of_any_script_stay_in_a_tools_name() -> None:
-    assert list(_named(offered("\u5929\u6c14", "caf\u00e9", "get user"))[0]) == [
+    assert list(_named(offered("\u5929\u6c14", "caf\u00e9", "get user"))) == [
         "\u5929\u6c14",
         "caf\u00e9",
         "get_user",
