@@ -20,6 +20,7 @@ from bench.graph_dispatches import count_dispatches, kernel_in_graph
 from bench.measure import save_rows
 from mlx_k2.config import ModelConfig
 from mlx_k2.kernels import variants
+from mlx_k2.kernels.reference import RouterRule
 from mlx_k2.kernels.self_check import LayerShape, random_stack
 from mlx_k2.kernels.tuning import DEFAULT
 from mlx_k2.model.decoder_layer import swiglu
@@ -115,10 +116,8 @@ def our_dispatches(config: ModelConfig) -> int:
             x,
             router,
             bias,
-            top_k=config.num_experts_per_tok,
-            normalize=config.norm_topk_prob,
-            scaling_factor=config.routed_scaling_factor,
-            perform=kernel_in_graph,
+            RouterRule(config.num_experts_per_tok, config.norm_topk_prob, config.routed_scaling_factor),
+            kernel_in_graph,
         )
         return variants.decode_experts(x, ids, weights, stack, DEFAULT, kernel_in_graph) + swiglu(x, shared)
 

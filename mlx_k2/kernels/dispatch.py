@@ -59,14 +59,7 @@ def kernel_text(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], he
 @functools.cache
 def metal_kernel(text: KernelText) -> Kernel:
     """Return MLX's kernel object for a text. Building it works on every machine; calling it needs Metal."""
-    kernel = mx.fast.metal_kernel(
-        name=f"k2_{text.name}",
-        input_names=list(text.inputs),
-        output_names=list(text.outputs),
-        source=text.source,
-        header=text.header,
-    )
-    return cast(Kernel, kernel)
+    return _kernel(mx.fast.metal_kernel, text)
 
 
 def cuda_body(source: str) -> str:
@@ -82,12 +75,16 @@ def cuda_header(text: KernelText) -> str:
 @functools.cache
 def cuda_kernel(text: KernelText) -> Kernel:
     """Return MLX's kernel object of the same text for an NVIDIA GPU. It cannot have simdgroup matrices."""
-    kernel = mx.fast.cuda_kernel(
+    return _kernel(mx.fast.cuda_kernel, text._replace(source=cuda_body(text.source), header=cuda_header(text)))
+
+
+def _kernel(build: Callable[..., object], text: KernelText) -> Kernel:
+    kernel = build(
         name=f"k2_{text.name}",
         input_names=list(text.inputs),
         output_names=list(text.outputs),
-        source=cuda_body(text.source),
-        header=cuda_header(text),
+        source=text.source,
+        header=text.header,
     )
     return cast(Kernel, kernel)
 

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from mlx_k2.kernels import decode, prefill, router
 from mlx_k2.kernels.dispatch import Dispatch, run
+from mlx_k2.kernels.reference import RouterRule
 from mlx_k2.kernels.stack import ExpertStack
 from mlx_k2.kernels.tuning import Tuning
 
@@ -84,10 +85,7 @@ def route(
     hidden: mx.array,
     router_weight: mx.array,
     correction_bias: mx.array,
-    *,
-    top_k: int,
-    normalize: bool,
-    scaling_factor: float,
+    rule: RouterRule,
     perform: Perform = run,
 ) -> tuple[mx.array, mx.array]:
     """Compute `reference.route` for a single group of experts.
@@ -98,7 +96,5 @@ def route(
         (logits,) = perform(router.logits(hidden, router_weight))
     else:
         logits = hidden.astype(mx.float32) @ router_weight.astype(mx.float32).T
-    expert_ids, weights = perform(
-        router.select(logits, correction_bias, top_k=top_k, normalize=normalize, scaling_factor=scaling_factor)
-    )
+    expert_ids, weights = perform(router.select(logits, correction_bias, rule))
     return expert_ids, weights

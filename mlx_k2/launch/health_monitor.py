@@ -6,7 +6,6 @@ While it waits, it detects stopped stages, silent guards and stuck hops. Knows n
 import math
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 
 from mlx_k2.errors import Cancelled, ClusterError, NeighbourLost, NotFinite, StageFault, StageSilent
 from mlx_k2.launch.group import HEARTBEAT_S, StageGroup
@@ -23,18 +22,6 @@ SILENT_S = 3.0
 """A guard that was silent for this long when a neighbour of its stage reports a lost hop is the cause."""
 
 
-@dataclass(frozen=True)
-class _WaitingHop:
-    """A hop that stage ``rank`` waits for: the stage before has sent the hidden states of ``step``.
-
-    ``since`` is when this was first seen, in monotonic seconds.
-    """
-
-    rank: int
-    step: int
-    since: float
-
-
 class HealthMonitor:
     """The monitor of one group.
 
@@ -44,7 +31,8 @@ class HealthMonitor:
     def __init__(self, group: StageGroup) -> None:
         self._group = group
         self._stall_timeout_s = group.stall_timeout_s
-        self._hops: dict[int, _WaitingHop] = {}
+        self._hops: dict[int, tuple[int, float]] = {}
+        """For each rank that waits for a step which the stage before has sent: the step, and since when it waits."""
         self._looked_at = self._judge_from = time.monotonic()
 
     def receive(self, deadline: float, wake_at: float = math.inf) -> StageMessage | Woken | None:
@@ -153,18 +141,11 @@ class HealthMonitor:
 
     def _hop_waits_s(self, rank: int, before: StageStatus, status: StageStatus, now: float) -> float:
         """Return for how long a stage has waited for hidden states that the stage before it has sent, else 0."""
-        step = status.update.step
-        waits = status.update.phase is Phase.RECEIVING and step is not None and _has_sent(before, step)
-        if not waits or step is None:
-            self._hops.pop(rank, None)
-            return 0.0
-        if rank not in self._hops or self._hops[rank].step != step:
-            self._hops[rank] = _WaitingHop(rank, step, now)
-        return now - self._hops[rank].since
-
-
-def _has_sent(status: StageStatus, step: int) -> bool:
-    update = status.update
-    if update.step is None:
-        return False
-    return update.step > step or (update.step == step and update.phase is Phase.IDLE)
+        step, sent = status.update.step, before.update.step
+        is_waiting = status.update.phase is Phase.RECEIVING and step is not None and sent is not None
+        if is_waiting and (sent > step or (sent == step and before.update.phase is Phase.IDLE)):
+            if self._hops.get(rank, (None, now))[0] != step:
+                self._hops[rank] = step, now
+            return now - self._hops[rank][1]
+        self._hops.pop(rank, None)
+        return 0.0

@@ -4,7 +4,6 @@ import shlex
 import sys
 from dataclasses import dataclass
 
-from mlx_k2.errors import HostfileError
 from mlx_k2.launch.ssh import ssh_command
 
 LOGIN_SHELL_COMMAND = """exec "$SHELL" -lc 'exec mlx-k2 stage'"""
@@ -20,15 +19,6 @@ class StageLocation:
 
     ssh: str | None = None
     python: str | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse an empty host name, and one that ssh would parse as an option.
-
-        Raises:
-            HostfileError: names the host.
-        """
-        if self.ssh is not None and (not self.ssh or self.ssh.startswith("-")):
-            raise HostfileError(f"{self.ssh!r} is not a host name: it may not be empty or begin with '-'")
 
     @property
     def host(self) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from mlx_k2.kernels import decode, prefill, router
 from mlx_k2.kernels.dispatch import Dispatch, cuda_body, metal_texts, read_metal, run
+from mlx_k2.kernels.reference import RouterRule
 from mlx_k2.kernels.stack import ExpertStack
 from tests.metal_cpu.float64 import Case, random_case
 
@@ -71,7 +72,7 @@ def test_the_batch_kernel_accepts_at_most_16_tokens() -> None:
 
 def test_the_router_refuses_more_experts_than_there_are() -> None:
     with pytest.raises(AssertionError, match="9 of 8 experts"):
-        router.select(mx.zeros((1, 8)), mx.zeros(8), top_k=9, normalize=True, scaling_factor=1.0)
+        router.select(mx.zeros((1, 8)), mx.zeros(8), RouterRule(9, normalize=True, scaling_factor=1.0))
 
 
 @pytest.mark.parametrize("num_experts", [1, 5, 40])
