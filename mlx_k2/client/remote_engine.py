@@ -169,7 +169,9 @@ class RemoteEngine:
                 handle.put_progress(PrefillProgress(chunk.prompt_progress.processed, chunk.prompt_progress.total))
             for token_id in (number for choice in chunk.choices for number in choice.token_ids):
                 reason = _put_token(run, handle, token_id, is_forced=False)
-                if reason is not None and not _server_also_stops(run):
+                # the server may end the answer at the same token, and then sends the usage
+                server_ends = token_id in run.request.stop_ids or len(run.token_ids) >= run.request.max_tokens
+                if reason is not None and not server_ends:
                     return reason
                 if reason is None and run.policy.forced():
                     return None
@@ -208,11 +210,6 @@ def _body(run: _Run) -> dict[str, Any]:
         "stream_options": {"include_usage": True},
         "service_tier": "flex" if asked.priority is Priority.BACKGROUND else "auto",
     }
-
-
-def _server_also_stops(run: _Run) -> bool:
-    """Return whether the server ends the answer at the same token. It then sends the usage."""
-    return run.token_ids[-1] in run.request.stop_ids or len(run.token_ids) >= run.request.max_tokens
 
 
 def _put_forced(run: _Run, handle: Handle) -> FinishReason | None:

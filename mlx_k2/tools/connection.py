@@ -139,7 +139,8 @@ class Connection:
                     task_status.started(link)
                     await link.closing.wait()
         except Exception as error:  # noqa: BLE001 - any exception of the package ends the connection
-            error = _innermost(error)
+            while isinstance(error, ExceptionGroup):
+                error = error.exceptions[0]
             if link is None and mode == "legacy" and isinstance(error, MCPError) and error.code in _NO_INITIALIZE:
                 return False
             reason = _reason(_with_status(error, output), words, self.server)
@@ -216,12 +217,6 @@ def _last_words(lines: deque[str]) -> Iterator[TextIO]:
             yield stream
     finally:
         reader.join(timeout=_STDERR_S)  # a child process of the server may hold the other end open
-
-
-def _innermost(error: Exception) -> Exception:
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def _with_status(error: Exception, output: ServerOutput) -> Exception:
