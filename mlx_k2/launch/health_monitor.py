@@ -142,10 +142,10 @@ class HealthMonitor:
     def _hop_waits_s(self, rank: int, before: StageStatus, status: StageStatus, now: float) -> float:
         """Return for how long a stage has waited for hidden states that the stage before it has sent, else 0."""
         step, sent = status.update.step, before.update.step
-        is_waiting = status.update.phase is Phase.RECEIVING and step is not None and sent is not None
-        if is_waiting and (sent > step or (sent == step and before.update.phase is Phase.IDLE)):
-            if self._hops.get(rank, (None, now))[0] != step:
-                self._hops[rank] = step, now
-            return now - self._hops[rank][1]
-        self._hops.pop(rank, None)
-        return 0.0
+        is_waiting = status.update.phase is Phase.RECEIVING and step is not None and sent is not None and sent >= step
+        if not is_waiting or step is None or (sent == step and before.update.phase is not Phase.IDLE):
+            self._hops.pop(rank, None)
+            return 0.0
+        if self._hops.get(rank, (None, now))[0] != step:
+            self._hops[rank] = step, now
+        return now - self._hops[rank][1]
