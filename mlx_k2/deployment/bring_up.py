@@ -173,8 +173,8 @@ def collect(
     while any(rank not in answers for rank in ranks):
         received = monitor.receive(deadline)
         if received is None:
-            owing = ", ".join(monitor.describe(rank) for rank in ranks if rank not in answers)
-            raise StageSilent(f"no word for {silence_s:.0f} s from {owing}, which was to {phase}")
+            missing = ", ".join(monitor.describe(rank) for rank in ranks if rank not in answers)
+            raise StageSilent(f"no message for {silence_s:.0f} s from {missing}, which was to {phase}")
         if isinstance(received, Woken):
             continue
         deadline = time.monotonic() + silence_s

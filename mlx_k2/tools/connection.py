@@ -235,7 +235,7 @@ def _reason(error: Exception | None, words: deque[str], server: Server) -> str:
         why = str(error).rstrip(".") or type(error).__name__
     else:
         why = http_reason(error)
-    return f"{why}; it said last: {' | '.join(words)}" if words else why
+    return f"{why}; it wrote last: {' | '.join(words)}" if words else why
 
 
 def _is_over(error: BaseException) -> bool:

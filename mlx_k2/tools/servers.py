@@ -110,7 +110,7 @@ def _server(name: str, entry: _Entry, where: str, environment: Mapping[str, str]
     if (entry.command is None) == (entry.url is None):
         raise ToolsError(f"{where} needs either a command or a url")
     if entry.type == "sse":
-        raise ToolsError(f"{where} speaks MCP's old HTTP+SSE: give the address of its streamable HTTP")
+        raise ToolsError(f"{where} uses MCP's old HTTP+SSE: give the address of its streamable HTTP")
     fields = _expanded(msgspec.to_builtins(entry), where, environment)
     if entry.command is not None:
         return msgspec.convert(fields | {"name": name}, StdioServer)

@@ -224,7 +224,7 @@ def _remote_file(snapshot: _Snapshot, name: str) -> HubFile:
         )
     if name not in snapshot.remote:
         raise DownloadError(
-            f"{repo.name} at {snapshot.commit} has no file {name}: its index promises what is not there"
+            f"{repo.name} at {snapshot.commit} has no file {name}: its index names a file that is not there"
         )
     return snapshot.remote[name]
 

@@ -143,7 +143,7 @@ def check_file(path: Path, specs: Sequence[TensorSpec]) -> Header:
     for spec in specs:
         stored = header.tensors.get(spec.name)
         if stored is None:
-            raise CheckpointError(f"{path} does not hold {spec.name}, which the index says it does; fetch it again")
+            raise CheckpointError(f"{path} does not hold {spec.name}, which the index names; fetch it again")
         if stored.dtype not in spec.accepted_dtypes:
             raise CheckpointError(f"{path}: {spec.name} is {stored.dtype}, and the model needs {spec.dtype}")
         if stored.shape != spec.shape:

@@ -74,7 +74,7 @@ def test_a_pulled_cable_ends_that_stage_alone(hosts: EmulatedHosts, tmp_path: Pa
         end = group.receive(EVENT_S)
         assert isinstance(end, StageEnded) and end.rank == 1
         assert str(end.as_error()).startswith(
-            "stage 1 on host-1 (last heard starting) ended: the ssh connection was lost"
+            "stage 1 on host-1 (last status: starting) ended: the ssh connection was lost"
         )
         group.send(2, Step(1, ()))
         assert group.receive(EVENT_S) == StageMessage(2, StepDone(number=1, busy_s=0.0, receive_s=0.0))

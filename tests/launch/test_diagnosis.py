@@ -76,4 +76,4 @@ def test_any_other_start_failure_quotes_the_last_line() -> None:
 def test_a_lost_connection_names_ssh_or_the_guard_as_the_cause() -> None:
     assert "ssh connection was lost" in explain_lost_connection(LOCATION, 255)
     assert explain_lost_connection(StageLocation(), -signal.SIGKILL) == "its guard was ended by signal 9"
-    assert explain_lost_connection(StageLocation(), None) == "the connection ended without a word from its guard"
+    assert explain_lost_connection(StageLocation(), None) == "the connection ended without its guard's last frame"

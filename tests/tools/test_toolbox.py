@@ -130,7 +130,7 @@ def test_a_stdio_server_that_ends_during_a_call_is_named_with_its_stderr_and_res
         dead = box.call("die", {})
         assert dead.outcome is Outcome.LOST
         assert dead.text == (
-            "The tool server frail was lost in this call, which may have run: it ended; it said last: a last word."
+            "The tool server frail was lost in this call, which may have run: it ended; it wrote last: a last word."
         )
         assert [call.result().outcome for call in others] == [Outcome.LOST] * 2
         assert box.call("add", {"a": 1}) == ToolResult(Outcome.DONE, "3")
@@ -199,7 +199,7 @@ def test_without_a_server_that_starts_all_are_named_and_none_is_left() -> None:
         pass
     message = str(raised.value)
     assert "absent: [Errno 2] No such file or directory" in message
-    assert "ends: it ended; it said last: no key given" in message
+    assert "ends: it ended; it wrote last: no key given" in message
     assert "deaf: All connection attempts failed" in message
     assert children() == before
 
