@@ -44,11 +44,6 @@ class LoadedTensors(NamedTuple):
     tensors: dict[str, mx.array]
     tensor_names: tuple[str, ...]
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes that the tensors take in memory."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
 
 class ShardReader:
     """A reader of the embedding, layers and head of a checkpoint.
