@@ -68,7 +68,7 @@ class LanguageModel:
         self.tokenizer = frontend.tokenizer
         self.context_tokens = frontend.context_tokens
         self._turns = TurnStore()
-        _ = frontend.template  # compiled before the first request
+        _ = frontend.template, frontend.grammars  # made before several threads need them
 
     def files(self) -> dict[str, Any]:
         """Return what a client needs to render and tokenize for itself: the model's small files, as base64."""
