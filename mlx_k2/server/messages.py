@@ -173,6 +173,7 @@ class MessagesFormat:
             "content": content,
             "stop_reason": reason,
             "stop_sequence": stop_string,
+            "stop_details": None,
             "usage": usage,
         }
 
