@@ -24,7 +24,7 @@ from mlx_k2.server.completion_request import (
 )
 from mlx_k2.server.front import OWNER
 from mlx_k2.server.language_model import Generation, LanguageModel
-from mlx_k2.server.messages import MessagesFormat
+from mlx_k2.server.messages_format import MessagesFormat
 from mlx_k2.server.messages_request import CountRequest, MessagesRequest, read_messages_request
 from mlx_k2.server.metrics import CONTENT_TYPE
 from mlx_k2.server.openapi import document
@@ -102,7 +102,7 @@ class Routes:
     async def _models(self, request: Request) -> Response:  # noqa: ARG002 - a route's argument
         """Answer in the shapes of both OpenAI's and Anthropic's API."""
         pages = {"has_more": False, "first_id": self._state.model_name, "last_id": self._state.model_name}
-        return json_response({"object": "list", "data": [self._model_entry()], **pages})
+        return json_response({"object": "list", **pages, "data": [self._model_entry()]})
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["name"]
