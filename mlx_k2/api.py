@@ -111,15 +111,15 @@ class _Reply:
 
 
 class Stream(Iterator[Reasoning | Content]):
-    """The text of a reply in parts, as they are sampled. Closing it, and forgetting it, cancels the request.
+    """The text of a reply in parts, as they are sampled.
 
-    Reading raises RequestFailed if this request failed, and ClusterError if the stages failed for good.
+    Closing it, or dropping the last reference to it, cancels the request. Reading raises RequestFailed if this request failed, and ClusterError if the stages failed and are not restarted.
     """
 
     def __init__(self, handle: Handle, num_calls_before: int) -> None:
         self._handle = handle
         self._reply = _Reply(num_calls_before)
-        # without a reference to self, which can then be forgotten
+        # without a reference to self, so that self can be garbage-collected
         self._parts = chain.from_iterable(map(self._reply.add, handle.events()))
 
     def __del__(self) -> None:
@@ -251,7 +251,7 @@ class Cluster(_Cluster):
 
     Without a hostfile all stages run on this machine; without a model it is the small built-in one. At most
     ``num_sequences`` replies are sampled at once, further ones wait. After a fault all stages start again, up to
-    ``restarts`` times in a row, and replies go on where they were. Its methods may be called on any thread.
+    ``restarts`` times in a row, and replies continue. Its methods may be called on any thread.
     """
 
     def __enter__(self) -> "Cluster":
@@ -262,7 +262,7 @@ class Cluster(_Cluster):
         self.close()
 
     def close(self) -> None:
-        """Cancel what runs, and end all processes of the cluster, on every host."""
+        """Cancel all requests, and end all processes of the cluster, on every host."""
         self._close()
 
     def stream(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: Tools = ()) -> Stream:
@@ -271,7 +271,7 @@ class Cluster(_Cluster):
         Raises:
             RequestError, TokenizerError: the prompt cannot be answered; gives the reason.
             EngineBusy: too many requests wait.
-            ClusterError: the stages have failed for good, or the cluster is closed.
+            ClusterError: the stages failed and are not restarted, or the cluster is closed.
         """
         submission, num_calls_before = self._submission(prompt, sampling, tools)
         handle = self._running().submit(submission.request, submission.policy)
@@ -284,7 +284,7 @@ class Cluster(_Cluster):
     def generate(
         self, prompts: Iterable[Prompt], sampling: Sampling = _DEFAULTS, tools: Tools = ()
     ) -> list[Completion]:
-        """Return the replies to many prompts, in their order. As many run at once as the cluster has room for.
+        """Return the replies to many prompts, in their order. At most ``num_sequences`` run at once.
 
         Raises:
             RequestFailed: a request failed; the others are cancelled. Other errors are those of ``chat``.
@@ -344,7 +344,7 @@ class AsyncCluster(_Cluster):
         await self.close()
 
     async def close(self) -> None:
-        """Cancel what runs, and end all processes of the cluster, on every host."""
+        """Cancel all requests, and end all processes of the cluster, on every host."""
         await _in_thread(self._close)
 
     def stream(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: Tools = ()) -> AsyncStream:
@@ -402,7 +402,7 @@ class AsyncCluster(_Cluster):
 
 
 async def _in_thread(work: Callable[[], None], on_cancel: Callable[[], None] = lambda: None) -> None:
-    """Run ``work`` on a thread to its end, also when this task is cancelled, which calls ``on_cancel``."""
+    """Run ``work`` on a thread to its end. If this task is cancelled meanwhile, call ``on_cancel``."""
     running = asyncio.get_running_loop().run_in_executor(None, work)
     is_cancelled = False
     while not running.done():

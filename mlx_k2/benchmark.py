@@ -82,7 +82,7 @@ class _Stream:
 
 
 class ServerBenchmark:
-    """Benchmark on an engine that ``submit`` reaches, for instance of a server: all figures but those of the stages."""
+    """Benchmark that submits requests by ``submit``, for instance to a server. Its results have no stage times."""
 
     def __init__(self, submit: Callable[[Request], Handle], vocab_size: int) -> None:
         self._submit = submit
@@ -148,7 +148,7 @@ class Benchmark(ServerBenchmark):
 
     def _run(self, workload: Workload) -> list[_Stream]:
         streams = super()._run(workload)
-        deadline = time.monotonic() + _REPORTS_S  # the last stage's last report may overtake those of the others
+        deadline = time.monotonic() + _REPORTS_S  # the last stage's last report may arrive before those of the others
         while len({use.steps_done for use in self._engine.use}) > 1 and time.monotonic() < deadline:
             time.sleep(0.001)
         return streams
@@ -200,7 +200,7 @@ def _read(handle: Handle) -> _Stream:
 
 
 def check_workloads(workloads: Sequence[Workload], context_tokens: int, longest: int) -> None:
-    """Reject workloads that do not fit the context. ``longest`` is the largest context that can be asked for.
+    """Reject workloads that do not fit the context. ``longest`` is the largest context that can be set.
 
     Raises:
         RequestError: a prompt and its answer are longer than the context.

@@ -22,7 +22,7 @@ class Family(enum.Enum):
     KIMI_K25 = "kimi_k25"
 
 
-# Far above every model of the family. Larger values would fill memory before a tensor is missed.
+# Far above every model of the family. Larger values would fill memory before a missing tensor is noticed.
 _MAX_VALUE = 10**9
 _MAX_VOCAB = 10**7
 _MAX_EXPERTS = 10**5  # of all layers together; Kimi K2 has 23,424

@@ -33,7 +33,7 @@ def open_private(path: str, flags: int) -> int:
 
 
 def open_ours(path: str, flags: int) -> int:
-    """Open a file whose name the program chose, as `open_private` does. Refuse a link that somebody put there."""
+    """Open a file whose name the program chose, as `open_private` does. Refuse a symbolic link."""
     return os.open(path, flags | os.O_NOFOLLOW, PRIVATE)
 
 
@@ -45,7 +45,7 @@ def write_private(path: Path, data: bytes) -> None:
 def write_whole(path: Path, data: bytes, mode: int) -> None:
     """Write a file with the permissions ``mode``, or leave an existing one unchanged.
 
-    The data is written beside it, to a new file with a random name, which then replaces it.
+    The data is written to a new file with a random name in the same folder, which then replaces it.
 
     Raises:
         OSError: the file cannot be written.

@@ -101,7 +101,7 @@ def divide_as_asked(
         raise PartitionError(f"--split {asked} names {len(layer_counts)} stages, and there are {len(hosts)} hosts")
     if sum(layer_counts) != num_layers or min(layer_counts) < 1:
         raise PartitionError(
-            f"--split {asked} gives out {sum(layer_counts)} layers: it must give out {num_layers}, at least 1 a stage"
+            f"--split {asked} assigns {sum(layer_counts)} layers: it must assign {num_layers}, at least 1 per stage"
         )
     assignments = _assignments(model, (0, *itertools.accumulate(layer_counts)))
     for stage, (assignment, host) in enumerate(zip(assignments, hosts, strict=True)):
@@ -129,7 +129,7 @@ def _check_num_hosts(num_layers: int, num_hosts: int) -> None:
     assert num_hosts >= 1
     if num_hosts > num_layers:
         raise PartitionError(
-            f"there are {num_hosts} hosts and the model has {num_layers} layers: name at most {num_layers} hosts"
+            f"there are {num_hosts} hosts and the model has {num_layers} layers: use at most {num_layers} hosts"
         )
 
 

@@ -91,7 +91,9 @@ def prepare(group: StageGroup, hostfile: Hostfile, sources: Sequence[ModelSource
             )
         if [_ip(address) for address in answer.addresses] != [_ip(address) for address in messages[rank].listen]:
             listed = ", ".join(answer.addresses) or "nowhere"
-            raise ProtocolError(f"stage {rank} on {group.host(rank)} listens on {listed}, against the hostfile", rank)
+            raise ProtocolError(
+                f"stage {rank} on {group.host(rank)} listens on {listed}, which is not in the hostfile", rank
+            )
     return prepared
 
 
@@ -133,8 +135,8 @@ def check_connections(group: StageGroup, answers: Sequence[Connected]) -> None:
         for local, remote in answer.connections:
             if (remote, local) not in ends:
                 raise StageStartError(
-                    f"stage {rank} on {group.host(rank)} is connected to a stranger: the other end of {local} is "
-                    f"{remote}, at no stage; a process on a host, or a translation of addresses, is between two stages"
+                    f"stage {rank} on {group.host(rank)} is connected to a process that is no stage: the other end of "
+                    f"{local} is {remote}; a process on a host, or address translation, is between two stages"
                 )
 
 
@@ -174,7 +176,7 @@ def collect(
         received = monitor.receive(deadline)
         if received is None:
             missing = ", ".join(monitor.describe(rank) for rank in ranks if rank not in answers)
-            raise StageSilent(f"no message for {silence_s:.0f} s from {missing}, which was to {phase}")
+            raise StageSilent(f"no message for {silence_s:.0f} s from {missing}, which had to {phase}")
         if isinstance(received, Woken):
             continue
         deadline = time.monotonic() + silence_s
@@ -184,7 +186,7 @@ def collect(
         elif on_progress is not None and isinstance(message, LayerLoaded | DownloadProgress):
             on_progress(rank, message)
         else:
-            sent = f"sent a {type(message).__name__}, which is not due: it was to {phase}"
+            sent = f"sent an unexpected {type(message).__name__}: it had to {phase}"
             raise ProtocolError(f"stage {rank} on {group.host(rank)} {sent}", rank)
     return tuple(answers[rank] for rank in ranks)
 

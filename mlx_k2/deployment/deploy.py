@@ -208,7 +208,7 @@ def _load(
 
 
 def _compare_files(started: StartedStages, loaded: Sequence[Loaded]) -> None:
-    """Refuse hosts whose files, by the checksums that they know, are not of one revision."""
+    """Refuse hosts whose files have different known checksums: they are not of one revision."""
     known: dict[str, tuple[int, str]] = {}
     for plan, answer in zip(started.plans, loaded, strict=True):
         for name, checksum in answer.checksums.items():

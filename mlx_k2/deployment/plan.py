@@ -96,7 +96,7 @@ def choose_shape(config: ModelConfig, options: ClusterOptions, num_slots: int, a
     """
     longest, context_tokens = config.max_position_embeddings, options.context_tokens
     if context_tokens is not None and context_tokens > longest:
-        raise RequestError(f"--context {context_tokens} is more than the {longest} positions that the model knows")
+        raise RequestError(f"--context {context_tokens} is more than the {longest} positions that the model supports")
     return RunShape(
         dtype=options.dtype or ("bfloat16" if all_on_gpu else "float32"),
         context_tokens=context_tokens or min(DEFAULT_CONTEXT_TOKENS, longest),
@@ -114,7 +114,7 @@ def quantization_warnings(config: ModelConfig, dense_bits: int | None) -> tuple[
     careful = f"--dense-bits {dense_bits} may show in the answers: {CAREFUL_BITS} stays closer to the checkpoint"
     lines = [careful] if dense_bits < CAREFUL_BITS else []
     specs = [spec for piece in _distinct_parts(config) for spec in piece]
-    for group, how in ((32, "in groups of 32"), (None, "as they are")):
+    for group, how in ((32, "in groups of 32"), (None, "unquantized")):
         matrices = {(spec.name.split(".")[-2], matrix.inputs) for spec in specs for matrix in spec.matrices}
         names = sorted(f"{name} ({inputs} inputs)" for name, inputs in matrices if group_size(inputs) == group)
         if names:
@@ -171,7 +171,7 @@ def check_fit(plans: Sequence[StagePlan], memories: Sequence[HostMemory]) -> Non
         if capacity.memory_bytes is not None and plan.needed_bytes > capacity.memory_bytes:
             raise StageStartError(
                 f"stage {plan.rank} on {plan.host.ssh} had {plan.needed_bytes / 1e9:.1f} GB before the fault, and its "
-                f"host now allows {capacity.memory_bytes / 1e9:.1f} GB: see whether it was restarted with another "
+                f"host now allows {capacity.memory_bytes / 1e9:.1f} GB: check whether it was restarted with another "
                 "iogpu.wired_limit_mb",
                 plan.rank,
             )

@@ -9,7 +9,7 @@ from mlx_k2.scheduling.cost_model import StageCost, StageSizes, StageSpeed
 from mlx_k2.weights.inventory import INT4_PER_WORD, TensorSpec, head_specs, held_bytes, layer_specs
 
 GPU_SPEED = StageSpeed(fixed_s=0.003, bytes_per_s=600e9, operations_per_s=15e12)
-"""Rough values of an M3 Ultra: bandwidth from published measurements, operations at half of what it should reach."""
+"""Rough values of an M3 Ultra: bandwidth from published measurements, operations at half of the expected maximum."""
 GPU_TILE_ROWS = 16
 """Rows of a tile of MLX's product of sorted experts (gather_qmm_rhs). The prefill kernel has 32."""
 CPU_SPEED = StageSpeed(fixed_s=0.002, bytes_per_s=10e9, operations_per_s=3.6e9)

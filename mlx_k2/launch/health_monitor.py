@@ -38,7 +38,7 @@ class HealthMonitor:
     def receive(self, deadline: float, wake_at: float = math.inf) -> StageMessage | Woken | None:
         """Return the next message of any stage; None when none came before ``deadline`` (monotonic seconds).
 
-        Queued messages are returned before any stage is blamed. After this process was stopped or its machine slept,
+        Queued messages are returned before any stage is reported. After this process was stopped or its machine slept,
         the guards first get GAP_S to answer. Woken is returned at ``wake_at``, and after ``StageGroup.wake``.
 
         Raises:
@@ -134,8 +134,8 @@ class HealthMonitor:
                 continue  # its stop explains the wait, and has not reached the stall timeout yet
             if self._hop_waits_s(rank, statuses[rank - 1], statuses[rank], now) > self._stall_timeout_s:
                 raise StageSilent(
-                    f"{self.describe(rank)} does not get what {self.describe(rank - 1)} has sent: "
-                    "the hop between them is stuck, see to the cable and the addresses in the hostfile",
+                    f"{self.describe(rank)} does not receive what {self.describe(rank - 1)} has sent: "
+                    "the hop between them is stuck; check the cable and the addresses in the hostfile",
                     rank,
                 )
 

@@ -28,7 +28,7 @@ _OPTIONS = {
 _FAILURES = (
     (
         ("REMOTE HOST IDENTIFICATION HAS CHANGED", "has changed and you have requested strict checking"),
-        "its host key is not the one that ssh knows: if the machine was set up anew, forget the old key with "
+        "its host key is not the one that ssh knows: if the machine was reinstalled, remove the old key with "
         "`ssh-keygen -R {name}`, then run `ssh {host}` once and compare the new one",
     ),
     (
@@ -71,7 +71,7 @@ def explain_ssh_failure(host: str, stderr: str) -> str:
         if any(sign in stderr for sign in signs):
             return meaning.format(host=shlex.quote(host), name=shlex.quote(name), local=local)
     lines = stderr.strip().splitlines()
-    return f"ssh failed: {lines[-1] if lines else 'it did not say why'}; try `ssh {shlex.quote(host)} true`"
+    return f"ssh failed: {lines[-1] if lines else 'it printed no reason'}; try `ssh {shlex.quote(host)} true`"
 
 
 def command_on(host: str | None, *words: str) -> str:

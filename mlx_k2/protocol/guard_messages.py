@@ -20,7 +20,7 @@ _HELD_BYTES_PER_SECOND = 10e9
 def kill_after_s(held_bytes: int) -> float:
     """Return the time from the end of a stage's input to SIGKILL: 5 s, plus 1 s for each 10 GB that it holds.
 
-    A hard kill can leave memory wired on macOS, so SIGKILL is the last resort.
+    A hard kill can leave memory wired on macOS, so SIGKILL is sent last.
     """
     return _KILL_AFTER_S + held_bytes / _HELD_BYTES_PER_SECOND
 

@@ -38,7 +38,7 @@ class DownloadShard(msgspec.Struct, frozen=True, tag=True):
 
 
 class Prepare(msgspec.Struct, frozen=True, tag=True):
-    """Request to take rank ``rank``, read the model's config and index, and hold a port on each listen address.
+    """Request to use rank ``rank``, read the model's config and index, and hold a port on each listen address.
 
     A listen address is ``ip`` (the stage picks a free port) or ``ip:port``. Answered by Prepared.
     """
@@ -104,8 +104,8 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     cache and working space together; a Mac keeps that much wired. ``block_bytes`` is the limit of a block of attention.
     Attention, shared experts, dense layers and the head
     are quantized to ``dense_bits`` bits per weight; None: they are not quantized. Stages that start on the host later
-    report ``registration``. ``check_weights``: search all tensors for NaN and infinity, not only those that a step
-    could read without a trace of it.
+    report ``registration``. ``check_weights``: search all tensors for NaN and infinity, not only those whose NaN may
+    not reach a step's output.
     """
 
     first_layer: int
@@ -239,8 +239,8 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
     """Answer to Step. The last stage adds a sampled token for each row with ``needs_logits``, in the rows' order.
 
     ``busy_s``: time spent computing. ``receive_s``: time until the hidden states had arrived, including the wait for
-    the previous stage. ``send_s``: time until the operating system had taken the hidden states to send. ``peak_bytes``
-    is the most memory that MLX has held so far.
+    the previous stage. ``send_s``: time until the operating system had accepted the hidden states to send.
+    ``peak_bytes`` is the most memory that MLX has held so far.
     """
 
     number: int

@@ -16,7 +16,7 @@ class Phase(enum.StrEnum):
     IDLE = "waiting for a plan"
     READING = "reading the model's small files"
     DOWNLOADING = "downloading"
-    PROBING = "looking at its host"
+    PROBING = "probing its host"
     MEASURING = "measuring its hops"
     CONNECTING = "connecting to its neighbours"
     LOADING = "loading"

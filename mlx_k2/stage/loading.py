@@ -45,7 +45,7 @@ def load_stage_model(
 ) -> StageModel:
     """Load the model of ``layers``, with the embedding if they are the first ones and the head if they are the last.
 
-    ``on_part`` is called with each `LoadedPiece` as soon as it is in memory. With ``dense_bits`` its dense matrices
+    ``on_part`` is called with each `LoadedPart` as soon as it is in memory. With ``dense_bits`` its dense matrices
     are quantized before the next one is read.
     """
     embedding = head = None
@@ -94,7 +94,7 @@ def _num_bytes(leaf: mx.array | int | None) -> int:
 class StageLoader:
     """Loader of the layers that Load messages request, from one model on this host.
 
-    ``on_layer`` is called with each `LoadedPiece` in memory. ``on_download`` is called with (bytes done, bytes in
+    ``on_layer`` is called with each `LoadedPart` in memory. ``on_download`` is called with (bytes done, bytes in
     total) while files are fetched from the Hub.
     """
 

@@ -34,7 +34,7 @@ class PlanLimits:
             ProtocolError: the plan fails a check. The message names it.
         """
         if last_number is not None and step.number <= last_number:
-            raise ProtocolError(f"step {step.number} was sent after step {last_number}: plans come in one order")
+            raise ProtocolError(f"step {step.number} was sent after step {last_number}: plan numbers must increase")
         if not step.rows:
             raise ProtocolError(f"step {step.number} has no rows")
         for row in step.rows:
@@ -166,10 +166,10 @@ class StepRunner:
         return tuple(sample_tokens(logits, requests)), total
 
     def _origin(self, hidden: mx.array, batch: Batch) -> str:
-        """Return where the first NaN or infinity of a step arises, from running its layers once more."""
+        """Run the layers of a step once more, and return where its first NaN or infinity occurs."""
         remedy = "its weights or its memory are broken: run with --check-weights, or `mlx-k2 doctor --deep`"
         if not is_finite(mx.sum(hidden)):
-            return f"first in {'the embedding' if self._is_first else 'what the stage before sent'}: {remedy}"
+            return f"first in the {'embedding' if self._is_first else 'output of the previous stage'}: {remedy}"
         index = self._model.first_broken_layer(hidden, batch)
         return f"first in {'the head' if index is None else f'layer {self._first_layer + index}'}: {remedy}"
 

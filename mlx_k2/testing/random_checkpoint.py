@@ -1,4 +1,4 @@
-"""A writer of random checkpoints in the original layout, for the built-in model, tests and benchmarks.
+"""A writer of random checkpoints in the original layout, for tests and benchmarks.
 
 Knows no tokenizer. The values are scaled so that every part of the model affects its output: each branch adds about as
 much as the residual stream holds, attention is sharp enough for positions to matter, and tokens are routed to different
@@ -44,8 +44,8 @@ def write_random_checkpoint(
 ) -> None:
     """Write the checkpoint that ``config_fields`` describes: one file for each layer, one for embedding and head.
 
-    ``tokenizer_files`` are written beside it unchanged. The same arguments give the same bytes. ``folder`` appears only
-    when it is complete; if another process has completed it first, that folder is kept.
+    ``tokenizer_files`` are written unchanged into the same folder. The same arguments give the same bytes. ``folder``
+    appears only when it is complete; if another process has completed it first, that folder is kept.
 
     Raises:
         ConfigError: the fields are not those of a model that this program runs.

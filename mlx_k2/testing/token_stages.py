@@ -148,7 +148,7 @@ def sampled_after(token_ids: Sequence[int], sampling: Sampling) -> int:
 
 
 def answer_alone(request: Request) -> list[int]:
-    """Return the tokens that the stages sample for a request without a token policy, whatever runs beside it."""
+    """Return the tokens that the stages sample for a request without a token policy, alone or with others."""
     token_ids = list(request.prompt_ids)
     while len(token_ids) < len(request.prompt_ids) + request.max_tokens:
         token_ids.append(sampled_after(token_ids, request.sampling))

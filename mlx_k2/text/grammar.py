@@ -94,7 +94,7 @@ def _ids(words: NDArray[np.int32]) -> NDArray[np.uint32]:
 class GrammarState:
     """A grammar and the tokens that it has accepted so far. It belongs to one reply.
 
-    Its methods raise RequestFailed when the grammar is too complex to go on.
+    Its methods raise RequestFailed when the grammar is too complex to continue.
     """
 
     def __init__(self, matcher: LLMatcher, ordinary: NDArray[np.int32]) -> None:

@@ -21,7 +21,7 @@ from jinja2.visitor import NodeTransformer, NodeVisitor
 FILE = "chat_template.jinja"
 
 _NOT_ASCII = re.compile("[^\0-\x7e\U00040000-\U0010ffff]+")
-"""Text that JSON escapes as ASCII, except the characters of ``mlx_k2.text.escaping``, which must stay single ones."""
+"""Text that JSON escapes as ASCII, except the characters of ``mlx_k2.text.escaping``, which must not be escaped."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 

@@ -80,7 +80,7 @@ def render_pieces(
     plain = template.render(outside | own)
     escaped = template.render(_escaped(outside, escaping) | own)
     if escaping.unescape(escaped) != plain:
-        raise TokenizerError("the chat template alters message text in a way that cannot be told from its own markers")
+        raise TokenizerError("the chat template alters message text, so that it cannot be distinguished from markers")
     return [piece if isinstance(piece, int) else escaping.unescape(piece) for piece in _split(escaped, tokenizer)]
 
 

@@ -120,7 +120,7 @@ class _Rule:
 class ReplyGuide:
     """The guide of one reply, which begins in ``phase``; of a raw one it is content to the end.
 
-    Its methods raise RequestFailed when a grammar is too complex to go on.
+    Its methods raise RequestFailed when a grammar is too complex to continue.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class ReplyGuide:
         self._grammar = grammar
         self._tokenizer = tokenizer
         self._ids = tokenizer.special_ids
-        first = self._ids.get(_STOP)  # the usual end of a turn goes first: it is the one that is forced
+        first = self._ids.get(_STOP)  # the usual end of a turn comes first, because the first one is forced
         self._stop_ids = tuple(sorted(stop_ids, key=lambda number: (number != first, number)))
         self._markers = tuple(self._ids[name] for name in _TOOL_MARKERS if name in self._ids)
         rules = grammar.rules

@@ -20,7 +20,7 @@ _ID = re.compile(r"""["']id["']\s*:\s*(?P<id>\d+)""")
 
 
 class ServerOutput:
-    """What one link to a server brought that mcp's client does not report."""
+    """Information from one link to a server that mcp's client does not report."""
 
     def __init__(self) -> None:
         self.stray = ""
@@ -39,7 +39,7 @@ class ServerOutput:
     def received(self, message: SessionMessage | Exception) -> list[SessionMessage]:
         """Return what mcp's client gets for a message, or for a line that is none.
 
-        An unreadable answer becomes an error. A list of tools loses what the client would refuse it for.
+        An unreadable answer becomes an error. Fields for which the client would refuse a list of tools are removed.
         """
         if isinstance(message, Exception):
             return self._unreadable(message)

@@ -74,10 +74,10 @@ def read_mcp_file(path: Path, environment: Mapping[str, str], notify: Callable[[
     except OSError as error:
         raise ToolsError(f"{path} cannot be read: {error.strerror}") from None
     except JsonError as error:
-        raise ToolsError(f"{path} is no MCP file: {error}; {_EXAMPLE}") from None
+        raise ToolsError(f"{path} is not an MCP file: {error}; {_EXAMPLE}") from None
     entries = file.servers if file.mcp_servers is None else file.mcp_servers
     if entries is None:
-        raise ToolsError(f"{path} is no MCP file: it has no mcpServers; {_EXAMPLE}")
+        raise ToolsError(f"{path} is not an MCP file: it has no mcpServers; {_EXAMPLE}")
     servers: list[Server] = []
     problems: list[str] = []
     for name, entry in entries.items():

@@ -23,7 +23,7 @@ from mlx_k2.tools.outcome import Outcome, ToolResult
 from mlx_k2.tools.servers import Server
 
 _NOT_IN_A_NAME = re.compile(r"[^\w.-]")
-# Errors with which a server says that it has not run a call.
+# Codes of errors with which a server reports that it has not run a call.
 _NOT_RUN = (INVALID_PARAMS, METHOD_NOT_FOUND)
 
 
@@ -112,10 +112,10 @@ class ToolBox:
             )
         except ServerLost as lost:
             return ToolResult(
-                Outcome.LOST, f"The tool server {server} was lost in this call, which may have run: {lost}."
+                Outcome.LOST, f"The tool server {server} was lost during this call, which may have run: {lost}."
             )
         except MCPError as error:
-            happened = "did not take the call" if error.code in _NOT_RUN else "ended the call, which may have run"
+            happened = "did not accept the call" if error.code in _NOT_RUN else "ended the call, which may have run"
             return ToolResult(Outcome.FAILED, f"The tool server {server} {happened}: {error}")
         except Exception as error:  # noqa: BLE001 - any error of a server becomes a result for the model
             return ToolResult(
@@ -129,7 +129,7 @@ class ToolBox:
 def open_toolbox(servers: Sequence[Server], limits: Limits) -> Iterator[ToolBox]:
     """Start ``servers`` and yield their tools. On exit, end the calls that still run and close all servers.
 
-    A server that does not start is a problem of the toolbox, and the others serve.
+    A server that does not start is a problem of the toolbox, and the others are used.
 
     Raises:
         ToolsError: no server starts, or two servers have one name; names the servers.

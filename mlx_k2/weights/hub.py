@@ -123,7 +123,7 @@ def _open(repo: HubRepo) -> _Snapshot:
     except Exception as error:  # any error of huggingface_hub or its HTTP client: the cache may suffice
         if (cached := _cached_snapshot(repo)) is not None:
             return _Snapshot(repo, cached, None, http_reason(error))
-        raise DownloadError(_in_plain_words(error, repo, CONFIG_NAME)) from error
+        raise DownloadError(_explain(error, repo, CONFIG_NAME)) from error
     remote = {
         file.rfilename: HubFile(file.size or 0, file.lfs.sha256 if file.lfs else None) for file in info.siblings or ()
     }
@@ -168,7 +168,7 @@ def _fetch(snapshot: _Snapshot, names: list[str], on_progress: OnProgress) -> Fe
                 path.unlink(missing_ok=True)
                 raise DownloadError(
                     f"{name} of {snapshot.repo.name} came with {difference} and was removed: fetch it again; "
-                    "if that does not help, something between here and the Hub changes files"
+                    "if that does not help, a proxy between this host and the Hub changes files"
                 )
         done += remote.size
         on_progress(done, total)
@@ -190,7 +190,7 @@ def _download(
             tqdm_class=bar or _reporting_bar(lambda _done: None),
         )
     except Exception as error:  # any error of huggingface_hub: its types vary with its version
-        raise DownloadError(_in_plain_words(error, repo, name)) from error
+        raise DownloadError(_explain(error, repo, name)) from error
     return Path(path)
 
 
@@ -249,7 +249,7 @@ def _difference(snapshot: _Snapshot, name: str, remote: HubFile) -> str | None:
     return None if found == expected else f"{found} instead of {expected}"
 
 
-def _in_plain_words(error: Exception, repo: HubRepo, name: str) -> str:
+def _explain(error: Exception, repo: HubRepo, name: str) -> str:
     revision = repo.revision or "main"
     match error:
         case GatedRepoError():

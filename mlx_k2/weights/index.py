@@ -57,7 +57,7 @@ class CheckpointIndex(msgspec.Struct, frozen=True):
             raise CheckpointError(f"{source} is not an index of safetensors files: {error}") from None
         for file in set(weight_map.values()):
             if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
-                raise CheckpointError(f"{source} names {file!r}, which is not a .safetensors file beside it")
+                raise CheckpointError(f"{source} names {file!r}, which is not a .safetensors file in its folder")
         return cls(weight_map, source)
 
     def files(self, specs: Iterable[TensorSpec]) -> dict[str, tuple[TensorSpec, ...]]:
@@ -113,7 +113,7 @@ def check_names(config: ModelConfig, index: CheckpointIndex) -> str | None:
     needed = [spec.name for spec in model_specs(config)]
     missing = [name for name in needed if name not in names]
     if missing:
-        raise CheckpointError(f"{index.source} lacks {_first_of(missing)} that config.json calls for")
+        raise CheckpointError(f"{index.source} lacks {_first_of(missing)} that config.json requires")
     others = names - set(needed)
     kinds = {
         name: next((kind for part, kind in _UNNEEDED.items() if name.startswith(part) or name.endswith(part)), None)
@@ -122,12 +122,12 @@ def check_names(config: ModelConfig, index: CheckpointIndex) -> str | None:
     unknown = sorted(name for name, kind in kinds.items() if kind is None)
     if unknown:
         raise CheckpointError(
-            f"{index.source} names {_first_of(unknown)} that config.json does not call for: config.json and the "
+            f"{index.source} names {_first_of(unknown)} that config.json does not require: config.json and the "
             "weights are not of the same model, or mlx-k2 does not know this variant"
         )
     vision = {name: kind for name, kind in kinds.items() if kind and "vision" in kind}
     listed = ", ".join(sorted(set(vision.values())))
-    return f"{len(vision)} tensors are not needed for text and stay unread: {listed}" if vision else None
+    return f"{len(vision)} tensors are not needed for text and are not read: {listed}" if vision else None
 
 
 def check_file(path: Path, specs: Sequence[TensorSpec]) -> Header:
@@ -148,7 +148,7 @@ def check_file(path: Path, specs: Sequence[TensorSpec]) -> Header:
             raise CheckpointError(f"{path}: {spec.name} is {stored.dtype}, and the model needs {spec.dtype}")
         if stored.shape != spec.shape:
             found, needed = list(stored.shape), list(spec.shape)
-            raise CheckpointError(f"{path}: {spec.name} has shape {found}, and config.json calls for {needed}")
+            raise CheckpointError(f"{path}: {spec.name} has shape {found}, and config.json requires {needed}")
     return header
 
 

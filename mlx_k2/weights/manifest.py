@@ -1,6 +1,6 @@
 """The manifest of a model's folder: size, checksum and sampled blocks of each weight file. Loads no tensor.
 
-With it a load finds a file of another revision, or a damaged copy, without reading all of it. It lies in the folder, so
+With it a load finds a file of another revision, or a damaged copy, without reading all of it. It is in the folder, so
 that a copy of the folder has it.
 """
 
@@ -62,7 +62,7 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except JsonError as error:
-        raise CheckpointError(f"{path} is no manifest: {error}; remove it and run mlx-k2 doctor --deep") from None
+        raise CheckpointError(f"{path} is not a manifest: {error}; remove it and run mlx-k2 doctor --deep") from None
 
 
 def write_manifest(folder: Path, files: Mapping[str, HubFile]) -> None:
@@ -99,9 +99,9 @@ def sampled_digest(path: Path) -> str:
 
 
 def identify(paths: Iterable[Path]) -> dict[str, str | None]:
-    """Return the SHA-256 that each file should have by its name, None if nothing on this host says so.
+    """Return the SHA-256 that each file should have by its name, None if this host has no record of it.
 
-    Files that only a manifest names are included: together they tell which revision of the model the folder has.
+    Files that only a manifest names are included: together they identify the folder's revision of the model.
 
     Raises:
         CheckpointError: a file is not the one that the manifest of its folder describes.

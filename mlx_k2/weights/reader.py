@@ -33,7 +33,7 @@ _ALWAYS_CHECKED = ("norm.weight", "mlp.gate.weight", "e_score_correction_bias", 
 _READING_THREADS = 8
 _PIECE_BYTES = 32 * 2**20
 _F_NOCACHE = 48
-"""macOS: read without keeping the file's pages in memory. 300 GB of pages would push out the weights."""
+"""macOS: read without keeping the file's pages in memory. 300 GB of pages would displace the weights."""
 _STORED = {"BF16": mx.uint16, "F32": mx.float32}
 """The dtype of an array that has a tensor's bytes: Python's buffers have no bfloat16."""
 

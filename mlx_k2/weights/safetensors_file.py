@@ -25,7 +25,7 @@ from mlx_k2.weights.inventory import TensorSpec
 MAX_HEADER_BYTES = 100_000_000
 """The limit that the format sets."""
 
-# The beginnings of what people have under the name of a checkpoint's file, in lower case.
+# First bytes of other formats that occur under the name of a checkpoint's file, in lower case.
 _LFS_POINTER = b"version https://git-lfs"
 _FOREIGN: Mapping[bytes, str] = {
     b"gguf": "it is a GGUF file, which mlx-k2 does not read: fetch the original checkpoint",
@@ -169,7 +169,7 @@ def _explain_refusal(raw: bytes, path: Path, data_bytes: int) -> None:
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
         first, end = tensor.data_offsets
         if first != expected or end < first:
-            raise CheckpointError(f"{path}: {name} lies at bytes {first} to {end}, where byte {expected} should follow")
+            raise CheckpointError(f"{path}: {name} is at bytes {first} to {end}, where byte {expected} should follow")
         expected = end
     whole = 8 + len(raw) + expected
     if data_bytes < expected:

@@ -279,7 +279,7 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
     "revision of a folder": (["--revision", "main", "Hello"], "a revision is for a repository on the Hub"),
     "split with a word": (["--split", "3,x", "Hello"], "--split '3,x' is not a list of layer counts"),
     "split of other stages": (["--split", "7", "--stages", "2", "Hello"], "--split 7 names 1 stages, and there are 2"),
-    "split of other layers": (["--split", "3,3", "--stages", "2", "Hello"], "gives out 6 layers: it must give out 7"),
+    "split of other layers": (["--split", "3,3", "--stages", "2", "Hello"], "assigns 6 layers: it must assign 7"),
     "split with a stage without layers": (["--split", "7,0", "--stages", "2", "Hello"], "'7,0' is not a list of layer"),
     "more stages than layers": (["--stages", "8", "Hello"], "the model has 7 layers: name at most 7 hosts"),
 }

@@ -32,8 +32,8 @@ FULL = Path("/dev/full")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--mcp", "broken.json"], r"broken.json is no MCP file: .*for instance"),
-        (["--mcp", "list.json"], r"list.json is no MCP file"),
+        (["--mcp", "broken.json"], r"broken.json is not an MCP file: .*for instance"),
+        (["--mcp", "list.json"], r"list.json is not an MCP file"),
         (["--mcp", "none.json"], r"none.json cannot be read: No such file"),
         (["--mcp", "gone.json"], r"no tool server starts: gone: .*No such file"),
         (["--mcp", "both.json"], r"the server 's' needs either a command or a url"),

@@ -179,7 +179,7 @@ def test_a_model_that_fits_only_with_split_layers_is_refused_with_the_layer_size
 
 
 def test_more_hosts_than_layers_are_refused() -> None:
-    with pytest.raises(PartitionError, match="62 hosts and the model has 61 layers: name at most 61 hosts"):
+    with pytest.raises(PartitionError, match="62 hosts and the model has 61 layers: use at most 61 hosts"):
         divide_layers(thinking_pieces(), macs(*[600] * 62))
 
 
@@ -198,7 +198,7 @@ def test_an_explicit_split_is_used() -> None:
     [
         ("31,30,1", "--split 31,30,1 names 3 stages, and there are 2 hosts"),
         ("61", "--split 61 names 1 stages, and there are 2 hosts"),
-        ("31,31", "--split 31,31 gives out 62 layers: it must give out 61"),
+        ("31,31", "--split 31,31 assigns 62 layers: it must assign 61"),
         ("50,11", r"stage 0 needs 484\.0 GB and mac-0 can hold 480\.0 GB: give it fewer layers$"),
     ],
 )

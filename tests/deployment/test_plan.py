@@ -176,7 +176,7 @@ def test_only_4_bits_and_matrices_not_divisible_by_64_cause_warnings() -> None:
     odd = msgspec.structs.replace(THINKING.config, qk_nope_head_dim=96, q_lora_rank=1520)
     assert quantization_warnings(odd, 8) == (
         "not quantized in groups of 64 but held in groups of 32: kv_b_proj (96 inputs)",
-        "not quantized in groups of 64 but held as they are: q_b_proj (1520 inputs)",
+        "not quantized in groups of 64 but held unquantized: q_b_proj (1520 inputs)",
     )
 
 

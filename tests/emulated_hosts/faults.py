@@ -105,6 +105,6 @@ def _check_report(scene: Scene, run: StreamsRun) -> None:
     assert reason in report, f"{reason!r} is not in the report"
     assert "\n== versions\nmlx-k2 " in report and "== last lines of stage" in report
     if len(run.reasons) == 1 and "error" not in run.lines[-1]:
-        status = report.partition("== where the stages stood then\n")[2].splitlines()[:3]
+        status = report.partition("== status of the stages at the fault\n")[2].splitlines()[:3]
         assert [line.partition(" (")[0] for line in status] == [f"stage {i} on host-{i}" for i in range(3)], status
         assert '"step": ' in report and '"tokens": ' in report

@@ -209,7 +209,7 @@ def test_a_signal_to_the_guard_ends_the_stage(start: Start, number: signal.Signa
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"no frame at all", "carries something else than frames"),
+        (b"no frame at all", "carries bytes that are not frames"),
         (encode_frame(Kind.GUARD_SETTINGS, b"{}"), "not a GuardSettings"),
         (encode_frame(Kind.STAGE_EXIT, b""), "the coordinator sent a STAGE_EXIT frame"),
     ],
@@ -298,10 +298,10 @@ def test_the_last_frame_holds_the_stages_exit_code_or_signal(start: Start) -> No
     assert start("crashing").last_frame()["signal"] == signal.SIGSEGV
 
 
-def test_a_stage_that_writes_something_else_than_frames_is_ended(start: Start) -> None:
+def test_a_stage_that_writes_bytes_that_are_not_frames_is_ended(start: Start) -> None:
     last = start("rubbish").last_frame()
     assert last["signal"] == signal.SIGTERM
-    assert "something else than frames" in str(last["reason"])
+    assert "bytes that are not frames" in str(last["reason"])
 
 
 def test_a_stage_that_stops_reading_is_ended_with_that_reason(start: Start) -> None:

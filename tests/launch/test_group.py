@@ -123,7 +123,7 @@ def test_a_killed_guard_is_detected(make_group: MakeGroup) -> None:
 
 def test_a_stage_that_writes_rubbish_ends_with_a_stage_ended_event(make_group: MakeGroup) -> None:
     with make_group("rubbish") as group:
-        assert "something else than frames" in ended(receive(group, 2)).reason
+        assert "bytes that are not frames" in ended(receive(group, 2)).reason
 
 
 def test_a_flood_of_log_output_does_not_block_stages_and_is_split_into_lines(

@@ -72,7 +72,7 @@ def test_random_bytes_are_read_as_frames_or_refused(data: bytes) -> None:
 
 @pytest.mark.parametrize("header", [struct.pack("<IB", 0, 99), struct.pack("<IB", MAX_PAYLOAD_BYTES + 1, 1)])
 def test_an_unknown_kind_or_a_giant_length_is_refused_before_its_payload(header: bytes) -> None:
-    with pytest.raises(ProtocolError, match="something else than frames"):
+    with pytest.raises(ProtocolError, match="bytes that are not frames"):
         read_frame(io.BytesIO(header))
 
 

@@ -12,7 +12,7 @@ from mlx_k2.stage.faults import fault_of
         (CheckpointError("x.safetensors is truncated"), "CheckpointError", "x.safetensors is truncated"),
         (RuntimeError("[ring] connection to a peer was lost"), "NeighbourLost", "RuntimeError: [ring] connection"),
         (ValueError("a shape"), "ValueError", "ValueError: a shape"),
-        (MemoryError(), "StageFault", "out of memory: the system refused it more than the "),
+        (MemoryError(), "StageFault", "out of memory: this process had "),
         (RuntimeError("[malloc] Unable to allocate 7 bytes."), "StageFault", "out of memory"),
         (RuntimeError("std::bad_alloc"), "StageFault", "out of memory"),
         (RuntimeError("Resource temporarily unavailable"), "StageFault", "out of memory"),

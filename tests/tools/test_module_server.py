@@ -121,7 +121,7 @@ def test_an_exception_in_a_function_becomes_a_failed_result(module: Path) -> Non
         ("x = 1", "ImportError: it defines no public function"),
         ("__all__ = ['f']", "AttributeError: "),
         ("def f(_hidden: int): ...", "line 1: f: Parameter _hidden of f cannot start with '_'"),
-        ("__all__ = ['f']\nf = 3", "ImportError: __all__ names f, which is no function"),
+        ("__all__ = ['f']\nf = 3", "ImportError: __all__ names f, which is not a function"),
         ("x = 1\ndef f(x, /): ...", "line 2: f: the parameter x has no name that a model can give"),
         ("def f(*values): ...", "line 1: f: the parameter *values has no name that a model can give"),
         ("def f(**values): ...", "line 1: f: the parameter **values has no name that a model can give"),

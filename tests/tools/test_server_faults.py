@@ -45,8 +45,8 @@ READ = {  # the fault of a server's answer: the outcome of the call, and what it
     "unknown content": (Outcome.FAILED, "The call was run, but the answer of the tool server"),
     "no content": (Outcome.FAILED, "cannot be read: content: Field required"),
     "internal error": (Outcome.FAILED, "may have run: the disk is full"),
-    "dies": (Outcome.LOST, "was lost in this call, which may have run: it ended"),
-    "closes stdout": (Outcome.LOST, "was lost in this call, which may have run: it ended"),
+    "dies": (Outcome.LOST, "was lost during this call, which may have run: it ended"),
+    "closes stdout": (Outcome.LOST, "was lost during this call, which may have run: it ended"),
 }
 
 

@@ -130,7 +130,7 @@ def test_a_stdio_server_that_ends_during_a_call_is_named_with_its_stderr_and_res
         dead = box.call("die", {})
         assert dead.outcome is Outcome.LOST
         assert dead.text == (
-            "The tool server frail was lost in this call, which may have run: it ended; it wrote last: a last word."
+            "The tool server frail was lost during this call, which may have run: it ended; it wrote last: a last word."
         )
         assert [call.result().outcome for call in others] == [Outcome.LOST] * 2
         assert box.call("add", {"a": 1}) == ToolResult(Outcome.DONE, "3")
@@ -140,7 +140,7 @@ def test_an_http_server_that_ends_during_a_call_is_named_in_this_and_later_calls
     with http_server("frail") as server, open_toolbox([server], LIMITS) as box:
         results = [box.call("die", {}), box.call("add", {"a": 1}), box.call("add", {"a": 1})]
     assert [result.outcome for result in results] == [Outcome.LOST] * 3
-    assert results[0].text.startswith("The tool server frail was lost in this call, which may have run: ")
+    assert results[0].text.startswith("The tool server frail was lost during this call, which may have run: ")
     not_run = "The call was not run: the tool server frail cannot be started: All connection attempts failed."
     assert [result.text for result in results[1:]] == [not_run] * 2
 

@@ -204,7 +204,7 @@ def test_unread_vision_tensors_are_reported_in_one_line_and_rotary_frequencies_i
     assert check_names(config, index_of(folder)) is None
     fields = as_kimi_k25(tiny_config_fields(VOCAB_SIZE))
     write_random_checkpoint(tmp_path / "k25", fields, 0, {})
-    unread_tensors = "2 tensors are not needed for text and stay unread: the vision projector, the vision tower"
+    unread_tensors = "2 tensors are not needed for text and are not read: the vision projector, the vision tower"
     assert check_names(config_of(fields), index_of(tmp_path / "k25")) == unread_tensors
 
 
@@ -220,7 +220,7 @@ def test_a_missing_tensor_is_named_with_the_number_of_missing_ones(tiny: tuple[P
 def test_an_unknown_tensor_is_refused(tiny: tuple[Path, ModelConfig]) -> None:
     folder, config = tiny
     extra = CheckpointIndex({**index_of(folder).weight_map, "model.layers.7.eh_proj.weight": "x"}, "the index")
-    with pytest.raises(CheckpointError, match=r"model\.layers\.7\.eh_proj\.weight that config\.json does not call for"):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.7\.eh_proj\.weight that config\.json does not require"):
         check_names(config, extra)
 
 
@@ -281,8 +281,8 @@ def test_the_error_for_a_truncated_file_gives_the_number_of_missing_bytes(tmp_pa
     ("change", "reason"),
     [
         ({"dtype": "F16"}, "model.norm.weight is F16, and the model needs BF16"),
-        ({"shape": [4, 2]}, r"model.norm.weight has shape \[4, 2\], and config.json calls for \[8\]"),
-        ({"data_offsets": [2, 16]}, "model.norm.weight lies at bytes 2 to 16, where byte 0 should follow"),
+        ({"shape": [4, 2]}, r"model.norm.weight has shape \[4, 2\], and config.json requires \[8\]"),
+        ({"data_offsets": [2, 16]}, "model.norm.weight is at bytes 2 to 16, where byte 0 should follow"),
         ({"data_offsets": [0, 15]}, "1 bytes after its last tensor"),
         ({"data_offsets": [0, 17]}, "truncated: 1 of its"),
         ({"shape": "8"}, "its header cannot be read"),
