@@ -62,25 +62,25 @@ CYCLE = "cycle"
 """The shape "even" with residual branches that add almost nothing: each token then determines the next one, and greedy
 text soon repeats in a cycle."""
 _BRANCH_ENDS = ("o_proj.weight", "down_proj.weight", "down_proj.weight_scale")
-_LITTLE = 2.0**-8
+_BRANCH_SCALE = 2.0**-8
 
 
 def cycle_checkpoint() -> Path:
     """Return the folder of the checkpoint whose greedy text repeats itself; write it if it does not exist."""
-    quiet_of = bench_checkpoint("even")
-    folder = quiet_of.with_name(quiet_of.name.replace("even", CYCLE))
+    original = bench_checkpoint("even")
+    folder = original.with_name(original.name.replace("even", CYCLE))
     if not folder.exists():
         partial = folder.with_suffix(".partial")
-        shutil.copytree(quiet_of, partial, dirs_exist_ok=True)
+        shutil.copytree(original, partial, dirs_exist_ok=True)
         for file in partial.glob("*.safetensors"):
             tensors = mx.load(str(file))
             assert isinstance(tensors, dict)
-            quieter = {
-                name: tensor * mx.array(_LITTLE, tensor.dtype) if name.endswith(_BRANCH_ENDS) else tensor
+            scaled = {
+                name: tensor * mx.array(_BRANCH_SCALE, tensor.dtype) if name.endswith(_BRANCH_ENDS) else tensor
                 for name, tensor in tensors.items()
             }
-            mx.eval(quieter)
-            mx.save_safetensors(str(file), quieter)
+            mx.eval(scaled)
+            mx.save_safetensors(str(file), scaled)
         partial.rename(folder)
     return folder
 

@@ -43,7 +43,7 @@ def read_options(description: str | None) -> Options:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help="append the rows to results/claims.csv")
     parser.add_argument("--pairs", type=int, default=NUM_PAIRS, help=f"pairs of runs a claim  [default: {NUM_PAIRS}]")
-    parser.add_argument("--only", default="", metavar="WORDS", help="measure the claims whose names hold these words")
+    parser.add_argument("--only", default="", metavar="WORDS", help="measure the claims whose names contain this text")
     arguments = parser.parse_args()
     if arguments.save and is_dirty(commit()):
         parser.error("--save needs a working tree without changes: a row names the commit that it measured")

@@ -2,7 +2,7 @@
 
 python -m bench.constrained [--save] [--only tokens|streams] [--kimi FOLDER]
 
-With Kimi's vocabulary of 163,840 tokens. Of each sampled token two parts are timed: from its arrival to its next plan
+With Kimi's vocabulary of 163,840 tokens. Two parts of each sampled token are timed: from its arrival to its next plan
 (the policy records it, forces tokens and makes the mask; the plan is encoded), and in the last stage (the plan is
 decoded, the mask is applied to the logits). The tokens are those of texts that the constraints allow. The same is timed
 for a free reply; the added time is the difference to its median.

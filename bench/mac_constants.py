@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Constant(NamedTuple):
-    """A value, its unit, how it is known, and where from."""
+    """A value, its unit, the kind of its source, and the source."""
 
     value: float
     unit: str

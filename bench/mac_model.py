@@ -2,8 +2,8 @@
 
 python -m bench.mac_model [--readme]
 
-Every figure is computed; nothing here was measured. The constants stand in bench/mac_constants.py with their sources.
-One common factor multiplies every time: the median of published time over computed time. Printed are the published rows
+Every figure is computed; nothing here was measured. The constants are in bench/mac_constants.py with their sources.
+One common factor multiplies every time: the median of published time over computed time. It prints the published rows
 with their errors, this program before and after its settings for a GPU, and predictions. --readme writes the table of
 README.md.
 
@@ -137,7 +137,7 @@ def chunk_s(program: Program, model: str, first: int, end: int, mac: Mac = M3_UL
 
 
 def _expansion(model: str) -> float:
-    """Return how many times as many bytes the keys and values of all heads have as the latents."""
+    """Return the bytes of the keys and values of all heads, divided by those of the latents."""
     one = config(model)
     return one.num_attention_heads * (one.qk_head_dim + one.v_head_dim) / one.latent_dim
 

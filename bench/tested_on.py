@@ -155,7 +155,7 @@ def table() -> str:
 
 
 def with_table(page: str) -> str:
-    """Return docs/tested-on.md with its table made again."""
+    """Return docs/tested-on.md with a new table."""
     return with_part(page, MADE_BY, table())
 
 

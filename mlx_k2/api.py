@@ -113,7 +113,8 @@ class _Reply:
 class Stream(Iterator[Reasoning | Content]):
     """The text of a reply in parts, as they are sampled.
 
-    Closing it, or dropping the last reference to it, cancels the request. Reading raises RequestFailed if this request failed, and ClusterError if the stages failed and are not restarted.
+    Closing it, or dropping the last reference to it, cancels the request. Reading raises RequestFailed if this request
+    failed, and ClusterError if the stages failed and are not restarted.
     """
 
     def __init__(self, handle: Handle, num_calls_before: int) -> None:

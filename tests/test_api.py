@@ -117,7 +117,7 @@ def test_a_schema_that_is_enforced_in_part_is_a_warning_in_the_log(
     assert "uniqueItems" in caplog.text
 
 
-def test_a_conversation_goes_on_with_the_result_of_a_tool_call(cluster: Cluster) -> None:
+def test_a_conversation_continues_with_the_result_of_a_tool_call(cluster: Cluster) -> None:
     messages: list[dict[str, Any]] = [{"role": "user", "content": "What is the weather in Rome?"}]
     reply = cluster.chat(messages, GREEDY, tools=[WEATHER])
     (call,) = reply.tool_calls
@@ -213,7 +213,7 @@ def test_what_cannot_be_answered_is_refused_with_the_reason(cluster: Cluster) ->
         cluster.stream("x" * 100_000)
 
 
-def test_a_cluster_that_is_not_open_is_an_error_with_the_way_out() -> None:
+def test_a_cluster_that_is_not_open_is_an_error_with_a_remedy() -> None:
     with pytest.raises(ClusterError, match="the cluster is not open: use it as a context"):
         Cluster().chat("x")
 
@@ -222,15 +222,15 @@ def test_a_cluster_that_is_not_open_is_an_error_with_the_way_out() -> None:
 def test_a_closed_cluster_leaves_no_process_also_after_an_error_and_with_a_request_that_runs(endless: Path) -> None:
     before = processes()
 
-    class OfTheProgram(Exception):
+    class ProgramError(Exception):
         pass
 
-    with pytest.raises(OfTheProgram), Cluster(model=endless, num_stages=2) as cluster:
+    with pytest.raises(ProgramError), Cluster(model=endless, num_stages=2) as cluster:
         stream = cluster.stream("Hello", Sampling(max_tokens=1500))
         next(stream)
         started = [process for process in processes() if process not in before]
         assert len(started) > 4
-        raise OfTheProgram
+        raise ProgramError
     assert not wait_until_gone(started, 5)
     assert [process for process in processes() if process not in before] == []
     assert stream.completion().finish_reason == "cancelled"

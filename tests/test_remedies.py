@@ -1,4 +1,4 @@
-"""Tests of the commands that errors print: each works as printed, or is one that the tool which it names parses."""
+"""Tests of the commands that errors print: each works as printed, or its tool can parse it."""
 
 import re
 import shlex
@@ -141,22 +141,22 @@ def test_each_option_that_an_error_of_memory_proposes_makes_the_model_fit(
     model: ModelDescription, memory_gb: list[int], context: int | None, is_split: bool
 ) -> None:
     split = (61 - (len(memory_gb) - 1), *[1] * (len(memory_gb) - 1)) if is_split else None
-    asked = request_on(*memory_gb, context=context, split=split)
+    requested = request_on(*memory_gb, context=context, split=split)
     memories = [HostMemory(None, None)] * len(memory_gb)
     try:
-        plan_for(asked, model, memories, all_on_gpu=True)
+        plan_for(requested, model, memories, all_on_gpu=True)
     except PartitionError as error:
         hints = re.findall(r", or (leave --split out|give --\S+ \d+)", str(error))
         assert str(error).count(", or ") == len(hints)
         for hint in hints:
             match hint.split():
                 case ["leave", "--split", "out"]:
-                    mended = asked.with_options(split=None)
+                    changed = requested.with_options(split=None)
                 case ["give", "--context", tokens]:
-                    mended = asked.with_options(context_tokens=int(tokens))
+                    changed = requested.with_options(context_tokens=int(tokens))
                 case _:
-                    mended = asked.with_options(dense_bits=int(hint.split()[-1]))
-            plan_for(mended, model, memories, all_on_gpu=True)
+                    changed = requested.with_options(dense_bits=int(hint.split()[-1]))
+            plan_for(changed, model, memories, all_on_gpu=True)
 
 
 def test_without_an_option_that_helps_none_is_proposed(model: ModelDescription) -> None:

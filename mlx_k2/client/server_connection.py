@@ -15,7 +15,7 @@ from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import read_json
 
 TIMEOUT_S = 600.0
-"""The longest silence of a server. It sends a keep-alive every 10 s, unless its user has switched that off."""
+"""The longest silence of a server. It sends a keep-alive every 10 s, unless its user has turned that off."""
 MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_EVENT_BYTES = 1024 * 1024
 _DEFAULT_WAIT_S = 10.0
@@ -66,7 +66,7 @@ class ServerAddress:
     def send(
         self, connection: http.client.HTTPConnection, method: str, path: str, body: object = None
     ) -> http.client.HTTPResponse:
-        """Send a request and return its answer, of which the body is not read yet.
+        """Send a request and return its answer, whose body is not read yet.
 
         Raises:
             SetupError: there is no server, or it refuses the request.

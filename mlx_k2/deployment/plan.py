@@ -18,7 +18,7 @@ from mlx_k2.cluster.partition import (
     LayerCost,
     ModelCosts,
     StageAssignment,
-    divide_as_asked,
+    divide_as_requested,
     divide_layers,
 )
 from mlx_k2.config import ModelConfig
@@ -137,12 +137,12 @@ def plan_stages(
     config, compute_bytes = model.config, DTYPE_BYTES[shape.dtype]
     largest_bytes = max(held_bytes(piece, compute_bytes) for piece in _distinct_parts(config))  # unquantized
     block_bytes = attention_block_bytes(config, shape.context_tokens, compute_bytes, on_gpu=shape.on_gpu)
-    beside_bytes = working_bytes(
+    temporary_bytes = working_bytes(
         config, shape.chunk_tokens, compute_bytes, largest_bytes, block_bytes=block_bytes, on_gpu=shape.on_gpu
     )
     pieces = _model_costs(config, shape, compute_bytes)
-    capacities = _capacities(hostfile.hosts, memories, beside_bytes)
-    assignments = divide_layers(pieces, capacities) if split is None else divide_as_asked(pieces, capacities, split)
+    capacities = _capacities(hostfile.hosts, memories, temporary_bytes)
+    assignments = divide_layers(pieces, capacities) if split is None else divide_as_requested(pieces, capacities, split)
     cache_bytes = layer_cache_bytes(config, shape.num_slots, shape.context_tokens, compute_bytes)
     plans = []
     for rank, (host, capacity, assignment) in enumerate(zip(hostfile.hosts, capacities, assignments, strict=True)):
@@ -153,7 +153,7 @@ def plan_stages(
             host=host,
             assignment=assignment,
             shard_bytes=assignment.held_bytes - assignment.num_layers * cache_bytes,
-            needed_bytes=assignment.held_bytes + beside_bytes + BLOCKS_AT_A_TIME * added_bytes,
+            needed_bytes=assignment.held_bytes + temporary_bytes + BLOCKS_AT_A_TIME * added_bytes,
             block_bytes=block_bytes + added_bytes,
             files=tuple(model.index.files(shard_specs(config, assignment.first_layer, assignment.end_layer))),
         )
@@ -207,12 +207,14 @@ def _distinct_layers(config: ModelConfig) -> tuple[int, ...]:
     return tuple({config.is_moe(layer): layer for layer in range(config.num_hidden_layers)}.values())
 
 
-def _capacities(hosts: Sequence[Host], memories: Sequence[HostMemory], beside_bytes: int) -> tuple[HostCapacity, ...]:
+def _capacities(
+    hosts: Sequence[Host], memories: Sequence[HostMemory], temporary_bytes: int
+) -> tuple[HostCapacity, ...]:
     """Return the memory available to each stage. Stages on one machine share its memory evenly."""
     stages_on = Counter(host.ssh for host in hosts)
     capacities = []
     for host, memory in zip(hosts, memories, strict=True):
         bound = memory_bound_bytes(host.memory_gb, memory.working_set_bytes, memory.ram_bytes, memory.other_bytes)
-        available_bytes = None if bound is None else max(0, bound // stages_on[host.ssh] - beside_bytes)
+        available_bytes = None if bound is None else max(0, bound // stages_on[host.ssh] - temporary_bytes)
         capacities.append(HostCapacity(name=host.ssh, memory_bytes=available_bytes, gb_per_s=host.gb_per_s))
     return tuple(capacities)

@@ -79,7 +79,7 @@ def check_answer(host: str, answer: HostAnswer) -> Iterator[Check]:
 def check_versions(
     host: Host, hello: Hello, here: Mapping[str, str], backend: Backend, systems: set[str]
 ) -> Iterator[Check]:
-    """Check that a host's package versions are those of this machine (``here``), and all ``systems`` the same."""
+    """Check that a host's package versions are those of this machine (``here``), and all ``systems`` equal."""
     there = {"mlx-k2": hello.mlx_k2_version, "mlx": hello.mlx_version, "mlx-lm": hello.mlx_lm_version}
     wrong = [name for name in here if there[name] != here[name]]
     listed = ", ".join(f"{name} {there[name]}" for name in there)
@@ -132,7 +132,7 @@ def check_model(host: str, facts: ModelFacts, download: str) -> Iterator[Check]:
     if facts.missing_bytes:
         found = f"{_gb(facts.missing_bytes)} of {facts.num_files} files are still to be fetched"
         if facts.missing_bytes > facts.disk_free_bytes:
-            found += f", and its disk has {_gb(facts.disk_free_bytes)} free: make room, then"
+            found += f", and its disk has {_gb(facts.disk_free_bytes)} free: free some, then"
             yield Check(host, "model", CheckResult.FAILURE, f"{found} run `{download}`")
         else:
             yield Check(host, "model", CheckResult.WARNING, f"{found}: run `{download}`")

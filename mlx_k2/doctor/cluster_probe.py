@@ -59,7 +59,7 @@ Wanted = TypeVar("Wanted", bound=FromStage)
 def probe_cluster(
     request: DeploymentRequest, model: ModelDescription | None, listener: DeploymentListener, *, deep: bool
 ) -> tuple[Check, ...]:
-    """Run every check of every host and hop. A host that fails one check still gets those that it can answer.
+    """Run every check of every host and hop. A host that fails one check is still asked for the others.
 
     ``model`` None: the stages' memory needs and files are not checked. ``deep`` computes the files' checksums.
     """
@@ -79,7 +79,7 @@ def probe_cluster(
         plans = round_.plan(model, hellos)
         for rank in list(hellos):
             round_.ask_clock(rank)
-        listener.phase("computing checksums" if deep else "looking at the hosts")
+        listener.phase("computing checksums" if deep else "probing the hosts")
         facts = round_.probe(hellos, plans, deep=deep)
         for rank in facts:
             round_.judge(rank, hellos, facts[rank], plans)
@@ -202,7 +202,7 @@ class _Round:
             self._group.send_all(MeasureHops())
             speeds = bring_up.collect(self._group, HopsMeasured, range(size), HOPS_S, "measure its hops")
         except (ClusterError, SetupError) as error:
-            self._fail_hops(f"{error}: see to the cable and the addresses")
+            self._fail_hops(f"{error}: check the cable and the addresses")
             return
         self.checks += [
             check_hop(self._hosts, rank, speed.to_next)

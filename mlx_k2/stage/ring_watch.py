@@ -39,7 +39,7 @@ def watched_ring(rank: int, links: RingLinks) -> Iterator[None]:
 
 
 def main(pid: int, own: Sequence[str], previous: Sequence[str]) -> None:
-    """End process ``pid`` when an unknown process connects to one of its addresses ``own``; return when it has ended."""
+    """End process ``pid`` if an unknown process connects to one of its addresses ``own``; return when it has ended."""
     expected = {address.partition(":")[0] for address in previous}
     here = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
     since: dict[str, float] = {}

@@ -55,7 +55,7 @@ def read_small_files(folder: Path) -> dict[str, bytes]:
         raise CheckpointError(f"{folder} is not a folder: give the folder of a checkpoint, or a repository on the Hub")
     names = [name for name in (CONFIG_NAME, *TOKENIZER_NAMES) if (folder / name).exists()]
     if CONFIG_NAME not in names:
-        raise CheckpointError(f"{folder} holds no {CONFIG_NAME}: {_way_out(folder)}")
+        raise CheckpointError(f"{folder} holds no {CONFIG_NAME}: {_remedy(folder)}")
     files = {}
     try:
         for name in names:
@@ -66,7 +66,7 @@ def read_small_files(folder: Path) -> dict[str, bytes]:
     return files | {INDEX_NAME: read_index_json(folder)}
 
 
-def _way_out(folder: Path) -> str:
+def _remedy(folder: Path) -> str:
     """Return what to give as --model instead of a folder without a config: a name if it is a folder of the Hub's cache.
 
     huggingface_hub keeps owner/name in a folder models--owner--name.

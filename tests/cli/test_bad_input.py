@@ -175,7 +175,7 @@ MODELS: dict[str, tuple[Damage, str]] = {
     "index that is not JSON": (replaced(INDEX, b"{"), "is not an index of safetensors files"),
     "index that leaves the folder": (
         replaced(INDEX, b'{"weight_map": {"x": "../x.safetensors"}}'),
-        r"names '\.\./x.safetensors', which is not a .safetensors file beside it",
+        r"names '\.\./x.safetensors', which is not a .safetensors file in its folder",
     ),
     "MLX's names": (
         renamed_in_index(EXPERT, "model.layers.2.mlp.switch_mlp.up_proj.weight"),

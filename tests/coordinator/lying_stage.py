@@ -34,8 +34,8 @@ LIES = {
 
 START_LIES: dict[str, tuple[FromStage, str]] = {
     "before": (StepDone(0, 0.0), "sent an unexpected StepDone: it had to start"),
-    "elsewhere": (Prepared(("192.0.2.1:9",), ""), "listens on 192.0.2.1:9, against the hostfile"),
-    "nowhere": (Prepared((), ""), "listens on nowhere, against the hostfile"),
+    "elsewhere": (Prepared(("192.0.2.1:9",), ""), "listens on 192.0.2.1:9, which is not in the hostfile"),
+    "nowhere": (Prepared((), ""), "listens on nowhere, which is not in the hostfile"),
     "early": (Loaded(0, 0, 0), "sent an unexpected Loaded: it had to connect to its neighbours"),
 }
 """Messages in place of the true answer during the start, and what is said of them."""

@@ -61,7 +61,7 @@ def test_a_host_whose_mlx_k2_has_another_version_is_named_with_both(tmp_path: Pa
 
 
 def test_a_stage_that_sends_nothing_in_time_is_named_with_the_pending_action(tmp_path: Path) -> None:
-    locations = [StageLocation(python=stand_in_python(tmp_path, "deaf")) for _ in range(2)]
+    locations = [StageLocation(python=stand_in_python(tmp_path, "reads_nothing")) for _ in range(2)]
     with StageGroup(locations, 20.0, ignore) as group:
         collected = [group.receive(20), group.receive(20)]
         assert None not in collected

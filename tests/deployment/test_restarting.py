@@ -125,7 +125,7 @@ def test_without_a_limit_the_stages_start_again_until_they_can(model: Path, tmp_
         script = tmp_path / "python-1"
         text = script.read_text()
 
-        def mend() -> None:
+        def repair() -> None:
             while len(run.restarts) < 4:
                 threading.Event().wait(0.01)
             marked_host(tmp_path, 1, sys.executable)
@@ -134,7 +134,7 @@ def test_without_a_limit_the_stages_start_again_until_they_can(model: Path, tmp_
         next(events)
         script.unlink()
         stage_process(1).kill()
-        mending = threading.Thread(target=mend, daemon=True)
+        mending = threading.Thread(target=repair, daemon=True)
         mending.start()
         assert len(list(events)) == 60 + 80 - 1
         mending.join(10)

@@ -93,7 +93,7 @@ def test_a_cable_pulled_for_two_seconds_ends_no_stage(hosts: EmulatedHosts, tmp_
 
 def test_a_killed_ssh_server_is_detected_and_leaves_no_process(hosts: EmulatedHosts, tmp_path: Path) -> None:
     with StageGroup(
-        [StageLocation("host-1", stand_in_python(tmp_path, "deaf"))], LONG_LEASE_S, lambda _: None
+        [StageLocation("host-1", stand_in_python(tmp_path, "reads_nothing"))], LONG_LEASE_S, lambda _: None
     ) as group:
         receive(group, Connected)
         (guard,) = [pid for pid, command in hosts.processes(1).items() if "guarded.py" in command]

@@ -1,6 +1,6 @@
-"""Tests of faulty tool servers beside good ones: each fault is named at once, and the others serve.
+"""Tests of faulty tool servers together with good ones: each fault is named at once, and the others are used.
 
-The time-outs of the toolbox are longer than those of the tests: a call that waited one out would fail its test.
+The time-outs of the toolbox are longer than those of the tests: a call that waited for one would fail its test.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ def test_a_call_with_a_faulty_answer_fails_at_once_with_the_reason(many: ToolBox
         assert text in result.text
 
 
-def test_servers_and_tools_that_cannot_be_used_are_named_and_the_others_serve(many: ToolBox) -> None:
+def test_servers_and_tools_that_cannot_be_used_are_named_and_the_others_are_used(many: ToolBox) -> None:
     assert many.problems == [
         "bad tools: a tool without a name is left out: {'name': 5}",
         "bad tools: its tool 'x' is left out: its inputSchema is not that of an object",
@@ -182,12 +182,12 @@ def faulty_http() -> Iterator[str]:
         thread.join()
 
 
-def test_http_servers_with_one_fault_each_fail_at_once_and_a_good_one_beside_them_serves() -> None:
+def test_http_servers_with_one_fault_each_fail_at_once_and_a_good_one_is_used() -> None:
     with faulty_http() as url:
         servers: list[Server] = [HttpServer(name=mode, url=f"{url}/{mode}") for mode in (*HTTP, "good")]
-        deaf = HttpServer(name="deaf", url="http://127.0.0.1:9/mcp")
-        with open_toolbox([*servers, deaf], NEVER) as box:
-            assert box.problems == ["deaf: All connection attempts failed"]
+        unreachable = HttpServer(name="unreachable", url="http://127.0.0.1:9/mcp")
+        with open_toolbox([*servers, unreachable], NEVER) as box:
+            assert box.problems == ["unreachable: All connection attempts failed"]
             results = {mode: box.call(mode, {}) for mode in (*HTTP, "good")}
     assert results.pop("good").text == "fine"
     for mode, text in HTTP.items():
@@ -244,7 +244,7 @@ def test_the_answer_to_a_request_is_never_dropped_whatever_bytes_are_in_it(
 @given(st.text().filter(lambda line: "jsonrpc" not in line and '"id"' not in line and "'id'" not in line))
 @example("[2026-01-01 12:00] INFO listening")
 @example("{ name: 'x' }")
-def test_a_line_of_a_log_ends_nothing(line: str) -> None:
+def test_a_line_of_a_log_does_not_end_the_connection(line: str) -> None:
     output = ServerOutput()
     output.record_sent(SessionMessage(mcp_types.JSONRPCRequest(jsonrpc="2.0", id=1, method="tools/call")))
     assert received(output, line.encode(errors="replace")) == []
