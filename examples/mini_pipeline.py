@@ -81,7 +81,7 @@ class Checkpoint:
 def yarn(config: SimpleNamespace) -> tuple[mx.array, float]:
     """Return rope's frequencies (qk_rope / 2,), and the factor of the attention scores.
 
-    YaRN (arXiv 2309.00071) leaves the fast frequencies as they are, divides the slow ones by ``factor``, and
+    YaRN (arXiv 2309.00071) leaves the fast frequencies unchanged, divides the slow ones by ``factor``, and
     interpolates between the dimensions that turn beta_fast and beta_slow times over the original context.
     """
     rope, dim, theta = config.rope_scaling, config.qk_rope_head_dim, config.rope_theta

@@ -232,14 +232,14 @@ class _Cluster:
         return self._engine
 
     def _submission(self, prompt: Prompt, sampling: Sampling, tools: Tools) -> tuple[Submission, int]:
-        """Return the request for a reply, and the number of tool calls before it. Takes up to seconds."""
+        """Return the request for a reply, and the number of tool calls before it. This can take seconds."""
         self._running()
         if isinstance(prompt, str):
             messages = [Message(role="user", content=prompt)]
         else:
             messages = with_normal_ids(read_history(prompt, self._frontend.template.fields).messages)
         if sampling.num_answers > 1:
-            raise RequestError(f"{sampling.num_answers} answers were asked for, and this call returns one: leave n out")
+            raise RequestError(f"{sampling.num_answers} answers were requested, but this call returns one: leave n out")
         settings = reply_settings(sampling, self._frontend, tools)
         for line in settings.warnings:
             _LOG.warning("%s", line)

@@ -50,15 +50,15 @@ def write_whole(path: Path, data: bytes, mode: int) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    beside = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.part")
+    partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.part")
     try:
-        with open(beside, "xb", opener=open_ours) as file:
+        with open(partial, "xb", opener=open_ours) as file:
             file.write(data)
             os.fchmod(file.fileno(), mode)
             file.flush()
-            os.fsync(file.fileno())  # else a crash may leave an empty file in the place of the old one
-        beside.replace(path)
+            os.fsync(file.fileno())  # else a crash may leave an empty file instead of the old one
+        partial.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         raise

@@ -134,7 +134,7 @@ class RemoteEngine:
             handle.end(run.finished(reason, run.policy.finish().parts))
         except MlxK2Error as error:
             handle.end(error)
-        except Exception as error:  # noqa: BLE001 - the reader must not wait for ever
+        except Exception as error:  # noqa: BLE001 - the reader must not wait without end
             handle.end(RequestFailed(f"request ended by an error: {type(error).__name__}"))
         finally:
             run.connection.close()

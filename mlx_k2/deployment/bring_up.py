@@ -125,7 +125,7 @@ def connect(group: StageGroup, links: RingLinks | JacclLinks | None) -> None:
 def check_connections(group: StageGroup, answers: Sequence[Connected]) -> None:
     """Check that each TCP connection of a stage is one of another stage, seen from its other end.
 
-    A process between two stages that forwards their data has a port of its own on each of the two connections.
+    A process between two stages that forwards their data has a different port on each of the two connections.
 
     Raises:
         StageStartError: one is not; names the stage and the other end.

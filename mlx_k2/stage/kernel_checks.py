@@ -1,4 +1,4 @@
-"""The kernel checks of a stage, made in a process of their own before any weights are loaded.
+"""The kernel checks of a stage, made in a separate process before any weights are loaded.
 
 A kernel that faults can end the process that runs it, or corrupt its GPU state. So a child process checks, and this
 process reads the results from the cache file. If the child does not finish, another one is started: the file counts

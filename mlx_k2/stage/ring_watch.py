@@ -1,4 +1,4 @@
-"""The watch of a stage's ring ports while MLX connects them. It runs in a process of its own, since MLX holds the GIL.
+"""The watch of a stage's ring ports while MLX connects them. It runs in a separate process, since MLX holds the GIL.
 
 MLX's ring accepts the first connection to a port. If that is not a neighbour's, the stages try for 31 s to reach each
 other, and none of their errors names it.

@@ -26,7 +26,7 @@ SIZES = StageSizes(
     rebuild_operations=0,
 )
 SPEED = StageSpeed(fixed_s=0.0, bytes_per_s=SIZES.dense_bytes / STEP_S, operations_per_s=1.0)
-"""With this speed every step takes STEP_S, whatever its rows."""
+"""With this speed every step takes STEP_S, independent of its rows."""
 
 
 @dataclass

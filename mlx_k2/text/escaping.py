@@ -24,7 +24,7 @@ class Escaping:
         free = (candidate for candidate in _CANDIDATES if candidate not in used)
         self._escaped = dict(zip(letters, free, strict=False))
         if len(self._escaped) < len(letters):
-            raise RequestError("the messages use so many different characters that none is left to mark them with")
+            raise RequestError("the messages use too many different characters: none is left for escaping")
         self._unescaped = {escaped: letter for letter, escaped in self._escaped.items()}
 
     def escape(self, value: object) -> Any:

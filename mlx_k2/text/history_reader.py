@@ -31,9 +31,9 @@ class History:
 def read_history(messages: Sequence[Mapping[str, object]], template_fields: Collection[str]) -> History:
     """Return ``messages`` in one form; ``template_fields`` are the names that the template reads.
 
-    Content is text: parts are joined, None becomes ''. Reasoning is in ``reasoning_content``, whatever its field was.
-    Every call and every result has an id. Other fields are kept if the template reads them, unless they are None.
-    Reading the JSON of the returned messages again changes nothing.
+    Content is text: parts are joined, None becomes ''. Reasoning is in ``reasoning_content``, for any name of its
+    field. Every call and every result has an id. Other fields are kept if the template reads them, unless they are
+    None. Reading the JSON of the returned messages again changes nothing.
 
     Raises:
         RequestError: there is no message, or one is malformed; names the message and the problem.

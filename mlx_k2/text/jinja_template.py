@@ -115,7 +115,7 @@ class _Generation(Extension):
     tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Return the block's body, in a scope of its own."""
+        """Return the block's body, in a separate scope."""
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 

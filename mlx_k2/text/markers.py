@@ -44,7 +44,7 @@ class Found:
 
 
 class MarkerScanner:
-    """A scanner that splits the text of a reply at markers, however the text is split on arrival.
+    """A scanner that splits the text of a reply at markers, independent of how the text is split on arrival.
 
     A name in ``control_names`` is a marker only as that control token. Any other name is a marker where text spells it.
     """

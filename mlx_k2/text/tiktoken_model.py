@@ -39,7 +39,7 @@ _K2_UNNAMED = {"<think>": 163_606, "</think>": 163_607}
 class Vocabulary(msgspec.Struct, frozen=True):
     """The tokens that one set of files defines, and the encoder of ordinary text.
 
-    ``encode_ordinary`` takes well-formed text and returns ids of ``ordinary`` only, whatever the text contains.
+    ``encode_ordinary`` takes well-formed text and returns ids of ``ordinary`` only, for any text.
     """
 
     encode_ordinary: Callable[[str], list[int]]

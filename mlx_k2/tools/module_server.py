@@ -1,4 +1,4 @@
-"""MCP server for the functions of one Python file, on stdin and stdout. Runs as a process of its own.
+"""MCP server for the functions of one Python file, on stdin and stdout. Runs as a separate process.
 
 The tools are the public functions that the file defines, or those that its ``__all__`` names. Types and defaults come
 from the signature, the description from the docstring. A result that is not text is returned as JSON, an iterator as a

@@ -95,7 +95,7 @@ def read_mcp_file(path: Path, environment: Mapping[str, str], notify: Callable[[
 
 
 def python_module(path: Path, environment: Mapping[str, str]) -> StdioServer:
-    """Return a server for the functions of a Python file; it runs as a process of its own with ``environment``.
+    """Return a server for the functions of a Python file; it runs as a separate process with ``environment``.
 
     Raises:
         ToolsError: there is no such file.

@@ -131,7 +131,7 @@ def test_a_writer_still_works_after_a_signal_handler_raises_inside_put() -> None
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_reader_whose_handler_fails_still_reports_an_end() -> None:
     def fail(_: Frame) -> None:
-        raise RuntimeError("a fault of our own")
+        raise RuntimeError("a fault of the handler")
 
     pipe = Pipe()
     reader = FrameReader(pipe.read_end, "test", fail, pipe.ends.put)

@@ -61,7 +61,7 @@ PITFALLS = {
         "",
         ["f", "g"],
     ),
-    "a call's last marker is missing, and the answer goes on": (
+    "a call's last marker is missing, and the answer continues": (
         section("<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{}") + "C",
         False,
         "",
