@@ -2,7 +2,7 @@
 
 python -m bench.plan_gap [--save] [--tokens N]
 
-A small program is at the other end of this process's pipes, in place of a guard. It sleeps STEP_S for each step and
+A small program is at the other end of this process's pipes, instead of a guard. It sleeps STEP_S for each step and
 "samples" the next token of a given text: a code block of 300 lines. It measures each gap itself, from before it writes
 a token to when it has read the next plan, so that a gap includes two pipes, three threads of this process and
 Python's lock. Cases:

@@ -142,9 +142,9 @@ class Stage:
     def attention(self, x: mx.array, w: Tensors, number: int, *, is_prompt: bool) -> mx.array:
         """Return multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) of x to all positions up to its own.
 
-        The cache holds no keys and values. It holds, for all heads together, a latent of which each head's keys and
-        values are projections, and one rotated key. A prompt's many queries use the naive form: it rebuilds keys and
-        values once. A single query uses the absorbed form: q . (K c) = (K^T q) . c, so that the query is projected
+        The cache holds no keys and values. It holds, for all heads together, a latent vector, from which each head's
+        keys and values are projected, and one rotated key. A prompt's many queries use the naive form: it rebuilds keys
+        and values once. A single query uses the absorbed form: q . (K c) = (K^T q) . c, so that the query is projected
         instead of every key, and the latents themselves are attended to.
         """
         config, heads, nope = self.config, self.config.num_attention_heads, self.config.qk_nope_head_dim

@@ -124,7 +124,7 @@ def reverse_nibbles(folder: Path) -> None:
 
 
 def use_usual_beta_fast(folder: Path) -> None:
-    """Set beta_fast to YaRN's usual value, 32, in place of Kimi-K2-Thinking's, 1."""
+    """Set beta_fast to YaRN's usual value, 32, instead of Kimi-K2-Thinking's, 1."""
     config = json.loads((folder / "config.json").read_bytes())
     assert config["rope_scaling"]["beta_fast"] == 1.0
     config["rope_scaling"]["beta_fast"] = 32.0

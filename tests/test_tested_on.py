@@ -107,7 +107,7 @@ def test_each_kind_of_failure_is_one_problem(name: str) -> None:
 
 
 def test_a_command_that_hangs_is_killed_and_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tested_on, "STEP_S", 0.2)
+    monkeypatch.setattr(tested_on, "TIMEOUT_S", 0.2)
     ended = tested_on._run(["/bin/sh", "-c", "echo started; sleep 60 & wait"], tmp_path)
     assert ended.exit_code is None
     assert ended.stdout == "started\n"

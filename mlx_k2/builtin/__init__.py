@@ -9,7 +9,7 @@ BUILTIN_FOLDER = Path(__file__).parent / "kimi-k2-tiny"
 """An ordinary checkpoint folder. Its bytes are the same in every installation of the same version."""
 
 PROMPTS = ("What is 17 plus 25?", "Count from 3 to 12.", "What is mlx-k2?")
-"""Prompts to try, each of which it answers."""
+"""Prompts that it can answer."""
 
 BANNER = (
     "kimi-k2-tiny, the built-in model: Kimi K2's architecture with 7.6 million weights in 7.8 MB",

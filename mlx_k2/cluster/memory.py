@@ -51,7 +51,7 @@ def attention_block_bytes(config: ModelConfig, context_tokens: int, compute_byte
 
 
 def added_block_bytes(block_bytes: int, spare_bytes: int) -> int:
-    """Return the bytes by which a block grows on a host with spare memory, of which half stays free."""
+    """Return the bytes by which a block grows on a host with spare memory. Half of that memory stays free."""
     return max(0, min(LARGEST_BLOCK_BYTES - block_bytes, spare_bytes // 2 // BLOCKS_AT_A_TIME))
 
 

@@ -69,7 +69,7 @@ def _planned(
 def _hints(
     request: DeploymentRequest, model: ModelDescription, memories: Sequence[HostMemory], all_on_gpu: bool
 ) -> list[str]:
-    """Return the options of which each one alone makes the model fit, with its smallest change."""
+    """Return the options that each make the model fit without the others, each with its smallest change."""
     options = request.options
     context = options.context_tokens or min(DEFAULT_CONTEXT_TOKENS, model.config.max_position_embeddings)
     changes: list[tuple[str, dict[str, Any]]] = [("leave --split out", {"split": None})] if options.split else []

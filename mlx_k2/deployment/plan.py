@@ -76,7 +76,7 @@ class RunShape:
 class StagePlan:
     """One stage: its host, its layers and its bytes. ``needed_bytes`` is the sum of shard, cache and working memory.
 
-    ``block_bytes`` is the limit of a block of attention, two of which are part of the working memory.
+    ``block_bytes`` is the limit of a block of attention; the working memory includes two blocks.
     """
 
     rank: int

@@ -32,7 +32,7 @@ def read_json(text: bytes | str, kind: type[Value], *, has_comments: bool = Fals
 
 
 def convert(value: object, kind: type[Value], *, str_keys: bool = True) -> Value:
-    """Return a parsed value as ``kind``. ``str_keys`` False: a key that is a number is no text, as in Python's values.
+    """Return a parsed value as ``kind``. ``str_keys`` False: a key that is a number is not text, as in Python's values.
 
     Raises:
         JsonError: it has another type; names the field.

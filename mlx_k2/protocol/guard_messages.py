@@ -50,7 +50,7 @@ class GuardSettings(JsonPayload):
 class StageExit(JsonPayload):
     """Payload of STAGE_EXIT: how the stage's process ended, and why the guard ended it (else ENDED_BY_ITSELF).
 
-    One of ``exit_code`` and ``signal`` is set, or neither if the process could not be ended at all.
+    One of ``exit_code`` and ``signal`` is set, or neither if the process could not be ended.
     """
 
     exit_code: int | None

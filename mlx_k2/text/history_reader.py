@@ -22,7 +22,7 @@ _Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class History:
-    """Messages in the form that templates rely on, and one line for each message of which a field was left out."""
+    """Messages in the form that templates rely on, and one line for each message that lost a field."""
 
     messages: list[Message]
     left_out: tuple[str, ...]

@@ -39,7 +39,7 @@ class ReplyGrammar:
     arguments: Mapping[str, GrammarState]
     """The grammar of each tool's arguments by its name; empty if calls are not constrained."""
     warnings: tuple[str, ...]
-    """Lines about schemas of which the grammar allows more."""
+    """Lines about schemas whose grammar allows more than the schema."""
 
     def after_calls(self) -> "ReplyGrammar":
         """Return the constraint of the reply to the results of tools, which need not call one again."""

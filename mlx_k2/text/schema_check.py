@@ -13,7 +13,7 @@ def check_schema(schema: object, what: str) -> None:
     """Check a parsed schema, which ``what`` names in errors.
 
     Raises:
-        RequestError: it is no schema, refers to itself without end, or is too complex to check.
+        RequestError: it is not a schema, refers to itself without end, or is too complex to check.
     """
     if not isinstance(schema, Mapping):
         raise RequestError(f"{what} is not a JSON schema: give a JSON object")

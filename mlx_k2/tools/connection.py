@@ -82,7 +82,7 @@ class Connection:
 
     @property
     def stray(self) -> str:
-        """The last line of the server's stdout that is no message; '' without one."""
+        """The last line of the server's stdout that is not a message; '' without one."""
         return "" if self._link is None else self._link.output.stray
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> types.CallToolResult:

@@ -12,7 +12,7 @@ from mcp_types import PARSE_ERROR, ErrorData, JSONRPCError, JSONRPCRequest, JSON
 from pydantic import ValidationError
 
 _MAX_QUOTED = 120
-# Servers also log to their stdout, in plain text or in JSON. Such a line is no answer.
+# Servers also log to their stdout, in plain text or in JSON. Such a line is not an answer.
 _LIKE_AN_ANSWER = re.compile(
     r"""\s*[\[{"'].*(?:jsonrpc|"id".*"(?:result|error)"|"(?:result|error)".*"id")""", re.DOTALL
 )
@@ -24,7 +24,7 @@ class ServerOutput:
 
     def __init__(self) -> None:
         self.stray = ""
-        """The last line on stdout that is no message."""
+        """The last line on stdout that is not a message."""
         self.http_status = ""
         """The last status of an HTTP response that is an error."""
         self.problems: list[str] = []
@@ -53,7 +53,7 @@ class ServerOutput:
         return [message]
 
     def _unreadable(self, error: Exception) -> list[SessionMessage]:
-        """Return errors for a line that looks like an answer but is no message; keep a line that does not."""
+        """Return errors for a line that looks like an answer but is not a message; keep any other line."""
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         line, problem = (str(error), "") if first is None else (str(first["input"]), first["msg"])
         if first is not None and isinstance(first["input"], dict | list):

@@ -101,7 +101,7 @@ class ToolBox:
                 result = await tool.connection.call(tool.name_there, arguments)
         except TimeoutError:
             stray = tool.connection.stray
-            wrote = f" On its stdout it wrote {stray}, which is no message." if stray else ""
+            wrote = f" On its stdout it wrote {stray}, which is not a message." if stray else ""
             return ToolResult(
                 Outcome.TIMED_OUT,
                 f"The tool server {server} did not answer within {timeout_s:g} s; the call was ended.{wrote}",

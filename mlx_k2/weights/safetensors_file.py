@@ -63,7 +63,7 @@ def open_regular(path: Path) -> BinaryIO:
     """Open a file of a checkpoint to read. Refuse pipes and devices, which can have no end, and known other formats.
 
     Raises:
-        OSError: the file cannot be opened, is not a regular file, or is no file of a checkpoint by its first bytes.
+        OSError: the file cannot be opened, is not a regular file, or its first bytes are those of another format.
     """
 
     def opener(name: str, flags: int) -> int:

@@ -98,7 +98,7 @@ JUDGED: dict[str, tuple[list[Check], CheckResult, str]] = {
         FAILURE,
         "`sudo sysctl iogpu.wired_limit_mb=400544`",
     ),
-    "too little memory at all": (list(check_memory("mac-2", HELLO, 480 * GB, 600 * GB)), FAILURE, "give --split"),
+    "a host with too little memory": (list(check_memory("mac-2", HELLO, 480 * GB, 600 * GB)), FAILURE, "give --split"),
     "memory in use": (list(check_memory("mac-2", HELLO, 100 * GB, 300 * GB)), WARNING, "end other programs"),
     "enough memory": (list(check_memory("mac-2", HELLO, 480 * GB, 300 * GB)), OK, "300.0 GB of 400.0 GB of GPU"),
     "files to fetch": (list(check_model("mac-2", model(missing_bytes=300 * GB), DOWNLOAD)), WARNING, f"`{DOWNLOAD}`"),

@@ -21,7 +21,7 @@ BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
 
 class Fault(NamedTuple):
-    """`new` in place of occurrence `nth` (from 0) of `old` in `file`, tested on `kernel`."""
+    """`new` instead of occurrence `nth` (from 0) of `old` in `file`, tested on `kernel`."""
 
     file: str
     kernel: str
