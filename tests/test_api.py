@@ -101,7 +101,7 @@ def test_a_stream_is_closed_while_another_thread_reads_it(cluster: Cluster) -> N
     assert stream.completion().finish_reason in ("cancelled", "stop")
 
 
-def test_a_cluster_opens_once_and_one_prompt_is_no_list(cluster: Cluster) -> None:
+def test_a_cluster_opens_once_and_one_prompt_is_not_a_list(cluster: Cluster) -> None:
     before = processes()
     with pytest.raises(ClusterError, match="the cluster is open already"), cluster:
         pass
@@ -131,11 +131,11 @@ def test_a_conversation_continues_with_the_result_of_a_tool_call(cluster: Cluste
     assert [call.id for call in again.tool_calls] == ["functions.get_weather:1"]
 
 
-def test_closing_or_forgetting_a_stream_cancels_its_request_and_no_other(endless: Path) -> None:
+def test_closing_or_dropping_a_stream_cancels_its_request_and_no_other(endless: Path) -> None:
     long = Sampling(max_tokens=1500, seed=1)
     with Cluster(model=endless, num_stages=1, num_sequences=1) as cluster:
         began = time.monotonic()
-        for way, is_read in itertools.product(("close", "forget"), (True, False)):
+        for way, is_read in itertools.product(("close", "drop"), (True, False)):
             stream = cluster.stream("Hello", long)
             if is_read:
                 next(stream)

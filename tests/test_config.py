@@ -60,7 +60,7 @@ def test_kimi_k25_is_the_same_text_model_under_another_prefix() -> None:
         assert getattr(wrapped, name) == getattr(text, name)
 
 
-def test_kimi_k25_may_keep_its_quantization_beside_the_text_config() -> None:
+def test_kimi_k25_may_keep_its_quantization_outside_the_text_config() -> None:
     outer = as_kimi_k25(thinking_config_fields())
     outer["quantization_config"] = outer["text_config"].pop("quantization_config")
     assert read(outer) == read(as_kimi_k25(thinking_config_fields()))

@@ -39,7 +39,7 @@ def test_one_factor_is_common_to_all_times() -> None:
 
 def test_each_constant_and_each_published_row_names_its_source() -> None:
     assert all(
-        constant.source and constant.known in ("published", "stated", "estimated") for constant in CONSTANTS.values()
+        constant.source and constant.kind in ("published", "stated", "estimated") for constant in CONSTANTS.values()
     )
     assert all(row.source for row in PUBLISHED)
 

@@ -1,4 +1,4 @@
-"""Escaping of message text while a template handles it, so that no message text can read as a control token.
+"""Escaping of message text while a template handles it, so that no message text can be read as a control token.
 
 Every character that occurs in a control token's name is replaced, one for one, by a character that occurs nowhere
 in the rendering. A template may change message text or join it with its own text: a control token's name in the result

@@ -112,7 +112,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 class _Generation(Extension):
     """The tag ``{% generation %}``, with which templates mark the model's own text for training. It changes nothing."""
 
-    tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
+    tags = {"generation"}  # noqa: RUF012 - as in Jinja's base class
 
     def parse(self, parser: Parser) -> nodes.Node:
         """Return the block's body, in a separate scope."""

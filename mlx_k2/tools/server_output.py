@@ -37,7 +37,7 @@ class ServerOutput:
             self._pending.add(message.message.id)
 
     def received(self, message: SessionMessage | Exception) -> list[SessionMessage]:
-        """Return what mcp's client gets for a message, or for a line that is none.
+        """Return the messages that mcp's client gets for a message, or for a line that is not one.
 
         An unreadable answer becomes an error. Fields for which the client would refuse a list of tools are removed.
         """
@@ -57,7 +57,7 @@ class ServerOutput:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         line, problem = (str(error), "") if first is None else (str(first["input"]), first["msg"])
         if first is not None and isinstance(first["input"], dict | list):
-            line, problem = json.dumps(first["input"]), "no message of JSON-RPC"
+            line, problem = json.dumps(first["input"]), "not a JSON-RPC message"
         quoted = ascii(line[:_MAX_QUOTED])
         if first is not None and first["type"] == "string_unicode":
             byte = next(ord(letter) & 0xFF for letter in line if "\udc80" <= letter <= "\udcff")
@@ -68,7 +68,7 @@ class ServerOutput:
         return []
 
     def _errors(self, reason: str, line: str) -> list[SessionMessage]:
-        """Return an error for the request whose id is in ``line``, for each that has no answer yet if none is."""
+        """Return an error for the request whose id is in ``line``; without one id, for all unanswered requests."""
         named = {int(found["id"]) for found in _ID.finditer(line)} & self._pending
         answered = named if len(named) == 1 else set(self._pending)
         self._pending -= answered

@@ -1,7 +1,7 @@
 """The manifest of a model's folder: size, checksum and sampled blocks of each weight file. Loads no tensor.
 
-With it a load finds a file of another revision, or a damaged copy, without reading all of it. It is in the folder, so
-that a copy of the folder has it.
+Loading uses it to find a file of another revision, or a damaged copy, without reading the whole file. It is in the
+folder, so that a copy of the folder has it.
 """
 
 import contextlib
@@ -121,7 +121,7 @@ def identify(paths: Iterable[Path]) -> dict[str, str | None]:
 def _compare(path: Path, entry: FileEntry) -> None:
     size = path.stat().st_size
     if size != entry.size:
-        problem = f"has {size} bytes, and {MANIFEST_NAME} says {entry.size}"
+        problem = f"has {size} bytes, and {MANIFEST_NAME} lists {entry.size}"
     elif entry.blocks is not None and sampled_digest(path) != entry.blocks:
         problem = f"is not the file that {MANIFEST_NAME} describes: a damaged copy, or another revision"
     else:

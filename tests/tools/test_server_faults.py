@@ -40,7 +40,7 @@ READ = {  # the fault of a server's answer: the outcome of the call, and what it
     "not JSON": (Outcome.FAILED, "may have run: its answer cannot be read (key must be a string"),
     "several lines": (Outcome.FAILED, "may have run: its answer cannot be read (trailing characters"),
     "cut": (Outcome.FAILED, "may have run: its answer cannot be read (EOF while parsing"),
-    "no version": (Outcome.FAILED, "may have run: its answer cannot be read (no message of JSON-RPC)"),
+    "no version": (Outcome.FAILED, "may have run: its answer cannot be read (not a JSON-RPC message)"),
     "error without an id": (Outcome.FAILED, "may have run: it sent an error without the id of a request: cannot parse"),
     "unknown content": (Outcome.FAILED, "The call was run, but the answer of the tool server"),
     "no content": (Outcome.FAILED, "cannot be read: content: Field required"),

@@ -65,7 +65,7 @@ def test_other_contents_of_the_same_size_and_another_size_are_found(folder: Path
     (folder / "b.safetensors").write_bytes(b"short")
     with pytest.raises(CheckpointError, match=r"a\.safetensors is not the file"):
         identify([folder / "a.safetensors"])
-    with pytest.raises(CheckpointError, match=r"b\.safetensors has 5 bytes, and .* says 500000: fetch it again"):
+    with pytest.raises(CheckpointError, match=r"b\.safetensors has 5 bytes, and .* lists 500000: fetch it again"):
         identify([folder / "b.safetensors"])
 
 
