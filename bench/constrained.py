@@ -6,8 +6,8 @@ With Kimi's vocabulary of 163,840 tokens. Two parts of each sampled token are ti
 (the policy records it, forces tokens and makes the mask; the plan is encoded), and in the last stage (the plan is
 decoded, the mask is applied to the logits). The tokens are those of texts that the constraints allow. The same is timed
 for a free reply; the added time is the difference to its median. Each text runs NUM_RUNS times, and a token's time is
-its median, since another process does not interrupt the same token in each run. What the grammar itself costs, it costs
-in each run: every run begins with a new compiler. The 99th percentile over all single times is printed, too.
+its median, since another process does not interrupt the same token in each run. The cost of the grammar itself is part
+of each run, because every run begins with a new compiler. The 99th percentile over all single times is printed, too.
 
 The streams run on two local stages with a random checkpoint, constrained to one JSON string, whose masks are the
 largest, and free. Both sample the same number of tokens. --save appends the rows to results/constrained.csv.

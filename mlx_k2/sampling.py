@@ -75,7 +75,7 @@ def derived_seed(seed: int, index: int) -> int:
 
 
 def for_answers(sampling: Sampling, num_answers: int) -> list[Sampling]:
-    """Return the parameters of several answers, each with a seed of its own. The first are ``sampling``."""
+    """Return the parameters of several answers, each with its own seed. The first one is ``sampling``."""
     seeds = [derived_seed(sampling.seed, index) for index in range(1, num_answers)]
     return [sampling, *(msgspec.structs.replace(sampling, seed=seed) for seed in seeds)]
 
