@@ -213,7 +213,7 @@ class ReplyGuide:
         return allowed.mask((*ends, *extra), self._tokenizer.vocab_size)
 
     def may_draft(self, draft_ids: Sequence[int], token_id: int) -> bool:
-        """Return whether the ordinary token ``token_id`` may follow ``draft_ids`` and the grammar can continue after it.
+        """Return whether the ordinary token ``token_id`` may follow ``draft_ids``, and the grammar continue after it.
 
         A wrong draft token can exceed the grammar's limits where the answer does not. The reply gets no further drafts
         then, which could take as long.
