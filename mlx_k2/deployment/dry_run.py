@@ -45,14 +45,9 @@ def preview(request: DeploymentRequest, model: ModelDescription) -> tuple[RunSha
 def _check_draft(head: DraftHead | None, model: ModelDescription, layers: tuple[int, int]) -> None:
     """Check the headers of a draft head's files, if a stage of ``layers`` on this machine reads them."""
     draft = model.draft
-    if (
-        head is None
-        or draft is None
-        or is_repo(head.source)
-        or not draft.is_on(*layers, model.config.num_hidden_layers)
-    ):
-        return
-    locate_tensors(model_folder(head.source), draft.index, draft.specs())
+    is_read = draft is not None and draft.is_on(*layers, model.config.num_hidden_layers)
+    if head is not None and draft is not None and is_read and not is_repo(head.source):
+        locate_tensors(model_folder(head.source), draft.index, draft.specs())
 
 
 def plan_for(

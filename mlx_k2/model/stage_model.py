@@ -56,7 +56,7 @@ class StageModel:
         self.head = head
         self._cache = cache
         self._attention_limits = attention_limits
-        self._feature_slices = feature_slices
+        self.feature_slices = feature_slices
         self._decoder_layer = DecoderLayer(config, attention_limits)
 
     def copy_positions(self, source: int, target: int, count: int) -> None:
@@ -89,7 +89,7 @@ class StageModel:
         """
         for index, weights in enumerate(self._layers):
             hidden = self._decoder_layer.run(hidden, index, weights, batch, self._cache)
-            if (part := self._feature_slices.get(index)) is not None:
+            if (part := self.feature_slices.get(index)) is not None:
                 read = hidden if part.norm is None else mx.fast.rms_norm(hidden, part.norm, self._config.rms_norm_eps)
                 features = features + multiply(read, part.matrix)
         return hidden, features

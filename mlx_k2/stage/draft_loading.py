@@ -88,7 +88,7 @@ class DraftLoader:
     def model(
         self, embedding: mx.array | None, head: Head, cache: LatentCache, attention_limits: AttentionLimits
     ) -> DraftModel:
-        """Return the head over ``cache``. ``head`` and ``embedding`` are the target's, as far as this stage has them."""
+        """Return the head over ``cache``. ``head`` and ``embedding`` are the target's."""
         weights = self._weights(embedding, head)
         norms_output = self._draft.norms_output
         return DraftModel(

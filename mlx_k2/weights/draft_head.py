@@ -141,7 +141,7 @@ class DraftDescription:
         return DenseMatrix(self.num_drafted_ids, self.layer.hidden_size).held_bytes(compute_bytes, bits)
 
     def embedding_bytes(self, compute_bytes: int) -> int:
-        """Return the bytes in memory of the embedding that the last of several stages holds: the head's or the target's."""
+        """Return the bytes of the embedding that the last of several stages holds: the head's or the target's."""
         return self.layer.vocab_size * self.layer.hidden_size * compute_bytes
 
     def target_specs(self, target: ModelConfig, first_layer: int, end_layer: int) -> tuple[TensorSpec, ...]:
