@@ -21,6 +21,7 @@ from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request
 from mlx_k2.deployment.deploy import deploy
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.errors import RequestError
+from mlx_k2.scheduling.drafter import DraftMode
 
 _MOST_STREAMS = 64
 
@@ -47,7 +48,7 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     generate_tokens: int
     streams: tuple[int, ...]
     repeat: int
-    drafts: bool
+    draft_mode: DraftMode
     as_json: bool
     csv_path: str | None
     plot_path: str | None
@@ -129,9 +130,9 @@ def command(options: BenchOptions) -> None:
             log(f"memory holds {deployment.shape.num_slots} sequences at once; more streams take turns")
         trace = None if options.trace_path is None else Trace([plan.host.ssh for plan in deployment.plans])
         on_report = None if trace is None else trace.add
-        with Benchmark(deployment, drafts=options.drafts, on_report=on_report) as benchmark:
+        with Benchmark(deployment, drafts=options.draft_mode is not DraftMode.OFF, on_report=on_report) as benchmark:
             rows = list(_run(benchmark, workloads, options.repeat))
-        document = bench_document(deployment, rows, options.cluster.model, "ngram" if options.drafts else "off")
+        document = bench_document(deployment, rows, options.cluster.model, options.draft_mode.value)
     _write(document, rows, trace, options)
 
 

@@ -42,6 +42,7 @@ from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.errors import MlxK2Error, RequestError
 from mlx_k2.private_files import state_folder
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 WANTED_SLOTS = 2
@@ -55,7 +56,7 @@ class ChatOptions(msgspec.Struct, frozen=True, kw_only=True):
     conversation: ConversationOptions
     run: RunOptions
     connect: str | None
-    drafts: bool
+    draft_mode: DraftMode
     transcript_path: str | None
     hide_thinking: bool
     verbose: bool
@@ -148,7 +149,7 @@ def _chat(
 
     engine = engine_on(
         deployment,
-        drafts=options.drafts,
+        drafts=options.draft_mode is not DraftMode.OFF,
         on_report=restarting.on_report,
         restarts=restarting,
         on_restart=show_idle_restart,

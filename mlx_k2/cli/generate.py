@@ -39,6 +39,7 @@ from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import CheckpointError, DownloadError
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.known_layout import known_layout
 from mlx_k2.weights.model_frontend import ModelFrontend
@@ -168,7 +169,12 @@ def _answer(options: GenerateOptions, restarting: RestartingDeployment, text: st
         log(line)
     with (
         _output(options, frontend) as output,
-        engine_on(deployment, drafts=options.drafts, on_report=restarting.on_report, restarts=restarting) as engine,
+        engine_on(
+            deployment,
+            drafts=options.draft_mode is not DraftMode.OFF,
+            on_report=restarting.on_report,
+            restarts=restarting,
+        ) as engine,
     ):
         output.screen.wait("reading the prompt")
         if options.conversation.sampling.num_answers > 1:

@@ -10,6 +10,7 @@ from mlx_k2.cli.options import RunOptions
 from mlx_k2.deployment.cluster_options import ClusterOptions
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import GenerationConfig
+from mlx_k2.scheduling.drafter import DraftMode
 
 
 class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,7 +25,7 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str | None
     raw: bool
     token_ids: tuple[int, ...] | None
-    drafts: bool
+    draft_mode: DraftMode
     num_logprobs: int | None
     as_json: bool
     hide_thinking: bool

@@ -11,11 +11,12 @@ import msgspec
 from mlx_k2.chat.chat_session import MAX_TOOL_CALLS
 from mlx_k2.chat.sampling_options import MAX_ANSWERS
 from mlx_k2.cluster.partition import parse_split
-from mlx_k2.deployment.cluster_options import DENSE_BITS, DTYPES, LEASE_S, MAX_STAGES
+from mlx_k2.deployment.cluster_options import DENSE_BITS, DRAFT_BITS, DTYPES, LEASE_S, MAX_STAGES
 from mlx_k2.errors import RequestError
 from mlx_k2.json_text.parse import JsonError, parse_json
 from mlx_k2.json_text.read import convert
 from mlx_k2.launch.group import STALL_TIMEOUT_S
+from mlx_k2.scheduling.drafter import DraftMode
 
 _MAX_DIGITS = 10
 
@@ -95,6 +96,13 @@ def _layer_counts(ctx: click.Context, param: click.Parameter, value: str | None)
     return None if value is None else parse_split(value)
 
 
+def _layer_ids(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    parts = [] if value is None else [part.strip() for part in value.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < _MAX_DIGITS for part in parts):
+        raise RequestError(f"--draft-aux {value!r} is not a list of layers: write numbers with commas, as in 1,29,57")
+    return None if value is None else tuple(map(int, parts))
+
+
 def _token_ids(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
     parts = [] if value is None else [part.strip() for part in value.split(",")]
     for part in parts:
@@ -108,8 +116,8 @@ def _is_on(ctx: click.Context, param: click.Parameter, value: str | None) -> boo
     return None if value is None else value == "on"
 
 
-def _is_ngram(ctx: click.Context, param: click.Parameter, value: str) -> bool:
-    return value == "ngram"
+def _draft_mode(ctx: click.Context, param: click.Parameter, value: str) -> DraftMode:
+    return DraftMode(value)
 
 
 def _schema_file(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
@@ -182,6 +190,32 @@ _CLUSTER = (
         type=click.Choice(DENSE_BITS),
         help="Quantize attention, shared experts, dense layers and the head to so many bits while loading: a token "
         "reads less and comes sooner.  [default: as the checkpoint has them]",
+    ),
+    click.option(
+        "--draft-model",
+        metavar="PATH_OR_REPO",
+        help="A draft head (EAGLE-3) for the model: a folder that each host has, or a repository on the Hub.  "
+        "[default: the built-in model's own; none for others]",
+    ),
+    click.option(
+        "--draft-aux",
+        callback=_layer_ids,
+        metavar="N,N,...",
+        help="The layers, from 0, whose outputs the draft head reads.  [default: as its config.json says]",
+    ),
+    click.option(
+        "--draft-bits",
+        type=click.Choice(DRAFT_BITS),
+        default=DRAFT_BITS[0],
+        show_default=True,
+        help="Quantize the draft head to so many bits while loading. 16 keeps it as it is.",
+    ),
+    click.option(
+        "--draft-vocab",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Let the draft head propose only the N most frequent tokens: it is then smaller and faster.  "
+        "[default: all that it has]",
     ),
     click.option(
         "--lease",
@@ -347,13 +381,14 @@ token_ids_option = click.option(
 
 draft_option = click.option(
     "--draft",
-    "drafts",
-    callback=_is_ngram,
-    type=click.Choice(["off", "ngram"]),
-    default="ngram",
+    "draft_mode",
+    callback=_draft_mode,
+    type=click.Choice([mode.value for mode in DraftMode]),
+    default=DraftMode.AUTO.value,
     show_default=True,
-    help="While one answer runs alone, let idle stages compute draft tokens: taken from the text so far (ngram), or "
-    "none (off). The answer is the same.",
+    metavar="MODE",
+    help="While one answer runs alone, let idle stages compute draft tokens: of the draft model (model), from the text "
+    "so far (ngram), whichever is expected to be faster (auto), or none (off). The answer is the same.",
 )
 
 

@@ -25,6 +25,7 @@ from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import ClusterError, MlxK2Error, SetupError
 from mlx_k2.protocol.messages import FromStage
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.server.access import Access
 from mlx_k2.server.api_keys import KeyRing, read_keys
 from mlx_k2.server.app import make_app
@@ -57,7 +58,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     keepalive: Literal["comment", "chunk", "off"]
     strict_model: bool
     mirror_reasoning: bool
-    drafts: bool
+    draft_mode: DraftMode
     log_dir: str | None
     log_tokens: bool
     verbose: bool
@@ -252,7 +253,7 @@ def _serve(
         language_model = LanguageModel(frontend, state.model_name)
         with engine_on(
             deployment,
-            drafts=options.drafts,
+            drafts=options.draft_mode is not DraftMode.OFF,
             on_report=on_report,
             restarts=CountedRestarts(state.activity, restarting),
             on_restart=on_restart,

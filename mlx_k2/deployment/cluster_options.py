@@ -13,7 +13,7 @@ from mlx_k2.errors import DownloadError, HostfileError, RequestError
 from mlx_k2.launch.group import STALL_TIMEOUT_S
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.model_files import read_model_files
-from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo, model_folder
+from mlx_k2.weights.model_source import BUILTIN, DraftHead, ModelSource, is_repo, model_folder
 
 LEASE_S = 20.0
 LEASE_RANGE_S = (2, 3600)
@@ -21,6 +21,9 @@ STALL_TIMEOUT_RANGE_S = (1, 3600)
 MAX_STAGES = 64
 DTYPES = ("bfloat16", "float32")
 DENSE_BITS = (8, 4)
+UNQUANTIZED_BITS = 16
+DRAFT_BITS = (8, 4, UNQUANTIZED_BITS)
+"""Bits per weight of a draft head, the default first."""
 
 
 class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +44,10 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
     context_tokens: Annotated[int, msgspec.Meta(ge=2)] | None = None
     dtype: str | None = None
     dense_bits: int | None = None
+    draft_model: str | None = None
+    draft_aux: tuple[int, ...] | None = None
+    draft_bits: int = DRAFT_BITS[0]
+    draft_vocab: Annotated[int, msgspec.Meta(ge=1)] | None = None
     lease_s: float = LEASE_S
     stall_timeout_s: float = STALL_TIMEOUT_S
     check_weights: bool = False
@@ -51,6 +58,9 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
         _check_seconds("stall-timeout", self.stall_timeout_s, STALL_TIMEOUT_RANGE_S)
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("dense-bits", self.dense_bits, DENSE_BITS)
+        _check_choice("draft-bits", self.draft_bits, DRAFT_BITS)
+        if self.draft_model is None and (self.draft_aux is not None or self.draft_vocab is not None):
+            raise RequestError("--draft-aux and --draft-vocab are for a draft model: give --draft-model")
         if self.hostfile is not None and self.num_stages is not None:
             raise HostfileError(
                 "a number of stages is for runs on this machine alone: give it, or a hostfile, not both"
@@ -63,18 +73,20 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def source(self) -> ModelSource:
         """The model's source. The path of a local folder is absolute, since a stage starts in another folder."""
-        source = self._named_source
-        folder = model_folder(source)
-        if self.model is None or not folder.is_dir():
-            return source
-        path = str(folder.resolve())
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            raise RequestError(
-                f"model: the path {path} is not UTF-8: rename the folder, or give a link to it"
-            ) from None
-        return ModelSource(path_or_repo=path)
+        return self._named_source if self.model is None else _absolute(self._named_source)
+
+    @property
+    def draft_head(self) -> DraftHead | None:
+        """The draft head to load beside the model, if one was named."""
+        if self.draft_model is None:
+            return None
+        bits = None if self.draft_bits == UNQUANTIZED_BITS else self.draft_bits
+        return DraftHead(
+            source=_absolute(ModelSource(path_or_repo=self.draft_model)),
+            aux_layers=self.draft_aux,
+            bits=bits,
+            vocab_size=self.draft_vocab,
+        )
 
     @property
     def _named_source(self) -> ModelSource:
@@ -109,6 +121,7 @@ def deployment_request(options: ClusterOptions, num_slots: int = 1) -> Deploymen
         num_slots=num_slots,
         dense_bits=options.dense_bits,
         check_weights=options.check_weights,
+        draft_head=options.draft_head,
     )
 
 
@@ -132,6 +145,19 @@ def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDes
             return request, None
         raise
     return replace(request, source=pinned), describe_model(files, source.path_or_repo)
+
+
+def _absolute(source: ModelSource) -> ModelSource:
+    """Return ``source`` with the path of a local folder made absolute."""
+    folder = model_folder(source)
+    if not folder.is_dir():
+        return source
+    path = str(folder.resolve())
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"model: the path {path} is not UTF-8: rename the folder, or give a link to it") from None
+    return ModelSource(path_or_repo=path)
 
 
 def _check_seconds(name: str, seconds: float, allowed: tuple[int, int]) -> None:

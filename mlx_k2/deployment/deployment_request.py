@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from mlx_k2.cluster.hostfile import Host, Hostfile
 from mlx_k2.launch.group import STALL_TIMEOUT_S
 from mlx_k2.launch.stage_location import StageLocation
-from mlx_k2.weights.model_source import ModelSource
+from mlx_k2.weights.model_source import DraftHead, ModelSource
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class DeploymentRequest:
     """The path of the hostfile for commands that are shown; None for stages on this machine alone."""
     check_weights: bool = False
     """Whether to search all tensors for NaN and infinity while loading."""
+    draft_head: DraftHead | None = None
+    """The draft head to load beside the model."""
     address: str | None = None
     """The URL at which clients reach the model, for the users of other commands; None if there is no server."""
 

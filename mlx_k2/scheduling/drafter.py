@@ -1,10 +1,20 @@
 """Drafters: propose the tokens that a sequence may continue with. The n-gram drafter needs no model."""
 
+import enum
 from collections.abc import Sequence as Tokens
 from typing import Protocol
 
 _LENGTHS = (4, 3, 2)
 """Numbers of tokens that may match. The longest match is used."""
+
+
+class DraftMode(enum.Enum):
+    """Source of draft tokens. AUTO chooses between the draft model, n-grams and none while an answer runs."""
+
+    AUTO = "auto"
+    OFF = "off"
+    NGRAM = "ngram"
+    MODEL = "model"
 
 
 class Drafter(Protocol):

@@ -11,6 +11,17 @@ from mlx_k2.scheduling.sequence import Sequence
 from mlx_k2.token_mask import TokenMask
 
 
+class DraftRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Request for ``num_tokens`` drafts after the token that a row samples. Answered by Drafted.
+
+    The penalties are those of the request. The row's ``logit_bias`` lacks the sampled token's.
+    """
+
+    num_tokens: int
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+
 class Row(msgspec.Struct, frozen=True, omit_defaults=True):
     """One sequence's part of a step, as stages receive it: ``token_ids``, starting at ``position``, in ``slot``.
 
@@ -18,7 +29,10 @@ class Row(msgspec.Struct, frozen=True, omit_defaults=True):
     If ``sampling`` is set, a token is sampled after the last of ``token_ids``; the repetition penalty reads
     ``recent_ids``. If ``copy_from`` is set, all positions before ``position`` are first copied from that slot, in the
     state in which all earlier plans left them. ``token_mask`` limits the token that is sampled, ``logit_bias`` changes
-    its logits; both are in the last stage's copy only.
+    its logits; both are in the last stage's copy only. ``draft`` requests drafts after the sampled token; without it
+    the draft head only writes its cache. ``is_draft``: the row's one token is a draft. A stage skips such a row if it
+    is known to be wrong: the last one if it sampled another token for that position, the others if a later plan starts
+    at that position of the slot or before it.
     """
 
     slot: int
@@ -30,6 +44,8 @@ class Row(msgspec.Struct, frozen=True, omit_defaults=True):
     copy_from: int | None = None
     token_mask: TokenMask | None = None
     logit_bias: LogitBias | None = None
+    draft: DraftRequest | None = None
+    is_draft: bool = False
 
     @property
     def end(self) -> int:

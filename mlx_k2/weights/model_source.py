@@ -19,6 +19,20 @@ class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
     revision: str | None = None
 
 
+class DraftHead(msgspec.Struct, frozen=True, kw_only=True):
+    """A draft head, and how it is loaded: the same on every host.
+
+    ``aux_layers`` are the layers, from 0, whose outputs it reads; None: those of its config.json. Its matrices are
+    quantized to ``bits`` bits per weight; None: they are not quantized. It proposes at most ``vocab_size`` different
+    tokens; None: all that it has.
+    """
+
+    source: ModelSource
+    aux_layers: tuple[int, ...] | None = None
+    bits: int | None = None
+    vocab_size: int | None = None
+
+
 def is_repo(source: ModelSource) -> bool:
     """Return whether ``source`` names a Hub repository: ``owner/name``, and this host has nothing of that name."""
     return bool(_REPO.fullmatch(source.path_or_repo)) and not os.path.lexists(source.path_or_repo)
