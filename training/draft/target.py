@@ -1,12 +1,14 @@
 """The built-in model in float32 for batches of padded rows, by mlx-lm. Knows nothing of heads or prompts.
 
-Routed experts are dequantized and all of them computed for every token: on a CPU that is faster than the products with
+Routed experts are dequantized, and each multiplies its tokens together: on a CPU that is faster than the products with
 quantized weights, token by token.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 from mlx_lm.models.cache import BatchKVCache
 from mlx_lm.utils import load_model
@@ -14,22 +16,30 @@ from mlx_lm.utils import load_model
 from mlx_k2.builtin import BUILTIN_FOLDER
 
 
-class _AllExperts(nn.Module):
-    """The chosen experts' outputs (rows, tokens, chosen, hidden), picked from the outputs of all experts."""
+class _GroupedExperts(nn.Module):
+    """The chosen experts' outputs (rows, tokens, chosen, hidden). Each expert computes its tokens in one product."""
 
     def __init__(self, quantized: nn.Module) -> None:
         super().__init__()
         self.gate, self.up, self.down = (
-            mx.dequantize(part.weight, part.scales, part.biases, part.group_size, part.bits).swapaxes(-1, -2)
+            mx.contiguous(
+                mx.dequantize(part.weight, part.scales, part.biases, part.group_size, part.bits).swapaxes(-1, -2)
+            )
             for part in (quantized.gate_proj, quantized.up_proj, quantized.down_proj)
         )
 
     def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
         """Return the outputs of the experts ``chosen`` (rows, tokens, chosen) for x (rows, tokens, hidden)."""
-        tokens = x.reshape(-1, x.shape[-1])
-        outputs = (nn.silu(tokens @ self.gate) * (tokens @ self.up)) @ self.down  # (experts, tokens, hidden)
-        outputs = outputs.swapaxes(0, 1).reshape(*x.shape[:2], -1, x.shape[-1])
-        return mx.take_along_axis(outputs, chosen[..., None], axis=2)
+        ids = np.asarray(chosen).ravel()
+        order = np.argsort(ids, kind="stable")
+        ends = np.cumsum(np.bincount(ids, minlength=len(self.gate)))
+        tokens = x.reshape(-1, x.shape[-1])[mx.array(order // chosen.shape[-1])]
+        outputs = []
+        for expert, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
+            part = tokens[start:end]
+            inner = nn.silu(part @ self.gate[expert]) * (part @ self.up[expert])
+            outputs.append(inner @ self.down[expert])
+        return mx.concatenate(outputs)[mx.array(np.argsort(order))].reshape(*chosen.shape, -1)
 
 
 class Target:
@@ -39,7 +49,7 @@ class Target:
         self._model, _ = load_model(BUILTIN_FOLDER)
         self._model.set_dtype(mx.float32)
         for layer in self._model.model.layers[1:]:
-            layer.mlp.switch_mlp = _AllExperts(layer.mlp.switch_mlp)
+            layer.mlp.switch_mlp = _GroupedExperts(layer.mlp.switch_mlp)
         mx.eval(self._model.parameters())
         self._aux_layers = frozenset(aux_layers)
         self._caches: list[BatchKVCache] = []
