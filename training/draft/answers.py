@@ -107,8 +107,10 @@ def make_file(target: Target, path: Path, first: int, stop: int) -> int:
     parts = []
     for temperature in (0, 1):
         share = prompts[temperature::2]
-        for start in range(0, len(share), _BATCH_ROWS):
-            parts.append(answer(target, share[start : start + _BATCH_ROWS], temperature, stop, mx.random.key(first + start)))
+        parts += [
+            answer(target, share[start : start + _BATCH_ROWS], temperature, stop, mx.random.key(first + start))
+            for start in range(0, len(share), _BATCH_ROWS)
+        ]
     arrays = {
         "tokens": mx.array(np.concatenate([row for part in parts for row in part.tokens]).astype(np.int32)),
         "num_tokens": mx.array([len(row) for part in parts for row in part.tokens], mx.int32),

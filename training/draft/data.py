@@ -43,18 +43,20 @@ def read_rows(paths: Sequence[Path]) -> list[Row]:
     return rows
 
 
-def batches(rows: Sequence[Row], norm: mx.array, eps: float, most_tokens: int, seed: int) -> Iterator[Batch]:
-    """Yield all rows once, in batches of similar length with at most ``most_tokens`` positions, shuffled by seed."""
+def endless_batches(
+    rows: Sequence[Row], norm: mx.array, eps: float, most_tokens: int, seed: int
+) -> Iterator[Batch]:
+    """Yield all rows again and again, in batches of similar length with at most ``most_tokens`` positions."""
     rng = random.Random(seed)
-    order = sorted(rows, key=lambda row: len(row.tokens) + rng.random() * _LENGTHS)
-    parts: list[list[Row]] = [[]]
-    for row in order:
-        if (len(parts[-1]) + 1) * _rounded(len(row.tokens), _LENGTHS) > most_tokens:
-            parts.append([])
-        parts[-1].append(row)
-    rng.shuffle(parts)
-    for part in parts:
-        yield make_batch(part, norm, eps)
+    while True:
+        parts: list[list[Row]] = [[]]
+        for row in sorted(rows, key=lambda row: len(row.tokens) + rng.random() * _LENGTHS):
+            if (len(parts[-1]) + 1) * _rounded(len(row.tokens), _LENGTHS) > most_tokens:
+                parts.append([])
+            parts[-1].append(row)
+        rng.shuffle(parts)
+        for part in parts:
+            yield make_batch(part, norm, eps)
 
 
 def make_batch(rows: Sequence[Row], norm: mx.array, eps: float) -> Batch:

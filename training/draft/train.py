@@ -1,6 +1,6 @@
 """The training of the built-in model's draft head, with checkpoints to resume from.
 
-python -m training.draft.train --data DIR --run DIR --epochs N [--seconds N]
+python -m training.draft.train --data DIR --run DIR --steps N [--seconds N]
 
 The loss is the divergence of the head's distribution from the model's (KL), or the negative logarithm of the share on
 which both agree (LK, arXiv 2602.23881), over three unrolled steps.
@@ -11,16 +11,16 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from mlx import optimizers
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_k2.builtin import BUILTIN_FOLDER
 from mlx_k2.config import ModelConfig
-from training.draft.data import Row, batches, read_rows
+from training.draft.data import Row, endless_batches, read_rows
 from training.draft.head import Batch, HeadForward, Weights, initial_weights
 
 INTERMEDIATE = 768
@@ -34,18 +34,9 @@ _WARMUP_STEPS = 20
 _REPORT_STEPS = 10
 
 
-@dataclass
-class Progress:
-    """Epochs and steps that are done."""
-
-    epoch: int = 0
-    step_in_epoch: int = 0
-    step: int = 0
-
-
 def outer_weights() -> tuple[ModelConfig, mx.array, mx.array, mx.array]:
     """Return the built-in model's config, embedding, last norm and output projection, in float32."""
-    config = ModelConfig.from_json((BUILTIN_FOLDER / "config.json").read_bytes())
+    config = ModelConfig.from_json((BUILTIN_FOLDER / "config.json").read_bytes(), "the built-in model")
     first = mx.load(str(BUILTIN_FOLDER / "model-00008-of-000008.safetensors"))
     names = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
     embedding, norm, head = (first[name].astype(mx.float32) for name in names)
@@ -84,77 +75,75 @@ def make_loss(
     return total
 
 
-def make_optimizer(total_steps: int) -> optimizers.Optimizer:
-    """Return Muon for the matrices and Adam for the norms, with rates that rise, and fall to 0 at the last step."""
-
-    def schedule(peak: float) -> Callable[[mx.array], mx.array]:
-        rise = optimizers.linear_schedule(peak / _WARMUP_STEPS, peak, _WARMUP_STEPS)
-        fall = optimizers.cosine_decay(peak, max(1, total_steps - _WARMUP_STEPS))
-        return optimizers.join_schedules([rise, fall], [_WARMUP_STEPS])
-
-    matrices = optimizers.Muon(learning_rate=schedule(_MATRIX_LR), momentum=0.95, weight_decay=0.0)
-    others = optimizers.Adam(learning_rate=schedule(_OTHER_LR), betas=[0.9, 0.95])
+def make_optimizer() -> optimizers.MultiOptimizer:
+    """Return Muon for the matrices and Adam for the norms."""
+    matrices = optimizers.Muon(learning_rate=_MATRIX_LR, momentum=0.95, weight_decay=0.0)
+    others = optimizers.Adam(learning_rate=_OTHER_LR, betas=[0.9, 0.95], bias_correction=True)
     return optimizers.MultiOptimizer([matrices, others], [lambda _, weight: weight.ndim == 2])
 
 
-def train(rows: list[Row], run: Path, num_epochs: int, seconds: float, loss_name: str) -> None:
-    """Train from the run's last checkpoint to the end of the last epoch, or for ``seconds``."""
+def rate_factor(step: int, num_steps: int, decay_steps: int) -> float:
+    """Return the factor of the learning rates: it rises, stays at 1, and falls to 0 over the last ``decay_steps``."""
+    return min(1.0, (step + 1) / _WARMUP_STEPS, (num_steps - step) / decay_steps)
+
+
+def train(rows: list[Row], run: Path, options: argparse.Namespace) -> None:
+    """Train from the run's last checkpoint to step ``options.steps``, or for ``options.seconds``."""
     config, embedding, norm, head = outer_weights()
-    forward = HeadForward(config, embedding, head)
-    num_batches = sum(1 for _ in batches(rows, norm, config.rms_norm_eps, _BATCH_TOKENS, seed=0))
-    optimizer = make_optimizer(num_batches * num_epochs)
+    used_ids = mx.array(np.unique(np.concatenate([row.tokens[row.num_prompt :] for row in rows])))
+    forward = HeadForward(config, embedding, head[used_ids])
+    optimizer = make_optimizer()
     scale = float(mx.std(mx.array(rows[0].aux).astype(mx.float32)).item())
     num_aux = rows[0].aux.shape[-1] // config.hidden_size
     weights = initial_weights(config, num_aux, INTERMEDIATE, scale, mx.random.key(0))
     optimizer.init(weights)
-    progress, weights = resume(run, weights, optimizer)
-    first, unrolled = (mx.value_and_grad(make_loss(forward, LOSSES[loss_name], steps)) for steps in (1, NUM_STEPS))
+    first_step, weights = resume(run, weights, optimizer)
+    loss = LOSSES[options.loss]
+    once, unrolled = (mx.value_and_grad(make_loss(forward, loss, steps)) for steps in (1, NUM_STEPS))
+    stream = endless_batches(rows, norm, config.rms_norm_eps, _BATCH_TOKENS, seed=first_step)
     began = time.monotonic()
     losses: list[float] = []
-    for epoch in range(progress.epoch, num_epochs):
-        for number, batch in enumerate(batches(rows, norm, config.rms_norm_eps, _BATCH_TOKENS, seed=epoch)):
-            if number < progress.step_in_epoch:
-                continue
-            is_unrolled = number % _UNROLL_EVERY == 0
-            loss, gradients = (unrolled if is_unrolled else first)(weights, batch)
-            gradients, _ = optimizers.clip_grad_norm(gradients, 1.0)
-            weights = optimizer.apply_gradients(gradients, weights)
-            mx.eval(weights, optimizer.state, loss)
-            if not is_unrolled:
-                losses.append(loss.item())
-            progress = Progress(epoch, number + 1, progress.step + 1)
-            if progress.step % _REPORT_STEPS == 0:
-                mean, elapsed_s = sum(losses) / len(losses), time.monotonic() - began
-                print(f"epoch {epoch} step {progress.step} loss {mean:.4f} {elapsed_s:.0f} s", file=sys.stderr)
-                losses.clear()
-            if time.monotonic() - began > seconds:
-                save(run, weights, optimizer, progress)
-                return
-        progress = Progress(epoch + 1, 0, progress.step)
-    save(run, weights, optimizer, progress)
+    for step in range(first_step, options.steps):
+        is_unrolled = step % _UNROLL_EVERY == 0
+        factor = rate_factor(step, options.steps, options.decay_steps)
+        for part, rate in zip(optimizer.optimizers, (_MATRIX_LR, _OTHER_LR), strict=True):
+            part.learning_rate = rate * factor
+        value, gradients = (unrolled if is_unrolled else once)(weights, next(stream))
+        gradients, _ = optimizers.clip_grad_norm(gradients, 1.0)
+        weights = optimizer.apply_gradients(gradients, weights)
+        mx.eval(weights, optimizer.state, value)
+        if not is_unrolled:
+            losses.append(value.item())
+        elapsed_s = time.monotonic() - began
+        if (step + 1) % _REPORT_STEPS == 0:
+            print(f"step {step + 1} loss {sum(losses) / len(losses):.4f} {elapsed_s:.0f} s", file=sys.stderr)
+            losses.clear()
+        if elapsed_s > options.seconds or step + 1 == options.steps:
+            save(run, weights, optimizer, step + 1)
+            return
 
 
-def save(run: Path, weights: Weights, optimizer: optimizers.Optimizer, progress: Progress) -> None:
+def save(run: Path, weights: Weights, optimizer: optimizers.Optimizer, step: int) -> None:
     """Write the run's state. A crash during the write leaves the previous state."""
     run.mkdir(parents=True, exist_ok=True)
     state = {f"weights/{name}": weight for name, weight in weights.items()}
     state |= {f"optimizer/{name}": value for name, value in tree_flatten(optimizer.state)}
-    state |= {f"progress/{name}": mx.array(value) for name, value in vars(progress).items()}
-    mx.save_safetensors(str(run / "next.safetensors"), state)
+    mx.save_safetensors(str(run / "next.safetensors"), state | {"step": mx.array(step)})
     (run / "next.safetensors").replace(run / "last.safetensors")
 
 
-def resume(run: Path, weights: Weights, optimizer: optimizers.Optimizer) -> tuple[Progress, Weights]:
-    """Return the run's last progress and weights, and restore the optimizer; without a state, return ``weights``."""
+def resume(run: Path, weights: Weights, optimizer: optimizers.Optimizer) -> tuple[int, Weights]:
+    """Return the run's next step and weights, and restore the optimizer; without a state, return 0 and ``weights``."""
     if not (run / "last.safetensors").exists():
-        return Progress(), weights
+        return 0, weights
     state = mx.load(str(run / "last.safetensors"))
-    parts: dict[str, dict[str, mx.array]] = {"weights": {}, "optimizer": {}, "progress": {}}
+    step = int(state.pop("step").item())
+    parts: dict[str, dict[str, mx.array]] = {"weights": {}, "optimizer": {}}
     for name, value in state.items():
         part, _, rest = name.partition("/")
         parts[part][rest] = value
     optimizer.state = tree_unflatten(list(parts["optimizer"].items()))
-    return Progress(**{name: int(value.item()) for name, value in parts["progress"].items()}), parts["weights"]
+    return step, parts["weights"]
 
 
 def main() -> None:
@@ -162,11 +151,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of answers")
     parser.add_argument("--run", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--epochs", type=int, required=True, help="epochs in all, those done before included")
+    parser.add_argument("--steps", type=int, required=True, help="steps in all, those done before included")
+    parser.add_argument("--decay-steps", type=int, default=200, help="last steps, over which learning rates fall")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long; the same command goes on")
     parser.add_argument("--loss", choices=tuple(LOSSES), default="kl")
     options = parser.parse_args()
-    train(read_rows(sorted(options.data.glob("[0-9]*.safetensors"))), options.run, options.epochs, options.seconds, options.loss)
+    train(read_rows(sorted(options.data.glob("[0-9]*.safetensors"))), options.run, options)
 
 
 if __name__ == "__main__":
