@@ -149,7 +149,7 @@ def _chat(
 
     engine = engine_on(
         deployment,
-        drafts=options.draft_mode is not DraftMode.OFF,
+        draft_mode=options.draft_mode,
         on_report=restarting.on_report,
         restarts=restarting,
         on_restart=show_idle_restart,

@@ -253,7 +253,7 @@ def _serve(
         language_model = LanguageModel(frontend, state.model_name)
         with engine_on(
             deployment,
-            drafts=options.draft_mode is not DraftMode.OFF,
+            draft_mode=options.draft_mode,
             on_report=on_report,
             restarts=CountedRestarts(state.activity, restarting),
             on_restart=on_restart,

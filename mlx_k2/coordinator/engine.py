@@ -216,7 +216,7 @@ class Engine:
 def engine_on(
     deployment: Deployment,
     *,
-    drafts: bool,
+    draft_mode: DraftMode,
     prompts_first: bool = False,
     step_timeout: StepTimeout | None = None,
     on_report: Callable[[StageReport], None] | None = None,
@@ -225,7 +225,7 @@ def engine_on(
     on_failure: Callable[[MlxK2Error], None] | None = None,
     max_queued: int = MAX_QUEUED,
 ) -> Engine:
-    """Return an engine for ready stages. ``drafts`` lets a lone sequence's idle stages run draft tokens.
+    """Return an engine for ready stages. ``draft_mode`` selects the draft tokens that a lone sequence's idle stages run.
 
     ``prompts_first`` runs all prefill before decode: more tokens per second in total. ``on_report`` is called on the
     engine thread for each step that a stage has finished.
@@ -235,7 +235,7 @@ def engine_on(
         shape.num_slots, shape.context_tokens, shape.chunk_tokens, deployment.group.size, prompts_first
     )
     policy = AdaptiveStepPolicy(deployment.costs)
-    scheduler = Scheduler(limits, policy, drafts=drafts)
+    scheduler = Scheduler(limits, policy, draft_mode=effective_mode(draft_mode, has_head=deployment.draft is not None))
     vocab_size = deployment.model.config.vocab_size
     pipeline = Pipeline(deployment.group, scheduler, policy, vocab_size, step_timeout, on_report)
     return Engine(

@@ -47,6 +47,13 @@ class Metrics:
         self._cached = self._counter("prefix_cache_hits", "Prompt tokens that were cached.")
         self._drafted = self._counter("spec_decode_num_draft_tokens", "Draft tokens.")
         self._accepted = self._counter("spec_decode_num_accepted_tokens", "Draft tokens that were accepted.")
+        self._drafted_by, self._accepted_by = (
+            Counter(f"mlx_k2_{name}", text, ["source", "position"], registry=self._registry)
+            for name, text in (
+                ("draft_tokens", "Draft tokens by source and position after the last known token."),
+                ("accepted_draft_tokens", "Accepted draft tokens by source and position."),
+            )
+        )
         self._ended = Counter(
             "mlx_k2_request_success", "Finished requests.", ["finished_reason"], registry=self._registry
         )
@@ -83,6 +90,9 @@ class Metrics:
         self._cached.inc(summary.cached_tokens)
         self._drafted.inc(summary.num_drafted)
         self._accepted.inc(summary.num_accepted)
+        for count in summary.drafts:
+            self._drafted_by.labels(count.source.value, count.position).inc(count.num_drafted)
+            self._accepted_by.labels(count.source.value, count.position).inc(count.num_accepted)
         self._ended.labels(summary.finish_reason.value).inc()
         self._prompt_sizes.observe(summary.prompt_tokens)
         self._answer_sizes.observe(summary.generated_tokens)

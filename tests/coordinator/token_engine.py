@@ -13,6 +13,7 @@ from mlx_k2.errors import Cancelled, ClusterError
 from mlx_k2.protocol.messages import Step
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.cost_model import StageCost
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.request import Priority, Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
@@ -46,7 +47,7 @@ class TokenEngine:
     def __post_init__(self) -> None:
         self.stages = self.make_stages(self.limits.num_stages, self.plans.append)
         policy = AdaptiveStepPolicy([StageCost(SIZES, SPEED)] * self.limits.num_stages)
-        self.scheduler = Scheduler(self.limits, policy, drafts=self.drafts)
+        self.scheduler = Scheduler(self.limits, policy, draft_mode=DraftMode.NGRAM if self.drafts else DraftMode.OFF)
         pipeline = Pipeline(self.stages, self.scheduler, policy, VOCAB_SIZE, on_report=self.reports.append)
         self.may_restart = threading.Event()
         self.is_restarting = threading.Event()

@@ -48,9 +48,7 @@ class Answers:
     last: list[mx.array]
 
 
-def answer(
-    target: Target, prompts: Sequence[list[int]], temperature: float, stop: int, key: mx.array
-) -> Answers:
+def answer(target: Target, prompts: Sequence[list[int]], temperature: float, stop: int, key: mx.array) -> Answers:
     """Sample an answer to each prompt, up to ``stop`` or 160 tokens."""
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths)

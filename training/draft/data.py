@@ -43,9 +43,7 @@ def read_rows(paths: Sequence[Path]) -> list[Row]:
     return rows
 
 
-def endless_batches(
-    rows: Sequence[Row], norm: mx.array, eps: float, most_tokens: int, seed: int
-) -> Iterator[Batch]:
+def endless_batches(rows: Sequence[Row], norm: mx.array, eps: float, most_tokens: int, seed: int) -> Iterator[Batch]:
     """Yield all rows again and again, in batches of similar length with at most ``most_tokens`` positions."""
     rng = random.Random(seed)
     while True:

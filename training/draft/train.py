@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -21,7 +22,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_k2.builtin import BUILTIN_FOLDER
 from mlx_k2.config import ModelConfig
 from training.draft.data import Row, endless_batches, read_rows
-from training.draft.head import Batch, HeadForward, Weights, initial_weights
+from training.draft.head import Batch, HeadForward, initial_weights
 
 INTERMEDIATE = 768
 NUM_STEPS = 3
@@ -61,9 +62,10 @@ LOSSES: dict[str, Callable[[mx.array, mx.array], mx.array]] = {"kl": divergence,
 def make_loss(
     forward: HeadForward, loss: Callable[[mx.array, mx.array], mx.array], num_steps: int
 ) -> Callable[..., mx.array]:
-    """Return the function (weights, batch) -> sum of the mean losses of ``num_steps`` unrolled steps."""
+    """Return the function (tree of weights, batch) -> sum of the mean losses of ``num_steps`` unrolled steps."""
 
-    def total(weights: Weights, batch: Batch) -> mx.array:
+    def total(tree: Any, batch: Batch) -> mx.array:
+        weights = dict(tree_flatten(tree))
         target = mx.stop_gradient(forward.target_logits(batch.target))
         result = mx.array(0.0)
         for step, logits in enumerate(forward.logits(weights, batch, num_steps)):
@@ -96,8 +98,9 @@ def train(rows: list[Row], run: Path, options: argparse.Namespace) -> None:
     scale = float(mx.std(mx.array(rows[0].aux).astype(mx.float32)).item())
     num_aux = rows[0].aux.shape[-1] // config.hidden_size
     weights = initial_weights(config, num_aux, INTERMEDIATE, scale, mx.random.key(0))
-    optimizer.init(weights)
-    first_step, weights = resume(run, weights, optimizer)
+    tree = tree_unflatten(list(weights.items()))
+    optimizer.init(tree)
+    first_step, tree = resume(run, tree, optimizer)
     loss = LOSSES[options.loss]
     once, unrolled = (mx.value_and_grad(make_loss(forward, loss, steps)) for steps in (1, NUM_STEPS))
     stream = endless_batches(rows, norm, config.rms_norm_eps, _BATCH_TOKENS, seed=first_step)
@@ -108,10 +111,10 @@ def train(rows: list[Row], run: Path, options: argparse.Namespace) -> None:
         factor = rate_factor(step, options.steps, options.decay_steps)
         for part, rate in zip(optimizer.optimizers, (_MATRIX_LR, _OTHER_LR), strict=True):
             part.learning_rate = rate * factor
-        value, gradients = (unrolled if is_unrolled else once)(weights, next(stream))
+        value, gradients = (unrolled if is_unrolled else once)(tree, next(stream))
         gradients, _ = optimizers.clip_grad_norm(gradients, 1.0)
-        weights = optimizer.apply_gradients(gradients, weights)
-        mx.eval(weights, optimizer.state, value)
+        tree = optimizer.apply_gradients(gradients, tree)
+        mx.eval(tree, optimizer.state, value)
         if not is_unrolled:
             losses.append(value.item())
         elapsed_s = time.monotonic() - began
@@ -119,23 +122,23 @@ def train(rows: list[Row], run: Path, options: argparse.Namespace) -> None:
             print(f"step {step + 1} loss {sum(losses) / len(losses):.4f} {elapsed_s:.0f} s", file=sys.stderr)
             losses.clear()
         if elapsed_s > options.seconds or step + 1 == options.steps:
-            save(run, weights, optimizer, step + 1)
+            save(run, tree, optimizer, step + 1)
             return
 
 
-def save(run: Path, weights: Weights, optimizer: optimizers.Optimizer, step: int) -> None:
+def save(run: Path, tree: Any, optimizer: optimizers.Optimizer, step: int) -> None:
     """Write the run's state. A crash during the write leaves the previous state."""
     run.mkdir(parents=True, exist_ok=True)
-    state = {f"weights/{name}": weight for name, weight in weights.items()}
+    state = {f"weights/{name}": weight for name, weight in tree_flatten(tree)}
     state |= {f"optimizer/{name}": value for name, value in tree_flatten(optimizer.state)}
     mx.save_safetensors(str(run / "next.safetensors"), state | {"step": mx.array(step)})
     (run / "next.safetensors").replace(run / "last.safetensors")
 
 
-def resume(run: Path, weights: Weights, optimizer: optimizers.Optimizer) -> tuple[int, Weights]:
-    """Return the run's next step and weights, and restore the optimizer; without a state, return 0 and ``weights``."""
+def resume(run: Path, tree: Any, optimizer: optimizers.Optimizer) -> tuple[int, Any]:
+    """Return the run's next step and weights, and restore the optimizer; without a state, return 0 and ``tree``."""
     if not (run / "last.safetensors").exists():
-        return 0, weights
+        return 0, tree
     state = mx.load(str(run / "last.safetensors"))
     step = int(state.pop("step").item())
     parts: dict[str, dict[str, mx.array]] = {"weights": {}, "optimizer": {}}
@@ -143,7 +146,7 @@ def resume(run: Path, weights: Weights, optimizer: optimizers.Optimizer) -> tupl
         part, _, rest = name.partition("/")
         parts[part][rest] = value
     optimizer.state = tree_unflatten(list(parts["optimizer"].items()))
-    return step, parts["weights"]
+    return step, tree_unflatten(list(parts["weights"].items()))
 
 
 def main() -> None:
