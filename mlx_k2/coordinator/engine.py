@@ -20,6 +20,7 @@ from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.restarting import OnRestart
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import Cancelled, ClusterError, EngineBusy, MlxK2Error
+from mlx_k2.scheduling.drafter import DraftMode, effective_mode
 from mlx_k2.scheduling.request import FinishReason, Request, check_request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
@@ -225,7 +226,7 @@ def engine_on(
     on_failure: Callable[[MlxK2Error], None] | None = None,
     max_queued: int = MAX_QUEUED,
 ) -> Engine:
-    """Return an engine for ready stages. ``draft_mode`` selects the draft tokens that a lone sequence's idle stages run.
+    """Return an engine for ready stages. ``draft_mode``: the draft tokens that a lone sequence's idle stages run.
 
     ``prompts_first`` runs all prefill before decode: more tokens per second in total. ``on_report`` is called on the
     engine thread for each step that a stage has finished.
@@ -235,7 +236,8 @@ def engine_on(
         shape.num_slots, shape.context_tokens, shape.chunk_tokens, deployment.group.size, prompts_first
     )
     policy = AdaptiveStepPolicy(deployment.costs)
-    scheduler = Scheduler(limits, policy, draft_mode=effective_mode(draft_mode, has_head=deployment.draft is not None))
+    mode = effective_mode(draft_mode, has_head=deployment.draft is not None)
+    scheduler = Scheduler(limits, policy, draft_mode=mode)
     vocab_size = deployment.model.config.vocab_size
     pipeline = Pipeline(deployment.group, scheduler, policy, vocab_size, step_timeout, on_report)
     return Engine(
