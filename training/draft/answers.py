@@ -1,6 +1,7 @@
 """Answers of the built-in model, with the hidden states that a draft head reads. Knows nothing of heads.
 
 python -m training.draft.answers --out DIR --conversations N [--first N]
+python -m training.draft.answers --held-out FILE [--aux 2,4,6]
 
 Each file of DIR has the answers to 256 prompts, half of them sampled at temperature 0 and half at 1. Files that exist
 are not made again, so that a run can be stopped at any time.
@@ -99,12 +100,27 @@ def prompts_of(first: int, count: int) -> Iterator[list[int]]:
             yield ids
 
 
-def make_file(target: Target, path: Path, first: int, stop: int) -> int:
-    """Answer the prompts from number ``first`` on, write them to a file, and return the number of answered tokens."""
-    prompts = sorted(prompts_of(first, _FILE_PROMPTS), key=len)
+def held_out_prompts() -> dict[int, list[int]]:
+    """Return the prompts of 200 held-out questions by the questions' numbers, the same share of each skill."""
+    encoding = load_encoding(BUILTIN_FOLDER / "tiktoken.model")
+    questions = held_out().questions
+    return {
+        number: encoding.encode(
+            render_prompt(questions[number].conversation, questions[number].num_steps), allowed_special="all"
+        )
+        for number in range(0, len(questions), len(questions) // 200)
+    }
+
+
+def make_file(target: Target, path: Path, prompts: Sequence[list[int]], first: int, *, is_split: bool = True) -> int:
+    """Answer prompts, write the answers to a file, and return the number of their tokens.
+
+    Half of the prompts are answered at each temperature, or with ``is_split`` False all of them at both.
+    """
+    stop = load_encoding(BUILTIN_FOLDER / "tiktoken.model").encode_single_token("<|im_end|>")
     parts = []
     for temperature in (0, 1):
-        share = prompts[temperature::2]
+        share = sorted(prompts, key=len)[temperature::2] if is_split else prompts
         parts += [
             answer(target, share[start : start + _BATCH_ROWS], temperature, stop, mx.random.key(first + start))
             for start in range(0, len(share), _BATCH_ROWS)
@@ -123,22 +139,32 @@ def make_file(target: Target, path: Path, first: int, stop: int) -> int:
     return int(mx.sum(arrays["num_tokens"] - arrays["num_prompt"]).item())
 
 
+def _layers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the files")
-    parser.add_argument("--conversations", type=int, required=True, help="conversations to answer")
+    parser.add_argument("--out", type=Path, help="folder for the files")
+    parser.add_argument("--conversations", type=int, default=0, help="conversations to answer")
+    parser.add_argument(
+        "--held-out", type=Path, help="write the answers to 200 held-out questions to this file instead"
+    )
+    parser.add_argument("--aux", type=_layers, default=AUX_LAYERS, help="layers whose outputs are kept  [1,3,5]")
     parser.add_argument("--first", type=int, default=0, help="number of the first one, a multiple of 256")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after the file that ends later than this")
     options = parser.parse_args()
+    target = Target(options.aux)
+    if options.held_out is not None:
+        make_file(target, options.held_out, list(held_out_prompts().values()), 0, is_split=False)
+        return
     options.out.mkdir(parents=True, exist_ok=True)
-    target = Target(AUX_LAYERS)
-    stop = load_encoding(BUILTIN_FOLDER / "tiktoken.model").encode_single_token("<|im_end|>")
     began = time.monotonic()
     for first in range(options.first, options.first + options.conversations, _FILE_PROMPTS):
         path = options.out / f"{first:07}.safetensors"
         if not path.exists():
-            num_tokens = make_file(target, path, first, stop)
+            num_tokens = make_file(target, path, list(prompts_of(first, _FILE_PROMPTS)), first)
             print(f"{path.name}: {num_tokens} tokens, {time.monotonic() - began:.0f} s", file=sys.stderr)
         if time.monotonic() - began > options.seconds:
             return

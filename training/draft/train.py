@@ -149,6 +149,14 @@ def resume(run: Path, tree: Any, optimizer: optimizers.Optimizer) -> tuple[int, 
     return step, tree_unflatten(list(parts["weights"].items()))
 
 
+def read_weights(folder: Path) -> Weights:
+    """Return the weights of a training run, or of an exported head, in float32."""
+    exported = folder / "model.safetensors"
+    arrays = mx.load(str(exported if exported.exists() else folder / "last.safetensors"))
+    kept = arrays.items() if exported.exists() else ((n[8:], a) for n, a in arrays.items() if n.startswith("weights/"))
+    return {name: array.astype(mx.float32) for name, array in kept}
+
+
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
