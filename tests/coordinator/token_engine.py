@@ -36,7 +36,7 @@ class TokenEngine:
     """An engine, its present stages, and the plans that were sent to them."""
 
     limits: SchedulerLimits
-    drafts: bool = False
+    draft_mode: DraftMode = DraftMode.OFF
     can_restart: bool = True
     max_queued: int = MAX_QUEUED
     make_stages: Callable[[int, Callable[[Step], None]], TokenStages] = TokenStages
@@ -47,7 +47,7 @@ class TokenEngine:
     def __post_init__(self) -> None:
         self.stages = self.make_stages(self.limits.num_stages, self.plans.append)
         policy = AdaptiveStepPolicy([StageCost(SIZES, SPEED)] * self.limits.num_stages)
-        self.scheduler = Scheduler(self.limits, policy, draft_mode=DraftMode.NGRAM if self.drafts else DraftMode.OFF)
+        self.scheduler = Scheduler(self.limits, policy, draft_mode=self.draft_mode)
         pipeline = Pipeline(self.stages, self.scheduler, policy, VOCAB_SIZE, on_report=self.reports.append)
         self.may_restart = threading.Event()
         self.is_restarting = threading.Event()
@@ -107,13 +107,13 @@ def token_engine(
     num_stages: int = 2,
     context_tokens: int = 200,
     *,
-    drafts: bool = False,
+    draft_mode: DraftMode = DraftMode.OFF,
     can_restart: bool = True,
     max_queued: int = MAX_QUEUED,
     make_stages: Callable[[int, Callable[[Step], None]], TokenStages] = TokenStages,
 ) -> Iterator[TokenEngine]:
     """Yield a running engine."""
     limits = SchedulerLimits(num_slots, context_tokens, chunk_tokens, num_stages)
-    found = TokenEngine(limits, drafts, can_restart, max_queued, make_stages)
+    found = TokenEngine(limits, draft_mode, can_restart, max_queued, make_stages)
     with found.engine:
         yield found

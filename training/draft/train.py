@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_k2.builtin import BUILTIN_FOLDER
 from mlx_k2.config import ModelConfig
 from training.draft.data import Row, endless_batches, read_rows
-from training.draft.head import Batch, HeadForward, initial_weights
+from training.draft.head import Batch, HeadForward, Weights, initial_weights
 
 INTERMEDIATE = 768
 NUM_STEPS = 3
