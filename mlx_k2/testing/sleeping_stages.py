@@ -36,8 +36,9 @@ SPEED = StageSpeed(fixed_s=0.0, bytes_per_s=SIZES.dense_bytes / STEP_S, operatio
 class SleepingStages:
     """Stages that only sleep, one thread each. The last one puts encoded messages into ``done``.
 
-    Every sampled token is TOKEN. After a row that requests drafts the last stage sleeps for ``draft_s`` and drafts TOKEN
-    where ``is_right(position)``, another token elsewhere. Drafts that are known to be wrong are skipped.
+    Every sampled token is TOKEN. After a row that requests drafts the last stage sleeps for ``draft_s``, then sends
+    TOKEN as the draft of each position where ``is_right(position)``, another token elsewhere. Drafts that are known to
+    be wrong are skipped.
     """
 
     num_stages: int
