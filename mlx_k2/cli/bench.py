@@ -190,10 +190,10 @@ def _show_drafts(row: Measured) -> None:
     """Log the acceptance by source and position, and the time of a right draft beside the expected one."""
     if not row.drafts:
         return
-    shares = (
+    counts = (
         f"{count.source.value} {count.position}: {count.num_accepted} of {count.num_drafted}" for count in row.drafts
     )
-    log(f"drafts accepted, by source and position: {', '.join(shares)}")
+    log(f"drafts accepted, by source and position: {', '.join(counts)}")
     times = row.draft_times
     if times is not None:
         log(

@@ -136,7 +136,7 @@ class Pipeline:
         if problem is not None:
             raise ProtocolError(f"stage {rank} on {self.group.host(rank)} {problem}", rank)
         if asked is not None and isinstance(message, Drafted):
-            self._take_drafts(rank, asked, message)
+            self._receive_drafts(rank, asked, message)
             return None
         assert isinstance(message, StepDone), "any other message is a problem"
         microbatch = self._record(rank, message)
@@ -176,7 +176,7 @@ class Pipeline:
         for rank in range(self.group.size):
             self.group.send(rank, step if rank == self.group.size - 1 else plain)
 
-    def _take_drafts(self, rank: int, microbatch: Microbatch, drafted: Drafted) -> None:
+    def _receive_drafts(self, rank: int, microbatch: Microbatch, drafted: Drafted) -> None:
         """Pass the draft head's tokens to the scheduler, and its time to the step policy."""
         self._received_at = time.monotonic()
         self._before_drafts = None

@@ -66,7 +66,7 @@ class _Acceptance:
         self._num_seen = self._num_seen * _FADE + 1
 
     @property
-    def share(self) -> float:
+    def rate(self) -> float:
         return self._num_right / self._num_seen
 
 
@@ -122,7 +122,7 @@ class Drafts:
         ngram_id = None
         if self._mode is DraftMode.AUTO:
             ngram_id = drafter.draft(known_ids, self.planned_ids, _CERTAIN_LENGTH)
-            if ngram_id is not None and self._share(DraftSource.NGRAM) > self._share(DraftSource.MODEL):
+            if ngram_id is not None and self._rate(DraftSource.NGRAM) > self._rate(DraftSource.MODEL):
                 return _Draft(ngram_id, DraftSource.NGRAM, position, ngram_id)
         return _Draft(self._proposed[0], DraftSource.MODEL, position, ngram_id) if self._proposed else None
 
@@ -155,5 +155,5 @@ class Drafts:
         self._in_plans.clear()
         self._proposed.clear()
 
-    def _share(self, source: DraftSource) -> float:
-        return self._acceptance[source].share
+    def _rate(self, source: DraftSource) -> float:
+        return self._acceptance[source].rate

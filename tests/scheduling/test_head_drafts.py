@@ -200,13 +200,13 @@ def test_the_predicted_time_of_a_drafted_token_is_that_of_cycles_and_whole_passe
     assert drafted_token_s([0.03, 0.02], 0.002, 0.002, acceptance=0.5) == pytest.approx((0.031 + 0.052) / 2)
 
 
-@pytest.mark.parametrize(("drafted_s", "plain_s", "share"), [(0.03, 0.02, 0.1), (0.02, 0.03, 0.9)])
-def test_auto_keeps_the_way_that_was_measured_to_be_faster(drafted_s: float, plain_s: float, share: float) -> None:
+@pytest.mark.parametrize(("drafted_s", "plain_s", "expected"), [(0.03, 0.02, 0.1), (0.02, 0.03, 0.9)])
+def test_auto_keeps_the_way_that_was_measured_to_be_faster(drafted_s: float, plain_s: float, expected: float) -> None:
     switch = DraftSwitch(lambda: True)
     ways: list[bool] = []
     for _ in range(2000):
         ways.append(switch.is_on)
         switch.observe(drafted_s if switch.is_on else plain_s)
     late = ways[64:]
-    assert sum(late) / len(late) == pytest.approx(share, abs=0.1)
+    assert sum(late) / len(late) == pytest.approx(expected, abs=0.1)
     assert len(set(late)) == 2, "the other way is measured again from time to time"

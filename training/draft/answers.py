@@ -101,7 +101,7 @@ def prompts_of(first: int, count: int) -> Iterator[list[int]]:
 
 
 def held_out_prompts() -> dict[int, list[int]]:
-    """Return the prompts of 200 held-out questions by the questions' numbers, the same share of each skill."""
+    """Return the prompts of 200 held-out questions by the questions' numbers, the same part of each skill."""
     encoding = load_encoding(BUILTIN_FOLDER / "tiktoken.model")
     questions = held_out().questions
     return {
@@ -120,10 +120,10 @@ def make_file(target: Target, path: Path, prompts: Sequence[list[int]], first: i
     stop = load_encoding(BUILTIN_FOLDER / "tiktoken.model").encode_single_token("<|im_end|>")
     parts = []
     for temperature in (0, 1):
-        share = sorted(prompts, key=len)[temperature::2] if is_split else prompts
+        part = sorted(prompts, key=len)[temperature::2] if is_split else prompts
         parts += [
-            answer(target, share[start : start + _BATCH_ROWS], temperature, stop, mx.random.key(first + start))
-            for start in range(0, len(share), _BATCH_ROWS)
+            answer(target, part[start : start + _BATCH_ROWS], temperature, stop, mx.random.key(first + start))
+            for start in range(0, len(part), _BATCH_ROWS)
         ]
     arrays = {
         "tokens": mx.array(np.concatenate([row for part in parts for row in part.tokens]).astype(np.int32)),
