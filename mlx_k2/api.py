@@ -210,7 +210,7 @@ class _Cluster:
         """
         if self._engine is not None:
             raise ClusterError("the cluster is open already: close it first, or make another one")
-        request = deployment_request(self._options, self._engine_options.num_sequences)
+        request = deployment_request(self._options, self._engine_options.num_sequences, self._engine_options.draft)
         for line in request.hostfile.warnings:
             _LOG.warning("%s", line)
         request, model = open_source(request)

@@ -119,7 +119,7 @@ def command(options: BenchOptions) -> None:
             list(_run(ServerBenchmark(engine.submit, engine.frontend.tokenizer.vocab_size), workloads, options.repeat))
         )
         return
-    asked, model = open_source(deployment_request(options.cluster, max(options.streams)))
+    asked, model = open_source(deployment_request(options.cluster, max(options.streams), options.draft_mode))
     if model is not None:
         check_workloads(workloads, preview(asked, model)[0].context_tokens, model.config.max_position_embeddings)
     with ConsoleListener(options.verbose) as listener, deploy(asked, model, listener) as deployment:

@@ -101,7 +101,7 @@ def command(options: GenerateOptions) -> None:
         return
     num_answers = options.conversation.sampling.num_answers
     num_slots = WANTED_SLOTS if options.prompts_path is not None else min(num_answers, WANTED_SLOTS)
-    request = deployment_request(options.cluster, num_slots)
+    request = deployment_request(options.cluster, num_slots, options.draft_mode)
     for line in request.hostfile.warnings:
         log(line)
     if options.dry_run:

@@ -141,7 +141,7 @@ def command(options: ServeOptions) -> None:
     Clients use the base address http://127.0.0.1:8080/v1, and any key until `mlx-k2 keys add` has made one. After a
     fault all stages start again, for ever, and running answers go on where they were.
     """  # noqa: D301  # click reads the escape
-    request = deployment_request(options.cluster, options.max_sequences)
+    request = deployment_request(options.cluster, options.max_sequences, options.draft_mode)
     for line in request.hostfile.warnings:
         log(line)
     request, model = open_source(request)

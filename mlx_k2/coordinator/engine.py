@@ -236,7 +236,8 @@ def engine_on(
         shape.num_slots, shape.context_tokens, shape.chunk_tokens, deployment.group.size, prompts_first
     )
     policy = AdaptiveStepPolicy(deployment.costs)
-    mode = effective_mode(draft_mode, has_head=deployment.draft is not None)
+    is_lone = deployment.group.size == 1
+    mode = DraftMode.OFF if is_lone else effective_mode(draft_mode, has_head=deployment.draft is not None)
     scheduler = Scheduler(limits, policy, draft_mode=mode)
     vocab_size = deployment.model.config.vocab_size
     pipeline = Pipeline(deployment.group, scheduler, policy, vocab_size, step_timeout, on_report)

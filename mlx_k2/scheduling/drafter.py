@@ -18,6 +18,11 @@ class DraftMode(enum.Enum):
     NGRAM = "ngram"
     MODEL = "model"
 
+    @property
+    def uses_head(self) -> bool:
+        """Whether a draft head is used, if there is one."""
+        return self in (DraftMode.AUTO, DraftMode.MODEL)
+
 
 def effective_mode(mode: DraftMode, *, has_head: bool) -> DraftMode:
     """Return the mode to schedule with: without a draft head, AUTO is NGRAM.

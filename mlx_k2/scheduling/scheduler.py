@@ -58,7 +58,7 @@ class Scheduler:
         """``draft_mode`` AUTO and MODEL are for stages with a draft head."""
         self.limits = limits
         self._policy = policy
-        self._draft_mode = DraftMode.OFF if limits.num_stages == 1 else draft_mode
+        self._draft_mode = draft_mode
         self._switch = DraftSwitch(policy.drafts_pay) if self._draft_mode is DraftMode.AUTO else None
         self._sampled_at = 0.0
         self._waiting: dict[Priority, deque[Sequence]] = {priority: deque() for priority in Priority}
@@ -322,9 +322,10 @@ class Scheduler:
 
     def _asks_for_drafts(self, rows: list[PlannedRow]) -> bool:
         """Return whether the draft head follows this step: it samples a token of a sequence that runs alone."""
-        if self._draft_mode in (DraftMode.OFF, DraftMode.NGRAM) or len(self._running) != 1 or not self._is_drafting:
+        if not self._draft_mode.uses_head or len(self._running) != 1 or not self._is_drafting:
             return False
-        return len(rows) == 1 and rows[0].row.needs_logits and self._next_waiting() is None
+        is_alone = len(rows) == 1 and self._next_waiting() is None
+        return is_alone and rows[0].row.needs_logits and self.limits.num_stages > 1
 
     def _retire(self) -> None:
         """Free the slots of finished sequences at once. Plans that reuse the slots are sent after those in flight."""
