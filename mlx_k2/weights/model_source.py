@@ -14,7 +14,7 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
-    """The location of a checkpoint: BUILTIN, BUILTIN_HEAD, a folder on the host that reads it, or a repository on the Hub."""
+    """The location of a checkpoint: a name above, a folder on the host that reads it, or a repository on the Hub."""
 
     path_or_repo: str
     revision: str | None = None
