@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from typing import Any
 from collections.abc import Sequence
 
 import pytest
@@ -269,12 +270,12 @@ def test_a_request_whose_last_token_comes_as_the_engine_closes_still_ends() -> N
         handle = stages.engine.submit(request(1, 2, max_tokens=1))
         complete = stages.scheduler.complete
 
-        def close_first(number: int, tokens: Sequence[SampledToken]) -> list[TokensAppended]:
+        def close_first(number: int, tokens: Sequence[SampledToken], **more: Any) -> list[TokensAppended]:
             closing = threading.Thread(target=stages.engine.__exit__, args=(None, None, None))
             closing.start()
             while stages.engine._loop._commands.empty():
                 threading.Event().wait(0.001)
-            return complete(number, tokens)
+            return complete(number, tokens, **more)
 
         stages.scheduler.complete = close_first  # type: ignore[method-assign]
         while not handle.has_ended:
