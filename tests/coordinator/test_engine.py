@@ -3,8 +3,8 @@
 import sys
 import threading
 import time
-from typing import Any
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 

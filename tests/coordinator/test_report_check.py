@@ -17,7 +17,7 @@ VOCAB_SIZE = 100
 
 
 def plans() -> tuple[Scheduler, Microbatch, Microbatch]:
-    """Return a scheduler whose plan of a prompt is complete, and the plans of the next token and of a draft after it."""
+    """Return a scheduler that has completed a prompt, and the plans of the next token and of a draft after it."""
     scheduler = Scheduler(SchedulerLimits(1, 50, 50, 2), WHOLE_CHUNKS, draft_mode=DraftMode.MODEL)
     scheduler.submit(Request((1, 2), 20, Sampling(seed=0), frozenset()))
     prompt = scheduler.next_microbatch()

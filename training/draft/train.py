@@ -30,7 +30,7 @@ _UNROLL_EVERY = 3
 """Every third batch is computed in three unrolled steps, the others in one, which is a third of the work."""
 _STEP_WEIGHTS = (1.0, 0.8, 0.64)
 _BATCH_TOKENS = 4096
-_MATRIX_LR, _OTHER_LR = 0.01, 0.003
+_MATRIX_LR, _OTHER_LR = 0.025, 0.004
 _WARMUP_STEPS = 20
 _REPORT_STEPS = 10
 
