@@ -31,6 +31,8 @@ METRICS = {
     "mlx_k2_prefix_cache_hits": "counter",
     "mlx_k2_spec_decode_num_draft_tokens": "counter",
     "mlx_k2_spec_decode_num_accepted_tokens": "counter",
+    "mlx_k2_draft_tokens": "counter",
+    "mlx_k2_accepted_draft_tokens": "counter",
     "mlx_k2_request_success": "counter",
     "mlx_k2_time_to_first_token_seconds": "histogram",
     "mlx_k2_inter_token_latency_seconds": "histogram",
