@@ -5,6 +5,7 @@ from pathlib import Path
 
 from bench.checkpoints import CONTEXT_TOKENS
 from mlx_k2.cluster.hostfile import local_hostfile
+from mlx_k2.deployment.cluster_options import open_source
 from mlx_k2.deployment.deploy import Deployment, deploy
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener
@@ -30,4 +31,4 @@ def local_deployment(
         num_slots=num_slots,
         draft_head=head,
     )
-    return deploy(request, model, DeploymentListener())
+    return deploy(*open_source(request), DeploymentListener())

@@ -114,7 +114,7 @@ def deployment_request(
 ) -> DeploymentRequest:
     """Return the request for a deployment in which at most ``num_slots`` sequences run at once.
 
-    A draft head is loaded only if ``draft_mode`` uses it, and several stages can run drafts.
+    A draft head is loaded only if ``draft_mode`` uses it. One stage does without the built-in model's.
 
     Raises:
         HostfileError: the hostfile cannot be used.
@@ -122,6 +122,8 @@ def deployment_request(
     """
     hostfile, head = options.read_hostfile(), options.draft_head
     effective_mode(draft_mode, has_head=head is not None)
+    if not draft_mode.uses_head or (len(hostfile.hosts) == 1 and options.draft_model is None):
+        head = None
     return DeploymentRequest(
         hostfile=hostfile,
         hostfile_path=options.hostfile,
@@ -134,7 +136,7 @@ def deployment_request(
         num_slots=num_slots,
         dense_bits=options.dense_bits,
         check_weights=options.check_weights,
-        draft_head=head if draft_mode.uses_head and len(hostfile.hosts) > 1 else None,
+        draft_head=head,
     )
 
 

@@ -12,6 +12,7 @@ from mlx_k2.builtin import BUILTIN_FOLDER
 from mlx_k2.cluster.hostfile import Hostfile, local_hostfile
 from mlx_k2.coordinator.engine import Engine, engine_on
 from mlx_k2.coordinator.handle import Finished, Token
+from mlx_k2.deployment.cluster_options import open_source
 from mlx_k2.deployment.deploy import deploy
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener
@@ -19,7 +20,6 @@ from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.drafts import DraftSource
 from mlx_k2.scheduling.request import Request
-from mlx_k2.weights.checkpoint import describe_model, read_small_files
 from mlx_k2.weights.model_source import BUILTIN, BUILTIN_HEAD, DraftHead, ModelSource
 from tests.local_cluster import rest_of
 from training.conversation import render_prompt
@@ -45,12 +45,11 @@ HEAD = DraftHead(source=ModelSource(path_or_repo=BUILTIN_HEAD), bits=8)
 @pytest.fixture(scope="module")
 def engine_of() -> Iterator[EngineOf]:
     """Yield a function from a number of stages to an engine. One stage has no head."""
-    model = describe_model(read_small_files(BUILTIN_FOLDER), str(BUILTIN_FOLDER))
     with ExitStack() as stack:
 
         def start(num_stages: int) -> Engine:
             asked = builtin_request(local_hostfile(num_stages), HEAD if num_stages > 1 else None)
-            deployment = stack.enter_context(deploy(asked, model, DeploymentListener()))
+            deployment = stack.enter_context(deploy(*open_source(asked), DeploymentListener()))
             mode = DraftMode.MODEL if num_stages > 1 else DraftMode.OFF
             return stack.enter_context(engine_on(deployment, draft_mode=mode))
 
