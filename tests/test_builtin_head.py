@@ -107,7 +107,7 @@ def test_the_program_accepts_as_many_drafts_as_the_training_code_predicts(rows: 
     for row in [row for row in rows if row.temperature == 0][: 200 if IS_LONG else 6]:
         prompt, answer = tuple(row.tokens[: row.num_prompt].tolist()), row.tokens[row.num_prompt :].tolist()
         request = Request(prompt, len(answer) + 1, Sampling(seed=0, temperature=0.0), frozenset({STOP_ID}))
-        *tokens, end = engine.submit(request).events()
+        *_, end = engine.submit(request).events()
         assert isinstance(end, Finished)
         expected = sum(position.is_head_right for position in measured([row]))
         assert end.summary.num_accepted == pytest.approx(expected, abs=1)
