@@ -1,27 +1,30 @@
 """Tests of the built-in model's draft head over real stages: the tokens are those of one stage without a head."""
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
+from pathlib import Path
 
 import hypothesis
 import pytest
 
 from mlx_k2.builtin import BUILTIN_FOLDER
-from mlx_k2.cluster.hostfile import Hostfile, local_hostfile
+from mlx_k2.cluster.hostfile import Backend, Hostfile, local_hostfile
 from mlx_k2.coordinator.engine import Engine, engine_on
 from mlx_k2.coordinator.handle import Finished, Token
 from mlx_k2.deployment.cluster_options import open_source
 from mlx_k2.deployment.deploy import deploy
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener
+from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.drafts import DraftSource
 from mlx_k2.scheduling.request import Request
 from mlx_k2.weights.model_source import BUILTIN, BUILTIN_HEAD, DraftHead, ModelSource
-from tests.local_cluster import rest_of
+from tests.local_cluster import marked_host, rest_of, stage_process
 from training.conversation import render_prompt
 from training.data import Question, held_out
 from training.vocabulary import load_encoding
@@ -123,3 +126,25 @@ def test_drafts_of_the_head_are_accepted_and_an_answer_has_the_same_tokens_after
     (count,) = end.summary.drafts
     assert count.source is DraftSource.MODEL
     assert count.num_accepted > 0.5 * len(alone)
+
+
+@pytest.mark.slow
+def test_an_answer_with_drafts_goes_on_with_the_same_tokens_after_any_stage_is_killed(
+    engine_of: EngineOf, tmp_path: Path
+) -> None:
+    request = Request(prompt_ids(QUESTIONS[250]), 60, Sampling(seed=3, temperature=1.0), frozenset())
+    hosts = tuple(marked_host(tmp_path, rank, sys.executable) for rank in range(2))
+    asked = builtin_request(Hostfile(hosts=hosts, backend=Backend.RING), HEAD)
+    with (
+        RestartingDeployment(*open_source(asked), DeploymentListener(), 5, first_wait_s=0.05) as restarting,
+        engine_on(restarting.deployment, draft_mode=DraftMode.MODEL, restarts=restarting) as engine,
+    ):
+        token_ids = []
+        for event in engine.submit(request).events():
+            if isinstance(event, Token):
+                token_ids.append(event.token_id)
+                if len(token_ids) in (10, 30):
+                    stage_process(len(token_ids) // 30).kill()
+    assert isinstance(event, Finished)
+    assert event.summary.num_accepted > 0
+    assert token_ids == tokens(engine_of(1), request)
