@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Event, Finished, Token
 from mlx_k2.coordinator.pipeline import StageUse
+from mlx_k2.scheduling.drafts import DraftSource
 from mlx_k2.server.cluster_activity import ClusterActivity
 from mlx_k2.server.request_record import RequestRecord
 
@@ -54,6 +55,9 @@ class Metrics:
                 ("accepted_draft_tokens", "Accepted draft tokens by source and position."),
             )
         )
+        for source in DraftSource:
+            self._drafted_by.labels(source.value, 1)
+            self._accepted_by.labels(source.value, 1)
         self._ended = Counter(
             "mlx_k2_request_success", "Finished requests.", ["finished_reason"], registry=self._registry
         )
