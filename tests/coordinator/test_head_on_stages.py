@@ -117,8 +117,8 @@ def test_drafts_of_the_head_are_accepted_and_an_answer_has_the_same_tokens_after
     request = Request(prompt_ids(QUESTIONS[250]), 60, Sampling(seed=3, temperature=0.0), frozenset({STOP_ID}))
     alone = tokens(engine_of(1), request)
     cancelled = engine_of(2).submit(Request(prompt_ids(QUESTIONS[700]), 60, Sampling(seed=1), frozenset()))
-    for count, event in enumerate(cancelled.events()):
-        if isinstance(event, Token) and count > 5:
+    for number, event in enumerate(cancelled.events()):
+        if isinstance(event, Token) and number > 5:
             cancelled.cancel()
     token_ids, end = rest_of(engine_of(2).submit(request))
     assert token_ids == alone
