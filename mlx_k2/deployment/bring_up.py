@@ -70,12 +70,19 @@ def prepare(group: StageGroup, messages: Sequence[Prepare]) -> tuple[Prepared, .
     """Send every stage its Prepare: it reads the model's config and index and picks its ports. Return the answers.
 
     Raises:
-        StageStartError: two hosts have different models.
+        StageStartError: two hosts have different models, or different draft heads.
         ProtocolError: a stage reports other addresses than those of its host.
     """
     for rank, message in enumerate(messages):
         group.send(rank, message)
     prepared = collect(group, Prepared, range(group.size), PREPARE_S, "prepare")
+    heads = {answer.draft_digest: rank for rank, answer in enumerate(prepared) if answer.draft_digest is not None}
+    if len(heads) > 1:
+        one, other, *_ = heads.values()
+        raise StageStartError(
+            f"the draft head on {group.host(one)} (stage {one}) is not the one on {group.host(other)} (stage {other}): "
+            "copy the same files to both"
+        )
     for rank, answer in enumerate(prepared):
         if answer.model_digest != prepared[0].model_digest:
             raise StageStartError(

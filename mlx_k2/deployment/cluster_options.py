@@ -13,6 +13,7 @@ from mlx_k2.errors import DownloadError, HostfileError, RequestError
 from mlx_k2.launch.group import STALL_TIMEOUT_S
 from mlx_k2.scheduling.drafter import DraftMode, effective_mode
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
+from mlx_k2.weights.draft_head import describe_draft
 from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_source import BUILTIN, BUILTIN_HEAD, DraftHead, ModelSource, is_repo, model_folder
 
@@ -149,17 +150,30 @@ def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDes
     Raises:
         SetupError: the model is not found, or mlx-k2 cannot run it.
     """
-    source = request.source
+    source, head = request.source, request.draft_head
+    if head is not None and len(request.hostfile.hosts) == 1:
+        raise RequestError("--draft-model is for two stages or more: with one, leave it out")
     elsewhere = not request.hostfile.hosts[0].is_local
-    if elsewhere and not is_repo(source) and not model_folder(source).is_dir():
+    sources = [source] if head is None else [source, head.source]
+    if elsewhere and not all(is_repo(one) or model_folder(one).is_dir() for one in sources):
         return request, None
     try:
         files, pinned = read_model_files(source)
+        model = describe_model(files, source.path_or_repo)
+        request = replace(request, source=pinned)
+        return (request, model) if head is None else _with_draft(request, model, head)
     except DownloadError:
         if elsewhere:
             return request, None
         raise
-    return replace(request, source=pinned), describe_model(files, source.path_or_repo)
+
+
+def _with_draft(
+    request: DeploymentRequest, model: ModelDescription, head: DraftHead
+) -> tuple[DeploymentRequest, ModelDescription]:
+    files, pinned = read_model_files(head.source)
+    draft = describe_draft(files, head, model.config)
+    return replace(request, draft_head=msgspec.structs.replace(head, source=pinned)), replace(model, draft=draft)
 
 
 def _absolute(source: ModelSource) -> ModelSource:

@@ -6,14 +6,15 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import psutil
 
 from mlx_k2.deployment.deployment_request import DeploymentRequest, source_on
 from mlx_k2.deployment.plan import DEFAULT_CONTEXT_TOKENS, HostMemory, RunShape, StagePlan, choose_shape, plan_stages
 from mlx_k2.errors import PartitionError, RequestError
 from mlx_k2.weights.checkpoint import ModelDescription, locate_tensors
-from mlx_k2.weights.inventory import shard_specs
-from mlx_k2.weights.model_source import is_repo, model_folder
+from mlx_k2.weights.draft_head import stage_specs
+from mlx_k2.weights.model_source import DraftHead, is_repo, model_folder
 
 MAX_HALVINGS = 8
 """A context of less than 1/128 of what was asked for is not proposed."""
@@ -35,9 +36,23 @@ def preview(request: DeploymentRequest, model: ModelDescription) -> tuple[RunSha
     for plan in plans:
         source = source_on(plan.host, request.source)
         if plan.host.is_local and not is_repo(source):
-            specs = shard_specs(model.config, plan.assignment.first_layer, plan.assignment.end_layer)
-            locate_tensors(model_folder(source), model.index, specs)
+            layers = plan.assignment.first_layer, plan.assignment.end_layer
+            locate_tensors(model_folder(source), model.index, stage_specs(model.config, *layers, model.draft))
+            _check_draft(request.draft_head, model, layers)
     return shape, plans
+
+
+def _check_draft(head: DraftHead | None, model: ModelDescription, layers: tuple[int, int]) -> None:
+    """Check the headers of a draft head's files, if a stage of ``layers`` on this machine reads them."""
+    draft = model.draft
+    if (
+        head is None
+        or draft is None
+        or is_repo(head.source)
+        or not draft.is_on(*layers, model.config.num_hidden_layers)
+    ):
+        return
+    locate_tensors(model_folder(head.source), draft.index, draft.specs())
 
 
 def plan_for(
@@ -65,7 +80,7 @@ def _planned(
     shape = choose_shape(
         model.config, request.dtype, request.context_tokens, request.num_slots, all_on_gpu, request.dense_bits
     )
-    return shape, plan_stages(model, request.hostfile, memories, request.split, shape)
+    return shape, plan_stages(model, request.hostfile, memories, request.split, shape, request.draft_head)
 
 
 def _hints(
@@ -77,6 +92,10 @@ def _hints(
     smaller = [context >> halvings for halvings in range(1, MAX_HALVINGS) if context >> halvings > 1]
     changes += [(f"give --context {tokens}", {"context_tokens": tokens}) for tokens in smaller]
     changes += [(f"give --dense-bits {bits}", {"dense_bits": bits}) for bits in (8, 4)]
+    if (head := request.draft_head) is not None:
+        smaller_heads = [msgspec.structs.replace(head, bits=bits) for bits in (8, 4)]
+        changes += [(f"give --draft-bits {smaller.bits}", {"draft_head": smaller}) for smaller in smaller_heads]
+        changes.append(("leave --draft-model out", {"draft_head": None}))
     found: dict[str, str] = {}
     for hint, change in changes:
         option = hint.split()[1]

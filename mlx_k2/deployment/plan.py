@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from mlx_k2.cluster.hostfile import Host, Hostfile
 from mlx_k2.cluster.memory import (
     BLOCKS_AT_A_TIME,
@@ -25,6 +27,7 @@ from mlx_k2.config import ModelConfig
 from mlx_k2.errors import RequestError, StageStartError
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.dense_matrices import group_size
+from mlx_k2.weights.draft_head import DraftDescription, stage_specs
 from mlx_k2.weights.inventory import (
     TensorSpec,
     embedding_read_bytes_per_token,
@@ -34,8 +37,8 @@ from mlx_k2.weights.inventory import (
     held_bytes,
     layer_read_bytes_per_token,
     layer_specs,
-    shard_specs,
 )
+from mlx_k2.weights.model_source import DraftHead
 
 DEFAULT_CONTEXT_TOKENS = 32768
 GPU_CHUNK_TOKENS = 4096
@@ -135,19 +138,24 @@ def plan_stages(
     memories: Sequence[HostMemory],
     split: Sequence[int] | None,
     shape: RunShape,
+    head: DraftHead | None = None,
 ) -> tuple[StagePlan, ...]:
-    """Divide the model's layers over the hosts, by ``split`` or for the fastest decoding.
+    """Divide the model's layers, and with ``head`` its draft head, over the hosts: by ``split`` or for speed.
 
     Raises:
         PartitionError: there is no such split, or it does not fit.
     """
     config, compute_bytes = model.config, DTYPE_BYTES[shape.dtype]
-    largest_bytes = max(held_bytes(piece, compute_bytes) for piece in _distinct_parts(config))  # unquantized
+    draft = None if head is None else model.draft
+    parts = _distinct_parts(config) + ([] if draft is None else [draft.aux_specs(), draft.layer_specs()])
+    largest_bytes = max(held_bytes(piece, compute_bytes) for piece in parts)  # unquantized
     block_bytes = attention_block_bytes(config, shape.context_tokens, compute_bytes, on_gpu=shape.on_gpu)
     beside_bytes = working_bytes(
         config, shape.chunk_tokens, compute_bytes, largest_bytes, block_bytes=block_bytes, on_gpu=shape.on_gpu
     )
     pieces = _model_costs(config, shape, compute_bytes)
+    if head is not None and draft is not None:
+        pieces = _add_draft(pieces, draft, head.bits, shape, compute_bytes)
     capacities = _capacities(hostfile.hosts, memories, beside_bytes)
     assignments = divide_layers(pieces, capacities) if split is None else divide_as_asked(pieces, capacities, split)
     cache_bytes = layer_cache_bytes(config, shape.num_slots, shape.context_tokens, compute_bytes)
@@ -162,7 +170,7 @@ def plan_stages(
             shard_bytes=assignment.held_bytes - assignment.num_layers * cache_bytes,
             needed_bytes=assignment.held_bytes + beside_bytes + BLOCKS_AT_A_TIME * added_bytes,
             block_bytes=block_bytes + added_bytes,
-            files=tuple(model.index.files(shard_specs(config, assignment.first_layer, assignment.end_layer))),
+            files=tuple(model.index.files(stage_specs(config, assignment.first_layer, assignment.end_layer, draft))),
         )
         plans.append(plan)
     return tuple(plans)
@@ -203,6 +211,24 @@ def _model_costs(config: ModelConfig, shape: RunShape, compute_bytes: int) -> Mo
             held_bytes(head_specs(config), compute_bytes, bits), head_read_bytes_per_token(config, compute_bytes, bits)
         ),
     )
+
+
+def _add_draft(
+    pieces: ModelCosts, draft: DraftDescription, bits: int | None, shape: RunShape, compute_bytes: int
+) -> ModelCosts:
+    """Add a draft head: a slice of ``fc`` to each layer that it reads, all else to the target's head.
+
+    Each token reads the slices and the head, as when every token is drafted after.
+    """
+    slice_bytes = draft.slice_bytes(compute_bytes, bits)
+    layers = list(pieces.layers)
+    for layer in draft.aux_layers:
+        layers[layer] += LayerCost(slice_bytes, slice_bytes)
+    layer_bytes, projection_bytes = draft.layer_bytes(compute_bytes, bits), draft.projection_bytes(compute_bytes, bits)
+    cache_bytes = layer_cache_bytes(draft.layer, shape.num_slots, shape.context_tokens, compute_bytes)
+    held = layer_bytes + projection_bytes + cache_bytes + draft.embedding_bytes(compute_bytes)
+    read = layer_bytes + (projection_bytes or pieces.head.read_bytes)
+    return msgspec.structs.replace(pieces, layers=tuple(layers), head=pieces.head + LayerCost(held, read))
 
 
 def _distinct_parts(config: ModelConfig) -> list[tuple[TensorSpec, ...]]:

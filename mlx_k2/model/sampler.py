@@ -44,6 +44,16 @@ def sample_tokens(logits: mx.array, requests: Sequence[SamplingRequest]) -> list
     ]
 
 
+def sample_draft(logits: mx.array, request: SamplingRequest) -> int:
+    """Return the token of a draft head's logits (1, vocabulary) with the filters and the noise of the target's token.
+
+    The noise of a position is the same for both, so they sample the same token as often as their distributions allow
+    without a second look at the target's (Daliri, Musco, Suresh, arXiv 2408.07978).
+    """
+    token_id: int = np.asarray(_token(logits, request)).item()
+    return token_id
+
+
 def _masked(logits: mx.array, request: SamplingRequest) -> mx.array:
     """Return logits (1, vocabulary) with minus infinity for the tokens that the request's mask excludes."""
     if request.token_mask is None:

@@ -6,11 +6,19 @@ from pathlib import Path
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.errors import CheckpointError
-from mlx_k2.weights.index import INDEX_NAME, CheckpointIndex, check_file, check_names, model_digest, read_index_json
+from mlx_k2.weights.draft_head import DraftDescription
+from mlx_k2.weights.index import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    CheckpointIndex,
+    check_file,
+    check_names,
+    model_digest,
+    read_index_json,
+)
 from mlx_k2.weights.inventory import TensorSpec
 from mlx_k2.weights.safetensors_file import open_regular
 
-CONFIG_NAME = "config.json"
 TOKENIZER_NAMES = (
     "tiktoken.model",
     "tokenizer_config.json",
@@ -21,13 +29,17 @@ TOKENIZER_NAMES = (
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A model's small files, parsed. ``unread_tensors``: one line for the user about tensors that are not read."""
+    """A model's small files, parsed, and its draft head, if there is one.
+
+    ``unread_tensors``: one line for the user about tensors that are not read.
+    """
 
     files: Mapping[str, bytes]
     config: ModelConfig
     index: CheckpointIndex
     digest: str
     unread_tensors: str | None
+    draft: DraftDescription | None = None
 
 
 def describe_model(files: Mapping[str, bytes], source: str) -> ModelDescription:

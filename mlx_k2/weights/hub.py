@@ -27,8 +27,8 @@ from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # document
 
 from mlx_k2.errors import DownloadError
 from mlx_k2.http_reason import http_reason
-from mlx_k2.weights.checkpoint import CONFIG_NAME, TOKENIZER_NAMES
-from mlx_k2.weights.index import INDEX_NAME, SINGLE_FILE_NAME
+from mlx_k2.weights.checkpoint import TOKENIZER_NAMES
+from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, SINGLE_FILE_NAME
 from mlx_k2.weights.manifest import HubFile
 
 _LIST_TIMEOUT_S = 10.0

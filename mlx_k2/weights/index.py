@@ -14,6 +14,7 @@ from mlx_k2.json_text.read import read_json
 from mlx_k2.weights.inventory import TensorSpec, model_specs
 from mlx_k2.weights.safetensors_file import Header, open_regular, read_header
 
+CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAME = "model.safetensors"
 
