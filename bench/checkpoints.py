@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_k2.testing.random_draft_head import draft_config_fields, write_random_draft_head
 
 from mlx_k2.testing.random_checkpoint import write_random_checkpoint
+from mlx_k2.testing.random_draft_head import draft_config_fields, write_random_draft_head
 from mlx_k2.testing.tiny_config import tiny_config_fields
 from mlx_k2.testing.tiny_vocabulary import tiny_vocabulary
 from mlx_k2.weights.checkpoint import describe_model, read_small_files
