@@ -30,7 +30,7 @@ from training.data import Question, held_out
 from training.vocabulary import load_encoding
 
 IS_LONG = hypothesis.settings.get_current_profile_name() == "long"
-NUM_CASES = 400 if IS_LONG else 14
+NUM_CASES = 400 if IS_LONG else 8
 CONTEXT_TOKENS = 1024
 EngineOf = Callable[[int], Engine]
 
