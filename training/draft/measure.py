@@ -15,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from bench.measure import with_part
 from mlx_k2.builtin import BUILTIN_FOLDER
 from mlx_k2.scheduling.drafter import NgramDrafter
 from training.data import held_out
@@ -24,6 +25,7 @@ from training.draft.head import HeadForward, Weights
 from training.draft.train import outer_weights, read_weights
 from training.vocabulary import load_encoding
 
+_CARD = Path("docs/model-card.md")
 _NOISE_SEED = 5
 _SURE = 0.9
 """Tokens whose best probability is lower are counted apart."""
@@ -106,8 +108,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--answers", type=Path, required=True, help="file of training.draft.answers --held-out")
     parser.add_argument("--run", type=Path, required=True, help="folder of the training run, or of a head")
+    parser.add_argument("--save", action="store_true", help="put the table into docs/model-card.md")
     options = parser.parse_args()
-    print(table(list(positions(held_out_rows(options.answers), read_weights(options.run)))))
+    found = table(list(positions(held_out_rows(options.answers), read_weights(options.run))))
+    print(found)
+    if options.save:
+        _CARD.write_text(with_part(_CARD.read_text(), "python -m training.draft.measure --save", found))
 
 
 if __name__ == "__main__":
