@@ -55,9 +55,9 @@ class Metrics:
                 ("accepted_draft_tokens", "Accepted draft tokens by source and position."),
             )
         )
-        for source in DraftSource:
-            self._drafted_by.labels(source.value, 1)
-            self._accepted_by.labels(source.value, 1)
+        for drafter in DraftSource:
+            self._drafted_by.labels(drafter.value, 1)
+            self._accepted_by.labels(drafter.value, 1)
         self._ended = Counter(
             "mlx_k2_request_success", "Finished requests.", ["finished_reason"], registry=self._registry
         )
