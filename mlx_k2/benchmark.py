@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
+from mlx_k2.coordinator.draft_times import DraftTimer, DraftTimes
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.coordinator.handle import Finished, Handle, Token
 from mlx_k2.coordinator.jobs import Submission
@@ -18,6 +19,8 @@ from mlx_k2.deployment.plan import DTYPE_BYTES
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.drafter import DraftMode
+from mlx_k2.scheduling.drafts import DraftCount, merge_counts
 from mlx_k2.scheduling.request import Request
 
 WARM_UP_TOKENS = 8
@@ -56,8 +59,9 @@ class Measured:
     decode_tokens_per_s: float | None
     inter_token_p50_s: float | None
     inter_token_p95_s: float | None
-    num_drafted: int
-    num_accepted: int
+    drafts: tuple[DraftCount, ...]
+    draft_times: DraftTimes | None
+    """Times of steps with a draft head; None without right and wrong drafts."""
     wall_s: float
     stages: tuple[StageTimes, ...]
 
@@ -74,11 +78,10 @@ class Measured:
 
 @dataclass
 class _Stream:
-    """Arrival times of one stream's tokens, and its draft counts."""
+    """Arrival times of one stream's tokens, and its counts of drafts."""
 
     arrivals: list[float] = field(default_factory=list)
-    num_drafted: int = 0
-    num_accepted: int = 0
+    drafts: tuple[DraftCount, ...] = ()
 
 
 class Benchmark:
@@ -88,13 +91,14 @@ class Benchmark:
     """
 
     def __init__(
-        self, deployment: Deployment, *, drafts: bool, on_report: Callable[[StageReport], None] | None = None
+        self, deployment: Deployment, *, draft_mode: DraftMode, on_report: Callable[[StageReport], None] | None = None
     ) -> None:
         self._deployment = deployment
         self._on_report = on_report
         self._is_warm = False
         self._num_prompts = 0
-        self._engine = engine_on(deployment, drafts=drafts, prompts_first=True, on_report=self._report)
+        self._timer = DraftTimer(deployment.group.size)
+        self._engine = engine_on(deployment, draft_mode=draft_mode, prompts_first=True, on_report=self._report)
 
     def __enter__(self) -> "Benchmark":
         self._engine.__enter__()
@@ -114,11 +118,14 @@ class Benchmark:
     def measure(self, workload: Workload, repeat: int = 0) -> Measured:
         """Run ``workload`` once, on prompts that are not cached. Stop tokens do not end a stream."""
         before = [_copy(use) for use in self._engine.use]
+        self._timer = DraftTimer(len(before))
         began = time.perf_counter()
         streams = self._run(workload)
         wall_s = time.perf_counter() - began
         stages = self._stage_times(before, wall_s)
-        return _measured(workload, repeat, began, wall_s, streams, stages)
+        runs = self._engine.use[-1].draft_runs - before[-1].draft_runs
+        head_s = (self._engine.use[-1].draft_s - before[-1].draft_s) / max(1, runs)
+        return _measured(workload, repeat, began, wall_s, streams, stages, self._timer.times(head_s) if runs else None)
 
     def _run(self, workload: Workload) -> list[_Stream]:
         handles = self._engine.submit_all([Submission(self._request(workload)) for _ in range(workload.streams)])
@@ -137,6 +144,7 @@ class Benchmark:
         return _random_request(workload, self._deployment.model.config.vocab_size, self._num_prompts)
 
     def _report(self, report: StageReport) -> None:
+        self._timer.add(report)
         if self._is_warm and self._on_report is not None:
             self._on_report(report)
 
@@ -203,7 +211,7 @@ def _read(handles: Sequence[Handle]) -> list[_Stream]:
             if isinstance(event, Token):
                 stream.arrivals.append(event.arrived_at)
             elif isinstance(event, Finished):
-                stream.num_drafted, stream.num_accepted = event.summary.num_drafted, event.summary.num_accepted
+                stream.drafts = event.summary.drafts
         streams.append(stream)
     return streams
 
@@ -231,6 +239,7 @@ def _measured(
     wall_s: float,
     streams: Sequence[_Stream],
     stages: tuple[StageTimes, ...],
+    draft_times: DraftTimes | None = None,
 ) -> Measured:
     """Return the result of a run.
 
@@ -253,8 +262,8 @@ def _measured(
         decode_tokens_per_s=num_decoded / decode_s if decode_s > 0 else None,
         inter_token_p50_s=_percentile(gaps, 0.5),
         inter_token_p95_s=_percentile(gaps, 0.95),
-        num_drafted=sum(stream.num_drafted for stream in streams),
-        num_accepted=sum(stream.num_accepted for stream in streams),
+        drafts=merge_counts(count for stream in streams for count in stream.drafts),
+        draft_times=draft_times,
         wall_s=wall_s,
         stages=stages,
     )

@@ -119,7 +119,7 @@ def command(options: BenchOptions) -> None:
             list(_run(ServerBenchmark(engine.submit, engine.frontend.tokenizer.vocab_size), workloads, options.repeat))
         )
         return
-    asked, model = open_source(deployment_request(options.cluster, max(options.streams)))
+    asked, model = open_source(deployment_request(options.cluster, max(options.streams), options.draft_mode))
     if model is not None:
         check_workloads(workloads, preview(asked, model)[0].context_tokens, model.config.max_position_embeddings)
     with ConsoleListener(options.verbose) as listener, deploy(asked, model, listener) as deployment:
@@ -130,7 +130,7 @@ def command(options: BenchOptions) -> None:
             log(f"memory holds {deployment.shape.num_slots} sequences at once; more streams take turns")
         trace = None if options.trace_path is None else Trace([plan.host.ssh for plan in deployment.plans])
         on_report = None if trace is None else trace.add
-        with Benchmark(deployment, drafts=options.draft_mode is not DraftMode.OFF, on_report=on_report) as benchmark:
+        with Benchmark(deployment, draft_mode=options.draft_mode, on_report=on_report) as benchmark:
             rows = list(_run(benchmark, workloads, options.repeat))
         document = bench_document(deployment, rows, options.cluster.model, options.draft_mode.value)
     _write(document, rows, trace, options)
@@ -182,6 +182,26 @@ def _show(rows: Sequence[Measured]) -> None:
             " ".join(f"{100 * fraction:.0f}" for fraction in row.stage_busy),
         )
     show_table(table)
+    for row in rows:
+        _show_drafts(row)
+
+
+def _show_drafts(row: Measured) -> None:
+    """Log the acceptance by source and position, and the time of a right draft beside the expected one."""
+    if not row.drafts:
+        return
+    counts = (
+        f"{count.source.value} {count.position}: {count.num_accepted} of {count.num_drafted}" for count in row.drafts
+    )
+    log(f"drafts accepted, by source and position: {', '.join(counts)}")
+    times = row.draft_times
+    if times is not None:
+        log(
+            f"ms of a right draft {1000 * times.right_s:.1f}, expected {1000 * times.cycle_s:.1f}; "
+            f"of a wrong one {1000 * times.wrong_s:.1f}; stages "
+            f"{' + '.join(f'{1000 * seconds:.1f}' for seconds in times.stages_s)}, hop {1000 * times.hop_s:.1f}, "
+            f"draft head {1000 * times.head_s:.1f}"
+        )
 
 
 def _number(value: float | None, scale: float) -> str:

@@ -15,8 +15,10 @@ import msgspec
 
 from mlx_k2 import __version__
 from mlx_k2.benchmark import Measured, StageTimes
+from mlx_k2.coordinator.draft_times import DraftTimes
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.errors import RequestError
+from mlx_k2.scheduling.drafts import DraftCount
 
 
 class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +39,8 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     inter_token_p95_s: float | None
     num_drafted: int
     num_accepted: int
+    drafts: tuple[DraftCount, ...]
+    draft_times: DraftTimes | None
     wall_s: float
 
 
@@ -73,7 +77,8 @@ class BenchDocument(msgspec.Struct, frozen=True, kw_only=True):
 
 _BESIDE = ("made", "model", "dtype", "draft")
 _TIMES = tuple(field.name for field in dataclasses.fields(StageTimes))
-_IN_ROW = tuple(name for name in BenchRow.__struct_fields__ if name != "stage_times")
+_JSON_ONLY = ("stage_times", "drafts", "draft_times")
+_IN_ROW = tuple(name for name in BenchRow.__struct_fields__ if name not in _JSON_ONLY)
 CSV_COLUMNS = (*_BESIDE, *Versions.__struct_fields__, *_IN_ROW, *(f"stage_{name}" for name in _TIMES))
 
 
@@ -114,6 +119,8 @@ def _row(row: Measured, num_stages: int) -> BenchRow:
         decode_tokens_per_s_per_stream=row.decode_tokens_per_s_per_stream,
         stage_busy=row.stage_busy,
         stage_times=row.stages,
+        num_drafted=sum(count.num_drafted for count in row.drafts),
+        num_accepted=sum(count.num_accepted for count in row.drafts),
         **{name: getattr(row, name) for name in same},
     )
 

@@ -92,7 +92,7 @@ def command(options: ChatOptions) -> None:
         with _opened(options) as (screen, tools, transcript):
             _chat_on_server(options, screen, tools, transcript)
         return
-    request = deployment_request(options.cluster, WANTED_SLOTS)
+    request = deployment_request(options.cluster, WANTED_SLOTS, options.draft_mode)
     for line in request.hostfile.warnings:
         log(line)
     request, model = open_source(request)
@@ -149,7 +149,7 @@ def _chat(
 
     engine = engine_on(
         deployment,
-        drafts=options.draft_mode is not DraftMode.OFF,
+        draft_mode=options.draft_mode,
         on_report=restarting.on_report,
         restarts=restarting,
         on_restart=show_idle_restart,

@@ -39,7 +39,6 @@ from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import CheckpointError, DownloadError
-from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.known_layout import known_layout
 from mlx_k2.weights.model_frontend import ModelFrontend
@@ -102,7 +101,7 @@ def command(options: GenerateOptions) -> None:
         return
     num_answers = options.conversation.sampling.num_answers
     num_slots = WANTED_SLOTS if options.prompts_path is not None else min(num_answers, WANTED_SLOTS)
-    request = deployment_request(options.cluster, num_slots)
+    request = deployment_request(options.cluster, num_slots, options.draft_mode)
     for line in request.hostfile.warnings:
         log(line)
     if options.dry_run:
@@ -171,7 +170,7 @@ def _answer(options: GenerateOptions, restarting: RestartingDeployment, text: st
         _output(options, frontend) as output,
         engine_on(
             deployment,
-            drafts=options.draft_mode is not DraftMode.OFF,
+            draft_mode=options.draft_mode,
             on_report=restarting.on_report,
             restarts=restarting,
         ) as engine,

@@ -22,7 +22,6 @@ from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import SetupError
 from mlx_k2.sampling import derived_seed
-from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.text.chat_template import ChatTemplate
 from mlx_k2.text.history import num_calls
 from mlx_k2.text.history_reader import read_history
@@ -113,7 +112,7 @@ class _Batch:
             log(text)
         engine = engine_on(
             self._restarting.deployment,
-            drafts=self._options.draft_mode is not DraftMode.OFF,
+            draft_mode=self._options.draft_mode,
             prompts_first=True,
             on_report=self._restarting.on_report,
             restarts=self._restarting,

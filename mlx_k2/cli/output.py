@@ -17,6 +17,7 @@ from mlx_k2.coordinator.handle import PrefillProgress, Queued, Restarting, Token
 from mlx_k2.coordinator.pipeline import StageUse
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.restarting import Restart
+from mlx_k2.scheduling.drafts import DraftSource
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.text.reply_parts import Content, Part, Reasoning, whole_reply
 from mlx_k2.text.tokenizer import Tokenizer
@@ -65,12 +66,25 @@ class TextOutput:
             f"first token after {first_s:.2f} s" if first_s is not None else None,
             f"prefill {prefill:.1f} tok/s" if prefill is not None else None,
             f"decode {decode:.1f} tok/s" if decode is not None else None,
-            f"{summary.num_accepted} of {summary.num_drafted} draft tokens accepted" if summary.num_drafted else None,
+            _accepted_drafts(summary),
         )
         log(" · ".join(parts))
         log(" · ".join(part for part in times if part))
         if deployment is not None:
             show_stage_use(deployment, use)
+
+
+def _accepted_drafts(summary: AnswerSummary) -> str | None:
+    """Return the number of accepted draft tokens, with that of each source if there are several; None without any."""
+    if not summary.drafts:
+        return None
+    counts = [
+        f"{source.value} {sum(one.num_accepted for one in found)} of {sum(one.num_drafted for one in found)}"
+        for source in DraftSource
+        if (found := [one for one in summary.drafts if one.source is source])
+    ]
+    by_source = f" ({', '.join(counts)})" if len(counts) > 1 else ""
+    return f"{summary.num_accepted} of {summary.num_drafted} draft tokens accepted{by_source}"
 
 
 class TokenLine(msgspec.Struct, frozen=True):

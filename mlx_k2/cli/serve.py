@@ -141,7 +141,7 @@ def command(options: ServeOptions) -> None:
     Clients use the base address http://127.0.0.1:8080/v1, and any key until `mlx-k2 keys add` has made one. After a
     fault all stages start again, for ever, and running answers go on where they were.
     """  # noqa: D301  # click reads the escape
-    request = deployment_request(options.cluster, options.max_sequences)
+    request = deployment_request(options.cluster, options.max_sequences, options.draft_mode)
     for line in request.hostfile.warnings:
         log(line)
     request, model = open_source(request)
@@ -253,7 +253,7 @@ def _serve(
         language_model = LanguageModel(frontend, state.model_name)
         with engine_on(
             deployment,
-            drafts=options.draft_mode is not DraftMode.OFF,
+            draft_mode=options.draft_mode,
             on_report=on_report,
             restarts=CountedRestarts(state.activity, restarting),
             on_restart=on_restart,

@@ -87,8 +87,6 @@ class _Run:
             time_to_first_token_s=first_s,
             prefill_tokens_per_s=(num_prompt - self.num_cached) / first_s if first_s else None,
             decode_tokens_per_s=(self.num_sampled - 1) / decode_s if decode_s > 0 else None,
-            num_drafted=0,
-            num_accepted=0,
         )
 
 

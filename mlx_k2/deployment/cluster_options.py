@@ -11,10 +11,11 @@ from mlx_k2.cluster.hostfile import Hostfile, local_hostfile, read_hostfile
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.errors import DownloadError, HostfileError, RequestError
 from mlx_k2.launch.group import STALL_TIMEOUT_S
+from mlx_k2.scheduling.drafter import DraftMode, effective_mode
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.draft_head import describe_draft
 from mlx_k2.weights.model_files import read_model_files
-from mlx_k2.weights.model_source import BUILTIN, DraftHead, ModelSource, is_repo, model_folder
+from mlx_k2.weights.model_source import BUILTIN, BUILTIN_HEAD, DraftHead, ModelSource, is_repo, model_folder
 
 LEASE_S = 20.0
 LEASE_RANGE_S = (2, 3600)
@@ -60,7 +61,11 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("dense-bits", self.dense_bits, DENSE_BITS)
         _check_choice("draft-bits", self.draft_bits, DRAFT_BITS)
-        if self.draft_model is None and (self.draft_aux is not None or self.draft_vocab is not None):
+        if (
+            self.draft_model is None
+            and self.model is not None
+            and (self.draft_aux is not None or self.draft_vocab is not None)
+        ):
             raise RequestError("--draft-aux and --draft-vocab are for a draft model: give --draft-model")
         if self.hostfile is not None and self.num_stages is not None:
             raise HostfileError(
@@ -78,12 +83,13 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def draft_head(self) -> DraftHead | None:
-        """The draft head to load beside the model, if one was named."""
-        if self.draft_model is None:
+        """The draft head to load beside the model, if one was named or the model is the built-in one."""
+        if self.draft_model is None and self.model is not None:
             return None
+        named = None if self.draft_model is None else _absolute(ModelSource(path_or_repo=self.draft_model))
         bits = None if self.draft_bits == UNQUANTIZED_BITS else self.draft_bits
         return DraftHead(
-            source=_absolute(ModelSource(path_or_repo=self.draft_model)),
+            source=named or ModelSource(path_or_repo=BUILTIN_HEAD),
             aux_layers=self.draft_aux,
             bits=bits,
             vocab_size=self.draft_vocab,
@@ -104,14 +110,23 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
         return local_hostfile(self.num_stages or (2 if self.model is None else 1))
 
 
-def deployment_request(options: ClusterOptions, num_slots: int = 1) -> DeploymentRequest:
+def deployment_request(
+    options: ClusterOptions, num_slots: int = 1, draft_mode: DraftMode = DraftMode.AUTO
+) -> DeploymentRequest:
     """Return the request for a deployment in which at most ``num_slots`` sequences run at once.
+
+    A draft head is loaded only if ``draft_mode`` uses it. One stage does without the built-in model's.
 
     Raises:
         HostfileError: the hostfile cannot be used.
+        RequestError: ``draft_mode`` is MODEL, and there is no draft head.
     """
+    hostfile, head = options.read_hostfile(), options.draft_head
+    effective_mode(draft_mode, has_head=head is not None)
+    if not draft_mode.uses_head or (len(hostfile.hosts) == 1 and options.draft_model is None):
+        head = None
     return DeploymentRequest(
-        hostfile=options.read_hostfile(),
+        hostfile=hostfile,
         hostfile_path=options.hostfile,
         source=options.source,
         split=options.split,
@@ -122,7 +137,7 @@ def deployment_request(options: ClusterOptions, num_slots: int = 1) -> Deploymen
         num_slots=num_slots,
         dense_bits=options.dense_bits,
         check_weights=options.check_weights,
-        draft_head=options.draft_head,
+        draft_head=head,
     )
 
 

@@ -75,6 +75,7 @@ class PlannedRow:
         is_prompt: bool,
         needs_logits: bool,
         copy_from: int | None = None,
+        is_draft: bool = False,
     ) -> "PlannedRow":
         """Return a row with ``token_ids`` of ``sequence``, starting at ``position``.
 
@@ -83,7 +84,7 @@ class PlannedRow:
         """
         assert sequence.slot is not None, "a waiting sequence is not planned"
         end = position + len(token_ids)
-        row = Row(sequence.slot, position, token_ids, is_prompt, None, copy_from=copy_from)
+        row = Row(sequence.slot, position, token_ids, is_prompt, None, copy_from=copy_from, is_draft=is_draft)
         if needs_logits:
             row = msgspec.structs.replace(
                 row,
@@ -93,6 +94,12 @@ class PlannedRow:
                 logit_bias=sequence.logit_bias(end),
             )
         return cls(sequence, row)
+
+    def with_draft_request(self, num_tokens: int) -> "PlannedRow":
+        """Return the row with a request for ``num_tokens`` drafts after the token that it samples."""
+        sampling = self.sequence.request.sampling
+        draft = DraftRequest(num_tokens, sampling.presence_penalty, sampling.frequency_penalty)
+        return PlannedRow(self.sequence, msgspec.structs.replace(self.row, draft=draft))
 
     @property
     def load(self) -> StepLoad:

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import msgspec
 
-from mlx_k2.builtin import BUILTIN_FOLDER
+from mlx_k2.builtin import BUILTIN_FOLDER, BUILTIN_HEAD_FOLDER
 
 BUILTIN = "built-in"
+BUILTIN_HEAD = "built-in draft head"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
-    """The location of a checkpoint: BUILTIN, a folder on the host that reads it, or a repository on the Hub."""
+    """The location of a checkpoint: a name above, a folder on the host that reads it, or a repository on the Hub."""
 
     path_or_repo: str
     revision: str | None = None
@@ -40,6 +41,6 @@ def is_repo(source: ModelSource) -> bool:
 
 def model_folder(source: ModelSource) -> Path:
     """Return the folder of a model that is not a repository."""
-    if source.path_or_repo == BUILTIN:
-        return BUILTIN_FOLDER
+    if source.path_or_repo in (BUILTIN, BUILTIN_HEAD):
+        return BUILTIN_FOLDER if source.path_or_repo == BUILTIN else BUILTIN_HEAD_FOLDER
     return Path(os.path.expanduser(source.path_or_repo))  # noqa: PTH111  # Path.expanduser raises for an unknown user
