@@ -13,8 +13,7 @@ from mlx_k2.errors import DownloadError, HostfileError, RequestError
 from mlx_k2.launch.group import STALL_TIMEOUT_S
 from mlx_k2.scheduling.drafter import DraftMode, effective_mode
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
-from mlx_k2.weights.draft_head import describe_draft
-from mlx_k2.weights.model_files import read_model_files
+from mlx_k2.weights.model_files import read_draft, read_model_files
 from mlx_k2.weights.model_source import BUILTIN, BUILTIN_HEAD, DraftHead, ModelSource, is_repo, model_folder
 
 LEASE_S = 20.0
@@ -171,9 +170,8 @@ def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDes
 def _with_draft(
     request: DeploymentRequest, model: ModelDescription, head: DraftHead
 ) -> tuple[DeploymentRequest, ModelDescription]:
-    files, pinned = read_model_files(head.source)
-    draft = describe_draft(files, head, model.config)
-    return replace(request, draft_head=msgspec.structs.replace(head, source=pinned)), replace(model, draft=draft)
+    draft, pinned = read_draft(head, model.config)
+    return replace(request, draft_head=pinned), replace(model, draft=draft)
 
 
 def _absolute(source: ModelSource) -> ModelSource:

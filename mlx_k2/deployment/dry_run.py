@@ -14,7 +14,7 @@ from mlx_k2.deployment.plan import DEFAULT_CONTEXT_TOKENS, HostMemory, RunShape,
 from mlx_k2.errors import PartitionError, RequestError
 from mlx_k2.weights.checkpoint import ModelDescription, locate_tensors
 from mlx_k2.weights.draft_head import stage_specs
-from mlx_k2.weights.model_source import DraftHead, is_repo, model_folder
+from mlx_k2.weights.model_source import is_repo, model_folder
 
 MAX_HALVINGS = 8
 """A context of less than 1/128 of what was asked for is not proposed."""
@@ -38,16 +38,7 @@ def preview(request: DeploymentRequest, model: ModelDescription) -> tuple[RunSha
         if plan.host.is_local and not is_repo(source):
             layers = plan.assignment.first_layer, plan.assignment.end_layer
             locate_tensors(model_folder(source), model.index, stage_specs(model.config, *layers, model.draft))
-            _check_draft(request.draft_head, model, layers)
     return shape, plans
-
-
-def _check_draft(head: DraftHead | None, model: ModelDescription, layers: tuple[int, int]) -> None:
-    """Check the headers of a draft head's files, if a stage of ``layers`` on this machine reads them."""
-    draft = model.draft
-    is_read = draft is not None and draft.is_on(*layers, model.config.num_hidden_layers)
-    if head is not None and draft is not None and is_read and not is_repo(head.source):
-        locate_tensors(model_folder(head.source), draft.index, draft.specs())
 
 
 def plan_for(

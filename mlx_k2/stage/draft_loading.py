@@ -8,7 +8,6 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_k2.config import ModelConfig
 from mlx_k2.errors import CheckpointError
 from mlx_k2.model.attention import AttentionLimits
 from mlx_k2.model.draft_head import DraftModel, DraftWeights
@@ -16,7 +15,6 @@ from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.layer_weights import assemble_attention, assemble_dense
 from mlx_k2.model.linear import Matrix, make_matrix
 from mlx_k2.model.stage_model import FeatureSlice, Head
-from mlx_k2.weights.checkpoint import locate_tensors
 from mlx_k2.weights.draft_head import (
     EMBEDDING,
     FC,
@@ -24,25 +22,11 @@ from mlx_k2.weights.draft_head import (
     NORM,
     TARGET_IDS,
     DraftDescription,
-    describe_draft,
     kept_rows,
 )
 from mlx_k2.weights.inventory import head_specs
-from mlx_k2.weights.model_files import read_model_files
-from mlx_k2.weights.model_source import DraftHead, is_repo, model_folder
+from mlx_k2.weights.model_source import DraftHead
 from mlx_k2.weights.reader import ShardReader
-
-
-def read_draft(head: DraftHead, target: ModelConfig) -> DraftDescription:
-    """Return the description of a draft head on this host. In a local folder, check its files' headers, too.
-
-    Raises:
-        SetupError: the head is not there, or is not one for ``target``.
-    """
-    draft = describe_draft(read_model_files(head.source).files, head, target)
-    if not is_repo(head.source):
-        locate_tensors(model_folder(head.source), draft.index, draft.specs())
-    return draft
 
 
 class DraftLoader:

@@ -15,7 +15,7 @@ from mlx_k2.model.layer_weights import LayerWeights, assemble_layer
 from mlx_k2.model.linear import make_matrix
 from mlx_k2.model.stage_model import FeatureSlice, Head, StageModel
 from mlx_k2.protocol.messages import Load, Loaded
-from mlx_k2.stage.draft_loading import DraftLoader, read_draft
+from mlx_k2.stage.draft_loading import DraftLoader
 from mlx_k2.stage.draft_plans import DraftPlans
 from mlx_k2.stage.drafting import Drafting
 from mlx_k2.stage.host import check_memory, on_gpu, peak_bytes, wire_memory
@@ -26,7 +26,7 @@ from mlx_k2.stage.transport import Transport
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.draft_head import DraftDescription, stage_specs
 from mlx_k2.weights.manifest import identify
-from mlx_k2.weights.model_files import locate_shard
+from mlx_k2.weights.model_files import locate_shard, read_draft
 from mlx_k2.weights.model_source import ModelSource
 from mlx_k2.weights.reader import LoadedTensors, ShardReader
 
@@ -166,7 +166,7 @@ class StageLoader:
         """Return the draft head, if there is one and this stage needs a part of it."""
         if message.draft_head is None:
             return None
-        draft = read_draft(message.draft_head, self._description.config)
+        draft = read_draft(message.draft_head, self._description.config).draft
         num_layers = self._description.config.num_hidden_layers
         return draft if draft.is_on(message.first_layer, message.end_layer, num_layers) else None
 

@@ -41,7 +41,6 @@ from mlx_k2.protocol.messages import (
     encode_message,
 )
 from mlx_k2.protocol.stage_status import Phase, PhaseUpdate
-from mlx_k2.stage.draft_loading import read_draft
 from mlx_k2.stage.faults import fault_of
 from mlx_k2.stage.hop_probe import measure_hops
 from mlx_k2.stage.host import hello, on_gpu
@@ -61,7 +60,7 @@ from mlx_k2.stage.transport import (
 )
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model, locate_tensors
 from mlx_k2.weights.draft_head import stage_specs
-from mlx_k2.weights.model_files import fetch_shard, locate_shard, read_model_files
+from mlx_k2.weights.model_files import fetch_shard, locate_shard, read_draft, read_model_files
 from mlx_k2.weights.model_source import is_repo, model_folder
 
 READ_TIMEOUT_S = 120.0
@@ -195,7 +194,7 @@ class StageService:
 
     def _answer_download(self, message: DownloadShard) -> ShardDownloaded:
         description = describe_model(read_model_files(message.model).files, message.model.path_or_repo)
-        draft = None if message.draft_head is None else read_draft(message.draft_head, description.config)
+        draft = None if message.draft_head is None else read_draft(message.draft_head, description.config).draft
         if draft is not None and message.draft_head is not None:
             locate_shard(message.draft_head.source, draft.index, draft.specs(), self._report_download_progress)
         specs = stage_specs(description.config, message.first_layer, message.end_layer, draft)
@@ -217,7 +216,7 @@ class StageService:
     def _answer_prepare(self, message: Prepare) -> Prepared:
         description = describe_model(read_model_files(message.model).files, message.model.path_or_repo)
         draft = message.draft_head
-        digest = None if draft is None or is_repo(draft.source) else read_draft(draft, description.config).digest
+        digest = None if draft is None or is_repo(draft.source) else read_draft(draft, description.config).draft.digest
         ports = HeldPorts(message.listen)
         self._prepared = _PreparedStage(message, description, ports)
         return Prepared(ports.addresses, description.digest, digest)

@@ -8,9 +8,10 @@ from mlx_k2.model.attention import ON_CPU
 from mlx_k2.model.draft_head import DraftModel
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.stage_model import FeatureSlice, Head, StageModel
-from mlx_k2.stage.draft_loading import DraftLoader, read_draft
+from mlx_k2.stage.draft_loading import DraftLoader
 from mlx_k2.weights.checkpoint import locate_tensors
 from mlx_k2.weights.draft_head import DraftDescription
+from mlx_k2.weights.model_files import read_draft
 from mlx_k2.weights.model_source import DraftHead, ModelSource
 from tests.model.chain import open_shards
 from tests.model.checkpoints import read_config
@@ -27,7 +28,7 @@ class LoadedDraft:
 
     def __init__(self, head: DraftHead, target: Path) -> None:
         self.config = read_config(target)
-        self.draft: DraftDescription = read_draft(head, self.config)
+        self.draft: DraftDescription = read_draft(head, self.config).draft
         self._shards = open_shards(target, self.config)
         files = locate_tensors(Path(head.source.path_or_repo), self.draft.index, self.draft.specs())
         self.loaded: list[object] = []

@@ -13,10 +13,11 @@ from mlx_k2.errors import MlxK2Error
 from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.random_draft_head import draft_config_fields, write_random_draft_head
 from mlx_k2.testing.tiny_config import tiny_config_fields
-from mlx_k2.weights.checkpoint import locate_tensors, read_small_files
+from mlx_k2.weights.checkpoint import read_small_files
 from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.draft_head import LM_HEAD, DraftDescription, describe_draft, kept_rows
 from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, SINGLE_FILE_NAME
+from mlx_k2.weights.model_files import read_draft
 from mlx_k2.weights.model_source import DraftHead, ModelSource
 
 FIELDS = tiny_config_fields(192, hidden_size=64, num_attention_heads=2, intermediate_size=96)
@@ -33,9 +34,7 @@ Change = Callable[[Path], None]
 def read(folder: Path, **options: Any) -> DraftDescription:
     """Read and check a head in a local folder as a stage does before it loads anything."""
     head = DraftHead(source=ModelSource(path_or_repo=str(folder)), **options)
-    draft = describe_draft(read_small_files(folder), head, TARGET)
-    locate_tensors(folder, draft.index, draft.specs())
-    return draft
+    return read_draft(head, TARGET).draft
 
 
 @pytest.fixture(scope="module")
