@@ -17,7 +17,7 @@ from mlx_k2.errors import CheckpointError, ConfigError, RequestError
 from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import convert, read_json
 from mlx_k2.weights.dense_matrices import DenseMatrix
-from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, CheckpointIndex, model_digest
+from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, CheckpointIndex, first_of, model_digest
 from mlx_k2.weights.inventory import (
     TensorSpec,
     attention_specs,
@@ -275,5 +275,4 @@ def _check_names(draft: DraftDescription, source: str) -> None:
 
 def _refuse_names(names: Sequence[str], what: str, why: str) -> None:
     if names:
-        more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
-        raise CheckpointError(f"{what} {names[0]}{more} {why}")
+        raise CheckpointError(f"{what} {first_of(names)} {why}")

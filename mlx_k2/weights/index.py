@@ -114,13 +114,13 @@ def check_names(config: ModelConfig, index: CheckpointIndex) -> str | None:
     needed = [spec.name for spec in model_specs(config)]
     missing = [name for name in needed if name not in names]
     if missing:
-        raise CheckpointError(f"{index.source} lacks {_first_of(missing)} that config.json calls for")
+        raise CheckpointError(f"{index.source} lacks {first_of(missing)} that config.json calls for")
     others = names - set(needed)
     kinds = {name: _unneeded_kind(name) for name in others}
     unknown = sorted(name for name, kind in kinds.items() if kind is None)
     if unknown:
         raise CheckpointError(
-            f"{index.source} names {_first_of(unknown)} that config.json does not call for: config.json and the "
+            f"{index.source} names {first_of(unknown)} that config.json does not call for: config.json and the "
             "weights are not of the same model, or mlx-k2 does not know this variant"
         )
     vision = {name: kind for name, kind in kinds.items() if kind and "vision" in kind}
@@ -163,5 +163,6 @@ def _unneeded_kind(name: str) -> str | None:
     return next((kind for part, kind in _UNNEEDED.items() if name.startswith(part) or name.endswith(part)), None)
 
 
-def _first_of(names: Sequence[str]) -> str:
+def first_of(names: Sequence[str]) -> str:
+    """Return the first name, and how many follow it."""
     return f"{names[0]} and {len(names) - 1} more tensors" if len(names) > 1 else f"the tensor {names[0]}"

@@ -127,7 +127,7 @@ def test_an_unknown_tensor_is_refused_by_name(written: Callable[..., Path]) -> N
     index = json.loads(read_small_files(folder)[INDEX_NAME])
     index["weight_map"]["layers.1.mlp.up_proj.weight"] = SINGLE_FILE_NAME
     (folder / INDEX_NAME).write_text(json.dumps(index))
-    with pytest.raises(MlxK2Error, match=r"has layers\.1\.mlp\.up_proj\.weight that mlx-k2 does not know"):
+    with pytest.raises(MlxK2Error, match=r"has the tensor layers\.1\.mlp\.up_proj\.weight that mlx-k2 does not know"):
         read(folder)
 
 
