@@ -32,6 +32,11 @@ class FeatureSlice(NamedTuple):
 
     norm: mx.array | None  # (hidden,)
     matrix: Matrix  # (hidden, hidden)
+    eps: float
+
+    def product(self, output: mx.array) -> mx.array:
+        """Return the slice's product (tokens, hidden) with the layer's output."""
+        return multiply(output if self.norm is None else mx.fast.rms_norm(output, self.norm, self.eps), self.matrix)
 
 
 class StageModel:
@@ -90,8 +95,7 @@ class StageModel:
         for index, weights in enumerate(self._layers):
             hidden = self._decoder_layer.run(hidden, index, weights, batch, self._cache)
             if (part := self.feature_slices.get(index)) is not None:
-                read = hidden if part.norm is None else mx.fast.rms_norm(hidden, part.norm, self._config.rms_norm_eps)
-                features = features + multiply(read, part.matrix)
+                features = features + part.product(hidden)
         return hidden, features
 
     def first_broken_layer(self, hidden: mx.array, batch: Batch) -> int | None:

@@ -75,12 +75,13 @@ class DraftLoader:
         if not any(layer in layers for layer in draft.aux_layers):
             return {}
         tensors = self._reader.read(draft.aux_specs()).tensors
+        bits, eps = self._head.bits, draft.layer.rms_norm_eps
         slices = {}
         for at, layer in enumerate(draft.aux_layers):
             if layer in layers:
                 part = mx.contiguous(tensors[FC][:, at * hidden : (at + 1) * hidden])
                 norm = tensors.get(f"fc_norm.{at}.weight")
-                slices[layer - layers.start] = FeatureSlice(norm, make_matrix(part, self._head.bits))
+                slices[layer - layers.start] = FeatureSlice(norm, make_matrix(part, bits), eps)
         del tensors
         self._on_loaded(slices)
         return slices
