@@ -156,11 +156,13 @@ def plan_stages(
     for rank, (host, capacity, assignment) in enumerate(zip(hostfile.hosts, capacities, assignments, strict=True)):
         spare_bytes = 0 if capacity.memory_bytes is None else capacity.memory_bytes - assignment.held_bytes
         added_bytes = added_block_bytes(block_bytes, spare_bytes) if shape.on_gpu else 0
+        is_drafting = draft is not None and assignment.end_layer == config.num_hidden_layers
+        num_caches = assignment.num_layers + (1 if is_drafting else 0)
         plan = StagePlan(
             rank=rank,
             host=host,
             assignment=assignment,
-            shard_bytes=assignment.held_bytes - assignment.num_layers * cache_bytes,
+            shard_bytes=assignment.held_bytes - num_caches * cache_bytes,
             needed_bytes=assignment.held_bytes + beside_bytes + BLOCKS_AT_A_TIME * added_bytes,
             block_bytes=block_bytes + added_bytes,
             files=tuple(model.index.files(stage_specs(config, assignment.first_layer, assignment.end_layer, draft))),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import hypothesis
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from mlx_k2.model.sampler import SamplingRequest, sample_draft, sample_tokens
 from mlx_k2.sampling import LogitBias, Sampling
 
 VOCAB_SIZE = 64
-NUM_DRAWS = 20_000
+NUM_DRAWS = 20_000 if hypothesis.settings.get_current_profile_name() == "long" else 1_000
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import hypothesis
 import mlx.core as mx
 import pytest
 
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.usefixtures("as_a_stage_on_a_cpu")
 
 CONTEXT_TOKENS = 160
 CHUNK_TOKENS = 24
-NUM_REQUESTS = 60
+NUM_REQUESTS = 150 if hypothesis.settings.get_current_profile_name() == "long" else 12
+"""For each number of stages."""
 
 
 @pytest.fixture(scope="module")
