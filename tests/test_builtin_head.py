@@ -14,9 +14,8 @@ from mlx_k2.builtin import BUILTIN_FOLDER, BUILTIN_HEAD_FOLDER
 from mlx_k2.cluster.hostfile import local_hostfile
 from mlx_k2.coordinator.engine import Engine, engine_on
 from mlx_k2.coordinator.handle import Finished
-from mlx_k2.deployment.cluster_options import open_source
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, open_source
 from mlx_k2.deployment.deploy import deploy
-from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.drafter import DraftMode
@@ -84,16 +83,9 @@ def test_the_file_is_small_and_has_the_public_names() -> None:
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     head = DraftHead(source=ModelSource(path_or_repo=BUILTIN_HEAD))
-    request = DeploymentRequest(
-        local_hostfile(2),
-        ModelSource(path_or_repo=BUILTIN),
-        None,
-        1024,
-        "float32",
-        lease_s=20.0,
-        num_slots=1,
-        draft_head=head,
-    )
+    options = ClusterOptions(context_tokens=1024, dtype="float32")
+    source = ModelSource(path_or_repo=BUILTIN)
+    request = DeploymentRequest(options, local_hostfile(2), source, draft_head=head)
     with (
         deploy(*open_source(request), DeploymentListener()) as deployment,
         engine_on(deployment, draft_mode=DraftMode.MODEL) as running,

@@ -10,9 +10,8 @@ from importlib.metadata import version
 
 from mlx_k2 import __version__
 from mlx_k2.cluster.host_facts import RunningStage
-from mlx_k2.cluster.hostfile import Backend, Hostfile
 from mlx_k2.deployment import bring_up
-from mlx_k2.deployment.deployment_request import DeploymentRequest, source_on, stage_location
+from mlx_k2.deployment.cluster_options import DeploymentRequest, source_on, stage_location
 from mlx_k2.deployment.dry_run import plan_for
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.other_commands import describe_others, other_bytes, this_command
@@ -25,14 +24,10 @@ from mlx_k2.protocol.messages import (
     FetchFiles,
     FromStage,
     Hello,
-    JacclLinks,
     LayerLoaded,
     Load,
     Loaded,
     ModelFiles,
-    Prepare,
-    Prepared,
-    RingLinks,
     ShardDownloaded,
 )
 from mlx_k2.scheduling.cost_model import StageCost
@@ -40,9 +35,6 @@ from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.draft_head import describe_draft
 from mlx_k2.weights.inventory import model_specs
 from mlx_k2.weights.model_source import DraftHead, ModelSource
-
-JACCL_PORT = 32323
-"""Port of rank 0 to which the other ranks connect before RDMA is used. mlx.launch uses the same port."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +126,15 @@ def download(
             )
             for plan in started.plans
         ]
-        return tuple(zip(started.plans, bring_up.download(started.group, messages, listener.progress), strict=True))
+        answers = bring_up.ask(
+            started.group,
+            messages,
+            ShardDownloaded,
+            bring_up.LAYER_S,
+            "download its files",
+            listener.progress,
+        )
+        return tuple(zip(started.plans, answers, strict=True))
 
 
 @contextmanager
@@ -150,10 +150,10 @@ def _start(
     locations = [stage_location(host) for host in hosts]
     with StageGroup(
         locations,
-        request.lease_s,
+        request.options.lease_s,
         listener.log,
         listener.notify,
-        request.stall_timeout_s,
+        request.options.stall_timeout_s,
         cancelled,
         request.hostfile.envs,
     ) as group:
@@ -205,48 +205,13 @@ def _draft_on(started: StartedStages, plan: StagePlan) -> DraftHead | None:
 def _connect(started: StartedStages, request: DeploymentRequest) -> None:
     group, hostfile = started.group, request.hostfile
     heads = [_draft_on(started, plan) for plan in started.plans]
-    answers = prepare(group, hostfile, [source_on(host, request.source) for host in hostfile.hosts], heads)
+    answers = bring_up.prepare(group, hostfile, [source_on(host, request.source) for host in hostfile.hosts], heads)
     if answers[0].model_digest != started.model.digest:
         raise StageStartError(
             f"the model on {group.host(0)} (stage 0) is not the one that this command read: their config.json or "
             "model.safetensors.index.json differ; give the same --model and --revision for both"
         )
-    bring_up.connect(group, links(hostfile, [answer.addresses for answer in answers]))
-
-
-def prepare(
-    group: StageGroup,
-    hostfile: Hostfile,
-    sources: Sequence[ModelSource],
-    draft_heads: Sequence[DraftHead | None] | None = None,
-) -> tuple[Prepared, ...]:
-    """Make every stage reserve its ports and read its small files. ``sources`` has each host's own model source.
-
-    ``draft_heads`` has the draft head of each stage that reads some of its tensors, None for the others.
-    """
-    heads = draft_heads or [None] * group.size
-    needs_ports = hostfile.backend is Backend.RING and group.size > 1
-    return bring_up.prepare(
-        group,
-        [
-            Prepare(rank, group.size, source, host.ips if needs_ports else (), head)
-            for rank, (host, source, head) in enumerate(zip(hostfile.hosts, sources, heads, strict=True))
-        ],
-    )
-
-
-def links(hostfile: Hostfile, addresses: Sequence[tuple[str, ...]]) -> RingLinks | JacclLinks | None:
-    """Return the links between the stages, where stage i listens on ``addresses[i]``; None for a single stage."""
-    if len(hostfile.hosts) == 1:
-        return None
-    if hostfile.backend is Backend.RING:
-        return RingLinks(tuple(addresses))
-    ip, _, port = hostfile.hosts[0].ips[0].partition(":")
-    return JacclLinks(
-        devices=tuple(host.rdma for host in hostfile.hosts),
-        coordinator=f"{ip}:{port or JACCL_PORT}",
-        ring=hostfile.backend is Backend.JACCL_RING,
-    )
+    bring_up.connect(group, bring_up.links(hostfile, answers))
 
 
 def _load(
@@ -263,7 +228,7 @@ def _load(
     for plan in started.plans:
         started.group.set_held_bytes(plan.rank, plan.assignment.held_bytes)
     messages = [_load_message(plan, started.shape, request) for plan in started.plans]
-    loaded = bring_up.load(started.group, messages, on_message)
+    loaded = bring_up.ask(started.group, messages, Loaded, bring_up.LAYER_S, "load its layers", on_message)
     _compare_files(started, loaded)
     needed = Counter(spec.name for spec in model_specs(started.model.config))
     if names != needed:
@@ -296,6 +261,6 @@ def _load_message(plan: StagePlan, shape: RunShape, request: DeploymentRequest) 
         block_bytes=plan.block_bytes,
         dense_bits=shape.dense_bits,
         registration=RunningStage(this_command(request.address), plan.assignment.held_bytes),
-        check_weights=request.check_weights,
+        check_weights=request.options.check_weights,
         draft_head=request.draft_head,
     )

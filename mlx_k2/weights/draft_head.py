@@ -16,9 +16,9 @@ from mlx_k2.config import COMPUTED, ModelConfig, RopeConfig, read_rope, refuse_o
 from mlx_k2.errors import CheckpointError, ConfigError, RequestError
 from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import convert, read_json
-from mlx_k2.weights.dense_matrices import DenseMatrix
 from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, CheckpointIndex, first_of, model_digest
 from mlx_k2.weights.inventory import (
+    DenseMatrix,
     TensorSpec,
     attention_specs,
     bf16_spec,

@@ -14,9 +14,8 @@ from mlx_k2.builtin import BUILTIN_FOLDER
 from mlx_k2.cluster.hostfile import Backend, Hostfile, local_hostfile
 from mlx_k2.coordinator.engine import Engine, engine_on
 from mlx_k2.coordinator.handle import Finished, Token
-from mlx_k2.deployment.cluster_options import open_source
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, open_source
 from mlx_k2.deployment.deploy import deploy
-from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.sampling import Sampling
@@ -37,9 +36,8 @@ EngineOf = Callable[[int], Engine]
 
 def builtin_request(hostfile: Hostfile, head: DraftHead | None) -> DeploymentRequest:
     source = ModelSource(path_or_repo=BUILTIN)
-    return DeploymentRequest(
-        hostfile, source, None, CONTEXT_TOKENS, "float32", lease_s=20.0, num_slots=2, draft_head=head
-    )
+    options = ClusterOptions(context_tokens=CONTEXT_TOKENS, dtype="float32")
+    return DeploymentRequest(options, hostfile, source, num_slots=2, draft_head=head)
 
 
 HEAD = DraftHead(source=ModelSource(path_or_repo=BUILTIN_HEAD), bits=8)

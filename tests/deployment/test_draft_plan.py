@@ -7,8 +7,7 @@ import msgspec
 import pytest
 
 from mlx_k2.cluster.partition import StageAssignment
-from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
-from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, deployment_request, open_source
 from mlx_k2.deployment.dry_run import plan_for
 from mlx_k2.deployment.plan import HostMemory, StagePlan, plan_stages
 from mlx_k2.deployment.stage_costs import stage_cost
@@ -78,9 +77,8 @@ def test_the_last_stages_cost_has_the_time_of_a_draft() -> None:
 def test_a_head_that_does_not_fit_names_the_options_that_make_it_fit() -> None:
     head = msgspec.structs.replace(HEAD, bits=None)
     needed = [stage.needed_bytes for stage in plan(with_head(), 460, head)]
-    request = DeploymentRequest(
-        studios(2), ModelSource(path_or_repo="k2"), (32, 29), 32768, None, lease_s=20.0, draft_head=head
-    )
+    options = ClusterOptions(split=(32, 29), context_tokens=32768)
+    request = DeploymentRequest(options, studios(2), ModelSource(path_or_repo="k2"), draft_head=head)
     memories = [HostMemory(460 * GB, 512 * GB), HostMemory(needed[1] - GB, 512 * GB)]
     with pytest.raises(PartitionError, match="give --draft-bits 8, or leave --draft-model out"):
         plan_for(request, with_head(), memories, all_on_gpu=True)
