@@ -113,7 +113,7 @@ class Drafts:
         follows = list(token_ids[: len(planned)]) == planned
         self._proposed = deque(token_ids[len(planned) :] if follows else ())
 
-    def next(self, known_ids: Tokens[int], drafter: Drafter) -> "_Draft | None":
+    def next(self, known_ids: Tokens[int], drafter: Drafter) -> _Draft | None:
         """Return the draft for the position after the known tokens and all drafts in plans, if there is one."""
         position = len(self._in_plans) + 1
         if self._mode is DraftMode.NGRAM:
@@ -126,7 +126,7 @@ class Drafts:
                 return _Draft(ngram_id, DraftSource.NGRAM, position, ngram_id)
         return _Draft(self._proposed[0], DraftSource.MODEL, position, ngram_id) if self._proposed else None
 
-    def plan(self, draft: "_Draft") -> None:
+    def plan(self, draft: _Draft) -> None:
         """Record that ``draft``, the result of ``next``, is in a plan."""
         self._in_plans.append(draft)
         self._drafted[draft.source, draft.position] += 1
