@@ -201,7 +201,8 @@ class HopsMeasured(msgspec.Struct, frozen=True, tag=True):
 class Prepared(msgspec.Struct, frozen=True, tag=True):
     """The ``ip:port`` addresses whose ports the stage holds, and digests of its model's and its draft head's files.
 
-    The model's is of config and index, the draft head's of its config and the header of its weights.
+    The model's is of config and index, the draft head's of its config and blocks of its weights. It is None for a head
+    from the Hub, whose revision is pinned.
     """
 
     addresses: tuple[str, ...]
