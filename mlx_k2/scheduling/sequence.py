@@ -51,7 +51,7 @@ class Sequence:
         request: Request,
         context_tokens: int,
         policy: TokenPolicy | None = None,
-        draft_mode: DraftMode = DraftMode.OFF,
+        draft_mode: DraftMode = DraftMode.NGRAM,
     ) -> None:
         self.request = request
         self.sampling: Sampling = msgspec.structs.replace(

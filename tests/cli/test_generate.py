@@ -63,8 +63,8 @@ def test_the_answer_goes_to_stdout_and_everything_else_to_stderr(
     )
     assert headings.split() == ["stage", "host", "layers", "weights", "computing", "share"]
     assert [re.split(r"\s{2,}", line.strip())[:3] for line in stages] == [
-        ["0", "127.0.0.1", "0-3"],
-        ["1", "127.0.0.1", "4-6"],
+        ["0", "127.0.0.1", "0-4"],
+        ["1", "127.0.0.1", "5-6"],
     ]
 
 

@@ -5,7 +5,7 @@ import random
 import numpy as np
 
 from mlx_k2.sampling import LogitBias, SampledToken, Sampling
-from mlx_k2.scheduling.drafter import Drafter, DraftMode
+from mlx_k2.scheduling.drafter import Drafter
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.sequence import Sequence, SharedPrefix
 
@@ -56,7 +56,7 @@ def test_bias_and_penalties_count_the_tokens_of_the_answer_as_a_plain_reference_
             logit_bias=tuple((number, rng.uniform(-9, 9)) for number in rng.sample(range(VOCAB_SIZE), 3)),
         )
         prompt_ids = tuple(rng.randrange(VOCAB_SIZE) for _ in range(4))
-        sequence = Sequence(Request(prompt_ids, 50, sampling, frozenset()), 100, draft_mode=DraftMode.NGRAM)
+        sequence = Sequence(Request(prompt_ids, 50, sampling, frozenset()), 100)
         generated = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(20))]
         drafts = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(4))]
         sequence.start(0, SharedPrefix(), Script(drafts.copy()))
