@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_k2.config import ModelConfig
-from mlx_k2.model.draft_head import DraftModel, DraftWeights
+from mlx_k2.model.draft_model import DraftModel, DraftWeights
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.layer_weights import assemble_attention, assemble_dense
 from mlx_k2.model.linear import make_matrix
@@ -32,7 +32,7 @@ from mlx_k2.weights.inventory import attention_specs, mlp_specs
 DRAFTED_IDS = 8192
 INTERMEDIATE = 4608
 NUM_TOKENS = 12
-NUM_DRAWS = 400
+NUM_SAMPLES = 400
 LARGEST_ERROR = {"float32": 3e-3, "bfloat16, 8 bits": 0.04}
 """Of the largest value. A GPU may multiply float32 in TF32, with an error of 1e-3."""
 FEWEST_EQUAL = 0.99
@@ -87,7 +87,7 @@ def run_text(model: DraftModel) -> NDArray[np.float32]:
 
 
 def time_drafts(model: DraftModel) -> float:
-    """Return the median seconds of a draft: the head, its logits and the draw of a token."""
+    """Return the median seconds of a draft: the head, its logits and the sampling of a token."""
     features = mx.zeros((1, CONFIG.hidden_size), model.cache.dtype)
     seconds = []
     for position in range(1, TIMED_DRAFTS + 1):
@@ -98,13 +98,13 @@ def time_drafts(model: DraftModel) -> float:
     return statistics.median(seconds[3:])
 
 
-def draw() -> list[int]:
+def sample_all() -> list[int]:
     """Return the tokens of fixed logits over K2's vocabulary, with all filters in turn."""
     values = np.random.default_rng(5).normal(0, 3, (8, CONFIG.vocab_size)).astype(np.float32)
     filters = (Sampling(seed=1), Sampling(seed=2, top_p=0.9), Sampling(seed=3, top_k=40, min_p=0.01))
     return [
         sample_draft(mx.array(values[at % 8][None]), SamplingRequest(filters[at % 3], at, (1, 2)))
-        for at in range(NUM_DRAWS)
+        for at in range(NUM_SAMPLES)
     ]
 
 
@@ -116,7 +116,7 @@ def main() -> int:
     tensors = random_tensors()
     mx.set_default_device(mx.cpu)
     mx.disable_compile()
-    expected, drawn = run_text(make_model(tensors, mx.float32, None)), draw()
+    expected, sampled = run_text(make_model(tensors, mx.float32, None)), sample_all()
     mx.set_default_device(mx.gpu)
     is_right = True
     for name, dtype, bits in (("float32", mx.float32, None), ("bfloat16, 8 bits", mx.bfloat16, 8)):
@@ -125,8 +125,8 @@ def main() -> int:
         milliseconds = 1e3 * time_drafts(model)
         is_right &= error <= LARGEST_ERROR[name]
         print(f"{name}: largest difference {error:.2e} of the largest logit, {milliseconds:.2f} ms for a draft")
-    equal = float(np.mean(np.array(draw()) == np.array(drawn)))
-    print(f"sampler: {equal:.1%} of {NUM_DRAWS} tokens equal")
+    equal = float(np.mean(np.array(sample_all()) == np.array(sampled)))
+    print(f"sampler: {equal:.1%} of {NUM_SAMPLES} tokens equal")
     return 0 if is_right and equal >= FEWEST_EQUAL else 1
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mlx_k2.errors import CheckpointError
 from mlx_k2.model.attention import AttentionLimits
-from mlx_k2.model.draft_head import DraftModel, DraftWeights
+from mlx_k2.model.draft_model import DraftModel, DraftWeights
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.layer_weights import assemble_attention, assemble_dense
 from mlx_k2.model.linear import Matrix, make_matrix

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_k2.model.batch import Batch
-from mlx_k2.model.draft_head import DraftModel
+from mlx_k2.model.draft_model import DraftModel
 from mlx_k2.model.sampler import SamplingRequest, sample_draft
 from mlx_k2.protocol.messages import Drafted, Step
 from mlx_k2.sampling import REPETITION_WINDOW, LogitBias, SampledToken

@@ -128,7 +128,7 @@ class StageService:
             raise ProtocolError(f"the guard sent a {frame.kind.name} frame")
         message = decode_to_stage(frame.payload)
         if isinstance(message, Step) and self._runner is not None:
-            self._runner.announce(message)
+            self._runner.expect(message)
         self._inbox.put(message)
 
     def on_input_end(self, error: ProtocolError | None) -> None:

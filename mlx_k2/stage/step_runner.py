@@ -109,7 +109,7 @@ class StepRunner:
         self._sampled: dict[int, tuple[int, int]] = {}  # by slot: the last token, and its position
         self._finished: FinishedStep | None = None
 
-    def announce(self, step: Step) -> None:
+    def expect(self, step: Step) -> None:
         """Record a plan that has arrived and will be run later. The thread that reads messages may call this."""
         self._plans.add(step)
 

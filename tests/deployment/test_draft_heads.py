@@ -47,7 +47,7 @@ def write_head(home: Path, model: Path, seed: int) -> None:
         (2, r"the draft head on this machine \(stage 0\) is not the one on this machine \(stage 1\)"),
     ],
 )
-def test_a_head_that_the_hosts_do_not_share_is_refused_before_anything_is_loaded(
+def test_a_head_that_differs_between_hosts_is_refused_before_anything_is_loaded(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int | None, sentence: str
 ) -> None:
     write_head(tmp_path / "first", model, 1)

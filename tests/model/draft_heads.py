@@ -5,7 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_k2.model.attention import ON_CPU
-from mlx_k2.model.draft_head import DraftModel
+from mlx_k2.model.draft_model import DraftModel
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.stage_model import FeatureSlice, Head, StageModel
 from mlx_k2.stage.draft_loading import DraftLoader

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mlx_k2.model.batch import Batch, Span
-from mlx_k2.model.draft_head import DraftModel
+from mlx_k2.model.draft_model import DraftModel
 from mlx_k2.testing.random_draft_head import draft_config_fields, write_random_draft_head
 from mlx_k2.weights.draft_head import LM_HEAD
 from tests.model.chain import Chain, split_layers
@@ -62,7 +62,7 @@ def run(model: DraftModel, tokens: list[int], features: mx.array, num_hops: int)
         logits.append(model.logits(output))
         outputs.append(output.features)
     for hop in range(num_hops):
-        output = model.run(int(mx.argmax(logits[-1]).item()), outputs[-1], 0, len(tokens) + hop + 1)
+        output = model.run(np.asarray(mx.argmax(logits[-1])).item(), outputs[-1], 0, len(tokens) + hop + 1)
         logits.append(model.logits(output))
         outputs.append(output.features)
     return mx.concatenate(logits), mx.concatenate(outputs)

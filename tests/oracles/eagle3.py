@@ -14,9 +14,11 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 POSITIONS, HOPS = 9, 2
@@ -26,7 +28,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
-def yarn_frequencies(dim: int, base: float, scaling: dict) -> torch.Tensor:
+def yarn_frequencies(dim: int, base: float, scaling: dict[str, float]) -> torch.Tensor:
     exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
     plain = base**-exponents
 
@@ -44,7 +46,7 @@ def mscale(factor: float, value: float) -> float:
     return 0.1 * value * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def rotate(x: torch.Tensor, positions: torch.Tensor, config: dict) -> torch.Tensor:
+def rotate(x: torch.Tensor, positions: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
     """x (tokens, heads, dim): consecutive pairs are rotated."""
     scaling = config["rope_scaling"]
     angles = positions[:, None].double() * yarn_frequencies(x.shape[-1], config["rope_theta"], scaling)
@@ -133,7 +135,7 @@ def read_target(folder: Path) -> dict[str, torch.Tensor]:
     return {"embedding": tensors["model.embed_tokens.weight"].float(), "lm_head": tensors["lm_head.weight"].float()}
 
 
-def compute(folder: Path, target: dict[str, torch.Tensor], seed: int) -> dict[str, np.ndarray]:
+def compute(folder: Path, target: dict[str, torch.Tensor], seed: int) -> dict[str, NDArray[Any]]:
     head = Head(folder, target)
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(len(head.aux), POSITIONS, head.config["hidden_size"], generator=generator)
@@ -165,7 +167,8 @@ def main() -> None:
     target = read_target(heads / "target")
     for seed, folder in enumerate(sorted(heads.iterdir())):
         if folder.name != "target":
-            np.savez_compressed(out / f"{folder.name}.npz", **compute(folder, target, seed))
+            results = compute(folder, target, seed)
+            np.savez_compressed(out / f"{folder.name}.npz", allow_pickle=False, **results)
 
 
 if __name__ == "__main__":

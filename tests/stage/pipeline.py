@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_k2.model.draft_head import DraftModel
+from mlx_k2.model.draft_model import DraftModel
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.protocol.messages import Step, StepDone
 from mlx_k2.sampling import REPETITION_WINDOW, SampledToken, Sampling
@@ -59,10 +59,10 @@ class Pipeline:
         self._num_steps += 1
         return [runner.run(Step(self._num_steps, rows)) for runner in self.runners]
 
-    def announce(self, step: Step) -> None:
+    def expect(self, step: Step) -> None:
         """Let a plan arrive at every stage."""
         for runner in self.runners:
-            runner.announce(step)
+            runner.expect(step)
 
     def tokens(self, *rows: Row) -> tuple[SampledToken, ...]:
         """Run one plan and return the tokens of the last stage. The others sample nothing."""

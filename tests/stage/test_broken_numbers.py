@@ -201,7 +201,7 @@ def test_a_row_of_the_embedding_broken_in_memory_is_named_by_a_step_with_its_tok
 ) -> None:
     pipeline = Pipeline(checkpoint("thinking"), 2)
     undamaged = pipeline.tokens(ONE_TOKEN)
-    embedding = pipeline.runners[0]._model._embedding
+    embedding = pipeline.runners[0]._model.embedding
     assert embedding is not None
     embedding[6, 0] = value
     assert pipeline.tokens(ONE_TOKEN) == undamaged

@@ -83,13 +83,13 @@ def requests(seed: int, count: int) -> list[Asked]:
 class InFlight:
     """Stages that each hold plans, as processes do: a draft is on its way before its token is known.
 
-    ``right`` has the answers; the drafts of the head are replaced by the right ones with probability ``hit_rate``.
+    ``right`` has the answers; the drafts of the head are replaced by the right ones with probability ``acceptance``.
     """
 
     pipeline: Pipeline
     scheduler: Scheduler
     right: dict[Request, list[int]] = field(default_factory=dict)
-    hit_rate: float = 0.0
+    acceptance: float = 0.0
     num_skipped: int = 0
     num_accepted: int = 0
     chance: random.Random = field(default_factory=lambda: random.Random(2))
@@ -120,7 +120,7 @@ class InFlight:
         while (microbatch := self.scheduler.next_microbatch()) is not None:
             step = Step(microbatch.number, tuple(planned.row for planned in microbatch.rows))
             self._microbatches[microbatch.number] = microbatch
-            self.pipeline.announce(step)
+            self.pipeline.expect(step)
             self._waiting[0].append(step)
 
     def _tick(self) -> Iterator[StepDone]:
@@ -151,17 +151,17 @@ class InFlight:
         (planned,) = microbatch.rows
         start = planned.row.end + 1 - planned.sequence.num_prompt
         right = self.right.get(planned.sequence.request, [])[start : start + len(token_ids)]
-        if len(right) < len(token_ids) or self.chance.random() >= self.hit_rate:
+        if len(right) < len(token_ids) or self.chance.random() >= self.acceptance:
             return token_ids
         return tuple(right)
 
 
 def in_flight(
-    checkpoint: Checkpoint, head: Path | None, num_stages: int, mode: DraftMode, hit_rate: float = 0.0
+    checkpoint: Checkpoint, head: Path | None, num_stages: int, mode: DraftMode, acceptance: float = 0.0
 ) -> InFlight:
     limits = SchedulerLimits(3, CONTEXT_TOKENS, CHUNK_TOKENS, num_stages)
     scheduler = Scheduler(limits, FixedStepPolicy(2, CHUNK_TOKENS, CHUNK_TOKENS // 4), draft_mode=mode)
-    return InFlight(Pipeline(checkpoint("thinking"), num_stages, 3, head), scheduler, hit_rate=hit_rate)
+    return InFlight(Pipeline(checkpoint("thinking"), num_stages, 3, head), scheduler, acceptance=acceptance)
 
 
 def rows_of(stages: InFlight, count: int) -> list[mx.array]:
@@ -178,7 +178,7 @@ def test_a_head_changes_no_token_and_no_cache_row_for_any_request(
     """Whatever the drafts are: right, wrong, in flight when a request ends, undone, in a prefix that another takes."""
     plain = in_flight(checkpoint, None, num_stages, DraftMode.OFF)
     writing = in_flight(checkpoint, head, num_stages, DraftMode.OFF)
-    drafting = in_flight(checkpoint, head, num_stages, DraftMode.MODEL, hit_rate=0.6)
+    drafting = in_flight(checkpoint, head, num_stages, DraftMode.MODEL, acceptance=0.6)
     for asked in requests(num_stages, NUM_REQUESTS):
         expected = plain.run(asked)
         drafting.right = {
@@ -202,7 +202,7 @@ def test_cache_rows_after_wrong_and_right_drafts_are_those_of_a_fresh_run(
     asked = Asked(Request(prompt, 14, Sampling(seed=3, temperature=temperature), frozenset()), None, None)
     fresh = in_flight(checkpoint, head, num_stages, DraftMode.OFF)
     (expected,) = fresh.run(asked)
-    drafting = in_flight(checkpoint, head, num_stages, DraftMode.MODEL, hit_rate=0.5)
+    drafting = in_flight(checkpoint, head, num_stages, DraftMode.MODEL, acceptance=0.5)
     drafting.right = {asked.request: [token.token_id for token in expected]}
     assert drafting.run(asked) == [expected]
     assert drafting.num_skipped > 2
@@ -218,7 +218,7 @@ def test_drafts_are_the_same_for_any_stages_and_follow_those_in_flight(
 ) -> None:
     prompt = tuple((31 * at) % 500 for at in range(30))
     sampling = Sampling(seed=3, temperature=0)
-    found = []
+    found: list[tuple[int, tuple[int, ...]]] = []
     for in_plans in (False, True):
         pipeline = Pipeline(checkpoint("thinking"), num_stages, 2, head)
         first = Row(0, 0, prompt, True, sampling, prompt, draft=DraftRequest(3))
@@ -228,7 +228,7 @@ def test_drafts_are_the_same_for_any_stages_and_follow_those_in_flight(
             steps += [Step(1, (Row(0, 30, (token_id,), False, sampling, is_draft=True),))]
             steps += [Step(2, (Row(0, 31, (draft[0],), False, sampling, is_draft=True),))]
         for step in steps:
-            pipeline.announce(step)
+            pipeline.expect(step)
         done = [runner.run(steps[0]) for runner in pipeline.runners]
         drafted = pipeline.runners[-1].draft()
         assert drafted is not None
@@ -248,8 +248,8 @@ def test_a_draft_keeps_the_token_that_is_in_flight_and_follows_it(checkpoint: Ch
     assert plain is not None
     other = (plain.token_ids[0] + 1) % 500
     pipeline = Pipeline(checkpoint("thinking"), 1, 2, head)
-    pipeline.announce(Step(1, (Row(0, 30, (token_id,), False, sampling, is_draft=True),)))
-    pipeline.announce(Step(2, (Row(0, 31, (other,), False, sampling, is_draft=True),)))
+    pipeline.expect(Step(1, (Row(0, 30, (token_id,), False, sampling, is_draft=True),)))
+    pipeline.expect(Step(2, (Row(0, 31, (other,), False, sampling, is_draft=True),)))
     pipeline.step(first)
     drafted = pipeline.runners[0].draft()
     assert drafted is not None
@@ -267,8 +267,8 @@ def test_a_wrong_draft_is_not_computed_by_the_last_stage_and_an_undone_one_by_no
     answers = pipeline.step(wrong)
     assert [done.is_skipped for done in answers] == [False, False, True]
     assert answers[-1].tokens == ()
-    pipeline.announce(Step(3, (wrong,)))
-    pipeline.announce(Step(4, (Row(0, 30, (token.token_id,), False, sampling),)))
+    pipeline.expect(Step(3, (wrong,)))
+    pipeline.expect(Step(4, (Row(0, 30, (token.token_id,), False, sampling),)))
     assert [done.is_skipped for done in pipeline.step(wrong)] == [True, True, True]
     (after,) = pipeline.tokens(Row(0, 30, (token.token_id,), False, sampling))
     straight = Pipeline(checkpoint("thinking"), 1)

@@ -182,7 +182,7 @@ def test_a_head_of_kimi_k2_reads_the_published_bytes() -> None:
     assert math.isclose(found[4, 32000], 0.50, abs_tol=0.01)
 
 
-def test_a_head_in_the_layout_of_a_checkpoint_is_not_taken_for_a_draft_head(tmp_path: Path) -> None:
+def test_a_whole_model_is_refused_as_a_draft_head(tmp_path: Path) -> None:
     write_random_checkpoint(tmp_path / "model", FIELDS, 1, {})
     with pytest.raises(MlxK2Error, match="is not a draft head that mlx-k2 runs"):
         read(tmp_path / "model")
