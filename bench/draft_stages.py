@@ -31,7 +31,7 @@ from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
 
 PROMPT = tuple(prompt_ids(16))
-TOKENS = 130
+TOKENS = 110
 SKIPPED = 10
 AUTO_SKIPPED = 64
 ACCEPTANCE = 0.7
