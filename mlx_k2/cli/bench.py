@@ -14,6 +14,7 @@ from mlx_k2.cli.bench_document import BenchDocument, append_csv, bench_document,
 from mlx_k2.cli.connect import connect_option, remote_engine
 from mlx_k2.cli.console import ConsoleListener, console, log, show_table
 from mlx_k2.cli.options import cluster_options, draft_option, with_struct
+from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cli.streams import write_utf8
 from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.cli.trace import Trace
@@ -72,7 +73,7 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise click.UsageError("--plot needs matplotlib: pip install matplotlib")
 
 
-@click.command()
+@click.command(cls=ProgramCommand)
 @cluster_options
 @connect_option
 @click.option("--prompt-lengths", type=Counts(), default="512,4096", show_default=True, help="Tokens of a prompt.")

@@ -7,9 +7,11 @@ from rich.text import Text
 
 from mlx_k2.cli.console import ConsoleListener, console, log, show_table
 from mlx_k2.cli.options import cluster_options, with_struct
+from mlx_k2.cli.program_command import ProgramCommand
+from mlx_k2.cli.started_cluster import opened_request
 from mlx_k2.cli.streams import write_utf8
 from mlx_k2.cli.terminal_text import json_line
-from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
+from mlx_k2.deployment.cluster_options import ClusterOptions
 from mlx_k2.doctor.checks import Check, CheckResult
 from mlx_k2.doctor.cluster_probe import probe_cluster
 
@@ -25,7 +27,7 @@ class DoctorOptions(msgspec.Struct, frozen=True, kw_only=True):
     verbose: bool
 
 
-@click.command()
+@click.command(cls=ProgramCommand)
 @cluster_options
 @click.option(
     "--deep", is_flag=True, help="Read every file whole, compare checksums, and keep them in the model's folder."
@@ -43,10 +45,7 @@ def command(options: DoctorOptions) -> None:
     The exit code is 1 when something failed; warnings alone leave it 0. Nothing is loaded, and nothing is changed
     but the manifest of --deep.
     """  # noqa: D301  # click reads the escape
-    request = deployment_request(options.cluster)
-    for line in request.hostfile.warnings:
-        log(line)
-    request, model = open_source(request)
+    request, model = opened_request(options.cluster)
     with ConsoleListener(options.verbose) as listener:
         checks = probe_cluster(request, model, listener, deep=options.deep)
     if options.as_json:

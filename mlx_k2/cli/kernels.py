@@ -13,6 +13,7 @@ import click
 from rich.table import Table
 
 from mlx_k2.cli.console import log, show_table
+from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cli.streams import write_utf8
 from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.errors import StageStartError
@@ -34,7 +35,7 @@ _REFRESH = "MLX_METAL_RESIDENCY_REFRESH_INTERVAL_MS"
 Measurement = TypeVar("Measurement", KernelReport, DecodeTime, IdleTime, AttentionTime)
 
 
-@click.command()
+@click.command(cls=ProgramCommand)
 @click.option("--check", "checks_only", is_flag=True, help="Check the kernels, time nothing, print the JSON.")
 @click.option(
     "--report",
