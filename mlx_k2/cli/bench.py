@@ -158,10 +158,16 @@ def _write(document: BenchDocument, rows: Sequence[Measured], trace: Trace | Non
         if options.plot_path is not None:
             from mlx_k2.cli.plot import plot_results
 
-            plot_results(rows, Path(options.plot_path))
+            plot_results(rows, Path(options.plot_path), _title(document))
     except OSError as error:
         what = error.filename or "a result file"
         raise RequestError(f"{what} cannot be written: {error.strerror}") from None
+
+
+def _title(document: BenchDocument) -> str:
+    hosts = ", ".join(dict.fromkeys(host.host for host in document.hosts))
+    stages = "1 stage" if len(document.hosts) == 1 else f"{len(document.hosts)} stages"
+    return f"{document.model}, {document.dtype}, {stages} on {hosts}, {document.made[:10]}"
 
 
 def _show(rows: Sequence[Measured]) -> None:

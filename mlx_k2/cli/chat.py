@@ -30,7 +30,7 @@ from mlx_k2.cli.options import (
     with_struct,
 )
 from mlx_k2.cli.program_command import ProgramCommand
-from mlx_k2.cli.repl.commands import HELP, Commands, Model
+from mlx_k2.cli.repl.commands import HELP, OTHER_NAMES, Commands, Model
 from mlx_k2.cli.repl.loop import Repl
 from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.terminal import choose_keyboard, choose_screen
@@ -198,7 +198,7 @@ class _Dialogue:
         self._tools = tools
         conversation = options.conversation.begin(frontend, tools)
         self._usage = UsageTotals(frontend.context_tokens, num_stages, len(conversation.known_ids()))
-        self._keyboard = choose_keyboard(list(HELP), self._usage.status)
+        self._keyboard = choose_keyboard([*HELP, *OTHER_NAMES], self._usage.status)
         asked = options.conversation.tools
         self._approval = ToolApproval(screen, self._keyboard, asked.allowed_tools, everything=asked.yes)
         toolkit = None if tools is None else Toolkit(tools, self._approval)

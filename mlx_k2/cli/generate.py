@@ -189,7 +189,7 @@ def _answer(
 def _output(options: GenerateOptions, frontend: ModelFrontend) -> TextOutput | JsonOutput:
     if options.as_json:
         return JsonOutput(frontend.tokenizer)
-    return TextOutput(show_thinking=not options.hide_thinking)
+    return TextOutput(show_thinking=not options.hide_thinking, verbose=options.verbose)
 
 
 def _events(

@@ -216,7 +216,9 @@ _CLUSTER = (
         help="Search every tensor for NaN and infinity while loading. Without it, and "
         "without --dense-bits: norms, router, embedding and scales.",
     ),
-    _cluster("-v", "--verbose", is_flag=True, help="Show what the stages write to their logs."),
+    _cluster(
+        "-v", "--verbose", is_flag=True, help="Show what the stages write to their logs, and all counts and times."
+    ),
 )
 
 _sampling = functools.partial(click.option, cls=GroupedOption, group="Sampling and thinking")

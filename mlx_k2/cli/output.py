@@ -26,13 +26,14 @@ _ENDS = {FinishReason.STOP: "complete", **CUT, FinishReason.CANCELLED: "cancelle
 
 
 class TextOutput:
-    """Output as text: the answer to stdout; thinking, calls, a closing line and a table of the stages to stderr.
+    """Output as text: the answer to stdout; thinking, calls and a closing line to stderr.
 
     A context, which ends the last line.
     """
 
-    def __init__(self, *, show_thinking: bool) -> None:
+    def __init__(self, *, show_thinking: bool, verbose: bool = False) -> None:
         self.screen: Screen = PlainScreen(show_thinking=show_thinking)
+        self._verbose = verbose
 
     def __enter__(self) -> "TextOutput":
         return self
@@ -47,8 +48,11 @@ class TextOutput:
         return show_all(self.screen.event, events)
 
     def summary(self, summary: AnswerSummary, deployment: Deployment | None, use: tuple[StageUse, ...]) -> None:
-        """End the line, then write the answer's counts and times to stderr; for own stages also their use."""
+        """End the line, then write one line of counts and times to stderr; with --verbose all, and the stages' use."""
         self.screen.pause()
+        if not self._verbose:
+            log(_short_summary(summary))
+            return
         cached = summary.cached_tokens
         first_s, prefill, decode = (
             summary.time_to_first_token_s,
@@ -71,6 +75,18 @@ class TextOutput:
         log(" · ".join(part for part in times if part))
         if deployment is not None:
             show_stage_use(deployment, use)
+
+
+def _short_summary(summary: AnswerSummary) -> str:
+    first_s, decode = summary.time_to_first_token_s, summary.decode_tokens_per_s
+    parts = (
+        f"{summary.generated_tokens} tokens",
+        None if summary.finish_reason is FinishReason.STOP else _ENDS[summary.finish_reason],
+        None if decode is None else f"{decode:.1f} tok/s",
+        None if first_s is None else f"first token after {first_s:.2f} s",
+        f"seed {summary.seed}",
+    )
+    return " · ".join(part for part in parts if part)
 
 
 class TokenLine(msgspec.Struct, frozen=True):
