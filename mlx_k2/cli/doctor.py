@@ -51,12 +51,13 @@ def command(options: DoctorOptions) -> None:
     if options.as_json:
         _print_json(checks)
     else:
-        _show_table(checks)
+        show_checks(checks)
     if any(check.result is CheckResult.FAILURE for check in checks):
         raise click.exceptions.Exit(1)
 
 
-def _show_table(checks: tuple[Check, ...]) -> None:
+def show_checks(checks: tuple[Check, ...]) -> None:
+    """Show a table of all checks, each problem on a line of its own, and how many there are."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("host", overflow="fold")
     for heading in ("check", ""):

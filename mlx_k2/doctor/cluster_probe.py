@@ -11,11 +11,11 @@ from typing import TypeVar
 from mlx_k2 import __version__
 from mlx_k2.cluster.host_facts import HostFacts
 from mlx_k2.deployment import bring_up
-from mlx_k2.deployment.deploy import links, prepare
 from mlx_k2.deployment.deployment_request import DeploymentRequest, source_on, stage_location
 from mlx_k2.deployment.dry_run import plan_for
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import HostMemory, StagePlan
+from mlx_k2.doctor.addresses import measured_hops
 from mlx_k2.doctor.checks import (
     Check,
     CheckResult,
@@ -40,20 +40,17 @@ from mlx_k2.protocol.messages import (
     Fault,
     FromStage,
     Hello,
-    HopsMeasured,
-    MeasureHops,
     Probe,
     ProbeResult,
     ReadClock,
 )
 from mlx_k2.weights.checkpoint import ModelDescription
-from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo
+from mlx_k2.weights.model_source import is_repo
 
 NUM_CLOCK_READINGS = 7
 PROBE_S = 90.0
 DEEP_S = 900.0
 """Time limit without a message, in which the checksum of one file is computed."""
-HOPS_S = 60.0
 
 Wanted = TypeVar("Wanted", bound=FromStage)
 
@@ -207,19 +204,14 @@ class _Round:
         if any(check.result is CheckResult.FAILURE and check.what in ("addresses", "backend") for check in self.checks):
             self._fail_hops("not tried: see the failures above")
             return
-        hostfile, size = self._request.hostfile, self._group.size
         try:
-            prepared = prepare(self._group, hostfile, [ModelSource(path_or_repo=BUILTIN)] * size)
-            bring_up.connect(self._group, links(hostfile, [answer.addresses for answer in prepared]))
-            self._group.send_all(MeasureHops())
-            speeds = bring_up.collect(self._group, HopsMeasured, range(size), HOPS_S, "measure its hops")
+            speeds = measured_hops(self._group, self._request.hostfile)
         except (ClusterError, SetupError) as error:
             self._fail_hops(f"{error}: see to the cable and the addresses")
             return
         self.checks += [
-            replace(check_hop(self._hosts, rank, speed.to_next), host=f"{self.name(rank)} to {self.name(rank + 1)}")
+            replace(check_hop(self._hosts, rank, speed), host=f"{self.name(rank)} to {self.name(rank + 1)}")
             for rank, speed in enumerate(speeds)
-            if speed.to_next is not None
         ]
 
     def _download(self) -> str:
