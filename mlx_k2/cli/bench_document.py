@@ -156,9 +156,10 @@ def append_csv(path: Path, document: BenchDocument) -> None:
 
 
 def _cells(row: msgspec.Struct) -> list[object]:
-    busy = " ".join(f"{fraction:.4f}" for fraction in row.stage_busy)
-    cells = [busy if name == "stage_busy" else getattr(row, name) for name in _IN_ROW]
-    return cells + [" ".join(f"{getattr(times, name):.6g}" for times in row.stage_times) for name in _TIMES]
+    values = msgspec.structs.asdict(row)
+    values["stage_busy"] = " ".join(f"{fraction:.4f}" for fraction in values["stage_busy"])
+    times = values.pop("stage_times")
+    return [*values.values(), *(" ".join(f"{getattr(stage, name):.6g}" for stage in times) for name in _TIMES)]
 
 
 def _line(cells: Sequence[object]) -> str:

@@ -159,6 +159,7 @@ def main() -> NoReturn:
         signal.signal(number, _interrupt)
     problem = prepare_streams()
     print_errors_cleanly()
+    exit_code: int
     if instruction := os.environ.get(COMPLETION):
         exit_code = shell_complete(cli, {}, "mlx-k2", COMPLETION, instruction)
     elif problem is None:

@@ -439,10 +439,12 @@ def _with(options: tuple[Callable[[Command], Command], ...], command: Command) -
 
 
 def _names(*groups: tuple[Callable[[Command], Command], ...]) -> tuple[str, ...]:
-    command = click.Command(None)
+    def holder() -> None:
+        pass
+
     for option in (option for group in groups for option in group):
-        option(command)  # type: ignore[type-var]  # click's decorators take commands, too
-    return tuple(dict.fromkeys(option_name(option) for option in reversed(command.params)))
+        option(holder)  # type: ignore[arg-type]  # each option takes any command
+    return tuple(option_name(option) for option in reversed(click.command()(holder).params))
 
 
 SHARED_OPTIONS = _names(_CLUSTER, _SAMPLING, _ANSWERS, _TOOLS, _RESTARTS, _LOGGING, (system_option, draft_option))
