@@ -48,6 +48,11 @@ class SetupOptions(msgspec.Struct, frozen=True, kw_only=True):
     hostfile: str | None
     yes: bool
 
+    def __post_init__(self) -> None:
+        """Refuse a folder without wheels, before any host is asked."""
+        if self.wheels is not None and not any(Path(self.wheels).glob("*.whl")):
+            raise RequestError(f"--wheels {self.wheels}: there is no wheel in such a folder")
+
     @property
     def hostfile_path(self) -> Path:
         """Where the hostfile is written."""
@@ -74,7 +79,7 @@ class _SetupCommand(ProgramCommand):
 )
 @click.option(
     "--wheels",
-    type=click.Path(exists=True, file_okay=False),
+    type=click.Path(file_okay=False),
     metavar="DIR",
     help="Wheels of all packages, for hosts that reach no package index: `pip download -d DIR mlx_k2-*.whl`.",
 )
