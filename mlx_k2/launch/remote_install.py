@@ -130,6 +130,8 @@ def survey(host: str, python: str | None = None) -> HostSurvey:
         pythons.append((numbers, path))
         if has_pip == "pip" and numbers[:2] >= OLDEST_PYTHON:
             usable.append((numbers[:2] == sys.version_info[:2], numbers, path))
+    if python is not None and not pythons:
+        raise SetupError(f"its {python} is no Python that runs there: leave --python out, or name another")
     memory = told.get("memory", ["0"])[0]
     system = re.sub(r"^Darwin ", "macOS ", told["system"][0])
     return HostSurvey(
@@ -183,7 +185,7 @@ def install(found: HostSurvey, wheel: Path, pins: Sequence[str], wheels: Path | 
 def _copy(host: str, files: dict[str, Path]) -> None:
     """Copy files to the folder ``incoming`` of a host, as one archive over one connection."""
     incoming = f"{FOLDER}/incoming"
-    unpack = f"rm -rf {incoming} && mkdir -p {incoming} && tar -xf - -C {incoming}"
+    unpack = f'cd "$HOME" && rm -rf {incoming} && mkdir -p {incoming} && tar -xf - -C {incoming}'
     process = subprocess.Popen(
         ssh_command(host, f"sh -c {shlex.quote(unpack)}"), stdin=subprocess.PIPE, stderr=subprocess.PIPE
     )
