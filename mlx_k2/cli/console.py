@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 from rich.progress import (
     BarColumn,
@@ -113,9 +112,7 @@ class ConsoleListener(DeploymentListener):
     def __enter__(self) -> "ConsoleListener":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.done()
 
     def done(self) -> None:

@@ -1,7 +1,6 @@
 """Output of an answer while it is generated: plain text, or one JSON object a line on stdout."""
 
 from collections.abc import Iterable
-from types import TracebackType
 
 import msgspec
 
@@ -38,9 +37,7 @@ class TextOutput:
     def __enter__(self) -> "TextOutput":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.screen.pause()
 
     def show(self, events: Iterable[Event]) -> list[AnswerSummary]:
@@ -125,9 +122,7 @@ class JsonOutput:
     def __enter__(self) -> "JsonOutput":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Do nothing: every line is complete already."""
 
     def show(self, events: Iterable[Event]) -> list[AnswerSummary]:

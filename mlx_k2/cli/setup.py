@@ -138,7 +138,7 @@ class _Steps:
         hosts = [Host(ssh=name, python=surveys[name].environment_python if name in surveys else None) for name in names]
         request = self._with_addresses(hosts)
         self._write(request)
-        self._examine(request)
+        self._run_doctor(request)
 
     def _names(self) -> list[str]:
         given = list(self._options.hosts)
@@ -176,11 +176,11 @@ class _Steps:
             except SetupError as error:
                 failures.append(f"{found.host}: {error}")
             else:
-                self._note(f"mlx-k2 {__version__} is installed on {found.host}: ~/{FOLDER}/env")
+                self._log_done(f"mlx-k2 {__version__} is installed on {found.host}: ~/{FOLDER}/env")
         if failures:
             raise ClusterError("; ".join(f"not installed on {failure}" for failure in failures))
 
-    def _note(self, line: str) -> None:
+    def _log_done(self, line: str) -> None:
         self.done.append(line)
         log(line)
 
@@ -223,9 +223,9 @@ class _Steps:
         for path, text in changed.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, text.encode(), 0o644)
-            self._note(f"written: {path}")
+            self._log_done(f"written: {path}")
 
-    def _examine(self, request: DeploymentRequest) -> None:
+    def _run_doctor(self, request: DeploymentRequest) -> None:
         with ConsoleListener(verbose=False) as listener:
             checks = probe_cluster(
                 replace(request, hostfile_path=str(self._options.hostfile_path)), None, listener, deep=False

@@ -116,15 +116,15 @@ def survey(host: str, python: str | None = None) -> HostSurvey:
     """
     script = _SURVEY.format(mark=_MARK, folder=FOLDER, python=shlex.quote(python or ""), minors=_MINORS)
     output = _run(host, "sh -s", script.encode(), SURVEY_S)
-    told: dict[str, list[str]] = {}
+    facts: dict[str, list[str]] = {}
     for line in output.splitlines():
         if line.startswith(_MARK):
             key, _, value = line.removeprefix(_MARK).partition(" ")
-            told.setdefault(key, []).append(value.strip())
-    if "home" not in told:
+            facts.setdefault(key, []).append(value.strip())
+    if "home" not in facts:
         raise SetupError(f"{host} ran no command: see what `ssh {shlex.quote(host)} uname` prints")
     pythons, usable = [], []
-    for line in told.get("python", []):
+    for line in facts.get("python", []):
         version, has_pip, path = line.split(" ", 2)
         numbers = tuple(map(int, version.split(".")))
         pythons.append((numbers, path))
@@ -132,16 +132,16 @@ def survey(host: str, python: str | None = None) -> HostSurvey:
             usable.append((numbers[:2] == sys.version_info[:2], numbers, path))
     if python is not None and not pythons:
         raise SetupError(f"its {python} is no Python that runs there: leave --python out, or name another")
-    memory = told.get("memory", ["0"])[0]
-    system = re.sub(r"^Darwin ", "macOS ", told["system"][0])
+    memory = facts.get("memory", ["0"])[0]
+    system = re.sub(r"^Darwin ", "macOS ", facts["system"][0])
     return HostSurvey(
         host=host,
-        home=told["home"][0],
+        home=facts["home"][0],
         system=system,
         memory_bytes=int(memory) if memory.isdigit() else 0,
         pythons=tuple(pythons),
         python=max(usable)[2] if usable else None,
-        installed=told.get("installed", [""])[0],
+        installed=facts.get("installed", [""])[0],
     )
 
 

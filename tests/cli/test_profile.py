@@ -130,6 +130,6 @@ def test_a_mistake_is_named_by_its_file_and_line(
 
 def test_each_table_of_the_profile_applies_to_its_command(profile: Path) -> None:
     parent = cli.make_context("mlx-k2", ["serve"])
-    served = serve.command.make_context("serve", [], parent).params
-    assert (served["port"], served["model"]) == (9000, "moonshotai/Kimi-K2-Thinking")
+    params = serve.command.make_context("serve", [], parent).params
+    assert (params["port"], params["model"]) == (9000, "moonshotai/Kimi-K2-Thinking")
     assert "temperature" not in doctor.command.make_context("doctor", [], parent).params

@@ -30,7 +30,7 @@ LO = {"127.0.0.1": "lo0"}
     ],
     ids=["two networks", "link-local last", "no network", "cables between neighbours"],
 )
-def test_hosts_connect_over_networks_that_they_share(
+def test_hosts_connect_over_their_common_networks(
     interfaces: list[dict[str, str]], choices: list[tuple[str, ...]]
 ) -> None:
     assert address_choices([LO | host for host in interfaces]) == choices

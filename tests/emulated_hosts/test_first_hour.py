@@ -142,7 +142,7 @@ def test_the_server_answers_a_client_and_ends_with_ctrl_c(start: Start) -> None:
         assert server.end(LONG_S) in (0, 130), server.shown
 
 
-def test_bench_draws_a_plot(start: Start, hosts: EmulatedHosts) -> None:
+def test_bench_writes_a_plot(start: Start, hosts: EmulatedHosts) -> None:
     check(start, "mlx-k2 bench --plot nowhere/speed.png", "there is no folder", code=2)
     plot = hosts.homes[0] / "mlx-k2" / "speed.png"
     plot.unlink(missing_ok=True)

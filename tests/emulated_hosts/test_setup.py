@@ -37,7 +37,7 @@ def changed_files(hosts: EmulatedHosts) -> list[Path]:
     return [path for path in wanted if path.exists()]
 
 
-def test_a_set_up_asks_before_each_change_says_what_is_done_and_goes_on_where_it_failed(
+def test_setup_asks_before_each_change_and_resumes_after_a_failure_of_one_host(
     emulated_hosts: EmulatedHosts, tmp_path: Path
 ) -> None:
     hosts = emulated_hosts
@@ -126,7 +126,7 @@ def test_the_installed_wheel_is_known_by_its_digest(tmp_path: Path) -> None:
     assert wheel_digest(write_wheel(tmp_path / "a")) == wheel_digest(write_wheel(tmp_path / "b"))
 
 
-def test_a_survey_finds_a_python_without_being_told(
+def test_a_survey_finds_a_python_without_an_option(
     emulated_hosts: EmulatedHosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", f"{emulated_hosts.ssh_folder(0)}:{Path('/usr/bin')}:/bin")
