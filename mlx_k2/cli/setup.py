@@ -20,13 +20,13 @@ from mlx_k2.cli.doctor import show_checks
 from mlx_k2.cli.options import with_struct
 from mlx_k2.cli.profile import profile_path
 from mlx_k2.cli.program_command import ProgramCommand
-from mlx_k2.cluster.hostfile import Backend, Host, Hostfile, parse_hostfile
+from mlx_k2.cluster.hostfile import Backend, Host, Hostfile, parse_hostfile, read_hostfile
 from mlx_k2.deployment.cluster_options import LEASE_S
 from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.doctor.addresses import address_choices, fastest_choice, host_interfaces, with_addresses
 from mlx_k2.doctor.checks import CheckResult
 from mlx_k2.doctor.cluster_probe import probe_cluster
-from mlx_k2.errors import ClusterError, RequestError, SetupError
+from mlx_k2.errors import ClusterError, HostfileError, RequestError, SetupError
 from mlx_k2.launch.own_wheel import write_wheel
 from mlx_k2.launch.remote_install import FOLDER, HostSurvey, install, survey, wheel_digest
 from mlx_k2.private_files import write_whole
@@ -196,11 +196,21 @@ class _Steps:
                 choices = address_choices(host_interfaces(request))
                 if not choices:
                     raise SetupError("the hosts share no network: give an address of each with --address")
-                addresses, slowest = fastest_choice(request, choices)
+                before = self._addresses_before(hosts)
+                addresses, slowest = fastest_choice(request, [before] if before in choices else choices)
             log(f"addresses {', '.join(addresses)}" + (f": {slowest / 1e9:.2f} GB/s" if slowest is not None else ""))
         if len(addresses) != len(hosts):
             raise RequestError(f"{len(addresses)} addresses for {len(hosts)} hosts: give --address once for each")
         return with_addresses(request, addresses)
+
+    def _addresses_before(self, hosts: Sequence[Host]) -> tuple[str, ...]:
+        """Return the addresses in the present hostfile if it is of the same hosts, else none."""
+        try:
+            present = read_hostfile(self._options.hostfile_path).hosts
+        except HostfileError:
+            return ()
+        is_same = [(host.ssh, host.python) for host in present] == [(host.ssh, host.python) for host in hosts]
+        return tuple(host.ips[0] for host in present) if is_same and all(host.ips for host in present) else ()
 
     def _write(self, request: DeploymentRequest) -> None:
         """Write the hostfile and the profile, if their content is to change."""
