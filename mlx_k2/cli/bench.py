@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 import msgspec
-from rich.table import Table
 
 from mlx_k2.benchmark import Benchmark, Measured, ServerBenchmark, Workload, check_workloads
 from mlx_k2.cli.bench_document import BenchDocument, append_csv, bench_document, check_csv
@@ -172,11 +171,9 @@ def _title(document: BenchDocument) -> str:
 
 def _show(rows: Sequence[Measured]) -> None:
     log("prefill and decode in tokens/s, of all streams and of each; times between a stream's tokens")
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for heading in ("prompt", "streams", "first s", "prefill", "decode", "each", "p50 ms", "p95 ms", "busy %"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
+    headings = ("prompt", "streams", "first s", "prefill", "decode", "each", "p50 ms", "p95 ms", "busy %")
+    cells = [
+        (
             str(row.workload.prompt_tokens),
             str(row.workload.streams),
             f"{row.time_to_first_token_s:.2f}",
@@ -187,7 +184,9 @@ def _show(rows: Sequence[Measured]) -> None:
             _number(row.inter_token_p95_s, 1000),
             " ".join(f"{100 * fraction:.0f}" for fraction in row.stage_busy),
         )
-    show_table(table)
+        for row in rows
+    ]
+    show_table(headings, cells)
 
 
 def _number(value: float | None, scale: float) -> str:

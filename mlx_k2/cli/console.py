@@ -2,9 +2,11 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from rich.console import RenderableType
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -166,21 +168,34 @@ class ConsoleListener(DeploymentListener):
             self._bars.start()
 
 
-def show_table(table: Table) -> None:
-    """Print a table to stderr. A narrow terminal folds long cells; a pipe or a file gets each row on one line."""
+def show_table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[RenderableType]],
+    *,
+    left: Collection[str] = (),
+    folded: Collection[str] = (),
+) -> None:
+    """Print a table to stderr, with columns to the right but those in ``left`` and ``folded``.
+
+    A narrow terminal folds long cells of the columns in ``folded``; a pipe or a file gets each row on one line.
+    """
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for heading in headings:
+        justify: Literal["left", "right"] = "left" if heading in (*left, *folded) else "right"
+        table.add_column(heading, justify=justify, no_wrap=heading not in folded, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     out = console if console.is_terminal else SafeConsole(stderr=True, highlight=False, color_system=None, width=_WIDE)
     out.print(table)
 
 
 def show_plan(plans: Sequence[StagePlan], rows: Sequence[Sequence[str]], headings: Sequence[str]) -> None:
     """Show a table of the stages: rank, host, layers, weights, and the cells of ``rows`` under ``headings``."""
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for heading in ("stage", "host", "layers", "weights", *headings):
-        is_left, is_host = heading in ("host", "layers"), heading == "host"
-        table.add_column(heading, justify="left" if is_left else "right", no_wrap=not is_host, overflow="fold")
-    for plan, row in zip(plans, rows, strict=True):
-        table.add_row(str(plan.rank), plan.host.ssh, layer_range(plan), gigabytes(plan.shard_bytes), *row)
-    show_table(table)
+    whole = [
+        (str(plan.rank), plan.host.ssh, layer_range(plan), gigabytes(plan.shard_bytes), *row)
+        for plan, row in zip(plans, rows, strict=True)
+    ]
+    show_table(("stage", "host", "layers", "weights", *headings), whole, left=["layers"], folded=["host"])
 
 
 def show_dry_run(model: ModelDescription, shape: RunShape, plans: Sequence[StagePlan]) -> None:

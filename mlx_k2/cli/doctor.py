@@ -2,15 +2,13 @@
 
 import click
 import msgspec
-from rich.table import Table
 from rich.text import Text
 
 from mlx_k2.cli.console import ConsoleListener, console, log, show_table
 from mlx_k2.cli.options import cluster_options, with_struct
 from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cli.started_cluster import opened_request
-from mlx_k2.cli.streams import write_utf8
-from mlx_k2.cli.terminal_text import json_line
+from mlx_k2.cli.streams import write_json_line
 from mlx_k2.deployment.cluster_options import ClusterOptions
 from mlx_k2.doctor.checks import Check, CheckResult
 from mlx_k2.doctor.cluster_probe import probe_cluster
@@ -58,16 +56,12 @@ def command(options: DoctorOptions) -> None:
 
 def show_checks(checks: tuple[Check, ...]) -> None:
     """Show a table of all checks, each problem on a line of its own, and how many there are."""
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    table.add_column("host", overflow="fold")
-    for heading in ("check", ""):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("found", overflow="fold")
     checks = tuple(sorted(checks, key=lambda check: check.host))
-    for check in checks:
-        found, _, _ = check.found.partition(": ")
-        table.add_row(check.host, check.what, Text(check.result.value, _STYLES[check.result]), found)
-    show_table(table)
+    rows = [
+        (check.host, check.what, Text(check.result.value, _STYLES[check.result]), check.found.partition(": ")[0])
+        for check in checks
+    ]
+    show_table(("host", "check", "", "found"), rows, left=["check", ""], folded=["host", "found"])
     for check in checks:
         if check.result is not CheckResult.OK:  # uncut and on one line, so that its commands can be copied
             console.print(f"{check.host}, {check.what}: {check.found}", soft_wrap=True)
@@ -83,13 +77,9 @@ def _print_json(checks: tuple[Check, ...]) -> None:
             "found": check.found,
             "commands": check.commands,
         }
-        _write_line(line)
-    _write_line({"summary": {result.value: _count(checks, result) for result in CheckResult}})
+        write_json_line(line)
+    write_json_line({"summary": {result.value: _count(checks, result) for result in CheckResult}})
 
 
 def _count(checks: tuple[Check, ...], result: CheckResult) -> int:
     return sum(check.result is result for check in checks)
-
-
-def _write_line(value: object) -> None:
-    write_utf8(json_line(value))

@@ -9,8 +9,7 @@ from mlx_k2.chat.completion import completion_of, sampled_logprob
 from mlx_k2.cli.console import log, show_stage_use
 from mlx_k2.cli.repl.screen import PlainScreen, Screen, show_all
 from mlx_k2.cli.repl.wording import CUT
-from mlx_k2.cli.streams import write_utf8
-from mlx_k2.cli.terminal_text import json_line
+from mlx_k2.cli.streams import write_json_line
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import PrefillProgress, Queued, Restarting, Token
 from mlx_k2.coordinator.pipeline import StageUse
@@ -140,11 +139,11 @@ class JsonOutput:
             case Queued() | PrefillProgress() | Restarting():
                 if isinstance(event, Restarting) and event.restart != self._last_restart:
                     self._last_restart = event.restart
-                    _write_line({"restart": event.restart})
+                    write_json_line({"restart": event.restart})
                 self.screen.event(event)
             case CallEnded(call, result):
                 ended = {"outcome": result.outcome.value, "result": result.text}
-                _write_line({"call": {"name": call.name, "arguments": call.arguments, **ended}})
+                write_json_line({"call": {"name": call.name, "arguments": call.arguments, **ended}})
             case AnswerSummary():
                 self._is_over = True
 
@@ -161,7 +160,7 @@ class JsonOutput:
         line: object = TokenLine(token.token_id, token.text)
         if token.logprob is not None:
             line = msgspec.structs.replace(sampled_logprob(self._tokenizer, token), text=token.text)
-        _write_line(line)
+        write_json_line(line)
 
     def summary(self, summary: AnswerSummary, deployment: Deployment | None, use: tuple[StageUse, ...]) -> None:
         """Write the last reply with the counts and times of all, and each stage's layers, memory and computing time."""
@@ -182,8 +181,4 @@ class JsonOutput:
             for plan, loaded, stage in zip(plans, loads, use, strict=True)
         ]
         completion = msgspec.to_builtins(completion_of(whole_reply(self._parts), summary, self._num_calls))
-        _write_line({"summary": {**completion, "load_s": load_s, "stages": stages}})
-
-
-def _write_line(value: object) -> None:
-    write_utf8(json_line(value))
+        write_json_line({"summary": {**completion, "load_s": load_s, "stages": stages}})

@@ -12,7 +12,6 @@ from pathlib import Path
 import click
 import msgspec
 import psutil
-from rich.table import Table
 
 from mlx_k2 import __version__
 from mlx_k2.cli.console import ConsoleListener, console, gigabytes, log, show_table
@@ -277,19 +276,21 @@ def _survey_all(names: Sequence[str], python: str | None) -> dict[str, HostSurve
 
 
 def _show_hosts(names: Sequence[str], surveys: dict[str, HostSurvey]) -> None:
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for heading in ("host", "system", "memory", "Python", "mlx-k2"):
-        table.add_column(heading, overflow="fold")
-    for name in names:
-        found = surveys.get(name)
-        if found is None:
-            memory = gigabytes(psutil.virtual_memory().total)
-            table.add_row("this machine", sys.platform, memory, sys.executable, __version__)
-        else:
-            memory = gigabytes(found.memory_bytes)
-            has = "installed by setup" if found.installed else "not installed"
-            table.add_row(name, found.system, memory, found.python, has)
-    show_table(table)
+    here = ("this machine", sys.platform, gigabytes(psutil.virtual_memory().total), sys.executable, __version__)
+    rows = [
+        here
+        if (found := surveys.get(name)) is None
+        else (
+            name,
+            found.system,
+            gigabytes(found.memory_bytes),
+            found.python or "",
+            "installed by setup" if found.installed else "not installed",
+        )
+        for name in names
+    ]
+    headings = ("host", "system", "memory", "Python", "mlx-k2")
+    show_table(headings, rows, folded=headings)
 
 
 def _ask(question: str) -> str:
