@@ -61,7 +61,7 @@ class Versions(msgspec.Struct, frozen=True, kw_only=True):
 class BenchDocument(msgspec.Struct, frozen=True, kw_only=True):
     """All measurements, with the model, the hosts and the versions."""
 
-    rows: list[msgspec.Struct]
+    rows: list[BenchRow]  # type: ignore[valid-type]  # made of the fields of two classes
     made: str
     model: str
     model_digest: str

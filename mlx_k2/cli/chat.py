@@ -22,7 +22,6 @@ from mlx_k2.cli.options import (
     RunOptions,
     cluster_options,
     draft_option,
-    prompt_option,
     run_options,
     sampling_options,
     system_option,
@@ -78,7 +77,7 @@ class ChatOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 @click.command(cls=ProgramCommand)
 @click.argument("message", required=False)
-@prompt_option
+@click.option("--prompt", "-p", "prompt_text", metavar="TEXT", help="The same as MESSAGE.")
 @cluster_options
 @connect_option
 @system_option

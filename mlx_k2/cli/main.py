@@ -147,8 +147,10 @@ def cli() -> None:
         mlx-k2 generate "Hello"
 
     \b
-    With two Macs that hold the checkpoint, listed in a hostfile:
-        mlx-k2 generate --hostfile two-macs.json --model ~/Kimi-K2-Thinking "Hello"
+    With two Macs, this one and mac-2, which ssh reaches:
+        mlx-k2 setup this mac-2 --model moonshotai/Kimi-K2-Thinking
+        mlx-k2 download
+        mlx-k2 chat
     """  # noqa: D301  # click reads the escape
 
 

@@ -169,12 +169,14 @@ class _Steps:
         wheels = None if self._options.wheels is None else Path(self._options.wheels)
         failures = []
         for found in lacking:
+            self.done.append(f"the installation on {found.host} was begun and not finished: ~/{FOLDER}")
             try:
                 with console.status(f"installing on {found.host} ..."):
                     install(found, wheel, pins, wheels)
             except SetupError as error:
                 failures.append(f"{found.host}: {error}")
             else:
+                self.done.pop()
                 self._log_done(f"mlx-k2 {__version__} is installed on {found.host}: ~/{FOLDER}/env")
         if failures:
             raise ClusterError("; ".join(f"not installed on {failure}" for failure in failures))

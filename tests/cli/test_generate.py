@@ -61,7 +61,9 @@ def test_the_answer_goes_to_stdout_and_everything_else_to_stderr(
 
 def test_verbose_shows_all_counts_and_times_and_the_stages(command_line: CommandLine) -> None:
     run = command_line.run("generate", "Hello", *ASKED, "--verbose")
-    summary, times, headings, *stages = run.stderr.splitlines()[-5:]
+    lines = run.stderr.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.endswith(" seed 5"))
+    summary, times, headings, *stages = lines[at : at + 5]
     assert re.fullmatch(r"\d+ tokens \(.*\) · prompt \d+ tokens · seed 5", summary)
     assert re.fullmatch(
         r"loaded in [\d.]+ s · first token after [\d.]+ s · prefill [\d.]+ tok/s · decode [\d.]+ tok/s"

@@ -1,5 +1,6 @@
 """Tests of fast startup (--help and --version import no heavy module) and of --dry-run, which starts no process."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -85,8 +86,29 @@ def test_a_dry_run_of_kimi_k2_thinking_needs_no_network(command_line: CommandLin
     assert shown.returncode == 0
     assert "this is the plan for the layout that the repository has on the Hub" in shown.stderr
     assert "stage 1 opens model-{00033..00062}-of-000062.safetensors" in shown.stderr
-    assert "needs 633.5 GB: `mlx-k2 doctor` asks the hosts whether it fits" in shown.stderr
+    assert "needs 616.1 GB: `mlx-k2 doctor` asks the hosts whether it fits" in shown.stderr
     assert "one stream without draft tokens: at most 21.0 tok/s, at 692 GB/s of memory bandwidth" in shown.stderr
+
+
+def test_a_dry_run_compares_with_the_memory_and_the_bandwidth_that_the_hostfile_gives(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    hosts = [
+        {"ssh": f"mac-{number}", "ips": [f"192.168.0.{number}"], "memory_gb": 480, "gb_per_s": 800} for number in (1, 2)
+    ]
+    (tmp_path / "hosts.json").write_text(json.dumps(hosts))
+    arguments = (
+        "generate",
+        "--dry-run",
+        "--hostfile",
+        str(tmp_path / "hosts.json"),
+        "-m",
+        "moonshotai/Kimi-K2-Thinking",
+    )
+    shown = command_line.run(*arguments, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path)).stderr
+    assert "fits: 616 of 960 GB" in shown.splitlines()
+    assert "318.4 GB of 480.0 GB" in shown
+    assert "one stream without draft tokens: at most 24.2 tok/s, at 800 GB/s of memory bandwidth" in shown.splitlines()
 
 
 def test_the_reason_of_a_missing_socks_package_has_a_command_for_pip(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,17 @@ def test_setup_asks_before_each_change_and_resumes_after_a_failure_of_one_host(
         assert pane.end() == 2
     assert changed_files(hosts) == []
 
+    with on_pty(start) as pane:
+        pane.wait_for("in the order of their layers")
+        pane.type("host-1")
+        pane.wait_for("there? [y/N]")
+        pane.type("y")
+        pane.wait_for("installing on host-1")
+        pane.press(b"\x03")
+        pane.wait_for("the installation on host-1 was begun and not finished")
+        pane.wait_for("run the same command again to go on")
+        assert pane.end() == 130
+
     (hosts.homes[2] / ".local").write_text("a file where a folder has to be")
     with on_pty(start) as pane:
         pane.wait_for("in the order of their layers")
