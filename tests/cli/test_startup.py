@@ -106,9 +106,9 @@ def test_a_dry_run_compares_with_the_memory_and_the_bandwidth_that_the_hostfile_
         "moonshotai/Kimi-K2-Thinking",
     )
     shown = command_line.run(*arguments, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path)).stderr
-    assert "fits: 616 of 960 GB" in shown.splitlines()
-    assert "318.4 GB of 480.0 GB" in shown
-    assert "one stream without draft tokens: at most 24.2 tok/s, at 800 GB/s of memory bandwidth" in shown.splitlines()
+    assert "fits: 631 of 960 GB" in shown.splitlines()
+    assert "325.9 GB of 480.0 GB" in shown
+    assert "one stream without draft tokens: at most 24.3 tok/s, at 800 GB/s of memory bandwidth" in shown.splitlines()
 
 
 def test_the_reason_of_a_missing_socks_package_has_a_command_for_pip(monkeypatch: pytest.MonkeyPatch) -> None:
