@@ -9,7 +9,8 @@ import shlex
 import subprocess
 import sys
 import tarfile
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -115,7 +116,7 @@ def survey(host: str, python: str | None = None) -> HostSurvey:
         SetupError: ssh cannot reach it, or it does not answer; gives the way out.
     """
     script = _SURVEY.format(mark=_MARK, folder=FOLDER, python=shlex.quote(python or ""), minors=_MINORS)
-    output = _run(host, "sh -s", script.encode(), SURVEY_S)
+    output = _run_script(host, script, SURVEY_S)
     facts: dict[str, list[str]] = {}
     for line in output.splitlines():
         if line.startswith(_MARK):
@@ -171,7 +172,7 @@ def install(found: HostSurvey, wheel: Path, pins: Sequence[str], wheels: Path | 
         digest=wheel_digest(wheel),
     )
     try:
-        _run(found.host, "sh -s", script.encode(), INSTALL_S)
+        _run_script(found.host, script, INSTALL_S)
     except SetupError as error:
         is_offline = wheels is None and re.search(
             "No matching distribution|ConnectionError|Temporary failure", str(error)
@@ -182,50 +183,42 @@ def install(found: HostSurvey, wheel: Path, pins: Sequence[str], wheels: Path | 
         raise SetupError(f"{error}{hint}") from None
 
 
-def _copy(host: str, files: dict[str, Path]) -> None:
+def _copy(host: str, files: Mapping[str, Path]) -> None:
     """Copy files to the folder ``incoming`` of a host, as one archive over one connection."""
     incoming = f"{FOLDER}/incoming"
     unpack = f'cd "$HOME" && rm -rf {incoming} && mkdir -p {incoming} && tar -xf - -C {incoming}'
-    process = subprocess.Popen(
-        ssh_command(host, f"sh -c {shlex.quote(unpack)}"), stdin=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdin is not None
-    try:
-        _write_archive(process.stdin, files)
-        _, errors = process.communicate(timeout=INSTALL_S)
-    except (BrokenPipeError, subprocess.TimeoutExpired):
-        process.kill()
-        _, errors = process.communicate()
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
-    _check(host, process.returncode, errors.decode(errors="replace"))
+    with tempfile.TemporaryFile() as archive:
+        with tarfile.open(fileobj=archive, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for name, path in files.items():
+                tar.add(path, name)
+        archive.seek(0)
+        _run(host, f"sh -c {shlex.quote(unpack)}", archive, INSTALL_S)
 
 
-def _write_archive(out: IO[bytes], files: dict[str, Path]) -> None:
-    with tarfile.open(fileobj=out, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
-        for name, path in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = path.stat().st_size
-            with path.open("rb") as file:
-                archive.addfile(member, file)
+def _run(host: str, command: str, stdin: IO[bytes], timeout_s: float) -> str:
+    """Run a command on a host and return its output.
 
-
-def _run(host: str, command: str, script: bytes, timeout_s: float) -> str:
+    Raises:
+        SetupError: ssh or the command failed, or took longer than ``timeout_s``.
+    """
     try:
         ran = subprocess.run(
-            ssh_command(host, command), input=script, capture_output=True, timeout=timeout_s, check=False
+            ssh_command(host, command), stdin=stdin, capture_output=True, timeout=timeout_s, check=False
         )
     except subprocess.TimeoutExpired:
         raise SetupError(f"{host} did not answer within {timeout_s:.0f} s") from None
-    _check(host, ran.returncode, ran.stderr.decode(errors="replace"))
+    errors = ran.stderr.decode(errors="replace")
+    if ran.returncode == SSH_EXIT_CODE:
+        raise SetupError(explain_ssh_failure(host, errors))
+    if ran.returncode:
+        lines = [line for line in errors.splitlines() if line.strip()] or [f"exit code {ran.returncode}"]
+        raise SetupError(next((line for line in reversed(lines) if "rror" in line), lines[-1]).strip())
     return ran.stdout.decode(errors="replace")
 
 
-def _check(host: str, exit_code: int, errors: str) -> None:
-    if exit_code == SSH_EXIT_CODE:
-        raise SetupError(explain_ssh_failure(host, errors))
-    if exit_code:
-        lines = [line for line in errors.splitlines() if line.strip()] or [f"exit code {exit_code}"]
-        raise SetupError(next((line for line in reversed(lines) if "rror" in line), lines[-1]).strip())
+def _run_script(host: str, script: str, timeout_s: float) -> str:
+    """Run a script of the POSIX shell on a host, as `_run` does. The host's own shell may be another."""
+    with tempfile.TemporaryFile() as file:
+        file.write(script.encode())
+        file.seek(0)
+        return _run(host, "sh -s", file, timeout_s)
