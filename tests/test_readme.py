@@ -44,7 +44,6 @@ def test_each_command_of_the_pages_is_one_that_the_program_parses(
     page: str, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("XDG_CONFIG_HOME", "/nonexistent")
     _, *arguments = shlex.split(line)
     with cli.make_context("mlx-k2", arguments) as parent:
         name, command, rest = cli.resolve_command(parent, arguments)

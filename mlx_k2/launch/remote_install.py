@@ -188,7 +188,7 @@ def _copy(host: str, files: Mapping[str, Path]) -> None:
     incoming = f"{FOLDER}/incoming"
     unpack = f'cd "$HOME" && rm -rf {incoming} && mkdir -p {incoming} && tar -xf - -C {incoming}'
     with tempfile.TemporaryFile() as archive:
-        with tarfile.open(fileobj=archive, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        with tarfile.open(fileobj=archive, mode="w", dereference=True) as tar:
             for name, path in files.items():
                 tar.add(path, name)
         archive.seek(0)

@@ -32,6 +32,7 @@ def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "mlx-k2" / "config.toml"
     path.parent.mkdir()
     path.write_text(FILE)
+    monkeypatch.delenv("MLX_K2_CONFIG")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setenv("HOME", "/home/kim")
     return path

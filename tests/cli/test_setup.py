@@ -34,7 +34,7 @@ def test_a_value_is_set_and_nothing_else_changes(lines: list[str], value: str) -
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    monkeypatch.delenv("MLX_K2_CONFIG", raising=False)
+    monkeypatch.delenv("MLX_K2_CONFIG")
     return tmp_path / "mlx-k2"
 
 
