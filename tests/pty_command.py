@@ -56,6 +56,8 @@ class PtyCommand:
             data = os.read(self.terminal, 65536)
         except OSError:  # Linux reports the end so
             return False
+        for _ in range(data.count(b"\x1b[6n")):  # where is the cursor?
+            os.write(self.terminal, b"\x1b[1;1R")
         self.shown += _CONTROL.sub("", data.decode(errors="replace").replace("\r\n", "\n"))
         return bool(data)
 

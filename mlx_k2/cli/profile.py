@@ -5,6 +5,7 @@ option, a key in the table of a command is that command's. A variable MLX_K2_NAM
 """
 
 import difflib
+import json
 import os
 import re
 import tomllib
@@ -80,6 +81,14 @@ def read_profile(path: Path, commands: Sequence[str], shared: Sequence[str]) -> 
         where = profile.where("", key)
         _check_name(key, shared, f"{where}: {key!r} is not an option of several commands")
     return profile
+
+
+def with_value(text: str, key: str, value: str) -> str:
+    """Return the text of a profile in which ``key``, above all tables, has ``value``; all else stays."""
+    line = f"{key} = {json.dumps(value, ensure_ascii=False)}"
+    head, heading, tables = re.match(r"(?s)(.*?)((?:^|\n)[ \t]*\[.*|$)", text).group(1, 2, 0)  # type: ignore[union-attr]
+    changed, count = re.subn(rf"(?m)^[ \t]*[\"']?{re.escape(key)}[\"']?[ \t]*=.*$", lambda _: line, head)
+    return (changed if count else f"{line}\n{head}") + heading + text[len(tables) :]
 
 
 def option_name(option: click.Parameter) -> str:

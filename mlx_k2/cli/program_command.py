@@ -1,5 +1,6 @@
 """The class of the commands: help in groups, hints for options of other programs, defaults from the profile."""
 
+import difflib
 from typing import Any
 
 import click
@@ -91,8 +92,11 @@ class ProgramCommand(click.Command):
         except click.NoSuchOption as error:
             name = error.option_name.replace("_", "-")
             known = [option for parameter in self.get_params(ctx) for option in parameter.opts]
+            first_names = [parameter.opts[0] for parameter in self.get_params(ctx) if parameter.opts]
+            close = difflib.get_close_matches(name, first_names, 1)
             meant = name if name in known else _OTHER_NAMES.get(name, "")
-            if meant.split(" ")[0] not in known:
+            meant = meant if meant.split(" ")[0] in known else "".join(close)
+            if not meant:
                 raise
             raise click.NoSuchOption(
                 error.option_name, f"No such option {error.option_name!r}. Did you mean {meant!r}?", ctx=ctx

@@ -1,10 +1,10 @@
 """`mlx-k2 setup`: from the names of some Macs to a hostfile and a profile that all commands use."""
 
 import json
-import re
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ from mlx_k2 import __version__
 from mlx_k2.cli.console import ConsoleListener, console, gigabytes, log, show_table
 from mlx_k2.cli.doctor import show_checks
 from mlx_k2.cli.options import with_struct
-from mlx_k2.cli.profile import profile_path
+from mlx_k2.cli.profile import profile_path, with_value
 from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cluster.hostfile import Backend, Host, Hostfile, parse_hostfile, read_hostfile
 from mlx_k2.deployment.cluster_options import LEASE_S
@@ -134,7 +134,16 @@ class _Steps:
         with tempfile.TemporaryDirectory() as folder:
             wheel = write_wheel(Path(folder))
             self._install(wheel, [found for found in surveys.values() if found.installed != wheel_digest(wheel)])
-        hosts = [Host(ssh=name, python=surveys[name].environment_python if name in surveys else None) for name in names]
+        present = {host.ssh: host for host in self._present_hosts()}
+        hosts = [
+            msgspec.structs.replace(
+                present.get(name, Host(ssh=name)),
+                python=surveys[name].environment_python if name in surveys else None,
+                ips=(),
+                rdma=(),
+            )
+            for name in names
+        ]
         request = self._with_addresses(hosts)
         self._write(request)
         self._run_doctor(request)
@@ -197,26 +206,23 @@ class _Steps:
                 choices = address_choices(host_interfaces(request))
                 if not choices:
                     raise SetupError("the hosts share no network: give an address of each with --address")
-                before = self._addresses_before(hosts)
-                addresses, slowest = fastest_choice(request, [before] if before in choices else choices)
+                present = tuple(host.ips[0] for host in self._present_hosts() if host.ips)
+                addresses, slowest = fastest_choice(request, [present] if present in choices else choices)
             log(f"addresses {', '.join(addresses)}" + (f": {slowest / 1e9:.2f} GB/s" if slowest is not None else ""))
         if len(addresses) != len(hosts):
             raise RequestError(f"{len(addresses)} addresses for {len(hosts)} hosts: give --address once for each")
         return with_addresses(request, addresses)
 
-    def _addresses_before(self, hosts: Sequence[Host]) -> tuple[str, ...]:
-        """Return the addresses in the present hostfile if it is of the same hosts, else none."""
-        try:
-            present = read_hostfile(self._options.hostfile_path).hosts
-        except HostfileError:
-            return ()
-        is_same = [(host.ssh, host.python) for host in present] == [(host.ssh, host.python) for host in hosts]
-        return tuple(host.ips[0] for host in present) if is_same and all(host.ips for host in present) else ()
+    def _present_hosts(self) -> tuple[Host, ...]:
+        """Return the hosts in the hostfile that is there, whose further keys are kept; none without a usable file."""
+        with suppress(HostfileError):
+            return read_hostfile(self._options.hostfile_path).hosts
+        return ()
 
     def _write(self, request: DeploymentRequest) -> None:
         """Write the hostfile and the profile, if their content is to change."""
         entries = [msgspec.to_builtins(host) for host in request.hostfile.hosts]
-        kept = [{key: entry[key] for key in ("ssh", "ips", "python") if entry[key]} for entry in entries]
+        kept = [{key: value for key, value in entry.items() if value} for entry in entries]
         content = "[\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in kept) + "\n]\n"
         parse_hostfile(content.encode(), "the new hostfile")
         profile = profile_path()
@@ -246,14 +252,6 @@ class _Steps:
             raise ClusterError("the doctor found a failure: mend it, then run `mlx-k2 doctor`")
         model = self._options.model
         log(f"next: mlx-k2 {'download' if model is not None else 'chat'}; `mlx-k2 config` shows the profile")
-
-
-def with_value(text: str, key: str, value: str) -> str:
-    """Return the text of a profile in which ``key``, above all tables, has ``value``; all else stays."""
-    line = f"{key} = {json.dumps(value, ensure_ascii=False)}"
-    head, heading, tables = re.match(r"(?s)(.*?)((?:^|\n)[ \t]*\[.*|$)", text).group(1, 2, 0)  # type: ignore[union-attr]
-    changed, count = re.subn(rf"(?m)^[ \t]*[\"']?{re.escape(key)}[\"']?[ \t]*=.*$", lambda _: line, head)
-    return (changed if count else f"{line}\n{head}") + heading + text[len(tables) :]
 
 
 def _survey_all(names: Sequence[str], python: str | None) -> dict[str, HostSurvey]:

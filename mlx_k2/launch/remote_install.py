@@ -32,7 +32,8 @@ tell() {{ printf '{mark}%s\\n' "$*"; }}
 tell home "$HOME"
 tell system "$(uname -s) $(sw_vers -productVersion 2>/dev/null || uname -r)"
 tell memory "$(sysctl -n hw.memsize 2>/dev/null || awk '/MemTotal/ {{printf "%.0f", $2 * 1024}}' /proc/meminfo)"
-tell installed "$(cat "$HOME"/{folder}/installed 2>/dev/null)"
+"$HOME"/{folder}/env/bin/python -P -c 'import mlx_k2' 2>/dev/null \\
+    && tell installed "$(cat "$HOME"/{folder}/installed 2>/dev/null)"
 look() {{
     found=$("$1" -c 'import importlib.util as u, sys
 print("%d.%d.%d" % sys.version_info[:3], "pip" if u.find_spec("ensurepip") else "-", sys.executable)' 2>/dev/null) \\
@@ -64,7 +65,7 @@ rm -f installed
 pip() {{ env/bin/python -m pip --disable-pip-version-check install --quiet "$@"; }}
 pip {options} {pins} incoming/{wheel}
 pip --no-index --no-deps --force-reinstall incoming/{wheel}
-env/bin/python -c 'import mlx_k2'
+env/bin/python -P -c 'import mlx_k2'
 rm -rf incoming
 printf '%s' {digest} >installed
 """
@@ -81,7 +82,7 @@ class HostSurvey:
     pythons: tuple[tuple[tuple[int, ...], str], ...]
     python: str | None
     installed: str
-    """The digest of the wheel that is installed there; '' for none."""
+    """The digest of the wheel that is installed there and can be imported; '' for none."""
 
     @property
     def environment_python(self) -> str:

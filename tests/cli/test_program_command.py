@@ -19,6 +19,7 @@ from tests.cli.command import MLX_K2
         (["what", "is", "mlx?"], "to ask it, write mlx-k2 generate 'what is mlx?'"),
         (["What is mlx-k2?"], "to ask it, write mlx-k2 generate 'What is mlx-k2?'"),
         (["generate", "--modle", "x"], "Did you mean '--model'?"),
+        (["generate", "--temprature", "0"], "Did you mean '--temperature'?"),
         (["generate", "--max_tokens", "3"], "Did you mean '--max-tokens'?"),
         (["chat", "--ctx-size", "3"], "Did you mean '--context'?"),
         (["serve", "--no-draft"], "Did you mean '--draft off'?"),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_k2.cli.main import run
-from mlx_k2.cli.setup import with_value
+from mlx_k2.cli.profile import with_value
 
 LINES = st.lists(
     st.sampled_from(
@@ -59,6 +59,7 @@ def test_a_set_up_that_cannot_be_done_changes_nothing(
 def test_this_machine_alone_needs_no_ssh(settings: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings.mkdir()
     (settings / "config.toml").write_text("# mine\nseed = 3\n[chat]\nseed = 4\n")
+    (settings / "hosts.json").write_text('[{"ssh": "127.0.0.1", "memory_gb": 8}]')
     assert run(["setup", "this", "--yes", "--model", "built-in"]) == 0
     profile = tomllib.loads((settings / "config.toml").read_text())
     assert profile == {
@@ -68,7 +69,7 @@ def test_this_machine_alone_needs_no_ssh(settings: Path, capsys: pytest.CaptureF
         "chat": {"seed": 4},
     }
     assert "# mine" in (settings / "config.toml").read_text()
-    assert json.loads((settings / "hosts.json").read_text()) == [{"ssh": "127.0.0.1"}]
+    assert json.loads((settings / "hosts.json").read_text()) == [{"ssh": "127.0.0.1", "memory_gb": 8.0}]
     assert "0 failure" in capsys.readouterr().err
     assert run(["setup", "this", "--yes"]) == 0
     assert "written" not in capsys.readouterr().err
