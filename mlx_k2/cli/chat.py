@@ -39,8 +39,7 @@ from mlx_k2.cli.repl.usage_totals import UsageTotals
 from mlx_k2.cli.started_cluster import early_frontend, opened_request, started_cluster
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.engine import engine_on
-from mlx_k2.deployment.cluster_options import ClusterOptions
-from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.errors import MlxK2Error, RequestError
 from mlx_k2.private_files import state_folder

@@ -18,7 +18,7 @@ from mlx_k2.cli.started_cluster import early_frontend, started_cluster
 from mlx_k2.coordinator.batch_results import BatchResult, answer_all
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.coordinator.jobs import Submission
-from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.cluster_options import DeploymentRequest
 from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import SetupError
 from mlx_k2.sampling import derived_seed

@@ -93,7 +93,7 @@ class ProgramCommand(click.Command):
             name = error.option_name.replace("_", "-")
             known = [option for parameter in self.get_params(ctx) for option in parameter.opts]
             first_names = [parameter.opts[0] for parameter in self.get_params(ctx) if parameter.opts]
-            close = difflib.get_close_matches(name, first_names, 1)
+            close = difflib.get_close_matches(name, first_names, 1, 0.7)
             meant = name if name in known else _OTHER_NAMES.get(name, "")
             meant = meant if meant.split(" ")[0] in known else "".join(close)
             if not meant:

@@ -5,7 +5,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,8 +19,7 @@ from mlx_k2.cli.options import with_struct
 from mlx_k2.cli.profile import profile_path, with_value
 from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cluster.hostfile import Backend, Host, Hostfile, parse_hostfile, read_hostfile
-from mlx_k2.deployment.cluster_options import LEASE_S
-from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest
 from mlx_k2.doctor.addresses import address_choices, fastest_choice, host_interfaces, with_addresses
 from mlx_k2.doctor.checks import CheckResult
 from mlx_k2.doctor.cluster_probe import probe_cluster
@@ -196,8 +194,9 @@ class _Steps:
 
     def _with_addresses(self, hosts: Sequence[Host]) -> DeploymentRequest:
         """Return the request with an address for each host, if there are several."""
+        options = ClusterOptions(hostfile=str(self._options.hostfile_path))
         hostfile = Hostfile(hosts=tuple(hosts), backend=Backend.RING)
-        request = DeploymentRequest(hostfile, ModelSource(path_or_repo=BUILTIN), None, None, None, LEASE_S)
+        request = DeploymentRequest(options, hostfile, ModelSource(path_or_repo=BUILTIN))
         addresses = self._options.addresses
         if len(hosts) == 1:
             return request
@@ -244,9 +243,7 @@ class _Steps:
 
     def _run_doctor(self, request: DeploymentRequest) -> None:
         with ConsoleListener(verbose=False) as listener:
-            checks = probe_cluster(
-                replace(request, hostfile_path=str(self._options.hostfile_path)), None, listener, deep=False
-            )
+            checks = probe_cluster(request, None, listener, deep=False)
         show_checks(checks)
         if any(check.result is CheckResult.FAILURE for check in checks):
             raise ClusterError("the doctor found a failure: mend it, then run `mlx-k2 doctor`")

@@ -5,8 +5,7 @@ from contextlib import contextmanager
 
 from mlx_k2.cli.console import ConsoleListener, log
 from mlx_k2.cli.options import RunOptions
-from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
-from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, deployment_request, open_source
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.weights.checkpoint import ModelDescription

@@ -9,8 +9,7 @@ import msgspec
 from mlx_k2.cluster.host_facts import HopSpeed
 from mlx_k2.cluster.hostfile import Host, Hostfile
 from mlx_k2.deployment import bring_up
-from mlx_k2.deployment.deploy import links, prepare
-from mlx_k2.deployment.deployment_request import DeploymentRequest, stage_location
+from mlx_k2.deployment.cluster_options import DeploymentRequest, stage_location
 from mlx_k2.errors import ClusterError, SetupError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.protocol.messages import Hello, HopsMeasured, MeasureHops, Probe, ProbeResult
@@ -48,10 +47,9 @@ def host_interfaces(request: DeploymentRequest) -> list[dict[str, str]]:
         ClusterError: a host does not answer.
     """
     with _stages(request) as group:
-        size = range(group.size)
-        bring_up.collect(group, Hello, size, bring_up.HANDSHAKE_S, "start")
-        group.send_all(Probe(ModelSource(path_or_repo=BUILTIN), None, False))
-        return [answer.facts.interfaces for answer in bring_up.collect(group, ProbeResult, size, HOPS_S, "report")]
+        bring_up.collect(group, Hello, range(group.size), bring_up.HANDSHAKE_S, "start")
+        messages = [Probe(ModelSource(path_or_repo=BUILTIN), None, False)] * group.size
+        return [answer.facts.interfaces for answer in bring_up.ask(group, messages, ProbeResult, HOPS_S, "report")]
 
 
 def fastest_choice(
@@ -104,16 +102,16 @@ def hop_speeds(request: DeploymentRequest) -> list[HopSpeed]:
 
 def measured_hops(group: StageGroup, hostfile: Hostfile) -> list[HopSpeed]:
     """Connect started stages as a run does, with the built-in model, which every host has, and time each hop."""
-    prepared = prepare(group, hostfile, [ModelSource(path_or_repo=BUILTIN)] * group.size)
-    bring_up.connect(group, links(hostfile, [answer.addresses for answer in prepared]))
-    group.send_all(MeasureHops())
-    answers = bring_up.collect(group, HopsMeasured, range(group.size), HOPS_S, "measure its hops")
+    prepared = bring_up.prepare(group, hostfile, [ModelSource(path_or_repo=BUILTIN)] * group.size)
+    bring_up.connect(group, bring_up.links(hostfile, prepared))
+    answers = bring_up.ask(group, [MeasureHops()] * group.size, HopsMeasured, HOPS_S, "measure its hops")
     return [answer.to_next for answer in answers if answer.to_next is not None]
 
 
 def _stages(request: DeploymentRequest) -> StageGroup:
     locations = [stage_location(host) for host in request.hostfile.hosts]
-    return StageGroup(locations, request.lease_s, lambda _line: None, stall_timeout_s=request.stall_timeout_s)
+    options = request.options
+    return StageGroup(locations, options.lease_s, lambda _line: None, stall_timeout_s=options.stall_timeout_s)
 
 
 def _network(ip: str) -> str:

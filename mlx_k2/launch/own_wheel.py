@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx_k2
 from mlx_k2.errors import SetupError
-from mlx_k2.launch.install_commands import WHEEL
+from mlx_k2.launch.ssh import WHEEL
 
 _FIRST_DATE = (1980, 1, 1, 0, 0, 0)
 """The date of every file in the wheel, so that the same program gives the same bytes."""
