@@ -1,6 +1,6 @@
 """The installation of this program on another host over ssh: looks for a Python, copies a wheel, installs it.
 
-Asks nobody and writes below one folder of the host's home only. Each step can be repeated.
+It asks no questions, and writes below one folder of the host's home only. Each step can be repeated.
 """
 
 import hashlib
@@ -28,16 +28,16 @@ _MINORS = " ".join(str(minor) for minor in range(20, OLDEST_PYTHON[1] - 1, -1))
 
 # Only macOS has sw_vers. There /usr/bin/python3 opens a window that offers Xcode's tools, unless they are installed.
 _SURVEY = """
-tell() {{ printf '{mark}%s\\n' "$*"; }}
-tell home "$HOME"
-tell system "$(uname -s) $(sw_vers -productVersion 2>/dev/null || uname -r)"
-tell memory "$(sysctl -n hw.memsize 2>/dev/null || awk '/MemTotal/ {{printf "%.0f", $2 * 1024}}' /proc/meminfo)"
+report() {{ printf '{mark}%s\\n' "$*"; }}
+report home "$HOME"
+report system "$(uname -s) $(sw_vers -productVersion 2>/dev/null || uname -r)"
+report memory "$(sysctl -n hw.memsize 2>/dev/null || awk '/MemTotal/ {{printf "%.0f", $2 * 1024}}' /proc/meminfo)"
 "$HOME"/{folder}/env/bin/python -P -c 'import mlx_k2' 2>/dev/null \\
-    && tell installed "$(cat "$HOME"/{folder}/installed 2>/dev/null)"
+    && report installed "$(cat "$HOME"/{folder}/installed 2>/dev/null)"
 look() {{
     found=$("$1" -c 'import importlib.util as u, sys
 print("%d.%d.%d" % sys.version_info[:3], "pip" if u.find_spec("ensurepip") else "-", sys.executable)' 2>/dev/null) \\
-        && tell python $found
+        && report python $found
 }}
 given={python}
 if [ -n "$given" ]; then look "$given"; exit 0; fi
@@ -73,7 +73,7 @@ printf '%s' {digest} >installed
 
 @dataclass(frozen=True)
 class HostSurvey:
-    """What a host said about itself. ``pythons`` are versions with paths, ``python`` the one to use."""
+    """Facts that a host reported. ``pythons`` are versions with paths, ``python`` the one to use."""
 
     host: str
     home: str
@@ -91,7 +91,7 @@ class HostSurvey:
 
     @property
     def problem(self) -> str | None:
-        """Why mlx-k2 cannot be installed there, with the way out; None if it can."""
+        """The reason why mlx-k2 cannot be installed there, with the way out; None if it can."""
         if self.python is not None:
             return None
         wanted = ".".join(map(str, OLDEST_PYTHON))
