@@ -17,12 +17,13 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 from types import FrameType, TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 from click.shell_completion import CompletionItem, shell_complete
 
 from mlx_k2 import __version__
+from mlx_k2.cli.profile import Profile, profile_path, read_profile
 from mlx_k2.cli.streams import prepare_streams
 from mlx_k2.cli.terminal_text import printable
 from mlx_k2.errors import MlxK2Error
@@ -84,6 +85,12 @@ class PrintableRecord(logging.LogRecord):
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are called. Listing the commands imports none."""
 
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Parse the command line. The context's object is the function that reads the profile."""
+        return super().make_context(info_name, args, parent, **{"obj": user_profile, **extra})
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names that help shows."""
         return list(COMMANDS)
@@ -122,6 +129,13 @@ class LazyGroup(click.Group):
         if incomplete.startswith("-"):
             return click.Command.shell_complete(self, ctx, incomplete)
         return [CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)]
+
+
+def user_profile() -> Profile:
+    """Return the user's profile; errors are `read_profile`'s."""
+    from mlx_k2.cli.options import SHARED_OPTIONS
+
+    return read_profile(profile_path(), list(COMMANDS), SHARED_OPTIONS)
 
 
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:

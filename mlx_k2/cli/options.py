@@ -274,6 +274,11 @@ _ANSWERS = (
         callback=_schema_file,
         help="Answer with a JSON value of the schema in FILE. Thinking and tool calls come before it, as usual.",
     ),
+    _answer(
+        "--strict-schema",
+        is_flag=True,
+        help="Refuse a schema of --json-schema with a keyword that cannot be enforced, in place of a warning.",
+    ),
     _answer("--regex", metavar="PATTERN", help="Answer with a text that PATTERN matches as a whole."),
     _answer(
         "--lark",
@@ -309,13 +314,22 @@ _ANSWERS = (
 )
 
 _tool = functools.partial(click.option, cls=GroupedOption, group="Tools")
+tool_grammar_option = _tool(
+    "--tool-grammar",
+    type=click.Choice(["auto", "off"]),
+    default="auto",
+    callback=lambda _ctx, _param, value: value == "auto",
+    help="Whether tool calls follow the tools' names and schemas.  [default: auto]",
+)
+
 _TOOLS = (
+    tool_grammar_option,
     _tool(
-        "--tool-grammar",
-        type=click.Choice(["auto", "off"]),
-        default="auto",
-        callback=lambda _ctx, _param, value: value == "auto",
-        help="Whether tool calls follow the tools' names and schemas.  [default: auto]",
+        "--parallel-tool-calls",
+        type=click.Choice(["on", "off"]),
+        default="on",
+        callback=_is_on,
+        help="Whether a reply may call several tools.  [default: on]",
     ),
     _tool(
         "--tools", "tools_path", type=click.Path(), metavar="FILE.py", help="Python functions that the model may call."

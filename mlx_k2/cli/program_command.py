@@ -7,12 +7,11 @@ import click
 
 from mlx_k2.cli.profile import (
     Default,
+    Profile,
     defaults_of,
     keep_sources,
     not_overridden,
     option_name,
-    profile_path,
-    read_profile,
 )
 from mlx_k2.errors import RequestError
 
@@ -45,7 +44,10 @@ class GroupedOption(click.Option):
 
 
 class ProgramCommand(click.Command):
-    """A command of this program, whose options have the defaults of the profile if it ``reads_profile``."""
+    """A command of this program, whose options have the defaults of the profile if it ``reads_profile``.
+
+    The function that reads the profile is the object of the parent's context.
+    """
 
     reads_profile = True
 
@@ -58,11 +60,8 @@ class ProgramCommand(click.Command):
             RequestError: the profile is not usable; names the line.
         """
         defaults: dict[str, Default] = {}
-        if self.reads_profile and parent is not None and not {"-h", "--help"} & set(args):
-            from mlx_k2.cli.main import COMMANDS
-            from mlx_k2.cli.options import SHARED_OPTIONS
-
-            profile = read_profile(profile_path(), list(COMMANDS), SHARED_OPTIONS)
+        if self.reads_profile and parent is not None and parent.obj is not None and not {"-h", "--help"} & set(args):
+            profile: Profile = parent.obj()
             defaults = not_overridden(self, defaults_of(self, info_name or "", profile), args)
             extra["default_map"] = {name: default.value for name, default in defaults.items()}
         try:

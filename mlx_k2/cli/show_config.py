@@ -5,9 +5,8 @@ import json
 import click
 
 from mlx_k2.cli.console import log
-from mlx_k2.cli.main import COMMANDS, cli
-from mlx_k2.cli.options import SHARED_OPTIONS
-from mlx_k2.cli.profile import Default, defaults_of, option_name, profile_path, read_profile
+from mlx_k2.cli.main import COMMANDS, cli, user_profile
+from mlx_k2.cli.profile import Default, defaults_of, option_name
 from mlx_k2.cli.program_command import ProgramCommand
 
 
@@ -25,9 +24,8 @@ def command(command: str | None) -> None:
 
     A variable overrides the file, as MLX_K2_MODEL does for --model, and the command line overrides both.
     """  # noqa: D301  # click reads the escape
-    path = profile_path()
-    profile = read_profile(path, list(COMMANDS), SHARED_OPTIONS)
-    log(f"{'the profile is' if profile.text else 'there is no profile:'} {path}")
+    profile = user_profile()
+    log(f"{'the profile is' if profile.text else 'there is no profile:'} {profile.path}")
     context = click.get_current_context()
     shown: dict[str, Default] = {}
     for name in COMMANDS if command is None else (command,):
@@ -39,7 +37,7 @@ def command(command: str | None) -> None:
             key = option_name(option)
             default = defaults.get(option.name or "")
             if default is not None:
-                is_own = command is None and default.source == profile.where(name, key) != str(path)
+                is_own = command is None and default.source == profile.where(name, key) != str(profile.path)
                 shown.setdefault(f"{name}.{key}" if is_own else key, default)
             elif command is not None and key:
                 shown[key] = Default(option.to_info_dict()["default"], "default")
