@@ -80,7 +80,8 @@ def part() -> str:
     """Run both commands; return their part of README.md."""
     return "\n\n".join(
         (
-            "`make demo`: first its stderr (what it is, the reasoning, one line of counts), then its stdout (the answer):",
+            "`make demo`: first its stderr (what it is, the reasoning, one line of counts), then its stdout "
+            "(the answer):",
             _block(DEMO, run(DEMO)),
             "The same program, of which a stage is killed (`kill -9`) after " + f'"{KILL_AFTER}":',
             _block(KILLED, run(KILLED, KILL_AFTER)),
