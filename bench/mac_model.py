@@ -5,7 +5,7 @@ python -m bench.mac_model [--readme]
 Every figure is computed; nothing here was measured. The constants stand in bench/mac_constants.py with their sources.
 One common factor multiplies every time: the median of published time over computed time. Printed are the published rows
 with their errors, this program before and after its settings for a GPU, and predictions. --readme writes the table of
-README.md.
+bench/README.md.
 
 A token reads its weights once, launch after launch. A launch that depends on the one before costs a fixed time, and so
 does a command buffer. A prompt computes its chunks one after the other on each stage. Routed experts compute full tiles
@@ -295,7 +295,7 @@ def head_predictions() -> Iterator[str]:
 
 
 def readme_part() -> str:
-    """Return the README's part: how far off the model is, and what it predicts for two M3 Ultras."""
+    """Return the part of bench/README.md: how far off the model is, and what it predicts for two M3 Ultras."""
     close = [row for row, _, error in errors() if abs(error) <= CLOSE]
     lines = [
         "Computed, not measured: tokens per second on two M3 Ultras, with MLX's own settings (before) and the ones",
@@ -308,11 +308,11 @@ def readme_part() -> str:
 
 
 def main() -> None:
-    """Print the tables; with --readme write the README's."""
+    """Print the tables; with --readme write the page's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", action="store_true", help="write the table of README.md")
+    parser.add_argument("--readme", action="store_true", help="write the table of bench/README.md")
     if parser.parse_args().readme:
-        readme = ROOT / "README.md"
+        readme = ROOT / "bench" / "README.md"
         readme.write_text(with_part(readme.read_text(), MADE_BY, readme_part()))
         return
     for name, (value, unit, known, source) in CONSTANTS.items():

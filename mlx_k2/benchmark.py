@@ -71,6 +71,16 @@ class Measured:
         return None if self.decode_tokens_per_s is None else self.decode_tokens_per_s / self.workload.streams
 
     @property
+    def num_drafted(self) -> int:
+        """Number of draft tokens."""
+        return sum(count.num_drafted for count in self.drafts)
+
+    @property
+    def num_accepted(self) -> int:
+        """Number of accepted draft tokens."""
+        return sum(count.num_accepted for count in self.drafts)
+
+    @property
     def stage_busy(self) -> list[float]:
         """Fraction of the wall time that each stage computed."""
         return [stage.compute_s / self.wall_s for stage in self.stages]

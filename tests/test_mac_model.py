@@ -1,4 +1,4 @@
-"""Tests of the model of a Mac: it is close to published figures, and the README has its present table."""
+"""Tests of the model of a Mac: it is close to published figures, and bench/README.md has its present table."""
 
 import statistics
 
@@ -46,7 +46,7 @@ def test_each_constant_and_each_published_row_names_its_source() -> None:
 
 
 def test_the_readme_has_the_models_present_table() -> None:
-    page = (ROOT / "README.md").read_text()
+    page = (ROOT / "bench" / "README.md").read_text()
     assert page == with_part(page, MADE_BY, readme_part())
 
 

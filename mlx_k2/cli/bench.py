@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 import msgspec
-from rich.table import Table
 
 from mlx_k2.benchmark import Benchmark, Measured, ServerBenchmark, Workload, check_workloads
 from mlx_k2.cli.bench_document import BenchDocument, append_csv, bench_document, check_csv
 from mlx_k2.cli.connect import connect_option, remote_engine
 from mlx_k2.cli.console import ConsoleListener, console, log, show_table
 from mlx_k2.cli.options import cluster_options, draft_option, with_struct
+from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cli.streams import write_utf8
 from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.cli.trace import Trace
@@ -73,7 +73,7 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise click.UsageError("--plot needs matplotlib: pip install matplotlib")
 
 
-@click.command()
+@click.command(cls=ProgramCommand)
 @cluster_options
 @connect_option
 @click.option("--prompt-lengths", type=Counts(), default="512,4096", show_default=True, help="Tokens of a prompt.")
@@ -158,19 +158,23 @@ def _write(document: BenchDocument, rows: Sequence[Measured], trace: Trace | Non
         if options.plot_path is not None:
             from mlx_k2.cli.plot import plot_results
 
-            plot_results(rows, Path(options.plot_path))
+            plot_results(rows, Path(options.plot_path), _title(document))
     except OSError as error:
         what = error.filename or "a result file"
         raise RequestError(f"{what} cannot be written: {error.strerror}") from None
 
 
+def _title(document: BenchDocument) -> str:
+    hosts = ", ".join(dict.fromkeys(host.host for host in document.hosts))
+    stages = "1 stage" if len(document.hosts) == 1 else f"{len(document.hosts)} stages"
+    return f"{document.model}, {document.dtype}, {stages} on {hosts}, {document.made[:10]}"
+
+
 def _show(rows: Sequence[Measured]) -> None:
     log("prefill and decode in tokens/s, of all streams and of each; times between a stream's tokens")
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for heading in ("prompt", "streams", "first s", "prefill", "decode", "each", "p50 ms", "p95 ms", "busy %"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
+    headings = ("prompt", "streams", "first s", "prefill", "decode", "each", "p50 ms", "p95 ms", "busy %")
+    cells = [
+        (
             str(row.workload.prompt_tokens),
             str(row.workload.streams),
             f"{row.time_to_first_token_s:.2f}",
@@ -181,7 +185,9 @@ def _show(rows: Sequence[Measured]) -> None:
             _number(row.inter_token_p95_s, 1000),
             " ".join(f"{100 * fraction:.0f}" for fraction in row.stage_busy),
         )
-    show_table(table)
+        for row in rows
+    ]
+    show_table(headings, cells)
     for row in rows:
         _show_drafts(row)
 

@@ -17,6 +17,7 @@ from mlx_k2.cli.console import ConsoleListener, log, opening_lines, restart_line
 from mlx_k2.cli.keys import key_file_option, key_path
 from mlx_k2.cli.main import Interrupted
 from mlx_k2.cli.options import cluster_options, draft_option, log_options, tool_grammar_option, with_struct
+from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, deployment_request, open_source
 from mlx_k2.deployment.plan import StagePlan
@@ -69,7 +70,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise click.UsageError("--keyfile is the private key of a certificate: add --certfile")
 
 
-@click.command()
+@click.command(cls=ProgramCommand)
 @cluster_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 selects a free port.")

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+from mlx_k2.cli.terminal_text import json_line
+
 
 def prepare_streams() -> str | None:
     """Make the standard streams usable; return the problem if they cannot be.
@@ -29,6 +31,11 @@ def prepare_streams() -> str | None:
 def is_terminal(stream: TextIO | None) -> bool:
     """Return whether a standard stream, which is None if it was closed, is a terminal."""
     return stream is not None and stream.isatty()
+
+
+def write_json_line(value: object) -> None:
+    """Write ``value`` to standard output as a line of JSON that is safe on a terminal."""
+    write_utf8(json_line(value))
 
 
 def write_utf8(text: str) -> None:

@@ -89,6 +89,8 @@ class StagePlan:
     needed_bytes: int
     block_bytes: int
     files: tuple[str, ...]
+    limit_bytes: int | None = None
+    """The memory that the stage may use; None if it is not known yet."""
 
 
 def choose_shape(config: ModelConfig, options: ClusterOptions, num_slots: int, all_on_gpu: bool) -> RunShape:
@@ -166,6 +168,7 @@ def plan_stages(
             needed_bytes=assignment.held_bytes + beside_bytes + BLOCKS_AT_A_TIME * added_bytes,
             block_bytes=block_bytes + added_bytes,
             files=tuple(model.index.files(stage_specs(config, assignment.first_layer, assignment.end_layer, draft))),
+            limit_bytes=None if capacity.memory_bytes is None else capacity.memory_bytes + beside_bytes,
         )
         plans.append(plan)
     return tuple(plans)

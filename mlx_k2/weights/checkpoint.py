@@ -13,6 +13,7 @@ from mlx_k2.weights.index import (
     CheckpointIndex,
     check_file,
     check_names,
+    file_ranges,
     model_digest,
     read_index_json,
 )
@@ -94,13 +95,18 @@ def locate_tensors(folder: Path, index: CheckpointIndex, specs: Iterable[TensorS
     """Return the path of each tensor of ``specs``, by tensor name; check each file's header against ``specs``.
 
     Raises:
-        CheckpointError: a file is missing or truncated, or a tensor does not match its spec.
+        CheckpointError: files are missing or truncated, or tensors do not match their specs; names every bad file.
     """
     located: dict[str, Path] = {}
-    for name, in_file in index.files(specs).items():
-        path = folder / name
-        if not path.exists():
-            raise CheckpointError(f"{path} is missing: fetch it again")
-        check_file(path, in_file)
-        located |= dict.fromkeys((spec.name for spec in in_file), path)
+    files = index.files(specs)
+    missing = [name for name in files if not (folder / name).exists()]
+    problems = [f"{folder / file_ranges(missing)} is missing: fetch it again"] if missing else []
+    for name in files.keys() - set(missing):
+        try:
+            check_file(folder / name, files[name])
+        except CheckpointError as error:
+            problems.append(str(error))
+        located |= dict.fromkeys((spec.name for spec in files[name]), folder / name)
+    if problems:
+        raise CheckpointError("; ".join(sorted(problems)))
     return located

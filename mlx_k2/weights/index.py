@@ -1,6 +1,7 @@
 """The file of each tensor, and the checks that files hold what the config requires. Reads headers, never a tensor."""
 
 import hashlib
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,26 @@ _UNNEEDED: Mapping[str, str] = {
     "multi_modal_projector.": "the vision projector",
     ".rotary_emb.inv_freq": "rotary frequencies",
 }
+
+
+def file_ranges(names: Iterable[str]) -> str:
+    """Return names of numbered files in short, as a shell expands them: model-{00003..00007}-of-000062.safetensors."""
+    shown: list[str] = []
+    runs: list[tuple[str, str, int, int, str]] = []  # before the number, its first digits, first, last, after it
+    for name in sorted(names):
+        found = re.fullmatch(r"(.*?-)(\d+)(-of-.*)", name)
+        if found is None:
+            shown.append(name)
+            continue
+        before, digits, after = found.groups()
+        if runs and runs[-1][0] == before and runs[-1][4] == after and runs[-1][3] + 1 == int(digits):
+            runs[-1] = (*runs[-1][:3], int(digits), after)
+        else:
+            runs.append((before, digits, int(digits), int(digits), after))
+    for before, digits, first, last, after in runs:
+        number = digits if first == last else f"{{{digits}..{last:0{len(digits)}}}}"
+        shown.append(f"{before}{number}{after}")
+    return ", ".join(shown)
 
 
 class _IndexFile(msgspec.Struct, frozen=True):
