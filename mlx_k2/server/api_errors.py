@@ -1,7 +1,8 @@
-"""Errors in the shape of OpenAI's API, and which error of the program becomes which. Knows no route."""
+"""Errors in the shapes of the APIs, and which error of the program becomes which. Knows no handler."""
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from mlx_k2.errors import Cancelled, EngineBusy, MlxK2Error, RequestFailed, SetupError
 
@@ -9,6 +10,12 @@ INVALID = "invalid_request_error"
 NO_RETRY = {"x-should-retry": "false"}
 """Clients of OpenAI's and Anthropic's SDKs do not send such a request again."""
 RESTART_RETRY_S = 10
+REQUEST_ID = "mlx_k2.request_id"
+"""The key of a request's scope for its id."""
+_MESSAGES = "/v1/messages"
+"""The paths of Anthropic's API begin so."""
+_MESSAGES_KINDS = {"server_error": "api_error", "unavailable_error": "api_error"}
+_OVERLOADED = 529
 
 
 class ApiError(Exception):
@@ -38,9 +45,27 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
+def shaped_error(error: ApiError, scope: Mapping[str, Any]) -> tuple[int, dict[str, object]]:
+    """Return the status and the JSON body of an error, in the shape of the API that the path of ``scope`` is of."""
+    if not scope["path"].startswith(_MESSAGES):
+        return error.status, error.body
+    status, kind = error.status, _MESSAGES_KINDS.get(error.kind, error.kind)
+    if status == 429:
+        status, kind = _OVERLOADED, "overloaded_error"
+    elif status == 413:
+        kind = "request_too_large"
+    body = {"type": "error", "error": {"type": kind, "message": error.message}}
+    return status, body | {"request_id": scope.get(REQUEST_ID)}
+
+
 def bad_request_error(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """Return a 400 for a request that fails each time it is sent."""
     return ApiError(400, INVALID, message, param=param, code=code, headers=NO_RETRY)
+
+
+def defect_error() -> ApiError:
+    """Return the 500 for an error that nobody expected."""
+    return ApiError(500, "server_error", "unexpected error in the server; its log has the details")
 
 
 def unavailable_error(message: str) -> ApiError:

@@ -22,7 +22,7 @@ from mlx_k2.server.api_errors import bad_request_error, context_overflow
 from mlx_k2.server.chat_request import ChatRequest
 from mlx_k2.server.completion_request import CompletionRequest
 from mlx_k2.server.request_fields import GenerationFields
-from mlx_k2.server.turn_store import StoredTurn, TurnStore
+from mlx_k2.server.turn_store import HANDLE_FIELD, StoredTurn, TurnStore
 from mlx_k2.text.constraint import Constraint, tool_rules
 from mlx_k2.text.history import with_normal_ids
 from mlx_k2.text.history_reader import read_history
@@ -51,6 +51,8 @@ class Generation:
     """The number of the answer's first tool call, for its id."""
     tool_names: tuple[str, ...] = ()
     """The declared tools."""
+    owner: str = ""
+    """The name of the client's key."""
     digest: bytes = b""
     """The digest of the conversation that is answered, for the turn store."""
     warnings: tuple[str, ...] = ()
@@ -99,6 +101,7 @@ class LanguageModel:
             in_reasoning=opens_reasoning(self.tokenizer, prompt_ids),
             first_call=first_call,
             tool_names=tuple(tool["function"]["name"] for tool in _declarations(chat)),
+            owner=owner,
             digest=digest,
             warnings=() if grammar is None else grammar.warnings,
         )
@@ -111,7 +114,8 @@ class LanguageModel:
         template = self._frontend.template
         try:
             messages = with_normal_ids(read_history(chat.messages, template.fields).messages)
-            restored = self._turns.restore(owner, messages)
+            handles = [message.get(HANDLE_FIELD) for message in chat.messages]
+            restored = self._turns.restore(owner, messages, handles)
             variables = self._mode(chat).variables(template)
             pieces = render_pieces(template, self.tokenizer, restored.messages, _declarations(chat), **variables)
         except RequestError as error:
@@ -121,12 +125,14 @@ class LanguageModel:
             sampled.keep(number, turn.token_ids)
         return sampled.encode(pieces), restored.digest
 
-    def keep_turn(self, digest: bytes, message: Mapping[str, Any], token_ids: Sequence[int]) -> None:
-        """Store an answer, for a client that continues its conversation."""
+    def keep_turn(
+        self, generation: Generation, handle: str, message: Mapping[str, Any], token_ids: Sequence[int]
+    ) -> None:
+        """Store the answer ``message``, for a client that continues its conversation."""
         if message.get("content") or message.get("tool_calls"):
             (written,) = read_history([message], self._frontend.template.fields).messages
             turn = StoredTurn(written.reasoning_content or "", array("I", token_ids))
-            self._turns.keep(digest, written, turn)
+            self._turns.keep(generation.owner, handle, generation.digest, written, turn)
 
     def completion(self, completion: CompletionRequest) -> Generation:
         """Return the generation for a raw prompt. Errors are those of ``chat``."""

@@ -12,8 +12,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from mlx_k2.errors import MlxK2Error
-from mlx_k2.server.api_errors import bad_request_error, to_api_error
-from mlx_k2.server.chat_completions import ChatFormat, CompletionFormat
+from mlx_k2.server.api_errors import REQUEST_ID, bad_request_error, to_api_error
+from mlx_k2.server.chat_completions import ChatFormat
 from mlx_k2.server.chat_reply import ChatReply
 from mlx_k2.server.chat_request import ChatRequest, read_chat_request
 from mlx_k2.server.completion_request import (
@@ -22,14 +22,14 @@ from mlx_k2.server.completion_request import (
     TokenizeRequest,
     read_completion_request,
 )
-from mlx_k2.server.front import OWNER, REQUEST_ID
+from mlx_k2.server.front import OWNER
 from mlx_k2.server.language_model import Generation, LanguageModel
 from mlx_k2.server.metrics import CONTENT_TYPE
 from mlx_k2.server.openapi import document
 from mlx_k2.server.request_body import read_body
 from mlx_k2.server.request_fields import GenerationFields, read_fields
 from mlx_k2.server.server_state import ServerState
-from mlx_k2.server.sse import STREAM_HEADERS, EventStreamResponse, WholeResponse, json_response
+from mlx_k2.server.sse import STREAM_HEADERS, EventStreamResponse, ReplyFormat, WholeResponse, json_response
 from mlx_k2.server.status_stream import StatusStream
 from mlx_k2.server.text_completions import TextFormat
 
@@ -143,16 +143,28 @@ class Routes:
     # ---- generation
 
     async def _chat(self, request: Request) -> ASGIApp:
+        def form(chat: ChatRequest, replies: Sequence[ChatReply]) -> ReplyFormat:
+            return ChatFormat(self._head(_CHAT_PREFIX, request), replies, chat, self._state.options)
+
+        return await self._converse(request, read_chat_request, form)
+
+    async def _converse(
+        self,
+        request: Request,
+        read: Callable[[bytes], ChatRequest],
+        make_format: Callable[[ChatRequest, Sequence[ChatReply]], ReplyFormat],
+    ) -> ASGIApp:
+        """Answer a conversation: ``read`` makes a chat request of the body, in whatever API it is written."""
+
         def prepare(model: LanguageModel, body: bytes) -> tuple[ChatRequest, Generation]:
-            chat = read_chat_request(body)
+            chat = read(body)
             self._state.check_model(chat.model)
             return chat, model.chat(chat, request.scope[OWNER])
 
         self._state.check_ready()
         chat, generation = await self._prepare(request, prepare, is_queued=True)
-        replies = [_stored_reply(self._state.model(), generation) for _ in generation.submissions]
-        form = ChatFormat(self._head(_CHAT_PREFIX, request), replies, chat, self._state.options)
-        return await self._answer(request, chat, generation, replies, form)
+        replies = [ChatReply(generation, self._keep_turn) for _ in generation.submissions]
+        return await self._answer(request, chat, generation, make_format(chat, replies))
 
     async def _completions(self, request: Request) -> ASGIApp:
         def prepare(model: LanguageModel, body: bytes) -> tuple[CompletionRequest, Generation]:
@@ -164,7 +176,7 @@ class Routes:
         completion, generation = await self._prepare(request, prepare, is_queued=True)
         replies = [ChatReply(generation)]
         form = TextFormat(self._head(_TEXT_PREFIX, request), replies, completion, self._state.options)
-        return await self._answer(request, completion, generation, replies, form)
+        return await self._answer(request, completion, generation, form)
 
     async def _prepare(
         self, request: Request, compute: Callable[[LanguageModel, bytes], Result], *, is_queued: bool = False
@@ -183,6 +195,10 @@ class Routes:
             except MlxK2Error as error:
                 raise to_api_error(error) from None
 
+    def _keep_turn(self, reply: ChatReply) -> None:
+        """Store a complete reply for the client's next request."""
+        self._state.model().keep_turn(reply.generation, reply.handle, reply.message, reply.token_ids)
+
     def _head(self, prefix: str, request: Request) -> dict[str, Any]:
         return {
             "id": prefix + request.scope[REQUEST_ID],
@@ -191,12 +207,7 @@ class Routes:
         }
 
     async def _answer(
-        self,
-        request: Request,
-        asked: GenerationFields,
-        generation: Generation,
-        replies: Sequence[ChatReply],
-        form: CompletionFormat,
+        self, request: Request, asked: GenerationFields, generation: Generation, form: ReplyFormat
     ) -> ASGIApp:
         """Submit the request and return its answer."""
         warnings = [_OTHER_MODEL] if asked.model not in (None, self._state.model_name) else []
@@ -204,13 +215,7 @@ class Routes:
         stream = await self._state.open(request.scope[REQUEST_ID], request.scope[OWNER], generation)
         if asked.stream:
             return EventStreamResponse(stream, form, headers, self._state.options.keepalive_s)
-        return WholeResponse(stream, lambda index, event: replies[index].add(event), form.body, headers)
-
-
-def _stored_reply(model: LanguageModel, generation: Generation) -> ChatReply:
-    """Return an empty reply that is stored for the client's next request when it is complete."""
-    reply = ChatReply(generation, lambda: model.keep_turn(generation.digest, reply.message, reply.token_ids))
-    return reply
+        return WholeResponse(stream, form, headers)
 
 
 def warning_headers(warnings: Sequence[str]) -> dict[str, str]:
