@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 KEY_VARIABLE = "MLX_K2_API_KEY"
+CLAUDE_CODE_CONTEXT_TOKENS = 200_000
+"""The context that Claude Code assumes of a model that it does not know."""
 _NAME = "mlx-k2"
 _KEY = f'"${{{KEY_VARIABLE}:-none}}"'
 """The key in a shell; without keys a server accepts any text, and clients refuse an empty one."""

@@ -3,21 +3,31 @@
 import threading
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
+from typing import Any
+
+from mlx_k2.json_text.parse import parse_json
 
 MAX_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class StoredResponse:
-    """A response's body, and the messages of its conversation with the answer as the last one: JSON texts."""
+    """A response as JSON texts: its body, the messages that it answers, and its answer as a message."""
 
     body: bytes
     messages: bytes
+    answer: bytes
 
     @property
     def num_bytes(self) -> int:
-        """The memory of both."""
-        return len(self.body) + len(self.messages)
+        """The memory of all three."""
+        return len(self.body) + len(self.messages) + len(self.answer)
+
+    @property
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages, with the answer as the last one."""
+        messages: list[dict[str, Any]] = parse_json(self.messages)
+        return [*messages, parse_json(self.answer)]
 
 
 class ResponseStore:

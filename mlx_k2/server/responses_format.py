@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import msgspec
 
@@ -22,7 +21,7 @@ _ABSENT_TOOL_FIELDS = {"description": None, "parameters": None, "strict": None}
 class ResponseFormat:
     """The format of one response.
 
-    ``fields`` are those of the response before it has begun. ``keep`` gets the whole body when the response is complete.
+    ``fields`` are those of the response before it has begun. ``keep`` gets the body of the complete response.
     """
 
     def __init__(self, fields: Fields, reply: ChatReply, keepalive: str, keep: Callable[[bytes], None]) -> None:
@@ -31,7 +30,7 @@ class ResponseFormat:
         self._has_keepalive = keepalive != "off"
         self._keep = keep
         self._wants_logprobs = reply.generation.submissions[0].request.sampling.num_logprobs is not None
-        self._output = OutputItems(fields["id"], reply.handle)
+        self._output = OutputItems(fields["id"].partition("_")[2], reply.handle)
         self._num_logprobs = 0
         self._num_events = 0
 
@@ -161,9 +160,10 @@ def _failure(fields: Fields, error: ApiError) -> Fields:
 def _usage(reply: ChatReply) -> Fields:
     assert reply.summary is not None, "the reply is complete"
     num_prompt, num_generated = reply.summary.prompt_tokens, reply.summary.generated_tokens
+    num_cached = reply.summary.cached_tokens
     return {
         "input_tokens": num_prompt,
-        "input_tokens_details": {"cached_tokens": reply.summary.cached_tokens},
+        "input_tokens_details": {"cached_tokens": num_cached, "cache_write_tokens": num_prompt - num_cached},
         "output_tokens": num_generated,
         "output_tokens_details": {"reasoning_tokens": reply.num_reasoning_tokens},
         "total_tokens": num_prompt + num_generated,

@@ -38,7 +38,9 @@ class InputReader:
             case "message" if item.get("role") == "assistant":
                 self._turn()["content"] += _text(item.get("content"), f"{where}.content")
             case "message":
-                self.messages.append({"role": item.get("role"), "content": _text(item.get("content"), f"{where}.content")})
+                self.messages.append(
+                    {"role": item.get("role"), "content": _text(item.get("content"), f"{where}.content")}
+                )
             case "reasoning":
                 self._add_reasoning(item, where)
             case "function_call":

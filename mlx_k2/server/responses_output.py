@@ -17,8 +17,8 @@ class OutputItems:
     ``handle`` is the turn's handle in the turn store; each item with reasoning has it as ``encrypted_content``.
     """
 
-    def __init__(self, response_id: str, handle: str) -> None:
-        self._response_id = response_id
+    def __init__(self, request_id: str, handle: str) -> None:
+        self._request_id = request_id
         self._handle = handle
         self._texts: list[str] = []
         self._logprobs: list[Fields] = []
@@ -72,7 +72,7 @@ class OutputItems:
         if self._is_open and self.items[-1]["type"] == kind:
             return []
         closed = self.close("completed")
-        item_id = f"{_PREFIXES[kind]}_{self._response_id}_{len(self.items)}"
+        item_id = f"{_PREFIXES[kind]}_{self._request_id}_{len(self.items)}"
         self.items.append({"type": kind, "id": item_id, "status": "in_progress", **fields})
         self._texts, self._logprobs, self._is_open = [], [], True
         return [*closed, self._item_event("response.output_item.added")]
