@@ -18,6 +18,7 @@ _PARAMS = {
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
     "max_completion_tokens": "max_output_tokens",
+    "tools": "tools",
 }
 """The fields of a response for those of the chat request that it becomes."""
 
