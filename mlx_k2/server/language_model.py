@@ -131,8 +131,8 @@ class LanguageModel:
         """Store the answer ``message``, for a client that continues its conversation."""
         if message.get("content") or message.get("tool_calls"):
             (written,) = read_history([message], self._frontend.template.fields).messages
-            turn = StoredTurn(written.reasoning_content or "", array("I", token_ids))
-            self._turns.keep(generation.owner, handle, generation.digest, written, turn)
+            turn = StoredTurn(written, array("I", token_ids))
+            self._turns.keep(generation.owner, handle, generation.digest, turn)
 
     def completion(self, completion: CompletionRequest) -> Generation:
         """Return the generation for a raw prompt. Errors are those of ``chat``."""

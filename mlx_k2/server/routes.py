@@ -45,6 +45,7 @@ from mlx_k2.server.text_completions import TextFormat
 from mlx_k2.server.turn_store import HANDLE_FIELD
 
 Result = TypeVar("Result")
+Asked = TypeVar("Asked")
 _MAX_ID_DIGITS = 16
 _MAX_PREPARING = 4
 """The most requests whose prompts are made at once, each on a worker thread."""
@@ -158,28 +159,35 @@ class Routes:
     # ---- generation
 
     async def _chat(self, request: Request) -> ASGIApp:
+        def read(body: bytes) -> tuple[ChatRequest, ChatRequest]:
+            chat = read_chat_request(body)
+            return chat, chat
+
         def form(chat: ChatRequest, replies: Sequence[ChatReply]) -> ReplyFormat:
             return ChatFormat(self._head(_CHAT_PREFIX, request), replies, chat, self._state.options)
 
-        return await self._converse(request, read_chat_request, form)
+        return await self._converse(request, read, form)
 
     async def _converse(
         self,
         request: Request,
-        read: Callable[[bytes], ChatRequest],
-        make_format: Callable[[ChatRequest, Sequence[ChatReply]], ReplyFormat],
+        read: Callable[[bytes], tuple[Asked, ChatRequest]],
+        make_format: Callable[[Asked, Sequence[ChatReply]], ReplyFormat],
     ) -> ASGIApp:
-        """Answer a conversation: ``read`` makes a chat request of the body, in whatever API it is written."""
+        """Answer a conversation in the format of an API. ``read`` returns its request, and the same as a chat request.
 
-        def prepare(model: LanguageModel, body: bytes) -> tuple[ChatRequest, Generation]:
-            chat = read(body)
+        ``read`` is called on a worker thread.
+        """
+
+        def prepare(model: LanguageModel, body: bytes) -> tuple[Asked, ChatRequest, Generation]:
+            asked, chat = read(body)
             self._state.check_model(chat.model)
-            return chat, model.chat(chat, request.scope[OWNER])
+            return asked, chat, model.chat(chat, request.scope[OWNER])
 
         self._state.check_ready()
-        chat, generation = await self._prepare(request, prepare, is_queued=True)
+        asked, chat, generation = await self._prepare(request, prepare, is_queued=True)
         replies = [ChatReply(generation, self._keep_turn) for _ in generation.submissions]
-        return await self._answer(request, chat, generation, make_format(chat, replies))
+        return await self._answer(request, chat, generation, make_format(asked, replies))
 
     async def _completions(self, request: Request) -> ASGIApp:
         def prepare(model: LanguageModel, body: bytes) -> tuple[CompletionRequest, Generation]:

@@ -1,8 +1,8 @@
 """Turn store: the reasoning and the sampled tokens of answers, for clients that send a conversation back as text.
 
-Most clients leave out the reasoning, and no client knows tokens. With both from here, the prompt is what the model
-wrote, and the cache has it. A turn is found by its handle, which some APIs let a client send back, or by the whole
-conversation up to it; and only for the owner of the key that asked for it.
+Most clients leave out the reasoning, some write arguments otherwise, and no client knows tokens. With all of this from
+here, the prompt is what the model wrote, and the cache has it. A turn is found by its handle, which some APIs let a
+client send back, or by the whole conversation up to it; and only for the owner of the key that asked for it.
 """
 
 import hashlib
@@ -23,22 +23,40 @@ from mlx_k2.text.message import Message
 MAX_BYTES = 64 * 1024 * 1024
 """The turns that were used longest ago are forgotten."""
 TURN_BYTES = 1024
-"""The memory of a turn besides its text and token ids: its keys and the objects that hold it."""
+"""The memory of a turn besides its text and token ids, its keys included, and of each of its calls."""
 HANDLE_FIELD = "turn_handle"
 """The field of a chat message that holds the handle of an answer. Adapters of other APIs set it."""
 
 
 @dataclass(frozen=True)
 class StoredTurn:
-    """An answer: its reasoning, and all tokens that were sampled for it."""
+    """An answer as the model wrote it, and all tokens that were sampled for it."""
 
-    reasoning: str
+    message: Message
     token_ids: "array[int]"
 
     @property
     def num_bytes(self) -> int:
         """The memory that it uses, about."""
-        return TURN_BYTES + sys.getsizeof(self.reasoning) + sys.getsizeof(self.token_ids)
+        texts = [self.message.content, self.message.reasoning_content or ""]
+        texts += [str(call.function.arguments) for call in self.message.tool_calls]
+        return sum(map(sys.getsizeof, [*texts, self.token_ids])) + TURN_BYTES * (1 + len(self.message.tool_calls))
+
+    def restored(self, message: Message) -> Message:
+        """Return the answer ``message`` of a client with the reasoning that was sampled.
+
+        If it is the same answer, it also gets back its space around the text and the JSON text of its arguments.
+        """
+        stored = self.message
+        reasoning = stored.reasoning_content or message.reasoning_content
+        message = msgspec.structs.replace(message, reasoning_content=reasoning)
+        if digest_after(b"", message) != digest_after(b"", stored):
+            return message
+        calls = tuple(
+            msgspec.structs.replace(call, function=sampled.function)
+            for call, sampled in zip(message.tool_calls, stored.tool_calls, strict=True)
+        )
+        return msgspec.structs.replace(message, content=stored.content, tool_calls=calls)
 
 
 @dataclass(frozen=True)
@@ -74,10 +92,10 @@ class TurnStore:
         """The key of the turn that was stored last for a conversation."""
         self._lock = threading.Lock()
 
-    def keep(self, owner: str, handle: str, before: bytes, message: Message, turn: StoredTurn) -> None:
-        """Store the answer ``message`` to the conversation with the digest ``before``."""
+    def keep(self, owner: str, handle: str, before: bytes, turn: StoredTurn) -> None:
+        """Store an answer to the conversation with the digest ``before``."""
         key = _key(owner, handle)
-        conversation = digest_after(before, message)
+        conversation = digest_after(before, turn.message)
         with self._lock:
             self._forget(key)
             self._entries[key] = _Entry(turn, conversation)
@@ -102,10 +120,9 @@ class TurnStore:
             if message.role == "assistant":
                 handle = handles[number] if number < len(handles) else None
                 turn = self._find(_key(owner, handle) if isinstance(handle, str) else None, digest)
-                if turn is not None and message.reasoning_content in (None, "", turn.reasoning):
+                if turn is not None and message.reasoning_content in (None, "", turn.message.reasoning_content):
                     found[num_answers] = turn
-                    reasoning = turn.reasoning or message.reasoning_content
-                    message = msgspec.structs.replace(message, reasoning_content=reasoning)  # noqa: PLW2901
+                    message = turn.restored(message)  # noqa: PLW2901
                 num_answers += 1
             restored.append(message)
         return RestoredTurns(restored, found, digest)
