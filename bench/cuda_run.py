@@ -67,7 +67,7 @@ def speed_rows() -> Iterator[tuple[object, ...]]:
 
 def stages() -> bool:
     """Run the built-in model over two stages on this GPU; return whether the answer is the one of a CPU."""
-    command = [sys.executable, "-m", "mlx_k2.cli.main", "generate", "--stages", "2", QUESTION]
+    command = [sys.executable, "-m", "mlx_k2", "generate", "--stages", "2", QUESTION]
     ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=False)
     print(f"two stages answered {ran.stdout.strip()!r} (exit code {ran.returncode})")
     return ran.returncode == 0 and ran.stdout.strip() == ANSWER

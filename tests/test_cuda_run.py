@@ -44,3 +44,7 @@ def test_each_speed_is_a_row_of_the_kernels_table(
     assert {len(row) for row in rows} == {len(HEADER)}
     assert rows[0][3] == 4
     assert "of a copy's" in capsys.readouterr().out
+
+
+def test_two_stages_give_the_answer_that_is_expected_of_a_gpu() -> None:
+    assert cuda_run.stages()

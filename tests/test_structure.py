@@ -22,7 +22,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("chat", "benchmark"),
     ("api", "server", "client"),
     ("cli",),
-    ("testing",),
+    ("__main__", "testing"),
 )
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 MAY_IMPORT_MLX = ("kernels", "model", "stage", "testing", "weights/reader.py")

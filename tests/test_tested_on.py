@@ -54,6 +54,7 @@ def read_by_a_program(report: Report, path: Path) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.slow
 def test_kernels_that_agree_make_no_problem() -> None:
     report = checked(perform)
     assert problems(report) == []

@@ -121,6 +121,7 @@ def manifest_of(folder: Path) -> None:
     write_manifest(folder, {f.name: HubFile(f.stat().st_size, sha256(f.read_bytes()).hexdigest()) for f in files})
 
 
+@pytest.mark.slow
 def test_hosts_with_different_revisions_of_a_file_are_named_although_each_reads_other_files(
     failure: Failure, endless: Path, tmp_path: Path
 ) -> None:

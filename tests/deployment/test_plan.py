@@ -135,6 +135,7 @@ def test_the_default_dtype_is_bfloat16_on_a_gpu_and_float32_on_a_cpu(
     assert shape.on_gpu is on_gpu
 
 
+@pytest.mark.slow
 def test_spare_memory_of_a_gpu_enlarges_the_blocks_of_attention_within_what_is_planned() -> None:
     shape = choose_shape(THINKING.config, None, 131072, 1, True)
     sizes = {}
@@ -153,6 +154,7 @@ def test_the_context_defaults_to_32768_tokens_and_cannot_exceed_the_models() -> 
         choose_shape(SMALLER.config, None, 262145, 1, True)
 
 
+@pytest.mark.slow
 def test_dense_bits_reduce_held_and_read_bytes_but_not_working_bytes() -> None:
     as_shipped, eight, four = (
         plan_stages(THINKING, studios(1), [UNKNOWN], None, RunShape("bfloat16", 2048, 1, 2048, bits))[0]

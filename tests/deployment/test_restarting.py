@@ -155,6 +155,7 @@ class Failing(DeploymentListener):
             raise self.errors.pop(0)
 
 
+@pytest.mark.slow
 def test_without_a_limit_any_error_of_a_restart_is_tried_again(
     model: Path, tmp_path: Path, undisturbed: Tokens
 ) -> None:

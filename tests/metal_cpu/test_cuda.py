@@ -54,6 +54,7 @@ def test_decode_kernels_unroll_and_load_16_bytes_at_a_time(half: str, projection
     assert cost.fmas <= 1.1 * weights + 40, "one multiply-add a weight"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "rows"), [(2, 2), (4, 2), (8, 2), (16, 1)])
 @pytest.mark.parametrize("half", ["gate_up", "down"])
 def test_batch_kernels_convert_a_weight_once_for_all_tokens(half: str, tokens: int, rows: int) -> None:

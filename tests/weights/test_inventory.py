@@ -66,6 +66,7 @@ def test_a_token_reads_33_gigabytes(thinking: ModelConfig) -> None:
     assert embedding_read_bytes_per_token(thinking) == 7168 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dense_bits", "gigabytes_read", "gigabytes_held"), [(None, 32.99, 594.21), (8, 23.25, 584.47), (4, 18.06, 579.28)]
 )
