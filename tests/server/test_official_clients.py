@@ -101,8 +101,8 @@ def test_old_and_new_client_see_nothing_of_a_restart_in_the_middle(old_client: P
 @pytest.mark.parametrize("name", [*ENDS, "restart", "error"])
 def test_old_and_new_client_accumulate_the_body_of_a_response_in_every_way(old_client: Path, name: str) -> None:
     """In "restart" the stages fail once at token 20, and in "error" for good in each client's first request."""
-    ends = {"length": {"max_output_tokens": 6}, "stop": {"extra_body": {"stop": ["answer"]}}}
-    request = {"input": "a"} | ends.get(name, {})
+    ends: dict[str, dict[str, Any]] = {"length": {"max_output_tokens": 6}, "stop": {"extra_body": {"stop": ["answer"]}}}
+    request: dict[str, Any] = {"input": "a"} | ends.get(name, {})
     reply, finish_reason = REPLIES.get(name, REPLIES["text" if name in ENDS else "calls"])
     found: list[dict[str, Any]] = []
     for path in (old_client, None):

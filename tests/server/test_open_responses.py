@@ -21,7 +21,7 @@ WEATHER: list[Any] = [
     }
 ]
 SUM = "What is 17 plus 25?"
-REQUIRED = {
+REQUIRED: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("id", "object", "model", "status", "truncation", "service_tier"), str),
     **dict.fromkeys(("created_at", "top_logprobs"), int),
     **dict.fromkeys(("output", "tools"), list),
@@ -109,6 +109,19 @@ def test_open_responses_previous_response_id_continues_a_conversation(server: Se
     whole = ask(server, input=[user("What is 1 plus 1?"), *first["output"], user(SUM)])
     assert second["previous_response_id"] == first["id"]
     assert comparable(second) == comparable(whole)
+
+
+def test_log_probabilities_are_those_of_the_answer(server: Server) -> None:
+    fields: Fields = {"input": SUM, "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    answer = server.request("POST", PATH, {"temperature": 0, "stream": True} | fields)
+    sent = events_of(without_chunks(answer.body))
+    deltas = [entry for event in sent if event["type"] == "response.output_text.delta" for entry in event["logprobs"]]
+    for response in (checked(sent), ask(server, **fields)):
+        (message,) = [item for item in response["output"] if item["type"] == "message"]
+        (part,) = message["content"]
+        assert [entry["token"] for entry in part["logprobs"]] == [entry["token"] for entry in deltas]
+        assert bytes(byte for entry in part["logprobs"] for byte in entry["bytes"]).decode() == part["text"]
+    assert all(len(entry["top_logprobs"]) == 2 for entry in deltas)
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}], ids=["required", "named"])
