@@ -13,10 +13,12 @@ RESTART_RETRY_S = 10
 CONTEXT_OVERFLOW = "context_length_exceeded"
 REQUEST_ID = "mlx_k2.request_id"
 """The key of a request's scope for its id."""
-_MESSAGES = "/v1/messages"
-"""The paths of Anthropic's API begin so."""
 _MESSAGES_KINDS = {"server_error": "api_error", "unavailable_error": "api_error"}
-_OVERLOADED = 529
+_MESSAGES_FIELDS = {
+    "stop": "stop_sequences",
+    "reasoning_effort": "output_config.effort",
+    "response_format": "output_config.format",
+}
 
 
 class ApiError(Exception):
@@ -48,15 +50,22 @@ class ApiError(Exception):
 
 def shaped_error(error: ApiError, scope: Mapping[str, Any]) -> tuple[int, dict[str, object]]:
     """Return the status and the JSON body of an error, in the shape of the API that the path of ``scope`` is of."""
-    if not scope["path"].startswith(_MESSAGES):
-        return error.status, error.body
-    status, kind = error.status, _MESSAGES_KINDS.get(error.kind, error.kind)
-    if status == 429:
-        status, kind = _OVERLOADED, "overloaded_error"
+    if scope["path"].startswith("/v1/messages"):
+        return messages_error(error, scope[REQUEST_ID])
+    return error.status, error.body
+
+
+def messages_error(error: ApiError, request_id: str) -> tuple[int, dict[str, object]]:
+    """Return the status and the JSON body of an error in Anthropic's shape, where the message alone names the field."""
+    status, kind, message = error.status, _MESSAGES_KINDS.get(error.kind, error.kind), error.message
+    if error.code == "queue_full":
+        status, kind = 529, "overloaded_error"
     elif status == 413:
         kind = "request_too_large"
-    body = {"type": "error", "error": {"type": kind, "message": error.message}}
-    return status, body | {"request_id": scope.get(REQUEST_ID)}
+    if error.param is not None:
+        field = _MESSAGES_FIELDS.get(error.param, error.param)
+        message = message.replace(error.param, field) if error.param in message else f"{field}: {message}"
+    return status, {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 
 
 def bad_request_error(message: str, param: str | None = None, code: str | None = None) -> ApiError:

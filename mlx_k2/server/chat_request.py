@@ -116,11 +116,11 @@ def read_chat_request(body: bytes) -> ChatRequest:
         ApiError: 400; names the field that is malformed, or asks for something that this server does not do.
     """
     chat = read_fields(body, ChatRequest)
-    check_chat_request(chat)
+    check_chat(chat)
     return chat
 
 
-def check_chat_request(chat: ChatRequest) -> None:
+def check_chat(chat: ChatRequest) -> None:
     """Refuse what cannot be done. Nothing that changes an answer is ignored silently.
 
     Raises:

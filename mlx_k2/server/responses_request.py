@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from mlx_k2.server.api_errors import ApiError
-from mlx_k2.server.chat_request import ChatRequest, check_chat_request
+from mlx_k2.server.chat_request import ChatRequest, check_chat
 from mlx_k2.server.request_fields import GenerationFields, check_field, read_fields
 from mlx_k2.server.responses_input import InputReader
 
@@ -127,7 +127,7 @@ def conversation_of(asked: ResponsesRequest, earlier: Sequence[Mapping[str, Any]
         parallel_tool_calls=asked.parallel_tool_calls,
         reasoning_effort=None if asked.reasoning is None else asked.reasoning.effort,
     )
-    check_chat_request(chat)
+    check_chat(chat)
     left_out = {str(tool.get("type")) for tool in asked.tools or ()} - {"function"}
     warnings = [f"tools of these types are left out: {', '.join(sorted(left_out))}"] if left_out else []
     if reader.skipped:

@@ -26,8 +26,11 @@ from mlx_k2.server.completion_request import (
 )
 from mlx_k2.server.front import OWNER
 from mlx_k2.server.language_model import Generation, LanguageModel
+from mlx_k2.server.messages import MessagesFormat
+from mlx_k2.server.messages_request import CountRequest, MessagesRequest, read_messages_request
 from mlx_k2.server.metrics import CONTENT_TYPE
 from mlx_k2.server.openapi import document
+from mlx_k2.server.rate_limit import RateLimit
 from mlx_k2.server.request_body import read_body
 from mlx_k2.server.request_fields import GenerationFields, read_fields
 from mlx_k2.server.response_store import ResponseStore, StoredResponse
@@ -47,9 +50,11 @@ from mlx_k2.server.turn_store import HANDLE_FIELD
 Result = TypeVar("Result")
 Asked = TypeVar("Asked")
 _MAX_ID_DIGITS = 16
+COUNTS_PER_S = 50
+"""The most requests of a key for a number of tokens. Claude Code in an editor sends 40 at its start."""
 _MAX_PREPARING = 4
 """The most requests whose prompts are made at once, each on a worker thread."""
-_CHAT_PREFIX, _TEXT_PREFIX, _RESPONSE_PREFIX = "chatcmpl-", "cmpl-", "resp_"
+_CHAT_PREFIX, _TEXT_PREFIX, _MESSAGE_PREFIX, _RESPONSE_PREFIX = "chatcmpl-", "cmpl-", "msg_", "resp_"
 _OTHER_MODEL = "another model was asked for; the answer is from the one that is served"
 _MAX_WARNINGS, _MAX_WARNING_SIZE = 8, 300
 
@@ -60,6 +65,7 @@ class Routes:
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._workers = asyncio.Semaphore(_MAX_PREPARING)
+        self._counting = RateLimit(COUNTS_PER_S)
         self._responses = ResponseStore()
 
     def table(self) -> list[Route]:
@@ -75,6 +81,8 @@ class Routes:
             Route("/v1/models/{name:path}", self._model, methods=["GET"]),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completions, methods=["POST"]),
+            Route("/v1/messages", self._messages, methods=["POST"]),
+            Route("/v1/messages/count_tokens", self._count_tokens, methods=["POST"]),
             Route("/v1/responses", self._respond, methods=["POST"]),
             Route("/v1/responses/{id}", self._response, methods=["GET"]),
             Route("/v1/responses/{id}", self._delete_response, methods=["DELETE"]),
@@ -107,7 +115,9 @@ class Routes:
         return StatusStream(lambda: self._state.status(owner), lambda: self._state.is_ending, last_id)
 
     async def _models(self, request: Request) -> Response:  # noqa: ARG002 - a route's argument
-        return json_response({"object": "list", "data": [self._model_entry()]})
+        """Answer in the shapes of both OpenAI's and Anthropic's API."""
+        pages = {"has_more": False, "first_id": self._state.model_name, "last_id": self._state.model_name}
+        return json_response({"object": "list", "data": [self._model_entry()], **pages})
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -125,12 +135,15 @@ class Routes:
             "object": "model",
             "created": self._state.created,
             "owned_by": "mlx-k2",
+            "type": "model",
+            "display_name": self._state.model_name,
+            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._state.created)),
             "max_model_len": self._state.context_tokens,
         }
 
     async def _cancel(self, request: Request) -> Response:
         written = request_id = request.path_params["id"]
-        for prefix in (_CHAT_PREFIX, _TEXT_PREFIX, _RESPONSE_PREFIX):
+        for prefix in (_CHAT_PREFIX, _TEXT_PREFIX, _MESSAGE_PREFIX, _RESPONSE_PREFIX):
             request_id = request_id.removeprefix(prefix)
         self._state.cancel(request_id, request.scope[OWNER])
         return json_response({"id": written, "cancelled": True})
@@ -150,6 +163,13 @@ class Routes:
         tokens = await self._prepare(request, tokenize)
         return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": self._state.context_tokens})
 
+    async def _count_tokens(self, request: Request) -> Response:
+        def count(model: LanguageModel, body: bytes) -> int:
+            return len(model.chat_prompt(read_fields(body, CountRequest).chat, request.scope[OWNER])[0])
+
+        self._counting.check(request.scope[OWNER])
+        return json_response({"input_tokens": await self._prepare(request, count)})
+
     async def _detokenize(self, request: Request) -> Response:
         def detokenize(model: LanguageModel, body: bytes) -> str:
             return model.text_of(read_fields(body, DetokenizeRequest).tokens)
@@ -167,6 +187,12 @@ class Routes:
             return ChatFormat(self._head(_CHAT_PREFIX, request), replies, chat, self._state.options)
 
         return await self._converse(request, read, form)
+
+    async def _messages(self, request: Request) -> ASGIApp:
+        def form(asked: MessagesRequest, replies: Sequence[ChatReply]) -> ReplyFormat:
+            return MessagesFormat(request.scope[REQUEST_ID], self._state.model_name, asked, replies[0])
+
+        return await self._converse(request, read_messages_request, form)
 
     async def _converse(
         self,
