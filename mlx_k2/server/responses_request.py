@@ -1,5 +1,6 @@
 """The body of POST /v1/responses, and the chat request that it means. Knows no model."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -140,7 +141,7 @@ def in_responses_words(error: ApiError) -> ApiError:
     name = (error.param or "").split("[", 1)[0].split(".", 1)[0]
     if name in _PARAMS:
         error.param = _PARAMS[name]
-        error.message = error.message.replace(name, _PARAMS[name])
+        error.message = re.sub(rf"{name}(\[\d+\])?", _PARAMS[name], error.message)
     return error
 
 
