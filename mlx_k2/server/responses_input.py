@@ -8,7 +8,14 @@ from mlx_k2.server.api_errors import bad_request_error
 from mlx_k2.server.request_fields import check_field
 from mlx_k2.server.turn_store import HANDLE_FIELD
 
-_TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "reasoning_text": "text", "refusal": "refusal"}
+_TEXTS = {
+    "input_text": "text",
+    "output_text": "text",
+    "text": "text",
+    "reasoning_text": "text",
+    "summary_text": "text",
+    "refusal": "refusal",
+}
 """The field with the text of a content part, by the part's type."""
 
 
@@ -58,24 +65,17 @@ class InputReader:
                 self.skipped.add(str(kind))
 
     def _add_reasoning(self, item: Mapping[str, Any], where: str) -> None:
-        """Add reasoning: its text if the client sends one, and its handle. A summary is used if there is nothing else.
+        """Add reasoning: its handle, and its text, or its summary if there is no text.
 
-        A handle of this server begins each turn of the model, so a second one begins another turn.
+        All reasoning of a turn has one handle, so that another one begins another turn.
         """
         handle = item.get("encrypted_content")
         if handle is not None and self.messages and self.messages[-1].get(HANDLE_FIELD) not in (None, handle):
             self.messages.append({"role": "assistant", "content": ""})
         turn = self._turn()
-        text = _text(item.get("content"), f"{where}.content")
         if handle is not None:
             turn[HANDLE_FIELD] = handle
-        elif not text:
-            summary = item.get("summary")
-            text = "\n".join(
-                part["text"]
-                for part in (summary if isinstance(summary, list) else ())
-                if isinstance(part, Mapping) and isinstance(part.get("text"), str)
-            )
+        text = _text(item.get("content"), f"{where}.content") or _text(item.get("summary"), f"{where}.summary")
         if text:
             turn["reasoning_content"] = turn.get("reasoning_content", "") + text
 
