@@ -8,14 +8,8 @@ from mlx_k2.server.api_errors import bad_request_error
 from mlx_k2.server.request_fields import check_field
 from mlx_k2.server.turn_store import HANDLE_FIELD
 
-_TEXTS = {
-    "input_text": "text",
-    "output_text": "text",
-    "text": "text",
-    "reasoning_text": "text",
-    "summary_text": "text",
-    "refusal": "refusal",
-}
+_TEXTS = dict.fromkeys(("input_text", "output_text", "text", "reasoning_text", "summary_text"), "text")
+_TEXTS["refusal"] = "refusal"
 """The field with the text of a content part, by the part's type."""
 
 
