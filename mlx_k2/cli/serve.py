@@ -29,7 +29,7 @@ from mlx_k2.protocol.messages import FromStage
 from mlx_k2.server.access import Access
 from mlx_k2.server.api_keys import KeyRing, read_keys
 from mlx_k2.server.app import make_app
-from mlx_k2.server.client_settings import CLAUDE_CODE_CONTEXT_TOKENS, CLIENTS, KEY_VARIABLE, ServedModel
+from mlx_k2.server.client_settings import CLAUDE_CODE_CONTEXT_TOKENS, CLIENTS, KEY_VARIABLE, ModelAddress
 from mlx_k2.server.cluster_activity import ClusterActivity, CountedRestarts
 from mlx_k2.server.http_server import Certificate, HttpServer, url_for_others
 from mlx_k2.server.language_model import LanguageModel
@@ -167,7 +167,7 @@ def command(options: ServeOptions) -> None:
     if options.print_settings is not None:
         settings = CLIENTS[options.print_settings]
         log(f"{settings.destination}; {KEY_VARIABLE} is a key of the server, or any text if it has none")
-        sys.stdout.write(settings.text(_served_model(options, request.source, model)))
+        sys.stdout.write(settings.text(_model_address(options, request.source, model)))
         return
     state = ServerState(_server_options(options), _name_for_clients(request.source), ClusterActivity())
     certificate = None if options.certfile is None else Certificate(options.certfile, options.keyfile)
@@ -205,12 +205,12 @@ class _ServeListener(ConsoleListener):
         super().progress(rank, message)
 
 
-def _served_model(options: ServeOptions, source: ModelSource, model: ModelDescription | None) -> ServedModel:
+def _model_address(options: ServeOptions, source: ModelSource, model: ModelDescription | None) -> ModelAddress:
     """Return what a server with these options serves, without starting one."""
     longest = DEFAULT_CONTEXT_TOKENS if model is None else model.config.max_position_embeddings
     context_tokens = options.cluster.context_tokens or min(DEFAULT_CONTEXT_TOKENS, longest)
     url = url_for_others(options.host, options.port, is_https=options.certfile is not None)
-    return ServedModel(url, _name_for_clients(source), context_tokens)
+    return ModelAddress(url, _name_for_clients(source), context_tokens)
 
 
 def _server_options(options: ServeOptions) -> ServerOptions:

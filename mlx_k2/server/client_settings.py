@@ -17,8 +17,8 @@ _MAX_OUTPUT_TOKENS = 32_000
 
 
 @dataclass(frozen=True)
-class ServedModel:
-    """A model that a server answers for. ``url`` is the server's address, without a path."""
+class ModelAddress:
+    """A model and the server that has it. ``url`` is the server's address, without a path."""
 
     url: str
     name: str
@@ -40,46 +40,46 @@ class ClientSettings:
     """The settings of one client: what to do with them, and their text."""
 
     destination: str
-    text: Callable[[ServedModel], str]
+    text: Callable[[ModelAddress], str]
 
 
-def _claude_code(served: ServedModel) -> str:
-    model = shlex.quote(served.name)
+def _claude_code(address: ModelAddress) -> str:
+    model = shlex.quote(address.name)
     return _exports(
         {
-            "ANTHROPIC_BASE_URL": shlex.quote(served.url),
+            "ANTHROPIC_BASE_URL": shlex.quote(address.url),
             "ANTHROPIC_AUTH_TOKEN": _KEY,
             "ANTHROPIC_MODEL": model,
             "ANTHROPIC_DEFAULT_OPUS_MODEL": model,
             "ANTHROPIC_DEFAULT_SONNET_MODEL": model,
             "ANTHROPIC_DEFAULT_HAIKU_MODEL": model,
-            "CLAUDE_CODE_AUTO_COMPACT_WINDOW": str(served.context_tokens),
-            "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(served.output_tokens),
+            "CLAUDE_CODE_AUTO_COMPACT_WINDOW": str(address.context_tokens),
+            "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(address.output_tokens),
             "API_TIMEOUT_MS": str(_TIMEOUT_MS),
         }
     )
 
 
-def _codex(served: ServedModel) -> str:
+def _codex(address: ModelAddress) -> str:
     return f"""\
-model = {_toml(served.name)}
+model = {_toml(address.name)}
 model_provider = "{_NAME}"
-model_context_window = {served.context_tokens}
+model_context_window = {address.context_tokens}
 show_raw_agent_reasoning = true
 
 [model_providers.{_NAME}]
 name = "{_NAME}"
-base_url = {_toml(served.base_url)}
+base_url = {_toml(address.base_url)}
 env_key = "{KEY_VARIABLE}"
 wire_api = "responses"
 stream_idle_timeout_ms = {_TIMEOUT_MS}
 """
 
 
-def _opencode(served: ServedModel) -> str:
+def _opencode(address: ModelAddress) -> str:
     model = {
-        "name": served.name,
-        "limit": {"context": served.context_tokens, "output": served.output_tokens},
+        "name": address.name,
+        "limit": {"context": address.context_tokens, "output": address.output_tokens},
         "reasoning": True,
         "interleaved": {"field": "reasoning_content"},
         "tool_call": True,
@@ -87,42 +87,42 @@ def _opencode(served: ServedModel) -> str:
     provider = {
         "npm": "@ai-sdk/openai-compatible",
         "name": _NAME,
-        "options": {"baseURL": served.base_url, "apiKey": f"{{env:{KEY_VARIABLE}}}", "timeout": _TIMEOUT_MS},
-        "models": {served.name: model},
+        "options": {"baseURL": address.base_url, "apiKey": f"{{env:{KEY_VARIABLE}}}", "timeout": _TIMEOUT_MS},
+        "models": {address.name: model},
     }
     settings = {
         "$schema": "https://opencode.ai/config.json",
-        "model": f"{_NAME}/{served.name}",
+        "model": f"{_NAME}/{address.name}",
         "provider": {_NAME: provider},
     }
     return json.dumps(settings, indent=2) + "\n"
 
 
-def _cline(served: ServedModel) -> str:
+def _cline(address: ModelAddress) -> str:
     return (
         f"cline auth --provider openai-compatible --apikey {_KEY} "
-        f"--baseurl {shlex.quote(served.base_url)} --modelid {shlex.quote(served.name)}\n"
+        f"--baseurl {shlex.quote(address.base_url)} --modelid {shlex.quote(address.name)}\n"
     )
 
 
-def _zed(served: ServedModel) -> str:
+def _zed(address: ModelAddress) -> str:
     """Return Zed's settings. Zed makes the variable of the key from the provider's name."""
     model = {
-        "name": served.name,
-        "display_name": served.name,
-        "max_tokens": served.context_tokens,
-        "max_output_tokens": served.output_tokens,
+        "name": address.name,
+        "display_name": address.name,
+        "max_tokens": address.context_tokens,
+        "max_output_tokens": address.output_tokens,
         "capabilities": {"tools": True, "images": False, "parallel_tool_calls": True, "prompt_cache_key": False},
     }
-    provider = {"api_url": served.base_url, "available_models": [model]}
+    provider = {"api_url": address.base_url, "available_models": [model]}
     return json.dumps({"language_models": {"openai_compatible": {_NAME: provider}}}, indent=2) + "\n"
 
 
-def _open_webui(served: ServedModel) -> str:
+def _open_webui(address: ModelAddress) -> str:
     variables = {
-        "OPENAI_API_BASE_URL": shlex.quote(served.base_url),
+        "OPENAI_API_BASE_URL": shlex.quote(address.base_url),
         "OPENAI_API_KEY": _KEY,
-        "DEFAULT_MODELS": shlex.quote(served.name),
+        "DEFAULT_MODELS": shlex.quote(address.name),
         "ENABLE_OLLAMA_API": "false",
     }
     return _exports(variables) + "open-webui serve --port 3000\n"
