@@ -17,10 +17,9 @@ from mlx_k2.cli.console import ConsoleListener, log, opening_lines, restart_line
 from mlx_k2.cli.keys import key_file_option, key_path
 from mlx_k2.cli.launchd import LABEL, property_list
 from mlx_k2.cli.main import Interrupted
-from mlx_k2.cli.options import cluster_options, draft_option, log_options, with_struct
+from mlx_k2.cli.options import cluster_options, draft_option, log_options, tool_grammar_option, with_struct
 from mlx_k2.coordinator.engine import engine_on
-from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
-from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, deployment_request, open_source
 from mlx_k2.deployment.plan import DEFAULT_CONTEXT_TOKENS, StagePlan
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.deployment.stage_report import StageReport
@@ -60,6 +59,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     strict_model: bool
     mirror_reasoning: bool
     drafts: bool
+    tool_grammar: bool
     print_settings: str | None
     launchd: bool
     log_dir: str | None
@@ -129,6 +129,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
 @click.option("--strict-model", is_flag=True, help="Answer 404 to a request that names another model.")
 @click.option("--mirror-reasoning", is_flag=True, help="Send reasoning as `reasoning`, besides `reasoning_content`.")
 @draft_option
+@tool_grammar_option
 @click.option(
     "--print-settings",
     type=click.Choice(list(CLIENTS)),
@@ -282,7 +283,7 @@ def _serve(
         deployment = restarting.deployment
         state.activity.deployed(deployment)
         frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
-        language_model = LanguageModel(frontend, state.model_name)
+        language_model = LanguageModel(frontend, state.model_name, tool_grammar=options.tool_grammar)
         with engine_on(
             deployment,
             drafts=options.drafts,

@@ -34,7 +34,7 @@ class Block(msgspec.Struct, frozen=True, kw_only=True):
     """The handle of a stored turn."""
     id: str = ""
     name: str = ""
-    input: Any = None
+    input: dict[str, Any] | None = None
     tool_use_id: str = ""
     content: Any = None
     is_error: bool | None = None

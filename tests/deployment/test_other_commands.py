@@ -46,8 +46,8 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
 def running(
     model: Path, num_stages: int, num_slots: int, context_tokens: int, address: str | None = None
 ) -> Iterator[Deployment]:
-    request = local_request(model, [local_host()] * num_stages)
-    shaped = replace(request, num_slots=num_slots, context_tokens=context_tokens, address=address)
+    request = local_request(model, [local_host()] * num_stages).with_options(context_tokens=context_tokens)
+    shaped = replace(request, num_slots=num_slots, address=address)
     with deploy(shaped, None, DeploymentListener()) as deployment:
         yield deployment
 

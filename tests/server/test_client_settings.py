@@ -15,7 +15,9 @@ ODD = ModelAddress("http://[::1]:8080", 'a "quoted" $NAME\'s `model`\\ é\x7f', 
 NAMES = [USUAL, ODD]
 
 
-def run(folder: Path, client: str, address: ModelAddress, *, command: str = "", key: str | None = "mk2-key") -> list[str]:
+def run(
+    folder: Path, client: str, address: ModelAddress, *, command: str = "", key: str | None = "mk2-key"
+) -> list[str]:
     """Run the printed lines in a shell, then ``command``; programs print their arguments and then their variables."""
     for name in ("claude", "cline", "open-webui"):
         program = folder / name
