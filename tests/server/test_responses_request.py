@@ -88,6 +88,12 @@ def test_the_parts_of_a_message_are_joined() -> None:
     ]
 
 
+def test_a_note_replaces_the_image_of_a_tool() -> None:
+    output = [{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "x"}]
+    found = messages([*CALLED, {"type": "function_call_output", "call_id": "c1", "output": output}])
+    assert found[-1]["content"] == "a[input_image left out: this model reads text only]"
+
+
 def test_a_response_continues_an_earlier_conversation() -> None:
     earlier = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     found = conversation(earlier, instructions="s")
