@@ -170,13 +170,23 @@ class Scheduler:
 
     def _next_waiting(self) -> Sequence | None:
         """Return the waiting sequence that can start now, if any. An interactive one may take a background slot."""
-        interactive, background = self._waiting[Priority.INTERACTIVE], self._waiting[Priority.BACKGROUND]
-        if interactive:
+        interactive, brief, background = (self._waiting[priority] for priority in Priority)
+        if interactive or brief:
             has_slot = self._slots.num_free or any(not sequence.is_interactive for sequence in self._running)
-            return interactive[0] if has_slot else None
+            first = interactive[0] if interactive else brief[0]
+            return first if has_slot and not self._waits_for_brief(first) else None
         if background and self._slots.num_free and not any(sequence.is_interactive for sequence in self._running):
             return background[0]
         return None
+
+    def _waits_for_brief(self, sequence: Sequence) -> bool:
+        """Return whether a brief sequence leaves a conversation cached, and uses the slot of a running one next."""
+        if sequence.request.priority is not Priority.BRIEF or not self._slots.num_free:
+            return False
+        if all(running.request.priority is not Priority.BRIEF for running in self._running):
+            return False
+        most = sequence.num_prompt + sequence.request.max_tokens
+        return self._slots.choose(sequence.prompt_ids, ages=False).num_lost > most
 
     def _most_in_flight(self, active: Tokens[Sequence], decode_round: DecodeRound | None, prompts_left: bool) -> int:
         """Return how many microbatches may be in flight, at most ``max_in_flight``.
@@ -271,7 +281,7 @@ class Scheduler:
         if not self._slots.num_free:
             self._suspend_background()
         prompt_ids = sequence.prompt_ids
-        choice = self._slots.choose(prompt_ids)
+        choice = self._slots.choose(prompt_ids, ages=sequence.request.priority is Priority.INTERACTIVE)
         about_to_be_cached = max((common_prefix(other.token_ids, prompt_ids) for other in planned), default=0)
         if about_to_be_cached >= choice.shared.num_tokens + _WORTH_WAITING:
             return None

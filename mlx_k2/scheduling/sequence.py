@@ -87,7 +87,7 @@ class Sequence:
     @property
     def is_interactive(self) -> bool:
         """True unless the request is a background request."""
-        return self.request.priority is Priority.INTERACTIVE
+        return self.request.priority is not Priority.BACKGROUND
 
     @property
     def num_prompt(self) -> int:

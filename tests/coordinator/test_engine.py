@@ -208,6 +208,44 @@ def test_a_conversation_of_8000_tokens_stays_cached_through_fifty_short_requests
         assert end.summary.prompt_tokens - end.summary.cached_tokens < 10
 
 
+def test_many_brief_requests_two_at_a_time_leave_a_conversation_cached() -> None:
+    """With ages, as for interactive requests, the conversation is lost after 300 / 45 of them."""
+    conversation = range(300)
+    with token_engine(num_slots=2, chunk_tokens=64, context_tokens=1000) as stages:
+        first = stages.engine.submit(request(*conversation, max_tokens=5))
+        stages.run(lambda: ended(first))
+        for number in range(0, 40, 2):
+            briefs = [
+                stages.engine.submit(request(9000 + one, *range(40), max_tokens=5, priority=Priority.BRIEF))
+                for one in (number, number + 1)
+            ]
+            stages.run(lambda: all(map(ended, briefs)))  # noqa: B023 - it runs now
+        again = stages.engine.submit(request(*conversation, *answer_alone(first.request), 1, max_tokens=5))
+        stages.run(lambda: ended(again))
+        _, end = rest_of(again)
+        assert end.summary.prompt_tokens - end.summary.cached_tokens < 10
+
+
+def test_brief_requests_run_side_by_side_where_no_conversation_is_lost() -> None:
+    with token_engine(num_slots=2) as stages:
+        briefs = [stages.engine.submit(request(number, 1, max_tokens=9, priority=Priority.BRIEF)) for number in (5, 6)]
+        stages.run(lambda: all(map(ended, briefs)))
+        assert max(len(step.rows) for step in stages.plans) == 2
+
+
+def test_a_brief_request_starts_after_the_interactive_ones_that_wait() -> None:
+    with token_engine(num_slots=1) as stages:
+        running = stages.engine.submit(request(1, 2, max_tokens=3))
+        stages.run(lambda: bool(stages.plans))
+        brief = stages.engine.submit(request(3, 4, max_tokens=2, priority=Priority.BRIEF))
+        waiting = stages.engine.submit(request(5, 6, max_tokens=2))
+        stages.run(lambda: ended(waiting))
+        assert running.has_ended
+        assert not brief.has_ended
+        stages.run(lambda: ended(brief))
+        assert rest_of(brief)[0] == answer_alone(brief.request)
+
+
 def test_a_background_request_gives_its_slot_to_an_interactive_one_and_finishes_afterwards() -> None:
     with token_engine(num_slots=1, chunk_tokens=4) as stages:
         background = stages.engine.submit(request(*range(40), max_tokens=20, priority=Priority.BACKGROUND))
