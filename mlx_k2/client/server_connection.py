@@ -102,7 +102,9 @@ class ServerAddress:
         except JsonError:
             failure = ErrorFields(f"status {response.status}")
         if response.status == 401:
-            return SetupError(f"{self.url} needs a key: set MLX_K2_API_KEY to one of `mlx-k2 keys add`")
+            return SetupError(
+                f"{self.url} needs a key: set MLX_K2_API_KEY to one that `mlx-k2 keys add NAME` printed there"
+            )
         text = f"{self.url}: {failure.message}"
         if response.status == 429:
             wait = response.headers.get("retry-after", "")

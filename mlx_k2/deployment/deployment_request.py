@@ -1,11 +1,12 @@
 """The user's request for a deployment, and each host's location and model source."""
 
+import shlex
 from dataclasses import dataclass
 
 from mlx_k2.cluster.hostfile import Host, Hostfile
 from mlx_k2.launch.group import STALL_TIMEOUT_S
 from mlx_k2.launch.stage_location import StageLocation
-from mlx_k2.weights.model_source import ModelSource
+from mlx_k2.weights.model_source import BUILTIN, ModelSource
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,18 @@ class DeploymentRequest:
     """Whether to search all tensors for NaN and infinity while loading."""
     address: str | None = None
     """The URL at which clients reach the model, for the users of other commands; None if there is no server."""
+
+    def command_line(self, command: str) -> str:
+        """Return the line for a shell that runs another command of mlx-k2 with the same hosts, model and layers."""
+        given = {
+            "--hostfile": self.hostfile_path,
+            "--stages": None if self.hostfile_path else len(self.hostfile.hosts),
+            "--model": None if self.source.path_or_repo == BUILTIN else self.source.path_or_repo,
+            "--revision": self.source.revision,
+            "--split": None if self.split is None else ",".join(map(str, self.split)),
+        }
+        options = [f" {name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
+        return f"mlx-k2 {command}{''.join(options)}"
 
 
 def stage_location(host: Host) -> StageLocation:

@@ -1,6 +1,5 @@
 """The probe of a cluster before anything is loaded: every host, even if others fail, then every hop. Prints nothing."""
 
-import shlex
 import statistics
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -213,11 +212,7 @@ class _Round:
 
     def _download(self) -> str:
         """Return the command that fetches the files of a repository; '' for a folder."""
-        source, hostfile = self._request.source, self._request.hostfile_path
-        if not is_repo(source):
-            return ""
-        hosts = [f"--stages {len(self._hosts)}"] if hostfile is None else ["--hostfile", shlex.quote(hostfile)]
-        return " ".join(["mlx-k2 download", *hosts, "--model", shlex.quote(source.path_or_repo)])
+        return self._request.command_line("download") if is_repo(self._request.source) else ""
 
     def _fail(self, rank: int, what: str, found: str) -> None:
         self.checks.append(Check(self._hosts[rank].ssh, what, CheckResult.FAILURE, found))

@@ -25,7 +25,7 @@ def ignore(line: str) -> None:
 @pytest.mark.parametrize(
     ("versions", "words"),
     [
-        (("9.9.9", *OTHERS), f"has mlx-k2 {__version__}, this machine has 9.9.9: install .*one wheel"),
+        (("9.9.9", *OTHERS), f"has mlx-k2 {__version__}, this machine has 9.9.9: install .*make dist"),
         (
             (__version__, "9.9.9", OTHERS[1]),
             f"has mlx {OTHERS[0]}, this machine has 9.9.9: install .*pip install mlx==9.9.9",
