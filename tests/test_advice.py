@@ -4,30 +4,39 @@
 """
 
 import contextlib
+import hashlib
+import http.server
 import importlib.metadata
 import io
 import json
 import re
 import shlex
+import shutil
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import click
 import pytest
+from huggingface_hub import close_session
 
+from mlx_k2.builtin import BUILTIN_FOLDER
 from mlx_k2.chat.sampling_options import SamplingOptions
-from mlx_k2.cli.main import run
+from mlx_k2.cli.main import cli, run
 from mlx_k2.cli.prompt_files import read_prompt_lines
 from mlx_k2.cli.repl.saved_chat import SavedChat, load_chat, save_chat
 from mlx_k2.cli.result_file import ResultFile
+from mlx_k2.client.remote_engine import RemoteEngine
 from mlx_k2.client.server_connection import ServerAddress
 from mlx_k2.cluster.hostfile import parse_hostfile
 from mlx_k2.coordinator.reply_policy import ReplyLimits
 from mlx_k2.deployment.cluster_options import ClusterOptions
-from mlx_k2.errors import MlxK2Error, RequestError, SetupError, ToolsError
+from mlx_k2.errors import DownloadError, MlxK2Error, RequestError, SetupError, ToolsError
 from mlx_k2.http_reason import http_reason
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import Request, check_request
@@ -45,23 +54,21 @@ from mlx_k2.text.thinking_mode import ThinkingMode
 from mlx_k2.text.tool_call import read_call
 from mlx_k2.tools.servers import StdioServer, read_mcp_file
 from mlx_k2.tools.toolbox import Limits, open_toolbox
-from tests.advice import ELSEWHERE, NOTHING_TO_RUN, advice
+from mlx_k2.weights.checkpoint import describe_model, locate_tensors, read_small_files
+from mlx_k2.weights.hub import HubRepo, fetch_small_files
+from mlx_k2.weights.inventory import model_specs
+from mlx_k2.weights.manifest import MANIFEST_NAME, HubFile, identify, write_manifest
+from mlx_k2.weights.model_frontend import ModelFrontend
+from tests.advice import advice, followed, follows_advice
 from tests.cli.command import MLX_K2, CommandLine
 from tests.server.in_process import stepped_server
+from tests.weights.test_index import LFS
 
 pytestmark = pytest.mark.timeout(60)
-Test = TypeVar("Test", bound=Callable[..., None])
 NOBODY = "http://127.0.0.1:9"  # nothing listens there
 REPO = "moonshotai/Kimi-K2-Thinking"
 END = "--model /no/such/folder"  # ends a command as soon as its options are accepted
 ENDS = r"/no/such/folder is not a folder|there is no server at"
-FOLLOWED: list[str] = []
-
-
-def follows(*messages: str) -> Callable[[Test], Test]:
-    """Mark a test that follows the advice of ``messages``."""
-    FOLLOWED.extend(messages)
-    return lambda test: test
 
 
 def refusal(*words: str) -> str:
@@ -73,7 +80,11 @@ def refusal(*words: str) -> str:
 
 
 OPTIONS = (  # the message, a command line with it, and that line after the advice was followed
-    ("write them with commas, as in 1,2,4", "bench --streams 1;2", f"bench --streams 1,2,4 {END}"),
+    (
+        "'1;2' is not a list of numbers above 0: write them with commas, as in 1,2,4",
+        "bench --streams 1;2",
+        f"bench --streams 1,2,4 {END}",
+    ),
     (
         "--json, --csv, --plot and --trace are for own stages: leave them out with --connect",
         f"bench --json --connect {NOBODY}",
@@ -155,8 +166,8 @@ def test_a_command_line_that_follows_the_advice_of_its_refusal_is_accepted(
     assert re.search(ENDS, refusal(*shlex.split(right)))
 
 
-@follows(
-    f"give --model a repository on the Hub, for instance --model {REPO}",
+@follows_advice(
+    "give --model a repository on the Hub, for instance --model moonshotai/Kimi-K2-Thinking",
     "/m is not a folder: give the folder of a checkpoint, or a repository on the Hub",
 )
 def test_the_repository_that_a_refusal_names_is_looked_for(tmp_path: Path) -> None:
@@ -312,7 +323,8 @@ VALUES: tuple[tuple[str, Callable[[], object], Callable[[], object]], ...] = (
     ("dtype int8 is unknown: give bfloat16 or float32", lambda: ClusterOptions(dtype="int8"),
      lambda: ClusterOptions(dtype="bfloat16")),
     ("the prompt is empty: give some text, or token ids", lambda: check(prompt_ids=()), check),
-    ("so there is no room for an answer: shorten it, or give a larger --context", lambda: check(prompt_ids=(1,) * 10),
+    ("so there is no room for an answer: shorten it, or give a larger --context, up to that of the model",
+     lambda: check(prompt_ids=(1,) * 10),
      lambda: check(prompt_ids=(1,) * 9)),
     ("max-tokens is 0: give at least 1", lambda: check(max_tokens=0), lambda: check(max_tokens=1)),
     ("timeout is 0 s: give more than 0", lambda: check(timeout_s=0.0), lambda: check(timeout_s=0.1)),
@@ -335,7 +347,7 @@ VALUES: tuple[tuple[str, Callable[[], object], Callable[[], object]], ...] = (
      lambda: ThinkingMode().variables(ChatTemplate("a"))),
     ("the model has no chat template: give --raw to send the prompt as it is", lambda: load_chat_template({}),
      lambda: load_chat_template(TEMPLATE)),
-    ("mac! is no address: give one of this machine's, as 127.0.0.1", lambda: listening_socket("mac!", 0).close(),
+    ("--host mac! is no address: give one of this machine's, as 127.0.0.1", lambda: listening_socket("mac!", 0).close(),
      lambda: listening_socket("127.0.0.1", 0).close()),
 )  # fmt: skip
 
@@ -349,7 +361,10 @@ def test_a_value_that_follows_the_advice_of_its_refusal_is_accepted(
     right()
 
 
-@follows('p.jsonl, line 1: give either "prompt" or "messages"', "p.jsonl has no line: write one JSON object a line")
+@follows_advice(
+    'p.jsonl, line 1: give either "prompt" or "messages"',
+    "p.jsonl has no line: write one JSON object a line",
+)
 def test_a_file_of_prompts_that_follows_the_advice_of_its_refusal_is_read(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     for wrong, message in (("{}", 'line 1: give either "prompt" or "messages"'), ("", "write one JSON object a line")):
@@ -360,7 +375,9 @@ def test_a_file_of_prompts_that_follows_the_advice_of_its_refusal_is_read(tmp_pa
     assert len(read_prompt_lines(str(file))) == 2
 
 
-@follows("there is no standard input: give a file as --prompts")
+@follows_advice(
+    "there is no standard input: give a file as --prompts",
+)
 def test_without_standard_input_the_prompts_are_read_from_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,7 +388,7 @@ def test_without_standard_input_the_prompts_are_read_from_a_file(
     assert read_prompt_lines(str(tmp_path / "p.jsonl"))
 
 
-@follows(
+@follows_advice(
     "out is being written by another run: give another --out",
     "out belongs to another run (see its line 1): give another --out, or move the file away",
 )
@@ -391,9 +408,8 @@ def test_results_go_to_another_file_or_to_the_same_after_it_was_moved_away(tmp_p
         results.resume({"a": 1})
 
 
-@follows(
-    "chat.json is a chat with another model: start with --model '/a folder/k2', or keep only the list under "
-    '"messages" to go on with this one'
+@follows_advice(
+    "a: start with --model '/a folder/k2', or keep only the list under \"messages\" to go on with this one",
 )
 def test_a_chat_with_another_model_is_loaded_as_its_list_of_messages(tmp_path: Path) -> None:
     file = tmp_path / "chat.json"
@@ -406,7 +422,7 @@ def test_a_chat_with_another_model_is_loaded_as_its_list_of_messages(tmp_path: P
     assert load_chat(file, "this") == [{"role": "user", "content": "Hi"}]
 
 
-@follows(
+@follows_advice(
     "others can read the key file k: run `chmod 600 k`",
     "the name of a key is empty: give one",
     "there is a key 'a' already: remove it first, or give another name",
@@ -430,9 +446,8 @@ def test_the_advice_for_a_key_file_lets_keys_be_read_and_added(tmp_path: Path) -
         remove_key(path, "c")
 
 
-@follows(
-    "--host 0.0.0.0 is reached from other machines, and there is no key: "
-    "make one with `mlx-k2 keys add --key-file k NAME`",
+@follows_advice(
+    "a: make one with `mlx-k2 keys add --key-file k NAME`",
     "port 5 of 127.0.0.1 is in use: give another --port, or end the program that has it",
 )
 def test_a_server_for_other_machines_starts_after_the_printed_command_made_a_key(tmp_path: Path) -> None:
@@ -453,7 +468,10 @@ def test_a_server_for_other_machines_starts_after_the_printed_command_made_a_key
     listening_socket("127.0.0.1", int(port)).close()
 
 
-@follows("this Host is not allowed: see --allow-host", "this Origin is not allowed: see --allow-origin")
+@follows_advice(
+    "this Host is not allowed: see --allow-host",
+    "this Origin is not allowed: see --allow-origin",
+)
 def test_hosts_and_origins_are_allowed_by_the_options_that_their_refusals_name() -> None:
     scope = {"headers": [(b"host", b"k2.example"), (b"origin", b"https://chat.example")]}
     with pytest.raises(ApiError, match="this Host is not allowed: see --allow-host"):
@@ -465,7 +483,9 @@ def test_hosts_and_origins_are_allowed_by_the_options_that_their_refusals_name()
     assert "/no/such/folder is not a folder" in serve
 
 
-@follows("write each call as functions.NAME:NUMBER, and its arguments as one JSON object")
+@follows_advice(
+    "write each call as functions.NAME:NUMBER, and its arguments as one JSON object",
+)
 def test_a_call_in_the_form_that_its_refusal_names_is_read() -> None:
     error = read_call("functions.weather:0", "[]").error
     assert error is not None
@@ -473,7 +493,7 @@ def test_a_call_in_the_form_that_its_refusal_names_is_read() -> None:
     assert read_call("functions.weather:0", "{}").error is None
 
 
-@follows(
+@follows_advice(
     "mcp.json: the server 'a' speaks MCP's old HTTP+SSE: give the address of its streamable HTTP",
     "mcp.json: the server 'a' has ${input:x}, which is not replaced: write ${NAME} and set that variable",
     "two tool servers have the name 'a': rename one",
@@ -498,10 +518,10 @@ def test_an_mcp_file_that_follows_the_advice_of_its_refusal_is_read(tmp_path: Pa
         pass
 
 
-@follows(
+@follows_advice(
     "SSL_CERT_FILE names /nowhere.pem, which does not exist: correct SSL_CERT_FILE, or unset it",
     "python -m pip install socksio",
-    "ALL_PROXY is a SOCKS proxy, which needs a package: run `python -m pip install socksio`, or unset ALL_PROXY",
+    "a: run `python -m pip install socksio`, or unset ALL_PROXY",
 )
 def test_the_settings_that_a_failed_request_names_are_those_that_failed_it(monkeypatch: pytest.MonkeyPatch) -> None:
     lost, socks = FileNotFoundError(2, "No such file"), ImportError("Using SOCKS proxy, but 'socksio' is missing")
@@ -523,7 +543,10 @@ def test_the_settings_that_a_failed_request_names_are_those_that_failed_it(monke
     assert [re.split(r"\W", line)[0] for line in needed] == ["socksio"]
 
 
-@follows("--plot needs matplotlib: run `python -m pip install matplotlib`", "for instance `hf auth login`")
+@follows_advice(
+    "--plot needs matplotlib: run `python -m pip install matplotlib`",
+    "for instance `hf auth login`",
+)
 def test_printed_commands_of_other_tools_are_ones_that_these_tools_take(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -540,7 +563,9 @@ def test_printed_commands_of_other_tools_are_ones_that_these_tools_take(
     subprocess.run([config, *options], capture_output=True, timeout=60, check=True)
 
 
-@follows("standard output is closed: redirect it, for instance to /dev/null")
+@follows_advice(
+    "standard output is closed: redirect it, for instance to /dev/null",
+)
 def test_a_closed_standard_output_can_be_redirected_to_dev_null(tmp_path: Path) -> None:
     environment = CommandLine(tmp_path).environment()
     for redirection, code in ((">&-", 2), (">/dev/null", 0)):
@@ -550,7 +575,9 @@ def test_a_closed_standard_output_can_be_redirected_to_dev_null(tmp_path: Path) 
         )
 
 
-@follows("u needs a key: set MLX_K2_API_KEY to one that `mlx-k2 keys add NAME` printed there")
+@follows_advice(
+    "u needs a key: set MLX_K2_API_KEY to one that `mlx-k2 keys add NAME` printed there",
+)
 def test_a_client_with_a_key_that_the_printed_command_made_is_served(tmp_path: Path) -> None:
     """Ask a server in this process, without and with a key."""
     keys = tmp_path / "keys"
@@ -561,18 +588,205 @@ def test_a_client_with_a_key_that_the_printed_command_made_is_served(tmp_path: P
         assert ServerAddress(server.url, key).get("/v1/model-files", dict[str, Any])
 
 
-def test_all_advice_is_followed_in_a_test() -> None:
-    """For advice that this fails for: add a case that follows it to the tables above, or name the test that does."""
-    tables: Sequence[Sequence[tuple[Any, ...]]] = (OPTIONS, CHATS, COMPLETIONS, HOSTFILES, VALUES)
-    followed = [*FOLLOWED, *(case[0] for table in tables for case in table)]
-    for file, messages in ELSEWHERE.items():
-        source = (Path(__file__).parent / file).read_text()
-        followed += messages
-        unknown = [found for found in messages if not any(part in source for part in found.split(" ... "))]
-        assert not unknown, f"{file} does not have {unknown}"
-    missing = [
-        text
-        for text, pattern in advice()
-        if not text.endswith(NOTHING_TO_RUN) and not any(pattern.search(message) for message in followed)
+@follows_advice(
+    "there is no standard input: redirect it from a file with a message a line",
+    "there is no command /foo: /help lists them; to send it as a message, write a space before it",
+    "give a file: /save FILE",
+    "give /think show, hide, on or off",
+    "there are no tools: start with --tools or --mcp",
+)
+def test_what_the_refusals_of_a_chats_commands_say_works_in_the_same_chat(tmp_path: Path) -> None:
+    lines = tmp_path / "lines"
+    lines.write_text("/foo\n /foo\n/save\n/save chat.json\n/think\n/think hide\n/tools\n")
+    command = f"{shlex.quote(MLX_K2)} chat --stages 1 --max-tokens 2"
+    ends = {}
+    for end in ("<&-", f"< {shlex.quote(str(lines))}"):
+        ran = subprocess.run(
+            f"{command} {end}", shell=True, env=CommandLine(tmp_path).environment(), cwd=tmp_path,
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        ends[end[:2]] = ran
+    assert "there is no standard input: redirect it from a file with a message a line" in ends["<&"].stderr
+    shown = ends["< "].stderr
+    for message in (
+        "there is no command /foo: /help lists them; to send it as a message, write a space before it",
+        "the answer was cut off at the limit of tokens",
+        "give a file: /save FILE",
+        "the conversation is in chat.json",
+        "give /think show, hide, on or off",
+        "thinking is hidden",
+        "there are no tools: start with --tools or --mcp",
+    ):
+        before, found, shown = shown.partition(message)
+        assert found, before
+    assert json.loads((tmp_path / "chat.json").read_bytes())["messages"][0]["content"] == "/foo"
+
+
+@follows_advice(
+    "--connect gets no log-probabilities: leave out --logprobs",
+    "give a text as prompt, or messages",
+)
+def test_requests_to_a_server_that_follow_the_advice_of_their_refusals_are_accepted() -> None:
+    with stepped_server() as server:
+        assert "give a text as prompt, or messages" in server.request("POST", "/tokenize", {}).body.decode()
+        assert server.request("POST", "/tokenize", {"prompt": "a"}).status == 200
+        engine = RemoteEngine(ServerAddress(server.url, None))
+        asked = Request((5,), 1, Sampling(seed=1, num_logprobs=1), frozenset())
+        with pytest.raises(RequestError, match="--connect gets no log-probabilities: leave out --logprobs"):
+            engine.submit(asked)
+        engine.submit(Request((5,), 1, Sampling(seed=1), frozenset())).cancel()
+
+
+@follows_advice(
+    "a: if a proxy here replaces certificates, set SSL_CERT_FILE to the file of its certificates",
+)
+def test_a_hub_behind_a_proxys_certificate_is_asked_once_ssl_cert_file_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    names = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost")
+    made = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        *names,
+        "-keyout",
+        key,
+        "-out",
+        cert,
     ]
+    subprocess.run([*made, "-keyout", key, "-out", cert], check=True, capture_output=True, timeout=60)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    repo = HubRepo(REPO, None, tmp_path / "cache", f"https://localhost:{server.server_port}")
+    reasons = []
+    for environment in ({}, {"SSL_CERT_FILE": cert}):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        close_session()
+        with pytest.raises(DownloadError) as refused:
+            fetch_small_files(repo)
+        reasons.append(str(refused.value))
+    close_session()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    assert "set SSL_CERT_FILE to the file of its certificates" in reasons[0]
+    assert "CERTIFICATE" not in reasons[1]
+
+
+@follows_advice(
+    "a: connect this host, or copy the checkpoint here and give --model its folder",
+    "it is a folder of the Hub's cache: give --model owner/name, or a folder in its snapshots",
+)
+def test_a_checkpoint_that_was_copied_here_and_a_folder_of_the_cache_are_read(tmp_path: Path) -> None:
+    copied = tmp_path / "models--owner--name" / "snapshots" / "0123"
+    with pytest.raises(DownloadError, match="or copy the checkpoint here and give --model its folder"):
+        fetch_small_files(HubRepo("owner/name", None, tmp_path / "cache", NOBODY))
+    shutil.copytree(BUILTIN_FOLDER, copied)
+    with pytest.raises(MlxK2Error, match="give --model owner/name, or a folder in its snapshots"):
+        read_small_files(copied.parents[1])
+    assert "config.json" in read_small_files(copied)
+
+
+@follows_advice(
+    "a has NaN or infinity: fetch the file again",
+    "a is truncated: it ends at byte 5 within b; fetch it again",
+    "it is a GGUF file, which mlx-k2 does not read: fetch the original checkpoint",
+    "a is F64, which MLX cannot read: fetch the original file",
+    "a is missing: fetch it again",
+    "its header alone has 5 bytes; fetch the file again",
+    "a: install it and run `git -C a lfs pull`",
+    "mlx-k2 doctor --deep --model a",
+    "a is no manifest: b; remove it; `mlx-k2 doctor --deep --model a` writes another",
+    "a has 5 bytes, and b says 6: fetch it again; if it is right, remove the manifest",
+    "the model has no tiktoken.model: fetch the tokenizer files of the original checkpoint",
+    "fetch the original INT4 checkpoint instead, for instance moonshotai/Kimi-K2-Thinking (594 GB)",
+    "it was converted for MLX; fetch the original instead, for instance moonshotai/Kimi-K2-Thinking",
+)
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model-00002-of-000008.safetensors", lambda data: data[:-1000]),
+        ("model-00002-of-000008.safetensors", lambda data: data[:4]),
+        ("model-00002-of-000008.safetensors", lambda data: data + b"more"),
+        ("model-00002-of-000008.safetensors", lambda data: bytes(len(data))),
+        ("tiktoken.model", lambda _: b""),
+        ("model-00002-of-000008.safetensors", lambda _: b"GGUF\3\0\0\0"),
+        ("model-00002-of-000008.safetensors", None),
+        ("config.json", lambda data: data.replace(b"pack-quantized", b"fp8")),
+        ("config.json", lambda _: b"<!DOCTYPE html>"),
+        ("tiktoken.model", lambda _: LFS),
+        ("tiktoken.model", None),
+        (MANIFEST_NAME, lambda _: b"{"),
+        (MANIFEST_NAME, lambda data: data.replace(b'"size": 1', b'"size": 2')),
+    ],
+)
+def test_a_damaged_file_is_refused_and_the_original_accepted(
+    tmp_path: Path, name: str, damage: Callable[[bytes], bytes] | None
+) -> None:
+    folder = tmp_path / "a model"
+    shutil.copytree(BUILTIN_FOLDER, folder)
+    shards = sorted(folder.glob("*.safetensors"))
+    write_manifest(
+        folder, {p.name: HubFile(p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()) for p in shards}
+    )
+
+    def read() -> None:
+        model = describe_model(read_small_files(folder), str(folder))
+        ModelFrontend(model, 100).tokenizer.encode_text("a")
+        locate_tensors(folder, model.index, model_specs(model.config))
+        identify(shards)
+
+    read()
+    original = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if damage is not None:
+        (folder / name).write_bytes(damage(original))
+    with pytest.raises(MlxK2Error, match=r"fetch|pull|remove it") as refused:
+        read()
+    if name == MANIFEST_NAME and "is no manifest" in str(refused.value):
+        (folder / name).unlink()
+        doctor = shlex.split(str(refused.value).split("`")[1])
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            assert run(doctor[1:]) == 0
+        assert (folder / name).exists()
+    else:
+        (folder / name).write_bytes(original)
+    read()
+
+
+def test_each_option_and_command_of_mlx_k2_that_advice_names_exists() -> None:
+    options = {"--auto-setup", "--over"}  # of mlx.distributed_config, which a test above runs
+    names = set()
+    to_visit: list[tuple[str, click.Command]] = [("", cli)]
+    for name, command in to_visit:
+        names.add(name)
+        options |= {found for parameter in command.params for found in (*parameter.opts, *parameter.secondary_opts)}
+        if isinstance(command, click.Group):
+            context = click.Context(command)
+            found = {inner: command.get_command(context, inner) for inner in command.list_commands(context)}
+            to_visit += [(f"{name} {inner}".strip(), one) for inner, one in found.items() if one is not None]
+    for text, _ in advice():
+        _, _, message = text.partition(": ")
+        assert set(re.findall(r"(?<![\w-])--[a-z][-a-z]+", message)) <= options, message
+        assert set(re.findall(r"\bmlx-k2 (download|doctor|kernels|bench|keys \w+)\b", message)) <= names, message
+
+
+def test_all_advice_is_followed_in_a_test() -> None:
+    """For advice that this fails for: follow it in a test, and name its message in ``follows_advice`` or in a table."""
+    tables: Sequence[Sequence[tuple[Any, ...]]] = (OPTIONS, CHATS, COMPLETIONS, HOSTFILES, VALUES)
+    messages = [*followed(Path(__file__).parent), *(case[0] for table in tables for case in table)]
+    all_advice = list(advice())
+    assert len(all_advice) > 150
+    missing = [text for text, pattern in all_advice if not any(map(pattern.search, messages))]
     assert missing == []

@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 import mlx_k2
 from bench.tested_on import ANSWER, QUESTION
 from mlx_k2.launch.install_commands import WHEEL
+from tests.advice import follows_advice
 from tests.cli.command import CommandLine
 
 pytestmark = pytest.mark.timeout(120)
@@ -79,6 +80,9 @@ def test_the_wheel_finds_its_metal_texts(installed: Path, tmp_path: Path) -> Non
     assert run([str(installed / "python"), "-c", code], tmp_path).stdout.strip() == str(len(texts)) != "0"
 
 
+@follows_advice(
+    "--tools and --mcp need the package mcp: run `python -m pip install mcp`",
+)
 @pytest.mark.slow
 def test_without_mcp_the_command_runs_and_tools_name_the_package_to_install(installed: Path, tmp_path: Path) -> None:
     """Put a package named mcp that cannot be imported first in the path: mcp is missing without the extra "tools"."""

@@ -78,6 +78,8 @@ def open_regular(path: Path) -> BinaryIO:
 def _other_format(start: bytes, path: Path) -> str | None:
     """Return what a file of a checkpoint is that begins with ``start``, if it is known to be something else."""
     start = start.lstrip().lower()
+    if not start.strip(b"\0"):
+        return "it is empty or begins with zeros, as an interrupted download leaves it: fetch the file again"
     if start.startswith(_LFS_POINTER):
         pull = f"git -C {shlex.quote(str(path.parent))} lfs pull"
         return (

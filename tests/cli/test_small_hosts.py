@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.advice import follows_advice
 from tests.cli.command import MLX_K2, CommandLine
 
 ANSWER = (MLX_K2, "generate", "--stages", "1", "--max-tokens", "3", "--raw", "Hello")
@@ -54,6 +55,9 @@ def test_a_user_without_home_and_passwd_entry_can_chat_on_a_terminal(command_lin
     assert list(tmp_path.iterdir()) == []
 
 
+@follows_advice(
+    "this host allows 1024 open files, and mlx-lm needs 4096: raise its limit (ulimit -Hn)",
+)
 @pytest.mark.slow
 @pytest.mark.skipif(not works(NO_RAISING), reason="needs Linux: setpriv of util-linux")
 def test_a_low_hard_limit_of_open_files_is_named(command_line: CommandLine) -> None:

@@ -13,6 +13,7 @@ from mlx_k2.errors import StageSilent, StageStartError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.protocol.messages import Hello
+from tests.advice import follows_advice
 from tests.launch.guarded import stand_in_python
 
 OTHERS = (version("mlx"), version("mlx-lm"))
@@ -22,6 +23,9 @@ def ignore(line: str) -> None:
     """Discard a log line."""
 
 
+@follows_advice(
+    "a: install the same on both: `python -m pip install mlx==2`",
+)
 @pytest.mark.parametrize(
     ("versions", "words"),
     [

@@ -24,6 +24,7 @@ from mlx_k2.tools.outcome import Outcome
 from mlx_k2.tools.server_output import ServerOutput
 from mlx_k2.tools.servers import HttpServer, Server, StdioServer
 from mlx_k2.tools.toolbox import Limits, ToolBox, open_toolbox
+from tests.advice import follows_advice
 
 pytestmark = pytest.mark.timeout(90)
 NEVER = Limits(start_timeout_s=600.0, call_timeout_s=600.0)
@@ -195,6 +196,9 @@ def test_http_servers_with_one_fault_each_fail_at_once_and_a_good_one_beside_the
         assert results[mode].outcome in (Outcome.FAILED, Outcome.LOST)
 
 
+@follows_advice(
+    "HTTP 401 Unauthorized: see its headers in the MCP file",
+)
 @pytest.mark.parametrize(
     "status", ["401 Unauthorized: see its headers", "403 Forbidden", "404 Not Found", "503 Service"]
 )
