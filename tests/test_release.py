@@ -157,3 +157,10 @@ def test_the_constraints_pin_every_package_that_make_installs() -> None:
                     to_visit.append(needed)
     assert {name for name, _ in found} <= pinned.keys()
     assert not [line for line in lines if "/" in line or "@" in line], "a place that packages come from"
+
+
+def test_the_actions_of_the_workflows_are_pinned_by_commit() -> None:
+    workflows = list((ROOT / ".github" / "workflows").glob("*.yml"))
+    used = [line for path in workflows for line in path.read_text().splitlines() if "uses:" in line]
+    assert len(used) >= 7
+    assert [line for line in used if not re.search(r"uses: [\w/-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+$", line)] == []
