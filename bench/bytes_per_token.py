@@ -20,6 +20,7 @@ from bench.graph_dispatches import count_dispatches, kernel_in_graph
 from bench.measure import save_rows
 from mlx_k2.config import ModelConfig
 from mlx_k2.kernels import variants
+from mlx_k2.kernels.reference import RouterRule
 from mlx_k2.kernels.self_check import LayerShape, random_stack
 from mlx_k2.kernels.tuning import DEFAULT
 from mlx_k2.model.decoder_layer import swiglu
@@ -27,7 +28,7 @@ from mlx_k2.model.layer_weights import DenseWeights
 from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.inventory import (
     embedding_read_bytes_per_token,
-    head_read_bytes_per_token,
+    head_specs,
     held_bytes,
     layer_read_bytes_per_token,
     model_specs,
@@ -97,7 +98,7 @@ def bytes_held_and_read(config: ModelConfig, dense_bits: int | None, *, stored_b
     layers = sum(
         layer_read_bytes_per_token(config, layer, dense_bits=dense_bits) for layer in range(config.num_hidden_layers)
     )
-    ends = embedding_read_bytes_per_token(config) + head_read_bytes_per_token(config, dense_bits=dense_bits)
+    ends = embedding_read_bytes_per_token(config) + held_bytes(head_specs(config), dense_bits=dense_bits)
     return held, layers + ends + biases * config.num_experts_per_tok // config.n_routed_experts
 
 
@@ -115,10 +116,8 @@ def our_dispatches(config: ModelConfig) -> int:
             x,
             router,
             bias,
-            top_k=config.num_experts_per_tok,
-            normalize=config.norm_topk_prob,
-            scaling_factor=config.routed_scaling_factor,
-            perform=kernel_in_graph,
+            RouterRule(config.num_experts_per_tok, config.norm_topk_prob, config.routed_scaling_factor),
+            kernel_in_graph,
         )
         return variants.decode_experts(x, ids, weights, stack, DEFAULT, kernel_in_graph) + swiglu(x, shared)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from bench.checkpoints import CONTEXT_TOKENS
 from mlx_k2.cluster.hostfile import local_hostfile
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest
 from mlx_k2.deployment.deploy import Deployment, deploy
-from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.weights.checkpoint import describe_model, read_small_files
 from mlx_k2.weights.model_source import ModelSource
@@ -18,7 +18,6 @@ def local_deployment(folder: Path, num_stages: int, num_slots: int = 1) -> Abstr
     each, left = divmod(model.config.num_hidden_layers, num_stages)
     assert left == 0, f"{model.config.num_hidden_layers} layers are not as many on each of {num_stages} stages"
     source, split = ModelSource(path_or_repo=str(folder)), (each,) * num_stages
-    request = DeploymentRequest(
-        local_hostfile(num_stages), source, split, CONTEXT_TOKENS, "float32", lease_s=20.0, num_slots=num_slots
-    )
+    options = ClusterOptions(split=split, context_tokens=CONTEXT_TOKENS, dtype="float32")
+    request = DeploymentRequest(options, local_hostfile(num_stages), source, num_slots)
     return deploy(request, model, DeploymentListener())

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -104,7 +104,7 @@ def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, 
     """Run rounds of streams until ``minutes`` have passed or ``num_restarts`` restarts have happened."""
     model = write_model(folder / "model")
     hosts = [marked_host(folder, rank, sys.executable) for rank in range(NUM_STAGES)]
-    asked = replace(local_request(model, hosts), stall_timeout_s=STALL_TIMEOUT_S)
+    asked = local_request(model, hosts).with_options(stall_timeout_s=STALL_TIMEOUT_S)
     description = describe_model(read_model_files(asked.source).files, str(model))
     usage = UsageTotals()
 

@@ -2,15 +2,8 @@
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing's own takes longer to import than all else here
-    from mlx_k2.api import AsyncCluster as AsyncCluster
-    from mlx_k2.api import AsyncStream as AsyncStream
-    from mlx_k2.api import Cluster as Cluster
-    from mlx_k2.api import Completion as Completion
-    from mlx_k2.api import Content as Content
-    from mlx_k2.api import Reasoning as Reasoning
-    from mlx_k2.api import Sampling as Sampling
-    from mlx_k2.api import Stream as Stream
-    from mlx_k2.errors import MlxK2Error as MlxK2Error
+    from mlx_k2.api import AsyncCluster, AsyncStream, Cluster, Completion, Content, Reasoning, Sampling, Stream
+    from mlx_k2.errors import MlxK2Error
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from types import TracebackType
+from itertools import chain
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
@@ -119,7 +119,8 @@ class Stream(Iterator[Reasoning | Content]):
     def __init__(self, handle: Handle, num_calls_before: int) -> None:
         self._handle = handle
         self._reply = _Reply(num_calls_before)
-        self._parts = _text_of(handle, self._reply)  # without a reference to self, which can then be forgotten
+        # without a reference to self, which can then be forgotten
+        self._parts = chain.from_iterable(map(self._reply.add, handle.events()))
 
     def __del__(self) -> None:
         self.close()
@@ -136,11 +137,6 @@ class Stream(Iterator[Reasoning | Content]):
         for _ in self._parts:
             pass
         return self._reply.completion
-
-
-def _text_of(handle: Handle, reply: _Reply) -> Iterator[Reasoning | Content]:
-    for event in handle.events():
-        yield from reply.add(event)
 
 
 class _Cluster:
@@ -262,9 +258,7 @@ class Cluster(_Cluster):
         self._open()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -346,9 +340,7 @@ class AsyncCluster(_Cluster):
             raise
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.close()
 
     async def close(self) -> None:

@@ -6,7 +6,7 @@ import secrets
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from mlx_k2.coordinator.engine import engine_on
@@ -59,7 +59,7 @@ class Measured:
     num_drafted: int
     num_accepted: int
     wall_s: float
-    stages: tuple[StageTimes, ...]
+    stages: tuple[StageTimes, ...] = ()
 
     @property
     def decode_tokens_per_s_per_stream(self) -> float | None:
@@ -81,7 +81,35 @@ class _Stream:
     num_accepted: int = 0
 
 
-class Benchmark:
+class ServerBenchmark:
+    """Benchmark on an engine that ``submit`` reaches, for instance of a server: all figures but those of the stages."""
+
+    def __init__(self, submit: Callable[[Request], Handle], vocab_size: int) -> None:
+        self._submit = submit
+        self._vocab_size = vocab_size
+        self._seed = secrets.randbits(60)  # the server may still hold the prompts of an earlier benchmark
+
+    def warm_up(self, workload: Workload) -> None:
+        """Run ``workload`` with WARM_UP_TOKENS tokens, so that kernels are compiled and speeds are known."""
+        self._run(Workload(workload.prompt_tokens, WARM_UP_TOKENS, workload.streams))
+
+    def measure(self, workload: Workload, repeat: int = 0) -> Measured:
+        """Run ``workload`` once, on prompts that are not cached. Stop tokens do not end a stream."""
+        began = time.perf_counter()
+        streams = self._run(workload)
+        return _measured(workload, repeat, began, time.perf_counter() - began, streams)
+
+    def _run(self, workload: Workload) -> list[_Stream]:
+        first = self._seed + 1
+        self._seed += workload.streams
+        requests = [_random_request(workload, self._vocab_size, seed) for seed in range(first, self._seed + 1)]
+        return [_read(handle) for handle in self._submit_all(requests)]
+
+    def _submit_all(self, requests: Sequence[Request]) -> list[Handle]:
+        return [self._submit(request) for request in requests]
+
+
+class Benchmark(ServerBenchmark):
     """Benchmark on ready stages, a context manager. A stage that fails ends it.
 
     ``on_report`` receives every finished step of a stage, except during warm-up.
@@ -93,8 +121,9 @@ class Benchmark:
         self._deployment = deployment
         self._on_report = on_report
         self._is_warm = False
-        self._num_prompts = 0
         self._engine = engine_on(deployment, drafts=drafts, prompts_first=True, on_report=self._report)
+        super().__init__(self._engine.submit, deployment.model.config.vocab_size)
+        self._seed = 0
 
     def __enter__(self) -> "Benchmark":
         self._engine.__enter__()
@@ -106,35 +135,26 @@ class Benchmark:
         self._engine.__exit__(kind, error, trace)
 
     def warm_up(self, workload: Workload) -> None:
-        """Run ``workload`` with WARM_UP_TOKENS tokens, so that kernels are compiled and speeds are known."""
+        """Run ``workload`` without reports, as in the base class."""
         self._is_warm = False
-        self._run(Workload(workload.prompt_tokens, WARM_UP_TOKENS, workload.streams))
+        super().warm_up(workload)
         self._is_warm = True
 
     def measure(self, workload: Workload, repeat: int = 0) -> Measured:
-        """Run ``workload`` once, on prompts that are not cached. Stop tokens do not end a stream."""
-        before = [_copy(use) for use in self._engine.use]
-        began = time.perf_counter()
-        streams = self._run(workload)
-        wall_s = time.perf_counter() - began
-        stages = self._stage_times(before, wall_s)
-        return _measured(workload, repeat, began, wall_s, streams, stages)
+        """Run ``workload`` once, as in the base class, and measure the stages, too."""
+        before = [replace(use) for use in self._engine.use]
+        measured = super().measure(workload, repeat)
+        return replace(measured, stages=self._stage_times(before, measured.wall_s))
 
     def _run(self, workload: Workload) -> list[_Stream]:
-        handles = self._engine.submit_all([Submission(self._request(workload)) for _ in range(workload.streams)])
-        streams = _read(handles)
-        self._wait_for_reports()
-        return streams
-
-    def _wait_for_reports(self) -> None:
-        """Wait until every stage has reported the last step. The last stage's report may overtake the others."""
-        deadline = time.monotonic() + _REPORTS_S
+        streams = super()._run(workload)
+        deadline = time.monotonic() + _REPORTS_S  # the last stage's last report may overtake those of the others
         while len({use.steps_done for use in self._engine.use}) > 1 and time.monotonic() < deadline:
             time.sleep(0.001)
+        return streams
 
-    def _request(self, workload: Workload) -> Request:
-        self._num_prompts += 1
-        return _random_request(workload, self._deployment.model.config.vocab_size, self._num_prompts)
+    def _submit_all(self, requests: Sequence[Request]) -> list[Handle]:
+        return self._engine.submit_all([Submission(request) for request in requests])
 
     def _report(self, report: StageReport) -> None:
         if self._is_warm and self._on_report is not None:
@@ -161,32 +181,6 @@ class Benchmark:
         return tuple(times)
 
 
-class ServerBenchmark:
-    """Benchmark on the stages of a server, which ``submit`` reaches: all figures but those of the stages."""
-
-    def __init__(self, submit: Callable[[Request], Handle], vocab_size: int) -> None:
-        self._submit = submit
-        self._vocab_size = vocab_size
-        self._seed = secrets.randbits(60)  # the server may still hold the prompts of an earlier benchmark
-
-    def warm_up(self, workload: Workload) -> None:
-        """Run ``workload`` with WARM_UP_TOKENS tokens."""
-        self._run(Workload(workload.prompt_tokens, WARM_UP_TOKENS, workload.streams))
-
-    def measure(self, workload: Workload, repeat: int = 0) -> Measured:
-        """Run ``workload`` once, on prompts that are not cached. Stop tokens do not end a stream."""
-        began = time.perf_counter()
-        streams = self._run(workload)
-        return _measured(workload, repeat, began, time.perf_counter() - began, streams, ())
-
-    def _run(self, workload: Workload) -> list[_Stream]:
-        handles = []
-        for _ in range(workload.streams):
-            self._seed += 1
-            handles.append(self._submit(_random_request(workload, self._vocab_size, self._seed)))
-        return _read(handles)
-
-
 def _random_request(workload: Workload, vocab_size: int, seed: int) -> Request:
     """Return a request with a prompt of random tokens. The prompts of two seeds share no prefix."""
     generator = random.Random(seed)  # noqa: S311  # not for security
@@ -194,18 +188,15 @@ def _random_request(workload: Workload, vocab_size: int, seed: int) -> Request:
     return Request(prompt_ids, workload.generate_tokens, Sampling(seed=0, temperature=0), frozenset())
 
 
-def _read(handles: Sequence[Handle]) -> list[_Stream]:
-    """Read all events of the handles; errors are those of ``Handle.events``."""
-    streams = []
-    for handle in handles:
-        stream = _Stream()
-        for event in handle.events():
-            if isinstance(event, Token):
-                stream.arrivals.append(event.arrived_at)
-            elif isinstance(event, Finished):
-                stream.num_drafted, stream.num_accepted = event.summary.num_drafted, event.summary.num_accepted
-        streams.append(stream)
-    return streams
+def _read(handle: Handle) -> _Stream:
+    """Read all events of a handle; errors are those of ``Handle.events``."""
+    stream = _Stream()
+    for event in handle.events():
+        if isinstance(event, Token):
+            stream.arrivals.append(event.arrived_at)
+        elif isinstance(event, Finished):
+            stream.num_drafted, stream.num_accepted = event.summary.num_drafted, event.summary.num_accepted
+    return stream
 
 
 def check_workloads(workloads: Sequence[Workload], context_tokens: int, longest: int) -> None:
@@ -224,14 +215,7 @@ def check_workloads(workloads: Sequence[Workload], context_tokens: int, longest:
             )
 
 
-def _measured(
-    workload: Workload,
-    repeat: int,
-    began: float,
-    wall_s: float,
-    streams: Sequence[_Stream],
-    stages: tuple[StageTimes, ...],
-) -> Measured:
+def _measured(workload: Workload, repeat: int, began: float, wall_s: float, streams: Sequence[_Stream]) -> Measured:
     """Return the result of a run.
 
     Decoding is measured while all streams decode: from the latest first token to the earliest last token.
@@ -256,14 +240,9 @@ def _measured(
         num_drafted=sum(stream.num_drafted for stream in streams),
         num_accepted=sum(stream.num_accepted for stream in streams),
         wall_s=wall_s,
-        stages=stages,
     )
 
 
 def _percentile(ordered: Sequence[float], fraction: float) -> float | None:
     """Return the value that ``fraction`` of all values do not exceed; None if there are no values."""
     return ordered[max(0, math.ceil(fraction * len(ordered)) - 1)] if ordered else None
-
-
-def _copy(use: StageUse) -> StageUse:
-    return StageUse(**vars(use))

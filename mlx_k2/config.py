@@ -27,6 +27,10 @@ _MAX_VALUE = 10**9
 _MAX_VOCAB = 10**7
 _MAX_EXPERTS = 10**5  # of all layers together; Kimi K2 has 23,424
 
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=_MAX_VALUE)]
+_CountOr0: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=_MAX_VALUE)]
+_Groups: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=_MAX_VALUE, multiple_of=32)]
+"""A multiple of the number of INT4 weights that share a scale."""
 _Positive: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
 _Factor: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
 
@@ -47,28 +51,28 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of one Kimi K2 model; field names are those of config.json."""
 
     family: Family
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    q_lora_rank: int | None
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    intermediate_size: int
-    moe_intermediate_size: int
-    n_routed_experts: int
-    num_experts_per_tok: int
-    n_shared_experts: int
-    first_k_dense_replace: int
-    moe_layer_freq: int
-    n_group: int
-    topk_group: int
+    vocab_size: Annotated[int, msgspec.Meta(ge=1, le=_MAX_VOCAB)]
+    hidden_size: _Groups
+    num_hidden_layers: _Count
+    num_attention_heads: _Count
+    q_lora_rank: _Count | None
+    kv_lora_rank: _Count
+    qk_nope_head_dim: _Count
+    qk_rope_head_dim: Annotated[int, msgspec.Meta(ge=2, le=_MAX_VALUE, multiple_of=2)]
+    v_head_dim: _Count
+    intermediate_size: _Count
+    moe_intermediate_size: _Groups
+    n_routed_experts: _Count
+    num_experts_per_tok: _Count
+    n_shared_experts: _CountOr0
+    first_k_dense_replace: _CountOr0
+    moe_layer_freq: _Count
+    n_group: _Count
+    topk_group: _Count
     norm_topk_prob: bool
     routed_scaling_factor: float
     rms_norm_eps: _Positive
-    max_position_embeddings: int
+    max_position_embeddings: _Count
     rope: RopeConfig
     eos_token_ids: tuple[int, ...]
 
@@ -126,24 +130,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return config
 
     def _check_shape(self, source: str) -> None:
-        optional = {"q_lora_rank"} if self.q_lora_rank is None else set()
-        zero_allowed = {"first_k_dense_replace", "n_shared_experts"}
-        for name in self.__struct_fields__:
-            value = getattr(self, name)
-            if type(value) is not int or name in optional:
-                continue
-            if not (0 if name in zero_allowed else 1) <= value <= _MAX_VALUE:
-                raise ConfigError(f"{source}: {name} is {value}")
+        """Refuse values that contradict each other."""
         demands = {
-            f"vocab_size {self.vocab_size} is more than {_MAX_VOCAB}": self.vocab_size <= _MAX_VOCAB,
             f"{self.num_hidden_layers} layers of {self.n_routed_experts} experts are more than {_MAX_EXPERTS}": (
                 self.num_hidden_layers * self.n_routed_experts <= _MAX_EXPERTS
             ),
-            f"hidden_size {self.hidden_size} must be a multiple of 32": self.hidden_size % 32 == 0,
-            f"moe_intermediate_size {self.moe_intermediate_size} must be a multiple of 32": (
-                self.moe_intermediate_size % 32 == 0
-            ),
-            f"qk_rope_head_dim {self.qk_rope_head_dim} must be even": self.qk_rope_head_dim % 2 == 0,
             f"num_experts_per_tok {self.num_experts_per_tok} is more than n_routed_experts {self.n_routed_experts}": (
                 self.num_experts_per_tok <= self.n_routed_experts
             ),
@@ -227,15 +218,12 @@ def _refuse_others(fields: Mapping[str, Any], computed: Mapping[str, tuple[objec
     """Reject each field whose value is neither empty nor one of its ``computed`` values."""
     for name, value in fields.items():
         allowed = computed.get(name, ())
+        is_bool = isinstance(value, bool)
         if value not in (None, {}, []) and not any(
-            value == one and _is_bool(value) == _is_bool(one) for one in allowed
+            value == one and is_bool == isinstance(one, bool) for one in allowed
         ):
             only = f" (only {allowed[0]!r})" if allowed else ""
             raise ConfigError(f"{where}: {name} {value!r} is not implemented{only}")
-
-
-def _is_bool(value: object) -> bool:
-    return isinstance(value, bool)
 
 
 def _refuse_quantization(quantization: object, source: str) -> None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -15,8 +15,8 @@ from mlx_k2.coordinator.engine import Engine
 from mlx_k2.coordinator.handle import Finished, Handle, Token
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.coordinator.pipeline import Pipeline, StepTimeout
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest
 from mlx_k2.deployment.deploy import Deployment, deploy
-from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.protocol.messages import FromStage, LayerLoaded
 from mlx_k2.sampling import Sampling
@@ -109,7 +109,7 @@ def local_request(folder: Path, hosts: Sequence[Host]) -> DeploymentRequest:
     """Return a deployment request for the model in ``folder``, with one stage on each host."""
     hostfile = Hostfile(hosts=tuple(hosts), backend=Backend.RING)
     source = ModelSource(path_or_repo=str(folder))
-    return DeploymentRequest(hostfile, source, None, CONTEXT_TOKENS, None, lease_s=20.0, num_slots=3)
+    return DeploymentRequest(ClusterOptions(context_tokens=CONTEXT_TOKENS), hostfile, source, num_slots=3)
 
 
 def local_host() -> Host:
@@ -128,7 +128,7 @@ def local_cluster(
     context_tokens: int = CONTEXT_TOKENS,
 ) -> Iterator[Cluster]:
     """Start real stages on this machine, one for each of ``hosts`` (as in a hostfile), and yield them when ready."""
-    asked = replace(local_request(folder, hosts), stall_timeout_s=stall_timeout_s, context_tokens=context_tokens)
+    asked = local_request(folder, hosts).with_options(stall_timeout_s=stall_timeout_s, context_tokens=context_tokens)
     model = describe_model(read_model_files(asked.source).files, str(folder))
     names = LoadedNames()
     with deploy(asked, model, names) as deployment:

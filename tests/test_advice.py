@@ -300,7 +300,7 @@ def check(**changes: Any) -> None:
     check_request(Request(**fields | changes), 100, 10)
 
 
-def say(content: object, role: str = "user") -> object:
+def user_content(content: object, role: str = "user") -> object:
     return read_history([{"role": role, "content": content}], ())
 
 
@@ -336,11 +336,12 @@ VALUES: tuple[tuple[str, Callable[[], object], Callable[[], object]], ...] = (
      lambda: tool_rules([{"type": "function", "function": {"name": "f"}}])),
     ("tool_choice 5 is unknown: give auto, none, required, or a function's name", lambda: tool_rules([], 5),
      lambda: tool_rules([], "auto")),
-    ("has the role 'wizard': give one of system, user, assistant, tool", lambda: say("a", "wizard"),
-     lambda: [say("a", "system"), say("a", "user"), say("a", "assistant")]),
+    ("has the role 'wizard': give one of system, user, assistant, tool", lambda: user_content("a", "wizard"),
+     lambda: [user_content("a", "system"), user_content("a", "user"), user_content("a", "assistant")]),
     ("has an image, and mlx-k2 runs a model's text part only: leave the image out",
-     lambda: say([{"type": "image_url"}]), lambda: say([{"type": "text", "text": "a"}])),
-    ("has a part that is not text (audio): leave it out", lambda: say([{"type": "audio"}]), lambda: say([])),
+     lambda: user_content([{"type": "image_url"}]), lambda: user_content([{"type": "text", "text": "a"}])),
+    ("has a part that is not text (audio): leave it out", lambda: user_content([{"type": "audio"}]),
+     lambda: user_content([])),
     ("the schema is not a JSON schema: give a JSON object", lambda: check_schema(5, "the schema"),
      lambda: check_schema({}, "the schema")),
     ("does not read the variable preserve_thinking (leave out --preserve-thinking)", lambda: preserving("a"),
@@ -452,8 +453,8 @@ def test_the_advice_for_a_key_file_lets_keys_be_read_and_added(tmp_path: Path) -
 )
 def test_a_server_for_other_machines_starts_after_the_printed_command_made_a_key(tmp_path: Path) -> None:
     keys = str(tmp_path / "my keys")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
         serve = ["serve", "--host", "0.0.0.0", "--port", port, "--key-file", keys]
         shown = refusal(*serve)
         assert "and there is no key: make one with `mlx-k2 keys add" in shown
@@ -547,7 +548,7 @@ def test_the_settings_that_a_failed_request_names_are_those_that_failed_it(monke
     "--plot needs matplotlib: run `python -m pip install matplotlib`",
     "for instance `hf auth login`",
 )
-def test_printed_commands_of_other_tools_are_ones_that_these_tools_take(
+def test_printed_commands_of_other_tools_are_ones_that_these_tools_accept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with monkeypatch.context() as without:
@@ -578,7 +579,7 @@ def test_a_closed_standard_output_can_be_redirected_to_dev_null(tmp_path: Path) 
 @follows_advice(
     "u needs a key: set MLX_K2_API_KEY to one that `mlx-k2 keys add NAME` printed there",
 )
-def test_a_client_with_a_key_that_the_printed_command_made_is_served(tmp_path: Path) -> None:
+def test_a_client_with_a_key_of_the_printed_command_is_answered(tmp_path: Path) -> None:
     """Ask a server in this process, without and with a key."""
     keys = tmp_path / "keys"
     key = add_key(keys, "me")
@@ -595,7 +596,7 @@ def test_a_client_with_a_key_that_the_printed_command_made_is_served(tmp_path: P
     "give /think show, hide, on or off",
     "there are no tools: start with --tools or --mcp",
 )
-def test_what_the_refusals_of_a_chats_commands_say_works_in_the_same_chat(tmp_path: Path) -> None:
+def test_the_advice_of_a_chats_commands_works_in_the_same_chat(tmp_path: Path) -> None:
     lines = tmp_path / "lines"
     lines.write_text("/foo\n /foo\n/save\n/save chat.json\n/think\n/think hide\n/tools\n")
     command = f"{shlex.quote(MLX_K2)} chat --stages 1 --max-tokens 2"

@@ -79,6 +79,7 @@ def test_a_stop_text_ends_the_answer_before_it(cluster: Cluster) -> None:
     assert (reply.content, reply.finish_reason) == ("17 + 25", "stop")
 
 
+@pytest.mark.slow
 def test_many_prompts_are_answered_in_their_order(cluster: Cluster) -> None:
     replies = cluster.generate((f"What is {number} plus 25?" for number in range(1, 20)), GREEDY)
     assert [reply.content for reply in replies] == [f"{number} + 25 = {number + 25}" for number in range(1, 20)]
@@ -228,6 +229,7 @@ def test_a_cluster_that_is_not_open_is_an_error_with_the_way_out() -> None:
         Cluster().chat("x")
 
 
+@pytest.mark.slow
 def test_a_closed_cluster_leaves_no_process_also_after_an_error_and_with_a_request_that_runs(endless: Path) -> None:
     before = processes()
 

@@ -88,6 +88,7 @@ def sound(replies: list[Reply]) -> float:
     return surprise(BUILTIN_FOLDER, replies)
 
 
+@pytest.mark.slow
 def test_the_built_in_model_predicts_the_right_replies(sound: float) -> None:
     assert sound < 0.05
 

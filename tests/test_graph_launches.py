@@ -9,6 +9,7 @@ import pytest
 from bench.graph_dispatches import KERNEL, VIEWS, kernel_in_graph
 from bench.graph_launches import MLX_LIMITS, command_buffers, expert_layer, k2_config, num_launches, token_sizes
 from mlx_k2.kernels import variants
+from mlx_k2.kernels.reference import RouterRule
 from mlx_k2.kernels.stack import ExpertStack
 from mlx_k2.kernels.tuning import DEFAULT
 from mlx_k2.model import decoder_layer
@@ -65,16 +66,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda x, ids, weights, stack: variants.decode_experts(x, ids, weights, stack, DEFAULT, kernel_in_graph),
     )
 
-    def route(hidden: mx.array, router: mx.array, bias: mx.array, **rule: float) -> tuple[mx.array, mx.array]:
-        return variants.route(
-            hidden,
-            router,
-            bias,
-            top_k=int(rule["top_k"]),
-            normalize=bool(rule["normalize"]),
-            scaling_factor=rule["scaling_factor"],
-            perform=kernel_in_graph,
-        )
+    def route(hidden: mx.array, router: mx.array, bias: mx.array, rule: RouterRule) -> tuple[mx.array, mx.array]:
+        return variants.route(hidden, router, bias, rule, kernel_in_graph)
 
     monkeypatch.setattr(decoder_layer, "route", route)
 

@@ -76,9 +76,9 @@ def generated_tokens(folder: Path, prompt_ids: str, num_stages: int) -> list[int
     [
         ("built-in", 1),
         ("built-in", 2),
-        ("random K2-Thinking", 1),
-        ("random K2.5", 1),
-        ("random K2-Thinking", 2),
+        pytest.param("random K2-Thinking", 1, marks=pytest.mark.slow),
+        pytest.param("random K2.5", 1, marks=pytest.mark.slow),
+        pytest.param("random K2-Thinking", 2, marks=pytest.mark.slow),
         pytest.param("random K2.5", 2, marks=pytest.mark.slow),
     ],
 )

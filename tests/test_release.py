@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 import mlx_k2
 from bench.tested_on import ANSWER, QUESTION
-from mlx_k2.launch.install_commands import WHEEL
+from mlx_k2.launch.ssh import WHEEL
 from tests.advice import follows_advice
 from tests.cli.command import CommandLine
 

@@ -3,7 +3,6 @@
 import re
 import shlex
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,11 @@ from hypothesis import strategies as st
 
 from mlx_k2.benchmark import Workload, check_workloads
 from mlx_k2.cluster.hostfile import Backend, Host, Hostfile
-from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest
 from mlx_k2.deployment.dry_run import plan_for
 from mlx_k2.deployment.plan import HostMemory
 from mlx_k2.errors import PartitionError, RequestError
-from mlx_k2.launch.install_commands import WHEEL, install_commands
-from mlx_k2.launch.ssh import command_on, explain_ssh_failure
+from mlx_k2.launch.ssh import WHEEL, command_on, explain_ssh_failure, install_commands
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.index import CheckpointIndex
@@ -145,7 +143,8 @@ def request_on(
 ) -> DeploymentRequest:
     hosts = tuple(Host(ssh=f"mac-{rank}", ips=("10.0.0.1",), memory_gb=gb) for rank, gb in enumerate(memory_gb))
     hostfile = Hostfile(hosts=hosts, backend=Backend.RING)
-    return DeploymentRequest(hostfile, ModelSource(path_or_repo=THINKING), split, context, None, lease_s=20.0)
+    options = ClusterOptions(split=split, context_tokens=context)
+    return DeploymentRequest(options, hostfile, ModelSource(path_or_repo=THINKING))
 
 
 @follows_advice(
@@ -172,11 +171,11 @@ def test_each_option_that_an_error_of_memory_proposes_makes_the_model_fit(
         for hint in hints:
             match hint.split():
                 case ["leave", "--split", "out"]:
-                    mended = replace(asked, split=None)
+                    mended = asked.with_options(split=None)
                 case ["give", "--context", tokens]:
-                    mended = replace(asked, context_tokens=int(tokens))
+                    mended = asked.with_options(context_tokens=int(tokens))
                 case _:
-                    mended = replace(asked, dense_bits=int(hint.split()[-1]))
+                    mended = asked.with_options(dense_bits=int(hint.split()[-1]))
             plan_for(mended, model, memories, all_on_gpu=True)
 
 

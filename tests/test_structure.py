@@ -33,7 +33,6 @@ GUARD = (
     "stage/__main__.py",
     "guard/__init__.py",
     "guard/guard.py",
-    "guard/stage_clock.py",
     "guard/watchdog.py",
 )
 

@@ -14,8 +14,8 @@ from bench.tested_on import ANSWER, PAGE, Ended, Report, problems, read_report, 
 from mlx_k2.kernels.dispatch import Dispatch
 from mlx_k2.kernels.report import KernelLine, KernelReport
 from mlx_k2.kernels.self_check import DECODE, ROUTER, LayerShape, check_kernel
+from mlx_k2.kernels.timing import untimed_line
 from mlx_k2.kernels.tuning import DEFAULT
-from mlx_k2.stage.measure_kernels import _untimed
 from tests.metal_cpu.test_self_check import perform, perform_uncompilable, perform_wrong
 
 pytestmark = pytest.mark.timeout(120)
@@ -44,7 +44,7 @@ def report_of(lines: Sequence[KernelLine]) -> Report:
 
 def checked(performer: Callable[[Dispatch], list[mx.array]]) -> Report:
     """Return the report of a device that performs our kernels' source in this way."""
-    return report_of([_untimed(check_kernel(name, SHAPE, DEFAULT, performer)) for name in (DECODE, ROUTER)])
+    return report_of([untimed_line(check_kernel(name, SHAPE, DEFAULT, performer)) for name in (DECODE, ROUTER)])
 
 
 def read_by_a_program(report: Report, path: Path) -> subprocess.CompletedProcess[str]:
@@ -54,6 +54,7 @@ def read_by_a_program(report: Report, path: Path) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.slow
 def test_kernels_that_agree_make_no_problem() -> None:
     report = checked(perform)
     assert problems(report) == []

@@ -36,8 +36,7 @@ from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.repl.usage_totals import UsageTotals
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.engine import engine_on
-from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
-from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, deployment_request, open_source
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.errors import MlxK2Error, RequestError

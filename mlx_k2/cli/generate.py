@@ -34,8 +34,7 @@ from mlx_k2.coordinator.answer_summary import total
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.coordinator.handle import Finished, Token
 from mlx_k2.coordinator.jobs import Submission
-from mlx_k2.deployment.cluster_options import deployment_request, open_source
-from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.cluster_options import DeploymentRequest, deployment_request, open_source
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import CheckpointError, DownloadError

@@ -17,7 +17,7 @@ from mlx_k2.cli.several_answers import answer_fields
 from mlx_k2.coordinator.batch_results import BatchResult, answer_all
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.coordinator.jobs import Submission
-from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.cluster_options import DeploymentRequest
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import SetupError

@@ -19,8 +19,7 @@ from mlx_k2.cli.keys import key_file_option, key_path
 from mlx_k2.cli.main import Interrupted
 from mlx_k2.cli.options import cluster_options, draft_option, log_options, with_struct
 from mlx_k2.coordinator.engine import engine_on
-from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
-from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, deployment_request, open_source
 from mlx_k2.deployment.plan import StagePlan
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.deployment.stage_report import StageReport

@@ -16,12 +16,13 @@ import msgspec
 
 from mlx_k2.client.server_connection import ServerAddress, Unavailable, event_data, shut_down
 from mlx_k2.config import ModelConfig
-from mlx_k2.coordinator.answer_summary import AnswerSummary
+from mlx_k2.coordinator.answer_summary import AnswerTimer
 from mlx_k2.coordinator.handle import Finished, Handle, PrefillProgress, Token
 from mlx_k2.errors import EngineBusy, MlxK2Error, RequestError, RequestFailed, SetupError
 from mlx_k2.json_text.read import read_json
 from mlx_k2.scheduling.request import FinishReason, Priority, Request, check_request
 from mlx_k2.scheduling.token_policy import AnyToken, TokenPolicy
+from mlx_k2.text.reply_parts import Part
 from mlx_k2.weights.checkpoint import CONFIG_NAME, ModelDescription
 from mlx_k2.weights.index import CheckpointIndex
 from mlx_k2.weights.model_frontend import ModelFrontend
@@ -60,36 +61,19 @@ class _Chunk(msgspec.Struct, frozen=True):
 
 @dataclass
 class _Run:
-    """One request: its connection, and what it has so far. Times are of time.perf_counter."""
+    """One request: its connection, and what it has so far."""
 
     request: Request
     policy: TokenPolicy
     connection: http.client.HTTPConnection
-    began: float = field(default_factory=time.perf_counter)
+    timer: AnswerTimer
     token_ids: list[int] = field(default_factory=list)
-    num_sampled: int = 0
     num_cached: int = 0
-    first: float | None = None
-    last: float = 0.0
     is_cancelled: bool = False
 
-    def summary(self, reason: FinishReason) -> AnswerSummary:
-        """Return the summary of the answer so far."""
-        num_prompt = len(self.request.prompt_ids)
-        first_s = None if self.first is None else self.first - self.began
-        decode_s = 0.0 if self.first is None else self.last - self.first
-        return AnswerSummary(
-            prompt_tokens=num_prompt,
-            cached_tokens=self.num_cached,
-            generated_tokens=len(self.token_ids),
-            finish_reason=reason,
-            seed=self.request.sampling.seed,
-            time_to_first_token_s=first_s,
-            prefill_tokens_per_s=(num_prompt - self.num_cached) / first_s if first_s else None,
-            decode_tokens_per_s=(self.num_sampled - 1) / decode_s if decode_s > 0 else None,
-            num_drafted=0,
-            num_accepted=0,
-        )
+    def finished(self, reason: FinishReason, parts: tuple[Part, ...] = ()) -> Finished:
+        """Return the end of the request for ``reason``."""
+        return Finished(self.timer.summary(self.request, reason, self.num_cached), parts)
 
 
 class RemoteEngine:
@@ -129,11 +113,11 @@ class RemoteEngine:
             raise RequestError("--connect gets no log-probabilities: leave out --logprobs")
         if policy.token_mask(()) is not None:
             raise RequestError("a request that restricts its tokens cannot be sent to a server")
-        run = _Run(request, policy, self._address.open())
+        run = _Run(request, policy, self._address.open(), AnswerTimer(time.perf_counter()))
 
         def cancel(handle: Handle) -> None:
             run.is_cancelled = True
-            if handle.end(Finished(run.summary(FinishReason.CANCELLED))):
+            if handle.end(run.finished(FinishReason.CANCELLED)):
                 shut_down(run.connection)
 
         handle = Handle(request, cancel, notify)
@@ -147,7 +131,7 @@ class RemoteEngine:
             while reason is None:
                 reason = _put_forced(run, handle)
                 reason = reason or (FinishReason.CANCELLED if run.is_cancelled else self._stream(run, handle))
-            handle.end(Finished(run.summary(reason), run.policy.finish().parts))
+            handle.end(run.finished(reason, run.policy.finish().parts))
         except MlxK2Error as error:
             handle.end(error)
         except Exception as error:  # noqa: BLE001 - the reader must not wait for ever
@@ -169,7 +153,9 @@ class RemoteEngine:
                 handle.put_progress(PrefillProgress(chunk.prompt_progress.processed, chunk.prompt_progress.total))
             for token_id in (number for choice in chunk.choices for number in choice.token_ids):
                 reason = _put_token(run, handle, token_id, is_forced=False)
-                if reason is not None and not _server_also_stops(run):
+                # the server may end the answer at the same token, and then sends the usage
+                server_ends = token_id in run.request.stop_ids or len(run.token_ids) >= run.request.max_tokens
+                if reason is not None and not server_ends:
                     return reason
                 if reason is None and run.policy.forced():
                     return None
@@ -210,11 +196,6 @@ def _body(run: _Run) -> dict[str, Any]:
     }
 
 
-def _server_also_stops(run: _Run) -> bool:
-    """Return whether the server ends the answer at the same token. It then sends the usage."""
-    return run.token_ids[-1] in run.request.stop_ids or len(run.token_ids) >= run.request.max_tokens
-
-
 def _put_forced(run: _Run, handle: Handle) -> FinishReason | None:
     """Put the tokens that the policy forces; return why the answer ends, None if it goes on."""
     reason = None
@@ -226,12 +207,11 @@ def _put_forced(run: _Run, handle: Handle) -> FinishReason | None:
 
 def _put_token(run: _Run, handle: Handle, token_id: int, *, is_forced: bool) -> FinishReason | None:
     """Put one token; return why the answer ends, None if it goes on."""
-    run.last = time.perf_counter()
-    run.first = run.first or run.last
+    now = time.perf_counter()
+    run.timer.add(now, is_forced=is_forced)
     run.token_ids.append(token_id)
-    run.num_sampled += not is_forced
     accepted = run.policy.accept(token_id)
-    handle.put_token(Token(token_id, accepted.text, accepted.parts, is_forced=is_forced, arrived_at=run.last))
+    handle.put_token(Token(token_id, accepted.text, accepted.parts, is_forced=is_forced, arrived_at=now))
     if token_id in run.request.stop_ids:
         return FinishReason.STOP
     if accepted.finish_reason is not None:
@@ -239,4 +219,4 @@ def _put_token(run: _Run, handle: Handle, token_id: int, *, is_forced: bool) -> 
     if len(run.token_ids) >= run.request.max_tokens:
         return FinishReason.LENGTH
     timeout_s = run.request.timeout_s
-    return FinishReason.TIMEOUT if timeout_s is not None and run.last - run.began > timeout_s else None
+    return FinishReason.TIMEOUT if timeout_s is not None and now - run.timer.began > timeout_s else None

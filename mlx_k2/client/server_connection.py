@@ -4,6 +4,7 @@ import http.client
 import socket
 import urllib.parse
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -141,7 +142,5 @@ def shut_down(connection: http.client.HTTPConnection) -> None:
     """End the reading of a connection on another thread."""
     found: socket.socket | None = connection.sock
     if found is not None:
-        try:
+        with suppress(OSError):
             found.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return

@@ -161,16 +161,6 @@ def _unknown_keys(fields: Mapping[str, Any], known: Sequence[str], where: str) -
 
 def _check_links(hosts: Sequence[Host], backend: Backend, source: str) -> None:
     """Check that no two hosts share a port, and that several hosts have the links that the backend needs."""
-    _check_duplicate_ports(hosts, source)
-    if len(hosts) == 1:
-        return
-    if backend is Backend.RING:
-        _check_ring(hosts, source)
-    else:
-        _check_rdma(hosts, backend, source)
-
-
-def _check_duplicate_ports(hosts: Sequence[Host], source: str) -> None:
     owners: dict[str, str] = {}
     for rank, host in enumerate(hosts):
         for address in host.ips:
@@ -180,6 +170,10 @@ def _check_duplicate_ports(hosts: Sequence[Host], source: str) -> None:
                     "give each its own port, or leave the port out and one is picked"
                 )
             owners[address] = f"host {rank} ({host.ssh})"
+    if len(hosts) > 1 and backend is Backend.RING:
+        _check_ring(hosts, source)
+    elif len(hosts) > 1:
+        _check_rdma(hosts, backend, source)
 
 
 def _check_ring(hosts: Sequence[Host], source: str) -> None:

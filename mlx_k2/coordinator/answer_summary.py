@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_k2.scheduling.request import FinishReason
-from mlx_k2.scheduling.sequence import Sequence as TokenSequence
+from mlx_k2.scheduling.request import FinishReason, Request
 
 
 @dataclass(frozen=True)
@@ -46,22 +45,24 @@ class AnswerTimer:
             self._last = arrived_at
             self._num_sampled += 1
 
-    def summary(self, sequence: TokenSequence, reason: FinishReason) -> AnswerSummary:
+    def summary(
+        self, request: Request, reason: FinishReason, num_cached: int, num_drafted: int = 0, num_accepted: int = 0
+    ) -> AnswerSummary:
         """Return the summary of the answer so far, as it ended with ``reason``."""
-        num_cached = sequence.num_cached or 0
+        num_prompt = len(request.prompt_ids)
         first_s = self._first - self._began if self._num_sampled else None
         decode_s = self._last - self._first
         return AnswerSummary(
-            prompt_tokens=sequence.num_prompt,
+            prompt_tokens=num_prompt,
             cached_tokens=num_cached,
             generated_tokens=self._num_tokens,
             finish_reason=reason,
-            seed=sequence.request.sampling.seed,
+            seed=request.sampling.seed,
             time_to_first_token_s=first_s,
-            prefill_tokens_per_s=(sequence.num_prompt - num_cached) / first_s if first_s else None,
+            prefill_tokens_per_s=(num_prompt - num_cached) / first_s if first_s else None,
             decode_tokens_per_s=(self._num_sampled - 1) / decode_s if decode_s > 0 else None,
-            num_drafted=sequence.num_drafted,
-            num_accepted=sequence.num_accepted,
+            num_drafted=num_drafted,
+            num_accepted=num_accepted,
         )
 
 

@@ -41,7 +41,8 @@ class Job:
         """Return the end of the request for ``reason``."""
         sequence = self.sequence or Sequence(self.submission.request, context_tokens=0)
         parts = sequence.finish().parts if reason is FinishReason.TIMEOUT else ()
-        return Finished(self.timer.summary(sequence, reason), parts)
+        counts = (sequence.num_cached or 0, sequence.num_drafted, sequence.num_accepted)
+        return Finished(self.timer.summary(self.submission.request, reason, *counts), parts)
 
 
 @dataclass(frozen=True)

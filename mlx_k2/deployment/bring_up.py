@@ -8,27 +8,26 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from mlx_k2.cluster.hostfile import Backend, Hostfile
 from mlx_k2.errors import ProtocolError, StageSilent, StageStartError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor
-from mlx_k2.launch.install_commands import install_versions
+from mlx_k2.launch.ssh import install_versions
 from mlx_k2.launch.stage_events import Woken
 from mlx_k2.protocol.messages import (
     Connect,
     Connected,
     DownloadProgress,
-    DownloadShard,
     FromStage,
     Hello,
     JacclLinks,
     LayerLoaded,
-    Load,
-    Loaded,
     Prepare,
     Prepared,
     RingLinks,
-    ShardDownloaded,
+    ToStage,
 )
+from mlx_k2.weights.model_source import ModelSource
 
 HANDSHAKE_S = 60.0
 PREPARE_S = 60.0
@@ -36,6 +35,9 @@ CONNECT_S = 90.0
 """MLX's ring tries for 31 s to reach a neighbour."""
 LAYER_S = 600.0
 """Limit without a message from any stage while stages load: a layer is 10 GB, and a disk may be slow."""
+
+JACCL_PORT = 32323
+"""Port of rank 0 to which the other ranks connect before RDMA is used. mlx.launch uses the same port."""
 
 PACKAGES = ("mlx-k2", "mlx", "mlx-lm")
 """The packages that compute on a stage: rope and the filters of the sampler are mlx-lm's."""
@@ -65,16 +67,21 @@ def handshake(group: StageGroup, versions: Sequence[str]) -> tuple[Hello, ...]:
     return hellos
 
 
-def prepare(group: StageGroup, messages: Sequence[Prepare]) -> tuple[Prepared, ...]:
-    """Send every stage its Prepare: it reads the model's config and index and picks its ports. Return the answers.
+def prepare(group: StageGroup, hostfile: Hostfile, sources: Sequence[ModelSource]) -> tuple[Prepared, ...]:
+    """Make every stage reserve its ports and read its model's config and index; return the answers.
+
+    ``sources`` has each host's own model source.
 
     Raises:
         StageStartError: two hosts have different models.
         ProtocolError: a stage reports other addresses than those of its host.
     """
-    for rank, message in enumerate(messages):
-        group.send(rank, message)
-    prepared = collect(group, Prepared, range(group.size), PREPARE_S, "prepare")
+    needs_ports = hostfile.backend is Backend.RING and group.size > 1
+    messages = [
+        Prepare(rank, group.size, source, host.ips if needs_ports else ())
+        for rank, (host, source) in enumerate(zip(hostfile.hosts, sources, strict=True))
+    ]
+    prepared = ask(group, messages, Prepared, PREPARE_S, "prepare")
     for rank, answer in enumerate(prepared):
         if answer.model_digest != prepared[0].model_digest:
             raise StageStartError(
@@ -87,6 +94,20 @@ def prepare(group: StageGroup, messages: Sequence[Prepare]) -> tuple[Prepared, .
     return prepared
 
 
+def links(hostfile: Hostfile, prepared: Sequence[Prepared]) -> RingLinks | JacclLinks | None:
+    """Return the links between the stages, which listen on the addresses in ``prepared``; None for a single stage."""
+    if len(hostfile.hosts) == 1:
+        return None
+    if hostfile.backend is Backend.RING:
+        return RingLinks(tuple(answer.addresses for answer in prepared))
+    ip, _, port = hostfile.hosts[0].ips[0].partition(":")
+    return JacclLinks(
+        devices=tuple(host.rdma for host in hostfile.hosts),
+        coordinator=f"{ip}:{port or JACCL_PORT}",
+        ring=hostfile.backend is Backend.JACCL_RING,
+    )
+
+
 def connect(group: StageGroup, links: RingLinks | JacclLinks | None) -> None:
     """Connect all stages to the data plane. Each hop is checked with 32 random bytes sent only to its two ends.
 
@@ -94,11 +115,8 @@ def connect(group: StageGroup, links: RingLinks | JacclLinks | None) -> None:
         StageStartError: a connection of a stage does not end at another stage.
     """
     hops = [secrets.token_bytes(32) for _ in range(group.size - 1)]
-    for rank in range(group.size):
-        to_next = hops[rank] if rank < group.size - 1 else None
-        from_previous = hops[rank - 1] if rank > 0 else None
-        group.send(rank, Connect(links, to_next, from_previous))
-    check_connections(group, collect(group, Connected, range(group.size), CONNECT_S, "connect to its neighbours"))
+    messages = [Connect(links, to_next, before) for to_next, before in zip([*hops, None], [None, *hops], strict=True)]
+    check_connections(group, ask(group, messages, Connected, CONNECT_S, "connect to its neighbours"))
 
 
 def check_connections(group: StageGroup, answers: Sequence[Connected]) -> None:
@@ -119,22 +137,18 @@ def check_connections(group: StageGroup, answers: Sequence[Connected]) -> None:
                 )
 
 
-def load(
-    group: StageGroup, messages: Sequence[Load], on_progress: Callable[[int, FromStage], None]
-) -> tuple[Loaded, ...]:
-    """Load every stage's layers, all stages at once. Call ``on_progress`` with (rank, LayerLoaded) for each message."""
+def ask(
+    group: StageGroup,
+    messages: Sequence[ToStage],
+    wanted: type[Reply],
+    silence_s: float,
+    phase: str,
+    on_progress: Callable[[int, FromStage], None] | None = None,
+) -> tuple[Reply, ...]:
+    """Send every stage its message, then ``collect`` a ``wanted`` message from each."""
     for rank, message in enumerate(messages):
         group.send(rank, message)
-    return collect(group, Loaded, range(group.size), LAYER_S, "load its layers", on_progress)
-
-
-def download(
-    group: StageGroup, messages: Sequence[DownloadShard], on_progress: Callable[[int, FromStage], None]
-) -> tuple[ShardDownloaded, ...]:
-    """Fetch every stage's files, all stages at once. Call ``on_progress`` with (rank, DownloadProgress) each time."""
-    for rank, message in enumerate(messages):
-        group.send(rank, message)
-    return collect(group, ShardDownloaded, range(group.size), LAYER_S, "download its files", on_progress)
+    return collect(group, wanted, range(group.size), silence_s, phase, on_progress)
 
 
 def collect(
@@ -158,8 +172,8 @@ def collect(
     while any(rank not in answers for rank in ranks):
         received = monitor.receive(deadline)
         if received is None:
-            owing = ", ".join(monitor.describe(rank) for rank in ranks if rank not in answers)
-            raise StageSilent(f"no word for {silence_s:.0f} s from {owing}, which was to {phase}")
+            missing = ", ".join(monitor.describe(rank) for rank in ranks if rank not in answers)
+            raise StageSilent(f"no message for {silence_s:.0f} s from {missing}, which was to {phase}")
         if isinstance(received, Woken):
             continue
         deadline = time.monotonic() + silence_s

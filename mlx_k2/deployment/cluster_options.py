@@ -1,16 +1,17 @@
-"""The options of a cluster as a user sets them, and the deployment that they ask for. Contacts no host."""
+"""The options of a cluster as a user sets them, and the request for a deployment with them. Contacts no host."""
 
+import shlex
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
-from mlx_k2.cluster.hostfile import Hostfile, local_hostfile, read_hostfile
-from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.cluster.hostfile import Host, Hostfile, local_hostfile, read_hostfile
 from mlx_k2.errors import DownloadError, HostfileError, RequestError
 from mlx_k2.launch.group import STALL_TIMEOUT_S
+from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo, model_folder
@@ -27,7 +28,10 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Hosts, model and their settings. None leaves the choice to the program.
 
     Without a hostfile, ``num_stages`` stages run on this machine: 2 for the built-in model, else 1. Without a model it
-    is the built-in one. ``split`` has the number of layers of each stage.
+    is the built-in one. ``split`` has the number of layers of each stage. ``stall_timeout_s`` is the maximum time that
+    a stage may be stopped, a host silent or a hop stuck. ``dense_bits`` are the bits per weight of attention, shared
+    experts, dense layers and head; None keeps the checkpoint's format. ``check_weights``: search all tensors for NaN
+    and infinity while loading.
 
     Raises:
         RequestError, HostfileError: a value is out of range, or options contradict each other.
@@ -91,25 +95,43 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
         return local_hostfile(self.num_stages or (2 if self.model is None else 1))
 
 
+@dataclass(frozen=True)
+class DeploymentRequest:
+    """The request for a deployment with ``options``, whose hostfile is read and whose model is located."""
+
+    options: ClusterOptions
+    hostfile: Hostfile
+    source: ModelSource
+    num_slots: int = 1
+    """Maximum number of sequences that run at once. It is reduced if their caches do not fit."""
+    address: str | None = None
+    """The URL at which clients reach the model, for the users of other commands; None if there is no server."""
+
+    def with_options(self, **changes: Any) -> "DeploymentRequest":
+        """Return the request with ``changes`` of its options."""
+        return replace(self, options=msgspec.structs.replace(self.options, **changes))
+
+    def command_line(self, command: str) -> str:
+        """Return the line for a shell that runs another command of mlx-k2 with the same hosts, model and layers."""
+        options = self.options
+        given = {
+            "--hostfile": options.hostfile,
+            "--stages": len(self.hostfile.hosts) if options.hostfile is None else None,
+            "--model": None if options.model is None else self.source.path_or_repo,
+            "--revision": options.revision,
+            "--split": None if options.split is None else ",".join(map(str, options.split)),
+        }
+        words = [f" {name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
+        return f"mlx-k2 {command}{''.join(words)}"
+
+
 def deployment_request(options: ClusterOptions, num_slots: int = 1) -> DeploymentRequest:
     """Return the request for a deployment in which at most ``num_slots`` sequences run at once.
 
     Raises:
         HostfileError: the hostfile cannot be used.
     """
-    return DeploymentRequest(
-        hostfile=options.read_hostfile(),
-        hostfile_path=options.hostfile,
-        source=options.source,
-        split=options.split,
-        context_tokens=options.context_tokens,
-        dtype=options.dtype,
-        lease_s=options.lease_s,
-        stall_timeout_s=options.stall_timeout_s,
-        num_slots=num_slots,
-        dense_bits=options.dense_bits,
-        check_weights=options.check_weights,
-    )
+    return DeploymentRequest(options, options.read_hostfile(), options.source, num_slots)
 
 
 def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDescription | None]:
@@ -132,6 +154,16 @@ def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDes
             return request, None
         raise
     return replace(request, source=pinned), describe_model(files, source.path_or_repo)
+
+
+def stage_location(host: Host) -> StageLocation:
+    """Return where a host's stage is started, and with which Python."""
+    return StageLocation(ssh=None if host.is_local else host.ssh, python=host.python)
+
+
+def source_on(host: Host, source: ModelSource) -> ModelSource:
+    """Return where ``host`` has the model. A host may have it in another folder."""
+    return source if host.model is None else ModelSource(path_or_repo=host.model, revision=None)
 
 
 def _check_seconds(name: str, seconds: float, allowed: tuple[int, int]) -> None:

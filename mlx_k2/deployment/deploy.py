@@ -10,9 +10,8 @@ from importlib.metadata import version
 
 from mlx_k2 import __version__
 from mlx_k2.cluster.host_facts import RunningStage
-from mlx_k2.cluster.hostfile import Backend, Hostfile
 from mlx_k2.deployment import bring_up
-from mlx_k2.deployment.deployment_request import DeploymentRequest, source_on, stage_location
+from mlx_k2.deployment.cluster_options import DeploymentRequest, source_on, stage_location
 from mlx_k2.deployment.dry_run import plan_for
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.other_commands import describe_others, other_bytes, this_command
@@ -25,23 +24,15 @@ from mlx_k2.protocol.messages import (
     FetchFiles,
     FromStage,
     Hello,
-    JacclLinks,
     LayerLoaded,
     Load,
     Loaded,
     ModelFiles,
-    Prepare,
-    Prepared,
-    RingLinks,
     ShardDownloaded,
 )
 from mlx_k2.scheduling.cost_model import StageCost
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.inventory import model_specs
-from mlx_k2.weights.model_source import ModelSource
-
-JACCL_PORT = 32323
-"""Port of rank 0 to which the other ranks connect before RDMA is used. mlx.launch uses the same port."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +116,15 @@ def download(
             DownloadShard(source_on(plan.host, request.source), plan.assignment.first_layer, plan.assignment.end_layer)
             for plan in started.plans
         ]
-        return tuple(zip(started.plans, bring_up.download(started.group, messages, listener.progress), strict=True))
+        answers = bring_up.ask(
+            started.group,
+            messages,
+            ShardDownloaded,
+            bring_up.LAYER_S,
+            "download its files",
+            listener.progress,
+        )
+        return tuple(zip(started.plans, answers, strict=True))
 
 
 @contextmanager
@@ -141,10 +140,10 @@ def _start(
     locations = [stage_location(host) for host in hosts]
     with StageGroup(
         locations,
-        request.lease_s,
+        request.options.lease_s,
         listener.log,
         listener.notify,
-        request.stall_timeout_s,
+        request.options.stall_timeout_s,
         cancelled,
         request.hostfile.envs,
     ) as group:
@@ -152,7 +151,10 @@ def _start(
         hellos = bring_up.handshake(group, (__version__, version("mlx"), version("mlx-lm")))
         if model is None:
             listener.phase(f"asking {group.host(0)} for the model's config and tokenizer")
-            model = _fetch_description(group, source_on(hosts[0], request.source))
+            source = source_on(hosts[0], request.source)
+            group.send(0, FetchFiles(source))
+            (answer,) = bring_up.collect(group, ModelFiles, [0], bring_up.PREPARE_S, "send the model's small files")
+            model = describe_model(answer.files, f"{source.path_or_repo} on {group.host(0)}")
         gpus = [hello.working_set_bytes is not None for hello in hellos]
         own, names = this_command(request.address), [group.host(rank) for rank in range(group.size)]
         memories = [
@@ -172,47 +174,15 @@ def _start(
         yield StartedStages(group, model, shape, plans, hellos)
 
 
-def _fetch_description(group: StageGroup, source: ModelSource) -> ModelDescription:
-    group.send(0, FetchFiles(source))
-    (answer,) = bring_up.collect(group, ModelFiles, [0], bring_up.PREPARE_S, "send the model's small files")
-    return describe_model(answer.files, f"{source.path_or_repo} on {group.host(0)}")
-
-
 def _connect(started: StartedStages, request: DeploymentRequest) -> None:
     group, hostfile = started.group, request.hostfile
-    answers = prepare(group, hostfile, [source_on(host, request.source) for host in hostfile.hosts])
+    answers = bring_up.prepare(group, hostfile, [source_on(host, request.source) for host in hostfile.hosts])
     if answers[0].model_digest != started.model.digest:
         raise StageStartError(
             f"the model on {group.host(0)} (stage 0) is not the one that this command read: their config.json or "
             "model.safetensors.index.json differ; give the same --model and --revision for both"
         )
-    bring_up.connect(group, links(hostfile, [answer.addresses for answer in answers]))
-
-
-def prepare(group: StageGroup, hostfile: Hostfile, sources: Sequence[ModelSource]) -> tuple[Prepared, ...]:
-    """Make every stage reserve its ports and read its small files. ``sources`` has each host's own model source."""
-    needs_ports = hostfile.backend is Backend.RING and group.size > 1
-    return bring_up.prepare(
-        group,
-        [
-            Prepare(rank, group.size, source, host.ips if needs_ports else ())
-            for rank, (host, source) in enumerate(zip(hostfile.hosts, sources, strict=True))
-        ],
-    )
-
-
-def links(hostfile: Hostfile, addresses: Sequence[tuple[str, ...]]) -> RingLinks | JacclLinks | None:
-    """Return the links between the stages, where stage i listens on ``addresses[i]``; None for a single stage."""
-    if len(hostfile.hosts) == 1:
-        return None
-    if hostfile.backend is Backend.RING:
-        return RingLinks(tuple(addresses))
-    ip, _, port = hostfile.hosts[0].ips[0].partition(":")
-    return JacclLinks(
-        devices=tuple(host.rdma for host in hostfile.hosts),
-        coordinator=f"{ip}:{port or JACCL_PORT}",
-        ring=hostfile.backend is Backend.JACCL_RING,
-    )
+    bring_up.connect(group, bring_up.links(hostfile, answers))
 
 
 def _load(
@@ -229,7 +199,7 @@ def _load(
     for plan in started.plans:
         started.group.set_held_bytes(plan.rank, plan.assignment.held_bytes)
     messages = [_load_message(plan, started.shape, request) for plan in started.plans]
-    loaded = bring_up.load(started.group, messages, on_message)
+    loaded = bring_up.ask(started.group, messages, Loaded, bring_up.LAYER_S, "load its layers", on_message)
     _compare_files(started, loaded)
     needed = Counter(spec.name for spec in model_specs(started.model.config))
     if names != needed:
@@ -262,5 +232,5 @@ def _load_message(plan: StagePlan, shape: RunShape, request: DeploymentRequest) 
         block_bytes=plan.block_bytes,
         dense_bits=shape.dense_bits,
         registration=RunningStage(this_command(request.address), plan.assignment.held_bytes),
-        check_weights=request.check_weights,
+        check_weights=request.options.check_weights,
     )

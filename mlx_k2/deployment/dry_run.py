@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from mlx_k2.deployment.deployment_request import DeploymentRequest, source_on
+from mlx_k2.deployment.cluster_options import DeploymentRequest, source_on
 from mlx_k2.deployment.plan import DEFAULT_CONTEXT_TOKENS, HostMemory, RunShape, StagePlan, choose_shape, plan_stages
 from mlx_k2.errors import PartitionError, RequestError
 from mlx_k2.weights.checkpoint import ModelDescription, locate_tensors
@@ -62,18 +62,17 @@ def plan_for(
 def _planned(
     request: DeploymentRequest, model: ModelDescription, memories: Sequence[HostMemory], all_on_gpu: bool
 ) -> tuple[RunShape, tuple[StagePlan, ...]]:
-    shape = choose_shape(
-        model.config, request.dtype, request.context_tokens, request.num_slots, all_on_gpu, request.dense_bits
-    )
-    return shape, plan_stages(model, request.hostfile, memories, request.split, shape)
+    shape = choose_shape(model.config, request.options, request.num_slots, all_on_gpu)
+    return shape, plan_stages(model, request.hostfile, memories, request.options.split, shape)
 
 
 def _hints(
     request: DeploymentRequest, model: ModelDescription, memories: Sequence[HostMemory], all_on_gpu: bool
 ) -> list[str]:
     """Return options with each of which alone the model fits, the least change of each option."""
-    context = request.context_tokens or min(DEFAULT_CONTEXT_TOKENS, model.config.max_position_embeddings)
-    changes: list[tuple[str, dict[str, Any]]] = [("leave --split out", {"split": None})] if request.split else []
+    options = request.options
+    context = options.context_tokens or min(DEFAULT_CONTEXT_TOKENS, model.config.max_position_embeddings)
+    changes: list[tuple[str, dict[str, Any]]] = [("leave --split out", {"split": None})] if options.split else []
     smaller = [context >> halvings for halvings in range(1, MAX_HALVINGS) if context >> halvings > 1]
     changes += [(f"give --context {tokens}", {"context_tokens": tokens}) for tokens in smaller]
     changes += [(f"give --dense-bits {bits}", {"dense_bits": bits}) for bits in (8, 4)]
@@ -82,6 +81,6 @@ def _hints(
         option = hint.split()[1]
         with suppress(PartitionError, RequestError):
             if option not in found:
-                _planned(replace(request, num_slots=1, **change), model, memories, all_on_gpu)
+                _planned(replace(request.with_options(**change), num_slots=1), model, memories, all_on_gpu)
                 found[option] = hint
     return list(found.values())

@@ -22,14 +22,14 @@ from mlx_k2.cluster.partition import (
     divide_layers,
 )
 from mlx_k2.config import ModelConfig
+from mlx_k2.deployment.cluster_options import ClusterOptions
 from mlx_k2.errors import RequestError, StageStartError
 from mlx_k2.weights.checkpoint import ModelDescription
-from mlx_k2.weights.dense_matrices import group_size
 from mlx_k2.weights.inventory import (
     TensorSpec,
     embedding_read_bytes_per_token,
     embedding_specs,
-    head_read_bytes_per_token,
+    group_size,
     head_specs,
     held_bytes,
     layer_read_bytes_per_token,
@@ -88,28 +88,21 @@ class StagePlan:
     files: tuple[str, ...]
 
 
-def choose_shape(
-    config: ModelConfig,
-    dtype: str | None,
-    context_tokens: int | None,
-    num_slots: int,
-    all_on_gpu: bool,
-    dense_bits: int | None = None,
-) -> RunShape:
+def choose_shape(config: ModelConfig, options: ClusterOptions, num_slots: int, all_on_gpu: bool) -> RunShape:
     """Fill in the values that the user left open: bfloat16 if all stages have a GPU, else float32.
 
     Raises:
         RequestError: the context is larger than the model's.
     """
-    longest = config.max_position_embeddings
+    longest, context_tokens = config.max_position_embeddings, options.context_tokens
     if context_tokens is not None and context_tokens > longest:
         raise RequestError(f"--context {context_tokens} is more than the {longest} positions that the model knows")
     return RunShape(
-        dtype=dtype or ("bfloat16" if all_on_gpu else "float32"),
+        dtype=options.dtype or ("bfloat16" if all_on_gpu else "float32"),
         context_tokens=context_tokens or min(DEFAULT_CONTEXT_TOKENS, longest),
         num_slots=num_slots,
         chunk_tokens=GPU_CHUNK_TOKENS if all_on_gpu else CPU_CHUNK_TOKENS,
-        dense_bits=dense_bits,
+        dense_bits=options.dense_bits,
         on_gpu=all_on_gpu,
     )
 
@@ -187,6 +180,7 @@ def check_fit(plans: Sequence[StagePlan], memories: Sequence[HostMemory]) -> Non
 def _model_costs(config: ModelConfig, shape: RunShape, compute_bytes: int) -> ModelCosts:
     cache_bytes = layer_cache_bytes(config, shape.num_slots, shape.context_tokens, compute_bytes)
     bits = shape.dense_bits
+    head_bytes = held_bytes(head_specs(config), compute_bytes, bits)  # a token reads all of it
     of_kind = {
         config.is_moe(layer): LayerCost(
             held_bytes(layer_specs(config, layer), compute_bytes, bits) + cache_bytes,
@@ -199,9 +193,7 @@ def _model_costs(config: ModelConfig, shape: RunShape, compute_bytes: int) -> Mo
             held_bytes(embedding_specs(config), compute_bytes), embedding_read_bytes_per_token(config, compute_bytes)
         ),
         layers=tuple(of_kind[config.is_moe(layer)] for layer in range(config.num_hidden_layers)),
-        head=LayerCost(
-            held_bytes(head_specs(config), compute_bytes, bits), head_read_bytes_per_token(config, compute_bytes, bits)
-        ),
+        head=LayerCost(head_bytes, head_bytes),
     )
 
 

@@ -7,10 +7,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 
+from mlx_k2.deployment.cluster_options import DeploymentRequest
 from mlx_k2.deployment.deploy import Deployment, deploy
-from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import StagePlan
 from mlx_k2.deployment.run_log import RunLog
@@ -96,9 +95,7 @@ class RestartingDeployment:
         """Callback for each step that a stage has finished; None without a log."""
         return None if self._log is None else self._log.step_done
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.cancel()
         self._stack.close()
 

@@ -1,11 +1,12 @@
 """Bytes and operations of each stage for a step, from shapes alone, and the stage's expected speed."""
 
 import math
+from collections.abc import Iterable
 
 from mlx_k2.cluster.partition import StageAssignment
 from mlx_k2.config import ModelConfig
 from mlx_k2.scheduling.cost_model import StageCost, StageSizes, StageSpeed
-from mlx_k2.weights.inventory import TensorSpec, head_specs, held_bytes, layer_specs
+from mlx_k2.weights.inventory import INT4_PER_WORD, TensorSpec, head_specs, held_bytes, layer_specs
 
 GPU_SPEED = StageSpeed(fixed_s=0.003, bytes_per_s=600e9, operations_per_s=15e12)
 """Rough values of an M3 Ultra: bandwidth from published measurements, operations at half of what it should reach."""
@@ -52,16 +53,23 @@ def stage_sizes(
     tile_rows: int = 1,
 ) -> StageSizes:
     """Return the sizes of layers ``first_layer`` up to, not including, ``end_layer``; the last includes the head."""
-    kinds = [_LayerKind(config, layers) for layers in _alike(config, first_layer, end_layer)]
-    routed_bytes = sum(len(kind.layers) * held_bytes(kind.routed, compute_bytes) for kind in kinds)
-    routed_weights = sum(len(kind.layers) * _num_packed_weights(kind.routed) for kind in kinds)
-    dense_weights = sum(len(kind.layers) * _num_weights(kind.dense) for kind in kinds)
+    dense_bytes = dense_weights = routed_bytes = routed_weights = 0
+    for is_moe in (False, True):
+        layers = [layer for layer in range(first_layer, end_layer) if config.is_moe(layer) is is_moe]
+        specs = layer_specs(config, layers[0]) if layers else ()  # those of all layers of this kind
+        dense = [spec for spec in specs if not spec.is_routed_expert]
+        routed = [spec for spec in specs if spec.is_routed_expert]
+        packed = [spec for spec in routed if spec.name.endswith(".weight_packed")]
+        dense_bytes += len(layers) * held_bytes(dense, compute_bytes, dense_bits)
+        dense_weights += len(layers) * _num_values(dense)
+        routed_bytes += len(layers) * held_bytes(routed, compute_bytes)
+        routed_weights += len(layers) * INT4_PER_WORD * _num_values(packed)
     head = head_specs(config) if end_layer == config.num_hidden_layers else ()
     num_experts = config.n_routed_experts if routed_bytes else 0
     num_layers = end_layer - first_layer
     heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
     return StageSizes(
-        dense_bytes=sum(len(kind.layers) * held_bytes(kind.dense, compute_bytes, dense_bits) for kind in kinds),
+        dense_bytes=dense_bytes,
         head_bytes=held_bytes(head, compute_bytes, dense_bits),
         expert_bytes=routed_bytes // num_experts if num_experts else 0,
         num_experts=num_experts,
@@ -69,7 +77,7 @@ def stage_sizes(
         key_bytes=num_layers * config.latent_dim * compute_bytes,
         operations_per_token=2 * dense_weights,
         operations_per_pair=2 * routed_weights // num_experts if num_experts else 0,
-        operations_per_sampled_token=2 * _num_weights(head),
+        operations_per_sampled_token=2 * _num_values(head),
         absorbed_operations=2 * num_layers * heads * (config.latent_dim + config.kv_lora_rank),
         naive_operations=2 * num_layers * heads * (config.qk_head_dim + value),
         rebuild_operations=2 * num_layers * heads * (nope + value) * config.kv_lora_rank,
@@ -77,27 +85,5 @@ def stage_sizes(
     )
 
 
-class _LayerKind:
-    """Layers with equal tensor shapes. ``routed`` and ``dense`` are the tensors of one of these layers."""
-
-    def __init__(self, config: ModelConfig, layers: list[int]) -> None:
-        specs = layer_specs(config, layers[0])
-        self.layers = layers
-        self.routed = [spec for spec in specs if spec.is_routed_expert]
-        self.dense = [spec for spec in specs if not spec.is_routed_expert]
-
-
-def _alike(config: ModelConfig, first_layer: int, end_layer: int) -> list[list[int]]:
-    """Return the layers without experts and the layers with experts; an empty group is left out."""
-    layers = range(first_layer, end_layer)
-    kinds = ([layer for layer in layers if config.is_moe(layer) is is_moe] for is_moe in (False, True))
-    return [kind for kind in kinds if kind]
-
-
-def _num_weights(specs: tuple[TensorSpec, ...] | list[TensorSpec]) -> int:
+def _num_values(specs: Iterable[TensorSpec]) -> int:
     return sum(math.prod(spec.shape) for spec in specs)
-
-
-def _num_packed_weights(specs: list[TensorSpec]) -> int:
-    """Return the number of 4-bit weights. Each packed word holds eight."""
-    return sum(8 * math.prod(spec.shape) for spec in specs if spec.name.endswith(".weight_packed"))

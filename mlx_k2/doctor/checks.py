@@ -15,7 +15,7 @@ from mlx_k2.cluster.mac_settings import (
     rdma_is_enabled,
     sleeps_after_minutes,
 )
-from mlx_k2.launch.install_commands import install_versions
+from mlx_k2.launch.ssh import install_versions
 from mlx_k2.protocol.messages import Hello
 
 SLOW_ANSWER_S = 0.02

@@ -9,8 +9,7 @@ from typing import TypeVar
 from mlx_k2 import __version__
 from mlx_k2.cluster.host_facts import HostFacts
 from mlx_k2.deployment import bring_up
-from mlx_k2.deployment.deploy import links, prepare
-from mlx_k2.deployment.deployment_request import DeploymentRequest, source_on, stage_location
+from mlx_k2.deployment.cluster_options import DeploymentRequest, source_on, stage_location
 from mlx_k2.deployment.dry_run import plan_for
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import HostMemory, StagePlan
@@ -67,10 +66,10 @@ def probe_cluster(
     locations = [stage_location(host) for host in hosts]
     with StageGroup(
         locations,
-        request.lease_s,
+        request.options.lease_s,
         listener.log,
         listener.notify,
-        request.stall_timeout_s,
+        request.options.stall_timeout_s,
         environment=request.hostfile.envs,
     ) as group:
         round_ = _Round(request, group, listener)
@@ -197,8 +196,8 @@ class _Round:
             return
         hostfile, size = self._request.hostfile, self._group.size
         try:
-            prepared = prepare(self._group, hostfile, [ModelSource(path_or_repo=BUILTIN)] * size)
-            bring_up.connect(self._group, links(hostfile, [answer.addresses for answer in prepared]))
+            prepared = bring_up.prepare(self._group, hostfile, [ModelSource(path_or_repo=BUILTIN)] * size)
+            bring_up.connect(self._group, bring_up.links(hostfile, prepared))
             self._group.send_all(MeasureHops())
             speeds = bring_up.collect(self._group, HopsMeasured, range(size), HOPS_S, "measure its hops")
         except (ClusterError, SetupError) as error:

@@ -16,11 +16,10 @@ from contextlib import suppress
 from typing import IO
 
 from mlx_k2.errors import ProtocolError
-from mlx_k2.guard.stage_clock import StageClock
 from mlx_k2.guard.watchdog import Watch
 from mlx_k2.protocol.framing import MARK, Frame, FrameReader, FrameWriter, Kind, read_frame
 from mlx_k2.protocol.guard_messages import ENDED_BY_ITSELF, POLITE_S, GuardSettings, StageExit, kill_after_s
-from mlx_k2.protocol.stage_status import PhaseUpdate
+from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
 
 TICK_S = 0.25
 FIRST_FRAME_S = 20
@@ -56,7 +55,7 @@ class _Guard:
     ) -> None:
         self._settings = settings
         self._has_received = True
-        self._clock = StageClock()
+        self._clock = _StageClock()
         self._reasons: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # its put is safe in a signal handler
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, _: self._reasons.put(f"{signal.Signals(number).name} on its host"))
@@ -96,7 +95,7 @@ class _Guard:
             reason = self._pending_reason()  # for instance: the stage's last output was not a frame
         stage_exit = StageExit.from_returncode(returncode, reason or ENDED_BY_ITSELF)
         with suppress(ProtocolError):
-            self._outward.put(Kind.STAGE_STATUS, self._clock.status().to_json())
+            self._outward.put(Kind.STAGE_STATUS, self._clock.status.to_json())
             self._outward.put(Kind.STAGE_EXIT, stage_exit.to_json())
         self._outward.close(LAST_FRAMES_S)
         return 0 if returncode == 0 else 1
@@ -159,7 +158,7 @@ class _Guard:
         if frame.kind is Kind.MESSAGE:
             self._to_child.put(Kind.MESSAGE, frame.payload)
         elif frame.kind is Kind.HEARTBEAT:
-            self._outward.put(Kind.STAGE_STATUS, self._clock.status().to_json())
+            self._outward.put(Kind.STAGE_STATUS, self._clock.status.to_json())
             self._outward.put(Kind.HEARTBEAT, frame.payload)
         elif frame.kind is Kind.GUARD_SETTINGS:
             self._settings = GuardSettings.from_json(frame.payload)
@@ -185,3 +184,49 @@ class _Guard:
                 self._reasons.put(None)
                 return
         self._reasons.put(f"in what the stage wrote: {error}" if error else "the stage closed its output and went on")
+
+
+class _StageClock:
+    """The stage's last phase update, and for how long it has held.
+
+    Time is counted in the guard's loop iterations, so that time for which the machine slept does not count.
+    """
+
+    def __init__(self) -> None:
+        self.status = StageStatus(PhaseUpdate(Phase.STARTING), 0.0)  # replaced, never changed: two threads set it
+        self._is_stopped = False
+
+    def on_phase(self, update: PhaseUpdate) -> None:
+        """Store the stage's new phase and restart the clock."""
+        self.status = StageStatus(update, 0.0)
+
+    def tick(self, tick_s: float, pid: int) -> None:
+        """Add ``tick_s`` to the clock, and check whether process ``pid``, a child of this process, is stopped."""
+        before = self.status
+        self._is_stopped = _is_stopped(pid, self._is_stopped)
+        stopped_s = before.stopped_s + tick_s if self._is_stopped else 0.0
+        aged = StageStatus(before.update, before.for_s + tick_s, stopped_s)
+        if self.status is before:  # else on_phase has replaced it meanwhile
+            self.status = aged
+
+    def overdue(self) -> str | None:
+        """Return why the stage must end if its phase has outlasted its limit, else None."""
+        now = self.status
+        limit_s = now.update.limit_s
+        if limit_s is None or now.for_s <= limit_s:
+            return None
+        return f"it was {now.update} for {now.for_s:.0f} s, and was given {limit_s:.0f} s"
+
+
+def _is_stopped(pid: int, before: bool) -> bool:
+    """Return whether a child is stopped, by a signal or a debugger. Do not collect its exit status.
+
+    ``before`` is the last result. Python has no waitid on macOS before 3.13. There the result is always False, and a
+    stopped stage is found only as a stuck hop or by the limit of its step.
+    """
+    if sys.platform == "darwin" and not hasattr(os, "waitid"):
+        return False
+    with suppress(ChildProcessError):
+        while (change := os.waitid(os.P_PID, pid, os.WSTOPPED | os.WCONTINUED | os.WNOHANG)) is not None:
+            before = change.si_code in (os.CLD_STOPPED, os.CLD_TRAPPED)
+    return before

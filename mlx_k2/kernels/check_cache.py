@@ -10,21 +10,20 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
-import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
 
-from mlx_k2.json_text.parse import parse_json
+import msgspec
+
+from mlx_k2.json_text.parse import JsonError
+from mlx_k2.json_text.read import read_json
 from mlx_k2.kernels.dispatch import metal_texts
 from mlx_k2.kernels.self_check import KernelCheck, LayerShape
 from mlx_k2.kernels.tuning import Tuning
-from mlx_k2.private_files import home_folder
+from mlx_k2.private_files import home_folder, write_whole
 
 DEFAULT_DIRECTORY = home_folder() / ".cache" / "mlx-k2" / "kernels"
 LOCK_S = 600.0
@@ -66,22 +65,22 @@ def locked(path: Path, timeout_s: float = LOCK_S) -> Iterator[None]:
         yield
 
 
-class CachedChecks(NamedTuple):
+class CachedChecks(msgspec.Struct, frozen=True):
     """Check results and best sizes of this machine's kernels for one layer shape."""
 
     checks: list[KernelCheck]
     tuning: Tuning | None  # None until measured on this machine
-    started: Mapping[str, int] = MappingProxyType({})  # checks that were started and have not come back, by kernel
+    started: dict[str, int] = {}  # checks that were started and have not come back, by kernel
 
     def with_check(self, check: KernelCheck) -> "CachedChecks":
         """Return a copy with the result of a check that came back."""
         others = [each for each in self.checks if each.kernel != check.kernel]
         started = {name: count for name, count in self.started.items() if name != check.kernel}
-        return self._replace(checks=[*others, check], started=started)
+        return msgspec.structs.replace(self, checks=[*others, check], started=started)
 
     def with_start(self, kernel: str) -> "CachedChecks":
         """Return a copy in which one more check of ``kernel`` has been started."""
-        return self._replace(started={**self.started, kernel: self.started.get(kernel, 0) + 1})
+        return msgspec.structs.replace(self, started={**self.started, kernel: self.started.get(kernel, 0) + 1})
 
 
 def cache_path(directory: Path, shape: LayerShape, chip: str) -> Path:
@@ -94,29 +93,13 @@ def cache_path(directory: Path, shape: LayerShape, chip: str) -> Path:
 def load(path: Path) -> CachedChecks | None:
     """Return the cached checks, or None if the file does not exist or cannot be parsed."""
     try:
-        content: dict[str, Any] = parse_json(path.read_bytes())
-        checks = [KernelCheck(**check)._replace(slower=tuple(check["slower"])) for check in content["checks"]]
-        tuning = None if content["tuning"] is None else Tuning(**content["tuning"])
-        started = {str(name): int(count) for name, count in content["started"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return read_json(path.read_bytes(), CachedChecks)
+    except (OSError, JsonError):
         return None
-    return CachedChecks(checks, tuning, started)
 
 
-def store(path: Path, cached: CachedChecks, chip: str) -> None:
+def store(path: Path, cached: CachedChecks) -> None:
     """Write the file atomically. Ignore a directory that is not writable: the next start then repeats the checks."""
-    content = {
-        "mlx": mlx_version(),
-        "chip": chip,
-        "checks": [check._asdict() for check in cached.checks],
-        "tuning": cached.tuning._asdict() if cached.tuning else None,
-        "started": dict(cached.started),
-    }
-    scratch = path.with_suffix(f".{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        scratch.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
+        write_whole(path, msgspec.json.encode(cached), 0o644)

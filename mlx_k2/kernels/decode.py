@@ -1,63 +1,101 @@
-"""Dispatches of the decode kernels: one token's routed experts in two dispatches. Runs no kernel itself."""
+"""Dispatches for up to 16 tokens. Runs no kernel itself.
+
+The decode kernels read an expert once for each of its tokens; the batch kernels read each chosen expert once for all.
+"""
 
 import mlx.core as mx
 
-from mlx_k2.kernels.dispatch import Dispatch, kernel_text
+from mlx_k2.kernels.dispatch import Dispatch, TemplateValue, kernel_text
 from mlx_k2.kernels.stack import CODES_PER_WORD, GROUP_SIZE, ExpertStack
 
 SIMD_WIDTH = 32
 MAX_TOP_K = 32  # one simdgroup of 32 threads per expert, at most 1024 threads per threadgroup
+MAX_TOKENS = 16  # of the batch kernels
+
+
+def capacity(tokens: int) -> int:
+    """Return the tokens that a batch kernel has registers for: 2, 4, 8 or 16, so that few kernels are compiled."""
+    assert 1 <= tokens <= MAX_TOKENS, f"{tokens} tokens"
+    return max(2, 1 << (tokens - 1).bit_length())
 
 
 def gate_up(
-    x: mx.array, expert_ids: mx.array, stack: ExpertStack, *, rows_per_simdgroup: int, simdgroups: int
+    x: mx.array,
+    expert_ids: mx.array,
+    stack: ExpertStack,
+    *,
+    rows_per_simdgroup: int,
+    simdgroups: int,
+    is_batch: bool = False,
 ) -> Dispatch:
     """Return the dispatch of silu(gate) * up: x (tokens, hidden) -> (tokens, top_k, intermediate).
 
     A simdgroup computes ``rows_per_simdgroup`` rows of gate and of up; a threadgroup has ``simdgroups`` simdgroups.
     """
     check_gate_up(x, expert_ids, stack)
-    tokens, top_k = expert_ids.shape
     outputs = stack.intermediate_size
     assert outputs % (rows_per_simdgroup * simdgroups) == 0, (
         f"{outputs} rows in threadgroups of {simdgroups} x {rows_per_simdgroup}"
     )
     return Dispatch(
         kernel_text(
-            "decode_gate_up",
+            "batch_gate_up" if is_batch else "decode_gate_up",
             ("x", "gate_packed", "gate_scale", "up_packed", "up_scale", "expert_ids"),
             ("hidden",),
             "int4.metal",
         ),
         (x, stack.gate_packed, stack.gate_scale, stack.up_packed, stack.up_scale, expert_ids),
-        (("T", x.dtype), ("K", x.shape[1]), ("N", outputs), ("TOPK", top_k), ("R", rows_per_simdgroup)),
-        grid=(SIMD_WIDTH, outputs // rows_per_simdgroup, tokens * top_k),
+        _template(x, outputs, expert_ids, rows_per_simdgroup, is_batch),
+        grid=(SIMD_WIDTH, outputs // rows_per_simdgroup, expert_ids.size),
         threadgroup=(SIMD_WIDTH, simdgroups, 1),
-        output_shapes=((tokens, top_k, outputs),),
+        output_shapes=((*expert_ids.shape, outputs),),
         output_dtypes=(x.dtype,),
     )
 
 
 def down(
-    hidden: mx.array, expert_ids: mx.array, expert_weights: mx.array, stack: ExpertStack, *, rows_per_simdgroup: int
+    hidden: mx.array,
+    expert_ids: mx.array,
+    expert_weights: mx.array,
+    stack: ExpertStack,
+    *,
+    rows_per_simdgroup: int,
+    batch_simdgroups: int | None = None,
 ) -> Dispatch:
-    """Return the dispatch of the experts' weighted sum: hidden (tokens, top_k, intermediate) -> (tokens, hidden)."""
+    """Return the dispatch of the experts' weighted sum: hidden (tokens, top_k, intermediate) -> (tokens, hidden).
+
+    ``batch_simdgroups`` is the number of simdgroups in a threadgroup of the batch kernel; None: the decode kernel.
+    """
     check_ids(expert_ids)
     check_down(hidden, expert_weights, stack)
     tokens, top_k = expert_ids.shape
     outputs = stack.hidden_size
     assert outputs % rows_per_simdgroup == 0, f"{outputs} rows in steps of {rows_per_simdgroup}"
+    is_batch = batch_simdgroups is not None
+    simdgroups = batch_simdgroups or top_k
     return Dispatch(
         kernel_text(
-            "decode_down", ("hidden", "down_packed", "down_scale", "expert_ids", "expert_weights"), ("y",), "int4.metal"
+            "batch_down" if is_batch else "decode_down",
+            ("hidden", "down_packed", "down_scale", "expert_ids", "expert_weights"),
+            ("y",),
+            "int4.metal",
         ),
         (hidden, stack.down_packed, stack.down_scale, expert_ids, expert_weights),
-        (("T", hidden.dtype), ("K", hidden.shape[2]), ("N", outputs), ("TOPK", top_k), ("R", rows_per_simdgroup)),
-        grid=(SIMD_WIDTH, top_k, tokens * (outputs // rows_per_simdgroup)),
-        threadgroup=(SIMD_WIDTH, top_k, 1),
+        _template(hidden, outputs, expert_ids, rows_per_simdgroup, is_batch),
+        grid=(SIMD_WIDTH, simdgroups, (1 if is_batch else tokens) * (outputs // rows_per_simdgroup)),
+        threadgroup=(SIMD_WIDTH, simdgroups, 1),
         output_shapes=((tokens, outputs),),
         output_dtypes=(hidden.dtype,),
     )
+
+
+def _template(
+    inputs: mx.array, outputs: int, expert_ids: mx.array, rows_per_simdgroup: int, is_batch: bool
+) -> tuple[tuple[str, TemplateValue], ...]:
+    """Return the template's values of a decode kernel, or of a batch kernel."""
+    tokens, top_k = expert_ids.shape
+    values = (("T", inputs.dtype), ("K", inputs.shape[-1]), ("N", outputs), ("TOPK", top_k), ("R", rows_per_simdgroup))
+    return (*values, ("CAP", capacity(tokens))) if is_batch else values
 
 
 def check_gate_up(x: mx.array, expert_ids: mx.array, stack: ExpertStack) -> None:

@@ -13,6 +13,8 @@ from typing import NamedTuple, cast
 import mlx.core as mx
 
 TemplateValue = bool | int | mx.Dtype
+Kernel = Callable[..., list[mx.array]]
+"""A kernel object of MLX. It takes keyword arguments and returns the outputs lazily."""
 
 
 class KernelText(NamedTuple):
@@ -37,12 +39,6 @@ class Dispatch(NamedTuple):
     output_dtypes: tuple[mx.Dtype, ...]
 
 
-class CompiledKernel(NamedTuple):
-    """A kernel object of MLX. ``call`` takes keyword arguments and returns the outputs lazily."""
-
-    call: Callable[..., list[mx.array]]
-
-
 def read_metal(name: str) -> str:
     """Return the text of one .metal or .h file of this package."""
     return importlib.resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
@@ -61,16 +57,9 @@ def kernel_text(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], he
 
 
 @functools.cache
-def metal_kernel(text: KernelText) -> CompiledKernel:
+def metal_kernel(text: KernelText) -> Kernel:
     """Return MLX's kernel object for a text. Building it works on every machine; calling it needs Metal."""
-    kernel = mx.fast.metal_kernel(
-        name=f"k2_{text.name}",
-        input_names=list(text.inputs),
-        output_names=list(text.outputs),
-        source=text.source,
-        header=text.header,
-    )
-    return CompiledKernel(cast(Callable[..., list[mx.array]], kernel))
+    return _kernel(mx.fast.metal_kernel, text)
 
 
 def cuda_body(source: str) -> str:
@@ -84,16 +73,20 @@ def cuda_header(text: KernelText) -> str:
 
 
 @functools.cache
-def cuda_kernel(text: KernelText) -> CompiledKernel:
+def cuda_kernel(text: KernelText) -> Kernel:
     """Return MLX's kernel object of the same text for an NVIDIA GPU. It cannot have simdgroup matrices."""
-    kernel = mx.fast.cuda_kernel(
+    return _kernel(mx.fast.cuda_kernel, text._replace(source=cuda_body(text.source), header=cuda_header(text)))
+
+
+def _kernel(build: Callable[..., object], text: KernelText) -> Kernel:
+    kernel = build(
         name=f"k2_{text.name}",
         input_names=list(text.inputs),
         output_names=list(text.outputs),
-        source=cuda_body(text.source),
-        header=cuda_header(text),
+        source=text.source,
+        header=text.header,
     )
-    return CompiledKernel(cast(Callable[..., list[mx.array]], kernel))
+    return cast(Kernel, kernel)
 
 
 def run(dispatch: Dispatch) -> list[mx.array]:
@@ -103,7 +96,7 @@ def run(dispatch: Dispatch) -> list[mx.array]:
         RuntimeError: MLX has neither Metal nor CUDA.
     """
     build = cuda_kernel if mx.cuda.is_available() else metal_kernel
-    return build(dispatch.text).call(
+    return build(dispatch.text)(
         inputs=list(dispatch.inputs),
         template=list(dispatch.template) or None,
         grid=dispatch.grid,

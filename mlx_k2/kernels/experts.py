@@ -8,10 +8,10 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_k2.kernels import check_cache, reference, variants
-from mlx_k2.kernels.batched_decode import MAX_TOKENS
-from mlx_k2.kernels.decode import MAX_TOP_K
+from mlx_k2.kernels.decode import MAX_TOKENS, MAX_TOP_K
 from mlx_k2.kernels.dispatch import run
 from mlx_k2.kernels.layer_time import Layer, time_layer
+from mlx_k2.kernels.reference import RouterRule
 from mlx_k2.kernels.self_check import (
     BATCH,
     DECODE,
@@ -26,8 +26,6 @@ from mlx_k2.kernels.stack import AffineStack, ExpertStack
 from mlx_k2.kernels.tuning import DEFAULT as DEFAULT_TUNING
 from mlx_k2.kernels.tuning import Tuning
 from mlx_k2.kernels.variants import Experts
-
-__all__ = ["ExpertStack", "route", "routed_experts"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,42 +51,18 @@ class UsableKernels(NamedTuple):
 
 
 def route(
-    hidden: mx.array,
-    router_weight: mx.array,
-    correction_bias: mx.array,
-    *,
-    top_k: int,
-    num_groups: int,
-    top_groups: int,
-    normalize: bool,
-    scaling_factor: float,
+    hidden: mx.array, router_weight: mx.array, correction_bias: mx.array, rule: RouterRule
 ) -> tuple[mx.array, mx.array]:
     """Choose experts: hidden (tokens, hidden) -> ids (tokens, top_k) uint32, weights (tokens, top_k) float32.
 
-    `reference.route` defines the rule.
+    `reference.route` defines the computation.
     """
-    one_group = top_groups >= num_groups and top_k <= MAX_TOP_K and router_weight.dtype == hidden.dtype
+    one_group = rule.top_groups >= rule.num_groups and rule.top_k <= MAX_TOP_K and router_weight.dtype == hidden.dtype
     if one_group and _backend_kernels():
-        shape = LayerShape(hidden.shape[1], 0, top_k, hidden.dtype, router_weight.shape[0])
+        shape = LayerShape(hidden.shape[1], 0, rule.top_k, hidden.dtype, router_weight.shape[0])
         if ROUTER in usable(shape).token_ranges:
-            return variants.route(
-                hidden,
-                router_weight,
-                correction_bias,
-                top_k=top_k,
-                normalize=normalize,
-                scaling_factor=scaling_factor,
-            )
-    return reference.route(
-        hidden,
-        router_weight,
-        correction_bias,
-        top_k=top_k,
-        num_groups=num_groups,
-        top_groups=top_groups,
-        normalize=normalize,
-        scaling_factor=scaling_factor,
-    )
+            return variants.route(hidden, router_weight, correction_bias, rule)
+    return reference.route(hidden, router_weight, correction_bias, rule)
 
 
 def routed_experts(
@@ -175,12 +149,12 @@ def checks(shape: LayerShape, directory: Path, *, again: bool = False) -> check_
             if cached.started.get(name, 0) >= MAX_STARTS:
                 check = KernelCheck(name, False, None, f"{MAX_STARTS} checks did not come back")
             else:
-                check_cache.store(path, cached.with_start(name), chip())
+                check_cache.store(path, cached.with_start(name))
                 check = _check_and_time(name, shape)
             if not check.usable:
                 logger.warning(check.warning)
             cached = cached.with_check(check)
-            check_cache.store(path, cached, chip())
+            check_cache.store(path, cached)
         return cached
 
 

@@ -4,6 +4,8 @@ All functions are lazy. In float32 on a CPU a token's output is bit-identical re
 call: each output element is one dot product, which MLX computes in the same order for one row as for many.
 """
 
+from typing import NamedTuple
+
 import mlx.core as mx
 
 from mlx_k2.kernels.stack import BITS, GROUP_SIZE, ZERO_POINT, AffineStack, ExpertStack
@@ -19,16 +21,21 @@ Biases are then computed for the copies only, and otherwise for the whole stack.
 """
 
 
+class RouterRule(NamedTuple):
+    """The parameters of the choice of experts: the best ``top_k`` experts of the best ``top_groups`` groups.
+
+    ``normalize``: divide the weights of several experts by their sum. They are then multiplied with ``scaling_factor``.
+    """
+
+    top_k: int
+    normalize: bool
+    scaling_factor: float
+    num_groups: int = 1
+    top_groups: int = 1
+
+
 def route(
-    hidden: mx.array,
-    router_weight: mx.array,
-    correction_bias: mx.array,
-    *,
-    top_k: int,
-    num_groups: int,
-    top_groups: int,
-    normalize: bool,
-    scaling_factor: float,
+    hidden: mx.array, router_weight: mx.array, correction_bias: mx.array, rule: RouterRule
 ) -> tuple[mx.array, mx.array]:
     """Choose experts by DeepSeek-V3's bias-corrected rule ("noaux_tc"), in float32.
 
@@ -37,38 +44,21 @@ def route(
     The bias affects the choice only, not the weights. Of two equal scores the lower expert id comes first.
     """
     logits = hidden.astype(mx.float32) @ router_weight.astype(mx.float32).T
-    return select_experts(
-        logits,
-        correction_bias,
-        top_k=top_k,
-        num_groups=num_groups,
-        top_groups=top_groups,
-        normalize=normalize,
-        scaling_factor=scaling_factor,
-    )
+    return select_experts(logits, correction_bias, rule)
 
 
-def select_experts(
-    logits: mx.array,
-    correction_bias: mx.array,
-    *,
-    top_k: int,
-    num_groups: int,
-    top_groups: int,
-    normalize: bool,
-    scaling_factor: float,
-) -> tuple[mx.array, mx.array]:
+def select_experts(logits: mx.array, correction_bias: mx.array, rule: RouterRule) -> tuple[mx.array, mx.array]:
     """Compute the second half of `route`: logits (tokens, experts) float32 -> ids and weights, both (tokens, top_k)."""
     scores = mx.sigmoid(logits)
     biased = scores + correction_bias
-    if top_groups < num_groups:
-        biased = _keep_best_groups(biased, num_groups, top_groups)
-    expert_ids = mx.argsort(-biased, axis=-1)[:, :top_k]
+    if rule.top_groups < rule.num_groups:
+        biased = _keep_best_groups(biased, rule.num_groups, rule.top_groups)
+    expert_ids = mx.argsort(-biased, axis=-1)[:, : rule.top_k]
     weights = mx.take_along_axis(scores, expert_ids, axis=-1)
-    if normalize and top_k > 1:
+    if rule.normalize and rule.top_k > 1:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
-    if scaling_factor != 1.0:
-        weights = weights * scaling_factor
+    if rule.scaling_factor != 1.0:
+        weights = weights * rule.scaling_factor
     return expert_ids, weights
 
 

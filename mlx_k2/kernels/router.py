@@ -2,9 +2,9 @@
 
 import mlx.core as mx
 
-from mlx_k2.kernels.batched_decode import MAX_TOKENS, capacity
-from mlx_k2.kernels.decode import MAX_TOP_K, SIMD_WIDTH
+from mlx_k2.kernels.decode import MAX_TOKENS, MAX_TOP_K, SIMD_WIDTH, capacity
 from mlx_k2.kernels.dispatch import Dispatch, kernel_text
+from mlx_k2.kernels.reference import RouterRule
 
 
 def logits(hidden: mx.array, router_weight: mx.array) -> Dispatch:
@@ -26,9 +26,7 @@ def logits(hidden: mx.array, router_weight: mx.array) -> Dispatch:
     )
 
 
-def select(
-    logits: mx.array, correction_bias: mx.array, *, top_k: int, normalize: bool, scaling_factor: float
-) -> Dispatch:
+def select(logits: mx.array, correction_bias: mx.array, rule: RouterRule) -> Dispatch:
     """Return the dispatch that chooses experts by `reference.select_experts`, for a single group of experts.
 
     logits (tokens, experts) float32 -> ids (tokens, top_k) uint32, best first, and weights (tokens, top_k) float32.
@@ -37,11 +35,12 @@ def select(
     assert logits.dtype == mx.float32, f"logits are {logits.dtype}"
     assert correction_bias.shape == (experts,), f"bias is {correction_bias.shape} for {experts} experts"
     assert correction_bias.dtype == mx.float32, f"bias is {correction_bias.dtype}"
+    top_k = rule.top_k
     assert top_k <= min(experts, MAX_TOP_K), f"{top_k} of {experts} experts"
     return Dispatch(
         kernel_text("router_select", ("logits", "correction_bias", "scaling"), ("ids", "weights"), "int4.metal"),
-        (logits, correction_bias, mx.array([scaling_factor], dtype=mx.float32)),
-        (("E", experts), ("TOPK", top_k), ("NORMALIZE", normalize and top_k > 1)),
+        (logits, correction_bias, mx.array([rule.scaling_factor], dtype=mx.float32)),
+        (("E", experts), ("TOPK", top_k), ("NORMALIZE", rule.normalize and top_k > 1)),
         grid=(SIMD_WIDTH, tokens, 1),
         threadgroup=(SIMD_WIDTH, 1, 1),
         output_shapes=((tokens, top_k), (tokens, top_k)),

@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_k2.kernels import reference, variants
 from mlx_k2.kernels.dispatch import run
+from mlx_k2.kernels.reference import RouterRule
 from mlx_k2.kernels.stack import CODES_PER_WORD, GROUP_SIZE, ExpertStack
 from mlx_k2.kernels.tuning import Tuning
 from mlx_k2.kernels.variants import Experts, Perform
@@ -113,10 +114,8 @@ def _router_error(shape: LayerShape, tokens: int, perform: Perform) -> float:
     hidden = mx.random.normal((tokens, shape.hidden_size), key=key).astype(shape.dtype)
     weight = (mx.random.normal((num_experts, shape.hidden_size), key=key) * shape.hidden_size**-0.5).astype(shape.dtype)
     bias = mx.random.uniform(shape=(num_experts,), key=key)
-    scaling = 2.5
-    ids, weights = variants.route(
-        hidden, weight, bias, top_k=shape.top_k, normalize=True, scaling_factor=scaling, perform=perform
-    )
+    rule = RouterRule(shape.top_k, normalize=True, scaling_factor=2.5)
+    ids, weights = variants.route(hidden, weight, bias, rule, perform)
     scores = mx.sigmoid(hidden.astype(mx.float32) @ weight.astype(mx.float32).T)
     biased = scores + bias
     # nearly equal scores may be chosen in either order, so compare scores, not ids: the chosen scores are the best,
@@ -124,7 +123,7 @@ def _router_error(shape: LayerShape, tokens: int, perform: Perform) -> float:
     chosen = mx.sort(mx.take_along_axis(biased, ids, axis=-1), axis=-1)
     # and each weight is computed from the score of its own expert
     own = mx.take_along_axis(scores, ids, axis=-1)
-    own = own / own.sum(axis=-1, keepdims=True) * scaling
+    own = own / own.sum(axis=-1, keepdims=True) * rule.scaling_factor
     return max(_relative_error(chosen, best), _relative_error(weights, own))
 
 

@@ -1,11 +1,11 @@
 """Measurement of the kernels' speed and best sizes on this machine, for `mlx-k2 kernels`. Uses no published figure."""
 
-from typing import NamedTuple
-
 import mlx.core as mx
+import msgspec
 
 from mlx_k2.kernels import check_cache, experts, reference
-from mlx_k2.kernels.layer_time import Timing, best_seconds, time_layer
+from mlx_k2.kernels.layer_time import best_seconds, time_layer
+from mlx_k2.kernels.report import KernelLine
 from mlx_k2.kernels.self_check import BATCH, DECODE, KernelCheck, LayerShape, check_kernel, random_stack
 from mlx_k2.kernels.stack import ExpertStack
 from mlx_k2.kernels.tuning import Tuning
@@ -24,30 +24,36 @@ CANDIDATES = (  # sizes to try one at a time, each against the best sizes so far
 )
 
 
-class KernelRow(NamedTuple):
-    """One line of the kernel table: a kernel in one range of tokens."""
+def untimed_line(check: KernelCheck) -> KernelLine:
+    """Return the line of a kernel's check without speeds."""
+    return KernelLine(
+        kernel=check.kernel,
+        usable=check.usable,
+        ran=check.error is not None,
+        error=check.error,
+        reason=check.reason,
+    )
 
-    check: KernelCheck
-    token_range: str
-    tokens: int
-    kernel: Timing | None  # None if the kernel may not run
-    reference: Timing
-    plain_read_gigabytes_per_second: float
 
-
-def kernel_table(shape: LayerShape, tuning: Tuning) -> list[KernelRow]:
-    """Return each kernel of routed experts in each range of tokens, beside plain MLX and a plain read."""
-    stack = random_stack(shape, shape.num_experts)
-    mx.eval(stack)
-    read = plain_read_gigabytes_per_second(stack)
-    rows = []
+def kernel_lines(shape: LayerShape, stack: ExpertStack, tuning: Tuning) -> list[KernelLine]:
+    """Return each kernel of routed experts in each range of tokens, with the speed of plain MLX beside it."""
+    lines = []
     for check in experts.checks(shape, check_cache.DEFAULT_DIRECTORY).checks:
         for token_range in experts.TOKEN_RANGES[check.kernel]:
             tokens = experts.TIMED_TOKENS[token_range]
             kernel = time_layer(experts.layer_of(tokens, tuning), stack, tokens, shape.top_k) if check.usable else None
             plain = time_layer(reference.routed_experts, stack, tokens, shape.top_k)
-            rows.append(KernelRow(check, token_range, tokens, kernel, plain, read))
-    return rows
+            is_slower = token_range in check.slower
+            line = msgspec.structs.replace(
+                untimed_line(check),
+                usable=check.usable and not is_slower,
+                reason=check.reason or ("plain MLX is faster" if is_slower else ""),
+                tokens=tokens,
+                gb_per_s=kernel.gigabytes_per_second if kernel else None,
+                plain_mlx_gb_per_s=plain.gigabytes_per_second,
+            )
+            lines.append(line)
+    return lines
 
 
 def best_tuning(shape: LayerShape, start: Tuning) -> Tuning:
@@ -64,11 +70,13 @@ def best_tuning(shape: LayerShape, start: Tuning) -> Tuning:
     best, best_seconds = start, seconds(start)
     for field, size in CANDIDATES:
         candidate = best._replace(**{field: size})
-        if _agrees(shape, candidate) and (candidate_seconds := seconds(candidate)) < best_seconds:
+        # each size compiles to a different kernel, which must agree with the reference
+        agrees = all(check_kernel(name, shape, candidate).usable for name in (DECODE, BATCH))
+        if agrees and (candidate_seconds := seconds(candidate)) < best_seconds:
             best, best_seconds = candidate, candidate_seconds
     path = check_cache.cache_path(check_cache.DEFAULT_DIRECTORY, shape, experts.chip())
     cached = experts.checks(shape, check_cache.DEFAULT_DIRECTORY)
-    check_cache.store(path, cached._replace(tuning=best), experts.chip())
+    check_cache.store(path, msgspec.structs.replace(cached, tuning=best))
     return best
 
 
@@ -77,8 +85,3 @@ def plain_read_gigabytes_per_second(stack: ExpertStack) -> float:
     arrays = (stack.gate_packed, stack.up_packed, stack.down_packed)
     seconds = best_seconds(lambda: mx.eval([mx.max(array) for array in arrays]))
     return sum(array.nbytes for array in arrays) / seconds / 1e9
-
-
-def _agrees(shape: LayerShape, tuning: Tuning) -> bool:
-    """Return whether the kernels of these sizes agree with the reference. Each size compiles to a different kernel."""
-    return all(check_kernel(name, shape, tuning).usable for name in (DECODE, BATCH))

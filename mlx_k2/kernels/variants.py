@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlx_k2.kernels import batched_decode, decode, prefill, router
+from mlx_k2.kernels import decode, prefill, router
 from mlx_k2.kernels.dispatch import Dispatch, run
+from mlx_k2.kernels.reference import RouterRule
 from mlx_k2.kernels.stack import ExpertStack
 from mlx_k2.kernels.tuning import Tuning
 
@@ -45,21 +46,22 @@ def batch_experts(
     tuning: Tuning,
     perform: Perform = run,
 ) -> mx.array:
-    """Run the experts of up to `batched_decode.MAX_TOKENS` tokens in two dispatches. Read each chosen expert once."""
-    rows_per_simdgroup = (
-        tuning.batch_rows if x.shape[0] <= batched_decode.MAX_TOKENS // 2 else max(1, tuning.batch_rows // 2)
-    )  # twice the tokens with half the rows need as many registers
-    simdgroups = tuning.batch_simdgroups
-    (hidden,) = perform(
-        batched_decode.gate_up(
-            x, expert_ids, stack, rows_per_simdgroup=rows_per_simdgroup, simdgroups=tuning.gate_up_simdgroups
-        )
+    """Run the experts of up to `decode.MAX_TOKENS` tokens in two dispatches. Read each chosen expert once."""
+    # twice the tokens with half the rows need as many registers
+    rows = tuning.batch_rows if x.shape[0] <= decode.MAX_TOKENS // 2 else max(1, tuning.batch_rows // 2)
+    gate_up = decode.gate_up(
+        x, expert_ids, stack, rows_per_simdgroup=rows, simdgroups=tuning.gate_up_simdgroups, is_batch=True
     )
-    (y,) = perform(
-        batched_decode.down(
-            hidden, expert_ids, expert_weights, stack, rows_per_simdgroup=rows_per_simdgroup, simdgroups=simdgroups
-        )
+    (hidden,) = perform(gate_up)
+    down = decode.down(
+        hidden,
+        expert_ids,
+        expert_weights,
+        stack,
+        rows_per_simdgroup=rows,
+        batch_simdgroups=tuning.batch_simdgroups,
     )
+    (y,) = perform(down)
     return y
 
 
@@ -83,21 +85,16 @@ def route(
     hidden: mx.array,
     router_weight: mx.array,
     correction_bias: mx.array,
-    *,
-    top_k: int,
-    normalize: bool,
-    scaling_factor: float,
+    rule: RouterRule,
     perform: Perform = run,
 ) -> tuple[mx.array, mx.array]:
     """Compute `reference.route` for a single group of experts.
 
-    Up to `batched_decode.MAX_TOKENS` tokens take two dispatches; more take a matrix product and one dispatch.
+    Up to `decode.MAX_TOKENS` tokens take two dispatches; more take a matrix product and one dispatch.
     """
-    if hidden.shape[0] <= batched_decode.MAX_TOKENS:
+    if hidden.shape[0] <= decode.MAX_TOKENS:
         (logits,) = perform(router.logits(hidden, router_weight))
     else:
         logits = hidden.astype(mx.float32) @ router_weight.astype(mx.float32).T
-    expert_ids, weights = perform(
-        router.select(logits, correction_bias, top_k=top_k, normalize=normalize, scaling_factor=scaling_factor)
-    )
+    expert_ids, weights = perform(router.select(logits, correction_bias, rule))
     return expert_ids, weights

@@ -4,8 +4,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-from mlx_k2.launch.install_commands import install_commands
-from mlx_k2.launch.ssh import SSH_EXIT_CODE, explain_ssh_failure
+from mlx_k2.launch.ssh import SSH_EXIT_CODE, explain_ssh_failure, install_commands
 from mlx_k2.launch.stage_location import StageLocation
 
 _NO_COMMAND_EXIT_CODES = (126, 127)
@@ -45,7 +44,7 @@ def explain_lost_connection(location: StageLocation, exit_code: int | None) -> s
         return "the ssh connection was lost (cable, power, sleep, its sshd), or its guard was killed"
     if exit_code is not None and exit_code < 0:
         return f"its guard was ended by signal {-exit_code}"
-    return "the connection ended without a word from its guard"
+    return "the connection ended without its guard's last frame"
 
 
 def _what_is_missing(location: StageLocation, package_only: bool) -> str:

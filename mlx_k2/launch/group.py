@@ -5,7 +5,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 from mlx_k2.launch.stage_events import StageEvent, Woken
 from mlx_k2.launch.stage_location import StageLocation
@@ -69,9 +68,7 @@ class StageGroup:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop(self._notify)
 
     @property

@@ -6,7 +6,6 @@ While it waits, it detects stopped stages, silent guards and stuck hops. Knows n
 import math
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 
 from mlx_k2.errors import Cancelled, ClusterError, NeighbourLost, NotFinite, StageFault, StageSilent
 from mlx_k2.launch.group import HEARTBEAT_S, StageGroup
@@ -17,22 +16,10 @@ from mlx_k2.protocol.stage_status import Phase, StageStatus
 LOOK_S = 0.5
 GAP_S = 2.0
 """If a wait takes this much longer than it should, this process was stopped or its machine slept."""
-CULPRIT_S = 2.0
+CAUSE_S = 2.0
 """Wait this long for the end of another stage after a stage reported a lost neighbour: that end is the cause."""
 SILENT_S = 3.0
 """A guard that was silent for this long when a neighbour of its stage reports a lost hop is the cause."""
-
-
-@dataclass(frozen=True)
-class _WaitingHop:
-    """A hop that stage ``rank`` waits for: the stage before has sent the hidden states of ``step``.
-
-    ``since`` is when this was first seen, in monotonic seconds.
-    """
-
-    rank: int
-    step: int
-    since: float
 
 
 class HealthMonitor:
@@ -44,7 +31,8 @@ class HealthMonitor:
     def __init__(self, group: StageGroup) -> None:
         self._group = group
         self._stall_timeout_s = group.stall_timeout_s
-        self._hops: dict[int, _WaitingHop] = {}
+        self._hops: dict[int, tuple[int, float]] = {}
+        """For each rank that waits for a step which the stage before has sent: the step, and since when it waits."""
         self._looked_at = self._judge_from = time.monotonic()
 
     def receive(self, deadline: float, wake_at: float = math.inf) -> StageMessage | Woken | None:
@@ -75,7 +63,7 @@ class HealthMonitor:
             self._check_gap()
             now = time.monotonic()
             if now >= self._judge_from:
-                self._raise_trouble(now)
+                self._raise_if_stuck(now)
                 if now >= deadline:
                     return None
             if now >= wake_at:
@@ -83,32 +71,32 @@ class HealthMonitor:
 
     def _cause(self, rank: int, fault: Fault) -> ClusterError:
         """Return the error for a fault. A stage that lost its neighbour is not the cause if another stage is."""
-        deadline = time.monotonic() + CULPRIT_S
-        victims = {rank}
+        deadline = time.monotonic() + CAUSE_S
+        without_neighbour = {rank}
         while fault.kind == NeighbourLost.__name__:
             event = self._group.receive(max(0.0, deadline - time.monotonic()))
             if event is None:
                 break
             if isinstance(event, StageEnded):
-                if event.rank not in victims:
+                if event.rank not in without_neighbour:
                     return event.as_error()
             elif isinstance(event, StageMessage) and isinstance(event.message, Fault):
                 rank, fault = event.rank, event.message
-                victims.add(rank)
-        if fault.kind == NeighbourLost.__name__ and (silent := self._silent_stage(victims)) is not None:
+                without_neighbour.add(rank)
+        if fault.kind == NeighbourLost.__name__ and (silent := self._silent_stage(without_neighbour)) is not None:
             hosts = self._group.host(silent), self._group.host(rank)
             silence_s = self._group.silence_s(silent)
             return StageSilent(
-                f"stage {silent} on {hosts[0]} has not been heard for {silence_s:.0f} s, "
+                f"stage {silent} on {hosts[0]} has not answered for {silence_s:.0f} s, "
                 f"and stage {rank} on {hosts[1]} lost a neighbour: {fault.message}",
                 silent,
             )
         kind = NotFinite if fault.kind == NotFinite.__name__ else StageFault
         return kind(f"stage {rank} on {self._group.host(rank)}: {fault.message}", rank)
 
-    def _silent_stage(self, victims: Collection[int]) -> int | None:
-        """Return the rank outside ``victims`` whose guard is silent longest; None if below SILENT_S."""
-        others = [rank for rank in range(self._group.size) if rank not in victims]
+    def _silent_stage(self, without_neighbour: Collection[int]) -> int | None:
+        """Return the rank outside ``without_neighbour`` whose guard is silent longest; None if below SILENT_S."""
+        others = [rank for rank in range(self._group.size) if rank not in without_neighbour]
         rank = max(others, key=self._group.silence_s, default=None)
         return None if rank is None or self._group.silence_s(rank) < SILENT_S else rank
 
@@ -129,13 +117,13 @@ class HealthMonitor:
         """Return ``describe`` of every stage, by rank."""
         return tuple(self.describe(rank) for rank in range(self._group.size))
 
-    def _raise_trouble(self, now: float) -> None:
-        """Raise StageSilent for a stage that is stopped or cannot be heard, and for a hop that is stuck."""
+    def _raise_if_stuck(self, now: float) -> None:
+        """Raise StageSilent for a stage that is stopped or does not answer, and for a hop that is stuck."""
         statuses = [self._group.status(rank) for rank in range(self._group.size)]
         for rank, status in enumerate(statuses):
             if self._group.has_come_up(rank) and self._group.silence_s(rank) > self._stall_timeout_s + HEARTBEAT_S:
                 raise StageSilent(
-                    f"{self.describe(rank)} cannot be heard: its host is off, asleep or unreachable", rank
+                    f"{self.describe(rank)} does not answer: its host is off, asleep or unreachable", rank
                 )
             if status.stopped_s > self._stall_timeout_s:
                 raise StageSilent(
@@ -153,18 +141,11 @@ class HealthMonitor:
 
     def _hop_waits_s(self, rank: int, before: StageStatus, status: StageStatus, now: float) -> float:
         """Return for how long a stage has waited for hidden states that the stage before it has sent, else 0."""
-        step = status.update.step
-        waits = status.update.phase is Phase.RECEIVING and step is not None and _has_sent(before, step)
-        if not waits or step is None:
+        step, sent = status.update.step, before.update.step
+        is_waiting = status.update.phase is Phase.RECEIVING and step is not None and sent is not None and sent >= step
+        if not is_waiting or step is None or (sent == step and before.update.phase is not Phase.IDLE):
             self._hops.pop(rank, None)
             return 0.0
-        if rank not in self._hops or self._hops[rank].step != step:
-            self._hops[rank] = _WaitingHop(rank, step, now)
-        return now - self._hops[rank].since
-
-
-def _has_sent(status: StageStatus, step: int) -> bool:
-    update = status.update
-    if update.step is None:
-        return False
-    return update.step > step or (update.step == step and update.phase is Phase.IDLE)
+        if self._hops.get(rank, (None, now))[0] != step:
+            self._hops[rank] = step, now
+        return now - self._hops[rank][1]

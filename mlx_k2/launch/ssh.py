@@ -1,8 +1,13 @@
-"""The ssh command line, and the meaning of ssh's failures. Knows nothing of stages or frames."""
+"""The ssh command line, commands for a shell here, and the meaning of ssh's failures. Knows no stages or frames."""
 
 import ipaddress
 import shlex
+import sys
+from collections.abc import Mapping
 
+from mlx_k2 import __version__
+
+WHEEL = f"mlx_k2-{__version__}-py3-none-any.whl"
 CONNECT_TIMEOUT_S = 10
 SSH_EXIT_CODE = 255
 """The exit code of ssh's own failures; any other exit code is the remote command's."""
@@ -80,6 +85,27 @@ def command_on(host: str | None, *words: str) -> str:
     if host is None:
         return line
     return f"ssh {shlex.quote(host)} {line if line == ' '.join(words) and '~' not in line else shlex.quote(line)}"
+
+
+def install_commands(ssh: str | None, python: str) -> str:
+    """Return how to install this machine's mlx-k2 on a host, with commands between backticks; None is this machine.
+
+    The commands copy a wheel: no package index has mlx-k2.
+    """
+    build = "run `make dist` in mlx-k2's source folder, then"
+    if ssh is None:
+        return f"{build} `{command_on(None, python, '-m', 'pip', 'install', f'dist/{WHEEL}')}`"
+    install = command_on(ssh, python, "-m", "pip", "install", f"./{WHEEL}")
+    return f"{build} `scp dist/{WHEEL} {shlex.quote(f'{ssh}:')}` and `{install}`"
+
+
+def install_versions(ssh: str | None, python: str | None, versions: Mapping[str, str]) -> str:
+    """Return how to have these versions of packages on a host. ``python`` None is the one that starts a stage."""
+    python = python or (sys.executable if ssh is None else "python3")
+    own = [install_commands(ssh, python)] if "mlx-k2" in versions else []
+    indexed = [f"{name}=={version}" for name, version in versions.items() if name != "mlx-k2"]
+    install = command_on(ssh, python, "-m", "pip", "install", *indexed)
+    return "; ".join([*own, *([f"`{install}`"] if indexed else [])])
 
 
 def _is_whole(name: str) -> bool:

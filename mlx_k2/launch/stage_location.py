@@ -4,7 +4,6 @@ import shlex
 import sys
 from dataclasses import dataclass
 
-from mlx_k2.errors import HostfileError
 from mlx_k2.launch.ssh import ssh_command
 
 LOGIN_SHELL_COMMAND = """exec "$SHELL" -lc 'exec mlx-k2 stage'"""
@@ -21,15 +20,6 @@ class StageLocation:
     ssh: str | None = None
     python: str | None = None
 
-    def __post_init__(self) -> None:
-        """Refuse an empty host name, and one that ssh would parse as an option.
-
-        Raises:
-            HostfileError: names the host.
-        """
-        if self.ssh is not None and (not self.ssh or self.ssh.startswith("-")):
-            raise HostfileError(f"{self.ssh!r} is not a host name: it may not be empty or begin with '-'")
-
     @property
     def host(self) -> str:
         """The host's name for messages."""
@@ -43,12 +33,8 @@ class StageLocation:
         python = self.python or sys.executable
         if self.ssh is None:
             return ((python, "-P", "-m", "mlx_k2.stage"),)
-        first = ssh_command(self.ssh, f"exec {_quote_path(python)} -P -m mlx_k2.stage")
+        path = "./" + python[2:] if python.startswith("~/") else python  # ssh starts in the home folder
+        first = ssh_command(self.ssh, f"exec {shlex.quote(path)} -P -m mlx_k2.stage")
         if self.python is not None:
             return (first,)
         return (first, ssh_command(self.ssh, LOGIN_SHELL_COMMAND))
-
-
-def _quote_path(path: str) -> str:
-    """Quote ``path`` as one word for any shell. ssh starts in the home folder, so ``~/`` can be written as ``./``."""
-    return shlex.quote("./" + path[2:] if path.startswith("~/") else path)

@@ -187,7 +187,7 @@ class StageProcess:
             end = self._ended(True, stage_exit.reason, stage_exit.exit_code, stage_exit.signal)
         else:
             reason = self._fault or fault or explain_lost_connection(self.location, exit_code)
-            end = self._ended(came_up=True, reason=reason, prefix="last heard ")
+            end = self._ended(came_up=True, reason=reason, prefix="last status: ")
         return end, False
 
     def _follow(self, stream: IO[bytes]) -> tuple[bool, StageExit | None, str]:

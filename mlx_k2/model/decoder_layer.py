@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.kernels.experts import route, routed_experts
+from mlx_k2.kernels.reference import RouterRule
 from mlx_k2.model.attention import (
     ON_CPU,
     AttentionLimits,
@@ -86,20 +87,18 @@ class DecoderLayer:
 
 def make_feed_forward(config: ModelConfig) -> FeedForward:
     """Return the function (hidden (tokens, hidden), weights) -> (tokens, hidden) for both kinds of layer."""
+    rule = RouterRule(
+        config.num_experts_per_tok,
+        config.norm_topk_prob,
+        config.routed_scaling_factor,
+        num_groups=config.n_group,
+        top_groups=config.topk_group,
+    )
 
     def feed_forward(hidden: mx.array, weights: DenseWeights | MoeWeights) -> mx.array:
         if isinstance(weights, DenseWeights):
             return swiglu(hidden, weights)
-        expert_ids, expert_weights = route(
-            hidden,
-            weights.router,
-            weights.correction_bias,
-            top_k=config.num_experts_per_tok,
-            num_groups=config.n_group,
-            top_groups=config.topk_group,
-            normalize=config.norm_topk_prob,
-            scaling_factor=config.routed_scaling_factor,
-        )
+        expert_ids, expert_weights = route(hidden, weights.router, weights.correction_bias, rule)
         output = routed_experts(hidden, expert_ids, expert_weights, weights.experts)
         return output if weights.shared is None else output + swiglu(hidden, weights.shared)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_k2.weights.dense_matrices import group_size
+from mlx_k2.weights.inventory import group_size
 
 
 class QuantizedMatrix(NamedTuple):

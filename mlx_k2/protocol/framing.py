@@ -6,16 +6,19 @@ that ends with the version of mlx-k2, so that every version can read that of eve
 """
 
 import enum
+import json
 import queue
 import re
 import struct
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import IO, NamedTuple
+from dataclasses import asdict, dataclass, fields
+from typing import IO, Any, NamedTuple, Self
 
 from mlx_k2 import __version__
 from mlx_k2.errors import ProtocolError
+from mlx_k2.json_text.parse import parse_json
 
 MARK_START = b"mlx-k2 control "
 MARK = MARK_START + __version__.encode() + b"\n"
@@ -48,6 +51,32 @@ class Frame(NamedTuple):
 
     kind: Kind
     payload: bytes
+
+
+@dataclass(frozen=True)
+class JsonPayload:
+    """Base of the payloads that a guard reads and writes. A subclass checks its values in ``__post_init__``."""
+
+    def to_json(self) -> bytes:
+        """Encode the payload as a JSON object with the fields of the dataclass."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, payload: bytes) -> Self:
+        """Decode a payload.
+
+        Raises:
+            ProtocolError: it is not an object with exactly these fields, or a value is out of range.
+        """
+        kind: Any = cls
+        try:
+            values = parse_json(payload)
+            if values.keys() == {field.name for field in fields(kind)}:
+                found: Self = kind(**values)
+                return found
+        except (ValueError, TypeError, AttributeError, OverflowError):
+            pass
+        raise ProtocolError(f"not a {cls.__name__}: {payload[:200]!r}")
 
 
 def encode_frame(kind: Kind, payload: bytes) -> bytes:
@@ -131,11 +160,15 @@ class FrameWriter:
         Raises:
             ProtocolError: the queue is full, because the peer has stopped reading.
         """
-        self._put(encode_frame(kind, payload))
+        self.put_raw(encode_frame(kind, payload))
 
     def put_raw(self, data: bytes) -> None:
-        """Queue bytes that are not a frame (the opening mark)."""
-        self._put(data)
+        """Queue bytes that are not a frame (the opening mark), as ``put`` does."""
+        if not self._is_open:
+            return
+        if self._queue.qsize() >= QUEUE_FRAMES:
+            raise ProtocolError(f"{self._name} has stopped reading: {QUEUE_FRAMES} frames are waiting for it")
+        self._queue.put(data)
 
     def close(self, timeout_s: float) -> None:
         """Close the stream once all queued bytes are written; wait for that at most ``timeout_s``.
@@ -145,13 +178,6 @@ class FrameWriter:
         self._is_open = False
         self._queue.put(None)
         self._thread.join(timeout_s)
-
-    def _put(self, data: bytes) -> None:
-        if not self._is_open:
-            return
-        if self._queue.qsize() >= QUEUE_FRAMES:
-            raise ProtocolError(f"{self._name} has stopped reading: {QUEUE_FRAMES} frames are waiting for it")
-        self._queue.put(data)
 
     def _run(self) -> None:
         try:

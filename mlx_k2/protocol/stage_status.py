@@ -4,11 +4,9 @@ Standard library only: the guard reports the status, because the stage cannot wh
 """
 
 import enum
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from mlx_k2.errors import ProtocolError
-from mlx_k2.json_text.parse import parse_json
+from mlx_k2.protocol.framing import JsonPayload
 
 
 class Phase(enum.StrEnum):
@@ -28,7 +26,7 @@ class Phase(enum.StrEnum):
 
 
 @dataclass(frozen=True)
-class PhaseUpdate:
+class PhaseUpdate(JsonPayload):
     """The start of a stage's ``phase``. Its guard ends it if the phase lasts longer than ``limit_s`` (None: no limit).
 
     ``step`` is the number of the step that the stage works on; while it is idle, of the last step that it finished.
@@ -38,31 +36,20 @@ class PhaseUpdate:
     step: int | None = None
     limit_s: float | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        object.__setattr__(self, "phase", Phase(self.phase))  # JSON has text
+        if not all(number is None or number >= 0 for number in (self.step, self.limit_s)):
+            raise ValueError("a step or a limit is below 0")
+
     def __str__(self) -> str:
         if self.step is None:
             return str(self.phase)
         return f"{self.phase} {'after' if self.phase is Phase.IDLE else 'of'} step {self.step}"
 
-    def to_json(self) -> bytes:
-        """Encode the payload of a STAGE_STATUS frame from stage to guard."""
-        return json.dumps({"phase": self.phase, "step": self.step, "limit_s": self.limit_s}).encode()
-
-    @classmethod
-    def from_json(cls, payload: bytes) -> "PhaseUpdate":
-        """Decode a payload that a stage wrote.
-
-        Raises:
-            ProtocolError: the payload is not a PhaseUpdate object.
-        """
-        try:
-            values = parse_json(payload)
-            return cls(Phase(values["phase"]), _count(values["step"]), _seconds(values["limit_s"]))
-        except (ValueError, KeyError, TypeError):
-            raise ProtocolError(f"not a PhaseUpdate: {payload[:200]!r}") from None
-
 
 @dataclass(frozen=True)
-class StageStatus:
+class StageStatus(JsonPayload):
     """A stage's last PhaseUpdate, and for how many seconds it has held, as its guard counts.
 
     ``stopped_s`` is for how many seconds the stage's process has been stopped; 0 while it runs.
@@ -72,32 +59,9 @@ class StageStatus:
     for_s: float
     stopped_s: float = 0.0
 
-    def to_json(self) -> bytes:
-        """Encode the payload of a STAGE_STATUS frame from guard to coordinator."""
-        return json.dumps(asdict(self)).encode()
-
-    @classmethod
-    def from_json(cls, payload: bytes) -> "StageStatus":
-        """Decode a payload that a guard wrote.
-
-        Raises:
-            ProtocolError: the payload is not a StageStatus object.
-        """
-        try:
-            values = parse_json(payload)
-            update = PhaseUpdate.from_json(json.dumps(values["update"]).encode())
-            return cls(update, float(values["for_s"]), float(values["stopped_s"]))
-        except (ValueError, KeyError, TypeError, OverflowError):
-            raise ProtocolError(f"not a StageStatus: {payload[:200]!r}") from None
-
-
-def _seconds(value: object) -> float | None:
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 0):
-        return value
-    raise ValueError(value)
-
-
-def _count(value: object) -> int | None:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
-        return value
-    raise ValueError(value)
+    def __post_init__(self) -> None:
+        """Refuse values of other types."""
+        if not isinstance(self.update, PhaseUpdate):  # JSON has an object
+            object.__setattr__(self, "update", PhaseUpdate(**self.update))
+        if not all(isinstance(seconds, int | float) for seconds in (self.for_s, self.stopped_s)):
+            raise TypeError("a time is not a number")

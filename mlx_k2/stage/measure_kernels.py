@@ -19,7 +19,7 @@ from mlx_k2.cluster.memory import GPU_MIN_HEADS, LARGEST_BLOCK_BYTES
 from mlx_k2.config import ModelConfig
 from mlx_k2.kernels import check_cache, experts, reference, timing
 from mlx_k2.kernels.layer_time import REPEATS, best_seconds, time_layer
-from mlx_k2.kernels.report import AttentionTime, DecodeTime, IdleTime, KernelLine, KernelReport
+from mlx_k2.kernels.report import AttentionTime, DecodeTime, IdleTime, KernelReport
 from mlx_k2.kernels.self_check import BATCH, DECODE, KernelCheck, LayerShape, random_stack
 from mlx_k2.kernels.stack import ExpertStack
 from mlx_k2.kernels.tuning import DEFAULT as DEFAULT_TUNING
@@ -76,13 +76,15 @@ def measure_report() -> KernelReport:
     for checked in (shape, shape._replace(intermediate_size=0)):
         experts.checks(checked, check_cache.DEFAULT_DIRECTORY, again=True)
     tuning = _best_tuning(shape)
-    rows = timing.kernel_table(shape, tuning or DEFAULT_TUNING)
+    stack = random_stack(shape, shape.num_experts)
+    mx.eval(stack)
+    lines = timing.kernel_lines(shape, stack, tuning or DEFAULT_TUNING)
     router = _checks(shape._replace(intermediate_size=0))
     return msgspec.structs.replace(
         report,
         chip=experts.chip(),
-        read_gb_per_s=rows[0].plain_read_gigabytes_per_second,
-        kernels=(*map(_line, rows), *map(_untimed, router)),
+        read_gb_per_s=timing.plain_read_gigabytes_per_second(stack),
+        kernels=(*lines, *map(timing.untimed_line, router)),
         sizes=tuning._asdict() if tuning else {},
     )
 
@@ -94,7 +96,7 @@ def check_report() -> KernelReport:
         return report
     shape = _layer_shape(_k2())
     checks = [*experts.new_checks(shape), *experts.new_checks(shape._replace(intermediate_size=0))]
-    return msgspec.structs.replace(report, chip=experts.chip(), kernels=tuple(map(_untimed, checks)))
+    return msgspec.structs.replace(report, chip=experts.chip(), kernels=tuple(map(timing.untimed_line, checks)))
 
 
 def _new_report(plain_mlx_gb_per_s: float | None = None) -> KernelReport:
@@ -104,27 +106,6 @@ def _new_report(plain_mlx_gb_per_s: float | None = None) -> KernelReport:
         system=platform.platform(terse=True),
         chip=None,
         plain_mlx_gb_per_s=plain_mlx_gb_per_s,
-    )
-
-
-def _untimed(check: KernelCheck) -> KernelLine:
-    return KernelLine(
-        kernel=check.kernel,
-        usable=check.usable,
-        ran=check.error is not None,
-        error=check.error,
-        reason=check.reason,
-    )
-
-
-def _line(row: timing.KernelRow) -> KernelLine:
-    return msgspec.structs.replace(
-        _untimed(row.check),
-        usable=row.check.usable and row.token_range not in row.check.slower,
-        reason=row.check.reason or ("plain MLX is faster" if row.token_range in row.check.slower else ""),
-        tokens=row.tokens,
-        gb_per_s=row.kernel.gigabytes_per_second if row.kernel else None,
-        plain_mlx_gb_per_s=row.reference.gigabytes_per_second,
     )
 
 

@@ -111,7 +111,8 @@ def _random_bytes(spec: TensorSpec, config: ModelConfig, seed: int) -> Iterator[
     generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(spec.name.encode())]))
     count = spec.num_bytes // 2
     if spec.name.endswith("weight_shape"):
-        yield np.array(_unpacked_shape(spec.name, config), np.int32).tobytes()
+        shape = (config.moe_intermediate_size, config.hidden_size)
+        yield np.array(shape[::-1] if ".down_proj." in spec.name else shape, np.int32).tobytes()
     elif spec.name.endswith("weight_packed"):
         yield _codes(generator, spec.shape).tobytes()
     elif spec.name.endswith("weight_scale"):
@@ -142,11 +143,6 @@ def _codes(generator: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np
     not_minus_8 = (rest | rest >> 1 | rest >> 2 | rest >> 3) & 0x11111111  # stored as code + 8, so -8 is four zero bits
     rest |= (not_minus_8 ^ 0x11111111) << 3
     return words
-
-
-def _unpacked_shape(name: str, config: ModelConfig) -> tuple[int, int]:
-    inner, outer = config.moe_intermediate_size, config.hidden_size
-    return (outer, inner) if ".down_proj." in name else (inner, outer)
 
 
 def _bf16_bytes(values: NDArray[np.float32]) -> bytes:

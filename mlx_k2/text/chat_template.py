@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
-
 from mlx_k2.errors import RequestError, TokenizerError
 from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import read_json
@@ -81,14 +79,6 @@ class ChatTemplate:
             raise TokenizerError(str(failure)) from None
 
 
-class _TokenizerConfig(msgspec.Struct, frozen=True):
-    chat_template: Any = None
-    bos_token: Any = None
-    eos_token: Any = None
-    pad_token: Any = None
-    unk_token: Any = None
-
-
 def load_chat_template(files: Mapping[str, bytes]) -> ChatTemplate:
     """Return the template of a checkpoint: chat_template.jinja, else "chat_template" in tokenizer_config.json.
 
@@ -96,8 +86,8 @@ def load_chat_template(files: Mapping[str, bytes]) -> ChatTemplate:
         TokenizerError: the checkpoint has no template, or it cannot be read.
     """
     try:
-        config = read_json(files.get("tokenizer_config.json", b"{}"), _TokenizerConfig)
-        source = files[FILE].decode() if FILE in files else config.chat_template
+        config = read_json(files.get("tokenizer_config.json", b"{}"), dict[str, Any])
+        source = files[FILE].decode() if FILE in files else config.get("chat_template")
     except (JsonError, UnicodeDecodeError) as error:
         raise TokenizerError(f"the chat template cannot be read: {error}") from None
     if isinstance(source, list):  # several named templates
@@ -107,7 +97,7 @@ def load_chat_template(files: Mapping[str, bytes]) -> ChatTemplate:
         raise TokenizerError("the model has no chat template: give --raw to send the prompt as it is")
     tokens = {}
     for name in _TOKENS:
-        token = getattr(config, name)
+        token = config.get(name)
         text = token.get("content") if isinstance(token, dict) else token
         if isinstance(text, str):
             tokens[name] = text

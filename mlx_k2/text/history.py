@@ -51,7 +51,10 @@ def with_normal_ids(messages: Sequence[Message]) -> list[Message]:
                 for at, call in enumerate(message.tool_calls, start=number)
             )
             number += len(calls)
-            open_calls |= _by_id(message.tool_calls, calls)
+            by_id: dict[str | None, list[MessageCall]] = {}
+            for before, after in zip(message.tool_calls, calls, strict=True):
+                by_id.setdefault(before.id, []).append(after)
+            open_calls |= by_id
             message = msgspec.structs.replace(message, tool_calls=calls)  # noqa: PLW2901 - the same message
         waiting = open_calls.get(message.tool_call_id) if message.role == "tool" else None
         if waiting:
@@ -59,11 +62,3 @@ def with_normal_ids(messages: Sequence[Message]) -> list[Message]:
             message = msgspec.structs.replace(message, tool_call_id=call.id, name=call.function.name)  # noqa: PLW2901
         normal.append(message)
     return normal
-
-
-def _by_id(old: Sequence[MessageCall], new: Sequence[MessageCall]) -> dict[str | None, list[MessageCall]]:
-    """Return the calls of ``new`` by the ids that they had in ``old``."""
-    by_id: dict[str | None, list[MessageCall]] = {}
-    for before, after in zip(old, new, strict=True):
-        by_id.setdefault(before.id, []).append(after)
-    return by_id

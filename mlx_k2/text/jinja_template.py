@@ -172,11 +172,7 @@ def _tojson(
 ) -> str:
     """Return JSON as transformers' filter of this name writes it, with its parameters in the same order."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
-    return _NOT_ASCII.sub(_json_escape, text) if ensure_ascii else text
-
-
-def _json_escape(found: re.Match[str]) -> str:
-    return json.dumps(found.group())[1:-1]
+    return _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text
 
 
 def _problem(error: Exception) -> str:

@@ -106,7 +106,7 @@ def _declarations(template: ChatTemplate, tools: Sequence[Mapping[str, object]])
 
 
 def _escaped(outside: Mapping[str, object], escaping: Escaping) -> dict[str, object]:
-    """Return the input with all text escaped, except the roles: templates build markers from these four known words."""
+    """Return the input with all text escaped, except the roles: templates build markers from these four known names."""
     escaped: dict[str, object] = {name: escaping.escape(value) for name, value in outside.items()}
     messages = outside["messages"]
     assert isinstance(messages, list)

@@ -1,7 +1,7 @@
 """Parsing of a streamed reply into reasoning, content and tool calls. Knows no messages and runs no tool."""
 
 import enum
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mlx_k2.text.markers import Found, Marker, MarkerScanner
@@ -9,17 +9,6 @@ from mlx_k2.text.prompt import opens_reasoning
 from mlx_k2.text.reply_parts import ArgumentsText, Content, Part, Reasoning, ToolCallBegun
 from mlx_k2.text.tokenizer import Detokenizer, Tokenizer
 from mlx_k2.text.tool_call import ToolCall, broken_call, read_call, tool_name
-
-
-class _State(enum.Enum):
-    """The part of a reply to which the next text belongs."""
-
-    SPEECH = enum.auto()
-    """Outside of tool sections: reasoning or content."""
-    SECTION = enum.auto()
-    """In a tool section, between calls."""
-    ID = enum.auto()
-    ARGUMENTS = enum.auto()
 
 
 class Phase(enum.Enum):
@@ -31,6 +20,10 @@ class Phase(enum.Enum):
     """In a tool section, between calls."""
     CALL_ID = enum.auto()
     ARGUMENTS = enum.auto()
+
+
+_SPEECH: Mapping[Phase, type[Reasoning] | type[Content]] = {Phase.REASONING: Reasoning, Phase.CONTENT: Content}
+"""The phases outside of tool sections, and the parts that their text makes."""
 
 
 class ReplyParser:
@@ -45,27 +38,14 @@ class ReplyParser:
 
     def __init__(self, control_names: Collection[str], *, in_reasoning: bool) -> None:
         self._scanner = MarkerScanner(control_names)
-        self._state = _State.SPEECH
-        self._speech: type[Reasoning] | type[Content] = Reasoning if in_reasoning else Content
+        self.phase = Phase.REASONING if in_reasoning else Phase.CONTENT
+        """The part of the reply to which the next text would belong."""
         self._at_start = True
         self._held = ""  # text to drop if a marker follows: space at the start, a spelled section marker
         self._at_spelled_section = False
-        self._after_call = _State.SPEECH
+        self._after_call = Phase.CONTENT
         self._id: list[str] = []
         self._arguments: list[str] = []
-
-    @property
-    def phase(self) -> Phase:
-        """The part of the reply to which the next text would belong."""
-        match self._state:
-            case _State.SPEECH:
-                return Phase.REASONING if self._speech is Reasoning else Phase.CONTENT
-            case _State.SECTION:
-                return Phase.SECTION
-            case _State.ID:
-                return Phase.CALL_ID
-            case _State.ARGUMENTS:
-                return Phase.ARGUMENTS
 
     def text(self, text: str) -> Iterator[Part]:
         """Yield the parts that the next ordinary text completes."""
@@ -79,33 +59,33 @@ class ReplyParser:
         """Yield the remaining parts. A call that has no end is broken, even if its arguments look complete."""
         yield from self._read(self._scanner.flush())
         yield from self._release()
-        if self._state in (_State.ID, _State.ARGUMENTS):
+        if self.phase in (Phase.CALL_ID, Phase.ARGUMENTS):
             yield self._broken("the reply ended inside the call")
 
     def _read(self, pieces: Iterable[str | Found]) -> Iterator[Part]:
         for piece in pieces:
             if isinstance(piece, str):
                 yield from self._on_text(piece)
-            elif self._state is _State.SPEECH:
+            elif self.phase in _SPEECH:
                 yield from self._in_speech(piece)
-            elif self._state is _State.SECTION:
+            elif self.phase is Phase.SECTION:
                 yield from self._in_section(piece)
             else:
                 yield from self._in_call(piece)
 
     def _on_text(self, text: str) -> Iterator[Part]:
-        match self._state:
-            case _State.SPEECH if text.isspace() and (self._at_start or self._at_spelled_section):
+        match self.phase:
+            case Phase.REASONING | Phase.CONTENT if text.isspace() and (self._at_start or self._at_spelled_section):
                 self._held += text
-            case _State.SPEECH:
+            case Phase.REASONING | Phase.CONTENT:
                 yield from self._release()
-                yield self._speech(text)
-            case _State.SECTION if not text.isspace():  # treated as a call whose first marker is missing
-                self._begin_call(_State.SECTION)
+                yield _SPEECH[self.phase](text)
+            case Phase.SECTION if not text.isspace():  # treated as a call whose first marker is missing
+                self._begin_call(Phase.SECTION)
                 self._id.append(text.lstrip())
-            case _State.ID:
+            case Phase.CALL_ID:
                 self._id.append(text)
-            case _State.ARGUMENTS:
+            case Phase.ARGUMENTS:
                 self._arguments.append(text)
                 yield ArgumentsText(text)
 
@@ -115,13 +95,13 @@ class ReplyParser:
                 if self._at_start:
                     self._drop_held()
                 yield from self._release()
-                self._speech = Reasoning
-            case Marker.THINK_END if found.is_token or self._speech is Reasoning:
+                self.phase = Phase.REASONING
+            case Marker.THINK_END if found.is_token or self.phase is Phase.REASONING:
                 yield from self._release()
-                self._speech = Content
+                self.phase = Phase.CONTENT
             case Marker.SECTION_BEGIN if found.is_token:
                 yield from self._release()
-                self._speech, self._state = Content, _State.SECTION
+                self.phase = Phase.SECTION
             case Marker.SECTION_BEGIN:
                 yield from self._release()
                 self._held, self._at_spelled_section = found.name, True
@@ -130,26 +110,25 @@ class ReplyParser:
                 if in_section:
                     self._drop_held()
                 yield from self._release()
-                self._speech = Content
-                self._begin_call(_State.SECTION if in_section else _State.SPEECH)
+                self._begin_call(Phase.SECTION if in_section else Phase.CONTENT)
             case _ if not found.is_token:
                 yield from self._on_text(found.name)
 
     def _in_section(self, found: Found) -> Iterator[Part]:
         match found.marker:
             case Marker.CALL_BEGIN:
-                self._begin_call(_State.SECTION)
+                self._begin_call(Phase.SECTION)
             case Marker.SECTION_END:
-                self._state = _State.SPEECH
+                self.phase = Phase.CONTENT
             case Marker.ARGUMENTS_BEGIN:
-                self._begin_call(_State.SECTION)
+                self._begin_call(Phase.SECTION)
                 yield self._begin_arguments()
             case Marker.THINK_BEGIN | Marker.THINK_END if not found.is_token:
                 yield from self._on_text(found.name)
 
     def _in_call(self, found: Found) -> Iterator[Part]:
         match found.marker:
-            case Marker.ARGUMENTS_BEGIN if self._state is _State.ID:
+            case Marker.ARGUMENTS_BEGIN if self.phase is Phase.CALL_ID:
                 yield self._begin_arguments()
             case Marker.CALL_END:
                 yield self._ended_call()
@@ -159,26 +138,26 @@ class ReplyParser:
                 self._begin_call(after)
             case Marker.SECTION_END if found.is_token:
                 yield self._ended_call()
-                self._state = _State.SPEECH
+                self.phase = Phase.CONTENT
             case _:
                 yield from self._on_text(found.name)
 
-    def _begin_call(self, after: _State) -> None:
-        self._state, self._after_call = _State.ID, after
+    def _begin_call(self, after: Phase) -> None:
+        self.phase, self._after_call = Phase.CALL_ID, after
         self._id, self._arguments = [], []
 
     def _begin_arguments(self) -> ToolCallBegun:
-        self._state = _State.ARGUMENTS
+        self.phase = Phase.ARGUMENTS
         return ToolCallBegun(tool_name("".join(self._id)))
 
     def _ended_call(self) -> ToolCall:
-        if self._state is _State.ID:
+        if self.phase is Phase.CALL_ID:
             return self._broken("it has no <|tool_call_argument_begin|>")
-        self._state = self._after_call
+        self.phase = self._after_call
         return read_call("".join(self._id), "".join(self._arguments))
 
     def _broken(self, problem: str) -> ToolCall:
-        self._state = self._after_call
+        self.phase = self._after_call
         return broken_call("".join(self._id + self._arguments), problem)
 
     def _release(self) -> Iterator[Part]:
@@ -186,7 +165,7 @@ class ReplyParser:
         held = self._held
         self._drop_held()
         if held:
-            yield self._speech(held)
+            yield _SPEECH[self.phase](held)
 
     def _drop_held(self) -> None:
         self._held, self._at_spelled_section, self._at_start = "", False, False

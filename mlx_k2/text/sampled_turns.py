@@ -74,7 +74,7 @@ class SampledTurns:
                 break
             kept.append(token_id)
             end += len(token)
-        while kept and not _is_whole(data, end):
+        while kept and end < len(data) and data[end] & 0xC0 == 0x80:  # ``end`` is inside a UTF-8 character
             end -= len(self._tokenizer.token_bytes(kept.pop()))
         return [*kept, *self._tokenizer.encode_text(data[end:].decode())] if kept else []
 
@@ -104,8 +104,3 @@ class _Body:
             return ()
         self._next += 1
         return stretch
-
-
-def _is_whole(data: bytes, end: int) -> bool:
-    """Return whether ``end`` cuts no UTF-8 character of ``data``."""
-    return end == len(data) or data[end] & 0xC0 != 0x80

@@ -110,25 +110,16 @@ def _named_tokens(tokenizer_config: bytes) -> dict[str, int]:
     """Return the control tokens that tokenizer_config.json names in added_tokens_decoder.
 
     Raises:
-        TokenizerError: the file is malformed, or gives two tokens one name.
+        TokenizerError: the file is malformed, or a name is empty or has two ids.
     """
     try:
         config = read_json(tokenizer_config, _TokenizerConfig)
     except JsonError as error:
         raise TokenizerError(f"tokenizer_config.json: {error}") from None
-    return _unique_names([(token.content, number) for number, token in config.added_tokens_decoder.items()])
-
-
-def _unique_names(tokens: list[tuple[str, int]]) -> dict[str, int]:
-    """Return the (name, id) pairs as a mapping.
-
-    Raises:
-        TokenizerError: a name is empty or has two ids.
-    """
     names: dict[str, int] = {}
-    for name, token_id in tokens:
-        if not name:
+    for token_id, token in config.added_tokens_decoder.items():
+        if not token.content:
             raise TokenizerError(f"special token {token_id} has an empty name")
-        if names.setdefault(name, token_id) != token_id:
-            raise TokenizerError(f"special token {name!r} has two ids, {names[name]} and {token_id}")
+        if names.setdefault(token.content, token_id) != token_id:
+            raise TokenizerError(f"special token {token.content!r} has two ids, {names[token.content]} and {token_id}")
     return names

@@ -139,7 +139,8 @@ class Connection:
                     task_status.started(link)
                     await link.closing.wait()
         except Exception as error:  # noqa: BLE001 - any exception of the package ends the connection
-            error = _innermost(error)
+            while isinstance(error, ExceptionGroup):
+                error = error.exceptions[0]
             if link is None and mode == "legacy" and isinstance(error, MCPError) and error.code in _NO_INITIALIZE:
                 return False
             reason = _reason(_with_status(error, output), words, self.server)
@@ -218,12 +219,6 @@ def _last_words(lines: deque[str]) -> Iterator[TextIO]:
         reader.join(timeout=_STDERR_S)  # a child process of the server may hold the other end open
 
 
-def _innermost(error: Exception) -> Exception:
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
 def _with_status(error: Exception, output: ServerOutput) -> Exception:
     """Return an error of HTTP with the response's status, which mcp's client leaves out; any other error unchanged."""
     if not isinstance(error, MCPError) or error.message not in _OF_STATUS:
@@ -240,7 +235,7 @@ def _reason(error: Exception | None, words: deque[str], server: Server) -> str:
         why = str(error).rstrip(".") or type(error).__name__
     else:
         why = http_reason(error)
-    return f"{why}; it said last: {' | '.join(words)}" if words else why
+    return f"{why}; it wrote last: {' | '.join(words)}" if words else why
 
 
 def _is_over(error: BaseException) -> bool:

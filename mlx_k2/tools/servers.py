@@ -110,15 +110,13 @@ def _server(name: str, entry: _Entry, where: str, environment: Mapping[str, str]
     if (entry.command is None) == (entry.url is None):
         raise ToolsError(f"{where} needs either a command or a url")
     if entry.type == "sse":
-        raise ToolsError(f"{where} speaks MCP's old HTTP+SSE: give the address of its streamable HTTP")
+        raise ToolsError(f"{where} uses MCP's old HTTP+SSE: give the address of its streamable HTTP")
     fields = _expanded(msgspec.to_builtins(entry), where, environment)
     if entry.command is not None:
-        return StdioServer(
-            name=name, command=fields["command"], args=fields["args"], env=fields["env"], cwd=fields["cwd"]
-        )
+        return msgspec.convert(fields | {"name": name}, StdioServer)
     if not fields["url"].startswith(("http://", "https://")):
         raise ToolsError(f"{where} has the url {entry.url!r}, which is not one of http:// or https://")
-    return HttpServer(name=name, url=fields["url"], headers=fields["headers"])
+    return msgspec.convert(fields | {"name": name}, HttpServer)
 
 
 def _expanded(value: object, where: str, environment: Mapping[str, str]) -> Any:

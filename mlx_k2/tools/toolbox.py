@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import anyio
+import msgspec
 from anyio.abc import TaskStatus
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from mcp import MCPError, types
@@ -19,7 +20,6 @@ from pydantic import ValidationError
 from mlx_k2.errors import ToolsError
 from mlx_k2.tools.connection import Connection, NotStarted, ServerLost
 from mlx_k2.tools.outcome import Outcome, ToolResult
-from mlx_k2.tools.results import read_result
 from mlx_k2.tools.servers import Server
 
 _NOT_IN_A_NAME = re.compile(r"[^\w.-]")
@@ -38,13 +38,20 @@ class Limits:
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool as it is declared to the model."""
+    """A tool as it is declared to the model, and the target of its calls."""
 
     name: str
-    server: str
     description: str
     parameters: Mapping[str, Any]
     """The JSON schema of the arguments."""
+    connection: Connection
+    name_there: str
+    """The tool's name on its server."""
+
+    @property
+    def server(self) -> str:
+        """The name of the tool's server."""
+        return self.connection.server.name
 
     @property
     def declaration(self) -> dict[str, Any]:
@@ -60,7 +67,6 @@ class ToolBox:
         self,
         portal: BlockingPortal,
         tools: Mapping[str, Tool],
-        lines: Mapping[str, "_Line"],
         limits: Limits,
         problems: Sequence[str] = (),
     ) -> None:
@@ -69,7 +75,6 @@ class ToolBox:
         self.problems = problems
         """Lines for the user about servers that did not start, and tools that cannot be offered."""
         self._portal = portal
-        self._lines = lines
         self._limits = limits
 
     @property
@@ -86,19 +91,17 @@ class ToolBox:
         return self._portal.start_task_soon(self._call, name, dict(arguments))
 
     async def _call(self, name: str, arguments: dict[str, Any]) -> ToolResult:
-        if name not in self._lines:
+        if name not in self.tools:
             known = ", ".join(self.tools) or "none"
             return ToolResult(Outcome.REFUSED, f"There is no tool {name!r}. The tools are: {known}.")
-        line = self._lines[name]
-        server = line.connection.server.name
-        timeout_s = self._limits.call_timeout_s
+        tool = self.tools[name]
+        server, timeout_s = tool.server, self._limits.call_timeout_s
         try:
             with anyio.fail_after(timeout_s):
-                result = await line.connection.call(line.tool, arguments)
+                result = await tool.connection.call(tool.name_there, arguments)
         except TimeoutError:
-            wrote = f" On its stdout it wrote {line.connection.stray}, which is no message." * bool(
-                line.connection.stray
-            )
+            stray = tool.connection.stray
+            wrote = f" On its stdout it wrote {stray}, which is no message." if stray else ""
             return ToolResult(
                 Outcome.TIMED_OUT,
                 f"The tool server {server} did not answer within {timeout_s:g} s; the call was ended.{wrote}",
@@ -122,14 +125,6 @@ class ToolBox:
         return read_result(result, self._limits.max_result_chars)
 
 
-@dataclass(frozen=True)
-class _Line:
-    """The target of a tool's calls: the server, and the tool's name there."""
-
-    connection: Connection
-    tool: str
-
-
 @contextlib.contextmanager
 def open_toolbox(servers: Sequence[Server], limits: Limits) -> Iterator[ToolBox]:
     """Start ``servers`` and yield their tools. On exit, end the calls that still run and close all servers.
@@ -146,8 +141,7 @@ def open_toolbox(servers: Sequence[Server], limits: Limits) -> Iterator[ToolBox]
         try:
             _, connections = portal.start_task(_hold, servers, limits.start_timeout_s)
             offers, problems = portal.call(_offers, connections)
-            tools, lines = _named(offers)
-            yield ToolBox(portal, tools, lines, limits, problems)
+            yield ToolBox(portal, _named(offers), limits, problems)
         finally:
             portal.call(portal.stop, True)
 
@@ -183,27 +177,54 @@ async def _offers(connections: Sequence[Connection]) -> tuple[list[tuple[Connect
     return [(connection, tool) for connection in connections for tool in offers.get(connection.server.name, ())], lines
 
 
-def _named(offers: Sequence[tuple[Connection, types.Tool]]) -> tuple[dict[str, Tool], dict[str, _Line]]:
+def _named(offers: Sequence[tuple[Connection, types.Tool]]) -> dict[str, Tool]:
     """Return the tools by different names that fit into a call's id.
 
     Names that occur twice get their server's name as prefix, and a number if that does not help.
     """
     counts = Counter(_plain(tool.name) for _, tool in offers)
     tools: dict[str, Tool] = {}
-    lines: dict[str, _Line] = {}
     for connection, tool in offers:
         plain = _plain(tool.name)
         name = plain = plain if counts[plain] == 1 else f"{_plain(connection.server.name)}_{plain}"
         number = 2
         while name in tools:
             name, number = f"{plain}_{number}", number + 1
-        tools[name] = Tool(name, connection.server.name, tool.description or "", tool.input_schema)
-        lines[name] = _Line(connection, tool.name)
-    return tools, lines
+        tools[name] = Tool(name, tool.description or "", tool.input_schema, connection, tool.name)
+    return tools
 
 
 def _plain(name: str) -> str:
     return _NOT_IN_A_NAME.sub("_", unicodedata.normalize("NFC", name)) or "_"
+
+
+def read_result(result: types.CallToolResult, max_chars: int) -> ToolResult:
+    """Return the result's text: its text parts, and a note for each other part.
+
+    Text of more than ``max_chars`` characters is cut there, and a note of the cut is added. A result without parts
+    becomes its structured content as JSON.
+    """
+    text = "\n".join(map(_part_text, result.content))
+    if not result.content and result.structured_content is not None:
+        text = msgspec.json.encode(result.structured_content).decode()
+    outcome = Outcome.FAILED if result.is_error else Outcome.DONE
+    if len(text) <= max_chars:
+        return ToolResult(outcome, text)
+    suffix = f"\n[cut here: these are the first {max_chars} of {len(text)} characters]"
+    return ToolResult(Outcome.FAILED if result.is_error else Outcome.CUT, text[:max_chars] + suffix)
+
+
+def _part_text(part: types.ContentBlock) -> str:
+    match part:
+        case types.TextContent():
+            return part.text
+        case types.EmbeddedResource(resource=types.TextResourceContents() as resource):
+            return resource.text
+        case types.EmbeddedResource(resource=resource):
+            return f"[not shown: {resource.uri}, {resource.mime_type or 'binary'}]"
+        case types.ResourceLink():
+            return f"[{part.name}: {part.uri}]"
+    return f"[not shown: {part.mime_type}, {len(part.data)} characters of base64]"
 
 
 def _first_problem(error: Exception) -> str:

@@ -53,7 +53,7 @@ class FetchedFiles(msgspec.Struct, frozen=True):
     """Files that are all in ``folder`` now; ``fetched`` names those that were not there before.
 
     ``commit`` is the commit of the revision: used as another host's revision, it gives the same files there.
-    ``listed`` has all large files of the repository by name; it is empty if the Hub cannot be reached.
+    ``listed`` has all files of the repository by name; it is empty if the Hub cannot be reached.
     """
 
     folder: Path
@@ -62,17 +62,12 @@ class FetchedFiles(msgspec.Struct, frozen=True):
     listed: dict[str, HubFile] = {}
 
 
-class _RemoteFile(msgspec.Struct, frozen=True):
-    size: int
-    sha256: str | None
-
-
 class _Snapshot(msgspec.Struct, frozen=True):
     """A repository at one commit. ``remote``: the files that the Hub lists; None after the error in ``offline``."""
 
     repo: HubRepo
     folder: Path
-    remote: Mapping[str, _RemoteFile] | None
+    remote: Mapping[str, HubFile] | None
     offline: str = ""
 
     @property
@@ -89,7 +84,8 @@ def fetch_small_files(repo: HubRepo) -> FetchedFiles:
         DownloadError: there is no such repository or revision, or a file cannot be fetched.
     """
     snapshot = _open(repo)
-    available = snapshot.remote.keys() if snapshot.remote is not None else _names_in(snapshot.folder)
+    cached = {path.name for path in snapshot.folder.iterdir()}
+    available = cached if snapshot.remote is None else snapshot.remote.keys()
     names = [name for name in (CONFIG_NAME, INDEX_NAME, *TOKENIZER_NAMES) if name in available]
     if INDEX_NAME not in names and SINGLE_FILE_NAME in available:
         names.append(SINGLE_FILE_NAME)
@@ -129,8 +125,7 @@ def _open(repo: HubRepo) -> _Snapshot:
             return _Snapshot(repo, cached, None, http_reason(error))
         raise DownloadError(_in_plain_words(error, repo, CONFIG_NAME)) from error
     remote = {
-        file.rfilename: _RemoteFile(file.size or 0, file.lfs.sha256 if file.lfs else None)
-        for file in info.siblings or ()
+        file.rfilename: HubFile(file.size or 0, file.lfs.sha256 if file.lfs else None) for file in info.siblings or ()
     }
     return _Snapshot(repo, _download(repo, CONFIG_NAME, repo.revision).parent, remote)
 
@@ -167,12 +162,17 @@ def _fetch(snapshot: _Snapshot, names: list[str], on_progress: OnProgress) -> Fe
         _download(snapshot.repo, name, snapshot.commit, _reporting_bar(report), replace=_is_wrong(snapshot, name))
         if _difference(snapshot, name, remote) is not None:  # for instance a damaged file that was still in the cache
             _download(snapshot.repo, name, snapshot.commit, _reporting_bar(report), replace=True)
-            _check(snapshot, name, remote)
+            if (difference := _difference(snapshot, name, remote)) is not None:
+                path = snapshot.folder / name  # a link to the file in the cache
+                path.resolve().unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+                raise DownloadError(
+                    f"{name} of {snapshot.repo.name} came with {difference} and was removed: fetch it again; "
+                    "if that does not help, something between here and the Hub changes files"
+                )
         done += remote.size
         on_progress(done, total)
-    remote_files = (snapshot.remote or {}).items()
-    listed = {name: HubFile(file.size, file.sha256) for name, file in remote_files if file.sha256 is not None}
-    return FetchedFiles(snapshot.folder, snapshot.commit, tuple(missing), listed)
+    return FetchedFiles(snapshot.folder, snapshot.commit, tuple(missing), dict(snapshot.remote or {}))
 
 
 def _download(
@@ -215,11 +215,7 @@ def _reporting_bar(on_bytes: Callable[[int], None]) -> type[tqdm]:
     return ReportingBar
 
 
-def _names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def _remote_file(snapshot: _Snapshot, name: str) -> _RemoteFile:
+def _remote_file(snapshot: _Snapshot, name: str) -> HubFile:
     repo = snapshot.repo
     if snapshot.remote is None:
         raise DownloadError(
@@ -228,7 +224,7 @@ def _remote_file(snapshot: _Snapshot, name: str) -> _RemoteFile:
         )
     if name not in snapshot.remote:
         raise DownloadError(
-            f"{repo.name} at {snapshot.commit} has no file {name}: its index promises what is not there"
+            f"{repo.name} at {snapshot.commit} has no file {name}: its index names a file that is not there"
         )
     return snapshot.remote[name]
 
@@ -243,7 +239,7 @@ def _is_wrong(snapshot: _Snapshot, name: str) -> bool:
     return snapshot.remote is not None and path.exists() and path.stat().st_size != _remote_file(snapshot, name).size
 
 
-def _difference(snapshot: _Snapshot, name: str, remote: _RemoteFile) -> str | None:
+def _difference(snapshot: _Snapshot, name: str, remote: HubFile) -> str | None:
     """Return how a file's size or checksum differs from the Hub's, None if it does not."""
     path = snapshot.folder / name
     found, expected = f"{path.stat().st_size} bytes", f"{remote.size} bytes"
@@ -251,23 +247,6 @@ def _difference(snapshot: _Snapshot, name: str, remote: _RemoteFile) -> str | No
         with path.open("rb") as file:
             found, expected = f"checksum {hashlib.file_digest(file, 'sha256').hexdigest()}", f"checksum {remote.sha256}"
     return None if found == expected else f"{found} instead of {expected}"
-
-
-def _check(snapshot: _Snapshot, name: str, remote: _RemoteFile) -> None:
-    """Refuse and remove a file whose size or checksum is not the Hub's."""
-    if (difference := _difference(snapshot, name, remote)) is not None:
-        _discard(snapshot, name)
-        raise DownloadError(
-            f"{name} of {snapshot.repo.name} came with {difference} and was removed: fetch it again; "
-            "if that does not help, something between here and the Hub changes files"
-        )
-
-
-def _discard(snapshot: _Snapshot, name: str) -> None:
-    """Remove a file from the cache, if it is there: the link in its snapshot and the link's target."""
-    path = snapshot.folder / name
-    path.resolve().unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
 
 
 def _in_plain_words(error: Exception, repo: HubRepo, name: str) -> str:

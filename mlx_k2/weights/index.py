@@ -115,7 +115,10 @@ def check_names(config: ModelConfig, index: CheckpointIndex) -> str | None:
     if missing:
         raise CheckpointError(f"{index.source} lacks {_first_of(missing)} that config.json calls for")
     others = names - set(needed)
-    kinds = {name: _unneeded_kind(name) for name in others}
+    kinds = {
+        name: next((kind for part, kind in _UNNEEDED.items() if name.startswith(part) or name.endswith(part)), None)
+        for name in others
+    }
     unknown = sorted(name for name, kind in kinds.items() if kind is None)
     if unknown:
         raise CheckpointError(
@@ -140,7 +143,7 @@ def check_file(path: Path, specs: Sequence[TensorSpec]) -> Header:
     for spec in specs:
         stored = header.tensors.get(spec.name)
         if stored is None:
-            raise CheckpointError(f"{path} does not hold {spec.name}, which the index says it does; fetch it again")
+            raise CheckpointError(f"{path} does not hold {spec.name}, which the index names; fetch it again")
         if stored.dtype not in spec.accepted_dtypes:
             raise CheckpointError(f"{path}: {spec.name} is {stored.dtype}, and the model needs {spec.dtype}")
         if stored.shape != spec.shape:
@@ -156,10 +159,6 @@ def _refuse_other_layouts(names: Iterable[str], config: ModelConfig, source: str
             raise CheckpointError(f"{source} names {name}: this checkpoint was converted for MLX; {fetch}")
         if name.endswith(".weight_scale_inv"):
             raise CheckpointError(f"{source} names {name}: FP8 weights cannot be read; {fetch}")
-
-
-def _unneeded_kind(name: str) -> str | None:
-    return next((kind for part, kind in _UNNEEDED.items() if name.startswith(part) or name.endswith(part)), None)
 
 
 def _first_of(names: Sequence[str]) -> str:

@@ -2,25 +2,47 @@
 
 Names, dtypes and shapes are those of the original Kimi K2 checkpoints: routed experts packed INT4 in groups of 32 with
 bfloat16 scales, the router's correction bias float32, all else bfloat16. In memory, attention, shared experts, dense
-layers and the head may be quantized ("dense bits"; None: they are not quantized).
+layers and the head may be quantized while loading, as mx.quantize does it ("dense bits"; None: they are not quantized).
 """
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import msgspec
 
 from mlx_k2.config import ModelConfig
-from mlx_k2.weights.dense_matrices import DenseMatrix
 
 INT4_GROUP_SIZE = 32
 INT4_PER_WORD = 8
 BFLOAT16_BYTES = 2
+DENSE_GROUP_SIZES = (64, 32)
+"""The first size that divides a matrix's inputs is used; a matrix that none divides is not quantized."""
 
 _ITEM_BYTES = {"BF16": 2, "F32": 4, "I32": 4, "I64": 8}
 _ROUTED = ".mlp.experts."
 _WEIGHT_SHAPE = ".weight_shape"
 _WEIGHT_SCALE = ".weight_scale"
+
+
+class DenseMatrix(NamedTuple):
+    """The shape of a matrix that is multiplied with the values of each token."""
+
+    outputs: int
+    inputs: int
+
+    def held_bytes(self, compute_bytes: int, bits: int | None) -> int:
+        """Return the bytes in memory: ``bits`` per weight, and a scale and a bias for each group of inputs."""
+        num_weights = self.outputs * self.inputs
+        group = group_size(self.inputs)
+        if bits is None or group is None:
+            return num_weights * compute_bytes
+        return num_weights * bits // 8 + num_weights // group * 2 * compute_bytes
+
+
+def group_size(inputs: int) -> int | None:
+    """Return how many inputs of a dense matrix share a scale and a bias; None if they cannot be grouped."""
+    return next((size for size in DENSE_GROUP_SIZES if inputs % size == 0), None)
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -129,13 +151,6 @@ def layer_read_bytes_per_token(
 def embedding_read_bytes_per_token(config: ModelConfig, compute_bytes: int = BFLOAT16_BYTES) -> int:
     """Return the bytes of the embedding that one token reads: its row."""
     return held_bytes(embedding_specs(config), compute_bytes) // config.vocab_size
-
-
-def head_read_bytes_per_token(
-    config: ModelConfig, compute_bytes: int = BFLOAT16_BYTES, dense_bits: int | None = None
-) -> int:
-    """Return the bytes of the head that one token reads: all of them."""
-    return held_bytes(head_specs(config), compute_bytes, dense_bits)
 
 
 def _bf16(name: str, *shape: int) -> TensorSpec:

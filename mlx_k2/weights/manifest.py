@@ -28,10 +28,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class HubFile(NamedTuple):
-    """Size and SHA-256 of a file."""
+    """Size and SHA-256 of a file; None if the Hub lists no checksum, as for small files."""
 
     size: int
-    sha256: str
+    sha256: str | None
 
 
 class FileEntry(msgspec.Struct, frozen=True):
@@ -79,7 +79,8 @@ def write_manifest(folder: Path, files: Mapping[str, HubFile]) -> None:
     added = {
         name: FileEntry(file.size, file.sha256, sampled_digest(folder / name) if (folder / name).exists() else None)
         for name, file in files.items()
-        if name not in entries or entries[name].sha256 != file.sha256 or entries[name].blocks is None
+        if file.sha256 is not None
+        and (name not in entries or entries[name].sha256 != file.sha256 or entries[name].blocks is None)
     }
     if added.items() <= entries.items():
         return

@@ -29,6 +29,7 @@ from mlx_k2.weights.inventory import TensorSpec, embedding_specs, head_specs, la
 from mlx_k2.weights.safetensors_file import Header, open_regular
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_ALWAYS_CHECKED = ("norm.weight", "mlp.gate.weight", "e_score_correction_bias", "embed_tokens.weight")
 _READING_THREADS = 8
 _PIECE_BYTES = 32 * 2**20
 _F_NOCACHE = 48
@@ -42,11 +43,6 @@ class LoadedTensors(NamedTuple):
 
     tensors: dict[str, mx.array]
     tensor_names: tuple[str, ...]
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes that the tensors take in memory."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 class ShardReader:
@@ -112,7 +108,8 @@ class ShardReader:
 
     def _check_finite(self, tensors: Mapping[str, mx.array], prefix: str) -> None:
         """Refuse NaN and infinity in the tensors to check. Stacked experts are checked as they are stacked."""
-        totals = {name: mx.sum(array) for name, array in tensors.items() if self._check_all or _always_checked(name)}
+        checked = [name for name in tensors if self._check_all or name.endswith(_ALWAYS_CHECKED)]
+        totals = {name: mx.sum(tensors[name]) for name in checked}
         mx.eval(totals)
         for name, total in totals.items():
             if not is_finite(total):
@@ -231,7 +228,3 @@ def is_finite(total: mx.array) -> bool:
     value = total.item()
     assert isinstance(value, float), "a sum of floats"
     return math.isfinite(value)
-
-
-def _always_checked(name: str) -> bool:
-    return name.endswith(("norm.weight", "mlp.gate.weight", "e_score_correction_bias", "embed_tokens.weight"))

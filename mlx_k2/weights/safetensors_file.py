@@ -65,7 +65,11 @@ def open_regular(path: Path) -> BinaryIO:
     Raises:
         OSError: the file cannot be opened, is not a regular file, or is no file of a checkpoint by its first bytes.
     """
-    file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115 - the caller closes it
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK)
+
+    file = open(path, "rb", opener=opener)  # noqa: SIM115 - the caller closes it
     is_regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
     problem = _other_format(file.read(_PEEK_BYTES), path) if is_regular else "it is not a regular file"
     if problem is not None:
@@ -86,10 +90,6 @@ def _other_format(start: bytes, path: Path) -> str | None:
             f"it is a Git LFS pointer, because its repository was cloned without git-lfs: install it and run `{pull}`"
         )
     return next((what for beginning, what in _FOREIGN.items() if start.startswith(beginning)), None)
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_header(path: Path) -> Header:
@@ -120,7 +120,9 @@ def _read_raw_header(path: Path) -> tuple[bytes, int]:
         with open_regular(path) as file:
             prefix = file.read(8)
             header_bytes = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or header_bytes > MAX_HEADER_BYTES:
+            if len(prefix) < 8:
+                raise CheckpointError(f"{path} is truncated: it has {len(prefix)} bytes; fetch the file again")
+            if header_bytes > MAX_HEADER_BYTES:
                 raise CheckpointError(f"{path} is not a safetensors file: it does not begin with a header's length")
             raw = file.read(header_bytes)
             actual_bytes = file.seek(0, 2)

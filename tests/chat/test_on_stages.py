@@ -19,8 +19,8 @@ from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.engine import Engine, engine_on
 from mlx_k2.coordinator.handle import Token
 from mlx_k2.coordinator.reply_policy import ReplyLimits
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest
 from mlx_k2.deployment.deploy import deploy
-from mlx_k2.deployment.deployment_request import DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.sampling import Sampling
@@ -86,7 +86,7 @@ class Stages:
 @contextlib.contextmanager
 def two_stages(path_or_repo: str) -> Iterator[Stages]:
     source = ModelSource(path_or_repo=path_or_repo)
-    asked = DeploymentRequest(local_hostfile(2), source, None, None, None, lease_s=20.0, num_slots=2)
+    asked = DeploymentRequest(ClusterOptions(), local_hostfile(2), source, num_slots=2)
     model = describe_model(read_model_files(source).files, path_or_repo)
     computed = Computed()
     with deploy(asked, model, DeploymentListener()) as deployment:

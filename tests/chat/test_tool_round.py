@@ -76,7 +76,7 @@ def test_a_call_that_cannot_be_started_cancels_those_before_it(tools: ToolBox, f
                 raise RuntimeError("no further call can be started")
             return super().start(name, arguments)
 
-    box = OneCallOnly(tools._portal, tools.tools, tools._lines, tools._limits)
+    box = OneCallOnly(tools._portal, tools.tools, tools._limits)
     with pytest.raises(RuntimeError, match="no further call"):
         list(run_calls(hanging_calls(files), box, lambda call: True, lambda: False, max_calls=10))
     wait_for("cancelled", files[:1])

@@ -171,6 +171,7 @@ def test_no_color_and_a_dumb_terminal_give_plain_output(command_line: CommandLin
             pane.wait_for("exit code 0")
 
 
+@pytest.mark.slow
 @needs_tmux
 def test_a_third_ctrl_c_interrupts_an_answer_that_does_not_stop(command_line: CommandLine, tmp_path: Path) -> None:
     with scripted(command_line, tmp_path, "stuck") as pane:

@@ -40,6 +40,7 @@ def test_chat_answers_with_the_servers_model_and_finds_its_prompt_cached(user: C
     assert "kimi-k2-tiny · /help" in ran.stderr
 
 
+@pytest.mark.slow
 def test_bench_measures_the_servers_stages(user: CommandLine, server: Server) -> None:
     workload = ("--prompt-lengths", "20", "--streams", "1,2", "--generate", "10")
     ran = user.run("bench", *workload, *connect(server))

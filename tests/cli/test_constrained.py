@@ -55,6 +55,7 @@ def test_the_answer_is_json_of_the_schema_and_the_thinking_goes_to_stderr(
     assert done.stdout.count("\n") == 1 and " " not in done.stdout
 
 
+@pytest.mark.slow
 def test_several_answers_have_seeds_of_their_own_and_the_first_is_the_single_answer(
     command_line: CommandLine, tmp_path: Path
 ) -> None:
@@ -70,6 +71,7 @@ def test_several_answers_have_seeds_of_their_own_and_the_first_is_the_single_ans
     assert sum(answer["usage"]["cached_tokens"] > 0 for answer in answers) == 2, "the prompt is computed once"
 
 
+@pytest.mark.slow
 def test_a_line_of_prompts_has_values_and_a_form_of_its_own(command_line: CommandLine, tmp_path: Path) -> None:
     base = {"prompt": "Hello", "thinking_budget": 5, "max_tokens": 60, "seed": 4}
     lines = [
@@ -95,6 +97,7 @@ def test_a_line_of_prompts_has_values_and_a_form_of_its_own(command_line: Comman
         assert token["logprob"] is None or token["logprob"] <= token["top"][0]["logprob"] <= 0
 
 
+@pytest.mark.slow
 def test_with_tool_choice_none_no_marker_appears_over_many_prompts(command_line: CommandLine, tmp_path: Path) -> None:
     words = ("time", "date", "hour", "day", "year", "minute", "weekday", "second", "zone", "month")
     asks = [

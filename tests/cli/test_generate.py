@@ -103,6 +103,7 @@ def test_two_and_three_stages_give_the_same_answer(
     assert answer_of(lines) + "\n" == text_run.stdout
 
 
+@pytest.mark.slow
 def test_one_stage_with_a_prompt_from_stdin_gives_the_same_answer_and_verbose_shows_phases(
     command_line: CommandLine, text_run: subprocess.CompletedProcess[str]
 ) -> None:

@@ -104,6 +104,7 @@ def test_results_of_other_options_are_those_of_another_run(arguments: list[str],
     assert result_digests(options_of(*given, "--restarts", "off", "--verbose"), model, lines) == first
 
 
+@pytest.mark.slow
 def test_results_and_the_summary_of_json_have_the_same_fields_and_a_failed_line_is_exit_code_1(
     command_line: CommandLine, tmp_path: Path
 ) -> None:

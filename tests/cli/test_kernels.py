@@ -50,6 +50,7 @@ def test_without_a_gpu_the_command_reports_that_plain_mlx_runs(command_line: Com
     assert ran.stdout == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "darwin", reason="needs no Metal GPU: run on Linux")
 def test_without_a_gpu_the_report_has_no_chip_and_no_kernel(command_line: CommandLine) -> None:
     ran = command_line.run("kernels", "--check")

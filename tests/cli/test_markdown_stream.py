@@ -159,6 +159,7 @@ def most_calls(display: MarkdownDisplay, line: str, count: int) -> int:
     return most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "line"),
     [

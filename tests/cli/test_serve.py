@@ -79,6 +79,7 @@ def test_sigterm_lets_a_running_answer_end_and_then_exits_with_0(command_line: C
         assert not wait_until_gone(started, 5)
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(command_line: CommandLine, endless: Path) -> None:
     with serving(command_line, "--model", str(endless), "--drain", "600") as server:
         started = processes_below(server.process)
@@ -89,6 +90,7 @@ def test_a_second_signal_ends_at_once(command_line: CommandLine, endless: Path) 
         assert not wait_until_gone(started, 5)
 
 
+@pytest.mark.slow
 def test_an_answer_longer_than_the_drain_ends_with_an_error_event(command_line: CommandLine, endless: Path) -> None:
     with serving(command_line, "--model", str(endless), "--drain", "1") as server:
         connection = begin_answer(server, temperature=0)
@@ -96,6 +98,7 @@ def test_an_answer_longer_than_the_drain_ends_with_an_error_event(command_line: 
         assert b'"code":"unavailable"' in rest(connection)
 
 
+@pytest.mark.slow
 def test_a_whole_answer_longer_than_the_drain_is_a_503_in_the_api_s_shape(
     command_line: CommandLine, endless: Path
 ) -> None:
@@ -111,6 +114,7 @@ def test_a_whole_answer_longer_than_the_drain_is_a_503_in_the_api_s_shape(
         assert int(answer.headers["retry-after"]) > 0
 
 
+@pytest.mark.slow
 def test_a_server_whose_terminal_is_gone_restarts_its_stages_and_goes_on(
     command_line: CommandLine, endless: Path
 ) -> None:
@@ -132,6 +136,7 @@ def test_a_server_whose_terminal_is_gone_restarts_its_stages_and_goes_on(
         assert server.end() == 0
 
 
+@pytest.mark.slow
 def test_a_killed_stage_restarts_and_the_stream_goes_on(command_line: CommandLine, endless: Path) -> None:
     options = ("--model", str(endless), "--stages", "2", "--context", "400")
     with serving(command_line, *options) as server:
@@ -169,6 +174,7 @@ def rest_of_text(connection: socket.socket) -> str:
     return "".join(choice["delta"].get("content", "") for event in events for choice in event["choices"])
 
 
+@pytest.mark.slow
 def test_a_listener_for_the_status_does_not_delay_the_end(command_line: CommandLine, endless: Path) -> None:
     with serving(command_line, "--model", str(endless), "--drain", "600") as server, server.connect() as connection:
         connection.sendall(b"GET /v1/status/events HTTP/1.1\r\nHost: localhost\r\n\r\n")

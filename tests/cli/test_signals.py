@@ -116,6 +116,7 @@ def test_killing_the_command_leaves_no_process(start: Start) -> None:
     assert wait_until_gone(below, END_S) == []
 
 
+@pytest.mark.slow
 def test_the_command_names_the_stage_it_waits_for_and_a_second_ctrl_c_ends_the_wait(start: Start) -> None:
     process = start("--lease", "2")
     below = answering(process)

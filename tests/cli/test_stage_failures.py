@@ -127,6 +127,7 @@ def manifest_of(folder: Path) -> None:
     "differ; fetch the same revision on both",
     "differ; give the same --model and --revision for both",
 )
+@pytest.mark.slow
 def test_hosts_with_different_revisions_of_a_file_are_named_although_each_reads_other_files(
     failure: Failure, endless: Path, tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ def switching(endless: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return with_template(endless, tmp_path_factory.mktemp("switching"), source)
 
 
+@pytest.mark.slow
 def test_a_chat_runs_with_a_template_that_writes_nothing_before_the_users_words(
     endless: Path, tmp_path: Path, command_line: CommandLine
 ) -> None:
@@ -37,6 +38,7 @@ def test_a_chat_runs_with_a_template_that_writes_nothing_before_the_users_words(
     assert "error" not in run.stderr and "Traceback" not in run.stderr
 
 
+@pytest.mark.slow
 def test_thinking_is_turned_off_and_on_in_a_chat_and_a_loaded_chat_names_what_is_left_out(
     switching: str, tmp_path: Path, command_line: CommandLine
 ) -> None:
@@ -57,6 +59,7 @@ def test_thinking_is_turned_off_and_on_in_a_chat_and_a_loaded_chat_names_what_is
     assert run.stdout.strip() != ""  # without thinking, all sampled text is the answer
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts_selects_modes_by_line_refuses_images_and_names_what_is_left_out(
     switching: str, tmp_path: Path, command_line: CommandLine
 ) -> None:

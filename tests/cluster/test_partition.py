@@ -32,7 +32,6 @@ from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.inventory import (
     embedding_read_bytes_per_token,
     embedding_specs,
-    head_read_bytes_per_token,
     head_specs,
     held_bytes,
     layer_read_bytes_per_token,
@@ -68,7 +67,7 @@ def thinking_pieces(context_tokens: int = 0) -> ModelCosts:
     return ModelCosts(
         embedding=LayerCost(held_bytes(embedding_specs(THINKING)), embedding_read_bytes_per_token(THINKING)),
         layers=layers,
-        head=LayerCost(held_bytes(head_specs(THINKING)), head_read_bytes_per_token(THINKING)),
+        head=LayerCost(held_bytes(head_specs(THINKING)), held_bytes(head_specs(THINKING))),
     )
 
 

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import hypothesis
+import pytest
 
 from tests.coordinator.blocked_writer import OTHER, WRITTEN
 from tests.local_cluster import write_model
@@ -17,6 +18,7 @@ from tests.local_cluster import write_model
 SUSPENDED_S = 30.0 if hypothesis.settings.get_current_profile_name() == "long" else 1.0
 
 
+@pytest.mark.slow
 def test_a_suspended_terminal_delays_no_other_answer_and_gets_its_own_complete(tmp_path: Path) -> None:
     model = write_model(tmp_path / "tiny")
     shown = tmp_path / "shown"

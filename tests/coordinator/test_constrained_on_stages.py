@@ -112,6 +112,7 @@ def test_with_a_bias_for_tokens_that_end_values_replies_are_complete_and_valid(
             check(reply, constraint, valid)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schema", SOME.values(), ids=SOME)
 def test_without_a_bias_replies_are_valid_or_end_with_length_and_an_incomplete_call_is_none(
     schema: Any, cluster_of: ClusterOf, compiler: GrammarCompiler
@@ -129,6 +130,7 @@ def test_without_a_bias_replies_are_valid_or_end_with_length_and_an_incomplete_c
                     jsonschema.validate(json.loads(call.arguments), valid)
 
 
+@pytest.mark.slow
 def test_tokens_are_the_same_with_drafts_and_over_1_2_and_3_stages(
     cluster_of: ClusterOf, compiler: GrammarCompiler
 ) -> None:

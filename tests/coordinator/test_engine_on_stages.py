@@ -114,6 +114,7 @@ def alone(cluster_of: ClusterOf) -> dict[Request, list[int]]:
     return {asked: cluster_of(2).tokens(asked)[asked] for asked in POOL}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))
 def test_requests_of_two_threads_at_random_times_get_the_tokens_that_they_get_alone(
     cluster_of: ClusterOf, alone: dict[Request, list[int]], seed: int

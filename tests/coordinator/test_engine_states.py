@@ -235,4 +235,4 @@ class EngineStates(RuleBasedStateMachine):
 
 
 EngineStates.TestCase.settings = settings(stateful_step_count=30)
-TestEngineStates = pytest.mark.timeout(300)(EngineStates.TestCase)
+TestEngineStates = pytest.mark.slow(pytest.mark.timeout(300)(EngineStates.TestCase))

@@ -18,6 +18,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lie", [lie if lie in ("token", "nesting") else pytest.param(lie, marks=pytest.mark.slow) for lie in LIES]
 )
@@ -28,6 +29,7 @@ def test_a_lie_is_a_fault_that_names_the_stage_and_the_lie(model: Path, tmp_path
     assert re.match(r"stage 1 on this machine .*" + re.escape(LIES[lie]), str(caught.value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lie", START_LIES)
 def test_a_lie_during_the_start_is_named_at_once(model: Path, tmp_path: Path, lie: str) -> None:
     liar = msgspec.structs.replace(local_host(), python=lying_python(tmp_path / "liar", lie))

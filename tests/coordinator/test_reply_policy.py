@@ -51,6 +51,7 @@ def test_the_joined_text_deltas_equal_all_tokens_decoded_at_once(cluster: Cluste
     assert len(deltas) == 40
 
 
+@pytest.mark.slow
 def test_an_answer_that_ends_inside_a_character_ends_with_a_replacement_character(
     cluster: Cluster, tokenizer: Tokenizer
 ) -> None:

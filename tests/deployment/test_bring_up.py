@@ -70,6 +70,6 @@ def test_a_stage_that_sends_nothing_in_time_is_named_with_the_pending_action(tmp
         collected = [group.receive(20), group.receive(20)]
         assert None not in collected
         with pytest.raises(
-            StageSilent, match=r"no word for 0 s from stage 1 on this machine .starting for . s., which was to"
+            StageSilent, match=r"no message for 0 s from stage 1 on this machine .starting for . s., which was to"
         ):
             collect(group, Hello, [1], 0.2, "start")

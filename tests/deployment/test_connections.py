@@ -11,8 +11,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from mlx_k2.cluster.hostfile import Backend, Host, Hostfile
-from mlx_k2.deployment.bring_up import CONNECT_S, check_connections, collect, connect
-from mlx_k2.deployment.deploy import links, prepare
+from mlx_k2.deployment.bring_up import CONNECT_S, check_connections, collect, connect, links, prepare
 from mlx_k2.errors import StageFault, StageStartError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.stage_location import StageLocation
@@ -33,7 +32,7 @@ def prepared_group(ips: tuple[str, ...] = ("127.0.0.1",)) -> Iterator[tuple[Stag
     with StageGroup([StageLocation()] * 2, 20.0, lambda _: None) as group:
         collect(group, Hello, range(2), 60.0, "start")
         answers = prepare(group, hostfile, [ModelSource(path_or_repo=BUILTIN)] * 2)
-        found = links(hostfile, [answer.addresses for answer in answers])
+        found = links(hostfile, answers)
         assert isinstance(found, RingLinks)
         yield group, found
 

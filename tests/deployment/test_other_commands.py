@@ -46,8 +46,8 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
 def running(
     model: Path, num_stages: int, num_slots: int, context_tokens: int, address: str | None = None
 ) -> Iterator[Deployment]:
-    request = local_request(model, [local_host()] * num_stages)
-    shaped = replace(request, num_slots=num_slots, context_tokens=context_tokens, address=address)
+    request = local_request(model, [local_host()] * num_stages).with_options(context_tokens=context_tokens)
+    shaped = replace(request, num_slots=num_slots, address=address)
     with deploy(shaped, None, DeploymentListener()) as deployment:
         yield deployment
 
@@ -58,6 +58,7 @@ def generate(user: CommandLine, model: Path, context_tokens: int) -> tuple[int, 
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 def test_another_command_that_holds_1_gb_is_named_with_its_stages_on_the_host(user: CommandLine, model: Path) -> None:
     with running(model, num_stages=2, num_slots=3, context_tokens=LONG_CONTEXT):
         exit_code, stderr = generate(user, model, 100)
@@ -67,6 +68,7 @@ def test_another_command_that_holds_1_gb_is_named_with_its_stages_on_the_host(us
     assert len(re.findall(line, stderr)) == 1, stderr
 
 
+@pytest.mark.slow
 def test_a_server_is_named_with_the_address_for_connect(user: CommandLine, model: Path) -> None:
     with running(model, 1, num_slots=3, context_tokens=LONG_CONTEXT, address="http://127.0.0.1:8080"):
         exit_code, stderr = generate(user, model, 100)

@@ -8,6 +8,7 @@ import pytest
 
 from mlx_k2.cluster.hostfile import Backend, Host, Hostfile, local_hostfile
 from mlx_k2.config import ModelConfig
+from mlx_k2.deployment.cluster_options import ClusterOptions
 from mlx_k2.deployment.plan import (
     HostMemory,
     RunShape,
@@ -134,13 +135,14 @@ def test_in_float32_dense_weights_double_and_int4_experts_hold_scales_and_biases
 def test_the_default_dtype_is_bfloat16_on_a_gpu_and_float32_on_a_cpu(
     dtype: str | None, on_gpu: bool, chosen: tuple[str, int]
 ) -> None:
-    shape = choose_shape(SMALLER.config, dtype, None, 1, on_gpu)
+    shape = choose_shape(SMALLER.config, ClusterOptions(dtype=dtype), 1, on_gpu)
     assert (shape.dtype, shape.chunk_tokens) == chosen
     assert shape.on_gpu is on_gpu
 
 
+@pytest.mark.slow
 def test_spare_memory_of_a_gpu_enlarges_the_blocks_of_attention_within_what_is_planned() -> None:
-    shape = choose_shape(THINKING.config, None, 131072, 1, True)
+    shape = choose_shape(THINKING.config, ClusterOptions(context_tokens=131072), 1, True)
     sizes = {}
     for gb in (328, 330, 460):
         memory = HostMemory(working_set_bytes=gb * GB, ram_bytes=512 * GB)
@@ -151,12 +153,13 @@ def test_spare_memory_of_a_gpu_enlarges_the_blocks_of_attention_within_what_is_p
 
 
 def test_the_context_defaults_to_32768_tokens_and_cannot_exceed_the_models() -> None:
-    assert choose_shape(SMALLER.config, None, None, 1, True).context_tokens == 32768
-    assert choose_shape(SMALLER.config, None, 262144, 1, True).context_tokens == 262144
+    assert choose_shape(SMALLER.config, ClusterOptions(), 1, True).context_tokens == 32768
+    assert choose_shape(SMALLER.config, ClusterOptions(context_tokens=262144), 1, True).context_tokens == 262144
     with pytest.raises(RequestError, match="--context 262145 is more than the 262144 positions"):
-        choose_shape(SMALLER.config, None, 262145, 1, True)
+        choose_shape(SMALLER.config, ClusterOptions(context_tokens=262145), 1, True)
 
 
+@pytest.mark.slow
 def test_dense_bits_reduce_held_and_read_bytes_but_not_working_bytes() -> None:
     as_shipped, eight, four = (
         plan_stages(THINKING, studios(1), [UNKNOWN], None, RunShape("bfloat16", 2048, 1, 2048, bits))[0]

@@ -5,7 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -49,7 +49,7 @@ def restarting(
     model: Path, folder: Path, num_stages: int, limit: int | None = 5, listener: DeploymentListener | None = None
 ) -> Iterator[Run]:
     hosts = [marked_host(folder, rank, sys.executable) for rank in range(num_stages)]
-    asked = replace(local_request(model, hosts), stall_timeout_s=1.5)
+    asked = local_request(model, hosts).with_options(stall_timeout_s=1.5)
     description = describe_model(read_model_files(asked.source).files, str(model))
     restarts: list[Restart] = []
 
@@ -155,6 +155,7 @@ class Failing(DeploymentListener):
             raise self.errors.pop(0)
 
 
+@pytest.mark.slow
 def test_without_a_limit_any_error_of_a_restart_is_tried_again(
     model: Path, tmp_path: Path, undisturbed: Tokens
 ) -> None:

@@ -23,7 +23,7 @@ from mlx_k2.doctor.checks import (
     check_sleep,
     check_versions,
 )
-from mlx_k2.launch.install_commands import WHEEL
+from mlx_k2.launch.ssh import WHEEL
 from mlx_k2.protocol.messages import Hello
 from tests.advice import follows_advice
 from tests.cluster.test_mac_settings import BRIDGE, DEVICES, NO_DEVICES, PMSET

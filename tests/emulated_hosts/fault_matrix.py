@@ -51,9 +51,7 @@ def killed_in(phase: str) -> str:
 
 RESTARTED, UNNOTICED, ENDED = Outcome.RESTARTED, Outcome.UNNOTICED, Outcome.ENDED
 LOST = r"the ssh connection was lost \(cable, power, sleep, its sshd\), or its guard was killed"
-AWAY = (
-    rf"stage 1 on host-1 \(.*\) (cannot be heard: its host is off|ended: {LOST})|stage 1 on host-1 has not been heard"
-)
+AWAY = rf"stage 1 on host-1 \(.*\) (does not answer: its host is off|ended: {LOST})|stage 1 on host-1 has not answered"
 HOP = (
     rf"stage 1 on host-1 {STANDS} does not get what stage 0 on host-0 {STANDS} has sent: the hop|"
     rf"stage 2 on host-2 {STANDS} does not get what stage 1 on host-1 {STANDS} has sent: the hop"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlx_k2.launch.install_commands import WHEEL
+from mlx_k2.launch.ssh import WHEEL
 from tests.emulated_hosts.hosts import EmulatedHosts
 from tests.emulated_hosts.test_generate import MLX_K2
 from tests.local_cluster import write_model

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_k2.errors import StageStartError
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.launch.install_commands import install_commands
+from mlx_k2.launch.ssh import install_commands
 from mlx_k2.launch.stage_events import StageEnded, StageMessage
 from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.protocol.messages import Connected, Step, StepDone
@@ -75,7 +75,7 @@ def test_a_pulled_cable_ends_that_stage_alone(hosts: EmulatedHosts, tmp_path: Pa
         end = group.receive(EVENT_S)
         assert isinstance(end, StageEnded) and end.rank == 1
         assert str(end.as_error()).startswith(
-            "stage 1 on host-1 (last heard starting) ended: the ssh connection was lost"
+            "stage 1 on host-1 (last status: starting) ended: the ssh connection was lost"
         )
         group.send(2, Step(1, ()))
         assert group.receive(EVENT_S) == StageMessage(2, StepDone(number=1, busy_s=0.0, receive_s=0.0))

@@ -15,7 +15,7 @@ import msgspec
 
 from mlx_k2.cluster.hostfile import read_hostfile
 from mlx_k2.coordinator.engine import engine_on
-from mlx_k2.deployment.deployment_request import DeploymentRequest
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.deployment.stage_report import StageReport
@@ -77,13 +77,9 @@ def report_restart(restart: Restart, phase: str) -> None:
 def main(options: Options) -> int:
     source = ModelSource(path_or_repo=options.model)
     asked = DeploymentRequest(
+        ClusterOptions(context_tokens=CONTEXT_TOKENS, lease_s=options.lease_s, stall_timeout_s=options.stall_timeout_s),
         read_hostfile(Path(options.hostfile)),
         source,
-        None,
-        CONTEXT_TOKENS,
-        None,
-        options.lease_s,
-        options.stall_timeout_s,
         num_slots=len(STREAMS),
     )
     model = describe_model(read_model_files(source).files, options.model)

@@ -6,8 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_k2.kernels import batched_decode, decode, prefill, router
+from mlx_k2.kernels import decode, prefill, router
 from mlx_k2.kernels.dispatch import Dispatch, cuda_body, metal_texts, read_metal, run
+from mlx_k2.kernels.reference import RouterRule
 from mlx_k2.kernels.stack import ExpertStack
 from tests.metal_cpu.float64 import Case, random_case
 
@@ -64,14 +65,14 @@ def test_down_refuses_hidden_rows_of_another_token_count(case: Case) -> None:
 
 
 def test_the_batch_kernel_accepts_at_most_16_tokens() -> None:
-    assert [batched_decode.capacity(n) for n in (1, 2, 3, 4, 5, 8, 9, 16)] == [2, 2, 4, 4, 8, 8, 16, 16]
+    assert [decode.capacity(n) for n in (1, 2, 3, 4, 5, 8, 9, 16)] == [2, 2, 4, 4, 8, 8, 16, 16]
     with pytest.raises(AssertionError, match="17 tokens"):
-        batched_decode.capacity(17)
+        decode.capacity(17)
 
 
 def test_the_router_refuses_more_experts_than_there_are() -> None:
     with pytest.raises(AssertionError, match="9 of 8 experts"):
-        router.select(mx.zeros((1, 8)), mx.zeros(8), top_k=9, normalize=True, scaling_factor=1.0)
+        router.select(mx.zeros((1, 8)), mx.zeros(8), RouterRule(9, normalize=True, scaling_factor=1.0))
 
 
 @pytest.mark.parametrize("num_experts", [1, 5, 40])

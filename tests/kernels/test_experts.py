@@ -56,7 +56,7 @@ def test_stored_kernel_checks_are_loaded_again(tmp_path: Path) -> None:
         {PREFILL: 1},
     )
     assert check_cache.load(path) is None
-    check_cache.store(path, cached, "Apple M9")
+    check_cache.store(path, cached)
     assert check_cache.load(path) == cached
 
 
@@ -86,7 +86,7 @@ def test_an_unreadable_cache_file_loads_as_none(tmp_path: Path, content: str) ->
 
 def test_storing_checks_in_an_unwritable_directory_raises_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    check_cache.store(tmp_path / "file" / "checks.json", check_cache.CachedChecks([], None), "Apple M9")
+    check_cache.store(tmp_path / "file" / "checks.json", check_cache.CachedChecks([], None))
 
 
 class Machine:

@@ -7,8 +7,9 @@ import pytest
 from mlx_lm.models.deepseek_v3 import group_expert_select
 
 from mlx_k2.kernels import reference
-from mlx_k2.kernels.experts import ExpertStack, route, routed_experts
-from mlx_k2.kernels.stack import make_affine
+from mlx_k2.kernels.experts import route, routed_experts
+from mlx_k2.kernels.reference import RouterRule
+from mlx_k2.kernels.stack import ExpertStack, make_affine
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -104,7 +105,7 @@ def test_a_tokens_route_is_bit_identical_in_any_batch(experts: int, compiled: bo
     hidden = mx.array(rng.standard_normal((70, 96), dtype=np.float32))
 
     def choose(hidden: mx.array) -> tuple[mx.array, mx.array]:
-        return route(hidden, weight, bias, top_k=4, num_groups=1, top_groups=1, normalize=True, scaling_factor=2.827)
+        return route(hidden, weight, bias, RouterRule(4, normalize=True, scaling_factor=2.827))
 
     compute = mx.compile(choose) if compiled else choose
     ids, weights = compute(hidden)
@@ -127,11 +128,7 @@ def test_route_equals_mlx_lm(num_groups: int, top_groups: int, normalize: bool) 
         hidden,
         weight,
         bias,
-        top_k=6,
-        num_groups=num_groups,
-        top_groups=top_groups,
-        normalize=normalize,
-        scaling_factor=2.5,
+        RouterRule(6, normalize, 2.5, num_groups, top_groups),
     )
     their_groups = (num_groups, top_groups) if top_groups < num_groups else (1, 1)
     their_ids, their_weights = group_expert_select(hidden @ weight.T, bias, 6, *their_groups, 2.5, normalize)
@@ -150,9 +147,7 @@ def test_route_equals_mlx_lm(num_groups: int, top_groups: int, normalize: bool) 
 
 def test_experts_are_ordered_by_score_with_ties_by_id() -> None:
     logits = mx.array([[0.0, 2.0, 2.0, -1.0, 2.0, 5.0]])
-    ids, _ = reference.select_experts(
-        logits, mx.zeros(6), top_k=4, num_groups=1, top_groups=1, normalize=True, scaling_factor=1.0
-    )
+    ids, _ = reference.select_experts(logits, mx.zeros(6), RouterRule(4, normalize=True, scaling_factor=1.0))
     assert ids.tolist() == [[5, 1, 2, 4]]
 
 
@@ -160,11 +155,7 @@ def test_the_correction_bias_affects_selection_but_not_weights() -> None:
     ids, weights = reference.select_experts(
         mx.array([[0.0, 3.0, -3.0]]),
         mx.array([0.0, 0.0, 10.0]),
-        top_k=1,
-        num_groups=1,
-        top_groups=1,
-        normalize=True,
-        scaling_factor=1.0,
+        RouterRule(1, normalize=True, scaling_factor=1.0),
     )
     assert ids.tolist() == [[2]]
     assert weights.item() == pytest.approx(1 / (1 + np.exp(3.0)), rel=1e-6)

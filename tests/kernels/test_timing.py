@@ -31,18 +31,18 @@ def test_the_bandwidth_of_a_plain_read_is_measured() -> None:
 def test_without_a_gpu_the_kernel_table_is_empty() -> None:
     if mx.default_device().type == mx.DeviceType.gpu:
         return
-    assert timing.kernel_table(SHAPE, DEFAULT) == []
+    assert timing.kernel_lines(SHAPE, random_stack(SHAPE, SHAPE.num_experts), DEFAULT) == []
 
 
 def test_an_unusable_kernel_is_not_timed_but_the_reference_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", tmp_path)
     unusable = KernelCheck(DECODE, False, 0.5, "off by 5e-01 of the largest output, more than 1e-05")
     path = check_cache.cache_path(tmp_path, SHAPE, experts.chip())
-    check_cache.store(path, check_cache.CachedChecks([unusable], None), experts.chip())
-    (row,) = timing.kernel_table(SHAPE, DEFAULT)
-    assert (row.check, row.token_range) == (unusable, DECODE)
-    assert row.kernel is None
-    assert row.reference.seconds > 0
+    check_cache.store(path, check_cache.CachedChecks([unusable], None))
+    (line,) = timing.kernel_lines(SHAPE, random_stack(SHAPE, SHAPE.num_experts), DEFAULT)
+    assert (line.kernel, line.usable, line.reason, line.tokens) == (DECODE, False, unusable.reason, 1)
+    assert line.gb_per_s is None
+    assert line.plain_mlx_gb_per_s is not None and line.plain_mlx_gb_per_s > 0
 
 
 def test_the_fastest_tuning_is_found_and_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +58,9 @@ def test_the_fastest_tuning_is_found_and_cached(tmp_path: Path, monkeypatch: pyt
         return Timing(1.0 if (tuning.gate_up_rows, tuning.down_rows) == (8, 2) else 2.0 - tuning.gate_up_rows / 100, 1)
 
     monkeypatch.setattr(experts, "layer_of", kernel)
-    monkeypatch.setattr(timing, "_agrees", lambda _shape, tuning: tuning.batch_rows != 1)
+    monkeypatch.setattr(
+        timing, "check_kernel", lambda name, _shape, tuning: KernelCheck(name, tuning.batch_rows != 1, 0.0, "")
+    )
     monkeypatch.setattr(timing, "time_layer", time_alike)
     best = timing.best_tuning(SHAPE, DEFAULT)
     assert (best.gate_up_rows, best.down_rows) == (8, 2)

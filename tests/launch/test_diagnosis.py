@@ -3,7 +3,7 @@ import signal
 import pytest
 
 from mlx_k2.launch.diagnosis import explain_lost_connection, explain_start_failure
-from mlx_k2.launch.install_commands import WHEEL
+from mlx_k2.launch.ssh import WHEEL
 from mlx_k2.launch.stage_location import StageLocation
 
 LOCATION = StageLocation(ssh="mac-2", python="/opt/k2/bin/python")
@@ -76,4 +76,4 @@ def test_any_other_start_failure_quotes_the_last_line() -> None:
 def test_a_lost_connection_names_ssh_or_the_guard_as_the_cause() -> None:
     assert "ssh connection was lost" in explain_lost_connection(LOCATION, 255)
     assert explain_lost_connection(StageLocation(), -signal.SIGKILL) == "its guard was ended by signal 9"
-    assert explain_lost_connection(StageLocation(), None) == "the connection ended without a word from its guard"
+    assert explain_lost_connection(StageLocation(), None) == "the connection ended without its guard's last frame"

@@ -91,7 +91,7 @@ def test_only_the_stage_of_a_suspended_guard_is_named(make_group: MakeGroup) -> 
         guard.suspend()
         reported = trouble(monitor)
         guard.resume()
-    assert re.match(r"stage 1 on this machine \(.*\) cannot be heard: its host is off, asleep or unreachable", reported)
+    assert re.match(r"stage 1 on this machine \(.*\) does not answer: its host is off, asleep or unreachable", reported)
     assert "stage 0" not in reported
 
 

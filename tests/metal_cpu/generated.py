@@ -13,7 +13,7 @@ from mlx_k2.kernels.dispatch import Dispatch, metal_kernel
 
 def generated_source(dispatch: Dispatch) -> str:
     """Return MLX's own text. A Metal kernel may be called while a function is exported, and `verbose` prints it."""
-    call = metal_kernel(dispatch.text).call
+    call = metal_kernel(dispatch.text)
 
     def traced(*inputs: mx.array) -> tuple[mx.array, ...]:
         outputs = call(

@@ -7,7 +7,7 @@ unrolled, an array that moved to memory, or a load that was split.
 import mlx.core as mx
 import pytest
 
-from mlx_k2.kernels import batched_decode, decode
+from mlx_k2.kernels import decode
 from mlx_k2.kernels.dispatch import Dispatch
 from mlx_k2.kernels.stack import ExpertStack
 from tests.metal_cpu.nvrtc import compile_cuda, cuda_source
@@ -34,8 +34,8 @@ def k2_dispatches(tokens: int, rows: int) -> dict[str, Dispatch]:
             "down": decode.down(hidden, ids, weights, stack, rows_per_simdgroup=rows),
         }
     return {
-        "gate_up": batched_decode.gate_up(x, ids, stack, rows_per_simdgroup=rows, simdgroups=2),
-        "down": batched_decode.down(hidden, ids, weights, stack, rows_per_simdgroup=rows, simdgroups=8),
+        "gate_up": decode.gate_up(x, ids, stack, rows_per_simdgroup=rows, simdgroups=2, is_batch=True),
+        "down": decode.down(hidden, ids, weights, stack, rows_per_simdgroup=rows, batch_simdgroups=8),
     }
 
 
@@ -54,6 +54,7 @@ def test_decode_kernels_unroll_and_load_16_bytes_at_a_time(half: str, projection
     assert cost.fmas <= 1.1 * weights + 40, "one multiply-add a weight"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "rows"), [(2, 2), (4, 2), (8, 2), (16, 1)])
 @pytest.mark.parametrize("half", ["gate_up", "down"])
 def test_batch_kernels_convert_a_weight_once_for_all_tokens(half: str, tokens: int, rows: int) -> None:

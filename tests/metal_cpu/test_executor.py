@@ -38,7 +38,7 @@ def run_body(body: str, mode: Mode = Mode.FAST, schedule: Schedule = FORWARD) ->
     return np.array(execute(dispatch, mode=mode, schedule=schedule).outputs[0])
 
 
-@pytest.mark.parametrize("mode", [Mode.FAST, Mode.ADDRESSES, Mode.RACES])
+@pytest.mark.parametrize("mode", [Mode.FAST, Mode.ADDRESSES, pytest.param(Mode.RACES, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("schedule", [FORWARD, BACKWARD, SHUFFLED])
 def test_a_correct_kernel_passes(mode: Mode, schedule: Schedule) -> None:
     np.testing.assert_array_equal(run_body(REVERSE, mode, schedule), np.arange(64)[::-1])
@@ -120,6 +120,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MISTAKES)
 def test_the_executor_reports_each_kind_of_mistake(name: str) -> None:
     mistake = MISTAKES[name]

@@ -42,6 +42,7 @@ def test_kernels_are_correct_with_inputs_in_constant_memory(variant: Variant, to
     assert_right(case, measure(case, variant))
 
 
+@pytest.mark.slow
 @every_variant
 @pytest.mark.parametrize(("hidden", "intermediate"), [pytest.param(32, 32, marks=pytest.mark.slow), (1056, 160)])
 def test_kernels_are_correct_for_odd_sizes(variant: Variant, hidden: int, intermediate: int) -> None:
@@ -63,6 +64,7 @@ def constant_codes(word: int) -> float64.Codes:
     return codes
 
 
+@pytest.mark.slow
 @every_variant
 @pytest.mark.parametrize("word", [0x00000000, 0xFFFFFFFF], ids=["all -8", "all +7"])
 def test_kernels_are_correct_for_extreme_codes(variant: Variant, word: int) -> None:
@@ -104,6 +106,7 @@ def test_prefill_is_correct_with_uneven_token_counts_per_expert(experts: int) ->
     assert_right(case, measure(case, Variant.PREFILL))
 
 
+@pytest.mark.slow
 @few_tokens
 @pytest.mark.parametrize(("rows", "simdgroups"), [(1, 1), (2, 4), (8, 4)])
 def test_kernels_are_correct_with_every_tuning(variant: Variant, rows: int, simdgroups: int) -> None:

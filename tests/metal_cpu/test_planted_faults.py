@@ -170,6 +170,7 @@ FAULTS_IN_ORDER = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS_IN_ORDER)
 def test_a_planted_fault_is_detected(name: str) -> None:
     try:

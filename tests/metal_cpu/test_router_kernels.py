@@ -8,6 +8,7 @@ import pytest
 
 from mlx_k2.kernels import reference, router, variants
 from mlx_k2.kernels.dispatch import Dispatch
+from mlx_k2.kernels.reference import RouterRule
 from tests.metal_cpu import float64
 from tests.metal_cpu.execute import execute
 from tests.metal_cpu.layers import unchanged
@@ -40,12 +41,11 @@ def route_errors(
         computed.extend(outputs)
         return outputs
 
-    variants.route(hidden, weight, bias, top_k=top_k, normalize=True, scaling_factor=2.827, perform=perform)
+    rule = RouterRule(top_k, normalize=True, scaling_factor=2.827)
+    variants.route(hidden, weight, bias, rule, perform)
     logits, ids, weights = computed
     exact = float64.float64(hidden) @ float64.float64(weight).T
-    expected_ids, expected_weights = reference.select_experts(
-        logits, bias, top_k=top_k, num_groups=1, top_groups=1, normalize=True, scaling_factor=2.827
-    )
+    expected_ids, expected_weights = reference.select_experts(logits, bias, rule)
     if not mx.array_equal(ids, expected_ids).item():
         return float("inf")
     return max(
@@ -77,7 +77,7 @@ def test_the_router_kernel_is_correct_in_float32() -> None:
 
 
 def select(logits: mx.array, *, top_k: int, normalize: bool = True) -> tuple[mx.array, mx.array]:
-    dispatch = router.select(logits, mx.zeros(logits.shape[1]), top_k=top_k, normalize=normalize, scaling_factor=1.0)
+    dispatch = router.select(logits, mx.zeros(logits.shape[1]), RouterRule(top_k, normalize, 1.0))
     ids, weights = execute(dispatch).outputs
     return ids, weights
 
@@ -92,9 +92,7 @@ def test_equal_scores_across_lanes_select_the_lower_id() -> None:
 def test_saturated_scores_tie_like_the_reference() -> None:
     logits = mx.array([[40.0, 90.0, 30.0, -90.0, -200.0, 60.0]])
     ids, weights = select(logits, top_k=5)
-    expected_ids, expected = reference.select_experts(
-        logits, mx.zeros(6), top_k=5, num_groups=1, top_groups=1, normalize=True, scaling_factor=1.0
-    )
+    expected_ids, expected = reference.select_experts(logits, mx.zeros(6), RouterRule(5, True, 1.0))
     assert ids.tolist() == expected_ids.tolist()
     np.testing.assert_allclose(np.array(weights), np.array(expected), rtol=1e-6)
 

@@ -7,6 +7,7 @@ import pytest
 
 from mlx_k2.kernels import variants
 from mlx_k2.kernels.dispatch import Dispatch, KernelText
+from mlx_k2.kernels.reference import RouterRule
 from mlx_k2.kernels.tuning import DEFAULT
 from tests.metal_cpu.float64 import random_case
 from tests.metal_cpu.generated import generated_source
@@ -27,7 +28,7 @@ def sources(*, tokens: int, top_k: int, experts: int, dtype: mx.Dtype) -> dict[s
     for compute in (variants.decode_experts, variants.batch_experts, variants.prefill_experts):
         compute(case.x, case.expert_ids, case.expert_weights, case.stack, DEFAULT, perform)
     weight, bias = mx.zeros((experts, 64), dtype), mx.zeros(experts)
-    variants.route(case.x, weight, bias, top_k=top_k, normalize=True, scaling_factor=2.0, perform=perform)
+    variants.route(case.x, weight, bias, RouterRule(top_k, normalize=True, scaling_factor=2.0), perform)
     return found
 
 

@@ -14,6 +14,7 @@ from tests.model.test_against_mlx_lm import NUM_GENERATED, PROMPT, TOLERANCE, Op
 pytestmark = pytest.mark.timeout(120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "dense_bits"), [*((variant, 8) for variant in VARIANTS), ("thinking", 4)])
 def test_logits_and_greedy_tokens_equal_mlx_lms_with_the_same_quantized_weights(
     checkpoint: Checkpoint, variant: str, dense_bits: int

@@ -32,7 +32,7 @@ def generated_logits(checkpoint: Checkpoint, variant: str) -> mx.array:
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3])
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 64, None])
+@pytest.mark.parametrize("chunk_tokens", [pytest.param(1, marks=pytest.mark.slow), 7, 64, None])
 def test_prompt_logits_are_bit_identical_for_any_chunks_and_stages(
     checkpoint: Checkpoint, variant: str, prompt_logits: mx.array, num_stages: int, chunk_tokens: int | None
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.kernels.experts import route
+from mlx_k2.kernels.reference import RouterRule
 from mlx_k2.kernels.stack import AffineStack
 from mlx_k2.model import decoder_layer
 from mlx_k2.model.batch import Batch, Span
@@ -111,19 +112,17 @@ class RecordedRouter:
         self.chosen: list[mx.array] = []
         self._replayed = 0
 
-    def record(self, hidden: mx.array, router: mx.array, bias: mx.array, **rule: object) -> tuple[mx.array, mx.array]:
-        expert_ids, weights = route(hidden, router, bias, **rule)  # type: ignore[arg-type]  # passed on unchanged
+    def record(self, hidden: mx.array, router: mx.array, bias: mx.array, rule: RouterRule) -> tuple[mx.array, mx.array]:
+        expert_ids, weights = route(hidden, router, bias, rule)
         self.chosen.append(expert_ids)
         return expert_ids, weights
 
-    def replay(
-        self, hidden: mx.array, router: mx.array, bias: mx.array, *, scaling_factor: float, **_rule: object
-    ) -> tuple[mx.array, mx.array]:
+    def replay(self, hidden: mx.array, router: mx.array, bias: mx.array, rule: RouterRule) -> tuple[mx.array, mx.array]:
         """Return the recorded experts, with weights from these hidden states."""
         expert_ids = self.chosen[self._replayed]
         self._replayed += 1
         scores = mx.take_along_axis(mx.sigmoid(hidden @ router.T), expert_ids, axis=-1)
-        return expert_ids, scores / scores.sum(axis=-1, keepdims=True) * scaling_factor
+        return expert_ids, scores / scores.sum(axis=-1, keepdims=True) * rule.scaling_factor
 
 
 @pytest.mark.parametrize("variant", ["thinking", "direct query, groups"])

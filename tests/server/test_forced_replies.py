@@ -20,6 +20,7 @@ def test_the_client_accumulates_the_body_of_every_kind_of_reply(name: str) -> No
             assert body["calls"] == list(zip(ids, ("f", "mcp__a-b.c"), arguments, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 3, 20, 40])
 def test_a_restart_in_the_middle_of_a_reply_changes_nothing(at: int) -> None:
     with forcing(REPLIES["calls"][0]) as (server, client, stages), stepping(server):

@@ -305,6 +305,7 @@ def test_vllm_46875_with_tool_choice_none_no_tool_is_declared_and_no_call_can_be
     assert {name: mask.allows(special[name]) for name in banned} == banned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REPLIES)
 def test_vllm_38579_draft_tokens_that_cross_markers_change_nothing(name: str) -> None:
     """The reply is repeated, so that the drafter proposes its markers."""
@@ -351,6 +352,7 @@ def test_dynamo_188_reasoning_may_be_opened_by_the_prompt_or_by_the_model() -> N
     assert by_model["reasoning"] == "a"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REPLIES)
 def test_openrouter_420_the_finish_reason_is_sent_exactly_once(name: str) -> None:
     with forcing(REPLIES[name][0]) as (server, _, _), stepping(server):
@@ -360,6 +362,7 @@ def test_openrouter_420_the_finish_reason_is_sent_exactly_once(name: str) -> Non
     assert set(reasons[:-1]) == {None}
 
 
+@pytest.mark.slow
 def test_cheshire_cat_1118_a_text_of_8_mb_ends_nothing(answering: SteppedServer) -> None:
     """One run of one character, and one of spaces: both are hard for a tokenizer. /health answers meanwhile."""
     for text in ("a" * (8 << 20), " " * (8 << 20)):

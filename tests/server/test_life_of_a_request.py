@@ -64,6 +64,7 @@ STREAMED = pytest.mark.parametrize("stream", [True, False])
 AFTER = pytest.mark.parametrize("after", [None, b"", b"\r\n", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
 
 
+@pytest.mark.slow
 @STREAMED
 @AFTER
 def test_a_hang_up_in_the_queue_ends_the_request(stream: bool, after: bytes | None) -> None:
@@ -78,6 +79,7 @@ def test_a_hang_up_in_the_queue_ends_the_request(stream: bool, after: bytes | No
         wait_until(lambda: server.num_used == 0, "the first request is gone")
 
 
+@pytest.mark.slow
 @STREAMED
 @AFTER
 def test_a_hang_up_in_prefill_stops_the_prompt(stream: bool, after: bytes | None) -> None:
@@ -90,6 +92,7 @@ def test_a_hang_up_in_prefill_stops_the_prompt(stream: bool, after: bytes | None
         assert sum(len(row.token_ids) for step in server.tokens.plans for row in step.rows) < 100
 
 
+@pytest.mark.slow
 @STREAMED
 @AFTER
 def test_a_hang_up_in_decode_ends_the_answer(stream: bool, after: bytes | None) -> None:

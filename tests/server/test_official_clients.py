@@ -72,6 +72,7 @@ def test_old_and_new_client_accumulate_the_body_in_every_way(old_client: Path, n
     assert first["finish_reason"] == finish_reason
 
 
+@pytest.mark.slow
 def test_old_and_new_client_raise_the_error_in_the_middle(old_client: Path) -> None:
     """The stages fail for good at token 20: two clients, one request each, and then none is served."""
     for path in (old_client, None):
@@ -82,6 +83,7 @@ def test_old_and_new_client_raise_the_error_in_the_middle(old_client: Path) -> N
         assert found == [{"error": "unavailable"}] * 4
 
 
+@pytest.mark.slow
 def test_old_and_new_client_see_nothing_of_a_restart_in_the_middle(old_client: Path) -> None:
     for path in (old_client, None):
         with forcing(REPLIES["calls"][0]) as (server, _, stages), stepping(server):

@@ -85,6 +85,7 @@ def test_a_tensor_that_is_always_checked_is_refused_by_file_and_name(
 @follows_advice(
     "a: run with --check-weights, or `mlx-k2 doctor --deep` with the same --hostfile and --model",
 )
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [NAN, INFINITY], ids=["NaN", "infinity"])
 @pytest.mark.parametrize("name", USED_BY_A_STEP)
 def test_check_weights_refuses_every_other_tensor(
@@ -150,6 +151,7 @@ def test_dense_bits_check_every_tensor_because_mx_quantize_hides_nan(
 ONE_TOKEN = Row(0, 0, (5,), True, Sampling(seed=1, temperature=0, num_logprobs=50))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf], ids=["NaN", "infinity"])
 @pytest.mark.parametrize("scale", ["gate_scale", "up_scale", "down_scale"])
 def test_an_expert_broken_in_memory_is_named_by_a_step_that_uses_it_and_changes_no_other_step(
@@ -175,6 +177,7 @@ def test_an_expert_broken_in_memory_is_named_by_a_step_that_uses_it_and_changes_
     assert len(used) == EXPERTS_PER_TOKEN
 
 
+@pytest.mark.slow
 def test_the_last_stage_names_a_layer_also_in_a_step_that_samples_nothing_of_the_prompt(
     checkpoint: Checkpoint,
 ) -> None:

@@ -65,6 +65,7 @@ class Stage:
             return kernel_checks.check_kernels(CONFIG, mx.bfloat16)
 
 
+@pytest.mark.slow
 def test_kernels_are_checked_in_a_child_process_and_only_once(run_stage: Stage) -> None:
     assert run_stage.start(None) == ()
     assert run_stage.start(None) == ()
@@ -77,6 +78,7 @@ def test_kernels_are_checked_in_a_child_process_and_only_once(run_stage: Stage) 
     assert names == {DECODE, BATCH, PREFILL, ROUTER}
 
 
+@pytest.mark.slow
 def test_a_kernel_that_ends_its_process_twice_is_left_out_and_the_others_are_used(run_stage: Stage) -> None:
     (warning,) = run_stage.start(BATCH)
     assert warning.startswith("the batch kernel is not used here (2 checks did not come back)")

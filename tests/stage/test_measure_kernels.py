@@ -38,6 +38,7 @@ def test_without_a_gpu_only_the_reference_is_timed() -> None:
     assert report.plain_mlx_gb_per_s > 0
 
 
+@pytest.mark.slow
 def test_failed_kernels_are_listed_without_a_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure_kernels, "on_gpu", lambda: True)
     monkeypatch.setattr(experts, "_backend_kernels", lambda: experts.METAL_KERNELS)

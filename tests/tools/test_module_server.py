@@ -118,7 +118,7 @@ def test_an_exception_in_a_function_becomes_a_failed_result(module: Path) -> Non
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("x = 1\nraise ValueError('no licence')", "mine.py: it ended; it said last: line 2: ValueError: no licence"),
+        ("x = 1\nraise ValueError('no licence')", "mine.py: it ended; it wrote last: line 2: ValueError: no licence"),
         ("def f(:", "SyntaxError: "),
         ("import no_such_package", "line 1: ModuleNotFoundError: No module named 'no_such_package'"),
         ("raise SystemExit('not today')", "line 1: SystemExit: not today"),

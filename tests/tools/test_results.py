@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from mcp import types
 
 from mlx_k2.tools.outcome import Outcome
-from mlx_k2.tools.results import read_result
+from mlx_k2.tools.toolbox import read_result
 
 
 def text(content: str) -> types.TextContent:

@@ -78,7 +78,7 @@ def test_servers_and_tools_that_cannot_be_used_are_named_and_the_others_serve(ma
         "bad tools: a tool without a name is left out: {'name': 5}",
         "bad tools: its tool 'x' is left out: its inputSchema is not that of an object",
         "no tools: it has no tools",
-        "ends: it ended; it said last: no key",
+        "ends: it ended; it wrote last: no key",
         "absent: [Errno 2] No such file or directory: '/no/such/program'",
     ]
     assert {"bare", "call_bad_tools"} < many.tools.keys()

@@ -52,7 +52,7 @@ def test_environment_variables_in_an_mcp_file_are_expanded(tmp_path: Path) -> No
         ({}, "'s' needs either a command or a url"),
         ({"command": "a", "url": "http://b"}, "'s' needs either a command or a url"),
         ({"url": "example.org"}, "'s' has the url 'example.org'"),
-        ({"url": "http://b", "type": "sse"}, "'s' speaks MCP's old HTTP"),
+        ({"url": "http://b", "type": "sse"}, "'s' uses MCP's old HTTP"),
         ({"command": "${NO_SUCH}"}, "'s' needs the environment variable NO_SUCH"),
         ({"command": "${env:NO_SUCH}"}, "'s' needs the environment variable NO_SUCH"),
         ({"url": "http://b", "headers": {"A": "Bearer ${input:key}"}}, "'s' has ${input:key}, which is not replaced"),

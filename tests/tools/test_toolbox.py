@@ -130,7 +130,7 @@ def test_a_stdio_server_that_ends_during_a_call_is_named_with_its_stderr_and_res
         dead = box.call("die", {})
         assert dead.outcome is Outcome.LOST
         assert dead.text == (
-            "The tool server frail was lost in this call, which may have run: it ended; it said last: a last word."
+            "The tool server frail was lost in this call, which may have run: it ended; it wrote last: a last word."
         )
         assert [call.result().outcome for call in others] == [Outcome.LOST] * 2
         assert box.call("add", {"a": 1}) == ToolResult(Outcome.DONE, "3")
@@ -173,15 +173,15 @@ def offered(*names: str) -> list[tuple[Connection, types.Tool]]:
 @example(["get/user", "get_user", "get user", "s_get_user"])
 @example(["2048", "123e4567-e89b-12d3-a456-426614174000", ""])
 def test_tools_of_any_names_stay_apart_and_a_call_names_each_of_them(names: list[str]) -> None:
-    tools, lines = _named(offered(*names))
-    assert sorted(line.tool for line in lines.values()) == sorted(names)
+    tools = _named(offered(*names))
+    assert sorted(tool.name_there for tool in tools.values()) == sorted(names)
     for name in tools:
         assert read_call(call_id(name, 0), "{}").name == name
         assert all(letter.isalnum() or letter in "_.-" for letter in name)
 
 
 def test_letters_of_any_script_stay_in_a_tools_name() -> None:
-    assert list(_named(offered("\u5929\u6c14", "caf\u00e9", "get user"))[0]) == [
+    assert list(_named(offered("\u5929\u6c14", "caf\u00e9", "get user"))) == [
         "\u5929\u6c14",
         "caf\u00e9",
         "get_user",
@@ -199,7 +199,7 @@ def test_without_a_server_that_starts_all_are_named_and_none_is_left() -> None:
         pass
     message = str(raised.value)
     assert "absent: [Errno 2] No such file or directory" in message
-    assert "ends: it ended; it said last: no key given" in message
+    assert "ends: it ended; it wrote last: no key given" in message
     assert "deaf: All connection attempts failed" in message
     assert children() == before
 
