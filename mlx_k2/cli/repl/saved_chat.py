@@ -52,6 +52,8 @@ def load_chat(path: Path, digest: str) -> Sequence[Mapping[str, object]]:
     _refuse_special(path)
     try:
         value = parse_json(path.read_bytes())
+        if isinstance(value, dict) and "digest" not in value and "messages" in value:
+            value = value["messages"]  # of another program, as one line of a training set
         if isinstance(value, list):
             return convert(value, Messages)
         saved = convert(value, SavedChat)
