@@ -261,6 +261,10 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
     "seed": (["--seed", "-1", "Hello"], "seed -1 is out of range: give a value from 0"),
     "logprobs": (["--json", "--logprobs", "101", "Hello"], "logprobs 101 is out of range: give a value from 0 to 100"),
     "an empty stop string": (["--stop", "", "Hello"], "a stop string is empty"),
+    "an expression that is not UTF-8": (
+        ["--regex", "\udce9", "Hello"],
+        "regular expression or grammar is not UTF-8 text",
+    ),
     "a bias outside the vocabulary": (["--logit-bias", "768=1", "Hello"], "for token id 768, outside the vocabulary"),
     "a bias without a number": (["--logit-bias", "5", "Hello"], "--logit-bias '5': write a token id and a number"),
     "two biases of a token": (["--logit-bias", "5=1", "--logit-bias", "5=2", "Hello"], "token 5 has a bias already"),

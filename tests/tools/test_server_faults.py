@@ -1,6 +1,6 @@
 """Tests of faulty tool servers beside good ones: each fault is named at once, and the others serve.
 
-Each call logs its time (--log-cli-level=INFO), which must be far below the time-outs; in the long profile it must be below 2 s.
+Each call logs its time (--log-cli-level=INFO). It must be far below the time-outs, and below 2 s in the long profile.
 """
 
 import contextlib
