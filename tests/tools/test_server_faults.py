@@ -39,6 +39,12 @@ READ = {  # the fault of a server's answer: the outcome of the call, and what it
     "none": (Outcome.DONE, "fine"),
     "log lines": (Outcome.DONE, "fine"),
     "against its schema": (Outcome.DONE, "fine"),
+    "byte order mark": (Outcome.DONE, "fine"),
+    "headers": (
+        Outcome.FAILED,
+        "may have run: it writes headers before its messages; over stdio each message is a line",
+    ),
+    "another id": (Outcome.FAILED, "may have run: it answered the request 9"),
     "bad tools": (Outcome.DONE, "fine"),
     "not UTF-8": (Outcome.FAILED, "may have run: its answer cannot be read (byte 0xe9 is not UTF-8)"),
     "half a surrogate": (Outcome.FAILED, "may have run: its answer cannot be read (unexpected end of hex escape"),
