@@ -69,6 +69,17 @@ def test_a_low_hard_limit_of_open_files_is_named(command_line: CommandLine) -> N
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full: run on Linux")
+def test_a_full_disk_for_messages_ends_nothing_and_the_answer_is_whole(command_line: CommandLine) -> None:
+    with Path("/dev/full").open("wb") as full:
+        command = [MLX_K2, "generate", "--stages", "1", "--seed", "1", "What is 17 plus 25?"]
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=full, text=True, env=command_line.environment(), timeout=60
+        )
+    assert (done.returncode, done.stdout) == (0, "17 + 25 = 42\n")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full: run on Linux")
 def test_a_full_disk_for_standard_output_is_named_and_the_chat_is_kept(tmp_path: Path) -> None:
     command_line = CommandLine(tmp_path)  # a home folder with no other chats
     with Path("/dev/full").open("wb") as full:
