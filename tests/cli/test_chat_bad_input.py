@@ -84,7 +84,7 @@ def test_contradictory_options_are_refused_before_any_stage_starts(
     ("content", "words"),
     [
         ("{", "is no saved chat: "),
-        ('{"messages": []}', "is no saved chat: .*`model`"),
+        ('{"digest": "ours", "messages": []}', "is no saved chat: .*`model`"),
         (json.dumps({"model": "K9", "digest": "other", "messages": []}), "a chat with another model: .*--model K9"),
     ],
 )
