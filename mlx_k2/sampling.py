@@ -74,6 +74,12 @@ def derived_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def for_answers(sampling: Sampling, num_answers: int) -> list[Sampling]:
+    """Return the parameters of several answers, each with a seed of its own. The first are ``sampling``."""
+    seeds = [derived_seed(sampling.seed, index) for index in range(1, num_answers)]
+    return [sampling, *(msgspec.structs.replace(sampling, seed=seed) for seed in seeds)]
+
+
 def _check(name: str, value: object, holds: bool, allowed: str) -> None:
     if not holds:
         raise RequestError(f"{name} {value} is out of range: give a value {allowed}")

@@ -11,7 +11,7 @@ from mlx_k2.chat.sampling_options import SamplingOptions
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Token
 from mlx_k2.coordinator.jobs import Submission
-from mlx_k2.sampling import derived_seed
+from mlx_k2.sampling import for_answers
 from mlx_k2.text.history import assistant_message
 from mlx_k2.text.message import Message
 from mlx_k2.text.prompt import render_prompt
@@ -102,12 +102,8 @@ def submissions(
     Raises:
         RequestError: they can never run.
     """
-    tokenizer, sampling = frontend.tokenizer, settings.sampling
-    seeds = [sampling.seed, *(derived_seed(sampling.seed, index) for index in range(1, num_answers))]
-    requests = [
-        replace(settings, sampling=msgspec.structs.replace(sampling, seed=seed)).request(tokenizer, prompt_ids)
-        for seed in seeds
-    ]
+    tokenizer, samplings = frontend.tokenizer, for_answers(settings.sampling, num_answers)
+    requests = [replace(settings, sampling=one).request(tokenizer, prompt_ids) for one in samplings]
     return [Submission(request, settings.policy(tokenizer, request, is_raw=is_raw)) for request in requests]
 
 

@@ -64,6 +64,8 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     """The number of replies to the same prompt, each with its own seed."""
     json_schema: dict[str, Any] | None = None
     """The answer is a JSON value of this schema."""
+    strict_schema: bool = False
+    """Whether a schema of the answer with a keyword that cannot be enforced is refused, in place of a warning."""
     regex: str | None = None
     """The answer matches this regular expression as a whole."""
     lark: str | None = None
@@ -117,13 +119,10 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
         Raises:
             RequestError: the tool choice is unknown, or names no declared tool.
         """
-        answer = None
+        texts = ((AnswerForm.REGEX, self.regex), (AnswerForm.LARK, self.lark))
+        answer = next((AnswerFormat(form, text) for form, text in texts if text is not None), None)
         if self.json_schema is not None:
-            answer = AnswerFormat(AnswerForm.JSON_SCHEMA, schema=self.json_schema)
-        elif self.regex is not None:
-            answer = AnswerFormat(AnswerForm.REGEX, self.regex)
-        elif self.lark is not None:
-            answer = AnswerFormat(AnswerForm.LARK, self.lark)
+            answer = AnswerFormat(AnswerForm.JSON_SCHEMA, schema=self.json_schema, is_strict=self.strict_schema)
         if answer is None and not declarations and self.tool_choice is None:
             return None
         is_word = self.tool_choice in (None, "auto", "none", "required")

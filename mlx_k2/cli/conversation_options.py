@@ -49,6 +49,7 @@ class ConversationOptions(msgspec.Struct, frozen=True, kw_only=True):
             "--regex": sampling.regex is not None,
             "--lark": sampling.lark is not None,
             "--tool-choice": sampling.tool_choice not in (None, "auto"),
+            "--parallel-tool-calls off": not sampling.parallel_tool_calls,
             "--min-tokens": sampling.min_tokens > 0,
             "--thinking-budget together with a penalty": sampling.thinking_budget is not None
             and bool(sampling.presence_penalty or sampling.frequency_penalty),

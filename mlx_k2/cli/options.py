@@ -248,6 +248,11 @@ _ANSWERS = (
         callback=_schema_file,
         help="Answer with a JSON value of the schema in FILE. Thinking and tool calls come before it, as usual.",
     ),
+    click.option(
+        "--strict-schema",
+        is_flag=True,
+        help="Refuse a schema of --json-schema with a keyword that cannot be enforced, in place of a warning.",
+    ),
     click.option("--regex", metavar="PATTERN", help="Answer with a text that PATTERN matches as a whole."),
     click.option("--lark", metavar="FILE", callback=_text_file, help="Answer with a text of the Lark grammar in FILE."),
     click.option(
@@ -278,13 +283,22 @@ _ANSWERS = (
     ),
 )
 
+tool_grammar_option = click.option(
+    "--tool-grammar",
+    type=click.Choice(["auto", "off"]),
+    default="auto",
+    callback=lambda _ctx, _param, value: value == "auto",
+    help="Whether tool calls follow the tools' names and schemas.  [default: auto]",
+)
+
 _TOOLS = (
+    tool_grammar_option,
     click.option(
-        "--tool-grammar",
-        type=click.Choice(["auto", "off"]),
-        default="auto",
-        callback=lambda _ctx, _param, value: value == "auto",
-        help="Whether tool calls follow the tools' names and schemas.  [default: auto]",
+        "--parallel-tool-calls",
+        type=click.Choice(["on", "off"]),
+        default="on",
+        callback=_is_on,
+        help="Whether a reply may call several tools.  [default: on]",
     ),
     click.option("--tools", "tools_path", metavar="FILE.py", help="Python functions that the model may call."),
     click.option("--mcp", "mcp_path", metavar="FILE.json", help="MCP servers whose tools the model may call."),

@@ -17,7 +17,7 @@ from mlx_k2.builtin import BUILTIN_FOLDER
 from mlx_k2.cli.console import ConsoleListener, log, opening_lines, restart_line
 from mlx_k2.cli.keys import key_file_option, key_path
 from mlx_k2.cli.main import Interrupted
-from mlx_k2.cli.options import cluster_options, draft_option, log_options, with_struct
+from mlx_k2.cli.options import cluster_options, draft_option, log_options, tool_grammar_option, with_struct
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, deployment_request, open_source
 from mlx_k2.deployment.plan import StagePlan
@@ -58,6 +58,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     strict_model: bool
     mirror_reasoning: bool
     drafts: bool
+    tool_grammar: bool
     log_dir: str | None
     log_tokens: bool
     verbose: bool
@@ -123,6 +124,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
 @click.option("--strict-model", is_flag=True, help="Answer 404 to a request that names another model.")
 @click.option("--mirror-reasoning", is_flag=True, help="Send reasoning as `reasoning`, besides `reasoning_content`.")
 @draft_option
+@tool_grammar_option
 @log_options
 @with_struct(ServeOptions)
 def command(options: ServeOptions) -> None:
@@ -250,7 +252,7 @@ def _serve(
         deployment = restarting.deployment
         state.activity.deployed(deployment)
         frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
-        language_model = LanguageModel(frontend, state.model_name)
+        language_model = LanguageModel(frontend, state.model_name, tool_grammar=options.tool_grammar)
         with engine_on(
             deployment,
             drafts=options.drafts,

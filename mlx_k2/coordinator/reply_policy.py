@@ -40,7 +40,8 @@ NO_LIMITS = ReplyLimits()
 class ReplyPolicy:
     """The policy of one reply. ``grammar`` None allows every token.
 
-    If ``is_raw`` is True, the reply is a text that continues the prompt: all of it is content.
+    If ``is_raw`` is True, the reply is a text that continues the prompt: all of it is content, control tokens by their
+    names.
 
     Raises:
         RequestError: the constraint allows the empty text alone, and the request has no stop token.
@@ -113,8 +114,7 @@ class ReplyPolicy:
         """Return whether the constraint allows a draft token. Control tokens, which can end a phase, are excluded."""
         if self._guide is None:
             return True
-        mask = self._guide.mask(draft_ids, hold_stop=False)
-        return not self._tokenizer.is_special(token_id) and (mask is None or mask.allows(token_id))
+        return not self._tokenizer.is_special(token_id) and self._guide.may_draft(draft_ids, token_id)
 
     def finish(self) -> Accepted:
         """Return the text and parts that were held back."""
@@ -146,13 +146,6 @@ class ReplyPolicy:
             if not isinstance(part, Content):
                 kept.append(part)
         return tuple(kept)
-
-
-class TextPolicy(ReplyPolicy):
-    """The policy of a text that continues a raw prompt: all of it is content, control tokens by their names."""
-
-    def __init__(self, tokenizer: Tokenizer, request: Request, stop_strings: Sequence[str] = ()) -> None:
-        super().__init__(tokenizer, request, ReplyLimits(tuple(stop_strings)), is_raw=True)
 
 
 class StopScanner:

@@ -10,7 +10,6 @@ from mlx_k2.server.request_fields import GenerationFields, check_field, check_fi
 from mlx_k2.text.constraint import AnswerForm, AnswerFormat
 
 MAX_TOOLS = 512
-MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
 EFFORT_TOKENS = {"none": 0, "minimal": 512, "low": 2048, "medium": 8192, "high": 32768, "xhigh": None, "max": None}
 """The thinking budget of each ``reasoning_effort``; None sets no limit."""
@@ -122,7 +121,7 @@ def read_chat_request(body: bytes) -> ChatRequest:
 
 def _check(chat: ChatRequest) -> None:
     """Refuse what cannot be done. Nothing that changes an answer is ignored silently."""
-    check_fields(chat, MAX_CHOICES)
+    check_fields(chat)
     for name in ("functions", "function_call"):
         check_field(getattr(chat, name) is None, name, f"{name} is deprecated: use tools and tool_choice")
     check_field(set(chat.modalities or ()) <= {"text"}, "modalities", "this model writes text only")

@@ -63,7 +63,8 @@ def read_completion_request(body: bytes) -> CompletionRequest:
     """
     completion = read_fields(body, CompletionRequest)
     check_fields(completion)
-    for name in ("suffix", "echo", "logprobs", "min_tokens", "response_format"):
+    for name in ("suffix", "echo", "logprobs", "response_format"):
         check_field(not getattr(completion, name), name, f"{name} is not supported: leave it out")
-    check_field(completion.best_of in (None, 1), "best_of", "this server makes one choice: leave best_of out")
+    best_of = completion.best_of
+    check_field(best_of in (None, completion.n or 1), "best_of", "this server returns every choice: leave best_of out")
     return completion

@@ -10,13 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from mlx_k2.chat.sampling_options import SAMPLING_NAMES, resolved_sampling
 from mlx_k2.coordinator.jobs import Submission
-from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy, TextPolicy
+from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy
 from mlx_k2.errors import RequestError
-from mlx_k2.sampling import Sampling, derived_seed
+from mlx_k2.sampling import Sampling, for_answers
 from mlx_k2.scheduling.request import Priority, Request
 from mlx_k2.server.api_errors import bad_request_error, context_overflow
 from mlx_k2.server.chat_request import ChatRequest
@@ -58,15 +56,19 @@ class Generation:
 
 
 class LanguageModel:
-    """A model under the name that clients see."""
+    """A model under the name that clients see.
 
-    def __init__(self, frontend: ModelFrontend, name: str) -> None:
+    ``tool_grammar``: whether calls that the model makes by its own choice follow the schemas of the tools.
+    """
+
+    def __init__(self, frontend: ModelFrontend, name: str, *, tool_grammar: bool = True) -> None:
         self.name = name
+        self._tool_grammar = tool_grammar
         self._frontend = frontend
         self.tokenizer = frontend.tokenizer
         self.context_tokens = frontend.context_tokens
         self._turns = TurnStore()
-        _ = frontend.template  # compiled before the first request
+        _ = frontend.template, frontend.grammars  # made before several threads need them
 
     def files(self) -> dict[str, Any]:
         """Return what a client needs to render and tokenize for itself: the model's small files, as base64."""
@@ -90,9 +92,7 @@ class LanguageModel:
         grammar = self._grammar(chat, first_call)
         budget = chat.thinking_budget if self._frontend.template.has_reasoning else None
         limits = ReplyLimits(chat.stop_strings, chat.min_tokens or 0, budget)
-        sampling = self._sampling(chat, self._mode(chat).thinking)
-        seeds = [sampling.seed, *(derived_seed(sampling.seed, index) for index in range(1, chat.n or 1))]
-        requests = [self._request(chat, prompt_ids, msgspec.structs.replace(sampling, seed=seed)) for seed in seeds]
+        requests = self._requests(chat, prompt_ids, self._mode(chat).thinking)
         return Generation(
             tuple(Submission(one, ReplyPolicy(self.tokenizer, one, limits, grammar)) for one in requests),
             self.tokenizer,
@@ -133,9 +133,10 @@ class LanguageModel:
         prompt = completion.prompt_ids
         prompt_ids = self.tokenizer.encode_text(completion.prompt_text) if prompt is None else prompt
         self._check_ids(prompt_ids, "prompt")
-        request = self._request(completion, prompt_ids, self._sampling(completion, None))
-        policy = TextPolicy(self.tokenizer, request, completion.stop_strings)
-        return Generation((Submission(request, policy),), self.tokenizer)
+        limits = ReplyLimits(completion.stop_strings, completion.min_tokens or 0)
+        requests = self._requests(completion, prompt_ids)
+        policies = [ReplyPolicy(self.tokenizer, one, limits, is_raw=True) for one in requests]
+        return Generation(tuple(map(Submission, requests, policies)), self.tokenizer)
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids, control tokens by their names.
@@ -161,7 +162,10 @@ class LanguageModel:
             chat.preserves_thinking and "preserve_thinking" in known,
         )
 
-    def _request(self, asked: GenerationFields, prompt_ids: Sequence[int], sampling: Sampling) -> Request:
+    def _requests(
+        self, asked: GenerationFields, prompt_ids: Sequence[int], thinking: bool | None = None
+    ) -> list[Request]:
+        """Return the request for each choice, with a seed of its own."""
         if not prompt_ids:
             raise bad_request_error("the prompt is empty: give some text, or token ids", "prompt")
         if len(prompt_ids) >= self.context_tokens:
@@ -170,7 +174,8 @@ class LanguageModel:
         max_tokens = min(asked.limit_tokens or self.context_tokens, self.context_tokens - len(prompt_ids))
         priority = Priority.BACKGROUND if asked.service_tier == "flex" else Priority.INTERACTIVE
         stop_ids = frozenset[int]() if asked.ignore_eos else self._frontend.stop_ids
-        return Request(tuple(prompt_ids), max_tokens, sampling, stop_ids, priority=priority)
+        samplings, ids = for_answers(self._sampling(asked, thinking), asked.n or 1), tuple(prompt_ids)
+        return [Request(ids, max_tokens, sampling, stop_ids, priority=priority) for sampling in samplings]
 
     def _sampling(self, asked: GenerationFields, thinking: bool | None) -> Sampling:
         given = {name: getattr(asked, name) for name in SAMPLING_NAMES}
@@ -203,9 +208,14 @@ class LanguageModel:
         answer, declared = chat.answer_format, [_declaration(tool) for tool in chat.tools or ()]
         if answer is None and not declared and chat.tool_choice is None:
             return None
-        is_parallel = chat.parallel_tool_calls is not False
         try:
-            rules = tool_rules(declared, chat.tool_choice, is_parallel=is_parallel, first_number=first_call)
+            rules = tool_rules(
+                declared,
+                chat.tool_choice,
+                is_parallel=chat.parallel_tool_calls is not False,
+                has_grammar=self._tool_grammar,
+                first_number=first_call,
+            )
         except RequestError as error:
             raise bad_request_error(str(error), "tool_choice") from None
         try:

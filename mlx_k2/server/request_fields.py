@@ -9,6 +9,7 @@ from mlx_k2.json_text.read import convert
 from mlx_k2.server.api_errors import bad_request_error
 
 MAX_STOP_STRINGS = 16
+MAX_CHOICES = 16
 
 Fields = TypeVar("Fields", bound=msgspec.Struct)
 
@@ -86,13 +87,13 @@ def read_fields(body: bytes, kind: type[Fields]) -> Fields:
         raise bad_request_error(str(error), field if problem and field != "the whole" else None) from None
 
 
-def check_fields(asked: GenerationFields, max_choices: int = 1) -> None:
+def check_fields(asked: GenerationFields) -> None:
     """Refuse what cannot be done. Nothing that changes an answer is ignored silently.
 
     Raises:
         ApiError: 400; names the field.
     """
-    check_field(asked.n is None or 1 <= asked.n <= max_choices, "n", f"n is {asked.n}: give 1 to {max_choices}")
+    check_field(asked.n is None or 1 <= asked.n <= MAX_CHOICES, "n", f"n is {asked.n}: give 1 to {MAX_CHOICES}")
     check_field(asked.extra_body is None, "extra_body", "extra_body is an argument of OpenAI's client: send its fields")
     limit = asked.limit_tokens
     name = "max_tokens" if limit == asked.max_tokens else "max_completion_tokens"

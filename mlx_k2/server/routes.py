@@ -162,7 +162,7 @@ class Routes:
 
         self._state.check_ready()
         completion, generation = await self._prepare(request, prepare, is_queued=True)
-        replies = [ChatReply(generation)]
+        replies = [ChatReply(generation) for _ in generation.submissions]
         form = TextFormat(self._head(_TEXT_PREFIX, request), replies, completion, self._state.options)
         return await self._answer(request, completion, generation, replies, form)
 

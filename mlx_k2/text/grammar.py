@@ -3,10 +3,14 @@
 A grammar has ordinary tokens only. Where it may end, the caller decides which control tokens end it.
 """
 
+import copy
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -19,6 +23,7 @@ from mlx_k2.text.schema_check import check_schema
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.token_mask import MaskForm, TokenMask
 
+_Result = TypeVar("_Result")
 MAX_GRAMMAR_BYTES = 256 * 1024
 """The largest schema, regular expression or Lark grammar."""
 _NUM_CACHED = 256
@@ -26,6 +31,8 @@ _NUM_CACHED = 256
 _COMPACT = {"whitespace_flexible": False}
 _SPACED = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 """K2 writes arguments with or without a space after a separator."""
+_NUM_PROBED = 32
+"""Steps that are tried before a grammar is used. One that is too complex usually fails at its first steps."""
 _MAX_PROBLEM = 300
 _LATEST = "http://json-schema.org/schema#"
 """A name of the latest draft, which the compiler does not know, and assumes without one."""
@@ -91,35 +98,57 @@ def _ids(words: NDArray[np.int32]) -> NDArray[np.uint32]:
     return (used[word] * 32 + bit).astype(np.uint32)
 
 
+class _Compiled:
+    """A compiled grammar. Its copies share a lexer: a copy that exceeds the lexer's limits ends it for all of them."""
+
+    def __init__(self, make: Callable[[], LLMatcher]) -> None:
+        self._make = make
+        self.matcher = make()
+
+    def replace(self, ended: LLMatcher) -> LLMatcher:
+        """Return a matcher whose lexer is not that of ``ended``."""
+        if self.matcher is ended:
+            self.matcher = self._make()
+        return self.matcher
+
+
 class GrammarState:
     """A grammar and the tokens that it has accepted so far. It belongs to one reply.
 
     Its methods raise RequestFailed when the grammar is too complex to go on.
     """
 
-    def __init__(self, matcher: LLMatcher, ordinary: NDArray[np.int32]) -> None:
-        self._matcher = matcher
+    def __init__(self, compiled: _Compiled, ordinary: NDArray[np.int32]) -> None:
+        self._compiled = compiled
         self._ordinary = ordinary
+        self._first = compiled.matcher
+        self._matcher = self._first.deep_copy()
+        self._token_ids: list[int] = []
 
     def copy(self) -> "GrammarState":
         """Return a state that is independent of this one."""
-        return GrammarState(self._matcher.deep_copy(), self._ordinary)
+        new = copy.copy(self)
+        new._matcher, new._token_ids = self._matcher.deep_copy(), self._token_ids.copy()
+        return new
 
     def accept(self, token_id: int) -> None:
         """Record the next token."""
-        self._matcher.consume_token(token_id)
-        self._check()
+        self._run(lambda matcher: matcher.consume_token(token_id))
+        self._token_ids.append(token_id)
 
     def allowed(self, draft_ids: Sequence[int] = ()) -> Allowed:
-        """Return the tokens that may follow the accepted ones and ``draft_ids``, which the grammar allows."""
-        for token_id in draft_ids:
-            self._matcher.consume_token(token_id)
-        words = np.zeros((1, len(self._ordinary)), np.int32)
-        fill_next_token_bitmask(self._matcher, words)
-        may_end = self._matcher.is_accepting()
-        self._check()
+        """Return the tokens that may follow the accepted ones and ``draft_ids``, which the grammar allows.
+
+        An error that the draft tokens cause does not change this state.
+        """
         if draft_ids:
-            self._matcher.rollback(len(draft_ids))
+            drafted = self.copy()
+            for token_id in draft_ids:
+                drafted.accept(token_id)
+            return drafted.allowed()
+        words = np.zeros((1, len(self._ordinary)), np.int32)
+        self._run(lambda matcher: fill_next_token_bitmask(matcher, words))
+        may_end = self._run(LLMatcher.is_accepting)
         words[0] &= self._ordinary
         num_tokens = int(np.bitwise_count(words.view(np.uint32)).sum())
         if not num_tokens and not may_end:
@@ -128,14 +157,28 @@ class GrammarState:
 
     def forced(self) -> list[int]:
         """Return the tokens that must follow, as the tokenizer writes their text; [] if there is a choice."""
-        forced = self._matcher.compute_ff_tokens()
-        self._check()
+        forced = self._run(LLMatcher.compute_ff_tokens)
         return forced if all(self._ordinary[number // 32] >> number % 32 & 1 for number in forced) else []
 
-    def _check(self) -> None:
+    def _run(self, step: Callable[[LLMatcher], _Result]) -> _Result:
+        """Return the result of a step. If the lexer has ended, perhaps in another reply, try again with a new one."""
+        result = step(self._matcher)
+        if self._matcher.is_error():
+            self._begin_again()
+            result = step(self._matcher)
         if self._matcher.is_error():
             problem = self._matcher.get_error().splitlines()[0]
+            self._compiled.replace(self._first)
             raise RequestFailed(f"request ended: its grammar cannot follow the answer: {problem}")
+        return result
+
+    def _begin_again(self) -> None:
+        """Accept the same tokens with a new matcher."""
+        self._first = self._compiled.replace(self._first)
+        self._matcher = self._first.deep_copy()
+        for start in range(0, len(self._token_ids), _NUM_PROBED):
+            self._matcher.consume_tokens(self._token_ids[start : start + _NUM_PROBED])
+            self._matcher.compute_bitmask()  # each mask renews the limit of the lexer's work
 
 
 class GrammarCompiler:
@@ -144,10 +187,11 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._compiled = lru_cache(_NUM_CACHED)(self._compile)
+        self._tables = lru_cache(1)(self._read_tables)
+        self._lock = threading.Lock()
 
-    @cached_property
-    def _tables(self) -> tuple[LLTokenizer, NDArray[np.int32]]:
-        """The vocabulary in llguidance's form, and a bit for each ordinary token. Takes 0.5 s for Kimi K2's."""
+    def _read_tables(self) -> tuple[LLTokenizer, NDArray[np.int32]]:
+        """Return the vocabulary in llguidance's form, and a bit for each ordinary token. Takes 0.5 s for Kimi K2's."""
         tokenizer = self.tokenizer
         special = [number for number in range(tokenizer.vocab_size) if tokenizer.is_special(number)]
         if not special:
@@ -184,16 +228,16 @@ class GrammarCompiler:
         text = _schema_text(schema, what)
         check_schema(schema, what)
         options = _SPACED if is_spaced else _COMPACT
-        matcher, problem = self._compiled("schema", text, json.dumps(options))
+        state, problem = self._begin("schema", text, json.dumps(options))
         if not problem:
-            return self._state(matcher), None
+            return state, None
         if is_strict or not (is_optional or any(mark in problem for mark in _NOT_KNOWN)):
             raise RequestError(f"{what} cannot be enforced: {problem}")
-        matcher, remaining = self._compiled("schema", text, json.dumps(options | _LENIENT))
+        state, remaining = self._begin("schema", text, json.dumps(options | _LENIENT))
         if not remaining:
-            return self._state(matcher), f"{what}: keywords that cannot be enforced are ignored: {problem}"
-        matcher, _ = self._compiled("schema", json.dumps(_ANY_OBJECT), json.dumps(options))
-        return self._state(matcher), f"{what} cannot be enforced, and any object is allowed: {problem}"
+            return state, f"{what}: keywords that cannot be enforced are ignored: {problem}"
+        state, _ = self._begin("schema", json.dumps(_ANY_OBJECT), json.dumps(options))
+        return state, f"{what} cannot be enforced, and any object is allowed: {problem}"
 
     def text(self, kind: str, grammar: str) -> GrammarState:
         """Return the grammar of a regular expression (``kind`` "regex") or a Lark grammar ("lark").
@@ -204,22 +248,25 @@ class GrammarCompiler:
         what = "the regular expression" if kind == "regex" else "the Lark grammar"
         if len(grammar.encode(errors="replace")) > MAX_GRAMMAR_BYTES:
             raise RequestError(f"{what} is larger than {MAX_GRAMMAR_BYTES} bytes")
-        matcher, problem = self._compiled(kind, grammar)
+        state, problem = self._begin(kind, grammar, "{}")
         if problem:
             raise RequestError(f"{what} cannot be compiled: {problem}")
-        return self._state(matcher)
+        return state
 
     def choice(self, texts: Sequence[str]) -> GrammarState:
         """Return the grammar of one of ``texts``."""
         literals = (json.dumps(text).replace("\x7f", "\\u007f") for text in texts)
         return self.text("lark", "start: " + " | ".join(literals))
 
-    def _state(self, matcher: LLMatcher) -> GrammarState:
-        return GrammarState(matcher, self._tables[1]).copy()
+    def _begin(self, kind: str, text: str, options: str) -> tuple[GrammarState, str]:
+        """Return a grammar at its beginning, and the problem; '' for none."""
+        with self._lock:  # else each of several threads would make the tables
+            _, ordinary = self._tables()
+        compiled, problem = self._compiled(kind, text, options)
+        return GrammarState(compiled, ordinary), problem
 
-    def _compile(self, kind: str, text: str, options: str = "{}") -> tuple[LLMatcher, str]:
-        """Return the matcher, at its beginning, and the problem; '' for none."""
-        tables, ordinary = self._tables
+    def _compile(self, kind: str, text: str, options: str) -> tuple[_Compiled, str]:
+        tables, ordinary = self._tables()
         match kind:
             case "schema":
                 grammar = LLMatcher.grammar_from_json_schema(text, overrides=json.loads(options))
@@ -227,14 +274,24 @@ class GrammarCompiler:
                 grammar = LLMatcher.grammar_from_regex(text)
             case _:
                 grammar = LLMatcher.grammar_from_lark(text)
-        matcher = LLMatcher(tables, grammar, log_level=0, limits=_limits())
-        problem = matcher.get_error()
-        if not problem:
-            try:
-                GrammarState(matcher, ordinary).allowed()
-            except RequestFailed:
-                problem = "it allows no text, or is too complex"
-        return matcher, " ".join(problem.split())[:_MAX_PROBLEM]
+        compiled = _Compiled(lambda: LLMatcher(tables, grammar, log_level=0, limits=_limits()))
+        problem = compiled.matcher.get_error()
+        if not problem and not _can_begin(GrammarState(compiled, ordinary)):
+            problem = "it allows no text, or is too complex"
+        return compiled, " ".join(problem.split())[:_MAX_PROBLEM]
+
+
+def _can_begin(state: GrammarState) -> bool:
+    """Return whether the first steps of a grammar, with the first allowed token each, stay within the limits."""
+    try:
+        for _ in range(_NUM_PROBED):
+            allowed = state.allowed()
+            if not allowed.num_tokens:
+                return True
+            state.accept(int(allowed.token_ids[0]))
+    except RequestFailed:
+        return False
+    return True
 
 
 class _Vocabulary:
@@ -255,7 +312,7 @@ class _Vocabulary:
 
 
 def _schema_text(schema: object, what: str) -> str:
-    """Return a schema as JSON, without the compiler's own options.
+    """Return a schema as JSON for the compiler.
 
     Raises:
         RequestError: it is too large, or not JSON.
@@ -264,10 +321,21 @@ def _schema_text(schema: object, what: str) -> str:
         text = json.dumps(schema, ensure_ascii=False)
         if len(text.encode()) > MAX_GRAMMAR_BYTES:
             raise RequestError(f"{what} is larger than {MAX_GRAMMAR_BYTES} bytes")
-        found = parse_json(text)
+        return json.dumps(_for_compiler(parse_json(text)), ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"{what} is not JSON: {error}") from None
-    if isinstance(found, dict) and ("x-guidance" in found or found.get("$schema") == _LATEST):
-        left_out = ("x-guidance", "$schema")
-        text = json.dumps({key: value for key, value in found.items() if key not in left_out}, ensure_ascii=False)
-    return text
+
+
+def _for_compiler(schema: Any) -> Any:
+    """Return a schema without options of the compiler and the draft's name that it does not know; escape references."""
+    if isinstance(schema, list):
+        return [_for_compiler(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {key: value for key, value in schema.items() if key != "x-guidance" and (key, value) != ("$schema", _LATEST)}
+    for key, value in kept.items():
+        if key == "$ref" and isinstance(value, str):
+            kept[key] = quote(value, safe="%/#~:?@!$&'()*+,;=")
+        elif key not in ("const", "enum"):  # which hold values
+            kept[key] = _for_compiler(value)
+    return kept

@@ -6,7 +6,7 @@ The reply parser decides the phase. A phase changes at a control token only, and
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mlx_k2.errors import RequestError
+from mlx_k2.errors import RequestError, RequestFailed
 from mlx_k2.text.constraint import AnswerForm, AnswerFormat, Constraint, ToolChoice, ToolRules
 from mlx_k2.text.grammar import Allowed, GrammarCompiler, GrammarState
 from mlx_k2.text.reply_parser import Phase
@@ -154,6 +154,7 @@ class ReplyGuide:
         self._num_calls = 0
         self._is_phase_begun = False
         self._may_end_section = False
+        self._has_drafts = True
         self._allowed: dict[tuple[int, ...], Allowed] = {}
         self._enter(self._phase)
 
@@ -210,6 +211,22 @@ class ReplyGuide:
             ends = ()
         extra = () if draft_ids else rule.extra
         return allowed.mask((*ends, *extra), self._tokenizer.vocab_size)
+
+    def may_draft(self, draft_ids: Sequence[int], token_id: int) -> bool:
+        """Return whether the ordinary token ``token_id`` may follow ``draft_ids`` and the grammar can go on after it.
+
+        A wrong draft token can exceed the grammar's limits where the answer does not. The reply gets no further drafts
+        then, which could take as long.
+        """
+        mask = self.mask(draft_ids, hold_stop=False)
+        if not self._has_drafts or (mask is not None and not mask.allows(token_id)):
+            return False
+        if self._state is not None:
+            try:
+                self._allowed_after((*draft_ids, token_id))
+            except RequestFailed:
+                self._has_drafts = False
+        return self._has_drafts
 
     def _allowed_after(self, draft_ids: Sequence[int]) -> Allowed:
         assert self._state is not None, "only a grammar allows tokens"

@@ -275,6 +275,7 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
         "--json-schema: .* line 1, column 3: extra data",
     ),
     "a malformed regular expression": (["--regex", "(", "Hello"], "the regular expression cannot be compiled"),
+    "a catastrophic pattern": (["--regex", "(a?){400}a{400}", "Hello"], "it allows no text, or is too complex"),
     "a malformed grammar": (["--lark", __file__, "Hello"], "the Lark grammar cannot be compiled"),
     "two forms": (["--regex", "a", "--lark", __file__, "Hello"], "an answer has one form"),
     "a tool without tools": (["--tool-choice", "clock", "Hello"], "tool_choice names 'clock', which is not declared"),
@@ -298,6 +299,32 @@ def test_a_request_that_cannot_run_is_refused(
     arguments: list[str], words: str, intact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check_refusal(["--model", str(intact), *arguments], words, capsys)
+
+
+SCHEMAS: dict[str, tuple[object, str]] = {
+    "a list": ([1], "json_schema"),
+    "an unknown type": ({"type": "thing"}, "the JSON schema cannot be enforced: Invalid type: thing"),
+    "a remote reference": ({"$ref": "https://a.example/b.json"}, "does not fetch resources"),
+    "recursion without end": (
+        {"type": "array", "items": {"$ref": "#"}, "minItems": 1},
+        "the JSON schema has no finite value: it refers to itself without end",
+    ),
+    "a catastrophic pattern": ({"type": "string", "pattern": "^(a?){400}a{400}$"}, "allows no text, or is too complex"),
+    "5 MB": ({"enum": ["x" * 5_000_000]}, "the JSON schema is larger than 262144 bytes"),
+    "an unknown keyword, with --strict-schema": (
+        {"type": "array", "uniqueItems": True},
+        "the JSON schema cannot be enforced: .*uniqueItems",
+    ),
+}
+
+
+@pytest.mark.parametrize(("schema", "words"), SCHEMAS.values(), ids=SCHEMAS)
+def test_a_schema_that_cannot_be_used_is_refused(
+    schema: object, words: str, intact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    asked = ["--model", str(intact), "--json-schema", str(tmp_path / "schema.json"), "--strict-schema", "Hello"]
+    check_refusal(asked, words, capsys)
 
 
 def test_a_tool_choice_that_names_no_tool_of_the_file_is_refused(

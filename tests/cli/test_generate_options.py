@@ -187,11 +187,16 @@ def test_options_that_need_masks_are_refused_for_a_server_by_name() -> None:
     for given in (
         ("--regex", "a"),
         ("--tool-choice", "none"),
+        ("--parallel-tool-calls", "off"),
         ("--min-tokens", "3"),
         ("--thinking-budget", "3", "--presence-penalty", "1"),
     ):
         with pytest.raises(RequestError, match=f"--connect has no {given[0]}"):
             options_of("x", *given).conversation.for_server()
+    one_call = options_of(
+        "x", "--parallel-tool-calls", "off", "--tool-choice", "auto"
+    ).conversation.sampling.constraint()
+    assert one_call is not None and one_call.tools is not None and not one_call.tools.is_parallel
     assert not options_of("x", "--presence-penalty", "1").conversation.for_server().sampling.tool_grammar
 
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jsonschema
@@ -10,10 +12,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mlx_k2.coordinator.reply_policy import NO_LIMITS, ReplyLimits, ReplyPolicy
-from mlx_k2.errors import RequestError
-from mlx_k2.sampling import Sampling
+from mlx_k2.errors import RequestError, RequestFailed
+from mlx_k2.sampling import SampledToken, Sampling
+from mlx_k2.scheduling.drafter import NgramDrafter
 from mlx_k2.scheduling.request import FinishReason, Request
+from mlx_k2.scheduling.sequence import Sequence, SharedPrefix
 from mlx_k2.text.constraint import AnswerForm, AnswerFormat, Constraint, Tool, ToolChoice, ToolRules, tool_rules
+from mlx_k2.text.grammar import GrammarCompiler
 from mlx_k2.text.reply_grammar import MAX_CALLS, compile_constraint
 from tests.advice import follows_advice
 from tests.coordinator.constrained import (
@@ -55,8 +60,20 @@ leaves = st.one_of(
     st.fixed_dictionaries({"type": st.just("string")}, optional={"maxLength": st.integers(0, 5)}),
     st.fixed_dictionaries({"type": st.just("integer")}, optional={"minimum": st.integers(-9, 0)}),
     st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"enum": ["a", 'b"', 3]}, {"const": {"k": [1, None]}}]),
-    st.just({"type": "string", "pattern": "^[a-f]{2,4}$"}),
+    st.sampled_from(["^[a-f]{2,4}$", r"^\d{3}-\w$", "^(foo|bär)$"]).map(lambda one: {"type": "string", "pattern": one}),
+    st.sampled_from(["date", "time", "uuid", "ipv4", "email"]).map(lambda one: {"type": "string", "format": one}),
+    st.lists(st.sampled_from(["a", "ü", 1, 2.5, None, True, {"$ref": "ü"}, [], -0.5]), min_size=1).map(
+        lambda values: {"enum": values, "description": "d" * 5000}
+    ),
+    st.sampled_from([{"type": ["string", "null"], "maxLength": 3}, {"$ref": "#/$defs/tree ü"}, {"multipleOf": 5}]),
 )
+DEFINITIONS = {
+    "tree ü": {
+        "type": ["object", "null"],
+        "properties": {"枝": {"type": "array", "items": {"$ref": "#/$defs/tree ü"}, "maxItems": 2}},
+        "additionalProperties": False,
+    }
+}
 
 
 def _containers(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
@@ -72,12 +89,30 @@ def _containers(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[d
         st.integers(0, 3),
         st.booleans(),
     )
-    arrays = st.fixed_dictionaries({"type": st.just("array"), "items": inner}, optional={"maxItems": st.integers(0, 3)})
-    return st.one_of(objects, arrays, st.fixed_dictionaries({"anyOf": st.lists(inner, min_size=1, max_size=3)}))
+    arrays = st.fixed_dictionaries(
+        {"type": st.just("array"), "items": inner},
+        optional={
+            "minItems": st.integers(0, 2),
+            "maxItems": st.integers(2, 3),
+            "prefixItems": st.lists(inner, min_size=1, max_size=2),
+        },
+    )
+    either = st.fixed_dictionaries({"anyOf": st.lists(inner, min_size=1, max_size=3)})
+    tagged = st.builds(
+        lambda one, other: {"oneOf": [_tagged(name, part) for name, part in (("x", one), ("y", other))]}, inner, inner
+    )
+    both = st.builds(lambda one, other: {"allOf": [_tagged("x", one), {"properties": {"z": other}}]}, inner, inner)
+    return st.one_of(objects, arrays, either, tagged, both)
 
 
-schemas = st.recursive(leaves, _containers, max_leaves=6)
+def _tagged(name: str, part: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {"kind": {"const": name}, name: part}, "required": ["kind", name]}
+
+
+schemas = st.recursive(leaves, _containers, max_leaves=6).map(lambda schema: schema | {"$defs": DEFINITIONS})
 endings = st.sampled_from([0.0, 0.5, 0.95])
+few = settings() if settings.get_current_profile_name() != "fixed" else settings(max_examples=30)
+"""Examples of the properties that write long replies: all of them in the long profile."""
 
 
 def answer(schema: object) -> Constraint:
@@ -95,6 +130,7 @@ def text_of(written: Written) -> str:
     return b"".join(TOKENIZER.token_bytes(number) for number in written.token_ids).decode(errors="replace")
 
 
+@few
 @given(schemas, st.integers(0, 2**32), endings)
 def test_whatever_the_logits_an_answer_is_valid_or_ends_with_length(schema: Any, seed: int, ending: float) -> None:
     written = write_reply(policy_of(answer(schema)), random_choice(seed, ending=ending), 300)
@@ -131,12 +167,18 @@ def test_whatever_the_logits_an_answer_follows_its_lark_grammar(seed: int) -> No
         assert written.finish_reason is FinishReason.LENGTH
 
 
+@few
 @given(st.lists(schemas, min_size=1, max_size=3), st.integers(0, 2**32), endings, st.booleans())
 def test_whatever_the_logits_required_calls_are_valid_or_the_reply_ends_with_length(
     parts: list[Any], seed: int, ending: float, is_parallel: bool
 ) -> None:
     by_name = {
-        f"tool-{index}.a": {"type": "object", "properties": {"v": part}, "required": ["v"]}
+        f"tool-{index}.a": {
+            "type": "object",
+            "properties": {"v": part},
+            "required": ["v"],
+            "$defs": DEFINITIONS,
+        }
         for index, part in enumerate(parts)
     }
     tools = [Tool(name, schema) for name, schema in by_name.items()]
@@ -155,6 +197,7 @@ def test_whatever_the_logits_required_calls_are_valid_or_the_reply_ends_with_len
         assert written.finish_reason is FinishReason.LENGTH
 
 
+@few
 @given(st.one_of(schemas.map(answer), st.just(calls(WEATHER_TOOL, CLOCK_TOOL))), st.integers(0, 2**32), st.data())
 def test_a_mask_after_drafts_is_the_mask_after_the_same_accepted_tokens(
     constraint: Constraint, seed: int, data: st.DataObject
@@ -192,6 +235,65 @@ def test_no_draft_token_is_a_control_token_or_one_that_the_grammar_excludes() ->
     assert [token for token in map(ord, 'x{"]') if policy.may_draft((), token)] == [ord("{")]
     assert policy.may_draft([ord("{")], ord('"'))
     assert not policy.may_draft([ord("{")], ord("}"))
+
+
+def test_a_draft_token_that_exceeds_the_limits_of_the_grammar_is_dropped_and_the_answer_goes_on() -> None:
+    policy = policy_of(Constraint(AnswerFormat(AnswerForm.REGEX, "bbb(bab|(c?){200}c{200})")))
+    request = Request((*b"bbbcccccc", *NO_THINKING), 99, Sampling(seed=0), frozenset({STOP_ID}))
+    sequence = Sequence(request, 4096, policy)
+    sequence.start(0, SharedPrefix(), NgramDrafter())
+    assert [appended.token.token_id for appended in sequence.append_forced()] == [*b"bbb"]
+    sequence.num_planned = len(sequence.token_ids)
+    drafts = []
+    while (token_id := sequence.draft()) is not None:
+        drafts.append(token_id)
+        sequence.num_planned += 1
+        mask = sequence.token_mask(sequence.num_planned)
+        assert mask is not None and mask.allows(ord("c"))
+    assert 0 < len(drafts) < 6, "the text before has c six times"
+    assert sequence.error is None
+    assert sequence.append_sampled(0, SampledToken(ord("b")), 1)
+    assert sequence.finish_reason is FinishReason.STOP
+    assert list(sequence.generated_ids[:-1]) == [*b"bbbbab"]
+
+
+def test_a_reply_that_exceeds_the_limits_of_its_grammar_ends_no_other_reply_with_this_grammar() -> None:
+    constraint = Constraint(AnswerFormat(AnswerForm.REGEX, "[ab]{3}(bab|(c?){200}c{200})"))
+    failing, going_on = policy_of(constraint), policy_of(constraint)
+    for policy in (failing, going_on):
+        for token_id in b"abb":
+            policy.accept(token_id)
+    with pytest.raises(RequestFailed, match="its grammar cannot follow the answer"):
+        for _ in range(50):
+            failing.accept(ord("c"))
+            failing.token_mask(())
+    begun_later = policy_of(constraint)
+    for token_id in b"abb":
+        begun_later.accept(token_id)
+    for policy in (going_on, begun_later):
+        policy.accept(ord("b"))
+        assert policy.forced() == [*b"ab"]
+
+
+def test_one_compiler_is_safe_from_several_threads() -> None:
+    constraints = [answer(WEATHER), calls(WEATHER_TOOL, CLOCK_TOOL), answer({"type": "array"}), answer({"const": 5})]
+
+    def written(compiler: GrammarCompiler, number: int) -> list[int]:
+        grammar = compile_constraint(compiler, constraints[number % len(constraints)])
+        request = Request(NO_THINKING, 300, Sampling(seed=0), frozenset({STOP_ID}))
+        return write_reply(ReplyPolicy(TOKENIZER, request, grammar=grammar), random_choice(number), 60).token_ids
+
+    compiler, num_threads = GrammarCompiler(TOKENIZER), 8
+    together = threading.Barrier(num_threads)
+
+    def write_all(first: int) -> list[list[int]]:
+        together.wait(60)  # all need the vocabulary's tables at once
+        return [written(compiler, first + step) for step in range(len(constraints))]
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        found = list(pool.map(write_all, range(num_threads), timeout=60))
+    for first, replies in enumerate(found):
+        assert replies == [written(COMPILER, first + step) for step in range(len(constraints))]
 
 
 def test_tokens_without_an_alternative_are_forced() -> None:

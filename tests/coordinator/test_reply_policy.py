@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Finished, Token
 from mlx_k2.coordinator.jobs import Submission
-from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy, StopScanner, TextPolicy
+from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy, StopScanner
 from mlx_k2.errors import RequestError, RequestFailed
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Request
@@ -188,7 +188,7 @@ def test_a_raw_text_ends_before_its_first_stop_string(
     tokenizer: Tokenizer, text: str, stop_strings: list[str], at: int
 ) -> None:
     text = text[:at] + "".join(stop_strings[:1]) + text[at:]
-    policy = TextPolicy(tokenizer, ASKED, stop_strings)
+    policy = ReplyPolicy(tokenizer, ASKED, ReplyLimits(tuple(stop_strings)), is_raw=True)
     shown, reason = "", None
     for token_id in tokenizer.encode_text(text):
         accepted = policy.accept(token_id)

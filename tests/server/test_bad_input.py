@@ -61,6 +61,14 @@ REFUSED: dict[str, tuple[object, str | None]] = {
         chat(response_format=schema_format({"$ref": "https://evil.example/schema.json"})),
         "response_format",
     ),
+    "a schema that is recursive without end": (
+        chat(response_format=schema_format({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]})),
+        "response_format",
+    ),
+    "a schema with a catastrophic pattern": (
+        chat(response_format=schema_format({"type": "string", "pattern": "^(a?){400}a{400}$"})),
+        "response_format",
+    ),
     "a schema of 5 MB": (chat(response_format=schema_format({"enum": ["a" * 5_000_000]})), "response_format"),
     "a schema of a tool that is none": (
         chat(tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "thing"}}}]),

@@ -6,6 +6,12 @@ from typing import Any
 import jsonschema
 import pytest
 
+from mlx_k2.server.chat_request import read_chat_request
+from mlx_k2.server.language_model import LanguageModel
+from mlx_k2.weights.checkpoint import describe_model
+from mlx_k2.weights.model_files import read_model_files
+from mlx_k2.weights.model_frontend import ModelFrontend
+from mlx_k2.weights.model_source import BUILTIN, ModelSource
 from tests.server.server_process import Server
 from tests.server.test_chat_completions import ASKED, IN_PARIS, WEATHER, complete, streamed
 
@@ -74,6 +80,18 @@ def test_with_tool_choice_none_no_call_is_made(server: Server) -> None:
         found = complete(server, tools=FORECAST, tool_choice="none", seed=seed, **HOT)
         assert found["tool_calls"] == []
         assert "tool_call" not in found["content"] + found["reasoning_content"]
+
+
+def test_an_operator_can_let_the_model_write_calls_without_a_grammar() -> None:
+    files = read_model_files(ModelSource(path_or_repo=BUILTIN)).files
+    frontend = ModelFrontend(describe_model(files, BUILTIN), 4000)
+    chat = read_chat_request(json.dumps({"messages": IN_PARIS, "tools": FORECAST}).encode())
+    for tool_grammar, forced in ((True, ["<|tool_call_begin|>"]), (False, [])):
+        model = LanguageModel(frontend, "m", tool_grammar=tool_grammar)
+        policy = model.chat(chat, "").submissions[0].policy
+        assert policy is not None
+        policy.accept(model.tokenizer.token_id("<|tool_calls_section_begin|>"))
+        assert list(policy.forced()) == [model.tokenizer.token_id(name) for name in forced]
 
 
 def test_a_schema_with_an_unknown_keyword_is_answered_with_a_warning_and_a_strict_one_is_refused(

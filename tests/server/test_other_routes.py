@@ -97,9 +97,25 @@ def test_a_prompt_that_is_none_is_a_400(server: Server, prompt: object) -> None:
     assert (answer.status, answer.error["param"]) == (400, "prompt")
 
 
-@pytest.mark.parametrize("name", ["suffix", "echo", "logprobs", "best_of"])
+def test_choices_of_a_text_completion_are_those_of_single_requests_with_their_seeds(server: Server) -> None:
+    request: dict[str, Any] = {"model": "any", "prompt": "Count from 3", "temperature": 4.0, "max_tokens": 9, "seed": 3}
+    several = server.client.completions.create(n=3, best_of=3, extra_body={"min_tokens": 9}, **request)
+    texts = [choice.text for choice in several.choices]
+    assert [choice.index for choice in several.choices] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    assert several.usage is not None and several.usage.completion_tokens == 27
+    single = server.client.completions.create(extra_body={"min_tokens": 9}, **request)
+    assert single.choices[0].text == texts[0]
+    streamed = ["", "", ""]
+    for chunk in server.client.completions.create(n=3, stream=True, extra_body={"min_tokens": 9}, **request):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert streamed == texts
+
+
+@pytest.mark.parametrize("name", ["suffix", "echo", "logprobs", "best_of", "n"])
 def test_what_text_completions_do_not_do_is_a_400(server: Server, name: str) -> None:
-    value = "a" if name == "suffix" else 5 if name in ("logprobs", "best_of") else True
+    value = "a" if name == "suffix" else 5 if name in ("logprobs", "best_of") else 0 if name == "n" else True
     answer = server.request("POST", "/v1/completions", {"prompt": "a", name: value})
     assert (answer.status, answer.error["param"]) == (400, name)
 
