@@ -88,11 +88,12 @@ def read_mcp_file(path: Path, environment: Mapping[str, str], notify: Callable[[
     for name, fields in entries.items():
         where = f"{path}: the server {name!r}"
         try:
-            given = {key: value for key, value in fields.items() if value is not None} if fields else fields
+            is_object = isinstance(fields, dict)
+            given = {key: value for key, value in fields.items() if value is not None} if is_object else fields
             entry = convert(given, _Entry)
             if not entry.disabled:
                 servers.append(_server(name, entry, where, environment))
-        except (AttributeError, JsonError) as error:
+        except JsonError as error:
             problems.append(f"{where}: {error}")
         except ToolsError as error:
             problems.append(str(error))

@@ -66,9 +66,9 @@ def call(box: ToolBox, name: str) -> ToolResult:
     """Return the result of a call, which comes at once."""
     began = time.monotonic()
     result = box.call(name, {})
-    took_s = time.monotonic() - began
-    _LOG.info("%s: %.3f s, %s", name, took_s, result.outcome.name)
-    assert took_s < NAMED_S, result
+    elapsed_s = time.monotonic() - began
+    _LOG.info("%s: %.3f s, %s", name, elapsed_s, result.outcome.name)
+    assert elapsed_s < NAMED_S, result
     return result
 
 
@@ -110,11 +110,11 @@ def test_servers_that_cannot_start_are_named_before_their_time_out_and_a_good_on
     ends = StdioServer(name="ends", command=sys.executable, args=("-c", "raise SystemExit('no key')"))
     began = time.monotonic()
     with open_toolbox([ends, StdioServer(name="absent", command="/no/such/program"), faulty("none")], LIMITS) as box:
-        took_s = time.monotonic() - began
-        _LOG.info("%.3f s to start", took_s)
+        elapsed_s = time.monotonic() - began
+        _LOG.info("%.3f s to start", elapsed_s)
         assert [problem.partition(":")[0] for problem in box.problems] == ["ends", "absent"]
         assert call(box, "call_none").text == "fine"
-    assert took_s < NAMED_S
+    assert elapsed_s < NAMED_S
 
 
 def test_after_an_unreadable_answer_the_same_process_serves_the_next_call() -> None:
