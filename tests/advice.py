@@ -80,7 +80,7 @@ def _texts(tree: ast.AST) -> Iterator[list[str]]:
                 parts = [""]
                 for value in values:
                     if isinstance(value, ast.Constant):
-                        parts[-1] += value.value
+                        parts[-1] += str(value.value)
                     else:
                         parts.append("")
                         yield from _texts(value)

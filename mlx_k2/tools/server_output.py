@@ -57,7 +57,7 @@ class ServerOutput:
         if isinstance(answer, JSONRPCError) and answer.id is None:
             return self._errors(f"it sent an error without the id of a request: {answer.error.message}", "")
         if isinstance(answer, JSONRPCResponse | JSONRPCError):
-            number = int(answer.id) if str(answer.id).isdecimal() else cast("RequestId", answer.id)
+            number = int(str(answer.id)) if str(answer.id).isdecimal() else cast("RequestId", answer.id)
             if number not in self._sent:
                 return self._errors(f"it answered the request {answer.id!r}, which was not sent", "")
             self._pending.discard(number)
