@@ -254,7 +254,7 @@ def test_a_closed_standard_output_can_be_redirected_to_dev_null(tmp_path: Path) 
         )
 
 
-class ServedModel(msgspec.Struct):
+class NamedModel(msgspec.Struct):
     """The name of the model that a server has."""
 
     name: str
@@ -269,8 +269,8 @@ def test_a_client_with_a_key_of_the_printed_command_is_answered(tmp_path: Path) 
     key = add_key(keys, "me")
     with stepped_server(keys=KeyRing(keys, is_required=True)) as server:
         with pytest.raises(SetupError, match="needs a key: set MLX_K2_API_KEY to one that `mlx-k2 keys add NAME`"):
-            ServerAddress(server.url, None).get("/v1/model-files", ServedModel)
-        assert ServerAddress(server.url, key).get("/v1/model-files", ServedModel)
+            ServerAddress(server.url, None).get("/v1/model-files", NamedModel)
+        assert ServerAddress(server.url, key).get("/v1/model-files", NamedModel)
 
 
 @follows_advice(
