@@ -183,7 +183,7 @@ CHATS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
 COMPLETIONS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("prompt: give one text, or the token ids of one", {"prompt": ["a", "b"]}, {"prompt": [3, 4]}),
     ("suffix is not supported: leave it out", {"suffix": "a"}, {}),
-    ("this server makes one choice: leave best_of out", {"best_of": 2}, {}),
+    ("this server returns every choice: leave best_of out", {"best_of": 2}, {}),
 )
 
 
