@@ -181,6 +181,15 @@ COMPUTED: Mapping[str, tuple[object, ...]] = {
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
     "swiglu_limit": (),
+    "attn_output_gate": (False,),
+    "linear_attn_config": (),
+    "residual_multiplier": (1,),
+    "embedding_multiplier": (1,),
+    "attention_multiplier": (),
+    "logits_scaling": (1,),
+    "logit_scale": (1,),
+    "scale_emb": (1,),
+    "scale_depth": (),
     "index_topk": (),
     "index_n_heads": (),
     "index_head_dim": (),
@@ -212,6 +221,9 @@ def _refuse_unsupported(outer: Mapping[str, Any], fields: Mapping[str, Any], sou
     _refuse_quantization(fields.get("quantization_config"), source)
     for given in (outer, fields):
         refuse_others({name: given[name] for name in COMPUTED.keys() & given.keys()}, COMPUTED, source)
+    kinds = fields.get("layer_types")
+    if kinds and not (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)):
+        raise ConfigError(f"{source}: layer_types other than 'full_attention' are not implemented")
 
 
 def refuse_others(fields: Mapping[str, Any], computed: Mapping[str, tuple[object, ...]], where: str) -> None:

@@ -87,6 +87,10 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
             raise RequestError(f"a sampling value has the wrong type: {error}") from None
         self.resolved(_UNSET)
         ReplyLimits(self.stop)
+        try:
+            "".join((self.regex or "", self.lark or "", *self.stop)).encode()
+        except UnicodeEncodeError:
+            raise RequestError("a stop string, regular expression or grammar is not UTF-8 text") from None
         if self.timeout_s is not None and not self.timeout_s > 0:  # also rejects NaN
             raise RequestError(f"timeout is {self.timeout_s:g} s: give more than 0")
         if sum(form is not None for form in (self.json_schema, self.regex, self.lark)) > 1:

@@ -1,5 +1,7 @@
 """`mlx-k2 bench`: throughput of the stages for several prompt lengths and numbers of streams."""
 
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,7 +72,9 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
         if self.csv_path is not None:
             check_csv(Path(self.csv_path))
         if self.plot_path is not None and find_spec("matplotlib") is None:
-            raise click.UsageError("--plot needs matplotlib: pip install matplotlib")
+            raise click.UsageError(
+                f"--plot needs matplotlib: run `{shlex.quote(sys.executable)} -m pip install matplotlib`"
+            )
 
 
 @click.command(cls=ProgramCommand)

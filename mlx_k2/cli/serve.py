@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -234,9 +235,10 @@ def _access(options: ServeOptions, write: Callable[[str], None]) -> Access:
     path = key_path(options.key_file)
     keys = KeyRing(path, is_required=not is_loopback, log=write)
     if not is_loopback and not read_keys(path):
+        file = "" if options.key_file is None else f" --key-file {shlex.quote(options.key_file)}"
         raise SetupError(
             f"--host {options.host} is reached from other machines, and there is no key: "
-            "make one with `mlx-k2 keys add NAME`"
+            f"make one with `mlx-k2 keys add{file} NAME`"
         )
     if not is_loopback and options.certfile is None:
         write("keys, prompts and answers pass the network unencrypted: --certfile and --keyfile change that")

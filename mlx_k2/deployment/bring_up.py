@@ -12,6 +12,7 @@ from mlx_k2.cluster.hostfile import Backend, Hostfile
 from mlx_k2.errors import ProtocolError, StageSilent, StageStartError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor
+from mlx_k2.launch.ssh import install_versions
 from mlx_k2.launch.stage_events import Woken
 from mlx_k2.protocol.messages import (
     Connect,
@@ -54,17 +55,15 @@ def handshake(group: StageGroup, versions: Sequence[str]) -> tuple[Hello, ...]:
     hellos = collect(group, Hello, range(group.size), HANDSHAKE_S, "start")
     for rank, hello in enumerate(hellos):
         found = (hello.mlx_k2_version, hello.mlx_version, hello.mlx_lm_version)
-        for package, here, there in zip(PACKAGES, versions, found, strict=True):
-            if here != there:
-                how = (
-                    "from one wheel (make dist)"
-                    if package == "mlx-k2"
-                    else f"for instance pip install {package}=={here}"
-                )
-                raise StageStartError(
-                    f"stage {rank} on {group.host(rank)} has {package} {there}, this machine has {here}: "
-                    f"install the same on both, {how}"
-                )
+        wrong = [each for each in zip(PACKAGES, versions, found, strict=True) if each[1] != each[2]]
+        if wrong:
+            location = group.location(rank)
+            install = install_versions(location.ssh, location.python, {each[0]: each[1] for each in wrong})
+            package, here, there = wrong[0]
+            raise StageStartError(
+                f"stage {rank} on {location.host} has {package} {there}, this machine has {here}: "
+                f"install the same on both: {install}"
+            )
     return hellos
 
 

@@ -1,5 +1,6 @@
 """The options of a cluster as a user sets them, and the request for a deployment with them. Contacts no host."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,6 +130,19 @@ class DeploymentRequest:
     def with_options(self, **changes: Any) -> "DeploymentRequest":
         """Return the request with ``changes`` of its options."""
         return replace(self, options=msgspec.structs.replace(self.options, **changes))
+
+    def command_line(self, command: str) -> str:
+        """Return the line for a shell that runs another command of mlx-k2 with the same hosts, model and layers."""
+        options = self.options
+        given = {
+            "--hostfile": options.hostfile,
+            "--stages": len(self.hostfile.hosts) if options.hostfile is None else None,
+            "--model": None if options.model is None else self.source.path_or_repo,
+            "--revision": options.revision,
+            "--split": None if options.split is None else ",".join(map(str, options.split)),
+        }
+        words = [f" {name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
+        return f"mlx-k2 {command}{''.join(words)}"
 
 
 def deployment_request(

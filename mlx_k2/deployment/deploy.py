@@ -103,7 +103,8 @@ def deploy(
             for line in answer.warnings:
                 listener.notify(f"stage {plan.rank} on {started.group.host(plan.rank)}: {line}")
             if None in answer.checksums.values():
-                listener.log(f"[stage {plan.rank} {plan.host.ssh}] files not compared: run mlx-k2 doctor --deep once")
+                compare = f"run `{request.command_line('doctor --deep')}` once"
+                listener.log(f"[stage {plan.rank} {plan.host.ssh}] files not compared: {compare}")
         yield Deployment(**vars(started), loaded=loaded, load_s=time.monotonic() - began)
 
 

@@ -1,6 +1,5 @@
 """The probe of a cluster before anything is loaded: every host, even if others fail, then every hop. Prints nothing."""
 
-import shlex
 import statistics
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -216,11 +215,7 @@ class _Round:
 
     def _download(self) -> str:
         """Return the command that fetches the files of a repository; '' for a folder."""
-        source, hostfile = self._request.source, self._request.options.hostfile
-        if not is_repo(source):
-            return ""
-        hosts = [f"--stages {len(self._hosts)}"] if hostfile is None else ["--hostfile", shlex.quote(hostfile)]
-        return " ".join(["mlx-k2 download", *hosts, "--model", shlex.quote(source.path_or_repo)])
+        return self._request.command_line("download") if is_repo(self._request.source) else ""
 
     def _fail(self, rank: int, what: str, found: str) -> None:
         self.checks.append(Check(self.name(rank), what, CheckResult.FAILURE, found))

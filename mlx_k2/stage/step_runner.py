@@ -244,7 +244,8 @@ class StepRunner:
 
     def _origin(self, hidden: mx.array, batch: Batch) -> str:
         """Return where the first NaN or infinity of a step arises, from running its layers once more."""
-        remedy = "its weights or its memory are broken: run with --check-weights, or `mlx-k2 doctor --deep`"
+        doctor = "`mlx-k2 doctor --deep` with the same --hostfile and --model"
+        remedy = f"its weights or its memory are broken: run with --check-weights, or {doctor}"
         if not is_finite(mx.sum(hidden)):
             return f"first in {'the embedding' if self._is_first else 'what the stage before sent'}: {remedy}"
         index = self._model.first_broken_layer(hidden, batch)

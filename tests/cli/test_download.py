@@ -12,6 +12,7 @@ import pytest
 from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.tiny_config import tiny_config_fields
 from mlx_k2.testing.tiny_vocabulary import tiny_vocabulary
+from tests.advice import follows_advice
 from tests.weights.hub_server import Hub, serve_hub
 
 REPO = "moonshotai/Kimi-K2-Tiny"
@@ -39,6 +40,9 @@ def run(hub: Hub, home: Path, *arguments: str, **environment: str) -> subprocess
     return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=100)
 
 
+@follows_advice(
+    "a: connect this host, or run `mlx-k2 download --model owner/name` while it is connected",
+)
 @pytest.mark.slow
 def test_generate_runs_offline_with_the_files_that_download_fetched(hub: Hub, folder: Path, tmp_path: Path) -> None:
     downloaded = run(hub, tmp_path, "download", "--stages", "2", "--model", REPO)

@@ -21,6 +21,7 @@ from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_frontend import ModelFrontend
 from mlx_k2.weights.model_source import ModelSource
+from tests.advice import follows_advice
 from tests.local_cluster import CONTEXT_TOKENS, VOCAB_SIZE
 from tests.text.kimi import template_source
 
@@ -71,6 +72,9 @@ def test_a_prompt_goes_through_the_chat_template_with_the_system_prompt_before_i
     assert "Speak Latin." not in text_of(tokenizer, request_of(model, "What is it?"))
 
 
+@follows_advice(
+    "there is no prompt: give PROMPT, or write one to standard input",
+)
 @pytest.mark.parametrize("arguments", [[], ["-"], ["-p", "-"]])
 def test_without_a_prompt_standard_input_is_read(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False, buffer=io.BytesIO("Grüße\n".encode())))

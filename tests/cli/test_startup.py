@@ -14,6 +14,7 @@ import pytest
 from mlx_k2 import __version__
 from mlx_k2.cli.main import run
 from mlx_k2.http_reason import http_reason
+from tests.advice import follows_advice
 from tests.cli.command import CommandLine
 
 HEAVY = ("mlx", "mlx_lm", "transformers", "numpy", "rich", "tiktoken", "jinja2", "huggingface_hub")
@@ -69,6 +70,9 @@ def test_a_dry_run_shows_the_plan_and_starts_no_process(
     assert "nothing was started" in reported.err
 
 
+@follows_advice(
+    "k2 is not on this machine: give --model a folder here, or a repository on the Hub",
+)
 def test_a_dry_run_without_a_local_model_asks_for_a_local_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

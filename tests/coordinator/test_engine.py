@@ -18,6 +18,7 @@ from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
 from mlx_k2.scheduling.scheduler import TokensAppended
 from mlx_k2.testing.token_stages import answer_alone
+from tests.advice import follows_advice
 from tests.coordinator.token_engine import TokenEngine, request, token_engine
 from tests.local_cluster import rest_of
 
@@ -57,6 +58,9 @@ def test_a_waiting_request_reports_its_position_and_then_the_progress_of_its_pro
         assert progress == PrefillProgress(16, 20)
 
 
+@follows_advice(
+    "2 requests wait already, of at most 2: try again in about 1 s",
+)
 def test_a_full_queue_refuses_at_once_with_the_expected_wait_and_later_accepts_again() -> None:
     with token_engine(num_slots=1, max_queued=2) as stages:
         running = stages.engine.submit(request(1, 2))
