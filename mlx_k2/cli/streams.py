@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
+from mlx_k2.cli.terminal_text import json_line
+
 
 class _Messages(io.FileIO):
     """Standard error: a message that cannot be written, to a full disk or a closed pipe, is lost and ends nothing."""
@@ -16,9 +18,6 @@ class _Messages(io.FileIO):
             return super().write(data)
         except OSError:
             return memoryview(data).nbytes
-
-
-from mlx_k2.cli.terminal_text import json_line
 
 
 def prepare_streams() -> str | None:
