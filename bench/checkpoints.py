@@ -10,8 +10,11 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_k2.testing.random_checkpoint import write_random_checkpoint
+from mlx_k2.testing.random_draft_head import draft_config_fields, write_random_draft_head
 from mlx_k2.testing.tiny_config import tiny_config_fields
 from mlx_k2.testing.tiny_vocabulary import tiny_vocabulary
+from mlx_k2.weights.checkpoint import describe_model, read_small_files
+from mlx_k2.weights.model_source import DraftHead, ModelSource
 
 VOCAB_SIZE = 2048
 CONTEXT_TOKENS = 8192
@@ -21,6 +24,23 @@ SHAPES: dict[str, dict[str, Any]] = {
     "even": {
         "hidden_size": 1024,
         "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "q_lora_rank": 256,
+        "kv_lora_rank": 256,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "intermediate_size": 2048,
+        "moe_intermediate_size": 512,
+        "n_routed_experts": 32,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 0,
+    },
+    # As "even", with steps of more than 20 ms on each of two stages.
+    "slow": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 16,
         "num_attention_heads": 8,
         "num_key_value_heads": 8,
         "q_lora_rank": 256,
@@ -83,6 +103,22 @@ def cycle_checkpoint() -> Path:
             mx.save_safetensors(str(file), scaled)
         partial.rename(folder)
     return folder
+
+
+HEAD_AUX_LAYERS = [1, 7, 12]
+HEAD_SEED = 3
+
+
+def bench_head(shape: str) -> DraftHead:
+    """Return a random draft head for the checkpoint of that shape; write it if it does not exist."""
+    target = bench_checkpoint(shape)
+    folder = target.with_name(f"{target.name}-head")
+    if not folder.exists():
+        fields = draft_config_fields(json.loads((target / "config.json").read_text()))
+        fields["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = HEAD_AUX_LAYERS
+        config = describe_model(read_small_files(target), str(target)).config
+        write_random_draft_head(folder, fields, config, HEAD_SEED, own=())
+    return DraftHead(source=ModelSource(path_or_repo=str(folder)), bits=8)
 
 
 def bench_checkpoint(shape: str) -> Path:

@@ -1,6 +1,6 @@
-"""Claims: two sides measured alternately, and the ratio required of them. Their rows make the README's table.
+"""Claims: two sides measured alternately, and the ratio required of them. Their rows make the table of bench/README.md.
 
-python -m bench.claims    rewrites the table in README.md from results/claims.csv
+python -m bench.claims    rewrites the table in bench/README.md from results/claims.csv
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from bench.measure import NUM_PAIRS, RESULTS, ROOT, alternate, commit, save_rows, summarize, with_part
 
 NAME = "claims"
-README = ROOT / "README.md"
+README = ROOT / "bench" / "README.md"
 MADE_BY = "python -m bench.claims"
 SCRIPTS = {"guessing": "drafting"}
 """Current name of a script, by its name in older rows."""
@@ -103,7 +103,7 @@ def _ratio(rows: Sequence[dict[str, str]]) -> str:
 
 
 def with_table(readme: str) -> str:
-    """Return the README with its table generated again."""
+    """Return the page with its table generated again."""
     return with_part(readme, MADE_BY, table())
 
 

@@ -34,6 +34,7 @@ from mlx_k2.coordinator.reply_policy import ReplyPolicy
 from mlx_k2.model.sampler import SamplingRequest, sample_tokens
 from mlx_k2.protocol.messages import Step, decode_to_stage, encode_message
 from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.microbatch import Row
 from mlx_k2.scheduling.request import Request
 from mlx_k2.testing.random_checkpoint import write_random_checkpoint
@@ -234,7 +235,10 @@ def measure_streams(tokenizer: Tokenizer, files: dict[str, bytes], grammar: Repl
     folder = Path(tempfile.gettempdir()) / "mlx-k2-bench" / "kimi-vocabulary"
     if not folder.exists():
         write_random_checkpoint(folder, fields, seed=1, tokenizer_files=files)
-    with local_deployment(folder, 2, NUM_STREAMS) as deployment, engine_on(deployment, drafts=False) as engine:
+    with (
+        local_deployment(folder, 2, NUM_STREAMS) as deployment,
+        engine_on(deployment, draft_mode=DraftMode.OFF) as engine,
+    ):
         rate(engine, tokenizer, grammar)
         rate(engine, tokenizer, None)
         pairs = alternate(lambda: rate(engine, tokenizer, grammar), lambda: rate(engine, tokenizer, None), NUM_PAIRS)

@@ -26,6 +26,7 @@ from bench.measure import save_rows
 from mlx_k2.coordinator.engine import Engine, engine_on
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.request import Request
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files
@@ -116,7 +117,9 @@ def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, 
         RestartingDeployment(
             deployment_request, description, DeploymentListener(), NO_LIMIT, first_wait_s=0.0
         ) as restarting,
-        engine_on(restarting.deployment, drafts=True, restarts=restarting, on_restart=on_restart) as engine,
+        engine_on(
+            restarting.deployment, draft_mode=DraftMode.AUTO, restarts=restarting, on_restart=on_restart
+        ) as engine,
     ):
         expected = _tokens(engine, usage)
         before = _resources()

@@ -30,6 +30,7 @@ from mlx_k2.errors import ClusterError, MlxK2Error, RequestError, RequestFailed
 from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import convert
 from mlx_k2.launch.group import STALL_TIMEOUT_S
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.text.history import num_calls, with_normal_ids
 from mlx_k2.text.history_reader import read_history
 from mlx_k2.text.message import Message
@@ -63,7 +64,7 @@ class _EngineOptions(msgspec.Struct, frozen=True):
     """Options of the engine that runs requests on the stages."""
 
     num_sequences: Annotated[int, msgspec.Meta(ge=1, le=256)]
-    drafts: bool
+    draft: DraftMode
     restarts: Annotated[int, msgspec.Meta(ge=0, le=1000)]
 
 
@@ -158,7 +159,11 @@ class _Cluster:
         stall_timeout_s: float = STALL_TIMEOUT_S,
         check_weights: bool = False,
         num_sequences: int = 8,
-        drafts: bool = True,
+        draft_model: str | os.PathLike[str] | None = None,
+        draft_aux: Sequence[int] | None = None,
+        draft_bits: Literal[8, 4, 16] = 8,
+        draft_vocab: int | None = None,
+        draft: Literal["auto", "off", "ngram", "model"] = "auto",
         restarts: int = 3,
     ) -> None:
         """Check the options; nothing is started.
@@ -178,8 +183,12 @@ class _Cluster:
             "lease_s": lease_s,
             "stall_timeout_s": stall_timeout_s,
             "check_weights": check_weights,
+            "draft_model": None if draft_model is None else os.fspath(draft_model),
+            "draft_aux": None if draft_aux is None else tuple(draft_aux),
+            "draft_bits": draft_bits,
+            "draft_vocab": draft_vocab,
         }
-        engine = {"num_sequences": num_sequences, "drafts": drafts, "restarts": restarts}
+        engine = {"num_sequences": num_sequences, "draft": draft, "restarts": restarts}
         try:
             self._options = convert(cluster, ClusterOptions)
             self._engine_options = convert(engine, _EngineOptions)
@@ -198,7 +207,7 @@ class _Cluster:
         """
         if self._engine is not None:
             raise ClusterError("the cluster is open already: close it first, or make another one")
-        request = deployment_request(self._options, self._engine_options.num_sequences)
+        request = deployment_request(self._options, self._engine_options.num_sequences, self._engine_options.draft)
         for line in request.hostfile.warnings:
             _LOG.warning("%s", line)
         request, model = open_source(request)
@@ -213,7 +222,7 @@ class _Cluster:
             deployment = self._restarting.deployment
             engine = engine_on(
                 deployment,
-                drafts=self._engine_options.drafts,
+                draft_mode=self._engine_options.draft,
                 restarts=self._restarting,
                 on_restart=_log_restart,
                 max_queued=max(MAX_QUEUED, 4 * self._engine_options.num_sequences),

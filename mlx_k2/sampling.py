@@ -96,6 +96,11 @@ class LogitBias(msgspec.Struct, frozen=True):
         """Return the biases by token id."""
         return cls(id_bytes(biases), array("f", biases.values()).tobytes())
 
+    def by_token(self) -> dict[int, float]:
+        """Return the biases by token id."""
+        token_ids, values = memoryview(self.token_ids).cast("I"), memoryview(self.values).cast("f")
+        return dict(zip(token_ids, values, strict=True))
+
 
 class SampledToken(msgspec.Struct, frozen=True):
     """A token sampled for one row. ``top`` holds (token id, log-probability) of the most likely tokens."""

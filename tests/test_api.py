@@ -21,6 +21,7 @@ import mlx_k2
 from mlx_k2 import AsyncCluster, Cluster, Completion, Content, Reasoning, Sampling
 from mlx_k2.coordinator.engine import MAX_QUEUED
 from mlx_k2.errors import ClusterError, HostfileError, RequestError
+from tests.advice import follows_advice
 from tests.local_cluster import wait_until_gone, write_model
 
 GREEDY = Sampling(temperature=0)
@@ -101,6 +102,12 @@ def test_a_stream_is_closed_while_another_thread_reads_it(cluster: Cluster) -> N
     assert stream.completion().finish_reason in ("cancelled", "stop")
 
 
+@follows_advice(
+    "the cluster is open already: close it first, or make another one",
+    "one prompt was given: give a list of prompts, or use chat",
+    "2 answers were requested, but this call returns one: leave n out",
+    "the cluster is not open: use it as a context, in a with block",
+)
 def test_a_cluster_opens_once_and_one_prompt_is_not_a_list(cluster: Cluster) -> None:
     before = processes()
     with pytest.raises(ClusterError, match="the cluster is open already"), cluster:
@@ -108,6 +115,10 @@ def test_a_cluster_opens_once_and_one_prompt_is_not_a_list(cluster: Cluster) -> 
     assert processes() == before
     with pytest.raises(RequestError, match="give a list of prompts, or use chat"):
         cluster.generate("hi")
+    with pytest.raises(RequestError, match="this call returns one: leave n out"):
+        cluster.chat("hi", Sampling(num_answers=2))
+    with pytest.raises(ClusterError, match="use it as a context, in a with block"):
+        Cluster().chat("hi")
 
 
 def test_a_schema_that_is_enforced_in_part_is_a_warning_in_the_log(

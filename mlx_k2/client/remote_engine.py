@@ -23,8 +23,8 @@ from mlx_k2.json_text.read import read_json
 from mlx_k2.scheduling.request import FinishReason, Priority, Request, check_request
 from mlx_k2.scheduling.token_policy import AnyToken, TokenPolicy
 from mlx_k2.text.reply_parts import Part
-from mlx_k2.weights.checkpoint import CONFIG_NAME, ModelDescription
-from mlx_k2.weights.index import CheckpointIndex
+from mlx_k2.weights.checkpoint import ModelDescription
+from mlx_k2.weights.index import CONFIG_NAME, CheckpointIndex
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 RESTART_S = 600.0

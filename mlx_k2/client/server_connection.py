@@ -52,12 +52,15 @@ class ServerAddress:
         """Return a connection that is opened by its first request.
 
         Raises:
-            SetupError: the URL is not one of a server.
+            SetupError: the URL is not one of a server, or the key cannot be sent.
         """
+        if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
+            raise SetupError("MLX_K2_API_KEY has a line end or a letter that no key has")
         try:
             parts = urllib.parse.urlsplit(self.url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise ValueError("no address")
+            parts.hostname.encode("idna")  # as the look-up of the name does
             kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
             return kind(parts.hostname, parts.port, timeout=TIMEOUT_S)
         except ValueError:
@@ -103,7 +106,9 @@ class ServerAddress:
         except JsonError:
             failure = ErrorFields(f"status {response.status}")
         if response.status == 401:
-            return SetupError(f"{self.url} needs a key: set MLX_K2_API_KEY to one of `mlx-k2 keys add`")
+            return SetupError(
+                f"{self.url} needs a key: set MLX_K2_API_KEY to one that `mlx-k2 keys add NAME` printed there"
+            )
         text = f"{self.url}: {failure.message}"
         if response.status == 429:
             wait = response.headers.get("retry-after", "")

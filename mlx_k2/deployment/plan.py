@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from mlx_k2.cluster.hostfile import Host, Hostfile
 from mlx_k2.cluster.memory import (
     BLOCKS_AT_A_TIME,
@@ -25,6 +27,7 @@ from mlx_k2.config import ModelConfig
 from mlx_k2.deployment.cluster_options import ClusterOptions
 from mlx_k2.errors import RequestError, StageStartError
 from mlx_k2.weights.checkpoint import ModelDescription
+from mlx_k2.weights.draft_head import DraftDescription, stage_specs
 from mlx_k2.weights.inventory import (
     TensorSpec,
     embedding_read_bytes_per_token,
@@ -34,8 +37,8 @@ from mlx_k2.weights.inventory import (
     held_bytes,
     layer_read_bytes_per_token,
     layer_specs,
-    shard_specs,
 )
+from mlx_k2.weights.model_source import DraftHead
 
 DEFAULT_CONTEXT_TOKENS = 32768
 GPU_CHUNK_TOKENS = 4096
@@ -86,6 +89,8 @@ class StagePlan:
     needed_bytes: int
     block_bytes: int
     files: tuple[str, ...]
+    limit_bytes: int | None = None
+    """The memory that the stage may use; None if it is not known yet."""
 
 
 def choose_shape(config: ModelConfig, options: ClusterOptions, num_slots: int, all_on_gpu: bool) -> RunShape:
@@ -128,19 +133,24 @@ def plan_stages(
     memories: Sequence[HostMemory],
     split: Sequence[int] | None,
     shape: RunShape,
+    head: DraftHead | None = None,
 ) -> tuple[StagePlan, ...]:
-    """Divide the model's layers over the hosts, by ``split`` or for the fastest decoding.
+    """Divide the model's layers, and with ``head`` its draft head, over the hosts: by ``split`` or for speed.
 
     Raises:
         PartitionError: there is no such split, or it does not fit.
     """
     config, compute_bytes = model.config, DTYPE_BYTES[shape.dtype]
-    largest_bytes = max(held_bytes(piece, compute_bytes) for piece in _distinct_parts(config))  # unquantized
+    draft = None if head is None else model.draft
+    parts = _distinct_parts(config) + ([] if draft is None else [draft.aux_specs(), draft.layer_specs()])
+    largest_bytes = max(held_bytes(piece, compute_bytes) for piece in parts)  # unquantized
     block_bytes = attention_block_bytes(config, shape.context_tokens, compute_bytes, on_gpu=shape.on_gpu)
     temporary_bytes = working_bytes(
         config, shape.chunk_tokens, compute_bytes, largest_bytes, block_bytes=block_bytes, on_gpu=shape.on_gpu
     )
     pieces = _model_costs(config, shape, compute_bytes)
+    if head is not None and draft is not None:
+        pieces = _add_draft(pieces, draft, head.bits, shape, compute_bytes)
     capacities = _capacities(hostfile.hosts, memories, temporary_bytes)
     assignments = divide_layers(pieces, capacities) if split is None else divide_as_requested(pieces, capacities, split)
     cache_bytes = layer_cache_bytes(config, shape.num_slots, shape.context_tokens, compute_bytes)
@@ -148,14 +158,17 @@ def plan_stages(
     for rank, (host, capacity, assignment) in enumerate(zip(hostfile.hosts, capacities, assignments, strict=True)):
         spare_bytes = 0 if capacity.memory_bytes is None else capacity.memory_bytes - assignment.held_bytes
         added_bytes = added_block_bytes(block_bytes, spare_bytes) if shape.on_gpu else 0
+        is_drafting = draft is not None and assignment.end_layer == config.num_hidden_layers
+        num_caches = assignment.num_layers + (1 if is_drafting else 0)
         plan = StagePlan(
             rank=rank,
             host=host,
             assignment=assignment,
-            shard_bytes=assignment.held_bytes - assignment.num_layers * cache_bytes,
+            shard_bytes=assignment.held_bytes - num_caches * cache_bytes,
             needed_bytes=assignment.held_bytes + temporary_bytes + BLOCKS_AT_A_TIME * added_bytes,
             block_bytes=block_bytes + added_bytes,
-            files=tuple(model.index.files(shard_specs(config, assignment.first_layer, assignment.end_layer))),
+            files=tuple(model.index.files(stage_specs(config, assignment.first_layer, assignment.end_layer, draft))),
+            limit_bytes=None if capacity.memory_bytes is None else capacity.memory_bytes + temporary_bytes,
         )
         plans.append(plan)
     return tuple(plans)
@@ -195,6 +208,24 @@ def _model_costs(config: ModelConfig, shape: RunShape, compute_bytes: int) -> Mo
         layers=tuple(of_kind[config.is_moe(layer)] for layer in range(config.num_hidden_layers)),
         head=LayerCost(head_bytes, head_bytes),
     )
+
+
+def _add_draft(
+    pieces: ModelCosts, draft: DraftDescription, bits: int | None, shape: RunShape, compute_bytes: int
+) -> ModelCosts:
+    """Add a draft head: a slice of ``fc`` to each layer that it reads, all else to the target's head.
+
+    Each token reads the slices and the head, as when every token is drafted after.
+    """
+    slice_bytes = draft.slice_bytes(compute_bytes, bits)
+    layers = list(pieces.layers)
+    for layer in draft.aux_layers:
+        layers[layer] += LayerCost(slice_bytes, slice_bytes)
+    layer_bytes, projection_bytes = draft.layer_bytes(compute_bytes, bits), draft.projection_bytes(compute_bytes, bits)
+    cache_bytes = layer_cache_bytes(draft.layer, shape.num_slots, shape.context_tokens, compute_bytes)
+    held = layer_bytes + projection_bytes + cache_bytes + draft.embedding_bytes(compute_bytes)
+    read = layer_bytes + (projection_bytes or pieces.head.read_bytes)
+    return msgspec.structs.replace(pieces, layers=tuple(layers), head=pieces.head + LayerCost(held, read))
 
 
 def _distinct_parts(config: ModelConfig) -> list[tuple[TensorSpec, ...]]:

@@ -15,7 +15,7 @@ from mlx_k2.cluster.mac_settings import (
     rdma_is_enabled,
     sleeps_after_minutes,
 )
-from mlx_k2.launch.ssh import command_on, install_commands
+from mlx_k2.launch.ssh import install_versions
 from mlx_k2.protocol.messages import Hello
 
 SLOW_ANSWER_S = 0.02
@@ -84,7 +84,9 @@ def check_versions(
     wrong = [name for name in here if there[name] != here[name]]
     listed = ", ".join(f"{name} {there[name]}" for name in there)
     if wrong:
-        found = f"{listed}: install what this machine has: {_install(host, wrong, here)}"
+        ssh = None if host.is_local else host.ssh
+        install = install_versions(ssh, host.python, {name: here[name] for name in wrong})
+        found = f"{listed}: install what this machine has: {install}"
         yield Check(host.ssh, "versions", CheckResult.FAILURE, found)
     else:
         yield Check(host.ssh, "versions", CheckResult.OK, f"{listed}, Python {hello.python_version}")
@@ -94,14 +96,6 @@ def check_versions(
         yield Check(host.ssh, "system", result, f"{hello.system}, and other hosts run another: update all to the same")
     else:
         yield Check(host.ssh, "system", CheckResult.OK, hello.system)
-
-
-def _install(host: Host, names: Sequence[str], versions: Mapping[str, str]) -> str:
-    python = host.python or "python3"
-    own = [install_commands(None if host.is_local else host.ssh, python)] if "mlx-k2" in names else []
-    indexed = [f"{name}=={versions[name]}" for name in names if name != "mlx-k2"]
-    install = command_on(None if host.is_local else host.ssh, python, "-m", "pip", "install", *indexed)
-    return "; ".join([*own, *([f"`{install}`"] if indexed else [])])
 
 
 def check_memory(host: str, hello: Hello, free_bytes: int, needed_bytes: int | None) -> Iterator[Check]:

@@ -31,7 +31,9 @@ def parse_json(text: bytes | str, *, is_lenient: bool = False, has_comments: boo
         JsonError: it is not JSON in UTF-8, is larger than MAX_BYTES or nested deeper than MAX_DEPTH, has a key twice in
             one object, a lone surrogate, or a number that is not finite.
     """
-    text = _decode(text) if isinstance(text, bytes) else text
+    text = _decode(text) if isinstance(text, bytes) else text.removeprefix("\ufeff")
+    if not text.strip():
+        raise JsonError("it is empty")
     if has_comments:
         text = _LAST_COMMA.sub(_blank, _COMMENT.sub(_blank, text))
     try:
@@ -43,7 +45,9 @@ def parse_json(text: bytes | str, *, is_lenient: bool = False, has_comments: boo
         )
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text.strip() else ""
-        raise JsonError(f"{line}column {error.colno}: {error.msg[0].lower()}{error.msg[1:]}") from None
+        raise JsonError(
+            f"{line}column {error.colno}: {error.msg[0].lower()}{error.msg[1:].removesuffix(' at')}"
+        ) from None
     except RecursionError:
         raise _too_deep() from None
     except ValueError as error:
@@ -62,8 +66,9 @@ def _decode(data: bytes) -> str:
     try:
         return data.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise JsonError(f"line {line}: byte 0x{data[error.start]:02x} is not UTF-8") from None
+        number = data.count(b"\n", 0, error.start) + 1
+        line = f"line {number}: " if b"\n" in data.strip() else ""
+        raise JsonError(f"{line}byte 0x{data[error.start]:02x} is not UTF-8") from None
 
 
 def _blank(found: re.Match[str]) -> str:

@@ -2,6 +2,8 @@
 
 import ipaddress
 import shlex
+import sys
+from collections.abc import Mapping
 
 from mlx_k2 import __version__
 
@@ -95,6 +97,15 @@ def install_commands(ssh: str | None, python: str) -> str:
         return f"{build} `{command_on(None, python, '-m', 'pip', 'install', f'dist/{WHEEL}')}`"
     install = command_on(ssh, python, "-m", "pip", "install", f"./{WHEEL}")
     return f"{build} `scp dist/{WHEEL} {shlex.quote(f'{ssh}:')}` and `{install}`"
+
+
+def install_versions(ssh: str | None, python: str | None, versions: Mapping[str, str]) -> str:
+    """Return how to have these versions of packages on a host. ``python`` None is the one that starts a stage."""
+    python = python or (sys.executable if ssh is None else "python3")
+    own = [install_commands(ssh, python)] if "mlx-k2" in versions else []
+    indexed = [f"{name}=={version}" for name, version in versions.items() if name != "mlx-k2"]
+    install = command_on(ssh, python, "-m", "pip", "install", *indexed)
+    return "; ".join([*own, *([f"`{install}`"] if indexed else [])])
 
 
 def _is_whole(name: str) -> bool:

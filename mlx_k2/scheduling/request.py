@@ -25,9 +25,14 @@ class FinishReason(enum.Enum):
 
 
 class Priority(enum.Enum):
-    """Priority of a request. A background request runs only while no interactive request waits or runs."""
+    """Priority of a request, in the order in which they start.
+
+    A brief request starts when no interactive one waits. A background request runs only while no other waits or runs.
+    Both take the slot that holds the fewest tokens which would be lost.
+    """
 
     INTERACTIVE = "interactive"
+    BRIEF = "brief"
     BACKGROUND = "background"
 
 

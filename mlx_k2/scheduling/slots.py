@@ -21,6 +21,8 @@ class SlotChoice:
 
     slot: int
     shared: SharedPrefix
+    num_lost: int = 0
+    """The cached tokens that are overwritten and that no other slot holds."""
 
 
 @dataclass
@@ -45,13 +47,14 @@ class SlotPool:
         """Number of free slots."""
         return len(self._free)
 
-    def choose(self, prompt_ids: "array[int]") -> SlotChoice:
+    def choose(self, prompt_ids: "array[int]", *, ages: bool = True) -> SlotChoice:
         """Return the free slot whose overwriting costs least, and the longest cached prefix of the prompt.
 
         The cost of a slot is the number of cached tokens that would be lost, divided by 1 + the slot's age: the longer
-        a slot was not used, the less likely its tokens are needed again. Tokens that another slot holds too are not
-        lost, nor is the prefix that the prompt uses in place. Taking the prefix from another slot adds the cost of a
-        copy. The prompt's last token is never shared: the token after it must be computed.
+        a slot was not used, the less likely its tokens are needed again. Without ``ages`` it is that number alone: then
+        no number of short prompts overwrites a long conversation while a slot holds less. Tokens that another slot
+        holds too are not lost, nor is the prefix that the prompt uses in place. Taking the prefix from another slot
+        adds the cost of a copy. The prompt's last token is never shared: the token after it must be computed.
         """
         assert self._free, "no slot is free"
         held = {slot: free.token_ids for slot, free in self._free.items()}
@@ -61,15 +64,17 @@ class SlotPool:
         source = max(shared, key=lambda slot: (shared[slot], slot in self._free))
         elsewhere = _held_elsewhere(held)
 
+        def num_lost(slot: int) -> int:
+            return max(0, len(held[slot]) - max(elsewhere[slot], shared[source] if slot == source else 0))
+
         def cost(slot: int) -> float:
-            kept = max(elsewhere[slot], shared[source] if slot == source else 0)
-            lost = max(0, len(held[slot]) - kept) / (1 + self._now - self._free[slot].released_at)
-            return lost + (0.0 if slot == source else _COPY_COST * shared[source])
+            age = self._now - self._free[slot].released_at if ages else 0
+            return num_lost(slot) / (1 + age) + (0.0 if slot == source else _COPY_COST * shared[source])
 
         slot = min(self._free, key=lambda slot: (cost(slot), self._free[slot].released_at, slot != source))
         if not shared[source]:
-            return SlotChoice(slot, SharedPrefix())
-        return SlotChoice(slot, SharedPrefix(shared[source], None if slot == source else source))
+            return SlotChoice(slot, SharedPrefix(), num_lost(slot))
+        return SlotChoice(slot, SharedPrefix(shared[source], None if slot == source else source), num_lost(slot))
 
     def acquire(self, choice: SlotChoice, owner: Sequence) -> None:
         """Start a sequence in a free slot. A prefix that is used in place keeps its drafter's index."""

@@ -1,7 +1,8 @@
-"""Errors in the shape of OpenAI's API, and which error of the program becomes which. Knows no route."""
+"""Errors in the shapes of the APIs, and which error of the program becomes which. Knows no handler."""
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from mlx_k2.errors import Cancelled, EngineBusy, MlxK2Error, RequestFailed, SetupError
 
@@ -9,6 +10,15 @@ INVALID = "invalid_request_error"
 NO_RETRY = {"x-should-retry": "false"}
 """Clients of OpenAI's and Anthropic's SDKs do not send such a request again."""
 RESTART_RETRY_S = 10
+CONTEXT_OVERFLOW = "context_length_exceeded"
+REQUEST_ID = "mlx_k2.request_id"
+"""The key of a request's scope for its id."""
+_MESSAGES_KINDS = {"server_error": "api_error", "unavailable_error": "api_error"}
+_MESSAGES_FIELDS = {
+    "stop": "stop_sequences",
+    "reasoning_effort": "output_config.effort",
+    "response_format": "output_config.format",
+}
 
 
 class ApiError(Exception):
@@ -38,9 +48,34 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
+def shaped_error(error: ApiError, scope: Mapping[str, Any]) -> tuple[int, dict[str, object]]:
+    """Return the status and the JSON body of an error, in the shape of the API that the path of ``scope`` is of."""
+    if scope["path"].startswith("/v1/messages"):
+        return messages_error(error, scope[REQUEST_ID])
+    return error.status, error.body
+
+
+def messages_error(error: ApiError, request_id: str) -> tuple[int, dict[str, object]]:
+    """Return the status and the JSON body of an error in Anthropic's shape, where the message alone names the field."""
+    status, kind, message = error.status, _MESSAGES_KINDS.get(error.kind, error.kind), error.message
+    if error.code == "queue_full":
+        status, kind = 529, "overloaded_error"
+    elif status == 413:
+        kind = "request_too_large"
+    if error.param is not None:
+        field = _MESSAGES_FIELDS.get(error.param, error.param)
+        message = message.replace(error.param, field) if error.param in message else f"{field}: {message}"
+    return status, {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
+
+
 def bad_request_error(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """Return a 400 for a request that fails each time it is sent."""
     return ApiError(400, INVALID, message, param=param, code=code, headers=NO_RETRY)
+
+
+def defect_error() -> ApiError:
+    """Return the 500 for an error that nobody expected."""
+    return ApiError(500, "server_error", "unexpected error in the server; its log has the details")
 
 
 def unavailable_error(message: str) -> ApiError:
@@ -55,7 +90,7 @@ def context_overflow(num_tokens: int, context_tokens: int, param: str) -> ApiErr
         f"This model's maximum context length is {context_tokens} tokens; "
         f"prompt is too long: {num_tokens} tokens > {context_tokens} maximum",
         param,
-        "context_length_exceeded",
+        CONTEXT_OVERFLOW,
     )
 
 

@@ -12,6 +12,7 @@ from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Event, Finished, Token
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.server.language_model import Generation
+from mlx_k2.server.turn_store import new_handle
 from mlx_k2.text.reply_parts import ArgumentsText, Content, Part, Reasoning, ToolCallBegun
 from mlx_k2.text.tool_call import UNKNOWN, ToolCall, call_id
 
@@ -50,8 +51,10 @@ class ChatReply:
     """The reply to one request so far."""
 
     generation: Generation
-    on_end: Callable[[], None] = lambda: None
-    """Called when the reply is complete."""
+    on_end: "Callable[[ChatReply], None]" = lambda _: None
+    """Called with the reply when it is complete."""
+    handle: str = field(default_factory=new_handle)
+    """The handle of the turn in the turn store."""
     reasoning: str = ""
     content: str = ""
     calls: list[WrittenCall] = field(default_factory=list)
@@ -80,7 +83,7 @@ class ChatReply:
                 deltas = self._add_parts(event.parts)
                 self.summary = event.summary
                 if event.reason in (FinishReason.STOP, FinishReason.LENGTH):
-                    self.on_end()
+                    self.on_end(self)
                 return deltas
         return []
 

@@ -115,12 +115,16 @@ def read_chat_request(body: bytes) -> ChatRequest:
         ApiError: 400; names the field that is malformed, or asks for something that this server does not do.
     """
     chat = read_fields(body, ChatRequest)
-    _check(chat)
+    check_chat(chat)
     return chat
 
 
-def _check(chat: ChatRequest) -> None:
-    """Refuse what cannot be done. Nothing that changes an answer is ignored silently."""
+def check_chat(chat: ChatRequest) -> None:
+    """Refuse what cannot be done. Nothing that changes an answer is ignored silently.
+
+    Raises:
+        ApiError: 400; names the field.
+    """
     check_fields(chat)
     for name in ("functions", "function_call"):
         check_field(getattr(chat, name) is None, name, f"{name} is deprecated: use tools and tool_choice")

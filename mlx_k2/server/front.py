@@ -14,11 +14,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_k2.server.access import Access
-from mlx_k2.server.api_errors import ApiError, unavailable_error
+from mlx_k2.server.api_errors import REQUEST_ID, ApiError, defect_error, unavailable_error
 from mlx_k2.server.sse import error_response
 
-REQUEST_ID = "mlx_k2.request_id"
-"""The key of a request's scope for its id."""
 OWNER = "mlx_k2.owner"
 """The key of a request's scope for the name of its API key; "" if none is required."""
 
@@ -47,7 +45,8 @@ class OuterLayer:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), *cors]
+                ids = [(name, request_id.encode()) for name in (b"x-request-id", b"request-id")]
+                message["headers"] = [*message.get("headers", ()), *ids, *cors]
             await send(message)
 
         try:
@@ -56,13 +55,12 @@ class OuterLayer:
             status = 499
         except asyncio.CancelledError:  # the time for running requests is over
             if not status:
-                await error_response(unavailable_error("the server ends"))(scope, receive, send_with_id)
+                await error_response(unavailable_error("the server ends"), scope)(scope, receive, send_with_id)
             raise
         except Exception as error:  # noqa: BLE001 - one request's defect must not end others
             self._log(f"request {request_id} ended by an unexpected error:\n{defect_text(error)}")
             if not status:
-                failure = ApiError(500, "server_error", "unexpected error in the server; its log has the details")
-                await error_response(failure)(scope, receive, send_with_id)
+                await error_response(defect_error(), scope)(scope, receive, send_with_id)
         finally:
             path = getattr(scope.get("route"), "path", None)
             what = "a request" if path is None else f"{scope['method']} {path}"
@@ -77,7 +75,7 @@ class OuterLayer:
             scope[OWNER] = self._access.owner(scope)
         except ApiError as error:
             error.headers["connection"] = "close"  # the body is not read
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope)(scope, receive, send)
             return
         await self._inner(scope, receive, send)
 

@@ -20,7 +20,7 @@ from mlx_k2.server.api_errors import bad_request_error, context_overflow
 from mlx_k2.server.chat_request import ChatRequest
 from mlx_k2.server.completion_request import CompletionRequest
 from mlx_k2.server.request_fields import GenerationFields
-from mlx_k2.server.turn_store import StoredTurn, TurnStore
+from mlx_k2.server.turn_store import HANDLE_FIELD, StoredTurn, TurnStore
 from mlx_k2.text.constraint import Constraint, tool_rules
 from mlx_k2.text.history import with_normal_ids
 from mlx_k2.text.history_reader import read_history
@@ -29,9 +29,12 @@ from mlx_k2.text.reply_grammar import ReplyGrammar, compile_constraint
 from mlx_k2.text.sampled_turns import SampledTurns
 from mlx_k2.text.thinking_mode import ThinkingMode
 from mlx_k2.text.tokenizer import Tokenizer
-from mlx_k2.weights.checkpoint import CONFIG_NAME, TOKENIZER_NAMES
+from mlx_k2.weights.checkpoint import TOKENIZER_NAMES
+from mlx_k2.weights.index import CONFIG_NAME
 from mlx_k2.weights.model_frontend import ModelFrontend
 
+BRIEF_TOKENS = 1024
+"""A chat without tools whose answer is limited to this number of tokens is a brief request."""
 _MAX_DIGITS = 10
 _NUMBERED_ID = re.compile(r"functions\..+:(\d{1,9})")
 _NO_PARAMETERS = {"type": "object", "properties": {}}
@@ -49,6 +52,8 @@ class Generation:
     """The number of the answer's first tool call, for its id."""
     tool_names: tuple[str, ...] = ()
     """The declared tools."""
+    owner: str = ""
+    """The name of the client's key."""
     digest: bytes = b""
     """The digest of the conversation that is answered, for the turn store."""
     warnings: tuple[str, ...] = ()
@@ -99,6 +104,7 @@ class LanguageModel:
             in_reasoning=opens_reasoning(self.tokenizer, prompt_ids),
             first_call=first_call,
             tool_names=tuple(tool["function"]["name"] for tool in _declarations(chat)),
+            owner=owner,
             digest=digest,
             warnings=() if grammar is None else grammar.warnings,
         )
@@ -111,7 +117,8 @@ class LanguageModel:
         template = self._frontend.template
         try:
             messages = with_normal_ids(read_history(chat.messages, template.fields).messages)
-            restored = self._turns.restore(owner, messages)
+            handles = [message.get(HANDLE_FIELD) for message in chat.messages]
+            restored = self._turns.restore(owner, messages, handles)
             variables = self._mode(chat).variables(template)
             pieces = render_pieces(template, self.tokenizer, restored.messages, _declarations(chat), **variables)
         except RequestError as error:
@@ -121,12 +128,14 @@ class LanguageModel:
             sampled.keep(number, turn.token_ids)
         return sampled.encode(pieces), restored.digest
 
-    def keep_turn(self, digest: bytes, message: Mapping[str, Any], token_ids: Sequence[int]) -> None:
-        """Store an answer, for a client that continues its conversation."""
+    def keep_turn(
+        self, generation: Generation, handle: str, message: Mapping[str, Any], token_ids: Sequence[int]
+    ) -> None:
+        """Store the answer ``message``, for a client that continues its conversation."""
         if message.get("content") or message.get("tool_calls"):
             (written,) = read_history([message], self._frontend.template.fields).messages
-            turn = StoredTurn(written.reasoning_content or "", array("I", token_ids))
-            self._turns.keep(digest, written, turn)
+            turn = StoredTurn(written, array("I", token_ids))
+            self._turns.keep(generation.owner, handle, generation.digest, turn)
 
     def completion(self, completion: CompletionRequest) -> Generation:
         """Return the generation for a raw prompt. Errors are those of ``chat``."""
@@ -172,9 +181,9 @@ class LanguageModel:
             field = "messages" if isinstance(asked, ChatRequest) else "prompt"
             raise context_overflow(len(prompt_ids), self.context_tokens, field)
         max_tokens = min(asked.limit_tokens or self.context_tokens, self.context_tokens - len(prompt_ids))
-        priority = Priority.BACKGROUND if asked.service_tier == "flex" else Priority.INTERACTIVE
         stop_ids = frozenset[int]() if asked.ignore_eos else self._frontend.stop_ids
         samplings, ids = for_answers(self._sampling(asked, thinking), asked.n or 1), tuple(prompt_ids)
+        priority = _priority(asked)
         return [Request(ids, max_tokens, sampling, stop_ids, priority=priority) for sampling in samplings]
 
     def _sampling(self, asked: GenerationFields, thinking: bool | None) -> Sampling:
@@ -223,6 +232,15 @@ class LanguageModel:
         except RequestError as error:
             is_tool = str(error).startswith(("the schema of tool ", "tool calls "))
             raise bad_request_error(str(error), "tools" if is_tool else "response_format") from None
+
+
+def _priority(asked: GenerationFields) -> Priority:
+    """Return the priority of a request. Titles and tags are asked for with few tokens and without tools."""
+    if asked.service_tier == "flex":
+        return Priority.BACKGROUND
+    limit = asked.limit_tokens
+    is_brief = isinstance(asked, ChatRequest) and not asked.tools and limit is not None and limit <= BRIEF_TOKENS
+    return Priority.BRIEF if is_brief else Priority.INTERACTIVE
 
 
 def next_call_number(messages: Sequence[Mapping[str, Any]]) -> int:

@@ -7,6 +7,8 @@ import msgspec
 from mlx_k2 import __version__
 from mlx_k2.server.chat_request import ChatRequest
 from mlx_k2.server.completion_request import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from mlx_k2.server.messages_request import CountRequest, MessagesRequest
+from mlx_k2.server.responses_request import ResponsesRequest
 
 _REFERENCE = "#/components/schemas/{name}"
 _ERROR_TEXTS = {
@@ -22,9 +24,16 @@ _ERROR_TEXTS = {
     "500": "Unexpected error in the server.",
     "503": "The model is loading, or the stages start again; retry-after has seconds.",
 }
+_MESSAGES_ERROR_TEXTS = {
+    "429": "The key has sent too many of these requests in a second.",
+    "529": _ERROR_TEXTS["429"],
+}
 _POSTS: dict[str, tuple[str, type[msgspec.Struct] | None]] = {
     "/v1/chat/completions": ("Answer a conversation.", ChatRequest),
     "/v1/completions": ("Continue a text.", CompletionRequest),
+    "/v1/messages": ("Answer a conversation in the format of Anthropic's API.", MessagesRequest),
+    "/v1/messages/count_tokens": ("Return the number of tokens of a prompt.", CountRequest),
+    "/v1/responses": ("Answer a conversation in the format of OpenAI's newer API.", ResponsesRequest),
     "/v1/requests/{id}/cancel": ("End a running request.", None),
     "/tokenize": ("Return token ids.", TokenizeRequest),
     "/detokenize": ("Return the text of token ids.", DetokenizeRequest),
@@ -36,6 +45,7 @@ _GETS = {
     "/v1/model-files": "Return the model's config, tokenizer and template, as base64.",
     "/v1/models": "Return the served model.",
     "/v1/models/{name}": "Return one model.",
+    "/v1/responses/{id}": "Return a stored response.",
     "/v1/status": "Return the state, the stages and the running requests.",
     "/v1/status/events": "Return the status as server-sent events, at most 2 a second.",
 }
@@ -52,12 +62,13 @@ def document() -> dict[str, Any]:
             content = {"application/json": {"schema": {"$ref": _REFERENCE.format(name=kind.__name__)}}}
             operation["requestBody"] = {"required": True, "content": content}
         paths[path] = {"post": operation}
+    paths["/v1/responses/{id}"]["delete"] = _operation("/v1/responses/{id}", "Forget a stored response.")
     return {
         "openapi": "3.1.0",
         "info": {"title": "mlx-k2", "version": __version__},
         "paths": paths,
         "components": {
-            "schemas": {**schemas, "Error": _ERROR_SCHEMA},
+            "schemas": {**schemas, "Error": _ERROR_SCHEMA, "MessagesError": _MESSAGES_ERROR_SCHEMA},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{"key": []}, {}],
@@ -82,11 +93,28 @@ _ERROR_SCHEMA = {
 }
 
 
+_MESSAGES_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["type", "error", "request_id"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+        "request_id": {"type": "string"},
+    },
+}
+
+
 def _operation(path: str, text: str) -> dict[str, Any]:
-    schema = {"$ref": _REFERENCE.format(name="Error")}
+    is_messages = path.startswith("/v1/messages")
+    schema = {"$ref": _REFERENCE.format(name="MessagesError" if is_messages else "Error")}
+    texts = _ERROR_TEXTS | _MESSAGES_ERROR_TEXTS if is_messages else _ERROR_TEXTS
     errors = {
         status: {"description": meaning, "content": {"application/json": {"schema": schema}}}
-        for status, meaning in _ERROR_TEXTS.items()
+        for status, meaning in texts.items()
     }
     names = [part.strip("{}") for part in path.split("/") if part.startswith("{")]
     parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]

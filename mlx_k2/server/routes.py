@@ -4,16 +4,18 @@ import asyncio
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from mlx_k2.errors import MlxK2Error
-from mlx_k2.server.api_errors import bad_request_error, to_api_error
-from mlx_k2.server.chat_completions import ChatFormat, CompletionFormat
+from mlx_k2.server.api_errors import CONTEXT_OVERFLOW, REQUEST_ID, ApiError, bad_request_error, to_api_error
+from mlx_k2.server.chat_completions import ChatFormat
 from mlx_k2.server.chat_reply import ChatReply
 from mlx_k2.server.chat_request import ChatRequest, read_chat_request
 from mlx_k2.server.completion_request import (
@@ -22,22 +24,37 @@ from mlx_k2.server.completion_request import (
     TokenizeRequest,
     read_completion_request,
 )
-from mlx_k2.server.front import OWNER, REQUEST_ID
+from mlx_k2.server.front import OWNER
 from mlx_k2.server.language_model import Generation, LanguageModel
+from mlx_k2.server.messages import MessagesFormat
+from mlx_k2.server.messages_request import CountRequest, MessagesRequest, read_messages_request
 from mlx_k2.server.metrics import CONTENT_TYPE
 from mlx_k2.server.openapi import document
+from mlx_k2.server.rate_limit import RateLimit
 from mlx_k2.server.request_body import read_body
 from mlx_k2.server.request_fields import GenerationFields, read_fields
+from mlx_k2.server.response_store import ResponseStore, StoredResponse
+from mlx_k2.server.responses_format import ResponseFormat, failed_stream, response_fields
+from mlx_k2.server.responses_request import (
+    ResponsesRequest,
+    conversation_of,
+    in_responses_words,
+    read_responses_request,
+)
 from mlx_k2.server.server_state import ServerState
-from mlx_k2.server.sse import STREAM_HEADERS, EventStreamResponse, WholeResponse, json_response
+from mlx_k2.server.sse import STREAM_HEADERS, EventStreamResponse, ReplyFormat, WholeResponse, json_response
 from mlx_k2.server.status_stream import StatusStream
 from mlx_k2.server.text_completions import TextFormat
+from mlx_k2.server.turn_store import HANDLE_FIELD
 
 Result = TypeVar("Result")
+Asked = TypeVar("Asked")
 _MAX_ID_DIGITS = 16
+COUNTS_PER_S = 50
+"""The most requests of a key for a number of tokens. Claude Code in an editor sends 40 at its start."""
 _MAX_PREPARING = 4
 """The most requests whose prompts are made at once, each on a worker thread."""
-_CHAT_PREFIX, _TEXT_PREFIX = "chatcmpl-", "cmpl-"
+_CHAT_PREFIX, _TEXT_PREFIX, _MESSAGE_PREFIX, _RESPONSE_PREFIX = "chatcmpl-", "cmpl-", "msg_", "resp_"
 _OTHER_MODEL = "another model was asked for; the answer is from the one that is served"
 _MAX_WARNINGS, _MAX_WARNING_SIZE = 8, 300
 
@@ -48,6 +65,8 @@ class Routes:
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._workers = asyncio.Semaphore(_MAX_PREPARING)
+        self._counting = RateLimit(COUNTS_PER_S)
+        self._responses = ResponseStore()
 
     def table(self) -> list[Route]:
         """Return the routes."""
@@ -62,6 +81,11 @@ class Routes:
             Route("/v1/models/{name:path}", self._model, methods=["GET"]),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completions, methods=["POST"]),
+            Route("/v1/messages", self._messages, methods=["POST"]),
+            Route("/v1/messages/count_tokens", self._count_tokens, methods=["POST"]),
+            Route("/v1/responses", self._respond, methods=["POST"]),
+            Route("/v1/responses/{id}", self._response, methods=["GET"]),
+            Route("/v1/responses/{id}", self._delete_response, methods=["DELETE"]),
             Route("/v1/requests/{id}/cancel", self._cancel, methods=["POST"]),
             Route("/tokenize", self._tokenize, methods=["POST"]),
             Route("/detokenize", self._detokenize, methods=["POST"]),
@@ -91,7 +115,9 @@ class Routes:
         return StatusStream(lambda: self._state.status(owner), lambda: self._state.is_ending, last_id)
 
     async def _models(self, request: Request) -> Response:  # noqa: ARG002 - a route's argument
-        return json_response({"object": "list", "data": [self._model_entry()]})
+        """Answer in the shapes of both OpenAI's and Anthropic's API."""
+        pages = {"has_more": False, "first_id": self._state.model_name, "last_id": self._state.model_name}
+        return json_response({"object": "list", "data": [self._model_entry()], **pages})
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -109,12 +135,15 @@ class Routes:
             "object": "model",
             "created": self._state.created,
             "owned_by": "mlx-k2",
+            "type": "model",
+            "display_name": self._state.model_name,
+            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._state.created)),
             "max_model_len": self._state.context_tokens,
         }
 
     async def _cancel(self, request: Request) -> Response:
         written = request_id = request.path_params["id"]
-        for prefix in (_CHAT_PREFIX, _TEXT_PREFIX):
+        for prefix in (_CHAT_PREFIX, _TEXT_PREFIX, _MESSAGE_PREFIX, _RESPONSE_PREFIX):
             request_id = request_id.removeprefix(prefix)
         self._state.cancel(request_id, request.scope[OWNER])
         return json_response({"id": written, "cancelled": True})
@@ -134,6 +163,13 @@ class Routes:
         tokens = await self._prepare(request, tokenize)
         return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": self._state.context_tokens})
 
+    async def _count_tokens(self, request: Request) -> Response:
+        def count(model: LanguageModel, body: bytes) -> int:
+            return len(model.chat_prompt(read_fields(body, CountRequest).chat, request.scope[OWNER])[0])
+
+        self._counting.check(request.scope[OWNER])
+        return json_response({"input_tokens": await self._prepare(request, count)})
+
     async def _detokenize(self, request: Request) -> Response:
         def detokenize(model: LanguageModel, body: bytes) -> str:
             return model.text_of(read_fields(body, DetokenizeRequest).tokens)
@@ -143,16 +179,41 @@ class Routes:
     # ---- generation
 
     async def _chat(self, request: Request) -> ASGIApp:
-        def prepare(model: LanguageModel, body: bytes) -> tuple[ChatRequest, Generation]:
+        def read(body: bytes) -> tuple[ChatRequest, ChatRequest]:
             chat = read_chat_request(body)
+            return chat, chat
+
+        def form(chat: ChatRequest, replies: Sequence[ChatReply]) -> ReplyFormat:
+            return ChatFormat(self._head(_CHAT_PREFIX, request), replies, chat, self._state.options)
+
+        return await self._converse(request, read, form)
+
+    async def _messages(self, request: Request) -> ASGIApp:
+        def form(asked: MessagesRequest, replies: Sequence[ChatReply]) -> ReplyFormat:
+            return MessagesFormat(request.scope[REQUEST_ID], self._state.model_name, asked, replies[0])
+
+        return await self._converse(request, read_messages_request, form)
+
+    async def _converse(
+        self,
+        request: Request,
+        read: Callable[[bytes], tuple[Asked, ChatRequest]],
+        make_format: Callable[[Asked, Sequence[ChatReply]], ReplyFormat],
+    ) -> ASGIApp:
+        """Answer a conversation in the format of an API. ``read`` returns its request, and the same as a chat request.
+
+        ``read`` is called on a worker thread.
+        """
+
+        def prepare(model: LanguageModel, body: bytes) -> tuple[Asked, ChatRequest, Generation]:
+            asked, chat = read(body)
             self._state.check_model(chat.model)
-            return chat, model.chat(chat, request.scope[OWNER])
+            return asked, chat, model.chat(chat, request.scope[OWNER])
 
         self._state.check_ready()
-        chat, generation = await self._prepare(request, prepare, is_queued=True)
-        replies = [_stored_reply(self._state.model(), generation) for _ in generation.submissions]
-        form = ChatFormat(self._head(_CHAT_PREFIX, request), replies, chat, self._state.options)
-        return await self._answer(request, chat, generation, replies, form)
+        asked, chat, generation = await self._prepare(request, prepare, is_queued=True)
+        replies = [ChatReply(generation, self._keep_turn) for _ in generation.submissions]
+        return await self._answer(request, chat, generation, make_format(asked, replies))
 
     async def _completions(self, request: Request) -> ASGIApp:
         def prepare(model: LanguageModel, body: bytes) -> tuple[CompletionRequest, Generation]:
@@ -164,7 +225,64 @@ class Routes:
         completion, generation = await self._prepare(request, prepare, is_queued=True)
         replies = [ChatReply(generation) for _ in generation.submissions]
         form = TextFormat(self._head(_TEXT_PREFIX, request), replies, completion, self._state.options)
-        return await self._answer(request, completion, generation, replies, form)
+        return await self._answer(request, completion, generation, form)
+
+    # ---- responses
+
+    async def _respond(self, request: Request) -> ASGIApp:
+        """Answer a request of the Responses API. If it is streamed and does not fit, the answer is events as well."""
+        owner = request.scope[OWNER]
+
+        def prepare(model: LanguageModel, body: bytes) -> tuple[ResponsesRequest, bytes, Generation | ApiError]:
+            asked = read_responses_request(body)
+            self._state.check_model(asked.model)
+            try:
+                conversation = conversation_of(asked, self._earlier(owner, asked))
+                generation = model.chat(conversation.chat, owner)
+            except ApiError as error:
+                if not asked.stream or error.code != CONTEXT_OVERFLOW:
+                    raise in_responses_words(error) from None
+                return asked, b"", in_responses_words(error)
+            messages = msgspec.json.encode(conversation.messages) if asked.is_stored else b""
+            return asked, messages, replace(generation, warnings=(*conversation.warnings, *generation.warnings))
+
+        self._state.check_ready()
+        asked, messages, generation = await self._prepare(request, prepare, is_queued=True)
+        head = self._head(_RESPONSE_PREFIX, request)
+        if isinstance(generation, ApiError):
+            return Response(failed_stream(response_fields(head, asked, None), generation), headers=STREAM_HEADERS)
+        reply = ChatReply(generation, self._keep_turn)
+
+        def keep(body: bytes) -> None:
+            if asked.is_stored:
+                answer = msgspec.json.encode(reply.message | {HANDLE_FIELD: reply.handle})
+                self._responses.keep(owner, head["id"], StoredResponse(body, messages, answer))
+
+        fields = response_fields(head, asked, generation.submissions[0].request.sampling)
+        form = ResponseFormat(fields, reply, self._state.options.keepalive, keep)
+        return await self._answer(request, asked, generation, form)
+
+    async def _response(self, request: Request) -> Response:
+        found = self._responses.find(request.scope[OWNER], request.path_params["id"])
+        if found is None:
+            raise _no_response()
+        return Response(found.body, media_type="application/json")
+
+    async def _delete_response(self, request: Request) -> Response:
+        response_id = request.path_params["id"]
+        if not self._responses.delete(request.scope[OWNER], response_id):
+            raise _no_response()
+        return json_response({"id": response_id, "object": "response", "deleted": True})
+
+    def _earlier(self, owner: str, asked: ResponsesRequest) -> list[dict[str, Any]]:
+        """Return the conversation that a request continues."""
+        if asked.previous_response_id is None:
+            return []
+        found = self._responses.find(owner, asked.previous_response_id)
+        if found is None:
+            message = "the previous response is not stored: send the whole conversation as input"
+            raise bad_request_error(message, "previous_response_id", "previous_response_not_found")
+        return found.conversation
 
     async def _prepare(
         self, request: Request, compute: Callable[[LanguageModel, bytes], Result], *, is_queued: bool = False
@@ -183,6 +301,10 @@ class Routes:
             except MlxK2Error as error:
                 raise to_api_error(error) from None
 
+    def _keep_turn(self, reply: ChatReply) -> None:
+        """Store a complete reply for the client's next request."""
+        self._state.model().keep_turn(reply.generation, reply.handle, reply.message, reply.token_ids)
+
     def _head(self, prefix: str, request: Request) -> dict[str, Any]:
         return {
             "id": prefix + request.scope[REQUEST_ID],
@@ -191,12 +313,7 @@ class Routes:
         }
 
     async def _answer(
-        self,
-        request: Request,
-        asked: GenerationFields,
-        generation: Generation,
-        replies: Sequence[ChatReply],
-        form: CompletionFormat,
+        self, request: Request, asked: GenerationFields, generation: Generation, form: ReplyFormat
     ) -> ASGIApp:
         """Submit the request and return its answer."""
         warnings = [_OTHER_MODEL] if asked.model not in (None, self._state.model_name) else []
@@ -204,13 +321,11 @@ class Routes:
         stream = await self._state.open(request.scope[REQUEST_ID], request.scope[OWNER], generation)
         if asked.stream:
             return EventStreamResponse(stream, form, headers, self._state.options.keepalive_s)
-        return WholeResponse(stream, lambda index, event: replies[index].add(event), form.body, headers)
+        return WholeResponse(stream, form, headers)
 
 
-def _stored_reply(model: LanguageModel, generation: Generation) -> ChatReply:
-    """Return an empty reply that is stored for the client's next request when it is complete."""
-    reply = ChatReply(generation, lambda: model.keep_turn(generation.digest, reply.message, reply.token_ids))
-    return reply
+def _no_response() -> ApiError:
+    return ApiError(404, "not_found_error", "no such response is stored", code="response_not_found")
 
 
 def warning_headers(warnings: Sequence[str]) -> dict[str, str]:

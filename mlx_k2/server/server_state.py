@@ -18,6 +18,9 @@ from mlx_k2.server.metrics import Metrics
 from mlx_k2.server.request_record import RequestRecord
 from mlx_k2.server.sse import KEEPALIVE_S
 
+_MAX_UNQUEUED = 64
+"""The most requests at once that count or convert tokens: their bodies are in memory."""
+
 
 @dataclass(frozen=True)
 class ServerOptions:
@@ -51,7 +54,8 @@ class ServerState:
         self.metrics = Metrics(self)
         self._streams: dict[str, EventStream] = {}
         self._loaded: _Loaded | None = None
-        self._num_preparing = 0
+        self._num_preparing = {True: 0, False: 0}
+        """The number of requests whose body is read, of those that the engine gets and of others."""
 
     def serve(self, engine: Engine, model: LanguageModel) -> None:
         """Begin to accept requests."""
@@ -99,17 +103,18 @@ class ServerState:
         """Count a request whose body is read and whose prompt is made. ``is_queued``: the engine gets it afterwards.
 
         Raises:
-            ApiError: 429, there are as many as the engine can run and queue.
+            ApiError: 429, there are as many as the engine can run and queue, or _MAX_UNQUEUED others.
         """
         assert self._loaded is not None, "model() was called"
         engine = self._loaded.engine
-        if self._num_preparing + is_queued * len(self.records) >= engine.max_requests:
+        most = engine.max_requests - len(self.records) if is_queued else _MAX_UNQUEUED
+        if self._num_preparing[is_queued] >= most:
             raise to_api_error(EngineBusy("", engine.expected_wait_s))
-        self._num_preparing += 1
+        self._num_preparing[is_queued] += 1
         try:
             yield
         finally:
-            self._num_preparing -= 1
+            self._num_preparing[is_queued] -= 1
 
     def check_model(self, name: str | None) -> None:
         """Refuse another model's name, if names are strict.

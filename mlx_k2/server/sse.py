@@ -1,13 +1,13 @@
 """Answers of the server: JSON, and a stream of server-sent events. Both notice that the client has gone.
 
-Knows no API: a Frames object turns the engine's events into bytes.
+Knows no API: a ReplyFormat turns the engine's events into bytes, or into a body.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 from starlette.responses import Response
@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from mlx_k2.coordinator.handle import Event
 from mlx_k2.errors import MlxK2Error
-from mlx_k2.server.api_errors import ApiError, to_api_error, unavailable_error
+from mlx_k2.server.api_errors import ApiError, shaped_error, to_api_error, unavailable_error
 from mlx_k2.server.event_stream import EventStream
 
 KEEPALIVE_S = 10.0
@@ -26,8 +26,8 @@ STREAM_HEADERS = {
 }
 
 
-class Frames(Protocol):
-    """The events of one API as bytes."""
+class ReplyFormat(Protocol):
+    """The answer to one request in the format of one API. Either it is streamed, or ``add`` and ``body`` are called."""
 
     def begin(self) -> bytes:
         """Return what is sent before the first event."""
@@ -41,10 +41,17 @@ class Frames(Protocol):
     def error(self, error: ApiError) -> bytes:
         """Return what is sent for an error, the end of the stream included."""
 
+    def add(self, events: list[tuple[int, Event]]) -> None:
+        """Add events of the engine to an answer that is not streamed."""
 
-def event_bytes(data: object) -> bytes:
-    """Return one server-sent event with a JSON value."""
-    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+    def body(self) -> object:
+        """Return that answer, after its last event. Called on a worker thread."""
+
+
+def event_bytes(data: object, name: str = "") -> bytes:
+    """Return one server-sent event with a JSON value; some APIs name the event, too."""
+    line = f"event: {name}\n".encode() if name else b""
+    return line + b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
 def json_response(data: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -52,19 +59,20 @@ def json_response(data: object, status: int = 200, headers: Mapping[str, str] | 
     return Response(msgspec.json.encode(data), status, dict(headers or {}), "application/json")
 
 
-def error_response(error: ApiError) -> Response:
-    """Return the answer for an error."""
-    return json_response(error.body, error.status, error.headers)
+def error_response(error: ApiError, scope: Mapping[str, Any]) -> Response:
+    """Return the answer for an error in the shape of the API that the request of ``scope`` is for."""
+    status, body = shaped_error(error, scope)
+    return json_response(body, status, error.headers)
 
 
 class EventStreamResponse:
     """A streamed answer. Headers go out at once; then events, and a keep-alive after each KEEPALIVE_S without one."""
 
     def __init__(
-        self, stream: EventStream, frames: Frames, headers: Mapping[str, str], keepalive_s: float = KEEPALIVE_S
+        self, stream: EventStream, form: ReplyFormat, headers: Mapping[str, str], keepalive_s: float = KEEPALIVE_S
     ) -> None:
         self._stream = stream
-        self._frames = frames
+        self._form = form
         self._headers = STREAM_HEADERS | dict(headers)
         self._keepalive_s = keepalive_s
 
@@ -74,10 +82,10 @@ class EventStreamResponse:
         try:
             async with cancelled_on_disconnect(self._stream, receive):
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
-                await self._send_body(send, self._frames.begin(), more=True)
+                await self._send_body(send, self._form.begin(), more=True)
                 await self._send_events(send)
         except asyncio.CancelledError:  # the time for running requests is over
-            await self._send_body(send, self._frames.error(unavailable_error("the server ends")), more=False)
+            await self._send_body(send, self._form.error(unavailable_error("the server ends")), more=False)
             raise
 
     async def _send_events(self, send: Send) -> None:
@@ -87,12 +95,12 @@ class EventStreamResponse:
         while more:
             try:
                 events = await self._stream.read(max(0.0, sent_at + self._keepalive_s - time.monotonic()))
-                body = self._frames.events(events)
+                body = self._form.events(events)
                 more = not self._stream.has_ended
             except MlxK2Error as error:
-                body, more = self._frames.error(to_api_error(error)), False
+                body, more = self._form.error(to_api_error(error)), False
             if not body and more and time.monotonic() - sent_at >= self._keepalive_s:
-                body = self._frames.keepalive()
+                body = self._form.keepalive()
                 sent_at = time.monotonic()
             if body or not more:
                 await self._send_body(send, body, more=more)
@@ -103,38 +111,30 @@ class EventStreamResponse:
 
 
 class WholeResponse:
-    """An answer that is sent when it is complete: ``add`` gets each event, and ``body`` makes the answer at the end."""
+    """An answer that is sent when it is complete."""
 
-    def __init__(
-        self,
-        stream: EventStream,
-        add: Callable[[int, Event], object],
-        body: Callable[[], object],
-        headers: Mapping[str, str],
-    ) -> None:
+    def __init__(self, stream: EventStream, form: ReplyFormat, headers: Mapping[str, str]) -> None:
         self._stream = stream
-        self._add = add
-        self._body = body
+        self._form = form
         self._headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Wait for the answer and send it, as an ASGI application."""
         async with cancelled_on_disconnect(self._stream, receive):
-            response = await self._response()
+            response = await self._response(scope)
         if response is not None:
             await response(scope, receive, send)
 
-    async def _response(self) -> Response | None:
+    async def _response(self, scope: Scope) -> Response | None:
         """Return the answer; None if the client has gone."""
         try:
             while not self._stream.has_ended:
-                for index, event in await self._stream.read(None):
-                    self._add(index, event)
+                self._form.add(await self._stream.read(None))
         except MlxK2Error as error:
-            return error_response(to_api_error(error))
+            return error_response(to_api_error(error), scope)
         if self._stream.is_abandoned:
             return None
-        return await asyncio.to_thread(lambda: json_response(self._body(), headers=self._headers))
+        return await asyncio.to_thread(lambda: json_response(self._form.body(), headers=self._headers))
 
 
 @asynccontextmanager

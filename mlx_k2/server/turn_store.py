@@ -1,11 +1,14 @@
 """Turn store: the reasoning and the sampled tokens of answers, for clients that send a conversation back as text.
 
-Most clients leave out the reasoning, and no client knows tokens. With both from here, the prompt is what the model
-wrote, and the cache has it. A turn is found by the whole conversation up to it, and by the key of its client.
+Most clients leave out the reasoning, some write arguments otherwise, and no client knows tokens. With all of this from
+here, the prompt is what the model wrote, and the cache has it. A turn is found by its handle, which some APIs let a
+client send back, or by the whole conversation up to it; and only for the owner of the key that asked for it.
 """
 
 import hashlib
 import json
+import secrets
+import sys
 import threading
 from array import array
 from collections import OrderedDict
@@ -17,18 +20,43 @@ import msgspec
 from mlx_k2.json_text.parse import JsonError, parse_json
 from mlx_k2.text.message import Message
 
-MAX_TOKENS = 4_000_000
-"""About 16 MB of token ids; the turns that were used longest ago are forgotten."""
-TURN_TOKENS = 256
-"""The memory of a turn besides its token ids, as a number of them."""
+MAX_BYTES = 64 * 1024 * 1024
+"""The turns that were used longest ago are forgotten."""
+TURN_BYTES = 1024
+"""The memory of a turn besides its text and token ids, its keys included, and of each of its calls."""
+HANDLE_FIELD = "turn_handle"
+"""The field of a chat message that holds the handle of an answer. Adapters of other APIs set it."""
 
 
 @dataclass(frozen=True)
 class StoredTurn:
-    """An answer: its reasoning, and all tokens that were sampled for it."""
+    """An answer as the model wrote it, and all tokens that were sampled for it."""
 
-    reasoning: str
+    message: Message
     token_ids: "array[int]"
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that it uses, about."""
+        texts = [self.message.content, self.message.reasoning_content or ""]
+        texts += [str(call.function.arguments) for call in self.message.tool_calls]
+        return sum(map(sys.getsizeof, [*texts, self.token_ids])) + TURN_BYTES * (1 + len(self.message.tool_calls))
+
+    def restored(self, message: Message) -> Message:
+        """Return the answer ``message`` of a client with the reasoning that was sampled.
+
+        If it is the same answer, it also gets back its space around the text and the JSON text of its arguments.
+        """
+        stored = self.message
+        reasoning = stored.reasoning_content or message.reasoning_content
+        message = msgspec.structs.replace(message, reasoning_content=reasoning)
+        if digest_after(b"", message) != digest_after(b"", stored):
+            return message
+        calls = tuple(
+            msgspec.structs.replace(call, function=sampled.function)
+            for call, sampled in zip(message.tool_calls, stored.tool_calls, strict=True)
+        )
+        return msgspec.structs.replace(message, content=stored.content, tool_calls=calls)
 
 
 @dataclass(frozen=True)
@@ -40,54 +68,86 @@ class RestoredTurns:
     digest: bytes
 
 
-class TurnStore:
-    """Stored turns by the digest of the conversation that they end. Safe to use on any thread."""
+@dataclass(frozen=True)
+class _Entry:
+    turn: StoredTurn
+    conversation: bytes
+    """The digest of the conversation that the turn ends."""
 
-    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
-        self._max_tokens = max_tokens
-        self._num_tokens = 0
-        self._turns: OrderedDict[bytes, StoredTurn] = OrderedDict()
+
+class TurnStore:
+    """Stored turns, at most ``max_bytes``. Safe to use on any thread.
+
+    A turn has a handle from ``new_handle``, which is Anthropic's ``signature``, and ``encrypted_content`` of the
+    Responses API. A handle is random, says nothing about its turn, and may be sent before the turn is complete. One
+    that is unknown, forgotten or another owner's finds nothing, and is no error.
+    """
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        """By owner and handle, those used longest ago first."""
+        self._latest: dict[bytes, bytes] = {}
+        """The key of the turn that was stored last for a conversation."""
         self._lock = threading.Lock()
 
-    def keep(self, before: bytes, message: Message, turn: StoredTurn) -> None:
-        """Store the answer ``message`` to the conversation with the digest ``before``."""
-        key = digest_after(before, message)
+    def keep(self, owner: str, handle: str, before: bytes, turn: StoredTurn) -> None:
+        """Store an answer to the conversation with the digest ``before``."""
+        key = _key(owner, handle)
+        conversation = digest_after(before, turn.message)
         with self._lock:
             self._forget(key)
-            self._turns[key] = turn
-            self._num_tokens += TURN_TOKENS + len(turn.token_ids)
-            while self._num_tokens > self._max_tokens:
-                self._forget(next(iter(self._turns)))
+            self._entries[key] = _Entry(turn, conversation)
+            self._latest[conversation] = key
+            self._num_bytes += turn.num_bytes
+            while self._num_bytes > self._max_bytes:
+                self._forget(next(iter(self._entries)))
 
-    def restore(self, owner: str, messages: Sequence[Message]) -> "RestoredTurns":
+    def restore(self, owner: str, messages: Sequence[Message], handles: Sequence[object] = ()) -> RestoredTurns:
         """Return ``messages`` with the reasoning that their client left out, and what is stored of their answers.
 
-        An answer whose reasoning the client has changed is left alone.
+        ``handles`` has the handle of each message, of any type as a client sent it; it may be shorter. A turn that a
+        handle finds is used also where the conversation before it has changed. An answer whose reasoning the client
+        has changed is left alone.
         """
-        digest = hashlib.sha256(b"owner " + owner.encode()).digest()
+        digest = _key(owner, "")
         restored: list[Message] = []
         found: dict[int, StoredTurn] = {}
         num_answers = 0
-        for message in messages:
+        for number, message in enumerate(messages):
             digest = digest_after(digest, message)
-            turn = self._find(digest) if message.role == "assistant" else None
-            if turn is not None and message.reasoning_content in (None, "", turn.reasoning):
-                found[num_answers] = turn
-                reasoning = turn.reasoning or message.reasoning_content
-                message = msgspec.structs.replace(message, reasoning_content=reasoning)  # noqa: PLW2901
-            num_answers += message.role == "assistant"
+            if message.role == "assistant":
+                handle = handles[number] if number < len(handles) else None
+                turn = self._find(_key(owner, handle) if isinstance(handle, str) else None, digest)
+                if turn is not None and message.reasoning_content in (None, "", turn.message.reasoning_content):
+                    found[num_answers] = turn
+                    message = turn.restored(message)  # noqa: PLW2901
+                num_answers += 1
             restored.append(message)
         return RestoredTurns(restored, found, digest)
 
-    def _find(self, key: bytes) -> StoredTurn | None:
+    def _find(self, key: bytes | None, conversation: bytes) -> StoredTurn | None:
+        """Return the turn with this key, or else the one that ends this conversation."""
         with self._lock:
-            if key in self._turns:
-                self._turns.move_to_end(key)
-            return self._turns.get(key)
+            found = key if key in self._entries else self._latest.get(conversation)
+            if found is None:
+                return None
+            self._entries.move_to_end(found)
+            return self._entries[found].turn
 
     def _forget(self, key: bytes) -> None:
-        turn = self._turns.pop(key, None)
-        self._num_tokens -= 0 if turn is None else TURN_TOKENS + len(turn.token_ids)
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            return
+        self._num_bytes -= entry.turn.num_bytes
+        if self._latest.get(entry.conversation) == key:
+            del self._latest[entry.conversation]
+
+
+def new_handle() -> str:
+    """Return a handle for a turn: 32 random characters of the URL-safe base64 alphabet."""
+    return secrets.token_urlsafe(24)
 
 
 def digest_after(before: bytes, message: Message) -> bytes:
@@ -99,6 +159,11 @@ def digest_after(before: bytes, message: Message) -> bytes:
     calls = [(call.function.name, _canonical(call.function.arguments)) for call in message.tool_calls]
     fields = (message.role, message.content.strip(), calls)
     return hashlib.sha256(before + json.dumps(fields, sort_keys=True).encode()).digest()
+
+
+def _key(owner: str, handle: str) -> bytes:
+    """Return the key of an owner's turn; with the handle "", the digest of an owner's empty conversation."""
+    return hashlib.sha256(json.dumps([owner, handle]).encode()).digest()
 
 
 def _canonical(arguments: object) -> object:

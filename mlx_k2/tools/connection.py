@@ -15,6 +15,7 @@ from mcp import Client, MCPError, StdioServerParameters, types
 from mcp.client.stdio import stdio_client
 from mcp.client.streamable_http import streamable_http_client
 from mcp_types import CONNECTION_CLOSED, INVALID_REQUEST, METHOD_NOT_FOUND, UNSUPPORTED_PROTOCOL_VERSION
+from pydantic import ValidationError
 
 from mlx_k2.http_reason import http_reason
 from mlx_k2.tools.server_output import ServerOutput, inspected
@@ -232,10 +233,18 @@ def _reason(error: Exception | None, last_lines: deque[str], server: Server) -> 
     if error is None or _is_over(error):
         why = "it ended"
     elif isinstance(error, MCPError) or not isinstance(server, HttpServer):
-        why = str(error).rstrip(".") or type(error).__name__
+        why = first_problem(error).rstrip(".") or type(error).__name__
     else:
         why = http_reason(error)
     return f"{why}; it wrote last: {' | '.join(last_lines)}" if last_lines else why
+
+
+def first_problem(error: Exception) -> str:
+    """Return the message of an error; of a misshapen result the first field and what is wrong with it."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error)
 
 
 def _is_over(error: BaseException) -> bool:

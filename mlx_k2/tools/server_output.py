@@ -8,7 +8,15 @@ from typing import Any, cast
 
 import anyio
 from mcp.shared.message import SessionMessage
-from mcp_types import PARSE_ERROR, ErrorData, JSONRPCError, JSONRPCRequest, JSONRPCResponse, RequestId
+from mcp_types import (
+    PARSE_ERROR,
+    ErrorData,
+    JSONRPCError,
+    JSONRPCRequest,
+    JSONRPCResponse,
+    RequestId,
+    jsonrpc_message_adapter,
+)
 from pydantic import ValidationError
 
 _MAX_QUOTED = 120
@@ -30,11 +38,13 @@ class ServerOutput:
         self.problems: list[str] = []
         """Lines for the user about tools that cannot be offered."""
         self._pending: set[RequestId] = set()
+        self._sent: set[RequestId] = set()
 
     def record_sent(self, message: SessionMessage) -> None:
         """Record that the client sends a message."""
         if isinstance(message.message, JSONRPCRequest):
             self._pending.add(message.message.id)
+            self._sent.add(message.message.id)
 
     def received(self, message: SessionMessage | Exception) -> list[SessionMessage]:
         """Return the messages that mcp's client gets for a message, or for a line that is not one.
@@ -47,7 +57,10 @@ class ServerOutput:
         if isinstance(answer, JSONRPCError) and answer.id is None:
             return self._errors(f"it sent an error without the id of a request: {answer.error.message}", "")
         if isinstance(answer, JSONRPCResponse | JSONRPCError):
-            self._pending.discard(cast("RequestId", answer.id))
+            number = int(str(answer.id)) if str(answer.id).isdecimal() else cast("RequestId", answer.id)
+            if number not in self._sent:
+                return self._errors(f"it answered the request {answer.id!r}, which was not sent", "")
+            self._pending.discard(number)
         if isinstance(answer, JSONRPCResponse) and isinstance(tools := answer.result.get("tools"), list):
             answer.result["tools"] = [tool for tool in map(self._offered, tools) if tool is not None]
         return [message]
@@ -58,6 +71,11 @@ class ServerOutput:
         line, problem = (str(error), "") if first is None else (str(first["input"]), first["msg"])
         if first is not None and isinstance(first["input"], dict | list):
             line, problem = json.dumps(first["input"]), "not a JSON-RPC message"
+        if line.startswith("\ufeff"):
+            with contextlib.suppress(ValidationError):
+                return self.received(SessionMessage(jsonrpc_message_adapter.validate_json(line[1:], by_name=False)))
+        if line.lower().startswith("content-length:"):
+            return self._errors("it writes headers before its messages; over stdio each message is a line", "")
         quoted = ascii(line[:_MAX_QUOTED])
         if first is not None and first["type"] == "string_unicode":
             byte = next(ord(letter) & 0xFF for letter in line if "\udc80" <= letter <= "\udcff")

@@ -15,10 +15,9 @@ from anyio.abc import TaskStatus
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from mcp import MCPError, types
 from mcp_types import INVALID_PARAMS, METHOD_NOT_FOUND
-from pydantic import ValidationError
 
 from mlx_k2.errors import ToolsError
-from mlx_k2.tools.connection import Connection, NotStarted, ServerLost
+from mlx_k2.tools.connection import Connection, NotStarted, ServerLost, first_problem
 from mlx_k2.tools.outcome import Outcome, ToolResult
 from mlx_k2.tools.servers import Server
 
@@ -120,7 +119,7 @@ class ToolBox:
         except Exception as error:  # noqa: BLE001 - any error of a server becomes a result for the model
             return ToolResult(
                 Outcome.FAILED,
-                f"The call was run, but the answer of the tool server {server} cannot be read: {_first_problem(error)}",
+                f"The call was run, but the answer of the tool server {server} cannot be read: {first_problem(error)}",
             )
         return read_result(result, self._limits.max_result_chars)
 
@@ -225,11 +224,3 @@ def _part_text(part: types.ContentBlock) -> str:
         case types.ResourceLink():
             return f"[{part.name}: {part.uri}]"
     return f"[not shown: {part.mime_type}, {len(part.data)} characters of base64]"
-
-
-def _first_problem(error: Exception) -> str:
-    """Return the message of an error; of a misshapen result the first field and what is wrong with it."""
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return str(error)

@@ -27,8 +27,8 @@ from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # document
 
 from mlx_k2.errors import DownloadError
 from mlx_k2.http_reason import http_reason
-from mlx_k2.weights.checkpoint import CONFIG_NAME, TOKENIZER_NAMES
-from mlx_k2.weights.index import INDEX_NAME, SINGLE_FILE_NAME
+from mlx_k2.weights.checkpoint import TOKENIZER_NAMES
+from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, SINGLE_FILE_NAME
 from mlx_k2.weights.manifest import HubFile
 
 _LIST_TIMEOUT_S = 10.0
@@ -220,7 +220,7 @@ def _remote_file(snapshot: _Snapshot, name: str) -> HubFile:
     if snapshot.remote is None:
         raise DownloadError(
             f"{name} of {repo.name} is not in this host's cache, and the Hub cannot be asked ({snapshot.offline}): "
-            "connect this host, or fetch it with mlx-k2 download while it is connected"
+            f"connect this host, or run `mlx-k2 download --model {repo.name}` while it is connected"
         )
     if name not in snapshot.remote:
         raise DownloadError(
@@ -253,9 +253,9 @@ def _explain(error: Exception, repo: HubRepo, name: str) -> str:
     revision = repo.revision or "main"
     match error:
         case GatedRepoError():
-            return f"{repo.name} requires consent first: give it on the repository's page, then run hf auth login"
+            return f"{repo.name} requires consent first: give it on the repository's page, then run `hf auth login`"
         case RepositoryNotFoundError():
-            return f"the Hub has no repository {repo.name}, or it is private: check the name, or run hf auth login"
+            return f"the Hub has no repository {repo.name}, or it is private: check the name, or run `hf auth login`"
         case RevisionNotFoundError():
             return f"{repo.name} has no revision {revision}"
         case OfflineModeIsEnabled():

@@ -3,9 +3,9 @@
 import msgspec
 
 from mlx_k2.config import ORIGINAL_REPO, ModelConfig
-from mlx_k2.weights.checkpoint import CONFIG_NAME, ModelDescription
+from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.config_fields import thinking_config_fields
-from mlx_k2.weights.index import INDEX_NAME, CheckpointIndex, model_digest
+from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, CheckpointIndex, model_digest
 from mlx_k2.weights.inventory import embedding_specs, head_specs, layer_specs
 from mlx_k2.weights.model_source import ModelSource
 

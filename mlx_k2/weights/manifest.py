@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +63,8 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except JsonError as error:
-        raise CheckpointError(f"{path} is not a manifest: {error}; remove it and run mlx-k2 doctor --deep") from None
+        doctor = f"mlx-k2 doctor --deep --model {shlex.quote(str(folder))}"
+        raise CheckpointError(f"{path} is not a manifest: {error}; remove it; `{doctor}` writes another") from None
 
 
 def write_manifest(folder: Path, files: Mapping[str, HubFile]) -> None:

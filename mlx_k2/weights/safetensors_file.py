@@ -82,6 +82,8 @@ def open_regular(path: Path) -> BinaryIO:
 def _other_format(start: bytes, path: Path) -> str | None:
     """Return what a file of a checkpoint is that begins with ``start``, if it is known to be something else."""
     start = start.lstrip().lower()
+    if not start.strip(b"\0"):
+        return "it is empty or begins with zeros, as an interrupted download leaves it: fetch the file again"
     if start.startswith(_LFS_POINTER):
         pull = f"git -C {shlex.quote(str(path.parent))} lfs pull"
         return (
@@ -118,7 +120,9 @@ def _read_raw_header(path: Path) -> tuple[bytes, int]:
         with open_regular(path) as file:
             prefix = file.read(8)
             header_bytes = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or header_bytes > MAX_HEADER_BYTES:
+            if len(prefix) < 8:
+                raise CheckpointError(f"{path} is truncated: it has {len(prefix)} bytes; fetch the file again")
+            if header_bytes > MAX_HEADER_BYTES:
                 raise CheckpointError(f"{path} is not a safetensors file: it does not begin with a header's length")
             raw = file.read(header_bytes)
             actual_bytes = file.seek(0, 2)

@@ -84,7 +84,7 @@ def test_contradictory_options_are_refused_before_any_stage_starts(
     ("content", "words"),
     [
         ("{", "is no saved chat: "),
-        ('{"messages": []}', "is no saved chat: .*`model`"),
+        ('{"digest": "ours", "messages": []}', "is no saved chat: .*`model`"),
         (json.dumps({"model": "K9", "digest": "other", "messages": []}), "a chat with another model: .*--model K9"),
     ],
 )
@@ -98,8 +98,9 @@ def test_a_saved_chat_and_a_bare_list_of_messages_can_be_loaded(tmp_path: Path) 
     path = tmp_path / "chat.json"
     save_chat(path, SavedChat("K2", "ours", [USER]))
     assert load_chat(path, "ours") == [USER]
-    path.write_text(json.dumps([USER]))
-    assert load_chat(path, "another") == [USER]
+    for messages in ([USER], {"messages": [USER], "tools": []}):  # the second as one line of a training set
+        path.write_text(json.dumps(messages))
+        assert load_chat(path, "another") == [USER]
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -188,10 +188,16 @@ def test_a_request_that_a_server_cannot_run_is_refused_before_it_is_sent(engine:
         engine.submit(request(10**6))
 
 
+@pytest.mark.parametrize("key", ["k\n", "cl\xe9", "\udce9"])
+def test_a_key_that_no_header_can_hold_is_refused(key: str) -> None:
+    with pytest.raises(SetupError, match="MLX_K2_API_KEY has a line end or a letter that no key has"):
+        RemoteEngine(ServerAddress("http://127.0.0.1:1", key))
+
+
 def test_an_address_without_a_server_is_named(tmp_path: object) -> None:
     with pytest.raises(SetupError, match=r"no server at http://127.0.0.1:1"):
         RemoteEngine(ServerAddress("http://127.0.0.1:1"))
-    for url in ("127.0.0.1:8080", "ftp://127.0.0.1", "http://", "http://a:b"):
+    for url in ("127.0.0.1:8080", "ftp://127.0.0.1", "http://", "http://a:b", "http://\udce9"):
         with pytest.raises(SetupError, match="is not the address of a server"):
             RemoteEngine(ServerAddress(url))
 

@@ -37,6 +37,7 @@ from mlx_k2.weights.inventory import (
     layer_read_bytes_per_token,
     layer_specs,
 )
+from tests.advice import follows_advice
 
 THINKING = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "config.json")
 
@@ -178,6 +179,9 @@ def test_a_model_that_fits_only_with_split_layers_is_refused_with_the_layer_size
         divide_layers(thinking_costs(), macs(3, 600))
 
 
+@follows_advice(
+    "there are 62 hosts and the model has 61 layers: use at most 61 hosts",
+)
 def test_more_hosts_than_layers_are_refused() -> None:
     with pytest.raises(PartitionError, match="62 hosts and the model has 61 layers: use at most 61 hosts"):
         divide_layers(thinking_costs(), macs(*[600] * 62))

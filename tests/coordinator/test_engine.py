@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -13,9 +14,11 @@ from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.deployment.restarting import WAITING
 from mlx_k2.errors import Cancelled, EngineBusy, RequestError, RequestFailed, StageFault
 from mlx_k2.sampling import SampledToken
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
 from mlx_k2.scheduling.scheduler import TokensAppended
 from mlx_k2.testing.token_stages import answer_alone
+from tests.advice import follows_advice
 from tests.coordinator.token_engine import TokenEngine, request, token_engine
 from tests.local_cluster import rest_of
 
@@ -55,6 +58,9 @@ def test_a_waiting_request_reports_its_position_and_then_the_progress_of_its_pro
         assert progress == PrefillProgress(16, 20)
 
 
+@follows_advice(
+    "2 requests wait already, of at most 2: try again in about 1 s",
+)
 def test_a_full_queue_refuses_at_once_with_the_expected_wait_and_later_accepts_again() -> None:
     with token_engine(num_slots=1, max_queued=2) as stages:
         running = stages.engine.submit(request(1, 2))
@@ -104,7 +110,7 @@ def test_a_fault_is_detected_while_no_request_runs() -> None:
 
 
 def test_requests_resume_with_the_same_tokens_after_a_restart_and_report_it() -> None:
-    with token_engine(drafts=True) as stages:
+    with token_engine(draft_mode=DraftMode.NGRAM) as stages:
         handles = [stages.engine.submit(request(number, 2, 3, max_tokens=40)) for number in range(3)]
         stages.run(lambda: stages.engine.use[1].steps_done >= 9)
         stages.fail(1)
@@ -206,6 +212,44 @@ def test_a_conversation_of_8000_tokens_stays_cached_through_fifty_short_requests
         assert end.summary.prompt_tokens - end.summary.cached_tokens < 10
 
 
+def test_many_brief_requests_two_at_a_time_leave_a_conversation_cached() -> None:
+    """With ages, as for interactive requests, the conversation is lost after 300 / 45 of them."""
+    conversation = range(300)
+    with token_engine(num_slots=2, chunk_tokens=64, context_tokens=1000) as stages:
+        first = stages.engine.submit(request(*conversation, max_tokens=5))
+        stages.run(lambda: ended(first))
+        for number in range(0, 40, 2):
+            briefs = [
+                stages.engine.submit(request(9000 + one, *range(40), max_tokens=5, priority=Priority.BRIEF))
+                for one in (number, number + 1)
+            ]
+            stages.run(lambda: all(map(ended, briefs)))  # noqa: B023 - it runs now
+        again = stages.engine.submit(request(*conversation, *answer_alone(first.request), 1, max_tokens=5))
+        stages.run(lambda: ended(again))
+        _, end = rest_of(again)
+        assert end.summary.prompt_tokens - end.summary.cached_tokens < 10
+
+
+def test_brief_requests_run_side_by_side_where_no_conversation_is_lost() -> None:
+    with token_engine(num_slots=2) as stages:
+        briefs = [stages.engine.submit(request(number, 1, max_tokens=9, priority=Priority.BRIEF)) for number in (5, 6)]
+        stages.run(lambda: all(map(ended, briefs)))
+        assert max(len(step.rows) for step in stages.plans) == 2
+
+
+def test_a_brief_request_starts_after_the_interactive_ones_that_wait() -> None:
+    with token_engine(num_slots=1) as stages:
+        running = stages.engine.submit(request(1, 2, max_tokens=3))
+        stages.run(lambda: bool(stages.plans))
+        brief = stages.engine.submit(request(3, 4, max_tokens=2, priority=Priority.BRIEF))
+        waiting = stages.engine.submit(request(5, 6, max_tokens=2))
+        stages.run(lambda: ended(waiting))
+        assert running.has_ended
+        assert not brief.has_ended
+        stages.run(lambda: ended(brief))
+        assert rest_of(brief)[0] == answer_alone(brief.request)
+
+
 def test_a_background_request_gives_its_slot_to_an_interactive_one_and_finishes_afterwards() -> None:
     with token_engine(num_slots=1, chunk_tokens=4) as stages:
         background = stages.engine.submit(request(*range(40), max_tokens=20, priority=Priority.BACKGROUND))
@@ -268,12 +312,12 @@ def test_a_request_whose_last_token_comes_as_the_engine_closes_still_ends() -> N
         handle = stages.engine.submit(request(1, 2, max_tokens=1))
         complete = stages.scheduler.complete
 
-        def close_first(number: int, tokens: Sequence[SampledToken]) -> list[TokensAppended]:
+        def close_first(number: int, tokens: Sequence[SampledToken], **more: Any) -> list[TokensAppended]:
             closing = threading.Thread(target=stages.engine.__exit__, args=(None, None, None))
             closing.start()
             while stages.engine._loop._commands.empty():
                 threading.Event().wait(0.001)
-            return complete(number, tokens)
+            return complete(number, tokens, **more)
 
         stages.scheduler.complete = close_first  # type: ignore[method-assign]
         while not handle.has_ended:

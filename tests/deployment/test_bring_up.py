@@ -13,6 +13,7 @@ from mlx_k2.errors import StageSilent, StageStartError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.protocol.messages import Hello
+from tests.advice import follows_advice
 from tests.launch.guarded import stand_in_python
 
 OTHERS = (version("mlx"), version("mlx-lm"))
@@ -22,10 +23,13 @@ def ignore(line: str) -> None:
     """Discard a log line."""
 
 
+@follows_advice(
+    "a: install the same on both: `python -m pip install mlx==2`",
+)
 @pytest.mark.parametrize(
     ("versions", "words"),
     [
-        (("9.9.9", *OTHERS), f"has mlx-k2 {__version__}, this machine has 9.9.9: install .*one wheel"),
+        (("9.9.9", *OTHERS), f"has mlx-k2 {__version__}, this machine has 9.9.9: install .*make dist"),
         (
             (__version__, "9.9.9", OTHERS[1]),
             f"has mlx {OTHERS[0]}, this machine has 9.9.9: install .*pip install mlx==9.9.9",

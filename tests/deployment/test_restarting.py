@@ -14,6 +14,7 @@ from mlx_k2.coordinator.engine import Engine, engine_on
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.errors import NotFinite, StageFault, StageStartError
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.request import Request
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files
@@ -61,7 +62,9 @@ def restarting(
         RestartingDeployment(
             asked, description, listener or DeploymentListener(), limit, first_wait_s=0.05
         ) as deployment,
-        engine_on(deployment.deployment, drafts=True, restarts=deployment, on_restart=on_restart) as engine,
+        engine_on(
+            deployment.deployment, draft_mode=DraftMode.NGRAM, restarts=deployment, on_restart=on_restart
+        ) as engine,
     ):
         yield Run(deployment, engine, restarts)
 

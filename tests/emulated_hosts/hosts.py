@@ -121,6 +121,7 @@ class EmulatedHosts:
             "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
             "HOME": str(self.homes[i]),
             "XDG_CACHE_HOME": str(self.homes[i] / ".cache"),
+            "MLX_K2_CONFIG": "",
             **(env or {}),
         }
         return subprocess.Popen([*enter, *named, *command], env=environment, **options)

@@ -20,6 +20,7 @@ from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import ClusterError
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_source import ModelSource
@@ -104,7 +105,11 @@ def run(restarting: RestartingDeployment, writer: EventWriter) -> None:
         writer.step(report)
 
     with engine_on(
-        restarting.deployment, drafts=True, on_report=on_report, restarts=restarting, on_restart=report_restart
+        restarting.deployment,
+        draft_mode=DraftMode.NGRAM,
+        on_report=on_report,
+        restarts=restarting,
+        on_restart=report_restart,
     ) as engine:
         for count, (requested, token) in enumerate(together(engine, *STREAMS)):
             write_event(stream=STREAMS.index(requested), token=token.token_id)

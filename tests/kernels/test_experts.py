@@ -13,6 +13,7 @@ from mlx_k2.kernels import check_cache, experts, reference
 from mlx_k2.kernels.layer_time import Layer, Timing
 from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, ROUTER, KernelCheck, LayerShape
 from mlx_k2.kernels.tuning import DEFAULT
+from tests.advice import follows_advice
 from tests.metal_cpu.float64 import random_case
 
 pytestmark = pytest.mark.timeout(30)
@@ -139,6 +140,9 @@ def test_a_wrong_and_a_refused_kernel_are_logged_once_and_not_checked_again(
     assert first[DECODE].warning.endswith("plain MLX runs instead; `mlx-k2 kernels` there checks it again")
 
 
+@follows_advice(
+    "`mlx-k2 kernels` there checks it again",
+)
 def test_a_check_whose_process_was_ended_is_made_once_more_and_then_left_out(machine: Machine, tmp_path: Path) -> None:
     machine.outcomes = {DECODE: ProcessGone}
     for _ in range(2):

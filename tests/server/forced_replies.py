@@ -14,6 +14,7 @@ from openai import OpenAI
 from mlx_k2.builtin import BUILTIN_FOLDER
 from mlx_k2.protocol.messages import Step
 from mlx_k2.sampling import Sampling
+from mlx_k2.server.api_keys import KeyRing
 from mlx_k2.server.server_state import ServerOptions
 from mlx_k2.testing.token_stages import TokenStages
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
@@ -76,7 +77,13 @@ def builtin_tokenizer() -> Tokenizer:
 
 @contextmanager
 def forcing(
-    reply: str, options: ServerOptions | None = None, *, drafts: bool = False, messages: Sequence[Any] = USER
+    reply: str,
+    options: ServerOptions | None = None,
+    *,
+    drafts: bool = False,
+    messages: Sequence[Any] = USER,
+    keys: KeyRing | None = None,
+    key: str = "any",
 ) -> Iterator[tuple[SteppedServer, OpenAI, ForcedStages]]:
     """Yield a server whose model answers ``reply`` to ``messages``, the official client, and the stages."""
     tokenizer = builtin_tokenizer()
@@ -84,9 +91,10 @@ def forcing(
     for piece, is_control in tokens_of(reply):
         ids += [tokenizer.special_ids[piece]] if is_control else tokenizer.encode_text(piece)
     stages = ForcedStages(ids, tokenizer.special_ids["<|im_end|>"])
-    with stepped_server(options, num_slots=2, chunk_tokens=64, drafts=drafts, make_stages=stages) as server:
-        client = OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=WAIT_S)
-        stages.num_prompt = len(prompt_of(server, messages=messages, tools=TOOLS))
+    with stepped_server(options, num_slots=2, chunk_tokens=64, keys=keys, drafts=drafts, make_stages=stages) as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=WAIT_S)
+        asked = {"messages": list(messages), "tools": TOOLS}
+        stages.num_prompt = server.request("POST", "/tokenize", asked, **{"x-api-key": key}).json["count"]
         yield server, client, stages
 
 

@@ -82,12 +82,12 @@ def test_requests_whose_bodies_are_not_complete_count_as_queued() -> None:
         for _ in range(3):
             connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S))
             connection.sendall(head)
-        wait_until(lambda: server.state._num_preparing == 3, "three bodies are awaited")
+        wait_until(lambda: server.state._num_preparing[True] == 3, "three bodies are awaited")
         refused = server.request("POST", CHAT, ASKED)
         assert (refused.status, refused.error["code"]) == (429, "queue_full")
         assert int(refused.headers["retry-after"]) >= 1
         stack.close()
-        wait_until(lambda: server.state._num_preparing == 0, "their clients are gone")
+        wait_until(lambda: server.state._num_preparing[True] == 0, "their clients are gone")
         assert tokenized(server) == 200
 
 

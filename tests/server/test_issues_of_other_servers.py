@@ -20,7 +20,17 @@ from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_frontend import ModelFrontend
 from mlx_k2.weights.model_source import BUILTIN, ModelSource
 from tests.coordinator import test_constrained_replies
-from tests.server import test_chat_completions, test_chat_reply, test_life_of_a_request, test_turn_store
+from tests.server import (
+    test_chat_completions,
+    test_chat_reply,
+    test_claude_code,
+    test_issues_with_messages,
+    test_life_of_a_request,
+    test_messages,
+    test_messages_format,
+    test_messages_request,
+    test_turn_store,
+)
 from tests.server.forced_replies import (
     REPLIES,
     TOOLS,
@@ -378,6 +388,11 @@ def test_cheshire_cat_1118_a_text_of_8_mb_ends_nothing(answering: SteppedServer)
 
 Test = Callable[..., None]
 CLIENTS: dict[str, tuple[Test, ...]] = {
+    "a hash in the system prompt": (
+        test_messages_request.test_the_billing_line_is_dropped_at_the_start_of_system_only,
+        test_issues_with_messages.test_claude_code_68900_a_billing_line_that_differs_leaves_the_prompt_cached,
+        test_claude_code.test_a_loop_of_calls_with_40_tools_is_computed_from_the_cache_and_keeps_its_reasoning,
+    ),
     "reasoning field renamed": (
         test_vllm_27755_reasoning_is_sent_as_reasoning_content_and_mirrored_by_option,
         test_vllm_33402_reasoning_is_accepted_under_both_names,
@@ -385,14 +400,22 @@ CLIENTS: dict[str, tuple[Test, ...]] = {
     "reasoning not sent back": (
         test_opencode_16318_missing_reasoning_is_accepted_and_put_back,
         test_turn_store.test_a_client_that_drops_reasoning_finds_the_whole_answer_cached,
+        test_messages.test_lost_reasoning_comes_back_by_conversation_or_by_signature_and_for_its_key_only,
     ),
     "a hang with reasoning_content": (test_zed_46794_the_request_of_zed_is_answered,),
     "repeated, null or empty id, name and role": (
         test_zed_54872_and_opencode_43328_id_name_and_role_are_sent_once_and_never_empty,
     ),
     "choices: []": (test_openai4j_60_a_chunk_without_choices_comes_only_when_usage_is_asked_for,),
-    "unknown fields refused": (test_9router_1468_unknown_fields_are_ignored_at_every_level,),
-    "thinking refused": (test_claude_code_69379_thinking_is_never_refused,),
+    "unknown fields refused": (
+        test_9router_1468_unknown_fields_are_ignored_at_every_level,
+        test_messages_request.test_sampling_and_limits_are_read_and_unknown_fields_ignored_at_every_level,
+        test_issues_with_messages.test_copilot_api_217_server_tools_are_left_out,
+    ),
+    "thinking refused": (
+        test_claude_code_69379_thinking_is_never_refused,
+        test_issues_with_messages.test_claude_code_69379_thinking_is_never_refused,
+    ),
     "a disconnect not noticed": (
         test_life_of_a_request.test_a_hang_up_in_the_queue_ends_the_request,
         test_life_of_a_request.test_a_hang_up_in_prefill_stops_the_prompt,
@@ -402,9 +425,17 @@ CLIENTS: dict[str, tuple[Test, ...]] = {
         test_mlx_lm_1327_a_short_prompt_is_no_404,
         test_mlx_lm_1327_a_defect_is_a_500_and_the_next_request_works,
     ),
-    "requests for titles": (test_open_webui_28413_a_request_for_a_title_waits_for_the_chat,),
+    "requests for titles": (
+        test_open_webui_28413_a_request_for_a_title_waits_for_the_chat,
+        test_issues_with_messages.test_open_webui_28413_a_title_is_a_brief_request_and_an_agents_is_not,
+    ),
+    "count_tokens": (
+        test_issues_with_messages.test_lms_2055_a_count_is_exact,
+        test_issues_with_messages.test_claude_relay_service_731_50_counts_at_once_do_not_wait_for_the_model,
+    ),
     "an adapter that disagrees with its body": (
         test_chat_reply.test_the_client_accumulates_the_body_from_any_cut_of_the_stream,
+        test_messages_format.test_the_client_accumulates_the_body_from_any_cut_of_the_stream,
     ),
     "a prompt sent again": (test_ds4_333_a_prompt_sent_again_goes_on_from_what_was_computed,),
 }
@@ -432,7 +463,10 @@ MODEL: dict[str, tuple[Test, ...]] = {
     "who opens the reasoning": (test_dynamo_188_reasoning_may_be_opened_by_the_prompt_or_by_the_model,),
     "reasoning of turns with calls": (test_opencode_16318_missing_reasoning_is_accepted_and_put_back,),
     "no finish_reason": (test_openrouter_420_the_finish_reason_is_sent_exactly_once,),
-    "ids that are not the model's": (test_chat_completions.test_ids_of_any_form_in_the_history_give_the_same_prompt,),
+    "ids that are not the model's": (
+        test_chat_completions.test_ids_of_any_form_in_the_history_give_the_same_prompt,
+        test_issues_with_messages.test_kimi_k2_128_ids_of_any_form_are_written_as_the_model_knows_them,
+    ),
     "arguments in one piece": (test_chat_reply.test_arguments_are_streamed_as_they_are_sampled,),
     "an id twice": (test_chat_reply.test_a_new_calls_number_is_above_all_that_occur,),
     "auto without a grammar": (
@@ -458,4 +492,4 @@ def test_every_test_of_this_file_is_in_a_list() -> None:
     listed = {test for tests in (*CLIENTS.values(), *MODEL.values()) for test in tests}
     here = {found for name, found in globals().items() if name.startswith("test_") and callable(found)}
     assert here - listed == {test_every_test_of_this_file_is_in_a_list}
-    assert (len(CLIENTS), len(MODEL)) == (12, 26)
+    assert (len(CLIENTS), len(MODEL)) == (14, 26)

@@ -3,9 +3,12 @@
 from array import array
 from typing import Any
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mlx_k2.server.turn_store import TURN_TOKENS, StoredTurn, TurnStore
+from mlx_k2.server.turn_store import StoredTurn, TurnStore, new_handle
 from mlx_k2.text.message import CalledFunction, Message, MessageCall
 from tests.server.server_process import Server
 from tests.server.test_chat_completions import IN_PARIS, WEATHER
@@ -17,17 +20,21 @@ def answer(content: str = "b", **fields: Any) -> Message:
     return Message(role="assistant", content=content, **fields)
 
 
-def before(store: TurnStore, owner: str = "") -> bytes:
-    return store.restore(owner, [USER]).digest
+def turn(reasoning: str = "thought", num_tokens: int = 3, message: Message | None = None) -> StoredTurn:
+    written = msgspec.structs.replace(message or answer(), reasoning_content=reasoning)
+    return StoredTurn(written, array("I", range(num_tokens)))
 
 
-def turn(reasoning: str = "thought", num_tokens: int = 3) -> StoredTurn:
-    return StoredTurn(reasoning, array("I", range(num_tokens)))
+def keep(store: TurnStore, owner: str = "", stored: StoredTurn | None = None) -> str:
+    """Store the answer to USER and return its handle."""
+    handle = new_handle()
+    store.keep(owner, handle, store.restore(owner, [USER]).digest, stored or turn())
+    return handle
 
 
 def test_lost_reasoning_is_put_back_for_its_owner_only() -> None:
     store = TurnStore()
-    store.keep(before(store, "alice"), answer(), turn())
+    keep(store, "alice")
     for owner, reasoning in (("alice", "thought"), ("bob", None), ("", None)):
         restored = store.restore(owner, [USER, answer(), Message(role="user", content="c")])
         assert restored.messages[1].reasoning_content == reasoning
@@ -45,26 +52,77 @@ def test_lost_reasoning_is_put_back_for_its_owner_only() -> None:
 )
 def test_a_changed_conversation_gets_nothing(changed: list[Message]) -> None:
     store = TurnStore()
-    store.keep(before(store), answer(), turn())
+    keep(store)
     restored = store.restore("", changed)
     assert (restored.turns, restored.messages) == ({}, changed)
 
 
-def test_arguments_may_be_written_otherwise_and_text_may_lose_its_space() -> None:
-    def called(arguments: str, content: str) -> Message:
-        return answer(content, tool_calls=(MessageCall(id="x", function=CalledFunction("f", arguments)),))
+def called(arguments: object, content: str, number: int = 0) -> Message:
+    return answer(content, tool_calls=(MessageCall(id=f"x{number}", function=CalledFunction("f", arguments)),))
 
+
+@pytest.mark.parametrize("arguments", ['{"b":[2],"a":1}', {"a": 1, "b": [2]}], ids=["text", "object"])
+def test_arguments_written_otherwise_and_lost_space_come_back_as_they_were_sampled(arguments: object) -> None:
     store = TurnStore()
-    store.keep(before(store), called('{"a": 1, "b": [2]}', "\nb "), turn())
-    assert store.restore("", [USER, called('{"b":[2],"a":1}', "b")]).turns == {0: turn()}
+    sampled = called('{"a": 1,  "b": [2]}', "\nb ")
+    keep(store, stored=turn(message=sampled))
+    restored = store.restore("", [USER, called(arguments, "b", number=7)])
+    assert restored.turns == {0: turn(message=sampled)}
+    (call,) = restored.messages[1].tool_calls
+    assert (restored.messages[1].content, call.function) == ("\nb ", sampled.tool_calls[0].function)
+    assert call.id == "x7"
+
+
+def test_an_answer_that_the_client_has_edited_stays_edited() -> None:
+    store = TurnStore()
+    handle = keep(store)
+    restored = store.restore("", [USER, answer("edited")], [None, handle]).messages[1]
+    assert (restored.content, restored.reasoning_content) == ("edited", "thought")
 
 
 def test_the_turns_used_longest_ago_are_forgotten() -> None:
-    store = TurnStore(max_tokens=2 * TURN_TOKENS + 10)
-    for number in range(4):
-        store.keep(before(store, str(number)), answer(), turn(num_tokens=4))
-    found = [bool(store.restore(str(number), [USER, answer()]).turns) for number in range(4)]
-    assert found == [False, False, True, True]
+    store = TurnStore(max_bytes=3 * turn().num_bytes)
+    owners = ["a", "b", "c", "d"]
+    for owner in owners[:3]:
+        keep(store, owner)
+    assert store.restore("a", [USER, answer()]).turns
+    keep(store, "d")
+    assert [bool(store.restore(owner, [USER, answer()]).turns) for owner in owners] == [True, False, True, True]
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.text(max_size=3000), st.integers(0, 2000)), max_size=20))
+def test_the_store_never_holds_more_than_its_limit(turns: list[tuple[str, str, int]]) -> None:
+    store = TurnStore(max_bytes=20_000)
+    for number, (owner, reasoning, num_tokens) in enumerate(turns):
+        keep(store, owner, turn(reasoning, num_tokens, answer(str(number % 3))))
+        held = [entry.turn.num_bytes for entry in store._entries.values()]
+        assert store._num_bytes == sum(held) <= 20_000
+        assert store._entries.keys() >= set(store._latest.values())
+
+
+def test_a_handle_finds_its_turn_after_the_conversation_has_changed() -> None:
+    store = TurnStore()
+    handles = [keep(store, stored=turn(reasoning)) for reasoning in ("first", "second")]
+    for handle, reasoning in zip(handles, ("first", "second"), strict=True):
+        changed = [Message(role="user", content="other"), answer()]
+        restored = store.restore("", changed, [None, handle])
+        assert restored.turns == {0: turn(reasoning)}
+        assert restored.messages[1].reasoning_content == reasoning
+
+
+@pytest.mark.parametrize("handle", ["unknown", "", 7, None, [], "x" * 100_000])
+def test_a_handle_that_is_none_finds_nothing(handle: object) -> None:
+    store = TurnStore()
+    keep(store)
+    assert store.restore("", [Message(role="user", content="other"), answer()], [None, handle]).turns == {}
+
+
+def test_another_owners_handle_finds_nothing() -> None:
+    store = TurnStore()
+    handle = keep(store, "alice")
+    for owner, is_found in (("alice", True), ("bob", False), ("", False)):
+        restored = store.restore(owner, [Message(role="user", content="other"), answer()], [None, handle])
+        assert bool(restored.turns) is is_found
 
 
 def test_a_client_that_drops_reasoning_finds_the_whole_answer_cached(server: Server) -> None:

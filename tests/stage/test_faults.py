@@ -4,8 +4,13 @@ import pytest
 
 from mlx_k2.errors import CheckpointError
 from mlx_k2.stage.faults import fault_of
+from tests.advice import follows_advice
 
 
+@follows_advice(
+    "a: end other programs there, or give --split, a smaller --context or --dense-bits",
+    "a: turn the display off, or set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the hostfile's envs (a)",
+)
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [

@@ -82,7 +82,9 @@ def test_files_that_only_the_manifest_names_are_reported_and_completed_later(fol
 
 def test_a_manifest_that_cannot_be_written_or_read_is_no_silent_success(folder: Path, tmp_path: Path) -> None:
     (folder / MANIFEST_NAME).write_text("{")
-    with pytest.raises(CheckpointError, match=r"is not a manifest: .*remove it and run mlx-k2 doctor --deep"):
+    with pytest.raises(
+        CheckpointError, match=r"is not a manifest: .*remove it; `mlx-k2 doctor --deep --model .*` writes"
+    ):
         identify([folder / "a.safetensors"])
     (folder / MANIFEST_NAME).unlink()
     (folder / MANIFEST_NAME).mkdir()

@@ -1,0 +1,198 @@
+"""The format of Anthropic's Messages API: the events of a stream, and the whole body. Knows no HTTP.
+
+A stream and a body are made from the same blocks. One block is open at a time, and blocks are counted from 0.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from mlx_k2.coordinator.handle import Event, Finished
+from mlx_k2.coordinator.reply_policy import ReplyPolicy
+from mlx_k2.server.api_errors import ApiError, messages_error
+from mlx_k2.server.chat_reply import CallArguments, CallBegun, ChatReply, Delta, WrittenCall
+from mlx_k2.server.messages_request import MessagesRequest
+from mlx_k2.server.sse import event_bytes
+from mlx_k2.text.reply_parts import Content, Reasoning
+from mlx_k2.text.tool_call import read_call
+
+_TEXT_FIELDS = {"text": "text", "thinking": "thinking", "tool_use": "partial_json"}
+_DELTAS = {"text": "text_delta", "thinking": "thinking_delta", "tool_use": "input_json_delta"}
+
+
+class MessagesFormat:
+    """The answer to a request in the format of the Messages API.
+
+    A call is held back until it is complete, and is a ``tool_use`` block only if its arguments are a JSON object; else
+    it is text: clients raise an error for a block that is not JSON. A tool with ``eager_input_streaming`` gets its
+    arguments as they are sampled. Then the answer's grammar ensures that they are JSON, and at most cut off.
+    """
+
+    def __init__(self, request_id: str, model: str, asked: MessagesRequest, reply: ChatReply) -> None:
+        self._request_id = request_id
+        self._model = model
+        self._asked = asked
+        self._reply = reply
+        self._blocks: list[dict[str, Any]] = []
+        """The blocks of the answer so far; that of a call has its arguments as ``partial_json``."""
+        self._is_open = False
+        self._held: WrittenCall | None = None
+        self._eager = {tool.name for tool in asked.tools or () if tool.eager_input_streaming and asked.stream}
+
+    def begin(self) -> bytes:
+        """Return the start of the message. Which part of the prompt is cached is known at its end only."""
+        num_prompt = len(self._reply.generation.submissions[0].request.prompt_ids)
+        usage = _usage(num_prompt, 0, 0)
+        message = self._message([], None, None, usage)
+        return event_bytes({"type": "message_start", "message": message}, "message_start") + self.keepalive()
+
+    def events(self, events: Sequence[tuple[int, Event]]) -> bytes:
+        """Return the events of the stream for these of the engine, the end of the stream included."""
+        return b"".join(event_bytes(data, data["type"]) for _, event in events for data in self._data(event))
+
+    def keepalive(self) -> bytes:
+        """Return a ping."""
+        return event_bytes({"type": "ping"}, "ping")
+
+    def error(self, error: ApiError) -> bytes:
+        """Return an error event, which ends the stream."""
+        return event_bytes(messages_error(error, self._request_id)[1], "error")
+
+    def add(self, events: Sequence[tuple[int, Event]]) -> None:
+        """Add events of the engine to the blocks."""
+        for _, event in events:
+            list(self._data(event))
+
+    def body(self) -> dict[str, Any]:
+        """Return the whole body."""
+        return self._message([_whole(block) for block in self._blocks], *self._end, self._end_usage)
+
+    def _data(self, event: Event) -> Iterator[dict[str, Any]]:
+        """Return what is sent for one event of the engine, and add it to the blocks."""
+        deltas = self._reply.add(event)
+        if self._asked.max_tokens:
+            for delta in deltas:
+                yield from self._block_data(delta)
+        if not isinstance(event, Finished):
+            return
+        yield from self._close()
+        reason, stop_string = self._end
+        ends = {"stop_reason": reason, "stop_sequence": stop_string}
+        yield {"type": "message_delta", "delta": ends, "usage": self._end_usage}
+        yield {"type": "message_stop"}
+
+    def _block_data(self, delta: Delta) -> Iterator[dict[str, Any]]:
+        match delta:
+            case Reasoning(text):
+                yield from self._open({"type": "thinking", "thinking": "", "signature": ""})
+                if not self._omits_thinking:
+                    yield from self._add(text)
+            case CallBegun(index, call_id, name):
+                yield from self._close()
+                if name in self._eager:
+                    yield from self._open(_call_block(call_id, name))
+                else:
+                    self._held = self._reply.calls[index]
+            case CallArguments(_, text) if self._held is None:
+                yield from self._add(text)
+            case Content(text):
+                yield from self._open({"type": "text", "text": ""})
+                yield from self._add(text)
+
+    def _open(self, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Begin a block, unless one of this type is open."""
+        if self._is_open and self._held is None and self._blocks[-1]["type"] == block["type"]:
+            return
+        yield from self._close()
+        self._is_open = True
+        yield {"type": "content_block_start", "index": len(self._blocks), "content_block": block}
+        self._blocks.append({**block, "partial_json": ""} if block["type"] == "tool_use" else dict(block))
+
+    def _add(self, text: str) -> Iterator[dict[str, Any]]:
+        """Add text to the open block."""
+        block = self._blocks[-1]
+        field = _TEXT_FIELDS[block["type"]]
+        block[field] += text
+        yield self._delta({"type": _DELTAS[block["type"]], field: text})
+
+    def _close(self) -> Iterator[dict[str, Any]]:
+        """End the open block, or send the call that was held back as one."""
+        if (call := self._held) is not None:
+            self._held = None
+            arguments = call.arguments.removeprefix("\ufeff")
+            is_whole = arguments != "" and read_call(call.id, arguments).values is not None
+            yield from self._open(_call_block(call.id, call.name) if is_whole else {"type": "text", "text": ""})
+            yield from self._add(arguments if is_whole else call.id + arguments)
+        if not self._is_open:
+            return
+        self._is_open = False
+        if self._blocks[-1]["type"] == "thinking":
+            self._blocks[-1]["signature"] = self._reply.handle
+            yield self._delta({"type": "signature_delta", "signature": self._reply.handle})
+        yield {"type": "content_block_stop", "index": len(self._blocks) - 1}
+
+    def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta}
+
+    @property
+    def _omits_thinking(self) -> bool:
+        return self._asked.thinking is not None and self._asked.thinking.display == "omitted"
+
+    @property
+    def _end(self) -> tuple[str, str | None]:
+        """The reason of the end, and the stop string that caused it."""
+        policy, summary = self._reply.generation.submissions[0].policy, self._reply.summary
+        stop_string = policy.stop_string if isinstance(policy, ReplyPolicy) else None
+        if stop_string is not None:
+            return "stop_sequence", stop_string
+        match self._reply.finish_reason:
+            case "tool_calls" if any(block["type"] == "tool_use" for block in self._blocks):
+                return "tool_use", None
+            case "length":
+                is_full = summary is not None and summary.generated_tokens < self._asked.max_tokens
+                return "model_context_window_exceeded" if is_full else "max_tokens", None
+        return "end_turn", None
+
+    @property
+    def _end_usage(self) -> dict[str, Any]:
+        summary = self._reply.summary
+        assert summary is not None, "the reply is complete"
+        num_generated = summary.generated_tokens if self._asked.max_tokens else 0
+        details = {"thinking_tokens": self._reply.num_reasoning_tokens}
+        return _usage(summary.prompt_tokens, summary.cached_tokens, num_generated) | {"output_tokens_details": details}
+
+    def _message(
+        self, content: list[dict[str, Any]], reason: str | None, stop_string: str | None, usage: dict[str, Any]
+    ) -> dict[str, Any]:
+        return {
+            "id": f"msg_{self._request_id}",
+            "type": "message",
+            "role": "assistant",
+            "model": self._model,
+            "content": content,
+            "stop_reason": reason,
+            "stop_sequence": stop_string,
+            "stop_details": None,
+            "usage": usage,
+        }
+
+
+def _call_block(call_id: str, name: str) -> dict[str, Any]:
+    return {"type": "tool_use", "id": call_id, "name": name, "input": {}}
+
+
+def _whole(block: dict[str, Any]) -> dict[str, Any]:
+    """Return a block of the body."""
+    block = dict(block)
+    arguments = block.pop("partial_json", None)
+    return block if arguments is None else {**block, "input": msgspec.Raw(arguments.encode())}
+
+
+def _usage(num_prompt: int, num_cached: int, num_generated: int) -> dict[str, Any]:
+    return {
+        "input_tokens": num_prompt - num_cached,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": num_cached,
+        "output_tokens": num_generated,
+    }

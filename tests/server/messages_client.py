@@ -1,0 +1,57 @@
+"""Anthropic's official client, and what the tests compare of its messages."""
+
+from typing import Any
+
+from anthropic import Anthropic
+
+from tests.server.forced_replies import TOOLS
+from tests.server.in_process import SteppedServer
+from tests.server.server_process import WAIT_S, Server
+
+MESSAGES = "/v1/messages"
+USER: list[Any] = [{"role": "user", "content": "a"}]
+CLIENT_TOOLS: list[Any] = [
+    {"name": tool["function"]["name"], "input_schema": tool["function"]["parameters"]} for tool in TOOLS
+]
+"""The tools of the forced replies."""
+
+
+def client_of(server: SteppedServer | Server, key: str = "any") -> Anthropic:
+    """Return the official client, without its own retries."""
+    return Anthropic(base_url=server.url, api_key=key, max_retries=0, timeout=WAIT_S)
+
+
+def whole(client: Anthropic, **fields: Any) -> dict[str, Any]:
+    """Return the message of a request that is not streamed."""
+    message: dict[str, Any] = client.messages.create(**_request(fields)).to_dict()
+    return message
+
+
+def accumulated(client: Anthropic, **fields: Any) -> dict[str, Any]:
+    """Return what the client's own accumulator makes of a stream."""
+    with client.messages.stream(**_request(fields)) as stream:
+        return stream.get_final_message().to_dict()
+
+
+def comparable(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message without what differs between two equal answers: its id, its handle and its cached tokens."""
+    usage = message["usage"]
+    num_prompt = usage["input_tokens"] + usage["cache_read_input_tokens"]
+    return {
+        "role": message["role"],
+        "content": [{name: value for name, value in one.items() if name != "signature"} for one in message["content"]],
+        "stop": (message["stop_reason"], message["stop_sequence"]),
+        "tokens": (num_prompt, usage["output_tokens"], usage["output_tokens_details"]),
+    }
+
+
+def error_of(body: Any) -> tuple[str, str]:
+    """Return the type and the message of an error in Anthropic's shape; nothing else is in it."""
+    assert body.keys() == {"type", "error", "request_id"}
+    assert body["type"] == "error"
+    assert body["error"].keys() == {"type", "message"}
+    return body["error"]["type"], body["error"]["message"]
+
+
+def _request(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"model": "m", "max_tokens": 500, "messages": USER, "tools": CLIENT_TOOLS} | fields
