@@ -250,8 +250,8 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
 
     ``busy_s``: time spent computing. ``receive_s``: time until the hidden states had arrived, including the wait for
     the previous stage. ``send_s``: time until the operating system had accepted the hidden states to send.
-    ``peak_bytes`` is the most memory that MLX has held so far. ``is_skipped``: the step was a draft that is known to be wrong; it was
-    not computed, and has no tokens.
+    ``peak_bytes`` is the most memory that MLX has held so far. ``is_skipped``: the step was a draft that is known to be
+    wrong; it was not computed, and has no tokens.
     """
 
     number: int
