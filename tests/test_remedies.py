@@ -51,7 +51,7 @@ def commands(text: str) -> list[str]:
 
 
 @follows_advice(
-    "if the machine was reinstalled, remove the old key with `ssh-keygen -R mac-1`, then run `ssh mac-1` once and compare the new one",
+    "reinstalled, remove the old key with `ssh-keygen -R mac-1`, then run `ssh mac-1` once and compare the new one",
     "a: run `ssh mac-1` once and accept it, or `ssh-keyscan mac-1 >> ~/.ssh/known_hosts`",
     "a: run `ssh-copy-id mac-1`, then see that `ssh mac-1 true` asks for no password",
     "a: check its spelling in the hostfile, or give it a HostName in ~/.ssh/config",
