@@ -26,7 +26,7 @@ from mlx_k2.server.completion_request import (
 )
 from mlx_k2.server.front import OWNER
 from mlx_k2.server.language_model import Generation, LanguageModel
-from mlx_k2.server.messages import MessagesFormat
+from mlx_k2.server.messages_format import MessagesFormat
 from mlx_k2.server.messages_request import CountRequest, MessagesRequest, read_messages_request
 from mlx_k2.server.metrics import CONTENT_TYPE
 from mlx_k2.server.openapi import document

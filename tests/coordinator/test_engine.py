@@ -212,7 +212,7 @@ def test_a_conversation_of_8000_tokens_stays_cached_through_fifty_short_requests
         assert end.summary.prompt_tokens - end.summary.cached_tokens < 10
 
 
-def test_many_brief_requests_two_at_a_time_leave_a_conversation_cached() -> None:
+def test_a_conversation_stays_cached_through_many_brief_requests_two_at_a_time() -> None:
     """With ages, as for interactive requests, the conversation is lost after 300 / 45 of them."""
     conversation = range(300)
     with token_engine(num_slots=2, chunk_tokens=64, context_tokens=1000) as stages:

@@ -253,7 +253,7 @@ def test_an_answer_in_a_schema_is_valid(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "text"),
     [
         ({"max_tokens": -1}, "max_tokens is -1"),
         ({"max_tokens": "many"}, "max_tokens: expected a whole number"),
@@ -271,13 +271,13 @@ def test_an_answer_in_a_schema_is_valid(server: Server) -> None:
     ],
 )
 def test_a_refused_request_is_400_in_anthropics_shape(
-    answering: SteppedServer, fields: dict[str, Any], said: str
+    answering: SteppedServer, fields: dict[str, Any], text: str
 ) -> None:
     with pytest.raises(BadRequestError) as caught:
         whole(client_of(answering), **fields)
     kind, message = error_of(caught.value.body)
     assert kind == "invalid_request_error"
-    assert said in message
+    assert text in message
     assert caught.value.request_id
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mlx_k2.coordinator.handle import Event
 from mlx_k2.server.chat_reply import ChatReply
 from mlx_k2.server.language_model import Generation
-from mlx_k2.server.messages import MessagesFormat
+from mlx_k2.server.messages_format import MessagesFormat
 from mlx_k2.server.messages_request import MessagesRequest, MessagesThinking, Turn
 from mlx_k2.server.sse import json_response
 from tests.server.test_chat_reply import PIECES, events_of, generation_of, token_ids
