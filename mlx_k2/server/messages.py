@@ -120,9 +120,10 @@ class MessagesFormat:
         """End the open block, or send the call that was held back as one."""
         if (call := self._held) is not None:
             self._held = None
-            is_whole = call.arguments != "" and read_call(call.id, call.arguments).values is not None
+            arguments = call.arguments.removeprefix("\ufeff")
+            is_whole = arguments != "" and read_call(call.id, arguments).values is not None
             yield from self._open(_call_block(call.id, call.name) if is_whole else {"type": "text", "text": ""})
-            yield from self._add(call.arguments if is_whole else call.id + call.arguments)
+            yield from self._add(arguments if is_whole else call.id + arguments)
         if not self._is_open:
             return
         self._is_open = False
@@ -172,6 +173,7 @@ class MessagesFormat:
             "content": content,
             "stop_reason": reason,
             "stop_sequence": stop_string,
+            "stop_details": None,
             "usage": usage,
         }
 

@@ -23,7 +23,8 @@ def client_of(server: SteppedServer | Server, key: str = "any") -> Anthropic:
 
 def whole(client: Anthropic, **fields: Any) -> dict[str, Any]:
     """Return the message of a request that is not streamed."""
-    return client.messages.create(**_request(fields)).to_dict()
+    message: dict[str, Any] = client.messages.create(**_request(fields)).to_dict()
+    return message
 
 
 def accumulated(client: Anthropic, **fields: Any) -> dict[str, Any]:

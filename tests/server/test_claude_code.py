@@ -22,7 +22,7 @@ SHAPE: dict[str, Any] = {
     "extra_headers": {"anthropic-beta": "claude-code-20250219,interleaved-thinking-2025-05-14"},
     "extra_query": {"beta": "true"},
 }
-TOOLS = [
+TOOLS: list[Any] = [
     {"name": function["name"], "description": function["description"], "input_schema": function["parameters"]} | CACHED
     for function in (tool["function"] for tool in (*OTHERS, *WEATHER))
 ]
@@ -73,7 +73,7 @@ def test_a_loop_of_calls_with_40_tools_is_computed_from_the_cache_and_keeps_its_
     assert num_thoughts
 
     def count(messages: list[Any], system: list[Any]) -> int:
-        return client.messages.count_tokens(model="m", messages=messages, system=system, tools=TOOLS).input_tokens  # type: ignore[arg-type]
+        return client.messages.count_tokens(model="m", messages=messages, system=system, tools=TOOLS).input_tokens
 
     assert count(without_reasoning(complete), system_of(99)) == count(complete, system_of(98))
     changed = [{"type": "text", "text": "Another prompt."}]

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 from anthropic.lib.streaming._messages import accumulate_event
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +34,7 @@ def format_of(generation: Generation, display: str) -> MessagesFormat:
 def body_of(generation: Generation, events: Sequence[Event], display: str) -> dict[str, Any]:
     form = format_of(generation, display)
     form.add([(0, event) for event in events])
-    body: dict[str, Any] = json.loads(json_response(form.body()).body)
+    body: dict[str, Any] = json.loads(bytes(json_response(form.body()).body))
     return body
 
 
@@ -92,6 +93,24 @@ def check_order(events: Sequence[dict[str, Any]]) -> None:
                     assert isinstance(json.loads(arguments), dict)
                 open_block = None
     assert open_block is None
+
+
+@pytest.mark.parametrize(
+    "arguments", ['{"a": ', '{"a": 1}}', "[1]", "null", "text", '{"a": 1', '"\\ud800"', "{'a': 1}"]
+)
+def test_arguments_that_are_no_json_object_are_text(arguments: str) -> None:
+    generation = generation_of()
+    events = events_of(generation, token_ids(section(call("functions.f:0", arguments), call("functions.f:1", "{}"))))
+    text, whole_call = body_of(generation, events, "summarized")["content"]
+    assert text == {"type": "text", "text": f"functions.f:0{arguments}"}
+    assert (whole_call["type"], whole_call["input"]) == ("tool_use", {})
+
+
+def test_a_byte_order_mark_before_arguments_is_left_out() -> None:
+    generation = generation_of()
+    events = events_of(generation, token_ids(section(call("functions.f:0", '\ufeff{"a": 1}'))))
+    (block,) = body_of(generation, events, "summarized")["content"]
+    assert block["input"] == {"a": 1}
 
 
 @given(
