@@ -13,7 +13,7 @@ OPEN_PATHS = ("/health",)
 """Paths that need no key: their answer is a status alone."""
 _CORS = (
     (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
-    (b"access-control-expose-headers", b"x-request-id, retry-after"),
+    (b"access-control-expose-headers", b"x-request-id, request-id, retry-after"),
     (b"vary", b"origin"),
 )
 

@@ -51,7 +51,7 @@ class InputReader:
                 function = {"name": name, "arguments": item.get("arguments", "{}")}
                 self._turn().setdefault("tool_calls", []).append({"id": call_id, "function": function})
             case "function_call_output":
-                output = _text(item.get("output"), f"{where}.output", has_placeholder=True)
+                output = _text(item.get("output"), f"{where}.output", is_lenient=True)
                 self.messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
             case "item_reference":
                 raise bad_request_error(f"{where} is a reference: send the item itself", where)
@@ -80,8 +80,8 @@ class InputReader:
         return self.messages[-1]
 
 
-def _text(content: object, where: str, *, has_placeholder: bool = False) -> str:
-    """Return the text of an item's content: a text, or parts. With ``has_placeholder`` a text replaces other parts.
+def _text(content: object, where: str, *, is_lenient: bool = False) -> str:
+    """Return the text of an item's content: a text, or parts. ``is_lenient``: a line replaces a part that is no text.
 
     A tool's image must not end the conversation; a user's is refused.
     """
@@ -93,7 +93,7 @@ def _text(content: object, where: str, *, has_placeholder: bool = False) -> str:
     for at, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
         text = part.get(_TEXTS[kind]) if isinstance(kind, str) and kind in _TEXTS else None
-        if not isinstance(text, str) and has_placeholder:
+        if not isinstance(text, str) and is_lenient:
             text = f"[{kind} left out: this model reads text only]"
         elif not isinstance(text, str):
             named = f"{where}[{at}]"

@@ -79,7 +79,8 @@ def test_sglang_33343_a_new_call_has_a_number_that_does_not_occur() -> None:
     calls = [{"id": "functions.f:80", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
     turn = {"role": "assistant", "content": "", "tool_calls": calls}
     messages = [*USER, turn, {"role": "tool", "tool_call_id": "functions.f:80", "content": "1"}]
-    with forcing(REPLIES["calls"][0], messages=messages) as (server, client, _), stepping(server):
+    numbered = section(call("functions.f:81", "{}"), call("functions.mcp__a-b.c:82", "{}"))
+    with forcing(f"<think></think>{numbered}", messages=messages) as (server, client, _), stepping(server):
         made = client.responses.create(model="m", input=[*USER, *history], tools=FUNCTIONS)  # type: ignore[list-item]
     assert [item.call_id for item in made.output if item.type == "function_call"] == [
         "functions.f:81",

@@ -174,6 +174,7 @@ CODEX_TOOLS: list[Any] = [
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_codex_with_40_tools_and_20_calls_is_computed_from_the_cache_without_its_reasoning(server: Server) -> None:
     """The client builds its history from the items that are done, and leaves out the reasoning."""
     context = [{"type": "input_text", "text": "<environment_context><cwd>/tmp</cwd></environment_context>"}]

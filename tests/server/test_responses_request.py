@@ -88,7 +88,7 @@ def test_the_parts_of_a_message_are_joined() -> None:
     ]
 
 
-def test_a_placeholder_replaces_the_image_of_a_tool() -> None:
+def test_the_image_of_a_tool_is_replaced_by_a_line_of_text() -> None:
     output = [{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "x"}]
     found = messages([*CALLED, {"type": "function_call_output", "call_id": "c1", "output": output}])
     assert found[-1]["content"] == "a[input_image left out: this model reads text only]"
