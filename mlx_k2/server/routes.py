@@ -117,7 +117,7 @@ class Routes:
     async def _models(self, request: Request) -> Response:  # noqa: ARG002 - a route's argument
         """Answer in the shapes of both OpenAI's and Anthropic's API."""
         pages = {"has_more": False, "first_id": self._state.model_name, "last_id": self._state.model_name}
-        return json_response({"object": "list", "data": [self._model_entry()], **pages})
+        return json_response({"object": "list", **pages, "data": [self._model_entry()]})
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["name"]

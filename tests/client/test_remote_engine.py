@@ -106,7 +106,7 @@ def test_a_thinking_budget_and_stop_strings_hold_as_they_do_locally(
     assert tokens_of(engine.submit(submitted, budget))[0].index(close) <= 4
 
 
-@pytest.mark.parametrize("priority", Priority)
+@pytest.mark.parametrize("priority", [Priority.INTERACTIVE, Priority.BACKGROUND])
 def test_a_cancelled_request_ends_here_and_on_the_server(priority: Priority) -> None:
     with stepped_server() as server:
         engine = RemoteEngine(ServerAddress(server.url))

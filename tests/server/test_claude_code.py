@@ -15,10 +15,12 @@ CACHED = {"cache_control": {"type": "ephemeral"}}
 SHAPE: dict[str, Any] = {
     "model": "claude-sonnet-5",
     "max_tokens": 80,
-    "temperature": 0,
     "thinking": {"type": "enabled", "budget_tokens": 30},
     "metadata": {"user_id": "user_1_account__session_2"},
-    "extra_body": {"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}},
+    "extra_body": {
+        "temperature": 0,
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    },
     "extra_headers": {"anthropic-beta": "claude-code-20250219,interleaved-thinking-2025-05-14"},
     "extra_query": {"beta": "true"},
 }

@@ -65,7 +65,9 @@ def test_lms_2055_a_count_is_exact(server: Server) -> None:
 
 def test_claude_relay_service_731_50_counts_at_once_do_not_wait_for_the_model() -> None:
     with stepped_server(max_queued=1) as server, ThreadPoolExecutor(8) as pool:
-        waiting = [send(server, "POST", MESSAGES, {"max_tokens": 5, "messages": USER}) for _ in range(2)]
+        waiting = [send(server, "POST", MESSAGES, {"max_tokens": 5, "messages": USER})]
+        wait_until(lambda: bool(server.tokens.plans), "the first request runs")
+        waiting.append(send(server, "POST", MESSAGES, {"max_tokens": 5, "messages": USER}))
         wait_until(lambda: server.num_used == 2, "the model is busy, and the queue is full")
         began = time.monotonic()
         path = f"{MESSAGES}/count_tokens?beta=true"

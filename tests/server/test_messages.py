@@ -148,7 +148,9 @@ def test_max_tokens_0_computes_the_prompt_and_answers_nothing() -> None:
 def test_a_full_queue_is_529_with_the_time_to_wait() -> None:
     with stepped_server(max_queued=1) as server:
         body = {"max_tokens": 5, "messages": USER, "stream": True}
-        connections = [send(server, "POST", MESSAGES, body) for _ in range(2)]
+        connections = [send(server, "POST", MESSAGES, body)]
+        wait_until(lambda: bool(server.tokens.plans), "the first request runs")
+        connections.append(send(server, "POST", MESSAGES, body))
         wait_until(lambda: server.num_used == 2, "both requests are there")
         with pytest.raises(APIStatusError) as caught:
             whole(client_of(server))

@@ -78,7 +78,7 @@ def test_results_come_before_the_text_and_turns_of_one_role_are_one() -> None:
 
 
 @pytest.mark.parametrize("kind", ["image", "document", "search_result"])
-def test_a_block_that_the_model_cannot_read_is_named_by_its_field(kind: str) -> None:
+def test_a_block_that_the_model_cannot_read_is_refused_and_named(kind: str) -> None:
     with pytest.raises(ApiError) as caught:
         read(messages=[USER, {"role": "user", "content": [*text("a"), {"type": kind, "source": {"data": "x"}}]}])
     assert (caught.value.param, caught.value.code) == ("messages[1].content[1]", "unsupported_content")
