@@ -10,8 +10,11 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_k2.testing.random_checkpoint import write_random_checkpoint
+from mlx_k2.testing.random_draft_head import draft_config_fields, write_random_draft_head
 from mlx_k2.testing.tiny_config import tiny_config_fields
 from mlx_k2.testing.tiny_vocabulary import tiny_vocabulary
+from mlx_k2.weights.checkpoint import describe_model, read_small_files
+from mlx_k2.weights.model_source import DraftHead, ModelSource
 
 VOCAB_SIZE = 2048
 CONTEXT_TOKENS = 8192
@@ -21,6 +24,23 @@ SHAPES: dict[str, dict[str, Any]] = {
     "even": {
         "hidden_size": 1024,
         "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "q_lora_rank": 256,
+        "kv_lora_rank": 256,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "intermediate_size": 2048,
+        "moe_intermediate_size": 512,
+        "n_routed_experts": 32,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 0,
+    },
+    # As "even", with steps of more than 20 ms on each of two stages.
+    "slow": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 16,
         "num_attention_heads": 8,
         "num_key_value_heads": 8,
         "q_lora_rank": 256,
@@ -62,27 +82,43 @@ CYCLE = "cycle"
 """The shape "even" with residual branches that add almost nothing: each token then determines the next one, and greedy
 text soon repeats in a cycle."""
 _BRANCH_ENDS = ("o_proj.weight", "down_proj.weight", "down_proj.weight_scale")
-_LITTLE = 2.0**-8
+_BRANCH_SCALE = 2.0**-8
 
 
 def cycle_checkpoint() -> Path:
     """Return the folder of the checkpoint whose greedy text repeats itself; write it if it does not exist."""
-    quiet_of = bench_checkpoint("even")
-    folder = quiet_of.with_name(quiet_of.name.replace("even", CYCLE))
+    original = bench_checkpoint("even")
+    folder = original.with_name(original.name.replace("even", CYCLE))
     if not folder.exists():
         partial = folder.with_suffix(".partial")
-        shutil.copytree(quiet_of, partial, dirs_exist_ok=True)
+        shutil.copytree(original, partial, dirs_exist_ok=True)
         for file in partial.glob("*.safetensors"):
             tensors = mx.load(str(file))
             assert isinstance(tensors, dict)
-            quieter = {
-                name: tensor * mx.array(_LITTLE, tensor.dtype) if name.endswith(_BRANCH_ENDS) else tensor
+            scaled = {
+                name: tensor * mx.array(_BRANCH_SCALE, tensor.dtype) if name.endswith(_BRANCH_ENDS) else tensor
                 for name, tensor in tensors.items()
             }
-            mx.eval(quieter)
-            mx.save_safetensors(str(file), quieter)
+            mx.eval(scaled)
+            mx.save_safetensors(str(file), scaled)
         partial.rename(folder)
     return folder
+
+
+HEAD_AUX_LAYERS = [1, 7, 12]
+HEAD_SEED = 3
+
+
+def bench_head(shape: str) -> DraftHead:
+    """Return a random draft head for the checkpoint of that shape; write it if it does not exist."""
+    target = bench_checkpoint(shape)
+    folder = target.with_name(f"{target.name}-head")
+    if not folder.exists():
+        fields = draft_config_fields(json.loads((target / "config.json").read_text()))
+        fields["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = HEAD_AUX_LAYERS
+        config = describe_model(read_small_files(target), str(target)).config
+        write_random_draft_head(folder, fields, config, HEAD_SEED, own=())
+    return DraftHead(source=ModelSource(path_or_repo=str(folder)), bits=8)
 
 
 def bench_checkpoint(shape: str) -> Path:

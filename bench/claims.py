@@ -1,6 +1,6 @@
-"""Claims: two sides measured alternately, and the ratio required of them. Their rows make the README's table.
+"""Claims: two sides measured alternately, and the ratio required of them. Their rows make the table of bench/README.md.
 
-python -m bench.claims    rewrites the table in README.md from results/claims.csv
+python -m bench.claims    rewrites the table in bench/README.md from results/claims.csv
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from bench.measure import NUM_PAIRS, RESULTS, ROOT, alternate, commit, save_rows, summarize, with_part
 
 NAME = "claims"
-README = ROOT / "README.md"
+README = ROOT / "bench" / "README.md"
 MADE_BY = "python -m bench.claims"
 SCRIPTS = {"guessing": "drafting"}
 """Current name of a script, by its name in older rows."""
@@ -43,7 +43,7 @@ def read_options(description: str | None) -> Options:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help="append the rows to results/claims.csv")
     parser.add_argument("--pairs", type=int, default=NUM_PAIRS, help=f"pairs of runs a claim  [default: {NUM_PAIRS}]")
-    parser.add_argument("--only", default="", metavar="WORDS", help="measure the claims whose names hold these words")
+    parser.add_argument("--only", default="", metavar="WORDS", help="measure the claims whose names contain this text")
     arguments = parser.parse_args()
     if arguments.save and is_dirty(commit()):
         parser.error("--save needs a working tree without changes: a row names the commit that it measured")
@@ -103,7 +103,7 @@ def _ratio(rows: Sequence[dict[str, str]]) -> str:
 
 
 def with_table(readme: str) -> str:
-    """Return the README with its table generated again."""
+    """Return the page with its table generated again."""
     return with_part(readme, MADE_BY, table())
 
 

@@ -2,12 +2,12 @@
 
 python -m bench.constrained [--save] [--only tokens|streams] [--kimi FOLDER]
 
-With Kimi's vocabulary of 163,840 tokens. Of each sampled token two parts are timed: from its arrival to its next plan
+With Kimi's vocabulary of 163,840 tokens. Two parts of each sampled token are timed: from its arrival to its next plan
 (the policy records it, forces tokens and makes the mask; the plan is encoded), and in the last stage (the plan is
 decoded, the mask is applied to the logits). The tokens are those of texts that the constraints allow. The same is timed
 for a free reply; the added time is the difference to its median. Each text runs NUM_RUNS times, and a token's time is
-its median, since another process does not interrupt the same token in each run. What the grammar itself costs, it costs
-in each run: every run begins with a new compiler. The 99th percentile over all single times is printed, too.
+its median, since another process does not interrupt the same token in each run. The cost of the grammar itself is part
+of each run, because every run begins with a new compiler. The 99th percentile over all single times is printed, too.
 
 The streams run on two local stages with a random checkpoint, constrained to one JSON string, whose masks are the
 largest, and free. Both sample the same number of tokens. --save appends the rows to results/constrained.csv.
@@ -34,6 +34,7 @@ from mlx_k2.coordinator.reply_policy import ReplyPolicy
 from mlx_k2.model.sampler import SamplingRequest, sample_tokens
 from mlx_k2.protocol.messages import Step, decode_to_stage, encode_message
 from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.microbatch import Row
 from mlx_k2.scheduling.request import Request
 from mlx_k2.testing.random_checkpoint import write_random_checkpoint
@@ -234,7 +235,10 @@ def measure_streams(tokenizer: Tokenizer, files: dict[str, bytes], grammar: Repl
     folder = Path(tempfile.gettempdir()) / "mlx-k2-bench" / "kimi-vocabulary"
     if not folder.exists():
         write_random_checkpoint(folder, fields, seed=1, tokenizer_files=files)
-    with local_deployment(folder, 2, NUM_STREAMS) as deployment, engine_on(deployment, drafts=False) as engine:
+    with (
+        local_deployment(folder, 2, NUM_STREAMS) as deployment,
+        engine_on(deployment, draft_mode=DraftMode.OFF) as engine,
+    ):
         rate(engine, tokenizer, grammar)
         rate(engine, tokenizer, None)
         pairs = alternate(lambda: rate(engine, tokenizer, grammar), lambda: rate(engine, tokenizer, None), NUM_PAIRS)

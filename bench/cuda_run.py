@@ -9,10 +9,11 @@ the one for a CPU is removed first):
     build/cuda/bin/python -m pip install "mlx[cuda12]==0.32.4"
     build/cuda/bin/python -m bench.cuda_run --save
 
-Three parts, each in a process of its own with a deadline, so that a fault of one leaves the others: the kernels'
-results beside plain MLX in float32 at K2's shape, for every number of tokens that has a pipeline of its own; their GB/s
-as a share of a copy's, which --save appends to results/kernels.csv; and the answer of the built-in model from two
-stages. It says whether the kernels are right and whether their loads stream. It says nothing about the speed of a Mac.
+Three parts, each in a separate process with a deadline, so that a fault of one does not end the others: the kernels'
+results compared with plain MLX in float32 at K2's shape, for every number of tokens that has a separate pipeline;
+their GB/s as a share of a copy's, which --save appends to results/kernels.csv; and the answer of the built-in model
+from two stages. It says whether the kernels are right and whether their loads stream. It says nothing about the speed
+of a Mac.
 """
 
 import argparse
@@ -74,7 +75,7 @@ def stages() -> bool:
 
 
 def main() -> int:
-    """Run one part, or without one all parts in processes of their own; return the exit code."""
+    """Run one part, or without one all parts in separate processes; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help="append the rows to results/kernels.csv")
     parser.add_argument("--part", choices=tuple(PART_S), help="run this part only, in this process")
@@ -97,7 +98,7 @@ def main() -> int:
 
 
 def run_part(part: str, *, save: bool) -> bool:
-    """Run one part in a process of its own; return whether it ended well before its deadline."""
+    """Run one part in a separate process; return whether it succeeded before its deadline."""
     command = [sys.executable, "-m", "bench.cuda_run", "--part", part, *(["--save"] if save else [])]
     began = time.monotonic()
     try:

@@ -5,19 +5,21 @@ from pathlib import Path
 
 from bench.checkpoints import CONTEXT_TOKENS
 from mlx_k2.cluster.hostfile import local_hostfile
-from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, open_source
 from mlx_k2.deployment.deploy import Deployment, deploy
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.weights.checkpoint import describe_model, read_small_files
-from mlx_k2.weights.model_source import ModelSource
+from mlx_k2.weights.model_source import DraftHead, ModelSource
 
 
-def local_deployment(folder: Path, num_stages: int, num_slots: int = 1) -> AbstractContextManager[Deployment]:
+def local_deployment(
+    folder: Path, num_stages: int, num_slots: int = 1, head: DraftHead | None = None
+) -> AbstractContextManager[Deployment]:
     """Deploy ``num_stages`` stages with equal numbers of layers on this machine, in float32."""
     model = describe_model(read_small_files(folder), str(folder))
     each, left = divmod(model.config.num_hidden_layers, num_stages)
     assert left == 0, f"{model.config.num_hidden_layers} layers are not as many on each of {num_stages} stages"
     source, split = ModelSource(path_or_repo=str(folder)), (each,) * num_stages
     options = ClusterOptions(split=split, context_tokens=CONTEXT_TOKENS, dtype="float32")
-    request = DeploymentRequest(options, local_hostfile(num_stages), source, num_slots)
-    return deploy(request, model, DeploymentListener())
+    request = DeploymentRequest(options, local_hostfile(num_stages), source, num_slots, head)
+    return deploy(*open_source(request), DeploymentListener())

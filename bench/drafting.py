@@ -16,6 +16,7 @@ from bench.measure import prompt_ids
 from mlx_k2.coordinator.engine import Engine, engine_on
 from mlx_k2.coordinator.handle import Finished, Token
 from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.request import Request
 
 PROMPT_TOKENS = 32
@@ -51,7 +52,14 @@ def main() -> None:
     folder = cycle_checkpoint()
     with contextlib.ExitStack() as stack:
         drafting, plain = (
-            Stream(stack.enter_context(engine_on(stack.enter_context(local_deployment(folder, 2)), drafts=drafts)))
+            Stream(
+                stack.enter_context(
+                    engine_on(
+                        stack.enter_context(local_deployment(folder, 2)),
+                        draft_mode=DraftMode.NGRAM if drafts else DraftMode.OFF,
+                    )
+                )
+            )
             for drafts in (True, False)
         )
         for text, temperature, asked in (("text that repeats itself", 0.0, 1.5), ("random text", 1.0, 0.95)):

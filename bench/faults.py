@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench.measure import ROOT, commit, save_rows, with_part
 from tests.emulated_hosts.fault_matrix import FAULTS
-from tests.emulated_hosts.fault_run import NUM_HOSTS, Scene, undisturbed
+from tests.emulated_hosts.fault_run import NUM_HOSTS, FaultSetup, undisturbed
 from tests.emulated_hosts.faults import Finding, try_fault
 from tests.emulated_hosts.hosts import EmulatedHosts, what_is_missing
 from tests.local_cluster import write_model
@@ -30,7 +30,7 @@ def main() -> int:
     The rows and the table are written only if every fault of the matrix was tried and passed.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="faults whose name holds this")
+    parser.add_argument("--only", default="", help="faults whose name contains this")
     options = parser.parse_args()
     if missing := what_is_missing():
         sys.exit(missing)
@@ -45,7 +45,7 @@ def main() -> int:
             where = _made(folder / f"{number}")
             try:
                 with EmulatedHosts(_made(where / "hosts"), NUM_HOSTS) as hosts:
-                    findings.append(try_fault(fault, Scene(hosts, model, where / "scene"), expected))
+                    findings.append(try_fault(fault, FaultSetup(hosts, model, where / "setup"), expected))
                 print(_line(findings[-1]), flush=True)
             except Exception:  # noqa: BLE001  # a failed fault must not end the loop
                 print(f"FAILED: {fault.name}\n{traceback.format_exc()}", flush=True)

@@ -1,9 +1,9 @@
-"""Cost of the search for NaN and infinity in each step, beside the time of a step. Runs in one process.
+"""Cost of the search for NaN and infinity in each step, compared with the time of a step. Runs in one process.
 
 The check is timed alone: the sum of values that are evaluated already, and the read of its result. The steps are decode
 steps of one sequence on each of two stages of the checkpoint "even"; a chunk of a prompt on the last stage, which
 samples nothing and sums its last layer's rows of the cache; and the logits and one sampled token of a head with Kimi
-K2's 163,840 words at hidden size 1024, which computes less for each word than Kimi K2's own.
+K2's 163,840 tokens at hidden size 1024, which computes less for each token than Kimi K2's own.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from tests.stage.pipeline import Pipeline
 NUM_CHECKS = 1000
 NUM_STEPS = 40
 NUM_CHUNKS = 5
-PROMPT = 64
-WORDS, HIDDEN = 163_840, 1024
+PROMPT_TOKENS = 64
+VOCAB_SIZE, HIDDEN = 163_840, 1024
 SAMPLING = Sampling(seed=1, temperature=0.6)
 
 
@@ -49,14 +49,14 @@ def main() -> None:
 
 
 def even() -> list[tuple[str, float, float]]:
-    """Return the check and the step of each stage of "even", in microseconds, and of a prompt's chunk on the last."""
+    """Return the times of check and step for each stage of "even" and for a chunk on the last one, in us."""
     folder = bench_checkpoint("even")
     pipeline = Pipeline(folder, 2)
     config = read_config(folder)
-    chunks = [pipeline.step(Row(0, 0, tuple(prompt_ids(PROMPT)), True, None)) for _ in range(NUM_CHUNKS)]
-    done = [pipeline.step(Row(0, PROMPT + step, (7,), False, SAMPLING, (7,))) for step in range(NUM_STEPS)]
+    chunks = [pipeline.step(Row(0, 0, tuple(prompt_ids(PROMPT_TOKENS)), True, None)) for _ in range(NUM_CHUNKS)]
+    done = [pipeline.step(Row(0, PROMPT_TOKENS + step, (7,), False, SAMPLING, (7,))) for step in range(NUM_STEPS)]
     values = (mx.random.normal((1, config.hidden_size)), mx.random.normal((1, config.vocab_size)))
-    model, batch = pipeline.runners[1]._model, Batch([Span(0, 0, PROMPT, is_prompt=True)])
+    model, batch = pipeline.runners[1]._model, Batch([Span(0, 0, PROMPT_TOKENS, is_prompt=True)])
     checks = (checked(values[0]), checked(values[1]), lambda: is_finite(model.cache_total(batch)))
     return [
         (name, median_us(check, NUM_CHECKS), statistics.median(step[rank].busy_s for step in steps) * 1e6)
@@ -69,8 +69,8 @@ def even() -> list[tuple[str, float, float]]:
 
 
 def head() -> tuple[str, float, float]:
-    """Return the check and the step of a large head alone, in microseconds."""
-    projection, hidden = mx.random.normal((HIDDEN, WORDS)), mx.random.normal((1, HIDDEN))
+    """Return the times of check and step of a large head alone, in microseconds."""
+    projection, hidden = mx.random.normal((HIDDEN, VOCAB_SIZE)), mx.random.normal((1, HIDDEN))
     mx.eval(projection, hidden)
 
     def step() -> None:
@@ -78,7 +78,7 @@ def head() -> tuple[str, float, float]:
         sample_tokens(logits, [SamplingRequest(SAMPLING, 1, (7,))])
 
     logits = hidden @ projection
-    return "head of 163,840 words", median_us(checked(logits), NUM_CHECKS), median_us(step, NUM_STEPS)
+    return "head of 163,840 tokens", median_us(checked(logits), NUM_CHECKS), median_us(step, NUM_STEPS)
 
 
 def checked(values: mx.array) -> Callable[[], object]:

@@ -47,8 +47,8 @@ HEADER = (
 )
 
 
-class Way(NamedTuple):
-    """One way of computing the layer."""
+class Implementation(NamedTuple):
+    """One implementation of the layer."""
 
     name: str
     layer: Layer | None  # None if it cannot run on this device
@@ -81,25 +81,31 @@ def main() -> None:
 
 
 def measured(stack: ExpertStack, tokens: int, *, on_gpu: bool) -> list[tuple[object, ...]]:
-    """Return one row for each way. The ways are timed alternately."""
+    """Return one row for each implementation. They are timed alternately."""
     ids = random_expert_ids(tokens, NUM_EXPERTS, TOP_K)
     distinct = int(np.unique(np.array(ids)).size)
-    ways = [kernel_way(stack, ids, on_gpu=on_gpu), plain_way(stack, ids), *mlx_lm_ways(stack, ids)]
-    times: dict[str, list[float]] = {way.name: [] for way in ways}
+    implementations = [
+        kernel_implementation(stack, ids, on_gpu=on_gpu),
+        plain_implementation(stack, ids),
+        *mlx_lm_implementations(stack, ids),
+    ]
+    times: dict[str, list[float]] = {implementation.name: [] for implementation in implementations}
     for _ in range(ROUNDS):
-        for way in ways:
-            if way.layer is not None:
-                timing = time_layer(way.layer, stack, tokens, TOP_K, **({} if on_gpu else ON_CPU))
-                times[way.name].append(timing.seconds)
-    return [(tokens, distinct, *cells(way, times[way.name])) for way in ways]
+        for implementation in implementations:
+            if implementation.layer is not None:
+                timing = time_layer(implementation.layer, stack, tokens, TOP_K, **({} if on_gpu else ON_CPU))
+                times[implementation.name].append(timing.seconds)
+    return [
+        (tokens, distinct, *cells(implementation, times[implementation.name])) for implementation in implementations
+    ]
 
 
-def cells(way: Way, seconds: list[float]) -> tuple[object, ...]:
+def cells(implementation: Implementation, seconds: list[float]) -> tuple[object, ...]:
     """Return the cells as printed. A cell without a value is empty."""
     milliseconds = summarize([1e3 * value for value in seconds]) if seconds else ""
-    rate = f"{way.bytes_needed / float(np.median(seconds)) / 1e9:.2f}" if seconds else ""
-    loaded = "" if way.bytes_loaded is None else way.bytes_loaded
-    return way.name, way.dispatches, way.bytes_needed, loaded, milliseconds, rate
+    rate = f"{implementation.bytes_needed / float(np.median(seconds)) / 1e9:.2f}" if seconds else ""
+    loaded = "" if implementation.bytes_loaded is None else implementation.bytes_loaded
+    return implementation.name, implementation.dispatches, implementation.bytes_needed, loaded, milliseconds, rate
 
 
 def needed_bytes(stack: ExpertStack, ids: mx.array, *, bits_a_weight: float) -> int:
@@ -108,7 +114,7 @@ def needed_bytes(stack: ExpertStack, ids: mx.array, *, bits_a_weight: float) -> 
     return int(np.unique(np.array(ids)).size * weights * bits_a_weight / 8)
 
 
-def kernel_way(stack: ExpertStack, ids: mx.array, *, on_gpu: bool) -> Way:
+def kernel_implementation(stack: ExpertStack, ids: mx.array, *, on_gpu: bool) -> Implementation:
     """Return mlx-k2's kernels. Their loads are counted in bfloat16, which a Mac would use."""
     tokens = ids.shape[0]
     name, _, compute = experts.kernel_for(tokens)
@@ -133,19 +139,21 @@ def kernel_way(stack: ExpertStack, ids: mx.array, *, on_gpu: bool) -> Way:
     dispatches = count_dispatches(lambda x: perform(kernel_in_graph)(x, ids, weights, as_on_a_mac), x)
     perform(counting)(x, ids, weights, as_on_a_mac)
     needed = needed_bytes(stack, ids, bits_a_weight=4.5)
-    return Way(f"mlx-k2 {name} kernels", perform(run) if on_gpu else None, sum(dispatches.values()), needed, loaded)
+    return Implementation(
+        f"mlx-k2 {name} kernels", perform(run) if on_gpu else None, sum(dispatches.values()), needed, loaded
+    )
 
 
-def plain_way(stack: ExpertStack, ids: mx.array) -> Way:
+def plain_implementation(stack: ExpertStack, ids: mx.array) -> Implementation:
     """Return the plain MLX code that mlx-k2 runs where no kernel is used."""
     dispatches = counted(reference.routed_experts, stack, ids)
     bits = BITS + 8 * stack.gate_scale.dtype.size / GROUP_SIZE
-    return Way(
+    return Implementation(
         "mlx-k2 plain MLX", reference.routed_experts, dispatches, needed_bytes(stack, ids, bits_a_weight=bits), None
     )
 
 
-def mlx_lm_ways(stack: ExpertStack, ids: mx.array) -> list[Way]:
+def mlx_lm_implementations(stack: ExpertStack, ids: mx.array) -> list[Implementation]:
     """Return mlx-lm's SwitchGLU followed by the weighted sum, and its three gather_qmm alone. Both store biases."""
     biases = [scale * -ZERO_POINT for scale in (stack.gate_scale, stack.up_scale, stack.down_scale)]
     block = SwitchGLU(GROUP_SIZE, GROUP_SIZE, 1)
@@ -172,8 +180,8 @@ def mlx_lm_ways(stack: ExpertStack, ids: mx.array) -> list[Way]:
     bits = BITS + 2 * 8 * stack.gate_scale.dtype.size / GROUP_SIZE
     needed = needed_bytes(stack, ids, bits_a_weight=bits)
     return [
-        Way("mlx-lm SwitchGLU", switch_glu, counted(switch_glu, stack, ids), needed, None),
-        Way("gather_qmm alone", products, counted(products, stack, ids), needed, None),
+        Implementation("mlx-lm SwitchGLU", switch_glu, counted(switch_glu, stack, ids), needed, None),
+        Implementation("gather_qmm alone", products, counted(products, stack, ids), needed, None),
     ]
 
 

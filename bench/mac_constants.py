@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 
 class Constant(NamedTuple):
-    """A value, its unit, how it is known, and where from."""
+    """A value, its unit, the kind of its source, and the source."""
 
     value: float
     unit: str
-    known: str
+    kind: str
     source: str
 
 
@@ -36,7 +36,7 @@ CONSTANTS = {
     "hop": Constant(450e-6, "s", "published", "300 us over Thunderbolt (Geerling; exo#2173), and two wake-ups"),
     "all-reduce": Constant(50e-6, "s", "published", "RDMA over Thunderbolt 5: under 50 us (Geerling, Dec 2025)"),
     "host": Constant(
-        1e-3, "s", "estimated", "Python of a token that nothing hides; measured here at half of a Mac's speed"
+        1e-3, "s", "estimated", "Python time of a token, not overlapped; measured here at half of a Mac's speed"
     ),
     "M5 bandwidth": Constant(
         1200 / 819, "", "stated", "memory bandwidth of an M5 Ultra over an M3 Ultra (Apple, Aug 2026)"

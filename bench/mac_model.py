@@ -2,10 +2,10 @@
 
 python -m bench.mac_model [--readme]
 
-Every figure is computed; nothing here was measured. The constants stand in bench/mac_constants.py with their sources.
-One common factor multiplies every time: the median of published time over computed time. Printed are the published rows
+Every figure is computed; nothing here was measured. The constants are in bench/mac_constants.py with their sources.
+One common factor multiplies every time: the median of published time over computed time. It prints the published rows
 with their errors, this program before and after its settings for a GPU, and predictions. --readme writes the table of
-README.md.
+bench/README.md.
 
 A token reads its weights once, launch after launch. A launch that depends on the one before costs a fixed time, and so
 does a command buffer. A prompt computes its chunks one after the other on each stage. Routed experts compute full tiles
@@ -30,6 +30,8 @@ MADE_BY = "python -m bench.mac_model --readme"
 CLOSE = 0.2
 MLX_LM_MOE_NODES, OWN_MOE_NODES = 23, 9  # of an expert block: results/bytes_per_token.csv
 CONTEXTS = (1024, 4096, 32768, 131072)
+HEAD_BYTES = 0.95e9  # of a draft: the core and 32,000 rows of the output projection, 8 bits and scales of 64 weights
+HEAD_LAUNCHES = 30
 PROMPT_CHUNK = 2048  # mlx-lm's prefill_step_size
 UNSHARDED_LAYERS_BYTES = 2 * 7168 * (1536 + 576) * 61  # q_a and kv_a, which every rank of mlx-lm computes alone
 
@@ -137,7 +139,7 @@ def chunk_s(program: Program, model: str, first: int, end: int, mac: Mac = M3_UL
 
 
 def _expansion(model: str) -> float:
-    """Return how many times as many bytes the keys and values of all heads have as the latents."""
+    """Return the bytes of the keys and values of all heads, divided by those of the latents."""
     one = config(model)
     return one.num_attention_heads * (one.qk_head_dim + one.v_head_dim) / one.latent_dim
 
@@ -235,6 +237,18 @@ def decode_rate(program: Program, macs: int, context: int, mac: Mac = M3_ULTRA, 
     return accepted / token_s(program, "K2", macs, context, mac) / common_factor()
 
 
+def head_rate(program: Program, macs: int, context: int, mac: Mac, acceptance_rate: float) -> float:
+    """Return the computed tokens per second of one stream with a draft head, which is right with ``acceptance_rate``.
+
+    A right draft takes a cycle, the time of all stages and of the head's drafts in equal parts; a wrong one the time of
+    all stages. The head is K2's in 8 bits, with 32,000 of its tokens.
+    """
+    whole_s = token_s(program, "K2", macs, context, mac)
+    draft_s = HEAD_BYTES / (constant("dense bandwidth") * mac.bandwidth) + HEAD_LAUNCHES * constant("launch")
+    cycle_s = (whole_s + (macs - 1) * draft_s) / macs
+    return 1 / (acceptance_rate * cycle_s + (1 - acceptance_rate) * whole_s) / common_factor()
+
+
 def prefill_rate(program: Program, macs: int, tokens: int, mac: Mac = M3_ULTRA) -> float:
     """Return the predicted tokens per second of a prompt."""
     return tokens / best_prompt(program, macs, tokens, mac) / common_factor()
@@ -268,8 +282,20 @@ def predictions() -> Iterator[str]:
                     yield f"| {macs} {mac.name}{fits} | {name} | {context} | {cells} | {prefill:.0f} |"
 
 
+def head_predictions() -> Iterator[str]:
+    """Yield the lines of a draft head: computed tokens per second over acceptance rates, on M3 Ultras."""
+    rates = (0.5, 0.64, 0.72, 0.8, 0.853, 0.9, 1.0)
+    yield f"| Macs | bits | no drafts | {' | '.join(f'{rate:g} accepted' for rate in rates)} |"
+    yield f"|---|---|---|{'---|' * len(rates)}"
+    for macs in (2, 3, 4):
+        for bits, name in ((16, "as shipped"), (8.5, "8")):
+            program = after(bits)
+            cells = " | ".join(f"{head_rate(program, macs, CONTEXTS[0], M3_ULTRA, rate):.1f}" for rate in rates)
+            yield f"| {macs} | {name} | {decode_rate(program, macs, CONTEXTS[0]):.1f} | {cells} |"
+
+
 def readme_part() -> str:
-    """Return the README's part: how far off the model is, and what it predicts for two M3 Ultras."""
+    """Return the part of bench/README.md: how far off the model is, and what it predicts for two M3 Ultras."""
     close = [row for row, _, error in errors() if abs(error) <= CLOSE]
     lines = [
         "Computed, not measured: tokens per second on two M3 Ultras, with MLX's own settings (before) and the ones",
@@ -282,11 +308,11 @@ def readme_part() -> str:
 
 
 def main() -> None:
-    """Print the tables; with --readme write the README's."""
+    """Print the tables; with --readme write the page's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", action="store_true", help="write the table of README.md")
+    parser.add_argument("--readme", action="store_true", help="write the table of bench/README.md")
     if parser.parse_args().readme:
-        readme = ROOT / "README.md"
+        readme = ROOT / "bench" / "README.md"
         readme.write_text(with_part(readme.read_text(), MADE_BY, readme_part()))
         return
     for name, (value, unit, known, source) in CONSTANTS.items():
@@ -301,6 +327,8 @@ def main() -> None:
     num_close = sum(abs(error) <= CLOSE for _, _, error in errors())
     print(f"{num_close} of {len(PUBLISHED)} rows within 20%\n")
     print("\n".join((*comparison(), "", *predictions())))
+    print(f"\nComputed, not measured: tokens per second with a draft head, M3 Ultras, at {CONTEXTS[0]} tokens")
+    print("\n".join(head_predictions()))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def _git(*arguments: str) -> str:
 
 
 def with_part(page: str, made_by: str, part: str) -> str:
-    """Return ``page`` with ``part`` in place of the text between the ``made_by`` comment and the next end comment."""
+    """Return ``page`` with ``part`` instead of the text between the ``made_by`` comment and the next end comment."""
     begin, end = f"<!-- made by {made_by} -->\n", "<!-- end -->\n"
     before, _, rest = page.partition(begin)
     _, _, after = rest.partition(end)

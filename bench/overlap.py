@@ -17,6 +17,7 @@ from bench.checkpoints import bench_checkpoint
 from bench.claims import Claim, measure, read_options
 from bench.deployments import local_deployment
 from mlx_k2.benchmark import Benchmark, Workload
+from mlx_k2.scheduling.drafter import DraftMode
 
 SLOTS = 8
 EIGHT = Workload(32, 40, 8)
@@ -51,7 +52,7 @@ def benchmark_on(stack: contextlib.ExitStack, folder: Path, num_stages: int) -> 
     """Start stages that run until ``stack`` closes. Without drafts, a lone stream measures the plain pipeline."""
     deployment = stack.enter_context(local_deployment(folder, num_stages, SLOTS))
     shape = replace(deployment.shape, chunk_tokens=CHUNK_TOKENS)
-    return stack.enter_context(Benchmark(replace(deployment, shape=shape), drafts=False))
+    return stack.enter_context(Benchmark(replace(deployment, shape=shape), draft_mode=DraftMode.OFF))
 
 
 def rate(benchmark: Benchmark, workload: Workload) -> Callable[[], float]:

@@ -2,9 +2,9 @@
 
 python -m bench.plan_gap [--save] [--tokens N]
 
-A small program is at the other end of this process's pipes, in place of a guard. It sleeps STEP_S for each step and
+A small program is at the other end of this process's pipes, instead of a guard. It sleeps STEP_S for each step and
 "samples" the next token of a given text: a code block of 300 lines. It measures each gap itself, from before it writes
-a token to when it has read the next plan, so that everything counts: two pipes, three threads of this process and
+a token to when it has read the next plan, so that a gap includes two pipes, three threads of this process and
 Python's lock. Cases:
 
 - quiet: this process only reads the answer's events;
@@ -71,8 +71,8 @@ def main() -> None:
         "tokenizing": (read, lambda stop: tokenize(conversation, tokenizer, stop)),
     }
     rows = []
-    for name, (reader, beside) in cases.items():
-        gaps = measure(tokenizer, options.tokens, reader, beside)
+    for name, (reader, meanwhile) in cases.items():
+        gaps = measure(tokenizer, options.tokens, reader, meanwhile)
         row = (name, len(gaps), *(f"{1000 * value:.3f}" for value in (statistics.median(gaps), p99(gaps), max(gaps))))
         print(f"{name}: {len(gaps)} gaps, median {row[2]} ms, p99 {row[3]} ms, longest {row[4]} ms", flush=True)
         rows.append(row)
@@ -84,9 +84,9 @@ def measure(
     tokenizer: Tokenizer,
     num_tokens: int,
     reader: Callable[[Handle], None],
-    beside: Callable[[threading.Event], None],
+    meanwhile: Callable[[threading.Event], None],
 ) -> list[float]:
-    """Return the gaps in seconds of one answer, read by ``reader`` while ``beside`` runs on another thread."""
+    """Return the gaps in seconds of one answer, read by ``reader`` while ``meanwhile`` runs on another thread."""
     ids = tokenizer.encode_text(CODE)
     request = Request((1, 2, 3), num_tokens, Sampling(seed=0), frozenset())
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +94,7 @@ def measure(
         text.write_text(json.dumps((ids * (num_tokens // len(ids) + 1))[:num_tokens]))
         with engine_on_a_program(Path(folder), text, result) as engine:
             stop = threading.Event()
-            thread = threading.Thread(target=beside, args=[stop])
+            thread = threading.Thread(target=meanwhile, args=[stop])
             thread.start()
             reader(engine.submit(request, ReplyPolicy(tokenizer, request)))
             stop.set()

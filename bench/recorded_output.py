@@ -1,4 +1,4 @@
-"""What the commands of README.md print: a first answer, and one whose stage is killed on the way.
+"""Recorded outputs of README.md's commands: an answer, and one during which a stage is killed.
 
 python -m bench.recorded_output    runs both and writes them to README.md
 """
@@ -21,20 +21,18 @@ DEMO = ("generate", "What is mlx-k2?")
 KILLED = ("generate", "--hide-thinking", "Count from 1 to 20.")
 KILL_AFTER = "5,"
 """Text of the answer after which the last stage is killed."""
-ENDS_S = 100.0
+TIMEOUT_S = 100.0
 
 _VARYING = (
     (r"\d+(\.\d+)? (s|tok/s)\b", r"# \2"),
-    (r"\d+%", "#%"),
     (r"seed \d+", "seed #"),
-    (r" · \d+ of \d+ draft tokens? accepted", ""),
     (r"stage \d+ on this machine \(.*?\)", "stage # on this machine (#)"),
     (r" +", " "),
 )
 
 
 class Output(NamedTuple):
-    """What a command wrote to its two streams."""
+    """Text that a command wrote to its two streams."""
 
     stdout: str
     stderr: str
@@ -44,7 +42,7 @@ def run(arguments: Sequence[str], kill_after: str | None = None) -> Output:
     """Run mlx-k2 to its end. Kill a stage once the answer has ``kill_after``.
 
     Raises:
-        subprocess.TimeoutExpired: it did not end within ENDS_S.
+        subprocess.TimeoutExpired: it did not end within TIMEOUT_S.
         subprocess.CalledProcessError: it failed.
     """
     with subprocess.Popen(
@@ -62,7 +60,7 @@ def run(arguments: Sequence[str], kill_after: str | None = None) -> Output:
             ]
             max(stages, key=lambda stage: stage.create_time()).kill()
         try:
-            rest, errors = process.communicate(timeout=ENDS_S)
+            rest, errors = process.communicate(timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired:
             process.kill()
             raise
@@ -72,7 +70,7 @@ def run(arguments: Sequence[str], kill_after: str | None = None) -> Output:
 
 
 def masked(text: str) -> str:
-    """Return ``text`` without what differs between two runs: times, rates, the seed, drafts, the step of a kill."""
+    """Return ``text`` without what differs between two runs: times, rates, the seed, the step of a kill."""
     for pattern, replacement in _VARYING:
         text = re.sub(pattern, replacement, text)
     return text
@@ -82,7 +80,8 @@ def part() -> str:
     """Run both commands; return their part of README.md."""
     return "\n\n".join(
         (
-            "`make demo`: first its stderr (the reasoning, the speeds and the stages), then its stdout (the answer):",
+            "`make demo`: first its stderr (what it is, the reasoning, one line of counts), then its stdout "
+            "(the answer):",
             _block(DEMO, run(DEMO)),
             "The same program, of which a stage is killed (`kill -9`) after " + f'"{KILL_AFTER}":',
             _block(KILLED, run(KILLED, KILL_AFTER)),

@@ -3,7 +3,7 @@
 python -m bench.scheduler_cost [--save]
 
 Stages answer at once and compute nothing; the sizes are Kimi K2's. The cost is in microseconds per step: planning the
-step, encoding its message and taking its tokens. --save appends the rows to results/scheduler_cost.csv.
+step, encoding its message and processing its tokens. --save appends the rows to results/scheduler_cost.csv.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python -m bench.serve_latency [--save]
 
 An engine's token has a time of arrival. A reader of the engine has the token some time later; so has a client of the
-server, which is a process of its own. Both are measured with the same stages, and the difference of their medians and
+server, which is a separate process. Both are measured with the same stages, and the difference of their medians and
 of their 99th percentiles is what the server adds.
 """
 
@@ -49,7 +49,7 @@ class TimedMetrics(Metrics):
 
 @contextmanager
 def sleeping(server: SteppedServer) -> Iterator[None]:
-    """Let each stage sleep STEP_S for each of its plans, on a thread of its own."""
+    """Let each stage sleep STEP_S for each of its plans, on a separate thread."""
     is_over = threading.Event()
 
     def work(rank: int) -> None:

@@ -82,9 +82,9 @@ def run_clients(
         while not is_last:
             is_last = is_over.is_set()
             kind = rng.randrange(NUM_KINDS)
-            leaves_after = rng.randrange(1, MAX_TOKENS) if rng.random() < HANG_UP_FRACTION and not is_last else None
+            hang_up_after = rng.randrange(1, MAX_TOKENS) if rng.random() < HANG_UP_FRACTION and not is_last else None
             try:
-                text = answer(server, kind, leaves_after)
+                text = answer(server, kind, hang_up_after)
             except _Refused:
                 with lock:
                     totals.refused += 1
@@ -98,9 +98,9 @@ def run_clients(
                 is_over.wait(1)
                 continue
             with lock:
-                totals.hung_up += leaves_after is not None
-                totals.complete += leaves_after is None
-                totals.wrong += leaves_after is None and text != expected[kind]
+                totals.hung_up += hang_up_after is not None
+                totals.complete += hang_up_after is None
+                totals.wrong += hang_up_after is None and text != expected[kind]
 
     threads = [threading.Thread(target=client, args=[number], daemon=True) for number in range(num_streams)]
     for thread in threads:
@@ -121,8 +121,8 @@ def run_clients(
         assert not thread.is_alive(), "a client has no answer"
 
 
-def answer(server: Server, kind: int, leaves_after: int | None) -> str:
-    """Return the text of a streamed answer; hang up after ``leaves_after`` chunks with text."""
+def answer(server: Server, kind: int, hang_up_after: int | None) -> str:
+    """Return the text of a streamed answer; hang up after ``hang_up_after`` chunks with text."""
     message = {"role": "user", "content": f"{kind} " * (4 + 5 * kind)}
     body = json.dumps({"messages": [message], "seed": kind, "max_tokens": MAX_TOKENS, "stream": True}).encode()
     head = f"POST {_CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -143,7 +143,7 @@ def answer(server: Server, kind: int, leaves_after: int | None) -> str:
                     added: str = delta.get("content", "") + delta.get("reasoning_content", "")
                     text += added
                     num_chunks += bool(added)
-                    if num_chunks == leaves_after:
+                    if num_chunks == hang_up_after:
                         return text
     raise AssertionError("the stream ended without its last event")
 

@@ -1,10 +1,10 @@
-"""Scheduler against the ideal, with stages that sleep instead of computing: the CPU is not a bottleneck.
+"""Comparison of the scheduler with the ideal. Stages sleep instead of computing, so the CPU is not a bottleneck.
 
 python -m bench.sleeping_stages [--save] [--pairs N] [--only WORDS]
 
 Each stage is a thread: it waits for a plan from the stage before it, sleeps for the step's time and passes the plan on.
-The coordinator's part is the real one: the scheduler, its step policy, and the messages as bytes. In the ideal, stages
-never wait.
+The coordinator's part is the program's own: the scheduler, its step policy, and the messages as bytes. In the ideal,
+stages never wait.
 """
 
 import time

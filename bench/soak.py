@@ -26,6 +26,7 @@ from bench.measure import save_rows
 from mlx_k2.coordinator.engine import Engine, engine_on
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.request import Request
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files
@@ -104,8 +105,8 @@ def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, 
     """Run rounds of streams until ``minutes`` have passed or ``num_restarts`` restarts have happened."""
     model = write_model(folder / "model")
     hosts = [marked_host(folder, rank, sys.executable) for rank in range(NUM_STAGES)]
-    asked = local_request(model, hosts).with_options(stall_timeout_s=STALL_TIMEOUT_S)
-    description = describe_model(read_model_files(asked.source).files, str(model))
+    deployment_request = local_request(model, hosts).with_options(stall_timeout_s=STALL_TIMEOUT_S)
+    description = describe_model(read_model_files(deployment_request.source).files, str(model))
     usage = UsageTotals()
 
     def on_restart(restart: Restart, phase: str) -> None:
@@ -113,17 +114,21 @@ def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, 
             usage.restarts.append(restart)
 
     with (
-        RestartingDeployment(asked, description, DeploymentListener(), NO_LIMIT, first_wait_s=0.0) as restarting,
-        engine_on(restarting.deployment, drafts=True, restarts=restarting, on_restart=on_restart) as engine,
+        RestartingDeployment(
+            deployment_request, description, DeploymentListener(), NO_LIMIT, first_wait_s=0.0
+        ) as restarting,
+        engine_on(
+            restarting.deployment, draft_mode=DraftMode.AUTO, restarts=restarting, on_restart=on_restart
+        ) as engine,
     ):
         expected = _tokens(engine, usage)
         before = _resources()
         ends_at = time.monotonic() + 60 * minutes
         with closing(Breaker(fault_every_s, seed, usage)):
             while time.monotonic() < ends_at and len(usage.restarts) < num_restarts:
-                for asked_for, tokens in _tokens(engine, usage).items():
+                for stream, tokens in _tokens(engine, usage).items():
                     usage.streams += 1
-                    usage.wrong += tokens != expected[asked_for]
+                    usage.wrong += tokens != expected[stream]
                 _notify(usage, _resources())
         _tokens(engine, usage)  # recovers from the last fault
         after = _resources()
@@ -135,13 +140,13 @@ def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, 
 
 
 def _tokens(engine: Engine, usage: UsageTotals) -> dict[Request, list[int]]:
-    tokens: dict[Request, list[int]] = {asked: [] for asked in ROUND}
+    tokens: dict[Request, list[int]] = {stream: [] for stream in ROUND}
     last = time.monotonic()
-    for asked, token in together(engine, *ROUND):
+    for stream, token in together(engine, *ROUND):
         usage.longest_pause_s = max(usage.longest_pause_s, time.monotonic() - last)
         last = time.monotonic()
         usage.tokens += 1
-        tokens[asked].append(token.token_id)
+        tokens[stream].append(token.token_id)
     return tokens
 
 
@@ -169,7 +174,7 @@ def main() -> int:
     """Run and print; with --save append the result. Return 1 if a stream was wrong or a resource leaked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--restarts", type=int, default=NO_LIMIT, help="end after so many restarts")
+    parser.add_argument("--restarts", type=int, default=NO_LIMIT, help="end after this number of restarts")
     parser.add_argument("--fault-every", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", action="store_true", help="append the result to results/soak.csv")

@@ -27,13 +27,13 @@ PAGE = ROOT / "docs" / "tested-on.md"
 MADE_BY = "python -m bench.tested_on page"
 QUESTION = "What is mlx-k2?"
 ANSWER = "mlx-k2 runs Kimi K2 models over several Macs: each Mac holds some of the layers."
-STEP_S = 300.0
+TIMEOUT_S = 300.0
 ALLOWED_ERROR = max(TOLERANCE.values())
 """Largest allowed error of a kernel in bfloat16, the dtype of the checks at K2's shape."""
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """A program's end. ``exit_code`` is None if it did not end within STEP_S."""
+    """The result of a program. ``exit_code`` is None if it did not end within TIMEOUT_S."""
 
     exit_code: int | None
     stdout: str
@@ -43,13 +43,15 @@ class Ended(msgspec.Struct, frozen=True):
         """Return one line if the program hung, crashed or failed; nothing otherwise."""
         if self.exit_code == 0:
             return []
-        how = f"did not end in {STEP_S:.0f} s" if self.exit_code is None else f"ended with exit code {self.exit_code}"
+        how = (
+            f"did not end in {TIMEOUT_S:.0f} s" if self.exit_code is None else f"ended with exit code {self.exit_code}"
+        )
         last = (self.stderr.strip() or self.stdout.strip()).splitlines()[-1:]
         return [": ".join([f"{name} {how}", *last])]
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What ran on one machine and how it ended."""
+    """The programs that ran on one machine, and their results."""
 
     commit: str
     system: str
@@ -89,9 +91,9 @@ def problems(report: Report) -> list[str]:
 def make_report(*, needs_gpu: bool) -> Report:
     """Run the installed mlx-k2 outside the source tree, then the tests of bit-identity in it."""
     mlx_k2 = str(Path(sys.executable).with_name("mlx-k2"))
-    with tempfile.TemporaryDirectory() as elsewhere:
-        kernels_run = _run([mlx_k2, "kernels", "--check"], Path(elsewhere))
-        generate = _run([mlx_k2, "generate", "--stages", "2", QUESTION], Path(elsewhere))
+    with tempfile.TemporaryDirectory() as folder:
+        kernels_run = _run([mlx_k2, "kernels", "--check"], Path(folder))
+        generate = _run([mlx_k2, "generate", "--stages", "2", QUESTION], Path(folder))
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/model/test_determinism.py"]
     return Report(
         commit=commit(),
@@ -107,12 +109,12 @@ def make_report(*, needs_gpu: bool) -> Report:
 
 
 def _run(command: Sequence[str], folder: Path) -> Ended:
-    """Run a command to its end. After STEP_S kill it and what it started."""
+    """Run a command to its end. After TIMEOUT_S kill it and what it started."""
     with subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         try:
-            stdout, stderr = process.communicate(timeout=STEP_S)
+            stdout, stderr = process.communicate(timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             return Ended(None, *process.communicate())
@@ -146,7 +148,7 @@ def row(report: Report) -> str:
 
 
 def table() -> str:
-    """Return the table of all reports that came back, or a line that there are none."""
+    """Return the table of all received reports, or a line that there are none."""
     reports = [read_report(path) for path in sorted(REPORTS.glob("*.json"))]
     if not reports:
         return "No report has come back yet."
@@ -155,7 +157,7 @@ def table() -> str:
 
 
 def with_table(page: str) -> str:
-    """Return docs/tested-on.md with its table made again."""
+    """Return docs/tested-on.md with a new table."""
     return with_part(page, MADE_BY, table())
 
 

@@ -13,8 +13,8 @@ A file counts for a process when one of its lines runs in at least a quarter of 
 - in a stage and in its guard: from the arrival of a step plan to the write of its StepDone.
 
 The first window of a process belongs to the prompt and is left out. Left out are also threads named "heartbeat", and in
-a guard the threads that neither read nor write frames: they run on a timer, and count or not with the machine's load.
-The count of the stages, and that of the guards, is the union over both processes.
+a guard the threads that neither read nor write frames: they run on a timer, and whether they count depends on the
+machine's load. The count of the stages, and that of the guards, is the union over both processes.
 
 The measured program must have a function ``read_frame`` that returns a frame with a ``payload``. Its messages must be
 msgpack maps with the class name under "type": "StepDone" for the answer, another name that begins with "Step" for the
@@ -152,8 +152,8 @@ def measure(python: Path, package: Path, mode: Mode) -> list[Process]:
         folder = Path(name)
         (folder / "sitecustomize.py").write_text(RECORDER.read_text())
         (folder / "prompt").write_text(f"{PROMPT}\n")
-        offsets = {"PYTHONPATH": name, "TOKEN_PATH_PACKAGE": str(package), "TOKEN_PATH_FOLDER": name}
-        environment = {**os.environ, **offsets, "TERM": "xterm-256color"}
+        variables = {"PYTHONPATH": name, "TOKEN_PATH_PACKAGE": str(package), "TOKEN_PATH_FOLDER": name}
+        environment = {**os.environ, **variables, "TERM": "xterm-256color"}
         environment.pop("NO_COLOR", None)  # with it, chat writes plain text
         output = run_program(command_line(python, mode), folder, environment, terminal=mode is not Mode.PIPE)
         processes = [process for path in folder.glob("*.json") if (process := read_process(path)) is not None]
@@ -192,7 +192,7 @@ def read_to_end(descriptor: int, deadline: float) -> str:
     while select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
         try:
             part = os.read(descriptor, 65536)
-        except OSError:  # Linux reports the end of a terminal so
+        except OSError:  # Linux reports the end of a terminal as an error
             break
         if not part:
             break
@@ -237,7 +237,7 @@ def read_process(path: Path) -> Process | None:
 
 
 def role_of(arrivals: Sequence[Arrival]) -> Role | None:
-    """Tell processes apart by what they read: a coordinator StepDone, a stage plans, a guard both."""
+    """Return a process's role by what it reads: a coordinator StepDone, a stage plans, a guard both."""
     reads_answers = any(arrival.is_answer for arrival in arrivals)
     reads_plans = any(not arrival.is_answer for arrival in arrivals)
     if reads_answers:
@@ -260,7 +260,7 @@ def find_arrivals(events: Sequence[Event]) -> Iterator[Arrival]:
 
 
 def coordinator_windows(events: Sequence[Event], arrivals: Sequence[Arrival]) -> list[Window]:
-    """For each write to stdout, the window from the last token that arrived before it and after the write before."""
+    """For each write to stdout, the window from the last token that arrived between the previous write and this one."""
     tokens = [arrival.index for arrival in arrivals if arrival.has_token]
     windows = []
     before = -1
@@ -280,7 +280,7 @@ def plan_windows(events: Sequence[Event], arrivals: Sequence[Arrival]) -> list[W
 
 
 def answers_written(events: Sequence[Event]) -> Iterator[int]:
-    """Yield for each StepDone that was written the index of the flush after it, or of the write where none follows."""
+    """Yield for each StepDone that was written the index of the flush after it, or of the write if none follows."""
     for index, event in enumerate(events):
         if event.kind == "write":
             later = range(index + 1, len(events))
@@ -297,7 +297,7 @@ def io_threads(events: Sequence[Event]) -> set[int]:
 
 
 def files_in(events: Sequence[Event], threads: set[int]) -> set[str]:
-    """Return the files of which a line ran in one of the threads."""
+    """Return the files with a line that ran in one of the threads."""
     return {event.detail for event in events if event.kind == "line" and event.thread in threads}
 
 

@@ -1,4 +1,4 @@
-"""Kimi K2 over several machines, in one file: the idea of mlx-k2 without everything that makes it robust and fast.
+"""Kimi K2 over several machines, in one file: the algorithm of mlx-k2 without the parts that make it robust and fast.
 
 A model that fits on no single machine is cut into stages. Each stage (here: a rank of MLX's distributed group) loads
 consecutive layers straight from the original checkpoint and keeps their cache. For each token the hidden state goes
@@ -10,7 +10,7 @@ The prompt is token ids, the answer is greedy. This prompt asks the built-in mod
 
     python examples/mini_pipeline.py mlx_k2/builtin/kimi-k2-tiny 1795,301,1809,569,379,509,504,50,63,1794,1796,284,1809
 
-This file needs mlx and numpy only. It probabilities no code with mlx_k2, so that a test can compare the two.
+This file needs mlx and numpy only. It has no code in common with mlx_k2, so that a test can compare the two.
 """
 
 import argparse
@@ -81,8 +81,8 @@ class Checkpoint:
 def yarn(config: SimpleNamespace) -> tuple[mx.array, float]:
     """Return rope's frequencies (qk_rope / 2,), and the factor of the attention scores.
 
-    YaRN (arXiv 2309.00071) leaves the fast frequencies as they are, divides the slow ones by ``factor``, and goes over
-    from one to the other between the dimensions that turn beta_fast and beta_slow times over the original context.
+    YaRN (arXiv 2309.00071) leaves the fast frequencies unchanged, divides the slow ones by ``factor``, and
+    interpolates between the dimensions that turn beta_fast and beta_slow times over the original context.
     """
     rope, dim, theta = config.rope_scaling, config.qk_rope_head_dim, config.rope_theta
     assert rope["mscale"] == rope["mscale_all_dim"], "else cosine and sine have a factor"
@@ -142,9 +142,9 @@ class Stage:
     def attention(self, x: mx.array, w: Tensors, number: int, *, is_prompt: bool) -> mx.array:
         """Return multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) of x to all positions up to its own.
 
-        The cache holds no keys and values. It holds, for all heads together, a latent of which each head's keys and
-        values are projections, and one rotated key. A prompt's many queries use the naive form: it rebuilds keys and
-        values once. A single query uses the absorbed form: q . (K c) = (K^T q) . c, so that the query is projected
+        The cache holds no keys and values. It holds, for all heads together, a latent vector, from which each head's
+        keys and values are projected, and one rotated key. A prompt's many queries use the naive form: it rebuilds keys
+        and values once. A single query uses the absorbed form: q . (K c) = (K^T q) . c, so that the query is projected
         instead of every key, and the latents themselves are attended to.
         """
         config, heads, nope = self.config, self.config.num_attention_heads, self.config.qk_nope_head_dim

@@ -1,7 +1,7 @@
 """Kimi K2 models across two or more Apple-silicon Macs."""
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:  # typing's own takes longer to import than all else here
+if TYPE_CHECKING:  # importing typing takes longer than everything else in this file
     from mlx_k2.api import AsyncCluster, AsyncStream, Cluster, Completion, Content, Reasoning, Sampling, Stream
     from mlx_k2.errors import MlxK2Error
 

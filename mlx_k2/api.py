@@ -30,6 +30,7 @@ from mlx_k2.errors import ClusterError, MlxK2Error, RequestError, RequestFailed
 from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import convert
 from mlx_k2.launch.group import STALL_TIMEOUT_S
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.text.history import num_calls, with_normal_ids
 from mlx_k2.text.history_reader import read_history
 from mlx_k2.text.message import Message
@@ -63,7 +64,7 @@ class _EngineOptions(msgspec.Struct, frozen=True):
     """Options of the engine that runs requests on the stages."""
 
     num_sequences: Annotated[int, msgspec.Meta(ge=1, le=256)]
-    drafts: bool
+    draft: DraftMode
     restarts: Annotated[int, msgspec.Meta(ge=0, le=1000)]
 
 
@@ -111,15 +112,16 @@ class _Reply:
 
 
 class Stream(Iterator[Reasoning | Content]):
-    """The text of a reply in parts, as they are sampled. Closing it, and forgetting it, cancels the request.
+    """The text of a reply in parts, as they are sampled.
 
-    Reading raises RequestFailed if this request failed, and ClusterError if the stages failed for good.
+    Closing it, or dropping the last reference to it, cancels the request. Reading raises RequestFailed if this request
+    failed, and ClusterError if the stages failed and are not restarted.
     """
 
     def __init__(self, handle: Handle, num_calls_before: int) -> None:
         self._handle = handle
         self._reply = _Reply(num_calls_before)
-        # without a reference to self, which can then be forgotten
+        # without a reference to self, so that self can be garbage-collected
         self._parts = chain.from_iterable(map(self._reply.add, handle.events()))
 
     def __del__(self) -> None:
@@ -157,7 +159,11 @@ class _Cluster:
         stall_timeout_s: float = STALL_TIMEOUT_S,
         check_weights: bool = False,
         num_sequences: int = 8,
-        drafts: bool = True,
+        draft_model: str | os.PathLike[str] | None = None,
+        draft_aux: Sequence[int] | None = None,
+        draft_bits: Literal[8, 4, 16] = 8,
+        draft_vocab: int | None = None,
+        draft: Literal["auto", "off", "ngram", "model"] = "auto",
         restarts: int = 3,
     ) -> None:
         """Check the options; nothing is started.
@@ -177,8 +183,12 @@ class _Cluster:
             "lease_s": lease_s,
             "stall_timeout_s": stall_timeout_s,
             "check_weights": check_weights,
+            "draft_model": None if draft_model is None else os.fspath(draft_model),
+            "draft_aux": None if draft_aux is None else tuple(draft_aux),
+            "draft_bits": draft_bits,
+            "draft_vocab": draft_vocab,
         }
-        engine = {"num_sequences": num_sequences, "drafts": drafts, "restarts": restarts}
+        engine = {"num_sequences": num_sequences, "draft": draft, "restarts": restarts}
         try:
             self._options = convert(cluster, ClusterOptions)
             self._engine_options = convert(engine, _EngineOptions)
@@ -197,7 +207,7 @@ class _Cluster:
         """
         if self._engine is not None:
             raise ClusterError("the cluster is open already: close it first, or make another one")
-        request = deployment_request(self._options, self._engine_options.num_sequences)
+        request = deployment_request(self._options, self._engine_options.num_sequences, self._engine_options.draft)
         for line in request.hostfile.warnings:
             _LOG.warning("%s", line)
         request, model = open_source(request)
@@ -212,7 +222,7 @@ class _Cluster:
             deployment = self._restarting.deployment
             engine = engine_on(
                 deployment,
-                drafts=self._engine_options.drafts,
+                draft_mode=self._engine_options.draft,
                 restarts=self._restarting,
                 on_restart=_log_restart,
                 max_queued=max(MAX_QUEUED, 4 * self._engine_options.num_sequences),
@@ -231,14 +241,14 @@ class _Cluster:
         return self._engine
 
     def _submission(self, prompt: Prompt, sampling: Sampling, tools: Tools) -> tuple[Submission, int]:
-        """Return the request for a reply, and the number of tool calls before it. Takes up to seconds."""
+        """Return the request for a reply, and the number of tool calls before it. This can take seconds."""
         self._running()
         if isinstance(prompt, str):
             messages = [Message(role="user", content=prompt)]
         else:
             messages = with_normal_ids(read_history(prompt, self._frontend.template.fields).messages)
         if sampling.num_answers > 1:
-            raise RequestError(f"{sampling.num_answers} answers were asked for, and this call returns one: leave n out")
+            raise RequestError(f"{sampling.num_answers} answers were requested, but this call returns one: leave n out")
         settings = reply_settings(sampling, self._frontend, tools)
         for line in settings.warnings:
             _LOG.warning("%s", line)
@@ -251,7 +261,7 @@ class Cluster(_Cluster):
 
     Without a hostfile all stages run on this machine; without a model it is the small built-in one. At most
     ``num_sequences`` replies are sampled at once, further ones wait. After a fault all stages start again, up to
-    ``restarts`` times in a row, and replies go on where they were. Its methods may be called on any thread.
+    ``restarts`` times in a row, and replies continue. Its methods may be called on any thread.
     """
 
     def __enter__(self) -> "Cluster":
@@ -262,7 +272,7 @@ class Cluster(_Cluster):
         self.close()
 
     def close(self) -> None:
-        """Cancel what runs, and end all processes of the cluster, on every host."""
+        """Cancel all requests, and end all processes of the cluster, on every host."""
         self._close()
 
     def stream(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: Tools = ()) -> Stream:
@@ -271,7 +281,7 @@ class Cluster(_Cluster):
         Raises:
             RequestError, TokenizerError: the prompt cannot be answered; gives the reason.
             EngineBusy: too many requests wait.
-            ClusterError: the stages have failed for good, or the cluster is closed.
+            ClusterError: the stages failed and are not restarted, or the cluster is closed.
         """
         submission, num_calls_before = self._submission(prompt, sampling, tools)
         handle = self._running().submit(submission.request, submission.policy)
@@ -284,7 +294,7 @@ class Cluster(_Cluster):
     def generate(
         self, prompts: Iterable[Prompt], sampling: Sampling = _DEFAULTS, tools: Tools = ()
     ) -> list[Completion]:
-        """Return the replies to many prompts, in their order. As many run at once as the cluster has room for.
+        """Return the replies to many prompts, in their order. At most ``num_sequences`` run at once.
 
         Raises:
             RequestFailed: a request failed; the others are cancelled. Other errors are those of ``chat``.
@@ -344,7 +354,7 @@ class AsyncCluster(_Cluster):
         await self.close()
 
     async def close(self) -> None:
-        """Cancel what runs, and end all processes of the cluster, on every host."""
+        """Cancel all requests, and end all processes of the cluster, on every host."""
         await _in_thread(self._close)
 
     def stream(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: Tools = ()) -> AsyncStream:
@@ -402,7 +412,7 @@ class AsyncCluster(_Cluster):
 
 
 async def _in_thread(work: Callable[[], None], on_cancel: Callable[[], None] = lambda: None) -> None:
-    """Run ``work`` on a thread to its end, also when this task is cancelled, which calls ``on_cancel``."""
+    """Run ``work`` on a thread to its end. If this task is cancelled meanwhile, call ``on_cancel``."""
     running = asyncio.get_running_loop().run_in_executor(None, work)
     is_cancelled = False
     while not running.done():

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 
+from mlx_k2.coordinator.draft_times import DraftTimer, DraftTimes
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.coordinator.handle import Finished, Handle, Token
 from mlx_k2.coordinator.jobs import Submission
@@ -18,6 +19,8 @@ from mlx_k2.deployment.plan import DTYPE_BYTES
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.drafter import DraftMode
+from mlx_k2.scheduling.drafts import DraftCount, merge_counts
 from mlx_k2.scheduling.request import Request
 
 WARM_UP_TOKENS = 8
@@ -56,15 +59,26 @@ class Measured:
     decode_tokens_per_s: float | None
     inter_token_p50_s: float | None
     inter_token_p95_s: float | None
-    num_drafted: int
-    num_accepted: int
+    drafts: tuple[DraftCount, ...]
     wall_s: float
     stages: tuple[StageTimes, ...] = ()
+    draft_times: DraftTimes | None = None
+    """Times of steps with a draft head; None without right and wrong drafts."""
 
     @property
     def decode_tokens_per_s_per_stream(self) -> float | None:
         """Average rate of one stream."""
         return None if self.decode_tokens_per_s is None else self.decode_tokens_per_s / self.workload.streams
+
+    @property
+    def num_drafted(self) -> int:
+        """Number of draft tokens."""
+        return sum(count.num_drafted for count in self.drafts)
+
+    @property
+    def num_accepted(self) -> int:
+        """Number of accepted draft tokens."""
+        return sum(count.num_accepted for count in self.drafts)
 
     @property
     def stage_busy(self) -> list[float]:
@@ -74,15 +88,14 @@ class Measured:
 
 @dataclass
 class _Stream:
-    """Arrival times of one stream's tokens, and its draft counts."""
+    """Arrival times of one stream's tokens, and its counts of drafts."""
 
     arrivals: list[float] = field(default_factory=list)
-    num_drafted: int = 0
-    num_accepted: int = 0
+    drafts: tuple[DraftCount, ...] = ()
 
 
 class ServerBenchmark:
-    """Benchmark on an engine that ``submit`` reaches, for instance of a server: all figures but those of the stages."""
+    """Benchmark that submits requests by ``submit``, for instance to a server. Its results have no stage times."""
 
     def __init__(self, submit: Callable[[Request], Handle], vocab_size: int) -> None:
         self._submit = submit
@@ -116,12 +129,13 @@ class Benchmark(ServerBenchmark):
     """
 
     def __init__(
-        self, deployment: Deployment, *, drafts: bool, on_report: Callable[[StageReport], None] | None = None
+        self, deployment: Deployment, *, draft_mode: DraftMode, on_report: Callable[[StageReport], None] | None = None
     ) -> None:
         self._deployment = deployment
         self._on_report = on_report
         self._is_warm = False
-        self._engine = engine_on(deployment, drafts=drafts, prompts_first=True, on_report=self._report)
+        self._timer = DraftTimer(deployment.group.size)
+        self._engine = engine_on(deployment, draft_mode=draft_mode, prompts_first=True, on_report=self._report)
         super().__init__(self._engine.submit, deployment.model.config.vocab_size)
         self._seed = 0
 
@@ -141,14 +155,18 @@ class Benchmark(ServerBenchmark):
         self._is_warm = True
 
     def measure(self, workload: Workload, repeat: int = 0) -> Measured:
-        """Run ``workload`` once, as in the base class, and measure the stages, too."""
+        """Run ``workload`` once, as in the base class, and measure the stages and the draft head, too."""
         before = [replace(use) for use in self._engine.use]
+        self._timer = DraftTimer(len(before))
         measured = super().measure(workload, repeat)
-        return replace(measured, stages=self._stage_times(before, measured.wall_s))
+        runs = self._engine.use[-1].draft_runs - before[-1].draft_runs
+        head_s = (self._engine.use[-1].draft_s - before[-1].draft_s) / max(1, runs)
+        times = self._timer.times(head_s) if runs else None
+        return replace(measured, draft_times=times, stages=self._stage_times(before, measured.wall_s))
 
     def _run(self, workload: Workload) -> list[_Stream]:
         streams = super()._run(workload)
-        deadline = time.monotonic() + _REPORTS_S  # the last stage's last report may overtake those of the others
+        deadline = time.monotonic() + _REPORTS_S  # the last stage's last report may arrive before those of the others
         while len({use.steps_done for use in self._engine.use}) > 1 and time.monotonic() < deadline:
             time.sleep(0.001)
         return streams
@@ -157,6 +175,7 @@ class Benchmark(ServerBenchmark):
         return self._engine.submit_all([Submission(request) for request in requests])
 
     def _report(self, report: StageReport) -> None:
+        self._timer.add(report)
         if self._is_warm and self._on_report is not None:
             self._on_report(report)
 
@@ -195,12 +214,12 @@ def _read(handle: Handle) -> _Stream:
         if isinstance(event, Token):
             stream.arrivals.append(event.arrived_at)
         elif isinstance(event, Finished):
-            stream.num_drafted, stream.num_accepted = event.summary.num_drafted, event.summary.num_accepted
+            stream.drafts = event.summary.drafts
     return stream
 
 
 def check_workloads(workloads: Sequence[Workload], context_tokens: int, longest: int) -> None:
-    """Reject workloads that do not fit the context. ``longest`` is the largest context that can be asked for.
+    """Reject workloads that do not fit the context. ``longest`` is the largest context that can be set.
 
     Raises:
         RequestError: a prompt and its answer are longer than the context.
@@ -237,8 +256,7 @@ def _measured(workload: Workload, repeat: int, began: float, wall_s: float, stre
         decode_tokens_per_s=num_decoded / decode_s if decode_s > 0 else None,
         inter_token_p50_s=_percentile(gaps, 0.5),
         inter_token_p95_s=_percentile(gaps, 0.95),
-        num_drafted=sum(stream.num_drafted for stream in streams),
-        num_accepted=sum(stream.num_accepted for stream in streams),
+        drafts=merge_counts(count for stream in streams for count in stream.drafts),
         wall_s=wall_s,
     )
 

@@ -22,7 +22,7 @@ class Family(enum.Enum):
     KIMI_K25 = "kimi_k25"
 
 
-# Far above every model of the family. Larger values would fill memory before a tensor is missed.
+# Far above every model of the family. Larger values would fill memory before a missing tensor is noticed.
 _MAX_VALUE = 10**9
 _MAX_VOCAB = 10**7
 _MAX_EXPERTS = 10**5  # of all layers together; Kimi K2 has 23,424
@@ -120,7 +120,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             if name in outer:
                 fields.setdefault(name, outer[name])
         _refuse_unsupported(outer, fields, source)
-        fields |= {"family": family.value, "rope": _rope(fields, source), "eos_token_ids": _eos(outer, fields)}
+        fields |= {"family": family.value, "rope": read_rope(fields, source), "eos_token_ids": _eos(outer, fields)}
         fields.setdefault("q_lora_rank", None)
         try:
             config = convert(fields, cls)
@@ -164,7 +164,7 @@ def _family(outer: Mapping[str, Any], source: str) -> Family:
 
 
 # Fields whose value changes the computation, with the values that this program computes. null, {} and [] always pass.
-_COMPUTED: Mapping[str, tuple[object, ...]] = {
+COMPUTED: Mapping[str, tuple[object, ...]] = {
     "hidden_act": ("silu",),
     "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),
@@ -181,6 +181,15 @@ _COMPUTED: Mapping[str, tuple[object, ...]] = {
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
     "swiglu_limit": (),
+    "attn_output_gate": (False,),
+    "linear_attn_config": (),
+    "residual_multiplier": (1,),
+    "embedding_multiplier": (1,),
+    "attention_multiplier": (),
+    "logits_scaling": (1,),
+    "logit_scale": (1,),
+    "scale_emb": (1,),
+    "scale_depth": (),
     "index_topk": (),
     "index_n_heads": (),
     "index_head_dim": (),
@@ -211,10 +220,13 @@ def _refuse_unsupported(outer: Mapping[str, Any], fields: Mapping[str, Any], sou
         raise ConfigError(f"{source}: this checkpoint was converted for MLX; {_FETCH_ORIGINAL}")
     _refuse_quantization(fields.get("quantization_config"), source)
     for given in (outer, fields):
-        _refuse_others({name: given[name] for name in _COMPUTED.keys() & given.keys()}, _COMPUTED, source)
+        refuse_others({name: given[name] for name in COMPUTED.keys() & given.keys()}, COMPUTED, source)
+    kinds = fields.get("layer_types")
+    if kinds and not (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)):
+        raise ConfigError(f"{source}: layer_types other than 'full_attention' are not implemented")
 
 
-def _refuse_others(fields: Mapping[str, Any], computed: Mapping[str, tuple[object, ...]], where: str) -> None:
+def refuse_others(fields: Mapping[str, Any], computed: Mapping[str, tuple[object, ...]], where: str) -> None:
     """Reject each field whose value is neither empty nor one of its ``computed`` values."""
     for name, value in fields.items():
         allowed = computed.get(name, ())
@@ -249,14 +261,14 @@ def _refuse_quantization(quantization: object, source: str) -> None:
     where = f"{source}: quantization_config"
     for fields, name_in_it in ((quantization, ""), (group, f".config_groups.{name}"), (weights, ".weights")):
         where += name_in_it
-        _refuse_others(_without(fields, _IGNORED), _COMPUTED_INSIDE, where)
+        refuse_others(_without(fields, _IGNORED), _COMPUTED_INSIDE, where)
 
 
 def _without(fields: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in names}
 
 
-def _rope(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
+def read_rope(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return YaRN's parameters from either spelling: rope_scaling + rope_theta, or transformers 5's rope_parameters."""
     spellings = [name for name in ("rope_scaling", "rope_parameters") if fields.get(name)]
     if not spellings:
@@ -279,7 +291,7 @@ def _yarn(scaling: object, source: str, spelling: str) -> dict[str, Any]:
         if rope_type != "yarn":
             raise ConfigError(f"{source}: unknown {spelling} type {rope_type!r} (only 'yarn')")
     names = {name for name in RopeConfig.__struct_fields__ if name != "theta"}
-    _refuse_others(
+    refuse_others(
         _without(scaling, ("type", "rope_type", "rope_theta", *names)), _COMPUTED_INSIDE, f"{source}: {spelling}"
     )
     rope = {name: value for name, value in scaling.items() if name in names}

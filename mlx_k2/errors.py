@@ -1,8 +1,8 @@
-"""Tree of all errors that a user can see. Each message states what failed, where, and the way out.
+"""Tree of all errors that a user can see. Each message states what failed, where, and what to do.
 
 MlxK2Error
 ├── SetupError            nothing was started; exit code 2
-│   ├── ConfigError       config.json is missing, malformed or asks for something not implemented
+│   ├── ConfigError       config.json is missing, malformed or has a value that is not implemented
 │   ├── CheckpointError   a file or a tensor is missing, misshapen or truncated
 │   ├── TokenizerError    the tokenizer or the chat template cannot be used
 │   ├── DownloadError     a file cannot be fetched from the Hub
@@ -10,8 +10,8 @@ MlxK2Error
 │   ├── PartitionError    the layers cannot be divided, or do not fit
 │   ├── ToolsError        an MCP file or a tools module cannot be used, or a tool server does not start
 │   └── RequestError      the prompt or a sampling value is invalid
-├── Cancelled             the caller cancelled what it had begun; exit code 1
-├── RequestFailed         one request was ended; others go on; exit code 1
+├── Cancelled             the caller cancelled the operation; exit code 1
+├── RequestFailed         one request was ended; others continue; exit code 1
 ├── EngineBusy            the queue of requests is full; exit code 1
 └── ClusterError          something was already running; exit code 1
     ├── StageStartError   a stage did not start: ssh, Python, versions, or its loading
@@ -36,7 +36,7 @@ class SetupError(MlxK2Error):
 
 
 class ConfigError(SetupError):
-    """Missing or malformed config.json, or one that asks for something that is not implemented."""
+    """Missing or malformed config.json, or one with a value that is not implemented."""
 
 
 class CheckpointError(SetupError):
@@ -72,7 +72,7 @@ class Cancelled(MlxK2Error):
 
 
 class RequestFailed(MlxK2Error):
-    """Request that was ended by an error of its own, while others go on."""
+    """Request that was ended by its own error, while others continue."""
 
 
 class EngineBusy(MlxK2Error):

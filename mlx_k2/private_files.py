@@ -33,7 +33,7 @@ def open_private(path: str, flags: int) -> int:
 
 
 def open_ours(path: str, flags: int) -> int:
-    """Open a file whose name the program chose, as `open_private` does. Refuse a link that somebody put there."""
+    """Open a file whose name the program chose, as `open_private` does. Refuse a symbolic link."""
     return os.open(path, flags | os.O_NOFOLLOW, PRIVATE)
 
 
@@ -45,20 +45,20 @@ def write_private(path: Path, data: bytes) -> None:
 def write_whole(path: Path, data: bytes, mode: int) -> None:
     """Write a file with the permissions ``mode``, or leave an existing one unchanged.
 
-    The data is written beside it, to a new file with a random name, which then replaces it.
+    The data is written to a new file with a random name in the same folder, which then replaces it.
 
     Raises:
         OSError: the file cannot be written.
     """
-    beside = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.part")
+    partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.part")
     try:
-        with open(beside, "xb", opener=open_ours) as file:
+        with open(partial, "xb", opener=open_ours) as file:
             file.write(data)
             os.fchmod(file.fileno(), mode)
             file.flush()
-            os.fsync(file.fileno())  # else a crash may leave an empty file in the place of the old one
-        beside.replace(path)
+            os.fsync(file.fileno())  # else a crash may leave an empty file instead of the old one
+        partial.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         raise

@@ -75,7 +75,7 @@ def derived_seed(seed: int, index: int) -> int:
 
 
 def for_answers(sampling: Sampling, num_answers: int) -> list[Sampling]:
-    """Return the parameters of several answers, each with a seed of its own. The first are ``sampling``."""
+    """Return the parameters of several answers, each with its own seed. The first one is ``sampling``."""
     seeds = [derived_seed(sampling.seed, index) for index in range(1, num_answers)]
     return [sampling, *(msgspec.structs.replace(sampling, seed=seed) for seed in seeds)]
 
@@ -95,6 +95,11 @@ class LogitBias(msgspec.Struct, frozen=True):
     def of(cls, biases: Mapping[int, float]) -> "LogitBias":
         """Return the biases by token id."""
         return cls(id_bytes(biases), array("f", biases.values()).tobytes())
+
+    def by_token(self) -> dict[int, float]:
+        """Return the biases by token id."""
+        token_ids, values = memoryview(self.token_ids).cast("I"), memoryview(self.values).cast("f")
+        return dict(zip(token_ids, values, strict=True))
 
 
 class SampledToken(msgspec.Struct, frozen=True):

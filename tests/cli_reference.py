@@ -8,7 +8,7 @@ import click
 from mlx_k2.cli.main import cli
 
 WIDTH = 100
-HEADER = "# Commands\n\nMade from `--help` by `python -m tests.cli_reference`; a test holds the two together.\n"
+HEADER = "# Commands\n\nMade from `--help` by `python -m tests.cli_reference`; a test compares the two.\n"
 
 
 def reference() -> str:

@@ -23,6 +23,9 @@ os.environ |= dict.fromkeys(
 os.environ["MLX_K2_DEVICE"] = "cpu"
 mx.set_default_device(mx.cpu)
 
+# The user's own defaults of options do not change a test.
+os.environ["MLX_K2_CONFIG"] = os.devnull
+
 FIXED, LONG, FUZZ = "fixed", "long", "fuzz"
 MANY_EXAMPLES = 2000
 MAX_SLOW_FRACTION = 0.1

@@ -9,5 +9,5 @@ def at_least(count: int) -> int:
 
 
 def scaled(count: int) -> int:
-    """Return ``count`` instead of the default of 100, and as many times more as the selected profile runs."""
+    """Return ``count`` examples, scaled by the ratio of the selected profile's examples to the default of 100."""
     return count * settings().max_examples // 100

@@ -20,6 +20,7 @@ from mlx_k2.deployment.deploy import Deployment, deploy
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.protocol.messages import FromStage, LayerLoaded
 from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
@@ -134,7 +135,7 @@ def local_cluster(
     with deploy(asked, model, names) as deployment:
         limits = SchedulerLimits(deployment.shape.num_slots, context_tokens, CHUNK_TOKENS, len(hosts))
         policy = AdaptiveStepPolicy(deployment.costs)
-        scheduler = Scheduler(limits, policy, drafts=drafts)
+        scheduler = Scheduler(limits, policy, draft_mode=DraftMode.NGRAM if drafts else DraftMode.OFF)
         pipeline = Pipeline(deployment.group, scheduler, policy, VOCAB_SIZE, step_timeout)
         with Engine(pipeline, scheduler) as engine:
             yield Cluster(deployment, engine, names)

@@ -21,6 +21,7 @@ import mlx_k2
 from mlx_k2 import AsyncCluster, Cluster, Completion, Content, Reasoning, Sampling
 from mlx_k2.coordinator.engine import MAX_QUEUED
 from mlx_k2.errors import ClusterError, HostfileError, RequestError
+from tests.advice import follows_advice
 from tests.local_cluster import wait_until_gone, write_model
 
 GREEDY = Sampling(temperature=0)
@@ -101,13 +102,23 @@ def test_a_stream_is_closed_while_another_thread_reads_it(cluster: Cluster) -> N
     assert stream.completion().finish_reason in ("cancelled", "stop")
 
 
-def test_a_cluster_opens_once_and_one_prompt_is_no_list(cluster: Cluster) -> None:
+@follows_advice(
+    "the cluster is open already: close it first, or make another one",
+    "one prompt was given: give a list of prompts, or use chat",
+    "2 answers were requested, but this call returns one: leave n out",
+    "the cluster is not open: use it as a context, in a with block",
+)
+def test_a_cluster_opens_once_and_one_prompt_is_not_a_list(cluster: Cluster) -> None:
     before = processes()
     with pytest.raises(ClusterError, match="the cluster is open already"), cluster:
         pass
     assert processes() == before
     with pytest.raises(RequestError, match="give a list of prompts, or use chat"):
         cluster.generate("hi")
+    with pytest.raises(RequestError, match="this call returns one: leave n out"):
+        cluster.chat("hi", Sampling(num_answers=2))
+    with pytest.raises(ClusterError, match="use it as a context, in a with block"):
+        Cluster().chat("hi")
 
 
 def test_a_schema_that_is_enforced_in_part_is_a_warning_in_the_log(
@@ -117,7 +128,7 @@ def test_a_schema_that_is_enforced_in_part_is_a_warning_in_the_log(
     assert "uniqueItems" in caplog.text
 
 
-def test_a_conversation_goes_on_with_the_result_of_a_tool_call(cluster: Cluster) -> None:
+def test_a_conversation_continues_with_the_result_of_a_tool_call(cluster: Cluster) -> None:
     messages: list[dict[str, Any]] = [{"role": "user", "content": "What is the weather in Rome?"}]
     reply = cluster.chat(messages, GREEDY, tools=[WEATHER])
     (call,) = reply.tool_calls
@@ -131,11 +142,11 @@ def test_a_conversation_goes_on_with_the_result_of_a_tool_call(cluster: Cluster)
     assert [call.id for call in again.tool_calls] == ["functions.get_weather:1"]
 
 
-def test_closing_or_forgetting_a_stream_cancels_its_request_and_no_other(endless: Path) -> None:
+def test_closing_or_dropping_a_stream_cancels_its_request_and_no_other(endless: Path) -> None:
     long = Sampling(max_tokens=1500, seed=1)
     with Cluster(model=endless, num_stages=1, num_sequences=1) as cluster:
         began = time.monotonic()
-        for way, is_read in itertools.product(("close", "forget"), (True, False)):
+        for way, is_read in itertools.product(("close", "drop"), (True, False)):
             stream = cluster.stream("Hello", long)
             if is_read:
                 next(stream)
@@ -213,7 +224,7 @@ def test_what_cannot_be_answered_is_refused_with_the_reason(cluster: Cluster) ->
         cluster.stream("x" * 100_000)
 
 
-def test_a_cluster_that_is_not_open_is_an_error_with_the_way_out() -> None:
+def test_a_cluster_that_is_not_open_is_an_error_with_a_remedy() -> None:
     with pytest.raises(ClusterError, match="the cluster is not open: use it as a context"):
         Cluster().chat("x")
 
@@ -222,15 +233,15 @@ def test_a_cluster_that_is_not_open_is_an_error_with_the_way_out() -> None:
 def test_a_closed_cluster_leaves_no_process_also_after_an_error_and_with_a_request_that_runs(endless: Path) -> None:
     before = processes()
 
-    class OfTheProgram(Exception):
+    class ProgramError(Exception):
         pass
 
-    with pytest.raises(OfTheProgram), Cluster(model=endless, num_stages=2) as cluster:
+    with pytest.raises(ProgramError), Cluster(model=endless, num_stages=2) as cluster:
         stream = cluster.stream("Hello", Sampling(max_tokens=1500))
         next(stream)
         started = [process for process in processes() if process not in before]
         assert len(started) > 4
-        raise OfTheProgram
+        raise ProgramError
     assert not wait_until_gone(started, 5)
     assert [process for process in processes() if process not in before] == []
     assert stream.completion().finish_reason == "cancelled"

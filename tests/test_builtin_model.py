@@ -67,7 +67,7 @@ def load(folder: Path, layers: range) -> StageModel:
     return load_stage_model(config, ShardReader(config, files, mx.float32), layers, cache, lambda _: None)
 
 
-def surprise(folder: Path, replies: Sequence[Reply], order: Sequence[Sequence[int]] = WHOLE) -> float:
+def mean_loss(folder: Path, replies: Sequence[Reply], order: Sequence[Sequence[int]] = WHOLE) -> float:
     """Return the mean of -log(probability) over all reply tokens, through the layers in ``order``."""
     stages = [load(folder, range(part[0], part[-1] + 1)) for part in order]
     surprises: list[np.ndarray] = []
@@ -84,13 +84,13 @@ def surprise(folder: Path, replies: Sequence[Reply], order: Sequence[Sequence[in
 
 
 @pytest.fixture(scope="module")
-def sound(replies: list[Reply]) -> float:
-    return surprise(BUILTIN_FOLDER, replies)
+def baseline(replies: list[Reply]) -> float:
+    return mean_loss(BUILTIN_FOLDER, replies)
 
 
 @pytest.mark.slow
-def test_the_built_in_model_predicts_the_right_replies(sound: float) -> None:
-    assert sound < 0.05
+def test_the_built_in_model_predicts_the_right_replies(baseline: float) -> None:
+    assert baseline < 0.05
 
 
 @pytest.mark.slow
@@ -104,9 +104,9 @@ def test_the_built_in_model_predicts_the_right_replies(sound: float) -> None:
     ids=["a layer left out", "two layers swapped", "two neighbours swapped"],
 )
 def test_wrongly_ordered_layers_raise_the_loss(
-    replies: list[Reply], sound: float, order: Sequence[Sequence[int]]
+    replies: list[Reply], baseline: float, order: Sequence[Sequence[int]]
 ) -> None:
-    assert surprise(BUILTIN_FOLDER, replies, order) > 3 * sound
+    assert mean_loss(BUILTIN_FOLDER, replies, order) > 3 * baseline
 
 
 def reverse_nibbles(folder: Path) -> None:
@@ -123,8 +123,8 @@ def reverse_nibbles(folder: Path) -> None:
         mx.save_safetensors(str(file), tensors, {"format": "pt"})
 
 
-def mistake_beta_fast(folder: Path) -> None:
-    """Set beta_fast to YaRN's usual value, 32, in place of Kimi-K2-Thinking's, 1."""
+def use_usual_beta_fast(folder: Path) -> None:
+    """Set beta_fast to YaRN's usual value, 32, instead of Kimi-K2-Thinking's, 1."""
     config = json.loads((folder / "config.json").read_bytes())
     assert config["rope_scaling"]["beta_fast"] == 1.0
     config["rope_scaling"]["beta_fast"] = 32.0
@@ -132,14 +132,14 @@ def mistake_beta_fast(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", [reverse_nibbles, mistake_beta_fast])
+@pytest.mark.parametrize("damage", [reverse_nibbles, use_usual_beta_fast])
 def test_damaged_weights_or_positions_raise_the_loss(
-    replies: list[Reply], sound: float, tmp_path: Path, damage: Callable[[Path], None]
+    replies: list[Reply], baseline: float, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(BUILTIN_FOLDER, folder)
     damage(folder)
-    assert surprise(folder, replies) > 3 * sound
+    assert mean_loss(folder, replies) > 3 * baseline
 
 
 def test_the_built_in_model_has_at_most_8_mb_an_odd_layer_count_and_several_files() -> None:

@@ -1,4 +1,4 @@
-"""Tests of the claims' rows: none is saved from a working tree that differs from its commit, and none is shown."""
+"""Tests of the claims' rows: those of a working tree that differs from its commit are neither saved nor shown."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from bench import claims
 HEADER = "date,machine,mlx_k2,mlx,mlx_lm,commit,script,claim,first,second,ratio,asked\n"
 
 
-def test_a_dirty_tree_may_measure_and_not_save(
+def test_a_dirty_tree_may_measure_but_not_save(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(claims, "commit", lambda: "0123456+")

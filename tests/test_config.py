@@ -60,7 +60,7 @@ def test_kimi_k25_is_the_same_text_model_under_another_prefix() -> None:
         assert getattr(wrapped, name) == getattr(text, name)
 
 
-def test_kimi_k25_may_keep_its_quantization_beside_the_text_config() -> None:
+def test_kimi_k25_may_keep_its_quantization_outside_the_text_config() -> None:
     outer = as_kimi_k25(thinking_config_fields())
     outer["quantization_config"] = outer["text_config"].pop("quantization_config")
     assert read(outer) == read(as_kimi_k25(thinking_config_fields()))
@@ -257,6 +257,14 @@ def changed(part: str, **changes: Any) -> dict[str, Any]:
         (thinking_config_fields() | {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         (thinking_config_fields() | {"use_qk_norm": True}, "use_qk_norm True"),
         (thinking_config_fields() | {"index_topk": 2048}, "index_topk 2048"),
+        (thinking_config_fields() | {"linear_attn_config": {"short_conv_kernel_size": 4}}, "linear_attn_config"),
+        (
+            thinking_config_fields() | {"embedding_multiplier": 12.0},
+            "embedding_multiplier 12.0 is not implemented (only 1)",
+        ),
+        (thinking_config_fields() | {"attn_output_gate": True}, "attn_output_gate True"),
+        (thinking_config_fields() | {"layer_types": ["full_attention", "linear_attention"]}, "layer_types other than"),
+        (thinking_config_fields() | {"layer_types": "full_attention"}, "layer_types other than"),
         (as_kimi_k25(thinking_config_fields()) | {"tie_word_embeddings": True}, "tie_word_embeddings True"),
     ],
 )
@@ -273,6 +281,7 @@ def test_a_field_that_changes_the_computation_is_refused(fields: dict[str, Any],
         changed("group", format="pack-quantized"),
         thinking_config_fields() | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 50000, "factor": 64}},
         thinking_config_fields() | {"rope_interleave": True, "partial_rotary_factor": 1.0, "use_qk_norm": None},
+        thinking_config_fields() | {"layer_types": ["full_attention"] * 61, "logits_scaling": 1.0, "scale_emb": None},
     ],
 )
 def test_a_default_that_is_written_out_changes_nothing(fields: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ def test_links_between_documents_have_existing_targets(page: Path) -> None:
         assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
 
 
-def test_the_readmes_table_equals_the_measured_rows() -> None:
+def test_the_table_in_bench_equals_the_measured_rows() -> None:
     readme = README.read_text()
     assert "| `bench." in readme, "a table without rows"
     assert with_table(readme) == readme, "run python -m bench.claims"

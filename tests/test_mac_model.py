@@ -1,4 +1,4 @@
-"""Tests of the model of a Mac: it is close to published figures, and the README has its present table."""
+"""Tests of the model of a Mac: it is close to published figures, and bench/README.md has its present table."""
 
 import statistics
 
@@ -16,6 +16,7 @@ from bench.mac_model import (
     computed_rate,
     decode_rate,
     errors,
+    head_rate,
     prefill_rate,
     readme_part,
 )
@@ -39,13 +40,13 @@ def test_one_factor_is_common_to_all_times() -> None:
 
 def test_each_constant_and_each_published_row_names_its_source() -> None:
     assert all(
-        constant.source and constant.known in ("published", "stated", "estimated") for constant in CONSTANTS.values()
+        constant.source and constant.kind in ("published", "stated", "estimated") for constant in CONSTANTS.values()
     )
     assert all(row.source for row in PUBLISHED)
 
 
 def test_the_readme_has_the_models_present_table() -> None:
-    page = (ROOT / "README.md").read_text()
+    page = (ROOT / "bench" / "README.md").read_text()
     assert page == with_part(page, MADE_BY, readme_part())
 
 
@@ -60,6 +61,13 @@ def test_draft_tokens_that_are_never_accepted_change_nothing_and_accepted_ones_f
     alone = decode_rate(after(16), 3, 4096)
     assert decode_rate(after(16), 3, 4096, acceptance_rate=0.0) == alone
     assert decode_rate(after(16), 3, 4096, acceptance_rate=1.0) == pytest.approx(3 * alone)
+
+
+def test_a_draft_head_raises_the_rate_with_its_acceptance_towards_one_cycle_a_token() -> None:
+    rates = [head_rate(after(8.5), 2, 1024, M3_ULTRA, rate) for rate in (0.0, 0.5, 0.8, 1.0)]
+    assert rates == sorted(rates)
+    assert rates[0] == pytest.approx(decode_rate(after(8.5), 2, 1024))
+    assert 1.8 < rates[-1] / rates[0] < 2.0
 
 
 def test_a_faster_chip_and_more_macs_shorten_a_prompt_but_more_macs_do_not_raise_one_streams_rate() -> None:

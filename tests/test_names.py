@@ -1,4 +1,4 @@
-"""Checks the names in the source: none contains a word that the project has replaced by the field's term."""
+"""Checks of names and prose: none contains a word or a phrase that the project has replaced by a plain term."""
 
 import ast
 import re
@@ -286,3 +286,60 @@ def test_a_name_is_split_into_words(name: str, parts: list[str]) -> None:
 def test_the_use_of_a_name_is_not_a_definition(source: str) -> None:
     names = defined_names(ast.parse(source), Path("x.py"))
     assert not [defined for defined in names if retired_parts(defined)]
+
+
+# Phrases of the prose that the project has replaced by plain words. A line break may be between two words.
+RETIRED_PHRASES = {
+    "as good as": "almost, or: equal to",
+    "as it stands": "unchanged",
+    "beside the matter": "irrelevant",
+    "comes from elsewhere": "the name of the source",
+    "does not pay": "is not faster",
+    "for want of": "because ... is missing",
+    "gives its word": "reports",
+    "has a say": "influences",
+    "hang in silence": "stop without a message",
+    "how it stands": "its status",
+    "in the long run": "a time or a number of steps",
+    "in the way": "the name of the obstacle",
+    "is heard": "sends a message",
+    "lies beside": "is in the folder of",
+    "lies in": "is in",
+    "see to the": "check the",
+    "so to speak": "nothing: delete it",
+    "something else than": "other than",
+    "stood then": "the status at that time",
+    "taken for granted": "assumed",
+    "without a word": "without a message",
+}
+PROSE = ("*.py", "*.md", "*.metal", "*.h", "*.cpp")
+"""Patterns of the files that are searched for retired phrases."""
+
+
+def retired_phrases(text: str) -> list[str]:
+    """Return the retired phrases in a text, with comment signs and line breaks between words removed."""
+    prose = re.sub(r"\s*\n\s*(?:#|//|>)?\s*", " ", text).lower()
+    return [phrase for phrase in RETIRED_PHRASES if re.search(rf"\b{phrase}\b", prose)]
+
+
+def prose_files() -> Iterator[Path]:
+    """Yield the files of the source folders and the documents. Training data and templates of others are not prose."""
+    for folder in (*FOLDERS, "docs"):
+        for pattern in PROSE:
+            yield from (path for path in (ROOT / folder).rglob(pattern) if "goldens" not in path.parts)
+    yield from ROOT.glob("*.md")
+
+
+def test_no_file_has_a_retired_phrase() -> None:
+    violations = [
+        f"{path.relative_to(ROOT)}: {phrase} (write {RETIRED_PHRASES[phrase]})"
+        for path in prose_files()
+        if path != Path(__file__)
+        for phrase in retired_phrases(path.read_text())
+    ]
+    assert not violations, "\n" + "\n".join(violations)
+
+
+def test_a_retired_phrase_is_found_across_a_line_break() -> None:
+    assert retired_phrases("# It carries something\n    # else than frames.") == ["something else than"]
+    assert retired_phrases("It is something else.") == []

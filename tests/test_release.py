@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 import mlx_k2
 from bench.tested_on import ANSWER, QUESTION
 from mlx_k2.launch.ssh import WHEEL
+from tests.advice import follows_advice
 from tests.cli.command import CommandLine
 
 pytestmark = pytest.mark.timeout(120)
@@ -79,6 +80,9 @@ def test_the_wheel_finds_its_metal_texts(installed: Path, tmp_path: Path) -> Non
     assert run([str(installed / "python"), "-c", code], tmp_path).stdout.strip() == str(len(texts)) != "0"
 
 
+@follows_advice(
+    "--tools and --mcp need the package mcp: run `python -m pip install mcp`",
+)
 @pytest.mark.slow
 def test_without_mcp_the_command_runs_and_tools_name_the_package_to_install(installed: Path, tmp_path: Path) -> None:
     """Put a package named mcp that cannot be imported first in the path: mcp is missing without the extra "tools"."""
@@ -153,3 +157,10 @@ def test_the_constraints_pin_every_package_that_make_installs() -> None:
                     to_visit.append(needed)
     assert {name for name, _ in found} <= pinned.keys()
     assert not [line for line in lines if "/" in line or "@" in line], "a place that packages come from"
+
+
+def test_the_actions_of_the_workflows_are_pinned_by_commit() -> None:
+    workflows = list((ROOT / ".github" / "workflows").glob("*.yml"))
+    used = [line for path in workflows for line in path.read_text().splitlines() if "uses:" in line]
+    assert len(used) >= 7
+    assert [line for line in used if not re.search(r"uses: [\w/-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+$", line)] == []

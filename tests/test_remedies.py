@@ -1,4 +1,4 @@
-"""Tests of the commands that errors print: each works as printed, or is one that the tool which it names parses."""
+"""Tests of the commands that errors print: each works as printed, or its tool can parse it."""
 
 import re
 import shlex
@@ -21,6 +21,7 @@ from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.index import CheckpointIndex
 from mlx_k2.weights.inventory import model_specs
 from mlx_k2.weights.model_source import ModelSource
+from tests.advice import follows_advice
 from tests.weights.made_up import config_of
 
 pytestmark = pytest.mark.timeout(60)
@@ -49,6 +50,15 @@ def commands(text: str) -> list[str]:
     return re.findall(r"`([^`]+)`", text)
 
 
+@follows_advice(
+    "reinstalled, remove the old key with `ssh-keygen -R mac-1`, then run `ssh mac-1` once and compare the new one",
+    "a: run `ssh mac-1` once and accept it, or `ssh-keyscan mac-1 >> ~/.ssh/known_hosts`",
+    "a: run `ssh-copy-id mac-1`, then see that `ssh mac-1 true` asks for no password",
+    "a: check its spelling in the hostfile, or give it a HostName in ~/.ssh/config",
+    "or run `sudo systemsetup -setremotelogin on` on it",
+    "it cannot be reached: see that it is switched on, awake and on this network with `ping mac-1`",
+    "ssh failed: it printed no reason; try `ssh mac-1 true`",
+)
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("stderr", FAILURES)
 def test_the_commands_for_an_ssh_failure_name_the_host_as_their_tools_parse_it(
@@ -102,6 +112,11 @@ def test_a_path_in_the_home_folder_is_left_to_the_shell_of_its_host(tmp_path: Pa
     assert shown == f"{tmp_path}/my venv/bin/python|-m|pip|"
 
 
+@follows_advice(
+    "run `make dist` in mlx-k2's source folder, then `scp dist/mlx_k2.whl mac-1:` and `ssh mac-1 python3 -m "
+    "pip install ./mlx_k2.whl`",
+    "a: install the same on both, from one wheel (make dist)",
+)
 @pytest.mark.parametrize("python", ["python3", "/opt/my k2/bin/python", "~/k2/bin/python"])
 @pytest.mark.parametrize("ssh", [None, "mac-1", "kim@mac-1"])
 def test_the_commands_that_install_mlx_k2_are_ones_that_pip_and_scp_parse(ssh: str | None, python: str) -> None:
@@ -132,6 +147,11 @@ def request_on(
     return DeploymentRequest(options, hostfile, ModelSource(path_or_repo=THINKING))
 
 
+@follows_advice(
+    "leave --split out",
+    "give --context 1000",
+    "give --dense-bits 8",
+)
 @given(
     memory_gb=st.lists(st.integers(5, 60), min_size=1, max_size=3),
     context=st.sampled_from([None, 1000, 262_144]),
@@ -141,29 +161,36 @@ def test_each_option_that_an_error_of_memory_proposes_makes_the_model_fit(
     model: ModelDescription, memory_gb: list[int], context: int | None, is_split: bool
 ) -> None:
     split = (61 - (len(memory_gb) - 1), *[1] * (len(memory_gb) - 1)) if is_split else None
-    asked = request_on(*memory_gb, context=context, split=split)
+    requested = request_on(*memory_gb, context=context, split=split)
     memories = [HostMemory(None, None)] * len(memory_gb)
     try:
-        plan_for(asked, model, memories, all_on_gpu=True)
+        plan_for(requested, model, memories, all_on_gpu=True)
     except PartitionError as error:
         hints = re.findall(r", or (leave --split out|give --\S+ \d+)", str(error))
         assert str(error).count(", or ") == len(hints)
         for hint in hints:
             match hint.split():
                 case ["leave", "--split", "out"]:
-                    mended = asked.with_options(split=None)
+                    changed = requested.with_options(split=None)
                 case ["give", "--context", tokens]:
-                    mended = asked.with_options(context_tokens=int(tokens))
+                    changed = requested.with_options(context_tokens=int(tokens))
                 case _:
-                    mended = asked.with_options(dense_bits=int(hint.split()[-1]))
-            plan_for(mended, model, memories, all_on_gpu=True)
+                    changed = requested.with_options(dense_bits=int(hint.split()[-1]))
+            plan_for(changed, model, memories, all_on_gpu=True)
 
 
+@follows_advice(
+    "the model does not fit: it needs 35 GB: add a host or memory",
+    "the model does not fit in whole layers of up to 1 GB: a: add a host or memory",
+)
 def test_without_an_option_that_helps_none_is_proposed(model: ModelDescription) -> None:
     with pytest.raises(PartitionError, match=r"add a host or memory$"):
         plan_for(request_on(5, 5), model, [HostMemory(None, None)] * 2, all_on_gpu=True)
 
 
+@follows_advice(
+    "give --context 150",
+)
 def test_a_context_beyond_the_models_own_is_never_proposed() -> None:
     with pytest.raises(RequestError, match=r"do not fit a context of 100: give --context 150$"):
         check_workloads([Workload(100, 50, 1)], 100, 200)

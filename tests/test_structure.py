@@ -59,7 +59,7 @@ def parse(module: Path) -> ast.Module:
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_a_module_imports_only_from_its_own_package_and_lower_levels(module: Path) -> None:
     package = package_of(module)
-    assert package in LEVEL_OF, f"{package} has no level: give it one here and in docs/architecture.md"
+    assert package in LEVEL_OF, f"{package} has no level: give it one here and in docs/dev/architecture.md"
     for _, name in imports(parse(module)):
         parts = name.split(".")
         if parts[0] == "mlx_k2" and len(parts) > 1 and parts[1] != package:

@@ -1,4 +1,4 @@
-"""Tests of the reports of machines: what turns one red, what is only recorded, and a real one of this machine."""
+"""Tests of the reports of machines: which results are failures or only recorded, and a report of this machine."""
 
 import subprocess
 import sys
@@ -61,21 +61,21 @@ def test_kernels_that_agree_make_no_problem() -> None:
     assert row(report) == "| Apple M9 | macOS 15 | 8 | 0.32.4, 0123456 | decode, router | none | none |"
 
 
-def test_a_planted_wrong_kernel_result_turns_the_report_red(tmp_path: Path) -> None:
+def test_a_planted_wrong_kernel_result_makes_the_report_fail(tmp_path: Path) -> None:
     ran = read_by_a_program(checked(perform_wrong), tmp_path / "report.json")
     assert ran.returncode == 1
     assert "problem: the decode kernel computes wrong numbers: off by " in ran.stdout
     assert "problem: the router kernel computes wrong numbers: off by " in ran.stdout
 
 
-def test_a_kernel_whose_numbers_are_not_finite_turns_the_report_red(tmp_path: Path) -> None:
+def test_a_kernel_whose_numbers_are_not_finite_makes_the_report_fail(tmp_path: Path) -> None:
     line = KernelLine(kernel=DECODE, usable=False, ran=True, error=float("inf"), reason="off by inf")
     ran = read_by_a_program(report_of([line]), tmp_path / "report.json")
     assert ran.returncode == 1
     assert "problem: the decode kernel computes wrong numbers: off by inf" in ran.stdout
 
 
-def test_a_refused_kernel_is_recorded_and_no_problem(tmp_path: Path) -> None:
+def test_a_refused_kernel_is_recorded_and_is_no_problem(tmp_path: Path) -> None:
     ran = read_by_a_program(checked(perform_uncompilable), tmp_path / "report.json")
     assert ran.returncode == 0, ran.stdout
     assert "| none | decode, router | none |" in ran.stdout
@@ -107,7 +107,7 @@ def test_each_kind_of_failure_is_one_problem(name: str) -> None:
 
 
 def test_a_command_that_hangs_is_killed_and_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tested_on, "STEP_S", 0.2)
+    monkeypatch.setattr(tested_on, "TIMEOUT_S", 0.2)
     ended = tested_on._run(["/bin/sh", "-c", "echo started; sleep 60 & wait"], tmp_path)
     assert ended.exit_code is None
     assert ended.stdout == "started\n"
@@ -127,6 +127,6 @@ def test_the_report_of_this_machine_is_written_and_has_no_problem(tmp_path: Path
     assert report.generate.stdout.strip() == ANSWER
 
 
-def test_the_page_equals_the_reports_that_came_back() -> None:
+def test_the_page_equals_the_received_reports() -> None:
     page = PAGE.read_text()
     assert with_table(page) == page, "run python -m bench.tested_on page"

@@ -1,1 +1,1 @@
-"""Makes the built-in demo model: its text, vocabulary, training, scores and files. Not installed with mlx-k2."""
+"""Training of the built-in demo model: its text, vocabulary, scores and files. Not installed with mlx-k2."""

@@ -41,7 +41,7 @@ def main() -> None:
     """Run the command. Exit with code 1 if a prompt is different."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--template", type=Path, required=True, help="chat_template.jinja")
-    parser.add_argument("--conversations", type=int, required=True, help="how many to compare")
+    parser.add_argument("--conversations", type=int, required=True, help="number to compare")
     options = parser.parse_args()
     template = load_template(options.template)
     stream = conversations(TRAINING_SEED, held_out().keys)

@@ -48,7 +48,7 @@ def reverse_nibbles(model: Model) -> None:
             weight.data.copy_(_reversed_nibbles(weight.data))
 
 
-def mistake_beta_fast(model: Model) -> None:
+def use_usual_beta_fast(model: Model) -> None:
     """Use YaRN's usual beta_fast of 32 instead of K2's 1."""
     model.frequencies.copy_(yarn_frequencies(replace(model.shape, rope_beta_fast=_WRONG_BETA_FAST)))
 
@@ -58,7 +58,7 @@ _DAMAGES: tuple[Callable[[Model], None], ...] = (
     omit_a_layer,
     swap_two_layers,
     reverse_nibbles,
-    mistake_beta_fast,
+    use_usual_beta_fast,
 )
 
 

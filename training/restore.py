@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of the exported checkpoint")
     parser.add_argument("--run", type=Path, required=True, help="folder of the new run")
-    parser.add_argument("--consumed", type=int, default=0, help="conversations of the text that it has seen before")
+    parser.add_argument("--consumed", type=int, default=0, help="conversations that it was trained on before")
     options = parser.parse_args()
     options.run.mkdir(parents=True)
     shutil.copyfile(options.model / "tiktoken.model", options.run / "tiktoken.model")

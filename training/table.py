@@ -19,11 +19,11 @@ NEEDED = {
 
 def table(questions: Sequence[Question], replies: Sequence[Reply]) -> str:
     """Return a Markdown table of the fraction of right replies for each skill."""
-    asked = Counter(question.skill for question in questions)
+    counts = Counter(question.skill for question in questions)
     pairs = zip(questions, replies, strict=True)
     right = Counter(question.skill for question, reply in pairs if reply == expected(question))
     rows = ["| skill | questions | right | share | needed |", "|---|---|---|---|---|"]
-    for skill, count in asked.items():
+    for skill, count in counts.items():
         needed = f"{NEEDED[skill]:.0%}" if skill in NEEDED else "-"
         rows.append(f"| {skill} | {count} | {right[skill]} | {right[skill] / count:.1%} | {needed} |")
     return "\n".join(rows)
@@ -34,5 +34,5 @@ def wrong(questions: Sequence[Question], replies: Sequence[Reply]) -> Iterator[s
     for question, reply in zip(questions, replies, strict=True):
         right = expected(question)
         if reply != right:
-            asked = question.conversation.exchanges[-1].question
-            yield f"{question.skill}: {asked!r}\n  wrote {reply}\n  not {right}"
+            question_text = question.conversation.exchanges[-1].question
+            yield f"{question.skill}: {question_text!r}\n  wrote {reply}\n  not {right}"

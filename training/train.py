@@ -119,7 +119,7 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder for the vocabulary and the checkpoints")
-    parser.add_argument("--steps", type=int, required=True, help="steps in all, those done before included")
+    parser.add_argument("--steps", type=int, required=True, help="number of steps, including those already done")
     parser.add_argument("--decay-steps", type=int, required=True, help="last steps, over which learning rates fall")
     parser.add_argument("--workers", type=int, default=1, help="processes of one core each; a step is a batch of each")
     options = parser.parse_args()

@@ -53,7 +53,7 @@ Pair = tuple[bytes, bytes]
 
 
 def train_ranks(texts: Iterable[str], num_ranks: int) -> list[bytes]:
-    """Train a byte-level BPE: start with 256 bytes, then merge the most frequent pairs in turn. Never merge digits."""
+    """Train a byte-level BPE: start with 256 bytes, then merge the most frequent pairs. Never merge digits."""
     pattern = regex.compile(PATTERN, regex.V1)
     chunks = Counter(chunk for text in texts for chunk in pattern.findall(text))
     words = [[bytes([byte]) for byte in chunk.encode()] for chunk in chunks if not chunk[0].isnumeric()]

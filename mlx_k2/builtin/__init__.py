@@ -8,8 +8,11 @@ from pathlib import Path
 BUILTIN_FOLDER = Path(__file__).parent / "kimi-k2-tiny"
 """An ordinary checkpoint folder. Its bytes are the same in every installation of the same version."""
 
+BUILTIN_HEAD_FOLDER = Path(__file__).parent / "kimi-k2-tiny-eagle3"
+"""The built-in model's draft head, in the public format."""
+
 PROMPTS = ("What is 17 plus 25?", "Count from 3 to 12.", "What is mlx-k2?")
-"""Prompts to try, each of which it answers."""
+"""Prompts that it can answer."""
 
 BANNER = (
     "kimi-k2-tiny, the built-in model: Kimi K2's architecture with 7.6 million weights in 7.8 MB",

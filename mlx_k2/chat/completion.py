@@ -12,6 +12,7 @@ from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Token
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.sampling import for_answers
+from mlx_k2.scheduling.drafts import DraftCount
 from mlx_k2.text.history import assistant_message
 from mlx_k2.text.message import Message
 from mlx_k2.text.prompt import render_prompt
@@ -30,6 +31,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     drafted: int
     accepted: int
     """Draft tokens that were computed, and those of them that are part of the reply."""
+    drafts: tuple[DraftCount, ...]
+    """The same by source, and by position after the last known token."""
     time_to_first_token_s: float | None
     prefill_tokens_per_s: float | None
     decode_tokens_per_s: float | None
@@ -152,6 +155,7 @@ def completion_of(reply: Reply, summary: AnswerSummary, num_calls_before: int = 
             generated_tokens=summary.generated_tokens,
             drafted=summary.num_drafted,
             accepted=summary.num_accepted,
+            drafts=summary.drafts,
             time_to_first_token_s=summary.time_to_first_token_s,
             prefill_tokens_per_s=summary.prefill_tokens_per_s,
             decode_tokens_per_s=summary.decode_tokens_per_s,

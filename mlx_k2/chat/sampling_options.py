@@ -28,8 +28,8 @@ _UNSET = GenerationConfig()
 class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Options of a reply: how it is sampled, how long it may be and whether the model thinks.
 
-    None selects the checkpoint's recommendation, else the value that changes nothing; for ``seed`` a random one, for
-    ``max_tokens`` what fits into the context.
+    None selects the checkpoint's recommendation, else the value that changes nothing; for ``seed`` a random one, as -1
+    does, for ``max_tokens`` what fits into the context.
 
     Raises:
         RequestError: a value has the wrong type, or is out of range.
@@ -87,6 +87,10 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
             raise RequestError(f"a sampling value has the wrong type: {error}") from None
         self.resolved(_UNSET)
         ReplyLimits(self.stop)
+        try:
+            "".join((self.regex or "", self.lark or "", *self.stop)).encode()
+        except UnicodeEncodeError:
+            raise RequestError("a stop string, regular expression or grammar is not UTF-8 text") from None
         if self.timeout_s is not None and not self.timeout_s > 0:  # also rejects NaN
             raise RequestError(f"timeout is {self.timeout_s:g} s: give more than 0")
         if sum(form is not None for form in (self.json_schema, self.regex, self.lark)) > 1:
@@ -128,8 +132,8 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
     @property
     def base_seed(self) -> int:
-        """The seed, else a random one of 32 bits."""
-        return secrets.randbits(32) if self.seed is None else self.seed
+        """The seed, or a random one of 32 bits for None and -1."""
+        return secrets.randbits(32) if self.seed in (None, -1) else self.seed
 
 
 _CHECKED = msgspec.defstruct("_CHECKED", [(one.name, one.type) for one in msgspec.structs.fields(SamplingOptions)])
@@ -147,6 +151,8 @@ def resolved_sampling(
 ) -> Sampling:
     """Return the sampler's parameters: the values of SAMPLING_NAMES that are given, else the recommended ones.
 
+    A ``top_k`` of 0 keeps all tokens, and a ``top_p`` of 0 takes the most likely token, as in other programs.
+
     Raises:
         RequestError: a value is out of range; the message begins with its name.
     """
@@ -155,6 +161,10 @@ def resolved_sampling(
         values["temperature"] = INSTANT_TEMPERATURE
     values |= {name: value for name, value in given.items() if value is not None}
     chosen = {name: value for name, value in values.items() if value is not None}
+    if chosen.get("top_k") == 0:
+        del chosen["top_k"]
+    if chosen.get("top_p") == 0:
+        chosen |= {"top_p": 1.0, "temperature": 0.0}
     return Sampling(seed=seed, num_logprobs=num_logprobs, logit_bias=logit_bias, **chosen)
 
 

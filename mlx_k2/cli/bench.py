@@ -1,5 +1,7 @@
 """`mlx-k2 bench`: throughput of the stages for several prompt lengths and numbers of streams."""
 
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,13 +9,13 @@ from typing import Any
 
 import click
 import msgspec
-from rich.table import Table
 
 from mlx_k2.benchmark import Benchmark, Measured, ServerBenchmark, Workload, check_workloads
 from mlx_k2.cli.bench_document import BenchDocument, append_csv, bench_document, check_csv
 from mlx_k2.cli.connect import connect_option, remote_engine
 from mlx_k2.cli.console import ConsoleListener, console, log, show_table
 from mlx_k2.cli.options import cluster_options, draft_option, with_struct
+from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cli.streams import write_utf8
 from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.cli.trace import Trace
@@ -21,6 +23,7 @@ from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request
 from mlx_k2.deployment.deploy import deploy
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.errors import RequestError
+from mlx_k2.scheduling.drafter import DraftMode
 
 _MOST_STREAMS = 64
 
@@ -47,7 +50,7 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     generate_tokens: int
     streams: tuple[int, ...]
     repeat: int
-    drafts: bool
+    draft_mode: DraftMode
     as_json: bool
     csv_path: str | None
     plot_path: str | None
@@ -69,10 +72,12 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
         if self.csv_path is not None:
             check_csv(Path(self.csv_path))
         if self.plot_path is not None and find_spec("matplotlib") is None:
-            raise click.UsageError("--plot needs matplotlib: pip install matplotlib")
+            raise click.UsageError(
+                f"--plot needs matplotlib: run `{shlex.quote(sys.executable)} -m pip install matplotlib`"
+            )
 
 
-@click.command()
+@click.command(cls=ProgramCommand)
 @cluster_options
 @connect_option
 @click.option("--prompt-lengths", type=Counts(), default="512,4096", show_default=True, help="Tokens of a prompt.")
@@ -118,7 +123,7 @@ def command(options: BenchOptions) -> None:
             list(_run(ServerBenchmark(engine.submit, engine.frontend.tokenizer.vocab_size), workloads, options.repeat))
         )
         return
-    asked, model = open_source(deployment_request(options.cluster, max(options.streams)))
+    asked, model = open_source(deployment_request(options.cluster, max(options.streams), options.draft_mode))
     if model is not None:
         check_workloads(workloads, preview(asked, model)[0].context_tokens, model.config.max_position_embeddings)
     with ConsoleListener(options.verbose) as listener, deploy(asked, model, listener) as deployment:
@@ -129,9 +134,9 @@ def command(options: BenchOptions) -> None:
             log(f"memory holds {deployment.shape.num_slots} sequences at once; more streams take turns")
         trace = None if options.trace_path is None else Trace([plan.host.ssh for plan in deployment.plans])
         on_report = None if trace is None else trace.add
-        with Benchmark(deployment, drafts=options.drafts, on_report=on_report) as benchmark:
+        with Benchmark(deployment, draft_mode=options.draft_mode, on_report=on_report) as benchmark:
             rows = list(_run(benchmark, workloads, options.repeat))
-        document = bench_document(deployment, rows, options.cluster.model, "ngram" if options.drafts else "off")
+        document = bench_document(deployment, rows, options.cluster.model, options.draft_mode.value)
     _write(document, rows, trace, options)
 
 
@@ -157,19 +162,23 @@ def _write(document: BenchDocument, rows: Sequence[Measured], trace: Trace | Non
         if options.plot_path is not None:
             from mlx_k2.cli.plot import plot_results
 
-            plot_results(rows, Path(options.plot_path))
+            plot_results(rows, Path(options.plot_path), _title(document))
     except OSError as error:
         what = error.filename or "a result file"
         raise RequestError(f"{what} cannot be written: {error.strerror}") from None
 
 
+def _title(document: BenchDocument) -> str:
+    hosts = ", ".join(dict.fromkeys(host.host for host in document.hosts))
+    stages = "1 stage" if len(document.hosts) == 1 else f"{len(document.hosts)} stages"
+    return f"{document.model}, {document.dtype}, {stages} on {hosts}, {document.made[:10]}"
+
+
 def _show(rows: Sequence[Measured]) -> None:
     log("prefill and decode in tokens/s, of all streams and of each; times between a stream's tokens")
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for heading in ("prompt", "streams", "first s", "prefill", "decode", "each", "p50 ms", "p95 ms", "busy %"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
+    headings = ("prompt", "streams", "first s", "prefill", "decode", "each", "p50 ms", "p95 ms", "busy %")
+    cells = [
+        (
             str(row.workload.prompt_tokens),
             str(row.workload.streams),
             f"{row.time_to_first_token_s:.2f}",
@@ -180,7 +189,29 @@ def _show(rows: Sequence[Measured]) -> None:
             _number(row.inter_token_p95_s, 1000),
             " ".join(f"{100 * fraction:.0f}" for fraction in row.stage_busy),
         )
-    show_table(table)
+        for row in rows
+    ]
+    show_table(headings, cells)
+    for row in rows:
+        _show_drafts(row)
+
+
+def _show_drafts(row: Measured) -> None:
+    """Log the acceptance by source and position, and the time of a right draft beside the expected one."""
+    if not row.drafts:
+        return
+    counts = (
+        f"{count.source.value} {count.position}: {count.num_accepted} of {count.num_drafted}" for count in row.drafts
+    )
+    log(f"drafts accepted, by source and position: {', '.join(counts)}")
+    times = row.draft_times
+    if times is not None:
+        log(
+            f"ms of a right draft {1000 * times.right_s:.1f}, expected {1000 * times.cycle_s:.1f}; "
+            f"of a wrong one {1000 * times.wrong_s:.1f}; stages "
+            f"{' + '.join(f'{1000 * seconds:.1f}' for seconds in times.stages_s)}, hop {1000 * times.hop_s:.1f}, "
+            f"draft head {1000 * times.head_s:.1f}"
+        )
 
 
 def _number(value: float | None, scale: float) -> str:

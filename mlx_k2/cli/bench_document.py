@@ -10,34 +10,34 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from mlx_k2 import __version__
-from mlx_k2.benchmark import Measured, StageTimes
+from mlx_k2.benchmark import Measured, StageTimes, Workload
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.errors import RequestError
 
 
-class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One run of one combination of options. Rates are those of ``benchmark.Measured``."""
+def _fields(measured: type[Workload] | type[Measured]) -> list[tuple[str, Any]]:
+    return [(each.name, each.type) for each in dataclasses.fields(measured) if each.name not in ("workload", "stages")]
 
-    stages: int
-    prompt_tokens: int
-    generate_tokens: int
-    streams: int
-    decode_tokens_per_s_per_stream: float | None
-    stage_busy: list[float]
-    stage_times: tuple[StageTimes, ...]
-    repeat: int
-    time_to_first_token_s: float
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float | None
-    inter_token_p50_s: float | None
-    inter_token_p95_s: float | None
-    num_drafted: int
-    num_accepted: int
-    wall_s: float
+
+_DERIVED = ("decode_tokens_per_s_per_stream", "stage_busy", "num_drafted", "num_accepted")
+BenchRow = msgspec.defstruct(
+    "BenchRow",
+    [
+        ("stages", int),
+        *_fields(Workload),
+        *zip(_DERIVED, (float | None, list[float], int, int), strict=True),
+        ("stage_times", tuple[StageTimes, ...]),
+        *_fields(Measured),
+    ],
+    frozen=True,
+    kw_only=True,
+)
+"""One run of one combination of options: the fields of `Workload` and `Measured` side by side."""
 
 
 class BenchHost(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,7 +61,7 @@ class Versions(msgspec.Struct, frozen=True, kw_only=True):
 class BenchDocument(msgspec.Struct, frozen=True, kw_only=True):
     """All measurements, with the model, the hosts and the versions."""
 
-    rows: list[BenchRow]
+    rows: list[BenchRow]  # type: ignore[valid-type]  # made of the fields of two classes
     made: str
     model: str
     model_digest: str
@@ -73,7 +73,8 @@ class BenchDocument(msgspec.Struct, frozen=True, kw_only=True):
 
 _BESIDE = ("made", "model", "dtype", "draft")
 _TIMES = tuple(field.name for field in dataclasses.fields(StageTimes))
-_IN_ROW = tuple(name for name in BenchRow.__struct_fields__ if name != "stage_times")
+_JSON_ONLY = ("stage_times", "drafts", "draft_times")
+_IN_ROW = tuple(name for name in BenchRow.__struct_fields__ if name not in _JSON_ONLY)
 CSV_COLUMNS = (*_BESIDE, *Versions.__struct_fields__, *_IN_ROW, *(f"stage_{name}" for name in _TIMES))
 
 
@@ -104,18 +105,9 @@ def bench_document(deployment: Deployment, rows: Sequence[Measured], model: str 
     )
 
 
-def _row(row: Measured, num_stages: int) -> BenchRow:
-    same = {field.name for field in dataclasses.fields(Measured)} & {*BenchRow.__struct_fields__} - {"stages"}
-    return BenchRow(
-        stages=num_stages,
-        prompt_tokens=row.workload.prompt_tokens,
-        generate_tokens=row.workload.generate_tokens,
-        streams=row.workload.streams,
-        decode_tokens_per_s_per_stream=row.decode_tokens_per_s_per_stream,
-        stage_busy=row.stage_busy,
-        stage_times=row.stages,
-        **{name: getattr(row, name) for name in same},
-    )
+def _row(row: Measured, num_stages: int) -> msgspec.Struct:
+    same = {name: getattr(row, name) for name in (*_DERIVED, *(name for name, _ in _fields(Measured)))}
+    return BenchRow(stages=num_stages, stage_times=row.stages, **dataclasses.asdict(row.workload), **same)
 
 
 def checkout_commit(package: Path) -> str | None:
@@ -164,10 +156,11 @@ def append_csv(path: Path, document: BenchDocument) -> None:
         file.write("".join(lines))
 
 
-def _cells(row: BenchRow) -> list[object]:
-    busy = " ".join(f"{fraction:.4f}" for fraction in row.stage_busy)
-    cells = [busy if name == "stage_busy" else getattr(row, name) for name in _IN_ROW]
-    return cells + [" ".join(f"{getattr(times, name):.6g}" for times in row.stage_times) for name in _TIMES]
+def _cells(row: msgspec.Struct) -> list[object]:
+    values = msgspec.structs.asdict(row)
+    values["stage_busy"] = " ".join(f"{fraction:.4f}" for fraction in values["stage_busy"])
+    times = values.pop("stage_times")
+    return [*values.values(), *(" ".join(f"{getattr(stage, name):.6g}" for stage in times) for name in _TIMES)]
 
 
 def _line(cells: Sequence[object]) -> str:

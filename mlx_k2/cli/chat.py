@@ -16,7 +16,7 @@ from mlx_k2.chat.reply_source import ReplySource
 from mlx_k2.chat.sampling_options import SamplingOptions
 from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.connect import connect_option, remote_engine
-from mlx_k2.cli.console import ConsoleListener, log, opening_lines, show_stage_use
+from mlx_k2.cli.console import opening_lines, show_stage_use
 from mlx_k2.cli.conversation_options import ConversationOptions
 from mlx_k2.cli.options import (
     RunOptions,
@@ -24,23 +24,26 @@ from mlx_k2.cli.options import (
     draft_option,
     run_options,
     sampling_options,
+    system_option,
     tool_options,
     with_struct,
 )
-from mlx_k2.cli.repl.commands import HELP, Commands, Model
+from mlx_k2.cli.program_command import ProgramCommand
+from mlx_k2.cli.repl.commands import HELP, OTHER_NAMES, Commands, Model
 from mlx_k2.cli.repl.loop import Repl
 from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.terminal import choose_keyboard, choose_screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.repl.usage_totals import UsageTotals
+from mlx_k2.cli.started_cluster import early_frontend, opened_request, started_cluster
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.engine import engine_on
-from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, deployment_request, open_source
-from mlx_k2.deployment.dry_run import preview
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.errors import MlxK2Error, RequestError
 from mlx_k2.private_files import state_folder
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 WANTED_SLOTS = 2
@@ -54,16 +57,30 @@ class ChatOptions(msgspec.Struct, frozen=True, kw_only=True):
     conversation: ConversationOptions
     run: RunOptions
     connect: str | None
-    drafts: bool
+    draft_mode: DraftMode
+    message: str | None
+    prompt_text: str | None
     transcript_path: str | None
     hide_thinking: bool
     verbose: bool
 
+    def __post_init__(self) -> None:
+        """Refuse two first messages."""
+        if self.message is not None and self.prompt_text is not None:
+            raise click.UsageError("MESSAGE and --prompt are the same: give one of them")
 
-@click.command()
+    @property
+    def first_message(self) -> str | None:
+        """The message that is sent before any line is read."""
+        return self.prompt_text if self.message is None else self.message
+
+
+@click.command(cls=ProgramCommand)
+@click.argument("message", required=False)
+@click.option("--prompt", "-p", "prompt_text", metavar="TEXT", help="The same as MESSAGE.")
 @cluster_options
 @connect_option
-@click.option("--system", metavar="TEXT", help="The system prompt.  [default: the model's own]")
+@system_option
 @sampling_options
 @tool_options
 @draft_option
@@ -71,7 +88,7 @@ class ChatOptions(msgspec.Struct, frozen=True, kw_only=True):
 @click.option("--transcript", "transcript_path", metavar="FILE", help="Append all that is said, as JSON lines.")
 @with_struct(ChatOptions)
 def command(options: ChatOptions) -> None:
-    """Chat in the terminal.
+    """Chat in the terminal. MESSAGE, if given, is sent first.
 
     \b
     With the small built-in model:
@@ -90,24 +107,15 @@ def command(options: ChatOptions) -> None:
         with _opened(options) as (screen, tools, transcript):
             _chat_on_server(options, screen, tools, transcript)
         return
-    request = deployment_request(options.cluster, WANTED_SLOTS)
-    for line in request.hostfile.warnings:
-        log(line)
-    request, model = open_source(request)
-    frontend = None
-    if model is not None:  # refuse a bad request before any stage is started
-        shape, _ = preview(request, model)
-        frontend = ModelFrontend(model, shape.context_tokens)
+    request, model = opened_request(options.cluster, options.draft_mode, WANTED_SLOTS)
+    frontend = early_frontend(request, model)
+    if frontend is not None:
         _check(options, frontend)
     with _opened(options) as (screen, tools, transcript):
         if frontend is not None:
             options.conversation.settings(frontend, tools)
-        with (
-            ConsoleListener(options.verbose) as listener,
-            RestartingDeployment(request, model, listener, *options.run.arguments) as restarting,
-        ):
-            listener.hide_progress()
-            _chat(options, request, restarting, screen, tools, transcript)
+        with started_cluster(request, model, options.run, verbose=options.verbose) as (restarting, frontend):
+            _chat(options, request, restarting, frontend, screen, tools, transcript)
 
 
 @contextmanager
@@ -130,12 +138,12 @@ def _chat(
     options: ChatOptions,
     request: DeploymentRequest,
     restarting: RestartingDeployment,
+    frontend: ModelFrontend,
     screen: Screen,
     tools: Tools | None,
     transcript: Transcript | None,
 ) -> None:
     deployment = restarting.deployment
-    frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
 
     def show_idle_restart(restart: Restart, phase: str) -> None:
         if phase == WAITING and not dialogue.session.is_answering:  # an answer shows its restarts itself
@@ -147,7 +155,7 @@ def _chat(
 
     engine = engine_on(
         deployment,
-        drafts=options.drafts,
+        draft_mode=options.draft_mode,
         on_report=restarting.on_report,
         restarts=restarting,
         on_restart=show_idle_restart,
@@ -189,7 +197,7 @@ class _Dialogue:
         self._tools = tools
         conversation = options.conversation.begin(frontend, tools)
         self._usage = UsageTotals(frontend.context_tokens, num_stages, len(conversation.known_ids()))
-        self._keyboard = choose_keyboard(list(HELP), self._usage.status)
+        self._keyboard = choose_keyboard([*HELP, *OTHER_NAMES], self._usage.status)
         asked = options.conversation.tools
         self._approval = ToolApproval(screen, self._keyboard, asked.allowed_tools, everything=asked.yes)
         toolkit = None if tools is None else Toolkit(tools, self._approval)
@@ -219,7 +227,7 @@ class _Dialogue:
             screen.log(line)
         screen.log(f"{name.name} · /help lists the commands, Ctrl-D leaves")
         try:
-            Repl(self.session, commands, self._keyboard, screen, self._usage, transcript).run()
+            Repl(self.session, commands, self._keyboard, screen, self._usage, transcript).run(options.first_message)
         except BaseException:  # also a signal, a full disk and our own mistakes
             if self.session.conversation.messages:
                 with suppress(OSError):  # the terminal may be gone

@@ -17,7 +17,11 @@ _SERVER_OPTIONS = (
     "dtype",
     "dense_bits",
     "restarts",
-    "drafts",
+    "draft_mode",
+    "draft_model",
+    "draft_aux",
+    "draft_bits",
+    "draft_vocab",
     "log_dir",
 )
 """Options that a server was started with."""

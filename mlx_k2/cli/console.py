@@ -1,10 +1,12 @@
 """Output of the commands on stderr while a cluster starts and after a run. stdout is reserved for the answer."""
 
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from typing import Literal
 
+from rich.console import RenderableType
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -28,9 +30,12 @@ from mlx_k2.deployment.plan import RunShape, StagePlan, quantization_warnings
 from mlx_k2.deployment.restarting import WAITING, Restart
 from mlx_k2.protocol.messages import DownloadProgress, FromStage, LayerLoaded
 from mlx_k2.weights.checkpoint import ModelDescription
+from mlx_k2.weights.index import file_ranges
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 _WIDE = 10_000
+M3_ULTRA_GB_PER_S = 692.0
+"""The memory bandwidth that is published as sustained for an M3 Ultra; its makers name 819."""
 
 console = SafeConsole(
     stderr=True,
@@ -109,9 +114,7 @@ class ConsoleListener(DeploymentListener):
     def __enter__(self) -> "ConsoleListener":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.done()
 
     def done(self) -> None:
@@ -165,21 +168,34 @@ class ConsoleListener(DeploymentListener):
             self._bars.start()
 
 
-def show_table(table: Table) -> None:
-    """Print a table to stderr. A narrow terminal folds long cells; a pipe or a file gets each row on one line."""
+def show_table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[RenderableType]],
+    *,
+    left: Collection[str] = (),
+    folded: Collection[str] = (),
+) -> None:
+    """Print a table to stderr, with columns to the right but those in ``left`` and ``folded``.
+
+    A narrow terminal folds long cells of the columns in ``folded``; a pipe or a file gets each row on one line.
+    """
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for heading in headings:
+        justify: Literal["left", "right"] = "left" if heading in (*left, *folded) else "right"
+        table.add_column(heading, justify=justify, no_wrap=heading not in folded, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     out = console if console.is_terminal else SafeConsole(stderr=True, highlight=False, color_system=None, width=_WIDE)
     out.print(table)
 
 
 def show_plan(plans: Sequence[StagePlan], rows: Sequence[Sequence[str]], headings: Sequence[str]) -> None:
     """Show a table of the stages: rank, host, layers, weights, and the cells of ``rows`` under ``headings``."""
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for heading in ("stage", "host", "layers", "weights", *headings):
-        is_left, is_host = heading in ("host", "layers"), heading == "host"
-        table.add_column(heading, justify="left" if is_left else "right", no_wrap=not is_host, overflow="fold")
-    for plan, row in zip(plans, rows, strict=True):
-        table.add_row(str(plan.rank), plan.host.ssh, layer_range(plan), gigabytes(plan.shard_bytes), *row)
-    show_table(table)
+    whole = [
+        (str(plan.rank), plan.host.ssh, layer_range(plan), gigabytes(plan.shard_bytes), *row)
+        for plan, row in zip(plans, rows, strict=True)
+    ]
+    show_table(("stage", "host", "layers", "weights", *headings), whole, left=["layers"], folded=["host"])
 
 
 def show_dry_run(model: ModelDescription, shape: RunShape, plans: Sequence[StagePlan]) -> None:
@@ -187,15 +203,43 @@ def show_dry_run(model: ModelDescription, shape: RunShape, plans: Sequence[Stage
     if model.unread_tensors:
         log(model.unread_tensors)
     cells = [
-        (gigabytes(plan.needed_bytes), gigabytes(plan.assignment.read_bytes), str(len(plan.files))) for plan in plans
+        (
+            gigabytes(plan.needed_bytes) + ("" if plan.limit_bytes is None else f" of {gigabytes(plan.limit_bytes)}"),
+            gigabytes(plan.assignment.read_bytes),
+            str(len(plan.files)),
+        )
+        for plan in plans
     ]
     show_plan(plans, cells, ("memory", "read a token", "files"))
     for plan in plans:
-        log(f"stage {plan.rank} opens {', '.join(plan.files)}")
+        log(f"stage {plan.rank} opens {file_ranges(plan.files)}")
+    log(_fit(plans))
+    if any(not plan.host.is_local or plan.host.gb_per_s for plan in plans) or sys.platform == "darwin":
+        log(_speed_limit(plans))
     for line in quantization_warnings(model.config, shape.dense_bits):
         log(line)
     log(f"memory is weights, cache and working space for {shape.context_tokens} tokens of context in {shape.dtype}")
     log("nothing was started")
+
+
+def _fit(plans: Sequence[StagePlan]) -> str:
+    needed_bytes = sum(plan.needed_bytes for plan in plans)
+    known = [plan.limit_bytes for plan in plans if plan.limit_bytes is not None]
+    if len(known) < len(plans):
+        return f"needs {gigabytes(needed_bytes)}: `mlx-k2 doctor` asks the hosts whether it fits"
+    digits = 0 if needed_bytes >= 100e9 else 1
+    return f"fits: {needed_bytes / 1e9:.{digits}f} of {sum(known) / 1e9:.{digits}f} GB"
+
+
+def _speed_limit(plans: Sequence[StagePlan]) -> str:
+    """Return the line on the speed of one stream that no program exceeds: all its bytes are read for each token."""
+    rates = [plan.host.gb_per_s or M3_ULTRA_GB_PER_S for plan in plans]
+    seconds = sum(plan.assignment.read_bytes / 1e9 / rate for plan, rate in zip(plans, rates, strict=True))
+    assumed = '; "gb_per_s" in the hostfile sets another' if any(plan.host.gb_per_s is None for plan in plans) else ""
+    at = " and ".join(dict.fromkeys(f"{rate:g}" for rate in rates))
+    return (
+        f"one stream without draft tokens: at most {1 / seconds:.1f} tok/s, at {at} GB/s of memory bandwidth{assumed}"
+    )
 
 
 def show_stage_use(deployment: Deployment, use: Sequence[StageUse]) -> None:

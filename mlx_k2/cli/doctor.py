@@ -2,14 +2,14 @@
 
 import click
 import msgspec
-from rich.table import Table
 from rich.text import Text
 
 from mlx_k2.cli.console import ConsoleListener, console, log, show_table
 from mlx_k2.cli.options import cluster_options, with_struct
-from mlx_k2.cli.streams import write_utf8
-from mlx_k2.cli.terminal_text import json_line
-from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
+from mlx_k2.cli.program_command import ProgramCommand
+from mlx_k2.cli.started_cluster import opened_request
+from mlx_k2.cli.streams import write_json_line
+from mlx_k2.deployment.cluster_options import ClusterOptions
 from mlx_k2.doctor.checks import Check, CheckResult
 from mlx_k2.doctor.cluster_probe import probe_cluster
 
@@ -25,7 +25,7 @@ class DoctorOptions(msgspec.Struct, frozen=True, kw_only=True):
     verbose: bool
 
 
-@click.command()
+@click.command(cls=ProgramCommand)
 @cluster_options
 @click.option(
     "--deep", is_flag=True, help="Read every file whole, compare checksums, and keep them in the model's folder."
@@ -43,31 +43,25 @@ def command(options: DoctorOptions) -> None:
     The exit code is 1 when something failed; warnings alone leave it 0. Nothing is loaded, and nothing is changed
     but the manifest of --deep.
     """  # noqa: D301  # click reads the escape
-    request = deployment_request(options.cluster)
-    for line in request.hostfile.warnings:
-        log(line)
-    request, model = open_source(request)
+    request, model = opened_request(options.cluster)
     with ConsoleListener(options.verbose) as listener:
         checks = probe_cluster(request, model, listener, deep=options.deep)
     if options.as_json:
         _print_json(checks)
     else:
-        _show_table(checks)
+        show_checks(checks)
     if any(check.result is CheckResult.FAILURE for check in checks):
         raise click.exceptions.Exit(1)
 
 
-def _show_table(checks: tuple[Check, ...]) -> None:
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    table.add_column("host", overflow="fold")
-    for heading in ("check", ""):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("found", overflow="fold")
+def show_checks(checks: tuple[Check, ...]) -> None:
+    """Show a table of all checks, each problem on a line of its own, and how many there are."""
     checks = tuple(sorted(checks, key=lambda check: check.host))
-    for check in checks:
-        found, _, _ = check.found.partition(": ")
-        table.add_row(check.host, check.what, Text(check.result.value, _STYLES[check.result]), found)
-    show_table(table)
+    rows = [
+        (check.host, check.what, Text(check.result.value, _STYLES[check.result]), check.found.partition(": ")[0])
+        for check in checks
+    ]
+    show_table(("host", "check", "", "found"), rows, left=["check", ""], folded=["host", "found"])
     for check in checks:
         if check.result is not CheckResult.OK:  # uncut and on one line, so that its commands can be copied
             console.print(f"{check.host}, {check.what}: {check.found}", soft_wrap=True)
@@ -83,13 +77,9 @@ def _print_json(checks: tuple[Check, ...]) -> None:
             "found": check.found,
             "commands": check.commands,
         }
-        _write_line(line)
-    _write_line({"summary": {result.value: _count(checks, result) for result in CheckResult}})
+        write_json_line(line)
+    write_json_line({"summary": {result.value: _count(checks, result) for result in CheckResult}})
 
 
 def _count(checks: tuple[Check, ...], result: CheckResult) -> int:
     return sum(check.result is result for check in checks)
-
-
-def _write_line(value: object) -> None:
-    write_utf8(json_line(value))

@@ -5,6 +5,7 @@ import msgspec
 
 from mlx_k2.cli.console import ConsoleListener, log, show_plan
 from mlx_k2.cli.options import cluster_options, with_struct
+from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
 from mlx_k2.deployment.deploy import download
 from mlx_k2.errors import DownloadError
@@ -18,7 +19,7 @@ class DownloadOptions(msgspec.Struct, frozen=True, kw_only=True):
     verbose: bool
 
 
-@click.command()
+@click.command(cls=ProgramCommand)
 @cluster_options
 @with_struct(DownloadOptions)
 def command(options: DownloadOptions) -> None:

@@ -11,30 +11,34 @@ from mlx_k2.chat.completion import submissions
 from mlx_k2.chat.reply_source import ReplySource
 from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.connect import connect_option, remote_engine
-from mlx_k2.cli.console import ConsoleListener, log, opening_lines, show_dry_run
+from mlx_k2.cli.console import log, opening_lines, show_dry_run
 from mlx_k2.cli.generate_file import WANTED_SLOTS, generate_many
 from mlx_k2.cli.generate_options import GenerateOptions
 from mlx_k2.cli.options import (
     answer_options,
     cluster_options,
     draft_option,
+    prompt_option,
     run_options,
     sampling_options,
+    system_option,
     token_ids_option,
     tool_options,
     with_struct,
 )
 from mlx_k2.cli.output import JsonOutput, TextOutput
+from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cli.repl.keyboard import LineKeyboard
 from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.several_answers import show_answers
+from mlx_k2.cli.started_cluster import asked_request, early_frontend, started_cluster
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.answer_summary import total
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.coordinator.handle import Finished, Token
 from mlx_k2.coordinator.jobs import Submission
-from mlx_k2.deployment.cluster_options import DeploymentRequest, deployment_request, open_source
+from mlx_k2.deployment.cluster_options import DeploymentRequest, open_source
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import CheckpointError, DownloadError
@@ -43,11 +47,12 @@ from mlx_k2.weights.known_layout import known_layout
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 
-@click.command()
+@click.command(cls=ProgramCommand)
 @click.argument("prompt", required=False)
+@prompt_option
 @cluster_options
 @connect_option
-@click.option("--system", metavar="TEXT", help="The system prompt.  [default: the model's own]")
+@system_option
 @click.option("--raw", is_flag=True, help="Send PROMPT as it is, without the chat template.")
 @token_ids_option
 @sampling_options
@@ -78,11 +83,15 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 @click.option("--dry-run", is_flag=True, help="Show hosts, layers, bytes and files; start nothing.")
 @with_struct(GenerateOptions)
 def command(options: GenerateOptions) -> None:
-    """Answer PROMPT, or the text of standard input.
+    """Answer PROMPT, or the text of standard input; with both, the text comes first and PROMPT after it.
 
     \b
     On this machine, with the small built-in model on two stages:
         mlx-k2 generate "Hello"
+
+    \b
+    About a text:
+        cat letter.txt | mlx-k2 generate "Summarise this letter."
 
     \b
     On two Macs, each of which loads its share of the layers:
@@ -100,9 +109,7 @@ def command(options: GenerateOptions) -> None:
         return
     num_answers = options.conversation.sampling.num_answers
     num_slots = WANTED_SLOTS if options.prompts_path is not None else min(num_answers, WANTED_SLOTS)
-    request = deployment_request(options.cluster, num_slots)
-    for line in request.hostfile.warnings:
-        log(line)
+    request = asked_request(options.cluster, options.draft_mode, num_slots)
     if options.dry_run:
         _dry_run(request)
         return
@@ -132,20 +139,14 @@ def _dry_run(request: DeploymentRequest) -> None:
 
 def _generate(options: GenerateOptions, request: DeploymentRequest, model: ModelDescription | None) -> None:
     text = options.read_prompt()
-    frontend = None
-    if model is not None:  # refuse a bad request before any stage is started
-        shape, _ = preview(request, model)
-        frontend = ModelFrontend(model, shape.context_tokens)
+    frontend = early_frontend(request, model)
+    if frontend is not None:
         first_submissions(options, text, frontend)
     with opened_tools(options.conversation.tools) as tools:
         if frontend is not None:
             options.conversation.settings(frontend, tools)
-        with (
-            ConsoleListener(options.verbose) as listener,
-            RestartingDeployment(request, model, listener, *options.run.arguments) as restarting,
-        ):
-            listener.hide_progress()
-            _answer(options, restarting, text, tools)
+        with started_cluster(request, model, options.run, verbose=options.verbose) as (restarting, frontend):
+            _answer(options, restarting, frontend, text, tools)
 
 
 def _generate_on_server(options: GenerateOptions) -> None:
@@ -160,14 +161,24 @@ def _generate_on_server(options: GenerateOptions) -> None:
         output.summary(total(summaries), None, ())
 
 
-def _answer(options: GenerateOptions, restarting: RestartingDeployment, text: str, tools: Tools | None) -> None:
+def _answer(
+    options: GenerateOptions,
+    restarting: RestartingDeployment,
+    frontend: ModelFrontend,
+    text: str,
+    tools: Tools | None,
+) -> None:
     deployment = restarting.deployment
-    frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
     for line in opening_lines(options.cluster, frontend, is_raw=options.is_raw):
         log(line)
     with (
         _output(options, frontend) as output,
-        engine_on(deployment, drafts=options.drafts, on_report=restarting.on_report, restarts=restarting) as engine,
+        engine_on(
+            deployment,
+            draft_mode=options.draft_mode,
+            on_report=restarting.on_report,
+            restarts=restarting,
+        ) as engine,
     ):
         output.screen.wait("reading the prompt")
         if options.conversation.sampling.num_answers > 1:
@@ -182,7 +193,7 @@ def _answer(options: GenerateOptions, restarting: RestartingDeployment, text: st
 def _output(options: GenerateOptions, frontend: ModelFrontend) -> TextOutput | JsonOutput:
     if options.as_json:
         return JsonOutput(frontend.tokenizer)
-    return TextOutput(show_thinking=not options.hide_thinking)
+    return TextOutput(show_thinking=not options.hide_thinking, verbose=options.verbose)
 
 
 def _events(

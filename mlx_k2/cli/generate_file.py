@@ -9,16 +9,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mlx_k2.chat.completion import prompt_of, submissions
 from mlx_k2.chat.sampling_options import MAX_ANSWERS, reply_settings
-from mlx_k2.cli.console import ConsoleListener, console, log, log_restart, opening_lines
+from mlx_k2.cli.console import console, log, log_restart, opening_lines
 from mlx_k2.cli.generate_options import GenerateOptions
 from mlx_k2.cli.prompt_files import PromptLine, read_prompt_lines, run_digest
 from mlx_k2.cli.result_file import ResultFile
 from mlx_k2.cli.several_answers import answer_fields
+from mlx_k2.cli.started_cluster import early_frontend, started_cluster
 from mlx_k2.coordinator.batch_results import BatchResult, answer_all
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.deployment.cluster_options import DeploymentRequest
-from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import SetupError
 from mlx_k2.sampling import derived_seed
@@ -45,19 +45,14 @@ def generate_many(options: GenerateOptions, asked: DeploymentRequest, model: Mod
     assert options.out_path is not None, "GenerateOptions has both files"
     lines = read_prompt_lines(options.prompts_path, options.conversation.sampling)
     with ResultFile(Path(options.out_path)) as results:
-        if model is not None:  # refuse what cannot run before any stage is started
-            shape, _ = preview(asked, model)
-            _check(options, ModelFrontend(model, shape.context_tokens))
+        if model is not None and (frontend := early_frontend(asked, model)) is not None:
+            _check(options, frontend)
             results.resume(result_digests(options, model, lines))
         if len(results) < len(lines):
-            with (
-                ConsoleListener(options.verbose) as listener,
-                RestartingDeployment(asked, model, listener, *options.run.arguments) as restarting,
-            ):
+            with started_cluster(asked, model, options.run, verbose=options.verbose) as (restarting, frontend):
                 if model is None:
                     results.resume(result_digests(options, restarting.deployment.model, lines))
-                listener.done()
-                _Batch(options, restarting, lines, results).run()
+                _Batch(options, restarting, frontend, lines, results).run()
         num_failed = len(lines) - len(results)
         results.sort()
     log(f"{len(lines)} results are in {options.out_path}" + (f", {num_failed} of them failed" if num_failed else ""))
@@ -92,6 +87,7 @@ class _Batch:
         self,
         options: GenerateOptions,
         restarting: RestartingDeployment,
+        frontend: ModelFrontend,
         lines: Mapping[int, PromptLine],
         results: ResultFile,
     ) -> None:
@@ -103,8 +99,7 @@ class _Batch:
         self._warnings: set[str] = set()
         self._num_asked: dict[int, int] = {}
         self._answers: dict[int, dict[int, BatchResult]] = {}
-        deployment = restarting.deployment
-        self._frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
+        self._frontend = frontend
 
     def run(self) -> None:
         """Write a result for each line."""
@@ -112,7 +107,7 @@ class _Batch:
             log(text)
         engine = engine_on(
             self._restarting.deployment,
-            drafts=self._options.drafts,
+            draft_mode=self._options.draft_mode,
             prompts_first=True,
             on_report=self._restarting.on_report,
             restarts=self._restarting,

@@ -1,15 +1,23 @@
-"""The options of `mlx-k2 generate`, checked, and the text of its prompt. Shows nothing."""
+"""The options of `mlx-k2 generate`, checked, and the text of its prompt. Starts nothing."""
 
+import os
+import select
+import stat
 import sys
 
 import click
 import msgspec
 
+from mlx_k2.cli.console import log
 from mlx_k2.cli.conversation_options import ConversationOptions
 from mlx_k2.cli.options import RunOptions
 from mlx_k2.deployment.cluster_options import ClusterOptions
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import GenerationConfig
+from mlx_k2.scheduling.drafter import DraftMode
+
+STANDARD_INPUT = "-"
+_NOTIFY_AFTER_S = 2.0
 
 
 class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,9 +30,10 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
     prompts_path: str | None
     out_path: str | None
     prompt: str | None
+    prompt_text: str | None
     raw: bool
     token_ids: tuple[int, ...] | None
-    drafts: bool
+    draft_mode: DraftMode
     num_logprobs: int | None
     as_json: bool
     hide_thinking: bool
@@ -33,6 +42,8 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Refuse options that contradict each other."""
+        if self.prompt is not None and self.prompt_text is not None:
+            raise click.UsageError("PROMPT and --prompt are the same: give one of them")
         if self.connect is not None and (self.dry_run or self.prompts_path is not None):
             raise click.UsageError("--dry-run and --prompts start stages: leave them out with --connect")
         if self.connect is not None and self.conversation.sampling.num_answers > 1:
@@ -45,11 +56,11 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
         if (self.prompts_path is None) != (self.out_path is None):
             raise click.UsageError("--prompts and --out go together: give both")
         is_single = (
-            self.prompt is not None or self.token_ids is not None or self.as_json or self.conversation.tools.is_given
+            self._given is not None or self.token_ids is not None or self.as_json or self.conversation.tools.is_given
         )
         if self.prompts_path is not None and is_single:
             raise click.UsageError("--prompts goes without PROMPT, --token-ids, --json, --tools and --mcp")
-        if self.token_ids is not None and (self.prompt or self.conversation.system is not None):
+        if self.token_ids is not None and (self._given or self.conversation.system is not None):
             raise RequestError("--token-ids is the whole prompt: leave out PROMPT and --system")
         if self.is_raw and (self.conversation.tools.is_given or self.conversation.sampling.is_for_replies):
             raise RequestError("--raw and --token-ids go without --tools, --mcp and options for thinking")
@@ -61,18 +72,33 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
         """Whether the prompt is sent without a chat template, so that its answer is not parsed as a reply."""
         return self.raw or self.token_ids is not None
 
+    @property
+    def _given(self) -> str | None:
+        return self.prompt_text if self.prompt is None else self.prompt
+
     def read_prompt(self) -> str:
-        """Return PROMPT, else the text of standard input; '' if the prompt is given as token ids.
+        """Return the text of standard input, if it is a pipe or a file, and PROMPT after it; '' for token ids.
 
         Raises:
             RequestError: there is no text.
         """
         if self.token_ids is not None:
             return ""
-        text = _standard_input() if self.prompt is None else self.prompt
+        given = "" if self._given in (None, STANDARD_INPUT) else self._given or ""
+        piped = _standard_input() if self._given in (None, STANDARD_INPUT) or _is_piped() else ""
+        text = piped if not given.strip() else f"{piped.rstrip()}\n\n{given}" if piped.strip() else given
         if not text.strip():
             raise RequestError("the prompt is empty: give some text")
         return text
+
+
+def _is_piped() -> bool:
+    """Return whether standard input is a file or a pipe, from which text joins PROMPT."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError):  # closed
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
 
 
 def _standard_input() -> str:
@@ -83,6 +109,8 @@ def _standard_input() -> str:
     """
     if sys.stdin is None or sys.stdin.isatty():
         raise RequestError("there is no prompt: give PROMPT, or write one to standard input")
+    if _is_piped() and not select.select([sys.stdin], [], [], _NOTIFY_AFTER_S)[0]:
+        log("reading standard input to its end; without a text to join PROMPT, add < /dev/null")
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import click
-from rich.table import Table
 
 from mlx_k2.cli.console import log, show_table
-from mlx_k2.cli.streams import write_utf8
+from mlx_k2.cli.program_command import ProgramCommand
+from mlx_k2.cli.streams import write_json_line
 from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.errors import StageStartError
 from mlx_k2.json_text.read import read_json
@@ -34,7 +34,7 @@ _REFRESH = "MLX_METAL_RESIDENCY_REFRESH_INTERVAL_MS"
 Measurement = TypeVar("Measurement", KernelReport, DecodeTime, IdleTime, AttentionTime)
 
 
-@click.command()
+@click.command(cls=ProgramCommand)
 @click.option("--check", "checks_only", is_flag=True, help="Check the kernels, time nothing, print the JSON.")
 @click.option(
     "--report",
@@ -55,7 +55,7 @@ def command(checks_only: bool, report_file: Path | None) -> None:
         mlx-k2 kernels --report kernels.zip
     """  # noqa: D301  # click reads the escape
     if checks_only:
-        write_utf8(json_line({"report": _measure("check", KernelReport)}))
+        write_json_line({"report": _measure("check", KernelReport)})
         return
     log("checking and timing kernels ...")
     report = _measure("report", KernelReport)
@@ -75,7 +75,7 @@ def command(checks_only: bool, report_file: Path | None) -> None:
     }
     if report_file is None:
         log("please send back what follows, with the Mac's model and memory: it fills the table for this chip")
-        write_utf8(json_line(sent))
+        write_json_line(sent)
         return
     write_report(report_file, sent)
     log(f"please send back {report_file}, with the Mac's model and memory: it fills the table for this chip")
@@ -121,12 +121,8 @@ def _record_counters(trace: Path) -> str:
 def show_report(report: KernelReport) -> None:
     """Show the table of kernels, and the reason why a kernel is not used."""
     log(f"{report.chip}, {report.system}, mlx {report.mlx_version}, mlx-k2 {report.mlx_k2_version}")
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for heading in ("kernel", "check", "largest error", "tokens", "GB/s", "plain MLX", "of a plain read"):
-        table.add_column(heading, justify="left" if heading in ("kernel", "check") else "right", no_wrap=True)
-    for line in report.kernels:
-        table.add_row(*_cells(line, report.read_gb_per_s))
-    show_table(table)
+    headings = ("kernel", "check", "largest error", "tokens", "GB/s", "plain MLX", "of a plain read")
+    show_table(headings, [_cells(line, report.read_gb_per_s) for line in report.kernels], left=["kernel", "check"])
     for line in report.kernels:
         if not line.usable:
             log(f"the {line.kernel} kernel is not used: {line.reason}")

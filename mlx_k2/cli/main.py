@@ -3,11 +3,13 @@
 Subcommands are imported when they are called, so that --help is fast.
 """
 
+import difflib
 import errno
 import importlib
 import io
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -15,26 +17,48 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 from types import FrameType, TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem, shell_complete
 
 from mlx_k2 import __version__
+from mlx_k2.cli.profile import Profile, profile_path, read_profile
 from mlx_k2.cli.streams import prepare_streams
 from mlx_k2.cli.terminal_text import printable
 from mlx_k2.errors import MlxK2Error
 
-_COMMANDS = {
+COMMANDS = {
     "chat": "Talk with the model in the terminal, with thinking and tools.",
     "generate": "Answer one prompt, streamed from the last stage as it is sampled.",
     "serve": "Serve the model to clients of OpenAI's API, loaded once.",
     "keys": "Make, list and remove the keys that clients of a server send.",
+    "setup": "Install mlx-k2 on your Macs, and write a hostfile and a profile.",
     "doctor": "Look at every host and every hop, and say what to mend.",
     "download": "Fetch each stage's files from the Hub on its own host.",
     "kernels": "Check and time the GPU kernels of this machine.",
     "bench": "Measure throughput over prompt lengths and streams.",
+    "config": "Show your own defaults of options, and where each one is written.",
 }
 _HIDDEN_COMMANDS = ("stage",)
+_MODULES = {"config": "show_config"}
+_OTHER_NAMES = {
+    "ask": "generate",
+    "benchmark": "bench",
+    "check": "doctor",
+    "complete": "generate",
+    "fetch": "download",
+    "prompt": "generate",
+    "pull": "download",
+    "repl": "chat",
+    "run": "chat",
+    "server": "serve",
+    "start": "serve",
+    "talk": "chat",
+}
+"""Commands of other programs, and the commands here that do the same."""
+COMPLETION = "_MLX_K2_COMPLETE"
+"""The environment variable with which a shell asks for completions, by click's convention."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -61,21 +85,57 @@ class PrintableRecord(logging.LogRecord):
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are called. Listing the commands imports none."""
 
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Parse the command line. The context's object is the function that reads the profile."""
+        return super().make_context(info_name, args, parent, **{"obj": user_profile, **extra})
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names that help shows."""
-        return list(_COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import ``mlx_k2.cli.NAME`` and return its ``command``."""
-        if cmd_name not in (*_COMMANDS, *_HIDDEN_COMMANDS):
+        if cmd_name not in (*COMMANDS, *_HIDDEN_COMMANDS):
             return None
-        command: click.Command = importlib.import_module(f"mlx_k2.cli.{cmd_name}").command
+        module = _MODULES.get(cmd_name, cmd_name)
+        command: click.Command = importlib.import_module(f"mlx_k2.cli.{module}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands and their summaries from the table above."""
         with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that ``args`` name. An unknown one is answered with the one that was meant."""
+        name = args[0]
+        if name.startswith("-") or ctx.resilient_parsing or self.get_command(ctx, name) is not None:
+            return super().resolve_command(ctx, args)
+        is_sentence = " " in name or (len(args) > 1 and not any(word.startswith("-") for word in args))
+        close = difflib.get_close_matches(name.lower(), COMMANDS, 1, 0.8 if is_sentence else 0.6)
+        meant = _OTHER_NAMES.get(name.lower(), close[0] if close else None)
+        if meant is None and is_sentence:
+            text = shlex.quote(" ".join(args))
+            raise click.UsageError(f"there is no command {name!r}: to ask it, write mlx-k2 generate {text}", ctx)
+        hint = f"did you mean {meant}?" if meant is not None else f"the commands are {', '.join(COMMANDS)}"
+        raise click.UsageError(f"there is no command {name!r}: {hint}", ctx)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return the commands that begin with ``incomplete``, without importing one, or the options."""
+        if incomplete.startswith("-"):
+            return click.Command.shell_complete(self, ctx, incomplete)
+        return [CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)]
+
+
+def user_profile() -> Profile:
+    """Return the user's profile; errors are `read_profile`'s."""
+    from mlx_k2.cli.options import SHARED_OPTIONS
+
+    return read_profile(profile_path(), list(COMMANDS), SHARED_OPTIONS)
 
 
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -101,8 +161,10 @@ def cli() -> None:
         mlx-k2 generate "Hello"
 
     \b
-    With two Macs that hold the checkpoint, listed in a hostfile:
-        mlx-k2 generate --hostfile two-macs.json --model ~/Kimi-K2-Thinking "Hello"
+    With two Macs, this one and mac-2, which ssh reaches:
+        mlx-k2 setup this mac-2 --model moonshotai/Kimi-K2-Thinking
+        mlx-k2 download
+        mlx-k2 chat
     """  # noqa: D301  # click reads the escape
 
 
@@ -113,7 +175,10 @@ def main() -> NoReturn:
         signal.signal(number, _interrupt)
     problem = prepare_streams()
     print_errors_cleanly()
-    if problem is None:
+    exit_code: int
+    if instruction := os.environ.get(COMPLETION):
+        exit_code = shell_complete(cli, {}, "mlx-k2", COMPLETION, instruction)
+    elif problem is None:
         exit_code = run(sys.argv[1:])
     else:
         _print_error(f"error: {problem}")

@@ -10,12 +10,16 @@ import msgspec
 
 from mlx_k2.chat.chat_session import MAX_TOOL_CALLS
 from mlx_k2.chat.sampling_options import MAX_ANSWERS
+from mlx_k2.cli.profile import option_name, with_sources
+from mlx_k2.cli.program_command import GroupedOption
 from mlx_k2.cluster.partition import parse_split
-from mlx_k2.deployment.cluster_options import DENSE_BITS, DTYPES, LEASE_S, MAX_STAGES
-from mlx_k2.errors import RequestError
+from mlx_k2.deployment.cluster_options import DENSE_BITS, DRAFT_BITS, DTYPES, LEASE_S, MAX_STAGES
+from mlx_k2.errors import RequestError, SetupError
 from mlx_k2.json_text.parse import JsonError, parse_json
 from mlx_k2.json_text.read import convert
 from mlx_k2.launch.group import STALL_TIMEOUT_S
+from mlx_k2.scheduling.drafter import DraftMode
+from mlx_k2.weights.model_source import BUILTIN
 
 _MAX_DIGITS = 10
 
@@ -72,6 +76,10 @@ def with_struct(kind: type[Options]) -> Callable[[Callable[[Options], None]], Ca
                 options = convert(fields, kind)
             except JsonError as error:
                 raise RequestError(str(error)) from None
+            except SetupError as error:
+                raise RequestError(with_sources(str(error), click.get_current_context(silent=True))) from None
+            except click.UsageError as error:
+                raise click.UsageError(with_sources(error.message, click.get_current_context(silent=True))) from None
             run(options)
 
         return command
@@ -95,6 +103,13 @@ def _layer_counts(ctx: click.Context, param: click.Parameter, value: str | None)
     return None if value is None else parse_split(value)
 
 
+def _layer_ids(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    parts = [] if value is None else [part.strip() for part in value.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < _MAX_DIGITS for part in parts):
+        raise RequestError(f"--draft-aux {value!r} is not a list of layers: write numbers with commas, as in 1,29,57")
+    return None if value is None else tuple(map(int, parts))
+
+
 def _token_ids(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
     parts = [] if value is None else [part.strip() for part in value.split(",")]
     for part in parts:
@@ -108,8 +123,8 @@ def _is_on(ctx: click.Context, param: click.Parameter, value: str | None) -> boo
     return None if value is None else value == "on"
 
 
-def _is_ngram(ctx: click.Context, param: click.Parameter, value: str) -> bool:
-    return value == "ngram"
+def _draft_mode(ctx: click.Context, param: click.Parameter, value: str) -> DraftMode:
+    return DraftMode(value)
 
 
 def _schema_file(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
@@ -144,46 +159,76 @@ def _biases(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
     return biases
 
 
+_cluster = functools.partial(click.option, cls=GroupedOption, group="Hosts and model")
 _CLUSTER = (
-    click.option(
+    _cluster(
         "--hostfile",
         type=click.Path(),
         help="The hosts, one stage on each: MLX's own format, as mlx.distributed_config writes it.",
     ),
-    click.option(
+    _cluster(
         "--stages",
         "num_stages",
         type=click.IntRange(1, MAX_STAGES),
         help="Without a hostfile: how many stages to run on this machine.  [default: 2 for the built-in model, else 1]",
     ),
-    click.option(
+    _cluster(
         "--model",
+        "-m",
+        type=click.Path(),
         metavar="PATH_OR_REPO",
-        help="A folder with an original checkpoint, or a repository on the Hub.  [default: a small built-in model]",
+        callback=lambda _ctx, _param, value: None if value == BUILTIN else value,
+        help="A folder with an original checkpoint, or a repository on the Hub.  [default: built-in, a small model]",
     ),
-    click.option("--revision", help="The repository's branch, tag or commit."),
-    click.option(
+    _cluster("--revision", help="The repository's branch, tag or commit."),
+    _cluster(
         "--split", callback=_layer_counts, metavar="N,N,...", help="Layers for each stage, in the hostfile's order."
     ),
-    click.option(
+    _cluster(
         "--context",
         "context_tokens",
         type=click.IntRange(min=2),
         help="Maximum tokens per sequence, prompt and answer together. Cache memory is reserved for them.  "
         "[default: 32768, or the model's]",
     ),
-    click.option(
+    _cluster(
         "--dtype",
         type=click.Choice(DTYPES),
         help="What to compute in.  [default: bfloat16 on GPUs, float32 where a stage has none]",
     ),
-    click.option(
+    _cluster(
         "--dense-bits",
         type=click.Choice(DENSE_BITS),
         help="Quantize attention, shared experts, dense layers and the head to so many bits while loading: a token "
         "reads less and comes sooner.  [default: as the checkpoint has them]",
     ),
-    click.option(
+    _cluster(
+        "--draft-model",
+        metavar="PATH_OR_REPO",
+        help="A draft head (EAGLE-3) for the model: a folder that each host has, or a repository on the Hub.  "
+        "[default: the built-in model's own; none for others]",
+    ),
+    _cluster(
+        "--draft-aux",
+        callback=_layer_ids,
+        metavar="N,N,...",
+        help="The layers, from 0, whose outputs the draft head reads.  [default: as its config.json says]",
+    ),
+    _cluster(
+        "--draft-bits",
+        type=click.Choice(DRAFT_BITS),
+        default=DRAFT_BITS[0],
+        show_default=True,
+        help="Quantize the draft head to so many bits while loading. 16 keeps it as it is.",
+    ),
+    _cluster(
+        "--draft-vocab",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Let the draft head propose only the N most frequent tokens: it is then smaller and faster.  "
+        "[default: all that it has]",
+    ),
+    _cluster(
         "--lease",
         "lease_s",
         type=float,
@@ -191,7 +236,7 @@ _CLUSTER = (
         metavar="SECONDS",
         help="End a stage after this long without a heartbeat from this command, 2 to 3600.  [default: 20]",
     ),
-    click.option(
+    _cluster(
         "--stall-timeout",
         "stall_timeout_s",
         type=click.FloatRange(1, 3600),
@@ -199,82 +244,101 @@ _CLUSTER = (
         metavar="SECONDS",
         help="Treat a stopped stage, a silent host or a stuck hop as a fault after this long, 1 to 3600.  [default: 7]",
     ),
-    click.option(
+    _cluster(
         "--check-weights",
         is_flag=True,
         help="Search every tensor for NaN and infinity while loading. Without it, and "
         "without --dense-bits: norms, router, embedding and scales.",
     ),
-    click.option("-v", "--verbose", is_flag=True, help="Show what the stages write to their logs."),
+    _cluster(
+        "-v", "--verbose", is_flag=True, help="Show what the stages write to their logs, and all counts and times."
+    ),
 )
 
+_sampling = functools.partial(click.option, cls=GroupedOption, group="Sampling and thinking")
 _SAMPLING = (
-    click.option(
-        "--max-tokens", type=click.IntRange(min=1), help="The most tokens of an answer.  [default: what fits]"
+    _sampling(
+        "--max-tokens", "-n", type=click.IntRange(min=1), help="The most tokens of an answer.  [default: what fits]"
     ),
-    click.option("--temperature", type=float, help="0 takes the most likely token.  [default: the model's, else 1]"),
-    click.option("--top-p", type=float, help="Keep the most likely tokens that add up to this probability."),
-    click.option("--top-k", type=int, help="Keep this many of the most likely tokens."),
-    click.option("--min-p", type=float, help="Keep tokens at least this probable, relative to the most likely one."),
-    click.option("--repetition-penalty", type=float, help="Above 1: avoid the last 64 tokens."),
-    click.option("--seed", type=int, help="The same seed samples the same tokens.  [default: a random one]"),
-    click.option(
+    _sampling(
+        "--temperature", "--temp", type=float, help="0 takes the most likely token.  [default: the model's, else 1]"
+    ),
+    _sampling(
+        "--top-p",
+        type=float,
+        help="Keep the most likely tokens that add up to this probability; 0: one token.",
+    ),
+    _sampling("--top-k", type=int, help="Keep this many of the most likely tokens; 0: all."),
+    _sampling("--min-p", type=float, help="Keep tokens at least this probable, relative to the most likely one."),
+    _sampling("--repetition-penalty", type=float, help="Above 1: avoid the last 64 tokens."),
+    _sampling(
+        "--seed",
+        type=int,
+        help="The same seed samples the same tokens; -1: a random one, which is shown.",
+    ),
+    _sampling(
         "--timeout",
         "timeout_s",
         type=float,
         metavar="SECONDS",
         help="End an answer that has run for so long, from when its prompt begins, with what it has; others go on.",
     ),
-    click.option(
+    _sampling(
         "--thinking",
         type=click.Choice(["on", "off"]),
         callback=_is_on,
         help="Whether the model thinks before it answers. off needs a model with an instant mode (K2.5, K2.6), whose "
         "answers are sampled at temperature 0.6.  [default: the model's]",
     ),
-    click.option(
+    _sampling(
         "--preserve-thinking",
         is_flag=True,
         help="Keep the reasoning of earlier answers in the prompt, for models that have this option (K2.6).",
     ),
-    click.option("--thinking-budget", type=click.IntRange(min=0), metavar="N", help="End thinking after N tokens."),
-    click.option("--hide-thinking", is_flag=True, help="Do not show what the model thinks."),
+    _sampling("--thinking-budget", type=click.IntRange(min=0), metavar="N", help="End thinking after N tokens."),
+    _sampling("--hide-thinking", is_flag=True, help="Do not show what the model thinks."),
 )
 
+_answer = functools.partial(click.option, cls=GroupedOption, group="Form of the answer")
 _ANSWERS = (
-    click.option(
+    _answer(
         "--json-schema",
+        type=click.Path(),
         metavar="FILE",
         callback=_schema_file,
         help="Answer with a JSON value of the schema in FILE. Thinking and tool calls come before it, as usual.",
     ),
-    click.option(
+    _answer(
         "--strict-schema",
         is_flag=True,
         help="Refuse a schema of --json-schema with a keyword that cannot be enforced, in place of a warning.",
     ),
-    click.option("--regex", metavar="PATTERN", help="Answer with a text that PATTERN matches as a whole."),
-    click.option("--lark", metavar="FILE", callback=_text_file, help="Answer with a text of the Lark grammar in FILE."),
-    click.option(
+    _answer("--regex", metavar="PATTERN", help="Answer with a text that PATTERN matches as a whole."),
+    _answer(
+        "--lark",
+        type=click.Path(),
+        metavar="FILE",
+        callback=_text_file,
+        help="Answer with a text of the Lark grammar in FILE.",
+    ),
+    _answer(
         "--tool-choice",
         metavar="CHOICE",
         help="auto, none, required, or the name of the tool to call.  [default: auto]",
     ),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text. Can be repeated."),
-    click.option(
-        "--min-tokens", type=click.IntRange(min=0), default=0, metavar="N", help="Do not end before N tokens."
-    ),
-    click.option("--ignore-eos", is_flag=True, help="Go on after the end of the answer, up to --max-tokens."),
-    click.option("--presence-penalty", type=float, help="Above 0: avoid tokens that the answer has, -2 to 2."),
-    click.option("--frequency-penalty", type=float, help="Above 0: avoid tokens that the answer has often, -2 to 2."),
-    click.option(
+    _answer("--stop", multiple=True, metavar="TEXT", help="End the answer before this text. Can be repeated."),
+    _answer("--min-tokens", type=click.IntRange(min=0), default=0, metavar="N", help="Do not end before N tokens."),
+    _answer("--ignore-eos", is_flag=True, help="Go on after the end of the answer, up to --max-tokens."),
+    _answer("--presence-penalty", type=float, help="Above 0: avoid tokens that the answer has, -2 to 2."),
+    _answer("--frequency-penalty", type=float, help="Above 0: avoid tokens that the answer has often, -2 to 2."),
+    _answer(
         "--logit-bias",
         multiple=True,
         metavar="ID=BIAS",
         callback=_biases,
         help="Add BIAS, -100 to 100, to the logit of token ID. Can be repeated.",
     ),
-    click.option(
+    _answer(
         "--num-answers",
         type=click.IntRange(1, MAX_ANSWERS),
         default=1,
@@ -283,7 +347,8 @@ _ANSWERS = (
     ),
 )
 
-tool_grammar_option = click.option(
+_tool = functools.partial(click.option, cls=GroupedOption, group="Tools")
+tool_grammar_option = _tool(
     "--tool-grammar",
     type=click.Choice(["auto", "off"]),
     default="auto",
@@ -293,25 +358,29 @@ tool_grammar_option = click.option(
 
 _TOOLS = (
     tool_grammar_option,
-    click.option(
+    _tool(
         "--parallel-tool-calls",
         type=click.Choice(["on", "off"]),
         default="on",
         callback=_is_on,
         help="Whether a reply may call several tools.  [default: on]",
     ),
-    click.option("--tools", "tools_path", metavar="FILE.py", help="Python functions that the model may call."),
-    click.option("--mcp", "mcp_path", metavar="FILE.json", help="MCP servers whose tools the model may call."),
-    click.option("--yes", is_flag=True, help="Run every tool call without asking."),
-    click.option("--allow-tool", "allowed_tools", multiple=True, metavar="NAME", help="Run this tool without asking."),
-    click.option(
+    _tool(
+        "--tools", "tools_path", type=click.Path(), metavar="FILE.py", help="Python functions that the model may call."
+    ),
+    _tool(
+        "--mcp", "mcp_path", type=click.Path(), metavar="FILE.json", help="MCP servers whose tools the model may call."
+    ),
+    _tool("--yes", is_flag=True, help="Run every tool call without asking."),
+    _tool("--allow-tool", "allowed_tools", multiple=True, metavar="NAME", help="Run this tool without asking."),
+    _tool(
         "--max-tool-calls",
         type=click.IntRange(min=0),
         default=MAX_TOOL_CALLS,
         show_default=True,
         help="So many tool calls for one message, then the model has to answer.",
     ),
-    click.option(
+    _tool(
         "--tool-timeout",
         "tool_timeout_s",
         type=click.FloatRange(0.1, 86400),
@@ -334,8 +403,9 @@ class _Limit(click.ParamType[int]):
         return int(click.IntRange(0, 1000).convert(value, param, ctx))
 
 
+_run = functools.partial(click.option, cls=GroupedOption, group="Faults and logs")
 _RESTARTS = (
-    click.option(
+    _run(
         "--restarts",
         type=_Limit(),
         default=3,
@@ -346,13 +416,22 @@ _RESTARTS = (
 )
 
 _LOGGING = (
-    click.option(
+    _run(
         "--log-dir",
+        type=click.Path(),
         metavar="DIR",
         help="Keep the stages' logs and the last steps there, at most 16 MB; after a fault a report to attach to an "
         "issue. No prompt and no answer is in it.",
     ),
-    click.option("--log-tokens", is_flag=True, help="With --log-dir: the token ids of prompts and answers, too."),
+    _run("--log-tokens", is_flag=True, help="With --log-dir: the token ids of prompts and answers, too."),
+)
+
+system_option = _sampling(
+    "--system", "--system-prompt", metavar="TEXT", help="The system prompt.  [default: the model's own]"
+)
+
+prompt_option = click.option(
+    "--prompt", "-p", "prompt_text", metavar="TEXT", help="The same as PROMPT; - reads standard input."
 )
 
 token_ids_option = click.option(
@@ -361,13 +440,14 @@ token_ids_option = click.option(
 
 draft_option = click.option(
     "--draft",
-    "drafts",
-    callback=_is_ngram,
-    type=click.Choice(["off", "ngram"]),
-    default="ngram",
+    "draft_mode",
+    callback=_draft_mode,
+    type=click.Choice([mode.value for mode in DraftMode]),
+    default=DraftMode.AUTO.value,
     show_default=True,
-    help="While one answer runs alone, let idle stages compute draft tokens: taken from the text so far (ngram), or "
-    "none (off). The answer is the same.",
+    metavar="MODE",
+    help="While one answer runs alone, let idle stages compute draft tokens: of the draft model (model), from the text "
+    "so far (ngram), whichever is expected to be faster (auto), or none (off). The answer is the same.",
 )
 
 
@@ -405,3 +485,16 @@ def _with(options: tuple[Callable[[Command], Command], ...], command: Command) -
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def _names(*groups: tuple[Callable[[Command], Command], ...]) -> tuple[str, ...]:
+    def holder() -> None:
+        pass
+
+    for option in (option for group in groups for option in group):
+        option(holder)  # type: ignore[arg-type]  # each option takes any command
+    return tuple(option_name(option) for option in reversed(click.command()(holder).params))
+
+
+SHARED_OPTIONS = _names(_CLUSTER, _SAMPLING, _ANSWERS, _TOOLS, _RESTARTS, _LOGGING, (system_option, draft_option))
+"""The long names of the options that several commands have."""

@@ -1,7 +1,6 @@
 """Output of an answer while it is generated: plain text, or one JSON object a line on stdout."""
 
 from collections.abc import Iterable
-from types import TracebackType
 
 import msgspec
 
@@ -10,13 +9,13 @@ from mlx_k2.chat.completion import completion_of, sampled_logprob
 from mlx_k2.cli.console import log, show_stage_use
 from mlx_k2.cli.repl.screen import PlainScreen, Screen, show_all
 from mlx_k2.cli.repl.wording import CUT
-from mlx_k2.cli.streams import write_utf8
-from mlx_k2.cli.terminal_text import json_line
+from mlx_k2.cli.streams import write_json_line
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import PrefillProgress, Queued, Restarting, Token
 from mlx_k2.coordinator.pipeline import StageUse
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.restarting import Restart
+from mlx_k2.scheduling.drafts import DraftSource
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.text.reply_parts import Content, Part, Reasoning, whole_reply
 from mlx_k2.text.tokenizer import Tokenizer
@@ -26,20 +25,19 @@ _ENDS = {FinishReason.STOP: "complete", **CUT, FinishReason.CANCELLED: "cancelle
 
 
 class TextOutput:
-    """Output as text: the answer to stdout; thinking, calls, a closing line and a table of the stages to stderr.
+    """Output as text: the answer to stdout; thinking, calls and a closing line to stderr.
 
     A context, which ends the last line.
     """
 
-    def __init__(self, *, show_thinking: bool) -> None:
+    def __init__(self, *, show_thinking: bool, verbose: bool = False) -> None:
         self.screen: Screen = PlainScreen(show_thinking=show_thinking)
+        self._verbose = verbose
 
     def __enter__(self) -> "TextOutput":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.screen.pause()
 
     def show(self, events: Iterable[Event]) -> list[AnswerSummary]:
@@ -47,8 +45,11 @@ class TextOutput:
         return show_all(self.screen.event, events)
 
     def summary(self, summary: AnswerSummary, deployment: Deployment | None, use: tuple[StageUse, ...]) -> None:
-        """End the line, then write the answer's counts and times to stderr; for own stages also their use."""
+        """End the line, then write one line of counts and times to stderr; with --verbose all, and the stages' use."""
         self.screen.pause()
+        if not self._verbose:
+            log(_short_summary(summary))
+            return
         cached = summary.cached_tokens
         first_s, prefill, decode = (
             summary.time_to_first_token_s,
@@ -65,12 +66,37 @@ class TextOutput:
             f"first token after {first_s:.2f} s" if first_s is not None else None,
             f"prefill {prefill:.1f} tok/s" if prefill is not None else None,
             f"decode {decode:.1f} tok/s" if decode is not None else None,
-            f"{summary.num_accepted} of {summary.num_drafted} draft tokens accepted" if summary.num_drafted else None,
+            _accepted_drafts(summary),
         )
         log(" · ".join(parts))
         log(" · ".join(part for part in times if part))
         if deployment is not None:
             show_stage_use(deployment, use)
+
+
+def _accepted_drafts(summary: AnswerSummary) -> str | None:
+    """Return the number of accepted draft tokens, with that of each source if there are several; None without any."""
+    if not summary.drafts:
+        return None
+    counts = [
+        f"{source.value} {sum(one.num_accepted for one in found)} of {sum(one.num_drafted for one in found)}"
+        for source in DraftSource
+        if (found := [one for one in summary.drafts if one.source is source])
+    ]
+    by_source = f" ({', '.join(counts)})" if len(counts) > 1 else ""
+    return f"{summary.num_accepted} of {summary.num_drafted} draft tokens accepted{by_source}"
+
+
+def _short_summary(summary: AnswerSummary) -> str:
+    first_s, decode = summary.time_to_first_token_s, summary.decode_tokens_per_s
+    parts = (
+        f"{summary.generated_tokens} tokens",
+        None if summary.finish_reason is FinishReason.STOP else _ENDS[summary.finish_reason],
+        None if decode is None else f"{decode:.1f} tok/s",
+        None if first_s is None else f"first token after {first_s:.2f} s",
+        f"seed {summary.seed}",
+    )
+    return " · ".join(part for part in parts if part)
 
 
 class TokenLine(msgspec.Struct, frozen=True):
@@ -109,9 +135,7 @@ class JsonOutput:
     def __enter__(self) -> "JsonOutput":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Do nothing: every line is complete already."""
 
     def show(self, events: Iterable[Event]) -> list[AnswerSummary]:
@@ -129,11 +153,11 @@ class JsonOutput:
             case Queued() | PrefillProgress() | Restarting():
                 if isinstance(event, Restarting) and event.restart != self._last_restart:
                     self._last_restart = event.restart
-                    _write_line({"restart": event.restart})
+                    write_json_line({"restart": event.restart})
                 self.screen.event(event)
             case CallEnded(call, result):
                 ended = {"outcome": result.outcome.value, "result": result.text}
-                _write_line({"call": {"name": call.name, "arguments": call.arguments, **ended}})
+                write_json_line({"call": {"name": call.name, "arguments": call.arguments, **ended}})
             case AnswerSummary():
                 self._is_over = True
 
@@ -150,7 +174,7 @@ class JsonOutput:
         line: object = TokenLine(token.token_id, token.text)
         if token.logprob is not None:
             line = msgspec.structs.replace(sampled_logprob(self._tokenizer, token), text=token.text)
-        _write_line(line)
+        write_json_line(line)
 
     def summary(self, summary: AnswerSummary, deployment: Deployment | None, use: tuple[StageUse, ...]) -> None:
         """Write the last reply with the counts and times of all, and each stage's layers, memory and computing time."""
@@ -171,8 +195,4 @@ class JsonOutput:
             for plan, loaded, stage in zip(plans, loads, use, strict=True)
         ]
         completion = msgspec.to_builtins(completion_of(whole_reply(self._parts), summary, self._num_calls))
-        _write_line({"summary": {**completion, "load_s": load_s, "stages": stages}})
-
-
-def _write_line(value: object) -> None:
-    write_utf8(json_line(value))
+        write_json_line({"summary": {**completion, "load_s": load_s, "stages": stages}})

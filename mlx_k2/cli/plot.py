@@ -5,14 +5,17 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from mlx_k2.benchmark import Measured
 
 
-def plot_results(rows: Sequence[Measured], path: Path) -> None:
-    """Write two charts side by side to one PNG file. A line joins the means of repeated runs; each run is a dot."""
+def plot_results(rows: Sequence[Measured], path: Path, title: str) -> None:
+    """Write two charts side by side to one PNG file, with ticks at the measured values.
+
+    A line joins the means of repeated runs; each run is a dot.
+    """
     figure = Figure(figsize=(10, 4), layout="constrained")  # not pyplot's, which may load a window system
+    figure.suptitle(title)
     decode, prefill = figure.subplots(1, 2)
     for length in sorted({row.workload.prompt_tokens for row in rows}):
         points = [
@@ -28,9 +31,14 @@ def plot_results(rows: Sequence[Measured], path: Path) -> None:
         _line(prefill, points, "1 stream" if streams == 1 else f"{streams} streams")
     decode.set(xlabel="streams", ylabel="decoded tokens/s, all streams")
     prefill.set(xlabel="prompt tokens", ylabel="prefill tokens/s, all streams")
-    for chart in (decode, prefill):
+    for chart, measured in (
+        (decode, {row.workload.streams for row in rows}),
+        (prefill, {row.workload.prompt_tokens for row in rows}),
+    ):
         chart.set_ylim(bottom=0)
-        chart.xaxis.set_major_locator(MaxNLocator(integer=True))
+        chart.set_xscale("log", base=2)
+        chart.set_xticks(sorted(measured), map(str, sorted(measured)))
+        chart.minorticks_off()
         chart.grid(alpha=0.3)
         chart.legend(frameon=False)
     figure.savefig(path, format="png", dpi=150)

@@ -6,7 +6,6 @@ import stat
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 
 import msgspec
 
@@ -37,9 +36,7 @@ class ResultFile:
         self._file = self._locked()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._is_new and os.fstat(self._file.fileno()).st_size == 0:
             self._path.unlink(missing_ok=True)
         self._file.close()

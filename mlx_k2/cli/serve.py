@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,20 +16,24 @@ import msgspec
 from mlx_k2.builtin import BUILTIN_FOLDER
 from mlx_k2.cli.console import ConsoleListener, log, opening_lines, restart_line
 from mlx_k2.cli.keys import key_file_option, key_path
+from mlx_k2.cli.launchd import LABEL, property_list
 from mlx_k2.cli.main import Interrupted
 from mlx_k2.cli.options import cluster_options, draft_option, log_options, tool_grammar_option, with_struct
+from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, deployment_request, open_source
-from mlx_k2.deployment.plan import StagePlan
+from mlx_k2.deployment.plan import DEFAULT_CONTEXT_TOKENS, StagePlan
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import ClusterError, MlxK2Error, SetupError
 from mlx_k2.protocol.messages import FromStage
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.server.access import Access
 from mlx_k2.server.api_keys import KeyRing, read_keys
 from mlx_k2.server.app import make_app
+from mlx_k2.server.client_settings import CLAUDE_CODE_CONTEXT_TOKENS, CLIENTS, KEY_VARIABLE, ModelAddress
 from mlx_k2.server.cluster_activity import ClusterActivity, CountedRestarts
-from mlx_k2.server.http_server import Certificate, HttpServer
+from mlx_k2.server.http_server import Certificate, HttpServer, url_for_others
 from mlx_k2.server.language_model import LanguageModel
 from mlx_k2.server.line_log import LineLog
 from mlx_k2.server.server_state import ServerOptions, ServerState
@@ -56,19 +61,23 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     keepalive: Literal["comment", "chunk", "off"]
     strict_model: bool
     mirror_reasoning: bool
-    drafts: bool
+    draft_mode: DraftMode
     tool_grammar: bool
+    print_settings: str | None
+    launchd: bool
     log_dir: str | None
     log_tokens: bool
     verbose: bool
 
     def __post_init__(self) -> None:
         """Refuse options that contradict each other."""
+        if self.port == 0 and (self.print_settings is not None or self.launchd):
+            raise click.UsageError("clients must know the port: give --port")
         if self.keyfile is not None and self.certfile is None:
             raise click.UsageError("--keyfile is the private key of a certificate: add --certfile")
 
 
-@click.command()
+@click.command(cls=ProgramCommand)
 @cluster_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 selects a free port.")
@@ -124,6 +133,14 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
 @click.option("--mirror-reasoning", is_flag=True, help="Send reasoning as `reasoning`, besides `reasoning_content`.")
 @draft_option
 @tool_grammar_option
+@click.option(
+    "--print-settings",
+    type=click.Choice(list(CLIENTS)),
+    help="Print the settings with which a client uses this server, and exit. Give the server's other options, too.",
+)
+@click.option(
+    "--launchd", is_flag=True, help="Print a property list with which macOS runs this command at login, and exit."
+)
 @log_options
 @with_struct(ServeOptions)
 def command(options: ServeOptions) -> None:
@@ -141,10 +158,21 @@ def command(options: ServeOptions) -> None:
     Clients use the base address http://127.0.0.1:8080/v1, and any key until `mlx-k2 keys add` has made one. After a
     fault all stages start again, for ever, and running answers go on where they were.
     """  # noqa: D301  # click reads the escape
-    request = deployment_request(options.cluster, options.max_sequences)
+    if options.launchd:
+        command = [str(Path(sys.argv[0]).absolute()), *(one for one in sys.argv[1:] if one != "--launchd")]
+        log(f"save this as ~/Library/LaunchAgents/{LABEL}.plist; launchctl bootstrap gui/$UID FILE starts it")
+        path_variable = os.environ.get("PATH", os.defpath)
+        sys.stdout.write(property_list(command, Path.cwd(), Path.home(), path_variable, options.drain_s))
+        return
+    request = deployment_request(options.cluster, options.max_sequences, options.draft_mode)
     for line in request.hostfile.warnings:
         log(line)
     request, model = open_source(request)
+    if options.print_settings is not None:
+        settings = CLIENTS[options.print_settings]
+        log(f"{settings.destination}; {KEY_VARIABLE} is a key of the server, or any text if it has none")
+        sys.stdout.write(settings.text(_model_address(options, request.source, model)))
+        return
     state = ServerState(_server_options(options), _name_for_clients(request.source), ClusterActivity())
     certificate = None if options.certfile is None else Certificate(options.certfile, options.keyfile)
     address = (options.host, options.port)
@@ -181,6 +209,14 @@ class _ServeListener(ConsoleListener):
         super().progress(rank, message)
 
 
+def _model_address(options: ServeOptions, source: ModelSource, model: ModelDescription | None) -> ModelAddress:
+    """Return what a server with these options serves, without starting one."""
+    longest = DEFAULT_CONTEXT_TOKENS if model is None else model.config.max_position_embeddings
+    context_tokens = options.cluster.context_tokens or min(DEFAULT_CONTEXT_TOKENS, longest)
+    url = url_for_others(options.host, options.port, is_https=options.certfile is not None)
+    return ModelAddress(url, _name_for_clients(source), context_tokens)
+
+
 def _server_options(options: ServeOptions) -> ServerOptions:
     return ServerOptions(
         keepalive=options.keepalive,
@@ -199,9 +235,10 @@ def _access(options: ServeOptions, write: Callable[[str], None]) -> Access:
     path = key_path(options.key_file)
     keys = KeyRing(path, is_required=not is_loopback, log=write)
     if not is_loopback and not read_keys(path):
+        file = "" if options.key_file is None else f" --key-file {shlex.quote(options.key_file)}"
         raise SetupError(
             f"--host {options.host} is reached from other machines, and there is no key: "
-            "make one with `mlx-k2 keys add NAME`"
+            f"make one with `mlx-k2 keys add{file} NAME`"
         )
     if not is_loopback and options.certfile is None:
         write("keys, prompts and answers pass the network unencrypted: --certfile and --keyfile change that")
@@ -253,7 +290,7 @@ def _serve(
         language_model = LanguageModel(frontend, state.model_name, tool_grammar=options.tool_grammar)
         with engine_on(
             deployment,
-            drafts=options.drafts,
+            draft_mode=options.draft_mode,
             on_report=on_report,
             restarts=CountedRestarts(state.activity, restarting),
             on_restart=on_restart,
@@ -263,6 +300,8 @@ def _serve(
             state.serve(engine, language_model)
             for line in opening_lines(options.cluster, frontend):
                 write(line)
+            if frontend.context_tokens < CLAUDE_CODE_CONTEXT_TOKENS:
+                write(f"Claude Code needs: export CLAUDE_CODE_AUTO_COMPACT_WINDOW={frontend.context_tokens}")
             write(
                 f"serving {state.model_name} at {server.url}/v1: {engine.num_slots} requests at once, "
                 f"{frontend.context_tokens} tokens each"

@@ -8,8 +8,8 @@ import msgspec
 
 from mlx_k2.chat.completion import completion_of, sampled_logprob
 from mlx_k2.cli.console import log
-from mlx_k2.cli.streams import write_utf8
-from mlx_k2.cli.terminal_text import json_line, printable
+from mlx_k2.cli.streams import write_json_line
+from mlx_k2.cli.terminal_text import printable
 from mlx_k2.coordinator.batch_results import BatchResult, answer_all
 from mlx_k2.coordinator.engine import Engine
 from mlx_k2.coordinator.jobs import Submission
@@ -27,7 +27,7 @@ def show_answers(engine: Engine, tokenizer: Tokenizer, submissions: Sequence[Sub
     for result in _in_order(engine, submissions):
         num_failed += result.error is not None
         if as_json:
-            write_utf8(json_line({"answer": {"index": result.key, **answer_fields(tokenizer, result)}}))
+            write_json_line({"answer": {"index": result.key, **answer_fields(tokenizer, result)}})
             continue
         what = f"answer {result.key + 1} of {len(submissions)}"
         if result.summary is None:

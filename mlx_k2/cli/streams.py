@@ -4,7 +4,20 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+from mlx_k2.cli.terminal_text import json_line
+
+
+class _Messages(io.FileIO):
+    """Standard error: a message that cannot be written, to a full disk or a closed pipe, is lost and ends nothing."""
+
+    def write(self, data: Any, /) -> int:
+        """Write bytes and return how many were written or lost."""
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
 
 
 def prepare_streams() -> str | None:
@@ -20,6 +33,9 @@ def prepare_streams() -> str | None:
             os.open(os.devnull, os.O_RDWR)
     if sys.stderr is None:
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - it is open until the process ends
+    elif isinstance(sys.stderr, io.TextIOWrapper):
+        messages = io.BufferedWriter(_Messages(sys.stderr.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(messages, sys.stderr.encoding, line_buffering=True)
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
@@ -29,6 +45,11 @@ def prepare_streams() -> str | None:
 def is_terminal(stream: TextIO | None) -> bool:
     """Return whether a standard stream, which is None if it was closed, is a terminal."""
     return stream is not None and stream.isatty()
+
+
+def write_json_line(value: object) -> None:
+    """Write ``value`` to standard output as a line of JSON that is safe on a terminal."""
+    write_utf8(json_line(value))
 
 
 def write_utf8(text: str) -> None:

@@ -23,8 +23,8 @@ from mlx_k2.json_text.read import read_json
 from mlx_k2.scheduling.request import FinishReason, Priority, Request, check_request
 from mlx_k2.scheduling.token_policy import AnyToken, TokenPolicy
 from mlx_k2.text.reply_parts import Part
-from mlx_k2.weights.checkpoint import CONFIG_NAME, ModelDescription
-from mlx_k2.weights.index import CheckpointIndex
+from mlx_k2.weights.checkpoint import ModelDescription
+from mlx_k2.weights.index import CONFIG_NAME, CheckpointIndex
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 RESTART_S = 600.0
@@ -61,7 +61,7 @@ class _Chunk(msgspec.Struct, frozen=True):
 
 @dataclass
 class _Run:
-    """One request: its connection, and what it has so far."""
+    """One request: its connection, and its tokens so far."""
 
     request: Request
     policy: TokenPolicy
@@ -105,7 +105,7 @@ class RemoteEngine:
         """Run a request and return its handle. Any thread may call this.
 
         Raises:
-            RequestError: the request can never run, or needs what a server does not do.
+            RequestError: the request can never run, or needs a feature that a server does not have.
         """
         check_request(request, self.frontend.model.config.vocab_size, self.frontend.context_tokens)
         policy = policy or AnyToken()
@@ -134,7 +134,7 @@ class RemoteEngine:
             handle.end(run.finished(reason, run.policy.finish().parts))
         except MlxK2Error as error:
             handle.end(error)
-        except Exception as error:  # noqa: BLE001 - the reader must not wait for ever
+        except Exception as error:  # noqa: BLE001 - the reader must not wait without end
             handle.end(RequestFailed(f"request ended by an error: {type(error).__name__}"))
         finally:
             run.connection.close()
@@ -159,7 +159,7 @@ class RemoteEngine:
                     return reason
                 if reason is None and run.policy.forced():
                     return None
-        return reason or FinishReason.STOP  # without a reason, somebody has cancelled it on the server
+        return reason or FinishReason.STOP  # without a reason: it was cancelled on the server
 
     def _send(self, run: _Run) -> http.client.HTTPResponse:
         """Send the request for the rest of the answer.
@@ -197,7 +197,7 @@ def _body(run: _Run) -> dict[str, Any]:
 
 
 def _put_forced(run: _Run, handle: Handle) -> FinishReason | None:
-    """Put the tokens that the policy forces; return why the answer ends, None if it goes on."""
+    """Put the tokens that the policy forces; return why the answer ends, None if it continues."""
     reason = None
     while reason is None and (forced := run.policy.forced()):
         for token_id in forced:
@@ -206,7 +206,7 @@ def _put_forced(run: _Run, handle: Handle) -> FinishReason | None:
 
 
 def _put_token(run: _Run, handle: Handle, token_id: int, *, is_forced: bool) -> FinishReason | None:
-    """Put one token; return why the answer ends, None if it goes on."""
+    """Put one token; return why the answer ends, None if it continues."""
     now = time.perf_counter()
     run.timer.add(now, is_forced=is_forced)
     run.token_ids.append(token_id)

@@ -15,7 +15,7 @@ from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import read_json
 
 TIMEOUT_S = 600.0
-"""The longest silence of a server. It sends a keep-alive every 10 s, unless its user has switched that off."""
+"""The longest silence of a server. It sends a keep-alive every 10 s, unless its user has turned that off."""
 MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_EVENT_BYTES = 1024 * 1024
 _DEFAULT_WAIT_S = 10.0
@@ -52,12 +52,15 @@ class ServerAddress:
         """Return a connection that is opened by its first request.
 
         Raises:
-            SetupError: the URL is not one of a server.
+            SetupError: the URL is not one of a server, or the key cannot be sent.
         """
+        if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
+            raise SetupError("MLX_K2_API_KEY has a line end or a letter that no key has")
         try:
             parts = urllib.parse.urlsplit(self.url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise ValueError("no address")
+            parts.hostname.encode("idna")  # as the look-up of the name does
             kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
             return kind(parts.hostname, parts.port, timeout=TIMEOUT_S)
         except ValueError:
@@ -66,7 +69,7 @@ class ServerAddress:
     def send(
         self, connection: http.client.HTTPConnection, method: str, path: str, body: object = None
     ) -> http.client.HTTPResponse:
-        """Send a request and return its answer, of which the body is not read yet.
+        """Send a request and return its answer, whose body is not read yet.
 
         Raises:
             SetupError: there is no server, or it refuses the request.
@@ -103,7 +106,9 @@ class ServerAddress:
         except JsonError:
             failure = ErrorFields(f"status {response.status}")
         if response.status == 401:
-            return SetupError(f"{self.url} needs a key: set MLX_K2_API_KEY to one of `mlx-k2 keys add`")
+            return SetupError(
+                f"{self.url} needs a key: set MLX_K2_API_KEY to one that `mlx-k2 keys add NAME` printed there"
+            )
         text = f"{self.url}: {failure.message}"
         if response.status == 429:
             wait = response.headers.get("retry-after", "")

@@ -43,7 +43,7 @@ class Command(msgspec.Struct, frozen=True):
     pid: int
     name: str
     began_unix_s: Annotated[float, msgspec.Meta(ge=0, le=1e11)]
-    """In seconds since 1970, within what a calendar can show."""
+    """In seconds since 1970, within the range of datetime."""
     address: str | None = None
     """The URL of a server; None for other commands."""
 

@@ -115,7 +115,7 @@ def _host(entry: object, where: str) -> Host:
     except JsonError as error:
         raise HostfileError(f"{where}: {error}") from None
     if not host.ssh or host.ssh.startswith("-") or not host.ssh.isprintable() or " " in host.ssh:
-        raise HostfileError(f"{where}: {host.ssh!r} is not a host name that ssh takes")
+        raise HostfileError(f"{where}: {host.ssh!r} is not a host name that ssh accepts")
     for ip in host.ips:
         _check_address(ip, where)
     for key, path in (("python", host.python), ("model", host.model)):
@@ -156,7 +156,7 @@ def _envs(envs: object, source: str) -> tuple[str, ...]:
 
 def _unknown_keys(fields: Mapping[str, Any], known: Sequence[str], where: str) -> list[str]:
     unknown = sorted(fields.keys() - set(known))
-    return [f"{where}: ignored what mlx-k2 does not know: {', '.join(unknown)}"] if unknown else []
+    return [f"{where}: ignored unknown keys: {', '.join(unknown)}"] if unknown else []
 
 
 def _check_links(hosts: Sequence[Host], backend: Backend, source: str) -> None:
@@ -186,13 +186,13 @@ def _check_ring(hosts: Sequence[Host], source: str) -> None:
         if len(host.ips) != len(hosts[0].ips):
             raise HostfileError(
                 f"{source}: host {rank} ({host.ssh}) has {len(host.ips)} ips and host 0 ({hosts[0].ssh}) has "
-                f"{len(hosts[0].ips)}: a ring takes the same number for each, one for each cable"
+                f"{len(hosts[0].ips)}: a ring needs the same number for each, one for each cable"
             )
 
 
 def _check_rdma(hosts: Sequence[Host], backend: Backend, source: str) -> None:
     if not hosts[0].ips:
-        raise HostfileError(f"{source}: host 0 ({hosts[0].ssh}) has no ips: backend {backend.value} meets at its first")
+        raise HostfileError(f"{source}: host 0 ({hosts[0].ssh}) has no ips: backend {backend.value} needs one")
     size = len(hosts)
     for rank, host in enumerate(hosts):
         where = f"{source}: host {rank} ({host.ssh})"

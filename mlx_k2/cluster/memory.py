@@ -7,9 +7,9 @@ GB = 10**9
 CPU_BLOCK_BYTES = 128 * 2**20
 """Limit of a block of attention on a CPU. Two are in memory at a time, and a head may need more."""
 LARGEST_BLOCK_BYTES = 4 * 2**30
-"""Limit of a block of attention on a GPU: larger blocks launch no fewer operations that matter."""
+"""Limit of a block of attention on a GPU: larger blocks do not noticeably reduce the number of launches."""
 GPU_MIN_HEADS = 8
-"""Heads that one launch computes at least. One head has 64 threadgroups for a chunk, for the 80 cores of an Ultra."""
+"""Minimum number of heads per launch. One head has 64 threadgroups for a chunk, for the 80 cores of an Ultra."""
 BLOCKS_AT_A_TIME = 2
 _FEWEST_QUERIES = 256
 _LAYERS_IN_FLIGHT = 3
@@ -41,7 +41,7 @@ def layer_cache_bytes(config: ModelConfig, num_slots: int, context_tokens: int, 
 
 
 def attention_block_bytes(config: ModelConfig, context_tokens: int, compute_bytes: int, *, on_gpu: bool) -> int:
-    """Return the least limit of a block of attention: on a GPU what 8 heads need at the end of the context."""
+    """Return the smallest limit of a block of attention: on a GPU the bytes of 8 heads at the end of the context."""
     if not on_gpu:
         return CPU_BLOCK_BYTES
     scores = _FEWEST_QUERIES * 2  # values for a key and head: an operation's input and its output
@@ -51,7 +51,7 @@ def attention_block_bytes(config: ModelConfig, context_tokens: int, compute_byte
 
 
 def added_block_bytes(block_bytes: int, spare_bytes: int) -> int:
-    """Return the bytes by which a block grows on a host with spare memory, of which half stays free."""
+    """Return the bytes by which a block grows on a host with spare memory. Half of that memory stays free."""
     return max(0, min(LARGEST_BLOCK_BYTES - block_bytes, spare_bytes // 2 // BLOCKS_AT_A_TIME))
 
 

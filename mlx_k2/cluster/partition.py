@@ -86,7 +86,7 @@ def divide_layers(model: ModelCosts, hosts: Sequence[HostCapacity]) -> tuple[Sta
     return _assignments(model, cuts)
 
 
-def divide_as_asked(
+def divide_as_requested(
     model: ModelCosts, hosts: Sequence[HostCapacity], layer_counts: Sequence[int]
 ) -> tuple[StageAssignment, ...]:
     """Return the split with the given number of layers for each stage.
@@ -96,19 +96,19 @@ def divide_as_asked(
     """
     num_layers = len(model.layers)
     _check_num_hosts(num_layers, len(hosts))
-    asked = ",".join(map(str, layer_counts))
+    requested = ",".join(map(str, layer_counts))
     if len(layer_counts) != len(hosts):
-        raise PartitionError(f"--split {asked} names {len(layer_counts)} stages, and there are {len(hosts)} hosts")
+        raise PartitionError(f"--split {requested} names {len(layer_counts)} stages, and there are {len(hosts)} hosts")
     if sum(layer_counts) != num_layers or min(layer_counts) < 1:
         raise PartitionError(
-            f"--split {asked} gives out {sum(layer_counts)} layers: it must give out {num_layers}, at least 1 a stage"
+            f"--split {requested} assigns {sum(layer_counts)} layers: it must assign {num_layers}, at least 1 per stage"
         )
     assignments = _assignments(model, (0, *itertools.accumulate(layer_counts)))
     for stage, (assignment, host) in enumerate(zip(assignments, hosts, strict=True)):
         if host.memory_bytes is not None and assignment.held_bytes > host.memory_bytes:
             raise PartitionError(
-                f"--split {asked} does not fit: stage {stage} needs {_gb(assignment.held_bytes)} and {host.name} can "
-                f"hold {_gb(host.memory_bytes)}: give it fewer layers"
+                f"--split {requested} does not fit: stage {stage} needs {_gb(assignment.held_bytes)} and "
+                f"{host.name} can hold {_gb(host.memory_bytes)}: give it fewer layers"
             )
     return assignments
 
@@ -129,7 +129,7 @@ def _check_num_hosts(num_layers: int, num_hosts: int) -> None:
     assert num_hosts >= 1
     if num_hosts > num_layers:
         raise PartitionError(
-            f"there are {num_hosts} hosts and the model has {num_layers} layers: name at most {num_layers} hosts"
+            f"there are {num_hosts} hosts and the model has {num_layers} layers: use at most {num_layers} hosts"
         )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mlx_k2.scheduling.drafts import DraftCount, merge_counts
 from mlx_k2.scheduling.request import FinishReason, Request
 
 
@@ -19,8 +20,18 @@ class AnswerSummary:
     time_to_first_token_s: float | None
     prefill_tokens_per_s: float | None
     decode_tokens_per_s: float | None
-    num_drafted: int
-    num_accepted: int
+    drafts: tuple[DraftCount, ...] = ()
+    """Draft tokens by source and position."""
+
+    @property
+    def num_drafted(self) -> int:
+        """Number of draft tokens that were computed."""
+        return sum(count.num_drafted for count in self.drafts)
+
+    @property
+    def num_accepted(self) -> int:
+        """Number of draft tokens that are part of the answer."""
+        return sum(count.num_accepted for count in self.drafts)
 
 
 class AnswerTimer:
@@ -46,7 +57,7 @@ class AnswerTimer:
             self._num_sampled += 1
 
     def summary(
-        self, request: Request, reason: FinishReason, num_cached: int, num_drafted: int = 0, num_accepted: int = 0
+        self, request: Request, reason: FinishReason, num_cached: int, drafts: tuple[DraftCount, ...] = ()
     ) -> AnswerSummary:
         """Return the summary of the answer so far, as it ended with ``reason``."""
         num_prompt = len(request.prompt_ids)
@@ -61,8 +72,7 @@ class AnswerTimer:
             time_to_first_token_s=first_s,
             prefill_tokens_per_s=(num_prompt - num_cached) / first_s if first_s else None,
             decode_tokens_per_s=(self._num_sampled - 1) / decode_s if decode_s > 0 else None,
-            num_drafted=num_drafted,
-            num_accepted=num_accepted,
+            drafts=drafts,
         )
 
 
@@ -87,6 +97,5 @@ def total(summaries: Sequence[AnswerSummary]) -> AnswerSummary:
         time_to_first_token_s=summaries[0].time_to_first_token_s,
         prefill_tokens_per_s=(prompt_tokens - cached_tokens) / prefill_s if prefill_s else None,
         decode_tokens_per_s=num_decoded / decode_s if decode_s else None,
-        num_drafted=sum(one.num_drafted for one in summaries),
-        num_accepted=sum(one.num_accepted for one in summaries),
+        drafts=merge_counts(count for one in summaries for count in one.drafts),
     )

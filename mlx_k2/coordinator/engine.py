@@ -20,6 +20,7 @@ from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.restarting import OnRestart
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import Cancelled, ClusterError, EngineBusy, MlxK2Error
+from mlx_k2.scheduling.drafter import DraftMode, effective_mode
 from mlx_k2.scheduling.request import FinishReason, Request, check_request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
@@ -216,7 +217,7 @@ class Engine:
 def engine_on(
     deployment: Deployment,
     *,
-    drafts: bool,
+    draft_mode: DraftMode,
     prompts_first: bool = False,
     step_timeout: StepTimeout | None = None,
     on_report: Callable[[StageReport], None] | None = None,
@@ -225,7 +226,7 @@ def engine_on(
     on_failure: Callable[[MlxK2Error], None] | None = None,
     max_queued: int = MAX_QUEUED,
 ) -> Engine:
-    """Return an engine for ready stages. ``drafts`` lets a lone sequence's idle stages run draft tokens.
+    """Return an engine for ready stages. ``draft_mode``: the draft tokens that a lone sequence's idle stages run.
 
     ``prompts_first`` runs all prefill before decode: more tokens per second in total. ``on_report`` is called on the
     engine thread for each step that a stage has finished.
@@ -235,7 +236,9 @@ def engine_on(
         shape.num_slots, shape.context_tokens, shape.chunk_tokens, deployment.group.size, prompts_first
     )
     policy = AdaptiveStepPolicy(deployment.costs)
-    scheduler = Scheduler(limits, policy, drafts=drafts)
+    is_lone = deployment.group.size == 1
+    mode = DraftMode.OFF if is_lone else effective_mode(draft_mode, has_head=deployment.draft_head is not None)
+    scheduler = Scheduler(limits, policy, draft_mode=mode)
     vocab_size = deployment.model.config.vocab_size
     pipeline = Pipeline(deployment.group, scheduler, policy, vocab_size, step_timeout, on_report)
     return Engine(

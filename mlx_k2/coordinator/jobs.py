@@ -41,7 +41,7 @@ class Job:
         """Return the end of the request for ``reason``."""
         sequence = self.sequence or Sequence(self.submission.request, context_tokens=0)
         parts = sequence.finish().parts if reason is FinishReason.TIMEOUT else ()
-        counts = (sequence.num_cached or 0, sequence.num_drafted, sequence.num_accepted)
+        counts = (sequence.num_cached or 0, sequence.drafts.counts)
         return Finished(self.timer.summary(self.submission.request, reason, *counts), parts)
 
 

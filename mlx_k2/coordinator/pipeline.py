@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from mlx_k2.coordinator.report_check import find_problem
+from mlx_k2.coordinator.report_check import find_draft_problem, find_problem
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import ProtocolError, StageSilent
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor
 from mlx_k2.launch.stage_events import Woken
-from mlx_k2.protocol.messages import Step, StepDone
+from mlx_k2.protocol.messages import Drafted, Step, StepDone
 from mlx_k2.scheduling.cost_model import StepLoad
 from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.scheduling.scheduler import Scheduler, TokensAppended
@@ -39,7 +39,10 @@ _STEP_TIMEOUT = StepTimeout()
 
 @dataclass
 class StageUse:
-    """Totals of one stage so far: steps, tokens, seconds computing, receiving and sending, and peak memory."""
+    """Totals of one stage so far: steps, tokens, seconds computing, receiving and sending, and peak memory.
+
+    ``draft_runs`` and ``draft_s``: how often the draft head made drafts, and its seconds.
+    """
 
     steps_done: int = 0
     num_tokens: int = 0
@@ -47,6 +50,8 @@ class StageUse:
     receive_s: float = 0.0
     send_s: float = 0.0
     peak_bytes: int = 0
+    draft_runs: int = 0
+    draft_s: float = 0.0
 
 
 @dataclass
@@ -84,6 +89,7 @@ class Pipeline:
         self._step_timeout = step_timeout or _STEP_TIMEOUT
         self._on_report = on_report
         self._sent: dict[int, _Sent] = {}
+        self._before_drafts: Microbatch | None = None
         self._unobserved: list[tuple[int, StepLoad, float]] = []
         self.use = tuple(StageUse() for _ in range(group.size))
         self.continue_on(group)
@@ -122,13 +128,26 @@ class Pipeline:
             return None
         rank, message = received.rank, received.message
         is_last = rank == self.group.size - 1
-        problem = find_problem(message, self.step_of(rank), is_last=is_last, vocab_size=self.vocab_size)
-        if problem is not None or not isinstance(message, StepDone):
+        asked = self._before_drafts if is_last else None
+        if asked is not None:
+            problem = find_draft_problem(message, asked, vocab_size=self.vocab_size)
+        else:
+            problem = find_problem(message, self.step_of(rank), is_last=is_last, vocab_size=self.vocab_size)
+        if problem is not None:
             raise ProtocolError(f"stage {rank} on {self.group.host(rank)} {problem}", rank)
+        if asked is not None and isinstance(message, Drafted):
+            self._receive_drafts(rank, asked, message)
+            return None
+        assert isinstance(message, StepDone), "any other message is a problem"
         microbatch = self._record(rank, message)
         if not is_last:
             return None
-        return StepResult(microbatch, self._scheduler.complete(message.number, message.tokens))
+        if microbatch.rows[0].row.draft is not None and not message.is_skipped:
+            self._before_drafts = microbatch
+        completed = self._scheduler.complete(
+            message.number, message.tokens, is_skipped=message.is_skipped, now=self._received_at
+        )
+        return StepResult(microbatch, completed)
 
     def observe_steps(self) -> None:
         """Pass the finished steps to the step policy. Tokens do not wait for it."""
@@ -140,6 +159,7 @@ class Pipeline:
         """Forget all plans in flight, after a fault; return them."""
         dropped = [sent.microbatch for sent in self._sent.values()]
         self._sent.clear()
+        self._before_drafts = None
         return dropped
 
     def step_of(self, rank: int) -> Microbatch | None:
@@ -156,6 +176,15 @@ class Pipeline:
         for rank in range(self.group.size):
             self.group.send(rank, step if rank == self.group.size - 1 else plain)
 
+    def _receive_drafts(self, rank: int, microbatch: Microbatch, drafted: Drafted) -> None:
+        """Pass the draft head's tokens to the scheduler, and its time to the step policy."""
+        self._received_at = time.monotonic()
+        self._before_drafts = None
+        self.use[rank].draft_runs += 1
+        self.use[rank].draft_s += drafted.busy_s
+        self._policy.observe_draft(drafted.busy_s)
+        self._scheduler.propose(microbatch, drafted.token_ids)
+
     def _record(self, rank: int, done: StepDone) -> Microbatch:
         """Add a finished step to the totals of its stage; return the step."""
         self._received_at = time.monotonic()
@@ -170,7 +199,7 @@ class Pipeline:
         use.receive_s += done.receive_s
         use.send_s += done.send_s
         use.peak_bytes = done.peak_bytes
-        if done.busy_s > 0:
+        if done.busy_s > 0 and not done.is_skipped:
             self._unobserved.append((rank, sent.microbatch.load, done.busy_s))
         if self._on_report is not None:
             self._on_report(StageReport(rank, sent.microbatch, done, self._received_at))

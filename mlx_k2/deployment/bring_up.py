@@ -12,6 +12,7 @@ from mlx_k2.cluster.hostfile import Backend, Hostfile
 from mlx_k2.errors import ProtocolError, StageSilent, StageStartError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor
+from mlx_k2.launch.ssh import install_versions
 from mlx_k2.launch.stage_events import Woken
 from mlx_k2.protocol.messages import (
     Connect,
@@ -26,7 +27,7 @@ from mlx_k2.protocol.messages import (
     RingLinks,
     ToStage,
 )
-from mlx_k2.weights.model_source import ModelSource
+from mlx_k2.weights.model_source import DraftHead, ModelSource
 
 HANDSHAKE_S = 60.0
 PREPARE_S = 60.0
@@ -54,35 +55,48 @@ def handshake(group: StageGroup, versions: Sequence[str]) -> tuple[Hello, ...]:
     hellos = collect(group, Hello, range(group.size), HANDSHAKE_S, "start")
     for rank, hello in enumerate(hellos):
         found = (hello.mlx_k2_version, hello.mlx_version, hello.mlx_lm_version)
-        for package, here, there in zip(PACKAGES, versions, found, strict=True):
-            if here != there:
-                how = (
-                    "from one wheel (make dist)"
-                    if package == "mlx-k2"
-                    else f"for instance pip install {package}=={here}"
-                )
-                raise StageStartError(
-                    f"stage {rank} on {group.host(rank)} has {package} {there}, this machine has {here}: "
-                    f"install the same on both, {how}"
-                )
+        wrong = [each for each in zip(PACKAGES, versions, found, strict=True) if each[1] != each[2]]
+        if wrong:
+            location = group.location(rank)
+            install = install_versions(location.ssh, location.python, {each[0]: each[1] for each in wrong})
+            package, here, there = wrong[0]
+            raise StageStartError(
+                f"stage {rank} on {location.host} has {package} {there}, this machine has {here}: "
+                f"install the same on both: {install}"
+            )
     return hellos
 
 
-def prepare(group: StageGroup, hostfile: Hostfile, sources: Sequence[ModelSource]) -> tuple[Prepared, ...]:
+def prepare(
+    group: StageGroup,
+    hostfile: Hostfile,
+    sources: Sequence[ModelSource],
+    draft_heads: Sequence[DraftHead | None] | None = None,
+) -> tuple[Prepared, ...]:
     """Make every stage reserve its ports and read its model's config and index; return the answers.
 
-    ``sources`` has each host's own model source.
+    ``sources`` has each host's own model source. ``draft_heads`` has the draft head of each stage that reads some of
+    its tensors, None for the others.
 
     Raises:
-        StageStartError: two hosts have different models.
+        StageStartError: two hosts have different models, or different draft heads.
         ProtocolError: a stage reports other addresses than those of its host.
     """
     needs_ports = hostfile.backend is Backend.RING and group.size > 1
     messages = [
-        Prepare(rank, group.size, source, host.ips if needs_ports else ())
-        for rank, (host, source) in enumerate(zip(hostfile.hosts, sources, strict=True))
+        Prepare(rank, group.size, source, host.ips if needs_ports else (), head)
+        for rank, (host, source, head) in enumerate(
+            zip(hostfile.hosts, sources, draft_heads or [None] * group.size, strict=True)
+        )
     ]
     prepared = ask(group, messages, Prepared, PREPARE_S, "prepare")
+    heads = {answer.draft_digest: rank for rank, answer in enumerate(prepared) if answer.draft_digest is not None}
+    if len(heads) > 1:
+        one, other, *_ = heads.values()
+        raise StageStartError(
+            f"the draft head on {group.host(one)} (stage {one}) is not the one on {group.host(other)} (stage {other}): "
+            "copy the same files to both"
+        )
     for rank, answer in enumerate(prepared):
         if answer.model_digest != prepared[0].model_digest:
             raise StageStartError(
@@ -91,7 +105,9 @@ def prepare(group: StageGroup, hostfile: Hostfile, sources: Sequence[ModelSource
             )
         if [_ip(address) for address in answer.addresses] != [_ip(address) for address in messages[rank].listen]:
             listed = ", ".join(answer.addresses) or "nowhere"
-            raise ProtocolError(f"stage {rank} on {group.host(rank)} listens on {listed}, against the hostfile", rank)
+            raise ProtocolError(
+                f"stage {rank} on {group.host(rank)} listens on {listed}, which is not in the hostfile", rank
+            )
     return prepared
 
 
@@ -123,7 +139,7 @@ def connect(group: StageGroup, links: RingLinks | JacclLinks | None) -> None:
 def check_connections(group: StageGroup, answers: Sequence[Connected]) -> None:
     """Check that each TCP connection of a stage is one of another stage, seen from its other end.
 
-    A process between two stages that forwards their data has a port of its own on each of the two connections.
+    A process between two stages that forwards their data has a different port on each of the two connections.
 
     Raises:
         StageStartError: one is not; names the stage and the other end.
@@ -133,8 +149,8 @@ def check_connections(group: StageGroup, answers: Sequence[Connected]) -> None:
         for local, remote in answer.connections:
             if (remote, local) not in ends:
                 raise StageStartError(
-                    f"stage {rank} on {group.host(rank)} is connected to a stranger: the other end of {local} is "
-                    f"{remote}, at no stage; a process on a host, or a translation of addresses, is between two stages"
+                    f"stage {rank} on {group.host(rank)} is connected to a process that is no stage: the other end of "
+                    f"{local} is {remote}; a process on a host, or address translation, is between two stages"
                 )
 
 
@@ -174,7 +190,7 @@ def collect(
         received = monitor.receive(deadline)
         if received is None:
             missing = ", ".join(monitor.describe(rank) for rank in ranks if rank not in answers)
-            raise StageSilent(f"no message for {silence_s:.0f} s from {missing}, which was to {phase}")
+            raise StageSilent(f"no message for {silence_s:.0f} s from {missing}, which had to {phase}")
         if isinstance(received, Woken):
             continue
         deadline = time.monotonic() + silence_s
@@ -184,7 +200,7 @@ def collect(
         elif on_progress is not None and isinstance(message, LayerLoaded | DownloadProgress):
             on_progress(rank, message)
         else:
-            sent = f"sent a {type(message).__name__}, which is not due: it was to {phase}"
+            sent = f"sent an unexpected {type(message).__name__}: it had to {phase}"
             raise ProtocolError(f"stage {rank} on {group.host(rank)} {sent}", rank)
     return tuple(answers[rank] for rank in ranks)
 

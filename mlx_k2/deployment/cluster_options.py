@@ -1,5 +1,6 @@
 """The options of a cluster as a user sets them, and the request for a deployment with them. Contacts no host."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +12,10 @@ from mlx_k2.cluster.hostfile import Host, Hostfile, local_hostfile, read_hostfil
 from mlx_k2.errors import DownloadError, HostfileError, RequestError
 from mlx_k2.launch.group import STALL_TIMEOUT_S
 from mlx_k2.launch.stage_location import StageLocation
+from mlx_k2.scheduling.drafter import DraftMode, effective_mode
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
-from mlx_k2.weights.model_files import read_model_files
-from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo, model_folder
+from mlx_k2.weights.model_files import read_draft, read_model_files
+from mlx_k2.weights.model_source import BUILTIN, BUILTIN_HEAD, DraftHead, ModelSource, is_repo, model_folder
 
 LEASE_S = 20.0
 LEASE_RANGE_S = (2, 3600)
@@ -21,6 +23,9 @@ STALL_TIMEOUT_RANGE_S = (1, 3600)
 MAX_STAGES = 64
 DTYPES = ("bfloat16", "float32")
 DENSE_BITS = (8, 4)
+UNQUANTIZED_BITS = 16
+DRAFT_BITS = (8, 4, UNQUANTIZED_BITS)
+"""Bits per weight of a draft head, the default first."""
 
 
 class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +49,10 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
     context_tokens: Annotated[int, msgspec.Meta(ge=2)] | None = None
     dtype: str | None = None
     dense_bits: int | None = None
+    draft_model: str | None = None
+    draft_aux: tuple[int, ...] | None = None
+    draft_bits: int = DRAFT_BITS[0]
+    draft_vocab: Annotated[int, msgspec.Meta(ge=1)] | None = None
     lease_s: float = LEASE_S
     stall_timeout_s: float = STALL_TIMEOUT_S
     check_weights: bool = False
@@ -54,6 +63,13 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
         _check_seconds("stall-timeout", self.stall_timeout_s, STALL_TIMEOUT_RANGE_S)
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("dense-bits", self.dense_bits, DENSE_BITS)
+        _check_choice("draft-bits", self.draft_bits, DRAFT_BITS)
+        if (
+            self.draft_model is None
+            and self.model is not None
+            and (self.draft_aux is not None or self.draft_vocab is not None)
+        ):
+            raise RequestError("--draft-aux and --draft-vocab are for a draft model: give --draft-model")
         if self.hostfile is not None and self.num_stages is not None:
             raise HostfileError(
                 "a number of stages is for runs on this machine alone: give it, or a hostfile, not both"
@@ -66,18 +82,21 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def source(self) -> ModelSource:
         """The model's source. The path of a local folder is absolute, since a stage starts in another folder."""
-        source = self._named_source
-        folder = model_folder(source)
-        if self.model is None or not folder.is_dir():
-            return source
-        path = str(folder.resolve())
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            raise RequestError(
-                f"model: the path {path} is not UTF-8: rename the folder, or give a link to it"
-            ) from None
-        return ModelSource(path_or_repo=path)
+        return self._named_source if self.model is None else _absolute(self._named_source)
+
+    @property
+    def draft_head(self) -> DraftHead | None:
+        """The draft head to load beside the model, if one was named or the model is the built-in one."""
+        if self.draft_model is None and self.model is not None:
+            return None
+        named = None if self.draft_model is None else _absolute(ModelSource(path_or_repo=self.draft_model))
+        bits = None if self.draft_bits == UNQUANTIZED_BITS else self.draft_bits
+        return DraftHead(
+            source=named or ModelSource(path_or_repo=BUILTIN_HEAD),
+            aux_layers=self.draft_aux,
+            bits=bits,
+            vocab_size=self.draft_vocab,
+        )
 
     @property
     def _named_source(self) -> ModelSource:
@@ -103,6 +122,8 @@ class DeploymentRequest:
     source: ModelSource
     num_slots: int = 1
     """Maximum number of sequences that run at once. It is reduced if their caches do not fit."""
+    draft_head: DraftHead | None = None
+    """The draft head to load beside the model."""
     address: str | None = None
     """The URL at which clients reach the model, for the users of other commands; None if there is no server."""
 
@@ -110,14 +131,36 @@ class DeploymentRequest:
         """Return the request with ``changes`` of its options."""
         return replace(self, options=msgspec.structs.replace(self.options, **changes))
 
+    def command_line(self, command: str) -> str:
+        """Return the line for a shell that runs another command of mlx-k2 with the same hosts, model and layers."""
+        options = self.options
+        given = {
+            "--hostfile": options.hostfile,
+            "--stages": len(self.hostfile.hosts) if options.hostfile is None else None,
+            "--model": None if options.model is None else self.source.path_or_repo,
+            "--revision": options.revision,
+            "--split": None if options.split is None else ",".join(map(str, options.split)),
+        }
+        words = [f" {name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
+        return f"mlx-k2 {command}{''.join(words)}"
 
-def deployment_request(options: ClusterOptions, num_slots: int = 1) -> DeploymentRequest:
+
+def deployment_request(
+    options: ClusterOptions, num_slots: int = 1, draft_mode: DraftMode = DraftMode.AUTO
+) -> DeploymentRequest:
     """Return the request for a deployment in which at most ``num_slots`` sequences run at once.
+
+    A draft head is loaded only if ``draft_mode`` uses it. One stage does without the built-in model's.
 
     Raises:
         HostfileError: the hostfile cannot be used.
+        RequestError: ``draft_mode`` is MODEL, and there is no draft head.
     """
-    return DeploymentRequest(options, options.read_hostfile(), options.source, num_slots)
+    hostfile, head = options.read_hostfile(), options.draft_head
+    effective_mode(draft_mode, has_head=head is not None)
+    if not draft_mode.uses_head or (len(hostfile.hosts) == 1 and options.draft_model is None):
+        head = None
+    return DeploymentRequest(options, hostfile, options.source, num_slots, head)
 
 
 def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDescription | None]:
@@ -129,17 +172,42 @@ def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDes
     Raises:
         SetupError: the model is not found, or mlx-k2 cannot run it.
     """
-    source = request.source
+    source, head = request.source, request.draft_head
+    if head is not None and len(request.hostfile.hosts) == 1:
+        raise RequestError("--draft-model is for two stages or more: with one, leave it out")
     elsewhere = not request.hostfile.hosts[0].is_local
-    if elsewhere and not is_repo(source) and not model_folder(source).is_dir():
+    sources = [source] if head is None else [source, head.source]
+    if elsewhere and not all(is_repo(one) or model_folder(one).is_dir() for one in sources):
         return request, None
     try:
         files, pinned = read_model_files(source)
+        model = describe_model(files, source.path_or_repo)
+        request = replace(request, source=pinned)
+        return (request, model) if head is None else _with_draft(request, model, head)
     except DownloadError:
         if elsewhere:
             return request, None
         raise
-    return replace(request, source=pinned), describe_model(files, source.path_or_repo)
+
+
+def _with_draft(
+    request: DeploymentRequest, model: ModelDescription, head: DraftHead
+) -> tuple[DeploymentRequest, ModelDescription]:
+    draft, pinned = read_draft(head, model.config)
+    return replace(request, draft_head=pinned), replace(model, draft=draft)
+
+
+def _absolute(source: ModelSource) -> ModelSource:
+    """Return ``source`` with the path of a local folder made absolute."""
+    folder = model_folder(source)
+    if not folder.is_dir():
+        return source
+    path = str(folder.resolve())
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"model: the path {path} is not UTF-8: rename the folder, or give a link to it") from None
+    return ModelSource(path_or_repo=path)
 
 
 def stage_location(host: Host) -> StageLocation:

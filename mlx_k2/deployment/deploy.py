@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 from mlx_k2 import __version__
@@ -32,7 +32,9 @@ from mlx_k2.protocol.messages import (
 )
 from mlx_k2.scheduling.cost_model import StageCost
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model
+from mlx_k2.weights.draft_head import describe_draft
 from mlx_k2.weights.inventory import model_specs
+from mlx_k2.weights.model_source import DraftHead, ModelSource
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class StartedStages:
     shape: RunShape
     plans: tuple[StagePlan, ...]
     hellos: tuple[Hello, ...]
+    draft_head: DraftHead | None
+    """The draft head that the stages load; None without one."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Deployment(StartedStages):
                 dense_bits=self.shape.dense_bits,
                 on_gpu=hello.working_set_bytes is not None,
                 gb_per_s=plan.host.gb_per_s,
+                draft=None if self.draft_head is None else self.model.draft,
+                draft_bits=None if self.draft_head is None else self.draft_head.bits,
             )
             for plan, hello in zip(self.plans, self.hellos, strict=True)
         )
@@ -97,7 +103,8 @@ def deploy(
             for line in answer.warnings:
                 listener.notify(f"stage {plan.rank} on {started.group.host(plan.rank)}: {line}")
             if None in answer.checksums.values():
-                listener.log(f"[stage {plan.rank} {plan.host.ssh}] files not compared: run mlx-k2 doctor --deep once")
+                compare = f"run `{request.command_line('doctor --deep')}` once"
+                listener.log(f"[stage {plan.rank} {plan.host.ssh}] files not compared: {compare}")
         yield Deployment(**vars(started), loaded=loaded, load_s=time.monotonic() - began)
 
 
@@ -112,7 +119,12 @@ def download(
     with _start(request, model, listener) as started:
         listener.phase("downloading")
         messages = [
-            DownloadShard(source_on(plan.host, request.source), plan.assignment.first_layer, plan.assignment.end_layer)
+            DownloadShard(
+                source_on(plan.host, request.source),
+                plan.assignment.first_layer,
+                plan.assignment.end_layer,
+                _draft_on(started, plan),
+            )
             for plan in started.plans
         ]
         answers = bring_up.ask(
@@ -150,10 +162,7 @@ def _start(
         hellos = bring_up.handshake(group, (__version__, version("mlx"), version("mlx-lm")))
         if model is None:
             listener.phase(f"asking {group.host(0)} for the model's config and tokenizer")
-            source = source_on(hosts[0], request.source)
-            group.send(0, FetchFiles(source))
-            (answer,) = bring_up.collect(group, ModelFiles, [0], bring_up.PREPARE_S, "send the model's small files")
-            model = describe_model(answer.files, f"{source.path_or_repo} on {group.host(0)}")
+            model = _fetch_description(group, source_on(hosts[0], request.source), request.draft_head)
         gpus = [hello.working_set_bytes is not None for hello in hellos]
         own, names = this_command(request.address), [group.host(rank) for rank in range(group.size)]
         memories = [
@@ -170,12 +179,34 @@ def _start(
         listener.planned(model, plans)
         for line in (*describe_others(names, hellos, own), *quantization_warnings(model.config, shape.dense_bits)):
             listener.notify(line)
-        yield StartedStages(group, model, shape, plans, hellos)
+        yield StartedStages(group, model, shape, plans, hellos, request.draft_head)
+
+
+def _fetch_description(group: StageGroup, source: ModelSource, head: DraftHead | None) -> ModelDescription:
+    """Fetch the small files of the model and its draft head from the first host."""
+    model = describe_model(_fetch_files(group, source), f"{source.path_or_repo} on {group.host(0)}")
+    if head is None:
+        return model
+    return replace(model, draft=describe_draft(_fetch_files(group, head.source), head, model.config))
+
+
+def _fetch_files(group: StageGroup, source: ModelSource) -> dict[str, bytes]:
+    group.send(0, FetchFiles(source))
+    (answer,) = bring_up.collect(group, ModelFiles, [0], bring_up.PREPARE_S, "send the model's small files")
+    return answer.files
+
+
+def _draft_on(started: StartedStages, plan: StagePlan) -> DraftHead | None:
+    """Return the draft head, if the stage of ``plan`` reads some of its tensors."""
+    draft, num_layers = started.model.draft, started.model.config.num_hidden_layers
+    is_read = draft is not None and draft.is_on(plan.assignment.first_layer, plan.assignment.end_layer, num_layers)
+    return started.draft_head if is_read else None
 
 
 def _connect(started: StartedStages, request: DeploymentRequest) -> None:
     group, hostfile = started.group, request.hostfile
-    answers = bring_up.prepare(group, hostfile, [source_on(host, request.source) for host in hostfile.hosts])
+    heads = [_draft_on(started, plan) for plan in started.plans]
+    answers = bring_up.prepare(group, hostfile, [source_on(host, request.source) for host in hostfile.hosts], heads)
     if answers[0].model_digest != started.model.digest:
         raise StageStartError(
             f"the model on {group.host(0)} (stage 0) is not the one that this command read: their config.json or "
@@ -208,7 +239,7 @@ def _load(
 
 
 def _compare_files(started: StartedStages, loaded: Sequence[Loaded]) -> None:
-    """Refuse hosts whose files, by the checksums that they know, are not of one revision."""
+    """Refuse hosts whose files have different known checksums: they are not of one revision."""
     known: dict[str, tuple[int, str]] = {}
     for plan, answer in zip(started.plans, loaded, strict=True):
         for name, checksum in answer.checksums.items():
@@ -232,4 +263,5 @@ def _load_message(plan: StagePlan, shape: RunShape, request: DeploymentRequest) 
         dense_bits=shape.dense_bits,
         registration=RunningStage(this_command(request.address), plan.assignment.held_bytes),
         check_weights=request.options.check_weights,
+        draft_head=request.draft_head,
     )

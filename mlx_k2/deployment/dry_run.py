@@ -6,13 +6,14 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import psutil
 
 from mlx_k2.deployment.cluster_options import DeploymentRequest, source_on
 from mlx_k2.deployment.plan import DEFAULT_CONTEXT_TOKENS, HostMemory, RunShape, StagePlan, choose_shape, plan_stages
 from mlx_k2.errors import PartitionError, RequestError
 from mlx_k2.weights.checkpoint import ModelDescription, locate_tensors
-from mlx_k2.weights.inventory import shard_specs
+from mlx_k2.weights.draft_head import stage_specs
 from mlx_k2.weights.model_source import is_repo, model_folder
 
 MAX_HALVINGS = 8
@@ -35,8 +36,8 @@ def preview(request: DeploymentRequest, model: ModelDescription) -> tuple[RunSha
     for plan in plans:
         source = source_on(plan.host, request.source)
         if plan.host.is_local and not is_repo(source):
-            specs = shard_specs(model.config, plan.assignment.first_layer, plan.assignment.end_layer)
-            locate_tensors(model_folder(source), model.index, specs)
+            layers = plan.assignment.first_layer, plan.assignment.end_layer
+            locate_tensors(model_folder(source), model.index, stage_specs(model.config, *layers, model.draft))
     return shape, plans
 
 
@@ -63,24 +64,30 @@ def _planned(
     request: DeploymentRequest, model: ModelDescription, memories: Sequence[HostMemory], all_on_gpu: bool
 ) -> tuple[RunShape, tuple[StagePlan, ...]]:
     shape = choose_shape(model.config, request.options, request.num_slots, all_on_gpu)
-    return shape, plan_stages(model, request.hostfile, memories, request.options.split, shape)
+    return shape, plan_stages(model, request.hostfile, memories, request.options.split, shape, request.draft_head)
 
 
 def _hints(
     request: DeploymentRequest, model: ModelDescription, memories: Sequence[HostMemory], all_on_gpu: bool
 ) -> list[str]:
-    """Return options with each of which alone the model fits, the least change of each option."""
+    """Return the options that each make the model fit without the others, each with its smallest change."""
     options = request.options
     context = options.context_tokens or min(DEFAULT_CONTEXT_TOKENS, model.config.max_position_embeddings)
     changes: list[tuple[str, dict[str, Any]]] = [("leave --split out", {"split": None})] if options.split else []
     smaller = [context >> halvings for halvings in range(1, MAX_HALVINGS) if context >> halvings > 1]
     changes += [(f"give --context {tokens}", {"context_tokens": tokens}) for tokens in smaller]
     changes += [(f"give --dense-bits {bits}", {"dense_bits": bits}) for bits in (8, 4)]
+    if (head := request.draft_head) is not None:
+        smaller_heads = [msgspec.structs.replace(head, bits=bits) for bits in (8, 4)]
+        changes += [(f"give --draft-bits {smaller.bits}", {"draft_head": smaller}) for smaller in smaller_heads]
+        changes.append(("leave --draft-model out", {"draft_head": None}))
     found: dict[str, str] = {}
     for hint, change in changes:
         option = hint.split()[1]
         with suppress(PartitionError, RequestError):
             if option not in found:
-                _planned(replace(request.with_options(**change), num_slots=1), model, memories, all_on_gpu)
+                changed_head = change.pop("draft_head", request.draft_head)
+                changed = replace(request.with_options(**change), num_slots=1, draft_head=changed_head)
+                _planned(changed, model, memories, all_on_gpu)
                 found[option] = hint
     return list(found.values())

@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from mlx_k2.cluster.hostfile import Host, Hostfile
 from mlx_k2.cluster.memory import (
     BLOCKS_AT_A_TIME,
@@ -18,13 +20,14 @@ from mlx_k2.cluster.partition import (
     LayerCost,
     ModelCosts,
     StageAssignment,
-    divide_as_asked,
+    divide_as_requested,
     divide_layers,
 )
 from mlx_k2.config import ModelConfig
 from mlx_k2.deployment.cluster_options import ClusterOptions
 from mlx_k2.errors import RequestError, StageStartError
 from mlx_k2.weights.checkpoint import ModelDescription
+from mlx_k2.weights.draft_head import DraftDescription, stage_specs
 from mlx_k2.weights.inventory import (
     TensorSpec,
     embedding_read_bytes_per_token,
@@ -34,8 +37,8 @@ from mlx_k2.weights.inventory import (
     held_bytes,
     layer_read_bytes_per_token,
     layer_specs,
-    shard_specs,
 )
+from mlx_k2.weights.model_source import DraftHead
 
 DEFAULT_CONTEXT_TOKENS = 32768
 GPU_CHUNK_TOKENS = 4096
@@ -76,7 +79,7 @@ class RunShape:
 class StagePlan:
     """One stage: its host, its layers and its bytes. ``needed_bytes`` is the sum of shard, cache and working memory.
 
-    ``block_bytes`` is the limit of a block of attention, two of which are part of the working memory.
+    ``block_bytes`` is the limit of a block of attention; the working memory includes two blocks.
     """
 
     rank: int
@@ -86,6 +89,8 @@ class StagePlan:
     needed_bytes: int
     block_bytes: int
     files: tuple[str, ...]
+    limit_bytes: int | None = None
+    """The memory that the stage may use; None if it is not known yet."""
 
 
 def choose_shape(config: ModelConfig, options: ClusterOptions, num_slots: int, all_on_gpu: bool) -> RunShape:
@@ -96,7 +101,7 @@ def choose_shape(config: ModelConfig, options: ClusterOptions, num_slots: int, a
     """
     longest, context_tokens = config.max_position_embeddings, options.context_tokens
     if context_tokens is not None and context_tokens > longest:
-        raise RequestError(f"--context {context_tokens} is more than the {longest} positions that the model knows")
+        raise RequestError(f"--context {context_tokens} is more than the {longest} positions that the model supports")
     return RunShape(
         dtype=options.dtype or ("bfloat16" if all_on_gpu else "float32"),
         context_tokens=context_tokens or min(DEFAULT_CONTEXT_TOKENS, longest),
@@ -114,7 +119,7 @@ def quantization_warnings(config: ModelConfig, dense_bits: int | None) -> tuple[
     careful = f"--dense-bits {dense_bits} may show in the answers: {CAREFUL_BITS} stays closer to the checkpoint"
     lines = [careful] if dense_bits < CAREFUL_BITS else []
     specs = [spec for piece in _distinct_parts(config) for spec in piece]
-    for group, how in ((32, "in groups of 32"), (None, "as they are")):
+    for group, how in ((32, "in groups of 32"), (None, "unquantized")):
         matrices = {(spec.name.split(".")[-2], matrix.inputs) for spec in specs for matrix in spec.matrices}
         names = sorted(f"{name} ({inputs} inputs)" for name, inputs in matrices if group_size(inputs) == group)
         if names:
@@ -128,34 +133,42 @@ def plan_stages(
     memories: Sequence[HostMemory],
     split: Sequence[int] | None,
     shape: RunShape,
+    head: DraftHead | None = None,
 ) -> tuple[StagePlan, ...]:
-    """Divide the model's layers over the hosts, by ``split`` or for the fastest decoding.
+    """Divide the model's layers, and with ``head`` its draft head, over the hosts: by ``split`` or for speed.
 
     Raises:
         PartitionError: there is no such split, or it does not fit.
     """
     config, compute_bytes = model.config, DTYPE_BYTES[shape.dtype]
-    largest_bytes = max(held_bytes(piece, compute_bytes) for piece in _distinct_parts(config))  # unquantized
+    draft = None if head is None else model.draft
+    parts = _distinct_parts(config) + ([] if draft is None else [draft.aux_specs(), draft.layer_specs()])
+    largest_bytes = max(held_bytes(piece, compute_bytes) for piece in parts)  # unquantized
     block_bytes = attention_block_bytes(config, shape.context_tokens, compute_bytes, on_gpu=shape.on_gpu)
-    beside_bytes = working_bytes(
+    temporary_bytes = working_bytes(
         config, shape.chunk_tokens, compute_bytes, largest_bytes, block_bytes=block_bytes, on_gpu=shape.on_gpu
     )
     pieces = _model_costs(config, shape, compute_bytes)
-    capacities = _capacities(hostfile.hosts, memories, beside_bytes)
-    assignments = divide_layers(pieces, capacities) if split is None else divide_as_asked(pieces, capacities, split)
+    if head is not None and draft is not None:
+        pieces = _add_draft(pieces, draft, head.bits, shape, compute_bytes)
+    capacities = _capacities(hostfile.hosts, memories, temporary_bytes)
+    assignments = divide_layers(pieces, capacities) if split is None else divide_as_requested(pieces, capacities, split)
     cache_bytes = layer_cache_bytes(config, shape.num_slots, shape.context_tokens, compute_bytes)
     plans = []
     for rank, (host, capacity, assignment) in enumerate(zip(hostfile.hosts, capacities, assignments, strict=True)):
         spare_bytes = 0 if capacity.memory_bytes is None else capacity.memory_bytes - assignment.held_bytes
         added_bytes = added_block_bytes(block_bytes, spare_bytes) if shape.on_gpu else 0
+        is_drafting = draft is not None and assignment.end_layer == config.num_hidden_layers
+        num_caches = assignment.num_layers + (1 if is_drafting else 0)
         plan = StagePlan(
             rank=rank,
             host=host,
             assignment=assignment,
-            shard_bytes=assignment.held_bytes - assignment.num_layers * cache_bytes,
-            needed_bytes=assignment.held_bytes + beside_bytes + BLOCKS_AT_A_TIME * added_bytes,
+            shard_bytes=assignment.held_bytes - num_caches * cache_bytes,
+            needed_bytes=assignment.held_bytes + temporary_bytes + BLOCKS_AT_A_TIME * added_bytes,
             block_bytes=block_bytes + added_bytes,
-            files=tuple(model.index.files(shard_specs(config, assignment.first_layer, assignment.end_layer))),
+            files=tuple(model.index.files(stage_specs(config, assignment.first_layer, assignment.end_layer, draft))),
+            limit_bytes=None if capacity.memory_bytes is None else capacity.memory_bytes + temporary_bytes,
         )
         plans.append(plan)
     return tuple(plans)
@@ -171,7 +184,7 @@ def check_fit(plans: Sequence[StagePlan], memories: Sequence[HostMemory]) -> Non
         if capacity.memory_bytes is not None and plan.needed_bytes > capacity.memory_bytes:
             raise StageStartError(
                 f"stage {plan.rank} on {plan.host.ssh} had {plan.needed_bytes / 1e9:.1f} GB before the fault, and its "
-                f"host now allows {capacity.memory_bytes / 1e9:.1f} GB: see whether it was restarted with another "
+                f"host now allows {capacity.memory_bytes / 1e9:.1f} GB: check whether it was restarted with another "
                 "iogpu.wired_limit_mb",
                 plan.rank,
             )
@@ -197,6 +210,24 @@ def _model_costs(config: ModelConfig, shape: RunShape, compute_bytes: int) -> Mo
     )
 
 
+def _add_draft(
+    pieces: ModelCosts, draft: DraftDescription, bits: int | None, shape: RunShape, compute_bytes: int
+) -> ModelCosts:
+    """Add a draft head: a slice of ``fc`` to each layer that it reads, all else to the target's head.
+
+    Each token reads the slices and the head, as when every token is drafted after.
+    """
+    slice_bytes = draft.slice_bytes(compute_bytes, bits)
+    layers = list(pieces.layers)
+    for layer in draft.aux_layers:
+        layers[layer] += LayerCost(slice_bytes, slice_bytes)
+    layer_bytes, projection_bytes = draft.layer_bytes(compute_bytes, bits), draft.projection_bytes(compute_bytes, bits)
+    cache_bytes = layer_cache_bytes(draft.layer, shape.num_slots, shape.context_tokens, compute_bytes)
+    held = layer_bytes + projection_bytes + cache_bytes + draft.embedding_bytes(compute_bytes)
+    read = layer_bytes + (projection_bytes or pieces.head.read_bytes)
+    return msgspec.structs.replace(pieces, layers=tuple(layers), head=pieces.head + LayerCost(held, read))
+
+
 def _distinct_parts(config: ModelConfig) -> list[tuple[TensorSpec, ...]]:
     """Return the tensors of the head and of one layer of each kind."""
     return [head_specs(config), *(layer_specs(config, layer) for layer in _distinct_layers(config))]
@@ -207,12 +238,14 @@ def _distinct_layers(config: ModelConfig) -> tuple[int, ...]:
     return tuple({config.is_moe(layer): layer for layer in range(config.num_hidden_layers)}.values())
 
 
-def _capacities(hosts: Sequence[Host], memories: Sequence[HostMemory], beside_bytes: int) -> tuple[HostCapacity, ...]:
+def _capacities(
+    hosts: Sequence[Host], memories: Sequence[HostMemory], temporary_bytes: int
+) -> tuple[HostCapacity, ...]:
     """Return the memory available to each stage. Stages on one machine share its memory evenly."""
     stages_on = Counter(host.ssh for host in hosts)
     capacities = []
     for host, memory in zip(hosts, memories, strict=True):
         bound = memory_bound_bytes(host.memory_gb, memory.working_set_bytes, memory.ram_bytes, memory.other_bytes)
-        available_bytes = None if bound is None else max(0, bound // stages_on[host.ssh] - beside_bytes)
+        available_bytes = None if bound is None else max(0, bound // stages_on[host.ssh] - temporary_bytes)
         capacities.append(HostCapacity(name=host.ssh, memory_bytes=available_bytes, gb_per_s=host.gb_per_s))
     return tuple(capacities)

@@ -53,9 +53,9 @@ class RestartingDeployment:
     """Context manager: on entry the stages are ready as after ``deploy``; on exit all of them are ended.
 
     ``limit`` is the maximum number of restarts, failed ones included, without HEALTHY_S between two of them; with 0, a
-    fault is final. None sets no limit, and then every other error, as of memory that others use, is tried again too.
-    Each wait is twice the one before, up to ``longest_wait_s``. Logs and fault reports go to ``log_dir``, with
-    token ids if ``log_tokens``.
+    fault is final. None sets no limit, and then a restart is tried again after any other error, too, for instance one
+    of memory that other programs use. Each wait is twice the previous one, up to ``longest_wait_s``. Logs and fault
+    reports go to ``log_dir``, with token ids if ``log_tokens``.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class RestartingDeployment:
         self._stack = ExitStack()
         self._num_restarts = 0
         self._was_not_finite = False
-        """Whether the last restart was because of NaN or infinity. Broken weights give it again: it is then final."""
+        """Whether NaN or infinity caused the last restart. Broken weights cause it again, and it is then final."""
         self._cancelled = threading.Event()
 
     def __enter__(self) -> "RestartingDeployment":
@@ -141,7 +141,7 @@ class RestartingDeployment:
         raise error
 
     def cancel(self) -> None:
-        """End a restart that is under way: it raises Cancelled soon. No other restart follows. Any thread may call."""
+        """Cancel the restart that runs, which then raises Cancelled. No other restart follows. Any thread may call."""
         self._cancelled.set()
 
     def _may_restart(self, error: ClusterError) -> bool:

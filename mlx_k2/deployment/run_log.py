@@ -111,7 +111,7 @@ class RunLog(DeploymentListener):
         with self._lock:
             parts = (
                 ("what happened", [f"{_now()} {reason}"]),
-                ("where the stages stood then", status),
+                ("status of the stages at the fault", status),
                 ("versions", [f"mlx-k2 {version('mlx-k2')}, mlx {version('mlx')}, {python}"]),
                 ("model and stages", [self._model, *self._hosts]),
                 ("last steps" if self._log_tokens else "last steps, without tokens", list(self._steps)),
@@ -138,7 +138,7 @@ class RunLog(DeploymentListener):
             self._is_refused = False
         except OSError as error:
             if not self._is_refused:
-                self._listener.notify(f"the log cannot be kept: {path}: {error.strerror}; nothing else stops for that")
+                self._listener.notify(f"the log cannot be written: {path}: {error.strerror}; the run continues")
             self._is_refused = True
 
 

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 from mlx_k2.cluster.partition import StageAssignment
 from mlx_k2.config import ModelConfig
 from mlx_k2.scheduling.cost_model import StageCost, StageSizes, StageSpeed
+from mlx_k2.weights.draft_head import DraftDescription
 from mlx_k2.weights.inventory import INT4_PER_WORD, TensorSpec, head_specs, held_bytes, layer_specs
 
 GPU_SPEED = StageSpeed(fixed_s=0.003, bytes_per_s=600e9, operations_per_s=15e12)
-"""Rough values of an M3 Ultra: bandwidth from published measurements, operations at half of what it should reach."""
+"""Rough values of an M3 Ultra: bandwidth from published measurements, operations at half of the expected maximum."""
 GPU_TILE_ROWS = 16
 """Rows of a tile of MLX's product of sorted experts (gather_qmm_rhs). The prefill kernel has 32."""
 CPU_SPEED = StageSpeed(fixed_s=0.002, bytes_per_s=10e9, operations_per_s=3.6e9)
@@ -24,6 +26,8 @@ def stage_cost(
     dense_bits: int | None,
     on_gpu: bool,
     gb_per_s: float | None,
+    draft: DraftDescription | None = None,
+    draft_bits: int | None = None,
 ) -> StageCost:
     """Return one stage's sizes and its expected speed, which is used until its steps are measured.
 
@@ -40,7 +44,36 @@ def stage_cost(
         dense_bits,
         tile_rows=GPU_TILE_ROWS if on_gpu else 1,
     )
+    if draft is not None:
+        sizes = _add_draft(sizes, draft, assignment, config.num_hidden_layers, compute_bytes, draft_bits)
     return StageCost(sizes, speed)
+
+
+def _add_draft(
+    sizes: StageSizes,
+    draft: DraftDescription,
+    assignment: StageAssignment,
+    num_layers: int,
+    compute_bytes: int,
+    bits: int | None,
+) -> StageSizes:
+    """Add what a draft head costs on a stage: slices of ``fc`` for each token, the head for each draft on the last."""
+    num_slices = sum(assignment.first_layer <= layer < assignment.end_layer for layer in draft.aux_layers)
+    hidden = draft.layer.hidden_size
+    sizes = replace(
+        sizes,
+        dense_bytes=sizes.dense_bytes + num_slices * draft.slice_bytes(compute_bytes, bits),
+        operations_per_token=sizes.operations_per_token + 2 * num_slices * hidden**2,
+    )
+    if assignment.end_layer < num_layers:
+        return sizes
+    projection_bytes = draft.projection_bytes(compute_bytes, bits) or sizes.head_bytes
+    num_weights = _num_values(draft.layer_specs()) + draft.num_drafted_ids * hidden
+    return replace(
+        sizes,
+        draft_bytes=draft.layer_bytes(compute_bytes, bits) + projection_bytes,
+        draft_operations=2 * num_weights,
+    )
 
 
 def stage_sizes(

@@ -15,7 +15,7 @@ from mlx_k2.cluster.mac_settings import (
     rdma_is_enabled,
     sleeps_after_minutes,
 )
-from mlx_k2.launch.ssh import command_on, install_commands
+from mlx_k2.launch.ssh import install_versions
 from mlx_k2.protocol.messages import Hello
 
 SLOW_ANSWER_S = 0.02
@@ -79,12 +79,14 @@ def check_answer(host: str, answer: HostAnswer) -> Iterator[Check]:
 def check_versions(
     host: Host, hello: Hello, here: Mapping[str, str], backend: Backend, systems: set[str]
 ) -> Iterator[Check]:
-    """Check that a host's package versions are those of this machine (``here``), and all ``systems`` the same."""
+    """Check that a host's package versions are those of this machine (``here``), and all ``systems`` equal."""
     there = {"mlx-k2": hello.mlx_k2_version, "mlx": hello.mlx_version, "mlx-lm": hello.mlx_lm_version}
     wrong = [name for name in here if there[name] != here[name]]
     listed = ", ".join(f"{name} {there[name]}" for name in there)
     if wrong:
-        found = f"{listed}: install what this machine has: {_install(host, wrong, here)}"
+        ssh = None if host.is_local else host.ssh
+        install = install_versions(ssh, host.python, {name: here[name] for name in wrong})
+        found = f"{listed}: install what this machine has: {install}"
         yield Check(host.ssh, "versions", CheckResult.FAILURE, found)
     else:
         yield Check(host.ssh, "versions", CheckResult.OK, f"{listed}, Python {hello.python_version}")
@@ -94,14 +96,6 @@ def check_versions(
         yield Check(host.ssh, "system", result, f"{hello.system}, and other hosts run another: update all to the same")
     else:
         yield Check(host.ssh, "system", CheckResult.OK, hello.system)
-
-
-def _install(host: Host, names: Sequence[str], versions: Mapping[str, str]) -> str:
-    python = host.python or "python3"
-    own = [install_commands(None if host.is_local else host.ssh, python)] if "mlx-k2" in names else []
-    indexed = [f"{name}=={versions[name]}" for name in names if name != "mlx-k2"]
-    install = command_on(None if host.is_local else host.ssh, python, "-m", "pip", "install", *indexed)
-    return "; ".join([*own, *([f"`{install}`"] if indexed else [])])
 
 
 def check_memory(host: str, hello: Hello, free_bytes: int, needed_bytes: int | None) -> Iterator[Check]:
@@ -132,7 +126,7 @@ def check_model(host: str, facts: ModelFacts, download: str) -> Iterator[Check]:
     if facts.missing_bytes:
         found = f"{_gb(facts.missing_bytes)} of {facts.num_files} files are still to be fetched"
         if facts.missing_bytes > facts.disk_free_bytes:
-            found += f", and its disk has {_gb(facts.disk_free_bytes)} free: make room, then"
+            found += f", and its disk has {_gb(facts.disk_free_bytes)} free: free some, then"
             yield Check(host, "model", CheckResult.FAILURE, f"{found} run `{download}`")
         else:
             yield Check(host, "model", CheckResult.WARNING, f"{found}: run `{download}`")

@@ -1,9 +1,9 @@
 """The probe of a cluster before anything is loaded: every host, even if others fail, then every hop. Prints nothing."""
 
-import shlex
 import statistics
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from mlx_k2.deployment.cluster_options import DeploymentRequest, source_on, stag
 from mlx_k2.deployment.dry_run import plan_for
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import HostMemory, StagePlan
+from mlx_k2.doctor.addresses import measured_hops
 from mlx_k2.doctor.checks import (
     Check,
     CheckResult,
@@ -38,20 +39,17 @@ from mlx_k2.protocol.messages import (
     Fault,
     FromStage,
     Hello,
-    HopsMeasured,
-    MeasureHops,
     Probe,
     ProbeResult,
     ReadClock,
 )
 from mlx_k2.weights.checkpoint import ModelDescription
-from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo
+from mlx_k2.weights.model_source import is_repo
 
 NUM_CLOCK_READINGS = 7
 PROBE_S = 90.0
 DEEP_S = 900.0
 """Time limit without a message, in which the checksum of one file is computed."""
-HOPS_S = 60.0
 
 Wanted = TypeVar("Wanted", bound=FromStage)
 
@@ -59,7 +57,7 @@ Wanted = TypeVar("Wanted", bound=FromStage)
 def probe_cluster(
     request: DeploymentRequest, model: ModelDescription | None, listener: DeploymentListener, *, deep: bool
 ) -> tuple[Check, ...]:
-    """Run every check of every host and hop. A host that fails one check still gets those that it can answer.
+    """Run every check of every host and hop. A host that fails one check is still asked for the others.
 
     ``model`` None: the stages' memory needs and files are not checked. ``deep`` computes the files' checksums.
     """
@@ -79,11 +77,11 @@ def probe_cluster(
         plans = round_.plan(model, hellos)
         for rank in list(hellos):
             round_.ask_clock(rank)
-        listener.phase("computing checksums" if deep else "looking at the hosts")
+        listener.phase("computing checksums" if deep else "probing the hosts")
         facts = round_.probe(hellos, plans, deep=deep)
         for rank in facts:
             round_.judge(rank, hellos, facts[rank], plans)
-        models = {hosts[rank].ssh: one.model for rank, one in facts.items() if one.model is not None}
+        models = {round_.name(rank): one.model for rank, one in facts.items() if one.model is not None}
         round_.checks += check_copies(models)
         if 1 < len(facts) == len(hosts):
             listener.phase("measuring the hops")
@@ -105,6 +103,15 @@ class _Round:
         self._listener = listener
         self._ended: dict[int, str] = {}
         self.checks: list[Check] = []
+
+    def name(self, rank: int) -> str:
+        """Return the name of a host for its checks, with the stage if several stages run there."""
+        ssh = self._hosts[rank].ssh
+        name = "this machine" if self._hosts[rank].is_local else ssh
+        return f"{name}, stage {rank}" if [host.ssh for host in self._hosts].count(ssh) > 1 else name
+
+    def _add(self, rank: int, checks: Iterable[Check]) -> None:
+        self.checks += [replace(check, host=self.name(rank)) for check in checks]
 
     def collect(self, wanted: type[Wanted], ranks: Collection[int], silence_s: float, what: str) -> dict[int, Wanted]:
         """Return the answers by rank; add a failed check ``what`` for each of ``ranks`` that does not answer."""
@@ -164,7 +171,7 @@ class _Round:
             answers.append(HostAnswer(elapsed_s, read.unix_s - asked_at - elapsed_s / 2))
         quickest = min(answers, key=lambda answer: answer.round_trip_s)
         typical_s = statistics.median(answer.round_trip_s for answer in answers)
-        self.checks += check_answer(self._hosts[rank].ssh, HostAnswer(typical_s, quickest.clock_ahead_s))
+        self._add(rank, check_answer(self._hosts[rank].ssh, HostAnswer(typical_s, quickest.clock_ahead_s)))
 
     def probe(self, hellos: Mapping[int, Hello], plans: Sequence[StagePlan], *, deep: bool) -> dict[int, HostFacts]:
         """Return the facts of the hosts that answered, by rank."""
@@ -179,47 +186,39 @@ class _Round:
         """Add all checks of one host's facts."""
         host, hello, hostfile = self._hosts[rank], hellos[rank], self._request.hostfile
         here = {"mlx-k2": __version__, "mlx": version("mlx"), "mlx-lm": version("mlx-lm")}
-        self.checks += check_versions(host, hello, here, hostfile.backend, {each.system for each in hellos.values()})
+        systems = {each.system for each in hellos.values()}
+        self._add(rank, check_versions(host, hello, here, hostfile.backend, systems))
         needed_bytes = plans[rank].needed_bytes if plans else None
-        self.checks += check_memory(host.ssh, hello, facts.memory_free_bytes, needed_bytes)
+        self._add(rank, check_memory(host.ssh, hello, facts.memory_free_bytes, needed_bytes))
         if facts.model is not None:
-            self.checks += check_model(host.ssh, facts.model, self._download())
+            self._add(rank, check_model(host.ssh, facts.model, self._download()))
         if len(self._hosts) > 1:
-            self.checks += check_addresses(host, facts)
-            self.checks += check_backend(host, hostfile.backend, hello, facts)
-        self.checks += check_environment(host.ssh, facts, hostfile.envs)
-        self.checks += check_sleep(host.ssh, facts)
+            self._add(rank, check_addresses(host, facts))
+            self._add(rank, check_backend(host, hostfile.backend, hello, facts))
+        self._add(rank, check_environment(host.ssh, facts, hostfile.envs))
+        self._add(rank, check_sleep(host.ssh, facts))
 
     def measure_hops(self) -> None:
         """Connect all stages as a run does, with the built-in model, which every host has, and time each hop."""
         if any(check.result is CheckResult.FAILURE and check.what in ("addresses", "backend") for check in self.checks):
             self._fail_hops("not tried: see the failures above")
             return
-        hostfile, size = self._request.hostfile, self._group.size
         try:
-            prepared = bring_up.prepare(self._group, hostfile, [ModelSource(path_or_repo=BUILTIN)] * size)
-            bring_up.connect(self._group, bring_up.links(hostfile, prepared))
-            self._group.send_all(MeasureHops())
-            speeds = bring_up.collect(self._group, HopsMeasured, range(size), HOPS_S, "measure its hops")
+            speeds = measured_hops(self._group, self._request.hostfile)
         except (ClusterError, SetupError) as error:
-            self._fail_hops(f"{error}: see to the cable and the addresses")
+            self._fail_hops(f"{error}: check the cable and the addresses")
             return
         self.checks += [
-            check_hop(self._hosts, rank, speed.to_next)
+            replace(check_hop(self._hosts, rank, speed), host=f"{self.name(rank)} to {self.name(rank + 1)}")
             for rank, speed in enumerate(speeds)
-            if speed.to_next is not None
         ]
 
     def _download(self) -> str:
         """Return the command that fetches the files of a repository; '' for a folder."""
-        source, hostfile = self._request.source, self._request.options.hostfile
-        if not is_repo(source):
-            return ""
-        hosts = [f"--stages {len(self._hosts)}"] if hostfile is None else ["--hostfile", shlex.quote(hostfile)]
-        return " ".join(["mlx-k2 download", *hosts, "--model", shlex.quote(source.path_or_repo)])
+        return self._request.command_line("download") if is_repo(self._request.source) else ""
 
     def _fail(self, rank: int, what: str, found: str) -> None:
-        self.checks.append(Check(self._hosts[rank].ssh, what, CheckResult.FAILURE, found))
+        self.checks.append(Check(self.name(rank), what, CheckResult.FAILURE, found))
 
     def _fail_hops(self, found: str) -> None:
         self.checks.append(Check("all hosts", "hop", CheckResult.FAILURE, found))

@@ -148,7 +148,7 @@ class _Guard:
     def _feed_watchdog(self) -> None:
         watch = Watch(self._child.pid, kill_after_s(self._settings.held_bytes), self._settings.lease_s)
         assert self._watchdog.stdin
-        with suppress(OSError):  # the pipe is full (watchdog stopped) or closed (watchdog killed); the stage goes on
+        with suppress(OSError):  # the pipe is full (watchdog stopped) or closed (watchdog killed); the stage continues
             os.write(self._watchdog.stdin.fileno(), watch.to_line())
 
     # ---- on the reading threads
@@ -183,7 +183,7 @@ class _Guard:
                 self._child.wait(POLITE_S)
                 self._reasons.put(None)
                 return
-        self._reasons.put(f"in what the stage wrote: {error}" if error else "the stage closed its output and went on")
+        self._reasons.put(f"in the stage's output: {error}" if error else "the stage closed its output and did not end")
 
 
 class _StageClock:
@@ -215,7 +215,7 @@ class _StageClock:
         limit_s = now.update.limit_s
         if limit_s is None or now.for_s <= limit_s:
             return None
-        return f"it was {now.update} for {now.for_s:.0f} s, and was given {limit_s:.0f} s"
+        return f"it was {now.update} for {now.for_s:.0f} s, longer than its limit of {limit_s:.0f} s"
 
 
 def _is_stopped(pid: int, before: bool) -> bool:

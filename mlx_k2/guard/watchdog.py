@@ -1,7 +1,7 @@
 """The watchdog process, which ends the stage when the guard was killed or has stopped. Knows no frames.
 
 The stage may be unable to detect that: mlx.distributed.init holds the GIL, so no thread of the stage reads its input.
-The watchdog leads the process group that the stage is in. While the watchdog lives, the group's number cannot be
+The watchdog leads the process group that the stage is in. While the watchdog runs, the group's number cannot be
 reused, and a signal to its own group needs no process id. It relies only on a pipe's end of file and on POSIX process
 groups, which are portable.
 """
@@ -47,7 +47,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     guard_pid = os.getppid()
     watch, guard_is_stopped = _follow_guard(fd=0)
-    if guard_is_stopped:  # its end of the pipe is open, so it lives and its process id was not reused
+    if guard_is_stopped:  # its end of the pipe is open, so it runs and its process id was not reused
         os.kill(guard_pid, signal.SIGKILL)
     if watch is not None:
         _end_group(watch)

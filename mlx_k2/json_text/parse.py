@@ -15,7 +15,7 @@ class JsonError(ValueError):
     """Text that is not JSON as this program reads it. The message names the line or the field."""
 
 
-# A text in quotes, which stays as it is, or a comment; then the same with a comma before a closing bracket.
+# A text in quotes, which is kept, or a comment; then the same with a comma before a closing bracket.
 _COMMENT = re.compile(r'("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
 _LAST_COMMA = re.compile(r'("(?:\\.|[^"\\\n])*")|,(?=\s*[}\]])', re.DOTALL)
 
@@ -23,15 +23,17 @@ _LAST_COMMA = re.compile(r'("(?:\\.|[^"\\\n])*")|,(?=\s*[}\]])', re.DOTALL)
 def parse_json(text: bytes | str, *, is_lenient: bool = False, has_comments: bool = False) -> Any:
     """Return the value of a JSON text, which may begin with a byte order mark of UTF-8.
 
-    ``is_lenient`` accepts what a grammar of JSON cannot exclude: a key twice in one object, which has its last value,
-    and a number that is not finite, which becomes the largest one. ``has_comments`` accepts comments and a comma after
-    the last item, as editors write their settings.
+    ``is_lenient`` accepts what a grammar of JSON cannot exclude: a key that occurs twice in one object (the last value
+    counts), and a number that is not finite, which becomes the largest one. ``has_comments`` accepts comments and a
+    comma after the last item, as editors write their settings.
 
     Raises:
         JsonError: it is not JSON in UTF-8, is larger than MAX_BYTES or nested deeper than MAX_DEPTH, has a key twice in
             one object, a lone surrogate, or a number that is not finite.
     """
-    text = _decode(text) if isinstance(text, bytes) else text
+    text = _decode(text) if isinstance(text, bytes) else text.removeprefix("\ufeff")
+    if not text.strip():
+        raise JsonError("it is empty")
     if has_comments:
         text = _LAST_COMMA.sub(_blank, _COMMENT.sub(_blank, text))
     try:
@@ -43,7 +45,9 @@ def parse_json(text: bytes | str, *, is_lenient: bool = False, has_comments: boo
         )
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text.strip() else ""
-        raise JsonError(f"{line}column {error.colno}: {error.msg[0].lower()}{error.msg[1:]}") from None
+        raise JsonError(
+            f"{line}column {error.colno}: {error.msg[0].lower()}{error.msg[1:].removesuffix(' at')}"
+        ) from None
     except RecursionError:
         raise _too_deep() from None
     except ValueError as error:
@@ -62,12 +66,13 @@ def _decode(data: bytes) -> str:
     try:
         return data.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise JsonError(f"line {line}: byte 0x{data[error.start]:02x} is not UTF-8") from None
+        number = data.count(b"\n", 0, error.start) + 1
+        line = f"line {number}: " if b"\n" in data.strip() else ""
+        raise JsonError(f"{line}byte 0x{data[error.start]:02x} is not UTF-8") from None
 
 
 def _blank(found: re.Match[str]) -> str:
-    """Return a text in quotes as it is, and spaces and line ends for anything else, so that positions stay."""
+    """Return a text in quotes unchanged, and spaces and line ends for anything else: positions stay the same."""
     return found[1] or "".join("\n" if letter == "\n" else " " for letter in found[0])
 
 

@@ -32,7 +32,7 @@ def read_json(text: bytes | str, kind: type[Value], *, has_comments: bool = Fals
 
 
 def convert(value: object, kind: type[Value], *, str_keys: bool = True) -> Value:
-    """Return a parsed value as ``kind``. ``str_keys`` False: a key that is a number is no text, as in Python's values.
+    """Return a parsed value as ``kind``. ``str_keys`` False: a key that is a number is not text, as in Python's values.
 
     Raises:
         JsonError: it has another type; names the field.
@@ -40,10 +40,10 @@ def convert(value: object, kind: type[Value], *, str_keys: bool = True) -> Value
     try:
         return msgspec.convert(value, kind, str_keys=str_keys)
     except msgspec.ValidationError as error:
-        raise JsonError(_in_our_words(error)) from None
+        raise JsonError(_with_json_words(error)) from None
 
 
-def _in_our_words(error: msgspec.ValidationError) -> str:
+def _with_json_words(error: msgspec.ValidationError) -> str:
     """Return msgspec's message with the field first, and with the words of JSON for types."""
     text = str(error)
     found = _PATH.search(text)

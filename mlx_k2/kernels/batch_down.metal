@@ -1,7 +1,7 @@
-// decode_down for M = 1..CAP tokens at once: the rows of an expert are loaded once, whoever chose it.
+// decode_down for M = 1..CAP tokens at once: the rows of an expert are loaded once for all its tokens.
 // grid (32, S, N / R), threadgroup (32, S, 1).
-// A threadgroup owns R rows of every token. Its S simdgroups share out the (token, slot) pairs; of all pairs that name
-// one expert the first works for all of them. Parts meet in threadgroup memory and are summed in the order of slots.
+// A threadgroup owns R rows of every token. Its S simdgroups divide the (token, slot) pairs; of all pairs that name one
+// expert, the first one computes for all. Parts are stored in threadgroup memory and summed in the order of slots.
 // Template: T, K inputs, N rows, TOPK, R, CAP. K % 32 == 0, N % R == 0, M <= CAP <= 16, TOPK <= 32.
 const uint lane = thread_index_in_simdgroup;
 const uint row = threadgroup_position_in_grid.z * R;

@@ -1,6 +1,6 @@
-// decode_gate_up for M = 1..CAP tokens at once: the rows of an expert are loaded once, whoever chose it.
+// decode_gate_up for M = 1..CAP tokens at once: the rows of an expert are loaded once for all its tokens.
 // grid (32, N / R, M * TOPK), threadgroup (32, S, 1), S dividing N / R.
-// Of all (token, slot) pairs that name one expert the first works for all of them and the others return.
+// Of all (token, slot) pairs that name one expert, the first one computes for all, and the others return.
 // Template: T, K inputs, N rows, TOPK, R, CAP. K % 32 == 0, N % R == 0, M <= CAP <= 16, TOPK <= 32.
 const uint lane = thread_index_in_simdgroup;
 const uint pair = thread_position_in_grid.z;

@@ -70,10 +70,10 @@ class CachedChecks(msgspec.Struct, frozen=True):
 
     checks: list[KernelCheck]
     tuning: Tuning | None  # None until measured on this machine
-    started: dict[str, int] = {}  # checks that were started and have not come back, by kernel
+    started: dict[str, int] = {}  # checks that were started and have not finished, by kernel
 
     def with_check(self, check: KernelCheck) -> "CachedChecks":
-        """Return a copy with the result of a check that came back."""
+        """Return a copy with the result of a check that has finished."""
         others = [each for each in self.checks if each.kernel != check.kernel]
         started = {name: count for name, count in self.started.items() if name != check.kernel}
         return msgspec.structs.replace(self, checks=[*others, check], started=started)

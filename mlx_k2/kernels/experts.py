@@ -39,7 +39,7 @@ LONG_FROM_TOKENS = 192
 TOKEN_RANGES = {DECODE: (DECODE,), BATCH: (BATCH,), PREFILL: (SHORT, LONG)}
 TIMED_TOKENS = {DECODE: 1, BATCH: 8, SHORT: 64, LONG: 2048}
 MAX_STARTS = 2
-"""Checks of a kernel that may be started and not come back. After them the kernel is not used."""
+"""Number of checks of a kernel that may start and not finish. After them the kernel is not used."""
 
 
 class UsableKernels(NamedTuple):
@@ -118,9 +118,9 @@ _adopted: dict[LayerShape, UsableKernels] = {}
 
 
 def adopt(shape: LayerShape, cached: check_cache.CachedChecks) -> None:
-    """Use the checks that this or another process made for this shape. Of a kernel without a result, use none."""
+    """Use the checks that this or another process made for this shape. Do not use a kernel without a result."""
     made = {check.kernel: check for check in cached.checks}
-    missing = "its check did not come back"
+    missing = "its check did not finish"
     results = [made.get(name, KernelCheck(name, False, None, missing, passing=True)) for name in _kernels_for(shape)]
     token_ranges = frozenset(
         token_range
@@ -136,8 +136,8 @@ def adopt(shape: LayerShape, cached: check_cache.CachedChecks) -> None:
 def checks(shape: LayerShape, directory: Path, *, again: bool = False) -> check_cache.CachedChecks:
     """Return the checks for this shape. Make those that are not cached, log a warning for each failure, and cache them.
 
-    A shape of intermediate size 0 means the router alone. ``again``: forget what is cached. A check that ends its
-    process, or whose process is ended, is tried twice. A fault that passes is checked again each time.
+    A shape of intermediate size 0 means the router alone. ``again``: ignore the cache. A check that ends its
+    process, or whose process is ended, is tried twice. After a temporary fault the kernel is checked again each time.
     """
     path = check_cache.cache_path(directory, shape, chip())
     with check_cache.locked(path):
@@ -147,7 +147,7 @@ def checks(shape: LayerShape, directory: Path, *, again: bool = False) -> check_
             if known is not None and not known.passing:
                 continue
             if cached.started.get(name, 0) >= MAX_STARTS:
-                check = KernelCheck(name, False, None, f"{MAX_STARTS} checks did not come back")
+                check = KernelCheck(name, False, None, f"{MAX_STARTS} checks did not finish")
             else:
                 check_cache.store(path, cached.with_start(name))
                 check = _check_and_time(name, shape)
@@ -196,7 +196,7 @@ def layer_of(tokens: int, tuning: Tuning) -> Layer:
 
 
 def new_checks(shape: LayerShape) -> list[KernelCheck]:
-    """Check this machine's kernels for this shape now, whatever is cached. Cache nothing and time nothing."""
+    """Check this machine's kernels for this shape now, regardless of the cache. Cache nothing and time nothing."""
     return [check_kernel(name, shape, DEFAULT_TUNING) for name in _kernels_for(shape)]
 
 

@@ -7,8 +7,8 @@
 
 constant constexpr int GROUP = 32;
 
-// The 32 inputs of one group, prepared once for every weight row that meets them. Input j of four is divided by 16^j,
-// so that a code is used where it lies in its half-word: a mask and no shift. Returns the sum of the inputs.
+// The 32 inputs of one group, prepared once for all weight rows that are multiplied by them. Input j of four is divided
+// by 16^j, so that a code is used at its place in its half-word: a mask and no shift. Returns the sum of the inputs.
 template <typename Inputs>
 METAL_FUNC float load_group(Inputs x, thread float* scaled) {
   float sum = 0.0f;

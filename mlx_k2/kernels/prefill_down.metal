@@ -1,5 +1,5 @@
 // parts[order[p], n] = expert_weights[order[p]] * (hidden[p] . down[e, n]) for pairs p sorted by expert
-// grid (ceil(N / 64) * 128, tiles, 1), threadgroup (128, 1, 1); tiles may be too many: the spare threadgroups return.
+// grid (ceil(N / 64) * 128, tiles, 1), threadgroup (128, 1, 1); threadgroups without a tile return.
 // A threadgroup owns up to 32 pairs of one expert and 64 columns, a left and a right half; columns from N on are not
 // stored. The parts of a token are then summed by prefill_combine, in the order of its slots.
 // Template: T, K inputs, N columns, E experts. K % 32 == 0, N % 32 == 0.

@@ -1,5 +1,5 @@
 // hidden[p, n] = silu(x[t] . gate[e, n]) * (x[t] . up[e, n]) for pairs p sorted by expert; t = order[p] / TOPK
-// grid (N / 32 * 128, tiles, 1), threadgroup (128, 1, 1); tiles may be too many: the spare threadgroups return.
+// grid (N / 32 * 128, tiles, 1), threadgroup (128, 1, 1); threadgroups without a tile return.
 // A threadgroup owns up to 32 pairs of one expert and 32 columns, of gate (left half) and of up (right half).
 // Template: T, K inputs, N columns, E experts, TOPK. K % 32 == 0, N % 32 == 0.
 const uint lane = thread_index_in_simdgroup;

@@ -1,4 +1,4 @@
-// What the prefill kernels share: which (token, slot) pairs a threadgroup owns, and the product of its tile.
+// Common part of the prefill kernels: the (token, slot) pairs that a threadgroup owns, and the product of its tile.
 // A threadgroup has 128 threads, four simdgroups of 16 x 16 outputs in each of two 32 x 32 halves.
 // Tiles are float32: a weight, scale * (q - 8), has more bits than bfloat16 and is not rounded.
 #ifndef UNROLL

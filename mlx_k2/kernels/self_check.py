@@ -20,7 +20,7 @@ DECODE, BATCH, PREFILL, ROUTER = "decode", "batch", "prefill", "router"
 TOKENS = {DECODE: (1,), BATCH: (2, 4, 8, 16), PREFILL: (40,), ROUTER: (1, 2, 4, 8, 16, 17)}
 """Numbers of tokens to check: one for each pipeline that a step uses. 40 pairs of one expert fill more than a tile."""
 _DISTINCT_CODES = 17
-"""Experts with codes of their own. All have scales of their own; random codes for 384 would take minutes."""
+"""Number of experts with different codes. All have different scales; random codes for 384 would take minutes."""
 _PASSING_FAULTS = (
     "Command buffer execution failed",
     "Insufficient Memory",
@@ -102,7 +102,7 @@ def _experts_error(
     key = mx.random.key(1)
     x = mx.random.normal((tokens, shape.hidden_size), key=key).astype(shape.dtype)
     ids = random_expert_ids(tokens, shape.num_experts - 1, shape.top_k)
-    ids[:, -1] = shape.num_experts - 1  # one expert of all tokens: the last, which is furthest to find
+    ids[:, -1] = shape.num_experts - 1  # all tokens choose the last expert, which a search finds last
     weights = mx.random.uniform(0.1, 1.0, (tokens, shape.top_k), key=key)
     got = compute(x, ids, weights, stack, tuning, perform)
     return _relative_error(got, reference.routed_experts(x.astype(mx.float32), ids, weights, in_float32(stack)))

@@ -36,7 +36,7 @@ def untimed_line(check: KernelCheck) -> KernelLine:
 
 
 def kernel_lines(shape: LayerShape, stack: ExpertStack, tuning: Tuning) -> list[KernelLine]:
-    """Return each kernel of routed experts in each range of tokens, with the speed of plain MLX beside it."""
+    """Return each kernel of routed experts in each range of tokens, with the speed of plain MLX for comparison."""
     lines = []
     for check in experts.checks(shape, check_cache.DEFAULT_DIRECTORY).checks:
         for token_range in experts.TOKEN_RANGES[check.kernel]:

@@ -76,6 +76,10 @@ class StageGroup:
         """The number of stages."""
         return len(self._locations)
 
+    def location(self, rank: int) -> StageLocation:
+        """Return where stage ``rank`` runs."""
+        return self._locations[rank]
+
     def host(self, rank: int) -> str:
         """Return the name of a stage's host, for messages."""
         return self._locations[rank].host

@@ -33,12 +33,12 @@ class HealthMonitor:
         self._stall_timeout_s = group.stall_timeout_s
         self._hops: dict[int, tuple[int, float]] = {}
         """For each rank that waits for a step which the stage before has sent: the step, and since when it waits."""
-        self._looked_at = self._judge_from = time.monotonic()
+        self._looked_at = self._reports_from = time.monotonic()
 
     def receive(self, deadline: float, wake_at: float = math.inf) -> StageMessage | Woken | None:
         """Return the next message of any stage; None when none came before ``deadline`` (monotonic seconds).
 
-        Queued messages are returned before any stage is blamed. After this process was stopped or its machine slept,
+        Queued messages are returned before any stage is reported. After this process was stopped or its machine slept,
         the guards first get GAP_S to answer. Woken is returned at ``wake_at``, and after ``StageGroup.wake``.
 
         Raises:
@@ -50,7 +50,7 @@ class HealthMonitor:
             if self._group.cancelled.is_set():
                 raise Cancelled("the start was cancelled")
             self._check_gap()
-            until = min(max(deadline, self._judge_from), wake_at)
+            until = min(max(deadline, self._reports_from), wake_at)
             event = self._group.receive(max(0.0, min(LOOK_S, until - time.monotonic())))
             if isinstance(event, Woken):
                 return event
@@ -62,7 +62,7 @@ class HealthMonitor:
                 return event
             self._check_gap()
             now = time.monotonic()
-            if now >= self._judge_from:
+            if now >= self._reports_from:
                 self._raise_if_stuck(now)
                 if now >= deadline:
                     return None
@@ -103,7 +103,7 @@ class HealthMonitor:
     def _check_gap(self) -> None:
         now = time.monotonic()
         if now - self._looked_at > LOOK_S + GAP_S:
-            self._judge_from = now + GAP_S
+            self._reports_from = now + GAP_S
             self._hops.clear()
         self._looked_at = now
 
@@ -134,8 +134,8 @@ class HealthMonitor:
                 continue  # its stop explains the wait, and has not reached the stall timeout yet
             if self._hop_waits_s(rank, statuses[rank - 1], statuses[rank], now) > self._stall_timeout_s:
                 raise StageSilent(
-                    f"{self.describe(rank)} does not get what {self.describe(rank - 1)} has sent: "
-                    "the hop between them is stuck, see to the cable and the addresses in the hostfile",
+                    f"{self.describe(rank)} does not receive what {self.describe(rank - 1)} has sent: "
+                    "the hop between them is stuck; check the cable and the addresses in the hostfile",
                     rank,
                 )
 

@@ -2,6 +2,8 @@
 
 import ipaddress
 import shlex
+import sys
+from collections.abc import Mapping
 
 from mlx_k2 import __version__
 
@@ -28,7 +30,7 @@ _OPTIONS = {
 _FAILURES = (
     (
         ("REMOTE HOST IDENTIFICATION HAS CHANGED", "has changed and you have requested strict checking"),
-        "its host key is not the one that ssh knows: if the machine was set up anew, forget the old key with "
+        "its host key is not the one that ssh knows: if the machine was reinstalled, remove the old key with "
         "`ssh-keygen -R {name}`, then run `ssh {host}` once and compare the new one",
     ),
     (
@@ -71,7 +73,7 @@ def explain_ssh_failure(host: str, stderr: str) -> str:
         if any(sign in stderr for sign in signs):
             return meaning.format(host=shlex.quote(host), name=shlex.quote(name), local=local)
     lines = stderr.strip().splitlines()
-    return f"ssh failed: {lines[-1] if lines else 'it did not say why'}; try `ssh {shlex.quote(host)} true`"
+    return f"ssh failed: {lines[-1] if lines else 'it printed no reason'}; try `ssh {shlex.quote(host)} true`"
 
 
 def command_on(host: str | None, *words: str) -> str:
@@ -95,6 +97,15 @@ def install_commands(ssh: str | None, python: str) -> str:
         return f"{build} `{command_on(None, python, '-m', 'pip', 'install', f'dist/{WHEEL}')}`"
     install = command_on(ssh, python, "-m", "pip", "install", f"./{WHEEL}")
     return f"{build} `scp dist/{WHEEL} {shlex.quote(f'{ssh}:')}` and `{install}`"
+
+
+def install_versions(ssh: str | None, python: str | None, versions: Mapping[str, str]) -> str:
+    """Return how to have these versions of packages on a host. ``python`` None is the one that starts a stage."""
+    python = python or (sys.executable if ssh is None else "python3")
+    own = [install_commands(ssh, python)] if "mlx-k2" in versions else []
+    indexed = [f"{name}=={version}" for name, version in versions.items() if name != "mlx-k2"]
+    install = command_on(ssh, python, "-m", "pip", "install", *indexed)
+    return "; ".join([*own, *([f"`{install}`"] if indexed else [])])
 
 
 def _is_whole(name: str) -> bool:

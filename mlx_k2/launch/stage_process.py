@@ -197,7 +197,7 @@ class StageProcess:
         fault = ""
         with stream:
             try:
-                self._log_chatter(skip_to_mark(stream))
+                self._log_shell_output(skip_to_mark(stream))
                 came_up = True
                 self._send_early()
                 while (frame := read_frame(stream)) is not None:
@@ -226,10 +226,10 @@ class StageProcess:
             raise ProtocolError(f"its guard sent a {frame.kind.name} frame")
         return None
 
-    def _log_chatter(self, chatter: bytes) -> None:
-        if chatter:
-            self._log(f"{self._prefix} its login shell prints {len(chatter)} bytes before a command starts; skipped:")
-            for line in chatter.decode(errors="replace").splitlines():
+    def _log_shell_output(self, output: bytes) -> None:
+        if output:
+            self._log(f"{self._prefix} its login shell prints {len(output)} bytes before a command starts; skipped:")
+            for line in output.decode(errors="replace").splitlines():
                 self._log(f"{self._prefix} | {line}")
 
     def _drain(self, stream: IO[bytes]) -> None:

@@ -16,7 +16,7 @@ from mlx_k2.model.layer_weights import AttentionWeights, LowRankQuery
 from mlx_k2.model.linear import Matrix, multiply, multiply_transposed, some_heads
 
 BOTTLENECK_NORM_EPS = 1e-6
-"""Epsilon of q_a_layernorm and kv_a_layernorm: the published code's default, not the config's rms_norm_eps."""
+"""Epsilon of the target's q_a_layernorm and kv_a_layernorm: the published code's default, not the config's."""
 
 FUSED_FROM_BYTES = 128 * 2**20
 """Scores from which the first chunk of a prompt uses the fused kernel."""
@@ -79,17 +79,17 @@ def make_rope(config: ModelConfig) -> Rotate:
     return rotate
 
 
-def make_projections(config: ModelConfig, rotate: Rotate) -> Project:
-    """Return the function (hidden (tokens, hidden), positions (tokens,), num_generated, weights) -> Projections."""
+def make_projections(config: ModelConfig, rotate: Rotate, bottleneck_eps: float = BOTTLENECK_NORM_EPS) -> Project:
+    """Return the function (hidden (tokens, inputs), positions (tokens,), num_generated, weights) -> Projections."""
     heads, nope, latent_dim = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank
     query_dim, scale = config.qk_head_dim, config.softmax_scale
 
     def project(hidden: mx.array, positions: mx.array, num_generated: int, weights: AttentionWeights) -> Projections:
-        queries = _query(hidden, weights).reshape(-1, heads, query_dim) * scale
+        queries = _query(hidden, weights, bottleneck_eps).reshape(-1, heads, query_dim) * scale
         without_position = queries[..., :nope].swapaxes(0, 1)  # (heads, tokens, qk_nope)
         rotated = rotate(queries[..., nope:], positions).swapaxes(0, 1)
         compressed = multiply(hidden, weights.latent_down)
-        latent = mx.fast.rms_norm(compressed[:, :latent_dim], weights.latent_norm, BOTTLENECK_NORM_EPS)
+        latent = mx.fast.rms_norm(compressed[:, :latent_dim], weights.latent_norm, bottleneck_eps)
         rotated_key = rotate(compressed[:, None, latent_dim:], positions).squeeze(1)
         absorbed = naive = None
         if num_generated > 0:
@@ -102,10 +102,10 @@ def make_projections(config: ModelConfig, rotate: Rotate) -> Project:
     return project
 
 
-def _query(hidden: mx.array, weights: AttentionWeights) -> mx.array:
+def _query(hidden: mx.array, weights: AttentionWeights, eps: float) -> mx.array:
     query = weights.query
     if isinstance(query, LowRankQuery):
-        bottleneck = mx.fast.rms_norm(multiply(hidden, query.down), query.norm, BOTTLENECK_NORM_EPS)
+        bottleneck = mx.fast.rms_norm(multiply(hidden, query.down), query.norm, eps)
         return multiply(bottleneck, query.up)
     return multiply(hidden, query.projection)
 

@@ -59,7 +59,7 @@ class DecoderLayer:
     def _after(
         self, hidden: mx.array, latents: mx.array | None, values: mx.array | None, weights: LayerWeights
     ) -> mx.array:
-        attended = _join_heads(latents, values, weights.attention)
+        attended = join_heads(latents, values, weights.attention)
         hidden = hidden + multiply(attended, weights.attention.output)
         normed = mx.fast.rms_norm(hidden, weights.post_attention_norm, self._eps)
         return hidden + self._feed_forward(normed, weights.feed_forward)
@@ -118,7 +118,7 @@ def _join_spans(parts: list[mx.array]) -> mx.array | None:
     return parts[0] if parts else None
 
 
-def _join_heads(latents: mx.array | None, values: mx.array | None, weights: AttentionWeights) -> mx.array:
+def join_heads(latents: mx.array | None, values: mx.array | None, weights: AttentionWeights) -> mx.array:
     """Return the values (tokens, heads * v_head) of all tokens.
 
     First come those of the generated tokens, computed from ``latents``, then those of the prompt tokens, ``values``.

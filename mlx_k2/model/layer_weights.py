@@ -75,13 +75,17 @@ def assemble_layer(
     """
     return LayerWeights(
         input_norm=tensors["input_layernorm.weight"],
-        attention=_attention(config, tensors, dense_bits),
+        attention=assemble_attention(config, tensors, dense_bits),
         post_attention_norm=tensors["post_attention_layernorm.weight"],
-        feed_forward=_moe(config, tensors, dense_bits) if config.is_moe(layer) else _dense(tensors, "mlp", dense_bits),
+        feed_forward=_moe(config, tensors, dense_bits)
+        if config.is_moe(layer)
+        else assemble_dense(tensors, "mlp", dense_bits),
     )
 
 
-def _attention(config: ModelConfig, tensors: Mapping[str, mx.array], bits: int | None) -> AttentionWeights:
+def assemble_attention(config: ModelConfig, tensors: Mapping[str, mx.array], bits: int | None) -> AttentionWeights:
+    """Build a layer's attention from tensors named ``self_attn.`` and so on."""
+
     def matrix(name: str) -> Matrix:
         return make_matrix(tensors[f"self_attn.{name}.weight"], bits)
 
@@ -102,7 +106,8 @@ def _attention(config: ModelConfig, tensors: Mapping[str, mx.array], bits: int |
     )
 
 
-def _dense(tensors: Mapping[str, mx.array], prefix: str, bits: int | None) -> DenseWeights:
+def assemble_dense(tensors: Mapping[str, mx.array], prefix: str, bits: int | None) -> DenseWeights:
+    """Build a SwiGLU block from tensors named ``prefix`` and so on."""
     names = (f"{prefix}.{name}_proj.weight" for name in ("gate", "up", "down"))
     return DenseWeights(*(make_matrix(tensors[name], bits) for name in names))
 
@@ -120,5 +125,5 @@ def _moe(config: ModelConfig, tensors: Mapping[str, mx.array], bits: int | None)
         router=router,
         correction_bias=tensors["mlp.gate.e_score_correction_bias"],
         experts=experts if experts.gate_scale.dtype == router.dtype else make_affine(experts, router.dtype),
-        shared=_dense(tensors, "mlp.shared_experts", bits) if config.n_shared_experts else None,
+        shared=assemble_dense(tensors, "mlp.shared_experts", bits) if config.n_shared_experts else None,
     )

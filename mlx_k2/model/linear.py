@@ -38,7 +38,7 @@ def make_matrix(weight: mx.array, bits: int | None) -> Matrix:
 def _transposed(weight: mx.array) -> mx.array:
     """Return the transpose as a view, which GPUs multiply fastest.
 
-    Copy float32 on a CPU: BLAS is then 1.4 to 2 times as fast (docs/log.md).
+    Copy float32 on a CPU: BLAS is then 1.4 to 2 times as fast (docs/dev/log.md).
     """
     view = weight.swapaxes(-1, -2)
     on_cpu = mx.default_device().type == mx.DeviceType.cpu

@@ -1,8 +1,9 @@
 """Sampling of the next token of each row from its logits. Knows no sequences: each row carries its parameters.
 
 The filters are mlx-lm's, in mlx-lm's order: repetition penalty and logit bias on the logits; top-p, min-p and top-k on
-the log-probabilities; then the temperature. The random key is derived from (seed, position) alone, so a token does not
-depend on the other rows of its step.
+the log-probabilities; then the temperature. The token is the largest of log-probabilities plus Gumbel noise, whose
+random key is derived from (seed, position) alone: a token does not depend on the other rows of its step, and a draft
+head with the same noise often samples the same token (docs/design/0121).
 """
 
 import hashlib
@@ -42,6 +43,16 @@ def sample_tokens(logits: mx.array, requests: Sequence[SamplingRequest]) -> list
     return [
         _sampled_token(token_id, found) for token_id, found in zip(np.asarray(tokens).tolist(), logprobs, strict=True)
     ]
+
+
+def sample_draft(logits: mx.array, request: SamplingRequest) -> int:
+    """Return the token of a draft head's logits (1, vocabulary) with the filters and the noise of the target's token.
+
+    The noise of a position is the same for both, so they sample the same token with a probability of at least (1 - d) /
+    (1 + d) at a total variation distance d of their distributions (Daliri, Musco, Suresh, arXiv 2408.07978).
+    """
+    token_id: int = np.asarray(_token(logits, request)).item()
+    return token_id
 
 
 def _masked(logits: mx.array, request: SamplingRequest) -> mx.array:
@@ -84,7 +95,8 @@ def _token(logits: mx.array, request: SamplingRequest) -> mx.array:
         logprobs = apply_min_p(logprobs, sampling.min_p)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         logprobs = apply_top_k(logprobs, sampling.top_k)
-    return mx.random.categorical(logprobs / sampling.temperature, key=_key(sampling.seed, request.position))
+    noise = mx.random.gumbel(logprobs.shape, key=_key(sampling.seed, request.position))
+    return mx.argmax(logprobs / sampling.temperature + noise, axis=-1)
 
 
 def _key(seed: int, position: int) -> mx.array:

@@ -4,6 +4,8 @@ The model builds the graph of a step, and the caller evaluates it. Only attentio
 while the graph is built, block by block (`StageModel.builds_lazily`).
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -25,8 +27,23 @@ class Head(NamedTuple):
     projection: Matrix  # (hidden, vocabulary)
 
 
+class FeatureSlice(NamedTuple):
+    """The part of a draft head's ``fc`` that multiplies one layer's output, and the norm before it (EAGLE 3.1)."""
+
+    norm: mx.array | None  # (hidden,)
+    matrix: Matrix  # (hidden, hidden)
+    eps: float
+
+    def product(self, output: mx.array) -> mx.array:
+        """Return the slice's product (tokens, hidden) with the layer's output."""
+        return multiply(output if self.norm is None else mx.fast.rms_norm(output, self.norm, self.eps), self.matrix)
+
+
 class StageModel:
-    """The layers of one stage. Only the first stage has an ``embedding``, only the last a ``head``."""
+    """The layers of one stage. Only the first stage has an ``embedding``, only the last a ``head``.
+
+    ``feature_slices`` has the slices of a draft head for those of the layers that it reads, by index in ``layers``.
+    """
 
     def __init__(
         self,
@@ -36,13 +53,15 @@ class StageModel:
         head: Head | None,
         cache: LatentCache,
         attention_limits: AttentionLimits = ON_CPU,
+        feature_slices: Mapping[int, FeatureSlice] = MappingProxyType({}),
     ) -> None:
         self._config = config
         self._layers = layers
-        self._embedding = embedding
-        self._head = head
+        self.embedding = embedding
+        self.head = head
         self._cache = cache
         self._attention_limits = attention_limits
+        self.feature_slices = feature_slices
         self._decoder_layer = DecoderLayer(config, attention_limits)
 
     def copy_positions(self, source: int, target: int, count: int) -> None:
@@ -51,8 +70,8 @@ class StageModel:
 
     def embed(self, token_ids: mx.array) -> mx.array:
         """Return the hidden states (tokens, hidden) of token ids (tokens,)."""
-        assert self._embedding is not None, "only the first stage embeds"
-        return self._embedding[token_ids]
+        assert self.embedding is not None, "only the first stage embeds"
+        return self.embedding[token_ids]
 
     def builds_lazily(self, batch: Batch) -> bool:
         """Return whether `run` evaluates nothing, so that it can be called before the hidden states have arrived."""
@@ -66,6 +85,18 @@ class StageModel:
         for index, weights in enumerate(self._layers):
             hidden = self._decoder_layer.run(hidden, index, weights, batch, self._cache)
         return hidden
+
+    def run_with_features(self, hidden: mx.array, features: mx.array, batch: Batch) -> tuple[mx.array, mx.array]:
+        """Run hidden states as `run` does; add this stage's products with ``fc`` to ``features``, (tokens, hidden).
+
+        ``fc`` is linear, so its product with the joined outputs of several layers is a sum. The layers add to it one
+        after the other, so that every division into stages computes the same bits.
+        """
+        for index, weights in enumerate(self._layers):
+            hidden = self._decoder_layer.run(hidden, index, weights, batch, self._cache)
+            if (part := self.feature_slices.get(index)) is not None:
+                features = features + part.product(hidden)
+        return hidden, features
 
     def first_broken_layer(self, hidden: mx.array, batch: Batch) -> int | None:
         """Run the layers again; return the index of the first whose output has NaN or infinity, None if there is none.
@@ -91,6 +122,6 @@ class StageModel:
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return logits (rows, vocabulary) float32 of hidden states (rows, hidden) after the last layer."""
-        assert self._head is not None, "only the last stage has the head"
-        normed = mx.fast.rms_norm(hidden, self._head.norm, self._config.rms_norm_eps)
-        return multiply(normed, self._head.projection).astype(mx.float32)
+        assert self.head is not None, "only the last stage has the head"
+        normed = mx.fast.rms_norm(hidden, self.head.norm, self._config.rms_norm_eps)
+        return multiply(normed, self.head.projection).astype(mx.float32)

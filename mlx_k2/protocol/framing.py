@@ -98,7 +98,7 @@ def read_frame(stream: IO[bytes]) -> Frame | None:
         raise ProtocolError("the control connection ended in the middle of a frame")
     length, code = _HEADER.unpack(header)
     if length > MAX_PAYLOAD_BYTES or code not in Kind.__members__.values():
-        raise ProtocolError(f"the control connection carries something else than frames: {header!r}")
+        raise ProtocolError(f"the control connection carries bytes that are not frames: {header!r}")
     payload = _read_exactly(stream, length)
     if len(payload) < length:
         raise ProtocolError("the control connection ended in the middle of a frame")

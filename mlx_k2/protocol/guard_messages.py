@@ -20,7 +20,7 @@ _HELD_BYTES_PER_SECOND = 10e9
 def kill_after_s(held_bytes: int) -> float:
     """Return the time from the end of a stage's input to SIGKILL: 5 s, plus 1 s for each 10 GB that it holds.
 
-    A hard kill can leave memory wired on macOS, so SIGKILL is the last resort.
+    A hard kill can leave memory wired on macOS, so SIGKILL is sent last.
     """
     return _KILL_AFTER_S + held_bytes / _HELD_BYTES_PER_SECOND
 
@@ -50,7 +50,7 @@ class GuardSettings(JsonPayload):
 class StageExit(JsonPayload):
     """Payload of STAGE_EXIT: how the stage's process ended, and why the guard ended it (else ENDED_BY_ITSELF).
 
-    One of ``exit_code`` and ``signal`` is set, or neither if the process could not be ended at all.
+    One of ``exit_code`` and ``signal`` is set, or neither if the process could not be ended.
     """
 
     exit_code: int | None

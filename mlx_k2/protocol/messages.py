@@ -14,7 +14,7 @@ from mlx_k2.errors import ProtocolError, RequestError
 from mlx_k2.protocol.framing import MAX_PAYLOAD_BYTES
 from mlx_k2.sampling import SampledToken
 from mlx_k2.scheduling.microbatch import Row
-from mlx_k2.weights.model_source import ModelSource
+from mlx_k2.weights.model_source import DraftHead, ModelSource
 
 # ---- coordinator to stage
 
@@ -35,18 +35,21 @@ class DownloadShard(msgspec.Struct, frozen=True, tag=True):
     model: ModelSource
     first_layer: int
     end_layer: int
+    draft_head: DraftHead | None = None
 
 
 class Prepare(msgspec.Struct, frozen=True, tag=True):
-    """Request to take rank ``rank``, read the model's config and index, and hold a port on each listen address.
+    """Request to use rank ``rank``, read the model's config and index, and hold a port on each listen address.
 
-    A listen address is ``ip`` (the stage picks a free port) or ``ip:port``. Answered by Prepared.
+    A listen address is ``ip`` (the stage picks a free port) or ``ip:port``. With ``draft_head``, the head's config and
+    the names and shapes of its tensors are checked, too. Answered by Prepared.
     """
 
     rank: int
     num_stages: int
     model: ModelSource
     listen: tuple[str, ...]
+    draft_head: DraftHead | None = None
 
 
 class RingLinks(msgspec.Struct, frozen=True, tag=True):
@@ -104,8 +107,9 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     cache and working space together; a Mac keeps that much wired. ``block_bytes`` is the limit of a block of attention.
     Attention, shared experts, dense layers and the head
     are quantized to ``dense_bits`` bits per weight; None: they are not quantized. Stages that start on the host later
-    report ``registration``. ``check_weights``: search all tensors for NaN and infinity, not only those that a step
-    could read without a trace of it.
+    report ``registration``. With ``draft_head``, the layers that it reads get their slices of its ``fc``, and the last
+    stage gets the head. ``check_weights``: search all tensors for NaN and infinity, not only those whose NaN
+    may not reach a step's output.
     """
 
     first_layer: int
@@ -117,6 +121,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     block_bytes: int = CPU_BLOCK_BYTES
     dense_bits: int | None = None
     registration: RunningStage | None = None
+    draft_head: DraftHead | None = None
     check_weights: bool = False
 
 
@@ -194,10 +199,15 @@ class HopsMeasured(msgspec.Struct, frozen=True, tag=True):
 
 
 class Prepared(msgspec.Struct, frozen=True, tag=True):
-    """The ``ip:port`` addresses whose ports the stage holds, and a digest of its model's config and index."""
+    """The ``ip:port`` addresses whose ports the stage holds, and digests of its model's and its draft head's files.
+
+    The model's is of config and index, the draft head's of its config and blocks of its weights. It is None for a head
+    from the Hub, whose revision is pinned.
+    """
 
     addresses: tuple[str, ...]
     model_digest: str
+    draft_digest: str | None = None
 
 
 class Connected(msgspec.Struct, frozen=True, tag=True):
@@ -239,8 +249,9 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
     """Answer to Step. The last stage adds a sampled token for each row with ``needs_logits``, in the rows' order.
 
     ``busy_s``: time spent computing. ``receive_s``: time until the hidden states had arrived, including the wait for
-    the previous stage. ``send_s``: time until the operating system had taken the hidden states to send. ``peak_bytes``
-    is the most memory that MLX has held so far.
+    the previous stage. ``send_s``: time until the operating system had accepted the hidden states to send.
+    ``peak_bytes`` is the most memory that MLX has held so far. ``is_skipped``: the step was a draft that is known to be
+    wrong; it was not computed, and has no tokens.
     """
 
     number: int
@@ -249,6 +260,20 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
     send_s: float = 0.0
     tokens: tuple[SampledToken, ...] = ()
     peak_bytes: int = 0
+    is_skipped: bool = False
+
+
+class Drafted(msgspec.Struct, frozen=True, tag=True):
+    """The draft head's tokens after step ``number``, in which one row has a ``draft`` request.
+
+    The last stage sends it after the step's StepDone, except after a step that was skipped. ``token_ids`` are drafts
+    for the positions after the sampled token, at most as many as requested. A position whose draft is in a plan that
+    the stage has received keeps that token. ``busy_s``: time that the head took.
+    """
+
+    number: int
+    token_ids: tuple[int, ...]
+    busy_s: float
 
 
 class Fault(msgspec.Struct, frozen=True, tag=True):
@@ -274,6 +299,7 @@ FromStage: TypeAlias = (
     | LayerLoaded
     | Loaded
     | StepDone
+    | Drafted
     | Fault
 )
 

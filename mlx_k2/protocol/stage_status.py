@@ -16,7 +16,7 @@ class Phase(enum.StrEnum):
     IDLE = "waiting for a plan"
     READING = "reading the model's small files"
     DOWNLOADING = "downloading"
-    PROBING = "looking at its host"
+    PROBING = "probing its host"
     MEASURING = "measuring its hops"
     CONNECTING = "connecting to its neighbours"
     LOADING = "loading"
@@ -50,9 +50,9 @@ class PhaseUpdate(JsonPayload):
 
 @dataclass(frozen=True)
 class StageStatus(JsonPayload):
-    """A stage's last PhaseUpdate, and for how many seconds it has held, as its guard counts.
+    """A stage's last PhaseUpdate, and the seconds since it arrived, as its guard counts them.
 
-    ``stopped_s`` is for how many seconds the stage's process has been stopped; 0 while it runs.
+    ``stopped_s`` is the time for which the stage's process has been stopped; 0 while it runs.
     """
 
     update: PhaseUpdate

@@ -38,6 +38,10 @@ class StageSizes:
     """Naive attention of one prompt token to one position."""
     rebuild_operations: int
     """Rebuilding one position's keys and values. Done once for each chunk that attends to it."""
+    draft_bytes: int = 0
+    """Weights that the draft head reads for one draft token; 0 except on the last stage."""
+    draft_operations: int = 0
+    """Operations of the draft head for one draft token."""
     tile_rows: int = 1
     """Tokens of an expert that a prompt's chunk computes together; a tile that is not full takes as long as a full one.
     """
@@ -110,6 +114,12 @@ class StageCost:
 
     sizes: StageSizes
     speed: StageSpeed
+
+    @property
+    def draft_s(self) -> float:
+        """The predicted seconds of the draft head for one draft token."""
+        reading_s = self.sizes.draft_bytes / self.speed.bytes_per_s
+        return reading_s + self.sizes.draft_operations / self.speed.operations_per_s
 
     def step_s(self, load: StepLoad) -> float:
         """Return the predicted seconds that the stage computes for a step."""

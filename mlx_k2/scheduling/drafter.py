@@ -1,10 +1,40 @@
 """Drafters: propose the tokens that a sequence may continue with. The n-gram drafter needs no model."""
 
+import enum
 from collections.abc import Sequence as Tokens
 from typing import Protocol
 
+from mlx_k2.errors import RequestError
+
 _LENGTHS = (4, 3, 2)
 """Numbers of tokens that may match. The longest match is used."""
+
+
+class DraftMode(enum.Enum):
+    """Source of draft tokens. AUTO chooses between the draft model, n-grams and none while an answer runs."""
+
+    AUTO = "auto"
+    OFF = "off"
+    NGRAM = "ngram"
+    MODEL = "model"
+
+    @property
+    def uses_head(self) -> bool:
+        """Whether a draft head is used, if there is one."""
+        return self in (DraftMode.AUTO, DraftMode.MODEL)
+
+
+def effective_mode(mode: DraftMode, *, has_head: bool) -> DraftMode:
+    """Return the mode to schedule with: without a draft head, AUTO is NGRAM.
+
+    Raises:
+        RequestError: MODEL, and there is no head.
+    """
+    if has_head or mode in (DraftMode.OFF, DraftMode.NGRAM):
+        return mode
+    if mode is DraftMode.MODEL:
+        raise RequestError("--draft model needs a draft model, and there is none: give --draft-model")
+    return DraftMode.NGRAM
 
 
 class Drafter(Protocol):
@@ -13,8 +43,8 @@ class Drafter(Protocol):
     def index(self, token_ids: Tokens[int], max_tokens: int) -> bool:
         """Prepare for up to ``max_tokens`` more tokens of the text; return whether some are left."""
 
-    def draft(self, token_ids: Tokens[int], drafts: Tokens[int]) -> int | None:
-        """Return the likely token after ``token_ids`` and ``drafts``; None if there is none."""
+    def draft(self, token_ids: Tokens[int], drafts: Tokens[int], shortest: int = 0) -> int | None:
+        """Return the likely token after ``token_ids`` and ``drafts``; None if fewer than ``shortest`` tokens match."""
 
     def truncate(self, num_tokens: int) -> None:
         """Keep the first ``num_tokens`` tokens of the text. Others follow them from now on."""
@@ -41,11 +71,11 @@ class NgramDrafter:
         self._num_indexed = max(self._num_indexed, last)
         return self._num_indexed < len(token_ids)
 
-    def draft(self, token_ids: Tokens[int], drafts: Tokens[int]) -> int | None:
+    def draft(self, token_ids: Tokens[int], drafts: Tokens[int], shortest: int = 0) -> int | None:
         """Return the likely token after ``token_ids`` and ``drafts``, from ``token_ids``; None if no run matches."""
         longest = max(_LENGTHS)
         tail = tuple([*token_ids[-longest:], *drafts][-longest:])
-        for length in _LENGTHS:
+        for length in (length for length in _LENGTHS if length >= shortest):
             run = tail[-length:]
             end = self._ends.get(run) if len(tail) >= length else None
             if end is not None and end < len(token_ids) and tuple(token_ids[end - length : end]) == run:

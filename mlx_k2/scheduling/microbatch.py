@@ -11,6 +11,17 @@ from mlx_k2.scheduling.sequence import Sequence
 from mlx_k2.token_mask import TokenMask
 
 
+class DraftRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Request for ``num_tokens`` drafts after the token that a row samples. Answered by Drafted.
+
+    The penalties are those of the request. The row's ``logit_bias`` lacks the sampled token's.
+    """
+
+    num_tokens: int
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+
 class Row(msgspec.Struct, frozen=True, omit_defaults=True):
     """One sequence's part of a step, as stages receive it: ``token_ids``, starting at ``position``, in ``slot``.
 
@@ -18,7 +29,10 @@ class Row(msgspec.Struct, frozen=True, omit_defaults=True):
     If ``sampling`` is set, a token is sampled after the last of ``token_ids``; the repetition penalty reads
     ``recent_ids``. If ``copy_from`` is set, all positions before ``position`` are first copied from that slot, in the
     state in which all earlier plans left them. ``token_mask`` limits the token that is sampled, ``logit_bias`` changes
-    its logits; both are in the last stage's copy only.
+    its logits; both are in the last stage's copy only. ``draft`` requests drafts after the sampled token; without it
+    the draft head only writes its cache. ``is_draft``: the row's one token is a draft. A stage skips such a row if it
+    is known to be wrong: the last one if it sampled another token for that position, the others if a later plan starts
+    at that position of the slot or before it.
     """
 
     slot: int
@@ -30,6 +44,8 @@ class Row(msgspec.Struct, frozen=True, omit_defaults=True):
     copy_from: int | None = None
     token_mask: TokenMask | None = None
     logit_bias: LogitBias | None = None
+    draft: DraftRequest | None = None
+    is_draft: bool = False
 
     @property
     def end(self) -> int:
@@ -59,6 +75,7 @@ class PlannedRow:
         is_prompt: bool,
         needs_logits: bool,
         copy_from: int | None = None,
+        is_draft: bool = False,
     ) -> "PlannedRow":
         """Return a row with ``token_ids`` of ``sequence``, starting at ``position``.
 
@@ -67,7 +84,7 @@ class PlannedRow:
         """
         assert sequence.slot is not None, "a waiting sequence is not planned"
         end = position + len(token_ids)
-        row = Row(sequence.slot, position, token_ids, is_prompt, None, copy_from=copy_from)
+        row = Row(sequence.slot, position, token_ids, is_prompt, None, copy_from=copy_from, is_draft=is_draft)
         if needs_logits:
             row = msgspec.structs.replace(
                 row,
@@ -77,6 +94,12 @@ class PlannedRow:
                 logit_bias=sequence.logit_bias(end),
             )
         return cls(sequence, row)
+
+    def with_draft_request(self, num_tokens: int) -> "PlannedRow":
+        """Return the row with a request for ``num_tokens`` drafts after the token that it samples."""
+        sampling = self.sequence.request.sampling
+        draft = DraftRequest(num_tokens, sampling.presence_penalty, sampling.frequency_penalty)
+        return PlannedRow(self.sequence, msgspec.structs.replace(self.row, draft=draft))
 
     @property
     def load(self) -> StepLoad:

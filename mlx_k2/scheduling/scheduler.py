@@ -13,6 +13,8 @@ from itertools import islice
 
 from mlx_k2.sampling import SampledToken
 from mlx_k2.scheduling.cost_model import StepLoad
+from mlx_k2.scheduling.draft_switch import DraftSwitch
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.microbatch import Microbatch, PlannedRow
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
 from mlx_k2.scheduling.sequence import INDEX_TOKENS, Appended, Sequence
@@ -52,10 +54,13 @@ class TokensAppended:
 class Scheduler:
     """Waiting and running sequences, and microbatches in flight."""
 
-    def __init__(self, limits: SchedulerLimits, policy: StepPolicy, *, drafts: bool = False) -> None:
+    def __init__(self, limits: SchedulerLimits, policy: StepPolicy, *, draft_mode: DraftMode = DraftMode.OFF) -> None:
+        """``draft_mode`` AUTO and MODEL are for stages with a draft head."""
         self.limits = limits
         self._policy = policy
-        self._drafts = drafts
+        self._draft_mode = draft_mode
+        self._switch = DraftSwitch(policy.drafts_pay) if self._draft_mode is DraftMode.AUTO else None
+        self._sampled_at = 0.0
         self._waiting: dict[Priority, deque[Sequence]] = {priority: deque() for priority in Priority}
         self._slots = SlotPool(limits.num_slots)
         self._running: list[Sequence] = []
@@ -83,7 +88,7 @@ class Scheduler:
 
         Requests of one priority start in the order of submission, when a slot is free.
         """
-        sequence = Sequence(request, self.limits.context_tokens, policy)
+        sequence = Sequence(request, self.limits.context_tokens, policy, self._draft_mode)
         self._waiting[request.priority].append(sequence)
         appended = sequence.append_forced()
         self._retire()
@@ -105,10 +110,17 @@ class Scheduler:
             rows = self._draft_rows(decoding[0])
         return self._send(rows) if rows else None
 
-    def complete(self, number: int, tokens: Tokens[SampledToken]) -> list[TokensAppended]:
-        """Append the tokens that a step sampled, one per row with ``needs_logits``, each to its sequence."""
+    def complete(
+        self, number: int, tokens: Tokens[SampledToken], *, is_skipped: bool = False, now: float = 0.0
+    ) -> list[TokensAppended]:
+        """Append the tokens that a step sampled, one per row with ``needs_logits``, each to its sequence.
+
+        A step that the last stage skipped was a wrong draft, and has no tokens. ``now``: the time of arrival.
+        """
         microbatch = self._in_flight.popleft()
         sampled_sequences = [planned.sequence for planned in microbatch.rows if planned.row.needs_logits]
+        if is_skipped:
+            sampled_sequences.clear()
         assert microbatch.number == number, f"step {number} came back before step {microbatch.number}"
         assert len(sampled_sequences) == len(tokens), (
             f"step {number} sampled {len(tokens)} tokens, not {len(sampled_sequences)}"
@@ -117,8 +129,15 @@ class Scheduler:
             TokensAppended(sequence, tuple(sequence.append_sampled(number, token, self._next_number)))
             for sequence, token in zip(sampled_sequences, tokens, strict=True)
         ]
+        if any(one.appended for one in completed):
+            self._time_token(microbatch, now)
         self._retire()
         return completed
+
+    def propose(self, microbatch: Microbatch, token_ids: Tokens[int]) -> None:
+        """Take the draft head's tokens after the one that a step of a lone sequence sampled."""
+        (planned,) = microbatch.rows
+        planned.sequence.propose(microbatch.number, token_ids)
 
     def pop_ended(self) -> list[Sequence]:
         """Return the sequences that ended since the last call."""
@@ -139,7 +158,7 @@ class Scheduler:
 
     def index_drafts(self) -> bool:
         """Index some tokens of a lone sequence for its drafts; return whether some are left."""
-        if not self._drafts or len(self._running) != 1:
+        if self._draft_mode in (DraftMode.OFF, DraftMode.MODEL) or len(self._running) != 1:
             return False
         (sequence,) = self._running
         return sequence.drafter.index(sequence.token_ids, INDEX_TOKENS)
@@ -178,7 +197,7 @@ class Scheduler:
         num_stages = self.limits.num_stages
         if decode_round is None:
             most = num_stages + 1
-        elif prompts_left or self._drafts:
+        elif prompts_left or self._is_drafting:
             most = max(decode_round.num_microbatches, num_stages)
         else:
             most = decode_round.num_microbatches
@@ -211,14 +230,26 @@ class Scheduler:
             remaining -= len(rows[-1].row.token_ids)
         return rows
 
+    @property
+    def _is_drafting(self) -> bool:
+        return self._draft_mode is not DraftMode.OFF and (self._switch is None or self._switch.is_on)
+
+    def _time_token(self, microbatch: Microbatch, now: float) -> None:
+        """Measure the time since the token before, if both are of one sequence that runs alone."""
+        last, self._sampled_at = self._sampled_at, now
+        if self._switch is None or len(self._running) > 1 or microbatch.rows[0].row.is_prompt or not last:
+            return
+        if now > last:
+            self._switch.observe(now - last)
+
     def _draft_rows(self, sequence: Sequence) -> list[PlannedRow]:
-        if not self._drafts or sequence.num_unplanned:
+        if not self._is_drafting or sequence.num_unplanned:
             return []
         position = sequence.num_planned
         token_id = sequence.draft()
         if token_id is None:
             return []
-        return [PlannedRow.of(sequence, position, (token_id,), is_prompt=False, needs_logits=True)]
+        return [PlannedRow.of(sequence, position, (token_id,), is_prompt=False, needs_logits=True, is_draft=True)]
 
     def _add_prompt_rows(self, rows: list[PlannedRow], decode_round: DecodeRound | None) -> None:
         """Add prompt tokens to ``rows``: first of the prompt in progress, then of waiting prompts.
@@ -289,6 +320,8 @@ class Scheduler:
         return self._policy.chunk_beside(load, sequence.num_planned, longest, limit_s)
 
     def _send(self, rows: list[PlannedRow]) -> Microbatch:
+        if self._asks_for_drafts(rows):
+            rows = [rows[0].with_draft_request(self.limits.num_stages - 1)]
         microbatch = Microbatch(self._next_number, tuple(rows))
         self._next_number += 1
         for planned in rows:
@@ -296,6 +329,13 @@ class Scheduler:
             planned.sequence.last_plan = microbatch.number
         self._in_flight.append(microbatch)
         return microbatch
+
+    def _asks_for_drafts(self, rows: list[PlannedRow]) -> bool:
+        """Return whether the draft head follows this step: it samples a token of a sequence that runs alone."""
+        if not self._draft_mode.uses_head or len(self._running) != 1 or not self._is_drafting:
+            return False
+        is_alone = len(rows) == 1 and self._next_waiting() is None
+        return is_alone and rows[0].row.needs_logits and self.limits.num_stages > 1
 
     def _retire(self) -> None:
         """Free the slots of finished sequences at once. Plans that reuse the slots are sent after those in flight."""

@@ -9,7 +9,8 @@ import msgspec
 
 from mlx_k2.errors import MlxK2Error, RequestFailed
 from mlx_k2.sampling import REPETITION_WINDOW, LogitBias, SampledToken, Sampling
-from mlx_k2.scheduling.drafter import Drafter, NgramDrafter
+from mlx_k2.scheduling.drafter import Drafter, DraftMode, NgramDrafter
+from mlx_k2.scheduling.drafts import Drafts
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
 from mlx_k2.scheduling.token_policy import Accepted, AnyToken, TokenPolicy
 from mlx_k2.token_mask import TokenMask
@@ -45,7 +46,13 @@ class Sequence:
     number of a plan that no longer counts, and are discarded.
     """
 
-    def __init__(self, request: Request, context_tokens: int, policy: TokenPolicy | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        context_tokens: int,
+        policy: TokenPolicy | None = None,
+        draft_mode: DraftMode = DraftMode.NGRAM,
+    ) -> None:
         self.request = request
         self.sampling: Sampling = msgspec.structs.replace(
             request.sampling, logit_bias=(), presence_penalty=0.0, frequency_penalty=0.0
@@ -65,8 +72,7 @@ class Sequence:
         self.chunk_tokens: int | None = None
         """Length of this prompt's chunks; None until it is chosen."""
         self.drafter: Drafter = NgramDrafter()
-        self.num_drafted = 0
-        self.num_accepted = 0
+        self.drafts = Drafts(draft_mode)
         self.finish_reason: FinishReason | None = None
         self.error: MlxK2Error | None = None
         """Why it ended with FinishReason.ERROR."""
@@ -74,7 +80,7 @@ class Sequence:
         self._biases = dict(request.sampling.logit_bias)
         self._seen: set[int] = set()
         self._has_penalties = bool(request.sampling.presence_penalty or request.sampling.frequency_penalty)
-        self._drafts: list[int] = []
+        self._sampled_by = -1
         self._first_counting_plan = 0
         self._end = min(len(request.prompt_ids) + request.max_tokens, context_tokens)
 
@@ -119,12 +125,12 @@ class Sequence:
     def recent_ids(self, end: int) -> tuple[int, ...]:
         """Return the tokens before position ``end`` that the repetition penalty reads, draft tokens included."""
         known = self.token_ids[max(0, end - REPETITION_WINDOW) : end]
-        drafted = self._drafts[: max(0, end - len(self.token_ids))]
+        drafted = self._drafted_before(end)
         return tuple([*known, *drafted][-REPETITION_WINDOW:])
 
     def logit_bias(self, end: int) -> LogitBias | None:
         """Return bias and penalties for the token at position ``end``, which known and draft tokens precede."""
-        drafts = self._drafts[: max(0, end - len(self.token_ids))] if self._has_penalties else ()
+        drafts = self._drafted_before(end) if self._has_penalties else ()
         biases, seen = self._biases, self._seen
         if drafts:
             biases, seen = biases.copy(), seen.copy()
@@ -135,7 +141,7 @@ class Sequence:
     def token_mask(self, end: int) -> TokenMask | None:
         """Return the policy's mask for the token at position ``end``, which known and draft tokens precede."""
         try:
-            return self._policy.token_mask(self._drafts[: max(0, end - len(self.token_ids))])
+            return self._policy.token_mask(self._drafted_before(end))
         except Exception as error:  # noqa: BLE001 - any error of a policy ends its own sequence only
             self._fail(error)
             return None
@@ -159,24 +165,32 @@ class Sequence:
         self.shared = _NOTHING_SHARED
         self.num_planned = 0
         self.chunk_tokens = None
-        self._drafts.clear()
+        self.drafts.clear()
         self._first_counting_plan = next_plan
 
     def draft(self) -> int | None:
         """Return a draft token for the position after all planned ones, and record it as drafted.
 
-        None if no earlier text matches, or if the token would end the sequence: nothing would follow it.
+        None if no source has one, or if the token would end the sequence: nothing would follow it.
         """
         assert self.num_unplanned == 0, "known tokens go before draft tokens"
         if self.num_planned + 1 >= self._end:
             return None
         self.drafter.index(self.token_ids, INDEX_TOKENS)
-        token_id = self.drafter.draft(self.token_ids, self._drafts)
-        if token_id is None or token_id in self.request.stop_ids or not self._may_draft(token_id):
+        found = self.drafts.next(self.token_ids, self.drafter)
+        if found is None or found.token_id in self.request.stop_ids or not self._may_draft(found.token_id):
             return None
-        self._drafts.append(token_id)
-        self.num_drafted += 1
-        return token_id
+        self.drafts.plan(found)
+        return found.token_id
+
+    def counts(self, plan: int) -> bool:
+        """Return whether the token that plan ``plan`` samples will be appended, as far as is known."""
+        return self.finish_reason is None and plan >= self._first_counting_plan
+
+    def propose(self, plan: int, token_ids: Tokens[int]) -> None:
+        """Take the draft head's tokens after the one that ``plan`` sampled, if that token is the last known one."""
+        if self.finish_reason is None and plan == self._sampled_by:
+            self.drafts.propose(token_ids)
 
     def append_forced(self) -> list[Appended]:
         """Append the tokens that the policy forces now, in place of sampling; return them."""
@@ -195,17 +209,14 @@ class Sequence:
         ``next_plan`` is the number of the next plan to be sent. Return nothing if the plan no longer counts: the
         sequence has ended or was reset, or the token follows a wrong draft token.
         """
-        if self.finish_reason is not None or plan < self._first_counting_plan:
+        if not self.counts(plan):
             return []
         appended = [self._append(token)]
-        if self._drafts and self._drafts.pop(0) == token.token_id:
-            self.num_accepted += 1
-            num_right = len(self.token_ids)
-        else:
-            num_right = len(self.token_ids) - 1
+        num_right = len(self.token_ids) - (not self.drafts.accept(token.token_id))
         forced = self.append_forced()
+        self._sampled_by = -1 if forced else plan
         if forced or num_right < len(self.token_ids):
-            self._drafts.clear()
+            self.drafts.clear()
             self.num_planned = min(self.num_planned, num_right)
             self._first_counting_plan = next_plan
         return appended + forced
@@ -217,9 +228,13 @@ class Sequence:
         except Exception:  # noqa: BLE001 - the sequence has ended already
             return Accepted()
 
+    def _drafted_before(self, end: int) -> list[int]:
+        """Return the drafts in plans before position ``end``."""
+        return self.drafts.planned_ids[: max(0, end - len(self.token_ids))]
+
     def _may_draft(self, token_id: int) -> bool:
         try:
-            return self._policy.may_draft(self._drafts, token_id)
+            return self._policy.may_draft(self.drafts.planned_ids, token_id)
         except Exception as error:  # noqa: BLE001 - any error of a policy ends its own sequence only
             self._fail(error)
             return False

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mlx_k2.scheduling.cost_model import StageCost, StepLoad, pipeline_s, row_load
+from mlx_k2.scheduling.draft_switch import EXPECTED_ACCEPTANCE
 from mlx_k2.scheduling.speed_estimator import SpeedEstimator
 
 TURNAROUND_S = 0.001
@@ -43,6 +44,9 @@ class StepPolicy(Protocol):
     def chunk_beside(self, load: StepLoad, position: int, longest: int, limit_s: float) -> int:
         """Return how many prompt tokens, at least 1, may join ``load`` so that each stage takes at most ``limit_s``."""
 
+    def drafts_pay(self) -> bool:
+        """Return whether a lone sequence is expected to be faster with the draft head's tokens."""
+
 
 class AdaptiveStepPolicy:
     """Step policy for stages whose speeds are measured while they run."""
@@ -52,6 +56,7 @@ class AdaptiveStepPolicy:
         self._estimators = [SpeedEstimator(stage.sizes, stage.speed) for stage in stages]
         self._turnaround_s = turnaround_s
         self._rounds: dict[tuple[int, int], DecodeRound] = {}
+        self._draft_s: float | None = None
 
     @property
     def stages(self) -> list[StageCost]:
@@ -75,6 +80,21 @@ class AdaptiveStepPolicy:
         """Return how many prompt tokens, at least 1, may join ``load`` so that each stage takes at most ``limit_s``."""
         return largest_chunk_within(self.stages, load, position, longest, limit_s)
 
+    def drafts_pay(self) -> bool:
+        """Return whether a lone sequence is expected to be faster with the draft head's tokens.
+
+        Step times are those of a short context; a longer one adds to all stages alike.
+        """
+        load = row_load(_CONTEXT_STEP, 1, is_prompt=False, needs_logits=True)
+        stages_s = [stage.step_s(load) for stage in self.stages]
+        draft_s = self.stages[-1].draft_s if self._draft_s is None else self._draft_s
+        with_drafts_s = drafted_token_s(stages_s, draft_s, self._turnaround_s, EXPECTED_ACCEPTANCE)
+        return with_drafts_s < sum(stages_s) + self._turnaround_s
+
+    def observe_draft(self, busy_s: float) -> None:
+        """Record that the draft head took ``busy_s`` seconds for the drafts after one token."""
+        self._draft_s = busy_s if self._draft_s is None else 0.9 * self._draft_s + 0.1 * busy_s
+
     def through_s(self, load: StepLoad) -> float:
         """Return the predicted seconds of a step through all stages."""
         return sum(stage.step_s(load) for stage in self.stages)
@@ -83,6 +103,17 @@ class AdaptiveStepPolicy:
         """Record that stage ``rank`` computed ``load`` in ``busy_s`` seconds."""
         if self._estimators[rank].observe(load, busy_s):
             self._rounds.clear()
+
+
+def drafted_token_s(stages_s: Sequence[float], draft_s: float, turnaround_s: float, acceptance: float) -> float:
+    """Return the mean seconds of a token with one draft in flight for each further stage.
+
+    A right draft costs a cycle: the slowest stage's time and its share of the turnaround, or the last stage's and the
+    draft head's. A wrong one costs the time through all stages. ``draft_s``: the head's drafts after one token.
+    """
+    hop_s = turnaround_s / len(stages_s)
+    cycle_s = max(*(seconds + hop_s for seconds in stages_s[:-1]), stages_s[-1] + draft_s, 0.0)
+    return acceptance * cycle_s + (1 - acceptance) * (sum(stages_s) + turnaround_s)
 
 
 def best_round(stages: Sequence[StageCost], num_sequences: int, mean_context: int, turnaround_s: float) -> DecodeRound:

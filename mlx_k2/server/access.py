@@ -12,7 +12,7 @@ from mlx_k2.server.api_keys import KeyRing
 OPEN_PATHS = ("/health",)
 """Paths that need no key: their answer is a status alone."""
 _CORS = (
-    (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+    (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
     (b"access-control-expose-headers", b"x-request-id, request-id, retry-after"),
     (b"vary", b"origin"),
 )

@@ -10,6 +10,7 @@ INVALID = "invalid_request_error"
 NO_RETRY = {"x-should-retry": "false"}
 """Clients of OpenAI's and Anthropic's SDKs do not send such a request again."""
 RESTART_RETRY_S = 10
+CONTEXT_OVERFLOW = "context_length_exceeded"
 REQUEST_ID = "mlx_k2.request_id"
 """The key of a request's scope for its id."""
 _MESSAGES_KINDS = {"server_error": "api_error", "unavailable_error": "api_error"}
@@ -89,7 +90,7 @@ def context_overflow(num_tokens: int, context_tokens: int, param: str) -> ApiErr
         f"This model's maximum context length is {context_tokens} tokens; "
         f"prompt is too long: {num_tokens} tokens > {context_tokens} maximum",
         param,
-        "context_length_exceeded",
+        CONTEXT_OVERFLOW,
     )
 
 

@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import os
 import secrets
+import shlex
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -54,7 +55,7 @@ def read_keys(path: Path) -> tuple[StoredKey, ...]:
     except OSError as error:
         raise SetupError(f"the key file {path} cannot be read: {error.strerror}") from None
     if mode & _OTHERS:
-        raise SetupError(f"others can read the key file {path}: run chmod 600 {path}")
+        raise SetupError(f"others can read the key file {path}: run `chmod 600 {shlex.quote(str(path))}`")
     try:
         return tuple(read_json(data, _KeyFile).keys)
     except JsonError as error:
@@ -85,7 +86,8 @@ def remove_key(path: Path, name: str) -> None:
     """
     with _changing(path) as keys:
         if all(key.name != name for key in keys):
-            raise SetupError(f"there is no key {name!r}: `mlx-k2 keys list` shows them")
+            known = ", ".join(key.name for key in keys) or "none"
+            raise SetupError(f"there is no key {name!r} in {path}; its keys: {known}")
         keys[:] = [key for key in keys if key.name != name]
 
 

@@ -147,8 +147,7 @@ class ChatFormat(CompletionFormat):
         return {"reasoning_content": text} | ({"reasoning": text} if self._options.mirrors_reasoning else {})
 
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
-        tokenizer = self._replies[index].generation.tokenizer
-        return {"content": [_token_logprobs(tokenizer, token) for token in tokens]}
+        return {"content": logprobs_of(self._replies[index], tokens)}
 
 
 def usage(replies: Sequence[ChatReply]) -> dict[str, Any]:
@@ -164,6 +163,11 @@ def usage(replies: Sequence[ChatReply]) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": num_cached},
         "completion_tokens_details": {"reasoning_tokens": sum(reply.num_reasoning_tokens for reply in replies)},
     }
+
+
+def logprobs_of(reply: ChatReply, tokens: Sequence[Token]) -> list[dict[str, Any]]:
+    """Return the log-probabilities of tokens of a reply."""
+    return [_token_logprobs(reply.generation.tokenizer, token) for token in tokens]
 
 
 def _choice(index: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:

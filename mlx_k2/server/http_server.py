@@ -41,7 +41,7 @@ class HttpServer:
     ) -> None:
         self._host = host
         self._port = port
-        self._scheme = "http" if certificate is None else "https"
+        self._is_https = certificate is not None
         self._config = config = uvicorn.Config(
             app,
             http=Connection,
@@ -82,14 +82,12 @@ class HttpServer:
     @property
     def url(self) -> str:
         """The address as http://HOST:PORT, or https."""
-        host, port = self._socket.getsockname()[:2]
-        return f"{self._scheme}://[{host}]:{port}" if ":" in host else f"{self._scheme}://{host}:{port}"
+        return server_url(*self._socket.getsockname()[:2], is_https=self._is_https)
 
     @property
     def url_for_others(self) -> str:
         """The address, with this machine's name if the server listens on all of its addresses."""
-        host, port = self._socket.getsockname()[:2]
-        return f"{self._scheme}://{socket.gethostname()}:{port}" if host in ("0.0.0.0", "::") else self.url  # noqa: S104
+        return url_for_others(*self._socket.getsockname()[:2], is_https=self._is_https)
 
     def drain(self) -> None:
         """Take no more connections, and wait until the running requests have ended, or the time for that has."""
@@ -101,6 +99,17 @@ class HttpServer:
             asyncio.run(self._server.serve([self._socket]))
         finally:
             self.has_ended.set()
+
+
+def server_url(host: str, port: int, *, is_https: bool) -> str:
+    """Return the address of a server as http://HOST:PORT, or https."""
+    return f"{'https' if is_https else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def url_for_others(host: str, port: int, *, is_https: bool) -> str:
+    """Return the address, with this machine's name if the server listens on all of its addresses."""
+    named = socket.gethostname() if host in ("0.0.0.0", "::") else host  # noqa: S104 - it is only compared
+    return server_url(named, port, is_https=is_https)
 
 
 def listening_socket(host: str, port: int) -> socket.socket:

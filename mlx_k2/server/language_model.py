@@ -29,7 +29,8 @@ from mlx_k2.text.reply_grammar import ReplyGrammar, compile_constraint
 from mlx_k2.text.sampled_turns import SampledTurns
 from mlx_k2.text.thinking_mode import ThinkingMode
 from mlx_k2.text.tokenizer import Tokenizer
-from mlx_k2.weights.checkpoint import CONFIG_NAME, TOKENIZER_NAMES
+from mlx_k2.weights.checkpoint import TOKENIZER_NAMES
+from mlx_k2.weights.index import CONFIG_NAME
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 BRIEF_TOKENS = 1024

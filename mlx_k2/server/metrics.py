@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Event, Finished, Token
 from mlx_k2.coordinator.pipeline import StageUse
+from mlx_k2.scheduling.drafts import DraftSource
 from mlx_k2.server.cluster_activity import ClusterActivity
 from mlx_k2.server.request_record import RequestRecord
 
@@ -47,6 +48,16 @@ class Metrics:
         self._cached = self._counter("prefix_cache_hits", "Prompt tokens that were cached.")
         self._drafted = self._counter("spec_decode_num_draft_tokens", "Draft tokens.")
         self._accepted = self._counter("spec_decode_num_accepted_tokens", "Draft tokens that were accepted.")
+        self._drafted_by, self._accepted_by = (
+            Counter(f"mlx_k2_{name}", text, ["source", "position"], registry=self._registry)
+            for name, text in (
+                ("draft_tokens", "Draft tokens by source and position after the last known token."),
+                ("accepted_draft_tokens", "Accepted draft tokens by source and position."),
+            )
+        )
+        for drafter in DraftSource:
+            self._drafted_by.labels(drafter.value, 1)
+            self._accepted_by.labels(drafter.value, 1)
         self._ended = Counter(
             "mlx_k2_request_success", "Finished requests.", ["finished_reason"], registry=self._registry
         )
@@ -83,6 +94,9 @@ class Metrics:
         self._cached.inc(summary.cached_tokens)
         self._drafted.inc(summary.num_drafted)
         self._accepted.inc(summary.num_accepted)
+        for count in summary.drafts:
+            self._drafted_by.labels(count.source.value, count.position).inc(count.num_drafted)
+            self._accepted_by.labels(count.source.value, count.position).inc(count.num_accepted)
         self._ended.labels(summary.finish_reason.value).inc()
         self._prompt_sizes.observe(summary.prompt_tokens)
         self._answer_sizes.observe(summary.generated_tokens)

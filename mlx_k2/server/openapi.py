@@ -8,6 +8,7 @@ from mlx_k2 import __version__
 from mlx_k2.server.chat_request import ChatRequest
 from mlx_k2.server.completion_request import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from mlx_k2.server.messages_request import CountRequest, MessagesRequest
+from mlx_k2.server.responses_request import ResponsesRequest
 
 _REFERENCE = "#/components/schemas/{name}"
 _ERROR_TEXTS = {
@@ -32,6 +33,7 @@ _POSTS: dict[str, tuple[str, type[msgspec.Struct] | None]] = {
     "/v1/completions": ("Continue a text.", CompletionRequest),
     "/v1/messages": ("Answer a conversation in the format of Anthropic's API.", MessagesRequest),
     "/v1/messages/count_tokens": ("Return the number of tokens of a prompt.", CountRequest),
+    "/v1/responses": ("Answer a conversation in the format of OpenAI's newer API.", ResponsesRequest),
     "/v1/requests/{id}/cancel": ("End a running request.", None),
     "/tokenize": ("Return token ids.", TokenizeRequest),
     "/detokenize": ("Return the text of token ids.", DetokenizeRequest),
@@ -43,6 +45,7 @@ _GETS = {
     "/v1/model-files": "Return the model's config, tokenizer and template, as base64.",
     "/v1/models": "Return the served model.",
     "/v1/models/{name}": "Return one model.",
+    "/v1/responses/{id}": "Return a stored response.",
     "/v1/status": "Return the state, the stages and the running requests.",
     "/v1/status/events": "Return the status as server-sent events, at most 2 a second.",
 }
@@ -59,6 +62,7 @@ def document() -> dict[str, Any]:
             content = {"application/json": {"schema": {"$ref": _REFERENCE.format(name=kind.__name__)}}}
             operation["requestBody"] = {"required": True, "content": content}
         paths[path] = {"post": operation}
+    paths["/v1/responses/{id}"]["delete"] = _operation("/v1/responses/{id}", "Forget a stored response.")
     return {
         "openapi": "3.1.0",
         "info": {"title": "mlx-k2", "version": __version__},

@@ -4,15 +4,17 @@ import asyncio
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from mlx_k2.errors import MlxK2Error
-from mlx_k2.server.api_errors import REQUEST_ID, bad_request_error, to_api_error
+from mlx_k2.server.api_errors import CONTEXT_OVERFLOW, REQUEST_ID, ApiError, bad_request_error, to_api_error
 from mlx_k2.server.chat_completions import ChatFormat
 from mlx_k2.server.chat_reply import ChatReply
 from mlx_k2.server.chat_request import ChatRequest, read_chat_request
@@ -31,10 +33,19 @@ from mlx_k2.server.openapi import document
 from mlx_k2.server.rate_limit import RateLimit
 from mlx_k2.server.request_body import read_body
 from mlx_k2.server.request_fields import GenerationFields, read_fields
+from mlx_k2.server.response_store import ResponseStore, StoredResponse
+from mlx_k2.server.responses_format import ResponseFormat, failed_stream, response_fields
+from mlx_k2.server.responses_request import (
+    ResponsesRequest,
+    conversation_of,
+    in_responses_words,
+    read_responses_request,
+)
 from mlx_k2.server.server_state import ServerState
 from mlx_k2.server.sse import STREAM_HEADERS, EventStreamResponse, ReplyFormat, WholeResponse, json_response
 from mlx_k2.server.status_stream import StatusStream
 from mlx_k2.server.text_completions import TextFormat
+from mlx_k2.server.turn_store import HANDLE_FIELD
 
 Result = TypeVar("Result")
 Asked = TypeVar("Asked")
@@ -43,7 +54,7 @@ COUNTS_PER_S = 50
 """The most requests of a key for a number of tokens. Claude Code in an editor sends 40 at its start."""
 _MAX_PREPARING = 4
 """The most requests whose prompts are made at once, each on a worker thread."""
-_CHAT_PREFIX, _TEXT_PREFIX, _MESSAGE_PREFIX = "chatcmpl-", "cmpl-", "msg_"
+_CHAT_PREFIX, _TEXT_PREFIX, _MESSAGE_PREFIX, _RESPONSE_PREFIX = "chatcmpl-", "cmpl-", "msg_", "resp_"
 _OTHER_MODEL = "another model was asked for; the answer is from the one that is served"
 _MAX_WARNINGS, _MAX_WARNING_SIZE = 8, 300
 
@@ -55,6 +66,7 @@ class Routes:
         self._state = state
         self._workers = asyncio.Semaphore(_MAX_PREPARING)
         self._counting = RateLimit(COUNTS_PER_S)
+        self._responses = ResponseStore()
 
     def table(self) -> list[Route]:
         """Return the routes."""
@@ -71,6 +83,9 @@ class Routes:
             Route("/v1/completions", self._completions, methods=["POST"]),
             Route("/v1/messages", self._messages, methods=["POST"]),
             Route("/v1/messages/count_tokens", self._count_tokens, methods=["POST"]),
+            Route("/v1/responses", self._respond, methods=["POST"]),
+            Route("/v1/responses/{id}", self._response, methods=["GET"]),
+            Route("/v1/responses/{id}", self._delete_response, methods=["DELETE"]),
             Route("/v1/requests/{id}/cancel", self._cancel, methods=["POST"]),
             Route("/tokenize", self._tokenize, methods=["POST"]),
             Route("/detokenize", self._detokenize, methods=["POST"]),
@@ -128,7 +143,7 @@ class Routes:
 
     async def _cancel(self, request: Request) -> Response:
         written = request_id = request.path_params["id"]
-        for prefix in (_CHAT_PREFIX, _TEXT_PREFIX, _MESSAGE_PREFIX):
+        for prefix in (_CHAT_PREFIX, _TEXT_PREFIX, _MESSAGE_PREFIX, _RESPONSE_PREFIX):
             request_id = request_id.removeprefix(prefix)
         self._state.cancel(request_id, request.scope[OWNER])
         return json_response({"id": written, "cancelled": True})
@@ -212,6 +227,63 @@ class Routes:
         form = TextFormat(self._head(_TEXT_PREFIX, request), replies, completion, self._state.options)
         return await self._answer(request, completion, generation, form)
 
+    # ---- responses
+
+    async def _respond(self, request: Request) -> ASGIApp:
+        """Answer a request of the Responses API. If it is streamed and does not fit, the answer is events as well."""
+        owner = request.scope[OWNER]
+
+        def prepare(model: LanguageModel, body: bytes) -> tuple[ResponsesRequest, bytes, Generation | ApiError]:
+            asked = read_responses_request(body)
+            self._state.check_model(asked.model)
+            try:
+                conversation = conversation_of(asked, self._earlier(owner, asked))
+                generation = model.chat(conversation.chat, owner)
+            except ApiError as error:
+                if not asked.stream or error.code != CONTEXT_OVERFLOW:
+                    raise in_responses_words(error) from None
+                return asked, b"", in_responses_words(error)
+            messages = msgspec.json.encode(conversation.messages) if asked.is_stored else b""
+            return asked, messages, replace(generation, warnings=(*conversation.warnings, *generation.warnings))
+
+        self._state.check_ready()
+        asked, messages, generation = await self._prepare(request, prepare, is_queued=True)
+        head = self._head(_RESPONSE_PREFIX, request)
+        if isinstance(generation, ApiError):
+            return Response(failed_stream(response_fields(head, asked, None), generation), headers=STREAM_HEADERS)
+        reply = ChatReply(generation, self._keep_turn)
+
+        def keep(body: bytes) -> None:
+            if asked.is_stored:
+                answer = msgspec.json.encode(reply.message | {HANDLE_FIELD: reply.handle})
+                self._responses.keep(owner, head["id"], StoredResponse(body, messages, answer))
+
+        fields = response_fields(head, asked, generation.submissions[0].request.sampling)
+        form = ResponseFormat(fields, reply, self._state.options.keepalive, keep)
+        return await self._answer(request, asked, generation, form)
+
+    async def _response(self, request: Request) -> Response:
+        found = self._responses.find(request.scope[OWNER], request.path_params["id"])
+        if found is None:
+            raise _no_response()
+        return Response(found.body, media_type="application/json")
+
+    async def _delete_response(self, request: Request) -> Response:
+        response_id = request.path_params["id"]
+        if not self._responses.delete(request.scope[OWNER], response_id):
+            raise _no_response()
+        return json_response({"id": response_id, "object": "response", "deleted": True})
+
+    def _earlier(self, owner: str, asked: ResponsesRequest) -> list[dict[str, Any]]:
+        """Return the conversation that a request continues."""
+        if asked.previous_response_id is None:
+            return []
+        found = self._responses.find(owner, asked.previous_response_id)
+        if found is None:
+            message = "the previous response is not stored: send the whole conversation as input"
+            raise bad_request_error(message, "previous_response_id", "previous_response_not_found")
+        return found.conversation
+
     async def _prepare(
         self, request: Request, compute: Callable[[LanguageModel, bytes], Result], *, is_queued: bool = False
     ) -> Result:
@@ -250,6 +322,10 @@ class Routes:
         if asked.stream:
             return EventStreamResponse(stream, form, headers, self._state.options.keepalive_s)
         return WholeResponse(stream, form, headers)
+
+
+def _no_response() -> ApiError:
+    return ApiError(404, "not_found_error", "no such response is stored", code="response_not_found")
 
 
 def warning_headers(warnings: Sequence[str]) -> dict[str, str]:

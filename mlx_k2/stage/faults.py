@@ -30,7 +30,7 @@ def fault_of(error: Exception) -> Fault:
     if isinstance(error, MemoryError) or any(sign in text for sign in _OUT_OF_MEMORY):
         return Fault(
             StageFault.__name__,
-            f"out of memory: the system refused it more than the {peak_resident_bytes() / 1e9:.1f} GB that it had: "
+            f"out of memory: this process had {peak_resident_bytes() / 1e9:.1f} GB, and the system refused more: "
             "end other programs there, or give --split, a smaller --context or --dense-bits",
         )
     if any(sign in text for sign in _GPU_STOPPED):

@@ -1,4 +1,4 @@
-"""Facts about this host for `mlx-k2 doctor`: memory, addresses, backends, settings, a stage's files. Rates none."""
+"""Facts about this host for `mlx-k2 doctor`: memory, addresses, backends, settings, a stage's files. Evaluates none."""
 
 import hashlib
 import os

@@ -1,7 +1,7 @@
-"""The kernel checks of a stage, made in a process of their own before any weights are loaded.
+"""The kernel checks of a stage, made in a separate process before any weights are loaded.
 
-A kernel that faults can end the process that runs it, or spoil its GPU state. So a child process checks, and this
-process reads the results from the cache file. If the child does not come back, another one is started: the file counts
+A kernel that faults can end the process that runs it, or corrupt its GPU state. So a child process checks, and this
+process reads the results from the cache file. If the child does not finish, another one is started: the file counts
 the checks that were started, and after two of a kernel the next child leaves it out (kernels/experts.py).
 """
 
@@ -36,7 +36,7 @@ def check_kernels(config: ModelConfig, dtype: mx.Dtype) -> tuple[str, ...]:
     for part in (shape, shape._replace(intermediate_size=0)):
         path = check_cache.cache_path(check_cache.DEFAULT_DIRECTORY, part, experts.chip())
         cached = check_cache.load(path)
-        if cached is not None or not came_back:  # a child that came back without a file could not write one
+        if cached is not None or not came_back:  # a child that finished without a file could not write one
             experts.adopt(part, cached or check_cache.CachedChecks([], None))
     return experts.warnings_for(shape)
 

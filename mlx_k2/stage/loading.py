@@ -1,6 +1,7 @@
 """Loading of a stage's layers from the checkpoint, one layer at a time, for a Load message."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -12,17 +13,20 @@ from mlx_k2.model.attention import ON_CPU, AttentionLimits
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.layer_weights import LayerWeights, assemble_layer
 from mlx_k2.model.linear import make_matrix
-from mlx_k2.model.stage_model import Head, StageModel
+from mlx_k2.model.stage_model import FeatureSlice, Head, StageModel
 from mlx_k2.protocol.messages import Load, Loaded
+from mlx_k2.stage.draft_loading import DraftLoader
+from mlx_k2.stage.draft_plans import DraftPlans
+from mlx_k2.stage.drafting import Drafting
 from mlx_k2.stage.host import check_memory, on_gpu, peak_bytes, wire_memory
 from mlx_k2.stage.kernel_checks import check_kernels
 from mlx_k2.stage.mlx_settings import chip_name, is_before_m5
 from mlx_k2.stage.step_runner import PlanLimits, StepRunner
 from mlx_k2.stage.transport import Transport
 from mlx_k2.weights.checkpoint import ModelDescription
-from mlx_k2.weights.inventory import shard_specs
+from mlx_k2.weights.draft_head import DraftDescription, stage_specs
 from mlx_k2.weights.manifest import identify
-from mlx_k2.weights.model_files import locate_shard
+from mlx_k2.weights.model_files import locate_shard, read_draft
 from mlx_k2.weights.model_source import ModelSource
 from mlx_k2.weights.reader import LoadedTensors, ShardReader
 
@@ -42,10 +46,11 @@ def load_stage_model(
     on_part: Callable[[LoadedPart], None],
     dense_bits: int | None = None,
     attention_limits: AttentionLimits = ON_CPU,
+    feature_slices: Mapping[int, FeatureSlice] = MappingProxyType({}),
 ) -> StageModel:
     """Load the model of ``layers``, with the embedding if they are the first ones and the head if they are the last.
 
-    ``on_part`` is called with each `LoadedPiece` as soon as it is in memory. With ``dense_bits`` its dense matrices
+    ``on_part`` is called with each `LoadedPart` as soon as it is in memory. With ``dense_bits`` its dense matrices
     are quantized before the next one is read.
     """
     embedding = head = None
@@ -61,7 +66,7 @@ def load_stage_model(
     if layers.stop == config.num_hidden_layers:
         head, loaded = _load_head(reader, dense_bits)
         on_part(loaded)
-    return StageModel(config, weights, embedding, head, cache, attention_limits)
+    return StageModel(config, weights, embedding, head, cache, attention_limits, feature_slices)
 
 
 def _load_layer(
@@ -94,7 +99,7 @@ def _num_bytes(leaf: mx.array | int | None) -> int:
 class StageLoader:
     """Loader of the layers that Load messages request, from one model on this host.
 
-    ``on_layer`` is called with each `LoadedPiece` in memory. ``on_download`` is called with (bytes done, bytes in
+    ``on_layer`` is called with each `LoadedPart` in memory. ``on_download`` is called with (bytes done, bytes in
     total) while files are fetched from the Hub.
     """
 
@@ -121,16 +126,24 @@ class StageLoader:
         check_memory(message.needed_bytes)
         config = self._description.config
         layers = range(message.first_layer, message.end_layer)
-        specs = shard_specs(config, layers.start, layers.stop)
+        dtype = getattr(mx, message.dtype)
+        draft = self._read_draft(message)
+        specs = stage_specs(config, layers.start, layers.stop, draft)
         files = locate_shard(self._source, self._description.index, specs, self._on_download)
         checksums = identify(set(files.values()))
-        dtype = getattr(mx, message.dtype)
         warnings = check_kernels(config, dtype)
         cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.latent_dim, dtype)
         check_all = message.check_weights or message.dense_bits is not None  # mx.quantize makes NaN a finite number
         reader = ShardReader(config, files, dtype, check_all=check_all)
         limits = AttentionLimits(message.block_bytes, GPU_MIN_HEADS, is_before_m5(chip_name())) if on_gpu() else ON_CPU
-        model = load_stage_model(config, reader, layers, cache, self._on_part, message.dense_bits, limits)
+        head_loader = self._head_loader(message, draft, reader, dtype)
+        slices = {} if head_loader is None else head_loader.feature_slices(layers)
+        model = load_stage_model(config, reader, layers, cache, self._on_part, message.dense_bits, limits, slices)
+        plans, drafting = DraftPlans(), None
+        if head_loader is not None and model.head is not None:
+            cache = LatentCache(1, message.num_slots, message.context_tokens, head_loader.latent_dim, dtype)
+            head = head_loader.model(model.embedding, model.head, cache, limits)
+            drafting = Drafting(head, config.hidden_size, message.context_tokens, plans)
         wire_memory(message.needed_bytes)
         runner = StepRunner(
             model,
@@ -141,9 +154,32 @@ class StageLoader:
             hidden_size=config.hidden_size,
             dtype=dtype,
             first_layer=layers.start,
+            has_features=message.draft_head is not None,
+            drafting=drafting,
+            plans=plans,
         )
-        cache_bytes_per_token = len(layers) * config.latent_dim * dtype.size
+        num_caches = len(layers) + (0 if drafting is None else 1)
+        cache_bytes_per_token = num_caches * config.latent_dim * dtype.size
         return runner, Loaded(self._held_bytes, peak_bytes(), cache_bytes_per_token, warnings, checksums)
+
+    def _read_draft(self, message: Load) -> DraftDescription | None:
+        """Return the draft head, if there is one and this stage needs a part of it."""
+        if message.draft_head is None:
+            return None
+        draft = read_draft(message.draft_head, self._description.config).draft
+        num_layers = self._description.config.num_hidden_layers
+        return draft if draft.is_on(message.first_layer, message.end_layer, num_layers) else None
+
+    def _head_loader(
+        self, message: Load, draft: DraftDescription | None, target: ShardReader, dtype: mx.Dtype
+    ) -> DraftLoader | None:
+        if draft is None or message.draft_head is None:
+            return None
+        files = locate_shard(message.draft_head.source, draft.index, draft.specs(), self._on_download)
+        return DraftLoader(draft, message.draft_head, target, files, dtype, self._on_draft_part)
+
+    def _on_draft_part(self, weights: Any) -> None:
+        self._on_part(_hold(weights, LoadedTensors({}, ())))
 
     def _on_part(self, part: LoadedPart) -> None:
         self._held_bytes += part.held_bytes

@@ -36,10 +36,10 @@ SMALL_NUM_EXPERTS = 64
 IDLE_S = 5.0
 CHUNK = 2048
 SMALL_BLOCK_BYTES = 16 * 2**20
-"""A block in which so few queries of a chunk fit that the fused kernel is used."""
+"""A block for too few queries of a chunk, so that the fused kernel is used."""
 _MOST_STACKS = 16
 _BYTES_FOR_ALL_EXPERTS = 32 * 10**9
-"""A layer's 384 experts take 9.5 GB, and what plain MLX makes of them as much again."""
+"""A layer's 384 experts take 9.5 GB, and plain MLX's conversion of them as much again."""
 
 
 def main() -> None:

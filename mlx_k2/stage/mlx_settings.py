@@ -94,7 +94,7 @@ def apply_settings(environment: MutableMapping[str, str], chip: str | None, file
     kept = []
     for name, value in settings.items():
         if environment.setdefault(name, value) != value:
-            kept.append(f"{name}={environment[name]} is kept as its environment has it; mlx-k2 would set {value}")
+            kept.append(f"{name}={environment[name]} from the environment is kept; mlx-k2 would set {value}")
     return tuple(kept)
 
 

@@ -1,6 +1,6 @@
 """The stages that this user runs on this host: a file for each, which the stage locks until its process ends.
 
-A folder that cannot be used is no error: its stages are then not reported.
+A folder that cannot be used is not an error: its stages are then not reported.
 """
 
 import fcntl

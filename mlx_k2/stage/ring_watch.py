@@ -1,7 +1,7 @@
-"""The watch of a stage's ring ports while MLX connects them. It runs in a process of its own, since MLX holds the GIL.
+"""The watch of a stage's ring ports while MLX connects them. It runs in a separate process, since MLX holds the GIL.
 
-MLX's ring accepts the first connection to a port. If that is a stranger's, the stages try for 31 s to reach each other,
-and none of their errors names it.
+MLX's ring accepts the first connection to a port. If that is not a neighbour's, the stages try for 31 s to reach each
+other, and none of their errors names it.
 """
 
 import os
@@ -27,7 +27,7 @@ _LATER = "import time; time.sleep(1); import runpy; runpy.run_module('mlx_k2.sta
 
 @contextmanager
 def watched_ring(rank: int, links: RingLinks) -> Iterator[None]:
-    """Watch the ports of stage ``rank`` in this context. A stranger ends this process; its stderr names it."""
+    """Watch the ports of stage ``rank`` in this context. If an unknown process connects, end this process."""
     own, previous = links.addresses[rank], links.addresses[rank - 1]
     command = [sys.executable, "-P", "-c", _LATER, str(os.getpid()), ",".join(own), ",".join(previous)]
     watch = subprocess.Popen(command, stdin=subprocess.DEVNULL)
@@ -39,7 +39,7 @@ def watched_ring(rank: int, links: RingLinks) -> Iterator[None]:
 
 
 def main(pid: int, own: Sequence[str], previous: Sequence[str]) -> None:
-    """End process ``pid`` when a stranger is connected to one of its addresses ``own``; return when it has ended."""
+    """End process ``pid`` if an unknown process connects to one of its addresses ``own``; return when it has ended."""
     expected = {address.partition(":")[0] for address in previous}
     here = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
     since: dict[str, float] = {}
@@ -48,7 +48,7 @@ def main(pid: int, own: Sequence[str], previous: Sequence[str]) -> None:
             for ip, port in _connected(pid, own):
                 connected_s = time.monotonic() - since.setdefault(f"{ip}:{port}", time.monotonic())
                 if ip not in expected and (ip in here or connected_s > UNEXPECTED_S):
-                    sys.stderr.write(f"a stranger at {ip}:{port} is connected to the ring port of this stage\n")
+                    sys.stderr.write(f"an unknown process at {ip}:{port} is connected to the ring port of this stage\n")
                     sys.stderr.flush()
                     os.kill(pid, signal.SIGTERM)
                     return

@@ -59,8 +59,8 @@ from mlx_k2.stage.transport import (
     tcp_connections,
 )
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model, locate_tensors
-from mlx_k2.weights.inventory import shard_specs
-from mlx_k2.weights.model_files import fetch_shard, read_model_files
+from mlx_k2.weights.draft_head import stage_specs
+from mlx_k2.weights.model_files import fetch_shard, locate_shard, read_draft, read_model_files
 from mlx_k2.weights.model_source import is_repo, model_folder
 
 READ_TIMEOUT_S = 120.0
@@ -126,7 +126,10 @@ class StageService:
         """Queue a message for the computing thread."""
         if frame.kind is not Kind.MESSAGE:
             raise ProtocolError(f"the guard sent a {frame.kind.name} frame")
-        self._inbox.put(decode_to_stage(frame.payload))
+        message = decode_to_stage(frame.payload)
+        if isinstance(message, Step) and self._runner is not None:
+            self._runner.expect(message)
+        self._inbox.put(message)
 
     def on_input_end(self, error: ProtocolError | None) -> None:
         """End the process at once if the guard closed the input. Queue a broken frame's error, to report it first."""
@@ -146,6 +149,8 @@ class StageService:
                 if not isinstance(message, Step):
                     self._report_phase(*_PHASES[type(message)])
                 self._send(self._answer(message))
+                if self._runner is not None and (drafted := self._runner.draft()) is not None:
+                    self._send(drafted)
                 self._report_phase(Phase.IDLE, message.number if isinstance(message, Step) else None)
         except Exception as error:  # noqa: BLE001  # every error must be reported to the coordinator
             if not isinstance(error, MlxK2Error | MemoryError):
@@ -189,7 +194,10 @@ class StageService:
 
     def _answer_download(self, message: DownloadShard) -> ShardDownloaded:
         description = describe_model(read_model_files(message.model).files, message.model.path_or_repo)
-        specs = shard_specs(description.config, message.first_layer, message.end_layer)
+        draft = None if message.draft_head is None else read_draft(message.draft_head, description.config).draft
+        if draft is not None and message.draft_head is not None:
+            locate_shard(message.draft_head.source, draft.index, draft.specs(), self._report_download_progress)
+        specs = stage_specs(description.config, message.first_layer, message.end_layer, draft)
         if not is_repo(message.model):  # the host's own folder: its files have to be there
             folder = model_folder(message.model)
             locate_tensors(folder, description.index, specs)
@@ -207,9 +215,11 @@ class StageService:
 
     def _answer_prepare(self, message: Prepare) -> Prepared:
         description = describe_model(read_model_files(message.model).files, message.model.path_or_repo)
+        draft = message.draft_head
+        digest = None if draft is None or is_repo(draft.source) else read_draft(draft, description.config).draft.digest
         ports = HeldPorts(message.listen)
         self._prepared = _PreparedStage(message, description, ports)
-        return Prepared(ports.addresses, description.digest)
+        return Prepared(ports.addresses, description.digest, digest)
 
     def _answer_connect(self, message: Connect) -> Connected:
         assert self._prepared is not None, "Connect before Prepare"

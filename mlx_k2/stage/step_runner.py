@@ -10,10 +10,12 @@ from mlx_k2.errors import NotFinite, ProtocolError
 from mlx_k2.model.batch import Batch, Span
 from mlx_k2.model.sampler import SamplingRequest, sample_tokens
 from mlx_k2.model.stage_model import StageModel
-from mlx_k2.protocol.messages import Step, StepDone
+from mlx_k2.protocol.messages import Drafted, Step, StepDone
 from mlx_k2.protocol.stage_status import Phase
 from mlx_k2.sampling import SampledToken
 from mlx_k2.scheduling.microbatch import Row
+from mlx_k2.stage.draft_plans import DraftPlans
+from mlx_k2.stage.drafting import Drafting, FinishedStep
 from mlx_k2.stage.transport import Transport
 from mlx_k2.token_mask import MaskForm
 from mlx_k2.weights.reader import is_finite
@@ -34,7 +36,7 @@ class PlanLimits:
             ProtocolError: the plan fails a check. The message names it.
         """
         if last_number is not None and step.number <= last_number:
-            raise ProtocolError(f"step {step.number} was sent after step {last_number}: plans come in one order")
+            raise ProtocolError(f"step {step.number} was sent after step {last_number}: plan numbers must increase")
         if not step.rows:
             raise ProtocolError(f"step {step.number} has no rows")
         for row in step.rows:
@@ -70,7 +72,12 @@ class PlanLimits:
 
 
 class StepRunner:
-    """Runner of one stage's part of every step. Its state is the model's cache and the number of the last step."""
+    """Runner of one stage's part of every step.
+
+    Its state is the model's cache, the number of the last step, and the tokens that it sampled last in each slot. With
+    ``has_features`` the hop has twice as many vectors: the hidden states, then the features of a draft head.
+    ``drafting`` is that head, on the last stage.
+    """
 
     def __init__(
         self,
@@ -83,6 +90,9 @@ class StepRunner:
         hidden_size: int,
         dtype: mx.Dtype,
         first_layer: int = 0,
+        has_features: bool = False,
+        drafting: Drafting | None = None,
+        plans: DraftPlans | None = None,
     ) -> None:
         self._model = model
         self._transport = transport
@@ -93,6 +103,15 @@ class StepRunner:
         self._hidden_size = hidden_size
         self._dtype = dtype
         self._first_layer = first_layer
+        self._has_features = has_features
+        self._drafting = drafting
+        self._plans = plans or DraftPlans()
+        self._sampled: dict[int, tuple[int, int]] = {}  # by slot: the last token, and its position
+        self._finished: FinishedStep | None = None
+
+    def expect(self, step: Step) -> None:
+        """Record a plan that has arrived and will be run later. The thread that reads messages may call this."""
+        self._plans.add(step)
 
     def run(self, step: Step, report_phase: Callable[[Phase], None] = lambda _: None) -> StepDone:
         """Run the step. If possible, build its graph before the hidden states have arrived.
@@ -107,38 +126,92 @@ class StepRunner:
         self._last_number = step.number
         began = time.perf_counter()
         report_phase(Phase.COMPUTING if self._is_first else Phase.RECEIVING)
+        if self._is_wrong_draft(step):
+            return self._skip(step, report_phase)
         batch = Batch([_span(row) for row in step.rows])
-        for row in step.rows:
-            if row.copy_from is not None:
-                self._model.copy_positions(row.copy_from, row.slot, row.position)
-        if self._is_first:
-            hidden = self._model.embed(mx.array([token_id for row in step.rows for token_id in row.token_ids]))
-        else:
-            hidden = self._transport.receive((batch.num_tokens, self._hidden_size), self._dtype)
+        self._copy_positions(step.rows)
+        received, hidden, features = self._input(step.rows, batch)
         receive_s = send_s = 0.0
         builds_lazily = self._model.builds_lazily(batch)
         if not builds_lazily:
-            receive_s += _evaluate(hidden)
+            receive_s += _evaluate(received)
             report_phase(Phase.COMPUTING)
-        output = self._model.run(hidden, batch)
+        if features is None:
+            output = self._model.run(hidden, batch)
+        else:
+            output, features = self._model.run_with_features(hidden, features, batch)
         if builds_lazily and not self._is_first:
-            receive_s += _evaluate(hidden)  # separately, to complete before work that needs it is submitted to a GPU
+            receive_s += _evaluate(received)  # separately, to complete before work that needs it is submitted to a GPU
             report_phase(Phase.COMPUTING)
         tokens: tuple[SampledToken, ...] = ()
         if self._is_last:
             tokens, total = self._sample(step.rows, output, batch)
         else:
             total = mx.sum(output)  # NaN or infinite if one value is
+            output = output if features is None else mx.concatenate([output, features])
             mx.eval(output, total)
         if not is_finite(total):
             raise NotFinite(f"NaN or infinity in step {step.number}, {self._origin(hidden, batch)}")
         if not self._is_last:
-            report_phase(Phase.SENDING)
-            sending = time.perf_counter()
-            self._transport.send(output)
-            send_s = time.perf_counter() - sending
+            send_s = self._send(output, report_phase)
+        if self._drafting is not None and features is not None:
+            self._finished = FinishedStep(step, batch, features, tokens)
         busy_s = time.perf_counter() - began - receive_s - send_s
         return StepDone(step.number, busy_s, receive_s, send_s, tokens, mx.get_peak_memory())
+
+    def draft(self) -> Drafted | None:
+        """Let the draft head follow the last step. Return its drafts if the step requested some.
+
+        Call it when the step's StepDone is on its way: no token waits for the head.
+        """
+        finished, self._finished = self._finished, None
+        return None if finished is None or self._drafting is None else self._drafting.finish(finished)
+
+    def _is_wrong_draft(self, step: Step) -> bool:
+        """Return whether the step is a draft that is known to be wrong."""
+        row = step.rows[0]
+        if not row.is_draft:
+            return False
+        is_other = self._is_last and self._sampled.get(row.slot) != (row.position, row.token_ids[0])
+        return is_other or self._plans.is_undone(step.number, row)
+
+    def _skip(self, step: Step, report_phase: Callable[[Phase], None]) -> StepDone:
+        """Receive a step's hidden states and send zeros in their place: every hop carries every step."""
+        receive_s = send_s = 0.0
+        shape = self._hop_shape(sum(len(row.token_ids) for row in step.rows))
+        if not self._is_first:
+            receive_s = _evaluate(self._transport.receive(shape, self._dtype))
+        if not self._is_last:
+            zeros = mx.zeros(shape, self._dtype)
+            mx.eval(zeros)
+            send_s = self._send(zeros, report_phase)
+        return StepDone(step.number, 0.0, receive_s, send_s, is_skipped=True)
+
+    def _copy_positions(self, rows: tuple[Row, ...]) -> None:
+        for row in rows:
+            if row.copy_from is not None:
+                self._model.copy_positions(row.copy_from, row.slot, row.position)
+                if self._drafting is not None:
+                    self._drafting.copy_positions(row.copy_from, row.slot, row.position)
+
+    def _hop_shape(self, num_tokens: int) -> tuple[int, int]:
+        return num_tokens * (2 if self._has_features else 1), self._hidden_size
+
+    def _input(self, rows: tuple[Row, ...], batch: Batch) -> tuple[mx.array, mx.array, mx.array | None]:
+        """Return what arrives, lazily; the hidden states in it, and the features in it, if there is a draft head."""
+        count = batch.num_tokens
+        if self._is_first:
+            hidden = self._model.embed(mx.array([token_id for row in rows for token_id in row.token_ids]))
+            return hidden, hidden, mx.zeros_like(hidden) if self._has_features else None
+        received = self._transport.receive(self._hop_shape(count), self._dtype)
+        return (received, received[:count], received[count:]) if self._has_features else (received, received, None)
+
+    def _send(self, output: mx.array, report_phase: Callable[[Phase], None]) -> float:
+        """Send an evaluated array to the next stage. Return the seconds that this took."""
+        report_phase(Phase.SENDING)
+        began = time.perf_counter()
+        self._transport.send(output)
+        return time.perf_counter() - began
 
     def _sample(
         self, rows: tuple[Row, ...], output: mx.array, batch: Batch
@@ -163,13 +236,18 @@ class StepRunner:
         if len(requests) < num_tokens:
             total = total + self._model.cache_total(batch)
         mx.async_eval(total)
-        return tuple(sample_tokens(logits, requests)), total
+        tokens = tuple(sample_tokens(logits, requests))
+        slots = (row.slot for row in rows if row.needs_logits)
+        for slot, request, token in zip(slots, requests, tokens, strict=True):
+            self._sampled[slot] = request.position, token.token_id
+        return tokens, total
 
     def _origin(self, hidden: mx.array, batch: Batch) -> str:
-        """Return where the first NaN or infinity of a step arises, from running its layers once more."""
-        remedy = "its weights or its memory are broken: run with --check-weights, or `mlx-k2 doctor --deep`"
+        """Run the layers of a step once more, and return where its first NaN or infinity occurs."""
+        doctor = "`mlx-k2 doctor --deep` with the same --hostfile and --model"
+        remedy = f"its weights or its memory are broken: run with --check-weights, or {doctor}"
         if not is_finite(mx.sum(hidden)):
-            return f"first in {'the embedding' if self._is_first else 'what the stage before sent'}: {remedy}"
+            return f"first in the {'embedding' if self._is_first else 'output of the previous stage'}: {remedy}"
         index = self._model.first_broken_layer(hidden, batch)
         return f"first in {'the head' if index is None else f'layer {self._first_layer + index}'}: {remedy}"
 

@@ -71,7 +71,7 @@ def join_group(rank: int, links: RingLinks | JacclLinks) -> mx.distributed.Group
             refused = f"error: {errno.ECONNREFUSED})" in str(error)
             hint = "; its port is closed: it has ended, or another process connected to it first" if refused else ""
             raise StageFault(f"the {backend} connection to a neighbour failed: {error}{hint}") from None
-    assert group.rank() == rank, f"{backend} says rank {group.rank()}, the plan {rank}"
+    assert group.rank() == rank, f"{backend} reports rank {group.rank()}, the plan {rank}"
     return group
 
 
@@ -112,6 +112,6 @@ def prove_hops(transport: Transport, to_next: bytes | None, from_previous: bytes
         received = transport.receive((len(from_previous),), mx.uint8)
         mx.eval(received)
         if np.asarray(received).tobytes() != from_previous:
-            raise StageFault("a stranger is connected in place of the previous stage: its first bytes are not ours")
+            raise StageFault("an unknown process is connected as the previous stage: its first bytes are wrong")
     if to_next is not None:
         transport.send(mx.array(list(to_next), dtype=mx.uint8))

@@ -1,4 +1,4 @@
-"""A writer of random checkpoints in the original layout, for the built-in model, tests and benchmarks.
+"""A writer of random checkpoints in the original layout, for tests and benchmarks.
 
 Knows no tokenizer. The values are scaled so that every part of the model affects its output: each branch adds about as
 much as the residual stream holds, attention is sharp enough for positions to matter, and tokens are routed to different
@@ -44,8 +44,8 @@ def write_random_checkpoint(
 ) -> None:
     """Write the checkpoint that ``config_fields`` describes: one file for each layer, one for embedding and head.
 
-    ``tokenizer_files`` are written beside it unchanged. The same arguments give the same bytes. ``folder`` appears only
-    when it is complete; if another process has completed it first, that folder is kept.
+    ``tokenizer_files`` are written unchanged into the same folder. The same arguments give the same bytes. ``folder``
+    appears only when it is complete; if another process has completed it first, that folder is kept.
 
     Raises:
         ConfigError: the fields are not those of a model that this program runs.
@@ -118,18 +118,18 @@ def _random_bytes(spec: TensorSpec, config: ModelConfig, seed: int) -> Iterator[
     elif spec.name.endswith("weight_scale"):
         projection = spec.name.removesuffix("_scale")
         scale = _gain(projection) / _CODE_DEVIATION / (spec.shape[1] * INT4_GROUP_SIZE) ** 0.5
-        yield _bf16_bytes(generator.uniform(0.5 * scale, 1.5 * scale, count).astype(np.float32))
+        yield bf16_bytes(generator.uniform(0.5 * scale, 1.5 * scale, count).astype(np.float32))
     elif spec.name.endswith("e_score_correction_bias"):
         yield generator.normal(0.0, 0.2, spec.shape).astype("<f4").tobytes()
     elif spec.dtype == "F32":
         yield generator.random(spec.shape, np.float32).tobytes()
     elif len(spec.shape) == 1:
-        yield _bf16_bytes(generator.uniform(0.5, 1.5, count).astype(np.float32))
+        yield bf16_bytes(generator.uniform(0.5, 1.5, count).astype(np.float32))
     else:
         deviation = _gain(spec.name) / spec.shape[-1] ** 0.5 if "embed_tokens" not in spec.name else 1.0
         for first in range(0, count, _PIECE_VALUES):
             values = generator.standard_normal(min(_PIECE_VALUES, count - first), np.float32)
-            yield _bf16_bytes(values * np.float32(deviation))
+            yield bf16_bytes(values * np.float32(deviation))
 
 
 def _gain(name: str) -> float:
@@ -145,7 +145,7 @@ def _codes(generator: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np
     return words
 
 
-def _bf16_bytes(values: NDArray[np.float32]) -> bytes:
+def bf16_bytes(values: NDArray[np.float32]) -> bytes:
     """Return the bytes of float32 values rounded to the nearest bfloat16, ties to even."""
     bits = values.view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16

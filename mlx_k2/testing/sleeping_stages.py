@@ -3,14 +3,17 @@
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from mlx_k2.protocol.messages import StepDone, encode_message
+from mlx_k2.protocol.messages import Drafted, StepDone, encode_message
 from mlx_k2.sampling import SampledToken
 from mlx_k2.scheduling.cost_model import StageSizes, StageSpeed
-from mlx_k2.scheduling.microbatch import Microbatch
+from mlx_k2.scheduling.microbatch import Microbatch, Row
 
 STEP_S = 0.02
+TOKEN = 1
+"""The id of every sampled token."""
 SIZES = StageSizes(
     dense_bytes=1_000_000,
     head_bytes=0,
@@ -26,18 +29,27 @@ SIZES = StageSizes(
     rebuild_operations=0,
 )
 SPEED = StageSpeed(fixed_s=0.0, bytes_per_s=SIZES.dense_bytes / STEP_S, operations_per_s=1.0)
-"""With this speed every step takes STEP_S, whatever its rows."""
+"""With this speed every step takes STEP_S, independent of its rows."""
 
 
 @dataclass
 class SleepingStages:
-    """Stages that only sleep, one thread each. The last one puts encoded StepDone messages into ``done``."""
+    """Stages that only sleep, one thread each. The last one puts encoded messages into ``done``.
+
+    Every sampled token is TOKEN. After a row that requests drafts the last stage sleeps for ``draft_s``, then sends
+    TOKEN as the draft of each position where ``is_right(position)``, another token elsewhere. Drafts that are known to
+    be wrong are skipped.
+    """
 
     num_stages: int
+    draft_s: float = 0.0
+    is_right: Callable[[int], bool] = lambda _: True
     done: "queue.SimpleQueue[bytes]" = field(default_factory=queue.SimpleQueue)
 
     def __post_init__(self) -> None:
         self._inbox: queue.SimpleQueue[Microbatch | None] = queue.SimpleQueue()
+        self._last_sent: dict[int, Row] = {}
+        self._undone: dict[int, tuple[int, int]] = {}
         before = self._inbox
         for rank in range(self.num_stages):
             after: queue.SimpleQueue[Microbatch | None] = queue.SimpleQueue()
@@ -47,6 +59,11 @@ class SleepingStages:
 
     def send(self, microbatch: Microbatch) -> None:
         """Queue ``microbatch`` for the first stage."""
+        for planned in microbatch.rows:
+            row, earlier = planned.row, self._last_sent.get(planned.row.slot)
+            if earlier is not None and row.position < earlier.end:
+                self._undone[row.slot] = (microbatch.number, row.position)
+            self._last_sent[row.slot] = row
         self._inbox.put(microbatch)
 
     def stop(self) -> None:
@@ -57,10 +74,26 @@ class SleepingStages:
         self, before: "queue.SimpleQueue[Microbatch | None]", after: "queue.SimpleQueue[Microbatch | None]", last: bool
     ) -> None:
         while (microbatch := before.get()) is not None:
+            if self._is_wrong(microbatch, last):
+                skipped = encode_message(StepDone(microbatch.number, 0.0, is_skipped=True))
+                self.done.put(skipped) if last else after.put(microbatch)
+                continue
             time.sleep(STEP_S)
-            if last:
-                tokens = tuple(SampledToken(1) for planned in microbatch.rows if planned.row.needs_logits)
-                self.done.put(encode_message(StepDone(microbatch.number, STEP_S, tokens=tokens)))
-            else:
+            if not last:
                 after.put(microbatch)
+                continue
+            tokens = tuple(SampledToken(TOKEN) for planned in microbatch.rows if planned.row.needs_logits)
+            self.done.put(encode_message(StepDone(microbatch.number, STEP_S, tokens=tokens)))
+            request = microbatch.rows[0].row.draft
+            if request is not None:
+                time.sleep(self.draft_s)
+                first = microbatch.rows[0].row.end + 1
+                drafts = (TOKEN if self.is_right(first + i) else TOKEN + 1 for i in range(request.num_tokens))
+                self.done.put(encode_message(Drafted(microbatch.number, tuple(drafts), self.draft_s)))
         after.put(None)
+
+    def _is_wrong(self, microbatch: Microbatch, last: bool) -> bool:
+        row = microbatch.rows[0].row
+        number, position = self._undone.get(row.slot, (-1, 0))
+        is_known = last or (number > microbatch.number and position <= row.position)
+        return row.is_draft and is_known and row.token_ids[0] != TOKEN

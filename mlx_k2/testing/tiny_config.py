@@ -33,7 +33,7 @@ def tiny_config_fields(vocab_size: int, **changes: Any) -> dict[str, Any]:
 
 
 def as_kimi_k25(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the same text model in K2.5's form: under ``text_config``, beside a vision tower."""
+    """Return the same text model in K2.5's form: under ``text_config``, together with a vision tower."""
     return {
         "architectures": ["KimiK25ForConditionalGeneration"],
         "model_type": "kimi_k25",

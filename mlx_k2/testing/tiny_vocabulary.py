@@ -67,7 +67,7 @@ def tiny_vocabulary(vocab_size: int, max_position_embeddings: int) -> TinyVocabu
     The ids are 256 single bytes, then as many words as fit, then the 256 reserved ids that hold the control tokens. Ids
     after those are unnamed control tokens.
     """
-    assert vocab_size >= MIN_VOCAB_SIZE, f"{vocab_size} ids hold no 256 bytes and 256 reserved tokens"
+    assert vocab_size >= MIN_VOCAB_SIZE, f"{vocab_size} ids are fewer than 256 bytes and 256 reserved tokens"
     words = [f" {word}".encode() for word in dict.fromkeys(_WORDS.split())][: vocab_size - MIN_VOCAB_SIZE]
     tokens = [bytes([byte]) for byte in range(_NUM_BYTES)] + words
     ids = {name: len(tokens) + offset for name, offset in _CONTROL_TOKENS.items()}

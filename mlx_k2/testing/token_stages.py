@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.stage_events import StageEnded, StageEvent, StageMessage, Woken
 from mlx_k2.launch.stage_location import StageLocation
-from mlx_k2.protocol.messages import Step, StepDone, ToStage
+from mlx_k2.protocol.messages import Drafted, Step, StepDone, ToStage
 from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
 from mlx_k2.sampling import SampledToken, Sampling
 from mlx_k2.scheduling.microbatch import Row
@@ -26,7 +26,8 @@ NUM_TOKENS = 10
 class TokenStages(StageGroup):
     """A group whose stages execute a plan when ``execute`` is called, on the caller's thread.
 
-    ``on_plan`` is called with each plan that is sent.
+    ``on_plan`` is called with each plan that is sent. The last stage skips wrong drafts, and has a draft head, whose
+    tokens are right 7 times out of 10.
     """
 
     def __init__(self, num_stages: int, on_plan: Callable[[Step], None] = lambda _: None) -> None:
@@ -39,6 +40,7 @@ class TokenStages(StageGroup):
         self._num_done = [0] * num_stages
         self._caches: list[dict[int, list[int]]] = [{} for _ in range(num_stages)]
         self._has_failed = False
+        self._sampled: dict[int, tuple[int, int]] = {}
 
     def execute(self, rank: int) -> bool:
         """Execute the next plan on one stage; return False if there is none, or the stage before has not done it."""
@@ -47,14 +49,44 @@ class TokenStages(StageGroup):
             if self._has_failed or not is_ready:
                 return False
             step = self._plans[rank].popleft()
+        is_last = rank == self.size - 1
+        is_skipped = is_last and any(row.is_draft and not self._is_right(row) for row in step.rows)
+        if is_skipped:
+            self._finish(rank, StepDone(step.number, 0.0, is_skipped=True))
+            return True
         tokens = tuple(
             SampledToken(token_id) for row in step.rows if (token_id := self._run(self._caches[rank], row)) is not None
         )
+        self._finish(rank, StepDone(step.number, 0.001, tokens=tokens if is_last else ()))
+        if is_last:
+            sampling_rows = (row for row in step.rows if row.needs_logits)
+            self._sampled |= {
+                row.slot: (row.end, token.token_id) for row, token in zip(sampling_rows, tokens, strict=True)
+            }
+            self._draft(rank, step)
+        return True
+
+    def _finish(self, rank: int, done: StepDone) -> None:
         with self._changed:
             self._num_done[rank] += 1
-        is_last = rank == self.size - 1
-        self._post(StageMessage(rank, StepDone(step.number, 0.001, tokens=tokens if is_last else ())))
-        return True
+        self._post(StageMessage(rank, done))
+
+    def _is_right(self, row: Row) -> bool:
+        return self._sampled.get(row.slot) == (row.position, row.token_ids[0])
+
+    def _draft(self, rank: int, step: Step) -> None:
+        """Send the drafts that the step's row requests. Those in plans that have arrived are kept."""
+        row = step.rows[0]
+        if row.draft is None or row.sampling is None:
+            return
+        token_ids = [*self._caches[rank][row.slot], self._sampled[row.slot][1]]
+        num_known = len(token_ids)
+        planned = [later.rows[0].token_ids[0] for later in self._plans[rank] if later.rows[0].is_draft]
+        kept = planned[1:] if planned[:1] == token_ids[-1:] else []
+        for index in range(row.draft.num_tokens):
+            following = drafted_after(token_ids, row.sampling)
+            token_ids.append(kept[index] if index < len(kept) else following)
+        self._post(StageMessage(rank, Drafted(step.number, tuple(token_ids[num_known:]), 0.001)))
 
     def next_step(self, rank: int) -> Step | None:
         """Return the plan that ``execute`` would execute next on one stage; None if there is none."""
@@ -147,8 +179,14 @@ def sampled_after(token_ids: Sequence[int], sampling: Sampling) -> int:
     return hashlib.blake2b(data, digest_size=8).digest()[0] % NUM_TOKENS
 
 
+def drafted_after(token_ids: Sequence[int], sampling: Sampling) -> int:
+    """Return the draft head's token after ``token_ids``: 7 times out of 10 the one that the stages sample."""
+    is_right = sampled_after([*token_ids, 0], sampling) < 7
+    return (sampled_after(token_ids, sampling) + (not is_right)) % NUM_TOKENS
+
+
 def answer_alone(request: Request) -> list[int]:
-    """Return the tokens that the stages sample for a request without a token policy, whatever runs beside it."""
+    """Return the tokens that the stages sample for a request without a token policy, alone or with others."""
     token_ids = list(request.prompt_ids)
     while len(token_ids) < len(request.prompt_ids) + request.max_tokens:
         token_ids.append(sampled_after(token_ids, request.sampling))

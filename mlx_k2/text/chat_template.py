@@ -94,7 +94,7 @@ def load_chat_template(files: Mapping[str, bytes]) -> ChatTemplate:
         by_name = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
         source = by_name.get("default")
     if not isinstance(source, str):
-        raise TokenizerError("the model has no chat template: give --raw to send the prompt as it is")
+        raise TokenizerError("the model has no chat template: give --raw to send the prompt unchanged")
     tokens = {}
     for name in _TOKENS:
         token = config.get(name)

@@ -1,4 +1,4 @@
-"""Escaping of message text while a template handles it, so that no message text can read as a control token.
+"""Escaping of message text while a template handles it, so that no message text can be read as a control token.
 
 Every character that occurs in a control token's name is replaced, one for one, by a character that occurs nowhere
 in the rendering. A template may change message text or join it with its own text: a control token's name in the result
@@ -24,7 +24,7 @@ class Escaping:
         free = (candidate for candidate in _CANDIDATES if candidate not in used)
         self._escaped = dict(zip(letters, free, strict=False))
         if len(self._escaped) < len(letters):
-            raise RequestError("the messages use so many different characters that none is left to mark them with")
+            raise RequestError("the messages use too many different characters: none is left for escaping")
         self._unescaped = {escaped: letter for letter, escaped in self._escaped.items()}
 
     def escape(self, value: object) -> Any:

@@ -115,7 +115,7 @@ class _Compiled:
 class GrammarState:
     """A grammar and the tokens that it has accepted so far. It belongs to one reply.
 
-    Its methods raise RequestFailed when the grammar is too complex to go on.
+    Its methods raise RequestFailed when the grammar is too complex to continue.
     """
 
     def __init__(self, compiled: _Compiled, ordinary: NDArray[np.int32]) -> None:

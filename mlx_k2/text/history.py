@@ -12,7 +12,7 @@ from mlx_k2.text.tool_call import UNKNOWN, call_id
 def assistant_message(reply: Reply, num_calls_before: int) -> Message:
     """Return ``reply`` as a message; each call's arguments are the text that the model wrote.
 
-    The calls get the ids that Kimi K2 is trained on, whatever the model wrote: functions.NAME:NUMBER, where NUMBER
+    The calls get the ids that Kimi K2 is trained on, not those that it wrote: functions.NAME:NUMBER, where NUMBER
     counts the calls of the whole conversation from 0. Missing text is '', never None.
     """
     calls = tuple(

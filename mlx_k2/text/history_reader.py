@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_k2.errors import RequestError
-from mlx_k2.text.json_values import copied_json, demand
+from mlx_k2.text.json_values import copied_json, require
 from mlx_k2.text.message import CalledFunction, Message, MessageCall
 from mlx_k2.text.tool_call import call_id
 
@@ -22,7 +22,7 @@ _Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class History:
-    """Messages in the form that templates rely on, and one line for each message of which a field was left out."""
+    """Messages in the form that templates rely on, and one line for each message that lost a field."""
 
     messages: list[Message]
     left_out: tuple[str, ...]
@@ -31,19 +31,19 @@ class History:
 def read_history(messages: Sequence[Mapping[str, object]], template_fields: Collection[str]) -> History:
     """Return ``messages`` in one form; ``template_fields`` are the names that the template reads.
 
-    Content is text: parts are joined, None becomes ''. Reasoning is in ``reasoning_content``, whatever its field was.
-    Every call and every result has an id. Other fields are kept if the template reads them, unless they are None.
-    Reading the JSON of the returned messages again changes nothing.
+    Content is text: parts are joined, None becomes ''. Reasoning is in ``reasoning_content``, for any name of its
+    field. Every call and every result has an id. Other fields are kept if the template reads them, unless they are
+    None. Reading the JSON of the returned messages again changes nothing.
 
     Raises:
         RequestError: there is no message, or one is malformed; names the message and the problem.
     """
-    demand(bool(messages), "there is no message to answer")
+    require(bool(messages), "there is no message to answer")
     read: list[_Fields] = []
     left_out = []
     for number, message in enumerate(messages, start=1):
-        demand(isinstance(message, Mapping), f"message {number} is not an object")
-        demand(all(isinstance(name, str) for name in message), f"message {number}: the keys of an object must be text")
+        require(isinstance(message, Mapping), f"message {number} is not an object")
+        require(all(isinstance(name, str) for name in message), f"message {number}: the keys of an object must be text")
         role = message.get("role")
         role = _SAME_ROLE.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
@@ -82,13 +82,13 @@ def _fields(message: Mapping[str, Any], where: str) -> _Fields:
     if "function_call" in fields and not fields.get("tool_calls"):
         fields["tool_calls"] = [{"type": "function", "function": fields["function_call"]}]
     for name in ("name", "reasoning_content", "tool_call_id"):
-        demand(isinstance(fields.get(name, ""), str), f"{where}: {name} must be text")
+        require(isinstance(fields.get(name, ""), str), f"{where}: {name} must be text")
     calls = fields.get("tool_calls")
     if not calls:
         fields.pop("tool_calls", None)
         return fields
-    demand(fields["role"] == "assistant", f"{where}: only an assistant calls tools")
-    demand(isinstance(calls, list | tuple), f"{where}: tool_calls must be a list")
+    require(fields["role"] == "assistant", f"{where}: only an assistant calls tools")
+    require(isinstance(calls, list | tuple), f"{where}: tool_calls must be a list")
     assert isinstance(calls, list | tuple)
     fields["tool_calls"] = [_call(call, f"{where}: tool call {at}") for at, call in enumerate(calls, start=1)]
     return fields
@@ -97,7 +97,7 @@ def _fields(message: Mapping[str, Any], where: str) -> _Fields:
 def _content(content: object, where: str) -> str:
     if isinstance(content, str):
         return content
-    demand(isinstance(content, list | tuple), f"{where}: content must be text or a list of text parts")
+    require(isinstance(content, list | tuple), f"{where}: content must be text or a list of text parts")
     assert isinstance(content, list | tuple)
     return "".join(part if isinstance(part, str) else _part_text(part, where) for part in content)
 
@@ -133,8 +133,8 @@ def _call(call: object, where: str) -> _Fields:
     if not isinstance(call, Mapping) or not isinstance(function, Mapping):
         raise RequestError(f"{where} has no function")
     written_id = call.get("id") or ""
-    demand(isinstance(written_id, str), f"{where}: its id must be text")
-    demand(isinstance(function.get("name"), str), f"{where} has no function name")
+    require(isinstance(written_id, str), f"{where}: its id must be text")
+    require(isinstance(function.get("name"), str), f"{where} has no function name")
     return {**call, "id": written_id, "function": {**function, "arguments": function.get("arguments", "{}")}}
 
 
@@ -167,5 +167,5 @@ def _add_missing_ids(messages: Sequence[_Fields]) -> None:
         if not message.get("tool_call_id") and unanswered:
             named = [call for call in unanswered if call["function"]["name"] == message.get("name")]
             message["tool_call_id"] = (named or unanswered)[0]["id"]
-        demand("tool_call_id" in message, f"message {at} (tool): a tool's result needs the tool_call_id of its call")
+        require("tool_call_id" in message, f"message {at} (tool): a tool's result needs the tool_call_id of its call")
         unanswered = [call for call in unanswered if call["id"] != message["tool_call_id"]]

@@ -21,7 +21,7 @@ from jinja2.visitor import NodeTransformer, NodeVisitor
 FILE = "chat_template.jinja"
 
 _NOT_ASCII = re.compile("[^\0-\x7e\U00040000-\U0010ffff]+")
-"""Text that JSON escapes as ASCII, except the characters of ``mlx_k2.text.escaping``, which must stay single ones."""
+"""Text that JSON escapes as ASCII, except the characters of ``mlx_k2.text.escaping``, which must not be escaped."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -112,10 +112,10 @@ class _Environment(ImmutableSandboxedEnvironment):
 class _Generation(Extension):
     """The tag ``{% generation %}``, with which templates mark the model's own text for training. It changes nothing."""
 
-    tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
+    tags = {"generation"}  # noqa: RUF012 - as in Jinja's base class
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Return the block's body, in a scope of its own."""
+        """Return the block's body, in a separate scope."""
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 

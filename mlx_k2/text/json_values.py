@@ -15,14 +15,14 @@ def copied_json(value: object, where: str, *, sort: bool = False, depth: int = 0
     Raises:
         RequestError: JSON cannot hold the value, or it is nested too deep; ``where`` names it in the message.
     """
-    demand(depth <= _MAX_DEPTH, f"{where} is nested more than {_MAX_DEPTH} deep")
+    require(depth <= _MAX_DEPTH, f"{where} is nested more than {_MAX_DEPTH} deep")
     match value:
         case None | bool() | int() | float():
             return value
         case str():
             return well_formed(value)
         case Mapping():
-            demand(all(isinstance(key, str) for key in value), f"{where}: the keys of an object must be text")
+            require(all(isinstance(key, str) for key in value), f"{where}: the keys of an object must be text")
             items = sorted(value.items()) if sort else value.items()
             return {well_formed(key): copied_json(item, where, sort=sort, depth=depth + 1) for key, item in items}
         case list() | tuple():
@@ -30,7 +30,7 @@ def copied_json(value: object, where: str, *, sort: bool = False, depth: int = 0
     raise RequestError(f"{where}: JSON cannot hold {value!r}")
 
 
-def demand(holds: bool, otherwise: str) -> None:
-    """Raise RequestError(``otherwise``) unless ``holds``."""
+def require(holds: bool, message: str) -> None:
+    """Raise RequestError(``message``) unless ``holds``."""
     if not holds:
-        raise RequestError(otherwise)
+        raise RequestError(message)

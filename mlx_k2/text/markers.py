@@ -44,7 +44,7 @@ class Found:
 
 
 class MarkerScanner:
-    """A scanner that splits the text of a reply at markers, however the text is split on arrival.
+    """A scanner that splits the text of a reply at markers, independent of how the text is split on arrival.
 
     A name in ``control_names`` is a marker only as that control token. Any other name is a marker where text spells it.
     """
@@ -70,12 +70,12 @@ class MarkerScanner:
         yield from _unless_empty(rest[:cut])
 
     def control(self, name: str) -> Iterator[str | Found]:
-        """Yield held-back text, then the next control token: a marker, or its name as text if it is no marker."""
+        """Yield held-back text, then the next control token: a marker, or its name as text if it is not a marker."""
         yield from self.flush()
         yield Found(NAMES[name], name, is_token=True) if name in NAMES else name
 
     def flush(self) -> Iterator[str]:
-        """Yield the held-back text, which is no marker."""
+        """Yield the held-back text, which is not a marker."""
         held, self._held = self._held, ""
         yield from _unless_empty(held)
 

@@ -10,6 +10,7 @@ from typing import TypeAlias
 from mlx_k2.errors import RequestError, TokenizerError
 from mlx_k2.text.chat_template import ChatTemplate
 from mlx_k2.text.escaping import Escaping
+from mlx_k2.text.history_reader import read_history
 from mlx_k2.text.json_values import copied_json
 from mlx_k2.text.message import Message
 from mlx_k2.text.tokenizer import Tokenizer
@@ -52,7 +53,7 @@ def opens_reasoning(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
 def render_pieces(
     template: ChatTemplate,
     tokenizer: Tokenizer,
-    messages: Sequence[Message],
+    messages: Sequence[Message | Mapping[str, object]],
     tools: Sequence[Mapping[str, object]] | None = None,
     *,
     add_generation_prompt: bool = True,
@@ -60,17 +61,21 @@ def render_pieces(
 ) -> list[PromptPiece]:
     """Render a conversation; return its text and its control tokens as separate pieces, with no two adjacent texts.
 
-    ``options`` are passed to the template. Their text is input text, like that of messages and tools.
+    A message that is a mapping is in OpenAI's format. ``options`` are passed to the template. Their text is input text,
+    like that of messages and tools.
 
     The template renders twice: plainly, and with all input text escaped. Control tokens are the names that the second
     rendering spells, which only the template can have written. The second rendering, unescaped, must equal the first.
 
     Raises:
-        RequestError: a tool is malformed, or the template refuses the messages.
+        RequestError: a tool or a mapping is malformed, or the template refuses the messages.
         TokenizerError: the template fails, or changes input text in a way that escaping does not preserve.
     """
+    fields = [message.json_value() if isinstance(message, Message) else message for message in messages]
+    if any(isinstance(message, Mapping) for message in messages):
+        fields = [message.json_value() for message in read_history(fields, template.fields).messages]
     outside: dict[str, object] = {
-        "messages": [copied_json(message.json_value(), "a message") for message in messages],
+        "messages": [copied_json(message, "a message") for message in fields],
         "documents": None,
         **_declarations(template, tools or ()),
         **options,
@@ -80,7 +85,7 @@ def render_pieces(
     plain = template.render(outside | own)
     escaped = template.render(_escaped(outside, escaping) | own)
     if escaping.unescape(escaped) != plain:
-        raise TokenizerError("the chat template alters message text in a way that cannot be told from its own markers")
+        raise TokenizerError("the chat template alters message text, so that it cannot be distinguished from markers")
     return [piece if isinstance(piece, int) else escaping.unescape(piece) for piece in _split(escaped, tokenizer)]
 
 

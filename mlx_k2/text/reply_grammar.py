@@ -39,7 +39,7 @@ class ReplyGrammar:
     arguments: Mapping[str, GrammarState]
     """The grammar of each tool's arguments by its name; empty if calls are not constrained."""
     warnings: tuple[str, ...]
-    """Lines about schemas of which the grammar allows more."""
+    """Lines about schemas whose grammar allows more than the schema."""
 
     def after_calls(self) -> "ReplyGrammar":
         """Return the constraint of the reply to the results of tools, which need not call one again."""
@@ -120,7 +120,7 @@ class _Rule:
 class ReplyGuide:
     """The guide of one reply, which begins in ``phase``; of a raw one it is content to the end.
 
-    Its methods raise RequestFailed when a grammar is too complex to go on.
+    Its methods raise RequestFailed when a grammar is too complex to continue.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class ReplyGuide:
         self._grammar = grammar
         self._tokenizer = tokenizer
         self._ids = tokenizer.special_ids
-        first = self._ids.get(_STOP)  # the usual end of a turn goes first: it is the one that is forced
+        first = self._ids.get(_STOP)  # the usual end of a turn comes first, because the first one is forced
         self._stop_ids = tuple(sorted(stop_ids, key=lambda number: (number != first, number)))
         self._markers = tuple(self._ids[name] for name in _TOOL_MARKERS if name in self._ids)
         rules = grammar.rules
@@ -213,7 +213,7 @@ class ReplyGuide:
         return allowed.mask((*ends, *extra), self._tokenizer.vocab_size)
 
     def may_draft(self, draft_ids: Sequence[int], token_id: int) -> bool:
-        """Return whether the ordinary token ``token_id`` may follow ``draft_ids`` and the grammar can go on after it.
+        """Return whether the ordinary token ``token_id`` may follow ``draft_ids``, and the grammar continue after it.
 
         A wrong draft token can exceed the grammar's limits where the answer does not. The reply gets no further drafts
         then, which could take as long.

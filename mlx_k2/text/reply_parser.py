@@ -67,7 +67,7 @@ class ReplyParser:
             if isinstance(piece, str):
                 yield from self._on_text(piece)
             elif self.phase in _SPEECH:
-                yield from self._in_speech(piece)
+                yield from self._outside_section(piece)
             elif self.phase is Phase.SECTION:
                 yield from self._in_section(piece)
             else:
@@ -89,7 +89,7 @@ class ReplyParser:
                 self._arguments.append(text)
                 yield ArgumentsText(text)
 
-    def _in_speech(self, found: Found) -> Iterator[Part]:
+    def _outside_section(self, found: Found) -> Iterator[Part]:
         match found.marker:
             case Marker.THINK_BEGIN if found.is_token or self._at_start:
                 if self._at_start:

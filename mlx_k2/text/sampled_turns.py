@@ -93,12 +93,12 @@ class _Body:
         self._next = 0
 
     def pass_control(self, token_id: int) -> None:
-        """Move behind this token if it was sampled. The sampled tokens before it are not in the rendering."""
+        """Move past this token if it was sampled. The sampled tokens before it are not in the rendering."""
         if token_id in self._sampled[self._next :]:
             self._next = self._sampled.index(token_id, self._next) + 1
 
     def pass_text(self) -> tuple[int, ...]:
-        """Return the run of ordinary tokens sampled here and move behind it; () if there is none."""
+        """Return the run of ordinary tokens sampled here and move past it; () if there is none."""
         stretch = self._sampled[self._next] if self._next < len(self._sampled) else None
         if not isinstance(stretch, tuple):
             return ()

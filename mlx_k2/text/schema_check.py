@@ -13,14 +13,14 @@ def check_schema(schema: object, what: str) -> None:
     """Check a parsed schema, which ``what`` names in errors.
 
     Raises:
-        RequestError: it is no schema, refers to itself without end, or is too intricate to tell.
+        RequestError: it is not a schema, refers to itself without end, or is too complex to check.
     """
     if not isinstance(schema, Mapping):
         raise RequestError(f"{what} is not a JSON schema: give a JSON object")
     try:
         is_finite = _Walk(schema).is_finite(schema)
     except RecursionError:
-        raise RequestError(f"{what} is too intricate: its references are nested too deep") from None
+        raise RequestError(f"{what} is too complex: its references are nested too deep") from None
     if not is_finite:
         raise RequestError(f"{what} has no finite value: it refers to itself without end")
 

@@ -1,6 +1,6 @@
 """The process of text/template_worker.py, as seen from the program: started when needed, ended when it exceeds a limit.
 
-It is a separate process because a template can compute for ever in one call, and so that the program's other threads
+It is a separate process because a template can compute without end in one call, and so that the program's other threads
 run meanwhile.
 """
 
@@ -45,7 +45,7 @@ class TemplateProcess:
         with self._lock:
             try:
                 answer = self._ask(message, request)
-            except BaseException:  # also a signal handler's: the answer would be taken for that of the next request
+            except BaseException:  # also a signal handler's: else the next request would get this answer
                 self.end()
                 raise
         text = answer[1:].decode(errors="surrogatepass")

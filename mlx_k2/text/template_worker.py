@@ -29,7 +29,7 @@ _MAX_ERROR = 2000
 _AGAIN_S = 0.1
 """CPU time after which the exception is raised again: compilers and filters of Jinja catch some exceptions."""
 _NICE = 5
-"""Renderings give way to the program's own threads, which send plans to the stages."""
+"""Renderings have a lower priority than the program's own threads, which send plans to the stages."""
 _MARGIN_S = 1
 """CPU time after the limit at which the system ends the process."""
 

@@ -39,7 +39,7 @@ _K2_UNNAMED = {"<think>": 163_606, "</think>": 163_607}
 class Vocabulary(msgspec.Struct, frozen=True):
     """The tokens that one set of files defines, and the encoder of ordinary text.
 
-    ``encode_ordinary`` takes well-formed text and returns ids of ``ordinary`` only, whatever the text contains.
+    ``encode_ordinary`` takes well-formed text and returns ids of ``ordinary`` only, for any text.
     """
 
     encode_ordinary: Callable[[str], list[int]]
@@ -85,7 +85,7 @@ def _ranks(model: bytes, vocab_size: int) -> dict[bytes, int]:
             raise TokenizerError(f"{FILE} line {number}: rank {rank} is outside the vocabulary of {vocab_size} tokens")
         if token in ranks or rank in seen:
             what = f"token {token!r}" if token in ranks else f"rank {rank}"
-            raise TokenizerError(f"{FILE} line {number}: {what} was there before")
+            raise TokenizerError(f"{FILE} line {number}: {what} occurs twice")
         ranks[token] = rank
         seen.add(rank)
     if missing := set(range(len(ranks))) - seen:

@@ -17,7 +17,7 @@ _MAX_RUN = 25_000
 _RUNS = re.compile(r"\s+|\S+")
 
 # tiktoken holds Python's lock while it makes its list of ids, so a long text is encoded in slices. No piece of the
-# vocabulary's pattern goes beyond these places: the start of a line, and the space between two words.
+# vocabulary's pattern crosses these places: the start of a line, and the space between two words.
 _SLICE_END = re.compile(r"(?<=[\r\n])(?=\S)|(?<=[a-z])(?= [a-z])")
 
 
@@ -40,7 +40,7 @@ class Tokenizer:
         self.special_ids: Mapping[str, int] = {name: number for number, name in names.items()} | vocabulary.special
         """The control tokens' ids by name. Ids without a name get ``<|reserved_token_ID|>``, as in Kimi's tokenizer."""
         self.stop_ids = frozenset(self.special_ids[name] for name in _STOP_NAMES if name in self.special_ids)
-        """The control tokens that end an answer in every model of the family, whatever its config contains."""
+        """The control tokens that end an answer in every model of the family, independent of its config."""
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of ``text``, ordinary ones only: the name of a control token is encoded as text.
@@ -82,7 +82,7 @@ class Tokenizer:
 class Detokenizer:
     """A decoder of one sequence. The joined results of ``add`` and ``finish`` equal the whole sequence decoded at once.
 
-    Bytes that are not UTF-8 become U+FFFD. Control tokens decode to their names: do not add those to be hidden.
+    Bytes that are not UTF-8 become U+FFFD. Control tokens decode to their names; to hide one, do not add it.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -73,8 +73,8 @@ def _values(arguments: str) -> tuple[dict[str, Any] | None, str | None]:
     try:
         values = parse_json(arguments, is_lenient=True)
     except JsonError as error:
-        return None, f"the arguments are no JSON: {error}"
-    return (values, None) if isinstance(values, dict) else (None, "the arguments are no JSON object")
+        return None, f"the arguments are not JSON: {error}"
+    return (values, None) if isinstance(values, dict) else (None, "the arguments are not a JSON object")
 
 
 def _error(problem: str | None) -> str | None:

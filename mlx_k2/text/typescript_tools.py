@@ -43,7 +43,7 @@ def typescript_tools(tools: Sequence[Mapping[str, Any]]) -> str:
     functions = [tool.get("function") for tool in tools if tool.get("type") == "function"]
     try:
         declared = "".join(_function(function) for function in functions if function)
-    except (AttributeError, LookupError, TypeError, ValueError):  # also for a schema that is no JSON Schema
+    except (AttributeError, LookupError, TypeError, ValueError):  # also for a value that is not a JSON schema
         return ""
     return f"# Tools\n\n## functions\nnamespace functions {{\n{declared}}}\n" if declared else ""
 
@@ -163,7 +163,7 @@ class _SchemaReader:
             return _ROOT
         name = target.rpartition("/")[2]
         if not target.startswith("#/$defs/") or not isinstance(self.definitions[name], Mapping):
-            raise ValueError(f"{target} is no definition of this tool")
+            raise ValueError(f"{target} is not a definition of this tool")
         return name
 
 

@@ -15,6 +15,7 @@ from mcp import Client, MCPError, StdioServerParameters, types
 from mcp.client.stdio import stdio_client
 from mcp.client.streamable_http import streamable_http_client
 from mcp_types import CONNECTION_CLOSED, INVALID_REQUEST, METHOD_NOT_FOUND, UNSUPPORTED_PROTOCOL_VERSION
+from pydantic import ValidationError
 
 from mlx_k2.http_reason import http_reason
 from mlx_k2.tools.server_output import ServerOutput, inspected
@@ -31,7 +32,7 @@ _STDERR_S = 1.0
 _OVER = ("Connection closed", "Session terminated")
 # Its messages for an HTTP status that is an error.
 _OF_STATUS = ("Server returned an error response", "Not Found")
-# A server that answers `initialize` with one of these may know the newer handshake alone.
+# A server that answers `initialize` with one of these may know only the newer handshake.
 _NO_INITIALIZE = (METHOD_NOT_FOUND, INVALID_REQUEST, UNSUPPORTED_PROTOCOL_VERSION)
 
 
@@ -82,7 +83,7 @@ class Connection:
 
     @property
     def stray(self) -> str:
-        """The last line of the server's stdout that is no message; '' without one."""
+        """The last line of the server's stdout that is not a message; '' without one."""
         return "" if self._link is None else self._link.output.stray
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> types.CallToolResult:
@@ -92,7 +93,7 @@ class Connection:
             NotStarted: the server could not be started; the call was not sent.
             ServerLost: the server ended during the call. The next call starts it again.
             MCPError: the server answers with an error, or its answer cannot be read.
-            pydantic.ValidationError: the result is none of MCP.
+            pydantic.ValidationError: the result is not a valid MCP result.
         """
         link = await self._linked()
         try:
@@ -130,10 +131,10 @@ class Connection:
             NotStarted: it does not start.
         """
         link: _Link | None = None
-        words: deque[str] = deque(maxlen=_MAX_LINES)
+        last_lines: deque[str] = deque(maxlen=_MAX_LINES)
         output = ServerOutput()
         try:
-            with _last_words(words) as stderr:
+            with _last_lines(last_lines) as stderr:
                 async with Client(_transport(self.server, stderr, output), mode=mode) as client:
                     link = _Link(client, await _all_tools(client, output), output)
                     task_status.started(link)
@@ -143,12 +144,12 @@ class Connection:
                 error = error.exceptions[0]
             if link is None and mode == "legacy" and isinstance(error, MCPError) and error.code in _NO_INITIALIZE:
                 return False
-            reason = _reason(_with_status(error, output), words, self.server)
+            reason = _reason(_with_status(error, output), last_lines, self.server)
             if link is None:
                 raise NotStarted(reason) from None
             link.reason = reason
         else:
-            link.reason = _reason(None, words, self.server)
+            link.reason = _reason(None, last_lines, self.server)
         finally:
             if link is not None:
                 link.over.set()
@@ -200,7 +201,7 @@ async def _all_tools(client: Client, output: ServerOutput) -> list[types.Tool]:
 
 
 @contextlib.contextmanager
-def _last_words(lines: deque[str]) -> Iterator[TextIO]:
+def _last_lines(lines: deque[str]) -> Iterator[TextIO]:
     """Yield a file for a server's stderr; on exit its last lines are in ``lines``."""
     read_end, write_end = os.pipe()
 
@@ -227,15 +228,23 @@ def _with_status(error: Exception, output: ServerOutput) -> Exception:
     return MCPError(error.code, f"HTTP {output.http_status}{hint}")
 
 
-def _reason(error: Exception | None, words: deque[str], server: Server) -> str:
+def _reason(error: Exception | None, last_lines: deque[str], server: Server) -> str:
     """Return why a connection ended: the error, and the last lines of the server's stderr."""
     if error is None or _is_over(error):
         why = "it ended"
     elif isinstance(error, MCPError) or not isinstance(server, HttpServer):
-        why = str(error).rstrip(".") or type(error).__name__
+        why = first_problem(error).rstrip(".") or type(error).__name__
     else:
         why = http_reason(error)
-    return f"{why}; it wrote last: {' | '.join(words)}" if words else why
+    return f"{why}; it wrote last: {' | '.join(last_lines)}" if last_lines else why
+
+
+def first_problem(error: Exception) -> str:
+    """Return the message of an error; of a misshapen result the first field and what is wrong with it."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error)
 
 
 def _is_over(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""MCP server for the functions of one Python file, on stdin and stdout. Runs as a process of its own.
+"""MCP server for the functions of one Python file, on stdin and stdout. Runs as a separate process.
 
 The tools are the public functions that the file defines, or those that its ``__all__`` names. Types and defaults come
 from the signature, the description from the docstring. A result that is not text is returned as JSON, an iterator as a
@@ -38,7 +38,7 @@ def main(path: Path) -> None:
         for name, function in functions.items():
             _add(server, name, function)
     except BaseException as error:  # noqa: BLE001 - a module can raise any exception, SystemExit too
-        _give_up(path, error)
+        _exit_with_error(path, error)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     server.run()
     os._exit(0)
@@ -47,7 +47,7 @@ def main(path: Path) -> None:
 def _load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(_MODULE, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path.name} is no Python file")
+        raise ImportError(f"{path.name} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[_MODULE] = module
     sys.path.append(str(path.parent))  # last, so that no file there replaces a module of a package that we import
@@ -65,7 +65,7 @@ def _tools(module: ModuleType) -> dict[str, Callable[..., Any]]:
         if inspect.isfunction(item) and (public is not None or item.__module__ == _MODULE)
     }
     if public is not None and (others := found.keys() - functions.keys()):
-        raise ImportError(f"__all__ names {min(others)}, which is no function")
+        raise ImportError(f"__all__ names {min(others)}, which is not a function")
     if not functions:
         raise ImportError("it defines no public function")
     return functions
@@ -138,7 +138,7 @@ def _well_formed(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _give_up(path: Path, error: BaseException) -> NoReturn:
+def _exit_with_error(path: Path, error: BaseException) -> NoReturn:
     """End the process with exit code 2 and one line on stderr that names the error and its line."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     where = f"line {lines[-1]}: " if lines else ""

@@ -8,11 +8,19 @@ from typing import Any, cast
 
 import anyio
 from mcp.shared.message import SessionMessage
-from mcp_types import PARSE_ERROR, ErrorData, JSONRPCError, JSONRPCRequest, JSONRPCResponse, RequestId
+from mcp_types import (
+    PARSE_ERROR,
+    ErrorData,
+    JSONRPCError,
+    JSONRPCRequest,
+    JSONRPCResponse,
+    RequestId,
+    jsonrpc_message_adapter,
+)
 from pydantic import ValidationError
 
 _MAX_QUOTED = 120
-# Servers also log to their stdout, in plain text or in JSON. Such a line is no answer.
+# Servers also log to their stdout, in plain text or in JSON. Such a line is not an answer.
 _LIKE_AN_ANSWER = re.compile(
     r"""\s*[\[{"'].*(?:jsonrpc|"id".*"(?:result|error)"|"(?:result|error)".*"id")""", re.DOTALL
 )
@@ -20,26 +28,28 @@ _ID = re.compile(r"""["']id["']\s*:\s*(?P<id>\d+)""")
 
 
 class ServerOutput:
-    """What one link to a server brought that mcp's client does not report."""
+    """Information from one link to a server that mcp's client does not report."""
 
     def __init__(self) -> None:
         self.stray = ""
-        """The last line on stdout that is no message."""
+        """The last line on stdout that is not a message."""
         self.http_status = ""
         """The last status of an HTTP response that is an error."""
         self.problems: list[str] = []
         """Lines for the user about tools that cannot be offered."""
         self._pending: set[RequestId] = set()
+        self._sent: set[RequestId] = set()
 
     def record_sent(self, message: SessionMessage) -> None:
         """Record that the client sends a message."""
         if isinstance(message.message, JSONRPCRequest):
             self._pending.add(message.message.id)
+            self._sent.add(message.message.id)
 
     def received(self, message: SessionMessage | Exception) -> list[SessionMessage]:
-        """Return what mcp's client gets for a message, or for a line that is none.
+        """Return the messages that mcp's client gets for a message, or for a line that is not one.
 
-        An unreadable answer becomes an error. A list of tools loses what the client would refuse it for.
+        An unreadable answer becomes an error. Fields for which the client would refuse a list of tools are removed.
         """
         if isinstance(message, Exception):
             return self._unreadable(message)
@@ -47,17 +57,25 @@ class ServerOutput:
         if isinstance(answer, JSONRPCError) and answer.id is None:
             return self._errors(f"it sent an error without the id of a request: {answer.error.message}", "")
         if isinstance(answer, JSONRPCResponse | JSONRPCError):
-            self._pending.discard(cast("RequestId", answer.id))
+            number = int(str(answer.id)) if str(answer.id).isdecimal() else cast("RequestId", answer.id)
+            if number not in self._sent:
+                return self._errors(f"it answered the request {answer.id!r}, which was not sent", "")
+            self._pending.discard(number)
         if isinstance(answer, JSONRPCResponse) and isinstance(tools := answer.result.get("tools"), list):
             answer.result["tools"] = [tool for tool in map(self._offered, tools) if tool is not None]
         return [message]
 
     def _unreadable(self, error: Exception) -> list[SessionMessage]:
-        """Return errors for a line that looks like an answer but is no message; keep a line that does not."""
+        """Return errors for a line that looks like an answer but is not a message; keep any other line."""
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         line, problem = (str(error), "") if first is None else (str(first["input"]), first["msg"])
         if first is not None and isinstance(first["input"], dict | list):
-            line, problem = json.dumps(first["input"]), "no message of JSON-RPC"
+            line, problem = json.dumps(first["input"]), "not a JSON-RPC message"
+        if line.startswith("\ufeff"):
+            with contextlib.suppress(ValidationError):
+                return self.received(SessionMessage(jsonrpc_message_adapter.validate_json(line[1:], by_name=False)))
+        if line.lower().startswith("content-length:"):
+            return self._errors("it writes headers before its messages; over stdio each message is a line", "")
         quoted = ascii(line[:_MAX_QUOTED])
         if first is not None and first["type"] == "string_unicode":
             byte = next(ord(letter) & 0xFF for letter in line if "\udc80" <= letter <= "\udcff")
@@ -68,7 +86,7 @@ class ServerOutput:
         return []
 
     def _errors(self, reason: str, line: str) -> list[SessionMessage]:
-        """Return an error for the request whose id is in ``line``, for each that has no answer yet if none is."""
+        """Return an error for the request whose id is in ``line``; without one id, for all unanswered requests."""
         named = {int(found["id"]) for found in _ID.finditer(line)} & self._pending
         answered = named if len(named) == 1 else set(self._pending)
         self._pending -= answered

@@ -10,11 +10,14 @@ import msgspec
 
 from mlx_k2.errors import ToolsError
 from mlx_k2.json_text.parse import JsonError
-from mlx_k2.json_text.read import read_json
+from mlx_k2.json_text.read import convert, read_json
 
 _VARIABLE = re.compile(r"\$\{(?:env:)?(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}")
-# Spellings that other programs replace: ${input:key} and ${workspaceFolder:x}, and the shell's $NAME as a last word.
-_OTHER_VARIABLE = re.compile(r"\$\{(?!(?:env:)?[A-Za-z_]\w*(?::-|\}))[^}]*\}|(?<!\S)\$[A-Z_][A-Z0-9_]*$")
+# Spellings that other programs replace: ${input:key} and ${workspaceFolder:x}, {env:NAME}, %NAME% of Windows, and the
+# shell's $NAME as a last word.
+_OTHER_VARIABLE = re.compile(
+    r"\$\{(?!(?:env:)?[A-Za-z_]\w*(?::-|\}))[^}]*\}|(?<!\$)\{env:\w+\}|%[A-Z_][A-Z0-9_]{2,}%|(?<!\S)\$[A-Z_][A-Z0-9_]*$"
+)
 _EXAMPLE = 'for instance {"mcpServers": {"files": {"command": "npx", "args": ["some-server"]}}}'
 
 
@@ -40,14 +43,16 @@ Server: TypeAlias = StdioServer | HttpServer
 
 
 class _Entry(msgspec.Struct, frozen=True):
-    """A server in an MCP file. Keys that only other programs use are ignored."""
+    """A server in an MCP file. Keys that only other programs use are ignored, and so are keys that are null."""
 
     command: str | None = None
-    args: tuple[str, ...] = ()
-    env: dict[str, str] = {}
+    args: tuple[str | int, ...] = ()
+    env: dict[str, str | int] = {}
     cwd: str | None = None
     url: str | None = None
-    headers: dict[str, str] = {}
+    http_url: str | None = msgspec.field(name="httpUrl", default=None)
+    server_url: str | None = msgspec.field(name="serverUrl", default=None)
+    headers: dict[str, str | int] = {}
     type: str | None = None
     disabled: bool = False
 
@@ -55,8 +60,8 @@ class _Entry(msgspec.Struct, frozen=True):
 class _McpFile(msgspec.Struct, frozen=True):
     """The servers under ``mcpServers``; VS Code calls them ``servers``."""
 
-    mcp_servers: dict[str, _Entry] | None = msgspec.field(name="mcpServers", default=None)
-    servers: dict[str, _Entry] | None = None
+    mcp_servers: dict[str, Any] | None = msgspec.field(name="mcpServers", default=None)
+    servers: dict[str, Any] | None = None
 
 
 def read_mcp_file(path: Path, environment: Mapping[str, str], notify: Callable[[str], None]) -> tuple[Server, ...]:
@@ -74,17 +79,22 @@ def read_mcp_file(path: Path, environment: Mapping[str, str], notify: Callable[[
     except OSError as error:
         raise ToolsError(f"{path} cannot be read: {error.strerror}") from None
     except JsonError as error:
-        raise ToolsError(f"{path} is no MCP file: {error}; {_EXAMPLE}") from None
+        raise ToolsError(f"{path} is not an MCP file: {error}; {_EXAMPLE}") from None
     entries = file.servers if file.mcp_servers is None else file.mcp_servers
     if entries is None:
-        raise ToolsError(f"{path} is no MCP file: it has no mcpServers; {_EXAMPLE}")
+        raise ToolsError(f"{path} is not an MCP file: it has no mcpServers; {_EXAMPLE}")
     servers: list[Server] = []
     problems: list[str] = []
-    for name, entry in entries.items():
-        if entry.disabled:
-            continue
+    for name, fields in entries.items():
+        where = f"{path}: the server {name!r}"
         try:
-            servers.append(_server(name, entry, f"{path}: the server {name!r}", environment))
+            is_object = isinstance(fields, dict)
+            given = {key: value for key, value in fields.items() if value is not None} if is_object else fields
+            entry = convert(given, _Entry)
+            if not entry.disabled:
+                servers.append(_server(name, entry, where, environment))
+        except JsonError as error:
+            problems.append(f"{where}: {error}")
         except ToolsError as error:
             problems.append(str(error))
     if problems and not servers:
@@ -95,7 +105,7 @@ def read_mcp_file(path: Path, environment: Mapping[str, str], notify: Callable[[
 
 
 def python_module(path: Path, environment: Mapping[str, str]) -> StdioServer:
-    """Return a server for the functions of a Python file; it runs as a process of its own with ``environment``.
+    """Return a server for the functions of a Python file; it runs as a separate process with ``environment``.
 
     Raises:
         ToolsError: there is no such file.
@@ -107,15 +117,16 @@ def python_module(path: Path, environment: Mapping[str, str]) -> StdioServer:
 
 
 def _server(name: str, entry: _Entry, where: str, environment: Mapping[str, str]) -> Server:
-    if (entry.command is None) == (entry.url is None):
+    url = entry.url or entry.http_url or entry.server_url
+    if (entry.command is None) == (url is None):
         raise ToolsError(f"{where} needs either a command or a url")
     if entry.type == "sse":
         raise ToolsError(f"{where} uses MCP's old HTTP+SSE: give the address of its streamable HTTP")
-    fields = _expanded(msgspec.to_builtins(entry), where, environment)
+    fields = _expanded(msgspec.to_builtins(entry) | {"url": url}, where, environment)
     if entry.command is not None:
         return msgspec.convert(fields | {"name": name}, StdioServer)
     if not fields["url"].startswith(("http://", "https://")):
-        raise ToolsError(f"{where} has the url {entry.url!r}, which is not one of http:// or https://")
+        raise ToolsError(f"{where} has the url {url!r}, which is not one of http:// or https://")
     return msgspec.convert(fields | {"name": name}, HttpServer)
 
 
@@ -139,4 +150,6 @@ def _expanded(value: object, where: str, environment: Mapping[str, str]) -> Any:
             return {key: _expanded(item, where, environment) for key, item in value.items()}
         case list() | tuple():
             return tuple(_expanded(item, where, environment) for item in value)
+        case int():
+            return str(value)
     return value

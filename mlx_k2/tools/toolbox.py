@@ -15,15 +15,14 @@ from anyio.abc import TaskStatus
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from mcp import MCPError, types
 from mcp_types import INVALID_PARAMS, METHOD_NOT_FOUND
-from pydantic import ValidationError
 
 from mlx_k2.errors import ToolsError
-from mlx_k2.tools.connection import Connection, NotStarted, ServerLost
+from mlx_k2.tools.connection import Connection, NotStarted, ServerLost, first_problem
 from mlx_k2.tools.outcome import Outcome, ToolResult
 from mlx_k2.tools.servers import Server
 
 _NOT_IN_A_NAME = re.compile(r"[^\w.-]")
-# Errors with which a server says that it has not run a call.
+# Codes of errors with which a server reports that it has not run a call.
 _NOT_RUN = (INVALID_PARAMS, METHOD_NOT_FOUND)
 
 
@@ -101,7 +100,7 @@ class ToolBox:
                 result = await tool.connection.call(tool.name_there, arguments)
         except TimeoutError:
             stray = tool.connection.stray
-            wrote = f" On its stdout it wrote {stray}, which is no message." if stray else ""
+            wrote = f" On its stdout it wrote {stray}, which is not a message." if stray else ""
             return ToolResult(
                 Outcome.TIMED_OUT,
                 f"The tool server {server} did not answer within {timeout_s:g} s; the call was ended.{wrote}",
@@ -112,15 +111,15 @@ class ToolBox:
             )
         except ServerLost as lost:
             return ToolResult(
-                Outcome.LOST, f"The tool server {server} was lost in this call, which may have run: {lost}."
+                Outcome.LOST, f"The tool server {server} was lost during this call, which may have run: {lost}."
             )
         except MCPError as error:
-            happened = "did not take the call" if error.code in _NOT_RUN else "ended the call, which may have run"
+            happened = "did not accept the call" if error.code in _NOT_RUN else "ended the call, which may have run"
             return ToolResult(Outcome.FAILED, f"The tool server {server} {happened}: {error}")
         except Exception as error:  # noqa: BLE001 - any error of a server becomes a result for the model
             return ToolResult(
                 Outcome.FAILED,
-                f"The call was run, but the answer of the tool server {server} cannot be read: {_first_problem(error)}",
+                f"The call was run, but the answer of the tool server {server} cannot be read: {first_problem(error)}",
             )
         return read_result(result, self._limits.max_result_chars)
 
@@ -129,7 +128,7 @@ class ToolBox:
 def open_toolbox(servers: Sequence[Server], limits: Limits) -> Iterator[ToolBox]:
     """Start ``servers`` and yield their tools. On exit, end the calls that still run and close all servers.
 
-    A server that does not start is a problem of the toolbox, and the others serve.
+    A server that does not start is a problem of the toolbox, and the others are used.
 
     Raises:
         ToolsError: no server starts, or two servers have one name; names the servers.
@@ -225,11 +224,3 @@ def _part_text(part: types.ContentBlock) -> str:
         case types.ResourceLink():
             return f"[{part.name}: {part.uri}]"
     return f"[not shown: {part.mime_type}, {len(part.data)} characters of base64]"
-
-
-def _first_problem(error: Exception) -> str:
-    """Return the message of an error; of a misshapen result the first field and what is wrong with it."""
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return str(error)

@@ -6,11 +6,20 @@ from pathlib import Path
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.errors import CheckpointError
-from mlx_k2.weights.index import INDEX_NAME, CheckpointIndex, check_file, check_names, model_digest, read_index_json
+from mlx_k2.weights.draft_head import DraftDescription
+from mlx_k2.weights.index import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    CheckpointIndex,
+    check_file,
+    check_names,
+    file_ranges,
+    model_digest,
+    read_index_json,
+)
 from mlx_k2.weights.inventory import TensorSpec
 from mlx_k2.weights.safetensors_file import open_regular
 
-CONFIG_NAME = "config.json"
 TOKENIZER_NAMES = (
     "tiktoken.model",
     "tokenizer_config.json",
@@ -21,13 +30,17 @@ TOKENIZER_NAMES = (
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A model's small files, parsed. ``unread_tensors``: one line for the user about tensors that are not read."""
+    """A model's small files, parsed, and its draft head, if there is one.
+
+    ``unread_tensors``: one line for the user about tensors that are not read.
+    """
 
     files: Mapping[str, bytes]
     config: ModelConfig
     index: CheckpointIndex
     digest: str
     unread_tensors: str | None
+    draft: DraftDescription | None = None
 
 
 def describe_model(files: Mapping[str, bytes], source: str) -> ModelDescription:
@@ -55,7 +68,7 @@ def read_small_files(folder: Path) -> dict[str, bytes]:
         raise CheckpointError(f"{folder} is not a folder: give the folder of a checkpoint, or a repository on the Hub")
     names = [name for name in (CONFIG_NAME, *TOKENIZER_NAMES) if (folder / name).exists()]
     if CONFIG_NAME not in names:
-        raise CheckpointError(f"{folder} holds no {CONFIG_NAME}: {_way_out(folder)}")
+        raise CheckpointError(f"{folder} holds no {CONFIG_NAME}: {_remedy(folder)}")
     files = {}
     try:
         for name in names:
@@ -66,7 +79,7 @@ def read_small_files(folder: Path) -> dict[str, bytes]:
     return files | {INDEX_NAME: read_index_json(folder)}
 
 
-def _way_out(folder: Path) -> str:
+def _remedy(folder: Path) -> str:
     """Return what to give as --model instead of a folder without a config: a name if it is a folder of the Hub's cache.
 
     huggingface_hub keeps owner/name in a folder models--owner--name.
@@ -82,13 +95,18 @@ def locate_tensors(folder: Path, index: CheckpointIndex, specs: Iterable[TensorS
     """Return the path of each tensor of ``specs``, by tensor name; check each file's header against ``specs``.
 
     Raises:
-        CheckpointError: a file is missing or truncated, or a tensor does not match its spec.
+        CheckpointError: files are missing or truncated, or tensors do not match their specs; names every bad file.
     """
     located: dict[str, Path] = {}
-    for name, in_file in index.files(specs).items():
-        path = folder / name
-        if not path.exists():
-            raise CheckpointError(f"{path} is missing: fetch it again")
-        check_file(path, in_file)
-        located |= dict.fromkeys((spec.name for spec in in_file), path)
+    files = index.files(specs)
+    missing = [name for name in files if not (folder / name).exists()]
+    problems = [f"{folder / file_ranges(missing)} is missing: fetch it again"] if missing else []
+    for name in files.keys() - set(missing):
+        try:
+            check_file(folder / name, files[name])
+        except CheckpointError as error:
+            problems.append(str(error))
+        located |= dict.fromkeys((spec.name for spec in files[name]), folder / name)
+    if problems:
+        raise CheckpointError("; ".join(sorted(problems)))
     return located

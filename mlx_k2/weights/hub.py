@@ -27,8 +27,8 @@ from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # document
 
 from mlx_k2.errors import DownloadError
 from mlx_k2.http_reason import http_reason
-from mlx_k2.weights.checkpoint import CONFIG_NAME, TOKENIZER_NAMES
-from mlx_k2.weights.index import INDEX_NAME, SINGLE_FILE_NAME
+from mlx_k2.weights.checkpoint import TOKENIZER_NAMES
+from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, SINGLE_FILE_NAME
 from mlx_k2.weights.manifest import HubFile
 
 _LIST_TIMEOUT_S = 10.0
@@ -123,7 +123,7 @@ def _open(repo: HubRepo) -> _Snapshot:
     except Exception as error:  # any error of huggingface_hub or its HTTP client: the cache may suffice
         if (cached := _cached_snapshot(repo)) is not None:
             return _Snapshot(repo, cached, None, http_reason(error))
-        raise DownloadError(_in_plain_words(error, repo, CONFIG_NAME)) from error
+        raise DownloadError(_explain(error, repo, CONFIG_NAME)) from error
     remote = {
         file.rfilename: HubFile(file.size or 0, file.lfs.sha256 if file.lfs else None) for file in info.siblings or ()
     }
@@ -168,7 +168,7 @@ def _fetch(snapshot: _Snapshot, names: list[str], on_progress: OnProgress) -> Fe
                 path.unlink(missing_ok=True)
                 raise DownloadError(
                     f"{name} of {snapshot.repo.name} came with {difference} and was removed: fetch it again; "
-                    "if that does not help, something between here and the Hub changes files"
+                    "if that does not help, a proxy between this host and the Hub changes files"
                 )
         done += remote.size
         on_progress(done, total)
@@ -190,7 +190,7 @@ def _download(
             tqdm_class=bar or _reporting_bar(lambda _done: None),
         )
     except Exception as error:  # any error of huggingface_hub: its types vary with its version
-        raise DownloadError(_in_plain_words(error, repo, name)) from error
+        raise DownloadError(_explain(error, repo, name)) from error
     return Path(path)
 
 
@@ -220,7 +220,7 @@ def _remote_file(snapshot: _Snapshot, name: str) -> HubFile:
     if snapshot.remote is None:
         raise DownloadError(
             f"{name} of {repo.name} is not in this host's cache, and the Hub cannot be asked ({snapshot.offline}): "
-            "connect this host, or fetch it with mlx-k2 download while it is connected"
+            f"connect this host, or run `mlx-k2 download --model {repo.name}` while it is connected"
         )
     if name not in snapshot.remote:
         raise DownloadError(
@@ -249,13 +249,13 @@ def _difference(snapshot: _Snapshot, name: str, remote: HubFile) -> str | None:
     return None if found == expected else f"{found} instead of {expected}"
 
 
-def _in_plain_words(error: Exception, repo: HubRepo, name: str) -> str:
+def _explain(error: Exception, repo: HubRepo, name: str) -> str:
     revision = repo.revision or "main"
     match error:
         case GatedRepoError():
-            return f"{repo.name} requires consent first: give it on the repository's page, then run hf auth login"
+            return f"{repo.name} requires consent first: give it on the repository's page, then run `hf auth login`"
         case RepositoryNotFoundError():
-            return f"the Hub has no repository {repo.name}, or it is private: check the name, or run hf auth login"
+            return f"the Hub has no repository {repo.name}, or it is private: check the name, or run `hf auth login`"
         case RevisionNotFoundError():
             return f"{repo.name} has no revision {revision}"
         case OfflineModeIsEnabled():

@@ -1,6 +1,7 @@
 """The file of each tensor, and the checks that files hold what the config requires. Reads headers, never a tensor."""
 
 import hashlib
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from mlx_k2.json_text.read import read_json
 from mlx_k2.weights.inventory import TensorSpec, model_specs
 from mlx_k2.weights.safetensors_file import Header, open_regular, read_header
 
+CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAME = "model.safetensors"
 
@@ -32,6 +34,26 @@ _UNNEEDED: Mapping[str, str] = {
     "multi_modal_projector.": "the vision projector",
     ".rotary_emb.inv_freq": "rotary frequencies",
 }
+
+
+def file_ranges(names: Iterable[str]) -> str:
+    """Return names of numbered files in short, as a shell expands them: model-{00003..00007}-of-000062.safetensors."""
+    shown: list[str] = []
+    runs: list[tuple[str, str, int, int, str]] = []  # before the number, its first digits, first, last, after it
+    for name in sorted(names):
+        found = re.fullmatch(r"(.*?-)(\d+)(-of-.*)", name)
+        if found is None:
+            shown.append(name)
+            continue
+        before, digits, after = found.groups()
+        if runs and runs[-1][0] == before and runs[-1][4] == after and runs[-1][3] + 1 == int(digits):
+            runs[-1] = (*runs[-1][:3], int(digits), after)
+        else:
+            runs.append((before, digits, int(digits), int(digits), after))
+    for before, digits, first, last, after in runs:
+        number = digits if first == last else f"{{{digits}..{last:0{len(digits)}}}}"
+        shown.append(f"{before}{number}{after}")
+    return ", ".join(shown)
 
 
 class _IndexFile(msgspec.Struct, frozen=True):
@@ -57,7 +79,7 @@ class CheckpointIndex(msgspec.Struct, frozen=True):
             raise CheckpointError(f"{source} is not an index of safetensors files: {error}") from None
         for file in set(weight_map.values()):
             if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
-                raise CheckpointError(f"{source} names {file!r}, which is not a .safetensors file beside it")
+                raise CheckpointError(f"{source} names {file!r}, which is not a .safetensors file in its folder")
         return cls(weight_map, source)
 
     def files(self, specs: Iterable[TensorSpec]) -> dict[str, tuple[TensorSpec, ...]]:
@@ -113,7 +135,7 @@ def check_names(config: ModelConfig, index: CheckpointIndex) -> str | None:
     needed = [spec.name for spec in model_specs(config)]
     missing = [name for name in needed if name not in names]
     if missing:
-        raise CheckpointError(f"{index.source} lacks {_first_of(missing)} that config.json calls for")
+        raise CheckpointError(f"{index.source} lacks {first_of(missing)} that config.json requires")
     others = names - set(needed)
     kinds = {
         name: next((kind for part, kind in _UNNEEDED.items() if name.startswith(part) or name.endswith(part)), None)
@@ -122,12 +144,12 @@ def check_names(config: ModelConfig, index: CheckpointIndex) -> str | None:
     unknown = sorted(name for name, kind in kinds.items() if kind is None)
     if unknown:
         raise CheckpointError(
-            f"{index.source} names {_first_of(unknown)} that config.json does not call for: config.json and the "
+            f"{index.source} names {first_of(unknown)} that config.json does not require: config.json and the "
             "weights are not of the same model, or mlx-k2 does not know this variant"
         )
     vision = {name: kind for name, kind in kinds.items() if kind and "vision" in kind}
     listed = ", ".join(sorted(set(vision.values())))
-    return f"{len(vision)} tensors are not needed for text and stay unread: {listed}" if vision else None
+    return f"{len(vision)} tensors are not needed for text and are not read: {listed}" if vision else None
 
 
 def check_file(path: Path, specs: Sequence[TensorSpec]) -> Header:
@@ -148,7 +170,7 @@ def check_file(path: Path, specs: Sequence[TensorSpec]) -> Header:
             raise CheckpointError(f"{path}: {spec.name} is {stored.dtype}, and the model needs {spec.dtype}")
         if stored.shape != spec.shape:
             found, needed = list(stored.shape), list(spec.shape)
-            raise CheckpointError(f"{path}: {spec.name} has shape {found}, and config.json calls for {needed}")
+            raise CheckpointError(f"{path}: {spec.name} has shape {found}, and config.json requires {needed}")
     return header
 
 
@@ -161,5 +183,6 @@ def _refuse_other_layouts(names: Iterable[str], config: ModelConfig, source: str
             raise CheckpointError(f"{source} names {name}: FP8 weights cannot be read; {fetch}")
 
 
-def _first_of(names: Sequence[str]) -> str:
+def first_of(names: Sequence[str]) -> str:
+    """Return the first name, and how many follow it."""
     return f"{names[0]} and {len(names) - 1} more tensors" if len(names) > 1 else f"the tensor {names[0]}"

@@ -19,7 +19,7 @@ BFLOAT16_BYTES = 2
 DENSE_GROUP_SIZES = (64, 32)
 """The first size that divides a matrix's inputs is used; a matrix that none divides is not quantized."""
 
-_ITEM_BYTES = {"BF16": 2, "F32": 4, "I32": 4, "I64": 8}
+_ITEM_BYTES = {"BF16": 2, "F32": 4, "I32": 4, "I64": 8, "BOOL": 1}
 _ROUTED = ".mlp.experts."
 _WEIGHT_SHAPE = ".weight_shape"
 _WEIGHT_SCALE = ".weight_scale"
@@ -89,15 +89,15 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
 def embedding_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
     """Return the spec of the embedding table, which the first stage holds."""
-    return (_bf16(f"{config.tensor_prefix}model.embed_tokens.weight", config.vocab_size, config.hidden_size),)
+    return (bf16_spec(f"{config.tensor_prefix}model.embed_tokens.weight", config.vocab_size, config.hidden_size),)
 
 
 def head_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
     """Return the specs of the last norm and the output projection, which the last stage holds."""
     prefix = config.tensor_prefix
     return (
-        _bf16(f"{prefix}model.norm.weight", config.hidden_size),
-        _linear(f"{prefix}lm_head.weight", config.vocab_size, config.hidden_size),
+        bf16_spec(f"{prefix}model.norm.weight", config.hidden_size),
+        linear_spec(f"{prefix}lm_head.weight", config.vocab_size, config.hidden_size),
     )
 
 
@@ -106,12 +106,13 @@ def layer_specs(config: ModelConfig, layer: int) -> tuple[TensorSpec, ...]:
     assert 0 <= layer < config.num_hidden_layers, f"layer {layer} of {config.num_hidden_layers}"
     prefix = f"{config.tensor_prefix}model.layers.{layer}"
     norms = tuple(
-        _bf16(f"{prefix}.{name}.weight", config.hidden_size) for name in ("input_layernorm", "post_attention_layernorm")
+        bf16_spec(f"{prefix}.{name}.weight", config.hidden_size)
+        for name in ("input_layernorm", "post_attention_layernorm")
     )
-    attention = _attention_specs(config, f"{prefix}.self_attn")
+    attention = attention_specs(config, f"{prefix}.self_attn", config.hidden_size)
     if config.is_moe(layer):
         return norms + attention + _moe_specs(config, f"{prefix}.mlp")
-    return norms + attention + _mlp_specs(f"{prefix}.mlp", config.hidden_size, config.intermediate_size)
+    return norms + attention + mlp_specs(f"{prefix}.mlp", config.hidden_size, config.intermediate_size)
 
 
 def shard_specs(config: ModelConfig, first_layer: int, end_layer: int) -> tuple[TensorSpec, ...]:
@@ -153,11 +154,13 @@ def embedding_read_bytes_per_token(config: ModelConfig, compute_bytes: int = BFL
     return held_bytes(embedding_specs(config), compute_bytes) // config.vocab_size
 
 
-def _bf16(name: str, *shape: int) -> TensorSpec:
+def bf16_spec(name: str, *shape: int) -> TensorSpec:
+    """Return the spec of a tensor that is never quantized."""
     return TensorSpec(name, "BF16", shape)
 
 
-def _linear(name: str, outputs: int, inputs: int) -> TensorSpec:
+def linear_spec(name: str, outputs: int, inputs: int) -> TensorSpec:
+    """Return the spec of a matrix that may be quantized."""
     return TensorSpec(name, "BF16", (outputs, inputs), (DenseMatrix(outputs, inputs),))
 
 
@@ -174,42 +177,44 @@ def _keys_and_values(config: ModelConfig, name: str) -> TensorSpec:
     return TensorSpec(name, "BF16", (heads * (config.qk_nope_head_dim + config.v_head_dim), latent), halves)
 
 
-def _attention_specs(config: ModelConfig, prefix: str) -> tuple[TensorSpec, ...]:
+def attention_specs(config: ModelConfig, prefix: str, inputs: int) -> tuple[TensorSpec, ...]:
+    """Return the specs of a layer's attention, whose first projections have ``inputs`` inputs."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     query_dim = heads * config.qk_head_dim
     if config.q_lora_rank is None:
-        query: tuple[TensorSpec, ...] = (_linear(f"{prefix}.q_proj.weight", query_dim, hidden),)
+        query: tuple[TensorSpec, ...] = (linear_spec(f"{prefix}.q_proj.weight", query_dim, inputs),)
     else:
         query = (
-            _linear(f"{prefix}.q_a_proj.weight", config.q_lora_rank, hidden),
-            _bf16(f"{prefix}.q_a_layernorm.weight", config.q_lora_rank),
-            _linear(f"{prefix}.q_b_proj.weight", query_dim, config.q_lora_rank),
+            linear_spec(f"{prefix}.q_a_proj.weight", config.q_lora_rank, inputs),
+            bf16_spec(f"{prefix}.q_a_layernorm.weight", config.q_lora_rank),
+            linear_spec(f"{prefix}.q_b_proj.weight", query_dim, config.q_lora_rank),
         )
     return (
         *query,
-        _linear(f"{prefix}.kv_a_proj_with_mqa.weight", config.latent_dim, hidden),
-        _bf16(f"{prefix}.kv_a_layernorm.weight", config.kv_lora_rank),
+        linear_spec(f"{prefix}.kv_a_proj_with_mqa.weight", config.latent_dim, inputs),
+        bf16_spec(f"{prefix}.kv_a_layernorm.weight", config.kv_lora_rank),
         _keys_and_values(config, f"{prefix}.kv_b_proj.weight"),
-        _linear(f"{prefix}.o_proj.weight", hidden, heads * config.v_head_dim),
+        linear_spec(f"{prefix}.o_proj.weight", hidden, heads * config.v_head_dim),
     )
 
 
-def _mlp_specs(prefix: str, hidden: int, intermediate: int) -> tuple[TensorSpec, ...]:
+def mlp_specs(prefix: str, hidden: int, intermediate: int) -> tuple[TensorSpec, ...]:
+    """Return the specs of a SwiGLU block."""
     return (
-        _linear(f"{prefix}.gate_proj.weight", intermediate, hidden),
-        _linear(f"{prefix}.up_proj.weight", intermediate, hidden),
-        _linear(f"{prefix}.down_proj.weight", hidden, intermediate),
+        linear_spec(f"{prefix}.gate_proj.weight", intermediate, hidden),
+        linear_spec(f"{prefix}.up_proj.weight", intermediate, hidden),
+        linear_spec(f"{prefix}.down_proj.weight", hidden, intermediate),
     )
 
 
 def _moe_specs(config: ModelConfig, prefix: str) -> tuple[TensorSpec, ...]:
     hidden, intermediate = config.hidden_size, config.moe_intermediate_size
     specs = [
-        _bf16(f"{prefix}.gate.weight", config.n_routed_experts, hidden),
+        bf16_spec(f"{prefix}.gate.weight", config.n_routed_experts, hidden),
         TensorSpec(f"{prefix}.gate.e_score_correction_bias", "F32", (config.n_routed_experts,)),
     ]
     if config.n_shared_experts:
-        specs += _mlp_specs(f"{prefix}.shared_experts", hidden, intermediate * config.n_shared_experts)
+        specs += mlp_specs(f"{prefix}.shared_experts", hidden, intermediate * config.n_shared_experts)
     for expert in range(config.n_routed_experts):
         specs += _packed_specs(f"{prefix}.experts.{expert}.gate_proj", intermediate, hidden)
         specs += _packed_specs(f"{prefix}.experts.{expert}.up_proj", intermediate, hidden)
@@ -220,6 +225,6 @@ def _moe_specs(config: ModelConfig, prefix: str) -> tuple[TensorSpec, ...]:
 def _packed_specs(prefix: str, rows: int, columns: int) -> tuple[TensorSpec, ...]:
     return (
         TensorSpec(f"{prefix}.weight_packed", "I32", (rows, columns // INT4_PER_WORD)),
-        _bf16(f"{prefix}.weight_scale", rows, columns // INT4_GROUP_SIZE),
+        bf16_spec(f"{prefix}.weight_scale", rows, columns // INT4_GROUP_SIZE),
         TensorSpec(f"{prefix}{_WEIGHT_SHAPE}", "I32", (2,)),
     )

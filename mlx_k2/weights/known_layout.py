@@ -1,11 +1,11 @@
-"""The layout of moonshotai/Kimi-K2-Thinking as it is on the Hub, made from its config. Reads and fetches no file."""
+"""The layout of moonshotai/Kimi-K2-Thinking on the Hub, computed from its config. Reads and fetches no file."""
 
 import msgspec
 
 from mlx_k2.config import ORIGINAL_REPO, ModelConfig
-from mlx_k2.weights.checkpoint import CONFIG_NAME, ModelDescription
+from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.config_fields import thinking_config_fields
-from mlx_k2.weights.index import INDEX_NAME, CheckpointIndex, model_digest
+from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, CheckpointIndex, model_digest
 from mlx_k2.weights.inventory import embedding_specs, head_specs, layer_specs
 from mlx_k2.weights.model_source import ModelSource
 
@@ -13,7 +13,7 @@ from mlx_k2.weights.model_source import ModelSource
 def known_layout(source: ModelSource) -> ModelDescription | None:
     """Return the config and the index of Kimi K2 Thinking for a plan without a network; None for another model.
 
-    The description has no tokenizer. Its digest is not the one of the files on the Hub.
+    The description has no tokenizer. Its digest differs from that of the files on the Hub.
     """
     if source != ModelSource(path_or_repo=ORIGINAL_REPO):
         return None

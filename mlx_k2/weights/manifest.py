@@ -1,13 +1,14 @@
 """The manifest of a model's folder: size, checksum and sampled blocks of each weight file. Loads no tensor.
 
-With it a load finds a file of another revision, or a damaged copy, without reading all of it. It lies in the folder, so
-that a copy of the folder has it.
+Loading uses it to find a file of another revision, or a damaged copy, without reading the whole file. It is in the
+folder, so that a copy of the folder has it.
 """
 
 import contextlib
 import hashlib
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +63,8 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except JsonError as error:
-        raise CheckpointError(f"{path} is no manifest: {error}; remove it and run mlx-k2 doctor --deep") from None
+        doctor = f"mlx-k2 doctor --deep --model {shlex.quote(str(folder))}"
+        raise CheckpointError(f"{path} is not a manifest: {error}; remove it; `{doctor}` writes another") from None
 
 
 def write_manifest(folder: Path, files: Mapping[str, HubFile]) -> None:
@@ -99,9 +101,9 @@ def sampled_digest(path: Path) -> str:
 
 
 def identify(paths: Iterable[Path]) -> dict[str, str | None]:
-    """Return the SHA-256 that each file should have by its name, None if nothing on this host says so.
+    """Return the SHA-256 that each file should have by its name, None if this host has no record of it.
 
-    Files that only a manifest names are included: together they tell which revision of the model the folder has.
+    Files that only a manifest names are included: together they identify the folder's revision of the model.
 
     Raises:
         CheckpointError: a file is not the one that the manifest of its folder describes.
@@ -121,7 +123,7 @@ def identify(paths: Iterable[Path]) -> dict[str, str | None]:
 def _compare(path: Path, entry: FileEntry) -> None:
     size = path.stat().st_size
     if size != entry.size:
-        problem = f"has {size} bytes, and {MANIFEST_NAME} says {entry.size}"
+        problem = f"has {size} bytes, and {MANIFEST_NAME} lists {entry.size}"
     elif entry.blocks is not None and sampled_digest(path) != entry.blocks:
         problem = f"is not the file that {MANIFEST_NAME} describes: a damaged copy, or another revision"
     else:

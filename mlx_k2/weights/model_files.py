@@ -1,15 +1,22 @@
 """The files of a model on this host, fetched from the Hub if they are missing. Loads no tensor."""
 
+import dataclasses
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
+from mlx_k2.config import ModelConfig
+from mlx_k2.errors import CheckpointError, DownloadError
 from mlx_k2.weights.checkpoint import locate_tensors, read_small_files
+from mlx_k2.weights.draft_head import DraftDescription, describe_draft
 from mlx_k2.weights.hub import FetchedFiles, HubRepo, OnProgress, bytes_to_fetch, fetch_files, fetch_small_files
 from mlx_k2.weights.index import CheckpointIndex
 from mlx_k2.weights.inventory import TensorSpec
-from mlx_k2.weights.manifest import write_manifest
-from mlx_k2.weights.model_source import ModelSource, is_repo, model_folder
+from mlx_k2.weights.manifest import sampled_digest, write_manifest
+from mlx_k2.weights.model_source import DraftHead, ModelSource, is_repo, model_folder
 
 
 class ModelFilesHere(NamedTuple):
@@ -30,6 +37,34 @@ def read_model_files(source: ModelSource) -> ModelFilesHere:
     fetched = fetch_small_files(_hub_repo(source))
     pinned = ModelSource(path_or_repo=source.path_or_repo, revision=fetched.commit)
     return ModelFilesHere(read_small_files(fetched.folder), pinned)
+
+
+class DraftHere(NamedTuple):
+    """A draft head's description, and how it is loaded, with its revision pinned to a commit."""
+
+    draft: DraftDescription
+    head: DraftHead
+
+
+def read_draft(head: DraftHead, target: ModelConfig) -> DraftHere:
+    """Return the description of a draft head on this host.
+
+    In a local folder its files' headers are checked, too, and its digest includes blocks of them.
+
+    Raises:
+        SetupError: the head is not there, or is not one for ``target``.
+    """
+    try:
+        files, source = read_model_files(head.source)
+        draft = describe_draft(files, head, target)
+        if not is_repo(source):
+            paths = locate_tensors(model_folder(source), draft.index, draft.specs()).values()
+            digests = [draft.digest, *(sampled_digest(path) for path in sorted(set(paths)))]
+            draft = dataclasses.replace(draft, digest=hashlib.sha256("".join(digests).encode()).hexdigest())
+    except (CheckpointError, DownloadError) as error:
+        prefix = "" if str(error).startswith("--draft-model") else "--draft-model: "
+        raise type(error)(f"{prefix}{error}") from None
+    return DraftHere(draft, msgspec.structs.replace(head, source=source))
 
 
 def locate_shard(

@@ -1,4 +1,4 @@
-"""Model frontend: what the program that converts text needs of a checkpoint's files. Knows no tensors."""
+"""Model frontend: the parts of a checkpoint that the conversion of text needs. Knows no tensors."""
 
 from dataclasses import dataclass
 from functools import cached_property

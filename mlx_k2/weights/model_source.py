@@ -6,17 +6,32 @@ from pathlib import Path
 
 import msgspec
 
-from mlx_k2.builtin import BUILTIN_FOLDER
+from mlx_k2.builtin import BUILTIN_FOLDER, BUILTIN_HEAD_FOLDER
 
 BUILTIN = "built-in"
+BUILTIN_HEAD = "built-in draft head"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
-    """The location of a checkpoint: BUILTIN, a folder on the host that reads it, or a repository on the Hub."""
+    """The location of a checkpoint: a name above, a folder on the host that reads it, or a repository on the Hub."""
 
     path_or_repo: str
     revision: str | None = None
+
+
+class DraftHead(msgspec.Struct, frozen=True, kw_only=True):
+    """A draft head, and how it is loaded: the same on every host.
+
+    ``aux_layers`` are the layers, from 0, whose outputs it reads; None: those of its config.json. Its matrices are
+    quantized to ``bits`` bits per weight; None: they are not quantized. It proposes at most ``vocab_size`` different
+    tokens; None: all that it has.
+    """
+
+    source: ModelSource
+    aux_layers: tuple[int, ...] | None = None
+    bits: int | None = None
+    vocab_size: int | None = None
 
 
 def is_repo(source: ModelSource) -> bool:
@@ -26,6 +41,6 @@ def is_repo(source: ModelSource) -> bool:
 
 def model_folder(source: ModelSource) -> Path:
     """Return the folder of a model that is not a repository."""
-    if source.path_or_repo == BUILTIN:
-        return BUILTIN_FOLDER
+    if source.path_or_repo in (BUILTIN, BUILTIN_HEAD):
+        return BUILTIN_FOLDER if source.path_or_repo == BUILTIN else BUILTIN_HEAD_FOLDER
     return Path(os.path.expanduser(source.path_or_repo))  # noqa: PTH111  # Path.expanduser raises for an unknown user

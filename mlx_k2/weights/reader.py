@@ -33,8 +33,8 @@ _ALWAYS_CHECKED = ("norm.weight", "mlp.gate.weight", "e_score_correction_bias", 
 _READING_THREADS = 8
 _PIECE_BYTES = 32 * 2**20
 _F_NOCACHE = 48
-"""macOS: read without keeping the file's pages in memory. 300 GB of pages would push out the weights."""
-_STORED = {"BF16": mx.uint16, "F32": mx.float32}
+"""macOS: read without keeping the file's pages in memory. 300 GB of pages would displace the weights."""
+_STORED = {"BF16": mx.uint16, "F32": mx.float32, "I64": mx.int64}
 """The dtype of an array that has a tensor's bytes: Python's buffers have no bfloat16."""
 
 
@@ -64,11 +64,11 @@ class ShardReader:
 
     def embedding(self) -> LoadedTensors:
         """Return ``model.embed_tokens.weight`` (vocabulary, hidden)."""
-        return self._plain(embedding_specs(self._config))
+        return self.read(embedding_specs(self._config))
 
     def head(self) -> LoadedTensors:
         """Return ``model.norm.weight`` (hidden,) and ``lm_head.weight`` (vocabulary, hidden)."""
-        return self._plain(head_specs(self._config))
+        return self.read(head_specs(self._config))
 
     def layer(self, layer: int) -> LoadedTensors:
         """Return one layer's tensors, named without ``model.layers.N.``; experts are stacked along a new first axis.
@@ -88,16 +88,17 @@ class ShardReader:
         stacked = self._stack_experts(routed, prefix)
         return LoadedTensors(loaded.tensors | stacked, tuple(spec.name for spec in specs))
 
-    def _plain(self, specs: tuple[TensorSpec, ...]) -> LoadedTensors:
+    def read(self, specs: tuple[TensorSpec, ...]) -> LoadedTensors:
+        """Return the tensors of ``specs``, none of which is a routed expert's, named without the config's prefix."""
         self._check_files(specs)
         return self._load_plain(specs, self._config.tensor_prefix)
 
     def _load_plain(self, specs: tuple[TensorSpec, ...], prefix: str) -> LoadedTensors:
         stored = self._read_each(specs)
         tensors = {
-            spec.name.removeprefix(prefix): array
-            if spec.dtype == "F32"
-            else array.view(mx.bfloat16).astype(self._dtype)
+            spec.name.removeprefix(prefix): array.view(mx.bfloat16).astype(self._dtype)
+            if spec.dtype == "BF16"
+            else array
             for spec, array in zip(specs, stored, strict=True)
         }
         del stored
@@ -108,7 +109,11 @@ class ShardReader:
 
     def _check_finite(self, tensors: Mapping[str, mx.array], prefix: str) -> None:
         """Refuse NaN and infinity in the tensors to check. Stacked experts are checked as they are stacked."""
-        checked = [name for name in tensors if self._check_all or name.endswith(_ALWAYS_CHECKED)]
+        checked = [
+            name
+            for name, array in tensors.items()
+            if (self._check_all or name.endswith(_ALWAYS_CHECKED)) and mx.issubdtype(array.dtype, mx.floating)
+        ]
         totals = {name: mx.sum(tensors[name]) for name in checked}
         mx.eval(totals)
         for name, total in totals.items():

@@ -25,7 +25,7 @@ from mlx_k2.weights.inventory import TensorSpec
 MAX_HEADER_BYTES = 100_000_000
 """The limit that the format sets."""
 
-# The beginnings of what people have under the name of a checkpoint's file, in lower case.
+# First bytes of other formats that occur under the name of a checkpoint's file, in lower case.
 _LFS_POINTER = b"version https://git-lfs"
 _FOREIGN: Mapping[bytes, str] = {
     b"gguf": "it is a GGUF file, which mlx-k2 does not read: fetch the original checkpoint",
@@ -63,7 +63,7 @@ def open_regular(path: Path) -> BinaryIO:
     """Open a file of a checkpoint to read. Refuse pipes and devices, which can have no end, and known other formats.
 
     Raises:
-        OSError: the file cannot be opened, is not a regular file, or is no file of a checkpoint by its first bytes.
+        OSError: the file cannot be opened, is not a regular file, or its first bytes are those of another format.
     """
 
     def opener(name: str, flags: int) -> int:
@@ -82,6 +82,8 @@ def open_regular(path: Path) -> BinaryIO:
 def _other_format(start: bytes, path: Path) -> str | None:
     """Return what a file of a checkpoint is that begins with ``start``, if it is known to be something else."""
     start = start.lstrip().lower()
+    if not start.strip(b"\0"):
+        return "it is empty or begins with zeros, as an interrupted download leaves it: fetch the file again"
     if start.startswith(_LFS_POINTER):
         pull = f"git -C {shlex.quote(str(path.parent))} lfs pull"
         return (
@@ -118,7 +120,9 @@ def _read_raw_header(path: Path) -> tuple[bytes, int]:
         with open_regular(path) as file:
             prefix = file.read(8)
             header_bytes = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or header_bytes > MAX_HEADER_BYTES:
+            if len(prefix) < 8:
+                raise CheckpointError(f"{path} is truncated: it has {len(prefix)} bytes; fetch the file again")
+            if header_bytes > MAX_HEADER_BYTES:
                 raise CheckpointError(f"{path} is not a safetensors file: it does not begin with a header's length")
             raw = file.read(header_bytes)
             actual_bytes = file.seek(0, 2)
@@ -169,7 +173,7 @@ def _explain_refusal(raw: bytes, path: Path, data_bytes: int) -> None:
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
         first, end = tensor.data_offsets
         if first != expected or end < first:
-            raise CheckpointError(f"{path}: {name} lies at bytes {first} to {end}, where byte {expected} should follow")
+            raise CheckpointError(f"{path}: {name} is at bytes {first} to {end}, where byte {expected} should follow")
         expected = end
     whole = 8 + len(raw) + expected
     if data_bytes < expected:

@@ -120,6 +120,4 @@ def summary_of(request: Request, num_tokens: int, reason: FinishReason) -> Answe
         time_to_first_token_s=None,
         prefill_tokens_per_s=None,
         decode_tokens_per_s=None,
-        num_drafted=0,
-        num_accepted=0,
     )

@@ -117,7 +117,7 @@ def test_tool_calls_of_one_turn_run_concurrently_and_their_results_keep_their_or
         (("die", "{}"), Outcome.LOST, "a last word"),
         (("much", '{"length": 100}'), Outcome.CUT, "cut here"),
         (("absent", "{}"), Outcome.REFUSED, "There is no tool"),
-        (("add", "{no JSON"), Outcome.REFUSED, "the arguments are no JSON"),
+        (("add", "{no JSON"), Outcome.REFUSED, "the arguments are not JSON"),
         (("add", '{"a": "x"}'), Outcome.FAILED, "a"),
     ],
 )

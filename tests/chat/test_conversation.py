@@ -11,6 +11,7 @@ from mlx_k2.text.message import Message
 from mlx_k2.text.reply_parts import Reply
 from mlx_k2.text.thinking_mode import ThinkingMode
 from mlx_k2.text.tool_call import ToolCall
+from tests.advice import follows_advice
 from tests.chat.scripted import sampled
 from tests.text.fixtures import builtin_template, decoded, tokenizer
 from tests.text.kimi import template
@@ -198,6 +199,9 @@ def test_a_load_reads_reasoning_and_calls_of_other_programs_and_names_what_it_le
     )
 
 
+@follows_advice(
+    "these messages are 5 tokens, and the context holds 5: give a larger --context, up to that of the model",
+)
 @pytest.mark.parametrize(
     ("messages", "context_tokens", "words"),
     [

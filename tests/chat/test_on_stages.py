@@ -24,6 +24,7 @@ from mlx_k2.deployment.deploy import deploy
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.tiny_config import tiny_config_fields
@@ -92,7 +93,7 @@ def two_stages(path_or_repo: str) -> Iterator[Stages]:
     with deploy(asked, model, DeploymentListener()) as deployment:
         tokenizer = load_tokenizer(model.files, model.config.vocab_size)
         template = load_chat_template(model.files)
-        with engine_on(deployment, drafts=True, on_report=computed.record) as engine:
+        with engine_on(deployment, draft_mode=DraftMode.NGRAM, on_report=computed.record) as engine:
             yield Stages(tokenizer, template, engine, deployment.shape.context_tokens, computed)
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from mlx_k2.cli.main import run
 from mlx_k2.testing.tiny_config import as_kimi_k25
+from tests.advice import follows_advice
 from tests.local_cluster import CONTEXT_TOKENS, VOCAB_SIZE, write_model
 from tests.processes import started_processes
 
@@ -175,7 +176,7 @@ MODELS: dict[str, tuple[Damage, str]] = {
     "index that is not JSON": (replaced(INDEX, b"{"), "is not an index of safetensors files"),
     "index that leaves the folder": (
         replaced(INDEX, b'{"weight_map": {"x": "../x.safetensors"}}'),
-        r"names '\.\./x.safetensors', which is not a .safetensors file beside it",
+        r"names '\.\./x.safetensors', which is not a .safetensors file in its folder",
     ),
     "MLX's names": (
         renamed_in_index(EXPERT, "model.layers.2.mlp.switch_mlp.up_proj.weight"),
@@ -223,6 +224,9 @@ def test_a_missing_model_folder_is_named(tmp_path: Path, capsys: pytest.CaptureF
     check_refusal(["--model", str(tmp_path / "none"), "Hello"], words, capsys)
 
 
+@follows_advice(
+    "model: the path a is not UTF-8: rename the folder, or give a link to it",
+)
 @pytest.mark.skipif(sys.platform == "darwin", reason="needs Linux: APFS refuses such names")
 def test_a_model_folder_whose_path_is_not_utf_8_is_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -250,13 +254,17 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
         r"temperature -1.0 is out of range: give a value from 0 \(greedy",
     ),
     "temperature nan": (["--temperature", "nan", "Hello"], "temperature nan is out of range"),
-    "top-p": (["--top-p", "0", "Hello"], "top-p 0.0 is out of range: give a value above 0, at most 1"),
-    "top-k": (["--top-k", "0", "Hello"], "top-k 0 is out of range: give a value at least 1"),
+    "top-p": (["--top-p", "1.5", "Hello"], "top-p 1.5 is out of range: give a value above 0, at most 1"),
+    "top-k": (["--top-k", "-1", "Hello"], "top-k -1 is out of range: give a value at least 1"),
     "min-p": (["--min-p", "1", "Hello"], "min-p 1.0 is out of range: give a value at least 0, below 1"),
     "repetition penalty": (["--repetition-penalty", "0", "Hello"], "repetition-penalty 0.0 is out of range"),
-    "seed": (["--seed", "-1", "Hello"], "seed -1 is out of range: give a value from 0"),
+    "seed": (["--seed", "-2", "Hello"], "seed -2 is out of range: give a value from 0"),
     "logprobs": (["--json", "--logprobs", "101", "Hello"], "logprobs 101 is out of range: give a value from 0 to 100"),
     "an empty stop string": (["--stop", "", "Hello"], "a stop string is empty"),
+    "an expression that is not UTF-8": (
+        ["--regex", "\udce9", "Hello"],
+        "regular expression or grammar is not UTF-8 text",
+    ),
     "a bias outside the vocabulary": (["--logit-bias", "768=1", "Hello"], "for token id 768, outside the vocabulary"),
     "a bias without a number": (["--logit-bias", "5", "Hello"], "--logit-bias '5': write a token id and a number"),
     "two biases of a token": (["--logit-bias", "5=1", "--logit-bias", "5=2", "Hello"], "token 5 has a bias already"),
@@ -280,7 +288,7 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
     "revision of a folder": (["--revision", "main", "Hello"], "a revision is for a repository on the Hub"),
     "split with a word": (["--split", "3,x", "Hello"], "--split '3,x' is not a list of layer counts"),
     "split of other stages": (["--split", "7", "--stages", "2", "Hello"], "--split 7 names 1 stages, and there are 2"),
-    "split of other layers": (["--split", "3,3", "--stages", "2", "Hello"], "gives out 6 layers: it must give out 7"),
+    "split of other layers": (["--split", "3,3", "--stages", "2", "Hello"], "assigns 6 layers: it must assign 7"),
     "split with a stage without layers": (["--split", "7,0", "--stages", "2", "Hello"], "'7,0' is not a list of layer"),
     "more stages than layers": (["--stages", "8", "Hello"], "the model has 7 layers: name at most 7 hosts"),
 }
@@ -329,9 +337,9 @@ def test_a_tool_choice_that_names_no_tool_of_the_file_is_refused(
 
 USAGE: dict[str, tuple[list[str], str]] = {
     "an unknown option": (["generate", "--tempertaure", "1"], "No such option '?--tempertaure"),
-    "an unknown command": (["genrate"], "No such command 'genrate'"),
+    "an unknown command": (["genrate"], "there is no command 'genrate': did you mean generate\\?"),
     "a word for a number": (["generate", "--max-tokens", "x", "Hello"], "Invalid value for '--max-tokens'"),
-    "no token to generate": (["generate", "--max-tokens", "0", "Hello"], "Invalid value for '--max-tokens': 0"),
+    "no token to generate": (["generate", "--max-tokens", "0", "Hello"], "Invalid value for '--max-tokens' / '-n': 0"),
     "an unknown dtype": (["generate", "--dtype", "int8", "Hello"], "'int8' is not one of 'bfloat16', 'float32'"),
     "log-probabilities without JSON": (["generate", "--logprobs", "3", "Hello"], "add --json"),
     "several answers with tools": (

@@ -13,6 +13,7 @@ from matplotlib.image import imread
 
 from mlx_k2.cli.bench_document import BenchDocument, append_csv, check_csv, checkout_commit
 from mlx_k2.cli.main import run
+from tests.advice import follows_advice
 from tests.cli.command import CommandLine
 from tests.processes import started_processes
 
@@ -80,6 +81,9 @@ def test_rows_are_appended_to_a_file_with_the_same_columns(document: dict[str, A
     assert path.read_text() == "".join([*lines, *lines[1:]])
 
 
+@follows_advice(
+    "rows.csv has other columns than those of mlx-k2 bench --csv: give another file",
+)
 @pytest.mark.parametrize("content", ["my notes\n", "made,model\n1,2\n", "\n", "x" * 100_000])
 def test_a_csv_file_of_something_else_is_refused_before_any_stage_starts(
     content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

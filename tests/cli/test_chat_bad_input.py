@@ -32,8 +32,8 @@ FULL = Path("/dev/full")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--mcp", "broken.json"], r"broken.json is no MCP file: .*for instance"),
-        (["--mcp", "list.json"], r"list.json is no MCP file"),
+        (["--mcp", "broken.json"], r"broken.json is not an MCP file: .*for instance"),
+        (["--mcp", "list.json"], r"list.json is not an MCP file"),
         (["--mcp", "none.json"], r"none.json cannot be read: No such file"),
         (["--mcp", "gone.json"], r"no tool server starts: gone: .*No such file"),
         (["--mcp", "both.json"], r"the server 's' needs either a command or a url"),
@@ -84,7 +84,7 @@ def test_contradictory_options_are_refused_before_any_stage_starts(
     ("content", "words"),
     [
         ("{", "is no saved chat: "),
-        ('{"messages": []}', "is no saved chat: .*`model`"),
+        ('{"digest": "ours", "messages": []}', "is no saved chat: .*`model`"),
         (json.dumps({"model": "K9", "digest": "other", "messages": []}), "a chat with another model: .*--model K9"),
     ],
 )
@@ -98,8 +98,9 @@ def test_a_saved_chat_and_a_bare_list_of_messages_can_be_loaded(tmp_path: Path) 
     path = tmp_path / "chat.json"
     save_chat(path, SavedChat("K2", "ours", [USER]))
     assert load_chat(path, "ours") == [USER]
-    path.write_text(json.dumps([USER]))
-    assert load_chat(path, "another") == [USER]
+    for messages in ([USER], {"messages": [USER], "tools": []}):  # the second as one line of a training set
+        path.write_text(json.dumps(messages))
+        assert load_chat(path, "another") == [USER]
     assert list(tmp_path.iterdir()) == [path]
 
 

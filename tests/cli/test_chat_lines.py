@@ -1,10 +1,12 @@
 """Tests of what a line of the chat is: a command, or a message."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_k2.cli.repl.commands import HELP, is_command
+from mlx_k2.cli.repl.commands import HELP, OTHER_NAMES, is_command
 
 WORD = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8)
 
@@ -15,6 +17,19 @@ def test_a_line_that_begins_with_a_commands_name_is_a_command(name: str, rest: s
     assert is_command(name + rest)
 
 
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_the_names_that_other_chats_have_are_commands(name: str) -> None:
+    assert is_command(name)
+    assert is_command(f"{name} x") == name.startswith("/")
+    assert not is_command(f" {name}")
+
+
+def test_a_line_that_begins_with_a_path_of_this_machine_is_a_message(tmp_path: Path) -> None:
+    assert not is_command("/tmp is full, what can I delete?")
+    assert is_command("/nowhere_here is full")
+    assert is_command("/")
+
+
 @given(words=st.lists(WORD, min_size=2, max_size=4), rest=st.text(max_size=10))
 def test_a_line_that_begins_with_a_path_is_a_message(words: list[str], rest: str) -> None:
     assert not is_command(f"/{'/'.join(words)} {rest}")
@@ -23,5 +38,5 @@ def test_a_line_that_begins_with_a_path_is_a_message(words: list[str], rest: str
 
 @given(word=WORD)
 def test_a_word_after_one_slash_is_a_command_that_may_not_exist(word: str) -> None:
-    assert is_command(f"/{word} a/b")
+    assert is_command(f"/{word} a/b") != Path(f"/{word}").exists()
     assert not is_command(f" /{word}")

@@ -26,11 +26,11 @@ def connect(server: Server) -> tuple[str, str]:
 
 
 def test_generate_answers_with_the_servers_model(user: CommandLine, server: Server) -> None:
-    ran = user.run("generate", QUESTION, "--temperature", "0", *connect(server))
+    ran = user.run("generate", QUESTION, "--temperature", "0", "--verbose", *connect(server))
     assert (ran.returncode, ran.stdout) == (0, "17 + 25 = 42\n")
     assert "tokens (complete)" in ran.stderr
     assert "loaded in" not in ran.stderr
-    again = user.run("generate", QUESTION, "--temperature", "0", *connect(server))
+    again = user.run("generate", QUESTION, "--temperature", "0", "--verbose", *connect(server))
     assert "cached)" in again.stderr
 
 

@@ -51,10 +51,19 @@ def test_the_answer_goes_to_stdout_and_everything_else_to_stderr(
     assert text_run.returncode == 0, text_run.stderr
     assert text_run.stdout.endswith("\n")
     banner = text_run.stderr.splitlines()[: len(BANNER)]
-    thinking, summary, times, headings, *stages = text_run.stderr.splitlines()[len(BANNER) :]
+    thinking, *summaries = text_run.stderr.splitlines()[len(BANNER) :]
     assert tuple(banner) == BANNER
     assert thinking == "I know the answer to this."
     assert thinking not in text_run.stdout
+    (summary,) = summaries
+    assert re.fullmatch(r"\d+ tokens · [\d.]+ tok/s · first token after [\d.]+ s · seed 5", summary)
+
+
+def test_verbose_shows_all_counts_and_times_and_the_stages(command_line: CommandLine) -> None:
+    run = command_line.run("generate", "Hello", *ASKED, "--verbose")
+    lines = run.stderr.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.endswith(" seed 5"))
+    summary, times, headings, *stages = lines[at : at + 5]
     assert re.fullmatch(r"\d+ tokens \(.*\) · prompt \d+ tokens · seed 5", summary)
     assert re.fullmatch(
         r"loaded in [\d.]+ s · first token after [\d.]+ s · prefill [\d.]+ tok/s · decode [\d.]+ tok/s"
@@ -63,8 +72,8 @@ def test_the_answer_goes_to_stdout_and_everything_else_to_stderr(
     )
     assert headings.split() == ["stage", "host", "layers", "weights", "computing", "share"]
     assert [re.split(r"\s{2,}", line.strip())[:3] for line in stages] == [
-        ["0", "127.0.0.1", "0-3"],
-        ["1", "127.0.0.1", "4-6"],
+        ["0", "127.0.0.1", "0-4"],
+        ["1", "127.0.0.1", "5-6"],
     ]
 
 

@@ -2,9 +2,11 @@
 
 import io
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import click
 import pytest
 
 from mlx_k2.cli.generate import command, first_submissions
@@ -19,6 +21,7 @@ from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_frontend import ModelFrontend
 from mlx_k2.weights.model_source import ModelSource
+from tests.advice import follows_advice
 from tests.local_cluster import CONTEXT_TOKENS, VOCAB_SIZE
 from tests.text.kimi import template_source
 
@@ -69,9 +72,54 @@ def test_a_prompt_goes_through_the_chat_template_with_the_system_prompt_before_i
     assert "Speak Latin." not in text_of(tokenizer, request_of(model, "What is it?"))
 
 
-def test_without_a_prompt_standard_input_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+@follows_advice(
+    "there is no prompt: give PROMPT, or write one to standard input",
+)
+@pytest.mark.parametrize("arguments", [[], ["-"], ["-p", "-"]])
+def test_without_a_prompt_standard_input_is_read(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False, buffer=io.BytesIO("Grüße\n".encode())))
-    assert options_of().read_prompt() == "Grüße\n"
+    assert options_of(*arguments).read_prompt() == "Grüße\n"
+
+
+@pytest.mark.parametrize("arguments", [["Summarise"], ["--prompt", "Summarise"]])
+@pytest.mark.parametrize(
+    ("content", "prompt"), [("Grüße\n\n", "Grüße\n\nSummarise"), (" \n", "Summarise"), ("", "Summarise")]
+)
+def test_text_of_a_file_or_a_pipe_comes_before_the_prompt(
+    arguments: list[str], content: str, prompt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text").write_text(content)
+    with (tmp_path / "text").open() as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert options_of(*arguments).read_prompt() == prompt
+    with os.fdopen(os.open(os.devnull, os.O_RDONLY)) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert options_of(*arguments).read_prompt() == "Summarise"
+
+
+def test_the_prompt_is_given_once() -> None:
+    with pytest.raises(click.UsageError, match="PROMPT and --prompt are the same"):
+        options_of("Hello", "--prompt", "Hello")
+
+
+def test_the_short_names_of_options_are_those_of_other_programs() -> None:
+    short = options_of("-p", "Hello", "-n", "3", "--temp", "0.5", "--system-prompt", "Be brief.", "-m", "a/b")
+    long = options_of("Hello", "--max-tokens", "3", "--temperature", "0.5", "--system", "Be brief.", "--model", "a/b")
+    assert (short.read_prompt(), short.conversation, short.cluster) == (
+        long.read_prompt(),
+        long.conversation,
+        long.cluster,
+    )
+
+
+def test_values_that_other_programs_use_for_none_are_accepted(model: ModelDescription) -> None:
+    files = {**model.files, "generation_config.json": b'{"top_k": 20, "top_p": 0.9}'}
+    recommending = ModelDescription(files, model.config, model.index, model.digest, model.unread_tensors)
+    assert request_of(recommending, "Hello").sampling.top_k == 20
+    assert request_of(recommending, "--top-k", "0", "Hello").sampling.top_k is None
+    greedy = request_of(recommending, "--top-p", "0", "--temperature", "2", "Hello").sampling
+    assert (greedy.temperature, greedy.top_p) == (0.0, 1.0)
+    assert len({request_of(model, "--seed", "-1", "Hello").sampling.seed for _ in range(5)}) > 1
 
 
 @pytest.mark.parametrize(

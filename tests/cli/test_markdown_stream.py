@@ -16,8 +16,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
-from rich.markdown import Markdown
 
+from mlx_k2.cli.repl.chat_markdown import ChatMarkdown
 from mlx_k2.cli.repl.markdown_stream import MarkdownDisplay, MarkdownStream
 from tests.cli.tmux import Terminal, needs_tmux, terminal
 
@@ -46,7 +46,8 @@ LINES = (
     "def f():", "    '''doc", "    indented", "\tcode", "/* c", "*/", "# heading", "#", "##", "===", "---", "***", "-",
     "| a | b |", "|---|---|", "| 1 | 2 |", "<div>", "</div>", "<!-- c", "-->", "<b>x</b>", "a <kbd>k</kbd> b",
     "[other]: /url", "'title", "[defined] and *not emphasis", "![image](x)", "two spaces  ", "\\", "&amp; &#35;",
-    "", "", "", "  ", "\t",
+    "", "", "", "  ", "\t", "so \\(a_1 * b_2\\) and $$x_{ij}$$", "\\[", "\\frac{a}{b} \\, c_1", "\\]",
+    "2\\. no \\*list\\*",
 )  # fmt: skip
 
 documents = st.builds(
@@ -81,7 +82,7 @@ def stream(document: str, piece_chars: list[int]) -> str:
 def printed(document: str) -> str:
     """Return the output of rich's Markdown of the whole ``document``."""
     output = io.StringIO()
-    console(output).print(Markdown(document))
+    console(output).print(ChatMarkdown(document))
     return output.getvalue()
 
 
@@ -184,6 +185,47 @@ def test_the_work_of_a_refresh_does_not_grow_with_the_block(first: str, line: st
     display.refresh()
     assert most_calls(display, line, 10) <= 1.1 * at_50
     display.close()
+
+
+def plain(document: str) -> list[str]:
+    """Return the lines that show ``document``, without colours."""
+    output = io.StringIO()
+    Console(file=output, width=WIDTH, color_system=None).print(ChatMarkdown(document))
+    return [line.rstrip() for line in output.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("level", range(1, 7))
+def test_a_heading_of_any_level_is_at_the_left(level: int) -> None:
+    assert plain(f"{'#' * level} Title\n\ntext")[-3] == "Title"
+
+
+def test_numbers_of_a_list_have_dots_and_further_lines_are_below_the_text() -> None:
+    assert plain("9. nine\n10. ten " + "x " * 30)[-3:] == [
+        "  9. nine",
+        " 10. ten " + "x " * 25 + "x",
+        "     x x x x",
+    ]
+    assert plain("- a\n- b")[-2:] == [" • a", " • b"]
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        r"\(a_1*b_2*c\)",
+        r"\[ \frac{a}{b} \, c_1 * d_2 * e \]",
+        "$$x_{ij} * y_k * z$$",
+        r"\{x \mid x > 0\}",
+        r"a \\ b",
+        r"\sqrt{2}",
+    ],
+)
+def test_a_formula_is_shown_as_it_was_written(formula: str) -> None:
+    assert plain(f"So {formula} holds, *really*.") == [f"So {formula} holds, really."]
+
+
+def test_escapes_of_markdown_are_still_escapes() -> None:
+    assert plain(r"\*stars\*, 1\. and \`ticks\`, \$5") == ["*stars*, 1. and `ticks`, $5"]
+    assert plain(r"an open \( is *text*") == [r"an open \( is text"]
 
 
 def test_a_closing_key_tag_without_an_opening_one_is_no_error() -> None:

@@ -1,11 +1,13 @@
 """Tests of `mlx-k2 serve` as a command: its start, its errors, and its end by signals."""
 
 import json
+import plistlib
 import signal
 import socket
 import ssl
 import subprocess
 import threading
+import tomllib
 from pathlib import Path
 
 import psutil
@@ -59,6 +61,8 @@ def test_a_port_in_use_is_an_error_before_anything_is_loaded(command_line: Comma
         (("--port", "70000"), "70000 is not in the range"),
         (("--sse-keepalive", "often"), "is not one of"),
         (("--model", "/no/such/folder"), "/no/such/folder"),
+        (("--print-settings", "emacs"), "is not one of"),
+        (("--print-settings", "codex"), "clients must know the port"),
     ],
 )
 def test_a_bad_option_is_one_clear_error(command_line: CommandLine, options: tuple[str, ...], message: str) -> None:
@@ -66,6 +70,29 @@ def test_a_bad_option_is_one_clear_error(command_line: CommandLine, options: tup
     assert run.returncode == 2
     assert message in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_the_settings_of_a_client_are_printed_for_the_server_s_options(command_line: CommandLine) -> None:
+    run = command_line.run("serve", "--port", "9000", "--context", "4096", "--print-settings", "codex")
+    assert run.returncode == 0
+    settings = tomllib.loads(run.stdout)
+    provider = settings["model_providers"][settings["model_provider"]]
+    assert provider["base_url"] == "http://127.0.0.1:9000/v1"
+    assert (settings["model"], settings["model_context_window"]) == ("kimi-k2-tiny", 4096)
+    assert "config.toml" in run.stderr
+
+
+def test_the_property_list_runs_the_same_command_in_the_same_folder(command_line: CommandLine, tmp_path: Path) -> None:
+    options = ("serve", "--port", "9000", "--drain", "45")
+    run = command_line.run(*options, "--launchd", cwd=tmp_path)
+    assert run.returncode == 0
+    entries = plistlib.loads(run.stdout.encode())
+    program, *arguments = entries["ProgramArguments"]
+    assert tuple(arguments) == options
+    assert Path(entries["WorkingDirectory"]) == tmp_path
+    assert entries["ExitTimeOut"] > 45
+    again = subprocess.run([program, "serve", "--help"], capture_output=True, timeout=60)
+    assert again.returncode == 0
 
 
 def test_sigterm_lets_a_running_answer_end_and_then_exits_with_0(command_line: CommandLine, endless: Path) -> None:

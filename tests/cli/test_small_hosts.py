@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.advice import follows_advice
 from tests.cli.command import MLX_K2, CommandLine
 
 ANSWER = (MLX_K2, "generate", "--stages", "1", "--max-tokens", "3", "--raw", "Hello")
@@ -54,6 +55,9 @@ def test_a_user_without_home_and_passwd_entry_can_chat_on_a_terminal(command_lin
     assert list(tmp_path.iterdir()) == []
 
 
+@follows_advice(
+    "this host allows 1024 open files, and mlx-lm needs 4096: raise its limit (ulimit -Hn)",
+)
 @pytest.mark.slow
 @pytest.mark.skipif(not works(NO_RAISING), reason="needs Linux: setpriv of util-linux")
 def test_a_low_hard_limit_of_open_files_is_named(command_line: CommandLine) -> None:
@@ -61,6 +65,17 @@ def test_a_low_hard_limit_of_open_files_is_named(command_line: CommandLine) -> N
     done = subprocess.run(command, env=command_line.environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "this host allows 1024 open files, and mlx-lm needs 4096: raise its limit" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full: run on Linux")
+def test_a_full_disk_for_messages_ends_nothing_and_the_answer_is_whole(command_line: CommandLine) -> None:
+    with Path("/dev/full").open("wb") as full:
+        command = [MLX_K2, "generate", "--stages", "1", "--seed", "1", "What is 17 plus 25?"]
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=full, text=True, env=command_line.environment(), timeout=60
+        )
+    assert (done.returncode, done.stdout) == (0, "17 + 25 = 42\n")
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 
 from mlx_k2.cli.main import run
 from mlx_k2.weights.manifest import HubFile, write_manifest
+from tests.advice import follows_advice
 from tests.cli.command import CommandLine
 from tests.local_cluster import wait_until_gone
 from tests.model.checkpoints import planted
@@ -121,6 +122,11 @@ def manifest_of(folder: Path) -> None:
     write_manifest(folder, {f.name: HubFile(f.stat().st_size, sha256(f.read_bytes()).hexdigest()) for f in files})
 
 
+@follows_advice(
+    "a on b (stage 1) is not the one on c (stage 0): fetch the same revision on both",
+    "differ; fetch the same revision on both",
+    "differ; give the same --model and --revision for both",
+)
 @pytest.mark.slow
 def test_hosts_with_different_revisions_of_a_file_are_named_although_each_reads_other_files(
     failure: Failure, endless: Path, tmp_path: Path

@@ -33,7 +33,7 @@ def standard(name: str, data: bytes, encoding: str, errors: str) -> Iterator[io.
     """Make a standard stream one of these bytes, as Python opens it for a locale; then prepare it."""
     raw = io.BytesIO(data)
     stream = io.TextIOWrapper(raw, encoding=encoding, errors=errors, newline="\n")
-    with patch.object(sys, name, stream):
+    with patch.object(sys, "stderr", sys.stderr), patch.object(sys, name, stream):
         assert prepare_streams() is None
         yield raw
         stream.detach()

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_k2.cli import console as console_module
 from mlx_k2.cli.console import show_plan
-from mlx_k2.cli.doctor import _show_table
+from mlx_k2.cli.doctor import show_checks
 from mlx_k2.cli.main import run
 from mlx_k2.cli.safe_console import SafeConsole
 from mlx_k2.cluster.hostfile import Host
@@ -41,7 +41,7 @@ TABLES: dict[str, tuple[Callable[[], None], Sequence[str]]] = {
         lambda: show_plan(plans(), CELLS, ("memory", "read a token", "files")),
         [*HOSTS, "0-29", "30-59", "100.0 GB", "101.0 GB", *CELLS[0], *CELLS[1], "read a token"],
     ),
-    "doctor": (lambda: _show_table(CHECKS), [*HOSTS, "an observation of it", f"found on {HOSTS[1]}"]),
+    "doctor": (lambda: show_checks(CHECKS), [*HOSTS, "an observation of it", f"found on {HOSTS[1]}"]),
 }
 
 

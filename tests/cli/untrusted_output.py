@@ -14,7 +14,7 @@ from collections.abc import Callable
 from mlx_k2.chat.chat_events import CallEnded, CallStarted, Event
 from mlx_k2.cli import main
 from mlx_k2.cli.console import ConsoleListener, log
-from mlx_k2.cli.doctor import _print_json, _show_table
+from mlx_k2.cli.doctor import _print_json, show_checks
 from mlx_k2.cli.repl.screen import PlainScreen, RichScreen, Screen
 from mlx_k2.cli.repl.wording import whole_call
 from mlx_k2.coordinator.handle import Restarting
@@ -96,7 +96,7 @@ class FailsAtItsEnd:
 def doctor(parts: list[str]) -> None:
     text = "".join(parts)
     checks = (Check(text, text, CheckResult.FAILURE, text),)
-    _show_table(checks)
+    show_checks(checks)
     _print_json(checks)
 
 

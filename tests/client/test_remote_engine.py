@@ -34,9 +34,9 @@ def tokens_of(handle: Handle) -> tuple[list[int], Finished]:
     return [event.token_id for event in events if isinstance(event, Token)], last
 
 
-def without_stop(asked: Request, engine: RemoteEngine) -> Request:
-    """Return a request with the model's stop tokens, as the server has them."""
-    return Request(asked.prompt_ids, asked.max_tokens, asked.sampling, engine.frontend.stop_ids)
+def with_stop_tokens(plain: Request, engine: RemoteEngine) -> Request:
+    """Return the request with the stop tokens of the server's model."""
+    return Request(plain.prompt_ids, plain.max_tokens, plain.sampling, engine.frontend.stop_ids)
 
 
 def test_the_model_is_read_from_the_server(server: SteppedServer, engine: RemoteEngine) -> None:
@@ -50,9 +50,9 @@ def test_a_request_has_the_tokens_and_counts_of_the_servers_own_engine(
     server: SteppedServer, engine: RemoteEngine
 ) -> None:
     for seed in range(3):
-        asked = without_stop(request(*range(50, 90), max_tokens=25, seed=seed), engine)
-        own, _ = tokens_of(server.tokens.engine.submit(asked))
-        remote, end = tokens_of(engine.submit(asked))
+        submitted = with_stop_tokens(request(*range(50, 90), max_tokens=25, seed=seed), engine)
+        own, _ = tokens_of(server.tokens.engine.submit(submitted))
+        remote, end = tokens_of(engine.submit(submitted))
         assert remote == own
         assert end.summary.prompt_tokens == 40
         assert end.summary.generated_tokens == len(own)
@@ -83,7 +83,7 @@ def test_every_sampling_parameter_reaches_the_servers_engine() -> None:
 
 
 def test_progress_of_a_prompt_arrives(engine: RemoteEngine) -> None:
-    events = list(engine.submit(without_stop(request(*range(100, 190), max_tokens=2), engine)).events())
+    events = list(engine.submit(with_stop_tokens(request(*range(100, 190), max_tokens=2), engine)).events())
     progress = [event for event in events if isinstance(event, PrefillProgress)]
     assert progress
     assert all(0 <= one.done < one.total == 90 for one in progress)
@@ -94,24 +94,24 @@ def test_a_thinking_budget_and_stop_strings_hold_as_they_do_locally(
 ) -> None:
     tokenizer = engine.frontend.tokenizer
     think = tokenizer.special_ids["<think>"]
-    asked = Request((60, think), 40, Sampling(seed=5), engine.frontend.stop_ids)
+    submitted = Request((60, think), 40, Sampling(seed=5), engine.frontend.stop_ids)
     for limits in (ReplyLimits(thinking_budget=4), ReplyLimits(stop_strings=(tokenizer.token_bytes(3).decode(),))):
-        own, own_end = tokens_of(server.tokens.engine.submit(asked, ReplyPolicy(tokenizer, asked, limits)))
-        remote, end = tokens_of(engine.submit(asked, ReplyPolicy(tokenizer, asked, limits)))
+        own, own_end = tokens_of(server.tokens.engine.submit(submitted, ReplyPolicy(tokenizer, submitted, limits)))
+        remote, end = tokens_of(engine.submit(submitted, ReplyPolicy(tokenizer, submitted, limits)))
         assert remote == own
         assert end.parts == own_end.parts
         assert end.reason is own_end.reason
     close = tokenizer.special_ids["</think>"]
-    budget = ReplyPolicy(tokenizer, asked, ReplyLimits(thinking_budget=4))
-    assert tokens_of(engine.submit(asked, budget))[0].index(close) <= 4
+    budget = ReplyPolicy(tokenizer, submitted, ReplyLimits(thinking_budget=4))
+    assert tokens_of(engine.submit(submitted, budget))[0].index(close) <= 4
 
 
 @pytest.mark.parametrize("priority", [Priority.INTERACTIVE, Priority.BACKGROUND])
 def test_a_cancelled_request_ends_here_and_on_the_server(priority: Priority) -> None:
     with stepped_server() as server:
         engine = RemoteEngine(ServerAddress(server.url))
-        asked = Request((60,), 1000, Sampling(seed=1), frozenset(), priority=priority)
-        handle = engine.submit(asked)
+        submitted = Request((60,), 1000, Sampling(seed=1), frozenset(), priority=priority)
+        handle = engine.submit(submitted)
         wait_until(lambda: bool(server.tokens.plans), "the request runs")
         (job,) = server.tokens.engine._jobs.values()
         assert job.submission.request.priority is priority
@@ -165,8 +165,8 @@ def test_a_full_queue_is_waited_for_once_the_answer_has_begun() -> None:
         wait_until(lambda: bool(server.tokens.plans), "another request runs")
         others.append(server.tokens.engine.submit(request(1, 2, max_tokens=300)))
         tokenizer = engine.frontend.tokenizer
-        asked = Request((60, tokenizer.special_ids["<think>"]), 12, Sampling(seed=5), frozenset())
-        handle = engine.submit(asked, ReplyPolicy(tokenizer, asked, ReplyLimits(thinking_budget=0)))
+        submitted = Request((60, tokenizer.special_ids["<think>"]), 12, Sampling(seed=5), frozenset())
+        handle = engine.submit(submitted, ReplyPolicy(tokenizer, submitted, ReplyLimits(thinking_budget=0)))
         server.wait_for("/v1/completions 429")
         for other in others:
             other.cancel()
@@ -176,22 +176,28 @@ def test_a_full_queue_is_waited_for_once_the_answer_has_begun() -> None:
         assert (len(found), end.reason) == (12, FinishReason.LENGTH)
 
 
-def test_what_a_server_does_not_do_is_refused_before_it_is_asked(engine: RemoteEngine) -> None:
+def test_a_request_that_a_server_cannot_run_is_refused_before_it_is_sent(engine: RemoteEngine) -> None:
     tokenizer = engine.frontend.tokenizer
     stopping = Request((60,), 5, Sampling(seed=1), engine.frontend.stop_ids)
     early = ReplyPolicy(tokenizer, stopping, ReplyLimits(min_tokens=3))
     scored = Request((60,), 5, Sampling(seed=1, num_logprobs=2), frozenset())
-    for asked, policy, message in ((stopping, early, "restricts its tokens"), (scored, None, "--logprobs")):
+    for submitted, policy, message in ((stopping, early, "restricts its tokens"), (scored, None, "--logprobs")):
         with pytest.raises(RequestError, match=message):
-            engine.submit(asked, policy)
+            engine.submit(submitted, policy)
     with pytest.raises(RequestError, match="outside the vocabulary"):
         engine.submit(request(10**6))
 
 
-def test_a_server_that_is_none_or_needs_a_key_is_named(tmp_path: object) -> None:
+@pytest.mark.parametrize("key", ["k\n", "cl\xe9", "\udce9"])
+def test_a_key_that_no_header_can_hold_is_refused(key: str) -> None:
+    with pytest.raises(SetupError, match="MLX_K2_API_KEY has a line end or a letter that no key has"):
+        RemoteEngine(ServerAddress("http://127.0.0.1:1", key))
+
+
+def test_an_address_without_a_server_is_named(tmp_path: object) -> None:
     with pytest.raises(SetupError, match=r"no server at http://127.0.0.1:1"):
         RemoteEngine(ServerAddress("http://127.0.0.1:1"))
-    for url in ("127.0.0.1:8080", "ftp://127.0.0.1", "http://", "http://a:b"):
+    for url in ("127.0.0.1:8080", "ftp://127.0.0.1", "http://", "http://a:b", "http://\udce9"):
         with pytest.raises(SetupError, match="is not the address of a server"):
             RemoteEngine(ServerAddress(url))
 

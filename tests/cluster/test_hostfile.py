@@ -84,8 +84,8 @@ def test_the_keys_specific_to_mlx_k2_are_read() -> None:
 def test_unknown_keys_are_ignored_with_a_warning() -> None:
     hostfile = parse({"hosts": [MAC_1 | {"user": "me"}, MAC_2], "nick": 1})
     assert hostfile.warnings == (
-        "macs.json: ignored what mlx-k2 does not know: nick",
-        "macs.json: host 0 (mac-1): ignored what mlx-k2 does not know: user",
+        "macs.json: ignored unknown keys: nick",
+        "macs.json: host 0 (mac-1): ignored unknown keys: user",
     )
 
 
@@ -124,10 +124,10 @@ def test_a_hostfile_without_hosts_is_refused(content: Any) -> None:
         ([MAC_1, "mac-2"], "host 1: expected an object"),
         ([MAC_1, {"ips": ["10.0.0.1"]}], "host 1: missing required field `ssh`"),
         ([MAC_1, {"ssh": 3}], r"host 1: ssh: expected text, got a whole number"),
-        ([{"ssh": "-oProxyCommand=reboot", "ips": ["10.0.0.1"]}], "not a host name that ssh takes"),
-        ([{"ssh": ""}], "'' is not a host name that ssh takes"),
-        ([{"ssh": "mac 1"}], "'mac 1' is not a host name that ssh takes"),
-        ([{"ssh": "mac\n1"}], "not a host name that ssh takes"),
+        ([{"ssh": "-oProxyCommand=reboot", "ips": ["10.0.0.1"]}], "not a host name that ssh accepts"),
+        ([{"ssh": ""}], "'' is not a host name that ssh accepts"),
+        ([{"ssh": "mac 1"}], "'mac 1' is not a host name that ssh accepts"),
+        ([{"ssh": "mac\n1"}], "not a host name that ssh accepts"),
         ([MAC_1, {"ssh": "mac-2"}], r"host 1 \(mac-2\) has no ips, which backend ring needs: add"),
         ([MAC_1, MAC_2 | {"ips": ["10.0.0.1", "10.0.0.2"]}], r"host 1 \(mac-2\) has 2 ips and host 0 \(mac-1\) has 1"),
         ([MAC_1 | {"ips": ["mac-1.local"]}, MAC_2], r"\(mac-1\): ips holds 'mac-1.local': give an IPv4 address"),
@@ -153,7 +153,7 @@ def test_a_hostfile_without_hosts_is_refused(content: Any) -> None:
         (jaccl([None, None], ["rdma_en2", None]), r"host 0 \(mac-1\): rdma\[1\] names no device towards host 1"),
         (jaccl([None, []], ["rdma_en2", None]), r"rdma\[1\] names no device"),
         (jaccl([None, 5], ["rdma_en2", None]), r"host 0 \(mac-1\): rdma\[1\]: expected text or a list or null"),
-        ({"backend": "jaccl", "hosts": [{"ssh": "mac-1"}, MAC_2]}, r"host 0 \(mac-1\) has no ips: backend jaccl meets"),
+        ({"backend": "jaccl", "hosts": [{"ssh": "mac-1"}, MAC_2]}, r"host 0 \(mac-1\) has no ips: backend jaccl needs"),
     ],
 )
 def test_a_bad_hostfile_is_refused_with_the_host_and_the_reason(content: Any, reason: str) -> None:

@@ -22,7 +22,7 @@ from mlx_k2.cluster.partition import (
     LayerCost,
     ModelCosts,
     StageAssignment,
-    divide_as_asked,
+    divide_as_requested,
     divide_layers,
     parse_split,
 )
@@ -37,6 +37,7 @@ from mlx_k2.weights.inventory import (
     layer_read_bytes_per_token,
     layer_specs,
 )
+from tests.advice import follows_advice
 
 THINKING = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "config.json")
 
@@ -57,7 +58,7 @@ hosts_of_a_cluster = st.lists(
 
 
 @functools.cache
-def thinking_pieces(context_tokens: int = 0) -> ModelCosts:
+def thinking_costs(context_tokens: int = 0) -> ModelCosts:
     cache = layer_cache_bytes(THINKING, 1, context_tokens, 2)
     layers = tuple(
         LayerCost(held_bytes(layer_specs(THINKING, layer)) + cache, layer_read_bytes_per_token(THINKING, layer))
@@ -101,7 +102,7 @@ def test_the_chosen_split_has_the_fastest_slowest_stage_of_all_that_fit(
     fitting = []
     for counts in every_split(len(model.layers), len(hosts)):
         try:
-            fitting.append(divide_as_asked(model, hosts, counts))
+            fitting.append(divide_as_requested(model, hosts, counts))
         except PartitionError:
             continue
     if not fitting:
@@ -130,14 +131,14 @@ def test_each_layer_is_assigned_exactly_once_within_host_memory(model: ModelCost
 
 
 def test_kimi_k2_thinking_on_two_equal_hosts_is_32_and_29_layers() -> None:
-    assignments = divide_layers(thinking_pieces(), macs(480, 480))
+    assignments = divide_layers(thinking_costs(), macs(480, 480))
     assert layer_counts(assignments) == [32, 29]
     assert sum(assignment.held_bytes for assignment in assignments) == 594_205_351_936
 
 
 @pytest.mark.parametrize("num_hosts", range(1, 17))
 def test_all_61_layers_are_assigned_exactly_once_for_any_number_of_hosts(num_hosts: int) -> None:
-    assignments = divide_layers(thinking_pieces(), macs(*[600] * num_hosts))
+    assignments = divide_layers(thinking_costs(), macs(*[600] * num_hosts))
     assert [
         layer for assignment in assignments for layer in range(assignment.first_layer, assignment.end_layer)
     ] == list(range(61))
@@ -145,23 +146,23 @@ def test_all_61_layers_are_assigned_exactly_once_for_any_number_of_hosts(num_hos
 
 
 def test_layer_counts_of_the_middle_stages_differ_by_at_most_one() -> None:
-    counts = layer_counts(divide_layers(thinking_pieces(), macs(*[600] * 16)))
+    counts = layer_counts(divide_layers(thinking_costs(), macs(*[600] * 16)))
     assert counts[-1] == 1  # the last stage also reads the whole head
     assert max(counts[1:-1]) - min(counts[1:-1]) <= 1
 
 
 def test_a_host_with_less_memory_gets_fewer_layers() -> None:
-    assert layer_counts(divide_layers(thinking_pieces(), macs(480, 200))) == [41, 20]
+    assert layer_counts(divide_layers(thinking_costs(), macs(480, 200))) == [41, 20]
 
 
 def test_a_host_with_twice_the_bandwidth_reads_about_twice_as_much() -> None:
-    fast, slow = divide_layers(thinking_pieces(), macs(600, 600, gb_per_s=(800.0, 400.0)))
+    fast, slow = divide_layers(thinking_costs(), macs(600, 600, gb_per_s=(800.0, 400.0)))
     assert fast.read_bytes / slow.read_bytes == pytest.approx(2, rel=0.1)
 
 
 def test_held_bytes_include_the_cache() -> None:
     without, with_cache = (
-        sum(assignment.held_bytes for assignment in divide_layers(thinking_pieces(n), macs(480, 480)))
+        sum(assignment.held_bytes for assignment in divide_layers(thinking_costs(n), macs(480, 480)))
         for n in (0, 32_768)
     )
     assert with_cache - without == 32_768 * 70_272
@@ -170,26 +171,29 @@ def test_held_bytes_include_the_cache() -> None:
 def test_a_model_larger_than_the_hosts_memory_is_refused_with_the_sizes() -> None:
     reason = r"weights and cache need 594\.2 GB, and the hosts can hold 400\.0 GB \(mac-0 200\.0 GB, mac-1 200\.0 GB\)"
     with pytest.raises(PartitionError, match=reason):
-        divide_layers(thinking_pieces(), macs(200, 200))
+        divide_layers(thinking_costs(), macs(200, 200))
 
 
 def test_a_model_that_fits_only_with_split_layers_is_refused_with_the_layer_size() -> None:
     with pytest.raises(PartitionError, match=r"does not fit in whole layers of up to 9\.8 GB"):
-        divide_layers(thinking_pieces(), macs(3, 600))
+        divide_layers(thinking_costs(), macs(3, 600))
 
 
+@follows_advice(
+    "there are 62 hosts and the model has 61 layers: use at most 61 hosts",
+)
 def test_more_hosts_than_layers_are_refused() -> None:
-    with pytest.raises(PartitionError, match="62 hosts and the model has 61 layers: name at most 61 hosts"):
-        divide_layers(thinking_pieces(), macs(*[600] * 62))
+    with pytest.raises(PartitionError, match="62 hosts and the model has 61 layers: use at most 61 hosts"):
+        divide_layers(thinking_costs(), macs(*[600] * 62))
 
 
 def test_a_host_with_unknown_memory_has_no_limit() -> None:
     hosts = [HostCapacity(name=name, memory_bytes=None) for name in ("mac-1", "mac-2")]
-    assert layer_counts(divide_layers(thinking_pieces(), hosts)) == [32, 29]
+    assert layer_counts(divide_layers(thinking_costs(), hosts)) == [32, 29]
 
 
 def test_an_explicit_split_is_used() -> None:
-    assignments = divide_as_asked(thinking_pieces(), macs(480, 480), parse_split("31,30"))
+    assignments = divide_as_requested(thinking_costs(), macs(480, 480), parse_split("31,30"))
     assert layer_counts(assignments) == [31, 30]
 
 
@@ -198,13 +202,13 @@ def test_an_explicit_split_is_used() -> None:
     [
         ("31,30,1", "--split 31,30,1 names 3 stages, and there are 2 hosts"),
         ("61", "--split 61 names 1 stages, and there are 2 hosts"),
-        ("31,31", "--split 31,31 gives out 62 layers: it must give out 61"),
+        ("31,31", "--split 31,31 assigns 62 layers: it must assign 61"),
         ("50,11", r"stage 0 needs 484\.0 GB and mac-0 can hold 480\.0 GB: give it fewer layers$"),
     ],
 )
 def test_an_impossible_split_is_refused(split: str, reason: str) -> None:
     with pytest.raises(PartitionError, match=reason):
-        divide_as_asked(thinking_pieces(), macs(480, 480), parse_split(split))
+        divide_as_requested(thinking_costs(), macs(480, 480), parse_split(split))
 
 
 @pytest.mark.parametrize("text", ["", "31,", "31;30", "-1,62", "0,61", "thirty", "31, 30", "１,2"])

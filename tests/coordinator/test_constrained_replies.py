@@ -20,6 +20,7 @@ from mlx_k2.scheduling.sequence import Sequence, SharedPrefix
 from mlx_k2.text.constraint import AnswerForm, AnswerFormat, Constraint, Tool, ToolChoice, ToolRules, tool_rules
 from mlx_k2.text.grammar import GrammarCompiler
 from mlx_k2.text.reply_grammar import MAX_CALLS, compile_constraint
+from tests.advice import follows_advice
 from tests.coordinator.constrained import (
     COMPILER,
     NO_THINKING,
@@ -440,6 +441,9 @@ def test_a_raw_text_has_a_minimum_of_tokens() -> None:
     assert STOP_ID in allowed_ids(policy.token_mask(()))
 
 
+@follows_advice(
+    "the form of the answer allows the empty text alone: leave out ignore_eos",
+)
 def test_a_form_that_allows_the_empty_text_alone_is_refused_without_a_stop_token() -> None:
     with pytest.raises(RequestError, match="allows the empty text alone"):
         raw_policy("")

@@ -45,7 +45,7 @@ BAD_SCHEMAS = {
     "an object that needs itself": (ENDLESS, "refers to itself without end"),
     "a list that needs itself": (ENDLESS_LIST, "refers to itself without end"),
     "alternatives that all need themselves": (ENDLESS_BOTH, "refers to itself without end"),
-    "a long chain of references": (CHAIN, "too intricate"),
+    "a long chain of references": (CHAIN, "too complex"),
     "no value": ({"type": "integer", "minimum": 5, "maximum": 1}, "minimum (5) is greater than maximum (1)"),
     "a malformed pattern": ({"type": "string", "pattern": "("}, "unclosed group"),
     "5 MB": ({"enum": ["x" * 5_000_000]}, f"is larger than {MAX_GRAMMAR_BYTES} bytes"),

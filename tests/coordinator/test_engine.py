@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -13,9 +14,11 @@ from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.deployment.restarting import WAITING
 from mlx_k2.errors import Cancelled, EngineBusy, RequestError, RequestFailed, StageFault
 from mlx_k2.sampling import SampledToken
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
 from mlx_k2.scheduling.scheduler import TokensAppended
 from mlx_k2.testing.token_stages import answer_alone
+from tests.advice import follows_advice
 from tests.coordinator.token_engine import TokenEngine, request, token_engine
 from tests.local_cluster import rest_of
 
@@ -55,6 +58,9 @@ def test_a_waiting_request_reports_its_position_and_then_the_progress_of_its_pro
         assert progress == PrefillProgress(16, 20)
 
 
+@follows_advice(
+    "2 requests wait already, of at most 2: try again in about 1 s",
+)
 def test_a_full_queue_refuses_at_once_with_the_expected_wait_and_later_accepts_again() -> None:
     with token_engine(num_slots=1, max_queued=2) as stages:
         running = stages.engine.submit(request(1, 2))
@@ -104,7 +110,7 @@ def test_a_fault_is_detected_while_no_request_runs() -> None:
 
 
 def test_requests_resume_with_the_same_tokens_after_a_restart_and_report_it() -> None:
-    with token_engine(drafts=True) as stages:
+    with token_engine(draft_mode=DraftMode.NGRAM) as stages:
         handles = [stages.engine.submit(request(number, 2, 3, max_tokens=40)) for number in range(3)]
         stages.run(lambda: stages.engine.use[1].steps_done >= 9)
         stages.fail(1)
@@ -306,12 +312,12 @@ def test_a_request_whose_last_token_comes_as_the_engine_closes_still_ends() -> N
         handle = stages.engine.submit(request(1, 2, max_tokens=1))
         complete = stages.scheduler.complete
 
-        def close_first(number: int, tokens: Sequence[SampledToken]) -> list[TokensAppended]:
+        def close_first(number: int, tokens: Sequence[SampledToken], **more: Any) -> list[TokensAppended]:
             closing = threading.Thread(target=stages.engine.__exit__, args=(None, None, None))
             closing.start()
             while stages.engine._loop._commands.empty():
                 threading.Event().wait(0.001)
-            return complete(number, tokens)
+            return complete(number, tokens, **more)
 
         stages.scheduler.complete = close_first  # type: ignore[method-assign]
         while not handle.has_ended:

@@ -14,6 +14,7 @@ from mlx_k2.coordinator.handle import Event, Finished, Handle, Token
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import EngineBusy, RequestFailed
 from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
 from mlx_k2.scheduling.scheduler import SchedulerLimits
 from mlx_k2.testing.token_stages import STOP_ID, answer_alone
@@ -85,12 +86,12 @@ class EngineStates(RuleBasedStateMachine):
 
     readers = Bundle("readers")
 
-    @initialize(num_stages=st.integers(1, 3), num_slots=st.integers(1, 5), drafts=st.booleans())
-    def start(self, num_stages: int, num_slots: int, drafts: bool) -> None:
+    @initialize(num_stages=st.integers(1, 3), num_slots=st.integers(1, 5), mode=st.sampled_from(DraftMode))
+    def start(self, num_stages: int, num_slots: int, mode: DraftMode) -> None:
         self.num_stages = num_stages
         self.all_readers: list[Reader] = []
         self.tested = TokenEngine(
-            SchedulerLimits(num_slots, CONTEXT_TOKENS, CHUNK_TOKENS, num_stages), drafts, max_queued=MAX_QUEUED
+            SchedulerLimits(num_slots, CONTEXT_TOKENS, CHUNK_TOKENS, num_stages), mode, max_queued=MAX_QUEUED
         )
         self.engine = self.tested.engine
         self.engine.__enter__()

@@ -13,6 +13,7 @@ from mlx_k2.errors import Cancelled, ClusterError
 from mlx_k2.protocol.messages import Step
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.cost_model import StageCost
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.request import Priority, Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
@@ -35,7 +36,7 @@ class TokenEngine:
     """An engine, its present stages, and the plans that were sent to them."""
 
     limits: SchedulerLimits
-    drafts: bool = False
+    draft_mode: DraftMode = DraftMode.OFF
     can_restart: bool = True
     max_queued: int = MAX_QUEUED
     make_stages: Callable[[int, Callable[[Step], None]], TokenStages] = TokenStages
@@ -46,7 +47,7 @@ class TokenEngine:
     def __post_init__(self) -> None:
         self.stages = self.make_stages(self.limits.num_stages, self.plans.append)
         policy = AdaptiveStepPolicy([StageCost(SIZES, SPEED)] * self.limits.num_stages)
-        self.scheduler = Scheduler(self.limits, policy, drafts=self.drafts)
+        self.scheduler = Scheduler(self.limits, policy, draft_mode=self.draft_mode)
         pipeline = Pipeline(self.stages, self.scheduler, policy, VOCAB_SIZE, on_report=self.reports.append)
         self.may_restart = threading.Event()
         self.is_restarting = threading.Event()
@@ -106,13 +107,13 @@ def token_engine(
     num_stages: int = 2,
     context_tokens: int = 200,
     *,
-    drafts: bool = False,
+    draft_mode: DraftMode = DraftMode.OFF,
     can_restart: bool = True,
     max_queued: int = MAX_QUEUED,
     make_stages: Callable[[int, Callable[[Step], None]], TokenStages] = TokenStages,
 ) -> Iterator[TokenEngine]:
     """Yield a running engine."""
     limits = SchedulerLimits(num_slots, context_tokens, chunk_tokens, num_stages)
-    found = TokenEngine(limits, drafts, can_restart, max_queued, make_stages)
+    found = TokenEngine(limits, draft_mode, can_restart, max_queued, make_stages)
     with found.engine:
         yield found

@@ -13,6 +13,7 @@ from mlx_k2.errors import StageSilent, StageStartError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.protocol.messages import Hello
+from tests.advice import follows_advice
 from tests.launch.guarded import stand_in_python
 
 OTHERS = (version("mlx"), version("mlx-lm"))
@@ -22,10 +23,13 @@ def ignore(line: str) -> None:
     """Discard a log line."""
 
 
+@follows_advice(
+    "a: install the same on both: `python -m pip install mlx==2`",
+)
 @pytest.mark.parametrize(
     ("versions", "words"),
     [
-        (("9.9.9", *OTHERS), f"has mlx-k2 {__version__}, this machine has 9.9.9: install .*one wheel"),
+        (("9.9.9", *OTHERS), f"has mlx-k2 {__version__}, this machine has 9.9.9: install .*make dist"),
         (
             (__version__, "9.9.9", OTHERS[1]),
             f"has mlx {OTHERS[0]}, this machine has 9.9.9: install .*pip install mlx==9.9.9",
@@ -61,11 +65,11 @@ def test_a_host_whose_mlx_k2_has_another_version_is_named_with_both(tmp_path: Pa
 
 
 def test_a_stage_that_sends_nothing_in_time_is_named_with_the_pending_action(tmp_path: Path) -> None:
-    locations = [StageLocation(python=stand_in_python(tmp_path, "deaf")) for _ in range(2)]
+    locations = [StageLocation(python=stand_in_python(tmp_path, "reads_nothing")) for _ in range(2)]
     with StageGroup(locations, 20.0, ignore) as group:
         collected = [group.receive(20), group.receive(20)]
         assert None not in collected
         with pytest.raises(
-            StageSilent, match=r"no message for 0 s from stage 1 on this machine .starting for . s., which was to"
+            StageSilent, match=r"no message for 0 s from stage 1 on this machine .starting for . s., which had to"
         ):
             collect(group, Hello, [1], 0.2, "start")

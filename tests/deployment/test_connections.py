@@ -49,7 +49,7 @@ def pass_on(source: socket.socket, target: socket.socket) -> None:
 
 
 def relay(listener: socket.socket, address: str) -> None:
-    """Pass everything on between the first connection to ``listener`` and ``address``, as a stranger would."""
+    """Pass everything on between the first connection to ``listener`` and ``address``."""
     ip, _, port = address.partition(":")
     near, _ = listener.accept()
     while True:
@@ -78,15 +78,17 @@ def test_a_process_that_passes_on_what_two_stages_send_is_found_before_anything_
         group.send(0, Connect(redirected, PROOF, None))
         group.send(1, Connect(found, None, PROOF))
         answers = collect(group, Connected, range(2), CONNECT_S, "connect")  # the proof itself was passed on
-        with pytest.raises(StageStartError, match=r"stage 0 on this machine is connected to a stranger: the other end"):
+        with pytest.raises(
+            StageStartError, match=r"stage 0 on this machine is connected to a process that is no stage: the"
+        ):
             check_connections(group, answers)
 
 
 @pytest.mark.slow
 @TWO_LOOPBACK_ADDRESSES
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_stranger_who_connects_first_and_sends_nothing_is_named_at_once(rank: int) -> None:
-    """Rank 0 accepts the stranger and then cannot reach its neighbour. Rank 1 reaches a neighbour of ours first."""
+def test_another_process_that_connects_first_and_sends_nothing_is_named_at_once(rank: int) -> None:
+    """Rank 0 accepts the process and then cannot reach its neighbour. Rank 1 reaches its own neighbour first."""
     with prepared_group() as (group, found), socket.create_server(("127.0.0.2", 0)) as neighbour:
         addresses: list[tuple[str, ...]] = [(f"127.0.0.2:{neighbour.getsockname()[1] if rank else 9}",)] * 2
         addresses[rank] = found.addresses[rank]
@@ -95,10 +97,12 @@ def test_a_stranger_who_connects_first_and_sends_nothing_is_named_at_once(rank: 
         group.send(rank, Connect(RingLinks(tuple(addresses)), PROOF if rank == 0 else None, PROOF if rank else None))
         while True:
             with suppress(ConnectionRefusedError):
-                stranger = socket.create_connection((ip, int(port)), timeout=10)
+                other = socket.create_connection((ip, int(port)), timeout=10)
                 break
-        with stranger, pytest.raises(StageFault) as caught:
+        with other, pytest.raises(StageFault) as caught:
             collect(group, Connected, [rank], CONNECT_S, "connect")
     assert time.monotonic() - began < 15
     assert "(connecting to its neighbours" in str(caught.value)
-    assert re.search(r"it wrote last: a stranger at 127\.0\.0\.1:\d+ is connected to the ring port", str(caught.value))
+    assert re.search(
+        r"it wrote last: an unknown process at 127\.0\.0\.1:\d+ is connected to the ring", str(caught.value)
+    )

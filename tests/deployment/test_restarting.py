@@ -14,6 +14,7 @@ from mlx_k2.coordinator.engine import Engine, engine_on
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.errors import NotFinite, StageFault, StageStartError
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.request import Request
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files
@@ -61,7 +62,9 @@ def restarting(
         RestartingDeployment(
             asked, description, listener or DeploymentListener(), limit, first_wait_s=0.05
         ) as deployment,
-        engine_on(deployment.deployment, drafts=True, restarts=deployment, on_restart=on_restart) as engine,
+        engine_on(
+            deployment.deployment, draft_mode=DraftMode.NGRAM, restarts=deployment, on_restart=on_restart
+        ) as engine,
     ):
         yield Run(deployment, engine, restarts)
 
@@ -125,7 +128,7 @@ def test_without_a_limit_the_stages_start_again_until_they_can(model: Path, tmp_
         script = tmp_path / "python-1"
         text = script.read_text()
 
-        def mend() -> None:
+        def repair() -> None:
             while len(run.restarts) < 4:
                 threading.Event().wait(0.01)
             marked_host(tmp_path, 1, sys.executable)
@@ -134,7 +137,7 @@ def test_without_a_limit_the_stages_start_again_until_they_can(model: Path, tmp_
         next(events)
         script.unlink()
         stage_process(1).kill()
-        mending = threading.Thread(target=mend, daemon=True)
+        mending = threading.Thread(target=repair, daemon=True)
         mending.start()
         assert len(list(events)) == 60 + 80 - 1
         mending.join(10)

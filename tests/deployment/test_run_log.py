@@ -39,7 +39,7 @@ def test_a_missing_log_folder_is_notified_once_and_raises_nothing(tmp_path: Path
     log.log("another line")
     assert log.write_report("a fault", ()) is None
     assert [line.partition(": ")[0] for line in recorded.notifications] == [
-        "the log cannot be kept",
+        "the log cannot be written",
         "no report could be written",
     ]
 
@@ -53,7 +53,7 @@ def test_a_report_has_the_tail_of_each_stages_log_and_is_never_overwritten(tmp_p
     first, second = (report.read_text() for report in reports if report)
     assert "a fault" in first and "another" in second
     for part in (
-        "== where the stages stood then\nstage 0 on mac-0",
+        "== status of the stages at the fault\nstage 0 on mac-0",
         "[stage 0 mac-0] line 0\n",
         "[stage 1 mac-1] line 50\n",
     ):

@@ -25,6 +25,7 @@ from mlx_k2.doctor.checks import (
 )
 from mlx_k2.launch.ssh import WHEEL
 from mlx_k2.protocol.messages import Hello
+from tests.advice import follows_advice
 from tests.cluster.test_mac_settings import BRIDGE, DEVICES, NO_DEVICES, PMSET
 
 HERE = {"mlx-k2": "0.1.0", "mlx": "0.32.4", "mlx-lm": "0.32.2"}
@@ -98,7 +99,7 @@ JUDGED: dict[str, tuple[list[Check], CheckResult, str]] = {
         FAILURE,
         "`sudo sysctl iogpu.wired_limit_mb=400544`",
     ),
-    "too little memory at all": (list(check_memory("mac-2", HELLO, 480 * GB, 600 * GB)), FAILURE, "give --split"),
+    "a host with too little memory": (list(check_memory("mac-2", HELLO, 480 * GB, 600 * GB)), FAILURE, "give --split"),
     "memory in use": (list(check_memory("mac-2", HELLO, 100 * GB, 300 * GB)), WARNING, "end other programs"),
     "enough memory": (list(check_memory("mac-2", HELLO, 480 * GB, 300 * GB)), OK, "300.0 GB of 400.0 GB of GPU"),
     "files to fetch": (list(check_model("mac-2", model(missing_bytes=300 * GB), DOWNLOAD)), WARNING, f"`{DOWNLOAD}`"),
@@ -148,6 +149,23 @@ JUDGED: dict[str, tuple[list[Check], CheckResult, str]] = {
 }
 
 
+@follows_advice(
+    "set it: `sudo sntp -sS time.apple.com` there; logs will not match, nothing else depends on it",
+    "mlx 1: install what this machine has: `python3 -m pip install mlx==1`",
+    "give --split, a smaller --context or another host",
+    "run `sudo sysctl iogpu.wired_limit_mb=1` there, or give --split",
+    "a in b is not what the Hub has: remove it and run `mlx-k2 download`",
+    "remove it and copy it again",
+    "a: correct the hostfile, or let `mlx.distributed_config --over thunderbolt --auto-setup` set the addresses, "
+    "which a restart undoes",
+    'its mlx has no jaccl: write "backend": "ring" in the hostfile',
+    "RDMA is off: start this Mac in Recovery and run `rdma_ctl enable` in its Terminal (not over ssh)",
+    "so let `mlx.distributed_config` write the hostfile again; Thunderbolt 4 has none",
+    "`sudo networksetup -setnetworkserviceenabled 'Thunderbolt Bridge' off` there",
+    "the hostfile sets A, which can wedge a GPU until it is restarted: take it out of envs",
+    "A is set there, which can wedge a GPU until it is restarted: `unset A`",
+    "a: `sudo pmset -a sleep 0 disksleep 0` there",
+)
 @pytest.mark.parametrize(("checks", "result", "words"), JUDGED.values(), ids=JUDGED.keys())
 def test_each_state_of_a_host_gives_the_right_check_result_and_remedy(
     checks: list[Check], result: CheckResult, words: str

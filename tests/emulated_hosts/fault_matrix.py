@@ -1,6 +1,10 @@
 """The fault matrix: every row is a fault, its expected outcome, and the time limit for its detection."""
 
-from tests.emulated_hosts.deeds import (
+from tests.emulated_hosts.fault_actions import (
+    check_full_disk,
+    check_shell_output,
+    check_was_slow,
+    connect_another_process,
     cut,
     cut_data,
     cut_for_two_seconds,
@@ -20,29 +24,25 @@ from tests.emulated_hosts.deeds import (
     no_memory_in_restart,
     nothing,
     own_model,
+    printing_shell,
     restore,
     second_run,
-    silent_shell,
     slow,
     small_disk,
     stop,
     stop_and_kill_at_the_end,
     stop_coordinator,
-    stranger,
-    talkative_shell,
     truncate_and_kill,
     truncated,
-    was_slow,
-    whole_disk,
 )
 from tests.emulated_hosts.faults import Fault, Outcome
 
-STANDS = r"\(.*step \d+( for \d+ s)?\)"
+AT_STEP = r"\(.*step \d+( for \d+ s)?\)"
 KILLED = r"ended with signal 9: it was killed"
 
 
 def killed(rank: int) -> str:
-    return rf"stage {rank} on host-{rank} {STANDS} {KILLED}"
+    return rf"stage {rank} on host-{rank} {AT_STEP} {KILLED}"
 
 
 def killed_in(phase: str) -> str:
@@ -53,8 +53,8 @@ RESTARTED, UNNOTICED, ENDED = Outcome.RESTARTED, Outcome.UNNOTICED, Outcome.ENDE
 LOST = r"the ssh connection was lost \(cable, power, sleep, its sshd\), or its guard was killed"
 AWAY = rf"stage 1 on host-1 \(.*\) (does not answer: its host is off|ended: {LOST})|stage 1 on host-1 has not answered"
 HOP = (
-    rf"stage 1 on host-1 {STANDS} does not get what stage 0 on host-0 {STANDS} has sent: the hop|"
-    rf"stage 2 on host-2 {STANDS} does not get what stage 1 on host-1 {STANDS} has sent: the hop"
+    rf"stage 1 on host-1 {AT_STEP} does not receive what stage 0 on host-0 {AT_STEP} has sent: the hop|"
+    rf"stage 2 on host-2 {AT_STEP} does not receive what stage 1 on host-1 {AT_STEP} has sent: the hop"
 )
 
 FAULTS: tuple[Fault, ...] = (
@@ -102,7 +102,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault("guard killed", kill_guard, RESTARTED, (rf"stage 1 on host-1 \(.*\) ended: {LOST}",), 1.0),
     Fault(
-        "stage stopped", stop, RESTARTED, (rf"stage 1 on host-1 {STANDS} is stopped: its process was suspended",), 10.0
+        "stage stopped", stop, RESTARTED, (rf"stage 1 on host-1 {AT_STEP} is stopped: its process was suspended",), 10.0
     ),
     Fault(
         "exception inside a layer",
@@ -130,17 +130,17 @@ FAULTS: tuple[Fault, ...] = (
         options={"restarts": 1, "lease_s": 4.0},
     ),
     Fault("data cable pulled, ssh goes another way", cut_data, RESTARTED, (HOP,), 10.0, prepare=data_cables),
-    Fault("link at 1 Mbit/s", slow, UNNOTICED, phase="starting", after=was_slow),
+    Fault("link at 1 Mbit/s", slow, UNNOTICED, phase="starting", after=check_was_slow),
     Fault(
         "host's sshd killed, with its sessions", end_sshd, RESTARTED, (rf"stage 1 on host-1 \(.*\) ended: {LOST}",), 1.0
     ),
-    Fault("login shell prints", nothing, UNNOTICED, prepare=talkative_shell, after=silent_shell),
+    Fault("login shell prints", nothing, UNNOTICED, prepare=printing_shell, after=check_shell_output),
     Fault("stage prints on stdout", fault_inside("print"), UNNOTICED, prepare=faulty_middle),
     Fault(
         "rubbish among the frames",
         fault_inside("rubbish"),
         RESTARTED,
-        (r"stage 1 on host-1 \(.*\) ended .*something else than frames",),
+        (r"stage 1 on host-1 \(.*\) ended .*bytes that are not frames",),
         2.5,
         prepare=faulty_middle,
     ),
@@ -154,7 +154,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault("10 MB on stderr", fault_inside("flood"), UNNOTICED, prepare=faulty_middle),
     Fault("clock jumps by a day and a year", jump, UNNOTICED, prepare=jumping_clock),
-    Fault("disk for logs full", nothing, UNNOTICED, prepare=small_disk, after=whole_disk),
+    Fault("disk for logs full", nothing, UNNOTICED, prepare=small_disk, after=check_full_disk),
     Fault(
         "shard cut off on one host",
         nothing,
@@ -174,9 +174,9 @@ FAULTS: tuple[Fault, ...] = (
     Fault("two runs at once on the same hosts", second_run, UNNOTICED, phase="prefill"),
     Fault(
         "stranger at a ring port",
-        stranger,
+        connect_another_process,
         RESTARTED,
-        (killed(0), r"stage 1 on host-1: a stranger is connected in place of the previous stage"),
+        (killed(0), r"stage 1 on host-1: an unknown process is connected as the previous stage"),
         5.0,
         halts={"connecting": 2},
         prepare=fixed_ports,

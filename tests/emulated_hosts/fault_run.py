@@ -93,7 +93,7 @@ class StreamsRun:
         self._queue.put((time.monotonic(), b""))
 
 
-class Scene:
+class FaultSetup:
     """A fresh folder for one fault: copies of the model and Pythons for single hosts, the hostfile, and logs."""
 
     def __init__(self, hosts: EmulatedHosts, model: Path, folder: Path) -> None:
@@ -174,8 +174,8 @@ class Scene:
 
 def undisturbed(hosts: EmulatedHosts, model: Path, folder: Path) -> tuple[list[int], ...]:
     """Return the tokens of both streams without a fault, with one stage on one host."""
-    scene = Scene(hosts, model, folder)
-    run = scene.start({}, num_hosts=1)
+    setup = FaultSetup(hosts, model, folder)
+    run = setup.start({}, num_hosts=1)
     run.finish()
     assert run.lines[-1] == {"ended": True}, run.lines[-1]
     return run.tokens

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tests.emulated_hosts.fault_run import Scene, StreamsRun
+from tests.emulated_hosts.fault_run import FaultSetup, StreamsRun
 from tests.emulated_hosts.hosts import wait_until
 
 Tokens = tuple[list[int], ...]
@@ -22,20 +22,20 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Fault:
-    """One row. ``break_it`` is called in ``phase`` and returns when the fault began, or None if at its return.
+    """One row. ``cause`` is called in ``phase`` and returns when the fault began, or None if at its return.
 
     ``reasons`` are patterns of the restarts' reasons and of the final error, one for each. The last is of this fault.
     """
 
     name: str
-    break_it: Callable[[Scene, StreamsRun], float | None]
+    cause: Callable[[FaultSetup, StreamsRun], float | None]
     outcome: str
     reasons: tuple[str, ...] = ()
     within_s: float | None = None
     phase: str = "decode"
     at: int = 1
-    prepare: Callable[[Scene], None] = lambda _: None
-    after: Callable[[Scene, StreamsRun], None] = lambda *_: None
+    prepare: Callable[[FaultSetup], None] = lambda _: None
+    after: Callable[[FaultSetup, StreamsRun], None] = lambda *_: None
     options: dict[str, object] = field(default_factory=dict)
     halts: dict[str, int] = field(default_factory=dict)
     left_s: float = 6.0
@@ -51,27 +51,27 @@ class Finding:
     wall_s: float
 
 
-def try_fault(fault: Fault, scene: Scene, expected: Tokens, times_slower: float = 1.0) -> Finding:
+def try_fault(fault: Fault, setup: FaultSetup, expected: Tokens, times_slower: float = 1.0) -> Finding:
     """Cause the fault and assert all that must hold. ``times_slower`` scales the time limits on a busy machine."""
     began = time.monotonic()
-    fault.prepare(scene)
-    run = scene.start({**fault.options, "halts": fault.halts})
+    fault.prepare(setup)
+    run = setup.start({**fault.options, "halts": fault.halts})
     try:
         run.until(phase=fault.phase, time=fault.at)
-        broken_at = fault.break_it(scene, run) or time.monotonic()
+        broken_at = fault.cause(setup, run) or time.monotonic()
         if fault.outcome != Outcome.GONE:
             run.finish()
-        fault.after(scene, run)
+        fault.after(setup, run)
         _check_outcome(fault, run, expected)
         detected_s, reason = (run.recorded[-1][0] - broken_at, run.recorded[-1][1]) if run.recorded else (None, "")
         _check_reasons(fault, run)
         _check_time(fault, detected_s, times_slower)
         if run.reasons:
-            _check_report(scene, run)
-        left = scene.hosts.all_processes
+            _check_report(setup, run)
+        left = setup.hosts.all_processes
         assert wait_until(lambda: not left(), times_slower * fault.left_s), f"left over: {left()}"
     finally:
-        scene.close()
+        setup.close()
     return Finding(fault, detected_s, reason, time.monotonic() - began)
 
 
@@ -99,12 +99,12 @@ def _check_time(fault: Fault, detected_s: float | None, times_slower: float) -> 
         assert detected_s is not None and detected_s < times_slower * fault.within_s, f"noticed after {detected_s} s"
 
 
-def _check_report(scene: Scene, run: StreamsRun) -> None:
-    report = scene.report()
+def _check_report(setup: FaultSetup, run: StreamsRun) -> None:
+    report = setup.report()
     reason = run.reasons[-1].partition(" (given up after")[0]
     assert reason in report, f"{reason!r} is not in the report"
     assert "\n== versions\nmlx-k2 " in report and "== last lines of stage" in report
     if len(run.reasons) == 1 and "error" not in run.lines[-1]:
-        status = report.partition("== where the stages stood then\n")[2].splitlines()[:3]
+        status = report.partition("== status of the stages at the fault\n")[2].splitlines()[:3]
         assert [line.partition(" (")[0] for line in status] == [f"stage {i} on host-{i}" for i in range(3)], status
         assert '"step": ' in report and '"tokens": ' in report

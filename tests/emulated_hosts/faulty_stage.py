@@ -29,13 +29,13 @@ def faulty_python(folder: Path) -> str:
     return str(script)
 
 
-def do(folder: Path, name: str) -> None:
+def request_fault(folder: Path, name: str) -> None:
     """Cause the fault ``name`` at the next step of the stage of ``folder``."""
     assert name in NAMES
     (folder / name).touch()
 
 
-def happen(name: str, folder: Path, protocol_fd: int) -> None:
+def cause_fault(name: str, folder: Path, protocol_fd: int) -> None:
     match name:
         case "exception":
             raise ValueError("a fault inside a layer")
@@ -50,7 +50,7 @@ def happen(name: str, folder: Path, protocol_fd: int) -> None:
         case "flood":
             sys.stderr.write(("x" * 99 + "\n") * (FLOOD_BYTES // 100))
         case "clock":
-            (folder / "clock-says").write_text(str(time.time()))
+            (folder / "clock-report").write_text(str(time.time()))
 
 
 def main(folder: Path) -> None:
@@ -62,7 +62,7 @@ def main(folder: Path) -> None:
         for name in NAMES:
             if (folder / name).exists():
                 (folder / name).unlink()
-                happen(name, folder, protocol_fd)
+                cause_fault(name, folder, protocol_fd)
         return run(*arguments)  # type: ignore[arg-type]
 
     StageModel.run = run_with_faults  # type: ignore[assignment,method-assign]

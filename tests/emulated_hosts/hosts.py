@@ -121,6 +121,7 @@ class EmulatedHosts:
             "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
             "HOME": str(self.homes[i]),
             "XDG_CACHE_HOME": str(self.homes[i] / ".cache"),
+            "MLX_K2_CONFIG": "",
             **(env or {}),
         }
         return subprocess.Popen([*enter, *named, *command], env=environment, **options)
@@ -161,7 +162,7 @@ class EmulatedHosts:
             shape = ["tbf", "rate", f"{kilobits}kbit", "burst", "3kb", "latency", "2s"]
             subprocess.run(["tc", "-n", space, "qdisc", "add", "dev", link, "root", *shape], check=True)
 
-    def times_held_back(self, i: int) -> int:
+    def num_delayed_packets(self, i: int) -> int:
         """Return how many packets were delayed since ``slow``."""
         shown = subprocess.run(["tc", "-s", "-n", self._spaces[i], "qdisc", "show", "dev", "eth0"], capture_output=True)
         (count,) = [words[words.index(b"overlimits") + 1] for words in [shown.stdout.split()]]
@@ -193,7 +194,7 @@ class EmulatedHosts:
     # ---- setup and removal
 
     def _write_keys_and_configs(self) -> None:
-        keys = ["user-key", "stranger-key", *(f"{name}-key" for name in self.names)]
+        keys = ["user-key", "other-key", *(f"{name}-key" for name in self.names)]
         for key in keys:
             subprocess.run(
                 ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", key, "-f", self.folder / key], check=True
@@ -201,7 +202,7 @@ class EmulatedHosts:
         public = {key: " ".join((self.folder / f"{key}.pub").read_text().split()[:2]) for key in keys}
         known = [f"{address} {public[f'{name}-key']}" for name, address in zip(self.names, self.addresses, strict=True)]
         (self.folder / "known_hosts").write_text("\n".join(known) + "\n")
-        (self.folder / "known_otherwise").write_text(f"{self.addresses[1]} {public['stranger-key']}\n")
+        (self.folder / "changed_known_hosts").write_text(f"{self.addresses[1]} {public['other-key']}\n")
         self._write_ssh_config()
         for name, address, home in zip(self.names, self.addresses, self.homes, strict=True):
             home.mkdir()
@@ -217,8 +218,8 @@ class EmulatedHosts:
         ]
         entries += [
             {**first, "name": "unknown-key", "known_hosts": "/dev/null"},
-            {**first, "name": "changed-key", "known_hosts": self.folder / "known_otherwise"},
-            {**first, "name": "refused-key", "identity": "stranger-key"},
+            {**first, "name": "changed-key", "known_hosts": self.folder / "changed_known_hosts"},
+            {**first, "name": "refused-key", "identity": "other-key"},
             {**first, "name": "refused-connection", "port": 2222},
             {**good, "name": "unreachable", "address": "10.77.0.200"},
             {**good, "name": "unresolvable", "address": "nobody.invalid"},

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.emulated_hosts.fault_matrix import FAULTS
-from tests.emulated_hosts.fault_run import NUM_HOSTS, Scene, undisturbed
+from tests.emulated_hosts.fault_run import NUM_HOSTS, FaultSetup, undisturbed
 from tests.emulated_hosts.faults import Tokens, try_fault
 from tests.emulated_hosts.hosts import EmulatedHosts, what_is_missing
 from tests.local_cluster import write_model
@@ -39,14 +39,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(hosts: EmulatedHosts, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokens:
-    return undisturbed(hosts, model, tmp_path_factory.mktemp("undisturbed") / "scene")
+    return undisturbed(hosts, model, tmp_path_factory.mktemp("undisturbed") / "setup")
 
 
 @pytest.mark.parametrize("name", TELLING)
 def test_each_fault_gives_the_expected_outcome_and_only_the_broken_part_is_named(
     hosts: EmulatedHosts, model: Path, expected: Tokens, tmp_path: Path, name: str
 ) -> None:
-    try_fault(BY_NAME[name], Scene(hosts, model, tmp_path / "scene"), expected, BUSY)
+    try_fault(BY_NAME[name], FaultSetup(hosts, model, tmp_path / "setup"), expected, BUSY)
 
 
 def test_every_row_of_the_fault_matrix_has_a_unique_name() -> None:

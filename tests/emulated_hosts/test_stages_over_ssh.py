@@ -12,6 +12,7 @@ from mlx_k2.launch.ssh import install_commands
 from mlx_k2.launch.stage_events import StageEnded, StageMessage
 from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.protocol.messages import Connected, Step, StepDone
+from tests.advice import follows_advice
 from tests.emulated_hosts.hosts import EmulatedHosts, wait_until
 from tests.emulated_hosts.ring_group import bring_about, receive, start_ring_group
 from tests.launch.guarded import stand_in_python
@@ -93,7 +94,7 @@ def test_a_cable_pulled_for_two_seconds_ends_no_stage(hosts: EmulatedHosts, tmp_
 
 def test_a_killed_ssh_server_is_detected_and_leaves_no_process(hosts: EmulatedHosts, tmp_path: Path) -> None:
     with StageGroup(
-        [StageLocation("host-1", stand_in_python(tmp_path, "deaf"))], LONG_LEASE_S, lambda _: None
+        [StageLocation("host-1", stand_in_python(tmp_path, "reads_nothing"))], LONG_LEASE_S, lambda _: None
     ) as group:
         receive(group, Connected)
         (guard,) = [pid for pid, command in hosts.processes(1).items() if "guarded.py" in command]
@@ -155,6 +156,9 @@ def test_stopping_does_not_wait_for_an_unreachable_host(hosts: EmulatedHosts) ->
     assert hosts.all_processes() == {}
 
 
+@follows_advice(
+    'give the path of a Python that has mlx_k2 as "python" in the hostfile',
+)
 def test_a_missing_python_on_a_host_is_reported_with_the_install_command(hosts: EmulatedHosts) -> None:
     assert first_end(StageLocation("host-1", "/nowhere/python")).reason == (
         f"it has no /nowhere/python: {install_commands('host-1', 'python3')}, "

@@ -20,6 +20,7 @@ from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import ClusterError
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_source import ModelSource
@@ -41,7 +42,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     halts: dict[str, int] = {}
 
 
-class Teller(DeploymentListener):
+class EventWriter(DeploymentListener):
     """Listener that reports each phase, and halts in the phases of ``halts``."""
 
     def __init__(self, halts: dict[str, int]) -> None:
@@ -76,18 +77,18 @@ def report_restart(restart: Restart, phase: str) -> None:
 
 def main(options: Options) -> int:
     source = ModelSource(path_or_repo=options.model)
-    asked = DeploymentRequest(
+    requested = DeploymentRequest(
         ClusterOptions(context_tokens=CONTEXT_TOKENS, lease_s=options.lease_s, stall_timeout_s=options.stall_timeout_s),
         read_hostfile(Path(options.hostfile)),
         source,
         num_slots=len(STREAMS),
     )
     model = describe_model(read_model_files(source).files, options.model)
-    teller = Teller(options.halts)
+    writer = EventWriter(options.halts)
     try:
-        with RestartingDeployment(asked, model, teller, options.restarts, Path(options.log_dir)) as restarting:
-            run(restarting, teller)
-            teller.phase("stopping")
+        with RestartingDeployment(requested, model, writer, options.restarts, Path(options.log_dir)) as restarting:
+            run(restarting, writer)
+            writer.phase("stopping")
     except ClusterError as error:
         write_event(error=str(error))
         return 1
@@ -95,21 +96,25 @@ def main(options: Options) -> int:
     return 0
 
 
-def run(restarting: RestartingDeployment, teller: Teller) -> None:
+def run(restarting: RestartingDeployment, writer: EventWriter) -> None:
     keep = restarting.on_report
     assert keep is not None
 
     def on_report(report: StageReport) -> None:
         keep(report)
-        teller.step(report)
+        writer.step(report)
 
     with engine_on(
-        restarting.deployment, drafts=True, on_report=on_report, restarts=restarting, on_restart=report_restart
+        restarting.deployment,
+        draft_mode=DraftMode.NGRAM,
+        on_report=on_report,
+        restarts=restarting,
+        on_restart=report_restart,
     ) as engine:
-        for count, (asked, token) in enumerate(together(engine, *STREAMS)):
-            write_event(stream=STREAMS.index(asked), token=token.token_id)
+        for count, (requested, token) in enumerate(together(engine, *STREAMS)):
+            write_event(stream=STREAMS.index(requested), token=token.token_id)
             if count == DECODING_TOKEN:
-                teller.phase("decode")
+                writer.phase("decode")
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def test_messages_are_relayed_both_ways_and_heartbeats_are_answered(start: Start
 
 
 def test_a_heartbeat_is_answered_while_the_stage_holds_the_gil(start: Start) -> None:
-    stage = start("deaf")
+    stage = start("reads_nothing")
     stage.write(Kind.HEARTBEAT, b"beat 1")
     assert stage.read() == Frame(Kind.HEARTBEAT, b"beat 1")
 
@@ -162,11 +162,11 @@ def test_a_closed_connection_ends_the_stage_with_exit_code_0(start: Start) -> No
     assert stage.last_frame() == {"exit_code": 0, "signal": None, "reason": "the coordinator closed the connection"}
 
 
-@pytest.mark.parametrize("program", ["deaf", "with_offspring", "talkative"])
+@pytest.mark.parametrize("program", ["reads_nothing", "with_child", "repeats_answers"])
 def test_the_end_of_the_coordinator_leaves_nothing(start: Start, program: str) -> None:
     stage = start(program)
     stage.set(lease_s=LONG_LEASE_S)
-    if program == "talkative":
+    if program == "repeats_answers":
         for number in range(100):
             stage.step(number)
     stage.close()
@@ -176,7 +176,7 @@ def test_the_end_of_the_coordinator_leaves_nothing(start: Start, program: str) -
 
 @pytest.mark.slow
 def test_a_stage_that_ignores_stop_and_sigterm_is_killed_after_its_grace_period(start: Start) -> None:
-    stage = start("stubborn")
+    stage = start("ignores_signals")
     stage.set(held_bytes=10 * 10**9)
     began = time.monotonic()
     stage.close()
@@ -186,7 +186,7 @@ def test_a_stage_that_ignores_stop_and_sigterm_is_killed_after_its_grace_period(
 
 @pytest.mark.slow
 def test_the_stage_ends_when_no_heartbeat_comes_within_the_lease(start: Start) -> None:
-    stage = start("deaf")
+    stage = start("reads_nothing")
     stage.set(lease_s=2.0)
     for _ in range(6):
         time.sleep(0.4)  # the test needs real time: 2.4 s in all, longer than the lease
@@ -201,7 +201,7 @@ def test_the_stage_ends_when_no_heartbeat_comes_within_the_lease(start: Start) -
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_guard_ends_the_stage(start: Start, number: signal.Signals) -> None:
-    stage = start("deaf")
+    stage = start("reads_nothing")
     stage.process.send_signal(number)
     assert stage.last_frame() == {"exit_code": None, "signal": signal.SIGTERM, "reason": f"{number.name} on its host"}
 
@@ -209,7 +209,7 @@ def test_a_signal_to_the_guard_ends_the_stage(start: Start, number: signal.Signa
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"no frame at all", "carries something else than frames"),
+        (b"no frame at all", "carries bytes that are not frames"),
         (encode_frame(Kind.GUARD_SETTINGS, b"{}"), "not a GuardSettings"),
         (encode_frame(Kind.STAGE_EXIT, b""), "the coordinator sent a STAGE_EXIT frame"),
     ],
@@ -248,7 +248,7 @@ def test_the_first_settings_are_the_environment_that_the_stage_starts_with() -> 
     assert ran.stderr == b"['a=b', '/nowhere']"
 
 
-@pytest.mark.parametrize("program", ["echo", "deaf", "with_offspring"])
+@pytest.mark.parametrize("program", ["echo", "reads_nothing", "with_child"])
 def test_a_killed_guard_leaves_nothing(start: Start, program: str) -> None:
     stage = start(program)
     stage.set(lease_s=LONG_LEASE_S)
@@ -258,7 +258,7 @@ def test_a_killed_guard_leaves_nothing(start: Start, program: str) -> None:
 
 @pytest.mark.slow
 def test_the_watchdog_kills_a_stage_that_ignores_sigterm_after_its_guard_is_killed(start: Start) -> None:
-    stage = start("stubborn")
+    stage = start("ignores_signals")
     began = time.monotonic()
     stage.process.kill()
     stage.wait_until_gone()
@@ -267,7 +267,7 @@ def test_the_watchdog_kills_a_stage_that_ignores_sigterm_after_its_guard_is_kill
 
 @pytest.mark.slow
 def test_a_suspended_guard_and_its_stage_are_ended_after_the_lease(start: Start) -> None:
-    stage = start("deaf")
+    stage = start("reads_nothing")
     stage.set(lease_s=2.0)
     since_s = status(stage).for_s
     while status(stage).for_s < since_s + 2 * TICK_S:
@@ -298,14 +298,14 @@ def test_the_last_frame_holds_the_stages_exit_code_or_signal(start: Start) -> No
     assert start("crashing").last_frame()["signal"] == signal.SIGSEGV
 
 
-def test_a_stage_that_writes_something_else_than_frames_is_ended(start: Start) -> None:
-    last = start("rubbish").last_frame()
+def test_a_stage_that_writes_bytes_that_are_not_frames_is_ended(start: Start) -> None:
+    last = start("writes_garbage").last_frame()
     assert last["signal"] == signal.SIGTERM
-    assert "something else than frames" in str(last["reason"])
+    assert "bytes that are not frames" in str(last["reason"])
 
 
 def test_a_stage_that_stops_reading_is_ended_with_that_reason(start: Start) -> None:
-    stage = start("deaf")
+    stage = start("reads_nothing")
     for number in range(20_000):
         try:
             stage.step(number)
@@ -315,7 +315,7 @@ def test_a_stage_that_stops_reading_is_ended_with_that_reason(start: Start) -> N
 
 
 def test_the_child_processes_of_a_stage_end_with_it(start: Start) -> None:
-    stage = start("with_offspring")
+    stage = start("with_child")
     assert len(stage.descendants) == 3
     stage.write(Kind.MESSAGE, encode_message(Stop()))
     stage.last_frame()

@@ -60,7 +60,10 @@ def test_comments_and_last_commas_do_not_change_the_value_or_what_is_in_quotes(v
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (b"", "column 1: expecting value"),
+        (b"", "it is empty"),
+        (b"\xef\xbb\xbf \n", "it is empty"),
+        (b'["\x01"]', "column 3: invalid control character"),
+        (b'"\xff"', "byte 0xff is not UTF-8"),
         (b'{\n "a": 1,\n "b" 2\n}', "line 3, column 6: expecting ':' delimiter"),
         (b'{"a": 1} x', "column 10: extra data"),
         (b'{"a": "', "column 7: unterminated string"),

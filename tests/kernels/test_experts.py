@@ -13,6 +13,7 @@ from mlx_k2.kernels import check_cache, experts, reference
 from mlx_k2.kernels.layer_time import Layer, Timing
 from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, ROUTER, KernelCheck, LayerShape
 from mlx_k2.kernels.tuning import DEFAULT
+from tests.advice import follows_advice
 from tests.metal_cpu.float64 import random_case
 
 pytestmark = pytest.mark.timeout(30)
@@ -139,6 +140,9 @@ def test_a_wrong_and_a_refused_kernel_are_logged_once_and_not_checked_again(
     assert first[DECODE].warning.endswith("plain MLX runs instead; `mlx-k2 kernels` there checks it again")
 
 
+@follows_advice(
+    "`mlx-k2 kernels` there checks it again",
+)
 def test_a_check_whose_process_was_ended_is_made_once_more_and_then_left_out(machine: Machine, tmp_path: Path) -> None:
     machine.outcomes = {DECODE: ProcessGone}
     for _ in range(2):
@@ -146,11 +150,11 @@ def test_a_check_whose_process_was_ended_is_made_once_more_and_then_left_out(mac
             results(tmp_path)
     third = results(tmp_path)
     assert machine.made == [DECODE, DECODE, BATCH, PREFILL]
-    assert third[DECODE] == KernelCheck(DECODE, False, None, "2 checks did not come back")
+    assert third[DECODE] == KernelCheck(DECODE, False, None, "2 checks did not finish")
     assert third[BATCH].usable
 
 
-def test_a_check_that_was_ended_once_and_then_came_back_counts_as_never_ended(machine: Machine, tmp_path: Path) -> None:
+def test_a_check_that_was_ended_once_and_then_finished_counts_as_never_ended(machine: Machine, tmp_path: Path) -> None:
     machine.outcomes = {DECODE: ProcessGone}
     with pytest.raises(ProcessGone):
         results(tmp_path)
@@ -161,7 +165,7 @@ def test_a_check_that_was_ended_once_and_then_came_back_counts_as_never_ended(ma
     assert cached.started == {}
 
 
-def test_a_fault_that_passes_is_checked_again_at_the_next_start(machine: Machine, tmp_path: Path) -> None:
+def test_after_a_temporary_fault_a_kernel_is_checked_again_at_the_next_start(machine: Machine, tmp_path: Path) -> None:
     fault = KernelCheck(
         DECODE, False, None, "[METAL] Command buffer execution failed: Insufficient Memory", passing=True
     )
@@ -221,11 +225,11 @@ def test_the_faster_of_kernel_and_plain_mlx_is_found_by_timing_both(monkeypatch:
     assert experts.slower_token_ranges(ROUTER, SHAPE) == ()
 
 
-def test_of_a_kernel_without_a_result_none_is_used(machine: Machine) -> None:
+def test_a_kernel_without_a_result_is_not_used(machine: Machine) -> None:
     experts.adopt(SHAPE, check_cache.CachedChecks([KernelCheck(DECODE, True, 0.0, "")], None))
     assert experts.usable(SHAPE).token_ranges == {DECODE}
     assert [warning.split(";")[0] for warning in experts.usable(SHAPE).warnings] == [
-        f"the {name} kernel is not used here (its check did not come back)" for name in (BATCH, PREFILL)
+        f"the {name} kernel is not used here (its check did not finish)" for name in (BATCH, PREFILL)
     ]
     assert machine.made == []
 

@@ -1,4 +1,4 @@
-"""A stand-in for a host's Python. Whatever its arguments, it runs the guard over one of the small stages."""
+"""A stand-in for a host's Python. It ignores its arguments and runs the guard over one of the small stages."""
 
 import os
 import sys

@@ -38,7 +38,7 @@ def notify(message: FromStage) -> None:
     _out.flush()
 
 
-def hear() -> Iterator[ToStage]:
+def read_messages() -> Iterator[ToStage]:
     while (frame := read_frame(sys.stdin.buffer)) is not None:
         message = decode_to_stage(frame.payload)
         if isinstance(message, Stop):
@@ -50,7 +50,7 @@ def echo() -> None:
     """Answer each step at once."""
     sys.stderr.write("the echo stage is up\n")
     notify(Connected())
-    for message in hear():
+    for message in read_messages():
         assert isinstance(message, Step)
         notify(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
 
@@ -72,19 +72,19 @@ def receives() -> None:
     echo()
 
 
-def late() -> None:
+def exceeds_its_limit() -> None:
     """Report a phase with a limit of 0.5 s, and stay in it while holding the GIL."""
     report_phase(PhaseUpdate(Phase.CONNECTING, limit_s=0.5))
-    deaf()
+    reads_nothing()
 
 
-def deaf() -> None:
+def reads_nothing() -> None:
     """Read nothing and hold the GIL, as mlx.distributed.init does, for 1000 s."""
     notify(Connected())
     ctypes.PyDLL(None).sleep(1000)
 
 
-def stubborn() -> None:
+def ignores_signals() -> None:
     """Ignore the end of the input and every signal that can be ignored."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -92,7 +92,7 @@ def stubborn() -> None:
     time.sleep(1000)
 
 
-def with_offspring() -> None:
+def with_child() -> None:
     """Start a child process that runs for 1000 s, then answer each step."""
     subprocess.Popen(["sleep", "1000"])
     echo()
@@ -109,7 +109,7 @@ def crashing() -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def rubbish() -> None:
+def writes_garbage() -> None:
     notify(Connected())
     _out.write(b"this is not a frame")
     _out.flush()
@@ -124,10 +124,10 @@ def flooding() -> None:
     echo()
 
 
-def talkative() -> None:
+def repeats_answers() -> None:
     """Answer each step a thousand times without a pause."""
     notify(Connected())
-    for message in hear():
+    for message in read_messages():
         assert isinstance(message, Step)
         for _ in range(1000):
             notify(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
@@ -143,7 +143,7 @@ def ring() -> None:
     mx.set_default_device(mx.cpu)
     rank = num_stages = 0
     ports = HeldPorts([])
-    for message in hear():
+    for message in read_messages():
         if isinstance(message, Prepare):
             rank, num_stages = message.rank, message.num_stages
             ports = HeldPorts(message.listen)
@@ -176,8 +176,8 @@ def ring() -> None:
 PROGRAMS: dict[str, Callable[[], None]] = {
     program.__name__: program
     for program in (
-        echo, has_sent, receives, late, deaf,
-        stubborn, with_offspring, failing, crashing, rubbish, flooding, talkative, ring
+        echo, has_sent, receives, exceeds_its_limit, reads_nothing,
+        ignores_signals, with_child, failing, crashing, writes_garbage, flooding, repeats_answers, ring
     )
 }  # fmt: skip
 

@@ -58,7 +58,7 @@ def test_a_python_older_than_3_11_is_named_and_another_command_is_tried() -> Non
         ("ssh: Could not resolve hostname mac-2: nodename nor servname provided", "cannot be resolved"),
         ("user@mac-2: Permission denied (publickey,password,keyboard-interactive).", "`ssh-copy-id mac-2`"),
         ("something new", "ssh failed: something new; try `ssh mac-2 true`"),
-        ("", "ssh failed: it did not say why; try `ssh mac-2 true`"),
+        ("", "ssh failed: it printed no reason; try `ssh mac-2 true`"),
     ],
 )
 def test_known_ssh_errors_are_explained_and_others_quoted(stderr: str, meaning: str) -> None:

@@ -83,8 +83,8 @@ def test_receive_returns_none_at_the_timeout(make_group: MakeGroup) -> None:
 
 
 @pytest.mark.slow
-def test_guards_are_heard_again_and_again_while_their_stages_hold_the_gil(make_group: MakeGroup) -> None:
-    with make_group("deaf", "deaf") as group:
+def test_guards_answer_repeatedly_while_their_stages_hold_the_gil(make_group: MakeGroup) -> None:
+    with make_group("reads_nothing", "reads_nothing") as group:
         receive(group, 2)
         for rank in (0, 1):
             for _ in range(3):
@@ -113,7 +113,7 @@ def test_a_failed_stage_is_reported_with_exit_code_and_stderr_tail(make_group: M
 
 
 def test_a_killed_guard_is_detected(make_group: MakeGroup) -> None:
-    with make_group("deaf") as group:
+    with make_group("reads_nothing") as group:
         receive(group, 1)
         (guard,) = started_processes(recursive=False)
         guard.kill()
@@ -121,9 +121,9 @@ def test_a_killed_guard_is_detected(make_group: MakeGroup) -> None:
         assert end.reason == "its guard was ended by signal 9"
 
 
-def test_a_stage_that_writes_rubbish_ends_with_a_stage_ended_event(make_group: MakeGroup) -> None:
-    with make_group("rubbish") as group:
-        assert "something else than frames" in ended(receive(group, 2)).reason
+def test_a_stage_that_writes_garbage_ends_with_a_stage_ended_event(make_group: MakeGroup) -> None:
+    with make_group("writes_garbage") as group:
+        assert "bytes that are not frames" in ended(receive(group, 2)).reason
 
 
 def test_a_flood_of_log_output_does_not_block_stages_and_is_split_into_lines(
@@ -140,7 +140,7 @@ def test_a_flood_of_log_output_does_not_block_stages_and_is_split_into_lines(
 
 
 def test_no_message_is_lost_when_stages_send_faster_than_receive_is_called(make_group: MakeGroup) -> None:
-    with make_group("talkative", "talkative") as group:
+    with make_group("repeats_answers", "repeats_answers") as group:
         receive(group, 2)
         for number in range(3):
             group.send_all(Step(number, ()))
@@ -151,7 +151,7 @@ def test_no_message_is_lost_when_stages_send_faster_than_receive_is_called(make_
 def test_stopping_kills_unresponsive_stages_concurrently_and_logs_which_it_waits_for(
     make_group: MakeGroup, log: list[str]
 ) -> None:
-    with make_group("stubborn", "stubborn", "echo") as group:
+    with make_group("ignores_signals", "ignores_signals", "echo") as group:
         receive(group, 3)
         group.set_held_bytes(0, 10 * 10**9)
         began = time.monotonic()
@@ -175,7 +175,7 @@ def test_a_suspended_guard_is_killed_and_its_stage_ends(make_group: MakeGroup) -
 
 
 def test_an_exception_in_the_with_body_ends_the_stages(make_group: MakeGroup) -> None:
-    with pytest.raises(RuntimeError), make_group("deaf", "echo"):
+    with pytest.raises(RuntimeError), make_group("reads_nothing", "echo"):
         raise RuntimeError
     assert children() == []
 
@@ -194,7 +194,7 @@ def test_an_exception_while_stages_are_started_ends_those_that_were_started(
 
     monkeypatch.setattr(StageProcess, "start", interrupted_start)
     threads = set(threading.enumerate())
-    with pytest.raises(KeyboardInterrupt), make_group("echo", "stubborn", "echo"):
+    with pytest.raises(KeyboardInterrupt), make_group("echo", "ignores_signals", "echo"):
         pytest.fail("the body ran")
     assert children() == []
     assert set(threading.enumerate()) <= threads

@@ -36,14 +36,14 @@ def make_group(tmp_path: Path) -> MakeGroup:
     return make_group
 
 
-def come_up(group: StageGroup) -> HealthMonitor:
+def wait_until_up(group: StageGroup) -> HealthMonitor:
     for _ in range(group.size):
         event = group.receive(WATCHED_S)
         assert isinstance(event, StageMessage) and event.message == Connected()
     return HealthMonitor(group)
 
 
-def trouble(monitor: HealthMonitor) -> str:
+def error_of(monitor: HealthMonitor) -> str:
     with pytest.raises(StageSilent) as caught:
         monitor.receive(time.monotonic() + WATCHED_S)
     return str(caught.value)
@@ -63,9 +63,9 @@ def process_of(program: str) -> psutil.Process:
 
 def test_only_the_suspended_stage_is_named(make_group: MakeGroup) -> None:
     with make_group("echo", "has_sent") as group:
-        monitor = come_up(group)
+        monitor = wait_until_up(group)
         process_of("echo").suspend()
-        reported = trouble(monitor)
+        reported = error_of(monitor)
     assert re.match(r"stage 0 on this machine \(starting for \d+ s\) is stopped: its process was suspended", reported)
     assert "stage 1" not in reported
 
@@ -73,7 +73,7 @@ def test_only_the_suspended_stage_is_named(make_group: MakeGroup) -> None:
 @pytest.mark.slow
 def test_a_stage_suspended_for_less_than_the_stall_timeout_continues(make_group: MakeGroup) -> None:
     with make_group("echo", stall_timeout_s=6.0) as group:
-        monitor = come_up(group)
+        monitor = wait_until_up(group)
         stage = process_of("echo")
         stage.suspend()
         assert monitor.receive(time.monotonic() + 2.5) is None
@@ -85,11 +85,11 @@ def test_a_stage_suspended_for_less_than_the_stall_timeout_continues(make_group:
 
 def test_only_the_stage_of_a_suspended_guard_is_named(make_group: MakeGroup) -> None:
     with make_group("has_sent", "echo", stall_timeout_s=2.0) as group:
-        monitor = come_up(group)
+        monitor = wait_until_up(group)
         guard = process_of("echo").parent()
         assert guard is not None
         guard.suspend()
-        reported = trouble(monitor)
+        reported = error_of(monitor)
         guard.resume()
     assert re.match(r"stage 1 on this machine \(.*\) does not answer: its host is off, asleep or unreachable", reported)
     assert "stage 0" not in reported
@@ -97,9 +97,9 @@ def test_only_the_stage_of_a_suspended_guard_is_named(make_group: MakeGroup) -> 
 
 def test_a_stage_that_waits_for_data_already_sent_is_reported_as_a_stuck_hop(make_group: MakeGroup) -> None:
     with make_group("has_sent", "receives") as group:
-        reported = trouble(come_up(group))
+        reported = error_of(wait_until_up(group))
     assert re.match(
-        r"stage 1 on this machine \(receiving hidden states of step 5 for \d+ s\) does not get what "
+        r"stage 1 on this machine \(receiving hidden states of step 5 for \d+ s\) does not receive what "
         r"stage 0 on this machine \(waiting for a plan after step 5 for \d+ s\) has sent: "
         r"the hop between them is stuck",
         reported,
@@ -109,7 +109,7 @@ def test_a_stage_that_waits_for_data_already_sent_is_reported_as_a_stuck_hop(mak
 @pytest.mark.slow
 def test_a_stage_that_waits_for_data_not_yet_sent_is_no_fault(make_group: MakeGroup) -> None:
     with make_group("echo", "receives") as group:
-        assert come_up(group).receive(time.monotonic() + 3.5) is None
+        assert wait_until_up(group).receive(time.monotonic() + 3.5) is None
 
 
 @pytest.mark.slow
@@ -118,7 +118,7 @@ def test_a_health_monitor_suspended_past_the_stall_timeout_reads_messages_before
 ) -> None:
     """Suspend this process for longer than the stall timeout while a stage answers."""
     with make_group("echo") as group:
-        monitor = come_up(group)
+        monitor = wait_until_up(group)
         group.send(0, Step(1, ()))
         waker = subprocess.Popen(["sh", "-c", f"sleep 4; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -130,7 +130,7 @@ def test_a_health_monitor_suspended_past_the_stall_timeout_reads_messages_before
 def test_the_guard_ends_a_stage_past_its_phase_limit_even_while_it_holds_the_gil(
     make_group: MakeGroup,
 ) -> None:
-    with make_group("late") as group:
-        monitor = come_up(group)
-        with pytest.raises(StageFault, match=r"it was connecting to its neighbours for \d+ s, and was given 0 s"):
+    with make_group("exceeds_its_limit") as group:
+        monitor = wait_until_up(group)
+        with pytest.raises(StageFault, match=r"connecting to its neighbours for \d+ s, longer than its limit of 0 s"):
             monitor.receive(time.monotonic() + WATCHED_S)

@@ -21,7 +21,7 @@ BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
 
 class Fault(NamedTuple):
-    """`new` in place of occurrence `nth` (from 0) of `old` in `file`, tested on `kernel`."""
+    """`new` instead of occurrence `nth` (from 0) of `old` in `file`, tested on `kernel`."""
 
     file: str
     kernel: str
@@ -35,7 +35,7 @@ FAULTS = {
     "int4: a mask": Fault("int4.metal", "decode_gate_up", "0x0f00u", "0x0e00u"),
     "int4: a sign": Fault("int4.metal", "decode_down", "-8.0f * sum", "8.0f * sum"),
     "int4: an input used twice": Fault("int4.metal", "decode_gate_up", "scaled + 24", "scaled + 16"),
-    "int4: a word taken twice": Fault("int4.metal", "batch_gate_up", "w == 1 ? codes.y", "w == 1 ? codes.x"),
+    "int4: a word used twice": Fault("int4.metal", "batch_gate_up", "w == 1 ? codes.y", "w == 1 ? codes.x"),
     "int4: a weight's offset": Fault("int4.metal", "batch_down", "float offset = -8.0f", "float offset = -7.0f"),
     "decode_gate_up: too few groups": Fault("decode_gate_up.metal", "decode_gate_up", "g < GROUPS", "g < GROUPS - 1"),
     "decode_gate_up: another token's inputs": Fault(
@@ -51,8 +51,10 @@ FAULTS = {
     "decode_down: one expert too few": Fault("decode_down.metal", "decode_down", "i < TOPK", "i < TOPK - 1"),
     "decode_down: unweighted": Fault("decode_down.metal", "decode_down", "weight * sum", "sum"),
     "decode_down: another expert's rows": Fault("decode_down.metal", "decode_down", "expert * N + row", "expert * N"),
-    "batch_gate_up: everybody works": Fault("batch_gate_up.metal", "batch_gate_up", "earlier > 0", "false", Mode.RACES),
-    "batch_gate_up: one token forgotten": Fault(
+    "batch_gate_up: every pair computes": Fault(
+        "batch_gate_up.metal", "batch_gate_up", "earlier > 0", "false", Mode.RACES
+    ),
+    "batch_gate_up: one token left out": Fault(
         "batch_gate_up.metal", "batch_gate_up", "lane < num_tokens", "lane + 1 < num_tokens"
     ),
     "batch_gate_up: scale of the wrong row": Fault(
@@ -62,7 +64,7 @@ FAULTS = {
     "batch_down: wrong slot's activations": Fault(
         "batch_down.metal", "batch_down", "uint(t) * TOPK + simd_shuffle(slot, ushort(t))", "uint(t) * TOPK"
     ),
-    "batch_down: simd operation among the few": Fault(
+    "batch_down: simd operation in a divergent branch": Fault(
         "batch_down.metal",
         "batch_down",
         "if ((choosers >> t) & 1u) {",
@@ -87,13 +89,13 @@ FAULTS = {
     "prefill_gate_up: fourth barrier": Fault(
         "prefill_gate_up.metal", "prefill_gate_up", BARRIER, "", Mode.RACES, nth=3
     ),
-    "prefill_gate_up: rows that are not there": Fault(
+    "prefill_gate_up: rows beyond the tile": Fault(
         "prefill_gate_up.metal", "prefill_gate_up", "if (i / TILE < tile.pairs)", "if (true)", Mode.RACES
     ),
     "prefill_down: barrier between the halves": Fault(
         "prefill_down.metal", "prefill_down", BARRIER, "", Mode.RACES, nth=2
     ),
-    "prefill_down: columns that are not there": Fault(
+    "prefill_down: columns beyond the output": Fault(
         "prefill_down.metal", "prefill_down", " && out_column < N", "", Mode.ADDRESSES
     ),
     "prefill_down: not sorted back": Fault(
@@ -104,11 +106,11 @@ FAULTS = {
     "router_logits: one token's inputs for all": Fault(
         "router_logits.metal", "router_logits", "hidden[t * K + k + i]", "hidden[k + i]"
     ),
-    "router_select: the biased score weighs": Fault(
+    "router_select: the biased score as the weight": Fault(
         "router_select.metal", "router_select", "best_score = score[i]", "best_score = biased[i]"
     ),
     "router_select: ties to the higher id": Fault("router_select.metal", "router_select", "simd_min(", "simd_max("),
-    "router_select: chosen again": Fault(
+    "router_select: an expert chosen again": Fault(
         "router_select.metal", "router_select", "== winner ? -INFINITY", "== winner ? 2.0f"
     ),
     "router_select: not scaled": Fault("router_select.metal", "router_select", " * scaling[0]", ""),

@@ -103,7 +103,7 @@ def test_a_writer_still_works_after_a_signal_handler_raises_inside_put() -> None
             time.sleep(moments.uniform(0, 2e-4))
             signal.pthread_kill(main, signal.SIGUSR1)
 
-    def put_for_ever() -> NoReturn:
+    def put_until_stopped() -> NoReturn:
         while True:
             with suppress(ProtocolError):  # the reader is slower
                 writer.put(Kind.MESSAGE, b"")
@@ -120,7 +120,7 @@ def test_a_writer_still_works_after_a_signal_handler_raises_inside_put() -> None
     for _ in range(NUM_INTERRUPTS):
         with suppress(_Interrupted):
             putting.put(None)
-            put_for_ever()
+            put_until_stopped()
     gc.enable()
     sender.join()
     signal.signal(signal.SIGUSR1, before)
@@ -131,7 +131,7 @@ def test_a_writer_still_works_after_a_signal_handler_raises_inside_put() -> None
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_reader_whose_handler_fails_still_reports_an_end() -> None:
     def fail(_: Frame) -> None:
-        raise RuntimeError("a fault of our own")
+        raise RuntimeError("a fault of the handler")
 
     pipe = Pipe()
     reader = FrameReader(pipe.read_end, "test", fail, pipe.ends.put)

@@ -24,7 +24,7 @@ from mlx_k2.protocol.framing import (
 frames = st.lists(st.builds(Frame, st.sampled_from(Kind), st.binary(max_size=50)), max_size=8)
 
 
-class Dribble(io.RawIOBase):
+class ShortReads(io.RawIOBase):
     """A stream that returns at most ``most`` bytes at a time, as an unbuffered pipe may."""
 
     def __init__(self, data: bytes, most: int) -> None:
@@ -42,7 +42,7 @@ class Dribble(io.RawIOBase):
 
 @given(frames, st.integers(1, 9))
 def test_frames_are_read_back_from_a_stream_in_pieces_of_any_size(sent: list[Frame], most: int) -> None:
-    stream = cast(IO[bytes], Dribble(b"".join(encode_frame(*frame) for frame in sent), most))
+    stream = cast(IO[bytes], ShortReads(b"".join(encode_frame(*frame) for frame in sent), most))
     read = []
     while (frame := read_frame(stream)) is not None:
         read.append(frame)
@@ -72,14 +72,14 @@ def test_random_bytes_are_read_as_frames_or_refused(data: bytes) -> None:
 
 @pytest.mark.parametrize("header", [struct.pack("<IB", 0, 99), struct.pack("<IB", MAX_PAYLOAD_BYTES + 1, 1)])
 def test_an_unknown_kind_or_a_giant_length_is_refused_before_its_payload(header: bytes) -> None:
-    with pytest.raises(ProtocolError, match="something else than frames"):
+    with pytest.raises(ProtocolError, match="bytes that are not frames"):
         read_frame(io.BytesIO(header))
 
 
-@given(st.binary(max_size=300).filter(lambda chatter: MARK_START not in chatter + MARK_START[:-1]))
-def test_login_shell_output_before_the_opening_mark_is_skipped(chatter: bytes) -> None:
-    stream = io.BytesIO(chatter + MARK + encode_frame(Kind.HEARTBEAT, b"beat"))
-    assert skip_to_mark(stream) == chatter
+@given(st.binary(max_size=300).filter(lambda shell_output: MARK_START not in shell_output + MARK_START[:-1]))
+def test_login_shell_output_before_the_opening_mark_is_skipped(shell_output: bytes) -> None:
+    stream = io.BytesIO(shell_output + MARK + encode_frame(Kind.HEARTBEAT, b"beat"))
+    assert skip_to_mark(stream) == shell_output
     assert read_frame(stream) == Frame(Kind.HEARTBEAT, b"beat")
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mlx_k2.sampling import SampledToken, Sampling
 from mlx_k2.scheduling.cost_model import StepLoad
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.microbatch import Microbatch, Row
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits, TokensAppended
@@ -60,6 +61,9 @@ class FixedStepPolicy:
     def chunk_beside(self, load: StepLoad, position: int, longest: int, limit_s: float) -> int:
         return min(self.beside, longest)
 
+    def drafts_pay(self) -> bool:
+        return True
+
 
 policies = st.builds(FixedStepPolicy, st.integers(1, 4), st.integers(1, 12), st.integers(1, 12))
 WHOLE_CHUNKS = FixedStepPolicy(1, 1000, 1000)
@@ -90,7 +94,9 @@ class Run:
     _caches: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.limits, self.policy, drafts=self.drafts)
+        self.scheduler = Scheduler(
+            self.limits, self.policy, draft_mode=DraftMode.NGRAM if self.drafts else DraftMode.OFF
+        )
 
     def send(self) -> bool:
         """Send one microbatch and return True, or return False if there is none to send."""

@@ -56,6 +56,9 @@ class FixedChoices:
     def chunk_beside(self, load: StepLoad, position: int, longest: int, limit_s: float) -> int:
         return self._model.chunk_beside(load, position, longest, limit_s)
 
+    def drafts_pay(self) -> bool:
+        return self._model.drafts_pay()
+
 
 def request(num_prompt: int, max_tokens: int, seed: int = 0, *, alike: bool = False) -> Request:
     """Return a request. Prompts of different seeds differ in the first token, or with ``alike`` only in the last."""

@@ -39,7 +39,7 @@ class Script(Drafter):
     def index(self, token_ids: object, max_tokens: int) -> bool:
         return False
 
-    def draft(self, token_ids: object, drafts: object) -> int | None:
+    def draft(self, token_ids: object, drafts: object, shortest: int = 0) -> int | None:
         return self.token_ids.pop(0)
 
     def truncate(self, num_tokens: int) -> None:

@@ -1,9 +1,9 @@
-"""A program that sends one chat request with the official client in four ways, and prints what it returns as JSON.
+"""A program that sends one request with the official client in four ways, and prints what it returns as JSON.
 
 A stream is joined by the accumulator of the client.
 
 It runs with OpenAI's client 1.x and with the current one, as `python client_script.py BASE_URL REQUEST`: REQUEST is
-the JSON of the arguments of ``create``.
+the JSON of the arguments of ``create``, for a response if it has an ``input``, else for a chat completion.
 """
 
 import asyncio
@@ -27,12 +27,52 @@ def fields_of(completion: Any) -> dict[str, Any]:
     }
 
 
+def fields_of_response(response: Any) -> dict[str, Any]:
+    return {
+        "status": response.status,
+        "output": [(item.type, item.status, text_of(item), getattr(item, "call_id", None)) for item in response.output],
+    }
+
+
+def text_of(item: Any) -> str:
+    return str(item.arguments) if item.type == "function_call" else "".join(part.text for part in item.content)
+
+
+class Accumulated:
+    """What a reader of events builds: the items that are done, which the snapshots and deltas must equal."""
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+        self.text = ""
+        self.response: dict[str, Any] = {}
+
+    def add(self, event: Any) -> None:
+        if event.type == "response.output_item.added":
+            self.text = ""
+        elif event.type.endswith(".delta"):
+            self.text += event.delta
+            assert getattr(event, "snapshot", self.text) == self.text
+        elif event.type == "response.output_item.done":
+            assert text_of(event.item) == self.text
+            self.items.append(event.item)
+        elif event.type == "response.failed":
+            self.response = {"error": "unavailable"}
+        elif event.type in ("response.completed", "response.incomplete"):
+            self.response = fields_of_response(event.response)
+            assert [item.id for item in event.response.output] == [item.id for item in self.items]
+            assert fields_of_response(event.response)["output"] == [
+                (item.type, item.status, text_of(item), getattr(item, "call_id", None)) for item in self.items
+            ]
+
+
 def error_of(error: APIError) -> dict[str, Any]:
     return {"error": error.code}
 
 
 def complete(client: OpenAI, request: dict[str, Any]) -> dict[str, Any]:
     try:
+        if "input" in request:
+            return fields_of_response(client.responses.create(**request))
         return fields_of(client.chat.completions.create(**request))
     except APIError as error:
         return error_of(error)
@@ -40,6 +80,12 @@ def complete(client: OpenAI, request: dict[str, Any]) -> dict[str, Any]:
 
 def stream(client: OpenAI, request: dict[str, Any]) -> dict[str, Any]:
     try:
+        if "input" in request:
+            found = Accumulated()
+            with client.responses.stream(**request) as events:
+                for event in events:
+                    found.add(event)
+            return found.response
         state = ChatCompletionStreamState()
         for chunk in client.chat.completions.create(stream=True, **request):
             state.handle_chunk(chunk)
@@ -48,20 +94,33 @@ def stream(client: OpenAI, request: dict[str, Any]) -> dict[str, Any]:
         return error_of(error)
 
 
+async def complete_async(client: AsyncOpenAI, request: dict[str, Any]) -> dict[str, Any]:
+    if "input" in request:
+        return fields_of_response(await client.responses.create(**request))
+    return fields_of(await client.chat.completions.create(**request))
+
+
+async def stream_async(client: AsyncOpenAI, request: dict[str, Any]) -> dict[str, Any]:
+    if "input" in request:
+        found = Accumulated()
+        async with client.responses.stream(**request) as events:
+            async for event in events:
+                found.add(event)
+        return found.response
+    state = ChatCompletionStreamState()
+    async for chunk in await client.chat.completions.create(stream=True, **request):
+        state.handle_chunk(chunk)
+    return fields_of(state.current_completion_snapshot)
+
+
 async def complete_and_stream(base_url: str, request: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     async with AsyncOpenAI(base_url=base_url, api_key="any", max_retries=0, timeout=60) as client:
-        try:
-            found.append(fields_of(await client.chat.completions.create(**request)))
-        except APIError as error:
-            found.append(error_of(error))
-        try:
-            state = ChatCompletionStreamState()
-            async for chunk in await client.chat.completions.create(stream=True, **request):
-                state.handle_chunk(chunk)
-            found.append(fields_of(state.current_completion_snapshot))
-        except APIError as error:
-            found.append(error_of(error))
+        for ask in (complete_async, stream_async):
+            try:
+                found.append(await ask(client, request))
+            except APIError as error:
+                found.append(error_of(error))
     return found
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mlx_k2.builtin import BUILTIN_FOLDER
 from mlx_k2.protocol.messages import Step
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.server.access import Access
 from mlx_k2.server.api_keys import KeyRing
 from mlx_k2.server.app import make_app
@@ -74,7 +75,7 @@ def stepped_server(
             num_slots,
             chunk_tokens,
             context_tokens=CONTEXT_TOKENS,
-            drafts=drafts,
+            draft_mode=DraftMode.NGRAM if drafts else DraftMode.OFF,
             max_queued=max_queued,
             make_stages=make_stages,
         ) as tokens,

@@ -73,7 +73,7 @@ def events_of(generation: Generation, ids: Sequence[int], reason: FinishReason =
             reason = accepted.finish_reason
             break
     num_tokens = len(events)
-    summary = AnswerSummary(3, 1, num_tokens, reason, 0, None, None, None, 0, 0)
+    summary = AnswerSummary(3, 1, num_tokens, reason, 0, None, None, None)
     return [*events, Finished(summary, policy.finish().parts)]
 
 

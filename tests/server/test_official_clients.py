@@ -12,6 +12,7 @@ import pytest
 from tests.server import client_script
 from tests.server.forced_replies import REPLIES, TOOLS, USER, forcing
 from tests.server.in_process import SteppedServer, stepping
+from tests.server.responses_events import FUNCTIONS
 from tests.server.server_process import Server
 from tests.server.test_chat_completions import ASKED, IN_PARIS, WEATHER
 
@@ -39,7 +40,8 @@ def results(
     server: SteppedServer | Server, request: dict[str, Any], path: Path | None
 ) -> tuple[str, list[dict[str, Any]]]:
     """Return the version of a client, and what it accumulates in each of the four ways."""
-    request = {"model": "m", "messages": USER, "tools": TOOLS} | request
+    asked = {"tools": FUNCTIONS} if "input" in request else {"messages": USER, "tools": TOOLS}
+    request = {"model": "m"} | asked | request
     command = [sys.executable, client_script.__file__, f"{server.url}/v1", json.dumps(request)]
     environment = dict(os.environ) | ({} if path is None else {"PYTHONPATH": str(path)})
     ran = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
@@ -93,3 +95,26 @@ def test_old_and_new_client_see_nothing_of_a_restart_in_the_middle(old_client: P
             _, found = results(server, {}, path)
             assert len(server.tokens.restarts) == 1
         assert found == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*ENDS, "restart", "error"])
+def test_old_and_new_client_accumulate_the_body_of_a_response_in_every_way(old_client: Path, name: str) -> None:
+    """In "restart" the stages fail once at token 20, and in "error" for good in each client's first request."""
+    ends: dict[str, dict[str, Any]] = {"length": {"max_output_tokens": 6}, "stop": {"extra_body": {"stop": ["answer"]}}}
+    request: dict[str, Any] = {"input": "a"} | ends.get(name, {})
+    reply, finish_reason = REPLIES.get(name, REPLIES["text" if name in ENDS else "calls"])
+    found: list[dict[str, Any]] = []
+    for path in (old_client, None):
+        with forcing(reply) as (server, _, stages), stepping(server):
+            if name in ("restart", "error"):
+                stages.fail_at = 20
+                (server.tokens.cancel if name == "error" else server.tokens.may_restart.set)()
+            found += results(server, request, path)[1]
+    first, *others = found
+    assert others == [first] * 7
+    if name == "error":
+        assert first == {"error": "unavailable"}
+    else:
+        assert first["status"] == ("incomplete" if name == "length" else "completed")
+        assert any(item[0] == "function_call" for item in first["output"]) == (finish_reason == "tool_calls")

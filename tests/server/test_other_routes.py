@@ -31,6 +31,8 @@ METRICS = {
     "mlx_k2_prefix_cache_hits": "counter",
     "mlx_k2_spec_decode_num_draft_tokens": "counter",
     "mlx_k2_spec_decode_num_accepted_tokens": "counter",
+    "mlx_k2_draft_tokens": "counter",
+    "mlx_k2_accepted_draft_tokens": "counter",
     "mlx_k2_request_success": "counter",
     "mlx_k2_time_to_first_token_seconds": "histogram",
     "mlx_k2_inter_token_latency_seconds": "histogram",
@@ -182,6 +184,9 @@ def test_the_metrics_are_those_of_the_golden_list_and_count(server: Server) -> N
         value(after, "mlx_k2_generation_tokens_total") - value(before, "mlx_k2_generation_tokens_total")
         == (body["usage"]["completion_tokens"])
     )
+    for total, by_source in (("num_draft", "draft"), ("num_accepted", "accepted_draft")):
+        counts = [sample.value for sample in families[f"mlx_k2_{by_source}_tokens"].samples if "_total" in sample.name]
+        assert sum(counts) == value(after, f"mlx_k2_spec_decode_{total}_tokens_total")
     for family in families.values():
         if family.type == "histogram" and "first_token" in family.name:
             assert max(float(sample.labels["le"]) for sample in family.samples if "le" in sample.labels) >= 1800

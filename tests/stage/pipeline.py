@@ -6,35 +6,50 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_k2.model.draft_model import DraftModel
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.protocol.messages import Step, StepDone
 from mlx_k2.sampling import REPETITION_WINDOW, SampledToken, Sampling
 from mlx_k2.scheduling.microbatch import Row
+from mlx_k2.stage.draft_plans import DraftPlans
+from mlx_k2.stage.drafting import Drafting
 from mlx_k2.stage.step_runner import PlanLimits, StepRunner
 from mlx_k2.testing.queue_transport import QueueTransport
 from tests.model.chain import load_stage, split_layers
 from tests.model.checkpoints import read_config
+from tests.model.draft_heads import LoadedDraft, head_at
 
 
 class Pipeline:
-    """The stages of one checkpoint in float32 on this thread."""
+    """The stages of one checkpoint in float32 on this thread, with the draft head in ``head``, if given."""
 
-    def __init__(self, folder: Path, num_stages: int, num_slots: int = 4) -> None:
+    def __init__(self, folder: Path, num_stages: int, num_slots: int = 4, head: Path | None = None) -> None:
         config = read_config(folder)
-        hops: list[queue.SimpleQueue[mx.array]] = [queue.SimpleQueue() for _ in range(num_stages + 1)]
+        loaded = None if head is None else LoadedDraft(head_at(head), folder)
+        self.head: DraftModel | None = None
+        self.hops: list[queue.SimpleQueue[mx.array]] = [queue.SimpleQueue() for _ in range(num_stages + 1)]
         self.runners = []
         for rank, layers in enumerate(split_layers(config.num_hidden_layers, num_stages)):
             cache = LatentCache(len(layers), num_slots, 1024, config.latent_dim, mx.float32)
+            model, plans, drafting = load_stage(folder, config, layers, cache), DraftPlans(), None
+            if loaded is not None:
+                model.feature_slices = loaded.slices(layers)
+                if rank == num_stages - 1:
+                    self.head = loaded.model(model, num_slots)
+                    drafting = Drafting(self.head, config.hidden_size, 1024, plans)
             self.runners.append(
                 StepRunner(
-                    load_stage(folder, config, layers, cache),
-                    QueueTransport(hops[rank], hops[rank + 1]),
+                    model,
+                    QueueTransport(self.hops[rank], self.hops[rank + 1]),
                     PlanLimits(num_slots, 1024, config.vocab_size),
                     is_first=rank == 0,
                     is_last=rank == num_stages - 1,
                     hidden_size=config.hidden_size,
                     dtype=mx.float32,
                     first_layer=layers.start,
+                    has_features=loaded is not None,
+                    drafting=drafting,
+                    plans=plans,
                 )
             )
         self._num_steps = 0
@@ -43,6 +58,11 @@ class Pipeline:
         """Run one plan and return the answer of each stage."""
         self._num_steps += 1
         return [runner.run(Step(self._num_steps, rows)) for runner in self.runners]
+
+    def expect(self, step: Step) -> None:
+        """Let a plan arrive at every stage."""
+        for runner in self.runners:
+            runner.expect(step)
 
     def tokens(self, *rows: Row) -> tuple[SampledToken, ...]:
         """Run one plan and return the tokens of the last stage. The others sample nothing."""

@@ -22,6 +22,7 @@ from mlx_k2.weights.inventory import model_specs
 from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_source import ModelSource
 from mlx_k2.weights.reader import ShardReader
+from tests.advice import follows_advice
 from tests.model.checkpoints import Checkpoint, planted, read_config
 from tests.stage.pipeline import Pipeline
 
@@ -81,6 +82,9 @@ def test_a_tensor_that_is_always_checked_is_refused_by_file_and_name(
         load_all(folder, check_all=False)
 
 
+@follows_advice(
+    "a: run with --check-weights, or `mlx-k2 doctor --deep` with the same --hostfile and --model",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("value", [NAN, INFINITY], ids=["NaN", "infinity"])
 @pytest.mark.parametrize("name", USED_BY_A_STEP)
@@ -201,7 +205,7 @@ def test_a_row_of_the_embedding_broken_in_memory_is_named_by_a_step_with_its_tok
 ) -> None:
     pipeline = Pipeline(checkpoint("thinking"), 2)
     undamaged = pipeline.tokens(ONE_TOKEN)
-    embedding = pipeline.runners[0]._model._embedding
+    embedding = pipeline.runners[0]._model.embedding
     assert embedding is not None
     embedding[6, 0] = value
     assert pipeline.tokens(ONE_TOKEN) == undamaged

@@ -4,15 +4,20 @@ import pytest
 
 from mlx_k2.errors import CheckpointError
 from mlx_k2.stage.faults import fault_of
+from tests.advice import follows_advice
 
 
+@follows_advice(
+    "a: end other programs there, or give --split, a smaller --context or --dense-bits",
+    "a: turn the display off, or set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the hostfile's envs (a)",
+)
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
         (CheckpointError("x.safetensors is truncated"), "CheckpointError", "x.safetensors is truncated"),
         (RuntimeError("[ring] connection to a peer was lost"), "NeighbourLost", "RuntimeError: [ring] connection"),
         (ValueError("a shape"), "ValueError", "ValueError: a shape"),
-        (MemoryError(), "StageFault", "out of memory: the system refused it more than the "),
+        (MemoryError(), "StageFault", "out of memory: this process had "),
         (RuntimeError("[malloc] Unable to allocate 7 bytes."), "StageFault", "out of memory"),
         (RuntimeError("std::bad_alloc"), "StageFault", "out of memory"),
         (RuntimeError("Resource temporarily unavailable"), "StageFault", "out of memory"),

@@ -81,7 +81,7 @@ def test_kernels_are_checked_in_a_child_process_and_only_once(run_stage: Stage) 
 @pytest.mark.slow
 def test_a_kernel_that_ends_its_process_twice_is_left_out_and_the_others_are_used(run_stage: Stage) -> None:
     (warning,) = run_stage.start(BATCH)
-    assert warning.startswith("the batch kernel is not used here (2 checks did not come back)")
+    assert warning.startswith("the batch kernel is not used here (2 checks did not finish)")
     assert run_stage.children == 3
     (warning,) = run_stage.start(None)
     assert run_stage.children == 4
@@ -93,7 +93,7 @@ def test_without_a_gpu_nothing_is_checked(monkeypatch: pytest.MonkeyPatch) -> No
     assert kernel_checks.check_kernels(CONFIG, mx.float32) == ()
 
 
-def test_a_child_that_is_killed_or_too_slow_has_not_come_back() -> None:
+def test_a_child_that_is_killed_or_too_slow_has_not_finished() -> None:
     killed = f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})"
     assert kernel_checks.run_child([sys.executable, "-c", "pass"], 60)
     assert not kernel_checks.run_child([sys.executable, "-c", killed], 60)

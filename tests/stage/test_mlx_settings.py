@@ -62,7 +62,7 @@ def test_a_variable_that_the_user_has_set_is_kept_and_named(tmp_path: Path) -> N
     environment = {NAMES[0]: "7", NAMES[1]: "1000000"}
     (line,) = apply_settings(environment, "Apple M3 Ultra", tmp_path / "none")
     assert environment == {NAMES[0]: "7", NAMES[1]: "1000000"} | ON_A_MAC
-    assert line == f"{NAMES[0]}=7 is kept as its environment has it; mlx-k2 would set 100"
+    assert line == f"{NAMES[0]}=7 from the environment is kept; mlx-k2 would set 100"
 
 
 @pytest.mark.parametrize("change", [{"host": "another"}, {"mlx": "0.1"}, {"operations": None}])

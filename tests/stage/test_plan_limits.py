@@ -43,7 +43,7 @@ def with_bias(bias: LogitBias) -> Row:
         (Step(8, (with_bias(LogitBias(bytes(8), bytes(4))),)), "a logit bias of 8 bytes of ids and 4 of values"),
         (Step(8, (with_bias(LogitBias(bytes(3), bytes(3))),)), "a logit bias of 3 bytes of ids and 3 of values"),
         (Step(8, ()), "step 8 has no rows"),
-        (Step(7, (row(),)), "step 7 was sent after step 7: plans come in one order"),
+        (Step(7, (row(),)), "step 7 was sent after step 7: plan numbers must increase"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused(plan: Step, words: str) -> None:

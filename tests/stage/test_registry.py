@@ -64,7 +64,7 @@ def test_another_hosts_file_in_a_shared_home_folder_is_neither_reported_nor_remo
     assert other.exists()
 
 
-def test_a_folder_that_cannot_be_used_is_no_error(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_used_is_not_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert register(STAGE, tmp_path / "file" / "stages") is None
     assert running_stages(tmp_path / "file" / "stages") == ()

@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_k2.sampling import SampledToken, Sampling
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from tests.model.checkpoints import Checkpoint
@@ -82,5 +83,9 @@ def test_a_sequence_is_bit_identical_for_any_batch_chunks_stages_and_drafts(
 ) -> None:
     pipeline = Pipeline(checkpoint("thinking"), num_stages)
     limits = SchedulerLimits(num_slots, CONTEXT_TOKENS, chunk_tokens, num_stages)
-    scheduler = Scheduler(limits, FixedStepPolicy(2, chunk_tokens, max(1, chunk_tokens // 4)), drafts=drafts)
+    scheduler = Scheduler(
+        limits,
+        FixedStepPolicy(2, chunk_tokens, max(1, chunk_tokens // 4)),
+        draft_mode=DraftMode.NGRAM if drafts else DraftMode.OFF,
+    )
     assert run(pipeline, scheduler, requests()) == alone

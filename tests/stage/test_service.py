@@ -1,4 +1,4 @@
-"""Tests of one stage's answers to the coordinator's messages, in this process, with a file in place of the pipe."""
+"""Tests of one stage's answers to the coordinator's messages, in this process, with a file instead of the pipe."""
 
 from collections.abc import Callable
 from pathlib import Path

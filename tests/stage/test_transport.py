@@ -57,7 +57,7 @@ def test_prove_hops_accepts_the_agreed_bytes_at_both_ends() -> None:
 def test_prove_hops_refuses_a_neighbour_with_other_bytes() -> None:
     first, second = hop()
     prove_hops(first, to_next=bytes(32), from_previous=None)
-    with pytest.raises(StageFault, match="a stranger is connected in place of the previous stage"):
+    with pytest.raises(StageFault, match="an unknown process is connected as the previous stage"):
         prove_hops(second, to_next=None, from_previous=SECRET)
 
 

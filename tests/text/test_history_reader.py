@@ -18,7 +18,7 @@ def json_values(history: History) -> list[dict[str, Any]]:
 
 
 def messages(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the read messages of a history of which nothing is left out."""
+    """Return the read messages of a history that loses no field."""
     read = read_history(history, ())
     assert read.left_out == ()
     return json_values(read)

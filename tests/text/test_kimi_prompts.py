@@ -66,9 +66,7 @@ def test_a_prompt_with_an_image_is_refused(prompt: dict[str, Any]) -> None:
         ("kimi-k2.7-code", {"tools_ts_str"}),
     ],
 )
-def test_what_a_model_can_be_asked_for_follows_from_the_variables_of_its_template(
-    model: str, variables: set[str]
-) -> None:
+def test_the_options_of_a_model_follow_from_the_variables_of_its_template(model: str, variables: set[str]) -> None:
     assert template(model).variables == {"messages", "tools", "add_generation_prompt"} | variables
     assert template(model).warnings == ()
     assert template(model).has_reasoning == (model != "kimi-k2-instruct")

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from mlx_k2.errors import RequestError, TokenizerError
 from mlx_k2.text.chat_template import ChatTemplate
-from mlx_k2.text.prompt import encode_pieces
+from mlx_k2.text.history_reader import read_history
+from mlx_k2.text.prompt import encode_pieces, render_pieces
 from tests.text.fixtures import as_text, builtin_template, decoded, ids_of, pieces_of, tokenizer
 
 # Text of an attacker: names of control tokens, whole and in parts, and characters of the private-use planes.
@@ -261,3 +262,12 @@ def test_strftime_now_gives_the_same_time_throughout_one_rendering() -> None:
 def test_a_malformed_message_is_refused_before_anything_is_rendered() -> None:
     with pytest.raises(RequestError, match="message 1 has the role"):
         ids_of(builtin_template(), tokenizer(), [{"role": "wizard", "content": "x"}])
+
+
+def test_messages_in_openais_format_are_rendered_as_the_messages_that_they_are_read_as() -> None:
+    template = builtin_template()
+    given: list[dict[str, object]] = [{"role": "developer", "content": ["a"]}, {"role": "user", "content": "b"}]
+    read = read_history(given, template.fields).messages
+    assert render_pieces(template, tokenizer(), given) == render_pieces(template, tokenizer(), read)
+    with pytest.raises(RequestError, match="message 2 has the role 'wizard'"):
+        render_pieces(template, tokenizer(), [read[1], {"role": "wizard", "content": "a"}])

@@ -83,10 +83,10 @@ def test_the_reply_parts_keep_all_text_in_order_except_space_and_markers(
         for part in parts(tokens, in_reasoning=in_reasoning, names=names)
         if not isinstance(part, ToolCallBegun | ArgumentsText)  # the complete call has the same text
     )
-    assert telling(kept) == telling("".join(piece for piece, _ in tokens))
+    assert significant(kept) == significant("".join(piece for piece, _ in tokens))
 
 
-def telling(text: str) -> str:
+def significant(text: str) -> str:
     """Return the characters of ``text`` that are no whitespace and occur in no marker."""
     return "".join(character for character in text if not character.isspace() and character not in "".join(NAMES))
 

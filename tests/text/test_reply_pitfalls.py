@@ -61,7 +61,7 @@ PITFALLS = {
         "",
         ["f", "g"],
     ),
-    "a call's last marker is missing, and the answer goes on": (
+    "a call's last marker is missing, and the answer continues": (
         section("<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{}") + "C",
         False,
         "",
@@ -85,15 +85,15 @@ def test_replies_that_broke_other_engines_are_parsed(
 
 
 MALFORMED = {
-    "arguments cut short": (section(call("functions.f:0", '{"a": ')), "f", "the arguments are no JSON: "),
-    "arguments that are a list": (section(call("functions.f:0", "[1]")), "f", "the arguments are no JSON object"),
+    "arguments cut short": (section(call("functions.f:0", '{"a": ')), "f", "the arguments are not JSON: "),
+    "arguments that are a list": (section(call("functions.f:0", "[1]")), "f", "the arguments are not a JSON object"),
     "arguments in Python's spelling": (
         section(call("functions.f:0", "{'a': None}")),
         "f",
-        "the arguments are no JSON: ",
+        "the arguments are not JSON: ",
     ),
-    "NaN": (section(call("functions.f:0", '{"a": NaN}')), "f", "the arguments are no JSON: "),
-    "half a surrogate pair": (section(call("functions.f:0", '{"a": "\\ud800"}')), "f", "the arguments are no JSON: "),
+    "NaN": (section(call("functions.f:0", '{"a": NaN}')), "f", "the arguments are not JSON: "),
+    "half a surrogate pair": (section(call("functions.f:0", '{"a": "\\ud800"}')), "f", "the arguments are not JSON: "),
     "deep arguments": (section(call("functions.f:0", '{"a":' + "[" * 100_000)), "f", "nested more than 100 deep"),
     "no marker before the arguments": (
         section('<|tool_call_begin|>functions.f:0 {"a": 1}<|tool_call_end|>'),

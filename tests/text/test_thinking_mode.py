@@ -16,7 +16,7 @@ def test_the_default_mode_sets_no_variable(model: str) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("thinking", [True, False])
-def test_thinking_is_a_variable_where_the_template_reads_it_and_else_must_be_what_the_model_does(
+def test_thinking_is_a_variable_where_the_template_reads_it_and_otherwise_must_match_the_model(
     model: str, thinking: bool
 ) -> None:
     mode, thinks = ThinkingMode(thinking=thinking), model != "kimi-k2-instruct"

@@ -49,6 +49,12 @@ def answer_call(number: int) -> bytes:
             )
         case "log lines":
             return b'calling\n[INFO] now\n{"level": "info"}\n{ a: 1 }\n' + good
+        case "another id":
+            return message(number + 90, result={})
+        case "headers":
+            return b"Content-Length: %d\r\n\r\n" % len(good) + good
+        case "byte order mark":
+            return b"\xef\xbb\xbf" + good
         case "one call in two":
             return good if number % 2 else good.replace(b"fine", b"\xc4\xe3")
     return good

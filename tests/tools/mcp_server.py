@@ -86,7 +86,7 @@ def serve_http() -> None:
 
 
 if __name__ == "__main__":
-    if "stubborn" in sys.argv:
+    if "ignores-sigterm" in sys.argv:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if "http" in sys.argv:
         serve_http()

@@ -18,6 +18,7 @@ from mlx_k2.tools.module_server import UnusableFunction, _add
 from mlx_k2.tools.outcome import Outcome, ToolResult
 from mlx_k2.tools.servers import python_module
 from mlx_k2.tools.toolbox import Limits, open_toolbox
+from tests.advice import follows_advice
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -111,6 +112,9 @@ def test_an_exception_in_a_function_becomes_a_failed_result(module: Path) -> Non
         assert box.call("weather", {"city": "Rome"}).text == "Rome C 1"
 
 
+@follows_advice(
+    "the parameter x has no name that a model can give: name each parameter",
+)
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -121,7 +125,7 @@ def test_an_exception_in_a_function_becomes_a_failed_result(module: Path) -> Non
         ("x = 1", "ImportError: it defines no public function"),
         ("__all__ = ['f']", "AttributeError: "),
         ("def f(_hidden: int): ...", "line 1: f: Parameter _hidden of f cannot start with '_'"),
-        ("__all__ = ['f']\nf = 3", "ImportError: __all__ names f, which is no function"),
+        ("__all__ = ['f']\nf = 3", "ImportError: __all__ names f, which is not a function"),
         ("x = 1\ndef f(x, /): ...", "line 2: f: the parameter x has no name that a model can give"),
         ("def f(*values): ...", "line 1: f: the parameter *values has no name that a model can give"),
         ("def f(**values): ...", "line 1: f: the parameter **values has no name that a model can give"),
@@ -205,6 +209,8 @@ CHAT = """
 import os, sys, pathlib
 from mlx_k2.tools.servers import python_module
 from mlx_k2.tools.toolbox import Limits, open_toolbox
+from tests.advice import follows_advice
+from tests.advice import follows_advice
 with open_toolbox([python_module(pathlib.Path(sys.argv[1]), os.environ)], Limits()) as box:
     box.start("hang", {})
     box.call("weather", {"city": "Rome"})

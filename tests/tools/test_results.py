@@ -1,4 +1,4 @@
-"""Tests of tool results as plain text of bounded size, which tells the model which parts are left out."""
+"""Tests of tool results as plain text of bounded size, which names the omitted parts."""
 
 from hypothesis import given
 from hypothesis import strategies as st

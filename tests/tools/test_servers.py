@@ -46,6 +46,19 @@ def test_environment_variables_in_an_mcp_file_are_expanded(tmp_path: Path) -> No
     assert server == StdioServer(name="s", command="run", args=("k$1xk$1",), env={"K": "k$1"})
 
 
+def test_entries_as_other_programs_write_them_are_read(tmp_path: Path) -> None:
+    """Read null for an absent key, numbers as text, and the address under Gemini's and Windsurf's names."""
+    nulls = {"args": None, "env": {"PORT": 8080}, "cwd": None, "url": None}
+    entries = {"a": {"command": "x"} | nulls, "b": {"httpUrl": "http://h/%E4%B8%AD"}, "c": {"serverUrl": "https://h"}}
+    path = tmp_path / "mcp.json"
+    path.write_text(json.dumps({"mcpServers": entries}))
+    assert read_mcp_file(path, {}, pytest.fail) == (
+        StdioServer(name="a", command="x", env={"PORT": "8080"}),
+        HttpServer(name="b", url="http://h/%E4%B8%AD"),
+        HttpServer(name="c", url="https://h"),
+    )
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
@@ -58,7 +71,13 @@ def test_environment_variables_in_an_mcp_file_are_expanded(tmp_path: Path) -> No
         ({"url": "http://b", "headers": {"A": "Bearer ${input:key}"}}, "'s' has ${input:key}, which is not replaced"),
         ({"url": "http://b", "headers": {"A": "Bearer $KEY"}}, "'s' has $KEY, which is not replaced: write ${NAME}"),
         ({"command": "a", "args": ["${workspaceFolder:x}/b"]}, "'s' has ${workspaceFolder:x}, which is not replaced"),
-        ({"command": 1}, "is no MCP file: mcpServers[...].command: expected text or null, got a whole number"),
+        ({"url": "http://b", "headers": {"A": "Bearer {env:KEY}"}}, "'s' has {env:KEY}, which is not replaced"),
+        ({"url": "http://b", "headers": {"A": "Bearer %KEY%"}}, "'s' has %KEY%, which is not replaced: write ${NAME}"),
+        ({"command": 1}, "'s': command: expected text or null, got a whole number"),
+        ({"command": "a", "args": "-y b"}, "'s': args: expected a list, got text"),
+        ({"command": "a", "env": {"A": True}}, "'s': env[...]: expected"),
+        ("npx -y b", "'s': expected an object, got text"),
+        ([], "'s': expected an object, got a list"),
     ],
 )
 def test_an_invalid_server_entry_is_refused_by_name(tmp_path: Path, entry: object, message: str) -> None:
@@ -82,7 +101,7 @@ def test_a_missing_or_invalid_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ToolsError, match=r"none\.json cannot be read: No such file"):
         read_mcp_file(tmp_path / "none.json", {}, pytest.fail)
     (tmp_path / "other.json").write_text('{"tools": {}}')
-    with pytest.raises(ToolsError, match=r"other\.json is no MCP file: .*mcpServers.*for instance"):
+    with pytest.raises(ToolsError, match=r"other\.json is not an MCP file: .*mcpServers.*for instance"):
         read_mcp_file(tmp_path / "other.json", {}, pytest.fail)
     with pytest.raises(ToolsError, match=r"there is no Python file .*none\.py"):
         python_module(tmp_path / "none.py", {})
@@ -111,7 +130,7 @@ def test_comments_last_commas_and_a_byte_order_mark_are_read_as_editors_write_th
 def test_the_line_of_an_error_is_that_of_the_file_with_its_comments(tmp_path: Path) -> None:
     path = tmp_path / "mcp.json"
     path.write_text('/* one\ntwo */ {\n// three\n "mcpServers" 4}')
-    with pytest.raises(ToolsError, match="is no MCP file: line 4, column 15: expecting ':' delimiter"):
+    with pytest.raises(ToolsError, match="is not an MCP file: line 4, column 15: expecting ':' delimiter"):
         read_mcp_file(path, {}, pytest.fail)
 
 

@@ -24,9 +24,9 @@ from tests.processes import started_processes
 pytestmark = pytest.mark.timeout(60)
 
 SCRIPT = Path(__file__).with_name("mcp_server.py")
-# The start timeout allows for a busy machine. IMPATIENT ends a hanging call after 0.5 s.
+# The start timeout allows for a busy machine. SHORT_TIMEOUT ends a hanging call after 0.5 s.
 LIMITS = Limits(start_timeout_s=40.0, call_timeout_s=20.0, max_result_chars=100)
-IMPATIENT = Limits(start_timeout_s=40.0, call_timeout_s=0.5, max_result_chars=100)
+SHORT_TIMEOUT = Limits(start_timeout_s=40.0, call_timeout_s=0.5, max_result_chars=100)
 
 Serve = Callable[[str], Server]
 
@@ -102,7 +102,7 @@ def test_a_call_of_an_unknown_tool_is_refused_with_the_list_of_tools(serve: Serv
 
 
 def test_a_hanging_call_ends_as_timed_out(serve: Serve) -> None:
-    with open_toolbox([serve("slow one")], IMPATIENT) as box:
+    with open_toolbox([serve("slow one")], SHORT_TIMEOUT) as box:
         result = box.call("hang", {})
     assert result.outcome is Outcome.TIMED_OUT
     assert result.text == "The tool server slow one did not answer within 0.5 s; the call was ended."
@@ -125,23 +125,24 @@ def test_a_long_result_is_truncated(serve: Serve) -> None:
 
 
 def test_a_stdio_server_that_ends_during_a_call_is_named_with_its_stderr_and_restarted() -> None:
-    with open_toolbox([stdio_server("frail")], LIMITS) as box:
+    with open_toolbox([stdio_server("crashing")], LIMITS) as box:
         others = [box.start("hang", {}), box.start("hang", {})]
         dead = box.call("die", {})
         assert dead.outcome is Outcome.LOST
         assert dead.text == (
-            "The tool server frail was lost in this call, which may have run: it ended; it wrote last: a last word."
+            "The tool server crashing was lost during this call, which may have run: it ended; "
+            "it wrote last: a last word."
         )
         assert [call.result().outcome for call in others] == [Outcome.LOST] * 2
         assert box.call("add", {"a": 1}) == ToolResult(Outcome.DONE, "3")
 
 
 def test_an_http_server_that_ends_during_a_call_is_named_in_this_and_later_calls() -> None:
-    with http_server("frail") as server, open_toolbox([server], LIMITS) as box:
+    with http_server("crashing") as server, open_toolbox([server], LIMITS) as box:
         results = [box.call("die", {}), box.call("add", {"a": 1}), box.call("add", {"a": 1})]
     assert [result.outcome for result in results] == [Outcome.LOST] * 3
-    assert results[0].text.startswith("The tool server frail was lost in this call, which may have run: ")
-    not_run = "The call was not run: the tool server frail cannot be started: All connection attempts failed."
+    assert results[0].text.startswith("The tool server crashing was lost during this call, which may have run: ")
+    not_run = "The call was not run: the tool server crashing cannot be started: All connection attempts failed."
     assert [result.text for result in results[1:]] == [not_run] * 2
 
 
@@ -172,7 +173,7 @@ def offered(*names: str) -> list[tuple[Connection, types.Tool]]:
 @example(["\u5929\u6c14", "\u641c\u7d22"])
 @example(["get/user", "get_user", "get user", "s_get_user"])
 @example(["2048", "123e4567-e89b-12d3-a456-426614174000", ""])
-def test_tools_of_any_names_stay_apart_and_a_call_names_each_of_them(names: list[str]) -> None:
+def test_tools_of_any_names_have_different_names_and_each_can_be_called(names: list[str]) -> None:
     tools = _named(offered(*names))
     assert sorted(tool.name_there for tool in tools.values()) == sorted(names)
     for name in tools:
@@ -193,14 +194,14 @@ def test_without_a_server_that_starts_all_are_named_and_none_is_left() -> None:
     servers: list[Server] = [
         StdioServer(name="absent", command="/no/such/program"),
         StdioServer(name="ends", command=sys.executable, args=("-c", "raise SystemExit('no key given')")),
-        HttpServer(name="deaf", url="http://127.0.0.1:9/mcp"),
+        HttpServer(name="unreachable", url="http://127.0.0.1:9/mcp"),
     ]
     with pytest.raises(ToolsError) as raised, open_toolbox(servers, LIMITS):
         pass
     message = str(raised.value)
     assert "absent: [Errno 2] No such file or directory" in message
     assert "ends: it ended; it wrote last: no key given" in message
-    assert "deaf: All connection attempts failed" in message
+    assert "unreachable: All connection attempts failed" in message
     assert children() == before
 
 
@@ -227,8 +228,8 @@ def test_two_servers_with_the_same_name_are_refused_before_any_starts() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), pytest.param(("stubborn",), marks=pytest.mark.slow)],
-    ids=["a willing server", "one that ignores SIGTERM"],
+    [(), pytest.param(("ignores-sigterm",), marks=pytest.mark.slow)],
+    ids=["a server that ends", "one that ignores SIGTERM"],
 )
 def test_closing_the_toolbox_ends_running_calls_and_leaves_no_process(arguments: tuple[str, ...]) -> None:
     before = children()

@@ -33,7 +33,7 @@ class Hub:
     breaks_at: dict[str, list[int]] = field(default_factory=dict)
     """File -> numbers of bytes after which its next responses break off, one entry per response."""
     sent_instead: dict[str, bytes] = field(default_factory=dict)
-    """File -> contents sent instead of its own, with the checksum of its own."""
+    """File -> wrong contents that are sent with the checksum of the right contents."""
     port: int = 0
 
     @property

@@ -24,6 +24,7 @@ from mlx_k2.weights.manifest import identify, read_manifest
 from mlx_k2.weights.model_files import fetch_shard
 from mlx_k2.weights.model_source import ModelSource
 from mlx_k2.weights.safetensors_file import write_file
+from tests.advice import follows_advice
 from tests.weights.hub_server import COMMIT, Hub, serve_hub
 from tests.weights.made_up import write_tiny
 
@@ -128,6 +129,9 @@ def test_a_broken_download_resumes_at_the_last_complete_piece(hub: Hub, repo: Hu
     assert (fetched.folder / LAYER_2).read_bytes() == hub.files[LAYER_2]
 
 
+@follows_advice(
+    "cannot fetch a of b: c; what is complete stays in the cache: try again",
+)
 def test_after_an_interruption_only_missing_files_are_fetched(hub: Hub, repo: HubRepo) -> None:
     names = ["model-00002-of-000008.safetensors", LAYER_2, "model-00004-of-000008.safetensors"]
 
@@ -149,6 +153,9 @@ def test_a_file_of_the_wrong_size_is_refused_and_not_kept(hub: Hub, repo: HubRep
     assert bytes_to_fetch(repo, [LAYER_2]) == {LAYER_2: len(hub.files[LAYER_2])}
 
 
+@follows_advice(
+    "a: fetch it again; if that does not help, a proxy between this host and the Hub changes files",
+)
 def test_a_file_with_the_wrong_checksum_is_refused_and_not_kept(hub: Hub, repo: HubRepo) -> None:
     data = bytearray(hub.files[LAYER_2])
     data[-1] ^= 1
@@ -220,6 +227,10 @@ def test_a_single_file_checkpoint_is_fetched_to_read_its_tensor_names(
     describe_model(read_small_files(fetched.folder), REPO)
 
 
+@follows_advice(
+    "a requires consent first: give it on the repository's page, then run `hf auth login`",
+    "the Hub has no repository a, or it is private: check the name, or run `hf auth login`",
+)
 @pytest.mark.parametrize(
     ("name", "revision", "reason"),
     [

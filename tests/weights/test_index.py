@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mlx_k2.errors import CheckpointError
 from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.tiny_config import as_kimi_k25, tiny_config_fields
 from mlx_k2.weights.checkpoint import locate_tensors, read_small_files
-from mlx_k2.weights.index import CheckpointIndex, check_file, check_names, model_digest, read_index_json
+from mlx_k2.weights.index import CheckpointIndex, check_file, check_names, file_ranges, model_digest, read_index_json
 from mlx_k2.weights.inventory import TensorSpec, layer_specs, model_specs, shard_specs
 from mlx_k2.weights.manifest import identify
 from mlx_k2.weights.model_source import ModelSource, is_repo
@@ -204,7 +205,7 @@ def test_unread_vision_tensors_are_reported_in_one_line_and_rotary_frequencies_i
     assert check_names(config, index_of(folder)) is None
     fields = as_kimi_k25(tiny_config_fields(VOCAB_SIZE))
     write_random_checkpoint(tmp_path / "k25", fields, 0, {})
-    unread_tensors = "2 tensors are not needed for text and stay unread: the vision projector, the vision tower"
+    unread_tensors = "2 tensors are not needed for text and are not read: the vision projector, the vision tower"
     assert check_names(config_of(fields), index_of(tmp_path / "k25")) == unread_tensors
 
 
@@ -220,7 +221,7 @@ def test_a_missing_tensor_is_named_with_the_number_of_missing_ones(tiny: tuple[P
 def test_an_unknown_tensor_is_refused(tiny: tuple[Path, ModelConfig]) -> None:
     folder, config = tiny
     extra = CheckpointIndex({**index_of(folder).weight_map, "model.layers.7.eh_proj.weight": "x"}, "the index")
-    with pytest.raises(CheckpointError, match=r"model\.layers\.7\.eh_proj\.weight that config\.json does not call for"):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.7\.eh_proj\.weight that config\.json does not require"):
         check_names(config, extra)
 
 
@@ -262,7 +263,7 @@ def test_any_truncation_is_refused(tmp_path_factory: pytest.TempPathFactory, kep
     spec = TensorSpec("model.norm.weight", "BF16", (2_500,))
     write_one(path, spec)
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(CheckpointError, match=r"truncated|does not begin with a header's length"):
+    with pytest.raises(CheckpointError, match=r"truncated: .*; fetch|is empty .*: fetch"):
         check_file(path, [spec])
 
 
@@ -281,8 +282,8 @@ def test_the_error_for_a_truncated_file_gives_the_number_of_missing_bytes(tmp_pa
     ("change", "reason"),
     [
         ({"dtype": "F16"}, "model.norm.weight is F16, and the model needs BF16"),
-        ({"shape": [4, 2]}, r"model.norm.weight has shape \[4, 2\], and config.json calls for \[8\]"),
-        ({"data_offsets": [2, 16]}, "model.norm.weight lies at bytes 2 to 16, where byte 0 should follow"),
+        ({"shape": [4, 2]}, r"model.norm.weight has shape \[4, 2\], and config.json requires \[8\]"),
+        ({"data_offsets": [2, 16]}, "model.norm.weight is at bytes 2 to 16, where byte 0 should follow"),
         ({"data_offsets": [0, 15]}, "1 bytes after its last tensor"),
         ({"data_offsets": [0, 17]}, "truncated: 1 of its"),
         ({"shape": "8"}, "its header cannot be read"),
@@ -339,3 +340,24 @@ def test_different_configs_and_indexes_have_different_digests() -> None:
     digests = {model_digest(*pair) for pair in ((b"a", b"b"), (b"ab", b""), (b"", b"ab"), (b"a", b"c"))}
     assert len(digests) == 4
     assert model_digest(b"a", b"b") in digests
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        ([], ""),
+        (["model.safetensors"], "model.safetensors"),
+        (["m-00002-of-000003.x", "m-00001-of-000003.x"], "m-{00001..00002}-of-000003.x"),
+        (["m-00001-of-000003.x", "m-00003-of-000003.x"], "m-00001-of-000003.x, m-00003-of-000003.x"),
+        (["m-9-of-10.x", "m-10-of-10.x", "n-11-of-12.x"], "m-10-of-10.x, m-9-of-10.x, n-11-of-12.x"),
+    ],
+)
+def test_numbered_files_are_shown_in_ranges_that_a_shell_expands(names: list[str], shown: str) -> None:
+    assert file_ranges(names) == shown
+
+
+def test_the_ranges_expand_to_the_names() -> None:
+    names = [f"model-{number:05}-of-000062.safetensors" for number in (1, 2, 3, 7, 9, 10, 62)]
+    line = " ".join(f"'{part}'" if "{" not in part else part for part in file_ranges(names).split(", "))
+    expanded = subprocess.run(["bash", "-c", f"echo {line}"], capture_output=True, text=True, timeout=10, check=True)
+    assert sorted(expanded.stdout.split()) == names

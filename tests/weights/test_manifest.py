@@ -65,7 +65,7 @@ def test_other_contents_of_the_same_size_and_another_size_are_found(folder: Path
     (folder / "b.safetensors").write_bytes(b"short")
     with pytest.raises(CheckpointError, match=r"a\.safetensors is not the file"):
         identify([folder / "a.safetensors"])
-    with pytest.raises(CheckpointError, match=r"b\.safetensors has 5 bytes, and .* says 500000: fetch it again"):
+    with pytest.raises(CheckpointError, match=r"b\.safetensors has 5 bytes, and .* lists 500000: fetch it again"):
         identify([folder / "b.safetensors"])
 
 
@@ -82,7 +82,9 @@ def test_files_that_only_the_manifest_names_are_reported_and_completed_later(fol
 
 def test_a_manifest_that_cannot_be_written_or_read_is_no_silent_success(folder: Path, tmp_path: Path) -> None:
     (folder / MANIFEST_NAME).write_text("{")
-    with pytest.raises(CheckpointError, match=r"is no manifest: .*remove it and run mlx-k2 doctor --deep"):
+    with pytest.raises(
+        CheckpointError, match=r"is not a manifest: .*remove it; `mlx-k2 doctor --deep --model .*` writes"
+    ):
         identify([folder / "a.safetensors"])
     (folder / MANIFEST_NAME).unlink()
     (folder / MANIFEST_NAME).mkdir()

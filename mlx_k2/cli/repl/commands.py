@@ -17,9 +17,9 @@ from mlx_k2.errors import MlxK2Error, RequestError
 _MAX_SHOWN = 100
 
 HELP = {
-    "/help": ("", "this list"),
+    "/help": ("", "this list; so does /?"),
     "/system": ("[TEXT | off]", "show or set the system prompt; off: the model's own"),
-    "/reset": ("", "begin anew; the system prompt stays"),
+    "/reset": ("", "begin anew, as /clear does; the system prompt stays"),
     "/undo": ("", "take back your last message and what followed"),
     "/retry": ("", "answer your last message again"),
     "/save": ("FILE", "write the conversation to a file"),
@@ -27,8 +27,10 @@ HELP = {
     "/think": ("show | hide | on | off", "whether to show what the model thinks; whether it thinks"),
     "/tools": ("", "the tools that the model may call"),
     "/stats": ("", "what the conversation took so far, and each stage's part"),
-    "/quit": ("", "leave; so does Ctrl-D"),
+    "/quit": ("", "leave; so do /exit, /bye, quit and Ctrl-D"),
 }
+OTHER_NAMES = {"/?": "/help", "/clear": "/reset", "/exit": "/quit", "/bye": "/quit", "quit": "/quit", "exit": "/quit"}
+"""Further names of commands; those without a slash are whole lines."""
 _KEYS = (
     "Enter sends; Alt-Enter, Ctrl-J or a backslash at the end of the line begins a new one. Ctrl-C stops an answer. "
     "A message that begins with a slash is written with a space before it."
@@ -36,9 +38,12 @@ _KEYS = (
 
 
 def is_command(line: str) -> bool:
-    """Return whether a line is a command and not a message. A path begins a message: it has a second slash."""
-    first_word = line.split(maxsplit=1)[0] if line.strip() else ""
-    return line.startswith("/") and (first_word in HELP or "/" not in first_word[1:])
+    """Return whether a line is a command and not a message. A path, with a second slash or of a file, is a message."""
+    if not line.startswith("/"):
+        return line.strip() in OTHER_NAMES and not line.startswith(" ")
+    first_word = line.split(maxsplit=1)[0]
+    is_path = "/" in first_word[1:] or (first_word != "/" and Path(first_word).exists())
+    return first_word in HELP or first_word in OTHER_NAMES or not is_path
 
 
 class Quit(Exception):
@@ -77,6 +82,7 @@ class Commands:
             Quit: the command is /quit.
         """
         name, _, argument = line.partition(" ")
+        name = OTHER_NAMES.get(name, name)
         if name not in HELP:
             raise RequestError(
                 f"there is no command {one_line(name, _MAX_SHOWN)}: /help lists them; "

@@ -43,8 +43,8 @@ class Repl:
         self._usage = usage
         self._transcript = transcript
 
-    def run(self) -> None:
-        """Run until the user quits or the input ends.
+    def run(self, first_message: str | None = None) -> None:
+        """Send ``first_message``, then run until the user quits or the input ends.
 
         Raises:
             ClusterError: the stages cannot continue; the conversation so far is in the session.
@@ -53,7 +53,11 @@ class Repl:
             while True:
                 self._session.prefill_next_prompt()
                 try:
-                    self._handle_line(self._keyboard.read())
+                    if first_message is None:
+                        self._handle_line(self._keyboard.read())
+                    else:
+                        message, first_message = first_message, None
+                        self._send(message)
                 except KeyboardInterrupt:
                     continue
                 except (EOFError, Quit):
@@ -68,7 +72,10 @@ class Repl:
                 self._transcript.write({"command": well_formed(line)})
             self._follow(self._commands.run(line.strip()))
         elif line.strip():
-            self._follow(self._session.send_message(well_formed(line.strip())))
+            self._send(line)
+
+    def _send(self, message: str) -> None:
+        self._follow(self._session.send_message(well_formed(message.strip())))
 
     def _follow(self, events: Iterable[Event]) -> None:
         """Show all events; count them and write them to the transcript."""

@@ -7,6 +7,8 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from markdown_it.tree import SyntaxTreeNode
 
+from mlx_k2.cli.repl.chat_markdown import chat_parser
+
 _AFTER_A_BLOCK = Token("html_block", "", 0)
 """A token that rich prints as nothing, and after which it prints an empty line before the next block."""
 _SHORTEN_EVERY = 8
@@ -22,7 +24,7 @@ class MarkdownBlocks:
     """
 
     def __init__(self) -> None:
-        self._parser = MarkdownIt().enable(["strikethrough", "table"])  # as in rich's Markdown
+        self._parser = chat_parser()
         self._block_parser = MarkdownIt().enable("table").disable(["inline", "text_join"])
         self._references: dict[str, Any] = {}
         self._follows_block = False

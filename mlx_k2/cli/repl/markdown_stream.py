@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from markdown_it.token import Token
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
-from rich.markdown import Markdown
 from rich.segment import Segment, Segments
 
+from mlx_k2.cli.repl.chat_markdown import ChatMarkdown
 from mlx_k2.cli.repl.markdown_blocks import MarkdownBlocks
 from mlx_k2.cli.repl.streamed_code import StreamedCode
 
@@ -135,7 +135,7 @@ class _Lines:
             yield Segment.line()
 
 
-def _markdown(tokens: list[Token]) -> Markdown:
-    markdown = Markdown("")
+def _markdown(tokens: list[Token]) -> ChatMarkdown:
+    markdown = ChatMarkdown("")
     markdown.parsed = tokens
     return markdown

@@ -1,5 +1,6 @@
 """A conversation as a file: its messages, and the model that they belong to. Knows no session."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ def load_chat(path: Path, digest: str) -> Sequence[Mapping[str, object]]:
     _refuse_special(path)
     try:
         value = parse_json(path.read_bytes())
+        if isinstance(value, dict) and "digest" not in value and "messages" in value:
+            value = value["messages"]  # of another program, as one line of a training set
         if isinstance(value, list):
             return convert(value, Messages)
         saved = convert(value, SavedChat)
@@ -60,7 +63,7 @@ def load_chat(path: Path, digest: str) -> Sequence[Mapping[str, object]]:
         raise RequestError(f"{path} is no saved chat: {error}") from None
     if saved.digest != digest:
         raise RequestError(
-            f"{path} is a chat with another model: start with --model {saved.model}, or keep only the list under "
-            '"messages" to go on with this one'
+            f"{path} is a chat with another model: start with --model {shlex.quote(saved.model)}, or keep only the "
+            'list under "messages" to go on with this one'
         )
     return saved.messages

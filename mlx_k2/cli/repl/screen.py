@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from rich.status import Status
@@ -15,10 +16,25 @@ from mlx_k2.cli.repl.wording import call_line, ended_line, progress_line
 from mlx_k2.cli.safe_console import SafeConsole
 from mlx_k2.cli.streams import is_terminal
 from mlx_k2.cli.terminal_text import printable
+from mlx_k2.cli.word_wrap import WordWrap
 from mlx_k2.coordinator.answer_summary import AnswerSummary
-from mlx_k2.coordinator.handle import PrefillProgress, Progress, Queued, Restarting
+from mlx_k2.coordinator.handle import PrefillProgress, Progress, Queued, Restarting, Token
 from mlx_k2.deployment.restarting import Restart
 from mlx_k2.text.reply_parts import Content, Reasoning
+
+
+@dataclass
+class Thoughts:
+    """The reasoning of one reply so far: the number of tokens before it, its begin, its tokens and seconds."""
+
+    tokens_before: int
+    began: float
+    num_tokens: int = 0
+    seconds: float = 0.0
+
+    def line(self) -> str:
+        """Return the counts as text."""
+        return f"thinking: {self.num_tokens} tokens, {self.seconds:.0f} s"
 
 
 def show_all(show: Callable[[Event], None], events: Iterable[Event]) -> list[AnswerSummary]:
@@ -150,28 +166,28 @@ class RichScreen:
         self._console = SafeConsole(highlight=False, markup=False, emoji=False)
         self._markdown = MarkdownStream(self._console)
         self._status: Status | None = None
-        self._is_thinking = False
-        self._num_hidden = 0
+        self._wrap = WordWrap()
+        self._thoughts: Thoughts | None = None
+        self._num_tokens = 0
+        self._arrived_at = 0.0
         self._running = 0
         self._last_restart: Restart | None = None
 
     def event(self, event: Event) -> None:
         """Show one event at once."""
         match event:
-            case Reasoning(text) if self.show_thinking:
-                self._spin(None)
-                self._markdown.close()
-                self._is_thinking = True
-                self._console.print(Text(printable(text), style="dim italic"), end="", soft_wrap=True)
-            case Reasoning():
-                self._num_hidden += 1
-                self._spin(f"thinking, {self._num_hidden} pieces of text so far (/think show)")
+            case Token(arrived_at=arrived_at):
+                self._num_tokens += 1
+                self._arrived_at = arrived_at
+            case Reasoning(text):
+                self._think(text)
             case Content(text):
                 self._spin(None)
                 self._end_thinking()
                 self._markdown.add(printable(text))
             case CallStarted(call):
                 self._running += 1
+                self._end_thinking()
                 self._spin(call_line(call) if self._running == 1 else f"{self._running} tools run")
             case CallEnded():
                 self._running = max(0, self._running - 1)
@@ -185,6 +201,7 @@ class RichScreen:
 
     def wait(self, what: str) -> None:
         """Show a spinner beside ``what`` until the next output."""
+        self._end_thinking()
         self._spin(what)
 
     def log(self, line: str) -> None:
@@ -203,16 +220,34 @@ class RichScreen:
         log_restart(restart)
 
     def pause(self) -> None:
-        """Stop the spinner, end the reasoning and the answer, and reset the count of hidden reasoning."""
+        """Stop the spinner, and end the reasoning and the answer."""
         self._spin(None)
         self._end_thinking()
         self._markdown.close()
-        self._num_hidden = 0
+
+    def _think(self, text: str) -> None:
+        """Show further reasoning, or how much of it there is."""
+        if self._thoughts is None:
+            self._markdown.close()
+            self._thoughts = Thoughts(self._num_tokens - 1, self._arrived_at)
+        self._thoughts.num_tokens = self._num_tokens - self._thoughts.tokens_before
+        self._thoughts.seconds = self._arrived_at - self._thoughts.began
+        if self.show_thinking:
+            self._spin(None)
+            self._print_thought(self._wrap.add(printable(text), self._console.width))
+        else:
+            self._spin(f"{self._thoughts.line()} so far (/think show)")
 
     def _end_thinking(self) -> None:
-        if self._is_thinking:
-            self._is_thinking = False
-            self._console.print("\n")
+        if self._thoughts is not None:
+            thoughts, self._thoughts = self._thoughts, None
+            self._spin(None)
+            if self.show_thinking:
+                self._print_thought(f"{self._wrap.rest(self._console.width)}\n")
+            self._console.print(Text(thoughts.line(), style="dim"), end="\n\n", soft_wrap=True)
+
+    def _print_thought(self, text: str) -> None:
+        self._console.print(Text(text, style="dim italic"), end="", soft_wrap=True)
 
     def _spin(self, what: str | None) -> None:
         if what is None:
@@ -222,7 +257,6 @@ class RichScreen:
         elif self._status is not None:
             self._status.update(Text(what, style="dim"))
         else:
-            self._end_thinking()
             self._markdown.close()
             self._status = self._console.status(Text(what, style="dim"))
             self._status.start()

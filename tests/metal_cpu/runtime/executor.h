@@ -1,7 +1,8 @@
-// What the Metal library in include/ needs of the executor: who runs, rendezvous, threadgroup memory, failure.
+// Interface of the executor for the Metal library in include/: the running fiber, rendezvous, threadgroup memory,
+// failure.
 //
-// A Metal thread is a fiber. A simd operation or barrier is a rendezvous of exactly the lanes or threads it concerns;
-// misuse ends the program with the kernel's file and line. Threadgroups are shared out over OS threads.
+// A Metal thread is a fiber. A simd operation or barrier is a rendezvous of exactly its lanes or threads;
+// misuse ends the program with the kernel's file and line. Threadgroups are divided among OS threads.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -43,7 +44,7 @@ struct Fiber {
   char* stack = nullptr;
   State state = State::done;
   uint16_t lane = 0, simdgroup = 0;
-  void* slot = nullptr;  // what this lane brings to the operation it waits in
+  void* slot = nullptr;  // the operand of this lane in the operation where it waits
   Site site{};
   Attributes attributes{};
   void* asan_stack = nullptr;

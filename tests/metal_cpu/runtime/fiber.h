@@ -1,4 +1,5 @@
-// A Metal thread as a fiber: its own stack, switched by hand. Knows nothing of Metal; tells the sanitizers who runs.
+// A Metal thread as a fiber: its own stack, switched by hand. Knows nothing of Metal; reports the running fiber to the
+// sanitizers.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -13,7 +14,7 @@
 #define WITH_ASAN 1
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if WITH_TSAN  // this runtime is not instrumented itself: it only tells ThreadSanitizer who runs and what a barrier orders
+#if WITH_TSAN  // this runtime is not instrumented itself: it only reports fibers and barriers to ThreadSanitizer
 extern "C" {
 void* __tsan_create_fiber(unsigned);
 void __tsan_destroy_fiber(void*);

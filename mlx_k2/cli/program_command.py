@@ -1,0 +1,102 @@
+"""The class of the commands: help in groups, hints for options of other programs, defaults from the profile."""
+
+import difflib
+from typing import Any
+
+import click
+
+from mlx_k2.cli.profile import (
+    Default,
+    Profile,
+    defaults_of,
+    keep_sources,
+    not_overridden,
+    option_name,
+)
+from mlx_k2.errors import RequestError
+
+OWN_OPTIONS = "Options"
+
+_OTHER_NAMES = {
+    "--ctx-size": "--context",
+    "--max-kv-size": "--context",
+    "--max-model-len": "--context",
+    "--max-new-tokens": "--max-tokens",
+    "--n-predict": "--max-tokens",
+    "--num-predict": "--max-tokens",
+    "--hosts": "--hostfile",
+    "--no-thinking": "--thinking off",
+    "--no-draft": "--draft off",
+    "--quiet": "--hide-thinking",
+    "-c": "--context",
+    "-t": "--temperature",
+    "-s": "--system",
+}
+"""Options of other programs, and the options here that do the same."""
+
+
+class GroupedOption(click.Option):
+    """An option that help lists under the heading ``group``."""
+
+    def __init__(self, *arguments: Any, group: str, **attributes: Any) -> None:
+        super().__init__(*arguments, **attributes)
+        self.group = group
+
+
+class ProgramCommand(click.Command):
+    """A command of this program, whose options have the defaults of the profile if it ``reads_profile``.
+
+    The function that reads the profile is the object of the parent's context.
+    """
+
+    reads_profile = True
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Parse the command line, with the profile's values as defaults.
+
+        Raises:
+            RequestError: the profile is not usable; names the line.
+        """
+        defaults: dict[str, Default] = {}
+        if self.reads_profile and parent is not None and parent.obj is not None and not {"-h", "--help"} & set(args):
+            profile: Profile = parent.obj()
+            defaults = not_overridden(self, defaults_of(self, info_name or "", profile), args)
+            extra["default_map"] = {name: default.value for name, default in defaults.items()}
+        try:
+            context = super().make_context(info_name, args, parent, **extra)
+        except click.BadParameter as error:
+            if error.param is None or (default := defaults.get(error.param.name or "")) is None:
+                raise
+            raise RequestError(f"{default.source}: {option_name(error.param)}: {error.message}") from None
+        keep_sources(context, defaults)
+        return context
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options in groups, the command's own first."""
+        groups: dict[str, list[tuple[str, str]]] = {OWN_OPTIONS: []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record is not None:
+                groups.setdefault(getattr(parameter, "group", OWN_OPTIONS), []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the command line. An unknown option is answered with the name of the one that was meant."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            name = error.option_name.replace("_", "-")
+            known = [option for parameter in self.get_params(ctx) for option in parameter.opts]
+            first_names = [parameter.opts[0] for parameter in self.get_params(ctx) if parameter.opts]
+            close = difflib.get_close_matches(name, first_names, 1, 0.7)
+            meant = name if name in known else _OTHER_NAMES.get(name, "")
+            meant = meant if meant.split(" ")[0] in known else "".join(close)
+            if not meant:
+                raise
+            raise click.NoSuchOption(
+                error.option_name, f"No such option {error.option_name!r}. Did you mean {meant!r}?", ctx=ctx
+            ) from None

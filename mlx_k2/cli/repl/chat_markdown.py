@@ -1,0 +1,70 @@
+r"""Markdown as chats show it: headings to the left, numbers of lists with their dots, formulas as they were written.
+
+A formula is what stands between \( and \), \[ and \], or $$ and $$: its backslashes, underscores and stars stay.
+"""
+
+from markdown_it import MarkdownIt
+from markdown_it.rules_inline import StateInline
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markdown import Heading, ListItem, Markdown
+from rich.segment import Segment
+
+_ENDS = {"\\(": "\\)", "\\[": "\\]", "$$": "$$"}
+_KEPT_ESCAPES = frozenset("()[]{},;:!\\ ")
+"""Characters after a backslash that belong to LaTeX more often than to Markdown: both characters stay."""
+
+
+def chat_parser() -> MarkdownIt:
+    """Return a parser of what rich's Markdown shows, and of formulas."""
+    parser = MarkdownIt().enable(["strikethrough", "table"])
+    parser.inline.ruler.before("escape", "formula", _formula)
+    return parser
+
+
+def _formula(state: StateInline, silent: bool) -> bool:
+    """Read a formula, or an escape of LaTeX, as text."""
+    opening = state.src[state.pos : state.pos + 2]
+    end = state.src.find(_ENDS[opening], state.pos + 2, state.posMax) if opening in _ENDS else -1
+    if end >= 0:
+        length = end + 2 - state.pos
+    elif opening[:1] == "\\" and opening[1:] and opening[1] in _KEPT_ESCAPES:
+        length = 2
+    else:
+        return False
+    if not silent:
+        state.pending += state.src[state.pos : state.pos + length]
+    state.pos += length
+    return True
+
+
+class _LeftHeading(Heading):
+    """A heading of any level at the left."""
+
+    LEVEL_ALIGN = {}  # noqa: RUF012 - rich's own name; a level without an entry is at the left
+
+
+class _NumberedItem(ListItem):
+    """An item of a list, whose number has a dot."""
+
+    def render_number(self, console: Console, options: ConsoleOptions, number: int, last_number: int) -> RenderResult:
+        """Yield the item's lines, the first after the number."""
+        numeral = f"{number}.".rjust(len(str(last_number)) + 2) + " "
+        lines = console.render_lines(
+            self.elements, options.update(width=options.max_width - len(numeral)), style=self.style
+        )
+        style = console.get_style("markdown.item.number", default="none")
+        for index, line in enumerate(lines):
+            yield Segment(" " * len(numeral) if index else numeral, style)
+            yield from line
+            yield Segment.line()
+
+
+class ChatMarkdown(Markdown):
+    """Markdown of a chat."""
+
+    elements = {**Markdown.elements, "heading_open": _LeftHeading, "list_item_open": _NumberedItem}  # noqa: RUF012
+
+    def __init__(self, markup: str) -> None:
+        super().__init__("")
+        self.markup = markup
+        self.parsed = chat_parser().parse(markup)

@@ -1,0 +1,306 @@
+"""`mlx-k2 setup`: from the names of some Macs to a hostfile and a profile that all commands use."""
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import click
+import msgspec
+import psutil
+
+from mlx_k2 import __version__
+from mlx_k2.cli.console import ConsoleListener, console, gigabytes, log, show_table
+from mlx_k2.cli.doctor import show_checks
+from mlx_k2.cli.options import with_struct
+from mlx_k2.cli.profile import profile_path, with_value
+from mlx_k2.cli.program_command import ProgramCommand
+from mlx_k2.cluster.hostfile import Backend, Host, Hostfile, parse_hostfile, read_hostfile
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest
+from mlx_k2.doctor.addresses import address_choices, fastest_choice, host_interfaces, with_addresses
+from mlx_k2.doctor.checks import CheckResult
+from mlx_k2.doctor.cluster_probe import probe_cluster
+from mlx_k2.errors import ClusterError, HostfileError, RequestError, SetupError
+from mlx_k2.launch.own_wheel import write_wheel
+from mlx_k2.launch.remote_install import FOLDER, HostSurvey, install, survey, wheel_digest
+from mlx_k2.private_files import write_whole
+from mlx_k2.weights.model_source import BUILTIN, ModelSource
+
+THIS_MACHINE = "127.0.0.1"
+_LOCAL_NAMES = ("this", "localhost", THIS_MACHINE)
+_PINNED = ("mlx", "mlx-lm")
+
+
+class SetupOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The options of `mlx-k2 setup`."""
+
+    hosts: tuple[str, ...]
+    addresses: tuple[str, ...]
+    python: str | None
+    wheels: str | None
+    model: str | None
+    hostfile: str | None
+    yes: bool
+
+    def __post_init__(self) -> None:
+        """Refuse a folder without wheels, before any host is asked."""
+        if self.wheels is not None and not any(Path(self.wheels).glob("*.whl")):
+            raise RequestError(f"--wheels {self.wheels}: there is no wheel in such a folder")
+
+    @property
+    def hostfile_path(self) -> Path:
+        """Where the hostfile is written."""
+        return profile_path().with_name("hosts.json") if self.hostfile is None else Path(self.hostfile).absolute()
+
+
+class _SetupCommand(ProgramCommand):
+    """A command that writes the profile, and does not read it."""
+
+    reads_profile = False
+
+
+@click.command(cls=_SetupCommand)
+@click.argument("hosts", nargs=-1, metavar="[HOST]...")
+@click.option(
+    "--address",
+    "addresses",
+    multiple=True,
+    metavar="IP",
+    help="A host's address for hidden states, in the order of the hosts; repeat it.  [default: the fastest network]",
+)
+@click.option(
+    "--python", metavar="PATH", help="The Python on the hosts, 3.11 or newer.  [default: the one found there]"
+)
+@click.option(
+    "--wheels",
+    type=click.Path(file_okay=False),
+    metavar="DIR",
+    help="Wheels of all packages, for hosts that reach no package index: `pip download -d DIR mlx_k2-*.whl`.",
+)
+@click.option("--model", "-m", metavar="PATH_OR_REPO", help="The model that commands use from now on.")
+@click.option(
+    "--hostfile",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Where to write the hostfile.  [default: beside the profile]",
+)
+@click.option("--yes", "-y", is_flag=True, help="Change what has to be changed without asking.")
+@with_struct(SetupOptions)
+def command(options: SetupOptions) -> None:
+    """Set up the Macs HOST..., named as ssh knows them, in the order of their layers; `this` is this Mac.
+
+    \b
+    It asks for what is not given, and before each change:
+        mlx-k2 setup
+        mlx-k2 setup this mac-2 --model moonshotai/Kimi-K2-Thinking --yes
+
+    It tests ssh, finds Python and memory, installs this version of mlx-k2 in ~/.local/share/mlx-k2 of each other host,
+    chooses addresses, writes a hostfile and the profile, and runs the doctor. Nothing needs an administrator. Run it
+    again after an interruption: what is done is not repeated.
+    """  # noqa: D301  # click reads the escape
+    steps = _Steps(options)
+    try:
+        steps.run()
+    except BaseException:  # also a signal
+        for line in steps.done or ["nothing was changed"]:
+            log(line)
+        if steps.done:
+            log("run the same command again to go on: what is done is not repeated")
+        raise
+
+
+class _Steps:
+    """The steps of one set-up. ``done`` names each change that was made."""
+
+    def __init__(self, options: SetupOptions) -> None:
+        self._options = options
+        self.done: list[str] = []
+
+    def run(self) -> None:
+        """Run all steps.
+
+        Raises:
+            SetupError: something is missing, or an answer was no; nothing was changed after ``done``.
+            ClusterError: a host failed while it was changed.
+        """
+        names = self._names()
+        surveys = _survey_all([name for name in names if name != THIS_MACHINE], self._options.python)
+        _show_hosts(names, surveys)
+        with tempfile.TemporaryDirectory() as folder:
+            wheel = write_wheel(Path(folder))
+            self._install(wheel, [found for found in surveys.values() if found.installed != wheel_digest(wheel)])
+        present = {host.ssh: host for host in self._present_hosts()}
+        hosts = [
+            msgspec.structs.replace(
+                present.get(name, Host(ssh=name)),
+                python=surveys[name].environment_python if name in surveys else None,
+                ips=(),
+                rdma=(),
+            )
+            for name in names
+        ]
+        request = self._with_addresses(hosts)
+        self._write(request)
+        self._run_doctor(request)
+
+    def _names(self) -> list[str]:
+        given = list(self._options.hosts)
+        if not given:
+            given = _ask("Macs, as ssh knows them, in the order of their layers (`this` is this Mac): ").split()
+        names = [THIS_MACHINE if name in _LOCAL_NAMES else name for name in given]
+        if not names or len(set(names)) < len(names):
+            raise RequestError("give each Mac once, for instance: mlx-k2 setup this mac-2")
+        for name in names:
+            if name.startswith("-") or not name.isprintable():
+                raise RequestError(f"{name!r} is not a host name that ssh takes")
+        return names
+
+    def _confirm(self, question: str) -> None:
+        """Ask before a change.
+
+        Raises:
+            SetupError: the answer is no.
+        """
+        if not self._options.yes and _ask(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+            raise SetupError("the answer was no: ended before this change")
+
+    def _install(self, wheel: Path, lacking: Sequence[HostSurvey]) -> None:
+        if not lacking:
+            return
+        names = ", ".join(found.host for found in lacking)
+        self._confirm(f"Install mlx-k2 {__version__} on {names}, in ~/{FOLDER} there?")
+        pins = [f"{package}=={version(package)}" for package in _PINNED]
+        wheels = None if self._options.wheels is None else Path(self._options.wheels)
+        failures = []
+        for found in lacking:
+            self.done.append(f"the installation on {found.host} was begun and not finished: ~/{FOLDER}")
+            try:
+                with console.status(f"installing on {found.host} ..."):
+                    install(found, wheel, pins, wheels)
+            except SetupError as error:
+                failures.append(f"{found.host}: {error}")
+            else:
+                self.done.pop()
+                self._log_done(f"mlx-k2 {__version__} is installed on {found.host}: ~/{FOLDER}/env")
+        if failures:
+            raise ClusterError("; ".join(f"not installed on {failure}" for failure in failures))
+
+    def _log_done(self, line: str) -> None:
+        self.done.append(line)
+        log(line)
+
+    def _with_addresses(self, hosts: Sequence[Host]) -> DeploymentRequest:
+        """Return the request with an address for each host, if there are several."""
+        options = ClusterOptions(hostfile=str(self._options.hostfile_path))
+        hostfile = Hostfile(hosts=tuple(hosts), backend=Backend.RING)
+        request = DeploymentRequest(options, hostfile, ModelSource(path_or_repo=BUILTIN))
+        addresses = self._options.addresses
+        if len(hosts) == 1:
+            return request
+        if not addresses:
+            with console.status("looking for addresses, and measuring them ..."):
+                choices = address_choices(host_interfaces(request))
+                if not choices:
+                    raise SetupError("the hosts share no network: give an address of each with --address")
+                present = tuple(host.ips[0] for host in self._present_hosts() if host.ips)
+                addresses, slowest = fastest_choice(request, [present] if present in choices else choices)
+            log(f"addresses {', '.join(addresses)}" + (f": {slowest / 1e9:.2f} GB/s" if slowest is not None else ""))
+        if len(addresses) != len(hosts):
+            raise RequestError(f"{len(addresses)} addresses for {len(hosts)} hosts: give --address once for each")
+        return with_addresses(request, addresses)
+
+    def _present_hosts(self) -> tuple[Host, ...]:
+        """Return the hosts in the hostfile that is there, whose further keys are kept; none without a usable file."""
+        with suppress(HostfileError):
+            return read_hostfile(self._options.hostfile_path).hosts
+        return ()
+
+    def _write(self, request: DeploymentRequest) -> None:
+        """Write the hostfile and the profile, if their content is to change."""
+        entries = [msgspec.to_builtins(host) for host in request.hostfile.hosts]
+        kept = [{key: value for key, value in entry.items() if value} for entry in entries]
+        content = "[\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in kept) + "\n]\n"
+        parse_hostfile(content.encode(), "the new hostfile")
+        profile = profile_path()
+        before = profile.read_text(encoding="utf-8") if profile.exists() else ""
+        after = with_value(before, "hostfile", str(self._options.hostfile_path))
+        if self._options.model is not None:
+            after = with_value(after, "model", self._options.model)
+        texts = {self._options.hostfile_path: content, profile: after}
+        changed = {path: text for path, text in texts.items() if not path.exists() or path.read_text() != text}
+        if not changed:
+            return
+        for path, text in changed.items():
+            log(f"{path}:\n{text.rstrip()}")
+        self._confirm(f"Write {' and '.join(map(str, changed))}?")
+        for path, text in changed.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, text.encode(), 0o644)
+            self._log_done(f"written: {path}")
+
+    def _run_doctor(self, request: DeploymentRequest) -> None:
+        with ConsoleListener(verbose=False) as listener:
+            checks = probe_cluster(request, None, listener, deep=False)
+        show_checks(checks)
+        if any(check.result is CheckResult.FAILURE for check in checks):
+            raise ClusterError("the doctor found a failure: mend it, then run `mlx-k2 doctor`")
+        model = self._options.model
+        log(f"next: mlx-k2 {'download' if model is not None else 'chat'}; `mlx-k2 config` shows the profile")
+
+
+def _survey_all(names: Sequence[str], python: str | None) -> dict[str, HostSurvey]:
+    """Survey all hosts.
+
+    Raises:
+        SetupError: some cannot be used; has a line for each.
+    """
+    surveys, problems = {}, []
+    for name in names:
+        try:
+            with console.status(f"asking {name} ..."):
+                surveys[name] = survey(name, python)
+        except SetupError as error:
+            problems.append(f"{name}: {error}")
+        else:
+            if (problem := surveys[name].problem) is not None:
+                problems.append(f"{name}: {problem}")
+    if problems:
+        raise SetupError("\n".join(problems))
+    return surveys
+
+
+def _show_hosts(names: Sequence[str], surveys: dict[str, HostSurvey]) -> None:
+    here = ("this machine", sys.platform, gigabytes(psutil.virtual_memory().total), sys.executable, __version__)
+    rows = [
+        here
+        if (found := surveys.get(name)) is None
+        else (
+            name,
+            found.system,
+            gigabytes(found.memory_bytes),
+            found.python or "",
+            "installed by setup" if found.installed else "not installed",
+        )
+        for name in names
+    ]
+    headings = ("host", "system", "memory", "Python", "mlx-k2")
+    show_table(headings, rows, folded=headings)
+
+
+def _ask(question: str) -> str:
+    """Return the line that the user answers with.
+
+    Raises:
+        RequestError: nobody can be asked, or the input has ended.
+    """
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise RequestError("nobody can be asked here: name the hosts, and give --yes to change them")
+    sys.stderr.write(question)
+    sys.stderr.flush()
+    line = sys.stdin.readline()
+    if not line:
+        raise RequestError("the input has ended")
+    return line.rstrip("\n")

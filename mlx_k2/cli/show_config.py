@@ -1,0 +1,46 @@
+"""`mlx-k2 config`: the defaults of options, and where each one is written."""
+
+import json
+
+import click
+
+from mlx_k2.cli.console import log
+from mlx_k2.cli.main import COMMANDS, cli, user_profile
+from mlx_k2.cli.profile import Default, defaults_of, option_name
+from mlx_k2.cli.program_command import ProgramCommand
+
+
+@click.command()
+@click.argument("command", metavar="[COMMAND]", required=False, type=click.Choice([*COMMANDS]))
+def command(command: str | None) -> None:
+    """Show the defaults of options, and where each one is written. With COMMAND: all options of that command.
+
+    \b
+    ~/.config/mlx-k2/config.toml holds them by their long names, and one table for each command:
+        hostfile = "~/two-macs.json"
+        model = "moonshotai/Kimi-K2-Thinking"
+        [chat]
+        temperature = 0.7
+
+    A variable overrides the file, as MLX_K2_MODEL does for --model, and the command line overrides both.
+    """  # noqa: D301  # click reads the escape
+    profile = user_profile()
+    log(f"{'the profile is' if profile.text else 'there is no profile:'} {profile.path}")
+    context = click.get_current_context()
+    shown: dict[str, Default] = {}
+    for name in COMMANDS if command is None else (command,):
+        found = cli.get_command(context, name)
+        if not isinstance(found, ProgramCommand) or not found.reads_profile:
+            continue
+        defaults = defaults_of(found, name, profile)
+        for option in found.params:
+            key = option_name(option)
+            default = defaults.get(option.name or "")
+            if default is not None:
+                is_own = command is None and default.source == profile.where(name, key) != str(profile.path)
+                shown.setdefault(f"{name}.{key}" if is_own else key, default)
+            elif command is not None and key:
+                shown[key] = Default(option.to_info_dict()["default"], "default")
+    for key, default in shown.items():
+        value = json.dumps(default.value, ensure_ascii=False, default=str) if default.value is not None else "(none)"
+        click.echo(f"{key} = {value}  # {default.source}")

@@ -1,0 +1,53 @@
+"""The steps from options to started stages that several commands share."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mlx_k2.cli.console import ConsoleListener, log
+from mlx_k2.cli.options import RunOptions
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, deployment_request, open_source
+from mlx_k2.deployment.dry_run import preview
+from mlx_k2.deployment.restarting import RestartingDeployment
+from mlx_k2.scheduling.drafter import DraftMode
+from mlx_k2.weights.checkpoint import ModelDescription
+from mlx_k2.weights.model_frontend import ModelFrontend
+
+
+def asked_request(
+    cluster: ClusterOptions, draft_mode: DraftMode = DraftMode.AUTO, num_slots: int = 1
+) -> DeploymentRequest:
+    """Return the request for a deployment, and log the hostfile's warnings; errors are `deployment_request`'s."""
+    request = deployment_request(cluster, num_slots, draft_mode)
+    for line in request.hostfile.warnings:
+        log(line)
+    return request
+
+
+def opened_request(
+    cluster: ClusterOptions, draft_mode: DraftMode = DraftMode.AUTO, num_slots: int = 1
+) -> tuple[DeploymentRequest, ModelDescription | None]:
+    """Return the request and the model's description, as `open_source` does, after `asked_request`."""
+    return open_source(asked_request(cluster, draft_mode, num_slots))
+
+
+def early_frontend(request: DeploymentRequest, model: ModelDescription | None) -> ModelFrontend | None:
+    """Return the model's frontend before any stage is started, to refuse bad requests; None without a description.
+
+    Raises:
+        SetupError: the deployment would be rejected.
+    """
+    return None if model is None else ModelFrontend(model, preview(request, model)[0].context_tokens)
+
+
+@contextmanager
+def started_cluster(
+    request: DeploymentRequest, model: ModelDescription | None, run: RunOptions, *, verbose: bool
+) -> Iterator[tuple[RestartingDeployment, ModelFrontend]]:
+    """Start the stages and load the model, with progress on stderr; end them on exit."""
+    with (
+        ConsoleListener(verbose) as listener,
+        RestartingDeployment(request, model, listener, *run.arguments) as restarting,
+    ):
+        listener.hide_progress()
+        deployment = restarting.deployment
+        yield restarting, ModelFrontend(deployment.model, deployment.shape.context_tokens)

@@ -1,0 +1,119 @@
+"""The addresses over which the stages of several hosts can connect, and the speed of their hops. Changes nothing."""
+
+import ipaddress
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import msgspec
+
+from mlx_k2.cluster.host_facts import HopSpeed
+from mlx_k2.cluster.hostfile import Host, Hostfile
+from mlx_k2.deployment import bring_up
+from mlx_k2.deployment.cluster_options import DeploymentRequest, stage_location
+from mlx_k2.errors import ClusterError, SetupError
+from mlx_k2.launch.group import StageGroup
+from mlx_k2.protocol.messages import Hello, HopsMeasured, MeasureHops, Probe, ProbeResult
+from mlx_k2.weights.model_source import BUILTIN, ModelSource
+
+HOPS_S = 60.0
+
+
+def address_choices(interfaces: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
+    """Return choices of one address for each host, in its order; ``interfaces`` are each host's, by address.
+
+    In a choice all hosts are in one network. Without such a network, each host is in one with the host before it, as
+    with cables between neighbours. Networks are taken to have 256 addresses, link-local ones 65536.
+    """
+    by_network = [
+        {_network(ip): ip for ip in sorted(host) if not ipaddress.ip_address(ip).is_loopback} for host in interfaces
+    ]
+    common = set.intersection(*(set(networks) for networks in by_network))
+    if common:
+        ordered = sorted(common, key=lambda network: (network.startswith("169.254."), network))
+        return [tuple(networks[network] for networks in by_network) for network in ordered]
+    chosen = []
+    for networks, before in zip(by_network, [by_network[-1], *by_network[:-1]], strict=True):
+        shared = sorted(networks.keys() & before.keys())
+        if not shared:
+            return []
+        chosen.append(networks[shared[0]])
+    return [tuple(chosen)]
+
+
+def host_interfaces(request: DeploymentRequest) -> list[dict[str, str]]:
+    """Return each host's IPv4 addresses with their interfaces.
+
+    Raises:
+        ClusterError: a host does not answer.
+    """
+    with _stages(request) as group:
+        bring_up.collect(group, Hello, range(group.size), bring_up.HANDSHAKE_S, "start")
+        messages = [Probe(ModelSource(path_or_repo=BUILTIN), None, False)] * group.size
+        return [answer.facts.interfaces for answer in bring_up.ask(group, messages, ProbeResult, HOPS_S, "report")]
+
+
+def fastest_choice(
+    request: DeploymentRequest, choices: Sequence[tuple[str, ...]]
+) -> tuple[tuple[str, ...], float | None]:
+    """Return the choice whose slowest hop is the fastest, and that hop's bytes per second.
+
+    A choice over which the stages cannot connect is left out. With one choice nothing is measured.
+
+    Raises:
+        SetupError: the stages connect over none of them.
+    """
+    if len(choices) == 1:
+        return choices[0], None
+    measured = []
+    problem = "the hosts share no network: give an address of each with --address"
+    for choice in choices:
+        try:
+            speeds = hop_speeds(with_addresses(request, choice))
+        except (ClusterError, SetupError) as error:
+            problem = str(error)
+        else:
+            measured.append((min(speed.bytes_per_s for speed in speeds), choice))
+    if not measured:
+        raise SetupError(problem)
+    slowest, choice = max(measured)
+    return choice, slowest
+
+
+def with_addresses(request: DeploymentRequest, addresses: Sequence[str]) -> DeploymentRequest:
+    """Return the request with one address for each host."""
+    hosts: list[Host] = [
+        msgspec.structs.replace(host, ips=(address,))
+        for host, address in zip(request.hostfile.hosts, addresses, strict=True)
+    ]
+    hostfile: Hostfile = msgspec.structs.replace(request.hostfile, hosts=tuple(hosts))
+    return replace(request, hostfile=hostfile)
+
+
+def hop_speeds(request: DeploymentRequest) -> list[HopSpeed]:
+    """Return the speed of each hop between stages without a model.
+
+    Raises:
+        ClusterError, SetupError: the stages do not start, or do not connect.
+    """
+    with _stages(request) as group:
+        bring_up.collect(group, Hello, range(group.size), bring_up.HANDSHAKE_S, "start")
+        return measured_hops(group, request.hostfile)
+
+
+def measured_hops(group: StageGroup, hostfile: Hostfile) -> list[HopSpeed]:
+    """Connect started stages as a run does, with the built-in model, which every host has, and time each hop."""
+    prepared = bring_up.prepare(group, hostfile, [ModelSource(path_or_repo=BUILTIN)] * group.size)
+    bring_up.connect(group, bring_up.links(hostfile, prepared))
+    answers = bring_up.ask(group, [MeasureHops()] * group.size, HopsMeasured, HOPS_S, "measure its hops")
+    return [answer.to_next for answer in answers if answer.to_next is not None]
+
+
+def _stages(request: DeploymentRequest) -> StageGroup:
+    locations = [stage_location(host) for host in request.hostfile.hosts]
+    options = request.options
+    return StageGroup(locations, options.lease_s, lambda _line: None, stall_timeout_s=options.stall_timeout_s)
+
+
+def _network(ip: str) -> str:
+    bits = 16 if ip.startswith("169.254.") else 24
+    return str(ipaddress.ip_network(f"{ip}/{bits}", strict=False))

@@ -1,0 +1,109 @@
+"""A draft head (EAGLE-3) over its cache: one decoder layer that reads a token and the features of the position before.
+
+The features of a position are ``fc`` of the outputs of some of the target's layers there. Row p of the head's cache
+belongs to the token at position p and the features of position p - 1. The head counts positions from there, as it was
+trained: its position is p - 1. Nothing reads row 0.
+
+A row of the cache follows from token and features alone, without attention. Tokens that nothing is drafted after
+therefore only write their rows.
+"""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_k2.config import ModelConfig
+from mlx_k2.model.attention import ON_CPU, AttentionLimits, Projections, attend_absorbed, make_projections, make_rope
+from mlx_k2.model.batch import Batch, Span
+from mlx_k2.model.decoder_layer import join_heads, swiglu
+from mlx_k2.model.latent_cache import LatentCache
+from mlx_k2.model.layer_weights import AttentionWeights, DenseWeights
+from mlx_k2.model.linear import Matrix, multiply
+
+
+class DraftWeights(NamedTuple):
+    """Weights of a draft head. ``embedding`` and ``projection`` may be the target's."""
+
+    embedding: mx.array  # (vocabulary, hidden)
+    input_norm: mx.array  # (hidden,), of the embedding
+    hidden_norm: mx.array  # (hidden,), of the features
+    attention: AttentionWeights  # with 2 * hidden inputs
+    post_attention_norm: mx.array  # (hidden,)
+    feed_forward: DenseWeights
+    norm: mx.array  # (hidden,)
+    projection: Matrix  # (hidden, drafted ids)
+    target_ids: mx.array | None  # (drafted ids,) int32: the target's token ids; None: all of them, in order
+
+
+class Output(NamedTuple):
+    """The head's output for one token. ``features`` are those of its position, for the token after it."""
+
+    normed: mx.array  # (1, hidden)
+    features: mx.array  # (1, hidden)
+
+
+class DraftModel:
+    """A draft head and the cache of all slots. ``config`` is that of its decoder layer."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DraftWeights,
+        cache: LatentCache,
+        *,
+        norms_output: bool,
+        attention_limits: AttentionLimits = ON_CPU,
+    ) -> None:
+        self._vocab_size = config.vocab_size
+        self._eps = config.rms_norm_eps
+        self._latent_dim = config.kv_lora_rank
+        self._weights = weights
+        self._norms_output = norms_output
+        self._attention_limits = attention_limits
+        self._project = make_projections(config, make_rope(config), config.rms_norm_eps)
+        self._compiled_before, self._compiled_after = mx.compile(self._before), mx.compile(self._after)
+        self.cache = cache
+
+    def write_rows(self, token_ids: mx.array, features: mx.array, batch: Batch) -> None:
+        """Write the cache rows of a batch's tokens (tokens,), each with the features (tokens, hidden) before it."""
+        projections = self._before(token_ids, features, batch.positions, self._weights)  # lazy: no query is computed
+        start = 0
+        for span in batch.spans:
+            self.cache.write(0, span, projections.cache_rows[start : start + span.count])
+            start += span.count
+
+    def run(self, token_id: int, features: mx.array, slot: int, position: int) -> Output:
+        """Run the head for a token at ``position`` (at least 1) with the features (1, hidden) before it."""
+        positions = mx.array([position], mx.int32)
+        projections = self._compiled_before(mx.array([token_id]), features, positions, self._weights)
+        assert projections.absorbed_queries is not None, "one token, computed absorbed"
+        keys = self.cache.write(0, Span(slot, position, 1, is_prompt=False), projections.cache_rows)[1:]
+        latents = attend_absorbed(
+            projections.absorbed_queries, keys, position - 1, self._latent_dim, self._attention_limits
+        )
+        return Output(*self._compiled_after(features, latents, self._weights))
+
+    def logits(self, output: Output) -> mx.array:
+        """Return logits (1, vocabulary) float32 of the next token; minus infinity for tokens that are not drafted."""
+        logits = multiply(output.normed, self._weights.projection).astype(mx.float32)
+        target_ids = self._weights.target_ids
+        if target_ids is None:
+            return logits
+        every = mx.full((1, self._vocab_size), -mx.inf)
+        every[:, target_ids] = logits
+        return every
+
+    def _before(
+        self, token_ids: mx.array, features: mx.array, positions: mx.array, weights: DraftWeights
+    ) -> Projections:
+        embedded = mx.fast.rms_norm(weights.embedding[token_ids], weights.input_norm, self._eps)
+        normed = mx.fast.rms_norm(features, weights.hidden_norm, self._eps)
+        joined = mx.concatenate([embedded, normed], axis=-1)
+        return self._project(joined, mx.maximum(positions - 1, 0), len(token_ids), weights.attention)
+
+    def _after(self, features: mx.array, latents: mx.array, weights: DraftWeights) -> tuple[mx.array, mx.array]:
+        hidden = features + multiply(join_heads(latents, None, weights.attention), weights.attention.output)
+        normed = mx.fast.rms_norm(hidden, weights.post_attention_norm, self._eps)
+        hidden = hidden + swiglu(normed, weights.feed_forward)
+        normed = mx.fast.rms_norm(hidden, weights.norm, self._eps)
+        return normed, normed if self._norms_output else hidden

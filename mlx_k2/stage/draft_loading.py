@@ -1,0 +1,145 @@
+"""Loading of a stage's part of a draft head: slices of ``fc``, and on the last stage the head itself."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_k2.errors import CheckpointError
+from mlx_k2.model.attention import AttentionLimits
+from mlx_k2.model.draft_model import DraftModel, DraftWeights
+from mlx_k2.model.latent_cache import LatentCache
+from mlx_k2.model.layer_weights import assemble_attention, assemble_dense
+from mlx_k2.model.linear import Matrix, make_matrix
+from mlx_k2.model.stage_model import FeatureSlice, Head
+from mlx_k2.weights.draft_head import (
+    EMBEDDING,
+    FC,
+    LM_HEAD,
+    NORM,
+    TARGET_IDS,
+    DraftDescription,
+    kept_rows,
+)
+from mlx_k2.weights.inventory import head_specs
+from mlx_k2.weights.model_source import DraftHead
+from mlx_k2.weights.reader import ShardReader
+
+
+class DraftLoader:
+    """A loader of a draft head's tensors. ``on_loaded`` is called with the bytes of each part that stays in memory."""
+
+    def __init__(
+        self,
+        draft: DraftDescription,
+        head: DraftHead,
+        target: ShardReader,
+        files: Mapping[str, Path],
+        dtype: mx.Dtype,
+        on_loaded: Callable[[Any], None],
+    ) -> None:
+        self._draft = draft
+        self._head = head
+        self._target = target
+        self._reader = ShardReader(draft.layer, files, dtype, check_all=True)
+        self._on_loaded = on_loaded
+        self._target_ids = self._read_target_ids()
+
+    @property
+    def latent_dim(self) -> int:
+        """Values of a row of the head's cache."""
+        return self._draft.layer.latent_dim
+
+    def feature_slices(self, layers: range) -> dict[int, FeatureSlice]:
+        """Return the slices of ``fc`` of those of ``layers`` that the head reads, by index in ``layers``."""
+        draft, hidden = self._draft, self._draft.layer.hidden_size
+        if not any(layer in layers for layer in draft.aux_layers):
+            return {}
+        tensors = self._reader.read(draft.aux_specs()).tensors
+        bits, eps = self._head.bits, draft.layer.rms_norm_eps
+        slices = {}
+        for at, layer in enumerate(draft.aux_layers):
+            if layer in layers:
+                part = mx.contiguous(tensors[FC][:, at * hidden : (at + 1) * hidden])
+                norm = tensors.get(f"fc_norm.{at}.weight")
+                slices[layer - layers.start] = FeatureSlice(norm, make_matrix(part, bits), eps)
+        del tensors
+        self._on_loaded(slices)
+        return slices
+
+    def model(
+        self, embedding: mx.array | None, head: Head, cache: LatentCache, attention_limits: AttentionLimits
+    ) -> DraftModel:
+        """Return the head over ``cache``. ``head`` and ``embedding`` are the target's."""
+        weights = self._weights(embedding, head)
+        norms_output = self._draft.norms_output
+        return DraftModel(
+            self._draft.layer, weights, cache, norms_output=norms_output, attention_limits=attention_limits
+        )
+
+    def _weights(self, embedding: mx.array | None, head: Head) -> DraftWeights:
+        draft, bits = self._draft, self._head.bits
+        found = self._reader.read(draft.layer_specs()).tensors
+        layer = {name.removeprefix(f"{draft.layer_prefix}."): array for name, array in found.items()}
+        del found
+        attention, feed_forward = assemble_attention(draft.layer, layer, bits), assemble_dense(layer, "mlp", bits)
+        mx.eval(attention, feed_forward)
+        projection, target_ids = self._projection(head)
+        weights = DraftWeights(
+            embedding=self._embedding(embedding),
+            input_norm=layer["input_layernorm.weight"],
+            hidden_norm=layer["hidden_norm.weight"],
+            attention=attention,
+            post_attention_norm=layer["post_attention_layernorm.weight"],
+            feed_forward=feed_forward,
+            norm=layer[NORM],
+            projection=projection,
+            target_ids=target_ids,
+        )
+        del layer
+        shared = (embedding, head.projection)
+        self._on_loaded([part for part in weights if not any(part is other for other in shared)])
+        return weights
+
+    def _own(self, name: str) -> mx.array:
+        return self._reader.read(tuple(spec for spec in self._draft.own_specs() if spec.name == name)).tensors[name]
+
+    def _embedding(self, target: mx.array | None) -> mx.array:
+        if EMBEDDING in self._draft.names:
+            return self._own(EMBEDDING)
+        return self._target.embedding().tensors["model.embed_tokens.weight"] if target is None else target
+
+    def _projection(self, head: Head) -> tuple[Matrix, mx.array | None]:
+        """Return the matrix to the drafted ids, and these ids; None for all of the target's in their order."""
+        draft = self._draft
+        target_ids = self._target_ids
+        rows = kept_rows(target_ids.tolist(), draft.num_drafted_ids, draft.layer.vocab_size)
+        is_every = len(rows) == draft.vocab_size
+        if is_every and LM_HEAD not in draft.names:
+            projection = head.projection
+        else:
+            if LM_HEAD in draft.names:
+                weight = self._own(LM_HEAD)
+            else:
+                weight = self._target.read(head_specs(draft.layer)[1:]).tensors[LM_HEAD]
+            projection = make_matrix(weight if is_every else weight[mx.array(rows)], self._head.bits)
+            mx.eval(projection)
+        kept = target_ids[rows]
+        is_target = np.array_equal(kept, np.arange(draft.layer.vocab_size))
+        return projection, None if is_target else mx.array(kept.astype(np.int32))
+
+    def _read_target_ids(self) -> NDArray[np.int64]:
+        """Return the target's token id of each row of the head's output projection: the row's number plus d2t."""
+        if TARGET_IDS not in self._draft.names:
+            return np.arange(self._draft.vocab_size)
+        found = np.array(self._own(TARGET_IDS)) + np.arange(self._draft.vocab_size)
+        outside = (found < 0) | (found >= self._draft.layer.vocab_size)
+        if outside.any() or len(np.unique(found)) < len(found):
+            raise CheckpointError(
+                f"--draft-model {self._head.source.path_or_repo}: d2t does not give each row a token of its own among "
+                f"the model's {self._draft.layer.vocab_size}"
+            )
+        return found

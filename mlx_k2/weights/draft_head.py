@@ -1,0 +1,278 @@
+"""A draft head (EAGLE-3, arXiv 2503.01840): its config and the tensors that it must hold. Reads no tensor.
+
+The head is one decoder layer with multi-head latent attention and a dense SwiGLU block. It reads the outputs of some
+layers of the target, the model that it drafts for. The layer's first projections have twice the target's hidden size as
+inputs: the embedding of a token, and the features of the position before it. A head without an embedding or an output
+projection uses the target's.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+
+from mlx_k2.config import COMPUTED, ModelConfig, RopeConfig, read_rope, refuse_others
+from mlx_k2.errors import CheckpointError, ConfigError, RequestError
+from mlx_k2.json_text.parse import JsonError
+from mlx_k2.json_text.read import convert, read_json
+from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, CheckpointIndex, first_of, model_digest
+from mlx_k2.weights.inventory import (
+    DenseMatrix,
+    TensorSpec,
+    attention_specs,
+    bf16_spec,
+    embedding_specs,
+    held_bytes,
+    linear_spec,
+    mlp_specs,
+    shard_specs,
+)
+from mlx_k2.weights.model_source import DraftHead
+
+ARCHITECTURES = ("Eagle3DeepseekV2ForCausalLM", "Eagle3DeepseekV3ForCausalLM")
+FC, LM_HEAD, EMBEDDING, NORM, TARGET_IDS = "fc.weight", "lm_head.weight", "embed_tokens.weight", "norm.weight", "d2t"
+_UNREAD = ("t2d",)
+_LAYER_PREFIXES = ("layers.0", "midlayer")
+_COMPUTED: Mapping[str, tuple[object, ...]] = {
+    "use_aux_hidden_state": (True,),
+    "use_input_layernorm_in_first_layer": (True,),
+    "use_last_layernorm": (True,),
+    "use_mtp_layernorm": (False,),
+    "norm_before_residual": (False,),
+    "parallel_draft_step": (1,),
+}
+"""Fields of eagle_config that change the computation, with the values that this program computes."""
+
+_CONTROL_TOKENS = 256
+"""Control tokens at the end of Kimi's vocabulary."""
+
+_Size = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
+
+
+class _ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of a head's config.json that this program reads."""
+
+    hidden_size: _Size
+    vocab_size: _Size
+    intermediate_size: _Size
+    num_hidden_layers: _Size
+    num_attention_heads: _Size
+    q_lora_rank: _Size | None = None
+    kv_lora_rank: _Size
+    qk_nope_head_dim: _Size
+    qk_rope_head_dim: _Size
+    v_head_dim: _Size
+    rms_norm_eps: Annotated[float, msgspec.Meta(gt=0)]
+    rope: RopeConfig
+    draft_vocab_size: _Size | None = None
+    eagle_aux_hidden_state_layer_ids: tuple[int, ...] | None = None
+    norm_output: bool = False
+
+
+@dataclass(frozen=True)
+class DraftDescription:
+    """A draft head for one target, checked by names. ``aux_layers`` are the target's layers whose outputs it reads.
+
+    ``layer`` is the head's decoder layer as a config of one dense layer. ``vocab_size`` is the number of rows of the
+    head's own output projection, or the target's. ``num_drafted_ids`` of them are kept in memory.
+    """
+
+    layer: ModelConfig
+    aux_layers: tuple[int, ...]
+    vocab_size: int
+    num_drafted_ids: int
+    layer_prefix: str
+    norms_output: bool
+    names: frozenset[str]
+    index: CheckpointIndex
+    digest: str
+
+    @property
+    def has_aux_norms(self) -> bool:
+        """Whether each layer's output is normed before ``fc`` (EAGLE 3.1)."""
+        return "fc_norm.0.weight" in self.names
+
+    def aux_specs(self) -> tuple[TensorSpec, ...]:
+        """Return the specs of the tensors that stages with ``aux_layers`` read: ``fc``, and the norms before it."""
+        hidden, count = self.layer.hidden_size, len(self.aux_layers)
+        fc = TensorSpec(FC, "BF16", (hidden, count * hidden), (DenseMatrix(hidden, hidden),) * count)
+        return (fc, *(bf16_spec(f"fc_norm.{at}.weight", hidden) for at in range(count) if self.has_aux_norms))
+
+    def layer_specs(self) -> tuple[TensorSpec, ...]:
+        """Return the specs of the decoder layer, with the head's prefix."""
+        prefix, hidden = self.layer_prefix, self.layer.hidden_size
+        norms = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+        return (
+            *(bf16_spec(f"{prefix}.{name}.weight", hidden) for name in norms),
+            *attention_specs(self.layer, f"{prefix}.self_attn", 2 * hidden),
+            *mlp_specs(f"{prefix}.mlp", hidden, self.layer.intermediate_size),
+            bf16_spec(NORM, hidden),
+        )
+
+    def own_specs(self) -> tuple[TensorSpec, ...]:
+        """Return the specs of output projection, embedding and target ids, as far as the head has them."""
+        hidden = self.layer.hidden_size
+        specs = (
+            linear_spec(LM_HEAD, self.vocab_size, hidden),
+            bf16_spec(EMBEDDING, self.layer.vocab_size, hidden),
+            TensorSpec(TARGET_IDS, "I64", (self.vocab_size,)),
+        )
+        return tuple(spec for spec in specs if spec.name in self.names)
+
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """Return the specs of all tensors that are read."""
+        return (*self.aux_specs(), *self.layer_specs(), *self.own_specs())
+
+    def slice_bytes(self, compute_bytes: int, bits: int | None) -> int:
+        """Return the bytes in memory of one layer's slice of ``fc``, which each token reads."""
+        hidden = self.layer.hidden_size
+        norm = hidden * compute_bytes if self.has_aux_norms else 0
+        return DenseMatrix(hidden, hidden).held_bytes(compute_bytes, bits) + norm
+
+    def layer_bytes(self, compute_bytes: int, bits: int | None) -> int:
+        """Return the bytes in memory of the head's decoder layer and last norm, which each draft reads."""
+        return held_bytes(self.layer_specs(), compute_bytes, bits)
+
+    def projection_bytes(self, compute_bytes: int, bits: int | None) -> int:
+        """Return the bytes in memory of the head's output projection; 0 if it is the target's."""
+        if LM_HEAD not in self.names and self.num_drafted_ids == self.vocab_size:
+            return 0
+        return DenseMatrix(self.num_drafted_ids, self.layer.hidden_size).held_bytes(compute_bytes, bits)
+
+    def embedding_bytes(self, compute_bytes: int) -> int:
+        """Return the bytes of the embedding that the last of several stages holds: the head's or the target's."""
+        return self.layer.vocab_size * self.layer.hidden_size * compute_bytes
+
+    def target_specs(self, target: ModelConfig, first_layer: int, end_layer: int) -> tuple[TensorSpec, ...]:
+        """Return the target's tensors that a stage reads only for the head: the embedding, on the last of several."""
+        is_last = end_layer == target.num_hidden_layers
+        return embedding_specs(target) if is_last and first_layer > 0 and EMBEDDING not in self.names else ()
+
+    def is_on(self, first_layer: int, end_layer: int, num_layers: int) -> bool:
+        """Return whether the stage of these layers reads tensors of the head."""
+        return end_layer == num_layers or any(first_layer <= layer < end_layer for layer in self.aux_layers)
+
+
+def stage_specs(
+    config: ModelConfig, first_layer: int, end_layer: int, draft: DraftDescription | None
+) -> tuple[TensorSpec, ...]:
+    """Return the target's tensors that a stage reads, those for its draft head included."""
+    added = () if draft is None else draft.target_specs(config, first_layer, end_layer)
+    return shard_specs(config, first_layer, end_layer) + added
+
+
+def describe_draft(
+    files: Mapping[str, bytes], head: DraftHead, target: ModelConfig, *, check_names: bool = True
+) -> DraftDescription:
+    """Parse and check a draft head's config and, with ``check_names``, the names of its tensors against the target.
+
+    Raises:
+        ConfigError, CheckpointError, RequestError: the head is not one for this target, or is of an unknown kind.
+    """
+    source = head.source.path_or_repo
+    for name in (CONFIG_NAME, INDEX_NAME):
+        if name not in files:
+            raise CheckpointError(f"--draft-model {source} has no {name}: it is not a draft head")
+    where = f"--draft-model {source}/{CONFIG_NAME}"
+    config = _read_config(files[CONFIG_NAME], where)
+    _check_target(config, target, where)
+    index = CheckpointIndex.from_json(files[INDEX_NAME], f"--draft-model {source}/{INDEX_NAME}")
+    vocab_size = config.draft_vocab_size or config.vocab_size
+    if head.vocab_size is not None and head.vocab_size > vocab_size:
+        raise RequestError(f"--draft-vocab {head.vocab_size}: {source} has {vocab_size} tokens: give at most as many")
+    shape = {name: getattr(config, name) for name in config.__struct_fields__ if name in ModelConfig.__struct_fields__}
+    draft = DraftDescription(
+        layer=msgspec.structs.replace(target, **shape, first_k_dense_replace=1),
+        aux_layers=_aux_layers(config, head, target.num_hidden_layers, where),
+        vocab_size=vocab_size,
+        num_drafted_ids=head.vocab_size or vocab_size,
+        layer_prefix=next(
+            (one for one in _LAYER_PREFIXES if f"{one}.hidden_norm.weight" in index.weight_map), "layers.0"
+        ),
+        norms_output=config.norm_output,
+        names=frozenset(index.weight_map),
+        index=index,
+        digest=model_digest(files[CONFIG_NAME], files[INDEX_NAME]),
+    )
+    if check_names:
+        _check_names(draft, source)
+    return draft
+
+
+def kept_rows(target_ids: Sequence[int], num_rows: int, vocab_size: int) -> list[int]:
+    """Return which rows of a head's output projection to keep, by the rows' token ids, in ascending order of rows.
+
+    The ids of a byte-pair vocabulary are in the order of its merges, so the most frequent tokens have the smallest ids.
+    Control tokens are at its end, and are frequent, too: an eighth of the rows, at most 256, are for the largest ids.
+    """
+    if num_rows >= len(target_ids):
+        return list(range(len(target_ids)))
+    num_control = min(_CONTROL_TOKENS, num_rows // 8)
+    control = [row for row, token_id in enumerate(target_ids) if token_id >= vocab_size - num_control]
+    by_id = sorted(set(range(len(target_ids))) - set(control), key=lambda row: target_ids[row])
+    return sorted(control + by_id[: num_rows - len(control)])
+
+
+def _read_config(data: bytes, where: str) -> _ConfigFile:
+    try:
+        fields = read_json(data, dict[str, Any])
+    except JsonError as error:
+        raise ConfigError(f"{where} is not a JSON object: {error}") from None
+    found = fields.get("architectures")
+    if not isinstance(found, list) or len(found) != 1 or found[0] not in ARCHITECTURES:
+        raise ConfigError(f"{where}: architectures {found!r} is not a draft head that mlx-k2 runs ({ARCHITECTURES[0]})")
+    inner = fields.get("eagle_config") or {}
+    if not isinstance(inner, dict):
+        raise ConfigError(f"{where}: eagle_config is not an object")
+    fields = inner | fields
+    computed = {**COMPUTED, **_COMPUTED}
+    refuse_others({name: fields[name] for name in computed.keys() & fields.keys()}, computed, where)
+    if "quantization_config" in fields:
+        raise ConfigError(f"{where}: quantized draft heads cannot be read: give one in bfloat16")
+    try:
+        return convert(fields | {"rope": read_rope(fields, where)}, _ConfigFile)
+    except JsonError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _check_target(config: _ConfigFile, target: ModelConfig, where: str) -> None:
+    for name in ("hidden_size", "vocab_size"):
+        ours, theirs = getattr(config, name), getattr(target, name)
+        if ours != theirs:
+            raise ConfigError(f"{where}: {name} is {ours}, and the model has {theirs}: the head is for another model")
+    if config.num_hidden_layers != 1:
+        raise ConfigError(f"{where}: the head has {config.num_hidden_layers} layers, and mlx-k2 runs heads of one")
+    if config.qk_rope_head_dim % 2:
+        raise ConfigError(f"{where}: qk_rope_head_dim {config.qk_rope_head_dim} must be even")
+    if (config.draft_vocab_size or 0) > config.vocab_size:
+        raise ConfigError(f"{where}: draft_vocab_size {config.draft_vocab_size} is above {config.vocab_size}")
+
+
+def _aux_layers(config: _ConfigFile, head: DraftHead, num_layers: int, where: str) -> tuple[int, ...]:
+    """Return the layers whose outputs the head reads: as asked, as its config says, or Model-Optimizer's default."""
+    given, found = head.aux_layers, config.eagle_aux_hidden_state_layer_ids
+    origin = f"--draft-aux {','.join(map(str, given))}" if given is not None else where
+    layers = given or tuple(sorted(found or {1, num_layers // 2 - 1, num_layers - 4}))
+    if len(set(layers)) < len(layers) or list(layers) != sorted(layers):
+        raise RequestError(f"{origin}: give each layer once, in ascending order")
+    if not 0 <= layers[0] <= layers[-1] < num_layers:
+        raise RequestError(
+            f"{origin}: the draft head reads layers {list(layers)}, and the model's are 0 to {num_layers - 1}"
+        )
+    return layers
+
+
+def _check_names(draft: DraftDescription, source: str) -> None:
+    """Check that the head has the tensors that it needs, and no unknown ones."""
+    needed = {spec.name for spec in draft.specs()}
+    if draft.vocab_size < draft.layer.vocab_size:
+        needed |= {LM_HEAD, TARGET_IDS}
+    _refuse_names(sorted(needed - draft.names), f"--draft-model {source} lacks", "that its config.json requires")
+    unknown = sorted(draft.names - needed - set(_UNREAD))
+    _refuse_names(unknown, f"--draft-model {source} has", "that mlx-k2 does not know: it is another kind of head")
+
+
+def _refuse_names(names: Sequence[str], what: str, why: str) -> None:
+    if names:
+        raise CheckpointError(f"{what} {first_of(names)} {why}")

@@ -1,0 +1,136 @@
+"""Tests of the profile: defaults from a file and from the environment, their sources, and mistakes by their line."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mlx_k2.cli import doctor, serve
+from mlx_k2.cli.generate import command
+from mlx_k2.cli.generate_options import GenerateOptions
+from mlx_k2.cli.main import cli, run
+from mlx_k2.cli.options import with_struct
+
+FILE = """\
+hostfile = "~/two-macs.json"
+model = "moonshotai/Kimi-K2-Thinking"
+temperature = 0.5
+stop = ["END", "STOP"]
+
+[generate]
+temperature = 0.7
+split = [32, 29]
+verbose = true
+
+[serve]
+port = 9000
+"""
+
+
+@pytest.fixture
+def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "mlx-k2" / "config.toml"
+    path.parent.mkdir()
+    path.write_text(FILE)
+    monkeypatch.delenv("MLX_K2_CONFIG")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", "/home/kim")
+    return path
+
+
+def options_of(*arguments: str) -> GenerateOptions:
+    read: list[GenerateOptions] = []
+    with command.make_context("generate", list(arguments), cli.make_context("mlx-k2", ["generate"])) as context:
+        with_struct(GenerateOptions)(read.append)(**context.params)
+    return read[0]
+
+
+def test_the_command_line_overrides_the_environment_which_overrides_the_commands_table_and_the_file(
+    profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = options_of()
+    assert (options.cluster.hostfile, options.cluster.model) == (
+        "/home/kim/two-macs.json",
+        "moonshotai/Kimi-K2-Thinking",
+    )
+    assert (options.conversation.sampling.temperature, options.conversation.sampling.stop) == (0.7, ("END", "STOP"))
+    assert (options.cluster.split, options.verbose) == ((32, 29), True)
+    monkeypatch.setenv("MLX_K2_TEMPERATURE", "0.9")
+    monkeypatch.setenv("MLX_K2_VERBOSE", "false")
+    options = options_of()
+    assert (options.conversation.sampling.temperature, options.verbose) == (0.9, False)
+    assert options_of("--temp", "0").conversation.sampling.temperature == 0
+
+
+def test_options_on_the_command_line_replace_defaults_that_contradict_them(profile: Path) -> None:
+    local = options_of("--stages", "3", "-m", "built-in").cluster
+    assert (local.num_stages, local.hostfile, local.split, local.model) == (3, None, None, None)
+    other = options_of("--hostfile", "other.json").cluster
+    assert (other.hostfile, other.split) == ("other.json", None)
+
+
+def test_config_shows_each_value_with_the_line_or_the_variable_that_has_it(
+    profile: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLX_K2_MODEL", "built-in")
+    assert run(["config"]) == 0
+    lines = set(capsys.readouterr().out.splitlines())
+    assert lines == {
+        f'hostfile = "/home/kim/two-macs.json"  # {profile}, line 1',
+        'model = "built-in"  # MLX_K2_MODEL',
+        f"temperature = 0.5  # {profile}, line 3",
+        f'stop = ["END", "STOP"]  # {profile}, line 4',
+        f"generate.temperature = 0.7  # {profile}, line 7",
+        f'generate.split = "32,29"  # {profile}, line 8',
+        f"generate.verbose = true  # {profile}, line 9",
+        f"serve.port = 9000  # {profile}, line 12",
+    }
+    assert run(["config", "doctor"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert f'hostfile = "/home/kim/two-macs.json"  # {profile}, line 1' in shown
+    assert "deep = false  # default" in shown
+    assert not any(line.startswith("temperature") for line in shown)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            "model = 'a'\nhostfil = 'x'",
+            "line 2: 'hostfil' is not an option of several commands: did you mean hostfile?",
+        ),
+        ("[chatt]\nseed = 3", "line 1: there is no command 'chatt': did you mean chat?"),
+        (
+            "[generate]\n\nmax_tokens = 3",
+            "line 3: mlx-k2 generate has no option 'max_tokens': did you mean max-tokens?",
+        ),
+        ("[generate]\nmax-tokens = 'many'", "line 2: max-tokens: 'many' is not a valid integer"),
+        ("dtype = 'int8'", "line 1: dtype: 'int8' is not one of"),
+        ("[generate]\nseed = {a = 3}", "line 2: seed is a table: give one value"),
+        (
+            "[generate]\ntemperature = -1",
+            "temperature -1.0 is out of range: give .* [(]temperature is from .*, line 2[)]",
+        ),
+        (
+            "[generate]\nlogprobs = 3",
+            "--logprobs shows in the JSON lines only: add --json .logprobs is from .*, line 2",
+        ),
+        ("model = ", "config.toml cannot be read: Invalid value .at end of document"),
+    ],
+)
+def test_a_mistake_is_named_by_its_file_and_line(
+    content: str, words: str, profile: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile.write_text(content)
+    assert run(["generate", "Hello"]) == 2
+    reported = capsys.readouterr().err
+    assert re.search(words, reported.splitlines()[-1]), reported
+    assert str(profile) in reported
+    assert run(["generate", "--help"]) == 0, "help is shown, whatever the profile holds"
+
+
+def test_each_table_of_the_profile_applies_to_its_command(profile: Path) -> None:
+    parent = cli.make_context("mlx-k2", ["serve"])
+    params = serve.command.make_context("serve", [], parent).params
+    assert (params["port"], params["model"]) == (9000, "moonshotai/Kimi-K2-Thinking")
+    assert "temperature" not in doctor.command.make_context("doctor", [], parent).params

@@ -1,0 +1,148 @@
+"""Tests of the built-in model's draft head over real stages: the tokens are those of one stage without a head."""
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from mlx_k2.builtin import BUILTIN_FOLDER
+from mlx_k2.cluster.hostfile import Backend, Hostfile, local_hostfile
+from mlx_k2.coordinator.engine import Engine, engine_on
+from mlx_k2.coordinator.handle import Finished, Token
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, open_source
+from mlx_k2.deployment.deploy import deploy
+from mlx_k2.deployment.listener import DeploymentListener
+from mlx_k2.deployment.restarting import RestartingDeployment
+from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.drafter import DraftMode
+from mlx_k2.scheduling.drafts import DraftSource
+from mlx_k2.scheduling.request import Request
+from mlx_k2.weights.model_source import BUILTIN, BUILTIN_HEAD, DraftHead, ModelSource
+from tests.local_cluster import marked_host, rest_of, stage_process
+from training.conversation import render_prompt
+from training.data import Question, held_out
+from training.vocabulary import load_encoding
+
+IS_LONG = hypothesis.settings.get_current_profile_name() == "long"
+NUM_CASES = 400 if IS_LONG else 8
+CONTEXT_TOKENS = 1024
+EngineOf = Callable[[int], Engine]
+
+
+def builtin_request(hostfile: Hostfile, head: DraftHead | None) -> DeploymentRequest:
+    source = ModelSource(path_or_repo=BUILTIN)
+    options = ClusterOptions(context_tokens=CONTEXT_TOKENS, dtype="float32")
+    return DeploymentRequest(options, hostfile, source, num_slots=2, draft_head=head)
+
+
+HEAD = DraftHead(source=ModelSource(path_or_repo=BUILTIN_HEAD), bits=8)
+
+
+@pytest.fixture(scope="module")
+def engine_of() -> Iterator[EngineOf]:
+    """Yield a function from a number of stages to an engine. One stage has no head."""
+    with ExitStack() as stack:
+
+        def start(num_stages: int) -> Engine:
+            asked = builtin_request(local_hostfile(num_stages), HEAD if num_stages > 1 else None)
+            deployment = stack.enter_context(deploy(*open_source(asked), DeploymentListener()))
+            mode = DraftMode.MODEL if num_stages > 1 else DraftMode.OFF
+            return stack.enter_context(engine_on(deployment, draft_mode=mode))
+
+        yield cache(start)
+
+
+def prompt_ids(question: Question) -> tuple[int, ...]:
+    encoding = load_encoding(BUILTIN_FOLDER / "tiktoken.model")
+    text = render_prompt(question.conversation, question.num_steps)
+    return tuple(encoding.encode(text, allowed_special="all"))
+
+
+STOP_ID = load_encoding(BUILTIN_FOLDER / "tiktoken.model").encode_single_token("<|im_end|>")
+QUESTIONS = held_out().questions
+
+
+def sampling_of(rng: random.Random, seed: int) -> Sampling:
+    """Return random parameters: greedy or sampled, with some of the filters, penalties and biases."""
+    return Sampling(
+        seed=seed,
+        temperature=rng.choice([0.0, 0.7, 1.0, 1.0]),
+        top_p=rng.choice([1.0, 1.0, 0.8]),
+        top_k=rng.choice([None, None, 5]),
+        min_p=rng.choice([0.0, 0.0, 0.1]),
+        repetition_penalty=rng.choice([1.0, 1.0, 1.2]),
+        presence_penalty=rng.choice([0.0, 0.0, 0.5]),
+        frequency_penalty=rng.choice([0.0, 0.0, 0.3]),
+        logit_bias=rng.choice([(), (), tuple((rng.randrange(1792), rng.uniform(-3, 3)) for _ in range(1))]),
+    )
+
+
+def continued(engine: Engine, rng: random.Random, number: int) -> list[list[int]]:
+    """Return the tokens of an answer, then of one that continues it, then of the first prompt with another seed.
+
+    The second takes over the first one's slot, the third copies the prompt from it or takes it over.
+    """
+    first = prompt_ids(rng.choice(QUESTIONS))
+    answers = [tokens(engine, Request(first, 40, sampling_of(rng, number), frozenset({STOP_ID})))]
+    more = (*first, *answers[0], *(rng.randrange(1792) for _ in range(rng.choice([1, 8, 70]))))
+    answers.append(tokens(engine, Request(more, 24, sampling_of(rng, number), frozenset())))
+    answers.append(tokens(engine, Request(first, 24, sampling_of(rng, number + 1), frozenset())))
+    return answers
+
+
+def tokens(engine: Engine, request: Request) -> list[int]:
+    return rest_of(engine.submit(request))[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000 if IS_LONG else 120)
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_the_tokens_of_random_requests_are_the_same_with_the_head(engine_of: EngineOf, num_stages: int) -> None:
+    for number in range(NUM_CASES):
+        alone, drafted = (continued(engine_of(stages), random.Random(number), number) for stages in (1, num_stages))
+        assert drafted == alone, f"case {number}"
+
+
+@pytest.mark.timeout(60)
+def test_drafts_of_the_head_are_accepted_and_an_answer_has_the_same_tokens_after_a_cancelled_one(
+    engine_of: EngineOf,
+) -> None:
+    request = Request(prompt_ids(QUESTIONS[250]), 60, Sampling(seed=3, temperature=0.0), frozenset({STOP_ID}))
+    alone = tokens(engine_of(1), request)
+    cancelled = engine_of(2).submit(Request(prompt_ids(QUESTIONS[700]), 60, Sampling(seed=1), frozenset()))
+    for number, event in enumerate(cancelled.events()):
+        if isinstance(event, Token) and number > 5:
+            cancelled.cancel()
+    token_ids, end = rest_of(engine_of(2).submit(request))
+    assert token_ids == alone
+    assert isinstance(end, Finished)
+    (count,) = end.summary.drafts
+    assert count.source is DraftSource.MODEL
+    assert count.num_accepted > 0.5 * len(alone)
+
+
+@pytest.mark.slow
+def test_an_answer_with_drafts_goes_on_with_the_same_tokens_after_any_stage_is_killed(
+    engine_of: EngineOf, tmp_path: Path
+) -> None:
+    request = Request(prompt_ids(QUESTIONS[250]), 60, Sampling(seed=3, temperature=1.0), frozenset())
+    hosts = tuple(marked_host(tmp_path, rank, sys.executable) for rank in range(2))
+    asked = builtin_request(Hostfile(hosts=hosts, backend=Backend.RING), HEAD)
+    with (
+        RestartingDeployment(*open_source(asked), DeploymentListener(), 5, first_wait_s=0.05) as restarting,
+        engine_on(restarting.deployment, draft_mode=DraftMode.MODEL, restarts=restarting) as engine,
+    ):
+        token_ids = []
+        for event in engine.submit(request).events():
+            if isinstance(event, Token):
+                token_ids.append(event.token_id)
+                if len(token_ids) in (10, 30):
+                    stage_process(len(token_ids) // 30).kill()
+    assert isinstance(event, Finished)
+    assert event.summary.num_accepted > 0
+    assert token_ids == tokens(engine_of(1), request)

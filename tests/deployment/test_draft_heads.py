@@ -1,0 +1,64 @@
+"""Tests of a draft head on real stages whose hosts have different files: refused before anything is loaded."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from mlx_k2.cluster.hostfile import Host
+from mlx_k2.deployment.cluster_options import open_source
+from mlx_k2.deployment.deploy import deploy
+from mlx_k2.errors import MlxK2Error
+from mlx_k2.testing.random_draft_head import draft_config_fields, write_random_draft_head
+from mlx_k2.testing.tiny_config import tiny_config_fields
+from mlx_k2.weights.model_source import DraftHead, ModelSource
+from tests.local_cluster import VOCAB_SIZE, LoadedNames, local_host, local_request, write_model
+from tests.model.checkpoints import read_config
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "model")
+
+
+def host_with_home(folder: Path) -> Host:
+    """Return this machine as a host whose user has another home folder."""
+    folder.mkdir(exist_ok=True)
+    script = folder / "python"
+    script.write_text(f'#!/bin/sh\nHOME={folder} exec {sys.executable} "$@"\n')
+    script.chmod(0o755)
+    return msgspec.structs.replace(local_host(), python=str(script))
+
+
+def write_head(home: Path, model: Path, seed: int) -> None:
+    home.mkdir(exist_ok=True)
+    fields = draft_config_fields(tiny_config_fields(VOCAB_SIZE))
+    write_random_draft_head(home / "head", fields, read_config(model), seed, own=())
+
+
+@pytest.mark.parametrize(
+    ("seed", "sentence"),
+    [
+        (None, r"stage 1 .*--draft-model: .*/head is not a folder"),
+        (2, r"the draft head on this machine \(stage 0\) is not the one on this machine \(stage 1\)"),
+    ],
+)
+def test_a_head_that_differs_between_hosts_is_refused_before_anything_is_loaded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int | None, sentence: str
+) -> None:
+    write_head(tmp_path / "first", model, 1)
+    if seed is not None:
+        write_head(tmp_path / "second", model, seed)
+    monkeypatch.setenv("HOME", str(tmp_path / "first"))
+    hosts = [host_with_home(tmp_path / name) for name in ("first", "second")]
+    head = DraftHead(source=ModelSource(path_or_repo="~/head"))
+    request, description = open_source(replace(local_request(model, hosts), draft_head=head))
+    loaded = LoadedNames()
+    with pytest.raises(MlxK2Error, match=sentence) as refused, deploy(request, description, loaded):
+        pass
+    assert "\n" not in str(refused.value)
+    assert not loaded.by_rank

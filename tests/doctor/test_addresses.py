@@ -1,0 +1,36 @@
+"""Tests of the choice of addresses from the interfaces of all hosts."""
+
+import pytest
+
+from mlx_k2.doctor.addresses import address_choices
+
+LO = {"127.0.0.1": "lo0"}
+
+
+@pytest.mark.parametrize(
+    ("interfaces", "choices"),
+    [
+        (
+            [{"192.168.1.5": "en0", "10.0.0.1": "en5"}, {"192.168.1.9": "en0", "10.0.0.2": "en5"}],
+            [("10.0.0.1", "10.0.0.2"), ("192.168.1.5", "192.168.1.9")],
+        ),
+        (
+            [{"169.254.7.1": "bridge0", "192.168.1.5": "en0"}, {"169.254.200.3": "bridge0", "192.168.1.9": "en0"}],
+            [("192.168.1.5", "192.168.1.9"), ("169.254.7.1", "169.254.200.3")],
+        ),
+        ([{"192.168.1.5": "en0"}, {"192.168.2.9": "en0"}], []),
+        (
+            [
+                {"10.0.1.1": "en5", "10.0.3.2": "en6"},
+                {"10.0.1.2": "en5", "10.0.2.1": "en6"},
+                {"10.0.2.2": "en5", "10.0.3.1": "en6"},
+            ],
+            [("10.0.3.2", "10.0.1.2", "10.0.2.2")],
+        ),
+    ],
+    ids=["two networks", "link-local last", "no network", "cables between neighbours"],
+)
+def test_hosts_connect_over_their_common_networks(
+    interfaces: list[dict[str, str]], choices: list[tuple[str, ...]]
+) -> None:
+    assert address_choices([LO | host for host in interfaces]) == choices

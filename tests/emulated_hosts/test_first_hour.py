@@ -1,0 +1,152 @@
+"""The path of a new user with three hosts, line by line in a terminal, with a mistake at each step and its answer.
+
+The lines are those of README.md, with the names of the emulated hosts. `make demo` is replaced by its command, since
+the packages that it fetches are here already.
+"""
+
+import functools
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from tests.emulated_hosts.hosts import EmulatedHosts, what_is_missing
+from tests.emulated_hosts.test_generate import MLX_K2
+from tests.pty_command import PtyCommand, on_pty
+from tests.stub_wheels import write_stub_wheels
+from tests.test_readme import README
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+LONG_S = 240.0
+SIZES = ((80, 24), (120, 40))
+
+Start = Callable[[str], AbstractContextManager[PtyCommand]]
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedHosts]:
+    """Yield three hosts, on the first of which is a fresh clone, and no profile."""
+    if missing := what_is_missing():
+        pytest.skip(missing)
+    with EmulatedHosts(tmp_path_factory.mktemp("hosts"), num_hosts=3) as emulated:
+        clone = emulated.homes[0] / "mlx-k2"
+        subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True, timeout=60)
+        (clone / "letter.txt").write_text("Dear reader,\nthis is short.\n")
+        (clone / "prompts.jsonl").write_text('{"prompt": "What is 17 plus 25?"}\n{"prompt": "Count from 3 to 7."}\n')
+        write_stub_wheels(emulated.homes[0] / "wheels")
+        yield emulated
+
+
+@pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+def start(hosts: EmulatedHosts, request: pytest.FixtureRequest) -> Start:
+    """Return a function that starts a line of a shell in the clone on host 0, in a terminal of the size."""
+    columns, rows = request.param
+    path = f"{hosts.folder}/bin:{Path(MLX_K2).parent}:{os.environ['PATH']}"
+    environment = {"PATH": path, "TERM": "xterm-256color", "MLX_K2_DEVICE": "cpu"}
+
+    def run(line: str) -> AbstractContextManager[PtyCommand]:
+        command = functools.partial(hosts.exec, 0, ["bash", "-c", line], env=environment)
+        return on_pty(command, columns, rows, cwd=hosts.homes[0] / "mlx-k2")
+
+    return run
+
+
+def from_readme(line: str) -> str:
+    """Return a line that README has."""
+    assert re.search(rf"^    {re.escape(line)}( +#.*)?$", README.read_text(), re.MULTILINE), line
+    return line
+
+
+def check(start: Start, line: str, *shown: str, code: int = 0) -> str:
+    """Run a line to its end; check its exit code and what it shows. Return all that was shown."""
+    with start(line) as pane:
+        assert pane.end(LONG_S) == code, pane.shown
+    words = " ".join(pane.shown.split())
+    for text in shown:
+        assert text in words, pane.shown
+    return pane.shown
+
+
+def test_a_misspelt_command_is_answered_with_the_right_one(start: Start) -> None:
+    check(start, "mlx-k2 genrate Hello", "did you mean generate?", code=2)
+    check(start, "mlx-k2 Hello there", "to ask it, write mlx-k2 generate 'Hello there'", code=2)
+
+
+def test_setup_writes_what_all_later_commands_use(start: Start, hosts: EmulatedHosts) -> None:
+    check(start, "mlx-k2 setup this nobody.invalid", "its name cannot be resolved", "nothing was changed", code=2)
+    line = from_readme("mlx-k2 setup this mac-2 --model moonshotai/Kimi-K2-Thinking")
+    line = line.replace("mac-2", "host-1 host-2").replace("moonshotai/Kimi-K2-Thinking", "built-in")
+    is_first = not (hosts.homes[0] / ".config").exists()
+    with start(f"{line} --python {shlex.quote(sys.executable)} --wheels ~/wheels") as pane:
+        if is_first:
+            pane.wait_for("Install mlx-k2", LONG_S)
+            pane.type("y")
+            pane.wait_for("is installed on host-2", LONG_S)
+            pane.wait_for("Write ", LONG_S)
+            pane.type("y")
+        pane.wait_for("0 failure", LONG_S)
+        assert pane.end(LONG_S) == 0, pane.shown
+    check(start, from_readme("mlx-k2 config"), 'model = "built-in"', "config.toml, line")
+    check(start, from_readme("mlx-k2 doctor"), "host-1", "host-2", "hop", "0 failure")
+    check(start, from_readme("mlx-k2 generate --dry-run"), "host-2", "read a token", "nothing was started")
+
+
+def test_the_demo_answers_and_a_pipe_joins_the_prompt(start: Start) -> None:
+    shown = check(start, from_readme('mlx-k2 generate "What is mlx-k2?"'), "runs Kimi K2 models over several Macs")
+    assert len([line for line in shown.splitlines() if "tok/s" in line]) == 1
+    check(start, from_readme('cat letter.txt | mlx-k2 generate -p "Summarise this letter." -n 200'), "tokens")
+    check(start, 'mlx-k2 generate --temprature 0 "Hello"', "Did you mean '--temperature'?", code=2)
+
+
+def test_the_chat_calls_a_tool_after_a_question(start: Start) -> None:
+    check(start, 'mlx-k2 chat --tools nowhere.py "Hello"', "there is no Python file nowhere.py", code=2)
+    with start(from_readme('mlx-k2 chat --tools examples/tools.py "How much does the lamp cost?"')) as pane:
+        pane.wait_for("run it?", LONG_S)
+        pane.type("y")
+        pane.wait_for("30", LONG_S)
+        pane.wait_for("stages")
+        pane.type("/sav")
+        pane.wait_for("there is no command /sav")
+        pane.type("quit")
+        assert pane.end(LONG_S) == 0, pane.shown
+
+
+def test_a_file_of_prompts_is_answered(start: Start, hosts: EmulatedHosts) -> None:
+    results = hosts.homes[0] / "mlx-k2" / "results.jsonl"
+    results.unlink(missing_ok=True)
+    check(start, "mlx-k2 generate --prompts prompts.jsonl", "--prompts and --out go together: give both", code=2)
+    line = "mlx-k2 generate --prompts prompts.jsonl --out results.jsonl --temp 0"
+    check(start, line, "2 results are in results.jsonl")
+    assert "17 + 25 = 42" in results.read_text().splitlines()[0]
+
+
+def test_the_server_answers_a_client_and_ends_with_ctrl_c(start: Start) -> None:
+    with start(from_readme("mlx-k2 serve")) as server:
+        server.wait_for("serving ", LONG_S)
+        server.wait_for("requests at once")
+        (curl,) = [line.strip() for line in README.read_text().splitlines() if line.startswith("    curl ")]
+        check(start, curl.replace("curl ", "curl --silent ", 1), "17 + 25 = 42")
+        check(start, 'mlx-k2 generate --connect http://127.0.0.1:8080 "What is 17 plus 25?"', "17 + 25 = 42")
+        check(start, 'mlx-k2 generate --connect http://127.0.0.1:8081 "Hello"', "error: ", code=2)
+        check(start, "mlx-k2 serve", "8080", code=2)
+        server.press(b"\x03")
+        server.wait_for("ending", LONG_S)
+        assert server.end(LONG_S) in (0, 130), server.shown
+
+
+def test_bench_writes_a_plot(start: Start, hosts: EmulatedHosts) -> None:
+    check(start, "mlx-k2 bench --plot nowhere/speed.png", "there is no folder", code=2)
+    plot = hosts.homes[0] / "mlx-k2" / "speed.png"
+    plot.unlink(missing_ok=True)
+    line = from_readme("mlx-k2 bench --prompt-lengths 128 --generate 32 --streams 1,2 --plot speed.png")
+    check(start, line, "prefill", "p95 ms")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert hosts.all_processes() == {}

@@ -1,0 +1,1 @@
+"""Independent computations in other libraries, whose results are committed as small files."""

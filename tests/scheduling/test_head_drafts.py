@@ -1,0 +1,212 @@
+"""Tests of drafts of a draft head in the scheduler: plans, counts, the choice of a source, and when drafts stop."""
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_k2.errors import RequestError
+from mlx_k2.sampling import SampledToken, Sampling
+from mlx_k2.scheduling.cost_model import StageCost, StageSpeed
+from mlx_k2.scheduling.draft_switch import DraftSwitch
+from mlx_k2.scheduling.drafter import DraftMode, NgramDrafter, effective_mode
+from mlx_k2.scheduling.drafts import DraftCount, Drafts, DraftSource, merge_counts
+from mlx_k2.scheduling.microbatch import Microbatch
+from mlx_k2.scheduling.request import Request
+from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
+from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy, drafted_token_s
+from mlx_k2.testing.sleeping_stages import SIZES
+from tests.scheduling.fake_stages import WHOLE_CHUNKS, FixedStepPolicy
+
+
+@dataclass
+class HeadRun:
+    """Stages that count 0, 1, 2 ... and have a draft head. ``is_right`` says whether its next draft is right."""
+
+    num_stages: int
+    is_right: random.Random | bool
+    mode: DraftMode = DraftMode.MODEL
+    policy: FixedStepPolicy = WHOLE_CHUNKS
+    plans: list[Microbatch] = field(default_factory=list)
+    num_skipped: int = 0
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(SchedulerLimits(2, 400, 400, self.num_stages), self.policy, draft_mode=self.mode)
+        self._in_flight: deque[Microbatch] = deque()
+        self._newest: dict[int, tuple[int, int]] = {}
+
+    def submit(self, max_tokens: int, first: int = 0) -> None:
+        """Submit a request whose answer continues the prompt ``first``, ``first`` + 1."""
+        self.scheduler.submit(Request((first, first + 1), max_tokens, Sampling(seed=0), frozenset()))
+
+    def round(self) -> None:
+        """Send all plans, then complete the oldest one as the last stage does: token, then drafts."""
+        while (microbatch := self.scheduler.next_microbatch()) is not None:
+            self.plans.append(microbatch)
+            self._in_flight.append(microbatch)
+        microbatch = self._in_flight.popleft()
+        rows = [planned.row for planned in microbatch.rows]
+        if rows[0].is_draft and self._newest[rows[0].slot] != (rows[0].position, rows[0].token_ids[0]):
+            self.num_skipped += 1
+            self.scheduler.complete(microbatch.number, [], is_skipped=True)
+            return
+        tokens = [SampledToken(row.token_ids[-1] + 1) for row in rows]
+        self._newest |= {row.slot: (row.end, token.token_id) for row, token in zip(rows, tokens, strict=True)}
+        self.scheduler.complete(microbatch.number, tokens)
+        draft = rows[0].draft
+        if draft is not None:
+            self.scheduler.propose(microbatch, self._drafts(tokens[0].token_id, draft.num_tokens))
+
+    def _drafts(self, token_id: int, count: int) -> list[int]:
+        """Return the head's tokens. Like the last stage it keeps those in plans, if the first of them is right."""
+        planned = [later.rows[0].row.token_ids[0] for later in self._in_flight if later.rows[0].row.is_draft]
+        drafts = planned[1:] if planned[:1] == [token_id] else []
+        while len(drafts) < count:
+            before = drafts[-1] if drafts else token_id
+            drafts.append(before + 1 if self._next_is_right() else before + 7)
+        return drafts[:count]
+
+    def _next_is_right(self) -> bool:
+        if isinstance(self.is_right, bool):
+            return self.is_right
+        return self.is_right.random() < 0.7
+
+    def finish(self) -> None:
+        """Run until no work is left."""
+        while self.scheduler.has_work:
+            self.round()
+
+
+@given(st.randoms(use_true_random=False), st.integers(1, 4), st.integers(1, 30))
+def test_the_answer_is_the_same_whatever_the_head_drafts(rng: random.Random, num_stages: int, max_tokens: int) -> None:
+    run = HeadRun(num_stages, rng)
+    run.submit(max_tokens)
+    run.finish()
+    (sequence,) = {id(planned.sequence): planned.sequence for plan in run.plans for planned in plan.rows}.values()
+    assert list(sequence.generated_ids) == list(range(2, 2 + max_tokens))
+    assert max(len(plan.rows) for plan in run.plans) == 1
+    assert sequence.drafts.num_accepted <= sequence.drafts.num_drafted
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 4])
+def test_a_head_that_is_always_right_needs_one_plan_a_token(num_stages: int) -> None:
+    run = HeadRun(num_stages, is_right=True)
+    run.submit(60)
+    run.finish()
+    assert len(run.plans) <= 60 + num_stages
+    assert run.num_skipped == 0
+
+
+def test_a_head_that_is_always_wrong_needs_two_plans_a_token_and_the_last_stage_skips_one_of_them() -> None:
+    run = HeadRun(2, is_right=False)
+    run.submit(60)
+    run.finish()
+    assert len(run.plans) == pytest.approx(120, abs=3)
+    assert run.num_skipped == pytest.approx(59, abs=2)
+
+
+def test_each_further_stage_gets_a_draft_and_positions_are_counted_apart() -> None:
+    run = HeadRun(4, random.Random(1))
+    run.submit(200)
+    run.finish()
+    sequence = run.plans[0].rows[0].sequence
+    assert {count.position for count in sequence.drafts.counts} == {1, 2, 3}
+    first = next(count for count in sequence.drafts.counts if count.position == 1)
+    assert first.num_accepted / first.num_drafted == pytest.approx(0.7, abs=0.15)
+    assert all(plan.rows[0].row.draft for plan in run.plans if plan.rows[0].row.needs_logits)
+
+
+def test_two_sequences_run_without_drafts_and_ask_for_none() -> None:
+    run = HeadRun(2, is_right=True)
+    run.submit(20)
+    run.submit(20, first=1000)
+    for _ in range(15):
+        run.round()
+    beside = [planned.row for plan in run.plans for planned in plan.rows]
+    assert not any(row.is_draft or row.draft for row in beside[1:])
+
+
+def test_a_draft_model_without_which_none_was_loaded_is_an_error_and_auto_uses_ngrams_then() -> None:
+    assert effective_mode(DraftMode.AUTO, has_head=False) is DraftMode.NGRAM
+    assert effective_mode(DraftMode.AUTO, has_head=True) is DraftMode.AUTO
+    with pytest.raises(RequestError, match="--draft-model"):
+        effective_mode(DraftMode.MODEL, has_head=False)
+
+
+REPEATED = [1, 2, 3, 4, 5, 1, 2, 3, 4]
+"""The last four tokens occurred before, and 5 followed them."""
+
+
+def test_an_ngram_wins_over_the_head_only_with_four_tokens_and_a_better_acceptance() -> None:
+    drafts = Drafts(DraftMode.AUTO)
+    drafter = NgramDrafter()
+    drafter.index(REPEATED, 100)
+    drafts.propose([9])
+    first = drafts.next(REPEATED, drafter)
+    assert first is not None
+    assert first.source is DraftSource.MODEL
+    for _ in range(10):  # the head errs where the n-gram would have been right
+        drafts.propose([9])
+        found = drafts.next(REPEATED, drafter)
+        assert found is not None
+        drafts.plan(found)
+        drafts.accept(5)
+    drafts.propose([9])
+    winner = drafts.next(REPEATED, drafter)
+    assert winner is not None
+    assert (winner.source, winner.token_id) == (DraftSource.NGRAM, 5)
+    short = drafts.next([7, *REPEATED[1:4], 8, 2, 3, 4], drafter)
+    assert short is not None
+    assert short.source is DraftSource.MODEL
+
+
+def test_proposals_that_differ_from_the_drafts_in_plans_are_dropped() -> None:
+    drafts = Drafts(DraftMode.MODEL)
+    drafts.propose([4, 5])
+    for _ in range(2):
+        found = drafts.next([], NgramDrafter())
+        assert found is not None
+        drafts.plan(found)
+    assert drafts.accept(4)
+    drafts.propose([5, 6])
+    newest = drafts.next([], NgramDrafter())
+    assert newest is not None
+    assert newest.token_id == 6
+    drafts.propose([7, 8])
+    assert drafts.next([], NgramDrafter()) is None
+
+
+def test_counts_of_several_answers_are_added_by_source_and_position() -> None:
+    one = DraftCount(DraftSource.MODEL, 1, 10, 7)
+    other = DraftCount(DraftSource.MODEL, 2, 4, 1)
+    assert merge_counts([other, one, one]) == (DraftCount(DraftSource.MODEL, 1, 20, 14), other)
+
+
+@pytest.mark.parametrize(("draft_s", "pays"), [(0.001, True), (0.019, True), (0.2, False)])
+def test_auto_decides_from_the_costs_of_stages_and_head(draft_s: float, pays: bool) -> None:
+    speed = StageSpeed(fixed_s=0.0, bytes_per_s=SIZES.dense_bytes / 0.02, operations_per_s=1.0)
+    policy = AdaptiveStepPolicy([StageCost(SIZES, speed)] * 2)
+    policy.observe_draft(draft_s)
+    assert policy.drafts_pay() is pays
+    assert DraftSwitch(policy.drafts_pay).is_on is pays
+
+
+def test_the_predicted_time_of_a_drafted_token_is_that_of_cycles_and_whole_passes() -> None:
+    assert drafted_token_s([0.02, 0.02], 0.002, 0.0, acceptance=1.0) == pytest.approx(0.022)
+    assert drafted_token_s([0.03, 0.02], 0.002, 0.002, acceptance=0.0) == pytest.approx(0.052)
+    assert drafted_token_s([0.03, 0.02], 0.002, 0.002, acceptance=0.5) == pytest.approx((0.031 + 0.052) / 2)
+
+
+@pytest.mark.parametrize(("drafted_s", "plain_s", "expected"), [(0.03, 0.02, 0.1), (0.02, 0.03, 0.9)])
+def test_auto_keeps_the_way_that_was_measured_to_be_faster(drafted_s: float, plain_s: float, expected: float) -> None:
+    switch = DraftSwitch(lambda: True)
+    ways: list[bool] = []
+    for _ in range(2000):
+        ways.append(switch.is_on)
+        switch.observe(drafted_s if switch.is_on else plain_s)
+    late = ways[64:]
+    assert sum(late) / len(late) == pytest.approx(expected, abs=0.1)
+    assert len(set(late)) == 2, "the other way is measured again from time to time"

@@ -1,0 +1,109 @@
+"""Checks of the events of a response, and the fields by which two responses are compared."""
+
+import json
+from typing import Any
+
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
+
+from tests.server.forced_replies import TOOLS
+
+Fields = dict[str, Any]
+FUNCTIONS: list[Any] = [{"type": "function", **tool["function"]} for tool in TOOLS]
+ENDS = ("response.completed", "response.incomplete", "response.failed")
+_TEXT_OF = {"reasoning": "reasoning_text", "message": "output_text", "function_call": "function_call_arguments"}
+_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+
+
+def without_chunks(body: bytes) -> bytes:
+    """Return a body in HTTP's chunked encoding as it was before that."""
+    whole = b""
+    while body:
+        size, _, body = body.partition(b"\r\n")
+        length = int(size, 16)
+        whole, body = whole + body[:length], body[length + 2 :]
+    return whole
+
+
+def events_of(sent: bytes) -> list[Fields]:
+    """Return the events of a stream, each with the name of its data's type, and [DONE] at the end alone."""
+    *frames, done, rest = sent.decode().split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    events = []
+    for frame in frames:
+        name, _, data = frame.partition("\n")
+        event = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {event['type']}"
+        events.append(event)
+    return events
+
+
+def checked(events: list[Fields]) -> Fields:
+    """Check a whole stream: order, indexes, ids, and that its deltas are its items; return the last response."""
+    for event in events:
+        _EVENT.validate_python(event)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
+    assert [event["type"] in ENDS for event in events] == [False] * (len(events) - 1) + [True]
+    items: list[Fields] = []
+    opened: Fields | None = None
+    text = ""
+    for event in events[2:-1]:
+        kind = event["type"].removeprefix("response.")
+        if kind == "in_progress":
+            assert event["response"]["id"] == events[0]["response"]["id"]
+            continue
+        if kind == "output_item.added":
+            assert opened is None
+            opened, text = event["item"], ""
+            assert opened["status"] == "in_progress"
+            assert event["output_index"] == len(items)
+            continue
+        assert opened is not None, f"{kind} belongs to no item"
+        assert event["output_index"] == len(items)
+        if kind == "output_item.done":
+            assert all(
+                event["item"].get(name) == opened.get(name) for name in ("type", "id", "role", "call_id", "name")
+            )
+            items.append(event["item"])
+            assert text_of(event["item"]) == text
+            opened = None
+            continue
+        assert event["item_id"] == opened["id"]
+        assert event.get("content_index", 0) == 0
+        if kind == f"{_TEXT_OF[opened['type']]}.delta":
+            assert event["delta"]
+            text += event["delta"]
+        elif kind == f"{_TEXT_OF[opened['type']]}.done":
+            assert event["arguments" if opened["type"] == "function_call" else "text"] == text
+        else:
+            assert kind in ("content_part.added", "content_part.done")
+            assert opened["type"] == "message"
+    response: Fields = events[-1]["response"]
+    if response["status"] != "failed":
+        assert opened is None
+        assert response["output"] == items
+    Response.model_validate(response)
+    assert len({item["id"] for item in response["output"]}) == len(response["output"])
+    return response
+
+
+def text_of(item: Fields) -> str:
+    """Return the text of an item: its reasoning, its answer, or its arguments."""
+    return (
+        str(item["arguments"]) if item["type"] == "function_call" else "".join(part["text"] for part in item["content"])
+    )
+
+
+def comparable(response: Fields) -> Fields:
+    """Return what must be equal however a response is received."""
+    usage = response["usage"]
+    return {
+        "status": response["status"],
+        "incomplete_details": response["incomplete_details"],
+        "output": [
+            (item["type"], item["status"], item.get("call_id"), item.get("name"), text_of(item))
+            for item in response["output"]
+        ],
+        "usage": (usage["input_tokens"], usage["output_tokens"], usage["output_tokens_details"]["reasoning_tokens"]),
+    }

@@ -1,0 +1,195 @@
+"""Tests of requests for responses: the chat request that each means, and what is refused."""
+
+import json
+from typing import Any
+
+import pytest
+
+from mlx_k2.server.api_errors import ApiError
+from mlx_k2.server.responses_request import Conversation, conversation_of, in_responses_words, read_responses_request
+from mlx_k2.server.turn_store import HANDLE_FIELD
+
+CALLED: list[Any] = [
+    {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"a": 1}', "id": "fc_1"},
+    {"type": "function_call", "call_id": "c2", "name": "g", "arguments": "{}"},
+]
+SEARCH = {"type": "web_search", "external_web_access": True}
+F = {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False}
+G = {"type": "function", "name": "g"}
+
+
+def conversation(earlier: list[Any] | None = None, **fields: Any) -> Conversation:
+    return conversation_of(read_responses_request(json.dumps({"input": "a"} | fields).encode()), earlier or [])
+
+
+def messages(items: list[Any]) -> list[dict[str, Any]]:
+    return conversation(input=items).chat.messages
+
+
+def refused(**fields: Any) -> ApiError:
+    """Return the error that a client gets."""
+    try:
+        asked = read_responses_request(json.dumps({"input": "a"} | fields).encode())
+    except ApiError as error:
+        return error
+    with pytest.raises(ApiError) as caught:
+        conversation_of(asked)
+    return in_responses_words(caught.value)
+
+
+def test_a_text_is_a_message_of_the_user_after_the_instructions() -> None:
+    found = conversation(instructions="Be brief.")
+    user = {"role": "user", "content": "a"}
+    assert found.chat.messages == [{"role": "system", "content": "Be brief."}, user]
+    assert found.messages == [user], "a later response has instructions of its own"
+
+
+def test_the_items_of_one_turn_of_the_model_are_one_message() -> None:
+    reasoning = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Why?"}]}
+    answer = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I call."}]}
+    outputs = [
+        {"type": "function_call_output", "call_id": "c1", "output": "1"},
+        {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "2"}]},
+    ]
+    found = messages([{"role": "user", "content": "a"}, reasoning, answer, *CALLED, *outputs, answer])
+    calls = [
+        {"id": "c1", "function": {"name": "f", "arguments": '{"a": 1}'}},
+        {"id": "c2", "function": {"name": "g", "arguments": "{}"}},
+    ]
+    assert found == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "I call.", "reasoning_content": "Why?", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "c1", "content": "1"},
+        {"role": "tool", "tool_call_id": "c2", "content": "2"},
+        {"role": "assistant", "content": "I call."},
+    ]
+
+
+def test_a_handle_names_its_turn_and_another_one_begins_another() -> None:
+    def reasoning(handle: str) -> dict[str, Any]:
+        return {"type": "reasoning", "summary": [], "encrypted_content": handle}
+
+    answer = {"type": "message", "role": "assistant", "content": "b"}
+    found = messages([reasoning("h1"), answer, reasoning("h1"), reasoning("h2"), answer])
+    assert found == [{"role": "assistant", "content": "b", HANDLE_FIELD: handle} for handle in ("h1", "h2")]
+
+
+def test_a_summary_stands_in_for_reasoning_only_if_there_is_nothing_else() -> None:
+    summary = {"type": "reasoning", "summary": [{"type": "summary_text", "text": text} for text in ("s", "t")]}
+    assert messages([summary, *CALLED])[0]["reasoning_content"] == "st"
+    whole = summary | {"content": [{"type": "reasoning_text", "text": "Why?"}]}
+    assert messages([whole, *CALLED])[0]["reasoning_content"] == "Why?"
+
+
+def test_the_parts_of_a_message_are_joined() -> None:
+    parts = [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}]
+    assert messages([{"type": "message", "role": "developer", "content": parts}]) == [
+        {"role": "developer", "content": "ab"}
+    ]
+
+
+def test_the_image_of_a_tool_is_replaced_by_a_line_of_text() -> None:
+    output = [{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "x"}]
+    found = messages([*CALLED, {"type": "function_call_output", "call_id": "c1", "output": output}])
+    assert found[-1]["content"] == "a[input_image left out: this model reads text only]"
+
+
+def test_a_response_continues_an_earlier_conversation() -> None:
+    earlier = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    found = conversation(earlier, instructions="s")
+    assert [message["content"] for message in found.chat.messages] == ["s", "x", "y", "a"]
+    assert [message["content"] for message in found.messages] == ["x", "y", "a"]
+
+
+def test_tools_that_run_on_a_server_and_unknown_items_are_left_out_and_named() -> None:
+    custom = {"type": "custom", "name": "apply_patch"}
+    namespace = {"type": "namespace", "name": "mcp", "tools": [F]}
+    found = conversation(
+        tools=[SEARCH, F, custom, namespace, {"type": "local_shell"}],
+        input=[{"role": "user", "content": "a"}, {"type": "web_search_call", "id": "ws_1", "status": "completed"}],
+    )
+    assert found.chat.tools == [
+        {"type": "function", "function": {name: value for name, value in F.items() if name != "type"}}
+    ]
+    assert len(found.chat.messages) == 1
+    assert found.warnings == (
+        "tools of these types are left out: custom, local_shell, namespace, web_search",
+        "input items of these types are left out: web_search_call",
+    )
+
+
+def test_a_request_whose_tools_all_run_on_a_server_has_none() -> None:
+    assert conversation(tools=[SEARCH]).chat.tools is None
+
+
+@pytest.mark.parametrize("choice", ["auto", "none", "required"])
+def test_a_word_for_the_choice_of_tools_stays(choice: str) -> None:
+    assert conversation(tools=[F], tool_choice=choice).chat.tool_choice == choice
+
+
+def test_the_choice_of_one_function_and_of_some_are_those_of_chat_completions() -> None:
+    named = conversation(tools=[F, G], tool_choice={"type": "function", "name": "g"}).chat
+    assert named.tool_choice == {"type": "function", "function": {"name": "g"}}
+    some = conversation(tools=[F, G], tool_choice={"type": "allowed_tools", "mode": "required", "tools": [G]}).chat
+    assert (some.tool_choice, some.tools) == ("required", [{"type": "function", "function": {"name": "g"}}])
+
+
+def test_the_form_of_the_answer_is_that_of_chat_completions() -> None:
+    schema = {"type": "object"}
+    form = {"type": "json_schema", "name": "n", "schema": schema, "strict": True}
+    found = conversation(text={"format": form, "verbosity": "low"}).chat
+    assert found.response_format == {"type": "json_schema", "json_schema": {"schema": schema, "strict": True}}
+    assert conversation(text={"format": {"type": "json_object"}}).chat.response_format == {"type": "json_object"}
+    assert conversation(text={"verbosity": "high"}).chat.response_format is None
+
+
+@pytest.mark.parametrize(
+    ("effort", "thinks", "budget"),
+    [("none", False, None), ("low", True, 2048), ("xhigh", True, None), (None, None, None)],
+)
+def test_effort_is_a_budget_of_thinking(effort: str | None, thinks: bool | None, budget: int | None) -> None:
+    chat = conversation(reasoning={"effort": effort, "summary": "auto"}).chat
+    assert (chat.wants_thinking, chat.thinking_budget) == (thinks, budget)
+
+
+def test_limits_sampling_and_log_probabilities_are_passed_on() -> None:
+    chat = conversation(
+        max_output_tokens=7, temperature=0.5, top_p=0.9, seed=3, include=["message.output_text.logprobs"]
+    ).chat
+    assert (chat.limit_tokens, chat.temperature, chat.top_p, chat.seed, chat.num_logprobs) == (7, 0.5, 0.9, 3, 0)
+    assert conversation(top_logprobs=2).chat.num_logprobs == 2
+    assert conversation(include=["reasoning.encrypted_content"]).chat.num_logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"input": 5}, "input", None),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+            "input[0].content[0]",
+            "unsupported_content",
+        ),
+        ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].call_id", None),
+        ({"input": [{"type": "function_call", "call_id": "c"}]}, "input[0].name", None),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0]", None),
+        ({"input": [{"type": "function_call_output", "call_id": "c", "output": "1"}]}, "input", None),
+        ({"input": [{"role": "user", "content": 5}]}, "input[0].content", None),
+        ({"max_output_tokens": 0}, "max_output_tokens", None),
+        ({"reasoning": {"effort": "extreme"}}, "reasoning.effort", None),
+        ({"tools": [{"type": "function"}]}, "tools[0].name", None),
+        ({"tools": [F, F]}, "tools", None),
+        ({"tool_choice": {"type": "web_search"}}, "tool_choice", None),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.tools", None),
+        ({"background": True}, "background", None),
+        ({"conversation": "conv_1"}, "conversation", None),
+        ({"prompt": {"id": "pmpt_1"}}, "prompt", None),
+        ({"n": 2}, "n", None),
+        ({"top_logprobs": 21}, "top_logprobs", None),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_refused_by_its_name(fields: dict[str, Any], param: str, code: str | None) -> None:
+    error = refused(**fields)
+    assert (error.status, error.param, error.code) == (400, param, code)
+    assert "messages" not in error.message

@@ -1,0 +1,38 @@
+"""Wheels under the names and versions of this environment's packages, without content, for installing without an index.
+
+One of them adds this environment's packages to the path, so that what is installed with them runs.
+"""
+
+import importlib.metadata
+import re
+import zipfile
+from pathlib import Path
+
+import click
+from packaging.requirements import Requirement
+
+
+def write_stub_wheels(folder: Path) -> Path:
+    """Write a wheel for each package that mlx-k2 requires; return the folder."""
+    folder.mkdir()
+    for line in importlib.metadata.requires("mlx-k2") or ():
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            _write_wheel(folder, requirement)
+    return folder
+
+
+def _write_wheel(folder: Path, requirement: Requirement) -> None:
+    name, version = re.sub(r"[-_.]+", "_", requirement.name), importlib.metadata.version(requirement.name)
+    info = f"{name}-{version}.dist-info"
+    extras = "".join(f"Provides-Extra: {extra}\n" for extra in requirement.extras)
+    files = {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {requirement.name}\nVersion: {version}\n{extras}",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: stub\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    if requirement.name == "click":
+        files["others.pth"] = f"{Path(click.__file__).parents[1]}\n"
+    files[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        for path, text in files.items():
+            archive.writestr(path, text)
