@@ -87,7 +87,7 @@ OPTIONS = (  # the message, a command line with it, and that line after the advi
         "generate Hi --token-ids 3",
         f"generate --token-ids 3 {END}",
     ),
-    ("--raw sends PROMPT alone: leave out --system", "generate Hi --raw --system x", f"generate Hi --raw {END}"),
+    ("--raw sends only PROMPT: leave out --system", "generate Hi --raw --system x", f"generate Hi --raw {END}"),
     ("the prompt is empty: give some text", "generate ''", f"generate Hi {END}"),
     (
         "--yes and --allow-tool are for tools: give --tools or --mcp",
@@ -319,8 +319,8 @@ VALUES: tuple[tuple[str, Callable[[], object], Callable[[], object]], ...] = (
      lambda: ThinkingMode().variables(ChatTemplate("a"))),
     ("the model has no chat template: give --raw to send the prompt unchanged", lambda: load_chat_template({}),
      lambda: load_chat_template(TEMPLATE)),
-    ("--host mac! is no address: give one of this machine's, as 127.0.0.1", lambda: listening_socket("mac!", 0).close(),
-     lambda: listening_socket("127.0.0.1", 0).close()),
+    ("--host mac! is not an address: give one of this machine's, as 127.0.0.1",
+     lambda: listening_socket("mac!", 0).close(), lambda: listening_socket("127.0.0.1", 0).close()),
 )  # fmt: skip
 
 

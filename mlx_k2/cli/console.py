@@ -54,7 +54,7 @@ def log(line: str) -> None:
 def log_restart(restart: Restart, phase: str = WAITING) -> None:
     """Log a restart, and what becomes of the answer. Later phases are not logged."""
     if phase == WAITING:
-        log(f"{restart_line(restart)}; the answer then goes on where it is")
+        log(f"{restart_line(restart)}; the answer then continues")
 
 
 def restart_line(restart: Restart) -> str:
@@ -143,7 +143,7 @@ class ConsoleListener(DeploymentListener):
             self._write(f"{what} ...")
         elif console.is_terminal and not self._hides_progress:
             self.done()
-            self._status.update(Text(f"{what} ..."))  # as text: a host's name is no markup
+            self._status.update(Text(f"{what} ..."))  # as text: a host's name is not markup
             self._status.start()
 
     def planned(self, model: ModelDescription, plans: Sequence[StagePlan]) -> None:

@@ -34,7 +34,7 @@ COMMANDS = {
     "serve": "Serve the model to clients of OpenAI's API, loaded once.",
     "keys": "Make, list and remove the keys that clients of a server send.",
     "setup": "Install mlx-k2 on your Macs, and write a hostfile and a profile.",
-    "doctor": "Look at every host and every hop, and say what to mend.",
+    "doctor": "Check every host and every hop, and show what to fix.",
     "download": "Fetch each stage's files from the Hub on its own host.",
     "kernels": "Check and time the GPU kernels of this machine.",
     "bench": "Measure throughput over prompt lengths and streams.",

@@ -85,7 +85,7 @@ class _SetupCommand(ProgramCommand):
     "--hostfile",
     type=click.Path(dir_okay=False),
     metavar="FILE",
-    help="Where to write the hostfile.  [default: beside the profile]",
+    help="Where to write the hostfile.  [default: in the folder of the profile]",
 )
 @click.option("--yes", "-y", is_flag=True, help="Change what has to be changed without asking.")
 @with_struct(SetupOptions)
@@ -155,7 +155,7 @@ class _Steps:
             raise RequestError("give each Mac once, for instance: mlx-k2 setup this mac-2")
         for name in names:
             if name.startswith("-") or not name.isprintable():
-                raise RequestError(f"{name!r} is not a host name that ssh takes")
+                raise RequestError(f"{name!r} is not a host name that ssh accepts")
         return names
 
     def _confirm(self, question: str) -> None:
@@ -246,7 +246,7 @@ class _Steps:
             checks = probe_cluster(request, None, listener, deep=False)
         show_checks(checks)
         if any(check.result is CheckResult.FAILURE for check in checks):
-            raise ClusterError("the doctor found a failure: mend it, then run `mlx-k2 doctor`")
+            raise ClusterError("the doctor found a failure: fix it, then run `mlx-k2 doctor`")
         model = self._options.model
         log(f"next: mlx-k2 {'download' if model is not None else 'chat'}; `mlx-k2 config` shows the profile")
 

@@ -145,7 +145,7 @@ class Engine:
         Raises:
             RequestError: the request can never run (``check_request``).
             EngineBusy: the queue is full; has the expected wait.
-            ClusterError: the stages have failed for good.
+            ClusterError: the stages have failed and are not restarted.
         """
         return self.submit_all([Submission(request, policy, notify)])[0]
 
@@ -191,7 +191,7 @@ class Engine:
             self._loop.run()
         except MlxK2Error as failure:
             error = failure
-        except BaseException as defect:  # noqa: BLE001 - readers must not wait for ever
+        except BaseException as defect:  # noqa: BLE001 - readers must not wait without a limit
             error = ClusterError(f"the engine failed: {type(defect).__name__}: {defect}")
             error.__cause__ = defect
         with self._lock:

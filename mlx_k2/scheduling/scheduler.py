@@ -121,7 +121,7 @@ class Scheduler:
         sampled_sequences = [planned.sequence for planned in microbatch.rows if planned.row.needs_logits]
         if is_skipped:
             sampled_sequences.clear()
-        assert microbatch.number == number, f"step {number} came back before step {microbatch.number}"
+        assert microbatch.number == number, f"step {number} was reported before step {microbatch.number}"
         assert len(sampled_sequences) == len(tokens), (
             f"step {number} sampled {len(tokens)} tokens, not {len(sampled_sequences)}"
         )
@@ -164,7 +164,7 @@ class Scheduler:
         return sequence.drafter.index(sequence.token_ids, INDEX_TOKENS)
 
     def _active(self) -> list[Sequence]:
-        """Return the running sequences that may be planned: no background ones beside interactive requests."""
+        """Return the running sequences that may be planned: no background ones while there are interactive requests."""
         interactive = [sequence for sequence in self._running if sequence.is_interactive]
         return interactive if interactive or self._waiting[Priority.INTERACTIVE] else self._running
 
@@ -261,7 +261,7 @@ class Scheduler:
         if sequence is None:
             return
         if decode_round is not None:
-            rows.append(_prompt_row(sequence, self._beside_decoding(rows, sequence, decode_round, budget)))
+            rows.append(_prompt_row(sequence, self._tokens_while_decoding(rows, sequence, decode_round, budget)))
             return
         remaining = min(budget, self._chunk_tokens(sequence))
         while sequence is not None and remaining > 0:
@@ -307,7 +307,7 @@ class Scheduler:
             )
         return sequence.chunk_tokens
 
-    def _beside_decoding(
+    def _tokens_while_decoding(
         self, rows: list[PlannedRow], sequence: Sequence, decode_round: DecodeRound, longest: int
     ) -> int:
         """Return how many prompt tokens, at most ``longest``, may join ``rows``.

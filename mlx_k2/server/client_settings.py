@@ -12,7 +12,7 @@ _NAME = "mlx-k2"
 _KEY = f'"${{{KEY_VARIABLE}:-none}}"'
 """The key in a shell; without keys a server accepts any text, and clients refuse an empty one."""
 _TIMEOUT_MS = 1_800_000
-"""Clients wait for so long. A prompt of 100,000 tokens is computed for minutes before its first token."""
+"""Clients wait at most this long. A prompt of 100,000 tokens is computed for minutes before its first token."""
 _MAX_OUTPUT_TOKENS = 32_000
 
 

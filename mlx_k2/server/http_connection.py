@@ -15,13 +15,13 @@ MAX_HEADER_BYTES = 65536
 MAX_CONNECTIONS = 512
 HEADERS_TIMEOUT_S = 30.0
 WRITE_TIMEOUT_S = 30.0
-"""A connection whose client takes nothing for so long is closed."""
+"""A connection is closed after its client has read nothing for this long."""
 
 
 class Connection(H11Protocol):
     """A connection that is closed when a request's headers or the client's reading take too long.
 
-    The application is told of the end of a connection at once, whatever the client has sent after its request.
+    The application gets the end of a connection at once, whatever the client has sent after its request.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -49,7 +49,7 @@ class Connection(H11Protocol):
         """Read data. The timer runs while headers are incomplete, and while the body of an answered request comes.
 
         uvicorn stops reading at data that follow a complete request. The end of the connection would then not be
-        noticed, so reading goes on here, up to MAX_HEADER_BYTES.
+        noticed, so reading continues here, up to MAX_HEADER_BYTES.
         """
         if self.conn.their_state is h11.MUST_CLOSE:
             return  # the client has asked to close the connection after its request

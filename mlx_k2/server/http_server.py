@@ -121,7 +121,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror:
-        raise SetupError(f"--host {host} is no address: give one of this machine's, as 127.0.0.1") from None
+        raise SetupError(f"--host {host} is not an address: give one of this machine's, as 127.0.0.1") from None
     listening = socket.socket(family, kind, protocol)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -174,7 +174,7 @@ class LanguageModel:
     def _requests(
         self, asked: GenerationFields, prompt_ids: Sequence[int], thinking: bool | None = None
     ) -> list[Request]:
-        """Return the request for each choice, with a seed of its own."""
+        """Return the request for each choice, with its own seed."""
         if not prompt_ids:
             raise bad_request_error("the prompt is empty: give some text, or token ids", "prompt")
         if len(prompt_ids) >= self.context_tokens:

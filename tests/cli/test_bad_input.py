@@ -245,7 +245,7 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
     "token id of a thousand digits": (["--token-ids", "9" * 5000], "--token-ids: '9999999999' is not a token id"),
     "unknown token id": (["--token-ids", f"3,{VOCAB_SIZE}"], f"token id {VOCAB_SIZE} is outside the vocabulary of 768"),
     "token ids and a prompt": (["--token-ids", "3", "Hello"], "--token-ids is the whole prompt: leave out PROMPT"),
-    "raw and a system prompt": (["--raw", "--system", "x", "Hello"], "--raw sends PROMPT alone: leave out --system"),
+    "raw and a system prompt": (["--raw", "--system", "x", "Hello"], "--raw sends only PROMPT: leave out --system"),
     "prompt without room": (["--raw", "x" * 3000], r"has 3000 tokens and the context holds 2048.*larger --context"),
     "small context": (["--context", "8", "Hello"], r"the context holds 8, so there is no room for an answer"),
     "large context": (["--context", "2049", "Hello"], f"--context 2049 is more than the {CONTEXT_TOKENS} positions"),

@@ -43,7 +43,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ([], "nobody can be asked here: name the hosts, and give --yes"),
         (["this", "localhost"], "give each Mac once"),
-        (["--", "-oProxyCommand=x"], "'-oProxyCommand=x' is not a host name that ssh takes"),
+        (["--", "-oProxyCommand=x"], "'-oProxyCommand=x' is not a host name that ssh accepts"),
         (["this"], "nobody can be asked here"),
         (["this", "--wheels", "/nowhere"], "--wheels /nowhere: there is no wheel in such a folder"),
     ],
