@@ -210,9 +210,9 @@ def test_the_settings_that_a_failed_request_names_are_those_that_failed_it(monke
     monkeypatch.delenv("ALL_PROXY")
     monkeypatch.setenv("SSL_CERT_FILE", "/nowhere.pem")
     assert http_reason(lost).endswith("does not exist: correct SSL_CERT_FILE, or unset it")
-    for mended in ({"SSL_CERT_FILE": __file__}, {}):
+    for repaired in ({"SSL_CERT_FILE": __file__}, {}):
         monkeypatch.delenv("SSL_CERT_FILE")
-        for name, value in mended.items():
+        for name, value in repaired.items():
             monkeypatch.setenv(name, value)
         assert http_reason(lost) == "[Errno 2] No such file"
         monkeypatch.setenv("SSL_CERT_FILE", "")

@@ -37,7 +37,7 @@ BenchRow = msgspec.defstruct(
     frozen=True,
     kw_only=True,
 )
-"""One run of one combination of options: the fields of `Workload` and `Measured` side by side."""
+"""One run of one combination of options: the fields of `Workload` and of `Measured`."""
 
 
 class BenchHost(msgspec.Struct, frozen=True, kw_only=True):

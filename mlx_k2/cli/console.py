@@ -52,7 +52,7 @@ def log(line: str) -> None:
 
 
 def log_restart(restart: Restart, phase: str = WAITING) -> None:
-    """Log a restart, and what becomes of the answer. Later phases are not logged."""
+    """Log a restart, and what happens to the answer. Later phases are not logged."""
     if phase == WAITING:
         log(f"{restart_line(restart)}; the answer then continues")
 

@@ -1,4 +1,4 @@
-"""Engine: one thread that owns the scheduler and the pipeline. Every other thread talks to it through a queue.
+"""Engine: one thread that owns the scheduler and the pipeline. Every other thread sends it commands through a queue.
 
 Knows requests and token policies, but no messages, no terminal and no arrays.
 """
@@ -66,8 +66,8 @@ class Engine:
     """The engine of ready stages. A context manager: on exit all requests are cancelled and the thread has ended.
 
     After a fault the engine gets new stages from ``restarts`` and computes every running sequence again from its
-    tokens. Without ``restarts``, and when these give up, every request ends with the error, ``on_failure`` is called on
-    the engine thread, and ``submit`` raises the error. ``on_restart`` is called on another thread for each restart and
+    tokens. Without ``restarts``, and if it raises ClusterError, every request ends with the error, ``on_failure`` is
+    called on the engine thread, and ``submit`` raises the error. ``on_restart`` is called on another thread for each restart and
     each of its phases.
     """
 

@@ -1,4 +1,4 @@
-"""Engine loop: what the engine thread does. Reads commands, sends plans, waits for reports, delivers events, restarts.
+"""Engine loop, run by the engine thread. Reads commands, sends plans, waits for reports, delivers events, restarts.
 
 Only the engine thread runs it; ``put`` and ``use`` are for every thread.
 """

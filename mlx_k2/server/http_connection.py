@@ -71,7 +71,7 @@ class Connection(H11Protocol):
         self._await_client()
 
     def resume_writing(self) -> None:
-        """Go on: the client has taken everything."""
+        """Stop the timer: the client has read everything."""
         self._cancel_write_timer()
         super().resume_writing()
 
@@ -105,7 +105,7 @@ class Connection(H11Protocol):
             self._headers_due = None
 
     def _await_client(self, bytes_before: float = math.inf) -> None:
-        """Look at the waiting bytes again after WRITE_TIMEOUT_S; end the connection if the client has taken none."""
+        """Look at the waiting bytes again after WRITE_TIMEOUT_S; end the connection if the client has read none."""
         num_bytes = self.transport.get_write_buffer_size()
         if num_bytes >= bytes_before:
             self.transport.abort()

@@ -17,7 +17,7 @@ KEEP_OPEN_TIMEOUT_S = 120
 """Clients keep idle connections for a minute and more, and report an error when a server closes them earlier."""
 _BACKLOG = 2048
 _SEND_BUFFER_BYTES = 256 * 1024
-"""What the system holds for a client. Larger buffers would hide for long that a client takes nothing."""
+"""What the system holds for a client. Larger buffers would hide for a long time that a client reads nothing."""
 _FORCED_END_S = 5.0
 
 

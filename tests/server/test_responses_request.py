@@ -41,7 +41,7 @@ def test_a_text_is_a_message_of_the_user_after_the_instructions() -> None:
     found = conversation(instructions="Be brief.")
     user = {"role": "user", "content": "a"}
     assert found.chat.messages == [{"role": "system", "content": "Be brief."}, user]
-    assert found.messages == [user], "a later response has instructions of its own"
+    assert found.messages == [user], "a later response has its own instructions"
 
 
 def test_the_items_of_one_turn_of_the_model_are_one_message() -> None:
