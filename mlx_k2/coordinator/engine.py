@@ -67,8 +67,8 @@ class Engine:
 
     After a fault the engine gets new stages from ``restarts`` and computes every running sequence again from its
     tokens. Without ``restarts``, and if it raises ClusterError, every request ends with the error, ``on_failure`` is
-    called on the engine thread, and ``submit`` raises the error. ``on_restart`` is called on another thread for each restart and
-    each of its phases.
+    called on the engine thread, and ``submit`` raises the error. ``on_restart`` is called on another thread for each
+    restart and each of its phases.
     """
 
     def __init__(

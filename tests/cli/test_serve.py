@@ -100,7 +100,7 @@ def test_sigterm_lets_a_running_answer_end_and_then_exits_with_0(command_line: C
         started = processes_below(server.process)
         connection = begin_answer(server)
         server.process.send_signal(signal.SIGTERM)
-        server.wait_for("ending: running requests may go on")
+        server.wait_for("ending: running requests may continue")
         assert b"[DONE]" in rest(connection)
         assert server.process.wait(WAIT_S) == 0
         assert not wait_until_gone(started, 5)
@@ -112,7 +112,7 @@ def test_a_second_signal_ends_at_once(command_line: CommandLine, endless: Path) 
         started = processes_below(server.process)
         with begin_answer(server):
             server.process.send_signal(signal.SIGTERM)
-            server.wait_for("ending: running requests may go on")
+            server.wait_for("ending: running requests may continue")
             assert server.end(signal.SIGTERM) == 128 + signal.SIGTERM
         assert not wait_until_gone(started, 5)
 
