@@ -14,8 +14,8 @@ ROUNDS = 20
 CACHED = {"cache_control": {"type": "ephemeral"}}
 SHAPE: dict[str, Any] = {
     "model": "claude-sonnet-5",
-    "max_tokens": 80,
-    "thinking": {"type": "enabled", "budget_tokens": 30},
+    "max_tokens": 60,
+    "thinking": {"type": "enabled", "budget_tokens": 12},
     "metadata": {"user_id": "user_1_account__session_2"},
     "extra_body": {
         "temperature": 0,
