@@ -159,7 +159,9 @@ def command(options: ServeOptions) -> None:
     fault all stages start again, without a limit, and running answers continue.
     """  # noqa: D301  # click reads the escape
     if options.launchd:
-        command = [str(Path(sys.argv[0]).absolute()), *(one for one in sys.argv[1:] if one != "--launchd")]
+        program = Path(sys.argv[0]).absolute()
+        start = [sys.executable, "-m", "mlx_k2"] if program.name == "__main__.py" else [str(program)]
+        command = [*start, *(one for one in sys.argv[1:] if one != "--launchd")]
         log(f"save this as ~/Library/LaunchAgents/{LABEL}.plist; launchctl bootstrap gui/$UID FILE starts it")
         path_variable = os.environ.get("PATH", os.defpath)
         sys.stdout.write(property_list(command, Path.cwd(), Path.home(), path_variable, options.drain_s))

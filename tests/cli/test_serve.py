@@ -6,6 +6,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import tomllib
 from pathlib import Path
@@ -93,6 +94,12 @@ def test_the_property_list_runs_the_same_command_in_the_same_folder(command_line
     assert entries["ExitTimeOut"] > 45
     again = subprocess.run([program, "serve", "--help"], capture_output=True, timeout=60)
     assert again.returncode == 0
+
+
+def test_the_property_list_runs_a_module_with_its_python(command_line: CommandLine) -> None:
+    command = [sys.executable, "-m", "mlx_k2", "serve", "--port", "9000"]
+    run = subprocess.run([*command, "--launchd"], capture_output=True, timeout=60, env=command_line.environment())
+    assert plistlib.loads(run.stdout)["ProgramArguments"] == command
 
 
 def test_sigterm_lets_a_running_answer_end_and_then_exits_with_0(command_line: CommandLine, endless: Path) -> None:

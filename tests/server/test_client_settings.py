@@ -1,6 +1,7 @@
 """Tests of the settings for clients: each is read as its client reads it."""
 
 import json
+import re
 import subprocess
 import tomllib
 from pathlib import Path
@@ -44,8 +45,11 @@ def test_claude_code_gets_address_key_model_and_context(tmp_path: Path, address:
 
 
 @pytest.mark.parametrize("address", NAMES)
-def test_codex_gets_a_provider_of_responses(address: ModelAddress) -> None:
-    settings = tomllib.loads(CLIENTS["codex"].text(address))
+def test_codex_gets_a_provider_of_responses_at_the_start_of_other_settings(address: ModelAddress) -> None:
+    others = 'approval_policy = "never"\n[model_providers.other]\nname = "other"\n[mcp_servers.a]\ncommand = "a"\n'
+    settings = tomllib.loads(CLIENTS["codex"].text(address) + others)
+    assert (settings["approval_policy"], settings["mcp_servers"]) == ("never", {"a": {"command": "a"}})
+    assert settings["model_providers"]["other"] == {"name": "other"}
     provider = settings["model_providers"][settings["model_provider"]]
     assert (settings["model"], settings["model_context_window"]) == (address.name, address.context_tokens)
     assert (provider["base_url"], provider["wire_api"]) == (address.base_url, "responses")
@@ -66,10 +70,12 @@ def test_opencode_gets_a_provider_with_the_model(address: ModelAddress) -> None:
 
 
 @pytest.mark.parametrize("address", NAMES)
-def test_zed_gets_a_provider_whose_name_gives_the_variable_of_the_key(address: ModelAddress) -> None:
+def test_zed_gets_a_provider_and_the_user_the_variable_that_zed_makes_of_its_name(address: ModelAddress) -> None:
+    """Zed's words begin at each separator, and between a letter and a digit."""
     ((name, provider),) = json.loads(CLIENTS["zed"].text(address))["language_models"]["openai_compatible"].items()
     (model,) = provider["available_models"]
-    assert "".join(letter if letter.isalnum() else "_" for letter in name.upper()) + "_API_KEY" == KEY_VARIABLE
+    variable = "_".join(re.findall(r"[A-Z]+|[0-9]+", f"{name}_API_KEY".upper()))
+    assert variable in CLIENTS["zed"].destination.split()
     assert provider["api_url"] == address.base_url
     assert (model["name"], model["max_tokens"]) == (address.name, address.context_tokens)
     assert model["capabilities"]["tools"]
