@@ -64,12 +64,9 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("dense-bits", self.dense_bits, DENSE_BITS)
         _check_choice("draft-bits", self.draft_bits, DRAFT_BITS)
-        if (
-            self.draft_model is None
-            and self.model is not None
-            and (self.draft_aux is not None or self.draft_vocab is not None)
-        ):
-            raise RequestError("--draft-aux and --draft-vocab are for a draft model: give --draft-model")
+        given = (self.draft_aux, self.draft_vocab, self.draft_bits) != (None, None, DRAFT_BITS[0])
+        if given and self.draft_model is None and self.model is not None:
+            raise RequestError("--draft-aux, --draft-bits and --draft-vocab are for a draft model: give --draft-model")
         if self.hostfile is not None and self.num_stages is not None:
             raise HostfileError(
                 "a number of stages is for runs on this machine alone: give it, or a hostfile, not both"
