@@ -151,11 +151,14 @@ def deployment_request(
 
     Raises:
         HostfileError: the hostfile cannot be used.
-        RequestError: ``draft_mode`` is MODEL, and there is no draft head.
+        RequestError: ``draft_mode`` is MODEL, and there is no draft head, or one stage.
     """
     hostfile, head = options.read_hostfile(), options.draft_head
     effective_mode(draft_mode, has_head=head is not None)
-    if not draft_mode.uses_head or (len(hostfile.hosts) == 1 and options.draft_model is None):
+    is_lone = len(hostfile.hosts) == 1
+    if is_lone and draft_mode is DraftMode.MODEL:
+        raise RequestError("--draft model is for two stages or more: with one, leave it out")
+    if not draft_mode.uses_head or (is_lone and options.draft_model is None):
         head = None
     return DeploymentRequest(options, hostfile, options.source, num_slots, head)
 
