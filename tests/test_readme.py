@@ -79,6 +79,7 @@ RUN_ELSEWHERE = {
     "mlx-k2 chat": "tests/emulated_hosts/test_first_hour.py",
     "mlx-k2 doctor": "the same",
     "mlx-k2 serve": "the same",
+    "mlx-k2 serve --print-settings claude-code": "tests/cli/test_serve.py",
     'mlx-k2 chat --tools examples/tools.py "How much does the lamp cost?"': "the same",
 }
 """Lines of README that a test elsewhere runs."""
