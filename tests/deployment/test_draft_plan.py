@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,6 +13,7 @@ from mlx_k2.deployment.dry_run import plan_for
 from mlx_k2.deployment.plan import HostMemory, StagePlan, plan_stages
 from mlx_k2.deployment.stage_costs import stage_cost
 from mlx_k2.errors import PartitionError, RequestError
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.testing.random_draft_head import draft_config_fields
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.config_fields import thinking_config_fields
@@ -88,3 +90,13 @@ def test_a_head_for_one_stage_is_refused() -> None:
     options = ClusterOptions(num_stages=1, draft_model="nvidia/head")
     with pytest.raises(RequestError, match="--draft-model is for two stages or more"):
         open_source(deployment_request(options))
+    with pytest.raises(RequestError, match="--draft model is for two stages or more"):
+        deployment_request(ClusterOptions(num_stages=1), draft_mode=DraftMode.MODEL)
+
+
+@pytest.mark.parametrize("given", [{"draft_aux": (1, 2, 3)}, {"draft_bits": 4}, {"draft_vocab": 1000}])
+def test_options_of_a_draft_model_without_one_are_refused(given: dict[str, Any]) -> None:
+    ClusterOptions(**given)  # the built-in model has one
+    ClusterOptions(model="k2", draft_model="nvidia/head", **given)
+    with pytest.raises(RequestError, match="give --draft-model"):
+        ClusterOptions(model="k2", **given)

@@ -131,7 +131,7 @@ def test_an_unknown_tensor_is_refused_by_name(written: Callable[..., Path]) -> N
         read(folder)
 
 
-@pytest.mark.parametrize("layers", [(1, 2, 7), (3, 2, 1), (2, 2, 3)])
+@pytest.mark.parametrize("layers", [(), (1, 2, 7), (3, 2, 1), (2, 2, 3)])
 def test_aux_layers_on_the_command_line_must_be_the_models(
     written: Callable[..., Path], layers: tuple[int, ...]
 ) -> None:
