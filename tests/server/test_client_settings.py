@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mlx_k2.server.client_settings import CLIENTS, KEY_VARIABLE, ModelAddress
+from tests.advice import follows_advice
 
 USUAL = ModelAddress("http://127.0.0.1:8080", "moonshotai/Kimi-K2-Thinking", 131072)
 ODD = ModelAddress("http://[::1]:8080", 'a "quoted" $NAME\'s `model`\\ é\x7f', 4096)
