@@ -61,18 +61,18 @@ def _claude_code(address: ModelAddress) -> str:
 
 
 def _codex(address: ModelAddress) -> str:
+    """Return keys without a table, so that the user's own file can follow them."""
+    provider = f"model_providers.{_NAME}"
     return f"""\
 model = {_toml(address.name)}
 model_provider = "{_NAME}"
 model_context_window = {address.context_tokens}
 show_raw_agent_reasoning = true
-
-[model_providers.{_NAME}]
-name = "{_NAME}"
-base_url = {_toml(address.base_url)}
-env_key = "{KEY_VARIABLE}"
-wire_api = "responses"
-stream_idle_timeout_ms = {_TIMEOUT_MS}
+{provider}.name = "{_NAME}"
+{provider}.base_url = {_toml(address.base_url)}
+{provider}.env_key = "{KEY_VARIABLE}"
+{provider}.wire_api = "responses"
+{provider}.stream_idle_timeout_ms = {_TIMEOUT_MS}
 """
 
 
@@ -130,7 +130,7 @@ def _open_webui(address: ModelAddress) -> str:
 
 CLIENTS: dict[str, ClientSettings] = {
     "claude-code": ClientSettings("run these lines in a shell before claude", _claude_code),
-    "codex": ClientSettings("add this to ~/.codex/config.toml", _codex),
+    "codex": ClientSettings("put this at the start of ~/.codex/config.toml", _codex),
     "opencode": ClientSettings("add this to ~/.config/opencode/opencode.json", _opencode),
     "cline": ClientSettings("run this line in a shell", _cline),
     "zed": ClientSettings("add this to Zed's settings.json", _zed),

@@ -1,5 +1,6 @@
 """Tests of a draft head on real stages whose hosts have different files: refused before anything is loaded."""
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from mlx_k2.errors import MlxK2Error
 from mlx_k2.testing.random_draft_head import draft_config_fields, write_random_draft_head
 from mlx_k2.testing.tiny_config import tiny_config_fields
 from mlx_k2.weights.model_source import DraftHead, ModelSource
+from tests.advice import follows_advice
 from tests.local_cluster import VOCAB_SIZE, LoadedNames, local_host, local_request, write_model
 from tests.model.checkpoints import read_config
 
@@ -40,11 +42,17 @@ def write_head(home: Path, model: Path, seed: int) -> None:
     write_random_draft_head(home / "head", fields, read_config(model), seed, own=())
 
 
+@follows_advice(
+    "the draft head on a (stage 0) is not the one on b (stage 1): copy the same files to both",
+)
 @pytest.mark.parametrize(
     ("seed", "sentence"),
     [
         (None, r"stage 1 .*--draft-model: .*/head is not a folder"),
-        (2, r"the draft head on this machine \(stage 0\) is not the one on this machine \(stage 1\)"),
+        (
+            2,
+            r"the draft head on this machine \(stage 0\) is not the one on this machine \(stage 1\): copy the same files to both",
+        ),
     ],
 )
 def test_a_head_that_differs_between_hosts_is_refused_before_anything_is_loaded(
@@ -62,3 +70,7 @@ def test_a_head_that_differs_between_hosts_is_refused_before_anything_is_loaded(
         pass
     assert "\n" not in str(refused.value)
     assert not loaded.by_rank
+    shutil.rmtree(tmp_path / "second" / "head", ignore_errors=True)
+    shutil.copytree(tmp_path / "first" / "head", tmp_path / "second" / "head")
+    with deploy(request, description, loaded):
+        assert sorted(loaded.by_rank) == [0, 1]
