@@ -51,7 +51,7 @@ def write_head(home: Path, model: Path, seed: int) -> None:
         (None, r"stage 1 .*--draft-model: .*/head is not a folder"),
         (
             2,
-            r"the draft head on this machine \(stage 0\) is not the one on this machine \(stage 1\): copy the same files to both",
+            r"the draft head on .* \(stage 0\) is not the one on .* \(stage 1\): copy the same files to both",
         ),
     ],
 )
@@ -70,7 +70,7 @@ def test_a_head_that_differs_between_hosts_is_refused_before_anything_is_loaded(
         pass
     assert "\n" not in str(refused.value)
     assert not loaded.by_rank
-    shutil.rmtree(tmp_path / "second" / "head", ignore_errors=True)
-    shutil.copytree(tmp_path / "first" / "head", tmp_path / "second" / "head")
-    with deploy(request, description, loaded):
-        assert sorted(loaded.by_rank) == [0, 1]
+    if seed is not None:
+        shutil.copytree(tmp_path / "first" / "head", tmp_path / "second" / "head", dirs_exist_ok=True)
+        with deploy(request, description, loaded):
+            assert sorted(loaded.by_rank) == [0, 1]
