@@ -83,7 +83,7 @@ def test_a_dry_run_without_a_local_model_asks_for_a_local_folder(
 
 
 @follows_advice(
-    "run `mlx-k2 doctor --hostfile two-macs.json` to ask the hosts whether it fits",
+    "needs 616.1 GB: run `mlx-k2 doctor --hostfile two-macs.json` to ask the hosts whether it fits",
 )
 def test_a_dry_run_of_kimi_k2_thinking_needs_no_network(command_line: CommandLine, tmp_path: Path) -> None:
     hostfile = tmp_path / "two-macs.json"
