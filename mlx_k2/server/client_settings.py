@@ -132,7 +132,7 @@ def _open_webui(address: ModelAddress) -> str:
 
 CLIENTS: dict[str, ClientSettings] = {
     "claude-code": ClientSettings("run these lines in a shell before claude", _claude_code),
-    "codex": ClientSettings("put these lines at the start of ~/.codex/config.toml", _codex),
+    "codex": ClientSettings("put this at the start of ~/.codex/config.toml", _codex),
     "opencode": ClientSettings("add this to ~/.config/opencode/opencode.json", _opencode),
     "cline": ClientSettings("run this line in a shell", _cline),
     "zed": ClientSettings(

@@ -1,5 +1,6 @@
 """Tests of a draft head on real stages whose hosts have different files: refused, if they are read, before loading."""
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from mlx_k2.scheduling.request import Request
 from mlx_k2.testing.random_draft_head import draft_config_fields, write_random_draft_head
 from mlx_k2.testing.tiny_config import tiny_config_fields
 from mlx_k2.weights.model_source import DraftHead, ModelSource
+from tests.advice import follows_advice
 from tests.local_cluster import VOCAB_SIZE, LoadedNames, local_host, local_request, rest_of, write_model
 from tests.model.checkpoints import read_config
 
@@ -62,11 +64,17 @@ def test_a_stage_between_the_layers_that_a_head_reads_starts_without_the_heads_f
     assert end.summary.num_drafted > 0
 
 
+@follows_advice(
+    "the draft head on a (stage 0) is not the one on b (stage 1): copy the same files to both",
+)
 @pytest.mark.parametrize(
     ("seed", "sentence"),
     [
         (None, r"stage 1 .*--draft-model: .*/head is not a folder"),
-        (2, r"the draft head on this machine \(stage 0\) is not the one on this machine \(stage 1\)"),
+        (
+            2,
+            r"the draft head on .* \(stage 0\) is not the one on .* \(stage 1\): copy the same files to both",
+        ),
     ],
 )
 def test_a_head_that_differs_between_hosts_is_refused_before_anything_is_loaded(
@@ -84,3 +92,7 @@ def test_a_head_that_differs_between_hosts_is_refused_before_anything_is_loaded(
         pass
     assert "\n" not in str(refused.value)
     assert not loaded.by_rank
+    if seed is not None:
+        shutil.copytree(tmp_path / "first" / "head", tmp_path / "second" / "head", dirs_exist_ok=True)
+        with deploy(request, description, loaded):
+            assert sorted(loaded.by_rank) == [0, 1]
