@@ -129,8 +129,8 @@ VALUES: tuple[tuple[str, Callable[[], object], Callable[[], object]], ...] = (
      lambda: ThinkingMode().variables(ChatTemplate("a"))),
     ("the model has no chat template: give --raw to send the prompt unchanged", lambda: load_chat_template({}),
      lambda: load_chat_template(TEMPLATE)),
-    ("--host mac! is not an address: give one of this machine's, as 127.0.0.1", lambda: listening_socket("mac!", 0).close(),
-     lambda: listening_socket("127.0.0.1", 0).close()),
+    ("--host mac! is not an address: give one of this machine's, as 127.0.0.1",
+     lambda: listening_socket("mac!", 0).close(), lambda: listening_socket("127.0.0.1", 0).close()),
 )  # fmt: skip
 
 
