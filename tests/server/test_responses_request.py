@@ -110,7 +110,7 @@ def test_an_item_whose_type_is_null_is_a_message() -> None:
 
 def test_a_turn_of_very_many_items_is_joined_in_linear_time() -> None:
     num_items, text = 20_000, "a" * 1000
-    items = [{"role": "assistant", "content": text}, {"type": "reasoning", "summary": [], "content": text}]
+    items: list[Any] = [{"role": "assistant", "content": text}, {"type": "reasoning", "summary": [], "content": text}]
     reader = InputReader()
     began = time.process_time()
     reader.read([item for _ in range(num_items) for item in items])
