@@ -160,7 +160,7 @@ def command(options: ServeOptions) -> None:
     """  # noqa: D301  # click reads the escape
     if options.launchd:
         program = Path(sys.argv[0]).absolute()
-        start = [sys.executable, "-m", "mlx_k2"] if program.name == "__main__.py" else [str(program)]
+        start = [sys.executable, "-P", "-m", "mlx_k2"] if program.name == "__main__.py" else [str(program)]
         command = [*start, *(one for one in sys.argv[1:] if one != "--launchd")]
         log(f"save this as ~/Library/LaunchAgents/{LABEL}.plist; launchctl bootstrap gui/$UID FILE starts it")
         path_variable = os.environ.get("PATH", os.defpath)

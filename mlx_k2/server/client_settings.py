@@ -136,7 +136,7 @@ CLIENTS: dict[str, ClientSettings] = {
     "opencode": ClientSettings("add this to ~/.config/opencode/opencode.json", _opencode),
     "cline": ClientSettings("run this line in a shell", _cline),
     "zed": ClientSettings(
-        f"add this to Zed's settings.json; enter the key in Zed, or start it with {_ZED_KEY_VARIABLE}", _zed
+        f"add this to Zed's settings.json (its key: in Zed, or in the variable {_ZED_KEY_VARIABLE} )", _zed
     ),
     "open-webui": ClientSettings("run these lines in a shell", _open_webui),
 }

@@ -97,7 +97,7 @@ def test_the_property_list_runs_the_same_command_in_the_same_folder(command_line
 
 
 def test_the_property_list_runs_a_module_with_its_python(command_line: CommandLine) -> None:
-    command = [sys.executable, "-m", "mlx_k2", "serve", "--port", "9000"]
+    command = [sys.executable, "-P", "-m", "mlx_k2", "serve", "--port", "9000"]
     run = subprocess.run([*command, "--launchd"], capture_output=True, timeout=60, env=command_line.environment())
     assert plistlib.loads(run.stdout)["ProgramArguments"] == command
 

@@ -88,7 +88,7 @@ def test_opencode_gets_a_provider_with_the_model(address: ModelAddress) -> None:
 
 
 @follows_advice(
-    "add this to Zed's settings.json",
+    "add this to Zed's settings.json (its key: in Zed, or in the variable MLX_K_2_API_KEY )",
 )
 @pytest.mark.parametrize("address", NAMES)
 def test_zed_gets_a_provider_whose_name_gives_the_variable_of_the_key(address: ModelAddress) -> None:

@@ -151,14 +151,16 @@ def test_aux_layers_come_from_the_command_line_then_the_config_then_the_default(
 
 @follows_advice(
     "--draft-vocab 193: head has 192 tokens: give at most as many",
-    "--draft-aux 3,2,1: give each layer once, in ascending order",
+    "--draft-aux 3,2,1: give each layer once, in ascending order, and at least one",
     "config.json: quantized draft heads cannot be read: give one in bfloat16",
 )
 def test_a_head_that_follows_the_advice_of_its_refusal_is_read(written: Callable[..., Path]) -> None:
     with pytest.raises(MlxK2Error, match=r"--draft-vocab 193: .* has 192 tokens: give at most as many"):
         read(written(), vocab_size=193)
     assert read(written(), vocab_size=192).num_drafted_ids == 192
-    with pytest.raises(MlxK2Error, match="--draft-aux 3,2,1: give each layer once, in ascending order"):
+    with pytest.raises(
+        MlxK2Error, match="--draft-aux 3,2,1: give each layer once, in ascending order, and at least one"
+    ):
         read(written(), aux_layers=(3, 2, 1))
     assert read(written(), aux_layers=(1, 2, 3)).aux_layers == (1, 2, 3)
     quantized = written()
