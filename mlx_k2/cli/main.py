@@ -31,7 +31,7 @@ from mlx_k2.errors import MlxK2Error
 COMMANDS = {
     "chat": "Talk with the model in the terminal, with thinking and tools.",
     "generate": "Answer one prompt, streamed from the last stage as it is sampled.",
-    "serve": "Serve the model to clients of OpenAI's API, loaded once.",
+    "serve": "Serve the model to clients of OpenAI's and Anthropic's APIs.",
     "keys": "Make, list and remove the keys that clients of a server send.",
     "setup": "Install mlx-k2 on your Macs, and write a hostfile and a profile.",
     "doctor": "Check every host and every hop, and show what to fix.",
