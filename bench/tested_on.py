@@ -151,7 +151,7 @@ def table() -> str:
     """Return the table of all received reports, or a line that there are none."""
     reports = [read_report(path) for path in sorted(REPORTS.glob("*.json"))]
     if not reports:
-        return "No report has come back yet."
+        return "No report was received yet."
     header = "| chip | system | GB | mlx, commit | kernels used | refused by the device | problems |"
     return "\n".join([header, "|---" * 7 + "|", *map(row, reports)])
 

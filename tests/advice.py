@@ -22,7 +22,7 @@ _NO_ADVICE = (  # what commands do, in /help; a question; an action that is name
     "show or set the system prompt; off: the model's own",
     "take back your last message and what followed",
     "write the conversation to a file",
-    "leave; so does Ctrl-D",
+    "leave; so do /exit, /bye, quit and Ctrl-D",
     "run it? [y]es, [n]o, [a]lways this tool: ",
     "connect to its neighbours",
 )

@@ -1,41 +1,27 @@
-"""Tests that follow the advice of messages about prompts, chats, keys, servers, tools and settings."""
+"""Tests that follow the advice of messages about prompts, chats, tools and settings."""
 
-import contextlib
 import importlib.metadata
-import io
 import json
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
-from mlx_k2.cli.main import run
 from mlx_k2.cli.prompt_files import read_prompt_lines
 from mlx_k2.cli.repl.saved_chat import SavedChat, load_chat, save_chat
 from mlx_k2.cli.result_file import ResultFile
-from mlx_k2.client.remote_engine import RemoteEngine
-from mlx_k2.client.server_connection import ServerAddress
-from mlx_k2.errors import RequestError, SetupError, ToolsError
+from mlx_k2.errors import RequestError, ToolsError
 from mlx_k2.http_reason import http_reason
-from mlx_k2.sampling import Sampling
-from mlx_k2.scheduling.request import Request
-from mlx_k2.server.access import Access
-from mlx_k2.server.api_errors import ApiError
-from mlx_k2.server.api_keys import KeyRing, add_key, read_keys, remove_key
-from mlx_k2.server.http_server import listening_socket
 from mlx_k2.text.tool_call import read_call
 from mlx_k2.tools.servers import StdioServer, read_mcp_file
 from mlx_k2.tools.toolbox import Limits, open_toolbox
 from tests.advice import follows_advice
 from tests.cli.command import MLX_K2, CommandLine
-from tests.server.in_process import stepped_server
-from tests.test_advice import END, refusal
+from tests.test_advice_of_commands import refusal
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -102,67 +88,6 @@ def test_a_chat_with_another_model_is_loaded_as_its_list_of_messages(tmp_path: P
 
 
 @follows_advice(
-    "others can read the key file k: run `chmod 600 k`",
-    "the name of a key is empty: give one",
-    "there is a key 'a' already: remove it first, or give another name",
-)
-def test_the_advice_for_a_key_file_lets_keys_be_read_and_added(tmp_path: Path) -> None:
-    path = tmp_path / "my keys"
-    with pytest.raises(SetupError, match="the name of a key is empty: give one"):
-        add_key(path, "")
-    add_key(path, "a")
-    with pytest.raises(SetupError, match="already: remove it first, or give another name"):
-        add_key(path, "a")
-    add_key(path, "b")
-    remove_key(path, "a")
-    add_key(path, "a")
-    path.chmod(0o644)
-    with pytest.raises(SetupError, match="others can read the key file") as refused:
-        read_keys(path)
-    subprocess.run(str(refused.value).split("`")[1], shell=True, check=True, timeout=20)
-    assert [key.name for key in read_keys(path)] == ["b", "a"]
-    with pytest.raises(SetupError, match=r"there is no key 'c' in .*my keys; its keys: b, a$"):
-        remove_key(path, "c")
-
-
-@follows_advice(
-    "a: make one with `mlx-k2 keys add --key-file k NAME`",
-    "port 5 of 127.0.0.1 is in use: give another --port, or end the program that has it",
-)
-def test_a_server_for_other_machines_starts_after_the_printed_command_made_a_key(tmp_path: Path) -> None:
-    keys = str(tmp_path / "my keys")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = str(listener.getsockname()[1])
-        serve = ["serve", "--host", "0.0.0.0", "--port", port, "--key-file", keys]
-        shown = refusal(*serve)
-        assert "and there is no key: make one with `mlx-k2 keys add" in shown
-        name, *make = shlex.split(shown.split("`")[1])
-        assert name == "mlx-k2"
-        with contextlib.redirect_stdout(io.StringIO()):
-            assert run(make) == 0
-        assert f"port {port} of 0.0.0.0 is in use: give another --port, or end the program" in refusal(*serve)
-        with pytest.raises(SetupError, match="give another --port, or end the program that has it"):
-            listening_socket("127.0.0.1", int(port))
-        listening_socket("127.0.0.1", 0).close()
-    listening_socket("127.0.0.1", int(port)).close()
-
-
-@follows_advice(
-    "this Host is not allowed: see --allow-host",
-    "this Origin is not allowed: see --allow-origin",
-)
-def test_hosts_and_origins_are_allowed_by_the_options_that_their_refusals_name() -> None:
-    scope = {"headers": [(b"host", b"k2.example"), (b"origin", b"https://chat.example")]}
-    with pytest.raises(ApiError, match="this Host is not allowed: see --allow-host"):
-        Access((), (), None).check_origin(scope)
-    with pytest.raises(ApiError, match="this Origin is not allowed: see --allow-origin"):
-        Access(("k2.example",), (), None).check_origin(scope)
-    Access(("k2.example",), ("https://chat.example",), None).check_origin(scope)
-    serve = refusal("serve", "--allow-host", "k2.example", "--allow-origin", "https://chat.example", *shlex.split(END))
-    assert "/no/such/folder is not a folder" in serve
-
-
-@follows_advice(
     "write each call as functions.NAME:NUMBER, and its arguments as one JSON object",
 )
 def test_a_call_in_the_form_that_its_refusal_names_is_read() -> None:
@@ -210,9 +135,9 @@ def test_the_settings_that_a_failed_request_names_are_those_that_failed_it(monke
     monkeypatch.delenv("ALL_PROXY")
     monkeypatch.setenv("SSL_CERT_FILE", "/nowhere.pem")
     assert http_reason(lost).endswith("does not exist: correct SSL_CERT_FILE, or unset it")
-    for mended in ({"SSL_CERT_FILE": __file__}, {}):
+    for repaired in ({"SSL_CERT_FILE": __file__}, {}):
         monkeypatch.delenv("SSL_CERT_FILE")
-        for name, value in mended.items():
+        for name, value in repaired.items():
             monkeypatch.setenv(name, value)
         assert http_reason(lost) == "[Errno 2] No such file"
         monkeypatch.setenv("SSL_CERT_FILE", "")
@@ -254,25 +179,6 @@ def test_a_closed_standard_output_can_be_redirected_to_dev_null(tmp_path: Path) 
         )
 
 
-class NamedModel(msgspec.Struct):
-    """The name of the model that a server has."""
-
-    name: str
-
-
-@follows_advice(
-    "u needs a key: set MLX_K2_API_KEY to one that `mlx-k2 keys add NAME` printed there",
-)
-def test_a_client_with_a_key_of_the_printed_command_is_answered(tmp_path: Path) -> None:
-    """Ask a server in this process, without and with a key."""
-    keys = tmp_path / "keys"
-    key = add_key(keys, "me")
-    with stepped_server(keys=KeyRing(keys, is_required=True)) as server:
-        with pytest.raises(SetupError, match="needs a key: set MLX_K2_API_KEY to one that `mlx-k2 keys add NAME`"):
-            ServerAddress(server.url, None).get("/v1/model-files", NamedModel)
-        assert ServerAddress(server.url, key).get("/v1/model-files", NamedModel)
-
-
 @follows_advice(
     "there is no standard input: redirect it from a file with a message a line",
     "there is no command /foo: /help lists them; to send it as a message, write a space before it",
@@ -305,18 +211,3 @@ def test_the_advice_of_a_chats_commands_works_in_the_same_chat(tmp_path: Path) -
         before, found, shown = shown.partition(message)
         assert found, before
     assert json.loads((tmp_path / "chat.json").read_bytes())["messages"][0]["content"] == "/foo"
-
-
-@follows_advice(
-    "--connect gets no log-probabilities: leave out --logprobs",
-    "give a text as prompt, or messages",
-)
-def test_requests_to_a_server_that_follow_the_advice_of_their_refusals_are_accepted() -> None:
-    with stepped_server() as server:
-        assert "give a text as prompt, or messages" in server.request("POST", "/tokenize", {}).body.decode()
-        assert server.request("POST", "/tokenize", {"prompt": "a"}).status == 200
-        engine = RemoteEngine(ServerAddress(server.url, None))
-        asked = Request((5,), 1, Sampling(seed=1, num_logprobs=1), frozenset())
-        with pytest.raises(RequestError, match="--connect gets no log-probabilities: leave out --logprobs"):
-            engine.submit(asked)
-        engine.submit(Request((5,), 1, Sampling(seed=1), frozenset())).cancel()

@@ -1,4 +1,4 @@
-"""Tests of the commands in README.md and in the pages: every line parses, and README's run as they stand."""
+"""Tests of the commands in README.md and in the pages: every line parses, and README's run unchanged."""
 
 import os
 import re

@@ -97,7 +97,7 @@ def submissions(
     *,
     is_raw: bool = False,
 ) -> list[Submission]:
-    """Return the requests for several replies to one prompt, each with a seed of its own.
+    """Return the requests for several replies to one prompt, each with its own seed.
 
     The first one has the seed of the settings. Requests that are submitted together compute the prompt
     once. ``is_raw``: the prompt is continued as a text.

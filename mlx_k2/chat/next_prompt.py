@@ -13,7 +13,7 @@ from mlx_k2.scheduling.request import Priority, Request
 class NextPrompt:
     """A background request for one prompt. The token that is sampled after it is discarded.
 
-    ``prompt_ids`` returns the prompt. It is called on a thread of its own, because it may take a second.
+    ``prompt_ids`` returns the prompt. It is called on a separate thread, because it may take a second.
     """
 
     def __init__(self, source: ReplySource, prompt_ids: Callable[[], Sequence[int]]) -> None:

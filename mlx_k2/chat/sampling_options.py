@@ -44,7 +44,7 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     repetition_penalty: float | None = None
     seed: int | None = None
     timeout_s: float | None = msgspec.field(default=None, name="timeout")
-    """The reply ends after this time, counted from the start of its prefill, with what it has."""
+    """The reply ends after this time, counted from the start of its prefill, with the tokens so far."""
     thinking: bool | None = None
     preserve_thinking: bool | None = None
     """Whether the reasoning of earlier replies stays in the prompt."""
@@ -55,7 +55,7 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     min_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Before this number of tokens the reply does not end."""
     ignore_eos: bool = False
-    """Whether the reply goes on after a token that ends a turn, up to ``max_tokens``."""
+    """Whether the reply continues after a token that ends a turn, up to ``max_tokens``."""
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[int, float] = {}

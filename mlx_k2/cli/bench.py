@@ -28,7 +28,7 @@ from mlx_k2.scheduling.drafter import DraftMode
 _MOST_STREAMS = 64
 
 
-class Counts(click.ParamType):  # type: ignore[type-arg]  # generic in click's stubs alone
+class Counts(click.ParamType):  # type: ignore[type-arg]  # generic only in click's stubs
     """Numbers of at least 1, separated by commas."""
 
     name = "N,N,..."
@@ -197,7 +197,7 @@ def _show(rows: Sequence[Measured]) -> None:
 
 
 def _show_drafts(row: Measured) -> None:
-    """Log the acceptance by source and position, and the time of a right draft beside the expected one."""
+    """Log the acceptance by source and position, and the measured and the expected time of a right draft."""
     if not row.drafts:
         return
     counts = (

@@ -37,7 +37,7 @@ BenchRow = msgspec.defstruct(
     frozen=True,
     kw_only=True,
 )
-"""One run of one combination of options: the fields of `Workload` and `Measured` side by side."""
+"""One run of one combination of options: the fields of `Workload` and of `Measured`."""
 
 
 class BenchHost(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,11 +71,11 @@ class BenchDocument(msgspec.Struct, frozen=True, kw_only=True):
     versions: Versions
 
 
-_BESIDE = ("made", "model", "dtype", "draft")
+_SHARED = ("made", "model", "dtype", "draft")
 _TIMES = tuple(field.name for field in dataclasses.fields(StageTimes))
 _JSON_ONLY = ("stage_times", "drafts", "draft_times")
 _IN_ROW = tuple(name for name in BenchRow.__struct_fields__ if name not in _JSON_ONLY)
-CSV_COLUMNS = (*_BESIDE, *Versions.__struct_fields__, *_IN_ROW, *(f"stage_{name}" for name in _TIMES))
+CSV_COLUMNS = (*_SHARED, *Versions.__struct_fields__, *_IN_ROW, *(f"stage_{name}" for name in _TIMES))
 
 
 def bench_document(deployment: Deployment, rows: Sequence[Measured], model: str | None, draft: str) -> BenchDocument:
@@ -148,8 +148,8 @@ def check_csv(path: Path) -> None:
 
 def append_csv(path: Path, document: BenchDocument) -> None:
     """Append a line for each row; write a heading first if the file is new or empty."""
-    beside = [getattr(document, name) for name in _BESIDE] + [*msgspec.structs.astuple(document.versions)]
-    lines = [_line([*beside, *_cells(row)]) for row in document.rows]
+    shared = [getattr(document, name) for name in _SHARED] + [*msgspec.structs.astuple(document.versions)]
+    lines = [_line([*shared, *_cells(row)]) for row in document.rows]
     with path.open("a", newline="") as file:
         if not file.tell():
             lines.insert(0, _line(CSV_COLUMNS))

@@ -98,7 +98,7 @@ def command(options: ChatOptions) -> None:
     With Kimi K2 Thinking on two Macs, and tools:
         mlx-k2 chat --hostfile two-macs.json --model ~/Kimi-K2-Thinking --mcp mcp.json
 
-    /help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves. Where standard input or output is no terminal,
+    /help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves. Where standard input or output is not a terminal,
     each line read is a message; answers go to stdout, everything else to stderr.
     """  # noqa: D301  # click reads the escape
     if sys.stdin is None:

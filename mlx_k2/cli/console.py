@@ -23,7 +23,7 @@ from rich.text import Text
 from mlx_k2.builtin import BANNER
 from mlx_k2.cli.safe_console import SafeConsole
 from mlx_k2.coordinator.pipeline import StageUse
-from mlx_k2.deployment.cluster_options import ClusterOptions
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import RunShape, StagePlan, quantization_warnings
@@ -52,9 +52,9 @@ def log(line: str) -> None:
 
 
 def log_restart(restart: Restart, phase: str = WAITING) -> None:
-    """Log a restart, and what becomes of the answer. Later phases are not logged."""
+    """Log a restart, and what happens to the answer. Later phases are not logged."""
     if phase == WAITING:
-        log(f"{restart_line(restart)}; the answer then goes on where it is")
+        log(f"{restart_line(restart)}; the answer then continues")
 
 
 def restart_line(restart: Restart) -> str:
@@ -143,7 +143,7 @@ class ConsoleListener(DeploymentListener):
             self._write(f"{what} ...")
         elif console.is_terminal and not self._hides_progress:
             self.done()
-            self._status.update(Text(f"{what} ..."))  # as text: a host's name is no markup
+            self._status.update(Text(f"{what} ..."))  # as text: a host's name is not markup
             self._status.start()
 
     def planned(self, model: ModelDescription, plans: Sequence[StagePlan]) -> None:
@@ -198,7 +198,9 @@ def show_plan(plans: Sequence[StagePlan], rows: Sequence[Sequence[str]], heading
     show_table(("stage", "host", "layers", "weights", *headings), whole, left=["layers"], folded=["host"])
 
 
-def show_dry_run(model: ModelDescription, shape: RunShape, plans: Sequence[StagePlan]) -> None:
+def show_dry_run(
+    request: DeploymentRequest, model: ModelDescription, shape: RunShape, plans: Sequence[StagePlan]
+) -> None:
     """Show each stage's host and layers, its memory, its bytes read per token, and the files that it would open."""
     if model.unread_tensors:
         log(model.unread_tensors)
@@ -213,7 +215,7 @@ def show_dry_run(model: ModelDescription, shape: RunShape, plans: Sequence[Stage
     show_plan(plans, cells, ("memory", "read a token", "files"))
     for plan in plans:
         log(f"stage {plan.rank} opens {file_ranges(plan.files)}")
-    log(_fit(plans))
+    log(_fit(request, plans))
     if any(not plan.host.is_local or plan.host.gb_per_s for plan in plans) or sys.platform == "darwin":
         log(_speed_limit(plans))
     for line in quantization_warnings(model.config, shape.dense_bits):
@@ -222,11 +224,13 @@ def show_dry_run(model: ModelDescription, shape: RunShape, plans: Sequence[Stage
     log("nothing was started")
 
 
-def _fit(plans: Sequence[StagePlan]) -> str:
+def _fit(request: DeploymentRequest, plans: Sequence[StagePlan]) -> str:
     needed_bytes = sum(plan.needed_bytes for plan in plans)
     known = [plan.limit_bytes for plan in plans if plan.limit_bytes is not None]
     if len(known) < len(plans):
-        return f"needs {gigabytes(needed_bytes)}: `mlx-k2 doctor` asks the hosts whether it fits"
+        return (
+            f"needs {gigabytes(needed_bytes)}: run `{request.command_line('doctor')}` to ask the hosts whether it fits"
+        )
     digits = 0 if needed_bytes >= 100e9 else 1
     return f"fits: {needed_bytes / 1e9:.{digits}f} of {sum(known) / 1e9:.{digits}f} GB"
 

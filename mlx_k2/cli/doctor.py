@@ -33,14 +33,14 @@ class DoctorOptions(msgspec.Struct, frozen=True, kw_only=True):
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout: each check, then a summary.")
 @with_struct(DoctorOptions)
 def command(options: DoctorOptions) -> None:
-    """Look at every host and every hop, and say what to mend.
+    """Check every host and every hop, and show what to fix.
 
     \b
     Before the model is there, and after it was fetched:
         mlx-k2 doctor --hostfile two-macs.json
         mlx-k2 doctor --hostfile two-macs.json --model moonshotai/Kimi-K2-Thinking
 
-    The exit code is 1 when something failed; warnings alone leave it 0. Nothing is loaded, and nothing is changed
+    The exit code is 1 when something failed; with warnings only it is 0. Nothing is loaded, and nothing is changed
     but the manifest of --deep.
     """  # noqa: D301  # click reads the escape
     request, model = opened_request(options.cluster)
@@ -55,7 +55,7 @@ def command(options: DoctorOptions) -> None:
 
 
 def show_checks(checks: tuple[Check, ...]) -> None:
-    """Show a table of all checks, each problem on a line of its own, and how many there are."""
+    """Show a table of all checks, each problem on a separate line, and how many there are."""
     checks = tuple(sorted(checks, key=lambda check: check.host))
     rows = [
         (check.host, check.what, Text(check.result.value, _STYLES[check.result]), check.found.partition(": ")[0])

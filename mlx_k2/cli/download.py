@@ -1,4 +1,4 @@
-"""`mlx-k2 download`: each host fetches the files of its own stage."""
+"""`mlx-k2 download`: each host fetches the files of its stage."""
 
 import click
 import msgspec

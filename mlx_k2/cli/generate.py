@@ -134,7 +134,7 @@ def _dry_run(request: DeploymentRequest) -> None:
     if model is None:
         name = request.source.path_or_repo
         raise CheckpointError(f"{name} is not on this machine: give --model a folder here, or a repository on the Hub")
-    show_dry_run(model, *preview(request, model))
+    show_dry_run(request, model, *preview(request, model))
 
 
 def _generate(options: GenerateOptions, request: DeploymentRequest, model: ModelDescription | None) -> None:

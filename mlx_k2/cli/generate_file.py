@@ -30,7 +30,7 @@ from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 WANTED_SLOTS = 16
-"""Concurrent sequences if memory permits. With K2's bytes, more gain little throughput and wait longer (computed)."""
+"""Concurrent sequences if memory permits. More raise K2's throughput by little, and each waits longer (computed)."""
 
 
 def generate_many(options: GenerateOptions, asked: DeploymentRequest, model: ModelDescription | None) -> None:
@@ -61,7 +61,7 @@ def generate_many(options: GenerateOptions, asked: DeploymentRequest, model: Mod
 
 
 def _check(options: GenerateOptions, frontend: ModelFrontend) -> None:
-    """Refuse options that no line can be answered with."""
+    """Check the options; raise RequestError if every line would be refused with them."""
     sampling = options.conversation.sampling
     if not options.raw:
         sampling.mode.variables(frontend.template)
@@ -73,7 +73,7 @@ def _check(options: GenerateOptions, frontend: ModelFrontend) -> None:
 def result_digests(
     options: GenerateOptions, model: ModelDescription, lines: Mapping[int, PromptLine]
 ) -> dict[str, int]:
-    """Return the number of each line by the digest of all that its result depends on."""
+    """Return the number of each line by the digest of the run, the model and the line."""
     cluster, conversation = options.cluster, options.conversation
     run = (conversation.system, options.raw, conversation.sampling, cluster.context_tokens, cluster.dtype)
     counted = (model.digest, *run, cluster.dense_bits, options.num_logprobs)
@@ -166,7 +166,7 @@ def line_submissions(
 ) -> tuple[list[Submission], tuple[str, ...]]:
     """Return the requests for one line, one for each answer, and warnings about its schemas.
 
-    A seed of the line's own overrides ``seed``.
+    A seed in the line overrides ``seed``.
 
     Raises:
         RequestError, TokenizerError: it cannot be served; gives the reason.
@@ -192,7 +192,7 @@ def _messages(system: str | None, line: PromptLine, template: ChatTemplate) -> l
 
 
 def _progress(total: int, completed: int) -> Progress:
-    """Return a progress bar on stderr, disabled if that is no terminal."""
+    """Return a progress bar on stderr, disabled if that is not a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     progress.add_task("prompts", total=total, completed=completed)

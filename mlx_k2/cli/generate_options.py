@@ -65,7 +65,7 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
         if self.is_raw and (self.conversation.tools.is_given or self.conversation.sampling.is_for_replies):
             raise RequestError("--raw and --token-ids go without --tools, --mcp and options for thinking")
         if self.raw and self.conversation.system is not None:
-            raise RequestError("--raw sends PROMPT alone: leave out --system")
+            raise RequestError("--raw sends only PROMPT: leave out --system")
 
     @property
     def is_raw(self) -> bool:

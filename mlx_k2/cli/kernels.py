@@ -46,7 +46,7 @@ Measurement = TypeVar("Measurement", KernelReport, DecodeTime, IdleTime, Attenti
 def command(checks_only: bool, report_file: Path | None) -> None:
     """Check and time the kernels for Kimi K2's layers on this machine's GPU.
 
-    Each kernel is compared with plain MLX in float32 and timed beside it and beside a plain read of the same weights.
+    Each kernel is compared with plain MLX in float32 and timed with it and with a plain read of the same weights.
     The best sizes, and the best limits for MLX's command buffers, are remembered: every stage that starts on this
     machine uses them. Takes a few minutes and up to 30 GB of memory.
 
@@ -84,8 +84,8 @@ def command(checks_only: bool, report_file: Path | None) -> None:
 def write_report(path: Path, sent: dict[str, object]) -> None:
     """Write a ZIP file with report.json, and with a trace of the GPU's counters if Xcode's tools are installed.
 
-    Beside what the table shows, memory is read after 5 s without GPU work, with and without MLX's refreshing thread,
-    and the attention of a chunk is timed fused and unfused.
+    It also has the memory after 5 s without GPU work, with and without MLX's refreshing thread, and the time of the
+    attention of a chunk, fused and unfused.
     """
     log("reading GPU memory after 5 s without work, with and without refreshing; timing a prompt's attention ...")
     idle = {value: _measure("idle", IdleTime, environment={_REFRESH: value}) for value in ("0", "500")}
@@ -167,7 +167,7 @@ def _named(limits: BufferLimits) -> str:
 
 
 def _measure(what: str, wanted: type[Measurement], environment: Mapping[str, str] | None = None) -> Measurement:
-    """Measure in a process of its own, so that its environment and memory end with it. MLX's settings are its own.
+    """Measure in a separate process, so that its environment and memory end with it. MLX's settings are its own.
 
     Raises:
         StageStartError: the process failed, or took longer than ``MEASURING_S``.

@@ -31,10 +31,10 @@ from mlx_k2.errors import MlxK2Error
 COMMANDS = {
     "chat": "Talk with the model in the terminal, with thinking and tools.",
     "generate": "Answer one prompt, streamed from the last stage as it is sampled.",
-    "serve": "Serve the model to clients of OpenAI's API, loaded once.",
+    "serve": "Serve the model to clients of OpenAI's and Anthropic's APIs.",
     "keys": "Make, list and remove the keys that clients of a server send.",
     "setup": "Install mlx-k2 on your Macs, and write a hostfile and a profile.",
-    "doctor": "Look at every host and every hop, and say what to mend.",
+    "doctor": "Check every host and every hop, and show what to fix.",
     "download": "Fetch each stage's files from the Hub on its own host.",
     "kernels": "Check and time the GPU kernels of this machine.",
     "bench": "Measure throughput over prompt lengths and streams.",
@@ -111,7 +111,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command that ``args`` name. An unknown one is answered with the one that was meant."""
+        """Return the command that ``args`` name. The error for an unknown one suggests a similar name."""
         name = args[0]
         if name.startswith("-") or ctx.resilient_parsing or self.get_command(ctx, name) is not None:
             return super().resolve_command(ctx, args)

@@ -199,8 +199,8 @@ _CLUSTER = (
     _cluster(
         "--dense-bits",
         type=click.Choice(DENSE_BITS),
-        help="Quantize attention, shared experts, dense layers and the head to so many bits while loading: a token "
-        "reads less and comes sooner.  [default: as the checkpoint has them]",
+        help="Quantize attention, shared experts, dense layers and the head to this number of bits while loading: a "
+        "token reads less and comes sooner.  [default: as the checkpoint has them]",
     ),
     _cluster(
         "--draft-model",
@@ -219,7 +219,7 @@ _CLUSTER = (
         type=click.Choice(DRAFT_BITS),
         default=DRAFT_BITS[0],
         show_default=True,
-        help="Quantize the draft head to so many bits while loading. 16 keeps it as it is.",
+        help="Quantize the draft head to this number of bits while loading. 16 keeps it as it is.",
     ),
     _cluster(
         "--draft-vocab",
@@ -281,7 +281,7 @@ _SAMPLING = (
         "timeout_s",
         type=float,
         metavar="SECONDS",
-        help="End an answer that has run for so long, from when its prompt begins, with what it has; others go on.",
+        help="End an answer after this long, counted from the start of its prompt, with its text so far.",
     ),
     _sampling(
         "--thinking",
@@ -343,7 +343,7 @@ _ANSWERS = (
         type=click.IntRange(1, MAX_ANSWERS),
         default=1,
         metavar="N",
-        help="Write N answers to the prompt, which is computed once. Each has a seed of its own.  [default: 1]",
+        help="Write N answers to the prompt, which is computed once. Each has its own seed.  [default: 1]",
     ),
 )
 
@@ -378,7 +378,7 @@ _TOOLS = (
         type=click.IntRange(min=0),
         default=MAX_TOOL_CALLS,
         show_default=True,
-        help="So many tool calls for one message, then the model has to answer.",
+        help="At most this many tool calls for one message; then the model has to answer.",
     ),
     _tool(
         "--tool-timeout",
@@ -410,7 +410,7 @@ _RESTARTS = (
         type=_Limit(),
         default=3,
         metavar="N",
-        help="After a fault, start all stages again and go on with the answer: at most N times, or off. "
+        help="After a fault, start all stages again and continue the answer: at most N times, or off. "
         "10 minutes without a fault begin a new count.  [default: 3]",
     ),
 )

@@ -20,7 +20,7 @@ from mlx_k2.errors import RequestError
 from mlx_k2.private_files import home_folder
 
 _OVERRIDES = {"--stages": ("hostfile", "split"), "--hostfile": ("stages", "split"), "--model": ("revision",)}
-"""Options on the command line, and the defaults that do not apply beside them."""
+"""Options on the command line, and the defaults that do not apply together with them."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def profile_path() -> Path:
 
 
 def read_profile(path: Path, commands: Sequence[str], shared: Sequence[str]) -> Profile:
-    """Read the profile; without a file it is empty. ``shared`` are the options that may stand above all tables.
+    """Read the profile; without a file it is empty. ``shared`` are the options that may be set above all tables.
 
     Raises:
         RequestError: the file cannot be read, or names a command or an option that does not exist; names the line.
@@ -92,7 +92,7 @@ def with_value(text: str, key: str, value: str) -> str:
 
 
 def option_name(option: click.Parameter) -> str:
-    """Return the long name of an option without its dashes; '' if it has none, or is no option that has a default."""
+    """Return the long name of an option without its dashes; '' if it has none, or cannot have a default."""
     is_usual = isinstance(option, click.Option) and not option.is_eager and not option.hidden
     return next((name[2:] for name in option.opts if name.startswith("--")), "") if is_usual else ""
 
@@ -101,7 +101,7 @@ def defaults_of(command: click.Command, name: str, profile: Profile) -> dict[str
     """Return the defaults of a command's options by the names of their parameters.
 
     Raises:
-        RequestError: the command's table has a key that is no option of it; names the line.
+        RequestError: the command's table has a key that is not one of its options; names the line.
     """
     options = {option_name(option): option for option in command.params if option_name(option)}
     for key in profile.tables.get(name, {}):
@@ -122,7 +122,7 @@ def defaults_of(command: click.Command, name: str, profile: Profile) -> dict[str
 
 
 def not_overridden(command: click.Command, defaults: Mapping[str, Default], args: Sequence[str]) -> dict[str, Default]:
-    """Return the defaults that apply beside the options of a command line."""
+    """Return the defaults that apply together with the options of a command line."""
     dropped: set[str] = set()
     for option in command.params:
         names = [name for name in option.opts if name in _OVERRIDES]

@@ -85,7 +85,7 @@ class ProgramCommand(click.Command):
                 formatter.write_dl(records)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the command line. An unknown option is answered with the name of the one that was meant."""
+        """Parse the command line. The error for an unknown option suggests a similar name."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:

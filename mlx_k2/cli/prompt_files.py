@@ -30,7 +30,7 @@ class PromptLine(SamplingOptions, frozen=True, kw_only=True, forbid_unknown_fiel
 def read_prompt_lines(source: str, options: SamplingOptions = _DEFAULTS) -> dict[int, PromptLine]:
     """Return the lines of a file of prompts, or of standard input for "-", by number from 1, without blank ones.
 
-    A line has the values of ``options`` where it gives none of its own; the seed excepted, which differs by line.
+    A line has the values of ``options`` where it gives none itself, except the seed, which differs by line.
 
     Raises:
         RequestError: a line is malformed, has an unknown key or a value out of range, or has not exactly one prompt

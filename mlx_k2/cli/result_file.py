@@ -21,7 +21,7 @@ class ResultFile:
     nothing to is removed.
 
     Raises:
-        RequestError: it cannot be opened for writing, is no regular file, or another run writes it now.
+        RequestError: it cannot be opened for writing, is not a regular file, or another run writes it now.
     """
 
     def __init__(self, path: Path) -> None:

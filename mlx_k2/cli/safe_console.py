@@ -13,7 +13,7 @@ class SafeConsole(Console):
     """A rich console for text from models, tools, files and hosts.
 
     It cleans text after all rendering, because Markdown decodes escapes in links. A link of Markdown shows its address
-    and is no hyperlink of the terminal, which would hide the address.
+    and is not a hyperlink of the terminal, which would hide the address.
     """
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
@@ -24,7 +24,7 @@ class SafeConsole(Console):
             yield segment if segment.control else _safe(segment)
 
     def on_broken_pipe(self) -> None:
-        """Be silent from now on if stderr is gone: a message that nobody reads is no reason to end."""
+        """Write nothing more if stderr is closed: the program does not end because of a message that nobody reads."""
         if self.stderr:
             self.quiet = True
         else:

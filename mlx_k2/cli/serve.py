@@ -86,7 +86,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     "allowed_hosts",
     multiple=True,
     metavar="NAME",
-    help="A name by which clients reach this server, besides localhost, names in .local and addresses.",
+    help="A name by which clients reach this server, in addition to localhost, names in .local and addresses.",
 )
 @click.option(
     "--allow-origin",
@@ -118,7 +118,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     type=click.FloatRange(1, 86_400),
     default=30.0,
     metavar="SECONDS",
-    help="After SIGTERM or Ctrl-C, let running requests go on for so long. A second signal ends at once.  "
+    help="After SIGTERM or Ctrl-C, let running requests continue for at most this long. A second signal ends at once.  "
     "[default: 30]",
 )
 @click.option(
@@ -130,7 +130,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     help="Sent every 10 s in a stream without tokens: a comment, a chunk without text, or nothing.",
 )
 @click.option("--strict-model", is_flag=True, help="Answer 404 to a request that names another model.")
-@click.option("--mirror-reasoning", is_flag=True, help="Send reasoning as `reasoning`, besides `reasoning_content`.")
+@click.option("--mirror-reasoning", is_flag=True, help="Send reasoning as `reasoning` and as `reasoning_content`.")
 @draft_option
 @tool_grammar_option
 @click.option(
@@ -156,10 +156,12 @@ def command(options: ServeOptions) -> None:
         mlx-k2 serve --hostfile two-macs.json --model ~/Kimi-K2-Thinking
 
     Clients use the base address http://127.0.0.1:8080/v1, and any key until `mlx-k2 keys add` has made one. After a
-    fault all stages start again, for ever, and running answers go on where they were.
+    fault all stages start again, without a limit, and running answers continue.
     """  # noqa: D301  # click reads the escape
     if options.launchd:
-        command = [str(Path(sys.argv[0]).absolute()), *(one for one in sys.argv[1:] if one != "--launchd")]
+        program = Path(sys.argv[0]).absolute()
+        start = [sys.executable, "-P", "-m", "mlx_k2"] if program.name == "__main__.py" else [str(program)]
+        command = [*start, *(one for one in sys.argv[1:] if one != "--launchd")]
         log(f"save this as ~/Library/LaunchAgents/{LABEL}.plist; launchctl bootstrap gui/$UID FILE starts it")
         path_variable = os.environ.get("PATH", os.defpath)
         sys.stdout.write(property_list(command, Path.cwd(), Path.home(), path_variable, options.drain_s))
@@ -253,7 +255,10 @@ def _serve(
     server: HttpServer,
     write: Callable[[str], None],
 ) -> None:
-    """Load the model and serve it until a signal or a failure for good. ``write`` receives lines and never blocks."""
+    """Load the model and serve it until a signal or a fault that is not recovered.
+
+    ``write`` receives lines and never blocks.
+    """
     failures: list[MlxK2Error] = []
     _keep_awake()
 
@@ -264,7 +269,7 @@ def _serve(
     def on_restart(restart: Restart, phase: str) -> None:
         state.activity.phase = phase
         if phase == WAITING:
-            write(f"{restart_line(restart)}; running answers then go on where they were")
+            write(f"{restart_line(restart)}; running answers then continue")
 
     def on_report(report: StageReport) -> None:
         state.activity.add_report(report)
@@ -315,7 +320,7 @@ def _wait(state: ServerState, server: HttpServer, drain_s: float, write: Callabl
     try:
         server.has_ended.wait()
     except Interrupted:
-        write(f"ending: running requests may go on for {drain_s:g} s; a second signal ends at once")
+        write(f"ending: running requests may continue for {drain_s:g} s; a second signal ends at once")
         state.is_ending = True
         server.drain()
         return True

@@ -27,7 +27,7 @@ from mlx_k2.errors import ClusterError, HostfileError, RequestError, SetupError
 from mlx_k2.launch.own_wheel import write_wheel
 from mlx_k2.launch.remote_install import FOLDER, HostSurvey, install, survey, wheel_digest
 from mlx_k2.private_files import write_whole
-from mlx_k2.weights.model_source import BUILTIN, ModelSource
+from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo
 
 THIS_MACHINE = "127.0.0.1"
 _LOCAL_NAMES = ("this", "localhost", THIS_MACHINE)
@@ -85,7 +85,7 @@ class _SetupCommand(ProgramCommand):
     "--hostfile",
     type=click.Path(dir_okay=False),
     metavar="FILE",
-    help="Where to write the hostfile.  [default: beside the profile]",
+    help="Where to write the hostfile.  [default: in the folder of the profile]",
 )
 @click.option("--yes", "-y", is_flag=True, help="Change what has to be changed without asking.")
 @with_struct(SetupOptions)
@@ -155,7 +155,7 @@ class _Steps:
             raise RequestError("give each Mac once, for instance: mlx-k2 setup this mac-2")
         for name in names:
             if name.startswith("-") or not name.isprintable():
-                raise RequestError(f"{name!r} is not a host name that ssh takes")
+                raise RequestError(f"{name!r} is not a host name that ssh accepts")
         return names
 
     def _confirm(self, question: str) -> None:
@@ -203,8 +203,6 @@ class _Steps:
         if not addresses:
             with console.status("looking for addresses, and measuring them ..."):
                 choices = address_choices(host_interfaces(request))
-                if not choices:
-                    raise SetupError("the hosts share no network: give an address of each with --address")
                 present = tuple(host.ips[0] for host in self._present_hosts() if host.ips)
                 addresses, slowest = fastest_choice(request, [present] if present in choices else choices)
             log(f"addresses {', '.join(addresses)}" + (f": {slowest / 1e9:.2f} GB/s" if slowest is not None else ""))
@@ -246,9 +244,10 @@ class _Steps:
             checks = probe_cluster(request, None, listener, deep=False)
         show_checks(checks)
         if any(check.result is CheckResult.FAILURE for check in checks):
-            raise ClusterError("the doctor found a failure: mend it, then run `mlx-k2 doctor`")
+            raise ClusterError("the doctor found a failure: fix it, then run `mlx-k2 doctor`")
         model = self._options.model
-        log(f"next: mlx-k2 {'download' if model is not None else 'chat'}; `mlx-k2 config` shows the profile")
+        must_be_fetched = model is not None and is_repo(ModelSource(path_or_repo=model))
+        log(f"next: mlx-k2 {'download' if must_be_fetched else 'chat'}; `mlx-k2 config` shows the profile")
 
 
 def _survey_all(names: Sequence[str], python: str | None) -> dict[str, HostSurvey]:

@@ -21,7 +21,7 @@ def show_answers(engine: Engine, tokenizer: Tokenizer, submissions: Sequence[Sub
 
     Raises:
         Exit: with code 1 after all answers, if one failed.
-        ClusterError: the stages failed for good.
+        ClusterError: the stages failed and are not restarted.
     """
     num_failed = 0
     for result in _in_order(engine, submissions):

@@ -23,7 +23,7 @@ class _Messages(io.FileIO):
 def prepare_streams() -> str | None:
     """Make the standard streams usable; return the problem if they cannot be.
 
-    A byte of standard input that is no text is read as U+FFFD. A character that an output's encoding lacks is written
+    A byte of standard input that is not text is read as U+FFFD. A character that an output's encoding lacks is written
     as an escape. Other programs can have left a pipe or a terminal non-blocking.
     """
     for descriptor in (0, 1, 2):

@@ -12,7 +12,7 @@ from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.console import log
 from mlx_k2.cli.options import ToolOptions
 
-_CHATTY = ("mcp", "httpx", "httpx2", "asyncio", "client")
+_MUTED_LOGGERS = ("mcp", "httpx", "httpx2", "asyncio", "client")
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def opened_tools(options: ToolOptions) -> Iterator[Tools | None]:
         install = f"{shlex.quote(sys.executable)} -m pip install mcp"
         raise ToolsError(f"--tools and --mcp need the package {missing.name}: run `{install}`") from None
 
-    for name in _CHATTY:  # their messages about a lost server are in the call's result already
+    for name in _MUTED_LOGGERS:  # their messages about a lost server are in the call's result already
         logging.getLogger(name).setLevel(logging.CRITICAL)
     servers = () if options.mcp_path is None else read_mcp_file(Path(options.mcp_path), os.environ, log)
     if options.tools_path is not None:

@@ -48,7 +48,7 @@ def answer_all(engine: Engine, asked: Iterable[tuple[int, Submission]]) -> Gener
     While others fill the engine's queue, requests wait here.
 
     Raises:
-        ClusterError: the stages failed for good.
+        ClusterError: the stages failed and are not restarted.
     """
     ready: SimpleQueue[Handle] = SimpleQueue()  # has a handle once for each of its events
     rest = iter(asked)

@@ -1,4 +1,4 @@
-"""Engine: one thread that owns the scheduler and the pipeline. Every other thread talks to it through a queue.
+"""Engine: one thread that owns the scheduler and the pipeline. Every other thread sends it commands through a queue.
 
 Knows requests and token policies, but no messages, no terminal and no arrays.
 """
@@ -66,9 +66,9 @@ class Engine:
     """The engine of ready stages. A context manager: on exit all requests are cancelled and the thread has ended.
 
     After a fault the engine gets new stages from ``restarts`` and computes every running sequence again from its
-    tokens. Without ``restarts``, and when these give up, every request ends with the error, ``on_failure`` is called on
-    the engine thread, and ``submit`` raises the error. ``on_restart`` is called on another thread for each restart and
-    each of its phases.
+    tokens. Without ``restarts``, and if it raises ClusterError, every request ends with the error, ``on_failure`` is
+    called on the engine thread, and ``submit`` raises the error. ``on_restart`` is called on another thread for each
+    restart and each of its phases.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Engine:
         Raises:
             RequestError: the request can never run (``check_request``).
             EngineBusy: the queue is full; has the expected wait.
-            ClusterError: the stages have failed for good.
+            ClusterError: the stages have failed and are not restarted.
         """
         return self.submit_all([Submission(request, policy, notify)])[0]
 
@@ -191,7 +191,7 @@ class Engine:
             self._loop.run()
         except MlxK2Error as failure:
             error = failure
-        except BaseException as defect:  # noqa: BLE001 - readers must not wait for ever
+        except BaseException as defect:  # noqa: BLE001 - readers must not wait without a limit
             error = ClusterError(f"the engine failed: {type(defect).__name__}: {defect}")
             error.__cause__ = defect
         with self._lock:

@@ -1,4 +1,4 @@
-"""Engine loop: what the engine thread does. Reads commands, sends plans, waits for reports, delivers events, restarts.
+"""Engine loop, run by the engine thread. Reads commands, sends plans, waits for reports, delivers events, restarts.
 
 Only the engine thread runs it; ``put`` and ``use`` are for every thread.
 """
@@ -91,7 +91,7 @@ class EngineLoop:
         """Run until Close.
 
         Raises:
-            ClusterError: the stages failed for good.
+            ClusterError: the stages failed and are not restarted.
         """
         try:
             while not self._is_closing:
@@ -271,12 +271,12 @@ class EngineLoop:
         self._end_jobs()
 
     def _restart(self, restarts: Restarts, error: ClusterError) -> None:
-        """Start new stages, on a thread of its own."""
+        """Start new stages, on a separate thread."""
         try:
             outcome: StageGroup | MlxK2Error = restarts.restart(error, self._on_restart_phase)
         except MlxK2Error as failure:
             outcome = failure
-        except BaseException as defect:  # noqa: BLE001 - the engine must not wait for ever
+        except BaseException as defect:  # noqa: BLE001 - the engine must not wait without a limit
             outcome = ClusterError(f"the restart failed: {type(defect).__name__}: {defect}")
             outcome.__cause__ = defect
         self._commands.put(RestartEnded(outcome))

@@ -33,7 +33,7 @@ class PrefillProgress:
 
 @dataclass(frozen=True)
 class Restarting:
-    """All stages start again after a fault; the request goes on afterwards. ``phase`` is what they do now."""
+    """All stages start again after a fault; the request continues afterwards. ``phase`` is their present phase."""
 
     restart: Restart
     phase: str
@@ -109,8 +109,8 @@ class Handle:
         """Yield the events as they come, Finished last. Only one thread may iterate, and only once.
 
         Raises:
-            RequestFailed: this request was ended by an error; others go on.
-            ClusterError: the stages failed for good; the tokens so far were yielded.
+            RequestFailed: this request was ended by an error; others continue.
+            ClusterError: the stages failed and are not restarted; the tokens so far were yielded.
         """
         event: Event | None = None
         while not isinstance(event, Finished):

@@ -95,7 +95,7 @@ class Pipeline:
         self.continue_on(group)
 
     def continue_on(self, group: StageGroup) -> None:
-        """Use new stages, whose caches are empty. Their plans carry on with the numbers."""
+        """Use new stages, whose caches are empty. Step numbers continue."""
         self.group = group
         self._monitor = HealthMonitor(group)
         self._received_at = time.monotonic()
@@ -114,7 +114,7 @@ class Pipeline:
         """Wait for the next report of a stage; return the step if the last stage has finished it.
 
         Return None for reports of other stages, at ``wake_at`` (monotonic seconds), and when the group was woken. Wait
-        without a limit if no plan is in flight; the health of the stages is watched all the same.
+        without a limit if no plan is in flight; the health of the stages is monitored in this case too.
 
         Raises:
             StageFault: a stage reported an error or ended.

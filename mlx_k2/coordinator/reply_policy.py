@@ -44,7 +44,7 @@ class ReplyPolicy:
     names.
 
     Raises:
-        RequestError: the constraint allows the empty text alone, and the request has no stop token.
+        RequestError: the constraint allows only the empty text, and the request has no stop token.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ReplyPolicy:
         is_raw: bool = False,
     ) -> None:
         prompt_ids, stop_ids = request.prompt_ids, request.stop_ids
-        # a stop token has no text, also where the request goes on after it (ignore_eos)
+        # a stop token has no text, also where the request continues after it (ignore_eos)
         unread = stop_ids if is_raw else stop_ids | tokenizer.stop_ids
         self._reader = ReplyReader(tokenizer, prompt_ids, unread, is_raw=is_raw)
         self._guide = (
@@ -66,7 +66,7 @@ class ReplyPolicy:
             else ReplyGuide(grammar, tokenizer, prompt_ids, stop_ids, self._reader.phase, is_raw=is_raw)
         )
         if self._guide is not None and not stop_ids and self._guide.is_complete:
-            raise RequestError("the form of the answer allows the empty text alone: leave out ignore_eos")
+            raise RequestError("the form of the answer allows only the empty text: leave out ignore_eos")
         self._stop_ids = stop_ids
         self._tokenizer = tokenizer
         self._limits = limits

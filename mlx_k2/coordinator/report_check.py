@@ -20,7 +20,7 @@ def find_problem(message: FromStage, expected: Microbatch | None, *, is_last: bo
     if not all(math.isfinite(seconds) and seconds >= 0 for seconds in times):
         return f"reported a time of step {message.number} that is none"
     if message.is_skipped and not all(planned.row.is_draft for planned in expected.rows):
-        return f"skipped step {message.number}, which is no draft"
+        return f"skipped step {message.number}, which is not a draft"
     if message.is_skipped and is_last and any(planned.sequence.counts(message.number) for planned in expected.rows):
         return f"skipped step {message.number}, whose draft is right"
     is_sampling = is_last and not message.is_skipped

@@ -64,12 +64,9 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("dense-bits", self.dense_bits, DENSE_BITS)
         _check_choice("draft-bits", self.draft_bits, DRAFT_BITS)
-        if (
-            self.draft_model is None
-            and self.model is not None
-            and (self.draft_aux is not None or self.draft_vocab is not None)
-        ):
-            raise RequestError("--draft-aux and --draft-vocab are for a draft model: give --draft-model")
+        given = (self.draft_aux, self.draft_vocab, self.draft_bits) != (None, None, DRAFT_BITS[0])
+        if given and self.draft_model is None and self.model is not None:
+            raise RequestError("--draft-aux, --draft-bits and --draft-vocab are for a draft model: give --draft-model")
         if self.hostfile is not None and self.num_stages is not None:
             raise HostfileError(
                 "a number of stages is for runs on this machine alone: give it, or a hostfile, not both"
@@ -154,11 +151,14 @@ def deployment_request(
 
     Raises:
         HostfileError: the hostfile cannot be used.
-        RequestError: ``draft_mode`` is MODEL, and there is no draft head.
+        RequestError: ``draft_mode`` is MODEL, and there is no draft head, or one stage.
     """
     hostfile, head = options.read_hostfile(), options.draft_head
     effective_mode(draft_mode, has_head=head is not None)
-    if not draft_mode.uses_head or (len(hostfile.hosts) == 1 and options.draft_model is None):
+    is_lone = len(hostfile.hosts) == 1
+    if is_lone and draft_mode is DraftMode.MODEL:
+        raise RequestError("--draft model is for two stages or more: with one, leave it out")
+    if not draft_mode.uses_head or (is_lone and options.draft_model is None):
         head = None
     return DeploymentRequest(options, hostfile, options.source, num_slots, head)
 

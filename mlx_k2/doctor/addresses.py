@@ -60,7 +60,7 @@ def fastest_choice(
     A choice over which the stages cannot connect is left out. With one choice nothing is measured.
 
     Raises:
-        SetupError: the stages connect over none of them.
+        SetupError: there is no choice, or the stages connect over none of them.
     """
     if len(choices) == 1:
         return choices[0], None

@@ -91,7 +91,7 @@ class HostSurvey:
 
     @property
     def problem(self) -> str | None:
-        """The reason why mlx-k2 cannot be installed there, with the way out; None if it can."""
+        """The reason why mlx-k2 cannot be installed there, and what to do; None if it can."""
         if self.python is not None:
             return None
         wanted = ".".join(map(str, OLDEST_PYTHON))
@@ -114,7 +114,7 @@ def survey(host: str, python: str | None = None) -> HostSurvey:
     """Ask a host for its system, memory and Pythons; look at ``python`` alone if it is given. Changes nothing.
 
     Raises:
-        SetupError: ssh cannot reach it, or it does not answer; gives the way out.
+        SetupError: ssh cannot reach it, or it does not answer; says what to do.
     """
     script = _SURVEY.format(mark=_MARK, folder=FOLDER, python=shlex.quote(python or ""), minors=_MINORS)
     output = _run_script(host, script, SURVEY_S)
@@ -153,7 +153,7 @@ def wheel_digest(wheel: Path) -> str:
 
 
 def install(found: HostSurvey, wheel: Path, pins: Sequence[str], wheels: Path | None) -> None:
-    """Copy the wheel to a host and install it in an environment of its own, with the packages ``pins``.
+    """Copy the wheel to a host and install it in a separate environment, with the packages ``pins``.
 
     ``wheels`` is a folder with the wheels of all packages, which is copied too; None: the host fetches them.
 

@@ -28,7 +28,7 @@ class AttentionLimits(NamedTuple):
     """Limits of the blocks of heads and queries in which attention is computed.
 
     ``block_bytes`` limits a block's scores and the keys and values rebuilt for it. Two blocks are in memory at a time.
-    A block has at least ``min_heads`` heads, whose keys and values alone may exceed the limit on a CPU. With ``fused``,
+    A block has at least ``min_heads`` heads, whose keys and values may exceed the limit on a CPU. With ``fused``,
     MLX's fused kernel may be used, which exists on GPUs only and stores no scores.
     """
 

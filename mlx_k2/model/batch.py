@@ -12,7 +12,7 @@ class Span:
     """Consecutive positions of one sequence: ``count`` positions starting at ``position``, cached in ``slot``.
 
     Prompt positions use naive attention, generated ones absorbed attention (model/attention.py). The form depends on
-    the sequence alone, never on the other tokens of the step.
+    the sequence only, never on the other tokens of the step.
     """
 
     slot: int

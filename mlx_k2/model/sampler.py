@@ -2,7 +2,7 @@
 
 The filters are mlx-lm's, in mlx-lm's order: repetition penalty and logit bias on the logits; top-p, min-p and top-k on
 the log-probabilities; then the temperature. The token is the largest of log-probabilities plus Gumbel noise, whose
-random key is derived from (seed, position) alone: a token does not depend on the other rows of its step, and a draft
+random key is derived from (seed, position) only: a token does not depend on the other rows of its step, and a draft
 head with the same noise often samples the same token (docs/design/0121).
 """
 

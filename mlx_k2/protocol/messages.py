@@ -108,8 +108,8 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     Attention, shared experts, dense layers and the head
     are quantized to ``dense_bits`` bits per weight; None: they are not quantized. Stages that start on the host later
     report ``registration``. With ``draft_head``, the layers that it reads get their slices of its ``fc``, and the last
-    stage gets the head. ``check_weights``: search all tensors for NaN and infinity, not only those whose NaN
-    may not reach a step's output.
+    stage gets the head. A stage that reads none of its tensors had none in Prepare, and reads no file of it.
+    ``check_weights``: search all tensors for NaN and infinity, not only those whose NaN may not reach a step's output.
     """
 
     first_layer: int

@@ -21,7 +21,7 @@ class FinishReason(enum.Enum):
     CANCELLED = "cancelled"
     """The caller cancelled the request."""
     ERROR = "error"
-    """The request failed; others go on."""
+    """The request failed; others continue."""
 
 
 class Priority(enum.Enum):

@@ -60,7 +60,7 @@ class Scheduler:
         self._policy = policy
         self._draft_mode = draft_mode
         self._switch = DraftSwitch(policy.drafts_pay) if self._draft_mode is DraftMode.AUTO else None
-        self._sampled_at = 0.0
+        self._last_sampled: tuple[Sequence, float] | None = None
         self._waiting: dict[Priority, deque[Sequence]] = {priority: deque() for priority in Priority}
         self._slots = SlotPool(limits.num_slots)
         self._running: list[Sequence] = []
@@ -121,7 +121,7 @@ class Scheduler:
         sampled_sequences = [planned.sequence for planned in microbatch.rows if planned.row.needs_logits]
         if is_skipped:
             sampled_sequences.clear()
-        assert microbatch.number == number, f"step {number} came back before step {microbatch.number}"
+        assert microbatch.number == number, f"step {number} was reported before step {microbatch.number}"
         assert len(sampled_sequences) == len(tokens), (
             f"step {number} sampled {len(tokens)} tokens, not {len(sampled_sequences)}"
         )
@@ -147,6 +147,7 @@ class Scheduler:
     def reset(self) -> None:
         """Plan every running sequence again from its first token. Call it when new stages with empty caches start."""
         self._in_flight.clear()
+        self._last_sampled = None
         self._slots.forget()
         for sequence in self._running:
             sequence.reset(self._next_number)
@@ -158,13 +159,14 @@ class Scheduler:
 
     def index_drafts(self) -> bool:
         """Index some tokens of a lone sequence for its drafts; return whether some are left."""
-        if self._draft_mode in (DraftMode.OFF, DraftMode.MODEL) or len(self._running) != 1:
+        active = self._active()
+        if self._draft_mode in (DraftMode.OFF, DraftMode.MODEL) or len(active) != 1:
             return False
-        (sequence,) = self._running
+        (sequence,) = active
         return sequence.drafter.index(sequence.token_ids, INDEX_TOKENS)
 
     def _active(self) -> list[Sequence]:
-        """Return the running sequences that may be planned: no background ones beside interactive requests."""
+        """Return the running sequences that may be planned: no background ones while there are interactive requests."""
         interactive = [sequence for sequence in self._running if sequence.is_interactive]
         return interactive if interactive or self._waiting[Priority.INTERACTIVE] else self._running
 
@@ -235,12 +237,14 @@ class Scheduler:
         return self._draft_mode is not DraftMode.OFF and (self._switch is None or self._switch.is_on)
 
     def _time_token(self, microbatch: Microbatch, now: float) -> None:
-        """Measure the time since the token before, if both are of one sequence that runs alone."""
-        last, self._sampled_at = self._sampled_at, now
-        if self._switch is None or len(self._running) > 1 or microbatch.rows[0].row.is_prompt or not last:
+        """Measure the time since the token before, if only one token of a sequence that runs alone was computed."""
+        sequence, row = microbatch.rows[0].sequence, microbatch.rows[0].row
+        last, self._last_sampled = self._last_sampled, (sequence, now)
+        if self._switch is None or last is None or len(self._active()) > 1 or row.is_prompt or len(row.token_ids) > 1:
             return
-        if now > last:
-            self._switch.observe(now - last)
+        last_sequence, sampled_at = last
+        if last_sequence is sequence and now > sampled_at:
+            self._switch.observe(now - sampled_at)
 
     def _draft_rows(self, sequence: Sequence) -> list[PlannedRow]:
         if not self._is_drafting or sequence.num_unplanned:
@@ -261,7 +265,7 @@ class Scheduler:
         if sequence is None:
             return
         if decode_round is not None:
-            rows.append(_prompt_row(sequence, self._beside_decoding(rows, sequence, decode_round, budget)))
+            rows.append(_prompt_row(sequence, self._tokens_while_decoding(rows, sequence, decode_round, budget)))
             return
         remaining = min(budget, self._chunk_tokens(sequence))
         while sequence is not None and remaining > 0:
@@ -307,7 +311,7 @@ class Scheduler:
             )
         return sequence.chunk_tokens
 
-    def _beside_decoding(
+    def _tokens_while_decoding(
         self, rows: list[PlannedRow], sequence: Sequence, decode_round: DecodeRound, longest: int
     ) -> int:
         """Return how many prompt tokens, at most ``longest``, may join ``rows``.
@@ -332,7 +336,7 @@ class Scheduler:
 
     def _asks_for_drafts(self, rows: list[PlannedRow]) -> bool:
         """Return whether the draft head follows this step: it samples a token of a sequence that runs alone."""
-        if not self._draft_mode.uses_head or len(self._running) != 1 or not self._is_drafting:
+        if not self._draft_mode.uses_head or len(self._active()) != 1 or not self._is_drafting:
             return False
         is_alone = len(rows) == 1 and self._next_waiting() is None
         return is_alone and rows[0].row.needs_logits and self.limits.num_stages > 1

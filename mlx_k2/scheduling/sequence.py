@@ -32,7 +32,7 @@ _NOTHING_SHARED = SharedPrefix()
 
 @dataclass(frozen=True)
 class Appended:
-    """A token of an answer, and what its policy made of it. A forced token was not sampled."""
+    """A token of an answer, and the result of its policy. A forced token was not sampled."""
 
     token: SampledToken
     accepted: Accepted
@@ -173,7 +173,7 @@ class Sequence:
 
         None if no source has one, or if the token would end the sequence: nothing would follow it.
         """
-        assert self.num_unplanned == 0, "known tokens go before draft tokens"
+        assert self.num_unplanned == 0, "known tokens are planned before draft tokens"
         if self.num_planned + 1 >= self._end:
             return None
         self.drafter.index(self.token_ids, INDEX_TOKENS)

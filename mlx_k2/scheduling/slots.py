@@ -51,7 +51,7 @@ class SlotPool:
         """Return the free slot whose overwriting costs least, and the longest cached prefix of the prompt.
 
         The cost of a slot is the number of cached tokens that would be lost, divided by 1 + the slot's age: the longer
-        a slot was not used, the less likely its tokens are needed again. Without ``ages`` it is that number alone: then
+        a slot was not used, the less likely its tokens are needed again. Without ``ages`` it is only that number: then
         no number of short prompts overwrites a long conversation while a slot holds less. Tokens that another slot
         holds too are not lost, nor is the prefix that the prompt uses in place. Taking the prefix from another slot
         adds the cost of a copy. The prompt's last token is never shared: the token after it must be computed.

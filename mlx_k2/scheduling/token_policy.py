@@ -1,4 +1,4 @@
-"""Token policy: decides after each token of one sequence how the sequence goes on. Knows no plans and no stages."""
+"""Token policy: decides after each token of one sequence how the sequence continues. Knows no plans and no stages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ class Accepted:
     text: str = ""
     parts: tuple[Part, ...] = ()
     finish_reason: FinishReason | None = None
-    """None: the sequence goes on."""
+    """None: the sequence continues."""
 
 
 class TokenPolicy(Protocol):
     """Decisions between a sampled token and the next plan.
 
-    A policy belongs to one sequence and is called on the engine thread alone. It is pure and takes bounded time: other
+    A policy belongs to one sequence and is called on the engine thread only. It is pure and takes bounded time: other
     sequences wait for it. An exception in it ends its own sequence.
     """
 

@@ -10,7 +10,7 @@ from mlx_k2.server.api_errors import ApiError
 from mlx_k2.server.api_keys import KeyRing
 
 OPEN_PATHS = ("/health",)
-"""Paths that need no key: their answer is a status alone."""
+"""Paths that need no key: their answer is only a status."""
 _CORS = (
     (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
     (b"access-control-expose-headers", b"x-request-id, request-id, retry-after"),

@@ -56,7 +56,7 @@ def shaped_error(error: ApiError, scope: Mapping[str, Any]) -> tuple[int, dict[s
 
 
 def messages_error(error: ApiError, request_id: str) -> tuple[int, dict[str, object]]:
-    """Return the status and the JSON body of an error in Anthropic's shape, where the message alone names the field."""
+    """Return the status and the JSON body of an error in Anthropic's shape, where only the message names the field."""
     status, kind, message = error.status, _MESSAGES_KINDS.get(error.kind, error.kind), error.message
     if error.code == "queue_full":
         status, kind = 529, "overloaded_error"

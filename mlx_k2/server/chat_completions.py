@@ -151,7 +151,7 @@ class ChatFormat(CompletionFormat):
 
 
 def usage(replies: Sequence[ChatReply]) -> dict[str, Any]:
-    """Return the token counts. ``cached_tokens`` also stands at the top, where Moonshot's clients read it."""
+    """Return the token counts. ``cached_tokens`` is also a field of the top level, where Moonshot's clients read it."""
     summaries = [reply.summary for reply in replies if reply.summary is not None]
     num_prompt, num_cached = summaries[0].prompt_tokens, min(summary.cached_tokens for summary in summaries)
     num_generated = sum(summary.generated_tokens for summary in summaries)

@@ -9,10 +9,12 @@ KEY_VARIABLE = "MLX_K2_API_KEY"
 CLAUDE_CODE_CONTEXT_TOKENS = 200_000
 """The context that Claude Code assumes of a model that it does not know."""
 _NAME = "mlx-k2"
+_ZED_KEY_VARIABLE = "MLX_K_2_API_KEY"
+"""Zed makes it from the provider's name, and begins a word at each digit."""
 _KEY = f'"${{{KEY_VARIABLE}:-none}}"'
 """The key in a shell; without keys a server accepts any text, and clients refuse an empty one."""
 _TIMEOUT_MS = 1_800_000
-"""Clients wait for so long. A prompt of 100,000 tokens is computed for minutes before its first token."""
+"""Clients wait at most this long. A prompt of 100,000 tokens is computed for minutes before its first token."""
 _MAX_OUTPUT_TOKENS = 32_000
 
 
@@ -61,18 +63,18 @@ def _claude_code(address: ModelAddress) -> str:
 
 
 def _codex(address: ModelAddress) -> str:
+    """Return lines without the header of a table: above other settings, they change nothing but themselves."""
+    provider = f"model_providers.{_NAME}"
     return f"""\
 model = {_toml(address.name)}
 model_provider = "{_NAME}"
 model_context_window = {address.context_tokens}
 show_raw_agent_reasoning = true
-
-[model_providers.{_NAME}]
-name = "{_NAME}"
-base_url = {_toml(address.base_url)}
-env_key = "{KEY_VARIABLE}"
-wire_api = "responses"
-stream_idle_timeout_ms = {_TIMEOUT_MS}
+{provider}.name = "{_NAME}"
+{provider}.base_url = {_toml(address.base_url)}
+{provider}.env_key = "{KEY_VARIABLE}"
+{provider}.wire_api = "responses"
+{provider}.stream_idle_timeout_ms = {_TIMEOUT_MS}
 """
 
 
@@ -106,7 +108,7 @@ def _cline(address: ModelAddress) -> str:
 
 
 def _zed(address: ModelAddress) -> str:
-    """Return Zed's settings. Zed makes the variable of the key from the provider's name."""
+    """Return Zed's settings. Zed reads the key from its own store, or from _ZED_KEY_VARIABLE."""
     model = {
         "name": address.name,
         "display_name": address.name,
@@ -130,10 +132,12 @@ def _open_webui(address: ModelAddress) -> str:
 
 CLIENTS: dict[str, ClientSettings] = {
     "claude-code": ClientSettings("run these lines in a shell before claude", _claude_code),
-    "codex": ClientSettings("add this to ~/.codex/config.toml", _codex),
+    "codex": ClientSettings("put this at the start of ~/.codex/config.toml", _codex),
     "opencode": ClientSettings("add this to ~/.config/opencode/opencode.json", _opencode),
     "cline": ClientSettings("run this line in a shell", _cline),
-    "zed": ClientSettings("add this to Zed's settings.json", _zed),
+    "zed": ClientSettings(
+        f"add this to Zed's settings.json (its key: in Zed, or in the variable {_ZED_KEY_VARIABLE} )", _zed
+    ),
     "open-webui": ClientSettings("run these lines in a shell", _open_webui),
 }
 

@@ -29,7 +29,7 @@ class EventStream:
         self._failure: MlxK2Error | None = None
         self._may_be_cancelled = False
         self.is_abandoned = False
-        """Whether the client has gone."""
+        """Whether the client has closed the connection."""
 
     async def submit(self, engine: Engine, generation: Generation) -> None:
         """Submit the requests, on a worker thread: the check of a long prompt takes milliseconds.
@@ -60,7 +60,7 @@ class EventStream:
         self._on_close()
 
     def abandon(self) -> None:
-        """Cancel the requests, because their client has gone."""
+        """Cancel the requests, because their client has closed the connection."""
         self.is_abandoned = True
         self.cancel()
 

@@ -1,6 +1,6 @@
 """The outermost layer: request ids, allowed hosts, origins and keys, defects, and the log. Knows no route.
 
-Pure ASGI: Starlette's BaseHTTPMiddleware would hide that a client has gone.
+Pure ASGI: Starlette's BaseHTTPMiddleware would hide that a client has closed the connection.
 """
 
 import asyncio

@@ -15,13 +15,13 @@ MAX_HEADER_BYTES = 65536
 MAX_CONNECTIONS = 512
 HEADERS_TIMEOUT_S = 30.0
 WRITE_TIMEOUT_S = 30.0
-"""A connection whose client takes nothing for so long is closed."""
+"""A connection is closed after its client has read nothing for this long."""
 
 
 class Connection(H11Protocol):
     """A connection that is closed when a request's headers or the client's reading take too long.
 
-    The application is told of the end of a connection at once, whatever the client has sent after its request.
+    The application gets the end of a connection at once, whatever the client has sent after its request.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -49,7 +49,7 @@ class Connection(H11Protocol):
         """Read data. The timer runs while headers are incomplete, and while the body of an answered request comes.
 
         uvicorn stops reading at data that follow a complete request. The end of the connection would then not be
-        noticed, so reading goes on here, up to MAX_HEADER_BYTES.
+        noticed, so reading continues here, up to MAX_HEADER_BYTES.
         """
         if self.conn.their_state is h11.MUST_CLOSE:
             return  # the client has asked to close the connection after its request
@@ -71,7 +71,7 @@ class Connection(H11Protocol):
         self._await_client()
 
     def resume_writing(self) -> None:
-        """Go on: the client has taken everything."""
+        """Stop the timer: the client has read everything."""
         self._cancel_write_timer()
         super().resume_writing()
 
@@ -105,7 +105,7 @@ class Connection(H11Protocol):
             self._headers_due = None
 
     def _await_client(self, bytes_before: float = math.inf) -> None:
-        """Look at the waiting bytes again after WRITE_TIMEOUT_S; end the connection if the client has taken none."""
+        """Look at the waiting bytes again after WRITE_TIMEOUT_S; end the connection if the client has read none."""
         num_bytes = self.transport.get_write_buffer_size()
         if num_bytes >= bytes_before:
             self.transport.abort()

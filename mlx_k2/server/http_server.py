@@ -17,7 +17,7 @@ KEEP_OPEN_TIMEOUT_S = 120
 """Clients keep idle connections for a minute and more, and report an error when a server closes them earlier."""
 _BACKLOG = 2048
 _SEND_BUFFER_BYTES = 256 * 1024
-"""What the system holds for a client. Larger buffers would hide for long that a client takes nothing."""
+"""What the system holds for a client. Larger buffers would hide for a long time that a client reads nothing."""
 _FORCED_END_S = 5.0
 
 
@@ -121,7 +121,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror:
-        raise SetupError(f"--host {host} is no address: give one of this machine's, as 127.0.0.1") from None
+        raise SetupError(f"--host {host} is not an address: give one of this machine's, as 127.0.0.1") from None
     listening = socket.socket(family, kind, protocol)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

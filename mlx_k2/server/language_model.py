@@ -52,6 +52,8 @@ class Generation:
     """The number of the answer's first tool call, for its id."""
     tool_names: tuple[str, ...] = ()
     """The declared tools."""
+    constrains_calls: bool = False
+    """Whether the arguments of each call follow a grammar of JSON."""
     owner: str = ""
     """The name of the client's key."""
     digest: bytes = b""
@@ -104,6 +106,7 @@ class LanguageModel:
             in_reasoning=opens_reasoning(self.tokenizer, prompt_ids),
             first_call=first_call,
             tool_names=tuple(tool["function"]["name"] for tool in _declarations(chat)),
+            constrains_calls=self._tool_grammar,
             owner=owner,
             digest=digest,
             warnings=() if grammar is None else grammar.warnings,
@@ -174,7 +177,7 @@ class LanguageModel:
     def _requests(
         self, asked: GenerationFields, prompt_ids: Sequence[int], thinking: bool | None = None
     ) -> list[Request]:
-        """Return the request for each choice, with a seed of its own."""
+        """Return the request for each choice, with its own seed."""
         if not prompt_ids:
             raise bad_request_error("the prompt is empty: give some text, or token ids", "prompt")
         if len(prompt_ids) >= self.context_tokens:

@@ -1,4 +1,4 @@
-"""Line log: writes lines on a thread of its own, so that a stopped terminal or a full pipe does not stop the server."""
+"""Line log: writes lines on a separate thread, so that a stopped terminal or a full pipe does not stop the server."""
 
 import queue
 import threading
@@ -41,5 +41,5 @@ class LineLog:
         while (line := self._lines.get()) is not None:
             try:
                 self._write(line)
-            except Exception:  # noqa: BLE001, S112 - the terminal is gone, or refuses the text: the server goes on
+            except Exception:  # noqa: BLE001, S112 - the terminal is gone, or refuses the text: the server continues
                 continue

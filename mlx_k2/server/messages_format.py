@@ -10,6 +10,7 @@ import msgspec
 
 from mlx_k2.coordinator.handle import Event, Finished
 from mlx_k2.coordinator.reply_policy import ReplyPolicy
+from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.server.api_errors import ApiError, messages_error
 from mlx_k2.server.chat_reply import CallArguments, CallBegun, ChatReply, Delta, WrittenCall
 from mlx_k2.server.messages_request import MessagesRequest
@@ -26,7 +27,7 @@ class MessagesFormat:
 
     A call is held back until it is complete, and is a ``tool_use`` block only if its arguments are a JSON object; else
     it is text: clients raise an error for a block that is not JSON. A tool with ``eager_input_streaming`` gets its
-    arguments as they are sampled. Then the answer's grammar ensures that they are JSON, and at most cut off.
+    arguments as they are sampled, if the answer's grammar ensures that they are JSON, and at most cut off.
     """
 
     def __init__(self, request_id: str, model: str, asked: MessagesRequest, reply: ChatReply) -> None:
@@ -38,7 +39,8 @@ class MessagesFormat:
         """The blocks of the answer so far; that of a call has its arguments as ``partial_json``."""
         self._is_open = False
         self._held: WrittenCall | None = None
-        self._eager = {tool.name for tool in asked.tools or () if tool.eager_input_streaming and asked.stream}
+        is_eager = bool(asked.stream) and reply.generation.constrains_calls
+        self._eager = {tool.name for tool in asked.tools or () if tool.eager_input_streaming and is_eager}
 
     def begin(self) -> bytes:
         """Return the start of the message. Which part of the prompt is cached is known at its end only."""
@@ -121,7 +123,7 @@ class MessagesFormat:
         if (call := self._held) is not None:
             self._held = None
             arguments = call.arguments.removeprefix("\ufeff")
-            is_whole = arguments != "" and read_call(call.id, arguments).values is not None
+            is_whole = bool(arguments.strip()) and read_call(call.id, arguments).values is not None
             yield from self._open(_call_block(call.id, call.name) if is_whole else {"type": "text", "text": ""})
             yield from self._add(arguments if is_whole else call.id + arguments)
         if not self._is_open:
@@ -150,7 +152,11 @@ class MessagesFormat:
             case "tool_calls" if any(block["type"] == "tool_use" for block in self._blocks):
                 return "tool_use", None
             case "length":
-                is_full = summary is not None and summary.generated_tokens < self._asked.max_tokens
+                is_full = (
+                    summary is not None
+                    and summary.finish_reason is FinishReason.LENGTH
+                    and summary.generated_tokens < self._asked.max_tokens
+                )
                 return "model_context_window_exceeded" if is_full else "max_tokens", None
         return "end_turn", None
 

@@ -17,7 +17,7 @@ async def read_body(request: Request) -> bytes:
     Raises:
         ApiError: 413 too large, 415 compressed, 408 not sent within BODY_TIMEOUT_S. The connection is closed after 408
             and 413.
-        ClientDisconnect: the client has gone.
+        ClientDisconnect: the client has closed the connection.
     """
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":

@@ -5,7 +5,7 @@ from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_k2.json_text.parse import parse_json
+import msgspec
 
 MAX_BYTES = 64 * 1024 * 1024
 
@@ -26,8 +26,8 @@ class StoredResponse:
     @property
     def conversation(self) -> list[dict[str, Any]]:
         """The messages, with the answer as the last one."""
-        messages: list[dict[str, Any]] = parse_json(self.messages)
-        return [*messages, parse_json(self.answer)]
+        messages: list[dict[str, Any]] = msgspec.json.decode(self.messages)
+        return [*messages, msgspec.json.decode(self.answer)]
 
 
 class ResponseStore:

@@ -25,19 +25,24 @@ class InputReader:
     """The types of items that were left out."""
 
     def read(self, items: Sequence[Mapping[str, Any]]) -> None:
-        """Add items.
+        """Add all items. The texts of a turn are joined once, at the end: a turn may have very many.
 
         Raises:
             ApiError: 400; names the item that cannot be used.
         """
         for at, item in enumerate(items):
             self._add(item, f"input[{at}]")
+        for message in self.messages:
+            if message["role"] == "assistant":
+                message |= {
+                    name: "".join(message[name]) for name in ("content", "reasoning_content") if name in message
+                }
 
     def _add(self, item: Mapping[str, Any], where: str) -> None:
-        kind = item.get("type", "message")
+        kind = item.get("type") or "message"
         match kind:
             case "message" if item.get("role") == "assistant":
-                self._turn()["content"] += _text(item.get("content"), f"{where}.content")
+                self._turn()["content"].append(_text(item.get("content"), f"{where}.content"))
             case "message":
                 self.messages.append(
                     {"role": item.get("role"), "content": _text(item.get("content"), f"{where}.content")}
@@ -65,18 +70,18 @@ class InputReader:
         """
         handle = item.get("encrypted_content")
         if handle is not None and self.messages and self.messages[-1].get(HANDLE_FIELD) not in (None, handle):
-            self.messages.append({"role": "assistant", "content": ""})
+            self.messages.append({"role": "assistant", "content": []})
         turn = self._turn()
         if handle is not None:
             turn[HANDLE_FIELD] = handle
         text = _text(item.get("content"), f"{where}.content") or _text(item.get("summary"), f"{where}.summary")
         if text:
-            turn["reasoning_content"] = turn.get("reasoning_content", "") + text
+            turn.setdefault("reasoning_content", []).append(text)
 
     def _turn(self) -> dict[str, Any]:
         """Return the model's turn that the next item belongs to."""
         if not self.messages or self.messages[-1]["role"] != "assistant":
-            self.messages.append({"role": "assistant", "content": ""})
+            self.messages.append({"role": "assistant", "content": []})
         return self.messages[-1]
 
 

@@ -165,7 +165,8 @@ def _tools_and_choice(asked: ResponsesRequest) -> tuple[list[dict[str, Any]], st
         if kind == "allowed_tools":
             allowed = choice.get("tools")
             check_field(isinstance(allowed, list), "tool_choice.tools", "tool_choice.tools must be a list of tools")
-            names = [tool.get("name") for tool in allowed or () if isinstance(tool, Mapping)]
+            found = [tool.get("name") for tool in allowed or () if isinstance(tool, Mapping)]
+            names = {name for name in found if isinstance(name, str)}
             tools, choice = [tool for tool in tools if tool["name"] in names], choice.get("mode", "auto")
         else:
             check_field(kind == "function", "tool_choice", f"tool_choice {kind!r} cannot be used: name a function")

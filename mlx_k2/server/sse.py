@@ -1,4 +1,4 @@
-"""Answers of the server: JSON, and a stream of server-sent events. Both notice that the client has gone.
+"""Answers of the server: JSON, and a stream of server-sent events. Both end when the client closes the connection.
 
 Knows no API: a ReplyFormat turns the engine's events into bytes, or into a body.
 """
@@ -126,7 +126,7 @@ class WholeResponse:
             await response(scope, receive, send)
 
     async def _response(self, scope: Scope) -> Response | None:
-        """Return the answer; None if the client has gone."""
+        """Return the answer; None if the client has closed the connection."""
         try:
             while not self._stream.has_ended:
                 self._form.add(await self._stream.read(None))

@@ -27,7 +27,7 @@ from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.draft_head import DraftDescription, stage_specs
 from mlx_k2.weights.manifest import identify
 from mlx_k2.weights.model_files import locate_shard, read_draft
-from mlx_k2.weights.model_source import ModelSource
+from mlx_k2.weights.model_source import DraftHead, ModelSource
 from mlx_k2.weights.reader import LoadedTensors, ShardReader
 
 
@@ -100,7 +100,7 @@ class StageLoader:
     """Loader of the layers that Load messages request, from one model on this host.
 
     ``on_layer`` is called with each `LoadedPart` in memory. ``on_download`` is called with (bytes done, bytes in
-    total) while files are fetched from the Hub.
+    total) while files are fetched from the Hub. ``draft_head`` is the draft head of which this stage reads a part.
     """
 
     def __init__(
@@ -109,9 +109,11 @@ class StageLoader:
         source: ModelSource,
         on_layer: Callable[[LoadedPart], None],
         on_download: Callable[[int, int], None],
+        draft_head: DraftHead | None = None,
     ) -> None:
         self._description = description
         self._source = source
+        self._draft_head = draft_head
         self._on_layer = on_layer
         self._on_download = on_download
         self._held_bytes = 0
@@ -127,7 +129,7 @@ class StageLoader:
         config = self._description.config
         layers = range(message.first_layer, message.end_layer)
         dtype = getattr(mx, message.dtype)
-        draft = self._read_draft(message)
+        draft = None if self._draft_head is None else read_draft(self._draft_head, config).draft
         specs = stage_specs(config, layers.start, layers.stop, draft)
         files = locate_shard(self._source, self._description.index, specs, self._on_download)
         checksums = identify(set(files.values()))
@@ -136,7 +138,7 @@ class StageLoader:
         check_all = message.check_weights or message.dense_bits is not None  # mx.quantize makes NaN a finite number
         reader = ShardReader(config, files, dtype, check_all=check_all)
         limits = AttentionLimits(message.block_bytes, GPU_MIN_HEADS, is_before_m5(chip_name())) if on_gpu() else ON_CPU
-        head_loader = self._head_loader(message, draft, reader, dtype)
+        head_loader = self._head_loader(draft, reader, dtype)
         slices = {} if head_loader is None else head_loader.feature_slices(layers)
         model = load_stage_model(config, reader, layers, cache, self._on_part, message.dense_bits, limits, slices)
         plans, drafting = DraftPlans(), None
@@ -162,21 +164,11 @@ class StageLoader:
         cache_bytes_per_token = num_caches * config.latent_dim * dtype.size
         return runner, Loaded(self._held_bytes, peak_bytes(), cache_bytes_per_token, warnings, checksums)
 
-    def _read_draft(self, message: Load) -> DraftDescription | None:
-        """Return the draft head, if there is one and this stage needs a part of it."""
-        if message.draft_head is None:
+    def _head_loader(self, draft: DraftDescription | None, target: ShardReader, dtype: mx.Dtype) -> DraftLoader | None:
+        if draft is None or self._draft_head is None:
             return None
-        draft = read_draft(message.draft_head, self._description.config).draft
-        num_layers = self._description.config.num_hidden_layers
-        return draft if draft.is_on(message.first_layer, message.end_layer, num_layers) else None
-
-    def _head_loader(
-        self, message: Load, draft: DraftDescription | None, target: ShardReader, dtype: mx.Dtype
-    ) -> DraftLoader | None:
-        if draft is None or message.draft_head is None:
-            return None
-        files = locate_shard(message.draft_head.source, draft.index, draft.specs(), self._on_download)
-        return DraftLoader(draft, message.draft_head, target, files, dtype, self._on_draft_part)
+        files = locate_shard(self._draft_head.source, draft.index, draft.specs(), self._on_download)
+        return DraftLoader(draft, self._draft_head, target, files, dtype, self._on_draft_part)
 
     def _on_draft_part(self, weights: Any) -> None:
         self._on_part(_hold(weights, LoadedTensors({}, ())))

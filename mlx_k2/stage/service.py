@@ -238,9 +238,9 @@ class StageService:
         assert self._prepared is not None, "Load before Prepare"
         if message.registration is not None:
             self._registration = register(message.registration)
-        loader = StageLoader(
-            self._prepared.description, self._prepared.request.model, self._report_layer, self._report_download_progress
-        )
+        description, prepared = self._prepared.description, self._prepared.request
+        progress = (self._report_layer, self._report_download_progress)
+        loader = StageLoader(description, prepared.model, *progress, prepared.draft_head)
         self._runner, loaded = loader.load(message, self._transport)
         return msgspec.structs.replace(loaded, warnings=(*self._warnings, *loaded.warnings))
 

@@ -253,9 +253,9 @@ def _aux_layers(config: _ConfigFile, head: DraftHead, num_layers: int, where: st
     """Return the layers whose outputs the head reads: as asked, as its config says, or Model-Optimizer's default."""
     given, found = head.aux_layers, config.eagle_aux_hidden_state_layer_ids
     origin = f"--draft-aux {','.join(map(str, given))}" if given is not None else where
-    layers = given or tuple(sorted(found or {1, num_layers // 2 - 1, num_layers - 4}))
-    if len(set(layers)) < len(layers) or list(layers) != sorted(layers):
-        raise RequestError(f"{origin}: give each layer once, in ascending order")
+    layers = tuple(sorted(found or {1, num_layers // 2 - 1, num_layers - 4})) if given is None else given
+    if not layers or list(layers) != sorted(set(layers)):
+        raise RequestError(f"{origin}: give each layer once, in ascending order, and at least one")
     if not 0 <= layers[0] <= layers[-1] < num_layers:
         raise RequestError(
             f"{origin}: the draft head reads layers {list(layers)}, and the model's are 0 to {num_layers - 1}"

@@ -75,7 +75,7 @@ HOSTFILES: dict[str, tuple[object, str]] = {
         [host(ips=["127.0.0.1:5000"]), host(ips=["127.0.0.1:5000"])],
         r"host 1 .* lists 127.0.0.1:5000, which host 0 .* has already: give each its own port",
     ),
-    "more hosts than layers": ([host()] * 8, "there are 8 hosts and the model has 7 layers: name at most 7"),
+    "more hosts than layers": ([host()] * 8, "there are 8 hosts and the model has 7 layers: use at most 7"),
     "a host that is too small": ([host(memory_gb=0.001)], "the model does not fit: weights and cache need"),
     "environment lines that are none": ({"envs": ["X"], "hosts": [host()]}, 'envs must be a list of lines like "NAME'),
 }
@@ -182,19 +182,22 @@ MODELS: dict[str, tuple[Damage, str]] = {
         renamed_in_index(EXPERT, "model.layers.2.mlp.switch_mlp.up_proj.weight"),
         r"switch_mlp.*was converted for MLX; fetch the original instead, for instance moonshotai/\S+ \(594 GB\)",
     ),
-    "missing tensor": (renamed_in_index(EXPERT, None), f"lacks the tensor {re.escape(EXPERT)} that config.json calls"),
+    "missing tensor": (
+        renamed_in_index(EXPERT, None),
+        f"lacks the tensor {re.escape(EXPERT)} that config.json requires",
+    ),
     "missing shard": (replaced(SHARD, None), f"{SHARD} is missing: "),
     "truncated shard": (truncated, f"{SHARD} is truncated: 1000 of its .* bytes are missing; fetch it again"),
     "a shard that is none": (replaced(SHARD, b"<html>not found</html>"), f"{SHARD}: it is an HTML page"),
     "misshapen tensor": (
         reshaped,
-        r"model.layers.2.self_attn.\w+.weight has shape \[\d+, \d+\], and config.json calls",
+        r"model.layers.2.self_attn.\w+.weight has shape \[\d+, \d+\], and config.json requires",
     ),
     "no tokenizer": (replaced("tiktoken.model", None), "the model has no tiktoken.model: fetch"),
     "no special tokens": (replaced("tokenizer_config.json", None), "the model has no tokenizer_config.json: fetch"),
     "no chat template": (
         replaced("chat_template.jinja", None),
-        "no chat template: give --raw to send the prompt as it",
+        "no chat template: give --raw to send the prompt unchanged",
     ),
     "broken chat template": (replaced("chat_template.jinja", b"{% if %}"), "chat_template.jinja line 1: "),
     "broken generation config": (replaced("generation_config.json", b"{"), "generation_config.json cannot be read"),
@@ -245,7 +248,7 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
     "token id of a thousand digits": (["--token-ids", "9" * 5000], "--token-ids: '9999999999' is not a token id"),
     "unknown token id": (["--token-ids", f"3,{VOCAB_SIZE}"], f"token id {VOCAB_SIZE} is outside the vocabulary of 768"),
     "token ids and a prompt": (["--token-ids", "3", "Hello"], "--token-ids is the whole prompt: leave out PROMPT"),
-    "raw and a system prompt": (["--raw", "--system", "x", "Hello"], "--raw sends PROMPT alone: leave out --system"),
+    "raw and a system prompt": (["--raw", "--system", "x", "Hello"], "--raw sends only PROMPT: leave out --system"),
     "prompt without room": (["--raw", "x" * 3000], r"has 3000 tokens and the context holds 2048.*larger --context"),
     "small context": (["--context", "8", "Hello"], r"the context holds 8, so there is no room for an answer"),
     "large context": (["--context", "2049", "Hello"], f"--context 2049 is more than the {CONTEXT_TOKENS} positions"),
@@ -290,7 +293,7 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
     "split of other stages": (["--split", "7", "--stages", "2", "Hello"], "--split 7 names 1 stages, and there are 2"),
     "split of other layers": (["--split", "3,3", "--stages", "2", "Hello"], "assigns 6 layers: it must assign 7"),
     "split with a stage without layers": (["--split", "7,0", "--stages", "2", "Hello"], "'7,0' is not a list of layer"),
-    "more stages than layers": (["--stages", "8", "Hello"], "the model has 7 layers: name at most 7 hosts"),
+    "more stages than layers": (["--stages", "8", "Hello"], "the model has 7 layers: use at most 7 hosts"),
 }
 
 

@@ -83,8 +83,8 @@ def test_contradictory_options_are_refused_before_any_stage_starts(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "is no saved chat: "),
-        ('{"digest": "ours", "messages": []}', "is no saved chat: .*`model`"),
+        ("{", "is not a saved chat: "),
+        ('{"digest": "ours", "messages": []}', "is not a saved chat: .*`model`"),
         (json.dumps({"model": "K9", "digest": "other", "messages": []}), "a chat with another model: .*--model K9"),
     ],
 )
@@ -120,4 +120,4 @@ def test_a_full_disk_stops_the_transcript_with_one_warning() -> None:
         transcript.event(Content("a"))
         transcript.event(MessageAdded(Message(role="user", content=USER["content"])))
     (line,) = recorded
-    assert "cannot be written any more: No space left on device; the chat goes on" in line
+    assert "cannot be written any more: No space left on device; the chat continues" in line

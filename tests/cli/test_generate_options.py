@@ -97,6 +97,28 @@ def test_text_of_a_file_or_a_pipe_comes_before_the_prompt(
         assert options_of(*arguments).read_prompt() == "Summarise"
 
 
+@follows_advice(
+    "reading standard input to its end; without a text to join PROMPT, add < /dev/null",
+)
+def test_with_dev_null_as_standard_input_the_prompt_does_not_wait_for_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    reads, writes = os.pipe()
+
+    def end_the_text(line: str) -> None:
+        shown.append(line)
+        os.close(writes)
+
+    monkeypatch.setattr("mlx_k2.cli.generate_options.log", end_the_text)
+    monkeypatch.setattr("mlx_k2.cli.generate_options._NOTIFY_AFTER_S", 0.1)
+    with os.fdopen(reads) as pipe:
+        monkeypatch.setattr("sys.stdin", pipe)
+        assert options_of("Hi").read_prompt() == "Hi"
+    with Path(os.devnull).open() as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert options_of("Hi").read_prompt() == "Hi"
+    assert shown == ["reading standard input to its end; without a text to join PROMPT, add < /dev/null"]
+
+
 def test_the_prompt_is_given_once() -> None:
     with pytest.raises(click.UsageError, match="PROMPT and --prompt are the same"):
         options_of("Hello", "--prompt", "Hello")

@@ -1,7 +1,6 @@
 """Tests of what the processes import: nothing from the current folder, and nothing from the home folder of a host."""
 
 import json
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 
 from mlx_k2.builtin import BUILTIN_FOLDER
 from tests.cli.command import MLX_K2, CommandLine
+from tests.stand_in_ssh import write_ssh
 
 ANSWER = ("generate", "--max-tokens", "3", "--seed", "1", "--raw", "Hello")
 SHADOWED = (
@@ -17,11 +17,6 @@ SHADOWED = (
 )
 """Modules of Python, of packages and of this program that our processes import."""
 MARK = "EXECUTED"
-SSH = """#!/bin/sh
-# Runs the remote command in the host's home folder, as sshd does.
-for word; do command=$word; done
-cd {home} && HOME={home} exec sh -c "$command"
-"""
 
 
 @pytest.fixture
@@ -61,13 +56,9 @@ def test_no_file_of_a_checkpoint_that_is_the_current_folder_is_executed(
 def test_a_host_imports_nothing_from_its_home_folder(
     command_line: CommandLine, hostile: Path, tmp_path: Path, expected: str
 ) -> None:
-    ssh = tmp_path / "bin" / "ssh"
-    ssh.parent.mkdir()
-    ssh.write_text(SSH.format(home=shlex.quote(str(hostile))))
-    ssh.chmod(0o755)
     hosts = tmp_path / "hosts.json"
     hosts.write_text(json.dumps([{"ssh": "mac-2", "ips": ["127.0.0.1"]}]))
-    path = f"{ssh.parent}:{Path(MLX_K2).parent}:/usr/bin:/bin"
+    path = f"{write_ssh(tmp_path / 'bin', hostile)}:{Path(MLX_K2).parent}:/usr/bin:/bin"
     done = command_line.run(*ANSWER, "--hostfile", str(hosts), PATH=path)
     assert (done.returncode, done.stdout) == (0, expected), done.stderr
     check_harmless(hostile)

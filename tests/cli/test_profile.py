@@ -10,6 +10,7 @@ from mlx_k2.cli.generate import command
 from mlx_k2.cli.generate_options import GenerateOptions
 from mlx_k2.cli.main import cli, run
 from mlx_k2.cli.options import with_struct
+from tests.advice import follows_advice
 
 FILE = """\
 hostfile = "~/two-macs.json"
@@ -127,6 +128,18 @@ def test_a_mistake_is_named_by_its_file_and_line(
     assert re.search(words, reported.splitlines()[-1]), reported
     assert str(profile) in reported
     assert run(["generate", "--help"]) == 0, "help is shown, whatever the profile holds"
+
+
+@follows_advice(
+    "config.toml, line 1: stop is a table: give one value, or a list",
+)
+@pytest.mark.parametrize("value", ['"END"', '["END"]'])
+def test_an_option_is_one_value_or_a_list(profile: Path, capsys: pytest.CaptureFixture[str], value: str) -> None:
+    profile.write_text("[generate]\nstop = {a = 3}")
+    assert run(["config", "generate"]) == 2
+    assert "stop is a table: give one value, or a list" in capsys.readouterr().err
+    profile.write_text(f"[generate]\nstop = {value}")
+    assert options_of().conversation.sampling.stop == ("END",)
 
 
 def test_each_table_of_the_profile_applies_to_its_command(profile: Path) -> None:

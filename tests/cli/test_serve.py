@@ -6,6 +6,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import tomllib
 from pathlib import Path
@@ -95,12 +96,18 @@ def test_the_property_list_runs_the_same_command_in_the_same_folder(command_line
     assert again.returncode == 0
 
 
+def test_the_property_list_runs_a_module_with_its_python(command_line: CommandLine) -> None:
+    command = [sys.executable, "-P", "-m", "mlx_k2", "serve", "--port", "9000"]
+    run = subprocess.run([*command, "--launchd"], capture_output=True, timeout=60, env=command_line.environment())
+    assert plistlib.loads(run.stdout)["ProgramArguments"] == command
+
+
 def test_sigterm_lets_a_running_answer_end_and_then_exits_with_0(command_line: CommandLine, endless: Path) -> None:
     with serving(command_line, "--model", str(endless), "--context", "200") as server:
         started = processes_below(server.process)
         connection = begin_answer(server)
         server.process.send_signal(signal.SIGTERM)
-        server.wait_for("ending: running requests may go on")
+        server.wait_for("ending: running requests may continue")
         assert b"[DONE]" in rest(connection)
         assert server.process.wait(WAIT_S) == 0
         assert not wait_until_gone(started, 5)
@@ -112,7 +119,7 @@ def test_a_second_signal_ends_at_once(command_line: CommandLine, endless: Path) 
         started = processes_below(server.process)
         with begin_answer(server):
             server.process.send_signal(signal.SIGTERM)
-            server.wait_for("ending: running requests may go on")
+            server.wait_for("ending: running requests may continue")
             assert server.end(signal.SIGTERM) == 128 + signal.SIGTERM
         assert not wait_until_gone(started, 5)
 

@@ -1,6 +1,9 @@
 """Tests of what setup writes and refuses without any host. tests/emulated_hosts/test_setup.py has the rest."""
 
 import json
+import os
+import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -10,6 +13,12 @@ from hypothesis import strategies as st
 
 from mlx_k2.cli.main import run
 from mlx_k2.cli.profile import with_value
+from mlx_k2.launch.own_wheel import write_wheel
+from mlx_k2.launch.remote_install import FOLDER, wheel_digest
+from tests.advice import follows_advice
+from tests.cli.command import CommandLine
+from tests.stand_in_ssh import write_ssh
+from tests.test_advice_of_commands import REPO
 
 LINES = st.lists(
     st.sampled_from(
@@ -43,7 +52,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ([], "nobody can be asked here: name the hosts, and give --yes"),
         (["this", "localhost"], "give each Mac once"),
-        (["--", "-oProxyCommand=x"], "'-oProxyCommand=x' is not a host name that ssh takes"),
+        (["--", "-oProxyCommand=x"], "'-oProxyCommand=x' is not a host name that ssh accepts"),
         (["this"], "nobody can be asked here"),
         (["this", "--wheels", "/nowhere"], "--wheels /nowhere: there is no wheel in such a folder"),
     ],
@@ -70,6 +79,72 @@ def test_this_machine_alone_needs_no_ssh(settings: Path, capsys: pytest.CaptureF
     }
     assert "# mine" in (settings / "config.toml").read_text()
     assert json.loads((settings / "hosts.json").read_text()) == [{"ssh": "127.0.0.1", "memory_gb": 8.0}]
-    assert "0 failure" in capsys.readouterr().err
+    reported = capsys.readouterr().err
+    assert "0 failure" in reported
+    assert "next: mlx-k2 chat; " in reported, "the built-in model is not downloaded"
     assert run(["setup", "this", "--yes"]) == 0
     assert "written" not in capsys.readouterr().err
+
+
+@pytest.fixture
+def mac_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this machine, with another home folder, reachable as mac-2. mlx-k2 is installed there."""
+    home = tmp_path / "mac-2"
+    python = home / FOLDER / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    (home / FOLDER / "installed").write_text(wheel_digest(write_wheel(tmp_path)))
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{write_ssh(tmp_path / 'programs', home)}:{os.environ['PATH']}")
+
+
+@follows_advice(
+    "nobody can be asked here: name the hosts, and give --yes to change them",
+    "give each Mac once, for instance: mlx-k2 setup this mac-2",
+    "the hosts share no network: give an address of each with --address",
+    "1 addresses for 2 hosts: give --address once for each",
+    "run the same command again to go on: what is done is not repeated",
+    "the doctor found a failure: mend it, then run `mlx-k2 doctor`",
+    "next: mlx-k2 chat; `mlx-k2 config` shows the profile",
+)
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("mac_2")
+def test_a_set_up_that_follows_the_advice_of_its_refusals_is_done(
+    settings: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup = ("setup", "this", "mac-2", "--yes", "--python", sys.executable)
+
+    def shown(code: int, *words: str) -> str:
+        assert run(words) == code, capsys.readouterr().err
+        return "".join(capsys.readouterr())
+
+    assert "nobody can be asked here: name the hosts, and give --yes to change them" in shown(2, "setup")
+    assert "give each Mac once, for instance: mlx-k2 setup this mac-2" in shown(2, "setup", "this", "this")
+    monkeypatch.setattr("mlx_k2.cli.setup.host_interfaces", lambda _request: [{"127.0.0.1": "lo0"}] * 2)
+    assert "the hosts share no network: give an address of each with --address" in shown(2, *setup)
+    assert "1 addresses for 2 hosts: give --address once for each" in shown(2, *setup, "--address", "127.0.0.1")
+
+    elsewhere = (*setup, "--address", "192.0.2.1", "--address", "192.0.2.2")
+    first, again = (shown(1, *elsewhere) for _ in range(2))
+    assert "run the same command again to go on: what is done is not repeated" in first
+    assert ("written: " in first, "written: " in again) == (True, False)
+    assert "the doctor found a failure: mend it, then run `mlx-k2 doctor`" in again
+    hostfile = settings / "hosts.json"
+    hostfile.write_text(re.sub(r"192\.0\.2\.\d", "127.0.0.1", hostfile.read_text()))
+    assert "0 failure" in shown(0, "doctor")
+
+    done = shown(0, *setup, "--address", "127.0.0.1", "--address", "127.0.0.1")
+    assert "next: mlx-k2 chat; `mlx-k2 config` shows the profile" in done
+    assert f'hostfile = "{hostfile}"' in shown(0, "config")
+    user = CommandLine(settings.parent)
+    ran = user.run("chat", "--max-tokens", "2", stdin="Hi\n", XDG_CONFIG_HOME=str(settings.parent), MLX_K2_CONFIG="")
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_a_model_on_the_hub_is_downloaded_next(settings: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["setup", "this", "--yes", "--model", REPO]) == 0
+    assert "next: mlx-k2 download; " in capsys.readouterr().err
+    user = CommandLine(settings.parent)
+    ran = user.run("download", XDG_CONFIG_HOME=str(settings.parent), MLX_K2_CONFIG="", HF_HUB_OFFLINE="1")
+    assert f"config.json of {REPO} at main is not in this host's cache" in ran.stderr

@@ -82,6 +82,9 @@ def test_a_dry_run_without_a_local_model_asks_for_a_local_folder(
     assert "/models/k2 is not on this machine: give --model a folder here" in capsys.readouterr().err
 
 
+@follows_advice(
+    "needs 616.1 GB: run `mlx-k2 doctor --hostfile two-macs.json` to ask the hosts whether it fits",
+)
 def test_a_dry_run_of_kimi_k2_thinking_needs_no_network(command_line: CommandLine, tmp_path: Path) -> None:
     hostfile = tmp_path / "two-macs.json"
     hostfile.write_text('[{"ssh": "mac-1", "ips": ["192.168.0.1"]}, {"ssh": "mac-2", "ips": ["192.168.0.2"]}]')
@@ -90,8 +93,13 @@ def test_a_dry_run_of_kimi_k2_thinking_needs_no_network(command_line: CommandLin
     assert shown.returncode == 0
     assert "this is the plan for the layout that the repository has on the Hub" in shown.stderr
     assert "stage 1 opens model-{00033..00062}-of-000062.safetensors" in shown.stderr
-    assert "needs 616.1 GB: `mlx-k2 doctor` asks the hosts whether it fits" in shown.stderr
     assert "one stream without draft tokens: at most 21.0 tok/s, at 692 GB/s of memory bandwidth" in shown.stderr
+    advised = re.search("needs 616.1 GB: run `(.*)` to ask the hosts whether it fits", shown.stderr)
+    assert advised is not None
+    name, *words = shlex.split(advised[1])
+    asked = command_line.run(*words, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path))
+    assert name == "mlx-k2"
+    assert {"mac-1", "mac-2"} <= set(asked.stderr.split()), asked
 
 
 def test_a_dry_run_compares_with_the_memory_and_the_bandwidth_that_the_hostfile_gives(

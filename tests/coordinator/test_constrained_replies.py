@@ -442,10 +442,10 @@ def test_a_raw_text_has_a_minimum_of_tokens() -> None:
 
 
 @follows_advice(
-    "the form of the answer allows the empty text alone: leave out ignore_eos",
+    "the form of the answer allows only the empty text: leave out ignore_eos",
 )
 def test_a_form_that_allows_the_empty_text_alone_is_refused_without_a_stop_token() -> None:
-    with pytest.raises(RequestError, match="allows the empty text alone"):
+    with pytest.raises(RequestError, match="allows only the empty text"):
         raw_policy("")
     assert raw_policy("", NO_LIMITS, STOP_ID).forced() == (STOP_ID,)
 

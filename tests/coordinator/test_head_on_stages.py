@@ -14,6 +14,7 @@ from mlx_k2.builtin import BUILTIN_FOLDER
 from mlx_k2.cluster.hostfile import Backend, Hostfile, local_hostfile
 from mlx_k2.coordinator.engine import Engine, engine_on
 from mlx_k2.coordinator.handle import Finished, Token
+from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy
 from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, open_source
 from mlx_k2.deployment.deploy import deploy
 from mlx_k2.deployment.listener import DeploymentListener
@@ -22,7 +23,12 @@ from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.drafts import DraftSource
 from mlx_k2.scheduling.request import Request
+from mlx_k2.text.grammar import GrammarCompiler
+from mlx_k2.text.reply_grammar import compile_constraint
+from mlx_k2.text.tokenizer import load_tokenizer
+from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_source import BUILTIN, BUILTIN_HEAD, DraftHead, ModelSource
+from tests.coordinator.schemas import answer_of
 from tests.local_cluster import marked_host, rest_of, stage_process
 from training.conversation import render_prompt
 from training.data import Question, held_out
@@ -124,6 +130,35 @@ def test_drafts_of_the_head_are_accepted_and_an_answer_has_the_same_tokens_after
     (count,) = end.summary.drafts
     assert count.source is DraftSource.MODEL
     assert count.num_accepted > 0.5 * len(alone)
+
+
+WORDS = {"type": "string", "pattern": "^[a-z ]{1,24}$"}
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": WORDS, "kind": {"enum": ["capital", "village"]}, "words": {"type": "array", "items": WORDS}},
+    "required": ["city", "kind", "words"],
+    "additionalProperties": False,
+}
+TOKENIZER = load_tokenizer(read_model_files(ModelSource(path_or_repo=BUILTIN)).files, 2048)
+GRAMMAR = compile_constraint(GrammarCompiler(TOKENIZER), answer_of(SCHEMA))
+
+
+def constrained(engine: Engine, rng: random.Random, number: int) -> tuple[list[int], Finished]:
+    """Return the tokens of an answer that a grammar, a thinking budget and a minimum length constrain, and its end."""
+    request = Request(prompt_ids(rng.choice(QUESTIONS)), 60, sampling_of(rng, number), frozenset({STOP_ID}))
+    limits = ReplyLimits(min_tokens=rng.choice([0, 40]), thinking_budget=rng.choice([None, 0, 9]))
+    return rest_of(engine.submit(request, ReplyPolicy(TOKENIZER, request, limits, GRAMMAR)))
+
+
+@pytest.mark.timeout(3000 if IS_LONG else 120)
+@pytest.mark.parametrize("num_stages", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_tokens_of_constrained_answers_are_the_same_with_the_head(engine_of: EngineOf, num_stages: int) -> None:
+    num_accepted = 0
+    for number in range(NUM_CASES // 4):
+        alone, drafted = (constrained(engine_of(stages), random.Random(number), number) for stages in (1, num_stages))
+        assert drafted[0] == alone[0], f"case {number}"
+        num_accepted += sum(count.num_accepted for count in drafted[1].summary.drafts)
+    assert num_accepted > NUM_CASES
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def test_a_stage_skips_drafts_only_and_the_last_one_only_those_that_are_wrong() 
         skipped = StepDone(plan.number, 0.0, is_skipped=True)
         return find_problem(skipped, plan, is_last=is_last, vocab_size=VOCAB_SIZE)
 
-    assert problem(known, is_last=False) == "skipped step 1, which is no draft"
+    assert problem(known, is_last=False) == "skipped step 1, which is not a draft"
     assert problem(draft, is_last=True) == "skipped step 2, whose draft is right"
     assert problem(draft, is_last=False) is None
     scheduler.complete(known.number, [SampledToken(9)])

@@ -1,5 +1,6 @@
-"""Tests of a draft head on real stages whose hosts have different files: refused before anything is loaded."""
+"""Tests of a draft head on real stages whose hosts have different files: refused, if they are read, before loading."""
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +9,19 @@ import msgspec
 import pytest
 
 from mlx_k2.cluster.hostfile import Host
+from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.deployment.cluster_options import open_source
 from mlx_k2.deployment.deploy import deploy
+from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.errors import MlxK2Error
+from mlx_k2.sampling import Sampling
+from mlx_k2.scheduling.drafter import DraftMode
+from mlx_k2.scheduling.request import Request
 from mlx_k2.testing.random_draft_head import draft_config_fields, write_random_draft_head
 from mlx_k2.testing.tiny_config import tiny_config_fields
 from mlx_k2.weights.model_source import DraftHead, ModelSource
-from tests.local_cluster import VOCAB_SIZE, LoadedNames, local_host, local_request, write_model
+from tests.advice import follows_advice
+from tests.local_cluster import VOCAB_SIZE, LoadedNames, local_host, local_request, rest_of, write_model
 from tests.model.checkpoints import read_config
 
 pytestmark = pytest.mark.timeout(120)
@@ -40,11 +47,34 @@ def write_head(home: Path, model: Path, seed: int) -> None:
     write_random_draft_head(home / "head", fields, read_config(model), seed, own=())
 
 
+@pytest.mark.slow
+def test_a_stage_between_the_layers_that_a_head_reads_starts_without_the_heads_files(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_head(tmp_path / "first", model, 1)
+    monkeypatch.setenv("HOME", str(tmp_path / "first"))
+    hosts = [host_with_home(tmp_path / name) for name in ("first", "without", "first")]
+    head = DraftHead(source=ModelSource(path_or_repo="~/head"))
+    request = replace(local_request(model, hosts), draft_head=head).with_options(split=(4, 1, 2))
+    with (
+        deploy(*open_source(request), DeploymentListener()) as deployment,
+        engine_on(deployment, draft_mode=DraftMode.MODEL) as engine,
+    ):
+        _, end = rest_of(engine.submit(Request((1, 2, 3), 8, Sampling(seed=1), frozenset())))
+    assert end.summary.num_drafted > 0
+
+
+@follows_advice(
+    "the draft head on a (stage 0) is not the one on b (stage 1): copy the same files to both",
+)
 @pytest.mark.parametrize(
     ("seed", "sentence"),
     [
         (None, r"stage 1 .*--draft-model: .*/head is not a folder"),
-        (2, r"the draft head on this machine \(stage 0\) is not the one on this machine \(stage 1\)"),
+        (
+            2,
+            r"the draft head on .* \(stage 0\) is not the one on .* \(stage 1\): copy the same files to both",
+        ),
     ],
 )
 def test_a_head_that_differs_between_hosts_is_refused_before_anything_is_loaded(
@@ -62,3 +92,7 @@ def test_a_head_that_differs_between_hosts_is_refused_before_anything_is_loaded(
         pass
     assert "\n" not in str(refused.value)
     assert not loaded.by_rank
+    if seed is not None:
+        shutil.copytree(tmp_path / "first" / "head", tmp_path / "second" / "head", dirs_exist_ok=True)
+        with deploy(request, description, loaded):
+            assert sorted(loaded.by_rank) == [0, 1]

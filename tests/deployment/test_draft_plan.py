@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,12 +13,14 @@ from mlx_k2.deployment.dry_run import plan_for
 from mlx_k2.deployment.plan import HostMemory, StagePlan, plan_stages
 from mlx_k2.deployment.stage_costs import stage_cost
 from mlx_k2.errors import PartitionError, RequestError
+from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.testing.random_draft_head import draft_config_fields
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.draft_head import LM_HEAD, describe_draft
 from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, SINGLE_FILE_NAME
 from mlx_k2.weights.model_source import DraftHead, ModelSource
+from tests.advice import follows_advice
 from tests.deployment.test_plan import GB, SHAPE, THINKING, studios
 
 HEAD = DraftHead(source=ModelSource(path_or_repo="nvidia/head"), bits=8)
@@ -74,6 +77,10 @@ def test_the_last_stages_cost_has_the_time_of_a_draft() -> None:
     assert costs[1].draft_s + slices_s == pytest.approx(2.8e-3, rel=0.1)
 
 
+@follows_advice(
+    "give --draft-bits 8",
+    "leave --draft-model out",
+)
 def test_a_head_that_does_not_fit_names_the_options_that_make_it_fit() -> None:
     head = msgspec.structs.replace(HEAD, bits=None)
     needed = [stage.needed_bytes for stage in plan(with_head(), 460, head)]
@@ -82,9 +89,22 @@ def test_a_head_that_does_not_fit_names_the_options_that_make_it_fit() -> None:
     memories = [HostMemory(460 * GB, 512 * GB), HostMemory(needed[1] - GB, 512 * GB)]
     with pytest.raises(PartitionError, match="give --draft-bits 8, or leave --draft-model out"):
         plan_for(request, with_head(), memories, all_on_gpu=True)
+    for advised in (HEAD, None):
+        _, plans = plan_for(replace(request, draft_head=advised), with_head(), memories, all_on_gpu=True)
+        assert plans[1].needed_bytes <= needed[1] - GB
 
 
 def test_a_head_for_one_stage_is_refused() -> None:
     options = ClusterOptions(num_stages=1, draft_model="nvidia/head")
     with pytest.raises(RequestError, match="--draft-model is for two stages or more"):
         open_source(deployment_request(options))
+    with pytest.raises(RequestError, match="--draft model is for two stages or more"):
+        deployment_request(ClusterOptions(num_stages=1), draft_mode=DraftMode.MODEL)
+
+
+@pytest.mark.parametrize("given", [{"draft_aux": (1, 2, 3)}, {"draft_bits": 4}, {"draft_vocab": 1000}])
+def test_options_of_a_draft_model_without_one_are_refused(given: dict[str, Any]) -> None:
+    ClusterOptions(**given)  # the built-in model has one
+    ClusterOptions(model="k2", draft_model="nvidia/head", **given)
+    with pytest.raises(RequestError, match="give --draft-model"):
+        ClusterOptions(model="k2", **given)

@@ -90,7 +90,7 @@ def test_setup_asks_before_each_change_and_resumes_after_a_failure_of_one_host(
         pane.type("y")
         pane.wait_for("written: ")
         pane.wait_for("0 failure", INSTALL_S)
-        pane.wait_for("next: mlx-k2 download")
+        pane.wait_for("next: mlx-k2 chat")
         assert pane.end() == 0
     config = tomllib.loads((hosts.homes[0] / ".config" / "mlx-k2" / "config.toml").read_text())
     assert config == {"hostfile": str(hosts.homes[0] / ".config" / "mlx-k2" / "hosts.json"), "model": "built-in"}

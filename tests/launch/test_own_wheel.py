@@ -3,13 +3,18 @@
 import csv
 import hashlib
 import subprocess
+import sys
 import zipfile
 from base64 import urlsafe_b64encode
 from pathlib import Path
 
+import pytest
+
 import mlx_k2
+from mlx_k2.errors import SetupError
 from mlx_k2.launch.own_wheel import write_wheel
 from mlx_k2.launch.remote_install import wheel_digest
+from tests.advice import follows_advice
 
 ROOT = Path(mlx_k2.__file__).parents[1]
 
@@ -36,3 +41,17 @@ def test_the_same_program_gives_the_same_bytes(tmp_path: Path) -> None:
         folder.mkdir()
     first, second = (wheel_digest(write_wheel(folder)) for folder in folders)
     assert first == second
+
+
+@follows_advice(
+    "mlx-k2 runs from a folder here and is not installed: install it first (README)",
+)
+def test_a_program_that_was_installed_writes_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = write_wheel(tmp_path)
+    monkeypatch.setattr("sys.path", [str(ROOT / "mlx_k2")])
+    with pytest.raises(SetupError, match="is not installed: install it first"):
+        write_wheel(tmp_path)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target"]
+    subprocess.run([*pip, str(tmp_path / "installed"), str(wheel)], check=True, timeout=60)
+    monkeypatch.setattr("sys.path", [str(tmp_path / "installed")])
+    assert write_wheel(tmp_path) == wheel

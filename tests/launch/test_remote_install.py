@@ -1,8 +1,19 @@
 """Tests of what a survey of a host says about its Pythons. tests/emulated_hosts/test_setup.py installs over ssh."""
 
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from mlx_k2.launch.remote_install import HostSurvey
+from mlx_k2.errors import SetupError
+from mlx_k2.launch.own_wheel import write_wheel
+from mlx_k2.launch.remote_install import FOLDER, HostSurvey, install, survey
+from tests.advice import follows_advice
+from tests.stand_in_ssh import write_ssh
+from tests.stub_wheels import write_stub_wheels
 
 
 def survey_of(*pythons: tuple[tuple[int, ...], str], python: str | None = None) -> HostSurvey:
@@ -41,3 +52,81 @@ def test_a_host_with_a_usable_python_has_no_problem_and_an_environment_in_its_ho
     found = survey_of(((3, 13, 1), "/opt/homebrew/bin/python3.13"), python="/opt/homebrew/bin/python3.13")
     assert found.problem is None
     assert found.environment_python == "/Users/kim/.local/share/mlx-k2/env/bin/python"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the home folder of mac-2, which is this machine."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{write_ssh(tmp_path / 'programs', folder)}:{os.environ['PATH']}")
+    return folder
+
+
+def write_python(path: Path, facts: str) -> str:
+    """Write a program that answers a survey as a Python does; return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\necho '{facts} {path}'\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@follows_advice(
+    "no Python was found: install Python 3.11 or newer there, or name one with --python",
+    "its newest Python is 3.9.6 (a) and mlx-k2 needs 3.11: install a newer one there, for instance with "
+    "`brew install python@3.13`, or name one with --python",
+    "its Python 3.12.3 (a) cannot make environments: install its venv package (python3-venv)",
+    "its /no/python is no Python that runs there: leave --python out, or name another",
+)
+def test_a_host_that_follows_the_advice_of_a_survey_can_be_used(home: Path) -> None:
+    """Homebrew puts python3.13 in a folder that a survey looks at, as it does at ~/.local/bin."""
+    nowhere, old = home / "python", write_python(home / "python3.9", "3.9.6 pip")
+    with pytest.raises(SetupError, match=f"its {nowhere} is no Python that runs there: leave --python out, or name"):
+        survey("mac-2", str(nowhere))
+    assert "or name one with --python" in str(survey("mac-2", old).problem)
+    assert "or name one with --python" in str(survey_of().problem)
+    assert survey("mac-2", sys.executable).python == sys.executable
+
+    lacking = write_python(home / "python3.12", "3.12.3 -")
+    assert "install its venv package (python3-venv)" in str(survey("mac-2", lacking).problem)
+    assert survey("mac-2", write_python(home / "python3.12", "3.12.3 pip")).problem is None
+
+    newer = write_python(home / ".local" / "bin" / "python3.13", "3.13.1 pip")
+    found = survey("mac-2")
+    assert found.problem is None
+    assert newer in {path for _, path in found.pythons}
+
+
+@follows_advice(
+    "mac-2 ran no command: see what `ssh mac-2 uname` prints",
+)
+def test_the_printed_command_shows_why_a_host_runs_no_command(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert survey("mac-2").home == str(home)
+    refusing = tmp_path / "refusing"
+    refusing.mkdir()
+    (refusing / "ssh").write_text("#!/bin/sh\necho This account is currently not available.\n")
+    (refusing / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{refusing}:{os.environ['PATH']}")
+    with pytest.raises(SetupError, match="mac-2 ran no command: see what") as refused:
+        survey("mac-2")
+    command = str(refused.value).split("`")[1]
+    ran = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=20, check=True)
+    assert ran.stdout == "This account is currently not available.\n"
+
+
+@pytest.mark.slow
+@follows_advice(
+    "; if it reaches no package index, give --wheels DIR with the wheels of all packages",
+)
+def test_a_host_without_a_package_index_installs_from_a_folder_of_wheels(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    found, wheel = survey("mac-2", sys.executable), write_wheel(tmp_path)
+    pins = [f"mlx=={importlib.metadata.version('mlx')}"]
+    with pytest.raises(SetupError, match="if it reaches no package index, give --wheels DIR with the wheels of all"):
+        install(found, wheel, pins, None)
+    install(found, wheel, pins, write_stub_wheels(tmp_path / "wheels"))
+    assert survey("mac-2", sys.executable).installed == (home / FOLDER / "installed").read_text()

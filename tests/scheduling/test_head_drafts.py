@@ -15,16 +15,20 @@ from mlx_k2.scheduling.draft_switch import DraftSwitch
 from mlx_k2.scheduling.drafter import DraftMode, NgramDrafter, effective_mode
 from mlx_k2.scheduling.drafts import DraftCount, Drafts, DraftSource, merge_counts
 from mlx_k2.scheduling.microbatch import Microbatch
-from mlx_k2.scheduling.request import Request
+from mlx_k2.scheduling.request import Priority, Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy, drafted_token_s
+from mlx_k2.scheduling.token_policy import AnyToken, TokenPolicy
 from mlx_k2.testing.sleeping_stages import SIZES
 from tests.scheduling.fake_stages import WHOLE_CHUNKS, FixedStepPolicy
 
 
 @dataclass
 class HeadRun:
-    """Stages that count 0, 1, 2 ... and have a draft head. ``is_right`` says whether its next draft is right."""
+    """Stages that count 0, 1, 2 ... and have a draft head. ``is_right`` says whether its next draft is right.
+
+    A right draft takes 20 ms, any other step 40 ms.
+    """
 
     num_stages: int
     is_right: random.Random | bool
@@ -32,15 +36,28 @@ class HeadRun:
     policy: FixedStepPolicy = WHOLE_CHUNKS
     plans: list[Microbatch] = field(default_factory=list)
     num_skipped: int = 0
+    clock_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(SchedulerLimits(2, 400, 400, self.num_stages), self.policy, draft_mode=self.mode)
         self._in_flight: deque[Microbatch] = deque()
         self._newest: dict[int, tuple[int, int]] = {}
 
-    def submit(self, max_tokens: int, first: int = 0) -> None:
+    def submit(
+        self,
+        max_tokens: int,
+        first: int = 0,
+        policy: TokenPolicy | None = None,
+        priority: Priority = Priority.INTERACTIVE,
+    ) -> None:
         """Submit a request whose answer continues the prompt ``first``, ``first`` + 1."""
-        self.scheduler.submit(Request((first, first + 1), max_tokens, Sampling(seed=0), frozenset()))
+        request = Request((first, first + 1), max_tokens, Sampling(seed=0), frozenset(), priority=priority)
+        self.scheduler.submit(request, policy)
+
+    def restart(self) -> None:
+        """Start again with empty caches."""
+        self._in_flight.clear()
+        self.scheduler.reset()
 
     def round(self) -> None:
         """Send all plans, then complete the oldest one as the last stage does: token, then drafts."""
@@ -53,9 +70,11 @@ class HeadRun:
             self.num_skipped += 1
             self.scheduler.complete(microbatch.number, [], is_skipped=True)
             return
-        tokens = [SampledToken(row.token_ids[-1] + 1) for row in rows]
-        self._newest |= {row.slot: (row.end, token.token_id) for row, token in zip(rows, tokens, strict=True)}
-        self.scheduler.complete(microbatch.number, tokens)
+        sampled = [row for row in rows if row.needs_logits]
+        tokens = [SampledToken(row.token_ids[-1] + 1) for row in sampled]
+        self._newest |= {row.slot: (row.end, token.token_id) for row, token in zip(sampled, tokens, strict=True)}
+        self.clock_s += 0.02 if rows[0].is_draft else 0.04
+        self.scheduler.complete(microbatch.number, tokens, now=self.clock_s)
         draft = rows[0].draft
         if draft is not None:
             self.scheduler.propose(microbatch, self._drafts(tokens[0].token_id, draft.num_tokens))
@@ -127,6 +146,46 @@ def test_two_sequences_run_without_drafts_and_ask_for_none() -> None:
         run.round()
     beside = [planned.row for plan in run.plans for planned in plan.rows]
     assert not any(row.is_draft or row.draft for row in beside[1:])
+
+
+def test_an_interactive_sequence_is_drafted_for_while_a_background_one_keeps_its_slot() -> None:
+    run = HeadRun(2, is_right=True)
+    run.submit(200, first=1000, priority=Priority.BACKGROUND)
+    for _ in range(5):
+        run.round()
+    run.submit(40)
+    while any(sequence.is_interactive for sequence in [*run.scheduler.waiting, *run.scheduler.running]):
+        run.round()
+    rows = [planned.row for plan in run.plans for planned in plan.rows if planned.sequence.is_interactive]
+    assert len(run.scheduler.running) == 1
+    assert sum(row.is_draft for row in rows) >= 38
+
+
+@dataclass
+class OneForced(AnyToken):
+    """A policy that forces the answer's first token."""
+
+    token_ids: list[int] = field(default_factory=lambda: [2])
+
+    def forced(self) -> list[int]:
+        forced, self.token_ids = self.token_ids, []
+        return forced
+
+
+@pytest.mark.parametrize("is_restart", [False, True])
+def test_a_pause_between_answers_or_for_a_restart_is_not_measured_as_the_time_of_a_token(is_restart: bool) -> None:
+    run = HeadRun(2, is_right=True, mode=DraftMode.AUTO)
+    run.submit(200 if is_restart else 8)
+    while run.scheduler.has_work and len(run.plans) < 12:
+        run.round()
+    run.clock_s += 3600
+    if is_restart:
+        run.restart()
+    else:
+        run.submit(200, policy=OneForced())
+    run.finish()
+    rows = [planned.row for plan in run.plans for planned in plan.rows]
+    assert sum(row.is_draft for row in rows[60:]) > 0.9 * len(rows[60:])
 
 
 def test_a_draft_model_without_which_none_was_loaded_is_an_error_and_auto_uses_ngrams_then() -> None:

@@ -40,7 +40,7 @@ class SteppedServer:
         return f"http://127.0.0.1:{self.port}"
 
     def request(self, method: str, path: str, body: object = None, **headers: str) -> HttpAnswer:
-        """Send one request on a connection of its own and return the whole answer."""
+        """Send one request on a separate connection and return the whole answer."""
         return request_on(self.port, method, path, body, **headers)
 
     def wait_for(self, text: str, count: int = 1) -> None:

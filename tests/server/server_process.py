@@ -64,7 +64,7 @@ class Server:
         return [process for process in children if "mlx_k2.stage.program" in process.cmdline()]
 
     def request(self, method: str, path: str, body: object = None, **headers: str) -> "HttpAnswer":
-        """Send one request on a connection of its own and return the whole answer."""
+        """Send one request on a separate connection and return the whole answer."""
         return request_on(self.port, method, path, body, **headers)
 
     def connect(self) -> socket.socket:
@@ -100,7 +100,7 @@ class HttpAnswer:
 
 
 def request_on(port: int, method: str, path: str, body: object = None, **headers: str) -> HttpAnswer:
-    """Send one request on a connection of its own and return the whole answer."""
+    """Send one request on a separate connection and return the whole answer."""
     data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = {"Host": "localhost", "Content-Length": str(len(data)), "Connection": "close"} | headers
     head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items())

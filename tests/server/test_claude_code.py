@@ -1,4 +1,4 @@
-"""Test of Claude Code's requests: a loop of calls whose history comes back as text, without reasoning."""
+"""Test of Claude Code's requests: a loop of calls whose history is sent as text, without reasoning."""
 
 import json
 from typing import Any

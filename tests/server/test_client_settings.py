@@ -1,6 +1,7 @@
 """Tests of the settings for clients: each is read as its client reads it."""
 
 import json
+import re
 import subprocess
 import tomllib
 from pathlib import Path
@@ -9,10 +10,17 @@ from typing import Any
 import pytest
 
 from mlx_k2.server.client_settings import CLIENTS, KEY_VARIABLE, ModelAddress
+from tests.advice import follows_advice
 
 USUAL = ModelAddress("http://127.0.0.1:8080", "moonshotai/Kimi-K2-Thinking", 131072)
 ODD = ModelAddress("http://[::1]:8080", 'a "quoted" $NAME\'s `model`\\ é\x7f', 4096)
 NAMES = [USUAL, ODD]
+
+
+def added(present: dict[str, Any], printed: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a file to which the printed ones were added."""
+    both = {name: added(present[name], printed[name]) for name in present.keys() & printed.keys()}
+    return present | printed | both
 
 
 def run(
@@ -30,6 +38,9 @@ def run(
     return ran.stdout.decode().split("\0")
 
 
+@follows_advice(
+    "run these lines in a shell before claude",
+)
 @pytest.mark.parametrize("address", NAMES)
 def test_claude_code_gets_address_key_model_and_context(tmp_path: Path, address: ModelAddress) -> None:
     words = run(tmp_path, "claude-code", address, command="claude")
@@ -43,18 +54,29 @@ def test_claude_code_gets_address_key_model_and_context(tmp_path: Path, address:
     assert {f"{name}={value}" for name, value in expected.items()} <= set(words)
 
 
+@follows_advice(
+    "put this at the start of ~/.codex/config.toml",
+)
 @pytest.mark.parametrize("address", NAMES)
-def test_codex_gets_a_provider_of_responses(address: ModelAddress) -> None:
-    settings = tomllib.loads(CLIENTS["codex"].text(address))
+@pytest.mark.parametrize("present", ["", 'approval_policy = "never"\n[model_providers.own]\nname = "own"\n[tui]\n'])
+def test_codex_gets_a_provider_of_responses(address: ModelAddress, present: str) -> None:
+    settings = tomllib.loads(CLIENTS["codex"].text(address) + present)
+    own = tomllib.loads(present)
+    assert {name: settings[name] for name in own if name != "model_providers"}.items() <= own.items()
+    assert settings["model_providers"].items() >= own.get("model_providers", {}).items()
     provider = settings["model_providers"][settings["model_provider"]]
     assert (settings["model"], settings["model_context_window"]) == (address.name, address.context_tokens)
     assert (provider["base_url"], provider["wire_api"]) == (address.base_url, "responses")
     assert provider["env_key"] == KEY_VARIABLE
 
 
+@follows_advice(
+    "add this to ~/.config/opencode/opencode.json",
+)
 @pytest.mark.parametrize("address", NAMES)
 def test_opencode_gets_a_provider_with_the_model(address: ModelAddress) -> None:
-    settings = json.loads(CLIENTS["opencode"].text(address))
+    settings = added({"provider": {"own": {}}, "theme": "x"}, json.loads(CLIENTS["opencode"].text(address)))
+    assert (settings["theme"], settings["provider"]["own"]) == ("x", {})
     provider_id, _, model = settings["model"].partition("/")
     provider: dict[str, Any] = settings["provider"][provider_id]
     assert model == address.name
@@ -65,17 +87,26 @@ def test_opencode_gets_a_provider_with_the_model(address: ModelAddress) -> None:
     assert 0 < limit["output"] < address.context_tokens
 
 
+@follows_advice(
+    "add this to Zed's settings.json (its key: in Zed, or in the variable MLX_K_2_API_KEY )",
+)
 @pytest.mark.parametrize("address", NAMES)
 def test_zed_gets_a_provider_whose_name_gives_the_variable_of_the_key(address: ModelAddress) -> None:
-    ((name, provider),) = json.loads(CLIENTS["zed"].text(address))["language_models"]["openai_compatible"].items()
+    settings = added({"language_models": {"ollama": {}}}, json.loads(CLIENTS["zed"].text(address)))
+    assert settings["language_models"]["ollama"] == {}
+    ((name, provider),) = settings["language_models"]["openai_compatible"].items()
     (model,) = provider["available_models"]
-    assert "".join(letter if letter.isalnum() else "_" for letter in name.upper()) + "_API_KEY" == KEY_VARIABLE
+    variable = "_".join(re.findall(r"[A-Z]+|[0-9]+", f"{name}_API_KEY".upper()))
+    assert variable in CLIENTS["zed"].destination.split()
     assert provider["api_url"] == address.base_url
     assert (model["name"], model["max_tokens"]) == (address.name, address.context_tokens)
     assert model["capabilities"]["tools"]
     assert not model["capabilities"]["images"]
 
 
+@follows_advice(
+    "run this line in a shell",
+)
 @pytest.mark.parametrize("address", NAMES)
 def test_cline_is_given_address_key_and_model(tmp_path: Path, address: ModelAddress) -> None:
     auth, *words = run(tmp_path, "cline", address)
@@ -91,6 +122,9 @@ def test_cline_is_given_address_key_and_model(tmp_path: Path, address: ModelAddr
     )
 
 
+@follows_advice(
+    "run these lines in a shell",
+)
 @pytest.mark.parametrize("address", NAMES)
 def test_open_webui_is_started_with_address_and_key_on_a_port_of_its_own(tmp_path: Path, address: ModelAddress) -> None:
     words = run(tmp_path, "open-webui", address)

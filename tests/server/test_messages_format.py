@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_k2.coordinator.handle import Event
+from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.server.chat_reply import ChatReply
 from mlx_k2.server.language_model import Generation
 from mlx_k2.server.messages_format import MessagesFormat
-from mlx_k2.server.messages_request import MessagesRequest, MessagesThinking, Turn
+from mlx_k2.server.messages_request import MessagesRequest, MessagesThinking, MessagesTool, Turn
 from mlx_k2.server.sse import json_response
 from tests.server.test_chat_reply import PIECES, events_of, generation_of, token_ids
 from tests.text.replies import call, section
@@ -104,6 +106,27 @@ def test_arguments_that_are_no_json_object_are_text(arguments: str) -> None:
     text, whole_call = body_of(generation, events, "summarized")["content"]
     assert text == {"type": "text", "text": f"functions.f:0{arguments}"}
     assert (whole_call["type"], whole_call["input"]) == ("tool_use", {})
+
+
+@pytest.mark.parametrize("reason", [FinishReason.LENGTH, FinishReason.TIMEOUT, FinishReason.CANCELLED])
+@pytest.mark.parametrize("arguments", ["", " ", "\n\t", '{"a": '])
+def test_a_call_that_is_cut_is_text_and_only_its_length_fills_the_context(arguments: str, reason: FinishReason) -> None:
+    generation = generation_of()
+    whole = section(call("functions.f:0", arguments + "|"))
+    body = body_of(generation, events_of(generation, token_ids(whole.partition("|<|")[0]), reason), "summarized")
+    assert body["content"] == [{"type": "text", "text": f"functions.f:0{arguments}"}]
+    assert (body["stop_reason"] == "model_context_window_exceeded") is (reason is FinishReason.LENGTH)
+
+
+@pytest.mark.parametrize("constrains_calls", [True, False])
+def test_an_eager_tool_is_streamed_only_if_a_grammar_makes_its_arguments_json(constrains_calls: bool) -> None:
+    generation = replace(generation_of(), constrains_calls=constrains_calls)
+    tools = [MessagesTool(name="f", eager_input_streaming=True)]
+    turns = [Turn(role="user", content="a")]
+    asked = MessagesRequest(messages=turns, max_tokens=1000, stream=True, tools=tools)
+    form = MessagesFormat("1", "m", asked, ChatReply(generation))
+    broken = events_of(generation, token_ids(section(call("functions.f:0", '{"a": x'))))
+    assert (b'"tool_use"' in form.events([(0, event) for event in broken])) is constrains_calls
 
 
 def test_a_byte_order_mark_before_arguments_is_left_out() -> None:

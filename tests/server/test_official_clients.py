@@ -76,7 +76,7 @@ def test_old_and_new_client_accumulate_the_body_in_every_way(old_client: Path, n
 
 @pytest.mark.slow
 def test_old_and_new_client_raise_the_error_in_the_middle(old_client: Path) -> None:
-    """The stages fail for good at token 20: two clients, one request each, and then none is served."""
+    """The stages fail at token 20 and are not restarted: two clients, one request each, and then none is served."""
     for path in (old_client, None):
         with forcing(REPLIES["calls"][0]) as (server, _, stages), stepping(server):
             stages.fail_at = 20
@@ -100,7 +100,7 @@ def test_old_and_new_client_see_nothing_of_a_restart_in_the_middle(old_client: P
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*ENDS, "restart", "error"])
 def test_old_and_new_client_accumulate_the_body_of_a_response_in_every_way(old_client: Path, name: str) -> None:
-    """In "restart" the stages fail once at token 20, and in "error" for good in each client's first request."""
+    """In "restart" the stages fail once at token 20. In "error" they fail in each client's first request."""
     ends: dict[str, dict[str, Any]] = {"length": {"max_output_tokens": 6}, "stop": {"extra_body": {"stop": ["answer"]}}}
     request: dict[str, Any] = {"input": "a"} | ends.get(name, {})
     reply, finish_reason = REPLIES.get(name, REPLIES["text" if name in ENDS else "calls"])

@@ -48,3 +48,9 @@ def test_a_response_belongs_to_its_owner_and_is_deleted_once() -> None:
 def test_a_conversation_ends_with_the_answer() -> None:
     stored = StoredResponse(b"{}", b'[{"role":"user","content":"a"}]', b'{"role":"assistant","content":"b"}')
     assert [message["content"] for message in stored.conversation] == ["a", "b"]
+
+
+def test_a_conversation_nested_as_deep_as_a_request_may_be_is_read_again() -> None:
+    messages = b'[{"role":"user","content":' + b'{"a":' * 120 + b"1" + b"}" * 121 + b"]"
+    stored = StoredResponse(b"{}", messages, b'{"role":"assistant","content":"b"}')
+    assert [message["role"] for message in stored.conversation] == ["user", "assistant"]

@@ -1,11 +1,13 @@
 """Tests of requests for responses: the chat request that each means, and what is refused."""
 
 import json
+import time
 from typing import Any
 
 import pytest
 
 from mlx_k2.server.api_errors import ApiError
+from mlx_k2.server.responses_input import InputReader
 from mlx_k2.server.responses_request import Conversation, conversation_of, in_responses_words, read_responses_request
 from mlx_k2.server.turn_store import HANDLE_FIELD
 
@@ -41,7 +43,7 @@ def test_a_text_is_a_message_of_the_user_after_the_instructions() -> None:
     found = conversation(instructions="Be brief.")
     user = {"role": "user", "content": "a"}
     assert found.chat.messages == [{"role": "system", "content": "Be brief."}, user]
-    assert found.messages == [user], "a later response has instructions of its own"
+    assert found.messages == [user], "a later response has its own instructions"
 
 
 def test_the_items_of_one_turn_of_the_model_are_one_message() -> None:
@@ -101,6 +103,22 @@ def test_a_response_continues_an_earlier_conversation() -> None:
     assert [message["content"] for message in found.messages] == ["x", "y", "a"]
 
 
+def test_an_item_whose_type_is_null_is_a_message() -> None:
+    found = conversation(input=[{"type": None, "role": "user", "content": "a"}])
+    assert [message["content"] for message in found.chat.messages] == ["a"]
+
+
+def test_a_turn_of_very_many_items_is_joined_in_linear_time() -> None:
+    num_items, text = 20_000, "a" * 1000
+    items: list[Any] = [{"role": "assistant", "content": text}, {"type": "reasoning", "summary": [], "content": text}]
+    reader = InputReader()
+    began = time.process_time()
+    reader.read([item for _ in range(num_items) for item in items])
+    assert time.process_time() - began < 5
+    whole = text * num_items
+    assert reader.messages == [{"role": "assistant", "content": whole, "reasoning_content": whole}]
+
+
 def test_tools_that_run_on_a_server_and_unknown_items_are_left_out_and_named() -> None:
     custom = {"type": "custom", "name": "apply_patch"}
     namespace = {"type": "namespace", "name": "mcp", "tools": [F]}
@@ -131,6 +149,11 @@ def test_the_choice_of_one_function_and_of_some_are_those_of_chat_completions() 
     named = conversation(tools=[F, G], tool_choice={"type": "function", "name": "g"}).chat
     assert named.tool_choice == {"type": "function", "function": {"name": "g"}}
     some = conversation(tools=[F, G], tool_choice={"type": "allowed_tools", "mode": "required", "tools": [G]}).chat
+    many = [{"type": "function", "name": f"f{number}"} for number in range(40_000)]
+    began = time.process_time()
+    with pytest.raises(ApiError, match="40000 tools are declared"):
+        conversation(tools=many, tool_choice={"type": "allowed_tools", "tools": [{"name": [1]}, *many]})
+    assert time.process_time() - began < 5
     assert (some.tool_choice, some.tools) == ("required", [{"type": "function", "function": {"name": "g"}}])
 
 

@@ -24,7 +24,7 @@ from mlx_k2.weights.inventory import model_specs
 from mlx_k2.weights.manifest import MANIFEST_NAME, HubFile, identify, write_manifest
 from mlx_k2.weights.model_frontend import ModelFrontend
 from tests.advice import follows_advice
-from tests.test_advice import NOBODY, REPO
+from tests.test_advice_of_commands import NOBODY, REPO
 from tests.weights.test_index import LFS
 
 pytestmark = pytest.mark.timeout(60)

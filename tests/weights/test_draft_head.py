@@ -19,6 +19,7 @@ from mlx_k2.weights.draft_head import LM_HEAD, DraftDescription, describe_draft,
 from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, SINGLE_FILE_NAME
 from mlx_k2.weights.model_files import read_draft
 from mlx_k2.weights.model_source import DraftHead, ModelSource
+from tests.advice import follows_advice
 
 FIELDS = tiny_config_fields(192, hidden_size=64, num_attention_heads=2, intermediate_size=96)
 
@@ -131,7 +132,7 @@ def test_an_unknown_tensor_is_refused_by_name(written: Callable[..., Path]) -> N
         read(folder)
 
 
-@pytest.mark.parametrize("layers", [(1, 2, 7), (3, 2, 1), (2, 2, 3)])
+@pytest.mark.parametrize("layers", [(), (1, 2, 7), (3, 2, 1), (2, 2, 3)])
 def test_aux_layers_on_the_command_line_must_be_the_models(
     written: Callable[..., Path], layers: tuple[int, ...]
 ) -> None:
@@ -148,9 +149,25 @@ def test_aux_layers_come_from_the_command_line_then_the_config_then_the_default(
     assert read(folder).aux_layers == (1, 2, 3)  # 1, layers / 2 - 1, layers - 4
 
 
-def test_a_vocabulary_larger_than_the_heads_is_refused(written: Callable[..., Path]) -> None:
-    with pytest.raises(MlxK2Error, match="--draft-vocab 193"):
+@follows_advice(
+    "--draft-vocab 193: head has 192 tokens: give at most as many",
+    "--draft-aux 3,2,1: give each layer once, in ascending order, and at least one",
+    "config.json: quantized draft heads cannot be read: give one in bfloat16",
+)
+def test_a_head_that_follows_the_advice_of_its_refusal_is_read(written: Callable[..., Path]) -> None:
+    with pytest.raises(MlxK2Error, match=r"--draft-vocab 193: .* has 192 tokens: give at most as many"):
         read(written(), vocab_size=193)
+    assert read(written(), vocab_size=192).num_drafted_ids == 192
+    with pytest.raises(
+        MlxK2Error, match="--draft-aux 3,2,1: give each layer once, in ascending order, and at least one"
+    ):
+        read(written(), aux_layers=(3, 2, 1))
+    assert read(written(), aux_layers=(1, 2, 3)).aux_layers == (1, 2, 3)
+    quantized = written()
+    changed(quantization_config={"quant_method": "fp8"})(quantized)
+    with pytest.raises(MlxK2Error, match="quantized draft heads cannot be read: give one in bfloat16"):
+        read(quantized)
+    assert {spec.dtype for spec in read(written()).layer_specs()} == {"BF16"}
 
 
 def test_kept_rows_are_those_of_the_smallest_ids_and_of_control_tokens() -> None:

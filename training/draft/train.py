@@ -164,7 +164,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--steps", type=int, required=True, help="steps in all, those done before included")
     parser.add_argument("--decay-steps", type=int, default=200, help="last steps, over which learning rates fall")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long; the same command goes on")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="stop after this long; the same command continues"
+    )
     parser.add_argument("--loss", choices=tuple(LOSSES), default="kl")
     options = parser.parse_args()
     train(read_rows(sorted(options.data.glob("[0-9]*.safetensors"))), options.run, options)

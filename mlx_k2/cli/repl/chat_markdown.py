@@ -1,6 +1,6 @@
 r"""Markdown as chats show it: headings to the left, numbers of lists with their dots, formulas as they were written.
 
-A formula is what stands between \( and \), \[ and \], or $$ and $$: its backslashes, underscores and stars stay.
+A formula is the text between \( and \), \[ and \], or $$ and $$: its backslashes, underscores and stars stay.
 """
 
 from markdown_it import MarkdownIt

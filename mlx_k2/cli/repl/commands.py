@@ -19,11 +19,11 @@ _MAX_SHOWN = 100
 HELP = {
     "/help": ("", "this list; so does /?"),
     "/system": ("[TEXT | off]", "show or set the system prompt; off: the model's own"),
-    "/reset": ("", "begin anew, as /clear does; the system prompt stays"),
+    "/reset": ("", "delete all messages but the system prompt, as /clear does"),
     "/undo": ("", "take back your last message and what followed"),
     "/retry": ("", "answer your last message again"),
     "/save": ("FILE", "write the conversation to a file"),
-    "/load": ("FILE", "go on from a file"),
+    "/load": ("FILE", "continue from a file"),
     "/think": ("show | hide | on | off", "whether to show what the model thinks; whether it thinks"),
     "/tools": ("", "the tools that the model may call"),
     "/stats": ("", "what the conversation took so far, and each stage's part"),
@@ -90,7 +90,7 @@ class Commands:
             )
         argument = argument.strip()
         if argument and not HELP[name][0]:
-            raise RequestError(f"{name} stands alone")
+            raise RequestError(f"{name} takes no argument")
         yield from getattr(self, f"_{name[1:]}")(argument) or ()
 
     def save_to(self, path: Path) -> None:

@@ -25,7 +25,7 @@ class SavedChat(msgspec.Struct, frozen=True):
 
 
 def save_chat(path: Path, chat: SavedChat) -> None:
-    """Write the file, readable by its owner alone, or leave an existing file unchanged.
+    """Write the file, readable by its owner only, or leave an existing file unchanged.
 
     Raises:
         RequestError: the file cannot be written.
@@ -47,7 +47,7 @@ def load_chat(path: Path, digest: str) -> Sequence[Mapping[str, object]]:
     """Return the messages of a file that /save wrote for the same model, or of a bare list of messages.
 
     Raises:
-        RequestError: the file cannot be read, is no saved chat, or belongs to another model.
+        RequestError: the file cannot be read, is not a saved chat, or belongs to another model.
     """
     _refuse_special(path)
     try:
@@ -60,7 +60,7 @@ def load_chat(path: Path, digest: str) -> Sequence[Mapping[str, object]]:
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
     except JsonError as error:
-        raise RequestError(f"{path} is no saved chat: {error}") from None
+        raise RequestError(f"{path} is not a saved chat: {error}") from None
     if saved.digest != digest:
         raise RequestError(
             f"{path} is a chat with another model: start with --model {shlex.quote(saved.model)}, or keep only the "

@@ -200,7 +200,7 @@ class RichScreen:
                 self._last_restart = show_progress(self, event, self._last_restart)
 
     def wait(self, what: str) -> None:
-        """Show a spinner beside ``what`` until the next output."""
+        """Show a spinner before ``what`` until the next output."""
         self._end_thinking()
         self._spin(what)
 

@@ -11,7 +11,7 @@ from mlx_k2.private_files import state_folder
 
 
 def choose_screen(*, show_thinking: bool) -> Screen:
-    """Return a plain screen if stdout is no terminal or a dumb one, or if NO_COLOR is set; else one with colours."""
+    """Return a plain screen if stdout is not a terminal, or a dumb one, or with NO_COLOR; else one with colours."""
     plain = not is_terminal(sys.stdout) or _no_colour() or _is_dumb()
     return (PlainScreen if plain else RichScreen)(show_thinking=show_thinking)
 

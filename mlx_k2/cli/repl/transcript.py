@@ -14,7 +14,7 @@ from mlx_k2.text.reply_parts import Content, Reasoning
 
 
 def _open(path: str, flags: int) -> int:
-    """Open a file for its owner alone. Do not wait for a reader of a named pipe."""
+    """Open a file that only its owner can read. Do not wait for a reader of a named pipe."""
     descriptor = open_private(path, flags | os.O_NONBLOCK)
     os.set_blocking(descriptor, True)
     return descriptor
@@ -63,4 +63,6 @@ class Transcript:
             self._file.write(msgspec.json.encode({"at": time.strftime("%Y-%m-%dT%H:%M:%S"), **line}) + b"\n")
         except OSError as error:
             self._file.close()
-            self._notify(f"the transcript {self._path} cannot be written any more: {error.strerror}; the chat goes on")
+            self._notify(
+                f"the transcript {self._path} cannot be written any more: {error.strerror}; the chat continues"
+            )

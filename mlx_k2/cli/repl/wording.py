@@ -28,7 +28,7 @@ def call_line(call: ToolCall) -> str:
 
 
 def whole_call(call: ToolCall) -> str:
-    """Return a call as its user approves it: the name, then each argument on lines of its own, all of it.
+    """Return a call as its user approves it: the name, then each argument in full on separate lines.
 
     It shows the parsed arguments, which are what the tool gets. Invisible characters are escaped.
     """

@@ -1,0 +1,154 @@
+"""Tests of the advice in refusals of requests to the server: a request that follows it is accepted."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from mlx_k2.server.api_errors import ApiError
+from mlx_k2.server.chat_request import read_chat_request
+from mlx_k2.server.completion_request import read_completion_request
+from mlx_k2.server.messages_request import read_messages_request
+from mlx_k2.server.responses_request import conversation_of, read_responses_request
+
+pytestmark = pytest.mark.timeout(60)
+USER = {"role": "user", "content": "a"}
+FUNCTION = {"type": "function", "name": "f"}
+
+CHATS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+    (
+        "give text, json_object, or json_schema with json_schema.schema",
+        {"response_format": {"type": "xml"}},
+        {"response_format": {"type": "json_object"}},
+    ),
+    (
+        "functions is deprecated: use tools and tool_choice",
+        {"functions": [{}]},
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"},
+    ),
+    ("give 0 to 20", {"logprobs": True, "top_logprobs": 21}, {"logprobs": True, "top_logprobs": 20}),
+    (
+        "reasoning_effort 'much' is unknown: give one of none,",
+        {"reasoning_effort": "much"},
+        {"reasoning_effort": "none"},
+    ),
+    (
+        "513 tools are declared: give at most 512",
+        {"tools": [{"function": {"name": f"f{n}"}} for n in range(513)]},
+        {"tools": [{"function": {"name": f"f{n}"}} for n in range(512)]},
+    ),
+    (
+        "tools of type 'x' are not supported: give functions",
+        {"tools": [{"type": "x", "function": {"name": "f"}}]},
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+    ),
+    ("n is 0: give 1 to ", {"n": 0}, {"n": 1}),
+    ("min_tokens: give at least 0", {"min_tokens": -1}, {"min_tokens": 0}),
+    ("max_tokens is 0: give at least 1", {"max_tokens": 0}, {"max_tokens": 1}),
+    ("stop: give at most 16 strings", {"stop": ["a"] * 17}, {"stop": ["a"] * 16}),
+)
+COMPLETIONS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+    ("prompt: give one text, or the token ids of one", {"prompt": ["a", "b"]}, {"prompt": [3, 4]}),
+    ("suffix is not supported: leave it out", {"suffix": "a"}, {}),
+    ("this server returns every choice: leave best_of out", {"best_of": 2}, {}),
+)
+
+
+@pytest.mark.parametrize(("message", "wrong", "right"), CHATS)
+def test_a_chat_request_that_follows_the_advice_of_its_refusal_is_accepted(
+    message: str, wrong: dict[str, Any], right: dict[str, Any]
+) -> None:
+    def read(fields: dict[str, Any]) -> None:
+        chat = read_chat_request(json.dumps({"messages": [{"role": "user", "content": "Hi"}]} | fields).encode())
+        assert chat.answer_format is None or chat.answer_format.schema == {"type": "object"}
+
+    with pytest.raises(ApiError, match=re.escape(message)):
+        read(wrong)
+    read(right)
+
+
+@pytest.mark.parametrize(("message", "wrong", "right"), COMPLETIONS)
+def test_a_completion_request_that_follows_the_advice_of_its_refusal_is_accepted(
+    message: str, wrong: dict[str, Any], right: dict[str, Any]
+) -> None:
+    def read(fields: dict[str, Any]) -> bool:
+        asked = read_completion_request(json.dumps({"prompt": "Hello"} | fields).encode())
+        return bool(asked.prompt_ids or asked.prompt_text)
+
+    with pytest.raises(ApiError, match=re.escape(message)):
+        read(wrong)
+    assert read(right)
+
+
+MESSAGES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+    (
+        "messages[0].role is 'tool': give user or assistant",
+        {"messages": [{"role": "tool", "content": "a"}]},
+        {"messages": [USER, {"role": "assistant", "content": "b"}, USER]},
+    ),
+    (
+        "messages end with the assistant's: this server does not continue an answer, so end with the user's",
+        {"messages": [USER, {"role": "assistant", "content": "b"}]},
+        {"messages": [USER, {"role": "assistant", "content": "b"}, USER]},
+    ),
+    (
+        "output_config.format: give the type json_schema, and a schema",
+        {"output_config": {"format": {"type": "json_schema"}}},
+        {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
+    ),
+    ("max_tokens is -1: give at least 0", {"max_tokens": -1}, {"max_tokens": 0}),
+    *(
+        (
+            "tool_choice.type is 'x': give auto, any, tool or none",
+            {"tools": [{"name": "f"}], "tool_choice": {"type": "x"}},
+            {"tools": [{"name": "f"}], "tool_choice": {"type": kind, "name": "f"}},
+        )
+        for kind in ("auto", "any", "tool", "none")
+    ),
+)
+RESPONSES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+    (
+        "conversations are not stored: use previous_response_id",
+        {"conversation": "conv_1"},
+        {"previous_response_id": "resp_1"},
+    ),
+    (
+        "tool_choice 'web_search' cannot be used: name a function",
+        {"tools": [FUNCTION], "tool_choice": {"type": "web_search"}},
+        {"tools": [FUNCTION], "tool_choice": {"type": "function", "name": "f"}},
+    ),
+    ("a response in the background is not supported: leave it out", {"background": True}, {}),
+    (
+        "prompt templates are not stored: send their text as instructions",
+        {"prompt": {"id": "pmpt_1"}},
+        {"instructions": "Be brief."},
+    ),
+    ("a response is one answer: leave n out", {"n": 2}, {}),
+)
+
+
+@pytest.mark.parametrize(("message", "wrong", "right"), MESSAGES)
+def test_a_request_of_the_messages_api_that_follows_the_advice_of_its_refusal_is_accepted(
+    message: str, wrong: dict[str, Any], right: dict[str, Any]
+) -> None:
+    def read(fields: dict[str, Any]) -> bool:
+        asked, chat = read_messages_request(json.dumps({"max_tokens": 5, "messages": [USER]} | fields).encode())
+        return asked.max_tokens >= 0 and chat.messages[-1] == USER
+
+    with pytest.raises(ApiError, match=re.escape(message)):
+        read(wrong)
+    assert read(right)
+
+
+@pytest.mark.parametrize(("message", "wrong", "right"), RESPONSES)
+def test_a_request_for_a_response_that_follows_the_advice_of_its_refusal_is_accepted(
+    message: str, wrong: dict[str, Any], right: dict[str, Any]
+) -> None:
+    def read(fields: dict[str, Any]) -> bool:
+        asked = conversation_of(read_responses_request(json.dumps({"input": "a"} | fields).encode()))
+        return asked.messages == [USER] and not asked.warnings
+
+    with pytest.raises(ApiError, match=re.escape(message)):
+        read(wrong)
+    assert read(right)
