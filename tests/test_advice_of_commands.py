@@ -36,7 +36,7 @@ OPTIONS = (  # the message, a command line with it, and that line after the advi
         f"generate Hi --draft-model head --draft-aux 1,29,57 --stages 2 {END}",
     ),
     (
-        "--draft-aux and --draft-vocab are for a draft model: give --draft-model",
+        "--draft-aux, --draft-bits and --draft-vocab are for a draft model: give --draft-model",
         f"generate Hi --draft-vocab 5 --stages 2 {END}",
         f"generate Hi --draft-vocab 5 --stages 2 --draft-model head {END}",
     ),

@@ -104,7 +104,7 @@ def mac_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "the hosts share no network: give an address of each with --address",
     "1 addresses for 2 hosts: give --address once for each",
     "run the same command again to go on: what is done is not repeated",
-    "the doctor found a failure: mend it, then run `mlx-k2 doctor`",
+    "the doctor found a failure: fix it, then run `mlx-k2 doctor`",
     "next: mlx-k2 chat; `mlx-k2 config` shows the profile",
 )
 @pytest.mark.slow
@@ -129,7 +129,7 @@ def test_a_set_up_that_follows_the_advice_of_its_refusals_is_done(
     first, again = (shown(1, *elsewhere) for _ in range(2))
     assert "run the same command again to go on: what is done is not repeated" in first
     assert ("written: " in first, "written: " in again) == (True, False)
-    assert "the doctor found a failure: mend it, then run `mlx-k2 doctor`" in again
+    assert "the doctor found a failure: fix it, then run `mlx-k2 doctor`" in again
     hostfile = settings / "hosts.json"
     hostfile.write_text(re.sub(r"192\.0\.2\.\d", "127.0.0.1", hostfile.read_text()))
     assert "0 failure" in shown(0, "doctor")

@@ -8,7 +8,7 @@ import pytest
 
 from tests.cli.command import CommandLine
 
-ENDLESS = {"prompt": "Hello", "max_tokens": 2000}
+ENDLESS = {"prompt": "Hello", "max_tokens": 2000, "ignore_eos": True}
 SHORT = {"prompt": "Hello", "max_tokens": 30, "seed": 3}
 
 

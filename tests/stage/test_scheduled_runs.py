@@ -46,13 +46,14 @@ def run(pipeline: Pipeline, scheduler: Scheduler, asked: Sequence[Request]) -> l
     for request in asked:
         scheduler.submit(request)
     tokens: dict[int, Tokens] = {id(request): [] for request in asked}
-    waiting: deque[tuple[int, tuple[SampledToken, ...]]] = deque()
+    waiting: deque[tuple[int, tuple[SampledToken, ...], bool]] = deque()
     while scheduler.has_work:
         while (microbatch := scheduler.next_microbatch()) is not None:
             sampled = pipeline.tokens(*(planned.row for planned in microbatch.rows))
-            waiting.append((microbatch.number, sampled))
-        number, sampled = waiting.popleft()
-        for added in scheduler.complete(number, sampled):
+            is_skipped = not sampled and all(planned.row.is_draft for planned in microbatch.rows)
+            waiting.append((microbatch.number, sampled, is_skipped))
+        number, sampled, is_skipped = waiting.popleft()
+        for added in scheduler.complete(number, sampled, is_skipped=is_skipped):
             tokens[id(added.sequence.request)] += [one.token for one in added.appended]
     return [tokens[id(request)] for request in asked]
 
