@@ -71,9 +71,7 @@ def test_kernels_are_checked_in_a_child_process_and_only_once(run_stage: Stage) 
     assert run_stage.start(None) == ()
     assert run_stage.children == 2
     names = {
-        check[0]
-        for path in run_stage.directory.glob("*.json")
-        for check in json.loads(path.read_text())["checks"]
+        check[0] for path in run_stage.directory.glob("*.json") for check in json.loads(path.read_text())["checks"]
     }
     assert names == {DECODE, BATCH, PREFILL, ROUTER}
 
