@@ -34,7 +34,7 @@ def hostfile(emulated_hosts: EmulatedHosts, tmp_path: Path) -> str:
 
 def test_three_hosts_give_the_same_answer_as_one_stage(emulated_hosts: EmulatedHosts, hostfile: str) -> None:
     alone, _ = generate(emulated_hosts, "--max-tokens", "30", "--stages", "1").communicate()
-    together, log = generate(emulated_hosts, "--max-tokens", "30", "--hostfile", hostfile).communicate()
+    together, log = generate(emulated_hosts, "--max-tokens", "30", "--hostfile", hostfile, "--verbose").communicate()
     assert together == alone != b"", log.decode()
     assert all(name in log.decode() for name in emulated_hosts.names)
     assert emulated_hosts.all_processes() == {}
