@@ -19,41 +19,28 @@ from mlx_k2.weights.model_source import DraftHead, ModelSource
 VOCAB_SIZE = 2048
 CONTEXT_TOKENS = 8192
 
+# An even number of layers, all with experts, so that two stages have equal work. As many experts per token as K2.
+_EVEN = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "q_lora_rank": 256,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "intermediate_size": 2048,
+    "moe_intermediate_size": 512,
+    "n_routed_experts": 32,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 0,
+}
+
 SHAPES: dict[str, dict[str, Any]] = {
-    # An even number of layers, all with experts, so that two stages have equal work. As many experts per token as K2.
-    "even": {
-        "hidden_size": 1024,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "q_lora_rank": 256,
-        "kv_lora_rank": 256,
-        "qk_nope_head_dim": 64,
-        "qk_rope_head_dim": 32,
-        "v_head_dim": 64,
-        "intermediate_size": 2048,
-        "moe_intermediate_size": 512,
-        "n_routed_experts": 32,
-        "num_experts_per_tok": 8,
-        "first_k_dense_replace": 0,
-    },
+    "even": _EVEN,
     # As "even", with steps of more than 20 ms on each of two stages.
-    "slow": {
-        "hidden_size": 1024,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "q_lora_rank": 256,
-        "kv_lora_rank": 256,
-        "qk_nope_head_dim": 64,
-        "qk_rope_head_dim": 32,
-        "v_head_dim": 64,
-        "intermediate_size": 2048,
-        "moe_intermediate_size": 512,
-        "n_routed_experts": 32,
-        "num_experts_per_tok": 8,
-        "first_k_dense_replace": 0,
-    },
+    "slow": _EVEN | {"num_hidden_layers": 16},
     # Before a prompt's last token, only the cache of the last layer is needed, so the last of two stages computes one
     # layer less: only 1 of 20 here. Each chunk rebuilds the keys and values of earlier chunks from the cache. This is
     # as small a fraction of the work as in K2: 1.6% of a layer's products per earlier token (K2: 1.7%).
