@@ -20,7 +20,7 @@ from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.drafter import DraftMode
-from mlx_k2.scheduling.drafts import DraftCount, merge_counts
+from mlx_k2.scheduling.drafts import DraftCount, DraftTotals, merge_counts
 from mlx_k2.scheduling.request import Request
 
 WARM_UP_TOKENS = 8
@@ -49,7 +49,7 @@ class StageTimes:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(DraftTotals):
     """Result of one run of a workload. Rates are totals over all streams; inter-token times are within a stream."""
 
     workload: Workload
@@ -69,16 +69,6 @@ class Measured:
     def decode_tokens_per_s_per_stream(self) -> float | None:
         """Average rate of one stream."""
         return None if self.decode_tokens_per_s is None else self.decode_tokens_per_s / self.workload.streams
-
-    @property
-    def num_drafted(self) -> int:
-        """Number of draft tokens."""
-        return sum(count.num_drafted for count in self.drafts)
-
-    @property
-    def num_accepted(self) -> int:
-        """Number of accepted draft tokens."""
-        return sum(count.num_accepted for count in self.drafts)
 
     @property
     def stage_busy(self) -> list[float]:

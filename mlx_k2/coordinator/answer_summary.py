@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_k2.scheduling.drafts import DraftCount, merge_counts
+from mlx_k2.scheduling.drafts import DraftCount, DraftTotals, merge_counts
 from mlx_k2.scheduling.request import FinishReason, Request
 
 
 @dataclass(frozen=True)
-class AnswerSummary:
+class AnswerSummary(DraftTotals):
     """Token counts and rates of one answer. A rate is None if there were too few tokens to measure it."""
 
     prompt_tokens: int
@@ -22,16 +22,6 @@ class AnswerSummary:
     decode_tokens_per_s: float | None
     drafts: tuple[DraftCount, ...] = ()
     """Draft tokens by source and position."""
-
-    @property
-    def num_drafted(self) -> int:
-        """Number of draft tokens that were computed."""
-        return sum(count.num_drafted for count in self.drafts)
-
-    @property
-    def num_accepted(self) -> int:
-        """Number of draft tokens that are part of the answer."""
-        return sum(count.num_accepted for count in self.drafts)
 
 
 class AnswerTimer:
