@@ -22,6 +22,7 @@ from mlx_k2.server.chat_request import ChatRequest
 from mlx_k2.server.language_model import Generation, next_call_number
 from mlx_k2.server.request_fields import StreamOptions
 from mlx_k2.server.server_state import ServerOptions
+from mlx_k2.server.sse import ReplyFormat
 from tests.text.fixtures import tokenizer
 from tests.text.replies import call, section, tokens_of
 
@@ -90,15 +91,19 @@ def format_of(reply: ChatReply) -> ChatFormat:
     return ChatFormat(head, [reply], asked, ServerOptions(keepalive="chunk"))
 
 
-def accumulated(generation: Generation, events: list[Event], cuts: Sequence[int]) -> dict[str, Any]:
-    """Return what the official client makes of the stream, when the events are read in groups of ``cuts``."""
-    frames = format_of(ChatReply(generation))
-    sent = frames.begin()
-    rest, sizes = [(0, event) for event in events], list(cuts)
+def stream_of(form: ReplyFormat, events: Sequence[Event], cuts: Sequence[int]) -> bytes:
+    """Return the stream when the events are read in groups of ``cuts``, with a keep-alive before each group."""
+    sent, rest, sizes = form.begin(), [(0, event) for event in events], list(cuts)
     while rest:
         size = sizes.pop(0) if sizes else len(rest)
-        sent += frames.keepalive() + frames.events(rest[:size])
+        sent += form.keepalive() + form.events(rest[:size])
         rest = rest[size:]
+    return sent
+
+
+def accumulated(generation: Generation, events: list[Event], cuts: Sequence[int]) -> dict[str, Any]:
+    """Return what the official client makes of the stream, when the events are read in groups of ``cuts``."""
+    sent = stream_of(format_of(ChatReply(generation)), events, cuts)
     *lines, done = [line for line in sent.decode().split("\n\n") if line]
     assert done == "data: [DONE]"
     state = ChatCompletionStreamState()

@@ -17,7 +17,7 @@ from mlx_k2.server.language_model import Generation
 from mlx_k2.server.messages_format import MessagesFormat
 from mlx_k2.server.messages_request import MessagesRequest, MessagesThinking, MessagesTool, Turn
 from mlx_k2.server.sse import json_response
-from tests.server.test_chat_reply import PIECES, events_of, generation_of, token_ids
+from tests.server.test_chat_reply import PIECES, events_of, generation_of, stream_of, token_ids
 from tests.text.replies import call, section
 
 STARTS = {"text": "text_delta", "thinking": "thinking_delta", "tool_use": "input_json_delta"}
@@ -44,13 +44,7 @@ def sent_events(
     generation: Generation, events: Sequence[Event], cuts: Sequence[int], display: str
 ) -> list[dict[str, Any]]:
     """Return the events of the stream, when the engine's are read in groups of ``cuts``."""
-    form = format_of(generation, display)
-    sent = form.begin()
-    rest, sizes = [(0, event) for event in events], list(cuts)
-    while rest:
-        size = sizes.pop(0) if sizes else len(rest)
-        sent += form.keepalive() + form.events(rest[:size])
-        rest = rest[size:]
+    sent = stream_of(format_of(generation, display), events, cuts)
     found = []
     for text in sent.decode().split("\n\n")[:-1]:
         name, data = text.split("\n")

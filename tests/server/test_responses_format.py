@@ -16,7 +16,7 @@ from mlx_k2.server.language_model import Generation
 from mlx_k2.server.responses_format import ResponseFormat, failed_stream, response_fields
 from mlx_k2.server.responses_request import ResponsesRequest
 from tests.server.responses_events import Fields, checked, comparable, events_of, text_of
-from tests.server.test_chat_reply import PIECES, generation_of, token_ids
+from tests.server.test_chat_reply import PIECES, generation_of, stream_of, token_ids
 from tests.server.test_chat_reply import events_of as engine_events_of
 from tests.text.replies import call, section
 
@@ -42,13 +42,7 @@ def body_of(generation: Generation, events: Sequence[Event]) -> Fields:
 
 def streamed(generation: Generation, events: Sequence[Event], cuts: Sequence[int] = ()) -> Fields:
     """Return the response of a stream whose events are read in groups of ``cuts``, with a keep-alive before each."""
-    form = format_of(ChatReply(generation))
-    sent, rest, sizes = form.begin(), [(0, event) for event in events], list(cuts)
-    while rest:
-        size = sizes.pop(0) if sizes else len(rest)
-        sent += form.keepalive() + form.events(rest[:size])
-        rest = rest[size:]
-    return checked(events_of(sent))
+    return checked(events_of(stream_of(format_of(ChatReply(generation)), events, cuts)))
 
 
 def answered(text: str, reason: FinishReason = FinishReason.STOP, **options: Any) -> Fields:
