@@ -86,9 +86,9 @@ def read_profile(path: Path, commands: Sequence[str], shared: Sequence[str]) -> 
 def with_value(text: str, key: str, value: str) -> str:
     """Return the text of a profile in which ``key``, above all tables, has ``value``; all else stays."""
     line = f"{key} = {json.dumps(value, ensure_ascii=False)}"
-    head, heading, tables = re.match(r"(?s)(.*?)((?:^|\n)[ \t]*\[.*|$)", text).group(1, 2, 0)  # type: ignore[union-attr]
+    head, *tables = re.split(r"(?m)^(?=[ \t]*\[)", text, maxsplit=1)
     changed, count = re.subn(rf"(?m)^[ \t]*[\"']?{re.escape(key)}[\"']?[ \t]*=.*$", lambda _: line, head)
-    return (changed if count else f"{line}\n{head}") + heading + text[len(tables) :]
+    return (changed if count else f"{line}\n{head}") + "".join(tables)
 
 
 def option_name(option: click.Parameter) -> str:
