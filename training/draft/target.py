@@ -55,7 +55,7 @@ class Target:
         self._caches: list[BatchKVCache] = []
 
     def start(self, left_padding: Sequence[int]) -> None:
-        """Begin a batch of rows, each with so many tokens before it that do not count."""
+        """Empty the caches for a batch of rows; ``left_padding``: the number of padding tokens before each row."""
         self._caches = [BatchKVCache(list(left_padding)) for _ in self._model.model.layers]
 
     def run(self, token_ids: mx.array) -> tuple[mx.array, mx.array]:
