@@ -24,6 +24,7 @@ _MAX_QUOTED = 120
 _LIKE_AN_ANSWER = re.compile(
     r"""\s*[\[{"'].*(?:jsonrpc|"id".*"(?:result|error)"|"(?:result|error)".*"id")""", re.DOTALL
 )
+_HEADER = re.compile(r"(?i:content-length):\s*\d+\s*")
 _ID = re.compile(r"""["']id["']\s*:\s*(?P<id>\d+)""")
 
 
@@ -74,7 +75,7 @@ class ServerOutput:
         if line.startswith("\ufeff"):
             with contextlib.suppress(ValidationError):
                 return self.received(SessionMessage(jsonrpc_message_adapter.validate_json(line[1:], by_name=False)))
-        if line.lower().startswith("content-length:"):
+        if _HEADER.fullmatch(line):
             return self._errors("it writes headers before its messages; over stdio each message is a line", "")
         quoted = ascii(line[:_MAX_QUOTED])
         if first is not None and first["type"] == "string_unicode":

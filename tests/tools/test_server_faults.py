@@ -280,6 +280,7 @@ def test_the_answer_to_a_request_is_never_dropped_whatever_bytes_are_in_it(
 @given(st.text().filter(lambda line: "jsonrpc" not in line and '"id"' not in line and "'id'" not in line))
 @example("[2026-01-01 12:00] INFO listening")
 @example("{ name: 'x' }")
+@example("content-length:")
 def test_a_line_of_a_log_does_not_end_the_connection(line: str) -> None:
     output = ServerOutput()
     output.record_sent(SessionMessage(mcp_types.JSONRPCRequest(jsonrpc="2.0", id=1, method="tools/call")))
