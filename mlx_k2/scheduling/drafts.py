@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
-from mlx_k2.scheduling.drafter import Drafter, DraftMode
+from mlx_k2.scheduling.drafter import DraftMode, NgramDrafter
 
 _CERTAIN_LENGTH = 4
 """Tokens that must match for an n-gram to win over the draft head."""
@@ -129,7 +129,7 @@ class Drafts:
         follows = list(token_ids[: len(planned)]) == planned
         self._proposed = deque(token_ids[len(planned) :] if follows else ())
 
-    def next(self, known_ids: Tokens[int], drafter: Drafter) -> _Draft | None:
+    def next(self, known_ids: Tokens[int], drafter: NgramDrafter) -> _Draft | None:
         """Return the draft for the position after the known tokens and all drafts in plans, if there is one."""
         position = len(self._in_plans) + 1
         if self._mode is DraftMode.NGRAM:

@@ -9,7 +9,7 @@ import msgspec
 
 from mlx_k2.errors import MlxK2Error, RequestFailed
 from mlx_k2.sampling import REPETITION_WINDOW, LogitBias, SampledToken, Sampling
-from mlx_k2.scheduling.drafter import Drafter, DraftMode, NgramDrafter
+from mlx_k2.scheduling.drafter import DraftMode, NgramDrafter
 from mlx_k2.scheduling.drafts import Drafts
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
 from mlx_k2.scheduling.token_policy import Accepted, AnyToken, TokenPolicy
@@ -71,7 +71,7 @@ class Sequence:
         """Number of the last plan that carried tokens of this sequence; -1 before the first one."""
         self.chunk_tokens: int | None = None
         """Length of this prompt's chunks; None until it is chosen."""
-        self.drafter: Drafter = NgramDrafter()
+        self.drafter = NgramDrafter()
         self.drafts = Drafts(draft_mode)
         self.finish_reason: FinishReason | None = None
         self.error: MlxK2Error | None = None
@@ -146,7 +146,7 @@ class Sequence:
             self._fail(error)
             return None
 
-    def start(self, slot: int, shared: SharedPrefix, drafter: Drafter) -> None:
+    def start(self, slot: int, shared: SharedPrefix, drafter: NgramDrafter) -> None:
         """Run in ``slot``, which holds ``shared`` or gets a copy of it with the first row."""
         self.slot = slot
         self.shared = shared
