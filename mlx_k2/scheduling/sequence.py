@@ -12,7 +12,7 @@ from mlx_k2.sampling import REPETITION_WINDOW, LogitBias, SampledToken, Sampling
 from mlx_k2.scheduling.drafter import DraftMode, NgramDrafter
 from mlx_k2.scheduling.drafts import Drafts
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
-from mlx_k2.scheduling.token_policy import Accepted, AnyToken, TokenPolicy
+from mlx_k2.scheduling.token_policy import Accepted, TokenPolicy
 from mlx_k2.token_mask import TokenMask
 
 INDEX_TOKENS = 128
@@ -76,7 +76,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.error: MlxK2Error | None = None
         """Why it ended with FinishReason.ERROR."""
-        self._policy = policy or AnyToken()
+        self._policy = policy or TokenPolicy()
         self._biases = dict(request.sampling.logit_bias)
         self._seen: set[int] = set()
         self._has_penalties = bool(request.sampling.presence_penalty or request.sampling.frequency_penalty)

@@ -18,7 +18,7 @@ from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.scheduling.request import Priority, Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy, drafted_token_s
-from mlx_k2.scheduling.token_policy import AnyToken, TokenPolicy
+from mlx_k2.scheduling.token_policy import TokenPolicy
 from mlx_k2.testing.sleeping_stages import SIZES
 from tests.scheduling.fake_stages import WHOLE_CHUNKS, FixedStepPolicy
 
@@ -162,7 +162,7 @@ def test_an_interactive_sequence_is_drafted_for_while_a_background_one_keeps_its
 
 
 @dataclass
-class OneForced(AnyToken):
+class OneForced(TokenPolicy):
     """A policy that forces the answer's first token."""
 
     token_ids: list[int] = field(default_factory=lambda: [2])
