@@ -228,7 +228,7 @@ class Scheduler:
         for sequence in ready[:fraction]:
             if not remaining:
                 break
-            rows.append(_decode_row(sequence, remaining))
+            rows.append(_row(sequence, remaining))
             remaining -= len(rows[-1].row.token_ids)
         return rows
 
@@ -249,11 +249,8 @@ class Scheduler:
     def _draft_rows(self, sequence: Sequence) -> list[PlannedRow]:
         if not self._is_drafting or sequence.num_unplanned:
             return []
-        position = sequence.num_planned
         token_id = sequence.draft()
-        if token_id is None:
-            return []
-        return [PlannedRow.of(sequence, position, (token_id,), is_prompt=False, needs_logits=True, is_draft=True)]
+        return [] if token_id is None else [PlannedRow.of(sequence, (token_id,), is_draft=True)]
 
     def _add_prompt_rows(self, rows: list[PlannedRow], decode_round: DecodeRound | None) -> None:
         """Add prompt tokens to ``rows``: first of the prompt in progress, then of waiting prompts.
@@ -265,11 +262,11 @@ class Scheduler:
         if sequence is None:
             return
         if decode_round is not None:
-            rows.append(_prompt_row(sequence, self._tokens_while_decoding(rows, sequence, decode_round, budget)))
+            rows.append(_row(sequence, self._tokens_while_decoding(rows, sequence, decode_round, budget)))
             return
         remaining = min(budget, self._chunk_tokens(sequence))
         while sequence is not None and remaining > 0:
-            rows.append(_prompt_row(sequence, remaining))
+            rows.append(_row(sequence, remaining))
             remaining -= len(rows[-1].row.token_ids)
             sequence = self._next_prompt(rows) if remaining > 0 else None
 
@@ -357,17 +354,13 @@ class Scheduler:
         self._slots.release(sequence.slot)
 
 
-def _decode_row(sequence: Sequence, most_tokens: int) -> PlannedRow:
-    position = sequence.num_planned
-    token_ids = tuple(sequence.token_ids[position : position + most_tokens])
-    needs_logits = len(token_ids) == sequence.num_unplanned
-    return PlannedRow.of(sequence, position, token_ids, is_prompt=False, needs_logits=needs_logits)
+def _row(sequence: Sequence, most_tokens: int) -> PlannedRow:
+    """Plan the next known tokens of a prompt or an answer.
 
-
-def _prompt_row(sequence: Sequence, most_tokens: int) -> PlannedRow:
-    """Plan the next prompt tokens. The first row also copies the prefix that is shared with another slot."""
+    A prompt's first row also copies the prefix that is shared with another slot.
+    """
     position = sequence.num_planned
-    token_ids = sequence.request.prompt_ids[position : position + most_tokens]
-    needs_logits = position + len(token_ids) == len(sequence.token_ids)
+    end = sequence.num_prompt if sequence.num_prompt_left else len(sequence.token_ids)
+    token_ids = tuple(sequence.token_ids[position : min(end, position + most_tokens)])
     copy_from = sequence.shared.copy_from if position == sequence.shared.num_tokens else None
-    return PlannedRow.of(sequence, position, token_ids, is_prompt=True, needs_logits=needs_logits, copy_from=copy_from)
+    return PlannedRow.of(sequence, token_ids, copy_from=copy_from)

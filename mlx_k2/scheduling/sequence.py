@@ -2,8 +2,10 @@
 
 from array import array
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
+from typing import TypeVar, TypeVarTuple
 
 import msgspec
 
@@ -14,6 +16,11 @@ from mlx_k2.scheduling.drafts import Drafts
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
 from mlx_k2.scheduling.token_policy import Accepted, TokenPolicy
 from mlx_k2.token_mask import TokenMask
+
+Answer = TypeVar("Answer")
+Asked = TypeVarTuple("Asked")
+
+_NO_TOKENS: Tokens[int] = ()
 
 INDEX_TOKENS = 128
 """Number of tokens that are indexed for drafts at a time: about 0.2 ms."""
@@ -105,11 +112,6 @@ class Sequence:
         return self.token_ids[: self.num_prompt]
 
     @property
-    def generated_ids(self) -> Tokens[int]:
-        """Tokens of the answer so far, a stop token included."""
-        return self.token_ids[self.num_prompt :]
-
-    @property
     def num_unplanned(self) -> int:
         """Number of known tokens that no plan has carried yet."""
         return max(0, len(self.token_ids) - self.num_planned)
@@ -140,11 +142,7 @@ class Sequence:
 
     def token_mask(self, end: int) -> TokenMask | None:
         """Return the policy's mask for the token at position ``end``, which known and draft tokens precede."""
-        try:
-            return self._policy.token_mask(self._drafted_before(end))
-        except Exception as error:  # noqa: BLE001 - any error of a policy ends its own sequence only
-            self._fail(error)
-            return None
+        return self._ask(self._policy.token_mask, None, self._drafted_before(end))
 
     def start(self, slot: int, shared: SharedPrefix, drafter: NgramDrafter) -> None:
         """Run in ``slot``, which holds ``shared`` or gets a copy of it with the first row."""
@@ -178,7 +176,9 @@ class Sequence:
             return None
         self.drafter.index(self.token_ids, INDEX_TOKENS)
         found = self.drafts.next(self.token_ids, self.drafter)
-        if found is None or found.token_id in self.request.stop_ids or not self._may_draft(found.token_id):
+        if found is None or found.token_id in self.request.stop_ids:
+            return None
+        if not self._ask(self._policy.may_draft, False, self.drafts.planned_ids, found.token_id):
             return None
         self.drafts.plan(found)
         return found.token_id
@@ -197,10 +197,10 @@ class Sequence:
         appended: list[Appended] = []
         if self.finish_reason is not None:
             return appended
-        forced = deque(self._forced())
+        forced = deque(self._ask(self._policy.forced, _NO_TOKENS))
         while forced and self.finish_reason is None:
             appended.append(self._append(SampledToken(forced.popleft()), is_forced=True))
-            forced = forced or deque(self._forced())
+            forced = forced or deque(self._ask(self._policy.forced, _NO_TOKENS))
         return appended
 
     def append_sampled(self, plan: int, token: SampledToken, next_plan: int) -> list[Appended]:
@@ -232,13 +232,6 @@ class Sequence:
         """Return the drafts in plans before position ``end``."""
         return self.drafts.planned_ids[: max(0, end - len(self.token_ids))]
 
-    def _may_draft(self, token_id: int) -> bool:
-        try:
-            return self._policy.may_draft(self.drafts.planned_ids, token_id)
-        except Exception as error:  # noqa: BLE001 - any error of a policy ends its own sequence only
-            self._fail(error)
-            return False
-
     def _penalize(self, token_id: int, biases: dict[int, float], seen: set[int]) -> None:
         """Subtract the penalties for one more occurrence of a token."""
         sampling = self.request.sampling
@@ -251,11 +244,7 @@ class Sequence:
         self.token_ids.append(token.token_id)
         if self._has_penalties:
             self._penalize(token.token_id, self._biases, self._seen)
-        accepted = Accepted()
-        try:
-            accepted = self._policy.accept(token.token_id)
-        except Exception as error:  # noqa: BLE001 - any error of a policy ends its own sequence only
-            self._fail(error)
+        accepted = self._ask(self._policy.accept, Accepted(), token.token_id)
         if self.finish_reason is not None:
             return Appended(token, accepted, is_forced)
         if token.token_id in self.request.stop_ids:
@@ -269,12 +258,13 @@ class Sequence:
             accepted = Accepted(accepted.text + held.text, (*accepted.parts, *held.parts), self.finish_reason)
         return Appended(token, accepted, is_forced)
 
-    def _forced(self) -> Tokens[int]:
+    def _ask(self, question: Callable[[*Asked], Answer], default: Answer, *asked: *Asked) -> Answer:
+        """Return the policy's answer; ``default`` if it raises an error, which ends this sequence only."""
         try:
-            return self._policy.forced()
-        except Exception as error:  # noqa: BLE001 - any error of a policy ends its own sequence only
+            return question(*asked)
+        except Exception as error:  # noqa: BLE001 - any error of a policy
             self._fail(error)
-            return ()
+            return default
 
     def _fail(self, error: Exception) -> None:
         self.finish_reason = FinishReason.ERROR

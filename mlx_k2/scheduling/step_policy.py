@@ -138,7 +138,7 @@ def round_s(
     smaller, num_larger = divmod(num_sequences, num_microbatches)
     larger = smaller + 1 if num_larger else smaller
     one = row_load(mean_context, 1, is_prompt=False, needs_logits=True)
-    times = {size: [stage.step_s(_times(one, size)) for stage in stages] for size in {smaller, larger}}
+    times = {size: [stage.step_s(one * size) for stage in stages] for size in {smaller, larger}}
     busy_s = [
         times[larger][rank] * num_larger + times[smaller][rank] * (num_microbatches - num_larger)
         for rank in range(len(stages))
@@ -198,14 +198,3 @@ def _chunk_lengths(num_tokens: int, longest: int) -> Iterator[int]:
         count = max(count + 1, int(count * _CHUNKS_GROWTH))
     if num_tokens > _MOST_CHUNKS * longest:
         yield longest
-
-
-def _times(load: StepLoad, count: int) -> StepLoad:
-    return StepLoad(
-        load.num_tokens * count,
-        load.num_sampled * count,
-        load.absorbed_pairs * count,
-        load.naive_pairs * count,
-        load.absorbed_keys * count,
-        load.naive_keys * count,
-    )

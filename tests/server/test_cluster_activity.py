@@ -48,7 +48,7 @@ def add_step(activity: ClusterActivity, rank: int, busy_s: float, receive_s: flo
     asked = request(*range(num_tokens))
     sequence = Sequence(asked, context_tokens=100)
     sequence.slot = 0
-    row = PlannedRow.of(sequence, 0, asked.prompt_ids, is_prompt=True, needs_logits=False)
+    row = PlannedRow.of(sequence, asked.prompt_ids)
     done = StepDone(0, busy_s, receive_s=receive_s)
     activity.add_report(StageReport(rank, Microbatch(0, (row,)), done, 0.0))
 
