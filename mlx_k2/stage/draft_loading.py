@@ -44,14 +44,10 @@ class DraftLoader:
         self._draft = draft
         self._head = head
         self._target = target
+        self._dtype = dtype
         self._reader = ShardReader(draft.layer, files, dtype, check_all=True)
         self._on_loaded = on_loaded
         self._target_ids = self._read_target_ids()
-
-    @property
-    def latent_dim(self) -> int:
-        """Values of a row of the head's cache."""
-        return self._draft.layer.latent_dim
 
     def feature_slices(self, layers: range) -> dict[int, FeatureSlice]:
         """Return the slices of ``fc`` of those of ``layers`` that the head reads, by index in ``layers``."""
@@ -71,14 +67,13 @@ class DraftLoader:
         return slices
 
     def model(
-        self, embedding: mx.array | None, head: Head, cache: LatentCache, attention_limits: AttentionLimits
+        self, embedding: mx.array | None, head: Head, num_slots: int, context_tokens: int, limits: AttentionLimits
     ) -> DraftModel:
-        """Return the head over ``cache``. ``head`` and ``embedding`` are the target's."""
+        """Return the head over a new cache. ``head`` and ``embedding`` are the target's."""
+        layer, norms_output = self._draft.layer, self._draft.norms_output
+        cache = LatentCache(1, num_slots, context_tokens, layer.latent_dim, self._dtype)
         weights = self._weights(embedding, head)
-        norms_output = self._draft.norms_output
-        return DraftModel(
-            self._draft.layer, weights, cache, norms_output=norms_output, attention_limits=attention_limits
-        )
+        return DraftModel(layer, weights, cache, norms_output=norms_output, attention_limits=limits)
 
     def _weights(self, embedding: mx.array | None, head: Head) -> DraftWeights:
         draft, bits = self._draft, self._head.bits

@@ -26,7 +26,7 @@ from mlx_k2.kernels.tuning import DEFAULT as DEFAULT_TUNING
 from mlx_k2.kernels.tuning import Tuning
 from mlx_k2.model.attention import AttentionLimits, attend_naive
 from mlx_k2.model.decoder_layer import make_feed_forward
-from mlx_k2.model.layer_weights import AttentionWeights, DenseWeights, DirectQuery, MoeWeights
+from mlx_k2.model.layer_weights import AttentionWeights, DenseWeights, MoeWeights
 from mlx_k2.stage.host import on_gpu, working_set_bytes
 from mlx_k2.weights.config_fields import thinking_config_fields
 
@@ -174,7 +174,7 @@ def measure_attention() -> AttentionTime:
 
     unused = random(1, 1)
     weights = AttentionWeights(
-        query=DirectQuery(unused),
+        query=unused,
         latent_down=unused,
         latent_norm=mx.ones(latent),
         key_up=random(heads, nope, latent),

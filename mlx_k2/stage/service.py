@@ -6,6 +6,7 @@ import time
 import traceback
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, NoReturn
 
 import mlx.core as mx
@@ -45,14 +46,12 @@ from mlx_k2.stage.faults import fault_of
 from mlx_k2.stage.hop_probe import measure_hops
 from mlx_k2.stage.host import hello, on_gpu
 from mlx_k2.stage.host_probe import probe
-from mlx_k2.stage.loading import LoadedPart, StageLoader
+from mlx_k2.stage.loading import load_stage
 from mlx_k2.stage.ports import HeldPorts
 from mlx_k2.stage.registry import register
 from mlx_k2.stage.ring_watch import watched_ring
 from mlx_k2.stage.step_runner import StepRunner
 from mlx_k2.stage.transport import (
-    DistributedTransport,
-    NoNeighbours,
     Transport,
     join_group,
     prove_hops,
@@ -116,7 +115,7 @@ class StageService:
         self._inbox: queue.SimpleQueue[ToStage | ProtocolError] = queue.SimpleQueue()
         self._prepared: _PreparedStage | None = None
         self._group: mx.distributed.Group | None = None
-        self._transport: Transport = NoNeighbours()
+        self._transport = Transport()
         self._runner: StepRunner | None = None
         self._registration: IO[bytes] | None = None  # locked while it is open
 
@@ -179,7 +178,7 @@ class StageService:
             case ReadClock():
                 return ClockRead(time.time())
             case Probe():
-                return ProbeResult(probe(message, self._report_probe_progress))
+                return ProbeResult(probe(message, partial(self._report_progress, phase=Phase.PROBING)))
             case MeasureHops():
                 assert self._group is not None, "MeasureHops before Connect"
                 return HopsMeasured(measure_hops(self._group))
@@ -196,21 +195,17 @@ class StageService:
         description = describe_model(read_model_files(message.model).files, message.model.path_or_repo)
         draft = None if message.draft_head is None else read_draft(message.draft_head, description.config).draft
         if draft is not None and message.draft_head is not None:
-            locate_shard(message.draft_head.source, draft.index, draft.specs(), self._report_download_progress)
+            locate_shard(message.draft_head.source, draft.index, draft.specs(), self._report_progress)
         specs = stage_specs(description.config, message.first_layer, message.end_layer, draft)
         if not is_repo(message.model):  # the host's own folder: its files have to be there
             folder = model_folder(message.model)
             locate_tensors(folder, description.index, specs)
             return ShardDownloaded(str(folder), ())
-        fetched = fetch_shard(message.model, description.index, specs, self._report_download_progress)
+        fetched = fetch_shard(message.model, description.index, specs, self._report_progress)
         return ShardDownloaded(str(fetched.folder), fetched.fetched)
 
-    def _report_download_progress(self, done_bytes: int, total_bytes: int) -> None:
-        self._report_phase(Phase.DOWNLOADING, limit_s=PART_TIMEOUT_S)
-        self._send(DownloadProgress(done_bytes, total_bytes))
-
-    def _report_probe_progress(self, done_bytes: int, total_bytes: int) -> None:
-        self._report_phase(Phase.PROBING, limit_s=PART_TIMEOUT_S)
+    def _report_progress(self, done_bytes: int, total_bytes: int, phase: Phase = Phase.DOWNLOADING) -> None:
+        self._report_phase(phase, limit_s=PART_TIMEOUT_S)
         self._send(DownloadProgress(done_bytes, total_bytes))
 
     def _answer_prepare(self, message: Prepare) -> Prepared:
@@ -230,7 +225,7 @@ class StageService:
         with watched_ring(rank, links) if isinstance(links, RingLinks) else nullcontext():
             self._group = join_group(rank, links)
             connections = tcp_connections() - before if isinstance(links, RingLinks) else set()
-            self._transport = DistributedTransport(self._group)
+            self._transport = Transport(self._group)
             prove_hops(self._transport, message.to_next, message.from_previous)
         return Connected(tuple(sorted(connections)))
 
@@ -239,11 +234,10 @@ class StageService:
         if message.registration is not None:
             self._registration = register(message.registration)
         description, prepared = self._prepared.description, self._prepared.request
-        progress = (self._report_layer, self._report_download_progress)
-        loader = StageLoader(description, prepared.model, *progress, prepared.draft_head)
-        self._runner, loaded = loader.load(message, self._transport)
+        progress = (self._report_layer, self._report_progress)
+        self._runner, loaded = load_stage(description, prepared, message, self._transport, *progress)
         return msgspec.structs.replace(loaded, warnings=(*self._warnings, *loaded.warnings))
 
-    def _report_layer(self, part: LoadedPart) -> None:
+    def _report_layer(self, part: LayerLoaded) -> None:
         self._report_phase(Phase.LOADING, limit_s=PART_TIMEOUT_S)
-        self._send(LayerLoaded(part.tensor_names, part.held_bytes))
+        self._send(part)

@@ -47,9 +47,8 @@ class PlanLimits:
         for slot in (row.slot, row.slot if row.copy_from is None else row.copy_from):
             if not 0 <= slot < self.num_slots:
                 return f"slot {slot} of {self.num_slots}"
-        end = row.position + len(row.token_ids)
-        if row.position < 0 or not row.token_ids or end > self.context_tokens:
-            return f"positions {row.position} to {end} of {self.context_tokens}"
+        if row.position < 0 or not row.token_ids or row.end > self.context_tokens:
+            return f"positions {row.position} to {row.end} of {self.context_tokens}"
         if (problem := self._sampling_problem(row)) is not None:
             return problem
         wrong = next((token_id for token_id in row.token_ids if not 0 <= token_id < self.vocab_size), None)
@@ -85,10 +84,6 @@ class StepRunner:
         transport: Transport,
         limits: PlanLimits,
         *,
-        is_first: bool,
-        is_last: bool,
-        hidden_size: int,
-        dtype: mx.Dtype,
         first_layer: int = 0,
         has_features: bool = False,
         drafting: Drafting | None = None,
@@ -98,10 +93,7 @@ class StepRunner:
         self._transport = transport
         self._limits = limits
         self._last_number: int | None = None
-        self._is_first = is_first
-        self._is_last = is_last
-        self._hidden_size = hidden_size
-        self._dtype = dtype
+        self._is_first, self._is_last = model.embedding is not None, model.head is not None
         self._first_layer = first_layer
         self._has_features = has_features
         self._drafting = drafting
@@ -136,10 +128,7 @@ class StepRunner:
         if not builds_lazily:
             receive_s += _evaluate(received)
             report_phase(Phase.COMPUTING)
-        if features is None:
-            output = self._model.run(hidden, batch)
-        else:
-            output, features = self._model.run_with_features(hidden, features, batch)
+        output, features = self._model.run(hidden, batch, features)
         if builds_lazily and not self._is_first:
             receive_s += _evaluate(received)  # separately, to complete before work that needs it is submitted to a GPU
             report_phase(Phase.COMPUTING)
@@ -180,9 +169,9 @@ class StepRunner:
         receive_s = send_s = 0.0
         shape = self._hop_shape(sum(len(row.token_ids) for row in step.rows))
         if not self._is_first:
-            receive_s = _evaluate(self._transport.receive(shape, self._dtype))
+            receive_s = _evaluate(self._transport.receive(shape, self._model.dtype))
         if not self._is_last:
-            zeros = mx.zeros(shape, self._dtype)
+            zeros = mx.zeros(shape, self._model.dtype)
             mx.eval(zeros)
             send_s = self._send(zeros, report_phase)
         return StepDone(step.number, 0.0, receive_s, send_s, is_skipped=True)
@@ -195,7 +184,7 @@ class StepRunner:
                     self._drafting.copy_positions(row.copy_from, row.slot, row.position)
 
     def _hop_shape(self, num_tokens: int) -> tuple[int, int]:
-        return num_tokens * (2 if self._has_features else 1), self._hidden_size
+        return num_tokens * (2 if self._has_features else 1), self._model.config.hidden_size
 
     def _input(self, rows: tuple[Row, ...], batch: Batch) -> tuple[mx.array, mx.array, mx.array | None]:
         """Return what arrives, lazily; the hidden states in it, and the features in it, if there is a draft head."""
@@ -203,7 +192,7 @@ class StepRunner:
         if self._is_first:
             hidden = self._model.embed(mx.array([token_id for row in rows for token_id in row.token_ids]))
             return hidden, hidden, mx.zeros_like(hidden) if self._has_features else None
-        received = self._transport.receive(self._hop_shape(count), self._dtype)
+        received = self._transport.receive(self._hop_shape(count), self._model.dtype)
         return (received, received[:count], received[count:]) if self._has_features else (received, received, None)
 
     def _send(self, output: mx.array, report_phase: Callable[[Phase], None]) -> float:
