@@ -38,8 +38,8 @@ from mlx_k2.coordinator.reply_policy import ReplyPolicy
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.protocol.framing import MARK, Kind, encode_frame, read_frame
+from mlx_k2.protocol.guard_messages import Phase, PhaseUpdate, StageStatus
 from mlx_k2.protocol.messages import Step, StepDone, decode_to_stage, encode_message
-from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
 from mlx_k2.sampling import SampledToken, Sampling
 from mlx_k2.scheduling.cost_model import StageCost
 from mlx_k2.scheduling.request import Request

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import msgspec
 
-from mlx_k2.cluster.host_facts import HopSpeed
+from mlx_k2.cluster.host_facts import HopSpeed, HostFacts
 from mlx_k2.cluster.hostfile import Host, Hostfile
 from mlx_k2.deployment import bring_up
 from mlx_k2.deployment.cluster_options import DeploymentRequest, stage_location
 from mlx_k2.errors import ClusterError, SetupError
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.protocol.messages import Hello, HopsMeasured, MeasureHops, Probe, ProbeResult
+from mlx_k2.protocol.messages import Hello, HopsMeasured, MeasureHops, Probe
 from mlx_k2.weights.model_source import BUILTIN, ModelSource
 
 HOPS_S = 60.0
@@ -49,7 +49,7 @@ def host_interfaces(request: DeploymentRequest) -> list[dict[str, str]]:
     with _stages(request) as group:
         bring_up.collect(group, Hello, range(group.size), bring_up.HANDSHAKE_S, "start")
         messages = [Probe(ModelSource(path_or_repo=BUILTIN), None, False)] * group.size
-        return [answer.facts.interfaces for answer in bring_up.ask(group, messages, ProbeResult, HOPS_S, "report")]
+        return [facts.interfaces for facts in bring_up.ask(group, messages, HostFacts, HOPS_S, "report")]
 
 
 def fastest_choice(

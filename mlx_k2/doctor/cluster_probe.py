@@ -40,7 +40,6 @@ from mlx_k2.protocol.messages import (
     FromStage,
     Hello,
     Probe,
-    ProbeResult,
     ReadClock,
 )
 from mlx_k2.weights.checkpoint import ModelDescription
@@ -179,8 +178,7 @@ class _Round:
             assignment = plans[rank].assignment if plans else None
             layers = None if assignment is None else (assignment.first_layer, assignment.end_layer)
             self._group.send(rank, Probe(source_on(self._hosts[rank], self._request.source), layers, deep))
-        answers = self.collect(ProbeResult, list(hellos), DEEP_S if deep else PROBE_S, "probe")
-        return {rank: answer.facts for rank, answer in answers.items()}
+        return self.collect(HostFacts, list(hellos), DEEP_S if deep else PROBE_S, "probe")
 
     def judge(self, rank: int, hellos: Mapping[int, Hello], facts: HostFacts, plans: Sequence[StagePlan]) -> None:
         """Add all checks of one host's facts."""

@@ -14,6 +14,7 @@ import msgspec
 
 from mlx_k2.errors import MlxK2Error, ProtocolError
 from mlx_k2.protocol.framing import Frame, FrameReader, FrameWriter, Kind
+from mlx_k2.protocol.guard_messages import Phase, PhaseUpdate
 from mlx_k2.protocol.messages import (
     ClockRead,
     Connect,
@@ -31,7 +32,6 @@ from mlx_k2.protocol.messages import (
     Prepare,
     Prepared,
     Probe,
-    ProbeResult,
     ReadClock,
     RingLinks,
     ShardDownloaded,
@@ -41,7 +41,6 @@ from mlx_k2.protocol.messages import (
     decode_to_stage,
     encode_message,
 )
-from mlx_k2.protocol.stage_status import Phase, PhaseUpdate
 from mlx_k2.stage.faults import fault_of
 from mlx_k2.stage.hop_probe import measure_hops
 from mlx_k2.stage.host import hello, on_gpu
@@ -178,7 +177,7 @@ class StageService:
             case ReadClock():
                 return ClockRead(time.time())
             case Probe():
-                return ProbeResult(probe(message, partial(self._report_progress, phase=Phase.PROBING)))
+                return probe(message, partial(self._report_progress, phase=Phase.PROBING))
             case MeasureHops():
                 assert self._group is not None, "MeasureHops before Connect"
                 return HopsMeasured(measure_hops(self._group))

@@ -10,8 +10,8 @@ from mlx_k2.errors import NotFinite, ProtocolError
 from mlx_k2.model.batch import Batch, Span
 from mlx_k2.model.sampler import SamplingRequest, sample_tokens
 from mlx_k2.model.stage_model import StageModel
+from mlx_k2.protocol.guard_messages import Phase
 from mlx_k2.protocol.messages import Drafted, Step, StepDone
-from mlx_k2.protocol.stage_status import Phase
 from mlx_k2.sampling import SampledToken
 from mlx_k2.scheduling.microbatch import Row
 from mlx_k2.stage.draft_plans import DraftPlans
