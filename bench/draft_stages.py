@@ -21,7 +21,7 @@ from mlx_k2.coordinator.engine import Engine
 from mlx_k2.coordinator.handle import Token
 from mlx_k2.coordinator.pipeline import Pipeline
 from mlx_k2.deployment.deploy import Deployment
-from mlx_k2.deployment.stage_report import StageReport
+from mlx_k2.deployment.listener import StageReport
 from mlx_k2.protocol.messages import Drafted
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.drafter import DraftMode

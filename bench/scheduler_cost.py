@@ -21,7 +21,7 @@ from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
-from mlx_k2.weights.config_fields import thinking_config_fields
+from mlx_k2.weights.known_layout import thinking_config_fields
 
 STEPS = 300
 CONTEXT_TOKENS = 131072

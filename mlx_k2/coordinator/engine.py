@@ -17,8 +17,8 @@ from mlx_k2.coordinator.handle import Handle
 from mlx_k2.coordinator.jobs import Cancel, Close, Job, Submission, Submit
 from mlx_k2.coordinator.pipeline import Pipeline, StageUse, StepTimeout
 from mlx_k2.deployment.deploy import Deployment
+from mlx_k2.deployment.listener import StageReport
 from mlx_k2.deployment.restarting import OnRestart
-from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import Cancelled, ClusterError, EngineBusy, MlxK2Error
 from mlx_k2.scheduling.drafter import DraftMode, effective_mode
 from mlx_k2.scheduling.request import FinishReason, Request, check_request

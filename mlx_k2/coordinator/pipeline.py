@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from mlx_k2.coordinator.report_check import find_draft_problem, find_problem
-from mlx_k2.deployment.stage_report import StageReport
+from mlx_k2.deployment.listener import StageReport
 from mlx_k2.errors import ProtocolError, StageSilent
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor

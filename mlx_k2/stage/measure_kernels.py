@@ -27,7 +27,7 @@ from mlx_k2.model.decoder_layer import make_feed_forward
 from mlx_k2.model.layer_weights import AttentionWeights, DenseWeights, MoeWeights
 from mlx_k2.stage.host import on_gpu, working_set_bytes
 from mlx_k2.stage.kernel_checks import layer_shape
-from mlx_k2.weights.config_fields import thinking_config_fields
+from mlx_k2.weights.known_layout import thinking_config_fields
 
 SMALL_LAYER = LayerShape(hidden_size=1024, intermediate_size=512, top_k=8, dtype=mx.float32, num_experts=64)
 """Layer measured without a GPU: enough to show that the reference runs."""

@@ -144,11 +144,6 @@ class DraftDescription:
         """Return the bytes of the embedding that the last of several stages holds: the head's or the target's."""
         return self.layer.vocab_size * self.layer.hidden_size * compute_bytes
 
-    def target_specs(self, target: ModelConfig, first_layer: int, end_layer: int) -> tuple[TensorSpec, ...]:
-        """Return the target's tensors that a stage reads only for the head: the embedding, on the last of several."""
-        is_last = end_layer == target.num_hidden_layers
-        return embedding_specs(target) if is_last and first_layer > 0 and EMBEDDING not in self.names else ()
-
     def is_on(self, first_layer: int, end_layer: int, num_layers: int) -> bool:
         """Return whether the stage of these layers reads tensors of the head."""
         return end_layer == num_layers or any(first_layer <= layer < end_layer for layer in self.aux_layers)
@@ -157,9 +152,11 @@ class DraftDescription:
 def stage_specs(
     config: ModelConfig, first_layer: int, end_layer: int, draft: DraftDescription | None
 ) -> tuple[TensorSpec, ...]:
-    """Return the target's tensors that a stage reads, those for its draft head included."""
-    added = () if draft is None else draft.target_specs(config, first_layer, end_layer)
-    return shard_specs(config, first_layer, end_layer) + added
+    """Return the target's tensors that a stage reads. For a head without one, the last stage reads the embedding."""
+    specs = shard_specs(config, first_layer, end_layer)
+    is_last_of_several = end_layer == config.num_hidden_layers and first_layer > 0
+    lacks_embedding = draft is not None and EMBEDDING not in draft.names
+    return specs + embedding_specs(config) if is_last_of_several and lacks_embedding else specs
 
 
 def describe_draft(

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from mlx_k2.coordinator.engine import MAX_QUEUED, Engine
 from mlx_k2.coordinator.pipeline import Pipeline
+from mlx_k2.deployment.listener import StageReport
 from mlx_k2.deployment.restarting import WAITING, OnRestart, Restart
-from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import Cancelled, ClusterError
 from mlx_k2.protocol.messages import Step
 from mlx_k2.sampling import Sampling

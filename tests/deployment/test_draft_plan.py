@@ -16,9 +16,9 @@ from mlx_k2.errors import PartitionError, RequestError
 from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.testing.random_draft_head import draft_config_fields
 from mlx_k2.weights.checkpoint import ModelDescription
-from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.draft_head import LM_HEAD, describe_draft
 from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, SINGLE_FILE_NAME
+from mlx_k2.weights.known_layout import thinking_config_fields
 from mlx_k2.weights.model_source import DraftHead, ModelSource
 from tests.advice import follows_advice
 from tests.deployment.test_plan import GB, SHAPE, THINKING, studios

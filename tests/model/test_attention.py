@@ -21,7 +21,7 @@ from mlx_k2.model.attention import (
 )
 from mlx_k2.model.layer_weights import AttentionWeights
 from mlx_k2.model.linear import multiply, multiply_transposed
-from mlx_k2.weights.config_fields import thinking_config_fields
+from mlx_k2.weights.known_layout import thinking_config_fields
 from tests.model.chain import largest_difference
 
 HEADS, NOPE, ROPE, LATENT, VALUE = 4, 32, 16, 64, 32

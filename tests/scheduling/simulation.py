@@ -15,7 +15,7 @@ from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy, DecodeRound, StepPolicy
-from mlx_k2.weights.config_fields import thinking_config_fields
+from mlx_k2.weights.known_layout import thinking_config_fields
 
 SPEED = StageSpeed(fixed_s=0.003, bytes_per_s=0.7e12, operations_per_s=15e12)
 TURNAROUND_S = 0.001

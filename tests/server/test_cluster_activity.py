@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from mlx_k2.cluster.partition import StageAssignment
+from mlx_k2.deployment.listener import StageReport
 from mlx_k2.deployment.plan import StagePlan
-from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.protocol.messages import LayerLoaded, StepDone
 from mlx_k2.scheduling.microbatch import Microbatch, PlannedRow
 from mlx_k2.scheduling.sequence import Sequence
