@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from mlx_k2.scheduling.cost_model import StageCost, StepLoad, pipeline_s, row_load
 from mlx_k2.scheduling.draft_switch import EXPECTED_ACCEPTANCE
@@ -32,23 +31,7 @@ class DecodeRound:
     round_s: float
 
 
-class StepPolicy(Protocol):
-    """Timing decisions that the scheduler needs."""
-
-    def decode_round(self, num_sequences: int, mean_context: int) -> DecodeRound:
-        """Return the division of ``num_sequences`` decoding sequences into microbatches."""
-
-    def chunk_tokens(self, position: int, num_tokens: int, longest: int) -> int:
-        """Return the chunk length, at most ``longest``, for ``num_tokens`` prompt tokens from ``position`` on."""
-
-    def chunk_beside(self, load: StepLoad, position: int, longest: int, limit_s: float) -> int:
-        """Return how many prompt tokens, at least 1, may join ``load`` so that each stage takes at most ``limit_s``."""
-
-    def drafts_pay(self) -> bool:
-        """Return whether a lone sequence is expected to be faster with the draft head's tokens."""
-
-
-class AdaptiveStepPolicy:
+class StepPolicy:
     """Step policy for stages whose speeds are measured while they run."""
 
     def __init__(self, stages: Sequence[StageCost], turnaround_s: float = TURNAROUND_S) -> None:

@@ -14,7 +14,7 @@ from mlx_k2.scheduling.cost_model import StageCost, StageSizes, StageSpeed, Step
 from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy, DecodeRound, StepPolicy
+from mlx_k2.scheduling.step_policy import DecodeRound, StepPolicy
 from mlx_k2.weights.known_layout import thinking_config_fields
 
 SPEED = StageSpeed(fixed_s=0.003, bytes_per_s=0.7e12, operations_per_s=15e12)
@@ -42,7 +42,7 @@ class FixedChoices:
     """The adaptive step policy, except for a fixed number of microbatches and a fixed chunk length."""
 
     def __init__(self, stages: Sequence[StageCost], num_microbatches: int, chunk_tokens: int) -> None:
-        self._model = AdaptiveStepPolicy(stages, TURNAROUND_S)
+        self._model = StepPolicy(stages, TURNAROUND_S)
         self._num_microbatches = num_microbatches
         self._chunk_tokens = chunk_tokens
 

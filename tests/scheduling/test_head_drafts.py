@@ -17,7 +17,7 @@ from mlx_k2.scheduling.drafts import DraftCount, Drafts, DraftSource, merge_coun
 from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.scheduling.request import Priority, Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy, drafted_token_s
+from mlx_k2.scheduling.step_policy import StepPolicy, drafted_token_s
 from mlx_k2.scheduling.token_policy import TokenPolicy
 from mlx_k2.testing.sleeping_stages import SIZES
 from tests.scheduling.fake_stages import WHOLE_CHUNKS, FixedStepPolicy
@@ -247,7 +247,7 @@ def test_counts_of_several_answers_are_added_by_source_and_position() -> None:
 @pytest.mark.parametrize(("draft_s", "pays"), [(0.001, True), (0.019, True), (0.2, False)])
 def test_auto_decides_from_the_costs_of_stages_and_head(draft_s: float, pays: bool) -> None:
     speed = StageSpeed(fixed_s=0.0, bytes_per_s=SIZES.dense_bytes / 0.02, operations_per_s=1.0)
-    policy = AdaptiveStepPolicy([StageCost(SIZES, speed)] * 2)
+    policy = StepPolicy([StageCost(SIZES, speed)] * 2)
     policy.observe_draft(draft_s)
     assert policy.drafts_pay() is pays
     assert DraftSwitch(policy.drafts_pay).is_on is pays
