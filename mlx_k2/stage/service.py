@@ -5,7 +5,6 @@ import queue
 import time
 import traceback
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import IO, NoReturn
 
@@ -61,21 +60,20 @@ from mlx_k2.weights.draft_head import stage_specs
 from mlx_k2.weights.model_files import fetch_shard, locate_shard, read_draft, read_model_files
 from mlx_k2.weights.model_source import is_repo, model_folder
 
-READ_TIMEOUT_S = 120.0
-CONNECT_TIMEOUT_S = 120.0
-MEASURE_TIMEOUT_S = 120.0
+ANSWER_TIMEOUT_S = 120.0
+"""Limit for reading small files, connecting to the neighbours and measuring hops."""
 PART_TIMEOUT_S = 900.0
 """Limit for the next part of a shard to be loaded or fetched: 10 GB from a slow disk."""
 CLOSE_TIMEOUT_S = 5.0
 """Limit for sending the last frames."""
 _PHASES = {
-    FetchFiles: (Phase.READING, None, READ_TIMEOUT_S),
+    FetchFiles: (Phase.READING, None, ANSWER_TIMEOUT_S),
     DownloadShard: (Phase.DOWNLOADING, None, PART_TIMEOUT_S),
-    Prepare: (Phase.READING, None, READ_TIMEOUT_S),
-    ReadClock: (Phase.PROBING, None, READ_TIMEOUT_S),
+    Prepare: (Phase.READING, None, ANSWER_TIMEOUT_S),
+    ReadClock: (Phase.PROBING, None, ANSWER_TIMEOUT_S),
     Probe: (Phase.PROBING, None, PART_TIMEOUT_S),
-    MeasureHops: (Phase.MEASURING, None, MEASURE_TIMEOUT_S),
-    Connect: (Phase.CONNECTING, None, CONNECT_TIMEOUT_S),
+    MeasureHops: (Phase.MEASURING, None, ANSWER_TIMEOUT_S),
+    Connect: (Phase.CONNECTING, None, ANSWER_TIMEOUT_S),
     Load: (Phase.LOADING, None, PART_TIMEOUT_S),
 }
 
@@ -96,15 +94,6 @@ def serve(inward_fd: int, outward_fd: int, warnings: tuple[str, ...] = ()) -> No
     os._exit(exit_code)
 
 
-@dataclass(frozen=True)
-class _PreparedStage:
-    """A Prepare request with the model description and the reserved ports of this host."""
-
-    request: Prepare
-    description: ModelDescription
-    ports: HeldPorts
-
-
 class StageService:
     """A stage's state (prepared, connected, loaded) and its answers to messages."""
 
@@ -112,7 +101,7 @@ class StageService:
         self._writer = writer
         self._warnings = warnings
         self._inbox: queue.SimpleQueue[ToStage | ProtocolError] = queue.SimpleQueue()
-        self._prepared: _PreparedStage | None = None
+        self._prepared: tuple[Prepare, ModelDescription, HeldPorts] | None = None
         self._group: mx.distributed.Group | None = None
         self._transport = Transport()
         self._runner: StepRunner | None = None
@@ -212,15 +201,16 @@ class StageService:
         draft = message.draft_head
         digest = None if draft is None or is_repo(draft.source) else read_draft(draft, description.config).draft.digest
         ports = HeldPorts(message.listen)
-        self._prepared = _PreparedStage(message, description, ports)
+        self._prepared = message, description, ports
         return Prepared(ports.addresses, description.digest, digest)
 
     def _answer_connect(self, message: Connect) -> Connected:
         assert self._prepared is not None, "Connect before Prepare"
         if message.links is None:
             return Connected()
-        self._prepared.ports.release()
-        rank, links, before = self._prepared.request.rank, message.links, tcp_connections()
+        prepared, _, ports = self._prepared
+        ports.release()
+        rank, links, before = prepared.rank, message.links, tcp_connections()
         with watched_ring(rank, links) if isinstance(links, RingLinks) else nullcontext():
             self._group = join_group(rank, links)
             connections = tcp_connections() - before if isinstance(links, RingLinks) else set()
@@ -232,7 +222,7 @@ class StageService:
         assert self._prepared is not None, "Load before Prepare"
         if message.registration is not None:
             self._registration = register(message.registration)
-        description, prepared = self._prepared.description, self._prepared.request
+        prepared, description, _ = self._prepared
         progress = (self._report_layer, self._report_progress)
         self._runner, loaded = load_stage(description, prepared, message, self._transport, *progress)
         return msgspec.structs.replace(loaded, warnings=(*self._warnings, *loaded.warnings))

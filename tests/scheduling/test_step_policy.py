@@ -26,7 +26,7 @@ TOKENS = 40
 CLOSE = 1.05
 
 
-def decode_s(policy: StepPolicy | FixedChoices, stages: list[StageCost], num_streams: int, num_prompt: int) -> float:
+def decode_s(policy: StepPolicy, stages: list[StageCost], num_streams: int, num_prompt: int) -> float:
     """Return the seconds for each token of each stream, over the time in which all streams decode."""
     simulation = Simulation(stages, policy, num_streams)
     asked = [request(num_prompt, TOKENS + 20 * num_streams, seed, alike=True) for seed in range(num_streams)]
