@@ -237,7 +237,7 @@ def engine_on(
     )
     policy = StepPolicy(deployment.costs)
     is_lone = deployment.group.size == 1
-    mode = DraftMode.OFF if is_lone else effective_mode(draft_mode, has_head=deployment.draft_head is not None)
+    mode = DraftMode.OFF if is_lone else effective_mode(draft_mode, has_head=deployment.request.draft_head is not None)
     scheduler = Scheduler(limits, policy, draft_mode=mode)
     vocab_size = deployment.model.config.vocab_size
     pipeline = Pipeline(deployment.group, scheduler, policy, vocab_size, step_timeout, on_report)

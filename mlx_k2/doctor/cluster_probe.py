@@ -10,7 +10,7 @@ from typing import TypeVar
 from mlx_k2 import __version__
 from mlx_k2.cluster.host_facts import HostFacts
 from mlx_k2.deployment import bring_up
-from mlx_k2.deployment.cluster_options import DeploymentRequest, source_on, stage_location
+from mlx_k2.deployment.cluster_options import DeploymentRequest, source_on
 from mlx_k2.deployment.dry_run import plan_for
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import HostMemory, StagePlan
@@ -61,15 +61,7 @@ def probe_cluster(
     ``model`` None: the stages' memory needs and files are not checked. ``deep`` computes the files' checksums.
     """
     hosts = request.hostfile.hosts
-    locations = [stage_location(host) for host in hosts]
-    with StageGroup(
-        locations,
-        request.options.lease_s,
-        listener.log,
-        listener.notify,
-        request.options.stall_timeout_s,
-        environment=request.hostfile.envs,
-    ) as group:
+    with bring_up.stage_group(request, listener) as group:
         round_ = _Round(request, group, listener)
         listener.phase("asking the hosts")
         hellos = round_.collect(Hello, range(len(hosts)), bring_up.HANDSHAKE_S, "ssh")
