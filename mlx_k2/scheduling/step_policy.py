@@ -56,12 +56,31 @@ class StepPolicy:
         return self._rounds[key]
 
     def chunk_tokens(self, position: int, num_tokens: int, longest: int) -> int:
-        """Return the chunk length, at most ``longest``, for ``num_tokens`` prompt tokens from ``position`` on."""
-        return best_chunk(self.stages, position, num_tokens, longest)
+        """Return the chunk length, at most ``longest``, with which a prompt leaves the last stage soonest.
+
+        ``num_tokens`` prompt tokens follow from ``position`` on. Many chunks keep all stages busy: C chunks on two
+        stages give a speedup of 2C / (C + 1). But each chunk reads the weights again.
+        """
+        stages = self.stages
+        best, best_s = longest, math.inf
+        for chunk in _chunk_lengths(num_tokens, longest):
+            total_s = prefill_s(stages, position, num_tokens, chunk)
+            if total_s < best_s:
+                best, best_s = chunk, total_s
+        return best
 
     def chunk_beside(self, load: StepLoad, position: int, longest: int, limit_s: float) -> int:
         """Return how many prompt tokens, at least 1, may join ``load`` so that each stage takes at most ``limit_s``."""
-        return largest_chunk_within(self.stages, load, position, longest, limit_s)
+        stages = self.stages
+        fitting, too_long = 1, longest + 1
+        while too_long - fitting > 1:
+            count = (fitting + too_long) // 2
+            joined = load + row_load(position, count, is_prompt=True, needs_logits=False)
+            if max(stage.step_s(joined) for stage in stages) <= limit_s:
+                fitting = count
+            else:
+                too_long = count
+        return fitting
 
     def drafts_pay(self) -> bool:
         """Return whether a lone sequence is expected to be faster with the draft head's tokens.
@@ -129,20 +148,6 @@ def round_s(
     return max(*busy_s, sum(times[larger]) + turnaround_s)
 
 
-def best_chunk(stages: Sequence[StageCost], position: int, num_tokens: int, longest: int) -> int:
-    """Return the chunk length with which a prompt leaves the last stage soonest.
-
-    Many chunks keep all stages busy: C chunks on two stages give a speedup of 2C / (C + 1). But each chunk reads the
-    weights again.
-    """
-    best, best_s = longest, math.inf
-    for chunk in _chunk_lengths(num_tokens, longest):
-        total_s = prefill_s(stages, position, num_tokens, chunk)
-        if total_s < best_s:
-            best, best_s = chunk, total_s
-    return best
-
-
 def prefill_s(stages: Sequence[StageCost], position: int, num_tokens: int, chunk: int) -> float:
     """Return the seconds until a prompt's last chunk leaves the last stage."""
     end = position + num_tokens
@@ -153,21 +158,6 @@ def prefill_s(stages: Sequence[StageCost], position: int, num_tokens: int, chunk
             yield row_load(start, count, is_prompt=True, needs_logits=start + count == end)
 
     return pipeline_s([stage.step_s(load) for stage in stages] for load in loads())
-
-
-def largest_chunk_within(
-    stages: Sequence[StageCost], load: StepLoad, position: int, longest: int, limit_s: float
-) -> int:
-    """Return how many prompt tokens, at least 1, may join ``load`` so that each stage takes at most ``limit_s``."""
-    fitting, too_long = 1, longest + 1
-    while too_long - fitting > 1:
-        count = (fitting + too_long) // 2
-        joined = load + row_load(position, count, is_prompt=True, needs_logits=False)
-        if max(stage.step_s(joined) for stage in stages) <= limit_s:
-            fitting = count
-        else:
-            too_long = count
-    return fitting
 
 
 def _chunk_lengths(num_tokens: int, longest: int) -> Iterator[int]:

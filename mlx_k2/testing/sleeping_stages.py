@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from mlx_k2.protocol.messages import Drafted, StepDone, encode_message
 from mlx_k2.sampling import SampledToken
@@ -14,20 +14,7 @@ from mlx_k2.scheduling.microbatch import Microbatch, Row
 STEP_S = 0.02
 TOKEN = 1
 """The id of every sampled token."""
-SIZES = StageSizes(
-    dense_bytes=1_000_000,
-    head_bytes=0,
-    expert_bytes=0,
-    num_experts=0,
-    experts_per_token=0,
-    key_bytes=0,
-    operations_per_token=0,
-    operations_per_pair=0,
-    operations_per_sampled_token=0,
-    absorbed_operations=0,
-    naive_operations=0,
-    rebuild_operations=0,
-)
+SIZES = StageSizes(**{each.name: 0 for each in fields(StageSizes)} | {"dense_bytes": 1_000_000, "tile_rows": 1})
 SPEED = StageSpeed(fixed_s=0.0, bytes_per_s=SIZES.dense_bytes / STEP_S, operations_per_s=1.0)
 """With this speed every step takes STEP_S, independent of its rows."""
 

@@ -12,9 +12,7 @@ from mlx_k2.scheduling.cost_model import StageCost, StageSpeed, expected_tiles, 
 from mlx_k2.scheduling.step_policy import (
     CHUNK_DELAY_STEPS,
     StepPolicy,
-    best_chunk,
     best_round,
-    largest_chunk_within,
     prefill_s,
 )
 from tests.examples import at_least
@@ -71,7 +69,7 @@ def test_expected_tiles_are_those_of_random_choices(num_tokens: int, tile_rows: 
 def test_counted_tiles_make_the_chunks_of_a_prompt_of_4096_tokens_longer() -> None:
     stages = k2_stages()
     untiled = [StageCost(replace(stage.sizes, tile_rows=1), stage.speed) for stage in stages]
-    assert best_chunk(stages, 0, 4096, 4096) > best_chunk(untiled, 0, 4096, 4096)
+    assert StepPolicy(stages).chunk_tokens(0, 4096, 4096) > StepPolicy(untiled).chunk_tokens(0, 4096, 4096)
 
 
 @settings(max_examples=at_least(300))
@@ -124,7 +122,7 @@ def test_a_chunk_sent_with_decode_rows_is_the_longest_within_the_time_limit(
     decode_round = best_round(stages, num_sequences, context, TURNAROUND_S)
     limit_s = (1 + CHUNK_DELAY_STEPS) * decode_round.round_s / max(2, decode_round.num_microbatches)
     one = row_load(context, 1, is_prompt=False, needs_logits=True)
-    count = largest_chunk_within(stages, one, position, LONGEST_CHUNK, limit_s)
+    count = StepPolicy(stages).chunk_beside(one, position, LONGEST_CHUNK, limit_s)
 
     def step_s(tokens: int) -> float:
         load = one + row_load(position, tokens, is_prompt=True, needs_logits=False)
