@@ -59,15 +59,10 @@ class StageModel:
         self._layers = layers
         self.embedding = embedding
         self.head = head
-        self._cache = cache
-        self.dtype = cache.dtype
+        self.cache = cache
         self._attention_limits = attention_limits
         self.feature_slices = feature_slices
         self._decoder_layer = DecoderLayer(config, attention_limits)
-
-    def copy_positions(self, source: int, target: int, count: int) -> None:
-        """Copy the first ``count`` cached positions of slot ``source`` to slot ``target``."""
-        self._cache.copy(source, target, count)
 
     def embed(self, token_ids: mx.array) -> mx.array:
         """Return the hidden states (tokens, hidden) of token ids (tokens,)."""
@@ -76,7 +71,7 @@ class StageModel:
 
     def builds_lazily(self, batch: Batch) -> bool:
         """Return whether `run` evaluates nothing, so that it can be called before the hidden states have arrived."""
-        heads, item_bytes = self.config.num_attention_heads, self.dtype.size
+        heads, item_bytes = self.config.num_attention_heads, self.cache.dtype.size
         return batch.num_generated == batch.num_tokens and all(
             fits_absorbed(heads, span.count, span.end, item_bytes, self._attention_limits) for span in batch.spans
         )
@@ -89,7 +84,7 @@ class StageModel:
         every division into stages computes the same bits.
         """
         for index, weights in enumerate(self._layers):
-            hidden = self._decoder_layer.run(hidden, index, weights, batch, self._cache)
+            hidden = self._decoder_layer.run(hidden, index, weights, batch, self.cache)
             if features is not None and (part := self.feature_slices.get(index)) is not None:
                 features = features + part.product(hidden)
         return hidden, features
@@ -100,7 +95,7 @@ class StageModel:
         Called with the arguments of the last `run`, it writes the same cache rows.
         """
         for index, weights in enumerate(self._layers):
-            hidden = self._decoder_layer.run(hidden, index, weights, batch, self._cache)
+            hidden = self._decoder_layer.run(hidden, index, weights, batch, self.cache)
             if not is_finite(mx.sum(hidden)):
                 return index
         return None
@@ -110,11 +105,7 @@ class StageModel:
 
         It is NaN or infinite if a layer before it computed NaN or infinity, or the projection of these rows did.
         """
-        return mx.sum(mx.stack([mx.sum(self._cache.written(-1, span)) for span in batch.spans]))
-
-    def evaluate_cache(self, total: mx.array) -> None:
-        """Evaluate the cache's writes of the steps so far and ``total``, and nothing else."""
-        mx.eval(total, self._cache.arrays)
+        return mx.sum(mx.stack([mx.sum(self.cache.written(-1, span)) for span in batch.spans]))
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return logits (rows, vocabulary) float32 of hidden states (rows, hidden) after the last layer."""

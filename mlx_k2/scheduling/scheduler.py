@@ -100,7 +100,10 @@ class Scheduler:
         decoding = [sequence for sequence in active if sequence.num_prompt_left == 0]
         prompts_left = len(decoding) < len(active) or self._next_waiting() is not None
         waits = prompts_left and self.limits.prompts_first
-        decode_round = self._decode_round(decoding) if decoding and not waits else None
+        decode_round = None
+        if decoding and not waits:
+            mean_context = sum(len(sequence.token_ids) for sequence in decoding) // len(decoding)
+            decode_round = self._policy.decode_round(len(decoding), mean_context)
         if len(self._in_flight) >= self._most_in_flight(active, decode_round, prompts_left):
             return None
         rows = [] if decode_round is None else self._decode_rows(decoding, decode_round)
@@ -206,10 +209,6 @@ class Scheduler:
         if not any(sequence.is_interactive for sequence in active):
             most = min(most, num_stages + 1)
         return min(most, self.limits.max_in_flight)
-
-    def _decode_round(self, decoding: list[Sequence]) -> DecodeRound:
-        mean_context = sum(len(sequence.token_ids) for sequence in decoding) // len(decoding)
-        return self._policy.decode_round(len(decoding), mean_context)
 
     def _decode_rows(self, decoding: list[Sequence], decode_round: DecodeRound) -> list[PlannedRow]:
         """Return one microbatch's fraction of the sequences that have a token to plan, longest wait first.

@@ -120,7 +120,7 @@ class StepRunner:
         report_phase(Phase.COMPUTING if self._is_first else Phase.RECEIVING)
         if self._is_wrong_draft(step):
             return self._skip(step, report_phase)
-        batch = Batch([_span(row) for row in step.rows])
+        batch = Batch([Span(row.slot, row.position, len(row.token_ids), row.is_prompt) for row in step.rows])
         self._copy_positions(step.rows)
         received, hidden, features = self._input(step.rows, batch)
         receive_s = send_s = 0.0
@@ -169,9 +169,9 @@ class StepRunner:
         receive_s = send_s = 0.0
         shape = self._hop_shape(sum(len(row.token_ids) for row in step.rows))
         if not self._is_first:
-            receive_s = _evaluate(self._transport.receive(shape, self._model.dtype))
+            receive_s = _evaluate(self._transport.receive(shape, self._model.cache.dtype))
         if not self._is_last:
-            zeros = mx.zeros(shape, self._model.dtype)
+            zeros = mx.zeros(shape, self._model.cache.dtype)
             mx.eval(zeros)
             send_s = self._send(zeros, report_phase)
         return StepDone(step.number, 0.0, receive_s, send_s, is_skipped=True)
@@ -179,7 +179,7 @@ class StepRunner:
     def _copy_positions(self, rows: tuple[Row, ...]) -> None:
         for row in rows:
             if row.copy_from is not None:
-                self._model.copy_positions(row.copy_from, row.slot, row.position)
+                self._model.cache.copy(row.copy_from, row.slot, row.position)
                 if self._drafting is not None:
                     self._drafting.copy_positions(row.copy_from, row.slot, row.position)
 
@@ -192,7 +192,7 @@ class StepRunner:
         if self._is_first:
             hidden = self._model.embed(mx.array([token_id for row in rows for token_id in row.token_ids]))
             return hidden, hidden, mx.zeros_like(hidden) if self._has_features else None
-        received = self._transport.receive(self._hop_shape(count), self._model.dtype)
+        received = self._transport.receive(self._hop_shape(count), self._model.cache.dtype)
         return (received, received[:count], received[count:]) if self._has_features else (received, received, None)
 
     def _send(self, output: mx.array, report_phase: Callable[[Phase], None]) -> float:
@@ -218,7 +218,7 @@ class StepRunner:
                 requests.append(SamplingRequest(row.sampling, row.end, row.recent_ids, row.token_mask, row.logit_bias))
         if not requests:
             total = self._model.cache_total(batch)
-            self._model.evaluate_cache(total)
+            mx.eval(total, self._model.cache.arrays)  # the writes of the steps so far, and nothing else
             return (), total
         logits = self._model.logits(output[mx.array(last_tokens)])
         total = mx.sum(logits)
@@ -246,7 +246,3 @@ def _evaluate(hidden: mx.array) -> float:
     began = time.perf_counter()
     mx.eval(hidden)
     return time.perf_counter() - began
-
-
-def _span(row: Row) -> Span:
-    return Span(row.slot, row.position, len(row.token_ids), row.is_prompt)
