@@ -103,7 +103,7 @@ class DraftLoader:
         return self._reader.read(tuple(spec for spec in self._draft.own_specs() if spec.name == name)).tensors[name]
 
     def _embedding(self, target: mx.array | None) -> mx.array:
-        if EMBEDDING in self._draft.names:
+        if EMBEDDING in self._draft.index.weight_map:
             return self._own(EMBEDDING)
         return self._target.embedding().tensors["model.embed_tokens.weight"] if target is None else target
 
@@ -113,10 +113,10 @@ class DraftLoader:
         target_ids = self._target_ids
         rows = kept_rows(target_ids.tolist(), draft.num_drafted_ids, draft.layer.vocab_size)
         is_every = len(rows) == draft.vocab_size
-        if is_every and LM_HEAD not in draft.names:
+        if is_every and LM_HEAD not in draft.index.weight_map:
             projection = head.projection
         else:
-            if LM_HEAD in draft.names:
+            if LM_HEAD in draft.index.weight_map:
                 weight = self._own(LM_HEAD)
             else:
                 weight = self._target.read(head_specs(draft.layer)[1:]).tensors[LM_HEAD]
@@ -128,7 +128,7 @@ class DraftLoader:
 
     def _read_target_ids(self) -> NDArray[np.int64]:
         """Return the target's token id of each row of the head's output projection: the row's number plus d2t."""
-        if TARGET_IDS not in self._draft.names:
+        if TARGET_IDS not in self._draft.index.weight_map:
             return np.arange(self._draft.vocab_size)
         found = np.array(self._own(TARGET_IDS)) + np.arange(self._draft.vocab_size)
         outside = (found < 0) | (found >= self._draft.layer.vocab_size)

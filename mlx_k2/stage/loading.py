@@ -27,9 +27,7 @@ from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.draft_head import stage_specs
 from mlx_k2.weights.manifest import identify
 from mlx_k2.weights.model_files import locate_shard, read_draft
-from mlx_k2.weights.reader import LoadedTensors, ShardReader
-
-_NO_TENSORS = LoadedTensors({}, ())
+from mlx_k2.weights.reader import ShardReader
 
 
 def load_stage_model(
@@ -51,7 +49,7 @@ def load_stage_model(
     if layers.start == 0:
         part = reader.embedding()
         embedding = part.tensors["model.embed_tokens.weight"]
-        on_part(_hold(embedding, part))
+        on_part(_hold(embedding, part.tensor_names))
     weights = []
     for layer in layers:
         layer_weights, loaded = _load_layer(config, reader, layer, dense_bits)
@@ -68,21 +66,21 @@ def _load_layer(
 ) -> tuple[LayerWeights, LayerLoaded]:
     part = reader.layer(layer)
     weights = assemble_layer(config, layer, part.tensors, dense_bits)
-    return weights, _hold(weights, part)
+    return weights, _hold(weights, part.tensor_names)
 
 
 def _load_head(reader: ShardReader, dense_bits: int | None) -> tuple[Head, LayerLoaded]:
     part = reader.head()
     head = Head(part.tensors["model.norm.weight"], make_matrix(part.tensors["lm_head.weight"], dense_bits))
-    return head, _hold(head, part)
+    return head, _hold(head, part.tensor_names)
 
 
-def _hold(weights: Any, part: LoadedTensors = _NO_TENSORS) -> LayerLoaded:
-    """Evaluate the weights made from ``part``, so that its other arrays can be freed. Return names and bytes."""
+def _hold(weights: Any, tensor_names: tuple[str, ...] = ()) -> LayerLoaded:
+    """Evaluate the weights made of these tensors, whose other arrays can then be freed. Return names and bytes."""
     mx.eval(weights)
     mx.clear_cache()
     held_bytes: int = tree_reduce(lambda total, leaf: total + _num_bytes(leaf), weights, 0)
-    return LayerLoaded(part.tensor_names, held_bytes)
+    return LayerLoaded(tensor_names, held_bytes)
 
 
 def _num_bytes(leaf: mx.array | int | None) -> int:

@@ -9,6 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 
 import mlx.core as mx
 import msgspec
@@ -93,7 +94,7 @@ def check_report() -> KernelReport:
 def _new_report(plain_mlx_gb_per_s: float | None = None) -> KernelReport:
     return KernelReport(
         mlx_k2_version=__version__,
-        mlx_version=check_cache.mlx_version(),
+        mlx_version=version("mlx"),
         system=platform.platform(terse=True),
         chip=None,
         plain_mlx_gb_per_s=plain_mlx_gb_per_s,

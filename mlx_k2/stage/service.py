@@ -47,13 +47,12 @@ from mlx_k2.stage.host_probe import probe
 from mlx_k2.stage.loading import load_stage
 from mlx_k2.stage.ports import HeldPorts
 from mlx_k2.stage.registry import register
-from mlx_k2.stage.ring_watch import watched_ring
+from mlx_k2.stage.ring_watch import tcp_connections, watched_ring
 from mlx_k2.stage.step_runner import StepRunner
 from mlx_k2.stage.transport import (
     Transport,
     join_group,
     prove_hops,
-    tcp_connections,
 )
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model, locate_tensors
 from mlx_k2.weights.draft_head import stage_specs

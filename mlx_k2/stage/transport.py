@@ -13,7 +13,6 @@ from typing import IO
 
 import mlx.core as mx
 import numpy as np
-import psutil
 
 from mlx_k2.errors import StageFault
 from mlx_k2.protocol.messages import JacclLinks, RingLinks
@@ -53,15 +52,6 @@ def join_group(rank: int, links: RingLinks | JacclLinks) -> mx.distributed.Group
             raise StageFault(f"the {backend} connection to a neighbour failed: {error}{hint}") from None
     assert group.rank() == rank, f"{backend} reports rank {group.rank()}, the plan {rank}"
     return group
-
-
-def tcp_connections() -> set[tuple[str, str]]:
-    """Return the established TCP connections of this process: ``ip:port`` of this end and of the other."""
-    return {
-        (f"{found.laddr.ip}:{found.laddr.port}", f"{found.raddr.ip}:{found.raddr.port}")
-        for found in psutil.Process().net_connections("tcp4")
-        if found.status == psutil.CONN_ESTABLISHED
-    }
 
 
 def group_environment(rank: int, links: RingLinks | JacclLinks, file: IO[bytes]) -> dict[str, str]:

@@ -84,14 +84,13 @@ class DraftDescription:
     num_drafted_ids: int
     layer_prefix: str
     norms_output: bool
-    names: frozenset[str]
     index: CheckpointIndex
     digest: str
 
     @property
     def has_aux_norms(self) -> bool:
         """Whether each layer's output is normed before ``fc`` (EAGLE 3.1)."""
-        return "fc_norm.0.weight" in self.names
+        return "fc_norm.0.weight" in self.index.weight_map
 
     def aux_specs(self) -> tuple[TensorSpec, ...]:
         """Return the specs of the tensors that stages with ``aux_layers`` read: ``fc``, and the norms before it."""
@@ -118,7 +117,7 @@ class DraftDescription:
             bf16_spec(EMBEDDING, self.layer.vocab_size, hidden),
             TensorSpec(TARGET_IDS, "I64", (self.vocab_size,)),
         )
-        return tuple(spec for spec in specs if spec.name in self.names)
+        return tuple(spec for spec in specs if spec.name in self.index.weight_map)
 
     def specs(self) -> tuple[TensorSpec, ...]:
         """Return the specs of all tensors that are read."""
@@ -136,7 +135,7 @@ class DraftDescription:
 
     def projection_bytes(self, compute_bytes: int, bits: int | None) -> int:
         """Return the bytes in memory of the head's output projection; 0 if it is the target's."""
-        if LM_HEAD not in self.names and self.num_drafted_ids == self.vocab_size:
+        if LM_HEAD not in self.index.weight_map and self.num_drafted_ids == self.vocab_size:
             return 0
         return DenseMatrix(self.num_drafted_ids, self.layer.hidden_size).held_bytes(compute_bytes, bits)
 
@@ -155,7 +154,7 @@ def stage_specs(
     """Return the target's tensors that a stage reads. For a head without one, the last stage reads the embedding."""
     specs = shard_specs(config, first_layer, end_layer)
     is_last_of_several = end_layer == config.num_hidden_layers and first_layer > 0
-    lacks_embedding = draft is not None and EMBEDDING not in draft.names
+    lacks_embedding = draft is not None and EMBEDDING not in draft.index.weight_map
     return specs + embedding_specs(config) if is_last_of_several and lacks_embedding else specs
 
 
@@ -188,7 +187,6 @@ def describe_draft(
             (one for one in _LAYER_PREFIXES if f"{one}.hidden_norm.weight" in index.weight_map), "layers.0"
         ),
         norms_output=config.norm_output,
-        names=frozenset(index.weight_map),
         index=index,
         digest=model_digest(files[CONFIG_NAME], files[INDEX_NAME]),
     )
@@ -262,11 +260,11 @@ def _aux_layers(config: _ConfigFile, head: DraftHead, num_layers: int, where: st
 
 def _check_names(draft: DraftDescription, source: str) -> None:
     """Check that the head has the tensors that it needs, and no unknown ones."""
-    needed = {spec.name for spec in draft.specs()}
+    names, needed = draft.index.weight_map.keys(), {spec.name for spec in draft.specs()}
     if draft.vocab_size < draft.layer.vocab_size:
         needed |= {LM_HEAD, TARGET_IDS}
-    _refuse_names(sorted(needed - draft.names), f"--draft-model {source} lacks", "that its config.json requires")
-    unknown = sorted(draft.names - needed - set(_UNREAD))
+    _refuse_names(sorted(needed - names), f"--draft-model {source} lacks", "that its config.json requires")
+    unknown = sorted(names - needed - set(_UNREAD))
     _refuse_names(unknown, f"--draft-model {source} has", "that mlx-k2 does not know: it is another kind of head")
 
 
