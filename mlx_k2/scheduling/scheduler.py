@@ -294,7 +294,8 @@ class Scheduler:
         """Free the slot of the background sequence that started last. It waits as the first of its priority."""
         sequence = next(sequence for sequence in reversed(self._running) if not sequence.is_interactive)
         self._release(sequence)
-        sequence.suspend(self._next_number)
+        sequence.reset(self._next_number)
+        sequence.slot = None
         self._waiting[Priority.BACKGROUND].appendleft(sequence)
 
     def _chunk_tokens(self, sequence: Sequence) -> int:

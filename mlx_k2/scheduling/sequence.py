@@ -153,11 +153,6 @@ class Sequence:
         if self.num_cached is None:
             self.num_cached = shared.num_tokens
 
-    def suspend(self, next_plan: int) -> None:
-        """Wait for a slot again. ``next_plan`` is the number of the first plan that counts again."""
-        self.reset(next_plan)
-        self.slot = None
-
     def reset(self, next_plan: int) -> None:
         """Mark all positions as not cached. ``next_plan`` is the number of the first plan that counts again."""
         self.shared = _NOTHING_SHARED
