@@ -16,7 +16,7 @@ from mlx_k2.config import COMPUTED, ModelConfig, RopeConfig, read_rope, refuse_o
 from mlx_k2.errors import CheckpointError, ConfigError, RequestError
 from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import convert, read_json
-from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, CheckpointIndex, first_of, model_digest
+from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, CheckpointIndex, model_digest, refuse_names
 from mlx_k2.weights.inventory import (
     DenseMatrix,
     TensorSpec,
@@ -263,11 +263,6 @@ def _check_names(draft: DraftDescription, source: str) -> None:
     names, needed = draft.index.weight_map.keys(), {spec.name for spec in draft.specs()}
     if draft.vocab_size < draft.layer.vocab_size:
         needed |= {LM_HEAD, TARGET_IDS}
-    _refuse_names(sorted(needed - names), f"--draft-model {source} lacks", "that its config.json requires")
+    refuse_names(sorted(needed - names), f"--draft-model {source} lacks", "that its config.json requires")
     unknown = sorted(names - needed - set(_UNREAD))
-    _refuse_names(unknown, f"--draft-model {source} has", "that mlx-k2 does not know: it is another kind of head")
-
-
-def _refuse_names(names: Sequence[str], what: str, why: str) -> None:
-    if names:
-        raise CheckpointError(f"{what} {first_of(names)} {why}")
+    refuse_names(unknown, f"--draft-model {source} has", "that mlx-k2 does not know: it is another kind of head")
