@@ -25,7 +25,6 @@ from mlx_k2.kernels.self_check import LayerShape, random_stack
 from mlx_k2.kernels.tuning import DEFAULT
 from mlx_k2.model.decoder_layer import swiglu
 from mlx_k2.model.layer_weights import DenseWeights
-from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.inventory import (
     embedding_read_bytes_per_token,
     head_specs,
@@ -33,6 +32,7 @@ from mlx_k2.weights.inventory import (
     layer_read_bytes_per_token,
     model_specs,
 )
+from mlx_k2.weights.known_layout import thinking_config_fields
 
 BANDWIDTHS_GB_S = {"819 (M3 Ultra, nominal)": 819, "692 (M3 Ultra, best read published)": 692}
 HEADER = (

@@ -26,8 +26,8 @@ from mlx_k2.model.layer_weights import assemble_attention, assemble_dense
 from mlx_k2.model.linear import make_matrix
 from mlx_k2.model.sampler import SamplingRequest, sample_draft
 from mlx_k2.sampling import Sampling
-from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.inventory import attention_specs, mlp_specs
+from mlx_k2.weights.known_layout import thinking_config_fields
 
 DRAFTED_IDS = 8192
 INTERMEDIATE = 4608

@@ -19,7 +19,7 @@ from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
+from mlx_k2.scheduling.step_policy import StepPolicy
 from mlx_k2.testing.sleeping_stages import SIZES, SPEED, STEP_S, SleepingStages
 
 TOKENS = 150
@@ -38,7 +38,7 @@ class LoneStream:
     def __call__(self) -> float:
         """Return the tokens per second after the first ones."""
         stages = SleepingStages(2, self.head_s, self.is_right)
-        policy = AdaptiveStepPolicy([StageCost(SIZES, SPEED)] * 2)
+        policy = StepPolicy([StageCost(SIZES, SPEED)] * 2)
         scheduler = Scheduler(SchedulerLimits(1, TOKENS + 8, 8, 2), policy, draft_mode=self.mode)
         scheduler.submit(Request((0,), TOKENS, Sampling(seed=0), frozenset()))
         arrivals: list[float] = []

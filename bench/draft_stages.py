@@ -21,14 +21,14 @@ from mlx_k2.coordinator.engine import Engine
 from mlx_k2.coordinator.handle import Token
 from mlx_k2.coordinator.pipeline import Pipeline
 from mlx_k2.deployment.deploy import Deployment
-from mlx_k2.deployment.stage_report import StageReport
+from mlx_k2.deployment.listener import StageReport
 from mlx_k2.protocol.messages import Drafted
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
+from mlx_k2.scheduling.step_policy import StepPolicy
 
 PROMPT = tuple(prompt_ids(16))
 TOKENS = 110
@@ -64,7 +64,7 @@ class LoneStream:
     """One stream on two stages. ``times`` are those of the last run."""
 
     def __init__(self, deployment: Deployment, stack: contextlib.ExitStack, mode: DraftMode) -> None:
-        policy = AdaptiveStepPolicy(deployment.costs)
+        policy = StepPolicy(deployment.costs)
         limits = SchedulerLimits(1, 512, 64, 2)
         scheduler = Scheduler(limits, policy, draft_mode=mode)
         self._pipeline = OraclePipeline(

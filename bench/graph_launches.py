@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.stage.mlx_settings import LONG_BUFFERS, BufferLimits
-from mlx_k2.weights.config_fields import thinking_config_fields
+from mlx_k2.weights.known_layout import thinking_config_fields
 
 MLX_LIMITS = BufferLimits(50, 50)
 """MLX's own limits on a Max or an Ultra (device.cpp)."""

@@ -98,7 +98,7 @@ def mlx_k2_steps() -> tuple[int, Build]:
         nonlocal position
         batch = Batch([Span(0, position, len(token_ids), is_prompt)])
         position += len(token_ids)
-        return model.logits(model.run(model.embed(mx.array(token_ids)), batch))
+        return model.logits(model.run(model.embed(mx.array(token_ids)), batch)[0])
 
     mx.eval(run(PROMPT, is_prompt=True))
     return len(layers), lambda: run(PROMPT[:1], is_prompt=False)

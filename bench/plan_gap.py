@@ -38,13 +38,13 @@ from mlx_k2.coordinator.reply_policy import ReplyPolicy
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.protocol.framing import MARK, Kind, encode_frame, read_frame
+from mlx_k2.protocol.guard_messages import Phase, PhaseUpdate, StageStatus
 from mlx_k2.protocol.messages import Step, StepDone, decode_to_stage, encode_message
-from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
 from mlx_k2.sampling import SampledToken, Sampling
 from mlx_k2.scheduling.cost_model import StageCost
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
+from mlx_k2.scheduling.step_policy import StepPolicy
 from mlx_k2.testing.sleeping_stages import SIZES, SPEED
 from mlx_k2.text.chat_template import load_chat_template
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
@@ -109,7 +109,7 @@ def engine_on_a_program(folder: Path, text: Path, result: Path) -> Iterator[Engi
     script.write_text(f"#!/bin/sh\ncd {Path.cwd()}\nexec {sys.executable} -m bench.plan_gap program {text} {result}\n")
     script.chmod(0o755)
     with StageGroup([StageLocation(python=str(script))], lease_s=20.0, log=lambda _: None) as group:
-        policy = AdaptiveStepPolicy([StageCost(SIZES, SPEED)])
+        policy = StepPolicy([StageCost(SIZES, SPEED)])
         scheduler = Scheduler(SchedulerLimits(1, 10**6, 512, 1), policy)
         with Engine(Pipeline(group, scheduler, policy, 10**6), scheduler) as engine:
             yield engine

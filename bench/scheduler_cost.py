@@ -20,8 +20,8 @@ from mlx_k2.scheduling.cost_model import StageCost
 from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
-from mlx_k2.weights.config_fields import thinking_config_fields
+from mlx_k2.scheduling.step_policy import StepPolicy
+from mlx_k2.weights.known_layout import thinking_config_fields
 
 STEPS = 300
 CONTEXT_TOKENS = 131072
@@ -47,9 +47,7 @@ def main() -> None:
 def step_cost_s(num_sequences: int, context: int) -> float:
     """Return the median seconds per step, over STEPS decoding steps."""
     config = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "Kimi K2 Thinking")
-    policy = AdaptiveStepPolicy(
-        [StageCost(stage_sizes(config, *layers, 2), GPU_SPEED) for layers in ((0, 32), (32, 61))]
-    )
+    policy = StepPolicy([StageCost(stage_sizes(config, *layers, 2), GPU_SPEED) for layers in ((0, 32), (32, 61))])
     scheduler = Scheduler(SchedulerLimits(num_sequences, CONTEXT_TOKENS, 2048, 2, prompts_first=True), policy)
     for index in range(num_sequences):
         scheduler.submit(Request((index, *range(context)), 2 * STEPS, Sampling(seed=0), frozenset()))

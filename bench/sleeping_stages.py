@@ -16,7 +16,7 @@ from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.cost_model import StageCost
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
+from mlx_k2.scheduling.step_policy import StepPolicy
 from mlx_k2.testing.sleeping_stages import SIZES, SPEED, STEP_S, SleepingStages
 
 TOKENS = 100
@@ -39,7 +39,7 @@ def ideal() -> float:
 def steps_per_s(num_stages: int, num_streams: int) -> float:
     """Return the steps per second, from when the pipeline is full until it begins to empty."""
     stages = SleepingStages(num_stages)
-    policy = AdaptiveStepPolicy([StageCost(SIZES, SPEED)] * num_stages)
+    policy = StepPolicy([StageCost(SIZES, SPEED)] * num_stages)
     limits = SchedulerLimits(num_streams, TOKENS + 8, 8, num_stages)
     scheduler = Scheduler(limits, policy)
     for index in range(num_streams):

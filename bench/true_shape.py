@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.tiny_vocabulary import tiny_vocabulary
-from mlx_k2.weights.config_fields import thinking_config_fields
+from mlx_k2.weights.known_layout import thinking_config_fields
 
 NUM_LAYERS = 5
 NUM_EXPERTS = 16

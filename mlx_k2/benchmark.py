@@ -15,8 +15,8 @@ from mlx_k2.coordinator.handle import Finished, Handle, Token
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.coordinator.pipeline import StageUse
 from mlx_k2.deployment.deploy import Deployment
+from mlx_k2.deployment.listener import StageReport
 from mlx_k2.deployment.plan import DTYPE_BYTES
-from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.drafter import DraftMode

@@ -23,7 +23,7 @@ from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
+from mlx_k2.scheduling.step_policy import StepPolicy
 from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.tiny_config import tiny_config_fields
 from mlx_k2.testing.tiny_vocabulary import tiny_vocabulary
@@ -134,7 +134,7 @@ def local_cluster(
     names = LoadedNames()
     with deploy(asked, model, names) as deployment:
         limits = SchedulerLimits(deployment.shape.num_slots, context_tokens, CHUNK_TOKENS, len(hosts))
-        policy = AdaptiveStepPolicy(deployment.costs)
+        policy = StepPolicy(deployment.costs)
         scheduler = Scheduler(limits, policy, draft_mode=DraftMode.NGRAM if drafts else DraftMode.OFF)
         pipeline = Pipeline(deployment.group, scheduler, policy, VOCAB_SIZE, step_timeout)
         with Engine(pipeline, scheduler) as engine:

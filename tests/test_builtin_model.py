@@ -75,7 +75,7 @@ def mean_loss(folder: Path, replies: Sequence[Reply], order: Sequence[Sequence[i
         hidden = stages[0].embed(mx.array(reply.ids))
         batch = Batch([Span(0, 0, len(reply.ids), is_prompt=True)])
         for stage in stages:
-            hidden = stage.run(hidden, batch)
+            hidden, _ = stage.run(hidden, batch)
         logits = stages[-1].logits(hidden)[:-1]
         logprobs = np.asarray(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
         of_written = logprobs[np.arange(len(reply.ids) - 1), reply.ids[1:]]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mlx_k2.config import Family, ModelConfig
 from mlx_k2.errors import ConfigError
 from mlx_k2.testing.tiny_config import as_kimi_k25, tiny_config_fields
-from mlx_k2.weights.config_fields import thinking_config_fields
+from mlx_k2.weights.known_layout import thinking_config_fields
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),

@@ -30,9 +30,8 @@ from mlx_k2.errors import (
 )
 from mlx_k2.kernels import check_cache
 from mlx_k2.protocol.framing import MARK, MARK_START, Kind, encode_frame, read_frame, skip_to_mark
-from mlx_k2.protocol.guard_messages import GuardSettings, StageExit
+from mlx_k2.protocol.guard_messages import GuardSettings, Phase, PhaseUpdate, StageExit, StageStatus
 from mlx_k2.protocol.messages import Hello, Step, StepDone, decode_from_stage, decode_to_stage, encode_message
-from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
 from mlx_k2.sampling import GenerationConfig, Sampling
 from mlx_k2.scheduling.microbatch import Row
 from mlx_k2.stage.mlx_settings import load_limits

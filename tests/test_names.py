@@ -25,7 +25,7 @@ RETIRED_WORDS = (
     ("lasting renew renewed renews go_on start_over", "RestartingDeployment, restart, resume, reset"),
     ("foresight foresee foresees", "dry_run, preview"),
     ("watcher watchers", "DeploymentListener, watchdog"),
-    ("pace paces meter meters", "StepPolicy, AdaptiveStepPolicy, SpeedEstimator"),
+    ("pace paces meter meters", "StepPolicy, SpeedEstimator"),
     ("patience", "StepTimeout, stall_timeout_s"),
     ("consent tally served said leave", "ToolApproval, UsageTotals, ModelFrontend, MessageAdded, Quit"),
     ("hush hushed heeded", "hide_progress, handled"),

@@ -17,9 +17,9 @@ from mlx_k2.deployment.plan import HostMemory
 from mlx_k2.errors import PartitionError, RequestError
 from mlx_k2.launch.ssh import WHEEL, command_on, explain_ssh_failure, install_commands
 from mlx_k2.weights.checkpoint import ModelDescription
-from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.index import CheckpointIndex
 from mlx_k2.weights.inventory import model_specs
+from mlx_k2.weights.known_layout import thinking_config_fields
 from mlx_k2.weights.model_source import ModelSource
 from tests.advice import follows_advice
 from tests.weights.made_up import config_of

@@ -22,9 +22,9 @@ from mlx_k2.cli.options import cluster_options, draft_option, log_options, tool_
 from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, deployment_request, open_source
+from mlx_k2.deployment.listener import StageReport
 from mlx_k2.deployment.plan import DEFAULT_CONTEXT_TOKENS, StagePlan
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
-from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import ClusterError, MlxK2Error, SetupError
 from mlx_k2.protocol.messages import FromStage
 from mlx_k2.scheduling.drafter import DraftMode

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import msgspec
 
-from mlx_k2.deployment.stage_report import StageReport
+from mlx_k2.deployment.listener import StageReport
 
 
 class Trace:

@@ -21,7 +21,7 @@ from mlx_k2.coordinator.handle import Finished, Handle, PrefillProgress, Token
 from mlx_k2.errors import EngineBusy, MlxK2Error, RequestError, RequestFailed, SetupError
 from mlx_k2.json_text.read import read_json
 from mlx_k2.scheduling.request import FinishReason, Priority, Request, check_request
-from mlx_k2.scheduling.token_policy import AnyToken, TokenPolicy
+from mlx_k2.scheduling.token_policy import TokenPolicy
 from mlx_k2.text.reply_parts import Part
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.index import CONFIG_NAME, CheckpointIndex
@@ -108,7 +108,7 @@ class RemoteEngine:
             RequestError: the request can never run, or needs a feature that a server does not have.
         """
         check_request(request, self.frontend.model.config.vocab_size, self.frontend.context_tokens)
-        policy = policy or AnyToken()
+        policy = policy or TokenPolicy()
         if request.sampling.num_logprobs is not None:
             raise RequestError("--connect gets no log-probabilities: leave out --logprobs")
         if policy.token_mask(()) is not None:

@@ -22,8 +22,11 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     expected: dict[str, str] = {}
 
 
-class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """Facts about one host. ``settings`` are the outputs of macOS's own tools by name; empty on other systems."""
+class HostFacts(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Facts about one host: the answer to Probe.
+
+    ``settings`` are the outputs of macOS's own tools by name; empty on other systems.
+    """
 
     memory_free_bytes: int
     interfaces: dict[str, str]

@@ -5,6 +5,7 @@ whose slowest stage is fastest is chosen: decoding reads every held byte that a 
 fast as its slowest stage.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -140,17 +141,12 @@ def _read_seconds(model: ModelCosts, hosts: Sequence[HostCapacity]) -> _Cost:
     """Return the cost function of an assignment: seconds that its host reads per token, infinite if it does not fit."""
     known = [host.gb_per_s for host in hosts if host.gb_per_s is not None]
     bytes_per_s = [1e9 * (host.gb_per_s or min(known, default=1.0)) for host in hosts]
-    held = list(itertools.accumulate((layer.held_bytes for layer in model.layers), initial=0))
-    read = list(itertools.accumulate((layer.read_bytes for layer in model.layers), initial=0))
+    shard = functools.cache(model.shard)
 
     def seconds(host: int, first_layer: int, end_layer: int) -> float:
-        is_first, is_last = first_layer == 0, end_layer == len(model.layers)
-        ends = [model.embedding] * is_first + [model.head] * is_last
-        bound = hosts[host].memory_bytes
-        needed = held[end_layer] - held[first_layer] + sum(end.held_bytes for end in ends)
-        if bound is not None and needed > bound:
-            return math.inf
-        return (read[end_layer] - read[first_layer] + sum(end.read_bytes for end in ends)) / bytes_per_s[host]
+        cost, bound = shard(first_layer, end_layer), hosts[host].memory_bytes
+        fits = bound is None or cost.held_bytes <= bound
+        return cost.read_bytes / bytes_per_s[host] if fits else math.inf
 
     return seconds
 
@@ -177,18 +173,10 @@ def _best_cuts(
 
 
 def _assignments(model: ModelCosts, cuts: Sequence[int]) -> tuple[StageAssignment, ...]:
-    assignments = []
-    for first_layer, end_layer in itertools.pairwise(cuts):
-        shard = model.shard(first_layer, end_layer)
-        assignments.append(
-            StageAssignment(
-                first_layer=first_layer,
-                end_layer=end_layer,
-                held_bytes=shard.held_bytes,
-                read_bytes=shard.read_bytes,
-            )
-        )
-    return tuple(assignments)
+    return tuple(
+        StageAssignment(first_layer=first, end_layer=end, **msgspec.structs.asdict(model.shard(first, end)))
+        for first, end in itertools.pairwise(cuts)
+    )
 
 
 def _why_nothing_fits(model: ModelCosts, hosts: Sequence[HostCapacity]) -> str:

@@ -3,7 +3,7 @@
 import statistics
 from dataclasses import dataclass
 
-from mlx_k2.deployment.stage_report import StageReport
+from mlx_k2.deployment.listener import StageReport
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from mlx_k2.coordinator.handle import Handle
 from mlx_k2.coordinator.jobs import Cancel, Close, Job, Submission, Submit
 from mlx_k2.coordinator.pipeline import Pipeline, StageUse, StepTimeout
 from mlx_k2.deployment.deploy import Deployment
+from mlx_k2.deployment.listener import StageReport
 from mlx_k2.deployment.restarting import OnRestart
-from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import Cancelled, ClusterError, EngineBusy, MlxK2Error
 from mlx_k2.scheduling.drafter import DraftMode, effective_mode
 from mlx_k2.scheduling.request import FinishReason, Request, check_request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
+from mlx_k2.scheduling.step_policy import StepPolicy
 from mlx_k2.scheduling.token_policy import TokenPolicy
 
 MAX_QUEUED = 256
@@ -235,9 +235,9 @@ def engine_on(
     limits = SchedulerLimits(
         shape.num_slots, shape.context_tokens, shape.chunk_tokens, deployment.group.size, prompts_first
     )
-    policy = AdaptiveStepPolicy(deployment.costs)
+    policy = StepPolicy(deployment.costs)
     is_lone = deployment.group.size == 1
-    mode = DraftMode.OFF if is_lone else effective_mode(draft_mode, has_head=deployment.draft_head is not None)
+    mode = DraftMode.OFF if is_lone else effective_mode(draft_mode, has_head=deployment.request.draft_head is not None)
     scheduler = Scheduler(limits, policy, draft_mode=mode)
     vocab_size = deployment.model.config.vocab_size
     pipeline = Pipeline(deployment.group, scheduler, policy, vocab_size, step_timeout, on_report)

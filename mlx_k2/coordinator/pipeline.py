@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from mlx_k2.coordinator.report_check import find_draft_problem, find_problem
-from mlx_k2.deployment.stage_report import StageReport
+from mlx_k2.deployment.listener import StageReport
 from mlx_k2.errors import ProtocolError, StageSilent
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor
@@ -20,7 +20,7 @@ from mlx_k2.protocol.messages import Drafted, Step, StepDone
 from mlx_k2.scheduling.cost_model import StepLoad
 from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.scheduling.scheduler import Scheduler, TokensAppended
-from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
+from mlx_k2.scheduling.step_policy import StepPolicy
 
 LIMIT_MARGIN_S = 10.0
 """Added to a guard's step limit, so that the coordinator times out first: its error describes the cause better."""
@@ -78,7 +78,7 @@ class Pipeline:
         self,
         group: StageGroup,
         scheduler: Scheduler,
-        policy: AdaptiveStepPolicy,
+        policy: StepPolicy,
         vocab_size: int,
         step_timeout: StepTimeout | None = None,
         on_report: Callable[[StageReport], None] | None = None,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mlx_k2.errors import RequestError
 from mlx_k2.scheduling.request import FinishReason, Request
-from mlx_k2.scheduling.token_policy import Accepted
+from mlx_k2.scheduling.token_policy import Accepted, TokenPolicy
 from mlx_k2.text.reply_grammar import ReplyGrammar, ReplyGuide
 from mlx_k2.text.reply_parser import Phase, ReplyReader
 from mlx_k2.text.reply_parts import Content, Part
@@ -37,7 +37,7 @@ class ReplyLimits:
 NO_LIMITS = ReplyLimits()
 
 
-class ReplyPolicy:
+class ReplyPolicy(TokenPolicy):
     """The policy of one reply. ``grammar`` None allows every token.
 
     If ``is_raw`` is True, the reply is a text that continues the prompt: all of it is content, control tokens by their

@@ -4,11 +4,14 @@ Knows no model: the caller passes the messages that define what each stage loads
 """
 
 import secrets
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from mlx_k2.cluster.hostfile import Backend, Hostfile
+from mlx_k2.deployment.cluster_options import DeploymentRequest, stage_location
+from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.errors import ProtocolError, StageSilent, StageStartError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor
@@ -43,6 +46,22 @@ PACKAGES = ("mlx-k2", "mlx")
 """The packages that compute on a stage."""
 
 Reply = TypeVar("Reply", bound=FromStage)
+
+
+def stage_group(
+    request: DeploymentRequest, listener: DeploymentListener, cancelled: threading.Event | None = None
+) -> StageGroup:
+    """Return the stages of a request, one on each host, which start when the group is entered."""
+    options = request.options
+    return StageGroup(
+        [stage_location(host) for host in request.hostfile.hosts],
+        options.lease_s,
+        listener.log,
+        listener.notify,
+        options.stall_timeout_s,
+        cancelled,
+        request.hostfile.envs,
+    )
 
 
 def handshake(group: StageGroup, versions: Sequence[str]) -> tuple[Hello, ...]:

@@ -182,19 +182,14 @@ def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDes
     try:
         files, pinned = read_model_files(source)
         model = describe_model(files, source.path_or_repo)
-        request = replace(request, source=pinned)
-        return (request, model) if head is None else _with_draft(request, model, head)
+        if head is not None:
+            draft, head = read_draft(head, model.config)
+            model = replace(model, draft=draft)
+        return replace(request, source=pinned, draft_head=head), model
     except DownloadError:
         if elsewhere:
             return request, None
         raise
-
-
-def _with_draft(
-    request: DeploymentRequest, model: ModelDescription, head: DraftHead
-) -> tuple[DeploymentRequest, ModelDescription]:
-    draft, pinned = read_draft(head, model.config)
-    return replace(request, draft_head=pinned), replace(model, draft=draft)
 
 
 def _absolute(source: ModelSource) -> ModelSource:

@@ -11,11 +11,11 @@ from importlib.metadata import version
 from mlx_k2 import __version__
 from mlx_k2.cluster.host_facts import RunningStage
 from mlx_k2.deployment import bring_up
-from mlx_k2.deployment.cluster_options import DeploymentRequest, source_on, stage_location
+from mlx_k2.deployment.cluster_options import DeploymentRequest, source_on
 from mlx_k2.deployment.dry_run import plan_for
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.other_commands import describe_others, other_bytes, this_command
-from mlx_k2.deployment.plan import DTYPE_BYTES, HostMemory, RunShape, StagePlan, check_fit, quantization_warnings
+from mlx_k2.deployment.plan import HostMemory, RunShape, StagePlan, check_fit, quantization_warnings
 from mlx_k2.deployment.stage_costs import stage_cost
 from mlx_k2.errors import PartitionError, StageStartError
 from mlx_k2.launch.group import StageGroup
@@ -46,8 +46,7 @@ class StartedStages:
     shape: RunShape
     plans: tuple[StagePlan, ...]
     hellos: tuple[Hello, ...]
-    draft_head: DraftHead | None
-    """The draft head that the stages load; None without one."""
+    request: DeploymentRequest
 
 
 @dataclass(frozen=True)
@@ -60,18 +59,9 @@ class Deployment(StartedStages):
     @property
     def costs(self) -> tuple[StageCost, ...]:
         """Expected cost of a step on each stage, from the model's shapes and the hosts' hardware."""
-        compute_bytes = DTYPE_BYTES[self.shape.dtype]
+        head = self.request.draft_head
         return tuple(
-            stage_cost(
-                self.model.config,
-                plan.assignment,
-                compute_bytes,
-                dense_bits=self.shape.dense_bits,
-                on_gpu=hello.working_set_bytes is not None,
-                gb_per_s=plan.host.gb_per_s,
-                draft=None if self.draft_head is None else self.model.draft,
-                draft_bits=None if self.draft_head is None else self.draft_head.bits,
-            )
+            stage_cost(self.model, plan, self.shape, head, on_gpu=hello.working_set_bytes is not None)
             for plan, hello in zip(self.plans, self.hellos, strict=True)
         )
 
@@ -96,9 +86,9 @@ def deploy(
     began = time.monotonic()
     with _start(request, model, listener, before, cancelled) as started:
         listener.phase("connecting")
-        _connect(started, request)
+        _connect(started)
         listener.phase("loading")
-        loaded = _load(started, request, listener.progress)
+        loaded = _load(started, listener.progress)
         for plan, answer in zip(started.plans, loaded, strict=True):
             for line in answer.warnings:
                 listener.notify(f"stage {plan.rank} on {started.group.host(plan.rank)}: {line}")
@@ -148,16 +138,7 @@ def _start(
 ) -> Iterator[StartedStages]:
     """Start a stage on every host, and divide the layers by the memory and GPUs that the hosts report."""
     hosts = request.hostfile.hosts
-    locations = [stage_location(host) for host in hosts]
-    with StageGroup(
-        locations,
-        request.options.lease_s,
-        listener.log,
-        listener.notify,
-        request.options.stall_timeout_s,
-        cancelled,
-        request.hostfile.envs,
-    ) as group:
+    with bring_up.stage_group(request, listener, cancelled) as group:
         listener.phase(f"starting {group.size} stages" if group.size > 1 else "starting the stage")
         hellos = bring_up.handshake(group, (__version__, version("mlx")))
         if model is None:
@@ -179,7 +160,7 @@ def _start(
         listener.planned(model, plans)
         for line in (*describe_others(names, hellos, own), *quantization_warnings(model.config, shape.dense_bits)):
             listener.notify(line)
-        yield StartedStages(group, model, shape, plans, hellos, request.draft_head)
+        yield StartedStages(group, model, shape, plans, hellos, request)
 
 
 def _fetch_description(group: StageGroup, source: ModelSource, head: DraftHead | None) -> ModelDescription:
@@ -200,13 +181,13 @@ def _draft_on(started: StartedStages, plan: StagePlan) -> DraftHead | None:
     """Return the draft head, if the stage of ``plan`` reads some of its tensors."""
     draft, num_layers = started.model.draft, started.model.config.num_hidden_layers
     is_read = draft is not None and draft.is_on(plan.assignment.first_layer, plan.assignment.end_layer, num_layers)
-    return started.draft_head if is_read else None
+    return started.request.draft_head if is_read else None
 
 
-def _connect(started: StartedStages, request: DeploymentRequest) -> None:
-    group, hostfile = started.group, request.hostfile
+def _connect(started: StartedStages) -> None:
+    group, hostfile, source = started.group, started.request.hostfile, started.request.source
     heads = [_draft_on(started, plan) for plan in started.plans]
-    answers = bring_up.prepare(group, hostfile, [source_on(host, request.source) for host in hostfile.hosts], heads)
+    answers = bring_up.prepare(group, hostfile, [source_on(host, source) for host in hostfile.hosts], heads)
     if answers[0].model_digest != started.model.digest:
         raise StageStartError(
             f"the model on {group.host(0)} (stage 0) is not the one that this command read: their config.json or "
@@ -215,9 +196,7 @@ def _connect(started: StartedStages, request: DeploymentRequest) -> None:
     bring_up.connect(group, bring_up.links(hostfile, answers))
 
 
-def _load(
-    started: StartedStages, request: DeploymentRequest, on_progress: Callable[[int, FromStage], None]
-) -> tuple[Loaded, ...]:
+def _load(started: StartedStages, on_progress: Callable[[int, FromStage], None]) -> tuple[Loaded, ...]:
     """Load all stages, and check that together they loaded every tensor of the model exactly once."""
     names: Counter[str] = Counter()
 
@@ -228,7 +207,7 @@ def _load(
 
     for plan in started.plans:
         started.group.set_held_bytes(plan.rank, plan.assignment.held_bytes)
-    messages = [_load_message(plan, started.shape, request) for plan in started.plans]
+    messages = [_load_message(plan, started.shape, started.request) for plan in started.plans]
     loaded = bring_up.ask(started.group, messages, Loaded, bring_up.LAYER_S, "load its layers", on_message)
     _compare_files(started, loaded)
     needed = Counter(spec.name for spec in model_specs(started.model.config))

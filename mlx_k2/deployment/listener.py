@@ -1,10 +1,22 @@
-"""Listener for the progress of a deployment."""
+"""Listener for the progress of a deployment, and the report of a step. Knows no terminal and no file."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mlx_k2.deployment.plan import StagePlan
-from mlx_k2.protocol.messages import FromStage
+from mlx_k2.protocol.messages import FromStage, StepDone
+from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.weights.checkpoint import ModelDescription
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """A step that stage ``rank`` has finished: its StepDone, and the time of arrival (time.monotonic)."""
+
+    rank: int
+    microbatch: Microbatch
+    done: StepDone
+    received_at: float
 
 
 class DeploymentListener:

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from mlx_k2.deployment.cluster_options import DeploymentRequest
 from mlx_k2.deployment.deploy import Deployment, deploy
-from mlx_k2.deployment.listener import DeploymentListener
+from mlx_k2.deployment.listener import DeploymentListener, StageReport
 from mlx_k2.deployment.plan import StagePlan
 from mlx_k2.deployment.run_log import RunLog
-from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import Cancelled, ClusterError, NotFinite
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.health_monitor import HealthMonitor

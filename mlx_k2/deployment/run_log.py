@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from mlx_k2.deployment.listener import DeploymentListener
+from mlx_k2.deployment.listener import DeploymentListener, StageReport
 from mlx_k2.deployment.plan import StagePlan
-from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.private_files import open_ours, write_private
 from mlx_k2.protocol.messages import FromStage
 from mlx_k2.weights.checkpoint import ModelDescription

@@ -6,9 +6,12 @@ from dataclasses import replace
 
 from mlx_k2.cluster.partition import StageAssignment
 from mlx_k2.config import ModelConfig
+from mlx_k2.deployment.plan import DTYPE_BYTES, RunShape, StagePlan
 from mlx_k2.scheduling.cost_model import StageCost, StageSizes, StageSpeed
+from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.draft_head import DraftDescription
 from mlx_k2.weights.inventory import INT4_PER_WORD, TensorSpec, head_specs, held_bytes, layer_specs
+from mlx_k2.weights.model_source import DraftHead
 
 GPU_SPEED = StageSpeed(fixed_s=0.003, bytes_per_s=600e9, operations_per_s=15e12)
 """Rough values of an M3 Ultra: bandwidth from published measurements, operations at half of the expected maximum."""
@@ -19,33 +22,22 @@ CPU_SPEED = StageSpeed(fixed_s=0.002, bytes_per_s=10e9, operations_per_s=3.6e9)
 
 
 def stage_cost(
-    config: ModelConfig,
-    assignment: StageAssignment,
-    compute_bytes: int,
-    *,
-    dense_bits: int | None,
-    on_gpu: bool,
-    gb_per_s: float | None,
-    draft: DraftDescription | None = None,
-    draft_bits: int | None = None,
+    model: ModelDescription, plan: StagePlan, shape: RunShape, head: DraftHead | None, *, on_gpu: bool
 ) -> StageCost:
     """Return one stage's sizes and its expected speed, which is used until its steps are measured.
 
-    ``gb_per_s`` is the host's memory bandwidth from the hostfile, if given there.
+    ``head`` is the draft head that is loaded beside the model.
     """
+    config, layers, compute_bytes = model.config, plan.assignment, DTYPE_BYTES[shape.dtype]
     speed = GPU_SPEED if on_gpu else CPU_SPEED
-    if gb_per_s is not None:
-        speed = StageSpeed(speed.fixed_s, gb_per_s * 1e9, speed.operations_per_s)
+    if plan.host.gb_per_s is not None:
+        speed = StageSpeed(speed.fixed_s, plan.host.gb_per_s * 1e9, speed.operations_per_s)
+    tile_rows = GPU_TILE_ROWS if on_gpu else 1
     sizes = stage_sizes(
-        config,
-        assignment.first_layer,
-        assignment.end_layer,
-        compute_bytes,
-        dense_bits,
-        tile_rows=GPU_TILE_ROWS if on_gpu else 1,
+        config, layers.first_layer, layers.end_layer, compute_bytes, shape.dense_bits, tile_rows=tile_rows
     )
-    if draft is not None:
-        sizes = _add_draft(sizes, draft, assignment, config.num_hidden_layers, compute_bytes, draft_bits)
+    if head is not None and model.draft is not None:
+        sizes = _add_draft(sizes, model.draft, layers, config.num_hidden_layers, compute_bytes, head.bits)
     return StageCost(sizes, speed)
 
 

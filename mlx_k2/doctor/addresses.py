@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import msgspec
 
-from mlx_k2.cluster.host_facts import HopSpeed
+from mlx_k2.cluster.host_facts import HopSpeed, HostFacts
 from mlx_k2.cluster.hostfile import Host, Hostfile
 from mlx_k2.deployment import bring_up
-from mlx_k2.deployment.cluster_options import DeploymentRequest, stage_location
+from mlx_k2.deployment.cluster_options import DeploymentRequest
+from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.errors import ClusterError, SetupError
 from mlx_k2.launch.group import StageGroup
-from mlx_k2.protocol.messages import Hello, HopsMeasured, MeasureHops, Probe, ProbeResult
+from mlx_k2.protocol.messages import Hello, HopsMeasured, MeasureHops, Probe
 from mlx_k2.weights.model_source import BUILTIN, ModelSource
 
 HOPS_S = 60.0
@@ -46,10 +47,10 @@ def host_interfaces(request: DeploymentRequest) -> list[dict[str, str]]:
     Raises:
         ClusterError: a host does not answer.
     """
-    with _stages(request) as group:
+    with bring_up.stage_group(request, DeploymentListener()) as group:
         bring_up.collect(group, Hello, range(group.size), bring_up.HANDSHAKE_S, "start")
         messages = [Probe(ModelSource(path_or_repo=BUILTIN), None, False)] * group.size
-        return [answer.facts.interfaces for answer in bring_up.ask(group, messages, ProbeResult, HOPS_S, "report")]
+        return [facts.interfaces for facts in bring_up.ask(group, messages, HostFacts, HOPS_S, "report")]
 
 
 def fastest_choice(
@@ -95,7 +96,7 @@ def hop_speeds(request: DeploymentRequest) -> list[HopSpeed]:
     Raises:
         ClusterError, SetupError: the stages do not start, or do not connect.
     """
-    with _stages(request) as group:
+    with bring_up.stage_group(request, DeploymentListener()) as group:
         bring_up.collect(group, Hello, range(group.size), bring_up.HANDSHAKE_S, "start")
         return measured_hops(group, request.hostfile)
 
@@ -106,12 +107,6 @@ def measured_hops(group: StageGroup, hostfile: Hostfile) -> list[HopSpeed]:
     bring_up.connect(group, bring_up.links(hostfile, prepared))
     answers = bring_up.ask(group, [MeasureHops()] * group.size, HopsMeasured, HOPS_S, "measure its hops")
     return [answer.to_next for answer in answers if answer.to_next is not None]
-
-
-def _stages(request: DeploymentRequest) -> StageGroup:
-    locations = [stage_location(host) for host in request.hostfile.hosts]
-    options = request.options
-    return StageGroup(locations, options.lease_s, lambda _line: None, stall_timeout_s=options.stall_timeout_s)
 
 
 def _network(ip: str) -> str:

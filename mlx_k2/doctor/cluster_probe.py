@@ -10,7 +10,7 @@ from typing import TypeVar
 from mlx_k2 import __version__
 from mlx_k2.cluster.host_facts import HostFacts
 from mlx_k2.deployment import bring_up
-from mlx_k2.deployment.cluster_options import DeploymentRequest, source_on, stage_location
+from mlx_k2.deployment.cluster_options import DeploymentRequest, source_on
 from mlx_k2.deployment.dry_run import plan_for
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import HostMemory, StagePlan
@@ -40,7 +40,6 @@ from mlx_k2.protocol.messages import (
     FromStage,
     Hello,
     Probe,
-    ProbeResult,
     ReadClock,
 )
 from mlx_k2.weights.checkpoint import ModelDescription
@@ -62,15 +61,7 @@ def probe_cluster(
     ``model`` None: the stages' memory needs and files are not checked. ``deep`` computes the files' checksums.
     """
     hosts = request.hostfile.hosts
-    locations = [stage_location(host) for host in hosts]
-    with StageGroup(
-        locations,
-        request.options.lease_s,
-        listener.log,
-        listener.notify,
-        request.options.stall_timeout_s,
-        environment=request.hostfile.envs,
-    ) as group:
+    with bring_up.stage_group(request, listener) as group:
         round_ = _Round(request, group, listener)
         listener.phase("asking the hosts")
         hellos = round_.collect(Hello, range(len(hosts)), bring_up.HANDSHAKE_S, "ssh")
@@ -179,8 +170,7 @@ class _Round:
             assignment = plans[rank].assignment if plans else None
             layers = None if assignment is None else (assignment.first_layer, assignment.end_layer)
             self._group.send(rank, Probe(source_on(self._hosts[rank], self._request.source), layers, deep))
-        answers = self.collect(ProbeResult, list(hellos), DEEP_S if deep else PROBE_S, "probe")
-        return {rank: answer.facts for rank, answer in answers.items()}
+        return self.collect(HostFacts, list(hellos), DEEP_S if deep else PROBE_S, "probe")
 
     def judge(self, rank: int, hellos: Mapping[int, Hello], facts: HostFacts, plans: Sequence[StagePlan]) -> None:
         """Add all checks of one host's facts."""

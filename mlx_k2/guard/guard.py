@@ -18,8 +18,16 @@ from typing import IO
 from mlx_k2.errors import ProtocolError
 from mlx_k2.guard.watchdog import Watch
 from mlx_k2.protocol.framing import MARK, Frame, FrameReader, FrameWriter, Kind, read_frame
-from mlx_k2.protocol.guard_messages import ENDED_BY_ITSELF, POLITE_S, GuardSettings, StageExit, kill_after_s
-from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
+from mlx_k2.protocol.guard_messages import (
+    ENDED_BY_ITSELF,
+    POLITE_S,
+    GuardSettings,
+    Phase,
+    PhaseUpdate,
+    StageExit,
+    StageStatus,
+    kill_after_s,
+)
 
 TICK_S = 0.25
 FIRST_FRAME_S = 20

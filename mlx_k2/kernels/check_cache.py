@@ -9,11 +9,11 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import importlib.metadata
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
@@ -28,11 +28,6 @@ from mlx_k2.private_files import home_folder, write_whole
 DEFAULT_DIRECTORY = home_folder() / ".cache" / "mlx-k2" / "kernels"
 LOCK_S = 600.0
 """Time to wait for another process that checks. After it this process checks without the lock."""
-
-
-def mlx_version() -> str:
-    """Return the version of the installed mlx."""
-    return importlib.metadata.version("mlx")
 
 
 @functools.cache
@@ -85,7 +80,7 @@ class CachedChecks(msgspec.Struct, frozen=True):
 
 def cache_path(directory: Path, shape: LayerShape, chip: str) -> Path:
     """Return the path of the cache file for this mlx version, macOS build, chip, layer shape and the kernel texts."""
-    parts = (mlx_version(), macos_build(), chip, *map(str, shape), *metal_texts())
+    parts = (version("mlx"), macos_build(), chip, *map(str, shape), *metal_texts())
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return directory / f"{digest}.json"
 

@@ -188,11 +188,7 @@ def slower_token_ranges(name: str, shape: LayerShape) -> tuple[str, ...]:
 def layer_of(tokens: int, tuning: Tuning) -> Layer:
     """Return the layer of routed experts that the kernel for this number of tokens computes."""
     _, _, compute = kernel_for(tokens)
-
-    def layer(x: mx.array, ids: mx.array, weights: mx.array, stack: ExpertStack) -> mx.array:
-        return compute(x, ids, weights, stack, tuning, run)
-
-    return layer
+    return lambda x, ids, weights, stack: compute(x, ids, weights, stack, tuning, run)
 
 
 def new_checks(shape: LayerShape) -> list[KernelCheck]:

@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from mlx_k2.launch.stage_events import StageEvent, Woken
 from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.launch.stage_process import StageProcess
-from mlx_k2.protocol.guard_messages import GuardSettings, kill_after_s
+from mlx_k2.protocol.guard_messages import GuardSettings, StageStatus, kill_after_s
 from mlx_k2.protocol.messages import Stop, ToStage
-from mlx_k2.protocol.stage_status import StageStatus
 
 HEARTBEAT_S = 1.0
 NOTIFY_AFTER_S = 1.0

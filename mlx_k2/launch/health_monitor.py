@@ -10,8 +10,8 @@ from collections.abc import Collection
 from mlx_k2.errors import Cancelled, ClusterError, NeighbourLost, NotFinite, StageFault, StageSilent
 from mlx_k2.launch.group import HEARTBEAT_S, StageGroup
 from mlx_k2.launch.stage_events import StageEnded, StageMessage, Woken
+from mlx_k2.protocol.guard_messages import Phase, StageStatus
 from mlx_k2.protocol.messages import Fault
-from mlx_k2.protocol.stage_status import Phase, StageStatus
 
 LOOK_S = 0.5
 GAP_S = 2.0

@@ -19,9 +19,8 @@ from mlx_k2.launch.diagnosis import explain_lost_connection, explain_start_failu
 from mlx_k2.launch.stage_events import StageEnded, StageEvent, StageMessage
 from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.protocol.framing import Frame, FrameWriter, Kind, read_frame, skip_to_mark
-from mlx_k2.protocol.guard_messages import GuardSettings, StageExit
+from mlx_k2.protocol.guard_messages import GuardSettings, Phase, PhaseUpdate, StageExit, StageStatus
 from mlx_k2.protocol.messages import ToStage, decode_from_stage, encode_message
-from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
 
 STDERR_LINES = 200
 MAX_LINE_BYTES = 4096

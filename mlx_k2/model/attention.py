@@ -79,7 +79,7 @@ def _query(hidden: mx.array, weights: AttentionWeights, eps: float) -> mx.array:
     if isinstance(query, LowRankQuery):
         bottleneck = mx.fast.rms_norm(multiply(hidden, query.down), query.norm, eps)
         return multiply(bottleneck, query.up)
-    return multiply(hidden, query.projection)
+    return multiply(hidden, query)
 
 
 def attend_absorbed(

@@ -15,12 +15,6 @@ from mlx_k2.kernels.stack import AffineStack, ExpertStack, make_affine
 from mlx_k2.model.linear import Matrix, make_matrix
 
 
-class DirectQuery(NamedTuple):
-    """Weights of queries from one projection (q_lora_rank null)."""
-
-    projection: Matrix  # (hidden, heads * qk_head)
-
-
 class LowRankQuery(NamedTuple):
     """Weights of queries from two projections with a normed bottleneck between them."""
 
@@ -32,7 +26,7 @@ class LowRankQuery(NamedTuple):
 class AttentionWeights(NamedTuple):
     """Weights of multi-head latent attention. kv_b_proj is stored as its two halves, with one matrix per head."""
 
-    query: DirectQuery | LowRankQuery
+    query: Matrix | LowRankQuery  # (hidden, heads * qk_head) if q_lora_rank is null
     latent_down: Matrix  # (hidden, kv_lora_rank + qk_rope): the latent and the key part that rope rotates
     latent_norm: mx.array  # (kv_lora_rank,)
     key_up: Matrix  # (heads, qk_nope, kv_lora_rank)
@@ -89,9 +83,9 @@ def assemble_attention(config: ModelConfig, tensors: Mapping[str, mx.array], bit
     def matrix(name: str) -> Matrix:
         return make_matrix(tensors[f"self_attn.{name}.weight"], bits)
 
-    query: DirectQuery | LowRankQuery
+    query: Matrix | LowRankQuery
     if config.q_lora_rank is None:
-        query = DirectQuery(matrix("q_proj"))
+        query = matrix("q_proj")
     else:
         query = LowRankQuery(matrix("q_a_proj"), tensors["self_attn.q_a_layernorm.weight"], matrix("q_b_proj"))
     per_head = tensors["self_attn.kv_b_proj.weight"].reshape(config.num_attention_heads, -1, config.kv_lora_rank)

@@ -55,18 +55,14 @@ class StageModel:
         attention_limits: AttentionLimits = ON_CPU,
         feature_slices: Mapping[int, FeatureSlice] = MappingProxyType({}),
     ) -> None:
-        self._config = config
+        self.config = config
         self._layers = layers
         self.embedding = embedding
         self.head = head
-        self._cache = cache
+        self.cache = cache
         self._attention_limits = attention_limits
         self.feature_slices = feature_slices
         self._decoder_layer = DecoderLayer(config, attention_limits)
-
-    def copy_positions(self, source: int, target: int, count: int) -> None:
-        """Copy the first ``count`` cached positions of slot ``source`` to slot ``target``."""
-        self._cache.copy(source, target, count)
 
     def embed(self, token_ids: mx.array) -> mx.array:
         """Return the hidden states (tokens, hidden) of token ids (tokens,)."""
@@ -75,26 +71,21 @@ class StageModel:
 
     def builds_lazily(self, batch: Batch) -> bool:
         """Return whether `run` evaluates nothing, so that it can be called before the hidden states have arrived."""
-        heads, item_bytes = self._config.num_attention_heads, self._cache.dtype.size
+        heads, item_bytes = self.config.num_attention_heads, self.cache.dtype.size
         return batch.num_generated == batch.num_tokens and all(
             fits_absorbed(heads, span.count, span.end, item_bytes, self._attention_limits) for span in batch.spans
         )
 
-    def run(self, hidden: mx.array, batch: Batch) -> mx.array:
-        """Run hidden states (tokens, hidden) through this stage's layers, which also write the cache."""
-        for index, weights in enumerate(self._layers):
-            hidden = self._decoder_layer.run(hidden, index, weights, batch, self._cache)
-        return hidden
+    def run(self, hidden: mx.array, batch: Batch, features: mx.array | None = None) -> tuple[mx.array, mx.array | None]:
+        """Run hidden states (tokens, hidden) through this stage's layers, which also write the cache.
 
-    def run_with_features(self, hidden: mx.array, features: mx.array, batch: Batch) -> tuple[mx.array, mx.array]:
-        """Run hidden states as `run` does; add this stage's products with ``fc`` to ``features``, (tokens, hidden).
-
-        ``fc`` is linear, so its product with the joined outputs of several layers is a sum. The layers add to it one
-        after the other, so that every division into stages computes the same bits.
+        Add this stage's products with a draft head's ``fc`` to ``features``, (tokens, hidden). ``fc`` is linear, so its
+        product with the joined outputs of several layers is a sum. The layers add to it one after the other, so that
+        every division into stages computes the same bits.
         """
         for index, weights in enumerate(self._layers):
-            hidden = self._decoder_layer.run(hidden, index, weights, batch, self._cache)
-            if (part := self.feature_slices.get(index)) is not None:
+            hidden = self._decoder_layer.run(hidden, index, weights, batch, self.cache)
+            if features is not None and (part := self.feature_slices.get(index)) is not None:
                 features = features + part.product(hidden)
         return hidden, features
 
@@ -104,7 +95,7 @@ class StageModel:
         Called with the arguments of the last `run`, it writes the same cache rows.
         """
         for index, weights in enumerate(self._layers):
-            hidden = self._decoder_layer.run(hidden, index, weights, batch, self._cache)
+            hidden = self._decoder_layer.run(hidden, index, weights, batch, self.cache)
             if not is_finite(mx.sum(hidden)):
                 return index
         return None
@@ -114,14 +105,10 @@ class StageModel:
 
         It is NaN or infinite if a layer before it computed NaN or infinity, or the projection of these rows did.
         """
-        return mx.sum(mx.stack([mx.sum(self._cache.written(-1, span)) for span in batch.spans]))
-
-    def evaluate_cache(self, total: mx.array) -> None:
-        """Evaluate the cache's writes of the steps so far and ``total``, and nothing else."""
-        mx.eval(total, self._cache.arrays)
+        return mx.sum(mx.stack([mx.sum(self.cache.written(-1, span)) for span in batch.spans]))
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return logits (rows, vocabulary) float32 of hidden states (rows, hidden) after the last layer."""
         assert self.head is not None, "only the last stage has the head"
-        normed = mx.fast.rms_norm(hidden, self.head.norm, self._config.rms_norm_eps)
+        normed = mx.fast.rms_norm(hidden, self.head.norm, self.config.rms_norm_eps)
         return multiply(normed, self.head.projection).astype(mx.float32)

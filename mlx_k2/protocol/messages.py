@@ -4,7 +4,7 @@ Order: the stage sends Hello. The coordinator may request the model's small file
 Connect and Load, each after the answer to the one before. Then it sends Steps, in the same order to all stages.
 """
 
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import msgspec
 
@@ -76,7 +76,7 @@ class ReadClock(msgspec.Struct, frozen=True, tag=True):
 class Probe(msgspec.Struct, frozen=True, tag=True):
     """Request to probe the host, and the files of ``layers`` (first, end) of the model; None: probe no files.
 
-    ``deep`` computes the files' checksums. Answered by any number of DownloadProgress, then ProbeResult.
+    ``deep`` computes the files' checksums. Answered by any number of DownloadProgress, then HostFacts.
     """
 
     model: ModelSource
@@ -185,12 +185,6 @@ class ClockRead(msgspec.Struct, frozen=True, tag=True):
     unix_s: float
 
 
-class ProbeResult(msgspec.Struct, frozen=True, tag=True):
-    """Answer to Probe: the facts about the host."""
-
-    facts: HostFacts
-
-
 class HopsMeasured(msgspec.Struct, frozen=True, tag=True):
     """Speed of the hop to the next stage; None from the last stage."""
 
@@ -291,7 +285,7 @@ FromStage: TypeAlias = (
     | DownloadProgress
     | ShardDownloaded
     | ClockRead
-    | ProbeResult
+    | HostFacts
     | Prepared
     | Connected
     | HopsMeasured
@@ -301,6 +295,8 @@ FromStage: TypeAlias = (
     | Drafted
     | Fault
 )
+
+Message = TypeVar("Message")
 
 _encoder = msgspec.msgpack.Encoder()
 _to_stage: msgspec.msgpack.Decoder[ToStage] = msgspec.msgpack.Decoder(ToStage)
@@ -320,15 +316,7 @@ def decode_to_stage(payload: bytes) -> ToStage:
     Raises:
         ProtocolError: the bytes are not a message to a stage.
     """
-    try:
-        return _to_stage.decode(payload)
-    except (
-        msgspec.DecodeError,
-        ValueError,
-        RecursionError,
-        RequestError,
-    ) as error:  # RequestError: a Sampling value is out of range
-        raise ProtocolError(f"not a message to a stage: {error}") from None
+    return _decoded(_to_stage, payload, "to")
 
 
 def decode_from_stage(payload: bytes) -> FromStage:
@@ -337,7 +325,11 @@ def decode_from_stage(payload: bytes) -> FromStage:
     Raises:
         ProtocolError: the bytes are not a message from a stage.
     """
+    return _decoded(_from_stage, payload, "from")
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[Message], payload: bytes, direction: str) -> Message:
     try:
-        return _from_stage.decode(payload)
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise ProtocolError(f"not a message from a stage: {error}") from None
+        return decoder.decode(payload)
+    except (msgspec.DecodeError, ValueError, RecursionError, RequestError) as error:  # RequestError: Sampling's own
+        raise ProtocolError(f"not a message {direction} a stage: {error}") from None

@@ -1,1 +1,1 @@
-"""Scheduling: requests, sequences, slots, scheduler, cost model and step policy. Pure: no I/O, no arrays."""
+"""Scheduling: requests, sequences, slots, scheduler, cost model and step policy. Pure: no I/O, no MLX."""

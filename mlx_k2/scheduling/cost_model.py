@@ -6,6 +6,7 @@ uses, and those cache rows that are attended to.
 
 import functools
 import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -70,14 +71,10 @@ class StepLoad:
     naive_keys: int = 0
 
     def __add__(self, other: "StepLoad") -> "StepLoad":
-        return StepLoad(
-            self.num_tokens + other.num_tokens,
-            self.num_sampled + other.num_sampled,
-            self.absorbed_pairs + other.absorbed_pairs,
-            self.naive_pairs + other.naive_pairs,
-            self.absorbed_keys + other.absorbed_keys,
-            self.naive_keys + other.naive_keys,
-        )
+        return StepLoad(*map(operator.add, vars(self).values(), vars(other).values()))
+
+    def __mul__(self, count: int) -> "StepLoad":
+        return StepLoad(*(value * count for value in vars(self).values()))
 
 
 def row_load(position: int, count: int, *, is_prompt: bool, needs_logits: bool) -> StepLoad:

@@ -1,8 +1,7 @@
-"""Drafters: propose the tokens that a sequence may continue with. The n-gram drafter needs no model."""
+"""The n-gram drafter, which proposes tokens from the text itself, and the modes of drafting."""
 
 import enum
 from collections.abc import Sequence as Tokens
-from typing import Protocol
 
 from mlx_k2.errors import RequestError
 
@@ -37,21 +36,10 @@ def effective_mode(mode: DraftMode, *, has_head: bool) -> DraftMode:
     return DraftMode.NGRAM
 
 
-class Drafter(Protocol):
-    """A source of draft tokens for one growing text. A wrong draft costs a position of a step, never a wrong token."""
-
-    def index(self, token_ids: Tokens[int], max_tokens: int) -> bool:
-        """Prepare for up to ``max_tokens`` more tokens of the text; return whether some are left."""
-
-    def draft(self, token_ids: Tokens[int], drafts: Tokens[int], shortest: int = 0) -> int | None:
-        """Return the likely token after ``token_ids`` and ``drafts``; None if fewer than ``shortest`` tokens match."""
-
-    def truncate(self, num_tokens: int) -> None:
-        """Keep the first ``num_tokens`` tokens of the text. Others follow them from now on."""
-
-
 class NgramDrafter:
     """A drafter that proposes the token after the previous occurrence of the text's last 2 to 4 tokens.
+
+    A wrong draft costs a position of a step, never a wrong token.
 
     The index maps every run of 2 to 4 tokens to the end of its last occurrence. After ``truncate`` it may have runs of
     the removed text; a match is therefore compared with the text before it is used.
@@ -62,7 +50,10 @@ class NgramDrafter:
         self._num_indexed = 0
 
     def index(self, token_ids: Tokens[int], max_tokens: int) -> bool:
-        """Index up to ``max_tokens`` more tokens. A run at the end of the text waits until a token follows it."""
+        """Index up to ``max_tokens`` more tokens of the text; return whether some are left.
+
+        A run at the end of the text waits until a token follows it.
+        """
         last = min(len(token_ids), max(1, self._num_indexed) + max_tokens)
         for end in range(max(1, self._num_indexed), last):
             for length in _LENGTHS:
@@ -72,7 +63,10 @@ class NgramDrafter:
         return self._num_indexed < len(token_ids)
 
     def draft(self, token_ids: Tokens[int], drafts: Tokens[int], shortest: int = 0) -> int | None:
-        """Return the likely token after ``token_ids`` and ``drafts``, from ``token_ids``; None if no run matches."""
+        """Return the likely token after ``token_ids`` and ``drafts``, from ``token_ids``; None if no run matches.
+
+        A run of fewer than ``shortest`` tokens does not count.
+        """
         longest = max(_LENGTHS)
         tail = tuple([*token_ids[-longest:], *drafts][-longest:])
         for length in (length for length in _LENGTHS if length >= shortest):
@@ -83,5 +77,5 @@ class NgramDrafter:
         return None
 
     def truncate(self, num_tokens: int) -> None:
-        """Index the text again from ``num_tokens`` on."""
+        """Keep the first ``num_tokens`` tokens of the text. Others follow them from now on."""
         self._num_indexed = min(self._num_indexed, num_tokens)

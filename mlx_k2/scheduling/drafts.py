@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
-from mlx_k2.scheduling.drafter import Drafter, DraftMode
+from mlx_k2.scheduling.drafter import DraftMode, NgramDrafter
 
 _CERTAIN_LENGTH = 4
 """Tokens that must match for an n-gram to win over the draft head."""
@@ -110,16 +110,6 @@ class Drafts:
             for (source, position), number in self._drafted.items()
         )
 
-    @property
-    def num_drafted(self) -> int:
-        """Number of drafts that were planned."""
-        return self._drafted.total()
-
-    @property
-    def num_accepted(self) -> int:
-        """Number of drafts that are part of the answer."""
-        return self._accepted.total()
-
     def propose(self, token_ids: Tokens[int]) -> None:
         """Take the head's drafts for the positions after the known tokens, those in plans included.
 
@@ -129,7 +119,7 @@ class Drafts:
         follows = list(token_ids[: len(planned)]) == planned
         self._proposed = deque(token_ids[len(planned) :] if follows else ())
 
-    def next(self, known_ids: Tokens[int], drafter: Drafter) -> _Draft | None:
+    def next(self, known_ids: Tokens[int], drafter: NgramDrafter) -> _Draft | None:
         """Return the draft for the position after the known tokens and all drafts in plans, if there is one."""
         position = len(self._in_plans) + 1
         if self._mode is DraftMode.NGRAM:
@@ -138,7 +128,8 @@ class Drafts:
         ngram_id = None
         if self._mode is DraftMode.AUTO:
             ngram_id = drafter.draft(known_ids, self.planned_ids, _CERTAIN_LENGTH)
-            if ngram_id is not None and self._rate(DraftSource.NGRAM) > self._rate(DraftSource.MODEL):
+            ngram, model = self._acceptance[DraftSource.NGRAM], self._acceptance[DraftSource.MODEL]
+            if ngram_id is not None and ngram.rate > model.rate:
                 return _Draft(ngram_id, DraftSource.NGRAM, position, ngram_id)
         return _Draft(self._proposed[0], DraftSource.MODEL, position, ngram_id) if self._proposed else None
 
@@ -170,6 +161,3 @@ class Drafts:
         """Drop all drafts; the counts stay."""
         self._in_plans.clear()
         self._proposed.clear()
-
-    def _rate(self, source: DraftSource) -> float:
-        return self._acceptance[source].rate

@@ -67,25 +67,17 @@ class PlannedRow:
 
     @classmethod
     def of(
-        cls,
-        sequence: Sequence,
-        position: int,
-        token_ids: tuple[int, ...],
-        *,
-        is_prompt: bool,
-        needs_logits: bool,
-        copy_from: int | None = None,
-        is_draft: bool = False,
+        cls, sequence: Sequence, token_ids: tuple[int, ...], *, copy_from: int | None = None, is_draft: bool = False
     ) -> "PlannedRow":
-        """Return a row with ``token_ids`` of ``sequence``, starting at ``position``.
+        """Return a row with ``token_ids`` after the planned ones of ``sequence``: prompt tokens only, or none.
 
-        ``token_ids`` are either prompt tokens only or generated and draft tokens only. ``needs_logits``: no known or
-        draft token follows them, so the next token is sampled.
+        If no known token follows them, the next token is sampled.
         """
         assert sequence.slot is not None, "a waiting sequence is not planned"
-        end = position + len(token_ids)
+        position = sequence.num_planned
+        end, is_prompt = position + len(token_ids), position < sequence.num_prompt
         row = Row(sequence.slot, position, token_ids, is_prompt, None, copy_from=copy_from, is_draft=is_draft)
-        if needs_logits:
+        if end >= len(sequence.token_ids):
             row = msgspec.structs.replace(
                 row,
                 sampling=sequence.sampling,

@@ -100,7 +100,10 @@ class Scheduler:
         decoding = [sequence for sequence in active if sequence.num_prompt_left == 0]
         prompts_left = len(decoding) < len(active) or self._next_waiting() is not None
         waits = prompts_left and self.limits.prompts_first
-        decode_round = self._decode_round(decoding) if decoding and not waits else None
+        decode_round = None
+        if decoding and not waits:
+            mean_context = sum(len(sequence.token_ids) for sequence in decoding) // len(decoding)
+            decode_round = self._policy.decode_round(len(decoding), mean_context)
         if len(self._in_flight) >= self._most_in_flight(active, decode_round, prompts_left):
             return None
         rows = [] if decode_round is None else self._decode_rows(decoding, decode_round)
@@ -207,10 +210,6 @@ class Scheduler:
             most = min(most, num_stages + 1)
         return min(most, self.limits.max_in_flight)
 
-    def _decode_round(self, decoding: list[Sequence]) -> DecodeRound:
-        mean_context = sum(len(sequence.token_ids) for sequence in decoding) // len(decoding)
-        return self._policy.decode_round(len(decoding), mean_context)
-
     def _decode_rows(self, decoding: list[Sequence], decode_round: DecodeRound) -> list[PlannedRow]:
         """Return one microbatch's fraction of the sequences that have a token to plan, longest wait first.
 
@@ -228,7 +227,7 @@ class Scheduler:
         for sequence in ready[:fraction]:
             if not remaining:
                 break
-            rows.append(_decode_row(sequence, remaining))
+            rows.append(_row(sequence, remaining))
             remaining -= len(rows[-1].row.token_ids)
         return rows
 
@@ -249,11 +248,8 @@ class Scheduler:
     def _draft_rows(self, sequence: Sequence) -> list[PlannedRow]:
         if not self._is_drafting or sequence.num_unplanned:
             return []
-        position = sequence.num_planned
         token_id = sequence.draft()
-        if token_id is None:
-            return []
-        return [PlannedRow.of(sequence, position, (token_id,), is_prompt=False, needs_logits=True, is_draft=True)]
+        return [] if token_id is None else [PlannedRow.of(sequence, (token_id,), is_draft=True)]
 
     def _add_prompt_rows(self, rows: list[PlannedRow], decode_round: DecodeRound | None) -> None:
         """Add prompt tokens to ``rows``: first of the prompt in progress, then of waiting prompts.
@@ -265,11 +261,11 @@ class Scheduler:
         if sequence is None:
             return
         if decode_round is not None:
-            rows.append(_prompt_row(sequence, self._tokens_while_decoding(rows, sequence, decode_round, budget)))
+            rows.append(_row(sequence, self._tokens_while_decoding(rows, sequence, decode_round, budget)))
             return
         remaining = min(budget, self._chunk_tokens(sequence))
         while sequence is not None and remaining > 0:
-            rows.append(_prompt_row(sequence, remaining))
+            rows.append(_row(sequence, remaining))
             remaining -= len(rows[-1].row.token_ids)
             sequence = self._next_prompt(rows) if remaining > 0 else None
 
@@ -298,7 +294,8 @@ class Scheduler:
         """Free the slot of the background sequence that started last. It waits as the first of its priority."""
         sequence = next(sequence for sequence in reversed(self._running) if not sequence.is_interactive)
         self._release(sequence)
-        sequence.suspend(self._next_number)
+        sequence.reset(self._next_number)
+        sequence.slot = None
         self._waiting[Priority.BACKGROUND].appendleft(sequence)
 
     def _chunk_tokens(self, sequence: Sequence) -> int:
@@ -357,17 +354,13 @@ class Scheduler:
         self._slots.release(sequence.slot)
 
 
-def _decode_row(sequence: Sequence, most_tokens: int) -> PlannedRow:
-    position = sequence.num_planned
-    token_ids = tuple(sequence.token_ids[position : position + most_tokens])
-    needs_logits = len(token_ids) == sequence.num_unplanned
-    return PlannedRow.of(sequence, position, token_ids, is_prompt=False, needs_logits=needs_logits)
+def _row(sequence: Sequence, most_tokens: int) -> PlannedRow:
+    """Plan the next known tokens of a prompt or an answer.
 
-
-def _prompt_row(sequence: Sequence, most_tokens: int) -> PlannedRow:
-    """Plan the next prompt tokens. The first row also copies the prefix that is shared with another slot."""
+    A prompt's first row also copies the prefix that is shared with another slot.
+    """
     position = sequence.num_planned
-    token_ids = sequence.request.prompt_ids[position : position + most_tokens]
-    needs_logits = position + len(token_ids) == len(sequence.token_ids)
+    end = sequence.num_prompt if sequence.num_prompt_left else len(sequence.token_ids)
+    token_ids = tuple(sequence.token_ids[position : min(end, position + most_tokens)])
     copy_from = sequence.shared.copy_from if position == sequence.shared.num_tokens else None
-    return PlannedRow.of(sequence, position, token_ids, is_prompt=True, needs_logits=needs_logits, copy_from=copy_from)
+    return PlannedRow.of(sequence, token_ids, copy_from=copy_from)

@@ -2,18 +2,25 @@
 
 from array import array
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
+from typing import TypeVar, TypeVarTuple
 
 import msgspec
 
 from mlx_k2.errors import MlxK2Error, RequestFailed
 from mlx_k2.sampling import REPETITION_WINDOW, LogitBias, SampledToken, Sampling
-from mlx_k2.scheduling.drafter import Drafter, DraftMode, NgramDrafter
+from mlx_k2.scheduling.drafter import DraftMode, NgramDrafter
 from mlx_k2.scheduling.drafts import Drafts
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
-from mlx_k2.scheduling.token_policy import Accepted, AnyToken, TokenPolicy
+from mlx_k2.scheduling.token_policy import Accepted, TokenPolicy
 from mlx_k2.token_mask import TokenMask
+
+Answer = TypeVar("Answer")
+Asked = TypeVarTuple("Asked")
+
+_NO_TOKENS: Tokens[int] = ()
 
 INDEX_TOKENS = 128
 """Number of tokens that are indexed for drafts at a time: about 0.2 ms."""
@@ -71,12 +78,12 @@ class Sequence:
         """Number of the last plan that carried tokens of this sequence; -1 before the first one."""
         self.chunk_tokens: int | None = None
         """Length of this prompt's chunks; None until it is chosen."""
-        self.drafter: Drafter = NgramDrafter()
+        self.drafter = NgramDrafter()
         self.drafts = Drafts(draft_mode)
         self.finish_reason: FinishReason | None = None
         self.error: MlxK2Error | None = None
         """Why it ended with FinishReason.ERROR."""
-        self._policy = policy or AnyToken()
+        self._policy = policy or TokenPolicy()
         self._biases = dict(request.sampling.logit_bias)
         self._seen: set[int] = set()
         self._has_penalties = bool(request.sampling.presence_penalty or request.sampling.frequency_penalty)
@@ -103,11 +110,6 @@ class Sequence:
     def prompt_ids(self) -> "array[int]":
         """The tokens of the prompt."""
         return self.token_ids[: self.num_prompt]
-
-    @property
-    def generated_ids(self) -> Tokens[int]:
-        """Tokens of the answer so far, a stop token included."""
-        return self.token_ids[self.num_prompt :]
 
     @property
     def num_unplanned(self) -> int:
@@ -140,13 +142,9 @@ class Sequence:
 
     def token_mask(self, end: int) -> TokenMask | None:
         """Return the policy's mask for the token at position ``end``, which known and draft tokens precede."""
-        try:
-            return self._policy.token_mask(self._drafted_before(end))
-        except Exception as error:  # noqa: BLE001 - any error of a policy ends its own sequence only
-            self._fail(error)
-            return None
+        return self._ask(self._policy.token_mask, None, self._drafted_before(end))
 
-    def start(self, slot: int, shared: SharedPrefix, drafter: Drafter) -> None:
+    def start(self, slot: int, shared: SharedPrefix, drafter: NgramDrafter) -> None:
         """Run in ``slot``, which holds ``shared`` or gets a copy of it with the first row."""
         self.slot = slot
         self.shared = shared
@@ -154,11 +152,6 @@ class Sequence:
         self.drafter = drafter
         if self.num_cached is None:
             self.num_cached = shared.num_tokens
-
-    def suspend(self, next_plan: int) -> None:
-        """Wait for a slot again. ``next_plan`` is the number of the first plan that counts again."""
-        self.reset(next_plan)
-        self.slot = None
 
     def reset(self, next_plan: int) -> None:
         """Mark all positions as not cached. ``next_plan`` is the number of the first plan that counts again."""
@@ -178,7 +171,9 @@ class Sequence:
             return None
         self.drafter.index(self.token_ids, INDEX_TOKENS)
         found = self.drafts.next(self.token_ids, self.drafter)
-        if found is None or found.token_id in self.request.stop_ids or not self._may_draft(found.token_id):
+        if found is None or found.token_id in self.request.stop_ids:
+            return None
+        if not self._ask(self._policy.may_draft, False, self.drafts.planned_ids, found.token_id):
             return None
         self.drafts.plan(found)
         return found.token_id
@@ -197,10 +192,10 @@ class Sequence:
         appended: list[Appended] = []
         if self.finish_reason is not None:
             return appended
-        forced = deque(self._forced())
+        forced = deque(self._ask(self._policy.forced, _NO_TOKENS))
         while forced and self.finish_reason is None:
             appended.append(self._append(SampledToken(forced.popleft()), is_forced=True))
-            forced = forced or deque(self._forced())
+            forced = forced or deque(self._ask(self._policy.forced, _NO_TOKENS))
         return appended
 
     def append_sampled(self, plan: int, token: SampledToken, next_plan: int) -> list[Appended]:
@@ -232,13 +227,6 @@ class Sequence:
         """Return the drafts in plans before position ``end``."""
         return self.drafts.planned_ids[: max(0, end - len(self.token_ids))]
 
-    def _may_draft(self, token_id: int) -> bool:
-        try:
-            return self._policy.may_draft(self.drafts.planned_ids, token_id)
-        except Exception as error:  # noqa: BLE001 - any error of a policy ends its own sequence only
-            self._fail(error)
-            return False
-
     def _penalize(self, token_id: int, biases: dict[int, float], seen: set[int]) -> None:
         """Subtract the penalties for one more occurrence of a token."""
         sampling = self.request.sampling
@@ -251,11 +239,7 @@ class Sequence:
         self.token_ids.append(token.token_id)
         if self._has_penalties:
             self._penalize(token.token_id, self._biases, self._seen)
-        accepted = Accepted()
-        try:
-            accepted = self._policy.accept(token.token_id)
-        except Exception as error:  # noqa: BLE001 - any error of a policy ends its own sequence only
-            self._fail(error)
+        accepted = self._ask(self._policy.accept, Accepted(), token.token_id)
         if self.finish_reason is not None:
             return Appended(token, accepted, is_forced)
         if token.token_id in self.request.stop_ids:
@@ -269,12 +253,13 @@ class Sequence:
             accepted = Accepted(accepted.text + held.text, (*accepted.parts, *held.parts), self.finish_reason)
         return Appended(token, accepted, is_forced)
 
-    def _forced(self) -> Tokens[int]:
+    def _ask(self, question: Callable[[*Asked], Answer], default: Answer, *asked: *Asked) -> Answer:
+        """Return the policy's answer; ``default`` if it raises an error, which ends this sequence only."""
         try:
-            return self._policy.forced()
-        except Exception as error:  # noqa: BLE001 - any error of a policy ends its own sequence only
+            return question(*asked)
+        except Exception as error:  # noqa: BLE001 - any error of a policy
             self._fail(error)
-            return ()
+            return default
 
     def _fail(self, error: Exception) -> None:
         self.finish_reason = FinishReason.ERROR

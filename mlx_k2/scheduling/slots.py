@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from mlx_k2.scheduling.drafter import Drafter, NgramDrafter
+from mlx_k2.scheduling.drafter import NgramDrafter
 from mlx_k2.scheduling.sequence import Sequence, SharedPrefix
 
 _BLOCK = 256
@@ -30,7 +30,7 @@ class _FreeSlot:
     """The tokens that a free slot's cache holds, their drafter, and the time of release."""
 
     token_ids: "array[int]" = field(default_factory=lambda: array("I"))
-    drafter: Drafter = field(default_factory=NgramDrafter)
+    drafter: NgramDrafter = field(default_factory=NgramDrafter)
     released_at: int = 0
 
 

@@ -7,6 +7,9 @@ three terms (the steps of a lone sequence are all alike), the expected speed dec
 
 from itertools import combinations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mlx_k2.scheduling.cost_model import StageSizes, StageSpeed, StepLoad, bytes_read, operations
 
 _FADE = 0.98
@@ -23,46 +26,37 @@ class SpeedEstimator:
     def __init__(self, sizes: StageSizes, expected: StageSpeed) -> None:
         self._sizes = sizes
         self._expected = expected
-        self._products = [[0.0] * 3 for _ in range(3)]
-        self._targets = [0.0] * 3
+        self._products = np.zeros((3, 3))
+        self._targets = np.zeros(3)
         self._num_seen = 0
         self.speed = expected
 
     def observe(self, load: StepLoad, busy_s: float) -> bool:
         """Add one step; return True if the constants were fitted again."""
         assert busy_s > 0, "a step took no time"
-        features = [feature / busy_s for feature in self._features(load)]
-        for i in range(3):
-            self._targets[i] = self._targets[i] * _FADE + features[i]
-            for j in range(3):
-                self._products[i][j] = self._products[i][j] * _FADE + features[i] * features[j]
+        features = self._features(load) / busy_s
+        self._targets = self._targets * _FADE + features
+        self._products = self._products * _FADE + np.outer(features, features)
         self._num_seen += 1
         is_time = self._num_seen % _STEPS_A_FIT == 0
         if is_time:
             self.speed = self._fit()
         return is_time
 
-    def _features(self, load: StepLoad) -> tuple[float, float, float]:
+    def _features(self, load: StepLoad) -> NDArray[np.float64]:
         """Return the expected seconds of a step's three parts: fixed, reading and computing."""
         expected = self._expected
-        return (
-            expected.fixed_s,
-            bytes_read(self._sizes, load) / expected.bytes_per_s,
-            operations(self._sizes, load) / expected.operations_per_s,
-        )
+        reading_s = bytes_read(self._sizes, load) / expected.bytes_per_s
+        return np.array([expected.fixed_s, reading_s, operations(self._sizes, load) / expected.operations_per_s])
 
     def _fit(self) -> StageSpeed:
         """Return the speed with the best three non-negative factors on the expected seconds of the parts."""
-        products = [row[:] for row in self._products]
-        targets = self._targets[:]
-        pull = _TRUST * sum(products[i][i] for i in range(3))
-        for i in range(3):
-            products[i][i] += pull
-            targets[i] += pull
+        pull = _TRUST * np.trace(self._products)
+        products, targets = self._products + pull * np.eye(3), self._targets + pull
         fits = [_solve_some(products, targets, kept) for size in (1, 2, 3) for kept in combinations(range(3), size)]
-        allowed = [factors for factors in fits if factors is not None and min(factors) >= 0]
-        best = min(allowed, key=lambda factors: _loss(products, targets, factors))
-        fixed, reading, computing = best
+        allowed = [factors for factors in fits if factors.min() >= 0]
+        best = min(allowed, key=lambda factors: factors @ products @ factors - 2 * factors @ targets)  # squared error
+        fixed, reading, computing = best.tolist()
         expected = self._expected
         return StageSpeed(
             expected.fixed_s * fixed,
@@ -71,26 +65,10 @@ class SpeedEstimator:
         )
 
 
-def _loss(products: list[list[float]], targets: list[float], factors: list[float]) -> float:
-    """Return the squared error of ``factors``, less a constant."""
-    squares = sum(factors[i] * factors[j] * products[i][j] for i in range(3) for j in range(3))
-    return squares - 2 * sum(factor * target for factor, target in zip(factors, targets, strict=True))
-
-
-def _solve_some(products: list[list[float]], targets: list[float], kept: tuple[int, ...]) -> list[float] | None:
-    """Solve least squares over the factors in ``kept``, the others 0; return None if the system is singular."""
-    rows = [[products[i][j] for j in kept] + [targets[i]] for i in kept]
-    size = len(kept)
-    for column in range(size):
-        pivot = max(range(column, size), key=lambda row: abs(rows[row][column]))
-        rows[column], rows[pivot] = rows[pivot], rows[column]
-        if abs(rows[column][column]) < 1e-18:
-            return None
-        for row in range(size):
-            if row != column:
-                scale = rows[row][column] / rows[column][column]
-                rows[row] = [left - scale * right for left, right in zip(rows[row], rows[column], strict=True)]
-    factors = [0.0] * 3
-    for index, i in enumerate(kept):
-        factors[i] = rows[index][size] / rows[index][index]
+def _solve_some(
+    products: NDArray[np.float64], targets: NDArray[np.float64], kept: tuple[int, ...]
+) -> NDArray[np.float64]:
+    """Solve least squares over the factors in ``kept``, the others 0."""
+    factors, index = np.zeros(3), list(kept)
+    factors[index] = np.linalg.solve(products[np.ix_(index, index)], targets[index])
     return factors

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from mlx_k2.scheduling.cost_model import StageCost, StepLoad, pipeline_s, row_load
 from mlx_k2.scheduling.draft_switch import EXPECTED_ACCEPTANCE
@@ -32,23 +31,7 @@ class DecodeRound:
     round_s: float
 
 
-class StepPolicy(Protocol):
-    """Timing decisions that the scheduler needs."""
-
-    def decode_round(self, num_sequences: int, mean_context: int) -> DecodeRound:
-        """Return the division of ``num_sequences`` decoding sequences into microbatches."""
-
-    def chunk_tokens(self, position: int, num_tokens: int, longest: int) -> int:
-        """Return the chunk length, at most ``longest``, for ``num_tokens`` prompt tokens from ``position`` on."""
-
-    def chunk_beside(self, load: StepLoad, position: int, longest: int, limit_s: float) -> int:
-        """Return how many prompt tokens, at least 1, may join ``load`` so that each stage takes at most ``limit_s``."""
-
-    def drafts_pay(self) -> bool:
-        """Return whether a lone sequence is expected to be faster with the draft head's tokens."""
-
-
-class AdaptiveStepPolicy:
+class StepPolicy:
     """Step policy for stages whose speeds are measured while they run."""
 
     def __init__(self, stages: Sequence[StageCost], turnaround_s: float = TURNAROUND_S) -> None:
@@ -73,12 +56,31 @@ class AdaptiveStepPolicy:
         return self._rounds[key]
 
     def chunk_tokens(self, position: int, num_tokens: int, longest: int) -> int:
-        """Return the chunk length, at most ``longest``, for ``num_tokens`` prompt tokens from ``position`` on."""
-        return best_chunk(self.stages, position, num_tokens, longest)
+        """Return the chunk length, at most ``longest``, with which a prompt leaves the last stage soonest.
+
+        ``num_tokens`` prompt tokens follow from ``position`` on. Many chunks keep all stages busy: C chunks on two
+        stages give a speedup of 2C / (C + 1). But each chunk reads the weights again.
+        """
+        stages = self.stages
+        best, best_s = longest, math.inf
+        for chunk in _chunk_lengths(num_tokens, longest):
+            total_s = prefill_s(stages, position, num_tokens, chunk)
+            if total_s < best_s:
+                best, best_s = chunk, total_s
+        return best
 
     def chunk_beside(self, load: StepLoad, position: int, longest: int, limit_s: float) -> int:
         """Return how many prompt tokens, at least 1, may join ``load`` so that each stage takes at most ``limit_s``."""
-        return largest_chunk_within(self.stages, load, position, longest, limit_s)
+        stages = self.stages
+        fitting, too_long = 1, longest + 1
+        while too_long - fitting > 1:
+            count = (fitting + too_long) // 2
+            joined = load + row_load(position, count, is_prompt=True, needs_logits=False)
+            if max(stage.step_s(joined) for stage in stages) <= limit_s:
+                fitting = count
+            else:
+                too_long = count
+        return fitting
 
     def drafts_pay(self) -> bool:
         """Return whether a lone sequence is expected to be faster with the draft head's tokens.
@@ -138,26 +140,12 @@ def round_s(
     smaller, num_larger = divmod(num_sequences, num_microbatches)
     larger = smaller + 1 if num_larger else smaller
     one = row_load(mean_context, 1, is_prompt=False, needs_logits=True)
-    times = {size: [stage.step_s(_times(one, size)) for stage in stages] for size in {smaller, larger}}
+    times = {size: [stage.step_s(one * size) for stage in stages] for size in {smaller, larger}}
     busy_s = [
         times[larger][rank] * num_larger + times[smaller][rank] * (num_microbatches - num_larger)
         for rank in range(len(stages))
     ]
     return max(*busy_s, sum(times[larger]) + turnaround_s)
-
-
-def best_chunk(stages: Sequence[StageCost], position: int, num_tokens: int, longest: int) -> int:
-    """Return the chunk length with which a prompt leaves the last stage soonest.
-
-    Many chunks keep all stages busy: C chunks on two stages give a speedup of 2C / (C + 1). But each chunk reads the
-    weights again.
-    """
-    best, best_s = longest, math.inf
-    for chunk in _chunk_lengths(num_tokens, longest):
-        total_s = prefill_s(stages, position, num_tokens, chunk)
-        if total_s < best_s:
-            best, best_s = chunk, total_s
-    return best
 
 
 def prefill_s(stages: Sequence[StageCost], position: int, num_tokens: int, chunk: int) -> float:
@@ -172,21 +160,6 @@ def prefill_s(stages: Sequence[StageCost], position: int, num_tokens: int, chunk
     return pipeline_s([stage.step_s(load) for stage in stages] for load in loads())
 
 
-def largest_chunk_within(
-    stages: Sequence[StageCost], load: StepLoad, position: int, longest: int, limit_s: float
-) -> int:
-    """Return how many prompt tokens, at least 1, may join ``load`` so that each stage takes at most ``limit_s``."""
-    fitting, too_long = 1, longest + 1
-    while too_long - fitting > 1:
-        count = (fitting + too_long) // 2
-        joined = load + row_load(position, count, is_prompt=True, needs_logits=False)
-        if max(stage.step_s(joined) for stage in stages) <= limit_s:
-            fitting = count
-        else:
-            too_long = count
-    return fitting
-
-
 def _chunk_lengths(num_tokens: int, longest: int) -> Iterator[int]:
     """Yield candidate chunk lengths, from the longest to the shortest useful one."""
     count = -(-num_tokens // longest)
@@ -198,14 +171,3 @@ def _chunk_lengths(num_tokens: int, longest: int) -> Iterator[int]:
         count = max(count + 1, int(count * _CHUNKS_GROWTH))
     if num_tokens > _MOST_CHUNKS * longest:
         yield longest
-
-
-def _times(load: StepLoad, count: int) -> StepLoad:
-    return StepLoad(
-        load.num_tokens * count,
-        load.num_sampled * count,
-        load.absorbed_pairs * count,
-        load.naive_pairs * count,
-        load.absorbed_keys * count,
-        load.naive_keys * count,
-    )

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.text.reply_parts import Part
@@ -19,51 +18,32 @@ class Accepted:
     """None: the sequence continues."""
 
 
-class TokenPolicy(Protocol):
-    """Decisions between a sampled token and the next plan.
+_NOTHING = Accepted()
+
+
+class TokenPolicy:
+    """Decisions between a sampled token and the next plan. This base class allows every token and makes no text.
 
     A policy belongs to one sequence and is called on the engine thread only. It is pure and takes bounded time: other
     sequences wait for it. An exception in it ends its own sequence.
     """
 
-    def accept(self, token_id: int) -> Accepted:
+    def accept(self, token_id: int) -> Accepted:  # noqa: ARG002 - for subclasses
         """Record the next token of the answer, sampled or forced, and return what it completes."""
+        return _NOTHING
 
     def forced(self) -> Sequence[int]:
         """Return tokens that follow without sampling. Called at the start and after each accepted token."""
-
-    def token_mask(self, draft_ids: Sequence[int]) -> TokenMask | None:
-        """Return the mask for the token after the accepted ones and ``draft_ids``; None allows every token."""
-
-    def may_draft(self, draft_ids: Sequence[int], token_id: int) -> bool:
-        """Return whether ``token_id`` may follow ``draft_ids`` as a draft token."""
-
-    def finish(self) -> Accepted:
-        """Return the text and parts that were held back. Called once, when no token follows."""
-
-
-class AnyToken:
-    """The policy that allows every token and makes no text."""
-
-    def accept(self, token_id: int) -> Accepted:  # noqa: ARG002 - the protocol's argument
-        """Return nothing."""
-        return _NOTHING
-
-    def forced(self) -> Sequence[int]:
-        """Force nothing."""
         return ()
 
-    def token_mask(self, draft_ids: Sequence[int]) -> TokenMask | None:  # noqa: ARG002 - the protocol's argument
-        """Allow every token."""
+    def token_mask(self, draft_ids: Sequence[int]) -> TokenMask | None:  # noqa: ARG002 - for subclasses
+        """Return the mask for the token after the accepted ones and ``draft_ids``; None allows every token."""
         return None
 
-    def may_draft(self, draft_ids: Sequence[int], token_id: int) -> bool:  # noqa: ARG002 - the protocol's arguments
-        """Allow every token."""
+    def may_draft(self, draft_ids: Sequence[int], token_id: int) -> bool:  # noqa: ARG002 - for subclasses
+        """Return whether ``token_id`` may follow ``draft_ids`` as a draft token."""
         return True
 
     def finish(self) -> Accepted:
-        """Return nothing."""
+        """Return the text and parts that were held back. Called once, when no token follows."""
         return _NOTHING
-
-
-_NOTHING = Accepted()

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_k2.deployment.deploy import Deployment
+from mlx_k2.deployment.listener import StageReport
 from mlx_k2.deployment.plan import DTYPE_BYTES, StagePlan
 from mlx_k2.deployment.restarting import OnRestart, RestartingDeployment
-from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import ClusterError
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.protocol.messages import FromStage, LayerLoaded

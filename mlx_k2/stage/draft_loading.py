@@ -44,14 +44,10 @@ class DraftLoader:
         self._draft = draft
         self._head = head
         self._target = target
+        self._dtype = dtype
         self._reader = ShardReader(draft.layer, files, dtype, check_all=True)
         self._on_loaded = on_loaded
         self._target_ids = self._read_target_ids()
-
-    @property
-    def latent_dim(self) -> int:
-        """Values of a row of the head's cache."""
-        return self._draft.layer.latent_dim
 
     def feature_slices(self, layers: range) -> dict[int, FeatureSlice]:
         """Return the slices of ``fc`` of those of ``layers`` that the head reads, by index in ``layers``."""
@@ -71,14 +67,13 @@ class DraftLoader:
         return slices
 
     def model(
-        self, embedding: mx.array | None, head: Head, cache: LatentCache, attention_limits: AttentionLimits
+        self, embedding: mx.array | None, head: Head, num_slots: int, context_tokens: int, limits: AttentionLimits
     ) -> DraftModel:
-        """Return the head over ``cache``. ``head`` and ``embedding`` are the target's."""
+        """Return the head over a new cache. ``head`` and ``embedding`` are the target's."""
+        layer, norms_output = self._draft.layer, self._draft.norms_output
+        cache = LatentCache(1, num_slots, context_tokens, layer.latent_dim, self._dtype)
         weights = self._weights(embedding, head)
-        norms_output = self._draft.norms_output
-        return DraftModel(
-            self._draft.layer, weights, cache, norms_output=norms_output, attention_limits=attention_limits
-        )
+        return DraftModel(layer, weights, cache, norms_output=norms_output, attention_limits=limits)
 
     def _weights(self, embedding: mx.array | None, head: Head) -> DraftWeights:
         draft, bits = self._draft, self._head.bits
@@ -108,7 +103,7 @@ class DraftLoader:
         return self._reader.read(tuple(spec for spec in self._draft.own_specs() if spec.name == name)).tensors[name]
 
     def _embedding(self, target: mx.array | None) -> mx.array:
-        if EMBEDDING in self._draft.names:
+        if EMBEDDING in self._draft.index.weight_map:
             return self._own(EMBEDDING)
         return self._target.embedding().tensors["model.embed_tokens.weight"] if target is None else target
 
@@ -118,10 +113,10 @@ class DraftLoader:
         target_ids = self._target_ids
         rows = kept_rows(target_ids.tolist(), draft.num_drafted_ids, draft.layer.vocab_size)
         is_every = len(rows) == draft.vocab_size
-        if is_every and LM_HEAD not in draft.names:
+        if is_every and LM_HEAD not in draft.index.weight_map:
             projection = head.projection
         else:
-            if LM_HEAD in draft.names:
+            if LM_HEAD in draft.index.weight_map:
                 weight = self._own(LM_HEAD)
             else:
                 weight = self._target.read(head_specs(draft.layer)[1:]).tensors[LM_HEAD]
@@ -133,7 +128,7 @@ class DraftLoader:
 
     def _read_target_ids(self) -> NDArray[np.int64]:
         """Return the target's token id of each row of the head's output projection: the row's number plus d2t."""
-        if TARGET_IDS not in self._draft.names:
+        if TARGET_IDS not in self._draft.index.weight_map:
             return np.arange(self._draft.vocab_size)
         found = np.array(self._own(TARGET_IDS)) + np.arange(self._draft.vocab_size)
         outside = (found < 0) | (found >= self._draft.layer.vocab_size)

@@ -8,6 +8,7 @@ the checks that were started, and after two of a kernel the next child leaves it
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import mlx.core as mx
 
@@ -22,15 +23,20 @@ coordinator expects a message within 600 s. What is not checked by then is check
 _MOST_CHILDREN = experts.MAX_STARTS * len(experts.METAL_KERNELS) + 1
 
 
+def layer_shape(config: ModelConfig, dtype: mx.Dtype) -> LayerShape:
+    """Return the sizes of a model's experts and router."""
+    return LayerShape(
+        config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok, dtype, config.n_routed_experts
+    )
+
+
 def check_kernels(config: ModelConfig, dtype: mx.Dtype) -> tuple[str, ...]:
     """Check the kernels for a model's layers on this machine. Return a warning for each that plain MLX replaces."""
     if not on_gpu() or config.n_routed_experts == 0:
         return ()
-    shape = LayerShape(
-        config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok, dtype, config.n_routed_experts
-    )
+    shape = layer_shape(config, dtype)
     words = (*map(str, shape[:3]), str(dtype).rpartition(".")[2], str(shape.num_experts))
-    command = [sys.executable, "-P", "-m", "mlx_k2.stage.measure_kernels", "adopt", *words]
+    command = [sys.executable, "-P", "-m", "mlx_k2.stage.kernel_checks", *words]
     deadline = time.monotonic() + CHECKS_S
     came_back = any(run_child(command, deadline - time.monotonic()) for _ in range(_MOST_CHILDREN))
     for part in (shape, shape._replace(intermediate_size=0)):
@@ -50,3 +56,14 @@ def run_child(command: list[str], timeout_s: float) -> bool:
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
         return False
     return True
+
+
+def make_checks(words: Sequence[str]) -> None:
+    """Make the checks of a stage's experts and router: hidden size, intermediate size, top k, dtype, experts."""
+    hidden, intermediate, top_k, dtype, num_experts = words
+    shape = LayerShape(int(hidden), int(intermediate), int(top_k), getattr(mx, dtype), int(num_experts))
+    experts.warnings_for(shape)
+
+
+if __name__ == "__main__":
+    make_checks(sys.argv[1:])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_reduce
@@ -14,7 +14,7 @@ from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.layer_weights import LayerWeights, assemble_layer
 from mlx_k2.model.linear import make_matrix
 from mlx_k2.model.stage_model import FeatureSlice, Head, StageModel
-from mlx_k2.protocol.messages import Load, Loaded
+from mlx_k2.protocol.messages import LayerLoaded, Load, Loaded, Prepare
 from mlx_k2.stage.draft_loading import DraftLoader
 from mlx_k2.stage.draft_plans import DraftPlans
 from mlx_k2.stage.drafting import Drafting
@@ -24,18 +24,10 @@ from mlx_k2.stage.mlx_settings import chip_name, is_before_m5
 from mlx_k2.stage.step_runner import PlanLimits, StepRunner
 from mlx_k2.stage.transport import Transport
 from mlx_k2.weights.checkpoint import ModelDescription
-from mlx_k2.weights.draft_head import DraftDescription, stage_specs
+from mlx_k2.weights.draft_head import stage_specs
 from mlx_k2.weights.manifest import identify
 from mlx_k2.weights.model_files import locate_shard, read_draft
-from mlx_k2.weights.model_source import DraftHead, ModelSource
-from mlx_k2.weights.reader import LoadedTensors, ShardReader
-
-
-class LoadedPart(NamedTuple):
-    """The embedding, a layer or the head in memory: the checkpoint's names of its tensors, and its bytes."""
-
-    tensor_names: tuple[str, ...]
-    held_bytes: int
+from mlx_k2.weights.reader import ShardReader
 
 
 def load_stage_model(
@@ -43,21 +35,21 @@ def load_stage_model(
     reader: ShardReader,
     layers: range,
     cache: LatentCache,
-    on_part: Callable[[LoadedPart], None],
+    on_part: Callable[[LayerLoaded], None],
     dense_bits: int | None = None,
     attention_limits: AttentionLimits = ON_CPU,
     feature_slices: Mapping[int, FeatureSlice] = MappingProxyType({}),
 ) -> StageModel:
     """Load the model of ``layers``, with the embedding if they are the first ones and the head if they are the last.
 
-    ``on_part`` is called with each `LoadedPart` as soon as it is in memory. With ``dense_bits`` its dense matrices
+    ``on_part`` is called with each `LayerLoaded` as soon as it is in memory. With ``dense_bits`` its dense matrices
     are quantized before the next one is read.
     """
     embedding = head = None
     if layers.start == 0:
         part = reader.embedding()
         embedding = part.tensors["model.embed_tokens.weight"]
-        on_part(_hold(embedding, part))
+        on_part(_hold(embedding, part.tensor_names))
     weights = []
     for layer in layers:
         layer_weights, loaded = _load_layer(config, reader, layer, dense_bits)
@@ -71,24 +63,24 @@ def load_stage_model(
 
 def _load_layer(
     config: ModelConfig, reader: ShardReader, layer: int, dense_bits: int | None
-) -> tuple[LayerWeights, LoadedPart]:
+) -> tuple[LayerWeights, LayerLoaded]:
     part = reader.layer(layer)
     weights = assemble_layer(config, layer, part.tensors, dense_bits)
-    return weights, _hold(weights, part)
+    return weights, _hold(weights, part.tensor_names)
 
 
-def _load_head(reader: ShardReader, dense_bits: int | None) -> tuple[Head, LoadedPart]:
+def _load_head(reader: ShardReader, dense_bits: int | None) -> tuple[Head, LayerLoaded]:
     part = reader.head()
     head = Head(part.tensors["model.norm.weight"], make_matrix(part.tensors["lm_head.weight"], dense_bits))
-    return head, _hold(head, part)
+    return head, _hold(head, part.tensor_names)
 
 
-def _hold(weights: Any, part: LoadedTensors) -> LoadedPart:
-    """Evaluate the weights made from ``part``, so that its other arrays can be freed. Return names and bytes."""
+def _hold(weights: Any, tensor_names: tuple[str, ...] = ()) -> LayerLoaded:
+    """Evaluate the weights made of these tensors, whose other arrays can then be freed. Return names and bytes."""
     mx.eval(weights)
     mx.clear_cache()
     held_bytes: int = tree_reduce(lambda total, leaf: total + _num_bytes(leaf), weights, 0)
-    return LoadedPart(part.tensor_names, held_bytes)
+    return LayerLoaded(tensor_names, held_bytes)
 
 
 def _num_bytes(leaf: mx.array | int | None) -> int:
@@ -96,83 +88,62 @@ def _num_bytes(leaf: mx.array | int | None) -> int:
     return leaf.nbytes if isinstance(leaf, mx.array) else 0
 
 
-class StageLoader:
-    """Loader of the layers that Load messages request, from one model on this host.
+def load_stage(
+    description: ModelDescription,
+    prepared: Prepare,
+    message: Load,
+    transport: Transport,
+    on_layer: Callable[[LayerLoaded], None],
+    on_download: Callable[[int, int], None],
+) -> tuple[StepRunner, Loaded]:
+    """Load the layers of a Load message from the model that was prepared. Return their runner and the answer.
 
-    ``on_layer`` is called with each `LoadedPart` in memory. ``on_download`` is called with (bytes done, bytes in
-    total) while files are fetched from the Hub. ``draft_head`` is the draft head of which this stage reads a part.
+    ``on_layer`` is called with each part in memory. ``on_download`` is called with (bytes done, bytes in total) while
+    files are fetched from the Hub.
+
+    Raises:
+        CheckpointError, DownloadError: a file is missing, cannot be fetched, or has the wrong content.
+        StageStartError: macOS does not allow the GPU as much memory as the stage needs.
     """
+    held: list[int] = []
 
-    def __init__(
-        self,
-        description: ModelDescription,
-        source: ModelSource,
-        on_layer: Callable[[LoadedPart], None],
-        on_download: Callable[[int, int], None],
-        draft_head: DraftHead | None = None,
-    ) -> None:
-        self._description = description
-        self._source = source
-        self._draft_head = draft_head
-        self._on_layer = on_layer
-        self._on_download = on_download
-        self._held_bytes = 0
+    def on_part(part: LayerLoaded) -> None:
+        held.append(part.held_bytes)
+        on_layer(part)
 
-    def load(self, message: Load, transport: Transport) -> tuple[StepRunner, Loaded]:
-        """Load the layers and create their cache. Return the StepRunner for them and the answer to the message.
-
-        Raises:
-            CheckpointError, DownloadError: a file is missing, cannot be fetched, or has the wrong content.
-            StageStartError: macOS does not allow the GPU as much memory as the stage needs.
-        """
-        check_memory(message.needed_bytes)
-        config = self._description.config
-        layers = range(message.first_layer, message.end_layer)
-        dtype = getattr(mx, message.dtype)
-        draft = None if self._draft_head is None else read_draft(self._draft_head, config).draft
-        specs = stage_specs(config, layers.start, layers.stop, draft)
-        files = locate_shard(self._source, self._description.index, specs, self._on_download)
-        checksums = identify(set(files.values()))
-        warnings = check_kernels(config, dtype)
-        cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.latent_dim, dtype)
-        check_all = message.check_weights or message.dense_bits is not None  # mx.quantize makes NaN a finite number
-        reader = ShardReader(config, files, dtype, check_all=check_all)
-        limits = AttentionLimits(message.block_bytes, GPU_MIN_HEADS, is_before_m5(chip_name())) if on_gpu() else ON_CPU
-        head_loader = self._head_loader(draft, reader, dtype)
-        slices = {} if head_loader is None else head_loader.feature_slices(layers)
-        model = load_stage_model(config, reader, layers, cache, self._on_part, message.dense_bits, limits, slices)
-        plans, drafting = DraftPlans(), None
-        if head_loader is not None and model.head is not None:
-            cache = LatentCache(1, message.num_slots, message.context_tokens, head_loader.latent_dim, dtype)
-            head = head_loader.model(model.embedding, model.head, cache, limits)
-            drafting = Drafting(head, config.hidden_size, message.context_tokens, plans)
-        wire_memory(message.needed_bytes)
-        runner = StepRunner(
-            model,
-            transport,
-            PlanLimits(message.num_slots, message.context_tokens, config.vocab_size),
-            is_first=layers.start == 0,
-            is_last=layers.stop == config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            dtype=dtype,
-            first_layer=layers.start,
-            has_features=message.draft_head is not None,
-            drafting=drafting,
-            plans=plans,
-        )
-        num_caches = len(layers) + (0 if drafting is None else 1)
-        cache_bytes_per_token = num_caches * config.latent_dim * dtype.size
-        return runner, Loaded(self._held_bytes, peak_bytes(), cache_bytes_per_token, warnings, checksums)
-
-    def _head_loader(self, draft: DraftDescription | None, target: ShardReader, dtype: mx.Dtype) -> DraftLoader | None:
-        if draft is None or self._draft_head is None:
-            return None
-        files = locate_shard(self._draft_head.source, draft.index, draft.specs(), self._on_download)
-        return DraftLoader(draft, self._draft_head, target, files, dtype, self._on_draft_part)
-
-    def _on_draft_part(self, weights: Any) -> None:
-        self._on_part(_hold(weights, LoadedTensors({}, ())))
-
-    def _on_part(self, part: LoadedPart) -> None:
-        self._held_bytes += part.held_bytes
-        self._on_layer(part)
+    check_memory(message.needed_bytes)
+    config, head = description.config, prepared.draft_head
+    layers = range(message.first_layer, message.end_layer)
+    dtype = getattr(mx, message.dtype)
+    draft = None if head is None else read_draft(head, config).draft
+    specs = stage_specs(config, layers.start, layers.stop, draft)
+    files = locate_shard(prepared.model, description.index, specs, on_download)
+    checksums = identify(set(files.values()))
+    warnings = check_kernels(config, dtype)
+    cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.latent_dim, dtype)
+    check_all = message.check_weights or message.dense_bits is not None  # mx.quantize makes NaN a finite number
+    reader = ShardReader(config, files, dtype, check_all=check_all)
+    limits = AttentionLimits(message.block_bytes, GPU_MIN_HEADS, is_before_m5(chip_name())) if on_gpu() else ON_CPU
+    head_loader = None
+    if head is not None and draft is not None:
+        files = locate_shard(head.source, draft.index, draft.specs(), on_download)
+        head_loader = DraftLoader(draft, head, reader, files, dtype, lambda part: on_part(_hold(part)))
+    slices = {} if head_loader is None else head_loader.feature_slices(layers)
+    model = load_stage_model(config, reader, layers, cache, on_part, message.dense_bits, limits, slices)
+    plans, drafting = DraftPlans(), None
+    if head_loader is not None and model.head is not None:
+        draft_model = head_loader.model(model.embedding, model.head, message.num_slots, message.context_tokens, limits)
+        drafting = Drafting(draft_model, config.hidden_size, message.context_tokens, plans)
+    wire_memory(message.needed_bytes)
+    runner = StepRunner(
+        model,
+        transport,
+        PlanLimits(message.num_slots, message.context_tokens, config.vocab_size),
+        first_layer=layers.start,
+        has_features=message.draft_head is not None,
+        drafting=drafting,
+        plans=plans,
+    )
+    num_caches = len(layers) + (0 if drafting is None else 1)
+    cache_bytes_per_token = num_caches * config.latent_dim * dtype.size
+    return runner, Loaded(sum(held), peak_bytes(), cache_bytes_per_token, warnings, checksums)

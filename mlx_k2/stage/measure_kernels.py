@@ -1,15 +1,15 @@
 """Measurement of this machine's kernels. `mlx-k2 kernels` runs it as python -m mlx_k2.stage.measure_kernels.
 
 The argument `report` prints a KernelReport as JSON, `check` one without speeds. `decode`, `idle` and `attention` print
-times, measured in the caller's environment. `adopt SHAPE...` makes a stage's checks (stage/kernel_checks.py) and prints
-nothing.
+times, measured in the caller's environment.
 """
 
 import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from importlib.metadata import version
 
 import mlx.core as mx
 import msgspec
@@ -20,15 +20,15 @@ from mlx_k2.config import ModelConfig
 from mlx_k2.kernels import check_cache, experts, reference, timing
 from mlx_k2.kernels.layer_time import REPEATS, best_seconds, time_layer
 from mlx_k2.kernels.report import AttentionTime, DecodeTime, IdleTime, KernelReport
-from mlx_k2.kernels.self_check import BATCH, DECODE, KernelCheck, LayerShape, random_stack
+from mlx_k2.kernels.self_check import BATCH, DECODE, LayerShape, random_stack
 from mlx_k2.kernels.stack import ExpertStack
 from mlx_k2.kernels.tuning import DEFAULT as DEFAULT_TUNING
-from mlx_k2.kernels.tuning import Tuning
 from mlx_k2.model.attention import AttentionLimits, attend_naive
 from mlx_k2.model.decoder_layer import make_feed_forward
-from mlx_k2.model.layer_weights import AttentionWeights, DenseWeights, DirectQuery, MoeWeights
+from mlx_k2.model.layer_weights import AttentionWeights, DenseWeights, MoeWeights
 from mlx_k2.stage.host import on_gpu, working_set_bytes
-from mlx_k2.weights.config_fields import thinking_config_fields
+from mlx_k2.stage.kernel_checks import layer_shape
+from mlx_k2.weights.known_layout import thinking_config_fields
 
 SMALL_LAYER = LayerShape(hidden_size=1024, intermediate_size=512, top_k=8, dtype=mx.float32, num_experts=64)
 """Layer measured without a GPU: enough to show that the reference runs."""
@@ -44,9 +44,6 @@ _BYTES_FOR_ALL_EXPERTS = 32 * 10**9
 
 def main() -> None:
     """Measure and print one line of JSON."""
-    if sys.argv[1] == "adopt":
-        make_checks(sys.argv[2:])
-        return
     programs: dict[str, Callable[[], KernelReport | DecodeTime | IdleTime | AttentionTime]] = {
         "report": measure_report,
         "check": check_report,
@@ -57,13 +54,6 @@ def main() -> None:
     sys.stdout.write(msgspec.json.encode(programs[sys.argv[1]]()).decode() + "\n")
 
 
-def make_checks(words: Sequence[str]) -> None:
-    """Make the checks of a stage's experts and router: hidden size, intermediate size, top k, dtype, experts."""
-    hidden, intermediate, top_k, dtype, num_experts = words
-    shape = LayerShape(int(hidden), int(intermediate), int(top_k), getattr(mx, dtype), int(num_experts))
-    experts.warnings_for(shape)
-
-
 def measure_report() -> KernelReport:
     """Return the kernels of this machine, checked anew, their best sizes and their speed.
 
@@ -72,14 +62,16 @@ def measure_report() -> KernelReport:
     report = _new_report(plain_mlx_gb_per_s=_plain_mlx_gb_per_s())
     if not on_gpu():
         return report
-    shape = _layer_shape(_k2())
-    for checked in (shape, shape._replace(intermediate_size=0)):
-        experts.checks(checked, check_cache.DEFAULT_DIRECTORY, again=True)
-    tuning = _best_tuning(shape)
+    shape = layer_shape(_k2(), mx.bfloat16)
+    checks, router = (
+        experts.checks(checked, check_cache.DEFAULT_DIRECTORY, again=True).checks
+        for checked in (shape, shape._replace(intermediate_size=0))
+    )
+    usable = {check.kernel for check in checks if check.usable}
+    tuning = timing.best_tuning(shape, DEFAULT_TUNING) if usable >= {DECODE, BATCH} else None
     stack = random_stack(shape, shape.num_experts)
     mx.eval(stack)
     lines = timing.kernel_lines(shape, stack, tuning or DEFAULT_TUNING)
-    router = _checks(shape._replace(intermediate_size=0))
     return msgspec.structs.replace(
         report,
         chip=experts.chip(),
@@ -94,7 +86,7 @@ def check_report() -> KernelReport:
     report = _new_report()
     if not on_gpu():
         return report
-    shape = _layer_shape(_k2())
+    shape = layer_shape(_k2(), mx.bfloat16)
     checks = [*experts.new_checks(shape), *experts.new_checks(shape._replace(intermediate_size=0))]
     return msgspec.structs.replace(report, chip=experts.chip(), kernels=tuple(map(timing.untimed_line, checks)))
 
@@ -102,7 +94,7 @@ def check_report() -> KernelReport:
 def _new_report(plain_mlx_gb_per_s: float | None = None) -> KernelReport:
     return KernelReport(
         mlx_k2_version=__version__,
-        mlx_version=check_cache.mlx_version(),
+        mlx_version=version("mlx"),
         system=platform.platform(terse=True),
         chip=None,
         plain_mlx_gb_per_s=plain_mlx_gb_per_s,
@@ -110,7 +102,7 @@ def _new_report(plain_mlx_gb_per_s: float | None = None) -> KernelReport:
 
 
 def _plain_mlx_gb_per_s() -> float:
-    shape = _layer_shape(_k2()) if on_gpu() else SMALL_LAYER
+    shape = layer_shape(_k2(), mx.bfloat16) if on_gpu() else SMALL_LAYER
     stack = random_stack(shape, shape.num_experts)
     mx.eval(stack)
     return time_layer(reference.routed_experts, stack, 1, shape.top_k).gigabytes_per_second
@@ -119,7 +111,7 @@ def _plain_mlx_gb_per_s() -> float:
 def measure_decode() -> DecodeTime:
     """Return the best time of one token through the feed-forward blocks in sequence, as a stage runs them."""
     config = _k2()
-    shape = _layer_shape(config)
+    shape = layer_shape(config, mx.bfloat16)
     weights = _random_block(config, shape)
     feed_forward = make_feed_forward(config)
     norm = mx.ones(config.hidden_size, mx.bfloat16)
@@ -143,7 +135,7 @@ def measure_decode() -> DecodeTime:
 
 def measure_idle() -> IdleTime:
     """Return the time to read wired memory right after the last read, and after IDLE_S without GPU work."""
-    shape = _layer_shape(_k2())
+    shape = layer_shape(_k2(), mx.bfloat16)
     limit_bytes = working_set_bytes() or 0
     stacks = [random_stack(shape, shape.num_experts)]
     one_bytes = sum(array.nbytes for array in stacks[0])
@@ -174,7 +166,7 @@ def measure_attention() -> AttentionTime:
 
     unused = random(1, 1)
     weights = AttentionWeights(
-        query=DirectQuery(unused),
+        query=unused,
         latent_down=unused,
         latent_norm=mx.ones(latent),
         key_up=random(heads, nope, latent),
@@ -197,26 +189,6 @@ def _k2() -> ModelConfig:
     is_large = memory_bytes is None or memory_bytes >= _BYTES_FOR_ALL_EXPERTS
     fields = thinking_config_fields(n_routed_experts=384 if is_large else SMALL_NUM_EXPERTS)
     return ModelConfig.from_json(json.dumps(fields).encode(), "Kimi K2 Thinking's shapes")
-
-
-def _layer_shape(config: ModelConfig) -> LayerShape:
-    return LayerShape(
-        config.hidden_size,
-        config.moe_intermediate_size,
-        config.num_experts_per_tok,
-        mx.bfloat16,
-        config.n_routed_experts,
-    )
-
-
-def _checks(shape: LayerShape) -> list[KernelCheck]:
-    return experts.checks(shape, check_cache.DEFAULT_DIRECTORY).checks
-
-
-def _best_tuning(shape: LayerShape) -> Tuning | None:
-    """Return the fastest sizes and cache them; None if a kernel that has sizes may not run."""
-    usable = {check.kernel for check in _checks(shape) if check.usable}
-    return timing.best_tuning(shape, DEFAULT_TUNING) if usable >= {DECODE, BATCH} else None
 
 
 def _random_block(config: ModelConfig, shape: LayerShape) -> MoeWeights:

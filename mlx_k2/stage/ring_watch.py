@@ -45,21 +45,24 @@ def main(pid: int, own: Sequence[str], previous: Sequence[str]) -> None:
     since: dict[str, float] = {}
     with suppress(psutil.Error):
         while True:
-            for ip, port in _connected(pid, own):
-                connected_s = time.monotonic() - since.setdefault(f"{ip}:{port}", time.monotonic())
+            for other in sorted(other for ours, other in tcp_connections(pid) if ours in own):
+                ip = other.partition(":")[0]
+                connected_s = time.monotonic() - since.setdefault(other, time.monotonic())
                 if ip not in expected and (ip in here or connected_s > UNEXPECTED_S):
-                    sys.stderr.write(f"an unknown process at {ip}:{port} is connected to the ring port of this stage\n")
+                    sys.stderr.write(f"an unknown process at {other} is connected to the ring port of this stage\n")
                     sys.stderr.flush()
                     os.kill(pid, signal.SIGTERM)
                     return
             time.sleep(LOOK_EVERY_S)
 
 
-def _connected(pid: int, own: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """Yield the other end of each connection of process ``pid`` at its addresses ``own``."""
-    for found in psutil.Process(pid).net_connections("tcp4"):
-        if found.status == psutil.CONN_ESTABLISHED and f"{found.laddr.ip}:{found.laddr.port}" in own:
-            yield found.raddr.ip, found.raddr.port
+def tcp_connections(pid: int | None = None) -> set[tuple[str, str]]:
+    """Return the established TCP connections of a process (default: this): ``ip:port`` of its end and of the other."""
+    return {
+        (f"{found.laddr.ip}:{found.laddr.port}", f"{found.raddr.ip}:{found.raddr.port}")
+        for found in psutil.Process(pid).net_connections("tcp4")
+        if found.status == psutil.CONN_ESTABLISHED
+    }
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import queue
 import time
 import traceback
 from contextlib import nullcontext
-from dataclasses import dataclass
+from functools import partial
 from typing import IO, NoReturn
 
 import mlx.core as mx
@@ -13,6 +13,7 @@ import msgspec
 
 from mlx_k2.errors import MlxK2Error, ProtocolError
 from mlx_k2.protocol.framing import Frame, FrameReader, FrameWriter, Kind
+from mlx_k2.protocol.guard_messages import Phase, PhaseUpdate
 from mlx_k2.protocol.messages import (
     ClockRead,
     Connect,
@@ -30,7 +31,6 @@ from mlx_k2.protocol.messages import (
     Prepare,
     Prepared,
     Probe,
-    ProbeResult,
     ReadClock,
     RingLinks,
     ShardDownloaded,
@@ -40,44 +40,39 @@ from mlx_k2.protocol.messages import (
     decode_to_stage,
     encode_message,
 )
-from mlx_k2.protocol.stage_status import Phase, PhaseUpdate
 from mlx_k2.stage.faults import fault_of
 from mlx_k2.stage.hop_probe import measure_hops
 from mlx_k2.stage.host import hello, on_gpu
 from mlx_k2.stage.host_probe import probe
-from mlx_k2.stage.loading import LoadedPart, StageLoader
+from mlx_k2.stage.loading import load_stage
 from mlx_k2.stage.ports import HeldPorts
 from mlx_k2.stage.registry import register
-from mlx_k2.stage.ring_watch import watched_ring
+from mlx_k2.stage.ring_watch import tcp_connections, watched_ring
 from mlx_k2.stage.step_runner import StepRunner
 from mlx_k2.stage.transport import (
-    DistributedTransport,
-    NoNeighbours,
     Transport,
     join_group,
     prove_hops,
-    tcp_connections,
 )
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model, locate_tensors
 from mlx_k2.weights.draft_head import stage_specs
 from mlx_k2.weights.model_files import fetch_shard, locate_shard, read_draft, read_model_files
 from mlx_k2.weights.model_source import is_repo, model_folder
 
-READ_TIMEOUT_S = 120.0
-CONNECT_TIMEOUT_S = 120.0
-MEASURE_TIMEOUT_S = 120.0
+ANSWER_TIMEOUT_S = 120.0
+"""Limit for reading small files, connecting to the neighbours and measuring hops."""
 PART_TIMEOUT_S = 900.0
 """Limit for the next part of a shard to be loaded or fetched: 10 GB from a slow disk."""
 CLOSE_TIMEOUT_S = 5.0
 """Limit for sending the last frames."""
 _PHASES = {
-    FetchFiles: (Phase.READING, None, READ_TIMEOUT_S),
+    FetchFiles: (Phase.READING, None, ANSWER_TIMEOUT_S),
     DownloadShard: (Phase.DOWNLOADING, None, PART_TIMEOUT_S),
-    Prepare: (Phase.READING, None, READ_TIMEOUT_S),
-    ReadClock: (Phase.PROBING, None, READ_TIMEOUT_S),
+    Prepare: (Phase.READING, None, ANSWER_TIMEOUT_S),
+    ReadClock: (Phase.PROBING, None, ANSWER_TIMEOUT_S),
     Probe: (Phase.PROBING, None, PART_TIMEOUT_S),
-    MeasureHops: (Phase.MEASURING, None, MEASURE_TIMEOUT_S),
-    Connect: (Phase.CONNECTING, None, CONNECT_TIMEOUT_S),
+    MeasureHops: (Phase.MEASURING, None, ANSWER_TIMEOUT_S),
+    Connect: (Phase.CONNECTING, None, ANSWER_TIMEOUT_S),
     Load: (Phase.LOADING, None, PART_TIMEOUT_S),
 }
 
@@ -98,15 +93,6 @@ def serve(inward_fd: int, outward_fd: int, warnings: tuple[str, ...] = ()) -> No
     os._exit(exit_code)
 
 
-@dataclass(frozen=True)
-class _PreparedStage:
-    """A Prepare request with the model description and the reserved ports of this host."""
-
-    request: Prepare
-    description: ModelDescription
-    ports: HeldPorts
-
-
 class StageService:
     """A stage's state (prepared, connected, loaded) and its answers to messages."""
 
@@ -114,9 +100,9 @@ class StageService:
         self._writer = writer
         self._warnings = warnings
         self._inbox: queue.SimpleQueue[ToStage | ProtocolError] = queue.SimpleQueue()
-        self._prepared: _PreparedStage | None = None
+        self._prepared: tuple[Prepare, ModelDescription, HeldPorts] | None = None
         self._group: mx.distributed.Group | None = None
-        self._transport: Transport = NoNeighbours()
+        self._transport = Transport()
         self._runner: StepRunner | None = None
         self._registration: IO[bytes] | None = None  # locked while it is open
 
@@ -179,7 +165,7 @@ class StageService:
             case ReadClock():
                 return ClockRead(time.time())
             case Probe():
-                return ProbeResult(probe(message, self._report_probe_progress))
+                return probe(message, partial(self._report_progress, phase=Phase.PROBING))
             case MeasureHops():
                 assert self._group is not None, "MeasureHops before Connect"
                 return HopsMeasured(measure_hops(self._group))
@@ -196,21 +182,17 @@ class StageService:
         description = describe_model(read_model_files(message.model).files, message.model.path_or_repo)
         draft = None if message.draft_head is None else read_draft(message.draft_head, description.config).draft
         if draft is not None and message.draft_head is not None:
-            locate_shard(message.draft_head.source, draft.index, draft.specs(), self._report_download_progress)
+            locate_shard(message.draft_head.source, draft.index, draft.specs(), self._report_progress)
         specs = stage_specs(description.config, message.first_layer, message.end_layer, draft)
         if not is_repo(message.model):  # the host's own folder: its files have to be there
             folder = model_folder(message.model)
             locate_tensors(folder, description.index, specs)
             return ShardDownloaded(str(folder), ())
-        fetched = fetch_shard(message.model, description.index, specs, self._report_download_progress)
+        fetched = fetch_shard(message.model, description.index, specs, self._report_progress)
         return ShardDownloaded(str(fetched.folder), fetched.fetched)
 
-    def _report_download_progress(self, done_bytes: int, total_bytes: int) -> None:
-        self._report_phase(Phase.DOWNLOADING, limit_s=PART_TIMEOUT_S)
-        self._send(DownloadProgress(done_bytes, total_bytes))
-
-    def _report_probe_progress(self, done_bytes: int, total_bytes: int) -> None:
-        self._report_phase(Phase.PROBING, limit_s=PART_TIMEOUT_S)
+    def _report_progress(self, done_bytes: int, total_bytes: int, phase: Phase = Phase.DOWNLOADING) -> None:
+        self._report_phase(phase, limit_s=PART_TIMEOUT_S)
         self._send(DownloadProgress(done_bytes, total_bytes))
 
     def _answer_prepare(self, message: Prepare) -> Prepared:
@@ -218,19 +200,20 @@ class StageService:
         draft = message.draft_head
         digest = None if draft is None or is_repo(draft.source) else read_draft(draft, description.config).draft.digest
         ports = HeldPorts(message.listen)
-        self._prepared = _PreparedStage(message, description, ports)
+        self._prepared = message, description, ports
         return Prepared(ports.addresses, description.digest, digest)
 
     def _answer_connect(self, message: Connect) -> Connected:
         assert self._prepared is not None, "Connect before Prepare"
         if message.links is None:
             return Connected()
-        self._prepared.ports.release()
-        rank, links, before = self._prepared.request.rank, message.links, tcp_connections()
+        prepared, _, ports = self._prepared
+        ports.release()
+        rank, links, before = prepared.rank, message.links, tcp_connections()
         with watched_ring(rank, links) if isinstance(links, RingLinks) else nullcontext():
             self._group = join_group(rank, links)
             connections = tcp_connections() - before if isinstance(links, RingLinks) else set()
-            self._transport = DistributedTransport(self._group)
+            self._transport = Transport(self._group)
             prove_hops(self._transport, message.to_next, message.from_previous)
         return Connected(tuple(sorted(connections)))
 
@@ -238,12 +221,11 @@ class StageService:
         assert self._prepared is not None, "Load before Prepare"
         if message.registration is not None:
             self._registration = register(message.registration)
-        description, prepared = self._prepared.description, self._prepared.request
-        progress = (self._report_layer, self._report_download_progress)
-        loader = StageLoader(description, prepared.model, *progress, prepared.draft_head)
-        self._runner, loaded = loader.load(message, self._transport)
+        prepared, description, _ = self._prepared
+        progress = (self._report_layer, self._report_progress)
+        self._runner, loaded = load_stage(description, prepared, message, self._transport, *progress)
         return msgspec.structs.replace(loaded, warnings=(*self._warnings, *loaded.warnings))
 
-    def _report_layer(self, part: LoadedPart) -> None:
+    def _report_layer(self, part: LayerLoaded) -> None:
         self._report_phase(Phase.LOADING, limit_s=PART_TIMEOUT_S)
-        self._send(LayerLoaded(part.tensor_names, part.held_bytes))
+        self._send(part)

@@ -10,8 +10,8 @@ from mlx_k2.errors import NotFinite, ProtocolError
 from mlx_k2.model.batch import Batch, Span
 from mlx_k2.model.sampler import SamplingRequest, sample_tokens
 from mlx_k2.model.stage_model import StageModel
+from mlx_k2.protocol.guard_messages import Phase
 from mlx_k2.protocol.messages import Drafted, Step, StepDone
-from mlx_k2.protocol.stage_status import Phase
 from mlx_k2.sampling import SampledToken
 from mlx_k2.scheduling.microbatch import Row
 from mlx_k2.stage.draft_plans import DraftPlans
@@ -47,9 +47,8 @@ class PlanLimits:
         for slot in (row.slot, row.slot if row.copy_from is None else row.copy_from):
             if not 0 <= slot < self.num_slots:
                 return f"slot {slot} of {self.num_slots}"
-        end = row.position + len(row.token_ids)
-        if row.position < 0 or not row.token_ids or end > self.context_tokens:
-            return f"positions {row.position} to {end} of {self.context_tokens}"
+        if row.position < 0 or not row.token_ids or row.end > self.context_tokens:
+            return f"positions {row.position} to {row.end} of {self.context_tokens}"
         if (problem := self._sampling_problem(row)) is not None:
             return problem
         wrong = next((token_id for token_id in row.token_ids if not 0 <= token_id < self.vocab_size), None)
@@ -85,10 +84,6 @@ class StepRunner:
         transport: Transport,
         limits: PlanLimits,
         *,
-        is_first: bool,
-        is_last: bool,
-        hidden_size: int,
-        dtype: mx.Dtype,
         first_layer: int = 0,
         has_features: bool = False,
         drafting: Drafting | None = None,
@@ -98,10 +93,7 @@ class StepRunner:
         self._transport = transport
         self._limits = limits
         self._last_number: int | None = None
-        self._is_first = is_first
-        self._is_last = is_last
-        self._hidden_size = hidden_size
-        self._dtype = dtype
+        self._is_first, self._is_last = model.embedding is not None, model.head is not None
         self._first_layer = first_layer
         self._has_features = has_features
         self._drafting = drafting
@@ -128,7 +120,7 @@ class StepRunner:
         report_phase(Phase.COMPUTING if self._is_first else Phase.RECEIVING)
         if self._is_wrong_draft(step):
             return self._skip(step, report_phase)
-        batch = Batch([_span(row) for row in step.rows])
+        batch = Batch([Span(row.slot, row.position, len(row.token_ids), row.is_prompt) for row in step.rows])
         self._copy_positions(step.rows)
         received, hidden, features = self._input(step.rows, batch)
         receive_s = send_s = 0.0
@@ -136,10 +128,7 @@ class StepRunner:
         if not builds_lazily:
             receive_s += _evaluate(received)
             report_phase(Phase.COMPUTING)
-        if features is None:
-            output = self._model.run(hidden, batch)
-        else:
-            output, features = self._model.run_with_features(hidden, features, batch)
+        output, features = self._model.run(hidden, batch, features)
         if builds_lazily and not self._is_first:
             receive_s += _evaluate(received)  # separately, to complete before work that needs it is submitted to a GPU
             report_phase(Phase.COMPUTING)
@@ -180,9 +169,9 @@ class StepRunner:
         receive_s = send_s = 0.0
         shape = self._hop_shape(sum(len(row.token_ids) for row in step.rows))
         if not self._is_first:
-            receive_s = _evaluate(self._transport.receive(shape, self._dtype))
+            receive_s = _evaluate(self._transport.receive(shape, self._model.cache.dtype))
         if not self._is_last:
-            zeros = mx.zeros(shape, self._dtype)
+            zeros = mx.zeros(shape, self._model.cache.dtype)
             mx.eval(zeros)
             send_s = self._send(zeros, report_phase)
         return StepDone(step.number, 0.0, receive_s, send_s, is_skipped=True)
@@ -190,12 +179,12 @@ class StepRunner:
     def _copy_positions(self, rows: tuple[Row, ...]) -> None:
         for row in rows:
             if row.copy_from is not None:
-                self._model.copy_positions(row.copy_from, row.slot, row.position)
+                self._model.cache.copy(row.copy_from, row.slot, row.position)
                 if self._drafting is not None:
                     self._drafting.copy_positions(row.copy_from, row.slot, row.position)
 
     def _hop_shape(self, num_tokens: int) -> tuple[int, int]:
-        return num_tokens * (2 if self._has_features else 1), self._hidden_size
+        return num_tokens * (2 if self._has_features else 1), self._model.config.hidden_size
 
     def _input(self, rows: tuple[Row, ...], batch: Batch) -> tuple[mx.array, mx.array, mx.array | None]:
         """Return what arrives, lazily; the hidden states in it, and the features in it, if there is a draft head."""
@@ -203,7 +192,7 @@ class StepRunner:
         if self._is_first:
             hidden = self._model.embed(mx.array([token_id for row in rows for token_id in row.token_ids]))
             return hidden, hidden, mx.zeros_like(hidden) if self._has_features else None
-        received = self._transport.receive(self._hop_shape(count), self._dtype)
+        received = self._transport.receive(self._hop_shape(count), self._model.cache.dtype)
         return (received, received[:count], received[count:]) if self._has_features else (received, received, None)
 
     def _send(self, output: mx.array, report_phase: Callable[[Phase], None]) -> float:
@@ -229,7 +218,7 @@ class StepRunner:
                 requests.append(SamplingRequest(row.sampling, row.end, row.recent_ids, row.token_mask, row.logit_bias))
         if not requests:
             total = self._model.cache_total(batch)
-            self._model.evaluate_cache(total)
+            mx.eval(total, self._model.cache.arrays)  # the writes of the steps so far, and nothing else
             return (), total
         logits = self._model.logits(output[mx.array(last_tokens)])
         total = mx.sum(logits)
@@ -257,7 +246,3 @@ def _evaluate(hidden: mx.array) -> float:
     began = time.perf_counter()
     mx.eval(hidden)
     return time.perf_counter() - began
-
-
-def _span(row: Row) -> Span:
-    return Span(row.slot, row.position, len(row.token_ids), row.is_prompt)

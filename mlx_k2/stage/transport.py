@@ -9,51 +9,30 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from typing import IO, Protocol
+from typing import IO
 
 import mlx.core as mx
 import numpy as np
-import psutil
 
 from mlx_k2.errors import StageFault
 from mlx_k2.protocol.messages import JacclLinks, RingLinks
 
 
-class Transport(Protocol):
-    """The two hops of a stage: from the previous stage and to the next stage."""
+class Transport:
+    """The two hops of a stage over mlx.core.distributed; ``group`` None: a single stage, which has no hops."""
 
-    def receive(self, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
-        """Return the next array that the previous stage sends, lazily."""
-
-    def send(self, array: mx.array) -> None:
-        """Send an evaluated array to the next stage. Return when the system has accepted all of it."""
-
-
-class DistributedTransport:
-    """Hops over mlx.core.distributed."""
-
-    def __init__(self, group: mx.distributed.Group) -> None:
+    def __init__(self, group: mx.distributed.Group | None = None) -> None:
         self._group = group
 
     def receive(self, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
         """Return the next array that the previous stage sends, lazily."""
+        assert self._group is not None, f"a single stage was to receive {dtype} {tuple(shape)}"
         return mx.distributed.recv(shape, dtype, self._group.rank() - 1, group=self._group)
 
     def send(self, array: mx.array) -> None:
         """Send an evaluated array to the next stage. Return when the system has accepted all of it."""
+        assert self._group is not None, f"a single stage was to send {array.dtype} {array.shape}"
         mx.eval(mx.distributed.send(array, self._group.rank() + 1, group=self._group))
-
-
-class NoNeighbours:
-    """The transport of a single stage, which never uses it."""
-
-    def receive(self, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
-        """Raise AssertionError: this is never called."""
-        raise AssertionError(f"a single stage was to receive {dtype} {tuple(shape)}")
-
-    def send(self, array: mx.array) -> None:
-        """Raise AssertionError: this is never called."""
-        raise AssertionError(f"a single stage was to send {array.dtype} {array.shape}")
 
 
 def join_group(rank: int, links: RingLinks | JacclLinks) -> mx.distributed.Group:
@@ -73,15 +52,6 @@ def join_group(rank: int, links: RingLinks | JacclLinks) -> mx.distributed.Group
             raise StageFault(f"the {backend} connection to a neighbour failed: {error}{hint}") from None
     assert group.rank() == rank, f"{backend} reports rank {group.rank()}, the plan {rank}"
     return group
-
-
-def tcp_connections() -> set[tuple[str, str]]:
-    """Return the established TCP connections of this process: ``ip:port`` of this end and of the other."""
-    return {
-        (f"{found.laddr.ip}:{found.laddr.port}", f"{found.raddr.ip}:{found.raddr.port}")
-        for found in psutil.Process().net_connections("tcp4")
-        if found.status == psutil.CONN_ESTABLISHED
-    }
 
 
 def group_environment(rank: int, links: RingLinks | JacclLinks, file: IO[bytes]) -> dict[str, str]:

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from mlx_k2.stage.transport import Transport
 
-class QueueTransport:
+
+class QueueTransport(Transport):
     """A Transport inside one process, for tests: queue ``before`` is from the previous stage, ``after`` to the next."""
 
     def __init__(self, before: "queue.SimpleQueue[mx.array]", after: "queue.SimpleQueue[mx.array]") -> None:

@@ -4,30 +4,18 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from mlx_k2.protocol.messages import Drafted, StepDone, encode_message
+from mlx_k2.protocol.messages import Drafted, Step, StepDone, encode_message
 from mlx_k2.sampling import SampledToken
 from mlx_k2.scheduling.cost_model import StageSizes, StageSpeed
-from mlx_k2.scheduling.microbatch import Microbatch, Row
+from mlx_k2.scheduling.microbatch import Microbatch
+from mlx_k2.stage.draft_plans import DraftPlans
 
 STEP_S = 0.02
 TOKEN = 1
 """The id of every sampled token."""
-SIZES = StageSizes(
-    dense_bytes=1_000_000,
-    head_bytes=0,
-    expert_bytes=0,
-    num_experts=0,
-    experts_per_token=0,
-    key_bytes=0,
-    operations_per_token=0,
-    operations_per_pair=0,
-    operations_per_sampled_token=0,
-    absorbed_operations=0,
-    naive_operations=0,
-    rebuild_operations=0,
-)
+SIZES = StageSizes(**{each.name: 0 for each in fields(StageSizes)} | {"dense_bytes": 1_000_000, "tile_rows": 1})
 SPEED = StageSpeed(fixed_s=0.0, bytes_per_s=SIZES.dense_bytes / STEP_S, operations_per_s=1.0)
 """With this speed every step takes STEP_S, independent of its rows."""
 
@@ -48,8 +36,7 @@ class SleepingStages:
 
     def __post_init__(self) -> None:
         self._inbox: queue.SimpleQueue[Microbatch | None] = queue.SimpleQueue()
-        self._last_sent: dict[int, Row] = {}
-        self._undone: dict[int, tuple[int, int]] = {}
+        self._plans = DraftPlans()
         before = self._inbox
         for rank in range(self.num_stages):
             after: queue.SimpleQueue[Microbatch | None] = queue.SimpleQueue()
@@ -59,11 +46,7 @@ class SleepingStages:
 
     def send(self, microbatch: Microbatch) -> None:
         """Queue ``microbatch`` for the first stage."""
-        for planned in microbatch.rows:
-            row, earlier = planned.row, self._last_sent.get(planned.row.slot)
-            if earlier is not None and row.position < earlier.end:
-                self._undone[row.slot] = (microbatch.number, row.position)
-            self._last_sent[row.slot] = row
+        self._plans.add(Step(microbatch.number, tuple(planned.row for planned in microbatch.rows)))
         self._inbox.put(microbatch)
 
     def stop(self) -> None:
@@ -94,6 +77,4 @@ class SleepingStages:
 
     def _is_wrong(self, microbatch: Microbatch, last: bool) -> bool:
         row = microbatch.rows[0].row
-        number, position = self._undone.get(row.slot, (-1, 0))
-        is_known = last or (number > microbatch.number and position <= row.position)
-        return row.is_draft and is_known and row.token_ids[0] != TOKEN
+        return row.is_draft and row.token_ids[0] != TOKEN and (last or self._plans.is_undone(microbatch.number, row))

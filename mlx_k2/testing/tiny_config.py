@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_k2.weights.config_fields import thinking_config_fields
+from mlx_k2.weights.known_layout import thinking_config_fields
 
 
 def tiny_config_fields(vocab_size: int, **changes: Any) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.stage_events import StageEnded, StageEvent, StageMessage, Woken
 from mlx_k2.launch.stage_location import StageLocation
+from mlx_k2.protocol.guard_messages import Phase, PhaseUpdate, StageStatus
 from mlx_k2.protocol.messages import Drafted, Step, StepDone, ToStage
-from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
 from mlx_k2.sampling import SampledToken, Sampling
 from mlx_k2.scheduling.microbatch import Row
 from mlx_k2.scheduling.request import Request

@@ -16,7 +16,7 @@ from mlx_k2.config import COMPUTED, ModelConfig, RopeConfig, read_rope, refuse_o
 from mlx_k2.errors import CheckpointError, ConfigError, RequestError
 from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import convert, read_json
-from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, CheckpointIndex, first_of, model_digest
+from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, CheckpointIndex, model_digest, refuse_names
 from mlx_k2.weights.inventory import (
     DenseMatrix,
     TensorSpec,
@@ -84,14 +84,13 @@ class DraftDescription:
     num_drafted_ids: int
     layer_prefix: str
     norms_output: bool
-    names: frozenset[str]
     index: CheckpointIndex
     digest: str
 
     @property
     def has_aux_norms(self) -> bool:
         """Whether each layer's output is normed before ``fc`` (EAGLE 3.1)."""
-        return "fc_norm.0.weight" in self.names
+        return "fc_norm.0.weight" in self.index.weight_map
 
     def aux_specs(self) -> tuple[TensorSpec, ...]:
         """Return the specs of the tensors that stages with ``aux_layers`` read: ``fc``, and the norms before it."""
@@ -118,7 +117,7 @@ class DraftDescription:
             bf16_spec(EMBEDDING, self.layer.vocab_size, hidden),
             TensorSpec(TARGET_IDS, "I64", (self.vocab_size,)),
         )
-        return tuple(spec for spec in specs if spec.name in self.names)
+        return tuple(spec for spec in specs if spec.name in self.index.weight_map)
 
     def specs(self) -> tuple[TensorSpec, ...]:
         """Return the specs of all tensors that are read."""
@@ -136,18 +135,13 @@ class DraftDescription:
 
     def projection_bytes(self, compute_bytes: int, bits: int | None) -> int:
         """Return the bytes in memory of the head's output projection; 0 if it is the target's."""
-        if LM_HEAD not in self.names and self.num_drafted_ids == self.vocab_size:
+        if LM_HEAD not in self.index.weight_map and self.num_drafted_ids == self.vocab_size:
             return 0
         return DenseMatrix(self.num_drafted_ids, self.layer.hidden_size).held_bytes(compute_bytes, bits)
 
     def embedding_bytes(self, compute_bytes: int) -> int:
         """Return the bytes of the embedding that the last of several stages holds: the head's or the target's."""
         return self.layer.vocab_size * self.layer.hidden_size * compute_bytes
-
-    def target_specs(self, target: ModelConfig, first_layer: int, end_layer: int) -> tuple[TensorSpec, ...]:
-        """Return the target's tensors that a stage reads only for the head: the embedding, on the last of several."""
-        is_last = end_layer == target.num_hidden_layers
-        return embedding_specs(target) if is_last and first_layer > 0 and EMBEDDING not in self.names else ()
 
     def is_on(self, first_layer: int, end_layer: int, num_layers: int) -> bool:
         """Return whether the stage of these layers reads tensors of the head."""
@@ -157,9 +151,11 @@ class DraftDescription:
 def stage_specs(
     config: ModelConfig, first_layer: int, end_layer: int, draft: DraftDescription | None
 ) -> tuple[TensorSpec, ...]:
-    """Return the target's tensors that a stage reads, those for its draft head included."""
-    added = () if draft is None else draft.target_specs(config, first_layer, end_layer)
-    return shard_specs(config, first_layer, end_layer) + added
+    """Return the target's tensors that a stage reads. For a head without one, the last stage reads the embedding."""
+    specs = shard_specs(config, first_layer, end_layer)
+    is_last_of_several = end_layer == config.num_hidden_layers and first_layer > 0
+    lacks_embedding = draft is not None and EMBEDDING not in draft.index.weight_map
+    return specs + embedding_specs(config) if is_last_of_several and lacks_embedding else specs
 
 
 def describe_draft(
@@ -191,7 +187,6 @@ def describe_draft(
             (one for one in _LAYER_PREFIXES if f"{one}.hidden_norm.weight" in index.weight_map), "layers.0"
         ),
         norms_output=config.norm_output,
-        names=frozenset(index.weight_map),
         index=index,
         digest=model_digest(files[CONFIG_NAME], files[INDEX_NAME]),
     )
@@ -265,14 +260,9 @@ def _aux_layers(config: _ConfigFile, head: DraftHead, num_layers: int, where: st
 
 def _check_names(draft: DraftDescription, source: str) -> None:
     """Check that the head has the tensors that it needs, and no unknown ones."""
-    needed = {spec.name for spec in draft.specs()}
+    names, needed = draft.index.weight_map.keys(), {spec.name for spec in draft.specs()}
     if draft.vocab_size < draft.layer.vocab_size:
         needed |= {LM_HEAD, TARGET_IDS}
-    _refuse_names(sorted(needed - draft.names), f"--draft-model {source} lacks", "that its config.json requires")
-    unknown = sorted(draft.names - needed - set(_UNREAD))
-    _refuse_names(unknown, f"--draft-model {source} has", "that mlx-k2 does not know: it is another kind of head")
-
-
-def _refuse_names(names: Sequence[str], what: str, why: str) -> None:
-    if names:
-        raise CheckpointError(f"{what} {first_of(names)} {why}")
+    refuse_names(sorted(needed - names), f"--draft-model {source} lacks", "that its config.json requires")
+    unknown = sorted(names - needed - set(_UNREAD))
+    refuse_names(unknown, f"--draft-model {source} has", "that mlx-k2 does not know: it is another kind of head")

@@ -159,17 +159,18 @@ def _fetch(snapshot: _Snapshot, names: list[str], on_progress: OnProgress) -> Fe
         def report(num_bytes: int, before: int = before, size: int = remote.size) -> None:
             on_progress(before + min(num_bytes, size), total)
 
-        _download(snapshot.repo, name, snapshot.commit, _reporting_bar(report), replace=_is_wrong(snapshot, name))
-        if _difference(snapshot, name, remote) is not None:  # for instance a damaged file that was still in the cache
-            _download(snapshot.repo, name, snapshot.commit, _reporting_bar(report), replace=True)
-            if (difference := _difference(snapshot, name, remote)) is not None:
-                path = snapshot.folder / name  # a link to the file in the cache
-                path.resolve().unlink(missing_ok=True)
-                path.unlink(missing_ok=True)
-                raise DownloadError(
-                    f"{name} of {snapshot.repo.name} came with {difference} and was removed: fetch it again; "
-                    "if that does not help, a proxy between this host and the Hub changes files"
-                )
+        for replace in (_is_wrong(snapshot, name), True):  # again for instance if a damaged file was still in the cache
+            _download(snapshot.repo, name, snapshot.commit, _reporting_bar(report), replace=replace)
+            if (difference := _difference(snapshot, name, remote)) is None:
+                break
+        else:
+            path = snapshot.folder / name  # a link to the file in the cache
+            path.resolve().unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            raise DownloadError(
+                f"{name} of {snapshot.repo.name} came with {difference} and was removed: fetch it again; "
+                "if that does not help, a proxy between this host and the Hub changes files"
+            )
         done += remote.size
         on_progress(done, total)
     return FetchedFiles(snapshot.folder, snapshot.commit, tuple(missing), dict(snapshot.remote or {}))

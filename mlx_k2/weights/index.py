@@ -134,19 +134,15 @@ def check_names(config: ModelConfig, index: CheckpointIndex) -> str | None:
     _refuse_other_layouts(names, config, index.source)
     needed = [spec.name for spec in model_specs(config)]
     missing = [name for name in needed if name not in names]
-    if missing:
-        raise CheckpointError(f"{index.source} lacks {first_of(missing)} that config.json requires")
+    refuse_names(missing, f"{index.source} lacks", "that config.json requires")
     others = names - set(needed)
     kinds = {
         name: next((kind for part, kind in _UNNEEDED.items() if name.startswith(part) or name.endswith(part)), None)
         for name in others
     }
     unknown = sorted(name for name, kind in kinds.items() if kind is None)
-    if unknown:
-        raise CheckpointError(
-            f"{index.source} names {first_of(unknown)} that config.json does not require: config.json and the "
-            "weights are not of the same model, or mlx-k2 does not know this variant"
-        )
+    other = "config.json and the weights are not of the same model, or mlx-k2 does not know this variant"
+    refuse_names(unknown, f"{index.source} names", f"that config.json does not require: {other}")
     vision = {name: kind for name, kind in kinds.items() if kind and "vision" in kind}
     listed = ", ".join(sorted(set(vision.values())))
     return f"{len(vision)} tensors are not needed for text and are not read: {listed}" if vision else None
@@ -183,6 +179,8 @@ def _refuse_other_layouts(names: Iterable[str], config: ModelConfig, source: str
             raise CheckpointError(f"{source} names {name}: FP8 weights cannot be read; {fetch}")
 
 
-def first_of(names: Sequence[str]) -> str:
-    """Return the first name, and how many follow it."""
-    return f"{names[0]} and {len(names) - 1} more tensors" if len(names) > 1 else f"the tensor {names[0]}"
+def refuse_names(names: Sequence[str], what: str, why: str) -> None:
+    """Raise a CheckpointError with the first of some tensors and how many follow it, if there are any."""
+    if names:
+        listed = f"{names[0]} and {len(names) - 1} more tensors" if len(names) > 1 else f"the tensor {names[0]}"
+        raise CheckpointError(f"{what} {listed} {why}")

@@ -1,13 +1,26 @@
-"""The layout of moonshotai/Kimi-K2-Thinking on the Hub, computed from its config. Reads and fetches no file."""
+"""The config of moonshotai/Kimi-K2-Thinking, from a copy in this package, and the layout that follows from it."""
+
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from mlx_k2.config import ORIGINAL_REPO, ModelConfig
+from mlx_k2.json_text.read import read_json
 from mlx_k2.weights.checkpoint import ModelDescription
-from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, CheckpointIndex, model_digest
 from mlx_k2.weights.inventory import embedding_specs, head_specs, layer_specs
 from mlx_k2.weights.model_source import ModelSource
+
+_KIMI_K2_THINKING = Path(__file__).with_name("kimi_k2_thinking.json")
+
+
+def thinking_config_fields(**changes: Any) -> dict[str, Any]:
+    """Return Kimi K2 Thinking's config with ``changes``. A change of None is written as null; it removes no field."""
+    fields = read_json(_KIMI_K2_THINKING.read_bytes(), dict[str, Any])
+    unknown = changes.keys() - fields.keys()
+    assert not unknown, f"not fields of a Kimi K2 config: {sorted(unknown)}"
+    return fields | changes
 
 
 def known_layout(source: ModelSource) -> ModelDescription | None:

@@ -6,7 +6,7 @@ from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.engine import Engine
 from mlx_k2.coordinator.handle import Event, Finished, Handle, Token
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
-from mlx_k2.scheduling.token_policy import Accepted, AnyToken, TokenPolicy
+from mlx_k2.scheduling.token_policy import Accepted, TokenPolicy
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.token_mask import TokenMask
 
@@ -41,7 +41,7 @@ class Script:
             return Handle(request, lambda _: None)
         self.requests.append(request)
         ids = sampled(self._tokenizer, next(self._replies))
-        return _ScriptedHandle(request, policy or AnyToken(), ids, self._on_token)
+        return _ScriptedHandle(request, policy or TokenPolicy(), ids, self._on_token)
 
 
 class _ScriptedHandle(Handle):
@@ -80,10 +80,10 @@ class ScriptOnStages:
         self._replies = iter(replies)
 
     def submit(self, request: Request, policy: TokenPolicy | None = None) -> Handle:
-        return self._engine.submit(request, _OnlyTokens(policy or AnyToken(), next(self._replies)))
+        return self._engine.submit(request, _OnlyTokens(policy or TokenPolicy(), next(self._replies)))
 
 
-class _OnlyTokens:
+class _OnlyTokens(TokenPolicy):
     """A policy that allows one reply only."""
 
     def __init__(self, policy: TokenPolicy, ids: Sequence[int]) -> None:
@@ -94,9 +94,6 @@ class _OnlyTokens:
     def accept(self, token_id: int) -> Accepted:
         self._num_accepted += 1
         return self._policy.accept(token_id)
-
-    def forced(self) -> Sequence[int]:
-        return ()
 
     def token_mask(self, draft_ids: Sequence[int]) -> TokenMask | None:
         position = self._num_accepted + len(draft_ids)

@@ -21,8 +21,7 @@ from mlx_k2.coordinator.handle import Token
 from mlx_k2.coordinator.reply_policy import ReplyLimits
 from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest
 from mlx_k2.deployment.deploy import deploy
-from mlx_k2.deployment.listener import DeploymentListener
-from mlx_k2.deployment.stage_report import StageReport
+from mlx_k2.deployment.listener import DeploymentListener, StageReport
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.request import FinishReason

@@ -28,7 +28,6 @@ from mlx_k2.cluster.partition import (
 )
 from mlx_k2.config import ModelConfig
 from mlx_k2.errors import PartitionError
-from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.inventory import (
     embedding_read_bytes_per_token,
     embedding_specs,
@@ -37,6 +36,7 @@ from mlx_k2.weights.inventory import (
     layer_read_bytes_per_token,
     layer_specs,
 )
+from mlx_k2.weights.known_layout import thinking_config_fields
 from tests.advice import follows_advice
 
 THINKING = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "config.json")

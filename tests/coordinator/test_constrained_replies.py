@@ -254,7 +254,7 @@ def test_a_draft_token_that_exceeds_the_limits_of_the_grammar_is_dropped_and_the
     assert sequence.error is None
     assert sequence.append_sampled(0, SampledToken(ord("b")), 1)
     assert sequence.finish_reason is FinishReason.STOP
-    assert list(sequence.generated_ids[:-1]) == [*b"bbbbab"]
+    assert list(sequence.token_ids[sequence.num_prompt : -1]) == [*b"bbbbab"]
 
 
 def test_a_reply_that_exceeds_the_limits_of_its_grammar_ends_no_other_reply_with_this_grammar() -> None:

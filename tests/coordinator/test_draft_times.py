@@ -3,7 +3,7 @@
 import pytest
 
 from mlx_k2.coordinator.draft_times import DraftTimer
-from mlx_k2.deployment.stage_report import StageReport
+from mlx_k2.deployment.listener import StageReport
 from mlx_k2.protocol.messages import StepDone
 from mlx_k2.sampling import SampledToken
 from tests.coordinator.test_report_check import plans

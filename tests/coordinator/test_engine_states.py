@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mlx_k2.coordinator.handle import Event, Finished, Handle, Token
-from mlx_k2.deployment.stage_report import StageReport
+from mlx_k2.deployment.listener import StageReport
 from mlx_k2.errors import EngineBusy, RequestFailed
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.drafter import DraftMode

@@ -15,7 +15,7 @@ from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy, StopScanne
 from mlx_k2.errors import RequestError, RequestFailed
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Request
-from mlx_k2.scheduling.token_policy import Accepted, AnyToken
+from mlx_k2.scheduling.token_policy import Accepted, TokenPolicy
 from mlx_k2.text.reply_parts import Content
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 from tests.local_cluster import VOCAB_SIZE, Cluster, local_cluster, local_host, request, rest_of, write_model
@@ -140,7 +140,7 @@ def test_an_empty_stop_string_is_refused() -> None:
         ReplyLimits(stop_strings=("",))
 
 
-class Failing(AnyToken):
+class Failing(TokenPolicy):
     """A policy that fails at its third token."""
 
     def __init__(self) -> None:

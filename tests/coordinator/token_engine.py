@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from mlx_k2.coordinator.engine import MAX_QUEUED, Engine
 from mlx_k2.coordinator.pipeline import Pipeline
+from mlx_k2.deployment.listener import StageReport
 from mlx_k2.deployment.restarting import WAITING, OnRestart, Restart
-from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import Cancelled, ClusterError
 from mlx_k2.protocol.messages import Step
 from mlx_k2.sampling import Sampling
@@ -16,7 +16,7 @@ from mlx_k2.scheduling.cost_model import StageCost
 from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.request import Priority, Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
+from mlx_k2.scheduling.step_policy import StepPolicy
 from mlx_k2.testing.sleeping_stages import SIZES, SPEED
 from mlx_k2.testing.token_stages import TokenStages
 
@@ -46,7 +46,7 @@ class TokenEngine:
 
     def __post_init__(self) -> None:
         self.stages = self.make_stages(self.limits.num_stages, self.plans.append)
-        policy = AdaptiveStepPolicy([StageCost(SIZES, SPEED)] * self.limits.num_stages)
+        policy = StepPolicy([StageCost(SIZES, SPEED)] * self.limits.num_stages)
         self.scheduler = Scheduler(self.limits, policy, draft_mode=self.draft_mode)
         pipeline = Pipeline(self.stages, self.scheduler, policy, VOCAB_SIZE, on_report=self.reports.append)
         self.may_restart = threading.Event()

@@ -7,7 +7,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from mlx_k2.cluster.partition import StageAssignment
 from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, deployment_request, open_source
 from mlx_k2.deployment.dry_run import plan_for
 from mlx_k2.deployment.plan import HostMemory, StagePlan, plan_stages
@@ -16,9 +15,9 @@ from mlx_k2.errors import PartitionError, RequestError
 from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.testing.random_draft_head import draft_config_fields
 from mlx_k2.weights.checkpoint import ModelDescription
-from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.draft_head import LM_HEAD, describe_draft
 from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, SINGLE_FILE_NAME
+from mlx_k2.weights.known_layout import thinking_config_fields
 from mlx_k2.weights.model_source import DraftHead, ModelSource
 from tests.advice import follows_advice
 from tests.deployment.test_plan import GB, SHAPE, THINKING, studios
@@ -64,14 +63,9 @@ def test_a_head_moves_layers_to_the_first_stage() -> None:
 
 def test_the_last_stages_cost_has_the_time_of_a_draft() -> None:
     model = with_head()
-    costs = []
-    for first, end in ((0, 32), (32, 61)):
-        assignment = StageAssignment(first_layer=first, end_layer=end, held_bytes=0, read_bytes=0)
-        costs.append(
-            stage_cost(
-                model.config, assignment, 2, dense_bits=8, on_gpu=True, gb_per_s=692, draft=model.draft, draft_bits=8
-            )
-        )
+    shape = replace(SHAPE, dense_bits=8)
+    stages = [replace(stage, host=msgspec.structs.replace(stage.host, gb_per_s=692)) for stage in plan(model, 460)]
+    costs = [stage_cost(model, stage, shape, HEAD, on_gpu=True) for stage in stages]
     assert costs[0].draft_s == 0
     slices_s = 3 * 7168**2 * 1.0625 / 692e9
     assert costs[1].draft_s + slices_s == pytest.approx(2.8e-3, rel=0.1)

@@ -20,9 +20,9 @@ from mlx_k2.deployment.plan import (
 )
 from mlx_k2.errors import PartitionError, RequestError, StageStartError
 from mlx_k2.weights.checkpoint import ModelDescription
-from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.index import CheckpointIndex
 from mlx_k2.weights.inventory import held_bytes, layer_specs, model_specs
+from mlx_k2.weights.known_layout import thinking_config_fields
 from tests.advice import follows_advice
 
 SHAPE = RunShape(dtype="bfloat16", context_tokens=32768, num_slots=1, chunk_tokens=2048)

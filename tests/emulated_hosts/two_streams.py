@@ -16,9 +16,8 @@ import msgspec
 from mlx_k2.cluster.hostfile import read_hostfile
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest
-from mlx_k2.deployment.listener import DeploymentListener
+from mlx_k2.deployment.listener import DeploymentListener, StageReport
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
-from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.errors import ClusterError
 from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.weights.checkpoint import describe_model

@@ -16,9 +16,8 @@ import pytest
 from mlx_k2.errors import ProtocolError
 from mlx_k2.guard.guard import TICK_S
 from mlx_k2.protocol.framing import Frame, Kind, encode_frame, read_frame, skip_to_mark
-from mlx_k2.protocol.guard_messages import GuardSettings
+from mlx_k2.protocol.guard_messages import GuardSettings, Phase, PhaseUpdate, StageStatus
 from mlx_k2.protocol.messages import Connected, Step, StepDone, Stop, decode_from_stage, encode_message
-from mlx_k2.protocol.stage_status import Phase, PhaseUpdate, StageStatus
 from tests.launch import guarded
 
 END_S = 60.0

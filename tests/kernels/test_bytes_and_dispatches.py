@@ -13,7 +13,7 @@ from mlx_k2.kernels.self_check import LayerShape, random_expert_ids, random_stac
 from mlx_k2.kernels.stack import CODES_PER_WORD, ExpertStack
 from mlx_k2.kernels.tuning import DEFAULT
 from mlx_k2.kernels.variants import Experts
-from mlx_k2.weights.config_fields import thinking_config_fields
+from mlx_k2.weights.known_layout import thinking_config_fields
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from mlx_k2.protocol.framing import Kind, encode_frame, read_frame
+from mlx_k2.protocol.guard_messages import Phase, PhaseUpdate
 from mlx_k2.protocol.messages import (
     Connect,
     Connected,
@@ -25,7 +26,6 @@ from mlx_k2.protocol.messages import (
     decode_to_stage,
     encode_message,
 )
-from mlx_k2.protocol.stage_status import Phase, PhaseUpdate
 from mlx_k2.sampling import SampledToken
 from mlx_k2.stage.ports import HeldPorts
 

@@ -18,7 +18,7 @@ from mlx_k2.protocol.messages import decode_from_stage as decode
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy
+from mlx_k2.scheduling.step_policy import StepPolicy
 from mlx_k2.weights.model_source import ModelSource
 from tests.launch.guarded import stand_in_python
 from tests.local_cluster import tokens_of
@@ -76,7 +76,7 @@ def connected_stages(folder: Path) -> Iterator[StageGroup]:
 @pytest.mark.slow
 def test_a_prompt_of_200_000_tokens_completes_while_readers_are_held_back(readers: HeldReaders, tmp_path: Path) -> None:
     limits = SchedulerLimits(1, 262_144, CHUNK_TOKENS, NUM_STAGES)
-    policy = AdaptiveStepPolicy(k2_stages(NUM_STAGES))
+    policy = StepPolicy(k2_stages(NUM_STAGES))
     prompt = Request(tuple(range(PROMPT_TOKENS)), 3, Sampling(seed=0), frozenset())
     with connected_stages(tmp_path) as group:
         scheduler = Scheduler(limits, policy)

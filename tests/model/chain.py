@@ -36,7 +36,7 @@ class Chain:
         batch = Batch([span for span, _ in parts])
         hidden = self.stages[0].embed(mx.array([token_id for _, token_ids in parts for token_id in token_ids]))
         for stage in self.stages:
-            hidden = stage.run(hidden, batch)
+            hidden, _ = stage.run(hidden, batch)
         logits = self.stages[-1].logits(hidden)
         mx.eval(logits)
         return logits

@@ -6,7 +6,6 @@ import mlx.core as mx
 
 from mlx_k2.model.attention import ON_CPU
 from mlx_k2.model.draft_model import DraftModel
-from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.stage_model import FeatureSlice, Head, StageModel
 from mlx_k2.stage.draft_loading import DraftLoader
 from mlx_k2.weights.checkpoint import locate_tensors
@@ -40,9 +39,8 @@ class LoadedDraft:
 
     def model(self, last: StageModel | None = None, num_slots: int = 4, context_tokens: int = 1024) -> DraftModel:
         """Return the head over an empty cache. It shares what it does not have with the target's last stage."""
-        cache = LatentCache(1, num_slots, context_tokens, self._loader.latent_dim, mx.float32)
         if last is not None and last.head is not None:
-            return self._loader.model(last.embedding, last.head, cache, ON_CPU)
+            return self._loader.model(last.embedding, last.head, num_slots, context_tokens, ON_CPU)
         tensors = self._shards.head().tensors
         head = Head(tensors["model.norm.weight"], mx.contiguous(tensors["lm_head.weight"].T))
-        return self._loader.model(None, head, cache, ON_CPU)
+        return self._loader.model(None, head, num_slots, context_tokens, ON_CPU)

@@ -19,9 +19,9 @@ from mlx_k2.model.attention import (
     naive_blocks,
     rebuilt_bytes_per_head,
 )
-from mlx_k2.model.layer_weights import AttentionWeights, DirectQuery
+from mlx_k2.model.layer_weights import AttentionWeights
 from mlx_k2.model.linear import multiply, multiply_transposed
-from mlx_k2.weights.config_fields import thinking_config_fields
+from mlx_k2.weights.known_layout import thinking_config_fields
 from tests.model.chain import largest_difference
 
 HEADS, NOPE, ROPE, LATENT, VALUE = 4, 32, 16, 64, 32
@@ -58,7 +58,7 @@ def make_case(count: int, position: int, heads: int = HEADS) -> Case:
     keys = mx.random.split(mx.random.key(count), 4)
     unused = mx.zeros((1, 1))
     weights = AttentionWeights(
-        query=DirectQuery(unused),
+        query=unused,
         latent_down=unused,
         latent_norm=mx.ones(LATENT),
         key_up=mx.random.normal((heads, NOPE, LATENT), key=keys[0]) / LATENT**0.5,

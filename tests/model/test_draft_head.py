@@ -124,7 +124,9 @@ def test_features_and_outputs_are_the_same_bits_for_any_stages(
         features = mx.zeros_like(hidden)
         for layers, stage in zip(split_layers(chain.config.num_hidden_layers, num_stages), chain.stages, strict=True):
             stage.feature_slices = loaded.slices(layers)
-            hidden, features = stage.run_with_features(hidden, features, batch)
+            hidden, added = stage.run(hidden, batch, features)
+            assert added is not None
+            features = added
         mx.eval(hidden, features)
         found.append((hidden, features))
     for hidden, features in found[1:]:
@@ -141,7 +143,7 @@ def one_matrix(target: Path, head: Path, tokens: list[int]) -> NDArray[np.float3
     hidden = chain.stages[0].embed(mx.array(tokens))
     read = []
     for layer, stage in enumerate(chain.stages):
-        hidden = stage.run(hidden, batch)
+        hidden, _ = stage.run(hidden, batch)
         if layer in loaded.draft.aux_layers:
             norm = next(iter(loaded.slices(range(layer, layer + 1)).values())).norm
             read.append(hidden if norm is None else mx.fast.rms_norm(hidden, norm, chain.config.rms_norm_eps))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mlx_k2.config import ModelConfig
 from mlx_k2.errors import ConfigError
 from mlx_k2.model.rope import make_rope
-from mlx_k2.weights.config_fields import thinking_config_fields
+from mlx_k2.weights.known_layout import thinking_config_fields
 from tests.weights.made_up import config_of
 
 THETA, FACTOR, ORIGINAL_POSITIONS, DIMS = 50000.0, 64.0, 4096, 64

@@ -36,7 +36,7 @@ class Parts(NamedTuple):
         cache = LatentCache(len(self.layers), 1, 256, self.config.latent_dim, mx.float32)
         model = StageModel(self.config, list(self.layers), self.embedding, self.head, cache)
         batch = Batch([Span(0, 0, len(PROMPT), is_prompt=True)])
-        return model.logits(model.run(model.embed(mx.array(PROMPT)), batch))
+        return model.logits(model.run(model.embed(mx.array(PROMPT)), batch)[0])
 
     def with_moe(self, layer: int, change: Callable[[MoeWeights], MoeWeights]) -> "Parts":
         """Return these parts with one layer's experts changed."""

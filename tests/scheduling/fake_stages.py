@@ -18,7 +18,7 @@ from mlx_k2.scheduling.microbatch import Microbatch, Row
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits, TokensAppended
 from mlx_k2.scheduling.sequence import Sequence
-from mlx_k2.scheduling.step_policy import DecodeRound
+from mlx_k2.scheduling.step_policy import DecodeRound, StepPolicy
 
 STOP_ID = 9
 """Sampled like any other id by the fake stages, so that some sequences stop early."""
@@ -45,7 +45,7 @@ actions = st.lists(st.sampled_from(["submit", "send", "complete", "complete"]), 
 
 
 @dataclass(frozen=True)
-class FixedStepPolicy:
+class FixedStepPolicy(StepPolicy):
     """A step policy that always makes the same choices."""
 
     num_microbatches: int

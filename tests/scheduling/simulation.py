@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from mlx_k2.config import ModelConfig
 from mlx_k2.deployment.stage_costs import GPU_TILE_ROWS, stage_sizes
 from mlx_k2.sampling import SampledToken, Sampling
-from mlx_k2.scheduling.cost_model import StageCost, StageSizes, StageSpeed, StepLoad
+from mlx_k2.scheduling.cost_model import StageCost, StageSizes, StageSpeed
 from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
-from mlx_k2.scheduling.step_policy import AdaptiveStepPolicy, DecodeRound, StepPolicy
-from mlx_k2.weights.config_fields import thinking_config_fields
+from mlx_k2.scheduling.step_policy import DecodeRound, StepPolicy
+from mlx_k2.weights.known_layout import thinking_config_fields
 
 SPEED = StageSpeed(fixed_s=0.003, bytes_per_s=0.7e12, operations_per_s=15e12)
 TURNAROUND_S = 0.001
@@ -38,26 +38,20 @@ def k2_stages(num_stages: int = 2, speed: StageSpeed = SPEED) -> list[StageCost]
     return [StageCost(sizes, speed) for sizes in k2_sizes(num_stages)]
 
 
-class FixedChoices:
+class FixedChoices(StepPolicy):
     """The adaptive step policy, except for a fixed number of microbatches and a fixed chunk length."""
 
     def __init__(self, stages: Sequence[StageCost], num_microbatches: int, chunk_tokens: int) -> None:
-        self._model = AdaptiveStepPolicy(stages, TURNAROUND_S)
+        super().__init__(stages, TURNAROUND_S)
         self._num_microbatches = num_microbatches
         self._chunk_tokens = chunk_tokens
 
     def decode_round(self, num_sequences: int, mean_context: int) -> DecodeRound:
-        decode_round = self._model.decode_round(num_sequences, mean_context)
+        decode_round = super().decode_round(num_sequences, mean_context)
         return DecodeRound(min(num_sequences, self._num_microbatches), decode_round.round_s)
 
     def chunk_tokens(self, position: int, num_tokens: int, longest: int) -> int:
         return min(self._chunk_tokens, longest)
-
-    def chunk_beside(self, load: StepLoad, position: int, longest: int, limit_s: float) -> int:
-        return self._model.chunk_beside(load, position, longest, limit_s)
-
-    def drafts_pay(self) -> bool:
-        return self._model.drafts_pay()
 
 
 def request(num_prompt: int, max_tokens: int, seed: int = 0, *, alike: bool = False) -> Request:

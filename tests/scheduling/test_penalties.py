@@ -5,7 +5,7 @@ import random
 import numpy as np
 
 from mlx_k2.sampling import LogitBias, SampledToken, Sampling
-from mlx_k2.scheduling.drafter import Drafter
+from mlx_k2.scheduling.drafter import NgramDrafter
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.sequence import Sequence, SharedPrefix
 
@@ -30,7 +30,7 @@ def added_by(bias: LogitBias | None) -> list[float]:
     return found
 
 
-class Script(Drafter):
+class Script(NgramDrafter):
     """A drafter that proposes given tokens."""
 
     def __init__(self, token_ids: list[int]) -> None:

@@ -91,14 +91,14 @@ def test_a_stop_token_ends_a_sequence_and_counts_as_generated() -> None:
     run.finish()
     (sequence,) = run.sequences
     assert sequence.finish_reason is FinishReason.STOP
-    assert sequence.generated_ids[-1] == STOP_ID
+    assert sequence.token_ids[-1] == STOP_ID
 
 
 def test_a_sequence_ends_at_the_context_length() -> None:
     run = run_of((60, 50))
     run.finish()
     (sequence,) = run.sequences
-    assert (sequence.finish_reason, len(sequence.generated_ids)) == (FinishReason.LENGTH, 4)
+    assert (sequence.finish_reason, len(sequence.token_ids) - sequence.num_prompt) == (FinishReason.LENGTH, 4)
 
 
 def test_after_cancel_all_before_the_first_step_the_scheduler_has_no_work() -> None:

@@ -120,7 +120,7 @@ def test_every_finish_reason_agrees_with_the_sequences_tokens(finished: tuple[Ru
     run, asked = finished
     assert len(run.sequences) == len(asked)
     for sequence in run.sequences:
-        generated = sequence.generated_ids
+        generated = sequence.token_ids[sequence.num_prompt :]
         full = len(sequence.token_ids) == run.limits.context_tokens
         assert STOP_ID not in generated[:-1]
         assert len(sequence.token_ids) <= run.limits.context_tokens

@@ -11,10 +11,8 @@ from hypothesis import strategies as st
 from mlx_k2.scheduling.cost_model import StageCost, StageSpeed, expected_tiles, row_load
 from mlx_k2.scheduling.step_policy import (
     CHUNK_DELAY_STEPS,
-    AdaptiveStepPolicy,
-    best_chunk,
+    StepPolicy,
     best_round,
-    largest_chunk_within,
     prefill_s,
 )
 from tests.examples import at_least
@@ -26,9 +24,7 @@ TOKENS = 40
 CLOSE = 1.05
 
 
-def decode_s(
-    policy: AdaptiveStepPolicy | FixedChoices, stages: list[StageCost], num_streams: int, num_prompt: int
-) -> float:
+def decode_s(policy: StepPolicy, stages: list[StageCost], num_streams: int, num_prompt: int) -> float:
     """Return the seconds for each token of each stream, over the time in which all streams decode."""
     simulation = Simulation(stages, policy, num_streams)
     asked = [request(num_prompt, TOKENS + 20 * num_streams, seed, alike=True) for seed in range(num_streams)]
@@ -42,7 +38,7 @@ def decode_s(
 @pytest.mark.parametrize("num_prompt", [512, 8192, 65536])
 def test_decode_time_is_within_5_percent_of_the_best_microbatch_count(num_streams: int, num_prompt: int) -> None:
     stages = k2_stages()
-    chosen = decode_s(AdaptiveStepPolicy(stages, TURNAROUND_S), stages, num_streams, num_prompt)
+    chosen = decode_s(StepPolicy(stages, TURNAROUND_S), stages, num_streams, num_prompt)
     others = [
         decode_s(FixedChoices(stages, count, 2048), stages, num_streams, num_prompt)
         for count in range(1, min(num_streams, 4) + 1)
@@ -53,7 +49,7 @@ def test_decode_time_is_within_5_percent_of_the_best_microbatch_count(num_stream
 @pytest.mark.parametrize("num_prompt", PROMPTS)
 def test_prefill_time_is_within_5_percent_of_the_best_chunk_length(num_prompt: int) -> None:
     stages = k2_stages()
-    simulation = Simulation(stages, AdaptiveStepPolicy(stages, TURNAROUND_S), 1)
+    simulation = Simulation(stages, StepPolicy(stages, TURNAROUND_S), 1)
     simulation.run(request(num_prompt, 1))
     step = max(1, num_prompt // 512)
     lengths = range(step, min(num_prompt, LONGEST_CHUNK) + 1, step)
@@ -73,7 +69,7 @@ def test_expected_tiles_are_those_of_random_choices(num_tokens: int, tile_rows: 
 def test_counted_tiles_make_the_chunks_of_a_prompt_of_4096_tokens_longer() -> None:
     stages = k2_stages()
     untiled = [StageCost(replace(stage.sizes, tile_rows=1), stage.speed) for stage in stages]
-    assert best_chunk(stages, 0, 4096, 4096) > best_chunk(untiled, 0, 4096, 4096)
+    assert StepPolicy(stages).chunk_tokens(0, 4096, 4096) > StepPolicy(untiled).chunk_tokens(0, 4096, 4096)
 
 
 @settings(max_examples=at_least(300))
@@ -126,7 +122,7 @@ def test_a_chunk_sent_with_decode_rows_is_the_longest_within_the_time_limit(
     decode_round = best_round(stages, num_sequences, context, TURNAROUND_S)
     limit_s = (1 + CHUNK_DELAY_STEPS) * decode_round.round_s / max(2, decode_round.num_microbatches)
     one = row_load(context, 1, is_prompt=False, needs_logits=True)
-    count = largest_chunk_within(stages, one, position, LONGEST_CHUNK, limit_s)
+    count = StepPolicy(stages).chunk_beside(one, position, LONGEST_CHUNK, limit_s)
 
     def step_s(tokens: int) -> float:
         load = one + row_load(position, tokens, is_prompt=True, needs_logits=False)
@@ -139,7 +135,7 @@ def test_a_chunk_sent_with_decode_rows_is_the_longest_within_the_time_limit(
 @pytest.mark.parametrize("num_streams", [1, 2, 4, 8])
 def test_a_long_prompt_delays_decoding_sequences_by_at_most_chunk_delay_steps(num_streams: int) -> None:
     stages = k2_stages()
-    simulation = Simulation(stages, AdaptiveStepPolicy(stages, TURNAROUND_S), num_streams + 1)
+    simulation = Simulation(stages, StepPolicy(stages, TURNAROUND_S), num_streams + 1)
     asked = [request(64, 400, seed) for seed in range(num_streams)]
     simulation.run(*asked, until_s=6.0)
     alone_s = max(largest_gap(times[5:]) for times in simulation.token_times.values())

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from mlx_k2.cluster.partition import StageAssignment
+from mlx_k2.deployment.listener import StageReport
 from mlx_k2.deployment.plan import StagePlan
-from mlx_k2.deployment.stage_report import StageReport
 from mlx_k2.protocol.messages import LayerLoaded, StepDone
 from mlx_k2.scheduling.microbatch import Microbatch, PlannedRow
 from mlx_k2.scheduling.sequence import Sequence
@@ -48,7 +48,7 @@ def add_step(activity: ClusterActivity, rank: int, busy_s: float, receive_s: flo
     asked = request(*range(num_tokens))
     sequence = Sequence(asked, context_tokens=100)
     sequence.slot = 0
-    row = PlannedRow.of(sequence, 0, asked.prompt_ids, is_prompt=True, needs_logits=False)
+    row = PlannedRow.of(sequence, asked.prompt_ids)
     done = StepDone(0, busy_s, receive_s=receive_s)
     activity.add_report(StageReport(rank, Microbatch(0, (row,)), done, 0.0))
 

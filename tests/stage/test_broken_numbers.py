@@ -10,11 +10,11 @@ import pytest
 from mlx_k2.errors import CheckpointError, NotFinite
 from mlx_k2.kernels.stack import AffineStack
 from mlx_k2.model.layer_weights import MoeWeights
-from mlx_k2.protocol.messages import Load
+from mlx_k2.protocol.messages import Load, Prepare
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.microbatch import Row
-from mlx_k2.stage.loading import StageLoader
-from mlx_k2.stage.transport import NoNeighbours
+from mlx_k2.stage.loading import load_stage
+from mlx_k2.stage.transport import Transport
 from mlx_k2.token_mask import TokenMask
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.index import CheckpointIndex, read_index_json
@@ -142,10 +142,9 @@ def test_dense_bits_check_every_tensor_because_mx_quantize_hides_nan(
     folder = planted(checkpoint("thinking"), tmp_path / "model", name, value)
     source = ModelSource(path_or_repo=str(folder))
     description = describe_model(read_model_files(source).files, str(folder))
-    loader = StageLoader(description, source, lambda _: None, lambda *_: None)
     message = Load(0, 7, "float32", num_slots=1, context_tokens=64, needed_bytes=0, block_bytes=1 << 24, dense_bits=8)
     with pytest.raises(CheckpointError, match=rf"\.safetensors: {name} has NaN or infinity"):
-        loader.load(message, NoNeighbours())
+        load_stage(description, Prepare(0, 1, source, ()), message, Transport(), lambda _: None, lambda *_: None)
 
 
 ONE_TOKEN = Row(0, 0, (5,), True, Sampling(seed=1, temperature=0, num_logprobs=50))

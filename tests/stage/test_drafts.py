@@ -113,7 +113,7 @@ class InFlight:
                     found[id(added[0])] += added[1]
             if asked.cancel_after is not None and len(found[id(sequences[0])]) >= asked.cancel_after:
                 self.scheduler.stop(sequences[0], FinishReason.CANCELLED)
-        self.num_accepted += sum(sequence.drafts.num_accepted for sequence in sequences)
+        self.num_accepted += sum(count.num_accepted for each in sequences for count in each.drafts.counts)
         return list(found.values())
 
     def _send(self) -> None:

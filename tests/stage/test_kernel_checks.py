@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(120)
 CONFIG = ModelConfig.from_json(json.dumps(tiny_config_fields(256)).encode(), "tiny")
 CHILD = """
 import os, signal, sys
-import mlx_k2.stage.measure_kernels as program
+import mlx_k2.stage.kernel_checks as program
 from mlx_k2.kernels import experts
 from mlx_k2.kernels.self_check import KernelCheck
 def check(name, *_):
@@ -55,7 +55,7 @@ class Stage:
 
         def run(command: list[str], timeout_s: float) -> bool:
             self.children += 1
-            words = command[command.index("adopt") + 1 :]
+            words = command[command.index("-m") + 2 :]
             return run_child([sys.executable, "-c", CHILD.format(dying=dying), *words], timeout_s)
 
         with self._monkeypatch.context() as patch:

@@ -14,9 +14,9 @@ from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.random_draft_head import draft_config_fields, write_random_draft_head
 from mlx_k2.testing.tiny_config import tiny_config_fields
 from mlx_k2.weights.checkpoint import read_small_files
-from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.draft_head import LM_HEAD, DraftDescription, describe_draft, kept_rows
 from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, SINGLE_FILE_NAME
+from mlx_k2.weights.known_layout import thinking_config_fields
 from mlx_k2.weights.model_files import read_draft
 from mlx_k2.weights.model_source import DraftHead, ModelSource
 from tests.advice import follows_advice

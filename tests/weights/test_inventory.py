@@ -7,7 +7,6 @@ import pytest
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.testing.tiny_config import as_kimi_k25, tiny_config_fields
-from mlx_k2.weights.config_fields import thinking_config_fields
 from mlx_k2.weights.inventory import (
     TensorSpec,
     embedding_read_bytes_per_token,
@@ -19,6 +18,7 @@ from mlx_k2.weights.inventory import (
     model_specs,
     shard_specs,
 )
+from mlx_k2.weights.known_layout import thinking_config_fields
 from tests.weights.made_up import config_of
 
 
