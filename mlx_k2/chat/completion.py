@@ -8,34 +8,16 @@ import msgspec
 
 from mlx_k2.chat.chat_session import ReplySettings
 from mlx_k2.chat.sampling_options import SamplingOptions
-from mlx_k2.coordinator.answer_summary import AnswerSummary
+from mlx_k2.coordinator.answer_summary import AnswerSummary, Usage
 from mlx_k2.coordinator.handle import Token
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.sampling import for_answers
-from mlx_k2.scheduling.drafts import DraftCount
 from mlx_k2.text.history import assistant_message
 from mlx_k2.text.message import Message
 from mlx_k2.text.prompt import render_prompt
 from mlx_k2.text.reply_parts import Reply
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.weights.model_frontend import ModelFrontend
-
-
-class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Token counts and rates of a reply. A rate is None if there were too few tokens to measure it."""
-
-    prompt_tokens: int
-    cached_tokens: int
-    """Prompt tokens that were cached and were not computed again."""
-    generated_tokens: int
-    drafted: int
-    accepted: int
-    """Draft tokens that were computed, and those of them that are part of the reply."""
-    drafts: tuple[DraftCount, ...]
-    """The same by source, and by position after the last known token."""
-    time_to_first_token_s: float | None
-    prefill_tokens_per_s: float | None
-    decode_tokens_per_s: float | None
 
 
 class CalledTool(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -149,15 +131,5 @@ def completion_of(reply: Reply, summary: AnswerSummary, num_calls_before: int = 
         ),
         finish_reason=summary.finish_reason.value,
         seed=summary.seed,
-        usage=Usage(
-            prompt_tokens=summary.prompt_tokens,
-            cached_tokens=summary.cached_tokens,
-            generated_tokens=summary.generated_tokens,
-            drafted=summary.num_drafted,
-            accepted=summary.num_accepted,
-            drafts=summary.drafts,
-            time_to_first_token_s=summary.time_to_first_token_s,
-            prefill_tokens_per_s=summary.prefill_tokens_per_s,
-            decode_tokens_per_s=summary.decode_tokens_per_s,
-        ),
+        usage=summary.usage,
     )

@@ -92,8 +92,8 @@ class Metrics:
         self._generation_tokens.inc(summary.generated_tokens)
         self._cache_queries.inc(summary.prompt_tokens)
         self._cached.inc(summary.cached_tokens)
-        self._drafted.inc(summary.num_drafted)
-        self._accepted.inc(summary.num_accepted)
+        self._drafted.inc(summary.drafted)
+        self._accepted.inc(summary.accepted)
         for count in summary.drafts:
             self._drafted_by.labels(count.source.value, count.position).inc(count.num_drafted)
             self._accepted_by.labels(count.source.value, count.position).inc(count.num_accepted)

@@ -179,5 +179,5 @@ def test_an_answer_with_drafts_goes_on_with_the_same_tokens_after_any_stage_is_k
                 if len(token_ids) in (10, 30):
                     stage_process(len(token_ids) // 30).kill()
     assert isinstance(event, Finished)
-    assert event.summary.num_accepted > 0
+    assert event.summary.accepted > 0
     assert token_ids == tokens(engine_of(1), request)
