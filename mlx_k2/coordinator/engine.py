@@ -9,12 +9,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from types import TracebackType
+from functools import partial
 
 from mlx_k2.coordinator.answer_summary import AnswerTimer
 from mlx_k2.coordinator.engine_loop import EngineLoop, Restarts
 from mlx_k2.coordinator.handle import Handle
-from mlx_k2.coordinator.jobs import Cancel, Close, Job, Submission, Submit
+from mlx_k2.coordinator.jobs import Job, Submission
 from mlx_k2.coordinator.pipeline import Pipeline, StageUse, StepTimeout
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.restarting import OnRestart
@@ -101,12 +101,10 @@ class Engine:
         gc.freeze()  # a full collection stops all threads for 14 to 28 ms, mostly for objects of imports (measured)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._restarts is not None:
             self._restarts.cancel()
-        self._loop.put(Close())
+        self._loop.put(self._loop.close)
         self._thread.join()  # the end of a restart's stages has its own deadline, in StageGroup.stop
         gc.unfreeze()
         _SHORT_INTERVAL.end()
@@ -167,14 +165,14 @@ class Engine:
                 )
             self._num_queued += len(jobs)
             self._jobs |= {job.handle: job for job in jobs}
-            self._loop.put(Submit(tuple(jobs)))
+            self._loop.put(partial(self._loop.submit, jobs))
         return [job.handle for job in jobs]
 
     def _cancel(self, handle: Handle) -> None:
         """End a handle at once, and stop its sequence soon. Called in signal handlers: takes no lock."""
         job = self._jobs.get(handle)
         if job is not None and handle.end(job.finished(FinishReason.CANCELLED)):
-            self._loop.put(Cancel(job))
+            self._loop.put(partial(self._loop.stop, job))
 
     @property
     def expected_wait_s(self) -> float:
