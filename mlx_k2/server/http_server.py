@@ -5,7 +5,6 @@ import errno
 import socket
 import threading
 from dataclasses import dataclass
-from types import TracebackType
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -72,9 +71,7 @@ class HttpServer:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._server.force_exit = True
         self._server.should_exit = True
         self._thread.join(_FORCED_END_S)
