@@ -51,7 +51,7 @@ class ServerState:
         self.records: dict[str, RequestRecord] = {}
         self.is_ending = False
         """True from the beginning of the server's end: streams that never end by themselves end then."""
-        self.metrics = Metrics(self)
+        self.metrics = Metrics(self.records, activity, self._stage_totals)
         self._streams: dict[str, EventStream] = {}
         self._loaded: _Loaded | None = None
         self._num_preparing = {True: 0, False: 0}
@@ -67,11 +67,6 @@ class ServerState:
         if self._loaded is None:
             return "loading"
         return "restarting" if self._loaded.engine.is_restarting else "ready"
-
-    @property
-    def stage_totals(self) -> tuple[StageUse, ...]:
-        """The totals of each stage; () while the model is loading."""
-        return () if self._loaded is None else self._loaded.engine.use
 
     @property
     def context_tokens(self) -> int | None:
@@ -148,8 +143,8 @@ class ServerState:
             records[index].add(event)
 
         stream = EventStream(on_event, lambda: self._close(ids))
-        self.records |= dict(zip(ids, records, strict=True))
-        self._streams |= dict.fromkeys(ids, stream)
+        self.records.update(zip(ids, records, strict=True))
+        self._streams.update(dict.fromkeys(ids, stream))
         try:
             await stream.submit(self._loaded.engine, generation)
         except MlxK2Error as error:
@@ -186,6 +181,9 @@ class ServerState:
             "stages": self.activity.stages(),
             "requests": [record.fields(is_own=record.owner == owner) for record in records],
         }
+
+    def _stage_totals(self) -> tuple[StageUse, ...]:
+        return () if self._loaded is None else self._loaded.engine.use
 
     def _close(self, ids: Sequence[str]) -> None:
         for one in ids:
