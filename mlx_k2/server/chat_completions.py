@@ -139,7 +139,7 @@ class ChatFormat(CompletionFormat):
         return event_bytes(self._head | {"choices": [choice]})
 
     def _whole_choice(self, index: int, reply: ChatReply) -> dict[str, Any]:
-        message = reply.message | (self._reasoning(reply.reasoning) if reply.reasoning else {})
+        message = reply.message.json_value() | (self._reasoning(reply.reasoning) if reply.reasoning else {})
         choice = {"index": index, "message": message, "finish_reason": reply.finish_reason}
         return choice | ({"logprobs": self._logprobs(index, reply.content_tokens)} if self._wants_logprobs else {})
 

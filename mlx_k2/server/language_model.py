@@ -24,6 +24,7 @@ from mlx_k2.server.turn_store import HANDLE_FIELD, StoredTurn, TurnStore
 from mlx_k2.text.constraint import Constraint, tool_rules
 from mlx_k2.text.history import with_normal_ids
 from mlx_k2.text.history_reader import read_history
+from mlx_k2.text.message import Message
 from mlx_k2.text.prompt import opens_reasoning, render_pieces
 from mlx_k2.text.reply_grammar import ReplyGrammar, compile_constraint
 from mlx_k2.text.sampled_turns import SampledTurns
@@ -56,8 +57,8 @@ class Generation:
     """Whether the arguments of each call follow a grammar of JSON."""
     owner: str = ""
     """The name of the client's key."""
-    digest: bytes = b""
-    """The digest of the conversation that is answered, for the turn store."""
+    digest: bytes | None = None
+    """The digest of the conversation that is answered, for the turn store; None for a raw prompt."""
     warnings: tuple[str, ...] = ()
     """Lines about schemas of which the answer's grammar allows more."""
 
@@ -131,13 +132,10 @@ class LanguageModel:
             sampled.keep(number, turn.token_ids)
         return sampled.encode(pieces), restored.digest
 
-    def keep_turn(
-        self, generation: Generation, handle: str, message: Mapping[str, Any], token_ids: Sequence[int]
-    ) -> None:
+    def keep_turn(self, generation: Generation, handle: str, message: Message, token_ids: Sequence[int]) -> None:
         """Store the answer ``message``, for a client that continues its conversation."""
-        if message.get("content") or message.get("tool_calls"):
-            (written,) = read_history([message], self._frontend.template.fields).messages
-            turn = StoredTurn(written, array("I", token_ids))
+        if generation.digest is not None and (message.content or message.tool_calls):
+            turn = StoredTurn(message, array("I", token_ids))
             self._turns.keep(generation.owner, handle, generation.digest, turn)
 
     def completion(self, completion: CompletionRequest) -> Generation:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -43,12 +43,12 @@ from mlx_k2.server.responses_request import (
 )
 from mlx_k2.server.server_state import ServerState
 from mlx_k2.server.sse import STREAM_HEADERS, EventStreamResponse, ReplyFormat, WholeResponse, json_response
-from mlx_k2.server.status_stream import StatusStream
+from mlx_k2.server.status_stream import status_events
 from mlx_k2.server.text_completions import TextFormat
 from mlx_k2.server.turn_store import HANDLE_FIELD
 
 Result = TypeVar("Result")
-Asked = TypeVar("Asked")
+Asked = TypeVar("Asked", bound=GenerationFields | MessagesRequest)
 _MAX_ID_DIGITS = 16
 COUNTS_PER_S = 50
 """The most requests of a key for a number of tokens. Claude Code in an editor sends 40 at its start."""
@@ -106,13 +106,14 @@ class Routes:
         status = self._state.status(request.scope[OWNER])
         return json_response(status | {"history": self._state.activity.history()})
 
-    async def _status_events(self, request: Request) -> ASGIApp:
+    async def _status_events(self, request: Request) -> Response:
         if request.method == "HEAD":
             return Response(headers=STREAM_HEADERS)
         owner = request.scope[OWNER]
         seen = request.headers.get("last-event-id", "")
         last_id = int(seen) if seen.isascii() and seen.isdigit() and len(seen) < _MAX_ID_DIGITS else 0
-        return StatusStream(lambda: self._state.status(owner), lambda: self._state.is_ending, last_id)
+        events = status_events(lambda: self._state.status(owner), lambda: self._state.is_ending, last_id)
+        return StreamingResponse(events, headers=STREAM_HEADERS)
 
     async def _models(self, request: Request) -> Response:  # noqa: ARG002 - a route's argument
         """Answer in the shapes of both OpenAI's and Anthropic's API."""
@@ -179,41 +180,26 @@ class Routes:
     # ---- generation
 
     async def _chat(self, request: Request) -> ASGIApp:
-        def read(body: bytes) -> tuple[ChatRequest, ChatRequest]:
+        def prepare(model: LanguageModel, body: bytes) -> tuple[ChatRequest, Generation]:
             chat = read_chat_request(body)
-            return chat, chat
+            self._state.check_model(chat.model)
+            return chat, model.chat(chat, request.scope[OWNER])
 
         def form(chat: ChatRequest, replies: Sequence[ChatReply]) -> ReplyFormat:
             return ChatFormat(self._head(_CHAT_PREFIX, request), replies, chat, self._state.options)
 
-        return await self._converse(request, read, form)
+        return await self._generate(request, prepare, form)
 
     async def _messages(self, request: Request) -> ASGIApp:
+        def prepare(model: LanguageModel, body: bytes) -> tuple[MessagesRequest, Generation]:
+            asked, chat = read_messages_request(body)
+            self._state.check_model(chat.model)
+            return asked, model.chat(chat, request.scope[OWNER])
+
         def form(asked: MessagesRequest, replies: Sequence[ChatReply]) -> ReplyFormat:
             return MessagesFormat(request.scope[REQUEST_ID], self._state.model_name, asked, replies[0])
 
-        return await self._converse(request, read_messages_request, form)
-
-    async def _converse(
-        self,
-        request: Request,
-        read: Callable[[bytes], tuple[Asked, ChatRequest]],
-        make_format: Callable[[Asked, Sequence[ChatReply]], ReplyFormat],
-    ) -> ASGIApp:
-        """Answer a conversation in the format of an API. ``read`` returns its request, and the same as a chat request.
-
-        ``read`` is called on a worker thread.
-        """
-
-        def prepare(model: LanguageModel, body: bytes) -> tuple[Asked, ChatRequest, Generation]:
-            asked, chat = read(body)
-            self._state.check_model(chat.model)
-            return asked, chat, model.chat(chat, request.scope[OWNER])
-
-        self._state.check_ready()
-        asked, chat, generation = await self._prepare(request, prepare, is_queued=True)
-        replies = [ChatReply(generation, self._keep_turn) for _ in generation.submissions]
-        return await self._answer(request, chat, generation, make_format(asked, replies))
+        return await self._generate(request, prepare, form)
 
     async def _completions(self, request: Request) -> ASGIApp:
         def prepare(model: LanguageModel, body: bytes) -> tuple[CompletionRequest, Generation]:
@@ -221,11 +207,22 @@ class Routes:
             self._state.check_model(completion.model)
             return completion, model.completion(completion)
 
+        def form(completion: CompletionRequest, replies: Sequence[ChatReply]) -> ReplyFormat:
+            return TextFormat(self._head(_TEXT_PREFIX, request), replies, completion, self._state.options)
+
+        return await self._generate(request, prepare, form)
+
+    async def _generate(
+        self,
+        request: Request,
+        prepare: Callable[[LanguageModel, bytes], tuple[Asked, Generation]],
+        make_format: Callable[[Asked, Sequence[ChatReply]], ReplyFormat],
+    ) -> ASGIApp:
+        """Answer a request in the format of an API. ``prepare`` reads the body, on a worker thread."""
         self._state.check_ready()
-        completion, generation = await self._prepare(request, prepare, is_queued=True)
-        replies = [ChatReply(generation) for _ in generation.submissions]
-        form = TextFormat(self._head(_TEXT_PREFIX, request), replies, completion, self._state.options)
-        return await self._answer(request, completion, generation, form)
+        asked, generation = await self._prepare(request, prepare, is_queued=True)
+        replies = [ChatReply(generation, self._keep_turn) for _ in generation.submissions]
+        return await self._answer(request, asked, generation, make_format(asked, replies))
 
     # ---- responses
 
@@ -255,7 +252,7 @@ class Routes:
 
         def keep(body: bytes) -> None:
             if asked.is_stored:
-                answer = msgspec.json.encode(reply.message | {HANDLE_FIELD: reply.handle})
+                answer = msgspec.json.encode(reply.message.json_value() | {HANDLE_FIELD: reply.handle})
                 self._responses.keep(owner, head["id"], StoredResponse(body, messages, answer))
 
         fields = response_fields(head, asked, generation.submissions[0].request.sampling)
@@ -312,9 +309,7 @@ class Routes:
             "model": self._state.model_name,
         }
 
-    async def _answer(
-        self, request: Request, asked: GenerationFields, generation: Generation, form: ReplyFormat
-    ) -> ASGIApp:
+    async def _answer(self, request: Request, asked: Asked, generation: Generation, form: ReplyFormat) -> ASGIApp:
         """Submit the request and return its answer."""
         warnings = [_OTHER_MODEL] if asked.model not in (None, self._state.model_name) else []
         headers = warning_headers([*warnings, *generation.warnings])

@@ -5,7 +5,7 @@ Knows no API: a ReplyFormat turns the engine's events into bytes, or into a body
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from mlx_k2.coordinator.handle import Event
 from mlx_k2.errors import MlxK2Error
-from mlx_k2.server.api_errors import ApiError, shaped_error, to_api_error, unavailable_error
+from mlx_k2.server.api_errors import REQUEST_ID, ApiError, messages_error, to_api_error, unavailable_error
 from mlx_k2.server.event_stream import EventStream
 
 KEEPALIVE_S = 10.0
@@ -61,7 +61,9 @@ def json_response(data: object, status: int = 200, headers: Mapping[str, str] | 
 
 def error_response(error: ApiError, scope: Mapping[str, Any]) -> Response:
     """Return the answer for an error in the shape of the API that the request of ``scope`` is for."""
-    status, body = shaped_error(error, scope)
+    status, body = error.status, error.body
+    if scope["path"].startswith("/v1/messages"):
+        status, body = messages_error(error, scope[REQUEST_ID])
     return json_response(body, status, error.headers)
 
 
@@ -140,24 +142,15 @@ class WholeResponse:
 @asynccontextmanager
 async def cancelled_on_disconnect(stream: EventStream, receive: Receive) -> AsyncIterator[None]:
     """Cancel the request when the client closes the connection, and when the block ends before the request."""
-    try:
-        async with on_disconnect(receive, stream.abandon):
-            yield
-    finally:
-        stream.close()
-
-
-@asynccontextmanager
-async def on_disconnect(receive: Receive, gone: Callable[[], None]) -> AsyncIterator[None]:
-    """Call ``gone`` if the client closes the connection within the block."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        gone()
+        stream.abandon()
 
     watching = asyncio.create_task(watch())
     try:
         yield
     finally:
         watching.cancel()
+        stream.close()
