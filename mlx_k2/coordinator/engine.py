@@ -82,16 +82,15 @@ class Engine:
         max_queued: int = MAX_QUEUED,
     ) -> None:
         self._limits = scheduler.limits
-        self._vocab_size = pipeline.vocab_size
+        self._pipeline = pipeline
         self._on_failure = on_failure
         self._max_queued = max_queued
-        self._num_queued = 0
         self._durations: deque[float] = deque(maxlen=_NUM_TIMED)
-        self._lock = threading.Lock()  # guards _num_queued, _error and _jobs
+        self._lock = threading.Lock()  # guards _error and _jobs
         self._error: MlxK2Error | None = None
         self._jobs: dict[Handle, Job] = {}
         self._restarts = restarts
-        self._loop = EngineLoop(pipeline, scheduler, restarts, on_restart, self._on_started, self._on_ended)
+        self._loop = EngineLoop(pipeline, scheduler, restarts, on_restart, self._on_ended)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def __enter__(self) -> "Engine":
@@ -127,7 +126,7 @@ class Engine:
     @property
     def use(self) -> tuple[StageUse, ...]:
         """The totals of each stage so far."""
-        return self._loop.use
+        return self._pipeline.use
 
     def submit(
         self,
@@ -150,20 +149,20 @@ class Engine:
     def submit_all(self, submissions: Sequence[Submission]) -> list[Handle]:
         """Queue several requests, all or none, so that the first plan counts all of them. Errors are as in submit."""
         for submission in submissions:
-            check_request(submission.request, self._vocab_size, self._limits.context_tokens)
+            check_request(submission.request, self._pipeline.vocab_size, self._limits.context_tokens)
         now = time.perf_counter()
         jobs = [Job(one, Handle(one.request, self._cancel, one.notify), AnswerTimer(now)) for one in submissions]
         with self._lock:
             if self._error is not None:
                 raise self._error.with_traceback(None)
-            if self._num_queued + len(jobs) > self._max_queued:
+            num_queued = self._num_queued
+            if num_queued + len(jobs) > self._max_queued:
                 wait_s = self.expected_wait_s
                 raise EngineBusy(
-                    f"{self._num_queued} requests wait already, of at most {self._max_queued}: "
+                    f"{num_queued} requests wait already, of at most {self._max_queued}: "
                     f"try again in about {wait_s:.0f} s",
                     wait_s,
                 )
-            self._num_queued += len(jobs)
             self._jobs |= {job.handle: job for job in jobs}
             self._loop.put(partial(self._loop.submit, jobs))
         return [job.handle for job in jobs]
@@ -173,6 +172,10 @@ class Engine:
         job = self._jobs.get(handle)
         if job is not None and handle.end(job.finished(FinishReason.CANCELLED)):
             self._loop.put(partial(self._loop.stop, job))
+
+    @property
+    def _num_queued(self) -> int:
+        return sum(job.is_queued for job in list(self._jobs.values()))
 
     @property
     def expected_wait_s(self) -> float:
@@ -200,11 +203,6 @@ class Engine:
             job.handle.end(job.finished(FinishReason.CANCELLED) if isinstance(error, Cancelled) else error)
         if self._on_failure is not None and not isinstance(error, Cancelled):
             self._on_failure(error)
-
-    def _on_started(self) -> None:
-        """A job has left the queue."""
-        with self._lock:
-            self._num_queued -= 1
 
     def _on_ended(self, job: Job) -> None:
         self._durations.append(time.perf_counter() - job.timer.began)

@@ -1,6 +1,6 @@
 """Engine loop, run by the engine thread. Runs commands, sends plans, waits for reports, delivers events, restarts.
 
-Only the engine thread runs it; ``put`` and ``use`` are for every thread.
+Only the engine thread runs it; ``put`` is for every thread.
 """
 
 import logging
@@ -14,7 +14,7 @@ from typing import Protocol
 
 from mlx_k2.coordinator.handle import Finished, Handle, PrefillProgress, Progress, Queued, Restarting, Token
 from mlx_k2.coordinator.jobs import Job
-from mlx_k2.coordinator.pipeline import Pipeline, StageUse, StepResult
+from mlx_k2.coordinator.pipeline import Pipeline, StepResult
 from mlx_k2.deployment.restarting import OnRestart, Restart
 from mlx_k2.errors import ClusterError, MlxK2Error, NotFinite, RequestFailed
 from mlx_k2.launch.group import StageGroup
@@ -42,11 +42,7 @@ class Restarts(Protocol):
 
 
 class EngineLoop:
-    """The loop over one scheduler and one pipeline.
-
-    ``on_started`` is called once for each job, when it leaves the queue: with its first step, or its end. ``on_ended``
-    is called once for each job after its end.
-    """
+    """The loop over one scheduler and one pipeline. ``on_ended`` is called once for each job after its end."""
 
     def __init__(
         self,
@@ -54,14 +50,12 @@ class EngineLoop:
         scheduler: Scheduler,
         restarts: Restarts | None,
         on_restart: OnRestart | None,
-        on_started: Callable[[], None],
         on_ended: Callable[[Job], None],
     ) -> None:
         self._pipeline = pipeline
         self._scheduler = scheduler
         self._restarts = restarts
         self._on_restart = on_restart
-        self._on_started = on_started
         self._on_ended = on_ended
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._jobs: dict[Sequence, Job] = {}
@@ -72,11 +66,6 @@ class EngineLoop:
         self._suspects: dict[tuple[Sequence, int], range] = {}
         """The positions of each sequence in the step in which a stage failed last, by the sequence and the stage."""
         self._is_closing = False
-
-    @property
-    def use(self) -> tuple[StageUse, ...]:
-        """The totals of each stage so far."""
-        return self._pipeline.use
 
     @property
     def is_restarting(self) -> bool:
@@ -186,7 +175,6 @@ class EngineLoop:
             job = self._jobs.get(sequence)
             if job is not None and job.is_queued:
                 job.is_queued = False
-                self._on_started()
                 self._outbox.append((job.handle, PrefillProgress(sequence.num_cached or 0, sequence.num_prompt)))
                 if sequence.request.timeout_s is not None:
                     job.ends_at = time.monotonic() + sequence.request.timeout_s
@@ -218,8 +206,6 @@ class EngineLoop:
             reason = sequence.finish_reason
             assert reason is not None, "an ended sequence has a reason"
             self._outbox.append((job.handle, sequence.error or job.finished(reason)))
-            if job.is_queued:
-                self._on_started()
             self._on_ended(job)
 
     def _deliver(self) -> None:
