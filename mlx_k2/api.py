@@ -31,7 +31,7 @@ from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import convert
 from mlx_k2.launch.group import STALL_TIMEOUT_S
 from mlx_k2.scheduling.drafter import DraftMode
-from mlx_k2.text.history import num_calls, with_normal_ids
+from mlx_k2.text.history import num_calls
 from mlx_k2.text.history_reader import read_history
 from mlx_k2.text.message import Message
 from mlx_k2.text.reply_parts import Content, Part, Reasoning, whole_reply
@@ -229,7 +229,7 @@ class _Cluster:
         if isinstance(prompt, str):
             messages = [Message(role="user", content=prompt)]
         else:
-            messages = with_normal_ids(read_history(prompt, self._frontend.template.fields).messages)
+            messages = read_history(prompt, self._frontend.template.fields, normal_ids=True).messages
         if sampling.num_answers > 1:
             raise RequestError(f"{sampling.num_answers} answers were requested, but this call returns one: leave n out")
         settings = reply_settings(sampling, self._frontend, tools)

@@ -22,7 +22,6 @@ from mlx_k2.server.completion_request import CompletionRequest
 from mlx_k2.server.request_fields import GenerationFields
 from mlx_k2.server.turn_store import HANDLE_FIELD, StoredTurn, TurnStore
 from mlx_k2.text.constraint import Constraint, tool_rules
-from mlx_k2.text.history import with_normal_ids
 from mlx_k2.text.history_reader import read_history
 from mlx_k2.text.message import Message
 from mlx_k2.text.prompt import opens_reasoning, render_pieces
@@ -120,7 +119,7 @@ class LanguageModel:
         """
         template = self._frontend.template
         try:
-            messages = with_normal_ids(read_history(chat.messages, template.fields).messages)
+            messages = read_history(chat.messages, template.fields, normal_ids=True).messages
             handles = [message.get(HANDLE_FIELD) for message in chat.messages]
             restored = self._turns.restore(owner, messages, handles)
             variables = self._mode(chat).variables(template)

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import msgspec
-
 from mlx_k2.text.message import CalledFunction, Message, MessageCall
 from mlx_k2.text.reply_parts import Reply
 from mlx_k2.text.tool_call import UNKNOWN, call_id
@@ -33,32 +31,3 @@ def tool_messages(assistant: Message, results: Sequence[str]) -> list[Message]:
 def num_calls(messages: Sequence[Message]) -> int:
     """Return the number of tool calls in a conversation, which is also the number of its next call."""
     return sum(len(message.tool_calls) for message in messages)
-
-
-def with_normal_ids(messages: Sequence[Message]) -> list[Message]:
-    """Return a conversation from another source with the call ids that Kimi K2 is trained on, in calls and results.
-
-    A result belongs to the latest turn that has a call with its id, and there to the first such call without a result.
-    A result that answers no call is unchanged.
-    """
-    normal: list[Message] = []
-    open_calls: dict[str | None, list[MessageCall]] = {}
-    number = 0
-    for message in messages:
-        if message.tool_calls:
-            calls = tuple(
-                msgspec.structs.replace(call, id=call_id(call.function.name, at))
-                for at, call in enumerate(message.tool_calls, start=number)
-            )
-            number += len(calls)
-            by_id: dict[str | None, list[MessageCall]] = {}
-            for before, after in zip(message.tool_calls, calls, strict=True):
-                by_id.setdefault(before.id, []).append(after)
-            open_calls |= by_id
-            message = msgspec.structs.replace(message, tool_calls=calls)  # noqa: PLW2901 - the same message
-        waiting = open_calls.get(message.tool_call_id) if message.role == "tool" else None
-        if waiting:
-            call = waiting.pop(0)
-            message = msgspec.structs.replace(message, tool_call_id=call.id, name=call.function.name)  # noqa: PLW2901
-        normal.append(message)
-    return normal
