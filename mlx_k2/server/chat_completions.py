@@ -61,11 +61,6 @@ class CompletionFormat:
             chunks += DONE
         return chunks
 
-    def add(self, events: Sequence[tuple[int, Event]]) -> None:
-        """Add events to the replies."""
-        for index, event in events:
-            self._replies[index].add(event)
-
     def body(self) -> dict[str, Any]:
         """Return the whole body, after all events were added."""
         choices = [self._whole_choice(index, reply) for index, reply in enumerate(self._replies)]

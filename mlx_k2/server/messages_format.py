@@ -61,11 +61,6 @@ class MessagesFormat:
         """Return an error event, which ends the stream."""
         return event_bytes(messages_error(error, self._request_id)[1], "error")
 
-    def add(self, events: Sequence[tuple[int, Event]]) -> None:
-        """Add events of the engine to the blocks."""
-        for _, event in events:
-            list(self._data(event))
-
     def body(self) -> dict[str, Any]:
         """Return the whole body."""
         return self._message([_whole(block) for block in self._blocks], *self._end, self._end_usage)

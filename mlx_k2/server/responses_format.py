@@ -33,6 +33,7 @@ class ResponseFormat:
         self._output = OutputItems(fields["id"].partition("_")[2], reply.handle)
         self._num_logprobs = 0
         self._num_events = 0
+        self._whole: msgspec.Raw | None = None
 
     def begin(self) -> bytes:
         """Return the first events. Clients refuse a stream that does not begin with response.created."""
@@ -52,16 +53,15 @@ class ResponseFormat:
         sent = self._sent(self._changes(events))
         if self._reply.summary is None:
             return sent
-        body = self.body()
-        return sent + self._sent([{"type": f"response.{self._status}", "response": body}]) + DONE
-
-    def add(self, events: Sequence[tuple[int, Event]]) -> None:
-        """Add events to a response that is not streamed."""
-        for _ in self._changes(events):
-            pass
+        self._whole = self._complete()
+        return sent + self._sent([{"type": f"response.{self._status}", "response": self._whole}]) + DONE
 
     def body(self) -> msgspec.Raw:
         """Return the whole response, after its last event."""
+        assert self._whole is not None, "the response is complete"
+        return self._whole
+
+    def _complete(self) -> msgspec.Raw:
         is_complete = self._status == "completed"
         ended = {
             "status": self._status,

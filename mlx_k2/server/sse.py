@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
@@ -27,7 +28,7 @@ STREAM_HEADERS = {
 
 
 class ReplyFormat(Protocol):
-    """The answer to one request in the format of one API. Either it is streamed, or ``add`` and ``body`` are called."""
+    """The answer to one request in the format of one API. ``body`` is called only if it is not streamed."""
 
     def begin(self) -> bytes:
         """Return what is sent before the first event."""
@@ -41,11 +42,8 @@ class ReplyFormat(Protocol):
     def error(self, error: ApiError) -> bytes:
         """Return what is sent for an error, the end of the stream included."""
 
-    def add(self, events: list[tuple[int, Event]]) -> None:
-        """Add events of the engine to an answer that is not streamed."""
-
     def body(self) -> object:
-        """Return that answer, after its last event. Called on a worker thread."""
+        """Return the whole answer, after its last event. Called on a worker thread."""
 
 
 def event_bytes(data: object, name: str = "") -> bytes:
@@ -67,27 +65,25 @@ def error_response(error: ApiError, scope: Mapping[str, Any]) -> Response:
     return json_response(body, status, error.headers)
 
 
+@dataclass(frozen=True)
 class EventStreamResponse:
-    """A streamed answer. Headers go out at once; then events, and a keep-alive after each KEEPALIVE_S without one."""
+    """A streamed answer. Headers go out at once; then events, and a keep-alive after ``keepalive_s`` without one."""
 
-    def __init__(
-        self, stream: EventStream, form: ReplyFormat, headers: Mapping[str, str], keepalive_s: float = KEEPALIVE_S
-    ) -> None:
-        self._stream = stream
-        self._form = form
-        self._headers = STREAM_HEADERS | dict(headers)
-        self._keepalive_s = keepalive_s
+    stream: EventStream
+    form: ReplyFormat
+    headers: Mapping[str, str]
+    keepalive_s: float
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's argument
         """Send the answer, as an ASGI application."""
-        headers = [(name.encode(), value.encode()) for name, value in self._headers.items()]
+        headers = [(name.encode(), value.encode()) for name, value in (STREAM_HEADERS | dict(self.headers)).items()]
         try:
-            async with cancelled_on_disconnect(self._stream, receive):
+            async with cancelled_on_disconnect(self.stream, receive):
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
-                await self._send_body(send, self._form.begin(), more=True)
+                await self._send_body(send, self.form.begin(), more=True)
                 await self._send_events(send)
         except asyncio.CancelledError:  # the time for running requests is over
-            await self._send_body(send, self._form.error(unavailable_error("the server ends")), more=False)
+            await self._send_body(send, self.form.error(unavailable_error("the server ends")), more=False)
             raise
 
     async def _send_events(self, send: Send) -> None:
@@ -96,13 +92,13 @@ class EventStreamResponse:
         more = True
         while more:
             try:
-                events = await self._stream.read(max(0.0, sent_at + self._keepalive_s - time.monotonic()))
-                body = self._form.events(events)
-                more = not self._stream.has_ended
+                events = await self.stream.read(max(0.0, sent_at + self.keepalive_s - time.monotonic()))
+                body = self.form.events(events)
+                more = not self.stream.has_ended
             except MlxK2Error as error:
-                body, more = self._form.error(to_api_error(error)), False
-            if not body and more and time.monotonic() - sent_at >= self._keepalive_s:
-                body = self._form.keepalive()
+                body, more = self.form.error(to_api_error(error)), False
+            if not body and more and time.monotonic() - sent_at >= self.keepalive_s:
+                body = self.form.keepalive()
                 sent_at = time.monotonic()
             if body or not more:
                 await self._send_body(send, body, more=more)
@@ -112,17 +108,17 @@ class EventStreamResponse:
         await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
+@dataclass(frozen=True)
 class WholeResponse:
     """An answer that is sent when it is complete."""
 
-    def __init__(self, stream: EventStream, form: ReplyFormat, headers: Mapping[str, str]) -> None:
-        self._stream = stream
-        self._form = form
-        self._headers = headers
+    stream: EventStream
+    form: ReplyFormat
+    headers: Mapping[str, str]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Wait for the answer and send it, as an ASGI application."""
-        async with cancelled_on_disconnect(self._stream, receive):
+        async with cancelled_on_disconnect(self.stream, receive):
             response = await self._response(scope)
         if response is not None:
             await response(scope, receive, send)
@@ -130,13 +126,13 @@ class WholeResponse:
     async def _response(self, scope: Scope) -> Response | None:
         """Return the answer; None if the client has closed the connection."""
         try:
-            while not self._stream.has_ended:
-                self._form.add(await self._stream.read(None))
+            while not self.stream.has_ended:
+                self.form.events(await self.stream.read(None))
         except MlxK2Error as error:
             return error_response(to_api_error(error), scope)
-        if self._stream.is_abandoned:
+        if self.stream.is_abandoned:
             return None
-        return await asyncio.to_thread(lambda: json_response(self._form.body(), headers=self._headers))
+        return await asyncio.to_thread(lambda: json_response(self.form.body(), headers=self.headers))
 
 
 @asynccontextmanager
