@@ -217,6 +217,7 @@ class LanguageModel:
         answer, declared = chat.answer_format, [_declaration(tool) for tool in chat.tools or ()]
         if answer is None and not declared and chat.tool_choice is None:
             return None
+        field = "tool_choice"
         try:
             rules = tool_rules(
                 declared,
@@ -225,13 +226,11 @@ class LanguageModel:
                 has_grammar=self._tool_grammar,
                 first_number=first_call,
             )
-        except RequestError as error:
-            raise bad_request_error(str(error), "tool_choice") from None
-        try:
+            field = "response_format"
             return compile_constraint(self._frontend.grammars, Constraint(answer, rules))
         except RequestError as error:
             is_tool = str(error).startswith(("the schema of tool ", "tool calls "))
-            raise bad_request_error(str(error), "tools" if is_tool else "response_format") from None
+            raise bad_request_error(str(error), "tools" if is_tool else field) from None
 
 
 def _priority(asked: GenerationFields) -> Priority:
