@@ -12,6 +12,8 @@ RESTART_RETRY_S = 10
 CONTEXT_OVERFLOW = "context_length_exceeded"
 REQUEST_ID = "mlx_k2.request_id"
 """The key of a request's scope for its id."""
+OWNER = "mlx_k2.owner"
+"""The key of a request's scope for the name of its API key; "" if none is required."""
 _MESSAGES_KINDS = {"server_error": "api_error", "unavailable_error": "api_error"}
 _MESSAGES_FIELDS = {
     "stop": "stop_sequences",

@@ -14,7 +14,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from mlx_k2.errors import MlxK2Error
-from mlx_k2.server.api_errors import CONTEXT_OVERFLOW, REQUEST_ID, ApiError, bad_request_error, to_api_error
+from mlx_k2.server.access import RateLimit
+from mlx_k2.server.api_errors import CONTEXT_OVERFLOW, OWNER, REQUEST_ID, ApiError, bad_request_error, to_api_error
 from mlx_k2.server.chat_completions import ChatFormat
 from mlx_k2.server.chat_reply import ChatReply
 from mlx_k2.server.chat_request import ChatRequest, read_chat_request
@@ -24,13 +25,11 @@ from mlx_k2.server.completion_request import (
     TokenizeRequest,
     read_completion_request,
 )
-from mlx_k2.server.front import OWNER
 from mlx_k2.server.language_model import Generation, LanguageModel
 from mlx_k2.server.messages_format import MessagesFormat
 from mlx_k2.server.messages_request import CountRequest, MessagesRequest, read_messages_request
 from mlx_k2.server.metrics import CONTENT_TYPE
 from mlx_k2.server.openapi import document
-from mlx_k2.server.rate_limit import RateLimit
 from mlx_k2.server.request_body import read_body
 from mlx_k2.server.request_fields import GenerationFields, read_fields
 from mlx_k2.server.response_store import ResponseStore, StoredResponse
