@@ -81,7 +81,11 @@ class Engine:
         on_failure: Callable[[MlxK2Error], None] | None = None,
         max_queued: int = MAX_QUEUED,
     ) -> None:
-        self._limits = scheduler.limits
+        self.num_slots = scheduler.limits.num_slots
+        """The number of requests that can run at once."""
+        self.max_requests = self.num_slots + max_queued
+        """The most requests that run and wait."""
+        self._context_tokens = scheduler.limits.context_tokens
         self._pipeline = pipeline
         self._on_failure = on_failure
         self._max_queued = max_queued
@@ -107,16 +111,6 @@ class Engine:
         self._thread.join()  # the end of a restart's stages has its own deadline, in StageGroup.stop
         gc.unfreeze()
         _SHORT_INTERVAL.end()
-
-    @property
-    def num_slots(self) -> int:
-        """The number of requests that can run at once."""
-        return self._limits.num_slots
-
-    @property
-    def max_requests(self) -> int:
-        """The most requests that run and wait."""
-        return self._limits.num_slots + self._max_queued
 
     @property
     def is_restarting(self) -> bool:
@@ -149,7 +143,7 @@ class Engine:
     def submit_all(self, submissions: Sequence[Submission]) -> list[Handle]:
         """Queue several requests, all or none, so that the first plan counts all of them. Errors are as in submit."""
         for submission in submissions:
-            check_request(submission.request, self._pipeline.vocab_size, self._limits.context_tokens)
+            check_request(submission.request, self._pipeline.vocab_size, self._context_tokens)
         now = time.perf_counter()
         jobs = [Job(one, Handle(one.request, self._cancel, one.notify), AnswerTimer(now)) for one in submissions]
         with self._lock:
@@ -182,7 +176,7 @@ class Engine:
         """The expected wait for a place in the queue when it is full."""
         durations = list(self._durations)
         mean_s = sum(durations) / len(durations) if durations else _SHORTEST_WAIT_S
-        return max(_SHORTEST_WAIT_S, mean_s * self._num_queued / self._limits.num_slots)
+        return max(_SHORTEST_WAIT_S, mean_s * self._num_queued / self.num_slots)
 
     # ---- on the engine thread
 

@@ -20,25 +20,18 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
     """Whether each choice has the ids of its tokens, the one that ends the text included."""
 
     @property
-    def prompt_ids(self) -> list[int] | None:
-        """The prompt as token ids; None if it is text."""
-        prompt = self.prompt
-        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], list):
-            prompt = prompt[0]
-        is_ids = isinstance(prompt, list) and all(type(number) is int for number in prompt)
-        return prompt if isinstance(prompt, list) and is_ids else None
-
-    @property
-    def prompt_text(self) -> str:
-        """The prompt as text.
+    def text_or_ids(self) -> str | list[int]:
+        """The prompt as one text, or as token ids.
 
         Raises:
             ApiError: 400, it is neither one text nor the token ids of one.
         """
-        prompt = self.prompt[0] if isinstance(self.prompt, list) and len(self.prompt) == 1 else self.prompt
-        if not isinstance(prompt, str):
-            raise bad_request_error("prompt: give one text, or the token ids of one", "prompt")
-        return prompt
+        prompt = self.prompt
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+            prompt = prompt[0]
+        if isinstance(prompt, str) or all(type(number) is int for number in prompt):
+            return prompt
+        raise bad_request_error("prompt: give one text, or the token ids of one", "prompt")
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -139,8 +139,8 @@ class LanguageModel:
 
     def completion(self, completion: CompletionRequest) -> Generation:
         """Return the generation for a raw prompt. Errors are those of ``chat``."""
-        prompt = completion.prompt_ids
-        prompt_ids = self.tokenizer.encode_text(completion.prompt_text) if prompt is None else prompt
+        prompt = completion.text_or_ids
+        prompt_ids = self.tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt
         self._check_ids(prompt_ids, "prompt")
         limits = ReplyLimits(completion.stop_strings, completion.min_tokens or 0)
         requests = self._requests(completion, prompt_ids)

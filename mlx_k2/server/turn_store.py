@@ -68,13 +68,6 @@ class RestoredTurns:
     digest: bytes
 
 
-@dataclass(frozen=True)
-class _Entry:
-    turn: StoredTurn
-    conversation: bytes
-    """The digest of the conversation that the turn ends."""
-
-
 class TurnStore:
     """Stored turns, at most ``max_bytes``. Safe to use on any thread.
 
@@ -86,8 +79,8 @@ class TurnStore:
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
         self._num_bytes = 0
-        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
-        """By owner and handle, those used longest ago first."""
+        self._entries: OrderedDict[bytes, tuple[StoredTurn, bytes]] = OrderedDict()
+        """Turns, each with the digest of the conversation that it ends. By owner and handle, the oldest use first."""
         self._latest: dict[bytes, bytes] = {}
         """The key of the turn that was stored last for a conversation."""
         self._lock = threading.Lock()
@@ -98,7 +91,7 @@ class TurnStore:
         conversation = digest_after(before, turn.message)
         with self._lock:
             self._forget(key)
-            self._entries[key] = _Entry(turn, conversation)
+            self._entries[key] = (turn, conversation)
             self._latest[conversation] = key
             self._num_bytes += turn.num_bytes
             while self._num_bytes > self._max_bytes:
@@ -134,15 +127,15 @@ class TurnStore:
             if found is None:
                 return None
             self._entries.move_to_end(found)
-            return self._entries[found].turn
+            return self._entries[found][0]
 
     def _forget(self, key: bytes) -> None:
-        entry = self._entries.pop(key, None)
-        if entry is None:
+        if key not in self._entries:
             return
-        self._num_bytes -= entry.turn.num_bytes
-        if self._latest.get(entry.conversation) == key:
-            del self._latest[entry.conversation]
+        turn, conversation = self._entries.pop(key)
+        self._num_bytes -= turn.num_bytes
+        if self._latest.get(conversation) == key:
+            del self._latest[conversation]
 
 
 def new_handle() -> str:
