@@ -74,7 +74,7 @@ def test_a_completion_request_that_follows_the_advice_of_its_refusal_is_accepted
 ) -> None:
     def read(fields: dict[str, Any]) -> bool:
         asked = read_completion_request(json.dumps({"prompt": "Hello"} | fields).encode())
-        return bool(asked.prompt_ids or asked.prompt_text)
+        return bool(asked.text_or_ids)
 
     with pytest.raises(ApiError, match=re.escape(message)):
         read(wrong)

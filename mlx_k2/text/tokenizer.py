@@ -1,6 +1,5 @@
 """Conversion of text to token ids and of ids to bytes. Knows file contents by name; no paths, messages or templates."""
 
-import codecs
 import functools
 import re
 from collections.abc import Iterator, Mapping
@@ -77,27 +76,6 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """Return whether ``token_id`` is a control token."""
         return token_id in self._special_numbers
-
-
-class Detokenizer:
-    """A decoder of one sequence. The joined results of ``add`` and ``finish`` equal the whole sequence decoded at once.
-
-    Bytes that are not UTF-8 become U+FFFD. Control tokens decode to their names; to hide one, do not add it.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, token_id: int) -> str:
-        """Return the text that ``token_id`` completes: '' while a character is incomplete."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
-
-    def finish(self) -> str:
-        """Return the text for an incomplete character at the end; the next ``add`` starts a new text."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
 
 
 def load_tokenizer(files: Mapping[str, bytes], vocab_size: int) -> Tokenizer:

@@ -10,9 +10,8 @@ from mlx_k2.text.history import assistant_message, num_calls, tool_messages
 from mlx_k2.text.history_reader import read_history
 from mlx_k2.text.message import CalledFunction, Message, MessageCall
 from mlx_k2.text.prompt import opens_reasoning, render_pieces, render_prompt
-from mlx_k2.text.reply_parser import ReplyParser
+from mlx_k2.text.reply_parser import ReplyReader
 from mlx_k2.text.reply_parts import Part, Reply, whole_reply
-from mlx_k2.text.tokenizer import Detokenizer
 from mlx_k2.text.tool_call import ToolCall
 from tests.text.fixtures import as_text, builtin_template, tokenizer
 
@@ -31,16 +30,10 @@ names = st.from_regex(r"[A-Za-z_][\w.\-]{0,12}", fullmatch=True)
 
 
 def parts_of(ids: Sequence[int], *, in_reasoning: bool) -> Iterator[Part]:
-    parser = ReplyParser(tokenizer().special_ids, in_reasoning=in_reasoning)
-    detokenizer = Detokenizer(tokenizer())
+    reader = ReplyReader(tokenizer(), [tokenizer().token_id("<think>")] if in_reasoning else [], ())
     for token_id in ids:
-        if tokenizer().is_special(token_id):
-            yield from parser.text(detokenizer.finish())
-            yield from parser.control(tokenizer().token_bytes(token_id).decode())
-        else:
-            yield from parser.text(detokenizer.add(token_id))
-    yield from parser.text(detokenizer.finish())
-    yield from parser.finish()
+        yield from reader.add(token_id).parts
+    yield from reader.finish().parts
 
 
 def generated(messages: list[Message]) -> list[int]:
