@@ -4,7 +4,6 @@ The server computes tokens. The token policy runs here: text, stop strings, thin
 rest of the answer is a new request, whose prompt ends with them: the server's cache holds the beginning.
 """
 
-import base64
 import http.client
 import threading
 import time
@@ -37,7 +36,7 @@ class _ModelFiles(msgspec.Struct, frozen=True):
     name: str
     digest: str
     context_tokens: int
-    files: dict[str, str]
+    files: dict[str, bytes]
 
 
 class _Choice(msgspec.Struct, frozen=True):
@@ -88,13 +87,14 @@ class RemoteEngine:
         self._address = address
         model = address.get("/v1/model-files", _ModelFiles)
         try:
-            files = {name: base64.b64decode(text, validate=True) for name, text in model.files.items()}
-            config = ModelConfig.from_json(files[CONFIG_NAME], f"{address.url} {CONFIG_NAME}")
-        except (ValueError, KeyError):
+            config = ModelConfig.from_json(model.files[CONFIG_NAME], f"{address.url} {CONFIG_NAME}")
+        except KeyError:
             raise SetupError(f"{address.url} sends no files of a model") from None
         index = CheckpointIndex({}, address.url)
         self.model_name = model.name
-        self.frontend = ModelFrontend(ModelDescription(files, config, index, model.digest, None), model.context_tokens)
+        self.frontend = ModelFrontend(
+            ModelDescription(model.files, config, index, model.digest, None), model.context_tokens
+        )
 
     def submit(
         self,

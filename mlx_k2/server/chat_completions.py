@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from mlx_k2.coordinator.handle import Event, Finished, PrefillProgress, Token
 from mlx_k2.server.api_errors import ApiError
@@ -16,8 +16,10 @@ from mlx_k2.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 
+Asked = TypeVar("Asked", bound=GenerationFields)
 
-class CompletionFormat:
+
+class CompletionFormat(Generic[Asked]):
     """The chunks of one streamed completion, or its whole body.
 
     ``head`` has the fields that are in every chunk and in the body, but for "object". ``replies`` has a reply for each
@@ -28,12 +30,13 @@ class CompletionFormat:
     """The value of a chunk's field "object"."""
 
     def __init__(
-        self, head: dict[str, Any], replies: Sequence[ChatReply], asked: GenerationFields, options: ServerOptions
+        self, head: dict[str, Any], replies: Sequence[ChatReply], asked: Asked, options: ServerOptions
     ) -> None:
         self._head = head | {"object": self.chunk_kind}
         self._replies = replies
         self._asked = asked
         self._options = options
+        self._began = time.monotonic()
 
     def begin(self) -> bytes:
         """Return what is sent before the first event."""
@@ -77,18 +80,10 @@ class CompletionFormat:
         raise NotImplementedError
 
 
-class ChatFormat(CompletionFormat):
+class ChatFormat(CompletionFormat[ChatRequest]):
     """The format of a chat completion."""
 
     chunk_kind = "chat.completion.chunk"
-
-    def __init__(
-        self, head: dict[str, Any], replies: Sequence[ChatReply], asked: ChatRequest, options: ServerOptions
-    ) -> None:
-        super().__init__(head, replies, asked, options)
-        self._wants_logprobs = bool(asked.logprobs)
-        self._began = time.monotonic()
-        self._num_logprobs = [0] * len(replies)
 
     def begin(self) -> bytes:
         """Return the first chunks. Only they have the role: clients join repeated text."""
@@ -107,10 +102,8 @@ class ChatFormat(CompletionFormat):
 
     def _delta_chunk(self, index: int, delta: Delta) -> bytes:
         choice = _choice(index, self._delta(delta))
-        if isinstance(delta, Content) and self._wants_logprobs:
-            tokens = self._replies[index].content_tokens[self._num_logprobs[index] :]
-            self._num_logprobs[index] += len(tokens)
-            choice["logprobs"] = self._logprobs(index, tokens)
+        if isinstance(delta, Content) and self._asked.logprobs:
+            choice["logprobs"] = self._logprobs(index, self._replies[index].take_content_tokens())
         return self._chunk(choice)
 
     def _delta(self, delta: Delta) -> dict[str, Any]:
@@ -136,7 +129,7 @@ class ChatFormat(CompletionFormat):
     def _whole_choice(self, index: int, reply: ChatReply) -> dict[str, Any]:
         message = reply.message.json_value() | (self._reasoning(reply.reasoning) if reply.reasoning else {})
         choice = {"index": index, "message": message, "finish_reason": reply.finish_reason}
-        return choice | ({"logprobs": self._logprobs(index, reply.content_tokens)} if self._wants_logprobs else {})
+        return choice | ({"logprobs": self._logprobs(index, reply.content_tokens)} if self._asked.logprobs else {})
 
     def _reasoning(self, text: str) -> dict[str, str]:
         return {"reasoning_content": text} | ({"reasoning": text} if self._options.mirrors_reasoning else {})

@@ -70,6 +70,7 @@ class ChatReply:
         self._kind: type[Part] = Reasoning if self.generation.in_reasoning else Content
         self._textless: list[Token] = []
         self._is_call_open = False
+        self._num_taken = 0
 
     def add(self, event: Event) -> list[Delta]:
         """Add what an event completes; return it as deltas."""
@@ -104,6 +105,12 @@ class ChatReply:
         if self._is_call_open or reason in (FinishReason.LENGTH, FinishReason.TIMEOUT):
             return "length"
         return "tool_calls" if self.calls else "stop"
+
+    def take_content_tokens(self) -> list[Token]:
+        """Return the tokens of the content since the last call."""
+        taken = self.content_tokens[self._num_taken :]
+        self._num_taken += len(taken)
+        return taken
 
     def _count(self, token: Token) -> None:
         """Count a token as part of the reasoning or the content; one without parts belongs to those that follow."""

@@ -31,7 +31,6 @@ class ResponseFormat:
         self._keep = keep
         self._wants_logprobs = reply.generation.submissions[0].request.sampling.num_logprobs is not None
         self._output = OutputItems(fields["id"].partition("_")[2], reply.handle)
-        self._num_logprobs = 0
         self._num_events = 0
         self._whole: msgspec.Raw | None = None
 
@@ -87,9 +86,7 @@ class ResponseFormat:
 
     def _logprobs(self) -> list[Fields]:
         """Return the log-probabilities of the content since the last call."""
-        tokens = self._reply.content_tokens[self._num_logprobs :] if self._wants_logprobs else []
-        self._num_logprobs += len(tokens)
-        return logprobs_of(self._reply, tokens)
+        return logprobs_of(self._reply, self._reply.take_content_tokens()) if self._wants_logprobs else []
 
     def _lifecycle(self, kind: str) -> Fields:
         return {"type": kind, "response": self._fields}
