@@ -31,9 +31,8 @@ from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import convert
 from mlx_k2.launch.group import STALL_TIMEOUT_S
 from mlx_k2.scheduling.drafter import DraftMode
-from mlx_k2.text.history import num_calls
 from mlx_k2.text.history_reader import read_history
-from mlx_k2.text.message import Message
+from mlx_k2.text.message import Message, num_calls
 from mlx_k2.text.reply_parts import Content, Part, Reasoning, whole_reply
 from mlx_k2.text.template_process import template_process
 from mlx_k2.weights.model_frontend import ModelFrontend

@@ -12,8 +12,7 @@ from mlx_k2.coordinator.answer_summary import AnswerSummary, Usage
 from mlx_k2.coordinator.handle import Token
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.sampling import for_answers
-from mlx_k2.text.history import assistant_message
-from mlx_k2.text.message import Message
+from mlx_k2.text.message import Message, assistant_message
 from mlx_k2.text.prompt import render_prompt
 from mlx_k2.text.reply_parts import Reply
 from mlx_k2.text.tokenizer import Tokenizer

@@ -7,9 +7,8 @@ from typing import Any
 
 from mlx_k2.errors import RequestError
 from mlx_k2.text.chat_template import ChatTemplate
-from mlx_k2.text.history import assistant_message, num_calls, tool_messages
 from mlx_k2.text.history_reader import read_history
-from mlx_k2.text.message import Message
+from mlx_k2.text.message import Message, assistant_message, num_calls, tool_messages
 from mlx_k2.text.prompt import PromptPiece, encode_pieces, render_pieces
 from mlx_k2.text.reply_parts import Reply
 from mlx_k2.text.sampled_turns import SampledTurns

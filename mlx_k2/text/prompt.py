@@ -10,8 +10,7 @@ from typing import TypeAlias
 from mlx_k2.errors import RequestError, TokenizerError
 from mlx_k2.text.chat_template import ChatTemplate
 from mlx_k2.text.escaping import Escaping
-from mlx_k2.text.history_reader import read_history
-from mlx_k2.text.json_values import copied_json
+from mlx_k2.text.history_reader import copied_json, read_history
 from mlx_k2.text.message import Message
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.text.typescript_tools import typescript_tools

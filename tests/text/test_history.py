@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_k2.text.history import assistant_message, num_calls, tool_messages
 from mlx_k2.text.history_reader import read_history
-from mlx_k2.text.message import CalledFunction, Message, MessageCall
+from mlx_k2.text.message import CalledFunction, Message, MessageCall, assistant_message, num_calls, tool_messages
 from mlx_k2.text.prompt import opens_reasoning, render_pieces, render_prompt
 from mlx_k2.text.reply_parser import ReplyReader
 from mlx_k2.text.reply_parts import Part, Reply, whole_reply
