@@ -6,13 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from mlx_k2.errors import RequestError
-from mlx_k2.text.chat_template import ChatTemplate
+from mlx_k2.text.chat_template import TEMPLATE_DEFAULT, ChatTemplate, ThinkingMode
 from mlx_k2.text.history_reader import read_history
 from mlx_k2.text.message import Message, assistant_message, num_calls, tool_messages
 from mlx_k2.text.prompt import PromptPiece, encode_pieces, render_pieces
 from mlx_k2.text.reply_parts import Reply
 from mlx_k2.text.sampled_turns import SampledTurns
-from mlx_k2.text.thinking_mode import TEMPLATE_DEFAULT, ThinkingMode
 from mlx_k2.text.tokenizer import Tokenizer
 
 

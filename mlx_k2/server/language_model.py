@@ -21,13 +21,13 @@ from mlx_k2.server.chat_request import ChatRequest
 from mlx_k2.server.completion_request import CompletionRequest
 from mlx_k2.server.request_fields import GenerationFields
 from mlx_k2.server.turn_store import HANDLE_FIELD, StoredTurn, TurnStore
+from mlx_k2.text.chat_template import ThinkingMode
 from mlx_k2.text.constraint import Constraint, tool_rules
 from mlx_k2.text.history_reader import read_history
 from mlx_k2.text.message import Message
 from mlx_k2.text.prompt import opens_reasoning, render_pieces
 from mlx_k2.text.reply_grammar import ReplyGrammar, compile_constraint
 from mlx_k2.text.sampled_turns import SampledTurns
-from mlx_k2.text.thinking_mode import ThinkingMode
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.weights.checkpoint import TOKENIZER_NAMES
 from mlx_k2.weights.index import CONFIG_NAME

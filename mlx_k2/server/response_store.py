@@ -1,7 +1,7 @@
 """Response store: complete responses, and the conversations that they end, in memory. Knows no format."""
 
 import threading
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,35 +38,34 @@ class ResponseStore:
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
-        self._responses: defaultdict[str, OrderedDict[str, StoredResponse]] = defaultdict(OrderedDict)
-        self._num_bytes: defaultdict[str, int] = defaultdict(int)
+        self._responses: OrderedDict[tuple[str, str], StoredResponse] = OrderedDict()
+        """By owner and id, those used longest ago first."""
+        self._num_bytes: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def keep(self, owner: str, response_id: str, response: StoredResponse) -> None:
         """Store a response."""
         with self._lock:
-            self._responses[owner][response_id] = response
+            self._responses[owner, response_id] = response
             self._num_bytes[owner] += response.num_bytes
-            while sum(self._num_bytes.values()) > self._max_bytes:
+            while self._num_bytes.total() > self._max_bytes:
                 largest = max(self._num_bytes, key=self._num_bytes.__getitem__)
-                self._remove(largest, next(iter(self._responses[largest])))
+                self._remove(next(key for key in self._responses if key[0] == largest))
 
     def find(self, owner: str, response_id: str) -> StoredResponse | None:
         """Return a response of this owner; None if there is none."""
         with self._lock:
-            found = self._responses[owner].get(response_id) if owner in self._responses else None
+            found = self._responses.get((owner, response_id))
             if found is not None:
-                self._responses[owner].move_to_end(response_id)
+                self._responses.move_to_end((owner, response_id))
             return found
 
     def delete(self, owner: str, response_id: str) -> bool:
         """Forget a response of this owner; return whether there was one."""
         with self._lock:
-            return owner in self._responses and self._remove(owner, response_id)
+            return self._remove((owner, response_id))
 
-    def _remove(self, owner: str, response_id: str) -> bool:
-        removed = self._responses[owner].pop(response_id, None)
-        self._num_bytes[owner] -= 0 if removed is None else removed.num_bytes
-        if not self._responses[owner]:
-            del self._responses[owner], self._num_bytes[owner]
+    def _remove(self, key: tuple[str, str]) -> bool:
+        removed = self._responses.pop(key, None)
+        self._num_bytes[key[0]] -= 0 if removed is None else removed.num_bytes
         return removed is not None
