@@ -160,9 +160,7 @@ class StageLoader:
             drafting=drafting,
             plans=plans,
         )
-        num_caches = len(layers) + (0 if drafting is None else 1)
-        cache_bytes_per_token = num_caches * config.latent_dim * dtype.size
-        return runner, Loaded(self._held_bytes, peak_bytes(), cache_bytes_per_token, warnings, checksums)
+        return runner, Loaded(self._held_bytes, peak_bytes(), warnings, checksums)
 
     def _head_loader(self, draft: DraftDescription | None, target: ShardReader, dtype: mx.Dtype) -> DraftLoader | None:
         if draft is None or self._draft_head is None:
