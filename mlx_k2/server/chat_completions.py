@@ -103,7 +103,7 @@ class ChatFormat(CompletionFormat[ChatRequest]):
     def _delta_chunk(self, index: int, delta: Delta) -> bytes:
         choice = _choice(index, self._delta(delta))
         if isinstance(delta, Content) and self._asked.logprobs:
-            choice["logprobs"] = self._logprobs(index, self._replies[index].take_content_tokens())
+            choice["logprobs"] = self._logprobs(index, self._replies[index].next_content_tokens())
         return self._chunk(choice)
 
     def _delta(self, delta: Delta) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class ChatReply:
         self._kind: type[Part] = Reasoning if self.generation.in_reasoning else Content
         self._textless: list[Token] = []
         self._is_call_open = False
-        self._num_taken = 0
+        self._num_returned = 0
 
     def add(self, event: Event) -> list[Delta]:
         """Add what an event completes; return it as deltas."""
@@ -106,11 +106,11 @@ class ChatReply:
             return "length"
         return "tool_calls" if self.calls else "stop"
 
-    def take_content_tokens(self) -> list[Token]:
+    def next_content_tokens(self) -> list[Token]:
         """Return the tokens of the content since the last call."""
-        taken = self.content_tokens[self._num_taken :]
-        self._num_taken += len(taken)
-        return taken
+        found = self.content_tokens[self._num_returned :]
+        self._num_returned += len(found)
+        return found
 
     def _count(self, token: Token) -> None:
         """Count a token as part of the reasoning or the content; one without parts belongs to those that follow."""

@@ -86,7 +86,7 @@ class ResponseFormat:
 
     def _logprobs(self) -> list[Fields]:
         """Return the log-probabilities of the content since the last call."""
-        return logprobs_of(self._reply, self._reply.take_content_tokens()) if self._wants_logprobs else []
+        return logprobs_of(self._reply, self._reply.next_content_tokens()) if self._wants_logprobs else []
 
     def _lifecycle(self, kind: str) -> Fields:
         return {"type": kind, "response": self._fields}
