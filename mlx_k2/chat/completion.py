@@ -13,7 +13,7 @@ from mlx_k2.coordinator.handle import Token
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.sampling import for_answers
 from mlx_k2.text.message import Message, assistant_message
-from mlx_k2.text.prompt import render_prompt
+from mlx_k2.text.prompt import encode_pieces, render_pieces
 from mlx_k2.text.reply_parts import Reply
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.weights.model_frontend import ModelFrontend
@@ -67,7 +67,8 @@ def prompt_of(
         RequestError, TokenizerError: it cannot be made; gives the reason.
     """
     template = frontend.template
-    return render_prompt(template, frontend.tokenizer, messages, tools, **options.mode.variables(template))
+    variables = options.mode.variables(template)
+    return encode_pieces(frontend.tokenizer, render_pieces(template, frontend.tokenizer, messages, tools, **variables))
 
 
 def submissions(

@@ -120,7 +120,7 @@ class RemoteEngine:
             if handle.end(run.finished(FinishReason.CANCELLED)):
                 shut_down(run.connection)
 
-        handle = Handle(request, cancel, notify)
+        handle = Handle(cancel, notify)
         threading.Thread(target=self._run, args=[run, handle], name="remote request", daemon=True).start()
         return handle
 

@@ -21,20 +21,6 @@ PromptPiece: TypeAlias = str | int
 _WINDOW = 16_384
 
 
-def render_prompt(
-    template: ChatTemplate,
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    tools: Sequence[Mapping[str, object]] | None = None,
-    *,
-    add_generation_prompt: bool = True,
-    **options: object,
-) -> list[int]:
-    """Return the token ids of a conversation; arguments and errors are those of ``render_pieces``."""
-    pieces = render_pieces(template, tokenizer, messages, tools, add_generation_prompt=add_generation_prompt, **options)
-    return encode_pieces(tokenizer, pieces)
-
-
 def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[PromptPiece]) -> list[int]:
     """Return the token ids of ``pieces``; the text between two control tokens is encoded as one."""
     ids: list[int] = []

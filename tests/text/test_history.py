@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mlx_k2.text.history_reader import read_history
 from mlx_k2.text.message import CalledFunction, Message, MessageCall, assistant_message, num_calls, tool_messages
-from mlx_k2.text.prompt import opens_reasoning, render_pieces, render_prompt
+from mlx_k2.text.prompt import encode_pieces, opens_reasoning, render_pieces
 from mlx_k2.text.reply_parser import ReplyReader
 from mlx_k2.text.reply_parts import Part, Reply, whole_reply
 from mlx_k2.text.tool_call import ToolCall
@@ -37,8 +37,9 @@ def parts_of(ids: Sequence[int], *, in_reasoning: bool) -> Iterator[Part]:
 
 def generated(messages: list[Message]) -> list[int]:
     """Return the ids of the last message as the model would sample them, without the id that ends the turn."""
-    prompt = render_prompt(builtin_template(), tokenizer(), messages[:-1])
-    ids = render_prompt(builtin_template(), tokenizer(), messages, add_generation_prompt=False)
+    prompt = encode_pieces(tokenizer(), render_pieces(builtin_template(), tokenizer(), messages[:-1]))
+    whole = render_pieces(builtin_template(), tokenizer(), messages, add_generation_prompt=False)
+    ids = encode_pieces(tokenizer(), whole)
     assert ids[: len(prompt)] == prompt
     assert ids[-1] == tokenizer().token_id("<|im_end|>")
     return ids[len(prompt) : -1]
