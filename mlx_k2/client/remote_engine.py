@@ -7,7 +7,6 @@ rest of the answer is a new request, whose prompt ends with them: the server's c
 import http.client
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,12 +95,7 @@ class RemoteEngine:
             ModelDescription(model.files, config, index, model.digest, None), model.context_tokens
         )
 
-    def submit(
-        self,
-        request: Request,
-        policy: TokenPolicy | None = None,
-        notify: Callable[[Handle], None] | None = None,
-    ) -> Handle:
+    def submit(self, request: Request, policy: TokenPolicy | None = None) -> Handle:
         """Run a request and return its handle. Any thread may call this.
 
         Raises:
@@ -120,7 +114,7 @@ class RemoteEngine:
             if handle.end(run.finished(FinishReason.CANCELLED)):
                 shut_down(run.connection)
 
-        handle = Handle(cancel, notify)
+        handle = Handle(cancel)
         threading.Thread(target=self._run, args=[run, handle], name="remote request", daemon=True).start()
         return handle
 
