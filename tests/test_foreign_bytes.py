@@ -45,7 +45,6 @@ from mlx_k2.weights.safetensors_file import read_header
 from tests.examples import at_least
 from tests.text.fixtures import FILES, VOCAB_SIZE
 
-TIKTOKEN = FILES["tiktoken.model"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
