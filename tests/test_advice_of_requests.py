@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from mlx_k2.server.api_errors import ApiError
-from mlx_k2.server.chat_request import read_chat_request
-from mlx_k2.server.completion_request import read_completion_request
+from mlx_k2.server.chat_request import read_chat_request, read_completion_request
 from mlx_k2.server.messages_request import read_messages_request
 from mlx_k2.server.responses_request import conversation_of, read_responses_request
 

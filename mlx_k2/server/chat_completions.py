@@ -1,4 +1,4 @@
-"""The formats of chat completions, and what text completions share with them. Knows no HTTP."""
+"""The formats of chat completions and of text completions. Knows no HTTP."""
 
 import time
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 from mlx_k2.coordinator.handle import Event, Finished, PrefillProgress, Token
 from mlx_k2.server.api_errors import ApiError
 from mlx_k2.server.chat_reply import CallArguments, CallBegun, ChatReply, Delta
-from mlx_k2.server.chat_request import ChatRequest
+from mlx_k2.server.chat_request import ChatRequest, CompletionRequest
 from mlx_k2.server.request_fields import GenerationFields
 from mlx_k2.server.server_state import ServerOptions
 from mlx_k2.server.sse import event_bytes
@@ -138,6 +138,32 @@ class ChatFormat(CompletionFormat[ChatRequest]):
         return {"content": logprobs_of(self._replies[index], tokens)}
 
 
+class TextFormat(CompletionFormat[CompletionRequest]):
+    """The format of a text completion. Its reply has content only."""
+
+    chunk_kind = "text_completion"
+
+    def _chunks(self, index: int, event: Event) -> bytes:
+        if isinstance(event, PrefillProgress) and self._asked.return_progress and index == 0:
+            progress = {"total": event.total, "processed": event.done}
+            return event_bytes(self._head | {"choices": [], "prompt_progress": progress})
+        reply = self._replies[index]
+        text = "".join(delta.text for delta in reply.add(event) if isinstance(delta, Content))
+        token_ids = [event.token_id] if isinstance(event, Token) and self._asked.return_token_ids else []
+        chunks = self._chunk(index, text, None, token_ids) if text or token_ids else b""
+        return chunks + self._chunk(index, "", reply.finish_reason) if isinstance(event, Finished) else chunks
+
+    def _empty_chunk(self) -> bytes:
+        return self._chunk(0, "", None)
+
+    def _whole_text_choice(self, index: int, reply: ChatReply) -> dict[str, Any]:
+        token_ids = reply.token_ids if self._asked.return_token_ids else ()
+        return _text_choice(index, reply.content, reply.finish_reason, token_ids)
+
+    def _chunk(self, index: int, text: str, reason: str | None, token_ids: Sequence[int] = ()) -> bytes:
+        return event_bytes(self._head | {"choices": [_text_choice(index, text, reason, token_ids)]})
+
+
 def usage(replies: Sequence[ChatReply]) -> dict[str, Any]:
     """Return the token counts. ``cached_tokens`` is also a field of the top level, where Moonshot's clients read it."""
     summaries = [reply.summary for reply in replies if reply.summary is not None]
@@ -160,6 +186,11 @@ def logprobs_of(reply: ChatReply, tokens: Sequence[Token]) -> list[dict[str, Any
 
 def _choice(index: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "finish_reason": reason}
+
+
+def _text_choice(index: int, text: str, reason: str | None, token_ids: Sequence[int] = ()) -> dict[str, Any]:
+    choice = {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    return choice | ({"token_ids": token_ids} if token_ids else {})
 
 
 def _token_logprobs(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:

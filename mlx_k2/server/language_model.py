@@ -17,8 +17,7 @@ from mlx_k2.errors import RequestError
 from mlx_k2.sampling import Sampling, for_answers
 from mlx_k2.scheduling.request import Priority, Request
 from mlx_k2.server.api_errors import bad_request_error, context_overflow
-from mlx_k2.server.chat_request import ChatRequest
-from mlx_k2.server.completion_request import CompletionRequest
+from mlx_k2.server.chat_request import ChatRequest, CompletionRequest
 from mlx_k2.server.request_fields import GenerationFields
 from mlx_k2.server.turn_store import HANDLE_FIELD, StoredTurn, TurnStore
 from mlx_k2.text.chat_template import ThinkingMode

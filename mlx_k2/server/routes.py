@@ -16,13 +16,14 @@ from starlette.types import ASGIApp
 from mlx_k2.errors import MlxK2Error
 from mlx_k2.server.access import RateLimit
 from mlx_k2.server.api_errors import CONTEXT_OVERFLOW, OWNER, REQUEST_ID, ApiError, bad_request_error, to_api_error
-from mlx_k2.server.chat_completions import ChatFormat
+from mlx_k2.server.chat_completions import ChatFormat, TextFormat
 from mlx_k2.server.chat_reply import ChatReply
-from mlx_k2.server.chat_request import ChatRequest, read_chat_request
-from mlx_k2.server.completion_request import (
+from mlx_k2.server.chat_request import (
+    ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
+    read_chat_request,
     read_completion_request,
 )
 from mlx_k2.server.language_model import Generation, LanguageModel
@@ -43,7 +44,6 @@ from mlx_k2.server.responses_request import (
 from mlx_k2.server.server_state import ServerState
 from mlx_k2.server.sse import STREAM_HEADERS, EventStreamResponse, ReplyFormat, WholeResponse, json_response
 from mlx_k2.server.status_stream import status_events
-from mlx_k2.server.text_completions import TextFormat
 from mlx_k2.server.turn_store import HANDLE_FIELD
 
 Result = TypeVar("Result")
