@@ -31,8 +31,7 @@ from mlx_k2.server.messages_format import MessagesFormat
 from mlx_k2.server.messages_request import CountRequest, MessagesRequest, read_messages_request
 from mlx_k2.server.metrics import CONTENT_TYPE
 from mlx_k2.server.openapi import document
-from mlx_k2.server.request_body import read_body
-from mlx_k2.server.request_fields import GenerationFields, read_fields
+from mlx_k2.server.request_fields import GenerationFields, read_body, read_fields
 from mlx_k2.server.response_store import ResponseStore, StoredResponse
 from mlx_k2.server.responses_format import ResponseFormat, failed_stream, response_fields
 from mlx_k2.server.responses_request import (
@@ -42,8 +41,14 @@ from mlx_k2.server.responses_request import (
     read_responses_request,
 )
 from mlx_k2.server.server_state import ServerState
-from mlx_k2.server.sse import STREAM_HEADERS, EventStreamResponse, ReplyFormat, WholeResponse, json_response
-from mlx_k2.server.status_stream import status_events
+from mlx_k2.server.sse import (
+    STREAM_HEADERS,
+    EventStreamResponse,
+    ReplyFormat,
+    WholeResponse,
+    json_response,
+    status_events,
+)
 from mlx_k2.server.turn_store import HANDLE_FIELD
 
 Result = TypeVar("Result")

@@ -5,7 +5,7 @@ Knows no API: a ReplyFormat turns the engine's events into bytes, or into a body
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from mlx_k2.server.api_errors import REQUEST_ID, ApiError, messages_error, to_ap
 from mlx_k2.server.event_stream import EventStream
 
 KEEPALIVE_S = 10.0
+STATUS_INTERVAL_S = 0.5
 STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-store",
@@ -150,3 +151,26 @@ async def cancelled_on_disconnect(stream: EventStream, receive: Receive) -> Asyn
     finally:
         watching.cancel()
         stream.close()
+
+
+async def status_events(
+    status: Callable[[], dict[str, object]], is_ending: Callable[[], bool], last_id: int
+) -> AsyncIterator[bytes]:
+    """Yield an event for each change of ``status()``, at most one in STATUS_INTERVAL_S, until ``is_ending()``.
+
+    Each event has an id, counted on from ``last_id``, the one that a client has seen last.
+    """
+    before: dict[str, object] = {}
+    sent_at = 0.0
+    while not is_ending():
+        present = status()
+        seen = {name: value for name, value in present.items() if name != "uptime_s"}
+        if seen != before:
+            before = seen
+            last_id += 1
+            yield b"id: %d\nevent: status\ndata: %s\n\n" % (last_id, msgspec.json.encode(present))
+            sent_at = time.monotonic()
+        elif time.monotonic() - sent_at >= KEEPALIVE_S:
+            yield b": keep-alive\n\n"
+            sent_at = time.monotonic()
+        await asyncio.sleep(STATUS_INTERVAL_S)
