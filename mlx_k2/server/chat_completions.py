@@ -59,7 +59,7 @@ class CompletionFormat(Generic[Asked]):
         """Return the chunks for these events, each with the number of its choice, and the end of the stream."""
         chunks = b"".join(self._chunks(index, event) for index, event in events)
         if events and all(reply.summary is not None for reply in self._replies):
-            if self._asked.wants_usage:
+            if (wanted := self._asked.stream_options) is not None and wanted.include_usage:
                 chunks += event_bytes(self._head | {"choices": [], "usage": usage(self._replies)})
             chunks += DONE
         return chunks

@@ -70,11 +70,6 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
         """The number of likely tokens with log-probabilities; None for no log-probabilities."""
         return None
 
-    @property
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with the token counts."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
 
 async def read_body(request: Request) -> bytes:
     """Return the whole body.

@@ -32,7 +32,6 @@ from mlx_k2.server.messages_request import CountRequest, MessagesRequest, read_m
 from mlx_k2.server.metrics import CONTENT_TYPE
 from mlx_k2.server.openapi import document
 from mlx_k2.server.request_fields import GenerationFields, read_body, read_fields
-from mlx_k2.server.response_store import ResponseStore, StoredResponse
 from mlx_k2.server.responses_format import ResponseFormat, failed_stream, response_fields
 from mlx_k2.server.responses_request import (
     ResponsesRequest,
@@ -49,7 +48,7 @@ from mlx_k2.server.sse import (
     json_response,
     status_events,
 )
-from mlx_k2.server.turn_store import HANDLE_FIELD
+from mlx_k2.server.turn_store import HANDLE_FIELD, ResponseStore, StoredResponse
 
 Result = TypeVar("Result")
 Asked = TypeVar("Asked", bound=GenerationFields | MessagesRequest)

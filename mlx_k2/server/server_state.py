@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from mlx_k2.coordinator.engine import Engine
 from mlx_k2.coordinator.handle import Event, Token
-from mlx_k2.coordinator.pipeline import StageUse
 from mlx_k2.errors import EngineBusy, MlxK2Error
 from mlx_k2.server.api_errors import ApiError, to_api_error, unavailable_error
 from mlx_k2.server.cluster_activity import ClusterActivity
@@ -51,7 +50,7 @@ class ServerState:
         self.records: dict[str, RequestRecord] = {}
         self.is_ending = False
         """True from the beginning of the server's end: streams that never end by themselves end then."""
-        self.metrics = Metrics(self.records, activity, self._stage_totals)
+        self.metrics = Metrics(self.records, activity, lambda: () if self._loaded is None else self._loaded.engine.use)
         self._streams: dict[str, EventStream] = {}
         self._loaded: _Loaded | None = None
         self._num_preparing = {True: 0, False: 0}
@@ -181,9 +180,6 @@ class ServerState:
             "stages": self.activity.stages(),
             "requests": [record.fields(is_own=record.owner == owner) for record in records],
         }
-
-    def _stage_totals(self) -> tuple[StageUse, ...]:
-        return () if self._loaded is None else self._loaded.engine.use
 
     def _close(self, ids: Sequence[str]) -> None:
         for one in ids:
