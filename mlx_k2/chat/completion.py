@@ -12,7 +12,7 @@ from mlx_k2.coordinator.answer_summary import AnswerSummary, Usage
 from mlx_k2.coordinator.handle import Token
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.sampling import for_answers
-from mlx_k2.text.message import Message, assistant_message
+from mlx_k2.text.message import CalledFunction, Message, MessageCall, assistant_message
 from mlx_k2.text.prompt import encode_pieces, render_pieces
 from mlx_k2.text.reply_parts import Reply
 from mlx_k2.text.tokenizer import Tokenizer
@@ -43,16 +43,11 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def message(self) -> dict[str, Any]:
         """The reply as a message in OpenAI's format, to continue the conversation with."""
-        calls = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in self.tool_calls
-        ]
-        message: dict[str, Any] = {
-            "role": "assistant",
-            "content": self.content,
-            "reasoning_content": self.reasoning,
-        }
-        return message | {"tool_calls": calls} if calls else message
+        calls = tuple(
+            MessageCall(id=call.id, function=CalledFunction(call.name, call.arguments)) for call in self.tool_calls
+        )
+        message = Message(role="assistant", content=self.content, reasoning_content=self.reasoning, tool_calls=calls)
+        return message.json_value()
 
 
 def prompt_of(
