@@ -132,8 +132,8 @@ def test_a_request_of_the_messages_api_that_follows_the_advice_of_its_refusal_is
     message: str, wrong: dict[str, Any], right: dict[str, Any]
 ) -> None:
     def read(fields: dict[str, Any]) -> bool:
-        asked, chat = read_messages_request(json.dumps({"max_tokens": 5, "messages": [USER]} | fields).encode())
-        return asked.max_tokens >= 0 and chat.messages[-1] == USER
+        asked = read_messages_request(json.dumps({"max_tokens": 5, "messages": [USER]} | fields).encode())
+        return asked.max_tokens >= 0 and asked.chat.messages[-1] == USER
 
     with pytest.raises(ApiError, match=re.escape(message)):
         read(wrong)

@@ -156,14 +156,9 @@ class MessagesRequest(CountRequest, frozen=True, kw_only=True):
         return chat
 
 
-def read_messages_request(body: bytes) -> tuple[MessagesRequest, ChatRequest]:
-    """Return a checked request, and the same as a chat request.
-
-    Raises:
-        ApiError: 400; names the field that is malformed, or asks for something that this server does not do.
-    """
-    asked = read_fields(body, MessagesRequest)
-    return asked, asked.chat
+def read_messages_request(body: bytes) -> MessagesRequest:
+    """Return the fields of a request; errors are those of ``read_fields``. Its values are checked by ``chat``."""
+    return read_fields(body, MessagesRequest)
 
 
 def _system(system: str | list[Block] | None) -> list[dict[str, Any]]:

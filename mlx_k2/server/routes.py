@@ -19,8 +19,6 @@ from mlx_k2.server.api_errors import CONTEXT_OVERFLOW, OWNER, REQUEST_ID, ApiErr
 from mlx_k2.server.chat_completions import ChatFormat, TextFormat
 from mlx_k2.server.chat_reply import ChatReply
 from mlx_k2.server.chat_request import (
-    ChatRequest,
-    CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
     read_chat_request,
@@ -183,45 +181,43 @@ class Routes:
     # ---- generation
 
     async def _chat(self, request: Request) -> ASGIApp:
-        def prepare(model: LanguageModel, body: bytes) -> tuple[ChatRequest, Generation]:
-            chat = read_chat_request(body)
-            self._state.check_model(chat.model)
-            return chat, model.chat(chat, request.scope[OWNER])
-
-        def form(chat: ChatRequest, replies: Sequence[ChatReply]) -> ReplyFormat:
-            return ChatFormat(self._head(_CHAT_PREFIX, request), replies, chat, self._state.options)
-
-        return await self._generate(request, prepare, form)
+        return await self._generate(
+            request,
+            read_chat_request,
+            lambda model, chat: model.chat(chat, request.scope[OWNER]),
+            lambda chat, replies: ChatFormat(self._head(_CHAT_PREFIX, request), replies, chat, self._state.options),
+        )
 
     async def _messages(self, request: Request) -> ASGIApp:
-        def prepare(model: LanguageModel, body: bytes) -> tuple[MessagesRequest, Generation]:
-            asked, chat = read_messages_request(body)
-            self._state.check_model(chat.model)
-            return asked, model.chat(chat, request.scope[OWNER])
-
-        def form(asked: MessagesRequest, replies: Sequence[ChatReply]) -> ReplyFormat:
-            return MessagesFormat(request.scope[REQUEST_ID], self._state.model_name, asked, replies[0])
-
-        return await self._generate(request, prepare, form)
+        return await self._generate(
+            request,
+            read_messages_request,
+            lambda model, asked: model.chat(asked.chat, request.scope[OWNER]),
+            lambda asked, replies: MessagesFormat(request.scope[REQUEST_ID], self._state.model_name, asked, replies[0]),
+        )
 
     async def _completions(self, request: Request) -> ASGIApp:
-        def prepare(model: LanguageModel, body: bytes) -> tuple[CompletionRequest, Generation]:
-            completion = read_completion_request(body)
-            self._state.check_model(completion.model)
-            return completion, model.completion(completion)
-
-        def form(completion: CompletionRequest, replies: Sequence[ChatReply]) -> ReplyFormat:
-            return TextFormat(self._head(_TEXT_PREFIX, request), replies, completion, self._state.options)
-
-        return await self._generate(request, prepare, form)
+        return await self._generate(
+            request,
+            read_completion_request,
+            LanguageModel.completion,
+            lambda asked, replies: TextFormat(self._head(_TEXT_PREFIX, request), replies, asked, self._state.options),
+        )
 
     async def _generate(
         self,
         request: Request,
-        prepare: Callable[[LanguageModel, bytes], tuple[Asked, Generation]],
+        read: Callable[[bytes], Asked],
+        generation_of: Callable[[LanguageModel, Asked], Generation],
         make_format: Callable[[Asked, Sequence[ChatReply]], ReplyFormat],
     ) -> ASGIApp:
-        """Answer a request in the format of an API. ``prepare`` reads the body, on a worker thread."""
+        """Answer a request of an API. ``read`` and ``generation_of`` are called on a worker thread."""
+
+        def prepare(model: LanguageModel, body: bytes) -> tuple[Asked, Generation]:
+            asked = read(body)
+            self._state.check_model(asked.model)
+            return asked, generation_of(model, asked)
+
         self._state.check_ready()
         asked, generation = await self._prepare(request, prepare, is_queued=True)
         replies = [ChatReply(generation, self._keep_turn) for _ in generation.submissions]

@@ -30,7 +30,7 @@ def prompt_text(server: SteppedServer, **fields: Any) -> str:
     """Return the prompt of a request as text."""
     body = {"max_tokens": 5, "messages": USER, "tools": CLIENT_TOOLS} | fields
     model = server.state.model()
-    return model.text_of(model.chat_prompt(read_messages_request(json.dumps(body).encode())[1], "")[0])
+    return model.text_of(model.chat_prompt(read_messages_request(json.dumps(body).encode()).chat, "")[0])
 
 
 def test_claude_code_68900_a_billing_line_that_differs_leaves_the_prompt_cached(answering: SteppedServer) -> None:
@@ -99,7 +99,7 @@ def test_open_webui_28413_a_title_is_a_brief_request_and_an_agents_is_not(answer
         ({"max_tokens": 512, "tools": CLIENT_TOOLS}, Priority.INTERACTIVE),
         ({"max_tokens": 32000}, Priority.INTERACTIVE),
     ):
-        chat = read_messages_request(json.dumps({"messages": USER} | fields).encode())[1]
+        chat = read_messages_request(json.dumps({"messages": USER} | fields).encode()).chat
         assert model.chat(chat, "").submissions[0].request.priority is priority
 
 

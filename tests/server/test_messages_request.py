@@ -14,7 +14,7 @@ BILLING = "x-anthropic-billing-header: cc_version=2.1.36; cch=a1b2c;"
 
 
 def read(**fields: Any) -> ChatRequest:
-    return read_messages_request(json.dumps({"max_tokens": 5, "messages": [USER]} | fields).encode())[1]
+    return read_messages_request(json.dumps({"max_tokens": 5, "messages": [USER]} | fields).encode()).chat
 
 
 def text(*texts: str) -> list[dict[str, str]]:
