@@ -15,7 +15,7 @@ from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import convert
 from mlx_k2.server.api_errors import bad_request_error
 from mlx_k2.server.chat_request import ChatRequest, Thinking, check_chat
-from mlx_k2.server.request_fields import check_field, read_fields
+from mlx_k2.server.request_fields import check_field
 from mlx_k2.server.turn_store import HANDLE_FIELD
 
 _BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n*")
@@ -154,11 +154,6 @@ class MessagesRequest(CountRequest, frozen=True, kw_only=True):
         )
         check_chat(chat)
         return chat
-
-
-def read_messages_request(body: bytes) -> MessagesRequest:
-    """Return the fields of a request; errors are those of ``read_fields``. Its values are checked by ``chat``."""
-    return read_fields(body, MessagesRequest)
 
 
 def _system(system: str | list[Block] | None) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from mlx_k2.server.chat_request import (
 )
 from mlx_k2.server.language_model import Generation, LanguageModel
 from mlx_k2.server.messages_format import MessagesFormat
-from mlx_k2.server.messages_request import CountRequest, MessagesRequest, read_messages_request
+from mlx_k2.server.messages_request import CountRequest, MessagesRequest
 from mlx_k2.server.metrics import CONTENT_TYPE
 from mlx_k2.server.openapi import document
 from mlx_k2.server.request_fields import GenerationFields, read_body, read_fields
@@ -166,17 +166,18 @@ class Routes:
         return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": self._state.context_tokens})
 
     async def _count_tokens(self, request: Request) -> Response:
-        def count(model: LanguageModel, body: bytes) -> int:
-            return len(model.chat_prompt(read_fields(body, CountRequest).chat, request.scope[OWNER])[0])
-
-        self._counting.check(request.scope[OWNER])
-        return json_response({"input_tokens": await self._prepare(request, count)})
+        owner = request.scope[OWNER]
+        self._counting.check(owner)
+        prompt_ids, _ = await self._prepare(
+            request, lambda model, body: model.chat_prompt(read_fields(body, CountRequest).chat, owner)
+        )
+        return json_response({"input_tokens": len(prompt_ids)})
 
     async def _detokenize(self, request: Request) -> Response:
-        def detokenize(model: LanguageModel, body: bytes) -> str:
-            return model.text_of(read_fields(body, DetokenizeRequest).tokens)
-
-        return json_response({"prompt": await self._prepare(request, detokenize)})
+        text = await self._prepare(
+            request, lambda model, body: model.text_of(read_fields(body, DetokenizeRequest).tokens)
+        )
+        return json_response({"prompt": text})
 
     # ---- generation
 
@@ -191,7 +192,7 @@ class Routes:
     async def _messages(self, request: Request) -> ASGIApp:
         return await self._generate(
             request,
-            read_messages_request,
+            lambda body: read_fields(body, MessagesRequest),
             lambda model, asked: model.chat(asked.chat, request.scope[OWNER]),
             lambda asked, replies: MessagesFormat(request.scope[REQUEST_ID], self._state.model_name, asked, replies[0]),
         )
