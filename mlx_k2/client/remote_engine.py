@@ -114,7 +114,7 @@ class RemoteEngine:
             if handle.end(run.finished(FinishReason.CANCELLED)):
                 shut_down(run.connection)
 
-        handle = Handle(cancel)
+        handle = Handle(request, cancel)
         threading.Thread(target=self._run, args=[run, handle], name="remote request", daemon=True).start()
         return handle
 

@@ -145,7 +145,7 @@ class Engine:
         for submission in submissions:
             check_request(submission.request, self._pipeline.vocab_size, self._context_tokens)
         now = time.perf_counter()
-        jobs = [Job(one, Handle(self._cancel, one.notify), AnswerTimer(now)) for one in submissions]
+        jobs = [Job(one, Handle(one.request, self._cancel, one.notify), AnswerTimer(now)) for one in submissions]
         with self._lock:
             if self._error is not None:
                 raise self._error.with_traceback(None)

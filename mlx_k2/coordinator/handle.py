@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.deployment.restarting import Restart
 from mlx_k2.errors import MlxK2Error
-from mlx_k2.scheduling.request import FinishReason
+from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.text.reply_parts import Part
 
 
@@ -89,7 +89,10 @@ class Handle:
     engine therefore never waits for a reader.
     """
 
-    def __init__(self, on_cancel: Callable[["Handle"], None], notify: Callable[["Handle"], None] | None = None) -> None:
+    def __init__(
+        self, request: Request, on_cancel: Callable[["Handle"], None], notify: Callable[["Handle"], None] | None = None
+    ) -> None:
+        self.request = request
         self._on_cancel = on_cancel
         self._notify = notify
         self._queue: SimpleQueue[Token | Finished | MlxK2Error | _NewProgress] = SimpleQueue()

@@ -38,7 +38,7 @@ class Script:
 
     def submit(self, request: Request, policy: TokenPolicy | None = None) -> Handle:
         if request.priority is Priority.BACKGROUND:
-            return Handle(lambda _: None)
+            return Handle(request, lambda _: None)
         self.requests.append(request)
         ids = sampled(self._tokenizer, next(self._replies))
         return _ScriptedHandle(request, policy or AnyToken(), ids, self._on_token)
@@ -50,8 +50,7 @@ class _ScriptedHandle(Handle):
     def __init__(
         self, request: Request, policy: TokenPolicy, ids: Sequence[int], on_token: Callable[[int], None]
     ) -> None:
-        super().__init__(self._on_cancel)
-        self.request = request
+        super().__init__(request, self._on_cancel)
         self._policy = policy
         self._ids = ids
         self._on_token = on_token

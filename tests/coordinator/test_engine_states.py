@@ -117,7 +117,7 @@ class EngineStates(RuleBasedStateMachine):
         self.wait_for_engine()
         handle = self.submit_or_refuse(request)
         if handle is None:
-            refused = Handle(lambda _: None)
+            refused = Handle(request, lambda _: None)
             refused.end(RequestFailed("refused"))
             return Reader(refused, 0)
         reader = Reader(handle, len(self.last_reports))
