@@ -128,7 +128,9 @@ class WholeResponse:
         """Return the answer; None if the client has closed the connection."""
         try:
             while not self.stream.has_ended:
-                self.form.events(await self.stream.read(None))
+                events = await self.stream.read(None)
+                if not self.stream.is_abandoned:
+                    self.form.events(events)
         except MlxK2Error as error:
             return error_response(to_api_error(error), scope)
         if self.stream.is_abandoned:
