@@ -47,11 +47,6 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     role: str
     content: str | list[Block]
 
-    @property
-    def blocks(self) -> list[Block]:
-        """The content as blocks."""
-        return _blocks(self.content)
-
 
 class MessagesTool(msgspec.Struct, frozen=True, kw_only=True):
     """A tool. One with another type than "custom" is run by Anthropic's servers or known to its models only."""
@@ -177,7 +172,7 @@ def _messages(turns: Sequence[Turn]) -> Iterator[dict[str, Any]]:
         blocks = [
             (f"messages[{number}].content[{at}]", block)
             for number, turn in of_role
-            for at, block in enumerate(turn.blocks)
+            for at, block in enumerate(_blocks(turn.content))
         ]
         if role == "assistant":
             yield _assistant([block for _, block in blocks])
