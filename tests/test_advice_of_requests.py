@@ -134,7 +134,7 @@ def test_a_request_of_the_messages_api_that_follows_the_advice_of_its_refusal_is
 ) -> None:
     def read(fields: dict[str, Any]) -> bool:
         asked = read_fields(json.dumps({"max_tokens": 5, "messages": [USER]} | fields).encode(), MessagesRequest)
-        return asked.max_tokens >= 0 and asked.chat.messages[-1] == USER
+        return asked.chat.messages[-1] == USER
 
     with pytest.raises(ApiError, match=re.escape(message)):
         read(wrong)

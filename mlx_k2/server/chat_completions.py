@@ -156,7 +156,7 @@ class TextFormat(CompletionFormat[CompletionRequest]):
     def _empty_chunk(self) -> bytes:
         return self._chunk(0, "", None)
 
-    def _whole_text_choice(self, index: int, reply: ChatReply) -> dict[str, Any]:
+    def _whole_choice(self, index: int, reply: ChatReply) -> dict[str, Any]:
         token_ids = reply.token_ids if self._asked.return_token_ids else ()
         return _text_choice(index, reply.content, reply.finish_reason, token_ids)
 
