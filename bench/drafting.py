@@ -42,7 +42,7 @@ class Stream:
         events = list(self._engine.submit(request).events())
         arrivals = [event.arrived_at for event in events if isinstance(event, Token)]
         assert isinstance(events[-1], Finished)
-        self.accepted_fraction = events[-1].summary.num_accepted / len(arrivals)
+        self.accepted_fraction = events[-1].summary.accepted / len(arrivals)
         return (len(arrivals) - 1 - SKIPPED) / (arrivals[-1] - arrivals[SKIPPED])
 
 

@@ -23,7 +23,7 @@ from bench.measure import save_rows
 from mlx_k2.coordinator.handle import Event, Token
 from mlx_k2.server.metrics import Metrics
 from mlx_k2.server.request_record import RequestRecord
-from mlx_k2.server.server_state import ServerOptions
+from mlx_k2.server.server_state import ServerOptions, ServerState
 from mlx_k2.testing.sleeping_stages import STEP_S
 from tests.coordinator.token_engine import request
 from tests.server.in_process import SteppedServer, stepped_server
@@ -36,8 +36,8 @@ MAX_P50_MS, MAX_P99_MS = 1.0, 5.0
 class TimedMetrics(Metrics):
     """Metrics that also keep the arrival of each token, by request."""
 
-    def __init__(self, source: object) -> None:
-        super().__init__(source)  # type: ignore[arg-type]
+    def __init__(self, state: ServerState) -> None:
+        super().__init__(state.records, state.activity, lambda: ())
         self.arrivals: dict[str, list[float]] = defaultdict(list)
 
     def add(self, record: RequestRecord, event: Event) -> None:

@@ -31,9 +31,8 @@ from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import convert
 from mlx_k2.launch.group import STALL_TIMEOUT_S
 from mlx_k2.scheduling.drafter import DraftMode
-from mlx_k2.text.history import num_calls, with_normal_ids
 from mlx_k2.text.history_reader import read_history
-from mlx_k2.text.message import Message
+from mlx_k2.text.message import Message, num_calls
 from mlx_k2.text.reply_parts import Content, Part, Reasoning, whole_reply
 from mlx_k2.text.template_process import template_process
 from mlx_k2.weights.model_frontend import ModelFrontend
@@ -171,27 +170,10 @@ class _Cluster:
         Raises:
             RequestError, HostfileError: an option is of the wrong type, out of range, or contradicts another.
         """
-        cluster = {
-            "hostfile": None if hostfile is None else os.fspath(hostfile),
-            "num_stages": num_stages,
-            "model": None if model is None else os.fspath(model),
-            "revision": revision,
-            "split": None if split is None else tuple(split),
-            "context_tokens": context_tokens,
-            "dtype": dtype,
-            "dense_bits": dense_bits,
-            "lease_s": lease_s,
-            "stall_timeout_s": stall_timeout_s,
-            "check_weights": check_weights,
-            "draft_model": None if draft_model is None else os.fspath(draft_model),
-            "draft_aux": None if draft_aux is None else tuple(draft_aux),
-            "draft_bits": draft_bits,
-            "draft_vocab": draft_vocab,
-        }
-        engine = {"num_sequences": num_sequences, "draft": draft, "restarts": restarts}
+        given = {name: _plain(value) for name, value in locals().items() if name != "self"}
         try:
-            self._options = convert(cluster, ClusterOptions)
-            self._engine_options = convert(engine, _EngineOptions)
+            self._options = convert(given, ClusterOptions)
+            self._engine_options = convert(given, _EngineOptions)
         except JsonError as error:
             raise RequestError(str(error)) from None
         self._stack = ExitStack()
@@ -246,7 +228,7 @@ class _Cluster:
         if isinstance(prompt, str):
             messages = [Message(role="user", content=prompt)]
         else:
-            messages = with_normal_ids(read_history(prompt, self._frontend.template.fields).messages)
+            messages = read_history(prompt, self._frontend.template.fields, normal_ids=True).messages
         if sampling.num_answers > 1:
             raise RequestError(f"{sampling.num_answers} answers were requested, but this call returns one: leave n out")
         settings = reply_settings(sampling, self._frontend, tools)
@@ -425,6 +407,13 @@ async def _in_thread(work: Callable[[], None], on_cancel: Callable[[], None] = l
         running.exception()  # not raised, since the work was cancelled
         raise asyncio.CancelledError
     running.result()
+
+
+def _plain(value: object) -> object:
+    """Return an option as its struct holds it: a path as text, a sequence as a tuple."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def _several(prompts: Iterable[Prompt]) -> Iterable[Prompt]:

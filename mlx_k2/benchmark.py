@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 
 from mlx_k2.coordinator.draft_times import DraftTimer, DraftTimes
 from mlx_k2.coordinator.engine import engine_on
@@ -20,7 +19,7 @@ from mlx_k2.deployment.plan import DTYPE_BYTES
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.drafter import DraftMode
-from mlx_k2.scheduling.drafts import DraftCount, DraftTotals, merge_counts
+from mlx_k2.scheduling.drafts import DraftCount, merge_counts
 from mlx_k2.scheduling.request import Request
 
 WARM_UP_TOKENS = 8
@@ -49,7 +48,7 @@ class StageTimes:
 
 
 @dataclass(frozen=True)
-class Measured(DraftTotals):
+class Measured:
     """Result of one run of a workload. Rates are totals over all streams; inter-token times are within a stream."""
 
     workload: Workload
@@ -69,6 +68,16 @@ class Measured(DraftTotals):
     def decode_tokens_per_s_per_stream(self) -> float | None:
         """Average rate of one stream."""
         return None if self.decode_tokens_per_s is None else self.decode_tokens_per_s / self.workload.streams
+
+    @property
+    def num_drafted(self) -> int:
+        """Number of draft tokens that were computed."""
+        return sum(count.num_drafted for count in self.drafts)
+
+    @property
+    def num_accepted(self) -> int:
+        """Number of draft tokens that are part of the answers."""
+        return sum(count.num_accepted for count in self.drafts)
 
     @property
     def stage_busy(self) -> list[float]:
@@ -133,10 +142,8 @@ class Benchmark(ServerBenchmark):
         self._engine.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._engine.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self._engine.__exit__(*error)
 
     def warm_up(self, workload: Workload) -> None:
         """Run ``workload`` without reports, as in the base class."""

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from mlx_k2.server.api_errors import ApiError
-from mlx_k2.server.chat_request import read_chat_request
-from mlx_k2.server.completion_request import read_completion_request
-from mlx_k2.server.messages_request import read_messages_request
+from mlx_k2.server.chat_request import read_chat_request, read_completion_request
+from mlx_k2.server.messages_request import MessagesRequest
+from mlx_k2.server.request_fields import read_fields
 from mlx_k2.server.responses_request import conversation_of, read_responses_request
 
 pytestmark = pytest.mark.timeout(60)
@@ -74,7 +74,7 @@ def test_a_completion_request_that_follows_the_advice_of_its_refusal_is_accepted
 ) -> None:
     def read(fields: dict[str, Any]) -> bool:
         asked = read_completion_request(json.dumps({"prompt": "Hello"} | fields).encode())
-        return bool(asked.prompt_ids or asked.prompt_text)
+        return bool(asked.text_or_ids)
 
     with pytest.raises(ApiError, match=re.escape(message)):
         read(wrong)
@@ -133,8 +133,8 @@ def test_a_request_of_the_messages_api_that_follows_the_advice_of_its_refusal_is
     message: str, wrong: dict[str, Any], right: dict[str, Any]
 ) -> None:
     def read(fields: dict[str, Any]) -> bool:
-        asked, chat = read_messages_request(json.dumps({"max_tokens": 5, "messages": [USER]} | fields).encode())
-        return asked.max_tokens >= 0 and chat.messages[-1] == USER
+        asked = read_fields(json.dumps({"max_tokens": 5, "messages": [USER]} | fields).encode(), MessagesRequest)
+        return asked.chat.messages[-1] == USER
 
     with pytest.raises(ApiError, match=re.escape(message)):
         read(wrong)

@@ -14,11 +14,10 @@ from mlx_k2.errors import MlxK2Error, SetupError
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import Request, check_request
 from mlx_k2.server.http_server import listening_socket
-from mlx_k2.text.chat_template import ChatTemplate, load_chat_template
+from mlx_k2.text.chat_template import ChatTemplate, ThinkingMode, load_chat_template
 from mlx_k2.text.constraint import tool_rules
 from mlx_k2.text.history_reader import read_history
 from mlx_k2.text.schema_check import check_schema
-from mlx_k2.text.thinking_mode import ThinkingMode
 
 pytestmark = pytest.mark.timeout(60)
 

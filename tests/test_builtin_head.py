@@ -102,4 +102,4 @@ def test_the_program_accepts_as_many_drafts_as_the_training_code_predicts(rows: 
         *_, end = engine.submit(request).events()
         assert isinstance(end, Finished)
         expected = sum(position.is_head_right for position in measured([row]))
-        assert end.summary.num_accepted == pytest.approx(expected, abs=1)
+        assert end.summary.accepted == pytest.approx(expected, abs=1)

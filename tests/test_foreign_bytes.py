@@ -36,7 +36,7 @@ from mlx_k2.sampling import GenerationConfig, Sampling
 from mlx_k2.scheduling.microbatch import Row
 from mlx_k2.stage.mlx_settings import load_limits
 from mlx_k2.text.chat_template import load_chat_template
-from mlx_k2.text.tiktoken_model import read_tiktoken
+from mlx_k2.text.tokenizer import load_tokenizer
 from mlx_k2.text.tool_call import read_call
 from mlx_k2.tools.servers import read_mcp_file
 from mlx_k2.weights.index import CheckpointIndex
@@ -44,7 +44,6 @@ from mlx_k2.weights.safetensors_file import read_header
 from tests.examples import at_least
 from tests.text.fixtures import FILES, VOCAB_SIZE
 
-TIKTOKEN = FILES["tiktoken.model"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
@@ -207,8 +206,11 @@ READERS: dict[str, tuple[type[MlxK2Error], Callable[[bytes], object]]] = {
     "config.json": (ConfigError, lambda data: ModelConfig.from_json(data, "config.json")),
     "the index": (CheckpointError, lambda data: CheckpointIndex.from_json(data, "index.json")),
     "generation_config.json": (RequestError, GenerationConfig.from_json),
-    "tokenizer_config.json": (TokenizerError, lambda data: read_tiktoken(TIKTOKEN, data, VOCAB_SIZE)),
-    "tiktoken.model": (TokenizerError, lambda data: read_tiktoken(data, b"{}", VOCAB_SIZE)),
+    "tokenizer_config.json": (
+        TokenizerError,
+        lambda data: load_tokenizer(FILES | {"tokenizer_config.json": data}, VOCAB_SIZE),
+    ),
+    "tiktoken.model": (TokenizerError, lambda data: load_tokenizer(FILES | {"tiktoken.model": data}, VOCAB_SIZE)),
     "a chat template": (TokenizerError, lambda data: load_chat_template({"chat_template.jinja": data})),
     "the template in the config": (TokenizerError, lambda data: load_chat_template({"tokenizer_config.json": data})),
     "a saved chat": (RequestError, on_disk(lambda path: load_chat(path, "digest"))),

@@ -8,34 +8,15 @@ import msgspec
 
 from mlx_k2.chat.chat_session import ReplySettings
 from mlx_k2.chat.sampling_options import SamplingOptions
-from mlx_k2.coordinator.answer_summary import AnswerSummary
+from mlx_k2.coordinator.answer_summary import AnswerSummary, Usage
 from mlx_k2.coordinator.handle import Token
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.sampling import for_answers
-from mlx_k2.scheduling.drafts import DraftCount
-from mlx_k2.text.history import assistant_message
-from mlx_k2.text.message import Message
-from mlx_k2.text.prompt import render_prompt
+from mlx_k2.text.message import CalledFunction, Message, MessageCall, assistant_message
+from mlx_k2.text.prompt import encode_pieces, render_pieces
 from mlx_k2.text.reply_parts import Reply
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.weights.model_frontend import ModelFrontend
-
-
-class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Token counts and rates of a reply. A rate is None if there were too few tokens to measure it."""
-
-    prompt_tokens: int
-    cached_tokens: int
-    """Prompt tokens that were cached and were not computed again."""
-    generated_tokens: int
-    drafted: int
-    accepted: int
-    """Draft tokens that were computed, and those of them that are part of the reply."""
-    drafts: tuple[DraftCount, ...]
-    """The same by source, and by position after the last known token."""
-    time_to_first_token_s: float | None
-    prefill_tokens_per_s: float | None
-    decode_tokens_per_s: float | None
 
 
 class CalledTool(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -62,16 +43,11 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def message(self) -> dict[str, Any]:
         """The reply as a message in OpenAI's format, to continue the conversation with."""
-        calls = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in self.tool_calls
-        ]
-        message: dict[str, Any] = {
-            "role": "assistant",
-            "content": self.content,
-            "reasoning_content": self.reasoning,
-        }
-        return message | {"tool_calls": calls} if calls else message
+        calls = tuple(
+            MessageCall(id=call.id, function=CalledFunction(call.name, call.arguments)) for call in self.tool_calls
+        )
+        message = Message(role="assistant", content=self.content, reasoning_content=self.reasoning, tool_calls=calls)
+        return message.json_value()
 
 
 def prompt_of(
@@ -86,7 +62,8 @@ def prompt_of(
         RequestError, TokenizerError: it cannot be made; gives the reason.
     """
     template = frontend.template
-    return render_prompt(template, frontend.tokenizer, messages, tools, **options.mode.variables(template))
+    variables = options.mode.variables(template)
+    return encode_pieces(frontend.tokenizer, render_pieces(template, frontend.tokenizer, messages, tools, **variables))
 
 
 def submissions(
@@ -149,15 +126,5 @@ def completion_of(reply: Reply, summary: AnswerSummary, num_calls_before: int = 
         ),
         finish_reason=summary.finish_reason.value,
         seed=summary.seed,
-        usage=Usage(
-            prompt_tokens=summary.prompt_tokens,
-            cached_tokens=summary.cached_tokens,
-            generated_tokens=summary.generated_tokens,
-            drafted=summary.num_drafted,
-            accepted=summary.num_accepted,
-            drafts=summary.drafts,
-            time_to_first_token_s=summary.time_to_first_token_s,
-            prefill_tokens_per_s=summary.prefill_tokens_per_s,
-            decode_tokens_per_s=summary.decode_tokens_per_s,
-        ),
+        usage=summary.usage,
     )

@@ -6,14 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from mlx_k2.errors import RequestError
-from mlx_k2.text.chat_template import ChatTemplate
-from mlx_k2.text.history import assistant_message, num_calls, tool_messages, with_normal_ids
+from mlx_k2.text.chat_template import TEMPLATE_DEFAULT, ChatTemplate, ThinkingMode
 from mlx_k2.text.history_reader import read_history
-from mlx_k2.text.message import Message
+from mlx_k2.text.message import Message, assistant_message, num_calls, tool_messages
 from mlx_k2.text.prompt import PromptPiece, encode_pieces, render_pieces
 from mlx_k2.text.reply_parts import Reply
 from mlx_k2.text.sampled_turns import SampledTurns
-from mlx_k2.text.thinking_mode import TEMPLATE_DEFAULT, ThinkingMode
 from mlx_k2.text.tokenizer import Tokenizer
 
 
@@ -105,16 +103,15 @@ class Conversation:
             RequestError, TokenizerError: they are malformed, cannot be rendered, or do not fit into ``context_tokens``;
                 the conversation is unchanged.
         """
-        history = read_history(messages, self._template.fields)
-        loaded = with_normal_ids(history.messages)
-        num_tokens = len(encode_pieces(self._tokenizer, self._rendered(loaded)))
+        history = read_history(messages, self._template.fields, normal_ids=True)
+        num_tokens = len(encode_pieces(self._tokenizer, self._rendered(history.messages)))
         if num_tokens >= context_tokens:
             raise RequestError(
                 f"these messages are {num_tokens} tokens, and the context holds {context_tokens}: "
                 "give a larger --context, up to that of the model"
             )
         self._sampled.forget_from(0)
-        self._messages = loaded
+        self._messages = history.messages
         return history.left_out
 
     def prompt_ids(self) -> list[int]:

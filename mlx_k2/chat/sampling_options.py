@@ -12,9 +12,9 @@ from mlx_k2.errors import RequestError
 from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import convert
 from mlx_k2.sampling import GenerationConfig, Sampling
+from mlx_k2.text.chat_template import INSTANT_TEMPERATURE, ThinkingMode
 from mlx_k2.text.constraint import AnswerForm, AnswerFormat, Constraint, tool_rules
 from mlx_k2.text.reply_grammar import compile_constraint
-from mlx_k2.text.thinking_mode import INSTANT_TEMPERATURE, ThinkingMode
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 MAX_ANSWERS = 128

@@ -23,9 +23,8 @@ from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import SetupError
 from mlx_k2.sampling import derived_seed
 from mlx_k2.text.chat_template import ChatTemplate
-from mlx_k2.text.history import num_calls
 from mlx_k2.text.history_reader import read_history
-from mlx_k2.text.message import Message
+from mlx_k2.text.message import Message, num_calls
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.model_frontend import ModelFrontend
 

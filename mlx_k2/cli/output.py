@@ -84,7 +84,7 @@ def _accepted_drafts(summary: AnswerSummary) -> str | None:
         if (found := [one for one in summary.drafts if one.source is source])
     ]
     by_source = f" ({', '.join(counts)})" if len(counts) > 1 else ""
-    return f"{summary.num_accepted} of {summary.num_drafted} draft tokens accepted{by_source}"
+    return f"{summary.accepted} of {summary.drafted} draft tokens accepted{by_source}"
 
 
 def _short_summary(summary: AnswerSummary) -> str:

@@ -33,7 +33,7 @@ from mlx_k2.server.api_keys import KeyRing, read_keys
 from mlx_k2.server.app import make_app
 from mlx_k2.server.client_settings import CLAUDE_CODE_CONTEXT_TOKENS, CLIENTS, KEY_VARIABLE, ModelAddress
 from mlx_k2.server.cluster_activity import ClusterActivity, CountedRestarts
-from mlx_k2.server.http_server import Certificate, HttpServer, url_for_others
+from mlx_k2.server.http_server import HttpServer, url_for_others
 from mlx_k2.server.language_model import LanguageModel
 from mlx_k2.server.line_log import LineLog
 from mlx_k2.server.server_state import ServerOptions, ServerState
@@ -176,12 +176,11 @@ def command(options: ServeOptions) -> None:
         sys.stdout.write(settings.text(_model_address(options, request.source, model)))
         return
     state = ServerState(_server_options(options), _name_for_clients(request.source), ClusterActivity())
-    certificate = None if options.certfile is None else Certificate(options.certfile, options.keyfile)
-    address = (options.host, options.port)
+    address, files = (options.host, options.port), (options.certfile, options.keyfile)
     with (
         LineLog(log) as lines,
         HttpServer(
-            make_app(state, _access(options, lines.write), lines.write), *address, options.drain_s, certificate
+            make_app(state, _access(options, lines.write), lines.write), *address, options.drain_s, *files
         ) as server,
     ):
         lines.write(f"listening on {server.url}; requests are accepted when the model is loaded")

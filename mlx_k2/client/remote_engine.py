@@ -4,11 +4,9 @@ The server computes tokens. The token policy runs here: text, stop strings, thin
 rest of the answer is a new request, whose prompt ends with them: the server's cache holds the beginning.
 """
 
-import base64
 import http.client
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +35,7 @@ class _ModelFiles(msgspec.Struct, frozen=True):
     name: str
     digest: str
     context_tokens: int
-    files: dict[str, str]
+    files: dict[str, bytes]
 
 
 class _Choice(msgspec.Struct, frozen=True):
@@ -88,20 +86,16 @@ class RemoteEngine:
         self._address = address
         model = address.get("/v1/model-files", _ModelFiles)
         try:
-            files = {name: base64.b64decode(text, validate=True) for name, text in model.files.items()}
-            config = ModelConfig.from_json(files[CONFIG_NAME], f"{address.url} {CONFIG_NAME}")
-        except (ValueError, KeyError):
+            config = ModelConfig.from_json(model.files[CONFIG_NAME], f"{address.url} {CONFIG_NAME}")
+        except KeyError:
             raise SetupError(f"{address.url} sends no files of a model") from None
         index = CheckpointIndex({}, address.url)
         self.model_name = model.name
-        self.frontend = ModelFrontend(ModelDescription(files, config, index, model.digest, None), model.context_tokens)
+        self.frontend = ModelFrontend(
+            ModelDescription(model.files, config, index, model.digest, None), model.context_tokens
+        )
 
-    def submit(
-        self,
-        request: Request,
-        policy: TokenPolicy | None = None,
-        notify: Callable[[Handle], None] | None = None,
-    ) -> Handle:
+    def submit(self, request: Request, policy: TokenPolicy | None = None) -> Handle:
         """Run a request and return its handle. Any thread may call this.
 
         Raises:
@@ -120,7 +114,7 @@ class RemoteEngine:
             if handle.end(run.finished(FinishReason.CANCELLED)):
                 shut_down(run.connection)
 
-        handle = Handle(request, cancel, notify)
+        handle = Handle(request, cancel)
         threading.Thread(target=self._run, args=[run, handle], name="remote request", daemon=True).start()
         return handle
 

@@ -1,42 +1,51 @@
 """Token counts and speeds of a finished answer. Knows no text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from mlx_k2.scheduling.drafts import DraftCount, DraftTotals, merge_counts
+import msgspec
+
+from mlx_k2.scheduling.drafts import DraftCount, merge_counts
 from mlx_k2.scheduling.request import FinishReason, Request
 
 
-@dataclass(frozen=True)
-class AnswerSummary(DraftTotals):
-    """Token counts and rates of one answer. A rate is None if there were too few tokens to measure it."""
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Token counts and rates of a reply. A rate is None if there were too few tokens to measure it."""
 
     prompt_tokens: int
     cached_tokens: int
     """Prompt tokens that were cached and were not computed again."""
     generated_tokens: int
-    finish_reason: FinishReason
-    seed: int
+    drafted: int = 0
+    accepted: int = 0
+    """Draft tokens that were computed, and those of them that are part of the reply."""
+    drafts: tuple[DraftCount, ...] = ()
+    """The same by source, and by position after the last known token."""
     time_to_first_token_s: float | None
     prefill_tokens_per_s: float | None
     decode_tokens_per_s: float | None
-    drafts: tuple[DraftCount, ...] = ()
-    """Draft tokens by source and position."""
+
+
+class AnswerSummary(Usage, frozen=True, kw_only=True):
+    """The counts and rates of one answer, why it ended, and its seed."""
+
+    finish_reason: FinishReason
+    seed: int
+
+    @property
+    def usage(self) -> Usage:
+        """The counts and rates alone."""
+        return Usage(**{name: getattr(self, name) for name in Usage.__struct_fields__})
 
 
 class AnswerTimer:
     """Arrival times of one answer's tokens. All times are of time.perf_counter."""
 
     def __init__(self, began: float) -> None:
-        self._began = began
+        self.began = began
+        """The time at which the request was submitted."""
         self._num_tokens = 0
         self._num_sampled = 0
         self._first = self._last = began
-
-    @property
-    def began(self) -> float:
-        """The time at which the request was submitted."""
-        return self._began
 
     def add(self, arrived_at: float, *, is_forced: bool) -> None:
         """Count a token. Rates are those of sampled tokens."""
@@ -51,7 +60,7 @@ class AnswerTimer:
     ) -> AnswerSummary:
         """Return the summary of the answer so far, as it ended with ``reason``."""
         num_prompt = len(request.prompt_ids)
-        first_s = self._first - self._began if self._num_sampled else None
+        first_s = self._first - self.began if self._num_sampled else None
         decode_s = self._last - self._first
         return AnswerSummary(
             prompt_tokens=num_prompt,
@@ -62,6 +71,8 @@ class AnswerTimer:
             time_to_first_token_s=first_s,
             prefill_tokens_per_s=(num_prompt - num_cached) / first_s if first_s else None,
             decode_tokens_per_s=(self._num_sampled - 1) / decode_s if decode_s > 0 else None,
+            drafted=sum(count.num_drafted for count in drafts),
+            accepted=sum(count.num_accepted for count in drafts),
             drafts=drafts,
         )
 
@@ -87,5 +98,7 @@ def total(summaries: Sequence[AnswerSummary]) -> AnswerSummary:
         time_to_first_token_s=summaries[0].time_to_first_token_s,
         prefill_tokens_per_s=(prompt_tokens - cached_tokens) / prefill_s if prefill_s else None,
         decode_tokens_per_s=num_decoded / decode_s if decode_s else None,
+        drafted=sum(one.drafted for one in summaries),
+        accepted=sum(one.accepted for one in summaries),
         drafts=merge_counts(count for one in summaries for count in one.drafts),
     )

@@ -9,12 +9,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from types import TracebackType
+from functools import partial
 
 from mlx_k2.coordinator.answer_summary import AnswerTimer
 from mlx_k2.coordinator.engine_loop import EngineLoop, Restarts
 from mlx_k2.coordinator.handle import Handle
-from mlx_k2.coordinator.jobs import Cancel, Close, Job, Submission, Submit
+from mlx_k2.coordinator.jobs import Job, Submission
 from mlx_k2.coordinator.pipeline import Pipeline, StageUse, StepTimeout
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.listener import StageReport
@@ -81,17 +81,20 @@ class Engine:
         on_failure: Callable[[MlxK2Error], None] | None = None,
         max_queued: int = MAX_QUEUED,
     ) -> None:
-        self._limits = scheduler.limits
-        self._vocab_size = pipeline.vocab_size
+        self.num_slots = scheduler.limits.num_slots
+        """The number of requests that can run at once."""
+        self.max_requests = self.num_slots + max_queued
+        """The most requests that run and wait."""
+        self._context_tokens = scheduler.limits.context_tokens
+        self._pipeline = pipeline
         self._on_failure = on_failure
         self._max_queued = max_queued
-        self._num_queued = 0
         self._durations: deque[float] = deque(maxlen=_NUM_TIMED)
-        self._lock = threading.Lock()  # guards _num_queued, _error and _jobs
+        self._lock = threading.Lock()  # guards _error and _jobs
         self._error: MlxK2Error | None = None
         self._jobs: dict[Handle, Job] = {}
         self._restarts = restarts
-        self._loop = EngineLoop(pipeline, scheduler, restarts, on_restart, self._on_started, self._on_ended)
+        self._loop = EngineLoop(pipeline, scheduler, restarts, on_restart, self._on_ended)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def __enter__(self) -> "Engine":
@@ -101,25 +104,13 @@ class Engine:
         gc.freeze()  # a full collection stops all threads for 14 to 28 ms, mostly for objects of imports (measured)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._restarts is not None:
             self._restarts.cancel()
-        self._loop.put(Close())
+        self._loop.put(self._loop.close)
         self._thread.join()  # the end of a restart's stages has its own deadline, in StageGroup.stop
         gc.unfreeze()
         _SHORT_INTERVAL.end()
-
-    @property
-    def num_slots(self) -> int:
-        """The number of requests that can run at once."""
-        return self._limits.num_slots
-
-    @property
-    def max_requests(self) -> int:
-        """The most requests that run and wait."""
-        return self._limits.num_slots + self._max_queued
 
     @property
     def is_restarting(self) -> bool:
@@ -129,7 +120,7 @@ class Engine:
     @property
     def use(self) -> tuple[StageUse, ...]:
         """The totals of each stage so far."""
-        return self._loop.use
+        return self._pipeline.use
 
     def submit(
         self,
@@ -152,36 +143,40 @@ class Engine:
     def submit_all(self, submissions: Sequence[Submission]) -> list[Handle]:
         """Queue several requests, all or none, so that the first plan counts all of them. Errors are as in submit."""
         for submission in submissions:
-            check_request(submission.request, self._vocab_size, self._limits.context_tokens)
+            check_request(submission.request, self._pipeline.vocab_size, self._context_tokens)
         now = time.perf_counter()
         jobs = [Job(one, Handle(one.request, self._cancel, one.notify), AnswerTimer(now)) for one in submissions]
         with self._lock:
             if self._error is not None:
                 raise self._error.with_traceback(None)
-            if self._num_queued + len(jobs) > self._max_queued:
+            num_queued = self._num_queued
+            if num_queued + len(jobs) > self._max_queued:
                 wait_s = self.expected_wait_s
                 raise EngineBusy(
-                    f"{self._num_queued} requests wait already, of at most {self._max_queued}: "
+                    f"{num_queued} requests wait already, of at most {self._max_queued}: "
                     f"try again in about {wait_s:.0f} s",
                     wait_s,
                 )
-            self._num_queued += len(jobs)
             self._jobs |= {job.handle: job for job in jobs}
-            self._loop.put(Submit(tuple(jobs)))
+            self._loop.put(partial(self._loop.submit, jobs))
         return [job.handle for job in jobs]
 
     def _cancel(self, handle: Handle) -> None:
         """End a handle at once, and stop its sequence soon. Called in signal handlers: takes no lock."""
         job = self._jobs.get(handle)
         if job is not None and handle.end(job.finished(FinishReason.CANCELLED)):
-            self._loop.put(Cancel(job))
+            self._loop.put(partial(self._loop.stop, job))
+
+    @property
+    def _num_queued(self) -> int:
+        return sum(job.is_queued for job in list(self._jobs.values()))
 
     @property
     def expected_wait_s(self) -> float:
         """The expected wait for a place in the queue when it is full."""
         durations = list(self._durations)
         mean_s = sum(durations) / len(durations) if durations else _SHORTEST_WAIT_S
-        return max(_SHORTEST_WAIT_S, mean_s * self._num_queued / self._limits.num_slots)
+        return max(_SHORTEST_WAIT_S, mean_s * self._num_queued / self.num_slots)
 
     # ---- on the engine thread
 
@@ -202,11 +197,6 @@ class Engine:
             job.handle.end(job.finished(FinishReason.CANCELLED) if isinstance(error, Cancelled) else error)
         if self._on_failure is not None and not isinstance(error, Cancelled):
             self._on_failure(error)
-
-    def _on_started(self) -> None:
-        """A job has left the queue."""
-        with self._lock:
-            self._num_queued -= 1
 
     def _on_ended(self, job: Job) -> None:
         self._durations.append(time.perf_counter() - job.timer.began)

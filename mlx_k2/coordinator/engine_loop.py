@@ -1,19 +1,20 @@
-"""Engine loop, run by the engine thread. Reads commands, sends plans, waits for reports, delivers events, restarts.
+"""Engine loop, run by the engine thread. Runs commands, sends plans, waits for reports, delivers events, restarts.
 
-Only the engine thread runs it; ``put`` and ``use`` are for every thread.
+Only the engine thread runs it; ``put`` is for every thread.
 """
 
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from mlx_k2.coordinator.handle import Finished, Handle, PrefillProgress, Progress, Queued, Restarting, Token
-from mlx_k2.coordinator.jobs import Cancel, Close, Command, Job, RestartEnded, RestartPhase, Submit
-from mlx_k2.coordinator.pipeline import Pipeline, StageUse, StepResult
+from mlx_k2.coordinator.jobs import Job
+from mlx_k2.coordinator.pipeline import Pipeline, StepResult
 from mlx_k2.deployment.restarting import OnRestart, Restart
 from mlx_k2.errors import ClusterError, MlxK2Error, NotFinite, RequestFailed
 from mlx_k2.launch.group import StageGroup
@@ -41,11 +42,7 @@ class Restarts(Protocol):
 
 
 class EngineLoop:
-    """The loop over one scheduler and one pipeline.
-
-    ``on_started`` is called once for each job, when it leaves the queue: with its first step, or its end. ``on_ended``
-    is called once for each job after its end.
-    """
+    """The loop over one scheduler and one pipeline. ``on_ended`` is called once for each job after its end."""
 
     def __init__(
         self,
@@ -53,16 +50,14 @@ class EngineLoop:
         scheduler: Scheduler,
         restarts: Restarts | None,
         on_restart: OnRestart | None,
-        on_started: Callable[[], None],
         on_ended: Callable[[Job], None],
     ) -> None:
         self._pipeline = pipeline
         self._scheduler = scheduler
         self._restarts = restarts
         self._on_restart = on_restart
-        self._on_started = on_started
         self._on_ended = on_ended
-        self._commands: SimpleQueue[Command] = SimpleQueue()
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._jobs: dict[Sequence, Job] = {}
         self._outbox: list[tuple[Handle, Token | Progress | Finished | MlxK2Error]] = []
         self._queue: list[Sequence] = []
@@ -73,22 +68,17 @@ class EngineLoop:
         self._is_closing = False
 
     @property
-    def use(self) -> tuple[StageUse, ...]:
-        """The totals of each stage so far."""
-        return self._pipeline.use
-
-    @property
     def is_restarting(self) -> bool:
         """True while all stages start again after a fault."""
         return self._restart_thread is not None
 
-    def put(self, command: Command) -> None:
-        """Send a command to the engine thread. Any thread may call this, also a signal handler."""
+    def put(self, command: Callable[[], None]) -> None:
+        """Run a command on the engine thread soon. Any thread may call this, also a signal handler."""
         self._commands.put(command)
         self._pipeline.group.wake()  # a group that is being replaced: the loop reads all commands after that
 
     def run(self) -> None:
-        """Run until Close.
+        """Run until ``close``.
 
         Raises:
             ClusterError: the stages failed and are not restarted.
@@ -107,7 +97,7 @@ class EngineLoop:
     def _step(self) -> None:
         """Send the plans that can go, deliver the events of the step before, and wait for the next report."""
         try:
-            self._read_commands()
+            self._run_commands()
             if self._is_closing:
                 return
             for microbatch in self._pipeline.send_plans():
@@ -127,35 +117,44 @@ class EngineLoop:
         """Wait for the next command while the stages restart. Requests may come, time out and be cancelled."""
         timeout_s = min(self._first_time_limit() - time.monotonic(), _LONGEST_WAIT_S)
         try:
-            self._on_command(self._commands.get(timeout=max(0.0, timeout_s)))
+            self._run_command(self._commands.get(timeout=max(0.0, timeout_s)))
         except Empty:
             self._stop_timed_out()
         self._deliver()
 
     # ---- commands
 
-    def _read_commands(self) -> None:
+    def _run_commands(self) -> None:
         while not self._commands.empty():
-            self._on_command(self._commands.get())
+            self._run_command(self._commands.get())
 
-    def _on_command(self, command: Command) -> None:
-        match command:
-            case Submit(jobs):
-                for job in jobs:
-                    self._submit(job)
-            case Cancel(job) if job.sequence is not None:
-                self._scheduler.stop(job.sequence, FinishReason.CANCELLED)
-            case RestartPhase(restart, phase):
-                self._restarting = Restarting(restart, phase)
-                self._outbox += [(job.handle, self._restarting) for job in self._jobs.values()]
-            case RestartEnded(outcome):
-                self._restart_thread = self._restarting = None
-                if isinstance(outcome, MlxK2Error):
-                    raise outcome
-                self._pipeline.continue_on(outcome)
-            case Close():
-                self._is_closing = True
+    def _run_command(self, command: Callable[[], None]) -> None:
+        command()
         self._end_jobs()
+
+    def submit(self, jobs: Iterable[Job]) -> None:
+        """Command: run these jobs."""
+        for job in jobs:
+            self._submit(job)
+
+    def stop(self, job: Job) -> None:
+        """Command: stop the sequence of a job whose handle has ended."""
+        if job.sequence is not None:
+            self._scheduler.stop(job.sequence, FinishReason.CANCELLED)
+
+    def close(self) -> None:
+        """Command: end ``run``."""
+        self._is_closing = True
+
+    def _report_restart(self, restart: Restart, phase: str) -> None:
+        self._restarting = Restarting(restart, phase)
+        self._outbox += [(job.handle, self._restarting) for job in self._jobs.values()]
+
+    def _end_restart(self, outcome: StageGroup | MlxK2Error) -> None:
+        self._restart_thread = self._restarting = None
+        if isinstance(outcome, MlxK2Error):
+            raise outcome
+        self._pipeline.continue_on(outcome)
 
     def _submit(self, job: Job) -> None:
         submission = job.submission
@@ -176,7 +175,6 @@ class EngineLoop:
             job = self._jobs.get(sequence)
             if job is not None and job.is_queued:
                 job.is_queued = False
-                self._on_started()
                 self._outbox.append((job.handle, PrefillProgress(sequence.num_cached or 0, sequence.num_prompt)))
                 if sequence.request.timeout_s is not None:
                     job.ends_at = time.monotonic() + sequence.request.timeout_s
@@ -208,8 +206,6 @@ class EngineLoop:
             reason = sequence.finish_reason
             assert reason is not None, "an ended sequence has a reason"
             self._outbox.append((job.handle, sequence.error or job.finished(reason)))
-            if job.is_queued:
-                self._on_started()
             self._on_ended(job)
 
     def _deliver(self) -> None:
@@ -279,10 +275,10 @@ class EngineLoop:
         except BaseException as defect:  # noqa: BLE001 - the engine must not wait without a limit
             outcome = ClusterError(f"the restart failed: {type(defect).__name__}: {defect}")
             outcome.__cause__ = defect
-        self._commands.put(RestartEnded(outcome))
+        self._commands.put(partial(self._end_restart, outcome))
 
     def _on_restart_phase(self, restart: Restart, phase: str) -> None:
-        self._commands.put(RestartPhase(restart, phase))
+        self._commands.put(partial(self._report_restart, restart, phase))
         if self._on_restart is not None:
             try:
                 self._on_restart(restart, phase)

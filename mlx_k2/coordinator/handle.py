@@ -5,9 +5,11 @@ The engine thread puts events into the handle, one reader gets them, and any thr
 
 import logging
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TypeAlias
+
+from msgspec.structs import replace
 
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.deployment.restarting import Restart

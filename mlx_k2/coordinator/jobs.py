@@ -1,15 +1,11 @@
-"""Jobs and commands: what the threads of a program send to the engine thread. Knows no stages."""
+"""Submissions, and the jobs that the engine thread makes progress with. Knows no stages."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from mlx_k2.coordinator.answer_summary import AnswerTimer
 from mlx_k2.coordinator.handle import Finished, Handle
-from mlx_k2.deployment.restarting import Restart
-from mlx_k2.errors import MlxK2Error
-from mlx_k2.launch.group import StageGroup
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.scheduling.sequence import Sequence
 from mlx_k2.scheduling.token_policy import TokenPolicy
@@ -43,40 +39,3 @@ class Job:
         parts = sequence.finish().parts if reason is FinishReason.TIMEOUT else ()
         counts = (sequence.num_cached or 0, sequence.drafts.counts)
         return Finished(self.timer.summary(self.submission.request, reason, *counts), parts)
-
-
-@dataclass(frozen=True)
-class Submit:
-    """Run these jobs."""
-
-    jobs: tuple[Job, ...]
-
-
-@dataclass(frozen=True)
-class Cancel:
-    """Stop the sequence of a job whose handle has ended."""
-
-    job: Job
-
-
-@dataclass(frozen=True)
-class Close:
-    """Cancel all jobs and end the thread."""
-
-
-@dataclass(frozen=True)
-class RestartPhase:
-    """Progress of a restart."""
-
-    restart: Restart
-    phase: str
-
-
-@dataclass(frozen=True)
-class RestartEnded:
-    """The end of a restart: new stages, or the error that prevents them."""
-
-    outcome: StageGroup | MlxK2Error
-
-
-Command: TypeAlias = Submit | Cancel | Close | RestartPhase | RestartEnded

@@ -155,12 +155,10 @@ class Pipeline:
             self._policy.observe(rank, load, busy_s)
         self._unobserved.clear()
 
-    def drop_plans(self) -> list[Microbatch]:
-        """Forget all plans in flight, after a fault; return them."""
-        dropped = [sent.microbatch for sent in self._sent.values()]
+    def drop_plans(self) -> None:
+        """Forget all plans in flight, after a fault."""
         self._sent.clear()
         self._before_drafts = None
-        return dropped
 
     def step_of(self, rank: int) -> Microbatch | None:
         """Return the oldest plan in flight that stage ``rank`` has not finished."""

@@ -233,7 +233,6 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
 
     held_bytes: int
     peak_bytes: int
-    cache_bytes_per_token: int
     warnings: tuple[str, ...] = ()
     checksums: dict[str, str | None] = {}
 

@@ -34,22 +34,6 @@ class DraftCount:
     num_accepted: int
 
 
-class DraftTotals:
-    """Base class of results with counts of drafts, which adds their totals."""
-
-    drafts: tuple[DraftCount, ...]
-
-    @property
-    def num_drafted(self) -> int:
-        """Number of draft tokens that were computed."""
-        return sum(count.num_drafted for count in self.drafts)
-
-    @property
-    def num_accepted(self) -> int:
-        """Number of draft tokens that are part of the answer."""
-        return sum(count.num_accepted for count in self.drafts)
-
-
 def merge_counts(counts: Iterable[DraftCount]) -> tuple[DraftCount, ...]:
     """Return the sums of the counts of each source and position, in the order of position."""
     drafted: Counter[tuple[int, DraftSource]] = Counter()

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from mlx_k2.errors import Cancelled, EngineBusy, MlxK2Error, RequestFailed, SetupError
 
@@ -13,6 +12,8 @@ RESTART_RETRY_S = 10
 CONTEXT_OVERFLOW = "context_length_exceeded"
 REQUEST_ID = "mlx_k2.request_id"
 """The key of a request's scope for its id."""
+OWNER = "mlx_k2.owner"
+"""The key of a request's scope for the name of its API key; "" if none is required."""
 _MESSAGES_KINDS = {"server_error": "api_error", "unavailable_error": "api_error"}
 _MESSAGES_FIELDS = {
     "stop": "stop_sequences",
@@ -46,13 +47,6 @@ class ApiError(Exception):
     def body(self) -> dict[str, object]:
         """The JSON body. All four fields are present: some clients show nothing if one is absent."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
-
-
-def shaped_error(error: ApiError, scope: Mapping[str, Any]) -> tuple[int, dict[str, object]]:
-    """Return the status and the JSON body of an error, in the shape of the API that the path of ``scope`` is of."""
-    if scope["path"].startswith("/v1/messages"):
-        return messages_error(error, scope[REQUEST_ID])
-    return error.status, error.body
 
 
 def messages_error(error: ApiError, request_id: str) -> tuple[int, dict[str, object]]:

@@ -1,16 +1,23 @@
-"""The ASGI application: its layers and its errors. Knows no socket."""
+"""The ASGI application. Its outermost layer: request ids, allowed hosts, origins and keys, errors, and the log.
 
+The layer is pure ASGI: Starlette's BaseHTTPMiddleware would hide that a client has closed the connection.
+"""
+
+import asyncio
+import secrets
+import time
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_k2.server.access import Access
-from mlx_k2.server.api_errors import INVALID, ApiError, defect_error
-from mlx_k2.server.front import OuterLayer
+from mlx_k2.server.api_errors import INVALID, OWNER, REQUEST_ID, ApiError, defect_error, unavailable_error
 from mlx_k2.server.routes import Routes
 from mlx_k2.server.server_state import ServerState
 from mlx_k2.server.sse import error_response
@@ -43,3 +50,68 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 async def _on_defect(request: Request, error: Exception) -> Response:  # noqa: ARG001 - a handler's argument
     """Answer 500. Starlette raises the error again afterwards, and the outermost layer logs it."""
     return error_response(defect_error(), request.scope)
+
+
+@dataclass(frozen=True)
+class OuterLayer:
+    """The layer around the application ``inner``. ``log`` receives a line for each request and each defect.
+
+    A line has no text from the client other than the method of a known route: a path could hold anything.
+    """
+
+    inner: ASGIApp
+    access: Access
+    log: Callable[[str], None]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            return
+        scope[REQUEST_ID] = request_id = secrets.token_hex(12)
+        cors = self.access.cors_headers(scope)
+        began = time.monotonic()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                ids = [(name, request_id.encode()) for name in (b"x-request-id", b"request-id")]
+                message["headers"] = [*message.get("headers", ()), *ids, *cors]
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, send_with_id)
+        except ClientDisconnect:
+            status = 499
+        except asyncio.CancelledError:  # the time for running requests is over
+            if not status:
+                await error_response(unavailable_error("the server ends"), scope)(scope, receive, send_with_id)
+            raise
+        except Exception as error:  # noqa: BLE001 - one request's defect must not end others
+            self.log(f"request {request_id} ended by an unexpected error:\n{defect_text(error)}")
+            if not status:
+                await error_response(defect_error(), scope)(scope, receive, send_with_id)
+        finally:
+            path = getattr(scope.get("route"), "path", None)
+            what = "a request" if path is None else f"{scope['method']} {path}"
+            self.log(f"{what} {status or 499} {time.monotonic() - began:.2f} s {request_id}")
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            self.access.check_origin(scope)
+            if scope["method"] == "OPTIONS":  # a browser asks before it sends a page's request
+                await Response(status_code=204)(scope, receive, send)
+                return
+            scope[OWNER] = self.access.owner(scope)
+        except ApiError as error:
+            error.headers["connection"] = "close"  # the body is not read
+            await error_response(error, scope)(scope, receive, send)
+            return
+        await self.inner(scope, receive, send)
+
+
+def defect_text(error: BaseException) -> str:
+    """Return an error's type and the lines where it was raised, without its message, which may quote a prompt."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return "\n".join([*(f"  {frame.filename}:{frame.lineno} {frame.name}" for frame in frames), type(error).__name__])

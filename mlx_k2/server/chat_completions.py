@@ -1,13 +1,13 @@
-"""The formats of chat completions, and what text completions share with them. Knows no HTTP."""
+"""The formats of chat completions and of text completions. Knows no HTTP."""
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from mlx_k2.coordinator.handle import Event, Finished, PrefillProgress, Token
 from mlx_k2.server.api_errors import ApiError
 from mlx_k2.server.chat_reply import CallArguments, CallBegun, ChatReply, Delta
-from mlx_k2.server.chat_request import ChatRequest
+from mlx_k2.server.chat_request import ChatRequest, CompletionRequest
 from mlx_k2.server.request_fields import GenerationFields
 from mlx_k2.server.server_state import ServerOptions
 from mlx_k2.server.sse import event_bytes
@@ -16,8 +16,10 @@ from mlx_k2.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 
+Asked = TypeVar("Asked", bound=GenerationFields)
 
-class CompletionFormat:
+
+class CompletionFormat(Generic[Asked]):
     """The chunks of one streamed completion, or its whole body.
 
     ``head`` has the fields that are in every chunk and in the body, but for "object". ``replies`` has a reply for each
@@ -28,12 +30,13 @@ class CompletionFormat:
     """The value of a chunk's field "object"."""
 
     def __init__(
-        self, head: dict[str, Any], replies: Sequence[ChatReply], asked: GenerationFields, options: ServerOptions
+        self, head: dict[str, Any], replies: Sequence[ChatReply], asked: Asked, options: ServerOptions
     ) -> None:
         self._head = head | {"object": self.chunk_kind}
         self._replies = replies
         self._asked = asked
         self._options = options
+        self._began = time.monotonic()
 
     def begin(self) -> bytes:
         """Return what is sent before the first event."""
@@ -56,15 +59,10 @@ class CompletionFormat:
         """Return the chunks for these events, each with the number of its choice, and the end of the stream."""
         chunks = b"".join(self._chunks(index, event) for index, event in events)
         if events and all(reply.summary is not None for reply in self._replies):
-            if self._asked.wants_usage:
+            if (wanted := self._asked.stream_options) is not None and wanted.include_usage:
                 chunks += event_bytes(self._head | {"choices": [], "usage": usage(self._replies)})
             chunks += DONE
         return chunks
-
-    def add(self, events: Sequence[tuple[int, Event]]) -> None:
-        """Add events to the replies."""
-        for index, event in events:
-            self._replies[index].add(event)
 
     def body(self) -> dict[str, Any]:
         """Return the whole body, after all events were added."""
@@ -82,18 +80,10 @@ class CompletionFormat:
         raise NotImplementedError
 
 
-class ChatFormat(CompletionFormat):
+class ChatFormat(CompletionFormat[ChatRequest]):
     """The format of a chat completion."""
 
     chunk_kind = "chat.completion.chunk"
-
-    def __init__(
-        self, head: dict[str, Any], replies: Sequence[ChatReply], asked: ChatRequest, options: ServerOptions
-    ) -> None:
-        super().__init__(head, replies, asked, options)
-        self._wants_logprobs = bool(asked.logprobs)
-        self._began = time.monotonic()
-        self._num_logprobs = [0] * len(replies)
 
     def begin(self) -> bytes:
         """Return the first chunks. Only they have the role: clients join repeated text."""
@@ -112,10 +102,8 @@ class ChatFormat(CompletionFormat):
 
     def _delta_chunk(self, index: int, delta: Delta) -> bytes:
         choice = _choice(index, self._delta(delta))
-        if isinstance(delta, Content) and self._wants_logprobs:
-            tokens = self._replies[index].content_tokens[self._num_logprobs[index] :]
-            self._num_logprobs[index] += len(tokens)
-            choice["logprobs"] = self._logprobs(index, tokens)
+        if isinstance(delta, Content) and self._asked.logprobs:
+            choice["logprobs"] = self._logprobs(index, self._replies[index].next_content_tokens())
         return self._chunk(choice)
 
     def _delta(self, delta: Delta) -> dict[str, Any]:
@@ -139,15 +127,41 @@ class ChatFormat(CompletionFormat):
         return event_bytes(self._head | {"choices": [choice]})
 
     def _whole_choice(self, index: int, reply: ChatReply) -> dict[str, Any]:
-        message = reply.message | (self._reasoning(reply.reasoning) if reply.reasoning else {})
+        message = reply.message.json_value() | (self._reasoning(reply.reasoning) if reply.reasoning else {})
         choice = {"index": index, "message": message, "finish_reason": reply.finish_reason}
-        return choice | ({"logprobs": self._logprobs(index, reply.content_tokens)} if self._wants_logprobs else {})
+        return choice | ({"logprobs": self._logprobs(index, reply.content_tokens)} if self._asked.logprobs else {})
 
     def _reasoning(self, text: str) -> dict[str, str]:
         return {"reasoning_content": text} | ({"reasoning": text} if self._options.mirrors_reasoning else {})
 
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
         return {"content": logprobs_of(self._replies[index], tokens)}
+
+
+class TextFormat(CompletionFormat[CompletionRequest]):
+    """The format of a text completion. Its reply has content only."""
+
+    chunk_kind = "text_completion"
+
+    def _chunks(self, index: int, event: Event) -> bytes:
+        if isinstance(event, PrefillProgress) and self._asked.return_progress and index == 0:
+            progress = {"total": event.total, "processed": event.done}
+            return event_bytes(self._head | {"choices": [], "prompt_progress": progress})
+        reply = self._replies[index]
+        text = "".join(delta.text for delta in reply.add(event) if isinstance(delta, Content))
+        token_ids = [event.token_id] if isinstance(event, Token) and self._asked.return_token_ids else []
+        chunks = self._chunk(index, text, None, token_ids) if text or token_ids else b""
+        return chunks + self._chunk(index, "", reply.finish_reason) if isinstance(event, Finished) else chunks
+
+    def _empty_chunk(self) -> bytes:
+        return self._chunk(0, "", None)
+
+    def _whole_choice(self, index: int, reply: ChatReply) -> dict[str, Any]:
+        token_ids = reply.token_ids if self._asked.return_token_ids else ()
+        return _text_choice(index, reply.content, reply.finish_reason, token_ids)
+
+    def _chunk(self, index: int, text: str, reason: str | None, token_ids: Sequence[int] = ()) -> bytes:
+        return event_bytes(self._head | {"choices": [_text_choice(index, text, reason, token_ids)]})
 
 
 def usage(replies: Sequence[ChatReply]) -> dict[str, Any]:
@@ -172,6 +186,11 @@ def logprobs_of(reply: ChatReply, tokens: Sequence[Token]) -> list[dict[str, Any
 
 def _choice(index: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "finish_reason": reason}
+
+
+def _text_choice(index: int, text: str, reason: str | None, token_ids: Sequence[int] = ()) -> dict[str, Any]:
+    choice = {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    return choice | ({"token_ids": token_ids} if token_ids else {})
 
 
 def _token_logprobs(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:

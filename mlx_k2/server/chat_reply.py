@@ -6,13 +6,14 @@ Both a stream's deltas and a whole body are made here, so that they always agree
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Event, Finished, Token
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.server.language_model import Generation
 from mlx_k2.server.turn_store import new_handle
+from mlx_k2.text.message import CalledFunction, Message, MessageCall
 from mlx_k2.text.reply_parts import ArgumentsText, Content, Part, Reasoning, ToolCallBegun
 from mlx_k2.text.tool_call import UNKNOWN, ToolCall, call_id
 
@@ -69,6 +70,7 @@ class ChatReply:
         self._kind: type[Part] = Reasoning if self.generation.in_reasoning else Content
         self._textless: list[Token] = []
         self._is_call_open = False
+        self._num_returned = 0
 
     def add(self, event: Event) -> list[Delta]:
         """Add what an event completes; return it as deltas."""
@@ -88,17 +90,13 @@ class ChatReply:
         return []
 
     @property
-    def message(self) -> dict[str, Any]:
-        """The reply as a message in OpenAI's format."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.content}
-        if self.reasoning:
-            message["reasoning_content"] = self.reasoning
-        if self.calls:
-            message["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in self.calls
-            ]
-        return message
+    def message(self) -> Message:
+        """The reply as a message."""
+        calls = tuple(
+            MessageCall(id=call.id, function=CalledFunction(call.name, call.arguments)) for call in self.calls
+        )
+        reasoning = self.reasoning or None
+        return Message(role="assistant", content=self.content, reasoning_content=reasoning, tool_calls=calls)
 
     @property
     def finish_reason(self) -> str:
@@ -107,6 +105,12 @@ class ChatReply:
         if self._is_call_open or reason in (FinishReason.LENGTH, FinishReason.TIMEOUT):
             return "length"
         return "tool_calls" if self.calls else "stop"
+
+    def next_content_tokens(self) -> list[Token]:
+        """Return the tokens of the content since the last call."""
+        found = self.content_tokens[self._num_returned :]
+        self._num_returned += len(found)
+        return found
 
     def _count(self, token: Token) -> None:
         """Count a token as part of the reasoning or the content; one without parts belongs to those that follow."""

@@ -132,25 +132,25 @@ class ClusterActivity:
         return int(now // INTERVAL_S)
 
 
+@dataclass(frozen=True)
 class CountedRestarts:
     """The restarts of a deployment for an engine. Counts faults and restarts."""
 
-    def __init__(self, activity: ClusterActivity, restarting: RestartingDeployment) -> None:
-        self._activity = activity
-        self._restarting = restarting
+    activity: ClusterActivity
+    restarting: RestartingDeployment
 
     def restart(self, error: ClusterError, on_restart: OnRestart) -> StageGroup:
         """Restart all stages; errors are those of RestartingDeployment."""
-        self._activity.faults[error.rank] += 1
-        loaded_bytes, self._activity.loaded_bytes = self._activity.loaded_bytes, Counter()
-        group = self._restarting.restart(error, on_restart)
-        self._activity.loaded_bytes = loaded_bytes  # with the same layers
-        self._activity.num_restarts += 1
+        self.activity.faults[error.rank] += 1
+        loaded_bytes, self.activity.loaded_bytes = self.activity.loaded_bytes, Counter()
+        group = self.restarting.restart(error, on_restart)
+        self.activity.loaded_bytes = loaded_bytes  # with the same layers
+        self.activity.num_restarts += 1
         return group
 
     def cancel(self) -> None:
         """End a restart that is under way."""
-        self._restarting.cancel()
+        self.restarting.cancel()
 
 
 def _fraction(part_s: float, seconds: float) -> float:

@@ -1,7 +1,7 @@
 """Event stream: the events of one answer in the engine, for a reader on an event loop. Knows no HTTP."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -79,22 +79,19 @@ class EventStream:
         self._has_events.clear()
         events: list[tuple[int, Event]] = []
         try:
-            for index, event in self._ready():
-                if isinstance(event, Finished):
-                    self._num_running -= 1
-                    if event.reason is FinishReason.CANCELLED and not self._may_be_cancelled:
-                        raise Cancelled("the engine has ended")
-                self._on_event(index, event)
-                events.append((index, event))
+            for index, handle in enumerate(self._handles):
+                for event in handle.ready_events():
+                    if isinstance(event, Finished):
+                        self._num_running -= 1
+                        if event.reason is FinishReason.CANCELLED and not self._may_be_cancelled:
+                            raise Cancelled("the engine has ended")
+                    self._on_event(index, event)
+                    events.append((index, event))
         except MlxK2Error as error:
             if not events:
                 raise
             self._failure = error
         return events
-
-    def _ready(self) -> Iterator[tuple[int, Event]]:
-        for index, handle in enumerate(self._handles):
-            yield from ((index, event) for event in handle.ready_events())
 
     def _notify(self, _: Handle) -> None:
         """Wake the reader. Called on the engine thread."""

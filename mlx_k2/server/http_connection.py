@@ -9,7 +9,7 @@ import h11
 import msgspec
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mlx_k2.server.api_errors import ApiError, bad_request_error
+from mlx_k2.server.api_errors import bad_request_error
 
 MAX_HEADER_BYTES = 65536
 MAX_CONNECTIONS = 512
@@ -77,9 +77,7 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's argument
         """Answer a request that is not HTTP in the API's shape, and close the connection."""
-        self._send_error(bad_request_error("this is not a valid HTTP request, or its headers are too large"))
-
-    def _send_error(self, error: ApiError) -> None:
+        error = bad_request_error("this is not a valid HTTP request, or its headers are too large")
         if self.cycle is not None:  # the application may be about to answer: that answer is dropped
             self.cycle.disconnected = True
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer has begun, or was sent already

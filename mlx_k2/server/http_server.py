@@ -4,8 +4,6 @@ import asyncio
 import errno
 import socket
 import threading
-from dataclasses import dataclass
-from types import TracebackType
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -21,27 +19,27 @@ _SEND_BUFFER_BYTES = 256 * 1024
 _FORCED_END_S = 5.0
 
 
-@dataclass(frozen=True)
-class Certificate:
-    """The files of a server's certificate and of its private key, in PEM format."""
-
-    certfile: str
-    keyfile: str | None
-
-
 class HttpServer:
     """A context manager: on entry the socket is bound and the thread runs, on exit the thread has ended.
+
+    ``certfile`` is a certificate and ``keyfile`` its private key, in PEM format, for HTTPS.
 
     Raises on entry:
         SetupError: the address cannot be used.
     """
 
     def __init__(
-        self, app: ASGIApp, host: str, port: int, drain_s: float, certificate: Certificate | None = None
+        self,
+        app: ASGIApp,
+        host: str,
+        port: int,
+        drain_s: float,
+        certfile: str | None = None,
+        keyfile: str | None = None,
     ) -> None:
         self._host = host
         self._port = port
-        self._is_https = certificate is not None
+        self._is_https = certfile is not None
         self._config = config = uvicorn.Config(
             app,
             http=Connection,
@@ -55,8 +53,8 @@ class HttpServer:
             timeout_keep_alive=KEEP_OPEN_TIMEOUT_S,
             timeout_graceful_shutdown=max(1, round(drain_s)),
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            ssl_certfile=None if certificate is None else certificate.certfile,
-            ssl_keyfile=None if certificate is None else certificate.keyfile,
+            ssl_certfile=certfile,
+            ssl_keyfile=keyfile,
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
@@ -72,9 +70,7 @@ class HttpServer:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._server.force_exit = True
         self._server.should_exit = True
         self._thread.join(_FORCED_END_S)

@@ -17,17 +17,16 @@ from mlx_k2.errors import RequestError
 from mlx_k2.sampling import Sampling, for_answers
 from mlx_k2.scheduling.request import Priority, Request
 from mlx_k2.server.api_errors import bad_request_error, context_overflow
-from mlx_k2.server.chat_request import ChatRequest
-from mlx_k2.server.completion_request import CompletionRequest
+from mlx_k2.server.chat_request import ChatRequest, CompletionRequest
 from mlx_k2.server.request_fields import GenerationFields
 from mlx_k2.server.turn_store import HANDLE_FIELD, StoredTurn, TurnStore
+from mlx_k2.text.chat_template import ThinkingMode
 from mlx_k2.text.constraint import Constraint, tool_rules
-from mlx_k2.text.history import with_normal_ids
 from mlx_k2.text.history_reader import read_history
+from mlx_k2.text.message import Message
 from mlx_k2.text.prompt import opens_reasoning, render_pieces
 from mlx_k2.text.reply_grammar import ReplyGrammar, compile_constraint
 from mlx_k2.text.sampled_turns import SampledTurns
-from mlx_k2.text.thinking_mode import ThinkingMode
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.weights.checkpoint import TOKENIZER_NAMES
 from mlx_k2.weights.index import CONFIG_NAME
@@ -56,8 +55,8 @@ class Generation:
     """Whether the arguments of each call follow a grammar of JSON."""
     owner: str = ""
     """The name of the client's key."""
-    digest: bytes = b""
-    """The digest of the conversation that is answered, for the turn store."""
+    digest: bytes | None = None
+    """The digest of the conversation that is answered, for the turn store; None for a raw prompt."""
     warnings: tuple[str, ...] = ()
     """Lines about schemas of which the answer's grammar allows more."""
 
@@ -119,7 +118,7 @@ class LanguageModel:
         """
         template = self._frontend.template
         try:
-            messages = with_normal_ids(read_history(chat.messages, template.fields).messages)
+            messages = read_history(chat.messages, template.fields, normal_ids=True).messages
             handles = [message.get(HANDLE_FIELD) for message in chat.messages]
             restored = self._turns.restore(owner, messages, handles)
             variables = self._mode(chat).variables(template)
@@ -131,19 +130,16 @@ class LanguageModel:
             sampled.keep(number, turn.token_ids)
         return sampled.encode(pieces), restored.digest
 
-    def keep_turn(
-        self, generation: Generation, handle: str, message: Mapping[str, Any], token_ids: Sequence[int]
-    ) -> None:
+    def keep_turn(self, generation: Generation, handle: str, message: Message, token_ids: Sequence[int]) -> None:
         """Store the answer ``message``, for a client that continues its conversation."""
-        if message.get("content") or message.get("tool_calls"):
-            (written,) = read_history([message], self._frontend.template.fields).messages
-            turn = StoredTurn(written, array("I", token_ids))
+        if generation.digest is not None and (message.content or message.tool_calls):
+            turn = StoredTurn(message, array("I", token_ids))
             self._turns.keep(generation.owner, handle, generation.digest, turn)
 
     def completion(self, completion: CompletionRequest) -> Generation:
         """Return the generation for a raw prompt. Errors are those of ``chat``."""
-        prompt = completion.prompt_ids
-        prompt_ids = self.tokenizer.encode_text(completion.prompt_text) if prompt is None else prompt
+        prompt = completion.text_or_ids
+        prompt_ids = self.tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt
         self._check_ids(prompt_ids, "prompt")
         limits = ReplyLimits(completion.stop_strings, completion.min_tokens or 0)
         requests = self._requests(completion, prompt_ids)
@@ -220,6 +216,7 @@ class LanguageModel:
         answer, declared = chat.answer_format, [_declaration(tool) for tool in chat.tools or ()]
         if answer is None and not declared and chat.tool_choice is None:
             return None
+        field = "tool_choice"
         try:
             rules = tool_rules(
                 declared,
@@ -228,13 +225,11 @@ class LanguageModel:
                 has_grammar=self._tool_grammar,
                 first_number=first_call,
             )
-        except RequestError as error:
-            raise bad_request_error(str(error), "tool_choice") from None
-        try:
+            field = "response_format"
             return compile_constraint(self._frontend.grammars, Constraint(answer, rules))
         except RequestError as error:
             is_tool = str(error).startswith(("the schema of tool ", "tool calls "))
-            raise bad_request_error(str(error), "tools" if is_tool else "response_format") from None
+            raise bad_request_error(str(error), "tools" if is_tool else field) from None
 
 
 def _priority(asked: GenerationFields) -> Priority:

@@ -3,7 +3,6 @@
 import queue
 import threading
 from collections.abc import Callable
-from types import TracebackType
 
 MAX_LINES = 10_000
 _END_S = 1.0
@@ -21,9 +20,7 @@ class LineLog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._put(None)
         self._thread.join(_END_S)
 

@@ -39,6 +39,7 @@ class MessagesFormat:
         """The blocks of the answer so far; that of a call has its arguments as ``partial_json``."""
         self._is_open = False
         self._held: WrittenCall | None = None
+        self._omits_thinking = asked.thinking is not None and asked.thinking.display == "omitted"
         is_eager = bool(asked.stream) and reply.generation.constrains_calls
         self._eager = {tool.name for tool in asked.tools or () if tool.eager_input_streaming and is_eager}
 
@@ -60,11 +61,6 @@ class MessagesFormat:
     def error(self, error: ApiError) -> bytes:
         """Return an error event, which ends the stream."""
         return event_bytes(messages_error(error, self._request_id)[1], "error")
-
-    def add(self, events: Sequence[tuple[int, Event]]) -> None:
-        """Add events of the engine to the blocks."""
-        for _, event in events:
-            list(self._data(event))
 
     def body(self) -> dict[str, Any]:
         """Return the whole body."""
@@ -136,10 +132,6 @@ class MessagesFormat:
 
     def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
         return {"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta}
-
-    @property
-    def _omits_thinking(self) -> bool:
-        return self._asked.thinking is not None and self._asked.thinking.display == "omitted"
 
     @property
     def _end(self) -> tuple[str, str | None]:

@@ -15,7 +15,7 @@ from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import convert
 from mlx_k2.server.api_errors import bad_request_error
 from mlx_k2.server.chat_request import ChatRequest, Thinking, check_chat
-from mlx_k2.server.request_fields import check_field, read_fields
+from mlx_k2.server.request_fields import check_field
 from mlx_k2.server.turn_store import HANDLE_FIELD
 
 _BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n*")
@@ -46,11 +46,6 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
 
     role: str
     content: str | list[Block]
-
-    @property
-    def blocks(self) -> list[Block]:
-        """The content as blocks."""
-        return _blocks(self.content)
 
 
 class MessagesTool(msgspec.Struct, frozen=True, kw_only=True):
@@ -156,16 +151,6 @@ class MessagesRequest(CountRequest, frozen=True, kw_only=True):
         return chat
 
 
-def read_messages_request(body: bytes) -> tuple[MessagesRequest, ChatRequest]:
-    """Return a checked request, and the same as a chat request.
-
-    Raises:
-        ApiError: 400; names the field that is malformed, or asks for something that this server does not do.
-    """
-    asked = read_fields(body, MessagesRequest)
-    return asked, asked.chat
-
-
 def _system(system: str | list[Block] | None) -> list[dict[str, Any]]:
     """Return the system message, without Claude Code's billing line at its start."""
     blocks = [block.text for block in _blocks(system or "") if block.type == "text"]
@@ -187,7 +172,7 @@ def _messages(turns: Sequence[Turn]) -> Iterator[dict[str, Any]]:
         blocks = [
             (f"messages[{number}].content[{at}]", block)
             for number, turn in of_role
-            for at, block in enumerate(turn.blocks)
+            for at, block in enumerate(_blocks(turn.content))
         ]
         if role == "assistant":
             yield _assistant([block for _, block in blocks])

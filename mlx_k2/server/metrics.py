@@ -1,7 +1,7 @@
 """Metrics for Prometheus: vLLM's names with our prefix. Knows no text and no client beyond counts and times."""
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -20,28 +20,17 @@ _TOKEN_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.4, 1, 5, 30)
 _TOKENS = (10, 100, 1000, 4000, 16000, 64000, 128000, 262144)
 
 
-class Source(Protocol):
-    """The values that are read for each answer of /metrics."""
-
-    @property
-    def records(self) -> dict[str, RequestRecord]:
-        """The requests that wait or run."""
-
-    @property
-    def stage_totals(self) -> tuple[StageUse, ...]:
-        """The totals of each stage."""
-
-    @property
-    def activity(self) -> ClusterActivity:
-        """Faults, restarts, and what the stages hold."""
-
-
 class Metrics:
-    """The metrics of one server."""
+    """The metrics of one server. ``records`` has the requests that wait or run; ``stage_totals`` is read each time."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(
+        self,
+        records: Mapping[str, RequestRecord],
+        activity: ClusterActivity,
+        stage_totals: Callable[[], tuple[StageUse, ...]],
+    ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_CurrentValues(source))
+        self._registry.register(_CurrentValues(records, activity, stage_totals))
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished requests.")
         self._generation_tokens = self._counter("generation_tokens", "Generated tokens of finished requests.")
         self._cache_queries = self._counter("prefix_cache_queries", "Prompt tokens that were looked up in the cache.")
@@ -92,8 +81,8 @@ class Metrics:
         self._generation_tokens.inc(summary.generated_tokens)
         self._cache_queries.inc(summary.prompt_tokens)
         self._cached.inc(summary.cached_tokens)
-        self._drafted.inc(summary.num_drafted)
-        self._accepted.inc(summary.num_accepted)
+        self._drafted.inc(summary.drafted)
+        self._accepted.inc(summary.accepted)
         for count in summary.drafts:
             self._drafted_by.labels(count.source.value, count.position).inc(count.num_drafted)
             self._accepted_by.labels(count.source.value, count.position).inc(count.num_accepted)
@@ -111,19 +100,21 @@ class Metrics:
         return Histogram(f"mlx_k2_{name}", text, buckets=tuple(buckets), registry=self._registry)
 
 
+@dataclass(eq=False)
 class _CurrentValues(Collector):
     """Values that exist already and are read when they are asked for."""
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    records: Mapping[str, RequestRecord]
+    activity: ClusterActivity
+    stage_totals: Callable[[], tuple[StageUse, ...]]
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics."""
-        phases = [record.phase for record in self._source.records.values()]
+        phases = [record.phase for record in self.records.values()]
         waiting = phases.count("queued")
         yield GaugeMetricFamily("mlx_k2_num_requests_waiting", "Requests that wait.", waiting)
         yield GaugeMetricFamily("mlx_k2_num_requests_running", "Requests that run.", len(phases) - waiting)
-        activity = self._source.activity
+        activity = self.activity
         yield CounterMetricFamily("mlx_k2_restarts", "Restarts of all stages that succeeded.", activity.num_restarts)
         yield CounterMetricFamily("mlx_k2_faults", "Faults of the stages.", activity.faults.total())
         names = ("busy", "receive", "send")
@@ -138,7 +129,7 @@ class _CurrentValues(Collector):
             faults.add_metric([str(rank)], activity.faults[rank])
         peak = GaugeMetricFamily("mlx_k2_stage_peak_bytes", "Peak memory of a stage.", labels=["stage"])
         tokens = CounterMetricFamily("mlx_k2_stage_tokens", "Tokens that a stage has computed.", labels=["stage"])
-        for rank, use in enumerate(self._source.stage_totals):
+        for rank, use in enumerate(self.stage_totals()):
             label = [str(rank)]
             for name, value in zip(names, (use.busy_s, use.receive_s, use.send_s), strict=True):
                 seconds[name].add_metric(label, value)

@@ -5,8 +5,7 @@ from typing import Any
 import msgspec
 
 from mlx_k2 import __version__
-from mlx_k2.server.chat_request import ChatRequest
-from mlx_k2.server.completion_request import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from mlx_k2.server.chat_request import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from mlx_k2.server.messages_request import CountRequest, MessagesRequest
 from mlx_k2.server.responses_request import ResponsesRequest
 

@@ -1,13 +1,21 @@
-"""The fields that all kinds of generation have, and how a body becomes fields. Knows no API."""
+"""The body of a request, read under limits on size and time, and the fields that all kinds of generation have.
 
+Knows no API.
+"""
+
+import asyncio
 from typing import Any, TypeVar
 
 import msgspec
+from starlette.requests import Request
 
 from mlx_k2.json_text.parse import JsonError, parse_json
 from mlx_k2.json_text.read import convert
-from mlx_k2.server.api_errors import bad_request_error
+from mlx_k2.server.api_errors import INVALID, ApiError, bad_request_error
 
+MAX_BODY_BYTES = 32 * 1024 * 1024
+BODY_TIMEOUT_S = 30.0
+_CLOSE = {"connection": "close"}
 MAX_STOP_STRINGS = 16
 MAX_CHOICES = 16
 
@@ -62,10 +70,38 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
         """The number of likely tokens with log-probabilities; None for no log-probabilities."""
         return None
 
-    @property
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with the token counts."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+async def read_body(request: Request) -> bytes:
+    """Return the whole body.
+
+    Raises:
+        ApiError: 413 too large, 415 compressed, 408 not sent within BODY_TIMEOUT_S. The connection is closed after 408
+            and 413.
+        ClientDisconnect: the client has closed the connection.
+    """
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        message = f"a body in the encoding {encoding[:40]!r} is not read: send it uncompressed"
+        raise ApiError(415, INVALID, message, headers=_CLOSE)
+    length = request.headers.get("content-length", "0")
+    if int(length) > MAX_BODY_BYTES:  # h11 has checked that it is a number
+        raise _too_large()
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY_BYTES:
+                    raise _too_large()
+    except TimeoutError:
+        message = f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s"
+        raise ApiError(408, INVALID, message, code="request_timeout", headers=_CLOSE) from None
+    return bytes(body)
+
+
+def _too_large() -> ApiError:
+    message = f"the body is larger than {MAX_BODY_BYTES} bytes"
+    return ApiError(413, INVALID, message, code="request_too_large", headers=_CLOSE)
 
 
 def read_fields(body: bytes, kind: type[Fields]) -> Fields:

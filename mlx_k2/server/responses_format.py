@@ -31,8 +31,8 @@ class ResponseFormat:
         self._keep = keep
         self._wants_logprobs = reply.generation.submissions[0].request.sampling.num_logprobs is not None
         self._output = OutputItems(fields["id"].partition("_")[2], reply.handle)
-        self._num_logprobs = 0
         self._num_events = 0
+        self._whole: msgspec.Raw | None = None
 
     def begin(self) -> bytes:
         """Return the first events. Clients refuse a stream that does not begin with response.created."""
@@ -52,16 +52,15 @@ class ResponseFormat:
         sent = self._sent(self._changes(events))
         if self._reply.summary is None:
             return sent
-        body = self.body()
-        return sent + self._sent([{"type": f"response.{self._status}", "response": body}]) + DONE
-
-    def add(self, events: Sequence[tuple[int, Event]]) -> None:
-        """Add events to a response that is not streamed."""
-        for _ in self._changes(events):
-            pass
+        self._whole = self._complete()
+        return sent + self._sent([{"type": f"response.{self._status}", "response": self._whole}]) + DONE
 
     def body(self) -> msgspec.Raw:
         """Return the whole response, after its last event."""
+        assert self._whole is not None, "the response is complete"
+        return self._whole
+
+    def _complete(self) -> msgspec.Raw:
         is_complete = self._status == "completed"
         ended = {
             "status": self._status,
@@ -87,9 +86,7 @@ class ResponseFormat:
 
     def _logprobs(self) -> list[Fields]:
         """Return the log-probabilities of the content since the last call."""
-        tokens = self._reply.content_tokens[self._num_logprobs :] if self._wants_logprobs else []
-        self._num_logprobs += len(tokens)
-        return logprobs_of(self._reply, tokens)
+        return logprobs_of(self._reply, self._reply.next_content_tokens()) if self._wants_logprobs else []
 
     def _lifecycle(self, kind: str) -> Fields:
         return {"type": kind, "response": self._fields}

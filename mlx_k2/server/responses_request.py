@@ -73,12 +73,11 @@ class ResponsesRequest(GenerationFields, frozen=True, kw_only=True):
 
 
 class Conversation(msgspec.Struct, frozen=True):
-    """A request for a response, the chat request that it means, and lines about what was left out.
+    """The chat request that a request for a response means, and lines about what was left out.
 
     ``messages`` are those that a later response continues: all but the instructions, which hold for one response.
     """
 
-    asked: ResponsesRequest
     chat: ChatRequest
     messages: list[dict[str, Any]]
     warnings: tuple[str, ...]
@@ -133,7 +132,7 @@ def conversation_of(asked: ResponsesRequest, earlier: Sequence[Mapping[str, Any]
     warnings = [f"tools of these types are left out: {', '.join(sorted(left_out))}"] if left_out else []
     if reader.skipped:
         warnings.append(f"input items of these types are left out: {', '.join(sorted(reader.skipped))}")
-    return Conversation(asked, chat, messages, tuple(warnings))
+    return Conversation(chat, messages, tuple(warnings))
 
 
 def in_responses_words(error: ApiError) -> ApiError:

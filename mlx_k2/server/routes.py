@@ -9,31 +9,27 @@ from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from mlx_k2.errors import MlxK2Error
-from mlx_k2.server.api_errors import CONTEXT_OVERFLOW, REQUEST_ID, ApiError, bad_request_error, to_api_error
-from mlx_k2.server.chat_completions import ChatFormat
+from mlx_k2.server.access import RateLimit
+from mlx_k2.server.api_errors import CONTEXT_OVERFLOW, OWNER, REQUEST_ID, ApiError, bad_request_error, to_api_error
+from mlx_k2.server.chat_completions import ChatFormat, TextFormat
 from mlx_k2.server.chat_reply import ChatReply
-from mlx_k2.server.chat_request import ChatRequest, read_chat_request
-from mlx_k2.server.completion_request import (
-    CompletionRequest,
+from mlx_k2.server.chat_request import (
     DetokenizeRequest,
     TokenizeRequest,
+    read_chat_request,
     read_completion_request,
 )
-from mlx_k2.server.front import OWNER
 from mlx_k2.server.language_model import Generation, LanguageModel
 from mlx_k2.server.messages_format import MessagesFormat
-from mlx_k2.server.messages_request import CountRequest, MessagesRequest, read_messages_request
+from mlx_k2.server.messages_request import CountRequest, MessagesRequest
 from mlx_k2.server.metrics import CONTENT_TYPE
 from mlx_k2.server.openapi import document
-from mlx_k2.server.rate_limit import RateLimit
-from mlx_k2.server.request_body import read_body
-from mlx_k2.server.request_fields import GenerationFields, read_fields
-from mlx_k2.server.response_store import ResponseStore, StoredResponse
+from mlx_k2.server.request_fields import GenerationFields, read_body, read_fields
 from mlx_k2.server.responses_format import ResponseFormat, failed_stream, response_fields
 from mlx_k2.server.responses_request import (
     ResponsesRequest,
@@ -42,13 +38,18 @@ from mlx_k2.server.responses_request import (
     read_responses_request,
 )
 from mlx_k2.server.server_state import ServerState
-from mlx_k2.server.sse import STREAM_HEADERS, EventStreamResponse, ReplyFormat, WholeResponse, json_response
-from mlx_k2.server.status_stream import StatusStream
-from mlx_k2.server.text_completions import TextFormat
-from mlx_k2.server.turn_store import HANDLE_FIELD
+from mlx_k2.server.sse import (
+    STREAM_HEADERS,
+    EventStreamResponse,
+    ReplyFormat,
+    WholeResponse,
+    json_response,
+    status_events,
+)
+from mlx_k2.server.turn_store import HANDLE_FIELD, ResponseStore, StoredResponse
 
 Result = TypeVar("Result")
-Asked = TypeVar("Asked")
+Asked = TypeVar("Asked", bound=GenerationFields | MessagesRequest)
 _MAX_ID_DIGITS = 16
 COUNTS_PER_S = 50
 """The most requests of a key for a number of tokens. Claude Code in an editor sends 40 at its start."""
@@ -106,13 +107,14 @@ class Routes:
         status = self._state.status(request.scope[OWNER])
         return json_response(status | {"history": self._state.activity.history()})
 
-    async def _status_events(self, request: Request) -> ASGIApp:
+    async def _status_events(self, request: Request) -> Response:
         if request.method == "HEAD":
             return Response(headers=STREAM_HEADERS)
         owner = request.scope[OWNER]
         seen = request.headers.get("last-event-id", "")
         last_id = int(seen) if seen.isascii() and seen.isdigit() and len(seen) < _MAX_ID_DIGITS else 0
-        return StatusStream(lambda: self._state.status(owner), lambda: self._state.is_ending, last_id)
+        events = status_events(lambda: self._state.status(owner), lambda: self._state.is_ending, last_id)
+        return StreamingResponse(events, headers=STREAM_HEADERS)
 
     async def _models(self, request: Request) -> Response:  # noqa: ARG002 - a route's argument
         """Answer in the shapes of both OpenAI's and Anthropic's API."""
@@ -164,68 +166,63 @@ class Routes:
         return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": self._state.context_tokens})
 
     async def _count_tokens(self, request: Request) -> Response:
-        def count(model: LanguageModel, body: bytes) -> int:
-            return len(model.chat_prompt(read_fields(body, CountRequest).chat, request.scope[OWNER])[0])
-
-        self._counting.check(request.scope[OWNER])
-        return json_response({"input_tokens": await self._prepare(request, count)})
+        owner = request.scope[OWNER]
+        self._counting.check(owner)
+        prompt_ids, _ = await self._prepare(
+            request, lambda model, body: model.chat_prompt(read_fields(body, CountRequest).chat, owner)
+        )
+        return json_response({"input_tokens": len(prompt_ids)})
 
     async def _detokenize(self, request: Request) -> Response:
-        def detokenize(model: LanguageModel, body: bytes) -> str:
-            return model.text_of(read_fields(body, DetokenizeRequest).tokens)
-
-        return json_response({"prompt": await self._prepare(request, detokenize)})
+        text = await self._prepare(
+            request, lambda model, body: model.text_of(read_fields(body, DetokenizeRequest).tokens)
+        )
+        return json_response({"prompt": text})
 
     # ---- generation
 
     async def _chat(self, request: Request) -> ASGIApp:
-        def read(body: bytes) -> tuple[ChatRequest, ChatRequest]:
-            chat = read_chat_request(body)
-            return chat, chat
-
-        def form(chat: ChatRequest, replies: Sequence[ChatReply]) -> ReplyFormat:
-            return ChatFormat(self._head(_CHAT_PREFIX, request), replies, chat, self._state.options)
-
-        return await self._converse(request, read, form)
+        return await self._generate(
+            request,
+            read_chat_request,
+            lambda model, chat: model.chat(chat, request.scope[OWNER]),
+            lambda chat, replies: ChatFormat(self._head(_CHAT_PREFIX, request), replies, chat, self._state.options),
+        )
 
     async def _messages(self, request: Request) -> ASGIApp:
-        def form(asked: MessagesRequest, replies: Sequence[ChatReply]) -> ReplyFormat:
-            return MessagesFormat(request.scope[REQUEST_ID], self._state.model_name, asked, replies[0])
-
-        return await self._converse(request, read_messages_request, form)
-
-    async def _converse(
-        self,
-        request: Request,
-        read: Callable[[bytes], tuple[Asked, ChatRequest]],
-        make_format: Callable[[Asked, Sequence[ChatReply]], ReplyFormat],
-    ) -> ASGIApp:
-        """Answer a conversation in the format of an API. ``read`` returns its request, and the same as a chat request.
-
-        ``read`` is called on a worker thread.
-        """
-
-        def prepare(model: LanguageModel, body: bytes) -> tuple[Asked, ChatRequest, Generation]:
-            asked, chat = read(body)
-            self._state.check_model(chat.model)
-            return asked, chat, model.chat(chat, request.scope[OWNER])
-
-        self._state.check_ready()
-        asked, chat, generation = await self._prepare(request, prepare, is_queued=True)
-        replies = [ChatReply(generation, self._keep_turn) for _ in generation.submissions]
-        return await self._answer(request, chat, generation, make_format(asked, replies))
+        return await self._generate(
+            request,
+            lambda body: read_fields(body, MessagesRequest),
+            lambda model, asked: model.chat(asked.chat, request.scope[OWNER]),
+            lambda asked, replies: MessagesFormat(request.scope[REQUEST_ID], self._state.model_name, asked, replies[0]),
+        )
 
     async def _completions(self, request: Request) -> ASGIApp:
-        def prepare(model: LanguageModel, body: bytes) -> tuple[CompletionRequest, Generation]:
-            completion = read_completion_request(body)
-            self._state.check_model(completion.model)
-            return completion, model.completion(completion)
+        return await self._generate(
+            request,
+            read_completion_request,
+            LanguageModel.completion,
+            lambda asked, replies: TextFormat(self._head(_TEXT_PREFIX, request), replies, asked, self._state.options),
+        )
+
+    async def _generate(
+        self,
+        request: Request,
+        read: Callable[[bytes], Asked],
+        generation_of: Callable[[LanguageModel, Asked], Generation],
+        make_format: Callable[[Asked, Sequence[ChatReply]], ReplyFormat],
+    ) -> ASGIApp:
+        """Answer a request of an API. ``read`` and ``generation_of`` are called on a worker thread."""
+
+        def prepare(model: LanguageModel, body: bytes) -> tuple[Asked, Generation]:
+            asked = read(body)
+            self._state.check_model(asked.model)
+            return asked, generation_of(model, asked)
 
         self._state.check_ready()
-        completion, generation = await self._prepare(request, prepare, is_queued=True)
-        replies = [ChatReply(generation) for _ in generation.submissions]
-        form = TextFormat(self._head(_TEXT_PREFIX, request), replies, completion, self._state.options)
-        return await self._answer(request, completion, generation, form)
+        asked, generation = await self._prepare(request, prepare, is_queued=True)
+        replies = [ChatReply(generation, self._keep_turn) for _ in generation.submissions]
+        return await self._answer(request, asked, generation, make_format(asked, replies))
 
     # ---- responses
 
@@ -255,7 +252,7 @@ class Routes:
 
         def keep(body: bytes) -> None:
             if asked.is_stored:
-                answer = msgspec.json.encode(reply.message | {HANDLE_FIELD: reply.handle})
+                answer = msgspec.json.encode(reply.message.json_value() | {HANDLE_FIELD: reply.handle})
                 self._responses.keep(owner, head["id"], StoredResponse(body, messages, answer))
 
         fields = response_fields(head, asked, generation.submissions[0].request.sampling)
@@ -312,9 +309,7 @@ class Routes:
             "model": self._state.model_name,
         }
 
-    async def _answer(
-        self, request: Request, asked: GenerationFields, generation: Generation, form: ReplyFormat
-    ) -> ASGIApp:
+    async def _answer(self, request: Request, asked: Asked, generation: Generation, form: ReplyFormat) -> ASGIApp:
         """Submit the request and return its answer."""
         warnings = [_OTHER_MODEL] if asked.model not in (None, self._state.model_name) else []
         headers = warning_headers([*warnings, *generation.warnings])

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from mlx_k2.coordinator.engine import Engine
 from mlx_k2.coordinator.handle import Event, Token
-from mlx_k2.coordinator.pipeline import StageUse
 from mlx_k2.errors import EngineBusy, MlxK2Error
 from mlx_k2.server.api_errors import ApiError, to_api_error, unavailable_error
 from mlx_k2.server.cluster_activity import ClusterActivity
@@ -51,7 +50,7 @@ class ServerState:
         self.records: dict[str, RequestRecord] = {}
         self.is_ending = False
         """True from the beginning of the server's end: streams that never end by themselves end then."""
-        self.metrics = Metrics(self)
+        self.metrics = Metrics(self.records, activity, lambda: () if self._loaded is None else self._loaded.engine.use)
         self._streams: dict[str, EventStream] = {}
         self._loaded: _Loaded | None = None
         self._num_preparing = {True: 0, False: 0}
@@ -67,11 +66,6 @@ class ServerState:
         if self._loaded is None:
             return "loading"
         return "restarting" if self._loaded.engine.is_restarting else "ready"
-
-    @property
-    def stage_totals(self) -> tuple[StageUse, ...]:
-        """The totals of each stage; () while the model is loading."""
-        return () if self._loaded is None else self._loaded.engine.use
 
     @property
     def context_tokens(self) -> int | None:
@@ -148,8 +142,8 @@ class ServerState:
             records[index].add(event)
 
         stream = EventStream(on_event, lambda: self._close(ids))
-        self.records |= dict(zip(ids, records, strict=True))
-        self._streams |= dict.fromkeys(ids, stream)
+        self.records.update(zip(ids, records, strict=True))
+        self._streams.update(dict.fromkeys(ids, stream))
         try:
             await stream.submit(self._loaded.engine, generation)
         except MlxK2Error as error:

@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
@@ -15,10 +16,11 @@ from starlette.types import Receive, Scope, Send
 
 from mlx_k2.coordinator.handle import Event
 from mlx_k2.errors import MlxK2Error
-from mlx_k2.server.api_errors import ApiError, shaped_error, to_api_error, unavailable_error
+from mlx_k2.server.api_errors import REQUEST_ID, ApiError, messages_error, to_api_error, unavailable_error
 from mlx_k2.server.event_stream import EventStream
 
 KEEPALIVE_S = 10.0
+STATUS_INTERVAL_S = 0.5
 STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-store",
@@ -27,7 +29,7 @@ STREAM_HEADERS = {
 
 
 class ReplyFormat(Protocol):
-    """The answer to one request in the format of one API. Either it is streamed, or ``add`` and ``body`` are called."""
+    """The answer to one request in the format of one API. ``body`` is called only if it is not streamed."""
 
     def begin(self) -> bytes:
         """Return what is sent before the first event."""
@@ -41,11 +43,8 @@ class ReplyFormat(Protocol):
     def error(self, error: ApiError) -> bytes:
         """Return what is sent for an error, the end of the stream included."""
 
-    def add(self, events: list[tuple[int, Event]]) -> None:
-        """Add events of the engine to an answer that is not streamed."""
-
     def body(self) -> object:
-        """Return that answer, after its last event. Called on a worker thread."""
+        """Return the whole answer, after its last event. Called on a worker thread."""
 
 
 def event_bytes(data: object, name: str = "") -> bytes:
@@ -61,31 +60,31 @@ def json_response(data: object, status: int = 200, headers: Mapping[str, str] | 
 
 def error_response(error: ApiError, scope: Mapping[str, Any]) -> Response:
     """Return the answer for an error in the shape of the API that the request of ``scope`` is for."""
-    status, body = shaped_error(error, scope)
+    status, body = error.status, error.body
+    if scope["path"].startswith("/v1/messages"):
+        status, body = messages_error(error, scope[REQUEST_ID])
     return json_response(body, status, error.headers)
 
 
+@dataclass(frozen=True)
 class EventStreamResponse:
-    """A streamed answer. Headers go out at once; then events, and a keep-alive after each KEEPALIVE_S without one."""
+    """A streamed answer. Headers go out at once; then events, and a keep-alive after ``keepalive_s`` without one."""
 
-    def __init__(
-        self, stream: EventStream, form: ReplyFormat, headers: Mapping[str, str], keepalive_s: float = KEEPALIVE_S
-    ) -> None:
-        self._stream = stream
-        self._form = form
-        self._headers = STREAM_HEADERS | dict(headers)
-        self._keepalive_s = keepalive_s
+    stream: EventStream
+    form: ReplyFormat
+    headers: Mapping[str, str]
+    keepalive_s: float
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's argument
         """Send the answer, as an ASGI application."""
-        headers = [(name.encode(), value.encode()) for name, value in self._headers.items()]
+        headers = [(name.encode(), value.encode()) for name, value in (STREAM_HEADERS | dict(self.headers)).items()]
         try:
-            async with cancelled_on_disconnect(self._stream, receive):
+            async with cancelled_on_disconnect(self.stream, receive):
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
-                await self._send_body(send, self._form.begin(), more=True)
+                await self._send_body(send, self.form.begin(), more=True)
                 await self._send_events(send)
         except asyncio.CancelledError:  # the time for running requests is over
-            await self._send_body(send, self._form.error(unavailable_error("the server ends")), more=False)
+            await self._send_body(send, self.form.error(unavailable_error("the server ends")), more=False)
             raise
 
     async def _send_events(self, send: Send) -> None:
@@ -94,13 +93,13 @@ class EventStreamResponse:
         more = True
         while more:
             try:
-                events = await self._stream.read(max(0.0, sent_at + self._keepalive_s - time.monotonic()))
-                body = self._form.events(events)
-                more = not self._stream.has_ended
+                events = await self.stream.read(max(0.0, sent_at + self.keepalive_s - time.monotonic()))
+                body = self.form.events(events)
+                more = not self.stream.has_ended
             except MlxK2Error as error:
-                body, more = self._form.error(to_api_error(error)), False
-            if not body and more and time.monotonic() - sent_at >= self._keepalive_s:
-                body = self._form.keepalive()
+                body, more = self.form.error(to_api_error(error)), False
+            if not body and more and time.monotonic() - sent_at >= self.keepalive_s:
+                body = self.form.keepalive()
                 sent_at = time.monotonic()
             if body or not more:
                 await self._send_body(send, body, more=more)
@@ -110,17 +109,17 @@ class EventStreamResponse:
         await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
+@dataclass(frozen=True)
 class WholeResponse:
     """An answer that is sent when it is complete."""
 
-    def __init__(self, stream: EventStream, form: ReplyFormat, headers: Mapping[str, str]) -> None:
-        self._stream = stream
-        self._form = form
-        self._headers = headers
+    stream: EventStream
+    form: ReplyFormat
+    headers: Mapping[str, str]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Wait for the answer and send it, as an ASGI application."""
-        async with cancelled_on_disconnect(self._stream, receive):
+        async with cancelled_on_disconnect(self.stream, receive):
             response = await self._response(scope)
         if response is not None:
             await response(scope, receive, send)
@@ -128,36 +127,52 @@ class WholeResponse:
     async def _response(self, scope: Scope) -> Response | None:
         """Return the answer; None if the client has closed the connection."""
         try:
-            while not self._stream.has_ended:
-                self._form.add(await self._stream.read(None))
+            while not self.stream.has_ended:
+                events = await self.stream.read(None)
+                if not self.stream.is_abandoned:
+                    self.form.events(events)
         except MlxK2Error as error:
             return error_response(to_api_error(error), scope)
-        if self._stream.is_abandoned:
+        if self.stream.is_abandoned:
             return None
-        return await asyncio.to_thread(lambda: json_response(self._form.body(), headers=self._headers))
+        return await asyncio.to_thread(lambda: json_response(self.form.body(), headers=self.headers))
 
 
 @asynccontextmanager
 async def cancelled_on_disconnect(stream: EventStream, receive: Receive) -> AsyncIterator[None]:
     """Cancel the request when the client closes the connection, and when the block ends before the request."""
-    try:
-        async with on_disconnect(receive, stream.abandon):
-            yield
-    finally:
-        stream.close()
-
-
-@asynccontextmanager
-async def on_disconnect(receive: Receive, gone: Callable[[], None]) -> AsyncIterator[None]:
-    """Call ``gone`` if the client closes the connection within the block."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        gone()
+        stream.abandon()
 
     watching = asyncio.create_task(watch())
     try:
         yield
     finally:
         watching.cancel()
+        stream.close()
+
+
+async def status_events(
+    status: Callable[[], dict[str, object]], is_ending: Callable[[], bool], last_id: int
+) -> AsyncIterator[bytes]:
+    """Yield an event for each change of ``status()``, at most one in STATUS_INTERVAL_S, until ``is_ending()``.
+
+    Each event has an id, counted on from ``last_id``, the one that a client has seen last.
+    """
+    before: dict[str, object] = {}
+    sent_at = 0.0
+    while not is_ending():
+        present = status()
+        seen = {name: value for name, value in present.items() if name != "uptime_s"}
+        if seen != before:
+            before = seen
+            last_id += 1
+            yield b"id: %d\nevent: status\ndata: %s\n\n" % (last_id, msgspec.json.encode(present))
+            sent_at = time.monotonic()
+        elif time.monotonic() - sent_at >= KEEPALIVE_S:
+            yield b": keep-alive\n\n"
+            sent_at = time.monotonic()
+        await asyncio.sleep(STATUS_INTERVAL_S)

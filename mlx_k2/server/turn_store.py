@@ -1,8 +1,9 @@
-"""Turn store: the reasoning and the sampled tokens of answers, for clients that send a conversation back as text.
+"""Stores of what clients need for their next request: turns, and complete responses. Knows no format of an API.
 
-Most clients leave out the reasoning, some write arguments otherwise, and no client knows tokens. With all of this from
-here, the prompt is what the model wrote, and the cache has it. A turn is found by its handle, which some APIs let a
-client send back, or by the whole conversation up to it; and only for the owner of the key that asked for it.
+Most clients send a conversation back as text, leave out the reasoning, some write arguments otherwise, and no client
+knows tokens. With the stored reasoning and tokens of a turn, the prompt is what the model wrote, and the cache has it.
+A turn is found by its handle, which some APIs let a client send back, or by the whole conversation up to it; a response
+by its id; and both only for the owner of the key that asked for it.
 """
 
 import hashlib
@@ -11,9 +12,10 @@ import secrets
 import sys
 import threading
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -21,7 +23,7 @@ from mlx_k2.json_text.parse import JsonError, parse_json
 from mlx_k2.text.message import Message
 
 MAX_BYTES = 64 * 1024 * 1024
-"""The turns that were used longest ago are forgotten."""
+"""The bound of each store. What was used longest ago is forgotten."""
 TURN_BYTES = 1024
 """The memory of a turn besides its text and token ids, its keys included, and of each of its calls."""
 HANDLE_FIELD = "turn_handle"
@@ -68,13 +70,6 @@ class RestoredTurns:
     digest: bytes
 
 
-@dataclass(frozen=True)
-class _Entry:
-    turn: StoredTurn
-    conversation: bytes
-    """The digest of the conversation that the turn ends."""
-
-
 class TurnStore:
     """Stored turns, at most ``max_bytes``. Safe to use on any thread.
 
@@ -86,8 +81,8 @@ class TurnStore:
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
         self._num_bytes = 0
-        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
-        """By owner and handle, those used longest ago first."""
+        self._entries: OrderedDict[bytes, tuple[StoredTurn, bytes]] = OrderedDict()
+        """Turns, each with the digest of the conversation that it ends. By owner and handle, the oldest use first."""
         self._latest: dict[bytes, bytes] = {}
         """The key of the turn that was stored last for a conversation."""
         self._lock = threading.Lock()
@@ -98,7 +93,7 @@ class TurnStore:
         conversation = digest_after(before, turn.message)
         with self._lock:
             self._forget(key)
-            self._entries[key] = _Entry(turn, conversation)
+            self._entries[key] = (turn, conversation)
             self._latest[conversation] = key
             self._num_bytes += turn.num_bytes
             while self._num_bytes > self._max_bytes:
@@ -134,15 +129,76 @@ class TurnStore:
             if found is None:
                 return None
             self._entries.move_to_end(found)
-            return self._entries[found].turn
+            return self._entries[found][0]
 
     def _forget(self, key: bytes) -> None:
-        entry = self._entries.pop(key, None)
-        if entry is None:
+        if key not in self._entries:
             return
-        self._num_bytes -= entry.turn.num_bytes
-        if self._latest.get(entry.conversation) == key:
-            del self._latest[entry.conversation]
+        turn, conversation = self._entries.pop(key)
+        self._num_bytes -= turn.num_bytes
+        if self._latest.get(conversation) == key:
+            del self._latest[conversation]
+
+
+@dataclass(frozen=True)
+class StoredResponse:
+    """A response as JSON texts: its body, the messages that it answers, and its answer as a message."""
+
+    body: bytes
+    messages: bytes
+    answer: bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory of all three."""
+        return len(self.body) + len(self.messages) + len(self.answer)
+
+    @property
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages, with the answer as the last one."""
+        messages: list[dict[str, Any]] = msgspec.json.decode(self.messages)
+        return [*messages, msgspec.json.decode(self.answer)]
+
+
+class ResponseStore:
+    """The responses of each owner, at most ``max_bytes`` in all. Safe to use on any thread.
+
+    When it is full, the owner with the most bytes loses the response that was used longest ago.
+    """
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._responses: OrderedDict[tuple[str, str], StoredResponse] = OrderedDict()
+        """By owner and id, those used longest ago first."""
+        self._num_bytes: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def keep(self, owner: str, response_id: str, response: StoredResponse) -> None:
+        """Store a response."""
+        with self._lock:
+            self._responses[owner, response_id] = response
+            self._num_bytes[owner] += response.num_bytes
+            while self._num_bytes.total() > self._max_bytes:
+                largest = max(self._num_bytes, key=self._num_bytes.__getitem__)
+                self._remove(next(key for key in self._responses if key[0] == largest))
+
+    def find(self, owner: str, response_id: str) -> StoredResponse | None:
+        """Return a response of this owner; None if there is none."""
+        with self._lock:
+            found = self._responses.get((owner, response_id))
+            if found is not None:
+                self._responses.move_to_end((owner, response_id))
+            return found
+
+    def delete(self, owner: str, response_id: str) -> bool:
+        """Forget a response of this owner; return whether there was one."""
+        with self._lock:
+            return self._remove((owner, response_id))
+
+    def _remove(self, key: tuple[str, str]) -> bool:
+        removed = self._responses.pop(key, None)
+        self._num_bytes[key[0]] -= 0 if removed is None else removed.num_bytes
+        return removed is not None
 
 
 def new_handle() -> str:

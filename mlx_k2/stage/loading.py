@@ -144,6 +144,4 @@ def load_stage(
         drafting=drafting,
         plans=plans,
     )
-    num_caches = len(layers) + (0 if drafting is None else 1)
-    cache_bytes_per_token = num_caches * config.latent_dim * dtype.size
-    return runner, Loaded(sum(held), peak_bytes(), cache_bytes_per_token, warnings, checksums)
+    return runner, Loaded(sum(held), peak_bytes(), warnings, checksums)

@@ -1,1 +1,1 @@
-"""Conversion of text to token ids and back: tokenizer, chat template, detokenizer. Knows no arrays."""
+"""Conversion of text to token ids and back: tokenizer, chat template, replies. Knows no arrays."""

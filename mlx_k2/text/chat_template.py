@@ -1,6 +1,10 @@
-"""A checkpoint's chat template: its source, and its rendering under limits on time and size. Knows no token ids."""
+"""A checkpoint's chat template: its source, its rendering under limits on time and size, and its modes of thinking.
+
+Knows no token ids, and no model by name.
+"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_k2.errors import RequestError, TokenizerError
@@ -10,6 +14,8 @@ from mlx_k2.text.jinja_template import FILE, TemplateFailure, TemplateNames, Tem
 from mlx_k2.text.template_process import template_process
 from mlx_k2.text.template_worker import TemplateRequest
 
+INSTANT_TEMPERATURE = 0.6
+"""The temperature that Moonshot recommends for answers without thinking; no file of a checkpoint contains it."""
 _MAX_CPU_S = 5.0
 _MAX_CHARACTERS = 64_000_000
 _BOM = "\ufeff"
@@ -77,6 +83,43 @@ class ChatTemplate:
             raise RequestError(f"the chat template refuses these messages: {refusal}") from None
         except TemplateFailure as failure:
             raise TokenizerError(str(failure)) from None
+
+
+@dataclass(frozen=True)
+class ThinkingMode:
+    """``thinking`` False selects answers without thinking (instant mode); None the template's default.
+
+    ``preserve_thinking`` keeps the reasoning of earlier answers in the prompt.
+    """
+
+    thinking: bool | None = None
+    preserve_thinking: bool = False
+
+    def variables(self, template: ChatTemplate) -> dict[str, bool]:
+        """Return the variables for ``template``.
+
+        Raises:
+            RequestError: the template does not read a variable that this mode needs.
+        """
+        chosen: dict[str, bool] = {}
+        if "thinking" in template.variables:
+            chosen |= {} if self.thinking is None else {"thinking": self.thinking}
+        elif self.thinking is not None and self.thinking != template.has_reasoning:
+            ability = "always" if template.has_reasoning else "never"
+            raise RequestError(
+                f"thinking cannot be turned {'on' if self.thinking else 'off'}: this model {ability} thinks, since its "
+                "chat template does not read the variable thinking"
+            )
+        if self.preserve_thinking and "preserve_thinking" not in template.variables:
+            raise RequestError(
+                "thinking cannot be preserved on request: the model's chat template does not read the variable "
+                "preserve_thinking (leave out --preserve-thinking)"
+            )
+        return chosen | ({"preserve_thinking": True} if self.preserve_thinking else {})
+
+
+TEMPLATE_DEFAULT = ThinkingMode()
+"""The mode in which the template gets no variable."""
 
 
 def load_chat_template(files: Mapping[str, bytes]) -> ChatTemplate:

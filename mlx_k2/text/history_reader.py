@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_k2.errors import RequestError
-from mlx_k2.text.json_values import copied_json, require
 from mlx_k2.text.message import CalledFunction, Message, MessageCall
+from mlx_k2.text.tokenizer import well_formed
 from mlx_k2.text.tool_call import call_id
 
 ROLES = ("system", "user", "assistant", "tool")
 _SAME_ROLE = {"developer": "system", "function": "tool"}
 _FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_MAX_DEPTH = 100
 _DETAILS = ("text", "summary")
 _Fields = dict[str, Any]
 
@@ -28,12 +29,15 @@ class History:
     left_out: tuple[str, ...]
 
 
-def read_history(messages: Sequence[Mapping[str, object]], template_fields: Collection[str]) -> History:
+def read_history(
+    messages: Sequence[Mapping[str, object]], template_fields: Collection[str], *, normal_ids: bool = False
+) -> History:
     """Return ``messages`` in one form; ``template_fields`` are the names that the template reads.
 
     Content is text: parts are joined, None becomes ''. Reasoning is in ``reasoning_content``, for any name of its
-    field. Every call and every result has an id. Other fields are kept if the template reads them, unless they are
-    None. Reading the JSON of the returned messages again changes nothing.
+    field. Every call and every result has an id; with ``normal_ids`` it is the one that Kimi K2 is trained on. Other
+    fields are kept if the template reads them, unless they are None. Reading the JSON of the returned messages again
+    changes nothing.
 
     Raises:
         RequestError: there is no message, or one is malformed; names the message and the problem.
@@ -56,7 +60,7 @@ def read_history(messages: Sequence[Mapping[str, object]], template_fields: Coll
             left_out.append(f"{where} has fields that the chat template does not read: {', '.join(lost)}")
         copy = {name: value for name, value in fields.items() if name not in unread}
         read.append(copied_json(copy, where))
-    _add_missing_ids(read)
+    _link_calls(read, normal_ids=normal_ids)
     return History([_message(fields) for fields in read], tuple(left_out))
 
 
@@ -149,18 +153,25 @@ def _carries_more(name: str, fields: Mapping[str, Any]) -> bool:
     return value not in ("", [], {}, False, fields.get("reasoning_content"))
 
 
-def _add_missing_ids(messages: Sequence[_Fields]) -> None:
+def _link_calls(messages: Sequence[_Fields], *, normal_ids: bool) -> None:
     """Give each call without an id the one that Kimi K2 is trained on, and each result without one that of its call.
 
-    Such a result answers a call of the latest turn that has no result yet: the first of its name, or the first.
+    Such a result answers a call of the latest turn that has no result yet: the first of its name, or the first. One
+    with an id belongs to the latest turn that has a call with it, and there to the first such call without a result.
+    With ``normal_ids`` each call gets the id that Kimi K2 is trained on, and its result the same and the tool's name; a
+    result that answers no call is unchanged.
     """
-    number = 0
     unanswered: list[_Fields] = []
+    open_calls: dict[str, list[tuple[_Fields, str]]] = {}
+    normal: list[tuple[_Fields, str]] = []
     for at, message in enumerate(messages, start=1):
         calls = message.get("tool_calls", ())
+        turn: dict[str, list[tuple[_Fields, str]]] = {}
         for call in calls:
-            call["id"] = call["id"] or call_id(call["function"]["name"], number)
-            number += 1
+            normal.append((call, call_id(call["function"]["name"], len(normal))))
+            call["id"] = call["id"] or normal[-1][1]
+            turn.setdefault(call["id"], []).append(normal[-1])
+        open_calls |= turn
         unanswered = [*calls] or unanswered
         if message["role"] != "tool":
             continue
@@ -169,3 +180,35 @@ def _add_missing_ids(messages: Sequence[_Fields]) -> None:
             message["tool_call_id"] = (named or unanswered)[0]["id"]
         require("tool_call_id" in message, f"message {at} (tool): a tool's result needs the tool_call_id of its call")
         unanswered = [call for call in unanswered if call["id"] != message["tool_call_id"]]
+        if normal_ids and (waiting := open_calls.get(message["tool_call_id"])):
+            answered, message["tool_call_id"] = waiting.pop(0)
+            message["name"] = answered["function"]["name"]
+    for call, normal_id in normal if normal_ids else ():
+        call["id"] = normal_id
+
+
+def copied_json(value: object, where: str, *, sort: bool = False, depth: int = 0) -> Any:
+    """Return a deep copy of a JSON value, with its text made well-formed; ``sort`` sorts the keys of every object.
+
+    Raises:
+        RequestError: JSON cannot hold the value, or it is nested too deep; ``where`` names it in the message.
+    """
+    require(depth <= _MAX_DEPTH, f"{where} is nested more than {_MAX_DEPTH} deep")
+    match value:
+        case None | bool() | int() | float():
+            return value
+        case str():
+            return well_formed(value)
+        case Mapping():
+            require(all(isinstance(key, str) for key in value), f"{where}: the keys of an object must be text")
+            items = sorted(value.items()) if sort else value.items()
+            return {well_formed(key): copied_json(item, where, sort=sort, depth=depth + 1) for key, item in items}
+        case list() | tuple():
+            return [copied_json(item, where, sort=sort, depth=depth + 1) for item in value]
+    raise RequestError(f"{where}: JSON cannot hold {value!r}")
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise RequestError(``message``) unless ``holds``."""
+    if not holds:
+        raise RequestError(message)

@@ -29,12 +29,8 @@ class TemplateRefusal(Exception):
     """The error for a template that called raise_exception."""
 
 
-class TemplateRunaway(Exception):
-    """The error for a template that exceeds a limit on time or size, or computes a power."""
-
-
 class TemplateFailure(Exception):
-    """The error for a template that cannot be compiled or fails; names the line of the template if it is known."""
+    """The error for a template that cannot be compiled, fails or exceeds a limit; names its line if it is known."""
 
 
 class TemplateNames(msgspec.Struct, frozen=True):
@@ -78,7 +74,7 @@ class JinjaTemplate:
                 parts.append(part)
                 remaining -= len(part)
                 if remaining < 0:
-                    raise TemplateRunaway(f"wrote more than {self._max_characters} characters")
+                    raise TemplateFailure(f"wrote more than {self._max_characters} characters")
         except TemplateRefusal:
             raise
         except Exception as error:  # noqa: BLE001 - a template can raise any exception
@@ -100,12 +96,12 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
-            raise TemplateRunaway("computes a power, which chat templates may not")
+            raise TemplateFailure("computes a power, which chat templates may not")
         lengths = [len(side) if isinstance(side, str | list | tuple) else side for side in (left, right)]
         if lengths != [left, right] and all(isinstance(length, int) for length in lengths):
             size = sum(lengths) if operator == "+" else lengths[0] * lengths[1]
             if size > self._max_characters:
-                raise TemplateRunaway(f"makes a text of more than {self._max_characters} characters")
+                raise TemplateFailure(f"makes a text of more than {self._max_characters} characters")
         return super().call_binop(context, operator, left, right)
 
 

@@ -10,8 +10,7 @@ from typing import TypeAlias
 from mlx_k2.errors import RequestError, TokenizerError
 from mlx_k2.text.chat_template import ChatTemplate
 from mlx_k2.text.escaping import Escaping
-from mlx_k2.text.history_reader import read_history
-from mlx_k2.text.json_values import copied_json
+from mlx_k2.text.history_reader import copied_json, read_history
 from mlx_k2.text.message import Message
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.text.typescript_tools import typescript_tools
@@ -20,20 +19,6 @@ PromptPiece: TypeAlias = str | int
 """Part of a prompt: ordinary text, or the id of a control token."""
 
 _WINDOW = 16_384
-
-
-def render_prompt(
-    template: ChatTemplate,
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    tools: Sequence[Mapping[str, object]] | None = None,
-    *,
-    add_generation_prompt: bool = True,
-    **options: object,
-) -> list[int]:
-    """Return the token ids of a conversation; arguments and errors are those of ``render_pieces``."""
-    pieces = render_pieces(template, tokenizer, messages, tools, add_generation_prompt=add_generation_prompt, **options)
-    return encode_pieces(tokenizer, pieces)
 
 
 def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[PromptPiece]) -> list[int]:

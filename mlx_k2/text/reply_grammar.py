@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mlx_k2.errors import RequestError, RequestFailed
-from mlx_k2.text.constraint import AnswerForm, AnswerFormat, Constraint, ToolChoice, ToolRules
+from mlx_k2.text.constraint import AnswerForm, Constraint, ToolChoice, ToolRules
 from mlx_k2.text.grammar import Allowed, GrammarCompiler, GrammarState
 from mlx_k2.text.reply_parser import Phase
 from mlx_k2.text.tokenizer import Tokenizer
@@ -73,19 +73,14 @@ def compile_constraint(compiler: GrammarCompiler, constraint: Constraint) -> Rep
             )
             warnings.append(warning)
         compiler.choice([call_id(name, 0) for name in arguments])  # refuses too many names, or names too long
-    answer = None
-    if constraint.answer is not None:
-        answer, warning = _answer(compiler, constraint.answer)
+    answer: GrammarState | None = None
+    form = constraint.answer
+    if form is not None and form.form is AnswerForm.JSON_SCHEMA:
+        answer, warning = compiler.json_schema(form.schema, "the JSON schema", is_strict=form.is_strict)
         warnings.append(warning)
+    elif form is not None:
+        answer = compiler.text(form.form.value, form.text)
     return ReplyGrammar(compiler, answer, rules, arguments, tuple(line for line in warnings if line is not None))
-
-
-def _answer(compiler: GrammarCompiler, answer: AnswerFormat) -> tuple[GrammarState, str | None]:
-    match answer.form:
-        case AnswerForm.JSON_SCHEMA:
-            return compiler.json_schema(answer.schema, "the JSON schema", is_strict=answer.is_strict)
-        case _:
-            return compiler.text(answer.form.value, answer.text), None
 
 
 def _of_object(parameters: object, what: str) -> object:

@@ -1,5 +1,6 @@
 """Parsing of a streamed reply into reasoning, content and tool calls. Knows no messages and runs no tool."""
 
+import codecs
 import enum
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from mlx_k2.text.markers import Found, Marker, MarkerScanner
 from mlx_k2.text.prompt import opens_reasoning
 from mlx_k2.text.reply_parts import ArgumentsText, Content, Part, Reasoning, ToolCallBegun
-from mlx_k2.text.tokenizer import Detokenizer, Tokenizer
+from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.text.tool_call import ToolCall, broken_call, read_call, tool_name
 
 
@@ -199,7 +200,8 @@ class ReplyText:
 class ReplyReader:
     """A reader of the reply to one prompt. A token of ``stop_ids`` ends the reply; it has no text.
 
-    If ``is_raw`` is True, all text is content, and control tokens are read by their names.
+    The joined texts equal the whole reply decoded at once: bytes that are not UTF-8 become U+FFFD, control tokens their
+    names. If ``is_raw`` is True, all text is content.
     """
 
     def __init__(
@@ -207,7 +209,7 @@ class ReplyReader:
     ) -> None:
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids
-        self._detokenizer = Detokenizer(tokenizer)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._parser: ReplyParser | _RawText = _RawText()
         if not is_raw:
             self._parser = ReplyParser(tokenizer.special_ids, in_reasoning=opens_reasoning(tokenizer, prompt_ids))
@@ -218,17 +220,21 @@ class ReplyReader:
         return self._parser.phase
 
     def add(self, token_id: int) -> ReplyText:
-        """Return the text of ``token_id``, and the parts that it completes."""
+        """Return the text that ``token_id`` completes, '' while a character is incomplete, and the parts."""
         if token_id in self._stop_ids:
             return ReplyText("", ())
+        data = self._tokenizer.token_bytes(token_id)
         if self._tokenizer.is_special(token_id):
-            rest = self._detokenizer.finish()
-            name = self._tokenizer.token_bytes(token_id).decode()
+            rest, name = self._rest(), data.decode()
             return ReplyText(rest + name, (*self._parser.text(rest), *self._parser.control(name)))
-        text = self._detokenizer.add(token_id)
+        text = self._decoder.decode(data)
         return ReplyText(text, tuple(self._parser.text(text)))
 
     def finish(self) -> ReplyText:
         """Return the remaining text and parts when no token follows."""
-        rest = self._detokenizer.finish()
+        rest = self._rest()
         return ReplyText(rest, (*self._parser.text(rest), *self._parser.finish()))
+
+    def _rest(self) -> str:
+        """Return the text for an incomplete character; the next token starts a new text."""
+        return self._decoder.decode(b"", final=True)

@@ -19,7 +19,7 @@ from typing import IO, NamedTuple
 
 import msgspec
 
-from mlx_k2.text.jinja_template import JinjaTemplate, TemplateFailure, TemplateRefusal, TemplateRunaway
+from mlx_k2.text.jinja_template import JinjaTemplate, TemplateFailure, TemplateRefusal
 
 MAX_BYTES = 1 << 30
 LENGTH_BYTES = 8
@@ -81,7 +81,7 @@ def _answer(request: TemplateRequest) -> bytes:
             return Status.RENDERED + template.render(request.variables).encode(errors="surrogatepass")
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
-    except (TemplateRefusal, TemplateFailure, TemplateRunaway, MemoryError) as error:
+    except (TemplateRefusal, TemplateFailure, MemoryError) as error:
         status = Status.REFUSED if isinstance(error, TemplateRefusal) else Status.FAILED
         return status + str(error)[:_MAX_ERROR].encode(errors="surrogatepass")
 
@@ -92,10 +92,10 @@ def _compiled(source: str, max_characters: int) -> JinjaTemplate:
 
 
 def _limit_cpu(cpu_s: float) -> None:
-    """Raise TemplateRunaway after ``cpu_s`` of CPU time, and end the process a second later."""
+    """Raise TemplateFailure after ``cpu_s`` of CPU time, and end the process a second later."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        raise TemplateRunaway(f"did not end within {cpu_s} s of computing")
+        raise TemplateFailure(f"did not end within {cpu_s} s of computing")
 
     signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, cpu_s, _AGAIN_S)

@@ -1,12 +1,44 @@
-"""Conversion of text to token ids and of ids to bytes. Knows file contents by name; no paths, messages or templates."""
+"""Conversion of text to token ids and of ids to bytes, with tiktoken.model, the vocabulary file of the Kimi K2 family.
 
-import codecs
+Knows file contents by name; no paths, messages or templates.
+"""
+
+import base64
+import binascii
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+
+import msgspec
+import tiktoken
 
 from mlx_k2.errors import TokenizerError
-from mlx_k2.text.tiktoken_model import Vocabulary, read_tiktoken
+from mlx_k2.json_text.parse import JsonError
+from mlx_k2.json_text.read import read_json
+
+FILE, CONFIG_FILE = "tiktoken.model", "tokenizer_config.json"
+
+# The pattern of the pieces that are encoded separately: Han runs, words with an optional leading mark and an English
+# contraction, up to three digits, punctuation, line ends, other space. `&&` is Rust's intersection of classes.
+_PIECES = "|".join(
+    (
+        r"[\p{Han}]+",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+
+# Kimi-K2-Thinking is trained to write these two as single tokens, but its tokenizer_config.json may not name them.
+# The later models of the family share its vocabulary and do name them.
+_K2_NUM_RANKS = 163_584
+_K2_UNNAMED = {"<think>": 163_606, "</think>": 163_607}
 
 _STOP_NAMES = ("<|im_end|>", "[EOS]")
 
@@ -22,22 +54,32 @@ _SLICE_END = re.compile(r"(?<=[\r\n])(?=\S)|(?<=[a-z])(?= [a-z])")
 
 
 class Tokenizer:
-    """A tokenizer with ``vocab_size`` ids: ordinary tokens, and control tokens that no text encodes to."""
+    """A tokenizer with ``vocab_size`` ids: ordinary tokens, and control tokens that no text encodes to.
 
-    def __init__(self, vocabulary: Vocabulary, vocab_size: int) -> None:
+    ``encode_ordinary`` takes well-formed text and returns ids of ``ordinary`` only, for any text. ``ordinary`` has the
+    bytes of each ordinary token by id, ``special`` the ids of the control tokens by name.
+    """
+
+    def __init__(
+        self,
+        encode_ordinary: Callable[[str], list[int]],
+        ordinary: Mapping[int, bytes],
+        special: Mapping[str, int],
+        vocab_size: int,
+    ) -> None:
         self.vocab_size = vocab_size
-        self._encode_ordinary = vocabulary.encode_ordinary
-        self._bytes = dict(vocabulary.ordinary)
-        for name, number in vocabulary.special.items():
+        self._encode_ordinary = encode_ordinary
+        self._bytes = dict(ordinary)
+        for name, number in special.items():
             if not 0 <= number < vocab_size:
                 raise TokenizerError(f"special token {name!r} has id {number}, outside the {vocab_size} tokens")
             if number in self._bytes:
                 raise TokenizerError(f"special token {name!r} has id {number}, which an ordinary token has")
         names = {number: f"<|reserved_token_{number}|>" for number in range(vocab_size) if number not in self._bytes}
-        names |= {number: name for name, number in vocabulary.special.items()}
+        names |= {number: name for name, number in special.items()}
         self._bytes |= {number: name.encode() for number, name in names.items()}
         self._special_numbers = names.keys()
-        self.special_ids: Mapping[str, int] = {name: number for number, name in names.items()} | vocabulary.special
+        self.special_ids: Mapping[str, int] = {name: number for number, name in names.items()} | dict(special)
         """The control tokens' ids by name. Ids without a name get ``<|reserved_token_ID|>``, as in Kimi's tokenizer."""
         self.stop_ids = frozenset(self.special_ids[name] for name in _STOP_NAMES if name in self.special_ids)
         """The control tokens that end an answer in every model of the family, independent of its config."""
@@ -79,38 +121,32 @@ class Tokenizer:
         return token_id in self._special_numbers
 
 
-class Detokenizer:
-    """A decoder of one sequence. The joined results of ``add`` and ``finish`` equal the whole sequence decoded at once.
+class _AddedToken(msgspec.Struct, frozen=True):
+    content: str
 
-    Bytes that are not UTF-8 become U+FFFD. Control tokens decode to their names; to hide one, do not add it.
-    """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, token_id: int) -> str:
-        """Return the text that ``token_id`` completes: '' while a character is incomplete."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
-
-    def finish(self) -> str:
-        """Return the text for an incomplete character at the end; the next ``add`` starts a new text."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
+class _TokenizerConfig(msgspec.Struct, frozen=True):
+    added_tokens_decoder: dict[int, _AddedToken] = {}
 
 
 def load_tokenizer(files: Mapping[str, bytes], vocab_size: int) -> Tokenizer:
     """Return the tokenizer of a checkpoint from its files by name; ``vocab_size`` is the model's.
 
     Raises:
-        TokenizerError: a file is missing or malformed; names the file, and the line that is wrong.
+        TokenizerError: a file is missing or malformed; names the file, the line in tiktoken.model, and the problem.
     """
-    for name in ("tiktoken.model", "tokenizer_config.json"):
+    for name in (FILE, CONFIG_FILE):
         if name not in files:
             raise TokenizerError(f"the model has no {name}: fetch the tokenizer files of the original checkpoint")
-    vocabulary = read_tiktoken(files["tiktoken.model"], files["tokenizer_config.json"], vocab_size)
-    return Tokenizer(vocabulary, vocab_size)
+    ranks = _ranks(files[FILE], vocab_size)
+    special = _named_tokens(files[CONFIG_FILE])
+    if len(ranks) == _K2_NUM_RANKS:
+        used = set(special.values())
+        unnamed = {name: number for name, number in _K2_UNNAMED.items() if number not in used}
+        special = unnamed | special
+    # tiktoken gets no special tokens, so that it cannot produce one from text.
+    encoding = tiktoken.Encoding("kimi-k2", pat_str=_PIECES, mergeable_ranks=ranks, special_tokens={})
+    return Tokenizer(encoding.encode_ordinary, {rank: token for token, rank in ranks.items()}, special, vocab_size)
 
 
 def slices(text: str, shortest: int = 16_384) -> Iterator[str]:
@@ -137,3 +173,54 @@ def bounded_parts(text: str) -> Iterator[str]:
         chunk = text[start : start + _MAX_CHUNK]
         cuts = [cut for run in _RUNS.finditer(chunk) for cut in range(run.start() + _MAX_RUN, run.end(), _MAX_RUN)]
         yield from (chunk[first:end] for first, end in zip([0, *cuts], [*cuts, len(chunk)], strict=True))
+
+
+def _ranks(model: bytes, vocab_size: int) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    seen: set[int] = set()
+    for number, line in enumerate(model.splitlines(), start=1):
+        if not line:
+            continue
+        token, rank = _token_and_rank(line, number)
+        if rank >= vocab_size:
+            raise TokenizerError(f"{FILE} line {number}: rank {rank} is outside the vocabulary of {vocab_size} tokens")
+        if token in ranks or rank in seen:
+            what = f"token {token!r}" if token in ranks else f"rank {rank}"
+            raise TokenizerError(f"{FILE} line {number}: {what} occurs twice")
+        ranks[token] = rank
+        seen.add(rank)
+    if missing := set(range(len(ranks))) - seen:
+        raise TokenizerError(f"{FILE}: rank {min(missing)} is missing")
+    for byte in range(256):
+        if bytes([byte]) not in ranks:
+            raise TokenizerError(f"{FILE}: no token for the single byte 0x{byte:02x}, so not every text can be encoded")
+    return ranks
+
+
+def _token_and_rank(line: bytes, number: int) -> tuple[bytes, int]:
+    fields = line.split()
+    if len(fields) != 2 or not fields[1].isdigit():
+        raise TokenizerError(f"{FILE} line {number}: not a base64 token and its rank: {line[:60]!r}")
+    try:
+        return base64.b64decode(fields[0], validate=True), int(fields[1])
+    except binascii.Error:
+        raise TokenizerError(f"{FILE} line {number}: {fields[0][:60]!r} is not base64") from None
+
+
+def _named_tokens(tokenizer_config: bytes) -> dict[str, int]:
+    """Return the control tokens that tokenizer_config.json names in added_tokens_decoder.
+
+    Raises:
+        TokenizerError: the file is malformed, or a name is empty or has two ids.
+    """
+    try:
+        config = read_json(tokenizer_config, _TokenizerConfig)
+    except JsonError as error:
+        raise TokenizerError(f"{CONFIG_FILE}: {error}") from None
+    names: dict[str, int] = {}
+    for token_id, token in config.added_tokens_decoder.items():
+        if not token.content:
+            raise TokenizerError(f"special token {token_id} has an empty name")
+        if names.setdefault(token.content, token_id) != token_id:
+            raise TokenizerError(f"special token {token.content!r} has two ids, {names[token.content]} and {token_id}")
+    return names

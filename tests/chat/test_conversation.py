@@ -6,10 +6,9 @@ from hypothesis import strategies as st
 
 from mlx_k2.chat.conversation import Conversation
 from mlx_k2.errors import RequestError
-from mlx_k2.text.chat_template import ChatTemplate
+from mlx_k2.text.chat_template import ChatTemplate, ThinkingMode
 from mlx_k2.text.message import Message
 from mlx_k2.text.reply_parts import Reply
-from mlx_k2.text.thinking_mode import ThinkingMode
 from mlx_k2.text.tool_call import ToolCall
 from tests.advice import follows_advice
 from tests.chat.scripted import sampled

@@ -14,12 +14,13 @@ import msgspec
 import pytest
 from hypothesis import settings
 
-from mlx_k2.chat.completion import Completion, Usage
+from mlx_k2.chat.completion import Completion
 from mlx_k2.cli.generate_file import result_digests
 from mlx_k2.cli.main import run
 from mlx_k2.cli.output import StageSummary, TokenLine
 from mlx_k2.cli.prompt_files import PromptLine, read_prompt_lines
 from mlx_k2.cli.result_file import ResultFile
+from mlx_k2.coordinator.answer_summary import Usage
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_source import ModelSource

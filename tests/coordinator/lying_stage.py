@@ -36,7 +36,7 @@ START_LIES: dict[str, tuple[FromStage, str]] = {
     "before": (StepDone(0, 0.0), "sent an unexpected StepDone: it had to start"),
     "elsewhere": (Prepared(("192.0.2.1:9",), ""), "listens on 192.0.2.1:9, which is not in the hostfile"),
     "nowhere": (Prepared((), ""), "listens on nowhere, which is not in the hostfile"),
-    "early": (Loaded(0, 0, 0), "sent an unexpected Loaded: it had to connect to its neighbours"),
+    "early": (Loaded(0, 0), "sent an unexpected Loaded: it had to connect to its neighbours"),
 }
 """Messages in place of the true answer during the start, and what is said of them."""
 _TRUE_ANSWER = {"before": Hello, "elsewhere": Prepared, "nowhere": Prepared, "early": Connected}

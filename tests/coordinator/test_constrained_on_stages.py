@@ -110,7 +110,7 @@ def test_drafts_are_accepted_in_a_constrained_answer(cluster_of: ClusterOf, comp
     grammar = compile_constraint(compiler, answer_of(LISTS))
     *_, end = cluster_of(2).engine.submit(request, ReplyPolicy(compiler.tokenizer, request, grammar=grammar)).events()
     assert isinstance(end, Finished)
-    assert end.summary.num_drafted >= end.summary.num_accepted > 0
+    assert end.summary.drafted >= end.summary.accepted > 0
 
 
 def test_constrained_and_free_replies_run_side_by_side(cluster_of: ClusterOf, compiler: GrammarCompiler) -> None:

@@ -14,7 +14,6 @@ from mlx_k2.scheduling.request import Request, check_request
 from mlx_k2.text.constraint import AnswerForm, AnswerFormat, Constraint, Tool, ToolChoice, ToolRules, tool_rules
 from mlx_k2.text.grammar import MAX_GRAMMAR_BYTES, GrammarCompiler
 from mlx_k2.text.reply_grammar import ReplyGrammar, compile_constraint
-from mlx_k2.text.tiktoken_model import Vocabulary
 from mlx_k2.text.tokenizer import Tokenizer
 from tests.coordinator.constrained import COMPILER, policy_of, random_choice, write_reply
 from tests.coordinator.schemas import answer_of, call_of
@@ -245,7 +244,7 @@ def test_a_choice_or_a_value_that_cannot_be_used_is_refused(build: Callable[[], 
 
 def test_calls_need_a_vocabulary_with_their_markers() -> None:
     ordinary = {number: bytes([number]) for number in range(256)}
-    tokenizer = Tokenizer(Vocabulary(lambda text: list(text.encode()), ordinary, {"<|im_end|>": 256}), 257)
+    tokenizer = Tokenizer(lambda text: list(text.encode()), ordinary, {"<|im_end|>": 256}, 257)
     compiler = GrammarCompiler(tokenizer)
     with pytest.raises(RequestError, match=r"the model's vocabulary has no <\|tool_calls_section_begin\|>"):
         compile_constraint(compiler, call_of({"type": "object"}))

@@ -181,5 +181,5 @@ def test_an_answer_with_drafts_goes_on_with_the_same_tokens_after_any_stage_is_k
                 if len(token_ids) in killed_at:
                     stage_process(killed_at[len(token_ids)]).kill()
     assert isinstance(event, Finished)
-    assert event.summary.num_accepted > 0
+    assert event.summary.accepted > 0
     assert token_ids == tokens(engine_of(1), request)

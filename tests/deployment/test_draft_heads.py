@@ -61,7 +61,7 @@ def test_a_stage_between_the_layers_that_a_head_reads_starts_without_the_heads_f
         engine_on(deployment, draft_mode=DraftMode.MODEL) as engine,
     ):
         _, end = rest_of(engine.submit(Request((1, 2, 3), 8, Sampling(seed=1), frozenset())))
-    assert end.summary.num_drafted > 0
+    assert end.summary.drafted > 0
 
 
 @follows_advice(

@@ -74,7 +74,16 @@ def events_of(generation: Generation, ids: Sequence[int], reason: FinishReason =
             reason = accepted.finish_reason
             break
     num_tokens = len(events)
-    summary = AnswerSummary(3, 1, num_tokens, reason, 0, None, None, None)
+    summary = AnswerSummary(
+        prompt_tokens=3,
+        cached_tokens=1,
+        generated_tokens=num_tokens,
+        finish_reason=reason,
+        seed=0,
+        time_to_first_token_s=None,
+        prefill_tokens_per_s=None,
+        decode_tokens_per_s=None,
+    )
     return [*events, Finished(summary, policy.finish().parts)]
 
 

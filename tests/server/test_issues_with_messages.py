@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from mlx_k2.scheduling.request import Priority
-from mlx_k2.server.messages_request import read_messages_request
+from mlx_k2.server.messages_request import MessagesRequest
+from mlx_k2.server.request_fields import read_fields
 from tests.server.in_process import SteppedServer, stepped_server, stepping, wait_until
 from tests.server.messages_client import CLIENT_TOOLS, MESSAGES, USER, client_of, whole
 from tests.server.server_process import Server
@@ -30,7 +31,7 @@ def prompt_text(server: SteppedServer, **fields: Any) -> str:
     """Return the prompt of a request as text."""
     body = {"max_tokens": 5, "messages": USER, "tools": CLIENT_TOOLS} | fields
     model = server.state.model()
-    return model.text_of(model.chat_prompt(read_messages_request(json.dumps(body).encode())[1], "")[0])
+    return model.text_of(model.chat_prompt(read_fields(json.dumps(body).encode(), MessagesRequest).chat, "")[0])
 
 
 def test_claude_code_68900_a_billing_line_that_differs_leaves_the_prompt_cached(answering: SteppedServer) -> None:
@@ -99,7 +100,7 @@ def test_open_webui_28413_a_title_is_a_brief_request_and_an_agents_is_not(answer
         ({"max_tokens": 512, "tools": CLIENT_TOOLS}, Priority.INTERACTIVE),
         ({"max_tokens": 32000}, Priority.INTERACTIVE),
     ):
-        chat = read_messages_request(json.dumps({"messages": USER} | fields).encode())[1]
+        chat = read_fields(json.dumps({"messages": USER} | fields).encode(), MessagesRequest).chat
         assert model.chat(chat, "").submissions[0].request.priority is priority
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlx_k2.server import http_connection, request_body
+from mlx_k2.server import http_connection, request_fields
 from mlx_k2.server.api_keys import KeyRing, add_key
 from mlx_k2.server.server_state import ServerOptions
 from tests.server.in_process import SteppedServer, stepped_server, stepping, wait_until
@@ -310,7 +310,7 @@ def test_an_allowed_origin_gets_its_headers_and_another_does_not() -> None:
 
 def test_half_a_request_and_then_silence_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_connection, "HEADERS_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(request_body, "BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(request_fields, "BODY_TIMEOUT_S", 0.2)
     with stepped_server() as server:
         for beginning in (b"", b"POST /v1/chat"):
             with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as connection:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from anthropic import APIStatusError, AsyncAnthropic, BadRequestError
 
-from mlx_k2.server import rate_limit, routes
+from mlx_k2.server import access, routes
 from mlx_k2.server.api_errors import ApiError
 from mlx_k2.server.api_keys import KeyRing, add_key
 from mlx_k2.server.server_state import ServerOptions
@@ -183,8 +183,8 @@ def test_each_key_may_count_50_times_a_second(tmp_path: Path, monkeypatch: pytes
 
 def test_the_limit_of_a_rate_allows_a_burst_and_then_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(rate_limit, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    limit = rate_limit.RateLimit(50)
+    monkeypatch.setattr(access, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    limit = access.RateLimit(50)
     num_allowed = 0
     for _ in range(1000):  # 10 s at 100 a second
         now[0] += 0.01

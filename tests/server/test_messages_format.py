@@ -35,7 +35,7 @@ def format_of(generation: Generation, display: str) -> MessagesFormat:
 
 def body_of(generation: Generation, events: Sequence[Event], display: str) -> dict[str, Any]:
     form = format_of(generation, display)
-    form.add([(0, event) for event in events])
+    form.events([(0, event) for event in events])
     body: dict[str, Any] = json.loads(bytes(json_response(form.body()).body))
     return body
 

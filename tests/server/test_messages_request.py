@@ -7,14 +7,15 @@ import pytest
 
 from mlx_k2.server.api_errors import ApiError
 from mlx_k2.server.chat_request import ChatRequest
-from mlx_k2.server.messages_request import read_messages_request
+from mlx_k2.server.messages_request import MessagesRequest
+from mlx_k2.server.request_fields import read_fields
 
 USER = {"role": "user", "content": "a"}
 BILLING = "x-anthropic-billing-header: cc_version=2.1.36; cch=a1b2c;"
 
 
 def read(**fields: Any) -> ChatRequest:
-    return read_messages_request(json.dumps({"max_tokens": 5, "messages": [USER]} | fields).encode())[1]
+    return read_fields(json.dumps({"max_tokens": 5, "messages": [USER]} | fields).encode(), MessagesRequest).chat
 
 
 def text(*texts: str) -> list[dict[str, str]]:

@@ -1,6 +1,6 @@
 """Tests of stored responses: the bound on bytes, and whose responses give way."""
 
-from mlx_k2.server.response_store import ResponseStore, StoredResponse
+from mlx_k2.server.turn_store import ResponseStore, StoredResponse
 
 
 def response(num_bytes: int) -> StoredResponse:

@@ -33,7 +33,7 @@ def format_of(reply: ChatReply, kept: list[bytes] | None = None) -> ResponseForm
 def body_of(generation: Generation, events: Sequence[Event]) -> Fields:
     kept: list[bytes] = []
     form = format_of(ChatReply(generation), kept)
-    form.add([(0, event) for event in events])
+    form.events([(0, event) for event in events])
     body = bytes(form.body())
     assert kept == [body]
     found: Fields = json.loads(body)
@@ -103,7 +103,7 @@ def test_all_items_with_reasoning_have_the_handle_of_the_turn() -> None:
     generation = generation_of()
     reply = ChatReply(generation)
     form = format_of(reply)
-    form.add([(0, event) for event in engine_events_of(generation, token_ids("<think>a</think>b"))])
+    form.events([(0, event) for event in engine_events_of(generation, token_ids("<think>a</think>b"))])
     (reasoning, _) = json.loads(bytes(form.body()))["output"]
     assert reasoning["encrypted_content"] == reply.handle
 

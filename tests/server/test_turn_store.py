@@ -95,7 +95,7 @@ def test_the_store_never_holds_more_than_its_limit(turns: list[tuple[str, str, i
     store = TurnStore(max_bytes=20_000)
     for number, (owner, reasoning, num_tokens) in enumerate(turns):
         keep(store, owner, turn(reasoning, num_tokens, answer(str(number % 3))))
-        held = [entry.turn.num_bytes for entry in store._entries.values()]
+        held = [held_turn.num_bytes for held_turn, _ in store._entries.values()]
         assert store._num_bytes == sum(held) <= 20_000
         assert store._entries.keys() >= set(store._latest.values())
 

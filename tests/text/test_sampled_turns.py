@@ -4,8 +4,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_k2.text.history import assistant_message, tool_messages
-from mlx_k2.text.message import Message
+from mlx_k2.text.message import Message, assistant_message, tool_messages
 from mlx_k2.text.prompt import encode_pieces, render_pieces
 from mlx_k2.text.reply_parser import ReplyReader
 from mlx_k2.text.reply_parts import whole_reply

@@ -3,7 +3,7 @@
 import pytest
 
 from mlx_k2.errors import RequestError
-from mlx_k2.text.thinking_mode import ThinkingMode
+from mlx_k2.text.chat_template import ThinkingMode
 from tests.text.kimi import MODELS, template
 
 SWITCHING = ("kimi-k2.5", "kimi-k2.6")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_k2.text.json_values import copied_json
+from mlx_k2.text.history_reader import copied_json
 from mlx_k2.text.typescript_tools import typescript_tools
 
 HEAD, TAIL = "# Tools\n\n## functions\nnamespace functions {\n", "}\n"
