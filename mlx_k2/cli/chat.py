@@ -24,7 +24,6 @@ from mlx_k2.cli.options import (
     draft_option,
     run_options,
     sampling_options,
-    system_option,
     tool_options,
     with_struct,
 )
@@ -80,7 +79,6 @@ class ChatOptions(msgspec.Struct, frozen=True, kw_only=True):
 @click.option("--prompt", "-p", "prompt_text", metavar="TEXT", help="The same as MESSAGE.")
 @cluster_options
 @connect_option
-@system_option
 @sampling_options
 @tool_options
 @draft_option

@@ -15,14 +15,12 @@ from mlx_k2.cli.console import log, opening_lines, show_dry_run
 from mlx_k2.cli.generate_file import WANTED_SLOTS, generate_many
 from mlx_k2.cli.generate_options import GenerateOptions
 from mlx_k2.cli.options import (
+    Numbers,
     answer_options,
     cluster_options,
     draft_option,
-    prompt_option,
     run_options,
     sampling_options,
-    system_option,
-    token_ids_option,
     tool_options,
     with_struct,
 )
@@ -49,12 +47,11 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 
 @click.command(cls=ProgramCommand)
 @click.argument("prompt", required=False)
-@prompt_option
+@click.option("--prompt", "-p", "prompt_text", metavar="TEXT", help="The same as PROMPT; - reads standard input.")
 @cluster_options
 @connect_option
-@system_option
 @click.option("--raw", is_flag=True, help="Send PROMPT as it is, without the chat template.")
-@token_ids_option
+@click.option("--token-ids", type=Numbers(0, "3,4,5"), help="The prompt as token ids, as they are.")
 @sampling_options
 @answer_options
 @click.option(
