@@ -1,6 +1,6 @@
 """A running conversation: messages of the user in, events out. Knows neither stages nor a terminal."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -10,14 +10,16 @@ from mlx_k2.chat.conversation import Conversation
 from mlx_k2.chat.next_prompt import NextPrompt
 from mlx_k2.chat.reply_source import ReplySource
 from mlx_k2.chat.tool_round import Approve, Tools, run_calls
-from mlx_k2.coordinator.handle import Finished, Handle, Token
+from mlx_k2.coordinator.answer_summary import AnswerSummary
+from mlx_k2.coordinator.handle import Finished, Handle, Progress, Token
 from mlx_k2.coordinator.reply_policy import NO_LIMITS, ReplyLimits, ReplyPolicy
 from mlx_k2.errors import ClusterError, RequestError, RequestFailed, SetupError
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Request, check_request
 from mlx_k2.text.reply_grammar import ReplyGrammar
-from mlx_k2.text.reply_parts import Part, whole_reply
+from mlx_k2.text.reply_parts import Content, Part, Reasoning, whole_reply
 from mlx_k2.text.tokenizer import Tokenizer
+from mlx_k2.text.tool_call import ToolCall
 
 MAX_TOOL_CALLS = 300
 """The default limit. Kimi K2 Thinking is made for 200 to 300 calls in a row."""
@@ -82,6 +84,17 @@ class _SampledReply:
     finish_reason: FinishReason = FinishReason.CANCELLED
 
 
+def reply_events(handle: Handle) -> Iterator[Progress | Token | Part | AnswerSummary]:
+    """Yield the events of a reply, each token before the parts that it completes, and its summary last."""
+    for event in handle.events():
+        if not isinstance(event, Finished):
+            yield event
+        if isinstance(event, Token | Finished):
+            yield from event.parts
+        if isinstance(event, Finished):
+            yield event.summary
+
+
 class ChatSession:
     """One conversation with one model.
 
@@ -100,7 +113,8 @@ class ChatSession:
         self._source = source
         self._tokenizer = tokenizer
         self._conversation = conversation
-        self._settings = settings
+        self.settings = settings
+        """The settings of the next reply, for reading only."""
         self._toolkit = toolkit
         self._stopped = False
         self._handle: Handle | None = None
@@ -132,9 +146,9 @@ class ChatSession:
         self._stopped = False
         if not self.cancel_prefill().remove_reply():
             raise RequestError("there is nothing to answer yet")
-        sampling = self._settings.sampling
+        sampling = self.settings.sampling
         seed = (sampling.seed + 1) % _NUM_SEEDS
-        self._settings = replace(self._settings, sampling=msgspec.structs.replace(sampling, seed=seed))
+        self.settings = replace(self.settings, sampling=msgspec.structs.replace(sampling, seed=seed))
         yield from self._answer(self._request())
 
     def stop(self) -> None:
@@ -160,8 +174,8 @@ class ChatSession:
             RequestError: the model's chat template has no such mode; nothing is changed.
         """
         self.cancel_prefill().set_thinking(thinking)
-        sampling = msgspec.structs.replace(self._settings.sampling, temperature=temperature)
-        self._settings = replace(self._settings, sampling=sampling)
+        sampling = msgspec.structs.replace(self.settings.sampling, temperature=temperature)
+        self.settings = replace(self.settings, sampling=sampling)
 
     def load(self, messages: Sequence[Mapping[str, object]]) -> tuple[str, ...]:
         """Replace the conversation by these messages; return a line for each of which a field was left out.
@@ -169,7 +183,7 @@ class ChatSession:
         Raises:
             RequestError, TokenizerError: they cannot be used; the conversation is unchanged.
         """
-        return self.cancel_prefill().load(messages, self._settings.context_tokens)
+        return self.cancel_prefill().load(messages, self.settings.context_tokens)
 
     def cancel_prefill(self) -> Conversation:
         """End the prefill of the next prompt and return the conversation, which may then be changed."""
@@ -181,14 +195,14 @@ class ChatSession:
     def prefill_next_prompt(self) -> None:
         """Prefill the known part of the next prompt until the next request."""
         self.cancel_prefill()
-        limit = self._settings.context_tokens - 1
+        limit = self.settings.context_tokens - 1
         self._next_prompt = NextPrompt(self._source, lambda: self._conversation.known_ids()[:limit])
 
     def _is_stopped(self) -> bool:
         return self._stopped
 
     def _request(self) -> Request:
-        return self._settings.request(self._tokenizer, self._conversation.prompt_ids())
+        return self.settings.request(self._tokenizer, self._conversation.prompt_ids())
 
     def _answer(self, request: Request) -> Generator[Event, None, None]:
         """Yield the events of replies and rounds of tool calls, until a reply calls no tool."""
@@ -199,7 +213,7 @@ class ChatSession:
             self._is_answering = False
 
     def _replies(self, request: Request) -> Generator[Event, None, None]:
-        calls_left = self._settings.max_tool_calls
+        calls_left = self.settings.max_tool_calls
         is_after_calls = False
         while True:
             sampled = yield from self._sample(request, is_after_calls=is_after_calls)
@@ -227,25 +241,20 @@ class ChatSession:
     def _sample(self, request: Request, *, is_after_calls: bool) -> Generator[Event, None, _SampledReply]:
         """Yield the events of one reply and return it. Keep the beginning of a reply that a fault ends."""
         sampled = _SampledReply([], [])
-        policy = self._settings.policy(self._tokenizer, request, is_after_calls=is_after_calls)
+        policy = self.settings.policy(self._tokenizer, request, is_after_calls=is_after_calls)
         handle = self._handle = self._source.submit(request, policy)
         try:
             if self._stopped:
                 handle.cancel()
-            for event in handle.events():
+            for event in reply_events(handle):
                 match event:
                     case Token(token_id):
                         sampled.token_ids.append(token_id)
-                        sampled.parts += event.parts
-                        yield event
-                        yield from event.parts
-                    case Finished(summary):
-                        sampled.finish_reason = summary.finish_reason
-                        sampled.parts += event.parts
-                        yield from event.parts
-                        yield summary
-                    case _:
-                        yield event
+                    case Reasoning() | Content() | ToolCall():
+                        sampled.parts.append(event)
+                    case AnswerSummary(finish_reason=reason):
+                        sampled.finish_reason = reason
+                yield event
         except (ClusterError, RequestFailed):
             yield from self._keep_beginning(sampled)
             raise

@@ -3,7 +3,7 @@
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -13,7 +13,6 @@ import msgspec
 from mlx_k2 import __version__
 from mlx_k2.chat.chat_session import ChatSession, Toolkit
 from mlx_k2.chat.reply_source import ReplySource
-from mlx_k2.chat.sampling_options import SamplingOptions
 from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.connect import connect_option, remote_engine
 from mlx_k2.cli.console import opening_lines, show_stage_use
@@ -29,6 +28,7 @@ from mlx_k2.cli.options import (
 )
 from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cli.repl.commands import HELP, OTHER_NAMES, Commands, Model
+from mlx_k2.cli.repl.keyboard import Keyboard
 from mlx_k2.cli.repl.loop import Repl
 from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.terminal import choose_keyboard, choose_screen
@@ -144,11 +144,11 @@ def _chat(
     deployment = restarting.deployment
 
     def show_idle_restart(restart: Restart, phase: str) -> None:
-        if phase == WAITING and not dialogue.session.is_answering:  # an answer shows its restarts itself
+        if phase == WAITING and not commands.session.is_answering:  # an answer shows its restarts itself
             screen.restart(restart)
 
     def show_idle_failure(error: MlxK2Error) -> None:
-        if not dialogue.session.is_answering:
+        if not commands.session.is_answering:
             screen.log(f"error: {error}; the next message ends the chat, and the conversation is kept")
 
     engine = engine_on(
@@ -160,9 +160,13 @@ def _chat(
         on_failure=show_idle_failure,
     )
     name = Model(request.source.path_or_repo, deployment.model.digest)
-    dialogue = _Dialogue(options, engine, frontend, name, len(deployment.plans), screen, tools)
+
+    def show_stats() -> None:
+        show_stage_use(restarting.deployment, engine.use)
+
+    commands, keyboard = _commands(options, engine, frontend, name, len(deployment.plans), screen, tools, show_stats)
     with engine:
-        dialogue.run(lambda: show_stage_use(restarting.deployment, engine.use), transcript)
+        _converse(options, commands, keyboard, transcript, opening_lines(options.cluster, frontend))
 
 
 def _chat_on_server(options: ChatOptions, screen: Screen, tools: Tools | None, transcript: Transcript | None) -> None:
@@ -171,70 +175,62 @@ def _chat_on_server(options: ChatOptions, screen: Screen, tools: Tools | None, t
     url, options = options.connect, msgspec.structs.replace(options, conversation=options.conversation.for_server())
     engine = remote_engine(url)
     name = Model(engine.model_name, engine.frontend.model.digest)
-    dialogue = _Dialogue(options, engine, engine.frontend, name, 1, screen, tools)
-    dialogue.run(lambda: screen.log(f"the stages are those of the server {url}"), transcript)
+
+    def show_stats() -> None:
+        screen.log(f"the stages are those of the server {url}")
+
+    commands, keyboard = _commands(options, engine, engine.frontend, name, 1, screen, tools, show_stats)
+    _converse(options, commands, keyboard, transcript)
 
 
-class _Dialogue:
-    """A conversation in the terminal with the model of ``source``."""
+def _commands(
+    options: ChatOptions,
+    source: ReplySource,
+    frontend: ModelFrontend,
+    name: Model,
+    num_stages: int,
+    screen: Screen,
+    tools: Tools | None,
+    show_stats: Callable[[], None],
+) -> tuple[Commands, Keyboard]:
+    """Return the commands on a new conversation with the model of ``source``, and the keyboard for it."""
+    conversation = options.conversation.begin(frontend, tools)
+    usage = UsageTotals(frontend.context_tokens, num_stages, len(conversation.known_ids()))
+    keyboard = choose_keyboard([*HELP, *OTHER_NAMES], usage.status)
+    asked = options.conversation.tools
+    approval = ToolApproval(screen, keyboard, asked.allowed_tools, everything=asked.yes)
+    toolkit = None if tools is None else Toolkit(tools, approval)
+    settings = options.conversation.settings(frontend, tools)
+    session = approval.answer = ChatSession(source, frontend.tokenizer, conversation, settings, toolkit)
 
-    def __init__(
-        self,
-        options: ChatOptions,
-        source: ReplySource,
-        frontend: ModelFrontend,
-        name: Model,
-        num_stages: int,
-        screen: Screen,
-        tools: Tools | None,
-    ) -> None:
-        self._options = options
-        self._frontend = frontend
-        self._name = name
-        self._screen = screen
-        self._tools = tools
-        conversation = options.conversation.begin(frontend, tools)
-        self._usage = UsageTotals(frontend.context_tokens, num_stages, len(conversation.known_ids()))
-        self._keyboard = choose_keyboard([*HELP, *OTHER_NAMES], self._usage.status)
-        asked = options.conversation.tools
-        self._approval = ToolApproval(screen, self._keyboard, asked.allowed_tools, everything=asked.yes)
-        toolkit = None if tools is None else Toolkit(tools, self._approval)
-        settings = options.conversation.settings(frontend, tools)
-        self._opening_lines = settings.warnings
-        if options.connect is None:
-            self._opening_lines = (*opening_lines(options.cluster, frontend), *settings.warnings)
-        self.session = ChatSession(source, frontend.tokenizer, conversation, settings, toolkit)
+    def temperature(thinking: bool) -> float:
+        sampling = msgspec.structs.replace(options.conversation.sampling, thinking=thinking)
+        return sampling.resolved(frontend.recommended).temperature
 
-    def run(self, show_stats: Callable[[], None], transcript: Transcript | None) -> None:
-        """Run until the user leaves. ``show_stats`` shows what the stages do."""
-        screen, name, options, frontend = self._screen, self._name, self._options, self._frontend
-        self._approval.answer = self.session
-        commands = Commands(
-            self.session,
-            name,
-            screen,
-            self._usage,
-            self._tools,
-            self._approval,
-            show_stats,
-            lambda thinking: _temperature(options.conversation.sampling, frontend, thinking),
-        )
-        if transcript is not None:
-            transcript.write({"started": {"mlx-k2": __version__, "model": name.name, "digest": name.digest}})
-        for line in self._opening_lines:
-            screen.log(line)
-        screen.log(f"{name.name} · /help lists the commands, Ctrl-D leaves")
-        try:
-            Repl(self.session, commands, self._keyboard, screen, self._usage, transcript).run(options.first_message)
-        except BaseException:  # also a signal, a full disk and our own mistakes
-            if self.session.conversation.messages:
-                with suppress(OSError):  # the terminal may be gone
-                    _rescue(commands, screen)
-            raise
+    return Commands(session, name, screen, usage, tools, approval, show_stats, temperature), keyboard
 
 
-def _temperature(options: SamplingOptions, frontend: ModelFrontend, thinking: bool) -> float:
-    return msgspec.structs.replace(options, thinking=thinking).resolved(frontend.recommended).temperature
+def _converse(
+    options: ChatOptions,
+    commands: Commands,
+    keyboard: Keyboard,
+    transcript: Transcript | None,
+    opening: Sequence[str] = (),
+) -> None:
+    """Run until the user leaves. Keep the conversation after an error."""
+    session, name, screen = commands.session, commands.model, commands.screen
+    if transcript is not None:
+        transcript.write({"started": {"mlx-k2": __version__, "model": name.name, "digest": name.digest}})
+    for line in (*opening, *session.settings.warnings):
+        screen.log(line)
+    screen.log(f"{name.name} · /help lists the commands, Ctrl-D leaves")
+    try:
+        Repl(commands, keyboard, transcript).run(options.first_message)
+    except BaseException:  # also a signal, a full disk and our own mistakes
+        if session.conversation.messages:
+            with suppress(OSError):  # the terminal may be gone
+                _rescue(commands, screen)
+        raise
 
 
 def _rescue(commands: Commands, screen: Screen) -> None:

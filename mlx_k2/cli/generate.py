@@ -1,12 +1,13 @@
 """`mlx-k2 generate`: one prompt in, its answer streamed to stdout."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 import msgspec
 
 from mlx_k2.chat.chat_events import Event
-from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit
+from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit, reply_events
 from mlx_k2.chat.completion import submissions
 from mlx_k2.chat.reply_source import ReplySource
 from mlx_k2.chat.tool_round import Tools
@@ -32,9 +33,8 @@ from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.several_answers import show_answers
 from mlx_k2.cli.started_cluster import asked_request, early_frontend, started_cluster
 from mlx_k2.cli.toolkit import opened_tools
-from mlx_k2.coordinator.answer_summary import total
+from mlx_k2.coordinator.answer_summary import AnswerSummary, total
 from mlx_k2.coordinator.engine import engine_on
-from mlx_k2.coordinator.handle import Finished, Token
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.deployment.cluster_options import DeploymentRequest, open_source
 from mlx_k2.deployment.dry_run import preview
@@ -153,9 +153,7 @@ def _generate_on_server(options: GenerateOptions) -> None:
     text, engine = options.read_prompt(), remote_engine(url)
     first_submissions(options, text, engine.frontend)
     with opened_tools(options.conversation.tools) as tools, _output(options, engine.frontend) as output:
-        output.screen.wait("reading the prompt")
-        summaries = output.show(_events(options, engine, engine.frontend, text, tools, output.screen))
-        output.summary(total(summaries), None, ())
+        output.summary(_show_answer(options, engine, engine.frontend, text, tools, output), None, ())
 
 
 def _answer(
@@ -177,20 +175,45 @@ def _answer(
             restarts=restarting,
         ) as engine,
     ):
-        output.screen.wait("reading the prompt")
         if options.conversation.sampling.num_answers > 1:
             _log_warnings(options.conversation.settings(frontend))
             asked = first_submissions(options, text, frontend)
             show_answers(engine, frontend.tokenizer, asked, as_json=options.as_json)
             return
-        summaries = output.show(_events(options, engine, frontend, text, tools, output.screen))
-        output.summary(total(summaries), restarting.deployment, engine.use)
+        summary = _show_answer(options, engine, frontend, text, tools, output)
+        output.summary(summary, restarting.deployment, engine.use)
 
 
-def _output(options: GenerateOptions, frontend: ModelFrontend) -> TextOutput | JsonOutput:
-    if options.as_json:
-        return JsonOutput(frontend.tokenizer)
-    return TextOutput(show_thinking=not options.hide_thinking, verbose=options.verbose)
+@contextmanager
+def _output(options: GenerateOptions, frontend: ModelFrontend) -> Iterator[TextOutput | JsonOutput]:
+    """Yield the output, which waits for the prompt; end its last line on exit."""
+    output = (
+        JsonOutput(frontend.tokenizer)
+        if options.as_json
+        else TextOutput(show_thinking=not options.hide_thinking, verbose=options.verbose)
+    )
+    output.wait("reading the prompt")
+    try:
+        yield output
+    finally:
+        output.pause()
+
+
+def _show_answer(
+    options: GenerateOptions,
+    engine: ReplySource,
+    frontend: ModelFrontend,
+    text: str,
+    tools: Tools | None,
+    screen: Screen,
+) -> AnswerSummary:
+    """Show each event of the answer as it comes; return its counts and times."""
+    summaries = []
+    for event in _events(options, engine, frontend, text, tools, screen):
+        screen.event(event)
+        if isinstance(event, AnswerSummary):
+            summaries.append(event)
+    return total(summaries)
 
 
 def _events(
@@ -206,7 +229,7 @@ def _events(
     _log_warnings(settings)
     if options.is_raw:
         (submission,) = first_submissions(options, text, frontend)
-        return _raw_events(engine, submission)
+        return reply_events(engine.submit(submission.request, submission.policy))
     toolkit = None
     if tools is not None:
         asked = options.conversation.tools
@@ -238,13 +261,3 @@ def first_submissions(options: GenerateOptions, text: str, frontend: ModelFronte
     settings = options.conversation.settings(frontend, num_logprobs=options.num_logprobs)
     num_answers = options.conversation.sampling.num_answers
     return submissions(settings, frontend, prompt_ids, num_answers, is_raw=options.is_raw)
-
-
-def _raw_events(engine: ReplySource, submission: Submission) -> Iterator[Event]:
-    for event in engine.submit(submission.request, submission.policy).events():
-        if not isinstance(event, Finished):
-            yield event
-        if isinstance(event, Token | Finished):
-            yield from event.parts
-        if isinstance(event, Finished):
-            yield event.summary

@@ -1,17 +1,15 @@
 """Output of an answer while it is generated: plain text, or one JSON object a line on stdout."""
 
-from collections.abc import Iterable
-
 import msgspec
 
 from mlx_k2.chat.chat_events import CallEnded, Event
 from mlx_k2.chat.completion import completion_of, sampled_logprob
 from mlx_k2.cli.console import log, show_stage_use
-from mlx_k2.cli.repl.screen import PlainScreen, Screen, show_all
+from mlx_k2.cli.repl.screen import PlainScreen
 from mlx_k2.cli.repl.wording import CUT
 from mlx_k2.cli.streams import write_json_line
 from mlx_k2.coordinator.answer_summary import AnswerSummary
-from mlx_k2.coordinator.handle import PrefillProgress, Queued, Restarting, Token
+from mlx_k2.coordinator.handle import Token
 from mlx_k2.coordinator.pipeline import StageUse
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.restarting import Restart
@@ -24,29 +22,16 @@ from mlx_k2.text.tool_call import ToolCall
 _ENDS = {FinishReason.STOP: "complete", **CUT, FinishReason.CANCELLED: "cancelled"}
 
 
-class TextOutput:
-    """Output as text: the answer to stdout; thinking, calls and a closing line to stderr.
-
-    A context, which ends the last line.
-    """
+class TextOutput(PlainScreen):
+    """Output as text: the answer to stdout; thinking, calls and a closing line to stderr."""
 
     def __init__(self, *, show_thinking: bool, verbose: bool = False) -> None:
-        self.screen: Screen = PlainScreen(show_thinking=show_thinking)
+        super().__init__(show_thinking=show_thinking)
         self._verbose = verbose
-
-    def __enter__(self) -> "TextOutput":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.screen.pause()
-
-    def show(self, events: Iterable[Event]) -> list[AnswerSummary]:
-        """Write each event as it comes; return the summaries among them."""
-        return show_all(self.screen.event, events)
 
     def summary(self, summary: AnswerSummary, deployment: Deployment | None, use: tuple[StageUse, ...]) -> None:
         """End the line, then write one line of counts and times to stderr; with --verbose all, and the stages' use."""
-        self.screen.pause()
+        self.pause()
         if not self._verbose:
             log(_short_summary(summary))
             return
@@ -118,48 +103,39 @@ class StageSummary(msgspec.Struct, frozen=True, kw_only=True):
     busy_fraction: float
 
 
-class JsonOutput:
+class JsonOutput(PlainScreen):
     """Output as one JSON object a line on stdout: each token, each call with its result, then ``{"summary": ...}``.
 
     docs/json.md describes the lines.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(show_thinking=False)
         self._tokenizer = tokenizer
         self._parts: list[Part] = []
         self._num_calls = 0
         self._is_over = False
-        self._last_restart: Restart | None = None
-        self.screen: Screen = PlainScreen(show_thinking=False)
 
-    def __enter__(self) -> "JsonOutput":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Do nothing: every line is complete already."""
-
-    def show(self, events: Iterable[Event]) -> list[AnswerSummary]:
-        """Write a line for each token and each call as it comes; return the summaries among the events."""
-        return show_all(self._show_event, events)
-
-    def _show_event(self, event: Event) -> None:
+    def event(self, event: Event) -> None:
         """Write a line for a token or a call. The parts of a reply are kept for the summary."""
         match event:
             case Token():
-                self.screen.pause()
+                self.pause()
                 self._token(event)
             case Reasoning() | Content() | ToolCall():
                 self._keep(event)
-            case Queued() | PrefillProgress() | Restarting():
-                if isinstance(event, Restarting) and event.restart != self._last_restart:
-                    self._last_restart = event.restart
-                    write_json_line({"restart": event.restart})
-                self.screen.event(event)
             case CallEnded(call, result):
                 ended = {"outcome": result.outcome.value, "result": result.text}
                 write_json_line({"call": {"name": call.name, "arguments": call.arguments, **ended}})
             case AnswerSummary():
                 self._is_over = True
+            case _:
+                super().event(event)
+
+    def restart(self, restart: Restart) -> None:
+        """Write a line on a restart, and two lines to stderr."""
+        write_json_line({"restart": restart})
+        super().restart(restart)
 
     def _keep(self, part: Part) -> None:
         """Add a part to the present reply, which is the next one if a summary came before it."""

@@ -71,7 +71,7 @@ def main(script: str, transcript_path: str) -> None:
         commands = Commands(
             session, model, screen, usage, tools, approval, lambda: screen.log("no stages"), lambda thinking: 1.0
         )
-        Repl(session, commands, keyboard, screen, usage, transcript).run()
+        Repl(commands, keyboard, transcript).run()
     sys.stderr.write("left\n")
 
 

@@ -6,12 +6,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 from mlx_k2.chat.chat_events import Event
-from mlx_k2.chat.chat_session import ChatSession
 from mlx_k2.cli.repl.commands import Commands, Quit, is_command
 from mlx_k2.cli.repl.keyboard import Keyboard
-from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.transcript import Transcript
-from mlx_k2.cli.repl.usage_totals import UsageTotals
 from mlx_k2.cli.repl.wording import CUT
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.errors import EngineBusy, RequestFailed, SetupError
@@ -27,20 +24,12 @@ _QUIT_AFTER = 3
 class Repl:
     """One chat on one terminal, or over a pipe."""
 
-    def __init__(
-        self,
-        session: ChatSession,
-        commands: Commands,
-        keyboard: Keyboard,
-        screen: Screen,
-        usage: UsageTotals,
-        transcript: Transcript | None,
-    ) -> None:
-        self._session = session
+    def __init__(self, commands: Commands, keyboard: Keyboard, transcript: Transcript | None) -> None:
+        self._session = commands.session
         self._commands = commands
         self._keyboard = keyboard
-        self._screen = screen
-        self._usage = usage
+        self._screen = commands.screen
+        self._usage = commands.usage
         self._transcript = transcript
 
     def run(self, first_message: str | None = None) -> None:
