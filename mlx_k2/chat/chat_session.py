@@ -7,8 +7,7 @@ import msgspec
 
 from mlx_k2.chat.chat_events import Event, MessageAdded
 from mlx_k2.chat.conversation import Conversation
-from mlx_k2.chat.next_prompt import NextPrompt
-from mlx_k2.chat.reply_source import ReplySource
+from mlx_k2.chat.next_prompt import NextPrompt, ReplySource
 from mlx_k2.chat.tool_round import Approve, Tools, run_calls
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Finished, Handle, Progress, Token

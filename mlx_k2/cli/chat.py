@@ -12,7 +12,7 @@ import msgspec
 
 from mlx_k2 import __version__
 from mlx_k2.chat.chat_session import ChatSession, Toolkit
-from mlx_k2.chat.reply_source import ReplySource
+from mlx_k2.chat.next_prompt import ReplySource
 from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.connect import connect_option, remote_engine
 from mlx_k2.cli.console import opening_lines, show_stage_use
@@ -28,10 +28,9 @@ from mlx_k2.cli.options import (
 )
 from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cli.repl.commands import HELP, OTHER_NAMES, Commands, Model
-from mlx_k2.cli.repl.keyboard import Keyboard
+from mlx_k2.cli.repl.keyboard import LineKeyboard, choose_keyboard
 from mlx_k2.cli.repl.loop import Repl
-from mlx_k2.cli.repl.screen import Screen
-from mlx_k2.cli.repl.terminal import choose_keyboard, choose_screen
+from mlx_k2.cli.repl.screen import Screen, choose_screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.repl.usage_totals import UsageTotals
@@ -192,7 +191,7 @@ def _commands(
     screen: Screen,
     tools: Tools | None,
     show_stats: Callable[[], None],
-) -> tuple[Commands, Keyboard]:
+) -> tuple[Commands, LineKeyboard]:
     """Return the commands on a new conversation with the model of ``source``, and the keyboard for it."""
     conversation = options.conversation.begin(frontend, tools)
     usage = UsageTotals(frontend.context_tokens, num_stages, len(conversation.known_ids()))
@@ -201,7 +200,7 @@ def _commands(
     approval = ToolApproval(screen, keyboard, asked.allowed_tools, everything=asked.yes)
     toolkit = None if tools is None else Toolkit(tools, approval)
     settings = options.conversation.settings(frontend, tools)
-    session = approval.answer = ChatSession(source, frontend.tokenizer, conversation, settings, toolkit)
+    session = approval.session = ChatSession(source, frontend.tokenizer, conversation, settings, toolkit)
 
     def temperature(thinking: bool) -> float:
         sampling = msgspec.structs.replace(options.conversation.sampling, thinking=thinking)
@@ -213,7 +212,7 @@ def _commands(
 def _converse(
     options: ChatOptions,
     commands: Commands,
-    keyboard: Keyboard,
+    keyboard: LineKeyboard,
     transcript: Transcript | None,
     opening: Sequence[str] = (),
 ) -> None:

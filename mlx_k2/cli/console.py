@@ -1,6 +1,5 @@
 """Output of the commands on stderr while a cluster starts and after a run. stdout is reserved for the answer."""
 
-import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from rich.text import Text
 
 from mlx_k2.builtin import BANNER
 from mlx_k2.cli.safe_console import SafeConsole
+from mlx_k2.cli.streams import refuses_colour
 from mlx_k2.coordinator.pipeline import StageUse
 from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest
 from mlx_k2.deployment.deploy import Deployment
@@ -42,7 +42,7 @@ console = SafeConsole(
     highlight=False,
     markup=False,
     emoji=False,
-    color_system=None if os.environ.get("NO_COLOR") else "auto",
+    color_system=None if refuses_colour() else "auto",
 )
 
 

@@ -9,7 +9,7 @@ import msgspec
 from mlx_k2.chat.chat_events import Event
 from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit, reply_events
 from mlx_k2.chat.completion import submissions
-from mlx_k2.chat.reply_source import ReplySource
+from mlx_k2.chat.next_prompt import ReplySource
 from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.connect import connect_option, remote_engine
 from mlx_k2.cli.console import log, opening_lines, show_dry_run

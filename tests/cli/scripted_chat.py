@@ -8,8 +8,9 @@ from pathlib import Path
 from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit
 from mlx_k2.chat.conversation import Conversation
 from mlx_k2.cli.repl.commands import HELP, Commands, Model
+from mlx_k2.cli.repl.keyboard import choose_keyboard
 from mlx_k2.cli.repl.loop import Repl
-from mlx_k2.cli.repl.terminal import choose_keyboard, choose_screen
+from mlx_k2.cli.repl.screen import choose_screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.repl.usage_totals import UsageTotals
@@ -66,7 +67,7 @@ def main(script: str, transcript_path: str) -> None:
         settings = ReplySettings(Sampling(seed=1), 9000, tokenizer().stop_ids, 4096 * 4)
         toolkit = None if tools is None else Toolkit(tools, approval)
         session = ChatSession(source, tokenizer(), conversation, settings, toolkit)
-        approval.answer = session
+        approval.session = session
         model = Model("a script", "0")
         commands = Commands(
             session, model, screen, usage, tools, approval, lambda: screen.log("no stages"), lambda thinking: 1.0

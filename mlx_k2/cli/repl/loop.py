@@ -7,7 +7,7 @@ from types import FrameType
 
 from mlx_k2.chat.chat_events import Event
 from mlx_k2.cli.repl.commands import Commands, Quit, is_command
-from mlx_k2.cli.repl.keyboard import Keyboard
+from mlx_k2.cli.repl.keyboard import LineKeyboard
 from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.repl.wording import CUT
 from mlx_k2.coordinator.answer_summary import AnswerSummary
@@ -24,7 +24,7 @@ _QUIT_AFTER = 3
 class Repl:
     """One chat on one terminal, or over a pipe."""
 
-    def __init__(self, commands: Commands, keyboard: Keyboard, transcript: Transcript | None) -> None:
+    def __init__(self, commands: Commands, keyboard: LineKeyboard, transcript: Transcript | None) -> None:
         self._session = commands.session
         self._commands = commands
         self._keyboard = keyboard

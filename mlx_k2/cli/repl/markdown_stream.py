@@ -5,9 +5,9 @@ import time
 from collections.abc import Iterator, Sequence
 
 from markdown_it.token import Token
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.segment import Segment, Segments
+from rich.segment import Segment, SegmentLines, Segments
 
 from mlx_k2.cli.repl.chat_markdown import ChatMarkdown
 from mlx_k2.cli.repl.markdown_blocks import MarkdownBlocks
@@ -80,7 +80,7 @@ class MarkdownDisplay:
             shown = _markdown(self._blocks.open_tokens(max_chars=max_lines * self._console.width))
         options = self._console.options.update(height=None)
         lines = self._console.render_lines(shown, options, pad=False)
-        self._show(finished, _Lines(lines[-max_lines:]))
+        self._show(finished, SegmentLines(lines[-max_lines:], new_lines=True))
 
     def close(self) -> None:
         """Print all that is not printed and end the display."""
@@ -121,18 +121,6 @@ class MarkdownDisplay:
             if finished:
                 self._console.print(*finished, sep="", end="")
             self._live.refresh()
-
-
-class _Lines:
-    """Rendered lines."""
-
-    def __init__(self, lines: Sequence[list[Segment]]) -> None:
-        self._lines = lines
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for line in self._lines:
-            yield from line
-            yield Segment.line()
 
 
 def _markdown(tokens: list[Token]) -> ChatMarkdown:

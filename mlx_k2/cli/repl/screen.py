@@ -13,7 +13,7 @@ from mlx_k2.cli.console import log_restart
 from mlx_k2.cli.repl.markdown_stream import MarkdownStream
 from mlx_k2.cli.repl.wording import call_line, ended_line, progress_line
 from mlx_k2.cli.safe_console import SafeConsole
-from mlx_k2.cli.streams import is_terminal
+from mlx_k2.cli.streams import is_dumb, is_terminal, refuses_colour
 from mlx_k2.cli.terminal_text import printable
 from mlx_k2.cli.word_wrap import WordWrap
 from mlx_k2.coordinator.answer_summary import AnswerSummary
@@ -227,3 +227,9 @@ class RichScreen(Screen):
 
     def _print_thought(self, text: str) -> None:
         self._console.print(Text(text, style="dim italic"), end="", soft_wrap=True)
+
+
+def choose_screen(*, show_thinking: bool) -> Screen:
+    """Return a plain screen if stdout is not a terminal, or a dumb one, or with NO_COLOR; else one with colours."""
+    plain = not is_terminal(sys.stdout) or refuses_colour() or is_dumb()
+    return (PlainScreen if plain else RichScreen)(show_thinking=show_thinking)
