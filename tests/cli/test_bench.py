@@ -68,6 +68,8 @@ def test_the_csv_file_has_a_line_for_each_row(document: dict[str, Any], files: P
     with (files / "rows.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [int(line["streams"]) for line in lines] == [row["streams"] for row in document["rows"]]
+    assert [float(line["wall_s"]) for line in lines] == [row["wall_s"] for row in document["rows"]]
+    assert all(None not in line for line in lines)  # no cell without a heading
 
 
 def test_rows_are_appended_to_a_file_with_the_same_columns(document: dict[str, Any], files: Path) -> None:
