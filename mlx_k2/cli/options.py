@@ -30,13 +30,8 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What happens after a fault, and what is kept of a run. ``restarts`` 0: a fault is final."""
 
     restarts: int
-    log_dir: str | None
+    log_dir: Path | None
     log_tokens: bool
-
-    @property
-    def arguments(self) -> tuple[int, Path | None, bool]:
-        """The last arguments of RestartingDeployment: limit of restarts, log folder, whether to log token ids."""
-        return self.restarts, None if self.log_dir is None else Path(self.log_dir), self.log_tokens
 
 
 class ToolOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -410,7 +405,7 @@ _run = functools.partial(click.option, cls=GroupedOption, group="Faults and logs
 log_options = _all(
     _run(
         "--log-dir",
-        type=click.Path(),
+        type=click.Path(path_type=Path),
         metavar="DIR",
         help="Keep the stages' logs and the last steps there, at most 16 MB; after a fault a report to attach to an "
         "issue. No prompt and no answer is in it.",

@@ -46,7 +46,7 @@ def started_cluster(
     """Start the stages and load the model, with progress on stderr; end them on exit."""
     with (
         ConsoleListener(verbose) as listener,
-        RestartingDeployment(request, model, listener, *run.arguments) as restarting,
+        RestartingDeployment(request, model, listener, run.restarts, run.log_dir, run.log_tokens) as restarting,
     ):
         listener.hide_progress()
         deployment = restarting.deployment
