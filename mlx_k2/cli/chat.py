@@ -27,7 +27,7 @@ from mlx_k2.cli.options import (
     with_struct,
 )
 from mlx_k2.cli.program_command import ProgramCommand
-from mlx_k2.cli.repl.commands import HELP, OTHER_NAMES, Commands, Model
+from mlx_k2.cli.repl.commands import HELP, OTHER_NAMES, Commands
 from mlx_k2.cli.repl.keyboard import LineKeyboard, choose_keyboard
 from mlx_k2.cli.repl.loop import Repl
 from mlx_k2.cli.repl.screen import Screen, choose_screen
@@ -158,12 +158,12 @@ def _chat(
         on_restart=show_idle_restart,
         on_failure=show_idle_failure,
     )
-    name = Model(request.source.path_or_repo, deployment.model.digest)
 
     def show_stats() -> None:
         show_stage_use(restarting.deployment, engine.use)
 
-    commands, keyboard = _commands(options, engine, frontend, name, len(deployment.plans), screen, tools, show_stats)
+    name, num_stages = request.source.path_or_repo, len(deployment.plans)
+    commands, keyboard = _commands(options, engine, frontend, name, num_stages, screen, tools, show_stats)
     with engine:
         _converse(options, commands, keyboard, transcript, opening_lines(options.cluster, frontend))
 
@@ -173,11 +173,11 @@ def _chat_on_server(options: ChatOptions, screen: Screen, tools: Tools | None, t
     assert options.connect is not None
     url, options = options.connect, msgspec.structs.replace(options, conversation=options.conversation.for_server())
     engine = remote_engine(url)
-    name = Model(engine.model_name, engine.frontend.model.digest)
 
     def show_stats() -> None:
         screen.log(f"the stages are those of the server {url}")
 
+    name = engine.model_name
     commands, keyboard = _commands(options, engine, engine.frontend, name, 1, screen, tools, show_stats)
     _converse(options, commands, keyboard, transcript)
 
@@ -186,7 +186,7 @@ def _commands(
     options: ChatOptions,
     source: ReplySource,
     frontend: ModelFrontend,
-    name: Model,
+    model: str,
     num_stages: int,
     screen: Screen,
     tools: Tools | None,
@@ -206,7 +206,8 @@ def _commands(
         sampling = msgspec.structs.replace(options.conversation.sampling, thinking=thinking)
         return sampling.resolved(frontend.recommended).temperature
 
-    return Commands(session, name, screen, usage, tools, approval, show_stats, temperature), keyboard
+    digest = frontend.model.digest
+    return Commands(session, model, digest, screen, usage, tools, approval, show_stats, temperature), keyboard
 
 
 def _converse(
@@ -217,12 +218,12 @@ def _converse(
     opening: Sequence[str] = (),
 ) -> None:
     """Run until the user leaves. Keep the conversation after an error."""
-    session, name, screen = commands.session, commands.model, commands.screen
+    session, screen = commands.session, commands.screen
     if transcript is not None:
-        transcript.write({"started": {"mlx-k2": __version__, "model": name.name, "digest": name.digest}})
+        transcript.write({"started": {"mlx-k2": __version__, "model": commands.model, "digest": commands.digest}})
     for line in (*opening, *session.settings.warnings):
         screen.log(line)
-    screen.log(f"{name.name} · /help lists the commands, Ctrl-D leaves")
+    screen.log(f"{commands.model} · /help lists the commands, Ctrl-D leaves")
     try:
         Repl(commands, keyboard, transcript).run(options.first_message)
     except BaseException:  # also a signal, a full disk and our own mistakes

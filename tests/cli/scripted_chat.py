@@ -3,11 +3,12 @@
 import sys
 import threading
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit
 from mlx_k2.chat.conversation import Conversation
-from mlx_k2.cli.repl.commands import HELP, Commands, Model
+from mlx_k2.cli.repl.commands import HELP, Commands
 from mlx_k2.cli.repl.keyboard import choose_keyboard
 from mlx_k2.cli.repl.loop import Repl
 from mlx_k2.cli.repl.screen import choose_screen
@@ -68,9 +69,9 @@ def main(script: str, transcript_path: str) -> None:
         toolkit = None if tools is None else Toolkit(tools, approval)
         session = ChatSession(source, tokenizer(), conversation, settings, toolkit)
         approval.session = session
-        model = Model("a script", "0")
+        show_stats = partial(screen.log, "no stages")
         commands = Commands(
-            session, model, screen, usage, tools, approval, lambda: screen.log("no stages"), lambda thinking: 1.0
+            session, "a script", "0", screen, usage, tools, approval, show_stats, temperature=lambda thinking: 1.0
         )
         Repl(commands, keyboard, transcript).run()
     sys.stderr.write("left\n")
