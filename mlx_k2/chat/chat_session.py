@@ -111,13 +111,15 @@ class ChatSession:
     ) -> None:
         self._source = source
         self._tokenizer = tokenizer
-        self._conversation = conversation
+        self.conversation = conversation
+        """The conversation, for reading only."""
         self.settings = settings
         """The settings of the next reply, for reading only."""
         self._toolkit = toolkit
         self._stopped = False
         self._handle: Handle | None = None
-        self._is_answering = False
+        self.is_answering = False
+        """True from a message of the user until its answer has ended, tool calls included."""
         self._next_prompt: NextPrompt | None = None
 
     def send_message(self, text: str) -> Generator[Event, None, None]:
@@ -156,16 +158,6 @@ class ChatSession:
         if self._handle is not None:
             self._handle.cancel()
 
-    @property
-    def is_answering(self) -> bool:
-        """True from a message of the user until its answer has ended, tool calls included."""
-        return self._is_answering
-
-    @property
-    def conversation(self) -> Conversation:
-        """The conversation, for reading only."""
-        return self._conversation
-
     def set_thinking(self, *, thinking: bool, temperature: float) -> None:
         """Select whether the next replies begin with thinking, and their temperature.
 
@@ -189,27 +181,24 @@ class ChatSession:
         if self._next_prompt is not None:
             self._next_prompt.cancel()
             self._next_prompt = None
-        return self._conversation
+        return self.conversation
 
     def prefill_next_prompt(self) -> None:
         """Prefill the known part of the next prompt until the next request."""
         self.cancel_prefill()
         limit = self.settings.context_tokens - 1
-        self._next_prompt = NextPrompt(self._source, lambda: self._conversation.known_ids()[:limit])
-
-    def _is_stopped(self) -> bool:
-        return self._stopped
+        self._next_prompt = NextPrompt(self._source, lambda: self.conversation.known_ids()[:limit])
 
     def _request(self) -> Request:
-        return self.settings.request(self._tokenizer, self._conversation.prompt_ids())
+        return self.settings.request(self._tokenizer, self.conversation.prompt_ids())
 
     def _answer(self, request: Request) -> Generator[Event, None, None]:
         """Yield the events of replies and rounds of tool calls, until a reply calls no tool."""
-        self._is_answering = True
+        self.is_answering = True
         try:
             yield from self._replies(request)
         finally:
-            self._is_answering = False
+            self.is_answering = False
 
     def _replies(self, request: Request) -> Generator[Event, None, None]:
         calls_left = self.settings.max_tool_calls
@@ -223,13 +212,13 @@ class ChatSession:
             is_cut = sampled.finish_reason is FinishReason.LENGTH and reply.calls and reply.calls[-1].error is not None
             if self._toolkit is None or calls_left < 0 or is_cut:
                 reply = replace(reply, calls=())
-            yield MessageAdded(self._conversation.add_reply(reply, sampled.token_ids))
+            yield MessageAdded(self.conversation.add_reply(reply, sampled.token_ids))
             if self._toolkit is None or not reply.calls:
                 return
             texts = yield from run_calls(
-                reply.calls, self._toolkit.tools, self._toolkit.approve, self._is_stopped, calls_left
+                reply.calls, self._toolkit.tools, self._toolkit.approve, lambda: self._stopped, calls_left
             )
-            for message in self._conversation.add_results(texts):
+            for message in self.conversation.add_results(texts):
                 yield MessageAdded(message)
             is_after_calls = True
             calls_left = -1 if len(reply.calls) > calls_left else calls_left - len(reply.calls)
@@ -266,4 +255,4 @@ class ChatSession:
         """Add the answer text of a stopped reply to the conversation; drop a reply without answer text."""
         reply = replace(whole_reply(sampled.parts), calls=())
         if reply.content.strip():
-            yield MessageAdded(self._conversation.add_reply(reply, sampled.token_ids))
+            yield MessageAdded(self.conversation.add_reply(reply, sampled.token_ids))

@@ -112,7 +112,7 @@ class MarkdownDisplay:
                 return
             yield self._code.pop_rest()
             text, self._code = self._code.rest, None
-            self._blocks.end_fence()
+            self._blocks.follows_block = True
 
     def _show(self, finished: Sequence[RenderableType], unfinished: RenderableType) -> None:
         """Print ``finished`` above ``unfinished``, in one write."""
