@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from types import TracebackType
+from typing import Any
 
 from mlx_k2.coordinator.draft_times import DraftTimer, DraftTimes
 from mlx_k2.coordinator.engine import engine_on
@@ -133,10 +133,8 @@ class Benchmark(ServerBenchmark):
         self._engine.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._engine.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._engine.__exit__(*error)
 
     def warm_up(self, workload: Workload) -> None:
         """Run ``workload`` without reports, as in the base class."""
