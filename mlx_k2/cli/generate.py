@@ -1,7 +1,6 @@
 """`mlx-k2 generate`: one prompt in, its answer streamed to stdout."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import click
 import msgspec
@@ -33,8 +32,9 @@ from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.several_answers import show_answers
 from mlx_k2.cli.started_cluster import asked_request, early_frontend, started_cluster
 from mlx_k2.cli.toolkit import opened_tools
+from mlx_k2.client.remote_engine import RemoteEngine
 from mlx_k2.coordinator.answer_summary import AnswerSummary, total
-from mlx_k2.coordinator.engine import engine_on
+from mlx_k2.coordinator.engine import Engine, engine_on
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.deployment.cluster_options import DeploymentRequest, open_source
 from mlx_k2.deployment.dry_run import preview
@@ -143,7 +143,15 @@ def _generate(options: GenerateOptions, request: DeploymentRequest, model: Model
         if frontend is not None:
             options.conversation.settings(frontend, tools)
         with started_cluster(request, model, options.run, verbose=options.verbose) as (restarting, frontend):
-            _answer(options, restarting, frontend, text, tools)
+            for line in opening_lines(options.cluster, frontend, is_raw=options.is_raw):
+                log(line)
+            with engine_on(
+                restarting.deployment,
+                draft_mode=options.draft_mode,
+                on_report=restarting.on_report,
+                restarts=restarting,
+            ) as engine:
+                _answer(options, engine, frontend, text, tools, restarting)
 
 
 def _generate_on_server(options: GenerateOptions) -> None:
@@ -152,81 +160,51 @@ def _generate_on_server(options: GenerateOptions) -> None:
     url, options = options.connect, msgspec.structs.replace(options, conversation=options.conversation.for_server())
     text, engine = options.read_prompt(), remote_engine(url)
     first_submissions(options, text, engine.frontend)
-    with opened_tools(options.conversation.tools) as tools, _output(options, engine.frontend) as output:
-        output.summary(_show_answer(options, engine, engine.frontend, text, tools, output), None, ())
+    with opened_tools(options.conversation.tools) as tools:
+        _answer(options, engine, engine.frontend, text, tools)
 
 
 def _answer(
     options: GenerateOptions,
-    restarting: RestartingDeployment,
+    engine: Engine | RemoteEngine,
     frontend: ModelFrontend,
     text: str,
     tools: Tools | None,
+    restarting: RestartingDeployment | None = None,
 ) -> None:
-    deployment = restarting.deployment
-    for line in opening_lines(options.cluster, frontend, is_raw=options.is_raw):
-        log(line)
-    with (
-        _output(options, frontend) as output,
-        engine_on(
-            deployment,
-            draft_mode=options.draft_mode,
-            on_report=restarting.on_report,
-            restarts=restarting,
-        ) as engine,
-    ):
-        if options.conversation.sampling.num_answers > 1:
-            _log_warnings(options.conversation.settings(frontend))
+    """Show each event of the answer as it comes, then its counts and times; or several answers."""
+    settings = options.conversation.settings(frontend, tools, options.num_logprobs)
+    text_output = TextOutput(show_thinking=not options.hide_thinking, verbose=options.verbose)
+    output = JsonOutput(frontend.tokenizer) if options.as_json else text_output
+    output.wait("reading the prompt")
+    try:
+        for line in settings.warnings:
+            log(line)
+        if isinstance(engine, Engine) and options.conversation.sampling.num_answers > 1:
             asked = first_submissions(options, text, frontend)
             show_answers(engine, frontend.tokenizer, asked, as_json=options.as_json)
             return
-        summary = _show_answer(options, engine, frontend, text, tools, output)
-        output.summary(summary, restarting.deployment, engine.use)
-
-
-@contextmanager
-def _output(options: GenerateOptions, frontend: ModelFrontend) -> Iterator[TextOutput | JsonOutput]:
-    """Yield the output, which waits for the prompt; end its last line on exit."""
-    output = (
-        JsonOutput(frontend.tokenizer)
-        if options.as_json
-        else TextOutput(show_thinking=not options.hide_thinking, verbose=options.verbose)
-    )
-    output.wait("reading the prompt")
-    try:
-        yield output
+        summaries = []
+        for event in _events(options, engine, frontend, settings, text, tools, output):
+            output.event(event)
+            if isinstance(event, AnswerSummary):
+                summaries.append(event)
+        deployment = None if restarting is None else restarting.deployment
+        output.summary(total(summaries), deployment, engine.use if isinstance(engine, Engine) else ())
     finally:
         output.pause()
-
-
-def _show_answer(
-    options: GenerateOptions,
-    engine: ReplySource,
-    frontend: ModelFrontend,
-    text: str,
-    tools: Tools | None,
-    screen: Screen,
-) -> AnswerSummary:
-    """Show each event of the answer as it comes; return its counts and times."""
-    summaries = []
-    for event in _events(options, engine, frontend, text, tools, screen):
-        screen.event(event)
-        if isinstance(event, AnswerSummary):
-            summaries.append(event)
-    return total(summaries)
 
 
 def _events(
     options: GenerateOptions,
     engine: ReplySource,
     frontend: ModelFrontend,
+    settings: ReplySettings,
     text: str,
     tools: Tools | None,
     screen: Screen,
 ) -> Iterator[Event]:
     """Return the events of the answer to a raw prompt, or to the first message of a conversation."""
-    settings = options.conversation.settings(frontend, tools, options.num_logprobs)
-    _log_warnings(settings)
     if options.is_raw:
         (submission,) = first_submissions(options, text, frontend)
         return reply_events(engine.submit(submission.request, submission.policy))
@@ -237,11 +215,6 @@ def _events(
         toolkit = Toolkit(tools, approval)
     conversation = options.conversation.begin(frontend, tools)
     return ChatSession(engine, frontend.tokenizer, conversation, settings, toolkit).send_message(text)
-
-
-def _log_warnings(settings: ReplySettings) -> None:
-    for line in settings.warnings:
-        log(line)
 
 
 def first_submissions(options: GenerateOptions, text: str, frontend: ModelFrontend) -> list[Submission]:
