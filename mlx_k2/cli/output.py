@@ -113,8 +113,9 @@ class JsonOutput(PlainScreen):
         super().__init__(show_thinking=False)
         self._tokenizer = tokenizer
         self._parts: list[Part] = []
+        self._last_reply: list[Part] = []
         self._num_calls = 0
-        self._is_over = False
+        """The number of tool calls before the last reply."""
 
     def event(self, event: Event) -> None:
         """Write a line for a token or a call. The parts of a reply are kept for the summary."""
@@ -123,12 +124,13 @@ class JsonOutput(PlainScreen):
                 self.pause()
                 self._token(event)
             case Reasoning() | Content() | ToolCall():
-                self._keep(event)
+                self._parts.append(event)
             case CallEnded(call, result):
                 ended = {"outcome": result.outcome.value, "result": result.text}
                 write_json_line({"call": {"name": call.name, "arguments": call.arguments, **ended}})
             case AnswerSummary():
-                self._is_over = True
+                self._num_calls += sum(isinstance(part, ToolCall) for part in self._last_reply)
+                self._last_reply, self._parts = self._parts, []
             case _:
                 super().event(event)
 
@@ -136,14 +138,6 @@ class JsonOutput(PlainScreen):
         """Write a line on a restart, and two lines to stderr."""
         write_json_line({"restart": restart})
         super().restart(restart)
-
-    def _keep(self, part: Part) -> None:
-        """Add a part to the present reply, which is the next one if a summary came before it."""
-        if self._is_over:
-            self._num_calls += sum(isinstance(part, ToolCall) for part in self._parts)
-            self._parts.clear()
-            self._is_over = False
-        self._parts.append(part)
 
     def _token(self, token: Token) -> None:
         """Write ``{"token": id, "text": ...}``, with log-probabilities if they were requested."""
@@ -154,10 +148,8 @@ class JsonOutput(PlainScreen):
 
     def summary(self, summary: AnswerSummary, deployment: Deployment | None, use: tuple[StageUse, ...]) -> None:
         """Write the last reply with the counts and times of all, and each stage's layers, memory and computing time."""
-        plans = [] if deployment is None else deployment.plans
-        loads = [] if deployment is None else deployment.loaded
-        load_s = None if deployment is None else deployment.load_s
         total_s = sum(stage.busy_s for stage in use) or 1.0
+        on_stages = () if deployment is None else zip(deployment.plans, deployment.loaded, use, strict=True)
         stages = [
             StageSummary(
                 host=plan.host.ssh,
@@ -168,7 +160,8 @@ class JsonOutput(PlainScreen):
                 busy_s=stage.busy_s,
                 busy_fraction=stage.busy_s / total_s,
             )
-            for plan, loaded, stage in zip(plans, loads, use, strict=True)
+            for plan, loaded, stage in on_stages
         ]
-        completion = msgspec.to_builtins(completion_of(whole_reply(self._parts), summary, self._num_calls))
+        load_s = None if deployment is None else deployment.load_s
+        completion = msgspec.to_builtins(completion_of(whole_reply(self._last_reply), summary, self._num_calls))
         write_json_line({"summary": {**completion, "load_s": load_s, "stages": stages}})

@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from markdown_it.token import Token
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.segment import Segment, SegmentLines, Segments
@@ -77,7 +76,7 @@ class MarkdownDisplay:
         if self._code is not None:
             shown: RenderableType = self._code.shown(max_lines)
         else:
-            shown = _markdown(self._blocks.open_tokens(max_chars=max_lines * self._console.width))
+            shown = ChatMarkdown(self._blocks.open_tokens(max_chars=max_lines * self._console.width))
         options = self._console.options.update(height=None)
         lines = self._console.render_lines(shown, options, pad=False)
         self._show(finished, SegmentLines(lines[-max_lines:], new_lines=True))
@@ -85,7 +84,7 @@ class MarkdownDisplay:
     def close(self) -> None:
         """Print all that is not printed and end the display."""
         finished = list(self._advance(max_lines=self._console.size.height))
-        finished.append(_markdown(self._blocks.pop_rest()) if self._code is None else self._code.pop_rest())
+        finished.append(ChatMarkdown(self._blocks.pop_rest()) if self._code is None else self._code.pop_rest())
         self._show(finished, "")
         self._live.stop()
 
@@ -98,7 +97,7 @@ class MarkdownDisplay:
             if self._code is None:
                 self._blocks.add(text)
                 if tokens := self._blocks.pop_finished(max_lines):
-                    yield _markdown(tokens)
+                    yield ChatMarkdown(tokens)
                 if (fence := self._blocks.pop_fence()) is None:
                     return
                 if self._blocks.follows_block:
@@ -121,9 +120,3 @@ class MarkdownDisplay:
             if finished:
                 self._console.print(*finished, sep="", end="")
             self._live.refresh()
-
-
-def _markdown(tokens: list[Token]) -> ChatMarkdown:
-    markdown = ChatMarkdown("")
-    markdown.parsed = tokens
-    return markdown
