@@ -71,9 +71,9 @@ def with_struct(kind: type[Options]) -> Callable[[Callable[[Options], None]], Ca
             except JsonError as error:
                 raise RequestError(str(error)) from None
             except SetupError as error:
-                raise RequestError(with_sources(str(error), click.get_current_context(silent=True))) from None
+                raise RequestError(with_sources(str(error))) from None
             except click.UsageError as error:
-                raise click.UsageError(with_sources(error.message, click.get_current_context(silent=True))) from None
+                raise click.UsageError(with_sources(error.message)) from None
             run(options)
 
         return command

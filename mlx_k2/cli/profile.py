@@ -128,8 +128,9 @@ def not_overridden(command: click.Command, defaults: Mapping[str, Default], args
     return {name: default for name, default in defaults.items() if not any(name in names for names in dropped)}
 
 
-def with_sources(text: str, context: click.Context | None) -> str:
+def with_sources(text: str) -> str:
     """Return an error's text with the source of each option that it names and that came from the profile."""
+    context = click.get_current_context(silent=True)
     if context is None:
         return text
     defaults: dict[str, Default] = context.meta.get(__name__, {})

@@ -55,26 +55,20 @@ class Check:
         return re.findall(r"`([^`]+)`", self.found) if self.result is not OK else []
 
 
-@dataclass(frozen=True)
-class HostAnswer:
-    """A host's round trip over its control connection, and how far its clock is ahead of this machine's."""
+def check_answer(round_trip_s: float, clock_ahead_s: float) -> Iterator[Check]:
+    """Check that a host answers fast enough for one step plan per token, and that its clock is right.
 
-    round_trip_s: float
-    clock_ahead_s: float
-
-
-def check_answer(answer: HostAnswer) -> Iterator[Check]:
-    """Check that a host answers fast enough for one step plan per token, and that its clock is right."""
-    trip = f"answers in {1000 * answer.round_trip_s:.1f} ms"
-    if answer.round_trip_s > SLOW_ANSWER_S:
+    ``clock_ahead_s`` is how far its clock is ahead of this machine's.
+    """
+    trip = f"answers in {1000 * round_trip_s:.1f} ms"
+    if round_trip_s > SLOW_ANSWER_S:
         yield Check("ssh", WARNING, f"{trip}: each token waits for that; use a cable, not Wi-Fi")
     else:
         yield Check("ssh", OK, trip)
-    ahead_s = answer.clock_ahead_s
-    if abs(ahead_s) > CLOCK_SKEW_S:
+    if abs(clock_ahead_s) > CLOCK_SKEW_S:
         set_clock = "set it: `sudo sntp -sS time.apple.com` there; logs will not match, nothing else depends on it"
-        way = "ahead of" if ahead_s > 0 else "behind"
-        yield Check("clock", WARNING, f"{abs(ahead_s):.0f} s {way} this machine's: {set_clock}")
+        way = "ahead of" if clock_ahead_s > 0 else "behind"
+        yield Check("clock", WARNING, f"{abs(clock_ahead_s):.0f} s {way} this machine's: {set_clock}")
     else:
         yield Check("clock", OK, f"within {CLOCK_SKEW_S:g} s of this machine's")
 

@@ -19,7 +19,6 @@ from mlx_k2.doctor.checks import (
     FAILURE,
     WARNING,
     Check,
-    HostAnswer,
     check_addresses,
     check_answer,
     check_backend,
@@ -168,10 +167,10 @@ class _Round:
             if (read := self.collect(ClockRead, [rank], PROBE_S, "ssh").get(rank)) is None:
                 return
             elapsed_s = time.monotonic() - asked
-            answers.append(HostAnswer(elapsed_s, read.unix_s - asked_at - elapsed_s / 2))
-        quickest = min(answers, key=lambda answer: answer.round_trip_s)
-        typical_s = statistics.median(answer.round_trip_s for answer in answers)
-        self._add(rank, check_answer(HostAnswer(typical_s, quickest.clock_ahead_s)))
+            answers.append((elapsed_s, read.unix_s - asked_at - elapsed_s / 2))
+        _, clock_ahead_s = min(answers)
+        typical_s = statistics.median(elapsed_s for elapsed_s, _ in answers)
+        self._add(rank, check_answer(typical_s, clock_ahead_s))
 
     def probe(self, hellos: Mapping[int, Hello], plans: Sequence[StagePlan], *, deep: bool) -> dict[int, HostFacts]:
         """Return the facts of the hosts that answered, by rank."""

@@ -11,7 +11,6 @@ from mlx_k2.cluster.hostfile import Backend, Host
 from mlx_k2.doctor.checks import (
     Check,
     CheckResult,
-    HostAnswer,
     check_addresses,
     check_answer,
     check_backend,
@@ -141,8 +140,8 @@ JUDGED: dict[str, tuple[list[Check], CheckResult, str]] = {
         "take it out of envs",
     ),
     "idle sleep": (list(check_sleep(FACTS)), WARNING, "`sudo pmset -a sleep 0 disksleep 0`"),
-    "a slow answer": (list(check_answer(HostAnswer(0.05, 0.0)))[:1], WARNING, "answers in 50.0 ms"),
-    "a wrong clock": (list(check_answer(HostAnswer(0.001, -90.0)))[1:], WARNING, "90 s behind .* `sudo sntp"),
+    "a slow answer": (list(check_answer(0.05, 0.0))[:1], WARNING, "answers in 50.0 ms"),
+    "a wrong clock": (list(check_answer(0.001, -90.0))[1:], WARNING, "90 s behind .* `sudo sntp"),
     "a slow hop": ([check_hop(HopSpeed(0.0002, 60e6))], WARNING, "ips are those of the cable"),
     "a hop": ([check_hop(HopSpeed(0.0003, 4e9))], OK, "300 us for a token, 4.00 GB/s"),
 }
