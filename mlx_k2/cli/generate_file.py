@@ -1,6 +1,7 @@
 """`mlx-k2 generate --prompts`: a file of prompts in, a file of results out."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
@@ -80,26 +81,18 @@ def result_digests(
     return {run_digest(counted, number, line): number for number, line in lines.items()}
 
 
+@dataclass
 class _Batch:
     """One run over the lines that have no result."""
 
-    def __init__(
-        self,
-        options: GenerateOptions,
-        restarting: RestartingDeployment,
-        frontend: ModelFrontend,
-        lines: Mapping[int, PromptLine],
-        results: ResultFile,
-    ) -> None:
-        self._options = options
-        self._restarting = restarting
-        self._lines = lines
-        self._results = results
-        self._seed = options.conversation.sampling.base_seed
-        self._warnings: set[str] = set()
-        self._num_asked: dict[int, int] = {}
-        self._answers: dict[int, dict[int, BatchResult]] = {}
-        self._frontend = frontend
+    _options: GenerateOptions
+    _restarting: RestartingDeployment
+    _frontend: ModelFrontend
+    _lines: Mapping[int, PromptLine]
+    _results: ResultFile
+    _warnings: set[str] = field(default_factory=set)
+    _num_asked: dict[int, int] = field(default_factory=dict)
+    _answers: dict[int, dict[int, BatchResult]] = field(default_factory=dict)
 
     def run(self) -> None:
         """Write a result for each line."""
@@ -119,11 +112,12 @@ class _Batch:
 
     def _requests(self) -> Iterator[tuple[int, Submission]]:
         """Yield the requests one by one, and write an error for each line that cannot be served."""
+        base_seed = self._options.conversation.sampling.base_seed
         for number, line in self._lines.items():
             if number in self._results:
                 continue
             try:
-                seed = derived_seed(self._seed, number - 1)
+                seed = derived_seed(base_seed, number - 1)
                 asked, warnings = line_submissions(self._options, line, seed, self._frontend)
             except SetupError as error:
                 self._write(number, {"error": str(error)})
