@@ -24,12 +24,11 @@ from mlx_k2.cli.options import (
     tool_options,
     with_struct,
 )
-from mlx_k2.cli.output import JsonOutput, TextOutput
+from mlx_k2.cli.output import JsonOutput, TextOutput, show_answers
 from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cli.repl.keyboard import LineKeyboard
 from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
-from mlx_k2.cli.several_answers import show_answers
 from mlx_k2.cli.started_cluster import asked_request, early_frontend, started_cluster
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.client.remote_engine import RemoteEngine

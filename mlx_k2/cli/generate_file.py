@@ -12,9 +12,9 @@ from mlx_k2.chat.completion import prompt_of, submissions
 from mlx_k2.chat.sampling_options import MAX_ANSWERS, reply_settings
 from mlx_k2.cli.console import console, log, log_restart, opening_lines
 from mlx_k2.cli.generate_options import GenerateOptions
+from mlx_k2.cli.output import answer_fields
 from mlx_k2.cli.prompt_files import PromptLine, read_prompt_lines, run_digest
 from mlx_k2.cli.result_file import ResultFile
-from mlx_k2.cli.several_answers import answer_fields
 from mlx_k2.cli.started_cluster import early_frontend, started_cluster
 from mlx_k2.coordinator.batch_results import BatchResult, answer_all
 from mlx_k2.coordinator.engine import engine_on

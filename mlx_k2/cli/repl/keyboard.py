@@ -178,7 +178,4 @@ class _CommandCompleter(Completer):
         if not space:
             yield from (Completion(command, -len(name)) for command in self._commands if command.startswith(name))
         elif name in ("/save", "/load"):
-            yield from self._files(argument, complete_event)
-
-    def _files(self, argument: str, complete_event: CompleteEvent) -> Iterator[Completion]:
-        yield from self._paths.get_completions(Document(argument, len(argument)), complete_event)
+            yield from self._paths.get_completions(Document(argument), complete_event)

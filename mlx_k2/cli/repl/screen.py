@@ -76,9 +76,9 @@ class Screen(ABC):
     def pause(self) -> None:
         """End the current line and stop the spinner. Called before a question and at the end of an answer."""
 
-    @abstractmethod
     def _begin_line(self) -> None:
         """Stop the spinner, and go to the beginning of a line."""
+        self.pause()
 
     @abstractmethod
     def _end_text(self) -> None:
@@ -197,9 +197,6 @@ class RichScreen(Screen):
         self._spin(None)
         self._end_thinking()
         self._end_text()
-
-    def _begin_line(self) -> None:
-        self.pause()
 
     def _end_text(self) -> None:
         self._markdown.close()
