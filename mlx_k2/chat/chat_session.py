@@ -113,13 +113,10 @@ class ChatSession:
         self._tokenizer = tokenizer
         self.conversation = conversation
         """The conversation, for reading only."""
-        self.settings = settings
-        """The settings of the next reply, for reading only."""
+        self._settings = settings
         self._toolkit = toolkit
         self._stopped = False
         self._handle: Handle | None = None
-        self.is_answering = False
-        """True from a message of the user until its answer has ended, tool calls included."""
         self._next_prompt: NextPrompt | None = None
 
     def send_message(self, text: str) -> Generator[Event, None, None]:
@@ -147,9 +144,9 @@ class ChatSession:
         self._stopped = False
         if not self.cancel_prefill().remove_reply():
             raise RequestError("there is nothing to answer yet")
-        sampling = self.settings.sampling
+        sampling = self._settings.sampling
         seed = (sampling.seed + 1) % _NUM_SEEDS
-        self.settings = replace(self.settings, sampling=msgspec.structs.replace(sampling, seed=seed))
+        self._settings = replace(self._settings, sampling=msgspec.structs.replace(sampling, seed=seed))
         yield from self._answer(self._request())
 
     def stop(self) -> None:
@@ -165,8 +162,8 @@ class ChatSession:
             RequestError: the model's chat template has no such mode; nothing is changed.
         """
         self.cancel_prefill().set_thinking(thinking)
-        sampling = msgspec.structs.replace(self.settings.sampling, temperature=temperature)
-        self.settings = replace(self.settings, sampling=sampling)
+        sampling = msgspec.structs.replace(self._settings.sampling, temperature=temperature)
+        self._settings = replace(self._settings, sampling=sampling)
 
     def load(self, messages: Sequence[Mapping[str, object]]) -> tuple[str, ...]:
         """Replace the conversation by these messages; return a line for each of which a field was left out.
@@ -174,7 +171,7 @@ class ChatSession:
         Raises:
             RequestError, TokenizerError: they cannot be used; the conversation is unchanged.
         """
-        return self.cancel_prefill().load(messages, self.settings.context_tokens)
+        return self.cancel_prefill().load(messages, self._settings.context_tokens)
 
     def cancel_prefill(self) -> Conversation:
         """End the prefill of the next prompt and return the conversation, which may then be changed."""
@@ -186,22 +183,15 @@ class ChatSession:
     def prefill_next_prompt(self) -> None:
         """Prefill the known part of the next prompt until the next request."""
         self.cancel_prefill()
-        limit = self.settings.context_tokens - 1
+        limit = self._settings.context_tokens - 1
         self._next_prompt = NextPrompt(self._source, lambda: self.conversation.known_ids()[:limit])
 
     def _request(self) -> Request:
-        return self.settings.request(self._tokenizer, self.conversation.prompt_ids())
+        return self._settings.request(self._tokenizer, self.conversation.prompt_ids())
 
     def _answer(self, request: Request) -> Generator[Event, None, None]:
         """Yield the events of replies and rounds of tool calls, until a reply calls no tool."""
-        self.is_answering = True
-        try:
-            yield from self._replies(request)
-        finally:
-            self.is_answering = False
-
-    def _replies(self, request: Request) -> Generator[Event, None, None]:
-        calls_left = self.settings.max_tool_calls
+        calls_left = self._settings.max_tool_calls
         is_after_calls = False
         while True:
             sampled = yield from self._sample(request, is_after_calls=is_after_calls)
@@ -229,7 +219,7 @@ class ChatSession:
     def _sample(self, request: Request, *, is_after_calls: bool) -> Generator[Event, None, _SampledReply]:
         """Yield the events of one reply and return it. Keep the beginning of a reply that a fault ends."""
         sampled = _SampledReply([], [])
-        policy = self.settings.policy(self._tokenizer, request, is_after_calls=is_after_calls)
+        policy = self._settings.policy(self._tokenizer, request, is_after_calls=is_after_calls)
         handle = self._handle = self._source.submit(request, policy)
         try:
             if self._stopped:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import msgspec
@@ -28,7 +29,7 @@ from mlx_k2.cli.options import (
 )
 from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cli.repl.commands import HELP, OTHER_NAMES, Commands
-from mlx_k2.cli.repl.keyboard import LineKeyboard, choose_keyboard
+from mlx_k2.cli.repl.keyboard import choose_keyboard
 from mlx_k2.cli.repl.loop import Repl
 from mlx_k2.cli.repl.screen import Screen, choose_screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
@@ -101,28 +102,34 @@ def command(options: ChatOptions) -> None:
     if sys.stdin is None:
         raise RequestError("there is no standard input: redirect it from a file with a message a line")
     if options.connect is not None:
-        with _opened(options) as (screen, tools, transcript):
-            _chat_on_server(options, screen, tools, transcript)
+        with _opened(options) as opened:
+            _chat_on_server(options, opened)
         return
     request, model = opened_request(options.cluster, options.draft_mode, WANTED_SLOTS)
     frontend = early_frontend(request, model)
     if frontend is not None:
         _check(options, frontend)
-    with _opened(options) as (screen, tools, transcript):
+    with _opened(options) as opened:
         if frontend is not None:
-            options.conversation.settings(frontend, tools)
+            options.conversation.settings(frontend, opened.tools)
         with started_cluster(request, model, options.run, verbose=options.verbose) as (restarting, frontend):
-            _chat(options, request, restarting, frontend, screen, tools, transcript)
+            _chat(options, request, restarting, frontend, opened)
+
+
+class _Opened(NamedTuple):
+    screen: Screen
+    tools: Tools | None
+    transcript: Transcript | None
 
 
 @contextmanager
-def _opened(options: ChatOptions) -> Iterator[tuple[Screen, Tools | None, Transcript | None]]:
+def _opened(options: ChatOptions) -> Iterator[_Opened]:
     with ExitStack() as stack:
         screen = choose_screen(show_thinking=not options.hide_thinking)
         transcript = None
         if options.transcript_path is not None:
             transcript = stack.enter_context(Transcript(Path(options.transcript_path), screen.log))
-        yield screen, stack.enter_context(opened_tools(options.conversation.tools)), transcript
+        yield _Opened(screen, stack.enter_context(opened_tools(options.conversation.tools)), transcript)
 
 
 def _check(options: ChatOptions, frontend: ModelFrontend) -> None:
@@ -136,65 +143,61 @@ def _chat(
     request: DeploymentRequest,
     restarting: RestartingDeployment,
     frontend: ModelFrontend,
-    screen: Screen,
-    tools: Tools | None,
-    transcript: Transcript | None,
+    opened: _Opened,
 ) -> None:
-    deployment = restarting.deployment
+    screen, deployment = opened.screen, restarting.deployment
 
     def show_idle_restart(restart: Restart, phase: str) -> None:
-        if phase == WAITING and not commands.session.is_answering:  # an answer shows its restarts itself
+        if phase == WAITING and not screen.is_answering:  # an answer shows its restarts itself
             screen.restart(restart)
 
     def show_idle_failure(error: MlxK2Error) -> None:
-        if not commands.session.is_answering:
+        if not screen.is_answering:
             screen.log(f"error: {error}; the next message ends the chat, and the conversation is kept")
 
-    engine = engine_on(
+    def show_stats() -> None:
+        show_stage_use(restarting.deployment, engine.use)
+
+    with engine_on(
         deployment,
         draft_mode=options.draft_mode,
         on_report=restarting.on_report,
         restarts=restarting,
         on_restart=show_idle_restart,
         on_failure=show_idle_failure,
-    )
-
-    def show_stats() -> None:
-        show_stage_use(restarting.deployment, engine.use)
-
-    name, num_stages = request.source.path_or_repo, len(deployment.plans)
-    commands, keyboard = _commands(options, engine, frontend, name, num_stages, screen, tools, show_stats)
-    with engine:
-        _converse(options, commands, keyboard, transcript, opening_lines(options.cluster, frontend))
+    ) as engine:
+        usage = UsageTotals(frontend.context_tokens, len(deployment.plans))
+        opening = opening_lines(options.cluster, frontend)
+        _converse(options, engine, frontend, request.source.path_or_repo, opened, usage, show_stats, opening)
 
 
-def _chat_on_server(options: ChatOptions, screen: Screen, tools: Tools | None, transcript: Transcript | None) -> None:
+def _chat_on_server(options: ChatOptions, opened: _Opened) -> None:
     """Chat with the model of a running server."""
     assert options.connect is not None
     url, options = options.connect, msgspec.structs.replace(options, conversation=options.conversation.for_server())
     engine = remote_engine(url)
 
     def show_stats() -> None:
-        screen.log(f"the stages are those of the server {url}")
+        opened.screen.log(f"the stages are those of the server {url}")
 
-    name = engine.model_name
-    commands, keyboard = _commands(options, engine, engine.frontend, name, 1, screen, tools, show_stats)
-    _converse(options, commands, keyboard, transcript)
+    usage = UsageTotals(engine.frontend.context_tokens, 1)
+    _converse(options, engine, engine.frontend, engine.model_name, opened, usage, show_stats)
 
 
-def _commands(
+def _converse(
     options: ChatOptions,
     source: ReplySource,
     frontend: ModelFrontend,
     model: str,
-    num_stages: int,
-    screen: Screen,
-    tools: Tools | None,
+    opened: _Opened,
+    usage: UsageTotals,
     show_stats: Callable[[], None],
-) -> tuple[Commands, LineKeyboard]:
-    """Return the commands on a new conversation with the model of ``source``, and the keyboard for it."""
+    opening: Sequence[str] = (),
+) -> None:
+    """Run a conversation with the model of ``source`` until the user leaves. Keep it after an error."""
+    screen, tools, transcript = opened
     conversation = options.conversation.begin(frontend, tools)
-    usage = UsageTotals(frontend.context_tokens, num_stages, len(conversation.known_ids()))
+    usage.context_used = len(conversation.known_ids())
     keyboard = choose_keyboard([*HELP, *OTHER_NAMES], usage.status)
     asked = options.conversation.tools
     approval = ToolApproval(screen, keyboard, asked.allowed_tools, everything=asked.yes)
@@ -207,27 +210,16 @@ def _commands(
         return sampling.resolved(frontend.recommended).temperature
 
     digest = frontend.model.digest
-    return Commands(session, model, digest, screen, usage, tools, approval, show_stats, temperature), keyboard
-
-
-def _converse(
-    options: ChatOptions,
-    commands: Commands,
-    keyboard: LineKeyboard,
-    transcript: Transcript | None,
-    opening: Sequence[str] = (),
-) -> None:
-    """Run until the user leaves. Keep the conversation after an error."""
-    session, screen = commands.session, commands.screen
+    commands = Commands(session, model, digest, screen, usage, tools, approval, show_stats, temperature)
     if transcript is not None:
-        transcript.write({"started": {"mlx-k2": __version__, "model": commands.model, "digest": commands.digest}})
-    for line in (*opening, *session.settings.warnings):
+        transcript.write({"started": {"mlx-k2": __version__, "model": model, "digest": digest}})
+    for line in (*opening, *settings.warnings):
         screen.log(line)
-    screen.log(f"{commands.model} · /help lists the commands, Ctrl-D leaves")
+    screen.log(f"{model} · /help lists the commands, Ctrl-D leaves")
     try:
         Repl(commands, keyboard, transcript).run(options.first_message)
     except BaseException:  # also a signal, a full disk and our own mistakes
-        if session.conversation.messages:
+        if conversation.messages:
             with suppress(OSError):  # the terminal may be gone
                 _rescue(commands, screen)
         raise

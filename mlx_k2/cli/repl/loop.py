@@ -71,6 +71,7 @@ class Repl:
         last: AnswerSummary | None = None
         calls_nothing = False
         with self._ctrl_c_stops():
+            self._screen.is_answering = True
             try:
                 for event in events:
                     self._usage.event(event)
@@ -81,6 +82,7 @@ class Repl:
                         last = event
                     calls_nothing |= isinstance(event, ToolCall) and self._commands.tools is None
             finally:
+                self._screen.is_answering = False
                 self._screen.pause()
         if calls_nothing:
             self._screen.log("the model called a tool, and there are none: start with --tools or --mcp")

@@ -41,6 +41,8 @@ class Screen(ABC):
 
     def __init__(self, console: SafeConsole, *, show_thinking: bool) -> None:
         self.show_thinking = show_thinking
+        self.is_answering = False
+        """True from a message of the user until its answer has ended, tool calls included."""
         self._console = console
         self._status: Status | None = None
         self._last_restart: Restart | None = None
