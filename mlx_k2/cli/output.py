@@ -157,7 +157,7 @@ class JsonOutput(PlainScreen):
     def summary(self, summary: AnswerSummary, deployment: Deployment | None, use: tuple[StageUse, ...]) -> None:
         """Write the last reply with the counts and times of all, and each stage's layers, memory and computing time."""
         total_s = sum(stage.busy_s for stage in use) or 1.0
-        on_stages = () if deployment is None else zip(deployment.plans, deployment.loaded, use, strict=True)
+        on_stages = [] if deployment is None else [*zip(deployment.plans, deployment.loaded, use, strict=True)]
         stages = [
             StageSummary(
                 host=plan.host.ssh,
