@@ -66,14 +66,6 @@ class ReplySettings:
         return ReplyPolicy(tokenizer, request, self.limits, grammar, is_raw=is_raw)
 
 
-@dataclass(frozen=True)
-class Toolkit:
-    """The tools that a model may call, and the function that approves each call."""
-
-    tools: Tools
-    approve: Approve
-
-
 @dataclass
 class _SampledReply:
     """A sampled reply: its tokens and parts so far, and its finish reason."""
@@ -95,7 +87,7 @@ def reply_events(handle: Handle) -> Iterator[Progress | Token | Part | AnswerSum
 
 
 class ChatSession:
-    """One conversation with one model.
+    """One conversation with one model, which may call ``tools`` with the approval of ``approve``.
 
     The methods that answer are generators: iterating them advances the conversation. A message is part of it when its
     ``MessageAdded`` is yielded. ``stop`` may be called from any thread; everything else belongs to one thread.
@@ -107,14 +99,16 @@ class ChatSession:
         tokenizer: Tokenizer,
         conversation: Conversation,
         settings: ReplySettings,
-        toolkit: Toolkit | None = None,
+        tools: Tools | None = None,
+        approve: Approve = lambda _call: False,
     ) -> None:
         self._source = source
         self._tokenizer = tokenizer
         self.conversation = conversation
         """The conversation, for reading only."""
         self._settings = settings
-        self._toolkit = toolkit
+        self._tools = tools
+        self._approve = approve
         self._stopped = False
         self._handle: Handle | None = None
         self._next_prompt: NextPrompt | None = None
@@ -200,14 +194,12 @@ class ChatSession:
                 return
             reply = whole_reply(sampled.parts)
             is_cut = sampled.finish_reason is FinishReason.LENGTH and reply.calls and reply.calls[-1].error is not None
-            if self._toolkit is None or calls_left < 0 or is_cut:
+            if self._tools is None or calls_left < 0 or is_cut:
                 reply = replace(reply, calls=())
             yield MessageAdded(self.conversation.add_reply(reply, sampled.token_ids))
-            if self._toolkit is None or not reply.calls:
+            if self._tools is None or not reply.calls:
                 return
-            texts = yield from run_calls(
-                reply.calls, self._toolkit.tools, self._toolkit.approve, lambda: self._stopped, calls_left
-            )
+            texts = yield from run_calls(reply.calls, self._tools, self._approve, lambda: self._stopped, calls_left)
             for message in self.conversation.add_results(texts):
                 yield MessageAdded(message)
             is_after_calls = True

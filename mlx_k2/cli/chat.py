@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from mlx_k2 import __version__
-from mlx_k2.chat.chat_session import ChatSession, Toolkit
+from mlx_k2.chat.chat_session import ChatSession
 from mlx_k2.chat.next_prompt import ReplySource
 from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.connect import connect_option, remote_engine
@@ -201,9 +201,8 @@ def _converse(
     keyboard = choose_keyboard([*HELP, *OTHER_NAMES], usage.status)
     asked = options.conversation.tools
     approval = ToolApproval(screen, keyboard, asked.allowed_tools, everything=asked.yes)
-    toolkit = None if tools is None else Toolkit(tools, approval)
     settings = options.conversation.settings(frontend, tools)
-    session = approval.session = ChatSession(source, frontend.tokenizer, conversation, settings, toolkit)
+    session = approval.session = ChatSession(source, frontend.tokenizer, conversation, settings, tools, approval)
 
     def temperature(thinking: bool) -> float:
         sampling = msgspec.structs.replace(options.conversation.sampling, thinking=thinking)

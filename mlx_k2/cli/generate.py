@@ -6,7 +6,7 @@ import click
 import msgspec
 
 from mlx_k2.chat.chat_events import Event
-from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit, reply_events
+from mlx_k2.chat.chat_session import ChatSession, ReplySettings, reply_events
 from mlx_k2.chat.completion import submissions
 from mlx_k2.chat.next_prompt import ReplySource
 from mlx_k2.chat.tool_round import Tools
@@ -207,13 +207,11 @@ def _events(
     if options.is_raw:
         (submission,) = first_submissions(options, text, frontend)
         return reply_events(engine.submit(submission.request, submission.policy))
-    toolkit = None
-    if tools is not None:
-        asked = options.conversation.tools
-        approval = ToolApproval(screen, LineKeyboard(), asked.allowed_tools, everything=asked.yes)
-        toolkit = Toolkit(tools, approval)
+    asked = options.conversation.tools
+    approval = ToolApproval(screen, LineKeyboard(), asked.allowed_tools, everything=asked.yes)
     conversation = options.conversation.begin(frontend, tools)
-    return ChatSession(engine, frontend.tokenizer, conversation, settings, toolkit).send_message(text)
+    session = ChatSession(engine, frontend.tokenizer, conversation, settings, tools, approval)
+    return session.send_message(text)
 
 
 def first_submissions(options: GenerateOptions, text: str, frontend: ModelFrontend) -> list[Submission]:

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit
+from mlx_k2.chat.chat_session import ChatSession, ReplySettings
 from mlx_k2.chat.conversation import Conversation
 from mlx_k2.cli.repl.commands import HELP, Commands
 from mlx_k2.cli.repl.keyboard import choose_keyboard
@@ -66,8 +66,7 @@ def main(script: str, transcript_path: str) -> None:
             on_token=lambda at: pause(1000.0 if script == "stuck" and at == 5 else TOKEN_S),
         )
         settings = ReplySettings(Sampling(seed=1), 9000, tokenizer().stop_ids, 4096 * 4)
-        toolkit = None if tools is None else Toolkit(tools, approval)
-        session = ChatSession(source, tokenizer(), conversation, settings, toolkit)
+        session = ChatSession(source, tokenizer(), conversation, settings, tools, approval)
         approval.session = session
         show_stats = partial(screen.log, "no stages")
         commands = Commands(
