@@ -35,10 +35,10 @@ from mlx_k2.cli.repl.screen import Screen, choose_screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.repl.usage_totals import UsageTotals
-from mlx_k2.cli.started_cluster import early_frontend, opened_request, started_cluster
+from mlx_k2.cli.started_cluster import asked_request, early_frontend, started_cluster
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.engine import engine_on
-from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, open_source
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.errors import MlxK2Error, RequestError
 from mlx_k2.private_files import state_folder
@@ -105,7 +105,7 @@ def command(options: ChatOptions) -> None:
         with _opened(options) as opened:
             _chat_on_server(options, opened)
         return
-    request, model = opened_request(options.cluster, options.draft_mode, WANTED_SLOTS)
+    request, model = open_source(asked_request(options.cluster, options.draft_mode, WANTED_SLOTS))
     frontend = early_frontend(request, model)
     if frontend is not None:
         _check(options, frontend)

@@ -20,9 +20,9 @@ from mlx_k2.cli.launchd import LABEL, property_list
 from mlx_k2.cli.main import Interrupted
 from mlx_k2.cli.options import cluster_options, draft_option, log_options, tool_grammar_option, with_struct
 from mlx_k2.cli.program_command import ProgramCommand
-from mlx_k2.cli.started_cluster import opened_request
+from mlx_k2.cli.started_cluster import asked_request
 from mlx_k2.coordinator.engine import engine_on
-from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, open_source
 from mlx_k2.deployment.plan import DEFAULT_CONTEXT_TOKENS, StagePlan
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.deployment.stage_report import StageReport
@@ -167,7 +167,7 @@ def command(options: ServeOptions) -> None:
         path_variable = os.environ.get("PATH", os.defpath)
         sys.stdout.write(property_list(command, Path.cwd(), Path.home(), path_variable, options.drain_s))
         return
-    request, model = opened_request(options.cluster, options.draft_mode, options.max_sequences)
+    request, model = open_source(asked_request(options.cluster, options.draft_mode, options.max_sequences))
     if options.print_settings is not None:
         settings = CLIENTS[options.print_settings]
         log(f"{settings.destination}; {KEY_VARIABLE} is a key of the server, or any text if it has none")
