@@ -2,7 +2,6 @@
 
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
 from rich.status import Status
 from rich.text import Text
@@ -20,20 +19,6 @@ from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import PrefillProgress, Queued, Restarting, Token
 from mlx_k2.deployment.restarting import Restart
 from mlx_k2.text.reply_parts import Content, Reasoning
-
-
-@dataclass
-class Thoughts:
-    """The reasoning of one reply so far: the number of tokens before it, its begin, its tokens and seconds."""
-
-    tokens_before: int
-    began: float
-    num_tokens: int = 0
-    seconds: float = 0.0
-
-    def line(self) -> str:
-        """Return the counts as text."""
-        return f"thinking: {self.num_tokens} tokens, {self.seconds:.0f} s"
 
 
 class Screen(ABC):
@@ -158,7 +143,10 @@ class RichScreen(Screen):
         super().__init__(SafeConsole(highlight=False, markup=False, emoji=False), show_thinking=show_thinking)
         self._markdown = MarkdownStream(self._console)
         self._wrap = WordWrap()
-        self._thoughts: Thoughts | None = None
+        self._thinking_since: tuple[int, float] | None = None
+        """The number of tokens before the reasoning of the present reply, and the time at which it began."""
+        self._thoughts = ""
+        """How many tokens of reasoning there are, and their seconds."""
         self._num_tokens = 0
         self._arrived_at = 0.0
         self._running = 0
@@ -205,24 +193,24 @@ class RichScreen(Screen):
 
     def _think(self, text: str) -> None:
         """Show further reasoning, or how much of it there is."""
-        if self._thoughts is None:
+        if self._thinking_since is None:
             self._markdown.close()
-            self._thoughts = Thoughts(self._num_tokens - 1, self._arrived_at)
-        self._thoughts.num_tokens = self._num_tokens - self._thoughts.tokens_before
-        self._thoughts.seconds = self._arrived_at - self._thoughts.began
+            self._thinking_since = self._num_tokens - 1, self._arrived_at
+        tokens_before, began = self._thinking_since
+        self._thoughts = f"thinking: {self._num_tokens - tokens_before} tokens, {self._arrived_at - began:.0f} s"
         if self.show_thinking:
             self._spin(None)
             self._print_thought(self._wrap.add(printable(text), self._console.width))
         else:
-            self._spin(f"{self._thoughts.line()} so far (/think show)")
+            self._spin(f"{self._thoughts} so far (/think show)")
 
     def _end_thinking(self) -> None:
-        if self._thoughts is not None:
-            thoughts, self._thoughts = self._thoughts, None
+        if self._thinking_since is not None:
+            self._thinking_since = None
             self._spin(None)
             if self.show_thinking:
                 self._print_thought(f"{self._wrap.rest(self._console.width)}\n")
-            self._console.print(Text(thoughts.line(), style="dim"), end="\n\n", soft_wrap=True)
+            self._console.print(Text(self._thoughts, style="dim"), end="\n\n", soft_wrap=True)
 
     def _print_thought(self, text: str) -> None:
         self._console.print(Text(text, style="dim italic"), end="", soft_wrap=True)
