@@ -31,7 +31,7 @@ OPTIONS = (  # the message, a command line with it, and that line after the advi
     ("MESSAGE and --prompt are the same: give one of them", "chat Hi --prompt Hi", f"chat --prompt Hi {END}"),
     ("PROMPT and --prompt are the same: give one of them", "generate Hi --prompt Hi", f"generate Hi {END}"),
     (
-        "--draft-aux '1;2' is not a list of layers: write numbers with commas, as in 1,29,57",
+        "'1;2' is not a whole number from 0: write numbers with commas, as in 1,29,57",
         "generate Hi --draft-model head --draft-aux 1;2",
         f"generate Hi --draft-model head --draft-aux 1,29,57 --stages 2 {END}",
     ),
@@ -56,7 +56,7 @@ OPTIONS = (  # the message, a command line with it, and that line after the advi
         f"serve --print-settings codex --port 8080 {END}",
     ),
     (
-        "'1;2' is not a list of numbers above 0: write them with commas, as in 1,2,4",
+        "'1;2' is not a whole number from 1: write numbers with commas, as in 1,2,4",
         "bench --streams 1;2",
         f"bench --streams 1,2,4 {END}",
     ),
@@ -99,7 +99,7 @@ OPTIONS = (  # the message, a command line with it, and that line after the advi
         f"generate Hi --yes --tools x.py {END}",
     ),
     (
-        "--token-ids: '3;4' is not a token id: write numbers with commas, as in 3,4,5",
+        "'3;4' is not a whole number from 0: write numbers with commas, as in 3,4,5",
         "generate --token-ids '3;4'",
         f"generate --token-ids 3,4,5 {END}",
     ),
@@ -109,7 +109,7 @@ OPTIONS = (  # the message, a command line with it, and that line after the advi
         f"generate Hi --logit-bias 42=-10 {END}",
     ),
     (
-        "--split '31 30' is not a list of layer counts: write one for each host, as in 31,30",
+        "'31 30' is not a whole number from 1: write numbers with commas, as in 31,30",
         "generate Hi --split '31 30'",
         f"generate Hi --split 31,30 {END}",
     ),

@@ -1,23 +1,24 @@
 """A running conversation: messages of the user in, events out. Knows neither stages nor a terminal."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
 
 from mlx_k2.chat.chat_events import Event, MessageAdded
 from mlx_k2.chat.conversation import Conversation
-from mlx_k2.chat.next_prompt import NextPrompt
-from mlx_k2.chat.reply_source import ReplySource
+from mlx_k2.chat.next_prompt import NextPrompt, ReplySource
 from mlx_k2.chat.tool_round import Approve, Tools, run_calls
-from mlx_k2.coordinator.handle import Finished, Handle, Token
+from mlx_k2.coordinator.answer_summary import AnswerSummary
+from mlx_k2.coordinator.handle import Finished, Handle, Progress, Token
 from mlx_k2.coordinator.reply_policy import NO_LIMITS, ReplyLimits, ReplyPolicy
 from mlx_k2.errors import ClusterError, RequestError, RequestFailed, SetupError
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Request, check_request
 from mlx_k2.text.reply_grammar import ReplyGrammar
-from mlx_k2.text.reply_parts import Part, whole_reply
+from mlx_k2.text.reply_parts import Content, Part, Reasoning, whole_reply
 from mlx_k2.text.tokenizer import Tokenizer
+from mlx_k2.text.tool_call import ToolCall
 
 MAX_TOOL_CALLS = 300
 """The default limit. Kimi K2 Thinking is made for 200 to 300 calls in a row."""
@@ -65,14 +66,6 @@ class ReplySettings:
         return ReplyPolicy(tokenizer, request, self.limits, grammar, is_raw=is_raw)
 
 
-@dataclass(frozen=True)
-class Toolkit:
-    """The tools that a model may call, and the function that approves each call."""
-
-    tools: Tools
-    approve: Approve
-
-
 @dataclass
 class _SampledReply:
     """A sampled reply: its tokens and parts so far, and its finish reason."""
@@ -82,8 +75,19 @@ class _SampledReply:
     finish_reason: FinishReason = FinishReason.CANCELLED
 
 
+def reply_events(handle: Handle) -> Iterator[Progress | Token | Part | AnswerSummary]:
+    """Yield the events of a reply, each token before the parts that it completes, and its summary last."""
+    for event in handle.events():
+        if not isinstance(event, Finished):
+            yield event
+        if isinstance(event, Token | Finished):
+            yield from event.parts
+        if isinstance(event, Finished):
+            yield event.summary
+
+
 class ChatSession:
-    """One conversation with one model.
+    """One conversation with one model, which may call ``tools`` with the approval of ``approve``.
 
     The methods that answer are generators: iterating them advances the conversation. A message is part of it when its
     ``MessageAdded`` is yielded. ``stop`` may be called from any thread; everything else belongs to one thread.
@@ -95,16 +99,18 @@ class ChatSession:
         tokenizer: Tokenizer,
         conversation: Conversation,
         settings: ReplySettings,
-        toolkit: Toolkit | None = None,
+        tools: Tools | None = None,
+        approve: Approve = lambda _call: False,
     ) -> None:
         self._source = source
         self._tokenizer = tokenizer
-        self._conversation = conversation
+        self.conversation = conversation
+        """The conversation, for reading only."""
         self._settings = settings
-        self._toolkit = toolkit
+        self._tools = tools
+        self._approve = approve
         self._stopped = False
         self._handle: Handle | None = None
-        self._is_answering = False
         self._next_prompt: NextPrompt | None = None
 
     def send_message(self, text: str) -> Generator[Event, None, None]:
@@ -143,16 +149,6 @@ class ChatSession:
         if self._handle is not None:
             self._handle.cancel()
 
-    @property
-    def is_answering(self) -> bool:
-        """True from a message of the user until its answer has ended, tool calls included."""
-        return self._is_answering
-
-    @property
-    def conversation(self) -> Conversation:
-        """The conversation, for reading only."""
-        return self._conversation
-
     def set_thinking(self, *, thinking: bool, temperature: float) -> None:
         """Select whether the next replies begin with thinking, and their temperature.
 
@@ -176,29 +172,19 @@ class ChatSession:
         if self._next_prompt is not None:
             self._next_prompt.cancel()
             self._next_prompt = None
-        return self._conversation
+        return self.conversation
 
     def prefill_next_prompt(self) -> None:
         """Prefill the known part of the next prompt until the next request."""
         self.cancel_prefill()
         limit = self._settings.context_tokens - 1
-        self._next_prompt = NextPrompt(self._source, lambda: self._conversation.known_ids()[:limit])
-
-    def _is_stopped(self) -> bool:
-        return self._stopped
+        self._next_prompt = NextPrompt(self._source, lambda: self.conversation.known_ids()[:limit])
 
     def _request(self) -> Request:
-        return self._settings.request(self._tokenizer, self._conversation.prompt_ids())
+        return self._settings.request(self._tokenizer, self.conversation.prompt_ids())
 
     def _answer(self, request: Request) -> Generator[Event, None, None]:
         """Yield the events of replies and rounds of tool calls, until a reply calls no tool."""
-        self._is_answering = True
-        try:
-            yield from self._replies(request)
-        finally:
-            self._is_answering = False
-
-    def _replies(self, request: Request) -> Generator[Event, None, None]:
         calls_left = self._settings.max_tool_calls
         is_after_calls = False
         while True:
@@ -208,15 +194,13 @@ class ChatSession:
                 return
             reply = whole_reply(sampled.parts)
             is_cut = sampled.finish_reason is FinishReason.LENGTH and reply.calls and reply.calls[-1].error is not None
-            if self._toolkit is None or calls_left < 0 or is_cut:
+            if self._tools is None or calls_left < 0 or is_cut:
                 reply = replace(reply, calls=())
-            yield MessageAdded(self._conversation.add_reply(reply, sampled.token_ids))
-            if self._toolkit is None or not reply.calls:
+            yield MessageAdded(self.conversation.add_reply(reply, sampled.token_ids))
+            if self._tools is None or not reply.calls:
                 return
-            texts = yield from run_calls(
-                reply.calls, self._toolkit.tools, self._toolkit.approve, self._is_stopped, calls_left
-            )
-            for message in self._conversation.add_results(texts):
+            texts = yield from run_calls(reply.calls, self._tools, self._approve, lambda: self._stopped, calls_left)
+            for message in self.conversation.add_results(texts):
                 yield MessageAdded(message)
             is_after_calls = True
             calls_left = -1 if len(reply.calls) > calls_left else calls_left - len(reply.calls)
@@ -232,20 +216,15 @@ class ChatSession:
         try:
             if self._stopped:
                 handle.cancel()
-            for event in handle.events():
+            for event in reply_events(handle):
                 match event:
                     case Token(token_id):
                         sampled.token_ids.append(token_id)
-                        sampled.parts += event.parts
-                        yield event
-                        yield from event.parts
-                    case Finished(summary):
-                        sampled.finish_reason = summary.finish_reason
-                        sampled.parts += event.parts
-                        yield from event.parts
-                        yield summary
-                    case _:
-                        yield event
+                    case Reasoning() | Content() | ToolCall():
+                        sampled.parts.append(event)
+                    case AnswerSummary(finish_reason=reason):
+                        sampled.finish_reason = reason
+                yield event
         except (ClusterError, RequestFailed):
             yield from self._keep_beginning(sampled)
             raise
@@ -258,4 +237,4 @@ class ChatSession:
         """Add the answer text of a stopped reply to the conversation; drop a reply without answer text."""
         reply = replace(whole_reply(sampled.parts), calls=())
         if reply.content.strip():
-            yield MessageAdded(self._conversation.add_reply(reply, sampled.token_ids))
+            yield MessageAdded(self.conversation.add_reply(reply, sampled.token_ids))

@@ -120,7 +120,7 @@ class Conversation:
         Raises:
             RequestError, TokenizerError: the template refuses the messages, or fails.
         """
-        return self._encode(self._rendered(self._messages))
+        return self._sampled.encode(self._rendered(self._messages))
 
     def known_ids(self) -> list[int]:
         """Return the longest prefix of the next prompt that does not depend on the user's next message.
@@ -129,7 +129,7 @@ class Conversation:
         """
         one, other = (self._rendered([*self._messages, Message(role="user", content=text)]) for text in ("a", "b"))
         alike = itertools.takewhile(lambda pieces: pieces[0] == pieces[1], zip(one, other, strict=False))
-        return self._encode([piece for piece, _ in alike])
+        return self._sampled.encode([piece for piece, _ in alike])
 
     def _set_mode(self, mode: ThinkingMode) -> None:
         self._variables = mode.variables(self._template)
@@ -154,9 +154,6 @@ class Conversation:
 
     def _rendered(self, messages: Sequence[Message]) -> list[PromptPiece]:
         return render_pieces(self._template, self._tokenizer, messages, self._tools, **self._variables)
-
-    def _encode(self, pieces: Sequence[PromptPiece]) -> list[int]:
-        return self._sampled.encode(pieces)
 
     @staticmethod
     def _num_turns(messages: Iterable[Message]) -> int:

@@ -2,12 +2,20 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from mlx_k2.chat.reply_source import ReplySource
 from mlx_k2.coordinator.handle import Handle
 from mlx_k2.errors import MlxK2Error
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import Priority, Request
+from mlx_k2.scheduling.token_policy import TokenPolicy
+
+
+class ReplySource(Protocol):
+    """A sampler of replies. ``mlx_k2.coordinator.engine.Engine`` samples on real stages."""
+
+    def submit(self, request: Request, policy: TokenPolicy | None = None) -> Handle:
+        """Queue a request and return its handle. Errors are those of ``Engine.submit``."""
 
 
 class NextPrompt:

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import click
 import msgspec
@@ -14,7 +13,7 @@ from mlx_k2.benchmark import Benchmark, Measured, ServerBenchmark, Workload, che
 from mlx_k2.cli.bench_document import BenchDocument, append_csv, bench_document, check_csv
 from mlx_k2.cli.connect import connect_option, remote_engine
 from mlx_k2.cli.console import ConsoleListener, console, log, show_table
-from mlx_k2.cli.options import cluster_options, draft_option, with_struct
+from mlx_k2.cli.options import Numbers, cluster_options, draft_option, with_struct
 from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cli.streams import write_utf8
 from mlx_k2.cli.terminal_text import json_line
@@ -26,19 +25,6 @@ from mlx_k2.errors import RequestError
 from mlx_k2.scheduling.drafter import DraftMode
 
 _MOST_STREAMS = 64
-
-
-class Counts(click.ParamType):  # type: ignore[type-arg]  # generic only in click's stubs
-    """Numbers of at least 1, separated by commas."""
-
-    name = "N,N,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """Return the numbers as a tuple."""
-        parts = str(value).split(",")
-        if not all(part.isascii() and part.isdigit() and len(part) < 8 and int(part) > 0 for part in parts):
-            self.fail(f"{value!r} is not a list of numbers above 0: write them with commas, as in 1,2,4", param, ctx)
-        return tuple(int(part) for part in parts)
 
 
 class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,7 +66,9 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
 @click.command(cls=ProgramCommand)
 @cluster_options
 @connect_option
-@click.option("--prompt-lengths", type=Counts(), default="512,4096", show_default=True, help="Tokens of a prompt.")
+@click.option(
+    "--prompt-lengths", type=Numbers(1, "512,4096"), default="512,4096", show_default=True, help="Tokens of a prompt."
+)
 @click.option(
     "--generate",
     "generate_tokens",
@@ -89,7 +77,7 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     show_default=True,
     help="Tokens that each stream generates.",
 )
-@click.option("--streams", type=Counts(), default="1,2,4,8", show_default=True, help="Sequences at once.")
+@click.option("--streams", type=Numbers(1, "1,2,4"), default="1,2,4,8", show_default=True, help="Sequences at once.")
 @click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each combination.")
 @draft_option
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result to stdout as one JSON document.")

@@ -6,7 +6,7 @@ import io
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,25 +19,7 @@ from mlx_k2.benchmark import Measured, StageTimes, Workload
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.errors import RequestError
 
-
-def _fields(measured: type[Workload] | type[Measured]) -> list[tuple[str, Any]]:
-    return [(each.name, each.type) for each in dataclasses.fields(measured) if each.name not in ("workload", "stages")]
-
-
 _DERIVED = ("decode_tokens_per_s_per_stream", "stage_busy", "num_drafted", "num_accepted")
-BenchRow = msgspec.defstruct(
-    "BenchRow",
-    [
-        ("stages", int),
-        *_fields(Workload),
-        *zip(_DERIVED, (float | None, list[float], int, int), strict=True),
-        ("stage_times", tuple[StageTimes, ...]),
-        *_fields(Measured),
-    ],
-    frozen=True,
-    kw_only=True,
-)
-"""One run of one combination of options: the fields of `Workload` and of `Measured`."""
 
 
 class BenchHost(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,9 +41,9 @@ class Versions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BenchDocument(msgspec.Struct, frozen=True, kw_only=True):
-    """All measurements, with the model, the hosts and the versions."""
+    """All measurements, with the model, the hosts and the versions. A row has the fields of Workload and Measured."""
 
-    rows: list[BenchRow]  # type: ignore[valid-type]  # made of the fields of two classes
+    rows: list[dict[str, Any]]
     made: str
     model: str
     model_digest: str
@@ -73,8 +55,10 @@ class BenchDocument(msgspec.Struct, frozen=True, kw_only=True):
 
 _SHARED = ("made", "model", "dtype", "draft")
 _TIMES = tuple(field.name for field in dataclasses.fields(StageTimes))
-_JSON_ONLY = ("stage_times", "drafts", "draft_times")
-_IN_ROW = tuple(name for name in BenchRow.__struct_fields__ if name not in _JSON_ONLY)
+_JSON_ONLY = ("workload", "stages", "drafts", "draft_times")
+_WORKLOAD = tuple(field.name for field in dataclasses.fields(Workload))
+_MEASURED = tuple(field.name for field in dataclasses.fields(Measured) if field.name not in _JSON_ONLY)
+_IN_ROW = ("stages", *_WORKLOAD, *_DERIVED, *_MEASURED)
 CSV_COLUMNS = (*_SHARED, *Versions.__struct_fields__, *_IN_ROW, *(f"stage_{name}" for name in _TIMES))
 
 
@@ -105,9 +89,11 @@ def bench_document(deployment: Deployment, rows: Sequence[Measured], model: str 
     )
 
 
-def _row(row: Measured, num_stages: int) -> msgspec.Struct:
-    same = {name: getattr(row, name) for name in (*_DERIVED, *(name for name, _ in _fields(Measured)))}
-    return BenchRow(stages=num_stages, stage_times=row.stages, **dataclasses.asdict(row.workload), **same)
+def _row(row: Measured, num_stages: int) -> dict[str, Any]:
+    fields = dataclasses.asdict(row)
+    workload, stages = fields.pop("workload"), fields.pop("stages")
+    derived = {name: getattr(row, name) for name in _DERIVED}
+    return {"stages": num_stages, **workload, **derived, "stage_times": stages, **fields}
 
 
 def checkout_commit(package: Path) -> str | None:
@@ -156,11 +142,10 @@ def append_csv(path: Path, document: BenchDocument) -> None:
         file.write("".join(lines))
 
 
-def _cells(row: msgspec.Struct) -> list[object]:
-    values = msgspec.structs.asdict(row)
-    values["stage_busy"] = " ".join(f"{fraction:.4f}" for fraction in values["stage_busy"])
-    times = values.pop("stage_times")
-    return [*values.values(), *(" ".join(f"{getattr(stage, name):.6g}" for stage in times) for name in _TIMES)]
+def _cells(row: Mapping[str, Any]) -> list[object]:
+    values = {**row, "stage_busy": " ".join(f"{fraction:.4f}" for fraction in row["stage_busy"])}
+    times = (" ".join(f"{stage[name]:.6g}" for stage in row["stage_times"]) for name in _TIMES)
+    return [*(values[name] for name in _IN_ROW), *times]
 
 
 def _line(cells: Sequence[object]) -> str:

@@ -3,17 +3,17 @@
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import msgspec
 
 from mlx_k2 import __version__
-from mlx_k2.chat.chat_session import ChatSession, Toolkit
-from mlx_k2.chat.reply_source import ReplySource
-from mlx_k2.chat.sampling_options import SamplingOptions
+from mlx_k2.chat.chat_session import ChatSession
+from mlx_k2.chat.next_prompt import ReplySource
 from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.connect import connect_option, remote_engine
 from mlx_k2.cli.console import opening_lines, show_stage_use
@@ -24,22 +24,21 @@ from mlx_k2.cli.options import (
     draft_option,
     run_options,
     sampling_options,
-    system_option,
     tool_options,
     with_struct,
 )
 from mlx_k2.cli.program_command import ProgramCommand
-from mlx_k2.cli.repl.commands import HELP, OTHER_NAMES, Commands, Model
+from mlx_k2.cli.repl.commands import HELP, OTHER_NAMES, Commands
+from mlx_k2.cli.repl.keyboard import choose_keyboard
 from mlx_k2.cli.repl.loop import Repl
-from mlx_k2.cli.repl.screen import Screen
-from mlx_k2.cli.repl.terminal import choose_keyboard, choose_screen
+from mlx_k2.cli.repl.screen import Screen, choose_screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.repl.usage_totals import UsageTotals
-from mlx_k2.cli.started_cluster import early_frontend, opened_request, started_cluster
+from mlx_k2.cli.started_cluster import asked_request, early_frontend, started_cluster
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.engine import engine_on
-from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, open_source
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.errors import MlxK2Error, RequestError
 from mlx_k2.private_files import state_folder
@@ -80,7 +79,6 @@ class ChatOptions(msgspec.Struct, frozen=True, kw_only=True):
 @click.option("--prompt", "-p", "prompt_text", metavar="TEXT", help="The same as MESSAGE.")
 @cluster_options
 @connect_option
-@system_option
 @sampling_options
 @tool_options
 @draft_option
@@ -104,28 +102,34 @@ def command(options: ChatOptions) -> None:
     if sys.stdin is None:
         raise RequestError("there is no standard input: redirect it from a file with a message a line")
     if options.connect is not None:
-        with _opened(options) as (screen, tools, transcript):
-            _chat_on_server(options, screen, tools, transcript)
+        with _opened(options) as opened:
+            _chat_on_server(options, opened)
         return
-    request, model = opened_request(options.cluster, options.draft_mode, WANTED_SLOTS)
+    request, model = open_source(asked_request(options.cluster, options.draft_mode, WANTED_SLOTS))
     frontend = early_frontend(request, model)
     if frontend is not None:
         _check(options, frontend)
-    with _opened(options) as (screen, tools, transcript):
+    with _opened(options) as opened:
         if frontend is not None:
-            options.conversation.settings(frontend, tools)
+            options.conversation.settings(frontend, opened.tools)
         with started_cluster(request, model, options.run, verbose=options.verbose) as (restarting, frontend):
-            _chat(options, request, restarting, frontend, screen, tools, transcript)
+            _chat(options, request, restarting, frontend, opened)
+
+
+class _Opened(NamedTuple):
+    screen: Screen
+    tools: Tools | None
+    transcript: Transcript | None
 
 
 @contextmanager
-def _opened(options: ChatOptions) -> Iterator[tuple[Screen, Tools | None, Transcript | None]]:
+def _opened(options: ChatOptions) -> Iterator[_Opened]:
     with ExitStack() as stack:
         screen = choose_screen(show_thinking=not options.hide_thinking)
         transcript = None
         if options.transcript_path is not None:
             transcript = stack.enter_context(Transcript(Path(options.transcript_path), screen.log))
-        yield screen, stack.enter_context(opened_tools(options.conversation.tools)), transcript
+        yield _Opened(screen, stack.enter_context(opened_tools(options.conversation.tools)), transcript)
 
 
 def _check(options: ChatOptions, frontend: ModelFrontend) -> None:
@@ -139,104 +143,85 @@ def _chat(
     request: DeploymentRequest,
     restarting: RestartingDeployment,
     frontend: ModelFrontend,
-    screen: Screen,
-    tools: Tools | None,
-    transcript: Transcript | None,
+    opened: _Opened,
 ) -> None:
-    deployment = restarting.deployment
+    screen, deployment = opened.screen, restarting.deployment
 
     def show_idle_restart(restart: Restart, phase: str) -> None:
-        if phase == WAITING and not dialogue.session.is_answering:  # an answer shows its restarts itself
+        if phase == WAITING and not screen.is_answering:  # an answer shows its restarts itself
             screen.restart(restart)
 
     def show_idle_failure(error: MlxK2Error) -> None:
-        if not dialogue.session.is_answering:
+        if not screen.is_answering:
             screen.log(f"error: {error}; the next message ends the chat, and the conversation is kept")
 
-    engine = engine_on(
+    def show_stats() -> None:
+        show_stage_use(restarting.deployment, engine.use)
+
+    with engine_on(
         deployment,
         draft_mode=options.draft_mode,
         on_report=restarting.on_report,
         restarts=restarting,
         on_restart=show_idle_restart,
         on_failure=show_idle_failure,
-    )
-    name = Model(request.source.path_or_repo, deployment.model.digest)
-    dialogue = _Dialogue(options, engine, frontend, name, len(deployment.plans), screen, tools)
-    with engine:
-        dialogue.run(lambda: show_stage_use(restarting.deployment, engine.use), transcript)
+    ) as engine:
+        usage = UsageTotals(frontend.context_tokens, len(deployment.plans))
+        opening = opening_lines(options.cluster, frontend)
+        _converse(options, engine, frontend, request.source.path_or_repo, opened, usage, show_stats, opening)
 
 
-def _chat_on_server(options: ChatOptions, screen: Screen, tools: Tools | None, transcript: Transcript | None) -> None:
+def _chat_on_server(options: ChatOptions, opened: _Opened) -> None:
     """Chat with the model of a running server."""
     assert options.connect is not None
     url, options = options.connect, msgspec.structs.replace(options, conversation=options.conversation.for_server())
     engine = remote_engine(url)
-    name = Model(engine.model_name, engine.frontend.model.digest)
-    dialogue = _Dialogue(options, engine, engine.frontend, name, 1, screen, tools)
-    dialogue.run(lambda: screen.log(f"the stages are those of the server {url}"), transcript)
+
+    def show_stats() -> None:
+        opened.screen.log(f"the stages are those of the server {url}")
+
+    usage = UsageTotals(engine.frontend.context_tokens, 1)
+    _converse(options, engine, engine.frontend, engine.model_name, opened, usage, show_stats)
 
 
-class _Dialogue:
-    """A conversation in the terminal with the model of ``source``."""
+def _converse(
+    options: ChatOptions,
+    source: ReplySource,
+    frontend: ModelFrontend,
+    model: str,
+    opened: _Opened,
+    usage: UsageTotals,
+    show_stats: Callable[[], None],
+    opening: Sequence[str] = (),
+) -> None:
+    """Run a conversation with the model of ``source`` until the user leaves. Keep it after an error."""
+    screen, tools, transcript = opened
+    conversation = options.conversation.begin(frontend, tools)
+    usage.context_used = len(conversation.known_ids())
+    keyboard = choose_keyboard([*HELP, *OTHER_NAMES], usage.status)
+    asked = options.conversation.tools
+    approval = ToolApproval(screen, keyboard, asked.allowed_tools, everything=asked.yes)
+    settings = options.conversation.settings(frontend, tools)
+    session = approval.session = ChatSession(source, frontend.tokenizer, conversation, settings, tools, approval)
 
-    def __init__(
-        self,
-        options: ChatOptions,
-        source: ReplySource,
-        frontend: ModelFrontend,
-        name: Model,
-        num_stages: int,
-        screen: Screen,
-        tools: Tools | None,
-    ) -> None:
-        self._options = options
-        self._frontend = frontend
-        self._name = name
-        self._screen = screen
-        self._tools = tools
-        conversation = options.conversation.begin(frontend, tools)
-        self._usage = UsageTotals(frontend.context_tokens, num_stages, len(conversation.known_ids()))
-        self._keyboard = choose_keyboard([*HELP, *OTHER_NAMES], self._usage.status)
-        asked = options.conversation.tools
-        self._approval = ToolApproval(screen, self._keyboard, asked.allowed_tools, everything=asked.yes)
-        toolkit = None if tools is None else Toolkit(tools, self._approval)
-        settings = options.conversation.settings(frontend, tools)
-        self._opening_lines = settings.warnings
-        if options.connect is None:
-            self._opening_lines = (*opening_lines(options.cluster, frontend), *settings.warnings)
-        self.session = ChatSession(source, frontend.tokenizer, conversation, settings, toolkit)
+    def temperature(thinking: bool) -> float:
+        sampling = msgspec.structs.replace(options.conversation.sampling, thinking=thinking)
+        return sampling.resolved(frontend.recommended).temperature
 
-    def run(self, show_stats: Callable[[], None], transcript: Transcript | None) -> None:
-        """Run until the user leaves. ``show_stats`` shows what the stages do."""
-        screen, name, options, frontend = self._screen, self._name, self._options, self._frontend
-        self._approval.answer = self.session
-        commands = Commands(
-            self.session,
-            name,
-            screen,
-            self._usage,
-            self._tools,
-            self._approval,
-            show_stats,
-            lambda thinking: _temperature(options.conversation.sampling, frontend, thinking),
-        )
-        if transcript is not None:
-            transcript.write({"started": {"mlx-k2": __version__, "model": name.name, "digest": name.digest}})
-        for line in self._opening_lines:
-            screen.log(line)
-        screen.log(f"{name.name} · /help lists the commands, Ctrl-D leaves")
-        try:
-            Repl(self.session, commands, self._keyboard, screen, self._usage, transcript).run(options.first_message)
-        except BaseException:  # also a signal, a full disk and our own mistakes
-            if self.session.conversation.messages:
-                with suppress(OSError):  # the terminal may be gone
-                    _rescue(commands, screen)
-            raise
-
-
-def _temperature(options: SamplingOptions, frontend: ModelFrontend, thinking: bool) -> float:
-    return msgspec.structs.replace(options, thinking=thinking).resolved(frontend.recommended).temperature
+    digest = frontend.model.digest
+    commands = Commands(session, model, digest, screen, usage, tools, approval, show_stats, temperature)
+    if transcript is not None:
+        transcript.write({"started": {"mlx-k2": __version__, "model": model, "digest": digest}})
+    for line in (*opening, *settings.warnings):
+        screen.log(line)
+    screen.log(f"{model} · /help lists the commands, Ctrl-D leaves")
+    try:
+        Repl(commands, keyboard, transcript).run(options.first_message)
+    except BaseException:  # also a signal, a full disk and our own mistakes
+        if conversation.messages:
+            with suppress(OSError):  # the terminal may be gone
+                _rescue(commands, screen)
+        raise
 
 
 def _rescue(commands: Commands, screen: Screen) -> None:

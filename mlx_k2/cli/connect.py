@@ -6,24 +6,13 @@ import click
 
 from mlx_k2.client.remote_engine import RemoteEngine
 from mlx_k2.client.server_connection import ServerAddress
+from mlx_k2.deployment.cluster_options import ClusterOptions
 
-_SERVER_OPTIONS = (
-    "hostfile",
-    "num_stages",
-    "model",
-    "revision",
-    "split",
-    "context_tokens",
-    "dtype",
-    "dense_bits",
-    "restarts",
-    "draft_mode",
-    "draft_model",
-    "draft_aux",
-    "draft_bits",
-    "draft_vocab",
-    "log_dir",
-)
+_SERVER_OPTIONS = {*ClusterOptions.__struct_fields__, "restarts", "draft_mode", "log_dir"} - {
+    "lease_s",
+    "stall_timeout_s",
+    "check_weights",
+}
 """Options that a server was started with."""
 
 connect_option = click.option(

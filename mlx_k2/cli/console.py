@@ -1,9 +1,8 @@
 """Output of the commands on stderr while a cluster starts and after a run. stdout is reserved for the answer."""
 
-import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from rich.console import RenderableType
@@ -22,6 +21,7 @@ from rich.text import Text
 
 from mlx_k2.builtin import BANNER
 from mlx_k2.cli.safe_console import SafeConsole
+from mlx_k2.cli.streams import refuses_colour
 from mlx_k2.coordinator.pipeline import StageUse
 from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest
 from mlx_k2.deployment.deploy import Deployment
@@ -42,7 +42,7 @@ console = SafeConsole(
     highlight=False,
     markup=False,
     emoji=False,
-    color_system=None if os.environ.get("NO_COLOR") else "auto",
+    color_system=None if refuses_colour() else "auto",
 )
 
 
@@ -80,14 +80,6 @@ def layer_range(plan: StagePlan) -> str:
     return f"{plan.assignment.first_layer}-{plan.assignment.end_layer - 1}"
 
 
-@dataclass
-class _Load:
-    """The loading progress of one stage."""
-
-    shard_bytes: int
-    held_bytes: int = 0
-
-
 class ConsoleListener(DeploymentListener):
     """A listener that shows a spinner for each phase and a bar for each stage that loads. A context that ends both.
 
@@ -109,7 +101,8 @@ class ConsoleListener(DeploymentListener):
             transient=True,
         )
         self._tasks: list[TaskID] = []
-        self._loads: list[_Load] = []
+        self._plans: Sequence[StagePlan] = ()
+        self._held_bytes: Counter[int] = Counter()
 
     def __enter__(self) -> "ConsoleListener":
         return self
@@ -153,14 +146,14 @@ class ConsoleListener(DeploymentListener):
         for plan in plans:
             description = f"stage {plan.rank}  {plan.host.ssh}  layers {layer_range(plan)}"
             self._tasks.append(self._bars.add_task(description, total=None))
-        self._loads = [_Load(plan.shard_bytes) for plan in plans]
+        self._plans = plans
 
     def progress(self, rank: int, message: FromStage) -> None:
         """Advance a stage's bar: the bytes that it fetches, then the bytes that it loads."""
         if isinstance(message, LayerLoaded):
-            load = self._loads[rank]
-            load.held_bytes += message.held_bytes
-            self._bars.update(self._tasks[rank], total=load.shard_bytes, completed=load.held_bytes)
+            self._held_bytes[rank] += message.held_bytes
+            total_bytes = self._plans[rank].shard_bytes
+            self._bars.update(self._tasks[rank], total=total_bytes, completed=self._held_bytes[rank])
         elif isinstance(message, DownloadProgress):
             self._bars.update(self._tasks[rank], total=message.total_bytes, completed=message.done_bytes)
         if console.is_terminal and not self._bars.live.is_started:

@@ -6,37 +6,34 @@ import click
 import msgspec
 
 from mlx_k2.chat.chat_events import Event
-from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit
+from mlx_k2.chat.chat_session import ChatSession, ReplySettings, reply_events
 from mlx_k2.chat.completion import submissions
-from mlx_k2.chat.reply_source import ReplySource
+from mlx_k2.chat.next_prompt import ReplySource
 from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.connect import connect_option, remote_engine
 from mlx_k2.cli.console import log, opening_lines, show_dry_run
 from mlx_k2.cli.generate_file import WANTED_SLOTS, generate_many
 from mlx_k2.cli.generate_options import GenerateOptions
 from mlx_k2.cli.options import (
+    Numbers,
     answer_options,
     cluster_options,
     draft_option,
-    prompt_option,
     run_options,
     sampling_options,
-    system_option,
-    token_ids_option,
     tool_options,
     with_struct,
 )
-from mlx_k2.cli.output import JsonOutput, TextOutput
+from mlx_k2.cli.output import JsonOutput, TextOutput, show_answers
 from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cli.repl.keyboard import LineKeyboard
 from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
-from mlx_k2.cli.several_answers import show_answers
 from mlx_k2.cli.started_cluster import asked_request, early_frontend, started_cluster
 from mlx_k2.cli.toolkit import opened_tools
-from mlx_k2.coordinator.answer_summary import total
-from mlx_k2.coordinator.engine import engine_on
-from mlx_k2.coordinator.handle import Finished, Token
+from mlx_k2.client.remote_engine import RemoteEngine
+from mlx_k2.coordinator.answer_summary import AnswerSummary, total
+from mlx_k2.coordinator.engine import Engine, engine_on
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.deployment.cluster_options import DeploymentRequest, open_source
 from mlx_k2.deployment.dry_run import preview
@@ -49,12 +46,11 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 
 @click.command(cls=ProgramCommand)
 @click.argument("prompt", required=False)
-@prompt_option
+@click.option("--prompt", "-p", "prompt_text", metavar="TEXT", help="The same as PROMPT; - reads standard input.")
 @cluster_options
 @connect_option
-@system_option
 @click.option("--raw", is_flag=True, help="Send PROMPT as it is, without the chat template.")
-@token_ids_option
+@click.option("--token-ids", type=Numbers(0, "3,4,5"), help="The prompt as token ids, as they are.")
 @sampling_options
 @answer_options
 @click.option(
@@ -146,7 +142,15 @@ def _generate(options: GenerateOptions, request: DeploymentRequest, model: Model
         if frontend is not None:
             options.conversation.settings(frontend, tools)
         with started_cluster(request, model, options.run, verbose=options.verbose) as (restarting, frontend):
-            _answer(options, restarting, frontend, text, tools)
+            for line in opening_lines(options.cluster, frontend, is_raw=options.is_raw):
+                log(line)
+            with engine_on(
+                restarting.deployment,
+                draft_mode=options.draft_mode,
+                on_report=restarting.on_report,
+                restarts=restarting,
+            ) as engine:
+                _answer(options, engine, frontend, text, tools, restarting)
 
 
 def _generate_on_server(options: GenerateOptions) -> None:
@@ -155,73 +159,59 @@ def _generate_on_server(options: GenerateOptions) -> None:
     url, options = options.connect, msgspec.structs.replace(options, conversation=options.conversation.for_server())
     text, engine = options.read_prompt(), remote_engine(url)
     first_submissions(options, text, engine.frontend)
-    with opened_tools(options.conversation.tools) as tools, _output(options, engine.frontend) as output:
-        output.screen.wait("reading the prompt")
-        summaries = output.show(_events(options, engine, engine.frontend, text, tools, output.screen))
-        output.summary(total(summaries), None, ())
+    with opened_tools(options.conversation.tools) as tools:
+        _answer(options, engine, engine.frontend, text, tools)
 
 
 def _answer(
     options: GenerateOptions,
-    restarting: RestartingDeployment,
+    engine: Engine | RemoteEngine,
     frontend: ModelFrontend,
     text: str,
     tools: Tools | None,
+    restarting: RestartingDeployment | None = None,
 ) -> None:
-    deployment = restarting.deployment
-    for line in opening_lines(options.cluster, frontend, is_raw=options.is_raw):
-        log(line)
-    with (
-        _output(options, frontend) as output,
-        engine_on(
-            deployment,
-            draft_mode=options.draft_mode,
-            on_report=restarting.on_report,
-            restarts=restarting,
-        ) as engine,
-    ):
-        output.screen.wait("reading the prompt")
-        if options.conversation.sampling.num_answers > 1:
-            _log_warnings(options.conversation.settings(frontend))
+    """Show each event of the answer as it comes, then its counts and times; or several answers."""
+    settings = options.conversation.settings(frontend, tools, options.num_logprobs)
+    text_output = TextOutput(show_thinking=not options.hide_thinking, verbose=options.verbose)
+    output = JsonOutput(frontend.tokenizer) if options.as_json else text_output
+    output.wait("reading the prompt")
+    try:
+        for line in settings.warnings:
+            log(line)
+        if isinstance(engine, Engine) and options.conversation.sampling.num_answers > 1:
             asked = first_submissions(options, text, frontend)
             show_answers(engine, frontend.tokenizer, asked, as_json=options.as_json)
             return
-        summaries = output.show(_events(options, engine, frontend, text, tools, output.screen))
-        output.summary(total(summaries), restarting.deployment, engine.use)
-
-
-def _output(options: GenerateOptions, frontend: ModelFrontend) -> TextOutput | JsonOutput:
-    if options.as_json:
-        return JsonOutput(frontend.tokenizer)
-    return TextOutput(show_thinking=not options.hide_thinking, verbose=options.verbose)
+        summaries = []
+        for event in _events(options, engine, frontend, settings, text, tools, output):
+            output.event(event)
+            if isinstance(event, AnswerSummary):
+                summaries.append(event)
+        deployment = None if restarting is None else restarting.deployment
+        output.summary(total(summaries), deployment, engine.use if isinstance(engine, Engine) else ())
+    finally:
+        output.pause()
 
 
 def _events(
     options: GenerateOptions,
     engine: ReplySource,
     frontend: ModelFrontend,
+    settings: ReplySettings,
     text: str,
     tools: Tools | None,
     screen: Screen,
 ) -> Iterator[Event]:
     """Return the events of the answer to a raw prompt, or to the first message of a conversation."""
-    settings = options.conversation.settings(frontend, tools, options.num_logprobs)
-    _log_warnings(settings)
     if options.is_raw:
         (submission,) = first_submissions(options, text, frontend)
-        return _raw_events(engine, submission)
-    toolkit = None
-    if tools is not None:
-        asked = options.conversation.tools
-        approval = ToolApproval(screen, LineKeyboard(), asked.allowed_tools, everything=asked.yes)
-        toolkit = Toolkit(tools, approval)
+        return reply_events(engine.submit(submission.request, submission.policy))
+    asked = options.conversation.tools
+    approval = ToolApproval(screen, LineKeyboard(), asked.allowed_tools, everything=asked.yes)
     conversation = options.conversation.begin(frontend, tools)
-    return ChatSession(engine, frontend.tokenizer, conversation, settings, toolkit).send_message(text)
-
-
-def _log_warnings(settings: ReplySettings) -> None:
-    for line in settings.warnings:
-        log(line)
+    session = ChatSession(engine, frontend.tokenizer, conversation, settings, tools, approval)
+    return session.send_message(text)
 
 
 def first_submissions(options: GenerateOptions, text: str, frontend: ModelFrontend) -> list[Submission]:
@@ -241,13 +231,3 @@ def first_submissions(options: GenerateOptions, text: str, frontend: ModelFronte
     settings = options.conversation.settings(frontend, num_logprobs=options.num_logprobs)
     num_answers = options.conversation.sampling.num_answers
     return submissions(settings, frontend, prompt_ids, num_answers, is_raw=options.is_raw)
-
-
-def _raw_events(engine: ReplySource, submission: Submission) -> Iterator[Event]:
-    for event in engine.submit(submission.request, submission.policy).events():
-        if not isinstance(event, Finished):
-            yield event
-        if isinstance(event, Token | Finished):
-            yield from event.parts
-        if isinstance(event, Finished):
-            yield event.summary

@@ -1,6 +1,7 @@
 """`mlx-k2 generate --prompts`: a file of prompts in, a file of results out."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
@@ -11,9 +12,9 @@ from mlx_k2.chat.completion import prompt_of, submissions
 from mlx_k2.chat.sampling_options import MAX_ANSWERS, reply_settings
 from mlx_k2.cli.console import console, log, log_restart, opening_lines
 from mlx_k2.cli.generate_options import GenerateOptions
+from mlx_k2.cli.output import answer_fields
 from mlx_k2.cli.prompt_files import PromptLine, read_prompt_lines, run_digest
 from mlx_k2.cli.result_file import ResultFile
-from mlx_k2.cli.several_answers import answer_fields
 from mlx_k2.cli.started_cluster import early_frontend, started_cluster
 from mlx_k2.coordinator.batch_results import BatchResult, answer_all
 from mlx_k2.coordinator.engine import engine_on
@@ -79,26 +80,18 @@ def result_digests(
     return {run_digest(counted, number, line): number for number, line in lines.items()}
 
 
+@dataclass
 class _Batch:
     """One run over the lines that have no result."""
 
-    def __init__(
-        self,
-        options: GenerateOptions,
-        restarting: RestartingDeployment,
-        frontend: ModelFrontend,
-        lines: Mapping[int, PromptLine],
-        results: ResultFile,
-    ) -> None:
-        self._options = options
-        self._restarting = restarting
-        self._lines = lines
-        self._results = results
-        self._seed = options.conversation.sampling.base_seed
-        self._warnings: set[str] = set()
-        self._num_asked: dict[int, int] = {}
-        self._answers: dict[int, dict[int, BatchResult]] = {}
-        self._frontend = frontend
+    _options: GenerateOptions
+    _restarting: RestartingDeployment
+    _frontend: ModelFrontend
+    _lines: Mapping[int, PromptLine]
+    _results: ResultFile
+    _warnings: set[str] = field(default_factory=set)
+    _num_asked: dict[int, int] = field(default_factory=dict)
+    _answers: dict[int, dict[int, BatchResult]] = field(default_factory=dict)
 
     def run(self) -> None:
         """Write a result for each line."""
@@ -118,11 +111,12 @@ class _Batch:
 
     def _requests(self) -> Iterator[tuple[int, Submission]]:
         """Yield the requests one by one, and write an error for each line that cannot be served."""
+        base_seed = self._options.conversation.sampling.base_seed
         for number, line in self._lines.items():
             if number in self._results:
                 continue
             try:
-                seed = derived_seed(self._seed, number - 1)
+                seed = derived_seed(base_seed, number - 1)
                 asked, warnings = line_submissions(self._options, line, seed, self._frontend)
             except SetupError as error:
                 self._write(number, {"error": str(error)})

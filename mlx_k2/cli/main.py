@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 from click.shell_completion import CompletionItem, shell_complete
@@ -84,12 +84,6 @@ class PrintableRecord(logging.LogRecord):
 
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are called. Listing the commands imports none."""
-
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
-    ) -> click.Context:
-        """Parse the command line. The context's object is the function that reads the profile."""
-        return super().make_context(info_name, args, parent, **{"obj": user_profile, **extra})
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names that help shows."""
@@ -199,7 +193,9 @@ def print_errors_cleanly() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return the exit code. An error becomes one line on stderr."""
     try:
-        with cli.make_context("mlx-k2", list(arguments)) as context:  # cli.main would hide a broken pipe
+        with cli.make_context(
+            "mlx-k2", list(arguments), obj=user_profile
+        ) as context:  # cli.main would hide a broken pipe
             cli.invoke(context)
     except MlxK2Error as error:
         _print_error(f"error: {error}")

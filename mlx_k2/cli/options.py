@@ -12,7 +12,6 @@ from mlx_k2.chat.chat_session import MAX_TOOL_CALLS
 from mlx_k2.chat.sampling_options import MAX_ANSWERS
 from mlx_k2.cli.profile import option_name, with_sources
 from mlx_k2.cli.program_command import GroupedOption
-from mlx_k2.cluster.partition import parse_split
 from mlx_k2.deployment.cluster_options import DENSE_BITS, DRAFT_BITS, DTYPES, LEASE_S, MAX_STAGES
 from mlx_k2.errors import RequestError, SetupError
 from mlx_k2.json_text.parse import JsonError, parse_json
@@ -23,7 +22,7 @@ from mlx_k2.weights.model_source import BUILTIN
 
 _MAX_DIGITS = 10
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Command = TypeVar("Command", bound=Callable[..., Any] | click.Command)
 Options = TypeVar("Options", bound=msgspec.Struct)
 
 
@@ -31,13 +30,8 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What happens after a fault, and what is kept of a run. ``restarts`` 0: a fault is final."""
 
     restarts: int
-    log_dir: str | None
+    log_dir: Path | None
     log_tokens: bool
-
-    @property
-    def arguments(self) -> tuple[int, Path | None, bool]:
-        """The last arguments of RestartingDeployment: limit of restarts, log folder, whether to log token ids."""
-        return self.restarts, None if self.log_dir is None else Path(self.log_dir), self.log_tokens
 
 
 class ToolOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,9 +71,9 @@ def with_struct(kind: type[Options]) -> Callable[[Callable[[Options], None]], Ca
             except JsonError as error:
                 raise RequestError(str(error)) from None
             except SetupError as error:
-                raise RequestError(with_sources(str(error), click.get_current_context(silent=True))) from None
+                raise RequestError(with_sources(str(error))) from None
             except click.UsageError as error:
-                raise click.UsageError(with_sources(error.message, click.get_current_context(silent=True))) from None
+                raise click.UsageError(with_sources(error.message)) from None
             run(options)
 
         return command
@@ -99,32 +93,31 @@ def _nested(kind: type[msgspec.Struct], values: dict[str, Any]) -> dict[str, Any
     return fields
 
 
-def _layer_counts(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    return None if value is None else parse_split(value)
+class Numbers(click.ParamType[tuple[int, ...]]):
+    """Whole numbers from ``minimum`` on, separated by commas, as in ``example``."""
 
+    name = "N,N,..."
 
-def _layer_ids(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    parts = [] if value is None else [part.strip() for part in value.split(",")]
-    if not all(part.isascii() and part.isdigit() and len(part) < _MAX_DIGITS for part in parts):
-        raise RequestError(f"--draft-aux {value!r} is not a list of layers: write numbers with commas, as in 1,29,57")
-    return None if value is None else tuple(map(int, parts))
+    def __init__(self, minimum: int, example: str) -> None:
+        self._minimum = minimum
+        self._example = example
 
-
-def _token_ids(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    parts = [] if value is None else [part.strip() for part in value.split(",")]
-    for part in parts:
-        if not (part.isascii() and part.isdigit() and len(part) < _MAX_DIGITS):
-            found = part[:_MAX_DIGITS]
-            raise RequestError(f"--token-ids: {found!r} is not a token id: write numbers with commas, as in 3,4,5")
-    return None if value is None else tuple(map(int, parts))
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Return the numbers as a tuple."""
+        parts = [part.strip() for part in str(value).split(",")]
+        for part in parts:
+            is_number = part.isascii() and part.isdigit() and len(part) < _MAX_DIGITS
+            if not is_number or int(part) < self._minimum:
+                name = "" if param is None else f"{param.opts[0]}: "
+                raise RequestError(
+                    f"{name}{part[:_MAX_DIGITS]!r} is not a whole number from {self._minimum}: write numbers with "
+                    f"commas, as in {self._example}"
+                )
+        return tuple(map(int, parts))
 
 
 def _is_on(ctx: click.Context, param: click.Parameter, value: str | None) -> bool | None:
-    return None if value is None else value == "on"
-
-
-def _draft_mode(ctx: click.Context, param: click.Parameter, value: str) -> DraftMode:
-    return DraftMode(value)
+    return None if value is None else value != "off"
 
 
 def _schema_file(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
@@ -159,8 +152,19 @@ def _biases(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
     return biases
 
 
+def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Return a decorator that adds several options to a command."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 _cluster = functools.partial(click.option, cls=GroupedOption, group="Hosts and model")
-_CLUSTER = (
+cluster_options = _all(
     _cluster(
         "--hostfile",
         type=click.Path(),
@@ -181,9 +185,7 @@ _CLUSTER = (
         help="A folder with an original checkpoint, or a repository on the Hub.  [default: built-in, a small model]",
     ),
     _cluster("--revision", help="The repository's branch, tag or commit."),
-    _cluster(
-        "--split", callback=_layer_counts, metavar="N,N,...", help="Layers for each stage, in the hostfile's order."
-    ),
+    _cluster("--split", type=Numbers(1, "31,30"), help="Layers for each stage, in the hostfile's order."),
     _cluster(
         "--context",
         "context_tokens",
@@ -210,8 +212,7 @@ _CLUSTER = (
     ),
     _cluster(
         "--draft-aux",
-        callback=_layer_ids,
-        metavar="N,N,...",
+        type=Numbers(0, "1,29,57"),
         help="The layers, from 0, whose outputs the draft head reads.  [default: as its config.json says]",
     ),
     _cluster(
@@ -256,7 +257,8 @@ _CLUSTER = (
 )
 
 _sampling = functools.partial(click.option, cls=GroupedOption, group="Sampling and thinking")
-_SAMPLING = (
+sampling_options = _all(
+    _sampling("--system", "--system-prompt", metavar="TEXT", help="The system prompt.  [default: the model's own]"),
     _sampling(
         "--max-tokens", "-n", type=click.IntRange(min=1), help="The most tokens of an answer.  [default: what fits]"
     ),
@@ -300,7 +302,7 @@ _SAMPLING = (
 )
 
 _answer = functools.partial(click.option, cls=GroupedOption, group="Form of the answer")
-_ANSWERS = (
+answer_options = _all(
     _answer(
         "--json-schema",
         type=click.Path(),
@@ -352,11 +354,11 @@ tool_grammar_option = _tool(
     "--tool-grammar",
     type=click.Choice(["auto", "off"]),
     default="auto",
-    callback=lambda _ctx, _param, value: value == "auto",
+    callback=_is_on,
     help="Whether tool calls follow the tools' names and schemas.  [default: auto]",
 )
 
-_TOOLS = (
+tool_options = _all(
     tool_grammar_option,
     _tool(
         "--parallel-tool-calls",
@@ -391,57 +393,40 @@ _TOOLS = (
 )
 
 
-class _Limit(click.ParamType[int]):
-    """A number of times from 0 to 1000, or ``off`` for 0."""
-
-    name = "limit"
+class _Limit(click.IntRange):
+    """A number of times, or ``off`` for 0."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Return the number; 0 for ``off``."""
-        if value == "off":
-            return 0
-        return int(click.IntRange(0, 1000).convert(value, param, ctx))
+        return 0 if value == "off" else int(super().convert(value, param, ctx))
 
 
 _run = functools.partial(click.option, cls=GroupedOption, group="Faults and logs")
-_RESTARTS = (
-    _run(
-        "--restarts",
-        type=_Limit(),
-        default=3,
-        metavar="N",
-        help="After a fault, start all stages again and continue the answer: at most N times, or off. "
-        "10 minutes without a fault begin a new count.  [default: 3]",
-    ),
-)
-
-_LOGGING = (
+log_options = _all(
     _run(
         "--log-dir",
-        type=click.Path(),
+        type=click.Path(path_type=Path),
         metavar="DIR",
         help="Keep the stages' logs and the last steps there, at most 16 MB; after a fault a report to attach to an "
         "issue. No prompt and no answer is in it.",
     ),
     _run("--log-tokens", is_flag=True, help="With --log-dir: the token ids of prompts and answers, too."),
 )
-
-system_option = _sampling(
-    "--system", "--system-prompt", metavar="TEXT", help="The system prompt.  [default: the model's own]"
-)
-
-prompt_option = click.option(
-    "--prompt", "-p", "prompt_text", metavar="TEXT", help="The same as PROMPT; - reads standard input."
-)
-
-token_ids_option = click.option(
-    "--token-ids", callback=_token_ids, metavar="N,N,...", help="The prompt as token ids, as they are."
+run_options = _all(
+    _run(
+        "--restarts",
+        type=_Limit(0, 1000),
+        default=3,
+        metavar="N",
+        help="After a fault, start all stages again and continue the answer: at most N times, or off. "
+        "10 minutes without a fault begin a new count.  [default: 3]",
+    ),
+    log_options,
 )
 
 draft_option = click.option(
     "--draft",
     "draft_mode",
-    callback=_draft_mode,
     type=click.Choice([mode.value for mode in DraftMode]),
     default=DraftMode.AUTO.value,
     show_default=True,
@@ -451,50 +436,6 @@ draft_option = click.option(
 )
 
 
-def cluster_options(command: Command) -> Command:
-    """Add the options for hosts and model to a command."""
-    return _with(_CLUSTER, command)
-
-
-def sampling_options(command: Command) -> Command:
-    """Add the options for sampling and thinking to a command."""
-    return _with(_SAMPLING, command)
-
-
-def answer_options(command: Command) -> Command:
-    """Add the options for the form, the end and the number of answers to a command."""
-    return _with(_ANSWERS, command)
-
-
-def tool_options(command: Command) -> Command:
-    """Add the options for tools to a command."""
-    return _with(_TOOLS, command)
-
-
-def run_options(command: Command) -> Command:
-    """Add the options for restarts and logs to a command: RunOptions."""
-    return _with((*_RESTARTS, *_LOGGING), command)
-
-
-def log_options(command: Command) -> Command:
-    """Add the options for logs to a command."""
-    return _with(_LOGGING, command)
-
-
-def _with(options: tuple[Callable[[Command], Command], ...], command: Command) -> Command:
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _names(*groups: tuple[Callable[[Command], Command], ...]) -> tuple[str, ...]:
-    def holder() -> None:
-        pass
-
-    for option in (option for group in groups for option in group):
-        option(holder)  # type: ignore[arg-type]  # each option takes any command
-    return tuple(option_name(option) for option in reversed(click.command()(holder).params))
-
-
-SHARED_OPTIONS = _names(_CLUSTER, _SAMPLING, _ANSWERS, _TOOLS, _RESTARTS, _LOGGING, (system_option, draft_option))
+_shared = _all(cluster_options, sampling_options, answer_options, tool_options, run_options, draft_option)
+SHARED_OPTIONS = [option_name(option) for option in _shared(click.Command("all")).params]
 """The long names of the options that several commands have."""

@@ -1,17 +1,23 @@
-"""Output of an answer while it is generated: plain text, or one JSON object a line on stdout."""
+"""Output of an answer while it is generated, or of several as each is complete: plain text, or JSON lines on stdout."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import click
 import msgspec
 
 from mlx_k2.chat.chat_events import CallEnded, Event
 from mlx_k2.chat.completion import completion_of, sampled_logprob
 from mlx_k2.cli.console import log, show_stage_use
-from mlx_k2.cli.repl.screen import PlainScreen, Screen, show_all
+from mlx_k2.cli.repl.screen import PlainScreen
 from mlx_k2.cli.repl.wording import CUT
 from mlx_k2.cli.streams import write_json_line
+from mlx_k2.cli.terminal_text import printable
 from mlx_k2.coordinator.answer_summary import AnswerSummary
-from mlx_k2.coordinator.handle import PrefillProgress, Queued, Restarting, Token
+from mlx_k2.coordinator.batch_results import BatchResult, answer_all
+from mlx_k2.coordinator.engine import Engine
+from mlx_k2.coordinator.handle import Token
+from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.coordinator.pipeline import StageUse
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.deployment.restarting import Restart
@@ -24,29 +30,16 @@ from mlx_k2.text.tool_call import ToolCall
 _ENDS = {FinishReason.STOP: "complete", **CUT, FinishReason.CANCELLED: "cancelled"}
 
 
-class TextOutput:
-    """Output as text: the answer to stdout; thinking, calls and a closing line to stderr.
-
-    A context, which ends the last line.
-    """
+class TextOutput(PlainScreen):
+    """Output as text: the answer to stdout; thinking, calls and a closing line to stderr."""
 
     def __init__(self, *, show_thinking: bool, verbose: bool = False) -> None:
-        self.screen: Screen = PlainScreen(show_thinking=show_thinking)
+        super().__init__(show_thinking=show_thinking)
         self._verbose = verbose
-
-    def __enter__(self) -> "TextOutput":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.screen.pause()
-
-    def show(self, events: Iterable[Event]) -> list[AnswerSummary]:
-        """Write each event as it comes; return the summaries among them."""
-        return show_all(self.screen.event, events)
 
     def summary(self, summary: AnswerSummary, deployment: Deployment | None, use: tuple[StageUse, ...]) -> None:
         """End the line, then write one line of counts and times to stderr; with --verbose all, and the stages' use."""
-        self.screen.pause()
+        self.pause()
         if not self._verbose:
             log(_short_summary(summary))
             return
@@ -118,56 +111,41 @@ class StageSummary(msgspec.Struct, frozen=True, kw_only=True):
     busy_fraction: float
 
 
-class JsonOutput:
+class JsonOutput(PlainScreen):
     """Output as one JSON object a line on stdout: each token, each call with its result, then ``{"summary": ...}``.
 
     docs/json.md describes the lines.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(show_thinking=False)
         self._tokenizer = tokenizer
         self._parts: list[Part] = []
+        self._last_reply: list[Part] = []
         self._num_calls = 0
-        self._is_over = False
-        self._last_restart: Restart | None = None
-        self.screen: Screen = PlainScreen(show_thinking=False)
+        """The number of tool calls before the last reply."""
 
-    def __enter__(self) -> "JsonOutput":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Do nothing: every line is complete already."""
-
-    def show(self, events: Iterable[Event]) -> list[AnswerSummary]:
-        """Write a line for each token and each call as it comes; return the summaries among the events."""
-        return show_all(self._show_event, events)
-
-    def _show_event(self, event: Event) -> None:
+    def event(self, event: Event) -> None:
         """Write a line for a token or a call. The parts of a reply are kept for the summary."""
         match event:
             case Token():
-                self.screen.pause()
+                self.pause()
                 self._token(event)
             case Reasoning() | Content() | ToolCall():
-                self._keep(event)
-            case Queued() | PrefillProgress() | Restarting():
-                if isinstance(event, Restarting) and event.restart != self._last_restart:
-                    self._last_restart = event.restart
-                    write_json_line({"restart": event.restart})
-                self.screen.event(event)
+                self._parts.append(event)
             case CallEnded(call, result):
                 ended = {"outcome": result.outcome.value, "result": result.text}
                 write_json_line({"call": {"name": call.name, "arguments": call.arguments, **ended}})
             case AnswerSummary():
-                self._is_over = True
+                self._num_calls += sum(isinstance(part, ToolCall) for part in self._last_reply)
+                self._last_reply, self._parts = self._parts, []
+            case _:
+                super().event(event)
 
-    def _keep(self, part: Part) -> None:
-        """Add a part to the present reply, which is the next one if a summary came before it."""
-        if self._is_over:
-            self._num_calls += sum(isinstance(part, ToolCall) for part in self._parts)
-            self._parts.clear()
-            self._is_over = False
-        self._parts.append(part)
+    def restart(self, restart: Restart) -> None:
+        """Write a line on a restart, and two lines to stderr."""
+        write_json_line({"restart": restart})
+        super().restart(restart)
 
     def _token(self, token: Token) -> None:
         """Write ``{"token": id, "text": ...}``, with log-probabilities if they were requested."""
@@ -178,10 +156,8 @@ class JsonOutput:
 
     def summary(self, summary: AnswerSummary, deployment: Deployment | None, use: tuple[StageUse, ...]) -> None:
         """Write the last reply with the counts and times of all, and each stage's layers, memory and computing time."""
-        plans = [] if deployment is None else deployment.plans
-        loads = [] if deployment is None else deployment.loaded
-        load_s = None if deployment is None else deployment.load_s
         total_s = sum(stage.busy_s for stage in use) or 1.0
+        on_stages = [] if deployment is None else [*zip(deployment.plans, deployment.loaded, use, strict=True)]
         stages = [
             StageSummary(
                 host=plan.host.ssh,
@@ -192,7 +168,52 @@ class JsonOutput:
                 busy_s=stage.busy_s,
                 busy_fraction=stage.busy_s / total_s,
             )
-            for plan, loaded, stage in zip(plans, loads, use, strict=True)
+            for plan, loaded, stage in on_stages
         ]
-        completion = msgspec.to_builtins(completion_of(whole_reply(self._parts), summary, self._num_calls))
+        load_s = None if deployment is None else deployment.load_s
+        completion = msgspec.to_builtins(completion_of(whole_reply(self._last_reply), summary, self._num_calls))
         write_json_line({"summary": {**completion, "load_s": load_s, "stages": stages}})
+
+
+def show_answers(engine: Engine, tokenizer: Tokenizer, submissions: Sequence[Submission], *, as_json: bool) -> None:
+    """Run the requests of --num-answers and write each answer to stdout: its text, or a JSON object a line.
+
+    Raises:
+        Exit: with code 1 after all answers, if one failed.
+        ClusterError: the stages failed and are not restarted.
+    """
+    num_failed = 0
+    for result in _in_order(engine, submissions):
+        num_failed += result.error is not None
+        if as_json:
+            write_json_line({"answer": {"index": result.key, **answer_fields(tokenizer, result)}})
+            continue
+        what = f"answer {result.key + 1} of {len(submissions)}"
+        if result.summary is None:
+            log(f"{what} failed: {result.error}")
+            continue
+        click.echo(printable(result.reply.content))
+        summary = result.summary
+        log(f"{what}: {summary.generated_tokens} tokens ({summary.finish_reason.value}), seed {summary.seed}")
+    if num_failed:
+        raise click.exceptions.Exit(1)
+
+
+def answer_fields(tokenizer: Tokenizer, result: BatchResult, num_calls_before: int = 0) -> dict[str, Any]:
+    """Return the fields of an answer in JSON."""
+    if result.summary is None:
+        return {"error": result.error}
+    fields: dict[str, Any] = msgspec.to_builtins(completion_of(result.reply, result.summary, num_calls_before))
+    if result.tokens:
+        fields["logprobs"] = msgspec.to_builtins([sampled_logprob(tokenizer, token) for token in result.tokens])
+    return fields
+
+
+def _in_order(engine: Engine, submissions: Sequence[Submission]) -> Iterator[BatchResult]:
+    done: dict[int, BatchResult] = {}
+    num_shown = 0
+    for result in answer_all(engine, enumerate(submissions)):
+        done[result.key] = result
+        while num_shown in done:
+            yield done.pop(num_shown)
+            num_shown += 1

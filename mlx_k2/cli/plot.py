@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -46,10 +47,6 @@ def plot_results(rows: Sequence[Measured], path: Path, title: str) -> None:
 
 def _line(chart: Axes, points: Sequence[tuple[int, float]], label: str) -> None:
     xs = sorted({x for x, _ in points})
-    means = [_mean([value for at, value in points if at == x]) for x in xs]
+    means = [fmean([value for at, value in points if at == x]) for x in xs]
     (line,) = chart.plot(xs, means, label=label)
     chart.scatter([x for x, _ in points], [value for _, value in points], color=line.get_color())
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

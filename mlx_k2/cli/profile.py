@@ -19,8 +19,8 @@ import click
 from mlx_k2.errors import RequestError
 from mlx_k2.private_files import home_folder
 
-_OVERRIDES = {"--stages": ("hostfile", "split"), "--hostfile": ("stages", "split"), "--model": ("revision",)}
-"""Options on the command line, and the defaults that do not apply together with them."""
+_OVERRIDES = {"stages": ("hostfile", "split"), "hostfile": ("num_stages", "split"), "model": ("revision",)}
+"""Options on the command line, and the parameters whose defaults do not apply together with them."""
 
 
 @dataclass(frozen=True)
@@ -123,17 +123,14 @@ def defaults_of(command: click.Command, name: str, profile: Profile) -> dict[str
 
 def not_overridden(command: click.Command, defaults: Mapping[str, Default], args: Sequence[str]) -> dict[str, Default]:
     """Return the defaults that apply together with the options of a command line."""
-    dropped: set[str] = set()
-    for option in command.params:
-        names = [name for name in option.opts if name in _OVERRIDES]
-        if names and any(word == name or word.startswith(f"{name}=") for word in args for name in option.opts):
-            dropped.update(_OVERRIDES[names[0]])
-    names_of = {option.name: option_name(option) for option in command.params}
-    return {name: default for name, default in defaults.items() if names_of[name] not in dropped}
+    given = {word.partition("=")[0] for word in args}
+    dropped = [_OVERRIDES.get(option_name(option), ()) for option in command.params if given & {*option.opts}]
+    return {name: default for name, default in defaults.items() if not any(name in names for names in dropped)}
 
 
-def with_sources(text: str, context: click.Context | None) -> str:
+def with_sources(text: str) -> str:
     """Return an error's text with the source of each option that it names and that came from the profile."""
+    context = click.get_current_context(silent=True)
     if context is None:
         return text
     defaults: dict[str, Default] = context.meta.get(__name__, {})

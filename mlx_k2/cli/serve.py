@@ -20,8 +20,9 @@ from mlx_k2.cli.launchd import LABEL, property_list
 from mlx_k2.cli.main import Interrupted
 from mlx_k2.cli.options import cluster_options, draft_option, log_options, tool_grammar_option, with_struct
 from mlx_k2.cli.program_command import ProgramCommand
+from mlx_k2.cli.started_cluster import asked_request
 from mlx_k2.coordinator.engine import engine_on
-from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, deployment_request, open_source
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, open_source
 from mlx_k2.deployment.listener import StageReport
 from mlx_k2.deployment.plan import DEFAULT_CONTEXT_TOKENS, StagePlan
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
@@ -65,7 +66,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     tool_grammar: bool
     print_settings: str | None
     launchd: bool
-    log_dir: str | None
+    log_dir: Path | None
     log_tokens: bool
     verbose: bool
 
@@ -166,16 +167,18 @@ def command(options: ServeOptions) -> None:
         path_variable = os.environ.get("PATH", os.defpath)
         sys.stdout.write(property_list(command, Path.cwd(), Path.home(), path_variable, options.drain_s))
         return
-    request = deployment_request(options.cluster, options.max_sequences, options.draft_mode)
-    for line in request.hostfile.warnings:
-        log(line)
-    request, model = open_source(request)
+    request, model = open_source(asked_request(options.cluster, options.draft_mode, options.max_sequences))
     if options.print_settings is not None:
         settings = CLIENTS[options.print_settings]
         log(f"{settings.destination}; {KEY_VARIABLE} is a key of the server, or any text if it has none")
         sys.stdout.write(settings.text(_model_address(options, request.source, model)))
         return
-    state = ServerState(_server_options(options), _name_for_clients(request.source), ClusterActivity())
+    answers = ServerOptions(
+        keepalive=options.keepalive,
+        strict_model=options.strict_model,
+        mirrors_reasoning=options.mirror_reasoning,
+    )
+    state = ServerState(answers, _name_for_clients(request.source), ClusterActivity())
     address, files = (options.host, options.port), (options.certfile, options.keyfile)
     with (
         LineLog(log) as lines,
@@ -216,14 +219,6 @@ def _model_address(options: ServeOptions, source: ModelSource, model: ModelDescr
     context_tokens = options.cluster.context_tokens or min(DEFAULT_CONTEXT_TOKENS, longest)
     url = url_for_others(options.host, options.port, is_https=options.certfile is not None)
     return ModelAddress(url, _name_for_clients(source), context_tokens)
-
-
-def _server_options(options: ServeOptions) -> ServerOptions:
-    return ServerOptions(
-        keepalive=options.keepalive,
-        strict_model=options.strict_model,
-        mirrors_reasoning=options.mirror_reasoning,
-    )
 
 
 def _access(options: ServeOptions, write: Callable[[str], None]) -> Access:
@@ -282,7 +277,7 @@ def _serve(
             model,
             listener,
             limit=None,
-            log_dir=None if options.log_dir is None else Path(options.log_dir),
+            log_dir=options.log_dir,
             log_tokens=options.log_tokens,
             longest_wait_s=LONGEST_WAIT_S,
         ) as restarting,
@@ -310,20 +305,14 @@ def _serve(
                 f"serving {state.model_name} at {server.url}/v1: {engine.num_slots} requests at once, "
                 f"{frontend.context_tokens} tokens each"
             )
-            if not _wait(state, server, options.drain_s, write):
+            try:
+                server.has_ended.wait()
+            except Interrupted:
+                write(f"ending: running requests may continue for {options.drain_s:g} s; a second signal ends at once")
+                state.is_ending = True
+                server.drain()
+            else:
                 raise failures[0] if failures else ClusterError("the HTTP server has ended")
-
-
-def _wait(state: ServerState, server: HttpServer, drain_s: float, write: Callable[[str], None]) -> bool:
-    """Wait for a signal, and then until the running requests have ended. Return False after a failure."""
-    try:
-        server.has_ended.wait()
-    except Interrupted:
-        write(f"ending: running requests may continue for {drain_s:g} s; a second signal ends at once")
-        state.is_ending = True
-        server.drain()
-        return True
-    return False
 
 
 def _name_for_clients(source: ModelSource) -> str:

@@ -55,13 +55,7 @@ class SetupOptions(msgspec.Struct, frozen=True, kw_only=True):
         return profile_path().with_name("hosts.json") if self.hostfile is None else Path(self.hostfile).absolute()
 
 
-class _SetupCommand(ProgramCommand):
-    """A command that writes the profile, and does not read it."""
-
-    reads_profile = False
-
-
-@click.command(cls=_SetupCommand)
+@click.command(cls=ProgramCommand)
 @click.argument("hosts", nargs=-1, metavar="[HOST]...")
 @click.option(
     "--address",
@@ -109,6 +103,9 @@ def command(options: SetupOptions) -> None:
         if steps.done:
             log("run the same command again to go on: what is done is not repeated")
         raise
+
+
+command.reads_profile = False  # it writes the profile
 
 
 class _Steps:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from mlx_k2.cli.console import ConsoleListener, log
 from mlx_k2.cli.options import RunOptions
-from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, deployment_request, open_source
+from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, deployment_request
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.scheduling.drafter import DraftMode
@@ -21,13 +21,6 @@ def asked_request(
     for line in request.hostfile.warnings:
         log(line)
     return request
-
-
-def opened_request(
-    cluster: ClusterOptions, draft_mode: DraftMode = DraftMode.AUTO, num_slots: int = 1
-) -> tuple[DeploymentRequest, ModelDescription | None]:
-    """Return the request and the model's description, as `open_source` does, after `asked_request`."""
-    return open_source(asked_request(cluster, draft_mode, num_slots))
 
 
 def early_frontend(request: DeploymentRequest, model: ModelDescription | None) -> ModelFrontend | None:
@@ -46,7 +39,7 @@ def started_cluster(
     """Start the stages and load the model, with progress on stderr; end them on exit."""
     with (
         ConsoleListener(verbose) as listener,
-        RestartingDeployment(request, model, listener, *run.arguments) as restarting,
+        RestartingDeployment(request, model, listener, run.restarts, run.log_dir, run.log_tokens) as restarting,
     ):
         listener.hide_progress()
         deployment = restarting.deployment

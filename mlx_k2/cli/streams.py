@@ -47,6 +47,16 @@ def is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty()
 
 
+def is_dumb() -> bool:
+    """Return whether the terminal can only show lines, by its TERM."""
+    return os.environ.get("TERM", "dumb") in ("dumb", "unknown", "")
+
+
+def refuses_colour() -> bool:
+    """Return whether the user wants no colours."""
+    return bool(os.environ.get("NO_COLOR"))
+
+
 def write_json_line(value: object) -> None:
     """Write ``value`` to standard output as a line of JSON that is safe on a terminal."""
     write_utf8(json_line(value))

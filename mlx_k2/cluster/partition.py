@@ -114,18 +114,6 @@ def divide_as_requested(
     return assignments
 
 
-def parse_split(text: str) -> tuple[int, ...]:
-    """Return the layer counts of ``--split 31,30``.
-
-    Raises:
-        PartitionError: the text is not positive numbers separated by commas.
-    """
-    parts = text.split(",")
-    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise PartitionError(f"--split {text!r} is not a list of layer counts: write one for each host, as in 31,30")
-    return tuple(map(int, parts))
-
-
 def _check_num_hosts(num_layers: int, num_hosts: int) -> None:
     assert num_hosts >= 1
     if num_hosts > num_layers:

@@ -69,7 +69,9 @@ def fastest_choice(
     problem = "the hosts share no network: give an address of each with --address"
     for choice in choices:
         try:
-            speeds = hop_speeds(with_addresses(request, choice))
+            with bring_up.stage_group(request, DeploymentListener()) as group:
+                bring_up.collect(group, Hello, range(group.size), bring_up.HANDSHAKE_S, "start")
+                speeds = measured_hops(group, with_addresses(request, choice).hostfile)
         except (ClusterError, SetupError) as error:
             problem = str(error)
         else:
@@ -88,17 +90,6 @@ def with_addresses(request: DeploymentRequest, addresses: Sequence[str]) -> Depl
     ]
     hostfile: Hostfile = msgspec.structs.replace(request.hostfile, hosts=tuple(hosts))
     return replace(request, hostfile=hostfile)
-
-
-def hop_speeds(request: DeploymentRequest) -> list[HopSpeed]:
-    """Return the speed of each hop between stages without a model.
-
-    Raises:
-        ClusterError, SetupError: the stages do not start, or do not connect.
-    """
-    with bring_up.stage_group(request, DeploymentListener()) as group:
-        bring_up.collect(group, Hello, range(group.size), bring_up.HANDSHAKE_S, "start")
-        return measured_hops(group, request.hostfile)
 
 
 def measured_hops(group: StageGroup, hostfile: Hostfile) -> list[HopSpeed]:

@@ -16,9 +16,9 @@ from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.plan import HostMemory, StagePlan
 from mlx_k2.doctor.addresses import measured_hops
 from mlx_k2.doctor.checks import (
+    FAILURE,
+    WARNING,
     Check,
-    CheckResult,
-    HostAnswer,
     check_addresses,
     check_answer,
     check_backend,
@@ -45,6 +45,7 @@ from mlx_k2.protocol.messages import (
 from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.model_source import is_repo
 
+ALL_HOSTS = "all hosts"
 NUM_CLOCK_READINGS = 7
 PROBE_S = 90.0
 DEEP_S = 900.0
@@ -78,9 +79,7 @@ def probe_cluster(
             listener.phase("measuring the hops")
             round_.measure_hops()
         elif len(hosts) > 1:
-            round_.checks.append(
-                Check("all hosts", "hop", CheckResult.WARNING, "not measured: not every host answered")
-            )
+            round_.checks.append(Check("hop", WARNING, "not measured: not every host answered", ALL_HOSTS))
     return tuple(round_.checks)
 
 
@@ -145,7 +144,7 @@ class _Round:
         try:
             _, plans = plan_for(self._request, model, memories, all_on_gpu=all(gpus))
         except PartitionError as error:
-            self.checks.append(Check("all hosts", "memory", CheckResult.FAILURE, str(error)))
+            self.checks.append(Check("memory", FAILURE, str(error), ALL_HOSTS))
             return ()
         self._listener.planned(model, plans)
         return plans
@@ -159,10 +158,10 @@ class _Round:
             if (read := self.collect(ClockRead, [rank], PROBE_S, "ssh").get(rank)) is None:
                 return
             elapsed_s = time.monotonic() - asked
-            answers.append(HostAnswer(elapsed_s, read.unix_s - asked_at - elapsed_s / 2))
-        quickest = min(answers, key=lambda answer: answer.round_trip_s)
-        typical_s = statistics.median(answer.round_trip_s for answer in answers)
-        self._add(rank, check_answer(self._hosts[rank].ssh, HostAnswer(typical_s, quickest.clock_ahead_s)))
+            answers.append((elapsed_s, read.unix_s - asked_at - elapsed_s / 2))
+        _, clock_ahead_s = min(answers)
+        typical_s = statistics.median(elapsed_s for elapsed_s, _ in answers)
+        self._add(rank, check_answer(typical_s, clock_ahead_s))
 
     def probe(self, hellos: Mapping[int, Hello], plans: Sequence[StagePlan], *, deep: bool) -> dict[int, HostFacts]:
         """Return the facts of the hosts that answered, by rank."""
@@ -177,20 +176,18 @@ class _Round:
         host, hello, hostfile = self._hosts[rank], hellos[rank], self._request.hostfile
         here = {"mlx-k2": __version__, "mlx": version("mlx")}
         systems = {each.system for each in hellos.values()}
-        self._add(rank, check_versions(host, hello, here, hostfile.backend, systems))
         needed_bytes = plans[rank].needed_bytes if plans else None
-        self._add(rank, check_memory(host.ssh, hello, facts.memory_free_bytes, needed_bytes))
+        checks = [*check_versions(host, hello, here, hostfile.backend, systems)]
+        checks.append(check_memory(hello, facts.memory_free_bytes, needed_bytes))
         if facts.model is not None:
-            self._add(rank, check_model(host.ssh, facts.model, self._download()))
+            checks.append(check_model(facts.model, self._download()))
         if len(self._hosts) > 1:
-            self._add(rank, check_addresses(host, facts))
-            self._add(rank, check_backend(host, hostfile.backend, hello, facts))
-        self._add(rank, check_environment(host.ssh, facts, hostfile.envs))
-        self._add(rank, check_sleep(host.ssh, facts))
+            checks += [*check_addresses(host, facts), check_backend(host, hostfile.backend, hello, facts)]
+        self._add(rank, [*checks, check_environment(facts, hostfile.envs), *check_sleep(facts)])
 
     def measure_hops(self) -> None:
         """Connect all stages as a run does, with the built-in model, which every host has, and time each hop."""
-        if any(check.result is CheckResult.FAILURE and check.what in ("addresses", "backend") for check in self.checks):
+        if any(check.result is FAILURE and check.what in ("addresses", "backend") for check in self.checks):
             self._fail_hops("not tried: see the failures above")
             return
         try:
@@ -199,7 +196,7 @@ class _Round:
             self._fail_hops(f"{error}: check the cable and the addresses")
             return
         self.checks += [
-            replace(check_hop(self._hosts, rank, speed), host=f"{self.name(rank)} to {self.name(rank + 1)}")
+            replace(check_hop(speed), host=f"{self.name(rank)} to {self.name(rank + 1)}")
             for rank, speed in enumerate(speeds)
         ]
 
@@ -208,7 +205,7 @@ class _Round:
         return self._request.command_line("download") if is_repo(self._request.source) else ""
 
     def _fail(self, rank: int, what: str, found: str) -> None:
-        self.checks.append(Check(self.name(rank), what, CheckResult.FAILURE, found))
+        self.checks.append(Check(what, FAILURE, found, self.name(rank)))
 
     def _fail_hops(self, found: str) -> None:
-        self.checks.append(Check("all hosts", "hop", CheckResult.FAILURE, found))
+        self.checks.append(Check("hop", FAILURE, found, ALL_HOSTS))

@@ -97,21 +97,13 @@ class UnusableFunction(Exception):
 def _as_tool(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``function`` in the form that mcp calls: blocking code in a thread, exceptions as text for the model."""
 
-    def blocking(**arguments: Any) -> Any:
-        try:
-            return function(**arguments)
-        except Exception:
-            raise
-        except BaseException as error:  # would end this thread without an answer to the call
-            raise ToolError(f"{type(error).__name__}: {error}") from error
-
     @functools.wraps(function)
     async def tool(**arguments: Any) -> str:
         try:
             if inspect.iscoroutinefunction(function):
                 result = await function(**arguments)
             else:
-                result = await anyio.to_thread.run_sync(functools.partial(blocking, **arguments))
+                result = await anyio.to_thread.run_sync(functools.partial(function, **arguments))
             text = result if isinstance(result, str) else _json_text(result)
         except (anyio.get_cancelled_exc_class(), ToolError):
             raise

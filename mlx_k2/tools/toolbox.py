@@ -59,22 +59,16 @@ class Tool:
         return {"type": "function", "function": function}
 
 
+@dataclass(frozen=True)
 class ToolBox:
     """Tools to call, several at once and from any thread. Every call gets a result, even if its server fails."""
 
-    def __init__(
-        self,
-        portal: BlockingPortal,
-        tools: Mapping[str, Tool],
-        limits: Limits,
-        problems: Sequence[str] = (),
-    ) -> None:
-        self.tools = tools
-        """The tools by name."""
-        self.problems = problems
-        """Lines for the user about servers that did not start, and tools that cannot be offered."""
-        self._portal = portal
-        self._limits = limits
+    _portal: BlockingPortal
+    tools: Mapping[str, Tool]
+    """The tools by name."""
+    _limits: Limits
+    problems: Sequence[str] = ()
+    """Lines for the user about servers that did not start, and tools that cannot be offered."""
 
     @property
     def declarations(self) -> list[dict[str, Any]]:

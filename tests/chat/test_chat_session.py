@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mlx_k2.chat.chat_events import CallEnded, CallStarted, Event, MessageAdded
-from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit
+from mlx_k2.chat.chat_session import ChatSession, ReplySettings
 from mlx_k2.chat.conversation import Conversation
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.errors import RequestError, TokenizerError
@@ -66,7 +66,8 @@ def session(
         tokenizer(),
         Conversation(builtin_template(), tokenizer(), declared),
         ReplySettings(Sampling(seed=1), stop_ids=tokenizer().stop_ids, **fields),
-        None if tools is None else Toolkit(tools, approve),
+        tools,
+        approve,
     ), script
 
 

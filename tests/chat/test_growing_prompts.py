@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_k2.chat.chat_session import ChatSession, Toolkit
+from mlx_k2.chat.chat_session import ChatSession
 from mlx_k2.chat.conversation import Conversation
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.text.chat_template import ChatTemplate
@@ -62,7 +62,7 @@ def test_a_tool_chat_computes_no_token_twice_if_the_template_keeps_reasoning(
         replies = calls_and_answers(stages.tokenizer, "" if keeps_reasoning else "<think>")
         source = ScriptOnStages(stages.engine, replies)
         settings = replace(stages.settings(), stop_ids=stages.tokenizer.stop_ids)
-        chat = ChatSession(source, stages.tokenizer, conversation, settings, Toolkit(tools, lambda call: True))
+        chat = ChatSession(source, stages.tokenizer, conversation, settings, tools, lambda call: True)
         computed = []
         summaries: list[AnswerSummary] = []
         for number in range(NUM_QUESTIONS):

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from mlx_k2.chat.chat_events import CallEnded
-from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit
+from mlx_k2.chat.chat_session import ChatSession, ReplySettings
 from mlx_k2.chat.conversation import Conversation
 from mlx_k2.cluster.hostfile import local_hostfile
 from mlx_k2.coordinator.answer_summary import AnswerSummary
@@ -213,9 +213,8 @@ def test_three_hundred_tool_calls_in_a_row_reuse_the_cached_prefix_and_memory_st
         declared = [item for item in tools.declarations if item["function"]["name"].endswith("_add")]
         conversation = Conversation(stages.template, stages.tokenizer, declared)
         source = ScriptOnStages(stages.engine, calls_and_an_answer(stages.tokenizer))
-        toolkit = Toolkit(tools, lambda call: True)
         settings = replace(stages.settings(max_tokens=200), stop_ids=stages.tokenizer.stop_ids)
-        chat = ChatSession(source, stages.tokenizer, conversation, settings, toolkit)
+        chat = ChatSession(source, stages.tokenizer, conversation, settings, tools, lambda call: True)
         summaries: list[AnswerSummary] = []
         for event in chat.send_message("Add."):
             if isinstance(event, AnswerSummary):

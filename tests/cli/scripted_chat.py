@@ -3,13 +3,15 @@
 import sys
 import threading
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
-from mlx_k2.chat.chat_session import ChatSession, ReplySettings, Toolkit
+from mlx_k2.chat.chat_session import ChatSession, ReplySettings
 from mlx_k2.chat.conversation import Conversation
-from mlx_k2.cli.repl.commands import HELP, Commands, Model
+from mlx_k2.cli.repl.commands import HELP, Commands
+from mlx_k2.cli.repl.keyboard import choose_keyboard
 from mlx_k2.cli.repl.loop import Repl
-from mlx_k2.cli.repl.terminal import choose_keyboard, choose_screen
+from mlx_k2.cli.repl.screen import choose_screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.repl.usage_totals import UsageTotals
@@ -64,14 +66,13 @@ def main(script: str, transcript_path: str) -> None:
             on_token=lambda at: pause(1000.0 if script == "stuck" and at == 5 else TOKEN_S),
         )
         settings = ReplySettings(Sampling(seed=1), 9000, tokenizer().stop_ids, 4096 * 4)
-        toolkit = None if tools is None else Toolkit(tools, approval)
-        session = ChatSession(source, tokenizer(), conversation, settings, toolkit)
-        approval.answer = session
-        model = Model("a script", "0")
+        session = ChatSession(source, tokenizer(), conversation, settings, tools, approval)
+        approval.session = session
+        show_stats = partial(screen.log, "no stages")
         commands = Commands(
-            session, model, screen, usage, tools, approval, lambda: screen.log("no stages"), lambda thinking: 1.0
+            session, "a script", "0", screen, usage, tools, approval, show_stats, temperature=lambda thinking: 1.0
         )
-        Repl(session, commands, keyboard, screen, usage, transcript).run()
+        Repl(commands, keyboard, transcript).run()
     sys.stderr.write("left\n")
 
 

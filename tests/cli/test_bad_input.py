@@ -241,11 +241,14 @@ def test_a_model_folder_whose_path_is_not_utf_8_is_refused(
 REQUESTS: dict[str, tuple[list[str], str]] = {
     "empty prompt": ([""], "the prompt is empty: give some text"),
     "blank prompt": ([" \n"], "the prompt is empty: give some text"),
-    "no token ids": (["--token-ids", ""], "--token-ids: '' is not a token id: write numbers with commas"),
-    "token ids with a word": (["--token-ids", "3,x"], "--token-ids: 'x' is not a token id"),
-    "token ids with a gap": (["--token-ids", "3,,4"], "--token-ids: '' is not a token id"),
-    "negative token id": (["--token-ids", "-3"], "--token-ids: '-3' is not a token id"),
-    "token id of a thousand digits": (["--token-ids", "9" * 5000], "--token-ids: '9999999999' is not a token id"),
+    "no token ids": (["--token-ids", ""], "--token-ids: '' is not a whole number from 0: write numbers with commas"),
+    "token ids with a word": (["--token-ids", "3,x"], "--token-ids: 'x' is not a whole number from 0"),
+    "token ids with a gap": (["--token-ids", "3,,4"], "--token-ids: '' is not a whole number from 0"),
+    "negative token id": (["--token-ids", "-3"], "--token-ids: '-3' is not a whole number from 0"),
+    "token id of a thousand digits": (
+        ["--token-ids", "9" * 5000],
+        "--token-ids: '9999999999' is not a whole number from 0",
+    ),
     "unknown token id": (["--token-ids", f"3,{VOCAB_SIZE}"], f"token id {VOCAB_SIZE} is outside the vocabulary of 768"),
     "token ids and a prompt": (["--token-ids", "3", "Hello"], "--token-ids is the whole prompt: leave out PROMPT"),
     "raw and a system prompt": (["--raw", "--system", "x", "Hello"], "--raw sends only PROMPT: leave out --system"),
@@ -289,10 +292,13 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
     "timeout": (["--timeout", "0", "Hello"], "timeout is 0 s: give more than 0"),
     "timeout nan": (["--timeout", "nan", "Hello"], "timeout is nan s"),
     "revision of a folder": (["--revision", "main", "Hello"], "a revision is for a repository on the Hub"),
-    "split with a word": (["--split", "3,x", "Hello"], "--split '3,x' is not a list of layer counts"),
+    "split with a word": (["--split", "3,x", "Hello"], "--split: 'x' is not a whole number from 1"),
     "split of other stages": (["--split", "7", "--stages", "2", "Hello"], "--split 7 names 1 stages, and there are 2"),
     "split of other layers": (["--split", "3,3", "--stages", "2", "Hello"], "assigns 6 layers: it must assign 7"),
-    "split with a stage without layers": (["--split", "7,0", "--stages", "2", "Hello"], "'7,0' is not a list of layer"),
+    "split with a stage without layers": (
+        ["--split", "7,0", "--stages", "2", "Hello"],
+        "--split: '0' is not a whole number from 1",
+    ),
     "more stages than layers": (["--stages", "8", "Hello"], "the model has 7 layers: use at most 7 hosts"),
 }
 

@@ -68,6 +68,8 @@ def test_the_csv_file_has_a_line_for_each_row(document: dict[str, Any], files: P
     with (files / "rows.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [int(line["streams"]) for line in lines] == [row["streams"] for row in document["rows"]]
+    assert [float(line["wall_s"]) for line in lines] == [row["wall_s"] for row in document["rows"]]
+    assert all(None not in line for line in lines)  # no cell without a heading
 
 
 def test_rows_are_appended_to_a_file_with_the_same_columns(document: dict[str, Any], files: Path) -> None:
@@ -158,10 +160,10 @@ def test_the_plot_is_a_png_with_the_expected_size_and_lines(document: dict[str, 
     [
         (["--csv", "nowhere/rows.csv"], "there is no folder"),
         (["--plot", "nowhere/plot.png"], "there is no folder"),
-        (["--streams", "0"], "not a list of numbers above 0"),
-        (["--streams", "1,x"], "not a list of numbers above 0"),
+        (["--streams", "0"], "not a whole number from 1"),
+        (["--streams", "1,x"], "not a whole number from 1"),
         (["--streams", "100"], "at most 64 sequences"),
-        (["--prompt-lengths", ""], "not a list of numbers above 0"),
+        (["--prompt-lengths", ""], "not a whole number from 1"),
         (["--generate", "1"], "not in the range"),
         (["--context", "64", "--prompt-lengths", "60"], "give --context 188"),
     ],

@@ -17,7 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mlx_k2.cli.repl.chat_markdown import ChatMarkdown
+from mlx_k2.cli.repl.chat_markdown import ChatMarkdown, chat_parser
 from mlx_k2.cli.repl.markdown_stream import MarkdownDisplay, MarkdownStream
 from tests.cli.tmux import Terminal, needs_tmux, terminal
 
@@ -82,7 +82,7 @@ def stream(document: str, piece_chars: list[int]) -> str:
 def printed(document: str) -> str:
     """Return the output of rich's Markdown of the whole ``document``."""
     output = io.StringIO()
-    console(output).print(ChatMarkdown(document))
+    console(output).print(ChatMarkdown(chat_parser().parse(document)))
     return output.getvalue()
 
 
@@ -190,7 +190,7 @@ def test_the_work_of_a_refresh_does_not_grow_with_the_block(first: str, line: st
 def plain(document: str) -> list[str]:
     """Return the lines that show ``document``, without colours."""
     output = io.StringIO()
-    Console(file=output, width=WIDTH, color_system=None).print(ChatMarkdown(document))
+    Console(file=output, width=WIDTH, color_system=None).print(ChatMarkdown(chat_parser().parse(document)))
     return [line.rstrip() for line in output.getvalue().splitlines()]
 
 

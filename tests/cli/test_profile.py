@@ -8,7 +8,7 @@ import pytest
 from mlx_k2.cli import doctor, serve
 from mlx_k2.cli.generate import command
 from mlx_k2.cli.generate_options import GenerateOptions
-from mlx_k2.cli.main import cli, run
+from mlx_k2.cli.main import cli, run, user_profile
 from mlx_k2.cli.options import with_struct
 from tests.advice import follows_advice
 
@@ -41,7 +41,9 @@ def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def options_of(*arguments: str) -> GenerateOptions:
     read: list[GenerateOptions] = []
-    with command.make_context("generate", list(arguments), cli.make_context("mlx-k2", ["generate"])) as context:
+    with command.make_context(
+        "generate", list(arguments), cli.make_context("mlx-k2", ["generate"], obj=user_profile)
+    ) as context:
         with_struct(GenerateOptions)(read.append)(**context.params)
     return read[0]
 
@@ -143,7 +145,7 @@ def test_an_option_is_one_value_or_a_list(profile: Path, capsys: pytest.CaptureF
 
 
 def test_each_table_of_the_profile_applies_to_its_command(profile: Path) -> None:
-    parent = cli.make_context("mlx-k2", ["serve"])
+    parent = cli.make_context("mlx-k2", ["serve"], obj=user_profile)
     params = serve.command.make_context("serve", [], parent).params
     assert (params["port"], params["model"]) == (9000, "moonshotai/Kimi-K2-Thinking")
     assert "temperature" not in doctor.command.make_context("doctor", [], parent).params

@@ -35,7 +35,7 @@ def plans() -> list[StagePlan]:
 
 
 CELLS = [["123.4 GB", "21.5 GB", "31"], ["124.4 GB", "22.5 GB", "32"]]
-CHECKS = tuple(Check(host, "an observation of it", CheckResult.OK, f"found on {host}") for host in HOSTS)
+CHECKS = tuple(Check("an observation of it", CheckResult.OK, f"found on {host}", host) for host in HOSTS)
 TABLES: dict[str, tuple[Callable[[], None], Sequence[str]]] = {
     "plan": (
         lambda: show_plan(plans(), CELLS, ("memory", "read a token", "files")),

@@ -95,7 +95,7 @@ class FailsAtItsEnd:
 
 def doctor(parts: list[str]) -> None:
     text = "".join(parts)
-    checks = (Check(text, text, CheckResult.FAILURE, text),)
+    checks = (Check(text, CheckResult.FAILURE, text, text),)
     show_checks(checks)
     _print_json(checks)
 

@@ -30,8 +30,10 @@ def main(model: Path) -> None:
         written, other = cluster.engine.submit_all(submissions)
         thread = threading.Thread(target=report_end, args=[other, written])
         thread.start()
-        with JsonOutput(tokenizer) as output:
-            output.show(event for event in written.events() if isinstance(event, Token))
+        output = JsonOutput(tokenizer)
+        for event in written.events():
+            if isinstance(event, Token):
+                output.event(event)
         thread.join()
 
 

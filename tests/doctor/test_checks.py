@@ -11,7 +11,6 @@ from mlx_k2.cluster.hostfile import Backend, Host
 from mlx_k2.doctor.checks import (
     Check,
     CheckResult,
-    HostAnswer,
     check_addresses,
     check_answer,
     check_backend,
@@ -69,7 +68,7 @@ def hello(**changes: object) -> Hello:
 
 
 def backend(seen: HostFacts, system: str = "macOS 26.4") -> list[Check]:
-    return list(check_backend(HOST, Backend.JACCL, hello(system=system), seen))
+    return [check_backend(HOST, Backend.JACCL, hello(system=system), seen)]
 
 
 JUDGED: dict[str, tuple[list[Check], CheckResult, str]] = {
@@ -94,23 +93,23 @@ JUDGED: dict[str, tuple[list[Check], CheckResult, str]] = {
         "update all to the same",
     ),
     "a wired limit that is too low": (
-        list(check_memory("mac-2", HELLO, 480 * GB, 420 * GB)),
+        [check_memory(HELLO, 480 * GB, 420 * GB)],
         FAILURE,
         "`sudo sysctl iogpu.wired_limit_mb=400544`",
     ),
-    "a host with too little memory": (list(check_memory("mac-2", HELLO, 480 * GB, 600 * GB)), FAILURE, "give --split"),
-    "memory in use": (list(check_memory("mac-2", HELLO, 100 * GB, 300 * GB)), WARNING, "end other programs"),
-    "enough memory": (list(check_memory("mac-2", HELLO, 480 * GB, 300 * GB)), OK, "300.0 GB of 400.0 GB of GPU"),
-    "files to fetch": (list(check_model("mac-2", model(missing_bytes=300 * GB), DOWNLOAD)), WARNING, f"`{DOWNLOAD}`"),
-    "a full disk": (list(check_model("mac-2", model(missing_bytes=1000 * GB), DOWNLOAD)), FAILURE, "900.0 GB free"),
-    "a truncated file": (list(check_model("mac-2", model(problem="x is truncated"), DOWNLOAD)), FAILURE, "x is trunc"),
+    "a host with too little memory": ([check_memory(HELLO, 480 * GB, 600 * GB)], FAILURE, "give --split"),
+    "memory in use": ([check_memory(HELLO, 100 * GB, 300 * GB)], WARNING, "end other programs"),
+    "enough memory": ([check_memory(HELLO, 480 * GB, 300 * GB)], OK, "300.0 GB of 400.0 GB of GPU"),
+    "files to fetch": ([check_model(model(missing_bytes=300 * GB), DOWNLOAD)], WARNING, f"`{DOWNLOAD}`"),
+    "a full disk": ([check_model(model(missing_bytes=1000 * GB), DOWNLOAD)], FAILURE, "900.0 GB free"),
+    "a truncated file": ([check_model(model(problem="x is truncated"), DOWNLOAD)], FAILURE, "x is trunc"),
     "a wrong checksum": (
-        list(check_model("mac-2", model(found={"a": "1", "b": "2"}, expected={"a": "1", "b": "3"}), DOWNLOAD)),
+        [check_model(model(found={"a": "1", "b": "2"}, expected={"a": "1", "b": "3"}), DOWNLOAD)],
         FAILURE,
         "b in /models/k2 is not what the Hub has",
     ),
     "right checksums": (
-        list(check_model("mac-2", model(found={"a": "1"}, expected={"a": "1"}), DOWNLOAD)),
+        [check_model(model(found={"a": "1"}, expected={"a": "1"}), DOWNLOAD)],
         OK,
         "1 of them right",
     ),
@@ -131,20 +130,20 @@ JUDGED: dict[str, tuple[list[Check], CheckResult, str]] = {
     "small RDMA": (backend(FACTS, "macOS 26.2"), WARNING, "update to macOS 26.3"),
     "RDMA": (backend(FACTS), OK, "jaccl over rdma_en5"),
     "fast synch there": (
-        list(check_environment("mac-2", facts(environment={"MLX_METAL_FAST_SYNCH": "1"}), ())),
+        [check_environment(facts(environment={"MLX_METAL_FAST_SYNCH": "1"}), ())],
         WARNING,
         "`unset MLX_METAL_FAST_SYNCH`",
     ),
     "fast synch in the hostfile": (
-        list(check_environment("mac-2", FACTS, ("MLX_METAL_FAST_SYNCH=1",))),
+        [check_environment(FACTS, ("MLX_METAL_FAST_SYNCH=1",))],
         WARNING,
         "take it out of envs",
     ),
-    "idle sleep": (list(check_sleep("mac-2", FACTS)), WARNING, "`sudo pmset -a sleep 0 disksleep 0`"),
-    "a slow answer": (list(check_answer("mac-2", HostAnswer(0.05, 0.0)))[:1], WARNING, "answers in 50.0 ms"),
-    "a wrong clock": (list(check_answer("mac-2", HostAnswer(0.001, -90.0)))[1:], WARNING, "90 s behind .* `sudo sntp"),
-    "a slow hop": ([check_hop((HOST, HOST), 0, HopSpeed(0.0002, 60e6))], WARNING, "ips are those of the cable"),
-    "a hop": ([check_hop((HOST, HOST), 0, HopSpeed(0.0003, 4e9))], OK, "300 us for a token, 4.00 GB/s"),
+    "idle sleep": (list(check_sleep(FACTS)), WARNING, "`sudo pmset -a sleep 0 disksleep 0`"),
+    "a slow answer": (list(check_answer(0.05, 0.0))[:1], WARNING, "answers in 50.0 ms"),
+    "a wrong clock": (list(check_answer(0.001, -90.0))[1:], WARNING, "90 s behind .* `sudo sntp"),
+    "a slow hop": ([check_hop(HopSpeed(0.0002, 60e6))], WARNING, "ips are those of the cable"),
+    "a hop": ([check_hop(HopSpeed(0.0003, 4e9))], OK, "300 us for a token, 4.00 GB/s"),
 }
 
 
@@ -177,7 +176,7 @@ def test_each_state_of_a_host_gives_the_right_check_result_and_remedy(
 
 
 def test_a_host_without_sleep_settings_has_no_sleep_check() -> None:
-    assert list(check_sleep("linux", facts(settings={}))) == []
+    assert list(check_sleep(facts(settings={}))) == []
 
 
 def test_hosts_whose_copies_of_a_file_differ_are_all_named() -> None:
@@ -188,6 +187,6 @@ def test_hosts_whose_copies_of_a_file_differ_are_all_named() -> None:
 
 
 def test_commands_are_the_texts_between_backticks() -> None:
-    check = Check("mac-2", "ssh", FAILURE, "it is so: run `ssh mac-2` once, then `ssh-copy-id mac-2`")
+    check = Check("ssh", FAILURE, "it is so: run `ssh mac-2` once, then `ssh-copy-id mac-2`")
     assert check.commands == ["ssh mac-2", "ssh-copy-id mac-2"]
     assert replace(check, result=OK).commands == []

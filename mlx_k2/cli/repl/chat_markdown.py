@@ -5,6 +5,7 @@ A formula is the text between \( and \), \[ and \], or $$ and $$: its backslashe
 
 from markdown_it import MarkdownIt
 from markdown_it.rules_inline import StateInline
+from markdown_it.token import Token
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import Heading, ListItem, Markdown
 from rich.segment import Segment
@@ -60,11 +61,10 @@ class _NumberedItem(ListItem):
 
 
 class ChatMarkdown(Markdown):
-    """Markdown of a chat."""
+    """Markdown of a chat, from the tokens of `chat_parser`."""
 
     elements = {**Markdown.elements, "heading_open": _LeftHeading, "list_item_open": _NumberedItem}  # noqa: RUF012
 
-    def __init__(self, markup: str) -> None:
+    def __init__(self, tokens: list[Token]) -> None:
         super().__init__("")
-        self.markup = markup
-        self.parsed = chat_parser().parse(markup)
+        self.parsed = tokens

@@ -50,23 +50,17 @@ class Quit(Exception):
     """The exception that ends the chat at the user's command."""
 
 
-@dataclass(frozen=True)
-class Model:
-    """The model's name and digest, as saved files hold them."""
-
-    name: str
-    digest: str
-
-
 @dataclass
 class Commands:
-    """The commands on one session. ``show_stats`` shows each stage's fraction of the computing time.
+    """The commands on one session with the model of this name and digest, which saved files hold.
 
-    ``temperature`` returns the temperature of replies with thinking (True) and without it (False).
+    ``show_stats`` shows each stage's fraction of the computing time. ``temperature`` returns the temperature of
+    replies with thinking (True) and without it (False).
     """
 
     session: ChatSession
-    model: Model
+    model: str
+    digest: str
     screen: Screen
     usage: UsageTotals
     tools: Tools | None
@@ -100,7 +94,7 @@ class Commands:
             RequestError: the file cannot be written.
         """
         messages = [message.json_value() for message in self.session.conversation.messages]
-        save_chat(path, SavedChat(self.model.name, self.model.digest, messages))
+        save_chat(path, SavedChat(self.model, self.digest, messages))
 
     def _help(self, argument: str) -> None:
         width = max(len(f"{name} {hint}") for name, (hint, _) in HELP.items())
@@ -137,7 +131,7 @@ class Commands:
 
     def _load(self, argument: str) -> None:
         path = _path(argument, "/load")
-        messages = load_chat(path, self.model.digest)
+        messages = load_chat(path, self.digest)
         try:
             left_out = self.session.load(messages)
         except MlxK2Error as error:

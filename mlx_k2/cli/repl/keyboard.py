@@ -6,7 +6,6 @@ import termios
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
@@ -18,19 +17,21 @@ from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.patch_stdout import patch_stdout
 from prompt_toolkit.styles import Style
 
-from mlx_k2.cli.streams import is_terminal
+from mlx_k2.cli.streams import is_dumb, is_terminal, refuses_colour
+from mlx_k2.private_files import state_folder
 from mlx_k2.text.tokenizer import well_formed
 
 PROMPT = "> "
 _STYLE = Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack"})
 
 
-class Keyboard(Protocol):
-    """A reader of the user's input."""
+class LineKeyboard:
+    """Lines of standard input. A line that ends with a backslash continues in the next line."""
 
     @property
     def can_ask(self) -> bool:
-        """Whether a user can answer a question."""
+        """Whether standard input is a terminal, so that a user can answer a question."""
+        return is_terminal(sys.stdin)
 
     def read(self) -> str:
         """Return the next message or command.
@@ -39,24 +40,6 @@ class Keyboard(Protocol):
             EOFError: the input has ended.
             KeyboardInterrupt: the user discards the current line.
         """
-
-    def ask(self, question: str) -> str:
-        """Discard what was typed before, and return the answer to a question; errors are those of ``read``."""
-
-    def attended(self) -> AbstractContextManager[None]:
-        """Return a context around all reading. Input typed between two calls of ``read`` is kept for the next."""
-
-
-class LineKeyboard:
-    """Lines of standard input. A line that ends with a backslash continues in the next line."""
-
-    @property
-    def can_ask(self) -> bool:
-        """Whether standard input is a terminal."""
-        return is_terminal(sys.stdin)
-
-    def read(self) -> str:
-        """Return the next message or command, as ``Keyboard.read`` does."""
         lines = [self._line(PROMPT)]
         while lines[-1].endswith("\\"):
             lines[-1] = lines[-1][:-1]
@@ -64,13 +47,16 @@ class LineKeyboard:
         return "\n".join(lines)
 
     def ask(self, question: str) -> str:
-        """Return the answer to a question, as ``Keyboard.ask`` does."""
+        """Discard what was typed before, and return the answer to a question; errors are those of ``read``."""
         if is_terminal(sys.stdin):
             termios.tcflush(sys.stdin, termios.TCIFLUSH)
         return self._line(question)
 
     def attended(self) -> AbstractContextManager[None]:
-        """Return a context without effect: standard input keeps unread lines by itself."""
+        """Return a context around all reading. Input typed between two calls of ``read`` is kept for the next.
+
+        Standard input keeps unread lines by itself.
+        """
         return contextlib.nullcontext()
 
     def _line(self, prompt: str) -> str:
@@ -83,7 +69,7 @@ class LineKeyboard:
         return line.rstrip("\n")
 
 
-class TerminalKeyboard:
+class TerminalKeyboard(LineKeyboard):
     """A terminal with editing, a history across runs, and a status line with the text of ``status``."""
 
     def __init__(
@@ -102,18 +88,13 @@ class TerminalKeyboard:
         )
         self._questions: PromptSession[str] = PromptSession(history=InMemoryHistory())
 
-    @property
-    def can_ask(self) -> bool:
-        """Always True."""
-        return True
-
     def read(self) -> str:
         """Return the next message or command; output of other threads meanwhile appears above the prompt."""
         with patch_stdout(raw=True):
             return self._session.prompt(PROMPT)
 
     def ask(self, question: str) -> str:
-        """Return the answer to a question, as ``Keyboard.ask`` does."""
+        """Return the answer to a question, as ``LineKeyboard.ask`` does."""
         termios.tcflush(sys.stdin, termios.TCIFLUSH)
         clear_typeahead(self._questions.input)  # keys that prompt_toolkit has read after the last Enter
         return self._questions.prompt(question)
@@ -133,15 +114,16 @@ class TerminalKeyboard:
             termios.tcsetattr(terminal, termios.TCSANOW, before)
 
 
-class _History(FileHistory):
-    """A history of well-formed text. A terminal can send bytes that are not UTF-8."""
+def choose_keyboard(commands: Sequence[str], status: Callable[[], str]) -> LineKeyboard:
+    """Return a keyboard with editing and saved history if stdin and stdout are capable terminals, else plain lines."""
+    if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)) or is_dumb():
+        return LineKeyboard()
+    state = state_folder()
+    history = None if state is None else _usable_history(state / "chat-history")
+    return TerminalKeyboard(history, commands, status, colours=not refuses_colour())
 
-    def store_string(self, string: str) -> None:
-        """Append a message to the file."""
-        super().store_string(well_formed(string))
 
-
-def usable_history(path: Path) -> Path | None:
+def _usable_history(path: Path) -> Path | None:
     """Return ``path`` if a history can be written there, else None."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,6 +131,14 @@ def usable_history(path: Path) -> Path | None:
         with path.open("ab"):
             return path
     return None
+
+
+class _History(FileHistory):
+    """A history of well-formed text. A terminal can send bytes that are not UTF-8."""
+
+    def store_string(self, string: str) -> None:
+        """Append a message to the file."""
+        super().store_string(well_formed(string))
 
 
 def _bindings() -> KeyBindings:
@@ -188,7 +178,4 @@ class _CommandCompleter(Completer):
         if not space:
             yield from (Completion(command, -len(name)) for command in self._commands if command.startswith(name))
         elif name in ("/save", "/load"):
-            yield from self._files(argument, complete_event)
-
-    def _files(self, argument: str, complete_event: CompleteEvent) -> Iterator[Completion]:
-        yield from self._paths.get_completions(Document(argument, len(argument)), complete_event)
+            yield from self._paths.get_completions(Document(argument), complete_event)

@@ -6,12 +6,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 from mlx_k2.chat.chat_events import Event
-from mlx_k2.chat.chat_session import ChatSession
 from mlx_k2.cli.repl.commands import Commands, Quit, is_command
-from mlx_k2.cli.repl.keyboard import Keyboard
-from mlx_k2.cli.repl.screen import Screen
+from mlx_k2.cli.repl.keyboard import LineKeyboard
 from mlx_k2.cli.repl.transcript import Transcript
-from mlx_k2.cli.repl.usage_totals import UsageTotals
 from mlx_k2.cli.repl.wording import CUT
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.errors import EngineBusy, RequestFailed, SetupError
@@ -27,20 +24,12 @@ _QUIT_AFTER = 3
 class Repl:
     """One chat on one terminal, or over a pipe."""
 
-    def __init__(
-        self,
-        session: ChatSession,
-        commands: Commands,
-        keyboard: Keyboard,
-        screen: Screen,
-        usage: UsageTotals,
-        transcript: Transcript | None,
-    ) -> None:
-        self._session = session
+    def __init__(self, commands: Commands, keyboard: LineKeyboard, transcript: Transcript | None) -> None:
+        self._session = commands.session
         self._commands = commands
         self._keyboard = keyboard
-        self._screen = screen
-        self._usage = usage
+        self._screen = commands.screen
+        self._usage = commands.usage
         self._transcript = transcript
 
     def run(self, first_message: str | None = None) -> None:
@@ -82,6 +71,7 @@ class Repl:
         last: AnswerSummary | None = None
         calls_nothing = False
         with self._ctrl_c_stops():
+            self._screen.is_answering = True
             try:
                 for event in events:
                     self._usage.event(event)
@@ -92,6 +82,7 @@ class Repl:
                         last = event
                     calls_nothing |= isinstance(event, ToolCall) and self._commands.tools is None
             finally:
+                self._screen.is_answering = False
                 self._screen.pause()
         if calls_nothing:
             self._screen.log("the model called a tool, and there are none: start with --tools or --mcp")

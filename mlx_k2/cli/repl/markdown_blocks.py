@@ -27,7 +27,8 @@ class MarkdownBlocks:
         self._parser = chat_parser()
         self._block_parser = MarkdownIt().enable("table").disable(["inline", "text_join"])
         self._references: dict[str, Any] = {}
-        self._follows_block = False
+        self.follows_block = False
+        """True if an empty line separates the next block from the one before, for instance a popped fence."""
         self._lines: list[str] = []  # all complete lines of the open block
         self._kept: list[str] = []  # those of them that are parsed to find its end
         self._last_line = ""  # incomplete
@@ -91,15 +92,6 @@ class MarkdownBlocks:
         self._shown = shown
         return self._after_previous(tokens)
 
-    @property
-    def follows_block(self) -> bool:
-        """True if an empty line separates the next block from the one before."""
-        return self._follows_block
-
-    def end_fence(self) -> None:
-        """Continue after a fence that ``pop_fence`` returned."""
-        self._follows_block = True
-
     def _clear(self) -> None:
         self._lines, self._kept, self._last_line = [], [], ""
         self._has_new_lines = self._is_fence = False
@@ -133,7 +125,7 @@ class MarkdownBlocks:
         }
         placed = self._after_previous(tokens)
         if tokens:
-            self._follows_block = tokens[-1].type != "hr"  # as in rich's Markdown
+            self.follows_block = tokens[-1].type != "hr"  # as in rich's Markdown
         return placed
 
     def _env(self) -> dict[str, Any]:
@@ -143,7 +135,7 @@ class MarkdownBlocks:
         for token in tokens:
             if token.children is not None:
                 token.children = list(_balanced(token.children))
-        return [_AFTER_A_BLOCK, *tokens] if tokens and self._follows_block else tokens
+        return [_AFTER_A_BLOCK, *tokens] if tokens and self.follows_block else tokens
 
     def _shorten(self, keep_lines: int) -> None:
         """Remove lines of the open block that change neither where it ends nor how its end is displayed."""

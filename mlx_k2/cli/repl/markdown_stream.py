@@ -4,10 +4,9 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from markdown_it.token import Token
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.segment import Segment, Segments
+from rich.segment import Segment, SegmentLines, Segments
 
 from mlx_k2.cli.repl.chat_markdown import ChatMarkdown
 from mlx_k2.cli.repl.markdown_blocks import MarkdownBlocks
@@ -77,15 +76,15 @@ class MarkdownDisplay:
         if self._code is not None:
             shown: RenderableType = self._code.shown(max_lines)
         else:
-            shown = _markdown(self._blocks.open_tokens(max_chars=max_lines * self._console.width))
+            shown = ChatMarkdown(self._blocks.open_tokens(max_chars=max_lines * self._console.width))
         options = self._console.options.update(height=None)
         lines = self._console.render_lines(shown, options, pad=False)
-        self._show(finished, _Lines(lines[-max_lines:]))
+        self._show(finished, SegmentLines(lines[-max_lines:], new_lines=True))
 
     def close(self) -> None:
         """Print all that is not printed and end the display."""
         finished = list(self._advance(max_lines=self._console.size.height))
-        finished.append(_markdown(self._blocks.pop_rest()) if self._code is None else self._code.pop_rest())
+        finished.append(ChatMarkdown(self._blocks.pop_rest()) if self._code is None else self._code.pop_rest())
         self._show(finished, "")
         self._live.stop()
 
@@ -98,7 +97,7 @@ class MarkdownDisplay:
             if self._code is None:
                 self._blocks.add(text)
                 if tokens := self._blocks.pop_finished(max_lines):
-                    yield _markdown(tokens)
+                    yield ChatMarkdown(tokens)
                 if (fence := self._blocks.pop_fence()) is None:
                     return
                 if self._blocks.follows_block:
@@ -112,7 +111,7 @@ class MarkdownDisplay:
                 return
             yield self._code.pop_rest()
             text, self._code = self._code.rest, None
-            self._blocks.end_fence()
+            self._blocks.follows_block = True
 
     def _show(self, finished: Sequence[RenderableType], unfinished: RenderableType) -> None:
         """Print ``finished`` above ``unfinished``, in one write."""
@@ -121,21 +120,3 @@ class MarkdownDisplay:
             if finished:
                 self._console.print(*finished, sep="", end="")
             self._live.refresh()
-
-
-class _Lines:
-    """Rendered lines."""
-
-    def __init__(self, lines: Sequence[list[Segment]]) -> None:
-        self._lines = lines
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for line in self._lines:
-            yield from line
-            yield Segment.line()
-
-
-def _markdown(tokens: list[Token]) -> ChatMarkdown:
-    markdown = ChatMarkdown("")
-    markdown.parsed = tokens
-    return markdown

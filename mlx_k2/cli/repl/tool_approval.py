@@ -1,9 +1,9 @@
 """Approval of tool calls by the user. Knows no tools."""
 
 from collections.abc import Collection
-from typing import Protocol
 
-from mlx_k2.cli.repl.keyboard import Keyboard
+from mlx_k2.chat.chat_session import ChatSession
+from mlx_k2.cli.repl.keyboard import LineKeyboard
 from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.wording import whole_call
 from mlx_k2.text.tool_call import ToolCall
@@ -11,26 +11,17 @@ from mlx_k2.text.tool_call import ToolCall
 _QUESTION = "run it? [y]es, [n]o, [a]lways this tool: "
 
 
-class Stoppable(Protocol):
-    """An answer that can be stopped."""
-
-    def stop(self) -> None:
-        """End the answer soon."""
-
-
 class ToolApproval:
     """Approval by a question before each call, unless its tool is allowed. ``everything`` allows all tools."""
 
-    def __init__(
-        self, screen: Screen, keyboard: Keyboard | None, allowed: Collection[str], *, everything: bool
-    ) -> None:
+    def __init__(self, screen: Screen, keyboard: LineKeyboard, allowed: Collection[str], *, everything: bool) -> None:
         self._screen = screen
         self._keyboard = keyboard
         self._everything = everything
         self._has_explained = False
         self.allowed = set(allowed)
-        self.answer: Stoppable | None = None
-        """The answer that Ctrl-C or the end of the input at a question stops."""
+        self.session: ChatSession | None = None
+        """The session whose answer Ctrl-C or the end of the input at a question stops."""
 
     def covers(self, name: str) -> bool:
         """Return whether this tool needs no question."""
@@ -40,21 +31,21 @@ class ToolApproval:
         """Return whether this call may run. Ask the user unless its tool is allowed; refuse if nobody can be asked."""
         if self.covers(call.name):
             return True
-        if self._keyboard is None or not self._keyboard.can_ask:
+        if not self._keyboard.can_ask:
             if not self._has_explained:
                 self._has_explained = True
                 self._screen.log("nobody can be asked here: allow tools with --yes or --allow-tool NAME")
             return False
         self._screen.show_call(f"the model wants to call {whole_call(call)}")
-        return self._ask(self._keyboard, call.name)
+        return self._ask(call.name)
 
-    def _ask(self, keyboard: Keyboard, name: str) -> bool:
+    def _ask(self, name: str) -> bool:
         while True:
             try:
-                answer = keyboard.ask(_QUESTION).strip().lower()
+                answer = self._keyboard.ask(_QUESTION).strip().lower()
             except (EOFError, KeyboardInterrupt):
-                if self.answer is not None:
-                    self.answer.stop()
+                if self.session is not None:
+                    self.session.stop()
                 return False
             if answer in ("a", "always"):
                 self.allowed.add(name)
