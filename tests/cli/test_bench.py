@@ -167,8 +167,9 @@ def test_the_plot_is_a_png_with_the_expected_size_and_lines(document: dict[str, 
     ],
 )
 def test_bad_bench_options_are_refused_before_any_stage_starts(
-    command_line: CommandLine, options: list[str], words: str
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused = command_line.run("bench", *options)
-    assert refused.returncode == 2
-    assert words in " ".join(refused.stderr.split())
+    before = started_processes()
+    assert run(["bench", *options]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert started_processes() == before
