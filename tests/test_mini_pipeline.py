@@ -75,7 +75,7 @@ def generated_tokens(folder: Path, prompt_ids: str, num_stages: int) -> list[int
     ("name", "num_ranks"),
     [
         ("built-in", 1),
-        ("built-in", 2),
+        pytest.param("built-in", 2, marks=pytest.mark.slow),
         pytest.param("random K2-Thinking", 1, marks=pytest.mark.slow),
         pytest.param("random K2.5", 1, marks=pytest.mark.slow),
         pytest.param("random K2-Thinking", 2, marks=pytest.mark.slow),

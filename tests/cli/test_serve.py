@@ -223,6 +223,7 @@ def test_a_listener_for_the_status_does_not_delay_the_end(command_line: CommandL
         assert server.end(signal.SIGTERM) == 0
 
 
+@pytest.mark.slow
 def test_a_certificate_makes_the_server_one_of_https(command_line: CommandLine, tmp_path: Path) -> None:
     files = {name: str(tmp_path / f"{name}.pem") for name in ("cert", "key")}
     subject = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1")
