@@ -115,7 +115,6 @@ def test_a_command_that_began_outside_the_range_of_datetime_is_a_protocol_error(
     hello = Hello(
         mlx_k2_version="1",
         mlx_version="1",
-        mlx_lm_version="1",
         python_version="3",
         system="macOS",
         memory_bytes=1,

@@ -31,7 +31,6 @@ from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo
 
 THIS_MACHINE = "127.0.0.1"
 _LOCAL_NAMES = ("this", "localhost", THIS_MACHINE)
-_PINNED = ("mlx", "mlx-lm")
 
 
 class SetupOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -172,7 +171,7 @@ class _Steps:
             return
         names = ", ".join(found.host for found in lacking)
         self._confirm(f"Install mlx-k2 {__version__} on {names}, in ~/{FOLDER} there?")
-        pins = [f"{package}=={version(package)}" for package in _PINNED]
+        pins = [f"mlx=={version('mlx')}"]
         wheels = None if self._options.wheels is None else Path(self._options.wheels)
         failures = []
         for found in lacking:

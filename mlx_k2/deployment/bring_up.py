@@ -39,8 +39,8 @@ LAYER_S = 600.0
 JACCL_PORT = 32323
 """Port of rank 0 to which the other ranks connect before RDMA is used. mlx.launch uses the same port."""
 
-PACKAGES = ("mlx-k2", "mlx", "mlx-lm")
-"""The packages that compute on a stage: rope and the filters of the sampler are mlx-lm's."""
+PACKAGES = ("mlx-k2", "mlx")
+"""The packages that compute on a stage."""
 
 Reply = TypeVar("Reply", bound=FromStage)
 
@@ -54,7 +54,7 @@ def handshake(group: StageGroup, versions: Sequence[str]) -> tuple[Hello, ...]:
     """
     hellos = collect(group, Hello, range(group.size), HANDSHAKE_S, "start")
     for rank, hello in enumerate(hellos):
-        found = (hello.mlx_k2_version, hello.mlx_version, hello.mlx_lm_version)
+        found = (hello.mlx_k2_version, hello.mlx_version)
         wrong = [each for each in zip(PACKAGES, versions, found, strict=True) if each[1] != each[2]]
         if wrong:
             location = group.location(rank)

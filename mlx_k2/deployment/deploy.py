@@ -159,7 +159,7 @@ def _start(
         request.hostfile.envs,
     ) as group:
         listener.phase(f"starting {group.size} stages" if group.size > 1 else "starting the stage")
-        hellos = bring_up.handshake(group, (__version__, version("mlx"), version("mlx-lm")))
+        hellos = bring_up.handshake(group, (__version__, version("mlx")))
         if model is None:
             listener.phase(f"asking {group.host(0)} for the model's config and tokenizer")
             model = _fetch_description(group, source_on(hosts[0], request.source), request.draft_head)

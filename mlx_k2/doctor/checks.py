@@ -80,7 +80,7 @@ def check_versions(
     host: Host, hello: Hello, here: Mapping[str, str], backend: Backend, systems: set[str]
 ) -> Iterator[Check]:
     """Check that a host's package versions are those of this machine (``here``), and all ``systems`` equal."""
-    there = {"mlx-k2": hello.mlx_k2_version, "mlx": hello.mlx_version, "mlx-lm": hello.mlx_lm_version}
+    there = {"mlx-k2": hello.mlx_k2_version, "mlx": hello.mlx_version}
     wrong = [name for name in here if there[name] != here[name]]
     listed = ", ".join(f"{name} {there[name]}" for name in there)
     if wrong:

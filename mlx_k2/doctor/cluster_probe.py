@@ -185,7 +185,7 @@ class _Round:
     def judge(self, rank: int, hellos: Mapping[int, Hello], facts: HostFacts, plans: Sequence[StagePlan]) -> None:
         """Add all checks of one host's facts."""
         host, hello, hostfile = self._hosts[rank], hellos[rank], self._request.hostfile
-        here = {"mlx-k2": __version__, "mlx": version("mlx"), "mlx-lm": version("mlx-lm")}
+        here = {"mlx-k2": __version__, "mlx": version("mlx")}
         systems = {each.system for each in hellos.values()}
         self._add(rank, check_versions(host, hello, here, hostfile.backend, systems))
         needed_bytes = plans[rank].needed_bytes if plans else None

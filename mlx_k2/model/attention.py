@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
-from mlx_lm.models.rope_utils import YarnRoPE
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.model.layer_weights import AttentionWeights, LowRankQuery
 from mlx_k2.model.linear import Matrix, multiply, multiply_transposed, some_heads
+from mlx_k2.model.rope import Rotate
 
 BOTTLENECK_NORM_EPS = 1e-6
 """Epsilon of the target's q_a_layernorm and kv_a_layernorm: the published code's default, not the config's."""
@@ -48,35 +48,7 @@ class Projections(NamedTuple):
     cache_rows: mx.array  # (tokens, kv_lora_rank + qk_rope): rows to write to the cache
 
 
-Rotate = Callable[[mx.array, mx.array], mx.array]
 Project = Callable[[mx.array, mx.array, int, AttentionWeights], Projections]
-
-
-def make_rope(config: ModelConfig) -> Rotate:
-    """Return the rotation of (tokens, heads, qk_rope) at positions (tokens,) int32: YaRN, as mlx-lm computes it.
-
-    Consecutive pairs are rotated ("interleaved"). ``beta_fast`` and ``beta_slow`` are read from the config, because
-    they differ within the family (1 and 1 for K2-Thinking, 32 and 1 from K2.5 on).
-    """
-    rope = config.rope
-    yarn = YarnRoPE(
-        dims=config.qk_rope_head_dim,
-        traditional=True,
-        base=rope.theta,
-        scaling_factor=rope.factor,
-        original_max_position_embeddings=rope.original_max_position_embeddings,
-        beta_fast=rope.beta_fast,
-        beta_slow=rope.beta_slow,
-        mscale=rope.mscale,
-        mscale_all_dim=rope.mscale_all_dim,
-    )
-    mx.eval(yarn._freqs)  # left lazy, every layer of every step would compute them again
-
-    def rotate(x: mx.array, positions: mx.array) -> mx.array:
-        rotated: mx.array = yarn(x[:, :, None], offset=positions)  # each token is a batch of length 1
-        return rotated.squeeze(2)
-
-    return rotate
 
 
 def make_projections(config: ModelConfig, rotate: Rotate, bottleneck_eps: float = BOTTLENECK_NORM_EPS) -> Project:

@@ -18,12 +18,12 @@ from mlx_k2.model.attention import (
     attend_absorbed,
     attend_naive,
     make_projections,
-    make_rope,
 )
 from mlx_k2.model.batch import Batch
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.layer_weights import AttentionWeights, DenseWeights, LayerWeights, MoeWeights
 from mlx_k2.model.linear import multiply
+from mlx_k2.model.rope import make_rope
 
 FeedForward = Callable[[mx.array, DenseWeights | MoeWeights], mx.array]
 

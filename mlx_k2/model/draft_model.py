@@ -13,12 +13,13 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_k2.config import ModelConfig
-from mlx_k2.model.attention import ON_CPU, AttentionLimits, Projections, attend_absorbed, make_projections, make_rope
+from mlx_k2.model.attention import ON_CPU, AttentionLimits, Projections, attend_absorbed, make_projections
 from mlx_k2.model.batch import Batch, Span
 from mlx_k2.model.decoder_layer import join_heads, swiglu
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.layer_weights import AttentionWeights, DenseWeights
 from mlx_k2.model.linear import Matrix, multiply
+from mlx_k2.model.rope import make_rope
 
 
 class DraftWeights(NamedTuple):

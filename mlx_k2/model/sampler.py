@@ -1,18 +1,18 @@
 """Sampling of the next token of each row from its logits. Knows no sequences: each row carries its parameters.
 
-The filters are mlx-lm's, in mlx-lm's order: repetition penalty and logit bias on the logits; top-p, min-p and top-k on
-the log-probabilities; then the temperature. The token is the largest of log-probabilities plus Gumbel noise, whose
+The order is mlx-lm's: repetition penalty and logit bias on the logits; top-p, min-p and top-k on the
+log-probabilities; then the temperature. The token is the largest of log-probabilities plus Gumbel noise, whose
 random key is derived from (seed, position) only: a token does not depend on the other rows of its step, and a draft
 head with the same noise often samples the same token (docs/design/0121).
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_repetition_penalty
 from numpy.typing import NDArray
 
 from mlx_k2.sampling import REPETITION_WINDOW, LogitBias, SampledToken, Sampling
@@ -78,23 +78,50 @@ def _biased(logits: mx.array, bias: LogitBias) -> mx.array:
     return logits.at[:, token_ids].add(mx.array(np.frombuffer(bias.values, np.float32)))
 
 
+def _penalized(logits: mx.array, token_ids: tuple[int, ...], penalty: float) -> mx.array:
+    """Return logits (1, vocabulary), those of ``token_ids`` divided or multiplied by ``penalty`` (arXiv 1909.05858)."""
+    chosen = mx.array(token_ids)[None]
+    found = mx.take_along_axis(logits, chosen, axis=-1)
+    return mx.put_along_axis(logits, chosen, mx.where(found < 0, found * penalty, found / penalty), axis=-1)
+
+
+def _top_p(logprobs: mx.array, mass: float) -> mx.array:
+    """Return logprobs (1, vocabulary) of the most likely tokens that together have ``mass``; of others -inf."""
+    ascending = mx.sort(logprobs, axis=-1)
+    probabilities = mx.exp(ascending)
+    mass_above = mx.cumsum(probabilities, axis=-1, reverse=True, inclusive=False)
+    total = mass_above[..., :1] + probabilities[..., :1]
+    num_dropped = (mass_above >= mass * total).sum(axis=-1, keepdims=True)
+    return mx.where(logprobs < mx.take_along_axis(ascending, num_dropped, axis=-1), -mx.inf, logprobs)
+
+
+def _min_p(logprobs: mx.array, fraction: float) -> mx.array:
+    """Return logprobs (1, vocabulary) of tokens with ``fraction`` of the best token's probability; of others -inf."""
+    return mx.where(logprobs < logprobs.max(axis=-1, keepdims=True) + math.log(fraction), -mx.inf, logprobs)
+
+
+def _top_k(logprobs: mx.array, count: int) -> mx.array:
+    """Return logprobs (1, vocabulary) of the ``count`` most likely tokens; of others -inf."""
+    others = mx.argpartition(-logprobs, kth=count - 1, axis=-1)[..., count:]
+    return mx.put_along_axis(logprobs, others, mx.array(-mx.inf, logprobs.dtype), axis=-1)
+
+
 def _token(logits: mx.array, request: SamplingRequest) -> mx.array:
     """Return the sampled id, (1,), for logits (1, vocabulary)."""
     sampling = request.sampling
     if sampling.repetition_penalty != 1.0 and request.recent_ids:
-        penalize = make_repetition_penalty(sampling.repetition_penalty, REPETITION_WINDOW)
-        logits = penalize(mx.array(request.recent_ids), logits)
+        logits = _penalized(logits, request.recent_ids[-REPETITION_WINDOW:], sampling.repetition_penalty)
     if request.logit_bias is not None:
         logits = _biased(logits, request.logit_bias)
     if sampling.temperature == 0:
         return mx.argmax(logits, axis=-1)
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     if sampling.top_p < 1.0:
-        logprobs = apply_top_p(logprobs, sampling.top_p)
+        logprobs = _top_p(logprobs, sampling.top_p)
     if sampling.min_p > 0.0:
-        logprobs = apply_min_p(logprobs, sampling.min_p)
+        logprobs = _min_p(logprobs, sampling.min_p)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        logprobs = apply_top_k(logprobs, sampling.top_k)
+        logprobs = _top_k(logprobs, sampling.top_k)
     noise = mx.random.gumbel(logprobs.shape, key=_key(sampling.seed, request.position))
     return mx.argmax(logprobs / sampling.temperature + noise, axis=-1)
 

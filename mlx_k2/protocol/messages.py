@@ -152,7 +152,6 @@ class Hello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
     mlx_k2_version: str
     mlx_version: str
-    mlx_lm_version: str
     python_version: str
     system: str
     memory_bytes: int

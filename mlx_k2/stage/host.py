@@ -26,7 +26,6 @@ def hello() -> Hello:
     return Hello(
         mlx_k2_version=__version__,
         mlx_version=version("mlx"),
-        mlx_lm_version=version("mlx-lm"),
         python_version=platform.python_version(),
         system=f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform(terse=True),
         memory_bytes=psutil.virtual_memory().total,

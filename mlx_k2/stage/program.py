@@ -1,8 +1,6 @@
 """The stage program, started by the guard: python -m mlx_k2.stage.program. Reserves its stdout for frames."""
 
 import os
-import resource
-import sys
 
 _PROTOCOL_FD = os.dup(1)
 os.dup2(2, 1)  # output that modules print on import now goes to the log (stderr)
@@ -10,13 +8,6 @@ os.dup2(2, 1)  # output that modules print on import now goes to the log (stderr
 from mlx_k2.stage.mlx_settings import apply_settings, chip_name  # noqa: E402
 
 _KEPT = apply_settings(os.environ, chip_name())  # before mlx is imported, because mlx reads the environment
-
-_OPEN_FILES = (2048, 4096)
-try:
-    resource.setrlimit(resource.RLIMIT_NOFILE, _OPEN_FILES)  # as mlx_lm does when it is imported
-except ValueError:
-    _, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    sys.exit(f"this host allows {_hard} open files, and mlx-lm needs {_OPEN_FILES[1]}: raise its limit (ulimit -Hn)")
 
 import mlx.core as mx  # noqa: E402
 

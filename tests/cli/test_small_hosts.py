@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.advice import follows_advice
 from tests.cli.command import MLX_K2, CommandLine
 
 ANSWER = (MLX_K2, "generate", "--stages", "1", "--max-tokens", "3", "--raw", "Hello")
@@ -55,16 +54,13 @@ def test_a_user_without_home_and_passwd_entry_can_chat_on_a_terminal(command_lin
     assert list(tmp_path.iterdir()) == []
 
 
-@follows_advice(
-    "this host allows 1024 open files, and mlx-lm needs 4096: raise its limit (ulimit -Hn)",
-)
 @pytest.mark.slow
 @pytest.mark.skipif(not works(NO_RAISING), reason="needs Linux: setpriv of util-linux")
-def test_a_low_hard_limit_of_open_files_is_named(command_line: CommandLine) -> None:
-    command = ["sh", "-c", 'ulimit -n 1024; exec "$@"', "sh", *NO_RAISING, *ANSWER]
+def test_a_low_hard_limit_of_open_files_suffices(command_line: CommandLine) -> None:
+    command = ["sh", "-c", 'ulimit -n 64; exec "$@"', "sh", *NO_RAISING, *ANSWER]
     done = subprocess.run(command, env=command_line.environment(), capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert "this host allows 1024 open files, and mlx-lm needs 4096: raise its limit" in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 @pytest.mark.slow

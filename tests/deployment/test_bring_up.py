@@ -16,7 +16,7 @@ from mlx_k2.protocol.messages import Hello
 from tests.advice import follows_advice
 from tests.launch.guarded import stand_in_python
 
-OTHERS = (version("mlx"), version("mlx-lm"))
+MLX = version("mlx")
 
 
 def ignore(line: str) -> None:
@@ -29,19 +29,12 @@ def ignore(line: str) -> None:
 @pytest.mark.parametrize(
     ("versions", "words"),
     [
-        (("9.9.9", *OTHERS), f"has mlx-k2 {__version__}, this machine has 9.9.9: install .*make dist"),
-        (
-            (__version__, "9.9.9", OTHERS[1]),
-            f"has mlx {OTHERS[0]}, this machine has 9.9.9: install .*pip install mlx==9.9.9",
-        ),
-        (
-            (__version__, OTHERS[0], "9.9.9"),
-            f"has mlx-lm {OTHERS[1]}, this machine has 9.9.9: install .*pip install mlx-lm==9.9.9",
-        ),
+        (("9.9.9", MLX), f"has mlx-k2 {__version__}, this machine has 9.9.9: install .*make dist"),
+        ((__version__, "9.9.9"), f"has mlx {MLX}, this machine has 9.9.9: install .*pip install mlx==9.9.9"),
     ],
-    ids=["mlx-k2", "mlx", "mlx-lm"],
+    ids=["mlx-k2", "mlx"],
 )
-def test_a_stage_with_another_version_is_refused_and_named(versions: tuple[str, str, str], words: str) -> None:
+def test_a_stage_with_another_version_is_refused_and_named(versions: tuple[str, str], words: str) -> None:
     with (
         StageGroup([StageLocation()], 20.0, ignore) as group,
         pytest.raises(StageStartError, match=f"stage 0 on this machine {words}"),
@@ -61,7 +54,7 @@ def test_a_host_whose_mlx_k2_has_another_version_is_named_with_both(tmp_path: Pa
         StageGroup([StageLocation(python=str(python))], 20.0, ignore) as group,
         pytest.raises(StageStartError, match=words),
     ):
-        handshake(group, (__version__, *OTHERS))
+        handshake(group, (__version__, MLX))
 
 
 def test_a_stage_that_sends_nothing_in_time_is_named_with_the_pending_action(tmp_path: Path) -> None:

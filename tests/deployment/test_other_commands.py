@@ -91,7 +91,6 @@ def test_an_address_is_named_where_it_can_be_reached(host: str, address: str | N
     hello = Hello(
         mlx_k2_version="1",
         mlx_version="1",
-        mlx_lm_version="1",
         python_version="3",
         system="macOS",
         memory_bytes=10**11,

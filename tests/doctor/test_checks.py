@@ -28,13 +28,12 @@ from mlx_k2.protocol.messages import Hello
 from tests.advice import follows_advice
 from tests.cluster.test_mac_settings import BRIDGE, DEVICES, NO_DEVICES, PMSET
 
-HERE = {"mlx-k2": "0.1.0", "mlx": "0.32.4", "mlx-lm": "0.32.2"}
+HERE = {"mlx-k2": "0.1.0", "mlx": "0.32.4"}
 GB = 10**9
 HOST = Host(ssh="mac-2", ips=("192.168.0.2",), rdma=("rdma_en5", None))
 HELLO = Hello(
     mlx_k2_version="0.1.0",
     mlx_version="0.32.4",
-    mlx_lm_version="0.32.2",
     python_version="3.12.1",
     system="macOS 26.4",
     memory_bytes=512 * GB,

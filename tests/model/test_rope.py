@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from mlx_lm.models.rope_utils import YarnRoPE
 from numpy.typing import NDArray
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.errors import ConfigError
-from mlx_k2.model.attention import make_rope
+from mlx_k2.model.rope import make_rope
 from mlx_k2.weights.config_fields import thinking_config_fields
 from tests.weights.made_up import config_of
 
@@ -86,6 +87,26 @@ def test_consecutive_pairs_rotate_by_position_times_frequency(beta_fast: float) 
     difference = measured_angles(config_with(beta_fast), POSITIONS) - expected
     difference -= np.round(difference / (2 * math.pi)) * 2 * math.pi
     assert np.all(np.abs(difference) < 1e-6 + 4e-7 * expected)  # float32 rounding grows with the position
+
+
+@pytest.mark.parametrize("beta_fast", [1.0, 32.0])
+@pytest.mark.parametrize("mscale", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_the_rotation_has_the_bits_of_mlx_lms(beta_fast: float, mscale: float, dtype: mx.Dtype) -> None:
+    theirs = YarnRoPE(
+        DIMS,
+        traditional=True,
+        base=THETA,
+        scaling_factor=FACTOR,
+        original_max_position_embeddings=ORIGINAL_POSITIONS,
+        beta_fast=beta_fast,
+        mscale=mscale,
+        mscale_all_dim=1.0,
+    )
+    x = mx.random.normal((len(POSITIONS), 3, DIMS), dtype, key=mx.random.key(2))
+    positions = mx.array(POSITIONS, mx.int32)
+    expected = theirs(x[:, :, None], offset=positions).squeeze(2)
+    assert mx.array_equal(make_rope(config_with(beta_fast, mscale=mscale))(x, positions), expected)
 
 
 def test_rope_keeps_vector_lengths_when_both_mscales_are_equal_and_scales_them_otherwise() -> None:
