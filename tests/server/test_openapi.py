@@ -44,6 +44,7 @@ def test_every_reference_of_the_document_leads_to_a_schema(server: Server) -> No
     assert names <= answer.json["components"]["schemas"].keys()
 
 
+@pytest.mark.slow
 @schema.parametrize()
 @settings(max_examples=scaled(10))
 def test_no_request_that_schemathesis_makes_is_a_defect(answering: SteppedServer, case: schemathesis.Case[Any]) -> None:
