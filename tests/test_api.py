@@ -256,7 +256,7 @@ def run_async(work: Any) -> Any:
 
 def test_an_async_cluster_streams_chats_and_answers_many(endless: Path) -> None:
     async def work() -> tuple[str, Completion, list[Completion]]:
-        async with AsyncCluster() as cluster:
+        async with AsyncCluster(num_stages=1) as cluster:
             stream = cluster.stream(SUM, GREEDY)
             text = "".join([part.text async for part in stream if isinstance(part, Content)])
             assert (await stream.completion()).content == text
