@@ -1,6 +1,7 @@
 """The one reader of JSON as a value of a known type. Knows no files."""
 
 import re
+import threading
 from typing import TypeVar
 
 import msgspec
@@ -9,6 +10,8 @@ from mlx_k2.json_text.parse import JsonError, parse_json
 
 Value = TypeVar("Value")
 
+_lock = threading.Lock()
+_used: set[object] = set()
 _PATH = re.compile(r" - at (?:`key` in )?`\$(?P<path>.*)`$")
 _KINDS = {
     "str": "text",
@@ -37,6 +40,10 @@ def convert(value: object, kind: type[Value], *, str_keys: bool = True) -> Value
     Raises:
         JsonError: it has another type; names the field.
     """
+    with _lock:  # msgspec 0.22 crashes if two threads use a struct for the first time at once
+        if kind not in _used:
+            msgspec.json.Decoder(kind)  # makes msgspec read the struct's fields
+            _used.add(kind)
     try:
         return msgspec.convert(value, kind, str_keys=str_keys)
     except msgspec.ValidationError as error:

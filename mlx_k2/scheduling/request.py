@@ -8,6 +8,8 @@ import msgspec
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import Sampling
 
+_sampling = msgspec.msgpack.Decoder(Sampling)
+
 
 class FinishReason(enum.Enum):
     """Reason why a sequence ended."""
@@ -57,7 +59,7 @@ def check_request(request: Request, vocab_size: int, context_tokens: int) -> Non
             prompt or of a bias outside the vocabulary, no token to generate, or a timeout that is not above 0.
     """
     try:
-        msgspec.msgpack.decode(msgspec.msgpack.encode(request.sampling), type=Sampling)
+        _sampling.decode(msgspec.msgpack.encode(request.sampling))
     except (TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"a sampling parameter has the wrong type: {error}") from None
     length = len(request.prompt_ids)

@@ -254,9 +254,9 @@ class GrammarCompiler:
         return state
 
     def choice(self, texts: Sequence[str]) -> GrammarState:
-        """Return the grammar of one of ``texts``."""
+        """Return the grammar of one of ``texts``. It is compiled while a reply runs, so its steps are not tried."""
         literals = (json.dumps(text).replace("\x7f", "\\u007f") for text in texts)
-        return self.text("lark", "start: " + " | ".join(literals))
+        return self.text("choice", "start: " + " | ".join(literals))
 
     def _begin(self, kind: str, text: str, options: str) -> tuple[GrammarState, str]:
         """Return a grammar at its beginning, and the problem; '' for none."""
@@ -276,7 +276,7 @@ class GrammarCompiler:
                 grammar = LLMatcher.grammar_from_lark(text)
         compiled = _Compiled(lambda: LLMatcher(tables, grammar, log_level=0, limits=_limits()))
         problem = compiled.matcher.get_error()
-        if not problem and not _can_begin(GrammarState(compiled, ordinary)):
+        if not problem and kind != "choice" and not _can_begin(GrammarState(compiled, ordinary)):
             problem = "it allows no text, or is too complex"
         return compiled, " ".join(problem.split())[:_MAX_PROBLEM]
 

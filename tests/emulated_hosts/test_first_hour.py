@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -52,9 +52,12 @@ def start(hosts: EmulatedHosts, request: pytest.FixtureRequest) -> Start:
     path = f"{hosts.folder}/bin:{Path(MLX_K2).parent}:{os.environ['PATH']}"
     environment = {"PATH": path, "TERM": "xterm-256color", "MLX_K2_DEVICE": "cpu"}
 
-    def run(line: str) -> AbstractContextManager[PtyCommand]:
+    @contextmanager
+    def run(line: str) -> Iterator[PtyCommand]:
         command = functools.partial(hosts.exec, 0, ["bash", "-c", line], env=environment)
-        return on_pty(command, columns, rows, cwd=hosts.homes[0] / "mlx-k2")
+        with on_pty(command, columns, rows, cwd=hosts.homes[0] / "mlx-k2") as pane:
+            yield pane
+        sys.stdout.write(f"$ {line}\n{pane.shown}\n")  # pytest -rP shows it
 
     return run
 

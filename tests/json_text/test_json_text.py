@@ -1,6 +1,8 @@
 """Tests of the one reader of JSON: what it refuses, and that each message names the line or the field."""
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import msgspec
@@ -118,3 +120,31 @@ def test_a_value_of_the_type_is_returned() -> None:
     assert read_json(b'{"inner": [{"size": 1, "scale": 2}], "names": {"7": "x"}}', Outer) == Outer(
         (Inner(1, 2.0),), {7: "x"}
     )
+
+
+FIRST_USE = """
+import sys, threading
+from typing import Annotated
+import msgspec
+from mlx_k2.json_text.read import convert
+
+def made_up(number):
+    fields = [(f"f{field}", Annotated[int, msgspec.Meta(ge=field)]) for field in range(20)]
+    parts = [msgspec.defstruct(f"Part{number}_{part}", fields) for part in range(20)]
+    return msgspec.defstruct(f"Whole{number}", [(f"part{index}", part) for index, part in enumerate(parts)])
+
+sys.setswitchinterval(1e-6)
+value = {f"part{index}": {f"f{field}": field for field in range(20)} for index in range(20)}
+for number in range(30):
+    kind, begin = made_up(number), threading.Barrier(6)
+    threads = [threading.Thread(target=lambda: (begin.wait(), convert(value, kind))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+"""
+
+
+def test_several_threads_may_use_a_type_for_the_first_time_at_once() -> None:
+    done = subprocess.run([sys.executable, "-c", FIRST_USE], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -85,6 +85,7 @@ def replies_to(model: Model, schema: Any, **fields: Any) -> list[tuple[dict[str,
         "messages": [{"role": "user", "content": "Record it."}],
         "temperature": 1.0,
         "extra_body": {"thinking": {"type": "enabled", "budget_tokens": 4}},
+        "timeout": 600.0,  # four replies of 4,096 tokens at once
     }
     asks: list[Callable[..., dict[str, Any]]] = [streamed, complete]
     with ThreadPoolExecutor(4) as pool:

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_k2.config import ModelConfig
-from mlx_k2.model.attention import Rotate, make_rope
+from mlx_k2.model.rope import Rotate, make_rope
 
 Weights = dict[str, mx.array]
 _LAYER = "layers.0"
