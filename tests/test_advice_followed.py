@@ -186,6 +186,7 @@ def test_a_closed_standard_output_can_be_redirected_to_dev_null(tmp_path: Path) 
     "give /think show, hide, on or off",
     "there are no tools: start with --tools or --mcp",
 )
+@pytest.mark.slow
 def test_the_advice_of_a_chats_commands_works_in_the_same_chat(tmp_path: Path) -> None:
     lines = tmp_path / "lines"
     lines.write_text("/foo\n /foo\n/save\n/save chat.json\n/think\n/think hide\n/tools\n")

@@ -256,18 +256,18 @@ def run_async(work: Any) -> Any:
 
 def test_an_async_cluster_streams_chats_and_answers_many(endless: Path) -> None:
     async def work() -> tuple[str, Completion, list[Completion]]:
-        async with AsyncCluster() as cluster:
+        async with AsyncCluster(num_stages=1) as cluster:
             stream = cluster.stream(SUM, GREEDY)
             text = "".join([part.text async for part in stream if isinstance(part, Content)])
             assert (await stream.completion()).content == text
             reply = await cluster.chat("Count from 3 to 5.", GREEDY)
-            return text, reply, await cluster.generate([f"What is {number} plus 2?" for number in range(20)], GREEDY)
+            return text, reply, await cluster.generate([f"What is {number} plus 2?" for number in range(6)], GREEDY)
 
     before = processes()
     text, reply, many = run_async(work())
     assert text == ANSWER
     assert reply.content == "3, 4, 5"
-    assert [one.content for one in many] == [f"{number} + 2 = {number + 2}" for number in range(20)]
+    assert [one.content for one in many] == [f"{number} + 2 = {number + 2}" for number in range(6)]
     assert [process for process in processes() if process not in before] == []
 
 

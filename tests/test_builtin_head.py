@@ -29,7 +29,7 @@ from training.draft.train import read_weights
 from training.vocabulary import load_encoding
 
 IS_LONG = hypothesis.settings.get_current_profile_name() == "long"
-EVERY = 1 if IS_LONG else 10
+EVERY = 1 if IS_LONG else 20
 """Step between the 200 held-out prompts that are used."""
 STOP_ID = load_encoding(BUILTIN_FOLDER / "tiktoken.model").encode_single_token("<|im_end|>")
 

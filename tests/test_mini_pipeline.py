@@ -71,17 +71,9 @@ def generated_tokens(folder: Path, prompt_ids: str, num_stages: int) -> list[int
     return [json.loads(line)["token"] for line in lines[:-1]]
 
 
-@pytest.mark.parametrize(
-    ("name", "num_ranks"),
-    [
-        ("built-in", 1),
-        ("built-in", 2),
-        pytest.param("random K2-Thinking", 1, marks=pytest.mark.slow),
-        pytest.param("random K2.5", 1, marks=pytest.mark.slow),
-        pytest.param("random K2-Thinking", 2, marks=pytest.mark.slow),
-        pytest.param("random K2.5", 2, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_the_greedy_tokens_equal_those_of_generate(tmp_path: Path, name: str, num_ranks: int) -> None:
     write, prompt_ids = CHECKPOINTS[name]
     folder = write(tmp_path / "checkpoint")

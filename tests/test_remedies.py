@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_k2.benchmark import Workload, check_workloads
@@ -22,6 +22,7 @@ from mlx_k2.weights.inventory import model_specs
 from mlx_k2.weights.known_layout import thinking_config_fields
 from mlx_k2.weights.model_source import ModelSource
 from tests.advice import follows_advice
+from tests.examples import scaled
 from tests.weights.made_up import config_of
 
 pytestmark = pytest.mark.timeout(60)
@@ -152,6 +153,7 @@ def request_on(
     "give --context 1000",
     "give --dense-bits 8",
 )
+@settings(max_examples=scaled(40))
 @given(
     memory_gb=st.lists(st.integers(5, 60), min_size=1, max_size=3),
     context=st.sampled_from([None, 1000, 262_144]),

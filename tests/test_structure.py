@@ -1,6 +1,7 @@
 """Tests of the program's structure, from its source: which package imports which, and which may import mlx."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,24 +44,29 @@ def package_of(module: Path) -> str:
     return module.parts[0].removesuffix(".py")
 
 
-def imports(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
+def imports(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((node, alias.name) for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
-            yield node, node.module or ""
+            yield node.module or ""
 
 
 def parse(module: Path) -> ast.Module:
     return ast.parse((ROOT / module).read_text())
 
 
+@functools.cache
+def imports_of(module: Path) -> tuple[str, ...]:
+    return tuple(imports(parse(module)))
+
+
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_a_module_imports_only_from_its_own_package_and_lower_levels(module: Path) -> None:
     package = package_of(module)
     assert package in LEVEL_OF, f"{package} has no level: give it one here and in docs/dev/architecture.md"
-    for _, name in imports(parse(module)):
+    for name in imports_of(module):
         parts = name.split(".")
         if parts[0] == "mlx_k2" and len(parts) > 1 and parts[1] != package:
             assert LEVEL_OF[parts[1]] < LEVEL_OF[package], f"{module} imports {name}"
@@ -69,20 +75,20 @@ def test_a_module_imports_only_from_its_own_package_and_lower_levels(module: Pat
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_only_the_packages_of_a_stage_import_mlx(module: Path) -> None:
     allowed = str(module) in MAY_IMPORT_MLX or package_of(module) in MAY_IMPORT_MLX
-    heavy = [name for _, name in imports(parse(module)) if name.split(".")[0] in ("mlx", "mlx_lm", "transformers")]
+    heavy = [name for name in imports_of(module) if name.split(".")[0] in ("mlx", "mlx_lm", "transformers")]
     assert allowed or not heavy
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if package_of(module) != "server"], ids=str)
 def test_only_the_server_imports_the_packages_of_an_http_server(module: Path) -> None:
-    assert not [name for _, name in imports(parse(module)) if name.split(".")[0] in HTTP_PACKAGES]
+    assert not [name for name in imports_of(module) if name.split(".")[0] in HTTP_PACKAGES]
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if package_of(module) != LAZY_IMPORTS], ids=str)
 def test_no_import_is_inside_a_function(module: Path) -> None:
     tree = parse(module)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    assert not [name for function in functions for _, name in imports(function)]
+    assert not [name for function in functions for name in imports(function)]
     assert "TYPE_CHECKING" not in (ROOT / module).read_text()
 
 
@@ -95,9 +101,7 @@ def test_python_modules_are_started_with_a_safe_path(module: Path) -> None:
 
 
 def test_the_imports_have_no_cycle() -> None:
-    graph = {
-        str(module): {name for _, name in imports(parse(module)) if name.startswith("mlx_k2.")} for module in MODULES
-    }
+    graph = {str(module): {name for name in imports_of(module) if name.startswith("mlx_k2.")} for module in MODULES}
     by_name = {"mlx_k2." + str(module).removesuffix(".py").replace("/", "."): str(module) for module in MODULES}
     done: set[str] = set()
 
@@ -121,5 +125,5 @@ def test_the_guard_imports_only_the_standard_library(module: str) -> None:
         *(f"mlx_k2.protocol.{name}" for name in ("framing", "guard_messages")),
     }
     own |= {f"mlx_k2.{name.removesuffix('.py').replace('/', '.')}" for name in GUARD}
-    for _, name in imports(parse(Path(module))):
+    for name in imports_of(Path(module)):
         assert name in own or not name.startswith(("mlx", "msgspec", "numpy", "psutil")), name

@@ -1,7 +1,7 @@
 """Tests of Conversation: golden prompts, message text without control tokens, undo, reset and load."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_k2.chat.conversation import Conversation
@@ -12,6 +12,7 @@ from mlx_k2.text.reply_parts import Reply
 from mlx_k2.text.tool_call import ToolCall
 from tests.advice import follows_advice
 from tests.chat.scripted import sampled
+from tests.examples import scaled
 from tests.text.fixtures import builtin_template, decoded, tokenizer
 from tests.text.kimi import template
 
@@ -62,6 +63,7 @@ def test_an_answer_removes_the_reasoning_of_earlier_turns_from_the_next_prompt()
 hostile = st.text(max_size=5) | st.sampled_from(list(tokenizer().special_ids)[:20])
 
 
+@settings(max_examples=scaled(40))
 @given(hostile, hostile, hostile, hostile)
 def test_text_of_the_user_and_of_tools_never_becomes_a_control_token(
     user: str, name: str, result: str, content: str
@@ -77,6 +79,7 @@ def test_text_of_the_user_and_of_tools_never_becomes_a_control_token(
     assert controls[0] == controls[1]
 
 
+@settings(max_examples=scaled(40))
 @given(st.text(max_size=20), st.integers(0, 2))
 def test_known_ids_are_a_prefix_of_the_next_prompt_for_any_user_message(text: str, num_turns: int) -> None:
     talk = conversation_of(*["hello", "Hi."] * num_turns)

@@ -118,8 +118,9 @@ def test_tool_calls_can_be_approved_declined_or_always_allowed(command_line: Com
         pane.wait_for("exit code 0")
 
 
+@pytest.mark.slow
 @needs_tmux
-@pytest.mark.parametrize("kind", ["xterm-256color", pytest.param("dumb", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["xterm-256color", "dumb"])
 def test_an_answer_that_was_typed_before_its_question_is_discarded(
     command_line: CommandLine, tmp_path: Path, kind: str
 ) -> None:

@@ -46,6 +46,7 @@ def results_of(command_line: CommandLine, folder: Path, lines: list[dict[str, An
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_answer_is_json_of_the_schema_and_the_thinking_goes_to_stderr(
     command_line: CommandLine, tmp_path: Path
 ) -> None:

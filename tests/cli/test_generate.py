@@ -59,6 +59,7 @@ def test_the_answer_goes_to_stdout_and_everything_else_to_stderr(
     assert re.fullmatch(r"\d+ tokens · [\d.]+ tok/s · first token after [\d.]+ s · seed 5", summary)
 
 
+@pytest.mark.slow
 def test_verbose_shows_all_counts_and_times_and_the_stages(command_line: CommandLine) -> None:
     run = command_line.run("generate", "Hello", *ASKED, "--verbose")
     lines = run.stderr.splitlines()
@@ -77,6 +78,7 @@ def test_verbose_shows_all_counts_and_times_and_the_stages(command_line: Command
     ]
 
 
+@pytest.mark.slow
 def test_the_built_in_model_reasons_on_stderr_and_answers_on_stdout(command_line: CommandLine) -> None:
     run = command_line.run("generate", "What is 17 plus 25?")
     assert run.returncode == 0, run.stderr

@@ -41,6 +41,7 @@ REPORT = KernelReport(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "darwin", reason="needs no Metal GPU: run on Linux")
 def test_without_a_gpu_the_command_reports_that_plain_mlx_runs(command_line: CommandLine) -> None:
     ran = command_line.run("kernels")

@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from typing import TextIO
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
 from mlx_k2.cli.repl.chat_markdown import ChatMarkdown, chat_parser
 from mlx_k2.cli.repl.markdown_stream import MarkdownDisplay, MarkdownStream
 from tests.cli.tmux import Terminal, needs_tmux, terminal
+from tests.examples import scaled
 
 WIDTH, HEIGHT = 60, 12
 DEADLINE_S = 60.0
@@ -123,6 +124,7 @@ def shown(pane: Terminal, *outputs: str, with_colours: bool = False) -> list[str
 
 
 @needs_tmux
+@settings(max_examples=scaled(40))
 @given(documents, st.lists(st.sampled_from([1, 2, 5, 20, 100]), min_size=1, max_size=5))
 @example("````\n```\nnested\n```\n\nstill code\n````\ntext\n", [1])
 @example("- a\n\n  ```\n  code\n\n  # code\n  ```\n\n  more\n- b\n\ntext", [3])

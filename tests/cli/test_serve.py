@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mlx_k2.cli.main import run
 from tests.cli.command import CommandLine, processes_below
 from tests.local_cluster import wait_until_gone
 from tests.server.server_process import WAIT_S, Server, exchange, parsed, serving
@@ -42,14 +43,13 @@ def rest(connection: socket.socket) -> bytes:
     return received
 
 
-def test_a_port_in_use_is_an_error_before_anything_is_loaded(command_line: CommandLine) -> None:
+def test_a_port_in_use_is_an_error_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        run = command_line.run("serve", "--port", str(port))
-    assert run.returncode == 2
-    assert run.stderr == (
+        assert run(["serve", "--port", str(port)]) == 2
+    assert capsys.readouterr().err == (
         f"error: port {port} of 127.0.0.1 is in use: give another --port, or end the program that has it\n"
     )
 
@@ -66,28 +66,35 @@ def test_a_port_in_use_is_an_error_before_anything_is_loaded(command_line: Comma
         (("--print-settings", "codex"), "clients must know the port"),
     ],
 )
-def test_a_bad_option_is_one_clear_error(command_line: CommandLine, options: tuple[str, ...], message: str) -> None:
-    run = command_line.run("serve", "--port", "0", *options)
-    assert run.returncode == 2
-    assert message in run.stderr
-    assert "Traceback" not in run.stderr
+def test_a_bad_option_is_one_clear_error(
+    options: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # without keys
+    assert run(["serve", "--port", "0", *options]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
 
 
-def test_the_settings_of_a_client_are_printed_for_the_server_s_options(command_line: CommandLine) -> None:
-    run = command_line.run("serve", "--port", "9000", "--context", "4096", "--print-settings", "codex")
-    assert run.returncode == 0
-    settings = tomllib.loads(run.stdout)
+def test_the_settings_of_a_client_are_printed_for_the_server_s_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", "--port", "9000", "--context", "4096", "--print-settings", "codex"]) == 0
+    shown = capsys.readouterr()
+    settings = tomllib.loads(shown.out)
     provider = settings["model_providers"][settings["model_provider"]]
     assert provider["base_url"] == "http://127.0.0.1:9000/v1"
     assert (settings["model"], settings["model_context_window"]) == ("kimi-k2-tiny", 4096)
-    assert "config.toml" in run.stderr
+    assert "config.toml" in shown.err
 
 
 def test_the_property_list_runs_the_same_command_in_the_same_folder(command_line: CommandLine, tmp_path: Path) -> None:
     options = ("serve", "--port", "9000", "--drain", "45")
-    run = command_line.run(*options, "--launchd", cwd=tmp_path)
-    assert run.returncode == 0
-    entries = plistlib.loads(run.stdout.encode())
+    printed = command_line.run(*options, "--launchd", cwd=tmp_path)
+    assert printed.returncode == 0
+    entries = plistlib.loads(printed.stdout.encode())
     program, *arguments = entries["ProgramArguments"]
     assert tuple(arguments) == options
     assert Path(entries["WorkingDirectory"]) == tmp_path
@@ -98,8 +105,8 @@ def test_the_property_list_runs_the_same_command_in_the_same_folder(command_line
 
 def test_the_property_list_runs_a_module_with_its_python(command_line: CommandLine) -> None:
     command = [sys.executable, "-P", "-m", "mlx_k2", "serve", "--port", "9000"]
-    run = subprocess.run([*command, "--launchd"], capture_output=True, timeout=60, env=command_line.environment())
-    assert plistlib.loads(run.stdout)["ProgramArguments"] == command
+    printed = subprocess.run([*command, "--launchd"], capture_output=True, timeout=60, env=command_line.environment())
+    assert plistlib.loads(printed.stdout)["ProgramArguments"] == command
 
 
 def test_sigterm_lets_a_running_answer_end_and_then_exits_with_0(command_line: CommandLine, endless: Path) -> None:
@@ -216,6 +223,7 @@ def test_a_listener_for_the_status_does_not_delay_the_end(command_line: CommandL
         assert server.end(signal.SIGTERM) == 0
 
 
+@pytest.mark.slow
 def test_a_certificate_makes_the_server_one_of_https(command_line: CommandLine, tmp_path: Path) -> None:
     files = {name: str(tmp_path / f"{name}.pem") for name in ("cert", "key")}
     subject = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1")
@@ -239,8 +247,7 @@ def test_a_certificate_makes_the_server_one_of_https(command_line: CommandLine, 
     ],
 )
 def test_a_certificate_that_cannot_be_used_is_an_error(
-    command_line: CommandLine, options: tuple[str, ...], message: str
+    options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = command_line.run("serve", "--port", "0", *options)
-    assert run.returncode == 2
-    assert message in run.stderr
+    assert run(["serve", "--port", "0", *options]) == 2
+    assert message in capsys.readouterr().err

@@ -65,6 +65,7 @@ def test_a_set_up_that_cannot_be_done_changes_nothing(
     assert not settings.exists()
 
 
+@pytest.mark.slow
 def test_this_machine_alone_needs_no_ssh(settings: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings.mkdir()
     (settings / "config.toml").write_text("# mine\nseed = 3\n[chat]\nseed = 4\n")

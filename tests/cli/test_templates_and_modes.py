@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from mlx_k2.cli.main import run
 from tests.cli.command import CommandLine
+from tests.processes import started_processes
 from tests.text.kimi import template_source
 
 USER = {"role": "user", "content": "Hello"}
@@ -33,9 +35,9 @@ def test_a_chat_runs_with_a_template_that_writes_nothing_before_the_users_words(
     endless: Path, tmp_path: Path, command_line: CommandLine
 ) -> None:
     model = with_template(endless, tmp_path, "\ufeff{% for m in messages %}{{ m.content }}{% endfor %}")
-    run = command_line.run("chat", "--model", model, "--max-tokens", "2", stdin="Hello\nAgain\n")
-    assert (run.returncode, run.stderr.count("the answer was cut off")) == (0, 2), run.stderr
-    assert "error" not in run.stderr and "Traceback" not in run.stderr
+    ran = command_line.run("chat", "--model", model, "--max-tokens", "2", stdin="Hello\nAgain\n")
+    assert (ran.returncode, ran.stderr.count("the answer was cut off")) == (0, 2), ran.stderr
+    assert "error" not in ran.stderr and "Traceback" not in ran.stderr
 
 
 @pytest.mark.slow
@@ -45,9 +47,9 @@ def test_thinking_is_turned_off_and_on_in_a_chat_and_a_loaded_chat_names_what_is
     saved = tmp_path / "chat.json"
     saved.write_text(json.dumps([USER, {"role": "assistant", "content": "Hi.", "refusal": "no"}]))
     commands = ("/think off", "/think on", "/think", f"/load {saved}", "/think off", "Again?")
-    run = command_line.run("chat", "--model", switching, "--max-tokens", "2", stdin="\n".join(commands) + "\n")
-    assert run.returncode == 0, run.stderr
-    warning, _, *lines = run.stderr.splitlines()
+    ran = command_line.run("chat", "--model", switching, "--max-tokens", "2", stdin="\n".join(commands) + "\n")
+    assert ran.returncode == 0, ran.stderr
+    warning, _, *lines = ran.stderr.splitlines()
     assert warning == "the chat template reads variables that mlx-k2 does not set: effort"
     assert lines[:3] == [
         "thinking is off; the temperature is 0.6",
@@ -56,7 +58,7 @@ def test_thinking_is_turned_off_and_on_in_a_chat_and_a_loaded_chat_names_what_is
     ]
     assert lines[3] == "message 2 (assistant) has fields that the chat template does not read: refusal"
     assert lines[4].startswith("2 messages from")
-    assert run.stdout.strip() != ""  # without thinking, all sampled text is the answer
+    assert ran.stdout.strip() != ""  # without thinking, all sampled text is the answer
 
 
 @pytest.mark.slow
@@ -74,9 +76,9 @@ def test_a_file_of_prompts_selects_modes_by_line_refuses_images_and_names_what_i
     ]
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
     prompts.write_text("".join(f"{json.dumps({'max_tokens': 3, **line})}\n" for line in asked))
-    run = command_line.run("generate", "--model", switching, "--prompts", str(prompts), "--out", str(out))
-    assert run.returncode == 1, run.stderr  # a line was refused
-    assert "the chat template reads variables that mlx-k2 does not set: effort" in run.stderr
+    ran = command_line.run("generate", "--model", switching, "--prompts", str(prompts), "--out", str(out))
+    assert ran.returncode == 1, ran.stderr  # a line was refused
+    assert "the chat template reads variables that mlx-k2 does not set: effort" in ran.stderr
     thinking, instant, tools, refused, left_out, prompt = map(json.loads, out.read_text().splitlines())
     assert (thinking["text"], thinking["reasoning"] != "") == ("", True)
     assert (instant["text"] != "", instant["reasoning"]) == (True, "")
@@ -105,8 +107,11 @@ def test_a_file_of_prompts_selects_modes_by_line_refuses_images_and_names_what_i
 )
 @pytest.mark.parametrize("command", ["chat", "generate"])
 def test_a_mode_that_the_built_in_model_does_not_have_is_refused_in_one_line_before_anything_starts(
-    command: str, option: tuple[str, ...], words: str, command_line: CommandLine
+    command: str, option: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = command_line.run(command, *option, *(("Hello",) if command == "generate" else ()))
-    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
-    assert run.stderr.startswith(words)
+    before = started_processes()
+    assert run([command, *option, *(("Hello",) if command == "generate" else ())]) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+    assert shown.err.startswith(words)
+    assert started_processes() == before

@@ -17,7 +17,7 @@ from tests.coordinator.schemas import SCHEMAS, TOOL, answer_of, as_parameters, c
 
 ENDING = 0.999
 """Fraction of steps at which a token that ends values is taken if one is allowed, as with a logit bias of +20."""
-NUM_SEEDS = 50 if hypothesis.settings.get_current_profile_name() == "long" else 2
+NUM_SEEDS = 50 if hypothesis.settings.get_current_profile_name() == "long" else 1
 FORMS: list[tuple[Callable[[Any], Constraint], Callable[[Any], Any]]] = [
     (answer_of, lambda schema: schema),
     (call_of, as_parameters),

@@ -71,9 +71,10 @@ def test_a_stage_between_the_layers_that_a_head_reads_starts_without_the_heads_f
     ("seed", "sentence"),
     [
         (None, r"stage 1 .*--draft-model: .*/head is not a folder"),
-        (
+        pytest.param(
             2,
             r"the draft head on .* \(stage 0\) is not the one on .* \(stage 1\): copy the same files to both",
+            marks=pytest.mark.slow,
         ),
     ],
 )

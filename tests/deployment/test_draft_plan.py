@@ -75,6 +75,7 @@ def test_the_last_stages_cost_has_the_time_of_a_draft() -> None:
     "give --draft-bits 8",
     "leave --draft-model out",
 )
+@pytest.mark.slow
 def test_a_head_that_does_not_fit_names_the_options_that_make_it_fit() -> None:
     head = msgspec.structs.replace(HEAD, bits=None)
     needed = [stage.needed_bytes for stage in plan(with_head(), 460, head)]

@@ -1,14 +1,15 @@
-"""A program that sends one request with the official client in four ways, and prints what it returns as JSON.
+"""A program that sends each request with the official client in four ways, and prints what it returns as JSON.
 
 A stream is joined by the accumulator of the client.
 
-It runs with OpenAI's client 1.x and with the current one, as `python client_script.py BASE_URL REQUEST`: REQUEST is
-the JSON of the arguments of ``create``, for a response if it has an ``input``, else for a chat completion.
+It runs with OpenAI's client 1.x and with the current one. A line of its input is a base URL and the arguments of
+``create``, for a response if they have an ``input``, else for a chat completion. It answers with a line.
 """
 
 import asyncio
 import json
 import sys
+import traceback
 from typing import Any
 
 import openai
@@ -124,12 +125,20 @@ async def complete_and_stream(base_url: str, request: dict[str, Any]) -> list[di
     return found
 
 
+def results(base_url: str, request: dict[str, Any]) -> list[dict[str, Any]]:
+    with OpenAI(base_url=base_url, api_key="any", max_retries=0, timeout=60) as client:
+        found = [complete(client, request), stream(client, request)]
+    return found + asyncio.run(complete_and_stream(base_url, request))
+
+
 def main() -> None:
-    base_url, request = sys.argv[1], json.loads(sys.argv[2])
-    client = OpenAI(base_url=base_url, api_key="any", max_retries=0, timeout=60)
-    results = [complete(client, request), stream(client, request)]
-    results += asyncio.run(complete_and_stream(base_url, request))
-    sys.stdout.write(json.dumps({"version": openai.__version__, "results": results}))
+    for line in sys.stdin:
+        try:
+            answer = {"version": openai.__version__, "results": results(*json.loads(line))}
+        except Exception:  # noqa: BLE001 - the test shows it
+            answer = {"failure": traceback.format_exc()}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

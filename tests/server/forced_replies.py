@@ -3,7 +3,6 @@
 Scheduler, slots, cache, engine, token policy and HTTP are the real ones.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,17 +10,13 @@ from typing import Any
 
 from openai import OpenAI
 
-from mlx_k2.builtin import BUILTIN_FOLDER
 from mlx_k2.protocol.messages import Step
 from mlx_k2.sampling import Sampling
 from mlx_k2.server.api_keys import KeyRing
 from mlx_k2.server.server_state import ServerOptions
 from mlx_k2.testing.token_stages import TokenStages
-from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
-from mlx_k2.weights.checkpoint import describe_model
-from mlx_k2.weights.model_files import read_model_files
-from mlx_k2.weights.model_source import BUILTIN, ModelSource
-from tests.server.in_process import SteppedServer, stepped_server
+from mlx_k2.text.tokenizer import Tokenizer
+from tests.server.in_process import SteppedServer, builtin_frontend, stepped_server
 from tests.server.server_process import WAIT_S
 from tests.text.replies import call, section, tokens_of
 
@@ -68,11 +63,9 @@ class ForcedStages:
         return Stages(num_stages, on_plan)
 
 
-@functools.cache
 def builtin_tokenizer() -> Tokenizer:
     """Return the tokenizer of the built-in model."""
-    files = read_model_files(ModelSource(path_or_repo=BUILTIN)).files
-    return load_tokenizer(files, describe_model(files, str(BUILTIN_FOLDER)).config.vocab_size)
+    return builtin_frontend().tokenizer
 
 
 @contextmanager

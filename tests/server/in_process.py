@@ -1,5 +1,6 @@
 """A server in this process, over stages that execute plans on token ids when a test says so."""
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,6 +54,13 @@ class SteppedServer:
         return len(self.tokens.engine._jobs)
 
 
+@functools.cache
+def builtin_frontend() -> ModelFrontend:
+    """Return the built-in model's tokenizer, template and grammars, which all servers of this process share."""
+    files = read_model_files(ModelSource(path_or_repo=BUILTIN)).files
+    return ModelFrontend(describe_model(files, str(BUILTIN_FOLDER)), CONTEXT_TOKENS)
+
+
 @contextmanager
 def stepped_server(
     options: ServerOptions | None = None,
@@ -65,8 +73,6 @@ def stepped_server(
     make_stages: Callable[[int, Callable[[Step], None]], TokenStages] = TokenStages,
 ) -> Iterator[SteppedServer]:
     """Yield a server over stages without arithmetic, with the built-in model's tokenizer and template."""
-    files = read_model_files(ModelSource(path_or_repo=BUILTIN)).files
-    model = describe_model(files, str(BUILTIN_FOLDER))
     state = ServerState(options or ServerOptions(), "tokens", ClusterActivity())
     lines: list[str] = []
     app = make_app(state, Access((), ("https://chat.example",), keys), lines.append)
@@ -81,7 +87,7 @@ def stepped_server(
         ) as tokens,
         HttpServer(app, "127.0.0.1", 0, drain_s=1) as server,
     ):
-        state.serve(tokens.engine, LanguageModel(ModelFrontend(model, CONTEXT_TOKENS), "tokens"))
+        state.serve(tokens.engine, LanguageModel(builtin_frontend(), "tokens"))
         yield SteppedServer(int(server.url.rpartition(":")[2]), tokens, lines, state)
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from openai import AuthenticationError, OpenAI
 
+from mlx_k2.cli.main import run
 from mlx_k2.errors import SetupError
 from mlx_k2.server.api_keys import KeyRing, add_key, read_keys, remove_key
 from tests.cli.command import CommandLine
-from tests.server.server_process import WAIT_S, Server, serving
+from tests.server.in_process import SteppedServer, stepped_server
+from tests.server.server_process import WAIT_S
 
 
 def test_a_key_is_stored_as_a_digest_in_a_private_file(tmp_path: Path) -> None:
@@ -94,30 +96,37 @@ def test_a_name_is_used_once_and_an_unknown_one_is_not_removed(tmp_path: Path) -
 
 
 @pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
-    return CommandLine(tmp_path_factory.mktemp("home"))
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("keys") / "keys.json"
 
 
 @pytest.fixture(scope="module")
-def keys(user: CommandLine) -> dict[str, str]:
+def keys(key_file: Path) -> dict[str, str]:
     """Two keys, made by the command."""
-    return {name: user.run("keys", "add", name).stdout.strip() for name in ("alice", "bob")}
+    user = CommandLine(key_file.parent)
+    add = ("keys", "add", "--key-file", str(key_file))
+    return {name: user.run(*add, name).stdout.strip() for name in ("alice", "bob")}
 
 
 @pytest.fixture(scope="module")
-def locked(user: CommandLine, keys: dict[str, str]) -> Iterator[Server]:
+def locked(key_file: Path, keys: dict[str, str]) -> Iterator[SteppedServer]:
     """A server that requires keys."""
-    with serving(user) as server:
+    with stepped_server(keys=KeyRing(key_file, is_required=False)) as server:
         yield server
 
 
-def test_the_command_lists_the_names_of_keys(user: CommandLine, keys: dict[str, str]) -> None:
-    listed = user.run("keys", "list")
-    assert [line.split("\t")[0] for line in listed.stdout.splitlines()] == ["alice", "bob"]
-    assert not any(key in listed.stdout for key in keys.values())
+def test_the_command_lists_the_names_of_keys(
+    key_file: Path, keys: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["keys", "list", "--key-file", str(key_file)]) == 0
+    listed = capsys.readouterr().out
+    assert [line.split("\t")[0] for line in listed.splitlines()] == ["alice", "bob"]
+    assert not any(key in listed for key in keys.values())
 
 
-def test_the_official_client_uses_a_key_and_is_refused_with_a_wrong_one(locked: Server, keys: dict[str, str]) -> None:
+def test_the_official_client_uses_a_key_and_is_refused_with_a_wrong_one(
+    locked: SteppedServer, keys: dict[str, str]
+) -> None:
     base_url = f"http://127.0.0.1:{locked.port}/v1"
     assert OpenAI(base_url=base_url, api_key=keys["alice"], timeout=WAIT_S).models.list().data
     with pytest.raises(AuthenticationError) as caught:
@@ -125,7 +134,7 @@ def test_the_official_client_uses_a_key_and_is_refused_with_a_wrong_one(locked: 
     assert caught.value.code == "invalid_api_key"
 
 
-def test_every_path_but_health_needs_a_key(locked: Server, keys: dict[str, str]) -> None:
+def test_every_path_but_health_needs_a_key(locked: SteppedServer, keys: dict[str, str]) -> None:
     for method, path in (("GET", "/v1/models"), ("GET", "/metrics"), ("GET", "/v1/status"), ("POST", "/tokenize")):
         answer = locked.request(method, path)
         assert answer.status == 401
@@ -135,7 +144,7 @@ def test_every_path_but_health_needs_a_key(locked: Server, keys: dict[str, str])
     assert locked.request("GET", "/v1/models", **{"x-api-key": keys["bob"]}).status == 200
 
 
-def test_no_key_is_in_the_log(locked: Server, keys: dict[str, str]) -> None:
+def test_no_key_is_in_the_log(locked: SteppedServer, keys: dict[str, str]) -> None:
     assert locked.request("GET", "/v1/models", Authorization=f"Bearer {keys['alice']}").status == 200
     assert locked.request("GET", "/v1/models", Authorization="Bearer mk2-nobody").status == 401
     log = "\n".join(locked.lines)
@@ -143,7 +152,6 @@ def test_no_key_is_in_the_log(locked: Server, keys: dict[str, str]) -> None:
     assert "mk2-" not in log
 
 
-def test_a_server_for_other_machines_needs_a_key(tmp_path: Path) -> None:
-    run = CommandLine(tmp_path).run("serve", "--host", "0.0.0.0", "--port", "0")
-    assert run.returncode == 2
-    assert "mlx-k2 keys add" in run.stderr
+def test_a_server_for_other_machines_needs_a_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", "--host", "0.0.0.0", "--port", "0", "--key-file", str(tmp_path / "keys.json")]) == 2
+    assert "mlx-k2 keys add" in capsys.readouterr().err

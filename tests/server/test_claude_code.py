@@ -3,13 +3,14 @@
 import json
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.server.messages_client import client_of
 from tests.server.server_process import Server
 from tests.server.test_request_shapes import OTHERS
 
-ROUNDS = 20
+ROUNDS = 20 if hypothesis.settings.get_current_profile_name() == "long" else 5
 CACHED = {"cache_control": {"type": "ephemeral"}}
 SHAPE: dict[str, Any] = {
     "model": "claude-sonnet-5",

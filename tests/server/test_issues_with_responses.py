@@ -112,7 +112,7 @@ Test = Callable[..., None]
 ROWS: dict[str, tuple[Test, ...]] = {
     "reasoning not sent back": (
         test_responses.test_lost_reasoning_is_put_back,
-        test_open_responses.test_codex_with_40_tools_and_20_calls_is_computed_from_the_cache_without_its_reasoning,
+        test_open_responses.test_codex_with_40_tools_and_a_loop_of_calls_is_computed_from_the_cache_without_reasoning,
     ),
     "closed before response.completed": (
         test_responses.test_the_stream_is_the_body_for_every_kind_of_reply,

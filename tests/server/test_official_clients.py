@@ -4,6 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,37 +39,53 @@ def old_client(pytestconfig: pytest.Config) -> Path:
     return folder
 
 
-def results(
-    server: SteppedServer | Server, request: dict[str, Any], path: Path | None
-) -> tuple[str, list[dict[str, Any]]]:
-    """Return the version of a client, and what it accumulates in each of the four ways."""
-    asked = {"tools": FUNCTIONS} if "input" in request else {"messages": USER, "tools": TOOLS}
-    request = {"model": "m"} | asked | request
-    command = [sys.executable, client_script.__file__, f"{server.url}/v1", json.dumps(request)]
-    environment = dict(os.environ) | ({} if path is None else {"PYTHONPATH": str(path)})
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
-    assert ran.returncode == 0, ran.stderr
-    found = json.loads(ran.stdout)
-    return found["version"].partition(".")[0], found["results"]
+@dataclass(frozen=True)
+class Client:
+    """A process that runs the program of requests with one version of OpenAI's client."""
+
+    process: subprocess.Popen[str]
+
+    def results(self, server: SteppedServer | Server, request: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+        """Return the client's version, and what it accumulates in each of the four ways."""
+        asked = {"tools": FUNCTIONS} if "input" in request else {"messages": USER, "tools": TOOLS}
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps([f"{server.url}/v1", {"model": "m"} | asked | request]) + "\n")
+        self.process.stdin.flush()
+        found = json.loads(self.process.stdout.readline())
+        assert "failure" not in found, found["failure"]
+        return found["version"].partition(".")[0], found["results"]
+
+
+@pytest.fixture(scope="module")
+def clients(old_client: Path) -> Iterator[list[Client]]:
+    """Yield the client 1.x and the current one."""
+    with ExitStack() as stack:
+        found = []
+        for changes in ({"PYTHONPATH": str(old_client)}, {}):
+            command = [sys.executable, client_script.__file__]
+            pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+            process = subprocess.Popen(command, env={**os.environ, **changes}, text=True, **pipes)
+            found.append(Client(stack.enter_context(process)))
+        yield found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("messages", [ASKED, IN_PARIS], ids=["text", "call"])
 def test_old_and_new_client_accumulate_the_body_of_the_builtin_model(
-    server: Server, old_client: Path, messages: list[Any]
+    server: Server, clients: list[Client], messages: list[Any]
 ) -> None:
     request = {"messages": messages, "tools": WEATHER, "temperature": 0}
-    (first, *others) = [one for path in (old_client, None) for one in results(server, request, path)[1]]
+    (first, *others) = [one for client in clients for one in client.results(server, request)[1]]
     assert others == [first] * 7
     assert first["content"] or first["calls"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ENDS)
-def test_old_and_new_client_accumulate_the_body_in_every_way(old_client: Path, name: str) -> None:
+def test_old_and_new_client_accumulate_the_body_in_every_way(clients: list[Client], name: str) -> None:
     reply, finish_reason = REPLIES.get(name, (REPLIES["text"][0], name))
     with forcing(reply) as (server, _, _), stepping(server):
-        versions, found = zip(*(results(server, ENDS[name], path) for path in (old_client, None)), strict=True)
+        versions, found = zip(*(client.results(server, ENDS[name]) for client in clients), strict=True)
     assert versions[0] == "1"
     assert int(versions[1]) > 1
     (first, *others) = [one for each in found for one in each]
@@ -75,42 +94,42 @@ def test_old_and_new_client_accumulate_the_body_in_every_way(old_client: Path, n
 
 
 @pytest.mark.slow
-def test_old_and_new_client_raise_the_error_in_the_middle(old_client: Path) -> None:
+def test_old_and_new_client_raise_the_error_in_the_middle(clients: list[Client]) -> None:
     """The stages fail at token 20 and are not restarted: two clients, one request each, and then none is served."""
-    for path in (old_client, None):
+    for client in clients:
         with forcing(REPLIES["calls"][0]) as (server, _, stages), stepping(server):
             stages.fail_at = 20
             server.tokens.cancel()
-            _, found = results(server, {}, path)
+            _, found = client.results(server, {})
         assert found == [{"error": "unavailable"}] * 4
 
 
 @pytest.mark.slow
-def test_old_and_new_client_see_nothing_of_a_restart_in_the_middle(old_client: Path) -> None:
-    for path in (old_client, None):
+def test_old_and_new_client_see_nothing_of_a_restart_in_the_middle(clients: list[Client]) -> None:
+    for client in clients:
         with forcing(REPLIES["calls"][0]) as (server, _, stages), stepping(server):
-            _, undisturbed = results(server, {}, path)
+            _, undisturbed = client.results(server, {})
             stages.fail_at = 20
             server.tokens.may_restart.set()
-            _, found = results(server, {}, path)
+            _, found = client.results(server, {})
             assert len(server.tokens.restarts) == 1
         assert found == undisturbed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*ENDS, "restart", "error"])
-def test_old_and_new_client_accumulate_the_body_of_a_response_in_every_way(old_client: Path, name: str) -> None:
+def test_old_and_new_client_accumulate_the_body_of_a_response_in_every_way(clients: list[Client], name: str) -> None:
     """In "restart" the stages fail once at token 20. In "error" they fail in each client's first request."""
     ends: dict[str, dict[str, Any]] = {"length": {"max_output_tokens": 6}, "stop": {"extra_body": {"stop": ["answer"]}}}
     request: dict[str, Any] = {"input": "a"} | ends.get(name, {})
     reply, finish_reason = REPLIES.get(name, REPLIES["text" if name in ENDS else "calls"])
     found: list[dict[str, Any]] = []
-    for path in (old_client, None):
+    for client in clients:
         with forcing(reply) as (server, _, stages), stepping(server):
             if name in ("restart", "error"):
                 stages.fail_at = 20
                 (server.tokens.cancel if name == "error" else server.tokens.may_restart.set)()
-            found += results(server, request, path)[1]
+            found += client.results(server, request)[1]
     first, *others = found
     assert others == [first] * 7
     if name == "error":

@@ -13,6 +13,7 @@ from mlx_k2.server.cluster_activity import ClusterActivity
 from mlx_k2.server.openapi import document
 from mlx_k2.server.routes import Routes
 from mlx_k2.server.server_state import ServerOptions, ServerState
+from tests.examples import scaled
 from tests.server.in_process import SteppedServer, stepped_server, stepping
 from tests.server.server_process import Server
 
@@ -43,8 +44,9 @@ def test_every_reference_of_the_document_leads_to_a_schema(server: Server) -> No
     assert names <= answer.json["components"]["schemas"].keys()
 
 
+@pytest.mark.slow
 @schema.parametrize()
-@settings(max_examples=25)
+@settings(max_examples=scaled(10))
 def test_no_request_that_schemathesis_makes_is_a_defect(answering: SteppedServer, case: schemathesis.Case[Any]) -> None:
     """Each is served, or refused with a documented status and an error in the API's shape."""
     if isinstance(case.body, dict):

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.server.server_process import Server
@@ -25,7 +26,8 @@ OTHERS: list[Any] = [
     }
     for number in range(39)
 ]
-ROUNDS = {"opencode": 20, "cline": 20, "kimi-cli": 2}
+MANY = 20 if hypothesis.settings.get_current_profile_name() == "long" else 5
+ROUNDS = {"opencode": MANY, "cline": MANY, "kimi-cli": 2}
 SHAPES: dict[str, dict[str, Any]] = {
     "opencode": {
         "model": "kimi-k2-tiny",

@@ -46,16 +46,26 @@ class Model:
 
 
 @pytest.fixture(scope="module")
-def models(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Model]]:
-    """Two served models: the built-in one, and a random checkpoint.
+def builtin_model(server: Server) -> Model:
+    """The built-in model. It prefers a comma to an end: with a bias for both, some of its lists would not end."""
+    return Model(server, builtin_tokenizer(), b'"}]')
 
-    The built-in one prefers a comma to an end: with a bias for both, some of its lists and objects would not end.
-    """
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """A random checkpoint."""
     folder = write_model(tmp_path_factory.mktemp("model") / "tiny", CONTEXT_TOKENS)
     options = ("--model", str(folder), "--stages", "2", "--context", str(CONTEXT_TOKENS), "--max-sequences", "4")
     with serving(home_of(tmp_path_factory.mktemp("home")), *options) as other:
         tokenizer = load_tokenizer(tiny_vocabulary(VOCAB_SIZE, CONTEXT_TOKENS).files, VOCAB_SIZE)
-        yield {"built-in": Model(server, builtin_tokenizer(), b'"}]'), "random": Model(other, tokenizer, b'"}],')}
+        yield Model(other, tokenizer, b'"}],')
+
+
+@pytest.fixture(scope="module", params=["builtin", pytest.param("random", marks=pytest.mark.slow)])
+def model(request: pytest.FixtureRequest) -> Model:
+    """Return a served model. It starts when it is used first."""
+    found: Model = request.getfixturevalue(f"{request.param}_model")
+    return found
 
 
 def replies_to(model: Model, schema: Any, **fields: Any) -> list[tuple[dict[str, Any], Any]]:
@@ -97,24 +107,17 @@ def check(reply: dict[str, Any], valid: Any, *, is_call: bool) -> None:
     assert [(call["name"], call["id"]) for call in reply["tool_calls"]] == expected
 
 
-@pytest.mark.parametrize("name", ["built-in", "random"])
 @pytest.mark.parametrize("schema", SOME.values(), ids=SOME)
-def test_with_a_bias_for_tokens_that_end_values_replies_are_complete_and_valid(
-    models: dict[str, Model], name: str, schema: Any
-) -> None:
-    model = models[name]
+def test_with_a_bias_for_tokens_that_end_values_replies_are_complete_and_valid(model: Model, schema: Any) -> None:
     answer, call = replies_to(model, schema, logit_bias=model.bias, max_tokens=4096, seed=4)
     check(*answer, is_call=False)
     check(*call, is_call=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["built-in", "random"])
 @pytest.mark.parametrize("schema", SOME.values(), ids=SOME)
-def test_without_a_bias_replies_are_valid_or_end_with_length_and_are_no_call(
-    models: dict[str, Model], name: str, schema: Any
-) -> None:
-    for reply, valid in replies_to(models[name], schema, max_tokens=MAX_TOKENS, seed=5):
+def test_without_a_bias_replies_are_valid_or_end_with_length_and_are_no_call(model: Model, schema: Any) -> None:
+    for reply, valid in replies_to(model, schema, max_tokens=MAX_TOKENS, seed=5):
         if reply["finish_reason"] == "length":
             assert reply["usage"]["completion_tokens"] == MAX_TOKENS
         else:

@@ -98,14 +98,8 @@ def test_omitting_rope_in_one_layer_changes_the_logits(folder: Path, logits: mx.
     assert largest_difference(run(model), logits) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        [3],
-        pytest.param([1, 2, 3, 4, 5, 6, 7, 8], marks=pytest.mark.slow),
-        pytest.param([5] * 16, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", [[3], [1, 2, 3, 4, 5, 6, 7, 8], [5] * 16])
 def test_among_200_greedy_tokens_at_least_50_are_different(folder: Path, prompt: list[int]) -> None:
     model = load(folder)
     cache = make_prompt_cache(model)

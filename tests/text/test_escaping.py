@@ -2,11 +2,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_k2.errors import RequestError
 from mlx_k2.text.escaping import Escaping
+from tests.examples import scaled
 
 NAMES = ["<|im_end|>", "<think>", "[EOS]"]
 LETTERS = set("".join(NAMES))
@@ -76,6 +77,7 @@ def unescaped(value: Any, escaping: Escaping) -> Any:
 
 
 @pytest.mark.parametrize("name", WITH_A_PART)
+@settings(max_examples=scaled(40))
 @given(text=texts, part=parts)
 def test_escaped_text_combined_with_template_text_behaves_like_plain_text(name: str, text: str, part: str) -> None:
     operation = WITH_A_PART[name]
@@ -84,6 +86,7 @@ def test_escaped_text_combined_with_template_text_behaves_like_plain_text(name: 
 
 
 @pytest.mark.parametrize("name", ALONE)
+@settings(max_examples=scaled(40))
 @given(text=texts)
 def test_operations_on_escaped_text_behave_like_on_plain_text(name: str, text: str) -> None:
     operation = ALONE[name]
@@ -92,6 +95,7 @@ def test_operations_on_escaped_text_behave_like_on_plain_text(name: str, text: s
 
 
 @pytest.mark.parametrize("name", YIELD_TEXT)
+@settings(max_examples=scaled(40))
 @given(text=texts)
 def test_no_string_operation_unescapes_a_letter_of_a_control_token(name: str, text: str) -> None:
     result = ALONE[name](Escaping(NAMES, [text]).escape(text))
@@ -112,7 +116,7 @@ def test_escaping_is_one_to_one_and_uses_no_character_of_the_text(text: str) -> 
 def test_private_use_characters_in_a_text_are_not_unescaped() -> None:
     text = "<think>" + "".join(map(chr, range(0xF0000, 0x110000)))
     escaping = Escaping(NAMES, [text])
-    assert escaping.unescape("".join(escaping.escape(text))) == text
+    assert escaping.unescape("".join((escaping.escape(text),))) == text
 
 
 def test_template_text_joined_to_escaped_text_is_not_escaped() -> None:

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_k2.text.history_reader import read_history
@@ -12,6 +12,7 @@ from mlx_k2.text.prompt import encode_pieces, opens_reasoning, render_pieces
 from mlx_k2.text.reply_parser import ReplyReader
 from mlx_k2.text.reply_parts import Part, Reply, whole_reply
 from mlx_k2.text.tool_call import ToolCall
+from tests.examples import scaled
 from tests.text.fixtures import as_text, builtin_template, tokenizer
 
 USER = Message(role="user", content="hello")
@@ -45,6 +46,7 @@ def generated(messages: list[Message]) -> list[int]:
     return ids[len(prompt) : -1]
 
 
+@settings(max_examples=scaled(40))
 @given(hostile, hostile, st.lists(st.tuples(names, hostile), min_size=1, max_size=3))
 def test_a_rendered_reply_is_parsed_to_the_same_reply(
     reasoning: str, content: str, written: list[tuple[str, str]]

@@ -281,7 +281,7 @@ junk_message = st.dictionaries(keys, junk, max_size=4).map(lambda message: {"rol
 junk_messages = st.lists(junk_message, min_size=1, max_size=3)
 
 
-@settings(max_examples=at_least(1000))
+@settings(max_examples=at_least(300))
 @given(junk_messages, st.sampled_from([(), ("reasoning", "extra", "reasoning_details", "function_call")]))
 def test_any_json_is_read_or_refused_by_name(history: list[dict[str, Any]], fields: tuple[str, ...]) -> None:
     try:

@@ -5,13 +5,14 @@ import itertools
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_k2.errors import RequestError, TokenizerError
 from mlx_k2.text.chat_template import ChatTemplate
 from mlx_k2.text.history_reader import read_history
 from mlx_k2.text.prompt import encode_pieces, render_pieces
+from tests.examples import scaled
 from tests.text.fixtures import as_text, builtin_template, decoded, ids_of, pieces_of, tokenizer
 
 # Text of an attacker: names of control tokens, whole and in parts, and characters of the private-use planes.
@@ -170,6 +171,7 @@ short = st.one_of(
 
 
 @pytest.mark.parametrize("source", STRADDLING.values(), ids=STRADDLING.keys())
+@settings(max_examples=scaled(40))
 @given(first=short, second=short)
 def test_no_template_lets_text_become_a_control_token(source: str, first: str, second: str) -> None:
     template = ChatTemplate(source)

@@ -63,7 +63,7 @@ def joined(found: Sequence[Part]) -> list[Part]:
 
 
 @given(replies, st.lists(st.integers(1, 9), min_size=1, max_size=4), st.booleans(), vocabularies)
-@settings(max_examples=at_least(1000))
+@settings(max_examples=at_least(400))
 def test_splitting_the_text_differently_gives_the_same_reply_parts(
     tokens: list[Token], cuts: list[int], in_reasoning: bool, names: frozenset[str]
 ) -> None:

@@ -1,7 +1,7 @@
 """Tests of SampledTurns: the next prompt has the sampled tokens of a turn wherever the turn's text is unchanged."""
 
 import msgspec
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_k2.text.message import Message, assistant_message, tool_messages
@@ -9,6 +9,7 @@ from mlx_k2.text.prompt import encode_pieces, render_pieces
 from mlx_k2.text.reply_parser import ReplyReader
 from mlx_k2.text.reply_parts import whole_reply
 from mlx_k2.text.sampled_turns import SampledTurns
+from tests.examples import scaled
 from tests.text.fixtures import builtin_template, decoded, tokenizer
 
 USER = Message(role="user", content="hello")
@@ -62,6 +63,7 @@ def after(message: Message) -> list[Message]:
     return tool_messages(message, ["7"] * len(calls)) if calls else [USER]
 
 
+@settings(max_examples=scaled(40))
 @given(st.data())
 def test_each_prompt_of_a_tool_loop_extends_the_cached_tokens(data: st.DataObject) -> None:
     turns, messages = SampledTurns(tokenizer()), [USER]
@@ -98,6 +100,7 @@ def decoded_text(ids: list[int]) -> str:
     return b"".join(map(tokenizer().token_bytes, ids)).decode(errors="replace")
 
 
+@settings(max_examples=scaled(40))
 @given(st.lists(replies(), max_size=3))
 def test_a_prompt_with_sampled_tokens_decodes_to_the_templates_text(sampled: list[list[int]]) -> None:
     turns = SampledTurns(tokenizer())

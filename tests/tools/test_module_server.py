@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import pytest
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mcp.server.mcpserver import MCPServer
 
 from mlx_k2.errors import ToolsError
-from mlx_k2.tools.module_server import UnusableFunction, _add
+from mlx_k2.tools.module_server import _MODULE, UnusableFunction, _add, main
 from mlx_k2.tools.outcome import Outcome, ToolResult
 from mlx_k2.tools.servers import python_module
 from mlx_k2.tools.toolbox import Limits, open_toolbox
@@ -118,7 +118,6 @@ def test_an_exception_in_a_function_becomes_a_failed_result(module: Path) -> Non
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("x = 1\nraise ValueError('no licence')", "mine.py: it ended; it wrote last: line 2: ValueError: no licence"),
         ("def f(:", "SyntaxError: "),
         ("import no_such_package", "line 1: ModuleNotFoundError: No module named 'no_such_package'"),
         ("raise SystemExit('not today')", "line 1: SystemExit: not today"),
@@ -135,12 +134,31 @@ def test_an_exception_in_a_function_becomes_a_failed_result(module: Path) -> Non
         ("import socket\ndef f(x: socket.socket): ...", "line 2: f: Cannot generate a JsonSchema"),
     ],
 )
-def test_an_unusable_tools_module_is_refused_with_its_line(tmp_path: Path, source: str, message: str) -> None:
+def test_an_unusable_tools_module_ends_its_process_with_one_line_about_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], source: str, message: str
+) -> None:
+    """The function of the process runs in this one: only its end is replaced, by an exception."""
+
+    def end(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "mine.py").write_text(source)
+    with pytest.raises(SystemExit) as ended:
+        main(tmp_path / "mine.py")
+    sys.modules.pop(_MODULE, None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert line.startswith(message)
+
+
+def test_an_unusable_tools_module_is_refused_with_the_line_of_its_process(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
-    path.write_text(source)
+    path.write_text("x = 1\nraise ValueError('no licence')")
     with pytest.raises(ToolsError) as raised, open_toolbox([python_module(path, environment())], LIMITS):
         pass
-    assert message in str(raised.value)
+    assert "mine.py: it ended; it wrote last: line 2: ValueError: no licence" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 

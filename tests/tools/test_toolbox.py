@@ -18,7 +18,7 @@ from mlx_k2.text.tool_call import call_id, read_call
 from mlx_k2.tools.connection import Connection
 from mlx_k2.tools.outcome import Outcome, ToolResult
 from mlx_k2.tools.servers import HttpServer, Server, StdioServer
-from mlx_k2.tools.toolbox import Limits, _named, open_toolbox
+from mlx_k2.tools.toolbox import Limits, ToolBox, _named, open_toolbox
 from tests.processes import started_processes
 
 pytestmark = pytest.mark.timeout(60)
@@ -51,7 +51,7 @@ def shared_url() -> Iterator[str]:
         yield server.url
 
 
-@pytest.fixture(params=["stdio", "http"])
+@pytest.fixture(scope="module", params=["stdio", "http"])
 def serve(request: pytest.FixtureRequest) -> Serve:
     """Return a function that makes a server, over stdio or over HTTP."""
     if request.param == "stdio":
@@ -60,13 +60,19 @@ def serve(request: pytest.FixtureRequest) -> Serve:
     return lambda name: HttpServer(name=name, url=url)
 
 
+@pytest.fixture(scope="module")
+def box(serve: Serve) -> Iterator[ToolBox]:
+    """Yield the tools of one server, for all tests that neither end it nor close the toolbox."""
+    with open_toolbox([serve("s")], LIMITS) as box:
+        yield box
+
+
 def children() -> set[int]:
     return {child.pid for child in started_processes()}
 
 
-def test_a_tool_declaration_has_its_servers_description_and_parameters(serve: Serve) -> None:
-    with open_toolbox([serve("s")], LIMITS) as box:
-        (declared,) = [item for item in box.declarations if item["function"]["name"] == "add"]
+def test_a_tool_declaration_has_its_servers_description_and_parameters(box: ToolBox) -> None:
+    (declared,) = [item for item in box.declarations if item["function"]["name"] == "add"]
     assert declared["type"] == "function"
     assert declared["function"]["description"] == "Add two numbers."
     parameters = declared["function"]["parameters"]
@@ -74,29 +80,25 @@ def test_a_tool_declaration_has_its_servers_description_and_parameters(serve: Se
     assert {name: field["type"] for name, field in parameters["properties"].items()} == {"a": "integer", "b": "integer"}
 
 
-def test_a_call_returns_the_tools_result(serve: Serve) -> None:
-    with open_toolbox([serve("s")], LIMITS) as box:
-        assert box.call("add", {"a": 40}) == ToolResult(Outcome.DONE, "42")
+def test_a_call_returns_the_tools_result(box: ToolBox) -> None:
+    assert box.call("add", {"a": 40}) == ToolResult(Outcome.DONE, "42")
 
 
-def test_calls_run_concurrently(serve: Serve) -> None:
-    with open_toolbox([serve("s")], LIMITS) as box:
-        both = [box.start("meet", {}), box.start("meet", {})]  # neither returns before both have arrived
-        assert [call.result() for call in both] == [ToolResult(Outcome.DONE, "met")] * 2
+def test_calls_run_concurrently(box: ToolBox) -> None:
+    both = [box.start("meet", {}), box.start("meet", {})]  # neither returns before both have arrived
+    assert [call.result() for call in both] == [ToolResult(Outcome.DONE, "met")] * 2
 
 
-def test_a_failing_tool_and_invalid_arguments_give_failed_results(serve: Serve) -> None:
-    with open_toolbox([serve("s")], LIMITS) as box:
-        assert box.call("fail", {}).outcome is Outcome.FAILED
-        misfit = box.call("add", {"a": "many"})
-        assert misfit.outcome is Outcome.FAILED
-        assert "a" in misfit.text
-        assert "integer" in misfit.text
+def test_a_failing_tool_and_invalid_arguments_give_failed_results(box: ToolBox) -> None:
+    assert box.call("fail", {}).outcome is Outcome.FAILED
+    misfit = box.call("add", {"a": "many"})
+    assert misfit.outcome is Outcome.FAILED
+    assert "a" in misfit.text
+    assert "integer" in misfit.text
 
 
-def test_a_call_of_an_unknown_tool_is_refused_with_the_list_of_tools(serve: Serve) -> None:
-    with open_toolbox([serve("s")], LIMITS) as box:
-        result = box.call("subtract", {})
+def test_a_call_of_an_unknown_tool_is_refused_with_the_list_of_tools(box: ToolBox) -> None:
+    result = box.call("subtract", {})
     assert result.outcome is Outcome.REFUSED
     assert result.text.startswith("There is no tool 'subtract'. The tools are: add, ")
 
@@ -108,18 +110,16 @@ def test_a_hanging_call_ends_as_timed_out(serve: Serve) -> None:
     assert result.text == "The tool server slow one did not answer within 0.5 s; the call was ended."
 
 
-def test_a_server_answers_other_calls_during_and_after_a_hanging_call(serve: Serve) -> None:
-    with open_toolbox([serve("s")], LIMITS) as box:
-        hanging = box.start("hang", {})
-        assert box.call("add", {"a": 1}).text == "3"
-        assert not hanging.done()
-        assert hanging.cancel()
-        assert box.call("add", {"a": 2}).text == "4"
+def test_a_server_answers_other_calls_during_and_after_a_hanging_call(box: ToolBox) -> None:
+    hanging = box.start("hang", {})
+    assert box.call("add", {"a": 1}).text == "3"
+    assert not hanging.done()
+    assert hanging.cancel()
+    assert box.call("add", {"a": 2}).text == "4"
 
 
-def test_a_long_result_is_truncated(serve: Serve) -> None:
-    with open_toolbox([serve("s")], LIMITS) as box:
-        result = box.call("much", {"length": 3_000_000})
+def test_a_long_result_is_truncated(box: ToolBox) -> None:
+    result = box.call("much", {"length": 3_000_000})
     assert result.outcome is Outcome.CUT
     assert result.text == "x" * 100 + "\n[cut here: these are the first 100 of 3000000 characters]"
 
