@@ -3,7 +3,6 @@
 On CI no test may be skipped, except those of the kinds that --may-lack names.
 """
 
-import gc
 import os
 import signal
 from collections import Counter
@@ -111,20 +110,6 @@ def _default_signal_handlers() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _collected_objects_are_frozen() -> Iterator[None]:
-    """Leave imports and collected tests out of each garbage collection. An engine starts with one, of 0.5 s otherwise.
-
-    The calls of the engine are without effect: its ``unfreeze`` would end this at the end of the first engine.
-    """
-    gc.collect()
-    gc.freeze()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gc, "freeze", lambda: None)
-        patch.setattr(gc, "unfreeze", lambda: None)
-        yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -100,7 +100,6 @@ class Engine:
     def __enter__(self) -> "Engine":
         self._thread.start()
         _SHORT_INTERVAL.begin()
-        gc.collect()
         gc.freeze()  # a full collection stops all threads for 14 to 28 ms, mostly for objects of imports (measured)
         return self
 
