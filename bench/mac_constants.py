@@ -1,4 +1,4 @@
-"""The constants of the model of a Mac, and the published figures that it is compared with. Computes nothing.
+"""The constants of the performance model in mac_model.py, and published figures to compare with. Computes nothing.
 
 The constants were written before the first comparison and not changed after it. Each has its source: "published" by
 others, "stated" by a maker, or "estimated" here. Issues are named by repository and number.
@@ -20,19 +20,26 @@ CONSTANTS = {
     "dense bandwidth": Constant(650e9, "B/s", "published", "94% of 692 GB/s sustained, M3 Ultra: jundot/omlx#2238"),
     "expert bandwidth": Constant(387e9, "B/s", "published", "gather_qmm of one token, chained, M3 Ultra: mlx#4509"),
     "own expert bandwidth": Constant(
-        500e9, "B/s", "estimated", "between gather_qmm's 387 and the 630 of a good kernel"
+        500e9,
+        "B/s",
+        "estimated",
+        "for mlx-k2's kernel: more than gather_qmm's 387 GB/s, less than the best kernels' 630",
     ),
     "launch": Constant(2.75e-6, "s", "published", "3,200 dependent small kernels in 8.8 ms, M3 Ultra: mlx#4521"),
     "command buffer": Constant(20e-6, "s", "published", "M3 Ultra, mlx 0.32.2: mlx#4521"),
     "dense operations": Constant(20.5e12, "1/s", "published", "quantized_matmul, M3 Ultra: mlx#4246"),
     "expert operations": Constant(
-        16.7e12, "1/s", "published", "14.2 with 43 rows an expert, tiles of 16 85% full: #4246"
+        16.7e12, "1/s", "published", "14.2e12 / 0.85, since 43 rows per expert fill tiles of 16 rows to 85%: mlx#4246"
     ),
-    "score traffic": Constant(14, "B", "estimated", "of a query, key and head: written, masked, softmax, read"),
+    "score traffic": Constant(
+        14, "B", "estimated", "per query, key and head, to write, mask, normalize and read a score"
+    ),
     "fused attention": Constant(
-        9e12, "1/s", "estimated", "MLX calls its kernel of 192 slower than unfused (sdpa, 0.32.4)"
+        9e12, "1/s", "estimated", "for head dimension 192 MLX's source calls it slower than unfused (0.32.4)"
     ),
-    "own prompt kernel": Constant(0.65, "", "estimated", "of MLX's speed: 32 rows of float32 tiles, by a cycle model"),
+    "own prompt kernel": Constant(
+        0.65, "", "estimated", "speed over that of MLX's kernel, from a count of cycles for 32 rows"
+    ),
     "hop": Constant(450e-6, "s", "published", "300 us over Thunderbolt (Geerling; exo#2173), and two wake-ups"),
     "all-reduce": Constant(50e-6, "s", "published", "RDMA over Thunderbolt 5: under 50 us (Geerling, Dec 2025)"),
     "host": Constant(
@@ -41,14 +48,17 @@ CONSTANTS = {
     "M5 bandwidth": Constant(
         1200 / 819, "", "stated", "memory bandwidth of an M5 Ultra over an M3 Ultra (Apple, Aug 2026)"
     ),
-    "M5 operations": Constant(3.5, "", "estimated", "prompts through MLX's neural accelerators: 3 to 4 times as fast"),
+    "M5 operations": Constant(
+        3.5, "", "estimated", "prompts on the GPU's neural accelerators, by MLX: 3 to 4 times as fast"
+    ),
 }
 
 
 class Published(NamedTuple):
-    """A published figure in tokens per second, and what was run: a program, a model in bits, Macs, and positions.
+    """A published figure in tokens per second, and what was run: program, model, bits per weight, Macs, positions.
 
-    ``tokens`` is the context while decoding, or the length of the prompt; (first, end) is one chunk of a prompt.
+    ``tokens`` is the context while decoding, or the length of the prompt. With ``first`` the figure is that of the
+    prompt's chunk from ``first`` to ``tokens``.
     """
 
     program: str

@@ -80,10 +80,10 @@ def part() -> str:
     """Run both commands; return their part of README.md."""
     return "\n\n".join(
         (
-            "`make demo`: first its stderr (what it is, the reasoning, one line of counts), then its stdout "
-            "(the answer):",
+            "`make demo`: first stderr (three lines about the built-in model, the reasoning, one line of counts), then "
+            "stdout (the\nanswer):",
             _block(DEMO, run(DEMO)),
-            "The same program, of which a stage is killed (`kill -9`) after " + f'"{KILL_AFTER}":',
+            "Another prompt. One stage is killed (`kill -9`) when the answer has reached " + f'"{KILL_AFTER}":',
             _block(KILLED, run(KILLED, KILL_AFTER)),
         )
     )

@@ -13,13 +13,13 @@ HEADER = "# Commands\n\nMade from `--help` by `python -m tests.cli_reference`; a
 
 def reference() -> str:
     """Return the page: the program's help, then the help of each command that it lists."""
-    width: dict[str, Any] = {"terminal_width": WIDTH, "max_content_width": WIDTH}
-    program = click.Context(cli, info_name="mlx-k2", **cli.context_settings, **width)
+    width_settings: dict[str, Any] = {"terminal_width": WIDTH, "max_content_width": WIDTH}
+    program = click.Context(cli, info_name="mlx-k2", **cli.context_settings, **width_settings)
     parts = [HEADER, _section("mlx-k2", cli.get_help(program))]
     for name in cli.list_commands(program):
         command = cli.get_command(program, name)
         assert command is not None
-        context = click.Context(command, info_name=name, parent=program, **width)
+        context = click.Context(command, info_name=name, parent=program, **width_settings)
         parts.append(_section(f"mlx-k2 {name}", command.get_help(context)))
     return "\n".join(parts)
 

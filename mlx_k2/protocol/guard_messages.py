@@ -78,7 +78,7 @@ class Phase(enum.StrEnum):
     """The activity of a stage. In a step a stage receives, computes and sends."""
 
     STARTING = "starting"
-    IDLE = "waiting for a plan"
+    IDLE = "waiting for the next step"
     READING = "reading the model's small files"
     DOWNLOADING = "downloading"
     PROBING = "probing its host"

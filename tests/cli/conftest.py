@@ -1,4 +1,4 @@
-"""Fixtures of this folder: one user for all tests, and a model without a stop token."""
+"""Fixtures of this folder: a runner of `mlx-k2` with one home folder, and a model without a stop token."""
 
 from pathlib import Path
 
@@ -15,5 +15,5 @@ def command_line(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
 
 @pytest.fixture(scope="session")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model whose config names no stop token, so that its answers run to the token limit."""
+    """Return the folder of a model whose config names no stop token, so that its answers run to the token limit."""
     return write_model(tmp_path_factory.mktemp("model") / "tiny")

@@ -18,7 +18,7 @@ from tests.advice import follows_advice
 from tests.cli.command import CommandLine
 
 HEAVY = ("mlx", "mlx_lm", "transformers", "numpy", "rich", "tiktoken", "jinja2", "huggingface_hub")
-IMPORTED_AFTER = """
+LIST_HEAVY_IMPORTS = """
 import sys
 from mlx_k2.cli.main import run
 assert run(sys.argv[2:]) == 0
@@ -28,7 +28,7 @@ sys.exit(", ".join(name for name in sys.argv[1].split(",") if name in sys.module
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_import_no_heavy_module(option: str) -> None:
-    command = [sys.executable, "-c", IMPORTED_AFTER, ",".join(HEAVY), option]
+    command = [sys.executable, "-c", LIST_HEAVY_IMPORTS, ",".join(HEAVY), option]
     answer = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert answer.stderr.strip() == ""
     assert answer.stdout
@@ -123,7 +123,7 @@ def test_a_dry_run_compares_with_the_memory_and_the_bandwidth_that_the_hostfile_
     assert "one stream without draft tokens: at most 24.3 tok/s, at 800 GB/s of memory bandwidth" in shown.splitlines()
 
 
-def test_the_reason_of_a_missing_socks_package_has_a_command_for_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_about_a_missing_socks_package_gives_the_command_for_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
     reason = http_reason(ImportError("Using SOCKS proxy, but the 'socksio' package is not installed."))
     python, *arguments = shlex.split(reason.split("`")[1])

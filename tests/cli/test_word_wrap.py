@@ -1,4 +1,4 @@
-"""Tests of the lines of streamed text: every width holds, no word is cut that fits, and nothing is lost."""
+"""Tests of the lines of streamed text: no line is wider than the width unless one word is, and only spaces are lost."""
 
 from hypothesis import example, given
 from hypothesis import strategies as st

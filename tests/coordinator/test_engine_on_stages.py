@@ -216,7 +216,7 @@ def test_a_step_timeout_names_the_late_stage_and_lists_every_stage_status(model:
     assert isinstance(error, StageSilent)
     assert re.match(
         r"stage 1 on this machine \(.+ for \d+ s\) has not finished step \d+ \(1 tokens\) after \d+ s; "
-        r"the stages: stage 0 on this machine \(waiting for a plan after step \d+ for \d+ s\), "
+        r"the stages: stage 0 on this machine \(waiting for the next step after step \d+ for \d+ s\), "
         r"stage 1 on this machine \(.+\)",
         str(error),
     )

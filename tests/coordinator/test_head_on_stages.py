@@ -35,6 +35,8 @@ from training.data import Question, held_out
 from training.vocabulary import load_encoding
 
 IS_LONG = hypothesis.settings.get_current_profile_name() == "long"
+NUM_TEXT_TOKENS = 1792
+"""Ids of ordinary tokens; those of control tokens follow."""
 NUM_CASES = 400 if IS_LONG else 8
 CONTEXT_TOKENS = 1024
 EngineOf = Callable[[int], Engine]
@@ -84,18 +86,18 @@ def sampling_of(rng: random.Random, seed: int) -> Sampling:
         repetition_penalty=rng.choice([1.0, 1.0, 1.2]),
         presence_penalty=rng.choice([0.0, 0.0, 0.5]),
         frequency_penalty=rng.choice([0.0, 0.0, 0.3]),
-        logit_bias=rng.choice([(), (), tuple((rng.randrange(1792), rng.uniform(-3, 3)) for _ in range(1))]),
+        logit_bias=rng.choice([(), (), ((rng.randrange(NUM_TEXT_TOKENS), rng.uniform(-3, 3)),)]),
     )
 
 
 def continued(engine: Engine, rng: random.Random, number: int) -> list[list[int]]:
     """Return the tokens of an answer, then of one that continues it, then of the first prompt with another seed.
 
-    The second takes over the first one's slot, the third copies the prompt from it or takes it over.
+    The second request continues in the first one's slot. The third copies the prompt from that slot, or takes it over.
     """
     first = prompt_ids(rng.choice(QUESTIONS))
     answers = [tokens(engine, Request(first, 40, sampling_of(rng, number), frozenset({STOP_ID})))]
-    more = (*first, *answers[0], *(rng.randrange(1792) for _ in range(rng.choice([1, 8, 70]))))
+    more = (*first, *answers[0], *(rng.randrange(NUM_TEXT_TOKENS) for _ in range(rng.choice([1, 8, 70]))))
     answers.append(tokens(engine, Request(more, 24, sampling_of(rng, number), frozenset())))
     answers.append(tokens(engine, Request(first, 24, sampling_of(rng, number + 1), frozenset())))
     return answers
@@ -172,12 +174,12 @@ def test_an_answer_with_drafts_goes_on_with_the_same_tokens_after_any_stage_is_k
         RestartingDeployment(*open_source(asked), DeploymentListener(), 5, first_wait_s=0.05) as restarting,
         engine_on(restarting.deployment, draft_mode=DraftMode.MODEL, restarts=restarting) as engine,
     ):
-        token_ids = []
+        token_ids, killed_at = [], {10: 0, 30: 1}
         for event in engine.submit(request).events():
             if isinstance(event, Token):
                 token_ids.append(event.token_id)
-                if len(token_ids) in (10, 30):
-                    stage_process(len(token_ids) // 30).kill()
+                if len(token_ids) in killed_at:
+                    stage_process(killed_at[len(token_ids)]).kill()
     assert isinstance(event, Finished)
     assert event.summary.num_accepted > 0
     assert token_ids == tokens(engine_of(1), request)

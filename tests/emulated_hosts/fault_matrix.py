@@ -122,7 +122,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("cable pulled for 2 s", cut_for_two_seconds, UNNOTICED),
     Fault("cable pulled, and plugged in later", cut_until_detected, RESTARTED, (AWAY,), 10.0, options={"lease_s": 4.0}),
     Fault(
-        "cable pulled for good",
+        "cable pulled and not plugged in again",
         cut,
         ENDED,
         (AWAY, r"stage 1 on host-1 did not start: it cannot be reached"),
@@ -156,7 +156,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("clock jumps by a day and a year", jump, UNNOTICED, prepare=jumping_clock),
     Fault("disk for logs full", nothing, UNNOTICED, prepare=small_disk, after=check_full_disk),
     Fault(
-        "shard cut off on one host",
+        "weights file cut off on one host",
         nothing,
         ENDED,
         (r"stage 1 on host-1: .*safetensors",),
@@ -164,7 +164,7 @@ FAULTS: tuple[Fault, ...] = (
         prepare=truncated,
     ),
     Fault(
-        "shard cut off while its stage starts again",
+        "weights file cut off while its stage starts again",
         truncate_and_kill,
         ENDED,
         (killed(1), r"stage 1 on host-1: .*safetensors", r"stage 1 on host-1: .*safetensors.*given up after 2"),
@@ -173,7 +173,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault("two runs at once on the same hosts", second_run, UNNOTICED, phase="prefill"),
     Fault(
-        "stranger at a ring port",
+        "unknown process at a ring port",
         connect_another_process,
         RESTARTED,
         (killed(0), r"stage 1 on host-1: an unknown process is connected as the previous stage"),

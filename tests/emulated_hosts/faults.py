@@ -16,7 +16,7 @@ class Outcome:
 
     UNNOTICED = "goes on, no restart"
     RESTARTED = "same tokens after a restart"
-    ENDED = "ends with the host's name; the tokens so far are right"
+    ENDED = "fails and names the host; the tokens so far are right"
     GONE = "no process is left on any host after 5 s"
 
 

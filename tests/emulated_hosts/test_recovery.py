@@ -19,7 +19,7 @@ BUSY = 6.0
 
 TELLING = (
     "data cable pulled, ssh goes another way",
-    "stranger at a ring port",
+    "unknown process at a ring port",
 )
 
 

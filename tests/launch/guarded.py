@@ -1,4 +1,4 @@
-"""A stand-in for a host's Python. It ignores its arguments and runs the guard over one of the small stages."""
+"""A stand-in for a host's Python: it runs the guard with one of the programs of stage_programs.py as its stage."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ STAGE_PROGRAMS = Path(__file__).with_name("stage_programs.py")
 
 
 def stand_in_python(folder: Path, program: str) -> str:
-    """Make a stand-in that runs ``program`` in ``folder`` and return its path."""
+    """Write to ``folder`` a script that ignores its arguments and runs ``program`` as a stage; return its path."""
     script = folder / f"python-{program}"
     script.write_text(f"#!/bin/sh\nexec {sys.executable} {Path(__file__)} {program}\n")
     script.chmod(0o755)

@@ -100,7 +100,7 @@ def test_a_stage_that_waits_for_data_already_sent_is_reported_as_a_stuck_hop(mak
         reported = error_of(wait_until_up(group))
     assert re.match(
         r"stage 1 on this machine \(receiving hidden states of step 5 for \d+ s\) does not receive what "
-        r"stage 0 on this machine \(waiting for a plan after step 5 for \d+ s\) has sent: "
+        r"stage 0 on this machine \(waiting for the next step after step 5 for \d+ s\) has sent: "
         r"the hop between them is stuck",
         reported,
     )

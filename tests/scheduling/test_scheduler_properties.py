@@ -1,7 +1,7 @@
 """Properties of the scheduler for any requests and any order in which plans are sent and completed."""
 
 import itertools
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from dataclasses import replace
 
 from hypothesis import given
@@ -13,7 +13,7 @@ from tests.scheduling.fake_stages import STOP_ID, FixedStepPolicy, Run, actions,
 
 
 @st.composite
-def finished_runs(sample: st.DrawFn) -> tuple[Run, Items[Request]]:
+def finished_runs(sample: st.DrawFn) -> tuple[Run, Sequence[Request]]:
     """Generate a finished run, and its requests in the order of submission."""
     asked = sample(st.lists(requests, min_size=1, max_size=6))
     run = Run(sample(limits), sample(policies), vocabulary=sample(st.integers(1, STOP_ID + 1)))
@@ -22,10 +22,10 @@ def finished_runs(sample: st.DrawFn) -> tuple[Run, Items[Request]]:
 
 
 @given(finished_runs())
-def test_a_slot_belongs_to_one_sequence_until_that_sequence_finishes(played: tuple[Run, Items[Request]]) -> None:
-    run, _ = played
+def test_a_slot_belongs_to_one_sequence_until_that_sequence_finishes(finished: tuple[Run, Sequence[Request]]) -> None:
+    run, _ = finished
     for slot in range(run.limits.num_slots):
-        owners = [id(row.sequence) for row in run.rows if row.row.slot == slot]
+        owners = [id(sent.sequence) for sent in run.rows if sent.row.slot == slot]
         in_turn = [owner for owner, _ in itertools.groupby(owners)]
         assert len(in_turn) == len(set(in_turn))
     for microbatch in run.sent:
@@ -34,32 +34,34 @@ def test_a_slot_belongs_to_one_sequence_until_that_sequence_finishes(played: tup
 
 @given(finished_runs())
 def test_every_position_outside_the_reused_prefix_is_planned_once_and_in_order(
-    played: tuple[Run, Items[Request]],
+    finished: tuple[Run, Sequence[Request]],
 ) -> None:
-    run, _ = played
+    run, _ = finished
     for sequence in run.sequences:
         rows = [sent.row for sent in run.rows_of(sequence)]
         planned = [position for row in rows for position in range(row.position, row.end)]
         shared = sequence.shared.num_tokens
         assert shared < sequence.num_prompt
-        assert planned == list(range(shared, len(sequence.token_ids) - 1))  # the last token's successor is not needed
+        assert planned == list(
+            range(shared, len(sequence.token_ids) - 1)
+        )  # no token follows the last one, so it is not computed
         assert sum(len(row.token_ids) for row in rows if row.is_prompt) == sequence.num_prompt - shared
 
 
 @given(finished_runs())
-def test_a_microbatch_has_at_most_chunk_tokens_prompt_tokens(played: tuple[Run, Items[Request]]) -> None:
-    run, _ = played
+def test_the_prompt_tokens_of_a_microbatch_are_at_most_chunk_tokens(finished: tuple[Run, Sequence[Request]]) -> None:
+    run, _ = finished
     for microbatch in run.sent:
-        chunk = [len(sent.row.token_ids) for sent in microbatch if sent.row.is_prompt]
-        assert sum(chunk) <= run.limits.chunk_tokens
-        assert all(length > 0 for length in chunk)
+        prompt_lengths = [len(sent.row.token_ids) for sent in microbatch if sent.row.is_prompt]
+        assert sum(prompt_lengths) <= run.limits.chunk_tokens
+        assert all(length > 0 for length in prompt_lengths)
 
 
 @given(finished_runs())
 def test_a_row_has_only_known_tokens_and_needs_logits_only_after_the_last(
-    played: tuple[Run, Items[Request]],
+    finished: tuple[Run, Sequence[Request]],
 ) -> None:
-    run, _ = played
+    run, _ = finished
     for sent in run.rows:
         row = sent.row
         assert row.token_ids == sent.known_ids[row.position : row.end]
@@ -67,8 +69,8 @@ def test_a_row_has_only_known_tokens_and_needs_logits_only_after_the_last(
 
 
 @given(finished_runs())
-def test_prompts_are_scheduled_in_the_order_of_submission(played: tuple[Run, Items[Request]]) -> None:
-    run, asked = played
+def test_prompts_are_scheduled_in_the_order_of_submission(finished: tuple[Run, Sequence[Request]]) -> None:
+    run, asked = finished
     assert [id(sequence.request) for sequence in run.sequences] == [id(request) for request in asked]
     prompts = [id(sent.sequence) for sent in run.rows if sent.row.is_prompt]
     assert len([owner for owner, _ in itertools.groupby(prompts)]) == len(asked)  # each prompt without a break
@@ -76,9 +78,9 @@ def test_prompts_are_scheduled_in_the_order_of_submission(played: tuple[Run, Ite
 
 @given(finished_runs())
 def test_in_flight_steps_stay_within_the_limit_and_generated_tokens_precede_prompt_tokens(
-    played: tuple[Run, Items[Request]],
+    finished: tuple[Run, Sequence[Request]],
 ) -> None:
-    run, _ = played
+    run, _ = finished
     assert run.most_in_flight <= run.limits.max_in_flight
     for microbatch in run.sent:
         kinds = [sent.row.is_prompt for sent in microbatch]
@@ -88,9 +90,9 @@ def test_in_flight_steps_stay_within_the_limit_and_generated_tokens_precede_prom
 
 @given(finished_runs(), limits, policies, st.booleans())
 def test_a_sequences_tokens_do_not_depend_on_other_sequences_chunks_or_drafts(
-    played: tuple[Run, Items[Request]], bounds: SchedulerLimits, policy: FixedStepPolicy, drafts: bool
+    finished: tuple[Run, Sequence[Request]], bounds: SchedulerLimits, policy: FixedStepPolicy, drafts: bool
 ) -> None:
-    run, asked = played
+    run, asked = finished
     bounds = replace(bounds, context_tokens=run.limits.context_tokens)
     for request in asked:
         alone = Run(bounds, policy, drafts, run.vocabulary)
@@ -102,7 +104,7 @@ def test_a_sequences_tokens_do_not_depend_on_other_sequences_chunks_or_drafts(
 
 @given(st.lists(requests, min_size=1, max_size=4), limits, policies, actions, st.integers(1, 4))
 def test_drafts_do_not_change_the_generated_tokens(
-    asked: Items[Request], bounds: SchedulerLimits, policy: FixedStepPolicy, order: Items[str], vocabulary: int
+    asked: Sequence[Request], bounds: SchedulerLimits, policy: FixedStepPolicy, order: Sequence[str], vocabulary: int
 ) -> None:
     answers = []
     for drafts in (False, True):
@@ -114,8 +116,8 @@ def test_drafts_do_not_change_the_generated_tokens(
 
 
 @given(finished_runs())
-def test_every_finish_reason_agrees_with_the_sequences_tokens(played: tuple[Run, Items[Request]]) -> None:
-    run, asked = played
+def test_every_finish_reason_agrees_with_the_sequences_tokens(finished: tuple[Run, Sequence[Request]]) -> None:
+    run, asked = finished
     assert len(run.sequences) == len(asked)
     for sequence in run.sequences:
         generated = sequence.token_ids[sequence.num_prompt :]
@@ -132,7 +134,7 @@ def test_every_finish_reason_agrees_with_the_sequences_tokens(played: tuple[Run,
 
 @given(limits, st.lists(requests, min_size=1, max_size=6), actions, st.lists(requests, max_size=3))
 def test_cancelled_sequences_get_no_token_or_plan_and_later_requests_run(
-    bounds: SchedulerLimits, asked: Items[Request], before: Items[str], later: Items[Request]
+    bounds: SchedulerLimits, asked: Sequence[Request], before: Sequence[str], later: Sequence[Request]
 ) -> None:
     run = Run(replace(bounds, num_slots=2), vocabulary=1)
     for request in asked:
@@ -151,5 +153,5 @@ def test_cancelled_sequences_get_no_token_or_plan_and_later_requests_run(
     run.finish()
     assert all(sequence.finish_reason is FinishReason.CANCELLED for sequence in cancelled)
     assert [len(sequence.token_ids) for sequence in cancelled] == lengths
-    frontend = {id(sent.sequence.request) for microbatch in run.sent[num_sent:] for sent in microbatch}
-    assert frontend == {id(request) for request in later}
+    planned_after_cancel = {id(sent.sequence.request) for microbatch in run.sent[num_sent:] for sent in microbatch}
+    assert planned_after_cancel == {id(request) for request in later}
