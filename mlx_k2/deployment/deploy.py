@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
+import msgspec
+
 from mlx_k2 import __version__
 from mlx_k2.cluster.host_facts import RunningStage
 from mlx_k2.deployment import bring_up
@@ -137,13 +139,12 @@ def _start(
     cancelled: threading.Event | None = None,
 ) -> Iterator[StartedStages]:
     """Start a stage on every host, and divide the layers by the memory and GPUs that the hosts report."""
-    hosts = request.hostfile.hosts
     with bring_up.stage_group(request, listener, cancelled) as group:
         listener.phase(f"starting {group.size} stages" if group.size > 1 else "starting the stage")
         hellos = bring_up.handshake(group, (__version__, version("mlx")))
         if model is None:
             listener.phase(f"asking {group.host(0)} for the model's config and tokenizer")
-            model = _fetch_description(group, source_on(hosts[0], request.source), request.draft_head)
+            request, model = _fetch_description(group, request)
         gpus = [hello.working_set_bytes is not None for hello in hellos]
         own, names = this_command(request.address), [group.host(rank) for rank in range(group.size)]
         memories = [
@@ -153,7 +154,7 @@ def _start(
             if before is None:
                 shape, plans = plan_for(request, model, memories, all_on_gpu=all(gpus))
             else:
-                shape, plans = before.shape, before.plans
+                request, shape, plans = before.request, before.shape, before.plans
                 check_fit(plans, memories)
         except (PartitionError, StageStartError) as error:
             raise type(error)("; ".join([str(error), *describe_others(names, hellos, own, min_bytes=0)])) from None
@@ -163,18 +164,24 @@ def _start(
         yield StartedStages(group, model, shape, plans, hellos, request)
 
 
-def _fetch_description(group: StageGroup, source: ModelSource, head: DraftHead | None) -> ModelDescription:
-    """Fetch the small files of the model and its draft head from the first host."""
-    model = describe_model(_fetch_files(group, source), f"{source.path_or_repo} on {group.host(0)}")
-    if head is None:
-        return model
-    return replace(model, draft=describe_draft(_fetch_files(group, head.source), head, model.config))
+def _fetch_description(group: StageGroup, request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDescription]:
+    """Fetch the small files of the model and its draft head from the first host; pin the revisions that it has."""
+    source, head = source_on(request.hostfile.hosts[0], request.source), request.draft_head
+    fetched = _fetch_files(group, source)
+    model = describe_model(fetched.files, f"{source.path_or_repo} on {group.host(0)}")
+    if source == request.source:
+        request = replace(request, source=fetched.source)
+    if head is not None:
+        fetched = _fetch_files(group, head.source)
+        model = replace(model, draft=describe_draft(fetched.files, head, model.config))
+        request = replace(request, draft_head=msgspec.structs.replace(head, source=fetched.source))
+    return request, model
 
 
-def _fetch_files(group: StageGroup, source: ModelSource) -> dict[str, bytes]:
+def _fetch_files(group: StageGroup, source: ModelSource) -> ModelFiles:
     group.send(0, FetchFiles(source))
     (answer,) = bring_up.collect(group, ModelFiles, [0], bring_up.PREPARE_S, "send the model's small files")
-    return answer.files
+    return answer
 
 
 def _draft_on(started: StartedStages, plan: StagePlan) -> DraftHead | None:

@@ -160,9 +160,10 @@ class Hello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class ModelFiles(msgspec.Struct, frozen=True, tag=True):
-    """The model's small files by name."""
+    """The small files of a model or a draft head by name, and its source with the revision that was read."""
 
     files: dict[str, bytes]
+    source: ModelSource
 
 
 class DownloadProgress(msgspec.Struct, frozen=True, tag=True):

@@ -159,7 +159,7 @@ class StageService:
                     message, lambda phase: self._report_phase(phase, message.number, message.limit_s)
                 )
             case FetchFiles():
-                return ModelFiles(read_model_files(message.model).files)
+                return ModelFiles(*read_model_files(message.model))
             case DownloadShard():
                 return self._answer_download(message)
             case ReadClock():

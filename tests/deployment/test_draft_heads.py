@@ -23,6 +23,7 @@ from mlx_k2.weights.model_source import DraftHead, ModelSource
 from tests.advice import follows_advice
 from tests.local_cluster import VOCAB_SIZE, LoadedNames, local_host, local_request, rest_of, write_model
 from tests.model.checkpoints import read_config
+from tests.weights.hub_server import COMMIT, serve_hub
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -32,11 +33,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "model")
 
 
-def host_with_home(folder: Path) -> Host:
-    """Return this machine as a host whose user has another home folder."""
+def host_with_home(folder: Path, **environment: str) -> Host:
+    """Return this machine as a host whose user has another home folder and environment."""
     folder.mkdir(exist_ok=True)
     script = folder / "python"
-    script.write_text(f'#!/bin/sh\nHOME={folder} exec {sys.executable} "$@"\n')
+    variables = " ".join(f"{name}={value}" for name, value in {"HOME": str(folder), **environment}.items())
+    script.write_text(f'#!/bin/sh\n{variables} exec {sys.executable} "$@"\n')
     script.chmod(0o755)
     return msgspec.structs.replace(local_host(), python=str(script))
 
@@ -62,6 +64,23 @@ def test_a_stage_between_the_layers_that_a_head_reads_starts_without_the_heads_f
     ):
         _, end = rest_of(engine.submit(Request((1, 2, 3), 8, Sampling(seed=1), frozenset())))
     assert end.summary.drafted > 0
+
+
+@pytest.mark.slow
+def test_hosts_that_alone_reach_the_hub_load_the_head_of_one_commit(model: Path, tmp_path: Path) -> None:
+    write_head(tmp_path / "hub", model, 1)
+    with serve_hub("someone/head", tmp_path / "hub" / "head") as hub:
+        hosts = [
+            host_with_home(tmp_path / name, HF_ENDPOINT=hub.endpoint, NO_PROXY="127.0.0.1,localhost")
+            for name in ("first", "second")
+        ]
+        head = DraftHead(source=ModelSource(path_or_repo="someone/head"))
+        request = replace(local_request(model, hosts), draft_head=head)
+        with deploy(request, None, DeploymentListener()) as deployment:
+            used = deployment.request.draft_head
+    assert used is not None
+    assert used.source.revision == COMMIT
+    assert {name for name in hub.fetched if name.endswith(".safetensors")} == {"model.safetensors"}
 
 
 @follows_advice(
