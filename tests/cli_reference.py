@@ -1,6 +1,7 @@
 """Generator of docs/cli.md from the commands' own --help: python -m tests.cli_reference > docs/cli.md."""
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -12,20 +13,20 @@ HEADER = "# Commands\n\nMade from `--help` by `python -m tests.cli_reference`; a
 
 
 def reference() -> str:
-    """Return the page: the program's help, then the help of each command that it lists."""
+    """Return the page: the program's help, then the help of each command and subcommand that it lists."""
     width_settings: dict[str, Any] = {"terminal_width": WIDTH, "max_content_width": WIDTH}
     program = click.Context(cli, info_name="mlx-k2", **cli.context_settings, **width_settings)
-    parts = [HEADER, _section("mlx-k2", cli.get_help(program))]
-    for name in cli.list_commands(program):
-        command = cli.get_command(program, name)
-        assert command is not None
-        context = click.Context(command, info_name=name, parent=program, **width_settings)
-        parts.append(_section(f"mlx-k2 {name}", command.get_help(context)))
-    return "\n".join(parts)
+    return "\n".join([HEADER, *_sections(cli, program, width_settings)])
 
 
-def _section(title: str, text: str) -> str:
-    return f"## {title}\n\n```\n{text}\n```\n"
+def _sections(command: click.Command, context: click.Context, settings: dict[str, Any]) -> Iterator[str]:
+    """Yield the sections of a command and of its subcommands."""
+    yield f"## {context.command_path}\n\n```\n{command.get_help(context)}\n```\n"
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            inner = command.get_command(context, name)
+            assert inner is not None
+            yield from _sections(inner, click.Context(inner, info_name=name, parent=context, **settings), settings)
 
 
 if __name__ == "__main__":

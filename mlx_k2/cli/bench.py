@@ -96,7 +96,7 @@ def command(options: BenchOptions) -> None:
     On two Macs:
         mlx-k2 bench --hostfile two-macs.json --model ~/Kimi-K2-Thinking --json > result.json
 
-    Prompts are random tokens that nothing is cached of; a stop token ends nothing; a run to warm up is not counted.
+    Prompts are random tokens of which nothing is cached. Stop tokens are ignored. A first run is not counted.
     bench/METHODOLOGY.md says how each figure is taken.
     """  # noqa: D301  # click reads the escape
     workloads = [

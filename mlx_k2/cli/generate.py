@@ -73,7 +73,7 @@ from mlx_k2.weights.model_frontend import ModelFrontend
     "num_logprobs",
     type=int,
     metavar="N",
-    help="With --json or --prompts: log-probabilities, and of the top N tokens.",
+    help="With --json or --prompts: the log-probability of each token, and those of the N most likely ones.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line: each token, then a summary.")
 @click.option("--dry-run", is_flag=True, help="Show hosts, layers, bytes and files; start nothing.")

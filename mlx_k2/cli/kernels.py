@@ -41,17 +41,19 @@ Measurement = TypeVar("Measurement", KernelReport, DecodeTime, IdleTime, Attenti
     "report_file",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Measure also idle memory, a prompt's attention and GPU counters; write one ZIP file to send back.",
+    help="Measure also reads of memory after a pause, a prompt's attention and GPU counters; write one ZIP file for "
+    "the maintainers.",
 )
 def command(checks_only: bool, report_file: Path | None) -> None:
     """Check and time the kernels for Kimi K2's layers on this machine's GPU.
 
-    Each kernel is compared with plain MLX in float32 and timed with it and with a plain read of the same weights.
+    Each kernel's result is compared with plain MLX in float32, its time with plain MLX's and with a plain read of the
+    same weights.
     The best sizes, and the best limits for MLX's command buffers, are remembered: every stage that starts on this
     machine uses them. Takes a few minutes and up to 30 GB of memory.
 
     \b
-    The table goes to stderr. What to send back, also when all is well:
+    The table goes to stderr. To send a report to the maintainers, also when all checks pass:
         mlx-k2 kernels --report kernels.zip
     """  # noqa: D301  # click reads the escape
     if checks_only:

@@ -202,7 +202,7 @@ cluster_options = _all(
         "--dense-bits",
         type=click.Choice(DENSE_BITS),
         help="Quantize attention, shared experts, dense layers and the head to this number of bits while loading: a "
-        "token reads less and comes sooner.  [default: as the checkpoint has them]",
+        "token reads fewer bytes, so that decoding is faster.  [default: as the checkpoint has them]",
     ),
     _cluster(
         "--draft-model",
@@ -248,8 +248,8 @@ cluster_options = _all(
     _cluster(
         "--check-weights",
         is_flag=True,
-        help="Search every tensor for NaN and infinity while loading. Without it, and "
-        "without --dense-bits: norms, router, embedding and scales.",
+        help="Search every tensor for NaN and infinity while loading, as --dense-bits does. Without both, only "
+        "norms, router, embedding and scales are searched.",
     ),
     _cluster(
         "-v", "--verbose", is_flag=True, help="Show what the stages write to their logs, and all counts and times."

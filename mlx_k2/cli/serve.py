@@ -137,7 +137,8 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
 @click.option(
     "--print-settings",
     type=click.Choice(list(CLIENTS)),
-    help="Print the settings with which a client uses this server, and exit. Give the server's other options, too.",
+    help="Print the settings with which a client uses this server, and exit. Give the same other options as for the "
+    "server, such as --port.",
 )
 @click.option(
     "--launchd", is_flag=True, help="Print a property list with which macOS runs this command at login, and exit."
@@ -145,7 +146,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
 @log_options
 @with_struct(ServeOptions)
 def command(options: ServeOptions) -> None:
-    """Serve the model to clients of OpenAI's API, from one loaded cluster.
+    """Serve the model to clients of OpenAI's and Anthropic's APIs, from one loaded cluster.
 
     \b
     On this machine, with the small built-in model:
