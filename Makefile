@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-# Test processes that run side by side. A worker takes the tests of its own part in order, which keeps the tests that
-# share a fixture together, and then takes over tests of the other workers.
-WORKERS ?= 2
+# Test processes that run side by side, one more than there are cores, because many tests wait for other processes. A
+# worker takes the tests of its own part in order, which keeps the tests that share a fixture together, and then takes
+# over tests of the other workers.
+WORKERS ?= $(shell expr 1 + $$(getconf _NPROCESSORS_ONLN))
 # Kinds of tests that CI may skip on this machine; tests/conftest.py has the names.
 MAY_LACK ?=
 PYTEST := $(BIN)/python -m pytest --may-lack "$(MAY_LACK)"

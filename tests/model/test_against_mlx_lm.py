@@ -39,7 +39,7 @@ def opinion(checkpoint: Checkpoint, variant: str) -> Opinion:
     return Opinion(load_oracle(checkpoint(variant)))
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 3])
+@pytest.mark.parametrize("num_stages", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_logits_and_greedy_tokens_equal_mlx_lms(
     checkpoint: Checkpoint, variant: str, opinion: Opinion, num_stages: int
 ) -> None:

@@ -31,7 +31,7 @@ def generated_logits(checkpoint: Checkpoint, variant: str) -> mx.array:
     return chain.decode(GENERATED, len(PROMPT), chunk_tokens=1)
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 3])
+@pytest.mark.parametrize("num_stages", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("chunk_tokens", [pytest.param(1, marks=pytest.mark.slow), 7, 64, None])
 def test_prompt_logits_are_bit_identical_for_any_chunks_and_stages(
     checkpoint: Checkpoint, variant: str, prompt_logits: mx.array, num_stages: int, chunk_tokens: int | None
@@ -40,7 +40,7 @@ def test_prompt_logits_are_bit_identical_for_any_chunks_and_stages(
     assert mx.array_equal(logits, prompt_logits)
 
 
-@pytest.mark.parametrize("num_stages", [1, 3])
+@pytest.mark.parametrize("num_stages", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("chunk_tokens", [1, 7, None])
 def test_generated_tokens_recomputed_after_a_restart_have_identical_logits(
     checkpoint: Checkpoint, variant: str, generated_logits: mx.array, num_stages: int, chunk_tokens: int | None
