@@ -149,7 +149,7 @@ class FrameWriter:
         self._stream = stream
         self._name = name
         # SimpleQueue uses no Python-level lock: a signal handler that raises inside such a lock's code leaves it held.
-        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[bytes | threading.Event | None] = queue.SimpleQueue()
         self._is_open = True
         self._thread = threading.Thread(target=self._run, name=f"write {name}", daemon=True)
         self._thread.start()
@@ -170,6 +170,12 @@ class FrameWriter:
             raise ProtocolError(f"{self._name} has stopped reading: {QUEUE_FRAMES} frames are waiting for it")
         self._queue.put(data)
 
+    def flush(self, timeout_s: float) -> None:
+        """Wait until all queued bytes are written, at most ``timeout_s``."""
+        written = threading.Event()
+        self._queue.put(written)
+        written.wait(timeout_s)
+
     def close(self, timeout_s: float) -> None:
         """Close the stream once all queued bytes are written; wait for that at most ``timeout_s``.
 
@@ -182,9 +188,12 @@ class FrameWriter:
     def _run(self) -> None:
         try:
             while (data := self._queue.get()) is not None:
-                self._stream.write(data)
-                if self._queue.empty():
+                if isinstance(data, bytes):
+                    self._stream.write(data)
+                if self._queue.empty() or not isinstance(data, bytes):
                     self._stream.flush()
+                if isinstance(data, threading.Event):
+                    data.set()
         except (OSError, ValueError):  # the peer has closed its end, or other code has closed the stream
             self._is_open = False
         with suppress(OSError, ValueError):

@@ -64,7 +64,7 @@ ANSWER_TIMEOUT_S = 120.0
 PART_TIMEOUT_S = 900.0
 """Limit for the next part of a shard to be loaded or fetched: 10 GB from a slow disk."""
 CLOSE_TIMEOUT_S = 5.0
-"""Limit for sending the last frames."""
+"""Limit for writing the frames so far, at the end and before MLX connects."""
 _PHASES = {
     FetchFiles: (Phase.READING, None, ANSWER_TIMEOUT_S),
     DownloadShard: (Phase.DOWNLOADING, None, PART_TIMEOUT_S),
@@ -209,6 +209,7 @@ class StageService:
             return Connected()
         prepared, _, ports = self._prepared
         ports.release()
+        self._writer.flush(CLOSE_TIMEOUT_S)  # the phase: MLX holds the GIL while it connects
         rank, links, before = prepared.rank, message.links, tcp_connections()
         with watched_ring(rank, links) if isinstance(links, RingLinks) else nullcontext():
             self._group = join_group(rank, links)

@@ -48,6 +48,17 @@ def test_frames_arrive_in_order_followed_by_the_end_of_the_stream() -> None:
     assert pipe.ends.get(timeout=30) is None
 
 
+def test_flush_returns_when_the_frames_so_far_are_written_or_its_time_is_over() -> None:
+    pipe = Pipe()
+    writer = FrameWriter(pipe.write_end, "test")
+    writer.put(Kind.MESSAGE, b"first")
+    writer.flush(30)
+    assert pipe.read_end.read1(100).endswith(b"first")
+    writer.put(Kind.MESSAGE, bytes(1_000_000))
+    writer.flush(0.05)  # the pipe is full
+    assert not pipe.write_end.closed
+
+
 def test_put_does_not_block_and_a_full_queue_raises_with_the_peers_name() -> None:
     pipe = Pipe()
     writer = FrameWriter(pipe.write_end, "stage 1 on mac-2")
