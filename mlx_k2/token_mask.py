@@ -19,7 +19,7 @@ class MaskForm(enum.Enum):
 
 
 class TokenMask(msgspec.Struct, frozen=True):
-    """The tokens that may be sampled, in the shortest of three forms."""
+    """The tokens that may be sampled, in one of three forms, of which its creator chooses a short one."""
 
     form: MaskForm
     data: bytes

@@ -5,22 +5,23 @@ from collections.abc import Sequence
 
 from rich.cells import cell_len
 
+# characters of two columns, such as CJK
 _WIDE = (
     "\u1100-\u115f\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6\U00020000-\U0003fffd"
 )
 _PIECES = re.compile(rf"\n|[^\S\n]+|[{_WIDE}]|[^\s{_WIDE}]+")
-"""A line end, spaces, one wide character, after each of which a line may break, or a word."""
+"""A line end, spaces, one wide character (a line may break after it), or a word."""
 
 
 class WordWrap:
-    """The end of the text so far: the column, and the spaces and the word that are held back until it is complete."""
+    """The state at the end of the shown text: its column, and the last word with the spaces before it, held back."""
 
     def __init__(self) -> None:
         self.column = 0
         self._held = ""
 
     def add(self, text: str, width: int) -> str:
-        """Return what can be shown of the text so far, in lines of ``width`` columns."""
+        """Add text; return what can be shown now, in lines of ``width`` columns. A word that may go on is held back."""
         pieces = _PIECES.findall(self._held + text)
         num_complete = len(pieces)
         if pieces and pieces[-1] != "\n" and cell_len(pieces[-1][0]) < 2:

@@ -7,11 +7,11 @@ GB = 10**9
 CPU_BLOCK_BYTES = 128 * 2**20
 """Limit of a block of attention on a CPU. Two are in memory at a time, and a head may need more."""
 LARGEST_BLOCK_BYTES = 4 * 2**30
-"""Limit of a block of attention on a GPU: larger blocks do not noticeably reduce the number of launches."""
+"""Limit of a block of attention on a GPU: larger blocks do not noticeably reduce the number of dispatches."""
 GPU_MIN_HEADS = 8
-"""Minimum number of heads per launch. One head has 64 threadgroups for a chunk, for the 80 cores of an Ultra."""
+"""Minimum number of heads per dispatch. One head gives 64 threadgroups, fewer than the 80 GPU cores of an Ultra."""
 BLOCKS_AT_A_TIME = 2
-_FEWEST_QUERIES = 256
+_FEWEST_QUERIES = 256  # as in model/attention.py
 _LAYERS_IN_FLIGHT = 3
 """Layers whose temporaries a GPU holds at a time: they are freed when their command buffer of 100 operations ends."""
 
@@ -25,7 +25,7 @@ def memory_bound_bytes(
 
     ``memory_gb`` is the hostfile's limit, ``working_set_bytes`` the GPU driver's (None without a GPU), and
     ``ram_bytes`` the size of the RAM. The hostfile can lower the driver's limit but not raise it. Stages of other
-    commands on the host hold ``other_bytes``.
+    commands on the host hold ``other_bytes``, which the hostfile's limit takes into account by itself.
     """
     if working_set_bytes is None and ram_bytes is not None:
         working_set_bytes = int(ram_bytes * _FRACTION_WITHOUT_GPU)
@@ -41,12 +41,16 @@ def layer_cache_bytes(config: ModelConfig, num_slots: int, context_tokens: int, 
 
 
 def attention_block_bytes(config: ModelConfig, context_tokens: int, compute_bytes: int, *, on_gpu: bool) -> int:
-    """Return the smallest limit of a block of attention: on a GPU the bytes of 8 heads at the end of the context."""
+    """Return the limit of a block of attention on a host without spare memory.
+
+    On a GPU these are the bytes of GPU_MIN_HEADS heads and 256 queries at the end of the context.
+    """
     if not on_gpu:
         return CPU_BLOCK_BYTES
     scores = _FEWEST_QUERIES * 2  # values for a key and head: an operation's input and its output
     heads = min(GPU_MIN_HEADS, config.num_attention_heads)
-    needed = heads * context_tokens * (scores + 3 * config.qk_head_dim) * compute_bytes
+    rebuilt = 3 * config.qk_head_dim  # keys, in two parts, and values
+    needed = heads * context_tokens * (scores + rebuilt) * compute_bytes
     return max(CPU_BLOCK_BYTES, needed)
 
 
@@ -71,6 +75,7 @@ def working_bytes(
     layer = chunk_tokens * _values_per_token(config) * compute_bytes
     if on_gpu:
         return max(largest_part_bytes, BLOCKS_AT_A_TIME * block_bytes + _LAYERS_IN_FLIGHT * layer)
+    # a block of one head may exceed its limit on a CPU, so twice the limit is reserved
     return max(largest_part_bytes, 2 * BLOCKS_AT_A_TIME * block_bytes + layer)
 
 

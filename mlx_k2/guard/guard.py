@@ -20,7 +20,7 @@ from mlx_k2.guard.watchdog import Watch
 from mlx_k2.protocol.framing import MARK, Frame, FrameReader, FrameWriter, Kind, read_frame
 from mlx_k2.protocol.guard_messages import (
     ENDED_BY_ITSELF,
-    POLITE_S,
+    TERMINATE_AFTER_S,
     GuardSettings,
     Phase,
     PhaseUpdate,
@@ -137,7 +137,7 @@ class _Guard:
         """Close the stage's input; then send SIGTERM, which a stopped process receives after SIGCONT; then SIGKILL."""
         self._to_child.close(timeout_s=0)
         began = time.monotonic()
-        if self._child_ends_by(began + POLITE_S):
+        if self._child_ends_by(began + TERMINATE_AFTER_S):
             return
         self._child.send_signal(signal.SIGTERM)
         self._child.send_signal(signal.SIGCONT)
@@ -185,10 +185,10 @@ class _Guard:
             raise ProtocolError(f"the stage wrote a {frame.kind.name} frame")
 
     def _on_child_end(self, error: ProtocolError | None) -> None:
-        """Queue a reason to end the stage, or None if its output ended cleanly and its process ends within POLITE_S."""
+        """Queue a reason to end the stage, or None if its output ended cleanly and its process ends soon."""
         if error is None:
             with suppress(subprocess.TimeoutExpired):
-                self._child.wait(POLITE_S)
+                self._child.wait(TERMINATE_AFTER_S)
                 self._reasons.put(None)
                 return
         self._reasons.put(f"in the stage's output: {error}" if error else "the stage closed its output and did not end")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
-from mlx_k2.protocol.guard_messages import POLITE_S
+from mlx_k2.protocol.guard_messages import TERMINATE_AFTER_S
 
 POLL_S = 0.05
 
@@ -72,7 +72,7 @@ def _follow_guard(fd: int) -> tuple[Watch | None, bool]:
 def _end_group(watch: Watch) -> None:
     """Wait for the stage, whose input has ended; then send SIGTERM, which a stopped process receives after SIGCONT."""
     began = time.monotonic()
-    if not _wait_until(lambda: not _is_alive(watch.child_pid), began + POLITE_S):
+    if not _wait_until(lambda: not _is_alive(watch.child_pid), began + TERMINATE_AFTER_S):
         os.killpg(0, signal.SIGTERM)
         os.killpg(0, signal.SIGCONT)
         _wait_until(lambda: not _is_alive(watch.child_pid), began + watch.kill_after_s)

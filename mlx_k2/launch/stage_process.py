@@ -27,6 +27,7 @@ MAX_LINE_BYTES = 4096
 EXIT_S = 2.0
 """Time limit for a process that has closed its output to exit; after it the process counts as ended."""
 STDERR_S = 0.5
+"""Time limit for reading the rest of stderr after the process has ended."""
 
 
 class StageProcess:
@@ -43,13 +44,14 @@ class StageProcess:
         self.rank = rank
         self.location = location
         self.received_at = time.monotonic()
+        """When the last frame came from the guard; at first the time of creation."""
         self.status = StageStatus(PhaseUpdate(Phase.STARTING), 0.0)
         """The guard's last report; one comes every second."""
         self._settings = settings
         self._post = post
         self._log = log
         self._lock = threading.Lock()  # guards _early, _process, _writer and _closed
-        self._early: deque[bytes] | None = deque()  # messages kept until a start command has come up
+        self._early: deque[bytes] | None = deque()  # wait for the guard's opening mark; None after it
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: FrameWriter | None = None
         self._closed = False
@@ -76,12 +78,12 @@ class StageProcess:
         return self._settings.held_bytes
 
     def set_held_bytes(self, held_bytes: int) -> None:
-        """Send the memory that the stage holds to the guard, which gives a larger stage more time to end."""
+        """Send the guard the number of bytes that the stage holds, which gives a larger stage more time to end."""
         self._settings = replace(self._settings, held_bytes=held_bytes)
         self._put(Kind.GUARD_SETTINGS, self._settings.to_json())
 
     def send(self, message: ToStage) -> None:
-        """Queue a message. Drop it if the stage has ended; that end is posted."""
+        """Queue a message. Drop it if the stage has ended, which a StageEnded event reports."""
         payload = encode_message(message)
         with self._lock:
             if self._early is not None:

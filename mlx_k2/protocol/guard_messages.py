@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mlx_k2.protocol.framing import JsonPayload
 
-POLITE_S = 1.0
+TERMINATE_AFTER_S = 1.0
 """Time from the end of a stage's input to SIGTERM."""
 
 ENDED_BY_ITSELF = "it ended by itself"
@@ -31,8 +31,8 @@ def kill_after_s(held_bytes: int) -> float:
 class GuardSettings(JsonPayload):
     """Payload of GUARD_SETTINGS. The guard ends the stage after ``lease_s`` without a frame from the coordinator.
 
-    ``held_bytes`` is the memory that the stage holds; it determines ``kill_after_s``. ``environment`` are lines
-    ``NAME=value`` of the first settings. The guard starts the stage with them: MLX reads some when it is imported.
+    ``held_bytes`` is the memory that the stage holds; it determines ``kill_after_s``. ``environment`` has lines
+    ``NAME=value``, with which the guard starts the stage: MLX reads some when it is imported. Later settings have none.
     """
 
     lease_s: float = 20.0
@@ -115,9 +115,9 @@ class PhaseUpdate(JsonPayload):
 
 @dataclass(frozen=True)
 class StageStatus(JsonPayload):
-    """A stage's last PhaseUpdate, and the seconds since it arrived, as its guard counts them.
+    """A stage's last PhaseUpdate, and ``for_s``, the seconds since it arrived, as its guard counts them.
 
-    ``stopped_s`` is the time for which the stage's process has been stopped; 0 while it runs.
+    ``stopped_s`` is the time for which the stage's process has been suspended (SIGSTOP); 0 while it runs.
     """
 
     update: PhaseUpdate

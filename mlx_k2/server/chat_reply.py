@@ -20,7 +20,7 @@ from mlx_k2.text.tool_call import UNKNOWN, ToolCall, call_id
 
 @dataclass(frozen=True)
 class CallBegun:
-    """The start of the reply's tool call number ``index``, counted from 0."""
+    """A change for the client: tool call number ``index``, counted from 0, begins."""
 
     index: int
     id: str
@@ -29,7 +29,7 @@ class CallBegun:
 
 @dataclass(frozen=True)
 class CallArguments:
-    """A further part of the arguments of tool call ``index``, as JSON text."""
+    """A change for the client: a further part of the arguments of tool call ``index``, as JSON text."""
 
     index: int
     text: str
@@ -53,7 +53,7 @@ class ChatReply:
 
     generation: Generation
     on_end: "Callable[[ChatReply], None]" = lambda _: None
-    """Called with the reply when it is complete."""
+    """Called with the reply when it ends with STOP or LENGTH."""
     handle: str = field(default_factory=new_handle)
     """The handle of the turn in the turn store."""
     reasoning: str = ""
@@ -68,7 +68,7 @@ class ChatReply:
 
     def __post_init__(self) -> None:
         self._kind: type[Part] = Reasoning if self.generation.in_reasoning else Content
-        self._textless: list[Token] = []
+        self._textless: list[Token] = []  # tokens that completed no text yet, with log-probabilities
         self._is_call_open = False
         self._num_returned = 0
 
@@ -100,20 +100,20 @@ class ChatReply:
 
     @property
     def finish_reason(self) -> str:
-        """The API's word for the end: never absent, and tool_calls if there are calls and all are complete."""
+        """The API's word for the end: length after a limit or in an open call, else tool_calls or stop."""
         reason = None if self.summary is None else self.summary.finish_reason
         if self._is_call_open or reason in (FinishReason.LENGTH, FinishReason.TIMEOUT):
             return "length"
         return "tool_calls" if self.calls else "stop"
 
     def next_content_tokens(self) -> list[Token]:
-        """Return the tokens of the content since the last call."""
+        """Return the tokens of the content that the previous call of this function did not return."""
         found = self.content_tokens[self._num_returned :]
         self._num_returned += len(found)
         return found
 
     def _count(self, token: Token) -> None:
-        """Count a token as part of the reasoning or the content; one without parts belongs to those that follow."""
+        """Count a token. One without parts has the kind of that before it; its log-probability waits for content."""
         if token.parts:
             self._kind = type(token.parts[-1])
         self.num_reasoning_tokens += self._kind is Reasoning

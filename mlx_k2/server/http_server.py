@@ -15,17 +15,17 @@ KEEP_OPEN_TIMEOUT_S = 120
 """Clients keep idle connections for a minute and more, and report an error when a server closes them earlier."""
 _BACKLOG = 2048
 _SEND_BUFFER_BYTES = 256 * 1024
-"""What the system holds for a client. Larger buffers would hide for a long time that a client reads nothing."""
+"""Send buffer of a connection. With a larger one a client that reads nothing would be noticed later."""
 _FORCED_END_S = 5.0
 
 
 class HttpServer:
-    """A context manager: on entry the socket is bound and the thread runs, on exit the thread has ended.
+    """A context manager: on entry the socket is bound and the thread runs, on exit the thread ends (5 s at most).
 
     ``certfile`` is a certificate and ``keyfile`` its private key, in PEM format, for HTTPS.
 
     Raises on entry:
-        SetupError: the address cannot be used.
+        SetupError: the address, the certificate or the key cannot be used.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class HttpServer:
             ws="none",
             lifespan="off",
             log_config=None,
-            log_level="critical",  # the outermost layer logs requests and defects
+            log_level="critical",  # app.py logs requests and unexpected exceptions
             access_log=False,
             proxy_headers=False,
             server_header=False,
@@ -86,7 +86,7 @@ class HttpServer:
         return url_for_others(*self._socket.getsockname()[:2], is_https=self._is_https)
 
     def drain(self) -> None:
-        """Take no more connections, and wait until the running requests have ended, or the time for that has."""
+        """Take no more connections, and wait until the running requests have ended, ``drain_s`` at most."""
         self._server.should_exit = True
         self._thread.join()
 
@@ -121,7 +121,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
     listening = socket.socket(family, kind, protocol)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)  # connections have it as well
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)  # accepted connections inherit it
         listening.bind(address)
         listening.listen(_BACKLOG)
     except OSError as error:

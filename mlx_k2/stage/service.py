@@ -60,9 +60,9 @@ from mlx_k2.weights.model_files import fetch_shard, locate_shard, read_draft, re
 from mlx_k2.weights.model_source import is_repo, model_folder
 
 ANSWER_TIMEOUT_S = 120.0
-"""Limit for reading small files, connecting to the neighbours and measuring hops."""
+"""Limit for reading small files or the clock, connecting to the neighbours and measuring hops."""
 PART_TIMEOUT_S = 900.0
-"""Limit for the next part of a shard to be loaded or fetched: 10 GB from a slow disk."""
+"""Limit for the next part to be loaded, fetched or probed: 10 GB from a slow disk."""
 CLOSE_TIMEOUT_S = 5.0
 """Limit for writing the frames so far, at the end and before MLX connects."""
 _PHASES = {
@@ -84,7 +84,7 @@ def serve(inward_fd: int, outward_fd: int, warnings: tuple[str, ...] = ()) -> No
     The process ends with os._exit: a thread may be blocked in mlx.distributed, which nothing can interrupt.
     """
     if not on_gpu():
-        mx.disable_compile()  # its CPU compiler is g++, which may be missing, on files shared by all processes
+        mx.disable_compile()  # on a CPU it runs g++, which may be missing, and all processes share its output files
     writer = FrameWriter(os.fdopen(outward_fd, "wb"), "the guard")
     service = StageService(writer, warnings)
     FrameReader(os.fdopen(inward_fd, "rb"), "the guard", service.on_frame, service.on_input_end)
@@ -104,7 +104,9 @@ class StageService:
         self._group: mx.distributed.Group | None = None
         self._transport = Transport()
         self._runner: StepRunner | None = None
-        self._registration: IO[bytes] | None = None  # locked while it is open
+        self._registration: IO[bytes] | None = (
+            None  # this stage's file on its host (registry.py), locked while it is open
+        )
 
     # ---- on the reading thread
 
@@ -211,6 +213,7 @@ class StageService:
         ports.release()
         self._writer.flush(CLOSE_TIMEOUT_S)  # the phase: MLX holds the GIL while it connects
         rank, links, before = prepared.rank, message.links, tcp_connections()
+        # MLX's ring accepts any TCP peer: the watch ends this process if an unknown one connects
         with watched_ring(rank, links) if isinstance(links, RingLinks) else nullcontext():
             self._group = join_group(rank, links)
             connections = tcp_connections() - before if isinstance(links, RingLinks) else set()

@@ -21,7 +21,7 @@ from mlx_k2.weights.inventory import INT4_GROUP_SIZE, TensorSpec, embedding_spec
 from mlx_k2.weights.safetensors_file import write_file
 
 _PIECE_VALUES = 1 << 22
-_CODE_DEVIATION = 4.2  # of the codes that _codes samples
+_CODE_DEVIATION = 4.2  # standard deviation of the INT4 codes that _codes returns
 
 # Root mean square of a matrix's output for an input of root mean square 1, by the ending of the matrix's name.
 _GAINS: Mapping[str, float] = {
@@ -42,8 +42,9 @@ _GAINS: Mapping[str, float] = {
 def write_random_checkpoint(
     folder: Path, config_fields: Mapping[str, Any], seed: int, tokenizer_files: Mapping[str, bytes]
 ) -> None:
-    """Write the checkpoint that ``config_fields`` describes: one file for each layer, one for embedding and head.
+    """Write the checkpoint that ``config_fields`` describes: a file per layer, one for embedding and head.
 
+    K2.5 has one more, with the tensors of its image encoder.
     ``tokenizer_files`` are written unchanged into the same folder. The same arguments give the same bytes. ``folder``
     appears only when it is complete; if another process has completed it first, that folder is kept.
 
@@ -137,7 +138,7 @@ def _gain(name: str) -> float:
 
 
 def _codes(generator: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.uint32]:
-    """Return words of eight INT4 codes, with mean 0: -8, which has no opposite, occurs only in a row's first word."""
+    """Return words of eight INT4 codes. After a row's first word 0 replaces -8, so that those codes have mean 0."""
     words = generator.integers(0, 1 << 32, shape, np.uint32)
     rest = words[:, 1:]
     not_minus_8 = (rest | rest >> 1 | rest >> 2 | rest >> 3) & 0x11111111  # stored as code + 8, so -8 is four zero bits

@@ -1,4 +1,4 @@
-"""The config.json fields of small models for tests: the built-in model's, and K2.5's nested form. Writes no file."""
+"""The config.json fields of small models for tests: K2 Thinking's in small sizes, and K2.5's nested form."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from mlx_k2.weights.known_layout import thinking_config_fields
 
 
 def tiny_config_fields(vocab_size: int, **changes: Any) -> dict[str, Any]:
-    """Return the built-in small model's fields with ``changes``.
+    """Return Kimi K2 Thinking's fields in small sizes, with ``changes``.
 
     The model has every part of K2 (low-rank queries, YaRN, dense and expert layers) in 7 layers.
     """

@@ -21,7 +21,7 @@ from jinja2.visitor import NodeTransformer, NodeVisitor
 FILE = "chat_template.jinja"
 
 _NOT_ASCII = re.compile("[^\0-\x7e\U00040000-\U0010ffff]+")
-"""Text that JSON escapes as ASCII, except the characters of ``mlx_k2.text.escaping``, which must not be escaped."""
+"""Text that JSON writes as \\uXXXX, except the characters with which text/escaping.py replaces others."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -65,7 +65,7 @@ class JinjaTemplate:
 
         Raises:
             TemplateRefusal: the template itself refuses the variables.
-            TemplateFailure: the rendering fails or exceeds a limit; names the line of the template and the problem.
+            TemplateFailure: the rendering fails or exceeds a limit; names the problem, and the line if it is known.
         """
         parts: list[str] = []
         remaining = self._max_characters
@@ -131,21 +131,21 @@ class _FirstUses(NodeVisitor):
 
 
 def _variables(tree: nodes.Template) -> frozenset[str]:
-    """Return the variables from outside. Jinja also counts those that a template sets in one branch of an `if`."""
+    """Return the names that a template reads before it sets them. Jinja adds those set in one branch of an `if`."""
     uses = _FirstUses()
     uses.visit(tree)
     return frozenset(name for name in meta.find_undeclared_variables(tree) if uses.is_read.get(name, True))
 
 
 def _field_names(tree: nodes.Template) -> frozenset[str]:
-    """Return all attributes and texts of a template, except those with lone surrogates, which name no field."""
+    """Return the attribute names and texts of a template, except those with lone surrogates, which name no field."""
     attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
     texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     return frozenset(name for name in attributes | texts if not _SURROGATE.search(name))
 
 
 class _AddForConcat(NodeTransformer):
-    """Replacement of ``a ~ b`` by ``a|string + b|string``: `+` is size-checked, and its result is still EscapedText."""
+    """Replacement of ``a ~ b`` by ``a|string + b|string``: its size is checked, and escaped text keeps its class."""
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:  # noqa: N802 - the name jinja2 calls
         self.generic_visit(node)

@@ -18,7 +18,7 @@ from mlx_k2.text.typescript_tools import typescript_tools
 PromptPiece: TypeAlias = str | int
 """Part of a prompt: ordinary text, or the id of a control token."""
 
-_WINDOW = 16_384
+_WINDOW_CHARS = 16_384
 
 
 def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[PromptPiece]) -> list[int]:
@@ -31,7 +31,7 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[PromptPiece]) -> list[i
 
 def opens_reasoning(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
     """Return whether the answer begins inside the reasoning: the last control token of the prompt is <think>."""
-    last = next((number for number in reversed(prompt_ids) if tokenizer.is_special(number)), None)
+    last = next((token_id for token_id in reversed(prompt_ids) if tokenizer.is_special(token_id)), None)
     return last is not None and last == tokenizer.special_ids.get("<think>")
 
 
@@ -59,23 +59,23 @@ def render_pieces(
     fields = [message.json_value() if isinstance(message, Message) else message for message in messages]
     if any(isinstance(message, Mapping) for message in messages):
         fields = [message.json_value() for message in read_history(fields, template.fields).messages]
-    outside: dict[str, object] = {
+    inputs: dict[str, object] = {
         "messages": [copied_json(message, "a message") for message in fields],
         "documents": None,
         **_declarations(template, tools or ()),
         **options,
     }
     own = {"add_generation_prompt": add_generation_prompt, "strftime_now": datetime.datetime.now().strftime}
-    escaping = Escaping(tokenizer.special_ids, [template.source, *_texts(outside)])
-    plain = template.render(outside | own)
-    escaped = template.render(_escaped(outside, escaping) | own)
+    escaping = Escaping(tokenizer.special_ids, [template.source, *_texts(inputs)])
+    plain = template.render(inputs | own)
+    escaped = template.render(_escaped(inputs, escaping) | own)
     if escaping.unescape(escaped) != plain:
         raise TokenizerError("the chat template alters message text, so that it cannot be distinguished from markers")
     return [piece if isinstance(piece, int) else escaping.unescape(piece) for piece in _split(escaped, tokenizer)]
 
 
 def _declarations(template: ChatTemplate, tools: Sequence[Mapping[str, object]]) -> dict[str, object]:
-    """Return the variables for ``tools``: what the tokenizer that comes with a template of this kind computes of them.
+    """Return the template's variables that declare ``tools``, as the code of the checkpoint's tokenizer computes them.
 
     Models that think were trained on declarations with sorted keys, K2.5 and later on TypeScript.
     """
@@ -90,10 +90,10 @@ def _declarations(template: ChatTemplate, tools: Sequence[Mapping[str, object]])
     return variables | {"tools_ts_str": typescript} if typescript else variables
 
 
-def _escaped(outside: Mapping[str, object], escaping: Escaping) -> dict[str, object]:
-    """Return the input with all text escaped, except the roles: templates build markers from these four known names."""
-    escaped: dict[str, object] = {name: escaping.escape(value) for name, value in outside.items()}
-    messages = outside["messages"]
+def _escaped(inputs: Mapping[str, object], escaping: Escaping) -> dict[str, object]:
+    """Return the input with all text escaped, except the roles, four known words from which templates build markers."""
+    escaped: dict[str, object] = {name: escaping.escape(value) for name, value in inputs.items()}
+    messages = inputs["messages"]
     assert isinstance(messages, list)
     escaped["messages"] = [escaping.escape(message) | {"role": message["role"]} for message in messages]
     return escaped
@@ -117,9 +117,9 @@ def _split(text: str, tokenizer: Tokenizer) -> Iterator[PromptPiece]:
     longest = max(map(len, tokenizer.special_ids), default=0)
     end = start = 0
     while start < len(text):
-        marker = tokenizer.special_names.search(text, start, start + _WINDOW + longest)
-        if marker is None or marker.start() >= start + _WINDOW:
-            start += _WINDOW
+        marker = tokenizer.special_names.search(text, start, start + _WINDOW_CHARS + longest)
+        if marker is None or marker.start() >= start + _WINDOW_CHARS:
+            start += _WINDOW_CHARS
             continue
         if marker.start() > end:
             yield text[end : marker.start()]

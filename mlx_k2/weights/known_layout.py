@@ -24,7 +24,7 @@ def thinking_config_fields(**changes: Any) -> dict[str, Any]:
 
 
 def known_layout(source: ModelSource) -> ModelDescription | None:
-    """Return the config and the index of Kimi K2 Thinking for a plan without a network; None for another model.
+    """Return the config and the index of Kimi K2 Thinking for a plan without a network; None for any other source.
 
     The description has no tokenizer. Its digest differs from that of the files on the Hub.
     """

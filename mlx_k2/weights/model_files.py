@@ -20,7 +20,7 @@ from mlx_k2.weights.model_source import DraftHead, ModelSource, is_repo, model_f
 
 
 class ModelFilesHere(NamedTuple):
-    """A model's small files by name, and the source with its revision pinned to a commit, the same for every host."""
+    """A model's small files by name, and the source. A repository's revision is a commit, the same for every host."""
 
     files: dict[str, bytes]
     source: ModelSource
@@ -40,7 +40,7 @@ def read_model_files(source: ModelSource) -> ModelFilesHere:
 
 
 class DraftHere(NamedTuple):
-    """A draft head's description, and how it is loaded, with its revision pinned to a commit."""
+    """A draft head's description, and how it is loaded. A repository's revision is a commit."""
 
     draft: DraftDescription
     head: DraftHead
@@ -49,7 +49,8 @@ class DraftHere(NamedTuple):
 def read_draft(head: DraftHead, target: ModelConfig) -> DraftHere:
     """Return the description of a draft head on this host.
 
-    In a local folder its files' headers are checked, too, and its digest includes blocks of them.
+    For a local folder the headers of its weight files are checked, too, and some blocks of these files are part of the
+    description's digest, which differs where two hosts have different copies.
 
     Raises:
         SetupError: the head is not there, or is not one for ``target``.
@@ -92,7 +93,7 @@ def files_to_fetch(source: ModelSource, index: CheckpointIndex, specs: Iterable[
 def fetch_shard(
     source: ModelSource, index: CheckpointIndex, specs: Iterable[TensorSpec], on_progress: OnProgress
 ) -> FetchedFiles:
-    """Fetch the files of a repository that hold ``specs`` and are not on this host yet; complete the manifest.
+    """Fetch the files of a repository that hold ``specs`` and are not on this host yet; add them to its manifest.
 
     Raises:
         CheckpointError, DownloadError: the index does not name a tensor, or a file cannot be fetched.

@@ -14,14 +14,14 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
-    """The location of a checkpoint: a name above, a folder on the host that reads it, or a repository on the Hub."""
+    """The location of a checkpoint: BUILTIN, BUILTIN_HEAD, a folder of the reading host, or a repository on the Hub."""
 
     path_or_repo: str
     revision: str | None = None
 
 
 class DraftHead(msgspec.Struct, frozen=True, kw_only=True):
-    """A draft head, and how it is loaded: the same on every host.
+    """A draft head and the options of its loading, which every host gets.
 
     ``aux_layers`` are the layers, from 0, whose outputs it reads; None: those of its config.json. Its matrices are
     quantized to ``bits`` bits per weight; None: they are not quantized. It proposes at most ``vocab_size`` different

@@ -49,8 +49,8 @@ class ShardReader:
     """A reader of the embedding, layers and head of a checkpoint.
 
     Tensor ``name`` is in ``files[name]``. The files must have been checked before. Values are searched for NaN and
-    infinity: always those of norms, routers, the embedding and the experts' scales, because not every step uses them,
-    or a step can use them without NaN in its output; with ``check_all`` those of all tensors.
+    infinity: always those of norms, routers, the embedding and the experts' scales, where a bad value can stay
+    unnoticed, since a step may not use it or not show it in its output; with ``check_all`` those of all tensors.
     """
 
     def __init__(
@@ -149,26 +149,26 @@ class ShardReader:
                 )
 
     def _stack_experts(self, specs: tuple[TensorSpec, ...], prefix: str) -> dict[str, mx.array]:
-        """Read one part of one projection of all experts at a time into its stack."""
+        """Read the words, then the scales of one projection of all experts at a time into one array."""
         shapes = {spec.name: spec.shape for spec in specs}
         stacked = {}
         for projection in _PROJECTIONS:
-            for part, dtype in (("weight_packed", mx.uint32), ("weight_scale", mx.uint16)):
+            for kind, dtype in (("weight_packed", mx.uint32), ("weight_scale", mx.uint16)):
                 names = [
-                    f"{prefix}mlp.experts.{expert}.{projection}.{part}"
+                    f"{prefix}mlp.experts.{expert}.{projection}.{kind}"
                     for expert in range(self._config.n_routed_experts)
                 ]
                 whole = mx.zeros((len(names), *shapes[names[0]]), dtype)
                 mx.eval(whole)
-                rows = _bytes_of(whole)
-                size = len(rows) // len(names)
-                self._read({name: rows[row * size : (row + 1) * size] for row, name in enumerate(names)})
-                if part == "weight_scale":
+                buffer = _bytes_of(whole)
+                size = len(buffer) // len(names)
+                self._read({name: buffer[at * size : (at + 1) * size] for at, name in enumerate(names)})
+                if kind == "weight_scale":
                     whole = whole.view(mx.bfloat16)
                     totals = np.array(mx.sum(whole, axis=(1, 2)).astype(mx.float32))
                     if (wrong := np.flatnonzero(~np.isfinite(totals))).size:
                         self._refuse(names[wrong[0]])
-                stacked[f"mlp.experts.{projection}.{part}"] = whole
+                stacked[f"mlp.experts.{projection}.{kind}"] = whole
         mx.eval(stacked)
         return stacked
 
@@ -180,9 +180,9 @@ class ShardReader:
     def _read(self, targets: Mapping[str, memoryview]) -> None:
         """Read tensors into writable bytes by several threads. Return after the last byte, or raise the first error."""
         with ExitStack() as open_files:
-            numbers: dict[Path, int] = {}
+            descriptors: dict[Path, int] = {}
             for path in {self._files[name] for name in targets}:
-                numbers[path] = open_files.enter_context(_open(path)).fileno()
+                descriptors[path] = open_files.enter_context(_open(path)).fileno()
             pool = open_files.enter_context(ThreadPoolExecutor(_READING_THREADS))
             reads = []
             for name, buffer in targets.items():
@@ -191,7 +191,7 @@ class ShardReader:
                 start = header.data_start + header.tensors[name].data_offsets[0]
                 for first in range(0, len(buffer), _PIECE_BYTES):
                     piece = buffer[first : first + _PIECE_BYTES]
-                    reads.append(pool.submit(_read_piece, numbers[path], piece, start + first, path, name))
+                    reads.append(pool.submit(_read_piece, descriptors[path], piece, start + first, path, name))
             try:
                 for read in reads:
                     read.result()
@@ -210,12 +210,12 @@ def _open(path: Path) -> BinaryIO:
     return file
 
 
-def _read_piece(number: int, piece: memoryview, offset: int, path: Path, name: str) -> None:
+def _read_piece(descriptor: int, piece: memoryview, offset: int, path: Path, name: str) -> None:
     """Fill ``piece`` from the file. The system may return fewer bytes than requested, so repeat."""
     done = 0
     while done < len(piece):
         try:
-            count = os.preadv(number, [piece[done:]], offset + done)
+            count = os.preadv(descriptor, [piece[done:]], offset + done)
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {name}: {error.strerror}") from None
         if count == 0:

@@ -14,7 +14,7 @@ _AFTER_A_BLOCK = Token("html_block", "", 0)
 _SHORTEN_EVERY = 8
 """Number of lines by which an open block grows before it is shortened again."""
 _LEAVES = {"fence": 1, "paragraph": 1, "heading": 1, "code_block": 1, "html_block": 1, "table": 2}
-"""The kinds of blocks that contain no blocks, and the number of first lines that such a block needs."""
+"""The kinds of blocks that contain no blocks, and how many first lines a parser needs to know the kind."""
 
 
 class MarkdownBlocks:
@@ -28,9 +28,9 @@ class MarkdownBlocks:
         self._block_parser = MarkdownIt().enable("table").disable(["inline", "text_join"])
         self._references: dict[str, Any] = {}
         self.follows_block = False
-        """True if an empty line separates the next block from the one before, for instance a popped fence."""
+        """True if an empty line is to be shown before the next block; set by the caller, for instance after a fence."""
         self._lines: list[str] = []  # all complete lines of the open block
-        self._kept: list[str] = []  # those of them that are parsed to find its end
+        self._kept: list[str] = []  # those of them that are still parsed and displayed
         self._last_line = ""  # incomplete
         self._has_new_lines = False
         self._is_fence = False
@@ -46,7 +46,7 @@ class MarkdownBlocks:
     def pop_finished(self, keep_lines: int) -> list[Token]:
         """Remove the blocks that later text cannot change and return their tokens.
 
-        Parse at most about twice ``keep_lines`` lines of a block that is still open.
+        Of a block that is still open the last ``keep_lines`` lines are kept, and at most about twice as many parsed.
         """
         if not self._has_new_lines:
             return []
@@ -90,7 +90,7 @@ class MarkdownBlocks:
                 if not token.children:
                     self._parser.inline.parse(text, self._parser, env, token.children)
         self._shown = shown
-        return self._after_previous(tokens)
+        return self._displayable(tokens)
 
     def _clear(self) -> None:
         self._lines, self._kept, self._last_line = [], [], ""
@@ -99,7 +99,7 @@ class MarkdownBlocks:
     def _find_open_block(self, lines: list[str]) -> int:
         """Return the line at which the last top-level block begins.
 
-        Definitions of links directly before it belong to it: its first line may become the title of the last one.
+        Definitions of links directly before it belong to it: the next line may become the title of the last definition.
         """
         env = self._env()
         tokens = self._block_parser.parse("\n".join([*lines, ""]), env)
@@ -123,7 +123,7 @@ class MarkdownBlocks:
             label: {"title": reference["title"], "href": reference["href"]}
             for label, reference in env["references"].items()
         }
-        placed = self._after_previous(tokens)
+        placed = self._displayable(tokens)
         if tokens:
             self.follows_block = tokens[-1].type != "hr"  # as in rich's Markdown
         return placed
@@ -131,7 +131,8 @@ class MarkdownBlocks:
     def _env(self) -> dict[str, Any]:
         return {"references": dict(self._references)}
 
-    def _after_previous(self, tokens: list[Token]) -> list[Token]:
+    def _displayable(self, tokens: list[Token]) -> list[Token]:
+        """Return the tokens with balanced <kbd> tags, and an empty line before them if one is due."""
         for token in tokens:
             if token.children is not None:
                 token.children = list(_balanced(token.children))
@@ -146,7 +147,7 @@ class MarkdownBlocks:
 
 
 def _balanced(tokens: Sequence[Token]) -> Iterator[Token]:
-    """Yield ``tokens`` with as many </kbd> as <kbd>. For others, rich raises IndexError or styles all later blocks."""
+    """Yield ``tokens`` with as many </kbd> as <kbd>. Else rich raises IndexError or styles all later blocks."""
     depth = 0
     for token in tokens:
         step = {"<kbd>": 1, "</kbd>": -1}.get(token.content, 0) if token.type == "html_inline" else 0
@@ -159,7 +160,8 @@ def _balanced(tokens: Sequence[Token]) -> Iterator[Token]:
 def _needless_lines(block: SyntaxTreeNode, first: int, keep_lines: int) -> Iterator[tuple[int, int]]:
     """Yield ranges of lines, from line ``first`` on, without which a parser finds the same end of ``block``.
 
-    The last ``keep_lines`` lines stay. What stays of a block before them is its first line, which has its marker.
+    The last ``keep_lines`` lines stay. Before them only the first line of each enclosing block stays, which has its
+    marker.
     """
     assert block.map is not None
     start, end = block.map
