@@ -108,6 +108,7 @@ def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, 
     deployment_request = local_request(model, hosts).with_options(stall_timeout_s=STALL_TIMEOUT_S)
     description = describe_model(read_model_files(deployment_request.source).files, str(model))
     usage = UsageTotals()
+    others = psutil.Process().children(recursive=True)  # of tests that ran before in this process
 
     def on_restart(restart: Restart, phase: str) -> None:
         if phase == WAITING:
@@ -132,7 +133,8 @@ def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, 
                 _notify(usage, _resources())
         _tokens(engine, usage)  # recovers from the last fault
         after = _resources()
-    processes = [process for process in psutil.Process().children(recursive=True) if is_running(process)]
+    children = psutil.Process().children(recursive=True)
+    processes = [process for process in children if process not in others and is_running(process)]
     usage.left = Counter({name: max(0, after[name] - before[name]) for name in MUST_NOT_GROW})
     usage.left["processes"] = len(processes)
     print(f"before {before}\nafter  {after}\nleft   {dict(usage.left)}")
