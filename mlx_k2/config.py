@@ -46,6 +46,10 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
     mscale: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
     mscale_all_dim: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
+    def temperature(self, mscale: float) -> float:
+        """Return YaRN's factor on attention scores for a context that is ``factor`` times as long."""
+        return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
+
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of one Kimi K2 model; field names are those of config.json."""
@@ -94,9 +98,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def softmax_scale(self) -> float:
         """Factor on attention scores. YaRN's temperature enters squared (DeepSeek-V3, modeling code)."""
-        temperature = 1.0
-        if self.rope.factor > 1 and self.rope.mscale_all_dim:
-            temperature = 0.1 * self.rope.mscale_all_dim * math.log(self.rope.factor) + 1.0
+        temperature = self.rope.temperature(self.rope.mscale_all_dim)
         return float(self.qk_head_dim**-0.5 * temperature * temperature)
 
     def is_moe(self, layer: int) -> bool:

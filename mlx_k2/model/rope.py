@@ -19,7 +19,7 @@ def make_rope(config: ModelConfig) -> Rotate:
     dims, rope = config.qk_rope_head_dim, config.rope
     inverse_frequencies = _inverse_frequencies(rope, dims)
     mx.eval(inverse_frequencies)  # left lazy, every layer of every step would compute them again
-    length = _attention_factor(rope.factor, rope.mscale) / _attention_factor(rope.factor, rope.mscale_all_dim)
+    length = rope.temperature(rope.mscale) / rope.temperature(rope.mscale_all_dim)
 
     def rotate(x: mx.array, positions: mx.array) -> mx.array:
         scaled = x if length == 1.0 else x * length
@@ -56,8 +56,3 @@ def _inverse_frequencies(rope: RopeConfig, dims: int) -> mx.array:
     original = rope.theta ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
     stretched = rope.factor * original
     return (stretched * original) / (stretched * kept + original * (1 - kept))
-
-
-def _attention_factor(factor: float, mscale: float) -> float:
-    """Return YaRN's factor on attention for a context that is ``factor`` times as long."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
