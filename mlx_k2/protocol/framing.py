@@ -188,12 +188,13 @@ class FrameWriter:
     def _run(self) -> None:
         try:
             while (data := self._queue.get()) is not None:
-                if isinstance(data, bytes):
-                    self._stream.write(data)
-                if self._queue.empty() or not isinstance(data, bytes):
-                    self._stream.flush()
                 if isinstance(data, threading.Event):
+                    self._stream.flush()
                     data.set()
+                    continue
+                self._stream.write(data)
+                if self._queue.empty():
+                    self._stream.flush()
         except (OSError, ValueError):  # the peer has closed its end, or other code has closed the stream
             self._is_open = False
         with suppress(OSError, ValueError):
