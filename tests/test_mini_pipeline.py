@@ -1,9 +1,12 @@
 """Tests of examples/mini_pipeline.py: it is short, needs mlx and numpy only, and answers as `mlx-k2 generate` does."""
 
 import ast
+import contextlib
 import json
+import random
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from bench.mlx_lm_ranks import free_ports
 from bench.tested_on import ANSWER
 from mlx_k2.builtin import BUILTIN_FOLDER
 from mlx_k2.testing.random_checkpoint import write_random_checkpoint
@@ -53,16 +55,27 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], str]] = {
 def run(command: list[str]) -> str:
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert ran.returncode == 0, ran.stderr
+    assert ran.stdout, ran.stderr  # mlx.launch returns 0 also after a failed rank
     return ran.stdout
 
 
 def mini_tokens(folder: Path, prompt_ids: str, num_ranks: int) -> list[int]:
     command = [sys.executable, str(PAGE), str(folder), prompt_ids, "--max-tokens", str(MAX_TOKENS)]
     if num_ranks > 1:
-        port = min(free_ports(num_ranks))
-        launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", str(num_ranks), "--starting-port", str(port)]
+        port = str(first_free_port(num_ranks))
+        launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", str(num_ranks), "--starting-port", port]
         command = [*launch, *command]
     return [int(token) for token in run(command).splitlines()[0].split(",")]
+
+
+def first_free_port(count: int) -> int:
+    """Return the first of ``count`` consecutive ports, outside the range from which the system chooses."""
+    while True:
+        first = random.randrange(20_000, 30_000)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as held:
+            for port in range(first, first + count):
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
 
 
 def generated_tokens(folder: Path, prompt_ids: str, num_stages: int) -> list[int]:
