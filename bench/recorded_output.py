@@ -80,10 +80,10 @@ def part() -> str:
     """Run both commands; return their part of README.md."""
     return "\n\n".join(
         (
-            "`make demo`: first stderr (three lines about the built-in model, the reasoning, one line of counts), then "
-            "stdout (the\nanswer):",
+            "The output of `make demo`. On stderr: three lines about the built-in model, its reasoning, and a line of "
+            "counts. On\nstdout: the answer.",
             _block(DEMO, run(DEMO)),
-            "Another prompt. One stage is killed (`kill -9`) when the answer has reached " + f'"{KILL_AFTER}":',
+            f'Another prompt. A stage is killed (`kill -9`) as soon as the answer has reached "{KILL_AFTER}".',
             _block(KILLED, run(KILLED, KILL_AFTER)),
         )
     )

@@ -29,6 +29,13 @@ def test_links_between_documents_have_existing_targets(page: Path) -> None:
         assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
 
 
+def test_the_index_lists_every_page() -> None:
+    index = ROOT / "docs" / "index.md"
+    listed = {(index.parent / target).resolve() for target in re.findall(r"\]\(([^)]+)\)", index.read_text())}
+    pages = {*index.parent.glob("*.md"), *index.parent.glob("dev/*.md")} - {index}
+    assert pages <= listed
+
+
 def test_the_table_in_bench_equals_the_measured_rows() -> None:
     readme = README.read_text()
     assert "| `bench." in readme, "a table without rows"
