@@ -15,7 +15,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize the last axis. The result has x's dtype."""
-        normed: Tensor = F.rms_norm(x, x.shape[-1:], seen(self.weight).to(x.dtype), self.eps)
+        normed: Tensor = F.rms_norm(x, x.shape[-1:], as_bfloat16(self.weight).to(x.dtype), self.eps)
         return normed
 
 
@@ -28,11 +28,11 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., inputs) to (..., outputs) in x's dtype."""
-        product: Tensor = F.linear(x, seen(self.weight).to(x.dtype))
+        product: Tensor = F.linear(x, as_bfloat16(self.weight).to(x.dtype))
         return product
 
 
-def seen(weight: Tensor) -> Tensor:
+def as_bfloat16(weight: Tensor) -> Tensor:
     """Return the weight in bfloat16. The gradient passes through."""
     return weight.bfloat16()
 

@@ -100,21 +100,21 @@ def render(conversation: Conversation) -> Iterator[Segment]:
         is_last = exchange is conversation.exchanges[-1]
         yield Segment(_message("user", "user", exchange.question), is_reply=False)
         for step in exchange.steps:
-            yield Segment(_open("assistant", "assistant"), is_reply=False)
+            yield Segment(_turn_start("assistant", "assistant"), is_reply=False)
             yield Segment(_call_reply(step.think if is_last else "", step.call, call_number), is_reply=is_last)
             result = f"## Return of functions.{step.call.name}:{call_number}\n{step.result}"
             yield Segment(_message("system", step.call.name, result), is_reply=False)
             call_number += 1
-        yield Segment(_open("assistant", "assistant"), is_reply=False)
+        yield Segment(_turn_start("assistant", "assistant"), is_reply=False)
         think = exchange.think if is_last else ""
         yield Segment(f"<think>{think}</think>{exchange.answer}<|im_end|>", is_reply=is_last)
 
 
 def render_prompt(conversation: Conversation, num_steps: int) -> str:
     """Return the prompt for the reply after `num_steps` calls of the last exchange. It opens the assistant's turn."""
-    pieces = list(render(conversation))
-    replies = [index for index, piece in enumerate(pieces) if piece.is_reply]
-    return "".join(piece.text for piece in pieces[: replies[num_steps]])
+    segments = list(render(conversation))
+    replies = [index for index, segment in enumerate(segments) if segment.is_reply]
+    return "".join(segment.text for segment in segments[: replies[num_steps]])
 
 
 def declare(tools: tuple[Declaration, ...]) -> str:
@@ -122,12 +122,12 @@ def declare(tools: tuple[Declaration, ...]) -> str:
     return json.dumps([tool.schema() for tool in tools], ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
-def _open(kind: str, name: str) -> str:
+def _turn_start(kind: str, name: str) -> str:
     return f"<|im_{kind}|>{name}<|im_middle|>"
 
 
 def _message(kind: str, name: str, content: str) -> str:
-    return f"{_open(kind, name)}{content}<|im_end|>"
+    return f"{_turn_start(kind, name)}{content}<|im_end|>"
 
 
 def _call_reply(think: str, call: Call, number: int) -> str:

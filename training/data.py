@@ -106,23 +106,23 @@ def held_out(seed: int = HELD_OUT_SEED) -> HeldOut:
     return HeldOut(tuple(questions), frozenset(keys))
 
 
-def conversations(seed: int, left_out: frozenset[str]) -> Iterator[Conversation]:
+def conversations(seed: int, excluded_keys: frozenset[str]) -> Iterator[Conversation]:
     """Yield endless training conversations: first the copying mixture, then all skills. The seed determines them."""
     rng = random.Random(seed)
-    yield from itertools.islice(_mixed(rng, _COPYING, left_out), _COPYING_CONVERSATIONS)
-    yield from _mixed(rng, _ALL, left_out)
+    yield from itertools.islice(_mixed(rng, _COPYING, excluded_keys), _COPYING_CONVERSATIONS)
+    yield from _mixed(rng, _ALL, excluded_keys)
 
 
-def mixed_conversations(seed: int, left_out: frozenset[str]) -> Iterator[Conversation]:
+def mixed_conversations(seed: int, excluded_keys: frozenset[str]) -> Iterator[Conversation]:
     """Return an endless stream of conversations with all skills in their final proportions."""
-    return _mixed(random.Random(seed), _ALL, left_out)
+    return _mixed(random.Random(seed), _ALL, excluded_keys)
 
 
-def _mixed(rng: random.Random, mixture: Mixture, left_out: frozenset[str]) -> Iterator[Conversation]:
+def _mixed(rng: random.Random, mixture: Mixture, excluded_keys: frozenset[str]) -> Iterator[Conversation]:
     skills, weights = zip(*mixture, strict=True)
     while True:
-        task = _sample(rng, rng.choices(skills, weights)[0], left_out)
-        yield _converse(rng, task, left_out)
+        task = _sample(rng, rng.choices(skills, weights)[0], excluded_keys)
+        yield _converse(rng, task, excluded_keys)
 
 
 def _cannot(rng: random.Random) -> Task:
@@ -154,19 +154,19 @@ _SCORED: tuple[tuple[str, Skill, Callable[[int], list[int]]], ...] = (
 )
 
 
-def _sample(rng: random.Random, skill: Skill, left_out: frozenset[str]) -> Task:
+def _sample(rng: random.Random, skill: Skill, excluded_keys: frozenset[str]) -> Task:
     while True:
         task = skill(rng)
-        if task.key not in left_out:
+        if task.key not in excluded_keys:
             return task
 
 
-def _converse(rng: random.Random, task: Task, left_out: frozenset[str]) -> Conversation:
+def _converse(rng: random.Random, task: Task, excluded_keys: frozenset[str]) -> Conversation:
     earlier: list[Task] = []
     if rng.random() < 0.15:
-        earlier += [_sample(rng, rng.choice(_PLAIN), left_out) for _ in range(rng.choice((1, 1, 2)))]
+        earlier += [_sample(rng, rng.choice(_PLAIN), excluded_keys) for _ in range(rng.choice((1, 1, 2)))]
     elif rng.random() < 0.12:
-        earlier.append(_sample(rng, one_call, left_out))
+        earlier.append(_sample(rng, one_call, excluded_keys))
     tools = _declared([*earlier, task])
     if not tools and rng.random() < 0.07:
         tools = spare_tools(rng)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
 
-from training.blocks import FeedForward, seen
+from training.blocks import FeedForward, as_bfloat16
 from training.quantize import round_to_int4
 from training.shape import Shape
 
@@ -75,14 +75,14 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
         """Map (tokens, hidden) to the same shape. `real` (tokens,) marks non-padding tokens, which count as load."""
         top = self.shape.num_experts_per_tok
-        scores = F.linear(x.float(), seen(self.router).float()).sigmoid()
+        scores = F.linear(x.float(), as_bfloat16(self.router).float()).sigmoid()
         chosen = (scores + self.correction_bias).topk(top, dim=-1).indices  # (tokens, top)
         weights = scores.gather(-1, chosen)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.shape.routed_scaling_factor
         self.load.add_(torch.bincount(chosen[real].flatten(), minlength=len(self.load)))
         source, slots, positions = _sort_by_expert(chosen, self.shape.n_routed_experts)
-        gate_up_projs = self._seen(self.gate_up_proj).to(x.dtype).unbind()
-        down_projs = self._seen(self.down_proj).to(x.dtype).unbind()
+        gate_up_projs = self._rounded(self.gate_up_proj).to(x.dtype).unbind()
+        down_projs = self._rounded(self.down_proj).to(x.dtype).unbind()
         parts = []
         sorted_rows = _Dispatch.apply(x, source, slots).split(positions)
         for rows, gate_up_proj, down_proj in zip(sorted_rows, gate_up_projs, down_projs, strict=True):
@@ -96,7 +96,7 @@ class Experts(nn.Module):
     def freeze(self, is_quantized: bool) -> None:
         """Round the routed experts in place for eval mode: to INT4 as exported, or to bfloat16 for comparison."""
         for weight in (self.gate_up_proj, self.down_proj):
-            weight.copy_(round_to_int4(weight) if is_quantized else seen(weight))
+            weight.copy_(round_to_int4(weight) if is_quantized else as_bfloat16(weight))
 
-    def _seen(self, weight: Tensor) -> Tensor:
+    def _rounded(self, weight: Tensor) -> Tensor:
         return round_to_int4(weight) if self.training else weight

@@ -5,7 +5,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
 
 from training.attention import Attention, Cache
-from training.blocks import FeedForward, Linear, Norm, seen
+from training.blocks import FeedForward, Linear, Norm, as_bfloat16
 from training.experts import Experts
 from training.rope import yarn_frequencies
 from training.shape import Shape
@@ -52,7 +52,7 @@ class Model(nn.Module):
             positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         angles = positions.unsqueeze(-1) * self.frequencies  # (rows, new, rope / 2)
         kind = torch.bfloat16 if self.training else torch.float32
-        x = F.embedding(tokens, seen(self.embed_tokens).float())
+        x = F.embedding(tokens, as_bfloat16(self.embed_tokens).float())
         for index, layer in enumerate(self.decoder_layers()):
             cache = None if caches is None else caches[index]
             normed = layer.input_layernorm(x).to(kind)
