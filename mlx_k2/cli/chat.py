@@ -18,6 +18,7 @@ from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.connect import connect_option, remote_engine
 from mlx_k2.cli.console import opening_lines, show_stage_use
 from mlx_k2.cli.conversation_options import ConversationOptions
+from mlx_k2.cli.option_values import with_struct
 from mlx_k2.cli.options import (
     RunOptions,
     cluster_options,
@@ -25,7 +26,6 @@ from mlx_k2.cli.options import (
     run_options,
     sampling_options,
     tool_options,
-    with_struct,
 )
 from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cli.repl.commands import HELP, OTHER_NAMES, Commands
@@ -35,7 +35,7 @@ from mlx_k2.cli.repl.screen import Screen, choose_screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.repl.usage_totals import UsageTotals
-from mlx_k2.cli.started_cluster import asked_request, early_frontend, started_cluster
+from mlx_k2.cli.started_cluster import early_frontend, request_with_warnings, started_cluster
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, open_source
@@ -105,7 +105,7 @@ def command(options: ChatOptions) -> None:
         with _opened(options) as opened:
             _chat_on_server(options, opened)
         return
-    request, model = open_source(asked_request(options.cluster, options.draft_mode, WANTED_SLOTS))
+    request, model = open_source(request_with_warnings(options.cluster, options.draft_mode, WANTED_SLOTS))
     frontend = early_frontend(request, model)
     if frontend is not None:
         _check(options, frontend)
@@ -197,7 +197,7 @@ def _converse(
     """Run a conversation with the model of ``source`` until the user leaves. Keep it after an error."""
     screen, tools, transcript = opened
     conversation = options.conversation.begin(frontend, tools)
-    usage.context_used = len(conversation.known_ids())
+    usage.context_used = len(conversation.next_prompt_prefix())
     keyboard = choose_keyboard([*HELP, *OTHER_NAMES], usage.status)
     asked = options.conversation.tools
     approval = ToolApproval(screen, keyboard, asked.allowed_tools, everything=asked.yes)
@@ -206,7 +206,7 @@ def _converse(
 
     def temperature(thinking: bool) -> float:
         sampling = msgspec.structs.replace(options.conversation.sampling, thinking=thinking)
-        return sampling.resolved(frontend.recommended).temperature
+        return sampling.sampler_parameters(frontend.recommended).temperature
 
     digest = frontend.model.digest
     commands = Commands(session, model, digest, screen, usage, tools, approval, show_stats, temperature)

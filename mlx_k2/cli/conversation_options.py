@@ -27,7 +27,7 @@ class ConversationOptions(msgspec.Struct, frozen=True, kw_only=True):
             RequestError: a schema or a grammar cannot be used, or the chosen tool is not declared.
         """
         sampling = self.sampling
-        if tools is None and self.tools.is_given:
+        if tools is None and self.tools.has_tools:
             sampling = msgspec.structs.replace(sampling, tool_choice=None)
         return reply_settings(
             sampling,

@@ -4,7 +4,8 @@ import click
 import msgspec
 
 from mlx_k2.cli.console import ConsoleListener, log, show_plan
-from mlx_k2.cli.options import cluster_options, with_struct
+from mlx_k2.cli.option_values import with_struct
+from mlx_k2.cli.options import cluster_options
 from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
 from mlx_k2.deployment.deploy import download

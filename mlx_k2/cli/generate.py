@@ -14,22 +14,21 @@ from mlx_k2.cli.connect import connect_option, remote_engine
 from mlx_k2.cli.console import log, opening_lines, show_dry_run
 from mlx_k2.cli.generate_file import WANTED_SLOTS, generate_many
 from mlx_k2.cli.generate_options import GenerateOptions
+from mlx_k2.cli.option_values import Numbers, with_struct
 from mlx_k2.cli.options import (
-    Numbers,
     answer_options,
     cluster_options,
     draft_option,
     run_options,
     sampling_options,
     tool_options,
-    with_struct,
 )
 from mlx_k2.cli.output import JsonOutput, TextOutput, show_answers
 from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cli.repl.keyboard import LineKeyboard
 from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
-from mlx_k2.cli.started_cluster import asked_request, early_frontend, started_cluster
+from mlx_k2.cli.started_cluster import early_frontend, request_with_warnings, started_cluster
 from mlx_k2.cli.toolkit import opened_tools
 from mlx_k2.client.remote_engine import RemoteEngine
 from mlx_k2.coordinator.answer_summary import AnswerSummary, total
@@ -105,7 +104,7 @@ def command(options: GenerateOptions) -> None:
         return
     num_answers = options.conversation.sampling.num_answers
     num_slots = WANTED_SLOTS if options.prompts_path is not None else min(num_answers, WANTED_SLOTS)
-    request = asked_request(options.cluster, options.draft_mode, num_slots)
+    request = request_with_warnings(options.cluster, options.draft_mode, num_slots)
     if options.dry_run:
         _dry_run(request)
         return

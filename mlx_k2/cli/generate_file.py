@@ -8,7 +8,7 @@ import click
 import msgspec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mlx_k2.chat.completion import prompt_of, submissions
+from mlx_k2.chat.completion import encode_prompt, submissions
 from mlx_k2.chat.sampling_options import MAX_ANSWERS, reply_settings
 from mlx_k2.cli.console import console, log, log_restart, opening_lines
 from mlx_k2.cli.generate_options import GenerateOptions
@@ -171,7 +171,7 @@ def line_submissions(
         prompt_ids = frontend.tokenizer.encode_text(line.prompt)
     else:
         messages = _messages(options.conversation.system, line, frontend.template)
-        prompt_ids = prompt_of(frontend, messages, sampling, tools)
+        prompt_ids = encode_prompt(frontend, messages, sampling, tools)
     settings = reply_settings(sampling, frontend, tools, num_logprobs=options.num_logprobs)
     return submissions(settings, frontend, prompt_ids, sampling.num_answers, is_raw=is_raw), settings.warnings
 

@@ -50,19 +50,19 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise click.UsageError("--num-answers goes without --connect")
         if self.num_logprobs is not None and not self.as_json and self.prompts_path is None:
             raise click.UsageError("--logprobs shows in the JSON lines only: add --json")
-        if self.conversation.sampling.num_answers > 1 and self.conversation.tools.is_given:
+        if self.conversation.sampling.num_answers > 1 and self.conversation.tools.has_tools:
             raise click.UsageError("--num-answers goes without --tools and --mcp")
-        self.conversation.sampling.resolved(GenerationConfig(), self.num_logprobs)
+        self.conversation.sampling.sampler_parameters(GenerationConfig(), self.num_logprobs)
         if (self.prompts_path is None) != (self.out_path is None):
             raise click.UsageError("--prompts and --out go together: give both")
         is_single = (
-            self._given is not None or self.token_ids is not None or self.as_json or self.conversation.tools.is_given
+            self._given is not None or self.token_ids is not None or self.as_json or self.conversation.tools.has_tools
         )
         if self.prompts_path is not None and is_single:
             raise click.UsageError("--prompts goes without PROMPT, --token-ids, --json, --tools and --mcp")
         if self.token_ids is not None and (self._given or self.conversation.system is not None):
             raise RequestError("--token-ids is the whole prompt: leave out PROMPT and --system")
-        if self.is_raw and (self.conversation.tools.is_given or self.conversation.sampling.is_for_replies):
+        if self.is_raw and (self.conversation.tools.has_tools or self.conversation.sampling.needs_template):
             raise RequestError("--raw and --token-ids go without --tools, --mcp and options for thinking")
         if self.raw and self.conversation.system is not None:
             raise RequestError("--raw sends only PROMPT: leave out --system")

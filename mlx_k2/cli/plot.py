@@ -7,10 +7,10 @@ from statistics import fmean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mlx_k2.benchmark import Measured
+from mlx_k2.benchmark import WorkloadResult
 
 
-def plot_results(rows: Sequence[Measured], path: Path, title: str) -> None:
+def plot_results(rows: Sequence[WorkloadResult], path: Path, title: str) -> None:
     """Write two charts side by side to one PNG file, with ticks at the measured values.
 
     A line joins the means of repeated runs; each run is a dot.

@@ -15,7 +15,7 @@ import psutil
 from mlx_k2 import __version__
 from mlx_k2.cli.console import ConsoleListener, console, gigabytes, log, show_table
 from mlx_k2.cli.doctor import show_checks
-from mlx_k2.cli.options import with_struct
+from mlx_k2.cli.option_values import with_struct
 from mlx_k2.cli.profile import profile_path, with_value
 from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cluster.hostfile import Backend, Host, Hostfile, parse_hostfile, read_hostfile
@@ -26,7 +26,7 @@ from mlx_k2.doctor.cluster_probe import probe_cluster
 from mlx_k2.errors import ClusterError, HostfileError, RequestError, SetupError
 from mlx_k2.launch.own_wheel import write_wheel
 from mlx_k2.launch.remote_install import FOLDER, HostSurvey, install, survey, wheel_digest
-from mlx_k2.private_files import write_whole
+from mlx_k2.private_files import write_atomically
 from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo
 
 THIS_MACHINE = "127.0.0.1"
@@ -232,7 +232,7 @@ class _Steps:
         self._confirm(f"Write {' and '.join(map(str, changed))}?")
         for path, text in changed.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, text.encode(), 0o644)
+            write_atomically(path, text.encode(), 0o644)
             self._log_done(f"written: {path}")
 
     def _run_doctor(self, request: DeploymentRequest) -> None:

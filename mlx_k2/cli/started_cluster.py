@@ -13,7 +13,7 @@ from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 
-def asked_request(
+def request_with_warnings(
     cluster: ClusterOptions, draft_mode: DraftMode = DraftMode.AUTO, num_slots: int = 1
 ) -> DeploymentRequest:
     """Return the request for a deployment, and log the hostfile's warnings; errors are `deployment_request`'s."""

@@ -22,7 +22,7 @@ def opened_tools(options: ToolOptions) -> Iterator[Tools | None]:
     Raises:
         ToolsError: a file cannot be used, no server starts, or --allow-tool names no tool.
     """
-    if not options.is_given:
+    if not options.has_tools:
         yield None
         return
     from mlx_k2.errors import ToolsError

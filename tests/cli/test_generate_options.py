@@ -12,7 +12,7 @@ import pytest
 from mlx_k2.cli.generate import command, first_submissions
 from mlx_k2.cli.generate_file import line_submissions
 from mlx_k2.cli.generate_options import GenerateOptions
-from mlx_k2.cli.options import with_struct
+from mlx_k2.cli.option_values import with_struct
 from mlx_k2.cli.prompt_files import read_prompt_lines
 from mlx_k2.errors import RequestError
 from mlx_k2.scheduling.request import Request

@@ -173,7 +173,7 @@ class Commands:
 
     def _recount(self) -> None:
         """Count the context tokens again after the conversation was changed."""
-        self.usage.context_used = len(self.session.cancel_prefill().known_ids())
+        self.usage.context_used = len(self.session.cancel_prefill().next_prompt_prefix())
 
 
 def _path(argument: str, command: str) -> Path:
