@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
-from mlx_k2.chat.completion import Completion, completion_of, encode_prompt, submissions
+from mlx_k2.chat.completion import Completion, completion_of, encode_prompt, submissions_for
 from mlx_k2.chat.sampling_options import SamplingOptions as Sampling
 from mlx_k2.chat.sampling_options import reply_settings
 from mlx_k2.coordinator.answer_summary import AnswerSummary
@@ -241,7 +241,7 @@ class _Cluster:
         for line in settings.warnings:
             _LOG.warning("%s", line)
         prompt_ids = encode_prompt(self._frontend, messages, sampling, tools)
-        return submissions(settings, self._frontend, prompt_ids)[0], num_calls(messages)
+        return submissions_for(settings, self._frontend, prompt_ids)[0], num_calls(messages)
 
 
 class Cluster(_Cluster):

@@ -66,7 +66,7 @@ def encode_prompt(
     return encode_pieces(frontend.tokenizer, render_pieces(template, frontend.tokenizer, messages, tools, **variables))
 
 
-def submissions(
+def submissions_for(
     settings: ReplySettings,
     frontend: ModelFrontend,
     prompt_ids: Sequence[int],

@@ -29,7 +29,9 @@ class DoctorOptions(msgspec.Struct, frozen=True, kw_only=True):
 @click.command(cls=ProgramCommand)
 @cluster_options
 @click.option(
-    "--deep", is_flag=True, help="Read every file whole, compare checksums, and keep them in the model's folder."
+    "--deep",
+    is_flag=True,
+    help="Read all files, compare their checksums, and write these to a manifest in the model's folder.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout: each check, then a summary.")
 @with_struct(DoctorOptions)
@@ -37,12 +39,12 @@ def command(options: DoctorOptions) -> None:
     """Check every host and every hop, and show what to fix.
 
     \b
-    Before the model is there, and after it was fetched:
+    Before and after the download of the model:
         mlx-k2 doctor --hostfile two-macs.json
         mlx-k2 doctor --hostfile two-macs.json --model moonshotai/Kimi-K2-Thinking
 
-    The exit code is 1 when something failed; with warnings only it is 0. Nothing is loaded, and nothing is changed
-    but the manifest of --deep.
+    The exit code is 1 if a check failed; with warnings only it is 0. Nothing is loaded, and nothing is changed except
+    for the manifest of --deep.
     """  # noqa: D301  # click reads the escape
     request, model = open_source(request_with_warnings(options.cluster))
     with ConsoleListener(options.verbose) as listener:
@@ -56,7 +58,7 @@ def command(options: DoctorOptions) -> None:
 
 
 def show_checks(checks: tuple[Check, ...]) -> None:
-    """Show a table of all checks, each problem on a separate line, and how many there are."""
+    """Show a table of all checks, each problem on a separate line, and the number of checks by result."""
     checks = tuple(sorted(checks, key=lambda check: check.host))
     rows = [
         (check.host, check.what, Text(check.result.value, _STYLES[check.result]), check.found.partition(": ")[0])
@@ -64,7 +66,7 @@ def show_checks(checks: tuple[Check, ...]) -> None:
     ]
     show_table(("host", "check", "", "found"), rows, left=["check", ""], folded=["host", "found"])
     for check in checks:
-        if check.result is not CheckResult.OK:  # uncut and on one line, so that its commands can be copied
+        if check.result is not CheckResult.OK:  # complete and on one line, so that its commands can be copied
             console.print(f"{check.host}, {check.what}: {check.found}", soft_wrap=True)
     log(", ".join(f"{_count(checks, result)} {result.value}" for result in CheckResult))
 

@@ -14,7 +14,7 @@ api_keys_option = click.option(
     "api_keys_path",
     type=click.Path(),
     metavar="FILE",
-    help="The file with the keys' names and digests.  [default: keys.json in the user's configuration]",
+    help="The file with the keys' names and digests.  [default: the user's own]",
 )
 
 

@@ -10,14 +10,14 @@ from mlx_k2.cli.profile import (
     Profile,
     defaults_of,
     keep_sources,
-    not_overridden,
     option_name,
+    without_overridden,
 )
 from mlx_k2.errors import RequestError
 
 OWN_OPTIONS = "Options"
 
-_OTHER_NAMES = {
+_FOREIGN_OPTIONS = {
     "--ctx-size": "--context",
     "--max-kv-size": "--context",
     "--max-model-len": "--context",
@@ -32,7 +32,7 @@ _OTHER_NAMES = {
     "-t": "--temperature",
     "-s": "--system",
 }
-"""Options of other programs, and the options here that do the same."""
+"""The options of this program that do the same as options of other programs."""
 
 
 class GroupedOption(click.Option):
@@ -44,9 +44,9 @@ class GroupedOption(click.Option):
 
 
 class ProgramCommand(click.Command):
-    """A command of this program, whose options have the defaults of the profile if it ``reads_profile``.
+    """A command of this program. With ``reads_profile`` the profile sets the defaults of its options.
 
-    The function that reads the profile is the object of the parent's context.
+    The object of the parent's context is a function that reads the profile.
     """
 
     reads_profile = True
@@ -57,12 +57,12 @@ class ProgramCommand(click.Command):
         """Parse the command line, with the profile's values as defaults.
 
         Raises:
-            RequestError: the profile is not usable; names the line.
+            RequestError: the profile cannot be read, or a value in it is invalid; names the line.
         """
         defaults: dict[str, Default] = {}
         if self.reads_profile and parent is not None and parent.obj is not None and not {"-h", "--help"} & set(args):
             profile: Profile = parent.obj()
-            defaults = not_overridden(self, defaults_of(self, info_name or "", profile), args)
+            defaults = without_overridden(self, defaults_of(self, info_name or "", profile), args)
             extra["default_map"] = {name: default.value for name, default in defaults.items()}
         try:
             context = super().make_context(info_name, args, parent, **extra)
@@ -92,11 +92,10 @@ class ProgramCommand(click.Command):
             name = error.option_name.replace("_", "-")
             known = [option for parameter in self.get_params(ctx) for option in parameter.opts]
             first_names = [parameter.opts[0] for parameter in self.get_params(ctx) if parameter.opts]
-            close = difflib.get_close_matches(name, first_names, 1, 0.7)
-            meant = name if name in known else _OTHER_NAMES.get(name, "")
-            meant = meant if meant.split(" ")[0] in known else "".join(close)
-            if not meant:
+            suggestion = name if name in known else _FOREIGN_OPTIONS.get(name, "")
+            if suggestion.split(" ")[0] not in known:
+                suggestion = "".join(difflib.get_close_matches(name, first_names, 1, 0.7))
+            if not suggestion:
                 raise
-            raise click.NoSuchOption(
-                error.option_name, f"No such option {error.option_name!r}. Did you mean {meant!r}?", ctx=ctx
-            ) from None
+            message = f"No such option {error.option_name!r}. Did you mean {suggestion!r}?"
+            raise click.NoSuchOption(error.option_name, message, ctx=ctx) from None

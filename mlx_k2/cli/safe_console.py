@@ -1,4 +1,4 @@
-"""The console that sends no control sequence to the terminal but its own. Knows no commands."""
+"""A console for untrusted text: only rich's own control sequences reach the terminal. Knows no commands."""
 
 from collections.abc import Iterable
 
@@ -12,8 +12,8 @@ from mlx_k2.cli.terminal_text import printable
 class SafeConsole(Console):
     """A rich console for text from models, tools, files and hosts.
 
-    It cleans text after all rendering, because Markdown decodes escapes in links. A link of Markdown shows its address
-    and is not a hyperlink of the terminal, which would hide the address.
+    Text is made printable after rendering, because Markdown decodes escapes in links. A link in Markdown is shown with
+    its address and is no hyperlink of the terminal, which would hide the address.
     """
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
@@ -24,7 +24,7 @@ class SafeConsole(Console):
             yield segment if segment.control else _safe(segment)
 
     def on_broken_pipe(self) -> None:
-        """Write nothing more if stderr is closed: the program does not end because of a message that nobody reads."""
+        """Discard all further output if this console is stderr. The program continues without a reader of messages."""
         if self.stderr:
             self.quiet = True
         else:

@@ -16,15 +16,15 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 def request_with_warnings(
     cluster: ClusterOptions, draft_mode: DraftMode = DraftMode.AUTO, num_slots: int = 1
 ) -> DeploymentRequest:
-    """Return the request for a deployment, and log the hostfile's warnings; errors are `deployment_request`'s."""
+    """Return the request for a deployment, and log its warnings; errors are those of `deployment_request`."""
     request = deployment_request(cluster, num_slots, draft_mode)
     for line in request.hostfile.warnings:
         log(line)
     return request
 
 
-def early_frontend(request: DeploymentRequest, model: ModelDescription | None) -> ModelFrontend | None:
-    """Return the model's frontend before any stage is started, to refuse bad requests; None without a description.
+def frontend_before_start(request: DeploymentRequest, model: ModelDescription | None) -> ModelFrontend | None:
+    """Return the model's frontend, to refuse invalid requests before any stage is started; None without ``model``.
 
     Raises:
         SetupError: the deployment would be rejected.

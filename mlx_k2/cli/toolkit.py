@@ -1,4 +1,4 @@
-"""Conversion of options to tools that a model may call. Shows the servers that cannot be used."""
+"""Start of the tools that options name. Logs the tool servers that cannot be used."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ _MUTED_LOGGERS = ("mcp", "httpx", "httpx2", "asyncio", "client")
 
 
 @contextmanager
-def opened_tools(options: ToolOptions) -> Iterator[Tools | None]:
+def started_tools(options: ToolOptions) -> Iterator[Tools | None]:
     """Start the tools of --tools and --mcp and yield them; yield None without these options.
 
     Raises:
@@ -34,7 +34,7 @@ def opened_tools(options: ToolOptions) -> Iterator[Tools | None]:
         install = f"{shlex.quote(sys.executable)} -m pip install mcp"
         raise ToolsError(f"--tools and --mcp need the package {missing.name}: run `{install}`") from None
 
-    for name in _MUTED_LOGGERS:  # their messages about a lost server are in the call's result already
+    for name in _MUTED_LOGGERS:  # they report a lost server, which the result of the call reports already
         logging.getLogger(name).setLevel(logging.CRITICAL)
     servers = () if options.mcp_path is None else read_mcp_file(Path(options.mcp_path), os.environ, log)
     if options.tools_path is not None:

@@ -98,7 +98,7 @@ def test_text_of_a_file_or_a_pipe_comes_before_the_prompt(
 
 
 @follows_advice(
-    "reading standard input to its end; without a text to join PROMPT, add < /dev/null",
+    "reading standard input to its end; add < /dev/null if it has no text",
 )
 def test_with_dev_null_as_standard_input_the_prompt_does_not_wait_for_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
@@ -116,7 +116,7 @@ def test_with_dev_null_as_standard_input_the_prompt_does_not_wait_for_a_pipe(mon
     with Path(os.devnull).open() as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
         assert options_of("Hi").read_prompt() == "Hi"
-    assert shown == ["reading standard input to its end; without a text to join PROMPT, add < /dev/null"]
+    assert shown == ["reading standard input to its end; add < /dev/null if it has no text"]
 
 
 def test_the_prompt_is_given_once() -> None:

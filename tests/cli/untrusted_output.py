@@ -16,7 +16,7 @@ from mlx_k2.cli import main
 from mlx_k2.cli.console import ConsoleListener, log
 from mlx_k2.cli.doctor import _print_json, show_checks
 from mlx_k2.cli.repl.screen import PlainScreen, RichScreen, Screen
-from mlx_k2.cli.repl.wording import whole_call
+from mlx_k2.cli.repl.wording import full_call
 from mlx_k2.coordinator.handle import Restarting
 from mlx_k2.deployment.restarting import Restart
 from mlx_k2.doctor.checks import Check, CheckResult
@@ -50,7 +50,7 @@ def chat(screen: Screen, parts: list[str]) -> None:
 
 def approval(parts: list[str]) -> None:
     for screen in (RichScreen(show_thinking=True), PlainScreen(show_thinking=True)):
-        screen.show_call(f"the model wants to call {whole_call(call(''.join(parts)))}")
+        screen.show_call(f"the model wants to call {full_call(call(''.join(parts)))}")
 
 
 def listener(parts: list[str]) -> None:

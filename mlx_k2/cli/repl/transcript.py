@@ -14,14 +14,14 @@ from mlx_k2.text.reply_parts import Content, Reasoning
 
 
 def _open(path: str, flags: int) -> int:
-    """Open a file that only its owner can read. Do not wait for a reader of a named pipe."""
+    """Return the descriptor of a file as `open_private` does. Do not wait for the reader of a named pipe."""
     descriptor = open_private(path, flags | os.O_NONBLOCK)
     os.set_blocking(descriptor, True)
     return descriptor
 
 
 class Transcript:
-    """A file with a line for each part of a reply as it arrives, and for each complete message. A context.
+    """A file with a line for each part of a reply, and for each complete message. A context manager.
 
     A failed write, as on a full disk, ends the transcript and calls ``notify`` once. The chat continues.
 
@@ -44,7 +44,7 @@ class Transcript:
         self._file.close()
 
     def event(self, event: Event) -> None:
-        """Write an event: ``reasoning`` and ``content`` in parts, a finished ``call``, and the whole ``message``."""
+        """Write a line for parts of ``reasoning`` and ``content``, an ended ``call``, or a complete ``message``."""
         match event:
             case Reasoning(text):
                 self.write({"reasoning": text})
@@ -63,6 +63,5 @@ class Transcript:
             self._file.write(msgspec.json.encode({"at": time.strftime("%Y-%m-%dT%H:%M:%S"), **line}) + b"\n")
         except OSError as error:
             self._file.close()
-            self._notify(
-                f"the transcript {self._path} cannot be written any more: {error.strerror}; the chat continues"
-            )
+            reason = error.strerror
+            self._notify(f"the transcript {self._path} cannot be written any more: {reason}; the chat continues")

@@ -8,7 +8,7 @@ from mlx_k2.coordinator.answer_summary import AnswerSummary
 
 @dataclass
 class UsageTotals:
-    """Counts over all replies; ``context_used`` is the present length of the conversation in tokens."""
+    """Counts over all replies. ``context_used`` is the length of the conversation in tokens, of ``context_tokens``."""
 
     context_tokens: int
     num_stages: int
@@ -34,7 +34,7 @@ class UsageTotals:
                 self.num_calls += 1
 
     def status(self) -> str:
-        """Return one line: use of the context, speed and cached tokens of the last reply, number of stages."""
+        """Return one line: use of the context, speed and cached tokens of the last reply, and number of stages."""
         parts = [f"context {self.context_used} of {self.context_tokens}"]
         if self.last is not None:
             if self.last.decode_tokens_per_s is not None:
