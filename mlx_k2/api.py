@@ -185,7 +185,7 @@ class _Cluster:
         """Start the stages and load the model.
 
         Raises:
-            SetupError: the stages cannot run; nothing was started.
+            SetupError: the options, the hosts or the model cannot be used.
             ClusterError: a stage failed while it started, or the cluster is open already.
         """
         if self._engine is not None:
@@ -218,19 +218,15 @@ class _Cluster:
         self._engine = None
         self._stack.close()
 
-    def _open_engine(self) -> Engine:
-        """Return the engine.
-
-        Raises:
-            ClusterError: the cluster is not open.
-        """
+    def _running_engine(self) -> Engine:
+        """Return the engine; raise ClusterError if the cluster is not open."""
         if self._engine is None:
             raise ClusterError("the cluster is not open: use it as a context, in a with block")
         return self._engine
 
     def _submission(self, prompt: Prompt, sampling: Sampling, tools: Tools) -> tuple[Submission, int]:
         """Return the request for a reply, and the number of tool calls in ``prompt``. Long prompts take seconds."""
-        self._open_engine()
+        self._running_engine()
         if isinstance(prompt, str):
             messages = [Message(role="user", content=prompt)]
         else:
@@ -245,11 +241,11 @@ class _Cluster:
 
 
 class Cluster(_Cluster):
-    """A cluster that answers prompts: a context, in which the model is loaded.
+    """A cluster that answers prompts, and a context manager in which the model is loaded.
 
-    Without a hostfile all stages run on this machine; without a model it is the small built-in one. At most
-    ``num_sequences`` replies are sampled at once, further ones wait. After a fault all stages start again, up to
-    ``restarts`` times in a row, and replies continue. Its methods may be called on any thread.
+    Without a hostfile all stages run on this machine. Without a model the small built-in model is loaded. At most
+    ``num_sequences`` replies are sampled at once; further ones wait. After a fault all stages start again, up to
+    ``restarts`` times in a row, and replies continue. All methods may be called on any thread.
     """
 
     def __enter__(self) -> "Cluster":
@@ -267,12 +263,12 @@ class Cluster(_Cluster):
         """Return the reply to a prompt as it is sampled.
 
         Raises:
-            RequestError, TokenizerError: the prompt cannot be answered; gives the reason.
+            RequestError, TokenizerError: the prompt or an option is invalid, or the prompt is too long.
             EngineBusy: too many requests wait.
             ClusterError: the stages failed and are not restarted, or the cluster is closed.
         """
         submission, num_calls_before = self._submission(prompt, sampling, tools)
-        handle = self._open_engine().submit(submission.request, submission.policy)
+        handle = self._running_engine().submit(submission.request, submission.policy)
         return Stream(handle, num_calls_before)
 
     def chat(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: Tools = ()) -> Completion:
@@ -296,7 +292,7 @@ class Cluster(_Cluster):
                 yield index, submission
 
         completions: dict[int, Completion] = {}
-        for result in answer_all(self._open_engine(), submissions_by_index()):
+        for result in answer_all(self._running_engine(), submissions_by_index()):
             if result.summary is None:
                 raise RequestFailed(f"prompt {result.key}: {result.error}")
             completions[result.key] = completion_of(result.reply, result.summary, num_calls_before[result.key])
@@ -361,7 +357,7 @@ class AsyncCluster(_Cluster):
         """Return the replies to many prompts, in their order. The first error cancels the others."""
         _refuse_text(prompts)
         # two requests for each slot: one runs, the other is ready when it ends
-        limit = asyncio.Semaphore(2 * self._open_engine().num_slots)
+        limit = asyncio.Semaphore(2 * self._running_engine().num_slots)
 
         async def answer(prompt: Prompt) -> Completion:
             async with limit:
@@ -386,7 +382,7 @@ class AsyncCluster(_Cluster):
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(unread_events.put_nowait, None)
 
-        handle = self._open_engine().submit(submission.request, submission.policy, notify)
+        handle = self._running_engine().submit(submission.request, submission.policy, notify)
         events = handle.events()
         try:
             while not reply.is_complete:

@@ -27,7 +27,7 @@ _NUM_SEEDS = 2**63
 
 @dataclass(frozen=True)
 class ReplySettings:
-    """The settings of replies. ``max_tokens`` limits each reply, ``max_tool_calls`` all replies to a user's message."""
+    """The settings of replies. ``max_tokens`` is per reply, ``max_tool_calls`` per message of the user."""
 
     sampling: Sampling
     max_tokens: int
@@ -78,20 +78,16 @@ class _SampledReply:
     finish_reason: FinishReason = FinishReason.CANCELLED
 
 
-def _ends_inside_call(reason: FinishReason, reply: Reply) -> bool:
-    """Return whether the limit of tokens cut off the last tool call of a reply."""
-    return reason is FinishReason.LENGTH and bool(reply.calls) and reply.calls[-1].error is not None
-
-
 def reply_events(handle: Handle) -> Iterator[Progress | Token | Part | AnswerSummary]:
     """Yield the events of a reply, each token before the parts that it completes, and its summary last."""
     for event in handle.events():
-        if not isinstance(event, Finished):
-            yield event
-        if isinstance(event, Token | Finished):
-            yield from event.parts
         if isinstance(event, Finished):
+            yield from event.parts
             yield event.summary
+        else:
+            yield event
+            if isinstance(event, Token):
+                yield from event.parts
 
 
 class ChatSession:
@@ -246,3 +242,8 @@ class ChatSession:
         reply = replace(whole_reply(sampled.parts), calls=())
         if reply.content.strip():
             yield MessageAdded(self.conversation.add_reply(reply, sampled.token_ids))
+
+
+def _ends_inside_call(reason: FinishReason, reply: Reply) -> bool:
+    """Return whether the token limit cut off the last tool call of a reply."""
+    return reason is FinishReason.LENGTH and bool(reply.calls) and reply.calls[-1].error is not None

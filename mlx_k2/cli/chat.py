@@ -35,7 +35,7 @@ from mlx_k2.cli.repl.screen import Screen, choose_screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.repl.usage_totals import UsageTotals
-from mlx_k2.cli.started_cluster import frontend_before_start, request_with_warnings, started_cluster
+from mlx_k2.cli.started_cluster import frontend_before_start, prepare_request, started_cluster
 from mlx_k2.cli.toolkit import started_tools
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, open_source
@@ -105,7 +105,7 @@ def command(options: ChatOptions) -> None:
         with _chat_resources(options) as resources:
             _chat_on_server(options, resources)
         return
-    request, model = open_source(request_with_warnings(options.cluster, options.draft_mode, REQUESTED_SLOTS))
+    request, model = open_source(prepare_request(options.cluster, options.draft_mode, REQUESTED_SLOTS))
     frontend = frontend_before_start(request, model)
     if frontend is not None:
         _check_shortest_request(options, frontend)
@@ -154,7 +154,7 @@ def _chat_on_stages(
 
     def show_idle_restart(restart: Restart, phase: str) -> None:
         if phase == WAITING and not screen.is_answering:  # an answer shows its restarts itself
-            screen.restart(restart)
+            screen.show_restart(restart)
 
     def show_idle_failure(error: MlxK2Error) -> None:
         if not screen.is_answering:

@@ -8,7 +8,7 @@ from mlx_k2.cli.console import ConsoleListener, console, log, show_table
 from mlx_k2.cli.option_values import with_struct
 from mlx_k2.cli.options import cluster_options
 from mlx_k2.cli.program_command import ProgramCommand
-from mlx_k2.cli.started_cluster import request_with_warnings
+from mlx_k2.cli.started_cluster import prepare_request
 from mlx_k2.cli.streams import write_json_line
 from mlx_k2.deployment.cluster_options import ClusterOptions, open_source
 from mlx_k2.doctor.checks import Check, CheckResult
@@ -46,7 +46,7 @@ def command(options: DoctorOptions) -> None:
     The exit code is 1 if a check failed; with warnings only it is 0. Nothing is loaded, and nothing is changed except
     for the manifest of --deep.
     """  # noqa: D301  # click reads the escape
-    request, model = open_source(request_with_warnings(options.cluster))
+    request, model = open_source(prepare_request(options.cluster))
     with ConsoleListener(options.verbose) as listener:
         checks = probe_cluster(request, model, listener, deep=options.deep)
     if options.as_json:

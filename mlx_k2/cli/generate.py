@@ -28,7 +28,7 @@ from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cli.repl.keyboard import LineKeyboard
 from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
-from mlx_k2.cli.started_cluster import frontend_before_start, request_with_warnings, started_cluster
+from mlx_k2.cli.started_cluster import frontend_before_start, prepare_request, started_cluster
 from mlx_k2.cli.toolkit import started_tools
 from mlx_k2.client.remote_engine import RemoteEngine
 from mlx_k2.coordinator.answer_summary import AnswerSummary, total
@@ -104,7 +104,7 @@ def command(options: GenerateOptions) -> None:
         return
     num_sequences = MAX_SLOTS if options.prompts_path is not None else options.conversation.sampling.num_answers
     num_slots = min(num_sequences, MAX_SLOTS)
-    request = request_with_warnings(options.cluster, options.draft_mode, num_slots)
+    request = prepare_request(options.cluster, options.draft_mode, num_slots)
     if options.dry_run:
         _dry_run(request)
         return
@@ -174,8 +174,11 @@ def _answer(
 ) -> None:
     """Show each event of the answer at once, then its counts and times. Show each of several answers at its end."""
     settings = options.conversation.settings(frontend, tools, options.num_logprobs)
-    text_output = TextOutput(show_thinking=not options.hide_thinking, verbose=options.verbose)
-    output = JsonOutput(frontend.tokenizer) if options.as_json else text_output
+    output: JsonOutput | TextOutput
+    if options.as_json:
+        output = JsonOutput(frontend.tokenizer)
+    else:
+        output = TextOutput(show_thinking=not options.hide_thinking, verbose=options.verbose)
     output.wait("reading the prompt")
     try:
         for line in settings.warnings:
@@ -186,11 +189,11 @@ def _answer(
             return
         summaries = []
         for event in _events(options, engine, frontend, settings, text, tools, output):
-            output.event(event)
+            output.show_event(event)
             if isinstance(event, AnswerSummary):
                 summaries.append(event)
         deployment = None if restarting is None else restarting.deployment
-        output.summary(total(summaries), deployment, engine.use if isinstance(engine, Engine) else ())
+        output.write_summary(total(summaries), deployment, engine.use if isinstance(engine, Engine) else ())
     finally:
         output.pause()
 

@@ -37,7 +37,7 @@ class TextOutput(PlainScreen):
         super().__init__(show_thinking=show_thinking)
         self._verbose = verbose
 
-    def summary(self, summary: AnswerSummary, deployment: Deployment | None, use: tuple[StageUse, ...]) -> None:
+    def write_summary(self, summary: AnswerSummary, deployment: Deployment | None, use: tuple[StageUse, ...]) -> None:
         """End the line, then log one line of counts and times; with --verbose all of them, and each stage's use."""
         self.pause()
         if not self._verbose:
@@ -119,7 +119,7 @@ class JsonOutput(PlainScreen):
         self._num_calls = 0
         """The number of tool calls before the last reply."""
 
-    def event(self, event: Event) -> None:
+    def show_event(self, event: Event) -> None:
         """Write a line for a token or a call. The parts of a reply are kept for the summary."""
         match event:
             case Token():
@@ -134,12 +134,12 @@ class JsonOutput(PlainScreen):
                 self._num_calls += sum(isinstance(part, ToolCall) for part in self._last_reply)
                 self._last_reply, self._parts = self._parts, []
             case _:
-                super().event(event)
+                super().show_event(event)
 
-    def restart(self, restart: Restart) -> None:
+    def show_restart(self, restart: Restart) -> None:
         """Write a line on a restart, and two lines to stderr."""
         write_json_line({"restart": restart})
-        super().restart(restart)
+        super().show_restart(restart)
 
     def _write_token(self, token: Token) -> None:
         """Write ``{"token": id, "text": ...}``, with log-probabilities if they were requested."""
@@ -148,7 +148,7 @@ class JsonOutput(PlainScreen):
             line = msgspec.structs.replace(sampled_logprob(self._tokenizer, token), text=token.text)
         write_json_line(line)
 
-    def summary(self, summary: AnswerSummary, deployment: Deployment | None, use: tuple[StageUse, ...]) -> None:
+    def write_summary(self, summary: AnswerSummary, deployment: Deployment | None, use: tuple[StageUse, ...]) -> None:
         """Write the last reply with the counts and times of all replies, and a summary of each stage."""
         load_s = None if deployment is None else deployment.load_s
         stages = [] if deployment is None else _stage_summaries(deployment, use)

@@ -21,7 +21,7 @@ from mlx_k2.cli.main import Interrupted
 from mlx_k2.cli.option_values import with_struct
 from mlx_k2.cli.options import cluster_options, draft_option, log_options, tool_grammar_option
 from mlx_k2.cli.program_command import ProgramCommand
-from mlx_k2.cli.started_cluster import request_with_warnings
+from mlx_k2.cli.started_cluster import prepare_request
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, open_source
 from mlx_k2.deployment.listener import StageReport
@@ -173,7 +173,7 @@ def command(options: ServeOptions) -> None:
     if options.launchd:
         _print_property_list(options.drain_s)
         return
-    request, model = open_source(request_with_warnings(options.cluster, options.draft_mode, options.max_sequences))
+    request, model = open_source(prepare_request(options.cluster, options.draft_mode, options.max_sequences))
     if options.print_settings is not None:
         settings = CLIENTS[options.print_settings]
         log(f"{settings.destination}; {KEY_VARIABLE} is a key of the server, or any text if it has none")

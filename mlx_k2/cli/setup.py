@@ -25,7 +25,8 @@ from mlx_k2.doctor.checks import CheckResult
 from mlx_k2.doctor.cluster_probe import probe_cluster
 from mlx_k2.errors import ClusterError, HostfileError, RequestError, SetupError
 from mlx_k2.launch.own_wheel import write_wheel
-from mlx_k2.launch.remote_install import FOLDER, HostSurvey, install, survey, wheel_digest
+from mlx_k2.launch.remote_install import FOLDER, HostSurvey, install, wheel_digest
+from mlx_k2.launch.remote_install import survey as survey_host
 from mlx_k2.private_files import write_atomically
 from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo
 
@@ -128,7 +129,7 @@ class _Steps:
         _show_hosts(names, surveys)
         with tempfile.TemporaryDirectory() as folder:
             wheel = write_wheel(Path(folder))
-            self._install(wheel, [host for host in surveys.values() if host.installed != wheel_digest(wheel)])
+            self._install(wheel, [survey for survey in surveys.values() if survey.installed != wheel_digest(wheel)])
         present_hosts = {host.ssh: host for host in self._present_hosts()}
         hosts = [
             msgspec.structs.replace(
@@ -140,7 +141,7 @@ class _Steps:
             for name in names
         ]
         request = self._with_addresses(hosts)
-        self._write(request)
+        self._write_files(request)
         self._run_doctor(request)
 
     def _host_names(self) -> list[str]:
@@ -165,24 +166,24 @@ class _Steps:
         if not self._options.yes and _ask(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
             raise SetupError("the answer was no: ended before this change")
 
-    def _install(self, wheel: Path, hosts: Sequence[HostSurvey]) -> None:
-        if not hosts:
+    def _install(self, wheel: Path, surveys: Sequence[HostSurvey]) -> None:
+        if not surveys:
             return
-        names = ", ".join(host.host for host in hosts)
+        names = ", ".join(survey.host for survey in surveys)
         self._confirm(f"Install mlx-k2 {__version__} on {names}, in ~/{FOLDER} there?")
         pins = [f"mlx=={version('mlx')}"]
         wheels = None if self._options.wheels is None else Path(self._options.wheels)
         failures = []
-        for host in hosts:
-            self.done.append(f"the installation on {host.host} was begun and not finished: ~/{FOLDER}")
+        for survey in surveys:
+            self.done.append(f"the installation on {survey.host} was begun and not finished: ~/{FOLDER}")
             try:
-                with console.status(f"installing on {host.host} ..."):
-                    install(host, wheel, pins, wheels)
+                with console.status(f"installing on {survey.host} ..."):
+                    install(survey, wheel, pins, wheels)
             except SetupError as error:
-                failures.append(f"{host.host}: {error}")
+                failures.append(f"{survey.host}: {error}")
             else:
                 self.done.pop()
-                self._log_done(f"mlx-k2 {__version__} is installed on {host.host}: ~/{FOLDER}/env")
+                self._log_done(f"mlx-k2 {__version__} is installed on {survey.host}: ~/{FOLDER}/env")
         if failures:
             raise ClusterError("; ".join(f"not installed on {failure}" for failure in failures))
 
@@ -201,9 +202,9 @@ class _Steps:
         if not addresses:
             with console.status("looking for addresses, and measuring them ..."):
                 choices = address_choices(host_interfaces(request))
-                present = tuple(host.ips[0] for host in self._present_hosts() if host.ips)
-                addresses, slowest_hop = fastest_choice(request, [present] if present in choices else choices)
-            speed = "" if slowest_hop is None else f": {slowest_hop / 1e9:.2f} GB/s"
+                present_ips = tuple(host.ips[0] for host in self._present_hosts() if host.ips)
+                addresses, bytes_per_s = fastest_choice(request, [present_ips] if present_ips in choices else choices)
+            speed = "" if bytes_per_s is None else f": {bytes_per_s / 1e9:.2f} GB/s"
             log(f"addresses {', '.join(addresses)}{speed}")
         if len(addresses) != len(hosts):
             raise RequestError(f"{len(addresses)} addresses for {len(hosts)} hosts: give --address once for each")
@@ -215,7 +216,7 @@ class _Steps:
             return read_hostfile(self._options.hostfile_path).hosts
         return ()
 
-    def _write(self, request: DeploymentRequest) -> None:
+    def _write_files(self, request: DeploymentRequest) -> None:
         """Write the hostfile and the profile, if their content changes."""
         content = _hostfile_text(request.hostfile)
         profile = profile_path()
@@ -256,7 +257,7 @@ def _survey_all(names: Sequence[str], python: str | None) -> dict[str, HostSurve
     for name in names:
         try:
             with console.status(f"asking {name} ..."):
-                surveys[name] = survey(name, python)
+                surveys[name] = survey_host(name, python)
         except SetupError as error:
             problems.append(f"{name}: {error}")
         else:
@@ -280,9 +281,9 @@ def _show_hosts(names: Sequence[str], surveys: dict[str, HostSurvey]) -> None:
     rows = []
     for name in names:
         if name in surveys:
-            host = surveys[name]
-            installed = "installed by setup" if host.installed else "not installed"
-            rows.append((name, host.system, gigabytes(host.memory_bytes), host.python or "", installed))
+            survey = surveys[name]
+            installed = "installed by setup" if survey.installed else "not installed"
+            rows.append((name, survey.system, gigabytes(survey.memory_bytes), survey.python or "", installed))
         else:
             memory = gigabytes(psutil.virtual_memory().total)
             rows.append(("this machine", sys.platform, memory, sys.executable, __version__))

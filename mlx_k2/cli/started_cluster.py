@@ -13,7 +13,7 @@ from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 
-def request_with_warnings(
+def prepare_request(
     cluster: ClusterOptions, draft_mode: DraftMode = DraftMode.AUTO, num_slots: int = 1
 ) -> DeploymentRequest:
     """Return the request for a deployment, and log its warnings; errors are those of `deployment_request`."""

@@ -41,10 +41,10 @@ def chat(screen: Screen, parts: list[str]) -> None:
         Restarting(Restart(text, 1, 3, 1.0), text),
     ]
     for event in events:
-        screen.event(event)
+        screen.show_event(event)
     screen.wait(text)
     screen.log(text)
-    screen.restart(Restart(text, 1, 3, 1.0))
+    screen.show_restart(Restart(text, 1, 3, 1.0))
     screen.pause()
 
 

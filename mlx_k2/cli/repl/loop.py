@@ -74,10 +74,10 @@ class Repl:
             self._screen.is_answering = True
             try:
                 for event in events:
-                    self._usage.event(event)
+                    self._usage.add(event)
                     if self._transcript is not None:
-                        self._transcript.event(event)
-                    self._screen.event(event)
+                        self._transcript.write_event(event)
+                    self._screen.show_event(event)
                     if isinstance(event, AnswerSummary):
                         summary = event
                     if isinstance(event, ToolCall) and self._commands.tools is None:

@@ -97,7 +97,7 @@ class MarkdownBlocks:
         self._has_new_lines = self._is_fence = False
 
     def _find_open_block(self, lines: list[str]) -> int:
-        """Return the index of the line at which the last top-level block begins.
+        """Return the index of the line at which the last top-level block begins; set ``_is_fence`` for that block.
 
         Link definitions directly before the block belong to it: the next line may become a definition's title.
         """

@@ -32,12 +32,12 @@ class Screen(ABC):
         self._status: Status | None = None
         self._last_restart: Restart | None = None
 
-    def event(self, event: Event) -> None:
+    def show_event(self, event: Event) -> None:
         """Show one event at once. This base class shows progress, and a line for each restart."""
         if isinstance(event, Queued | PrefillProgress | Restarting):
             if isinstance(event, Restarting) and event.restart != self._last_restart:
                 self._last_restart = event.restart
-                self.restart(event.restart)
+                self.show_restart(event.restart)
             self.wait(progress_line(event))
 
     def log(self, line: str) -> None:
@@ -50,7 +50,7 @@ class Screen(ABC):
         self._begin_line()
         self._console.print(text, soft_wrap=True)
 
-    def restart(self, restart: Restart) -> None:
+    def show_restart(self, restart: Restart) -> None:
         """Show that all stages start again."""
         self._begin_line()
         log_restart(restart)
@@ -94,7 +94,7 @@ class PlainScreen(Screen):
         self._line_kind: type[Reasoning] | type[Content] | None = None
         """The kind of the text in the incomplete line; None at the beginning of a line."""
 
-    def event(self, event: Event) -> None:
+    def show_event(self, event: Event) -> None:
         """Write one event."""
         match event:
             case Reasoning(text) if self.show_thinking:
@@ -106,7 +106,7 @@ class PlainScreen(Screen):
             case CallEnded():
                 self.log(ended_line(event))
             case _:
-                super().event(event)
+                super().show_event(event)
 
     def pause(self) -> None:
         """Stop the spinner, and end the incomplete line if there is one."""
@@ -153,7 +153,7 @@ class RichScreen(Screen):
         self._arrived_at = 0.0
         self._num_running_calls = 0
 
-    def event(self, event: Event) -> None:
+    def show_event(self, event: Event) -> None:
         """Show one event at once."""
         match event:
             case Token(arrived_at=arrived_at):
@@ -178,7 +178,7 @@ class RichScreen(Screen):
             case AnswerSummary():
                 self.pause()
             case _:
-                super().event(event)
+                super().show_event(event)
 
     def wait(self, text: str) -> None:
         """End the reasoning, and show a spinner before ``text`` until the next output."""

@@ -43,7 +43,7 @@ class Transcript:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def event(self, event: Event) -> None:
+    def write_event(self, event: Event) -> None:
         """Write a line for parts of ``reasoning`` and ``content``, an ended ``call``, or a complete ``message``."""
         match event:
             case Reasoning(text):

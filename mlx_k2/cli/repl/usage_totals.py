@@ -20,7 +20,7 @@ class UsageTotals:
     generated_tokens: int = 0
     last: AnswerSummary | None = None
 
-    def event(self, event: Event) -> None:
+    def add(self, event: Event) -> None:
         """Add an event to the counts."""
         match event:
             case AnswerSummary():
