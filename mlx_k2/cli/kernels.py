@@ -35,7 +35,6 @@ SIGNIFICANT_FRACTION = 0.99
 
 _REFRESH_VARIABLE = "MLX_METAL_RESIDENCY_REFRESH_INTERVAL_MS"
 
-_MEASURE = (sys.executable, "-P", "-m", "mlx_k2.stage.measure_kernels")
 
 Measurement = TypeVar("Measurement", KernelReport, DecodeTime, IdleTime, AttentionTime)
 
@@ -108,7 +107,7 @@ def write_report(path: Path, results: dict[str, object]) -> None:
 def _record_counters(trace: Path) -> str:
     """Record the GPU's counters while a token's experts are computed; return "recorded", or "not recorded: REASON"."""
     recorder = ["xcrun", "xctrace", "record", "--template", "Metal System Trace", "--output", str(trace), "--launch"]
-    program = ["--", *_MEASURE, "decode"]
+    program = ["--", *_measure_command("decode")]
     try:
         subprocess.run(
             [*recorder, *program],
@@ -173,6 +172,10 @@ def _limits_text(limits: BufferLimits) -> str:
     return f"{limits.operations} operations or {limits.megabytes} MB in a command buffer"
 
 
+def _measure_command(measurement: str) -> list[str]:
+    return [sys.executable, "-P", "-m", "mlx_k2.stage.measure_kernels", measurement]
+
+
 def _measure(
     measurement: str, result_type: type[Measurement], environment: Mapping[str, str] | None = None
 ) -> Measurement:
@@ -187,7 +190,7 @@ def _measure(
     inherited = {name: value for name, value in os.environ.items() if name not in limit_variables}
     try:
         process = subprocess.run(
-            [*_MEASURE, measurement],
+            _measure_command(measurement),
             stdout=subprocess.PIPE,
             env=inherited | dict(environment or {}),
             timeout=MEASUREMENT_TIMEOUT_S,

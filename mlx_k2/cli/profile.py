@@ -55,8 +55,8 @@ def profile_path() -> Path:
     """Return the path of the profile: MLX_K2_CONFIG, or mlx-k2/config.toml in XDG_CONFIG_HOME or ~/.config."""
     if path := os.environ.get("MLX_K2_CONFIG"):
         return Path(path)
-    folder = os.environ.get("XDG_CONFIG_HOME")
-    return (Path(folder) if folder else home_folder() / ".config") / "mlx-k2" / "config.toml"
+    folder = Path(os.environ.get("XDG_CONFIG_HOME") or home_folder() / ".config")
+    return folder / "mlx-k2" / "config.toml"
 
 
 def read_profile(path: Path, commands: Sequence[str], shared: Sequence[str]) -> Profile:
@@ -74,7 +74,8 @@ def read_profile(path: Path, commands: Sequence[str], shared: Sequence[str]) -> 
         problem = error.strerror if isinstance(error, OSError) else error
         raise RequestError(f"{path} cannot be read: {problem}") from None
     tables = {name: value for name, value in values.items() if isinstance(value, dict)}
-    profile = Profile(path, {"": {name: value for name, value in values.items() if name not in tables}, **tables}, text)
+    top_level = {name: value for name, value in values.items() if name not in tables}
+    profile = Profile(path, {"": top_level, **tables}, text)
     for name in tables:
         _check_name(name, commands, f"{profile.location(name, '')}: there is no command {name!r}")
     for key in profile.tables[""]:
@@ -176,6 +177,8 @@ def _click_value(option: click.Parameter, default: Default) -> object:
 
 
 def _check_name(name: str, known: Sequence[str] | Mapping[str, object], problem: str) -> None:
+    """Raise RequestError with ``problem`` and a suggestion if ``name`` is not in ``known``."""
     if name not in known:
         close = difflib.get_close_matches(name.replace("_", "-"), list(known), 1)
-        raise RequestError(f"{problem}: {f'did you mean {close[0]}?' if close else 'leave it out'}")
+        hint = f"did you mean {close[0]}?" if close else "leave it out"
+        raise RequestError(f"{problem}: {hint}")

@@ -5,14 +5,7 @@ from typing import Any
 
 import click
 
-from mlx_k2.cli.profile import (
-    Default,
-    Profile,
-    defaults_of,
-    keep_sources,
-    option_name,
-    without_overridden,
-)
+from mlx_k2.cli.profile import Default, Profile, defaults_of, keep_sources, option_name, without_overridden
 from mlx_k2.errors import RequestError
 
 OWN_OPTIONS = "Options"

@@ -109,7 +109,7 @@ def test_with_dev_null_as_standard_input_the_prompt_does_not_wait_for_a_pipe(mon
         os.close(writes)
 
     monkeypatch.setattr("mlx_k2.cli.generate_options.log", end_the_text)
-    monkeypatch.setattr("mlx_k2.cli.generate_options._NOTIFY_AFTER_S", 0.1)
+    monkeypatch.setattr("mlx_k2.cli.generate_options._SILENT_WAIT_S", 0.1)
     with os.fdopen(reads) as pipe:
         monkeypatch.setattr("sys.stdin", pipe)
         assert options_of("Hi").read_prompt() == "Hi"

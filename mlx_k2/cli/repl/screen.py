@@ -120,7 +120,7 @@ class PlainScreen(Screen):
         self._end_text()
 
     def _end_text(self) -> None:
-        """End a line of reasoning. End a line of the answer on the terminal only: stdout gets no further line end."""
+        """End a line of reasoning. For a line of the answer, write the line end to stderr, if that is a terminal."""
         if self._line_kind is Reasoning:
             self.pause()
         elif self._line_kind is Content and self._console.is_terminal:
