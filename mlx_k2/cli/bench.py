@@ -127,7 +127,7 @@ def _measure_stages(options: BenchOptions, workloads: Sequence[Workload]) -> Non
     with ConsoleListener(options.verbose) as listener, deploy(request, model, listener) as deployment:
         max_context_tokens = deployment.model.config.max_position_embeddings
         check_workloads(workloads, deployment.shape.context_tokens, max_context_tokens)
-        listener.done()
+        listener.stop_progress()
         if deployment.shape.num_slots < max(options.streams):
             log(f"memory holds {deployment.shape.num_slots} sequences at once; further streams wait for a free slot")
         trace = None if options.trace_path is None else Trace([plan.host.ssh for plan in deployment.plans])

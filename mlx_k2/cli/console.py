@@ -109,9 +109,9 @@ class ConsoleListener(DeploymentListener):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.done()
+        self.stop_progress()
 
-    def done(self) -> None:
+    def stop_progress(self) -> None:
         """Remove the spinner and the bars, before the answer is shown."""
         self._status.stop()
         if self._bars.live.is_started:
@@ -128,7 +128,7 @@ class ConsoleListener(DeploymentListener):
 
     def hide_progress(self) -> None:
         """Remove spinner and bars, and show no further phases, because the terminal now shows a conversation."""
-        self.done()
+        self.stop_progress()
         self._hides_progress = True
 
     def phase(self, what: str) -> None:
@@ -136,7 +136,7 @@ class ConsoleListener(DeploymentListener):
         if self._verbose:
             self._write(f"{what} ...")
         elif console.is_terminal and not self._hides_progress:
-            self.done()
+            self.stop_progress()
             self._status.update(Text(f"{what} ..."))  # as text: a host's name is not markup
             self._status.start()
 
@@ -212,9 +212,9 @@ def show_dry_run(
     for plan in plans:
         log(f"stage {plan.rank} opens {file_ranges(plan.files)}")
     log(_fit_line(request, plans))
-    has_remote_host = any(not plan.host.is_local for plan in plans)
-    if sys.platform == "darwin" or has_remote_host or any(plan.host.gb_per_s for plan in plans):
-        log(_speed_limit_line(plans))  # the default bandwidth is a Mac's
+    # without gb_per_s the bandwidth is that of a Mac, which another machine alone does not have
+    if sys.platform == "darwin" or any(not plan.host.is_local or plan.host.gb_per_s for plan in plans):
+        log(_speed_limit_line(plans))
     for line in quantization_warnings(model.config, shape.dense_bits):
         log(line)
     log(f"memory is weights, cache and working space for {shape.context_tokens} tokens of context in {shape.dtype}")
@@ -234,7 +234,7 @@ def _fit_line(request: DeploymentRequest, plans: Sequence[StagePlan]) -> str:
 
 
 def _speed_limit_line(plans: Sequence[StagePlan]) -> str:
-    """Return the line with the highest possible rate of one stream, for which each token reads ``read_bytes``."""
+    """Return the line with the maximum rate of one stream, which reads ``read_bytes`` of all stages for each token."""
     bandwidths = [plan.host.gb_per_s or M3_ULTRA_GB_PER_S for plan in plans]
     token_s = sum(plan.assignment.read_bytes / 1e9 / rate for plan, rate in zip(plans, bandwidths, strict=True))
     hint = '; "gb_per_s" in the hostfile sets another' if any(plan.host.gb_per_s is None for plan in plans) else ""

@@ -29,12 +29,11 @@ CANDIDATES = (
     BufferLimits(200, _NO_MEGABYTE_LIMIT),
     BufferLimits(1000, 4000),
 )
-"""The limits to time. The numbers of operations are small: long buffers keep a prompt's temporaries in memory."""
-SIGNIFICANT_FRACTION = 0.99
-"""Limits are better than the default ones if their time is below this fraction of the default time, else by noise."""
+"""The limits to time. Most allow few operations, because long command buffers keep a prompt's temporaries in memory."""
+MAX_TIME_FRACTION = 0.99
+"""Limits replace the default ones if their time is below this fraction of the default time; less may be noise."""
 
 _REFRESH_VARIABLE = "MLX_METAL_RESIDENCY_REFRESH_INTERVAL_MS"
-
 
 Measurement = TypeVar("Measurement", KernelReport, DecodeTime, IdleTime, AttentionTime)
 
@@ -154,7 +153,7 @@ def _cells(line: KernelLine, read_gb_per_s: float | None) -> tuple[str, ...]:
 def best_limits(seconds: Mapping[BufferLimits, float], default: BufferLimits) -> BufferLimits:
     """Return the limits with the smallest time; ``default`` unless others are faster by more than noise."""
     fastest = min(seconds, key=lambda limits: seconds[limits])
-    return fastest if seconds[fastest] < SIGNIFICANT_FRACTION * seconds[default] else default
+    return fastest if seconds[fastest] < MAX_TIME_FRACTION * seconds[default] else default
 
 
 def _time_limits() -> dict[BufferLimits, float]:
