@@ -117,7 +117,7 @@ def command(options: ChatOptions) -> None:
 
 
 class _ChatResources(NamedTuple):
-    """What a chat has to close at its end, and its screen."""
+    """The screen, the started tools and the open transcript of a chat."""
 
     screen: Screen
     tools: Tools | None
@@ -136,7 +136,7 @@ def _chat_resources(options: ChatOptions) -> Iterator[_ChatResources]:
 
 
 def _check_shortest_request(options: ChatOptions, frontend: ModelFrontend) -> None:
-    """Raise RequestError if not even a message of one letter can be answered with these options."""
+    """Raise RequestError or TokenizerError if not even a message of one letter can be answered with these options."""
     conversation = options.conversation.begin(frontend, None)
     conversation.add_user("a")
     options.conversation.settings(frontend).request(frontend.tokenizer, conversation.prompt_ids())
