@@ -133,13 +133,13 @@ class Stage:
     def run(self, hidden: mx.array, *, is_prompt: bool) -> mx.array:
         """Run the next positions' hidden states (tokens, hidden) through this stage's layers."""
         for number, w in enumerate(self.layers):
-            normed = mx.fast.rms_norm(hidden, w["input_layernorm.weight"], self.config.rms_norm_eps)
-            hidden = hidden + self.attention(normed, w, number, is_prompt=is_prompt)
-            normed = mx.fast.rms_norm(hidden, w["post_attention_layernorm.weight"], self.config.rms_norm_eps)
+            normalized = mx.fast.rms_norm(hidden, w["input_layernorm.weight"], self.config.rms_norm_eps)
+            hidden = hidden + self.attention(normalized, w, number, is_prompt=is_prompt)
+            normalized = mx.fast.rms_norm(hidden, w["post_attention_layernorm.weight"], self.config.rms_norm_eps)
             if "mlp.gate.weight" in w:
-                hidden = hidden + self.experts(normed, w) + swiglu(normed, w, "mlp.shared_experts")
+                hidden = hidden + self.experts(normalized, w) + swiglu(normalized, w, "mlp.shared_experts")
             else:
-                hidden = hidden + swiglu(normed, w, "mlp")
+                hidden = hidden + swiglu(normalized, w, "mlp")
         mx.eval(hidden, self.caches)
         return hidden
 
@@ -180,8 +180,8 @@ class Stage:
         The correction bias, which balances the experts' load in training, changes the choice but not the weights.
         """
         scores = mx.sigmoid(x.astype(mx.float32) @ w["mlp.gate.weight"].astype(mx.float32).T)
-        biased = scores + w["mlp.gate.e_score_correction_bias"]
-        expert_ids = mx.argsort(-biased, axis=-1)[:, : self.config.num_experts_per_tok]
+        biased_scores = scores + w["mlp.gate.e_score_correction_bias"]
+        expert_ids = mx.argsort(-biased_scores, axis=-1)[:, : self.config.num_experts_per_tok]
         weights = mx.take_along_axis(scores, expert_ids, axis=-1)
         weights = weights / weights.sum(axis=-1, keepdims=True) * self.config.routed_scaling_factor
 
@@ -203,8 +203,8 @@ class Stage:
 def swiglu(x: mx.array, w: Tensors, name: str) -> mx.array:
     """Return down(silu(gate(x)) * up(x)), the feed-forward block of a dense layer or of a shared expert."""
     gate, up, down = (w[f"{name}.{part}_proj.weight"].T for part in ("gate", "up", "down"))
-    gated = x @ gate
-    return (gated * mx.sigmoid(gated) * (x @ up)) @ down
+    gate_outputs = x @ gate
+    return (gate_outputs * mx.sigmoid(gate_outputs) * (x @ up)) @ down
 
 
 def step(stage: Stage, group: mx.distributed.Group, token_ids: list[int], *, is_prompt: bool) -> mx.array:

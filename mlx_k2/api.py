@@ -177,7 +177,7 @@ class _Cluster:
         except JsonError as error:
             raise RequestError(str(error)) from None
         self._stack = ExitStack()
-        self._restarting: RestartingDeployment | None = None
+        self._stages: RestartingDeployment | None = None
         self._is_start_cancelled = threading.Event()
         self._engine: Engine | None = None
 
@@ -198,15 +198,15 @@ class _Cluster:
             preview(request, model)  # raises SetupError before any stage is started
         with ExitStack() as stack:
             stack.callback(template_process().close)
-            self._restarting = RestartingDeployment(request, model, _Listener(), self._engine_options.restarts)
+            self._stages = RestartingDeployment(request, model, _Listener(), self._engine_options.restarts)
             if self._is_start_cancelled.is_set():
-                self._restarting.cancel()
-            stack.enter_context(self._restarting)
-            deployment = self._restarting.deployment
+                self._stages.cancel()
+            stack.enter_context(self._stages)
+            deployment = self._stages.deployment
             engine = engine_on(
                 deployment,
                 draft_mode=self._engine_options.draft,
-                restarts=self._restarting,
+                restarts=self._stages,
                 on_restart=_log_restart,
                 max_queued=max(MAX_QUEUED, 4 * self._engine_options.num_sequences),
             )
@@ -394,8 +394,8 @@ class AsyncCluster(_Cluster):
 
     def _cancel_start(self) -> None:
         self._is_start_cancelled.set()
-        if self._restarting is not None:
-            self._restarting.cancel()
+        if self._stages is not None:
+            self._stages.cancel()
 
 
 async def _run_in_thread(function: Callable[[], None], on_cancel: Callable[[], None] = lambda: None) -> None:

@@ -231,10 +231,10 @@ def check_workloads(workloads: Sequence[Workload], context_tokens: int, max_cont
         RequestError: a prompt and its answer are longer than the context.
     """
     for workload in workloads:
-        needed = workload.prompt_tokens + workload.generate_tokens
-        if needed > context_tokens:
-            can_be_set = needed <= max_context_tokens
-            advice = f"give --context {needed}" if can_be_set else f"at most {max_context_tokens} are possible"
+        needed_tokens = workload.prompt_tokens + workload.generate_tokens
+        if needed_tokens > context_tokens:
+            can_be_set = needed_tokens <= max_context_tokens
+            advice = f"give --context {needed_tokens}" if can_be_set else f"at most {max_context_tokens} are possible"
             raise RequestError(
                 f"a prompt of {workload.prompt_tokens} tokens and an answer of {workload.generate_tokens} do not fit "
                 f"into a context of {context_tokens} tokens: {advice}"
@@ -267,6 +267,6 @@ def _workload_result(
     )
 
 
-def _percentile(ordered: Sequence[float], fraction: float) -> float | None:
+def _percentile(sorted_values: Sequence[float], fraction: float) -> float | None:
     """Return the smallest of the ascending values that ``fraction`` of them do not exceed; None without values."""
-    return ordered[max(0, math.ceil(fraction * len(ordered)) - 1)] if ordered else None
+    return sorted_values[max(0, math.ceil(fraction * len(sorted_values)) - 1)] if sorted_values else None

@@ -50,15 +50,15 @@ def write_atomically(path: Path, data: bytes, mode: int) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.part")
+    temporary_path = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.part")
     try:
-        with open(partial, "xb", opener=open_private_no_symlink) as file:
+        with open(temporary_path, "xb", opener=open_private_no_symlink) as file:
             file.write(data)
             os.fchmod(file.fileno(), mode)
             file.flush()
             os.fsync(file.fileno())  # else a crash may leave an empty file instead of the old one
-        partial.replace(path)
+        temporary_path.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+            temporary_path.unlink(missing_ok=True)
         raise

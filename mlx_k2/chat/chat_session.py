@@ -71,7 +71,7 @@ class ReplySettings:
 
 @dataclass
 class _SampledReply:
-    """A reply that is being sampled: its tokens and parts so far, and its finish reason once it has ended."""
+    """A reply during sampling: its tokens and parts so far, and its finish reason once it has ended."""
 
     token_ids: list[int]
     parts: list[Part]
@@ -192,14 +192,14 @@ class ChatSession:
         may_call = self._tools is not None
         is_after_calls = False
         while True:
-            sampled = yield from self._sample(request, is_after_calls=is_after_calls)
-            if sampled.finish_reason in (FinishReason.CANCELLED, FinishReason.TIMEOUT):
-                yield from self._keep_content(sampled)
+            sampled_reply = yield from self._sample(request, is_after_calls=is_after_calls)
+            if sampled_reply.finish_reason in (FinishReason.CANCELLED, FinishReason.TIMEOUT):
+                yield from self._keep_content(sampled_reply)
                 return
-            reply = whole_reply(sampled.parts)
-            if not may_call or _ends_inside_call(sampled.finish_reason, reply):
+            reply = whole_reply(sampled_reply.parts)
+            if not may_call or _ends_inside_call(sampled_reply.finish_reason, reply):
                 reply = replace(reply, calls=())
-            yield MessageAdded(self.conversation.add_reply(reply, sampled.token_ids))
+            yield MessageAdded(self.conversation.add_reply(reply, sampled_reply.token_ids))
             if self._tools is None or not reply.calls:
                 return
             texts = yield from run_calls(reply.calls, self._tools, self._approve, lambda: self._is_stopped, calls_left)
@@ -214,7 +214,7 @@ class ChatSession:
 
     def _sample(self, request: Request, *, is_after_calls: bool) -> Generator[Event, None, _SampledReply]:
         """Yield the events of one reply and return the reply. After a fault, keep its text so far."""
-        sampled = _SampledReply([], [])
+        sampled_reply = _SampledReply([], [])
         policy = self._settings.policy(self._tokenizer, request, is_after_calls=is_after_calls)
         handle = self._handle = self._source.submit(request, policy)
         try:
@@ -223,25 +223,25 @@ class ChatSession:
             for event in reply_events(handle):
                 match event:
                     case Token(token_id):
-                        sampled.token_ids.append(token_id)
+                        sampled_reply.token_ids.append(token_id)
                     case Reasoning() | Content() | ToolCall():
-                        sampled.parts.append(event)
+                        sampled_reply.parts.append(event)
                     case AnswerSummary(finish_reason=reason):
-                        sampled.finish_reason = reason
+                        sampled_reply.finish_reason = reason
                 yield event
         except (ClusterError, RequestFailed):
-            yield from self._keep_content(sampled)
+            yield from self._keep_content(sampled_reply)
             raise
         finally:
             self._handle = None
             handle.cancel()
-        return sampled
+        return sampled_reply
 
-    def _keep_content(self, sampled: _SampledReply) -> Generator[Event, None, None]:
+    def _keep_content(self, sampled_reply: _SampledReply) -> Generator[Event, None, None]:
         """Add the answer text of an incomplete reply to the conversation; drop a reply without answer text."""
-        reply = replace(whole_reply(sampled.parts), calls=())
+        reply = replace(whole_reply(sampled_reply.parts), calls=())
         if reply.content.strip():
-            yield MessageAdded(self.conversation.add_reply(reply, sampled.token_ids))
+            yield MessageAdded(self.conversation.add_reply(reply, sampled_reply.token_ids))
 
 
 def _ends_inside_call(reason: FinishReason, reply: Reply) -> bool:

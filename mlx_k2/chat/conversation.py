@@ -36,7 +36,7 @@ class Conversation:
         self._template = template
         self._tokenizer = tokenizer
         self._tools = list(tools)
-        self._sampled = SampledTurns(tokenizer)
+        self._sampled_turns = SampledTurns(tokenizer)
         self._messages: list[Message] = []
         self._set_mode(mode)
         self.set_system(system)
@@ -72,7 +72,7 @@ class Conversation:
 
     def add_reply(self, reply: Reply, token_ids: Iterable[int]) -> Message:
         """Add a reply with its sampled tokens, which may include the one that ends the turn; return the message."""
-        self._sampled.keep(self._num_replies, token_ids)
+        self._sampled_turns.keep(self._num_replies, token_ids)
         return self._add(assistant_message(reply, num_calls(self._messages)))
 
     def add_results(self, texts: Sequence[str]) -> list[Message]:
@@ -106,13 +106,13 @@ class Conversation:
                 ``context_tokens``; the conversation is unchanged.
         """
         history = read_history(messages, self._template.fields, normal_ids=True)
-        num_tokens = len(encode_pieces(self._tokenizer, self._rendered(history.messages)))
+        num_tokens = len(encode_pieces(self._tokenizer, self._render(history.messages)))
         if num_tokens >= context_tokens:
             raise RequestError(
                 f"these messages are {num_tokens} tokens, and the context holds {context_tokens}: "
                 "give a larger --context, up to that of the model"
             )
-        self._sampled.forget_from(0)
+        self._sampled_turns.forget_from(0)
         self._messages = history.messages
         return history.left_out
 
@@ -122,20 +122,20 @@ class Conversation:
         Raises:
             RequestError, TokenizerError: the template refuses the messages, or fails.
         """
-        return self._sampled.encode(self._rendered(self._messages))
+        return self._sampled_turns.encode(self._render(self._messages))
 
     def next_prompt_prefix(self) -> list[int]:
         """Return the longest prefix of the next prompt that does not depend on the user's next message.
 
         Where the template drops reasoning before the last answer, the prefix has none either.
         """
-        with_a, with_b = (self._rendered([*self._messages, Message(role="user", content=text)]) for text in ("a", "b"))
+        with_a, with_b = (self._render([*self._messages, Message(role="user", content=text)]) for text in ("a", "b"))
         prefix = []
         for piece, other_piece in zip(with_a, with_b, strict=False):
             if piece != other_piece:
                 break
             prefix.append(piece)
-        return self._sampled.encode(prefix)
+        return self._sampled_turns.encode(prefix)
 
     def _set_mode(self, mode: ThinkingMode) -> None:
         self._variables = mode.variables(self._template)
@@ -156,9 +156,9 @@ class Conversation:
 
     def _truncate(self, num_messages: int) -> None:
         del self._messages[num_messages:]
-        self._sampled.forget_from(self._num_replies)
+        self._sampled_turns.forget_from(self._num_replies)
 
-    def _rendered(self, messages: Sequence[Message]) -> list[PromptPiece]:
+    def _render(self, messages: Sequence[Message]) -> list[PromptPiece]:
         return render_pieces(self._template, self._tokenizer, messages, self._tools, **self._variables)
 
     @property

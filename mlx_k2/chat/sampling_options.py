@@ -19,8 +19,8 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 
 MAX_ANSWERS = 128
 MAX_STOP_STRINGS = 64
-_RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-SAMPLING_NAMES = (*_RECOMMENDED, "presence_penalty", "frequency_penalty")
+_RECOMMENDED_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+SAMPLING_NAMES = (*_RECOMMENDED_NAMES, "presence_penalty", "frequency_penalty")
 """The options that are parameters of the sampler under the same name."""
 _NO_RECOMMENDATIONS = GenerationConfig()
 
@@ -161,7 +161,7 @@ def resolved_sampling(
     Raises:
         RequestError: a value is out of range; the message begins with its name.
     """
-    values: dict[str, Any] = {name: getattr(recommended, name) for name in _RECOMMENDED}
+    values: dict[str, Any] = {name: getattr(recommended, name) for name in _RECOMMENDED_NAMES}
     if thinking is False:
         values["temperature"] = INSTANT_TEMPERATURE
     values |= {name: value for name, value in options.items() if value is not None}

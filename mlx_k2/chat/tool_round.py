@@ -51,25 +51,25 @@ def run_calls(
             results[index] = result
             yield CallEnded(call, result, None)
     started_at = time.monotonic()
-    running: dict[Future[ToolResult], int] = {}  # indices of calls
+    running_calls: dict[Future[ToolResult], int] = {}  # indices of calls
     try:
         for index, call in enumerate(calls):
             if index not in results:
                 assert call.values is not None, "a call without an error has its arguments"
-                running[tools.start(call.name, call.values)] = index
+                running_calls[tools.start(call.name, call.values)] = index
                 yield CallStarted(call)
-        while running:
-            ended, _ = wait(running, timeout=_STOP_POLL_S, return_when=FIRST_COMPLETED)
+        while running_calls:
+            ended_futures, _ = wait(running_calls, timeout=_STOP_POLL_S, return_when=FIRST_COMPLETED)
             if is_stopped():
-                ended = set(running)
-            for future in sorted(ended, key=lambda future: running[future]):
-                index = running.pop(future)
+                ended_futures = set(running_calls)
+            for future in sorted(ended_futures, key=lambda future: running_calls[future]):
+                index = running_calls.pop(future)
                 has_result = future.done() and not future.cancelled()
                 results[index] = future.result() if has_result else _STOPPED_WHILE_RUNNING
                 future.cancel()
                 yield CallEnded(calls[index], results[index], time.monotonic() - started_at)
     finally:
-        for future in running:
+        for future in running_calls:
             future.cancel()
     return [results[index].text for index in range(len(calls))]
 

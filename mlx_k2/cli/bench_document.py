@@ -19,7 +19,7 @@ from mlx_k2.benchmark import StageTimes, Workload, WorkloadResult
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.errors import RequestError
 
-_DERIVED = ("decode_tokens_per_s_per_stream", "stage_busy", "num_drafted", "num_accepted")
+_DERIVED_FIELDS = ("decode_tokens_per_s_per_stream", "stage_busy", "num_drafted", "num_accepted")
 
 
 class BenchHost(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +59,7 @@ _STAGE_FIELDS = tuple(field.name for field in dataclasses.fields(StageTimes))
 _NOT_IN_CSV = ("workload", "stages", "drafts", "draft_times")
 _WORKLOAD_FIELDS = tuple(field.name for field in dataclasses.fields(Workload))
 _RESULT_FIELDS = tuple(field.name for field in dataclasses.fields(WorkloadResult) if field.name not in _NOT_IN_CSV)
-_ROW_COLUMNS = ("stages", *_WORKLOAD_FIELDS, *_DERIVED, *_RESULT_FIELDS)
+_ROW_COLUMNS = ("stages", *_WORKLOAD_FIELDS, *_DERIVED_FIELDS, *_RESULT_FIELDS)
 _STAGE_COLUMNS = tuple(f"stage_{name}" for name in _STAGE_FIELDS)
 CSV_COLUMNS = (*_DOCUMENT_COLUMNS, *Versions.__struct_fields__, *_ROW_COLUMNS, *_STAGE_COLUMNS)
 
@@ -96,7 +96,7 @@ def bench_document(
 def _row(row: WorkloadResult, num_stages: int) -> dict[str, Any]:
     fields = dataclasses.asdict(row)
     workload, stages = fields.pop("workload"), fields.pop("stages")
-    derived = {name: getattr(row, name) for name in _DERIVED}
+    derived = {name: getattr(row, name) for name in _DERIVED_FIELDS}
     return {"stages": num_stages, **workload, **derived, "stage_times": stages, **fields}
 
 

@@ -35,11 +35,11 @@ from mlx_k2.cli.repl.screen import Screen, choose_screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.cli.repl.usage_totals import UsageTotals
-from mlx_k2.cli.started_cluster import frontend_before_start, prepare_request, started_cluster
-from mlx_k2.cli.toolkit import started_tools
+from mlx_k2.cli.started_cluster import StartedCluster, frontend_before_start, prepare_request, started_cluster
+from mlx_k2.cli.started_tools import started_tools
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, open_source
-from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
+from mlx_k2.deployment.restarting import WAITING, Restart
 from mlx_k2.errors import MlxK2Error, RequestError
 from mlx_k2.private_files import state_folder
 from mlx_k2.scheduling.drafter import DraftMode
@@ -112,8 +112,8 @@ def command(options: ChatOptions) -> None:
     with _chat_resources(options) as resources:
         if frontend is not None:
             options.conversation.settings(frontend, resources.tools)  # raises RequestError before a stage is started
-        with started_cluster(request, model, options.run, verbose=options.verbose) as (restarting, frontend):
-            _chat_on_stages(options, request, restarting, frontend, resources)
+        with started_cluster(request, model, options.run, verbose=options.verbose) as cluster:
+            _chat_on_stages(options, request, cluster, resources)
 
 
 class _ChatResources(NamedTuple):
@@ -143,14 +143,10 @@ def _check_shortest_request(options: ChatOptions, frontend: ModelFrontend) -> No
 
 
 def _chat_on_stages(
-    options: ChatOptions,
-    request: DeploymentRequest,
-    restarting: RestartingDeployment,
-    frontend: ModelFrontend,
-    resources: _ChatResources,
+    options: ChatOptions, request: DeploymentRequest, cluster: StartedCluster, resources: _ChatResources
 ) -> None:
     """Chat with the model on started stages."""
-    screen, deployment = resources.screen, restarting.deployment
+    (stages, frontend), screen = cluster, resources.screen
 
     def show_idle_restart(restart: Restart, phase: str) -> None:
         if phase == WAITING and not screen.is_answering:  # an answer shows its restarts itself
@@ -161,19 +157,19 @@ def _chat_on_stages(
             screen.log(f"error: {error}; the next message ends the chat, and the conversation is kept")
 
     def show_stats() -> None:
-        show_stage_use(restarting.deployment, engine.use)
+        show_stage_use(stages.deployment, engine.use)
 
     with engine_on(
-        deployment,
+        stages.deployment,
         draft_mode=options.draft_mode,
-        on_report=restarting.on_report,
-        restarts=restarting,
+        on_report=stages.on_report,
+        restarts=stages,
         on_restart=show_idle_restart,
         on_failure=show_idle_failure,
     ) as engine:
         for line in opening_lines(options.cluster, frontend):
             screen.log(line)
-        usage = UsageTotals(frontend.context_tokens, len(deployment.plans))
+        usage = UsageTotals(frontend.context_tokens, len(stages.deployment.plans))
         _run_chat(options, engine, frontend, request.source.path_or_repo, resources, usage, show_stats)
 
 

@@ -65,5 +65,5 @@ class ConversationOptions(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             RequestError, TokenizerError: the model does not have the mode of thinking, or no usable chat template.
         """
-        declared = () if tools is None else tools.declarations
-        return Conversation(frontend.template, frontend.tokenizer, declared, self.system, self.sampling.mode)
+        declarations = () if tools is None else tools.declarations
+        return Conversation(frontend.template, frontend.tokenizer, declarations, self.system, self.sampling.mode)

@@ -29,7 +29,7 @@ from mlx_k2.cli.repl.keyboard import LineKeyboard
 from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
 from mlx_k2.cli.started_cluster import frontend_before_start, prepare_request, started_cluster
-from mlx_k2.cli.toolkit import started_tools
+from mlx_k2.cli.started_tools import started_tools
 from mlx_k2.client.remote_engine import RemoteEngine
 from mlx_k2.coordinator.answer_summary import AnswerSummary, total
 from mlx_k2.coordinator.engine import Engine, engine_on
@@ -142,16 +142,13 @@ def _generate_on_stages(options: GenerateOptions, request: DeploymentRequest, mo
     with started_tools(options.conversation.tools) as tools:
         if frontend is not None:
             options.conversation.settings(frontend, tools)  # checks --tool-choice
-        with started_cluster(request, model, options.run, verbose=options.verbose) as (restarting, frontend):
+        with started_cluster(request, model, options.run, verbose=options.verbose) as (stages, frontend):
             for line in opening_lines(options.cluster, frontend, is_raw=options.is_raw):
                 log(line)
             with engine_on(
-                restarting.deployment,
-                draft_mode=options.draft_mode,
-                on_report=restarting.on_report,
-                restarts=restarting,
+                stages.deployment, draft_mode=options.draft_mode, on_report=stages.on_report, restarts=stages
             ) as engine:
-                _answer(options, engine, frontend, text, tools, restarting)
+                _answer(options, engine, frontend, text, tools, stages)
 
 
 def _generate_on_server(options: GenerateOptions) -> None:
@@ -170,7 +167,7 @@ def _answer(
     frontend: ModelFrontend,
     text: str,
     tools: Tools | None,
-    restarting: RestartingDeployment | None = None,
+    stages: RestartingDeployment | None = None,
 ) -> None:
     """Show each event of the answer at once, then its counts and times. Show each of several answers at its end."""
     settings = options.conversation.settings(frontend, tools, options.num_logprobs)
@@ -192,7 +189,7 @@ def _answer(
             output.show_event(event)
             if isinstance(event, AnswerSummary):
                 summaries.append(event)
-        deployment = None if restarting is None else restarting.deployment
+        deployment = None if stages is None else stages.deployment
         output.write_summary(total(summaries), deployment, engine.use if isinstance(engine, Engine) else ())
     finally:
         output.pause()

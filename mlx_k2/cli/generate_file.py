@@ -15,12 +15,11 @@ from mlx_k2.cli.generate_options import GenerateOptions
 from mlx_k2.cli.output import answer_fields
 from mlx_k2.cli.prompt_files import PromptLine, read_prompt_lines, result_digest
 from mlx_k2.cli.result_file import ResultFile
-from mlx_k2.cli.started_cluster import frontend_before_start, started_cluster
+from mlx_k2.cli.started_cluster import StartedCluster, frontend_before_start, started_cluster
 from mlx_k2.coordinator.batch_results import BatchResult, answer_all
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.deployment.cluster_options import DeploymentRequest
-from mlx_k2.deployment.restarting import RestartingDeployment
 from mlx_k2.errors import SetupError
 from mlx_k2.sampling import derived_seed
 from mlx_k2.text.chat_template import ChatTemplate
@@ -49,10 +48,10 @@ def generate_many(options: GenerateOptions, request: DeploymentRequest, model: M
             _check_options(options, frontend)
             results.resume(result_digests(options, model, lines))
         if len(results) < len(lines):
-            with started_cluster(request, model, options.run, verbose=options.verbose) as (restarting, frontend):
+            with started_cluster(request, model, options.run, verbose=options.verbose) as cluster:
                 if model is None:
-                    results.resume(result_digests(options, restarting.deployment.model, lines))
-                _Batch(options, restarting, frontend, lines, results).run()
+                    results.resume(result_digests(options, cluster.stages.deployment.model, lines))
+                _Batch(options, cluster, lines, results).run()
         num_failed = len(lines) - len(results)
         results.sort()
     log(f"{len(lines)} results are in {options.out_path}" + (f", {num_failed} of them failed" if num_failed else ""))
@@ -93,8 +92,7 @@ class _Batch:
     """One run over the lines that have no result. Answers are kept until all answers of their line are complete."""
 
     _options: GenerateOptions
-    _restarting: RestartingDeployment
-    _frontend: ModelFrontend
+    _cluster: StartedCluster
     _lines: Mapping[int, PromptLine]
     _results: ResultFile
     _warnings: set[str] = field(default_factory=set)
@@ -103,14 +101,15 @@ class _Batch:
 
     def run(self) -> None:
         """Write a result for each line."""
-        for text in opening_lines(self._options.cluster, self._frontend, is_raw=self._options.raw):
+        for text in opening_lines(self._options.cluster, self._cluster.frontend, is_raw=self._options.raw):
             log(text)
+        stages = self._cluster.stages
         engine = engine_on(
-            self._restarting.deployment,
+            stages.deployment,
             draft_mode=self._options.draft_mode,
             prompts_first=True,
-            on_report=self._restarting.on_report,
-            restarts=self._restarting,
+            on_report=stages.on_report,
+            restarts=stages,
             on_restart=log_restart,
         )
         with _progress(len(self._lines), len(self._results)) as self._bar, engine:
@@ -125,7 +124,7 @@ class _Batch:
                 continue
             try:
                 seed = derived_seed(base_seed, number - 1)
-                submissions, warnings = line_submissions(self._options, line, seed, self._frontend)
+                submissions, warnings = line_submissions(self._options, line, seed, self._cluster.frontend)
             except SetupError as error:
                 self._write(number, {"error": str(error)})
             else:
@@ -151,10 +150,12 @@ class _Batch:
                 return {"error": answer.error}
         messages, num_calls_before, left_out = self._lines[number].messages, 0, {}
         if messages is not None:
-            history = read_history(messages, self._frontend.template.fields)
+            history = read_history(messages, self._cluster.frontend.template.fields)
             num_calls_before = num_calls(history.messages)
             left_out = {"left_out": history.left_out} if history.left_out else {}
-        fields = [answer_fields(self._frontend.tokenizer, answer, num_calls_before) | left_out for answer in answers]
+        fields = [
+            answer_fields(self._cluster.frontend.tokenizer, answer, num_calls_before) | left_out for answer in answers
+        ]
         return fields[0] if len(fields) == 1 else {"answers": fields}
 
     def _write(self, number: int, fields: Mapping[str, object]) -> None:

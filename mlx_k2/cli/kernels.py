@@ -93,8 +93,8 @@ def write_report(path: Path, results: dict[str, object]) -> None:
     that keeps memory resident, and the time of the attention of a chunk, fused and unfused.
     """
     log("reading GPU memory after 5 s without work, with and without refreshing; timing a prompt's attention ...")
-    idle = {value: _measure("idle", IdleTime, environment={_REFRESH_VARIABLE: value}) for value in ("0", "500")}
-    results |= {"idle_by_refresh_ms": idle, "attention": _measure("attention", AttentionTime)}
+    idle_times = {value: _measure("idle", IdleTime, environment={_REFRESH_VARIABLE: value}) for value in ("0", "500")}
+    results |= {"idle_by_refresh_ms": idle_times, "attention": _measure("attention", AttentionTime)}
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         results["trace"] = _record_counters(Path(folder) / "decode.trace")
         archive.writestr("report.json", json_line(results))
@@ -186,12 +186,12 @@ def _measure(
         StageStartError: the process failed, or took longer than ``MEASUREMENT_TIMEOUT_S``.
     """
     limit_variables = CANDIDATES[1].environment()
-    inherited = {name: value for name, value in os.environ.items() if name not in limit_variables}
+    other_variables = {name: value for name, value in os.environ.items() if name not in limit_variables}
     try:
         process = subprocess.run(
             _measure_command(measurement),
             stdout=subprocess.PIPE,
-            env=inherited | dict(environment or {}),
+            env=other_variables | dict(environment or {}),
             timeout=MEASUREMENT_TIMEOUT_S,
             check=True,
         )

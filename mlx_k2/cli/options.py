@@ -50,7 +50,7 @@ class ToolOptions(msgspec.Struct, frozen=True, kw_only=True):
         return self.tools_path is not None or self.mcp_path is not None
 
 
-def _combined(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def _combine(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """Return a decorator that adds several options to a command."""
 
     def add(command: Command) -> Command:
@@ -66,7 +66,7 @@ def _model_or_none(ctx: click.Context, param: click.Parameter, value: str | None
 
 
 _cluster_option = functools.partial(click.option, cls=GroupedOption, group="Hosts and model")
-cluster_options = _combined(
+cluster_options = _combine(
     _cluster_option(
         "--hostfile",
         type=click.Path(),
@@ -157,7 +157,7 @@ cluster_options = _combined(
 )
 
 _sampling_option = functools.partial(click.option, cls=GroupedOption, group="Sampling and thinking")
-sampling_options = _combined(
+sampling_options = _combine(
     _sampling_option(
         "--system", "--system-prompt", metavar="TEXT", help="The system prompt.  [default: the model's own]"
     ),
@@ -209,7 +209,7 @@ sampling_options = _combined(
 )
 
 _answer_option = functools.partial(click.option, cls=GroupedOption, group="Form of the answer")
-answer_options = _combined(
+answer_options = _combine(
     _answer_option(
         "--json-schema",
         type=click.Path(),
@@ -267,7 +267,7 @@ tool_grammar_option = _tool_option(
     help="Whether tool calls follow the tools' names and schemas.  [default: auto]",
 )
 
-tool_options = _combined(
+tool_options = _combine(
     tool_grammar_option,
     _tool_option(
         "--parallel-tool-calls",
@@ -303,7 +303,7 @@ tool_options = _combined(
 
 
 _run_option = functools.partial(click.option, cls=GroupedOption, group="Faults and logs")
-log_options = _combined(
+log_options = _combine(
     _run_option(
         "--log-dir",
         type=click.Path(path_type=Path),
@@ -313,7 +313,7 @@ log_options = _combined(
     ),
     _run_option("--log-tokens", is_flag=True, help="With --log-dir: write the token ids of prompts and answers, too."),
 )
-run_options = _combined(
+run_options = _combine(
     _run_option(
         "--restarts",
         type=RestartLimit(0, 1000),
@@ -337,6 +337,6 @@ draft_option = click.option(
 )
 
 
-_add_shared = _combined(cluster_options, sampling_options, answer_options, tool_options, run_options, draft_option)
+_add_shared = _combine(cluster_options, sampling_options, answer_options, tool_options, run_options, draft_option)
 SHARED_OPTIONS = [option_name(option) for option in _add_shared(click.Command("")).params]
 """The long names of the options that several commands share."""

@@ -44,8 +44,8 @@ class TextOutput(PlainScreen):
             log(_short_summary(summary))
             return
         counts = [f"{summary.generated_tokens} tokens ({_FINISH_TEXTS[summary.finish_reason]})"]
-        cached = f" ({summary.cached_tokens} cached)" if summary.cached_tokens else ""
-        counts += [f"prompt {summary.prompt_tokens} tokens{cached}", f"seed {summary.seed}"]
+        cached_text = f" ({summary.cached_tokens} cached)" if summary.cached_tokens else ""
+        counts += [f"prompt {summary.prompt_tokens} tokens{cached_text}", f"seed {summary.seed}"]
         times = []
         if deployment is not None:
             times.append(f"loaded in {deployment.load_s:.1f} s")
@@ -69,7 +69,8 @@ def _accepted_drafts(summary: AnswerSummary) -> str:
     for source in DraftSource:
         counts = [count for count in summary.drafts if count.source is source]
         if counts:
-            num_accepted, num_drafted = sum(c.num_accepted for c in counts), sum(c.num_drafted for c in counts)
+            num_accepted = sum(count.num_accepted for count in counts)
+            num_drafted = sum(count.num_drafted for count in counts)
             counts_by_source.append(f"{source.value} {num_accepted} of {num_drafted}")
     by_source = f" ({', '.join(counts_by_source)})" if len(counts_by_source) > 1 else ""
     return f"{summary.accepted} of {summary.drafted} draft tokens accepted{by_source}"
@@ -207,10 +208,10 @@ def answer_fields(tokenizer: Tokenizer, result: BatchResult, num_calls_before: i
 
 def _results_in_order(engine: Engine, submissions: Sequence[Submission]) -> Iterator[BatchResult]:
     """Yield the results in the order of ``submissions``, each as soon as it and all earlier ones are complete."""
-    complete: dict[int, BatchResult] = {}
+    complete_results: dict[int, BatchResult] = {}
     next_key = 0
     for result in answer_all(engine, enumerate(submissions)):
-        complete[result.key] = result
-        while next_key in complete:
-            yield complete.pop(next_key)
+        complete_results[result.key] = result
+        while next_key in complete_results:
+            yield complete_results.pop(next_key)
             next_key += 1

@@ -59,8 +59,8 @@ def profile_path() -> Path:
     return folder / "mlx-k2" / "config.toml"
 
 
-def read_profile(path: Path, commands: Sequence[str], shared: Sequence[str]) -> Profile:
-    """Read the profile; it is empty if the file does not exist. Only options in ``shared`` may be above all tables.
+def read_profile(path: Path, commands: Sequence[str], shared_options: Sequence[str]) -> Profile:
+    """Read the profile; without a file it is empty. Only the options in ``shared_options`` may be above all tables.
 
     Raises:
         RequestError: the file cannot be read, or names a command or an option that does not exist; names the line.
@@ -79,7 +79,7 @@ def read_profile(path: Path, commands: Sequence[str], shared: Sequence[str]) -> 
     for name in tables:
         _check_name(name, commands, f"{profile.location(name, '')}: there is no command {name!r}")
     for key in profile.tables[""]:
-        _check_name(key, shared, f"{profile.location('', key)}: {key!r} is not an option of several commands")
+        _check_name(key, shared_options, f"{profile.location('', key)}: {key!r} is not an option of several commands")
     return profile
 
 
@@ -87,8 +87,8 @@ def with_value(text: str, key: str, value: str) -> str:
     """Return the text of a profile with ``value`` for ``key`` above all tables, and all other lines unchanged."""
     line = f"{key} = {json.dumps(value, ensure_ascii=False)}"
     head, *tables = re.split(r"(?m)^(?=[ \t]*\[)", text, maxsplit=1)
-    changed, count = re.subn(rf"(?m)^[ \t]*[\"']?{re.escape(key)}[\"']?[ \t]*=.*$", lambda _: line, head)
-    return (changed if count else f"{line}\n{head}") + "".join(tables)
+    new_head, num_replaced = re.subn(rf"(?m)^[ \t]*[\"']?{re.escape(key)}[\"']?[ \t]*=.*$", lambda _: line, head)
+    return (new_head if num_replaced else f"{line}\n{head}") + "".join(tables)
 
 
 def option_name(option: click.Parameter) -> str:
@@ -176,9 +176,9 @@ def _click_value(option: click.Parameter, default: Default) -> object:
     return value
 
 
-def _check_name(name: str, known: Sequence[str] | Mapping[str, object], problem: str) -> None:
-    """Raise RequestError with ``problem`` and a suggestion if ``name`` is not in ``known``."""
-    if name not in known:
-        close = difflib.get_close_matches(name.replace("_", "-"), list(known), 1)
-        hint = f"did you mean {close[0]}?" if close else "leave it out"
+def _check_name(name: str, known_names: Sequence[str] | Mapping[str, object], problem: str) -> None:
+    """Raise RequestError with ``problem`` and a suggestion if ``name`` is not in ``known_names``."""
+    if name not in known_names:
+        similar_names = difflib.get_close_matches(name.replace("_", "-"), list(known_names), 1)
+        hint = f"did you mean {similar_names[0]}?" if similar_names else "leave it out"
         raise RequestError(f"{problem}: {hint}")

@@ -45,7 +45,7 @@ class ProgramCommand(click.Command):
     reads_profile = True
 
     def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **attributes: Any
     ) -> click.Context:
         """Parse the command line, with the profile's values as defaults.
 
@@ -56,9 +56,9 @@ class ProgramCommand(click.Command):
         if self.reads_profile and parent is not None and parent.obj is not None and not {"-h", "--help"} & set(args):
             profile: Profile = parent.obj()
             defaults = without_overridden(self, defaults_of(self, info_name or "", profile), args)
-            extra["default_map"] = {name: default.value for name, default in defaults.items()}
+            attributes["default_map"] = {name: default.value for name, default in defaults.items()}
         try:
-            context = super().make_context(info_name, args, parent, **extra)
+            context = super().make_context(info_name, args, parent, **attributes)
         except click.BadParameter as error:
             if error.param is None or (default := defaults.get(error.param.name or "")) is None:
                 raise
@@ -83,10 +83,10 @@ class ProgramCommand(click.Command):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             name = error.option_name.replace("_", "-")
-            known = [option for parameter in self.get_params(ctx) for option in parameter.opts]
+            known_options = [option for parameter in self.get_params(ctx) for option in parameter.opts]
             first_names = [parameter.opts[0] for parameter in self.get_params(ctx) if parameter.opts]
-            suggestion = name if name in known else _FOREIGN_OPTIONS.get(name, "")
-            if suggestion.split(" ")[0] not in known:
+            suggestion = name if name in known_options else _FOREIGN_OPTIONS.get(name, "")
+            if suggestion.split(" ")[0] not in known_options:
                 suggestion = "".join(difflib.get_close_matches(name, first_names, 1, 0.7))
             if not suggestion:
                 raise

@@ -29,7 +29,7 @@ class ResultFile:
         self._numbers: Mapping[str, int] = {}
         self._digests: dict[int, str] = {}
         self._lines: dict[int, bytes] = {}
-        self._failed: set[int] = set()
+        self._failed_numbers: set[int] = set()
 
     def __enter__(self) -> "ResultFile":
         self._is_new = not self._path.exists()
@@ -52,23 +52,23 @@ class ResultFile:
         self._numbers = numbers
         self._digests = {number: digest for digest, number in numbers.items()}
         content = self._file.read()
-        complete = content[: content.rfind(b"\n") + 1]
-        rest = content[len(complete) :].strip(b"\0")  # some file systems leave NUL bytes after a crash
-        if rest and not rest.startswith(b"{"):
-            raise self._foreign_file_error(complete.count(b"\n") + 1)
-        for line_number, line in enumerate(complete.splitlines(keepends=True), start=1):
+        complete_lines = content[: content.rfind(b"\n") + 1]
+        last_line = content[len(complete_lines) :].strip(b"\0")  # some file systems leave NUL bytes after a crash
+        if last_line and not last_line.startswith(b"{"):
+            raise self._foreign_file_error(complete_lines.count(b"\n") + 1)
+        for line_number, line in enumerate(complete_lines.splitlines(keepends=True), start=1):
             number, is_error = self._parse(line, line_number)
             if not is_error:
                 self._lines[number] = line
-        self._file.truncate(len(complete))
-        self._file.seek(len(complete))
+        self._file.truncate(len(complete_lines))
+        self._file.seek(len(complete_lines))
 
     def __contains__(self, number: int) -> bool:
         """Return whether the file has a result of this prompt other than an error."""
-        return number in self._lines and number not in self._failed
+        return number in self._lines and number not in self._failed_numbers
 
     def __len__(self) -> int:
-        return len(self._lines) - len(self._failed)
+        return len(self._lines) - len(self._failed_numbers)
 
     def write(self, number: int, result: Mapping[str, object]) -> None:
         """Append the result of a prompt, and wait until it is on the disk.
@@ -78,15 +78,15 @@ class ResultFile:
         """
         line = msgspec.json.encode({**result, "run": self._digests[number]}) + b"\n"
         try:
-            unwritten = memoryview(line)
-            while unwritten:
-                unwritten = unwritten[self._file.write(unwritten) :]
+            unwritten_bytes = memoryview(line)
+            while unwritten_bytes:
+                unwritten_bytes = unwritten_bytes[self._file.write(unwritten_bytes) :]
             os.fsync(self._file.fileno())
         except OSError as error:  # a full disk: the system names no file
             raise OSError(error.errno, error.strerror, str(self._path)) from None
         self._lines[number] = line
         if "error" in result:
-            self._failed.add(number)
+            self._failed_numbers.add(number)
 
     def sort(self) -> None:
         """Replace the file by one with the results in the order of their prompts. A crash meanwhile loses no result."""

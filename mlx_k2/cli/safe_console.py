@@ -21,7 +21,7 @@ class SafeConsole(Console):
         if isinstance(renderable, Markdown):
             renderable.hyperlinks = False
         for segment in super().render(renderable, options):
-            yield segment if segment.control else _safe(segment)
+            yield segment if segment.control else _printable_segment(segment)
 
     def on_broken_pipe(self) -> None:
         """Discard all further output if this console is stderr. The program continues without a reader of messages."""
@@ -31,7 +31,7 @@ class SafeConsole(Console):
             super().on_broken_pipe()
 
 
-def _safe(segment: Segment) -> Segment:
+def _printable_segment(segment: Segment) -> Segment:
     style = segment.style
     if style is not None and style.link is not None:
         style = style.update_link(None)

@@ -216,7 +216,9 @@ class _ServeListener(ConsoleListener):
 def _model_address(options: ServeOptions, source: ModelSource, model: ModelDescription | None) -> ModelAddress:
     """Return the address, model name and context that a server with these options has, without starting it."""
     max_tokens = DEFAULT_CONTEXT_TOKENS if model is None else model.config.max_position_embeddings
-    context_tokens = options.cluster.context_tokens or min(DEFAULT_CONTEXT_TOKENS, max_tokens)
+    context_tokens = options.cluster.context_tokens
+    if context_tokens is None:
+        context_tokens = min(DEFAULT_CONTEXT_TOKENS, max_tokens)
     url = url_for_others(options.host, options.port, is_https=options.certificate_path is not None)
     return ModelAddress(url, _name_for_clients(source), context_tokens)
 
@@ -224,11 +226,11 @@ def _model_address(options: ServeOptions, source: ModelSource, model: ModelDescr
 def _print_property_list(drain_s: float) -> None:
     """Print the property list that runs the present command line without --launchd."""
     program = Path(sys.argv[0]).absolute()
-    start = [sys.executable, "-P", "-m", "mlx_k2"] if program.name == "__main__.py" else [str(program)]
+    invocation = [sys.executable, "-P", "-m", "mlx_k2"] if program.name == "__main__.py" else [str(program)]
     arguments = [argument for argument in sys.argv[1:] if argument != "--launchd"]
     log(f"save this as ~/Library/LaunchAgents/{LABEL}.plist; launchctl bootstrap gui/$UID FILE starts it")
     path_variable = os.environ.get("PATH", os.defpath)
-    sys.stdout.write(property_list([*start, *arguments], Path.cwd(), Path.home(), path_variable, drain_s))
+    sys.stdout.write(property_list([*invocation, *arguments], Path.cwd(), Path.home(), path_variable, drain_s))
 
 
 def _http_server(options: ServeOptions, state: ServerState, write: Callable[[str], None]) -> HttpServer:
@@ -244,7 +246,7 @@ def _http_server(options: ServeOptions, state: ServerState, write: Callable[[str
 
 
 def _access(options: ServeOptions, write: Callable[[str], None]) -> Access:
-    """Return the rules for clients.
+    """Return the hosts, origins and keys from which the server accepts requests.
 
     Raises:
         SetupError: other machines could use the server without a key.
@@ -289,8 +291,8 @@ def _serve(
 
     def on_report(report: StageReport) -> None:
         state.activity.add_report(report)
-        if restarting.on_report is not None:
-            restarting.on_report(report)
+        if stages.on_report is not None:
+            stages.on_report(report)
 
     with (
         _ServeListener(options.verbose, write, state.activity) as listener,
@@ -302,10 +304,10 @@ def _serve(
             log_dir=options.log_dir,
             log_tokens=options.log_tokens,
             longest_wait_s=MAX_RESTART_WAIT_S,
-        ) as restarting,
+        ) as stages,
     ):
         listener.hide_progress()
-        deployment = restarting.deployment
+        deployment = stages.deployment
         state.activity.deployed(deployment)
         frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
         language_model = LanguageModel(frontend, state.model_name, tool_grammar=options.tool_grammar)
@@ -313,7 +315,7 @@ def _serve(
             deployment,
             draft_mode=options.draft_mode,
             on_report=on_report,
-            restarts=CountedRestarts(state.activity, restarting),
+            restarts=CountedRestarts(state.activity, stages),
             on_restart=on_restart,
             on_failure=on_failure,
             max_queued=options.max_queued,

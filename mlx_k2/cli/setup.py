@@ -100,9 +100,9 @@ def command(options: SetupOptions) -> None:
     try:
         steps.run()
     except BaseException:  # also a signal
-        for line in steps.done or ["nothing was changed"]:
+        for line in steps.changes or ["nothing was changed"]:
             log(line)
-        if steps.done:
+        if steps.changes:
             log("run the same command again to go on: what is done is not repeated")
         raise
 
@@ -111,17 +111,17 @@ command.reads_profile = False  # it writes the profile
 
 
 class _Steps:
-    """The steps of one set-up. ``done`` has a line for each change that was made."""
+    """The steps of one set-up. ``changes`` has a line for each change that was made."""
 
     def __init__(self, options: SetupOptions) -> None:
         self._options = options
-        self.done: list[str] = []
+        self.changes: list[str] = []
 
     def run(self) -> None:
         """Run all steps.
 
         Raises:
-            SetupError: a host cannot be used, or the user refused a change; ``done`` has the changes before it.
+            SetupError: a host cannot be used, or the user refused a change; ``changes`` has the changes before it.
             ClusterError: the installation on a host failed, or the doctor found a failure.
         """
         names = self._host_names()
@@ -175,20 +175,20 @@ class _Steps:
         wheels = None if self._options.wheels is None else Path(self._options.wheels)
         failures = []
         for survey in surveys:
-            self.done.append(f"the installation on {survey.host} was begun and not finished: ~/{FOLDER}")
+            self.changes.append(f"the installation on {survey.host} was begun and not finished: ~/{FOLDER}")
             try:
                 with console.status(f"installing on {survey.host} ..."):
                     install(survey, wheel, pins, wheels)
             except SetupError as error:
                 failures.append(f"{survey.host}: {error}")
             else:
-                self.done.pop()
-                self._log_done(f"mlx-k2 {__version__} is installed on {survey.host}: ~/{FOLDER}/env")
+                self.changes.pop()
+                self._log_change(f"mlx-k2 {__version__} is installed on {survey.host}: ~/{FOLDER}/env")
         if failures:
             raise ClusterError("; ".join(f"not installed on {failure}" for failure in failures))
 
-    def _log_done(self, line: str) -> None:
-        self.done.append(line)
+    def _log_change(self, line: str) -> None:
+        self.changes.append(line)
         log(line)
 
     def _with_addresses(self, hosts: Sequence[Host]) -> DeploymentRequest:
@@ -220,21 +220,21 @@ class _Steps:
         """Write the hostfile and the profile, if their content changes."""
         content = _hostfile_text(request.hostfile)
         profile = profile_path()
-        before = profile.read_text(encoding="utf-8") if profile.exists() else ""
-        after = with_value(before, "hostfile", str(self._options.hostfile_path))
+        text_before = profile.read_text(encoding="utf-8") if profile.exists() else ""
+        text_after = with_value(text_before, "hostfile", str(self._options.hostfile_path))
         if self._options.model is not None:
-            after = with_value(after, "model", self._options.model)
-        texts = {self._options.hostfile_path: content, profile: after}
-        changed = {path: text for path, text in texts.items() if not path.exists() or path.read_text() != text}
-        if not changed:
+            text_after = with_value(text_after, "model", self._options.model)
+        texts = {self._options.hostfile_path: content, profile: text_after}
+        changed_texts = {path: text for path, text in texts.items() if not path.exists() or path.read_text() != text}
+        if not changed_texts:
             return
-        for path, text in changed.items():
+        for path, text in changed_texts.items():
             log(f"{path}:\n{text.rstrip()}")
-        self._confirm(f"Write {' and '.join(map(str, changed))}?")
-        for path, text in changed.items():
+        self._confirm(f"Write {' and '.join(map(str, changed_texts))}?")
+        for path, text in changed_texts.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, text.encode(), 0o644)
-            self._log_done(f"written: {path}")
+            self._log_change(f"written: {path}")
 
     def _run_doctor(self, request: DeploymentRequest) -> None:
         with ConsoleListener(verbose=False) as listener:

@@ -27,7 +27,7 @@ def command(command: str | None) -> None:
     profile = user_profile()
     log(f"{'the profile is' if profile.text else 'there is no profile:'} {profile.path}")
     context = click.get_current_context()
-    shown: dict[str, Default] = {}
+    shown_defaults: dict[str, Default] = {}
     for name in COMMANDS if command is None else (command,):
         subcommand = cli.get_command(context, name)
         if not isinstance(subcommand, ProgramCommand) or not subcommand.reads_profile:
@@ -38,9 +38,9 @@ def command(command: str | None) -> None:
             default = defaults.get(option.name or "")
             if default is not None:
                 is_in_table = key in profile.tables.get(name, {}) and default.source == profile.location(name, key)
-                shown.setdefault(f"{name}.{key}" if command is None and is_in_table else key, default)
+                shown_defaults.setdefault(f"{name}.{key}" if command is None and is_in_table else key, default)
             elif command is not None and key:
-                shown[key] = Default(option.to_info_dict()["default"], "default")
-    for key, default in shown.items():
+                shown_defaults[key] = Default(option.to_info_dict()["default"], "default")
+    for key, default in shown_defaults.items():
         value = json.dumps(default.value, ensure_ascii=False, default=str) if default.value is not None else "(none)"
         click.echo(f"{key} = {value}  # {default.source}")

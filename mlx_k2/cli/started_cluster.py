@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from mlx_k2.cli.console import ConsoleListener, log
 from mlx_k2.cli.options import RunOptions
@@ -32,15 +33,22 @@ def frontend_before_start(request: DeploymentRequest, model: ModelDescription | 
     return None if model is None else ModelFrontend(model, preview(request, model)[0].context_tokens)
 
 
+class StartedCluster(NamedTuple):
+    """Stages that are ready, and the frontend of their model."""
+
+    stages: RestartingDeployment
+    frontend: ModelFrontend
+
+
 @contextmanager
 def started_cluster(
     request: DeploymentRequest, model: ModelDescription | None, run: RunOptions, *, verbose: bool
-) -> Iterator[tuple[RestartingDeployment, ModelFrontend]]:
+) -> Iterator[StartedCluster]:
     """Start the stages and load the model, with progress on stderr; end them on exit."""
     with (
         ConsoleListener(verbose) as listener,
-        RestartingDeployment(request, model, listener, run.restarts, run.log_dir, run.log_tokens) as restarting,
+        RestartingDeployment(request, model, listener, run.restarts, run.log_dir, run.log_tokens) as stages,
     ):
         listener.hide_progress()
-        deployment = restarting.deployment
-        yield restarting, ModelFrontend(deployment.model, deployment.shape.context_tokens)
+        deployment = stages.deployment
+        yield StartedCluster(stages, ModelFrontend(deployment.model, deployment.shape.context_tokens))

@@ -1,4 +1,4 @@
-"""The standard streams of the process, usable also if they are closed, non-blocking, or lack characters."""
+"""The standard streams of the process: closed or non-blocking ones, and encodings that lack characters."""
 
 import io
 import os

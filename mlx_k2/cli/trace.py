@@ -18,12 +18,12 @@ class Trace:
 
     def add(self, report: StageReport) -> None:
         """Add up to three spans of a step of a stage: receive, compute, send."""
-        done, microbatch = report.done, report.microbatch
+        step, microbatch = report.done, report.microbatch
         category = "decode" if microbatch.decodes else "prefill"
         arguments = {"tokens": microbatch.num_tokens, "sequences": len(microbatch.rows)}
         start_us = report.received_at * 1e6
         # from the last span to the first, because only the end of the step is known
-        for name, seconds in (("send", done.send_s), (f"step {done.number}", done.busy_s), ("receive", done.receive_s)):
+        for name, seconds in (("send", step.send_s), (f"step {step.number}", step.busy_s), ("receive", step.receive_s)):
             start_us -= seconds * 1e6
             if seconds > 0:
                 self._events.append(

@@ -56,9 +56,9 @@ class MarkdownBlocks:
             start = self._find_open_block(self._lines)
             self._parsed_lines = self._lines.copy()
         if start:
-            finished, self._lines = self._lines[:start], self._lines[start:]
+            finished_lines, self._lines = self._lines[:start], self._lines[start:]
             self._parsed_lines = self._lines.copy()
-            return self._parse(finished)
+            return self._parse(finished_lines)
         if len(self._parsed_lines) > keep_lines + _SHORTEN_EVERY_LINES:
             self._shorten(keep_lines)
         return []
@@ -90,7 +90,7 @@ class MarkdownBlocks:
                 if not token.children:
                     self._parser.inline.parse(text, self._parser, env, token.children)
         self._inline_tokens = inline_tokens
-        return self._displayable(tokens)
+        return self._make_displayable(tokens)
 
     def _clear(self) -> None:
         self._lines, self._parsed_lines, self._last_line = [], [], ""
@@ -123,20 +123,20 @@ class MarkdownBlocks:
             label: {"title": reference["title"], "href": reference["href"]}
             for label, reference in env["references"].items()
         }
-        displayable = self._displayable(tokens)
+        displayable_tokens = self._make_displayable(tokens)  # reads follows_block
         if tokens:
             self.follows_block = tokens[-1].type != "hr"  # as in rich's Markdown
-        return displayable
+        return displayable_tokens
 
     def _env(self) -> dict[str, Any]:
         """Return markdown-it's environment of a parse: the link definitions of the finished blocks."""
         return {"references": dict(self._references)}
 
-    def _displayable(self, tokens: list[Token]) -> list[Token]:
+    def _make_displayable(self, tokens: list[Token]) -> list[Token]:
         """Return the tokens with balanced <kbd> tags, and with an empty line before them if they follow a block."""
         for token in tokens:
             if token.children is not None:
-                token.children = list(_balanced(token.children))
+                token.children = list(_balance_kbd(token.children))
         return [_EMPTY_BLOCK, *tokens] if tokens and self.follows_block else tokens
 
     def _shorten(self, keep_lines: int) -> None:
@@ -148,7 +148,7 @@ class MarkdownBlocks:
                 del self._parsed_lines[start:end]
 
 
-def _balanced(tokens: Sequence[Token]) -> Iterator[Token]:
+def _balance_kbd(tokens: Sequence[Token]) -> Iterator[Token]:
     """Yield ``tokens`` with as many </kbd> as <kbd>; otherwise rich raises IndexError or styles all later blocks."""
     depth = 0
     for token in tokens:
@@ -169,19 +169,21 @@ def _needless_lines(block: SyntaxTreeNode, first: int, keep_lines: int) -> Itera
     start, end = block.map
     children = block.children
     if block.type in _NUM_OPENING_LINES:
-        yield from _range(max(first, start + _NUM_OPENING_LINES[block.type]), end - keep_lines)
+        yield from _nonempty_range(max(first, start + _NUM_OPENING_LINES[block.type]), end - keep_lines)
     elif children:
-        first_kept = next((child for child in children if end - _start(child) <= keep_lines), children[-1])
+        first_kept_child = next((child for child in children if end - _start(child) <= keep_lines), children[-1])
         if block.type in ("bullet_list", "ordered_list"):
-            yield from _range(max(first, start), _start(first_kept))
+            yield from _nonempty_range(max(first, start), _start(first_kept_child))
         else:
             head = children[0]
             assert head.map is not None
             after_head = head.map[0] + 1 if head.type in ("paragraph", "heading") else head.map[1]
-            yield from _range(max(first, after_head), _start(first_kept) - 1)
-        if first_kept is children[-1]:
-            marker_lines = 1 if first_kept.type == "list_item" else 0
-            yield from _needless_lines(first_kept, max(first, _start(first_kept) + marker_lines), keep_lines)
+            yield from _nonempty_range(max(first, after_head), _start(first_kept_child) - 1)
+        if first_kept_child is children[-1]:
+            marker_lines = 1 if first_kept_child.type == "list_item" else 0
+            yield from _needless_lines(
+                first_kept_child, max(first, _start(first_kept_child) + marker_lines), keep_lines
+            )
 
 
 def _start(block: SyntaxTreeNode) -> int:
@@ -189,6 +191,6 @@ def _start(block: SyntaxTreeNode) -> int:
     return block.map[0]
 
 
-def _range(start: int, end: int) -> Iterable[tuple[int, int]]:
+def _nonempty_range(start: int, end: int) -> Iterable[tuple[int, int]]:
     """Return a list with the range, which is empty for an empty range."""
     return [(start, end)] if start < end else []

@@ -56,14 +56,14 @@ def load_chat(path: Path, digest: str) -> Sequence[Mapping[str, object]]:
             value = value["messages"]  # the format of a line of a training set
         if isinstance(value, list):
             return convert(value, Messages)
-        saved = convert(value, SavedChat)
+        chat = convert(value, SavedChat)
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
     except JsonError as error:
         raise RequestError(f"{path} is not a saved chat: {error}") from None
-    if saved.digest != digest:
+    if chat.digest != digest:
         raise RequestError(
-            f"{path} is a chat with another model: start with --model {shlex.quote(saved.model)}, or keep only the "
+            f"{path} is a chat with another model: start with --model {shlex.quote(chat.model)}, or keep only the "
             'list under "messages" to go on with this one'
         )
-    return saved.messages
+    return chat.messages

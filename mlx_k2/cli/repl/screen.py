@@ -10,7 +10,7 @@ from mlx_k2.chat.chat_events import CallEnded, CallStarted, Event
 from mlx_k2.cli.console import console as stderr_console
 from mlx_k2.cli.console import log_restart
 from mlx_k2.cli.repl.markdown_stream import MarkdownStream
-from mlx_k2.cli.repl.wording import call_line, ended_line, progress_line
+from mlx_k2.cli.repl.wording import call_line, ended_call_line, progress_line
 from mlx_k2.cli.safe_console import SafeConsole
 from mlx_k2.cli.streams import is_dumb, is_terminal, refuses_colour
 from mlx_k2.cli.terminal_text import printable
@@ -104,7 +104,7 @@ class PlainScreen(Screen):
             case CallStarted() | AnswerSummary():
                 self.pause()
             case CallEnded():
-                self.log(ended_line(event))
+                self.log(ended_call_line(event))
             case _:
                 super().show_event(event)
 
@@ -172,7 +172,7 @@ class RichScreen(Screen):
                 self._spin(call_line(call) if num_calls == 1 else f"{num_calls} tools run")
             case CallEnded():
                 self._num_running_calls = max(0, self._num_running_calls - 1)  # a refused call was not started
-                self.log(f"⚙ {ended_line(event)}")
+                self.log(f"⚙ {ended_call_line(event)}")
                 if self._num_running_calls:
                     self._spin(f"{self._num_running_calls} tools run")
             case AnswerSummary():

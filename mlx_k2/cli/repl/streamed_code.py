@@ -35,7 +35,7 @@ class StreamedCode:
     def add(self, text: str) -> None:
         """Append ``text``."""
         *lines, self._last_line = (self._last_line + text).split("\n")
-        code, end = self._read(lines)
+        code, end = self._parse_lines(lines)
         self._code += code
         if end is not None:
             self.rest = "\n".join([*lines[end:], self._last_line])
@@ -56,20 +56,20 @@ class StreamedCode:
 
     def pop_rest(self) -> Syntax:
         """Remove and return all lines, with the end of the block."""
-        code = "\n".join([*self._code, *self._incomplete()]).rstrip()
+        code = "\n".join([*self._code, *self._incomplete_line()]).rstrip()
         self._code, self._last_line = [], ""
         return self._syntax(code.split("\n"), is_end=True)
 
     def last_lines(self, max_lines: int) -> Syntax:
         """Return the last ``max_lines`` of the lines that are not popped, with the end of the block, for display."""
-        lines = [*self._code, *self._incomplete()]
+        lines = [*self._code, *self._incomplete_line()]
         return self._syntax(lines[-max_lines:], is_end=True, for_display=True)
 
-    def _incomplete(self) -> list[str]:
+    def _incomplete_line(self) -> list[str]:
         """Return a list with the incomplete line; an empty list if there is none, or if it closes the fence."""
-        return self._read([self._last_line])[0] if self._last_line else []
+        return self._parse_lines([self._last_line])[0] if self._last_line else []
 
-    def _read(self, lines: Sequence[str]) -> tuple[list[str], int | None]:
+    def _parse_lines(self, lines: Sequence[str]) -> tuple[list[str], int | None]:
         """Return the code in ``lines``, and the number of lines up to the end of the fence; None for an open fence."""
         fence = self._parser.parse("\n".join([self._first_line, *lines, ""]))[0]
         assert fence.map is not None
@@ -79,7 +79,7 @@ class StreamedCode:
 
     def _syntax(self, lines: Sequence[str], *, is_end: bool, for_display: bool = False) -> Syntax:
         code = "\n".join(lines).expandtabs(_TAB_SIZE)
-        lexer = self._highlighter.lex(code, is_followed=not for_display)
+        lexer = self._highlighter.lex(code, has_next_part=not for_display)
         padding = (1 if self._is_first else 0, 1, 1 if is_end else 0, 1)
         return Syntax(code, lexer, theme=_THEME, word_wrap=True, padding=padding, tab_size=_TAB_SIZE)
 
@@ -90,20 +90,20 @@ class _Highlighter:
     def __init__(self, lexer_name: str) -> None:
         syntax = Syntax("", lexer_name, tab_size=_TAB_SIZE)
         self._lexer: Any = syntax.lexer or syntax.default_lexer
-        self._opening = ""  # the line with the start of a string or comment that is still open
+        self._last_opening_line = ""  # the line with the start of a string or comment that is still open
         kinds = [kind for kind, text in self._lexer.get_tokens("/**/") if text.strip()]
         self._has_c_comments = all(kind in Comment for kind in kinds)
 
-    def lex(self, code: str, *, is_followed: bool) -> Lexer:
-        """Return a lexer that yields the tokens of ``code``. ``is_followed``: the next call has the next part."""
-        text = f"{self._opening}{code}\n"
+    def lex(self, code: str, *, has_next_part: bool) -> Lexer:
+        """Return a lexer that yields the tokens of ``code``. ``has_next_part``: the next call has the next part."""
+        text = f"{self._last_opening_line}{code}\n"
         has_open_comment = self._has_c_comments and text.rfind("/*") > text.rfind("*/")
         closed_text = text + "*/" if has_open_comment else text  # a lexer recognizes closed comments only
-        tokens = list(_between(self._lexer.get_tokens(closed_text), 0, len(text)))
-        start = len(self._opening)
-        if is_followed:
-            self._opening = _opening_line(tokens)
-        return _KnownTokens(list(_between(tokens, start, start + len(code))))
+        tokens = list(_tokens_between(self._lexer.get_tokens(closed_text), 0, len(text)))
+        start = len(self._last_opening_line)
+        if has_next_part:
+            self._last_opening_line = _opening_line(tokens)
+        return _KnownTokens(list(_tokens_between(tokens, start, start + len(code))))
 
 
 class _KnownTokens(Lexer):  # type: ignore[misc]
@@ -117,7 +117,7 @@ class _KnownTokens(Lexer):  # type: ignore[misc]
         return iter(self._tokens)
 
 
-def _between(tokens: Any, start: int, end: int) -> Iterator[tuple[Any, str]]:
+def _tokens_between(tokens: Any, start: int, end: int) -> Iterator[tuple[Any, str]]:
     """Yield the tokens of the characters from ``start`` up to, not including, ``end``."""
     position = 0
     for kind, text in tokens:

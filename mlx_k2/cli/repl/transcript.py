@@ -13,8 +13,8 @@ from mlx_k2.private_files import open_private
 from mlx_k2.text.reply_parts import Content, Reasoning
 
 
-def _open(path: str, flags: int) -> int:
-    """Return the descriptor of a file as `open_private` does. Do not wait for the reader of a named pipe."""
+def _open_without_wait(path: str, flags: int) -> int:
+    """Return the descriptor of a file as `open_private` does. Does not wait for a reader of a named pipe."""
     descriptor = open_private(path, flags | os.O_NONBLOCK)
     os.set_blocking(descriptor, True)
     return descriptor
@@ -33,7 +33,7 @@ class Transcript:
         self._path = path
         self._notify = notify
         try:
-            self._file = open(path, "ab", buffering=0, opener=_open)  # noqa: SIM115 - Path.open has no opener
+            self._file = open(path, "ab", buffering=0, opener=_open_without_wait)  # noqa: SIM115 - Path.open has no opener
         except OSError as error:
             raise RequestError(f"the transcript {path} cannot be written: {error.strerror}") from None
 

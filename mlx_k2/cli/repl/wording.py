@@ -43,12 +43,12 @@ def _argument(value: object) -> str:
     return f" {escaped_json(value)}"
 
 
-def ended_line(ended: CallEnded) -> str:
+def ended_call_line(event: CallEnded) -> str:
     """Return a line with a call, its outcome (except DONE), its result and its seconds."""
-    result = ended.result
+    result = event.result
     outcome = "" if result.outcome is Outcome.DONE else f"[{result.outcome.value}] "
-    seconds = "" if ended.seconds is None else f" ({ended.seconds:.1f} s)"
-    return f"{call_line(ended.call)} → {outcome}{one_line(result.text, _MAX_RESULT_CHARS)}{seconds}"
+    seconds = "" if event.seconds is None else f" ({event.seconds:.1f} s)"
+    return f"{call_line(event.call)} → {outcome}{one_line(result.text, _MAX_RESULT_CHARS)}{seconds}"
 
 
 def progress_line(progress: Progress) -> str:
