@@ -69,14 +69,10 @@ class Checkpoint:
         return tensors
 
     def _stacked(self, tensors: Tensors, name: str) -> mx.array:
-        num_experts = self.config.n_routed_experts
-        return mx.stack([tensors.pop(f"mlp.experts.{expert}.{name}") for expert in range(num_experts)])
+        return mx.stack([tensors.pop(f"mlp.experts.{i}.{name}") for i in range(self.config.n_routed_experts)])
 
     def text(self, ids: list[int]) -> str:
-        """Return the text of token ids. A control token is shown as its id in angle brackets.
-
-        A line of tiktoken.model has the bytes of a token in base64, and its id.
-        """
+        """Return the text of token ids, <ID> for a control token. A line of tiktoken.model has a token and its id."""
         lines = (line.split() for line in (self.folder / "tiktoken.model").read_bytes().splitlines())
         token_bytes = {int(token_id): base64.b64decode(encoded) for encoded, token_id in lines}
         return b"".join(token_bytes.get(i, f"<{i}>".encode()) for i in ids).decode(errors="replace")

@@ -58,8 +58,8 @@ _FOREIGN_COMMANDS = {
 COMPLETION = "_MLX_K2_COMPLETE"
 """The environment variable with which a shell asks for completions, by click's convention."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_PLACES_BY_ERRNO = {errno.ENOENT: "the current folder", errno.ENOSPC: "standard output"}
-"""The place of a system error that names no file."""
+_SUBJECTS_BY_ERRNO = {errno.ENOENT: "the current folder", errno.ENOSPC: "standard output"}
+"""The subjects of system errors that name no file."""
 
 
 class Interrupted(BaseException):
@@ -211,8 +211,8 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python reports the error again when it flushes stdout
         return 128 + signal.SIGPIPE
     except OSError as error:  # for instance a cache folder that cannot be written, or a path that is too long
-        place = error.filename or _PLACES_BY_ERRNO.get(error.errno or 0, "this machine")
-        _print_error(f"error: {error.strerror or error}: {place}")
+        subject = error.filename or _SUBJECTS_BY_ERRNO.get(error.errno or 0, "this machine")
+        _print_error(f"error: {error.strerror or error}: {subject}")
         return 1
     except click.exceptions.Exit as exit_request:
         return exit_request.exit_code

@@ -25,7 +25,7 @@ HELP = {
     "/retry": ("", "answer your last message again"),
     "/save": ("FILE", "write the conversation to a file"),
     "/load": ("FILE", "continue a conversation from a file"),
-    "/think": ("show | hide | on | off", "show or hide the model's thinking; turn thinking on or off"),
+    "/think": ("show | hide | on | off", "whether thinking is shown, and whether the model thinks"),
     "/tools": ("", "show the tools that the model may call"),
     "/stats": ("", "show token counts, and each stage's share of the computing time"),
     "/quit": ("", "end the chat; also /exit, /bye, quit and Ctrl-D"),
