@@ -76,11 +76,8 @@ def submissions_for(
 ) -> list[Submission]:
     """Return the requests for several replies to one prompt, each with its own seed.
 
-    The first one has the seed of the settings. Requests that are submitted together compute the prompt
-    once. ``is_raw`` is that of ``ReplySettings.policy``.
-
-    Raises:
-        RequestError: errors are those of ``ReplySettings.request``.
+    The first request has the seed of the settings. Requests that are submitted together compute the prompt once.
+    ``is_raw`` is that of ``ReplySettings.policy``. Errors are those of ``ReplySettings.request``.
     """
     tokenizer = frontend.tokenizer
     requests = [

@@ -40,9 +40,9 @@ def run_calls(
 ) -> Generator[CallStarted | CallEnded, None, list[str]]:
     """Run at most ``max_calls`` of ``calls``; yield their events and return the text of each result, in order.
 
-    First ``approve`` is called for each well-formed call of a known tool within the limit. All approved calls then run
-    concurrently. When ``is_stopped`` returns True, or this generator is closed or raises, the calls that still run are
-    cancelled.
+    First ``approve`` is called for each well-formed call of a known tool within the limit. All calls that are not
+    refused then run concurrently. When ``is_stopped`` returns True, or this generator is closed or raises, the calls
+    that still run are cancelled.
     """
     results: dict[int, ToolResult] = {}
     for index, call in enumerate(calls):
@@ -51,7 +51,7 @@ def run_calls(
             results[index] = result
             yield CallEnded(call, result, None)
     started_at = time.monotonic()
-    running_calls: dict[Future[ToolResult], int] = {}  # indices of calls
+    running_calls: dict[Future[ToolResult], int] = {}  # the index of the call of each future
     try:
         for index, call in enumerate(calls):
             if index not in results:

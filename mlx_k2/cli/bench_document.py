@@ -53,7 +53,7 @@ class BenchDocument(msgspec.Struct, frozen=True, kw_only=True):
     versions: Versions
 
 
-# Columns of the CSV file: fields of the document, of its versions, of a row, and of the stages in a row.
+# The columns of the CSV file are fields of the document, of its versions, of a row, and of the stages in a row.
 _DOCUMENT_COLUMNS = ("made", "model", "dtype", "draft")
 _STAGE_FIELDS = tuple(field.name for field in dataclasses.fields(StageTimes))
 _NOT_IN_CSV = ("workload", "stages", "drafts", "draft_times")
@@ -65,11 +65,11 @@ CSV_COLUMNS = (*_DOCUMENT_COLUMNS, *Versions.__struct_fields__, *_ROW_COLUMNS, *
 
 
 def bench_document(
-    deployment: Deployment, rows: Sequence[WorkloadResult], model: str | None, draft: str
+    deployment: Deployment, results: Sequence[WorkloadResult], model: str | None, draft: str
 ) -> BenchDocument:
     """Return the document of the results on ``deployment``. ``model`` is the value of --model."""
     return BenchDocument(
-        rows=[_row(row, deployment.group.size) for row in rows],
+        rows=[_document_row(result, deployment.group.size) for result in results],
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         model=model or "built-in",
         model_digest=deployment.model.digest,
@@ -93,11 +93,11 @@ def bench_document(
     )
 
 
-def _row(row: WorkloadResult, num_stages: int) -> dict[str, Any]:
-    fields = dataclasses.asdict(row)
-    workload, stages = fields.pop("workload"), fields.pop("stages")
-    derived = {name: getattr(row, name) for name in _DERIVED_FIELDS}
-    return {"stages": num_stages, **workload, **derived, "stage_times": stages, **fields}
+def _document_row(result: WorkloadResult, num_stages: int) -> dict[str, Any]:
+    fields = dataclasses.asdict(result)
+    workload, stage_times = fields.pop("workload"), fields.pop("stages")
+    derived_fields = {name: getattr(result, name) for name in _DERIVED_FIELDS}
+    return {"stages": num_stages, **workload, **derived_fields, "stage_times": stage_times, **fields}
 
 
 def checkout_commit(package: Path) -> str | None:

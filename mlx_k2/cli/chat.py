@@ -199,7 +199,7 @@ def _run_chat(
     screen, tools, transcript = resources
     conversation = options.conversation.begin(frontend, tools)
     usage.context_used = len(conversation.next_prompt_prefix())
-    keyboard = choose_keyboard([*HELP, *OTHER_NAMES], usage.status)
+    keyboard = choose_keyboard([*HELP, *OTHER_NAMES], usage.status_line)
     tool_options = options.conversation.tools
     approval = ToolApproval(screen, keyboard, tool_options.allowed_tools, allows_all=tool_options.yes)
     settings = options.conversation.settings(frontend, tools)

@@ -1,4 +1,4 @@
-"""The options of `mlx-k2 generate`, checked, and the text of its prompt. Starts nothing."""
+"""The checked options of `mlx-k2 generate`, and the text of its prompt. Starts nothing."""
 
 import os
 import select

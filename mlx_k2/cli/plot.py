@@ -14,24 +14,24 @@ def plot_results(rows: Sequence[WorkloadResult], path: Path, title: str) -> None
     """Write two charts side by side to one PNG file: a dot for each run, a line through the means of repeated runs."""
     figure = Figure(figsize=(10, 4), layout="constrained")  # not pyplot's, which may load a window system
     figure.suptitle(title)
-    decode, prefill = figure.subplots(1, 2)
+    decode_chart, prefill_chart = figure.subplots(1, 2)
     for length in sorted({row.workload.prompt_tokens for row in rows}):
         points = [
             (row.workload.streams, row.decode_tokens_per_s)
             for row in rows
             if row.workload.prompt_tokens == length and row.decode_tokens_per_s is not None
         ]
-        _plot_means(decode, points, f"prompts of {length} tokens")
+        _plot_means(decode_chart, points, f"prompts of {length} tokens")
     for streams in sorted({row.workload.streams for row in rows}):
         points = [
             (row.workload.prompt_tokens, row.prefill_tokens_per_s) for row in rows if row.workload.streams == streams
         ]
-        _plot_means(prefill, points, "1 stream" if streams == 1 else f"{streams} streams")
-    decode.set(xlabel="streams", ylabel="decoded tokens/s, all streams")
-    prefill.set(xlabel="prompt tokens", ylabel="prefill tokens/s, all streams")
+        _plot_means(prefill_chart, points, "1 stream" if streams == 1 else f"{streams} streams")
+    decode_chart.set(xlabel="streams", ylabel="decoded tokens/s, all streams")
+    prefill_chart.set(xlabel="prompt tokens", ylabel="prefill tokens/s, all streams")
     for chart, ticks in (
-        (decode, sorted({row.workload.streams for row in rows})),
-        (prefill, sorted({row.workload.prompt_tokens for row in rows})),
+        (decode_chart, sorted({row.workload.streams for row in rows})),
+        (prefill_chart, sorted({row.workload.prompt_tokens for row in rows})),
     ):
         chart.set_ylim(bottom=0)
         chart.set_xscale("log", base=2)

@@ -38,6 +38,7 @@ def command(command: str | None) -> None:
             default = defaults.get(option.name or "")
             if default is not None:
                 is_in_table = key in profile.tables.get(name, {}) and default.source == profile.location(name, key)
+                # a default of several commands is shown once
                 shown_defaults.setdefault(f"{name}.{key}" if command is None and is_in_table else key, default)
             elif command is not None and key:
                 shown_defaults[key] = Default(option.to_info_dict()["default"], "default")

@@ -24,7 +24,7 @@ class WordWrap:
         """Add text; return the text to show now, in lines of ``width`` columns. A word that may continue is kept."""
         pieces = _PIECES.findall(self._last_word + text)
         num_complete = len(pieces)
-        if pieces and pieces[-1] != "\n" and cell_len(pieces[-1][0]) < 2:
+        if pieces and pieces[-1] != "\n" and cell_len(pieces[-1][0]) < 2:  # a wide character is complete, too
             follows_spaces = len(pieces) > 1 and pieces[-2].isspace() and pieces[-2] != "\n"
             num_complete -= 2 if follows_spaces else 1
         self._last_word = "".join(pieces[num_complete:])

@@ -90,7 +90,9 @@ class Commands:
         argument = argument.strip()
         if argument and not HELP[name][0]:
             raise RequestError(f"{name} takes no argument")
-        yield from getattr(self, f"_{name[1:]}")(argument) or ()
+        events: Iterator[Event] | None = getattr(self, f"_{name[1:]}")(argument)  # the method _help for /help
+        if events is not None:
+            yield from events
 
     def save_to(self, path: Path) -> None:
         """Write the conversation to a file.
@@ -122,9 +124,9 @@ class Commands:
     def _undo(self, argument: str) -> None:
         text = self.session.cancel_prefill().undo()
         if text is None:
-            raise RequestError("there is nothing to take back")
+            raise RequestError("there is no message to remove")
         self._recount()
-        self.screen.log(f"taken back: {one_line(text, _MAX_CHARS)}")
+        self.screen.log(f"removed: {one_line(text, _MAX_CHARS)}")
 
     def _retry(self, argument: str) -> Iterator[Event]:
         return self.session.retry()
@@ -169,8 +171,8 @@ class Commands:
             self.screen.log("there are no tools: start with --tools or --mcp")
 
     def _stats(self, argument: str) -> None:
-        self.screen.log(self.usage.totals())
-        self.screen.log(self.usage.status())
+        self.screen.log(self.usage.totals_line())
+        self.screen.log(self.usage.status_line())
         self.show_stats()
 
     def _quit(self, argument: str) -> None:

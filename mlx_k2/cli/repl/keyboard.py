@@ -40,26 +40,26 @@ class LineKeyboard:
             EOFError: the input has ended.
             KeyboardInterrupt: the user discards the current line.
         """
-        lines = [self._line(PROMPT)]
+        lines = [self._read_line(PROMPT)]
         while lines[-1].endswith("\\"):
             lines[-1] = lines[-1][:-1]
-            lines.append(self._line(". "))
+            lines.append(self._read_line(". "))
         return "\n".join(lines)
 
     def ask(self, question: str) -> str:
         """Discard what was typed before, and return the answer to a question; errors are those of ``read``."""
         if is_terminal(sys.stdin):
             termios.tcflush(sys.stdin, termios.TCIFLUSH)
-        return self._line(question)
+        return self._read_line(question)
 
     def without_echo(self) -> AbstractContextManager[None]:
         """Return a context for all calls of ``read``, in which keys typed during an answer are not echoed into it.
 
-        Plain lines have no such context.
+        Here it does nothing, because plain lines have no echo that this program controls.
         """
         return contextlib.nullcontext()
 
-    def _line(self, prompt: str) -> str:
+    def _read_line(self, prompt: str) -> str:
         if is_terminal(sys.stdin):
             sys.stderr.write(prompt)
             sys.stderr.flush()
@@ -122,8 +122,8 @@ def choose_keyboard(commands: Sequence[str], status: Callable[[], str]) -> LineK
     """Return a keyboard with editing and saved history; plain lines if stdin or stdout is no terminal or a dumb one."""
     if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)) or is_dumb():
         return LineKeyboard()
-    state = state_folder()
-    history = None if state is None else _usable_history(state / "chat-history")
+    folder = state_folder()
+    history = None if folder is None else _usable_history(folder / "chat-history")
     return TerminalKeyboard(history, commands, status, colours=not refuses_colour())
 
 

@@ -1,4 +1,4 @@
-"""Texts that both screens share. Knows no terminal."""
+"""Lines of text on tool calls and progress. Knows no terminal."""
 
 from mlx_k2.chat.chat_events import CallEnded
 from mlx_k2.cli.terminal_text import escaped_json, printable, visible
