@@ -179,7 +179,7 @@ sampling_options = _combine(
     _sampling_option(
         "--min-p", type=float, help="Keep tokens at least this probable, relative to the most likely one."
     ),
-    _sampling_option("--repetition-penalty", type=float, help="Above 1: avoid the last 64 tokens."),
+    _sampling_option("--repetition-penalty", type=float, help="Above 1: avoid tokens that are among the last 64."),
     _sampling_option(
         "--seed",
         type=int,
@@ -220,7 +220,7 @@ answer_options = _combine(
     _answer_option(
         "--strict-schema",
         is_flag=True,
-        help="Refuse a schema of --json-schema with a keyword that cannot be enforced, in place of a warning.",
+        help="Refuse a schema of --json-schema with keywords that cannot be enforced, instead of a warning.",
     ),
     _answer_option("--regex", metavar="PATTERN", help="Answer with a text that matches PATTERN from start to end."),
     _answer_option(
