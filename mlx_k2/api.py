@@ -52,7 +52,7 @@ __all__ = [
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]]
 """A prompt: the text of a user's message, or the messages of a conversation in OpenAI's format."""
-Tools: TypeAlias = Sequence[Mapping[str, Any]]
+ToolDeclarations: TypeAlias = Sequence[Mapping[str, Any]]
 """Declarations of tools in OpenAI's format. Nothing runs the calls of a reply."""
 
 _LOG = logging.getLogger("mlx_k2")
@@ -224,7 +224,7 @@ class _Cluster:
             raise ClusterError("the cluster is not open: use it as a context, in a with block")
         return self._engine
 
-    def _submission(self, prompt: Prompt, sampling: Sampling, tools: Tools) -> tuple[Submission, int]:
+    def _submission(self, prompt: Prompt, sampling: Sampling, tools: ToolDeclarations) -> tuple[Submission, int]:
         """Return the request for a reply, and the number of tool calls in ``prompt``. Long prompts take seconds."""
         self._running_engine()
         if isinstance(prompt, str):
@@ -259,7 +259,7 @@ class Cluster(_Cluster):
         """Cancel all requests, and end all processes of the cluster, on every host."""
         self._close()
 
-    def stream(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: Tools = ()) -> Stream:
+    def stream(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: ToolDeclarations = ()) -> Stream:
         """Return the reply to a prompt as it is sampled.
 
         Raises:
@@ -271,12 +271,12 @@ class Cluster(_Cluster):
         handle = self._running_engine().submit(submission.request, submission.policy)
         return Stream(handle, num_calls_before)
 
-    def chat(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: Tools = ()) -> Completion:
+    def chat(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: ToolDeclarations = ()) -> Completion:
         """Return the complete reply to a prompt. Errors are those of ``stream`` and ``Stream``."""
         return self.stream(prompt, sampling, tools).completion()
 
     def generate(
-        self, prompts: Iterable[Prompt], sampling: Sampling = _DEFAULTS, tools: Tools = ()
+        self, prompts: Iterable[Prompt], sampling: Sampling = _DEFAULTS, tools: ToolDeclarations = ()
     ) -> list[Completion]:
         """Return the replies to many prompts, in their order. At most ``num_sequences`` run at once.
 
@@ -342,17 +342,17 @@ class AsyncCluster(_Cluster):
         """Cancel all requests, and end all processes of the cluster, on every host."""
         await _run_in_thread(self._close)
 
-    def stream(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: Tools = ()) -> AsyncStream:
+    def stream(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: ToolDeclarations = ()) -> AsyncStream:
         """Return the reply to a prompt as it is sampled."""
         reply = _Reply()
         return AsyncStream(self._read(reply, prompt, sampling, tools), reply)
 
-    async def chat(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: Tools = ()) -> Completion:
+    async def chat(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: ToolDeclarations = ()) -> Completion:
         """Return the complete reply to a prompt. Errors are those of ``Cluster.chat``."""
         return await self.stream(prompt, sampling, tools).completion()
 
     async def generate(
-        self, prompts: Iterable[Prompt], sampling: Sampling = _DEFAULTS, tools: Tools = ()
+        self, prompts: Iterable[Prompt], sampling: Sampling = _DEFAULTS, tools: ToolDeclarations = ()
     ) -> list[Completion]:
         """Return the replies to many prompts, in their order. The first error cancels the others."""
         _refuse_text(prompts)
@@ -372,7 +372,7 @@ class AsyncCluster(_Cluster):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read(
-        self, reply: _Reply, prompt: Prompt, sampling: Sampling, tools: Tools
+        self, reply: _Reply, prompt: Prompt, sampling: Sampling, tools: ToolDeclarations
     ) -> AsyncGenerator[Reasoning | Content, None]:
         submission, reply.num_calls_before = await asyncio.to_thread(self._submission, prompt, sampling, tools)
         loop = asyncio.get_running_loop()

@@ -29,7 +29,7 @@ _LAST_REPORTS_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class Workload:
-    """A number of concurrent sequences (``streams``), and the tokens of each one's prompt and answer."""
+    """A number of concurrent sequences (``streams``), and the tokens of the prompt and the answer of each."""
 
     prompt_tokens: int
     generate_tokens: int
@@ -67,7 +67,7 @@ class WorkloadResult:
     wall_s: float
     stages: tuple[StageTimes, ...] = ()
     draft_times: DraftTimes | None = None
-    """Times of steps with a draft head; None if it did not run, or if not both kinds of draft occurred."""
+    """Times of steps with a draft head; None without runs of the head, or without both right and wrong drafts."""
 
     @property
     def decode_tokens_per_s_per_stream(self) -> float | None:

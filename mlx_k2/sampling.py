@@ -110,7 +110,7 @@ class SampledToken(msgspec.Struct, frozen=True):
 
 
 class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Values that a checkpoint's generation_config.json recommends; None for those that it does not have."""
+    """Values that a checkpoint's generation_config.json recommends. A value that the file does not have is None."""
 
     temperature: float | None = None
     top_p: float | None = None

@@ -195,7 +195,7 @@ def _run_chat(
     usage: UsageTotals,
     show_stats: Callable[[], None],
 ) -> None:
-    """Run a conversation with the model of ``source`` until the user ends it. After an error, save it to a file."""
+    """Run a conversation with the model of ``source`` until the user ends it. After an error, save the conversation."""
     screen, tools, transcript = resources
     conversation = options.conversation.begin(frontend, tools)
     usage.context_used = len(conversation.next_prompt_prefix())

@@ -21,7 +21,7 @@ class ConversationOptions(msgspec.Struct, frozen=True, kw_only=True):
     def settings(
         self, frontend: ModelFrontend, tools: Tools | None = None, num_logprobs: int | None = None
     ) -> ReplySettings:
-        """Return the settings of replies. Before the tools are started, ``tools`` is None and --tool-choice unchecked.
+        """Return the settings of replies. ``tools`` None, before the tools are started: --tool-choice is not checked.
 
         Raises:
             RequestError: a schema or a grammar cannot be used, or --tool-choice names no declared tool.
@@ -38,7 +38,7 @@ class ConversationOptions(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def for_server(self) -> "ConversationOptions":
-        """Return the options for the model of a server. It gets no token masks, so that calls follow no grammar.
+        """Return the options for the model of a server. A server gets no token masks, so that calls follow no grammar.
 
         Raises:
             RequestError: an option needs token masks, or counts the tokens of the complete answer.

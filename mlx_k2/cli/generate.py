@@ -1,4 +1,4 @@
-"""`mlx-k2 generate`: one prompt in, its answer streamed to stdout."""
+"""`mlx-k2 generate`: the answer to one prompt, streamed to stdout, or the answers to a file of prompts."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""`mlx-k2 generate --prompts`: a file of prompts in, a file of results out."""
+"""`mlx-k2 generate --prompts`: a file with the results of a file of prompts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""`mlx-k2 kernels`: checks and times of the kernels on this machine's GPU, and the best settings for it."""
+"""`mlx-k2 kernels`: checks and times of the kernels on this machine's GPU, and the best settings for this GPU."""
 
 import os
 import subprocess

@@ -35,7 +35,7 @@ def command() -> None:
 @click.argument("name")
 @api_keys_option
 def add(name: str, api_keys_path: str | None) -> None:
-    """Make a key NAME and print it. It is shown only now."""
+    """Make the key NAME and print it. The key is not shown again."""
     click.echo(add_key(api_keys_file(api_keys_path), name))
     log(f"this is the key {name}; it is stored nowhere and not shown again")
 

@@ -119,7 +119,7 @@ class LazyGroup(click.Group):
         raise click.UsageError(f"there is no command {name!r}: {hint}", ctx)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Return the commands that begin with ``incomplete``, without importing one, or the options."""
+        """Return the commands that begin with ``incomplete``; for a dash, the options. Imports no command."""
         if incomplete.startswith("-"):
             return click.Command.shell_complete(self, ctx, incomplete)
         return [CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)]

@@ -15,7 +15,7 @@ from mlx_k2.private_files import open_private, write_private
 
 
 class ResultFile:
-    """A file of results, a context manager that locks it. A result is on the disk when ``write`` returns.
+    """A context manager for a file of results, which it locks. A result is on the disk when ``write`` returns.
 
     Results are in the order of writing until ``sort``. On exit, a file that the context created is removed if it is
     empty.

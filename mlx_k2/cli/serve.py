@@ -273,7 +273,7 @@ def _serve(
     server: HttpServer,
     write: Callable[[str], None],
 ) -> None:
-    """Load the model and serve it until a signal arrives or a fault cannot be recovered.
+    """Load the model and serve clients until a signal arrives or a fault cannot be recovered.
 
     ``write`` writes a line to the log and never blocks.
     """

@@ -1,4 +1,4 @@
-"""`mlx-k2 setup`: from the names of some Macs to a hostfile and a profile that all commands use."""
+"""`mlx-k2 setup`: installation on the Macs of a cluster, and a hostfile and a profile for all commands."""
 
 import json
 import sys
@@ -130,6 +130,7 @@ class _Steps:
         with tempfile.TemporaryDirectory() as folder:
             wheel = write_wheel(Path(folder))
             self._install(wheel, [survey for survey in surveys.values() if survey.installed != wheel_digest(wheel)])
+        # keys of the hosts that setup does not set are kept
         present_hosts = {host.ssh: host for host in self._present_hosts()}
         hosts = [
             msgspec.structs.replace(
@@ -211,7 +212,7 @@ class _Steps:
         return with_addresses(request, addresses)
 
     def _present_hosts(self) -> tuple[Host, ...]:
-        """Return the hosts in the existing hostfile; none if it is missing or malformed. Their other keys are kept."""
+        """Return the hosts in the existing hostfile; none if it is missing or malformed."""
         with suppress(HostfileError):
             return read_hostfile(self._options.hostfile_path).hosts
         return ()
