@@ -3,80 +3,36 @@
 import ipaddress
 import os
 import shlex
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import click
-import msgspec
 
 from mlx_k2.builtin import BUILTIN_FOLDER
-from mlx_k2.cli.console import ConsoleListener, log, opening_lines, restart_line
+from mlx_k2.cli.console import log
 from mlx_k2.cli.keys import api_keys_file, api_keys_option
 from mlx_k2.cli.launchd import LABEL, property_list
-from mlx_k2.cli.main import Interrupted
 from mlx_k2.cli.option_values import with_struct
 from mlx_k2.cli.options import cluster_options, draft_option, log_options, tool_grammar_option
 from mlx_k2.cli.program_command import ProgramCommand
+from mlx_k2.cli.serve_options import ServeOptions
+from mlx_k2.cli.served_model import ModelService
 from mlx_k2.cli.started_cluster import prepare_request
-from mlx_k2.coordinator.engine import engine_on
-from mlx_k2.deployment.cluster_options import ClusterOptions, DeploymentRequest, open_source
-from mlx_k2.deployment.listener import StageReport
-from mlx_k2.deployment.plan import DEFAULT_CONTEXT_TOKENS, StagePlan
-from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
-from mlx_k2.errors import ClusterError, MlxK2Error, SetupError
-from mlx_k2.protocol.messages import FromStage
-from mlx_k2.scheduling.drafter import DraftMode
+from mlx_k2.deployment.cluster_options import open_source
+from mlx_k2.deployment.plan import DEFAULT_CONTEXT_TOKENS
+from mlx_k2.errors import SetupError
 from mlx_k2.server.access import Access
 from mlx_k2.server.api_keys import KeyRing, read_keys
 from mlx_k2.server.app import make_app
-from mlx_k2.server.client_settings import CLAUDE_CODE_CONTEXT_TOKENS, CLIENTS, KEY_VARIABLE, ModelAddress
-from mlx_k2.server.cluster_activity import ClusterActivity, CountedRestarts
+from mlx_k2.server.client_settings import CLIENTS, KEY_VARIABLE, ModelAddress
+from mlx_k2.server.cluster_activity import ClusterActivity
 from mlx_k2.server.http_server import HttpServer, url_for_others
-from mlx_k2.server.language_model import LanguageModel
 from mlx_k2.server.line_log import LineLog
 from mlx_k2.server.server_state import ServerOptions, ServerState
 from mlx_k2.weights.checkpoint import ModelDescription
-from mlx_k2.weights.model_frontend import ModelFrontend
 from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo
-
-MAX_RESTART_WAIT_S = 60.0
-
-
-class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of `mlx-k2 serve`."""
-
-    cluster: ClusterOptions
-    host: str
-    port: int
-    allowed_hosts: tuple[str, ...]
-    allowed_origins: tuple[str, ...]
-    api_keys_path: str | None
-    certificate_path: str | None
-    certificate_key_path: str | None
-    max_sequences: int
-    max_queued: int
-    drain_s: float
-    keepalive: Literal["comment", "chunk", "off"]
-    strict_model: bool
-    mirror_reasoning: bool
-    draft_mode: DraftMode
-    tool_grammar: bool
-    print_settings: str | None
-    launchd: bool
-    log_dir: Path | None
-    log_tokens: bool
-    verbose: bool
-
-    def __post_init__(self) -> None:
-        """Refuse options that contradict each other."""
-        if self.port == 0 and (self.print_settings is not None or self.launchd):
-            raise click.UsageError("clients must know the port: give --port")
-        if self.certificate_key_path is not None and self.certificate_path is None:
-            raise click.UsageError("--keyfile is the private key of a certificate: add --certfile")
 
 
 @click.command(cls=ProgramCommand)
@@ -188,29 +144,10 @@ def command(options: ServeOptions) -> None:
     with LineLog(log) as line_log, _http_server(options, state, line_log.write) as server:
         line_log.write(f"listening on {server.url}; requests are accepted when the model is loaded")
         try:
-            _serve(options, replace(request, address=server.url_for_others), model, state, server, line_log.write)
+            service = ModelService(options, state, server, line_log.write)
+            service.run(replace(request, address=server.url_for_others), model)
         finally:
             state.is_ending = True
-
-
-class _ServeListener(ConsoleListener):
-    """A console listener that also records what the stages load, for /v1/status."""
-
-    def __init__(self, verbose: bool, write: Callable[[str], None], activity: ClusterActivity) -> None:
-        super().__init__(verbose, write)
-        self._activity = activity
-
-    def phase(self, what: str) -> None:
-        self._activity.phase = what
-        super().phase(what)
-
-    def planned(self, model: ModelDescription, plans: Sequence[StagePlan]) -> None:
-        self._activity.plans = plans
-        super().planned(model, plans)
-
-    def progress(self, rank: int, message: FromStage) -> None:
-        self._activity.progress(rank, message)
-        super().progress(rank, message)
 
 
 def _model_address(options: ServeOptions, source: ModelSource, model: ModelDescription | None) -> ModelAddress:
@@ -265,92 +202,6 @@ def _access(options: ServeOptions, write: Callable[[str], None]) -> Access:
     return Access(options.allowed_hosts, options.allowed_origins, keys)
 
 
-def _serve(
-    options: ServeOptions,
-    request: DeploymentRequest,
-    model: ModelDescription | None,
-    state: ServerState,
-    server: HttpServer,
-    write: Callable[[str], None],
-) -> None:
-    """Load the model and serve clients until a signal arrives or a fault cannot be recovered.
-
-    ``write`` writes a line to the log and never blocks.
-    """
-    failures: list[MlxK2Error] = []
-    _keep_awake()
-
-    def on_failure(error: MlxK2Error) -> None:
-        failures.append(error)
-        server.has_ended.set()
-
-    def on_restart(restart: Restart, phase: str) -> None:
-        state.activity.phase = phase
-        if phase == WAITING:
-            write(f"{restart_line(restart)}; running answers then continue")
-
-    def on_report(report: StageReport) -> None:
-        state.activity.add_report(report)
-        if stages.on_report is not None:
-            stages.on_report(report)
-
-    with (
-        _ServeListener(options.verbose, write, state.activity) as listener,
-        RestartingDeployment(
-            request,
-            model,
-            listener,
-            limit=None,
-            log_dir=options.log_dir,
-            log_tokens=options.log_tokens,
-            longest_wait_s=MAX_RESTART_WAIT_S,
-        ) as stages,
-    ):
-        listener.hide_progress()
-        deployment = stages.deployment
-        state.activity.deployed(deployment)
-        frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
-        language_model = LanguageModel(frontend, state.model_name, tool_grammar=options.tool_grammar)
-        with engine_on(
-            deployment,
-            draft_mode=options.draft_mode,
-            on_report=on_report,
-            restarts=CountedRestarts(state.activity, stages),
-            on_restart=on_restart,
-            on_failure=on_failure,
-            max_queued=options.max_queued,
-        ) as engine:
-            state.serve(engine, language_model)
-            for line in opening_lines(options.cluster, frontend):
-                write(line)
-            if frontend.context_tokens < CLAUDE_CODE_CONTEXT_TOKENS:
-                write(f"Claude Code needs: export CLAUDE_CODE_AUTO_COMPACT_WINDOW={frontend.context_tokens}")
-            write(
-                f"serving {state.model_name} at {server.url}/v1: {engine.num_slots} requests at once, "
-                f"{frontend.context_tokens} tokens each"
-            )
-            _wait_for_end(server, state, failures, options.drain_s, write)
-
-
-def _wait_for_end(
-    server: HttpServer, state: ServerState, failures: list[MlxK2Error], drain_s: float, write: Callable[[str], None]
-) -> None:
-    """Wait for a signal, then let running requests continue for at most ``drain_s``.
-
-    Raises:
-        MlxK2Error: the first of ``failures`` that ended the server.
-        ClusterError: the server ended by itself.
-    """
-    try:
-        server.has_ended.wait()
-    except Interrupted:
-        write(f"ending: running requests may continue for {drain_s:g} s; a second signal ends at once")
-        state.is_ending = True
-        server.drain()
-    else:
-        raise failures[0] if failures else ClusterError("the HTTP server has ended")
-
-
 def _name_for_clients(source: ModelSource) -> str:
     """Return the name that clients use for the model: the repository, or the last part of the folder's path."""
     if source.path_or_repo == BUILTIN:
@@ -363,9 +214,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _keep_awake() -> None:
-    """Keep this Mac from sleeping while this process runs. On hosts with a stage, the stage does so."""
-    if sys.platform == "darwin":
-        subprocess.Popen(["/usr/bin/caffeinate", "-i", "-w", str(os.getpid())], stdin=subprocess.DEVNULL)
