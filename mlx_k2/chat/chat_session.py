@@ -149,8 +149,9 @@ class ChatSession:
     def stop(self) -> None:
         """End the current answer. Safe in a signal handler and from any thread; does not wait."""
         self._is_stopped = True
-        if self._handle is not None:
-            self._handle.cancel()
+        handle = self._handle  # the answering thread may replace it by None meanwhile
+        if handle is not None:
+            handle.cancel()
 
     def set_thinking(self, *, thinking: bool, temperature: float) -> None:
         """Select whether the next replies begin with thinking, and their temperature.

@@ -10,7 +10,7 @@ from markdown_it.tree import SyntaxTreeNode
 from mlx_k2.cli.repl.chat_markdown import chat_parser
 
 _EMPTY_BLOCK = Token("html_block", "", 0)
-"""A token for which rich prints nothing, but an empty line before the next block."""
+"""A token that rich does not print, but after which it prints an empty line before the next block."""
 _SHORTEN_EVERY_LINES = 8
 """Number of lines by which an open block grows before it is shortened again."""
 _NUM_OPENING_LINES = {"fence": 1, "paragraph": 1, "heading": 1, "code_block": 1, "html_block": 1, "table": 2}
@@ -140,7 +140,7 @@ class MarkdownBlocks:
         return [_EMPTY_BLOCK, *tokens] if tokens and self.follows_block else tokens
 
     def _shorten(self, keep_lines: int) -> None:
-        """Stop to parse lines of the open block that change neither where it ends nor how its end is displayed."""
+        """Drop the parsed lines that change neither the end of the open block nor the display of the end."""
         tokens = self._block_parser.parse("\n".join([*self._parsed_lines, ""]), self._env())
         blocks = SyntaxTreeNode(tokens).children
         if blocks:
@@ -175,10 +175,12 @@ def _needless_lines(block: SyntaxTreeNode, first: int, keep_lines: int) -> Itera
         if block.type in ("bullet_list", "ordered_list"):
             yield from _nonempty_range(max(first, start), _start(first_kept_child))
         else:
-            head = children[0]
-            assert head.map is not None
-            after_head = head.map[0] + 1 if head.type in ("paragraph", "heading") else head.map[1]
-            yield from _nonempty_range(max(first, after_head), _start(first_kept_child) - 1)
+            first_child = children[0]
+            assert first_child.map is not None
+            child_start, child_end = first_child.map
+            if first_child.type in ("paragraph", "heading"):  # the first line is enough to find the end
+                child_end = child_start + 1
+            yield from _nonempty_range(max(first, child_end), _start(first_kept_child) - 1)
         if first_kept_child is children[-1]:
             marker_lines = 1 if first_kept_child.type == "list_item" else 0
             yield from _needless_lines(
