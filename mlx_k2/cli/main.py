@@ -164,12 +164,12 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Run the command line and end the process with its exit code."""
-    # nohup lets SIGHUP be ignored
+    # a signal that is ignored stays ignored: nohup ignores SIGHUP
     signals = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     for number in signals:
         signal.signal(number, _interrupt)
     problem = prepare_streams()
-    print_errors_cleanly()
+    make_errors_printable()
     exit_code: int
     if instruction := os.environ.get(COMPLETION):
         exit_code = shell_complete(cli, {}, "mlx-k2", COMPLETION, instruction)
@@ -183,8 +183,8 @@ def main() -> NoReturn:
     sys.exit(exit_code)
 
 
-def print_errors_cleanly() -> None:
-    """Print tracebacks of all threads, and the records of libraries' logs, as printable text."""
+def make_errors_printable() -> None:
+    """Make tracebacks of all threads and log records of libraries printable."""
     sys.excepthook = _print_traceback
     threading.excepthook = lambda error: _print_traceback(error.exc_type, error.exc_value, error.exc_traceback)
     sys.unraisablehook = lambda error: _print_traceback(error.exc_type, error.exc_value, error.exc_traceback)

@@ -22,13 +22,11 @@ def printable(text: str) -> str:
 
 def visible(text: str) -> str:
     r"""Return ``text`` with each control, bidirectional and invisible character as an escape, for instance \u202e."""
-    return "".join(
-        letter if letter.isprintable() and not _INVISIBLE.match(letter) else _escape(letter) for letter in text
-    )
+    return "".join(char if char.isprintable() and not _INVISIBLE.match(char) else _escape(char) for char in text)
 
 
 def json_line(value: Any) -> str:
-    """Return ``value`` as JSON on one line that is safe on a terminal: control characters are escaped."""
+    """Return ``value`` as a line of JSON that is safe on a terminal: control characters are escaped."""
     return _DELETE_AND_C1.sub(lambda match: _escape(match.group()), msgspec.json.encode(value).decode()) + "\n"
 
 
@@ -37,5 +35,5 @@ def escaped_json(value: object) -> str:
     return visible(json.dumps(value, ensure_ascii=False))
 
 
-def _escape(letter: str) -> str:
-    return f"\\u{ord(letter):04x}" if ord(letter) < 0x10000 else f"\\U{ord(letter):08x}"
+def _escape(char: str) -> str:
+    return f"\\u{ord(char):04x}" if ord(char) < 0x10000 else f"\\U{ord(char):08x}"

@@ -111,7 +111,7 @@ WAYS: dict[str, Callable[[list[str]], None]] = {
 
 
 def serve() -> None:
-    main.print_errors_cleanly()
+    main.make_errors_printable()
     with os.fdopen(int(sys.argv[1])) as lines:
         for line in lines:
             asked = json.loads(line)
