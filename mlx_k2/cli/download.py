@@ -24,7 +24,7 @@ class DownloadOptions(msgspec.Struct, frozen=True, kw_only=True):
 @cluster_options
 @with_struct(DownloadOptions)
 def command(options: DownloadOptions) -> None:
-    """Fetch each stage's files from the Hub, on the stage's own host. No stage is started.
+    """Fetch each stage's files from the Hub, on the stage's own host. Nothing is loaded.
 
     \b
     On two Macs, about half of the files on each:
