@@ -31,7 +31,7 @@ class DoctorOptions(msgspec.Struct, frozen=True, kw_only=True):
 @click.option(
     "--deep",
     is_flag=True,
-    help="Read all files, compare their checksums with known ones and between hosts, and write them to the manifest.",
+    help="Read all files, compare their checksums with known ones and between hosts, and store them.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout: each check, then a summary.")
 @with_struct(DoctorOptions)
@@ -43,8 +43,8 @@ def command(options: DoctorOptions) -> None:
         mlx-k2 doctor --hostfile two-macs.json
         mlx-k2 doctor --hostfile two-macs.json --model moonshotai/Kimi-K2-Thinking
 
-    The exit code is 1 if a check failed; with warnings only it is 0. Nothing is loaded, and nothing is changed except
-    for the manifest (of checksums) of --deep in the model's folder.
+    The exit code is 1 if a check failed; with warnings only it is 0. Nothing is loaded. Nothing is changed, except that
+    --deep writes a manifest of checksums to the model's folder.
     """  # noqa: D301  # click reads the escape
     request, model = open_source(prepare_request(options.cluster))
     with ConsoleListener(options.verbose) as listener:
