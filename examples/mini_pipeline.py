@@ -43,13 +43,13 @@ class Checkpoint:
         self.dtype = mx.bfloat16 if mx.default_device().type == mx.DeviceType.gpu else mx.float32
 
     def tensors(self, start: str) -> Tensors:
-        """Return the tensors whose names begin with ``start``, by the rest of their names. Opens only their files."""
+        """Return the tensors whose names begin with ``start``, by the rest of their names. Opens no other files."""
         start = self.prefix + start
         names = [name for name in self.file_of if name.startswith(start)]
-        in_files: Tensors = {}
+        file_tensors: Tensors = {}
         for file in {self.file_of[name] for name in names}:
-            in_files |= cast(Tensors, mx.load(str(self.folder / file)))  # lazy: a tensor is read when it is evaluated
-        tensors = {name.removeprefix(start): in_files[name] for name in names}
+            file_tensors |= cast(Tensors, mx.load(str(self.folder / file)))  # a tensor is read when it is evaluated
+        tensors = {name.removeprefix(start): file_tensors[name] for name in names}
         return {name: t.astype(self.dtype) if t.dtype == mx.bfloat16 else t for name, t in tensors.items()}
 
     def layer(self, number: int) -> Tensors:
@@ -128,18 +128,18 @@ class Stage:
 
     def run(self, hidden: mx.array, *, is_prompt: bool) -> mx.array:
         """Run the next positions' hidden states (tokens, hidden) through this stage's layers."""
-        for number, w in enumerate(self.layers):
-            normalized = mx.fast.rms_norm(hidden, w["input_layernorm.weight"], self.config.rms_norm_eps)
-            hidden = hidden + self.attention(normalized, w, number, is_prompt=is_prompt)
-            normalized = mx.fast.rms_norm(hidden, w["post_attention_layernorm.weight"], self.config.rms_norm_eps)
-            if "mlp.gate.weight" in w:
-                hidden = hidden + self.experts(normalized, w) + swiglu(normalized, w, "mlp.shared_experts")
+        for number, layer in enumerate(self.layers):
+            normalized = mx.fast.rms_norm(hidden, layer["input_layernorm.weight"], self.config.rms_norm_eps)
+            hidden = hidden + self.attention(normalized, layer, number, is_prompt=is_prompt)
+            normalized = mx.fast.rms_norm(hidden, layer["post_attention_layernorm.weight"], self.config.rms_norm_eps)
+            if "mlp.gate.weight" in layer:
+                hidden = hidden + self.experts(normalized, layer) + swiglu(normalized, layer, "mlp.shared_experts")
             else:
-                hidden = hidden + swiglu(normalized, w, "mlp")
+                hidden = hidden + swiglu(normalized, layer, "mlp")
         mx.eval(hidden, self.caches)
         return hidden
 
-    def attention(self, x: mx.array, w: Tensors, number: int, *, is_prompt: bool) -> mx.array:
+    def attention(self, x: mx.array, layer: Tensors, number: int, *, is_prompt: bool) -> mx.array:
         """Return multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) of x to all positions up to its own.
 
         A row of the cache holds a latent vector and one rotated key, which all heads share. Each head's keys and values
@@ -150,39 +150,39 @@ class Stage:
         config, heads, nope = self.config, self.config.num_attention_heads, self.config.qk_nope_head_dim
         num_cached = self.caches[number].shape[0]
         positions = mx.arange(num_cached, num_cached + x.shape[0])
-        compressed = x @ w["self_attn.q_a_proj.weight"].T
-        compressed = mx.fast.rms_norm(compressed, w["self_attn.q_a_layernorm.weight"], BOTTLENECK_EPS)
-        queries = (compressed @ w["self_attn.q_b_proj.weight"].T).reshape(x.shape[0], heads, -1).swapaxes(0, 1)
+        compressed = x @ layer["self_attn.q_a_proj.weight"].T
+        compressed = mx.fast.rms_norm(compressed, layer["self_attn.q_a_layernorm.weight"], BOTTLENECK_EPS)
+        queries = (compressed @ layer["self_attn.q_b_proj.weight"].T).reshape(x.shape[0], heads, -1).swapaxes(0, 1)
         queries_nope, queries_rope = queries[..., :nope], rotate(queries[..., nope:], positions, self.frequencies)
 
-        latent, key = mx.split(x @ w["self_attn.kv_a_proj_with_mqa.weight"].T, [config.kv_lora_rank], axis=-1)
-        latent = mx.fast.rms_norm(latent, w["self_attn.kv_a_layernorm.weight"], BOTTLENECK_EPS)
+        latent, key = mx.split(x @ layer["self_attn.kv_a_proj_with_mqa.weight"].T, [config.kv_lora_rank], axis=-1)
+        latent = mx.fast.rms_norm(latent, layer["self_attn.kv_a_layernorm.weight"], BOTTLENECK_EPS)
         rows = mx.concatenate([latent, rotate(key, positions, self.frequencies)], axis=-1)
         self.caches[number] = mx.concatenate([self.caches[number], rows])
         latents, rotated_keys = mx.split(self.caches[number], [config.kv_lora_rank], axis=-1)
 
-        per_head = w["self_attn.kv_b_proj.weight"].reshape(heads, -1, config.kv_lora_rank)
+        per_head = layer["self_attn.kv_b_proj.weight"].reshape(heads, -1, config.kv_lora_rank)
         to_key, to_value = per_head[:, :nope], per_head[:, nope:].swapaxes(-1, -2)
         scores = queries_nope @ (to_key @ latents.T) if is_prompt else (queries_nope @ to_key) @ latents.T
         scores = (scores + queries_rope @ rotated_keys.T) * self.scale
         scores = mx.where(mx.arange(latents.shape[0]) <= positions[:, None], scores, -mx.inf)
         probabilities = mx.softmax(scores, axis=-1, precise=True)
         values = probabilities @ (latents @ to_value) if is_prompt else (probabilities @ latents) @ to_value
-        return values.swapaxes(0, 1).flatten(1) @ w["self_attn.o_proj.weight"].T
+        return values.swapaxes(0, 1).flatten(1) @ layer["self_attn.o_proj.weight"].T
 
-    def experts(self, x: mx.array, w: Tensors) -> mx.array:
+    def experts(self, x: mx.array, layer: Tensors) -> mx.array:
         """Return the weighted sum of the outputs of each token's best experts (DeepSeek-V3, arXiv 2412.19437).
 
         The correction bias, which balances the experts' load in training, changes the choice but not the weights.
         """
-        scores = mx.sigmoid(x.astype(mx.float32) @ w["mlp.gate.weight"].astype(mx.float32).T)
-        biased_scores = scores + w["mlp.gate.e_score_correction_bias"]
+        scores = mx.sigmoid(x.astype(mx.float32) @ layer["mlp.gate.weight"].astype(mx.float32).T)
+        biased_scores = scores + layer["mlp.gate.e_score_correction_bias"]
         expert_ids = mx.argsort(-biased_scores, axis=-1)[:, : self.config.num_experts_per_tok]
         weights = mx.take_along_axis(scores, expert_ids, axis=-1)
         weights = weights / weights.sum(axis=-1, keepdims=True) * self.config.routed_scaling_factor
 
         def project(inputs: mx.array, projection: str) -> mx.array:
-            packed, scale = (w[f"experts.{projection}.{part}"] for part in ("weight_packed", "weight_scale"))
+            packed, scale = (layer[f"experts.{projection}.{part}"] for part in ("weight_packed", "weight_scale"))
             return mx.gather_qmm(inputs, packed, scale, -8 * scale, rhs_indices=expert_ids, group_size=32, bits=4)
 
         inputs = x[:, None, None]  # (tokens, 1, 1, hidden): one row for each chosen expert of the token
@@ -196,9 +196,9 @@ class Stage:
         return mx.argmax(mx.fast.rms_norm(hidden[-1], self.norm, self.config.rms_norm_eps) @ self.head.T)
 
 
-def swiglu(x: mx.array, w: Tensors, name: str) -> mx.array:
+def swiglu(x: mx.array, layer: Tensors, name: str) -> mx.array:
     """Return down(silu(gate(x)) * up(x)), the feed-forward block of a dense layer or of a shared expert."""
-    gate, up, down = (w[f"{name}.{part}_proj.weight"].T for part in ("gate", "up", "down"))
+    gate, up, down = (layer[f"{name}.{part}_proj.weight"].T for part in ("gate", "up", "down"))
     gate_outputs = x @ gate
     return (gate_outputs * mx.sigmoid(gate_outputs) * (x @ up)) @ down
 

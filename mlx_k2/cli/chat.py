@@ -146,7 +146,8 @@ def _chat_on_stages(
     options: ChatOptions, request: DeploymentRequest, cluster: StartedCluster, resources: _ChatResources
 ) -> None:
     """Chat with the model on started stages."""
-    (stages, frontend), screen = cluster, resources.screen
+    stages, frontend = cluster
+    screen = resources.screen
 
     def show_idle_restart(restart: Restart, phase: str) -> None:
         if phase == WAITING and not screen.is_answering:  # an answer shows its restarts itself

@@ -24,6 +24,7 @@ from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 MAX_RESTART_WAIT_S = 60.0
+"""Longest wait before a restart. The waits double, because a server restarts without a limit."""
 
 
 class ModelService:
@@ -39,7 +40,7 @@ class ModelService:
         self._failure: MlxK2Error | None = None
 
     def run(self, request: DeploymentRequest, model: ModelDescription | None) -> None:
-        """Load the model and serve clients until a signal arrives; then let running requests continue for a while.
+        """Load the model and serve clients until a signal arrives. Running requests then continue for --drain seconds.
 
         Raises:
             MlxK2Error: the model cannot be loaded, a fault cannot be recovered, or the HTTP server has ended.
@@ -67,6 +68,8 @@ class ModelService:
                 self._wait_for_end()
 
     def _engine_on(self, stages: RestartingDeployment) -> Engine:
+        """Return an engine whose steps and restarts are recorded for /v1/status."""
+
         def report(stage_report: StageReport) -> None:
             self._state.activity.add_report(stage_report)
             if stages.on_report is not None:
