@@ -38,7 +38,7 @@ class WordWrap:
 
     def _lines(self, pieces: Sequence[str], width: int) -> str:
         """Return the pieces with a line end in place of spaces where the next piece does not fit."""
-        wrapped = []
+        shown = []
         spaces = ""
         for piece in pieces:
             if piece != "\n" and piece.isspace():
@@ -47,10 +47,10 @@ class WordWrap:
             if piece == "\n":
                 self.column, spaces = 0, ""
             elif self.column and self.column + len(spaces) + cell_len(piece) > width:
-                wrapped.append("\n")
+                shown.append("\n")
                 self.column, spaces = cell_len(piece), ""
             else:
                 self.column += len(spaces) + cell_len(piece)
-            wrapped.append(spaces + piece)
+            shown.append(spaces + piece)
             spaces = ""
-        return "".join(wrapped)
+        return "".join(shown)
