@@ -8,7 +8,7 @@ import msgspec
 from mlx_k2.chat.chat_events import Event, MessageAdded
 from mlx_k2.chat.conversation import Conversation
 from mlx_k2.chat.next_prompt import NextPrompt, ReplySource
-from mlx_k2.chat.tool_round import Approve, Tools, run_calls
+from mlx_k2.chat.tool_round import Approval, Tools, run_calls
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Finished, Handle, Progress, Token
 from mlx_k2.coordinator.reply_policy import NO_LIMITS, ReplyLimits, ReplyPolicy
@@ -104,7 +104,7 @@ class ChatSession:
         conversation: Conversation,
         settings: ReplySettings,
         tools: Tools | None = None,
-        approve: Approve = lambda _call: False,
+        approve: Approval = lambda _call: False,
     ) -> None:
         self._source = source
         self._tokenizer = tokenizer

@@ -51,7 +51,7 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     thinking_budget: Annotated[int, msgspec.Meta(ge=0)] | None = None
     """Maximum number of tokens of reasoning, which is then closed."""
     stop: Annotated[tuple[str, ...], msgspec.Meta(max_length=MAX_STOP_STRINGS)] = ()
-    """Texts before the first of which the reply ends."""
+    """Stop strings: the reply ends before the first of them."""
     min_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Minimum number of tokens of the reply."""
     ignore_eos: bool = False
@@ -85,7 +85,7 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
             convert(msgspec.structs.asdict(self), _CheckedOptions, str_keys=False)
         except JsonError as error:
             raise RequestError(f"a sampling value has the wrong type: {error}") from None
-        self.sampler_parameters(_NO_RECOMMENDATIONS)  # these two constructors check their values
+        self.sampler_parameters(_NO_RECOMMENDATIONS)  # Sampling and ReplyLimits check their values
         ReplyLimits(self.stop)
         try:
             "".join((self.regex or "", self.lark or "", *self.stop)).encode()
@@ -104,8 +104,8 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     @property
     def needs_template(self) -> bool:
         """Whether an option is set that applies to prompts with a chat template only."""
-        options = (self.thinking, self.preserve_thinking or None, self.thinking_budget, self.tool_choice)
-        return any(value is not None for value in options)
+        options = (self.thinking, self.thinking_budget, self.tool_choice)
+        return self.preserve_thinking is True or any(value is not None for value in options)
 
     def sampler_parameters(self, recommended: GenerationConfig, num_logprobs: int | None = None) -> Sampling:
         """Return the sampler's parameters; errors are those of ``resolved_sampling``."""
@@ -135,7 +135,7 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
     @property
     def base_seed(self) -> int:
-        """The seed, or a random one of 32 bits for None and -1."""
+        """The seed; for None and -1 a random one of 32 bits, another one at each read."""
         return secrets.randbits(32) if self.seed in (None, -1) else self.seed
 
 

@@ -16,8 +16,8 @@ _DECLINED_BY_USER = ToolResult(Outcome.DECLINED, "The user declined this call; i
 _STOPPED_WHILE_RUNNING = ToolResult(Outcome.STOPPED, "The user stopped this call; what it has done is not known.")
 _STOPPED_BEFORE_RUN = ToolResult(Outcome.STOPPED, "The user stopped before this call was run.")
 
-Approve = Callable[[ToolCall], bool]
-"""A function that returns whether the user approves a call."""
+Approval = Callable[[ToolCall], bool]
+"""Function that returns whether the user approves a call."""
 
 
 class Tools(Protocol):
@@ -36,7 +36,7 @@ class Tools(Protocol):
 
 
 def run_calls(
-    calls: Sequence[ToolCall], tools: Tools, approve: Approve, is_stopped: Callable[[], bool], max_calls: int
+    calls: Sequence[ToolCall], tools: Tools, approve: Approval, is_stopped: Callable[[], bool], max_calls: int
 ) -> Generator[CallStarted | CallEnded, None, list[str]]:
     """Run at most ``max_calls`` of ``calls``; yield their events and return the text of each result, in order.
 
@@ -75,7 +75,7 @@ def run_calls(
 
 
 def _result_without_run(
-    call: ToolCall, tools: Tools, approve: Approve, is_stopped: Callable[[], bool], *, is_within_limit: bool
+    call: ToolCall, tools: Tools, approve: Approval, is_stopped: Callable[[], bool], *, is_within_limit: bool
 ) -> ToolResult | None:
     """Return the result of a call that must not run, else None. A call of an unknown tool needs no approval."""
     if call.error is not None:

@@ -58,7 +58,7 @@ def command(options: DoctorOptions) -> None:
 
 
 def show_checks(checks: tuple[Check, ...]) -> None:
-    """Show a table of all checks, each problem on a separate line, and the number of checks by result."""
+    """Show a table of all checks without details, each problem with details, and the number of checks by result."""
     checks = tuple(sorted(checks, key=lambda check: check.host))
     rows = [
         (check.host, check.what, Text(check.result.value, _STYLES[check.result]), check.found.partition(": ")[0])

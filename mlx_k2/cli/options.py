@@ -22,7 +22,7 @@ Command = TypeVar("Command", bound=Callable[..., Any] | click.Command)
 
 
 class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The maximum number of restarts after faults, and the folder for logs; None writes none."""
+    """The maximum number of restarts after faults, and the folder for logs. ``log_dir`` None: no logs are written."""
 
     restarts: int
     log_dir: Path | None

@@ -78,7 +78,7 @@ class TerminalKeyboard(LineKeyboard):
     def __init__(
         self, history: Path | None, commands: Sequence[str], status: Callable[[], str], *, colours: bool
     ) -> None:
-        self._session: PromptSession[str] = PromptSession(
+        self._message_session: PromptSession[str] = PromptSession(
             history=InMemoryHistory() if history is None else _History(str(history)),
             completer=_CommandCompleter(commands),
             complete_while_typing=True,
@@ -89,18 +89,18 @@ class TerminalKeyboard(LineKeyboard):
             color_depth=None if colours else ColorDepth.DEPTH_1_BIT,
             style=_STYLE,
         )
-        self._questions: PromptSession[str] = PromptSession(history=InMemoryHistory())
+        self._question_session: PromptSession[str] = PromptSession(history=InMemoryHistory())
 
     def read(self) -> str:
         """Return the next message or command; output of other threads meanwhile appears above the prompt."""
         with patch_stdout(raw=True):
-            return self._session.prompt(PROMPT)
+            return self._message_session.prompt(PROMPT)
 
     def ask(self, question: str) -> str:
         """Return the answer to a question, as ``LineKeyboard.ask`` does."""
         termios.tcflush(sys.stdin, termios.TCIFLUSH)
-        clear_typeahead(self._questions.input)  # keys after the last Enter that prompt_toolkit has read already
-        return self._questions.prompt(question)
+        clear_typeahead(self._question_session.input)  # keys after the last Enter that prompt_toolkit has read already
+        return self._question_session.prompt(question)
 
     @contextlib.contextmanager
     def without_echo(self) -> Iterator[None]:
