@@ -14,11 +14,11 @@ from mlx_k2.builtin import BUILTIN_FOLDER
 from mlx_k2.cli.console import log
 from mlx_k2.cli.keys import api_keys_file, api_keys_option
 from mlx_k2.cli.launchd import LABEL, property_list
+from mlx_k2.cli.model_service import ModelService
 from mlx_k2.cli.option_values import with_struct
 from mlx_k2.cli.options import cluster_options, draft_option, log_options, tool_grammar_option
 from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cli.serve_options import ServeOptions
-from mlx_k2.cli.served_model import ModelService
 from mlx_k2.cli.started_cluster import prepare_request
 from mlx_k2.deployment.cluster_options import open_source
 from mlx_k2.deployment.plan import DEFAULT_CONTEXT_TOKENS
